@@ -1,0 +1,9 @@
+"""The one kind of error that is the user's to mend."""
+
+
+class UserError(ValueError):
+    """A mistake a user can mend.
+
+    The message is one line: what is wrong, where (file, flag or value), and what to do. The command line prints that
+    line and exits with code 2; library users catch it as a ValueError.
+    """
