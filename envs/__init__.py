@@ -1,1 +1,24 @@
-""""""
+"""The ExoRL environments: dm_control tasks behind one Gymnasium interface.
+
+`import ringrl.envs` is light: neither dm_control, MuJoCo nor OpenGL is imported before the first environment is made.
+"""
+
+from ringrl.envs.compatibility import check_mujoco
+from ringrl.envs.domain import DOMAINS, TASKS, Domain, domain_named, domain_of
+from ringrl.envs.environment import ExoRLEnv, make, make_vec
+from ringrl.envs.registration import register_gymnasium
+
+__all__ = [
+    "DOMAINS",
+    "TASKS",
+    "Domain",
+    "ExoRLEnv",
+    "domain_named",
+    "domain_of",
+    "make",
+    "make_vec",
+    "register_gymnasium",
+]
+
+check_mujoco()
+register_gymnasium()

@@ -1,0 +1,118 @@
+"""The Gymnasium environment over a simulation, and the functions that make one or several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from jaxtyping import Float, Float32, Float64
+
+from ringrl.envs.domain import domain_of
+from ringrl.errors import UserError
+
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
+_Observation = Float32[np.ndarray, " observation"]
+
+
+class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """An ExoRL task: float32 observations in ExoRL's order, float32 actions in [-1, 1], reward in [0, 1] per step.
+
+    Episodes are truncated after `domain.episode_length` steps and never terminate. `info["physics"]` is the float64
+    physics state (positions, velocities) after a step or a reset, as ExoRL records it. The same seed, to the
+    constructor or to `reset`, gives the same episodes; `reset` without a seed goes on with the stream of starts.
+
+    Attributes:
+        task: full task name, "walker_walk".
+        domain: the facts about the task's domain.
+
+    Raises:
+        UserError: unknown task.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own form)
+
+    def __init__(self, task: str, seed: int | None = None) -> None:
+        self.task = task
+        self.domain = domain_of(task)
+        from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
+
+        self._simulation = load_simulation(task)
+        self._random = np.random.RandomState(seed)
+        self._steps: int | None = None
+        self.observation_space = Box(-np.inf, np.inf, (self.domain.observation_size,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (self.domain.action_size,), np.float32)
+
+    @property
+    def physics_state(self) -> Float64[np.ndarray, " physics"]:
+        """The positions and velocities now, a copy."""
+        return self._simulation.physics_state()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[_Observation, dict[str, Any]]:
+        """Start an episode, from a new stream of starts if a seed is given."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._random = np.random.RandomState(seed)
+        self._simulation.reset(self._random)
+        self._steps = 0
+        return self._simulation.observation(), {"physics": self.physics_state}
+
+    def step(self, action: Float[np.ndarray, " action"]) -> tuple[_Observation, float, bool, bool, dict[str, Any]]:
+        """Hold an action for one control timestep. What lies outside [-1, 1] is clipped.
+
+        Raises:
+            UserError: the action has another shape than the action space, or is not finite.
+            gymnasium.error.ResetNeeded: no episode has been started, or the last one is over.
+        """
+        if self._steps is None or self._steps >= self.domain.episode_length:
+            raise gymnasium.error.ResetNeeded(f"{self.task}: call reset() before the first step of an episode")
+        action = np.asarray(action)
+        if action.shape != self.action_space.shape:
+            raise UserError(f"{self.task}: the action has shape {action.shape}, expected {self.action_space.shape}")
+        if not np.isfinite(action).all():
+            raise UserError(f"{self.task}: the action of step {self._steps} is not finite: {action}")
+        action = np.clip(action, -1.0, 1.0)
+        simulation = self._simulation
+        simulation.step(action)
+        self._steps += 1
+        reward = float(simulation.reward(self.task, simulation.sensors(), action))
+        truncated = self._steps == self.domain.episode_length
+        return simulation.observation(), reward, False, truncated, {"physics": self.physics_state}
+
+
+def make(task: str, seed: int | None = None) -> ExoRLEnv:
+    """Make the environment of a task such as "walker_walk".
+
+    Args:
+        task: one of `ringrl.envs.TASKS`.
+        seed: seed of the episodes' starts; None takes one from the operating system.
+
+    Raises:
+        UserError: unknown task; the message lists the tasks of a similar name.
+    """
+    return ExoRLEnv(task, seed)
+
+
+def make_vec(task: str, num_envs: int, seed: int | None = None) -> VectorEnv[Any, Any, Any]:
+    """Make environments that step in lockstep; number i has the seed `seed + i`.
+
+    Episodes are not reset automatically: all end at the same step, and `reset()` starts the next ones.
+
+    Raises:
+        UserError: unknown task, or fewer than one environment.
+    """
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    domain_of(task)
+    if num_envs < 1:
+        raise UserError(f"{task}: num_envs is {num_envs}, at least 1 is needed")
+
+    def maker(index: int) -> Any:
+        return lambda: ExoRLEnv(task, None if seed is None else seed + index)
+
+    return SyncVectorEnv([maker(index) for index in range(num_envs)], autoreset_mode=AutoresetMode.DISABLED)

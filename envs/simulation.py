@@ -1,0 +1,152 @@
+"""One MuJoCo model with its state: the part that all domains share.
+
+Importing this module imports dm_control and MuJoCo; `ringrl.envs` does so only when a simulation is loaded.
+"""
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64
+
+from ringrl.envs.domain import Domain, domain_of
+
+
+@contextmanager
+def _without_opengl() -> Iterator[None]:
+    """Keep dm_control and MuJoCo from picking an OpenGL library on import, unless the user names one in MUJOCO_GL.
+
+    Without a display, that choice costs time and prints warnings, and nothing here draws.
+    """
+    if "MUJOCO_GL" in os.environ:
+        yield
+        return
+    os.environ["MUJOCO_GL"] = "disabled"
+    try:
+        yield
+    finally:
+        del os.environ["MUJOCO_GL"]
+
+
+with _without_opengl():
+    import mujoco
+    from absl import logging as absl_logging
+    from dm_control import mujoco as dm_mujoco
+    from dm_control.rl.control import PhysicsError
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what dm_control warns of in its own doing: a deprecated attribute, a failed inverse-kinematics try."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
+
+
+class Simulation(ABC):
+    """One MuJoCo model and its state, stepped and read without dm_control's overhead, with dm_control's results.
+
+    A simulation belongs to one thread. A domain gives the model (`build`), the start of an episode (`start`) and how
+    to read the state (`observation`, `sensors`); the reward is its module's function `reward`.
+
+    Attributes:
+        task: full task name.
+        domain: the task's domain.
+        physics: dm_control's physics, through which episodes are started.
+        model: the MuJoCo model.
+        data: the MuJoCo state.
+    """
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.domain: Domain = domain_of(task)
+        with _quiet():
+            self.physics = self.build()
+        self.model: mujoco.MjModel = self.physics.model.ptr
+        self.data: mujoco.MjData = self.physics.data.ptr
+        self._warnings = self.physics.data.warning.number  # a view of MuJoCo's counters, which a reset clears
+        self._substeps = round(self.domain.control_timestep / self.model.opt.timestep)
+        self._runge_kutta = self.model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        lower, upper = self.model.actuator_ctrlrange.T
+        self._control_center, self._control_radius = (upper + lower) / 2, (upper - lower) / 2
+
+    @abstractmethod
+    def build(self) -> dm_mujoco.Physics:
+        """Compile the model of `self.task`."""
+
+    @abstractmethod
+    def start(self, random: np.random.RandomState) -> None:
+        """Set the state at the start of an episode, drawing from `random` exactly as dm_control does."""
+
+    @abstractmethod
+    def observation(self) -> Float32[np.ndarray, " observation"]:
+        """The observation of the current state, in ExoRL's order."""
+
+    @abstractmethod
+    def sensors(self) -> Float64[np.ndarray, " sensors"]:
+        """What the domain's rewards are computed from, read from the current state."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Compute from `data.qpos` and `data.qvel` what `sensors` reads, and nothing more."""
+
+    @staticmethod
+    @abstractmethod
+    def reward(
+        task: str, sensors: Float64[np.ndarray, "*batch sensors"], action: Float[np.ndarray, "*batch action"]
+    ) -> Float64[np.ndarray, "*batch"]:
+        """The rewards of arriving, by `action`, in states with these `sensors`."""
+
+    def reset(self, random: np.random.RandomState) -> None:
+        """Start a new episode."""
+        with _quiet(), self.physics.reset_context():
+            self.start(random)
+
+    def step(self, action: Float[np.ndarray, " action"]) -> None:
+        """Hold an action in [-1, 1] for one control timestep.
+
+        Raises:
+            dm_control.rl.control.PhysicsError: the simulation became unstable.
+        """
+        model, data = self.model, self.data
+        data.ctrl[:] = self._control_center + self._control_radius * action
+        # As dm_control does: end on mj_step1, so that all that depends on positions and velocities belongs to the new
+        # state, and start on mj_step2, because the last call has already done the first half.
+        if self._runge_kutta:
+            mujoco.mj_step(model, data, self._substeps)
+        else:
+            mujoco.mj_step2(model, data)
+            if self._substeps > 1:
+                mujoco.mj_step(model, data, self._substeps - 1)
+        mujoco.mj_step1(model, data)
+        if self._warnings.any():
+            names = [name for name, count in zip(mujoco.mjtWarning.__members__, self._warnings, strict=False) if count]
+            raise PhysicsError(f"{self.task}: the simulation is no longer valid ({', '.join(names)})")
+
+    def physics_state(self) -> Float64[np.ndarray, " physics"]:
+        """A copy of the positions and velocities."""
+        return np.concatenate((self.data.qpos, self.data.qvel))
+
+    def set_positions_and_velocities(self, physics: Float64[np.ndarray, " physics"]) -> None:
+        """Set the positions and velocities; nothing that depends on them is recomputed."""
+        num_positions = self.domain.num_positions
+        self.data.qpos[:] = physics[:num_positions]
+        self.data.qvel[:] = physics[num_positions:]
+
+
+def load_simulation(task: str) -> Simulation:
+    """Compile the model of a task; about 0.1 s, and 1 s for jaco.
+
+    Raises:
+        UserError: unknown task.
+    """
+    with _without_opengl():
+        module = importlib.import_module(f"ringrl.envs.{domain_of(task).name}")
+    simulation: Simulation = module.SIMULATION(task)
+    return simulation

@@ -1,0 +1,69 @@
+"""Walker: a planar biped. Tasks stand, walk, run (dm_control's) and flip (ExoRL's)."""
+
+import mujoco
+import numpy as np
+from dm_control.suite import walker
+from dm_control.utils.rewards import tolerance
+from jaxtyping import Float, Float32, Float64
+
+from ringrl.envs.simulation import Simulation
+
+_STAND_HEIGHT = 1.2  # metres
+_SPEEDS = {"walker_walk": 1.0, "walker_run": 8.0}  # metres per second
+_SPIN = 5.0  # kg m^2 / s
+_TORSO = 1  # the first body after the world
+
+
+class WalkerSimulation(Simulation):
+    """Sensors: torso height, torso uprightness, forward velocity of the centre of mass, angular momentum about y."""
+
+    def build(self) -> walker.Physics:
+        return walker.Physics.from_xml_string(*walker.get_model_and_assets())
+
+    def start(self, random: np.random.RandomState) -> None:
+        walker.PlanarWalker(move_speed=0, random=random).initialize_episode(self.physics)
+
+    def observation(self) -> Float32[np.ndarray, " observation"]:
+        """Orientation of every body in the plane (14), torso height (1), joint velocities (9)."""
+        data = self.data
+        observation = np.empty(24, np.float32)
+        observation[:14] = data.xmat[1:, [0, 2]].ravel()
+        observation[14] = data.xpos[_TORSO, 2]
+        observation[15:] = data.qvel
+        return observation
+
+    def sensors(self) -> Float64[np.ndarray, " 4"]:
+        data = self.data
+        return np.array((
+            data.xpos[_TORSO, 2], data.xmat[_TORSO, 8], data.subtree_linvel[_TORSO, 0], data.subtree_angmom[_TORSO, 1]
+        ))  # fmt: skip
+
+    def refresh(self) -> None:
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)
+        mujoco.mj_comVel(self.model, self.data)
+        mujoco.mj_subtreeVel(self.model, self.data)
+
+    @staticmethod
+    def reward(
+        task: str, sensors: Float64[np.ndarray, "*batch 4"], action: Float[np.ndarray, "*batch 6"]
+    ) -> Float64[np.ndarray, "*batch"]:
+        """Stand, and for the other tasks stand times the wish to move."""
+        height, upright, velocity, angular_momentum = np.moveaxis(sensors, -1, 0)
+        standing = tolerance(height, bounds=(_STAND_HEIGHT, np.inf), margin=_STAND_HEIGHT / 2)
+        stand = (3 * standing + (1 + upright) / 2) / 4
+        if task == "walker_stand":
+            return stand
+        if task == "walker_flip":
+            move = tolerance(
+                angular_momentum, bounds=(_SPIN, np.inf), margin=_SPIN, value_at_margin=0, sigmoid="linear"
+            )
+        else:
+            speed = _SPEEDS[task]
+            move = tolerance(
+                velocity, bounds=(speed, np.inf), margin=speed / 2, value_at_margin=0.5, sigmoid="linear"
+            )
+        return stand * (5 * move + 1) / 6
+
+
+SIMULATION = WalkerSimulation
