@@ -57,7 +57,7 @@ class JacoSimulation(Simulation):
         self._place_hand(self.physics, random)
 
     def observation(self) -> Float32[np.ndarray, " observation"]:
-        """Arm: angles as sine and cosine (12), velocities (6), torques (6); hand: angles (3), velocities (3); pinch
+        """Arm: angles as sine and cosine (12), torques (6), velocities (6); hand: angles (3), velocities (3); pinch
         site: position (3), rotation matrix (9). Torques x are given as sign(x) log(1 + |x|).
         """
         data = self.data
@@ -66,8 +66,8 @@ class JacoSimulation(Simulation):
         observation = np.empty(42, np.float32)
         observation[0:12:2] = np.sin(positions[_ARM])
         observation[1:12:2] = np.cos(positions[_ARM])
-        observation[12:18] = velocities[_ARM]
-        observation[18:24] = np.sign(torques) * np.log1p(np.abs(torques))
+        observation[12:18] = np.sign(torques) * np.log1p(np.abs(torques))
+        observation[18:24] = velocities[_ARM]
         observation[24:27] = positions[6:]
         observation[27:30] = velocities[6:]
         observation[30:33] = data.site_xpos[self._pinch_site]
