@@ -1,0 +1,273 @@
+"""Reading archives in the ExoRL layout: a zip file or a folder of `buffer/episode_{number}_{length}.npz`.
+
+An archive is a stranger's file, so nothing in it is trusted: no pickles, no path that leaves the archive, no size that
+the domain does not call for. Episodes are read one at a time, straight out of the zip; nothing is unpacked to disk.
+"""
+
+import contextlib
+import io
+import math
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, NamedTuple, Self
+
+import numpy as np
+
+from ringrl.data.schema import (
+    Column,
+    Episode,
+    episode_bytes,
+    episode_file_name,
+    parse_episode_file_name,
+    recorded_columns,
+)
+from ringrl.envs import DOMAINS, Domain
+from ringrl.errors import UserError
+
+# Archives of skill-based algorithms (diayn, aps, smm) record a skill beside the five arrays we read; a file of more
+# than this many times the domain's own size is not an episode.
+SIZE_ALLOWANCE = 8
+
+
+class Member(NamedTuple):
+    """One episode of an archive: its number, its length in steps (both from the name) and its path inside."""
+
+    number: int
+    length: int
+    path: str
+
+
+class Archive:
+    """The episodes of a zip file or folder in ExoRL's layout, in the order of their numbers.
+
+    `members` lists them; `read(member)` gives one validated episode. Opening reads the list of names only. Use it as a
+    context manager. Raises UserError, naming archive and member, for everything that is not an episode of `domain`.
+    """
+
+    def __init__(self, source: Path, domain: Domain) -> None:
+        self.source = Path(source)
+        self.domain = domain
+        self._columns = recorded_columns(domain)
+        self._zip: zipfile.ZipFile | None = None
+        if self.source.is_dir():
+            buffer = self.source / "buffer"
+            self._folder = buffer if buffer.is_dir() else self.source
+            paths = [path.name for path in self._folder.iterdir() if path.is_file()]
+        else:
+            self._zip = _open_zip(self.source)
+            paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        try:
+            self.members = _episodes_among(paths, self.source, domain)
+        except UserError:
+            self.close()
+            raise
+
+    def read(self, member: Member) -> dict[str, np.ndarray]:
+        """One episode: read-only arrays of T+1 rows with the widths and dtypes of `recorded_columns`."""
+        try:
+            episode = _read_npz(self._content(member), self._columns, member.length + 1)
+            _check_values(episode)
+        except UserError as error:
+            raise UserError(f"{self.source}: {member.path} {error}") from error
+        except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{self.source}: {member.path} cannot be read, it is damaged or cut short ({reason}): "
+                "download or record it again"
+            ) from error
+        return episode
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return map(self.read, self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def close(self) -> None:
+        """Closes the zip file; nothing can be read afterwards."""
+        if self._zip is not None:
+            self._zip.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _content(self, member: Member) -> bytes:
+        """The bytes of an episode's file, once their number is known to be sensible."""
+        limit = SIZE_ALLOWANCE * episode_bytes(self.domain, self.domain.episode_length, relabelled=False) + 2**20
+        if self._zip is None:
+            path = self._folder / member.path
+            _refuse_oversized(path.stat().st_size, limit)
+            return path.read_bytes()
+        info = self._zip.getinfo(member.path)
+        _refuse_oversized(info.file_size, limit)
+        return _unpack(self._zip, info)
+
+
+def save_episode(folder: Path, number: int, episode: Episode) -> Path:
+    """Writes one episode of T+1 rows as `folder/episode_{number}_{T}.npz` and returns the path.
+
+    The file appears complete or not at all.
+    """
+    path = folder / episode_file_name(number, len(episode["observation"]) - 1)
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **episode)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _open_zip(source: Path) -> zipfile.ZipFile:
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
+    try:
+        _refuse_cut_zip(source)
+        return zipfile.ZipFile(source)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be opened ({error.strerror or error})") from error
+    except Exception as error:  # a damaged directory of names: see Archive.read
+        raise UserError(
+            f"{source}: not a zip archive, or cut short: download it again or give a folder of episodes"
+        ) from error
+
+
+def _refuse_cut_zip(source: Path) -> None:
+    """Raises BadZipFile unless the file ends where its directory of names says that it ends.
+
+    zipfile searches for that directory backwards. In an archive that was cut short it would find the one of the last
+    episode that arrived, which is a zip file too, and take it for the archive's.
+    """
+    with source.open("rb") as file:
+        file.seek(max(0, source.stat().st_size - 22 - 2**16))
+        tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) - end < 22 or len(tail) - end - 22 != int.from_bytes(tail[end + 20 : end + 22], "little"):
+        raise zipfile.BadZipFile
+
+
+def _episodes_among(paths: Sequence[str], source: Path, domain: Domain) -> tuple[Member, ...]:
+    """The episodes among the paths of an archive, sorted by number, after every path has been checked."""
+    members = []
+    for path in paths:
+        _refuse_escape(path, source)
+        pure = PurePosixPath(path)
+        if pure.suffix != ".npz" or pure.name.startswith(".") or "__MACOSX" in pure.parts:
+            continue  # notes, listings and what file managers leave behind
+        parsed = parse_episode_file_name(pure.name)
+        if parsed is None:
+            raise UserError(f"{source}: {path} is not named episode_NUMBER_LENGTH.npz: rename or remove it")
+        members.append(Member(*parsed, path))
+    if not members:
+        raise UserError(f"{source}: holds no episodes (buffer/episode_NUMBER_LENGTH.npz): is it a whole ExoRL archive?")
+    _refuse_mixture(members, source)
+    for member in members:
+        if member.length != domain.episode_length:
+            raise UserError(
+                f"{source}: {member.path} has {member.length} steps but episodes of {domain.name} have "
+                f"{domain.episode_length}: choose the archive's own --domain or remove the file"
+            )
+    return tuple(sorted(members))
+
+
+def _refuse_escape(path: str, source: Path) -> None:
+    # zipfile keeps backslashes on POSIX, so both readings of a path must stay inside.
+    windows = PureWindowsPath(path)
+    if windows.anchor or PurePosixPath(path).is_absolute() or ".." in windows.parts:
+        raise UserError(f"{source}: the path {path!r} leads out of the archive: do not use this file")
+
+
+def _refuse_mixture(members: Sequence[Member], source: Path) -> None:
+    folders = sorted({str(PurePosixPath(member.path).parent) for member in members})
+    if len(folders) > 1:
+        raise UserError(f"{source}: episodes lie in {folders[0]} and in {folders[1]}: import one folder at a time")
+    number, count = Counter(member.number for member in members).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{source}: {count} files claim to be episode {number}: remove all but one")
+
+
+def _refuse_oversized(size: int, limit: int) -> None:
+    if size > limit:
+        raise UserError(f"claims {size:,} bytes, far more than an episode: it is damaged or a zip bomb, remove it")
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """All bytes of one entry; its declared size, which zipfile never reads beyond, must have been checked before."""
+    _refuse_strange_entry(info)
+    return archive.read(info)
+
+
+def _refuse_strange_entry(info: zipfile.ZipInfo) -> None:
+    # The other methods let a few bytes swell to gigabytes inside the decompressor, before any limit can act.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 0x1:
+        raise UserError("is encrypted or packed by another method than numpy's: pack it again with numpy.savez")
+
+
+def _read_npz(content: bytes, columns: dict[str, Column], rows: int) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(content)) as npz:
+        names = npz.namelist()
+        if missing := [key for key in columns if f"{key}.npy" not in names]:
+            raise UserError(f"lacks {', '.join(missing)}: it is not an episode with ExoRL's keys {', '.join(columns)}")
+        episode = {}
+        for key, column in columns.items():
+            info = npz.getinfo(f"{key}.npy")
+            _refuse_strange_entry(info)
+            with npz.open(info) as file:
+                episode[key] = _read_npy(file, info.file_size, key, column, rows)
+        return episode
+
+
+def _read_npy(file: IO[bytes], size: int, key: str, column: Column, rows: int) -> np.ndarray:
+    """Reads one .npy of `size` bytes; nothing beyond the header is read unless it promises exactly what is expected."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise UserError(f"holds {key} in .npy version {version}: save it again with numpy.savez")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran_order, dtype = read_header(file)
+    if dtype != column.dtype:
+        raise UserError(f"holds {key} as {dtype}, expected {column.dtype}: is it an ExoRL episode?")
+    if len(shape) == 2 and shape[0] != rows:
+        raise UserError(
+            f"holds {shape[0]} rows of {key}, expected {rows}: the length in the name and the reset row: "
+            "the file is inconsistent, remove it"
+        )
+    if shape != (rows, column.width):
+        raise UserError(f"holds {key} of shape {shape}, expected {(rows, column.width)}{_likely_domain(key, shape)}")
+    expected = math.prod(shape) * dtype.itemsize
+    promised = size - file.tell()
+    if promised != expected:
+        raise UserError(f"claims {promised:,} bytes of {key}, expected {expected:,}: it is damaged, remove it")
+    data = np.frombuffer(file.read(), dtype)
+    return data.reshape(shape, order="F" if is_fortran_order else "C")
+
+
+def _likely_domain(key: str, shape: tuple[int, ...]) -> str:
+    """A hint for arrays of the wrong width: the domains that have this width."""
+    with contextlib.suppress(IndexError, KeyError):
+        fitting = [name for name, domain in DOMAINS.items() if recorded_columns(domain)[key].width == shape[1]]
+        if fitting:
+            return f": that is --domain {' or '.join(fitting)}"
+    return ": is it the right --domain?"
+
+
+def _check_values(episode: Episode) -> None:
+    for key, array in episode.items():
+        finite = np.isfinite(array).all(axis=1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise UserError(f"has a value that is not finite in row {row} of {key}: remove the file or record it again")
+    if (episode["discount"] != 1).any():
+        row = int(np.argmax(episode["discount"][:, 0] != 1))
+        raise UserError(f"has a discount other than 1 in row {row}: ExoRL episodes never terminate, remove the file")
+    for key in ("action", "reward"):
+        if episode[key][0].any():
+            raise UserError(
+                f"has a {key} in row 0, which is the reset: row t must hold the action and reward that led to "
+                "state t, shift them by one row"
+            )
