@@ -1,17 +1,23 @@
 """Rewards computed from recorded physics states, for any task of the domain.
 
-ExoRL's own relabelling sets the control to zero, sets each state and runs the full forward dynamics. Here the control is
-the action that led to the state, without which the dense cartpole rewards come out too high, and MuJoCo computes only
-what the rewards are made of; the reward functions themselves run once, over all the states.
+ExoRL's own relabelling sets the control to zero, sets each state and runs the full forward dynamics. Here the control
+is the action that led to the state, without which the dense cartpole rewards come out too high, and MuJoCo computes
+only what the rewards are made of; the reward functions themselves run once, over all the states.
 """
 
+from __future__ import annotations
+
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from ringrl.envs import Domain, domain_named, domain_of
 from ringrl.errors import UserError
+
+if TYPE_CHECKING:
+    from ringrl.envs.simulation import Simulation
 
 _simulations = threading.local()  # one simulation per domain and thread: MuJoCo's state must not be shared
 
@@ -72,12 +78,13 @@ def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Fl
     return np.stack(rows)
 
 
-def _simulation(domain: Domain):
-    if not hasattr(_simulations, domain.name):
+def _simulation(domain: Domain) -> Simulation:
+    loaded: dict[str, Simulation] = vars(_simulations)
+    if domain.name not in loaded:
         from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
 
-        setattr(_simulations, domain.name, load_simulation(domain.tasks[0]))
-    return getattr(_simulations, domain.name)
+        loaded[domain.name] = load_simulation(domain.tasks[0])
+    return loaded[domain.name]
 
 
 def _check(domain: Domain, physics: np.ndarray, action: np.ndarray) -> None:

@@ -30,7 +30,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         domain: the facts about the task's domain.
 
     Raises:
-        UserError: unknown task.
+        UserError: unknown task, or a seed outside 0 .. 2**32 - 1.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own form)
@@ -40,8 +40,8 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.domain = domain_of(task)
         from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
 
+        self._random = _stream(seed)
         self._simulation = load_simulation(task)
-        self._random = np.random.RandomState(seed)
         self._steps: int | None = None
         self.observation_space = Box(-np.inf, np.inf, (self.domain.observation_size,), np.float32)
         self.action_space = Box(-1.0, 1.0, (self.domain.action_size,), np.float32)
@@ -54,10 +54,14 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Observation, dict[str, Any]]:
-        """Start an episode, from a new stream of starts if a seed is given."""
-        super().reset(seed=seed)
+        """Start an episode, from a new stream of starts if a seed is given.
+
+        Raises:
+            UserError: a seed outside 0 .. 2**32 - 1.
+        """
         if seed is not None:
-            self._random = np.random.RandomState(seed)
+            self._random = _stream(seed)
+        super().reset(seed=seed)
         self._simulation.reset(self._random)
         self._steps = 0
         return self._simulation.observation(), {"physics": self.physics_state}
@@ -68,6 +72,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Raises:
             UserError: the action has another shape than the action space, or is not finite.
             gymnasium.error.ResetNeeded: no episode has been started, or the last one is over.
+            dm_control.rl.control.PhysicsError: the simulation became unstable.
         """
         if self._steps is None or self._steps >= self.domain.episode_length:
             raise gymnasium.error.ResetNeeded(f"{self.task}: call reset() before the first step of an episode")
@@ -85,6 +90,14 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return simulation.observation(), reward, False, truncated, {"physics": self.physics_state}
 
 
+def _stream(seed: int | None) -> np.random.RandomState:
+    """The kind of generator dm_control draws the starts from."""
+    try:
+        return np.random.RandomState(seed)
+    except (TypeError, ValueError):
+        raise UserError(f"the seed is {seed!r}, it must be a whole number in 0 .. 2**32 - 1") from None
+
+
 def make(task: str, seed: int | None = None) -> ExoRLEnv:
     """Make the environment of a task such as "walker_walk".
 
@@ -93,7 +106,7 @@ def make(task: str, seed: int | None = None) -> ExoRLEnv:
         seed: seed of the episodes' starts; None takes one from the operating system.
 
     Raises:
-        UserError: unknown task; the message lists the tasks of a similar name.
+        UserError: unknown task (the message lists the tasks of a similar name), or a seed outside 0 .. 2**32 - 1.
     """
     return ExoRLEnv(task, seed)
 

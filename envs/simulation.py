@@ -141,12 +141,11 @@ class Simulation(ABC):
 
 
 def load_simulation(task: str) -> Simulation:
-    """Compile the model of a task; about 0.1 s, and 1 s for jaco.
+    """Compile the model of a task, in about 0.1 s.
 
     Raises:
         UserError: unknown task.
     """
-    with _without_opengl():
-        module = importlib.import_module(f"ringrl.envs.{domain_of(task).name}")
+    module = importlib.import_module(f"ringrl.envs.{domain_of(task).name}")
     simulation: Simulation = module.SIMULATION(task)
     return simulation

@@ -1,0 +1,47 @@
+import pytest
+
+from ringrl.envs import DOMAINS, TASKS, domain_named, domain_of
+from ringrl.errors import UserError
+
+
+def test_every_task_belongs_to_its_domain():
+    assert len(TASKS) == len(set(TASKS)) == 16
+    for task in TASKS:
+        domain = domain_of(task)
+        assert task in domain.tasks
+        assert task.startswith(domain.name + "_")
+        assert domain is DOMAINS[domain.name] is domain_named(domain.name)
+
+
+def test_widths_and_lengths_are_those_of_exorl():
+    # observation, action, physics, T, control timestep
+    assert {
+        name: (d.observation_size, d.action_size, d.physics_size, d.episode_length, d.control_timestep)
+        for name, d in DOMAINS.items()
+    } == {
+        "walker": (24, 6, 18, 1000, 0.025),
+        "cheetah": (17, 6, 18, 1000, 0.01),
+        "cartpole": (5, 1, 4, 1000, 0.01),
+        "jaco": (42, 9, 18, 250, 0.04),
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("walker_wlak", "walker_walk"),
+        ("Cheetah_Run", "cheetah_run"),
+        ("jaco_reach", "jaco_reach_top_left"),
+        ("walker", "walker_stand"),
+        ("something", "cartpole_swingup"),  # nothing is near: all are listed
+    ],
+)
+def test_unknown_task_lists_the_near_ones(wrong, near):
+    with pytest.raises(UserError, match=f"unknown task '{wrong}'.*{near}") as caught:
+        domain_of(wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_domain_lists_the_near_ones():
+    with pytest.raises(UserError, match="unknown domain 'wlaker'; did you mean walker"):
+        domain_named("wlaker")
