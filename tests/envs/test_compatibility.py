@@ -49,5 +49,6 @@ def test_environments_leave_opengl_alone_and_print_nothing():
         "assert 'OpenGL' not in sys.modules and 'glfw' not in sys.modules and 'MUJOCO_GL' not in os.environ\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
