@@ -1,0 +1,172 @@
+"""Statistics over few training runs: the interquartile mean and stratified bootstrap intervals.
+
+After Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (rliable). A *score*
+is one number per training run (seed) and task. Scores come as *strata*, one float array (runs,) per task; tasks may
+have different numbers of runs. The bootstrap draws runs with replacement within each task, so that it asks: had other
+seeds been trained, how different would the number be? Episodes of one run are not independent evidence about training,
+so they are averaged first and never resampled.
+
+One run says nothing about how much runs differ: where any stratum has fewer than two, the interval is absent (None),
+not of width zero.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import scipy.stats  # type: ignore[import-untyped]
+from jaxtyping import Float
+
+Metric = Literal["first", "last", "mean", "best"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+Runs = Float[np.ndarray, "runs"]
+Strata = Sequence[Runs]
+
+
+class Aggregate(Protocol):
+    """A statistic of scores along one axis, as numpy's and scipy's own are."""
+
+    def __call__(self, scores: np.ndarray, *, axis: int = -1) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval, both ends included."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic, its interval (None: too few runs to tell), and the number of runs it stands on."""
+
+    value: float
+    interval: Interval | None
+    runs: int
+
+
+def stream_metric(returns: Float[np.ndarray, "*streams episodes"], metric: Metric) -> Float[np.ndarray, "*streams"]:
+    """One number per episode stream: its first, last, mean or best return ("best" is the AT paper's best-of-n)."""
+    if metric == "first":
+        return returns[..., 0]
+    if metric == "last":
+        return returns[..., -1]
+    return returns.mean(-1) if metric == "mean" else returns.max(-1)
+
+
+def interquartile_mean(scores: Float[np.ndarray, "..."], *, axis: int | None = -1) -> Any:
+    """Mean of the middle half: floor(n/4) scores are left out at either end (axis None: of all scores together)."""
+    return scipy.stats.trim_mean(scores, proportiontocut=0.25, axis=axis)
+
+
+def estimate(
+    strata: Strata,
+    aggregate: Aggregate = interquartile_mean,
+    *,
+    generator: np.random.Generator,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Estimate:
+    """An aggregate of all runs of all tasks together, with its stratified bootstrap interval (percentile method).
+
+    Args:
+        strata: per task, the scores of its runs (runs,).
+        aggregate: interquartile_mean, numpy.mean, numpy.median, ...
+        generator: where the resampling gets its randomness from.
+        confidence: probability that the interval is meant to cover.
+        resamples: bootstrap resamples.
+    """
+
+    def pooled(*samples: np.ndarray, axis: int = -1) -> Any:
+        return aggregate(np.concatenate(samples, axis=axis), axis=axis)
+
+    return _bootstrap(strata, pooled, generator, confidence, resamples)
+
+
+def difference(
+    strata: Strata,
+    baseline: Strata,
+    aggregate: Aggregate = interquartile_mean,
+    *,
+    generator: np.random.Generator,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Estimate:
+    """aggregate(strata) - aggregate(baseline) of runs that were trained independently; `runs` is the smaller number."""
+    count = len(strata)
+
+    def contrast(*samples: np.ndarray, axis: int = -1) -> Any:
+        ours, theirs = (np.concatenate(part, axis=axis) for part in (samples[:count], samples[count:]))
+        return aggregate(ours, axis=axis) - aggregate(theirs, axis=axis)
+
+    found = _bootstrap([*strata, *baseline], contrast, generator, confidence, resamples)
+    return Estimate(found.value, found.interval, min(_count(strata), _count(baseline)))
+
+
+def probability_of_improvement(
+    strata: Strata,
+    baseline: Strata,
+    *,
+    generator: np.random.Generator,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Estimate:
+    """Probability that a run beats a run of the baseline on the same task, averaged over tasks; a tie is half a win.
+
+    Task k of `strata` is compared with task k of `baseline`. `runs` is the smaller number of runs.
+    """
+    if len(strata) != len(baseline):
+        raise ValueError(f"{len(strata)} tasks cannot be compared with {len(baseline)}")
+    count = len(strata)
+
+    def wins(*samples: np.ndarray, axis: int = -1) -> Any:
+        per_task = [_wins(ours, theirs) for ours, theirs in zip(samples[:count], samples[count:], strict=True)]
+        return np.mean(per_task, axis=0)
+
+    found = _bootstrap([*strata, *baseline], wins, generator, confidence, resamples)
+    return Estimate(found.value, found.interval, min(_count(strata), _count(baseline)))
+
+
+def _wins(
+    ours: Float[np.ndarray, "*resamples runs"], theirs: Float[np.ndarray, "*resamples others"]
+) -> Float[np.ndarray, "*resamples"]:
+    """Mann-Whitney's U over the number of pairs."""
+    step = np.sign(ours[..., :, None] - theirs[..., None, :])
+    return (0.5 * (step + 1)).mean((-2, -1))
+
+
+def _bootstrap(
+    samples: Strata,
+    statistic: Callable[..., Any],
+    generator: np.random.Generator,
+    confidence: float,
+    resamples: int,
+) -> Estimate:
+    if not samples or any(len(sample) == 0 for sample in samples):
+        raise ValueError("every task needs at least one run")
+    samples = [np.asarray(sample, np.float64) for sample in samples]
+    value = float(statistic(*samples, axis=-1))
+    if any(len(sample) < 2 for sample in samples):
+        return Estimate(value, None, _count(samples))
+    # Several samples are resampled independently of one another: exactly the strata of Agarwal et al.
+    found = scipy.stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=resamples,
+        vectorized=True,
+        axis=-1,
+        confidence_level=confidence,
+        method="percentile",
+        rng=generator,
+    ).confidence_interval
+    return Estimate(value, Interval(float(found.low), float(found.high)), _count(samples))
+
+
+def _count(strata: Strata) -> int:
+    return sum(len(runs) for runs in strata)

@@ -1,0 +1,190 @@
+"""The results format: what is written is read back, and what is damaged is named."""
+
+import json
+import multiprocessing
+import resource
+from pathlib import Path
+
+import numpy as np
+import pydantic
+import pytest
+
+from ringrl.errors import UserError
+from ringrl.evaluation.records import (
+    EvaluationRecord,
+    append_records,
+    data_records,
+    find_results,
+    library_versions,
+    read_records,
+)
+
+
+def make_record(**changes) -> EvaluationRecord:
+    values = {
+        "task": "walker_walk", "method": "at", "token_set": "ring4", "train_trajectories": 2, "test_trajectories": 2,
+        "seed": 1, "environment_seed": 5, "returns": (1.5, 2.25), "target_return": 900.0, "target_policy": "data_best",
+        "steps_trained": 10, "versions": {"jax": "0.10.2"},
+    }  # fmt: skip
+    return EvaluationRecord(**{**values, **changes})
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "new folder" / "results.jsonl"
+    first, second, third = make_record(), make_record(seed=2, token_set=None), make_record(context=False)
+    append_records(path, [first])
+    append_records(path, [second, third])
+    results = read_records(path)
+    assert results.records == (first, second, third)
+    assert results.sources == (path,)
+    assert results.half_written == ()
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"returns": (1.0,)}, "1 returns for test_trajectories=2"),
+        ({"returns": (1.0, float("nan"))}, "finite"),
+        ({"train_trajectories": 0}, "greater than 0"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"protocol": 2}, "Input should be 1"),
+        ({"reward": 3}, "Extra inputs"),
+        ({"task": ""}, "at least 1 character"),
+    ],
+)
+def test_a_wrong_record_is_refused(changes, message):
+    with pytest.raises(pydantic.ValidationError, match=message):
+        make_record(**changes)
+
+
+def test_a_record_is_frozen():
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        make_record().seed = 3
+
+
+def test_every_cut_of_the_last_line_is_forgiven_and_reported(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_records(path, [make_record(), make_record(seed=2)])
+    whole = path.read_bytes()
+    end_of_first = whole.index(b"\n") + 1
+    for cut in range(end_of_first + 1, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        results = read_records(path)
+        assert [record.seed for record in results.records] == [1]
+        assert results.half_written == (path,)
+    path.write_bytes(whole[:-1])  # only the newline is missing: the record is whole
+    assert len(read_records(path).records) == 2
+    assert read_records(path).half_written == ()
+
+
+@pytest.mark.parametrize("kept", [1, 30, -1])
+def test_appending_after_a_cut_gives_whole_lines(tmp_path, kept):
+    path = tmp_path / "results.jsonl"
+    append_records(path, [make_record(checkpoint="c" * 10_000), make_record(seed=2)])
+    whole = path.read_bytes()
+    cut = len(whole) - 1 if kept == -1 else whole.index(b"\n") + 1 + kept
+    path.write_bytes(whole[:cut])
+    append_records(path, [make_record(seed=3)])
+    assert [record.seed for record in read_records(path).records] == ([1, 2, 3] if kept == -1 else [1, 3])
+
+
+def test_appending_after_a_long_half_line_that_is_the_only_one(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"protocol": 1, "task": "' + b"x" * 20_000)
+    append_records(path, [make_record()])
+    assert len(read_records(path).records) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"protocol": 1, "task": "wal', "line 2: is not JSON"),
+        ("[1, 2]", "line 2: is not an evaluation record"),
+        ('{"loss": 0.5, "step": 3}', "line 2: is not an evaluation record"),
+        ('{"protocol": 7, "anything": 1}', "line 2: written under evaluation protocol 7.*protocol 1 only"),
+        ('{"protocol": 1, "task": "walker_walk"}', "line 2: method: Field required"),
+        (json.dumps({**json.loads(make_record().model_dump_json()), "returns": [1]}), "line 2: record: .*1 returns"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, message):
+    path = tmp_path / "results.jsonl"
+    good = make_record().model_dump_json()
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(UserError, match=message) as caught:
+        read_records(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_binary_file_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="line 1"):
+        read_records(path)
+
+
+def test_folders_are_searched_and_files_read_once(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"loss": 1}\n')  # training's own, not results
+    (tmp_path / "a" / "notes.txt").write_text("not results")
+    append_records(tmp_path / "a" / "b" / "evaluation.jsonl", [make_record()])
+    append_records(tmp_path / "a" / "evaluation.jsonl", [make_record(seed=2)])
+    found = find_results([tmp_path / "a" / "b" / "evaluation.jsonl", tmp_path / "a"])
+    assert found == [tmp_path / "a" / "b" / "evaluation.jsonl", tmp_path / "a" / "evaluation.jsonl"]
+    assert [record.seed for record in read_records(tmp_path).records] == [1, 2] or len(found) == 2
+    with pytest.raises(UserError, match="no such file or folder"):
+        read_records([tmp_path / "missing.jsonl"])
+
+
+def test_data_records_carry_one_return_each():
+    records = data_records(
+        "walker_walk", np.array([3.0, 1.0], np.float32), data_fingerprint="abc", versions={"jax": "1"}
+    )
+    assert [record.returns for record in records] == [(3.0,), (1.0,)]
+    assert [record.environment_seed for record in records] == [0, 1]
+    assert {record.method for record in records} == {"data"}
+
+
+def test_library_versions_names_what_is_installed():
+    versions = library_versions()
+    assert {"python", "ringrl", "jax", "numpy"} <= set(versions)
+
+
+def _append_many(path: str, seed: int) -> None:
+    for index in range(20):
+        append_records(Path(path), [make_record(seed=seed, environment_seed=index, checkpoint="x" * 5000)])
+
+
+def test_writers_share_a_file(tmp_path):
+    path = tmp_path / "results.jsonl"
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(str(path), seed)) for seed in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read_records(path).records) == 40
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_records(path, [make_record()])
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))  # a disk with 100 bytes left
+        with pytest.raises(UserError, match="cannot append results"):
+            append_records(path, [make_record(seed=2), make_record(seed=3)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_in_the_way_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot append results"):
+        append_records(tmp_path, [make_record()])

@@ -1,0 +1,151 @@
+"""The statistics against numbers worked out by hand, against brute force, and against rliable where it is installed."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ringrl.evaluation.statistics import (
+    METRICS,
+    Interval,
+    difference,
+    estimate,
+    interquartile_mean,
+    probability_of_improvement,
+    stream_metric,
+)
+
+
+def generator() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def test_metrics_of_a_stream():
+    streams = np.array([[1.0, 5.0, 3.0], [2.0, 2.0, 8.0]])
+    expected = {"first": [1, 2], "last": [3, 8], "mean": [3, 4], "best": [5, 8]}
+    assert set(expected) == set(METRICS)
+    for metric in METRICS:
+        np.testing.assert_array_equal(stream_metric(streams, metric), expected[metric])
+
+
+def test_interquartile_mean_by_hand():
+    assert interquartile_mean(np.array([1000.0, 1, 2, 3, 4, 5, 6, -1000])) == 3.5  # two cut at either end
+    assert interquartile_mean(np.array([0.0, 3, 9])) == 4  # floor(3/4) = 0: nothing is cut
+    assert interquartile_mean(np.array([0.0, 3, 4, 90])) == 3.5
+    np.testing.assert_array_equal(interquartile_mean(np.arange(8.0).reshape(2, 4)), [1.5, 5.5])
+    assert interquartile_mean(np.arange(8.0).reshape(2, 4), axis=None) == 3.5
+
+
+def test_one_run_has_no_interval():
+    found = estimate([np.array([5.0])], generator=generator())
+    assert (found.value, found.interval, found.runs) == (5.0, None, 1)
+    assert estimate([np.array([5.0, 6.0]), np.array([1.0])], generator=generator()).interval is None
+    assert difference([np.array([5.0, 6.0])], [np.array([1.0])], generator=generator()).interval is None
+
+
+def test_no_run_is_refused():
+    with pytest.raises(ValueError, match="at least one run"):
+        estimate([np.array([])], generator=generator())
+    with pytest.raises(ValueError, match="at least one run"):
+        estimate([], generator=generator())
+
+
+def test_interval_is_the_percentile_of_every_possible_resample():
+    scores = np.array([1.0, 2.0, 4.0, 8.0])
+    means = [np.mean(draw) for draw in itertools.product(scores, repeat=4)]
+    expected = np.quantile(means, [0.025, 0.975])
+    found = estimate([scores], np.mean, generator=generator(), resamples=40_000)
+    assert found.value == 3.75
+    assert found.interval is not None
+    np.testing.assert_allclose([found.interval.low, found.interval.high], expected, atol=0.26)  # one step of the means
+
+
+def test_tasks_are_strata():
+    """Two tasks of different level: resampling across them would give an interval hundreds wide."""
+    easy, hard = np.array([900.0, 901, 902]), np.array([10.0, 11, 12])
+    found = estimate([easy, hard], np.mean, generator=generator())
+    assert found.value == 456
+    assert found.runs == 6
+    assert found.interval is not None
+    assert 455 <= found.interval.low < 456 < found.interval.high <= 457
+
+
+def test_same_generator_same_interval():
+    scores = np.array([1.0, 2.0, 4.0, 8.0])
+    first, second = (estimate([scores], generator=generator()) for _ in range(2))
+    assert first == second
+
+
+def test_equal_runs_have_an_interval_of_no_width():
+    assert estimate([np.full(3, 4.0)], generator=generator()).interval == Interval(4.0, 4.0)
+
+
+def test_median_and_mean_aggregate():
+    scores = np.array([1.0, 2, 3, 10])
+    assert estimate([scores], np.median, generator=generator()).value == 2.5
+    assert estimate([scores], np.mean, generator=generator()).value == 4
+
+
+def test_difference():
+    found = difference([np.array([10.0, 11, 12])], [np.array([1.0, 2, 3, 2])], np.mean, generator=generator())
+    assert found.value == 9
+    assert found.runs == 3
+    assert found.interval is not None
+    assert 9 in found.interval
+    assert 0 not in found.interval
+    assert found.interval.high - found.interval.low < 4
+
+
+def test_probability_of_improvement_by_hand():
+    ours, theirs = np.array([1.0, 3, 5]), np.array([2.0, 3])
+    # 1: loses twice; 3: wins, ties; 5: wins twice -> 3.5 of 6
+    assert probability_of_improvement([ours], [theirs], generator=generator()).value == pytest.approx(3.5 / 6)
+    two = probability_of_improvement([ours, ours + 10], [theirs, theirs], generator=generator())
+    assert two.value == pytest.approx((3.5 / 6 + 1) / 2)
+    assert two.interval is not None
+    assert 0.5 <= two.interval.low < two.value < two.interval.high <= 1
+    with pytest.raises(ValueError, match="cannot be compared"):
+        probability_of_improvement([ours], [theirs, theirs], generator=generator())
+
+
+class TestAgainstRliable:
+    """On scores of 10 runs of 3 tasks, the point estimates are equal and the intervals agree to the resampling."""
+
+    @pytest.fixture
+    def scores(self) -> np.ndarray:
+        return np.random.default_rng(0).gamma(2.0, 1.0, (10, 3)) * [1, 5, 20]
+
+    @pytest.fixture
+    def library(self):
+        try:
+            from rliable import library
+        except Exception as error:  # rliable 1.2 imports an arch that pandas 3 breaks with a TypeError
+            pytest.skip(f"rliable cannot be imported ({error}); pip install rliable 'pandas<3' to compare with it")
+        return library
+
+    def test_interquartile_mean(self, scores, library):
+        from rliable import metrics
+
+        np.random.seed(0)  # noqa: NPY002 (rliable draws from the global generator)
+        points, intervals = library.get_interval_estimates(
+            {"a": scores}, lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_mean(x)]), reps=20_000
+        )
+        for index, aggregate in enumerate([interquartile_mean, np.mean]):
+            found = estimate(list(scores.T), aggregate, generator=generator(), resamples=20_000)
+            low, high = intervals["a"][:, index]
+            assert found.value == pytest.approx(points["a"][index], rel=1e-12)
+            assert found.interval is not None
+            np.testing.assert_allclose([found.interval.low, found.interval.high], [low, high], atol=0.03 * (high - low))
+
+    def test_probability_of_improvement(self, scores, library):
+        from rliable import metrics
+
+        other = np.random.default_rng(1).gamma(2.0, 1.2, (7, 3)) * [1, 5, 20]
+        np.random.seed(0)  # noqa: NPY002
+        points, intervals = library.get_interval_estimates(
+            {"a,b": (scores, other)}, metrics.probability_of_improvement, reps=5000
+        )
+        found = probability_of_improvement(list(scores.T), list(other.T), generator=generator(), resamples=5000)
+        assert found.value == pytest.approx(float(points["a,b"]), rel=1e-12)
+        assert found.interval is not None
+        np.testing.assert_allclose([found.interval.low, found.interval.high], intervals["a,b"].ravel(), atol=0.02)
