@@ -7,6 +7,7 @@ the domain does not call for. Episodes are read one at a time, straight out of t
 import contextlib
 import io
 import math
+import textwrap
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -72,7 +73,7 @@ class Archive:
         except UserError as error:
             raise UserError(f"{self.source}: {member.path} {error}") from error
         except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = textwrap.shorten(str(error) or type(error).__name__, 100)
             raise UserError(
                 f"{self.source}: {member.path} cannot be read, it is damaged or cut short ({reason}): "
                 "download or record it again"
@@ -128,8 +129,12 @@ def _open_zip(source: Path) -> zipfile.ZipFile:
     if not source.exists():
         raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
     try:
-        _refuse_cut_zip(source)
-        return zipfile.ZipFile(source)
+        listed = _entries_promised(source)
+        archive = zipfile.ZipFile(source)
+        if listed not in (len(archive.namelist()), 0xFFFF):
+            archive.close()
+            raise zipfile.BadZipFile
+        return archive
     except OSError as error:
         raise UserError(f"{source}: cannot be opened ({error.strerror or error})") from error
     except Exception as error:  # a damaged directory of names: see Archive.read
@@ -138,10 +143,10 @@ def _open_zip(source: Path) -> zipfile.ZipFile:
         ) from error
 
 
-def _refuse_cut_zip(source: Path) -> None:
-    """Raises BadZipFile unless the file ends where its directory of names says that it ends.
+def _entries_promised(source: Path) -> int:
+    """The number of entries by the record that ends a zip file, 0xFFFF if it is more; BadZipFile if none ends it.
 
-    zipfile searches for that directory backwards. In an archive that was cut short it would find the one of the last
+    zipfile searches for that record backwards. In an archive that was cut short it would find the one of the last
     episode that arrived, which is a zip file too, and take it for the archive's.
     """
     with source.open("rb") as file:
@@ -150,6 +155,7 @@ def _refuse_cut_zip(source: Path) -> None:
     end = tail.rfind(b"PK\x05\x06")
     if end < 0 or len(tail) - end < 22 or len(tail) - end - 22 != int.from_bytes(tail[end + 20 : end + 22], "little"):
         raise zipfile.BadZipFile
+    return int.from_bytes(tail[end + 10 : end + 12], "little")
 
 
 def _episodes_among(paths: Sequence[str], source: Path, domain: Domain) -> tuple[Member, ...]:

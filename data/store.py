@@ -134,7 +134,7 @@ class EpisodeStore:
     def verify(self) -> None:
         """Reads the whole file and compares it with its checksums; a UserError names the array that differs."""
         for key, array in self.arrays.items():
-            if hashlib.sha256(array).hexdigest() != self._sha256[key]:
+            if hashlib.sha256(array.data).hexdigest() != self._sha256[key]:
                 raise UserError(f"{self.path}: {key} is damaged (its sha256 differs): import the archive again")
         if content_fingerprint(self.domain, self.lengths, self._sha256) != self.fingerprint:
             raise UserError(f"{self.path}: the fingerprint is not that of the content: import the archive again")
@@ -174,7 +174,7 @@ def _refuse_foreign(file: h5py.File) -> None:
 def _read_checked(dataset: h5py.Dataset) -> np.ndarray:
     """A small array, read at once and compared with its checksum; the large ones wait for `verify`."""
     array = dataset[:]
-    if hashlib.sha256(array).hexdigest() != dataset.attrs["sha256"]:
+    if hashlib.sha256(array.data).hexdigest() != dataset.attrs["sha256"]:
         raise UserError(f"{dataset.name} is damaged (its sha256 differs): import the archive again")
     return array
 

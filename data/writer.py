@@ -88,10 +88,12 @@ class StoreWriter:
         self._starts = np.concatenate([[0], np.cumsum(self._lengths + 1)])
         self._columns = recorded_columns(domain_named(domain))
         self._columns |= {reward_key(task): Column(1, np.dtype("<f4")) for task in tasks}
+        row_bytes = sum(column.width * column.dtype.itemsize for column in self._columns.values())
+        self._size = int(self._starts[-1]) * row_bytes + (8 + 4 * len(tasks)) * len(self._starts) + 2**16
         self._hashes = {key: hashlib.sha256() for key in self._columns}
         self._returns: dict[str, list[float]] = {task: [] for task in tasks}
         self._written = 0
-        with _cannot_write(path):
+        with _cannot_write(path, self._size):
             self._places = self._lay_out(source)
 
     def append(self, episode: Episode) -> None:
@@ -105,7 +107,7 @@ class StoreWriter:
             place = self._places[key] + int(self._starts[self._written]) * column.width * column.dtype.itemsize
             with _cannot_write(self._path):
                 _write_all(self._descriptor, array, place)
-            self._hashes[key].update(array)
+            self._hashes[key].update(array.data)
         for task in self._tasks:
             self._returns[task].append(float(episode[reward_key(task)].sum(dtype=np.float64)))
         self._written += 1
@@ -138,9 +140,8 @@ class StoreWriter:
     def _lay_out(self, source: str) -> dict[str, int]:
         """Creates the file with every array in place but empty; returns the byte offset of each large array."""
         rows = int(self._starts[-1])
-        size = rows * sum(column.width * column.dtype.itemsize for column in self._columns.values())
         # Tried before HDF5 does the same, because HDF5 does not say why it could not write.
-        _reserve(self._descriptor, size + 2**16)
+        _reserve(self._descriptor, self._size)
         # This generation of HDF5's format has checksums on all it writes itself, so damage there is always noticed.
         with h5py.File(
             _partial(self._path),
@@ -160,7 +161,7 @@ class StoreWriter:
             for key, column in self._columns.items():
                 shape = (rows, column.width) if key in self._recorded else (rows,)
                 places[key] = _allocate(file, self._dataset_name(key), shape, column.dtype).id.get_offset()
-        _reserve(self._descriptor, size + 2**16)
+        _reserve(self._descriptor, self._size)
         return places
 
 
@@ -179,11 +180,11 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtyp
 
 def _fill(dataset: h5py.Dataset, array: np.ndarray) -> None:
     dataset[...] = array
-    dataset.attrs["sha256"] = hashlib.sha256(array).hexdigest()
+    dataset.attrs["sha256"] = hashlib.sha256(array.data).hexdigest()
 
 
 def _write_all(descriptor: int, array: np.ndarray, place: int) -> None:
-    view = memoryview(array).cast("B")
+    view = array.data.cast("B")
     while view:
         written = os.pwrite(descriptor, view, place)
         view, place = view[written:], place + written
@@ -220,18 +221,19 @@ def _open_alone(partial: Path, path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _cannot_write(path: Path) -> Iterator[None]:
-    """Turns failed writes into one line that says what the user can do."""
+def _cannot_write(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turns failed writes, of `size` bytes where known, into one line that says what the user can do."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # RuntimeError: HDF5, which gives the error number only in its text
         in_text = re.search(r"errno = (\d+)", str(error))
         code = int(in_text[1]) if in_text else getattr(error, "errno", None)
         if code in DISK_FULL:
-            free = shutil.disk_usage(path.parent).free
+            free = f"{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free in {path.parent}"
+            needed = f"{size / 1e6:,.1f} MB are needed, " if size else ""
             raise UserError(
-                f"{path}: the disk, a quota or a limit on file size is full ({free / 1e6:,.1f} MB are free in "
-                f"{path.parent}): free some space or write elsewhere"
+                f"{path}: the disk, a quota or a limit on file size is full ({needed}{free}): "
+                "free some space or write elsewhere"
             ) from error
         reason = os.strerror(code) if code else " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({reason}): check the folder or choose another") from error

@@ -1,12 +1,16 @@
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ringrl.data.exorl import save_episode
-from ringrl.envs import make
+from ringrl.data.schema import recorded_columns, reward_key
+from ringrl.data.store import EpisodeStore
+from ringrl.data.writer import create_store
+from ringrl.envs import DOMAINS, make
 
 # Sorting by name would put the second before the first.
 EPISODE_NUMBERS = (999_999, 1_000_000, 1_000_002)
@@ -62,3 +66,46 @@ def exorl_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no ExoRL archives at {folder}: set RINGRL_EXORL to a folder of {{domain}}/{{algo}}.zip")
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_episode() -> Callable[[str, int, int], dict[str, np.ndarray]]:
+    """(domain, length, seed) -> an episode of random numbers of the domain's widths, with no physics behind it."""
+
+    def make_episode(domain: str, length: int, seed: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(seed)
+        episode = {
+            key: random.normal(size=(length + 1, column.width)).astype(column.dtype)
+            for key, column in recorded_columns(DOMAINS[domain]).items()
+        }
+        rewards = {reward_key(task): random.random(length + 1).astype(np.float32) for task in DOMAINS[domain].tasks}
+        return episode | rewards
+
+    return make_episode
+
+
+@pytest.fixture(scope="session")
+def write_store() -> Callable[..., EpisodeStore]:
+    """(path, domain, episodes, **keywords of create_store) -> the store, with rewards for all tasks of the domain."""
+
+    def write(path: Path, domain: str, episodes: list[dict[str, np.ndarray]], **keywords) -> EpisodeStore:
+        lengths = [len(episode["observation"]) - 1 for episode in episodes]
+        tasks = DOMAINS[domain].tasks
+        with create_store(path, domain, tasks, lengths, source="made/up.zip", **keywords) as writer:
+            for episode in episodes:
+                writer.append(episode)
+        return EpisodeStore(path)
+
+    return write
+
+
+@pytest.fixture
+def episodes(random_episode) -> list[dict[str, np.ndarray]]:
+    """Three random cartpole episodes of 50, 7 and 1 steps."""
+    return [random_episode("cartpole", length, seed) for seed, length in enumerate([50, 7, 1])]
+
+
+@pytest.fixture
+def store(tmp_path, episodes, write_store) -> EpisodeStore:
+    """A store of `episodes`."""
+    return write_store(tmp_path / "cartpole.h5", "cartpole", episodes)

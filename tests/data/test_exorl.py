@@ -102,6 +102,15 @@ def test_zip_cut_short(tmp_path, cartpole_zip):
         assert reason in refusal(tmp_path / "a.zip")
 
 
+def test_directory_that_lost_entries(tmp_path, cartpole_zip):
+    content = bytearray(cartpole_zip.read_bytes())
+    first = content.index(b"PK\x01\x02")
+    (name_length,) = struct.unpack_from("<H", content, first + 28)
+    struct.pack_into("<H", content, first + 32, 46 + name_length)  # the next entry becomes the first one's comment
+    (tmp_path / "a.zip").write_bytes(content)
+    assert "cut short" in refusal(tmp_path / "a.zip")
+
+
 def test_zip_with_a_comment(tmp_path, cartpole_zip):
     path = tmp_path / "a.zip"
     path.write_bytes(cartpole_zip.read_bytes())

@@ -1,0 +1,243 @@
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringrl.data.schema import recorded_columns, reward_key
+from ringrl.data.store import EpisodeStore
+from ringrl.envs import DOMAINS
+from ringrl.errors import UserError
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    domain=st.sampled_from(sorted(DOMAINS)),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    seed=st.integers(0, 2**32),
+)
+def test_what_is_written_is_read(domain, lengths, seed, write_store, random_episode):
+    episodes = [random_episode(domain, length, seed + i) for i, length in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = write_store(Path(folder) / "store.h5", domain, episodes)
+        assert (store.domain, store.tasks) == (domain, DOMAINS[domain].tasks)
+        assert store.lengths.tolist() == lengths
+        assert (store.num_episodes, store.num_steps) == (len(lengths), sum(lengths))
+        for i, episode in enumerate(episodes):
+            read = store.episode(i)
+            assert sorted(read) == sorted(episode)
+            for key, array in read.items():
+                np.testing.assert_array_equal(array, episode[key], strict=True)
+        for task in store.tasks:
+            expected = [episode[reward_key(task)].astype(np.float64).sum() for episode in episodes]
+            np.testing.assert_allclose(store.returns(task), expected, rtol=1e-6)
+        store.verify()
+        del store
+
+
+def test_description(store):
+    assert (store.observation_size, store.action_size) == (5, 1)
+    assert store.source == "made/up.zip"
+    assert store.created_by.startswith("ringrl ")
+    assert store.recorded_task is None
+    assert len(store.fingerprint) == 64
+
+
+def test_episodes_are_read_only_views_of_the_file(store):
+    first, again = store.episode(0), store.episode(0)
+    for key, array in first.items():
+        assert not array.flags.writeable
+        assert array.flags.c_contiguous
+        assert array.flags.aligned
+        assert array.base is not None
+        assert np.shares_memory(array, again[key])
+    with pytest.raises(ValueError, match="read-only"):
+        first["observation"][0] = 0
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_episode_out_of_range(store, index):
+    with pytest.raises(IndexError, match="of a store of 3"):
+        store.episode(index)
+
+
+def test_reward_of_another_domains_task(store):
+    with pytest.raises(UserError, match=r"a store of cartpole has no rewards for walker_walk: choose cartpole_balance"):
+        store.returns("walker_walk")
+
+
+def test_fingerprint_follows_the_recorded_content_only(tmp_path, store, episodes, write_store):
+    def fingerprint(changed: list[dict[str, np.ndarray]]) -> str:
+        return write_store(tmp_path / "other.h5", "cartpole", changed, overwrite=True).fingerprint
+
+    assert fingerprint(episodes) == store.fingerprint
+    assert fingerprint(episodes[::-1]) != store.fingerprint
+    assert fingerprint(episodes[:2]) != store.fingerprint
+    for key in recorded_columns(DOMAINS["cartpole"]):
+        touched = episodes[1][key].copy()
+        touched[3, 0] = np.nextafter(touched[3, 0], np.inf)
+        assert fingerprint([episodes[0], episodes[1] | {key: touched}, episodes[2]]) != store.fingerprint
+    relabelled = episodes[1] | {"reward/cartpole_balance": episodes[1]["reward/cartpole_balance"] * 0}
+    assert fingerprint([episodes[0], relabelled, episodes[2]]) == store.fingerprint
+
+
+def test_other_processes_read_the_same_store(store, episodes):
+    assert len(pickle.dumps(store)) < 1_000
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for read, episode in zip(pool.map(EpisodeStore.episode, [store] * 3, range(3)), episodes, strict=True):
+            np.testing.assert_equal(read, {key: episode[key] for key in read})
+
+
+def test_a_replaced_store_stays_readable_to_those_who_have_it_open(tmp_path, store, episodes, write_store):
+    before = store.episode(0)["physics"].copy()
+    write_store(store.path, "cartpole", episodes[1:], overwrite=True)
+    np.testing.assert_array_equal(store.episode(0)["physics"], before)
+    assert EpisodeStore(store.path).num_episodes == 2
+
+
+def test_reading_an_episode_is_much_faster_than_npz(tmp_path, write_store, random_episode):
+    episode = random_episode("walker", 1000, 0)
+    store = write_store(tmp_path / "walker.h5", "walker", [episode] * 20)
+    np.savez_compressed(tmp_path / "episode.npz", allow_pickle=False, **episode)
+
+    def best_seconds(read: Callable[[], object], repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            read()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def read_npz() -> None:
+        with np.load(tmp_path / "episode.npz", allow_pickle=False) as npz:
+            dict(npz)
+
+    assert 20 * best_seconds(lambda: store.episode(7), 100) < best_seconds(read_npz, 5)
+
+
+# What is no store
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        EpisodeStore(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+def changed(store: EpisodeStore, change) -> Path:
+    """A copy of a store's file with a change made through HDF5."""
+    path = store.path.with_name("changed.h5")
+    shutil.copy(store.path, path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
+def test_missing_file(tmp_path):
+    assert "no such file" in refusal(tmp_path / "absent.h5")
+    assert "no such file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not hdf5 at all", b"\x89HDF\r\n\x1a\n" + bytes(500)])
+def test_not_hdf5(tmp_path, content):
+    (tmp_path / "a.h5").write_bytes(content)
+    assert "not an episode store, or damaged" in refusal(tmp_path / "a.h5")
+
+
+def test_foreign_hdf5(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["observations"] = np.zeros(3)
+    assert "not an episode store" in refusal(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99, 0.99999])
+def test_store_cut_short(tmp_path, store, share):
+    content = store.path.read_bytes()
+    (tmp_path / "a.h5").write_bytes(content[: int(len(content) * share)])
+    assert "cut short" in refusal(tmp_path / "a.h5")
+
+
+def test_newer_format(store):
+    path = changed(store, lambda file: file.attrs.update({"format_version": 99, "created_by": "ringrl 9.0"}))
+    assert "written in format 99 by ringrl 9.0" in refusal(path)
+    assert "update ringrl" in refusal(path)
+
+
+def test_unfinished(store):
+    assert "never finished" in refusal(changed(store, lambda file: file.attrs.update({"complete": False})))
+
+
+def test_unknown_domain(store):
+    assert "unknown domain 'dog'" in refusal(changed(store, lambda file: file.attrs.update({"domain": "dog"})))
+
+
+@pytest.mark.parametrize("name", ["steps/physics", "rewards/cartpole_swingup", "returns/cartpole_balance", "episodes"])
+def test_missing_dataset(store, name):
+    assert "damaged" in refusal(changed(store, lambda file: file.__delitem__(name)))
+
+
+@pytest.mark.parametrize("layout", [{"chunks": (8, 5)}, {"compression": "gzip"}, {"dtype": "f8"}])
+def test_dataset_of_another_layout(store, layout):
+    def replace(file: h5py.File) -> None:
+        old = file["steps/observation"]
+        values, digest = old[:], old.attrs["sha256"]
+        del file["steps/observation"]
+        new = file.create_dataset("steps/observation", data=values.astype(layout.get("dtype", "f4")), **layout)
+        new.attrs["sha256"] = digest
+
+    assert "damaged" in refusal(changed(store, replace))
+
+
+def test_store_of_another_width(store):
+    assert "observation is float32 (61, 5), expected float32 (61, 24)" in refusal(
+        changed(store, lambda file: file.attrs.update({"domain": "walker"}))
+    )
+
+
+@pytest.mark.parametrize("name", ["episodes/offset", "returns/cartpole_balance"])
+def test_damaged_numbers_are_noticed_at_once(store, name):
+    def damage(file: h5py.File) -> None:
+        file[name][1] += 1
+
+    assert f"/{name} is damaged" in refusal(changed(store, damage))
+
+
+@pytest.mark.parametrize("name", ["steps/physics", "rewards/cartpole_swingup"])
+def test_damaged_steps_are_noticed_by_verify(store, name):
+    def damage(file: h5py.File) -> None:
+        file[name][5] = 0.123
+
+    damaged = EpisodeStore(changed(store, damage))
+    with pytest.raises(UserError, match=r"changed\.h5: (physics|reward/cartpole_swingup) is damaged"):
+        damaged.verify()
+
+
+def test_every_damaged_byte_of_the_description_is_refused_or_harmless(tmp_path, store):
+    content = store.path.read_bytes()
+    random = np.random.default_rng(0)
+    whole = [store.episode(i) for i in range(3)]
+    for place in random.integers(0, len(content), 200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(random.integers(8))
+        (tmp_path / "a.h5").write_bytes(damaged)
+        try:
+            other = EpisodeStore(tmp_path / "a.h5")
+            other.verify()
+        except UserError as error:
+            assert "a.h5" in str(error)  # noqa: PT017
+        else:
+            for i, episode in enumerate(whole):
+                for key, array in other.episode(i).items():
+                    np.testing.assert_array_equal(array, episode[key])
