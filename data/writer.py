@@ -14,12 +14,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from ringrl import __version__
 from ringrl.data.schema import Column, Episode, recorded_columns, reward_key
 from ringrl.data.store import FORMAT, FORMAT_VERSION, content_fingerprint
 from ringrl.envs import domain_named
@@ -153,7 +153,7 @@ class StoreWriter:
         ) as file:
             file.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "complete": False})
             file.attrs.update({"domain": self._domain, "tasks": json.dumps(self._tasks), "source": source})
-            file.attrs["created_by"] = f"ringrl {version('ringrl')}"
+            file.attrs["created_by"] = f"ringrl {__version__}"
             _fill(_allocate(file, "episodes/offset", (len(self._starts),), np.dtype("<i8")), self._starts)
             for task in self._tasks:
                 _allocate(file, f"returns/{task}", (len(self._lengths),), np.dtype("<f4"))
