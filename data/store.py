@@ -30,8 +30,8 @@ FORMAT_VERSION = 1
 class EpisodeStore:
     """All episodes of one imported dataset, relabelled for every task of its domain.
 
-    Opening reads the description (about a millisecond per thousand episodes) and maps the file; `episode(i)` gives
-    views of the map, so memory does not grow with the dataset. Any number of readers, threads and processes may use
+    Opening reads the description and the returns and maps the file; `episode(i)` gives views of the map, so memory
+    does not grow with the steps of the dataset. Any number of readers, threads and processes may use
     one file: it never changes once it has its name. A pickled store opens the file again where it is unpickled.
 
     Raises UserError, naming the file, if it is not a whole store of a known format and domain.
@@ -78,7 +78,7 @@ class EpisodeStore:
             mapped = np.memmap(self.path, mode="r")
             self.arrays = {key: _view(mapped, dataset) for key, dataset in self._datasets(file).items()}
         self._check_shapes()
-        self._starts: list[int] = self.offsets.tolist()  # Python integers slice twice as fast as numpy's
+        self._starts: list[int] = self.offsets.tolist()  # slicing by Python integers is faster
 
     def _datasets(self, file: h5py.File) -> dict[str, h5py.Dataset]:
         recorded = {key: file[f"steps/{key}"] for key in recorded_columns(domain_named(self.domain))}
@@ -176,6 +176,7 @@ def _read_checked(dataset: h5py.Dataset) -> np.ndarray:
     array = dataset[:]
     if hashlib.sha256(array.data).hexdigest() != dataset.attrs["sha256"]:
         raise UserError(f"{dataset.name} is damaged (its sha256 differs): import the archive again")
+    array.flags.writeable = False
     return array
 
 

@@ -62,6 +62,8 @@ def test_episodes_are_read_only_views_of_the_file(store):
         assert np.shares_memory(array, again[key])
     with pytest.raises(ValueError, match="read-only"):
         first["observation"][0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        store.returns("cartpole_swingup")[0] = 0
 
 
 @pytest.mark.parametrize("index", [-1, 3])
