@@ -52,8 +52,8 @@ def _quiet() -> Iterator[None]:
 class Simulation(ABC):
     """One MuJoCo model and its state, stepped and read without dm_control's overhead, with dm_control's results.
 
-    A simulation belongs to one thread. A domain gives the model (`build`), the start of an episode (`start`) and how
-    to read the state (`observation`, `sensors`); the reward is its module's function `reward`.
+    A simulation belongs to one thread. A domain gives the model (`build`), the start of an episode (`start`), how to
+    read the state (`observation`, `sensors`) and the rewards of all its tasks (`reward`).
 
     Attributes:
         task: full task name.
