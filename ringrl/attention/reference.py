@@ -1,0 +1,33 @@
+"""The O(S^2) oracle: the definition of attention, in the dtype it is given, for tests and small checks."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ringrl.attention.mask import Rule, Side, visible
+
+
+def reference_attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    queries: Side,
+    keys: Side,
+    *,
+    rule: Rule,
+    scale: float,
+    logits_soft_cap: float | None = None,
+) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]]:
+    """Output and log-sum-exp with every logit in memory; differentiable by JAX itself, float64 under x64."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    s = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if logits_soft_cap is not None:
+        s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    mask = visible(rule, queries, keys)[:, None]
+    sees_some = mask.any(-1, keepdims=True)
+    s = jnp.where(mask, s, jnp.where(sees_some, -jnp.inf, 0.0))  # keep the softmax of empty rows finite
+    lse = jax.nn.logsumexp(s, axis=-1)
+    p = jnp.where(mask, jnp.exp(s - lse[..., None]), 0.0)
+    lse = jnp.where(sees_some[..., 0], lse, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", p, v), jnp.swapaxes(lse, 1, 2)

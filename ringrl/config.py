@@ -1,0 +1,141 @@
+"""Every knob of RingRL: frozen data, checked where it enters. Presets are YAML files in configs/."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from ringrl.errors import UserError
+
+
+class Section(pydantic.BaseModel):
+    """A group of settings: immutable, unknown names refused, docstrings shown by --help."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ContextConfig(Section):
+    """How trajectories are put together into one context."""
+
+    trajectories: int = Field(4, ge=1)
+    """Trajectories per context."""
+    order: Literal["ascending", "history", "random"] = "ascending"
+    """Order in the context: by return (chain of hindsight), as collected, or random."""
+    target: Literal["best", "own"] = "best"
+    """Return that each trajectory's return-to-go starts from: the best of its context, or its own."""
+    sampling: Literal["uniform", "return_stratified"] = "uniform"
+    """Which trajectories are drawn: all alike, or ten equal ranges of return alike."""
+    best_fraction: float = Field(1.0, gt=0, le=1)
+    """Use only this fraction of the episodes, those of highest return (0.1 with behaviour cloning: BC-10%)."""
+
+
+class ModelConfig(Section):
+    """What maps a context to actions."""
+
+    kind: Literal["transformer", "behaviour_cloning"] = "transformer"
+    """The Agentic Transformer, or a feed-forward policy that sees the present observation only."""
+    token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
+    """Tokens per timestep: at5 (R,s,a,r,d), ring4 (R,s,a,r), dt3 (R,s,a), fused1 (all in one token)."""
+    action_head: Literal["mse", "gaussian"] = "mse"
+    """Squared error on tanh actions, or a gaussian with state-dependent width."""
+    loss_on: Literal["all", "last"] = "all"
+    """Imitate every trajectory of the context, or only the last (best) one."""
+    layers: int = Field(3, ge=1)
+    """Transformer blocks (hidden layers for behaviour cloning)."""
+    width: int = Field(128, ge=8)
+    """Features per token."""
+    heads: int = Field(2, ge=1)
+    """Query heads; they divide the width."""
+    kv_heads: int = Field(1, ge=1)
+    """Key and value heads; they divide the query heads."""
+    feed_forward: int = Field(4, ge=1)
+    """Width of the feed-forward layer as a multiple of the width."""
+    timestep_embedding: bool = False
+    """Add a learned embedding of the timestep within the episode."""
+    trajectory_embedding: bool = False
+    """Add a learned embedding of the trajectory's index in the context."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Computation; parameters are float32 always."""
+
+    @pydantic.model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"heads: {self.heads} heads do not split a width of {self.width} into even parts")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: {self.kv_heads} do not divide {self.heads} heads")
+        return self
+
+
+class OptimiserConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimiser steps in all."""
+    batch_size: int = Field(4, ge=1)
+    """Contexts per step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    final_learning_rate: float = Field(0.0, ge=0)
+    """Learning rate at the last step, as a fraction of the peak."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW's decoupled weight decay (matrices only)."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    beta2: float = Field(0.98, gt=0, lt=1)
+    """AdamW's decay of the squared gradients."""
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    data: Path
+    """Dataset: a RingRL store (.h5), made by `ringrl data import`."""
+    task: str
+    """Task whose reward is learned, for example walker_walk."""
+    run: Path
+    """Folder of the run: configuration, metrics, checkpoints, evaluations."""
+    seed: int = Field(0, ge=0)
+    """Seed of parameters and of the order of the data."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    context: ContextConfig = ContextConfig()
+    """How trajectories are put together."""
+    model: ModelConfig = ModelConfig()
+    """What maps a context to actions."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """AdamW."""
+
+
+def one_line(error: pydantic.ValidationError) -> str:
+    """What is wrong with which setting, as one line."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'configuration'}: {problem['msg']}"
+        for problem in error.errors()
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; UserError names the file when it is missing, not YAML or not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return dict(values)
+
+
+def to_yaml(section: Section) -> str:
+    """The configuration as YAML, in the order of its fields."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)

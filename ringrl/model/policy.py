@@ -1,0 +1,112 @@
+"""Policies: context -> actions. All offer loss(context), reset(batch, capacity) and act(previous, current, memory)."""
+
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from ringrl.config import ModelConfig
+from ringrl.context import Context
+from ringrl.model.cache import KVCache
+from ringrl.model.heads import make_head
+from ringrl.model.tokens import TokenEmbedding
+from ringrl.model.transformer import Transformer
+
+
+def _mean_loss(loss: jax.Array, context: Context, loss_on: str) -> jax.Array:
+    """Mean over all steps, or over those of the last trajectory of each context."""
+    if loss_on == "all":
+        return loss.mean()
+    trajectory = jnp.asarray(context.trajectory)
+    weight = trajectory == trajectory.max(1, keepdims=True)
+    return (loss * weight).sum() / weight.sum()
+
+
+class AgenticTransformer(nnx.Module):
+    """Chain of hindsight over trajectories (Liu & Abbeel, 2305.16554)."""
+
+    def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
+        self.loss_on = config.loss_on
+        self.embedding = TokenEmbedding(config, observation_size, action_size, rngs)
+        self.transformer = Transformer(config, rngs)
+        self.head = make_head(config, action_size, rngs)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that a timestep takes of the context."""
+        return self.embedding.token_set.size
+
+    def features(self, context: Context) -> Float[Array, "batch time width"]:
+        """What the model knows at each state token."""
+        x = self.transformer(self.embedding(context))
+        token_set = self.embedding.token_set
+        return x[:, len(token_set.before) - 1 :: token_set.size]
+
+    def loss(self, context: Context) -> Float32[Array, ""]:
+        """Mean imitation loss of the context's actions."""
+        return _mean_loss(self.head.loss(self.features(context), jnp.asarray(context.action)), context, self.loss_on)
+
+    def actions(self, context: Context) -> Float32[Array, "batch time action"]:
+        """The action at every step, given the context up to it."""
+        return self.head.mode(self.features(context))
+
+    def reset(self, batch: int, capacity: int) -> KVCache:
+        """Memory of nothing, with room for `capacity` tokens."""
+        return self.transformer.empty_cache(batch, capacity)
+
+    def act(
+        self, previous: Context | None, current: Context, memory: KVCache
+    ) -> tuple[Float32[Array, "batch action"], KVCache]:
+        """The action of one more step; equals `actions` on the whole context so far."""
+        x, memory = self.transformer.decode(self.embedding.decode(previous, current), memory)
+        return self.head.mode(x[:, -1]), memory
+
+
+class BehaviourCloning(nnx.Module):
+    """A feed-forward policy of the present observation: the same data and training loop, no context, no target."""
+
+    tokens_per_step = 1
+
+    def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
+        sizes = [observation_size] + [config.width] * config.layers
+        self.loss_on = config.loss_on
+        dtype = jnp.dtype(config.dtype)
+        self.layers = nnx.List([nnx.Linear(a, b, dtype=dtype, rngs=rngs) for a, b in pairwise(sizes)])
+        self.norms = nnx.List([nnx.LayerNorm(b, rngs=rngs) for b in sizes[1:]])
+        self.head = make_head(config, action_size, rngs)
+
+    def features(self, context: Context) -> Float[Array, "batch time width"]:
+        """Features of each step's observation."""
+        x = jnp.asarray(context.observation)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = jax.nn.gelu(norm(layer(x)))
+        return x
+
+    def loss(self, context: Context) -> Float32[Array, ""]:
+        """Mean imitation loss of the context's actions."""
+        return _mean_loss(self.head.loss(self.features(context), jnp.asarray(context.action)), context, self.loss_on)
+
+    def actions(self, context: Context) -> Float32[Array, "batch time action"]:
+        """The action at every step."""
+        return self.head.mode(self.features(context))
+
+    def reset(self, batch: int, capacity: int) -> None:
+        """There is nothing to remember."""
+
+    def act(
+        self, previous: Context | None, current: Context, memory: None
+    ) -> tuple[Float32[Array, "batch action"], None]:
+        """The action of one more step."""
+        return self.actions(current)[:, -1], memory
+
+
+Policy = AgenticTransformer | BehaviourCloning
+
+
+def make_policy(config: ModelConfig, observation_size: int, action_size: int, seed: int) -> Policy:
+    """The policy that the configuration names, with parameters drawn from the seed."""
+    kind: Any = {"transformer": AgenticTransformer, "behaviour_cloning": BehaviourCloning}[config.kind]
+    return kind(config, observation_size, action_size, nnx.Rngs(params=seed))

@@ -1,0 +1,118 @@
+"""Token sets: how a timestep becomes tokens.
+
+    at5    R s a r d     return-to-go, state, action, reward, completion (Agentic Transformer, 2305.16554)
+    ring4  R s a r       (Ring Attention's experiment, 2310.01889)
+    dt3    R s a         (Decision Transformer, 2106.01345)
+    fused1 one token     R and s of this step with a, r and d of the step before
+
+The action of a step is read at its state token (the last token known before acting). A timestep's tokens thus fall
+into those known before acting and those known after it; cached decoding appends the latter of the step before and the
+former of this one in one call.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from ringrl.config import ModelConfig
+from ringrl.context import Array, Context
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSet:
+    """Kinds of tokens of one timestep, in order."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Tokens per timestep."""
+        return len(self.before) + len(self.after)
+
+
+TOKEN_SETS = {
+    "at5": TokenSet(("return_to_go", "observation"), ("action", "reward", "completion")),
+    "ring4": TokenSet(("return_to_go", "observation"), ("action", "reward")),
+    "dt3": TokenSet(("return_to_go", "observation"), ("action",)),
+    "fused1": TokenSet(("fused",), ()),
+}
+
+
+def _features(context: Context, kind: str) -> jax.Array:
+    """(B, T, features) of one kind of token."""
+    x = jnp.asarray(getattr(context, kind))
+    return x[..., None] if x.ndim == 2 else x
+
+
+def _shift(x: Array) -> jax.Array:
+    """The value of the step before; zero before the first step."""
+    return jnp.pad(x, ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))[:, :-1]
+
+
+class TokenEmbedding(nnx.Module):
+    """Embeds the timesteps of a context as tokens of the model's width."""
+
+    MAX_TIMESTEPS, MAX_TRAJECTORIES = 1024, 1024
+
+    def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
+        self.token_set = TOKEN_SETS[config.token_set]
+        sizes = {"observation": observation_size, "action": action_size}
+        sizes |= {"return_to_go": 1, "reward": 1, "completion": 1}
+        sizes["fused"] = sum(sizes.values())
+        dtype = jnp.dtype(config.dtype)
+        self.linear = nnx.Dict(
+            {
+                kind: nnx.Linear(sizes[kind], config.width, dtype=dtype, rngs=rngs)
+                for kind in self.token_set.before + self.token_set.after
+            }
+        )
+        embed = lambda number: nnx.Embed(number, config.width, dtype=dtype, rngs=rngs)  # noqa: E731
+        self.timestep = embed(self.MAX_TIMESTEPS) if config.timestep_embedding else None
+        self.trajectory = embed(self.MAX_TRAJECTORIES) if config.trajectory_embedding else None
+
+    def __call__(self, context: Context) -> Float[jax.Array, "batch tokens width"]:
+        """All tokens of a context, (B, T * size, W)."""
+        previous = context._replace(
+            action=_shift(context.action), reward=_shift(context.reward), completion=_shift(context.completion)
+        )
+        tokens = jnp.concatenate([self._before(previous, context), self._after(context)], axis=2)
+        return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+
+    def decode(self, previous: Context | None, current: Context) -> Float[jax.Array, "batch new_tokens width"]:
+        """Tokens that one more step adds: what followed the step before (None at the first), then this step's own.
+
+        Both hold a single timestep; of `current` the action, reward and completion are not looked at.
+        """
+        if previous is None:
+            nothing = jax.tree.map(jnp.zeros_like, current)
+            return self._before(nothing, current)[:, 0]
+        return jnp.concatenate([self._after(previous), self._before(previous, current)], axis=2)[:, 0]
+
+    def _before(self, previous: Context, current: Context) -> jax.Array:
+        if self.token_set.before == ("fused",):
+            parts = [_features(current, kind) for kind in ("return_to_go", "observation")]
+            parts += [_features(previous, kind) for kind in ("action", "reward", "completion")]
+            tokens = [self.linear["fused"](jnp.concatenate(parts, axis=-1))]
+        else:
+            tokens = [self.linear[kind](_features(current, kind)) for kind in self.token_set.before]
+        return self._place(jnp.stack(tokens, axis=2), current)
+
+    def _after(self, step: Context) -> jax.Array:
+        tokens = [self.linear[kind](_features(step, kind)) for kind in self.token_set.after]
+        if not tokens:
+            batch, time = step.reward.shape
+            width = next(iter(self.linear.values())).out_features
+            return jnp.zeros((batch, time, 0, width), jnp.float32)
+        return self._place(jnp.stack(tokens, axis=2), step)
+
+    def _place(self, tokens: jax.Array, step: Context) -> jax.Array:
+        """Add what tells where the step stands, where the configuration asks for it."""
+        if self.timestep is not None:
+            tokens += self.timestep(step.timestep)[:, :, None]
+        if self.trajectory is not None:
+            tokens += self.trajectory(step.trajectory)[:, :, None]
+        return tokens

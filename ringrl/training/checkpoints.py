@@ -1,0 +1,141 @@
+"""Checkpoints of everything a run needs to go on, or to be evaluated, without its dataset. Arrays and JSON, no pickles."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pydantic
+from flax import nnx
+
+from ringrl.config import TrainConfig, one_line
+from ringrl.data.normalisation import Normalisation
+from ringrl.errors import UserError
+from ringrl.model import Policy, make_policy
+from ringrl.training.optimiser import make_optimiser
+from ringrl.training.step import TrainState, initial_state, with_params
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What a checkpoint says beside its arrays."""
+
+    config: TrainConfig
+    normalisation: Normalisation
+    observation_size: int
+    action_size: int
+    domain: str
+    data_fingerprint: str
+    best_return: float  # highest return of the task in the data: the target that a policy is asked for
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {
+            "config": self.config.model_dump(mode="json"),
+            "normalisation": self.normalisation.to_json(),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RunInfo":
+        """What `to_json` wrote."""
+        config = TrainConfig.model_validate(values["config"])
+        return cls(**values | {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])})
+
+    def make_policy(self) -> Policy:
+        """The run's policy as it was before training."""
+        return make_policy(self.config.model, self.observation_size, self.action_size, self.config.seed)
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last; each is written aside and renamed by orbax, so none is half-written."""
+
+    def __init__(self, run: Path, keep: int | None = None) -> None:
+        self.folder = run / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, info: RunInfo) -> None:
+        """Write the state in the background."""
+        arrays, values = ocp.args.StandardSave(state._asdict()), ocp.args.JsonSave(info.to_json())
+        self._manager.save(int(state.step), args=ocp.args.Composite(state=arrays, info=values))
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a checkpoint, shaped like `like`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"{self.folder / str(step)}: is damaged ({_brief(error)}); remove it to use an older one"
+            ) from error
+        return TrainState(**restored["state"])
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
+    """Step and description of a run's newest (or given) checkpoint.
+
+    Raises:
+      UserError: no such run, no checkpoint yet, no such step, or a description that is damaged.
+    """
+    folder = run / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{run}: holds no checkpoint; give the folder of a run made by `ringrl train --run`")
+    if step is not None and step not in steps:
+        raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    try:
+        return step, RunInfo.from_json(json.loads((folder / str(step) / "info" / "metadata").read_text()))
+    except pydantic.ValidationError as error:
+        raise UserError(
+            f"{folder / str(step)}: its configuration does not fit this version ({one_line(error)})"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / str(step)}: is damaged ({_brief(error)}); remove it to use an older one") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy with its trained parameters, ready to act."""
+
+    policy: Policy
+    info: RunInfo
+    step: int
+    parameter_hash: str  # sha256 over the parameters
+
+
+def load_policy(run: Path, step: int | None = None) -> TrainedPolicy:
+    """The policy of a run's newest (or given) checkpoint; UserError when there is none to use."""
+    step, info = read_info(run, step)
+    policy = info.make_policy()
+    checkpoints = Checkpoints(run)
+    state = checkpoints.restore(step, initial_state(policy, make_optimiser(info.config.optimiser)))
+    checkpoints.close()
+    digest = hashlib.sha256()
+    for path, array in jax.tree_util.tree_leaves_with_path(state.params):
+        digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())
+    graph, _ = nnx.split(policy, nnx.Param)
+    return TrainedPolicy(with_params(graph, state.params), info, step, digest.hexdigest())
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,31 @@
+"""AdamW with warm-up, cosine decay and gradient clipping."""
+
+import jax
+import optax
+
+from ringrl.config import OptimiserConfig
+
+
+def learning_rate(config: OptimiserConfig) -> optax.Schedule:
+    """Linear warm-up to the peak, then cosine decay to its final fraction at the last step."""
+    warmup = min(config.warmup_steps, config.steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=config.steps,
+        end_value=config.learning_rate * config.final_learning_rate,
+    )
+
+
+def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW; weight decay on matrices only."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim >= 2, params),
+        ),
+    )
