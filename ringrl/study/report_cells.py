@@ -1,0 +1,222 @@
+"""Records sorted into cells: one method on one task at one context length, with its returns per training seed."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from ringrl.errors import UserError
+from ringrl.evaluation.records import DATA, EvaluationRecord
+from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean, stream_metric
+
+BOOTSTRAP_SEED = 0
+RESAMPLES = 2000
+
+_NAMES = {
+    "random": "Random policy",
+    "bc": "Behaviour cloning",
+    "at": "Agentic Transformer",
+    "dt": "Decision Transformer",
+    "ad": "Algorithm Distillation",
+    DATA: "Dataset",
+}
+
+_CONTEXT_FREE = ("random", "bc")
+
+Streams = Float[np.ndarray, "streams episodes"]
+Runs = Float[np.ndarray, "seeds"]
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """A method as it is told apart in the report."""
+
+    method: str
+    token_set: str = ""
+    target_policy: str = ""
+    context_free: bool = False  # its returns are levels to compare with, not points of a curve
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The returns of one variant on one task, trained on `train` and rolled out for `test` trajectories per context."""
+
+    task: str
+    variant: Variant
+    train: int | None
+    test: int
+    streams: Mapping[int, Streams]  # training seed -> returns
+    control: Mapping[int, Streams] = field(default_factory=dict)  # the same with the memory wiped before each episode
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Training seeds, ascending."""
+        return tuple(sorted(self.streams))
+
+    @property
+    def episodes(self) -> int:
+        """Episodes over all seeds."""
+        return sum(returns.size for returns in self.streams.values())
+
+    def runs(self, metric: Metric = "mean") -> Runs:
+        """One score per training seed: the metric, averaged over the seed's streams."""
+        return _runs(self.streams, metric)
+
+    def control_runs(self, metric: Metric = "mean") -> Runs:
+        """The same of the control; empty when it was not measured."""
+        return _runs(self.control, metric)
+
+    def episode_runs(self) -> Float[np.ndarray, "seeds episodes"]:
+        """Per training seed the return of each in-context episode, averaged over streams."""
+        return np.stack([self.streams[seed].mean(0) for seed in self.seeds])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything a report is made from."""
+
+    cells: tuple[Cell, ...]
+    data: Mapping[str, Float[np.ndarray, "episodes"]]  # task -> returns of the dataset's episodes
+    records: tuple[EvaluationRecord, ...]  # those that count
+    superseded: int  # older records of what was measured again
+    unmatched: int  # control records without a rollout to compare with
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names, in alphabetical order."""
+        return tuple(sorted({cell.task for cell in self.cells} | set(self.data)))
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants for which context can matter."""
+        return tuple(sorted({cell.variant for cell in self.cells if not cell.variant.context_free}))
+
+    def cells_of(self, task: str, variant: Variant) -> list[Cell]:
+        """The cells of a variant on a task, by context length in training, then in the rollout."""
+        return [cell for cell in self.cells if (cell.task, cell.variant) == (task, variant)]
+
+    def references(self, task: str) -> list[Cell]:
+        """The cells without context on a task: random policy first, then by name."""
+        cells = [cell for cell in self.cells if cell.task == task and cell.variant.context_free]
+        return sorted(cells, key=lambda cell: (cell.variant.method != "random", cell.variant, cell.test))
+
+    def name(self, variant: Variant) -> str:
+        """A variant's name, with what else tells it apart from the report's other variants of the same method."""
+        others = [cell.variant for cell in self.cells if cell.variant.method == variant.method]
+        parts = [_NAMES.get(variant.method, variant.method)]
+        if len({other.token_set for other in others}) > 1:
+            parts.append(variant.token_set or "no token set")
+        if len({other.target_policy for other in others}) > 1:
+            parts.append(f"target {variant.target_policy or 'unknown'}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The points of one curve against context length."""
+
+    points: tuple[tuple[int, Cell], ...]  # context length, cell; ascending
+    trained_on: int | None = None  # set where one training length is rolled out at several
+
+
+def series_of(cells: Sequence[Cell]) -> list[Series]:
+    """Curves of one variant on one task.
+
+    Where every training length has one rollout length, the curve is over training lengths. Otherwise there is one curve
+    per training length, over rollout lengths.
+    """
+    by_training = defaultdict(list)
+    for cell in cells:
+        by_training[cell.train or 0].append(cell)
+    if all(len(group) == 1 for group in by_training.values()):
+        return [Series(tuple((train, group[0]) for train, group in sorted(by_training.items())))]
+    return [
+        Series(tuple(sorted(((cell.test, cell) for cell in group), key=lambda point: point[0])), trained_on=train)
+        for train, group in sorted(by_training.items())
+    ]
+
+
+def gather(records: Sequence[EvaluationRecord]) -> Grid:
+    """Sort records into cells. Of what was measured twice the newer record counts.
+
+    Raises:
+        UserError: one task has results of several datasets, whose returns mean different things.
+    """
+    latest: dict[tuple[object, ...], EvaluationRecord] = {}
+    for record in sorted(records, key=lambda record: record.created):
+        latest[_identity(record)] = record
+    _refuse_mixed_data(latest.values())
+    streams: dict[tuple[str, Variant, int | None, int], dict[bool, dict[int, list]]] = defaultdict(
+        lambda: {True: defaultdict(list), False: defaultdict(list)}
+    )
+    data: dict[str, list[float]] = defaultdict(list)
+    for record in latest.values():
+        if record.method == DATA:
+            data[record.task] += record.returns
+            continue
+        variant = _variant(record)
+        train = None if variant.context_free else record.train_trajectories
+        cell = streams[record.task, variant, train, record.test_trajectories]
+        cell[record.context or variant.context_free][record.seed].append(record.returns)
+    cells = [
+        Cell(task, variant, train, test, _stack(cell[True]), _stack(cell[False]))
+        for (task, variant, train, test), cell in streams.items()
+        if cell[True]
+    ]
+    alone = [run for cell in streams.values() if not cell[True] for run in cell[False].values()]
+    return Grid(
+        cells=tuple(sorted(cells, key=lambda cell: (cell.task, cell.variant, cell.train or 0, cell.test))),
+        data={task: np.array(returns) for task, returns in sorted(data.items())},
+        records=tuple(latest.values()),
+        superseded=len(records) - len(latest),
+        unmatched=sum(len(run) for run in alone),
+    )
+
+
+def summarise(*strata: Runs) -> Estimate:
+    """Interquartile mean and interval of the runs of one task or several; the same report gives the same numbers."""
+    return estimate(strata, generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)
+
+
+def middle(runs: Runs) -> float:
+    """The interquartile mean alone."""
+    return float(interquartile_mean(runs))
+
+
+def contrast(ours: Runs, theirs: Runs) -> Estimate:
+    """Difference of the interquartile means of independent runs on one task."""
+    return difference([ours], [theirs], generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)
+
+
+def _identity(record: EvaluationRecord) -> tuple[object, ...]:
+    return (
+        record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
+        record.context, record.seed, record.environment_seed, record.target_policy, record.data_fingerprint,
+    )  # fmt: skip
+
+
+def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
+    fingerprints = defaultdict(set)
+    for record in records:
+        if record.data_fingerprint:
+            fingerprints[record.task].add(record.data_fingerprint)
+    for task, found in sorted(fingerprints.items()):
+        if len(found) > 1:
+            names = " and ".join(sorted(fingerprint[:12] for fingerprint in found))
+            raise UserError(f"{task}: the results come from different datasets ({names}); make one report for each")
+
+
+def _variant(record: EvaluationRecord) -> Variant:
+    if record.method in _CONTEXT_FREE or record.train_trajectories is None:
+        return Variant(record.method, context_free=True)
+    return Variant(record.method, record.token_set or "", record.target_policy or "")
+
+
+def _stack(streams: Mapping[int, list[tuple[float, ...]]]) -> dict[int, Streams]:
+    return {seed: np.array(returns) for seed, returns in streams.items()}
+
+
+def _runs(streams: Mapping[int, Streams], metric: Metric) -> Runs:
+    return np.array([stream_metric(streams[seed], metric).mean() for seed in sorted(streams)])

@@ -1,0 +1,77 @@
+"""How the numbers of a report were measured, read off the records themselves."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from ringrl.evaluation.records import PROTOCOL, Results
+from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid
+from ringrl.study.tables import number
+
+Fact = tuple[str, list[str]]  # what, and one line each
+
+
+def facts(results: Results, grid: Grid) -> list[Fact]:
+    """Everything needed to judge or repeat the measurement; what no record tells is left out."""
+    records = [record for record in grid.records if record.method != "data"]
+    found: list[Fact] = [
+        ("Evaluation protocol", [f"{PROTOCOL}: undiscounted returns of whole episodes, in dm_control"]),
+        ("Target return", _targets(grid)),
+        ("Training seeds", [_numbers(record.seed for record in records if record.steps_trained is not None)]),
+        ("Environment seeds", [_numbers(record.environment_seed for record in records)]),
+        ("Optimiser steps", [_numbers(record.steps_trained for record in records if record.steps_trained is not None)]),
+        ("Dataset (SHA-256)", _per_task((record.task, record.data_fingerprint) for record in grid.records)),
+        ("Checkpoints", _distinct(record.checkpoint_hash and record.checkpoint_hash[:12] for record in records)),
+        ("Versions", _versions(grid)),
+        ("Commands", _distinct(record.command for record in grid.records)),
+        ("Statistics", [f"{RESAMPLES} bootstrap resamples, seed {BOOTSTRAP_SEED}"]),
+        ("Results read", [f"{len(results.records)} records from {_files(len(results.sources))}"]),
+        ("Left out", _left_out(results, grid)),
+    ]
+    return [(name, [line for line in lines if line]) for name, lines in found if any(lines)]
+
+
+def _targets(grid: Grid) -> list[str]:
+    targets: dict[str, set[str]] = defaultdict(set)
+    for record in grid.records:
+        if record.target_return is not None or record.target_policy:
+            value = "none" if record.target_return is None else number(record.target_return)
+            targets[record.task].add(f"{value} ({record.target_policy or 'chosen by hand'})")
+    return [f"{task}: {', '.join(sorted(values))}" for task, values in sorted(targets.items())]
+
+
+def _per_task(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
+    return sorted({f"{task}: {value}" for task, value in pairs if value})
+
+
+def _versions(grid: Grid) -> list[str]:
+    """One line per set of versions that was used; several mean that the results were not made alike."""
+    sets = {tuple(sorted(record.versions.items())) for record in grid.records if record.versions}
+    return sorted(", ".join(f"{name} {version}" for name, version in versions) for versions in sets)
+
+
+def _distinct(values: Iterable[str | None]) -> list[str]:
+    return sorted({value for value in values if value})
+
+
+def _numbers(values: Iterable[int]) -> str:
+    """Distinct integers, runs of them as "0 to 7"."""
+    runs: list[list[int]] = []
+    for value in sorted(set(values)):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _left_out(results: Results, grid: Grid) -> list[str]:
+    lines = [f"{path.name}: its last line was cut off" for path in results.half_written]
+    if grid.superseded:
+        lines.append(f"{grid.superseded} older records of what was measured again later")
+    if grid.unmatched:
+        lines.append(f"{grid.unmatched} control records without a rollout to compare them with")
+    return lines

@@ -1,0 +1,186 @@
+"""What the numbers say, in sentences that are computed from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import comb
+from typing import Literal
+
+import numpy as np
+
+from ringrl.evaluation.statistics import Estimate
+from ringrl.study.report_cells import Cell, Grid, Variant, contrast, middle, series_of, summarise
+from ringrl.study.tables import context_label, number
+
+Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
+
+# Two groups of n seeds are wholly apart by chance, one way or the other, 2 times in (2n choose n). Four is the least n
+# for which that is rarer than 5 %; a claim on fewer is worded with care.
+SEEDS_FOR_A_CLAIM = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether context helps one method on one task, and the sentence that says so."""
+
+    task: str
+    method: str
+    subject: str  # what was varied
+    compared: str  # the two that are compared, "1 trajectory to 8 trajectories"
+    returns: tuple[float, ...]  # of either; one where nothing was compared
+    change: Estimate | None
+    sentence: str
+
+    @property
+    def kind(self) -> Kind:
+        """What the interval of the change says."""
+        if self.change is None:
+            return "not compared"
+        if self.change.interval is None:
+            return "one seed"
+        if 0 in self.change.interval:
+            return "unclear"
+        return "helps" if self.change.value > 0 else "hurts"
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds behind the change."""
+        return self.change.runs if self.change else 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What stands at the top of the page."""
+
+    headline: str
+    verdicts: tuple[Verdict, ...]  # one per task and method
+    notes: tuple[str, ...]  # one paragraph per task
+    caution: str | None  # what few seeds can and cannot show
+
+
+@dataclass(frozen=True)
+class _Memory:
+    gain: Estimate  # paired by training seed, for the control is the same policy
+    wiped: float  # return of the control
+
+
+def summary(grid: Grid) -> Summary:
+    """Headline, verdicts, and what else is worth knowing at first glance."""
+    verdicts = [
+        _verdict(grid, variant, cells)
+        for task in grid.tasks
+        for variant in grid.variants
+        if (cells := grid.cells_of(task, variant))
+    ]
+    notes = [" ".join(sentences) for task in grid.tasks if (sentences := _notes(grid, task))]
+    return Summary(_headline(verdicts), tuple(verdicts), tuple(notes), _caution(verdicts))
+
+
+def _headline(verdicts: Sequence[Verdict]) -> str:
+    kinds = [verdict.kind for verdict in verdicts]
+    if not kinds:
+        return "No method with a context was measured."
+    judged = [verdict for verdict in verdicts if verdict.kind in ("helps", "hurts", "unclear")]
+    if not judged:
+        if "one seed" in kinds:
+            return "One training seed: too few to say whether context helps."
+        return "Only one context length was measured."
+    subjects = {verdict.subject for verdict in judged}
+    subject = subjects.pop() if len(subjects) == 1 else "Context"
+    for kind, bare in (("helps", "help"), ("hurts", "hurt")):
+        found = [verdict for verdict in judged if verdict.kind == kind]
+        if found:
+            careful = min(verdict.seeds for verdict in found) < SEEDS_FOR_A_CLAIM
+            claim = f"{subject} {f'seems to {bare}' if careful else kind}"
+            if len(judged) == 1:
+                return f"{claim}."
+            share = f"all {len(found)}" if len(found) == len(judged) else f"{len(found)} of {len(judged)}"
+            return f"{claim} in {share} comparisons."
+    return f"{subject} makes no clear difference."
+
+
+def _caution(verdicts: Sequence[Verdict]) -> str | None:
+    few = [verdict.seeds for verdict in verdicts if verdict.kind in ("helps", "hurts")]
+    if not few or min(few) >= SEEDS_FOR_A_CLAIM:
+        return None
+    seeds = min(few)
+    return (
+        f"With {seeds} training seeds per point this is a hint, not proof: if nothing differed, two groups of {seeds} "
+        f"would still lie wholly apart once in {comb(2 * seeds, seeds) // 2} times, and bootstrap intervals of so few "
+        "are too narrow."
+    )
+
+
+def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
+    """Longest against shortest context; where there is one length only, memory against the control without."""
+    points = series_of(cells)[-1].points
+    shortest, longest = points[0][1], points[-1][1]
+    value, memory = middle(longest.runs()), _memory(longest)
+    task, name = longest.task, grid.name(variant)
+    claim = f"On {task} the {name} returns {number(value)} with {context_label(longest)} of context"
+    verdict = partial(Verdict, task, name)
+    if shortest is not longest:
+        before, change = middle(shortest.runs()), contrast(longest.runs(), shortest.runs())
+        sentence = f"{claim} and {number(before)} with {context_label(shortest)}: {_judge(change)}"
+        if memory:
+            sentence += f" With its memory wiped before each episode it returns {number(memory.wiped)}."
+        compared = f"{context_label(shortest)} to {context_label(longest)}"
+        return verdict("A longer context", compared, (before, value), change, sentence)
+    if memory:
+        sentence = f"{claim} and {number(memory.wiped)} when its memory is wiped before each episode: "
+        compared = f"memory wiped to kept, {context_label(longest)}"
+        returns = (memory.wiped, value)
+        return verdict("Memory across episodes", compared, returns, memory.gain, sentence + _judge(memory.gain))
+    return verdict("Context", context_label(longest), (value,), None, f"{claim}; no other length was measured.")
+
+
+def _memory(cell: Cell) -> _Memory | None:
+    """What memory gains; None where there is nothing to remember or the control was not measured."""
+    seeds = [seed for seed in cell.seeds if seed in cell.control]
+    if cell.test == 1 or not seeds:
+        return None
+    wiped = np.array([cell.control[seed].mean() for seed in seeds])
+    return _Memory(summarise(np.array([cell.streams[seed].mean() for seed in seeds]) - wiped), middle(wiped))
+
+
+def _judge(change: Estimate) -> str:
+    size = number(change.value, sign=True)
+    if change.interval is None:
+        return f"{size}. One training seed gives no interval, so this may be chance."
+    ends = f"{number(change.interval.low, sign=True)} to {number(change.interval.high, sign=True)}"
+    if 0 in change.interval:
+        return f"{size}, no more than training seeds differ among themselves (95 % interval {ends})."
+    return f"{size} (95 % interval {ends}, {change.runs} training seeds)."
+
+
+def _notes(grid: Grid, task: str) -> list[str]:
+    levels = [f"{grid.name(cell.variant).lower()} {number(middle(cell.runs()))}" for cell in _references(grid, task)]
+    if task in grid.data:
+        returns = grid.data[task]
+        levels.append(f"the dataset's episodes {number(returns.mean())} on average, {number(returns.max())} at best")
+    sentences = [f"For comparison on {task}: {'; '.join(levels)}."] if levels else []
+    for variant in grid.variants:
+        longest = max(grid.cells_of(task, variant), key=lambda cell: cell.test, default=None)
+        if longest is not None and longest.test > 1:
+            sentences += _in_context(grid.name(variant), longest)
+    return sentences
+
+
+def _in_context(name: str, cell: Cell) -> list[str]:
+    first, last, best = (number(middle(cell.runs(metric))) for metric in ("first", "last", "best"))
+    sentences = [f"The {name} goes from {first} in the first of {cell.test} episodes in context to {last} in the last."]
+    if cell.control:
+        control = number(middle(cell.control_runs("best")))
+        sentences.append(
+            f"Its best of {cell.test} is {best}, where the best of {cell.test} tries without memory is {control}."
+        )
+    return sentences
+
+
+def _references(grid: Grid, task: str) -> list[Cell]:
+    """One cell per variant without context, that of the most episodes."""
+    most: dict[Variant, Cell] = {}
+    for cell in grid.references(task):
+        if cell.variant not in most or cell.episodes > most[cell.variant].episodes:
+            most[cell.variant] = cell
+    return list(most.values())

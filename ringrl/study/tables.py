@@ -1,0 +1,193 @@
+"""The report's numbers as rows: for the page, the terminal and CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ringrl.errors import UserError
+from ringrl.evaluation.scores import normalised_score
+from ringrl.study.report_cells import Cell, Grid, middle, summarise
+
+ABSENT = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task at one context length; None: not measured, or without meaning."""
+
+    task: str
+    method: str
+    trained_on: int | None  # trajectories per training context
+    rolled_out: int | None  # episodes per stream, n
+    mean: float  # over training seeds of the mean return of all episodes
+    iqm: float  # interquartile mean over training seeds of the same
+    low: float | None  # 95 % interval of the interquartile mean over training seeds
+    high: float | None
+    first: float | None  # interquartile means over training seeds, as all that follow
+    last: float | None
+    best: float | None  # best of the n episodes of a stream
+    best_control: float | None  # best of n episodes of the same policy without memory
+    score: float | None  # normalised score of iqm
+    seeds: int | None
+    episodes: int
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """How the returns of a dataset are spread, and where the best policy stands among them."""
+
+    task: str
+    episodes: int
+    quantiles: tuple[float, ...]  # at QUANTILES
+    mean: float
+    best_method: str | None  # highest interquartile mean
+    best_return: float | None
+    share_below: float | None  # share of the dataset's episodes that return less than that
+
+
+def rows(grid: Grid) -> list[Row]:
+    """Every cell, per task: what has no context first, then the dataset, then the curves by context length."""
+    found = []
+    for task in grid.tasks:
+        found += [_row(grid, cell) for cell in grid.references(task)]
+        found += _data_rows(grid, task)
+        for variant in grid.variants:
+            found += [_row(grid, cell) for cell in grid.cells_of(task, variant)]
+    return found
+
+
+def data_rows(grid: Grid) -> list[DataRow]:
+    """The spread of each dataset's returns."""
+    found = []
+    for task, returns in grid.data.items():
+        measured = [(middle(cell.runs()), cell) for cell in grid.cells if cell.task == task]
+        best, cell = max(measured, key=lambda pair: pair[0], default=(None, None))
+        found.append(
+            DataRow(
+                task=task,
+                episodes=len(returns),
+                quantiles=tuple(float(value) for value in np.quantile(returns, QUANTILES)),
+                mean=float(returns.mean()),
+                best_method=None if cell is None else describe(grid, cell),
+                best_return=best,
+                share_below=None if best is None else float((returns < best).mean()),
+            )
+        )
+    return found
+
+
+def describe(grid: Grid, cell: Cell) -> str:
+    """A cell in words: its method and its context length."""
+    name = grid.name(cell.variant)
+    return name if cell.train is None else f"{name} ({context_label(cell)})"
+
+
+def context_label(cell: Cell) -> str:
+    """ "4 trajectories", or the two lengths where training and rollout differ."""
+    if cell.train == cell.test:
+        return f"{cell.test} trajector{'y' if cell.test == 1 else 'ies'}"
+    return f"trained on {cell.train}, rolled out for {cell.test}"
+
+
+def to_csv(table: Sequence[Row]) -> str:
+    """Rows with a header line, at full precision; empty where a number is absent."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in table)
+    return text.getvalue()
+
+
+def to_rich(table: Sequence[Row]) -> Table:
+    """Rows for a terminal of 80 columns, a part per task; numbers as in Row, the interval in brackets."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=0)
+    shown.add_column("Method")  # the one that gives way where the terminal is narrow
+    for name in ("Context", "Return\n[95 %]", "First", "Last", "Best of n\n(control)", "Seeds"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for index, row in enumerate(table):
+        if index == 0 or row.task != table[index - 1].task:
+            shown.add_section()
+            shown.add_row(f"[bold]{escape(row.task)}")
+        lengths = dict.fromkeys((row.trained_on, row.rolled_out))
+        shown.add_row(
+            escape(row.method),
+            ABSENT if row.trained_on is None else "/".join(str(length) for length in lengths),
+            escape(number(row.iqm) + ("" if row.low is None else f" [{number(row.low)}, {number(row.high)}]")),
+            number(row.first),
+            number(row.last),
+            number(row.best) + ("" if row.best_control is None else f" ({number(row.best_control)})"),
+            ABSENT if row.seeds is None else str(row.seeds),
+        )
+    return shown
+
+
+def decimal(value: float | None) -> str:
+    """A return in a table: one decimal; a dash where there is none."""
+    return ABSENT if value is None else f"{value:.1f}".replace("-", MINUS)
+
+
+def number(value: float | None, *, sign: bool = False) -> str:
+    """A return in a sentence: whole from 100 on, one decimal below; a dash where there is none."""
+    if value is None:
+        return ABSENT
+    return f"{value:{'+' if sign else ''},.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
+
+
+def normalised(task: str, value: float) -> float | None:
+    """Normalised score, None for a task without constants."""
+    try:
+        return float(normalised_score(task, value))
+    except UserError:
+        return None
+
+
+def _row(grid: Grid, cell: Cell) -> Row:
+    found = summarise(cell.runs())
+    # Without context the episodes of a stream are independent: it is its own control.
+    control = cell.runs("best") if cell.variant.context_free else cell.control_runs("best")
+    first, last, best = (middle(cell.runs(metric)) for metric in ("first", "last", "best"))
+    return Row(
+        task=cell.task,
+        method=grid.name(cell.variant),
+        trained_on=cell.train,
+        rolled_out=cell.test,
+        mean=float(cell.runs().mean()),
+        iqm=found.value,
+        low=found.interval.low if found.interval else None,
+        high=found.interval.high if found.interval else None,
+        first=first,
+        last=last,
+        best=best,
+        best_control=middle(control) if len(control) else None,
+        score=normalised(cell.task, found.value),
+        seeds=found.runs,
+        episodes=cell.episodes,
+    )
+
+
+def _data_rows(grid: Grid, task: str) -> list[Row]:
+    if task not in grid.data:
+        return []
+    returns = grid.data[task]
+    best = float(returns.max())
+
+    def row(method: str, mean: float, iqm: float, episodes: int) -> Row:
+        absent: dict[str, None] = dict.fromkeys(
+            ("trained_on", "rolled_out", "low", "high", "first", "last", "best", "best_control", "seeds")
+        )
+        return Row(
+            task=task, method=method, mean=mean, iqm=iqm, score=normalised(task, iqm), episodes=episodes, **absent
+        )
+
+    return [
+        row("Dataset, all episodes", float(returns.mean()), middle(returns), len(returns)),
+        row("Dataset, best episode", best, best, 1),
+    ]
