@@ -15,7 +15,7 @@ from ringrl.study.report_cells import Cell, Grid, Variant, middle, series_of, su
 from ringrl.study.report_svg import SERIES, colour, settings, to_svg
 from ringrl.study.tables import normalised, number
 
-_PANEL = (4.3, 2.9)  # inches: with 9 points of text it reads at 360 CSS pixels
+_PANEL = (4.0, 2.8)  # inches: with 9 points of text it reads at 360 CSS pixels
 _DASHES = ((0, (1, 2)), (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (9, 2)), (0, (3, 1)))
 _LINES_IN_CONTEXT = 4  # context lengths shown within a context; more would hide one another
 
@@ -49,12 +49,10 @@ class _Point:
 
 def legend(grid: Grid) -> list[Entry]:
     """What the colours of the figures mean."""
-    entries = []
-    for variant in grid.variants:
-        name, shade = grid.name(variant), _shade(grid, variant)
-        entries.append(Entry(name, shade, dashed=False))
-        if any(cell.control for cell in grid.cells if cell.variant == variant):
-            entries.append(Entry(f"{name}, memory wiped before each episode", shade, dashed=True))
+    entries = [Entry(grid.name(variant), _shade(grid, variant), dashed=False) for variant in grid.variants]
+    if any(cell.control for cell in grid.cells):
+        shade = entries[0].colour if len(entries) == 1 else "muted"
+        entries.append(Entry("the same, memory wiped before each episode", shade, dashed=True))
     return entries
 
 
@@ -162,7 +160,7 @@ def _draw_episodes(axes: Axes, grid: Grid, task: str) -> None:
             end = points[-1]
             axes.annotate(
                 f"n = {cell.test}", (end.length, end.found.value), (5, 0), textcoords="offset points",
-                va="center", color=shade, fontsize=8,
+                va="center", color=shade, fontsize=8.5,
             )  # fmt: skip
             longest = max(longest, cell.test)
         if cells and cells[-1].control:
@@ -256,6 +254,6 @@ def _label_levels(axes: Axes, levels: Sequence[tuple[str, float]], gap: float = 
         heights[index] = max(heights[index], heights[index - 1] + gap)
     for (name, value), height in zip(levels, heights, strict=True):
         axes.text(
-            1.02, height, f"{name} {number(value)}", transform=axes.transAxes, va="center", fontsize=8,
+            1.02, height, f"{name} {number(value)}", transform=axes.transAxes, va="center", fontsize=8.5,
             color=colour("muted"),
         )  # fmt: skip

@@ -138,7 +138,7 @@ def number(value: float | None, *, sign: bool = False) -> str:
     """A return in a sentence: whole from 100 on, one decimal below; a dash where there is none."""
     if value is None:
         return ABSENT
-    return f"{value:{'+' if sign else ''},.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
+    return f"{value:{'+' if sign else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
 
 
 def normalised(task: str, value: float) -> float | None:
@@ -151,8 +151,8 @@ def normalised(task: str, value: float) -> float | None:
 
 def _row(grid: Grid, cell: Cell) -> Row:
     found = summarise(cell.runs())
-    # Without context the episodes of a stream are independent: it is its own control.
-    control = cell.runs("best") if cell.variant.context_free else cell.control_runs("best")
+    # Without context the episodes of a stream are independent, and the first remembers none: its own control.
+    control = cell.runs("best") if cell.variant.context_free or cell.test == 1 else cell.control_runs("best")
     first, last, best = (middle(cell.runs(metric)) for metric in ("first", "last", "best"))
     return Row(
         task=cell.task,

@@ -128,14 +128,14 @@ class TestAgainstRliable:
 
         np.random.seed(0)  # noqa: NPY002 (rliable draws from the global generator)
         points, intervals = library.get_interval_estimates(
-            {"a": scores}, lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_mean(x)]), reps=20_000
+            {"a": scores}, lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_mean(x)]), reps=10_000
         )
         for index, aggregate in enumerate([interquartile_mean, np.mean]):
-            found = estimate(list(scores.T), aggregate, generator=generator(), resamples=20_000)
+            found = estimate(list(scores.T), aggregate, generator=generator(), resamples=10_000)
             low, high = intervals["a"][:, index]
             assert found.value == pytest.approx(points["a"][index], rel=1e-12)
             assert found.interval is not None
-            np.testing.assert_allclose([found.interval.low, found.interval.high], [low, high], atol=0.03 * (high - low))
+            np.testing.assert_allclose([found.interval.low, found.interval.high], [low, high], atol=0.04 * (high - low))
 
     def test_probability_of_improvement(self, scores, library):
         from rliable import metrics

@@ -1,0 +1,52 @@
+"""What does a policy that acts at random return? The constants of ringrl/evaluation/scores.py come from here.
+
+    python benchmarks/random_returns.py [--episodes 20] [--seeds 5] [--json FILE] [task ...]
+
+Each action is drawn uniformly from [-1, 1] per dimension and step. Prints, per task, the mean return of all episodes
+and the standard error over seeds.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ringrl.envs import TASKS, domain_of, make
+
+
+def random_returns(task: str, episodes: int, seed: int) -> np.ndarray:
+    """Returns (episodes,) of the uniform random policy in the real environment."""
+    environment = make(task, seed=seed)
+    generator = np.random.default_rng(seed)
+    domain = domain_of(task)
+    returns = np.zeros(episodes)
+    for episode in range(episodes):
+        environment.reset()
+        for action in generator.uniform(-1, 1, (domain.episode_length, domain.action_size)).astype(np.float32):
+            returns[episode] += environment.step(action)[1]
+    return returns
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description="Mean return of the uniform random policy per task.")
+    parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names (all)")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes per seed")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...")
+    parser.add_argument("--json", type=Path, help="also write every return to this file")
+    options = parser.parse_args(arguments)
+    measured = {}
+    print(f"{'task':<26}{'mean return':>12}{'± s.e.':>9}   ({options.seeds} seeds x {options.episodes} episodes)")
+    for task in options.tasks:
+        returns = np.stack([random_returns(task, options.episodes, seed) for seed in range(options.seeds)])
+        error = returns.mean(1).std(ddof=1) / np.sqrt(options.seeds) if options.seeds > 1 else np.nan
+        print(f"{task:<26}{returns.mean():>12.3f}{error:>9.3f}", flush=True)
+        measured[task] = returns.tolist()
+    if options.json:
+        options.json.write_text(json.dumps({"episodes": options.episodes, "returns": measured}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The ablation: one question, many small runs. Every cell is a run folder of its own; finished cells are skipped."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+import pydantic
+from pydantic import Field
+from rich.console import Console
+
+from ringrl.config import Section, TrainConfig, one_line, read_yaml
+from ringrl.data import EpisodeStore
+from ringrl.errors import UserError
+from ringrl.evaluation.protocol import Protocol, evaluate_policy, evaluate_random
+from ringrl.evaluation.records import EvaluationRecord, append_records, data_records, library_versions
+from ringrl.training import load_policy, train
+
+EVALUATION = "evaluation.jsonl"
+
+
+class AblationPlan(Section):
+    """What is crossed with what, and what stays the same. All cells see the same number of timesteps per step."""
+
+    data: Path
+    """Dataset: a RingRL store (.h5)."""
+    task: str
+    """Task whose reward is learned."""
+    output: Path
+    """Folder that holds one run folder per cell."""
+    trajectories: tuple[int, ...] = (1, 2, 4)
+    """Trajectories per context, in training and in evaluation."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds."""
+    baselines: tuple[Literal["behaviour_cloning", "behaviour_cloning_10%"], ...] = ("behaviour_cloning",)
+    """Methods without a context, trained for the same number of steps."""
+    trajectories_per_batch: int = Field(8, ge=1)
+    """Trajectories per optimiser step: a context length n makes batches of trajectories_per_batch / n contexts."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}."""
+    environments: int = Field(10, ge=1)
+    """Evaluation streams per cell."""
+    control: bool = True
+    """Also evaluate every policy without memory between episodes (the matched best-of-n control)."""
+
+    @pydantic.model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        for count in self.trajectories:
+            if count < 1 or self.trajectories_per_batch % count:
+                raise ValueError(f"trajectories: {count} does not divide trajectories_per_batch {self.trajectories_per_batch}")
+        return self
+
+
+def read_plan(path: Path) -> AblationPlan:
+    """A plan file; UserError names the file and the setting that is wrong."""
+    try:
+        return AblationPlan.model_validate(read_yaml(path))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of the ablation."""
+
+    name: str
+    config: TrainConfig
+
+
+def cells(plan: AblationPlan) -> Iterator[Cell]:
+    """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons."""
+    for seed in plan.seeds:
+        for baseline in plan.baselines:
+            fraction = 0.1 if baseline.endswith("10%") else 1.0
+            overrides = {"model": {"kind": "behaviour_cloning", "width": 256}, "context": {"best_fraction": fraction}}
+            yield _cell(plan, baseline.replace("%", ""), seed, 1, overrides)
+        for count in plan.trajectories:
+            yield _cell(plan, f"transformer_{count}", seed, count, {})
+
+
+def _cell(plan: AblationPlan, name: str, seed: int, trajectories: int, overrides: dict[str, dict[str, Any]]) -> Cell:
+    name = f"{name}_seed{seed}"
+    own: dict[str, Any] = {
+        "data": plan.data,
+        "task": plan.task,
+        "run": plan.output / name,
+        "seed": seed,
+        "context": {"trajectories": trajectories},
+        "optimiser": {"batch_size": plan.trajectories_per_batch // trajectories},
+    }
+    try:
+        return Cell(name, TrainConfig.model_validate(_merge(_merge(plan.settings, overrides), own)))
+    except pydantic.ValidationError as error:
+        raise UserError(f"settings of the ablation plan: {one_line(error)}") from error
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        merged[name] = _merge(merged.get(name) or {}, value) if isinstance(value, dict) else value
+    return merged
+
+
+def ablate(plan: AblationPlan, console: Console, command: str | None = None) -> list[Path]:
+    """Train and evaluate every cell that is not finished; returns the results files.
+
+    A cell that was interrupted is resumed from its last checkpoint. Random actions and the dataset's own episodes are
+    recorded beside the cells.
+
+    Raises:
+      UserError: settings that no run accepts, or data that does not fit the task.
+    """
+    todo = list(cells(plan))
+    store = EpisodeStore(plan.data)
+    returns = store.returns(plan.task)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    # The same program serves all seeds of a context length: compile it once.
+    jax.config.update("jax_compilation_cache_dir", str((plan.output / ".compiled").absolute()))
+    references: dict[str, Callable[[], list[EvaluationRecord]]] = {
+        "random": lambda: evaluate_random(plan.task, Protocol(environments=plan.environments), command=command),
+        "data": lambda: data_records(
+            plan.task, returns, data_fingerprint=store.fingerprint, versions=library_versions()
+        ),
+    }
+    files = [_once(plan.output / name / EVALUATION, make) for name, make in references.items()]
+    for number, cell in enumerate(todo, 1):
+        console.print(f"[bold]cell {number} of {len(todo)}: {cell.name}")
+        files.append(_once(cell.config.run / EVALUATION, lambda cell=cell: _run(cell, plan, console, command)))
+    return files
+
+
+def _once(path: Path, make: Callable[[], list[EvaluationRecord]]) -> Path:
+    """Make and write a file of results unless it is there: it is written whole, so being there means finished."""
+    if not path.exists():
+        records = make()
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        append_records(partial, records)
+        partial.replace(path)
+    return path
+
+
+def _run(cell: Cell, plan: AblationPlan, console: Console, command: str | None) -> list[EvaluationRecord]:
+    run = train(cell.config, resume=True, console=console)
+    trained = load_policy(run)
+    is_transformer = cell.config.model.kind == "transformer"
+    protocol = Protocol(
+        environments=plan.environments,
+        episodes=cell.config.context.trajectories if is_transformer else 1,
+        control=plan.control and is_transformer and cell.config.context.trajectories > 1,
+    )
+    return evaluate_policy(trained, run, protocol, command=command)

@@ -1,0 +1,183 @@
+"""The report as files: whole, self-contained, and never half-replaced."""
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ringrl.errors import UserError
+from ringrl.study.figures import curve_file, curve_panels, episode_panels
+from ringrl.study.report import summary_rows, table, write_report
+from ringrl.study.report_cells import gather
+from ringrl.study.report_svg import PALETTE, for_page
+
+
+@pytest.fixture
+def results(write_results, make_ablation) -> Path:
+    return write_results(make_ablation())
+
+
+def test_it_writes_a_page_a_table_and_a_figure(results, tmp_path):
+    page = write_report([results], tmp_path / "report")
+    assert page == tmp_path / "report" / "index.html"
+    assert {path.name for path in page.parent.iterdir()} == {"index.html", "results.csv", "curve.svg"}
+    text = page.read_text()
+    for expected in ("A longer context helps.", "618", "data_best", "869", "3f9a7c0be51d", "jax 0.10.2", "plan.yaml"):
+        assert expected in text, expected
+    assert (page.parent / "results.csv").read_text().count("\n") == 1 + len(summary_rows([results]))
+    assert table([results]).row_count == 1 + len(summary_rows([results]))
+
+
+def test_the_same_results_give_the_same_page(results, tmp_path):
+    first, second = (write_report([results], tmp_path / name) for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_page_needs_nothing_else(results, tmp_path):
+    text = write_report([results], tmp_path / "report").read_text()
+    for attribute in re.findall(r'(?:src|href)="([^"]*)"', text):
+        assert attribute.startswith(("#", "data:")), attribute
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+class _Checker(HTMLParser):
+    """Elements closed in order, ids used once."""
+
+    void = frozenset({"meta", "link", "br", "img", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed(results, tmp_path):
+    checker = _Checker()
+    checker.feed(write_report([results], tmp_path / "report").read_text())
+    assert checker.open == []
+    assert len(checker.ids) == len(set(checker.ids))
+
+
+def test_names_are_text_not_markup(write_results, make_rollouts, tmp_path):
+    name = "<script>alert(1)</script> & $x_1$"
+    records = [record for n in (1, 2) for record in make_rollouts(n, 0, 100, task=name, method=name)]
+    text = write_report([write_results(records)], tmp_path / "report").read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x_1$" in text
+    xml.etree.ElementTree.parse(tmp_path / "report" / "curve.svg")
+
+
+def test_a_failed_report_leaves_the_old_one(results, make_ablation, write_results, tmp_path):
+    folder = tmp_path / "report"
+    write_report([results], folder)
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"protocol": 2}\n')
+    with pytest.raises(UserError, match="protocol 2"):
+        write_report([results, broken], folder)
+    (folder / "curve.svg").unlink()
+    (folder / "curve.svg").mkdir()  # cannot be replaced by a file
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report([write_results(make_ablation(step=0), "other.jsonl")], folder)
+    (folder / "curve.svg").rmdir()
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after["index.html"] == before["index.html"]
+    assert after["notes.txt"] == b"mine"
+    assert not [name for name in after if name.startswith(".")]
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(results, tmp_path):
+    with pytest.raises(UserError, match=r"results\.jsonl: cannot write the report"):
+        write_report([results], results)
+
+
+@pytest.mark.parametrize("action", [lambda paths, folder: write_report(paths, folder), lambda paths, _: table(paths)])
+def test_no_results(tmp_path, action):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match=r"no results in .*runs"):
+        action([tmp_path / "runs"], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+    with pytest.raises(UserError, match="no such file or folder"):
+        action([tmp_path / "nowhere"], tmp_path / "report")
+
+
+def test_a_cut_line_is_reported_on_the_page(results, tmp_path):
+    results.write_bytes(results.read_bytes() + b'{"protocol": 1, "ta')
+    assert "results.jsonl: its last line was cut off" in write_report([results], tmp_path / "report").read_text()
+
+
+def test_references_alone_make_a_page(write_results, make_ablation, tmp_path):
+    records = [record for record in make_ablation() if record.method in ("random", "data")]
+    text = write_report([write_results(records)], tmp_path / "report").read_text()
+    assert "No method with a context was measured." in text
+    assert "Random policy" in text
+
+
+def test_one_seed_says_that_the_interval_is_absent(write_results, make_ablation, tmp_path):
+    text = write_report([write_results(make_ablation(seeds=1))], tmp_path / "report").read_text()
+    assert "no interval can be given" in text
+
+
+def test_panels(make_ablation):
+    grid = gather([*make_ablation(), *make_ablation(task="walker_walk")])
+    titles = [panel.title for panel in curve_panels(grid)]
+    assert titles == ["All tasks, normalised score", "cartpole_swingup", "walker_walk"]
+    assert [panel.title for panel in episode_panels(grid)] == ["cartpole_swingup", "walker_walk"]
+    unknown = gather([*make_ablation(), *make_ablation(task="my_own_task")])  # it has no score to average
+    assert [panel.title for panel in curve_panels(unknown)] == ["cartpole_swingup", "my_own_task"]
+
+
+def test_a_figure_names_its_levels(make_ablation):
+    (panel,) = curve_panels(gather(make_ablation()))
+    for label in ("random policy 30.0", "behaviour cloning 333", "data, mean 400", "data, best 800"):
+        assert f">{label}</text>" in panel.svg
+
+
+def test_figures_on_the_page_take_their_colours_from_it(make_ablation):
+    (panel,) = curve_panels(gather(make_ablation()))
+    placed = for_page(panel.svg, "curve0")
+    xml.etree.ElementTree.fromstring(placed)
+    assert "var(--series-1)" in placed
+    colours = set(re.findall(r"#[0-9a-f]{6}", placed))
+    assert not colours & {light for light, _ in PALETTE.values()}
+    assert colours <= {"#000000", "#ffffff"}, "a colour that does not follow light and dark"
+    assert all(name.startswith("curve0-") for name in re.findall(r'id="([^"]*)"', placed))
+
+
+def test_the_standalone_figure_has_fixed_colours_and_a_legend(make_ablation):
+    text = curve_file(gather(make_ablation()))
+    xml.etree.ElementTree.fromstring(text)
+    assert "var(" not in text
+    assert ">Agentic Transformer</text>" in text
+
+
+def test_nothing_global_changes(results, tmp_path):
+    """Matplotlib's settings stay as they were, and pyplot, whose figures are global, is never imported."""
+    code = (
+        "import sys, matplotlib, pathlib\n"
+        "settings = lambda: {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != 'backend'}\n"
+        "before = settings()\n"
+        "from ringrl.study.report import write_report\n"
+        f"write_report([pathlib.Path({str(results)!r})], pathlib.Path({str(tmp_path / 'report')!r}))\n"
+        "assert settings() == before\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert 'mujoco' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

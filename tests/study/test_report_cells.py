@@ -1,0 +1,95 @@
+"""Records into cells."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from ringrl.errors import UserError
+from ringrl.study.report_cells import contrast, gather, series_of, summarise
+
+
+def test_a_run_is_averaged_over_its_streams(make_rollouts):
+    grid = gather([*make_rollouts(3, 0, 100, gain=10), *make_rollouts(3, 7, 200, gain=10)])
+    (cell,) = grid.cells
+    assert (cell.task, cell.train, cell.test, cell.seeds, cell.episodes) == ("cartpole_swingup", 3, 3, (0, 7), 12)
+    np.testing.assert_allclose(cell.runs("first"), [101, 201])  # streams start at 100 and 102
+    np.testing.assert_allclose(cell.runs("mean"), [111, 211])
+    np.testing.assert_allclose(cell.runs("last"), [121, 221])
+    np.testing.assert_allclose(cell.runs("best"), [121, 221])
+    np.testing.assert_allclose(cell.episode_runs(), [[101, 111, 121], [201, 211, 221]])
+
+
+def test_the_control_stands_beside_its_rollout(make_rollouts):
+    grid = gather([*make_rollouts(2, 0, 100), *make_rollouts(2, 0, 50, context=False), *make_rollouts(4, 0, 100)])
+    with_control, without = grid.cells
+    np.testing.assert_allclose(with_control.control_runs(), [51])
+    assert len(without.control_runs()) == 0
+    assert grid.unmatched == 0
+
+
+def test_a_control_alone_is_counted_not_shown(make_rollouts):
+    grid = gather([*make_rollouts(2, 0, 100), *make_rollouts(8, 0, 50, context=False)])
+    assert [cell.test for cell in grid.cells] == [2]
+    assert grid.unmatched == 2
+
+
+def test_methods_without_context_are_references(make_ablation):
+    grid = gather(make_ablation())
+    assert [cell.variant.method for cell in grid.references("cartpole_swingup")] == ["random", "bc"]
+    assert [variant.method for variant in grid.variants] == ["at"]
+    assert len(grid.data["cartpole_swingup"]) == 101
+
+
+def test_a_method_trained_without_context_is_a_reference_too(make_rollouts):
+    grid = gather(make_rollouts(1, 0, 300, method="bc10", train_trajectories=None))
+    assert grid.variants == ()
+    assert grid.name(grid.cells[0].variant) == "bc10"
+
+
+def test_the_newer_of_two_measurements_counts(make_rollouts):
+    old = make_rollouts(2, 0, 100, created=datetime(2025, 1, 1, tzinfo=UTC))
+    new = make_rollouts(2, 0, 300, created=datetime(2025, 1, 2, tzinfo=UTC), steps_trained=4000)
+    grid = gather([*new, *old])  # whatever their order
+    assert grid.superseded == 2
+    np.testing.assert_allclose(grid.cells[0].runs(), [301])
+
+
+def test_results_of_different_datasets_are_not_mixed(make_rollouts):
+    with pytest.raises(UserError, match=r"cartpole_swingup: .*different datasets \(aaa and bbb\)"):
+        gather([*make_rollouts(1, 0, 1, data_fingerprint="aaa"), *make_rollouts(1, 1, 1, data_fingerprint="bbb")])
+
+
+def test_names_tell_variants_apart_only_where_needed(make_rollouts):
+    alone = gather(make_rollouts(1, 0, 1))
+    assert alone.name(alone.variants[0]) == "Agentic Transformer"
+    both = gather([*make_rollouts(1, 0, 1), *make_rollouts(1, 0, 1, token_set="dt3")])
+    names = [both.name(variant) for variant in both.variants]
+    assert names == ["Agentic Transformer, dt3", "Agentic Transformer, ring4"]
+    targets = gather([*make_rollouts(1, 0, 1), *make_rollouts(1, 0, 1, target_policy="own")])
+    assert "Agentic Transformer, target own" in {targets.name(variant) for variant in targets.variants}
+
+
+def test_curves_over_training_lengths(make_rollouts):
+    grid = gather([record for length in (4, 1, 2) for record in make_rollouts(length, 0, 1)])
+    (series,) = series_of(grid.cells)
+    assert [length for length, _ in series.points] == [1, 2, 4]
+    assert series.trained_on is None
+
+
+def test_curves_over_rollout_lengths(make_rollouts):
+    records = [
+        record
+        for train in (2, 8)
+        for test in (4, 1)
+        for record in make_rollouts(test, 0, 1, train_trajectories=train)
+    ]
+    first, second = series_of(gather(records).cells)
+    assert (first.trained_on, second.trained_on) == (2, 8)
+    assert [length for length, _ in first.points] == [1, 4]
+
+
+def test_estimates_are_the_same_every_time():
+    runs = np.array([1.0, 2, 4, 8])
+    assert summarise(runs) == summarise(runs)
+    assert contrast(runs, runs + 1).value == -1

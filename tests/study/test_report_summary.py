@@ -1,0 +1,83 @@
+"""The sentences at the top of the page say what the numbers say."""
+
+import pytest
+
+from ringrl.study.report_cells import gather
+from ringrl.study.report_summary import summary
+
+
+def test_context_that_helps(make_ablation):
+    found = summary(gather(make_ablation(step=100)))
+    assert found.headline == "A longer context helps."
+    assert found.caution is None
+    (verdict,) = found.verdicts
+    assert verdict.kind == "helps"
+    # n=4: 600 + 1 (streams) + 2 (middle seed) + 15 (gain over four episodes); n=1: 403
+    assert verdict.returns == (pytest.approx(403), pytest.approx(618))
+    assert "returns 618 with 4 trajectories of context and 403 with 1 trajectory: +215" in verdict.sentence
+    assert "5 training seeds" in verdict.sentence
+    assert "With its memory wiped before each episode it returns 393." in verdict.sentence
+    (note,) = found.notes
+    assert "random policy 30.0; behaviour cloning 333; the dataset's episodes 400 on average, 800 at best." in note
+    assert "from 603 in the first of 4 episodes in context to 633 in the last" in note
+    assert "best of 4 is 633, where the best of 4 tries without memory is 393" in note
+
+
+def test_context_that_hurts(make_ablation):
+    found = summary(gather(make_ablation(step=-100)))
+    assert found.headline == "A longer context hurts."
+    assert "−" in found.verdicts[0].sentence  # noqa: RUF001 (a true minus sign)
+
+
+def test_no_difference(make_rollouts):
+    records = [record for n in (1, 2) for seed in range(5) for record in make_rollouts(n, seed, 100 + 10 * seed)]
+    found = summary(gather(records))
+    assert found.headline == "A longer context makes no clear difference."
+    assert "no more than training seeds differ" in found.verdicts[0].sentence
+
+
+def test_few_seeds_are_worded_with_care(make_ablation):
+    found = summary(gather(make_ablation(seeds=3)))
+    assert found.headline == "A longer context seems to help."
+    assert found.caution is not None
+    assert "once in 10 times" in found.caution  # 2 of (6 choose 3) = 20 orders
+    assert "once in 3 times" in str(summary(gather(make_ablation(seeds=2))).caution)
+
+
+def test_one_seed_has_no_interval(make_ablation):
+    found = summary(gather(make_ablation(seeds=1)))
+    assert found.headline == "One training seed: too few to say whether context helps."
+    assert found.verdicts[0].kind == "one seed"
+    assert "may be chance" in found.verdicts[0].sentence
+    assert "interval +" not in found.verdicts[0].sentence
+
+
+def test_one_length_is_judged_by_its_control(make_rollouts):
+    records = []
+    for seed in range(5):
+        records += make_rollouts(4, seed, 500 + 100 * seed) + make_rollouts(4, seed, 480 + 100 * seed, context=False)
+    found = summary(gather(records))
+    # Seeds lie 100 apart, the gain of each is 20: only the comparison paired by seed can see it.
+    assert found.headline == "Memory across episodes helps."
+    assert "returns 701 with 4 trajectories of context and 681 when its memory is wiped" in found.verdicts[0].sentence
+    assert "+20.0" in found.verdicts[0].sentence
+
+
+def test_one_length_without_control(make_rollouts):
+    found = summary(gather([record for seed in range(3) for record in make_rollouts(4, seed, 500)]))
+    assert found.headline == "Only one context length was measured."
+    assert found.verdicts[0].kind == "not compared"
+
+
+def test_several_comparisons_are_counted(make_ablation):
+    found = summary(gather([*make_ablation(), *make_ablation(task="walker_walk", step=0)]))
+    assert found.headline == "A longer context helps in all 2 comparisons."  # longer streams gain 10 per episode
+    flat = [record for record in make_ablation(task="walker_walk") if record.test_trajectories == 1]
+    longer = [record.model_copy(update={"train_trajectories": 2}) for record in flat if record.method == "at"]
+    found = summary(gather([*make_ablation(), *flat, *longer]))
+    assert found.headline == "A longer context helps in 1 of 2 comparisons."
+
+
+def test_references_alone(make_ablation):
+    records = [record for record in make_ablation() if record.method in ("random", "data")]
+    assert summary(gather(records)).headline == "No method with a context was measured."
