@@ -90,7 +90,8 @@ def _page(read: Results, grid: Grid, table: Sequence[Row]) -> str:
         quantiles=QUANTILES,
         data=data_rows(grid),
         facts=facts(read, grid),
-        one_seed=any(row.seeds == 1 for row in table),
+        agentic=any(variant.method == "at" for variant in grid.variants),
+        one_seed=any(row.seeds == 1 for row in table if row.trained_on),
     )
 
 

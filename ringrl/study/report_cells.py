@@ -1,5 +1,6 @@
 """Records sorted into cells: one method on one task at one context length, with its returns per training seed."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class Grid:
     data: Mapping[str, Float[np.ndarray, "episodes"]]  # task -> returns of the dataset's episodes
     records: tuple[EvaluationRecord, ...]  # those that count
     superseded: int  # older records of what was measured again
+    displaced: int  # those of them that came from another checkpoint
     unmatched: int  # control records without a rollout to compare with
 
     @property
@@ -106,6 +108,8 @@ class Grid:
         """A variant's name, with what else tells it apart from the report's other variants of the same method."""
         others = [cell.variant for cell in self.cells if cell.variant.method == variant.method]
         parts = [_NAMES.get(variant.method, variant.method)]
+        if variant.method.startswith("bc-"):
+            parts = [_NAMES["bc"], f"best {variant.method.removeprefix('bc-')}"]
         if len({other.token_set for other in others}) > 1:
             parts.append(variant.token_set or "no token set")
         if len({other.target_policy for other in others}) > 1:
@@ -141,22 +145,32 @@ def series_of(cells: Sequence[Cell]) -> list[Series]:
 def gather(records: Sequence[EvaluationRecord]) -> Grid:
     """Sort records into cells. Of what was measured twice the newer record counts.
 
+    A Decision Transformer is an Agentic Transformer of one trajectory per context: where everything else is the same,
+    it is the first point of that curve and no method of its own.
+
     Raises:
         UserError: one task has results of several datasets, whose returns mean different things.
     """
     latest: dict[tuple[object, ...], EvaluationRecord] = {}
+    displaced = 0
     for record in sorted(records, key=lambda record: record.created):
+        older = latest.get(_identity(record))
+        displaced += older is not None and older.checkpoint != record.checkpoint
         latest[_identity(record)] = record
     _refuse_mixed_data(latest.values())
     streams: dict[tuple[str, Variant, int | None, int], dict[bool, dict[int, list]]] = defaultdict(
         lambda: {True: defaultdict(list), False: defaultdict(list)}
     )
     data: dict[str, list[float]] = defaultdict(list)
+    curves = {(record.task, _variant(record)) for record in latest.values()}
     for record in latest.values():
         if record.method == DATA:
             data[record.task] += record.returns
             continue
         variant = _variant(record)
+        agentic = dataclasses.replace(variant, method="at")
+        if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
+            variant = agentic
         train = None if variant.context_free else record.train_trajectories
         cell = streams[record.task, variant, train, record.test_trajectories]
         cell[record.context or variant.context_free][record.seed].append(record.returns)
@@ -171,6 +185,7 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         data={task: np.array(returns) for task, returns in sorted(data.items())},
         records=tuple(latest.values()),
         superseded=len(records) - len(latest),
+        displaced=displaced,
         unmatched=sum(len(run) for run in alone),
     )
 
@@ -193,7 +208,8 @@ def contrast(ours: Runs, theirs: Runs) -> Estimate:
 def _identity(record: EvaluationRecord) -> tuple[object, ...]:
     return (
         record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
-        record.context, record.seed, record.environment_seed, record.target_policy, record.data_fingerprint,
+        record.context, record.seed, record.environment_seed, record.target_policy, record.target_return,
+        record.data_fingerprint,
     )  # fmt: skip
 
 
@@ -211,7 +227,10 @@ def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
 def _variant(record: EvaluationRecord) -> Variant:
     if record.method in _CONTEXT_FREE or record.train_trajectories is None:
         return Variant(record.method, context_free=True)
-    return Variant(record.method, record.token_set or "", record.target_policy or "")
+    target = record.target_policy or ""
+    if record.target_return is not None and target in ("", "given"):
+        target = f"given {record.target_return:g}"
+    return Variant(record.method, record.token_set or "", target)
 
 
 def _stack(streams: Mapping[int, list[tuple[float, ...]]]) -> dict[int, Streams]:

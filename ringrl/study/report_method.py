@@ -71,7 +71,8 @@ def _files(count: int) -> str:
 def _left_out(results: Results, grid: Grid) -> list[str]:
     lines = [f"{path.name}: its last line was cut off" for path in results.half_written]
     if grid.superseded:
-        lines.append(f"{grid.superseded} older records of what was measured again later")
+        other = f", {grid.displaced} of them of another checkpoint" if grid.displaced else ""
+        lines.append(f"{grid.superseded} older records of what was measured again later{other}")
     if grid.unmatched:
         lines.append(f"{grid.unmatched} control records without a rollout to compare them with")
     return lines

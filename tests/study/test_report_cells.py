@@ -48,10 +48,10 @@ def test_a_method_trained_without_context_is_a_reference_too(make_rollouts):
 
 
 def test_the_newer_of_two_measurements_counts(make_rollouts):
-    old = make_rollouts(2, 0, 100, created=datetime(2025, 1, 1, tzinfo=UTC))
+    old = make_rollouts(2, 0, 100, created=datetime(2025, 1, 1, tzinfo=UTC), checkpoint="another run")
     new = make_rollouts(2, 0, 300, created=datetime(2025, 1, 2, tzinfo=UTC), steps_trained=4000)
     grid = gather([*new, *old])  # whatever their order
-    assert grid.superseded == 2
+    assert (grid.superseded, grid.displaced) == (2, 2)
     np.testing.assert_allclose(grid.cells[0].runs(), [301])
 
 
@@ -68,6 +68,33 @@ def test_names_tell_variants_apart_only_where_needed(make_rollouts):
     assert names == ["Agentic Transformer, dt3", "Agentic Transformer, ring4"]
     targets = gather([*make_rollouts(1, 0, 1), *make_rollouts(1, 0, 1, target_policy="own")])
     assert "Agentic Transformer, target own" in {targets.name(variant) for variant in targets.variants}
+
+
+def test_a_decision_transformer_is_the_first_point_of_the_agentic_one(make_rollouts):
+    agentic = [record for length in (2, 4) for record in make_rollouts(length, 0, 1)]
+    same = make_rollouts(1, 0, 1, method="dt")
+    (series,) = series_of(gather([*agentic, *same]).cells)
+    assert [length for length, _ in series.points] == [1, 2, 4]
+    other = make_rollouts(1, 0, 1, method="dt", token_set="dt3")
+    assert {variant.method for variant in gather([*agentic, *other]).variants} == {"at", "dt"}
+    assert {variant.method for variant in gather(same).variants} == {"dt"}
+
+
+def test_given_targets_are_told_apart(make_rollouts):
+    records = [
+        record
+        for target in (500.0, 800.0)
+        for record in make_rollouts(2, 0, 1, target_policy="given", target_return=target)
+    ]
+    grid = gather(records)
+    names = [grid.name(variant) for variant in grid.variants]
+    assert names == ["Agentic Transformer, target given 500", "Agentic Transformer, target given 800"]
+    assert grid.superseded == 0
+
+
+def test_the_best_share_of_behaviour_cloning_is_named(make_rollouts):
+    grid = gather(make_rollouts(1, 0, 300, method="bc-10%", train_trajectories=None))
+    assert grid.name(grid.cells[0].variant) == "Behaviour cloning, best 10%"
 
 
 def test_curves_over_training_lengths(make_rollouts):
