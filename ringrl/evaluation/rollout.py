@@ -124,7 +124,7 @@ def rollout(
             action = agent.act(step)
             observation, reward, _, truncated, _ = environments.step(action)
             if not (np.isfinite(observation).all() and np.isfinite(reward).all()):
-                raise UserError(f"environment: step {timestep} of episode {episode} gave an observation or reward not finite")
+                raise UserError(f"environment: observation or reward not finite (episode {episode}, step {timestep})")
             returns[:, episode] += reward
             if truncated.any() != (timestep == length - 1):
                 raise UserError(f"environment: episodes end after {timestep + 1} steps, the data's after {length}")

@@ -48,7 +48,7 @@ class AblationPlan(Section):
     def _batches_divide(self) -> Self:
         for count in self.trajectories:
             if count < 1 or self.trajectories_per_batch % count:
-                raise ValueError(f"trajectories: {count} does not divide trajectories_per_batch {self.trajectories_per_batch}")
+                raise ValueError(f"{count} does not divide the {self.trajectories_per_batch} trajectories_per_batch")
         return self
 
 

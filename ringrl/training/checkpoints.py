@@ -1,4 +1,4 @@
-"""Checkpoints of everything a run needs to go on, or to be evaluated, without its dataset. Arrays and JSON, no pickles."""
+"""Checkpoints of everything a run needs to go on or to be evaluated: arrays and JSON, no pickles."""
 
 import dataclasses
 import hashlib

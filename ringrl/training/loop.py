@@ -21,7 +21,7 @@ from ringrl.errors import UserError
 from ringrl.training.checkpoints import Checkpoints, RunInfo, read_info
 from ringrl.training.metrics import MetricsLog, progress_bar
 from ringrl.training.optimiser import learning_rate, make_optimiser
-from ringrl.training.step import TrainState, initial_state, make_train_step
+from ringrl.training.step import initial_state, make_train_step
 
 PLACES = ("data", "run", "keep_checkpoints")  # where things lie may change between a run and its resumption
 
@@ -38,7 +38,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     """
     store = EpisodeStore(config.data)
     normalisation = Normalisation.of(store)
-    sampler = ContextSampler(store, config.task, config.context, normalisation, config.optimiser.batch_size, config.seed)
+    batch_size = config.optimiser.batch_size
+    sampler = ContextSampler(store, config.task, config.context, normalisation, batch_size, config.seed)
     info = RunInfo(
         config=config,
         normalisation=normalisation,
@@ -84,7 +85,8 @@ def _claim_folder(info: RunInfo, resume: bool) -> None:
     ]
     if changed:
         raise UserError(
-            f"{saved}: the run has another configuration ({'; '.join(changed)}); resume with the same, or start a new --run"
+            f"{saved}: the run has another configuration ({'; '.join(changed)}); "
+            "resume with the same, or start a new --run"
         )
 
 

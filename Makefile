@@ -1,0 +1,29 @@
+# Every target sets up .venv by itself: python3 >= 3.11 and make are all that is needed.
+PYTHON ?= python3
+RUN := .venv/bin/
+
+.PHONY: demo test lint lock clean
+
+demo: .venv/ready  ## collect, train, evaluate, ablate, report: about ten minutes on two cores
+	$(RUN)ringrl demo
+
+test: .venv/ready  ## every test
+	$(RUN)python -m pytest
+
+lint: .venv/ready  ## style and types
+	$(RUN)ruff check .
+	$(RUN)mypy
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "RingRL needs Python >= 3.11; run: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN)pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN)pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+lock:  ## pin every dependency for all supported Pythons (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-annotate --no-header -o requirements.lock
+
+clean:
+	rm -rf .venv build dist *.egg-info demo report
