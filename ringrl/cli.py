@@ -25,7 +25,9 @@ Settings = Annotated[TrainConfig, tyro.conf.arg(name="")]  # its flags stand at 
 console = Console()
 
 
-def data_import(archive: tyro.conf.Positional[Path], domain: str, output: Path | None = None, overwrite: bool = False) -> None:
+def data_import(
+    archive: tyro.conf.Positional[Path], domain: str, output: Path | None = None, overwrite: bool = False
+) -> None:
     """Import an ExoRL archive (zip or folder) into an episode store, relabelled for all tasks of the domain.
 
     Args:
@@ -275,7 +277,8 @@ def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Cal
         if not stop.code:
             raise
         text = " ".join(re.sub(r"[─│╭╮╰╯├┤]", " ", said.getvalue()).split())
-        raise UserError(re.sub(r"\d+ validation errors? for \w+|\[type=.*For further information visit\s+\S+", "", text)) from None
+        noise = r"\d+ validation errors? for \w+|\[type=.*For further information visit \S+"
+        raise UserError(re.sub(noise, "", text)) from None
 
 
 def _command_line() -> str:

@@ -43,7 +43,7 @@ def make_train_step(
         loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(params, optimiser_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,129 @@
+"""The command line as a user meets it: whole commands, and one clear line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ringrl.cli import COMMANDS, main
+from ringrl.data import EpisodeStore
+
+TINY = [
+    "--model.layers=1", "--model.width=16", "--model.token-set=fused1", "--context.trajectories=2",
+    "--optimiser.steps=3", "--optimiser.batch-size=2",
+]  # fmt: skip
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must fail; its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert said.startswith("ringrl: ")
+    return said
+
+
+@pytest.fixture(scope="module")
+def run(jaco_store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny trained run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    main(["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--run", str(folder), *TINY])
+    return folder
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"ringrl {name}" in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "--help"])
+    assert not stop.value.code
+    said = capsys.readouterr().out
+    assert f"ringrl {name}" in said
+    assert "(default:" in said or "(required)" in said
+
+
+def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, folder, page = tmp_path / "jaco.h5", tmp_path / "run", tmp_path / "report"
+    main(["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(store)])
+    main(["data", "info", str(store)])
+    assert "jaco_reach_top_left" in capsys.readouterr().out
+    (tmp_path / "preset.yaml").write_text(yaml.safe_dump({"model": {"layers": 2}, "task": "jaco_reach_top_left"}))
+    main(["train", "--config", str(tmp_path / "preset.yaml"), "--data", str(store), "--run", str(folder), *TINY])
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["model"]["layers"] == 1, "a flag wins over the preset"
+    assert saved["task"] == "jaco_reach_top_left", "the preset wins over the default"
+    main(["evaluate", "--checkpoint", str(folder), "--environments", "2", "--episodes", "2", "--control"])
+    lines = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["context"] for line in lines] == [True, True, False, False]
+    random = tmp_path / "random.jsonl"
+    main(["evaluate", "--task", "jaco_reach_top_left", "--environments", "2", "--output", str(random)])
+    main(["report", str(folder), str(random), "--output", str(page)])
+    assert "</html>" in (page / "index.html").read_text()
+
+
+def test_controls_start_where_the_streams_start(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    two = ["--environments", "2", "--episodes", "2", "--control"]
+    main(["evaluate", "--checkpoint", str(run), *two, "--output", str(output)])
+    streams, controls = [], []
+    for line in map(json.loads, output.read_text().splitlines()):
+        (streams if line["context"] else controls).append(line["returns"])
+    assert [first for first, _ in streams] == pytest.approx([first for first, _ in controls], rel=1e-6)
+
+
+def test_unknown_command_lists_the_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean train" in refused(["trian"], capsys)
+    assert "data import" in refused(["data", "imprt"], capsys)
+
+
+def test_wrong_flags_and_values_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["train", "--data", "x", "--task", "y", "--run", str(tmp_path / "run")]
+    assert "--model.layers" in refused([*base, "--model.layer", "3"], capsys)
+    assert "3 heads do not split a width of 128" in refused([*base, "--model.heads", "3"], capsys)
+    assert "--optimiser.steps" in refused([*base, "--optimiser.steps", "many"], capsys)
+    assert "--data" in refused(["train", "--task", "y"], capsys)
+    assert "x" in refused(base, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_about_files_name_the_file(
+    run: Path, jaco_store: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing"
+    for arguments in (
+        ["data", "info", str(missing)],
+        ["data", "import", str(missing), "--domain", "walker"],
+        ["evaluate", "--checkpoint", str(missing)],
+        ["report", str(missing)],
+        ["ablate", str(missing)],
+        ["train", "--config", str(missing)],
+    ):
+        assert str(missing) in refused(arguments, capsys)
+    data = ["--data", str(jaco_store.path), "--run", str(missing)]
+    assert "walker_walk" in refused(["train", "--task", "walker_walk", *data], capsys)
+    assert "walker_walk" in refused(["evaluate", "--checkpoint", str(run), "--task", "walker_walk"], capsys)
+    assert "walker_walk" in refused(["evaluate", "--task", "walker_wlak"], capsys)
+    assert "at least 1" in refused(["evaluate", "--checkpoint", str(run), "--episodes", "0"], capsys)
+    assert str(run) in refused(["evaluate", "--checkpoint", str(run), "--step", "7"], capsys)
+    again = ["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--run", str(run), *TINY]
+    assert "--resume" in refused(again, capsys)
+    assert "model.width was 16, is 32" in refused([*again, "--model.width=32", "--resume"], capsys)
+    assert not missing.exists()
+
+
+def test_the_installed_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("ringrl")), "data", "info", str(tmp_path / "nothing.h5")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
