@@ -1,5 +1,6 @@
 """The public functions: arguments checked here, before anything is traced."""
 
+import operator
 from typing import Literal, overload
 
 import jax
@@ -12,6 +13,7 @@ from ringrl.attention.local import local_attention
 from ringrl.attention.mask import Rule, Side
 
 IMPLEMENTATIONS = ("xla",)
+WIDEST = 2**31 - 1  # window: positions are int32
 
 
 @overload
@@ -79,6 +81,8 @@ def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected no empty axis, got shape {x.shape}")
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype:
@@ -103,10 +107,13 @@ def _integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: 
 def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    left, right = (size, size) if isinstance(size, int) else size
+    try:
+        left, right = (operator.index(n) for n in (size if isinstance(size, tuple | list) else (size, size)))
+    except (TypeError, ValueError):
+        raise ValueError(f"local_window_size: expected one or two whole numbers, got {size!r}") from None
     if left < 0 or right < 0:
         raise ValueError(f"local_window_size: expected sizes >= 0, got {size}")
-    return left, right
+    return min(left, WIDEST), min(right, WIDEST)
 
 
 def _soft_cap(cap: float | None) -> float | None:

@@ -27,14 +27,20 @@ def decode_attention(
       (B, N, H, D) in q's dtype.
 
     Raises:
-      ValueError: heads that do not divide, or more new tokens than the cache holds.
+      ValueError: shapes or heads that do not fit, or a `length` (where it is a plain number) outside N ... C.
     """
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"v_cache: expected k_cache's shape {k_cache.shape}, got {v_cache.shape}")
     batch, new, heads, head_dim = q.shape
+    if (batch, head_dim) != (k_cache.shape[0], k_cache.shape[3]):
+        raise ValueError(f"k_cache: expected batch and head_dim of q {q.shape}, got {k_cache.shape}")
     capacity, kv_heads = k_cache.shape[1:3]
     if heads % kv_heads:
         raise ValueError(f"k_cache: its {kv_heads} heads do not divide the {heads} heads of q")
     if new > capacity:
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
+    if isinstance(length, int) and not new <= length <= capacity:
+        raise ValueError(f"length: expected {new} ... {capacity} tokens in the cache, got {length}")
     scale = head_dim**-0.5 if scale is None else scale
     q = q.reshape(batch, new, kv_heads, heads // kv_heads, head_dim)
     s = jnp.einsum("bqhgd,bkhd->bhgqk", q, k_cache, preferred_element_type=jnp.float32) * scale

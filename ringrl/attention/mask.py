@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-PADDING_QUERY, PADDING_KEY = -1, -2  # segment ids of padding: they match neither each other nor a real segment
+# Segment ids of padding: they match neither each other nor a real segment.
+PADDING_QUERY, PADDING_KEY = -(2**31), -(2**31) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Side(NamedTuple):
 
 def visible(rule: Rule, queries: Side, keys: Side) -> Bool[Array, "batch queries keys"]:
     """The rule itself, for one tile of queries and keys."""
-    q_position, k_position = queries.positions[:, :, None], keys.positions[:, None, :]
+    ahead = queries.positions[:, :, None] - keys.positions[:, None, :]  # steps that the query is ahead of the key
     allowed = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
     if rule.is_causal:
-        allowed &= k_position <= q_position
+        allowed &= ahead >= 0
     if rule.window is not None:
         left, right = rule.window
-        allowed &= (k_position >= q_position - left) & (k_position <= q_position + right)
+        allowed &= (ahead <= left) & (ahead >= -right)  # compared this way, no window is too wide for int32
     return allowed
 
 
@@ -61,8 +62,8 @@ def classify(rule: Rule, queries: Side, keys: Side) -> TileKind:
         every &= k_high <= q_low
     if rule.window is not None:
         left, right = rule.window
-        some &= (k_high >= q_low - left) & (k_low <= q_high + right)
-        every &= (k_low >= q_high - left) & (k_high <= q_low + right)
+        some &= (q_low - k_high <= left) & (q_high - k_low >= -right)
+        every &= (q_high - k_low <= left) & (q_low - k_high >= -right)
     return TileKind(some.any(), every.all())
 
 

@@ -180,7 +180,8 @@ def forward(
 
     def query_tile(_: None, tile: Queries) -> tuple[None, tuple[jax.Array, jax.Array]]:
         shape = tile.q.shape
-        start = (jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf), jnp.zeros(shape[:-1]))
+        zeros = partial(jnp.zeros, dtype=jnp.float32)
+        start = (zeros(shape), jnp.full(shape[:-1], -jnp.inf, jnp.float32), zeros(shape[:-1]))
         (o, maximum, total), _ = lax.scan(partial(_forward_tile, options, tile), start, key_tiles)
         return None, (o / jnp.where(total == 0, 1.0, total)[..., None], maximum + jnp.log(total))
 
