@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,7 @@ from ringrl.evaluation.records import EvaluationRecord, append_records, data_rec
 from ringrl.training import load_policy, train
 
 EVALUATION = "evaluation.jsonl"
+BASELINE_WIDTH = 256  # hidden units of behaviour cloning: cheap, since it sees one step at a time
 
 
 class AblationPlan(Section):
@@ -73,13 +75,14 @@ def cells(plan: AblationPlan) -> Iterator[Cell]:
     for seed in plan.seeds:
         for baseline in plan.baselines:
             fraction = 0.1 if baseline.endswith("10%") else 1.0
-            overrides = {"model": {"kind": "behaviour_cloning", "width": 256}, "context": {"best_fraction": fraction}}
+            model = {"kind": "behaviour_cloning", "width": BASELINE_WIDTH}
+            overrides = {"model": model, "context": {"best_fraction": fraction}}
             yield _cell(plan, baseline.replace("%", ""), seed, 1, overrides)
         for count in plan.trajectories:
             yield _cell(plan, f"transformer_{count}", seed, count, {})
 
 
-def _cell(plan: AblationPlan, name: str, seed: int, trajectories: int, overrides: dict[str, dict[str, Any]]) -> Cell:
+def _cell(plan: AblationPlan, name: str, seed: int, trajectories: int, overrides: dict[str, Any]) -> Cell:
     name = f"{name}_seed{seed}"
     own: dict[str, Any] = {
         "data": plan.data,
@@ -126,7 +129,7 @@ def ablate(plan: AblationPlan, console: Console, command: str | None = None) -> 
     files = [_once(plan.output / name / EVALUATION, make) for name, make in references.items()]
     for number, cell in enumerate(todo, 1):
         console.print(f"[bold]cell {number} of {len(todo)}: {cell.name}")
-        files.append(_once(cell.config.run / EVALUATION, lambda cell=cell: _run(cell, plan, console, command)))
+        files.append(_once(cell.config.run / EVALUATION, partial(_run, cell, plan, console, command)))
     return files
 
 
