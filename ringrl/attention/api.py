@@ -5,7 +5,6 @@ from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention.kernels.xla import Options
@@ -42,6 +41,9 @@ def attention(  # type: ignore[misc]
 ) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """softmax(scale * q k^T) v over the keys that each query may see, in O(S) memory.
 
+    Output and log-sum-exp carry the checkpoint name "ring_attention": with a remat policy that saves it, as
+    jax.checkpoint_policies.save_only_these_names("ring_attention"), attention is never computed twice.
+
     Args:
       q: queries (B, S, H, D); float32, bfloat16 or float16.
       k, v: keys and values (B, S, Hkv, D) of q's dtype; Hkv divides H (grouped-query attention).
@@ -71,10 +73,7 @@ def attention(  # type: ignore[misc]
     rule = Rule(is_causal, _window(local_window_size))
     options = Options(rule, head_dim**-0.5 if scale is None else float(scale), _soft_cap(logits_soft_cap))
     o, lse = local_attention(q, k, v, side, side, options)
-    o = checkpoint_name(o, "ring_attention")  # a remat policy that saves this name never computes attention twice
-    if return_residual:
-        return o, checkpoint_name(lse, "ring_attention")
-    return o
+    return (o, lse) if return_residual else o
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.attention.kernels import xla
 from ringrl.attention.kernels.xla import Options
@@ -21,7 +22,8 @@ def local_attention(
 
 def _forward(q, k, v, queries, keys, options):  # type: ignore[no-untyped-def]
     o, lse = xla.forward(q, k, v, queries, keys, options)
-    o = o.astype(q.dtype)
+    # Named here and not where they leave: the residuals themselves must be what a remat policy saves.
+    o, lse = checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
     return (o, lse), (q, k, v, queries, keys, o, lse)
 
 
