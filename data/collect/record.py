@@ -31,6 +31,11 @@ class Plan:
     parameters: Float64[np.ndarray, " parameters"]
     noise_limit: float
 
+    @property
+    def start_seed(self) -> int:
+        """`ringrl.envs.make(task, start_seed)` starts its first episode in the same state."""
+        return int(np.random.default_rng((self.seed, 2, self.index)).integers(2**32))
+
 
 def record_episode(simulation: Simulation, recipe: Recipe, plan: Plan) -> dict[str, np.ndarray]:
     """Run an episode and return ExoRL's arrays of T+1 rows.
@@ -41,7 +46,7 @@ def record_episode(simulation: Simulation, recipe: Recipe, plan: Plan) -> dict[s
     domain = simulation.domain
     steps = domain.episode_length
     random = np.random.default_rng((plan.seed, 0, plan.index))
-    simulation.reset(np.random.RandomState(random.integers(2**32)))
+    simulation.reset(np.random.RandomState(plan.start_seed))
     share = random.uniform(0, plan.noise_limit)
     noise = share * coloured_noise(random, steps, domain.action_size, exponent=random.uniform(0, 2))
     controller = recipe.controller(simulation, plan.parameters)

@@ -68,7 +68,7 @@ def collect(
 
 def _search(recipe: Recipe, record_all: RecordAll, episodes: int, seed: int, progress: Progress) -> None:
     search = CrossEntropySearch.start(recipe.mean, recipe.deviation)
-    generation_size = max(_SMALLEST_GENERATION, episodes // _GENERATIONS)
+    generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
     returns: list[float] = []
     best = -np.inf
     while len(returns) < episodes:

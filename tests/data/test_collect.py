@@ -1,0 +1,198 @@
+import multiprocessing
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.data import import_archive
+from ringrl.data.collect import collect
+from ringrl.data.exorl import Archive
+from ringrl.envs import DOMAINS
+from ringrl.errors import UserError
+
+TASK = "cartpole_swingup"
+
+
+def _contents(folder: Path) -> list[dict[str, np.ndarray]]:
+    with Archive(folder, DOMAINS["cartpole"]) as archive:
+        return list(archive)
+
+
+def _same(one: Path, other: Path) -> bool:
+    pairs = zip(_contents(one), _contents(other), strict=True)
+    return all(np.array_equal(a[key], b[key]) for a, b in pairs for key in a)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory) -> Path:
+    return collect(TASK, tmp_path_factory.mktemp("collect") / "new" / "cartpole", episodes=80, seed=1, workers=2)
+
+
+def test_the_layout_is_exorls(collected):
+    assert [path.name for path in collected.iterdir()] == ["buffer"]
+    names = sorted(path.name for path in (collected / "buffer").iterdir())
+    assert names == [f"episode_{number:06d}_1000.npz" for number in range(80)]
+    with np.load(collected / "buffer" / names[7], allow_pickle=False) as file:
+        episode = dict(file)
+    widths = {"observation": 5, "action": 1, "reward": 1, "discount": 1, "physics": 4}
+    assert {key: array.shape for key, array in episode.items()} == {key: (1001, width) for key, width in widths.items()}
+    assert all(array.dtype == (np.float64 if key == "physics" else np.float32) for key, array in episode.items())
+    assert not episode["action"][0].any()
+    assert not episode["reward"][0].any()
+    assert (episode["discount"] == 1).all()
+    assert np.abs(episode["action"]).max() <= 1
+
+
+def test_a_collection_can_be_imported_and_its_task_is_recognised(collected, tmp_path):
+    store = import_archive(collected, tmp_path / "store.h5", "cartpole")
+    assert (store.num_episodes, store.recorded_task) == (80, TASK)
+    np.testing.assert_array_equal(store.episode(3)["reward"][:, 0], store.episode(3)[f"reward/{TASK}"])
+
+
+def test_returns_run_from_poor_to_good_with_much_between(collected):
+    returns = np.array([episode["reward"].sum() for episode in _contents(collected)])
+    poor, good = returns[:20], returns[-20:]
+    assert good.mean() > 1.4 * poor.mean()
+    assert np.quantile(returns, 0.1) < 300
+    assert returns.max() > 700
+    assert 350 < returns.mean() < 650
+
+
+def test_the_number_of_workers_changes_nothing_and_the_seed_everything(tmp_path):
+    # More than one generation, so that what the search learns is compared too.
+    for name, seed, workers in (("one", 5, 1), ("two", 5, 2), ("three", 5, 3), ("other", 6, 1)):
+        collect(TASK, tmp_path / name, episodes=13, seed=seed, workers=workers)
+    assert _same(tmp_path / "one", tmp_path / "two")
+    assert _same(tmp_path / "one", tmp_path / "three")
+    starts = [_contents(tmp_path / name)[0]["physics"][0] for name in ("one", "other")]
+    assert not np.array_equal(*starts)
+
+
+def test_progress_is_told_after_every_episode(tmp_path):
+    told: list[tuple[int, float]] = []
+    folder = collect(
+        TASK, tmp_path / "new", episodes=3, seed=0, workers=1, progress=lambda done, best: told.append((done, best))
+    )
+    returns = [float(episode["reward"].sum(dtype=np.float64)) for episode in _contents(folder)]
+    assert told == [(number, max(returns[:number])) for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "cartpole_swingupp"}, "cartpole_swingup"),
+        ({"episodes": 0}, "episodes is 0, at least 1"),
+        ({"seed": -1}, "seed is -1, at least 0"),
+        ({"workers": 0}, "workers is 0, at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes, message):
+    arguments = {"task": TASK, "episodes": 1, "seed": 0, "workers": 1} | changes
+    with pytest.raises(UserError, match=message):
+        collect(arguments.pop("task"), tmp_path / "new", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_destination_is_kept_unless_it_is_empty(tmp_path):
+    taken, file, empty = tmp_path / "taken", tmp_path / "file", tmp_path / "empty"
+    taken.mkdir()
+    empty.mkdir()
+    (taken / "precious").write_text("data")
+    file.write_text("data")
+    for destination in (taken, file):
+        with pytest.raises(UserError, match=f"{destination}: already exists"):
+            collect(TASK, destination, episodes=1, seed=0, workers=1)
+    assert (taken / "precious").read_text() == file.read_text() == "data"
+    assert len(_contents(collect(TASK, empty, episodes=1, seed=0, workers=1))) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interruption_leaves_nothing(tmp_path, workers):
+    def interrupt(done: int, best: float) -> None:
+        if done == 2:
+            assert list(tmp_path.glob(".new.partial/buffer/*.npz"))  # not under its final name yet
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(TASK, tmp_path / "new", episodes=20, seed=0, workers=workers, progress=interrupt)
+    assert not list(tmp_path.iterdir())
+    assert not multiprocessing.active_children()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(UserError, match=r"new: cannot be written \(File too large\): free some space"):
+            collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_destination_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("data")
+    with pytest.raises(UserError, match="cannot be written"):
+        collect(TASK, tmp_path / "file" / "new", episodes=1, seed=0, workers=1)
+
+
+def test_a_dead_worker_is_one_line_and_leaves_nothing(tmp_path):
+    def kill_the_workers(done: int, best: float) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(UserError, match="--workers 1"):
+        collect(TASK, tmp_path / "new", episodes=200, seed=0, workers=2, progress=kill_the_workers)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_collections_do_not_share_a_destination(tmp_path):
+    def collect_the_same(done: int, best: float) -> None:
+        with pytest.raises(UserError, match="another process is collecting into it"):
+            collect(TASK, tmp_path / "new", episodes=1, seed=0, workers=1)
+
+    folder = collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1, progress=collect_the_same)
+    assert len(_contents(folder)) == 2
+
+
+_ENDLESS = """
+import multiprocessing, sys
+from pathlib import Path
+from ringrl.data.collect import collect
+if __name__ == "__main__":
+    tell = lambda done, best: print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+    collect("cartpole_swingup", Path(sys.argv[1]), episodes=100_000, seed=0, workers=2, progress=tell)
+"""
+
+
+def _is_running(process: str) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
+def test_after_a_kill_no_process_stays_and_the_next_collection_clears_up(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_ENDLESS)
+    with subprocess.Popen([sys.executable, script, tmp_path / "new"], stdout=subprocess.PIPE, text=True) as process:
+        workers = process.stdout.readline().split()
+        process.send_signal(signal.SIGKILL)
+    assert len(workers) == 2
+    patience = time.monotonic() + 10
+    while any(map(_is_running, workers)) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not any(map(_is_running, workers))
+    assert list(tmp_path.glob(".new.partial/buffer/*.npz"))
+    assert not (tmp_path / "new").exists()
+
+    folder = collect(TASK, tmp_path / "new", episodes=1, seed=0, workers=1)
+    assert len(_contents(folder)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "script.py"]

@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+from dm_control import suite
+
+from ringrl.data import relabel
+from ringrl.data.collect.noise import coloured_noise
+from ringrl.data.collect.recipes import recipe_of
+from ringrl.data.collect.record import Plan, record_episode
+from ringrl.data.collect.search import CrossEntropySearch
+from ringrl.envs import TASKS, domain_of, make
+from ringrl.envs.simulation import load_simulation
+
+
+def _record(task: str, index: int = 0, noise_limit: float = 0.2) -> tuple[Plan, dict[str, np.ndarray]]:
+    recipe = recipe_of(task)
+    plan = Plan(index, seed=3, parameters=recipe.mean, noise_limit=noise_limit)
+    return plan, record_episode(load_simulation(task), recipe, plan)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_replaying_the_actions_gives_what_was_recorded(task):
+    plan, episode = _record(task)
+    env = make(task, plan.start_seed)
+    observation, info = env.reset()
+    replayed = [(observation, info["physics"], 0.0)]
+    for action in episode["action"][1:]:
+        observation, reward, _, truncated, info = env.step(action)
+        replayed.append((observation, info["physics"], reward))
+    assert truncated
+    observations, physics, rewards = (np.stack(column) for column in zip(*replayed, strict=True))
+    np.testing.assert_allclose(episode["observation"], observations, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(episode["physics"], physics, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(episode["reward"][:, 0], rewards, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(relabel(task, episode["physics"], episode["action"]), rewards, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["walker_walk", "cheetah_run", "cartpole_swingup"])
+def test_dm_control_itself_records_the_same(task):
+    plan, episode = _record(task)
+    env = suite.load(*task.split("_"), task_kwargs={"random": np.random.RandomState(plan.start_seed)})
+    env.reset()
+    np.testing.assert_array_equal(env.physics.get_state(), episode["physics"][0])
+    for row, action in enumerate(episode["action"][1:], start=1):
+        step = env.step(action)
+        np.testing.assert_allclose(env.physics.get_state(), episode["physics"][row], rtol=0, atol=1e-6)
+        assert step.reward == pytest.approx(episode["reward"][row, 0], abs=1e-6)
+    flat = np.concatenate([np.ravel(array) for array in step.observation.values()])
+    np.testing.assert_allclose(flat, episode["observation"][-1], rtol=0, atol=1e-5)
+
+
+def test_an_episode_does_not_depend_on_those_before_it():
+    task = "jaco_reach_top_left"
+    recipe, simulation = recipe_of(task), load_simulation(task)
+    plan = Plan(1, 3, recipe.mean, 0.2)
+    record_episode(simulation, recipe, Plan(0, 3, recipe.mean, 0.2))
+    second = record_episode(simulation, recipe, plan)
+    alone = record_episode(load_simulation(task), recipe, plan)
+    for key, array in alone.items():
+        np.testing.assert_array_equal(second[key], array)
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("jaco")])
+def test_the_arm_reaches_the_target_that_is_preferred(task):
+    recipe, simulation = recipe_of(task), load_simulation(task)
+    returns = []
+    for preferred in range(4):
+        parameters = np.array([*(preferred == np.arange(4)), 1.0, 0.0])
+        episode = record_episode(simulation, recipe, Plan(0, 0, parameters, noise_limit=0))
+        returns.append(episode["reward"].sum())
+    assert returns[0] > 150  # the task's own target comes first
+    assert max(returns[1:]) < 0.5 * returns[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "least"),
+    [("cartpole_swingup", 800), ("cartpole_swingup_sparse", 600), ("cartpole_balance", 950),
+     ("cartpole_balance_sparse", 950)],
+)  # fmt: skip
+def test_good_gains_come_near_cartpoles_ceiling_and_noise_spoils_them(task, least):
+    recipe, simulation = recipe_of(task), load_simulation(task)
+
+    def mean_return(noise_limit: float) -> float:
+        plans = [Plan(index, 0, np.zeros(8), noise_limit) for index in range(4)]
+        return np.mean([record_episode(simulation, recipe, plan)["reward"].sum() for plan in plans])
+
+    assert mean_return(0) > least
+    assert mean_return(1) < 0.8 * mean_return(0)
+
+
+def test_every_recipe_has_parameters_of_its_size():
+    for task in TASKS:
+        recipe = recipe_of(task)
+        assert recipe.mean.shape == recipe.deviation.shape
+        assert (recipe.deviation > 0).all()
+        assert all(0 <= limit <= 1 for limit in recipe.noise)
+    assert len(recipe_of("walker_walk").mean) == 1 + 3 * domain_of("walker_walk").action_size
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_noise_has_the_colour_and_the_variance_asked_for(exponent):
+    noise = coloured_noise(np.random.default_rng(0), 1000, 300, exponent)
+    assert noise.shape == (1000, 300)
+    assert np.abs(noise.mean(axis=0)).max() < 1e-9
+    assert noise.var() == pytest.approx(1, abs=0.1)
+    power = (np.abs(np.fft.rfft(noise, axis=0)) ** 2).mean(axis=1)[1:-1]
+    slope = np.polyfit(np.log(np.arange(1, len(power) + 1)), np.log(power), 1)[0]
+    assert slope == pytest.approx(-exponent, abs=0.05)
+
+
+def test_the_search_finds_the_top_of_a_hill():
+    top = np.array([1.0, -0.5, 0.3])
+    search = CrossEntropySearch.start(np.zeros(3), np.ones(3))
+    for generation in range(25):
+        tried = search.propose(np.random.default_rng(generation), 20)
+        search = search.learn(tried, -np.square(tried - top).sum(axis=1))
+    np.testing.assert_allclose(search.mean, top, atol=0.1)
+    np.testing.assert_allclose(search.deviation, 0.1)  # not less: the search stays awake
+
+
+def test_equal_returns_teach_the_search_nothing():
+    search = CrossEntropySearch.start(np.zeros(3), np.ones(3))
+    after = search.learn(search.propose(np.random.default_rng(0), 10), np.zeros(10))
+    np.testing.assert_array_equal(after.mean, search.mean)
+    np.testing.assert_array_equal(after.deviation, search.deviation)
