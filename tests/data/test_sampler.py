@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.config import ContextConfig
+from ringrl.context import Context
+from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampler import ContextSampler
+from ringrl.data.store import EpisodeStore
+from ringrl.errors import UserError
+
+TASK = "cartpole_swingup"
+REWARDS = [[0.5, 0.25, 0.25], [0.0, 0.0, 0.5], [1.0, 1.0, 0.0], [0.0, 0.25, 0.0]]  # returns 1, .5, 2, .25
+LENGTH = 3
+
+
+@pytest.fixture
+def golden(tmp_path: Path, random_episode, write_store) -> EpisodeStore:
+    """Four hand-written episodes of three steps; observation and action of row t of episode i are 100 i + t."""
+    episodes = []
+    for number, rewards in enumerate(REWARDS):
+        episode = random_episode("cartpole", LENGTH, number)
+        rows = 100 * number + np.arange(LENGTH + 1, dtype=np.float32)[:, None]
+        episode["observation"][:] = rows
+        episode["action"][:] = np.where(rows % 100 == 0, 0, rows)
+        episode[f"reward/{TASK}"] = np.array([0, *rewards], np.float32)
+        episodes.append(episode)
+    return write_store(tmp_path / "golden.h5", "cartpole", episodes)
+
+
+def sampler(store: EpisodeStore, batch_size: int = 1, seed: int = 0, **config: object) -> ContextSampler:
+    identity = Normalisation(np.zeros(5), np.ones(5), LENGTH)
+    return ContextSampler(store, TASK, ContextConfig(**config), identity, batch_size, seed)
+
+
+def episode_numbers(batch: Context) -> np.ndarray:
+    """Which episode each trajectory of each context is, (batch, trajectories)."""
+    return (np.asarray(batch.observation)[:, ::LENGTH, 0] // 100).astype(int)
+
+
+def test_a_whole_context_written_by_hand(golden: EpisodeStore) -> None:
+    batch = sampler(golden, trajectories=4).batch(0)
+    expected = {
+        "reward": [[0, 0.25, 0, 0, 0, 0.5, 0.5, 0.25, 0.25, 1, 1, 0]],
+        # ascending by return; every trajectory starts from the best one's return, 2, per step of the episode
+        "return_to_go": np.array([[2, 2, 1.75, 2, 2, 2, 2, 1.5, 1.25, 2, 1, 0]]) / LENGTH,
+        "completion": [[0] * 11 + [1]],
+        "timestep": [[0, 1, 2] * 4],
+        "trajectory": [[0] * 3 + [1] * 3 + [2] * 3 + [3] * 3],
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(getattr(batch, name), values, rtol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(batch.observation[0, :, 0], [300, 301, 302, 100, 101, 102, 0, 1, 2, 200, 201, 202])
+    # the action of a step is on the next row of ExoRL's format
+    np.testing.assert_array_equal(batch.action[0, :, 0], [301, 302, 303, 101, 102, 103, 1, 2, 3, 201, 202, 203])
+    assert all(np.asarray(x).dtype == (np.int32 if x.dtype.kind == "i" else np.float32) for x in batch)
+
+
+def test_own_targets_start_from_each_trajectorys_return(golden: EpisodeStore) -> None:
+    batch = sampler(golden, trajectories=4, target="own").batch(0)
+    np.testing.assert_allclose(batch.return_to_go[0, ::LENGTH] * LENGTH, [0.25, 0.5, 1, 2])
+    np.testing.assert_array_equal(batch.completion[0], [0, 0, 1] * 4)
+
+
+def test_every_best_trajectory_completes(tmp_path: Path, random_episode, write_store) -> None:
+    episodes = [random_episode("cartpole", LENGTH, 0) for _ in range(3)]
+    store = write_store(tmp_path / "equal.h5", "cartpole", episodes)
+    np.testing.assert_array_equal(sampler(store, trajectories=3).batch(0).completion[0], [0, 0, 1] * 3)
+
+
+def test_orders(golden: EpisodeStore) -> None:
+    for seed in range(5):
+        batch = sampler(golden, seed=seed, trajectories=4, order="history").batch(3)
+        assert episode_numbers(batch).tolist() == [[0, 1, 2, 3]]
+    seen = {tuple(episode_numbers(sampler(golden, trajectories=4, order="random").batch(i))[0]) for i in range(100)}
+    assert len(seen) > 12
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone(golden: EpisodeStore) -> None:
+    first, again = sampler(golden, 4, trajectories=2), sampler(golden, 4, trajectories=2)
+    later = first.batch(7)
+    for step in (3, 0, 7):
+        again.batch(step)
+    for a, b in zip(later, again.batch(7), strict=True):
+        np.testing.assert_array_equal(a, b)
+    batches = [sampler(golden, 8, seed, trajectories=2).batch(step) for seed, step in ((0, 7), (0, 8), (1, 7))]
+    numbers = [episode_numbers(batch).tolist() for batch in batches]
+    assert numbers[0] != numbers[1]
+    assert numbers[0] != numbers[2]
+
+
+def test_contexts_hold_distinct_trajectories_and_uniform_sampling_is_uniform(golden: EpisodeStore) -> None:
+    numbers = episode_numbers(sampler(golden, 4000, trajectories=2).batch(0))
+    assert (numbers[:, 0] != numbers[:, 1]).all()
+    np.testing.assert_allclose(np.bincount(numbers.ravel()) / numbers.size, 1 / 4, atol=0.02)
+
+
+def test_stratified_sampling_draws_ranges_of_return_alike(tmp_path: Path, random_episode, write_store) -> None:
+    episodes = []
+    for number, value in enumerate([0, 0, 0, 0, 0, 0, 0, 0, 0, 3]):  # nine in the lowest range, one in the highest
+        episode = random_episode("cartpole", LENGTH, number)
+        episode["observation"][:] = 100 * number
+        episode[f"reward/{TASK}"] = np.array([0, value, 0, 0], np.float32)
+        episodes.append(episode)
+    store = write_store(tmp_path / "skewed.h5", "cartpole", episodes)
+    numbers = episode_numbers(sampler(store, 4000, trajectories=1, sampling="return_stratified").batch(0))
+    assert (numbers == 9).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_best_fraction_keeps_the_best(golden: EpisodeStore) -> None:
+    numbers = episode_numbers(sampler(golden, 100, trajectories=1, best_fraction=0.5).batch(0))
+    assert set(numbers.ravel()) == {0, 2}
+
+
+def test_mistakes_are_named(golden: EpisodeStore, store: EpisodeStore) -> None:
+    with pytest.raises(UserError, match="is a cartpole dataset and has no rewards for task walker_walk"):
+        ContextSampler(golden, "walker_walk", ContextConfig(), Normalisation.of(golden), 1, 0)
+    with pytest.raises(UserError, match=r"context\.trajectories: 5 do not fit the 4 eligible"):
+        sampler(golden, trajectories=5)
+    with pytest.raises(UserError, match="several lengths"):
+        sampler(store, trajectories=1)
