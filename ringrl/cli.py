@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import io
+import logging
 import re
 import shlex
 import sys
@@ -213,6 +214,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Errors that the user can mend end in one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
     try:
         _run(arguments)
     except UserError as error:

@@ -1,9 +1,10 @@
 """Checkpoints of everything a run needs to go on or to be evaluated: arrays and JSON, no pickles."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class Checkpoints:
     def save(self, state: TrainState, info: RunInfo) -> None:
         """Write the state in the background."""
         arrays, values = ocp.args.StandardSave(state._asdict()), ocp.args.JsonSave(info.to_json())
-        self._manager.save(int(state.step), args=ocp.args.Composite(state=arrays, info=values))
+        with self._naming_failures():
+            self._manager.save(int(state.step), args=ocp.args.Composite(state=arrays, info=values))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a checkpoint, shaped like `like`."""
@@ -85,9 +87,20 @@ class Checkpoints:
         return TrainState(**restored["state"])
 
     def close(self) -> None:
-        """Wait for what is still being written."""
-        self._manager.wait_until_finished()
+        """Wait for what is still being written; UserError if it could not be."""
+        with self._naming_failures():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # a full disk reaches us as ValueError, its cause at the end of the text
+            cause = " ".join(str(error).split()).rsplit(": ", 1)[-1]
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({cause}); free some space, then use --resume"
+            ) from None
 
 
 def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:

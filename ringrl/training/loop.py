@@ -56,7 +56,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         _run_steps(info, sampler, checkpoints, console or Console(stderr=True), quiet)
     except OSError as error:
         raise UserError(
-            f"{config.run}: cannot be written ({error.strerror or error}); free some space and use --resume"
+            f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
         ) from error
     finally:
         checkpoints.close()
