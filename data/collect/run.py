@@ -17,8 +17,8 @@ from ringrl.errors import UserError
 _GENERATIONS = 40
 _SMALLEST_GENERATION = 10
 
-Progress = Callable[[int, float], None]
-"""Called after every episode with the number of episodes so far and the best of their returns."""
+Progress = Callable[[int, int], None]
+"""Called after every episode with the number of episodes recorded so far and the number wanted."""
 
 
 def collect(
@@ -62,7 +62,7 @@ def collect(
         buffer = folder / "buffer"
         buffer.mkdir()
         with recorders(task, buffer, min(workers or _available_cores(), episodes)) as record_all:
-            _search(recipe, record_all, episodes, seed, progress or (lambda done, best: None))
+            _search(recipe, record_all, episodes, seed, progress or (lambda done, total: None))
     return destination
 
 
@@ -70,7 +70,6 @@ def _search(recipe: Recipe, record_all: RecordAll, episodes: int, seed: int, pro
     search = CrossEntropySearch.start(recipe.mean, recipe.deviation)
     generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
     returns: list[float] = []
-    best = -np.inf
     while len(returns) < episodes:
         first = len(returns)
         number = min(generation_size, episodes - first)
@@ -79,8 +78,7 @@ def _search(recipe: Recipe, record_all: RecordAll, episodes: int, seed: int, pro
         plans = [Plan(first + i, seed, parameters[i], float(limits[i])) for i in range(number)]
         for episode_return in record_all(plans):
             returns.append(episode_return)
-            best = max(best, episode_return)
-            progress(len(returns), best)
+            progress(len(returns), episodes)
         search = search.learn(parameters, np.array(returns[first:]))
 
 

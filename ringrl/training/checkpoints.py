@@ -89,8 +89,10 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for what is still being written; UserError if it could not be."""
         with self._naming_failures():
-            self._manager.wait_until_finished()
-        self._manager.close()
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:
