@@ -1,0 +1,68 @@
+"""Attention to a cache equals attention over the whole sequence, row by row."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringrl.attention import attention, decode_attention
+
+TOKENS, CAPACITY = 11, 16
+
+
+def filled(x: np.ndarray, length: int, beyond: float) -> np.ndarray:
+    """A cache of CAPACITY tokens that holds the first `length`; what lies beyond is `beyond`."""
+    cache = np.full((x.shape[0], CAPACITY, *x.shape[2:]), beyond, x.dtype)
+    cache[:, :length] = x[:, :length]
+    return cache
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("new", [1, 3, TOKENS])
+def test_equals_attention_row_by_row(new, heads, draw):
+    arrays = draw(2, TOKENS, *heads, 8)
+    q, k, v = (arrays[name] for name in "qkv")
+    whole = jax.jit(partial(attention, scale=0.3))(q, k, v)
+    decode = jax.jit(lambda *caches, length: decode_attention(*caches, length=length, scale=0.3))
+    for length in range(new, TOKENS + 1):
+        caches = filled(k, length, 1e30), filled(v, length, -1e30)
+        got = decode(q[:, length - new : length], *caches, length=length)
+        np.testing.assert_allclose(got, whole[:, length - new : length], rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_beyond_the_length_changes_no_bit(draw):
+    arrays = draw(1, TOKENS, 2, 1, 8)
+    q, k, v = (arrays[name] for name in "qkv")
+    results = [
+        decode_attention(q[:, 5:8], filled(k, 8, beyond), filled(v, 8, beyond), length=8) for beyond in (0, 1, -1e30)
+    ]  # without jit
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_default_scale_and_bfloat16(draw):
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(1, TOKENS, 4, 2, 16).items()}
+    q, k, v = (arrays[name] for name in "qkv")
+    got = jax.jit(partial(decode_attention, length=TOKENS))(q[:, -2:], k, v)
+    assert got.dtype == jnp.bfloat16
+    exact = jax.jit(attention)(*(x.astype(jnp.float32) for x in (q, k, v)))[:, -2:]
+    np.testing.assert_allclose(np.asarray(got, np.float32), exact, atol=0.02)
+
+
+def test_arguments_that_do_not_fit_are_named(draw):
+    arrays = draw(1, TOKENS, 4, 2, 8)
+    q, k, v = (arrays[name] for name in "qkv")
+    wrong = [
+        ("k_cache", (q[:, :, :3], k, v), 5),
+        ("k_cache", (q[..., :4], k, v), TOKENS),
+        ("k_cache", (q, k[:0], v[:0]), TOKENS),
+        ("v_cache", (q, k, v[:, :5]), TOKENS),
+        ("q", (q, k[:, :5], v[:, :5]), TOKENS),
+        ("length", (q[:, :3], k, v), 2),
+        ("length", (q[:, :3], k, v), TOKENS + 1),
+    ]
+    for name, given, length in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            decode_attention(*given, length=length)

@@ -1,0 +1,178 @@
+"""What a mask hides stays hidden, rows that see nothing, parts that add up, and arguments that do not fit."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringrl.attention import attention
+from ringrl.attention.kernels import xla
+from ringrl.attention.kernels.xla import Options
+from ringrl.attention.local import local_attention
+from ringrl.attention.mask import Rule, Side
+
+NAMES = ("q", "k", "v")
+
+
+def side(positions: np.ndarray, segment_ids: np.ndarray) -> Side:
+    return Side(jnp.asarray(positions, jnp.int32), jnp.asarray(segment_ids, jnp.int32))
+
+
+@partial(jax.jit, static_argnums=7, compiler_options={"xla_backend_optimization_level": 0})
+def local(q, k, v, do, dlse, queries, keys, options):
+    """(o, lse), (dq, dk, dv) of queries and keys that stand in different places."""
+    values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, queries, keys, options), q, k, v)
+    return values, backward((do, dlse))
+
+
+def gradients(arrays: dict[str, np.ndarray], **options) -> tuple[jax.Array, ...]:
+    """o, lse, dq, dk, dv of the public function."""
+
+    @jax.jit
+    def run(q, k, v, do, dlse):
+        values, backward = jax.vjp(lambda *qkv: attention(*qkv, return_residual=True, **options), q, k, v)
+        return *values, *backward((do, dlse))
+
+    return run(*(arrays[name] for name in ("q", "k", "v", "do", "dlse")))
+
+
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["no_cap", "cap"])
+@pytest.mark.parametrize("why", ["segment", "causal", "window"])
+def test_queries_that_see_no_key(why, cap, draw, oracle):
+    """Queries and keys of different places, as a device of a ring has them; some queries see nothing at all."""
+    arrays = draw(2, 20, 4, 2, 8)
+    arrays |= {name: arrays[name][:, :13] for name in ("k", "v")}
+    order, zero = np.tile(np.arange(20), (2, 1)), np.zeros((2, 20), int)
+    queries, keys = (order, zero), (order[:, :13], zero[:, :13])
+    rule = Rule()
+    if why == "segment":
+        queries = (order, order // 5)  # the keys are of segments 0 and 2
+        keys = (np.zeros((2, 13), int), np.tile(np.repeat([0, 2], [6, 7]), (2, 1)))
+    elif why == "causal":
+        keys = (order[:, :13] + np.array([[7], [30]]), zero[:, :13])  # in the second row no query sees any
+    else:
+        rule = Rule(is_causal=False, window=(2, 1))
+    options = Options(rule, 0.5, cap, 8, 8)
+    expected = oracle(arrays, queries, keys, rule, scale=0.5, logits_soft_cap=cap)
+    blind = np.isneginf(expected["lse"])
+    assert blind.any()
+    assert not blind.all()
+    arrays["dlse"][blind] = np.nan  # what flows into a constant must not come out of it
+    qkv = [arrays[name] for name in NAMES]
+    (o, lse), found = local(*qkv, arrays["do"], arrays["dlse"], side(*queries), side(*keys), options)
+    np.testing.assert_array_equal(np.isneginf(lse), blind)
+    np.testing.assert_array_equal(np.asarray(o)[blind], 0)
+    assert np.isfinite(o).all()
+    for name, gradient in zip(("dq", "dk", "dv"), found, strict=True):
+        assert np.isfinite(gradient).all(), name
+        if name == "dq":
+            np.testing.assert_array_equal(np.asarray(gradient)[blind], 0)
+    sighted = arrays | {"dlse": np.where(blind, 0, arrays["dlse"])}
+    _, found = local(*qkv, sighted["do"], sighted["dlse"], side(*queries), side(*keys), options)
+    expected = oracle(sighted, queries, keys, rule, scale=0.5, logits_soft_cap=cap)
+    for name, gradient in zip(("dq", "dk", "dv"), found, strict=True):
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_another_segment_changes_no_bit(is_causal, draw):
+    """Also inside one tile: values, log-sum-exp and gradients of a segment do not know that there are others."""
+    arrays = draw(2, 40, 4, 2, 8)
+    segments = np.repeat([0, 1, 0, 2], [9, 8, 14, 9])
+    mine, other = segments == 0, segments == 1
+    before = gradients(arrays, segment_ids=segments, is_causal=is_causal)
+    changed = {name: arrays[name].copy() for name in arrays}
+    changed["k"][:, other] *= -1e18
+    changed["v"][:, other] += 1e18
+    changed["q"][:, other] += 1
+    after = gradients(changed, segment_ids=segments, is_causal=is_causal)
+    for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), before, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[:, mine], np.asarray(y)[:, mine], err_msg=name)
+        assert (np.asarray(x)[:, other] != np.asarray(y)[:, other]).any(), name
+
+
+def test_hidden_tiles_are_not_touched(draw):
+    """A skipped tile is never read: NaN in it stays there."""
+    arrays = draw(1, 64, 2, 2, 8)
+    options = Options(Rule(), 0.3, None, 16, 16)
+    order = side(np.arange(64)[None], np.zeros((1, 64)))
+    poisoned = {name: arrays[name].copy() for name in NAMES}
+    for name in ("k", "v"):
+        poisoned[name][:, 32:] = np.nan
+    run = jax.jit(lambda q, k, v: local_attention(q, k, v, order, order, options))
+    for clean, dirty in zip(run(*(arrays[n] for n in NAMES)), run(*(poisoned[n] for n in NAMES)), strict=True):
+        np.testing.assert_array_equal(clean[:, :32], dirty[:, :32])
+        assert np.isnan(dirty[:, 32:]).all()
+
+
+def test_large_logits_do_not_overflow(draw):
+    arrays = draw(1, 24, 2, 2, 8)
+    arrays["q"] *= 1e4
+    for name, x in zip(("o", "lse", "dq", "dk", "dv"), gradients(arrays), strict=True):
+        assert np.isfinite(x).all(), name
+
+
+def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
+    """The contract of kernels: forward parts merge by log-sum-exp, backward parts share the global one and delta."""
+    arrays = draw(1, 36, 4, 2, 8)
+    q, k, v, do, dlse = (arrays[name] for name in ("q", "k", "v", "do", "dlse"))
+    rule, options = Rule(), Options(Rule(), 0.4, 3.0, 8, 8)
+    whole = (np.arange(36)[None], np.zeros((1, 36), int))
+    expected = oracle(arrays, whole, whole, rule, scale=0.4, logits_soft_cap=3.0)
+    queries = side(*whole)
+    parts = [
+        (k[:, a:b], v[:, a:b], side(*(x[:, a:b] for x in whole))) for a, b in ((0, 5), (5, 30), (30, 36))
+    ]  # uneven; of the first five queries, only the first part holds visible keys
+    forward, backward = (quick(f, static_argnums=5) for f in (xla.forward, xla.backward))
+    outputs = [forward(q, k, v, queries, keys, options) for k, v, keys in parts]
+    outputs = [(np.asarray(part_o), np.asarray(part_lse)) for part_o, part_lse in outputs]
+    lse = np.logaddexp.reduce([part_lse for _, part_lse in outputs])
+    o = sum(part_o * np.exp(part_lse - lse)[..., None] for part_o, part_lse in outputs)
+    np.testing.assert_allclose(o, expected["o"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse, expected["lse"], rtol=1e-5, atol=1e-5)
+    delta = (o * do).sum(-1) - dlse
+    found = [backward(q, k, v, queries, keys, options, lse, delta, do) for k, v, keys in parts]
+    np.testing.assert_allclose(sum(np.asarray(dq) for dq, _, _ in found), expected["dq"], rtol=1e-5, atol=1e-5)
+    for i, name in ((1, "dk"), (2, "dv")):
+        np.testing.assert_allclose(np.concatenate([f[i] for f in found], 1), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_that_do_not_fit_are_named(draw):
+    arrays = draw(2, 6, 4, 2, 8)
+    q, k, v = (jnp.asarray(arrays[name]) for name in NAMES)
+    wrong = [
+        ("q", {"q": q[0]}),
+        ("q", {"q": q.astype(jnp.int32)}),
+        ("q", {"q": q[:, :0]}),
+        ("k", {"k": k.astype(jnp.bfloat16)}),
+        ("k", {"k": k[:, :3], "v": v[:, :3]}),
+        ("k", {"k": k[:1], "v": v[:1]}),
+        ("k", {"k": k[..., :4], "v": v[..., :4]}),
+        ("k", {"q": q[:, :, :3]}),
+        ("v", {"v": v[..., :4]}),
+        ("v", {"v": v[..., 0]}),
+        ("positions", {"positions": jnp.zeros(6)}),
+        ("positions", {"positions": jnp.zeros(5, int)}),
+        ("positions", {"positions": jnp.zeros((3, 6), int)}),
+        ("segment_ids", {"segment_ids": jnp.zeros((2, 6, 1), int)}),
+        ("segment_ids", {"segment_ids": np.zeros(6, bool)}),
+        ("local_window_size", {"local_window_size": -1}),
+        ("local_window_size", {"local_window_size": (2, -1)}),
+        ("local_window_size", {"local_window_size": (1, 2, 3)}),
+        ("local_window_size", {"local_window_size": 1.5}),
+        ("logits_soft_cap", {"logits_soft_cap": 0.0}),
+        ("logits_soft_cap", {"logits_soft_cap": float("nan")}),
+        ("implementation", {"implementation": "cuda"}),
+    ]
+    for name, changes in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            attention(**({"q": q, "k": k, "v": v} | changes))
+
+
+def test_implementation_by_name(draw):
+    arrays = draw(1, 6, 2, 2, 8)
+    q, k, v = (arrays[name] for name in NAMES)
+    named, best = (jax.jit(partial(attention, implementation=name))(q, k, v) for name in ("xla", None))
+    np.testing.assert_array_equal(named, best)

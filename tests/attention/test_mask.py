@@ -1,0 +1,98 @@
+"""The one rule, against plain Python; tile kinds against the rule; the oracle against a loop."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringrl.attention import attention
+from ringrl.attention.mask import Rule, Side, classify, visible
+from ringrl.attention.reference import reference_attention
+
+rules = st.builds(
+    Rule, is_causal=st.booleans(), window=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 12))
+)
+
+
+def tokens(size: int) -> st.SearchStrategy[tuple[list[int], list[int]]]:
+    """Positions and segment ids of a tile: near each other, as tiles of a long sequence are, or anywhere."""
+    near = st.integers(-20, 20).flatmap(lambda start: st.just(list(range(start, start + size))))
+    positions = near | st.lists(st.integers(-20, 20), min_size=size, max_size=size)
+    same = st.integers(0, 2).map(lambda segment: [segment] * size)
+    return st.tuples(positions, same | st.lists(st.integers(0, 2), min_size=size, max_size=size))
+
+
+def side(*rows: tuple[list[int], list[int]]) -> Side:
+    return Side(*(jnp.asarray(np.array(part, np.int32)) for part in zip(*rows, strict=True)))
+
+
+def may_see(rule: Rule, query: tuple[int, int], key: tuple[int, int]) -> bool:
+    (query_position, query_segment), (key_position, key_segment) = query, key
+    if query_segment != key_segment or (rule.is_causal and key_position > query_position):
+        return False
+    if rule.window is None:
+        return True
+    return query_position - rule.window[0] <= key_position <= query_position + rule.window[1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(rule=rules, queries=st.tuples(tokens(4), tokens(4)), keys=st.tuples(tokens(5), tokens(5)))
+def test_rule_and_tile_kinds(rule, queries, keys):
+    allowed = np.asarray(visible(rule, side(*queries), side(*keys)))
+    for b, (query_row, key_row) in enumerate(zip(queries, keys, strict=True)):
+        for i, query in enumerate(zip(*query_row, strict=True)):
+            for j, key in enumerate(zip(*key_row, strict=True)):
+                assert allowed[b, i, j] == may_see(rule, query, key)
+    kind = classify(rule, side(*queries), side(*keys))
+    assert bool(kind.all_visible) <= allowed.all(), "no mask arithmetic where some pair is hidden"
+    assert bool(kind.any_visible) >= allowed.any(), "skipped where some pair is visible"
+
+
+def test_tiles_in_order_are_told_apart_exactly():
+    """Of one segment in order, the extremes decide without error: nothing is computed or masked in vain."""
+    for rule in (Rule(), Rule(False), Rule(True, (9, 0)), Rule(False, (11, 3)), Rule(False, (0, 8))):
+        for start in range(-24, 25):
+            queries, keys = side((list(range(4)), [0] * 4)), side((list(range(start, start + 6)), [0] * 6))
+            allowed, kind = visible(rule, queries, keys), classify(rule, queries, keys)
+            assert (bool(kind.any_visible), bool(kind.all_visible)) == (bool(allowed.any()), bool(allowed.all()))
+
+
+def test_no_window_is_too_wide(draw, quick):
+    q, k, v = (draw(1, 13, 2, 2, 8)[name] for name in "qkv")
+    unlimited, *windows = (
+        quick(partial(attention, is_causal=False, local_window_size=size))(q, k, v)
+        for size in (None, 2**31 - 1, 2**40, (2**31 - 1, 12), (12, 2**63))
+    )
+    for window in windows:
+        np.testing.assert_array_equal(window, unlimited)
+
+
+def test_any_segment_id_is_a_segment(draw, quick):
+    q, k, v = (draw(1, 13, 2, 2, 8)[name] for name in "qkv")
+    attend = quick(attention)
+    for segment in (0, 7, -1, -2, 2**31 - 1):
+        got = attend(q, k, v, segment_ids=jnp.full(13, segment))
+        np.testing.assert_allclose(got, attend(q, k, v), rtol=1e-6, atol=1e-6, err_msg=str(segment))
+
+
+def test_the_oracle_is_the_definition(draw):
+    arrays = draw(2, 6, 4, 2, 3)
+    q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
+    positions, segments = np.array([[3, 1, 2, 9, 0, 5]] * 2), np.array([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 4]])
+    rule, both = Rule(True, (4, 0)), Side(jnp.asarray(positions), jnp.asarray(segments))
+    o, lse = reference_attention(q, k, v, both, both, rule=rule, scale=0.3, logits_soft_cap=2.0)
+    for b, i, h in np.ndindex(2, 6, 4):
+        query = (positions[b, i], segments[b, i])
+        weights = np.array(
+            [
+                np.exp(2.0 * np.tanh(0.3 * q[b, i, h] @ k[b, j, h // 2] / 2.0))
+                if may_see(rule, query, (positions[b, j], segments[b, j]))
+                else 0.0
+                for j in range(6)
+            ]
+        )
+        assert weights.sum() > 0
+        np.testing.assert_allclose(o[b, i, h], weights @ v[b, :, h // 2] / weights.sum(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lse[b, i, h], np.log(weights.sum()), rtol=1e-5, atol=1e-6)
