@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ringrl.config import ModelConfig
+from ringrl.context import Context
+from ringrl.model import TOKEN_SETS, make_policy
+from ringrl.model.heads import LOG_STD_RANGE, GaussianHead, MSEHead
+
+STEPS = 6
+KNOWN_LATER = ("action", "reward", "completion")  # at step t, of which the action of step t may not depend
+
+
+def changed(context: Context, name: str, t: int) -> Context:
+    x = np.array(getattr(context, name))
+    x[:, t] += 1
+    return context._replace(**{name: x})
+
+
+@pytest.mark.parametrize("token_set", TOKEN_SETS)
+def test_what_an_action_depends_on(token_set, policy, context, quick):
+    """On all that its token set shows of the steps before, on R_t and s_t; on nothing later, nor a_t, r_t, d_t."""
+    made, whole = policy(token_set=token_set, layers=1), context(STEPS)
+    graph, state = nnx.split(made)
+    run = quick(lambda context: nnx.merge(graph, state).actions(context))
+    before = np.asarray(run(whole))
+    shown = set(TOKEN_SETS[token_set].before + TOKEN_SETS[token_set].after)
+    shown = shown if "fused" not in shown else {"return_to_go", "observation", *KNOWN_LATER}
+    for name in ("return_to_go", "observation", *KNOWN_LATER):
+        for t in range(STEPS):
+            difference = np.abs(np.asarray(run(changed(whole, name, t))) - before).max((0, 2))
+            first = t + 1 if name in KNOWN_LATER else t
+            assert (difference[:first] == 0).all(), f"{name} of step {t} is seen too early"
+            assert ((difference[first:] > 0) == (name in shown)).all(), f"{name} of step {t}"
+
+
+@pytest.mark.parametrize("head", ["mse", "gaussian"])
+@pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
+def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, quick):
+    """The batch's second context has a last trajectory of another length: steps count alike, not contexts."""
+    whole = context(STEPS, length=4)
+    whole.trajectory[1] = [0, 0, 0, 0, 0, 1]
+    for loss_on in ("all", "last"):
+        made = policy(kind=kind, action_head=head, loss_on=loss_on, layers=1)
+        graph, state = nnx.split(made)
+        found = quick(lambda s, c, graph=graph: nnx.merge(graph, s).loss(c))(state, whole)
+        features = quick(lambda s, c, graph=graph: nnx.merge(graph, s).features(c))(state, whole)
+        per_step = np.asarray(made.head.loss(features, jnp.asarray(whole.action)))
+        chosen = [per_step[0, 4], per_step[0, 5], per_step[1, 5]] if loss_on == "last" else per_step.ravel()
+        np.testing.assert_allclose(found, np.mean(chosen), rtol=1e-5)
+        assert found.shape == ()
+
+
+def test_mean_squared_error_by_hand():
+    head = MSEHead(4, 2, nnx.Rngs(params=0))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    action = np.random.default_rng(1).uniform(-1, 1, (3, 2)).astype(np.float32)
+    mean = np.tanh(x @ np.asarray(head.linear.kernel[...]) + np.asarray(head.linear.bias[...]))
+    np.testing.assert_allclose(head.mode(x), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(head.loss(x, action), ((mean - action) ** 2).mean(-1), rtol=1e-5)
+
+
+def test_gaussian_by_hand():
+    head = GaussianHead(4, 2, nnx.Rngs(params=0))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    action = np.random.default_rng(1).uniform(-1, 1, (3, 2)).astype(np.float32)
+    out = x @ np.asarray(head.linear.kernel[...]) + np.asarray(head.linear.bias[...])
+    low, high = LOG_STD_RANGE
+    mean, std = np.tanh(out[:, :2]), np.exp(low + (high - low) / (1 + np.exp(-out[:, 2:])))
+    density = np.exp(-((action - mean) ** 2) / (2 * std**2)) / (std * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(head.mode(x), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(head.loss(x, action), -np.log(density).mean(-1), rtol=1e-4)
+    huge = 1e4 * np.ones((1, 4), np.float32)
+    assert np.isfinite(head.loss(huge, action[:1])).all()
+
+
+def test_behaviour_cloning_sees_the_observation_only(policy, context):
+    made, whole = policy(kind="behaviour_cloning"), context(STEPS)
+    before = np.asarray(made.actions(whole))
+    for name in ("return_to_go", *KNOWN_LATER):
+        np.testing.assert_array_equal(made.actions(changed(whole, name, 2)), before)
+    after = np.asarray(made.actions(changed(whole, "observation", 2)))
+    moved = np.abs(after - before).max((0, 2)) > 0
+    assert moved.tolist() == [t == 2 for t in range(STEPS)]
+    backwards = Context(*(x[:, ::-1] for x in whole))
+    np.testing.assert_allclose(made.actions(backwards)[:, ::-1], before, rtol=1e-5, atol=1e-6)
+    memory = made.reset(2, 100)
+    for t in range(STEPS):
+        step = Context(*(x[:, t : t + 1] for x in whole))
+        action, memory = made.act(None if t == 0 else step, step, memory)
+        np.testing.assert_allclose(action, before[:, t], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
+@pytest.mark.parametrize("head", ["mse", "gaussian"])
+def test_actions_stay_within_their_range(kind, head, policy, context, actions):
+    wild = context(4)._replace(observation=1e3 * context(4).observation)
+    actions = actions(policy(kind=kind, action_head=head, layers=1), wild)
+    assert actions.shape == (2, 4, 2)
+    assert actions.dtype == np.float32
+    assert np.isfinite(actions).all()
+    assert np.abs(actions).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(kind, policy, context, quick):
+    whole = context(STEPS)
+    settings = {"kind": kind, "layers": 1, "timestep_embedding": True, "trajectory_embedding": True}
+    exact, rough = policy(**settings), policy(**settings, dtype="bfloat16")
+    graph, params = nnx.split(rough, nnx.Param)
+    loss, gradients = quick(jax.value_and_grad(lambda p: nnx.merge(graph, p).loss(whole)))(params)
+    assert {x.dtype for x in jax.tree.leaves((params, gradients))} == {jnp.dtype(jnp.float32)}
+    assert loss.dtype == jnp.float32
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+    precise = quick(exact.loss)(whole)
+    np.testing.assert_allclose(loss, precise, rtol=0.05)
+    assert float(loss) != float(precise), "nothing was computed in bfloat16"
+
+
+def test_parameters_follow_the_seed(context):
+    config = ModelConfig(layers=1, width=16)
+
+    def parameters(seed: int) -> list[np.ndarray]:
+        return [np.asarray(x) for x in jax.tree.leaves(nnx.state(make_policy(config, 3, 2, seed), nnx.Param))]
+
+    for a, b in zip(parameters(0), parameters(0), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(parameters(0), parameters(1), strict=True))
+
+
+def test_wrong_heads_are_named():
+    for settings, name in (({"heads": 3}, "heads"), ({"kv_heads": 3, "heads": 4}, "kv_heads"), ({"width": 6}, "width")):
+        with pytest.raises(ValueError, match=name):
+            ModelConfig.model_validate({"width": 128} | settings)

@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ringrl.config import ModelConfig
+from ringrl.model.transformer import Attention, Transformer, rotate
+
+CONFIG = ModelConfig(layers=2, width=16, heads=4, kv_heads=2)
+
+
+def test_rotary_angles():
+    """RoFormer, equation 34, with the pairs (i, i + D/2): pair i turns by position * 10000^(-2i/D)."""
+    x = np.random.default_rng(0).normal(size=(1, 3, 1, 6)).astype(np.float32)
+    positions = np.array([0, 1, 50])
+    found = np.asarray(rotate(x, positions))
+    for t, position in enumerate(positions):
+        for i in range(3):
+            angle = position * 10_000 ** (-2 * i / 6)
+            turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+            pair = (0, t, 0, [i, i + 3])
+            np.testing.assert_allclose(found[pair], turned @ x[pair], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found[:, 0], x[:, 0])
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    random = np.random.default_rng(0)
+    q, k = (random.normal(size=(1, 1, 1, 16)).astype(np.float32) for _ in range(2))
+
+    def product(query: int, key: int) -> float:
+        return float((rotate(q, np.array([query])) * rotate(k, np.array([key]))).sum())
+
+    for distance in (0, 1, 7):
+        found = [product(start + distance, start) for start in (0, 1, 13, 400)]
+        np.testing.assert_allclose(found, found[0], rtol=1e-3, atol=1e-4)
+    assert abs(product(7, 0) - product(0, 0)) > 0.1
+
+
+def test_rotary_keeps_the_dtype():
+    assert rotate(jnp.ones((1, 2, 1, 4), jnp.bfloat16), jnp.arange(2)).dtype == jnp.bfloat16
+
+
+def test_order_of_tokens_matters():
+    """Without positions, swapping two earlier tokens would leave a one-layer model's last output as it was."""
+    made = Transformer(CONFIG.model_copy(update={"layers": 1}), nnx.Rngs(params=0))
+    x = np.random.default_rng(0).normal(size=(1, 5, 16)).astype(np.float32)
+    run = jax.jit(made.__call__)
+    assert np.abs(run(x)[:, -1] - run(x[:, [1, 0, 2, 3, 4]])[:, -1]).max() > 1e-3
+
+
+def test_a_token_changes_nothing_before_it():
+    made = Transformer(CONFIG, nnx.Rngs(params=0))
+    run = jax.jit(made.__call__)
+    x = np.random.default_rng(0).normal(size=(1, 9, 16)).astype(np.float32)
+    before = np.asarray(run(x))
+    for t in range(9):
+        changed = x.copy()
+        changed[:, t] += 1
+        after = np.asarray(run(changed))
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert (np.abs(before[:, t:] - after[:, t:]).max(-1) > 1e-6).all(), "and all that follows"
+
+
+def test_attention_layer_by_hand():
+    """Query head h reads key and value head h // 2; heads are joined in order."""
+    layer = Attention(CONFIG, nnx.Rngs(params=0))
+    x = np.random.default_rng(0).normal(size=(1, 5, 16)).astype(np.float32)
+    kernel, out = np.asarray(layer.qkv.kernel[...]), np.asarray(layer.out.kernel[...])
+    projected = (x[0] @ kernel).reshape(5, 8, 4)
+    turned = np.asarray(rotate(projected[None, :, :6], np.arange(5)))[0]
+    q, k, v = turned[:, :4], turned[:, 4:6], projected[:, 6:]
+    rows = np.zeros((5, 4, 4))
+    for t, h in np.ndindex(5, 4):
+        weights = np.exp(k[: t + 1, h // 2] @ q[t, h] / 2)
+        rows[t, h] = weights @ v[: t + 1, h // 2] / weights.sum()
+    np.testing.assert_allclose(layer(x)[0], rows.reshape(5, 16) @ out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_the_residual_stream_are_float32(dtype):
+    made = Transformer(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
+    x = jnp.ones((1, 3, 16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made, nnx.Param))} == {jnp.dtype(jnp.float32)}
+    layer = made.blocks[0]
+    whole, attended, fed = (jax.eval_shape(f, x).dtype for f in (made.__call__, layer.attention, layer.feed_forward))
+    assert whole == jnp.float32
+    assert attended == fed == jnp.dtype(dtype)
