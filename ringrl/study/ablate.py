@@ -74,9 +74,9 @@ def cells(plan: AblationPlan) -> Iterator[Cell]:
     """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons."""
     for seed in plan.seeds:
         for baseline in plan.baselines:
-            fraction = 0.1 if baseline.endswith("10%") else 1.0
-            model = {"kind": "behaviour_cloning", "width": BASELINE_WIDTH}
-            overrides = {"model": model, "context": {"best_fraction": fraction}}
+            overrides: dict[str, Any] = {"model": {"kind": "behaviour_cloning", "width": BASELINE_WIDTH}}
+            if baseline.endswith("10%"):
+                overrides["context"] = {"best_fraction": 0.1}
             yield _cell(plan, baseline.replace("%", ""), seed, 1, overrides)
         for count in plan.trajectories:
             yield _cell(plan, f"transformer_{count}", seed, count, {})
