@@ -13,7 +13,7 @@ from ringrl.errors import UserError
 from ringrl.study.ablate import AblationPlan, ablate
 from ringrl.study.report import write_report
 
-EPISODES = 300
+EPISODES = 200
 SEED = 0
 
 
