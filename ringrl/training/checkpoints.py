@@ -80,7 +80,7 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # orbax raises bare Exceptions where an array cannot be read
             raise UserError(
                 f"{self.folder / str(step)}: is damaged ({_brief(error)}); remove it to use an older one"
             ) from error

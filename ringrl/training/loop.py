@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import pydantic
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from ringrl.config import TrainConfig, read_yaml, to_yaml
+from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.normalisation import Normalisation
@@ -68,16 +69,23 @@ def _claim_folder(info: RunInfo, resume: bool) -> None:
     config = info.config
     saved = config.run / "config.yaml"
     if not saved.exists():
-        if config.run.exists() and any(config.run.iterdir()):
-            raise UserError(f"{config.run}: holds other files and no run; give another --run")
-        config.run.mkdir(parents=True, exist_ok=True)
         temporary = saved.with_suffix(".tmp")
-        temporary.write_text(to_yaml(config))
-        temporary.replace(saved)
+        try:
+            config.run.mkdir(parents=True, exist_ok=True)
+            if any(path != temporary for path in config.run.iterdir()):  # which a kill may leave
+                raise UserError(f"{config.run}: holds other files and no run; give another --run")
+            temporary.write_text(to_yaml(config))
+            temporary.replace(saved)
+        except OSError as error:
+            raise UserError(f"{config.run}: cannot be made ({error.strerror}); give another --run") from error
         return
     if not resume:
         raise UserError(f"{config.run}: holds a run already; use --resume to go on with it, or give another --run")
-    was, now = _flat(read_yaml(saved)), _flat(config.model_dump(mode="json"))
+    try:
+        known = TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
+    except pydantic.ValidationError as error:
+        raise UserError(f"{saved}: does not fit this version ({one_line(error)}); start a new --run") from error
+    was, now = (_flat(settings.model_dump(mode="json")) for settings in (known, config))
     changed = [
         f"{name} was {was.get(name)}, is {value}"
         for name, value in now.items()
