@@ -56,10 +56,6 @@ class ModelConfig(Section):
     """Key and value heads; they divide the query heads."""
     feed_forward: int = Field(4, ge=1)
     """Width of the feed-forward layer as a multiple of the width."""
-    window: int | None = Field(None, ge=1)
-    """Timesteps (as many tokens) that each block attends to, up to its own token; all of the context by default."""
-    past_actions: bool = True
-    """Show the actions taken before; without them a policy cannot copy itself instead of looking at the state."""
     timestep_embedding: bool = False
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False

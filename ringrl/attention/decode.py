@@ -13,7 +13,6 @@ def decode_attention(
     v_cache: Float[Array, "batch capacity kv_heads head_dim"],
     *,
     length: Int[Array, ""] | int,
-    window: int | None = None,
     scale: float | None = None,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
     """Causal attention of the newest tokens, whose keys and values are already in the cache.
@@ -22,7 +21,6 @@ def decode_attention(
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
       k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond is never seen.
       length: tokens in the cache, the new ones included.
-      window: keys that a query sees, its own the last of them; None: all up to its own.
       scale: factor on the logits, 1/sqrt(D) by default.
 
     Returns:
@@ -49,7 +47,6 @@ def decode_attention(
     segment = jnp.zeros((1, 1), jnp.int32)
     queries = Side((length - new + jnp.arange(new, dtype=jnp.int32))[None], segment)
     keys = Side(jnp.arange(capacity, dtype=jnp.int32)[None], segment)
-    seen = visible(Rule(is_causal=True, window=None if window is None else (window - 1, 0)), queries, keys)
-    p = jax.nn.softmax(jnp.where(seen[:, None, None], s, -jnp.inf), axis=-1)
+    p = jax.nn.softmax(jnp.where(visible(Rule(is_causal=True), queries, keys)[:, None, None], s, -jnp.inf), axis=-1)
     o = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32)
     return o.reshape(batch, new, heads, head_dim).astype(q.dtype)

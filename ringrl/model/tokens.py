@@ -60,7 +60,6 @@ class TokenEmbedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
         self.token_set = TOKEN_SETS[config.token_set]
-        self.past_actions = config.past_actions
         sizes = {"observation": observation_size, "action": action_size}
         sizes |= {"return_to_go": 1, "reward": 1, "completion": 1}
         sizes["fused"] = sum(sizes.values())
@@ -77,7 +76,6 @@ class TokenEmbedding(nnx.Module):
 
     def __call__(self, context: Context) -> Float[jax.Array, "batch tokens width"]:
         """All tokens of a context, (B, T * size, W)."""
-        context = self._shown(context)
         previous = context._replace(
             action=_shift(context.action), reward=_shift(context.reward), completion=_shift(context.completion)
         )
@@ -92,12 +90,7 @@ class TokenEmbedding(nnx.Module):
         if previous is None:
             nothing = jax.tree.map(jnp.zeros_like, current)
             return self._before(nothing, current)[:, 0]
-        previous = self._shown(previous)
         return jnp.concatenate([self._after(previous), self._before(previous, current)], axis=2)[:, 0]
-
-    def _shown(self, context: Context) -> Context:
-        """The context as the model may see it: without its actions, where the configuration hides them."""
-        return context if self.past_actions else context._replace(action=jnp.zeros_like(context.action))
 
     def _before(self, previous: Context, current: Context) -> jax.Array:
         if self.token_set.before == ("fused",):

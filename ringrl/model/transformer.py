@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int32
 from ringrl.attention import attention, decode_attention
 from ringrl.config import ModelConfig
 from ringrl.model.cache import KVCache, append, empty_cache
-from ringrl.model.tokens import TOKEN_SETS
 
 ROTARY_BASE = 10_000.0
 
@@ -31,7 +30,6 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.width // config.heads
-        self.window = None if config.window is None else config.window * TOKEN_SETS[config.token_set].size
         dtype = jnp.dtype(config.dtype)
         features = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = nnx.Linear(config.width, features, use_bias=False, dtype=dtype, rngs=rngs)
@@ -44,8 +42,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = self._project(x, jnp.arange(x.shape[1]))
-        sides = None if self.window is None else (self.window - 1, 0)
-        return self.out(attention(q, k, v, is_causal=True, local_window_size=sides).reshape(x.shape))
+        return self.out(attention(q, k, v, is_causal=True).reshape(x.shape))
 
     def decode(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array
@@ -53,8 +50,7 @@ class Attention(nnx.Module):
         """Attend from new tokens to the cache and themselves; returns the output and the longer cache."""
         q, k, v = self._project(x, length + jnp.arange(x.shape[1]))
         keys, values = append(keys, k, length), append(values, v, length)
-        length = length + x.shape[1]
-        o = decode_attention(q, keys.astype(q.dtype), values.astype(q.dtype), length=length, window=self.window)
+        o = decode_attention(q, keys.astype(q.dtype), values.astype(q.dtype), length=length + x.shape[1])
         return self.out(o.reshape(x.shape)), keys, values
 
 

@@ -32,15 +32,6 @@ def test_equals_attention_row_by_row(new, heads, draw):
         np.testing.assert_allclose(got, whole[:, length - new : length], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 4, TOKENS])
-def test_window_equals_attention_with_the_same_window(window, draw):
-    arrays = draw(2, TOKENS, 4, 2, 8)
-    q, k, v = (arrays[name] for name in "qkv")
-    whole = attention(q, k, v, local_window_size=(window - 1, 0))
-    got = decode_attention(q[:, 6:9], filled(k, 9, 1e30), filled(v, 9, -1e30), length=9, window=window)
-    np.testing.assert_allclose(got, whole[:, 6:9], rtol=1e-5, atol=1e-5)
-
-
 def test_what_lies_beyond_the_length_changes_no_bit(draw):
     arrays = draw(1, TOKENS, 2, 1, 8)
     q, k, v = (arrays[name] for name in "qkv")

@@ -88,26 +88,3 @@ def test_bfloat16_cache_holds_bfloat16_and_follows_the_full_pass(policy, context
     assert {x.dtype for x in memory.keys + memory.values} == {jnp.dtype(jnp.bfloat16)}
     found, _ = rolled_out(made, whole, 64, quick)
     np.testing.assert_allclose(found, actions(made, whole), atol=0.03)
-
-
-@pytest.mark.parametrize(("token_set", "reach"), [("fused1", 2), ("dt3", 2)])
-def test_a_window_bounds_what_is_seen_in_cache_and_full_pass_alike(token_set, reach, policy, context, actions, quick):
-    """Two blocks that see two timesteps each: what is older than `reach` steps changes no action."""
-    made, whole = policy(token_set=token_set, window=2, layers=2), context(STEPS)
-    found, _ = rolled_out(made, whole, STEPS * made.tokens_per_step, quick)
-    expected = actions(made, whole)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    changed = whole._replace(observation=whole.observation + np.eye(STEPS, dtype=np.float32)[0][:, None])
-    difference = np.abs(actions(made, changed) - expected).max((0, 2))
-    beyond = reach + (made.tokens_per_step > 1)  # a window counted in tokens begins in the middle of a timestep
-    assert difference[1] > 1e-4
-    np.testing.assert_array_equal(difference[beyond + 1 :], 0)
-
-
-@pytest.mark.parametrize("token_set", TOKEN_SETS)
-def test_hidden_past_actions_change_nothing(token_set, policy, context, actions, quick):
-    made, whole = policy(token_set=token_set, past_actions=False), context(STEPS)
-    expected = actions(made, whole)
-    np.testing.assert_array_equal(actions(made, whole._replace(action=-whole.action)), expected)
-    found, _ = rolled_out(made, whole, STEPS * made.tokens_per_step, quick)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
