@@ -4,7 +4,6 @@ The batch of a step is a pure function of (seed, step): a run that is resumed, o
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +15,6 @@ from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
 
 RETURN_RANGES = 10  # of `return_stratified`
-SIMILAR_STARTS = 0.25  # fraction of the episodes that `return_given_start` compares an episode with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +49,9 @@ class ContextSampler:
 
     def eligible(self) -> Int[np.ndarray, " episodes"]:
         """Episodes that may be drawn, in the order they were collected."""
-        return self._eligible
-
-    @functools.cached_property
-    def _eligible(self) -> Int[np.ndarray, " episodes"]:
         returns = self.store.returns(self.task)
         count = max(1, round(self.config.best_fraction * len(returns)))
-        best_last = np.argsort(returns, kind="stable")
-        if self.config.rank == "return_given_start" and count < len(returns):
-            quantile = return_given_start(self.store, self.task, self.normalisation)
-            best_last = np.lexsort((returns, quantile))  # among equals the higher return
-        return np.sort(best_last[len(returns) - count :])
+        return np.sort(np.argsort(returns, kind="stable")[len(returns) - count :])
 
     def batch(self, step: int) -> Context:
         """The batch of contexts of an optimiser step, every array (batch_size, trajectories * T, ...)."""
@@ -95,26 +85,6 @@ class ContextSampler:
             for index, (episode, target) in enumerate(zip(episodes, targets, strict=True))
         ]
         return Context(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def return_given_start(
-    store: EpisodeStore, task: str, normalisation: Normalisation
-) -> Float[np.ndarray, " episodes"]:
-    """How good each episode is for its start: the fraction of episodes with similar starts that it beats, in [0, 1).
-
-    Where the start decides most of the return, the highest returns show the luckiest starts and leave the others
-    without a single demonstration. Similar are the quarter of the store's episodes with the nearest first
-    observation (euclidean, normalised), the episode itself among them.
-    """
-    returns = store.returns(task)
-    number = store.num_episodes
-    start = np.stack([normalisation.observation(store.episode(i)["observation"][0]) for i in range(number)])
-    similar = max(1, round(SIMILAR_STARTS * number))
-    quantile = np.empty(number)
-    for i in range(number):  # row by row: a matrix of all distances would not fit for large stores
-        nearest = np.argpartition(np.square(start - start[i]).sum(1), similar - 1)[:similar]
-        quantile[i] = np.mean(returns[nearest] < returns[i])
-    return quantile
 
 
 def trajectory(

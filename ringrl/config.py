@@ -29,10 +29,7 @@ class ContextConfig(Section):
     sampling: Literal["uniform", "return_stratified"] = "uniform"
     """Which trajectories are drawn: all alike, or ten equal ranges of return alike."""
     best_fraction: float = Field(1.0, gt=0, le=1)
-    """Use only this fraction of the episodes, those of highest rank (0.1 with behaviour cloning: BC-10%)."""
-    rank: Literal["return", "return_given_start"] = "return"
-    """What best_fraction ranks by: the return, or its quantile among the quarter of episodes with the most similar
-    first observation, so that hard starts keep their best episodes too."""
+    """Use only this fraction of the episodes, those of highest return (0.1 with behaviour cloning: BC-10%)."""
 
 
 class ModelConfig(Section):

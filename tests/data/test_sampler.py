@@ -120,19 +120,3 @@ def test_mistakes_are_named(golden: EpisodeStore, store: EpisodeStore) -> None:
         sampler(golden, trajectories=5)
     with pytest.raises(UserError, match="several lengths"):
         sampler(store, trajectories=1)
-
-
-def test_rank_given_start_keeps_the_best_of_hard_starts(tmp_path: Path, random_episode, write_store) -> None:
-    """Four kinds of start, far apart; the best episode of the hardest ones earns less than the worst of the easiest."""
-    episodes = []
-    for number in range(12):
-        episode = random_episode("cartpole", LENGTH, number)
-        episode["observation"][:] = 100 * number  # a number to recognise the episode by, in component 0
-        episode["observation"][:, 1] = 1e4 * (number % 4)
-        episode[f"reward/{TASK}"] = np.array([0, 0.1 * (number % 4), 0.01 * (number // 4), 0], np.float32)
-        episodes.append(episode)
-    store = write_store(tmp_path / "starts.h5", "cartpole", episodes)
-    by_return = sampler(store, trajectories=1, best_fraction=1 / 3)
-    given_start = sampler(store, trajectories=1, best_fraction=1 / 3, rank="return_given_start")
-    np.testing.assert_array_equal(by_return.eligible(), [3, 7, 10, 11])
-    np.testing.assert_array_equal(given_start.eligible(), [8, 9, 10, 11])
