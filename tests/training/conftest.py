@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ringrl.config import TrainConfig
+from ringrl.training import train
 
 SETTINGS = {
     "task": "jaco_reach_top_left",
@@ -17,5 +19,19 @@ SETTINGS = {
 
 @pytest.fixture
 def tiny(jaco_store, tmp_path: Path) -> TrainConfig:
-    """Fourteen steps of a tiny transformer on real jaco episodes."""
+    """Fourteen steps of a tiny transformer on real jaco episodes; nothing is trained yet."""
     return TrainConfig.model_validate(SETTINGS | {"data": jaco_store.path, "run": tmp_path / "run"})
+
+
+@pytest.fixture(scope="session")
+def finished_run(jaco_store, tmp_path_factory) -> Path:
+    """A run of `tiny`'s settings, for reading only."""
+    run = tmp_path_factory.mktemp("training") / "run"
+    return train(TrainConfig.model_validate(SETTINGS | {"data": jaco_store.path, "run": run}), quiet=True)
+
+
+@pytest.fixture
+def finished(tiny: TrainConfig, finished_run: Path) -> TrainConfig:
+    """`tiny` with its run as it stands after training; a copy that a test may change."""
+    shutil.copytree(finished_run, tiny.run)
+    return tiny

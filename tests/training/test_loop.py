@@ -1,21 +1,28 @@
 import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+import yaml
+from flax import nnx
 
-from ringrl.config import TrainConfig, read_yaml, to_yaml
+from ringrl.config import TrainConfig, read_yaml
 from ringrl.data import EpisodeStore
 from ringrl.data.collect import collect
 from ringrl.data.importer import import_archive
+from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampler import ContextSampler
 from ringrl.errors import UserError
+from ringrl.model import make_policy
 from ringrl.training import load_policy, train
+from ringrl.training.checkpoints import Checkpoints
+from ringrl.training.optimiser import make_optimiser
+from ringrl.training.step import initial_state, make_train_step, with_params
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def entries(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
@@ -28,7 +35,7 @@ def test_loss_falls_and_everything_is_written(tiny: TrainConfig, kind: str, tmp_
     changes = {"data": store.path, "model": model, "optimiser": optimiser, "checkpoint_every": 25}
     config = tiny.model_copy(update=changes)
     assert train(config, quiet=True) == config.run
-    found = losses(config.run)
+    found = [entry["loss"] for entry in entries(config.run)]
     assert len(found) == 60
     assert sum(found[-5:]) / 5 < 0.7 * found[0]
     assert TrainConfig.model_validate(read_yaml(config.run / "config.yaml")) == config
@@ -41,11 +48,38 @@ def test_loss_falls_and_everything_is_written(tiny: TrainConfig, kind: str, tmp_
     assert load_policy(config.run, 50).parameter_hash != trained.parameter_hash
 
 
-def test_an_existing_run_is_not_overwritten(tiny: TrainConfig) -> None:
-    train(tiny, quiet=True)
+def test_every_checkpoint_and_metric_is_that_of_a_plain_loop(tiny: TrainConfig, jaco_store: EpisodeStore) -> None:
+    """A checkpoint at every step, written in the background while the next step overwrites the state's memory."""
+    short = tiny.optimiser.model_copy(update={"steps": 6})
+    config = tiny.model_copy(update={"optimiser": short, "checkpoint_every": 1, "keep_checkpoints": 10})
+    train(config, quiet=True)
+    sampler = ContextSampler(
+        jaco_store, tiny.task, tiny.context, Normalisation.of(jaco_store), tiny.optimiser.batch_size, tiny.seed
+    )
+    policy, untrained = (make_policy(tiny.model, 42, 9, tiny.seed) for _ in range(2))
+    optimiser = make_optimiser(short)
+    state, like = initial_state(policy, optimiser), initial_state(untrained, optimiser)
+    step = make_train_step(policy, optimiser)
+    checkpoints = Checkpoints(config.run)
+    for number, entry in enumerate(entries(config.run), 1):
+        state, metrics = step(state, sampler.batch(number - 1))
+        expected = {name: float(value) for name, value in metrics.items()}
+        assert {name: entry[name] for name in expected} == expected
+        saved = checkpoints.restore(number, like)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):
+            np.testing.assert_array_equal(a, b)
+    checkpoints.close()
+    assert number == 6
+    loaded, untrained = (jax.jit(p.actions)(sampler.batch(9)) for p in (load_policy(config.run).policy, untrained))
+    trained = with_params(nnx.split(policy, nnx.Param)[0], state.params)
+    np.testing.assert_array_equal(loaded, jax.jit(trained.actions)(sampler.batch(9)))
+    assert np.abs(loaded - untrained).max() > 1e-3
+
+
+def test_an_existing_run_is_not_overwritten(finished: TrainConfig) -> None:
     with pytest.raises(UserError, match="use --resume") as caught:
-        train(tiny, quiet=True)
-    assert str(tiny.run) in str(caught.value)
+        train(finished, quiet=True)
+    assert str(finished.run) in str(caught.value)
 
 
 def test_a_folder_with_other_files_is_left_alone(tiny: TrainConfig) -> None:
@@ -56,60 +90,55 @@ def test_a_folder_with_other_files_is_left_alone(tiny: TrainConfig) -> None:
     assert [p.name for p in tiny.run.iterdir()] == ["thesis.tex"]
 
 
-def test_another_configuration_is_refused_by_the_settings_name(tiny: TrainConfig) -> None:
-    train(tiny, quiet=True)
-    other = tiny.model_copy(update={"optimiser": tiny.optimiser.model_copy(update={"learning_rate": 0.5})})
+def test_a_run_that_cannot_be_made_is_named(tiny: TrainConfig) -> None:
+    tiny.run.write_text("a file")
+    for run in (tiny.run, tiny.run / "below"):
+        with pytest.raises(UserError, match="give another --run") as caught:
+            train(tiny.model_copy(update={"run": run}), quiet=True)
+        assert str(caught.value).startswith(str(run))
+    assert tiny.run.read_text() == "a file"
+
+
+def test_another_configuration_is_refused_by_the_settings_name(finished: TrainConfig) -> None:
+    other = finished.model_copy(update={"optimiser": finished.optimiser.model_copy(update={"learning_rate": 0.5})})
     with pytest.raises(UserError, match=r"optimiser\.learning_rate was 0\.001, is 0\.5"):
         train(other, resume=True, quiet=True)
 
 
+def test_a_run_that_is_older_than_a_setting_goes_on(finished: TrainConfig) -> None:
+    saved = finished.run / "config.yaml"
+    values = yaml.safe_load(saved.read_text())
+    del values["context"]["sampling"]
+    saved.write_text(yaml.safe_dump(values))
+    train(finished, resume=True, quiet=True)
+    saved.write_text(yaml.safe_dump(values | {"colour": "red"}))
+    with pytest.raises(UserError, match="colour") as caught:
+        train(finished, resume=True, quiet=True)
+    assert str(saved) in str(caught.value)
+
+
 def test_another_dataset_is_refused_and_a_moved_one_is_not(
-    tiny: TrainConfig, jaco_folder: Path, jaco_store: EpisodeStore, tmp_path: Path
+    finished: TrainConfig, jaco_folder: Path, jaco_store: EpisodeStore, tmp_path: Path
 ) -> None:
-    train(tiny, quiet=True)
     moved = tmp_path / "moved.h5"
     moved.write_bytes(jaco_store.path.read_bytes())
-    train(tiny.model_copy(update={"data": moved}), resume=True, quiet=True)
+    train(finished.model_copy(update={"data": moved}), resume=True, quiet=True)
     fewer = tmp_path / "fewer"
     (fewer / "buffer").mkdir(parents=True)
     for file in sorted((jaco_folder / "buffer").iterdir())[:4]:
         (fewer / "buffer" / file.name).write_bytes(file.read_bytes())
     other = import_archive(fewer, tmp_path / "fewer.h5", "jaco")
     with pytest.raises(UserError, match="is not the dataset that"):
-        train(tiny.model_copy(update={"data": other.path}), resume=True, quiet=True)
+        train(finished.model_copy(update={"data": other.path}), resume=True, quiet=True)
 
 
-def test_missing_and_damaged_checkpoints_are_named(tiny: TrainConfig) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        load_policy(tiny.run)
-    train(tiny, quiet=True)
-    newest = tiny.run / "checkpoints" / "14"
-    with pytest.raises(UserError, match="has no checkpoint of step 3; it has 12, 14"):
-        load_policy(tiny.run, 3)
-    for file in (newest / "state").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"\x00" * 16)
-    with pytest.raises(UserError, match="is damaged") as caught:
-        load_policy(tiny.run)
-    assert str(newest) in str(caught.value)
-    (newest / "info" / "metadata").write_text('{"config": ')
-    with pytest.raises(UserError, match="is damaged"):
-        load_policy(tiny.run)
-    assert load_policy(tiny.run, 12).step == 12
-
-
-def test_a_full_disk_is_one_line_and_the_run_can_go_on(tiny: TrainConfig) -> None:
-    """A limit on file size stands for the disk: writing beyond it fails as a full disk does."""
-    model = tiny.model.model_copy(update={"width": 128})  # a checkpoint larger than the limit
-    config = tiny.model_copy(update={"model": model})
-    file = config.run.with_suffix(".yaml")
-    file.write_text(to_yaml(config))
-    command = [str(Path(sys.executable).with_name("ringrl")), "train", "--config", str(file)]
-
-    limited = ["bash", "-c", f"ulimit -f 100; exec {shlex.join(command)}"]  # kilobytes
-    done = subprocess.run(limited, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"ringrl: {config.run}")
-    assert "Traceback" not in done.stderr
-    assert subprocess.run([*command, "--resume"], capture_output=True, check=False).returncode == 0
-    assert load_policy(config.run).step == 14
+def test_data_that_does_not_fit_is_refused_before_anything_is_written(tiny: TrainConfig) -> None:
+    many = tiny.context.model_copy(update={"trajectories": 9})
+    for change, said in (
+        ({"task": "walker_walk"}, "walker_walk"),
+        ({"data": tiny.data.with_name("missing.h5")}, "missing.h5"),
+        ({"context": many}, "context.trajectories"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(tiny.model_copy(update=change), quiet=True)
+    assert not tiny.run.exists()

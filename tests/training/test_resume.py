@@ -6,9 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.training import load_policy, train
 
@@ -27,12 +24,18 @@ def start(config: TrainConfig, *flags: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def wait_for(condition, process: subprocess.Popen[bytes]) -> None:  # type: ignore[no-untyped-def]
+def kill_when(condition, config: TrainConfig, *flags: str) -> None:  # type: ignore[no-untyped-def]
+    """Start or resume, and kill the process as soon as the condition holds."""
+    process = start(config, *flags)
     deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    try:
+        while not condition():
+            assert process.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.kill()
+    assert process.wait() == -9
 
 
 def lines(run: Path) -> int:
@@ -40,48 +43,53 @@ def lines(run: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    assert process.wait() == -9
+def test_killed_at_four_moments_and_resumed_is_bit_identical(tiny: TrainConfig, finished_run: Path) -> None:
+    checkpoints = tiny.run / "checkpoints"
+    tiny.run.mkdir()
+    (tiny.run / "config.tmp").write_text("task: ja")  # what a kill leaves that comes before all else
+    kill_when((tiny.run / "config.yaml").exists, tiny)
+    assert not list(checkpoints.glob("*"))
+    (tiny.run / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 8.0}\n')  # no checkpoint yet
 
+    kill_when(lambda: any(checkpoints.glob("4*")), tiny, "--resume")  # the first checkpoint is being written
+    kill_when(lambda: any(checkpoints.glob("8*")), tiny, "--resume")  # the second
 
-def test_killed_at_three_moments_and_resumed_is_bit_identical(tiny: TrainConfig, tmp_path: Path) -> None:
-    whole = tiny.model_copy(update={"run": tmp_path / "whole"})
-    train(whole, quiet=True)
-
-    process = start(tiny)
-    wait_for(lambda: lines(tiny.run) >= 2, process)  # before the first checkpoint
-    kill(process)
-    assert not list((tiny.run / "checkpoints").glob("[0-9]*"))
-
-    process = start(tiny, "--resume")
-    wait_for(lambda: any((tiny.run / "checkpoints").glob("*8*")), process)  # the second checkpoint is being written
-    kill(process)
-
-    process = start(tiny, "--resume")
-    wait_for(lambda: lines(tiny.run) >= 10, process)  # past the last checkpoint: this work is done twice
-    kill(process)
+    kill_when(lambda: lines(tiny.run) >= 10, tiny, "--resume")  # past the last checkpoint: this work is done twice
     with (tiny.run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "lo')  # what a kill in the middle of a write leaves
 
     assert start(tiny, "--resume").wait() == 0
-    assert numbers(tiny.run) == numbers(whole.run)
-    assert load_policy(tiny.run).parameter_hash == load_policy(whole.run).parameter_hash
+    assert numbers(tiny.run) == numbers(finished_run)
+    assert load_policy(tiny.run).parameter_hash == load_policy(finished_run).parameter_hash
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["12", "14"], "nothing half-written is left"
+    assert sorted(p.name for p in tiny.run.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"]
 
 
-def test_resuming_a_finished_run_changes_nothing(tiny: TrainConfig) -> None:
-    train(tiny, quiet=True)
-    before = (tiny.run / "metrics.jsonl").read_bytes()
-    train(tiny, resume=True, quiet=True)
-    assert (tiny.run / "metrics.jsonl").read_bytes() == before
+def test_resuming_a_finished_run_changes_nothing(finished: TrainConfig) -> None:
+    before, policy = (finished.run / "metrics.jsonl").read_bytes(), load_policy(finished.run)
+    train(finished, resume=True, quiet=True)
+    assert (finished.run / "metrics.jsonl").read_bytes() == before
+    assert load_policy(finished.run).parameter_hash == policy.parameter_hash
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"optimiser": {"steps": 15}}])
-def test_seed_and_settings_do_change_the_numbers(tiny: TrainConfig, tmp_path: Path, change: dict) -> None:
+def test_the_run_itself_is_repeatable_and_follows_its_seed(tiny: TrainConfig, finished_run: Path, tmp_path) -> None:
     """The identity above is no accident of numbers that never differ."""
-    other = tiny.model_dump() | {"run": tmp_path / "other"}
-    other |= {name: other[name] | value if isinstance(value, dict) else value for name, value in change.items()}
     train(tiny, quiet=True)
-    train(TrainConfig.model_validate(other), quiet=True)
-    a, b = numbers(tiny.run), numbers(tmp_path / "other")
-    assert not np.array_equal(a[:14], b[:14])
+    assert numbers(tiny.run) == numbers(finished_run)
+    other = tiny.model_copy(update={"seed": 4, "run": tmp_path / "other"})
+    train(other, quiet=True)
+    differing = [a != b for a, b in zip(numbers(tiny.run), numbers(other.run), strict=True)]
+    assert all(differing)
+
+
+def test_where_things_lie_may_change(finished: TrainConfig, tmp_path: Path) -> None:
+    """A run whose folder was moved goes on from its checkpoint."""
+    moved = finished.run.rename(tmp_path / "moved")
+    for step in (moved / "checkpoints").glob("14*"):
+        for path in sorted(step.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        step.rmdir()
+    before = numbers(moved)
+    train(finished.model_copy(update={"run": moved, "keep_checkpoints": 1}), resume=True, quiet=True)
+    assert numbers(moved) == before
+    assert [p.name for p in (moved / "checkpoints").iterdir()] == ["14"]

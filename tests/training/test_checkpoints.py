@@ -1,0 +1,96 @@
+import gc
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ringrl.config import TrainConfig, to_yaml
+from ringrl.errors import UserError
+from ringrl.training import load_policy, read_info, train
+
+
+def test_missing_checkpoints_are_named(finished: TrainConfig, tmp_path: Path) -> None:
+    for folder in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(UserError, match="holds no checkpoint") as caught:
+            load_policy(folder)
+        assert str(folder) in str(caught.value)
+    with pytest.raises(UserError, match="has no checkpoint of step 3; it has 12, 14"):
+        load_policy(finished.run, 3)
+    assert load_policy(finished.run).step == 14
+    assert load_policy(finished.run, 12).step == 12
+
+
+def zeros(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(16))
+
+
+def arrays_cut_short(folder: Path) -> None:
+    for file in folder.glob("ocdbt.process_0/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "zeros": lambda step: zeros(step / "state"),
+    "arrays cut short": lambda step: arrays_cut_short(step / "state"),
+    "manifest gone": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "state gone": lambda step: shutil.rmtree(step / "state"),
+    "description cut short": lambda step: os.truncate(step / "info" / "metadata", 100),
+    "description gone": lambda step: shutil.rmtree(step / "info"),
+    "all gone": lambda step: (shutil.rmtree(step), step.mkdir()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_older_one_still_serves(finished: TrainConfig, damage: str) -> None:
+    newest = finished.run / "checkpoints" / "14"
+    DAMAGES[damage](newest)
+    for use in (lambda: load_policy(finished.run), lambda: train(finished, resume=True, quiet=True)):
+        with pytest.raises(UserError, match=r"is damaged.*remove it to use an older one") as caught:
+            use()
+        assert str(newest) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    del caught
+    gc.collect()
+    shutil.rmtree(newest)
+    assert load_policy(finished.run).step == 12
+
+
+def test_what_a_checkpoint_says(finished: TrainConfig) -> None:
+    step, info = read_info(finished.run)
+    assert (step, info.config, info.domain) == (14, finished.model_copy(update={"run": info.config.run}), "jaco")
+    assert (info.observation_size, info.action_size, info.normalisation.episode_length) == (42, 9, 250)
+    assert {"ringrl", "jax", "mujoco"} <= set(info.versions)
+
+
+def test_a_checkpoint_of_another_version_is_told_apart_from_damage(finished: TrainConfig) -> None:
+    description = finished.run / "checkpoints" / "14" / "info" / "metadata"
+    description.write_text(description.read_text().replace('"token_set"', '"token_sort"'))
+    with pytest.raises(UserError, match=r"does not fit this version.*token_sort"):
+        load_policy(finished.run)
+
+
+def test_a_full_disk_is_told_and_the_run_can_go_on(tiny: TrainConfig) -> None:
+    """A limit on file size stands for the disk: writing beyond it fails as a full disk does."""
+    model = tiny.model.model_copy(update={"width": 128})  # a checkpoint larger than the limit
+    config = tiny.model_copy(update={"model": model})
+    file = config.run.with_suffix(".yaml")
+    file.write_text(to_yaml(config))
+    command = [str(Path(sys.executable).with_name("ringrl")), "train", "--config", str(file)]
+
+    limited = ["bash", "-c", f"ulimit -f 100; exec {shlex.join(command)}"]  # kilobytes
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("ringrl: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"ringrl: {config.run}")
+    assert train(config, resume=True, quiet=True) == config.run
+    assert load_policy(config.run).step == 14
+    assert sorted(p.name for p in (config.run / "checkpoints").iterdir()) == ["12", "14"]

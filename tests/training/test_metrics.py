@@ -1,0 +1,45 @@
+import json
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
+
+from ringrl.training.metrics import MetricsLog
+
+
+def line(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 0.5 / step}
+
+
+def test_lines_are_appended_and_seen_at_once(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write([line(1), line(2)])
+        seen = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(text) for text in seen] == [line(1), line(2)]
+        log.write([line(3)])
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', "\x00\x00\x00"], ids=["whole", "cut", "zeros"])
+def test_what_a_kill_undid_is_dropped(tmp_path, torn):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write([line(step) for step in range(1, 5)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    for resumed_at in (4, 2, 0):
+        with MetricsLog(tmp_path, resumed_at):
+            kept = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert kept == list(range(1, resumed_at + 1))
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write([line(1), line(2)])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, place, found = file.read_bytes(), 0, []
+    while place < len(data):  # records: length (8), checksum (4), event, checksum (4)
+        size = int.from_bytes(data[place : place + 8], "little")
+        event = Event.FromString(data[place + 12 : place + 12 + size])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        place += 16 + size
+    assert found == [("loss", 1, 0.5), ("loss", 2, 0.25)]

@@ -1,0 +1,87 @@
+"""One optimiser step by hand, and the schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from ringrl.config import ModelConfig, OptimiserConfig
+from ringrl.context import Context
+from ringrl.model import make_policy
+from ringrl.training.optimiser import learning_rate, make_optimiser
+from ringrl.training.step import initial_state, make_train_step, with_params
+
+
+@pytest.fixture
+def batch() -> Context:
+    random = np.random.default_rng(0)
+    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    index = np.tile(np.arange(5, dtype=np.int32), (2, 1))
+    return Context(normal(2, 5, 3), np.tanh(normal(2, 5, 2)), *(normal(2, 5) for _ in range(3)), index, index * 0)
+
+
+def test_warm_up_and_cosine():
+    schedule = learning_rate(
+        OptimiserConfig(steps=110, warmup_steps=10, learning_rate=0.5, final_learning_rate=0.2)
+    )
+    steps = np.arange(111)
+    cosine = 0.1 + 0.4 * (1 + np.cos(np.pi * (steps - 10) / 100)) / 2
+    expected = np.where(steps < 10, 0.05 * steps, cosine)
+    np.testing.assert_allclose([schedule(step) for step in steps], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 50), (2, 50), (1, 0), (50, 50)])
+def test_short_runs_have_a_schedule(steps, warmup):
+    schedule = learning_rate(OptimiserConfig(steps=steps, warmup_steps=warmup, learning_rate=1.0))
+    found = [float(schedule(step)) for step in range(steps)]
+    assert np.isfinite(found).all()
+    assert max(found) == pytest.approx(1.0), "the peak is reached"
+
+
+def test_a_step_by_hand(batch):
+    """Clipping to the global norm, then Adam with bias correction, then decay of matrices alone."""
+    config = OptimiserConfig(
+        steps=10, warmup_steps=0, learning_rate=0.01, final_learning_rate=1, weight_decay=0.3, clip_norm=0.05, beta2=0.9
+    )
+    policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
+    optimiser = make_optimiser(config)
+    state = initial_state(policy, optimiser)
+    before = jax.tree.map(np.array, state.params)
+    graph, _ = nnx.split(policy, nnx.Param)
+    loss, gradients = jax.value_and_grad(lambda p: with_params(graph, p).loss(batch))(state.params)
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradients)))
+    assert norm > 2 * config.clip_norm, "there is something to clip"
+    state, metrics = make_train_step(policy, optimiser)(state, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+    assert int(state.step) == 1
+
+    def expected(parameter: np.ndarray, gradient: jax.Array) -> np.ndarray:
+        clipped = np.asarray(gradient, np.float64) * config.clip_norm / norm
+        adam = clipped / (np.abs(clipped) + 1e-8)  # the first step: both corrected moments are the gradient's own
+        return parameter - 0.01 * (adam + (0.3 * parameter if parameter.ndim >= 2 else 0))
+
+    wanted = jax.tree.map(expected, before, gradients)
+    for path, found in jax.tree_util.tree_leaves_with_path(state.params):
+        value = wanted
+        for key in path:
+            value = value[key.key]
+        np.testing.assert_allclose(found, value, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_second_moments_decay_is_the_configured_one():
+    optimiser = make_optimiser(OptimiserConfig(beta2=0.5, clip_norm=1e9))
+    params = {"w": jnp.ones((2, 2))}
+    state = optimiser.init(params)
+    _, state = optimiser.update({"w": jnp.full((2, 2), 3.0)}, state, params)
+    np.testing.assert_allclose(optax.tree_utils.tree_get(state, "nu")["w"], 0.5 * 9)
+
+
+def test_the_state_is_donated(batch):
+    policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
+    optimiser = make_optimiser(OptimiserConfig())
+    state = initial_state(policy, optimiser)
+    make_train_step(policy, optimiser)(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)), "memory for two states would be needed"
