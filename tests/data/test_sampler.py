@@ -6,7 +6,7 @@ import pytest
 from ringrl.config import ContextConfig
 from ringrl.context import Context
 from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import ContextSampler
+from ringrl.data.sampler import ContextSampler, trajectory
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
 
@@ -120,3 +120,69 @@ def test_mistakes_are_named(golden: EpisodeStore, store: EpisodeStore) -> None:
         sampler(golden, trajectories=5)
     with pytest.raises(UserError, match="several lengths"):
         sampler(store, trajectories=1)
+
+
+def test_observations_and_returns_are_normalised(golden: EpisodeStore) -> None:
+    scale = Normalisation(np.arange(5.0), np.array([1.0, 2.0, 4.0, 8.0, 16.0]), 60)
+    made = ContextSampler(golden, TASK, ContextConfig(trajectories=1, order="history"), scale, 1, 0)
+    batch = made.batch(0)
+    number = int(batch.observation[0, 0, 0]) // 100
+    rows = golden.episode(number)["observation"][:-1]
+    np.testing.assert_allclose(batch.observation[0], (rows - np.arange(5)) / [1, 2, 4, 8, 16], rtol=1e-6)
+    np.testing.assert_allclose(batch.return_to_go[0, 0], sum(REWARDS[number]) / 60, rtol=1e-6)
+    assert batch.reward[0].tolist() == REWARDS[number], "rewards are as the task gives them"
+
+
+def test_contexts_of_a_batch_differ(golden: EpisodeStore) -> None:
+    numbers = episode_numbers(sampler(golden, 30, trajectories=2).batch(0))
+    assert len({tuple(row) for row in numbers.tolist()}) == 6, "all pairs of four, ascending"
+
+
+def test_stratified_sampling_by_hand(tmp_path: Path, random_episode, write_store) -> None:
+    """Returns 0, 0, 0, .31, 1: ranges of width .1, three of them filled; each is drawn a third of the time."""
+    episodes = []
+    for number, value in enumerate([0, 0, 0, 0.31, 1]):
+        episode = random_episode("cartpole", LENGTH, number)
+        episode["observation"][:] = 100 * number
+        episode[f"reward/{TASK}"] = np.array([0, value, 0, 0], np.float32)
+        episodes.append(episode)
+    store = write_store(tmp_path / "ranges.h5", "cartpole", episodes)
+    numbers = episode_numbers(sampler(store, 6000, trajectories=1, sampling="return_stratified").batch(0)).ravel()
+    np.testing.assert_allclose(np.bincount(numbers) / 6000, [1 / 9, 1 / 9, 1 / 9, 1 / 3, 1 / 3], atol=0.02)
+    two = episode_numbers(sampler(store, 500, trajectories=2, sampling="return_stratified").batch(0))
+    assert (two[:, 0] != two[:, 1]).all()
+
+
+def test_stratified_sampling_of_equal_returns_is_uniform(tmp_path: Path, random_episode, write_store) -> None:
+    episodes = [random_episode("cartpole", LENGTH, number) for number in range(4)]
+    for number, episode in enumerate(episodes):
+        episode["observation"][:] = 100 * number
+        episode[f"reward/{TASK}"] = np.array([0, 0.5, 0, 0], np.float32)
+    store = write_store(tmp_path / "equal.h5", "cartpole", episodes)
+    numbers = episode_numbers(sampler(store, 4000, trajectories=1, sampling="return_stratified").batch(0)).ravel()
+    np.testing.assert_allclose(np.bincount(numbers) / 4000, 1 / 4, atol=0.03)
+
+
+def test_the_best_of_a_fraction_and_a_whole_store_can_be_used_up(golden: EpisodeStore) -> None:
+    for fraction, kept in ((0.25, [2]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3]), (0.01, [2])):
+        made = sampler(golden, trajectories=len(kept), best_fraction=fraction)
+        assert made.eligible().tolist() == kept
+        assert sorted(episode_numbers(made.batch(5))[0]) == kept
+    with pytest.raises(UserError, match=r"2 do not fit the 1 eligible.*raise context\.best_fraction"):
+        sampler(golden, trajectories=2, best_fraction=0.25)
+
+
+def test_real_episodes_line_up(jaco_store: EpisodeStore) -> None:
+    """In the real environment: the reward of a step follows from its own action's row, one row later in the store."""
+    task, episode = "jaco_reach_top_left", 3
+    scale = Normalisation(np.zeros(42), np.ones(42), 250)
+    steps = trajectory(jaco_store, task, scale, episode, target=7.0, index=2)
+    rows = jaco_store.episode(episode)
+    for t in (0, 1, 100, 249):
+        np.testing.assert_array_equal(steps.observation[t], rows["observation"][t])
+        np.testing.assert_array_equal(steps.action[t], rows["action"][t + 1])
+        assert steps.reward[t] == rows[f"reward/{task}"][t + 1]
+    remaining = 250 * steps.return_to_go.astype(np.float64)
+    np.testing.assert_allclose(remaining[:-1] - remaining[1:], steps.reward[:-1], atol=1e-5)
+    assert set(steps.trajectory.tolist()) == {2}
+    assert steps.completion.sum() == (jaco_store.returns(task)[episode] >= 7.0)
