@@ -67,14 +67,17 @@ def data_info(store: tyro.conf.Positional[Path]) -> None:
     print(describe(EpisodeStore(store)))
 
 
-def data_collect(task: tyro.conf.Positional[str], output: Path, episodes: int = 200, seed: int = 0) -> None:
+def data_collect(
+    task: tyro.conf.Positional[str], output: Path, episodes: int = 200, seed: int = 0, workers: int | None = None
+) -> None:
     """Collect episodes of a task locally, in ExoRL's format, from nothing to near the ceiling.
 
     Args:
         task: for example jaco_reach_top_left.
         output: folder to make; the episodes go into its buffer/.
         episodes: how many.
-        seed: the same seed gives the same episodes.
+        seed: the same seed gives the same episodes, for any number of workers.
+        workers: processes; by default one per available core.
     """
     from rich.progress import Progress
 
@@ -87,6 +90,7 @@ def data_collect(task: tyro.conf.Positional[str], output: Path, episodes: int = 
             output,
             episodes=episodes,
             seed=seed,
+            workers=workers,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {task.split('_')[0]}")
