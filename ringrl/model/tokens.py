@@ -54,7 +54,10 @@ def _shift(x: Array) -> jax.Array:
 
 
 class TokenEmbedding(nnx.Module):
-    """Embeds the timesteps of a context as tokens of the model's width."""
+    """Embeds the timesteps of a context as tokens of the model's width.
+
+    Timesteps and trajectories beyond those that have an embedding share the last one.
+    """
 
     MAX_TIMESTEPS, MAX_TRAJECTORIES = 1024, 1024
 
@@ -112,7 +115,7 @@ class TokenEmbedding(nnx.Module):
     def _place(self, tokens: jax.Array, step: Context) -> jax.Array:
         """Add what tells where the step stands, where the configuration asks for it."""
         if self.timestep is not None:
-            tokens += self.timestep(step.timestep)[:, :, None]
+            tokens += self.timestep(jnp.minimum(step.timestep, self.MAX_TIMESTEPS - 1))[:, :, None]
         if self.trajectory is not None:
-            tokens += self.trajectory(step.trajectory)[:, :, None]
+            tokens += self.trajectory(jnp.minimum(step.trajectory, self.MAX_TRAJECTORIES - 1))[:, :, None]
         return tokens

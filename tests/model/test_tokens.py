@@ -78,3 +78,15 @@ def test_decoding_gives_the_same_tokens_in_the_same_order(token_set, context):
     np.testing.assert_allclose(found, made(whole)[:, : found.shape[1]], rtol=1e-5, atol=1e-5)
     unfinished = len(TOKEN_SETS[token_set].after)
     assert found.shape[1] == 4 * TOKEN_SETS[token_set].size - unfinished
+
+
+def test_beyond_the_last_embedding_there_is_no_nan(context):
+    """A context may hold more trajectories than there are embeddings; those share the last."""
+    made = embedding("fused1", timestep_embedding=True, trajectory_embedding=True)
+    last = context(3)
+    last = last._replace(timestep=last.timestep * 0 + 1023, trajectory=last.trajectory * 0 + 1023)
+    beyond = last._replace(timestep=last.timestep + 7, trajectory=last.trajectory + 5000)
+    assert np.isfinite(made(beyond)).all()
+    np.testing.assert_array_equal(made(beyond), made(last))
+    before = last._replace(timestep=last.timestep - 1, trajectory=last.trajectory - 1)
+    assert np.abs(made(before) - made(last)).max() > 0
