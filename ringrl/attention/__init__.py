@@ -2,5 +2,19 @@
 
 from ringrl.attention.api import attention
 from ringrl.attention.decode import decode_attention
+from ringrl.attention.layout import from_layout, layout_positions, pad_to_layout, shard_positions, to_layout
+from ringrl.attention.sharded import ring_attention, ring_attention_shard
+from ringrl.attention.strategy import choose_strategy
 
-__all__ = ["attention", "decode_attention"]
+__all__ = [
+    "attention",
+    "choose_strategy",
+    "decode_attention",
+    "from_layout",
+    "layout_positions",
+    "pad_to_layout",
+    "ring_attention",
+    "ring_attention_shard",
+    "shard_positions",
+    "to_layout",
+]

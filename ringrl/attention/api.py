@@ -1,18 +1,14 @@
-"""The public functions: arguments checked here, before anything is traced."""
+"""Attention of a sequence that lies on one device."""
 
-import operator
 from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from ringrl.attention.kernels.xla import Options
-from ringrl.attention.local import local_attention
-from ringrl.attention.mask import Rule, Side
-
-IMPLEMENTATIONS = ("xla",)
-WIDEST = 2**31 - 1  # window: positions are int32
+from ringrl.attention import arguments
+from ringrl.attention.attend import LOCAL, attend
+from ringrl.attention.mask import Side
 
 
 @overload
@@ -62,60 +58,19 @@ def attention(  # type: ignore[misc]
     Raises:
       ValueError: an argument that does not fit, by its name.
     """
-    _check_arrays(q, k, v)
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation: {implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}")
+    arguments.check_arrays(q, k, v)
+    arguments.check_implementation(implementation)
     batch, tokens, _, head_dim = q.shape
     side = Side(
-        _integers("positions", positions, batch, tokens, jnp.arange(tokens, dtype=jnp.int32)),
-        _integers("segment_ids", segment_ids, batch, tokens, jnp.zeros(tokens, jnp.int32)),
+        arguments.integers("positions", positions, batch, tokens, jnp.arange(tokens, dtype=jnp.int32)),
+        arguments.integers("segment_ids", segment_ids, batch, tokens, jnp.zeros(tokens, jnp.int32)),
     )
-    rule = Rule(is_causal, _window(local_window_size))
-    options = Options(rule, head_dim**-0.5 if scale is None else float(scale), _soft_cap(logits_soft_cap))
-    o, lse = local_attention(q, k, v, side, side, options)
+    options = arguments.options(
+        head_dim,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+    o, lse = attend(q, k, v, side, side, options, LOCAL)
     return (o, lse) if return_residual else o
-
-
-def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
-        if 0 in x.shape:
-            raise ValueError(f"{name}: expected no empty axis, got shape {x.shape}")
-        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected k's shape {k.shape}, got {v.shape}")
-    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
-        raise ValueError(f"k: expected batch, tokens and head_dim of q {q.shape}, got {k.shape}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"k: its {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
-
-
-def _integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: jax.Array) -> jax.Array:
-    x = default if x is None else jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name}: expected integers, got {x.dtype}")
-    if x.shape not in ((tokens,), (batch, tokens)):
-        raise ValueError(f"{name}: expected shape ({tokens},) or ({batch}, {tokens}), got {x.shape}")
-    return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
-
-
-def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    try:
-        left, right = (operator.index(n) for n in (size if isinstance(size, tuple | list) else (size, size)))
-    except (TypeError, ValueError):
-        raise ValueError(f"local_window_size: expected one or two whole numbers, got {size!r}") from None
-    if left < 0 or right < 0:
-        raise ValueError(f"local_window_size: expected sizes >= 0, got {size}")
-    return min(left, WIDEST), min(right, WIDEST)
-
-
-def _soft_cap(cap: float | None) -> float | None:
-    if cap is not None and not cap > 0:
-        raise ValueError(f"logits_soft_cap: expected a number > 0, got {cap}")
-    return None if cap is None else float(cap)

@@ -14,18 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Rule, Side, classify, pad_side, tiles, visible
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Static options of one attention call; `scale` multiplies the logits before the optional soft cap."""
-
-    rule: Rule
-    scale: float
-    logits_soft_cap: float | None = None
-    block_q: int = 512
-    block_k: int = 512
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, tiles, visible
+from ringrl.attention.options import Options
+from ringrl.attention.varying import varying_like
 
 
 class Queries(NamedTuple):
@@ -92,8 +83,8 @@ def _forward_tile(options: Options, queries: Queries, carry, keys: Keys):  # typ
     return _by_kind(options, queries, keys, lambda: carry, compute), None
 
 
-def _backward_tile(options: Options, queries: Queries, residuals: Residuals, keys: Keys):  # type: ignore[no-untyped-def]
-    """(dq, dk, dv) of one tile pair, from the global log-sum-exp and delta."""
+def _backward_tile(options: Options, queries: Queries, residuals: Residuals, carry, keys: Keys):  # type: ignore[no-untyped-def]
+    """Add one tile pair's share to (dq, dk, dv), from the global log-sum-exp and delta."""
     q, (lse, delta, do) = queries.q, residuals
 
     def compute(mask: jax.Array | None):  # type: ignore[no-untyped-def]
@@ -109,13 +100,9 @@ def _backward_tile(options: Options, queries: Queries, residuals: Residuals, key
         dq = jnp.einsum("bhgqk,bhkd->bhgqd", ds, keys.k, preferred_element_type=jnp.float32)
         dk = jnp.einsum("bhgqk,bhgqd->bhkd", ds, q, preferred_element_type=jnp.float32)
         dv = jnp.einsum("bhgqk,bhgqd->bhkd", p.astype(do.dtype), do, preferred_element_type=jnp.float32)
-        return dq, dk, dv
+        return jax.tree.map(jnp.add, carry, (dq, dk, dv))
 
-    def skip():  # type: ignore[no-untyped-def]
-        zero = partial(jnp.zeros, dtype=jnp.float32)
-        return zero(q.shape), zero(keys.k.shape), zero(keys.v.shape)
-
-    return _by_kind(options, queries, keys, skip, compute)
+    return _by_kind(options, queries, keys, lambda: carry, compute)
 
 
 def _split_queries(x: jax.Array, num_kv_heads: int, block: int) -> jax.Array:
@@ -182,7 +169,7 @@ def forward(
         shape = tile.q.shape
         zeros = partial(jnp.zeros, dtype=jnp.float32)
         start = (zeros(shape), jnp.full(shape[:-1], -jnp.inf, jnp.float32), zeros(shape[:-1]))
-        (o, maximum, total), _ = lax.scan(partial(_forward_tile, options, tile), start, key_tiles)
+        (o, maximum, total), _ = lax.scan(partial(_forward_tile, options, tile), varying_like(q, start), key_tiles)
         return None, (o / jnp.where(total == 0, 1.0, total)[..., None], maximum + jnp.log(total))
 
     tile = Queries(_split_queries(q, k.shape[2], options.block_q), _split_side(queries, options.block_q, PADDING_QUERY))
@@ -216,15 +203,16 @@ def backward(
 
         def key_tile(dq: jax.Array, keys_and_gradients):  # type: ignore[no-untyped-def]
             keys_tile, dk, dv = keys_and_gradients
-            dq_part, dk_part, dv_part = _backward_tile(options, tile, residuals, keys_tile)
-            return dq + dq_part, (dk + dk_part, dv + dv_part)
+            dq, dk, dv = _backward_tile(options, tile, residuals, (dq, dk, dv), keys_tile)
+            return dq, (dk, dv)
 
-        dq, carry = lax.scan(key_tile, jnp.zeros(tile.q.shape, jnp.float32), (key_tiles, *carry))
+        start = varying_like(q, jnp.zeros(tile.q.shape, jnp.float32))
+        dq, carry = lax.scan(key_tile, start, (key_tiles, *carry))
         return carry, dq
 
     split = partial(_split_queries, num_kv_heads=kv_heads, block=block)
     tile = Queries(split(q), _split_side(queries, block, PADDING_QUERY))
     residuals = Residuals(split(lse), split(delta), split(do))
     start = (jnp.zeros(key_tiles.k.shape, jnp.float32), jnp.zeros(key_tiles.v.shape, jnp.float32))
-    (dk, dv), dq = lax.scan(query_tile, start, (tile, residuals))
+    (dk, dv), dq = lax.scan(query_tile, varying_like(q, start), (tile, residuals))
     return _join_queries(dq, q.shape[1]), _join_keys(dk, k.shape[1]), _join_keys(dv, k.shape[1])

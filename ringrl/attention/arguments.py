@@ -1,0 +1,87 @@
+"""What users pass, checked before anything is traced: ValueError with the argument's name, what came, what is expected."""
+
+import operator
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from ringrl.attention.options import Options
+from ringrl.attention.mask import Rule
+
+IMPLEMENTATIONS = ("xla",)
+WIDEST = 2**31 - 1  # window: positions are int32
+
+IntegerArray = jax.Array
+
+
+def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """Shapes and dtypes of queries, keys and values."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected no empty axis, got shape {x.shape}")
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected k's shape {k.shape}, got {v.shape}")
+    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        raise ValueError(f"k: expected batch, tokens and head_dim of q {q.shape}, got {k.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"k: its {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """One of a few names."""
+    if value not in (choices := tuple(choices)):
+        raise ValueError(f"{name}: {value!r} is unknown; use one of {choices}")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """A kernel that exists."""
+    check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+
+
+def integers(name: str, x: IntegerArray | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:
+    """Positions or segment ids as (B, S) int32."""
+    x = default if x is None else jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers, got {x.dtype}")
+    if x.shape not in ((tokens,), (batch, tokens)):
+        raise ValueError(f"{name}: expected shape ({tokens},) or ({batch}, {tokens}), got {x.shape}")
+    return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
+
+
+def options(
+    head_dim: int,
+    *,
+    is_causal: bool,
+    local_window_size: int | tuple[int, int] | None,
+    scale: float | None,
+    logits_soft_cap: float | None,
+) -> Options:
+    """The static options of a call."""
+    rule = Rule(is_causal, _window(local_window_size))
+    return Options(rule, head_dim**-0.5 if scale is None else float(scale), _soft_cap(logits_soft_cap))
+
+
+def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    try:
+        left, right = (operator.index(n) for n in (size if isinstance(size, tuple | list) else (size, size)))
+    except (TypeError, ValueError):
+        raise ValueError(f"local_window_size: expected one or two whole numbers, got {size!r}") from None
+    if left < 0 or right < 0:
+        raise ValueError(f"local_window_size: expected sizes >= 0, got {size}")
+    return min(left, WIDEST), min(right, WIDEST)
+
+
+def _soft_cap(cap: float | None) -> float | None:
+    if cap is not None and not cap > 0:
+        raise ValueError(f"logits_soft_cap: expected a number > 0, got {cap}")
+    return None if cap is None else float(cap)

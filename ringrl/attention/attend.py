@@ -1,0 +1,81 @@
+"""Attention with its own gradient, over keys that lie wherever a plan says: the only custom_vjp of the library.
+
+Nothing is ever differentiated through a merge of partial results, a send or a kernel: the forward pass keeps the global
+output and log-sum-exp, and the backward pass computes every part of the gradient from them.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from ringrl.attention.kernels import xla
+from ringrl.attention.options import Options
+from ringrl.attention.mask import Side
+from ringrl.attention.merge import Partial
+
+
+class Plan(Protocol):
+    """How queries meet all of their keys, as hashable static data."""
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
+    ) -> Partial:
+        """Attention of this device's queries over the keys of all devices."""
+
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: Side,
+        keys: Side,
+        options: Options,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(dq, dk, dv) in float32: of this device's queries, and of its keys from the queries of all devices."""
+
+
+class Local:
+    """All keys are on this device."""
+
+    forward = staticmethod(xla.forward)
+    backward = staticmethod(xla.backward)
+
+
+LOCAL = Local()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Output (B, S, H, D) in q's dtype and log-sum-exp (B, S, H) float32, both differentiable."""
+    return _forward(q, k, v, queries, keys, options, plan)[0]
+
+
+def _forward(q, k, v, queries, keys, options, plan):  # type: ignore[no-untyped-def]
+    o, lse = plan.forward(q, k, v, queries, keys, options)
+    # Named here and not where they leave: the residuals themselves must be what a remat policy saves.
+    o, lse = checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
+    return (o, lse), (q, k, v, queries, keys, o, lse)
+
+
+def _backward(options, plan, residuals, cotangents):  # type: ignore[no-untyped-def]
+    q, k, v, queries, keys, o, lse = residuals
+    do, dlse = cotangents
+    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows that see
+    # nothing have p = 0 throughout; whatever flows into their constant lse = -inf must not become nan.
+    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
+    dq, dk, dv = plan.backward(q, k, v, queries, keys, options, lse, delta, do)
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none
+
+
+attend.defvjp(_forward, _backward)

@@ -1,0 +1,16 @@
+"""The static options of one attention call, as every kernel takes them."""
+
+import dataclasses
+
+from ringrl.attention.mask import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`scale` multiplies the logits before the optional soft cap; blocks are upper bounds on the tiles of a kernel."""
+
+    rule: Rule
+    scale: float
+    logits_soft_cap: float | None = None
+    block_q: int = 512
+    block_k: int = 512

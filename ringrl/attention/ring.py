@@ -1,0 +1,179 @@
+"""The ring: every device keeps its queries, while keys and values travel from neighbour to neighbour.
+
+    hop 0          hop 1          hop 2
+    q0 k0 ->       q0 k3 ->       q0 k2 ->        Each device attends to the block it holds while that block is
+    q1 k1 ->       q1 k0 ->       q1 k3 ->        already on its way to the next one. Memory per device is one
+    q2 k2 ->       q2 k1 ->       q2 k0 ->        block in use and one arriving, whatever the size of the ring.
+    q3 k3 ->       q3 k2 ->       q3 k1 ->
+
+The loop is a scan whose last hop is peeled (nothing is sent that nobody reads). Sends are issued first, and one
+optimization_barrier ties the kernel's results to what arrives: compiled for TPUs, only this form puts the kernel
+between send and receive on every generation while memory stays constant in the ring's size.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from ringrl.attention.kernels import xla
+from ringrl.attention.options import Options
+from ringrl.attention.mask import Rule, Side
+from ringrl.attention.merge import Partial, merge
+from ringrl.attention.varying import varying_like
+
+AxisName = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """One way round: how many hops, and where to. The heads are dealt out evenly to `shifts`: +1 sends to the next
+    device, -1 to the one before.
+    """
+
+    hops: int
+    shifts: tuple[int, ...] = (1,)
+
+
+class Block(NamedTuple):
+    """What travels: keys and values in one array, positions and segment ids in another."""
+
+    kv: Float[Array, "2 batch keys kv_heads head_dim"]
+    side: Int32[Array, "2 batch keys"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The plan (attend.py) of a ring over `axis_name`, mesh axes of `size` devices in all; runs inside shard_map.
+
+    The first leg begins with the device's own block, any other with a neighbour's.
+    """
+
+    axis_name: AxisName
+    size: int
+    legs: tuple[Leg, ...]
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
+    ) -> Partial:
+        """Attention over the blocks of all devices that the legs visit."""
+        total = varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)))
+        for number, leg in enumerate(self.legs):
+            shares = _deal(leg, q)
+            blocks, sends = self._start(leg, number, k, v, keys)
+
+            def attend(blocks: list[Block], shares: list[jax.Array] = shares) -> Partial:
+                parts = [
+                    xla.forward(share, *block.kv, queries, Side(*block.side), options)
+                    for share, block in zip(shares, blocks, strict=True)
+                ]
+                return Partial(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
+
+            def hop(carry, _, leg=leg, attend=attend):  # type: ignore[no-untyped-def]
+                total, blocks = carry
+                arriving = self._send(leg, blocks)
+                part, arriving = lax.optimization_barrier((attend(blocks), arriving))
+                return (merge(total, part), arriving), None
+
+            (total, blocks), _ = lax.scan(hop, (total, blocks), None, length=sends)
+            total = merge(total, attend(blocks))
+        return total
+
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: Side,
+        keys: Side,
+        options: Options,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gradients of the queries add up where they are; those of a block travel behind it, and home at the end."""
+        dq = varying_like(q, jnp.zeros(q.shape, jnp.float32))
+        dkv = varying_like(q, jnp.zeros((2, *k.shape), jnp.float32))
+        for number, leg in enumerate(self.legs):
+            shares = list(zip(*(_deal(leg, x) for x in (q, lse, delta, do)), strict=True))
+            blocks, sends = self._start(leg, number, k, v, keys)
+
+            def gradients(blocks: list[Block], shares=shares):  # type: ignore[no-untyped-def]
+                parts = [
+                    xla.backward(share[0], *block.kv, queries, Side(*block.side), options, *share[1:])
+                    for share, block in zip(shares, blocks, strict=True)
+                ]
+                return jnp.concatenate([part[0] for part in parts], axis=2), [jnp.stack(part[1:]) for part in parts]
+
+            def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]
+                dq, dblocks, blocks = carry
+                arriving = self._send(leg, blocks)
+                # What the devices before made of this block leaves them now, hidden behind the kernel.
+                dblocks = self._send(leg, dblocks)
+                tied = lax.optimization_barrier((*gradients(blocks), arriving, dblocks))
+                dq_part, dblocks_part, arriving, dblocks = tied
+                return (dq + dq_part, _add(dblocks, dblocks_part), arriving), None
+
+            start = varying_like(q, [jnp.zeros(block.kv.shape, jnp.float32) for block in blocks])
+            (dq, dblocks, blocks), _ = lax.scan(hop, (dq, start, blocks), None, length=sends)
+            dblocks = self._send(leg, dblocks) if sends else dblocks
+            dq_part, dblocks_part = gradients(blocks)
+            dq = dq + dq_part
+            home = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
+            dkv = dkv + jnp.concatenate(self._send(home, _add(dblocks, dblocks_part)), axis=3)
+        return dq, dkv[0], dkv[1]
+
+    def _start(self, leg: Leg, number: int, k: jax.Array, v: jax.Array, keys: Side) -> tuple[list[Block], int]:
+        """The blocks that a leg begins with and the sends that follow."""
+        side = jnp.stack(keys)
+        blocks = [Block(kv, side) for kv in _deal(leg, jnp.stack([k, v]), axis=3)]
+        return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
+
+    def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
+        """Each share of the heads one hop on, in its own direction."""
+
+        def permute(x: jax.Array, shift: int) -> jax.Array:
+            return lax.ppermute(x, self.axis_name, [(i, (i + shift) % self.size) for i in range(self.size)])
+
+        return [
+            jax.tree.map(lambda x, shift=shift: permute(x, shift), block)
+            for block, shift in zip(blocks, leg.shifts, strict=True)
+        ]
+
+
+def _deal(leg: Leg, x: jax.Array, axis: int = 2) -> list[jax.Array]:
+    return jnp.split(x, len(leg.shifts), axis=axis)
+
+
+def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def make_ring(
+    axis_name: AxisName,
+    *,
+    local_length: int,
+    layout: str,
+    rule: Rule,
+    default_positions: bool = True,
+    bidirectional: bool = False,
+) -> Ring:
+    """The ring with the hops that a mask needs: all n - 1, or fewer where window and layout say so beforehand.
+
+    With contiguous chunks of c tokens a window that reaches `left` back and `right` ahead touches ceil(left / c)
+    chunks before a device's own and ceil(right / c) after it. In the other layouts, and with positions of the caller's,
+    every device may hold something that is near.
+    """
+    size = lax.axis_size(axis_name)
+    around = Ring(axis_name, size, (Leg(size - 1, (1, -1) if bidirectional else (1,)),))
+    if rule.window is None or layout != "contiguous" or not default_positions:
+        return around
+    before = math.ceil(rule.window[0] / local_length)
+    after = 0 if rule.is_causal else math.ceil(rule.window[1] / local_length)
+    if before + after >= size - 1:
+        return around
+    return Ring(axis_name, size, (Leg(before), Leg(after, (-1,))) if after else (Leg(before),))

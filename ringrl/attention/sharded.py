@@ -1,0 +1,236 @@
+"""Attention of a sequence that is spread over a mesh axis."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int
+
+from ringrl.attention import arguments
+from ringrl.attention.all_gather import AllGather
+from ringrl.attention.attend import LOCAL, Plan, attend
+from ringrl.attention.layout import LAYOUTS, check_length, shard_positions
+from ringrl.attention.mask import Side
+from ringrl.attention.ring import AxisName, make_ring
+from ringrl.attention.strategy import STRATEGIES, choose_strategy
+from ringrl.attention.ulysses import gather_heads, scatter_heads
+from ringrl.attention.varying import varying_like
+
+Axes = str | Sequence[str] | None
+
+
+@overload
+def ring_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[False] = ..., **keywords: object
+) -> jax.Array: ...
+@overload
+def ring_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[True], **keywords: object
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def ring_attention(  # type: ignore[misc]
+    q: Float[Array, "batch tokens heads head_dim"],
+    k: Float[Array, "batch tokens kv_heads head_dim"],
+    v: Float[Array, "batch tokens kv_heads head_dim"],
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis_name: AxisName = "seq",
+    layout: str = "zigzag",
+    strategy: str = "ring",
+    bidirectional: bool = False,
+    batch_axes: Axes = None,
+    head_axes: Axes = None,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: Int[Array, "*batch tokens"] | None = None,
+    positions: Int[Array, "*batch tokens"] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
+    """As `attention`, exact to rounding, of global arrays whose sequence is sharded over a mesh axis.
+
+    The arrays are in layout order already (`to_layout`, once per batch and not per layer), `positions` and
+    `segment_ids` too. Works under jit, grad, vmap, remat and scan; output and log-sum-exp carry the checkpoint name
+    "ring_attention".
+
+    Args:
+      q, k, v: as for `attention`; the sequence divides into the layout's chunks.
+      mesh: the devices.
+      axis_name: the mesh axis of the sequence. A tuple of axes is one long ring, the last axis fastest; for
+        "ulysses_ring" it is (ring axis, Ulysses axis).
+      layout: "contiguous" | "striped" | "zigzag": the order that the tokens are in.
+      batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. Where both are None and q is a
+        concrete array on this mesh, its own sharding says.
+      strategy, bidirectional: as for `ring_attention_shard`.
+      is_causal, local_window_size, segment_ids, positions, scale, logits_soft_cap, implementation, return_residual: as
+        for `attention`, but that `positions` are `layout_positions` by default.
+
+    Returns:
+      As `attention`, sharded as q is.
+
+    Raises:
+      ValueError: an argument that does not fit, by its name, before anything is traced.
+    """
+    arguments.check_arrays(q, k, v)
+    arguments.check_choice("layout", layout, LAYOUTS)
+    check_length("q", q.shape[1], layout, _size(mesh, "axis_name", axis_name))
+    if batch_axes is None and head_axes is None:
+        batch_axes, head_axes = _axes_of(q, mesh)
+    _check_divides(mesh, "batch_axes", batch_axes, q.shape[0], "contexts of the batch")
+    _check_divides(mesh, "head_axes", head_axes, k.shape[2], "key heads")
+    batch, tokens = q.shape[:2]
+    integers = {
+        name: None if x is None else arguments.integers(name, x, batch, tokens, x)
+        for name, x in (("segment_ids", segment_ids), ("positions", positions))
+    }
+    shard = partial(
+        ring_attention_shard,
+        axis_name=axis_name,
+        layout=layout,
+        strategy=strategy,
+        bidirectional=bidirectional,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+    heads = PartitionSpec(batch_axes, axis_name, head_axes)
+    return jax.shard_map(
+        lambda q, k, v, integers: shard(q, k, v, **integers),
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(batch_axes, axis_name)),
+        out_specs=(heads, heads) if return_residual else heads,
+    )(q, k, v, integers)
+
+
+def ring_attention_shard(
+    q: Float[Array, "batch local_tokens heads head_dim"],
+    k: Float[Array, "batch local_tokens kv_heads head_dim"],
+    v: Float[Array, "batch local_tokens kv_heads head_dim"],
+    *,
+    axis_name: AxisName = "seq",
+    layout: str = "zigzag",
+    strategy: str = "ring",
+    bidirectional: bool = False,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: Int[Array, "*batch local_tokens"] | None = None,
+    positions: Int[Array, "*batch local_tokens"] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Float[Array, "batch local_tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
+    """`ring_attention` for use inside a shard_map that is already there: every array is this device's shard.
+
+    Args:
+      q, k, v, segment_ids, positions: this device's tokens, in layout order.
+      axis_name, layout: as for `ring_attention`.
+      strategy: "ring": keys and values travel, memory is constant in the ring's size; "ulysses": all-to-all from
+        tokens to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device;
+        "auto": what `choose_strategy` chooses, which also says why.
+      bidirectional: half of the key heads travel the other way round, for links that would be used one way only. With
+        strategy "ring" or "ulysses_ring"; a window that needs few hops takes the shorter way for all heads.
+      is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
+        contiguous chunks and default positions a window makes only the hops that it needs.
+
+    Returns:
+      As `attention`, of this device's queries.
+
+    Raises:
+      ValueError: an argument that does not fit, by its name.
+    """
+    arguments.check_arrays(q, k, v)
+    arguments.check_choice("layout", layout, LAYOUTS)
+    arguments.check_choice("strategy", strategy, STRATEGIES)
+    arguments.check_implementation(implementation)
+    options = arguments.options(
+        q.shape[3],
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+    size = lax.axis_size(axis_name)
+    batch, tokens, heads, _ = q.shape
+    if layout == "zigzag" and size > 1 and tokens % 2:
+        raise ValueError(f"q: {tokens} tokens per device are not the two equal chunks of the zigzag layout")
+    default = shard_positions(layout, size, tokens, lax.axis_index(axis_name))
+    side = Side(
+        arguments.integers("positions", positions, batch, tokens, default),
+        arguments.integers("segment_ids", segment_ids, batch, tokens, jnp.zeros(tokens, jnp.int32)),
+    )
+    side = varying_like(q, side)
+    if strategy == "auto":
+        kind = jax.devices()[0].device_kind
+        strategy = choose_strategy(
+            tokens, size, heads, k.shape[2], device_kind=kind, itemsize=k.dtype.itemsize, is_causal=is_causal
+        ).strategy
+    ring_axis, ulysses_axis = _split_axes(strategy, axis_name)
+    if ulysses_axis is not None:
+        q, k, v, side = scatter_heads(q, k, v, side, ulysses_axis, lax.axis_size(ulysses_axis))
+    if strategy == "all_gather":
+        plan: Plan = AllGather(axis_name)
+    elif ring_axis is None or lax.axis_size(ring_axis) == 1:
+        plan = LOCAL
+    else:
+        if bidirectional and k.shape[2] % 2:
+            raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
+        plan = make_ring(
+            ring_axis,
+            local_length=q.shape[1],
+            layout=layout,
+            rule=options.rule,
+            default_positions=positions is None,
+            bidirectional=bidirectional,
+        )
+    o, lse = attend(q, k, v, side, side, options, plan)
+    if ulysses_axis is not None:
+        o, lse = gather_heads(o, lse, ulysses_axis)
+    return (o, lse) if return_residual else o
+
+
+def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, AxisName | None]:
+    """(ring axis, Ulysses axis) of a strategy."""
+    if strategy == "ulysses":
+        return None, axis_name
+    if strategy != "ulysses_ring":
+        return axis_name, None
+    if not isinstance(axis_name, tuple) or len(axis_name) != 2:
+        raise ValueError(
+            f'axis_name: strategy "ulysses_ring" expects two mesh axes, (ring axis, Ulysses axis), got {axis_name!r}'
+        )
+    return axis_name
+
+
+def _size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    for axis in axes:
+        if axis not in mesh.axis_names:
+            raise ValueError(f"{name}: the mesh has no axis {axis!r}; it has {tuple(mesh.axis_names)}")
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _check_divides(mesh: Mesh | AbstractMesh, name: str, axes: Axes, amount: int, what: str) -> None:
+    size = _size(mesh, name, axes)
+    if amount % size:
+        raise ValueError(f"{name}: {amount} {what} do not divide among the {size} devices of {axes!r}")
+
+
+def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh) -> tuple[Axes, Axes]:
+    """Mesh axes over which a concrete array's batch and heads are sharded."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(x, jax.core.Tracer) or not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
+        return None, None
+    spec = (*sharding.spec, None, None, None, None)
+    return spec[0], spec[2]
