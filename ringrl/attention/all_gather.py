@@ -23,7 +23,7 @@ class AllGather:
         self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
     ) -> Partial:
         """Attention over the gathered keys."""
-        return Partial(*xla.forward(q, *self._gather(jnp.stack([k, v])), queries, self._gather_side(keys), options))
+        return xla.forward(q, *self._gather(jnp.stack([k, v]), 3), queries, self._gather_side(keys), options)
 
     def backward(
         self,
@@ -38,13 +38,13 @@ class AllGather:
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Keys are gathered once more rather than kept; their gradients are summed in float32 as they are dealt out."""
-        gathered = self._gather(jnp.stack([k, v]))
+        gathered = self._gather(jnp.stack([k, v]), 3)
         dq, *dkv = xla.backward(q, *gathered, queries, self._gather_side(keys), options, lse, delta, do)
-        dk, dv = lax.psum_scatter(jnp.stack(dkv), self.axis_name, scatter_dimension=2, tiled=True)
+        dk, dv = lax.psum_scatter(jnp.stack(dkv), self.axis_name, scatter_dimension=3, tiled=True)
         return dq, dk, dv
 
-    def _gather(self, x: jax.Array) -> jax.Array:
-        return lax.all_gather(x, self.axis_name, axis=2, tiled=True)
+    def _gather(self, x: jax.Array, axis: int) -> jax.Array:
+        return lax.all_gather(x, self.axis_name, axis=axis, tiled=True)
 
     def _gather_side(self, side: Side) -> Side:
-        return Side(*self._gather(jnp.stack(side)))
+        return Side(*self._gather(jnp.stack(side), 2))

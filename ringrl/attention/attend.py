@@ -59,8 +59,21 @@ def attend(
     return _forward(q, k, v, queries, keys, options, plan)[0]
 
 
+def _split(x: jax.Array, kv_heads: int) -> jax.Array:
+    """(B, S, H[, D]) -> (B, Hkv, G, S[, D]): what kernels read, so that it is rearranged once and not on every hop."""
+    x = x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 3)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """The inverse."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
 def _forward(q, k, v, queries, keys, options, plan):  # type: ignore[no-untyped-def]
-    o, lse = plan.forward(q, k, v, queries, keys, options)
+    k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    o, lse = (_join(x) for x in plan.forward(_split(q, k.shape[2]), k_heads, v_heads, queries, keys, options))
     # Named here and not where they leave: the residuals themselves must be what a remat policy saves.
     o, lse = checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
     return (o, lse), (q, k, v, queries, keys, o, lse)
@@ -73,9 +86,12 @@ def _backward(options, plan, residuals, cotangents):  # type: ignore[no-untyped-
     # nothing have p = 0 throughout; whatever flows into their constant lse = -inf must not become nan.
     dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
-    dq, dk, dv = plan.backward(q, k, v, queries, keys, options, lse, delta, do)
+    q_heads, lse, delta, do = (_split(x, k.shape[2]) for x in (q, lse, delta, do))
+    k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    dq, dk, dv = plan.backward(q_heads, k_heads, v_heads, queries, keys, options, lse, delta, do)
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none
+    dk, dv = (jnp.swapaxes(x, 1, 2).astype(k.dtype) for x in (dk, dv))
+    return _join(dq).astype(q.dtype), dk, dv, *none
 
 
 attend.defvjp(_forward, _backward)

@@ -12,5 +12,5 @@ class Options:
     rule: Rule
     scale: float
     logits_soft_cap: float | None = None
-    block_q: int = 512
-    block_k: int = 512
+    block_q: int = 256
+    block_k: int = 256

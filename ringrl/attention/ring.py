@@ -42,7 +42,7 @@ class Leg:
 class Block(NamedTuple):
     """What travels: keys and values in one array, positions and segment ids in another."""
 
-    kv: Float[Array, "2 batch keys kv_heads head_dim"]
+    kv: Float[Array, "2 batch kv_heads keys head_dim"]
     side: Int32[Array, "2 batch keys"]
 
 
@@ -61,7 +61,7 @@ class Ring:
         self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
     ) -> Partial:
         """Attention over the blocks of all devices that the legs visit."""
-        total = varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)))
+        total = varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf)))
         for number, leg in enumerate(self.legs):
             shares = _deal(leg, q)
             blocks, sends = self._start(leg, number, k, v, keys)
@@ -71,7 +71,7 @@ class Ring:
                     xla.forward(share, *block.kv, queries, Side(*block.side), options)
                     for share, block in zip(shares, blocks, strict=True)
                 ]
-                return Partial(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
+                return Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
 
             def hop(carry, _, leg=leg, attend=attend):  # type: ignore[no-untyped-def]
                 total, blocks = carry
@@ -107,7 +107,7 @@ class Ring:
                     xla.backward(share[0], *block.kv, queries, Side(*block.side), options, *share[1:])
                     for share, block in zip(shares, blocks, strict=True)
                 ]
-                return jnp.concatenate([part[0] for part in parts], axis=2), [jnp.stack(part[1:]) for part in parts]
+                return jnp.concatenate([part[0] for part in parts], axis=1), [jnp.stack(part[1:]) for part in parts]
 
             def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]
                 dq, dblocks, blocks = carry
@@ -124,13 +124,13 @@ class Ring:
             dq_part, dblocks_part = gradients(blocks)
             dq = dq + dq_part
             home = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
-            dkv = dkv + jnp.concatenate(self._send(home, _add(dblocks, dblocks_part)), axis=3)
+            dkv = dkv + jnp.concatenate(self._send(home, _add(dblocks, dblocks_part)), axis=2)
         return dq, dkv[0], dkv[1]
 
     def _start(self, leg: Leg, number: int, k: jax.Array, v: jax.Array, keys: Side) -> tuple[list[Block], int]:
         """The blocks that a leg begins with and the sends that follow."""
         side = jnp.stack(keys)
-        blocks = [Block(kv, side) for kv in _deal(leg, jnp.stack([k, v]), axis=3)]
+        blocks = [Block(kv, side) for kv in _deal(leg, jnp.stack([k, v]), axis=2)]
         return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
 
     def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
@@ -145,7 +145,7 @@ class Ring:
         ]
 
 
-def _deal(leg: Leg, x: jax.Array, axis: int = 2) -> list[jax.Array]:
+def _deal(leg: Leg, x: jax.Array, axis: int = 1) -> list[jax.Array]:
     return jnp.split(x, len(leg.shifts), axis=axis)
 
 

@@ -6,6 +6,7 @@ mask rule excludes are skipped, so causal costs half of full.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,129 +15,193 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, tiles, visible
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, visible
+from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
 
 
-class Queries(NamedTuple):
-    """One tile of queries, (B, Hkv, G, block_q, D), and where it stands."""
+LOG2_E = 1.4426950408889634
 
-    q: jax.Array
+
+class Gradients(NamedTuple):
+    """Gradients of one block, float32, in the shapes of q, k and v."""
+
+    dq: jax.Array
+    dk: jax.Array
+    dv: jax.Array
+
+
+class Tile(NamedTuple):
+    """Tokens of one tile, (N, ..., block, D) and so on, and where they stand; N contexts or heads at once."""
+
+    arrays: tuple[jax.Array, ...]
     side: Side
 
 
-class Residuals(NamedTuple):
-    """What the backward needs beside a tile of queries: lse and delta (B, Hkv, G, block_q), do like the queries."""
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Where the scale goes. In float32 it is multiplied into the queries once, in place of every tile of logits."""
 
-    lse: jax.Array
-    delta: jax.Array
-    do: jax.Array
+    queries: float
+    logits: float
 
-
-class Keys(NamedTuple):
-    """One tile of keys and values, (B, Hkv, block_k, D) each, and where it stands."""
-
-    k: jax.Array
-    v: jax.Array
-    side: Side
+    @classmethod
+    def of(cls, options: Options, dtype: jnp.dtype) -> "Scaling":
+        factor = options.scale * LOG2_E if options.logits_soft_cap is None else options.scale / options.logits_soft_cap
+        return cls(factor, 1.0) if dtype == jnp.float32 else cls(1.0, factor)
 
 
-def _logits(options: Options, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Scaled, soft-capped logits in float32 and the derivative of the cap (None without one)."""
-    s = jnp.einsum("bhgqd,bhkd->bhgqk", q, k, preferred_element_type=jnp.float32) * options.scale
+def _logits(options: Options, products: jax.Array, scaling: Scaling) -> tuple[jax.Array, jax.Array | None]:
+    """Scaled and capped logits in units of log 2, and the derivative of the cap (None without one)."""
+    s = products if scaling.logits == 1 else products * scaling.logits
     if options.logits_soft_cap is None:
         return s, None
-    t = jnp.tanh(s / options.logits_soft_cap)
-    return t * options.logits_soft_cap, 1 - t * t
+    t = jnp.tanh(s)
+    return t * (options.logits_soft_cap * LOG2_E), 1 - t * t
 
 
-def _mask(options: Options, queries: Queries, keys: Keys) -> jax.Array:
-    return visible(options.rule, queries.side, keys.side)[:, None, None]
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(N, i, c) x (N, c, j) -> (N, i, j): always this way round, or the compiler transposes tiles to its liking."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _by_kind(options: Options, queries: Queries, keys: Keys, skip, compute):  # type: ignore[no-untyped-def]
-    """Run `skip()`, `compute(None)` or `compute(mask)` as the tile's extremes decide."""
+def _by_kind(options: Options, queries: Tile, keys: Tile, carry, compute):  # type: ignore[no-untyped-def]
+    """Return `carry`, `compute(None)` or `compute(mask)` as the tile's extremes decide: skip, full or partial."""
     kind = classify(options.rule, queries.side, keys.side)
+
+    def partly():  # type: ignore[no-untyped-def]
+        mask = visible(options.rule, queries.side, keys.side)
+        groups = queries.arrays[0].shape[1] // mask.shape[1]
+        return compute(jnp.tile(mask, (1, groups, 1)))
+
     return lax.cond(
-        kind.any_visible,
-        lambda: lax.cond(kind.all_visible, lambda: compute(None), lambda: compute(_mask(options, queries, keys))),
-        skip,
+        kind.any_visible, lambda: lax.cond(kind.all_visible, lambda: compute(None), partly), lambda: carry
     )
 
 
-def _forward_tile(options: Options, queries: Queries, carry, keys: Keys):  # type: ignore[no-untyped-def]
+def _forward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile):  # type: ignore[no-untyped-def]
     """Online softmax: fold one tile of keys into (accumulator, running maximum, running sum)."""
+    (q,), (k_transposed, v) = queries.arrays, keys.arrays
     o, maximum, total = carry
 
     def compute(mask: jax.Array | None):  # type: ignore[no-untyped-def]
-        s, _ = _logits(options, queries.q, keys.k)
+        s, _ = _logits(options, _product(q, k_transposed), scaling)
         if mask is not None:
             s = jnp.where(mask, s, -jnp.inf)
         new_maximum = jnp.maximum(maximum, s.max(-1))
         shift = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)  # rows that have seen nothing yet
-        p = jnp.exp(s - shift[..., None])
-        alpha = jnp.exp(maximum - shift)
-        pv = jnp.einsum("bhgqk,bhkd->bhgqd", p.astype(keys.v.dtype), keys.v, preferred_element_type=jnp.float32)
-        return o * alpha[..., None] + pv, new_maximum, total * alpha + p.sum(-1)
+        p = lax.optimization_barrier(jnp.exp2(s - shift[..., None]))  # computed once, for the sum and the product
+        alpha = jnp.exp2(maximum - shift)
+        return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
 
-    return _by_kind(options, queries, keys, lambda: carry, compute), None
+    return _by_kind(options, queries, keys, carry, compute), None
 
 
-def _backward_tile(options: Options, queries: Queries, residuals: Residuals, carry, keys: Keys):  # type: ignore[no-untyped-def]
-    """Add one tile pair's share to (dq, dk, dv), from the global log-sum-exp and delta."""
-    q, (lse, delta, do) = queries.q, residuals
+def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile):  # type: ignore[no-untyped-def]
+    """Add one tile pair's share to (dq, dk, dv), from the global log-sum-exp and delta.
+
+    Tiles are (keys, queries) here, and what a product needs the other way round is transposed beforehand: a CPU
+    multiplies a transposed left operand at half speed.
+    """
+    (q, q_transposed, do, do_transposed, lse, delta), (k, v) = queries.arrays, keys.arrays
+    dq, dk, dv = carry
 
     def compute(mask: jax.Array | None):  # type: ignore[no-untyped-def]
-        s, cap_slope = _logits(options, q, keys.k)
-        p = jnp.exp(s - lse[..., None])
+        s, cap_slope = _logits(options, _product(k, q_transposed), scaling)
+        p = jnp.exp2(s - lse[:, None])
         if mask is not None:
-            p = jnp.where(mask, p, 0.0)
-        dp = jnp.einsum("bhgqd,bhkd->bhgqk", do, keys.v, preferred_element_type=jnp.float32)
-        ds = p * (dp - delta[..., None])
+            p = jnp.where(jnp.swapaxes(mask, 1, 2), p, 0.0)
+        ds = p * (_product(v, do_transposed) - delta[:, None])
         if cap_slope is not None:
             ds *= cap_slope
-        ds = (ds * options.scale).astype(q.dtype)
-        dq = jnp.einsum("bhgqk,bhkd->bhgqd", ds, keys.k, preferred_element_type=jnp.float32)
-        dk = jnp.einsum("bhgqk,bhgqd->bhkd", ds, q, preferred_element_type=jnp.float32)
-        dv = jnp.einsum("bhgqk,bhgqd->bhkd", p.astype(do.dtype), do, preferred_element_type=jnp.float32)
-        return jax.tree.map(jnp.add, carry, (dq, dk, dv))
+        ds = ds.astype(q.dtype)
+        ds_transposed = lax.optimization_barrier(jnp.swapaxes(ds, 1, 2))
+        return (
+            dq + _product(ds_transposed, k),
+            dk + _product(ds, q),
+            dv + _product(p.astype(q.dtype), do),
+        )
 
-    return _by_kind(options, queries, keys, lambda: carry, compute)
-
-
-def _split_queries(x: jax.Array, num_kv_heads: int, block: int) -> jax.Array:
-    """(B, S, H[, D]) -> (tiles, B, Hkv, G, block[, D]), padded with zeros."""
-    x = _pad(x, block)
-    x = x.reshape(*x.shape[:2], num_kv_heads, -1, *x.shape[3:])
-    return jnp.moveaxis(tiles(x, block), 2, 4)
+    return _by_kind(options, queries, keys, carry, compute)
 
 
-def _split_keys(x: jax.Array, block: int) -> jax.Array:
-    """(B, S, Hkv, D) -> (tiles, B, Hkv, block, D), padded with zeros."""
-    return jnp.swapaxes(tiles(_pad(x, block), block), 2, 3)
+def _tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """(N, ..., S, ...) -> (tiles, N, ..., block, ...), the axis padded with zeros to whole blocks."""
+    amount = [(0, 0)] * x.ndim
+    amount[axis] = (0, -x.shape[axis] % block)
+    x = jnp.pad(x, amount)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _pad(x: jax.Array, block: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
+def _query_tiles(x: jax.Array, block: int) -> jax.Array:
+    """(N, G, S[, D]) -> (tiles, N, G * block[, D]): the queries that share a key head are rows of one tile."""
+    x = _tiles(x, 2, block)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _join_queries(x: jax.Array, length: int) -> jax.Array:
-    """(tiles, B, Hkv, G, block[, D]) -> (B, S, H[, D]) without the padding."""
-    x = jnp.moveaxis(x, (1, 4), (0, 2))  # (B, tiles, block, Hkv, G[, D])
-    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :length]
+def _join_queries(x: jax.Array, groups: int, length: int) -> jax.Array:
+    """The inverse."""
+    x = jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), 0, 2)  # (N, G, tiles, block[, D])
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
 
 
 def _join_keys(x: jax.Array, length: int) -> jax.Array:
-    """(tiles, B, Hkv, block, D) -> (B, S, Hkv, D) without the padding."""
-    x = jnp.moveaxis(x, (1, 3), (0, 2))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    """(tiles, N, block, D) -> (N, S, D) without the padding."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, x.shape[3])[:, :length]
 
 
-def _split_side(side: Side, block: int, padding: int) -> Side:
+def _side_tiles(side: Side, block: int, padding: int) -> Side:
     length = side.positions.shape[1]
     padded = pad_side(side, length + -length % block, padding)
-    return Side(tiles(padded.positions, block), tiles(padded.segment_ids, block))
+    return Side(_tiles(padded.positions, 1, block), _tiles(padded.segment_ids, 1, block))
+
+
+def _forward_heads(q, k, v, queries, keys, options):  # type: ignore[no-untyped-def]
+    """Forward of q (N, G, S, D), k and v (N, S, D): o (N, G, S, D) and lse (N, G, S)."""
+    scaling = Scaling.of(options, q.dtype)
+    key_arrays = (_tiles(jnp.swapaxes(k, 1, 2), 2, options.block_k), _tiles(v, 1, options.block_k))
+    key_tiles = Tile(key_arrays, _side_tiles(keys, options.block_k, PADDING_KEY))
+
+    def query_tile(_: None, tile: Tile) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        shape = tile.arrays[0].shape
+        zeros = partial(jnp.zeros, dtype=jnp.float32)
+        start = varying_like(q, (zeros(shape), jnp.full(shape[:-1], -jnp.inf, jnp.float32), zeros(shape[:-1])))
+        (o, maximum, total), _ = lax.scan(partial(_forward_tile, options, scaling, tile), start, key_tiles)
+        return None, (o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E)
+
+    tile = Tile((_query_tiles(q * scaling.queries, options.block_q),), _side_tiles(queries, options.block_q, PADDING_QUERY))
+    _, (o, lse) = lax.scan(query_tile, None, tile)
+    return tuple(_join_queries(x, *q.shape[1:3]) for x in (o, lse))
+
+
+def _backward_heads(q, k, v, lse, delta, do, queries, keys, options):  # type: ignore[no-untyped-def]
+    """Backward in the same shapes."""
+    scaling = Scaling.of(options, q.dtype)
+    key_arrays = (_tiles(k, 1, options.block_k), _tiles(v, 1, options.block_k))
+    key_tiles = Tile(key_arrays, _side_tiles(keys, options.block_k, PADDING_KEY))
+
+    def query_tile(carry, tile: Tile):  # type: ignore[no-untyped-def]
+        q, do, lse, delta = tile.arrays
+        transposed = lax.optimization_barrier((jnp.swapaxes(q, -1, -2), jnp.swapaxes(do, -1, -2)))
+        tile = Tile((q, transposed[0], do, transposed[1], lse, delta), tile.side)
+
+        def key_tile(dq: jax.Array, keys_and_gradients):  # type: ignore[no-untyped-def]
+            keys, dk, dv = keys_and_gradients
+            dq, dk, dv = _backward_tile(options, scaling, tile, (dq, dk, dv), keys)
+            return dq, (dk, dv)
+
+        start = varying_like(q, jnp.zeros(q.shape, jnp.float32))
+        dq, carry = lax.scan(key_tile, start, (key_tiles, *carry))
+        return carry, dq
+
+    arrays = tuple(_query_tiles(x, options.block_q) for x in (q * scaling.queries, do, lse, delta))
+    tile = Tile(arrays, _side_tiles(queries, options.block_q, PADDING_QUERY))
+    start = jnp.zeros((2, *key_tiles.arrays[0].shape), jnp.float32)
+    (dk, dv), dq = lax.scan(query_tile, tuple(varying_like(q, start)), tile)
+    dq, dk = dq * options.scale, dk * (options.scale / scaling.queries)
+    return Gradients(_join_queries(dq, *q.shape[1:3]), _join_keys(dk, k.shape[1]), _join_keys(dv, k.shape[1]))
 
 
 def _fit(options: Options, q: jax.Array, k: jax.Array) -> Options:
@@ -144,75 +209,61 @@ def _fit(options: Options, q: jax.Array, k: jax.Array) -> Options:
     align = lambda n: -(-n // 8) * 8  # noqa: E731
     return dataclasses.replace(
         options,
-        block_q=min(options.block_q, align(q.shape[1])),
-        block_k=min(options.block_k, align(k.shape[1])),
+        block_q=min(options.block_q, align(q.shape[3])),
+        block_k=min(options.block_k, align(k.shape[2])),
     )
 
 
-def _key_tiles(k: jax.Array, v: jax.Array, side: Side, block: int) -> Keys:
-    return Keys(_split_keys(k, block), _split_keys(v, block), _split_side(side, block, PADDING_KEY))
+def _each_head(run: Callable, arrays, queries: Side, keys: Side):  # type: ignore[no-untyped-def]
+    """run(arrays, queries, keys) on (N, ...) arrays, for arrays (B, Hkv, ...).
+
+    On a CPU one key head of one context comes after another, since the tiles of one fit its cache; elsewhere N = B Hkv.
+    """
+    together = jax.default_backend() != "cpu"
+    shape = arrays[0].shape[:2]
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:]) if together else x.reshape(-1, 1, *x.shape[2:])
+
+    per_head = jax.tree.map(lambda x: flat(jnp.repeat(x[:, None], shape[1], axis=1)), (queries, keys))
+    arguments = (jax.tree.map(flat, arrays), *per_head)
+    results = run(*arguments) if together else lax.map(lambda x: run(*x), arguments)
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1 if together else 2 :]), results)
 
 
 def forward(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
+    q: Float[Array, "batch kv_heads groups queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys head_dim"],
     queries: Side,
     keys: Side,
     options: Options,
-) -> tuple[Float32[Array, "batch queries heads head_dim"], Float32[Array, "batch queries heads"]]:
+) -> Partial:
     """Normalised output and log-sum-exp; a query that sees no key gives 0 and -inf."""
     options = _fit(options, q, k)
-    key_tiles = _key_tiles(k, v, keys, options.block_k)
 
-    def query_tile(_: None, tile: Queries) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        shape = tile.q.shape
-        zeros = partial(jnp.zeros, dtype=jnp.float32)
-        start = (zeros(shape), jnp.full(shape[:-1], -jnp.inf, jnp.float32), zeros(shape[:-1]))
-        (o, maximum, total), _ = lax.scan(partial(_forward_tile, options, tile), varying_like(q, start), key_tiles)
-        return None, (o / jnp.where(total == 0, 1.0, total)[..., None], maximum + jnp.log(total))
+    def run(arrays, queries, keys):  # type: ignore[no-untyped-def]
+        return _forward_heads(*arrays, queries, keys, options)
 
-    tile = Queries(_split_queries(q, k.shape[2], options.block_q), _split_side(queries, options.block_q, PADDING_QUERY))
-    _, (o, lse) = lax.scan(query_tile, None, tile)
-    return _join_queries(o, q.shape[1]), _join_queries(lse, q.shape[1])
+    return Partial(*_each_head(run, (q, k, v), queries, keys))
 
 
 def backward(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
+    q: Float[Array, "batch kv_heads groups queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys head_dim"],
     queries: Side,
     keys: Side,
     options: Options,
-    lse: Float32[Array, "batch queries heads"],
-    delta: Float32[Array, "batch queries heads"],
-    do: Float[Array, "batch queries heads head_dim"],
-) -> tuple[
-    Float32[Array, "batch queries heads head_dim"],
-    Float32[Array, "batch keys kv_heads head_dim"],
-    Float32[Array, "batch keys kv_heads head_dim"],
-]:
+    lse: Float32[Array, "batch kv_heads groups queries"],
+    delta: Float32[Array, "batch kv_heads groups queries"],
+    do: Float[Array, "batch kv_heads groups queries head_dim"],
+) -> Gradients:
     """Gradients of this block of keys, from the global `lse` and `delta` of its queries."""
     options = _fit(options, q, k)
-    kv_heads, block = k.shape[2], options.block_q
-    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # such rows are masked everywhere: any finite value will do
-    key_tiles = _key_tiles(k, v, keys, options.block_k)
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
 
-    def query_tile(carry, tile_and_residuals):  # type: ignore[no-untyped-def]
-        tile, residuals = tile_and_residuals
+    def run(arrays, queries, keys):  # type: ignore[no-untyped-def]
+        return _backward_heads(*arrays, queries, keys, options)
 
-        def key_tile(dq: jax.Array, keys_and_gradients):  # type: ignore[no-untyped-def]
-            keys_tile, dk, dv = keys_and_gradients
-            dq, dk, dv = _backward_tile(options, tile, residuals, (dq, dk, dv), keys_tile)
-            return dq, (dk, dv)
-
-        start = varying_like(q, jnp.zeros(tile.q.shape, jnp.float32))
-        dq, carry = lax.scan(key_tile, start, (key_tiles, *carry))
-        return carry, dq
-
-    split = partial(_split_queries, num_kv_heads=kv_heads, block=block)
-    tile = Queries(split(q), _split_side(queries, block, PADDING_QUERY))
-    residuals = Residuals(split(lse), split(delta), split(do))
-    start = (jnp.zeros(key_tiles.k.shape, jnp.float32), jnp.zeros(key_tiles.v.shape, jnp.float32))
-    (dk, dv), dq = lax.scan(query_tile, varying_like(q, start), (tile, residuals))
-    return _join_queries(dq, q.shape[1]), _join_keys(dk, k.shape[1]), _join_keys(dv, k.shape[1])
+    return Gradients(*_each_head(run, (q, k, v, lse, delta, do), queries, keys))
