@@ -4,24 +4,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
+
+from ringrl.attention.varying import varying_like
 
 
 class Partial(NamedTuple):
     """Attention over some of the keys: normalised output and log-sum-exp, float32; nothing seen is 0 and -inf."""
 
-    o: Float32[Array, "batch queries heads head_dim"]
-    lse: Float32[Array, "batch queries heads"]
+    o: Float32[Array, "*batch queries head_dim"]
+    lse: Float32[Array, "*batch queries"]
 
 
-def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the keys of both: outputs weighted by exp(lse)."""
-    maximum = jnp.maximum(a.lse, b.lse)
-    shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)  # rows that neither part has seen anything of
-    weight_a, weight_b = jnp.exp(a.lse - shift), jnp.exp(b.lse - shift)
-    total = weight_a + weight_b
-    share = (weight_b / jnp.where(total == 0, 1.0, total))[..., None]
-    return Partial(a.o + (b.o - a.o) * share, shift + jnp.log(total))
+def nothing_seen(q: Float[Array, "*batch queries head_dim"]) -> Partial:
+    """What queries have before they meet any key: 0 and -inf."""
+    return varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)))
 
 
 def merge_over(part: Partial, axis_name: str) -> Partial:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 from ringrl.attention.kernels import xla
 from ringrl.attention.options import Options
 from ringrl.attention.mask import Rule, Side
-from ringrl.attention.merge import Partial, merge
+from ringrl.attention.merge import Partial, nothing_seen
 from ringrl.attention.varying import varying_like
 
 AxisName = str | tuple[str, ...]
@@ -61,26 +61,25 @@ class Ring:
         self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
     ) -> Partial:
         """Attention over the blocks of all devices that the legs visit."""
-        total = varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf)))
+        total = nothing_seen(q)
         for number, leg in enumerate(self.legs):
             shares = _deal(leg, q)
             blocks, sends = self._start(leg, number, k, v, keys)
 
-            def attend(blocks: list[Block], shares: list[jax.Array] = shares) -> Partial:
+            def attend(total: Partial, blocks: list[Block], leg=leg, shares=shares) -> Partial:  # type: ignore[no-untyped-def]
                 parts = [
-                    xla.forward(share, *block.kv, queries, Side(*block.side), options)
-                    for share, block in zip(shares, blocks, strict=True)
+                    xla.forward(share, *block.kv, queries, Side(*block.side), options, Partial(*start))
+                    for share, block, *start in zip(shares, blocks, *(_deal(leg, x) for x in total), strict=True)
                 ]
                 return Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
 
             def hop(carry, _, leg=leg, attend=attend):  # type: ignore[no-untyped-def]
                 total, blocks = carry
                 arriving = self._send(leg, blocks)
-                part, arriving = lax.optimization_barrier((attend(blocks), arriving))
-                return (merge(total, part), arriving), None
+                return lax.optimization_barrier((attend(total, blocks), arriving)), None
 
             (total, blocks), _ = lax.scan(hop, (total, blocks), None, length=sends)
-            total = merge(total, attend(blocks))
+            total = attend(total, blocks)
         return total
 
     def backward(

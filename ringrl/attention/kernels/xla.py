@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, visible
-from ringrl.attention.merge import Partial
+from ringrl.attention.merge import Partial, nothing_seen
 from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
 
@@ -66,21 +66,34 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _by_kind(options: Options, queries: Tile, keys: Tile, carry, compute):  # type: ignore[no-untyped-def]
-    """Return `carry`, `compute(None)` or `compute(mask)` as the tile's extremes decide: skip, full or partial."""
-    kind = classify(options.rule, queries.side, keys.side)
+class Visits(NamedTuple):
+    """Which tiles of keys each tile of queries visits: indices, those to visit first; how many; and which are full."""
+
+    order: Int32[Array, "query_tiles key_tiles"]
+    count: Int32[Array, " query_tiles"]
+    is_full: Bool[Array, "query_tiles key_tiles"]  # by key tile: every query sees every key, no mask is needed
+
+
+def _visits(options: Options, queries: Side, keys: Side) -> Visits:
+    """From the extremes of positions and segments alone, for sides (tiles, N, block)."""
+    of_row = jax.vmap(partial(classify, options.rule), in_axes=(None, 0))
+    kinds = jax.vmap(of_row, in_axes=(0, None))(queries, keys)
+    order = jnp.argsort(~kinds.any_visible, axis=1, stable=True)
+    return Visits(order.astype(jnp.int32), kinds.any_visible.sum(1, dtype=jnp.int32), kinds.all_visible)
+
+
+def _visit(options: Options, queries: Tile, keys: Tile, is_full: jax.Array, compute):  # type: ignore[no-untyped-def]
+    """`compute(None)` for a full tile, `compute(mask)` for a partial one."""
 
     def partly():  # type: ignore[no-untyped-def]
         mask = visible(options.rule, queries.side, keys.side)
         groups = queries.arrays[0].shape[1] // mask.shape[1]
         return compute(jnp.tile(mask, (1, groups, 1)))
 
-    return lax.cond(
-        kind.any_visible, lambda: lax.cond(kind.all_visible, lambda: compute(None), partly), lambda: carry
-    )
+    return lax.cond(is_full, lambda: compute(None), partly)
 
 
-def _forward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile):  # type: ignore[no-untyped-def]
+def _forward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: jax.Array):  # type: ignore[no-untyped-def]
     """Online softmax: fold one tile of keys into (accumulator, running maximum, running sum)."""
     (q,), (k_transposed, v) = queries.arrays, keys.arrays
     o, maximum, total = carry
@@ -95,10 +108,10 @@ def _forward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys
         alpha = jnp.exp2(maximum - shift)
         return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
 
-    return _by_kind(options, queries, keys, carry, compute), None
+    return _visit(options, queries, keys, is_full, compute)
 
 
-def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile):  # type: ignore[no-untyped-def]
+def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: jax.Array):  # type: ignore[no-untyped-def]
     """Add one tile pair's share to (dq, dk, dv), from the global log-sum-exp and delta.
 
     Tiles are (keys, queries) here, and what a product needs the other way round is transposed beforehand: a CPU
@@ -123,7 +136,7 @@ def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, key
             dv + _product(p.astype(q.dtype), do),
         )
 
-    return _by_kind(options, queries, keys, carry, compute)
+    return _visit(options, queries, keys, is_full, compute)
 
 
 def _tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
@@ -158,21 +171,33 @@ def _side_tiles(side: Side, block: int, padding: int) -> Side:
     return Side(_tiles(padded.positions, 1, block), _tiles(padded.segment_ids, 1, block))
 
 
-def _forward_heads(q, k, v, queries, keys, options):  # type: ignore[no-untyped-def]
+def _tile(tiles: Tile, index: jax.Array) -> Tile:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tiles)
+
+
+def _forward_heads(q, k, v, start_o, start_lse, queries, keys, options):  # type: ignore[no-untyped-def]
     """Forward of q (N, G, S, D), k and v (N, S, D): o (N, G, S, D) and lse (N, G, S)."""
     scaling = Scaling.of(options, q.dtype)
     key_arrays = (_tiles(jnp.swapaxes(k, 1, 2), 2, options.block_k), _tiles(v, 1, options.block_k))
     key_tiles = Tile(key_arrays, _side_tiles(keys, options.block_k, PADDING_KEY))
 
-    def query_tile(_: None, tile: Tile) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        shape = tile.arrays[0].shape
-        zeros = partial(jnp.zeros, dtype=jnp.float32)
-        start = varying_like(q, (zeros(shape), jnp.full(shape[:-1], -jnp.inf, jnp.float32), zeros(shape[:-1])))
-        (o, maximum, total), _ = lax.scan(partial(_forward_tile, options, scaling, tile), start, key_tiles)
-        return None, (o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E)
+    def query_tile(arguments: tuple[Tile, Visits]) -> tuple[jax.Array, jax.Array]:
+        (arrays, side), visits = arguments
+        q, o, lse = arrays
 
-    tile = Tile((_query_tiles(q * scaling.queries, options.block_q),), _side_tiles(queries, options.block_q, PADDING_QUERY))
-    _, (o, lse) = lax.scan(query_tile, None, tile)
+        def key_tile(i: jax.Array, carry):  # type: ignore[no-untyped-def]
+            index = visits.order[i]
+            keys = _tile(key_tiles, index)
+            return _forward_tile(options, scaling, Tile((q,), side), carry, keys, visits.is_full[index])
+
+        # What was seen before enters like one more key: its log-sum-exp as the maximum, with a sum of one.
+        start = (o, lse * LOG2_E, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
+        o, maximum, total = lax.fori_loop(0, visits.count, key_tile, start)
+        return o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E
+
+    arrays = tuple(_query_tiles(x, options.block_q) for x in (q * scaling.queries, start_o, start_lse))
+    tiles = Tile(arrays, _side_tiles(queries, options.block_q, PADDING_QUERY))
+    o, lse = lax.map(query_tile, (tiles, _visits(options, tiles.side, key_tiles.side)))
     return tuple(_join_queries(x, *q.shape[1:3]) for x in (o, lse))
 
 
@@ -182,24 +207,31 @@ def _backward_heads(q, k, v, lse, delta, do, queries, keys, options):  # type: i
     key_arrays = (_tiles(k, 1, options.block_k), _tiles(v, 1, options.block_k))
     key_tiles = Tile(key_arrays, _side_tiles(keys, options.block_k, PADDING_KEY))
 
-    def query_tile(carry, tile: Tile):  # type: ignore[no-untyped-def]
-        q, do, lse, delta = tile.arrays
-        transposed = lax.optimization_barrier((jnp.swapaxes(q, -1, -2), jnp.swapaxes(do, -1, -2)))
-        tile = Tile((q, transposed[0], do, transposed[1], lse, delta), tile.side)
+    def query_tile(carry, arguments: tuple[Tile, Visits]):  # type: ignore[no-untyped-def]
+        (arrays, side), visits = arguments
+        q, do, lse, delta = arrays
+        transposed = lax.optimization_barrier((jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)))
+        tile = Tile((q, transposed[0], do, transposed[1], lse, delta), side)
 
-        def key_tile(dq: jax.Array, keys_and_gradients):  # type: ignore[no-untyped-def]
-            keys, dk, dv = keys_and_gradients
-            dq, dk, dv = _backward_tile(options, scaling, tile, (dq, dk, dv), keys)
-            return dq, (dk, dv)
+        def key_tile(i: jax.Array, carry):  # type: ignore[no-untyped-def]
+            dq, dk, dv = carry
+            index = visits.order[i]
+            dk_tile, dv_tile = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (dk, dv))
+            tiles = (dq, dk_tile, dv_tile)
+            dq, *dkv = _backward_tile(
+                options, scaling, tile, tiles, _tile(key_tiles, index), visits.is_full[index]
+            )
+            return dq, *(lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip((dk, dv), dkv, strict=True))
 
         start = varying_like(q, jnp.zeros(q.shape, jnp.float32))
-        dq, carry = lax.scan(key_tile, start, (key_tiles, *carry))
-        return carry, dq
+        dq, dk, dv = lax.fori_loop(0, visits.count, key_tile, (start, *carry))
+        return (dk, dv), dq
 
     arrays = tuple(_query_tiles(x, options.block_q) for x in (q * scaling.queries, do, lse, delta))
-    tile = Tile(arrays, _side_tiles(queries, options.block_q, PADDING_QUERY))
+    tiles = Tile(arrays, _side_tiles(queries, options.block_q, PADDING_QUERY))
     start = jnp.zeros((2, *key_tiles.arrays[0].shape), jnp.float32)
-    (dk, dv), dq = lax.scan(query_tile, tuple(varying_like(q, start)), tile)
+    visits = _visits(options, tiles.side, key_tiles.side)
+    (dk, dv), dq = lax.scan(query_tile, tuple(varying_like(q, start)), (tiles, visits))
     dq, dk = dq * options.scale, dk * (options.scale / scaling.queries)
     return Gradients(_join_queries(dq, *q.shape[1:3]), _join_keys(dk, k.shape[1]), _join_keys(dv, k.shape[1]))
 
@@ -238,14 +270,16 @@ def forward(
     queries: Side,
     keys: Side,
     options: Options,
+    start: Partial | None = None,
 ) -> Partial:
-    """Normalised output and log-sum-exp; a query that sees no key gives 0 and -inf."""
+    """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf."""
     options = _fit(options, q, k)
+    start = nothing_seen(q) if start is None else start
 
     def run(arrays, queries, keys):  # type: ignore[no-untyped-def]
         return _forward_heads(*arrays, queries, keys, options)
 
-    return Partial(*_each_head(run, (q, k, v), queries, keys))
+    return Partial(*_each_head(run, (q, k, v, *start), queries, keys))
 
 
 def backward(
