@@ -1,14 +1,16 @@
 """How fast is attention on a CPU, beside its peers? Ring over 8 host devices, and one device.
 
-    python benchmarks/attention_cpu.py [--official PYTHON] [--ring-tokens 16384] [--tokens 8192] [--runs 5] [--json FILE]
+    python benchmarks/attention_cpu.py [--official PYTHON] [--ring-tokens 16384] [--tokens 8192] [--runs 5]
+                                       [--rounds 3] [--json FILE]
 
-B1 H4 D64 float32 causal. Counts useful operations only: 4 S^2 H D / 2 forward, 3.5 times that with gradients (what a mask
-excludes does not count, nor what the backward pass computes again). Every figure is the median of the runs, and the
-peers run in turn with ours, so that a busy machine slows all alike.
+B1 H4 D64 float32 causal. Counts useful operations only: 4 S^2 H D / 2 forward, 3.5 times that with gradients (what a
+mask excludes does not count, nor what the backward pass computes again). A figure is the median of the runs; the peers
+run in turn with ours, so that a busy machine slows all alike, and ratios are the median over rounds.
 
 Peers: the rate of a plain matrix product; jax.nn.dot_product_attention (one device); and, with --official, the ring of
-the `ringattention` package (0.1.2 needs jax 0.4.30: python -m venv V; V/bin/pip install jax==0.4.30 ringattention==0.1.2
-and give V/bin/python). Also prints each program's scratch memory per device, as the compiler counts it.
+the `ringattention` package (0.1.2 needs jax 0.4.30: python -m venv V; V/bin/pip install jax==0.4.30
+ringattention==0.1.2; then --official V/bin/python). Also prints each program's scratch memory per device, as the
+compiler counts it.
 """
 
 import argparse
@@ -84,7 +86,9 @@ def worker(case: str, tokens: int, runs: int) -> dict[str, object]:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     is_ring = case in ("ring", "official")
-    q, k, v, do = (jax.random.normal(key, (1, tokens, HEADS, HEAD_DIM)) for key in jax.random.split(jax.random.key(0), 4))
+    q, k, v, do = (
+        jax.random.normal(key, (1, tokens, HEADS, HEAD_DIM)) for key in jax.random.split(jax.random.key(0), 4)
+    )
     if is_ring:
         mesh = Mesh(np.array(jax.devices()), ("seq",))
         q, k, v, do = jax.device_put((q, k, v, do), NamedSharding(mesh, PartitionSpec(None, "seq")))
@@ -109,7 +113,10 @@ def worker(case: str, tokens: int, runs: int) -> dict[str, object]:
 def run_worker(case: str, tokens: int, runs: int, python: str) -> dict[str, object]:
     """The same in a process of its own, with as many host devices as the case needs."""
     devices = RING if case in ("ring", "official") else 1
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [python, __file__, "--worker", case, "--tokens", str(tokens), "--runs", str(runs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -124,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ring-tokens", type=int, default=16_384)
     parser.add_argument("--tokens", type=int, default=8_192, help="on one device")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=1, help="times that all cases are run in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="times that all cases are run in turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -150,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     for ours, peer in (("ring", "official"), ("one_device", "dot_product_attention")):
         for what in ("forward", "gradient"):
-            ratios = [a[what]["gflops"] / b[what]["gflops"] for a, b in zip(results[ours], results.get(peer, []))]
+            ratios = [
+                a[what]["gflops"] / b[what]["gflops"]
+                for a, b in zip(results[ours], results.get(peer, []), strict=False)
+            ]
             if ratios:
                 print(f"{ours} / {peer}, {what}: {sorted(ratios)[len(ratios) // 2]:.2f}")
     if options.json:

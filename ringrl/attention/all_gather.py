@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringrl.attention.kernels import xla
-from ringrl.attention.options import Options
 from ringrl.attention.mask import Side
 from ringrl.attention.merge import Partial
+from ringrl.attention.options import Options
 from ringrl.attention.ring import AxisName
 
 
@@ -19,11 +19,10 @@ class AllGather:
 
     axis_name: AxisName
 
-    def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
-    ) -> Partial:
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options) -> Partial:
         """Attention over the gathered keys."""
-        return xla.forward(q, *self._gather(jnp.stack([k, v]), 3), queries, self._gather_side(keys), options)
+        k, v = self._gather(jnp.stack([k, v]), 3)
+        return xla.forward(q, k, v, queries, self._gather_side(keys), options)
 
     def backward(
         self,
@@ -38,8 +37,8 @@ class AllGather:
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Keys are gathered once more rather than kept; their gradients are summed in float32 as they are dealt out."""
-        gathered = self._gather(jnp.stack([k, v]), 3)
-        dq, *dkv = xla.backward(q, *gathered, queries, self._gather_side(keys), options, lse, delta, do)
+        k, v = self._gather(jnp.stack([k, v]), 3)
+        dq, *dkv = xla.backward(q, k, v, queries, self._gather_side(keys), options, lse, delta, do)
         dk, dv = lax.psum_scatter(jnp.stack(dkv), self.axis_name, scatter_dimension=3, tiled=True)
         return dq, dk, dv
 

@@ -1,4 +1,4 @@
-"""What users pass, checked before anything is traced: ValueError with the argument's name, what came, what is expected."""
+"""What users pass, checked before anything is traced: ValueErrors say which argument, what came, what is expected."""
 
 import operator
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from ringrl.attention.options import Options
 from ringrl.attention.mask import Rule
+from ringrl.attention.options import Options
 
 IMPLEMENTATIONS = ("xla",)
 WIDEST = 2**31 - 1  # window: positions are int32

@@ -13,17 +13,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.attention.kernels import xla
-from ringrl.attention.options import Options
 from ringrl.attention.mask import Side
 from ringrl.attention.merge import Partial
+from ringrl.attention.options import Options
 
 
 class Plan(Protocol):
     """How queries meet all of their keys, as hashable static data."""
 
-    def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
-    ) -> Partial:
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options) -> Partial:
         """Attention of this device's queries over the keys of all devices."""
 
     def backward(

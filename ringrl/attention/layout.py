@@ -112,9 +112,7 @@ def from_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
     return _permute(jnp.asarray(x), layout, ring_size, axis, back=True)
 
 
-def pad_to_layout(
-    x: Array, layout: str, ring_size: int, axis: int = 1, *, value: int | float = 0
-) -> Array:
+def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value: int | float = 0) -> Array:
     """Pad the end of a sequence axis to the next length that divides; for `to_layout`, which comes after.
 
     Under a causal mask the padding is seen by nothing before it. Otherwise give it a segment id of its own:

@@ -7,10 +7,10 @@ from ringrl.attention.mask import Rule
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`scale` multiplies the logits before the optional soft cap; blocks are upper bounds on the tiles of a kernel."""
+    """`scale` multiplies the logits before the optional soft cap; None leaves the size of its tiles to the kernel."""
 
     rule: Rule
     scale: float
     logits_soft_cap: float | None = None
-    block_q: int = 256
-    block_k: int = 256
+    block_q: int | None = None
+    block_k: int | None = None

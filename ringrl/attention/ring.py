@@ -21,9 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from ringrl.attention.kernels import xla
-from ringrl.attention.options import Options
 from ringrl.attention.mask import Rule, Side
 from ringrl.attention.merge import Partial, nothing_seen
+from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
 
 AxisName = str | tuple[str, ...]
@@ -57,9 +57,7 @@ class Ring:
     size: int
     legs: tuple[Leg, ...]
 
-    def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options
-    ) -> Partial:
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options) -> Partial:
         """Attention over the blocks of all devices that the legs visit."""
         total = nothing_seen(q)
         for number, leg in enumerate(self.legs):
@@ -68,7 +66,7 @@ class Ring:
 
             def attend(total: Partial, blocks: list[Block], leg=leg, shares=shares) -> Partial:  # type: ignore[no-untyped-def]
                 parts = [
-                    xla.forward(share, *block.kv, queries, Side(*block.side), options, Partial(*start))
+                    xla.forward(share, block.kv[0], block.kv[1], queries, Side(*block.side), options, Partial(*start))
                     for share, block, *start in zip(shares, blocks, *(_deal(leg, x) for x in total), strict=True)
                 ]
                 return Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
@@ -103,7 +101,7 @@ class Ring:
 
             def gradients(blocks: list[Block], shares=shares):  # type: ignore[no-untyped-def]
                 parts = [
-                    xla.backward(share[0], *block.kv, queries, Side(*block.side), options, *share[1:])
+                    xla.backward(share[0], block.kv[0], block.kv[1], queries, Side(*block.side), options, *share[1:])
                     for share, block in zip(shares, blocks, strict=True)
                 ]
                 return jnp.concatenate([part[0] for part in parts], axis=1), [jnp.stack(part[1:]) for part in parts]

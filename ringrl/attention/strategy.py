@@ -1,4 +1,4 @@
-"""Which way a sharded sequence meets its keys: decided from the chunk's length, the heads and the speed of the links."""
+"""Which way a sharded sequence meets its keys: decided from the chunk's length, the heads and the links' speed."""
 
 import dataclasses
 from typing import NamedTuple

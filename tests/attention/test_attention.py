@@ -11,9 +11,10 @@ import pytest
 
 import ringrl.attention
 from ringrl.attention import attention
-from ringrl.attention.kernels.xla import Options
-from ringrl.attention.local import local_attention
+from ringrl.attention.attend import LOCAL
+from ringrl.attention.attend import attend as local_attention
 from ringrl.attention.mask import Rule, Side, classify
+from ringrl.attention.options import Options
 
 BATCH, TOKENS, HEAD_DIM = 2, 53, 8
 BLOCK_Q, BLOCK_K = 8, 16  # neither divides the 53 tokens, and they differ
@@ -57,7 +58,7 @@ EXTRA = ("causal_window", "everything")  # tried with grouped queries only
 def attend(q, k, v, do, dlse, positions, segment_ids, options):
     """The values of NAMES."""
     side = Side(positions, segment_ids)
-    values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, side, side, options), q, k, v)
+    values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, side, side, options, LOCAL), q, k, v)
     return *values, *backward((do, dlse))
 
 
@@ -165,7 +166,6 @@ def test_it_works_in_64_bit_mode(draw, oracle):
         q, k, v, do, dlse = (jnp.asarray(arrays[name]) for name in ("q", "k", "v", "do", "dlse"))
         positions = jnp.arange(19)
         assert positions.dtype == jnp.int64
-
 
         @jax.jit
         def run(q, k, v, do, dlse):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from ringrl.attention import attention
+from ringrl.attention.attend import LOCAL
+from ringrl.attention.attend import attend as local_attention
 from ringrl.attention.kernels import xla
-from ringrl.attention.kernels.xla import Options
-from ringrl.attention.local import local_attention
 from ringrl.attention.mask import Rule, Side
+from ringrl.attention.options import Options
 
 NAMES = ("q", "k", "v")
 
@@ -23,7 +24,7 @@ def side(positions: np.ndarray, segment_ids: np.ndarray) -> Side:
 @partial(jax.jit, static_argnums=7, compiler_options={"xla_backend_optimization_level": 0})
 def local(q, k, v, do, dlse, queries, keys, options):
     """(o, lse), (dq, dk, dv) of queries and keys that stand in different places."""
-    values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, queries, keys, options), q, k, v)
+    values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, queries, keys, options, LOCAL), q, k, v)
     return values, backward((do, dlse))
 
 
@@ -101,7 +102,7 @@ def test_hidden_tiles_are_not_touched(draw):
     poisoned = {name: arrays[name].copy() for name in NAMES}
     for name in ("k", "v"):
         poisoned[name][:, 32:] = np.nan
-    run = jax.jit(lambda q, k, v: local_attention(q, k, v, order, order, options))
+    run = jax.jit(lambda q, k, v: local_attention(q, k, v, order, order, options, LOCAL))
     for clean, dirty in zip(run(*(arrays[n] for n in NAMES)), run(*(poisoned[n] for n in NAMES)), strict=True):
         np.testing.assert_array_equal(clean[:, :32], dirty[:, :32])
         assert np.isnan(dirty[:, 32:]).all()
@@ -122,8 +123,13 @@ def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
     whole = (np.arange(36)[None], np.zeros((1, 36), int))
     expected = oracle(arrays, whole, whole, rule, scale=0.4, logits_soft_cap=3.0)
     queries = side(*whole)
+    by_head = lambda x, groups: np.moveaxis(x.reshape(*x.shape[:2], 2, groups, *x.shape[3:]), 1, 3)  # noqa: E731
+    kernel_shape = partial(by_head, groups=2)
+    q, do, dlse = (kernel_shape(x) for x in (q, do, dlse))
+    k, v = (np.swapaxes(x, 1, 2) for x in (k, v))
+    expected = {n: np.swapaxes(x, 1, 2) if n in ("dk", "dv") else kernel_shape(x) for n, x in expected.items()}
     parts = [
-        (k[:, a:b], v[:, a:b], side(*(x[:, a:b] for x in whole))) for a, b in ((0, 5), (5, 30), (30, 36))
+        (k[:, :, a:b], v[:, :, a:b], side(*(x[:, a:b] for x in whole))) for a, b in ((0, 5), (5, 30), (30, 36))
     ]  # uneven; of the first five queries, only the first part holds visible keys
     forward, backward = (quick(f, static_argnums=5) for f in (xla.forward, xla.backward))
     outputs = [forward(q, k, v, queries, keys, options) for k, v, keys in parts]
@@ -136,7 +142,7 @@ def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
     found = [backward(q, k, v, queries, keys, options, lse, delta, do) for k, v, keys in parts]
     np.testing.assert_allclose(sum(np.asarray(dq) for dq, _, _ in found), expected["dq"], rtol=1e-5, atol=1e-5)
     for i, name in ((1, "dk"), (2, "dv")):
-        np.testing.assert_allclose(np.concatenate([f[i] for f in found], 1), expected[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(np.concatenate([f[i] for f in found], 2), expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_arguments_that_do_not_fit_are_named(draw):

@@ -11,9 +11,7 @@ from ringrl.attention import attention
 from ringrl.attention.mask import Rule, Side, classify, visible
 from ringrl.attention.reference import reference_attention
 
-rules = st.builds(
-    Rule, is_causal=st.booleans(), window=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 12))
-)
+rules = st.builds(Rule, is_causal=st.booleans(), window=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 12)))
 
 
 def tokens(size: int) -> st.SearchStrategy[tuple[list[int], list[int]]]:

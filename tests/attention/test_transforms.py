@@ -77,8 +77,7 @@ def matrix_products(function, *arguments) -> int:
 
 def test_remat_with_the_name_saved_computes_attention_once(qkv):
     plain, saved, nothing = (
-        matrix_products(jax.grad(f), *qkv)
-        for f in (loss, jax.checkpoint(loss, policy=SAVED), jax.checkpoint(loss))
+        matrix_products(jax.grad(f), *qkv) for f in (loss, jax.checkpoint(loss, policy=SAVED), jax.checkpoint(loss))
     )
     assert saved == plain
     assert nothing > plain

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from ringrl.attention.kernels.tuning import blocks_for
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, visible
 from ringrl.attention.merge import Partial, nothing_seen
 from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
-
 
 LOG2_E = 1.4426950408889634
 
@@ -67,10 +67,10 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class Visits(NamedTuple):
-    """Which tiles of keys each tile of queries visits: indices, those to visit first; how many; and which are full."""
+    """Which tiles of keys each tile of queries visits: indices, those to visit first; their number; what is full."""
 
     order: Int32[Array, "query_tiles key_tiles"]
-    count: Int32[Array, " query_tiles"]
+    number: Int32[Array, " query_tiles"]
     is_full: Bool[Array, "query_tiles key_tiles"]  # by key tile: every query sees every key, no mask is needed
 
 
@@ -192,7 +192,7 @@ def _forward_heads(q, k, v, start_o, start_lse, queries, keys, options):  # type
 
         # What was seen before enters like one more key: its log-sum-exp as the maximum, with a sum of one.
         start = (o, lse * LOG2_E, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-        o, maximum, total = lax.fori_loop(0, visits.count, key_tile, start)
+        o, maximum, total = lax.fori_loop(0, visits.number, key_tile, start)
         return o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E
 
     arrays = tuple(_query_tiles(x, options.block_q) for x in (q * scaling.queries, start_o, start_lse))
@@ -218,13 +218,13 @@ def _backward_heads(q, k, v, lse, delta, do, queries, keys, options):  # type: i
             index = visits.order[i]
             dk_tile, dv_tile = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (dk, dv))
             tiles = (dq, dk_tile, dv_tile)
-            dq, *dkv = _backward_tile(
-                options, scaling, tile, tiles, _tile(key_tiles, index), visits.is_full[index]
+            dq, *dkv = _backward_tile(options, scaling, tile, tiles, _tile(key_tiles, index), visits.is_full[index])
+            return dq, *(
+                lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip((dk, dv), dkv, strict=True)
             )
-            return dq, *(lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip((dk, dv), dkv, strict=True))
 
         start = varying_like(q, jnp.zeros(q.shape, jnp.float32))
-        dq, dk, dv = lax.fori_loop(0, visits.count, key_tile, (start, *carry))
+        dq, dk, dv = lax.fori_loop(0, visits.number, key_tile, (start, *carry))
         return (dk, dv), dq
 
     arrays = tuple(_query_tiles(x, options.block_q) for x in (q * scaling.queries, do, lse, delta))
@@ -236,31 +236,27 @@ def _backward_heads(q, k, v, lse, delta, do, queries, keys, options):  # type: i
     return Gradients(_join_queries(dq, *q.shape[1:3]), _join_keys(dk, k.shape[1]), _join_keys(dv, k.shape[1]))
 
 
-def _fit(options: Options, q: jax.Array, k: jax.Array) -> Options:
-    """Blocks no longer than the (8-aligned) sequences, so that short ones are not padded to a whole block."""
-    align = lambda n: -(-n // 8) * 8  # noqa: E731
-    return dataclasses.replace(
+def _each_head(options: Options, run: Callable, arrays, queries: Side, keys: Side):  # type: ignore[no-untyped-def]
+    """run(arrays, queries, keys, options) on (N, ...) arrays, some heads after others, for arrays (B, Hkv, ...)."""
+    batch, kv_heads = arrays[0].shape[:2]
+    blocks = blocks_for(batch * kv_heads)
+    options = dataclasses.replace(
         options,
-        block_q=min(options.block_q, align(q.shape[3])),
-        block_k=min(options.block_k, align(k.shape[2])),
+        block_q=_fit(options.block_q or blocks.queries, queries),
+        block_k=_fit(options.block_k or blocks.keys, keys),
     )
 
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, blocks.heads, *x.shape[2:])
 
-def _each_head(run: Callable, arrays, queries: Side, keys: Side):  # type: ignore[no-untyped-def]
-    """run(arrays, queries, keys) on (N, ...) arrays, for arrays (B, Hkv, ...).
+    sides = jax.tree.map(lambda x: split(jnp.repeat(x[:, None], kv_heads, axis=1)), (queries, keys))
+    results = lax.map(lambda x: run(*x, options), (jax.tree.map(split, arrays), *sides))
+    return jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[2:]), results)
 
-    On a CPU one key head of one context comes after another, since the tiles of one fit its cache; elsewhere N = B Hkv.
-    """
-    together = jax.default_backend() != "cpu"
-    shape = arrays[0].shape[:2]
 
-    def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:]) if together else x.reshape(-1, 1, *x.shape[2:])
-
-    per_head = jax.tree.map(lambda x: flat(jnp.repeat(x[:, None], shape[1], axis=1)), (queries, keys))
-    arguments = (jax.tree.map(flat, arrays), *per_head)
-    results = run(*arguments) if together else lax.map(lambda x: run(*x), arguments)
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1 if together else 2 :]), results)
+def _fit(block: int, side: Side) -> int:
+    """A block no longer than the (8-aligned) sequence, so that a short one is not padded to a whole block."""
+    return min(block, -(-side.positions.shape[1] // 8) * 8)
 
 
 def forward(
@@ -273,13 +269,12 @@ def forward(
     start: Partial | None = None,
 ) -> Partial:
     """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf."""
-    options = _fit(options, q, k)
     start = nothing_seen(q) if start is None else start
 
-    def run(arrays, queries, keys):  # type: ignore[no-untyped-def]
+    def run(arrays, queries, keys, options):  # type: ignore[no-untyped-def]
         return _forward_heads(*arrays, queries, keys, options)
 
-    return Partial(*_each_head(run, (q, k, v, *start), queries, keys))
+    return Partial(*_each_head(options, run, (q, k, v, *start), queries, keys))
 
 
 def backward(
@@ -294,10 +289,9 @@ def backward(
     do: Float[Array, "batch kv_heads groups queries head_dim"],
 ) -> Gradients:
     """Gradients of this block of keys, from the global `lse` and `delta` of its queries."""
-    options = _fit(options, q, k)
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
 
-    def run(arrays, queries, keys):  # type: ignore[no-untyped-def]
+    def run(arrays, queries, keys, options):  # type: ignore[no-untyped-def]
         return _backward_heads(*arrays, queries, keys, options)
 
-    return Gradients(*_each_head(run, (q, k, v, lse, delta, do), queries, keys))
+    return Gradients(*_each_head(options, run, (q, k, v, lse, delta, do), queries, keys))
