@@ -49,9 +49,12 @@ class ContextSampler:
 
     def eligible(self) -> Int[np.ndarray, " episodes"]:
         """Episodes that may be drawn, in the order they were collected."""
-        returns = self.store.returns(self.task)
-        count = max(1, round(self.config.best_fraction * len(returns)))
-        return np.sort(np.argsort(returns, kind="stable")[len(returns) - count :])
+        return best_episodes(self.store, self.task, self.config.best_fraction)
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Timesteps in a batch."""
+        return self.batch_size * self.config.trajectories * int(self.store.lengths[0])
 
     def batch(self, step: int) -> Context:
         """The batch of contexts of an optimiser step, every array (batch_size, trajectories * T, ...)."""
@@ -85,6 +88,13 @@ class ContextSampler:
             for index, (episode, target) in enumerate(zip(episodes, targets, strict=True))
         ]
         return Context(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def best_episodes(store: EpisodeStore, task: str, fraction: float) -> Int[np.ndarray, " episodes"]:
+    """The given fraction of a store's episodes, at least one: those of highest return, in the order of collection."""
+    returns = store.returns(task)
+    count = max(1, round(fraction * len(returns)))
+    return np.sort(np.argsort(returns, kind="stable")[len(returns) - count :])
 
 
 def trajectory(

@@ -6,6 +6,7 @@
 from ringrl.envs.compatibility import check_mujoco
 from ringrl.envs.domain import DOMAINS, TASKS, Domain, domain_named, domain_of
 from ringrl.envs.environment import ExoRLEnv, make, make_vec
+from ringrl.envs.goals import GoalSpace, goal_space
 from ringrl.envs.registration import register_gymnasium
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "TASKS",
     "Domain",
     "ExoRLEnv",
+    "GoalSpace",
     "domain_named",
     "domain_of",
+    "goal_space",
     "make",
     "make_vec",
     "register_gymnasium",

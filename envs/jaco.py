@@ -5,6 +5,8 @@ The model is composed as ExoRL composes it, from dm_control's manipulation arena
 once.
 """
 
+from types import MappingProxyType
+
 import mujoco
 import numpy as np
 from dm_control import mjcf
@@ -14,22 +16,39 @@ from dm_control.manipulation.shared import arenas, constants, observations, robo
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
+from ringrl.envs.goals import GoalSpace
 from ringrl.envs.simulation import Simulation
 
 _TARGET_RADIUS = 0.05  # metres
 _START_LOWER, _START_UPPER = (-0.2, -0.2, 0.02), (0.2, 0.2, 0.4)  # where the hand may start, metres
-_GOALS = {
-    "jaco_reach_top_left": (-0.09, 0.09, 0.001),
-    "jaco_reach_top_right": (0.09, 0.09, 0.001),
-    "jaco_reach_bottom_left": (-0.09, -0.09, 0.001),
-    "jaco_reach_bottom_right": (0.09, -0.09, 0.001),
-}
 _ARM = slice(0, 6)  # joints of the arm; those of the fingers follow
 _TORQUES = slice(0, 18)  # the arm's six three-axis torque sensors
+_PINCH = slice(30, 33)  # of the observation: position of the pinch site
+
+
+def reach_reward(
+    position: Float[np.ndarray, "*batch 3"], goal: Float[np.ndarray, "*batch 3"]
+) -> Float[np.ndarray, "*batch"]:
+    """One within 5 cm of the goal, falling to a tenth 5 cm further off; both in metres."""
+    distance = np.linalg.norm(position - goal, axis=-1)
+    return tolerance(distance, bounds=(0, _TARGET_RADIUS), margin=_TARGET_RADIUS)
 
 
 class JacoSimulation(Simulation):
     """Sensors: position of the pinch site, between the fingers."""
+
+    goals = GoalSpace(
+        goals=MappingProxyType(
+            {
+                "jaco_reach_top_left": (-0.09, 0.09, 0.001),
+                "jaco_reach_top_right": (0.09, 0.09, 0.001),
+                "jaco_reach_bottom_left": (-0.09, -0.09, 0.001),
+                "jaco_reach_bottom_right": (0.09, -0.09, 0.001),
+            }
+        ),
+        observation=_PINCH,
+        reward=reach_reward,
+    )
 
     def build(self) -> mjcf.Physics:
         arena = arenas.Standard()
@@ -46,7 +65,7 @@ class JacoSimulation(Simulation):
         target = workspaces.add_target_site(
             arena.mjcf_model.worldbody, radius=_TARGET_RADIUS, visible=True, rgba=constants.RED, name="target_site"
         )
-        target.pos = _GOALS[self.task]
+        target.pos = self.goals.goals[self.task]
         physics = mjcf.Physics.from_mjcf_model(arena.mjcf_model)
         self._pinch_site: int = physics.bind(self._hand.pinch_site).element_id
         self._joint_axes = physics.bind(self._arm.joints).axis.copy()
@@ -70,7 +89,7 @@ class JacoSimulation(Simulation):
         observation[18:24] = velocities[_ARM]
         observation[24:27] = positions[6:]
         observation[27:30] = velocities[6:]
-        observation[30:33] = data.site_xpos[self._pinch_site]
+        observation[_PINCH] = data.site_xpos[self._pinch_site]
         observation[33:] = data.site_xmat[self._pinch_site]
         return observation
 
@@ -84,9 +103,8 @@ class JacoSimulation(Simulation):
     def reward(
         task: str, sensors: Float64[np.ndarray, "*batch 3"], action: Float[np.ndarray, "*batch 9"]
     ) -> Float64[np.ndarray, "*batch"]:
-        """One within 5 cm of the goal, falling to a tenth 5 cm further off."""
-        distance = np.linalg.norm(sensors - np.array(_GOALS[task]), axis=-1)
-        return tolerance(distance, bounds=(0, _TARGET_RADIUS), margin=_TARGET_RADIUS)
+        """That of reaching the task's goal; see `reach_reward`."""
+        return reach_reward(sensors, np.array(JacoSimulation.goals.goals[task]))
 
 
 SIMULATION = JacoSimulation

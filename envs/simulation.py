@@ -8,11 +8,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.domain import Domain, domain_of
+from ringrl.envs.domain import Domain, domain_named, domain_of
+from ringrl.envs.goals import GoalSpace
 
 
 @contextmanager
@@ -61,7 +63,10 @@ class Simulation(ABC):
         physics: dm_control's physics, through which episodes are started.
         model: the MuJoCo model.
         data: the MuJoCo state.
+        goals: what the domain's tasks ask to be reached; None where they ask for something else.
     """
+
+    goals: ClassVar[GoalSpace | None] = None
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -140,12 +145,20 @@ class Simulation(ABC):
         self.data.qvel[:] = physics[num_positions:]
 
 
+def simulation_class(domain: str) -> type[Simulation]:
+    """The class that simulates a domain.
+
+    Raises:
+        UserError: unknown domain.
+    """
+    simulation: type[Simulation] = importlib.import_module(f"ringrl.envs.{domain_named(domain).name}").SIMULATION
+    return simulation
+
+
 def load_simulation(task: str) -> Simulation:
     """Compile the model of a task, in about 0.1 s.
 
     Raises:
         UserError: unknown task.
     """
-    module = importlib.import_module(f"ringrl.envs.{domain_of(task).name}")
-    simulation: Simulation = module.SIMULATION(task)
-    return simulation
+    return simulation_class(domain_of(task).name)(task)

@@ -35,8 +35,8 @@ class ContextConfig(Section):
 class ModelConfig(Section):
     """What maps a context to actions."""
 
-    kind: Literal["transformer", "behaviour_cloning"] = "transformer"
-    """The Agentic Transformer, or a feed-forward policy that sees the present observation only."""
+    kind: Literal["transformer", "behaviour_cloning", "td3_bc"] = "transformer"
+    """The Agentic Transformer, or a feed-forward policy of the present observation alone: imitation, or TD3+BC."""
     token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
     """Tokens per timestep: at5 (R,s,a,r,d), ring4 (R,s,a,r), dt3 (R,s,a), fused1 (all in one token)."""
     action_head: Literal["mse", "gaussian"] = "mse"
@@ -44,9 +44,9 @@ class ModelConfig(Section):
     loss_on: Literal["all", "last"] = "all"
     """Imitate every trajectory of the context, or only the last (best) one."""
     layers: int = Field(3, ge=1)
-    """Transformer blocks (hidden layers for behaviour cloning)."""
+    """Transformer blocks (hidden layers of the feed-forward kinds)."""
     width: int = Field(128, ge=8)
-    """Features per token."""
+    """Features per token (units per hidden layer of the feed-forward kinds)."""
     heads: int = Field(2, ge=1)
     """Query heads; they divide the width."""
     kv_heads: int = Field(1, ge=1)
@@ -69,13 +69,55 @@ class ModelConfig(Section):
         return self
 
 
+class HindsightConfig(Section):
+    """Goals that a transition is scored for besides its task's own (1707.01495), where the task is to reach a place."""
+
+    later: float = Field(0.0, ge=0, le=1)
+    """Share of transitions whose goal is a place that their own episode comes to later."""
+    steps_ahead: float = Field(10.0, ge=1)
+    """How much later, in steps: the mean of a geometric distribution, cut at the episode's end."""
+    nearby: float = Field(0.0, ge=0, le=1)
+    """Share of transitions whose goal is a place from anywhere in the data, within `radius` of the task's goal."""
+    radius: float = Field(0.25, gt=0)
+    """What counts as nearby, in metres."""
+    distance_cost: float = Field(0.0, ge=0)
+    """Reward lost per metre from the goal, up to one metre: a slope where the reward is flat. In training only."""
+
+    @pydantic.model_validator(mode="after")
+    def _shares_add_up(self) -> Self:
+        if self.later + self.nearby > 1:
+            raise ValueError(f"later and nearby are shares of one whole, and {self.later} + {self.nearby} exceeds 1")
+        return self
+
+
+class ActorCriticConfig(Section):
+    """TD3+BC (2106.06860): a policy that climbs a learned value and stays near the data's actions; kind td3_bc only."""
+
+    discount: float = Field(0.99, ge=0, lt=1)
+    """What a reward one step later is worth."""
+    n_step: int = Field(1, ge=1)
+    """Rewards summed before the target critics' value takes over; fewer at an episode's end (it is no termination)."""
+    behaviour_cloning: float = Field(0.4, ge=0)
+    """Weight of the squared distance to the data's action, beside a value scaled to one (1 / alpha of the paper)."""
+    target_rate: float = Field(0.005, gt=0, le=1)
+    """How far the target networks move towards the learned ones at an actor update."""
+    actor_delay: int = Field(2, ge=1)
+    """Critic updates (the optimiser's steps) per actor update."""
+    target_noise: float = Field(0.2, ge=0)
+    """Standard deviation of the noise on the target actor's actions, which lie in [-1, 1]."""
+    target_noise_clip: float = Field(0.5, ge=0)
+    """Largest such noise."""
+    hindsight: HindsightConfig = HindsightConfig()
+    """Other goals than the task's."""
+
+
 class OptimiserConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     steps: int = Field(1000, ge=1)
     """Optimiser steps in all."""
     batch_size: int = Field(4, ge=1)
-    """Contexts per step."""
+    """Contexts per step; transitions per step for td3_bc."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float = Field(0.0, ge=0)
@@ -108,11 +150,13 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
     context: ContextConfig = ContextConfig()
-    """How trajectories are put together."""
+    """How trajectories are put together (of this, td3_bc knows best_fraction alone)."""
     model: ModelConfig = ModelConfig()
     """What maps a context to actions."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """AdamW."""
+    actor_critic: ActorCriticConfig = ActorCriticConfig()
+    """TD3+BC."""
 
 
 def one_line(error: pydantic.ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""What a model reads: the timesteps of several trajectories, one after another, as one long context."""
+"""What a model is trained on: long contexts of several trajectories, or single transitions."""
 
 from typing import NamedTuple
 
@@ -25,3 +25,18 @@ class Context(NamedTuple):
     completion: Float32[Array, "batch time"]  # 1 on the last step of a trajectory that reaches the target, else 0
     timestep: Int32[Array, "batch time"]  # within the episode, from 0
     trajectory: Int32[Array, "batch time"]  # index of the trajectory in the context, from 0
+
+
+class Transitions(NamedTuple):
+    """A batch of n-step transitions, each scored for a goal of its own.
+
+    Observations are normalised, actions lie in [-1, 1]. The episode goes on after `following`: its value, times
+    `discount`, is what the rewards after the n-th are worth.
+    """
+
+    observation: Float32[Array, "batch observation"]
+    action: Float32[Array, "batch action"]
+    reward: Float32[Array, "batch"]  # of the n steps, each discounted by what lies before it
+    discount: Float32[Array, "batch"]  # to the power n, fewer at an episode's end
+    following: Float32[Array, "batch observation"]  # n steps later
+    goal: Float32[Array, "batch goal"]  # metres; no columns where the task is not to reach a place

@@ -75,7 +75,7 @@ def evaluate_policy(
         command=command,
         versions=library_versions(),
     )
-    agent = PolicyAgent(trained.policy)
+    agent = PolicyAgent(trained.towards(task))
     trajectories = config.context.trajectories
     return _streams(agent, shared, info.normalisation, protocol, trajectories, on_episode)
 
@@ -94,8 +94,11 @@ def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None
 
 
 def method_of(trained: TrainedPolicy) -> str:
-    """The method's short name: "bc", "dt" (one trajectory, its own target) or "at"."""
+    """The method's short name: "bc", "td3+bc" ("+her" with hindsight goals), "dt" (one trajectory) or "at"."""
     config = trained.info.config
+    if config.model.kind == "td3_bc":
+        hindsight = config.actor_critic.hindsight
+        return "td3+bc+her" if hindsight.later or hindsight.nearby else "td3+bc"
     if config.model.kind == "behaviour_cloning":
         percent = round(100 * config.context.best_fraction)
         return "bc" if percent == 100 else f"bc-{percent}%"

@@ -38,7 +38,7 @@ class EvaluationRecord(pydantic.BaseModel):
     task: str = Field(min_length=1)
     """Full task name, "walker_walk"."""
     method: str = Field(min_length=1)
-    """"random", "bc", "at", "dt", ..., or "data" for the episodes of the dataset itself."""
+    """"random", "bc", "td3+bc", "at", "dt", ..., or "data" for the episodes of the dataset itself."""
     token_set: str | None = None
     """Tokens per timestep (at5, ring4, dt3, fused1); None where the method has none."""
     train_trajectories: PositiveInt | None = None

@@ -1,4 +1,7 @@
-"""Policies: context -> actions. All offer loss(context), reset(batch, capacity) and act(previous, current, memory)."""
+"""Policies: context -> actions. All offer actions(context), reset(batch, capacity) and act(previous, current, memory).
+
+Those that imitate offer loss(context); the actor-critic has losses of its own.
+"""
 
 from itertools import pairwise
 from typing import Any
@@ -10,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from ringrl.config import ModelConfig
 from ringrl.context import Context
+from ringrl.model.actor_critic import ActorCritic, Goal
 from ringrl.model.cache import KVCache
 from ringrl.model.heads import make_head
 from ringrl.model.tokens import TokenEmbedding
@@ -103,10 +107,14 @@ class BehaviourCloning(nnx.Module):
         return self.actions(current)[:, -1], memory
 
 
-Policy = AgenticTransformer | BehaviourCloning
+Policy = AgenticTransformer | BehaviourCloning | ActorCritic
 
 
-def make_policy(config: ModelConfig, observation_size: int, action_size: int, seed: int) -> Policy:
-    """The policy that the configuration names, with parameters drawn from the seed."""
+def make_policy(
+    config: ModelConfig, observation_size: int, action_size: int, seed: int, goal: Goal | None = None
+) -> Policy:
+    """The policy that the configuration names, with parameters drawn from the seed; td3_bc is told the goal."""
+    if config.kind == "td3_bc":
+        return ActorCritic(config, observation_size, action_size, nnx.Rngs(params=seed), goal)
     kind: Any = {"transformer": AgenticTransformer, "behaviour_cloning": BehaviourCloning}[config.kind]
     return kind(config, observation_size, action_size, nnx.Rngs(params=seed))

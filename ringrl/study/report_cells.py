@@ -18,6 +18,8 @@ RESAMPLES = 2000
 _NAMES = {
     "random": "Random policy",
     "bc": "Behaviour cloning",
+    "td3+bc": "TD3+BC",
+    "td3+bc+her": "TD3+BC with hindsight goals",
     "at": "Agentic Transformer",
     "dt": "Decision Transformer",
     "ad": "Algorithm Distillation",

@@ -16,10 +16,11 @@ from flax import nnx
 
 from ringrl.config import TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
+from ringrl.envs import goal_space
 from ringrl.errors import UserError
-from ringrl.model import Policy, make_policy
-from ringrl.training.optimiser import make_optimiser
-from ringrl.training.step import TrainState, initial_state, with_params
+from ringrl.model import ActorCritic, Goal, Policy, make_policy
+from ringrl.training.learner import make_learner
+from ringrl.training.step import TrainState, with_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,21 @@ class RunInfo:
 
     def make_policy(self) -> Policy:
         """The run's policy as it was before training."""
-        return make_policy(self.config.model, self.observation_size, self.action_size, self.config.seed)
+        config = self.config
+        goal = self.goal(config.task) if config.model.kind == "td3_bc" else None  # no other kind needs MuJoCo here
+        return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal)
+
+    def goal(self, task: str) -> Goal | None:
+        """What a task of the run's domain asks to be reached, in terms of the run's observations; None: no place."""
+        space, normalisation = goal_space(self.domain), self.normalisation
+        if space is None:
+            return None
+        return Goal(
+            place=space.goals[task],
+            columns=tuple(range(self.observation_size)[space.observation]),
+            mean=tuple(normalisation.mean[space.observation].tolist()),
+            std=tuple(normalisation.std[space.observation].tolist()),
+        )
 
 
 class Checkpoints:
@@ -137,13 +152,21 @@ class TrainedPolicy:
     step: int
     parameter_hash: str  # sha256 over the parameters
 
+    def towards(self, task: str) -> Policy:
+        """The policy for another task of its domain; one that knows goals then heads for that task's."""
+        if not isinstance(self.policy, ActorCritic):
+            return self.policy
+        policy = nnx.clone(self.policy)
+        policy.goal = self.info.goal(task)
+        return policy
+
 
 def load_policy(run: Path, step: int | None = None) -> TrainedPolicy:
     """The policy of a run's newest (or given) checkpoint; UserError when there is none to use."""
     step, info = read_info(run, step)
     policy = info.make_policy()
     checkpoints = Checkpoints(run)
-    state = checkpoints.restore(step, initial_state(policy, make_optimiser(info.config.optimiser)))
+    state = checkpoints.restore(step, make_learner(policy, info.config).state)
     checkpoints.close()
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):

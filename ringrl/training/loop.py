@@ -14,17 +14,19 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
-from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
+from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.training.checkpoints import Checkpoints, RunInfo, read_info
+from ringrl.training.learner import make_learner
 from ringrl.training.metrics import MetricsLog, progress_bar
-from ringrl.training.optimiser import learning_rate, make_optimiser
-from ringrl.training.step import initial_state, make_train_step
+from ringrl.training.optimiser import learning_rate
 
 PLACES = ("data", "run", "keep_checkpoints")  # where things lie may change between a run and its resumption
+
+Sampler = ContextSampler | TransitionSampler
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> Path:
@@ -39,8 +41,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     """
     store = EpisodeStore(config.data)
     normalisation = Normalisation.of(store)
-    batch_size = config.optimiser.batch_size
-    sampler = ContextSampler(store, config.task, config.context, normalisation, batch_size, config.seed)
+    sampler = _make_sampler(store, config, normalisation)
     info = RunInfo(
         config=config,
         normalisation=normalisation,
@@ -62,6 +63,15 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     finally:
         checkpoints.close()
     return config.run
+
+
+def _make_sampler(store: EpisodeStore, config: TrainConfig, normalisation: Normalisation) -> Sampler:
+    """What draws the batches that the configured kind of model is trained on."""
+    size, seed = config.optimiser.batch_size, config.seed
+    if config.model.kind == "td3_bc":
+        fraction = config.context.best_fraction
+        return TransitionSampler(store, config.task, config.actor_critic, normalisation, size, seed, fraction)
+    return ContextSampler(store, config.task, config.context, normalisation, size, seed)
 
 
 def _claim_folder(info: RunInfo, resume: bool) -> None:
@@ -113,7 +123,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _batches(sampler: ContextSampler, start: int, stop: int) -> Iterator[Context]:
+def _batches(sampler: Sampler, start: int, stop: int) -> Iterator[Any]:
     """Batches of steps start ... stop - 1, the next one being built while one is used."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(sampler.batch, start)
@@ -124,19 +134,17 @@ def _batches(sampler: ContextSampler, start: int, stop: int) -> Iterator[Context
             yield batch
 
 
-def _run_steps(info: RunInfo, sampler: ContextSampler, checkpoints: Checkpoints, console: Console, quiet: bool) -> None:
+def _run_steps(info: RunInfo, sampler: Sampler, checkpoints: Checkpoints, console: Console, quiet: bool) -> None:
     config = info.config
-    policy, optimiser = info.make_policy(), make_optimiser(config.optimiser)
-    state = initial_state(policy, optimiser)
+    policy = info.make_policy()
+    state, train_step = make_learner(policy, config)
     saved = checkpoints.latest()
     if saved is not None:
         _check_dataset(info, read_info(config.run, saved)[1])
         state = checkpoints.restore(saved, state)
     start, stop = int(state.step), config.optimiser.steps
-    train_step = make_train_step(policy, optimiser)
-    steps_per_batch = config.optimiser.batch_size * config.context.trajectories * int(sampler.store.lengths[0])
     with MetricsLog(config.run, start) as log, progress_bar(console, quiet) as progress:
-        recorder = _Recorder(config, steps_per_batch * policy.tokens_per_step, log, progress)
+        recorder = _Recorder(config, sampler.steps_per_batch * policy.tokens_per_step, log, progress)
         for step, batch in enumerate(_batches(sampler, start, stop), start + 1):
             state, metrics = train_step(state, batch)
             recorder.add(step, metrics)
@@ -151,7 +159,7 @@ class _Recorder:
     """Holds metrics on the device until it is time to write them, so that logging never stalls the step."""
 
     def __init__(self, config: TrainConfig, tokens: int, log: MetricsLog, progress: Progress) -> None:
-        self._schedule = learning_rate(config.optimiser)
+        self._schedule = jax.jit(learning_rate(config.optimiser))
         self._tokens, self._log, self._progress = tokens, log, progress
         self._task: TaskID | None = None
         self._stop = config.optimiser.steps

@@ -1,0 +1,141 @@
+"""Transitions for actor-critic training: n steps of an episode, scored for the task's goal or, in hindsight, another.
+
+As with contexts, the batch of a step is a pure function of (seed, step).
+"""
+
+import dataclasses
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from ringrl.config import ActorCriticConfig
+from ringrl.context import Transitions
+from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampler import best_episodes
+from ringrl.data.schema import reward_key
+from ringrl.data.store import EpisodeStore
+from ringrl.envs import GoalSpace, goal_space
+from ringrl.errors import UserError
+
+FARTHEST = 1.0  # metres beyond which distance costs no more
+
+
+@dataclasses.dataclass(frozen=True)
+class TransitionSampler:
+    """Draws batches of n-step transitions, uniformly over the steps of the best `best_fraction` of the episodes.
+
+    Where the task is to reach a place, a share of the transitions is relabelled in hindsight (1707.01495): scored as if
+    the goal had been a place that the episode came to later, or one from anywhere in the data near the task's goal.
+    Rewards are then computed from the observed positions, by the formula that the task uses.
+    """
+
+    store: EpisodeStore
+    task: str
+    config: ActorCriticConfig
+    normalisation: Normalisation
+    batch_size: int
+    seed: int
+    best_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.store.returns(self.task)  # a UserError if the store has no such task
+        hindsight = self.config.hindsight
+        if self.goals is None and (hindsight.later or hindsight.nearby or hindsight.distance_cost):
+            raise UserError(
+                f"actor_critic.hindsight: {self.task} asks for no place to be reached; "
+                "set later, nearby and distance_cost to 0"
+            )
+        if hindsight.nearby and len(self._nearby) == 0:
+            raise UserError(
+                f"actor_critic.hindsight.radius: {self.store.path} never comes within {hindsight.radius:g} m of the "
+                f"goal of {self.task}; raise it, or set nearby to 0"
+            )
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Transitions in a batch."""
+        return self.batch_size
+
+    @cached_property
+    def goals(self) -> GoalSpace | None:
+        """What the domain's tasks ask to be reached."""
+        return goal_space(self.store.domain)
+
+    def batch(self, step: int) -> Transitions:
+        """The transitions of an optimiser step."""
+        random = np.random.default_rng([self.seed, step])
+        row, end = self._draw(random)
+        goal = self._draw_goals(random, row, end)
+        discount, n = self.config.discount, self.config.n_step
+        arrivals = row[:, None] + 1 + np.arange(n)  # row t + 1 holds the action taken in state t, and its reward
+        rewards = self._rewards(np.minimum(arrivals, end[:, None]), goal[:, None])
+        rewards = np.where(arrivals <= end[:, None], rewards * discount ** np.arange(n), 0)
+        last = np.minimum(row + n, end)
+        observation, action = self.store.arrays["observation"], self.store.arrays["action"]
+        return Transitions(
+            observation=self.normalisation.observation(observation[row]),
+            action=action[row + 1],
+            reward=rewards.sum(1).astype(np.float32),
+            discount=(discount ** (last - row)).astype(np.float32),
+            following=self.normalisation.observation(observation[last]),
+            goal=goal,
+        )
+
+    def _draw(self, random: np.random.Generator) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
+        """Rows of states in which an action was taken, and the last rows of their episodes."""
+        episodes, steps = self._episodes, self._steps_before
+        index = random.integers(steps[-1], size=self.batch_size)
+        number = np.searchsorted(steps, index, side="right") - 1
+        first, past = self.store.offsets[episodes[number]], self.store.offsets[episodes[number] + 1]
+        return first + index - steps[number], past - 1
+
+    @cached_property
+    def _episodes(self) -> Int[np.ndarray, " episodes"]:
+        return best_episodes(self.store, self.task, self.best_fraction)
+
+    @cached_property
+    def _steps_before(self) -> Int[np.ndarray, " episodes_plus_1"]:
+        return np.concatenate([[0], np.cumsum(self.store.lengths[self._episodes])])
+
+    def _draw_goals(
+        self, random: np.random.Generator, row: Int[np.ndarray, " batch"], end: Int[np.ndarray, " batch"]
+    ) -> Float32[np.ndarray, "batch goal"]:
+        if self.goals is None:
+            return np.empty((len(row), 0), np.float32)
+        hindsight = self.config.hindsight
+        goal = np.tile(self._task_goal, (len(row), 1))
+        share = random.random(len(row))
+        later = share < hindsight.later
+        ahead = random.geometric(1 / hindsight.steps_ahead, len(row))
+        goal[later] = self._positions[np.minimum(row + ahead, end)[later]]
+        nearby = ~later & (share < hindsight.later + hindsight.nearby)
+        if nearby.any():
+            goal[nearby] = self._nearby[random.integers(len(self._nearby), size=int(nearby.sum()))]
+        return goal
+
+    @cached_property
+    def _task_goal(self) -> Float32[np.ndarray, " goal"]:
+        assert self.goals is not None
+        return np.array(self.goals.goals[self.task], np.float32)
+
+    @cached_property
+    def _positions(self) -> Float32[np.ndarray, "rows goal"]:
+        """Of every row of the store: a view."""
+        assert self.goals is not None
+        return self.store.arrays["observation"][:, self.goals.observation]
+
+    @cached_property
+    def _nearby(self) -> Float32[np.ndarray, "positions goal"]:
+        distance = np.linalg.norm(self._positions - self._task_goal, axis=-1)
+        return self._positions[distance < self.config.hindsight.radius]
+
+    def _rewards(
+        self, rows: Int[np.ndarray, "batch n"], goal: Float32[np.ndarray, "batch 1 goal"]
+    ) -> Float[np.ndarray, "batch n"]:
+        """Of arriving in these rows."""
+        if self.goals is None:
+            return self.store.arrays[reward_key(self.task)][rows]
+        positions = self._positions[rows].astype(np.float64)
+        distance = np.linalg.norm(positions - goal, axis=-1)
+        return self.goals.reward(positions, goal) - self.config.hindsight.distance_cost * np.minimum(distance, FARTHEST)
