@@ -1,16 +1,20 @@
 """Exact attention for long sequences. Knows arrays and meshes only; imports nothing else of RingRL."""
 
 from ringrl.attention.api import attention
-from ringrl.attention.decode import decode_attention
+from ringrl.attention.decode import append_to_cache, decode_attention, grow_cache
+from ringrl.attention.integration import as_attention_fn
 from ringrl.attention.layout import from_layout, layout_positions, pad_to_layout, shard_positions, to_layout
 from ringrl.attention.sharded import ring_attention, ring_attention_shard
 from ringrl.attention.strategy import choose_strategy
 
 __all__ = [
+    "append_to_cache",
+    "as_attention_fn",
     "attention",
     "choose_strategy",
     "decode_attention",
     "from_layout",
+    "grow_cache",
     "layout_positions",
     "pad_to_layout",
     "ring_attention",

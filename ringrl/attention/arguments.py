@@ -1,10 +1,12 @@
 """What users pass, checked before anything is traced: ValueErrors say which argument, what came, what is expected."""
 
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
 from ringrl.attention.mask import Rule
@@ -13,7 +15,7 @@ from ringrl.attention.options import Options
 IMPLEMENTATIONS = ("xla",)
 WIDEST = 2**31 - 1  # window: positions are int32
 
-IntegerArray = jax.Array
+Axes = str | Sequence[str] | None
 
 
 def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -46,7 +48,16 @@ def check_implementation(implementation: str | None) -> None:
     check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
 
 
-def integers(name: str, x: IntegerArray | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:
+def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
+    """Devices along a mesh axis, or along several."""
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    for axis in axes:
+        if axis not in mesh.axis_names:
+            raise ValueError(f"{name}: the mesh has no axis {axis!r}; it has {tuple(mesh.axis_names)}")
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:
     """Positions or segment ids as (B, S) int32."""
     x = default if x is None else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):

@@ -1,10 +1,24 @@
-"""Attention of a few new tokens to a key-value cache."""
+"""Attention of a few new tokens to a key-value cache, on one device or sharded over a mesh axis.
+
+A sharded cache is striped: of n devices, device r holds tokens r, r + n, r + 2n, ... in its slots 0, 1, 2, ... So all
+devices fill up evenly, and a cache grows where it lies. Each device attends to what it holds, and one pmax and one psum
+merge the results: two small collectives in place of n - 1 hops.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ringrl.attention import arguments
+from ringrl.attention.arguments import Axes
 from ringrl.attention.mask import Rule, Side, visible
+from ringrl.attention.merge import Partial, merge_over
+from ringrl.attention.options import Options
+from ringrl.attention.ring import AxisName
 
 
 def decode_attention(
@@ -13,18 +27,26 @@ def decode_attention(
     v_cache: Float[Array, "batch capacity kv_heads head_dim"],
     *,
     length: Int[Array, ""] | int,
+    local_window_size: int | tuple[int, int] | None = None,
     scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: AxisName = "seq",
+    batch_axes: Axes = None,
+    head_axes: Axes = None,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
-    """Causal attention of the newest tokens, whose keys and values are already in the cache.
+    """Causal attention of the newest tokens, whose keys and values are already in the cache (`append_to_cache`).
 
     Args:
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
       k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond is never seen.
       length: tokens in the cache, the new ones included.
-      scale: factor on the logits, 1/sqrt(D) by default.
+      local_window_size, scale, logits_soft_cap: as for `attention`.
+      mesh: the devices of a sharded cache, whose capacity axis lies striped over `axis_name`; None for one device.
+      axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
 
     Returns:
-      (B, N, H, D) in q's dtype.
+      (B, N, H, D) in q's dtype, the same on all devices of `axis_name`.
 
     Raises:
       ValueError: shapes or heads that do not fit, or a `length` (where it is a plain number) outside N ... C.
@@ -41,12 +63,127 @@ def decode_attention(
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
     if isinstance(length, int) and not new <= length <= capacity:
         raise ValueError(f"length: expected {new} ... {capacity} tokens in the cache, got {length}")
-    scale = head_dim**-0.5 if scale is None else scale
+    options = arguments.options(
+        head_dim,
+        is_causal=True,
+        local_window_size=local_window_size,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+    length = jnp.asarray(length, jnp.int32)
+    if mesh is None:
+        return _over_cache(q, k_cache, v_cache, length, 0, 1, options).o.astype(q.dtype)
+    size = _check_shards(mesh, axis_name, capacity)
+
+    def shard(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array) -> jax.Array:
+        part = _over_cache(q, k_cache, v_cache, length, lax.axis_index(axis_name), size, options)
+        return merge_over(part, axis_name).o.astype(q.dtype)
+
+    replicated = PartitionSpec(batch_axes, None, head_axes)
+    sharded = PartitionSpec(batch_axes, axis_name, head_axes)
+    specs = (replicated, sharded, sharded, PartitionSpec())
+    return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=replicated)(q, k_cache, v_cache, length)
+
+
+def _over_cache(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    length: jax.Array,
+    index: jax.Array | int,
+    size: int,
+    options: Options,
+) -> Partial:
+    """Attention to the tokens that device `index` of `size` holds: o (B, N, H, D) and lse (B, N, H)."""
+    batch, new, heads, head_dim = q.shape
+    capacity, kv_heads = k_cache.shape[1:3]
     q = q.reshape(batch, new, kv_heads, heads // kv_heads, head_dim)
-    s = jnp.einsum("bqhgd,bkhd->bhgqk", q, k_cache, preferred_element_type=jnp.float32) * scale
+    s = jnp.einsum("bqhgd,bkhd->bhgqk", q, k_cache, preferred_element_type=jnp.float32) * options.scale
+    if options.logits_soft_cap is not None:
+        s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
     segment = jnp.zeros((1, 1), jnp.int32)
     queries = Side((length - new + jnp.arange(new, dtype=jnp.int32))[None], segment)
-    keys = Side(jnp.arange(capacity, dtype=jnp.int32)[None], segment)
-    p = jax.nn.softmax(jnp.where(visible(Rule(is_causal=True), queries, keys)[:, None, None], s, -jnp.inf), axis=-1)
+    keys = Side((jnp.arange(capacity, dtype=jnp.int32) * size + index)[None], segment)
+    rule = Rule(is_causal=True, window=options.rule.window)
+    s = jnp.where(visible(rule, queries, keys)[:, None, None], s, -jnp.inf)
+    maximum = s.max(-1, keepdims=True)
+    p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may hold nothing yet
+    total = p.sum(-1, keepdims=True)
+    p = p / jnp.where(total == 0, 1.0, total)
     o = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32)
-    return o.reshape(batch, new, heads, head_dim).astype(q.dtype)
+    lse = jnp.moveaxis((maximum + jnp.log(total))[..., 0], 3, 1)
+    return Partial(o.reshape(batch, new, heads, head_dim), lse.reshape(batch, new, heads))
+
+
+def append_to_cache(
+    cache: Float[Array, "batch capacity kv_heads head_dim"],
+    new: Float[Array, "batch new_tokens kv_heads head_dim"],
+    length: Int[Array, ""] | int,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: AxisName = "seq",
+    batch_axes: Axes = None,
+    head_axes: Axes = None,
+) -> Float[Array, "batch capacity kv_heads head_dim"]:
+    """Write tokens behind the first `length` of a cache; in place where the caller's jit donates it.
+
+    `grow_cache` makes room beforehand. Arguments as for `decode_attention`; `length` does not count the new tokens.
+
+    Raises:
+      ValueError: shapes that do not fit, or more new tokens than capacity.
+    """
+    if new.shape[1] > cache.shape[1]:
+        raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
+    if (new.shape[0], *new.shape[2:]) != (cache.shape[0], *cache.shape[2:]):
+        raise ValueError(f"new: expected batch, heads and head_dim of the cache {cache.shape}, got {new.shape}")
+    new = new.astype(cache.dtype)
+    length = jnp.asarray(length, jnp.int32)
+    if mesh is None:
+        return lax.dynamic_update_slice_in_dim(cache, new, length, axis=1)
+    size = _check_shards(mesh, axis_name, cache.shape[1])
+
+    def shard(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
+        position = length + jnp.arange(new.shape[1], dtype=jnp.int32)
+        mine = position % size == lax.axis_index(axis_name)
+        slot = jnp.where(mine, position // size, cache.shape[1])  # other devices' tokens fall off the end
+        return cache.at[:, slot].set(new, mode="drop")
+
+    replicated = PartitionSpec(batch_axes, None, head_axes)
+    sharded = PartitionSpec(batch_axes, axis_name, head_axes)
+    return jax.shard_map(shard, mesh=mesh, in_specs=(sharded, replicated, PartitionSpec()), out_specs=sharded)(
+        cache, new, length
+    )
+
+
+def grow_cache(
+    cache: Float[Array, "batch capacity kv_heads head_dim"],
+    capacity: int,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: AxisName = "seq",
+    batch_axes: Axes = None,
+    head_axes: Axes = None,
+) -> Float[Array, "batch new_capacity kv_heads head_dim"]:
+    """The same cache with room for `capacity` tokens. Doubling it each time keeps the number of programs small.
+
+    Raises:
+      ValueError: a smaller capacity, or one that does not divide among the devices.
+    """
+    if capacity < cache.shape[1]:
+        raise ValueError(f"capacity: expected at least the cache's {cache.shape[1]} tokens, got {capacity}")
+    size = 1 if mesh is None else _check_shards(mesh, axis_name, capacity)
+
+    def widen(cache: jax.Array) -> jax.Array:
+        return jnp.pad(cache, ((0, 0), (0, capacity // size - cache.shape[1]), (0, 0), (0, 0)))
+
+    if mesh is None:
+        return widen(cache)
+    sharded = PartitionSpec(batch_axes, axis_name, head_axes)
+    return jax.shard_map(partial(widen), mesh=mesh, in_specs=sharded, out_specs=sharded)(cache)
+
+
+def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int) -> int:
+    size = arguments.mesh_size(mesh, "axis_name", axis_name)
+    if capacity % size:
+        raise ValueError(f"k_cache: a capacity of {capacity} does not divide among the {size} devices of {axis_name!r}")
+    return size

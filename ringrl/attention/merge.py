@@ -21,7 +21,7 @@ def nothing_seen(q: Float[Array, "*batch queries head_dim"]) -> Partial:
     return varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)))
 
 
-def merge_over(part: Partial, axis_name: str) -> Partial:
+def merge_over(part: Partial, axis_name: str | tuple[str, ...]) -> Partial:
     """The same over all devices of a mesh axis, inside shard_map: one pmax, one psum."""
     maximum = jax.lax.pmax(part.lse, axis_name)
     weight = jnp.exp(part.lse - jnp.where(jnp.isneginf(maximum), 0.0, maximum))

@@ -1,7 +1,5 @@
 """Attention of a sequence that is spread over a mesh axis."""
 
-import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal, overload
 
@@ -13,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments
 from ringrl.attention.all_gather import AllGather
+from ringrl.attention.arguments import Axes
 from ringrl.attention.attend import LOCAL, Plan, attend
 from ringrl.attention.layout import LAYOUTS, check_length, shard_positions
 from ringrl.attention.mask import Side
@@ -20,8 +19,6 @@ from ringrl.attention.ring import AxisName, make_ring
 from ringrl.attention.strategy import STRATEGIES, choose_strategy
 from ringrl.attention.ulysses import gather_heads, scatter_heads
 from ringrl.attention.varying import varying_like
-
-Axes = str | Sequence[str] | None
 
 
 @overload
@@ -81,7 +78,7 @@ def ring_attention(  # type: ignore[misc]
     """
     arguments.check_arrays(q, k, v)
     arguments.check_choice("layout", layout, LAYOUTS)
-    check_length("q", q.shape[1], layout, _size(mesh, "axis_name", axis_name))
+    check_length("q", q.shape[1], layout, arguments.mesh_size(mesh, "axis_name", axis_name))
     if batch_axes is None and head_axes is None:
         batch_axes, head_axes = _axes_of(q, mesh)
     _check_divides(mesh, "batch_axes", batch_axes, q.shape[0], "contexts of the batch")
@@ -213,16 +210,8 @@ def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, Ax
     return axis_name
 
 
-def _size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
-    axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-    for axis in axes:
-        if axis not in mesh.axis_names:
-            raise ValueError(f"{name}: the mesh has no axis {axis!r}; it has {tuple(mesh.axis_names)}")
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
 def _check_divides(mesh: Mesh | AbstractMesh, name: str, axes: Axes, amount: int, what: str) -> None:
-    size = _size(mesh, name, axes)
+    size = arguments.mesh_size(mesh, name, axes)
     if amount % size:
         raise ValueError(f"{name}: {amount} {what} do not divide among the {size} devices of {axes!r}")
 

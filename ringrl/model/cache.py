@@ -1,11 +1,12 @@
 """The key-value cache of a transformer: what a policy remembers of its context."""
 
+from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
+
+from ringrl.attention import grow_cache
 
 
 class KVCache(NamedTuple):
@@ -27,12 +28,7 @@ def empty_cache(layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype)
     return KVCache(blank(), blank(), jnp.zeros((), jnp.int32))
 
 
-def append(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
-    """Write new tokens (B, N, Hkv, D) behind the first `length`; in place where the cache is donated."""
-    return lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, length, 0, 0))
-
-
 def grow(cache: KVCache, capacity: int) -> KVCache:
     """The same cache with room for `capacity` tokens."""
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0)))  # noqa: E731
+    widen = partial(grow_cache, capacity=capacity)
     return KVCache(tuple(map(widen, cache.keys)), tuple(map(widen, cache.values)), cache.length)

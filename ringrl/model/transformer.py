@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from ringrl.attention import attention, decode_attention
+from ringrl.attention import append_to_cache, attention, decode_attention
 from ringrl.config import ModelConfig
-from ringrl.model.cache import KVCache, append, empty_cache
+from ringrl.model.cache import KVCache, empty_cache
 
 ROTARY_BASE = 10_000.0
 
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attend from new tokens to the cache and themselves; returns the output and the longer cache."""
         q, k, v = self._project(x, length + jnp.arange(x.shape[1]))
-        keys, values = append(keys, k, length), append(values, v, length)
+        keys, values = append_to_cache(keys, k, length), append_to_cache(values, v, length)
         o = decode_attention(q, keys.astype(q.dtype), values.astype(q.dtype), length=length + x.shape[1])
         return self.out(o.reshape(x.shape)), keys, values
 

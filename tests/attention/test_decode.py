@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringrl.attention import attention, decode_attention
+from ringrl.attention import append_to_cache, attention, decode_attention, grow_cache
 
 TOKENS, CAPACITY = 11, 16
 
@@ -66,3 +67,55 @@ def test_arguments_that_do_not_fit_are_named(draw):
     for name, given, length in wrong:
         with pytest.raises(ValueError, match=f"^{name}: "):
             decode_attention(*given, length=length)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()[:4]).reshape(1, 4), ("data", "seq"))
+
+
+@pytest.mark.skipif(
+    jax.device_count() < 4, reason="needs 4 devices: XLA_FLAGS=--xla_force_host_platform_device_count=4"
+)
+@pytest.mark.parametrize("window", [None, 3])
+def test_sharded_cache_fills_and_grows(window, mesh, draw):
+    """Tokens arrive 1, 2, 3, ... at a time, the cache doubles when it is full: attention over the whole, row by row."""
+    arrays = draw(2, 26, 4, 2, 8)
+    q, k, v = (arrays[name] for name in "qkv")
+    options = {"local_window_size": window, "logits_soft_cap": 2.0}
+    whole = jax.jit(partial(attention, **options))(q, k, v)
+    place = NamedSharding(mesh, PartitionSpec("data", "seq"))
+    where = {"mesh": mesh, "batch_axes": "data"}
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(k_cache, v_cache, q, k, v, length):
+        k_cache, v_cache = (append_to_cache(x, y, length, **where) for x, y in ((k_cache, k), (v_cache, v)))
+        o = decode_attention(q, k_cache, v_cache, length=length + q.shape[1], **where, **options)
+        return o, k_cache, v_cache
+
+    k_cache, v_cache = (jax.device_put(np.full((2, 8, 2, 8), 7e8, np.float32), place) for _ in range(2))
+    length = 0
+    for new in (1, 2, 3, 4, 5, 6, 5):
+        tokens = slice(length, length + new)
+        while length + new > k_cache.shape[1]:
+            grow = jax.jit(partial(grow_cache, capacity=2 * k_cache.shape[1], **where))
+            k_cache, v_cache = grow(k_cache), grow(v_cache)
+        o, k_cache, v_cache = step(k_cache, v_cache, q[:, tokens], k[:, tokens], v[:, tokens], length)
+        np.testing.assert_allclose(o, whole[:, tokens], rtol=1e-5, atol=1e-5, err_msg=f"{length} + {new}")
+        length += new
+    assert length == 26
+    assert k_cache.shape[1] == 32
+    assert k_cache.sharding.is_equivalent_to(place, 4)
+    np.testing.assert_array_equal(np.asarray(k_cache)[:, :7], k[:, 0:26:4])  # device 0 holds every fourth token
+
+
+def test_cache_arguments_that_do_not_fit_are_named(draw):
+    cache = jnp.zeros((2, 8, 2, 4))
+    with pytest.raises(ValueError, match=r"^new: "):
+        append_to_cache(cache, jnp.zeros((2, 9, 2, 4)), 0)
+    with pytest.raises(ValueError, match=r"^new: "):
+        append_to_cache(cache, jnp.zeros((2, 1, 1, 4)), 0)
+    with pytest.raises(ValueError, match=r"^capacity: "):
+        grow_cache(cache, 7)
+    with pytest.raises(ValueError, match=r"^axis_name: "):
+        grow_cache(cache, 16, mesh=Mesh(np.array(jax.devices()[:1]), ("data",)))
