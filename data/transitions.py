@@ -46,6 +46,12 @@ class TransitionSampler:
                 f"actor_critic.hindsight: {self.task} asks for no place to be reached; "
                 "set later, nearby and distance_cost to 0"
             )
+        columns = set(range(self.store.observation_size)[self.goals.observation]) if self.goals else set()
+        if self.goals and columns & set(self.normalisation.ignored):
+            raise UserError(
+                f"ignored_observations: {self.task} is to bring a position to a place, and the position is among them; "
+                f"keep {self.goals.observation.start} to {self.goals.observation.stop - 1}"
+            )
         if hindsight.nearby and len(self._nearby) == 0:
             raise UserError(
                 f"actor_critic.hindsight.radius: {self.store.path} never comes within {hindsight.radius:g} m of the "

@@ -149,6 +149,8 @@ class TrainConfig(Section):
     """Newest checkpoints kept."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
+    ignored_observations: tuple[int, ...] = ()
+    """Components of the observation, from 0, that the model does not see."""
     context: ContextConfig = ContextConfig()
     """How trajectories are put together (of this, td3_bc knows best_fraction alone)."""
     model: ModelConfig = ModelConfig()

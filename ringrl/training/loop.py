@@ -40,7 +40,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         not fit the task, a disk that is full.
     """
     store = EpisodeStore(config.data)
-    normalisation = Normalisation.of(store)
+    normalisation = Normalisation.of(store, config.ignored_observations)
     sampler = _make_sampler(store, config, normalisation)
     info = RunInfo(
         config=config,

@@ -145,6 +145,9 @@ def test_mistakes_are_named(store: EpisodeStore, jaco_store: EpisodeStore) -> No
         sampler(store, TASK, hindsight={"later": 0.5})
     with pytest.raises(UserError, match=r"hindsight\.radius: .* never comes within 0\.0001 m"):
         sampler(jaco_store, JACO, hindsight={"nearby": 0.5, "radius": 1e-4})
+    blind = Normalisation.of(jaco_store, [31])
+    with pytest.raises(UserError, match=r"ignored_observations: .* keep 30 to 32"):
+        TransitionSampler(jaco_store, JACO, ActorCriticConfig(), blind, 1, 0)
     with pytest.raises(UserError, match="no rewards for walker_walk"):
         sampler(store, "walker_walk")
     with pytest.raises(ValueError, match="exceeds 1"):
