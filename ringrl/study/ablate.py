@@ -19,7 +19,8 @@ from ringrl.evaluation.records import EvaluationRecord, append_records, data_rec
 from ringrl.training import load_policy, train
 
 EVALUATION = "evaluation.jsonl"
-BASELINE_WIDTH = 256  # hidden units of behaviour cloning: cheap, since it sees one step at a time
+# Two hidden layers of 256 for behaviour cloning: cheap, since it sees one step at a time.
+BASELINE = {"kind": "behaviour_cloning", "layers": 2, "width": 256}
 
 
 class AblationPlan(Section):
@@ -74,7 +75,7 @@ def cells(plan: AblationPlan) -> Iterator[Cell]:
     """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons."""
     for seed in plan.seeds:
         for baseline in plan.baselines:
-            overrides: dict[str, Any] = {"model": {"kind": "behaviour_cloning", "width": BASELINE_WIDTH}}
+            overrides: dict[str, Any] = {"model": BASELINE}
             if baseline.endswith("10%"):
                 overrides["context"] = {"best_fraction": 0.1}
             yield _cell(plan, baseline.replace("%", ""), seed, 1, overrides)
