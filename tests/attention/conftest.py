@@ -1,10 +1,11 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.backend import clear_backends
 
 from ringrl.attention.mask import Rule, Side
 from ringrl.attention.reference import reference_attention
@@ -30,43 +31,58 @@ def quick() -> Callable[..., Callable]:
     return partial(jax.jit, compiler_options=QUICK)
 
 
+def random_arrays(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0) -> Arrays:
+    """Random q, k, v and cotangents do, dlse; float32."""
+    random = np.random.default_rng(seed)
+    shapes = dict.fromkeys(("q", "do"), (batch, tokens, heads, head_dim))
+    shapes |= dict.fromkeys(("k", "v"), (batch, tokens, kv_heads, head_dim)) | {"dlse": (batch, tokens, heads)}
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def definition(
+    arrays: Arrays,
+    queries: tuple[np.ndarray, np.ndarray],
+    keys: tuple[np.ndarray, np.ndarray],
+    rule: Rule,
+    *,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+) -> Arrays:
+    """o, lse, dq, dk, dv of the definition, in float64; `queries` and `keys` are (positions, segment_ids), (B, S).
+
+    The gradients are JAX's own, through the S x S logits: they share nothing with the code under test but the mask.
+    """
+    with jax.enable_x64(True):
+        q, k, v, do, dlse = (jnp.asarray(arrays[name], jnp.float64) for name in ("q", "k", "v", "do", "dlse"))
+        sides = [Side(*(jnp.asarray(x, jnp.int32) for x in side)) for side in (queries, keys)]
+        options = (rule, q.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap)
+        values = [np.asarray(x) for x in _definition((q, k, v), (do, dlse), *sides, options)]
+    assert all(x.dtype == np.float64 for x in values)
+    return dict(zip(("o", "lse", "dq", "dk", "dv"), values, strict=True))
+
+
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Arrays]:
-    """(batch, tokens, heads, kv_heads, head_dim) -> random q, k, v and cotangents do, dlse; float32."""
-
-    def make(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0) -> Arrays:
-        random = np.random.default_rng(seed)
-        shapes = dict.fromkeys(("q", "do"), (batch, tokens, heads, head_dim))
-        shapes |= dict.fromkeys(("k", "v"), (batch, tokens, kv_heads, head_dim)) | {"dlse": (batch, tokens, heads)}
-        return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-    return make
+    return random_arrays
 
 
 @pytest.fixture(scope="session")
 def oracle() -> Callable[..., Arrays]:
-    """(arrays, queries, keys, rule, **options) -> o, lse, dq, dk, dv of the definition, in float64.
+    return definition
 
-    `queries` and `keys` are (positions, segment_ids), integers (B, S).
 
-    The gradients are JAX's own, through the S x S logits: they share nothing with the code under test but the mask.
-    """
+@pytest.fixture(scope="module")
+def eight_devices() -> Iterator[None]:
+    """Eight host devices for the tests of a module, and what there was before for those after it."""
+    if jax.local_device_count() >= 8:
+        yield
+        return
+    before = jax.config.jax_num_cpu_devices
+    _restart_with(8)
+    yield
+    _restart_with(before)
 
-    def compute(
-        arrays: Arrays,
-        queries: tuple[np.ndarray, np.ndarray],
-        keys: tuple[np.ndarray, np.ndarray],
-        rule: Rule,
-        *,
-        scale: float | None = None,
-        logits_soft_cap: float | None = None,
-    ) -> Arrays:
-        with jax.enable_x64(True):
-            q, k, v, do, dlse = (jnp.asarray(arrays[name], jnp.float64) for name in ("q", "k", "v", "do", "dlse"))
-            sides = [Side(*(jnp.asarray(x, jnp.int32) for x in side)) for side in (queries, keys)]
-            options = (rule, q.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap)
-            values = [np.asarray(x) for x in _definition((q, k, v), (do, dlse), *sides, options)]
-        assert all(x.dtype == np.float64 for x in values)
-        return dict(zip(("o", "lse", "dq", "dk", "dv"), values, strict=True))
 
-    return compute
+def _restart_with(devices: int) -> None:
+    clear_backends()
+    jax.config.update("jax_num_cpu_devices", devices)

@@ -1,0 +1,88 @@
+"""Two processes with two devices each are one ring of four: the same output and gradients as in one process."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ringrl.attention import ring_attention
+
+port, processes, index, result = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jax.config.update("jax_num_cpu_devices", 4 // processes)
+if processes > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", processes, index, initialization_timeout=60)
+assert len(jax.devices()) == 4 and len(jax.local_devices()) == 4 // processes
+mesh = Mesh(np.array(jax.devices()), ("seq",))
+sharding = NamedSharding(mesh, PartitionSpec(None, "seq"))
+random = np.random.default_rng(0)
+
+def spread(heads):
+    whole = random.normal(size=(1, 32, heads, 8)).astype(np.float32)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+q, k, v, do = (spread(heads) for heads in (4, 2, 2, 4))
+
+@jax.jit
+def run(q, k, v, do):
+    o, backward = jax.vjp(lambda *qkv: ring_attention(*qkv, mesh=mesh), q, k, v)
+    return o, *backward(do)
+
+values = {}
+for name, x in zip(("o", "dq", "dk", "dv"), run(q, k, v, do)):
+    for shard in x.addressable_shards:
+        values[f"{name} {shard.index[1].start}"] = np.asarray(shard.data)
+np.savez(result, **values)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_processes(number: int, folder: Path) -> dict[str, np.ndarray]:
+    """Every device's piece of o, dq, dk and dv, by its name and first token, from so many processes."""
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    port = str(free_port())
+    results = [folder / f"{number}_{index}.npz" for index in range(number)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, port, str(number), str(index), str(result)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, result in enumerate(results)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output
+    values: dict[str, np.ndarray] = {}
+    for result in results:
+        with np.load(result) as file:
+            assert len(file.files) == 4 * 4 // number, "o, dq, dk, dv of this process's devices"
+            values |= dict(file)
+    return values
+
+
+def test_two_processes_equal_one(tmp_path):
+    together, apart = run_processes(1, tmp_path), run_processes(2, tmp_path)
+    assert len(together) == 16
+    assert together.keys() == apart.keys()
+    for name, x in together.items():
+        assert np.abs(x).max() > 0
+        np.testing.assert_allclose(apart[name], x, rtol=1e-6, atol=1e-6, err_msg=name)
