@@ -1,0 +1,182 @@
+"""Do the tests notice a broken ring? Break copies of it, as others have been broken, and see.
+
+    python tests/attention/mutations.py [NAME ...]
+
+Each mutation replaces one piece of text in a copy of ringrl.attention, which is imported under a name of its own and
+must then fail one of the exactness checks of test_ring.py (RUNS). A piece of text that is no longer there is an error:
+a mutation that changes nothing shows nothing.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import ringrl.attention
+
+
+class Mutation(NamedTuple):
+    """One mistake: in `file` of ringrl/attention, `before` becomes `after`."""
+
+    file: str
+    before: str
+    after: str
+
+
+MUTATIONS = {
+    "keys_and_values_swapped": Mutation(
+        "ring.py",
+        "xla.forward(share, block.kv[0], block.kv[1]",
+        "xla.forward(share, block.kv[1], block.kv[0]",
+    ),
+    "values_swapped_in_backward": Mutation(
+        "ring.py",
+        "xla.backward(share[0], block.kv[0], block.kv[1]",
+        "xla.backward(share[0], block.kv[1], block.kv[0]",
+    ),
+    "stale_block_in_forward": Mutation(
+        "ring.py",
+        "return lax.optimization_barrier((attend(total, blocks), arriving)), None",
+        "return lax.optimization_barrier((attend(total, blocks), blocks)), None",
+    ),
+    "stale_block_in_backward": Mutation(
+        "ring.py",
+        "return (dq + dq_part, _add(dblocks, dblocks_part), arriving), None",
+        "return (dq + dq_part, _add(dblocks, dblocks_part), blocks), None",
+    ),
+    "last_hop_dropped": Mutation(
+        "ring.py",
+        "            total = attend(total, blocks)\n",
+        "",
+    ),
+    "last_hop_dropped_in_backward": Mutation(
+        "ring.py",
+        "            dq = dq + dq_part\n            home",
+        "            home",
+    ),
+    "one_hop_too_few": Mutation("ring.py", "(Leg(size - 1, (1, -1)", "(Leg(size - 2, (1, -1)"),
+    "window_one_chunk_too_short": Mutation(
+        "ring.py",
+        "before = math.ceil(rule.window[0] / local_length)",
+        "before = rule.window[0] // local_length",
+    ),
+    "window_looks_the_wrong_way": Mutation("ring.py", "Leg(after, (-1,))", "Leg(after, (1,))"),
+    "second_leg_begins_at_home": Mutation(
+        "ring.py",
+        "return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)",
+        "return (blocks, leg.hops - 1) if number else (blocks, leg.hops)",
+    ),
+    "gradients_do_not_travel": Mutation(
+        "ring.py",
+        "                dblocks = self._send(leg, dblocks)\n                tied",
+        "                tied",
+    ),
+    "gradients_do_not_come_home": Mutation(
+        "ring.py",
+        "self._send(home, _add(dblocks, dblocks_part))",
+        "_add(dblocks, dblocks_part)",
+    ),
+    "gradients_sent_the_wrong_way_home": Mutation("ring.py", "shifts=tuple(-leg.hops", "shifts=tuple(leg.hops"),
+    "gradients_of_the_last_leg_only": Mutation(
+        "ring.py",
+        "dkv = dkv + jnp.concatenate",
+        "dkv = jnp.concatenate",
+    ),
+    "query_gradients_of_the_last_hop_only": Mutation(
+        "ring.py",
+        "return (dq + dq_part, _add",
+        "return (dq_part, _add",
+    ),
+    "positions_stay_behind": Mutation(
+        "ring.py",
+        "queries, Side(*block.side), options, Partial(*start)",
+        "queries, keys, options, Partial(*start)",
+    ),
+    "positions_stay_behind_in_backward": Mutation(
+        "ring.py",
+        "queries, Side(*block.side), options, *share[1:]",
+        "queries, keys, options, *share[1:]",
+    ),
+    "what_was_seen_before_is_forgotten": Mutation("ring.py", "options, Partial(*start))", "options)"),
+    "wrong_device_s_positions": Mutation(
+        "sharded.py",
+        "tokens, lax.axis_index(axis_name))",
+        "tokens, (lax.axis_index(axis_name) + 1) % size)",
+    ),
+    "cotangent_of_the_log_sum_exp_dropped": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1)"),
+    "cotangent_of_the_log_sum_exp_with_the_wrong_sign": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1) + dlse"),
+    "positions_and_segments_swapped": Mutation("ring.py", "side = jnp.stack(keys)", "side = jnp.stack(keys[::-1])"),
+}
+
+
+def mutate(name: str, folder: Path) -> ModuleType:
+    """A copy of ringrl.attention with one mistake, imported as a package of its own."""
+    file, before, after = MUTATIONS[name]
+    source = Path(ringrl.attention.__file__).parent
+    package = f"broken_{name}"
+    for path in source.rglob("*.py"):
+        text = path.read_text()
+        if path.relative_to(source).as_posix() == file:
+            found = text.count(before)
+            if found != 1:
+                raise ValueError(f"{name}: its text was found {found} times in {file}, expected once: {before!r}")
+            text = text.replace(before, after)
+        copy = folder / package / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text.replace("ringrl.attention", package))
+    importlib.invalidate_caches()
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(package)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def notice(name: str, ring: ModuleType, checks: ModuleType) -> str:
+    """What was found wrong with a mutation; "" where it passes for right."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = mutate(name, Path(folder))
+    for run in ring.RUNS:
+        if wrong := ring.wrong_values(package, run, checks.random_arrays, checks.definition):
+            return f"{run}: {', '.join(wrong)} wrong"
+    return ""
+
+
+def load(name: str) -> ModuleType:
+    """A module of this folder."""
+    specification = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Try mutations, print what noticed each, and exit with 1 where one was not noticed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations; all by default")
+    names = parser.parse_args(arguments).names or MUTATIONS
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    ring, checks = load("test_ring"), load("conftest")
+    for run in ring.RUNS:
+        if wrong := ring.wrong_values(ringrl.attention, run, checks.random_arrays, checks.definition):
+            raise SystemExit(f"without any mutation, {run}: {', '.join(wrong)} wrong")
+    unnoticed = []
+    for name in names:
+        found = notice(name, ring, checks)
+        print(f"{name:<50} {found or 'NOT NOTICED'}", flush=True)
+        unnoticed += [] if found else [name]
+    if unnoticed:
+        raise SystemExit(f"not noticed: {', '.join(unnoticed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Compiled for TPUs that need not be there: in the order that the compiler chose, transfers hide behind kernels.
+
+Needs libtpu, which `pip install "jax[tpu]"` brings in jax's own version; skipped without it.
+"""
+
+import importlib.util
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ringrl.attention import ring_attention
+from ringrl.attention.kernels import xla
+from ringrl.attention.kernels.tuning import Blocks
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason=f'needs the TPU compiler: pip install "jax[tpu]=={jax.__version__}"',
+)
+
+TOPOLOGIES = ("v4:2x2x2", "v5p:2x2x2", "v5e:2x4", "v6e:2x4")
+LOCAL_TOKENS, HEADS, HEAD_DIM = 2048, 4, 128
+STEPS = {"send": " collective-permute-start(", "kernel": " while(", "receive": " collective-permute-done("}
+
+
+class Program(NamedTuple):
+    """What the compiler made of a ring: the steps of each loop that sends, all of its text, scratch memory."""
+
+    loops: list[list[str]]
+    text: str
+    scratch: int
+
+
+def steps_of(computation: str) -> list[str]:
+    """Its sends, kernels and receives in the scheduled order; positions and segments are "send integers" and so on."""
+    steps = []
+    for line in computation.splitlines():
+        for step, operation in STEPS.items():
+            if operation in line:
+                integers = " integers" if step != "kernel" and re.search(r"= \(?s32\[", line) else ""
+                steps.append(step + integers)
+    return steps
+
+
+def loops_that_send(text: str) -> list[list[str]]:
+    """The steps of every computation that sends, but for the outermost, which is no loop."""
+    inner = re.findall(r"^%[^\n]*\{\n(.*?)^\}", text, flags=re.MULTILINE | re.DOTALL)
+    return [steps for steps in map(steps_of, inner) if "send" in steps]
+
+
+def compile_for(topology: str) -> Program:
+    """Forward and backward pass of a ring over all chips of a topology, causal, zigzag, bfloat16."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices), ("seq",))
+    shape = 1, LOCAL_TOKENS * len(devices), HEADS, HEAD_DIM
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "seq")))
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple:
+        o, backward = jax.vjp(lambda *qkv: ring_attention(*qkv, mesh=mesh), q, k, v)
+        return o, backward(do)
+
+    compiled = jax.jit(run).lower(q, q, q, q).compile()
+    text = compiled.as_text()
+    assert "is_scheduled=true" in text
+    return Program(loops_that_send(text), text, compiled.memory_analysis().temp_size_in_bytes)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of a TPU, whatever this process runs on, and no question to a metadata server."""
+    monkeypatch.setattr(xla, "blocks_for", lambda heads: Blocks(512, 512, heads))
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_kernels_run_while_blocks_travel(topology):
+    """All arrays leave before the kernel and are waited for after it; so are the integers in the forward pass.
+
+    In the backward pass the integers (8 bytes a token) may leave late: the compiler does not think them worth hiding.
+    """
+    program = compile_for(topology)
+    assert len(program.loops) == 2
+    forward, backward = sorted(program.loops, key=len)
+    arrays = [step for step in backward if "integers" not in step]
+    assert sorted(forward[:2]) == ["send", "send integers"]
+    assert forward[2] == "kernel"
+    assert sorted(forward[3:]) == ["receive", "receive integers"]
+    assert arrays == ["send", "send", "kernel", "receive", "receive"]
+    assert len(backward) == len(arrays) + 2
+    assert "all-gather" not in program.text
+
+
+def test_scratch_memory_does_not_grow_from_8_to_64_chips():
+    small, large = compile_for("v4:2x2x2"), compile_for("v4:4x4x4")
+    assert large.loops == small.loops
+    assert large.scratch <= 1.01 * small.scratch
