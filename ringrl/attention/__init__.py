@@ -3,11 +3,12 @@
 from ringrl.attention.api import attention
 from ringrl.attention.decode import append_to_cache, decode_attention, grow_cache
 from ringrl.attention.integration import as_attention_fn
-from ringrl.attention.layout import from_layout, layout_positions, pad_to_layout, shard_positions, to_layout
+from ringrl.attention.layout import LAYOUTS, from_layout, layout_positions, pad_to_layout, shard_positions, to_layout
 from ringrl.attention.sharded import ring_attention, ring_attention_shard
 from ringrl.attention.strategy import choose_strategy
 
 __all__ = [
+    "LAYOUTS",
     "append_to_cache",
     "as_attention_fn",
     "attention",
