@@ -70,13 +70,10 @@ def test_arguments_that_do_not_fit_are_named(draw):
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Mesh:
+def mesh(eight_devices: None) -> Mesh:
     return Mesh(np.array(jax.devices()[:4]).reshape(1, 4), ("data", "seq"))
 
 
-@pytest.mark.skipif(
-    jax.device_count() < 4, reason="needs 4 devices: XLA_FLAGS=--xla_force_host_platform_device_count=4"
-)
 @pytest.mark.parametrize("window", [None, 3])
 def test_sharded_cache_fills_and_grows(window, mesh, draw):
     """Tokens arrive 1, 2, 3, ... at a time, the cache doubles when it is full: attention over the whole, row by row."""

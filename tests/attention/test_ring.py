@@ -294,11 +294,20 @@ def test_vmap(qkv):
     assert_same(gradients(mapped, *qkv), (value, expected))
 
 
+def test_remat_with_the_name_saved_never_replays_the_ring(qkv):
+    saved = jax.checkpoint(loss, policy=SAVED)
+    assert_same(gradients(saved, *qkv), gradients(loss, *qkv))
+    plain, kept, replayed = (sends(jax.grad(f, (0, 1, 2)), *qkv) for f in (loss, saved, jax.checkpoint(loss)))
+    assert plain == 2 * 3 + 3 * 3 + 2, "arrays and integers forward; with gradients backward; one more hop, and home"
+    assert kept == plain
+    assert replayed == plain + 2 * 3
+
+
 def test_scan_over_layers_with_remat(qkv):
     """Three layers, in a loop and one after the other."""
     weights = np.linspace(0.5, 1.5, 3, dtype=np.float32)
 
-    def layer(x, weight, k=k, v=v):
+    def layer(x, weight, k, v):
         return x + ring_attention(x * weight, k, v, mesh=mesh_of(seq=4)), None
 
     def scanned(q, k, v):
