@@ -12,31 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, by_head, by_token
 from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Side
-from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
 
 
 class Plan(Protocol):
     """How queries meet all of their keys, as hashable static data."""
 
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options) -> Partial:
+    def forward(self, inputs: Inputs, options: Options) -> Partial:
         """Attention of this device's queries over the keys of all devices."""
 
-    def backward(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        queries: Side,
-        keys: Side,
-        options: Options,
-        lse: jax.Array,
-        delta: jax.Array,
-        do: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(dq, dk, dv) in float32: of this device's queries, and of its keys from the queries of all devices."""
+    def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
+        """Of this device's queries, and of its keys and values from the queries of all devices."""
 
 
 class Local:
@@ -57,21 +46,16 @@ def attend(
     return _forward(q, k, v, queries, keys, options, plan)[0]
 
 
-def _split(x: jax.Array, kv_heads: int) -> jax.Array:
-    """(B, S, H[, D]) -> (B, Hkv, G, S[, D]): what kernels read, so that it is rearranged once and not on every hop."""
-    x = x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
-    return jnp.moveaxis(x, 1, 3)
-
-
-def _join(x: jax.Array) -> jax.Array:
-    """The inverse."""
-    x = jnp.moveaxis(x, 3, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side) -> Inputs:
+    kv_heads = k.shape[2]
+    return Inputs(
+        by_head(q, kv_heads), jnp.stack([by_head(x, kv_heads) for x in (k, v)], axis=1), queries, keys
+    )
 
 
 def _forward(q, k, v, queries, keys, options, plan):  # type: ignore[no-untyped-def]
-    k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (k, v))
-    o, lse = (_join(x) for x in plan.forward(_split(q, k.shape[2]), k_heads, v_heads, queries, keys, options))
+    part = plan.forward(_inputs(q, k, v, queries, keys), options)
+    o, lse = (by_token(x, *q.shape[:2]) for x in part)
     # Named here and not where they leave: the residuals themselves must be what a remat policy saves.
     o, lse = checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
     return (o, lse), (q, k, v, queries, keys, o, lse)
@@ -84,12 +68,11 @@ def _backward(options, plan, residuals, cotangents):  # type: ignore[no-untyped-
     # nothing have p = 0 throughout; whatever flows into their constant lse = -inf must not become nan.
     dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
-    q_heads, lse, delta, do = (_split(x, k.shape[2]) for x in (q, lse, delta, do))
-    k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (k, v))
-    dq, dk, dv = plan.backward(q_heads, k_heads, v_heads, queries, keys, options, lse, delta, do)
+    known = Cotangents(*(by_head(x, k.shape[2]) for x in (do, lse, delta)))
+    dq, dkv = plan.backward(_inputs(q, k, v, queries, keys), options, known)
+    dq, dk, dv = by_token(dq, *q.shape[:2]), *(by_token(dkv[:, i], *k.shape[:2]) for i in (0, 1))
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
-    dk, dv = (jnp.swapaxes(x, 1, 2).astype(k.dtype) for x in (dk, dv))
-    return _join(dq).astype(q.dtype), dk, dv, *none
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none
 
 
 attend.defvjp(_forward, _backward)

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
+from ringrl.attention.contract import Partial
 from ringrl.attention.mask import Rule, Side, visible
-from ringrl.attention.merge import Partial, merge_over
+from ringrl.attention.merge import merge_over
 from ringrl.attention.options import Options
 from ringrl.attention.ring import AxisName
 

@@ -24,16 +24,18 @@ class Rule:
 
 
 class Side(NamedTuple):
-    """Where the tokens of one side (queries or keys) stand: positions and segment ids, both (B, S) int32."""
+    """Where the tokens of one side (queries or keys) stand: positions and segment ids, both (B, S) int32; kernels also
+    take one context without the batch axis."""
 
-    positions: Int32[Array, "batch tokens"]
-    segment_ids: Int32[Array, "batch tokens"]
+    positions: Int32[Array, "*batch tokens"]
+    segment_ids: Int32[Array, "*batch tokens"]
 
 
-def visible(rule: Rule, queries: Side, keys: Side) -> Bool[Array, "batch queries keys"]:
+def visible(rule: Rule, queries: Side, keys: Side) -> Bool[Array, "*batch queries keys"]:
     """The rule itself, for one tile of queries and keys."""
-    ahead = queries.positions[:, :, None] - keys.positions[:, None, :]  # steps that the query is ahead of the key
-    allowed = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+    # By how many steps the query is ahead of the key.
+    ahead = queries.positions[..., :, None] - keys.positions[..., None, :]
+    allowed = queries.segment_ids[..., :, None] == keys.segment_ids[..., None, :]
     if rule.is_causal:
         allowed &= ahead >= 0
     if rule.window is not None:
@@ -51,10 +53,10 @@ class TileKind(NamedTuple):
 
 def classify(rule: Rule, queries: Side, keys: Side) -> TileKind:
     """Decide from the extremes of positions and segment ids alone; `any_visible` may err towards computing."""
-    q_low, q_high = queries.positions.min(1), queries.positions.max(1)
-    k_low, k_high = keys.positions.min(1), keys.positions.max(1)
-    qs_low, qs_high = queries.segment_ids.min(1), queries.segment_ids.max(1)
-    ks_low, ks_high = keys.segment_ids.min(1), keys.segment_ids.max(1)
+    q_low, q_high = queries.positions.min(-1), queries.positions.max(-1)
+    k_low, k_high = keys.positions.min(-1), keys.positions.max(-1)
+    qs_low, qs_high = queries.segment_ids.min(-1), queries.segment_ids.max(-1)
+    ks_low, ks_high = keys.segment_ids.min(-1), keys.segment_ids.max(-1)
     some = (qs_low <= ks_high) & (ks_low <= qs_high)
     every = (qs_low == qs_high) & (ks_low == ks_high) & (qs_low == ks_low)
     if rule.is_causal:
@@ -69,12 +71,7 @@ def classify(rule: Rule, queries: Side, keys: Side) -> TileKind:
 
 def pad_side(side: Side, size: int, segment_id: int) -> Side:
     """Pad to `size` tokens that see and are seen by nothing; positions repeat the last one to keep tiles tight."""
-    amount = ((0, 0), (0, size - side.positions.shape[1]))
+    amount = [(0, 0)] * (side.positions.ndim - 1) + [(0, size - side.positions.shape[-1])]
     return Side(
         jnp.pad(side.positions, amount, mode="edge"), jnp.pad(side.segment_ids, amount, constant_values=segment_id)
     )
-
-
-def tiles(x: jax.Array, size: int) -> jax.Array:
-    """(B, S, ...) -> (S / size, B, size, ...), the leading axis for a scan over tiles."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

@@ -1,22 +1,14 @@
 """Adding up attention over parts of the keys. Used by the forward pass only: never differentiated (see ring.py)."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
+from ringrl.attention.contract import Partial
 from ringrl.attention.varying import varying_like
 
 
-class Partial(NamedTuple):
-    """Attention over some of the keys: normalised output and log-sum-exp, float32; nothing seen is 0 and -inf."""
-
-    o: Float32[Array, "*batch queries head_dim"]
-    lse: Float32[Array, "*batch queries"]
-
-
-def nothing_seen(q: Float[Array, "*batch queries head_dim"]) -> Partial:
+def nothing_seen(q: Float[Array, "*heads rows head_dim"]) -> Partial:
     """What queries have before they meet any key: 0 and -inf."""
     return varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)))
 

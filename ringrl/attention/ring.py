@@ -13,20 +13,23 @@ between send and receive on every generation while memory stays constant in the 
 
 import dataclasses
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
 from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Rule, Side
-from ringrl.attention.merge import Partial, nothing_seen
+from ringrl.attention.merge import nothing_seen
 from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
 
 AxisName = str | tuple[str, ...]
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Leg:
 class Block(NamedTuple):
     """What travels: keys and values in one array, positions and segment ids in another."""
 
-    kv: Float[Array, "2 batch kv_heads keys head_dim"]
+    kv: Float[Array, "heads 2 keys head_dim"]
     side: Int32[Array, "2 batch keys"]
 
 
@@ -57,19 +60,16 @@ class Ring:
     size: int
     legs: tuple[Leg, ...]
 
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options) -> Partial:
+    def forward(self, inputs: Inputs, options: Options) -> Partial:
         """Attention over the blocks of all devices that the legs visit."""
-        total = nothing_seen(q)
+        total = nothing_seen(inputs.q)
         for number, leg in enumerate(self.legs):
-            shares = _deal(leg, q)
-            blocks, sends = self._start(leg, number, k, v, keys)
+            blocks, sends = self._start(leg, number, inputs)
 
-            def attend(total: Partial, blocks: list[Block], leg=leg, shares=shares) -> Partial:  # type: ignore[no-untyped-def]
-                parts = [
-                    xla.forward(share, block.kv[0], block.kv[1], queries, Side(*block.side), options, Partial(*start))
-                    for share, block, *start in zip(shares, blocks, *(_deal(leg, x) for x in total), strict=True)
-                ]
-                return Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+            def attend(total: Partial, blocks: list[Block], leg=leg) -> Partial:  # type: ignore[no-untyped-def]
+                starts = _deal(leg, total, inputs.kv_heads)
+                met = zip(_meet(leg, inputs, blocks), starts, strict=True)
+                return _collect([xla.forward(share, options, start) for share, start in met], inputs)
 
             def hop(carry, _, leg=leg, attend=attend):  # type: ignore[no-untyped-def]
                 total, blocks = carry
@@ -80,31 +80,18 @@ class Ring:
             total = attend(total, blocks)
         return total
 
-    def backward(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        queries: Side,
-        keys: Side,
-        options: Options,
-        lse: jax.Array,
-        delta: jax.Array,
-        do: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
         """Gradients of the queries add up where they are; those of a block travel behind it, and home at the end."""
-        dq = varying_like(q, jnp.zeros(q.shape, jnp.float32))
-        dkv = varying_like(q, jnp.zeros((2, *k.shape), jnp.float32))
+        dq = varying_like(inputs.q, jnp.zeros(inputs.q.shape, jnp.float32))
+        come_home = []
         for number, leg in enumerate(self.legs):
-            shares = list(zip(*(_deal(leg, x) for x in (q, lse, delta, do)), strict=True))
-            blocks, sends = self._start(leg, number, k, v, keys)
+            blocks, sends = self._start(leg, number, inputs)
 
-            def gradients(blocks: list[Block], shares=shares):  # type: ignore[no-untyped-def]
-                parts = [
-                    xla.backward(share[0], block.kv[0], block.kv[1], queries, Side(*block.side), options, *share[1:])
-                    for share, block in zip(shares, blocks, strict=True)
-                ]
-                return jnp.concatenate([part[0] for part in parts], axis=1), [jnp.stack(part[1:]) for part in parts]
+            def gradients(blocks: list[Block], leg=leg):  # type: ignore[no-untyped-def]
+                known = _deal(leg, cotangents, inputs.kv_heads)
+                met = zip(_meet(leg, inputs, blocks), known, strict=True)
+                parts = [xla.backward(share, options, one) for share, one in met]
+                return _collect([part.dq for part in parts], inputs), [part.dkv for part in parts]
 
             def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]
                 dq, dblocks, blocks = carry
@@ -115,19 +102,19 @@ class Ring:
                 dq_part, dblocks_part, arriving, dblocks = tied
                 return (dq + dq_part, _add(dblocks, dblocks_part), arriving), None
 
-            start = varying_like(q, [jnp.zeros(block.kv.shape, jnp.float32) for block in blocks])
+            start = varying_like(inputs.q, [jnp.zeros(block.kv.shape, jnp.float32) for block in blocks])
             (dq, dblocks, blocks), _ = lax.scan(hop, (dq, start, blocks), None, length=sends)
             dblocks = self._send(leg, dblocks) if sends else dblocks
             dq_part, dblocks_part = gradients(blocks)
             dq = dq + dq_part
             home = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
-            dkv = dkv + jnp.concatenate(self._send(home, _add(dblocks, dblocks_part)), axis=2)
-        return dq, dkv[0], dkv[1]
+            come_home.append(_collect(self._send(home, _add(dblocks, dblocks_part)), inputs))
+        return Gradients(dq, sum(come_home[1:], start=come_home[0]))
 
-    def _start(self, leg: Leg, number: int, k: jax.Array, v: jax.Array, keys: Side) -> tuple[list[Block], int]:
+    def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[Block], int]:
         """The blocks that a leg begins with and the sends that follow."""
-        side = jnp.stack(keys)
-        blocks = [Block(kv, side) for kv in _deal(leg, jnp.stack([k, v]), axis=2)]
+        side = jnp.stack(inputs.keys)
+        blocks = [Block(kv, side) for kv in _deal(leg, inputs.kv, inputs.kv_heads)]
         return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
 
     def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
@@ -142,8 +129,35 @@ class Ring:
         ]
 
 
-def _deal(leg: Leg, x: jax.Array, axis: int = 1) -> list[jax.Array]:
-    return jnp.split(x, len(leg.shifts), axis=axis)
+def _meet(leg: Leg, inputs: Inputs, blocks: list[Block]) -> list[Inputs]:
+    """The queries of each share of the heads, with the block that is here for them."""
+    shares = zip(_deal(leg, inputs.q, inputs.kv_heads), blocks, strict=True)
+    return [inputs._replace(q=q, kv=block.kv, keys=Side(*block.side)) for q, block in shares]
+
+
+def _deal(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:
+    """Arrays (B * Hkv, ...) dealt out by heads to the ways that a leg goes."""
+    if len(leg.shifts) == 1:
+        return [tree]
+
+    def share(x: jax.Array, way: int) -> jax.Array:
+        heads = x.reshape(-1, kv_heads, *x.shape[1:])
+        return jnp.split(heads, len(leg.shifts), axis=1)[way].reshape(-1, *x.shape[1:])
+
+    return [jax.tree.map(partial(share, way=way), tree) for way in range(len(leg.shifts))]
+
+
+def _collect(parts: list[Tree], inputs: Inputs) -> Tree:
+    """The inverse."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = inputs.queries.positions.shape[0]
+
+    def together(*shares: jax.Array) -> jax.Array:
+        heads = [x.reshape(batch, -1, *x.shape[1:]) for x in shares]
+        return jnp.concatenate(heads, axis=1).reshape(-1, *shares[0].shape[1:])
+
+    return jax.tree.map(together, *parts)
 
 
 def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:

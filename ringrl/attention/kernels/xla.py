@@ -1,8 +1,13 @@
 """Tiled attention in plain XLA: the path of every CPU user, and the check on the others.
 
-Memory is O(S): a scan over tiles of queries holds one (block_q, block_k) tile of logits at a time. Operations per
-visible tile pair, per head: 4 * block_q * block_k * D forward, 10 * block_q * block_k * D backward. Tiles that the
-mask rule excludes are skipped, so causal costs half of full.
+Memory is O(S): a loop over tiles of keys, inside one over tiles of queries, holds one (block_q, block_k) tile of logits
+at a time. Operations per visible tile pair, per head: 4 * block_q * block_k * D forward, 10 * block_q * block_k * D
+backward. Tiles that the mask rule excludes are not visited, so causal costs half of full.
+
+All arrays have the heads that are computed together in front, or no such axis for one head at a time. Matrix products
+are always (rows, contracted) x (contracted, columns), and what is needed the other way round is transposed beforehand,
+once: left to the compiler, tiles are transposed in every visit, and a CPU multiplies a transposed left operand at half
+speed.
 """
 
 import dataclasses
@@ -13,27 +18,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Int32
 
-from ringrl.attention.kernels.tuning import blocks_for
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.kernels.tuning import Blocks, blocks_for
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, visible
-from ringrl.attention.merge import Partial, nothing_seen
+from ringrl.attention.merge import nothing_seen
 from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
 
 LOG2_E = 1.4426950408889634
 
 
-class Gradients(NamedTuple):
-    """Gradients of one block, float32, in the shapes of q, k and v."""
-
-    dq: jax.Array
-    dk: jax.Array
-    dv: jax.Array
-
-
 class Tile(NamedTuple):
-    """Tokens of one tile, (N, ..., block, D) and so on, and where they stand; N contexts or heads at once."""
+    """Tokens of one tile, (..., block, D) and so on, and where they stand."""
 
     arrays: tuple[jax.Array, ...]
     side: Side
@@ -62,236 +60,196 @@ def _logits(options: Options, products: jax.Array, scaling: Scaling) -> tuple[ja
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(N, i, c) x (N, c, j) -> (N, i, j): always this way round, or the compiler transposes tiles to its liking."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
+def _transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
 class Visits(NamedTuple):
-    """Which tiles of keys each tile of queries visits: indices, those to visit first; their number; what is full."""
+    """Which tiles of keys each tile of queries visits: those where all is visible first, then those to be masked."""
 
     order: Int32[Array, "query_tiles key_tiles"]
-    number: Int32[Array, " query_tiles"]
-    is_full: Bool[Array, "query_tiles key_tiles"]  # by key tile: every query sees every key, no mask is needed
+    full: Int32[Array, " query_tiles"]
+    visible: Int32[Array, " query_tiles"]  # full ones and others
 
 
 def _visits(options: Options, queries: Side, keys: Side) -> Visits:
-    """From the extremes of positions and segments alone, for sides (tiles, N, block)."""
+    """From the extremes of positions and segments alone, for sides (tiles, ..., block)."""
     of_row = jax.vmap(partial(classify, options.rule), in_axes=(None, 0))
-    kinds = jax.vmap(of_row, in_axes=(0, None))(queries, keys)
-    order = jnp.argsort(~kinds.any_visible, axis=1, stable=True)
-    return Visits(order.astype(jnp.int32), kinds.any_visible.sum(1, dtype=jnp.int32), kinds.all_visible)
+    some, every = jax.vmap(of_row, in_axes=(0, None))(queries, keys)
+    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True)
+    return Visits(order.astype(jnp.int32), every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32))
 
 
-def _visit(options: Options, queries: Tile, keys: Tile, is_full: jax.Array, compute):  # type: ignore[no-untyped-def]
-    """`compute(None)` for a full tile, `compute(mask)` for a partial one."""
+def _visit_all(visits: Visits, key_tiles: Tile, visit: Callable, start):  # type: ignore[no-untyped-def]
+    """Fold `visit(carry, keys, index, is_full)` over what one tile of queries visits."""
 
-    def partly():  # type: ignore[no-untyped-def]
-        mask = visible(options.rule, queries.side, keys.side)
-        groups = queries.arrays[0].shape[1] // mask.shape[1]
-        return compute(jnp.tile(mask, (1, groups, 1)))
+    def step(is_full: bool, i: jax.Array, carry):  # type: ignore[no-untyped-def]
+        index = visits.order[i]
+        return visit(carry, _tile(key_tiles, index), index, is_full)
 
-    return lax.cond(is_full, lambda: compute(None), partly)
+    carry = lax.fori_loop(0, visits.full, partial(step, True), start)
+    return lax.fori_loop(visits.full, visits.visible, partial(step, False), carry)
 
 
-def _forward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: jax.Array):  # type: ignore[no-untyped-def]
+def _forward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: bool):  # type: ignore[no-untyped-def]
     """Online softmax: fold one tile of keys into (accumulator, running maximum, running sum)."""
     (q,), (k_transposed, v) = queries.arrays, keys.arrays
     o, maximum, total = carry
-
-    def compute(mask: jax.Array | None):  # type: ignore[no-untyped-def]
-        s, _ = _logits(options, _product(q, k_transposed), scaling)
-        if mask is not None:
-            s = jnp.where(mask, s, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, s.max(-1))
-        shift = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)  # rows that have seen nothing yet
-        p = lax.optimization_barrier(jnp.exp2(s - shift[..., None]))  # computed once, for the sum and the product
-        alpha = jnp.exp2(maximum - shift)
-        return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
-
-    return _visit(options, queries, keys, is_full, compute)
+    s, _ = _logits(options, _product(q, k_transposed), scaling)
+    if not is_full:
+        s = jnp.where(visible(options.rule, queries.side, keys.side), s, -jnp.inf)
+    new_maximum = jnp.maximum(maximum, s.max(-1))
+    shift = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)  # rows that have seen nothing yet
+    p = lax.optimization_barrier(jnp.exp2(s - shift[..., None]))  # computed once, for the sum and the product
+    alpha = jnp.exp2(maximum - shift)
+    return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
 
 
-def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: jax.Array):  # type: ignore[no-untyped-def]
-    """Add one tile pair's share to (dq, dk, dv), from the global log-sum-exp and delta.
-
-    Tiles are (keys, queries) here, and what a product needs the other way round is transposed beforehand: a CPU
-    multiplies a transposed left operand at half speed.
-    """
-    (q, q_transposed, do, do_transposed, lse, delta), (k, v) = queries.arrays, keys.arrays
-    dq, dk, dv = carry
-
-    def compute(mask: jax.Array | None):  # type: ignore[no-untyped-def]
-        s, cap_slope = _logits(options, _product(k, q_transposed), scaling)
-        p = jnp.exp2(s - lse[:, None])
-        if mask is not None:
-            p = jnp.where(jnp.swapaxes(mask, 1, 2), p, 0.0)
-        ds = p * (_product(v, do_transposed) - delta[:, None])
-        if cap_slope is not None:
-            ds *= cap_slope
-        ds = ds.astype(q.dtype)
-        ds_transposed = lax.optimization_barrier(jnp.swapaxes(ds, 1, 2))
-        return (
-            dq + _product(ds_transposed, k),
-            dk + _product(ds, q),
-            dv + _product(p.astype(q.dtype), do),
-        )
-
-    return _visit(options, queries, keys, is_full, compute)
+def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: bool):  # type: ignore[no-untyped-def]
+    """Add one tile pair's share to (dq transposed, dk, dv), from the global log-sum-exp and delta; tiles (keys, queries)."""
+    (q, q_transposed, do, do_transposed, lse, delta), (k, k_transposed, v) = queries.arrays, keys.arrays
+    dq_transposed, dk, dv = carry
+    s, cap_slope = _logits(options, _product(k, q_transposed), scaling)
+    p = jnp.exp2(s - lse[..., None, :])
+    if not is_full:
+        p = jnp.where(_transpose(visible(options.rule, queries.side, keys.side)), p, 0.0)
+    ds = p * (_product(v, do_transposed) - delta[..., None, :])
+    if cap_slope is not None:
+        ds *= cap_slope
+    ds = ds.astype(q.dtype)
+    return (
+        dq_transposed + _product(k_transposed, ds),
+        dk + _product(ds, q),
+        dv + _product(p.astype(q.dtype), do),
+    )
 
 
 def _tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """(N, ..., S, ...) -> (tiles, N, ..., block, ...), the axis padded with zeros to whole blocks."""
+    """(..., S, ...) -> (tiles, ..., block, ...), the axis padded with zeros to whole blocks."""
+    axis %= x.ndim
     amount = [(0, 0)] * x.ndim
     amount[axis] = (0, -x.shape[axis] % block)
     x = jnp.pad(x, amount)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _query_tiles(x: jax.Array, block: int) -> jax.Array:
-    """(N, G, S[, D]) -> (tiles, N, G * block[, D]): the queries that share a key head are rows of one tile."""
-    x = _tiles(x, 2, block)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _join_queries(x: jax.Array, groups: int, length: int) -> jax.Array:
+def _join(x: jax.Array, axis: int, length: int) -> jax.Array:
     """The inverse."""
-    x = jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), 0, 2)  # (N, G, tiles, block[, D])
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
-
-
-def _join_keys(x: jax.Array, length: int) -> jax.Array:
-    """(tiles, N, block, D) -> (N, S, D) without the padding."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, x.shape[3])[:, :length]
+    axis %= x.ndim - 1
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return lax.slice_in_dim(x, 0, length, axis=axis)
 
 
 def _side_tiles(side: Side, block: int, padding: int) -> Side:
-    length = side.positions.shape[1]
+    length = side.positions.shape[-1]
     padded = pad_side(side, length + -length % block, padding)
-    return Side(_tiles(padded.positions, 1, block), _tiles(padded.segment_ids, 1, block))
+    return Side(*(_tiles(x, -1, block) for x in padded))
 
 
 def _tile(tiles: Tile, index: jax.Array) -> Tile:
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tiles)
 
 
-def _forward_heads(q, k, v, start_o, start_lse, queries, keys, options):  # type: ignore[no-untyped-def]
-    """Forward of q (N, G, S, D), k and v (N, S, D): o (N, G, S, D) and lse (N, G, S)."""
+def _forward_heads(options: Options, blocks: Blocks, inputs: Inputs, start: Partial) -> Partial:
+    """Forward of some heads, or of one without the axis of heads; sides are those of rows."""
+    q, kv, queries, keys = inputs
     scaling = Scaling.of(options, q.dtype)
-    key_arrays = (_tiles(jnp.swapaxes(k, 1, 2), 2, options.block_k), _tiles(v, 1, options.block_k))
-    key_tiles = Tile(key_arrays, _side_tiles(keys, options.block_k, PADDING_KEY))
+    k, v = kv[..., 0, :, :], kv[..., 1, :, :]
+    key_arrays = (_tiles(_transpose(k), -1, blocks.keys), _tiles(v, -2, blocks.keys))
+    key_tiles = Tile(key_arrays, _side_tiles(keys, blocks.keys, PADDING_KEY))
 
-    def query_tile(arguments: tuple[Tile, Visits]) -> tuple[jax.Array, jax.Array]:
-        (arrays, side), visits = arguments
-        q, o, lse = arrays
+    def query_tile(arguments: tuple[Tile, Visits]) -> Partial:
+        ((q, o, lse), side), visits = arguments
 
-        def key_tile(i: jax.Array, carry):  # type: ignore[no-untyped-def]
-            index = visits.order[i]
-            keys = _tile(key_tiles, index)
-            return _forward_tile(options, scaling, Tile((q,), side), carry, keys, visits.is_full[index])
+        def visit(carry, keys: Tile, _: jax.Array, is_full: bool):  # type: ignore[no-untyped-def]
+            return _forward_tile(options, scaling, Tile((q,), side), carry, keys, is_full)
 
         # What was seen before enters like one more key: its log-sum-exp as the maximum, with a sum of one.
-        start = (o, lse * LOG2_E, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-        o, maximum, total = lax.fori_loop(0, visits.number, key_tile, start)
-        return o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E
+        before = (o, lse * LOG2_E, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
+        o, maximum, total = _visit_all(visits, key_tiles, visit, before)
+        return Partial(o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E)
 
-    arrays = tuple(_query_tiles(x, options.block_q) for x in (q * scaling.queries, start_o, start_lse))
-    tiles = Tile(arrays, _side_tiles(queries, options.block_q, PADDING_QUERY))
-    o, lse = lax.map(query_tile, (tiles, _visits(options, tiles.side, key_tiles.side)))
-    return tuple(_join_queries(x, *q.shape[1:3]) for x in (o, lse))
+    arrays = (_tiles(q * scaling.queries, -2, blocks.queries), _tiles(start.o, -2, blocks.queries))
+    side = _side_tiles(queries, blocks.queries, PADDING_QUERY)
+    tiles = Tile((*arrays, _tiles(start.lse, -1, blocks.queries)), side)
+    o, lse = lax.map(query_tile, (tiles, _visits(options, side, key_tiles.side)))
+    return Partial(_join(o, -2, q.shape[-2]), _join(lse, -1, q.shape[-2]))
 
 
-def _backward_heads(q, k, v, lse, delta, do, queries, keys, options):  # type: ignore[no-untyped-def]
+def _backward_heads(options: Options, blocks: Blocks, inputs: Inputs, cotangents: Cotangents) -> Gradients:
     """Backward in the same shapes."""
+    q, kv, queries, keys = inputs
     scaling = Scaling.of(options, q.dtype)
-    key_arrays = (_tiles(k, 1, options.block_k), _tiles(v, 1, options.block_k))
-    key_tiles = Tile(key_arrays, _side_tiles(keys, options.block_k, PADDING_KEY))
+    k, v = kv[..., 0, :, :], kv[..., 1, :, :]
+    key_arrays = (
+        _tiles(k, -2, blocks.keys),
+        _tiles(_transpose(k), -1, blocks.keys),
+        _tiles(v, -2, blocks.keys),
+    )
+    key_tiles = Tile(key_arrays, _side_tiles(keys, blocks.keys, PADDING_KEY))
 
     def query_tile(carry, arguments: tuple[Tile, Visits]):  # type: ignore[no-untyped-def]
-        (arrays, side), visits = arguments
-        q, do, lse, delta = arrays
-        transposed = lax.optimization_barrier((jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)))
-        tile = Tile((q, transposed[0], do, transposed[1], lse, delta), side)
+        ((q, do, lse, delta), side), visits = arguments
+        q_transposed, do_transposed = lax.optimization_barrier((_transpose(q), _transpose(do)))
+        queries = Tile((q, q_transposed, do, do_transposed, lse, delta), side)
 
-        def key_tile(i: jax.Array, carry):  # type: ignore[no-untyped-def]
-            dq, dk, dv = carry
-            index = visits.order[i]
-            dk_tile, dv_tile = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (dk, dv))
-            tiles = (dq, dk_tile, dv_tile)
-            dq, *dkv = _backward_tile(options, scaling, tile, tiles, _tile(key_tiles, index), visits.is_full[index])
+        def visit(carry, keys: Tile, index: jax.Array, is_full: bool):  # type: ignore[no-untyped-def]
+            dq, *dkv = carry
+            before = (dq, *(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in dkv))
+            dq, *parts = _backward_tile(options, scaling, queries, before, keys, is_full)
             return dq, *(
-                lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip((dk, dv), dkv, strict=True)
+                lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip(dkv, parts, strict=True)
             )
 
-        start = varying_like(q, jnp.zeros(q.shape, jnp.float32))
-        dq, dk, dv = lax.fori_loop(0, visits.number, key_tile, (start, *carry))
-        return (dk, dv), dq
+        start = varying_like(q, jnp.zeros(q_transposed.shape, jnp.float32))
+        dq, *dkv = _visit_all(visits, key_tiles, visit, (start, *carry))
+        return tuple(dkv), _transpose(dq)
 
-    arrays = tuple(_query_tiles(x, options.block_q) for x in (q * scaling.queries, do, lse, delta))
-    tiles = Tile(arrays, _side_tiles(queries, options.block_q, PADDING_QUERY))
-    start = jnp.zeros((2, *key_tiles.arrays[0].shape), jnp.float32)
-    visits = _visits(options, tiles.side, key_tiles.side)
-    (dk, dv), dq = lax.scan(query_tile, tuple(varying_like(q, start)), (tiles, visits))
-    dq, dk = dq * options.scale, dk * (options.scale / scaling.queries)
-    return Gradients(_join_queries(dq, *q.shape[1:3]), _join_keys(dk, k.shape[1]), _join_keys(dv, k.shape[1]))
+    arrays = tuple(_tiles(x, -2, blocks.queries) for x in (q * scaling.queries, cotangents.do))
+    rows = tuple(_tiles(x, -1, blocks.queries) for x in (cotangents.lse, cotangents.delta))
+    tiles = Tile(arrays + rows, _side_tiles(queries, blocks.queries, PADDING_QUERY))
+    start = varying_like(q, (jnp.zeros(key_arrays[0].shape, jnp.float32),) * 2)
+    (dk, dv), dq = lax.scan(query_tile, start, (tiles, _visits(options, tiles.side, key_tiles.side)))
+    dk = dk * (options.scale / scaling.queries)
+    dkv = jnp.stack([_join(x, -2, kv.shape[-2]) for x in (dk, dv)], axis=-3)
+    return Gradients(_join(dq, -2, q.shape[-2]) * options.scale, dkv)
 
 
-def _each_head(options: Options, run: Callable, arrays, queries: Side, keys: Side):  # type: ignore[no-untyped-def]
-    """run(arrays, queries, keys, options) on (N, ...) arrays, some heads after others, for arrays (B, Hkv, ...)."""
-    batch, kv_heads = arrays[0].shape[:2]
-    blocks = blocks_for(batch * kv_heads)
-    options = dataclasses.replace(
-        options,
-        block_q=_fit(options.block_q or blocks.queries, queries),
-        block_k=_fit(options.block_k or blocks.keys, keys),
+def _each_head(run: Callable, options: Options, inputs: Inputs, more: Partial | Cotangents):  # type: ignore[no-untyped-def]
+    """`run` on some heads after others, or on one after another."""
+    heads = inputs.q.shape[0]
+    blocks = blocks_for(heads)
+    blocks = Blocks(
+        _fit(options.block_q or blocks.queries, inputs.q.shape[1]),
+        _fit(options.block_k or blocks.keys, inputs.kv.shape[2]),
+        blocks.heads,
     )
+    of_rows = jax.tree.map(lambda x: jnp.tile(x, (1, inputs.groups)), inputs.queries)
+    sides = jax.tree.map(lambda x: jnp.repeat(x, inputs.kv_heads, axis=0), (of_rows, inputs.keys))
+    arguments = inputs._replace(queries=sides[0], keys=sides[1]), more
+    if blocks.heads == 1:
+        return lax.map(lambda x: run(options, blocks, *x), arguments)
+    arguments = jax.tree.map(lambda x: x.reshape(-1, blocks.heads, *x.shape[1:]), arguments)
+    results = lax.map(lambda x: run(options, blocks, *x), arguments)
+    return jax.tree.map(lambda x: x.reshape(heads, *x.shape[2:]), results)
 
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, blocks.heads, *x.shape[2:])
 
-    sides = jax.tree.map(lambda x: split(jnp.repeat(x[:, None], kv_heads, axis=1)), (queries, keys))
-    results = lax.map(lambda x: run(*x, options), (jax.tree.map(split, arrays), *sides))
-    return jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[2:]), results)
-
-
-def _fit(block: int, side: Side) -> int:
+def _fit(block: int, length: int) -> int:
     """A block no longer than the (8-aligned) sequence, so that a short one is not padded to a whole block."""
-    return min(block, -(-side.positions.shape[1] // 8) * 8)
+    return min(block, -(-length // 8) * 8)
 
 
-def forward(
-    q: Float[Array, "batch kv_heads groups queries head_dim"],
-    k: Float[Array, "batch kv_heads keys head_dim"],
-    v: Float[Array, "batch kv_heads keys head_dim"],
-    queries: Side,
-    keys: Side,
-    options: Options,
-    start: Partial | None = None,
-) -> Partial:
+def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
     """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf."""
-    start = nothing_seen(q) if start is None else start
-
-    def run(arrays, queries, keys, options):  # type: ignore[no-untyped-def]
-        return _forward_heads(*arrays, queries, keys, options)
-
-    return Partial(*_each_head(options, run, (q, k, v, *start), queries, keys))
+    return _each_head(_forward_heads, options, inputs, nothing_seen(inputs.q) if start is None else start)
 
 
-def backward(
-    q: Float[Array, "batch kv_heads groups queries head_dim"],
-    k: Float[Array, "batch kv_heads keys head_dim"],
-    v: Float[Array, "batch kv_heads keys head_dim"],
-    queries: Side,
-    keys: Side,
-    options: Options,
-    lse: Float32[Array, "batch kv_heads groups queries"],
-    delta: Float32[Array, "batch kv_heads groups queries"],
-    do: Float[Array, "batch kv_heads groups queries head_dim"],
-) -> Gradients:
-    """Gradients of this block of keys, from the global `lse` and `delta` of its queries."""
-    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
-
-    def run(arrays, queries, keys, options):  # type: ignore[no-untyped-def]
-        return _backward_heads(*arrays, queries, keys, options)
-
-    return Gradients(*_each_head(options, run, (q, k, v, lse, delta, do), queries, keys))
+def backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
+    """Gradients of these keys and of the queries as far as they see them."""
+    # Rows that see nothing are masked everywhere: any finite value will do.
+    lse = jnp.where(jnp.isneginf(cotangents.lse), 0.0, cotangents.lse) * LOG2_E
+    return _each_head(_backward_heads, options, inputs, cotangents._replace(lse=lse))
