@@ -87,10 +87,10 @@ class Ring:
         for number, leg in enumerate(self.legs):
             blocks, sends = self._start(leg, number, inputs)
 
-            def gradients(blocks: list[Block], leg=leg):  # type: ignore[no-untyped-def]
-                known = _deal(leg, cotangents, inputs.kv_heads)
+            def gradients(dq: jax.Array, blocks: list[Block], leg=leg):  # type: ignore[no-untyped-def]
+                known = _deal(leg, (cotangents, dq), inputs.kv_heads)
                 met = zip(_meet(leg, inputs, blocks), known, strict=True)
-                parts = [xla.backward(share, options, one) for share, one in met]
+                parts = [xla.backward(share, options, *one) for share, one in met]
                 return _collect([part.dq for part in parts], inputs), [part.dkv for part in parts]
 
             def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]
@@ -98,15 +98,14 @@ class Ring:
                 arriving = self._send(leg, blocks)
                 # What the devices before made of this block leaves them now, hidden behind the kernel.
                 dblocks = self._send(leg, dblocks)
-                tied = lax.optimization_barrier((*gradients(blocks), arriving, dblocks))
-                dq_part, dblocks_part, arriving, dblocks = tied
-                return (dq + dq_part, _add(dblocks, dblocks_part), arriving), None
+                tied = lax.optimization_barrier((*gradients(dq, blocks), arriving, dblocks))
+                dq, dblocks_part, arriving, dblocks = tied
+                return (dq, _add(dblocks, dblocks_part), arriving), None
 
             start = varying_like(inputs.q, [jnp.zeros(block.kv.shape, jnp.float32) for block in blocks])
             (dq, dblocks, blocks), _ = lax.scan(hop, (dq, start, blocks), None, length=sends)
             dblocks = self._send(leg, dblocks) if sends else dblocks
-            dq_part, dblocks_part = gradients(blocks)
-            dq = dq + dq_part
+            dq, dblocks_part = gradients(dq, blocks)
             home = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
             come_home.append(_collect(self._send(home, _add(dblocks, dblocks_part)), inputs))
         return Gradients(dq, sum(come_home[1:], start=come_home[0]))

@@ -13,12 +13,12 @@ speed.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float32, Int32
 
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
 from ringrl.attention.kernels.tuning import Blocks, blocks_for
@@ -28,6 +28,7 @@ from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
 
 LOG2_E = 1.4426950408889634
+Tree = TypeVar("Tree")
 
 
 class Tile(NamedTuple):
@@ -64,7 +65,8 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _transpose(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
+    """Held by a barrier, or the compiler makes it part of the product again."""
+    return lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
 
 class Visits(NamedTuple):
@@ -115,7 +117,7 @@ def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, key
     s, cap_slope = _logits(options, _product(k, q_transposed), scaling)
     p = jnp.exp2(s - lse[..., None, :])
     if not is_full:
-        p = jnp.where(_transpose(visible(options.rule, queries.side, keys.side)), p, 0.0)
+        p = jnp.where(jnp.swapaxes(visible(options.rule, queries.side, keys.side), -1, -2), p, 0.0)
     ds = p * (_product(v, do_transposed) - delta[..., None, :])
     if cap_slope is not None:
         ds *= cap_slope
@@ -159,8 +161,8 @@ def _forward_heads(options: Options, blocks: Blocks, inputs: Inputs, start: Part
     q, kv, queries, keys = inputs
     scaling = Scaling.of(options, q.dtype)
     k, v = kv[..., 0, :, :], kv[..., 1, :, :]
-    key_arrays = (_tiles(_transpose(k), -1, blocks.keys), _tiles(v, -2, blocks.keys))
-    key_tiles = Tile(key_arrays, _side_tiles(keys, blocks.keys, PADDING_KEY))
+    k_tiles, v_tiles = (_tiles(x, -2, blocks.keys) for x in (k, v))
+    key_tiles = Tile((_transpose(k_tiles), v_tiles), _side_tiles(keys, blocks.keys, PADDING_KEY))
 
     def query_tile(arguments: tuple[Tile, Visits]) -> Partial:
         ((q, o, lse), side), visits = arguments
@@ -180,22 +182,19 @@ def _forward_heads(options: Options, blocks: Blocks, inputs: Inputs, start: Part
     return Partial(_join(o, -2, q.shape[-2]), _join(lse, -1, q.shape[-2]))
 
 
-def _backward_heads(options: Options, blocks: Blocks, inputs: Inputs, cotangents: Cotangents) -> Gradients:
+def _backward_heads(
+    options: Options, blocks: Blocks, inputs: Inputs, cotangents: Cotangents, before: Gradients
+) -> Gradients:
     """Backward in the same shapes."""
     q, kv, queries, keys = inputs
     scaling = Scaling.of(options, q.dtype)
     k, v = kv[..., 0, :, :], kv[..., 1, :, :]
-    key_arrays = (
-        _tiles(k, -2, blocks.keys),
-        _tiles(_transpose(k), -1, blocks.keys),
-        _tiles(v, -2, blocks.keys),
-    )
-    key_tiles = Tile(key_arrays, _side_tiles(keys, blocks.keys, PADDING_KEY))
+    k_tiles, v_tiles = (_tiles(x, -2, blocks.keys) for x in (k, v))
+    key_tiles = Tile((k_tiles, _transpose(k_tiles), v_tiles), _side_tiles(keys, blocks.keys, PADDING_KEY))
 
     def query_tile(carry, arguments: tuple[Tile, Visits]):  # type: ignore[no-untyped-def]
-        ((q, do, lse, delta), side), visits = arguments
-        q_transposed, do_transposed = lax.optimization_barrier((_transpose(q), _transpose(do)))
-        queries = Tile((q, q_transposed, do, do_transposed, lse, delta), side)
+        ((q, do, dq_before, lse, delta), side), visits = arguments
+        queries = Tile((q, _transpose(q), do, _transpose(do), lse, delta), side)
 
         def visit(carry, keys: Tile, index: jax.Array, is_full: bool):  # type: ignore[no-untyped-def]
             dq, *dkv = carry
@@ -205,22 +204,22 @@ def _backward_heads(options: Options, blocks: Blocks, inputs: Inputs, cotangents
                 lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip(dkv, parts, strict=True)
             )
 
-        start = varying_like(q, jnp.zeros(q_transposed.shape, jnp.float32))
+        start = varying_like(q, jnp.zeros_like(queries.arrays[1], jnp.float32))
         dq, *dkv = _visit_all(visits, key_tiles, visit, (start, *carry))
-        return tuple(dkv), _transpose(dq)
+        return tuple(dkv), dq_before + jnp.swapaxes(dq, -1, -2) * options.scale
 
-    arrays = tuple(_tiles(x, -2, blocks.queries) for x in (q * scaling.queries, cotangents.do))
+    arrays = tuple(_tiles(x, -2, blocks.queries) for x in (q * scaling.queries, cotangents.do, before.dq))
     rows = tuple(_tiles(x, -1, blocks.queries) for x in (cotangents.lse, cotangents.delta))
     tiles = Tile(arrays + rows, _side_tiles(queries, blocks.queries, PADDING_QUERY))
-    start = varying_like(q, (jnp.zeros(key_arrays[0].shape, jnp.float32),) * 2)
+    start = varying_like(q, (jnp.zeros(k_tiles.shape, jnp.float32),) * 2)
     (dk, dv), dq = lax.scan(query_tile, start, (tiles, _visits(options, tiles.side, key_tiles.side)))
     dk = dk * (options.scale / scaling.queries)
     dkv = jnp.stack([_join(x, -2, kv.shape[-2]) for x in (dk, dv)], axis=-3)
-    return Gradients(_join(dq, -2, q.shape[-2]) * options.scale, dkv)
+    return Gradients(_join(dq, -2, q.shape[-2]), dkv)
 
 
-def _each_head(run: Callable, options: Options, inputs: Inputs, more: Partial | Cotangents):  # type: ignore[no-untyped-def]
-    """`run` on some heads after others, or on one after another."""
+def _each_head(run: Callable, options: Options, inputs: Inputs, more: tuple, results: Tree) -> Tree:
+    """`run` on some heads after others, or on one after another; it replaces their part of `results`, in place."""
     heads = inputs.q.shape[0]
     blocks = blocks_for(heads)
     blocks = Blocks(
@@ -230,12 +229,19 @@ def _each_head(run: Callable, options: Options, inputs: Inputs, more: Partial | 
     )
     of_rows = jax.tree.map(lambda x: jnp.tile(x, (1, inputs.groups)), inputs.queries)
     sides = jax.tree.map(lambda x: jnp.repeat(x, inputs.kv_heads, axis=0), (of_rows, inputs.keys))
-    arguments = inputs._replace(queries=sides[0], keys=sides[1]), more
-    if blocks.heads == 1:
-        return lax.map(lambda x: run(options, blocks, *x), arguments)
-    arguments = jax.tree.map(lambda x: x.reshape(-1, blocks.heads, *x.shape[1:]), arguments)
-    results = lax.map(lambda x: run(options, blocks, *x), arguments)
-    return jax.tree.map(lambda x: x.reshape(heads, *x.shape[2:]), results)
+    everything = (inputs._replace(queries=sides[0], keys=sides[1]), *more), results
+    if blocks.heads > 1:
+        everything = jax.tree.map(lambda x: x.reshape(-1, blocks.heads, *x.shape[1:]), everything)
+    arguments, results = everything
+
+    def step(results: Tree, numbered):  # type: ignore[no-untyped-def]
+        index, arguments = numbered
+        before = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), results)
+        after = run(options, blocks, *arguments, before)
+        return jax.tree.map(lambda x, part: lax.dynamic_update_index_in_dim(x, part, index, 0), results, after), None
+
+    results, _ = lax.scan(step, results, (jnp.arange(heads // blocks.heads), arguments))
+    return jax.tree.map(lambda x: x.reshape(heads, *x.shape[2:]), results) if blocks.heads > 1 else results
 
 
 def _fit(block: int, length: int) -> int:
@@ -245,11 +251,18 @@ def _fit(block: int, length: int) -> int:
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
     """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf."""
-    return _each_head(_forward_heads, options, inputs, nothing_seen(inputs.q) if start is None else start)
+    return _each_head(_forward_heads, options, inputs, (), nothing_seen(inputs.q) if start is None else start)
 
 
-def backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
-    """Gradients of these keys and of the queries as far as they see them."""
+def backward(
+    inputs: Inputs,
+    options: Options,
+    cotangents: Cotangents,
+    dq: Float32[Array, "heads rows head_dim"] | None = None,
+) -> Gradients:
+    """Gradients of these keys, and of the queries through these keys; the latter added to `dq`, if given."""
     # Rows that see nothing are masked everywhere: any finite value will do.
     lse = jnp.where(jnp.isneginf(cotangents.lse), 0.0, cotangents.lse) * LOG2_E
-    return _each_head(_backward_heads, options, inputs, cotangents._replace(lse=lse))
+    zero = varying_like(inputs.q, Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (inputs.q, inputs.kv))))
+    start = zero if dq is None else zero._replace(dq=dq)
+    return _each_head(_backward_heads, options, inputs, (cotangents._replace(lse=lse),), start)
