@@ -48,9 +48,7 @@ def attend(
 
 def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side) -> Inputs:
     kv_heads = k.shape[2]
-    return Inputs(
-        by_head(q, kv_heads), jnp.stack([by_head(x, kv_heads) for x in (k, v)], axis=1), queries, keys
-    )
+    return Inputs(by_head(q, kv_heads), jnp.stack([by_head(x, kv_heads) for x in (k, v)], axis=1), queries, keys)
 
 
 def _forward(q, k, v, queries, keys, options, plan):  # type: ignore[no-untyped-def]
@@ -70,7 +68,7 @@ def _backward(options, plan, residuals, cotangents):  # type: ignore[no-untyped-
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
     known = Cotangents(*(by_head(x, k.shape[2]) for x in (do, lse, delta)))
     dq, dkv = plan.backward(_inputs(q, k, v, queries, keys), options, known)
-    dq, dk, dv = by_token(dq, *q.shape[:2]), *(by_token(dkv[:, i], *k.shape[:2]) for i in (0, 1))
+    dq, dk, dv = (by_token(x, *like.shape[:2]) for x, like in ((dq, q), (dkv[:, 0], k), (dkv[:, 1], v)))
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none
 

@@ -1,8 +1,8 @@
 """What plans (attend.py) and kernels take and give: arrays by key head, all heads of the batch along one axis.
 
 `rows` are the queries of a key head: of each of its groups (query heads that share it) in turn, so groups * queries of
-them. With N = batch * kv_heads along the first axis, and keys and values in one array, what travels round a ring is what
-kernels read: nothing is rearranged on the way.
+them. The first axis is batch * kv_heads, and keys and values lie in one array: what travels round a ring is what
+kernels read, and nothing is rearranged on the way.
 """
 
 from typing import NamedTuple

@@ -7,7 +7,6 @@ queries and keys the extremes of both decide whether it is skipped, computed wit
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 

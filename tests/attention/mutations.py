@@ -31,13 +31,13 @@ class Mutation(NamedTuple):
 MUTATIONS = {
     "keys_and_values_swapped": Mutation(
         "ring.py",
-        "xla.forward(share, block.kv[0], block.kv[1]",
-        "xla.forward(share, block.kv[1], block.kv[0]",
+        "xla.forward(share, options, start)",
+        "xla.forward(share._replace(kv=share.kv[:, ::-1]), options, start)",
     ),
     "values_swapped_in_backward": Mutation(
         "ring.py",
-        "xla.backward(share[0], block.kv[0], block.kv[1]",
-        "xla.backward(share[0], block.kv[1], block.kv[0]",
+        "xla.backward(share, options, *one)",
+        "xla.backward(share._replace(kv=share.kv[:, ::-1]), options, *one)",
     ),
     "stale_block_in_forward": Mutation(
         "ring.py",
@@ -46,8 +46,8 @@ MUTATIONS = {
     ),
     "stale_block_in_backward": Mutation(
         "ring.py",
-        "return (dq + dq_part, _add(dblocks, dblocks_part), arriving), None",
-        "return (dq + dq_part, _add(dblocks, dblocks_part), blocks), None",
+        "return (dq, _add(dblocks, dblocks_part), arriving), None",
+        "return (dq, _add(dblocks, dblocks_part), blocks), None",
     ),
     "last_hop_dropped": Mutation(
         "ring.py",
@@ -56,8 +56,8 @@ MUTATIONS = {
     ),
     "last_hop_dropped_in_backward": Mutation(
         "ring.py",
-        "            dq = dq + dq_part\n            home",
-        "            home",
+        "            dq, dblocks_part = gradients(dq, blocks)\n",
+        "            _, dblocks_part = gradients(dq, blocks)\n",
     ),
     "one_hop_too_few": Mutation("ring.py", "(Leg(size - 1, (1, -1)", "(Leg(size - 2, (1, -1)"),
     "window_one_chunk_too_short": Mutation(
@@ -84,25 +84,25 @@ MUTATIONS = {
     "gradients_sent_the_wrong_way_home": Mutation("ring.py", "shifts=tuple(-leg.hops", "shifts=tuple(leg.hops"),
     "gradients_of_the_last_leg_only": Mutation(
         "ring.py",
-        "dkv = dkv + jnp.concatenate",
-        "dkv = jnp.concatenate",
+        "sum(come_home[1:], start=come_home[0])",
+        "come_home[-1]",
     ),
     "query_gradients_of_the_last_hop_only": Mutation(
         "ring.py",
-        "return (dq + dq_part, _add",
-        "return (dq_part, _add",
+        "xla.backward(share, options, *one)",
+        "xla.backward(share, options, one[0])",
     ),
     "positions_stay_behind": Mutation(
         "ring.py",
-        "queries, Side(*block.side), options, Partial(*start)",
-        "queries, keys, options, Partial(*start)",
+        "met = zip(_meet(leg, inputs, blocks), starts, strict=True)",
+        "met = zip([x._replace(keys=inputs.keys) for x in _meet(leg, inputs, blocks)], starts, strict=True)",
     ),
     "positions_stay_behind_in_backward": Mutation(
         "ring.py",
-        "queries, Side(*block.side), options, *share[1:]",
-        "queries, keys, options, *share[1:]",
+        "met = zip(_meet(leg, inputs, blocks), known, strict=True)",
+        "met = zip([x._replace(keys=inputs.keys) for x in _meet(leg, inputs, blocks)], known, strict=True)",
     ),
-    "what_was_seen_before_is_forgotten": Mutation("ring.py", "options, Partial(*start))", "options)"),
+    "what_was_seen_before_is_forgotten": Mutation("ring.py", "options, start)", "options)"),
     "wrong_device_s_positions": Mutation(
         "sharded.py",
         "tokens, lax.axis_index(axis_name))",
@@ -110,7 +110,7 @@ MUTATIONS = {
     ),
     "cotangent_of_the_log_sum_exp_dropped": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1)"),
     "cotangent_of_the_log_sum_exp_with_the_wrong_sign": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1) + dlse"),
-    "positions_and_segments_swapped": Mutation("ring.py", "side = jnp.stack(keys)", "side = jnp.stack(keys[::-1])"),
+    "positions_and_segments_swapped": Mutation("ring.py", "jnp.stack(inputs.keys)", "jnp.stack(inputs.keys[::-1])"),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from ringrl.attention import attention
 from ringrl.attention.attend import LOCAL
 from ringrl.attention.attend import attend as local_attention
+from ringrl.attention.contract import Cotangents, Inputs, by_head
 from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Rule, Side
 from ringrl.attention.options import Options
@@ -123,26 +124,33 @@ def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
     whole = (np.arange(36)[None], np.zeros((1, 36), int))
     expected = oracle(arrays, whole, whole, rule, scale=0.4, logits_soft_cap=3.0)
     queries = side(*whole)
-    by_head = lambda x, groups: np.moveaxis(x.reshape(*x.shape[:2], 2, groups, *x.shape[3:]), 1, 3)  # noqa: E731
-    kernel_shape = partial(by_head, groups=2)
-    q, do, dlse = (kernel_shape(x) for x in (q, do, dlse))
-    k, v = (np.swapaxes(x, 1, 2) for x in (k, v))
-    expected = {n: np.swapaxes(x, 1, 2) if n in ("dk", "dv") else kernel_shape(x) for n, x in expected.items()}
+    q, k, v, do, dlse = (by_head(jnp.asarray(x), 2) for x in (q, k, v, do, dlse))
+    expected = {name: np.asarray(by_head(jnp.asarray(x, jnp.float32), 2)) for name, x in expected.items()}
+    kv = jnp.stack([k, v], axis=1)
     parts = [
-        (k[:, :, a:b], v[:, :, a:b], side(*(x[:, a:b] for x in whole))) for a, b in ((0, 5), (5, 30), (30, 36))
+        Inputs(q, kv[:, :, a:b], queries, side(*(x[:, a:b] for x in whole))) for a, b in ((0, 5), (5, 30), (30, 36))
     ]  # uneven; of the first five queries, only the first part holds visible keys
-    forward, backward = (quick(f, static_argnums=5) for f in (xla.forward, xla.backward))
-    outputs = [forward(q, k, v, queries, keys, options) for k, v, keys in parts]
-    outputs = [(np.asarray(part_o), np.asarray(part_lse)) for part_o, part_lse in outputs]
+    forward, backward = (quick(f, static_argnums=1) for f in (xla.forward, xla.backward))
+    outputs = [[np.asarray(x) for x in forward(part, options)] for part in parts]
     lse = np.logaddexp.reduce([part_lse for _, part_lse in outputs])
     o = sum(part_o * np.exp(part_lse - lse)[..., None] for part_o, part_lse in outputs)
     np.testing.assert_allclose(o, expected["o"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(lse, expected["lse"], rtol=1e-5, atol=1e-5)
-    delta = (o * do).sum(-1) - dlse
-    found = [backward(q, k, v, queries, keys, options, lse, delta, do) for k, v, keys in parts]
-    np.testing.assert_allclose(sum(np.asarray(dq) for dq, _, _ in found), expected["dq"], rtol=1e-5, atol=1e-5)
-    for i, name in ((1, "dk"), (2, "dv")):
-        np.testing.assert_allclose(np.concatenate([f[i] for f in found], 2), expected[name], rtol=1e-5, atol=1e-5)
+    seen = None
+    for part in parts:
+        seen = forward(part, options, seen)
+    np.testing.assert_allclose(seen.o, expected["o"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(seen.lse, expected["lse"], rtol=1e-5, atol=1e-5)
+    known = Cotangents(do, jnp.asarray(lse), jnp.asarray((o * do).sum(-1) - dlse))
+    found = [backward(part, options, known) for part in parts]
+    np.testing.assert_allclose(sum(np.asarray(dq) for dq, _ in found), expected["dq"], rtol=1e-5, atol=1e-5)
+    dq = found[0].dq
+    for part in parts[1:]:
+        dq = backward(part, options, known, dq).dq
+    np.testing.assert_allclose(dq, expected["dq"], rtol=1e-5, atol=1e-5)
+    dkv = np.concatenate([dkv for _, dkv in found], axis=2)
+    for i, name in enumerate(("dk", "dv")):
+        np.testing.assert_allclose(dkv[:, i], expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_arguments_that_do_not_fit_are_named(draw):

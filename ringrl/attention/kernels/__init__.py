@@ -1,8 +1,5 @@
-"""Block computations under one contract.
+"""Block computations under one contract (contract.py).
 
-forward(q, k, v, visibility, options) -> (o float32, lse float32)
-backward(q, k, v, visibility, options, lse, delta, do) -> (dq, dk, dv), all float32
-
-`lse` of the backward is the *global* log-sum-exp of each query and `delta` = rowsum(o * do) - dlse, so that the
-gradients of a part of the keys simply add up to the gradients of all of them.
+forward(inputs, options, start) -> Partial: attention over the keys of `inputs` and those that `start` has seen
+backward(inputs, options, cotangents, dq) -> Gradients: of these keys, and of the queries through them, added to `dq`
 """

@@ -22,6 +22,6 @@ def blocks_for(heads: int) -> Blocks:
     if jax.default_backend() != "cpu":
         return Blocks(512, 512, heads)
     if jax.local_device_count() > 1:
-        return Blocks(256, 256, 1)
+        return Blocks(256, 128, 1)
     together = next(n for n in (4, 3, 2, 1) if heads % n == 0)
     return Blocks(512, 512, together) if together > 1 else Blocks(256, 512, 1)

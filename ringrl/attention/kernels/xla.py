@@ -31,29 +31,24 @@ LOG2_E = 1.4426950408889634
 Tree = TypeVar("Tree")
 
 
-class Tile(NamedTuple):
-    """Tokens of one tile, (..., block, D) and so on, and where they stand."""
-
-    arrays: tuple[jax.Array, ...]
-    side: Side
-
-
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Where the scale goes. In float32 it is multiplied into the queries once, in place of every tile of logits."""
+    """Where the scale goes: in float32 into tiles of vectors, once, and not into every tile of logits."""
 
     queries: float
     logits: float
+    cotangents: float
+    gradients: float
 
     @classmethod
     def of(cls, options: Options, dtype: jnp.dtype) -> "Scaling":
         factor = options.scale * LOG2_E if options.logits_soft_cap is None else options.scale / options.logits_soft_cap
-        return cls(factor, 1.0) if dtype == jnp.float32 else cls(1.0, factor)
+        return cls(factor, 1.0, options.scale, 1.0) if dtype == jnp.float32 else cls(1.0, factor, 1.0, options.scale)
 
 
 def _logits(options: Options, products: jax.Array, scaling: Scaling) -> tuple[jax.Array, jax.Array | None]:
     """Scaled and capped logits in units of log 2, and the derivative of the cap (None without one)."""
-    s = products if scaling.logits == 1 else products * scaling.logits
+    s = products * scaling.logits
     if options.logits_soft_cap is None:
         return s, None
     t = jnp.tanh(s)
@@ -65,8 +60,62 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _transpose(x: jax.Array) -> jax.Array:
-    """Held by a barrier, or the compiler makes it part of the product again."""
-    return lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
+    """Held by a barrier in 16 bits, where the compiler would make it part of products that it cannot compute."""
+    x = jnp.swapaxes(x, -1, -2)
+    return x if x.dtype == jnp.float32 else lax.optimization_barrier(x)
+
+
+def _forward_tile(options: Options, scaling: Scaling, q, carry, k_transposed, v, mask):  # type: ignore[no-untyped-def]
+    """Online softmax: fold one tile of keys into (accumulator, running maximum, running sum)."""
+    o, maximum, total = carry
+    s, _ = _logits(options, _product(q, k_transposed), scaling)
+    if mask is not None:
+        s = jnp.where(mask, s, -jnp.inf)
+    new_maximum = jnp.maximum(maximum, s.max(-1))
+    shift = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)  # rows that have seen nothing yet
+    p = lax.optimization_barrier(jnp.exp2(s - shift[..., None]))  # computed once, for the sum and the product
+    alpha = jnp.exp2(maximum - shift)
+    return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
+
+
+class QueryTile(NamedTuple):
+    """What the backward pass reads of one tile of queries: log-sum-exp in units of log 2, `scaled` as Scaling says."""
+
+    q: jax.Array
+    do: jax.Array
+    scaled_q_transposed: jax.Array
+    scaled_do_transposed: jax.Array
+    lse: jax.Array
+    scaled_delta: jax.Array
+
+
+class KeyTile(NamedTuple):
+    """And of one tile of keys."""
+
+    k: jax.Array
+    k_transposed: jax.Array
+    v: jax.Array
+
+
+def _backward_tile(
+    options: Options,
+    scaling: Scaling,
+    queries: QueryTile,
+    keys: KeyTile,
+    dq_transposed: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One tile pair, (keys, queries): dq transposed with its share added, the shares of dk and dv."""
+    s, cap_slope = _logits(options, _product(keys.k, queries.scaled_q_transposed), scaling)
+    p = jnp.exp2(s - queries.lse[..., None, :])
+    if mask is not None:
+        p = jnp.where(jnp.swapaxes(mask, -1, -2), p, 0.0)
+    ds = p * (_product(keys.v, queries.scaled_do_transposed) - queries.scaled_delta[..., None, :]) * scaling.gradients
+    if cap_slope is not None:
+        ds *= cap_slope
+    ds = ds.astype(queries.q.dtype)
+    dk, dv = _product(ds, queries.q), _product(p.astype(queries.do.dtype), queries.do)
+    return dq_transposed + _product(keys.k_transposed, ds), dk, dv
 
 
 class Visits(NamedTuple):
@@ -77,181 +126,182 @@ class Visits(NamedTuple):
     visible: Int32[Array, " query_tiles"]  # full ones and others
 
 
-def _visits(options: Options, queries: Side, keys: Side) -> Visits:
-    """From the extremes of positions and segments alone, for sides (tiles, ..., block)."""
+class Sides(NamedTuple):
+    """Where the tiles of some heads stand, each (tiles, ..., block), and who visits whom."""
+
+    queries: Side
+    keys: Side
+    visits: Visits
+
+
+def _sides(options: Options, blocks: Blocks, queries: Side, keys: Side) -> Sides:
+    """From the extremes of positions and segments alone."""
+    queries = Side(*(_tiles(x, -1, blocks.queries) for x in queries))
+    keys = Side(*(_tiles(x, -1, blocks.keys) for x in keys))
     of_row = jax.vmap(partial(classify, options.rule), in_axes=(None, 0))
     some, every = jax.vmap(of_row, in_axes=(0, None))(queries, keys)
-    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True)
-    return Visits(order.astype(jnp.int32), every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32))
+    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
+    return Sides(queries, keys, Visits(order, every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32)))
 
 
-def _visit_all(visits: Visits, key_tiles: Tile, visit: Callable, start):  # type: ignore[no-untyped-def]
-    """Fold `visit(carry, keys, index, is_full)` over what one tile of queries visits."""
+def _visit_all(options: Options, sides: Sides, i: jax.Array, visit: Callable, start: Tree) -> Tree:
+    """Fold `visit(carry, j, mask)` over the tiles j of keys that tile i of queries visits; full ones have no mask."""
+    order, full, visible_ones = (_at(x, i) for x in sides.visits)
 
-    def step(is_full: bool, i: jax.Array, carry):  # type: ignore[no-untyped-def]
-        index = visits.order[i]
-        return visit(carry, _tile(key_tiles, index), index, is_full)
+    def fully(step: jax.Array, carry: Tree) -> Tree:
+        return visit(carry, _at(order, step), None)
 
-    carry = lax.fori_loop(0, visits.full, partial(step, True), start)
-    return lax.fori_loop(visits.full, visits.visible, partial(step, False), carry)
+    def partly(step: jax.Array, carry: Tree) -> Tree:
+        j = _at(order, step)
+        queries, keys = (Side(*(_at(x, n) for x in side)) for side, n in ((sides.queries, i), (sides.keys, j)))
+        return visit(carry, j, visible(options.rule, queries, keys))
 
-
-def _forward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: bool):  # type: ignore[no-untyped-def]
-    """Online softmax: fold one tile of keys into (accumulator, running maximum, running sum)."""
-    (q,), (k_transposed, v) = queries.arrays, keys.arrays
-    o, maximum, total = carry
-    s, _ = _logits(options, _product(q, k_transposed), scaling)
-    if not is_full:
-        s = jnp.where(visible(options.rule, queries.side, keys.side), s, -jnp.inf)
-    new_maximum = jnp.maximum(maximum, s.max(-1))
-    shift = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)  # rows that have seen nothing yet
-    p = lax.optimization_barrier(jnp.exp2(s - shift[..., None]))  # computed once, for the sum and the product
-    alpha = jnp.exp2(maximum - shift)
-    return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
+    return lax.fori_loop(full, visible_ones, partly, lax.fori_loop(0, full, fully, start))
 
 
-def _backward_tile(options: Options, scaling: Scaling, queries: Tile, carry, keys: Tile, is_full: bool):  # type: ignore[no-untyped-def]
-    """Add one tile pair's share to (dq transposed, dk, dv), from the global log-sum-exp and delta; tiles (keys, queries)."""
-    (q, q_transposed, do, do_transposed, lse, delta), (k, k_transposed, v) = queries.arrays, keys.arrays
-    dq_transposed, dk, dv = carry
-    s, cap_slope = _logits(options, _product(k, q_transposed), scaling)
-    p = jnp.exp2(s - lse[..., None, :])
-    if not is_full:
-        p = jnp.where(jnp.swapaxes(visible(options.rule, queries.side, keys.side), -1, -2), p, 0.0)
-    ds = p * (_product(v, do_transposed) - delta[..., None, :])
-    if cap_slope is not None:
-        ds *= cap_slope
-    ds = ds.astype(q.dtype)
-    return (
-        dq_transposed + _product(k_transposed, ds),
-        dk + _product(ds, q),
-        dv + _product(p.astype(q.dtype), do),
-    )
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
 def _tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """(..., S, ...) -> (tiles, ..., block, ...), the axis padded with zeros to whole blocks."""
+    """(..., S, ...) -> (tiles, ..., block, ...)."""
     axis %= x.ndim
-    amount = [(0, 0)] * x.ndim
-    amount[axis] = (0, -x.shape[axis] % block)
-    x = jnp.pad(x, amount)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _join(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """The inverse."""
-    axis %= x.ndim - 1
-    x = jnp.moveaxis(x, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return lax.slice_in_dim(x, 0, length, axis=axis)
+class Place(NamedTuple):
+    """A tile of an array (N, ..., S, ...): of one index of the first axis, block `tile` along `axis`.
+
+    Read and written in one step each: what is indexed twice is copied whole in between.
+    """
+
+    head: jax.Array
+    tile: jax.Array
+    block: int
+    axis: int = -2
+    which: int | None = None  # of keys (0) and values (1), for arrays (N, ..., 2, S, D)
+
+    def _slice(self, x: jax.Array) -> tuple[list[jax.Array], list[int]]:
+        starts, sizes = [jnp.int32(0)] * x.ndim, list(x.shape)
+        starts[0], sizes[0] = jnp.int32(self.head), 1
+        starts[self.axis], sizes[self.axis] = jnp.int32(self.tile) * self.block, self.block
+        if self.which is not None:
+            starts[-3], sizes[-3] = jnp.int32(self.which), 1
+        return starts, sizes
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """The tile (..., block, ...)."""
+        tile = lax.dynamic_slice(x, *self._slice(x))
+        return tile.reshape(tile.shape[1:] if self.which is None else (*tile.shape[1:-3], *tile.shape[-2:]))
+
+    def put(self, x: jax.Array, tile: jax.Array) -> jax.Array:
+        """x with this tile instead."""
+        starts, sizes = self._slice(x)
+        return lax.dynamic_update_slice(x, tile.reshape(sizes), starts)
 
 
-def _side_tiles(side: Side, block: int, padding: int) -> Side:
-    length = side.positions.shape[-1]
-    padded = pad_side(side, length + -length % block, padding)
-    return Side(*(_tiles(x, -1, block) for x in padded))
+def _keys_transposed(inputs: Inputs, head: jax.Array, block: int) -> jax.Array:
+    """(tiles, ..., D, block)."""
+    return _transpose(_tiles(_at(inputs.kv, head)[..., 0, :, :], -2, block))
 
 
-def _tile(tiles: Tile, index: jax.Array) -> Tile:
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tiles)
+def _forward_head(options: Options, blocks: Blocks, head: jax.Array, inputs: Inputs, seen: Partial) -> Partial:
+    """`seen`, with what the queries of one index of the first axis see here."""
+    scaling = Scaling.of(options, inputs.q.dtype)
+    k_transposed = _keys_transposed(inputs, head, blocks.keys)
+    sides = _sides(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
 
+    def query_tile(i: jax.Array, seen: Partial) -> Partial:
+        place, row = Place(head, i, blocks.queries), Place(head, i, blocks.queries, axis=-1)
+        q, o, lse = place.of(inputs.q) * scaling.queries, place.of(seen.o), row.of(seen.lse)
 
-def _forward_heads(options: Options, blocks: Blocks, inputs: Inputs, start: Partial) -> Partial:
-    """Forward of some heads, or of one without the axis of heads; sides are those of rows."""
-    q, kv, queries, keys = inputs
-    scaling = Scaling.of(options, q.dtype)
-    k, v = kv[..., 0, :, :], kv[..., 1, :, :]
-    k_tiles, v_tiles = (_tiles(x, -2, blocks.keys) for x in (k, v))
-    key_tiles = Tile((_transpose(k_tiles), v_tiles), _side_tiles(keys, blocks.keys, PADDING_KEY))
-
-    def query_tile(arguments: tuple[Tile, Visits]) -> Partial:
-        ((q, o, lse), side), visits = arguments
-
-        def visit(carry, keys: Tile, _: jax.Array, is_full: bool):  # type: ignore[no-untyped-def]
-            return _forward_tile(options, scaling, Tile((q,), side), carry, keys, is_full)
+        def visit(carry, j: jax.Array, mask: jax.Array | None):  # type: ignore[no-untyped-def]
+            v = Place(head, j, blocks.keys, which=1).of(inputs.kv)
+            return _forward_tile(options, scaling, q, carry, _at(k_transposed, j), v, mask)
 
         # What was seen before enters like one more key: its log-sum-exp as the maximum, with a sum of one.
         before = (o, lse * LOG2_E, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-        o, maximum, total = _visit_all(visits, key_tiles, visit, before)
-        return Partial(o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E)
+        o, maximum, total = _visit_all(options, sides, i, visit, before)
+        o, lse = o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E
+        return Partial(place.put(seen.o, o), row.put(seen.lse, lse))
 
-    arrays = (_tiles(q * scaling.queries, -2, blocks.queries), _tiles(start.o, -2, blocks.queries))
-    side = _side_tiles(queries, blocks.queries, PADDING_QUERY)
-    tiles = Tile((*arrays, _tiles(start.lse, -1, blocks.queries)), side)
-    o, lse = lax.map(query_tile, (tiles, _visits(options, side, key_tiles.side)))
-    return Partial(_join(o, -2, q.shape[-2]), _join(lse, -1, q.shape[-2]))
+    return lax.fori_loop(0, len(sides.visits.order), query_tile, seen)
 
 
-def _backward_heads(
-    options: Options, blocks: Blocks, inputs: Inputs, cotangents: Cotangents, before: Gradients
+def _backward_head(
+    options: Options, blocks: Blocks, head: jax.Array, inputs: Inputs, cotangents: Cotangents, sums: Gradients
 ) -> Gradients:
-    """Backward in the same shapes."""
-    q, kv, queries, keys = inputs
-    scaling = Scaling.of(options, q.dtype)
-    k, v = kv[..., 0, :, :], kv[..., 1, :, :]
-    k_tiles, v_tiles = (_tiles(x, -2, blocks.keys) for x in (k, v))
-    key_tiles = Tile((k_tiles, _transpose(k_tiles), v_tiles), _side_tiles(keys, blocks.keys, PADDING_KEY))
+    """`sums`, with what one index of the first axis adds to them."""
+    scaling = Scaling.of(options, inputs.q.dtype)
+    k_transposed = _keys_transposed(inputs, head, blocks.keys)
+    sides = _sides(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
 
-    def query_tile(carry, arguments: tuple[Tile, Visits]):  # type: ignore[no-untyped-def]
-        ((q, do, dq_before, lse, delta), side), visits = arguments
-        queries = Tile((q, _transpose(q), do, _transpose(do), lse, delta), side)
+    def query_tile(i: jax.Array, sums: Gradients) -> Gradients:
+        place, row = Place(head, i, blocks.queries), Place(head, i, blocks.queries, axis=-1)
+        q, do = place.of(inputs.q), place.of(cotangents.do)
+        turned = _transpose(q * scaling.queries), _transpose(do * scaling.cotangents)
+        lse, delta = row.of(cotangents.lse) * LOG2_E, row.of(cotangents.delta) * scaling.cotangents
+        queries = QueryTile(q, do, *turned, lse, delta)
 
-        def visit(carry, keys: Tile, index: jax.Array, is_full: bool):  # type: ignore[no-untyped-def]
-            dq, *dkv = carry
-            before = (dq, *(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in dkv))
-            dq, *parts = _backward_tile(options, scaling, queries, before, keys, is_full)
-            return dq, *(
-                lax.dynamic_update_index_in_dim(x, part, index, 0) for x, part in zip(dkv, parts, strict=True)
-            )
+        def visit(carry, j: jax.Array, mask: jax.Array | None):  # type: ignore[no-untyped-def]
+            dq_transposed, dkv = carry
+            k, v = (Place(head, j, blocks.keys, which=which).of(inputs.kv) for which in (0, 1))
+            keys, both = KeyTile(k, _at(k_transposed, j), v), Place(head, j, blocks.keys)
+            dq_transposed, *shares = _backward_tile(options, scaling, queries, keys, dq_transposed, mask)
+            return dq_transposed, both.put(dkv, both.of(dkv) + jnp.stack(shares, axis=-3))
 
-        start = varying_like(q, jnp.zeros_like(queries.arrays[1], jnp.float32))
-        dq, *dkv = _visit_all(visits, key_tiles, visit, (start, *carry))
-        return tuple(dkv), dq_before + jnp.swapaxes(dq, -1, -2) * options.scale
+        zero = varying_like(q, jnp.zeros(turned[0].shape, jnp.float32))
+        dq_transposed, dkv = _visit_all(options, sides, i, visit, (zero, sums.dkv))
+        return Gradients(place.put(sums.dq, place.of(sums.dq) + jnp.swapaxes(dq_transposed, -1, -2)), dkv)
 
-    arrays = tuple(_tiles(x, -2, blocks.queries) for x in (q * scaling.queries, cotangents.do, before.dq))
-    rows = tuple(_tiles(x, -1, blocks.queries) for x in (cotangents.lse, cotangents.delta))
-    tiles = Tile(arrays + rows, _side_tiles(queries, blocks.queries, PADDING_QUERY))
-    start = varying_like(q, (jnp.zeros(k_tiles.shape, jnp.float32),) * 2)
-    (dk, dv), dq = lax.scan(query_tile, start, (tiles, _visits(options, tiles.side, key_tiles.side)))
-    dk = dk * (options.scale / scaling.queries)
-    dkv = jnp.stack([_join(x, -2, kv.shape[-2]) for x in (dk, dv)], axis=-3)
-    return Gradients(_join(dq, -2, q.shape[-2]), dkv)
+    return lax.fori_loop(0, len(sides.visits.order), query_tile, sums)
 
 
-def _each_head(run: Callable, options: Options, inputs: Inputs, more: tuple, results: Tree) -> Tree:
-    """`run` on some heads after others, or on one after another; it replaces their part of `results`, in place."""
-    heads = inputs.q.shape[0]
-    blocks = blocks_for(heads)
-    blocks = Blocks(
-        _fit(options.block_q or blocks.queries, inputs.q.shape[1]),
-        _fit(options.block_k or blocks.keys, inputs.kv.shape[2]),
+def _each_head(run: Callable, heads: int, arguments: tuple, results: Tree) -> Tree:
+    """results = run(index, *arguments, results) for one head after another, or for so many together; in place."""
+
+    def group(x: jax.Array) -> jax.Array:
+        return x if heads == 1 else x.reshape(-1, heads, *x.shape[1:])
+
+    arguments, grouped = jax.tree.map(group, (arguments, results))
+    steps = len(jax.tree.leaves(grouped)[0])
+    grouped = lax.fori_loop(0, steps, lambda index, results: run(index, *arguments, results), grouped)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), grouped, results)
+
+
+def _blocks(options: Options, inputs: Inputs) -> Blocks:
+    """No longer than the (8-aligned) sequence, so that a short one is not padded to a whole block."""
+    rows, keys = inputs.q.shape[1], inputs.kv.shape[2]
+    blocks = blocks_for(len(inputs.q))
+    return Blocks(
+        min(options.block_q or blocks.queries, -(-rows // 8) * 8),
+        min(options.block_k or blocks.keys, -(-keys // 8) * 8),
         blocks.heads,
     )
+
+
+def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """To whole blocks, with zeros."""
+    amount = [(0, 0)] * x.ndim
+    amount[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, amount)
+
+
+def _prepared(inputs: Inputs, blocks: Blocks) -> Inputs:
+    """Padded to whole tiles, a copy only where lengths do not divide, and with the sides of each head's rows."""
     of_rows = jax.tree.map(lambda x: jnp.tile(x, (1, inputs.groups)), inputs.queries)
-    sides = jax.tree.map(lambda x: jnp.repeat(x, inputs.kv_heads, axis=0), (of_rows, inputs.keys))
-    everything = (inputs._replace(queries=sides[0], keys=sides[1]), *more), results
-    if blocks.heads > 1:
-        everything = jax.tree.map(lambda x: x.reshape(-1, blocks.heads, *x.shape[1:]), everything)
-    arguments, results = everything
-
-    def step(results: Tree, numbered):  # type: ignore[no-untyped-def]
-        index, arguments = numbered
-        before = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), results)
-        after = run(options, blocks, *arguments, before)
-        return jax.tree.map(lambda x, part: lax.dynamic_update_index_in_dim(x, part, index, 0), results, after), None
-
-    results, _ = lax.scan(step, results, (jnp.arange(heads // blocks.heads), arguments))
-    return jax.tree.map(lambda x: x.reshape(heads, *x.shape[2:]), results) if blocks.heads > 1 else results
-
-
-def _fit(block: int, length: int) -> int:
-    """A block no longer than the (8-aligned) sequence, so that a short one is not padded to a whole block."""
-    return min(block, -(-length // 8) * 8)
+    queries, keys = jax.tree.map(lambda x: jnp.repeat(x, inputs.kv_heads, axis=0), (of_rows, inputs.keys))
+    q, kv = _pad(inputs.q, 1, blocks.queries), _pad(inputs.kv, 2, blocks.keys)
+    return Inputs(q, kv, pad_side(queries, q.shape[1], PADDING_QUERY), pad_side(keys, kv.shape[2], PADDING_KEY))
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
     """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf."""
-    return _each_head(_forward_heads, options, inputs, (), nothing_seen(inputs.q) if start is None else start)
+    blocks, rows = _blocks(options, inputs), inputs.q.shape[1]
+    seen = nothing_seen(inputs.q) if start is None else start
+    seen = Partial(*(_pad(x, 1, blocks.queries) for x in seen))
+    seen = _each_head(partial(_forward_head, options, blocks), blocks.heads, (_prepared(inputs, blocks),), seen)
+    return Partial(*(x[:, :rows] for x in seen))
 
 
 def backward(
@@ -261,8 +311,13 @@ def backward(
     dq: Float32[Array, "heads rows head_dim"] | None = None,
 ) -> Gradients:
     """Gradients of these keys, and of the queries through these keys; the latter added to `dq`, if given."""
+    blocks, (_, rows, _), length = _blocks(options, inputs), inputs.q.shape, inputs.kv.shape[2]
     # Rows that see nothing are masked everywhere: any finite value will do.
-    lse = jnp.where(jnp.isneginf(cotangents.lse), 0.0, cotangents.lse) * LOG2_E
-    zero = varying_like(inputs.q, Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (inputs.q, inputs.kv))))
-    start = zero if dq is None else zero._replace(dq=dq)
-    return _each_head(_backward_heads, options, inputs, (cotangents._replace(lse=lse),), start)
+    cotangents = cotangents._replace(lse=jnp.where(jnp.isneginf(cotangents.lse), 0.0, cotangents.lse))
+    cotangents = Cotangents(*(_pad(x, 1, blocks.queries) for x in cotangents))
+    prepared = _prepared(inputs, blocks)
+    sums = varying_like(inputs.q, Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (prepared.q, prepared.kv))))
+    if dq is not None:
+        sums = sums._replace(dq=_pad(dq, 1, blocks.queries))
+    sums = _each_head(partial(_backward_head, options, blocks), blocks.heads, (prepared, cotangents), sums)
+    return Gradients(sums.dq[:, :rows], sums.dkv[:, :, :length])
