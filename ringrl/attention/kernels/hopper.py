@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from ringrl.attention.kernels.tuning.mosaic_gpu import forward_blocks, key_gradient_blocks, query_gradient_blocks
 from ringrl.attention.mask import Rule, Side, classify, pad_side
 from ringrl.attention.options import Options
 
@@ -39,6 +40,10 @@ def unsupported(dtype: jnp.dtype, head_dim: int, options: Options) -> str | None
     for name, block in (("block_q", options.block_q), ("block_k", options.block_k)):
         if block is not None and block % 64:
             return f"the Hopper kernel takes a {name} that is a multiple of 64, not {block}"
+    for blocks_of in (forward_blocks, query_gradient_blocks, key_gradient_blocks):
+        blocks = blocks_of(head_dim, options)
+        if blocks.stages < 2:
+            return f"the Hopper kernel's shared memory has no room for tiles of {blocks.own} by {blocks.visited}"
     return None
 
 
@@ -137,10 +142,9 @@ class Work:
         inputs, tree = jax.tree.flatten((operands, visits))
 
         def kernel(*refs: Ref) -> None:
-            *refs, scratch_refs = refs
-            body(*tree.unflatten(refs[: len(inputs)]), refs[len(inputs) :], scratch_refs)
+            body(*jax.tree.unflatten(tree, refs[: len(inputs)]), refs[len(inputs) : -1], refs[-1])
 
-        programs = min(PROGRAMS if interpret is None else 2, visits.work.size * self.heads)
+        programs = min(PROGRAMS if interpret is None else 1, visits.work.size * self.heads)
         run = plgpu.kernel(
             kernel,
             out_type=outputs,
@@ -233,12 +237,12 @@ def by_warpgroup(produce: Callable[[], None], consume: Callable[[], None]) -> No
 
     @pl.when(me < CONSUMERS)
     def _consume() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(232, action="increase")
         consume()
 
     @pl.when(me == CONSUMERS)
     def _produce() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
         produce()
 
 

@@ -43,7 +43,7 @@ from ringrl.attention.kernels.hopper import (
     visible,
     visits,
 )
-from ringrl.attention.kernels.tuning.mosaic_gpu import HopperBlocks, forward_blocks
+from ringrl.attention.kernels.tuning.mosaic_gpu import forward_blocks
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side
 from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
@@ -164,7 +164,9 @@ def _begin(unit: Warpgroup, start: Partial | None, head: jax.Array, tile: jax.Ar
         o, maximum = unit.full(shape, 0.0, plgpu.Layout.WGMMA), unit.full(shape[:1], -jnp.inf, rows)
         return _State(o, maximum, unit.full(shape[:1], 0.0, rows))
     o, lse = unit.load(start.o.at[head, tile], plgpu.Layout.WGMMA), unit.vector(start.lse.at[head, tile], 1)
-    return _State(o, lse * LOG2_E, jnp.where(lse == -jnp.inf, 0.0, 1.0))
+    total = jnp.where(lse == -jnp.inf, 0.0, 1.0)
+    # The product also drops o's type over mesh axes, which a loop inside shard_map would refuse (jax 0.10).
+    return _State(o * across(total, o.shape, 0), lse * LOG2_E, total)
 
 
 def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.Array) -> None:
@@ -174,11 +176,6 @@ def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.
     total = jnp.where(sees_nothing, 1.0, state.total)
     o[head, tile] = state.o * across(1 / total, state.o.shape, 0)
     lse[head, tile] = jnp.where(sees_nothing, -jnp.inf, state.maximum / LOG2_E + jnp.log(total))
-
-
-def _blocks(q: jax.Array, options: Options) -> HopperBlocks:
-    blocks = forward_blocks(q.shape[-1])
-    return blocks._replace(own=options.block_q or blocks.own, visited=options.block_k or blocks.visited)
 
 
 def forward(
@@ -198,23 +195,18 @@ def forward(
     """
     require_supported(q, k, v, options)
     batch, kv_heads, groups, _, head_dim = q.shape
-    blocks = _blocks(q, options)
-    own, visited = blocks.own, blocks.visited
+    own, visited, stages = forward_blocks(head_dim, options)
     query_cells = tile_side(queries, CONSUMERS * own, PADDING_QUERY)
     key_tiles = tile_side(keys, visited, PADDING_KEY)
     query_tiles = Side(*(x.reshape(batch, -1, own) for x in query_cells))
     cut = partial(tile_array, axis=3, size=own, multiple=CONSUMERS)
-    operands = _Operands(
-        cut(q),
-        *(tile_array(x, axis=2, size=visited) for x in (k, v)),
-        query_tiles,
-        key_tiles,
-        None if start is None else Partial(*(cut(x) for x in start)),
-    )
+    cut_keys = partial(tile_array, axis=2, size=visited)
+    parts = None if start is None else Partial(cut(start.o), cut(start.lse))
+    operands = _Operands(cut(q), cut_keys(k), cut_keys(v), query_tiles, key_tiles, parts)
     plan = visits(options.rule, query_cells, key_tiles, own_queries=True)
     work, unit = Work(kv_heads * groups), Warpgroup(interpret is not None)
     q_tile, kv_tile = (jax.ShapeDtypeStruct((rows, head_dim), q.dtype) for rows in (own, visited))
-    kv = Buffer.of(blocks.stages, CONSUMERS, kv_tile)
+    kv = Buffer.of(stages, CONSUMERS, kv_tile)
     scratch = _Scratch(Buffer.of(CONSUMERS, 1, q_tile), kv, kv, plgpu.Barrier(num_arrivals=CONSUMERS))
 
     def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, Ref], scratch: _Scratch) -> None:

@@ -189,32 +189,31 @@ class _Arguments(NamedTuple):
 
 def _cut(arguments: _Arguments, query_tile: int, key_tile: int, *, own_queries: bool) -> tuple[_Operands, Side, Side]:
     """Arguments in tiles, whole cells of the owned side; and both sides in cells (owned) and tiles (visited)."""
-    *arrays, queries, keys = arguments
     per_query_cell, per_key_cell = (CONSUMERS, 1) if own_queries else (1, CONSUMERS)
     cut_queries = partial(tile_array, axis=3, size=query_tile, multiple=per_query_cell)
     cut_keys = partial(tile_array, axis=2, size=key_tile, multiple=per_key_cell)
-    queries = tile_side(queries, per_query_cell * query_tile, PADDING_QUERY)
-    keys = tile_side(keys, per_key_cell * key_tile, PADDING_KEY)
-    in_tiles = (
+    queries = tile_side(arguments.queries, per_query_cell * query_tile, PADDING_QUERY)
+    keys = tile_side(arguments.keys, per_key_cell * key_tile, PADDING_KEY)
+    query_tiles, key_tiles = (
         Side(*(x.reshape(x.shape[0], -1, size) for x in side))
         for side, size in ((queries, query_tile), (keys, key_tile))
     )
-    operands = _Operands(*(cut_queries(x) for x in arrays[:4]), *(cut_keys(x) for x in arrays[4:]), *in_tiles)
-    return operands, queries, keys
+    q, do, lse, delta = (cut_queries(x) for x in arguments[:4])
+    k, v = (cut_keys(x) for x in arguments[4:6])
+    return _Operands(q, do, lse, delta, k, v, query_tiles, key_tiles), queries, keys
 
 
 def _query_gradient(arguments: _Arguments, options: Options, interpret: Any) -> jax.Array:
     """dq, in a kernel that owns queries and visits keys."""
     q, kv_heads, groups = arguments.q, *arguments.q.shape[1:3]
-    blocks = query_gradient_blocks(q.shape[-1])
-    own, visited = options.block_q or blocks.own, options.block_k or blocks.visited
+    own, visited, stages = query_gradient_blocks(q.shape[-1], options)
     operands, queries, keys = _cut(arguments, own, visited, own_queries=True)
     plan = visits(options.rule, queries, keys, own_queries=True)
     work = Work(kv_heads * groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
     scratch = _Scratch(
         Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
-        Buffer.of(blocks.stages, CONSUMERS, visited_tile, visited_tile),
+        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile),
     )
 
     def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: _Scratch) -> None:
@@ -237,8 +236,7 @@ def _query_gradient(arguments: _Arguments, options: Options, interpret: Any) -> 
 def _key_gradients(arguments: _Arguments, options: Options, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """dk and dv, in a kernel that owns keys and visits the queries of all heads that share them."""
     q, k, groups = arguments.q, arguments.k, arguments.q.shape[2]
-    blocks = key_gradient_blocks(q.shape[-1])
-    own, visited = options.block_k or blocks.own, options.block_q or blocks.visited
+    own, visited, stages = key_gradient_blocks(q.shape[-1], options)
     operands, queries, keys = _cut(arguments, visited, own, own_queries=False)
     plan = visits(options.rule, queries, keys, own_queries=False)
     work = Work(k.shape[1], groups)
@@ -246,7 +244,7 @@ def _key_gradients(arguments: _Arguments, options: Options, interpret: Any) -> t
     row_values = jax.ShapeDtypeStruct((visited,), jnp.float32)
     scratch = _Scratch(
         Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
-        Buffer.of(blocks.stages, CONSUMERS, visited_tile, visited_tile, row_values, row_values),
+        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile, row_values, row_values),
     )
 
     def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: _Scratch) -> None:
