@@ -119,8 +119,8 @@ class Case:
 
 CASES = {
     # A group of two query heads on a key head throughout; lengths that no tile divides, S != K in most.
-    "causal": (150, 200, ("in_order", "packed", "shuffled", "zigzag"), "bfloat16", 64, Rule(), None),
-    "window": (140, 70, ("in_order", "packed"), "float16", 64, Rule(is_causal=False, window=(40, 20)), None),
+    "causal": (100, 150, ("packed", "shuffled", "zigzag"), "bfloat16", 64, Rule(), None),
+    "window": (140, 70, ("in_order",), "float16", 64, Rule(is_causal=False, window=(40, 20)), None),
     "full, cap": (64, 130, ("in_order",), "bfloat16", 128, PLAIN, 2.0),
 }
 
@@ -155,20 +155,18 @@ def test_forward_goes_on_from_where_it_began(draw, oracle):
 
 def test_hidden_tiles_are_not_touched_and_no_copy_races(draw, oracle):
     """NaN in a tile that nobody sees stays there; and every read of a slot waits for its copy, every copy for reads."""
-    case = Case(draw, oracle, places(128, 128, ("in_order",)), "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
-    clean = case.forward(keys=slice(64), detect_races=True)
-    assert not callbacks.get_races().races_found
-    case.queries = Side(case.queries.positions % 64, case.queries.segment_ids)
-    half = case.forward(keys=slice(64))
+    order = np.arange(128)[None]
+    where = (order % 64, 0 * order, order, 0 * order)
+    case = Case(draw, oracle, where, "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
     case.k, case.v = (x.at[:, :, 64:].set(jnp.nan) for x in (case.k, case.v))
-    for x, y in zip(half, case.forward(), strict=True):
-        np.testing.assert_array_equal(x, y)
-    np.testing.assert_array_equal(clean.o[..., :64, :], half.o[..., :64, :])
-    dq, dk, dv = case.backward(detect_races=True)
+    case.check(**dict(zip(("o", "lse"), case.forward(detect_races=True), strict=True)))
     assert not callbacks.get_races().races_found
-    assert np.isfinite(dq).all()
-    for x in (dk, dv):
-        np.testing.assert_array_equal(x[:, :, 64:], 0)
+    dq, *gradients = case.backward(detect_races=True)
+    assert not callbacks.get_races().races_found
+    case.check(dq=dq)
+    for name, x in zip(("dk", "dv"), gradients, strict=True):
+        case.expected[name] = case.expected[name][:, :, :64]
+        case.check(**{name: x[:, :, :64]})
 
 
 def test_what_is_not_taken_is_refused_by_name(draw):

@@ -237,12 +237,12 @@ def by_warpgroup(produce: Callable[[], None], consume: Callable[[], None]) -> No
 
     @pl.when(me < CONSUMERS)
     def _consume() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         consume()
 
     @pl.when(me == CONSUMERS)
     def _produce() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         produce()
 
 
