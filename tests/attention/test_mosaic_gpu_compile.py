@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ringrl.attention.kernels.mosaic_gpu import forward
 from ringrl.attention.kernels.mosaic_gpu_backward import backward
@@ -88,7 +88,8 @@ def compile_ring_step(devices: int, options: Options, shape: tuple[int, ...], ke
         out_specs=(Partial(q_spec, q_spec), Gradients(q_spec, k_spec, k_spec)),
     )
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((devices,), ("seq",), abstract_device=device)):
+    abstract = AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(abstract):
         arguments = (q, kv, kv, q, tokens[0], tokens[0], tokens[1], tokens[1])
         return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
 
