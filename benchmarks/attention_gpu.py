@@ -10,6 +10,7 @@ only). Last, what a ring costs on top: eight calls over an eighth of the keys ea
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from ringrl.attention.options import Options
 FEATURES, TOKENS = 2_048, 32_768
 LENGTHS = (4_096, 16_384, 65_536)
 LONGEST_FOR_XLA = 4_096
+NAMES = ("ours", "cudnn", "tokamax", "xla")
 RING = 8
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # of the largest value
 
@@ -280,21 +282,18 @@ def time_all(out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, 
     """The table of rates."""
     rows = []
     print(f"\n{'TFLOP/s':<10}{'tokens':>8}{'D':>5}{'':>8}{'forward':>10}{'backward':>10}")
-    for tokens in LENGTHS:
-        for head_dim in (64, 128):
-            for is_causal in (True, False):
-                for name in ("ours", "cudnn", "tokamax", "xla"):
-                    if name == "xla" and tokens > LONGEST_FOR_XLA:
-                        continue
-                    if out_of_time(0.9):
-                        print(f"{name:<10}{tokens:>8}{head_dim:>5}   left out: out of time")
-                        continue
-                    found = rates(name, sequence(tokens, head_dim, is_causal), runs)
-                    mask = "causal" if is_causal else "full"
-                    rows.append({"name": name, "tokens": tokens, "head_dim": head_dim, "mask": mask} | found)
-                    numbers = [f"{found[x]:>10.0f}" for x in ("forward", "backward") if x in found]
-                    text = "".join(numbers) or f"   {found['failed']}"
-                    print(f"{name:<10}{tokens:>8}{head_dim:>5}{mask:>8}{text}", flush=True)
+    for tokens, head_dim, is_causal, name in itertools.product(LENGTHS, (64, 128), (True, False), NAMES):
+        if name == "xla" and tokens > LONGEST_FOR_XLA:
+            continue
+        mask = "causal" if is_causal else "full"
+        label = f"{name:<10}{tokens:>8}{head_dim:>5}{mask:>8}"
+        if out_of_time(0.9):
+            print(f"{label}   left out: out of time")
+            continue
+        found = rates(name, sequence(tokens, head_dim, is_causal), runs)
+        rows.append({"name": name, "tokens": tokens, "head_dim": head_dim, "mask": mask} | found)
+        numbers = "".join(f"{found[x]:>10.0f}" for x in ("forward", "backward") if x in found)
+        print(label + (numbers or f"   {found['failed']}"), flush=True)
     return rows
 
 
