@@ -1,0 +1,331 @@
+"""Is attention on a Hopper GPU right, and how fast is it beside its peers? One GPU, one table, under eight minutes.
+
+    python benchmarks/attention_gpu.py [--seconds 450] [--runs 5] [--json FILE]
+
+First every value and gradient against float64 on the host. Then rates in TFLOP/s of useful operations: 4 B H S^2 D
+forward, halved if causal, 2.5 times that backward (what is computed again does not count). A figure is the median of
+the runs. 32,768 tokens or one sequence at a time, 2,048 features in heads of 64 or 128, bfloat16. Peers:
+jax.nn.dot_product_attention with cuDNN, tokamax where it is installed, and this library's XLA kernel (short sequences
+only). Last, what a ring costs on top: eight calls over an eighth of the keys each, against one call.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ringrl.attention.kernels import mosaic_gpu, mosaic_gpu_backward, xla
+from ringrl.attention.mask import Rule, Side, visible
+from ringrl.attention.merge import Partial
+from ringrl.attention.options import Options
+
+FEATURES, TOKENS = 2_048, 32_768
+LENGTHS = (4_096, 16_384, 65_536)
+LONGEST_FOR_XLA = 4_096
+NAMES = ("ours", "cudnn", "tokamax", "xla")
+RING = 8
+TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # of the largest value
+
+
+class Problem(NamedTuple):
+    """One attention call: q, do (B, Hkv, G, S, D), k, v (B, Hkv, K, D), where they stand, and the rule."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    do: jax.Array
+    queries: Side
+    keys: Side
+    options: Options
+
+
+def side(positions: np.ndarray, segment_ids: np.ndarray | None = None) -> Side:
+    """One context."""
+    segment_ids = np.zeros_like(positions) if segment_ids is None else segment_ids
+    return Side(*(jnp.asarray(x, jnp.int32)[None] for x in (positions, segment_ids)))
+
+
+def repeat_side(side: Side, batch: int) -> Side:
+    """The same for all contexts of a batch."""
+    return Side(*(jnp.tile(x, (batch, 1)) for x in side))
+
+
+def random_problem(shape: tuple[int, ...], keys: int, dtype: str, sides: tuple[Side, Side], rule: Rule) -> Problem:
+    """Random arrays for q of (B, Hkv, G, S, D)."""
+    batch, kv_heads, _, _, head_dim = shape
+    shapes = (shape, (batch, kv_heads, keys, head_dim), (batch, kv_heads, keys, head_dim), shape)
+    draws = jax.random.split(jax.random.key(0), 4)
+    arrays = (
+        jax.random.normal(key, shape, jnp.float32).astype(dtype) for key, shape in zip(draws, shapes, strict=True)
+    )
+    q, k, v, do = arrays
+    return Problem(q, k, v, do, *(repeat_side(x, batch) for x in sides), Options(rule, head_dim**-0.5))
+
+
+# ---- correctness
+
+
+def definition(problem: Problem, dlse: np.ndarray) -> dict[str, np.ndarray]:
+    """o, lse, dq, dk, dv in float64 on the host, from the S x S weights of one head at a time."""
+    q, k, v, do = (np.asarray(x.astype(jnp.float32), np.float64) for x in problem[:4])
+    mask = np.asarray(visible(problem.options.rule, problem.queries, problem.keys))
+    found = {"o": np.zeros_like(q), "lse": np.zeros(q.shape[:-1]), "dq": np.zeros_like(q)}
+    found |= {"dk": np.zeros_like(k), "dv": np.zeros_like(v)}
+    scale = problem.options.scale
+    for b, h, g in np.ndindex(q.shape[:3]):
+        s = np.where(mask[b], scale * q[b, h, g] @ k[b, h].T, -np.inf)
+        with np.errstate(divide="ignore"):
+            maximum = np.maximum(s.max(1, keepdims=True), -1e30)
+            lse = maximum[:, 0] + np.log(np.exp(s - maximum).sum(1))
+        p = np.exp(s - np.where(np.isneginf(lse), 0, lse)[:, None])
+        o = p @ v[b, h]
+        delta = (o * do[b, h, g]).sum(1) - np.where(np.isneginf(lse), 0, dlse[b, h, g])
+        ds = scale * p * (do[b, h, g] @ v[b, h].T - delta[:, None])
+        found["o"][b, h, g], found["lse"][b, h, g], found["dq"][b, h, g] = o, lse, ds @ k[b, h]
+        found["dk"][b, h] += ds.T @ q[b, h, g]
+        found["dv"][b, h] += p.T @ do[b, h, g]
+    return found
+
+
+def poison(problem: Problem) -> None:
+    """Leave NaN in the memory that the next results are likely to get: what a kernel does not write shows."""
+    jax.block_until_ready([jnp.full(x.shape, jnp.nan) for x in (*problem[:4], problem.q, problem.k, problem.v)])
+
+
+def largest_errors(problem: Problem) -> dict[str, float]:
+    """Of every result, in units of its largest value; infinite where blind rows or not finite values differ."""
+    dlse = np.random.default_rng(1).normal(size=problem.q.shape[:-1])
+    expected = definition(problem, dlse)
+    poison(problem)
+    forward, backward = (jax.jit(f, static_argnums=5) for f in (mosaic_gpu.forward, mosaic_gpu_backward.backward))
+    arguments = (*problem[:3], *problem[4:])
+    half = problem.keys.positions.shape[1] // 2
+    parts = [(x[:, :, :half], x[:, :, half:]) for x in problem[1:3]]
+    halves = [Side(*(x[:, part] for x in problem.keys)) for part in (slice(half), slice(half, None))]
+    o, lse = forward(*arguments)
+    start = forward(problem.q, parts[0][0], parts[1][0], problem.queries, halves[0], problem.options)
+    resumed = jax.jit(mosaic_gpu.forward, static_argnums=5)(
+        problem.q, parts[0][1], parts[1][1], problem.queries, halves[1], problem.options, start
+    )
+    blind = np.isneginf(expected["lse"])
+    delta = (expected["o"] * np.asarray(problem.do.astype(jnp.float32))).sum(-1) - np.where(blind, 0, dlse)
+    rows = (jnp.asarray(x, jnp.float32) for x in (expected["lse"], delta))
+    poison(problem)
+    gradients = backward(*arguments, *rows, problem.do)
+    results = {"o": o, "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    errors = {name: relative_error(np.asarray(x), expected[name]) for name, x in results.items()}
+    return errors | {"o in two parts": relative_error(np.asarray(resumed.o), expected["o"])}
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over the largest value; -inf must be where it is expected."""
+    infinite = np.isneginf(expected)
+    if not np.array_equal(np.isneginf(found), infinite) or not np.isfinite(found[~infinite]).all():
+        return float("inf")
+    return float(np.abs(found - expected)[~infinite].max() / max(np.abs(expected[~infinite]).max(), 1e-9))
+
+
+def checks() -> Iterator[tuple[str, str, Problem]]:
+    """(name, dtype, problem): every mask, both dtypes and head sizes, two query heads to a key head, odd lengths."""
+    queries, keys = np.arange(300, 1300), np.arange(1300)
+    segments = np.repeat([4, 1, 7], [500, 450, 350])
+    shuffled = np.random.default_rng(0).permutation(1300)
+    masks = {
+        "causal": (Rule(), (side(queries), side(keys))),
+        "full": (Rule(is_causal=False), (side(queries), side(keys))),
+        "window": (Rule(window=(200, 0)), (side(queries), side(keys))),
+        "packed": (Rule(), (side(queries, segments[300:]), side(keys, segments))),
+        "shuffled": (Rule(), (side(shuffled[300:]), side(shuffled))),
+        "blind rows": (Rule(), (side(queries - 500), side(keys))),
+    }
+    for number, (name, (rule, sides)) in enumerate(masks.items()):
+        for head_dim in (64, 128):
+            dtype = ("bfloat16", "float16")[(number + head_dim // 64) % 2]
+            shape = (2, 2, 2, len(queries), head_dim)
+            yield f"{name} D{head_dim} {dtype}", dtype, random_problem(shape, len(keys), dtype, sides, rule)
+    # So many that every multiprocessor takes several cells of work.
+    yield "long D128 bfloat16", "bfloat16", sequence(4_096, 128, is_causal=True, batch=1, heads=8)
+
+
+# ---- speed
+
+
+def seconds_per_call(run: Callable[[], Any], runs: int) -> float:
+    """Median; short calls are issued many at a time, so that the host is not what is measured."""
+    jax.block_until_ready(run())
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    together = max(1, min(20, int(0.02 / (time.perf_counter() - start))))
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(together)][-1])
+        seconds.append((time.perf_counter() - start) / together)
+    return sorted(seconds)[runs // 2]
+
+
+def kernel_passes(forward: Callable, backward: Callable, problem: Problem) -> tuple[Callable, Callable]:
+    """(forward, backward) of a kernel of this library; delta is part of its backward pass."""
+    forward = jax.jit(forward, static_argnums=5)
+    arguments = (*problem[:3], *problem[4:])
+    o, lse = forward(*arguments)
+
+    @partial(jax.jit, static_argnums=5)
+    def gradients(q, k, v, queries, keys, options, o, lse, do):  # type: ignore[no-untyped-def]
+        delta = (o * do.astype(jnp.float32)).sum(-1)
+        return backward(q, k, v, queries, keys, options, lse, delta, do)
+
+    return lambda: forward(*arguments), lambda: gradients(*arguments, o, lse, problem.do)
+
+
+def function_passes(attend: Callable, problem: Problem) -> tuple[Callable, Callable]:
+    """(forward, backward) of a function of q, k and v in (B, S, H, D)."""
+    q, do = (jnp.moveaxis(x, 3, 1).reshape(x.shape[0], x.shape[3], -1, x.shape[4]) for x in (problem.q, problem.do))
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (problem.k, problem.v))
+    forward = jax.jit(attend)
+    _, pullback = jax.jit(lambda *qkv: jax.vjp(attend, *qkv))(q, k, v)
+    backward = jax.jit(lambda pullback, do: pullback(do))
+    return lambda: forward(q, k, v), lambda: backward(pullback, do)
+
+
+def tokamax_attention(is_causal: bool) -> Callable:
+    """ImportError where it is not installed."""
+    import tokamax
+
+    return partial(tokamax.dot_product_attention, is_causal=is_causal)
+
+
+def passes(name: str, problem: Problem) -> tuple[Callable, Callable]:
+    """(forward, backward) of ours or of a peer."""
+    is_causal = problem.options.rule.is_causal
+    if name == "ours":
+        return kernel_passes(mosaic_gpu.forward, mosaic_gpu_backward.backward, problem)
+    if name == "xla":
+        return kernel_passes(xla.forward, xla.backward, problem)
+    if name == "tokamax":
+        return function_passes(tokamax_attention(is_causal), problem)
+    cudnn = partial(jax.nn.dot_product_attention, is_causal=is_causal, implementation="cudnn")
+    return function_passes(cudnn, problem)
+
+
+def rates(name: str, problem: Problem, runs: int) -> dict[str, float | str]:
+    """TFLOP/s forward and backward, or why there are none: a peer that fails does not end the comparison."""
+    batch, kv_heads, groups, tokens, head_dim = problem.q.shape
+    operations = 4.0 * batch * kv_heads * groups * tokens**2 * head_dim
+    operations /= 2 if problem.options.rule.is_causal else 1
+    try:
+        forward, backward = passes(name, problem)
+        return {
+            "forward": operations / seconds_per_call(forward, runs) / 1e12,
+            "backward": 2.5 * operations / seconds_per_call(backward, runs) / 1e12,
+        }
+    except Exception as error:
+        if name == "ours":
+            raise
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"}
+
+
+def sequence(
+    tokens: int, head_dim: int, is_causal: bool, batch: int | None = None, heads: int | None = None
+) -> Problem:
+    """Plain sequences; by default as many as are timed together."""
+    shape = (batch or max(1, TOKENS // tokens), heads or FEATURES // head_dim, 1, tokens, head_dim)
+    places = (side(np.arange(tokens)),) * 2
+    return random_problem(shape, tokens, "bfloat16", places, Rule(is_causal))
+
+
+def ring_overhead(head_dim: int, runs: int) -> dict[str, float]:
+    """Milliseconds of one call over all keys, and of eight over an eighth each, every one going on from the last."""
+    problem = sequence(TOKENS, head_dim, is_causal=True)
+    whole = jax.jit(mosaic_gpu.forward, static_argnums=5)
+    arguments = (*problem[:3], *problem[4:])
+
+    @partial(jax.jit, static_argnums=5)
+    def hops(q, k, v, queries, keys, options):  # type: ignore[no-untyped-def]
+        total: Partial | None = None
+        for i in range(RING):
+            part = slice(i * TOKENS // RING, (i + 1) * TOKENS // RING)
+            block = Side(*(x[:, part] for x in keys))
+            total = mosaic_gpu.forward(q, k[:, :, part], v[:, :, part], queries, block, options, total)
+        return total
+
+    seconds = [seconds_per_call(lambda run=run: run(*arguments), runs) for run in (whole, hops)]
+    return {"whole_ms": seconds[0] * 1e3, "hops_ms": seconds[1] * 1e3, "overhead": seconds[1] / seconds[0] - 1}
+
+
+# ---- the program
+
+
+def check_all(out_of_time: Callable[[float], bool]) -> dict[str, dict[str, float]]:
+    """SystemExit if anything is wrong."""
+    results = {}
+    for name, dtype, problem in checks():
+        if out_of_time(0.3):
+            print(f"{name:<28}not checked: out of time")
+            continue
+        errors = results[name] = largest_errors(problem)
+        print(f"{name:<28}" + "  ".join(f"{what} {error:.1e}" for what, error in errors.items()), flush=True)
+        if not max(errors.values()) <= TOLERANCE[dtype]:
+            raise SystemExit(f"{name}: wrong")
+    return results
+
+
+def time_all(out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, Any]]:
+    """The table of rates."""
+    rows = []
+    print(f"\n{'TFLOP/s':<10}{'tokens':>8}{'D':>5}{'':>8}{'forward':>10}{'backward':>10}")
+    for tokens, head_dim, is_causal, name in itertools.product(LENGTHS, (64, 128), (True, False), NAMES):
+        if name == "xla" and tokens > LONGEST_FOR_XLA:
+            continue
+        mask = "causal" if is_causal else "full"
+        label = f"{name:<10}{tokens:>8}{head_dim:>5}{mask:>8}"
+        if out_of_time(0.9):
+            print(f"{label}   left out: out of time")
+            continue
+        found = rates(name, sequence(tokens, head_dim, is_causal), runs)
+        rows.append({"name": name, "tokens": tokens, "head_dim": head_dim, "mask": mask} | found)
+        numbers = "".join(f"{found[x]:>10.0f}" for x in ("forward", "backward") if x in found)
+        print(label + (numbers or f"   {found['failed']}"), flush=True)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check, measure, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=450, help="sections that would go on beyond this are left out")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+
+    def out_of_time(share: float) -> bool:
+        return time.perf_counter() - start > share * options.seconds
+
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}")
+    results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "errors": check_all(out_of_time)}
+    results["ring"] = {}
+    for head_dim in (64, 128):
+        found = results["ring"][head_dim] = ring_overhead(head_dim, options.runs)
+        print(
+            f"ring of {RING}, {TOKENS} tokens, D{head_dim}: {found['hops_ms']:.2f} ms in {RING} calls, "
+            f"{found['whole_ms']:.2f} ms in one ({found['overhead']:+.1%})",
+            flush=True,
+        )
+    results["rates"] = time_all(out_of_time, options.runs)
+    results["seconds"] = time.perf_counter() - start
+    print(f"{results['seconds']:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

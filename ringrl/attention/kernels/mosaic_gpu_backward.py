@@ -1,0 +1,288 @@
+"""Attention over one block of keys on Hopper GPUs, backward: one kernel for dq and one for dk and dv.
+
+    dq:       producer   Q dO Q dO | K0 V0   K1 V1   K2 V2 ...
+              consumers            | S=QK  dP=dOV  P=exp(S-lse)  dS=P(dP-delta)  dQ+=dS K |  next visit ...
+    dk, dv:   producer   K V K V   | Q0 dO0  Q1 dO1  Q2 dO2 ...    all heads that share this key head
+              consumers            | S'=KQ' dP'=VdO'  P'  dV+=P'dO  dS'  dK+=dS'Q         |  next visit ...
+                                     ^ both products are issued at once; P is computed while dP is under way
+
+Each kernel owns what it sums up, in registers: no atomic addition, so gradients are the same in every run. The price is
+that S and dP are computed twice: seven products of 2 * 128 * V * D operations for a cell of 2 x 64 rows and V visited
+rows, in place of five (for dq 6 * 128 * V * D: 6.3 million at V = 64, D = 128, 1.2 microseconds at a multiprocessor's
+share of 690 TFLOP/s; for dk and dv 8 * 128 * V * D). A visit reads 2 * V * D * 2 bytes (32 KiB; 27 GB/s per
+multiprocessor in dq).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from ringrl.attention.kernels.hopper import (
+    CONSUMERS,
+    LOG2_E,
+    Buffer,
+    Cell,
+    Feed,
+    Ref,
+    Visits,
+    Warpgroup,
+    Work,
+    across,
+    by_warpgroup,
+    logits,
+    produce,
+    require_supported,
+    tile_array,
+    tile_side,
+    untile,
+    visible,
+    visits,
+)
+from ringrl.attention.kernels.tuning.mosaic_gpu import key_gradient_blocks, query_gradient_blocks
+from ringrl.attention.kernels.xla import Gradients
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side
+from ringrl.attention.options import Options
+from ringrl.attention.varying import varying_like
+
+
+class _Operands(NamedTuple):
+    """In device memory, cut into tiles of `own` or `visited` tokens; heads counted over the batch."""
+
+    q: Ref  # (heads, tiles, tokens, D)
+    do: Ref
+    lse: Ref  # (heads, tiles, tokens), in units of log 2
+    delta: Ref
+    k: Ref  # (kv_heads, tiles, tokens, D)
+    v: Ref
+    queries: Side  # (B, tiles, tokens)
+    keys: Side
+
+
+class _Scratch(NamedTuple):
+    """In shared memory."""
+
+    owned: Buffer
+    visited: Buffer
+
+
+def _weights(
+    options: Options, lse: jax.Array, mask: jax.Array | None, axis: int, products: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Softmax weights of a tile from the log-sum-exp along `axis`, and the derivative of the cap."""
+    s, factor, slope = logits(options, products)
+    p = jnp.exp2(s * factor - across(lse, s.shape, axis))
+    return (p if mask is None else jnp.where(mask, p, 0.0)), slope
+
+
+def _logit_gradients(
+    p: jax.Array, slope: jax.Array | None, dp: jax.Array, delta: jax.Array, axis: int, dtype: jnp.dtype
+) -> jax.Array:
+    """The gradient of the logits, before their scale."""
+    ds = p * (dp - across(delta, dp.shape, axis))
+    return (ds if slope is None else ds * slope).astype(dtype)
+
+
+def _consume_queries(
+    work: Work,
+    options: Options,
+    unit: Warpgroup,
+    operands: _Operands,
+    visits: Visits,
+    outputs: tuple[Ref, ...],
+    scratch: _Scratch,
+) -> None:
+    """A consumer of the dq kernel: its tile of the queries, over the keys that the cell visits."""
+    me = lax.axis_index("warpgroup")
+    q, do = (x.at[me] for x in scratch.owned.arrays)
+
+    def cell(cell: Cell, fills: jax.Array) -> jax.Array:
+        tile = CONSUMERS * cell.number + me
+        queries = unit.side(operands.queries, cell.batch, tile, 1)
+        lse, delta = (unit.vector(x.at[cell.head, tile], 1) for x in (operands.lse, operands.delta))
+        plgpu.barrier_wait(scratch.owned.ready.at[me])
+
+        def visit(is_full: bool, i: jax.Array, dq: jax.Array) -> jax.Array:
+            slot = scratch.visited.slot(fills + i)
+            k, v = (x.at[slot] for x in scratch.visited.arrays)
+            mask = None
+            if not is_full:
+                keys = unit.side(operands.keys, cell.batch, work.visited(visits, cell, i)[0], 0)
+                mask = visible(options.rule, queries, keys, (q.shape[0], k.shape[0]))
+            plgpu.barrier_wait(scratch.visited.ready.at[slot])
+            (p, slope), dp = unit.two_products(q, k, do, v, partial(_weights, options, lse, mask, 0))
+            dq = unit.accumulate(dq, _logit_gradients(p, slope, dp, delta, 0, q.dtype), k)
+            plgpu.barrier_arrive(scratch.visited.free.at[slot])
+            return dq
+
+        dq = unit.full(q.shape, 0.0, plgpu.Layout.WGMMA)
+        dq = lax.fori_loop(0, cell.full, partial(visit, True), dq)
+        dq = lax.fori_loop(cell.full, cell.total, partial(visit, False), dq)
+        plgpu.barrier_arrive(scratch.owned.free.at[me])
+        outputs[0][cell.head, tile] = dq * options.scale
+        return fills + cell.total
+
+    work.for_each_cell(visits, cell, jnp.int32(0))
+
+
+def _consume_keys(
+    work: Work,
+    options: Options,
+    unit: Warpgroup,
+    operands: _Operands,
+    visits: Visits,
+    outputs: tuple[Ref, ...],
+    scratch: _Scratch,
+) -> None:
+    """A consumer of the dk, dv kernel: its tile of the keys, over the queries that the cell visits; all transposed."""
+    me = lax.axis_index("warpgroup")
+    k, v = (x.at[me] for x in scratch.owned.arrays)
+
+    def cell(cell: Cell, fills: jax.Array) -> jax.Array:
+        tile = CONSUMERS * cell.number + me
+        keys = unit.side(operands.keys, cell.batch, tile, 1)
+        plgpu.barrier_wait(scratch.owned.ready.at[me])
+
+        def visit(is_full: bool, i: jax.Array, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            dk, dv = gradients
+            slot = scratch.visited.slot(fills + i)
+            q, do, lse, delta = (x.at[slot] for x in scratch.visited.arrays)
+            mask = None
+            if not is_full:
+                queries = unit.side(operands.queries, cell.batch, work.visited(visits, cell, i)[0], 0)
+                mask = visible(options.rule, queries, keys, (k.shape[0], q.shape[0]), query_axis=1)
+            plgpu.barrier_wait(scratch.visited.ready.at[slot])
+            weights = partial(_weights, options, unit.vector(lse, 0), mask, 1)
+            (p, slope), dp = unit.two_products(k, q, v, do, weights)
+            dv = unit.accumulate(dv, p.astype(q.dtype), do)
+            dk = unit.accumulate(dk, _logit_gradients(p, slope, dp, unit.vector(delta, 0), 1, q.dtype), q)
+            plgpu.barrier_arrive(scratch.visited.free.at[slot])
+            return dk, dv
+
+        zero = unit.full(k.shape, 0.0, plgpu.Layout.WGMMA)
+        gradients = lax.fori_loop(0, cell.full, partial(visit, True), (zero, zero))
+        dk, dv = lax.fori_loop(cell.full, cell.total, partial(visit, False), gradients)
+        plgpu.barrier_arrive(scratch.owned.free.at[me])
+        outputs[0][cell.head, tile] = dk * options.scale
+        outputs[1][cell.head, tile] = dv
+        return fills + cell.total
+
+    work.for_each_cell(visits, cell, jnp.int32(0))
+
+
+class _Arguments(NamedTuple):
+    """What backward is given, in shape."""
+
+    q: jax.Array
+    do: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+    k: jax.Array
+    v: jax.Array
+    queries: Side
+    keys: Side
+
+
+def _cut(arguments: _Arguments, query_tile: int, key_tile: int, *, own_queries: bool) -> tuple[_Operands, Side, Side]:
+    """Arguments in tiles, whole cells of the owned side; and both sides in cells (owned) and tiles (visited)."""
+    per_query_cell, per_key_cell = (CONSUMERS, 1) if own_queries else (1, CONSUMERS)
+    cut_queries = partial(tile_array, axis=3, size=query_tile, multiple=per_query_cell)
+    cut_keys = partial(tile_array, axis=2, size=key_tile, multiple=per_key_cell)
+    queries = tile_side(arguments.queries, per_query_cell * query_tile, PADDING_QUERY)
+    keys = tile_side(arguments.keys, per_key_cell * key_tile, PADDING_KEY)
+    query_tiles, key_tiles = (
+        Side(*(x.reshape(x.shape[0], -1, size) for x in side))
+        for side, size in ((queries, query_tile), (keys, key_tile))
+    )
+    q, do, lse, delta = (cut_queries(x) for x in arguments[:4])
+    k, v = (cut_keys(x) for x in arguments[4:6])
+    return _Operands(q, do, lse, delta, k, v, query_tiles, key_tiles), queries, keys
+
+
+def _query_gradient(arguments: _Arguments, options: Options, interpret: Any) -> jax.Array:
+    """dq, in a kernel that owns queries and visits keys."""
+    q, kv_heads, groups = arguments.q, *arguments.q.shape[1:3]
+    own, visited, stages = query_gradient_blocks(q.shape[-1], options)
+    operands, queries, keys = _cut(arguments, own, visited, own_queries=True)
+    plan = visits(options.rule, queries, keys, own_queries=True)
+    work = Work(kv_heads * groups)
+    owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
+    scratch = _Scratch(
+        Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
+        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile),
+    )
+
+    def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: _Scratch) -> None:
+        def keys_of(head: jax.Array, tile: jax.Array, _: jax.Array) -> tuple[Ref, ...]:
+            kv_head = lax.div(head, jnp.int32(groups))
+            return operands.k.at[kv_head, tile], operands.v.at[kv_head, tile]
+
+        owned = Feed(scratch.owned, lambda head, tile: (operands.q.at[head, tile], operands.do.at[head, tile]))
+        unit = Warpgroup(interpret is not None)
+        by_warpgroup(
+            partial(produce, work, visits, owned, Feed(scratch.visited, keys_of)),
+            partial(_consume_queries, work, options, unit, operands, visits, outputs, scratch),
+        )
+
+    outputs = [jax.ShapeDtypeStruct(operands.q.shape, jnp.float32)]
+    (dq,) = work.launch(body, operands, plan, outputs, scratch, interpret)
+    return untile(dq, q.shape, 3)
+
+
+def _key_gradients(arguments: _Arguments, options: Options, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """dk and dv, in a kernel that owns keys and visits the queries of all heads that share them."""
+    q, k, groups = arguments.q, arguments.k, arguments.q.shape[2]
+    own, visited, stages = key_gradient_blocks(q.shape[-1], options)
+    operands, queries, keys = _cut(arguments, visited, own, own_queries=False)
+    plan = visits(options.rule, queries, keys, own_queries=False)
+    work = Work(k.shape[1], groups)
+    owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
+    row_values = jax.ShapeDtypeStruct((visited,), jnp.float32)
+    scratch = _Scratch(
+        Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
+        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile, row_values, row_values),
+    )
+
+    def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: _Scratch) -> None:
+        def queries_of(kv_head: jax.Array, tile: jax.Array, group: jax.Array) -> tuple[Ref, ...]:
+            head = kv_head * groups + group
+            return tuple(x.at[head, tile] for x in (operands.q, operands.do, operands.lse, operands.delta))
+
+        owned = Feed(scratch.owned, lambda head, tile: (operands.k.at[head, tile], operands.v.at[head, tile]))
+        unit = Warpgroup(interpret is not None)
+        by_warpgroup(
+            partial(produce, work, visits, owned, Feed(scratch.visited, queries_of)),
+            partial(_consume_keys, work, options, unit, operands, visits, outputs, scratch),
+        )
+
+    outputs = [jax.ShapeDtypeStruct(operands.k.shape, jnp.float32)] * 2
+    dk, dv = work.launch(body, operands, plan, outputs, scratch, interpret)
+    return untile(dk, k.shape, 2), untile(dv, k.shape, 2)
+
+
+def backward(
+    q: Float[Array, "batch kv_heads groups queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys head_dim"],
+    queries: Side,
+    keys: Side,
+    options: Options,
+    lse: Float32[Array, "batch kv_heads groups queries"],
+    delta: Float32[Array, "batch kv_heads groups queries"],
+    do: Float[Array, "batch kv_heads groups queries head_dim"],
+    *,
+    interpret: Any = None,
+) -> Gradients:
+    """Gradients of this block of keys, from the global `lse` and `delta` of its queries; `do` is taken in q's dtype.
+
+    ValueError where `hopper.unsupported` has a reason. `interpret` takes the parameters of JAX's GPU interpret mode.
+    """
+    require_supported(q, k, v, options)
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
+    arguments = _Arguments(q, do.astype(q.dtype), lse, delta, k, v, queries, keys)
+    dq = _query_gradient(arguments, options, interpret)
+    return varying_like(q, Gradients(dq, *_key_gradients(arguments, options, interpret)))

@@ -1,0 +1,193 @@
+"""The Hopper kernels against the definition in float64, in JAX's GPU interpret mode: copies, barriers, loops and lists
+of visits are the kernels' own; only products and layouts of registers are plain arithmetic (hopper.Warpgroup).
+
+Not seen here: that tensor cores compute what they are asked to. benchmarks/attention_gpu.py checks that on a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringrl.attention.kernels import mosaic_gpu, mosaic_gpu_backward
+from ringrl.attention.kernels.hopper import unsupported
+from ringrl.attention.mask import Rule, Side
+from ringrl.attention.merge import Partial
+from ringrl.attention.options import Options
+
+interpreter = pytest.importorskip(
+    "jax._src.pallas.mosaic_gpu.interpret.params", reason=f"jax {jax.__version__} has no GPU interpret mode"
+)
+callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+
+pytestmark = pytest.mark.usefixtures("eight_devices")  # each warpgroup needs a thread of its own
+
+NAMES = ("o", "lse", "dq", "dk", "dv")
+TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # of the largest value: both round weights and gradients of logits
+PLAIN = Rule(is_causal=False)
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile() -> Iterator[None]:
+    """The interpreter compiles a program for each warpgroup: without optimisation, in a fifth of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def by_head(x: np.ndarray, kv_heads: int) -> jax.Array:
+    """(B, S, H[, D]) -> (B, Hkv, G, S[, D])."""
+    return jnp.moveaxis(jnp.asarray(x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])), 1, 3)
+
+
+def sides(*arrays: np.ndarray) -> tuple[Side, Side]:
+    """(queries, keys) from their positions and segments."""
+    q_positions, q_segments, k_positions, k_segments = (jnp.asarray(x, jnp.int32) for x in arrays)
+    return Side(q_positions, q_segments), Side(k_positions, k_segments)
+
+
+def places(queries: int, keys: int, kinds: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    """Positions and segments of queries and keys, one context of each kind."""
+    random, tokens = np.random.default_rng(1), max(queries, keys)
+    of_kind = {
+        "in_order": (np.arange(tokens), np.zeros(tokens)),
+        "packed": (np.arange(tokens), np.repeat([3, 1, 2], [tokens // 3, 1, tokens - tokens // 3 - 1])),
+        "shuffled": (random.permutation(tokens), np.zeros(tokens)),
+        "zigzag": (np.roll(np.arange(tokens), tokens // 4), np.zeros(tokens)),
+    }
+    positions, segments = (np.stack([of_kind[kind][i] for kind in kinds]) for i in range(2))
+    return positions[:, -queries:], segments[:, -queries:], positions[:, :keys], segments[:, :keys]
+
+
+class Case:
+    """Inputs rounded to the kernel's dtype, what the definition makes of them, and what the kernels do."""
+
+    def __init__(self, draw: Callable, oracle: Callable, where: tuple, dtype: str, head_dim: int, options: Options):
+        (batch, queries), keys = where[0].shape, where[2].shape[1]
+        arrays = draw(batch, max(queries, keys), 2, 1, head_dim)
+        arrays |= {name: arrays[name][:, :queries] for name in ("q", "do", "dlse")}
+        arrays |= {name: arrays[name][:, :keys] for name in ("k", "v")}
+        rounded = {name: np.asarray(jnp.asarray(x, dtype), np.float32) for name, x in arrays.items() if name != "dlse"}
+        expected = oracle(
+            rounded | {"dlse": arrays["dlse"]},
+            where[:2],
+            where[2:],
+            options.rule,
+            scale=options.scale,
+            logits_soft_cap=options.logits_soft_cap,
+        )
+        self.options, (self.queries, self.keys) = options, sides(*where)
+        self.q, self.do = (by_head(rounded[name], 1).astype(dtype) for name in ("q", "do"))
+        self.k, self.v = (jnp.swapaxes(jnp.asarray(rounded[name], dtype), 1, 2) for name in ("k", "v"))
+        self.dlse, self.dtype = by_head(arrays["dlse"], 1), dtype
+        self.expected = {n: np.asarray(by_head(expected[n].astype(np.float32), 1)) for n in ("o", "lse", "dq")}
+        self.expected |= {n: np.swapaxes(expected[n], 1, 2) for n in ("dk", "dv")}
+
+    def forward(self, start: Partial | None = None, keys: slice = slice(None), **interpreted: Any) -> Partial:
+        """Over some of the keys."""
+        k, v, side = self.k[:, :, keys], self.v[:, :, keys], Side(*(x[:, keys] for x in self.keys))
+        parameters = interpreter.InterpretGPUParams(**interpreted)
+        return mosaic_gpu.forward(self.q, k, v, self.queries, side, self.options, start, interpret=parameters)
+
+    def backward(self, **interpreted: Any) -> tuple[jax.Array, ...]:
+        """From the definition's log-sum-exp and output, so that it is checked alone."""
+        lse = jnp.asarray(self.expected["lse"])
+        dlse = jnp.where(jnp.isneginf(lse), 0, self.dlse)
+        delta = (self.expected["o"] * self.do.astype(jnp.float32)).sum(-1) - dlse
+        sides, parameters = (self.queries, self.keys), interpreter.InterpretGPUParams(**interpreted)
+        return mosaic_gpu_backward.backward(
+            self.q, self.k, self.v, *sides, self.options, lse, delta, self.do, interpret=parameters
+        )
+
+    def check(self, **found: jax.Array) -> None:
+        """Each on its own; what sees nothing is exactly 0 and -inf."""
+        blind = np.isneginf(self.expected["lse"])
+        for name, x in found.items():
+            x, expected = np.asarray(x), self.expected[name]
+            assert x.dtype == np.float32, name
+            if name in ("o", "dq"):
+                np.testing.assert_array_equal(x[blind], 0, err_msg=name)
+            if name == "lse":
+                np.testing.assert_array_equal(np.isneginf(x), blind)
+                x, expected = x[~blind], expected[~blind]
+            error = np.abs(x - expected).max() / np.abs(expected).max()
+            assert error <= TOLERANCE[self.dtype], (name, error)
+
+
+CASES = {
+    # A group of two query heads on a key head throughout; lengths that no tile divides, S != K in most.
+    "causal": (100, 150, ("packed", "shuffled", "zigzag"), "bfloat16", 64, Rule(), None),
+    "window": (140, 70, ("in_order",), "float16", 64, Rule(is_causal=False, window=(40, 20)), None),
+    "full, cap": (64, 130, ("in_order",), "bfloat16", 128, PLAIN, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_each_gradient(name, draw, oracle):
+    queries, keys, kinds, dtype, head_dim, rule, cap = CASES[name]
+    options = Options(rule, 0.2, cap, 64, 64)
+    case = Case(draw, oracle, places(queries, keys, kinds), dtype, head_dim, options)
+    case.check(**dict(zip(("o", "lse"), case.forward(), strict=True)))
+    case.check(**dict(zip(("dq", "dk", "dv"), case.backward(), strict=True)))
+
+
+def test_queries_that_see_no_key_and_keys_that_no_query_sees(draw, oracle):
+    """In the first context half of the queries are blind, in the second all of them."""
+    order = np.tile(np.arange(130), (2, 1))
+    segments = np.stack([np.repeat([0, 7], 65), np.full(130, 8)])
+    where = (order, segments, order[:, :64], np.zeros((2, 64), int))
+    case = Case(draw, oracle, where, "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
+    assert np.isneginf(case.expected["lse"][1]).all()
+    case.check(**dict(zip(("o", "lse"), case.forward(uninitialized_memory="nan"), strict=True)))
+    case.check(**dict(zip(("dq", "dk", "dv"), case.backward(uninitialized_memory="nan"), strict=True)))
+
+
+def test_forward_goes_on_from_where_it_began(draw, oracle):
+    """Two halves of the keys in turn; the second of which the first queries do not see."""
+    case = Case(draw, oracle, places(130, 130, ("in_order",)), "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
+    later = case.forward(keys=slice(64, None))
+    assert np.isneginf(np.asarray(later.lse)[..., :64]).all()
+    case.check(**dict(zip(("o", "lse"), case.forward(later, keys=slice(64)), strict=True)))
+
+
+def test_hidden_tiles_are_not_touched_and_no_copy_races(draw, oracle):
+    """NaN in a tile that nobody sees stays there; and every read of a slot waits for its copy, every copy for reads."""
+    order = np.arange(128)[None]
+    where = (order % 64, 0 * order, order, 0 * order)
+    case = Case(draw, oracle, where, "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
+    case.k, case.v = (x.at[:, :, 64:].set(jnp.nan) for x in (case.k, case.v))
+    case.check(**dict(zip(("o", "lse"), case.forward(detect_races=True), strict=True)))
+    assert not callbacks.get_races().races_found
+    dq, *gradients = case.backward(detect_races=True)
+    assert not callbacks.get_races().races_found
+    case.check(dq=dq)
+    for name, x in zip(("dk", "dv"), gradients, strict=True):
+        case.expected[name] = case.expected[name][:, :, :64]
+        case.check(**{name: x[:, :, :64]})
+
+
+def test_what_is_not_taken_is_refused_by_name(draw):
+    options = Options(Rule(), 0.3)
+    assert unsupported(jnp.bfloat16, 128, options) is None
+    refused = [
+        ("float32", unsupported(jnp.float32, 64, options)),
+        ("head_dim", unsupported(jnp.float16, 80, options)),
+        ("scale", unsupported(jnp.float16, 64, Options(Rule(), -1.0))),
+        ("block_q", unsupported(jnp.float16, 64, Options(Rule(), 1.0, None, 100))),
+        ("block_k", unsupported(jnp.float16, 64, Options(Rule(), 1.0, None, None, 8))),
+    ]
+    for name, reason in refused:
+        assert reason is not None
+        assert name in reason
+    q, side = jnp.zeros((1, 1, 1, 8, 64)), Side(*jnp.zeros((2, 1, 8), jnp.int32))
+    lse = jnp.zeros((1, 1, 1, 8))
+    with pytest.raises(ValueError, match="float32"):
+        mosaic_gpu.forward(q, q[:, :, 0], q[:, :, 0], side, side, options)
+    with pytest.raises(ValueError, match="float32"):
+        mosaic_gpu_backward.backward(q, q[:, :, 0], q[:, :, 0], side, side, options, lse, lse, q)
+    half = q.astype(jnp.float16)
+    with pytest.raises(ValueError, match="one dtype"):
+        mosaic_gpu.forward(half, q[:, :, 0], q[:, :, 0], side, side, options)

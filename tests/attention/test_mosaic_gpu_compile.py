@@ -1,0 +1,109 @@
+"""The Hopper kernels compiled ahead of time for an H200 that need not be there: layouts, shared memory and barriers are
+accepted by the compiler down to machine code, also inside shard_map. It proves no number.
+
+Needs the CUDA plugin, which `pip install "jax[cuda13]"` brings in jax's own version; skipped without it.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ringrl.attention.kernels.mosaic_gpu import forward
+from ringrl.attention.kernels.mosaic_gpu_backward import backward
+from ringrl.attention.kernels.xla import Gradients
+from ringrl.attention.mask import Rule, Side
+from ringrl.attention.merge import Partial
+from ringrl.attention.options import Options
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+    or importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason=f'needs the CUDA compiler: pip install "jax[cuda13]=={jax.__version__}"',
+)
+
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  l2_cache_size: 52428800 memory_bandwidth: 4800000000000 device_memory_size: 150754820096
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H200"
+"""
+SPECS = {  # of a ring's shard: the axis of tokens is split
+    "q": PartitionSpec(None, None, None, "seq"),
+    "k": PartitionSpec(None, None, "seq"),
+    "tokens": PartitionSpec(None, "seq"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpus_are_of_cuda() -> Iterator[None]:
+    """JAX asks its devices whether "gpu" means CUDA or ROCm; where there is none, this answers."""
+    from jax._src import xla_bridge
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = xla_bridge.canonicalize_platform
+        patch.setattr(xla_bridge, "canonicalize_platform", lambda name: "cuda" if name == "gpu" else original(name))
+        yield
+
+
+def compile_ring_step(devices: int, options: Options, shape: tuple[int, ...], keys: int, dtype: str) -> str:
+    """Two hops of a forward pass and one backward step on H200s, q of (B, Hkv, G, S, D): the compiled program."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{devices}")
+    mesh = Mesh(np.array(topology.devices), ("seq",))
+    batch, kv_heads, _, queries, head_dim = shape
+
+    def step(q, k, v, do, *places):  # type: ignore[no-untyped-def]
+        sides = Side(*places[:2]), Side(*places[2:])
+        part = forward(q, k, v, *sides, options)
+        part = forward(q, k, v, *sides, options, part)
+        delta = (part.o * do.astype(jnp.float32)).sum(-1)
+        return part, backward(q, k, v, *sides, options, part.lse, delta, do)
+
+    def argument(kind: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SPECS[kind]))
+
+    kinds = ("q", "k", "k", "q", *("tokens",) * 4)
+    kv = argument("k", (batch, kv_heads, keys, head_dim), dtype)
+    q, *tokens = argument("q", shape, dtype), *(argument("tokens", (batch, n), jnp.int32) for n in (queries, keys))
+    q_spec, k_spec = SPECS["q"], SPECS["k"]
+    run = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=tuple(SPECS[kind] for kind in kinds),
+        out_specs=(Partial(q_spec, q_spec), Gradients(q_spec, k_spec, k_spec)),
+    )
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    abstract = AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(abstract):
+        arguments = (q, kv, kv, q, tokens[0], tokens[0], tokens[1], tokens[1])
+        return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", [Rule(), Rule(is_causal=False, window=(500, 100))], ids=["causal", "window"])
+def test_compiles(rule, dtype, head_dim):
+    """Odd lengths, S != K, two query heads to a key head, another soft cap for each dtype."""
+    options = Options(rule, head_dim**-0.5, 30.0 if dtype == "float16" else None)
+    text = compile_ring_step(1, options, (2, 2, 2, 777, head_dim), 1100, dtype)
+    assert text.count('custom_call_target="mosaic_gpu') == 4
+
+
+def test_compiles_inside_shard_map():
+    text = compile_ring_step(8, Options(Rule(), 0.1), (1, 2, 1, 8 * 1024, 128), 8 * 1024, "bfloat16")
+    assert text.count('custom_call_target="mosaic_gpu') == 4
