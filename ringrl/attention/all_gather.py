@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ringrl.attention import kernels
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
-from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Side
 from ringrl.attention.options import Options
 from ringrl.attention.ring import AxisName
@@ -21,11 +21,11 @@ class AllGather:
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
         """Attention over the gathered keys."""
-        return xla.forward(self._gathered(inputs), options)
+        return kernels.forward(self._gathered(inputs), options)
 
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
         """Keys are gathered once more rather than kept; their gradients are summed in float32 as they are dealt out."""
-        dq, dkv = xla.backward(self._gathered(inputs), options, cotangents)
+        dq, dkv = kernels.backward(self._gathered(inputs), options, cotangents)
         return Gradients(dq, lax.psum_scatter(dkv, self.axis_name, scatter_dimension=2, tiled=True))
 
     def _gathered(self, inputs: Inputs) -> Inputs:

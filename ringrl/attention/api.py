@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from ringrl.attention import arguments
+from ringrl.attention import arguments, kernels
 from ringrl.attention.attend import LOCAL, attend
 from ringrl.attention.mask import Side
 
@@ -49,7 +49,9 @@ def attention(  # type: ignore[misc]
       positions: (B, S) or (S,) integers; by default 0 ... S-1. Used by the mask alone (rotary is the caller's).
       scale: factor on the logits, 1/sqrt(D) by default.
       logits_soft_cap: logits become cap * tanh(logits / cap).
-      implementation: None picks the best for the platform; "xla" is tiled attention in plain XLA.
+      implementation: the kernel. None picks "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
+        head_dim 64 or 128) and "xla", tiled attention in plain XLA, for all else; where an accelerator's kernel does
+        not do, that is logged. Asked for by name, a kernel refuses what it does not take.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.
 
     Returns:
@@ -72,5 +74,6 @@ def attention(  # type: ignore[misc]
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
+    options = kernels.with_kernel(options, implementation, q, kernels.device_of(q))
     o, lse = attend(q, k, v, side, side, options, LOCAL)
     return (o, lse) if return_residual else o

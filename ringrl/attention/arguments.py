@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
+from ringrl.attention import kernels
 from ringrl.attention.mask import Rule
 from ringrl.attention.options import Options
 
-IMPLEMENTATIONS = ("xla",)
 WIDEST = 2**31 - 1  # window: positions are int32
 
 Axes = str | Sequence[str] | None
@@ -45,7 +45,7 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 def check_implementation(implementation: str | None) -> None:
     """A kernel that exists."""
-    check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+    check_choice("implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
 
 
 def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:

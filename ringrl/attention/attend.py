@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from ringrl.attention import kernels
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, by_head, by_token
-from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Side
 from ringrl.attention.options import Options
 
@@ -31,8 +31,8 @@ class Plan(Protocol):
 class Local:
     """All keys are on this device."""
 
-    forward = staticmethod(xla.forward)
-    backward = staticmethod(xla.backward)
+    forward = staticmethod(kernels.forward)
+    backward = staticmethod(kernels.backward)
 
 
 LOCAL = Local()

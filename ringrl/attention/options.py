@@ -7,10 +7,14 @@ from ringrl.attention.mask import Rule
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`scale` multiplies the logits before the optional soft cap; None leaves the size of its tiles to the kernel."""
+    """`scale` multiplies the logits before the optional soft cap; None leaves the size of its tiles to the kernel.
+
+    `implementation` names the kernel (kernels/__init__.py).
+    """
 
     rule: Rule
     scale: float
     logits_soft_cap: float | None = None
     block_q: int | None = None
     block_k: int | None = None
+    implementation: str = "xla"

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from ringrl.attention import kernels
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
-from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Rule, Side
 from ringrl.attention.merge import nothing_seen
 from ringrl.attention.options import Options
@@ -69,7 +69,7 @@ class Ring:
             def attend(total: Partial, blocks: list[Block], leg=leg) -> Partial:  # type: ignore[no-untyped-def]
                 starts = _deal(leg, total, inputs.kv_heads)
                 met = zip(_meet(leg, inputs, blocks), starts, strict=True)
-                return _collect([xla.forward(share, options, start) for share, start in met], inputs)
+                return _collect([kernels.forward(share, options, start) for share, start in met], inputs)
 
             def hop(carry, _, leg=leg, attend=attend):  # type: ignore[no-untyped-def]
                 total, blocks = carry
@@ -90,7 +90,7 @@ class Ring:
             def gradients(dq: jax.Array, blocks: list[Block], leg=leg):  # type: ignore[no-untyped-def]
                 known = _deal(leg, (cotangents, dq), inputs.kv_heads)
                 met = zip(_meet(leg, inputs, blocks), known, strict=True)
-                parts = [xla.backward(share, options, *one) for share, one in met]
+                parts = [kernels.backward(share, options, *one) for share, one in met]
                 return _collect([part.dq for part in parts], inputs), [part.dkv for part in parts]
 
             def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
-from ringrl.attention import arguments
+from ringrl.attention import arguments, kernels
 from ringrl.attention.all_gather import AllGather
 from ringrl.attention.arguments import Axes
 from ringrl.attention.attend import LOCAL, Plan, attend
@@ -158,6 +158,7 @@ def ring_attention_shard(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
+    options = kernels.with_kernel(options, implementation, q, kernels.device_of(q))
     size = lax.axis_size(axis_name)
     batch, tokens, heads, _ = q.shape
     if layout == "zigzag" and size > 1 and tokens % 2:
@@ -169,7 +170,7 @@ def ring_attention_shard(
     )
     side = varying_like(q, side)
     if strategy == "auto":
-        kind = jax.devices()[0].device_kind
+        kind = kernels.device_of(q).device_kind
         strategy = choose_strategy(
             tokens, size, heads, k.shape[2], device_kind=kind, itemsize=k.dtype.itemsize, is_causal=is_causal
         ).strategy

@@ -31,13 +31,13 @@ class Mutation(NamedTuple):
 MUTATIONS = {
     "keys_and_values_swapped": Mutation(
         "ring.py",
-        "xla.forward(share, options, start)",
-        "xla.forward(share._replace(kv=share.kv[:, ::-1]), options, start)",
+        "kernels.forward(share, options, start)",
+        "kernels.forward(share._replace(kv=share.kv[:, ::-1]), options, start)",
     ),
     "values_swapped_in_backward": Mutation(
         "ring.py",
-        "xla.backward(share, options, *one)",
-        "xla.backward(share._replace(kv=share.kv[:, ::-1]), options, *one)",
+        "kernels.backward(share, options, *one)",
+        "kernels.backward(share._replace(kv=share.kv[:, ::-1]), options, *one)",
     ),
     "stale_block_in_forward": Mutation(
         "ring.py",
@@ -89,8 +89,8 @@ MUTATIONS = {
     ),
     "query_gradients_of_the_last_hop_only": Mutation(
         "ring.py",
-        "xla.backward(share, options, *one)",
-        "xla.backward(share, options, one[0])",
+        "kernels.backward(share, options, *one)",
+        "kernels.backward(share, options, one[0])",
     ),
     "positions_stay_behind": Mutation(
         "ring.py",

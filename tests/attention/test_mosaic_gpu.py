@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ringrl.attention.contract import Cotangents, Inputs, Partial, by_head
 from ringrl.attention.kernels import mosaic_gpu, mosaic_gpu_backward
 from ringrl.attention.kernels.hopper import unsupported
 from ringrl.attention.mask import Rule, Side
-from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
 
 interpreter = pytest.importorskip(
@@ -36,11 +36,6 @@ def quick_to_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def by_head(x: np.ndarray, kv_heads: int) -> jax.Array:
-    """(B, S, H[, D]) -> (B, Hkv, G, S[, D])."""
-    return jnp.moveaxis(jnp.asarray(x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])), 1, 3)
 
 
 def sides(*arrays: np.ndarray) -> tuple[Side, Side]:
@@ -79,28 +74,26 @@ class Case:
             scale=options.scale,
             logits_soft_cap=options.logits_soft_cap,
         )
-        self.options, (self.queries, self.keys) = options, sides(*where)
-        self.q, self.do = (by_head(rounded[name], 1).astype(dtype) for name in ("q", "do"))
-        self.k, self.v = (jnp.swapaxes(jnp.asarray(rounded[name], dtype), 1, 2) for name in ("k", "v"))
-        self.dlse, self.dtype = by_head(arrays["dlse"], 1), dtype
-        self.expected = {n: np.asarray(by_head(expected[n].astype(np.float32), 1)) for n in ("o", "lse", "dq")}
-        self.expected |= {n: np.swapaxes(expected[n], 1, 2) for n in ("dk", "dv")}
+        self.options, self.dtype, self.dlse = options, dtype, by_head(jnp.asarray(arrays["dlse"]), 1)
+        q, k, v, self.do = (by_head(jnp.asarray(rounded[name], dtype), 1) for name in ("q", "k", "v", "do"))
+        self.inputs = Inputs(q, jnp.stack([k, v], axis=1), *sides(*where))
+        self.expected = {name: np.asarray(by_head(jnp.asarray(expected[name], jnp.float32), 1)) for name in NAMES}
 
     def forward(self, start: Partial | None = None, keys: slice = slice(None), **interpreted: Any) -> Partial:
         """Over some of the keys."""
-        k, v, side = self.k[:, :, keys], self.v[:, :, keys], Side(*(x[:, keys] for x in self.keys))
-        parameters = interpreter.InterpretGPUParams(**interpreted)
-        return mosaic_gpu.forward(self.q, k, v, self.queries, side, self.options, start, interpret=parameters)
+        side = Side(*(x[:, keys] for x in self.inputs.keys))
+        inputs = self.inputs._replace(kv=self.inputs.kv[:, :, keys], keys=side)
+        return mosaic_gpu.forward(inputs, self.options, start, interpret=interpreter.InterpretGPUParams(**interpreted))
 
     def backward(self, **interpreted: Any) -> tuple[jax.Array, ...]:
-        """From the definition's log-sum-exp and output, so that it is checked alone."""
+        """dq, dk, dv from the definition's log-sum-exp and output, so that it is checked alone."""
         lse = jnp.asarray(self.expected["lse"])
         dlse = jnp.where(jnp.isneginf(lse), 0, self.dlse)
         delta = (self.expected["o"] * self.do.astype(jnp.float32)).sum(-1) - dlse
-        sides, parameters = (self.queries, self.keys), interpreter.InterpretGPUParams(**interpreted)
-        return mosaic_gpu_backward.backward(
-            self.q, self.k, self.v, *sides, self.options, lse, delta, self.do, interpret=parameters
-        )
+        parameters = interpreter.InterpretGPUParams(**interpreted)
+        cotangents = Cotangents(self.do, lse, delta)
+        dq, dkv = mosaic_gpu_backward.backward(self.inputs, self.options, cotangents, interpret=parameters)
+        return dq, dkv[:, 0], dkv[:, 1]
 
     def check(self, **found: jax.Array) -> None:
         """Each on its own; what sees nothing is exactly 0 and -inf."""
@@ -149,7 +142,7 @@ def test_forward_goes_on_from_where_it_began(draw, oracle):
     """Two halves of the keys in turn; the second of which the first queries do not see."""
     case = Case(draw, oracle, places(130, 130, ("in_order",)), "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
     later = case.forward(keys=slice(64, None))
-    assert np.isneginf(np.asarray(later.lse)[..., :64]).all()
+    assert np.isneginf(np.asarray(later.lse).reshape(2, 130)[:, :64]).all()
     case.check(**dict(zip(("o", "lse"), case.forward(later, keys=slice(64)), strict=True)))
 
 
@@ -158,15 +151,15 @@ def test_hidden_tiles_are_not_touched_and_no_copy_races(draw, oracle):
     order = np.arange(128)[None]
     where = (order % 64, 0 * order, order, 0 * order)
     case = Case(draw, oracle, where, "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
-    case.k, case.v = (x.at[:, :, 64:].set(jnp.nan) for x in (case.k, case.v))
+    case.inputs = case.inputs._replace(kv=case.inputs.kv.at[:, :, 64:].set(jnp.nan))
     case.check(**dict(zip(("o", "lse"), case.forward(detect_races=True), strict=True)))
     assert not callbacks.get_races().races_found
     dq, *gradients = case.backward(detect_races=True)
     assert not callbacks.get_races().races_found
     case.check(dq=dq)
     for name, x in zip(("dk", "dv"), gradients, strict=True):
-        case.expected[name] = case.expected[name][:, :, :64]
-        case.check(**{name: x[:, :, :64]})
+        case.expected[name] = case.expected[name][:, :64]
+        case.check(**{name: x[:, :64]})
 
 
 def test_what_is_not_taken_is_refused_by_name(draw):
@@ -182,12 +175,9 @@ def test_what_is_not_taken_is_refused_by_name(draw):
     for name, reason in refused:
         assert reason is not None
         assert name in reason
-    q, side = jnp.zeros((1, 1, 1, 8, 64)), Side(*jnp.zeros((2, 1, 8), jnp.int32))
-    lse = jnp.zeros((1, 1, 1, 8))
+    q, side = jnp.zeros((1, 8, 64)), Side(*jnp.zeros((2, 1, 8), jnp.int32))
+    inputs = Inputs(q, jnp.stack([q, q], axis=1), side, side)
     with pytest.raises(ValueError, match="float32"):
-        mosaic_gpu.forward(q, q[:, :, 0], q[:, :, 0], side, side, options)
+        mosaic_gpu.forward(inputs, options)
     with pytest.raises(ValueError, match="float32"):
-        mosaic_gpu_backward.backward(q, q[:, :, 0], q[:, :, 0], side, side, options, lse, lse, q)
-    half = q.astype(jnp.float16)
-    with pytest.raises(ValueError, match="one dtype"):
-        mosaic_gpu.forward(half, q[:, :, 0], q[:, :, 0], side, side, options)
+        mosaic_gpu_backward.backward(inputs, options, Cotangents(q, q[..., 0], q[..., 0]))

@@ -14,11 +14,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
 from ringrl.attention.kernels.mosaic_gpu import forward
 from ringrl.attention.kernels.mosaic_gpu_backward import backward
-from ringrl.attention.kernels.xla import Gradients
 from ringrl.attention.mask import Rule, Side
-from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
 
 pytestmark = pytest.mark.skipif(
@@ -44,9 +43,8 @@ runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
 SPECS = {  # of a ring's shard: the axis of tokens is split
-    "q": PartitionSpec(None, None, None, "seq"),
-    "k": PartitionSpec(None, None, "seq"),
-    "tokens": PartitionSpec(None, "seq"),
+    "rows": PartitionSpec(None, "seq"),
+    "kv": PartitionSpec(None, None, "seq"),
 }
 
 
@@ -62,36 +60,35 @@ def gpus_are_of_cuda() -> Iterator[None]:
 
 
 def compile_ring_step(devices: int, options: Options, shape: tuple[int, ...], keys: int, dtype: str) -> str:
-    """Two hops of a forward pass and one backward step on H200s, q of (B, Hkv, G, S, D): the compiled program."""
+    """Two hops of a forward pass and one backward step on H200s, of (B, Hkv, G, S, D): the compiled program."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{devices}")
     mesh = Mesh(np.array(topology.devices), ("seq",))
-    batch, kv_heads, _, queries, head_dim = shape
+    batch, kv_heads, groups, queries, head_dim = shape
 
-    def step(q, k, v, do, *places):  # type: ignore[no-untyped-def]
-        sides = Side(*places[:2]), Side(*places[2:])
-        part = forward(q, k, v, *sides, options)
-        part = forward(q, k, v, *sides, options, part)
+    def step(inputs: Inputs, do: jax.Array) -> tuple[Partial, Gradients]:
+        part = forward(inputs, options)
+        part = forward(inputs, options, part)
         delta = (part.o * do.astype(jnp.float32)).sum(-1)
-        return part, backward(q, k, v, *sides, options, part.lse, delta, do)
+        return part, backward(inputs, options, Cotangents(do, part.lse, delta))
 
-    def argument(kind: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    def argument(kind: str, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SPECS[kind]))
 
-    kinds = ("q", "k", "k", "q", *("tokens",) * 4)
-    kv = argument("k", (batch, kv_heads, keys, head_dim), dtype)
-    q, *tokens = argument("q", shape, dtype), *(argument("tokens", (batch, n), jnp.int32) for n in (queries, keys))
-    q_spec, k_spec = SPECS["q"], SPECS["k"]
+    q = argument("rows", dtype, batch * kv_heads, groups * queries, head_dim)
+    kv = argument("kv", dtype, batch * kv_heads, 2, keys, head_dim)
+    sides = (Side(*[argument("rows", "int32", batch, tokens)] * 2) for tokens in (queries, keys))
+    rows = SPECS["rows"]
     run = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=tuple(SPECS[kind] for kind in kinds),
-        out_specs=(Partial(q_spec, q_spec), Gradients(q_spec, k_spec, k_spec)),
+        in_specs=(Inputs(rows, SPECS["kv"], Side(rows, rows), Side(rows, rows)), rows),
+        out_specs=(Partial(rows, rows), Gradients(rows, SPECS["kv"])),
     )
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     abstract = AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(abstract):
-        arguments = (q, kv, kv, q, tokens[0], tokens[0], tokens[1], tokens[1])
-        return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
+        traced = jax.jit(run).trace(Inputs(q, kv, *sides), q)
+        return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from ringrl.attention.contract import Inputs
 from ringrl.attention.kernels.tuning.mosaic_gpu import forward_blocks, key_gradient_blocks, query_gradient_blocks
 from ringrl.attention.mask import Rule, Side, classify, pad_side
 from ringrl.attention.options import Options
@@ -47,13 +48,16 @@ def unsupported(dtype: jnp.dtype, head_dim: int, options: Options) -> str | None
     return None
 
 
-def require_supported(q: jax.Array, k: jax.Array, v: jax.Array, options: Options) -> None:
+def require_supported(inputs: Inputs, options: Options) -> None:
     """Refuse by name, with ValueError, what would otherwise fail late or be wrong."""
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"the Hopper kernel takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    reason = unsupported(q.dtype, q.shape[-1], options)
+    reason = unsupported(inputs.q.dtype, inputs.q.shape[-1], options)
     if reason is not None:
         raise ValueError(reason)
+
+
+def by_query_head(x: jax.Array, inputs: Inputs) -> jax.Array:
+    """(N, groups * S, ...) -> (N * groups, S, ...): what belongs to the rows of `inputs`, a row of heads for each."""
+    return x.reshape(-1, inputs.queries.positions.shape[1], *x.shape[2:])
 
 
 class Visits(NamedTuple):
@@ -71,18 +75,16 @@ def tile_side(side: Side, size: int, padding: int) -> Side:
     return Side(*(x.reshape(x.shape[0], -1, size) for x in padded))
 
 
-def tile_array(x: jax.Array, axis: int, size: int, multiple: int = 1) -> jax.Array:
-    """(..., S, ...) -> (heads, tiles, size, ...): leading axes joined, zeros up to a multiple of whole tiles."""
+def tile_array(x: jax.Array, size: int, multiple: int = 1) -> jax.Array:
+    """(heads, S, ...) -> (heads, tiles, size, ...), with zeros up to a multiple of whole tiles."""
     amount = [(0, 0)] * x.ndim
-    amount[axis] = (0, -x.shape[axis] % (size * multiple))
-    x = jnp.pad(x, amount) if amount[axis][1] else x
-    return x.reshape(math.prod(x.shape[:axis]), -1, size, *x.shape[axis + 1 :])
+    amount[1] = (0, -x.shape[1] % (size * multiple))
+    return jnp.pad(x, amount).reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
-def untile(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """The inverse of tile_array, for an original of this shape."""
-    x = x.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-    return lax.slice_in_dim(x, 0, shape[axis], axis=axis)
+def untile(x: jax.Array, length: int, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of tile_array for so many tokens, in the shape asked for."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length].reshape(shape)
 
 
 def visits(rule: Rule, queries: Side, keys: Side, *, own_queries: bool) -> Visits:

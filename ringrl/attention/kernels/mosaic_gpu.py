@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
 
+from ringrl.attention.contract import Inputs, Partial
 from ringrl.attention.kernels.hopper import (
     CONSUMERS,
     LOG2_E,
@@ -33,6 +33,7 @@ from ringrl.attention.kernels.hopper import (
     Warpgroup,
     Work,
     across,
+    by_query_head,
     by_warpgroup,
     logits,
     produce,
@@ -45,7 +46,6 @@ from ringrl.attention.kernels.hopper import (
 )
 from ringrl.attention.kernels.tuning.mosaic_gpu import forward_blocks
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side
-from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
 
@@ -54,8 +54,7 @@ class _Operands(NamedTuple):
     """In device memory: heads counted over the batch, sequences cut into tiles."""
 
     q: Ref  # (heads, tiles, own, D)
-    k: Ref  # (kv_heads, tiles, visited, D)
-    v: Ref
+    kv: Ref  # (2 * kv_heads, tiles, visited, D): keys and values of each head in turn
     queries: Side  # (B, tiles, own)
     keys: Side  # (B, tiles, visited)
     start: Partial | None  # (heads, tiles, own, D) and (heads, tiles, own)
@@ -81,11 +80,11 @@ class _State(NamedTuple):
 def _produce(work: Work, groups: int, operands: _Operands, visits: Visits, scratch: _Scratch) -> None:
     """The producer warpgroup."""
 
-    def of_head(x: Ref) -> Callable[..., tuple[Ref, ...]]:
-        return lambda head, tile, _: (x.at[lax.div(head, jnp.int32(groups)), tile],)
+    def keys_or_values(which: int) -> Callable[..., tuple[Ref, ...]]:
+        return lambda head, tile, _: (operands.kv.at[2 * lax.div(head, jnp.int32(groups)) + which, tile],)
 
     owned = Feed(scratch.q, lambda head, tile: (operands.q.at[head, tile],))
-    produce(work, visits, owned, Feed(scratch.k, of_head(operands.k)), Feed(scratch.v, of_head(operands.v)))
+    produce(work, visits, owned, Feed(scratch.k, keys_or_values(0)), Feed(scratch.v, keys_or_values(1)))
 
 
 def _fold(options: Options, state: _State, products: jax.Array, mask: jax.Array | None) -> tuple[_State, jax.Array]:
@@ -178,41 +177,33 @@ def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.
     lse[head, tile] = jnp.where(sees_nothing, -jnp.inf, state.maximum / LOG2_E + jnp.log(total))
 
 
-def forward(
-    q: Float[Array, "batch kv_heads groups queries head_dim"],
-    k: Float[Array, "batch kv_heads keys head_dim"],
-    v: Float[Array, "batch kv_heads keys head_dim"],
-    queries: Side,
-    keys: Side,
-    options: Options,
-    start: Partial | None = None,
-    *,
-    interpret: Any = None,
-) -> Partial:
+def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: Any = None) -> Partial:
     """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf.
 
     ValueError where `hopper.unsupported` has a reason. `interpret` takes the parameters of JAX's GPU interpret mode.
     """
-    require_supported(q, k, v, options)
-    batch, kv_heads, groups, _, head_dim = q.shape
+    require_supported(inputs, options)
+    q, (batch, tokens), head_dim = inputs.q, inputs.queries.positions.shape, inputs.q.shape[-1]
     own, visited, stages = forward_blocks(head_dim, options)
-    query_cells = tile_side(queries, CONSUMERS * own, PADDING_QUERY)
-    key_tiles = tile_side(keys, visited, PADDING_KEY)
+    query_cells = tile_side(inputs.queries, CONSUMERS * own, PADDING_QUERY)
+    key_tiles = tile_side(inputs.keys, visited, PADDING_KEY)
     query_tiles = Side(*(x.reshape(batch, -1, own) for x in query_cells))
-    cut = partial(tile_array, axis=3, size=own, multiple=CONSUMERS)
-    cut_keys = partial(tile_array, axis=2, size=visited)
-    parts = None if start is None else Partial(cut(start.o), cut(start.lse))
-    operands = _Operands(cut(q), cut_keys(k), cut_keys(v), query_tiles, key_tiles, parts)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return tile_array(by_query_head(x, inputs), own, CONSUMERS)
+
+    kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), visited)
+    operands = _Operands(cut(q), kv, query_tiles, key_tiles, None if start is None else jax.tree.map(cut, start))
     plan = visits(options.rule, query_cells, key_tiles, own_queries=True)
-    work, unit = Work(kv_heads * groups), Warpgroup(interpret is not None)
+    work, unit = Work(inputs.kv_heads * inputs.groups), Warpgroup(interpret is not None)
     q_tile, kv_tile = (jax.ShapeDtypeStruct((rows, head_dim), q.dtype) for rows in (own, visited))
-    kv = Buffer.of(stages, CONSUMERS, kv_tile)
-    scratch = _Scratch(Buffer.of(CONSUMERS, 1, q_tile), kv, kv, plgpu.Barrier(num_arrivals=CONSUMERS))
+    slots = Buffer.of(stages, CONSUMERS, kv_tile)
+    scratch = _Scratch(Buffer.of(CONSUMERS, 1, q_tile), slots, slots, plgpu.Barrier(num_arrivals=CONSUMERS))
 
     def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, Ref], scratch: _Scratch) -> None:
         consume = partial(_consume, work, options, unit, operands, visits, outputs, scratch)
-        by_warpgroup(partial(_produce, work, groups, operands, visits, scratch), consume)
+        by_warpgroup(partial(_produce, work, inputs.groups, operands, visits, scratch), consume)
 
     outputs = [jax.ShapeDtypeStruct(operands.q.shape[: 4 - i], jnp.float32) for i in range(2)]
     o, lse = work.launch(body, operands, plan, outputs, scratch, interpret)
-    return varying_like(q, Partial(untile(o, q.shape, 3), untile(lse, q.shape[:4], 3)))
+    return varying_like(q, Partial(untile(o, tokens, q.shape), untile(lse, tokens, q.shape[:2])))

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
+from ringrl.attention.contract import Cotangents, Gradients, Inputs
 from ringrl.attention.kernels.hopper import (
     CONSUMERS,
     LOG2_E,
@@ -33,6 +34,7 @@ from ringrl.attention.kernels.hopper import (
     Warpgroup,
     Work,
     across,
+    by_query_head,
     by_warpgroup,
     logits,
     produce,
@@ -44,7 +46,6 @@ from ringrl.attention.kernels.hopper import (
     visits,
 )
 from ringrl.attention.kernels.tuning.mosaic_gpu import key_gradient_blocks, query_gradient_blocks
-from ringrl.attention.kernels.xla import Gradients
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side
 from ringrl.attention.options import Options
 from ringrl.attention.varying import varying_like
@@ -57,8 +58,7 @@ class _Operands(NamedTuple):
     do: Ref
     lse: Ref  # (heads, tiles, tokens), in units of log 2
     delta: Ref
-    k: Ref  # (kv_heads, tiles, tokens, D)
-    v: Ref
+    kv: Ref  # (2 * kv_heads, tiles, tokens, D): keys and values of each head in turn
     queries: Side  # (B, tiles, tokens)
     keys: Side
 
@@ -167,49 +167,38 @@ def _consume_keys(
         gradients = lax.fori_loop(0, cell.full, partial(visit, True), (zero, zero))
         dk, dv = lax.fori_loop(cell.full, cell.total, partial(visit, False), gradients)
         plgpu.barrier_arrive(scratch.owned.free.at[me])
-        outputs[0][cell.head, tile] = dk * options.scale
-        outputs[1][cell.head, tile] = dv
+        outputs[0][2 * cell.head, tile] = dk * options.scale
+        outputs[0][2 * cell.head + 1, tile] = dv
         return fills + cell.total
 
     work.for_each_cell(visits, cell, jnp.int32(0))
 
 
-class _Arguments(NamedTuple):
-    """What backward is given, in shape."""
-
-    q: jax.Array
-    do: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-    k: jax.Array
-    v: jax.Array
-    queries: Side
-    keys: Side
-
-
-def _cut(arguments: _Arguments, query_tile: int, key_tile: int, *, own_queries: bool) -> tuple[_Operands, Side, Side]:
-    """Arguments in tiles, whole cells of the owned side; and both sides in cells (owned) and tiles (visited)."""
+def _cut(
+    inputs: Inputs, cotangents: Cotangents, query_tile: int, key_tile: int, *, own_queries: bool
+) -> tuple[_Operands, Side, Side]:
+    """Everything in tiles, whole cells of the owned side; and both sides in cells (owned) and tiles (visited)."""
     per_query_cell, per_key_cell = (CONSUMERS, 1) if own_queries else (1, CONSUMERS)
-    cut_queries = partial(tile_array, axis=3, size=query_tile, multiple=per_query_cell)
-    cut_keys = partial(tile_array, axis=2, size=key_tile, multiple=per_key_cell)
-    queries = tile_side(arguments.queries, per_query_cell * query_tile, PADDING_QUERY)
-    keys = tile_side(arguments.keys, per_key_cell * key_tile, PADDING_KEY)
+    queries = tile_side(inputs.queries, per_query_cell * query_tile, PADDING_QUERY)
+    keys = tile_side(inputs.keys, per_key_cell * key_tile, PADDING_KEY)
     query_tiles, key_tiles = (
         Side(*(x.reshape(x.shape[0], -1, size) for x in side))
         for side, size in ((queries, query_tile), (keys, key_tile))
     )
-    q, do, lse, delta = (cut_queries(x) for x in arguments[:4])
-    k, v = (cut_keys(x) for x in arguments[4:6])
-    return _Operands(q, do, lse, delta, k, v, query_tiles, key_tiles), queries, keys
+    q, do, lse, delta = (
+        tile_array(by_query_head(x, inputs), query_tile, per_query_cell) for x in (inputs.q, *cotangents)
+    )
+    kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), key_tile, per_key_cell)
+    return _Operands(q, do, lse, delta, kv, query_tiles, key_tiles), queries, keys
 
 
-def _query_gradient(arguments: _Arguments, options: Options, interpret: Any) -> jax.Array:
+def _query_gradient(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any) -> jax.Array:
     """dq, in a kernel that owns queries and visits keys."""
-    q, kv_heads, groups = arguments.q, *arguments.q.shape[1:3]
+    q, groups = inputs.q, inputs.groups
     own, visited, stages = query_gradient_blocks(q.shape[-1], options)
-    operands, queries, keys = _cut(arguments, own, visited, own_queries=True)
+    operands, queries, keys = _cut(inputs, cotangents, own, visited, own_queries=True)
     plan = visits(options.rule, queries, keys, own_queries=True)
-    work = Work(kv_heads * groups)
+    work = Work(inputs.kv_heads * groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
     scratch = _Scratch(
         Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
@@ -218,8 +207,8 @@ def _query_gradient(arguments: _Arguments, options: Options, interpret: Any) -> 
 
     def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: _Scratch) -> None:
         def keys_of(head: jax.Array, tile: jax.Array, _: jax.Array) -> tuple[Ref, ...]:
-            kv_head = lax.div(head, jnp.int32(groups))
-            return operands.k.at[kv_head, tile], operands.v.at[kv_head, tile]
+            k = 2 * lax.div(head, jnp.int32(groups))
+            return operands.kv.at[k, tile], operands.kv.at[k + 1, tile]
 
         owned = Feed(scratch.owned, lambda head, tile: (operands.q.at[head, tile], operands.do.at[head, tile]))
         unit = Warpgroup(interpret is not None)
@@ -230,16 +219,16 @@ def _query_gradient(arguments: _Arguments, options: Options, interpret: Any) -> 
 
     outputs = [jax.ShapeDtypeStruct(operands.q.shape, jnp.float32)]
     (dq,) = work.launch(body, operands, plan, outputs, scratch, interpret)
-    return untile(dq, q.shape, 3)
+    return untile(dq, inputs.queries.positions.shape[1], q.shape)
 
 
-def _key_gradients(arguments: _Arguments, options: Options, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _key_gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any) -> jax.Array:
     """dk and dv, in a kernel that owns keys and visits the queries of all heads that share them."""
-    q, k, groups = arguments.q, arguments.k, arguments.q.shape[2]
+    q, groups = inputs.q, inputs.groups
     own, visited, stages = key_gradient_blocks(q.shape[-1], options)
-    operands, queries, keys = _cut(arguments, visited, own, own_queries=False)
+    operands, queries, keys = _cut(inputs, cotangents, visited, own, own_queries=False)
     plan = visits(options.rule, queries, keys, own_queries=False)
-    work = Work(k.shape[1], groups)
+    work = Work(inputs.kv_heads, groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
     row_values = jax.ShapeDtypeStruct((visited,), jnp.float32)
     scratch = _Scratch(
@@ -252,37 +241,37 @@ def _key_gradients(arguments: _Arguments, options: Options, interpret: Any) -> t
             head = kv_head * groups + group
             return tuple(x.at[head, tile] for x in (operands.q, operands.do, operands.lse, operands.delta))
 
-        owned = Feed(scratch.owned, lambda head, tile: (operands.k.at[head, tile], operands.v.at[head, tile]))
+        def keys_of(kv_head: jax.Array, tile: jax.Array) -> tuple[Ref, ...]:
+            return operands.kv.at[2 * kv_head, tile], operands.kv.at[2 * kv_head + 1, tile]
+
         unit = Warpgroup(interpret is not None)
         by_warpgroup(
-            partial(produce, work, visits, owned, Feed(scratch.visited, queries_of)),
+            partial(produce, work, visits, Feed(scratch.owned, keys_of), Feed(scratch.visited, queries_of)),
             partial(_consume_keys, work, options, unit, operands, visits, outputs, scratch),
         )
 
-    outputs = [jax.ShapeDtypeStruct(operands.k.shape, jnp.float32)] * 2
-    dk, dv = work.launch(body, operands, plan, outputs, scratch, interpret)
-    return untile(dk, k.shape, 2), untile(dv, k.shape, 2)
+    outputs = [jax.ShapeDtypeStruct(operands.kv.shape, jnp.float32)]
+    (dkv,) = work.launch(body, operands, plan, outputs, scratch, interpret)
+    return untile(dkv, inputs.kv.shape[2], inputs.kv.shape)
 
 
 def backward(
-    q: Float[Array, "batch kv_heads groups queries head_dim"],
-    k: Float[Array, "batch kv_heads keys head_dim"],
-    v: Float[Array, "batch kv_heads keys head_dim"],
-    queries: Side,
-    keys: Side,
+    inputs: Inputs,
     options: Options,
-    lse: Float32[Array, "batch kv_heads groups queries"],
-    delta: Float32[Array, "batch kv_heads groups queries"],
-    do: Float[Array, "batch kv_heads groups queries head_dim"],
+    cotangents: Cotangents,
+    dq: Float32[Array, "heads rows head_dim"] | None = None,
     *,
     interpret: Any = None,
 ) -> Gradients:
-    """Gradients of this block of keys, from the global `lse` and `delta` of its queries; `do` is taken in q's dtype.
+    """Gradients of these keys, and of the queries through these keys; the latter added to `dq`, if given.
 
-    ValueError where `hopper.unsupported` has a reason. `interpret` takes the parameters of JAX's GPU interpret mode.
+    `do` is taken in q's dtype. ValueError where `hopper.unsupported` has a reason. `interpret` takes the parameters of
+    JAX's GPU interpret mode.
     """
-    require_supported(q, k, v, options)
+    require_supported(inputs, options)
+    do, lse, delta = cotangents
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
-    arguments = _Arguments(q, do.astype(q.dtype), lse, delta, k, v, queries, keys)
-    dq = _query_gradient(arguments, options, interpret)
-    return varying_like(q, Gradients(dq, *_key_gradients(arguments, options, interpret)))
+    cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)
+    dq_part = _query_gradient(inputs, cotangents, options, interpret)
+    dkv = _key_gradients(inputs, cotangents, options, interpret)
+    return varying_like(inputs.q, Gradients(dq_part if dq is None else dq + dq_part, dkv))
