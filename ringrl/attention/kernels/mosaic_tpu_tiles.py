@@ -149,7 +149,11 @@ class Pair(NamedTuple):
     @classmethod
     def at(cls, pairs: Any, context: jax.Array, step: jax.Array, tiling: Tiling) -> "Pair":
         """The entry of this step, from a reference to what `pack_pairs` packed."""
-        code = pairs[context * tiling.pairs + step]
+        return cls.unpack(pairs[context * tiling.pairs + step])
+
+    @classmethod
+    def unpack(cls, code: jax.Array) -> "Pair":
+        """13 bits for each tile, 4 for what to do."""
         kind = code & 3
         return cls(code >> 17, (code >> 4) & 0x1FFF, (code & 8) != 0, (code & 4) != 0, kind == 1, kind == 2)
 
