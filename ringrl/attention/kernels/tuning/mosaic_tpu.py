@@ -1,9 +1,10 @@
 """How large the tiles of the TPU kernels are, by device, dtype and head_dim.
 
-Found by compiling ahead of time for each device: what stands here fits into the 16 MiB of vector memory that a kernel
-is granted, and takes the fewest instructions per product of the sizes tried (256, 512 and 1024 each way). A step costs
-some 450 instructions whatever its tile, a tile of 512 x 512 x 128 about 1400 on most devices and 1000 on a v6e: hence
-the larger tiles there. Float32 goes through the matrix unit six times: it is the product that counts, not the step.
+Found by compiling ahead of time and counting instructions, not by running: no time was measured. Everything here fits
+into the 16 MiB of vector memory that a kernel is granted. For bfloat16 and head_dim 128, sizes of 512 and 1024 each
+way were compared: a forward step costs 440 to 590 instruction words whatever its tile, and one of 512 x 512 some 1400
+(v5e, v5p), 1800 (v4) or 1000 (v6e), so that larger tiles are worth the more of a causal diagonal that they compute in
+vain, on a v6e most of all. Float32 goes through the matrix unit six times over, and its programs grow with the tile.
 """
 
 from typing import Literal, NamedTuple
