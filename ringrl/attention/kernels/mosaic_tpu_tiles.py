@@ -30,7 +30,8 @@ from ringrl.attention.options import Options
 
 LOG2_E = 1.4426950408889634
 LANES = 128
-MAX_PAIRS = 2**17  # 32-bit words of the list that the scalar memory of every generation takes
+TILE_BITS = 13  # of a tile's index in the list of pairs
+MAX_PAIRS = 2**17  # entries of the list, 32 bits each: half of the scalar memory of every generation
 Interpret = bool | pltpu.InterpretParams
 
 
@@ -122,7 +123,7 @@ def tiling_of(work: Work, q: jax.Array, k: jax.Array, options: Options) -> Tilin
         if not block_q or groups * block_q > max(blocks.rows, block_q):
             continue
         tiling = Tiling(batch, kv_heads, heads // groups, groups, queries, k.shape[2], head_dim, block_q, block_k)
-        if batch * tiling.pairs <= MAX_PAIRS:
+        if batch * tiling.pairs <= MAX_PAIRS and max(tiling.query_tiles, tiling.key_tiles) <= 2**TILE_BITS:
             return tiling
     raise ValueError(
         f"q, k: {batch} x {queries} queries and {k.shape[2]} keys per device are more tiles than the {MAX_PAIRS} pairs"
@@ -153,9 +154,9 @@ class Pair(NamedTuple):
 
     @classmethod
     def unpack(cls, code: jax.Array) -> "Pair":
-        """13 bits for each tile, 4 for what to do."""
-        kind = code & 3
-        return cls(code >> 17, (code >> 4) & 0x1FFF, (code & 8) != 0, (code & 4) != 0, kind == 1, kind == 2)
+        """TILE_BITS for each tile, 4 bits for what to do."""
+        kind, inner = code & 3, (code >> 4) & (2**TILE_BITS - 1)
+        return cls(code >> (TILE_BITS + 4), inner, (code & 8) != 0, (code & 4) != 0, kind == 1, kind == 2)
 
 
 def pack_pairs(
@@ -166,18 +167,26 @@ def pack_pairs(
     An outer tile that sees nothing has one entry all the same, which does nothing but write what it started with. The
     lists of shorter contexts end in repetitions that do nothing at all.
     """
-    _, outer, inner = some.shape
-    visited = some | (~some.any(2, keepdims=True) & (jnp.arange(inner) == 0))
-    seen = jnp.cumsum(visited, axis=2)
+    contexts, outer, inner = some.shape
+    length = outer * inner
+    outer_index, inner_index = jnp.arange(outer)[:, None], jnp.arange(inner)
+    visited = some | (~some.any(2, keepdims=True) & (inner_index == 0))
+    seen = jnp.cumsum(visited, axis=2)  # of this outer tile, up to here
+    count = jnp.cumsum(seen[..., -1], axis=1)  # up to the end of this outer tile
     kind = some.astype(jnp.int32) + (some & every)
-    code = (jnp.arange(outer)[:, None] << 17) + (jnp.arange(inner) << 4)
-    code = code + ((seen == 1) << 3) + ((seen == seen[..., -1:]) << 2) + kind
-    code = jnp.where(visited, code, jnp.iinfo(jnp.int32).max).reshape(code.shape[0], -1)
-    code = jnp.sort(code, axis=1)
-    count = visited.sum((1, 2), dtype=jnp.int32)
-    last = jnp.take_along_axis(code, count[:, None] - 1, axis=1) & ~15
-    code = jnp.where(jnp.arange(code.shape[1]) < count[:, None], code, last)
-    return code.reshape(-1).astype(jnp.int32), count.max()
+    code = (
+        (outer_index << (TILE_BITS + 4))
+        + (inner_index << 4)
+        + ((seen == 1) << 3)
+        + ((seen == seen[..., -1:]) << 2)
+        + kind
+    )
+    idle = ((outer - 1) << (TILE_BITS + 4)) + (jnp.where(visited[:, -1], inner_index, 0).max(1) << 4)
+    # Written to their places and not sorted into them: the compiler takes seconds over a sort as long as this.
+    place = jnp.arange(contexts)[:, None, None] * length + (count - seen[..., -1])[..., None] + seen - 1
+    place = jnp.where(visited, place, contexts * length)
+    pairs = jnp.repeat(idle, length).at[place.reshape(-1)].set(code.reshape(-1), mode="drop")
+    return pairs.astype(jnp.int32), count[:, -1].max().astype(jnp.int32)
 
 
 class Sides(NamedTuple):
