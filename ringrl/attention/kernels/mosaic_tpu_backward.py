@@ -1,0 +1,197 @@
+"""Attention on TPUs, backward: two kernels, one that adds up dq and one that adds up dk and dv.
+
+    for each context, key head, share of the heads               dq: pairs listed query tile by query tile
+      for each pair (query tile, key tile) of the list           dk, dv: key tile by key tile, and for all shares
+
+        k (block_k, D)  q (rows, D)        v (block_k, D)  do (rows, D)       lse, delta (1, rows)
+              |             |                    |             |                  |
+              +--> k q^T <--+                    +--> v do^T <-+                  |
+                     |                                  |                         |
+              p = exp2(logits - lse)                    |                         |
+                     |                                  |                         |
+                     +--------> ds = p * (v do^T - delta) <-----------------------+
+                     |                   |
+                     |                   +--> k^T ds  --> dq^T (D, rows)          in scratch, float32
+                     |                   +--> ds q    --> dk (block_k, D)         in scratch, float32
+                     +--------------------->  p do    --> dv (block_k, D)         in scratch, float32
+
+    operations per tile     6 * rows * block_k * D for dq, 8 * rows * block_k * D for dk and dv
+    bytes per tile          2 * block_k * D * itemsize for dq: k and v
+                            2 * rows * D * itemsize for dk and dv: q and do
+
+Every output tile is added up in one place and in the order of the list: the same gradients, bit by bit, in every run.
+Two products are computed twice; in return nothing but whole tiles is ever written.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32
+
+from ringrl.attention.kernels.mosaic_tpu_tiles import (
+    LOG2_E,
+    Interpret,
+    Pair,
+    Place,
+    cost,
+    cut_sides,
+    logits,
+    product,
+    shape_like,
+    specs_of,
+    tile_mask,
+    tiling_of,
+    visit,
+)
+from ringrl.attention.kernels.xla import Gradients
+from ringrl.attention.mask import Side
+from ringrl.attention.options import Options
+
+
+def _tile_gradients(options: Options, mask: jax.Array | None, q, k, v, do, lse, delta) -> tuple[jax.Array, jax.Array]:  # type: ignore[no-untyped-def]
+    """p and ds (block_k, rows) of a pair of tiles, float32; ds without the scale."""
+    s, cap_slope = logits(options, k, q)
+    p = jnp.exp2(s - lse)
+    if mask is not None:
+        p = jnp.where(mask, p, 0.0)
+    ds = p * (product(v, do, (1, 1)) - delta)
+    return p, ds if cap_slope is None else ds * cap_slope
+
+
+def _rows_of(x) -> jax.Array:  # type: ignore[no-untyped-def]
+    """Queries of all heads of a tile, (rows, head_dim), from a reference."""
+    return x[...].reshape(-1, x.shape[-1])
+
+
+def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumulator, *, options, tiling):  # type: ignore[no-untyped-def]
+    """One pair of tiles; arguments are references."""
+    pair = Pair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
+
+    @pl.when(pair.is_first)
+    def _start() -> None:
+        accumulator[...] = jnp.zeros_like(accumulator)
+
+    def compute(mask: jax.Array | None) -> None:
+        keys = k[...]
+        _, ds = _tile_gradients(options, mask, _rows_of(q), keys, v[...], _rows_of(do), lse[...], delta[...])
+        accumulator[...] += product(keys, ds.astype(keys.dtype), (0, 0))
+
+    visit(pair, lambda: tile_mask(options.rule, query_side[...], key_side[...]), compute)
+
+    @pl.when(pair.is_last)
+    def _finish() -> None:
+        dq[...] = (accumulator[...] * options.scale).T.reshape(dq.shape)
+
+
+def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dk, dv, dk_sum, dv_sum, *, options, tiling):  # type: ignore[no-untyped-def]
+    """One pair of tiles, for one share of the heads; arguments are references."""
+    pair, share = Pair.at(pairs, pl.program_id(0), pl.program_id(2), tiling), pl.program_id(3)
+
+    @pl.when(pair.is_first & (share == 0))
+    def _start() -> None:
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    def compute(mask: jax.Array | None) -> None:
+        queries, cotangents = _rows_of(q), _rows_of(do)
+        p, ds = _tile_gradients(options, mask, queries, k[...], v[...], cotangents, lse[...], delta[...])
+        dv_sum[...] += product(p.astype(cotangents.dtype), cotangents, (1, 0))
+        dk_sum[...] += product(ds.astype(queries.dtype), queries, (1, 0))
+
+    visit(pair, lambda: tile_mask(options.rule, query_side[...], key_side[...]), compute)
+
+    @pl.when(pair.is_last & (share == tiling.shares - 1))
+    def _finish() -> None:
+        dk[...] = dk_sum[...] * options.scale
+        dv[...] = dv_sum[...]
+
+
+def backward(
+    q: Float[Array, "batch kv_heads groups queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys head_dim"],
+    queries: Side,
+    keys: Side,
+    options: Options,
+    lse: Float32[Array, "batch kv_heads groups queries"],
+    delta: Float32[Array, "batch kv_heads groups queries"],
+    do: Float[Array, "batch kv_heads groups queries head_dim"],
+    *,
+    interpret: Interpret = False,
+) -> Gradients:
+    """Gradients of this block of keys, from the global `lse` and `delta` of its queries."""
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
+    arrays = q, do.astype(q.dtype), lse, delta, k, v
+    dq = _dq(*arrays, queries, keys, options, interpret)
+    return Gradients(dq, *_dkv(*arrays, queries, keys, options, interpret))
+
+
+def _cut(tiling, sides, q, do, lse, delta, k, v):  # type: ignore[no-untyped-def]
+    """What both kernels read, in the order of Specs.backward."""
+    queries = *map(tiling.cut_queries, (q, do)), *map(tiling.cut_rows, (lse, delta)), sides.queries
+    return *queries, *map(tiling.cut_keys, (k, v)), sides.keys
+
+
+def _dq(q, do, lse, delta, k, v, queries, keys, options, interpret):  # type: ignore[no-untyped-def]
+    tiling = tiling_of("dq", q, k, options)
+    sides = cut_sides(options.rule, queries, keys, tiling)
+
+    def place(context, head, share, step, pairs) -> Place:  # type: ignore[no-untyped-def]
+        pair = Pair.at(pairs, context, step, tiling)
+        return Place(context, head, share, pair.outer, pair.inner)
+
+    specs = specs_of(tiling, place)
+    arrays = _cut(tiling, sides, q, do, lse, delta, k, v)
+    shape = shape_like(q, arrays[0].shape)
+    dq = pl.pallas_call(
+        partial(_dq_kernel, options=options, tiling=tiling),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiling.batch, tiling.kv_heads, tiling.shares, sides.steps),
+            in_specs=specs.backward,
+            out_specs=specs.queries,
+            scratch_shapes=[pltpu.VMEM((tiling.head_dim, tiling.rows), jnp.float32)],
+        ),
+        out_shape=shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        ),
+        cost_estimate=cost(tiling, 3, options, *arrays, shape),
+        interpret=interpret,
+        name="ring_attention_dq",
+    )(sides.pairs, *arrays)
+    return tiling.join_queries(dq)
+
+
+def _dkv(q, do, lse, delta, k, v, queries, keys, options, interpret):  # type: ignore[no-untyped-def]
+    tiling = tiling_of("dkv", q, k, options)
+    sides = cut_sides(options.rule, queries, keys, tiling, by_key=True)
+
+    def place(context, head, step, share, pairs) -> Place:  # type: ignore[no-untyped-def]
+        pair = Pair.at(pairs, context, step, tiling)
+        return Place(context, head, share, pair.inner, pair.outer)
+
+    specs = specs_of(tiling, place)
+    arrays = _cut(tiling, sides, q, do, lse, delta, k, v)
+    shapes = [shape_like(q, arrays[5].shape)] * 2
+    dk, dv = pl.pallas_call(
+        partial(_dkv_kernel, options=options, tiling=tiling),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiling.batch, tiling.kv_heads, sides.steps, tiling.shares),
+            in_specs=specs.backward,
+            out_specs=[specs.keys, specs.keys],
+            scratch_shapes=[pltpu.VMEM((tiling.block_k, tiling.head_dim), jnp.float32)] * 2,
+        ),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+        ),
+        cost_estimate=cost(tiling, 4, options, *arrays, *shapes),
+        interpret=interpret,
+        name="ring_attention_dkv",
+    )(sides.pairs, *arrays)
+    return dk[:, :, : tiling.keys], dv[:, :, : tiling.keys]
