@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments, kernels
 from ringrl.attention.attend import LOCAL, attend
+from ringrl.attention.device import device_of
 from ringrl.attention.mask import Side
 
 
@@ -74,6 +75,6 @@ def attention(  # type: ignore[misc]
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
-    options = kernels.with_kernel(options, implementation, q, kernels.device_of(q))
+    options = kernels.with_kernel(options, implementation, q, device_of(q))
     o, lse = attend(q, k, v, side, side, options, LOCAL)
     return (o, lse) if return_residual else o

@@ -7,6 +7,7 @@ queries and keys the extremes of both decide whether it is skipped, computed wit
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
@@ -30,17 +31,21 @@ class Side(NamedTuple):
     segment_ids: Int32[Array, "*batch tokens"]
 
 
-def visible(rule: Rule, queries: Side, keys: Side) -> Bool[Array, "*batch queries keys"]:
-    """The rule itself, for one tile of queries and keys."""
-    # By how many steps the query is ahead of the key.
-    ahead = queries.positions[..., :, None] - keys.positions[..., None, :]
-    allowed = queries.segment_ids[..., :, None] == keys.segment_ids[..., None, :]
+def may_see(rule: Rule, queries: Side, keys: Side) -> jax.Array:
+    """The rule itself, for arrays of any shapes that broadcast against each other."""
+    ahead = queries.positions - keys.positions  # steps that the query is ahead of the key
+    allowed = queries.segment_ids == keys.segment_ids
     if rule.is_causal:
         allowed &= ahead >= 0
     if rule.window is not None:
         left, right = rule.window
         allowed &= (ahead <= left) & (ahead >= -right)  # compared this way, no window is too wide for int32
     return allowed
+
+
+def visible(rule: Rule, queries: Side, keys: Side) -> Bool[Array, "*batch queries keys"]:
+    """The rule for every pair of one tile of queries and one of keys."""
+    return may_see(rule, Side(*(x[..., :, None] for x in queries)), Side(*(x[..., None, :] for x in keys)))
 
 
 class TileKind(NamedTuple):

@@ -13,6 +13,7 @@ from ringrl.attention import arguments, kernels
 from ringrl.attention.all_gather import AllGather
 from ringrl.attention.arguments import Axes
 from ringrl.attention.attend import LOCAL, Plan, attend
+from ringrl.attention.device import device_of
 from ringrl.attention.layout import LAYOUTS, check_length, shard_positions
 from ringrl.attention.mask import Side
 from ringrl.attention.ring import AxisName, make_ring
@@ -158,7 +159,7 @@ def ring_attention_shard(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
-    options = kernels.with_kernel(options, implementation, q, kernels.device_of(q))
+    options = kernels.with_kernel(options, implementation, q, device_of(q))
     size = lax.axis_size(axis_name)
     batch, tokens, heads, _ = q.shape
     if layout == "zigzag" and size > 1 and tokens % 2:
@@ -170,7 +171,7 @@ def ring_attention_shard(
     )
     side = varying_like(q, side)
     if strategy == "auto":
-        kind = kernels.device_of(q).device_kind
+        kind = device_of(q).device_kind
         strategy = choose_strategy(
             tokens, size, heads, k.shape[2], device_kind=kind, itemsize=k.dtype.itemsize, is_causal=is_causal
         ).strategy

@@ -4,19 +4,19 @@ Needs libtpu, which `pip install "jax[tpu]"` brings in jax's own version; skippe
 """
 
 import importlib.util
+from collections.abc import Iterator
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_tiles
-from ringrl.attention.kernels.tuning.mosaic_tpu import BY_DEVICE, blocks_for
+from ringrl.attention.contract import Cotangents, Inputs, Partial
+from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_backward
+from ringrl.attention.kernels.tuning.mosaic_tpu import BY_DEVICE
 from ringrl.attention.mask import Rule, Side
-from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
 
 pytestmark = pytest.mark.skipif(
@@ -38,30 +38,25 @@ def no_question_to_a_metadata_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 
-def compile_for(monkeypatch, topology: str, head_dim: int, dtype: str, options: Options, groups: int, tokens: int):
+def compile_for(topology: str, head_dim: int, dtype: str, options: Options, groups: int, tokens: int) -> Iterator[str]:
     """The text of forward and backward inside shard_map, what varies between devices checked, in this order."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     assert devices[0].device_kind in BY_DEVICE
-    monkeypatch.setattr(mosaic_tpu_tiles, "blocks_for", partial(blocks_for, device_kind=devices[0].device_kind))
-    mesh = Mesh(np.array(devices[:2]), ("data",))
+    mesh, spec = Mesh(np.array(devices[:2]), ("data",)), PartitionSpec("data")
 
-    def array(shape: tuple[int, ...], dtype=dtype) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, PartitionSpec("data"))
-        return jax.ShapeDtypeStruct((2, *shape), dtype, sharding=sharding)
+    def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    q, k = array((2, groups, tokens, head_dim)), array((2, tokens + 128, head_dim))
-    o, lse = array(q.shape[1:], jnp.float32), array(q.shape[1:-1], jnp.float32)
-    queries, keys = (Side(*[array((n,), jnp.int32)] * 2) for n in (tokens, tokens + 128))
-
-    def forward(q, k, v, queries, keys, o, lse):
-        return mosaic_tpu.forward(q, k, v, queries, keys, options, Partial(o, lse))
-
-    def backward(q, k, v, queries, keys, lse, delta, do):
-        return mosaic_tpu.backward(q, k, v, queries, keys, options, lse, delta, do)
-
-    calls = {forward: (q, k, k, queries, keys, o, lse), backward: (q, k, k, queries, keys, lse, lse, q)}
-    for function, arguments in calls.items():
-        spec = PartitionSpec("data")
+    queries, keys = (Side(*[array(2, n, dtype="int32")] * 2) for n in (tokens, tokens + 128))
+    inputs = Inputs(array(4, groups * tokens, head_dim), array(4, 2, tokens + 128, head_dim), queries, keys)
+    seen = Partial(array(*inputs.q.shape, dtype="float32"), array(*inputs.q.shape[:2], dtype="float32"))
+    forward = partial(mosaic_tpu.forward, options=options)
+    backward = partial(mosaic_tpu_backward.backward, options=options)
+    calls = (
+        (lambda inputs, seen: forward(inputs, start=seen), (inputs, seen)),
+        (lambda inputs, known: backward(inputs, cotangents=known), (inputs, Cotangents(inputs.q, seen.lse, seen.lse))),
+    )
+    for function, arguments in calls:
         mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
         yield jax.jit(mapped).lower(*arguments).compile().as_text()
 
@@ -69,8 +64,8 @@ def compile_for(monkeypatch, topology: str, head_dim: int, dtype: str, options: 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", SETTINGS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_kernels_compile(topology, head_dim, dtype, monkeypatch):
+def test_kernels_compile(topology, head_dim, dtype):
     rule, cap, groups, tokens = SETTINGS[head_dim]
     options = Options(rule, head_dim**-0.5, cap)
-    texts = list(compile_for(monkeypatch, topology, head_dim, dtype, options, groups, tokens))
+    texts = list(compile_for(topology, head_dim, dtype, options, groups, tokens))
     assert [text.count('custom_call_target="tpu_custom_call"') for text in texts] == list(KERNELS.values())

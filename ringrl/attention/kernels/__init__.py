@@ -10,23 +10,17 @@ import functools
 import logging
 import re
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.device import Device
 from ringrl.attention.kernels import xla
 from ringrl.attention.options import Options
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
-
-
-class Device(Protocol):
-    """A jax.Device or a jax.sharding.AbstractDevice."""
-
-    platform: str
-    device_kind: str
 
 
 class Kernel(NamedTuple):
@@ -58,16 +52,6 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> P
 def backward(inputs: Inputs, options: Options, cotangents: Cotangents, dq: jax.Array | None = None) -> Gradients:
     """By the kernel that `options` name."""
     return kernel_named(options.implementation).backward(inputs, options, cotangents, dq)
-
-
-def device_of(x: jax.Array) -> Device:
-    """The kind of device that what is computed from `x` is for: of the mesh around, its own, or the default one."""
-    around = jax.sharding.get_abstract_mesh().abstract_device
-    if around is not None:
-        return around
-    if not isinstance(x, jax.core.Tracer) and isinstance(x, jax.Array):
-        return next(iter(x.devices()))
-    return jax.local_devices()[0]
 
 
 def native_to(device: Device) -> str:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int32
 
 from ringrl.attention.contract import Inputs
 from ringrl.attention.kernels.tuning.mosaic_gpu import forward_blocks, key_gradient_blocks, query_gradient_blocks
-from ringrl.attention.mask import Rule, Side, classify, pad_side
+from ringrl.attention.mask import Rule, Side, classify, may_see, pad_side
 from ringrl.attention.options import Options
 
 LOG2_E = math.log2(math.e)
@@ -326,16 +326,9 @@ def logits(options: Options, products: jax.Array) -> tuple[jax.Array, float, jax
     return t, cap * LOG2_E, 1 - t * t
 
 
-def visible(rule: Rule, queries: Side, keys: Side, shape: tuple[int, ...], *, query_axis: int = 0) -> jax.Array:
-    """mask.visible for one tile, from vectors in registers."""
-    (q_positions, q_segments), (k_positions, k_segments) = (
-        tuple(across(x, shape, axis) for x in side) for side, axis in ((queries, query_axis), (keys, 1 - query_axis))
+def tile_mask(rule: Rule, queries: Side, keys: Side, shape: tuple[int, ...], *, query_axis: int = 0) -> jax.Array:
+    """The rule for a tile, from vectors in registers."""
+    sides = (
+        Side(*(across(x, shape, axis) for x in side)) for side, axis in ((queries, query_axis), (keys, 1 - query_axis))
     )
-    ahead = q_positions - k_positions
-    allowed = q_segments == k_segments
-    if rule.is_causal:
-        allowed &= ahead >= 0
-    if rule.window is not None:
-        left, right = rule.window
-        allowed &= (ahead <= left) & (ahead >= -right)
-    return allowed
+    return may_see(rule, *sides)

@@ -39,9 +39,9 @@ from ringrl.attention.kernels.hopper import (
     produce,
     require_supported,
     tile_array,
+    tile_mask,
     tile_side,
     untile,
-    visible,
     visits,
 )
 from ringrl.attention.kernels.tuning.mosaic_gpu import forward_blocks
@@ -128,7 +128,7 @@ def _consume(
         mask = None
         if queries is not None:
             tile, _ = work.visited(visits, cell, i)
-            mask = visible(options.rule, queries, unit.side(operands.keys, cell.batch, tile, 0), products.shape)
+            mask = tile_mask(options.rule, queries, unit.side(operands.keys, cell.batch, tile, 0), products.shape)
         state, p = _fold(options, _State(*carry), products, mask)
         # All of the softmax comes before the turn is passed on: the other consumer's begins there.
         state, p = lax.optimization_barrier((state, p.astype(scratch.v.arrays[0].dtype)))

@@ -40,9 +40,9 @@ from ringrl.attention.kernels.hopper import (
     produce,
     require_supported,
     tile_array,
+    tile_mask,
     tile_side,
     untile,
-    visible,
     visits,
 )
 from ringrl.attention.kernels.tuning.mosaic_gpu import key_gradient_blocks, query_gradient_blocks
@@ -112,7 +112,7 @@ def _consume_queries(
             mask = None
             if not is_full:
                 keys = unit.side(operands.keys, cell.batch, work.visited(visits, cell, i)[0], 0)
-                mask = visible(options.rule, queries, keys, (q.shape[0], k.shape[0]))
+                mask = tile_mask(options.rule, queries, keys, (q.shape[0], k.shape[0]))
             plgpu.barrier_wait(scratch.visited.ready.at[slot])
             (p, slope), dp = unit.two_products(q, k, do, v, partial(_weights, options, lse, mask, 0))
             dq = unit.accumulate(dq, _logit_gradients(p, slope, dp, delta, 0, q.dtype), k)
@@ -154,7 +154,7 @@ def _consume_keys(
             mask = None
             if not is_full:
                 queries = unit.side(operands.queries, cell.batch, work.visited(visits, cell, i)[0], 0)
-                mask = visible(options.rule, queries, keys, (k.shape[0], q.shape[0]), query_axis=1)
+                mask = tile_mask(options.rule, queries, keys, (k.shape[0], q.shape[0]), query_axis=1)
             plgpu.barrier_wait(scratch.visited.ready.at[slot])
             weights = partial(_weights, options, unit.vector(lse, 0), mask, 1)
             (p, slope), dp = unit.two_products(k, q, v, do, weights)

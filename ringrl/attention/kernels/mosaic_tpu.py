@@ -28,9 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
 
-from ringrl.attention.kernels.mosaic_tpu_backward import backward
+from ringrl.attention.contract import Inputs, Partial
 from ringrl.attention.kernels.mosaic_tpu_tiles import (
     LOG2_E,
     Interpret,
@@ -44,14 +43,9 @@ from ringrl.attention.kernels.mosaic_tpu_tiles import (
     specs_of,
     tile_mask,
     tiling_of,
-    unsupported,
     visit,
 )
-from ringrl.attention.mask import Side
-from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
-
-__all__ = ["backward", "forward", "unsupported"]
 
 
 def _kernel(pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulator, maximum, total, *, options, tiling):  # type: ignore[no-untyped-def]
@@ -90,27 +84,22 @@ def _kernel(pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulat
         lse[...] = (maximum[...] + jnp.log2(total[...])) / LOG2_E
 
 
-def forward(
-    q: Float[Array, "batch kv_heads groups queries head_dim"],
-    k: Float[Array, "batch kv_heads keys head_dim"],
-    v: Float[Array, "batch kv_heads keys head_dim"],
-    queries: Side,
-    keys: Side,
-    options: Options,
-    start: Partial | None = None,
-    *,
-    interpret: Interpret = False,
-) -> Partial:
-    """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf."""
-    tiling = tiling_of("forward", q, k, options)
-    sides = cut_sides(options.rule, queries, keys, tiling)
+def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: Interpret = False) -> Partial:
+    """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf.
+
+    ValueError where `mosaic_tpu_tiles.unsupported` has a reason, or the sequence more tiles than can be listed.
+    """
+    q = inputs.q
+    tiling = tiling_of("forward", inputs, options)
+    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
 
     def place(context, head, share, step, pairs) -> Place:  # type: ignore[no-untyped-def]
         pair = Pair.at(pairs, context, step, tiling)
         return Place(context, head, share, pair.outer, pair.inner)
 
     specs = specs_of(tiling, place)
-    arrays = tiling.cut_queries(q), tiling.cut_keys(k), tiling.cut_keys(v), sides.queries, sides.keys
+    kv = tiling.cut_keys(inputs.kv)
+    arrays = tiling.cut_queries(q), kv, kv, sides.queries, sides.keys
     started = (None, None) if start is None else (tiling.cut_queries(start.o), tiling.cut_rows(start.lse, -jnp.inf))
     started_specs = (None, None) if start is None else (specs.queries, specs.rows)
     shapes = [
@@ -122,7 +111,7 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiling.batch, tiling.kv_heads, tiling.shares, sides.steps),
-            in_specs=[specs.queries, specs.keys, specs.keys, specs.query_side, specs.key_side, *started_specs],
+            in_specs=[specs.queries, specs.keys, specs.values, specs.query_side, specs.key_side, *started_specs],
             out_specs=[specs.queries, specs.rows],
             scratch_shapes=[
                 pltpu.VMEM((tiling.head_dim, tiling.rows), jnp.float32),
@@ -134,7 +123,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
         ),
-        cost_estimate=cost(tiling, 2, options, *arrays, *shapes),
+        cost_estimate=cost(tiling, 2, options, arrays[0], kv, *shapes),
         interpret=interpret,
         name="ring_attention_forward",
     )(sides.pairs, *arrays, *started)

@@ -29,13 +29,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
+from ringrl.attention.contract import Cotangents, Gradients, Inputs
 from ringrl.attention.kernels.mosaic_tpu_tiles import (
     LOG2_E,
     Interpret,
     Pair,
     Place,
+    Sides,
+    Tiling,
     cost,
     cut_sides,
     logits,
@@ -46,8 +49,6 @@ from ringrl.attention.kernels.mosaic_tpu_tiles import (
     tiling_of,
     visit,
 )
-from ringrl.attention.kernels.xla import Gradients
-from ringrl.attention.mask import Side
 from ringrl.attention.options import Options
 
 
@@ -86,7 +87,7 @@ def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumul
         dq[...] = (accumulator[...] * options.scale).T.reshape(dq.shape)
 
 
-def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dk, dv, dk_sum, dv_sum, *, options, tiling):  # type: ignore[no-untyped-def]
+def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dkv, dk_sum, dv_sum, *, options, tiling):  # type: ignore[no-untyped-def]
     """One pair of tiles, for one share of the heads; arguments are references."""
     pair, share = Pair.at(pairs, pl.program_id(0), pl.program_id(2), tiling), pl.program_id(3)
 
@@ -105,47 +106,47 @@ def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dk, dv, dk
 
     @pl.when(pair.is_last & (share == tiling.shares - 1))
     def _finish() -> None:
-        dk[...] = dk_sum[...] * options.scale
-        dv[...] = dv_sum[...]
+        dkv[0] = dk_sum[...] * options.scale
+        dkv[1] = dv_sum[...]
 
 
 def backward(
-    q: Float[Array, "batch kv_heads groups queries head_dim"],
-    k: Float[Array, "batch kv_heads keys head_dim"],
-    v: Float[Array, "batch kv_heads keys head_dim"],
-    queries: Side,
-    keys: Side,
+    inputs: Inputs,
     options: Options,
-    lse: Float32[Array, "batch kv_heads groups queries"],
-    delta: Float32[Array, "batch kv_heads groups queries"],
-    do: Float[Array, "batch kv_heads groups queries head_dim"],
+    cotangents: Cotangents,
+    dq: Float32[Array, "heads rows head_dim"] | None = None,
     *,
     interpret: Interpret = False,
 ) -> Gradients:
-    """Gradients of this block of keys, from the global `lse` and `delta` of its queries."""
+    """Gradients of these keys, and of the queries through these keys; the latter added to `dq`, if given.
+
+    ValueError as for `mosaic_tpu.forward`. `do` is taken in q's dtype.
+    """
+    do, lse, delta = cotangents
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
-    arrays = q, do.astype(q.dtype), lse, delta, k, v
-    dq = _dq(*arrays, queries, keys, options, interpret)
-    return Gradients(dq, *_dkv(*arrays, queries, keys, options, interpret))
+    cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)
+    part = _dq(inputs, options, cotangents, interpret)
+    return Gradients(part if dq is None else dq + part, _dkv(inputs, options, cotangents, interpret))
 
 
-def _cut(tiling, sides, q, do, lse, delta, k, v):  # type: ignore[no-untyped-def]
+def _cut(tiling: Tiling, sides: Sides, inputs: Inputs, cotangents: Cotangents) -> tuple[jax.Array, ...]:
     """What both kernels read, in the order of Specs.backward."""
-    queries = *map(tiling.cut_queries, (q, do)), *map(tiling.cut_rows, (lse, delta)), sides.queries
-    return *queries, *map(tiling.cut_keys, (k, v)), sides.keys
+    queries = *map(tiling.cut_queries, (inputs.q, cotangents.do)), *map(tiling.cut_rows, cotangents[1:]), sides.queries
+    kv = tiling.cut_keys(inputs.kv)
+    return *queries, kv, kv, sides.keys
 
 
-def _dq(q, do, lse, delta, k, v, queries, keys, options, interpret):  # type: ignore[no-untyped-def]
-    tiling = tiling_of("dq", q, k, options)
-    sides = cut_sides(options.rule, queries, keys, tiling)
+def _dq(inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret) -> jax.Array:
+    tiling = tiling_of("dq", inputs, options)
+    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
 
     def place(context, head, share, step, pairs) -> Place:  # type: ignore[no-untyped-def]
         pair = Pair.at(pairs, context, step, tiling)
         return Place(context, head, share, pair.outer, pair.inner)
 
     specs = specs_of(tiling, place)
-    arrays = _cut(tiling, sides, q, do, lse, delta, k, v)
-    shape = shape_like(q, arrays[0].shape)
+    arrays = _cut(tiling, sides, inputs, cotangents)
+    shape = shape_like(inputs.q, arrays[0].shape)
     dq = pl.pallas_call(
         partial(_dq_kernel, options=options, tiling=tiling),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -159,39 +160,39 @@ def _dq(q, do, lse, delta, k, v, queries, keys, options, interpret):  # type: ig
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
         ),
-        cost_estimate=cost(tiling, 3, options, *arrays, shape),
+        cost_estimate=cost(tiling, 3, options, *arrays[:-2], shape),
         interpret=interpret,
         name="ring_attention_dq",
     )(sides.pairs, *arrays)
     return tiling.join_queries(dq)
 
 
-def _dkv(q, do, lse, delta, k, v, queries, keys, options, interpret):  # type: ignore[no-untyped-def]
-    tiling = tiling_of("dkv", q, k, options)
-    sides = cut_sides(options.rule, queries, keys, tiling, by_key=True)
+def _dkv(inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret) -> jax.Array:
+    tiling = tiling_of("dkv", inputs, options)
+    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=True)
 
     def place(context, head, step, share, pairs) -> Place:  # type: ignore[no-untyped-def]
         pair = Pair.at(pairs, context, step, tiling)
         return Place(context, head, share, pair.inner, pair.outer)
 
     specs = specs_of(tiling, place)
-    arrays = _cut(tiling, sides, q, do, lse, delta, k, v)
-    shapes = [shape_like(q, arrays[5].shape)] * 2
-    dk, dv = pl.pallas_call(
+    arrays = _cut(tiling, sides, inputs, cotangents)
+    shape = shape_like(inputs.q, arrays[5].shape)
+    dkv = pl.pallas_call(
         partial(_dkv_kernel, options=options, tiling=tiling),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiling.batch, tiling.kv_heads, sides.steps, tiling.shares),
             in_specs=specs.backward,
-            out_specs=[specs.keys, specs.keys],
+            out_specs=specs.keys_and_values,
             scratch_shapes=[pltpu.VMEM((tiling.block_k, tiling.head_dim), jnp.float32)] * 2,
         ),
-        out_shape=shapes,
+        out_shape=shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         ),
-        cost_estimate=cost(tiling, 4, options, *arrays, *shapes),
+        cost_estimate=cost(tiling, 4, options, *arrays[:-2], shape),
         interpret=interpret,
         name="ring_attention_dkv",
     )(sides.pairs, *arrays)
-    return dk[:, :, : tiling.keys], dv[:, :, : tiling.keys]
+    return tiling.join_keys(dkv)

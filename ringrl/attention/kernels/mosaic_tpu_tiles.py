@@ -24,8 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from ringrl.attention.contract import Inputs
+from ringrl.attention.device import device_of
 from ringrl.attention.kernels.tuning.mosaic_tpu import Work, blocks_for
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Rule, Side, classify, pad_side, visible
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Rule, Side, classify, may_see, pad_side
 from ringrl.attention.options import Options
 
 LOG2_E = 1.4426950408889634
@@ -80,29 +82,35 @@ class Tiling:
         """The length of the list if every tile sees every other."""
         return self.query_tiles * self.key_tiles
 
-    def cut_queries(self, x: Float[Array, "batch kv_heads heads queries head_dim"]) -> jax.Array:
+    def cut_queries(self, x: Float[Array, "heads rows head_dim"]) -> jax.Array:
         """To (batch, kv_heads, shares, groups, padded queries, head_dim)."""
-        x = _pad(x, 3, self.query_tiles * self.block_q)
-        return x.reshape(*x.shape[:2], self.shares, self.groups, *x.shape[3:])
+        x = x.reshape(self.batch, self.kv_heads, self.shares, self.groups, self.queries, -1)
+        return _pad(x, 4, self.query_tiles * self.block_q)
 
     def join_queries(self, x: jax.Array) -> jax.Array:
         """The inverse."""
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :, : self.queries]
+        return x[:, :, :, :, : self.queries].reshape(self.batch * self.kv_heads, -1, self.head_dim)
 
-    def cut_rows(self, x: Float32[Array, "batch kv_heads heads queries"], fill: float = 0.0) -> jax.Array:
+    def cut_rows(self, x: Float32[Array, "heads rows"], fill: float = 0.0) -> jax.Array:
         """To (batch, kv_heads, shares, query_tiles, 1, rows)."""
-        x = _pad(x, 3, self.query_tiles * self.block_q, fill)
-        x = x.reshape(*x.shape[:2], self.shares, self.groups, self.query_tiles, self.block_q)
+        x = x.reshape(self.batch, self.kv_heads, self.shares, self.groups, self.queries)
+        x = _pad(x, 4, self.query_tiles * self.block_q, fill)
+        x = x.reshape(*x.shape[:4], self.query_tiles, self.block_q)
         return jnp.moveaxis(x, 3, 4).reshape(*x.shape[:3], self.query_tiles, 1, self.rows)
 
     def join_rows(self, x: jax.Array) -> jax.Array:
         """The inverse."""
         x = jnp.moveaxis(x.reshape(*x.shape[:4], self.groups, self.block_q), 4, 3)
-        return x.reshape(*x.shape[:2], -1, self.query_tiles * self.block_q)[..., : self.queries]
+        x = x.reshape(*x.shape[:4], self.query_tiles * self.block_q)[..., : self.queries]
+        return x.reshape(self.batch * self.kv_heads, -1)
 
-    def cut_keys(self, x: Float[Array, "batch kv_heads keys head_dim"]) -> jax.Array:
-        """To whole tiles."""
-        return _pad(x, 2, self.key_tiles * self.block_k)
+    def cut_keys(self, kv: Float[Array, "heads 2 keys head_dim"]) -> jax.Array:
+        """To (batch, kv_heads, 2, padded keys, head_dim)."""
+        return _pad(kv, 2, self.key_tiles * self.block_k).reshape(self.batch, self.kv_heads, 2, -1, self.head_dim)
+
+    def join_keys(self, kv: jax.Array) -> jax.Array:
+        """The inverse."""
+        return kv[:, :, :, : self.keys].reshape(self.batch * self.kv_heads, 2, self.keys, self.head_dim)
 
 
 def _pad(x: jax.Array, axis: int, size: int, fill: float = 0.0) -> jax.Array:
@@ -111,22 +119,24 @@ def _pad(x: jax.Array, axis: int, size: int, fill: float = 0.0) -> jax.Array:
     return jnp.pad(x, amount, constant_values=fill)
 
 
-def tiling_of(work: Work, q: jax.Array, k: jax.Array, options: Options) -> Tiling:
+def tiling_of(work: Work, inputs: Inputs, options: Options) -> Tiling:
     """Tiles as large as options or the table say, with as many heads in a tile as they have room for."""
-    if (reason := unsupported(q.dtype, q.shape[-1], options)) is not None:
+    q, head_dim = inputs.q, inputs.q.shape[-1]
+    if (reason := unsupported(q.dtype, head_dim, options)) is not None:
         raise ValueError(reason)
-    batch, kv_heads, heads, queries, head_dim = q.shape
-    blocks = blocks_for(work, head_dim, q.dtype)
-    block_k = _fit(options.block_k or blocks.keys, k.shape[2])
+    (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
+    kv_heads, heads = inputs.kv_heads, inputs.groups
+    blocks = blocks_for(work, head_dim, q.dtype, device_of(q).device_kind)
+    block_k = _fit(options.block_k or blocks.keys, keys)
     for groups in sorted((n for n in range(1, heads + 1) if heads % n == 0), reverse=True):
         block_q = _fit(options.block_q or blocks.rows // groups // LANES * LANES, queries)
         if not block_q or groups * block_q > max(blocks.rows, block_q):
             continue
-        tiling = Tiling(batch, kv_heads, heads // groups, groups, queries, k.shape[2], head_dim, block_q, block_k)
+        tiling = Tiling(batch, kv_heads, heads // groups, groups, queries, keys, head_dim, block_q, block_k)
         if batch * tiling.pairs <= MAX_PAIRS and max(tiling.query_tiles, tiling.key_tiles) <= 2**TILE_BITS:
             return tiling
     raise ValueError(
-        f"q, k: {batch} x {queries} queries and {k.shape[2]} keys per device are more tiles than the {MAX_PAIRS} pairs"
+        f"q, k: {batch} x {queries} queries and {keys} keys per device are more tiles than the {MAX_PAIRS} pairs"
         f" that a TPU kernel can list (block_q {options.block_q or blocks.rows}, block_k {block_k}): use larger blocks,"
         " a smaller batch, or more devices along the sequence"
     )
@@ -233,6 +243,8 @@ class Specs(NamedTuple):
 
     queries: pl.BlockSpec
     keys: pl.BlockSpec
+    values: pl.BlockSpec
+    keys_and_values: pl.BlockSpec
     rows: pl.BlockSpec
     query_side: pl.BlockSpec
     key_side: pl.BlockSpec
@@ -240,7 +252,7 @@ class Specs(NamedTuple):
     @property
     def backward(self) -> list[pl.BlockSpec]:
         """Of what `cut_backward` cuts."""
-        return [self.queries] * 2 + [self.rows] * 2 + [self.query_side] + [self.keys] * 2 + [self.key_side]
+        return [self.queries] * 2 + [self.rows] * 2 + [self.query_side, self.keys, self.values, self.key_side]
 
 
 def specs_of(tiling: Tiling, place: Callable[..., Place]) -> Specs:
@@ -252,7 +264,9 @@ def specs_of(tiling: Tiling, place: Callable[..., Place]) -> Specs:
     t = tiling
     return Specs(
         spec((None, None, None, t.groups, t.block_q, t.head_dim), lambda p: (p.batch, p.head, p.share, 0, p.query, 0)),
-        spec((None, None, t.block_k, t.head_dim), lambda p: (p.batch, p.head, p.key, 0)),
+        spec((None, None, None, t.block_k, t.head_dim), lambda p: (p.batch, p.head, 0, p.key, 0)),
+        spec((None, None, None, t.block_k, t.head_dim), lambda p: (p.batch, p.head, 1, p.key, 0)),
+        spec((None, None, 2, t.block_k, t.head_dim), lambda p: (p.batch, p.head, 0, p.key, 0)),
         spec((None, None, None, None, 1, t.rows), lambda p: (p.batch, p.head, p.share, p.query, 0, 0)),
         spec((None, None, 2, t.rows), lambda p: (p.batch, p.query, 0, 0)),
         spec((None, None, 2, t.block_k), lambda p: (p.batch, p.key, 0, 0)),
@@ -277,14 +291,9 @@ def logits(options: Options, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax
 
 
 def tile_mask(rule: Rule, queries: jax.Array, keys: jax.Array) -> Bool[Array, "block_k rows"]:
-    """The rule for a tile, from its positions and segment ids: (2, rows) and (2, block_k).
-
-    `visible` puts the axis of the keys last; unit axes in front let a column of keys meet a row of queries.
-    """
+    """The rule for a tile, from its positions and segment ids: (2, rows) and (2, block_k)."""
     columns = keys.T
-    query_side = Side(queries[None, :1], queries[None, 1:])
-    key_side = Side(columns[None, :, :1], columns[None, :, 1:])
-    return visible(rule, query_side, key_side)[0, 0]
+    return may_see(rule, Side(queries[:1], queries[1:]), Side(columns[:, :1], columns[:, 1:]))
 
 
 def visit(pair: Pair, mask: Callable[[], jax.Array], compute: Callable[[jax.Array | None], None]) -> None:

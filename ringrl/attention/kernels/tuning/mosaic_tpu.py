@@ -9,7 +9,6 @@ vain, on a v6e most of all. Float32 goes through the matrix unit six times over,
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 Work = Literal["forward", "dq", "dkv"]
@@ -48,14 +47,8 @@ BY_DEVICE: dict[str, Table] = {
 }
 
 
-def blocks_for(work: Work, head_dim: int, dtype: jnp.dtype, device_kind: str | None = None) -> TpuBlocks:
-    """Tiles of one kernel, by default for the device that is compiled for; a device that is not listed gets MOST's."""
-    table = BY_DEVICE.get(device_kind or _device_kind(), MOST)
+def blocks_for(work: Work, head_dim: int, dtype: jnp.dtype, device_kind: str) -> TpuBlocks:
+    """Tiles of one kernel; a device that is not listed gets MOST's."""
+    table = BY_DEVICE.get(device_kind, MOST)
     fitting = min(limit for name, limit in table if name == jnp.dtype(dtype).name and limit >= head_dim)
     return getattr(table[jnp.dtype(dtype).name, fitting], work)
-
-
-def _device_kind() -> str:
-    """The device of the surrounding mesh if it names one (compiling for what is not there), else this process's."""
-    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return described.device_kind if described is not None else jax.devices()[0].device_kind
