@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 
 TOPOLOGIES = ("v4:2x2x2", "v5p:2x2x2", "v5e:2x4", "v6e:2x4")
 LOCAL_TOKENS, HEADS, HEAD_DIM = 2048, 4, 128
-STEPS = {"send": " collective-permute-start(", "kernel": " while(", "receive": " collective-permute-done("}
+KERNELS = {"xla": " while(", "mosaic_tpu": 'custom_call_target="tpu_custom_call"'}
+TRANSFERS = {"send": " collective-permute-start(", "receive": " collective-permute-done("}
 
 
 class Program(NamedTuple):
@@ -36,24 +37,24 @@ class Program(NamedTuple):
     scratch: int
 
 
-def steps_of(computation: str) -> list[str]:
+def steps_of(computation: str, implementation: str) -> list[str]:
     """Its sends, kernels and receives in the scheduled order; positions and segments are "send integers" and so on."""
     steps = []
     for line in computation.splitlines():
-        for step, operation in STEPS.items():
+        for step, operation in (TRANSFERS | {"kernel": KERNELS[implementation]}).items():
             if operation in line:
                 integers = " integers" if step != "kernel" and re.search(r"= \(?s32\[", line) else ""
                 steps.append(step + integers)
     return steps
 
 
-def loops_that_send(text: str) -> list[list[str]]:
+def loops_that_send(text: str, implementation: str) -> list[list[str]]:
     """The steps of every computation that sends, but for the outermost, which is no loop."""
     inner = re.findall(r"^%[^\n]*\{\n(.*?)^\}", text, flags=re.MULTILINE | re.DOTALL)
-    return [steps for steps in map(steps_of, inner) if "send" in steps]
+    return [steps for steps in (steps_of(x, implementation) for x in inner) if "send" in steps]
 
 
-def compile_for(topology: str) -> Program:
+def compile_for(topology: str, implementation: str = "mosaic_tpu") -> Program:
     """Forward and backward pass of a ring over all chips of a topology, causal, zigzag, bfloat16."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices), ("seq",))
@@ -61,32 +62,38 @@ def compile_for(topology: str) -> Program:
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "seq")))
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple:
-        o, backward = jax.vjp(lambda *qkv: ring_attention(*qkv, mesh=mesh), q, k, v)
+        o, backward = jax.vjp(lambda *qkv: ring_attention(*qkv, mesh=mesh, implementation=implementation), q, k, v)
         return o, backward(do)
 
     compiled = jax.jit(run).lower(q, q, q, q).compile()
     text = compiled.as_text()
     assert "is_scheduled=true" in text
-    return Program(loops_that_send(text), text, compiled.memory_analysis().temp_size_in_bytes)
+    return Program(loops_that_send(text, implementation), text, compiled.memory_analysis().temp_size_in_bytes)
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiles of a TPU, whatever this process runs on, and no question to a metadata server."""
+    """The tiles of the XLA kernel on a TPU, whatever this process runs on, and no question to a metadata server."""
     monkeypatch.setattr(xla, "blocks_for", lambda heads: Blocks(512, 512, heads))
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_kernels_run_while_blocks_travel(topology):
-    """Everything leaves before the kernel and is waited for after it, in both loops, and nothing is gathered."""
-    program = compile_for(topology)
-    assert len(program.loops) == 2
-    for steps, sends in zip(sorted(program.loops, key=len), (["send"], ["send", "send"]), strict=True):
-        receives = [step.replace("send", "receive") for step in sends]
-        kernel = steps.index("kernel")
-        assert sorted(steps[:kernel]) == [*sends, "send integers"]
-        assert sorted(steps[kernel + 1 :]) == [*receives, "receive integers"]
+def test_kernels_run_while_blocks_travel(topology, implementation):
+    """In both loops everything is sent before the last kernel (the backward pass may have two) and before the first
+    something is, and nothing is waited for before the last has run; and nothing is gathered.
+    """
+    program = compile_for(topology, implementation)
+    forward, backward = sorted(program.loops, key=len)
+    for steps, arrays in ((forward, 1), (backward, 2)):
+        kernels = [i for i, step in enumerate(steps) if step == "kernel"]
+        sends = [i for i, step in enumerate(steps) if step.startswith("send")]
+        receives = [i for i, step in enumerate(steps) if step.startswith("receive")]
+        assert len(kernels) in ((1,) if implementation == "xla" else (arrays,))
+        assert len(sends) == len(receives) == arrays + 1
+        assert sends[0] < kernels[0]
+        assert sends[-1] < kernels[-1] < receives[0]
     assert "all-gather" not in program.text
 
 

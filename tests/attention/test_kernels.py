@@ -1,0 +1,88 @@
+"""Which kernel computes what, and that none is asked for what it does not do."""
+
+import logging
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ringrl.attention import attention, kernels
+from ringrl.attention.mask import Rule
+from ringrl.attention.options import Options
+
+
+class Device(NamedTuple):
+    platform: str
+    device_kind: str
+
+
+CPU, TPU = Device("cpu", "cpu"), Device("tpu", "TPU v5 lite")
+H200, A100 = Device("gpu", "NVIDIA H200"), Device("gpu", "NVIDIA A100-SXM4-80GB")
+OPTIONS = Options(Rule(), 0.1)
+
+
+def queries(dtype: str = "bfloat16", head_dim: int = 128) -> jax.Array:
+    return jax.ShapeDtypeStruct((1, 8, 2, head_dim), dtype)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    kernels._say_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"),
+    [
+        (CPU, "xla"),
+        (TPU, "mosaic_tpu"),
+        (H200, "mosaic_gpu"),
+        (Device("cuda", "NVIDIA H100 80GB HBM3"), "mosaic_gpu"),
+        (Device("gpu", "NVIDIA GH200 480GB"), "mosaic_gpu"),
+        (A100, "xla"),
+        (Device("gpu", "NVIDIA GeForce RTX 2000"), "xla"),
+    ],
+)
+def test_the_kernel_of_a_device(device, kernel):
+    assert kernels.with_kernel(OPTIONS, None, queries(), device).implementation == kernel
+    assert kernels.with_kernel(OPTIONS, "xla", queries(), device).implementation == "xla"
+
+
+@pytest.mark.parametrize(
+    ("device", "q", "reason"),
+    [
+        (H200, queries("float32"), "float32"),
+        (H200, queries(head_dim=80), "head_dim of 64 or 128, not 80"),
+        (TPU, queries("float16"), "float16"),
+        (TPU, queries(head_dim=512), "head_dim 512"),
+        (A100, queries(), "no kernel for NVIDIA A100"),
+    ],
+)
+def test_a_fallback_is_said_once_and_refused_where_it_was_not_asked_for(device, q, reason, caplog):
+    with caplog.at_level(logging.WARNING, "ringrl.attention"):
+        for _ in range(3):
+            assert kernels.with_kernel(OPTIONS, None, q, device).implementation == "xla"
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+    if device is not A100:
+        with pytest.raises(ValueError, match=f"^implementation: .*{reason}"):
+            kernels.with_kernel(OPTIONS, kernels.native_to(device), q, device)
+
+
+def test_a_cpu_says_nothing(caplog):
+    kernels.with_kernel(OPTIONS, None, queries("float32"), CPU)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["mosaic_tpu", "mosaic_gpu"])
+def test_a_kernel_of_another_device_is_refused(name):
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=f"^implementation: '{name}' does not run on cpu; use 'xla'"):
+        attention(q, q, q, implementation=name)
+
+
+def test_pallas_is_not_imported_before_it_is_needed():
+    code = "import sys, ringrl.attention; sys.exit('jax.experimental.pallas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
