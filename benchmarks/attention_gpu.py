@@ -22,28 +22,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ringrl.attention.contract import Cotangents, Inputs, Partial, by_token
 from ringrl.attention.kernels import mosaic_gpu, mosaic_gpu_backward, xla
 from ringrl.attention.mask import Rule, Side, visible
-from ringrl.attention.merge import Partial
 from ringrl.attention.options import Options
 
 FEATURES, TOKENS = 2_048, 32_768
 LENGTHS = (4_096, 16_384, 65_536)
 LONGEST_FOR_XLA = 4_096
+RESULTS = ("o", "lse", "dq", "dk", "dv")
 NAMES = ("ours", "cudnn", "tokamax", "xla")
 RING = 8
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # of the largest value
 
 
 class Problem(NamedTuple):
-    """One attention call: q, do (B, Hkv, G, S, D), k, v (B, Hkv, K, D), where they stand, and the rule."""
+    """One attention call, as kernels take it, and a cotangent."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    inputs: Inputs
     do: jax.Array
-    queries: Side
-    keys: Side
     options: Options
 
 
@@ -59,68 +56,70 @@ def repeat_side(side: Side, batch: int) -> Side:
 
 
 def random_problem(shape: tuple[int, ...], keys: int, dtype: str, sides: tuple[Side, Side], rule: Rule) -> Problem:
-    """Random arrays for q of (B, Hkv, G, S, D)."""
-    batch, kv_heads, _, _, head_dim = shape
-    shapes = (shape, (batch, kv_heads, keys, head_dim), (batch, kv_heads, keys, head_dim), shape)
-    draws = jax.random.split(jax.random.key(0), 4)
+    """Random arrays for queries of (B, Hkv, G, S, D)."""
+    batch, kv_heads, groups, queries, head_dim = shape
+    heads = batch * kv_heads
+    shapes = (heads, groups * queries, head_dim), (heads, 2, keys, head_dim), (heads, groups * queries, head_dim)
+    draws = jax.random.split(jax.random.key(0), 3)
     arrays = (
         jax.random.normal(key, shape, jnp.float32).astype(dtype) for key, shape in zip(draws, shapes, strict=True)
     )
-    q, k, v, do = arrays
-    return Problem(q, k, v, do, *(repeat_side(x, batch) for x in sides), Options(rule, head_dim**-0.5))
+    q, kv, do = arrays
+    return Problem(Inputs(q, kv, *(repeat_side(x, batch) for x in sides)), do, Options(rule, head_dim**-0.5))
 
 
 # ---- correctness
 
 
 def definition(problem: Problem, dlse: np.ndarray) -> dict[str, np.ndarray]:
-    """o, lse, dq, dk, dv in float64 on the host, from the S x S weights of one head at a time."""
-    q, k, v, do = (np.asarray(x.astype(jnp.float32), np.float64) for x in problem[:4])
-    mask = np.asarray(visible(problem.options.rule, problem.queries, problem.keys))
-    found = {"o": np.zeros_like(q), "lse": np.zeros(q.shape[:-1]), "dq": np.zeros_like(q)}
-    found |= {"dk": np.zeros_like(k), "dv": np.zeros_like(v)}
-    scale = problem.options.scale
-    for b, h, g in np.ndindex(q.shape[:3]):
-        s = np.where(mask[b], scale * q[b, h, g] @ k[b, h].T, -np.inf)
+    """o, lse, dq, dk, dv in float64 on the host, from the weights of all rows of one key head at a time."""
+    inputs, scale = problem.inputs, problem.options.scale
+    q, kv, do = (np.asarray(x.astype(jnp.float32), np.float64) for x in (inputs.q, inputs.kv, problem.do))
+    masks = np.asarray(visible(problem.options.rule, inputs.queries, inputs.keys))
+    found: dict[str, list[np.ndarray]] = {name: [] for name in RESULTS}
+    for head, (k, v) in enumerate(kv):
+        mask = np.tile(masks[head // inputs.kv_heads], (inputs.groups, 1))
+        s = np.where(mask, scale * q[head] @ k.T, -np.inf)
         with np.errstate(divide="ignore"):
             maximum = np.maximum(s.max(1, keepdims=True), -1e30)
             lse = maximum[:, 0] + np.log(np.exp(s - maximum).sum(1))
         p = np.exp(s - np.where(np.isneginf(lse), 0, lse)[:, None])
-        o = p @ v[b, h]
-        delta = (o * do[b, h, g]).sum(1) - np.where(np.isneginf(lse), 0, dlse[b, h, g])
-        ds = scale * p * (do[b, h, g] @ v[b, h].T - delta[:, None])
-        found["o"][b, h, g], found["lse"][b, h, g], found["dq"][b, h, g] = o, lse, ds @ k[b, h]
-        found["dk"][b, h] += ds.T @ q[b, h, g]
-        found["dv"][b, h] += p.T @ do[b, h, g]
-    return found
+        o = p @ v
+        delta = (o * do[head]).sum(1) - np.where(np.isneginf(lse), 0, dlse[head])
+        ds = scale * p * (do[head] @ v.T - delta[:, None])
+        for name, x in zip(RESULTS, (o, lse, ds @ k, ds.T @ q[head], p.T @ do[head]), strict=True):
+            found[name].append(x)
+    return {name: np.stack(x) for name, x in found.items()}
 
 
 def poison(problem: Problem) -> None:
     """Leave NaN in the memory that the next results are likely to get: what a kernel does not write shows."""
-    jax.block_until_ready([jnp.full(x.shape, jnp.nan) for x in (*problem[:4], problem.q, problem.k, problem.v)])
+    shapes = [x.shape for x in (problem.inputs.q, problem.inputs.kv)] * 3
+    jax.block_until_ready([jnp.full(shape, jnp.nan) for shape in shapes])
+
+
+def part_of_keys(inputs: Inputs, part: slice) -> Inputs:
+    """The same queries with fewer keys."""
+    return inputs._replace(kv=inputs.kv[:, :, part], keys=Side(*(x[:, part] for x in inputs.keys)))
 
 
 def largest_errors(problem: Problem) -> dict[str, float]:
     """Of every result, in units of its largest value; infinite where blind rows or not finite values differ."""
-    dlse = np.random.default_rng(1).normal(size=problem.q.shape[:-1])
+    inputs, do, options = problem
+    dlse = np.random.default_rng(1).normal(size=inputs.q.shape[:-1])
     expected = definition(problem, dlse)
     poison(problem)
-    forward, backward = (jax.jit(f, static_argnums=5) for f in (mosaic_gpu.forward, mosaic_gpu_backward.backward))
-    arguments = (*problem[:3], *problem[4:])
-    half = problem.keys.positions.shape[1] // 2
-    parts = [(x[:, :, :half], x[:, :, half:]) for x in problem[1:3]]
-    halves = [Side(*(x[:, part] for x in problem.keys)) for part in (slice(half), slice(half, None))]
-    o, lse = forward(*arguments)
-    start = forward(problem.q, parts[0][0], parts[1][0], problem.queries, halves[0], problem.options)
-    resumed = jax.jit(mosaic_gpu.forward, static_argnums=5)(
-        problem.q, parts[0][1], parts[1][1], problem.queries, halves[1], problem.options, start
-    )
+    forward, backward = (jax.jit(f, static_argnums=1) for f in (mosaic_gpu.forward, mosaic_gpu_backward.backward))
+    half = inputs.kv.shape[2] // 2
+    first, second = (part_of_keys(inputs, part) for part in (slice(half), slice(half, None)))
+    o, lse = forward(inputs, options)
+    resumed = forward(second, options, forward(first, options))
     blind = np.isneginf(expected["lse"])
-    delta = (expected["o"] * np.asarray(problem.do.astype(jnp.float32))).sum(-1) - np.where(blind, 0, dlse)
+    delta = (expected["o"] * np.asarray(do.astype(jnp.float32))).sum(-1) - np.where(blind, 0, dlse)
     rows = (jnp.asarray(x, jnp.float32) for x in (expected["lse"], delta))
     poison(problem)
-    gradients = backward(*arguments, *rows, problem.do)
-    results = {"o": o, "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    dq, dkv = backward(inputs, options, Cotangents(do, *rows))
+    results = dict(zip(RESULTS, (o, lse, dq, dkv[:, 0], dkv[:, 1]), strict=True))
     errors = {name: relative_error(np.asarray(x), expected[name]) for name, x in results.items()}
     return errors | {"o in two parts": relative_error(np.asarray(resumed.o), expected["o"])}
 
@@ -130,7 +129,8 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     infinite = np.isneginf(expected)
     if not np.array_equal(np.isneginf(found), infinite) or not np.isfinite(found[~infinite]).all():
         return float("inf")
-    return float(np.abs(found - expected)[~infinite].max() / max(np.abs(expected[~infinite]).max(), 1e-9))
+    found, expected = found[~infinite], expected[~infinite]
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-9))
 
 
 def checks() -> Iterator[tuple[str, str, Problem]]:
@@ -174,22 +174,23 @@ def seconds_per_call(run: Callable[[], Any], runs: int) -> float:
 
 def kernel_passes(forward: Callable, backward: Callable, problem: Problem) -> tuple[Callable, Callable]:
     """(forward, backward) of a kernel of this library; delta is part of its backward pass."""
-    forward = jax.jit(forward, static_argnums=5)
-    arguments = (*problem[:3], *problem[4:])
-    o, lse = forward(*arguments)
+    inputs, do, options = problem
+    forward = jax.jit(forward, static_argnums=1)
+    o, lse = forward(inputs, options)
 
-    @partial(jax.jit, static_argnums=5)
-    def gradients(q, k, v, queries, keys, options, o, lse, do):  # type: ignore[no-untyped-def]
+    @partial(jax.jit, static_argnums=1)
+    def gradients(inputs, options, o, lse, do):  # type: ignore[no-untyped-def]
         delta = (o * do.astype(jnp.float32)).sum(-1)
-        return backward(q, k, v, queries, keys, options, lse, delta, do)
+        return backward(inputs, options, Cotangents(do, lse, delta))
 
-    return lambda: forward(*arguments), lambda: gradients(*arguments, o, lse, problem.do)
+    return lambda: forward(inputs, options), lambda: gradients(inputs, options, o, lse, do)
 
 
 def function_passes(attend: Callable, problem: Problem) -> tuple[Callable, Callable]:
     """(forward, backward) of a function of q, k and v in (B, S, H, D)."""
-    q, do = (jnp.moveaxis(x, 3, 1).reshape(x.shape[0], x.shape[3], -1, x.shape[4]) for x in (problem.q, problem.do))
-    k, v = (jnp.swapaxes(x, 1, 2) for x in (problem.k, problem.v))
+    inputs = problem.inputs
+    shape = inputs.queries.positions.shape
+    q, k, v, do = (by_token(x, *shape) for x in (inputs.q, inputs.kv[:, 0], inputs.kv[:, 1], problem.do))
     forward = jax.jit(attend)
     _, pullback = jax.jit(lambda *qkv: jax.vjp(attend, *qkv))(q, k, v)
     backward = jax.jit(lambda pullback, do: pullback(do))
@@ -218,8 +219,8 @@ def passes(name: str, problem: Problem) -> tuple[Callable, Callable]:
 
 def rates(name: str, problem: Problem, runs: int) -> dict[str, float | str]:
     """TFLOP/s forward and backward, or why there are none: a peer that fails does not end the comparison."""
-    batch, kv_heads, groups, tokens, head_dim = problem.q.shape
-    operations = 4.0 * batch * kv_heads * groups * tokens**2 * head_dim
+    inputs = problem.inputs
+    operations = 4.0 * inputs.q.size * inputs.kv.shape[2]  # 4 B H S^2 D
     operations /= 2 if problem.options.rule.is_causal else 1
     try:
         forward, backward = passes(name, problem)
@@ -245,19 +246,21 @@ def sequence(
 def ring_overhead(head_dim: int, runs: int) -> dict[str, float]:
     """Milliseconds of one call over all keys, and of eight over an eighth each, every one going on from the last."""
     problem = sequence(TOKENS, head_dim, is_causal=True)
-    whole = jax.jit(mosaic_gpu.forward, static_argnums=5)
-    arguments = (*problem[:3], *problem[4:])
+    whole = jax.jit(mosaic_gpu.forward, static_argnums=1)
+    blocks = [
+        jax.block_until_ready(part_of_keys(problem.inputs, slice(i * TOKENS // RING, (i + 1) * TOKENS // RING)))
+        for i in range(RING)
+    ]
 
-    @partial(jax.jit, static_argnums=5)
-    def hops(q, k, v, queries, keys, options):  # type: ignore[no-untyped-def]
+    @partial(jax.jit, static_argnums=1)
+    def hops(blocks: list[Inputs], options: Options) -> Partial | None:
         total: Partial | None = None
-        for i in range(RING):
-            part = slice(i * TOKENS // RING, (i + 1) * TOKENS // RING)
-            block = Side(*(x[:, part] for x in keys))
-            total = mosaic_gpu.forward(q, k[:, :, part], v[:, :, part], queries, block, options, total)
+        for block in blocks:
+            total = mosaic_gpu.forward(block, options, total)
         return total
 
-    seconds = [seconds_per_call(lambda run=run: run(*arguments), runs) for run in (whole, hops)]
+    calls = (lambda: whole(problem.inputs, problem.options)), (lambda: hops(blocks, problem.options))
+    seconds = [seconds_per_call(run, runs) for run in calls]
     return {"whole_ms": seconds[0] * 1e3, "hops_ms": seconds[1] * 1e3, "overhead": seconds[1] / seconds[0] - 1}
 
 

@@ -3,9 +3,8 @@
     python benchmarks/attention_memory.py [--rings 2 8 32 64] [--local-tokens 2048] [--heads 4] [--head-dim 64]
                                           [--json FILE]
 
-B1 float32 causal zigzag. Programs are compiled for host devices in a process of their own and never run. A ring of 2
-sends once, without a loop, and takes a little less than all others. Peer: strategy "all_gather", which holds all keys
-on every device.
+B1 float32 causal zigzag. Programs are compiled for host devices in a process of their own and never run. Peer: strategy
+"all_gather", which holds all keys on every device.
 """
 
 import argparse
