@@ -12,6 +12,7 @@ test: .venv/ready  ## every test
 
 lint: .venv/ready  ## style and types
 	$(RUN)ruff check .
+	$(RUN)ruff format --check .
 	$(RUN)mypy
 
 .venv/ready: requirements.lock pyproject.toml

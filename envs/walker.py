@@ -60,9 +60,7 @@ class WalkerSimulation(Simulation):
             )
         else:
             speed = _SPEEDS[task]
-            move = tolerance(
-                velocity, bounds=(speed, np.inf), margin=speed / 2, value_at_margin=0.5, sigmoid="linear"
-            )
+            move = tolerance(velocity, bounds=(speed, np.inf), margin=speed / 2, value_at_margin=0.5, sigmoid="linear")
         return stand * (5 * move + 1) / 6
 
 

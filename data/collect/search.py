@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float64
 
 _MEMORY = 3  # generations that an update learns from: few episodes each, so one alone would make the search rash
-_ELITE_SHARE = .15
-_LEARNING_RATE = .6
+_ELITE_SHARE = 0.15
+_LEARNING_RATE = 0.6
 _FLOOR = 0.1  # the deviation never falls below this share of the first one: the search stays awake
 
 

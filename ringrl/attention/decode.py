@@ -5,8 +5,6 @@ devices fill up evenly, and a cache grows where it lies. Each device attends to 
 merge the results: two small collectives in place of n - 1 hops.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -180,7 +178,7 @@ def grow_cache(
     if mesh is None:
         return widen(cache)
     sharded = PartitionSpec(batch_axes, axis_name, head_axes)
-    return jax.shard_map(partial(widen), mesh=mesh, in_specs=sharded, out_specs=sharded)(cache)
+    return jax.shard_map(widen, mesh=mesh, in_specs=sharded, out_specs=sharded)(cache)
 
 
 def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int) -> int:

@@ -69,4 +69,4 @@ def for_page(svg: str, prefix: str) -> str:
         svg = svg.replace(reference, f"{reference}{prefix}-")
     head, body = svg.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return f"{head} aria-hidden=\"true\">{body}".replace("sans-serif", "inherit")
+    return f'{head} aria-hidden="true">{body}'.replace("sans-serif", "inherit")

@@ -125,5 +125,3 @@ def test_rows_that_are_not_finite_are_named(name):
 def test_unknown_domain():
     with pytest.raises(UserError, match="unknown domain 'wlaker'; did you mean walker"):
         relabel_all("wlaker", np.zeros((5, 18)), np.zeros((5, 6), np.float32))
-
-

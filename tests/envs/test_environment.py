@@ -187,9 +187,7 @@ def test_recorded_transitions_are_reproduced(domain, recorded_episodes):
             simulation.set_positions_and_velocities(episode["physics"][row])
             simulation.data.qacc_warmstart[:] = 0
             mujoco.mj_forward(simulation.model, simulation.data)
-            np.testing.assert_array_equal(
-                simulation.observation()[of_state], episode["observation"][row][of_state]
-            )
+            np.testing.assert_array_equal(simulation.observation()[of_state], episode["observation"][row][of_state])
             action = episode["action"][row + 1]
             simulation.step(action)
             np.testing.assert_allclose(simulation.physics_state(), episode["physics"][row + 1], atol=1e-5)

@@ -12,9 +12,7 @@ def _flat(observation):
 @pytest.mark.parametrize("task", ["stand", "walk", "run"])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_stock_tasks_equal_dm_control(task, seed, assert_equals_dm_control):
-    reference = suite.load(
-        "walker", task, task_kwargs={"random": seed}, environment_kwargs={"flat_observation": True}
-    )
+    reference = suite.load("walker", task, task_kwargs={"random": seed}, environment_kwargs={"flat_observation": True})
     steps = 1000 if (task, seed) == ("walk", 0) else 100
     assert_equals_dm_control(make(f"walker_{task}", seed), reference, steps, _flat)
 

@@ -106,10 +106,7 @@ def test_curves_over_training_lengths(make_rollouts):
 
 def test_curves_over_rollout_lengths(make_rollouts):
     records = [
-        record
-        for train in (2, 8)
-        for test in (4, 1)
-        for record in make_rollouts(test, 0, 1, train_trajectories=train)
+        record for train in (2, 8) for test in (4, 1) for record in make_rollouts(test, 0, 1, train_trajectories=train)
     ]
     first, second = series_of(gather(records).cells)
     assert (first.trained_on, second.trained_on) == (2, 8)

@@ -23,9 +23,7 @@ def batch() -> Context:
 
 
 def test_warm_up_and_cosine():
-    schedule = learning_rate(
-        OptimiserConfig(steps=110, warmup_steps=10, learning_rate=0.5, final_learning_rate=0.2)
-    )
+    schedule = learning_rate(OptimiserConfig(steps=110, warmup_steps=10, learning_rate=0.5, final_learning_rate=0.2))
     steps = np.arange(111)
     cosine = 0.1 + 0.4 * (1 + np.cos(np.pi * (steps - 10) / 100)) / 2
     expected = np.where(steps < 10, 0.05 * steps, cosine)
