@@ -132,12 +132,12 @@ def append_to_cache(
       ValueError: shapes that do not fit, or more tokens than capacity as far as `length` is a plain number (where it is
         traced, what lies beyond the capacity is undefined).
     """
-    if isinstance(length, int) and length + new.shape[1] > cache.shape[1]:
-        raise ValueError(f"length: {length} and {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     if (new.shape[0], *new.shape[2:]) != (cache.shape[0], *cache.shape[2:]):
         raise ValueError(f"new: expected batch, heads and head_dim of the cache {cache.shape}, got {new.shape}")
+    if isinstance(length, int) and length + new.shape[1] > cache.shape[1]:
+        raise ValueError(f"length: {length} and {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     new = new.astype(cache.dtype)
     length = jnp.asarray(length, jnp.int32)
     if mesh is None:
