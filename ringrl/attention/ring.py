@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
@@ -119,13 +120,23 @@ class Ring:
     def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
         """Each share of the heads one hop on, in its own direction."""
 
+        axes, index = _in_order_of_mesh(self.axis_name)
+
         def permute(x: jax.Array, shift: int) -> jax.Array:
-            return lax.ppermute(x, self.axis_name, [(i, (i + shift) % self.size) for i in range(self.size)])
+            return lax.ppermute(x, axes, [(index[i], index[(i + shift) % self.size]) for i in range(self.size)])
 
         return [
             jax.tree.map(lambda x, shift=shift: permute(x, shift), block)
             for block, shift in zip(blocks, leg.shifts, strict=True)
         ]
+
+
+def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
+    """The axes as the mesh lists them, and where each device of the ring stands then: ppermute wants no other order."""
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    listed = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axes)
+    places = np.arange(lax.axis_size(axes)).reshape([lax.axis_size(axis) for axis in listed])
+    return listed, places.transpose([listed.index(axis) for axis in axes]).ravel().tolist()
 
 
 def _meet(leg: Leg, inputs: Inputs, blocks: list[Block]) -> list[Inputs]:
