@@ -170,7 +170,7 @@ def test_a_vector_needs_an_environment():
         make_vec("cartpole_swingup", 0, 0)
 
 
-@pytest.mark.parametrize("domain", list(DOMAINS))
+@pytest.mark.parametrize("domain", ["walker", "cheetah", "cartpole", "jaco"])
 def test_recorded_transitions_are_reproduced(domain, recorded_episodes):
     """Set a recorded state, compare the observation; take the recorded action, compare where it leads."""
     import mujoco
