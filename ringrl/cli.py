@@ -70,7 +70,7 @@ def data_info(store: tyro.conf.Positional[Path]) -> None:
 def data_collect(
     task: tyro.conf.Positional[str], output: Path, episodes: int = 200, seed: int = 0, workers: int | None = None
 ) -> None:
-    """Collect episodes of a task locally, in ExoRL's format, from nothing to near the ceiling.
+    """Collect episodes of a task locally, in ExoRL's format, from nothing to near the ceiling (quadruped: less).
 
     Args:
         task: for example jaco_reach_top_left.

@@ -23,7 +23,7 @@ _WAYS = (
     (_TOP, _RIGHT, (0.15, -0.15)),
 )
 _CLOSE = 0.03  # metres: so near, a place counts as reached
-_GAIN = 20.0  # action per metre
+_GAIN = 40.0  # action per metre
 
 
 def maze_recipe() -> Recipe:
@@ -31,7 +31,7 @@ def maze_recipe() -> Recipe:
 
     At first every goal is as likely as the others, so that the search has to find out which one the task is about.
     """
-    return Recipe(controller=_walk, mean=np.zeros(5), deviation=np.ones(5), noise=(1.0, 0.5))
+    return Recipe(controller=_walk, mean=np.zeros(5), deviation=np.ones(5), noise=(0.8, 0.3))
 
 
 def _walk(simulation: Simulation, parameters: Float64[np.ndarray, " 5"]) -> Controller:

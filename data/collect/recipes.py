@@ -19,6 +19,7 @@ def recipe_of(task: str) -> Recipe:
         "cheetah": sinusoid_recipe(action_size=6, frequency=2.0),
         "cartpole": swing_up_recipe(),
         "jaco": reach_recipe(),
+        # Half of the quadruped's episodes start on its back, and sinusoids do not turn it over.
         "quadruped": sinusoid_recipe(action_size=12, frequency=1.0),
         "point_mass_maze": maze_recipe(),
     }
