@@ -8,7 +8,7 @@ demo: .venv/ready  ## collect, train, evaluate, ablate, report: about ten minute
 	$(RUN)ringrl demo
 
 test: .venv/ready  ## every test
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest -n auto --dist loadfile
 
 lint: .venv/ready  ## style and types
 	$(RUN)ruff check .

@@ -42,12 +42,14 @@ def attention(  # type: ignore[misc]
     jax.checkpoint_policies.save_only_these_names("ring_attention"), attention is never computed twice.
 
     Args:
-      q: queries (B, S, H, D); float32, bfloat16 or float16.
+      q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, those that a mask hides too;
+        gradients lose digits as logits exceed 1e4, where the log-sum-exp itself is known to 1e-3 only.
       k, v: keys and values (B, S, Hkv, D) of q's dtype; Hkv divides H (grouped-query attention).
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
       segment_ids: (B, S) or (S,) integers >= 0; a query sees keys of its own segment only.
-      positions: (B, S) or (S,) integers; by default 0 ... S-1. Used by the mask alone (rotary is the caller's).
+      positions: (B, S) or (S,) integers, less than 2**31 apart; by default 0 ... S-1. Used by the mask alone (rotary
+        is the caller's).
       scale: factor on the logits, 1/sqrt(D) by default.
       logits_soft_cap: logits become cap * tanh(logits / cap).
       implementation: the kernel. None picks "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
@@ -62,6 +64,7 @@ def attention(  # type: ignore[misc]
       ValueError: an argument that does not fit, by its name.
     """
     arguments.check_arrays(q, k, v)
+    arguments.check_not_sharded("q", q)
     arguments.check_implementation(implementation)
     batch, tokens, _, head_dim = q.shape
     side = Side(

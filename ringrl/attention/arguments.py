@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
@@ -37,6 +38,13 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"k: its {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
 
 
+def check_not_sharded(name: str, x: jax.Array) -> None:
+    """The type of an array on a mesh of explicit axes says how it is sharded; loops over tiles cannot keep that."""
+    spec = jax.typeof(x).sharding.spec
+    if any(axis is not None for axis in spec):
+        raise ValueError(f"{name}: sharded as {spec} over explicit mesh axes; use ring_attention, or jax.shard_map")
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """One of a few names."""
     if value not in (choices := tuple(choices)):
@@ -59,12 +67,19 @@ def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
 
 def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:
     """Positions or segment ids as (B, S) int32."""
+    if not isinstance(x, jax.core.Tracer | None):
+        _check_range(name, np.asarray(x))
     x = default if x is None else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integers, got {x.dtype}")
     if x.shape not in ((tokens,), (batch, tokens)):
         raise ValueError(f"{name}: expected shape ({tokens},) or ({batch}, {tokens}), got {x.shape}")
     return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
+
+
+def _check_range(name: str, x: np.ndarray) -> None:
+    if np.issubdtype(x.dtype, np.integer) and x.size and (x.min() < -(2**31) or x.max() >= 2**31):
+        raise ValueError(f"{name}: expected integers of 32 bits, got {x.min()} ... {x.max()}")
 
 
 def options(
@@ -93,6 +108,6 @@ def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def _soft_cap(cap: float | None) -> float | None:
-    if cap is not None and not cap > 0:
-        raise ValueError(f"logits_soft_cap: expected a number > 0, got {cap}")
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     return None if cap is None else float(cap)

@@ -38,7 +38,7 @@ def decode_attention(
 
     Args:
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
-      k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond is never seen.
+      k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond must be finite and does not count.
       length: tokens in the cache, the new ones included.
       local_window_size, scale, logits_soft_cap: as for `attention`.
       mesh: the devices of a sharded cache, whose capacity axis lies striped over `axis_name`; None for one device.
@@ -129,12 +129,15 @@ def append_to_cache(
     `grow_cache` makes room beforehand. Arguments as for `decode_attention`; `length` does not count the new tokens.
 
     Raises:
-      ValueError: shapes that do not fit, or more new tokens than capacity.
+      ValueError: shapes that do not fit, or more tokens than capacity as far as `length` is a plain number (where it is
+        traced, what lies beyond the capacity is undefined).
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     if (new.shape[0], *new.shape[2:]) != (cache.shape[0], *cache.shape[2:]):
         raise ValueError(f"new: expected batch, heads and head_dim of the cache {cache.shape}, got {new.shape}")
+    if isinstance(length, int) and length + new.shape[1] > cache.shape[1]:
+        raise ValueError(f"length: {length} and {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     new = new.astype(cache.dtype)
     length = jnp.asarray(length, jnp.int32)
     if mesh is None:

@@ -81,7 +81,7 @@ def ring_attention(  # type: ignore[misc]
     arguments.check_choice("layout", layout, LAYOUTS)
     check_length("q", q.shape[1], layout, arguments.mesh_size(mesh, "axis_name", axis_name))
     if batch_axes is None and head_axes is None:
-        batch_axes, head_axes = _axes_of(q, mesh)
+        batch_axes, head_axes = _axes_of(q, mesh, axis_name)
     _check_divides(mesh, "batch_axes", batch_axes, q.shape[0], "contexts of the batch")
     _check_divides(mesh, "head_axes", head_axes, k.shape[2], "key heads")
     batch, tokens = q.shape[:2]
@@ -161,6 +161,8 @@ def ring_attention_shard(
     )
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     size = lax.axis_size(axis_name)
+    # Keys that are alike on devices that have different heads: their gradients are then summed by JAX.
+    q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
     batch, tokens, heads, _ = q.shape
     if layout == "zigzag" and size > 1 and tokens % 2:
         raise ValueError(f"q: {tokens} tokens per device are not the two equal chunks of the zigzag layout")
@@ -218,10 +220,14 @@ def _check_divides(mesh: Mesh | AbstractMesh, name: str, axes: Axes, amount: int
         raise ValueError(f"{name}: {amount} {what} do not divide among the {size} devices of {axes!r}")
 
 
-def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh) -> tuple[Axes, Axes]:
-    """Mesh axes over which a concrete array's batch and heads are sharded."""
+def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh, axis_name: AxisName) -> tuple[Axes, ...]:
+    """Mesh axes over which a concrete array's batch and heads are sharded, but for those of the sequence."""
     sharding = getattr(x, "sharding", None)
     if isinstance(x, jax.core.Tracer) or not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
         return None, None
     spec = (*sharding.spec, None, None, None, None)
-    return spec[0], spec[2]
+    return tuple(None if set(_names(axes)) & set(_names(axis_name)) else axes for axes in (spec[0], spec[2]))
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

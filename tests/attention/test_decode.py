@@ -112,6 +112,8 @@ def test_cache_arguments_that_do_not_fit_are_named(draw):
         append_to_cache(cache, jnp.zeros((2, 9, 2, 4)), 0)
     with pytest.raises(ValueError, match=r"^new: "):
         append_to_cache(cache, jnp.zeros((2, 1, 1, 4)), 0)
+    with pytest.raises(ValueError, match=r"^length: 6 and 3 new tokens do not fit a cache of 8"):
+        append_to_cache(cache, jnp.zeros((2, 3, 2, 4)), 6)
     with pytest.raises(ValueError, match=r"^capacity: "):
         grow_cache(cache, 7)
     with pytest.raises(ValueError, match=r"^axis_name: "):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ringrl.attention
 from ringrl.attention import (
+    attention,
     from_layout,
     pad_to_layout,
     ring_attention,
@@ -164,6 +165,36 @@ def test_batch_and_heads_of_concrete_arrays_stay_where_they_are(draw, oracle):
     assert o.sharding.is_equivalent_to(q.sharding, o.ndim)
     expected = expect(oracle, arrays)["o"]
     np.testing.assert_allclose(from_layout(o, "zigzag", 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_that_lies_over_the_axis_of_the_sequence_is_moved(draw, quick):
+    mesh, arrays = mesh_of(seq=8), draw(8, 16, 2, 2, 8)
+    where = NamedSharding(mesh, PartitionSpec("seq"))
+    attend = partial(ring_attention, mesh=mesh, layout="contiguous")
+    q, k, v = (jax.device_put(arrays[name], where) for name in "qkv")
+    np.testing.assert_allclose(attend(q, k, v), quick(attention)(*(arrays[n] for n in "qkv")), rtol=1e-5, atol=1e-5)
+
+
+def test_key_heads_that_devices_with_different_query_heads_share(draw, oracle):
+    """Multi-query attention under tensor parallelism: k and v are replicated over the axis of heads."""
+    mesh, arrays = mesh_of(heads=2, seq=4), draw(1, 32, 4, 1, 8)
+    heads, whole = PartitionSpec(None, "seq", "heads"), PartitionSpec(None, "seq")
+    attend = jax.shard_map(
+        partial(ring_attention_shard, layout="contiguous", return_residual=True),
+        mesh=mesh,
+        in_specs=(heads, whole, whole),
+        out_specs=(heads, heads),
+    )
+
+    @jax.jit
+    def run(q, k, v, do, dlse):
+        values, backward = jax.vjp(attend, q, k, v)
+        return *values, *backward((do, dlse))
+
+    found = run(*(arrays[name] for name in ("q", "k", "v", "do", "dlse")))
+    side = np.arange(32)[None], np.zeros((1, 32), int)
+    for (name, expected), x in zip(oracle(arrays, side, side, Rule()).items(), found, strict=True):
+        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_padding_with_a_segment_of_its_own_changes_nothing(draw, oracle):

@@ -7,6 +7,7 @@ Which those are is decided before the kernel runs, from the extremes of position
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -263,7 +264,10 @@ class Warpgroup:
 
     def load(self, ref: Ref, layout: Any) -> jax.Array:
         """From device or shared memory into registers."""
-        return ref[...] if self.is_interpreted else plgpu.load(ref, (), layout=layout, optimized=False)
+        if self.is_interpreted:
+            return _read(ref)
+        whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
+        return plgpu.load(ref, *whole, layout=layout, optimized=False)
 
     def vector(self, ref: Ref, axis: int) -> jax.Array:
         """A vector laid out as what a reduction over `axis` of a tile leaves: 1 gives one value for each row."""
@@ -277,7 +281,7 @@ class Warpgroup:
         """a (i, c) x b (j, c) -> (i, j), both in shared memory; `meanwhile` is called before waiting for it."""
         if self.is_interpreted:
             meanwhile()
-            return jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
+            return jnp.dot(_read(a), _read(b).T, preferred_element_type=jnp.float32)
 
         def compute(accumulator: Ref) -> jax.Array:
             plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
@@ -303,12 +307,19 @@ class Warpgroup:
     def accumulate(self, total: jax.Array, a: jax.Array, b: Ref) -> jax.Array:
         """total + a x b, with a (i, j) in registers and b (j, c) in shared memory."""
         if self.is_interpreted:
-            return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+            return total + jnp.dot(a, _read(b), preferred_element_type=jnp.float32)
 
         def compute(accumulator: Ref) -> None:
             plgpu.wgmma(accumulator, a, b)
 
         return pl.run_state(compute)(plgpu.ACC.init(total))
+
+
+def _read(ref: Ref) -> jax.Array:
+    """For the interpreter. Tensor cores read as copies write; a plain read must be committed to be ordered alike."""
+    x = ref[...]
+    plgpu.commit_smem()
+    return x
 
 
 def across(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

@@ -75,7 +75,8 @@ def _weights(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Softmax weights of a tile from the log-sum-exp along `axis`, and the derivative of the cap."""
     s, factor, slope = logits(options, products)
-    p = jnp.exp2(s * factor - across(lse, s.shape, axis))
+    # Weights are at most 1, however large the logits.
+    p = jnp.exp2(jnp.minimum(s * factor - across(lse, s.shape, axis), 0.0))
     return (p if mask is None else jnp.where(mask, p, 0.0)), slope
 
 

@@ -55,7 +55,7 @@ from ringrl.attention.options import Options
 def _tile_gradients(options: Options, mask: jax.Array | None, q, k, v, do, lse, delta) -> tuple[jax.Array, jax.Array]:  # type: ignore[no-untyped-def]
     """p and ds (block_k, rows) of a pair of tiles, float32; ds without the scale."""
     s, cap_slope = logits(options, k, q)
-    p = jnp.exp2(s - lse)
+    p = jnp.exp2(jnp.minimum(s - lse, 0.0))  # weights are at most 1, however large the logits
     if mask is not None:
         p = jnp.where(mask, p, 0.0)
     ds = p * (product(v, do, (1, 1)) - delta)

@@ -107,7 +107,7 @@ def _backward_tile(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One tile pair, (keys, queries): dq transposed with its share added, the shares of dk and dv."""
     s, cap_slope = _logits(options, _product(keys.k, queries.scaled_q_transposed), scaling)
-    p = jnp.exp2(s - queries.lse[..., None, :])
+    p = jnp.exp2(jnp.minimum(s - queries.lse[..., None, :], 0.0))  # weights are at most 1, however large the logits
     if mask is not None:
         p = jnp.where(jnp.swapaxes(mask, -1, -2), p, 0.0)
     ds = p * (_product(keys.v, queries.scaled_do_transposed) - queries.scaled_delta[..., None, :]) * scaling.gradients
