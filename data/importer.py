@@ -53,10 +53,10 @@ def _relabelled(archive: Archive, domain: Domain) -> Iterator[Episode]:
 
 
 class _RecordedTask:
-    """Finds out, episode by episode, for which task the reward was recorded."""
+    """Finds out, episode by episode, for which task the reward was recorded: for none in particular if for all."""
 
     def __init__(self, domain: Domain) -> None:
-        self._candidates = list(domain.tasks)
+        self._candidates = [] if domain.records_all_tasks else list(domain.tasks)
         self._has_reward = False
         self._starts: list[np.ndarray] = []
 

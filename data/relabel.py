@@ -32,7 +32,7 @@ def relabel(
 
     Args:
         task: full task name, "walker_walk"; the task need not be the one recorded.
-        physics: (T+1, P) float64 positions and velocities.
+        physics: (T+1, P) float64 positions, velocities and activations.
         action: (T+1, A) float32 actions in [-1, 1], row 0 unused.
 
     Raises:
@@ -72,7 +72,7 @@ def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Fl
     simulation = _simulation(domain)
     rows = []
     for state in physics:
-        simulation.set_positions_and_velocities(state)
+        simulation.set_physics_state(state)
         simulation.refresh()
         rows.append(simulation.sensors())
     return np.stack(rows)

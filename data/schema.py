@@ -25,7 +25,7 @@ def recorded_columns(domain: Domain) -> dict[str, Column]:
     return {
         "observation": Column(domain.observation_size, float32),
         "action": Column(domain.action_size, float32),
-        "reward": Column(1, float32),
+        "reward": Column(len(domain.recorded_tasks(domain.tasks[0])), float32),
         "discount": Column(1, float32),
         "physics": Column(domain.physics_size, float64),
     }

@@ -123,8 +123,9 @@ class EpisodeStore:
     def episode(self, index: int) -> dict[str, np.ndarray]:
         """Episode `index` as read-only views of T+1 rows, row t being (s_t, a_{t-1}, r_{t-1}) and row 0 the reset.
 
-        observation (T+1,O), action (T+1,A), reward (T+1,1) as recorded and discount (T+1,1), all float32; physics
-        (T+1,P) float64; "reward/{task}" (T+1,) float32 for every task. IndexError outside 0..num_episodes-1.
+        observation (T+1,O), action (T+1,A), reward as recorded (T+1,1 or one column per task) and discount (T+1,1), all
+        float32; physics (T+1,P) float64; "reward/{task}" (T+1,) float32 for every task. IndexError outside
+        0..num_episodes-1.
         """
         if not 0 <= index < self.num_episodes:
             raise IndexError(f"episode {index} of a store of {self.num_episodes}")

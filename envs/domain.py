@@ -20,9 +20,11 @@ class Domain:
         tasks: full task names, "walker_walk", ...
         observation_size: width of the float32 observation.
         action_size: width of the float32 action, each in [-1, 1].
-        physics_size: width of the float64 physics state: positions, then velocities.
+        physics_size: width of the float64 physics state: positions, velocities, activations of the actuators.
         num_positions: MuJoCo's nq.
         num_velocities: MuJoCo's nv.
+        num_activations: MuJoCo's na, 0 where the actuators have no state of their own.
+        records_all_tasks: whether archives record the rewards of all tasks at once, one column each, and not of one.
         episode_length: steps per episode; an episode is cut there and never ends earlier.
         control_timestep: seconds between two actions.
     """
@@ -34,21 +36,39 @@ class Domain:
     physics_size: int
     num_positions: int
     num_velocities: int
+    num_activations: int
+    records_all_tasks: bool
     episode_length: int
     control_timestep: float
 
+    def recorded_tasks(self, task: str) -> tuple[str, ...]:
+        """The tasks whose rewards are recorded when `task` is: one per column of an archive's float32 reward."""
+        return self.tasks if self.records_all_tasks else (task,)
+
 
 def _domain(
-    name: str, tasks: str, *, observation: int, action: int, positions: int, velocities: int, steps: int, seconds: float
+    name: str,
+    tasks: str,
+    *,
+    observation: int,
+    action: int,
+    positions: int,
+    velocities: int,
+    activations: int = 0,
+    records_all_tasks: bool = False,
+    steps: int,
+    seconds: float,
 ) -> Domain:
     return Domain(
         name=name,
         tasks=tuple(f"{name}_{task}" for task in tasks.split()),
         observation_size=observation,
         action_size=action,
-        physics_size=positions + velocities,
+        physics_size=positions + velocities + activations,
         num_positions=positions,
         num_velocities=velocities,
+        num_activations=activations,
+        records_all_tasks=records_all_tasks,
         episode_length=steps,
         control_timestep=seconds,
     )
@@ -70,6 +90,14 @@ _ALL = (
     _domain(
         "jaco", "reach_top_left reach_top_right reach_bottom_left reach_bottom_right",
         observation=42, action=9, positions=9, velocities=9, steps=250, seconds=0.04,
+    ),
+    _domain(
+        "quadruped", "stand walk run jump",
+        observation=78, action=12, positions=23, velocities=22, activations=12, steps=1000, seconds=0.02,
+    ),
+    _domain(
+        "point_mass_maze", "reach_top_left reach_top_right reach_bottom_left reach_bottom_right",
+        observation=4, action=2, positions=2, velocities=2, records_all_tasks=True, steps=1000, seconds=0.02,
     ),
 )  # fmt: skip
 

@@ -22,8 +22,8 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """An ExoRL task: float32 observations in ExoRL's order, float32 actions in [-1, 1], reward in [0, 1] per step.
 
     Episodes are truncated after `domain.episode_length` steps and never terminate. `info["physics"]` is the float64
-    physics state (positions, velocities) after a step or a reset, as ExoRL records it. The same seed, to the
-    constructor or to `reset`, gives the same episodes; `reset` without a seed goes on with the stream of starts.
+    physics state (positions, velocities, activations) after a step or a reset, as ExoRL records it. The same seed, to
+    the constructor or to `reset`, gives the same episodes; `reset` without a seed goes on with the stream of starts.
 
     Attributes:
         task: full task name, "walker_walk".
@@ -48,7 +48,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     @property
     def physics_state(self) -> Float64[np.ndarray, " physics"]:
-        """The positions and velocities now, a copy."""
+        """The positions, velocities and activations now, a copy."""
         return self._simulation.physics_state()
 
     def reset(

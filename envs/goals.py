@@ -23,7 +23,7 @@ class GoalSpace:
 
 
 def goal_space(domain: str) -> GoalSpace | None:
-    """What the tasks of a domain ask to be reached; None where they ask for something else.
+    """What the tasks of a domain ask to be reached; None where they ask for something else, or for more than a place.
 
     Raises:
         UserError: unknown domain.

@@ -63,7 +63,8 @@ class Simulation(ABC):
         physics: dm_control's physics, through which episodes are started.
         model: the MuJoCo model.
         data: the MuJoCo state.
-        goals: what the domain's tasks ask to be reached; None where they ask for something else.
+        goals: what the domain's tasks ask to be reached; None where they ask for something else, or for more than
+            a place.
     """
 
     goals: ClassVar[GoalSpace | None] = None
@@ -99,7 +100,7 @@ class Simulation(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """Compute from `data.qpos` and `data.qvel` what `sensors` reads, and nothing more."""
+        """Compute from the physics state what `sensors` reads, and nothing more."""
 
     @staticmethod
     @abstractmethod
@@ -135,14 +136,16 @@ class Simulation(ABC):
             raise PhysicsError(f"{self.task}: the simulation is no longer valid ({', '.join(names)})")
 
     def physics_state(self) -> Float64[np.ndarray, " physics"]:
-        """A copy of the positions and velocities."""
-        return np.concatenate((self.data.qpos, self.data.qvel))
+        """A copy of the positions, velocities and activations."""
+        return np.concatenate((self.data.qpos, self.data.qvel, self.data.act))
 
-    def set_positions_and_velocities(self, physics: Float64[np.ndarray, " physics"]) -> None:
-        """Set the positions and velocities; nothing that depends on them is recomputed."""
-        num_positions = self.domain.num_positions
-        self.data.qpos[:] = physics[:num_positions]
-        self.data.qvel[:] = physics[num_positions:]
+    def set_physics_state(self, physics: Float64[np.ndarray, " physics"]) -> None:
+        """Set the positions, velocities and activations; nothing that depends on them is recomputed."""
+        velocities = self.domain.num_positions
+        activations = velocities + self.domain.num_velocities
+        self.data.qpos[:] = physics[:velocities]
+        self.data.qvel[:] = physics[velocities:activations]
+        self.data.act[:] = physics[activations:]
 
 
 def simulation_class(domain: str) -> type[Simulation]:

@@ -33,7 +33,7 @@ def data_import(
 
     Args:
         archive: zip file or folder with buffer/episode_{index}_{length}.npz.
-        domain: walker, cheetah, cartpole or jaco.
+        domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze.
         output: store to write; by default the archive's name with the ending .h5.
         overwrite: replace an existing store.
     """
@@ -70,7 +70,7 @@ def data_info(store: tyro.conf.Positional[Path]) -> None:
 def data_collect(
     task: tyro.conf.Positional[str], output: Path, episodes: int = 200, seed: int = 0, workers: int | None = None
 ) -> None:
-    """Collect episodes of a task locally, in ExoRL's format, from nothing to near the ceiling.
+    """Collect episodes of a task locally, in ExoRL's format, from nothing to near the ceiling (quadruped: less).
 
     Args:
         task: for example jaco_reach_top_left.
@@ -82,6 +82,7 @@ def data_collect(
     from rich.progress import Progress
 
     from ringrl.data.collect import collect
+    from ringrl.envs import domain_of
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("collecting", total=episodes)
@@ -93,7 +94,7 @@ def data_collect(
             workers=workers,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {task.split('_')[0]}")
+    print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {domain_of(task).name}")
 
 
 def train(settings: Settings, config: Path | None = None, resume: bool = False) -> None:

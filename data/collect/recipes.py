@@ -1,5 +1,6 @@
 """Which recipe belongs to which domain."""
 
+from ringrl.data.collect.maze import maze_recipe
 from ringrl.data.collect.reach import reach_recipe
 from ringrl.data.collect.recipe import Recipe
 from ringrl.data.collect.sinusoid import sinusoid_recipe
@@ -18,5 +19,8 @@ def recipe_of(task: str) -> Recipe:
         "cheetah": sinusoid_recipe(action_size=6, frequency=2.0),
         "cartpole": swing_up_recipe(),
         "jaco": reach_recipe(),
+        # Half of the quadruped's episodes start on its back, and sinusoids do not turn it over.
+        "quadruped": sinusoid_recipe(action_size=12, frequency=1.0),
+        "point_mass_maze": maze_recipe(),
     }
     return recipes[domain_of(task).name]

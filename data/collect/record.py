@@ -40,8 +40,9 @@ class Plan:
 def record_episode(simulation: Simulation, recipe: Recipe, plan: Plan) -> dict[str, np.ndarray]:
     """Run an episode and return ExoRL's arrays of T+1 rows.
 
-    observation (T+1, O), action (T+1, A), reward and discount (T+1, 1) float32, physics (T+1, P) float64; row t is the
-    state s_t with the action and the reward that led to it, row 0 the start with zeros for both.
+    observation (T+1, O), action (T+1, A), reward (T+1, 1 or one column per recorded task) and discount (T+1, 1)
+    float32, physics (T+1, P) float64; row t is the state s_t with the action and the reward that led to it, row 0 the
+    start with zeros for both.
     """
     domain = simulation.domain
     steps = domain.episode_length
@@ -63,7 +64,9 @@ def record_episode(simulation: Simulation, recipe: Recipe, plan: Plan) -> dict[s
         observation[step + 1], physics[step + 1] = simulation.observation(), simulation.physics_state()
         sensors.append(simulation.sensors())
 
-    reward = np.zeros((steps + 1, 1), np.float32)
-    reward[1:, 0] = simulation.reward(simulation.task, np.stack(sensors), action[1:])
+    tasks = domain.recorded_tasks(simulation.task)
+    reward = np.zeros((steps + 1, len(tasks)), np.float32)
+    for column, task in enumerate(tasks):
+        reward[1:, column] = simulation.reward(task, np.stack(sensors), action[1:])
     discount = np.ones((steps + 1, 1), np.float32)
     return {"observation": observation, "action": action, "reward": reward, "discount": discount, "physics": physics}

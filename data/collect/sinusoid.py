@@ -1,4 +1,4 @@
-"""Open-loop sinusoids for the planar walkers: one frequency, and an amplitude, an offset and a phase per actuator."""
+"""Open-loop sinusoids for the walkers: one frequency, and an amplitude, an offset and a phase per actuator."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ringrl.data.collect.recipe import Recipe
 from ringrl.data.collect.recipes import recipe_of
 from ringrl.data.collect.record import Plan, record_episode
 from ringrl.data.exorl import save_episode
+from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
 RecordAll = Callable[[list[Plan]], Iterable[float]]
@@ -27,6 +28,7 @@ class Recorder:
         from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
 
         self._simulation = load_simulation(task)
+        self._column = domain_of(task).recorded_tasks(task).index(task)  # of the reward
         self._recipe: Recipe = recipe_of(task)
         self._folder = folder
 
@@ -34,7 +36,7 @@ class Recorder:
         """Record and save one episode; returns its return."""
         episode = record_episode(self._simulation, self._recipe, plan)
         save_episode(self._folder, plan.index, episode)
-        return float(episode["reward"].sum(dtype="float64"))
+        return float(episode["reward"][:, self._column].sum(dtype="float64"))
 
 
 @contextmanager

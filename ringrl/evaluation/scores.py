@@ -20,6 +20,8 @@ from ringrl.errors import UserError
 
 # python benchmarks/random_returns.py walker_... cheetah_...    (5 seeds x 20 episodes: standard error at most 2 %)
 # python benchmarks/random_returns.py --episodes 100 --seeds 10 cartpole_... jaco_...   (at most 2 %, jaco 8 %)
+# python benchmarks/random_returns.py --episodes 100 --seeds 10 quadruped_... point_mass_maze_...   (at most 5 %, maze
+# 11 %: a quadruped may start on its back, and the mass must happen to start near the goal of its own room)
 # with dm_control 1.0.50 and MuJoCo 3.17.0
 RANDOM_RETURNS: Mapping[str, float] = MappingProxyType(
     {
@@ -39,6 +41,14 @@ RANDOM_RETURNS: Mapping[str, float] = MappingProxyType(
         "jaco_reach_top_right": 10.6,
         "jaco_reach_bottom_left": 12.3,
         "jaco_reach_bottom_right": 13.1,
+        "quadruped_stand": 258.6,
+        "quadruped_walk": 128.8,
+        "quadruped_run": 129.3,
+        "quadruped_jump": 192.9,
+        "point_mass_maze_reach_top_left": 22.9,
+        "point_mass_maze_reach_top_right": 0.0,
+        "point_mass_maze_reach_bottom_left": 0.0,
+        "point_mass_maze_reach_bottom_right": 0.0,
     }
 )
 

@@ -54,6 +54,16 @@ def test_a_collection_can_be_imported_and_its_task_is_recognised(collected, tmp_
     np.testing.assert_array_equal(store.episode(3)["reward"][:, 0], store.episode(3)[f"reward/{TASK}"])
 
 
+def test_a_collection_in_the_maze_records_all_tasks_and_can_be_imported(tmp_path):
+    tasks = DOMAINS["point_mass_maze"].tasks
+    folder = collect(tasks[1], tmp_path / "maze", episodes=4, seed=0, workers=1)
+    store = import_archive(folder, tmp_path / "maze.h5", "point_mass_maze")
+    assert (store.num_episodes, store.recorded_task) == (4, None)
+    assert store.episode(0)["reward"].shape == (1001, 4)
+    for column, task in enumerate(tasks):
+        np.testing.assert_allclose(store.arrays["reward"][:, column], store.arrays[f"reward/{task}"], atol=1e-7)
+
+
 def test_returns_run_from_poor_to_good_with_much_between(collected):
     returns = np.array([episode["reward"].sum() for episode in _contents(collected)])
     poor, good = returns[:20], returns[-20:]

@@ -39,8 +39,9 @@ def recorded_episodes():
 def assert_equals_dm_control():
     """A function that steps our environment and dm_control's with the same actions and demands the same numbers."""
 
-    def compare(environment, reference, steps, flatten, action_scale=1.0):
+    def compare(environment, reference, steps, flatten):
         generator = np.random.RandomState(3)
+        lower, upper = reference.action_spec().minimum, reference.action_spec().maximum
         for _ in range(2):  # the second episode goes on with the stream of starts
             observation, info = environment.reset()
             timestep = reference.reset()
@@ -48,7 +49,7 @@ def assert_equals_dm_control():
             np.testing.assert_array_equal(info["physics"], reference.physics.get_state())
             for step in range(1, steps + 1):
                 action = generator.uniform(-1, 1, environment.action_space.shape).astype(np.float32)
-                timestep = reference.step(action * action_scale)
+                timestep = reference.step((upper + lower) / 2 + (upper - lower) / 2 * action)
                 observation, reward, terminated, truncated, info = environment.step(action)
                 np.testing.assert_array_equal(observation, flatten(timestep.observation))
                 np.testing.assert_array_equal(info["physics"], reference.physics.get_state())

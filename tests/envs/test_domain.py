@@ -5,7 +5,7 @@ from ringrl.errors import UserError
 
 
 def test_every_task_belongs_to_its_domain():
-    assert len(TASKS) == len(set(TASKS)) == 16
+    assert len(TASKS) == len(set(TASKS)) == 24
     for task in TASKS:
         domain = domain_of(task)
         assert task in domain.tasks
@@ -23,7 +23,15 @@ def test_widths_and_lengths_are_those_of_exorl():
         "cheetah": (17, 6, 18, 1000, 0.01),
         "cartpole": (5, 1, 4, 1000, 0.01),
         "jaco": (42, 9, 18, 250, 0.04),
+        "quadruped": (78, 12, 57, 1000, 0.02),
+        "point_mass_maze": (4, 2, 4, 1000, 0.02),
     }
+
+
+def test_only_the_maze_records_all_its_tasks_at_once():
+    recorded = {name: domain.recorded_tasks(domain.tasks[1]) for name, domain in DOMAINS.items()}
+    assert recorded.pop("point_mass_maze") == DOMAINS["point_mass_maze"].tasks
+    assert recorded == {name: (DOMAINS[name].tasks[1],) for name in recorded}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +40,7 @@ def test_widths_and_lengths_are_those_of_exorl():
         ("walker_wlak", "walker_walk"),
         ("Cheetah_Run", "cheetah_run"),
         ("jaco_reach", "jaco_reach_top_left"),
+        ("point_mass_maze", "point_mass_maze_reach_top_left"),
         ("walker", "walker_stand"),
         ("something", "cartpole_swingup"),  # nothing is near: all are listed
     ],

@@ -1,0 +1,145 @@
+from importlib import resources
+
+import numpy as np
+import pytest
+from dm_control.utils.rewards import tolerance
+
+from ringrl.envs import DOMAINS, make
+from ringrl.envs.simulation import load_simulation
+
+_GOALS = {
+    "point_mass_maze_reach_top_left": (-0.15, 0.15, 0.01),
+    "point_mass_maze_reach_top_right": (0.15, 0.15, 0.01),
+    "point_mass_maze_reach_bottom_left": (-0.15, -0.15, 0.01),
+    "point_mass_maze_reach_bottom_right": (0.15, -0.15, 0.01),
+}
+_RADIUS = 0.01  # metres, of the mass
+_GIVES = 0.002  # metres, by which MuJoCo's soft contacts yield at most
+
+
+@pytest.fixture
+def simulation():
+    return load_simulation("point_mass_maze_reach_top_left")
+
+
+def _push(simulation, position, action, seconds=10.0):
+    """Positions (steps, 2) of a mass that starts at rest and is pushed all the time."""
+    simulation.reset(np.random.RandomState(0))
+    with simulation.physics.reset_context():
+        simulation.data.qpos[:] = position
+    positions = []
+    for _ in range(round(seconds / 0.02)):
+        simulation.step(np.array(action, float))
+        positions.append(simulation.data.qpos.copy())
+    return np.stack(positions)
+
+
+def test_the_model_is_the_one_described(simulation):
+    model = simulation.model
+    assert (model.nq, model.nv, model.na, model.nu) == (2, 2, 0, 2)
+    assert model.body("mass").mass == pytest.approx(0.3)
+    np.testing.assert_array_equal(model.geom("mass").size[0], _RADIUS)
+    np.testing.assert_array_equal(model.jnt_range, [(-0.29, 0.29)] * 2)
+    np.testing.assert_array_equal(model.dof_damping, 1)
+    np.testing.assert_array_equal(model.actuator_gear[:, 0], 0.1)
+    np.testing.assert_array_equal(model.geom("wall_x").size[:2], (0.18, 0.02))
+    np.testing.assert_array_equal(model.geom("wall_y").size[:2], (0.02, 0.18))
+    np.testing.assert_array_equal(model.geom("wall_x").pos[:2], 0)
+    np.testing.assert_array_equal(model.geom("wall_y").pos[:2], 0)
+
+
+def test_the_model_is_installed_with_the_package():
+    assert (resources.files("ringrl.envs") / "point_mass_maze.xml").is_file()
+
+
+def test_in_the_open_it_moves_as_a_damped_mass(simulation):
+    """m a = gear u - damping v, so v = gear u (1 - exp(-t damping / m)); the goal is no obstacle, nor is the floor."""
+    positions = _push(simulation, (-0.25, 0.15), (1, 0.5), seconds=1.0)
+    times = 0.02 * np.arange(1, 51)
+    travelled = 0.1 * (times - 0.3 * (1 - np.exp(-times / 0.3)))
+    np.testing.assert_allclose(positions[:, 0] + 0.25, travelled, atol=2e-3)
+    np.testing.assert_allclose(positions[:, 1] - 0.15, travelled / 2, atol=2e-3)
+
+
+@pytest.mark.parametrize("along", [0, 1])
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("place", [-0.1, 0.05, 0.16])
+def test_inner_walls_hold(simulation, along, side, place):
+    position, action = np.zeros(2), np.zeros(2)
+    position[along], position[1 - along] = place, side * 0.1
+    action[1 - along] = -side
+    distance = side * _push(simulation, position, action)[:, 1 - along]
+    assert distance.min() > 0.02 + _RADIUS - _GIVES
+    assert distance[-1] < 0.02 + _RADIUS + _GIVES  # it did get there
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_border_holds_and_passages_are_open(simulation, axis, side):
+    position, action = np.zeros(2), np.zeros(2)
+    position[axis], action[axis] = -side * 0.28, side
+    position[1 - axis] = 0.24  # beyond the end of the inner wall
+    reached = side * _push(simulation, position, action)[:, axis]
+    assert reached.max() < 0.29 + _GIVES
+    assert reached[-1] > 0.29 - _GIVES
+
+
+def test_episodes_start_at_rest_in_the_top_left_corner():
+    environment = make("point_mass_maze_reach_bottom_right", 0)
+    starts = np.stack([environment.reset()[0] for _ in range(500)])
+    np.testing.assert_array_equal(starts[:, 2:], 0)
+    for column, lower, upper in ((0, -0.29, -0.15), (1, 0.15, 0.29)):
+        start = starts[:, column]
+        assert (start >= np.float32(lower)).all()
+        assert (start <= np.float32(upper)).all()
+        assert start.min() < lower + 0.002
+        assert start.max() > upper - 0.002
+
+
+def test_starts_follow_the_seed_and_not_the_global_generator():
+    starts = []
+    for state in (0, 1):
+        np.random.seed(state)  # noqa: NPY002 (it must not matter)
+        starts.append(make("point_mass_maze_reach_top_left", 5).reset()[0])
+    np.testing.assert_array_equal(*starts)
+
+
+def test_the_observation_is_position_then_velocity():
+    environment = make("point_mass_maze_reach_top_left", 0)
+    environment.reset()
+    for _ in range(3):
+        observation, *_, info = environment.step(np.array([1, -0.5]))
+        np.testing.assert_array_equal(observation, info["physics"].astype(np.float32))
+    assert observation[2] > 0 > observation[3]
+
+
+@pytest.mark.parametrize("task", list(_GOALS))
+def test_rewards_equal_the_formula_step_by_step(task):
+    simulation = load_simulation(task)
+    assert task in DOMAINS["point_mass_maze"].tasks
+    simulation.reset(np.random.RandomState(0))
+    simulation.data.qpos[:] = np.array(_GOALS[task][:2]) - 0.03
+    random = np.random.RandomState(1)
+    rewards = []
+    for _ in range(100):
+        action = random.uniform(-0.2, 1, 2)
+        simulation.step(action)
+        named = simulation.physics.named
+        distance = np.linalg.norm(named.data.geom_xpos["mass"] - named.model.site_pos["goal"])
+        near = tolerance(distance, bounds=(0, 0.015), margin=0.015)
+        control = tolerance(simulation.physics.control(), margin=1, value_at_margin=0, sigmoid="quadratic").mean()
+        rewards.append(float(simulation.reward(task, simulation.sensors(), action)))
+        assert rewards[-1] == pytest.approx(near * (control + 4) / 5, abs=1e-12)
+    assert max(rewards) > 0.8
+    assert np.ptp(rewards) > 0.5
+    np.testing.assert_array_equal(simulation.physics.named.model.site_pos["goal"], _GOALS[task])
+
+
+@pytest.mark.parametrize("task", list(_GOALS))
+def test_reward_is_one_at_rest_at_the_goal_and_falls_with_distance_and_control(task):
+    from ringrl.envs.point_mass_maze import PointMassMazeSimulation
+
+    sensors = np.array(_GOALS[task]) + np.array([[0, 0, 0], [0.0149, 0, 0], [0, 0.03, 0], [0, 0, 0], [0, 0, 0]])
+    action = np.array([[0, 0], [0, 0], [0, 0], [1, 0], [1, -1]], np.float32)
+    rewards = PointMassMazeSimulation.reward(task, sensors, action)
+    np.testing.assert_allclose(rewards, [1, 1, 0.1, 0.9, 0.8], atol=1e-6)
