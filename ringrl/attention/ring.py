@@ -119,7 +119,6 @@ class Ring:
 
     def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
         """Each share of the heads one hop on, in its own direction."""
-
         axes, index = _in_order_of_mesh(self.axis_name)
 
         def permute(x: jax.Array, shift: int) -> jax.Array:

@@ -139,6 +139,12 @@ def test_meshes(name, draw, oracle):
     check(draw, oracle, mesh_of(**axes), ring, "zigzag", setup=setup, **MASKS["packed"])
 
 
+def test_a_window_finds_its_neighbours_over_axes_in_another_order(draw, oracle):
+    """Here it matters who is whose neighbour: the hops that a window does not need are not made."""
+    setup = {"axis_name": ("b", "a")}
+    check(draw, oracle, mesh_of(a=2, b=4), 8, "contiguous", setup=setup, **MASKS["window"])
+
+
 STRATEGIES = {
     "ulysses_more_heads_than_devices": ({"seq": 2}, "zigzag", {"strategy": "ulysses"}),
     "ulysses_shared_key_heads": ({"seq": 4}, "striped", {"strategy": "ulysses"}),

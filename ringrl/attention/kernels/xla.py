@@ -33,7 +33,11 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Where the scale goes: in float32 into tiles of vectors, once, and not into every tile of logits."""
+    """Where the scale goes: in float32 into tiles of vectors, once, and not into every tile of logits.
+
+    `queries` multiplies q and `logits` their products with k, in units of log 2 (or of the soft cap); `cotangents`
+    multiplies do and delta and `gradients` what becomes of them.
+    """
 
     queries: float
     logits: float
