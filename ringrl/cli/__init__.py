@@ -1,0 +1,112 @@
+"""The command line: which commands there are, how their flags are read and how errors are told."""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tyro
+
+import ringrl
+from ringrl.cli.data import data_collect, data_import, data_info
+from ringrl.cli.run import Settings, evaluate, train
+from ringrl.cli.study import ablate, demo, report
+from ringrl.config import TrainConfig, one_line, read_yaml
+from ringrl.errors import UserError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "data import": data_import,
+    "data info": data_info,
+    "data collect": data_collect,
+    "train": train,
+    "evaluate": evaluate,
+    "ablate": ablate,
+    "report": report,
+    "demo": demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. Errors that the user can mend end in one line and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
+    try:
+        _run(arguments)
+    except UserError as error:
+        _fail(str(error))
+    except pydantic.ValidationError as error:
+        _fail(one_line(error))
+    except KeyboardInterrupt:
+        print("ringrl: stopped; what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        firsts = {name: str(command.__doc__).splitlines()[0] for name, command in COMMANDS.items()}
+        lines = [f"  ringrl {name:<{max(map(len, COMMANDS))}}  {first}" for name, first in firsts.items()]
+        print("\n".join([str(ringrl.__doc__), *lines, "", "Each has --help with units and defaults."]))
+        return
+    if arguments == ["--version"]:
+        print(ringrl.__version__)
+        return
+    words = 2 if arguments[0] == "data" else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
+        raise UserError(f"no command {name!r}; did you mean {' or '.join(near)}? (ringrl --help lists all)")
+    command = COMMANDS[name]
+    _parse(name, rest, _with_settings(rest) if command is train else command)()
+
+
+def _with_settings(arguments: list[str]) -> Callable[..., None]:
+    """`train` with the settings of a --config file as the defaults of its flags."""
+    files = [b for a, b in pairwise([*arguments, ""]) if a == "--config"]
+    files += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    values = read_yaml(Path(files[-1])) if files else {}
+    required: dict[str, Any] = {"data": Path(), "task": "", "run": Path()}
+    try:
+        whole = TrainConfig.model_validate(required | values)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{files[-1]}: {one_line(error)}") from error
+    default = whole.model_copy(update={name: tyro.MISSING for name in required if name not in values})
+
+    @functools.wraps(train)
+    def command(settings: Settings = default, config: Path | None = None, resume: bool = False) -> None:
+        train(settings, config, resume)
+
+    command.__signature__ = inspect.signature(command, follow_wrapped=False)  # type: ignore[attr-defined]
+    return command
+
+
+def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Callable[[], None]:
+    """The command with its flags filled in. What tyro says in a box about wrong flags becomes one line."""
+
+    @functools.wraps(command)
+    def bind(*values: Any, **flags: Any) -> Callable[[], None]:
+        return functools.partial(command, *values, **flags)
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(bind, args=arguments, prog=f"ringrl {name}", config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = " ".join(re.sub(r"[─│╭╮╰╯├┤]", " ", said.getvalue()).split())
+        noise = r"\d+ validation errors? for \w+|\[type=.*For further information visit \S+"
+        raise UserError(re.sub(noise, "", text)) from None
+
+
+def _fail(message: str) -> None:
+    print(f"ringrl: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
