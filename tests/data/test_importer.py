@@ -123,7 +123,7 @@ def test_failed_overwriting_keeps_the_old_store(tmp_path, cartpole_zip):
     with pytest.raises(KeyboardInterrupt):
         import_archive(cartpole_zip, path, "cartpole", overwrite=True, progress=stop)
     EpisodeStore(path).verify()
-    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+    assert names(tmp_path) == [".a.h5.partial", ".a.h5.partial.journal", "a.h5"]
 
 
 def test_wrong_and_unknown_domain(tmp_path, cartpole_zip):
