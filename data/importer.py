@@ -185,7 +185,7 @@ def _import_episodes(
             if isinstance(outcome, Damaged) and on_damaged == "stop":
                 part.discard(destination)
                 raise UserError(f"{outcome.reason} (or leave such episodes out: --on-damaged skip)")
-            if isinstance(outcome, Imported) and outcome is not journal.episodes.get(index):
+            if isinstance(outcome, Imported) and outcome != journal.episodes.get(index):
                 with part.cannot_write(destination):
                     journal.add(index, outcome)
             outcomes.append(outcome)

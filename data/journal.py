@@ -32,12 +32,12 @@ class Journal:
 
     Attributes:
         head: what was given when the journal was begun.
-        episodes: those that were in it when it was opened.
+        episodes: those that are in it, by their numbers in the store.
 
     Raises OSError if it cannot be written.
     """
 
-    def __init__(self, path: Path, head: Mapping[str, str], episodes: Mapping[int, Imported]) -> None:
+    def __init__(self, path: Path, head: Mapping[str, str], episodes: dict[int, Imported]) -> None:
         self.head, self.episodes = head, episodes
         self._file = path.open("a", encoding="ascii")
 
@@ -64,6 +64,7 @@ class Journal:
 
     def add(self, index: int, imported: Imported) -> None:
         """Notes that an episode has been written."""
+        self.episodes[index] = imported
         self._file.write(f"{_line(index, imported)}\n")
         self._file.flush()
 

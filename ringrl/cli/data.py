@@ -1,5 +1,6 @@
 """ringrl data: download, import, collect, describe and export datasets."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -47,19 +48,23 @@ def data_import(
 
     destination = output or archive.with_suffix(".h5")
     chosen = Subset(subset, max_episodes, max_transitions, seed)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("importing", total=None)
-        store = import_archive(
-            archive,
-            destination,
-            domain,
-            overwrite=overwrite,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-            workers=workers,
-            relabelling=relabel,
-            subset=chosen,
-            on_damaged=on_damaged,
-        )
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("importing", total=None)
+            store = import_archive(
+                archive,
+                destination,
+                domain,
+                overwrite=overwrite,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                workers=workers,
+                relabelling=relabel,
+                subset=chosen,
+                on_damaged=on_damaged,
+            )
+    except KeyboardInterrupt:
+        print("ringrl: run the same command again to go on with the import", file=sys.stderr)
+        raise
     print(f"{destination}\n{describe(store)}")
 
 

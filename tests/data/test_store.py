@@ -238,7 +238,7 @@ def replaced(store: EpisodeStore, name: str, create) -> Path:
 OTHER_LAYOUTS = {
     "chunked": {"chunks": True},
     "compressed": {"compression": "gzip"},
-    "external": {"external": "elsewhere.bin"},
+    "external": {"external": "/dev/null"},
 }
 
 
