@@ -200,7 +200,7 @@ def _finish(
     """Closes the gaps that damaged episodes left, and makes the growing file a store."""
     kept = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Imported)]
     imported = [outcome for outcome in outcomes if isinstance(outcome, Imported)]
-    damaged = [*plan.misfits, *(outcome for outcome in outcomes if isinstance(outcome, Damaged))]
+    damaged = [*(outcome for outcome in outcomes if isinstance(outcome, Damaged)), *plan.misfits]
     if not kept:
         part.discard(destination)
         raise UserError(f"{damaged[0].reason} (as are all {len(damaged)} episodes that were to be imported)")
