@@ -78,12 +78,13 @@ def _rewards(
 def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Float64[np.ndarray, "time sensors"]:
     """What the domain's rewards are computed from, state by state."""
     simulation = _simulation(domain)
+    set_state, refresh, sensors = simulation.set_physics_state, simulation.refresh, simulation.sensors
     rows = []
     for state in physics:
-        simulation.set_physics_state(state)
-        simulation.refresh()
-        rows.append(simulation.sensors())
-    return np.stack(rows)
+        set_state(state)
+        refresh()
+        rows.append(sensors())
+    return np.array(rows)
 
 
 def _simulation(domain: Domain) -> Simulation:
