@@ -307,7 +307,7 @@ def memory(folder: Path, gigabytes: float, limit: float, batch: tuple[int, int])
     """Peaks of memory in a process of its own with limited private memory."""
     path = folder / "sparse.h5"
     start = time.perf_counter()
-    made_up_store(path, round(gigabytes * 1e9 / 308_308))
+    made_up_store(path, round(gigabytes * 1e9 / 288_288))
     command = [sys.executable, __file__, "--reader", str(path), str(limit), "x".join(map(str, batch))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     if done.returncode:
@@ -345,7 +345,7 @@ def show(part: str, results: dict[str, Numbers]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=PARTS, choices=[*PARTS, []], help="all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--exorl", type=Path, help="folder of {domain}/{algo}.zip, for the parity of rewards")
     parser.add_argument("--episodes", type=int, default=200, help="to import (10000: as many as an ExoRL archive has)")
     parser.add_argument("--runs", type=int, default=5)
@@ -360,8 +360,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path, limit, batch = options.reader
         print(json.dumps(read_with_limit(Path(path), float(limit), parse_batch(batch))))
         return
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     batch, results = parse_batch(options.batch), {}
-    for part in options.parts:
+    for part in options.parts or PARTS:
         folder = Path(tempfile.mkdtemp(dir=options.folder))
         try:
             results[part] = {
