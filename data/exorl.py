@@ -64,6 +64,8 @@ class Archive:
             paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
         try:
             self.members = _episodes_among(paths, self.source)
+            if self._zip is not None:
+                _refuse_lost_names(self._zip, {member.path for member in self.members}, self.source)
         except UserError:
             self.close()
             raise
@@ -175,6 +177,20 @@ def _open_zip(source: Path) -> zipfile.ZipFile:
         raise UserError(
             f"{source}: not a zip archive, or cut short: download it again or give a folder of episodes"
         ) from error
+
+
+def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Path) -> None:
+    """What is passed over must have one name in the list and in its place: a damaged one may hide an episode."""
+    for info in archive.infolist():
+        if info.filename not in episodes:
+            try:
+                with contextlib.suppress(RuntimeError):  # encrypted, or another method: not ours to read
+                    archive.open(info).close()
+            except Exception as error:
+                raise UserError(
+                    f"{source}: the entry {shown(info.filename)} is damaged, and may have been an episode: "
+                    "download it again"
+                ) from error
 
 
 def _entries_promised(source: Path) -> int:

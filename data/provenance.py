@@ -49,8 +49,12 @@ class Provenance:
     def from_json(cls, text: str) -> Self:
         """What `to_json` wrote; ValueError or TypeError if it is anything else."""
         values = json.loads(text)
+        if not isinstance(values["skipped"], list) or not all(isinstance(reason, str) for reason in values["skipped"]):
+            raise ValueError("skipped is no list of texts")
         values["skipped"] = tuple(values["skipped"])
         provenance = cls(**values)
+        if len(values) != len(dataclasses.fields(cls)) or min(provenance.num_skipped, provenance.source_bytes) < 0:
+            raise ValueError("no whole provenance")
         for field in dataclasses.fields(cls):
             default = field.default if field.default is not dataclasses.MISSING else ""
             if type(getattr(provenance, field.name)) is not type(default):

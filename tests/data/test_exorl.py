@@ -119,6 +119,13 @@ def test_zip_with_a_comment(tmp_path, cartpole_zip):
     assert len(read_all(path)) == 3
 
 
+def test_episode_whose_name_was_damaged(tmp_path, cartpole_zip):
+    content = bytearray(cartpole_zip.read_bytes())
+    content[content.rindex(b".npz")] = ord("_")  # in the list of names at the end
+    (tmp_path / "a.zip").write_bytes(content)
+    assert "episode_999999_1000_npz is damaged, and may have been an episode" in refusal(tmp_path / "a.zip")
+
+
 def test_empty_archive(tmp_path):
     assert "holds no episodes" in refusal(zipped(tmp_path / "a.zip", {}))
     (tmp_path / "folder").mkdir()
