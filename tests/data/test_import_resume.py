@@ -135,6 +135,26 @@ def test_another_import_starts_anew(tmp_path, archive, destination, cartpole_epi
     assert (other.episode(0)["physics"] == cartpole_episodes[1_000_000]["physics"]).all()
 
 
+def test_a_file_changed_meanwhile_is_read_again(archive, destination):
+    stop_after(archive, destination, 7)
+    changed = archive / "episode_000002_1000.npz"
+    changed.write_bytes(bytes(changed.stat().st_size))
+    with pytest.raises(UserError, match=r"episode_000002_1000\.npz cannot be read"):
+        import_archive(archive, destination, "cartpole", workers=1)
+
+
+def test_workers_of_a_killed_import_cannot_spoil_another(archive, destination):
+    stop_after(archive, destination, 7)
+    orphan = os.open(part_of(destination), os.O_RDWR)
+
+    def write_late(done: int, total: int) -> None:
+        os.pwrite(orphan, bytes(100_000), 10_000)
+
+    options = {"workers": 1, "relabelling": "exorl_compat"}
+    import_archive(archive, destination, "cartpole", progress=write_late, **options).verify()
+    os.close(orphan)
+
+
 def test_stopped_between_the_last_byte_and_the_name(archive, destination, whole):
     def keep_journal(done: int, total: int) -> None:
         shutil.copy(journal_of(destination), destination.with_name("kept"))

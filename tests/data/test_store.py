@@ -56,6 +56,16 @@ def test_description(store):
     assert len(store.fingerprint) == 64
 
 
+def test_any_hdf5_reader_finds_the_arrays(store, episodes):
+    with h5py.File(store.path) as file:
+        end_of_file = int.from_bytes(store.path.read_bytes()[28:36], "little")  # as HDF5's superblock has it
+        assert end_of_file == store.path.stat().st_size
+        for name, key in [("steps/physics", "physics"), ("rewards/cartpole_balance", "reward/cartpole_balance")]:
+            np.testing.assert_array_equal(file[name][:], np.concatenate([episode[key] for episode in episodes]))
+        assert file["return_quantiles/cartpole_balance"].attrs["levels"].tolist() == list(RETURN_LEVELS)
+        assert file.attrs["domain"] == b"cartpole"
+
+
 def test_episodes_are_read_only_views_of_the_file(store):
     first, again = store.episode(0), store.episode(0)
     for key, array in first.items():
