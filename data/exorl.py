@@ -58,7 +58,10 @@ class Archive:
         if self.source.is_dir():
             buffer = self.source / "buffer"
             self._folder = buffer if buffer.is_dir() else self.source
-            paths = [path.name for path in self._folder.iterdir() if path.is_file()]
+            try:
+                paths = [path.name for path in self._folder.iterdir() if path.is_file()]
+            except OSError as error:
+                raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
         else:
             self._zip = _open_zip(self.source)
             paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]

@@ -266,7 +266,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
         import resource, sys
         from ringrl.data import import_archive
         peaks = []
-        import_archive(sys.argv[1], sys.argv[2], "cartpole", progress=lambda done, total:
+        import_archive(sys.argv[1], sys.argv[2], "cartpole", workers=1, progress=lambda done, total:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
         print(peaks[-1] - peaks[9])
     """
