@@ -100,6 +100,8 @@ def download_store(
         store = import_archive(archive, path, found.name, progress=import_progress)
     if delete_archive and archive.exists():
         _delete_archive(archive, store, found)
+        if notice is not None:
+            notice(f"{archive}: removed, its episodes are in {path}")
     return store
 
 

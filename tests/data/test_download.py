@@ -209,7 +209,9 @@ def test_an_archive_becomes_a_store(episodes_site, cartpole_zip, tmp_path, capsy
     # Again, and the archive may go.
     asked = len(episodes_site.requests)
     main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
-    assert f"{store.path}\ndataset" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{store.path}\ndataset" in said.out
+    assert "rnd.zip: removed" in said.err
     assert names(tmp_path / "cartpole") == ["rnd.h5"]
     main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
     assert "is already there, imported from cartpole/rnd.zip" in capsys.readouterr().err

@@ -141,9 +141,9 @@ def test_a_part_of_another_address_or_without_its_note_starts_anew(site, archive
 
 
 PARTS = {
-    "another start": {"Content-Range": "bytes 999-{last}/{size}"},
+    "another start": {"Content-Range": "bytes 999-{last}/{size}", "Content-Length": "{one_more}"},
     "another size": {"Content-Range": "bytes 1000-{last}/{more}"},
-    "an end beyond the end": {"Content-Range": "bytes 1000-{size}/{size}"},
+    "an end beyond the end": {"Content-Range": "bytes 1000-{size}/{size}", "Content-Length": "{one_more}"},
     "no range": {"Content-Range": None},
     "nonsense": {"Content-Range": "bytes \x1b[31m"},
     "another length": {"Content-Length": "5"},
@@ -154,7 +154,8 @@ PARTS = {
 def test_a_part_that_does_not_continue_what_is_here_is_refused(site, archive, tmp_path, kind):
     size = len(archive)
     headers = {
-        name: value and value.format(last=size - 1, size=size, more=size + 1) for name, value in PARTS[kind].items()
+        name: value and value.format(last=size - 1, size=size, more=size + 1, one_more=size - 999)
+        for name, value in PARTS[kind].items()
     }
     site.answers = [{"cut": 1000}, {"headers": headers}]
     with pytest.raises(UserError, match=r"the server .*Content-Range") as error:
