@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 from ringrl.attention import LAYOUTS
 from ringrl.config import ContextConfig
 from ringrl.data import EpisodeStore
+from ringrl.data.loader import iterate_batches
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
 from ringrl.data.sharded import ShardedSampler
@@ -63,7 +64,10 @@ for shape in {MESHES}:
     for layout in LAYOUTS:
         name = f"{{shape}} {{layout}}"
         rows.clear()
-        batch = ShardedSampler(sampler, mesh, layout).batch({STEP})
+        batches = iterate_batches(ShardedSampler(sampler, mesh, layout), {STEP + 1})
+        batches.set_state({{"next_index": {STEP}}})
+        batch = next(batches)
+        batches.close()
         read[name] = {{key: list(found) for key, found in rows.items()}}
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             assert leaf.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"), "seq")
