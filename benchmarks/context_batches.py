@@ -3,8 +3,8 @@
     python benchmarks/context_batches.py [--contexts 8] [--trajectories 128] [--episodes 1500] [--json FILE]
 
 Writes a store of random walker episodes of 1000 steps to a temporary folder and assembles batches from it, each of
-other episodes. Prints the median and the least time of planning a batch, of assembling it, and of copying its bytes once
-(by as many threads as read): what no assembly can do without.
+other episodes. Prints the median and the least time of planning a batch, of assembling it, and of copying its bytes
+once (by as many threads as read): what no assembly can do without.
 """
 
 import argparse
@@ -84,9 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, value in measured.items() if step else ():
                 times[name].append(value)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
-    print(
-        f"{options.contexts} contexts of {options.trajectories} trajectories: {size / 1e6:.0f} MB, {os.cpu_count()} cores"
-    )
+    shape = f"{options.contexts} contexts of {options.trajectories} trajectories"
+    print(f"{shape}: {size / 1e6:.0f} MB, {os.cpu_count()} cores")
     for name, values in times.items():
         print(f"{name:<24}median {np.median(values):8.1f} ms   least {min(values):8.1f} ms")
     if options.json:
