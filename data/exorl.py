@@ -63,7 +63,7 @@ class Archive:
             except OSError as error:
                 raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
         else:
-            self._zip = _open_zip(self.source)
+            self._zip = open_zip(self.source)
             paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
         try:
             self.members = _episodes_among(paths, self.source)
@@ -164,7 +164,8 @@ def save_episode(folder: Path, number: int, episode: Episode) -> Path:
     return path
 
 
-def _open_zip(source: Path) -> zipfile.ZipFile:
+def open_zip(source: Path) -> zipfile.ZipFile:
+    """Opens an archive, whose list of names has been read and is whole; UserError if it is not."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
     try:

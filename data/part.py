@@ -1,4 +1,4 @@
-"""The hidden file under which a store grows: claimed by one process, and what can go wrong while it is written."""
+"""The hidden file under which a store, or a download, grows: claimed by one process, and what can go wrong with it."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def part_of(path: Path) -> Path:
-    """The hidden name under which the store at `path` grows."""
+    """The hidden name under which the file at `path` grows."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -32,7 +32,7 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
 
 
 def claim(path: Path) -> int:
-    """Opens the part of the store at `path`, empty if there is none, for this process only.
+    """Opens the part of the file at `path`, empty if there is none, for this process only.
 
     Returns its descriptor; the claim goes when the process does or closes it. UserError if another process has it.
     """

@@ -21,11 +21,11 @@ from ringrl.model.transformer import Transformer
 
 
 def _mean_loss(loss: jax.Array, context: Context, loss_on: str) -> jax.Array:
-    """Mean over all steps, or over those of the last trajectory of each context."""
-    if loss_on == "all":
-        return loss.mean()
-    trajectory = jnp.asarray(context.trajectory)
-    weight = trajectory == trajectory.max(1, keepdims=True)
+    """Mean over all steps of the data, or over those of the last trajectory of each context."""
+    weight = jnp.asarray(context.weight)
+    if loss_on == "last":
+        trajectory = jnp.where(weight > 0, context.trajectory, -1)
+        weight *= trajectory == trajectory.max(1, keepdims=True)
     return (loss * weight).sum() / weight.sum()
 
 
@@ -45,8 +45,9 @@ class AgenticTransformer(nnx.Module):
 
     def features(self, context: Context) -> Float[Array, "batch time width"]:
         """What the model knows at each state token."""
-        x = self.transformer(self.embedding(context))
         token_set = self.embedding.token_set
+        positions = token_set.size * jnp.asarray(context.position)[..., None] + jnp.arange(token_set.size)
+        x = self.transformer(self.embedding(context), positions.reshape(len(positions), -1))
         return x[:, len(token_set.before) - 1 :: token_set.size]
 
     def loss(self, context: Context) -> Float32[Array, ""]:

@@ -13,12 +13,12 @@ ROTARY_BASE = 10_000.0
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, " tokens"]
+    x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, "*batch tokens"]
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Rotary position embedding (RoFormer, 2104.09864): halves of the head turn by position * base^(-2i/D)."""
     half = x.shape[-1] // 2
     frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, None, None].astype(jnp.float32) * frequency  # (tokens, 1, half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency  # (..., tokens, 1, half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -40,9 +40,9 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2)
         return rotate(q, positions), rotate(k, positions), v
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = self._project(x, jnp.arange(x.shape[1]))
-        return self.out(attention(q, k, v, is_causal=True).reshape(x.shape))
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        q, k, v = self._project(x, jnp.arange(x.shape[1]) if positions is None else positions)
+        return self.out(attention(q, k, v, is_causal=True, positions=positions).reshape(x.shape))
 
     def decode(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array
@@ -76,8 +76,8 @@ class Block(nnx.Module):
         self.feed_forward_norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.feed_forward = FeedForward(config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x))
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), positions)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
     def decode(
@@ -97,10 +97,13 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.dtype = jnp.dtype(config.dtype)
 
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], positions: Int32[Array, "batch tokens"] | None = None
+    ) -> Float[Array, "batch tokens width"]:
+        """All tokens of a context; they may lie in any order if their positions in it are given."""
         x = x.astype(jnp.float32)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, positions)
         return self.norm(x)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:

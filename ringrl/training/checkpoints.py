@@ -35,6 +35,7 @@ class RunInfo:
     data_fingerprint: str
     best_return: float  # highest return of the task in the data: the target that a policy is asked for
     versions: Mapping[str, str]
+    transitions: int | None = None  # steps of the episodes that may be drawn; None: a run from before this was told
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -84,22 +85,29 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, info: RunInfo) -> None:
-        """Write the state in the background."""
+    def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any]) -> None:
+        """Write the state and the state of the iterator over batches in the background."""
         arrays, values = ocp.args.StandardSave(state._asdict()), ocp.args.JsonSave(info.to_json())
+        items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(iterator))
         with self._naming_failures():
-            self._manager.save(int(state.step), args=ocp.args.Composite(state=arrays, info=values))
+            self._manager.save(int(state.step), args=items)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a checkpoint, shaped like `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        return TrainState(**self._restore(step, "state", ocp.args.StandardRestore(abstract)))
+
+    def restore_iterator(self, step: int) -> dict[str, Any]:
+        """The state of the iterator over batches that was saved with a checkpoint."""
+        return dict(self._restore(step, "iterator", ocp.args.JsonRestore()))
+
+    def _restore(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> Any:
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:  # orbax raises bare Exceptions where an array cannot be read
             raise UserError(
                 f"{self.folder / str(step)}: is damaged ({_brief(error)}); remove it to use an older one"
             ) from error
-        return TrainState(**restored["state"])
 
     def close(self) -> None:
         """Wait for what is still being written; UserError if it could not be."""

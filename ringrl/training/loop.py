@@ -1,8 +1,7 @@
 """A training run from its configuration to its last checkpoint, exactly resumable."""
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from rich.progress import Progress, TaskID
 
 from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
+from ringrl.data.loader import BatchSource, iterate_batches
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
+from ringrl.data.selection import eligible_episodes
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.training.checkpoints import Checkpoints, RunInfo, read_info
@@ -25,8 +26,6 @@ from ringrl.training.metrics import MetricsLog, progress_bar
 from ringrl.training.optimiser import learning_rate
 
 PLACES = ("data", "run", "keep_checkpoints")  # where things lie may change between a run and its resumption
-
-Sampler = ContextSampler | TransitionSampler
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> Path:
@@ -39,9 +38,10 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
       UserError: a run that exists (without `resume`), another configuration or dataset than the run's, data that does
         not fit the task, a disk that is full.
     """
-    store = EpisodeStore(config.data)
-    normalisation = Normalisation.of(store, config.ignored_observations)
-    sampler = _make_sampler(store, config, normalisation)
+    store, context = EpisodeStore(config.data), config.context
+    episodes = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
+    normalisation = Normalisation.of(store, config.ignored_observations, episodes)
+    source = _make_source(store, config, normalisation)
     info = RunInfo(
         config=config,
         normalisation=normalisation,
@@ -49,13 +49,14 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         action_size=store.action_size,
         domain=store.domain,
         data_fingerprint=store.fingerprint,
-        best_return=float(store.returns(config.task).max()),
+        best_return=float(store.returns(config.task)[episodes].max()),
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
+        transitions=int(store.lengths[episodes].sum()),
     )
     _claim_folder(info, resume)
     checkpoints = Checkpoints(config.run, config.keep_checkpoints)
     try:
-        _run_steps(info, sampler, checkpoints, console or Console(stderr=True), quiet)
+        _run_steps(info, source, checkpoints, console or Console(stderr=True), quiet)
     except OSError as error:
         raise UserError(
             f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
@@ -65,13 +66,13 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     return config.run
 
 
-def _make_sampler(store: EpisodeStore, config: TrainConfig, normalisation: Normalisation) -> Sampler:
+def _make_source(store: EpisodeStore, config: TrainConfig, normalisation: Normalisation) -> BatchSource:
     """What draws the batches that the configured kind of model is trained on."""
-    size, seed = config.optimiser.batch_size, config.seed
+    size, seed, context = config.optimiser.batch_size, config.seed, config.context
     if config.model.kind == "td3_bc":
-        fraction = config.context.best_fraction
-        return TransitionSampler(store, config.task, config.actor_critic, normalisation, size, seed, fraction)
-    return ContextSampler(store, config.task, config.context, normalisation, size, seed)
+        chosen = context.best_fraction, context.max_transitions
+        return TransitionSampler(store, config.task, config.actor_critic, normalisation, size, seed, *chosen)
+    return ContextSampler(store, config.task, context, normalisation, size, seed)
 
 
 def _claim_folder(info: RunInfo, resume: bool) -> None:
@@ -123,36 +124,28 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _batches(sampler: Sampler, start: int, stop: int) -> Iterator[Any]:
-    """Batches of steps start ... stop - 1, the next one being built while one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(sampler.batch, start)
-        for step in range(start, stop):
-            batch = following.result()
-            if step + 1 < stop:
-                following = pool.submit(sampler.batch, step + 1)
-            yield batch
-
-
-def _run_steps(info: RunInfo, sampler: Sampler, checkpoints: Checkpoints, console: Console, quiet: bool) -> None:
+def _run_steps(info: RunInfo, source: BatchSource, checkpoints: Checkpoints, console: Console, quiet: bool) -> None:
     config = info.config
     policy = info.make_policy()
     state, train_step = make_learner(policy, config)
+    stop = config.optimiser.steps
+    batches = iterate_batches(source, stop)
     saved = checkpoints.latest()
     if saved is not None:
         _check_dataset(info, read_info(config.run, saved)[1])
         state = checkpoints.restore(saved, state)
-    start, stop = int(state.step), config.optimiser.steps
-    with MetricsLog(config.run, start) as log, progress_bar(console, quiet) as progress:
-        recorder = _Recorder(config, sampler.steps_per_batch * policy.tokens_per_step, log, progress)
-        for step, batch in enumerate(_batches(sampler, start, stop), start + 1):
+        batches.set_state(checkpoints.restore_iterator(saved))
+    start = int(state.step)
+    with closing(batches), MetricsLog(config.run, start) as log, progress_bar(console, quiet) as progress:
+        recorder = _Recorder(config, source.steps_per_batch * policy.tokens_per_step, log, progress)
+        for step, batch in enumerate(batches, start + 1):
             state, metrics = train_step(state, batch)
             recorder.add(step, metrics)
             is_checkpoint = step % config.checkpoint_every == 0 or step == stop
             if is_checkpoint or step % config.log_every == 0:
                 recorder.flush()
             if is_checkpoint:
-                checkpoints.save(state, info)
+                checkpoints.save(state, info, batches.get_state())
 
 
 class _Recorder:

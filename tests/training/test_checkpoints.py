@@ -1,4 +1,5 @@
 import gc
+import json
 import os
 import shlex
 import shutil
@@ -63,11 +64,22 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_still_serves(finished: 
     assert load_policy(finished.run).step == 12
 
 
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda item: os.truncate(item / "metadata", 3)], ids=["gone", "cut"])
+def test_a_run_does_not_go_on_without_knowing_which_batches_come_next(finished: TrainConfig, damage) -> None:
+    damage(finished.run / "checkpoints" / "14" / "iterator")
+    with pytest.raises(UserError, match=r"14: is damaged.*remove it to use an older one"):
+        train(finished, resume=True, quiet=True)
+    assert load_policy(finished.run).step == 14, "to act, nobody needs to know"
+
+
 def test_what_a_checkpoint_says(finished: TrainConfig) -> None:
     step, info = read_info(finished.run)
     assert (step, info.config, info.domain) == (14, finished.model_copy(update={"run": info.config.run}), "jaco")
     assert (info.observation_size, info.action_size, info.normalisation.episode_length) == (42, 9, 250)
     assert {"ringrl", "jax", "mujoco"} <= set(info.versions)
+    assert info.transitions == 8 * 250
+    iterator = json.loads((finished.run / "checkpoints" / "14" / "iterator" / "metadata").read_text())
+    assert iterator == {"next_index": 14}
 
 
 def test_a_checkpoint_of_another_version_is_told_apart_from_damage(finished: TrainConfig) -> None:
