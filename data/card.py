@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ringrl.data.foreign import ForeignDomain
 from ringrl.data.layout import RETURN_LEVELS
 from ringrl.data.provenance import Provenance
 from ringrl.data.store import EpisodeStore
@@ -14,6 +15,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 RELABELLED = {
     "control_aware": "with the action that led to each state",
     "exorl_compat": "with a control of zero, as ExoRL's own code does (exorl_compat)",
+    "recorded": "no, the rewards are those recorded, of any size",
 }
 
 
@@ -45,6 +47,7 @@ class DatasetCard:
     recorded_task: str | None
     fingerprint: str
     returns: tuple[ReturnSummary, ...]
+    foreign: ForeignDomain | None  # what is to be known of a domain that is none of ExoRL's
 
 
 def summarise(store: EpisodeStore, bins: int = 24) -> DatasetCard:
@@ -55,7 +58,7 @@ def summarise(store: EpisodeStore, bins: int = 24) -> DatasetCard:
         domain=store.domain,
         observation_size=store.observation_size,
         action_size=store.action_size,
-        physics_size=store.arrays["physics"].shape[1],
+        physics_size=store.facts.physics_size,
         num_episodes=store.num_episodes,
         shortest=int(store.lengths.min()),
         longest=int(store.lengths.max()),
@@ -64,6 +67,7 @@ def summarise(store: EpisodeStore, bins: int = 24) -> DatasetCard:
         recorded_task=store.recorded_task,
         fingerprint=store.fingerprint,
         returns=tuple(_summarise_returns(store, task, bins) for task in store.tasks),
+        foreign=store.facts if isinstance(store.facts, ForeignDomain) else None,
     )
 
 
@@ -78,6 +82,7 @@ def describe(store: EpisodeStore, bins: int = 24) -> str:
         "domain": f"{card.domain}: observation {card.observation_size}, action {card.action_size}, "
         f"physics {card.physics_size}",
         "episodes": f"{card.num_episodes:,} x {length} steps = {card.num_steps:,} transitions",
+        **(_foreign_facts(card.foreign, card.num_episodes) if card.foreign else {}),
         "source": made.source + (size if made.source_sha256 else ""),
         "subset": made.subset,
         "skipped": f"{made.num_skipped:,} damaged" if made.num_skipped else "none",
@@ -104,6 +109,15 @@ def _summarise_returns(store: EpisodeStore, task: str, bins: int) -> ReturnSumma
     counts, _ = np.histogram(returns, bins=bins)
     quantiles = tuple(store.return_quantiles(task).tolist())
     return ReturnSummary(task, quantiles, float(returns.mean()), tuple(int(count) for count in counts))
+
+
+def _foreign_facts(domain: ForeignDomain, episodes: int) -> dict[str, str]:
+    ended = f"{domain.num_terminated:,} by themselves (discount 0 there), {episodes - domain.num_terminated:,} are cut"
+    return {
+        "simulation": "none here: evaluate in the dataset's own environment",
+        "actions": domain.describe_actions(),
+        "ends": f"{ended}; returns are undiscounted sums",
+    }
 
 
 def _returns_table(summaries: tuple[ReturnSummary, ...]) -> list[str]:

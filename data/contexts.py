@@ -112,9 +112,9 @@ class _Reader:
         out = self.out
         self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
         out.action[at] = self._action[outcome]
-        out.reward[at] = self._reward[outcome]
+        out.reward[at] = self._normalisation.reward(self._reward[outcome])
         out.previous.action[at] = self._action[state]
-        out.previous.reward[at] = self._reward[state]
+        out.previous.reward[at] = self._normalisation.reward(self._reward[state])
         out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
         out.trajectory[at] = piece.trajectory
         out.weight[at] = 1
@@ -140,7 +140,7 @@ class _Reader:
             return
         last = self._last_rows[context][piece.trajectory - 1]
         previous.action[context, place] = self._action[last : last + 1][0]
-        previous.reward[context, place] = self._reward[last : last + 1][0]
+        previous.reward[context, place] = self._normalisation.reward(self._reward[last : last + 1])[0]
         previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
 
 

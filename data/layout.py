@@ -8,6 +8,8 @@
     /episodes/recorded_sha256                             (episodes, 32) uint8 over the recorded arrays of each
     /episodes/relabelled_sha256                           (episodes, 32) uint8 over its rewards
 
+Episodes from elsewhere may have no physics; the facts about their domain are an attribute (ringrl.data.foreign).
+
 Every dataset is contiguous and uncompressed. The places follow from the domain and the lengths alone, so rows can be
 written before the description exists, by several processes and in any order; the description is made in memory and
 written last.
@@ -22,7 +24,7 @@ import numpy as np
 
 from ringrl.data.digest import DIGEST_BYTES
 from ringrl.data.schema import Column, recorded_columns, reward_key, reward_task
-from ringrl.envs import domain_named
+from ringrl.envs import Domain, domain_named
 
 RETURN_LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -32,6 +34,7 @@ class Layout:
 
     Attributes:
         domain: name of the domain.
+        facts: the facts about it.
         tasks: the tasks whose rewards are stored.
         lengths: steps of each episode, (episodes,) int64.
         starts: first row of each episode and the number of all rows, (episodes + 1,) int64.
@@ -39,13 +42,15 @@ class Layout:
         size: bytes that the file may need, a little more than it will.
     """
 
-    def __init__(self, domain: str, tasks: Sequence[str], lengths: Sequence[int] | np.ndarray) -> None:
-        self.domain, self.tasks = domain, tuple(tasks)
+    def __init__(self, domain: str | Domain, tasks: Sequence[str], lengths: Sequence[int] | np.ndarray) -> None:
+        """`domain` is one of ExoRL's, by name, or any other."""
+        self.facts = domain_named(domain) if isinstance(domain, str) else domain
+        self.domain, self.tasks = self.facts.name, tuple(tasks)
         self.lengths = np.asarray(lengths, dtype=np.int64)
         if len(self.lengths) == 0 or self.lengths.min() < 1:
             raise ValueError(f"a store needs episodes of at least one step, got lengths {lengths}")
         self.starts = np.concatenate([[0], np.cumsum(self.lengths + 1)])
-        self.columns = recorded_columns(domain_named(domain))
+        self.columns = recorded_columns(self.facts)
         self.columns |= {reward_key(task): Column(1, np.dtype("<f4")) for task in tasks}
         log = _WriteLog()
         with _open(log) as file:

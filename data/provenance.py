@@ -12,7 +12,10 @@ from ringrl import __version__
 Relabelling = Literal["control_aware", "exorl_compat"]
 """How rewards are computed: by the action that led to the state, or, as ExoRL's own code does, by a control of zero."""
 
-RELABELLINGS: tuple[Relabelling, ...] = get_args(Relabelling)
+Rewards = Relabelling | Literal["recorded"]
+"""How the rewards of a store came about: those of episodes from elsewhere stay as recorded."""
+
+REWARDS: tuple[Rewards, ...] = (*get_args(Relabelling), "recorded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Provenance:
         source: the end of the archive's path, "walker/rnd.zip".
         source_bytes: size of the zip file, or of all episode files of a folder.
         source_sha256: sha256 over the archive's list of episodes: path, size and, in a zip file, CRC of each.
-        relabelling: see `Relabelling`.
+        relabelling: see `Rewards`.
         subset: which of the archive's episodes were taken, in words.
         num_skipped: damaged episodes among them that were left out.
         skipped: the first few of those, each with its reason.
@@ -34,7 +37,7 @@ class Provenance:
     source: str
     source_bytes: int = 0
     source_sha256: str = ""
-    relabelling: Relabelling = "control_aware"
+    relabelling: Rewards = "control_aware"
     subset: str = "all episodes"
     num_skipped: int = 0
     skipped: tuple[str, ...] = ()
@@ -59,7 +62,7 @@ class Provenance:
             default = field.default if field.default is not dataclasses.MISSING else ""
             if type(getattr(provenance, field.name)) is not type(default):
                 raise ValueError(f"{field.name} is not a {type(default).__name__}")
-        if provenance.relabelling not in RELABELLINGS:
+        if provenance.relabelling not in REWARDS:
             raise ValueError(f"unknown relabelling {provenance.relabelling}")
         return provenance
 

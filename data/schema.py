@@ -20,15 +20,19 @@ class Column(NamedTuple):
 
 
 def recorded_columns(domain: Domain) -> dict[str, Column]:
-    """The arrays recorded in every episode of a domain, in the order in which they are stored and hashed."""
+    """The arrays recorded in every episode of a domain, in the order in which they are stored and hashed.
+
+    Physics is among them where the domain has any: datasets from elsewhere may have none.
+    """
     float32, float64 = np.dtype("<f4"), np.dtype("<f8")
-    return {
+    columns = {
         "observation": Column(domain.observation_size, float32),
         "action": Column(domain.action_size, float32),
         "reward": Column(len(domain.recorded_tasks(domain.tasks[0])), float32),
         "discount": Column(1, float32),
         "physics": Column(domain.physics_size, float64),
     }
+    return {key: column for key, column in columns.items() if column.width}
 
 
 def reward_key(task: str) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from ringrl.data.digest import DIGEST_BYTES, content_fingerprint, episode_digest
+from ringrl.data.foreign import ForeignDomain
 from ringrl.data.layout import RETURN_LEVELS, dataset_name
 from ringrl.data.mapped import MappedArrays, read_text
 from ringrl.data.provenance import Provenance
 from ringrl.data.schema import recorded_columns, reward_key, reward_task
-from ringrl.envs import domain_named
+from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
 
 FORMAT = "ringrl episode store"
@@ -37,6 +38,7 @@ class EpisodeStore:
 
     path: Path
     domain: str
+    facts: Domain  # about that domain: the table's for ExoRL's, a ForeignDomain out of the file for any other
     tasks: tuple[str, ...]
     provenance: Provenance  # where the episodes came from and what was done to them
     fingerprint: str  # sha256 of the recorded content: the same for the same episodes, however they were packed
@@ -62,8 +64,9 @@ class EpisodeStore:
         # Without HDF5's file lock: a finished store never changes, and network file systems often refuse locks.
         with h5py.File(self.path, "r", locking=False) as file:
             _refuse_foreign(file)
-            self.domain = domain_named(read_text(file, "domain")).name
-            self.tasks = _checked_tasks(self.domain, json.loads(read_text(file, "tasks")))
+            self.facts = _read_facts(file)
+            self.domain = self.facts.name
+            self.tasks = _checked_tasks(self.facts, json.loads(read_text(file, "tasks")))
             self.provenance = Provenance.from_json(read_text(file, "provenance"))
             self.fingerprint = read_text(file, "fingerprint")
             self.recorded_task = _checked_recorded_task(self.tasks, read_text(file, "recorded_task"))
@@ -92,7 +95,7 @@ class EpisodeStore:
 
     def _map_steps(self, arrays: MappedArrays) -> None:
         rows = int(self.offsets[-1])
-        recorded = recorded_columns(domain_named(self.domain)).items()
+        recorded = recorded_columns(self.facts).items()
         self.arrays = {
             key: arrays.view(dataset_name(key), (rows, column.width), column.dtype.str) for key, column in recorded
         }
@@ -145,8 +148,8 @@ class EpisodeStore:
         """Episode `index` as read-only views of T+1 rows, row t being (s_t, a_{t-1}, r_{t-1}) and row 0 the reset.
 
         observation (T+1,O), action (T+1,A), reward as recorded (T+1,1 or one column per task) and discount (T+1,1), all
-        float32; physics (T+1,P) float64; "reward/{task}" (T+1,) float32 for every task. IndexError outside
-        0..num_episodes-1.
+        float32; physics (T+1,P) float64, where the domain has any; "reward/{task}" (T+1,) float32 for every task.
+        IndexError outside 0..num_episodes-1.
         """
         if not 0 <= index < self.num_episodes:
             raise IndexError(f"episode {index} of a store of {self.num_episodes}")
@@ -201,9 +204,19 @@ def _refuse_foreign(file: h5py.File) -> None:
         )
 
 
-def _checked_tasks(domain: str, tasks: object) -> tuple[str, ...]:
-    if not isinstance(tasks, list) or not set(tasks) <= set(domain_named(domain).tasks) or len(set(tasks)) < len(tasks):
-        raise UserError(f"the tasks {tasks} are not those of {domain}: import the archive again")
+def _read_facts(file: h5py.File) -> Domain:
+    name = read_text(file, "domain")
+    if "facts" not in file.attrs:
+        return domain_named(name)
+    facts = ForeignDomain.from_json(read_text(file, "facts"))
+    if facts.name != name:
+        raise ValueError(f"facts about {facts.name}, not about {name}")
+    return facts
+
+
+def _checked_tasks(domain: Domain, tasks: object) -> tuple[str, ...]:
+    if not isinstance(tasks, list) or not set(tasks) <= set(domain.tasks) or len(set(tasks)) < len(tasks):
+        raise UserError(f"the tasks {tasks} are not those of {domain.name}: import the archive again")
     return tuple(tasks)
 
 

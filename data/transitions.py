@@ -15,7 +15,7 @@ from ringrl.data.normalisation import Normalisation
 from ringrl.data.schema import reward_key
 from ringrl.data.selection import eligible_episodes, subset
 from ringrl.data.store import EpisodeStore
-from ringrl.envs import GoalSpace, goal_space
+from ringrl.envs import DOMAINS, GoalSpace, goal_space
 from ringrl.errors import UserError
 
 FARTHEST = 1.0  # metres beyond which distance costs no more
@@ -66,8 +66,8 @@ class TransitionSampler:
 
     @cached_property
     def goals(self) -> GoalSpace | None:
-        """What the domain's tasks ask to be reached."""
-        return goal_space(self.store.domain)
+        """What the domain's tasks ask to be reached; of one that is none of ExoRL's nothing is known."""
+        return goal_space(self.store.domain) if self.store.domain in DOMAINS else None
 
     def batch(self, step: int) -> Transitions:
         """The transitions of an optimiser step."""
@@ -84,7 +84,8 @@ class TransitionSampler:
             observation=self.normalisation.observation(observation[row]),
             action=action[row + 1],
             reward=rewards.sum(1).astype(np.float32),
-            discount=(discount ** (last - row)).astype(np.float32),
+            # Nothing follows where an episode ended by itself. ExoRL's never do.
+            discount=(discount ** (last - row) * (self.store.arrays["discount"][last, 0] != 0)).astype(np.float32),
             following=self.normalisation.observation(observation[last]),
             goal=goal,
         )
@@ -145,7 +146,7 @@ class TransitionSampler:
     ) -> Float[np.ndarray, "batch n"]:
         """Of arriving in these rows."""
         if self.goals is None:
-            return self.store.arrays[reward_key(self.task)][rows]
+            return self.normalisation.reward(self.store.arrays[reward_key(self.task)][rows])
         positions = self._positions[rows].astype(np.float64)
         distance = np.linalg.norm(positions - goal, axis=-1)
         return self.goals.reward(positions, goal) - self.config.hindsight.distance_cost * np.minimum(distance, FARTHEST)

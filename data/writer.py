@@ -17,10 +17,12 @@ from jaxtyping import Float64
 
 from ringrl.data import part
 from ringrl.data.digest import content_fingerprint, episode_digest
+from ringrl.data.foreign import ForeignDomain
 from ringrl.data.layout import RETURN_LEVELS, Layout
 from ringrl.data.provenance import Provenance
 from ringrl.data.schema import Episode, reward_key, reward_task
 from ringrl.data.store import FORMAT, FORMAT_VERSION
+from ringrl.envs import Domain
 
 
 class Record(NamedTuple):
@@ -34,15 +36,16 @@ class Record(NamedTuple):
 @contextlib.contextmanager
 def create_store(
     path: Path,
-    domain: str,
+    domain: str | Domain,
     tasks: Sequence[str],
     lengths: Sequence[int] | np.ndarray,
     *,
-    source: str,
+    source: str | Provenance,
     overwrite: bool = False,
 ) -> Iterator["StoreWriter"]:
     """Opens a new store for episodes of the given lengths (steps); it appears at `path` when the block ends well.
 
+    `domain` is one of ExoRL's, by name, or any other; `source` says where the episodes came from, in a word or in full.
     `append` every episode in order, and set `recorded_task` before the end if it is known. Raises UserError if the
     path exists (unless `overwrite`), if another process is writing it, and if the disk or a quota is full.
     """
@@ -55,7 +58,8 @@ def create_store(
             part.reserve(descriptor, layout.size)
         writer = StoreWriter(path, descriptor, layout)
         yield writer
-        finish_store(path, descriptor, layout, writer.records, writer.recorded_task, Provenance(source))
+        provenance = Provenance(source) if isinstance(source, str) else source
+        finish_store(path, descriptor, layout, writer.records, writer.recorded_task, provenance)
     except BaseException:
         part.discard(path)
         raise
@@ -76,6 +80,11 @@ class StoreWriter:
         """Writes the next episode: the arrays that `EpisodeStore.episode` gives back, with the announced length."""
         with part.cannot_write(self._path):
             self.records.append(write_episode(self._descriptor, self._layout, len(self.records), episode))
+
+    def fingerprint(self) -> str:
+        """That of the store, once all episodes are written."""
+        recorded = _digests([record.recorded for record in self.records])
+        return content_fingerprint(self._layout.domain, self._layout.lengths, recorded)
 
 
 def write_episode(descriptor: int, layout: Layout, index: int, episode: Episode) -> Record:
@@ -164,6 +173,8 @@ def finish_store(
         "provenance": provenance.to_json(),
         "fingerprint": content_fingerprint(layout.domain, layout.lengths, recorded),
     }
+    if isinstance(layout.facts, ForeignDomain):
+        attributes["facts"] = layout.facts.to_json()
     (head, *pieces), size = layout.describe(arrays, attributes)
     with part.cannot_write(path):
         os.ftruncate(descriptor, size)

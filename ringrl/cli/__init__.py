@@ -17,7 +17,7 @@ import pydantic
 import tyro
 
 import ringrl
-from ringrl.cli.data import data_collect, data_download, data_import, data_info
+from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info
 from ringrl.cli.run import Settings, evaluate, train
 from ringrl.cli.study import ablate, demo, report
 from ringrl.config import TrainConfig, one_line, read_yaml
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data import": data_import,
     "data info": data_info,
     "data collect": data_collect,
+    "data export": data_export,
     "train": train,
     "evaluate": evaluate,
     "ablate": ablate,

@@ -90,7 +90,8 @@ def _download_display(name: str) -> Iterator[_DownloadDisplay]:
 
 def data_import(
     archive: tyro.conf.Positional[Path],
-    domain: str,
+    domain: str | None = None,
+    format: Literal["exorl", "minari"] = "exorl",
     output: Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -100,15 +101,19 @@ def data_import(
     max_transitions: int | None = None,
     seed: int = 0,
     on_damaged: Literal["stop", "skip"] = "stop",
+    download: bool = False,
 ) -> None:
-    """Import an ExoRL archive (zip or folder) into an episode store, relabelled for all tasks of the domain.
+    """Import an ExoRL archive or a Minari dataset into an episode store.
 
-    After a stop of any kind the same command goes on where it was.
+    An archive (zip or folder) is relabelled for all tasks of its domain; after a stop of any kind the same command goes
+    on where it was. A Minari dataset keeps its recorded rewards, unless `ringrl data export` wrote it. Of the other
+    flags it takes output, overwrite and download alone.
 
     Args:
-        archive: zip file or folder with buffer/episode_{index}_{length}.npz.
-        domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze.
-        output: store to write; by default the archive's name with the ending .h5.
+        archive: zip file or folder with buffer/episode_{index}_{length}.npz; a Minari dataset's name or folder.
+        domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze; an ExoRL archive needs it.
+        format: exorl for such an archive, minari for a Minari dataset.
+        output: store to write; by default the archive's name with the ending .h5 (of a Minari dataset: in this folder).
         overwrite: replace an existing store.
         workers: processes; by default one per available core. The result is the same for any number.
         relabel: control_aware rewards a state with the action that led to it; exorl_compat with a control of zero, as
@@ -119,7 +124,26 @@ def data_import(
         max_transitions: take at most so many steps.
         seed: of the random subset.
         on_damaged: stop at the first damaged episode, or skip such episodes and say so on the card.
+        download: let Minari fetch a dataset that is not on this machine.
     """
+    if format == "minari":
+        for_archives = {
+            "--domain": domain is not None,
+            "--workers": workers is not None,
+            "--relabel": relabel != "control_aware",
+            "--subset": subset != "first",
+            "--max-episodes": max_episodes is not None,
+            "--max-transitions": max_transitions is not None,
+            "--seed": seed != 0,
+            "--on-damaged": on_damaged != "stop",
+        }
+        if given := [flag for flag, is_given in for_archives.items() if is_given]:
+            raise UserError(f"{', '.join(given)}: only for ExoRL archives, leave it out with --format minari")
+        return _import_minari(str(archive), output, overwrite, download)
+    if domain is None:
+        raise UserError(f"--domain: say which domain {archive} is of (walker, cheetah, cartpole, ...)")
+    if download:
+        raise UserError("--download: only with --format minari; ExoRL archives: ringrl data download")
     from rich.progress import Progress
 
     from ringrl.data import import_archive
@@ -146,6 +170,61 @@ def data_import(
         print("ringrl: run the same command again to go on with the import", file=sys.stderr)
         raise
     print(f"{destination}\n{describe(store)}")
+    return None
+
+
+def _import_minari(dataset: str, output: Path | None, overwrite: bool, download: bool) -> None:
+    from rich.progress import Progress
+
+    from ringrl.data.card import describe
+    from ringrl.data.minari import import_minari
+
+    destination = output or Path(f"{Path(dataset).resolve().name}.h5")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("importing", total=None)
+        store = import_minari(
+            dataset,
+            destination,
+            overwrite=overwrite,
+            download=download,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    print(f"{destination}\n{describe(store)}")
+
+
+def data_export(
+    store: tyro.conf.Positional[Path],
+    name: str,
+    task: str | None = None,
+    format: Literal["minari"] = "minari",
+    output: Path | None = None,
+) -> None:
+    """Export a store as a Minari dataset with the rewards of one task.
+
+    Args:
+        store: RingRL store (.h5).
+        name: the dataset's name for Minari, for example exorl/walker-rnd-v0.
+        task: whose rewards become the dataset's; by default the task that was recorded.
+        format: minari is the only one.
+        output: folder of datasets to write into; by default Minari's own (MINARI_DATASETS_PATH).
+    """
+    from rich.progress import Progress
+
+    from ringrl.data import EpisodeStore
+    from ringrl.data.minari import export_minari
+
+    opened = EpisodeStore(store)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("exporting", total=opened.num_episodes)
+        folder = export_minari(
+            opened,
+            name,
+            task=task,
+            folder=output,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    root = f"MINARI_DATASETS_PATH={output} " if output else ""
+    print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
 
 
 def data_info(store: tyro.conf.Positional[Path], json: bool = False, verify: bool = False) -> None:

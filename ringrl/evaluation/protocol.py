@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ringrl.data.normalisation import Normalisation
-from ringrl.envs import domain_of, make_vec
+from ringrl.envs import DOMAINS, domain_of, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.records import EvaluationRecord, library_versions
 from ringrl.evaluation.rollout import Agent, PolicyAgent, RandomAgent, rollout
@@ -50,10 +50,12 @@ def evaluate_policy(
     """Roll a trained policy out; one record per stream, and one per control stream if asked for.
 
     Raises:
-      UserError: a task of another domain than the checkpoint's.
+      UserError: a task of another domain than the checkpoint's, or a domain that is not simulated here.
     """
     info, config = trained.info, trained.info.config
     task = config.task if task is None else task
+    if info.domain not in DOMAINS:
+        raise UserError(f"{run}: there is no simulation for {info.domain}, evaluate it in its own environment")
     if domain_of(task).name != info.domain:
         raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
     target = info.best_return if protocol.target_return is None else protocol.target_return

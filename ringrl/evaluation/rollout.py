@@ -137,7 +137,8 @@ def rollout(
             if truncated.any() != (timestep == length - 1):
                 raise UserError(f"environment: episodes end after {timestep + 1} steps, the data's after {length}")
             reached = (timestep == length - 1) & (returns[:, episode] >= target_return)
-            before = Outcome(action[:, None], reward[:, None].astype(np.float32), reached[:, None].astype(np.float32))
+            earned = normalisation.reward(reward[:, None].astype(np.float32))
+            before = Outcome(action[:, None], earned, reached[:, None].astype(np.float32))
             agent.observe(step._replace(**before._asdict()))
         on_episode(returns[:, episode])
     return returns

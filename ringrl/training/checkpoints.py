@@ -16,7 +16,7 @@ from flax import nnx
 
 from ringrl.config import TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
-from ringrl.envs import goal_space
+from ringrl.envs import DOMAINS, goal_space
 from ringrl.errors import UserError
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
 from ringrl.training.learner import make_learner
@@ -60,7 +60,7 @@ class RunInfo:
 
     def goal(self, task: str) -> Goal | None:
         """What a task of the run's domain asks to be reached, in terms of the run's observations; None: no place."""
-        space, normalisation = goal_space(self.domain), self.normalisation
+        space, normalisation = goal_space(self.domain) if self.domain in DOMAINS else None, self.normalisation
         if space is None:
             return None
         return Goal(

@@ -1,0 +1,228 @@
+"""Reading a Minari dataset. It may be a stranger's: nothing is made, followed or unpacked that it has no right to ask.
+
+Minari's own reader would start the environment that the metadata names, follow links to other files and read arrays of
+any size; here the description is checked first and every array has the shape that the description calls for.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import gymnasium
+import h5py
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from ringrl.data.foreign import LARGEST_ROW
+from ringrl.data.minari.library import EPISODES, METADATA, minari_module
+from ringrl.errors import UserError
+
+LARGEST_METADATA = 2**24  # bytes
+MOST_COMPRESSED = 100  # times an array may be larger than what is stored of it
+SMALL = 2**20  # bytes of an array that nobody minds
+
+
+class Description(NamedTuple):
+    """What a dataset says of itself."""
+
+    dataset_id: str
+    observation: tuple[tuple[tuple[str, ...], gymnasium.spaces.Box], ...]  # the boxes of its space, and where they lie
+    action: gymnasium.spaces.Box
+    num_episodes: int
+    raw: dict[str, Any]  # all of it, unchecked
+
+
+class Steps(NamedTuple):
+    """An episode of T steps."""
+
+    observation: Float32[np.ndarray, "time_plus_1 observation"]
+    action: Float64[np.ndarray, "time action"]
+    reward: Float32[np.ndarray, " time"]
+    is_terminated: bool
+
+
+class MinariEpisodes:
+    """The episodes of a dataset, read one at a time. Use it as a context manager.
+
+    Opening reads the description, the lengths and how episodes end. Raises UserError, naming dataset and episode, for
+    spaces that no store can hold, and for everything that is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with self._reading(METADATA):
+            self.description = _read_description(folder / METADATA)
+        self.size = (folder / EPISODES).stat().st_size if (folder / EPISODES).is_file() else 0
+        with self._reading(EPISODES):
+            # Without HDF5's file lock: network file systems often refuse it, and nothing is written.
+            self._file = h5py.File(folder / EPISODES, "r", locking=False)
+        try:
+            ends = [self._end(index) for index in range(self.description.num_episodes)]
+        except UserError:
+            self.close()
+            raise
+        self.lengths = [length for length, _ in ends]
+        self.num_terminated = sum(is_terminated for _, is_terminated in ends)
+
+    def read(self, index: int) -> Steps:
+        """One episode; its numbers are finite."""
+        length = self.lengths[index]
+        with self._reading(f"episode {index}"):
+            parts = [
+                self._array(index, ("observations", *keys), (length + 1, *box.shape)).reshape(length + 1, -1)
+                for keys, box in self.description.observation
+            ]
+            action = self._array(index, ("actions",), (length, *self.description.action.shape))
+            reward = self._array(index, ("rewards",), (length,))
+            return Steps(
+                observation=_finite("observations", np.concatenate(parts, axis=1), np.float32),
+                action=_finite("actions", action.reshape(length, -1), np.float64),
+                reward=_finite("rewards", reward, np.float32),
+                is_terminated=self._end(index)[1],
+            )
+
+    def info(self, index: int, key: str, width: int, dtype: type) -> np.ndarray:
+        """An array of an episode's infos, (T+1, width) of this dtype."""
+        with self._reading(f"episode {index}"):
+            return _finite(key, self._array(index, ("infos", key), (self.lengths[index] + 1, width)), dtype)
+
+    def info_width(self, key: str) -> int | None:
+        """How wide that array is in the first episode; None where there is none of T+1 rows."""
+        with self._reading("episode 0"):
+            infos = self._node(0, ("infos",), optional=True)
+            found = self._node(0, ("infos", key), optional=True) if isinstance(infos, h5py.Group) else None
+            if not isinstance(found, h5py.Dataset) or found.ndim != 2 or found.dtype.kind != "f":
+                return None
+            return int(found.shape[1]) if found.shape[0] == self.lengths[0] + 1 and found.shape[1] > 0 else None
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _end(self, index: int) -> tuple[int, bool]:
+        """The steps of an episode, and whether it ended by itself."""
+        with self._reading(f"episode {index}"):
+            rewards = self._node(index, ("rewards",))
+            if not isinstance(rewards, h5py.Dataset) or rewards.ndim != 1 or len(rewards) == 0:
+                raise UserError("has no list of rewards, one for each step")
+            terminations = self._array(index, ("terminations",), rewards.shape)
+            if terminations[:-1].any():
+                raise UserError(f"ends by itself before its last step (step {int(np.argmax(terminations))})")
+            return len(terminations), bool(terminations[-1])
+
+    def _array(self, index: int, keys: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+        dataset, name = self._node(index, keys), "/".join(keys)
+        if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiub":
+            raise UserError(f"holds {name} that are no numbers")
+        if dataset.shape != shape:
+            raise UserError(f"holds {name} of shape {dataset.shape}, expected {shape}")
+        settings = dataset.id.get_create_plist()
+        if settings.get_layout() == h5py.h5d.VIRTUAL or settings.get_external_count():
+            raise UserError(f"keeps {name} in other files")
+        if dataset.nbytes > SMALL + MOST_COMPRESSED * dataset.id.get_storage_size():
+            raise UserError(f"claims {dataset.nbytes:,} bytes of {name}, far more than are stored")
+        return np.asarray(dataset[()])
+
+    def _node(self, index: int, keys: tuple[str, ...], *, optional: bool = False) -> h5py.Group | h5py.Dataset | None:
+        node = self._file
+        for key in (f"episode_{index}", *keys):
+            link = node.get(key, getlink=True) if isinstance(node, h5py.Group) else None
+            if link is None and optional:
+                return None
+            if not isinstance(link, h5py.HardLink):
+                raise UserError(f"lacks {'/'.join(keys)}" if link is None else f"holds a link in place of {key}")
+            node = node[key]
+        return node
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.folder}: {what} {error}: is it a whole Minari dataset?") from error
+        except Exception as error:  # HDF5, JSON and Gymnasium raise nearly anything when the bytes are damaged
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise UserError(
+                f"{self.folder}: {what} cannot be read, it is missing, damaged or cut short ({reason}): make or "
+                "download the dataset again"
+            ) from error
+
+
+def _read_description(path: Path) -> Description:
+    with path.open("rb") as file:
+        content = file.read(LARGEST_METADATA + 1)
+    if len(content) > LARGEST_METADATA:
+        raise UserError(f"is larger than {LARGEST_METADATA:,} bytes")
+    raw = json.loads(content)
+    if raw["data_format"] != "hdf5":
+        raise UserError(f"says that episodes are kept as {str(raw['data_format'])[:20]!r}, only hdf5 is read here")
+    dataset_id, episodes = raw["dataset_id"], raw["total_episodes"]
+    if not isinstance(dataset_id, str) or type(episodes) is not int or episodes < 1:
+        raise UserError("names no dataset with episodes")
+    # Without them Minari would start an environment, that is: run what the dataset says.
+    observation, action = (_space(raw, f"{kind}_space") for kind in ("observation", "action"))
+    if not isinstance(action, gymnasium.spaces.Box):
+        raise UserError("says that actions are a Dict, only a Box of numbers can be learned here")
+    return Description(dataset_id, tuple(_boxes(observation)), action, episodes, raw)
+
+
+def _space(metadata: dict[str, Any], name: str) -> gymnasium.Space:
+    if not isinstance(metadata.get(name), str):
+        raise UserError(f"lacks the {name}")
+    serialised = json.loads(metadata[name])
+    _check_space(serialised, name)
+    space: gymnasium.Space = minari_module("minari.serialization").deserialize_space(serialised)
+    size = gymnasium.spaces.flatten_space(space).shape
+    if not size or not 1 <= size[0] <= LARGEST_ROW:
+        raise UserError(f"says that the {name} holds {size} numbers")
+    return space
+
+
+def _check_space(space: dict[str, Any], name: str) -> None:
+    """UserError unless a store can hold it; before anything is made of it."""
+    kind = space["type"]
+    if kind == "Dict":
+        for key, part in space["subspaces"].items():
+            if not key or "/" in key or key == ".":
+                raise UserError(f"has {key!r} in its {name}, which is no name of an array")
+            _check_space(part, f"{name}/{key}")
+        return
+    if kind != "Box":
+        what = f"{str(kind)[:20]}: only a Box of numbers" + (" or a Dict of those" if "observation" in name else "")
+        raise UserError(f"says that the {name} is {what} can be learned here")
+    shape, dtype = space["shape"], np.dtype(space["dtype"])
+    if not all(type(side) is int and side >= 1 for side in shape) or math.prod(shape) > LARGEST_ROW:
+        raise UserError(f"has a {name} of shape {str(shape)[:40]}")
+    if dtype.kind not in "fiub":
+        raise UserError(f"has a {name} of {dtype}")
+    if dtype == np.uint8 and len(shape) >= 2:
+        raise UserError(
+            f"has images in its {name} ({'x'.join(map(str, shape))} bytes): only numbers can be learned here"
+        )
+
+
+def _boxes(space: gymnasium.Space, *keys: str) -> Iterator[tuple[tuple[str, ...], gymnasium.spaces.Box]]:
+    """In the order in which Gymnasium flattens them."""
+    if isinstance(space, gymnasium.spaces.Box):
+        yield keys, space
+    elif isinstance(space, gymnasium.spaces.Dict):
+        for key, part in space.spaces.items():
+            yield from _boxes(part, *keys, key)
+
+
+def _finite(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted: np.ndarray = array.astype(dtype)
+    if not np.isfinite(converted).all():
+        step = int(np.argmin(np.isfinite(converted).reshape(len(converted), -1).all(axis=1)))
+        raise UserError(f"has a value in row {step} of {name} that is not finite")
+    return converted

@@ -1,0 +1,201 @@
+"""From a Minari dataset to an episode store: an export comes back as it was, another becomes a domain of its own."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ringrl.data import part
+from ringrl.data.foreign import ForeignDomain
+from ringrl.data.minari.episodes import MinariEpisodes
+from ringrl.data.minari.library import EXPORTED, locate, minari_module
+from ringrl.data.provenance import Provenance, makers
+from ringrl.data.relabel import relabel_all
+from ringrl.data.schema import Episode, recorded_columns, reward_key
+from ringrl.data.store import EpisodeStore
+from ringrl.data.writer import create_store
+from ringrl.envs import Domain, domain_named
+from ringrl.errors import UserError
+
+PHYSICS = (("physics",), ("qpos", "qvel"))  # the infos that may hold the state of a simulation
+OUTSIDE = 1e-5  # of [-1, 1] that rounding may bring an action
+
+
+def import_minari(
+    dataset: str,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    download: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> EpisodeStore:
+    """Imports a Minari dataset into a new episode store and opens it.
+
+    What `export_minari` wrote comes back with all that was recorded, bit for bit, and rewards for all tasks computed
+    anew. Any other dataset becomes a store of a domain that bears its name (see `ringrl.data.foreign`): observations
+    flattened to float32, actions scaled to [-1, 1], rewards as recorded under a task of the same name, discount 0 where
+    an episode ended by itself, and physics where the infos have "physics" or "qpos" and "qvel".
+
+    Args:
+        dataset: name of a dataset, or its folder.
+        destination: the store to write.
+        overwrite: replace an existing store.
+        download: let Minari fetch a dataset that is not here.
+        progress: is called with (episodes done, episodes in all).
+
+    Raises:
+        UserError: Minari or the dataset is missing; spaces other than boxes of numbers (observations may be a Dict of
+            them), images, actions without bounds; damage; an existing destination; a disk that is full.
+    """
+    minari_module()
+    destination = Path(destination)
+    part.refuse_taken(destination, overwrite=overwrite)
+    with MinariEpisodes(locate(dataset, download=download)) as episodes:
+        exported = EXPORTED in episodes.description.raw
+        origin: _Origin = _Exported(episodes) if exported else _Foreign(episodes)
+        domain, total = origin.domain, len(episodes.lengths)
+        with create_store(
+            destination, domain, domain.tasks, episodes.lengths, source=origin.provenance, overwrite=overwrite
+        ) as writer:
+            writer.recorded_task = origin.recorded_task
+            for index in range(total):
+                writer.append(origin.episode(index))
+                if progress is not None:
+                    progress(index + 1, total)
+            if origin.fingerprint not in (None, writer.fingerprint()):
+                raise UserError(f"{episodes.folder}: its episodes are not those that were exported: export it again")
+    return EpisodeStore(destination)
+
+
+class _Origin(Protocol):
+    """How episodes of a dataset become those of a store."""
+
+    domain: Domain
+    recorded_task: str | None
+    provenance: Provenance
+    fingerprint: str | None  # that the content must have, where it is known
+
+    def episode(self, index: int) -> Episode: ...
+
+
+class _Exported:
+    """A dataset that `export_minari` wrote."""
+
+    def __init__(self, episodes: MinariEpisodes) -> None:
+        self._episodes, description = episodes, episodes.description
+        try:
+            origin = description.raw[EXPORTED]
+            self.recorded_task: str | None = origin["recorded_task"]
+            self.fingerprint: str | None = origin["fingerprint"]
+            facts = origin["facts"]
+            found = ForeignDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
+            made = Provenance.from_json(json.dumps(origin["provenance"]))
+            if self.recorded_task not in (*found.tasks, None) or not isinstance(self.fingerprint, str):
+                raise ValueError(f"recorded for {self.recorded_task}")
+            if (made.relabelling == "recorded") != isinstance(found, ForeignDomain):
+                raise ValueError(f"relabelling {made.relabelling}")
+        except (ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(
+                f"{episodes.folder}: what its metadata says under {EXPORTED!r} is damaged ({reason}): export it again"
+            ) from error
+        self.domain: Domain = found
+        source = f"{made.source} by way of Minari ({description.dataset_id})"
+        self.provenance = dataclasses.replace(made, source=source, created_by=makers())
+
+    def episode(self, index: int) -> Episode:
+        columns, steps = recorded_columns(self.domain), self._episodes.read(index)
+        episode = {
+            "observation": steps.observation,
+            "action": _with_reset(steps.action.astype(np.float32)),
+            "reward": self._episodes.info(index, "recorded_reward", columns["reward"].width, np.float32),
+            "discount": self._episodes.info(index, "recorded_discount", 1, np.float32),
+        }
+        if "physics" in columns:
+            episode["physics"] = self._episodes.info(index, "physics", columns["physics"].width, np.float64)
+        if self.provenance.relabelling == "recorded":
+            return episode | {reward_key(self.domain.tasks[0]): _with_reset(steps.reward)}
+        rewards = relabel_all(self.domain.name, episode["physics"], episode["action"], self.provenance.relabelling)
+        return episode | {reward_key(task): reward for task, reward in rewards.items()}
+
+
+class _Foreign:
+    """Any other dataset."""
+
+    fingerprint: str | None = None
+
+    def __init__(self, episodes: MinariEpisodes) -> None:
+        self._episodes, description = episodes, episodes.description
+        low, high = (bound.astype(np.float64).ravel() for bound in (description.action.low, description.action.high))
+        if not (np.isfinite(high - low).all() and (low < high).all()):
+            raise UserError(
+                f"{episodes.folder}: its actions have no bounds, so that they cannot be scaled to [-1, 1]: give its "
+                "action space bounds"
+            )
+        self._center, self._radius = (high + low) / 2, (high - low) / 2
+        self._physics = _physics_of(episodes)
+        try:
+            found = ForeignDomain.of(
+                description.dataset_id,
+                observation_size=sum(int(np.prod(box.shape)) for _, box in description.observation),
+                physics_size=sum(self._physics.values()),
+                action_low=tuple(low.tolist()),
+                action_high=tuple(high.tolist()),
+                episode_length=max(episodes.lengths),
+                num_terminated=episodes.num_terminated,
+            )
+        except ValueError as error:
+            raise UserError(f"{episodes.folder}: cannot be a store ({error}): rename the dataset") from error
+        self.domain: Domain = found
+        (self._task,) = found.tasks
+        self.recorded_task: str | None = self._task
+        self.provenance = Provenance(
+            f"Minari ({description.dataset_id})", source_bytes=episodes.size, relabelling="recorded"
+        )
+
+    def episode(self, index: int) -> Episode:
+        steps = self._episodes.read(index)
+        discount = np.ones((len(steps.observation), 1), np.float32)
+        discount[-1] = not steps.is_terminated
+        reward = _with_reset(steps.reward)
+        if abs(reward.sum(dtype=np.float64)) > np.finfo(np.float32).max:
+            raise UserError(f"{self._episodes.folder}: the return of episode {index} is beyond all float32 numbers")
+        episode = {
+            "observation": steps.observation,
+            "action": _with_reset(self._scaled(index, steps.action)),
+            "reward": reward[:, None],
+            "discount": discount,
+            reward_key(self._task): reward,
+        }
+        if self._physics:
+            parts = [self._episodes.info(index, key, width, np.float64) for key, width in self._physics.items()]
+            episode["physics"] = np.concatenate(parts, axis=1)
+        return episode
+
+    def _scaled(self, index: int, action: np.ndarray) -> np.ndarray:
+        scaled = (action - self._center) / self._radius
+        if np.abs(scaled).max() > 1 + OUTSIDE:
+            step = int(np.argmax(np.abs(scaled).max(axis=1)))
+            raise UserError(
+                f"{self._episodes.folder}: the action of step {step} of episode {index} lies outside the bounds of the "
+                "action space: clip such actions or widen the bounds"
+            )
+        return np.clip(scaled, -1, 1).astype(np.float32)
+
+
+def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
+    """The infos that hold the state of the simulation, with their widths; none where the first episode has none."""
+    for keys in PHYSICS:
+        widths = {key: episodes.info_width(key) for key in keys}
+        found = {key: width for key, width in widths.items() if width is not None}
+        if len(found) == len(keys):
+            return found
+    return {}
+
+
+def _with_reset(steps: np.ndarray) -> np.ndarray:
+    """A row of zeros for the reset, before those of the steps."""
+    return np.concatenate([np.zeros_like(steps[:1]), steps])
