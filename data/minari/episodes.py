@@ -148,7 +148,7 @@ class MinariEpisodes:
         try:
             yield
         except UserError as error:
-            raise UserError(f"{self.folder}: {what} {error}: is it a whole Minari dataset?") from error
+            raise UserError(f"{self.folder}: {what} {error}, it cannot be imported as it is") from error
         except Exception as error:  # HDF5, JSON and Gymnasium raise nearly anything when the bytes are damaged
             reason = " ".join(str(error).split())[:100] or type(error).__name__
             raise UserError(
@@ -201,13 +201,11 @@ def _check_space(space: dict[str, Any], name: str) -> None:
         raise UserError(f"says that the {name} is {what} can be learned here")
     shape, dtype = space["shape"], np.dtype(space["dtype"])
     if not all(type(side) is int and side >= 1 for side in shape) or math.prod(shape) > LARGEST_ROW:
-        raise UserError(f"has a {name} of shape {str(shape)[:40]}")
+        raise UserError(f"says that the {name} has the shape {str(shape)[:40]}")
     if dtype.kind not in "fiub":
-        raise UserError(f"has a {name} of {dtype}")
+        raise UserError(f"says that the {name} is of {dtype}")
     if dtype == np.uint8 and len(shape) >= 2:
-        raise UserError(
-            f"has images in its {name} ({'x'.join(map(str, shape))} bytes): only numbers can be learned here"
-        )
+        raise UserError(f"says that the {name} holds images ({'x'.join(map(str, shape))} bytes)")
 
 
 def _boxes(space: gymnasium.Space, *keys: str) -> Iterator[tuple[tuple[str, ...], gymnasium.spaces.Box]]:

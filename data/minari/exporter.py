@@ -18,7 +18,7 @@ from ringrl.data.schema import episode_bytes, reward_key
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
 
-SPARE = 1.2  # HDF5's chunks do not fit an episode exactly
+SPARE = 1.5  # HDF5's chunks do not fit an episode exactly
 
 
 def export_minari(
@@ -95,7 +95,7 @@ def _require_space(store: EpisodeStore, target: Path) -> None:
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Callable[[int, int], None] | None) -> None:
     data.mkdir(parents=True)
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
-        data,
+        data.absolute(),  # of a relative path Minari cannot tell the size
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32),
         action_space=gymnasium.spaces.Box(-1.0, 1.0, (store.action_size,), np.float32),
         env_spec=None if isinstance(store.facts, ForeignDomain) else gymnasium.spec(f"ringrl/{task}-v0"),

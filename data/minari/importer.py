@@ -103,8 +103,7 @@ class _Exported:
                 f"{episodes.folder}: what its metadata says under {EXPORTED!r} is damaged ({reason}): export it again"
             ) from error
         self.domain: Domain = found
-        source = f"{made.source} by way of Minari ({description.dataset_id})"
-        self.provenance = dataclasses.replace(made, source=source, created_by=makers())
+        self.provenance = dataclasses.replace(made, source=f"{made.source} by way of Minari", created_by=makers())
 
     def episode(self, index: int) -> Episode:
         columns, steps = recorded_columns(self.domain), self._episodes.read(index)
