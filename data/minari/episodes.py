@@ -84,10 +84,10 @@ class MinariEpisodes:
                 is_terminated=self._end(index)[1],
             )
 
-    def info(self, index: int, key: str, width: int, dtype: type) -> np.ndarray:
-        """An array of an episode's infos, (T+1, width) of this dtype."""
+    def info(self, index: int, *keys: str, row: tuple[int, ...], dtype: type) -> np.ndarray:
+        """An array of an episode's infos, (T+1, *row) of this dtype."""
         with self._reading(f"episode {index}"):
-            return _finite(key, self._array(index, ("infos", key), (self.lengths[index] + 1, width)), dtype)
+            return _finite(keys[-1], self._array(index, ("infos", *keys), (self.lengths[index] + 1, *row)), dtype)
 
     def info_width(self, key: str) -> int | None:
         """How wide that array is in the first episode; None where there is none of T+1 rows."""

@@ -13,7 +13,9 @@ import numpy as np
 from ringrl import __version__
 from ringrl.data import part
 from ringrl.data.foreign import ForeignDomain
-from ringrl.data.minari.library import EPISODES, EXPORTED, check_id, datasets_folder, minari_module
+from ringrl.data.minari.episodes import MinariEpisodes
+from ringrl.data.minari.importer import Exported
+from ringrl.data.minari.library import EPISODES, EXPORTED, INFOS, METADATA, check_id, datasets_folder, minari_module
 from ringrl.data.schema import episode_bytes, reward_key
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
@@ -58,8 +60,12 @@ def export_minari(
         growing = target.with_name(f".{target.name}.growing")
         try:
             shutil.rmtree(growing, ignore_errors=True)  # what a kill left
-            _require_space(store, target)
+            growing.mkdir()
+            with part.cannot_write(target, _size(store)):
+                # HDF5 goes on, and may crash, when a write fails: a full disk must show before, and damage after.
+                _require_space(store, growing)
             _write(store, name, task, growing / "data", progress)
+            _compare(store, task, growing / "data", target)
             _sync(growing / "data")
             _name_namespaces(root, name)
             growing.rename(target)
@@ -81,19 +87,20 @@ def _checked_task(store: EpisodeStore, task: str | None) -> str:
     return task
 
 
-def _require_space(store: EpisodeStore, target: Path) -> None:
+def _require_space(store: EpisodeStore, folder: Path) -> None:
+    """Claims about the bytes that the dataset will have, and gives them back at once. Raises OSError."""
+    with (folder / "ballast").open("wb") as file:
+        part.reserve(file.fileno(), _size(store))
+    (folder / "ballast").unlink()
+
+
+def _size(store: EpisodeStore) -> int:
     length = store.num_steps // store.num_episodes + 1
-    needed = int(SPARE * store.num_episodes * episode_bytes(store.facts, length, relabelled=True))
-    free = shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise UserError(
-            f"{target}: about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free: free some space or "
-            "write elsewhere (--output)"
-        )
+    return int(SPARE * store.num_episodes * episode_bytes(store.facts, length, relabelled=True))
 
 
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Callable[[int, int], None] | None) -> None:
-    data.mkdir(parents=True)
+    data.mkdir()
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
         data.absolute(),  # of a relative path Minari cannot tell the size
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32),
@@ -102,7 +109,10 @@ def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Call
         data_format="hdf5",
     )
     storage.update_metadata(_metadata(store, name, task))
-    storage.update_episodes(_episodes(store, task, progress))
+    try:
+        storage.update_episodes(_episodes(store, task, progress))
+    except RuntimeError as error:  # which HDF5 raises as well when it cannot write
+        raise OSError(str(error)) from error
 
 
 def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
@@ -138,9 +148,7 @@ def _episodes(store: EpisodeStore, task: str, progress: Callable[[int, int], Non
             raise UserError(f"{store.path}: episode {index} has an action before its first state, Minari has no place")
         steps = len(rows["action"]) - 1
         is_last, is_terminated = np.arange(steps) == steps - 1, bool(rows["discount"][-1, 0] == 0)
-        infos: dict[str, Any] = {"recorded_reward": rows["reward"], "recorded_discount": rows["discount"]}
-        if "physics" in rows:
-            infos["physics"] = rows["physics"]
+        infos: dict[str, Any] = {name: rows[key] for key, name in INFOS.items() if key in rows}
         if others:
             infos["rewards"] = {other: rows[reward_key(other)] for other in others}
         yield buffer(
@@ -155,8 +163,22 @@ def _episodes(store: EpisodeStore, task: str, progress: Callable[[int, int], Non
             progress(index + 1, store.num_episodes)
 
 
+def _compare(store: EpisodeStore, task: str, data: Path, target: Path) -> None:
+    """Reads all of the dataset. UserError if it is not what the store holds."""
+    with MinariEpisodes(data) as episodes:
+        exported = Exported(episodes)
+        for index in range(store.num_episodes):
+            rows, found = store.episode(index), exported.recorded(index)
+            found[reward_key(task)] = np.insert(episodes.read(index).reward, 0, rows[reward_key(task)][0])
+            for other in {*store.tasks} - {task}:
+                found[reward_key(other)] = episodes.info(index, "rewards", other, row=(), dtype=np.float32)
+            for key, array in rows.items():
+                if not np.array_equal(array, found[key]):
+                    raise UserError(f"{target}: {key} of episode {index} did not reach the disk whole, export it again")
+
+
 def _sync(data: Path) -> None:
-    for path in (data / EPISODES, data / "metadata.json"):
+    for path in (data / EPISODES, data / METADATA):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

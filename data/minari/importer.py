@@ -11,7 +11,7 @@ import numpy as np
 from ringrl.data import part
 from ringrl.data.foreign import ForeignDomain
 from ringrl.data.minari.episodes import MinariEpisodes
-from ringrl.data.minari.library import EXPORTED, locate, minari_module
+from ringrl.data.minari.library import EXPORTED, INFOS, locate, minari_module
 from ringrl.data.provenance import Provenance, makers
 from ringrl.data.relabel import relabel_all
 from ringrl.data.schema import Episode, recorded_columns, reward_key
@@ -55,7 +55,7 @@ def import_minari(
     part.refuse_taken(destination, overwrite=overwrite)
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
         exported = EXPORTED in episodes.description.raw
-        origin: _Origin = _Exported(episodes) if exported else _Foreign(episodes)
+        origin: _Origin = Exported(episodes) if exported else _Foreign(episodes)
         domain, total = origin.domain, len(episodes.lengths)
         with create_store(
             destination, domain, domain.tasks, episodes.lengths, source=origin.provenance, overwrite=overwrite
@@ -81,8 +81,8 @@ class _Origin(Protocol):
     def episode(self, index: int) -> Episode: ...
 
 
-class _Exported:
-    """A dataset that `export_minari` wrote."""
+class Exported:
+    """A dataset that `export_minari` wrote. UserError if its metadata does not say so in full."""
 
     def __init__(self, episodes: MinariEpisodes) -> None:
         self._episodes, description = episodes, episodes.description
@@ -106,19 +106,21 @@ class _Exported:
         self.provenance = dataclasses.replace(made, source=f"{made.source} by way of Minari", created_by=makers())
 
     def episode(self, index: int) -> Episode:
-        columns, steps = recorded_columns(self.domain), self._episodes.read(index)
-        episode = {
-            "observation": steps.observation,
-            "action": _with_reset(steps.action.astype(np.float32)),
-            "reward": self._episodes.info(index, "recorded_reward", columns["reward"].width, np.float32),
-            "discount": self._episodes.info(index, "recorded_discount", 1, np.float32),
-        }
-        if "physics" in columns:
-            episode["physics"] = self._episodes.info(index, "physics", columns["physics"].width, np.float64)
+        """All that a store holds of an episode."""
+        episode = self.recorded(index)
         if self.provenance.relabelling == "recorded":
-            return episode | {reward_key(self.domain.tasks[0]): _with_reset(steps.reward)}
+            return episode | {reward_key(self.domain.tasks[0]): episode["reward"][:, 0]}
         rewards = relabel_all(self.domain.name, episode["physics"], episode["action"], self.provenance.relabelling)
         return episode | {reward_key(task): reward for task, reward in rewards.items()}
+
+    def recorded(self, index: int) -> dict[str, np.ndarray]:
+        """What was recorded of an episode."""
+        steps, info = self._episodes.read(index), self._episodes.info
+        episode = {"observation": steps.observation, "action": _with_reset(steps.action.astype(np.float32))}
+        for key, column in recorded_columns(self.domain).items():
+            if key not in episode:
+                episode[key] = info(index, INFOS[key], row=(column.width,), dtype=column.dtype.type)
+        return episode
 
 
 class _Foreign:
@@ -170,7 +172,8 @@ class _Foreign:
             reward_key(self._task): reward,
         }
         if self._physics:
-            parts = [self._episodes.info(index, key, width, np.float64) for key, width in self._physics.items()]
+            widths, info = self._physics.items(), self._episodes.info
+            parts = [info(index, key, row=(width,), dtype=np.float64) for key, width in widths]
             episode["physics"] = np.concatenate(parts, axis=1)
         return episode
 

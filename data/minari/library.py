@@ -8,6 +8,7 @@ from ringrl.errors import UserError
 
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
+INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # of an export
 EXPORTED = "ringrl"  # the key of the metadata under which an export says where it comes from
 
 
@@ -52,6 +53,8 @@ def locate(dataset: str, *, download: bool) -> Path:
     if not folder.is_dir() and download:
         try:
             minari_module().download_dataset(dataset)
+        except ImportError as error:
+            raise UserError(f"{dataset}: Minari cannot download ({error}): pip install 'ringrl[minari]'") from error
         except Exception as error:  # whatever the network, its libraries or the server raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{dataset}: Minari could not download it ({reason}): try again later") from error

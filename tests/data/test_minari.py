@@ -1,8 +1,9 @@
 """Minari datasets against the Minari library itself."""
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gymnasium
@@ -15,7 +16,7 @@ from ringrl.cli import main
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore, part
 from ringrl.data.card import describe
-from ringrl.data.minari import export_minari, import_minari
+from ringrl.data.minari import export_minari, exporter, import_minari
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.schema import recorded_columns
 from ringrl.envs import DOMAINS
@@ -158,6 +159,36 @@ def test_exports_that_cannot_be(jaco_store: EpisodeStore, store: EpisodeStore, r
     with pytest.raises(UserError, match="another process is writing it"):
         export_minari(jaco_store, "exorl/busy-v0")
     part.os.close(descriptor)
+
+
+def test_a_full_disk_shows_before_the_work(jaco_store: EpisodeStore, root: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"jaco-random-v0: the disk, a quota or a limit .* is full .*MB are needed"):
+            export_minari(jaco_store, NAME, progress=lambda done, total: pytest.fail("has begun"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((root / "exorl").iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["rewards", "physics", "jaco_reach_bottom_left"])
+def test_what_did_not_reach_the_disk_is_noticed(
+    key: str, jaco_store: EpisodeStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exporter._episodes
+
+    def lossy(*arguments: object) -> Iterator:
+        for number, buffer in enumerate(whole(*arguments)):
+            for holder in (buffer.__dict__, buffer.infos, buffer.infos["rewards"]):
+                if key in holder and number == 5:
+                    holder[key] = holder[key] + np.float32(1)
+            yield buffer
+
+    monkeypatch.setattr(exporter, "_episodes", lossy)
+    with pytest.raises(UserError, match=f"{key if key != 'rewards' else TASK} of episode 5 did not reach the disk"):
+        export_minari(jaco_store, NAME)
+    assert list((root / "exorl").iterdir()) == []
 
 
 # Datasets from elsewhere.
