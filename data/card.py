@@ -125,7 +125,7 @@ def _returns_table(summaries: tuple[ReturnSummary, ...]) -> list[str]:
     width = max(len(summary.task) for summary in summaries)
     lines = [f"{'return of':<{width}}" + "".join(f"{name:>8}" for name in names) + "  episodes from min to max"]
     for summary in summaries:
-        numbers = "".join(f"{value:8.1f}" for value in (*summary.quantiles, summary.mean))
+        numbers = "".join(f" {value:7.1f}" for value in (*summary.quantiles, summary.mean))
         lines.append(f"{summary.task:<{width}}{numbers}  {_bars(summary.counts)}")
     return lines
 
