@@ -53,6 +53,14 @@ class ModelConfig(Section):
     """Key and value heads; they divide the query heads."""
     feed_forward: int = Field(4, ge=1)
     """Width of the feed-forward layer as a multiple of the width."""
+    attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] = "ring"
+    """Vanilla (all logits at once), memory_efficient (in tiles), blockwise (the feed-forward layer in blocks too), or
+    ring (and the keys sent from device to device, not gathered). All compute the same."""
+    block_tokens: int = Field(4096, ge=1)
+    """Tokens per device that the feed-forward layer takes at a time, with attention blockwise or ring."""
+    remat: Literal["none", "layers"] = "none"
+    """What the backward pass computes anew: nothing, or each layer but its attention (a third more work, and memory
+    for little more than each layer's input)."""
     timestep_embedding: bool = False
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False
@@ -111,6 +119,26 @@ class ActorCriticConfig(Section):
     """Other goals than the task's."""
 
 
+class MeshConfig(Section):
+    """Devices, and what each axis of them divides; their product is the number of devices used."""
+
+    data: int = Field(1, ge=1)
+    """Batch."""
+    fsdp: int = Field(1, ge=1)
+    """Batch and parameters."""
+    tensor: int = Field(1, ge=1)
+    """Heads and units of the feed-forward layer."""
+    seq: int = Field(1, ge=1)
+    """Each context, around a ring of this size (and parameters)."""
+    layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
+    """How a context's steps are dealt out to the ring; zigzag gives every device the same work."""
+
+    @property
+    def devices(self) -> int:
+        """In all."""
+        return self.data * self.fsdp * self.tensor * self.seq
+
+
 class OptimiserConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
@@ -118,6 +146,10 @@ class OptimiserConfig(Section):
     """Optimiser steps in all."""
     batch_size: int = Field(4, ge=1)
     """Contexts per step; transitions per step for td3_bc."""
+    accumulation: int = Field(1, ge=1)
+    """Parts that a batch is computed in, one after the other, to save memory; it divides the batch."""
+    skipped_steps: int = Field(5, ge=0)
+    """Steps in a row whose loss or gradients are not finite, and which change nothing, before the run stops."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float = Field(0.0, ge=0)
@@ -159,6 +191,8 @@ class TrainConfig(Section):
     """AdamW."""
     actor_critic: ActorCriticConfig = ActorCriticConfig()
     """TD3+BC."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices."""
 
 
 def one_line(error: pydantic.ValidationError) -> str:

@@ -19,6 +19,7 @@ from ringrl.data.normalisation import Normalisation
 from ringrl.envs import goal_space
 from ringrl.errors import UserError
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
+from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.learner import make_learner
 from ringrl.training.step import TrainState, with_params
 
@@ -51,11 +52,11 @@ class RunInfo:
         config = TrainConfig.model_validate(values["config"])
         return cls(**values | {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])})
 
-    def make_policy(self) -> Policy:
+    def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
         """The run's policy as it was before training."""
         config = self.config
         goal = self.goal(config.task) if config.model.kind == "td3_bc" else None  # no other kind needs MuJoCo here
-        return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal)
+        return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal, parallel)
 
     def goal(self, task: str) -> Goal | None:
         """What a task of the run's domain asks to be reached, in terms of the run's observations; None: no place."""
@@ -166,7 +167,7 @@ def load_policy(run: Path, step: int | None = None) -> TrainedPolicy:
     step, info = read_info(run, step)
     policy = info.make_policy()
     checkpoints = Checkpoints(run)
-    state = checkpoints.restore(step, make_learner(policy, info.config).state)
+    state = checkpoints.restore(step, make_learner(info.make_policy, info.config).state)
     checkpoints.close()
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.training.checkpoints import Checkpoints, RunInfo, read_info
 from ringrl.training.learner import make_learner
+from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsLog, progress_bar
 from ringrl.training.optimiser import learning_rate
 
@@ -136,15 +138,15 @@ def _batches(sampler: Sampler, start: int, stop: int) -> Iterator[Any]:
 
 def _run_steps(info: RunInfo, sampler: Sampler, checkpoints: Checkpoints, console: Console, quiet: bool) -> None:
     config = info.config
-    policy = info.make_policy()
-    state, train_step = make_learner(policy, config)
+    parallel = make_parallel(config)
+    state, train_step, tokens_per_step = make_learner(partial(info.make_policy, parallel), config, parallel)
     saved = checkpoints.latest()
     if saved is not None:
         _check_dataset(info, read_info(config.run, saved)[1])
         state = checkpoints.restore(saved, state)
     start, stop = int(state.step), config.optimiser.steps
     with MetricsLog(config.run, start) as log, progress_bar(console, quiet) as progress:
-        recorder = _Recorder(config, sampler.steps_per_batch * policy.tokens_per_step, log, progress)
+        recorder = _Recorder(config, sampler.steps_per_batch * tokens_per_step, log, progress)
         for step, batch in enumerate(_batches(sampler, start, stop), start + 1):
             state, metrics = train_step(state, batch)
             recorder.add(step, metrics)

@@ -59,7 +59,7 @@ def test_every_checkpoint_and_metric_is_that_of_a_plain_loop(tiny: TrainConfig, 
     policy, untrained = (make_policy(tiny.model, 42, 9, tiny.seed) for _ in range(2))
     optimiser = make_optimiser(short)
     state, like = initial_state(policy, optimiser), initial_state(untrained, optimiser)
-    step = make_train_step(policy, optimiser)
+    step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)
     checkpoints = Checkpoints(config.run)
     for number, entry in enumerate(entries(config.run), 1):
         state, metrics = step(state, sampler.batch(number - 1))

@@ -51,7 +51,7 @@ def test_a_step_by_hand(batch):
     loss, gradients = jax.value_and_grad(lambda p: with_params(graph, p).loss(batch))(state.params)
     norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradients)))
     assert norm > 2 * config.clip_norm, "there is something to clip"
-    state, metrics = make_train_step(policy, optimiser)(state, batch)
+    state, metrics = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)(state, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
     assert int(state.step) == 1
@@ -81,5 +81,5 @@ def test_the_state_is_donated(batch):
     policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
     optimiser = make_optimiser(OptimiserConfig())
     state = initial_state(policy, optimiser)
-    make_train_step(policy, optimiser)(state, batch)
+    make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)), "memory for two states would be needed"
