@@ -17,13 +17,14 @@ import pydantic
 import tyro
 
 import ringrl
-from ringrl.cli.data import data_collect, data_import, data_info
+from ringrl.cli.data import data_collect, data_download, data_import, data_info
 from ringrl.cli.run import Settings, evaluate, train
 from ringrl.cli.study import ablate, demo, report
 from ringrl.config import TrainConfig, one_line, read_yaml
 from ringrl.errors import UserError
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "data download": data_download,
     "data import": data_import,
     "data info": data_info,
     "data collect": data_collect,

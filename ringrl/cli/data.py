@@ -1,9 +1,90 @@
 """ringrl data: download, import, collect, describe and export datasets."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
+
+from ringrl.errors import UserError
+
+
+def data_download(
+    domain: tyro.conf.Positional[str],
+    algorithm: tyro.conf.Positional[str],
+    output: Path = Path("datasets"),
+    import_store: Annotated[bool, tyro.conf.arg(name="import")] = False,
+    delete_archive: bool = False,
+    url: str = "https://dl.fbaipublicfiles.com/exorl",
+    timeout: float = 30.0,
+) -> None:
+    """Fetch a public ExoRL archive (walker rnd: 2.6 GB). After a cut the same command goes on where it stopped.
+
+    Args:
+        domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze.
+        algorithm: aps, icm_apt, diayn, disagreement, icm, proto, random, rnd or smm.
+        output: folder; the archive becomes OUTPUT/DOMAIN/ALGORITHM.zip.
+        import_store: then import it into OUTPUT/DOMAIN/ALGORITHM.h5, relabelled for all tasks of the domain.
+        delete_archive: with --import, remove the archive once the store is whole and verified.
+        url: address under which DOMAIN/ALGORITHM.zip lies (http or https).
+        timeout: seconds for which a server may send nothing before it is asked again.
+    """
+    from ringrl.data.card import describe
+    from ringrl.data.download import Patience, download_archive, download_store
+
+    if delete_archive and not import_store:
+        raise UserError("--delete-archive: only together with --import, else nothing would be left")
+    patience = Patience(timeout=timeout)
+    with _download_display(f"{domain}/{algorithm}.zip") as (progress, import_progress, notice):
+        if not import_store:
+            path = download_archive(
+                domain, algorithm, output, url=url, patience=patience, progress=progress, notice=notice
+            )
+            said = f"{path}; next: ringrl data import {path} --domain {domain}"
+        else:
+            store = download_store(
+                domain,
+                algorithm,
+                output,
+                delete_archive=delete_archive,
+                url=url,
+                patience=patience,
+                progress=progress,
+                import_progress=import_progress,
+                notice=notice,
+            )
+            said = f"{output / domain / algorithm}.h5\n{describe(store)}"
+    print(said)
+
+
+class _DownloadDisplay(NamedTuple):
+    progress: Callable[[int, int], None]  # bytes
+    import_progress: Callable[[int, int], None]  # episodes
+    notice: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def _download_display(name: str) -> Iterator[_DownloadDisplay]:
+    """Two bars, each shown when its work begins, and lines of text above them."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    fetching = Progress(
+        "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    )
+    importing = Progress()
+    bytes_bar = fetching.add_task(name, visible=False)
+    episodes_bar = importing.add_task("importing", visible=False)
+    with Live(Group(fetching, importing), console=console, transient=True):
+        yield _DownloadDisplay(
+            lambda done, total: fetching.update(bytes_bar, completed=done, total=total, visible=True),
+            lambda done, total: importing.update(episodes_bar, completed=done, total=total, visible=True),
+            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
 
 
 def data_import(

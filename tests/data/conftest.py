@@ -1,6 +1,13 @@
+import contextlib
+import hashlib
+import http.server
+import io
 import os
+import random
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +116,124 @@ def episodes(random_episode) -> list[dict[str, np.ndarray]]:
 def store(tmp_path, episodes, write_store) -> EpisodeStore:
     """A store of `episodes`."""
     return write_store(tmp_path / "cartpole.h5", "cartpole", episodes)
+
+
+CARTPOLE_RND = "/cartpole/rnd.zip"
+
+
+@dataclass
+class Answer:
+    """How the server behaves for one request; as it should, unless told otherwise."""
+
+    status: int | None = None  # answer with this and no file
+    cut: int | None = None  # bytes of the body that are sent before the line is cut
+    hangs: bool = False  # leave the line open, silent, instead of cutting it
+    ignores_range: bool = False
+    ignores_condition: bool = False
+    headers: dict[str, str | None] = field(default_factory=dict)  # None leaves one out
+    surplus: bytes = b""  # sent after the body
+
+
+@dataclass
+class Site:
+    """A real HTTP server. It uses up `answers`, the fields of one Answer each, and then behaves as it should."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    etags: bool = True
+    date: str = "Mon, 02 Jan 2006 15:04:05 GMT"
+    answers: list[dict] = field(default_factory=list)
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range
+    closing: threading.Event = field(default_factory=threading.Event)
+    url: str = ""
+
+    @property
+    def ranges(self) -> list[str | None]:
+        return [asked for _, asked in self.requests]
+
+    def reply(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        answer = Answer(**(self.answers.pop(0) if self.answers else {}))
+        asked = handler.headers["Range"]
+        self.requests.append((handler.path, asked))
+        content = self.files.get(handler.path)
+        if content is None or answer.status:
+            status, body, headers = answer.status or 404, b"", {"Content-Length": "0"}
+        else:
+            validator = {"Last-Modified": self.date}
+            if self.etags:
+                validator["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+            holds = answer.ignores_condition or handler.headers["If-Range"] in validator.values()
+            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and not answer.ignores_range else 0
+            if start >= len(content):
+                status, body, headers = 416, b"", {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"}
+            elif start and holds:
+                status, body = 206, content[start:]
+                headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            else:
+                status, body, headers = 200, content, {}
+            headers = {"Content-Length": str(len(body))} | headers | validator
+        handler.send_response(status)
+        for name, value in (headers | answer.headers).items():
+            if value is not None:
+                handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write((body + answer.surplus)[: answer.cut])
+        handler.wfile.flush()
+        if answer.hangs:
+            self.closing.wait(60)
+
+
+@contextlib.contextmanager
+def _serving(**settings) -> Iterator[Site]:
+    site = Site(**settings)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with contextlib.suppress(ConnectionError):
+                site.reply(self)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        site.url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            yield site
+        finally:
+            site.closing.set()
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., contextlib.AbstractContextManager[Site]]:
+    """A context manager, given the fields of a Site, that runs one."""
+    return _serving
+
+
+@pytest.fixture(scope="session")
+def make_zip() -> Callable[..., bytes]:
+    """(size, seed) -> a readable zip archive of a few more than `size` random bytes."""
+
+    def make(size: int, seed: int = 0) -> bytes:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("noise", random.Random(seed).randbytes(size))
+        return packed.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def archive(make_zip) -> bytes:
+    """300 kB of a zip archive."""
+    return make_zip(300_000)
+
+
+@pytest.fixture
+def site(archive) -> Iterator[Site]:
+    """A server that has `archive` under the name of a public archive."""
+    with _serving(files={CARTPOLE_RND: archive}) as site:
+        yield site
