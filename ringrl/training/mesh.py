@@ -51,6 +51,5 @@ def _check_divides(config: TrainConfig) -> None:
         ("mesh.fsdp x mesh.seq", mesh.fsdp * mesh.seq, model.width, "features of the model's width"),
     ]
     for name, size, amount, what in needs:
-        if model.kind == "transformer" or "data" in name:
-            if amount % size:
-                raise UserError(f"{name}: {amount} {what} do not divide among {size} devices")
+        if (model.kind == "transformer" or "data" in name) and amount % size:
+            raise UserError(f"{name}: {amount} {what} do not divide among {size} devices")

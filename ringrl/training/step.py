@@ -42,7 +42,7 @@ def sharded_initial_state(
         of_params,
         transform_non_params=lambda _: everywhere,
     )
-    shardings = TrainState(of_params, of_optimiser, everywhere)
+    shardings: Any = TrainState(of_params, of_optimiser, everywhere)  # type: ignore[arg-type]
     return jax.jit(lambda: initial_state(make_policy(), optimiser), out_shardings=shardings)()
 
 
