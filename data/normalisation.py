@@ -1,11 +1,12 @@
 """Statistics that bring a dataset's numbers to order one; they travel with every checkpoint."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
@@ -26,8 +27,10 @@ class Normalisation:
     ignored: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, store: EpisodeStore, ignored: Sequence[int] = ()) -> Self:
-        """Measure a store: one pass, one episode in memory at a time.
+    def of(cls, store: EpisodeStore, ignored: Sequence[int] = (), episodes: Iterable[int] | None = None) -> Self:
+        """Measure a store's episodes, all or the given ones: one pass, one episode in memory at a time.
+
+        The steps of an episode are those of the store's longest, whichever are measured.
 
         Raises:
           UserError: an ignored component that the observations do not have.
@@ -38,21 +41,34 @@ class Normalisation:
                     f"ignored_observations: {column} is none of the {store.observation_size} numbers of an observation "
                     f"of {store.domain}; give 0 to {store.observation_size - 1}"
                 )
-        count, total, squares = 0, 0.0, 0.0
-        for i in range(store.num_episodes):
-            observation = store.episode(i)["observation"].astype(np.float64)
-            count += len(observation)
-            total = total + observation.sum(0)
-            squares = squares + np.square(observation).sum(0)
-        mean = np.asarray(total / count)
+        length = int(store.lengths.max())
+        count, total, squares = 0, np.zeros(store.observation_size), np.zeros(store.observation_size)
+        ones, double = np.ones(length + 1), np.empty((length + 1, store.observation_size))
+        observations = store.arrays["observation"]
+        for i in range(store.num_episodes) if episodes is None else episodes:
+            rows = slice(int(store.offsets[i]), int(store.offsets[i + 1]))
+            n = rows.stop - rows.start
+            double[:n] = observations[rows]
+            count += n
+            total += ones[:n] @ double[:n]  # as products of matrices these sums are several times as fast
+            squares += ones[:n] @ np.square(double[:n], out=double[:n])
+        mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return cls(mean, np.maximum(std, SMALLEST_STD), int(store.lengths.max()), tuple(ignored))
+        return cls(mean, np.maximum(std, SMALLEST_STD), length, tuple(ignored))
 
-    def observation(self, x: np.ndarray) -> Float32[np.ndarray, "*batch observation"]:
-        """Normalised observations."""
-        normalised = ((x - self.mean) / self.std).astype(np.float32)
-        normalised[..., list(self.ignored)] = 0
-        return normalised
+    @cached_property
+    def _shift_and_scale(self) -> tuple[Float32[np.ndarray, " observation"], Float32[np.ndarray, " observation"]]:
+        scale = 1 / self.std
+        scale[list(self.ignored)] = 0
+        return self.mean.astype(np.float32), scale.astype(np.float32)
+
+    def observation(
+        self, x: Float[np.ndarray, "*batch observation"], out: np.ndarray | None = None
+    ) -> Float32[np.ndarray, "*batch observation"]:
+        """Normalised observations, written to `out` where it is given."""
+        shift, scale = self._shift_and_scale
+        normalised = np.subtract(x, shift, out=out, dtype=np.float32, casting="same_kind")
+        return np.multiply(normalised, scale, out=normalised)
 
     def return_to_go(self, x: np.ndarray | float) -> Float32[np.ndarray, "*batch"]:
         """Returns per step of an episode: rewards lie in [0, 1], so these do too."""

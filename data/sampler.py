@@ -1,16 +1,21 @@
 """Contexts for training: n trajectories of a store, ordered, relabelled to a target, as one long sequence.
 
 The batch of a step is a pure function of (seed, step): a run that is resumed, or read on other hosts, sees the same.
+It is planned first (which trajectories, in which order, towards which return: cheap, and done alike on every host), and
+then any part of it can be read.
 """
 
 import dataclasses
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float64, Int
 
 from ringrl.config import ContextConfig
 from ringrl.context import Context
+from ringrl.data.contexts import ContextPlan, read_contexts
 from ringrl.data.normalisation import Normalisation
+from ringrl.data.selection import Episodes, eligible_episodes
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
 
@@ -39,80 +44,79 @@ class ContextSampler:
                 f"{self.store.path}: is a {self.store.domain} dataset and has no rewards for task {self.task}; "
                 f"it has {', '.join(self.store.tasks)}"
             )
-        if len(set(self.store.lengths.tolist())) > 1:
-            raise UserError(f"{self.store.path}: has episodes of several lengths; contexts need equal ones")
-        if self.config.trajectories > len(self.eligible()):
+        if self.config.trajectories > len(self.eligible):
             raise UserError(
-                f"context.trajectories: {self.config.trajectories} do not fit the {len(self.eligible())} eligible "
-                f"episodes of {self.store.path}; ask for fewer or raise context.best_fraction"
+                f"context.trajectories: {self.config.trajectories} do not fit the {len(self.eligible)} eligible "
+                f"episodes of {self.store.path}; ask for fewer, or raise context.best_fraction or "
+                "context.max_transitions where they are set"
             )
 
-    def eligible(self) -> Int[np.ndarray, " episodes"]:
+    @cached_property
+    def eligible(self) -> Episodes:
         """Episodes that may be drawn, in the order they were collected."""
-        return best_episodes(self.store, self.task, self.config.best_fraction)
+        config = self.config
+        return eligible_episodes(self.store, self.task, self.seed, config.max_transitions, config.best_fraction)
+
+    @property
+    def time(self) -> int:
+        """Steps of the longest context that can be drawn; shorter ones are padded to it."""
+        return self.config.trajectories * int(self.store.lengths[self.eligible].max())
 
     @property
     def steps_per_batch(self) -> int:
-        """Timesteps in a batch."""
-        return self.batch_size * self.config.trajectories * int(self.store.lengths[0])
+        """Timesteps in a batch, padding included."""
+        return self.batch_size * self.time
 
     def batch(self, step: int) -> Context:
-        """The batch of contexts of an optimiser step, every array (batch_size, trajectories * T, ...)."""
-        random = np.random.default_rng([self.seed, step])
-        episodes = self.eligible()
-        weights = self._weights(episodes)
-        contexts = [self._context(self._draw(random, episodes, weights)) for _ in range(self.batch_size)]
-        return Context(*(np.stack(arrays) for arrays in zip(*contexts, strict=True)))
+        """The batch of contexts of an optimiser step in the order of time, every array (batch_size, time, ...)."""
+        return self.read(self.plan(step), slice(None), np.arange(self.time))
 
-    def _weights(self, episodes: np.ndarray) -> Float[np.ndarray, " episodes"]:
-        if self.config.sampling == "uniform":
-            return np.full(len(episodes), 1 / len(episodes))
-        returns = self.store.returns(self.task)[episodes]
+    def plan(self, step: int) -> ContextPlan:
+        """What the batch of an optimiser step consists of."""
+        streams = ([self.seed, 0 if self.config.sampling == "fixed" else step, i] for i in range(self.batch_size))
+        episodes = np.stack([self._draw(np.random.default_rng(stream)) for stream in streams])
+        returns = self._returns[episodes]
+        targets = (
+            returns if self.config.target == "own" else np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
+        )
+        starts = np.zeros((len(episodes), self.config.trajectories + 1), np.int64)
+        np.cumsum(self.store.lengths[episodes], axis=1, out=starts[:, 1:])
+        return ContextPlan(episodes, targets, returns >= targets, starts)
+
+    def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
+        """The given contexts of a planned batch, at the given times in the given order (len(rows), len(times), ...).
+
+        Only what these need is read from the store. Times beyond a context's last step are padding.
+        """
+        part = ContextPlan(*(column[rows] for column in plan))
+        return read_contexts(self.store, self.task, self.normalisation, part, times)
+
+    @cached_property
+    def _returns(self) -> Float64[np.ndarray, " episodes"]:
+        return self.store.returns(self.task).astype(np.float64)
+
+    @cached_property
+    def _weights(self) -> Float64[np.ndarray, " episodes"] | None:
+        """How likely each eligible episode is drawn; None: all alike."""
+        if self.config.sampling != "return_stratified":
+            return None
+        returns = self._returns[self.eligible]
         edges = np.linspace(returns.min(), returns.max(), RETURN_RANGES + 1)[1:-1]
         ranges = np.digitize(returns, edges)
         weights = 1 / np.bincount(ranges, minlength=RETURN_RANGES)[ranges]
         return weights / weights.sum()
 
-    def _draw(self, random: np.random.Generator, episodes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        chosen = random.choice(episodes, self.config.trajectories, replace=False, p=weights)
-        if self.config.order == "ascending":
-            return chosen[np.argsort(self.store.returns(self.task)[chosen], kind="stable")]
-        return np.sort(chosen) if self.config.order == "history" else chosen
-
-    def _context(self, episodes: np.ndarray) -> Context:
-        returns = self.store.returns(self.task)[episodes]
-        best = returns.max()
-        targets = np.full(len(returns), best) if self.config.target == "best" else returns
-        parts = [
-            trajectory(self.store, self.task, self.normalisation, int(episode), float(target), index)
-            for index, (episode, target) in enumerate(zip(episodes, targets, strict=True))
-        ]
-        return Context(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def best_episodes(store: EpisodeStore, task: str, fraction: float) -> Int[np.ndarray, " episodes"]:
-    """The given fraction of a store's episodes, at least one: those of highest return, in the order of collection."""
-    returns = store.returns(task)
-    count = max(1, round(fraction * len(returns)))
-    return np.sort(np.argsort(returns, kind="stable")[len(returns) - count :])
-
-
-def trajectory(
-    store: EpisodeStore, task: str, normalisation: Normalisation, episode: int, target: float, index: int
-) -> Context:
-    """One episode of a store as the steps of a context (no batch axis), its return-to-go starting from `target`."""
-    rows = store.episode(episode)
-    reward = rows[f"reward/{task}"][1:]
-    length = len(reward)
-    earned = np.cumsum(reward, dtype=np.float64)
-    completion = np.zeros(length, np.float32)
-    completion[-1] = float(store.returns(task)[episode]) >= target
-    return Context(
-        observation=normalisation.observation(rows["observation"][:-1]),
-        action=rows["action"][1:],
-        reward=reward,
-        return_to_go=normalisation.return_to_go(target - np.concatenate([[0.0], earned[:-1]])),
-        completion=completion,
-        timestep=np.arange(length, dtype=np.int32),
-        trajectory=np.full(length, index, np.int32),
-    )
+    def _draw(self, random: np.random.Generator) -> Episodes:
+        """The episodes of one context, in order."""
+        count = self.config.trajectories
+        if self.config.sampling == "history_window":
+            first = random.integers(len(self.eligible) - count + 1)
+            chosen = random.permutation(self.eligible[first : first + count])
+        else:
+            chosen = random.choice(self.eligible, count, replace=False, p=self._weights)
+        if self.config.order == "random":
+            return chosen
+        if self.config.order == "history":
+            return np.sort(chosen)
+        ascending = chosen[np.argsort(self._returns[chosen], kind="stable")]
+        return ascending if self.config.order == "ascending" else ascending[::-1]

@@ -12,8 +12,8 @@ from jaxtyping import Float, Float32, Int
 from ringrl.config import ActorCriticConfig
 from ringrl.context import Transitions
 from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import best_episodes
 from ringrl.data.schema import reward_key
+from ringrl.data.selection import eligible_episodes, subset
 from ringrl.data.store import EpisodeStore
 from ringrl.envs import GoalSpace, goal_space
 from ringrl.errors import UserError
@@ -23,7 +23,7 @@ FARTHEST = 1.0  # metres beyond which distance costs no more
 
 @dataclasses.dataclass(frozen=True)
 class TransitionSampler:
-    """Draws batches of n-step transitions, uniformly over the steps of the best `best_fraction` of the episodes.
+    """Draws batches of n-step transitions, uniformly over the steps of the eligible episodes (see selection.py).
 
     Where the task is to reach a place, a share of the transitions is relabelled in hindsight (1707.01495): scored as if
     the goal had been a place that the episode came to later, or one from anywhere in the data near the task's goal.
@@ -37,6 +37,7 @@ class TransitionSampler:
     batch_size: int
     seed: int
     best_fraction: float = 1.0
+    max_transitions: int | None = None
 
     def __post_init__(self) -> None:
         self.store.returns(self.task)  # a UserError if the store has no such task
@@ -98,7 +99,7 @@ class TransitionSampler:
 
     @cached_property
     def _episodes(self) -> Int[np.ndarray, " episodes"]:
-        return best_episodes(self.store, self.task, self.best_fraction)
+        return eligible_episodes(self.store, self.task, self.seed, self.max_transitions, self.best_fraction)
 
     @cached_property
     def _steps_before(self) -> Int[np.ndarray, " episodes_plus_1"]:
@@ -133,8 +134,11 @@ class TransitionSampler:
 
     @cached_property
     def _nearby(self) -> Float32[np.ndarray, "positions goal"]:
-        distance = np.linalg.norm(self._positions - self._task_goal, axis=-1)
-        return self._positions[distance < self.config.hindsight.radius]
+        offsets = self.store.offsets
+        episodes = subset(self.store, self.seed, self.max_transitions)
+        positions = np.concatenate([self._positions[offsets[i] : offsets[i + 1]] for i in episodes])
+        distance = np.linalg.norm(positions - self._task_goal, axis=-1)
+        return positions[distance < self.config.hindsight.radius]
 
     def _rewards(
         self, rows: Int[np.ndarray, "batch n"], goal: Float32[np.ndarray, "batch 1 goal"]

@@ -22,14 +22,18 @@ class ContextConfig(Section):
 
     trajectories: int = Field(4, ge=1)
     """Trajectories per context."""
-    order: Literal["ascending", "history", "random"] = "ascending"
-    """Order in the context: by return (chain of hindsight), as collected, or random."""
+    order: Literal["ascending", "descending", "history", "random"] = "ascending"
+    """Order in the context: by return (ascending: chain of hindsight), as collected, or random."""
     target: Literal["best", "own"] = "best"
     """Return that each trajectory's return-to-go starts from: the best of its context, or its own."""
-    sampling: Literal["uniform", "return_stratified"] = "uniform"
-    """Which trajectories are drawn: all alike, or ten equal ranges of return alike."""
+    sampling: Literal["uniform", "return_stratified", "history_window", "fixed"] = "uniform"
+    """Which trajectories are drawn: all alike; ten equal ranges of return alike; consecutive ones of the history (with
+    order history: algorithm distillation); or uniformly once, and then the same contexts at every step."""
+    max_transitions: int | None = Field(None, ge=1)
+    """Use only so many transitions: whole episodes, taken in an order that the run's seed shuffles, up to the first
+    that would exceed it. More transitions with the same seed hold all that fewer do."""
     best_fraction: float = Field(1.0, gt=0, le=1)
-    """Use only this fraction of the episodes, those of highest return (0.1 with behaviour cloning: BC-10%)."""
+    """Of these episodes use only this fraction, those of highest return (0.1 with behaviour cloning: BC-10%)."""
 
 
 class ModelConfig(Section):
@@ -184,7 +188,7 @@ class TrainConfig(Section):
     ignored_observations: tuple[int, ...] = ()
     """Components of the observation, from 0, that the model does not see."""
     context: ContextConfig = ContextConfig()
-    """How trajectories are put together (of this, td3_bc knows best_fraction alone)."""
+    """How trajectories are put together (of this, td3_bc knows max_transitions and best_fraction alone)."""
     model: ModelConfig = ModelConfig()
     """What maps a context to actions."""
     optimiser: OptimiserConfig = OptimiserConfig()

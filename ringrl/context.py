@@ -9,13 +9,25 @@ from jaxtyping import Float32, Int32
 Array = jax.Array | np.ndarray
 
 
+class Outcome(NamedTuple):
+    """What a step led to: all that was not known before its action."""
+
+    action: Float32[Array, "batch time action"]
+    reward: Float32[Array, "batch time"]
+    completion: Float32[Array, "batch time"]
+
+
 class Context(NamedTuple):
-    """A batch of contexts; the time axis runs over all steps of all trajectories, in order.
+    """A batch of contexts; the time axis runs over all steps of all trajectories.
 
     Step t holds the state, the action taken in it and the reward received for that action (not ExoRL's rows, where
     action and reward belong to the state before). Observations are normalised by the data's statistics; rewards are
     as the task gives them (0 to 1 per step); returns-to-go are divided by the episode length, so that they too lie
     between 0 and 1.
+
+    The steps may lie in another order than in time, as the layout of a ring wants them: `position` says when each
+    was, and `previous` brings what came before it. Shorter contexts of a batch are padded at the end in time, where
+    causal attention never sees it; there everything but the position is zero.
     """
 
     observation: Float32[Array, "batch time observation"]
@@ -25,6 +37,9 @@ class Context(NamedTuple):
     completion: Float32[Array, "batch time"]  # 1 on the last step of a trajectory that reaches the target, else 0
     timestep: Int32[Array, "batch time"]  # within the episode, from 0
     trajectory: Int32[Array, "batch time"]  # index of the trajectory in the context, from 0
+    position: Int32[Array, "batch time"]  # index of the step in the context, from 0
+    weight: Float32[Array, "batch time"]  # in the loss: 1 for a step of the data, 0 for padding
+    previous: Outcome  # of the step before in the context, in the trajectory before at its end; zeros at the first
 
 
 class Transitions(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32, Float64
 
-from ringrl.context import Context
+from ringrl.context import Context, Outcome
 from ringrl.data.normalisation import Normalisation
 from ringrl.errors import UserError
 from ringrl.model import KVCache, Policy, grow
@@ -116,11 +116,19 @@ def rollout(
     length = normalisation.episode_length
     agent.start(environments.num_envs, episodes * length)
     returns = np.zeros((environments.num_envs, episodes))
+    before = _nothing(environments)
     for episode in range(episodes):
         observation, _ = environments.reset(seed=seed if episode == 0 else None)
         index = episode if trajectories is None else min(episode, trajectories - 1)
         for timestep in range(length):
-            step = _step(observation, normalisation, target_return - returns[:, episode], timestep, index, environments)
+            step = _step(
+                observation=normalisation.observation(observation),
+                return_to_go=normalisation.return_to_go(target_return - returns[:, episode]),
+                timestep=timestep,
+                trajectory=index,
+                position=episode * length + timestep,
+                previous=before,
+            )
             action = agent.act(step)
             observation, reward, _, truncated, _ = environments.step(action)
             if not (np.isfinite(observation).all() and np.isfinite(reward).all()):
@@ -129,34 +137,37 @@ def rollout(
             if truncated.any() != (timestep == length - 1):
                 raise UserError(f"environment: episodes end after {timestep + 1} steps, the data's after {length}")
             reached = (timestep == length - 1) & (returns[:, episode] >= target_return)
-            agent.observe(
-                step._replace(
-                    action=action[:, None],
-                    reward=reward[:, None].astype(np.float32),
-                    completion=reached[:, None].astype(np.float32),
-                )
-            )
+            before = Outcome(action[:, None], reward[:, None].astype(np.float32), reached[:, None].astype(np.float32))
+            agent.observe(step._replace(**before._asdict()))
         on_episode(returns[:, episode])
     return returns
 
 
+def _nothing(environments: gymnasium.vector.VectorEnv) -> Outcome:
+    """What came before the first step."""
+    size = environments.num_envs, 1
+    action = np.zeros((*size, *(environments.single_action_space.shape or ())), np.float32)
+    return Outcome(action, np.zeros(size, np.float32), np.zeros(size, np.float32))
+
+
 def _step(
     observation: np.ndarray,
-    normalisation: Normalisation,
     return_to_go: np.ndarray,
     timestep: int,
     trajectory: int,
-    environments: gymnasium.vector.VectorEnv,
+    position: int,
+    previous: Outcome,
 ) -> Context:
     """One timestep (B, 1, ...) as far as it is known before acting."""
-    batch = len(observation)
-    constant = partial(np.full, (batch, 1))
+    constant = partial(np.full, (len(observation), 1))
+    unknown = jax.tree.map(np.zeros_like, previous)
     return Context(
-        observation=normalisation.observation(observation)[:, None],
-        action=np.zeros((batch, 1, *(environments.single_action_space.shape or ())), np.float32),
-        reward=constant(0, dtype=np.float32),
-        return_to_go=normalisation.return_to_go(return_to_go)[:, None],
-        completion=constant(0, dtype=np.float32),
+        observation=observation[:, None],
+        return_to_go=return_to_go[:, None],
         timestep=constant(timestep, dtype=np.int32),
         trajectory=constant(trajectory, dtype=np.int32),
+        position=constant(position, dtype=np.int32),
+        weight=constant(1, dtype=np.float32),
+        previous=previous,
+        **unknown._asdict(),
     )

@@ -44,10 +44,11 @@ class Imitation:
         raise NotImplementedError
 
     def _weights(self, context: Context) -> Float32[Array, "batch time"]:
-        trajectory = jnp.asarray(context.trajectory)
+        weight = jnp.asarray(context.weight)
         if self.loss_on == "all":
-            return jnp.ones(trajectory.shape)
-        return (trajectory == trajectory.max(1, keepdims=True)).astype(jnp.float32)
+            return weight
+        trajectory = jnp.where(weight > 0, context.trajectory, -1)
+        return weight * (trajectory == trajectory.max(1, keepdims=True))
 
 
 class AgenticTransformer(Imitation, nnx.Module):
@@ -73,9 +74,10 @@ class AgenticTransformer(Imitation, nnx.Module):
 
     def features(self, context: Context) -> Float[Array, "batch time width"]:
         """What the model knows at each state token."""
-        x = self.transformer(self.embedding(context))
         token_set = self.embedding.token_set
-        return x[:, len(token_set.before) - 1 :: token_set.size]
+        positions = token_set.size * jnp.asarray(context.position)[..., None] + jnp.arange(token_set.size)
+        x = self.transformer(self.embedding(context), positions.reshape(len(positions), -1))
+        return x.reshape(*context.position.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
         """The action at every step, given the context up to it."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from ringrl.config import ModelConfig
-from ringrl.context import Array, Context
+from ringrl.context import Context, Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +42,10 @@ TOKEN_SETS = {
 }
 
 
-def _features(context: Context, kind: str) -> jax.Array:
+def _features(step: Context | Outcome, kind: str) -> jax.Array:
     """(B, T, features) of one kind of token."""
-    x = jnp.asarray(getattr(context, kind))
+    x = jnp.asarray(getattr(step, kind))
     return x[..., None] if x.ndim == 2 else x
-
-
-def _shift(x: Array) -> jax.Array:
-    """The value of the step before; zero before the first step."""
-    return jnp.pad(x, ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))[:, :-1]
 
 
 class TokenEmbedding(nnx.Module):
@@ -79,10 +74,7 @@ class TokenEmbedding(nnx.Module):
 
     def __call__(self, context: Context) -> Float[jax.Array, "batch tokens width"]:
         """All tokens of a context, (B, T * size, W)."""
-        previous = context._replace(
-            action=_shift(context.action), reward=_shift(context.reward), completion=_shift(context.completion)
-        )
-        tokens = jnp.concatenate([self._before(previous, context), self._after(context)], axis=2)
+        tokens = jnp.concatenate([self._before(context), self._after(context)], axis=2)
         return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
 
     def decode(self, previous: Context | None, current: Context) -> Float[jax.Array, "batch new_tokens width"]:
@@ -90,19 +82,19 @@ class TokenEmbedding(nnx.Module):
 
         Both hold a single timestep; of `current` the action, reward and completion are not looked at.
         """
+        before = self._before(current)
         if previous is None:
-            nothing = jax.tree.map(jnp.zeros_like, current)
-            return self._before(nothing, current)[:, 0]
-        return jnp.concatenate([self._after(previous), self._before(previous, current)], axis=2)[:, 0]
+            return before[:, 0]
+        return jnp.concatenate([self._after(previous), before], axis=2)[:, 0]
 
-    def _before(self, previous: Context, current: Context) -> jax.Array:
+    def _before(self, step: Context) -> jax.Array:
         if self.token_set.before == ("fused",):
-            parts = [_features(current, kind) for kind in ("return_to_go", "observation")]
-            parts += [_features(previous, kind) for kind in ("action", "reward", "completion")]
+            parts = [_features(step, kind) for kind in ("return_to_go", "observation")]
+            parts += [_features(step.previous, kind) for kind in Outcome._fields]
             tokens = [self.linear["fused"](jnp.concatenate(parts, axis=-1))]
         else:
-            tokens = [self.linear[kind](_features(current, kind)) for kind in self.token_set.before]
-        return self._place(jnp.stack(tokens, axis=2), current)
+            tokens = [self.linear[kind](_features(step, kind)) for kind in self.token_set.before]
+        return self._place(jnp.stack(tokens, axis=2), step)
 
     def _after(self, step: Context) -> jax.Array:
         tokens = [self.linear[kind](_features(step, kind)) for kind in self.token_set.after]

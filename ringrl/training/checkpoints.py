@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pydantic
 from flax import nnx
+from orbax.checkpoint import checkpoint_managers as policies
 
 from ringrl.config import TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
@@ -36,6 +38,7 @@ class RunInfo:
     data_fingerprint: str
     best_return: float  # highest return of the task in the data: the target that a policy is asked for
     versions: Mapping[str, str]
+    transitions: int | None = None  # steps of the episodes that may be drawn; None: a run from before this was told
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -72,35 +75,56 @@ class RunInfo:
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; each is written aside and renamed by orbax, so none is half-written."""
+    """The checkpoints of one run; each is written aside and renamed by orbax, so none is half-written.
+
+    Kept are the newest (`keep` of them, or all) and the one of lowest loss.
+    """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
         self.folder = run / "checkpoints"
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
+        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(preservation_policy=kept, enable_async_checkpointing=True),
         )
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, newest last."""
+        return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, info: RunInfo) -> None:
-        """Write the state in the background."""
+    def lay_aside(self, step: int) -> Path:
+        """Put a checkpoint where it is in nobody's way; returns where."""
+        aside = self.folder.parent / f"damaged_checkpoint_{step}"
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        return aside
+
+    def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float) -> None:
+        """Write the state, the state of the iterator over batches and the mean loss of late, in the background."""
         arrays, values = ocp.args.StandardSave(state._asdict()), ocp.args.JsonSave(info.to_json())
+        items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(iterator))
         with self._naming_failures():
-            self._manager.save(int(state.step), args=ocp.args.Composite(state=arrays, info=values))
+            self._manager.save(int(state.step), args=items, metrics={"loss": loss})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a checkpoint, shaped like `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        return TrainState(**self._restore(step, "state", ocp.args.StandardRestore(abstract)))
+
+    def restore_iterator(self, step: int) -> dict[str, Any]:
+        """The state of the iterator over batches that was saved with a checkpoint."""
+        return dict(self._restore(step, "iterator", ocp.args.JsonRestore()))
+
+    def _restore(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> Any:
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:  # orbax raises bare Exceptions where an array cannot be read
             raise UserError(
                 f"{self.folder / str(step)}: is damaged ({_brief(error)}); remove it to use an older one"
             ) from error
-        return TrainState(**restored["state"])
 
     def close(self) -> None:
         """Wait for what is still being written; UserError if it could not be."""

@@ -44,7 +44,7 @@ class Recorder:
     @property
     def context(self) -> Context:
         """All that was observed, as one context."""
-        return Context(*(np.concatenate(arrays, axis=1) for arrays in zip(*self.steps, strict=True)))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *self.steps)
 
 
 class Scripted:
@@ -127,6 +127,12 @@ def test_what_the_policy_is_told(two_random_episodes, plain_loop):
     completed = np.repeat(reward.sum(-1) >= 3.0, LENGTH, axis=1)
     assert 0 < completed.mean() < 1, "some episodes reach the target, some do not"
     np.testing.assert_array_equal(context.completion, completed & last)
+    np.testing.assert_array_equal(context.position, np.tile(np.arange(2 * LENGTH), (2, 1)))
+    assert (context.weight == 1).all()
+    for name in ("action", "reward", "completion"):  # of the step before, over the end of an episode too
+        x, before = getattr(context, name), getattr(context.previous, name)
+        assert not before[:, 0].any()
+        np.testing.assert_array_equal(before[:, 1:], x[:, :-1], err_msg=name)
 
 
 @pytest.mark.parametrize("settings", [{"token_set": "at5"}, {"token_set": "fused1", "trajectory_embedding": True}])
@@ -152,7 +158,7 @@ def replayed(agent: Agent, context: Context) -> np.ndarray:
     agent.start(batch, time)
     actions = []
     for t in range(time):
-        step = Context(*(x[:, t : t + 1] for x in context))
+        step = jax.tree.map(lambda x, t=t: x[:, t : t + 1], context)
         actions.append(agent.act(step))
         agent.observe(step)
     return np.stack(actions, axis=1)
@@ -162,9 +168,9 @@ def replayed(agent: Agent, context: Context) -> np.ndarray:
 def test_a_policy_acts_alike_at_any_place_of_a_batch(rows, two_random_episodes):
     """Replayed and not rolled out again: contacts would blow up what float32 rounds differently."""
     _, recorder, _ = two_random_episodes
-    contexts = Context(*(np.concatenate([x[:, :300], x[:1, 200:500]]) for x in recorder.context))
+    contexts = jax.tree.map(lambda x: np.concatenate([x[:, :300], x[:1, 200:500]]), recorder.context)
     agent = PolicyAgent(tiny(token_set="ring4"))
-    whole, some = replayed(agent, contexts), replayed(agent, Context(*(x[rows] for x in contexts)))
+    whole, some = replayed(agent, contexts), replayed(agent, jax.tree.map(lambda x: x[rows], contexts))
     np.testing.assert_allclose(some, whole[rows], rtol=1e-5, atol=1e-5)
     assert all(np.abs(whole[i] - whole[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
 

@@ -7,10 +7,28 @@ import pytest
 from flax import nnx
 
 from ringrl.config import ModelConfig
-from ringrl.context import Context
+from ringrl.context import Context, Outcome
 from ringrl.model import Policy, make_policy
 
 OBSERVATION, ACTION = 3, 2
+
+
+def before(outcome: Outcome) -> Outcome:
+    """What each step's predecessor led to, of steps in the order of time."""
+    return jax.tree.map(lambda x: np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1), outcome)
+
+
+@pytest.fixture(scope="session")
+def changed() -> Callable[[Context, str, int], Context]:
+    """(context, field, t) -> the context with one more in that field of step t, wherever the context tells it."""
+
+    def change(context: Context, name: str, t: int) -> Context:
+        x = np.array(getattr(context, name))
+        x[:, t] += 1
+        context = context._replace(**{name: x})
+        return context._replace(previous=before(Outcome(*(getattr(context, field) for field in Outcome._fields))))
+
+    return change
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +39,17 @@ def context() -> Callable[..., Context]:
         random = np.random.default_rng(seed)
         normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
         index = np.tile(np.arange(time, dtype=np.int32), (batch, 1))
+        observation = normal(batch, time, OBSERVATION)
+        outcome = Outcome(np.tanh(normal(batch, time, ACTION)), normal(batch, time), normal(batch, time))
         return Context(
-            observation=normal(batch, time, OBSERVATION),
-            action=np.tanh(normal(batch, time, ACTION)),
-            reward=normal(batch, time),
+            observation=observation,
             return_to_go=normal(batch, time),
-            completion=normal(batch, time),
             timestep=index % length,
             trajectory=index // length,
+            position=index,
+            weight=np.ones((batch, time), np.float32),
+            previous=before(outcome),
+            **outcome._asdict(),
         )
 
     return make

@@ -5,7 +5,6 @@ import pytest
 from flax import nnx
 
 from ringrl.config import ModelConfig
-from ringrl.context import Context
 from ringrl.model import TOKEN_SETS, make_policy
 from ringrl.model.heads import LOG_STD_RANGE, GaussianHead, MSEHead
 
@@ -13,14 +12,8 @@ STEPS = 6
 KNOWN_LATER = ("action", "reward", "completion")  # at step t, of which the action of step t may not depend
 
 
-def changed(context: Context, name: str, t: int) -> Context:
-    x = np.array(getattr(context, name))
-    x[:, t] += 1
-    return context._replace(**{name: x})
-
-
 @pytest.mark.parametrize("token_set", TOKEN_SETS)
-def test_what_an_action_depends_on(token_set, policy, context, quick):
+def test_what_an_action_depends_on(token_set, policy, context, changed, quick):
     """On all that its token set shows of the steps before, on R_t and s_t; on nothing later, nor a_t, r_t, d_t."""
     made, whole = policy(token_set=token_set, layers=1), context(STEPS)
     graph, state = nnx.split(made)
@@ -76,7 +69,7 @@ def test_gaussian_by_hand():
     assert np.isfinite(head.loss(huge, action[:1])).all()
 
 
-def test_behaviour_cloning_sees_the_observation_only(policy, context):
+def test_behaviour_cloning_sees_the_observation_only(policy, context, changed):
     made, whole = policy(kind="behaviour_cloning"), context(STEPS)
     before = np.asarray(made.actions(whole))
     for name in ("return_to_go", *KNOWN_LATER):
@@ -84,11 +77,11 @@ def test_behaviour_cloning_sees_the_observation_only(policy, context):
     after = np.asarray(made.actions(changed(whole, "observation", 2)))
     moved = np.abs(after - before).max((0, 2)) > 0
     assert moved.tolist() == [t == 2 for t in range(STEPS)]
-    backwards = Context(*(x[:, ::-1] for x in whole))
+    backwards = jax.tree.map(lambda x: x[:, ::-1], whole)
     np.testing.assert_allclose(made.actions(backwards)[:, ::-1], before, rtol=1e-5, atol=1e-6)
     memory = made.reset(2, 100)
     for t in range(STEPS):
-        step = Context(*(x[:, t : t + 1] for x in whole))
+        step = jax.tree.map(lambda x, t=t: x[:, t : t + 1], whole)
         action, memory = made.act(None if t == 0 else step, step, memory)
         np.testing.assert_allclose(action, before[:, t], rtol=1e-5, atol=1e-6)
 

@@ -1,12 +1,12 @@
 """Which tokens a timestep becomes, in which order."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from ringrl.config import ModelConfig
-from ringrl.context import Context
 from ringrl.model.tokens import TOKEN_SETS, TokenEmbedding
 
 ORDERS = {
@@ -72,7 +72,7 @@ def test_decoding_gives_the_same_tokens_in_the_same_order(token_set, context):
     """First what is known before the first action; then each time what followed, and what comes before the next."""
     made = embedding(token_set, timestep_embedding=True, trajectory_embedding=True)
     whole = context(4)
-    steps = [Context(*(x[:, t : t + 1] for x in whole)) for t in range(4)]
+    steps = [jax.tree.map(lambda x, t=t: x[:, t : t + 1], whole) for t in range(4)]
     pieces = [made.decode(previous, current) for previous, current in zip([None, *steps], steps, strict=False)]
     found = jnp.concatenate(pieces, axis=1)
     np.testing.assert_allclose(found, made(whole)[:, : found.shape[1]], rtol=1e-5, atol=1e-5)

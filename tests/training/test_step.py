@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from ringrl.config import ModelConfig, OptimiserConfig
-from ringrl.context import Context
+from ringrl.context import Context, Outcome
 from ringrl.model import make_policy
 from ringrl.training.optimiser import learning_rate, make_optimiser
 from ringrl.training.step import initial_state, make_train_step, with_params
@@ -19,7 +19,17 @@ def batch() -> Context:
     random = np.random.default_rng(0)
     normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
     index = np.tile(np.arange(5, dtype=np.int32), (2, 1))
-    return Context(normal(2, 5, 3), np.tanh(normal(2, 5, 2)), *(normal(2, 5) for _ in range(3)), index, index * 0)
+    outcome, previous = (Outcome(np.tanh(normal(2, 5, 2)), normal(2, 5), normal(2, 5)) for _ in range(2))
+    return Context(
+        observation=normal(2, 5, 3),
+        return_to_go=normal(2, 5),
+        timestep=index,
+        trajectory=index * 0,
+        position=index,
+        weight=np.ones((2, 5), np.float32),
+        previous=previous,
+        **outcome._asdict(),
+    )
 
 
 def test_warm_up_and_cosine():

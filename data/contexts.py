@@ -1,0 +1,163 @@
+"""Reading planned contexts: any rectangle of a batch, and of the store only the rows that it needs."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int, Int64
+
+from ringrl.context import Context, Outcome
+from ringrl.data.normalisation import Normalisation
+from ringrl.data.schema import reward_key
+from ringrl.data.store import EpisodeStore
+
+
+class ContextPlan(NamedTuple):
+    """Which trajectories make up a batch of contexts: small, and the same on every host."""
+
+    episodes: Int64[np.ndarray, "batch trajectories"]  # of the store, in the order of the context
+    targets: Float64[np.ndarray, "batch trajectories"]  # return that each return-to-go starts from
+    completes: Bool[np.ndarray, "batch trajectories"]  # whether its return reaches its target
+    starts: Int64[np.ndarray, "batch trajectories_plus_1"]  # time of each one's first step; from the last on: padding
+
+
+class _Piece(NamedTuple):
+    """Evenly spaced steps of one trajectory, and where they go."""
+
+    context: int
+    trajectory: int
+    place: int  # of the first on the time axis that is read
+    length: int
+    timestep: int  # of the first, within the episode
+    stride: int  # timesteps from one to the next
+
+
+def read_contexts(
+    store: EpisodeStore, task: str, normalisation: Normalisation, plan: ContextPlan, times: Int[np.ndarray, " time"]
+) -> Context:
+    """The given time steps of all contexts of a plan, in the given order; times beyond a context's end are padding.
+
+    Reads observations of those steps alone, and actions of those and of the steps before. Returns-to-go need what was
+    earned before: of rewards, 4 bytes a step, it reads the episode up to the last step asked for. Nothing else of the
+    store is touched. Every number is the same whichever rectangle it is read with.
+
+    Raises:
+      ValueError: a time below 0.
+    """
+    if len(times) and times.min() < 0:
+        raise ValueError(f"times: expected no time below 0, got {times.min()}")
+    reader = _Reader(store, task, normalisation, plan, times)
+    pieces = list(_pieces(plan, times))
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
+        list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
+    return reader.out
+
+
+def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:
+    for place, first, stride, count in _runs(times):
+        # The run's j-th step is at first + j * stride; trajectory k has those from cuts[k] up to cuts[k + 1].
+        cuts = np.clip(-((first - plan.starts) // stride), 0, count)
+        context, trajectory = np.nonzero(np.diff(cuts, axis=1))
+        begin, end = cuts[context, trajectory], cuts[context, trajectory + 1]
+        timestep = first + begin * stride - plan.starts[context, trajectory]
+        columns = np.stack([context, trajectory, place + begin, end - begin, timestep], axis=1)
+        yield from (_Piece(*values, stride=stride) for values in columns.tolist())
+
+
+def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Splits times into evenly spaced runs: (place, first time, stride, count). Few, for the layout of any ring."""
+    if len(times) == 0:
+        return
+    steps = np.diff(times)
+    stride = max(1, int(np.partition(steps, len(steps) // 2)[len(steps) // 2])) if len(steps) else 1
+    breaks = np.flatnonzero(steps != stride) + 1
+    for place, end in pairwise([0, *breaks.tolist(), len(times)]):
+        yield place, int(times[place]), stride, end - place
+
+
+class _Reader:
+    """Writes pieces of trajectories straight to their places in the batch's arrays; pieces do not overlap."""
+
+    def __init__(
+        self, store: EpisodeStore, task: str, normalisation: Normalisation, plan: ContextPlan, times: np.ndarray
+    ) -> None:
+        self._observation, self._action = store.arrays["observation"], store.arrays["action"]
+        self._reward = store.arrays[reward_key(task)]
+        self._normalisation = normalisation
+        self._first_rows = store.offsets[:-1][plan.episodes].tolist()
+        self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
+        self._targets, self._completes = plan.targets.tolist(), plan.completes.tolist()
+        self.out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
+        self.out.position[:] = times
+
+    def read(self, pieces: Iterable[_Piece]) -> None:
+        """Fill in the given pieces."""
+        for piece in pieces:
+            self._copy_steps(piece)
+            self._fill_in_returns(piece)
+            if piece.timestep == 0:
+                self._look_back(piece)
+
+    def _copy_steps(self, piece: _Piece) -> None:
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        row = self._first_rows[piece.context][piece.trajectory] + piece.timestep
+        span = (piece.length - 1) * piece.stride + 1
+        # ExoRL's row of a state holds the outcome of the step before; the step's own is one row later.
+        state, outcome = slice(row, row + span, piece.stride), slice(row + 1, row + 1 + span, piece.stride)
+        out = self.out
+        self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
+        out.action[at] = self._action[outcome]
+        out.reward[at] = self._reward[outcome]
+        out.previous.action[at] = self._action[state]
+        out.previous.reward[at] = self._reward[state]
+        out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
+        out.trajectory[at] = piece.trajectory
+        out.weight[at] = 1
+
+    def _fill_in_returns(self, piece: _Piece) -> None:
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
+        end = piece.timestep + (piece.length - 1) * piece.stride + 1
+        earned = np.zeros(end)  # before each step
+        np.cumsum(self._reward[first + 1 : first + end], out=earned[1:])
+        left = self._targets[piece.context][piece.trajectory] - earned[piece.timestep :: piece.stride]
+        self.out.return_to_go[at] = self._normalisation.return_to_go(left)
+        place, rest = divmod(last - 1 - first - piece.timestep, piece.stride)
+        if rest == 0 and place < piece.length:  # the trajectory's last step is among them
+            completes = self._completes[piece.context][piece.trajectory]
+            self.out.completion[piece.context, piece.place + place] = completes
+
+    def _look_back(self, piece: _Piece) -> None:
+        """Before a trajectory's first step there was the last of the trajectory before, or nothing."""
+        context, place, previous = piece.context, piece.place, self.out.previous
+        if piece.trajectory == 0:
+            previous.action[context, place], previous.reward[context, place] = 0, 0
+            return
+        last = self._last_rows[context][piece.trajectory - 1]
+        previous.action[context, place] = self._action[last : last + 1][0]
+        previous.reward[context, place] = self._reward[last : last + 1][0]
+        previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
+
+
+def _blank(batch: int, time: int, observation_size: int, action_size: int) -> Context:
+    """A context that is all padding."""
+
+    def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
+        return np.zeros((batch, time, *shape), dtype)
+
+    return Context(
+        observation=zeros(observation_size),
+        action=zeros(action_size),
+        reward=zeros(),
+        return_to_go=zeros(),
+        completion=zeros(),
+        timestep=zeros(dtype=np.int32),
+        trajectory=zeros(dtype=np.int32),
+        position=zeros(dtype=np.int32),
+        weight=zeros(),
+        previous=Outcome(zeros(action_size), zeros(), zeros()),
+    )
