@@ -82,8 +82,10 @@ def _with_settings(arguments: list[str]) -> Callable[..., None]:
     default = whole.model_copy(update={name: tyro.MISSING for name in required if name not in values})
 
     @functools.wraps(train)
-    def command(settings: Settings = default, config: Path | None = None, resume: bool = False) -> None:
-        train(settings, config, resume)
+    def command(
+        settings: Settings = default, config: Path | None = None, resume: bool = False, profile: bool = False
+    ) -> None:
+        train(settings, config, resume, profile)
 
     command.__signature__ = inspect.signature(command, follow_wrapped=False)  # type: ignore[attr-defined]
     return command

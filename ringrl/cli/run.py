@@ -13,16 +13,17 @@ from ringrl.errors import UserError
 Settings = Annotated[TrainConfig, tyro.conf.arg(name="")]  # its flags stand at the top: --model.layers 4
 
 
-def train(settings: Settings, config: Path | None = None, resume: bool = False) -> None:
+def train(settings: Settings, config: Path | None = None, resume: bool = False, profile: bool = False) -> None:
     """Train a policy.
 
     Args:
         config: YAML file of settings; flags given beside it win.
-        resume: go on with the run exactly where its last checkpoint stands.
+        resume: go on with the run exactly where its last checkpoint stands, on these devices or others.
+        profile: write a JAX trace of steps 4 to 6 to the run's folder profile/.
     """
     from ringrl.training import train as train_run
 
-    run = train_run(settings, resume=resume)
+    run = train_run(settings, resume=resume, profile=profile)
     print(f"{run}; next: ringrl evaluate --checkpoint {run}")
 
 

@@ -24,16 +24,25 @@ from ringrl.training.interruption import stop_on_sigterm
 from ringrl.training.learner import Learner, make_learner
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import Cost, MetricsLog, Recorder, progress_bar
+from ringrl.training.profile import Profiler
 from ringrl.training.run_folder import check_dataset, claim_folder
 from ringrl.training.step import TrainState
 from ringrl.training.throughput import peak_flops, step_flops
 
 
-def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> Path:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Path:
     """Train a policy and return the folder of the run.
 
     Batches depend on (seed, step) alone and the state is saved whole, so a run that was killed and resumed gives the
-    same metrics, bit for bit, as one that was not.
+    same metrics, bit for bit, as one that was not. SIGTERM ends it after the step it is in, saved. With `profile`, a
+    JAX trace of a few steps goes to the run's folder profile/.
 
     Raises:
       UserError: a run that exists (without `resume`), another configuration or dataset than the run's, data that does
@@ -58,7 +67,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     claim_folder(info, resume)
     checkpoints = Checkpoints(config.run, config.keep_checkpoints)
     try:
-        _run_steps(info, source, parallel, checkpoints, progress_bar(console or Console(stderr=True), quiet))
+        progress = progress_bar(console or Console(stderr=True), quiet)
+        profiler = Profiler(config.run / "profile" if profile else None)
+        _run_steps(info, source, parallel, checkpoints, progress, profiler)
     except OSError as error:
         raise UserError(
             f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
@@ -81,7 +92,12 @@ def _make_source(
 
 
 def _run_steps(
-    info: RunInfo, source: BatchSource, parallel: Parallel, checkpoints: Checkpoints, progress: Progress
+    info: RunInfo,
+    source: BatchSource,
+    parallel: Parallel,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    profiler: Profiler,
 ) -> None:
     config, console = info.config, progress.console
     learner = make_learner(partial(info.make_policy, parallel), config, parallel)
@@ -90,16 +106,18 @@ def _run_steps(
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
-    with closing(batches), MetricsLog(config.run, start) as log, progress, stop_on_sigterm() as stop:
+    with closing(batches), closing(profiler), MetricsLog(config.run, start) as log, progress, stop_on_sigterm() as stop:
         recorder = Recorder(config, _cost(config, source, learner, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
+            profiler.before(step - start, state)
             state, metrics = learner.step(state, batch)
             recorder.add(step, metrics)
             is_checkpoint = stop.asked or step % config.checkpoint_every == 0 or step == config.optimiser.steps
-            if is_checkpoint or step % config.log_every == 0:
-                loss = recorder.flush()
-            if is_checkpoint:
+            loss = recorder.flush() if is_checkpoint or step % config.log_every == 0 else None
+            if is_checkpoint or recorder.failure:
                 checkpoints.save(state, info, batches.get_state(), loss)
+            if recorder.failure:
+                raise recorder.failure
             if stop.asked:
                 console.print(f"told to stop: saved after step {step}; --resume goes on from there")
                 return

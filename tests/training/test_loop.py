@@ -39,7 +39,8 @@ def test_loss_falls_and_everything_is_written(tiny: TrainConfig, kind: str, tmp_
     assert len(found) == 60
     assert sum(found[-5:]) / 5 < 0.7 * found[0]
     assert TrainConfig.model_validate(read_yaml(config.run / "config.yaml")) == config
-    assert sorted(p.name for p in (config.run / "checkpoints").iterdir()) == ["50", "60"]  # the newest two
+    kept = {p.name for p in (config.run / "checkpoints").iterdir()}
+    assert kept in ({"50", "60"}, {"25", "50", "60"}), "the newest two and the best"
     assert list((config.run / "tensorboard").iterdir())
     trained = load_policy(config.run)
     assert trained.step == 60
