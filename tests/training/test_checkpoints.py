@@ -97,11 +97,24 @@ def test_the_checkpoint_of_lowest_loss_is_kept_beside_the_newest(finished: Train
     assert Checkpoints(tmp_path).steps() == [2, 3, 5, 6], "one without a loss is kept too: it says why a run failed"
 
 
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda item: os.truncate(item / "metadata", 3)], ids=["gone", "cut"])
+def test_a_run_does_not_go_on_without_knowing_which_batches_come_next(finished: TrainConfig, damage) -> None:
+    newest = finished.run / "checkpoints" / "14"
+    damage(newest / "iterator")
+    assert load_policy(finished.run).step == 14, "which evaluation need not know"
+    said = io.StringIO()
+    train(finished, resume=True, quiet=True, console=Console(file=said))
+    assert f"{newest}: is damaged" in said.getvalue()
+
+
 def test_what_a_checkpoint_says(finished: TrainConfig) -> None:
     step, info = read_info(finished.run)
     assert (step, info.config, info.domain) == (14, finished.model_copy(update={"run": info.config.run}), "jaco")
     assert (info.observation_size, info.action_size, info.normalisation.episode_length) == (42, 9, 250)
     assert {"ringrl", "jax", "mujoco"} <= set(info.versions)
+    assert info.transitions == 8 * 250
+    iterator = json.loads((finished.run / "checkpoints" / "14" / "iterator" / "metadata").read_text())
+    assert iterator == {"next_index": 14}
 
 
 def test_a_checkpoint_of_another_version_is_told_apart_from_damage(finished: TrainConfig) -> None:
