@@ -1,13 +1,20 @@
-"""The dataset card: what is in a store, in one screen of plain text."""
+"""The dataset card: what is in a store, in one screen of plain text or as JSON."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
 
 import numpy as np
 
+from ringrl.data.layout import RETURN_LEVELS
+from ringrl.data.provenance import Provenance
 from ringrl.data.store import EpisodeStore
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BARS = " ▁▂▃▄▅▆▇█"
+RELABELLED = {
+    "control_aware": "with the action that led to each state",
+    "exorl_compat": "with a control of zero, as ExoRL's own code does (exorl_compat)",
+}
 
 
 @dataclass(frozen=True)
@@ -15,7 +22,7 @@ class ReturnSummary:
     """How the returns of one task are spread over the episodes."""
 
     task: str
-    quantiles: tuple[float, ...]  # at QUANTILES
+    quantiles: tuple[float, ...]  # at RETURN_LEVELS
     mean: float
     counts: tuple[int, ...]  # episodes in equal bins from the lowest return to the highest
 
@@ -34,8 +41,7 @@ class DatasetCard:
     shortest: int  # steps
     longest: int  # steps
     num_steps: int
-    source: str
-    created_by: str
+    provenance: Provenance
     recorded_task: str | None
     fingerprint: str
     returns: tuple[ReturnSummary, ...]
@@ -54,8 +60,7 @@ def summarise(store: EpisodeStore, bins: int = 24) -> DatasetCard:
         shortest=int(store.lengths.min()),
         longest=int(store.lengths.max()),
         num_steps=store.num_steps,
-        source=store.source,
-        created_by=store.created_by,
+        provenance=store.provenance,
         recorded_task=store.recorded_task,
         fingerprint=store.fingerprint,
         returns=tuple(_summarise_returns(store, task, bins) for task in store.tasks),
@@ -65,25 +70,39 @@ def summarise(store: EpisodeStore, bins: int = 24) -> DatasetCard:
 def describe(store: EpisodeStore, bins: int = 24) -> str:
     """The card as plain text of at most 120 columns, one fact per line and one line of returns per task."""
     card = summarise(store, bins)
+    made = card.provenance
     length = f"{card.shortest}" if card.shortest == card.longest else f"{card.shortest} to {card.longest}"
+    size = f" ({made.source_bytes:,} bytes, list of episodes sha256 {made.source_sha256[:16]})"
     facts = {
         "dataset": f"{card.path} ({card.file_bytes / 1e6:,.1f} MB)",
         "domain": f"{card.domain}: observation {card.observation_size}, action {card.action_size}, "
         f"physics {card.physics_size}",
         "episodes": f"{card.num_episodes:,} x {length} steps = {card.num_steps:,} transitions",
-        "source": f"{card.source}, imported by {card.created_by}",
+        "source": made.source + (size if made.source_sha256 else ""),
+        "subset": made.subset,
+        "skipped": f"{made.num_skipped:,} damaged" if made.num_skipped else "none",
         "recorded for": card.recorded_task or "no single task of this domain (all rewards are relabelled)",
+        "relabelled": RELABELLED[made.relabelling],
+        "imported": f"{made.created} by {made.created_by}",
         "fingerprint": f"sha256 {card.fingerprint}",
     }
     lines = [f"{name:<13} {fact}" for name, fact in facts.items()]
+    after = list(facts).index("skipped") + 1
+    lines[after:after] = [f"{'':<13} {reason}" for reason in made.skipped]
     return "\n".join([*lines, "", *_returns_table(card.returns)])
+
+
+def to_json(store: EpisodeStore, bins: int = 24) -> str:
+    """The card as JSON, with the levels of the quantiles and the whole sha256 of the source's list of episodes."""
+    card = dataclasses.asdict(summarise(store, bins))
+    return json.dumps(card | {"quantile_levels": RETURN_LEVELS}, indent=1)
 
 
 def _summarise_returns(store: EpisodeStore, task: str, bins: int) -> ReturnSummary:
     returns = store.returns(task).astype(np.float64)
     # Equal returns have no width of their own to divide into bins: one unit around them shows as one bar.
     counts, _ = np.histogram(returns, bins=bins)
-    quantiles = tuple(float(value) for value in np.quantile(returns, QUANTILES))
+    quantiles = tuple(store.return_quantiles(task).tolist())
     return ReturnSummary(task, quantiles, float(returns.mean()), tuple(int(count) for count in counts))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from ringrl.data.exorl import Archive, _open_zip
+from ringrl.data.exorl import Archive, open_zip
 from ringrl.data.importer import import_archive
 from ringrl.data.store import EpisodeStore
 from ringrl.data.transfer import PATIENT, Patience, Transfer
@@ -115,7 +115,7 @@ def _archive_path(domain: Domain, algorithm: str, folder: str | Path) -> Path:
 
 def _require_zip(path: Path) -> None:
     """A look at the end of the file only: the import reads every byte and compares it with its checksum."""
-    _open_zip(path).close()
+    open_zip(path).close()
 
 
 def _require_whole(path: Path, known_size: int | None) -> None:

@@ -5,7 +5,9 @@ the domain does not call for. Episodes are read one at a time, straight out of t
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import math
 import textwrap
 import zipfile
@@ -51,34 +53,66 @@ class Archive:
         self.source = Path(source)
         self.domain = domain
         self._columns = recorded_columns(domain)
+        self._limit = SIZE_ALLOWANCE * episode_bytes(domain, domain.episode_length, relabelled=False) + 2**20
         self._zip: zipfile.ZipFile | None = None
         if self.source.is_dir():
             buffer = self.source / "buffer"
             self._folder = buffer if buffer.is_dir() else self.source
-            paths = [path.name for path in self._folder.iterdir() if path.is_file()]
+            try:
+                paths = [path.name for path in self._folder.iterdir() if path.is_file()]
+            except OSError as error:
+                raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
         else:
-            self._zip = _open_zip(self.source)
+            self._zip = open_zip(self.source)
             paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
         try:
-            self.members = _episodes_among(paths, self.source, domain)
+            self.members = _episodes_among(paths, self.source)
+            if self._zip is not None:
+                _refuse_lost_names(self._zip, {member.path for member in self.members}, self.source)
         except UserError:
             self.close()
             raise
 
     def read(self, member: Member) -> dict[str, np.ndarray]:
         """One episode: read-only arrays of T+1 rows with the widths and dtypes of `recorded_columns`."""
+        self.check_length(member)
         try:
-            episode = _read_npz(self._content(member), self._columns, member.length + 1)
+            episode = _read_npz(self._content(member), self._columns, member.length + 1, self._limit)
             _check_values(episode)
         except UserError as error:
-            raise UserError(f"{self.source}: {member.path} {error}") from error
+            raise UserError(f"{self.source}: {shown(member.path)} {error}") from error
         except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
-            reason = textwrap.shorten(str(error) or type(error).__name__, 100)
+            reason = textwrap.shorten(shown(str(error)) or type(error).__name__, 100, placeholder=" ...")
             raise UserError(
-                f"{self.source}: {member.path} cannot be read, it is damaged or cut short ({reason}): "
+                f"{self.source}: {shown(member.path)} cannot be read, it is damaged or cut short ({reason}): "
                 "download or record it again"
             ) from error
         return episode
+
+    def check_length(self, member: Member) -> None:
+        """UserError if the name of an episode gives it another length than those of the domain have."""
+        if member.length != self.domain.episode_length:
+            raise UserError(
+                f"{self.source}: {shown(member.path)} has {member.length} steps but episodes of {self.domain.name} "
+                f"have {self.domain.episode_length}: choose the archive's own --domain or remove the file"
+            )
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Path, size in bytes, and CRC (in a folder: time of the last change) of each episode, as the list has them."""
+        if self._zip is None:
+            states = [(self._folder / member.path).stat() for member in self.members]
+            return [(m.path, state.st_size, state.st_mtime_ns) for m, state in zip(self.members, states, strict=True)]
+        infos = [self._zip.getinfo(member.path) for member in self.members]
+        return [(info.filename, info.file_size, info.CRC) for info in infos]
+
+    def size(self) -> int:
+        """Bytes of the zip file, or of all episode files of a folder."""
+        return sum(size for _, size, _ in self.stamps()) if self._zip is None else self.source.stat().st_size
+
+    def listing_sha256(self) -> str:
+        """sha256 over path, size and, in a zip file, CRC of each episode."""
+        stamps = [(path, size, 0 if self._zip is None else stamp) for path, size, stamp in self.stamps()]
+        return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return map(self.read, self.members)
@@ -99,14 +133,19 @@ class Archive:
 
     def _content(self, member: Member) -> bytes:
         """The bytes of an episode's file, once their number is known to be sensible."""
-        limit = SIZE_ALLOWANCE * episode_bytes(self.domain, self.domain.episode_length, relabelled=False) + 2**20
         if self._zip is None:
             path = self._folder / member.path
-            _refuse_oversized(path.stat().st_size, limit)
+            _refuse_oversized(path.stat().st_size, self._limit)
             return path.read_bytes()
         info = self._zip.getinfo(member.path)
-        _refuse_oversized(info.file_size, limit)
+        _refuse_oversized(info.file_size, self._limit)
         return _unpack(self._zip, info)
+
+
+def shown(path: str) -> str:
+    """A path out of an archive in a form that fits a line of text and does nothing to a terminal."""
+    printable = path if path.isprintable() else ascii(path)
+    return printable if len(printable) <= 200 else f"{printable[:100]}...{printable[-97:]}"
 
 
 def save_episode(folder: Path, number: int, episode: Episode) -> Path:
@@ -125,7 +164,8 @@ def save_episode(folder: Path, number: int, episode: Episode) -> Path:
     return path
 
 
-def _open_zip(source: Path) -> zipfile.ZipFile:
+def open_zip(source: Path) -> zipfile.ZipFile:
+    """Opens an archive, whose list of names has been read and is whole; UserError if it is not."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
     try:
@@ -143,6 +183,20 @@ def _open_zip(source: Path) -> zipfile.ZipFile:
         ) from error
 
 
+def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Path) -> None:
+    """What is passed over must have one name in the list and in its place: a damaged one may hide an episode."""
+    for info in archive.infolist():
+        if info.filename not in episodes:
+            try:
+                with contextlib.suppress(RuntimeError):  # encrypted, or another method: not ours to read
+                    archive.open(info).close()
+            except Exception as error:
+                raise UserError(
+                    f"{source}: the entry {shown(info.filename)} is damaged, and may have been an episode: "
+                    "download it again"
+                ) from error
+
+
 def _entries_promised(source: Path) -> int:
     """The number of entries by the record that ends a zip file, 0xFFFF if it is more; BadZipFile if none ends it.
 
@@ -158,7 +212,7 @@ def _entries_promised(source: Path) -> int:
     return int.from_bytes(tail[end + 10 : end + 12], "little")
 
 
-def _episodes_among(paths: Sequence[str], source: Path, domain: Domain) -> tuple[Member, ...]:
+def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:
     """The episodes among the paths of an archive, sorted by number, after every path has been checked."""
     members = []
     for path in paths:
@@ -168,17 +222,11 @@ def _episodes_among(paths: Sequence[str], source: Path, domain: Domain) -> tuple
             continue  # notes, listings and what file managers leave behind
         parsed = parse_episode_file_name(pure.name)
         if parsed is None:
-            raise UserError(f"{source}: {path} is not named episode_NUMBER_LENGTH.npz: rename or remove it")
+            raise UserError(f"{source}: {shown(path)} is not named episode_NUMBER_LENGTH.npz: rename or remove it")
         members.append(Member(*parsed, path))
     if not members:
         raise UserError(f"{source}: holds no episodes (buffer/episode_NUMBER_LENGTH.npz): is it a whole ExoRL archive?")
     _refuse_mixture(members, source)
-    for member in members:
-        if member.length != domain.episode_length:
-            raise UserError(
-                f"{source}: {member.path} has {member.length} steps but episodes of {domain.name} have "
-                f"{domain.episode_length}: choose the archive's own --domain or remove the file"
-            )
     return tuple(sorted(members))
 
 
@@ -186,21 +234,25 @@ def _refuse_escape(path: str, source: Path) -> None:
     # zipfile keeps backslashes on POSIX, so both readings of a path must stay inside.
     windows = PureWindowsPath(path)
     if windows.anchor or PurePosixPath(path).is_absolute() or ".." in windows.parts:
-        raise UserError(f"{source}: the path {path!r} leads out of the archive: do not use this file")
+        raise UserError(f"{source}: the path {shown(path)} leads out of the archive: do not use this file")
 
 
 def _refuse_mixture(members: Sequence[Member], source: Path) -> None:
     folders = sorted({str(PurePosixPath(member.path).parent) for member in members})
     if len(folders) > 1:
-        raise UserError(f"{source}: episodes lie in {folders[0]} and in {folders[1]}: import one folder at a time")
+        raise UserError(
+            f"{source}: episodes lie in {shown(folders[0])} and in {shown(folders[1])}: import one folder at a time"
+        )
     number, count = Counter(member.number for member in members).most_common(1)[0]
     if count > 1:
         raise UserError(f"{source}: {count} files claim to be episode {number}: remove all but one")
 
 
-def _refuse_oversized(size: int, limit: int) -> None:
+def _refuse_oversized(size: int, limit: int, part: str = "") -> None:
     if size > limit:
-        raise UserError(f"claims {size:,} bytes, far more than an episode: it is damaged or a zip bomb, remove it")
+        raise UserError(
+            f"claims {size:,} bytes{part}, far more than an episode: it is damaged or a zip bomb, remove it"
+        )
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -215,7 +267,7 @@ def _refuse_strange_entry(info: zipfile.ZipInfo) -> None:
         raise UserError("is encrypted or packed by another method than numpy's: pack it again with numpy.savez")
 
 
-def _read_npz(content: bytes, columns: dict[str, Column], rows: int) -> dict[str, np.ndarray]:
+def _read_npz(content: bytes, columns: dict[str, Column], rows: int, limit: int) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(content)) as npz:
         names = npz.namelist()
         if missing := [key for key in columns if f"{key}.npy" not in names]:
@@ -223,7 +275,10 @@ def _read_npz(content: bytes, columns: dict[str, Column], rows: int) -> dict[str
         episode = {}
         for key, column in columns.items():
             info = npz.getinfo(f"{key}.npy")
+            if names.count(info.filename) > 1:
+                raise UserError(f"holds {key} more than once: it is damaged, remove it")
             _refuse_strange_entry(info)
+            _refuse_oversized(info.file_size, limit, f" of {key}")
             with npz.open(info) as file:
                 episode[key] = _read_npy(file, info.file_size, key, column, rows)
         return episode

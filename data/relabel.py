@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from ringrl.data.provenance import Relabelling
 from ringrl.envs import Domain, domain_named, domain_of
 from ringrl.errors import UserError
 
@@ -44,11 +45,16 @@ def relabel(
 
 
 def relabel_all(
-    domain: str, physics: Float64[np.ndarray, "time physics"], action: Float32[np.ndarray, "time action"]
+    domain: str,
+    physics: Float64[np.ndarray, "time physics"],
+    action: Float32[np.ndarray, "time action"],
+    relabelling: Relabelling = "control_aware",
 ) -> dict[str, Float32[np.ndarray, " time"]]:
     """The rewards of a recorded episode under every task of its domain, for the price of one pass over the states.
 
-    Arguments and rows as in `relabel`; the keys are the full task names.
+    Arguments and rows as in `relabel`; the keys are the full task names. With `relabelling` "exorl_compat" the rewards
+    are those of ExoRL's own code, which sets the control to zero: too high in the dense cartpole tasks and the maze,
+    the same elsewhere.
 
     Raises:
         UserError: unknown domain, or as `relabel` does.
@@ -56,6 +62,8 @@ def relabel_all(
     facts = domain_named(domain)
     _check(facts, physics, action)
     sensors = _sensors(facts, physics)
+    if relabelling == "exorl_compat":
+        action = np.zeros_like(action)
     return {task: _rewards(task, sensors, action) for task in facts.tasks}
 
 
@@ -70,12 +78,13 @@ def _rewards(
 def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Float64[np.ndarray, "time sensors"]:
     """What the domain's rewards are computed from, state by state."""
     simulation = _simulation(domain)
+    set_state, refresh, sensors = simulation.set_physics_state, simulation.refresh, simulation.sensors
     rows = []
     for state in physics:
-        simulation.set_physics_state(state)
-        simulation.refresh()
-        rows.append(simulation.sensors())
-    return np.stack(rows)
+        set_state(state)
+        refresh()
+        rows.append(sensors())
+    return np.array(rows)
 
 
 def _simulation(domain: Domain) -> Simulation:

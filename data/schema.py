@@ -36,6 +36,12 @@ def reward_key(task: str) -> str:
     return f"reward/{task}"
 
 
+def reward_task(key: str) -> str | None:
+    """The task of a relabelled reward's key, None for a recorded array."""
+    prefix, _, task = key.partition("/")
+    return task if prefix == "reward" and task else None
+
+
 def episode_bytes(domain: Domain, length: int, *, relabelled: bool) -> int:
     """Bytes of one uncompressed episode of `length` steps, with or without a reward for every task of the domain."""
     per_row = sum(column.width * column.dtype.itemsize for column in recorded_columns(domain).values())

@@ -1,30 +1,28 @@
 """The episode store: one HDF5 file per dataset, read through one memory map.
 
-    /steps/{observation,action,reward,discount,physics}   (rows, width)   as recorded, all episodes end to end
-    /rewards/{task}                                       (rows,) float32  relabelled, row 0 of every episode is 0
-    /returns/{task}                                       (episodes,) float32
-    /episodes/offset                                      (episodes + 1,) int64; episode i is rows offset[i]:offset[i+1]
-
-Every dataset is contiguous and uncompressed, with its sha256 as an attribute. HDF5 says where an array lies; the array
-itself is then a view of the mapped file, so an episode costs a few slices and no copy. `ringrl.data.writer` writes
-these files.
+HDF5 says where an array lies (`ringrl.data.layout` lists them); the array itself is a view of the mapped file, so an
+episode costs a few slices and no copy. `ringrl.data.writer` writes these files.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
-from ringrl.data.schema import recorded_columns, reward_key
+from ringrl.data.digest import DIGEST_BYTES, content_fingerprint, episode_digest
+from ringrl.data.layout import RETURN_LEVELS, dataset_name
+from ringrl.data.mapped import MappedArrays, read_text
+from ringrl.data.provenance import Provenance
+from ringrl.data.schema import recorded_columns, reward_key, reward_task
 from ringrl.envs import domain_named
 from ringrl.errors import UserError
 
 FORMAT = "ringrl episode store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class EpisodeStore:
@@ -40,8 +38,7 @@ class EpisodeStore:
     path: Path
     domain: str
     tasks: tuple[str, ...]
-    source: str  # where the episodes came from, e.g. "walker/rnd.zip"
-    created_by: str
+    provenance: Provenance  # where the episodes came from and what was done to them
     fingerprint: str  # sha256 of the recorded content: the same for the same episodes, however they were packed
     recorded_task: str | None  # the task whose reward was recorded, where one is known
     lengths: Int64[np.ndarray, " episode"]  # steps of each episode, its rows less one
@@ -65,32 +62,51 @@ class EpisodeStore:
         # Without HDF5's file lock: a finished store never changes, and network file systems often refuse locks.
         with h5py.File(self.path, "r", locking=False) as file:
             _refuse_foreign(file)
-            self.domain = str(file.attrs["domain"])
-            self.tasks = tuple(json.loads(file.attrs["tasks"]))
-            self.source = str(file.attrs["source"])
-            self.created_by = str(file.attrs["created_by"])
-            self.fingerprint = str(file.attrs["fingerprint"])
-            self.recorded_task = str(file.attrs["recorded_task"]) or None
-            self.offsets = _checked_offsets(_read_checked(file["episodes/offset"]))
-            self.lengths = np.diff(self.offsets) - 1
-            self._returns = {task: _read_checked(file[f"returns/{task}"]) for task in self.tasks}
-            self._sha256 = {key: str(dataset.attrs["sha256"]) for key, dataset in self._datasets(file).items()}
-            mapped = np.memmap(self.path, mode="r")
-            self.arrays = {key: _view(mapped, dataset) for key, dataset in self._datasets(file).items()}
-        self._check_shapes()
+            self.domain = domain_named(read_text(file, "domain")).name
+            self.tasks = _checked_tasks(self.domain, json.loads(read_text(file, "tasks")))
+            self.provenance = Provenance.from_json(read_text(file, "provenance"))
+            self.fingerprint = read_text(file, "fingerprint")
+            self.recorded_task = _checked_recorded_task(self.tasks, read_text(file, "recorded_task"))
+            arrays = MappedArrays(file, self.path)
+            self._read_episodes(arrays)
+            self._map_steps(arrays)
+            arrays.refuse_overlap()
         self._starts: list[int] = self.offsets.tolist()  # slicing by Python integers is faster
 
-    def _datasets(self, file: h5py.File) -> dict[str, h5py.Dataset]:
-        recorded = {key: file[f"steps/{key}"] for key in recorded_columns(domain_named(self.domain))}
-        return recorded | {reward_key(task): file[f"rewards/{task}"] for task in self.tasks}
+    def _read_episodes(self, arrays: MappedArrays) -> None:
+        """What there is once or more per episode; all of it is compared with its checksums."""
+        self.offsets = arrays.small("episodes/offset", (arrays.length("episodes/offset"),), "<i8")
+        if len(self.offsets) < 2 or self.offsets[0] != 0 or (np.diff(self.offsets) < 2).any():
+            raise ValueError("no list of episodes")
+        self.lengths = np.diff(self.offsets) - 1
+        episodes = (self.num_episodes,)
+        self._digests = {
+            kind: arrays.small(f"episodes/{kind}_sha256", (*episodes, DIGEST_BYTES), "u1")
+            for kind in ("recorded", "relabelled")
+        }
+        if content_fingerprint(self.domain, self.lengths, self._digests["recorded"]) != self.fingerprint:
+            raise UserError("the fingerprint is not that of the content: import the archive again")
+        self._returns = {task: arrays.small(f"returns/{task}", episodes, "<f4") for task in self.tasks}
+        levels = (len(RETURN_LEVELS),)
+        self._quantiles = {task: arrays.small(f"return_quantiles/{task}", levels, "<f8") for task in self.tasks}
 
-    def _check_shapes(self) -> None:
+    def _map_steps(self, arrays: MappedArrays) -> None:
         rows = int(self.offsets[-1])
-        for key, column in recorded_columns(domain_named(self.domain)).items():
-            _require(self.arrays[key], (rows, column.width), column.dtype, key)
-        for task in self.tasks:
-            _require(self.arrays[reward_key(task)], (rows,), np.dtype("<f4"), reward_key(task))
-            _require(self._returns[task], (self.num_episodes,), np.dtype("<f4"), f"returns/{task}")
+        recorded = recorded_columns(domain_named(self.domain)).items()
+        self.arrays = {
+            key: arrays.view(dataset_name(key), (rows, column.width), column.dtype.str) for key, column in recorded
+        }
+        self.arrays |= {key: arrays.view(dataset_name(key), (rows,), "<f4") for key in map(reward_key, self.tasks)}
+
+    @property
+    def source(self) -> str:
+        """Where the episodes came from, e.g. "walker/rnd.zip"."""
+        return self.provenance.source
+
+    @property
+    def created_by(self) -> str:
+        """The versions that made the store."""
+        return self.provenance.created_by
 
     @property
     def num_episodes(self) -> int:
@@ -120,6 +136,11 @@ class EpisodeStore:
             )
         return self._returns[task]
 
+    def return_quantiles(self, task: str) -> Float64[np.ndarray, " level"]:
+        """The quantiles of those returns at `ringrl.data.layout.RETURN_LEVELS`; UserError for another task."""
+        self.returns(task)
+        return self._quantiles[task]
+
     def episode(self, index: int) -> dict[str, np.ndarray]:
         """Episode `index` as read-only views of T+1 rows, row t being (s_t, a_{t-1}, r_{t-1}) and row 0 the reset.
 
@@ -133,12 +154,30 @@ class EpisodeStore:
         return {key: array[start:end] for key, array in self.arrays.items()}
 
     def verify(self) -> None:
-        """Reads the whole file and compares it with its checksums; a UserError names the array that differs."""
-        for key, array in self.arrays.items():
-            if hashlib.sha256(array.data).hexdigest() != self._sha256[key]:
-                raise UserError(f"{self.path}: {key} is damaged (its sha256 differs): import the archive again")
-        if content_fingerprint(self.domain, self.lengths, self._sha256) != self.fingerprint:
-            raise UserError(f"{self.path}: the fingerprint is not that of the content: import the archive again")
+        """Reads the whole file and compares it with its checksums; a UserError names the first damaged episode."""
+        with ThreadPoolExecutor() as threads:
+            for index, fault in enumerate(threads.map(self._fault, range(self.num_episodes))):
+                if fault:
+                    raise UserError(f"{self.path}: episode {index} is damaged ({fault}): import the archive again")
+        for task in self.tasks:
+            quantiles = np.quantile(self._returns[task].astype(np.float64), RETURN_LEVELS)
+            if not np.array_equal(quantiles, self._quantiles[task]):
+                raise UserError(
+                    f"{self.path}: the quantiles of {task} are not those of its returns: import the archive again"
+                )
+
+    def _fault(self, index: int) -> str | None:
+        rows = self.episode(index)
+        for kind, keys in (
+            ("recorded", [key for key in rows if not reward_task(key)]),
+            ("relabelled", [key for key in rows if reward_task(key)]),
+        ):
+            if episode_digest(rows, keys) != self._digests[kind][index].tobytes():
+                return f"the sha256 of what was {kind} differs"
+        for task in self.tasks:
+            if np.float32(rows[reward_key(task)].sum(dtype=np.float64)) != self._returns[task][index]:
+                return f"its return of {task} is not the sum of its rewards"
+        return None
 
     def __len__(self) -> int:
         return self.num_episodes
@@ -150,54 +189,25 @@ class EpisodeStore:
         return f"EpisodeStore({str(self.path)!r}: {self.num_episodes} episodes of {self.domain})"
 
 
-def content_fingerprint(domain: str, lengths: Int64[np.ndarray, " episode"], sha256: Mapping[str, str]) -> str:
-    """The fingerprint of recorded content: sha256 over the domain, the lengths and each recorded array's sha256.
-
-    Relabelled rewards are left out: they follow from the content, to a precision that depends on the machine.
-    """
-    recorded = {key: sha256[key] for key in recorded_columns(domain_named(domain))}
-    return hashlib.sha256(json.dumps([domain, lengths.tolist(), recorded]).encode()).hexdigest()
-
-
 def _refuse_foreign(file: h5py.File) -> None:
-    if file.attrs.get("format") != FORMAT:
+    if "format" not in file.attrs or read_text(file, "format") != FORMAT:
         raise UserError("an HDF5 file, but not an episode store: import an archive first (ringrl data import)")
     version = int(file.attrs["format_version"])
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        what_to_do = "update ringrl" if version > FORMAT_VERSION else "import the archive again"
         raise UserError(
-            f"written in format {version} by {file.attrs['created_by']}, this version reads up to format "
-            f"{FORMAT_VERSION}: update ringrl"
+            f"written in format {version} by {read_text(file, 'created_by')}, this version reads format "
+            f"{FORMAT_VERSION}: {what_to_do}"
         )
-    if not file.attrs["complete"]:
-        raise UserError("was never finished: import the archive again")
 
 
-def _read_checked(dataset: h5py.Dataset) -> np.ndarray:
-    """A small array, read at once and compared with its checksum; the large ones wait for `verify`."""
-    array = dataset[:]
-    if hashlib.sha256(array.data).hexdigest() != dataset.attrs["sha256"]:
-        raise UserError(f"{dataset.name} is damaged (its sha256 differs): import the archive again")
-    array.flags.writeable = False
-    return array
+def _checked_tasks(domain: str, tasks: object) -> tuple[str, ...]:
+    if not isinstance(tasks, list) or not set(tasks) <= set(domain_named(domain).tasks) or len(set(tasks)) < len(tasks):
+        raise UserError(f"the tasks {tasks} are not those of {domain}: import the archive again")
+    return tuple(tasks)
 
 
-def _checked_offsets(offsets: np.ndarray) -> Int64[np.ndarray, " episode_plus_1"]:
-    if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) < 2:
-        raise ValueError("no list of episodes")
-    if offsets[0] != 0 or (np.diff(offsets) < 2).any():
-        raise ValueError("episodes overlap")
-    return offsets
-
-
-def _view(mapped: np.memmap, dataset: h5py.Dataset) -> np.ndarray:
-    """The dataset as a plain read-only array over the mapped file, whose ends are checked here."""
-    offset = dataset.id.get_offset()  # None for chunked and compressed data
-    return np.ndarray(dataset.shape, dataset.dtype, buffer=mapped, offset=offset)
-
-
-def _require(array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, key: str) -> None:
-    if array.shape != shape or array.dtype != dtype:
-        raise UserError(
-            f"{key} is {array.dtype} {array.shape}, expected {dtype} {shape}: the store is damaged or made for "
-            "another version of the domain, import the archive again"
-        )
+def _checked_recorded_task(tasks: tuple[str, ...], task: str) -> str | None:
+    if task not in (*tasks, "none"):
+        raise ValueError(f"recorded for {task}")
+    return None if task == "none" else task

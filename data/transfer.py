@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from ringrl import __version__
-from ringrl.data.writer import _cannot_write, _open_alone, _sync_folder
+from ringrl.data.part import cannot_write, claim, part_of, sync_folder
 from ringrl.errors import UserError
 
 CHUNK = 2**18  # bytes asked of the line at once
@@ -86,11 +86,9 @@ class Transfer:
         What had arrived is kept for the next run, unless it is wrong.
         """
         _require_http(self.url)
-        with _cannot_write(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            descriptor = _open_alone(partial, self.path)
-        part = _Part(self.path, partial, descriptor)
+        with cannot_write(self.path):
+            descriptor = claim(self.path)
+        part = _Part(self.path, part_of(self.path), descriptor)
         try:
             if self.path.exists():  # another process finished it before this one had the lock
                 part.discard()
@@ -242,17 +240,17 @@ class Transfer:
 
     def _finish(self, part: "_Part") -> None:
         """Gives the whole file its name."""
-        with _cannot_write(self.path):
+        with cannot_write(self.path):
             os.fsync(part.descriptor)
         try:
             self.check(part.path)
         except UserError as error:
             part.discard()
             raise UserError(f"{self.url}: what the server sent is of no use, it was removed: {error}") from error
-        with _cannot_write(self.path):
+        with cannot_write(self.path):
             part.path.replace(self.path)
             part.state.unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def _require_space(self, part: "_Part") -> None:
         assert part.version is not None
@@ -292,21 +290,21 @@ class _Part:
     def begin(self, version: Version) -> None:
         """Starts anew, with the first byte of `version`."""
         self.discard()
-        with _cannot_write(self.target):
+        with cannot_write(self.target):
             self.state.write_text(json.dumps(asdict(version)), encoding="utf-8")
         self.version = version
 
     def append(self, chunk: bytes) -> None:
         """Writes the next bytes."""
         view = memoryview(chunk)
-        with _cannot_write(self.target):
+        with cannot_write(self.target):
             while view:
                 written = os.pwrite(self.descriptor, view, self.size)
                 view, self.size = view[written:], self.size + written
 
     def discard(self) -> None:
         """Forgets all bytes."""
-        with _cannot_write(self.target):
+        with cannot_write(self.target):
             os.ftruncate(self.descriptor, 0)
             self.state.unlink(missing_ok=True)
         self.size, self.version = 0, None

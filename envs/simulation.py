@@ -40,6 +40,9 @@ with _without_opengl():
     from dm_control.rl.control import PhysicsError
 
 
+_PHYSICS = int(mujoco.mjtState.mjSTATE_PHYSICS)  # positions, velocities, activations
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what dm_control warns of in its own doing: a deprecated attribute, a failed inverse-kinematics try."""
@@ -141,11 +144,7 @@ class Simulation(ABC):
 
     def set_physics_state(self, physics: Float64[np.ndarray, " physics"]) -> None:
         """Set the positions, velocities and activations; nothing that depends on them is recomputed."""
-        velocities = self.domain.num_positions
-        activations = velocities + self.domain.num_velocities
-        self.data.qpos[:] = physics[:velocities]
-        self.data.qvel[:] = physics[velocities:activations]
-        self.data.act[:] = physics[activations:]
+        mujoco.mj_setState(self.model, self.data, physics, _PHYSICS)
 
 
 def simulation_class(domain: str) -> type[Simulation]:

@@ -55,8 +55,12 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, folder, page = tmp_path / "jaco.h5", tmp_path / "run", tmp_path / "report"
     main(["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(store)])
-    main(["data", "info", str(store)])
-    assert "jaco_reach_top_left" in capsys.readouterr().out
+    main(["data", "info", str(store), "--verify"])
+    said = capsys.readouterr().out
+    assert "jaco_reach_top_left" in said
+    assert "verified" in said
+    main(["data", "info", str(store), "--json", "--verify"])
+    assert json.loads(capsys.readouterr().out)["num_episodes"] == 8
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump({"model": {"layers": 2}, "task": "jaco_reach_top_left"}))
     main(["train", "--config", str(tmp_path / "preset.yaml"), "--data", str(store), "--run", str(folder), *TINY])
     saved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -69,6 +73,17 @@ def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.C
     main(["evaluate", "--task", "jaco_reach_top_left", "--environments", "2", "--output", str(random)])
     main(["report", str(folder), str(random), "--output", str(page)])
     assert "</html>" in (page / "index.html").read_text()
+
+
+def test_import_takes_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(tmp_path / "jaco.h5")]
+    some = ["--subset", "random", "--max-transitions", "1000", "--seed", "3", "--relabel", "exorl_compat"]
+    main([*command, *some, "--on-damaged", "skip", "--workers", "1"])
+    said = capsys.readouterr().out
+    assert "4 of 8 episodes, at random (seed 3)" in said
+    assert "exorl_compat" in said
+    assert "--max-episodes is 0" in refused([*command, "--overwrite", "--max-episodes", "0"], capsys)
+    assert "--subset" in refused([*command, "--overwrite", "--subset", "middle"], capsys)
 
 
 def test_controls_start_where_the_streams_start(run: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ringrl.data.card import describe, summarise
+from ringrl.data.card import describe, summarise, to_json
 from ringrl.data.schema import recorded_columns, reward_key
 from ringrl.data.store import EpisodeStore
 from ringrl.data.writer import create_store
@@ -51,6 +52,15 @@ def test_text_has_one_line_per_fact_and_task(store):
     (row,) = [line for line in lines if line.startswith("jaco_reach_bottom_left")]
     assert row.split()[1:9] == ["0.0", "0.0", "0.0", "0.0", "2.0", "8.4", "10.0", "2.4"]
     assert row.endswith("  █▃  ▃")
+
+
+def test_json_holds_the_same_facts(store):
+    card = json.loads(to_json(store, bins=5))
+    assert card["num_episodes"] == 5
+    assert card["provenance"]["source"] == "jaco/rnd.zip"
+    assert card["returns"][0]["task"] == "jaco_reach_top_left"
+    assert card["returns"][0]["counts"] == [3, 1, 0, 0, 1]
+    assert dict(zip(card["quantile_levels"], card["returns"][0]["quantiles"], strict=True))[0.95] == pytest.approx(8.4)
 
 
 def test_equal_returns_are_one_bar(tmp_path):

@@ -234,7 +234,7 @@ def test_only_a_sound_store_replaces_its_archive(episodes_site, tmp_path, capsys
     whole = path.with_suffix(".h5").read_bytes()
     place = whole.index(EpisodeStore(path.with_suffix(".h5")).episode(1)["physics"].tobytes())
     path.with_suffix(".h5").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
-    with pytest.raises(UserError, match="physics is damaged"):
+    with pytest.raises(UserError, match="episode 1 is damaged"):
         again()
     path.with_suffix(".h5").write_bytes(whole)
     with zipfile.ZipFile(path, "a") as archive:

@@ -119,6 +119,13 @@ def test_zip_with_a_comment(tmp_path, cartpole_zip):
     assert len(read_all(path)) == 3
 
 
+def test_episode_whose_name_was_damaged(tmp_path, cartpole_zip):
+    content = bytearray(cartpole_zip.read_bytes())
+    content[content.rindex(b".npz")] = ord("_")  # in the list of names at the end
+    (tmp_path / "a.zip").write_bytes(content)
+    assert "episode_999999_1000_npz is damaged, and may have been an episode" in refusal(tmp_path / "a.zip")
+
+
 def test_empty_archive(tmp_path):
     assert "holds no episodes" in refusal(zipped(tmp_path / "a.zip", {}))
     (tmp_path / "folder").mkdir()
@@ -244,10 +251,24 @@ def test_zip_bomb_inside(tmp_path, episode):
     content = io.BytesIO(packed({key: array for key, array in episode.items() if key != "observation"}))
     with zipfile.ZipFile(content, "a", zipfile.ZIP_DEFLATED) as npz:
         npz.writestr("observation.npy", header.getvalue() + bytes(100_000_000))
-    assert "bytes of observation" in refusal(zipped(tmp_path / "a.zip", {NAME: content.getvalue()}))
+    message = refusal(zipped(tmp_path / "a.zip", {NAME: content.getvalue()}))
+    assert "bytes of observation, far more than an episode: it is damaged or a zip bomb" in message
 
 
 CARTPOLE_OBSERVATION = (1001, CARTPOLE.observation_size)
+
+
+@pytest.mark.parametrize("more", [-4, 4])
+def test_array_longer_or_shorter_than_its_header_says(tmp_path, episode, more):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": CARTPOLE_OBSERVATION}
+    )
+    content = io.BytesIO(packed({key: array for key, array in episode.items() if key != "observation"}))
+    with zipfile.ZipFile(content, "a", zipfile.ZIP_DEFLATED) as npz:
+        npz.writestr("observation.npy", header.getvalue() + bytes(1001 * 5 * 4 + more))
+    message = refusal(zipped(tmp_path / "a.zip", {NAME: content.getvalue()}))
+    assert f"claims {20_020 + more:,} bytes of observation, expected 20,020" in message
 
 
 def test_array_that_claims_to_be_huge(tmp_path, episode):

@@ -1,16 +1,19 @@
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ringrl.data import EpisodeStore, import_archive
+from ringrl.data.card import describe
 from ringrl.data.exorl import save_episode
 from ringrl.data.relabel import relabel_all
+from ringrl.data.subset import Subset
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 
@@ -87,6 +90,10 @@ def test_zip_and_folder_have_one_fingerprint(tmp_path, cartpole_zip, cartpole_fo
     assert len({store.fingerprint for store in stores}) == 1
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_progress_counts_the_episodes(tmp_path, cartpole_zip):
     calls = []
     import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", progress=lambda *call: calls.append(call))
@@ -123,7 +130,7 @@ def test_failed_overwriting_keeps_the_old_store(tmp_path, cartpole_zip):
     with pytest.raises(KeyboardInterrupt):
         import_archive(cartpole_zip, path, "cartpole", overwrite=True, progress=stop)
     EpisodeStore(path).verify()
-    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+    assert names(tmp_path) == [".a.h5.partial", ".a.h5.partial.journal", "a.h5"]
 
 
 def test_wrong_and_unknown_domain(tmp_path, cartpole_zip):
@@ -134,24 +141,119 @@ def test_wrong_and_unknown_domain(tmp_path, cartpole_zip):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_import_leaves_no_store_and_can_be_repeated(tmp_path, cartpole_zip):
-    child = """
-        import os, signal, sys
-        from ringrl.data import import_archive
-        def die(done, total):
-            if done == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-        import_archive(sys.argv[1], sys.argv[2], "cartpole", progress=die)
-    """
-    path = tmp_path / "a.h5"
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(child), cartpole_zip, path], check=False)
-    assert run.returncode == -signal.SIGKILL
-    (remains,) = tmp_path.iterdir()
-    assert remains.name == ".a.h5.partial"
-    with pytest.raises(UserError, match=r"never finished|damaged"):
-        EpisodeStore(remains)
-    import_archive(cartpole_zip, path, "cartpole").verify()
-    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+@pytest.fixture
+def damaged_folder(tmp_path, cartpole_episodes) -> Path:
+    """Eight episodes; 2 is cut short, 3 holds a NaN, 5 lacks its physics, 7 has half the steps and says so."""
+    folder = tmp_path / "archive" / "buffer"
+    folder.mkdir(parents=True)
+    originals = list(cartpole_episodes.values())
+    for number in range(8):
+        episode = dict(originals[number % 3])
+        if number == 3:
+            episode["action"] = np.where(np.arange(1001)[:, None] == 17, np.float32(np.nan), episode["action"])
+        if number == 5:
+            del episode["physics"]
+        if number == 7:
+            episode = {key: array[:501] for key, array in episode.items()}
+        path = save_episode(folder, number, episode)
+        if number == 2:
+            path.write_bytes(path.read_bytes()[:3_000])
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damaged_episodes_are_left_out_if_wanted(tmp_path, damaged_folder, cartpole_episodes, workers):
+    store = import_archive(damaged_folder, tmp_path / "a.h5", "cartpole", on_damaged="skip", workers=workers)
+    store.verify()
+    originals = list(cartpole_episodes.values())
+    whole = [0, 1, 4, 6]
+    assert store.num_episodes == len(whole)
+    for i, number in enumerate(whole):
+        for key, array in originals[number % 3].items():
+            np.testing.assert_array_equal(store.episode(i)[key], array)
+    made = store.provenance
+    assert made.num_skipped == len(made.skipped) == 4
+    for number, reason in [(2, "cut short"), (3, "not finite in row 17"), (5, "lacks physics"), (7, "has 500 steps")]:
+        (said,) = [line for line in made.skipped if f"episode_{number:06d}_" in line]
+        assert reason in said
+        assert str(damaged_folder) not in said
+    assert made.subset == "all 8 episodes"
+    text = describe(store)
+    assert "4 damaged" in text
+    assert "not finite in row 17" in text
+
+    for number in (2, 3, 5):
+        (damaged_folder / f"episode_{number:06d}_1000.npz").unlink()
+    (damaged_folder / "episode_000007_500.npz").unlink()
+    clean = import_archive(damaged_folder, tmp_path / "clean.h5", "cartpole")
+    assert clean.fingerprint == store.fingerprint
+    assert describe(clean).count("none") == 1
+
+
+def test_where_all_are_damaged_there_is_nothing_to_import(tmp_path, cartpole_folder, damaged_folder):
+    for path in sorted(damaged_folder.iterdir())[:7]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"episode_000000_1000\.npz cannot be read.*as are all 8 episodes"):
+        import_archive(damaged_folder, tmp_path / "stores" / "a.h5", "cartpole", on_damaged="skip")
+    with pytest.raises(
+        UserError, match=r"observation of shape \(1001, 5\), expected \(1001, 24\): that is --domain cart"
+    ):
+        import_archive(cartpole_folder, tmp_path / "stores" / "a.h5", "walker", on_damaged="skip")
+    assert names(tmp_path / "stores") == []
+
+
+def test_a_subset_holds_the_chosen_episodes_and_says_so(tmp_path, cartpole_zip, cartpole_episodes):
+    limits = Subset("last", max_transitions=2_500)
+    store = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", subset=limits)
+    assert store.provenance.subset == "2 of 3 episodes, the last ones"
+    for i, number in enumerate([1_000_000, 1_000_002]):
+        np.testing.assert_array_equal(store.episode(i)["physics"], cartpole_episodes[number]["physics"])
+    whole = import_archive(cartpole_zip, tmp_path / "b.h5", "cartpole")
+    assert whole.fingerprint != store.fingerprint
+
+
+def test_skills_are_passed_over(tmp_path, cartpole_folder, cartpole_episodes):
+    for number, episode in cartpole_episodes.items():
+        skill = np.tile(np.linspace(0, 1, 16, dtype=np.float32), (1001, 1))
+        save_episode(tmp_path, number, episode | {"skill": skill, "z": skill[:, :10]})
+    with_skills = import_archive(tmp_path, tmp_path / "a.h5", "cartpole")
+    assert with_skills.fingerprint == import_archive(cartpole_folder, tmp_path / "b.h5", "cartpole").fingerprint
+
+
+def test_the_originals_relabelling_is_another_dataset_of_the_same_content(tmp_path, cartpole_zip):
+    ours = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole")
+    theirs = import_archive(cartpole_zip, tmp_path / "b.h5", "cartpole", relabelling="exorl_compat")
+    assert theirs.fingerprint == ours.fingerprint
+    assert (ours.provenance.relabelling, theirs.provenance.relabelling) == ("control_aware", "exorl_compat")
+    assert theirs.recorded_task == ours.recorded_task == "cartpole_swingup"
+    assert "exorl_compat" in describe(theirs)
+    assert "exorl_compat" not in describe(ours)
+    dense, sparse = "cartpole_swingup", "cartpole_swingup_sparse"
+    assert (theirs.returns(dense) > ours.returns(dense)).all()
+    np.testing.assert_array_equal(theirs.returns(sparse), ours.returns(sparse))
+
+
+def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    made = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole").provenance
+    assert made.source.endswith("/cartpole.zip")
+    assert made.source_bytes == cartpole_zip.stat().st_size
+    assert made.created == "2023-11-14"
+    assert re.fullmatch(r"ringrl [0-9.]+, mujoco 3[0-9.]+", made.created_by)
+    of_folder = import_archive(cartpole_folder, tmp_path / "b.h5", "cartpole").provenance
+    assert of_folder.source_bytes == sum(path.stat().st_size for path in (cartpole_folder / "buffer").iterdir())
+    copied = tmp_path / "cartpole.zip"
+    with zipfile.ZipFile(cartpole_zip) as old, zipfile.ZipFile(copied, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content if "1000002" not in name else old.read(old.namelist()[0]))
+    other = import_archive(copied, tmp_path / "c.h5", "cartpole").provenance
+    assert len({made.source_sha256, of_folder.source_sha256, other.source_sha256}) == 3
+
+
+def test_number_of_workers_is_at_least_one(tmp_path, cartpole_zip):
+    with pytest.raises(UserError, match="--workers is 0"):
+        import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", workers=0)
 
 
 def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
@@ -164,7 +266,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
         import resource, sys
         from ringrl.data import import_archive
         peaks = []
-        import_archive(sys.argv[1], sys.argv[2], "cartpole", progress=lambda done, total:
+        import_archive(sys.argv[1], sys.argv[2], "cartpole", workers=1, progress=lambda done, total:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
         print(peaks[-1] - peaks[9])
     """

@@ -8,7 +8,7 @@ import pytest
 from ringrl.data.collect.recipes import recipe_of
 from ringrl.data.collect.record import Plan, record_episode
 from ringrl.data.relabel import relabel, relabel_all
-from ringrl.envs import DOMAINS, TASKS, make
+from ringrl.envs import DOMAINS, TASKS, domain_of, make
 from ringrl.envs.simulation import load_simulation
 from ringrl.errors import UserError
 
@@ -68,6 +68,24 @@ def test_equals_what_exorl_recorded(archive, task, exorl_folder):
                 np.testing.assert_allclose(relabelled, episode["reward"][:, 0], atol=1e-5, rtol=0)
                 episodes += 1
     assert episodes >= 100
+
+
+@pytest.mark.parametrize("task", ["cartpole_swingup", "point_mass_maze_reach_top_left", "walker_walk"])
+def test_equals_exorls_own_loop_if_wanted(task):
+    """States set one by one, the control at zero, by dm_control itself."""
+    physics, action, _ = _roll_out(task, steps=30)
+    if task.startswith("point_mass_maze"):
+        physics[:, :2] = -0.15, 0.155  # at the goal, where random actions do not lead
+    simulation = load_simulation(task)
+    rewards = [0.0]
+    for state in physics[1:]:
+        with simulation.physics.reset_context():
+            simulation.physics.set_state(state)
+        rewards.append(float(simulation.reward(task, simulation.sensors(), simulation.physics.control())))
+    compatible = relabel_all(domain_of(task).name, physics, action, "exorl_compat")[task]
+    np.testing.assert_allclose(compatible, rewards, atol=1e-7)
+    if task != "walker_walk":
+        assert compatible.sum() > relabel(task, physics, action).sum()
 
 
 def test_the_control_counts_in_the_dense_cartpole_reward():

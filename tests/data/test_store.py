@@ -1,9 +1,10 @@
+import hashlib
 import pickle
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringrl.data.layout import RETURN_LEVELS
 from ringrl.data.schema import recorded_columns, reward_key
 from ringrl.data.store import EpisodeStore
 from ringrl.envs import DOMAINS
@@ -40,6 +42,8 @@ def test_what_is_written_is_read(domain, lengths, seed, write_store, random_epis
         for task in store.tasks:
             expected = [episode[reward_key(task)].astype(np.float64).sum() for episode in episodes]
             np.testing.assert_allclose(store.returns(task), expected, rtol=1e-6)
+            quantiles = np.quantile(store.returns(task).astype(np.float64), RETURN_LEVELS)
+            np.testing.assert_array_equal(store.return_quantiles(task), quantiles)
         store.verify()
         del store
 
@@ -50,6 +54,16 @@ def test_description(store):
     assert store.created_by.startswith("ringrl ")
     assert store.recorded_task is None
     assert len(store.fingerprint) == 64
+
+
+def test_any_hdf5_reader_finds_the_arrays(store, episodes):
+    with h5py.File(store.path) as file:
+        end_of_file = int.from_bytes(store.path.read_bytes()[28:36], "little")  # as HDF5's superblock has it
+        assert end_of_file == store.path.stat().st_size
+        for name, key in [("steps/physics", "physics"), ("rewards/cartpole_balance", "reward/cartpole_balance")]:
+            np.testing.assert_array_equal(file[name][:], np.concatenate([episode[key] for episode in episodes]))
+        assert file["return_quantiles/cartpole_balance"].attrs["levels"].tolist() == list(RETURN_LEVELS)
+        assert file.attrs["domain"] == b"cartpole"
 
 
 def test_episodes_are_read_only_views_of_the_file(store):
@@ -97,6 +111,15 @@ def test_other_processes_read_the_same_store(store, episodes):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for read, episode in zip(pool.map(EpisodeStore.episode, [store] * 3, range(3)), episodes, strict=True):
             np.testing.assert_equal(read, {key: episode[key] for key in read})
+
+
+def test_threads_read_the_same_store(store, episodes):
+    def read(turn: int) -> None:
+        np.testing.assert_equal(store.episode(turn % 3), {key: episodes[turn % 3][key] for key in store.arrays})
+        store.verify()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(64)))
 
 
 def test_a_replaced_store_stays_readable_to_those_who_have_it_open(tmp_path, store, episodes, write_store):
@@ -177,8 +200,27 @@ def test_newer_format(store):
     assert "update ringrl" in refusal(path)
 
 
-def test_unfinished(store):
-    assert "never finished" in refusal(changed(store, lambda file: file.attrs.update({"complete": False})))
+def test_format_of_before(store):
+    path = changed(store, lambda file: file.attrs.update({"format_version": 1, "created_by": "ringrl 0.0.1"}))
+    assert "written in format 1 by ringrl 0.0.1" in refusal(path)
+    assert "import the archive again" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("domain", "cheetah"),
+        ("fingerprint", "0" * 64),
+        ("recorded_task", "walker_walk"),
+        ("provenance", "{}"),
+        ("tasks", '["walker_walk"]'),
+        ("tasks", '["cartpole_swingup", "cartpole_swingup"]'),
+        ("tasks", "3"),
+        ("tasks", 3),
+    ],
+)
+def test_attributes_that_do_not_fit(store, name, value):
+    assert "import the archive again" in refusal(changed(store, lambda file: file.attrs.update({name: value})))
 
 
 def test_unknown_domain(store):
@@ -190,30 +232,90 @@ def test_missing_dataset(store, name):
     assert "damaged" in refusal(changed(store, lambda file: file.__delitem__(name)))
 
 
-@pytest.mark.parametrize("layout", [{"chunks": (8, 5)}, {"compression": "gzip"}, {"dtype": "f8"}])
-def test_dataset_of_another_layout(store, layout):
+def replaced(store: EpisodeStore, name: str, create) -> Path:
+    """A copy of a store in which `create(file, name, values)` makes a dataset anew, with the checksum it had."""
+
     def replace(file: h5py.File) -> None:
-        old = file["steps/observation"]
-        values, digest = old[:], old.attrs["sha256"]
-        del file["steps/observation"]
-        new = file.create_dataset("steps/observation", data=values.astype(layout.get("dtype", "f4")), **layout)
-        new.attrs["sha256"] = digest
+        values, checksum = file[name][:], file[name].attrs.get("sha256")
+        del file[name]
+        create(file, name, values)
+        if checksum is not None and isinstance(file.get(name, getlink=True), h5py.HardLink):
+            file[name].attrs["sha256"] = checksum
 
-    assert "damaged" in refusal(changed(store, replace))
+    return changed(store, replace)
 
 
-def test_store_of_another_width(store):
-    assert "observation is float32 (61, 5), expected float32 (61, 24)" in refusal(
-        changed(store, lambda file: file.attrs.update({"domain": "walker"}))
+OTHER_LAYOUTS = {
+    "chunked": {"chunks": True},
+    "compressed": {"compression": "gzip"},
+    "external": {"external": "/dev/null"},
+}
+
+
+@pytest.mark.parametrize("name", ["steps/observation", "returns/cartpole_balance"])
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_dataset_of_another_layout(store, name, layout):
+    def create(file: h5py.File, name: str, values: np.ndarray) -> None:
+        file.create_dataset(name, data=values, **OTHER_LAYOUTS[layout])
+
+    assert "chunked, compressed or kept elsewhere" in refusal(replaced(store, name, create))
+
+
+def test_virtual_dataset(store):
+    def create(file: h5py.File, name: str, values: np.ndarray) -> None:
+        source = h5py.VirtualSource(str(store.path), name, values.shape, values.dtype)
+        layout = h5py.VirtualLayout(values.shape, values.dtype)
+        layout[:] = source
+        file.create_virtual_dataset(name, layout)
+
+    assert "kept elsewhere" in refusal(replaced(store, "steps/observation", create))
+
+
+@pytest.mark.parametrize("link", [h5py.SoftLink("/steps/action"), h5py.ExternalLink("cartpole.h5", "/steps/reward")])
+def test_links_are_not_followed(store, link):
+    def create(file: h5py.File, name: str, values: np.ndarray) -> None:
+        file[name] = link
+
+    assert "is a link to elsewhere" in refusal(replaced(store, "steps/reward", create))
+    assert "is a link to elsewhere" in refusal(
+        changed(store, lambda file: (file.move("steps", "moved"), file.__setitem__("steps", h5py.SoftLink("/moved"))))
     )
 
 
-@pytest.mark.parametrize("name", ["episodes/offset", "returns/cartpole_balance"])
+def test_one_array_under_two_names(store):
+    def create(file: h5py.File, name: str, values: np.ndarray) -> None:
+        file[name] = file["rewards/cartpole_balance"]
+
+    assert "lie in the same place" in refusal(replaced(store, "rewards/cartpole_swingup", create))
+
+
+@pytest.mark.parametrize("dtype", ["f8", ">f4", "i4", "O"])
+def test_dataset_of_another_dtype(store, dtype):
+    def create(file: h5py.File, name: str, values: np.ndarray) -> None:
+        of_text = {"dtype": h5py.string_dtype()} if dtype == "O" else {"dtype": dtype}
+        file.create_dataset(name, values.shape, **of_text)
+
+    assert "expected float32 (61, 1)" in refusal(replaced(store, "steps/action", create))
+
+
+@pytest.mark.parametrize("shape", [(61, 4), (60, 5), (305,), (61, 5, 1), ()])
+def test_dataset_of_another_shape(store, shape):
+    def create(file: h5py.File, name: str, values: np.ndarray) -> None:
+        file.create_dataset(name, shape, "<f4")
+
+    message = refusal(replaced(store, "steps/observation", create))
+    assert f"observation is float32 {shape}, expected float32 (61, 5)" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["episodes/offset", "episodes/recorded_sha256", "returns/cartpole_balance", "return_quantiles/cartpole_balance"],
+)
 def test_damaged_numbers_are_noticed_at_once(store, name):
     def damage(file: h5py.File) -> None:
         file[name][1] += 1
 
-    assert f"/{name} is damaged" in refusal(changed(store, damage))
+    assert f"{name} is damaged" in refusal(changed(store, damage))
 
 
 @pytest.mark.parametrize("name", ["steps/physics", "rewards/cartpole_swingup"])
@@ -222,8 +324,27 @@ def test_damaged_steps_are_noticed_by_verify(store, name):
         file[name][5] = 0.123
 
     damaged = EpisodeStore(changed(store, damage))
-    with pytest.raises(UserError, match=r"changed\.h5: (physics|reward/cartpole_swingup) is damaged"):
+    what = "recorded" if name == "steps/physics" else "relabelled"
+    with pytest.raises(UserError, match=rf"changed\.h5: episode 0 is damaged \(the sha256 of what was {what} differs"):
         damaged.verify()
+
+
+def rewritten(store: EpisodeStore, name: str, values: np.ndarray) -> EpisodeStore:
+    """A copy of a store with other values in a small array, checksum and all."""
+
+    def rewrite(file: h5py.File) -> None:
+        file[name][...] = values
+        file[name].attrs["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
+
+    return EpisodeStore(changed(store, rewrite))
+
+
+def test_returns_and_quantiles_that_do_not_follow_from_the_rewards(store):
+    task = "cartpole_balance"
+    with pytest.raises(UserError, match=r"episode 1 is damaged \(its return of cartpole_balance is not the sum"):
+        rewritten(store, f"returns/{task}", store.returns(task) + np.float32([0, 1, 0])).verify()
+    with pytest.raises(UserError, match="the quantiles of cartpole_balance are not those of its returns"):
+        rewritten(store, f"return_quantiles/{task}", store.return_quantiles(task) + 1).verify()
 
 
 def test_every_damaged_byte_of_the_description_is_refused_or_harmless(tmp_path, store):

@@ -1,0 +1,390 @@
+"""How fast is the data, beside the original's way? Relabelling, import, reading, batches, and memory.
+
+    python benchmarks/data.py [relabel import read batch memory] [--exorl FOLDER] [--episodes 200] [--runs 5]
+                              [--batch 8x128] [--gigabytes 20] [--limit 2] [--folder FOLDER] [--json FILE]
+
+Every figure is the median of the runs. The peer runs in turn with ours in the same run, so that a busy machine slows
+both alike, and a ratio is the median over runs.
+
+relabel  Milliseconds per episode, beside ExoRL's loop over dm_control: `reset_context`, `set_state`, `get_reward` per
+         row, control zero, one task. (jaco: with our reading of where the hand is, which costs less than the
+         original's.) Seconds of this process, not of the clock: nothing waits here, and others may use the machine.
+         With --exorl, also the largest difference from the recorded reward over all episodes of every archive there.
+import   Walker episodes made here (ten recorded ones, over and over), milliseconds per episode with one process and
+         with one per core; beside numpy.load and ExoRL's loop for one task. Also what inflating alone takes: a floor.
+read     A random episode of a warm store, as views and copied, beside numpy.load of its npz and all its arrays.
+batch    ContextSampler.batch of contexts from a walker store, beside numpy.copy of the same bytes.
+memory   Random episodes and a batch out of a sparse store of many gigabytes, in a process whose private memory
+         (RLIMIT_DATA: all but mapped files) is limited. Pages of the mapped file come and go as the system likes; the
+         peak of both kinds is told.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+TASKS = {
+    "walker": "walker_walk",
+    "cheetah": "cheetah_run",
+    "cartpole": "cartpole_swingup",
+    "jaco": "jaco_reach_top_left",
+}
+PARTS = ("relabel", "import", "read", "batch", "memory")
+PEER_EPISODES = 5
+
+Numbers = dict[str, float]
+
+
+def in_turn(
+    runs: int, clock: Callable[[], float] = time.perf_counter, **cases: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Seconds of each case, all of them once per run; one more run goes before."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for run in range(runs + 1):
+        for name, case in cases.items():
+            start = clock()
+            case()
+            if run:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def ratio(peer: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as long the peer takes: the median over runs."""
+    return statistics.median(p / o for p, o in zip(peer, ours, strict=True))
+
+
+def record(task: str, number: int) -> list[dict[str, np.ndarray]]:
+    """Episodes of the local collection's controller, with much noise."""
+    from ringrl.data.collect.recipes import recipe_of
+    from ringrl.data.collect.record import Plan, record_episode
+    from ringrl.envs.simulation import load_simulation
+
+    simulation, recipe = load_simulation(task), recipe_of(task)
+    plans = (Plan(index, 0, recipe.mean, 1.0) for index in range(number))
+    return [record_episode(simulation, recipe, plan) for plan in plans]
+
+
+def original_loop(task: str) -> Callable[[np.ndarray], list[float]]:
+    """ExoRL's relabelling of one episode's physics (T+1, P) for one task."""
+    from ringrl.envs.simulation import load_simulation
+
+    if task.startswith("jaco"):
+        simulation = load_simulation(task)
+        physics = simulation.physics
+        reward = lambda: simulation.reward(task, simulation.sensors(), np.zeros(9))  # noqa: E731
+    else:
+        from dm_control import suite
+
+        env = suite.load(*task.split("_", 1))
+        physics = env.physics
+        reward = lambda: env.task.get_reward(physics)  # noqa: E731
+
+    def relabel(states: np.ndarray) -> list[float]:
+        rewards = []
+        for state in states:
+            with physics.reset_context():
+                physics.set_state(state)
+            rewards.append(float(reward()))
+        return rewards
+
+    return relabel
+
+
+def relabelling(runs: int, exorl: Path | None) -> dict[str, Numbers]:
+    """One task and all tasks, beside the original's loop; parity with what was recorded."""
+    from ringrl.data.relabel import relabel, relabel_all
+    from ringrl.envs import domain_of
+
+    results = {}
+    for task in TASKS.values():
+        domain, original = domain_of(task).name, original_loop(task)
+        (episode,) = record(task, 1)
+        physics, action = episode["physics"], episode["action"]
+        seconds = in_turn(
+            runs,
+            time.process_time,
+            one=lambda task=task, p=physics, a=action: relabel(task, p, a),
+            all=lambda domain=domain, p=physics, a=action: relabel_all(domain, p, a),
+            original=lambda original=original, p=physics: original(p),
+        )
+        results[task] = {
+            "one task, ms": 1e3 * statistics.median(seconds["one"]),
+            "all tasks, ms": 1e3 * statistics.median(seconds["all"]),
+            "original, one task, ms": 1e3 * statistics.median(seconds["original"]),
+            "one task, times faster": ratio(seconds["original"], seconds["one"]),
+            "all tasks, times faster": len(domain_of(task).tasks) * ratio(seconds["original"], seconds["all"]),
+        }
+    for archive in sorted(exorl.glob("*/*.zip")) if exorl else ():
+        results[f"{archive.parent.name}/{archive.name}"] = parity(archive)
+    return results
+
+
+def parity(archive: Path) -> Numbers:
+    """The largest difference between relabelled and recorded reward, for the task that comes nearest."""
+    from ringrl.data.exorl import Archive
+    from ringrl.data.relabel import relabel_all
+    from ringrl.envs import domain_named
+
+    worst: Numbers = {}
+    with Archive(archive, domain_named(archive.parent.name)) as episodes:
+        for episode in episodes:
+            for task, reward in relabel_all(archive.parent.name, episode["physics"], episode["action"]).items():
+                difference = float(np.abs(reward - episode["reward"][:, 0]).max())
+                worst[task] = max(worst.get(task, 0.0), difference)
+        task = min(worst, key=worst.__getitem__)
+        return {"episodes": len(episodes), f"largest difference from the recorded {task}": worst[task]}
+
+
+def walker_archive(folder: Path, number: int) -> Path:
+    """A zip archive of so many walker episodes, packed as ExoRL packs them."""
+    from ringrl.data.exorl import save_episode
+
+    contents = [save_episode(folder, i, episode).read_bytes() for i, episode in enumerate(record("walker_walk", 10))]
+    path = folder / "walker.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for index in range(number):
+            archive.writestr(f"buffer/episode_{index:06d}_1000.npz", contents[index % len(contents)])
+    return path
+
+
+def load_npz(content: bytes) -> dict[str, np.ndarray]:
+    """All arrays of an episode's file, as the original loads them."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as npz:
+        return dict(npz)
+
+
+def importing(runs: int, folder: Path, number: int) -> dict[str, Numbers]:
+    """The import of walker episodes, beside loading and relabelling them in the original's way."""
+    from ringrl.data import import_archive
+    from ringrl.data.processes import available_cores
+
+    archive, original = walker_archive(folder, number), original_loop("walker_walk")
+    with zipfile.ZipFile(archive) as opened:
+        contents = [opened.read(name) for name in opened.namelist()[:PEER_EPISODES]]
+
+    def original_import() -> None:
+        for content in contents:
+            original(load_npz(content)["physics"])
+
+    def inflate() -> None:
+        for content in contents:
+            with zipfile.ZipFile(io.BytesIO(content)) as npz:
+                for name in npz.namelist():
+                    npz.read(name)
+
+    def ours(workers: int) -> None:
+        import_archive(archive, folder / "walker.h5", "walker", overwrite=True, workers=workers)
+
+    cores = available_cores()
+    cases: dict[str, Callable[[], object]] = {"one": lambda: ours(1), "original": original_import, "inflate": inflate}
+    seconds = in_turn(runs, **cases, **({"cores": lambda: ours(cores)} if cores > 1 else {}))
+    per_episode = {
+        name: [1e3 * value / (PEER_EPISODES if name in ("original", "inflate") else number) for value in values]
+        for name, values in seconds.items()
+    }
+    result = {
+        "episodes": number,
+        "one process, ms per episode": statistics.median(per_episode["one"]),
+        "original way, one task, ms per episode": statistics.median(per_episode["original"]),
+        "times faster per core": ratio(per_episode["original"], per_episode["one"]),
+        "inflating alone, ms per episode": statistics.median(per_episode["inflate"]),
+    }
+    if cores > 1:
+        result[f"{cores} processes, ms per episode"] = statistics.median(per_episode["cores"])
+    return {"walker": result}
+
+
+def reading(runs: int, folder: Path) -> dict[str, Numbers]:
+    """A random episode of a warm store, beside numpy.load of its file."""
+    from ringrl.data import import_archive
+
+    archive = walker_archive(folder, 100)
+    store = import_archive(archive, folder / "read.h5", "walker", workers=1)
+    store.verify()  # warms it
+    with zipfile.ZipFile(archive) as opened:
+        for index, name in enumerate(opened.namelist()):
+            (folder / f"{index}.npz").write_bytes(opened.read(name))
+    order = np.random.default_rng(0).integers(100, size=50).tolist()
+
+    def npz() -> None:
+        for index in order:
+            with np.load(folder / f"{index}.npz", allow_pickle=False) as file:
+                dict(file)
+
+    seconds = in_turn(
+        runs,
+        views=lambda: [store.episode(index) for index in order],
+        copies=lambda: [{k: v.copy() for k, v in store.episode(index).items()} for index in order],
+        npz=npz,
+    )
+    milliseconds = {name: 1e3 * statistics.median(values) / len(order) for name, values in seconds.items()}
+    return {
+        "walker": {
+            "views, ms": milliseconds["views"],
+            "copied, ms": milliseconds["copies"],
+            "numpy.load, ms": milliseconds["npz"],
+            "views, times faster": ratio(seconds["npz"], seconds["views"]),
+            "copied, times faster": ratio(seconds["npz"], seconds["copies"]),
+        }
+    }
+
+
+def made_up_store(path: Path, episodes: int) -> None:
+    """A sparse walker store: all its numbers are zero, and none of them is on the disk."""
+    from ringrl.data import part
+    from ringrl.data.layout import Layout
+    from ringrl.data.provenance import Provenance
+    from ringrl.data.writer import finish_store, record_of
+    from ringrl.envs import domain_named
+
+    layout = Layout("walker", domain_named("walker").tasks, [1000] * episodes)
+    zeros = {key: np.zeros(layout.shape(key, 1001), column.dtype) for key, column in layout.columns.items()}
+    descriptor = part.claim(path)
+    finish_store(path, descriptor, layout, [record_of(layout, zeros)] * episodes, None, Provenance("zeros"))
+    os.close(descriptor)
+
+
+def sampler(path: Path, batch: tuple[int, int]):  # type: ignore[no-untyped-def]
+    """Of contexts from a store whose observations need no measuring."""
+    from ringrl.config import ContextConfig
+    from ringrl.data import EpisodeStore
+    from ringrl.data.normalisation import Normalisation
+    from ringrl.data.sampler import ContextSampler
+
+    normalisation = Normalisation(np.full(24, 0.1), np.full(24, 2.0), 1000)
+    size, trajectories = batch
+    return ContextSampler(
+        EpisodeStore(path), "walker_walk", ContextConfig(trajectories=trajectories), normalisation, size, 0
+    )
+
+
+def batches(runs: int, folder: Path, batch: tuple[int, int]) -> dict[str, Numbers]:
+    """A batch of contexts from a warm store with twice its episodes, beside a copy of the same bytes."""
+    import jax
+
+    from ringrl.data.writer import create_store
+    from ringrl.envs import domain_named
+
+    random, path = np.random.default_rng(0), folder / "batch.h5"
+    (episode,) = record("walker_walk", 1)
+    number, tasks = 2 * batch[0] * batch[1], domain_named("walker").tasks
+    with create_store(path, "walker", tasks, [1000] * number, source="made up") as writer:
+        for _ in range(number):
+            rewards = random.random((len(tasks), 1001)).astype(np.float32)
+            writer.append(episode | {f"reward/{task}": reward for task, reward in zip(tasks, rewards, strict=True)})
+    contexts = sampler(path, batch)
+    contexts.store.verify()  # warms it
+    leaves = jax.tree.leaves(contexts.batch(0))
+    steps = iter(range(1, runs + 2))
+    seconds = in_turn(runs, batch=lambda: contexts.batch(next(steps)), copy=lambda: [np.copy(leaf) for leaf in leaves])
+    beyond = [b - c for b, c in zip(seconds["batch"], seconds["copy"], strict=True)]
+    return {
+        f"{batch[0]} x {batch[1]} episodes": {
+            "steps": contexts.steps_per_batch,
+            "megabytes": sum(leaf.nbytes for leaf in leaves) / 1e6,
+            "batch, ms": 1e3 * statistics.median(seconds["batch"]),
+            "numpy.copy of the same bytes, ms": 1e3 * statistics.median(seconds["copy"]),
+            "beyond the copy, ms": 1e3 * statistics.median(beyond),
+        }
+    }
+
+
+def memory(folder: Path, gigabytes: float, limit: float, batch: tuple[int, int]) -> dict[str, Numbers]:
+    """Peaks of memory in a process of its own with limited private memory."""
+    path = folder / "sparse.h5"
+    start = time.perf_counter()
+    made_up_store(path, round(gigabytes * 1e9 / 288_288))
+    command = [sys.executable, __file__, "--reader", str(path), str(limit), "x".join(map(str, batch))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    if done.returncode:
+        raise SystemExit(f"memory: {done.stderr.strip().splitlines()[-1]}")
+    written = {"store, GB": path.stat().st_size / 1e9, "on the disk, GB": 512e-9 * path.stat().st_blocks}
+    return {f"limit {limit:g} GB": written | json.loads(done.stdout) | {"seconds": time.perf_counter() - start}}
+
+
+def read_with_limit(path: Path, limit: float, batch: tuple[int, int]) -> Numbers:
+    """Reads much of a store in this process, whose private memory is limited from now on."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), int(limit * 1e9)))
+    contexts = sampler(path, batch)
+    store, total = contexts.store, 0.0
+    for index in np.random.default_rng(0).integers(store.num_episodes, size=4_000).tolist():
+        total += float(store.episode(index)["physics"].sum())
+    contexts.batch(0)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    kilobytes = {name: int(status[name].split()[0]) for name in ("VmData", "RssAnon", "RssFile", "VmHWM")}
+    return {
+        "episodes read": 4_000 + batch[0] * batch[1],
+        "private memory now, GB": kilobytes["RssAnon"] / 1e6,
+        "pages of files now, GB": kilobytes["RssFile"] / 1e6,
+        "peak of both, GB": kilobytes["VmHWM"] / 1e6,
+    }
+
+
+def show(part: str, results: dict[str, Numbers]) -> None:
+    """A table of one part."""
+    for name, numbers in results.items():
+        print(f"\n{part}: {name}")
+        for what, number in numbers.items():
+            print(f"  {what:<52}{number:>14,.3f}" if number > 1e-3 else f"  {what:<52}{number:>14.1e}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
+    parser.add_argument("--exorl", type=Path, help="folder of {domain}/{algo}.zip, for the parity of rewards")
+    parser.add_argument("--episodes", type=int, default=200, help="to import (10000: as many as an ExoRL archive has)")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batch", default="8x128", help="contexts x trajectories")
+    parser.add_argument("--gigabytes", type=float, default=20, help="of the sparse store")
+    parser.add_argument("--limit", type=float, default=2, help="gigabytes of private memory of its reader")
+    parser.add_argument("--folder", type=Path, help="where files are made and deleted; by default the system's")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--reader", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.reader:
+        path, limit, batch = options.reader
+        print(json.dumps(read_with_limit(Path(path), float(limit), parse_batch(batch))))
+        return
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    batch, results = parse_batch(options.batch), {}
+    for part in options.parts or PARTS:
+        folder = Path(tempfile.mkdtemp(dir=options.folder))
+        try:
+            results[part] = {
+                "relabel": lambda: relabelling(options.runs, options.exorl),
+                "import": lambda folder=folder: importing(options.runs, folder, options.episodes),
+                "read": lambda folder=folder: reading(options.runs, folder),
+                "batch": lambda folder=folder: batches(options.runs, folder, batch),
+                "memory": lambda folder=folder: memory(folder, options.gigabytes, options.limit, batch),
+            }[part]()
+        finally:
+            shutil.rmtree(folder)
+        show(part, results[part])
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+def parse_batch(text: str) -> tuple[int, int]:
+    """ "8x128" as numbers."""
+    contexts, trajectories = text.split("x")
+    return int(contexts), int(trajectories)
+
+
+if __name__ == "__main__":
+    main()

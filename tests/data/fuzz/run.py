@@ -1,0 +1,150 @@
+"""Tries fuzzed archives or stores, in a process of its own: python run.py archives|stores SEEDS FOLDER.
+
+Prints one JSON object per case. A case that takes too long, or ends the process, ends the output.
+"""
+
+import faulthandler
+import json
+import resource
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import archives
+import stores
+
+from ringrl.data import EpisodeStore, import_archive
+from ringrl.data.writer import create_store
+from ringrl.envs import DOMAINS
+from ringrl.errors import UserError
+
+SECONDS = 20
+
+
+def main(what: str, seeds: int, folder: Path) -> None:
+    """Try so many cases of every kind."""
+    for kind, seed, outcome, said in (try_archives if what == "archives" else try_stores)(seeds, folder):
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(
+            json.dumps({"kind": kind, "seed": seed, "outcome": outcome, "said": said, "kilobytes": grown}), flush=True
+        )
+
+
+def good_episodes() -> archives.Good:
+    """Two episodes of numbers that relabelling can do with."""
+    random, good = np.random.default_rng(0), {}
+    for number in (0, 1):
+        rows = {
+            key: random.normal(size=(1001, width)) for key, width in zip(archives.KEYS, (5, 1, 1, 1, 4), strict=True)
+        }
+        episode = {key: array.astype("f8" if key == "physics" else "f4") for key, array in rows.items()}
+        episode["action"][0] = episode["reward"][0] = 0
+        episode["discount"][:] = 1
+        good[f"buffer/episode_{number:06d}_1000.npz"] = episode
+    return good
+
+
+def cases(kinds: tuple, seeds: int, folder: Path) -> Iterator[tuple]:
+    """(kind, seed, its own random numbers, an empty folder), watched."""
+    for number, kind in enumerate(kinds):
+        for seed in range(seeds):
+            faulthandler.dump_traceback_later(SECONDS, exit=True)
+            place = folder / "case"
+            place.mkdir()
+            yield kind, seed, np.random.default_rng([number, seed]), place
+            shutil.rmtree(place)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def try_archives(seeds: int, folder: Path) -> Iterator[tuple]:
+    """Import every archive. What is imported must be the good episodes, and what is missing must be counted."""
+    good = good_episodes()
+    for kind, seed, random, place in cases(archives.KINDS, seeds, folder):
+        source = kind(place, good, random)
+        skip = bool(random.random() < 0.5)
+        try:
+            store = import_archive(
+                source, place / "out" / "a.h5", "cartpole", workers=1, on_damaged="skip" if skip else "stop"
+            )
+            store.verify()
+            outcome, said = judge_import(store, list(good.values()), skip), "; ".join(store.provenance.skipped)
+        except UserError as error:
+            left = list((place / "out").iterdir()) if (place / "out").exists() else []
+            outcome, said = (f"fault: left {left}" if left else "refused"), str(error)
+        except Exception:
+            outcome, said = "fault: traceback", traceback.format_exc()
+        if (place / "trap").exists() or Path("trap").exists():
+            outcome = "fault: a pickle or a header was run"
+        yield kind.__name__, seed, outcome, said
+
+
+def judge_import(store: EpisodeStore, good: list, skip: bool) -> str:
+    """Whether a store holds good episodes, in their order, and says how many are missing."""
+    found = []
+    for index in range(store.num_episodes):
+        rows = store.episode(index)
+        same = [i for i, episode in enumerate(good) if all(np.array_equal(rows[key], episode[key]) for key in episode)]
+        if not same:
+            return f"fault: episode {index} has other content"
+        found.append(same[0])
+    if found != sorted(set(found)):
+        return f"fault: holds {found}"
+    missing = len(good) - len(found)
+    if missing > store.provenance.num_skipped or (missing and not skip):
+        return f"fault: {missing} missing, {store.provenance.num_skipped} skipped"
+    return "skipped" if store.provenance.num_skipped else "same"
+
+
+def try_stores(seeds: int, folder: Path) -> Iterator[tuple]:
+    """Open and verify every store. What passes must hold what the good one holds."""
+    path = folder / "good.h5"
+    write_good_store(path)
+    good = facts(EpisodeStore(path))
+    for kind, seed, random, place in cases(stores.KINDS, seeds, folder):
+        fuzzed = Path(shutil.copy(path, place / "fuzzed.h5"))
+        kind(fuzzed, random)
+        outcome, said = "refused", ""
+        try:
+            store = EpisodeStore(fuzzed)
+            outcome = "found by verify"
+            store.verify()
+            outcome = "same" if facts(store) == good else "fault: other content"
+        except UserError as error:
+            said = str(error)
+        except Exception:
+            outcome, said = "fault: traceback", traceback.format_exc()
+        yield kind.__name__, seed, outcome, said
+
+
+def write_good_store(path: Path) -> None:
+    """Four short cartpole episodes of random numbers."""
+    random, tasks, lengths = np.random.default_rng(0), DOMAINS["cartpole"].tasks, [20, 7, 1, 30]
+    with create_store(path, "cartpole", tasks, lengths, source="made/up.zip") as writer:
+        for length in lengths:
+            rows = {
+                k: random.random((length + 1, w), np.float32) for k, w in zip(archives.KEYS, (5, 1, 1, 1), strict=False)
+            }
+            rows["physics"] = random.random((length + 1, 4))
+            writer.append(rows | {f"reward/{task}": random.random(length + 1, np.float32) for task in tasks})
+        writer.recorded_task = "cartpole_swingup"
+
+
+def facts(store: EpisodeStore) -> dict:
+    """All that a store says."""
+    return {
+        "arrays": {key: array.tobytes() for key, array in store.arrays.items()},
+        "returns": {
+            task: (store.returns(task).tobytes(), store.return_quantiles(task).tobytes()) for task in store.tasks
+        },
+        "offsets": store.offsets.tolist(),
+        "facts": (store.domain, store.tasks, store.recorded_task, store.fingerprint, store.provenance),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
