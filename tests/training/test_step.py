@@ -127,10 +127,10 @@ def test_a_batch_in_parts_has_the_whole_batchs_gradient(loss_on):
     previous = Outcome(np.zeros_like(actions), np.zeros((4, 6), np.float32), np.zeros((4, 6), np.float32))
     others = (normal(4, 6) for _ in range(3))
     batch = Context(normal(4, 6, 3), actions, *others, index, index // 2, index, weight, previous)
-    policy = make_policy(ModelConfig(layers=1, width=8, heads=1, loss_on=loss_on), 3, 2, seed=0)
     optimiser = optax.sgd(1.0)
     found = []
     for accumulation in (1, 2, 4):
+        policy = make_policy(ModelConfig(layers=1, width=8, heads=1, loss_on=loss_on), 3, 2, seed=0)
         step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser, accumulation)
         state, metrics = step(initial_state(policy, optimiser), batch)
         found.append(jax.device_get((state.params, metrics)))
