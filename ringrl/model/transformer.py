@@ -65,7 +65,7 @@ class Attention(nnx.Module):
             return jax.nn.dot_product_attention(q, k, v, mask=jnp.broadcast_to(seen, (1, *seen.shape)[-4:]))
         mesh, layout = self.parallel.mesh, self.parallel.layout
         if mesh is None:
-            return attention(q, k, v, is_causal=True)
+            return attention(q, k, v, is_causal=True, positions=positions)
         return ring_attention(
             q, k, v,
             mesh=mesh,
