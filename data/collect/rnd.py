@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from ringrl.data.collect.td3 import Network, apply_network, make_network
+from ringrl.data.collect.td3 import Network, make_network
 
 _WIDTH = 256
 _OUTPUTS = 64
@@ -77,8 +77,15 @@ def _errors(
 ) -> Float[Array, "*batch"]:
     x = (observation - state.observation.mean) / jnp.sqrt(state.observation.variance + 1e-6)
     x = jnp.clip(x, -_LARGEST_INPUT, _LARGEST_INPUT)
-    wanted = jax.lax.stop_gradient(apply_network(state.target, x))
-    return jnp.square(apply_network(predictor, x) - wanted).mean(-1)
+    return jnp.square(_outputs(predictor, x) - _outputs(state.target, x)).mean(-1)
+
+
+def _outputs(network: Network, x: Float[Array, "*batch observation"]) -> Float[Array, "*batch outputs"]:
+    """Plain layers: the learner's normalise theirs, which would hide how far away a state is."""
+    *hidden, last = network
+    for layer in hidden:
+        x = jax.nn.relu(x @ layer["weight"] + layer["bias"])
+    return x @ last["weight"] + last["bias"]
 
 
 def _no_moments(shape: tuple[int, ...]) -> Moments:
