@@ -69,8 +69,8 @@ def data_collect(
         method: scripted searches a scripted controller's parameters, td3 learns a policy, rnd one that looks for states
             it has not seen (random network distillation); the recorded reward is the task's with all of them.
         preset: how much: tiny is 10,000 transitions (seconds; td3 and rnd up to a minute), small 200,000 (scripted a
-            minute, td3 and rnd 5 to 20), exorl_like 10,000,000 as in ExoRL's archives (scripted an hour, td3 and rnd
-            half a day on two cores, and up to 4 GB of memory).
+            minute, td3 and rnd 10 to 20), exorl_like 10,000,000 as in ExoRL's archives (scripted an hour, td3 and rnd
+            more than half a day of one core, and up to 4 GB of memory).
         episodes: how many, in place of the preset's.
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only); by default one per available core.

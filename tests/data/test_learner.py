@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -5,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+import ringrl
 from ringrl.data import import_archive
 from ringrl.data.collect import collect
 from ringrl.data.collect.learner import initial_state, learn, make_update
 from ringrl.data.collect.td3 import Batch, Td3Settings
 from ringrl.data.exorl import Archive
-from ringrl.envs import DOMAINS
+from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
 
 TASK = "cartpole_swingup"
@@ -21,7 +23,7 @@ def _learn(folder: Path, episodes: int, *, task: str = TASK, progress=None, **ch
     (folder / "buffer").mkdir(parents=True, exist_ok=True)
     keywords = {"seed": 0, "is_reward_free": False, "settings": SMALL} | changes
     learn(task, folder, episodes=episodes, progress=progress or (lambda done, total: None), **keywords)
-    with Archive(folder, DOMAINS[task.partition("_")[0]]) as archive:
+    with Archive(folder, domain_of(task)) as archive:
         return list(archive)
 
 
@@ -80,12 +82,19 @@ def test_another_seed_gives_other_arrays(tmp_path):
     assert not np.array_equal(one["action"], other["action"])
 
 
-def test_a_reward_free_learner_records_the_rewards_of_the_task(tmp_path):
-    folder = collect("point_mass_maze_reach_top_left", tmp_path / "new", episodes=3, seed=0, method="rnd")
-    store = import_archive(folder, tmp_path / "store.h5", "point_mass_maze")
+def test_a_reward_free_learner_records_the_rewards_of_the_tasks(tmp_path):
+    _learn(tmp_path, 3, task="point_mass_maze_reach_top_left", settings=Td3Settings(width=32), is_reward_free=True)
+    store = import_archive(tmp_path, tmp_path / "store.h5", "point_mass_maze")
     assert store.episode(0)["reward"].shape == (1001, 4)
     for column, task in enumerate(DOMAINS["point_mass_maze"].tasks):
         np.testing.assert_allclose(store.arrays["reward"][:, column], store.arrays[f"reward/{task}"], atol=1e-5)
+
+
+def test_a_collection_says_how_it_came_about(tmp_path):
+    folder = collect(TASK, tmp_path / "new", episodes=1, seed=7, method="rnd")
+    assert sorted(path.name for path in folder.iterdir()) == ["buffer", "collection.json"]
+    found = json.loads((folder / "collection.json").read_text())
+    assert found == {"task": TASK, "method": "rnd", "episodes": 1, "seed": 7, "ringrl": ringrl.__version__}
 
 
 @pytest.mark.parametrize("is_reward_free", [False, True])
