@@ -93,6 +93,15 @@ def is_first() -> bool:
     return place()[0] == 0
 
 
+def check_met() -> None:
+    """UserError where JAX sees the devices of other hosts (as on a TPU pod) with which this process has not met."""
+    if jax.process_count() > place()[1]:
+        raise UserError(
+            f"the devices belong to {jax.process_count()} hosts, which have not met; "
+            "start the same command on each, with --distributed.enabled on"
+        )
+
+
 def wait_for_all(what: str, timeout: int) -> None:
     """Wait, at most `timeout` seconds, until every process has come to this point. `what` names it, once in a run."""
     if place()[1] > 1:

@@ -41,6 +41,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         not fit the task, a disk that is full.
     """
     settings = flat(config.model_dump(mode="json", exclude={"data"}))  # which each host may keep elsewhere
+    distributed.check_met()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
     distributed.agree("data", {"fingerprint of the data": store.fingerprint})

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
 from ringrl.config import DistributedConfig, TrainConfig
 from ringrl.data import EpisodeStore, import_archive
+from ringrl.errors import UserError
+from ringrl.training import train
 from ringrl.training.distributed import is_wanted
 
 HEARTBEAT = 8  # seconds
@@ -241,6 +244,13 @@ def test_a_plain_run_is_alone_and_others_are_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert is_wanted(DistributedConfig())
     assert not is_wanted(DistributedConfig(enabled="off"))
+
+
+def test_hosts_of_a_pod_that_have_not_met_are_refused(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)  # as the TPU runtime says without being asked
+    with pytest.raises(UserError, match=r"belong to 4 hosts, which have not met; .*--distributed.enabled on"):
+        train(tiny, quiet=True)
+    assert not tiny.run.exists()
 
 
 @pytest.mark.parametrize(
