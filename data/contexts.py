@@ -64,8 +64,9 @@ def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:
         context, trajectory = np.nonzero(np.diff(cuts, axis=1))
         begin, end = cuts[context, trajectory], cuts[context, trajectory + 1]
         timestep = first + begin * stride - plan.starts[context, trajectory]
-        columns = np.stack([context, trajectory, place + begin, end - begin, timestep], axis=1)
-        yield from (_Piece(*values, stride=stride) for values in columns.tolist())
+        strides = np.full_like(begin, stride)
+        columns = np.stack([context, trajectory, place + begin, end - begin, timestep, strides], axis=1)
+        yield from (_Piece(*values) for values in columns.tolist())
 
 
 def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:

@@ -21,6 +21,7 @@ def train(
     settings: Settings,
     config: Path | None = None,
     resume: bool = False,
+    profile: bool = False,
     distributed: DistributedConfig = HERE,
     launcher: Literal["none", "slurm"] = "none",
     slurm: SlurmConfig = PLAIN_JOB,
@@ -29,7 +30,8 @@ def train(
 
     Args:
         config: YAML file of settings; flags given beside it win.
-        resume: go on with the run exactly where its last checkpoint stands.
+        resume: go on with the run exactly where its last checkpoint stands, on these devices or others.
+        profile: write a JAX trace of steps 4 to 6 to the run's folder profile/.
         distributed: several processes as one run, each started with the same command.
         launcher: slurm: hand the run to SLURM and return, instead of training here.
         slurm: what is asked of SLURM.
@@ -39,14 +41,14 @@ def train(
     from ringrl.training.slurm import submit
     from ringrl.training.supervisor import run_supervised
 
-    run = settings.run
+    run, work = settings.run, partial(train_run, settings, profile=profile)
     if launcher == "slurm":
-        job, logs = submit(settings, slurm, resume)
+        job, logs = submit(work, settings.run, slurm, resume)
         print(f"job {job}, whose output goes to {logs}")
         return
     if not is_wanted(distributed):
-        train_run(settings, resume=resume)
-    elif run_supervised(partial(train_run, settings, resume=resume), distributed) != 0:
+        work(resume=resume)
+    elif run_supervised(partial(work, resume=resume), distributed) != 0:
         return  # process 0 speaks for all
     print(f"{run}; next: ringrl evaluate --checkpoint {run}")
 

@@ -102,12 +102,12 @@ class Checkpoints:
         self._manager.reload()
         return aside
 
-    def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float) -> None:
+    def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float | None) -> None:
         """Write the state, the state of the iterator over batches and the mean loss of late, in the background."""
         arrays, values = ocp.args.StandardSave(state._asdict()), ocp.args.JsonSave(info.to_json())
         items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(iterator))
         with self._naming_failures():
-            self._manager.save(int(state.step), args=items, metrics={"loss": loss})
+            self._manager.save(int(state.step), args=items, metrics=None if loss is None else {"loss": loss})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a checkpoint, shaped like `like`."""

@@ -20,7 +20,7 @@ import jax
 from ringrl.config import DistributedConfig
 from ringrl.errors import UserError
 
-MINUTE_MS = 60_000
+PATIENCE_MS = 600_000  # for one that is slow; one that is lost is missed sooner
 LINGER = 2.0  # seconds that process 0, which keeps the service, waits for the others to hear the last word
 STOP = "ringrl/stop"
 FAILED, USERS_TO_MEND, LOST, INTERRUPTED = 1, 2, 75, 130  # exit codes; 75 is "try again" in sysexits.h
@@ -68,7 +68,7 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
     threading.Thread(target=_end_with_the_others, daemon=True).start()
     try:
         work()
-        wait_for_all("end", config.start_timeout)
+        wait_for_all("end")
     except KeyboardInterrupt:
         _end("was interrupted", INTERRUPTED, "stopped; what was finished is kept")
     except Exception as error:
@@ -102,10 +102,10 @@ def check_met() -> None:
         )
 
 
-def wait_for_all(what: str, timeout: int) -> None:
-    """Wait, at most `timeout` seconds, until every process has come to this point. `what` names it, once in a run."""
+def wait_for_all(what: str) -> None:
+    """Wait until every process has come to this point. `what` names it, once in a run."""
     if place()[1] > 1:
-        _client().wait_at_barrier(f"ringrl/{what}", timeout * 1000)
+        _client().wait_at_barrier(f"ringrl/{what}", PATIENCE_MS)
 
 
 def first_then_others(work: Callable[[], object], visible: Path) -> None:
@@ -116,7 +116,7 @@ def first_then_others(work: Callable[[], object], visible: Path) -> None:
     """
     if is_first():
         work()
-    wait_for_all("first", 60)
+    wait_for_all("first")
     deadline = time.monotonic() + 30  # a network's file system may show it late
     while not visible.exists():
         if time.monotonic() > deadline:
@@ -136,7 +136,7 @@ def agree(what: str, settings: Mapping[str, object]) -> None:
     mine = {name: str(value) for name, value in settings.items()}
     if index == 0:
         _client().key_value_set(f"ringrl/{what}", json.dumps(mine))
-    theirs = json.loads(_client().blocking_key_value_get(f"ringrl/{what}", MINUTE_MS))
+    theirs = json.loads(_client().blocking_key_value_get(f"ringrl/{what}", PATIENCE_MS))
     differing = [
         f"{name} is {mine.get(name)}, and {theirs.get(name)} in process 0"
         for name in sorted({*mine, *theirs})
@@ -144,7 +144,7 @@ def agree(what: str, settings: Mapping[str, object]) -> None:
     ]
     if differing:
         raise UserError(f"process {index} of {count}: {'; '.join(differing)}; start all with the same command")
-    wait_for_all(f"agreed on {what}", 60)
+    wait_for_all(f"agreed on {what}")
 
 
 def _end_with_the_others() -> None:

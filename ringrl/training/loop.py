@@ -25,16 +25,25 @@ from ringrl.training.interruption import stop_on_sigterm
 from ringrl.training.learner import Learner, make_learner
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import Cost, Recorder, open_log, progress_bar
+from ringrl.training.profile import Profiler
 from ringrl.training.run_folder import check_dataset, claim_folder, flat
 from ringrl.training.step import TrainState
 from ringrl.training.throughput import peak_flops, step_flops
 
 
-def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> Path:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Path:
     """Train a policy and return the folder of the run.
 
     Batches depend on (seed, step) alone and the state is saved whole, so a run that was killed and resumed gives the
-    same metrics, bit for bit, as one that was not.
+    same metrics, bit for bit, as one that was not. SIGTERM ends it after the step it is in, saved. With `profile`, a
+    JAX trace of a few steps goes to the run's folder profile/.
 
     Raises:
       UserError: a run that exists (without `resume`), another configuration or dataset than the run's, data that does
@@ -64,7 +73,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     checkpoints = Checkpoints(config.run, config.keep_checkpoints)
     try:
         console = console or Console(stderr=True, quiet=not distributed.is_first())
-        _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet))
+        profiler = Profiler(config.run / "profile" if profile else None)
+        _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
     except OSError as error:
         raise UserError(
             f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
@@ -87,7 +97,12 @@ def _make_source(
 
 
 def _run_steps(
-    info: RunInfo, source: BatchSource, parallel: Parallel, checkpoints: Checkpoints, progress: Progress
+    info: RunInfo,
+    source: BatchSource,
+    parallel: Parallel,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    profiler: Profiler,
 ) -> None:
     config, console = info.config, progress.console
     learner = make_learner(partial(info.make_policy, parallel), config, parallel)
@@ -96,17 +111,19 @@ def _run_steps(
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
-    with closing(batches), open_log(config.run, start) as log, progress, stop_on_sigterm() as stop:
+    with closing(batches), closing(profiler), open_log(config.run, start) as log, progress, stop_on_sigterm() as stop:
         recorder = Recorder(config, _cost(config, source, learner, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
+            profiler.before(step - start, state)
             state, metrics = learner.step(state, batch)
             recorder.add(step, metrics)
             is_last = stop.after(step)
             is_checkpoint = is_last or step % config.checkpoint_every == 0 or step == config.optimiser.steps
-            if is_checkpoint or step % config.log_every == 0:
-                loss = recorder.flush()
-            if is_checkpoint:
+            loss = recorder.flush() if is_checkpoint or step % config.log_every == 0 else None
+            if is_checkpoint or recorder.failure:
                 checkpoints.save(state, info, batches.get_state(), loss)
+            if recorder.failure:
+                raise recorder.failure
             if is_last:
                 console.print(f"told to stop: saved after step {step}; --resume goes on from there")
                 return

@@ -114,6 +114,8 @@ class Cost(NamedTuple):
 class Recorder:
     """Holds metrics on the device until it is time to write them, so that logging never stalls the step."""
 
+    failure: UserError | None = None  # once more steps in a row were skipped than the configuration allows
+
     def __init__(self, config: TrainConfig, cost: Cost, log: MetricsLog, progress: Progress) -> None:
         self._config, self._cost, self._log, self._progress = config, cost, log, progress
         self._schedule = jax.jit(learning_rate(config.optimiser))
@@ -126,12 +128,8 @@ class Recorder:
         """Take the metrics of one step."""
         self._waiting.append((step, metrics))
 
-    def flush(self) -> float:
-        """Write what waits, and return its mean loss; this is where the host meets the device.
-
-        Raises:
-          UserError: more steps in a row were skipped than the configuration allows.
-        """
+    def flush(self) -> float | None:
+        """Write what waits, and return the mean of its finite losses; this is where the host meets the device."""
         values = jax.device_get(self._waiting)
         now = time.perf_counter()
         speed = self._speed(len(values) / (now - self._since))
@@ -140,7 +138,8 @@ class Recorder:
             entry = {"step": step} | {name: float(value) for name, value in metrics.items()}
             entries.append(entry | {"learning_rate": float(self._schedule(step - 1))} | speed)
         self._log.write(entries)
-        loss = float(np.mean([entry["loss"] for entry in entries]))
+        losses = [entry["loss"] for entry in entries if np.isfinite(entry["loss"])]
+        loss = float(np.mean(losses)) if losses else None
         self._show(values[-1][0], loss, speed)
         self._waiting, self._since = [], now
         self._report_skipped(entries)
@@ -154,7 +153,8 @@ class Recorder:
                 speed["mfu"] = speed["model_flops_per_second"] / self._cost.peak_flops
         return speed
 
-    def _show(self, step: int, loss: float, speed: dict[str, float]) -> None:
+    def _show(self, step: int, loss: float | None, speed: dict[str, float]) -> None:
+        loss = np.nan if loss is None else loss
         said = f"{speed['tokens_per_second']:,.0f} tokens/s"
         if "model_flops_per_second" in speed:
             said += f"  {speed['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
@@ -171,9 +171,9 @@ class Recorder:
             if not self._skipped_in_a_row:
                 continue
             what = f"step {entry['step']:.0f} (batch {entry['step'] - 1:.0f} of seed {self._config.seed})"
-            if self._skipped_in_a_row > allowed:
-                raise UserError(
-                    f"{self._config.run}: loss or gradients of {what} are not finite, as in the {allowed} steps before; "
-                    "none of them changed the parameters; lower optimiser.learning_rate, or start from an older checkpoint"
-                )
             self._progress.console.print(f"{what} skipped: its loss or gradients are not finite")
+            if self._skipped_in_a_row > allowed and self.failure is None:
+                self.failure = UserError(
+                    f"{self._config.run}: loss or gradients of {what} are not finite, as in the {allowed} steps "
+                    "before; none changed the parameters; lower optimiser.learning_rate or use an older checkpoint"
+                )

@@ -3,20 +3,24 @@
 import dataclasses
 import os
 import subprocess
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
+from ringrl.config import DistributedConfig, SlurmConfig
 from ringrl.errors import UserError
-from ringrl.training.loop import train
 from ringrl.training.supervisor import run_supervised
 
 FIRST_PORT, PORTS = 49_152, 16_384  # those that nobody may reserve
 
 
-def submit(settings: TrainConfig, slurm: SlurmConfig, resume: bool, cluster: str = "slurm") -> tuple[str, Path]:
+def submit(
+    work: Callable[..., object], run: Path, slurm: SlurmConfig, resume: bool, cluster: str = "slurm"
+) -> tuple[str, Path]:
     """Hand a run to the cluster; returns the number of the job and the folder of its output, beside the run's.
+
+    `work` takes the argument `resume` and can be pickled.
 
     Raises:
       UserError: submitit or SLURM is missing, the job is refused, or the run exists (without `resume`).
@@ -25,13 +29,13 @@ def submit(settings: TrainConfig, slurm: SlurmConfig, resume: bool, cluster: str
         import submitit
     except ImportError:
         raise UserError("--launcher slurm: needs submitit; install it with: pip install 'ringrl[slurm]'") from None
-    if not resume and (settings.run / "config.yaml").exists():
-        raise UserError(f"{settings.run}: holds a run already; use --resume to go on with it, or give another --run")
-    folder = settings.run.absolute().with_name(f"{settings.run.name}.slurm")
+    if not resume and (run / "config.yaml").exists():
+        raise UserError(f"{run}: holds a run already; use --resume to go on with it, or give another --run")
+    folder = run.absolute().with_name(f"{run.name}.slurm")
     try:
         executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=slurm.restarts)
-        executor.update_parameters(**_parameters(slurm, settings.run.name))
-        job = executor.submit(TrainJob(settings, slurm.gpus_per_node > 0))
+        executor.update_parameters(**_parameters(slurm, run.name))
+        job = executor.submit(TrainJob(work, slurm.gpus_per_node > 0))
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"--launcher slurm: the job was not taken ({' '.join(str(error).split())})") from error
     return job.job_id, folder
@@ -57,7 +61,7 @@ def _parameters(slurm: SlurmConfig, name: str) -> dict[str, Any]:
 class TrainJob:
     """What each task of the job does. It resumes always: the job may have been stopped and queued again."""
 
-    settings: TrainConfig
+    work: Callable[..., object]
     has_gpus: bool
 
     def __call__(self) -> None:
@@ -70,7 +74,7 @@ class TrainJob:
         config = DistributedConfig(
             coordinator=f"{task.hostnames[0]}:{port}", processes=task.num_tasks, process=task.global_rank
         )
-        run_supervised(partial(train, self.settings, resume=True), config)
+        run_supervised(partial(self.work, resume=True), config)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when the time is up."""

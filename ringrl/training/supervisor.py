@@ -19,7 +19,7 @@ from types import FrameType
 from ringrl.config import DistributedConfig
 from ringrl.errors import UserError
 from ringrl.training import distributed
-from ringrl.training.distributed import FAILED, LOST, USERS_TO_MEND, say
+from ringrl.training.distributed import FAILED, INTERRUPTED, LOST, USERS_TO_MEND, say
 
 KEPT = 16_384  # bytes of the child's last messages
 
@@ -52,7 +52,7 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
     if code == 0:
         return int(index)
     line, code = _explain(code, last, index, count, config)
-    if code not in (LOST, USERS_TO_MEND):
+    if code not in (LOST, USERS_TO_MEND, INTERRUPTED):
         sys.stderr.write(last)
     if line:
         say(line)
@@ -108,6 +108,7 @@ def _passing_on_signals(child: SpawnProcess) -> Iterator[None]:
 def _work(work: Callable[[], object], config: DistributedConfig, speaker: Connection, meeting: Connection) -> None:
     """The child."""
     os.setsid()  # so that signals of the terminal come once, passed on
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even where a shell in the background has it ignored
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # by which SLURM asks the process outside to queue the job again
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     for number in (1, 2):  # what is left to C++

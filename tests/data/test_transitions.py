@@ -7,6 +7,7 @@ from ringrl.config import ActorCriticConfig
 from ringrl.context import Transitions
 from ringrl.data import EpisodeStore, relabel
 from ringrl.data.normalisation import Normalisation
+from ringrl.data.selection import subset
 from ringrl.data.transitions import TransitionSampler
 from ringrl.envs import goal_space
 from ringrl.errors import UserError
@@ -71,6 +72,18 @@ def test_the_best_fraction_keeps_the_best_episodes(store: EpisodeStore) -> None:
     rows = store.episode(best)["observation"][:-1]
     expected = {row.tobytes() for row in made.normalisation.observation(rows)}
     assert {row.tobytes() for row in made.batch(0).observation} <= expected
+
+
+def test_of_part_of_the_data_neither_steps_nor_goals_of_the_rest_are_drawn(jaco_store: EpisodeStore) -> None:
+    config = ActorCriticConfig.model_validate({"hindsight": {"nearby": 1.0, "radius": 0.5}})
+    scale = Normalisation(np.zeros(42), np.ones(42), 250)
+    batch = TransitionSampler(jaco_store, JACO, config, scale, 500, 4, max_transitions=600).batch(0)
+    used = subset(jaco_store, 4, 600)
+    assert len(used) == 2
+    rows = np.concatenate([jaco_store.episode(int(i))["observation"] for i in used])
+    assert {row.tobytes() for row in batch.observation} <= {row.tobytes() for row in rows}
+    places = rows[:, goal_space("jaco").observation]
+    assert {row.tobytes() for row in batch.goal} <= {row.tobytes() for row in places}
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone(jaco_store: EpisodeStore) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ringrl.attention import to_layout
 from ringrl.config import ModelConfig
 from ringrl.model import TOKEN_SETS, make_policy
 from ringrl.model.heads import LOG_STD_RANGE, GaussianHead, MSEHead
@@ -44,6 +45,45 @@ def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, qui
         chosen = [per_step[0, 4], per_step[0, 5], per_step[1, 5]] if loss_on == "last" else per_step.ravel()
         np.testing.assert_allclose(found, np.mean(chosen), rtol=1e-5)
         assert found.shape == ()
+
+
+@pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_padding_changes_neither_loss_nor_actions(kind, loss_on, policy, context, quick):
+    """The second context has two steps fewer; whatever stands in the padding does not matter."""
+    made = policy(kind=kind, loss_on=loss_on, layers=1)
+    graph, state = nnx.split(made)
+    run = quick(lambda c: (nnx.merge(graph, state).loss(c), nnx.merge(graph, state).actions(c)))
+    whole = context(STEPS, length=2)
+    whole.weight[1, 4:] = 0
+    whole.trajectory[1, 4:] = 0
+    loss, found = run(whole)
+    parts = [whole, jax.tree.map(lambda x: x[1:, :4], whole)]
+    per_step = [
+        np.asarray(made.head.loss(made.features(part), jnp.asarray(part.action)))[row]
+        for part, row in zip(parts, (0, 0), strict=True)
+    ]
+    chosen = [x[-2:] for x in per_step] if loss_on == "last" else per_step
+    np.testing.assert_allclose(loss, np.concatenate(chosen).mean(), rtol=1e-5)
+    other = whole._replace(action=whole.action.copy(), observation=whole.observation.copy())
+    other.action[1, 4:], other.observation[1, 4:] = 0.5, -3
+    other_loss, other_found = run(other)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    np.testing.assert_array_equal(other_found[1, :4], found[1, :4])
+
+
+@pytest.mark.parametrize("token_set", TOKEN_SETS)
+@pytest.mark.parametrize("layout", ["striped", "zigzag"])
+def test_steps_may_lie_in_another_order(token_set, layout, policy, context, quick):
+    """Positions say when each was: the same loss, and the same actions at their new places."""
+    whole = context(8, length=3)
+    graph, state = nnx.split(policy(token_set=token_set, loss_on="last", timestep_embedding=True))
+    run = quick(lambda c: (nnx.merge(graph, state).loss(c), nnx.merge(graph, state).actions(c)))
+    loss, found = run(whole)
+    moved_loss, moved = run(jax.tree.map(lambda x: to_layout(x, layout, 4), whole))
+    np.testing.assert_allclose(moved_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(moved, to_layout(found, layout, 4), rtol=1e-5, atol=1e-5)
+    assert np.abs(moved - found).max() > 0.05
 
 
 def test_mean_squared_error_by_hand():

@@ -24,6 +24,16 @@ def test_rotary_angles():
     np.testing.assert_array_equal(found[:, 0], x[:, 0])
 
 
+def test_rotary_angles_hold_at_millions_of_tokens():
+    positions = np.array([1023, 1024, 511_999, 512_000, 4_000_001])
+    x = np.zeros((1, 5, 1, 64), np.float32)
+    x[..., :32] = 1
+    found = np.asarray(rotate(x, positions))[0, :, 0]
+    angle = positions[:, None] * 10_000.0 ** (-np.arange(32) / 32)
+    np.testing.assert_allclose(found[:4], np.concatenate([np.cos(angle), np.sin(angle)], 1)[:4], atol=5e-4)
+    np.testing.assert_allclose(found[4], np.concatenate([np.cos(angle), np.sin(angle)], 1)[4], atol=5e-3)
+
+
 def test_rotary_products_depend_on_the_distance_alone():
     random = np.random.default_rng(0)
     q, k = (random.normal(size=(1, 1, 1, 16)).astype(np.float32) for _ in range(2))

@@ -176,6 +176,16 @@ def test_a_process_that_is_killed_ends_the_others_within_a_minute(
     wait_until(lambda: not Path(f"/proc/{trainer}").exists(), Hosts(endless.run))  # nothing is left behind
 
 
+def test_ctrl_c_in_one_ends_all(hosts: Hosts, endless: TrainConfig) -> None:
+    hosts.start(endless, 2)
+    wait_until(lambda: is_training(endless), hosts)
+    hosts.started[1].send_signal(signal.SIGINT)
+    ends = [hosts.end(index, timeout=MINUTE) for index in (0, 1)]
+    assert [code for code, _, _ in ends] == [130, 130]
+    assert ends[0][2].splitlines()[-1] == "ringrl: process 1 of 2 was interrupted"
+    assert ends[1][2].splitlines()[-1] == "ringrl: stopped; what was finished is kept"
+
+
 def test_a_process_that_never_comes(hosts: Hosts, tiny: TrainConfig) -> None:
     hosts.start(tiny, 3, "--distributed.start-timeout=5", only=2)
     for index in (0, 1):

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ringrl.config import SlurmConfig, TrainConfig
 from ringrl.errors import UserError
-from ringrl.training import load_policy
+from ringrl.training import load_policy, train
 from ringrl.training.slurm import submit
 
 needs_submitit = pytest.mark.skipif(
@@ -37,7 +38,7 @@ def test_what_sbatch_is_given(tiny: TrainConfig, cluster: Path) -> None:
     asked = SlurmConfig(
         partition="gpu", nodes=4, gpus_per_node=8, cpus_per_task=12, minutes=90, setup=("module load x",)
     )
-    assert submit(tiny, asked, resume=False) == ("7", tiny.run.with_name("run.slurm"))
+    assert submit(partial(train, tiny), tiny.run, asked, resume=False) == ("7", tiny.run.with_name("run.slurm"))
     script = (cluster / "job.sh").read_text()
     for line in (
         "--partition=gpu", "--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8", "--cpus-per-task=12",
@@ -54,28 +55,31 @@ def test_what_sbatch_is_given(tiny: TrainConfig, cluster: Path) -> None:
 def test_jobs_that_cannot_be_taken(tiny: TrainConfig, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
     with pytest.raises(UserError, match="invalid partition specified: gpu"):
-        submit(tiny, SlurmConfig(partition="gpu"), resume=False)
+        submit(partial(train, tiny), tiny.run, SlurmConfig(partition="gpu"), resume=False)
     monkeypatch.setenv("PATH", str(tiny.run))
     with pytest.raises(UserError, match="srun"):
-        submit(tiny, SlurmConfig(), resume=False)
+        submit(partial(train, tiny), tiny.run, SlurmConfig(), resume=False)
     tiny.run.mkdir()
     (tiny.run / "config.yaml").touch()
     with pytest.raises(UserError, match="use --resume"):
-        submit(tiny, SlurmConfig(), resume=False)
+        submit(partial(train, tiny), tiny.run, SlurmConfig(), resume=False)
 
 
 def test_submitit_missing_is_said_with_what_to_do(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'ringrl\[slurm\]'"):
-        submit(tiny, SlurmConfig(), resume=False)
+        submit(partial(train, tiny), tiny.run, SlurmConfig(), resume=False)
 
 
 PROGRAM = """
 import json, sys
 from ringrl.config import SlurmConfig, TrainConfig
+from functools import partial
+from ringrl.training import train
 from ringrl.training.slurm import submit
 
-submit(TrainConfig.model_validate_json(sys.argv[1]), SlurmConfig(gpus_per_node=2, minutes=10), False, cluster="local")
+config = TrainConfig.model_validate_json(sys.argv[1])
+submit(partial(train, config), config.run, SlurmConfig(gpus_per_node=2, minutes=10), False, cluster="local")
 """
 
 
