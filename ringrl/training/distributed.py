@@ -155,8 +155,7 @@ def _end_with_the_others() -> None:
         return
     index, count = place()
     if word["process"] != index:
-        say(f"process {word['process']} of {count} {word['what']}")
-        _exit(word["code"])
+        _exit(word["code"], f"process {word['process']} of {count} {word['what']}")
 
 
 def _end(what: str, code: int, line: str = "") -> NoReturn:
@@ -168,10 +167,12 @@ def _end(what: str, code: int, line: str = "") -> NoReturn:
     _exit(code)
 
 
-def _exit(code: int) -> NoReturn:
+def _exit(code: int, last_line: str = "") -> NoReturn:
     sys.stdout.flush()
     if is_first():
         time.sleep(LINGER)
+    if last_line:
+        say(last_line)
     os._exit(code)
 
 
