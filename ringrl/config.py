@@ -199,6 +199,63 @@ class TrainConfig(Section):
     """Devices."""
 
 
+class DistributedConfig(Section):
+    """Several processes as one run. How they meet is no part of what the run is, and not saved with it."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """auto: where a coordinator is given or srun started several tasks; on: also where JAX finds Kubernetes, Cloud TPU
+    or MPI; off: alone."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, which all others can reach."""
+    processes: int | None = Field(None, ge=1)
+    """How many there are, where a coordinator is given."""
+    process: int | None = Field(None, ge=0)
+    """Which one this is, from 0, where a coordinator is given."""
+    start_timeout: int = Field(300, ge=1)
+    """Seconds within which all have to meet."""
+    heartbeat_timeout: int = Field(30, ge=2)
+    """Seconds after which a process that is silent counts as lost, which ends the run."""
+
+    @pydantic.model_validator(mode="after")
+    def _says_where_and_who(self) -> Self:
+        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
+        if any(given) and not all(given):
+            raise ValueError("coordinator, processes and process belong together; give all three, or none")
+        if self.coordinator is None or self.processes is None or self.process is None:
+            return self
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"coordinator {self.coordinator!r} is not of the form HOST:PORT")
+        if self.process >= self.processes:
+            raise ValueError(f"process {self.process} is none of {self.processes}, which count from 0")
+        return self
+
+
+class SlurmConfig(Section):
+    """What a job asks of SLURM; one process per GPU."""
+
+    partition: str | None = None
+    """Partition; without it, the cluster's default."""
+    account: str | None = None
+    """Account that pays."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    gpus_per_node: int = Field(0, ge=0)
+    """GPUs of each, with a process for each of them; 0: one process per machine, on its cores."""
+    cpus_per_task: int = Field(8, ge=1)
+    """Cores per process."""
+    memory: int = Field(64, ge=1)
+    """GB per machine."""
+    minutes: int = Field(1440, ge=2)
+    """Time after which the job is stopped, queued again and resumed."""
+    restarts: int = Field(10, ge=0)
+    """How often it is queued again after its time is up."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before the run, for example "module load cuda"."""
+
+
 def one_line(error: pydantic.ValidationError) -> str:
     """What is wrong with which setting, as one line."""
     return "; ".join(

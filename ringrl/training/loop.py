@@ -19,13 +19,14 @@ from ringrl.data.sharded import ShardedSampler
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.model.parallel import Parallel
+from ringrl.training import distributed
 from ringrl.training.checkpoints import Checkpoints, RunInfo, read_info
 from ringrl.training.interruption import stop_on_sigterm
 from ringrl.training.learner import Learner, make_learner
 from ringrl.training.mesh import make_parallel
-from ringrl.training.metrics import Cost, MetricsLog, Recorder, progress_bar
+from ringrl.training.metrics import Cost, Recorder, open_log, progress_bar
 from ringrl.training.profile import Profiler
-from ringrl.training.run_folder import check_dataset, claim_folder
+from ringrl.training.run_folder import check_dataset, claim_folder, flat
 from ringrl.training.step import TrainState
 from ringrl.training.throughput import peak_flops, step_flops
 
@@ -48,7 +49,11 @@ def train(
       UserError: a run that exists (without `resume`), another configuration or dataset than the run's, data that does
         not fit the task, a disk that is full.
     """
+    settings = flat(config.model_dump(mode="json", exclude={"data"}))  # which each host may keep elsewhere
+    distributed.check_met()
+    distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
+    distributed.agree("data", {"fingerprint of the data": store.fingerprint})
     episodes = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
     normalisation = Normalisation.of(store, config.ignored_observations, episodes)
     parallel = make_parallel(config)
@@ -64,12 +69,12 @@ def train(
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
     )
-    claim_folder(info, resume)
+    distributed.first_then_others(partial(claim_folder, info, resume), config.run / "config.yaml")
     checkpoints = Checkpoints(config.run, config.keep_checkpoints)
     try:
-        progress = progress_bar(console or Console(stderr=True), quiet)
+        console = console or Console(stderr=True, quiet=not distributed.is_first())
         profiler = Profiler(config.run / "profile" if profile else None)
-        _run_steps(info, source, parallel, checkpoints, progress, profiler)
+        _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
     except OSError as error:
         raise UserError(
             f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
@@ -106,19 +111,20 @@ def _run_steps(
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
-    with closing(batches), closing(profiler), MetricsLog(config.run, start) as log, progress, stop_on_sigterm() as stop:
+    with closing(batches), closing(profiler), open_log(config.run, start) as log, progress, stop_on_sigterm() as stop:
         recorder = Recorder(config, _cost(config, source, learner, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)
             state, metrics = learner.step(state, batch)
             recorder.add(step, metrics)
-            is_checkpoint = stop.asked or step % config.checkpoint_every == 0 or step == config.optimiser.steps
+            is_last = stop.after(step)
+            is_checkpoint = is_last or step % config.checkpoint_every == 0 or step == config.optimiser.steps
             loss = recorder.flush() if is_checkpoint or step % config.log_every == 0 else None
             if is_checkpoint or recorder.failure:
                 checkpoints.save(state, info, batches.get_state(), loss)
             if recorder.failure:
                 raise recorder.failure
-            if stop.asked:
+            if is_last:
                 console.print(f"told to stop: saved after step {step}; --resume goes on from there")
                 return
 

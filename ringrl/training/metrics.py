@@ -70,6 +70,24 @@ class MetricsLog:
         self._board.close()
 
 
+class SilentLog(MetricsLog):
+    """Of a process whose numbers another one writes: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, entries: list[dict[str, float]]) -> None:
+        """Nothing."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+
+def open_log(run: Path, step: int) -> MetricsLog:
+    """The log of a run, continued after `step`; of several processes, the first writes it."""
+    return MetricsLog(run, step) if jax.process_index() == 0 else SilentLog()
+
+
 def progress_bar(console: Console, disable: bool) -> Progress:
     """Steps done, loss, speed, time left."""
     return Progress(

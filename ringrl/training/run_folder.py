@@ -37,7 +37,7 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
         known = TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
     except pydantic.ValidationError as error:
         raise UserError(f"{saved}: does not fit this version ({one_line(error)}); start a new --run") from error
-    was, now = (_flat(settings.model_dump(mode="json")) for settings in (known, config))
+    was, now = (flat(settings.model_dump(mode="json")) for settings in (known, config))
     changed = [
         f"{name} was {was.get(name)}, is {value}"
         for name, value in now.items()
@@ -59,8 +59,9 @@ def check_dataset(info: RunInfo, saved: RunInfo) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of sections, by names like model.layers."""
+    settings: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return settings
