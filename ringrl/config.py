@@ -57,6 +57,14 @@ class ModelConfig(Section):
     """Key and value heads; they divide the query heads."""
     feed_forward: int = Field(4, ge=1)
     """Width of the feed-forward layer as a multiple of the width."""
+    attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] = "ring"
+    """Vanilla (all logits at once), memory_efficient (in tiles), blockwise (the feed-forward layer in blocks too), or
+    ring (and the keys sent from device to device, not gathered). All compute the same."""
+    block_tokens: int = Field(4096, ge=1)
+    """Tokens per device that the feed-forward layer takes at a time, with attention blockwise or ring."""
+    remat: Literal["none", "layers"] = "none"
+    """What the backward pass computes anew: nothing, or each layer but its attention (a third more work, and memory
+    for little more than each layer's input)."""
     timestep_embedding: bool = False
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False
@@ -115,6 +123,26 @@ class ActorCriticConfig(Section):
     """Other goals than the task's."""
 
 
+class MeshConfig(Section):
+    """Devices, and what each axis of them divides; their product is the number of devices used."""
+
+    data: int = Field(1, ge=1)
+    """Batch."""
+    fsdp: int = Field(1, ge=1)
+    """Batch and parameters."""
+    tensor: int = Field(1, ge=1)
+    """Heads and units of the feed-forward layer."""
+    seq: int = Field(1, ge=1)
+    """Each context, around a ring of this size (and parameters)."""
+    layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
+    """How a context's steps are dealt out to the ring; zigzag gives every device the same work."""
+
+    @property
+    def devices(self) -> int:
+        """In all."""
+        return self.data * self.fsdp * self.tensor * self.seq
+
+
 class OptimiserConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
@@ -122,6 +150,10 @@ class OptimiserConfig(Section):
     """Optimiser steps in all."""
     batch_size: int = Field(4, ge=1)
     """Contexts per step; transitions per step for td3_bc."""
+    accumulation: int = Field(1, ge=1)
+    """Parts that a batch is computed in, one after the other, to save memory; it divides the batch."""
+    skipped_steps: int = Field(5, ge=0)
+    """Steps in a row whose loss or gradients are not finite, and which change nothing, before the run stops."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float = Field(0.0, ge=0)
@@ -163,6 +195,65 @@ class TrainConfig(Section):
     """AdamW."""
     actor_critic: ActorCriticConfig = ActorCriticConfig()
     """TD3+BC."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices."""
+
+
+class DistributedConfig(Section):
+    """Several processes as one run. How they meet is no part of what the run is, and not saved with it."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """auto: where a coordinator is given or srun started several tasks; on: also where JAX finds Kubernetes, Cloud TPU
+    or MPI; off: alone."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, which all others can reach."""
+    processes: int | None = Field(None, ge=1)
+    """How many there are, where a coordinator is given."""
+    process: int | None = Field(None, ge=0)
+    """Which one this is, from 0, where a coordinator is given."""
+    start_timeout: int = Field(300, ge=1)
+    """Seconds within which all have to meet."""
+    heartbeat_timeout: int = Field(30, ge=2)
+    """Seconds after which a process that is silent counts as lost, which ends the run."""
+
+    @pydantic.model_validator(mode="after")
+    def _says_where_and_who(self) -> Self:
+        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
+        if any(given) and not all(given):
+            raise ValueError("coordinator, processes and process belong together; give all three, or none")
+        if self.coordinator is None or self.processes is None or self.process is None:
+            return self
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"coordinator {self.coordinator!r} is not of the form HOST:PORT")
+        if self.process >= self.processes:
+            raise ValueError(f"process {self.process} is none of {self.processes}, which count from 0")
+        return self
+
+
+class SlurmConfig(Section):
+    """What a job asks of SLURM; one process per GPU."""
+
+    partition: str | None = None
+    """Partition; without it, the cluster's default."""
+    account: str | None = None
+    """Account that pays."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    gpus_per_node: int = Field(0, ge=0)
+    """GPUs of each, with a process for each of them; 0: one process per machine, on its cores."""
+    cpus_per_task: int = Field(8, ge=1)
+    """Cores per process."""
+    memory: int = Field(64, ge=1)
+    """GB per machine."""
+    minutes: int = Field(1440, ge=2)
+    """Time after which the job is stopped, queued again and resumed."""
+    restarts: int = Field(10, ge=0)
+    """How often it is queued again after its time is up."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before the run, for example "module load cuda"."""
 
 
 def one_line(error: pydantic.ValidationError) -> str:

@@ -1,9 +1,12 @@
 """Shared by all rooms: small real datasets."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.extend.backend import clear_backends
 
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import save_episode
@@ -45,3 +48,20 @@ def jaco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jaco_store(jaco_folder: Path) -> EpisodeStore:
     """The same episodes as a store."""
     return import_archive(jaco_folder, jaco_folder.with_suffix(".h5"), "jaco")
+
+
+@pytest.fixture(scope="module")
+def eight_devices() -> Iterator[None]:
+    """Eight host devices for the tests of a module, and what there was before for those after it."""
+    if jax.local_device_count() >= 8:
+        yield
+        return
+    before = jax.config.jax_num_cpu_devices
+    _restart_with(8)
+    yield
+    _restart_with(before)
+
+
+def _restart_with(devices: int) -> None:
+    clear_backends()
+    jax.config.update("jax_num_cpu_devices", devices)

@@ -1,31 +1,43 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all, and that an interrupted process can go on filling."""
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ringrl.errors import UserError
 
+_DESCRIPTION = "collection.json"
+
 
 @contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def new_folder(destination: Path, description: Mapping[str, str | int]) -> Iterator[Path]:
     """Gives a hidden folder beside `destination` to fill; it takes that name when the block ends well.
 
-    If the block fails, the hidden folder is deleted. If the process is killed, the next one that wants the same
-    destination clears it.
+    The description of what is collected stays in it as collection.json. If the block fails or the process is killed,
+    the episodes finished by then stay in the hidden folder's buffer/, and the next call with the same destination and
+    the same description is given that folder to go on with. A folder without episodes is deleted.
 
     Raises:
-        UserError: `destination` exists and is not an empty folder, another process is filling it, or the disk refuses.
+        UserError: `destination` exists and is not an empty folder, another process is filling it, the hidden folder
+            holds part of another collection, or the disk refuses.
     """
     destination = destination.resolve()
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f"{destination}: already exists and is not an empty folder, remove it or choose another name")
+    partial = destination.with_name(f".{destination.name}.partial")
     try:
-        with _partial_folder(destination) as partial:
-            yield partial
+        with _locked(partial, destination):
+            _describe(partial, destination, description)
+            try:
+                yield partial
+            except BaseException:
+                if not any(partial.glob("buffer/*.npz")):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
             partial.replace(destination)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -33,30 +45,31 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _partial_folder(destination: Path) -> Iterator[Path]:
-    partial = destination.with_name(f".{destination.name}.partial")
+def _locked(partial: Path, destination: Path) -> Iterator[None]:
+    """Claims the folder for this process. The lock goes when the process does, however it ends."""
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
+    busy = UserError(f"{destination}: another process is collecting into it, wait for it or choose another name")
     try:
-        _lock(descriptor, partial, destination)
         try:
-            for remains in partial.iterdir():
-                shutil.rmtree(remains)
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        # Between opening and locking, another process may have given the very folder its final name.
+        if not (partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())):
+            raise busy
+        yield
     finally:
         os.close(descriptor)  # and with it the lock
 
 
-def _lock(descriptor: int, partial: Path, destination: Path) -> None:
-    """Claims the folder for this process. The lock goes when the process does, however it ends."""
-    busy = UserError(f"{destination}: another process is collecting into it, wait for it or choose another name")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise busy from None
-    # Between opening and locking, another process may have given the very folder its final name.
-    if not (partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())):
-        raise busy
+def _describe(partial: Path, destination: Path, description: Mapping[str, str | int]) -> None:
+    """Writes the description; an episode that is there already must have been recorded under the same one."""
+    path = partial / _DESCRIPTION
+    text = json.dumps(description, indent=2) + "\n"
+    if any(partial.glob("buffer/*.npz")) and (not path.exists() or path.read_text("utf-8", "replace") != text):
+        raise UserError(
+            f"{destination}: part of another collection waits in {partial} (its {_DESCRIPTION} says which): go on with "
+            "that one, remove the folder or choose another name"
+        )
+    path.write_text(text, "utf-8")

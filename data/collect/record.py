@@ -1,4 +1,4 @@
-"""One episode of a controller, under noise, as ExoRL would have recorded it."""
+"""Episodes as ExoRL would have recorded them, and one of a controller under noise."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float32, Float64
 
 from ringrl.data.collect.noise import coloured_noise
 from ringrl.data.collect.recipe import Recipe
 
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
+
+
+def start_seed(seed: int, index: int) -> int:
+    """The seed of an episode's start: `ringrl.envs.make(task, start_seed)` starts its first in the same state."""
+    return int(np.random.default_rng((seed, 2, index)).integers(2**32))
 
 
 @dataclass(frozen=True)
@@ -33,40 +38,83 @@ class Plan:
 
     @property
     def start_seed(self) -> int:
-        """`ringrl.envs.make(task, start_seed)` starts its first episode in the same state."""
-        return int(np.random.default_rng((self.seed, 2, self.index)).integers(2**32))
+        """See the function of this name."""
+        return start_seed(self.seed, self.index)
+
+
+class Recording:
+    """An episode in the making, on a simulation that it alone uses until it is over.
+
+    Attributes:
+        steps: how many have been taken.
+    """
+
+    def __init__(self, simulation: Simulation, start: int) -> None:
+        """Starts an episode from the seed `start`."""
+        domain = simulation.domain
+        rows = domain.episode_length + 1
+        self.steps = 0
+        self._simulation = simulation
+        self._tasks = domain.recorded_tasks(simulation.task)
+        self._sensors: list[np.ndarray] = []
+        self._scored = 0
+        self._observation = np.empty((rows, domain.observation_size), np.float32)
+        self._physics = np.empty((rows, domain.physics_size), np.float64)
+        self._action = np.zeros((rows, domain.action_size), np.float32)
+        self._reward = np.zeros((rows, len(self._tasks)), np.float32)
+        simulation.reset(np.random.RandomState(start))
+        self._read()
+
+    @property
+    def observation(self) -> Float32[np.ndarray, " observation"]:
+        """That of the present state."""
+        return self._observation[self.steps]
+
+    def step(self, action: Float[np.ndarray, " action"]) -> None:
+        """Takes a step and records it; what lies outside [-1, 1] is clipped."""
+        self.steps += 1
+        self._action[self.steps] = np.clip(action, -1, 1)
+        self._simulation.step(self._action[self.steps])
+        self._sensors.append(self._simulation.sensors())
+        self._read()
+
+    def score(self) -> None:
+        """Computes the rewards of the steps since the last call, all at once."""
+        rows = slice(self._scored + 1, self.steps + 1)
+        sensors = np.stack(self._sensors[self._scored :])
+        for column, task in enumerate(self._tasks):
+            self._reward[rows, column] = self._simulation.reward(task, sensors, self._action[rows])
+        self._scored = self.steps
+
+    def episode(self) -> dict[str, np.ndarray]:
+        """ExoRL's arrays of T+1 rows, all of them filled once the episode is over and scored.
+
+        observation (T+1, O), action (T+1, A), reward (T+1, 1 or one column per recorded task) and discount (T+1, 1)
+        float32, physics (T+1, P) float64; row t is the state s_t with the action and the reward that led to it, row 0
+        the start with zeros for both.
+        """
+        return {
+            "observation": self._observation,
+            "action": self._action,
+            "reward": self._reward,
+            "discount": np.ones((len(self._reward), 1), np.float32),
+            "physics": self._physics,
+        }
+
+    def _read(self) -> None:
+        self._observation[self.steps] = self._simulation.observation()
+        self._physics[self.steps] = self._simulation.physics_state()
 
 
 def record_episode(simulation: Simulation, recipe: Recipe, plan: Plan) -> dict[str, np.ndarray]:
-    """Run an episode and return ExoRL's arrays of T+1 rows.
-
-    observation (T+1, O), action (T+1, A), reward (T+1, 1 or one column per recorded task) and discount (T+1, 1)
-    float32, physics (T+1, P) float64; row t is the state s_t with the action and the reward that led to it, row 0 the
-    start with zeros for both.
-    """
+    """Runs an episode of a controller and returns its arrays; see `Recording.episode`."""
     domain = simulation.domain
-    steps = domain.episode_length
     random = np.random.default_rng((plan.seed, 0, plan.index))
-    simulation.reset(np.random.RandomState(plan.start_seed))
+    recording = Recording(simulation, plan.start_seed)
     share = random.uniform(0, plan.noise_limit)
-    noise = share * coloured_noise(random, steps, domain.action_size, exponent=random.uniform(0, 2))
+    noise = share * coloured_noise(random, domain.episode_length, domain.action_size, exponent=random.uniform(0, 2))
     controller = recipe.controller(simulation, plan.parameters)
-
-    observation = np.empty((steps + 1, domain.observation_size), np.float32)
-    physics = np.empty((steps + 1, domain.physics_size), np.float64)
-    action = np.zeros((steps + 1, domain.action_size), np.float32)
-    sensors = []
-    observation[0], physics[0] = simulation.observation(), simulation.physics_state()
-    for step in range(steps):
-        wanted = (1 - share) * np.clip(controller(step), -1, 1) + noise[step]
-        action[step + 1] = np.clip(wanted, -1, 1)
-        simulation.step(action[step + 1])
-        observation[step + 1], physics[step + 1] = simulation.observation(), simulation.physics_state()
-        sensors.append(simulation.sensors())
-
-    tasks = domain.recorded_tasks(simulation.task)
-    reward = np.zeros((steps + 1, len(tasks)), np.float32)
-    for column, task in enumerate(tasks):
-        reward[1:, column] = simulation.reward(task, np.stack(sensors), action[1:])
-    discount = np.ones((steps + 1, 1), np.float32)
-    return {"observation": observation, "action": action, "reward": reward, "discount": discount, "physics": physics}
+    for step in range(domain.episode_length):
+        recording.step((1 - share) * np.clip(controller(step), -1, 1) + noise[step])
+    recording.score()
+    return recording.episode()

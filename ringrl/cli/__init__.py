@@ -18,7 +18,7 @@ import tyro
 
 import ringrl
 from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info
-from ringrl.cli.run import Settings, evaluate, train
+from ringrl.cli.run import evaluate, train
 from ringrl.cli.study import ablate, demo, report
 from ringrl.config import TrainConfig, one_line, read_yaml
 from ringrl.errors import UserError
@@ -83,10 +83,12 @@ def _with_settings(arguments: list[str]) -> Callable[..., None]:
     default = whole.model_copy(update={name: tyro.MISSING for name in required if name not in values})
 
     @functools.wraps(train)
-    def command(settings: Settings = default, config: Path | None = None, resume: bool = False) -> None:
-        train(settings, config, resume)
+    def command(**flags: Any) -> None:
+        train(**flags)
 
-    command.__signature__ = inspect.signature(command, follow_wrapped=False)  # type: ignore[attr-defined]
+    signature = inspect.signature(train)
+    parameters = [p.replace(default=default) if p.name == "settings" else p for p in signature.parameters.values()]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return command
 
 

@@ -247,22 +247,38 @@ def data_info(store: tyro.conf.Positional[Path], json: bool = False, verify: boo
 
 
 def data_collect(
-    task: tyro.conf.Positional[str], output: Path, episodes: int = 200, seed: int = 0, workers: int | None = None
+    task: tyro.conf.Positional[str],
+    output: Path,
+    method: Literal["scripted", "td3", "rnd"] = "scripted",
+    preset: Literal["tiny", "small", "exorl_like"] = "small",
+    episodes: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
 ) -> None:
-    """Collect episodes of a task locally, in ExoRL's format, from nothing to near the ceiling (quadruped: less).
+    """Collect episodes of a task locally, in ExoRL's format: the history of a learner, from nothing to what it reached.
+
+    The folder appears when all is recorded. Until then the finished episodes are in the hidden folder .NAME.partial
+    beside it, which can be imported as it is; the same command goes on there after an interruption, to the same
+    episodes.
 
     Args:
         task: for example jaco_reach_top_left.
         output: folder to make; the episodes go into its buffer/.
-        episodes: how many.
-        seed: the same seed gives the same episodes, for any number of workers.
-        workers: processes; by default one per available core.
+        method: scripted searches a scripted controller's parameters, td3 learns a policy, rnd one that looks for states
+            it has not seen (random network distillation); the recorded reward is the task's with all of them.
+        preset: how much: tiny is 10,000 transitions (seconds; td3 and rnd up to a minute), small 200,000 (scripted a
+            minute, td3 and rnd 10 to 20), exorl_like 10,000,000 as in ExoRL's archives (scripted an hour, td3 and rnd
+            more than half a day of one core, and up to 4 GB of memory).
+        episodes: how many, in place of the preset's.
+        seed: the same seed gives the same episodes on the same machine, for any number of workers.
+        workers: processes (scripted only); by default one per available core.
     """
     from rich.progress import Progress
 
-    from ringrl.data.collect import collect
+    from ringrl.data.collect import collect, preset_episodes
     from ringrl.envs import domain_of
 
+    episodes = preset_episodes(preset, task) if episodes is None else episodes
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("collecting", total=episodes)
         collect(
@@ -270,6 +286,7 @@ def data_collect(
             output,
             episodes=episodes,
             seed=seed,
+            method=method,
             workers=workers,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )

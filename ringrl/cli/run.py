@@ -1,28 +1,55 @@
 """ringrl train and evaluate: one policy."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
 from ringrl.cli.words import command_line
-from ringrl.config import TrainConfig
+from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
 from ringrl.errors import UserError
 
 Settings = Annotated[TrainConfig, tyro.conf.arg(name="")]  # its flags stand at the top: --model.layers 4
 
 
-def train(settings: Settings, config: Path | None = None, resume: bool = False) -> None:
+HERE, PLAIN_JOB = DistributedConfig(), SlurmConfig()
+
+
+def train(
+    settings: Settings,
+    config: Path | None = None,
+    resume: bool = False,
+    profile: bool = False,
+    distributed: DistributedConfig = HERE,
+    launcher: Literal["none", "slurm"] = "none",
+    slurm: SlurmConfig = PLAIN_JOB,
+) -> None:
     """Train a policy.
 
     Args:
         config: YAML file of settings; flags given beside it win.
-        resume: go on with the run exactly where its last checkpoint stands.
+        resume: go on with the run exactly where its last checkpoint stands, on these devices or others.
+        profile: write a JAX trace of steps 4 to 6 to the run's folder profile/.
+        distributed: several processes as one run, each started with the same command.
+        launcher: slurm: hand the run to SLURM and return, instead of training here.
+        slurm: what is asked of SLURM.
     """
     from ringrl.training import train as train_run
+    from ringrl.training.distributed import is_wanted
+    from ringrl.training.slurm import submit
+    from ringrl.training.supervisor import run_supervised
 
-    run = train_run(settings, resume=resume)
+    run, work = settings.run, partial(train_run, settings, profile=profile)
+    if launcher == "slurm":
+        job, logs = submit(work, settings.run, slurm, resume)
+        print(f"job {job}, whose output goes to {logs}")
+        return
+    if not is_wanted(distributed):
+        work(resume=resume)
+    elif run_supervised(partial(work, resume=resume), distributed) != 0:
+        return  # process 0 speaks for all
     print(f"{run}; next: ringrl evaluate --checkpoint {run}")
 
 

@@ -4,7 +4,6 @@ Those that imitate offer loss(context); the actor-critic has losses of its own.
 """
 
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +14,57 @@ from ringrl.config import ModelConfig
 from ringrl.context import Context
 from ringrl.model.actor_critic import ActorCritic, Goal
 from ringrl.model.cache import KVCache
-from ringrl.model.heads import make_head
+from ringrl.model.heads import GaussianHead, MSEHead, make_head
+from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.model.transformer import Transformer
 
 
-def _mean_loss(loss: jax.Array, context: Context, loss_on: str) -> jax.Array:
-    """Mean over all steps of the data, or over those of the last trajectory of each context."""
-    weight = jnp.asarray(context.weight)
-    if loss_on == "last":
+class Imitation:
+    """Losses of a policy that is to act as the data does; it has `head`, `features` and `loss_on`."""
+
+    head: MSEHead | GaussianHead
+    loss_on: str
+
+    def loss(self, context: Context) -> Float32[Array, ""]:
+        """Mean imitation loss of the context's actions."""
+        return self.loss_sum(context) / self.loss_weight(context)
+
+    def loss_weight(self, context: Context) -> Float32[Array, ""]:
+        """What `loss_sum` is divided by: the steps that count, all or those of the last trajectory of each context."""
+        return self._weights(context).sum()
+
+    def loss_sum(self, context: Context) -> Float32[Array, ""]:
+        """Imitation loss of the context's actions, summed over the steps that count."""
+        loss = self.head.loss(self.features(context), jnp.asarray(context.action))
+        return (loss * self._weights(context)).sum()
+
+    def features(self, context: Context) -> Float[Array, "batch time width"]:
+        """What is known at each step."""
+        raise NotImplementedError
+
+    def _weights(self, context: Context) -> Float32[Array, "batch time"]:
+        weight = jnp.asarray(context.weight)
+        if self.loss_on == "all":
+            return weight
         trajectory = jnp.where(weight > 0, context.trajectory, -1)
-        weight *= trajectory == trajectory.max(1, keepdims=True)
-    return (loss * weight).sum() / weight.sum()
+        return weight * (trajectory == trajectory.max(1, keepdims=True))
 
 
-class AgenticTransformer(nnx.Module):
+class AgenticTransformer(Imitation, nnx.Module):
     """Chain of hindsight over trajectories (Liu & Abbeel, 2305.16554)."""
 
-    def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        observation_size: int,
+        action_size: int,
+        rngs: nnx.Rngs,
+        parallel: Parallel = ONE_DEVICE,
+    ) -> None:
         self.loss_on = config.loss_on
         self.embedding = TokenEmbedding(config, observation_size, action_size, rngs)
-        self.transformer = Transformer(config, rngs)
+        self.transformer = Transformer(config, rngs, parallel)
         self.head = make_head(config, action_size, rngs)
 
     @property
@@ -48,11 +77,7 @@ class AgenticTransformer(nnx.Module):
         token_set = self.embedding.token_set
         positions = token_set.size * jnp.asarray(context.position)[..., None] + jnp.arange(token_set.size)
         x = self.transformer(self.embedding(context), positions.reshape(len(positions), -1))
-        return x[:, len(token_set.before) - 1 :: token_set.size]
-
-    def loss(self, context: Context) -> Float32[Array, ""]:
-        """Mean imitation loss of the context's actions."""
-        return _mean_loss(self.head.loss(self.features(context), jnp.asarray(context.action)), context, self.loss_on)
+        return x.reshape(*context.position.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
         """The action at every step, given the context up to it."""
@@ -70,7 +95,7 @@ class AgenticTransformer(nnx.Module):
         return self.head.mode(x[:, -1]), memory
 
 
-class BehaviourCloning(nnx.Module):
+class BehaviourCloning(Imitation, nnx.Module):
     """A feed-forward policy of the present observation: the same data and training loop, no context, no target."""
 
     tokens_per_step = 1
@@ -90,10 +115,6 @@ class BehaviourCloning(nnx.Module):
             x = jax.nn.gelu(norm(layer(x)))
         return x
 
-    def loss(self, context: Context) -> Float32[Array, ""]:
-        """Mean imitation loss of the context's actions."""
-        return _mean_loss(self.head.loss(self.features(context), jnp.asarray(context.action)), context, self.loss_on)
-
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
         """The action at every step."""
         return self.head.mode(self.features(context))
@@ -112,10 +133,20 @@ Policy = AgenticTransformer | BehaviourCloning | ActorCritic
 
 
 def make_policy(
-    config: ModelConfig, observation_size: int, action_size: int, seed: int, goal: Goal | None = None
+    config: ModelConfig,
+    observation_size: int,
+    action_size: int,
+    seed: int,
+    goal: Goal | None = None,
+    parallel: Parallel = ONE_DEVICE,
 ) -> Policy:
-    """The policy that the configuration names, with parameters drawn from the seed; td3_bc is told the goal."""
+    """The policy that the configuration names, with parameters drawn from the seed.
+
+    td3_bc is told the goal; the transformer is split over the mesh.
+    """
+    rngs = nnx.Rngs(params=seed)
     if config.kind == "td3_bc":
-        return ActorCritic(config, observation_size, action_size, nnx.Rngs(params=seed), goal)
-    kind: Any = {"transformer": AgenticTransformer, "behaviour_cloning": BehaviourCloning}[config.kind]
-    return kind(config, observation_size, action_size, nnx.Rngs(params=seed))
+        return ActorCritic(config, observation_size, action_size, rngs, goal)
+    if config.kind == "behaviour_cloning":
+        return BehaviourCloning(config, observation_size, action_size, rngs)
+    return AgenticTransformer(config, observation_size, action_size, rngs, parallel)

@@ -1,24 +1,37 @@
 """A pre-norm transformer with rotary positions and grouped-query heads, over whole contexts or token by token."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from ringrl.attention import append_to_cache, attention, decode_attention
+from ringrl.attention import append_to_cache, attention, decode_attention, ring_attention
 from ringrl.config import ModelConfig
+from ringrl.model.blocks import in_blocks
 from ringrl.model.cache import KVCache, empty_cache
+from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
 
 ROTARY_BASE = 10_000.0
+ROTARY_BLOCK = 1024  # tokens
+SAVED = "ring_attention"  # what ringrl.attention calls its results: kept by remat, so that no ring is run twice
 
 
 def rotate(
     x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, "*batch tokens"]
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Rotary position embedding (RoFormer, 2104.09864): halves of the head turn by position * base^(-2i/D)."""
+    """Rotary position embedding (RoFormer, 2104.09864): halves of the head turn by position * base^(-2i/D).
+
+    Positions may be millions: whole turns of thousands of tokens are taken out in float64 beforehand, for the plain
+    product in float32 is off by 0.03 at half a million.
+    """
     half = x.shape[-1] // 2
-    frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency  # (..., tokens, 1, half)
+    frequency = ROTARY_BASE ** (-np.arange(half) / half)
+    many = np.asarray((frequency * ROTARY_BLOCK) % (2 * np.pi), np.float32)
+    blocks, rest = (y[..., None, None].astype(jnp.float32) for y in jnp.divmod(positions, ROTARY_BLOCK))
+    angle = blocks * many + rest * np.asarray(frequency, np.float32)  # (..., tokens, 1, half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -27,22 +40,44 @@ def rotate(
 class Attention(nnx.Module):
     """Causal self-attention."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.head_dim = config.width // config.heads
-        dtype = jnp.dtype(config.dtype)
-        features = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nnx.Linear(config.width, features, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(config.width, config.width, use_bias=False, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
+        self.kv_heads, self.head_dim = config.kv_heads, config.width // config.heads
+        self.kind, self.parallel = config.attention, parallel
+        linear = partial(nnx.LinearGeneral, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        width, heads = config.width, (config.heads, self.head_dim)
+        self.query = linear(width, heads, kernel_init=split("embed", "heads", None))
+        key_value = (2, config.kv_heads, self.head_dim)
+        self.key_value = linear(width, key_value, kernel_init=split("embed", None, "heads", None))
+        self.out = linear(heads, width, axis=(-2, -1), kernel_init=split("heads", None, "embed"))
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv = self.qkv(x).reshape(*x.shape[:2], -1, self.head_dim)
-        q, k, v = jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2)
-        return rotate(q, positions), rotate(k, positions), v
+        keys, values = jnp.moveaxis(self.key_value(x), 2, 0)
+        q, k, v = rotate(self.query(x), positions), rotate(keys, positions), values
+        q, k, v = (self.parallel.constrain(y, "batch", "time", "heads", None) for y in (q, k, v))
+        return q, k, v
 
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        q, k, v = self._project(x, jnp.arange(x.shape[1]) if positions is None else positions)
-        return self.out(attention(q, k, v, is_causal=True, positions=positions).reshape(x.shape))
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return self.out(self._attend(*self._project(x, positions), positions))
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+        if self.kind == "vanilla":
+            seen = positions[..., None, :, None] >= positions[..., None, None, :]
+            return jax.nn.dot_product_attention(q, k, v, mask=jnp.broadcast_to(seen, (1, *seen.shape)[-4:]))
+        mesh, layout = self.parallel.mesh, self.parallel.layout
+        if mesh is None:
+            return attention(q, k, v, is_causal=True, positions=positions)
+        return ring_attention(
+            q, k, v,
+            mesh=mesh,
+            axis_name="seq",
+            layout=layout,
+            strategy="ring" if self.kind == "ring" else "all_gather",
+            batch_axes=SPLIT["batch"],
+            head_axes=SPLIT["heads"],
+            is_causal=True,
+            # Steps are dealt out, not tokens: the same thing in all layouts but this.
+            positions=positions if layout == "striped" else None,
+        )  # fmt: skip
 
     def decode(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array
@@ -51,33 +86,43 @@ class Attention(nnx.Module):
         q, k, v = self._project(x, length + jnp.arange(x.shape[1]))
         keys, values = append_to_cache(keys, k, length), append_to_cache(values, v, length)
         o = decode_attention(q, keys.astype(q.dtype), values.astype(q.dtype), length=length + x.shape[1])
-        return self.out(o.reshape(x.shape)), keys, values
+        return self.out(o), keys, values
 
 
 class FeedForward(nnx.Module):
     """Two linear maps with a GELU between."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.dtype)
+        linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
         hidden = config.feed_forward * config.width
-        self.up = nnx.Linear(config.width, hidden, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(hidden, config.width, dtype=dtype, rngs=rngs)
+        bias = partial(split, initialiser=nnx.initializers.zeros_init())
+        self.up = linear(config.width, hidden, kernel_init=split("embed", "hidden"), bias_init=bias("hidden"))
+        self.down = linear(hidden, config.width, kernel_init=split("hidden", "embed"), bias_init=bias("embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.up(x)))
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); the sums stay in float32."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.attention_norm = nnx.RMSNorm(config.width, rngs=rngs)
-        self.attention = Attention(config, rngs)
-        self.feed_forward_norm = nnx.RMSNorm(config.width, rngs=rngs)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.attention_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, rngs, parallel)
+        self.feed_forward_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.feed_forward = FeedForward(config, rngs)
+        self.is_blockwise = config.attention in ("blockwise", "ring")
+        self.block_tokens, self.parallel = config.block_tokens, parallel
 
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), positions)
+        x = self.parallel.constrain(x, "batch", "time", None)
+        if self.is_blockwise:
+            return in_blocks(self._feed_forward, x, self.block_tokens, self.parallel)
+        return self._feed_forward(x)
+
+    def _feed_forward(self, x: jax.Array) -> jax.Array:
         return x + self.feed_forward(self.feed_forward_norm(x))
 
     def decode(
@@ -85,40 +130,54 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As __call__, for new tokens behind a cache."""
         y, keys, values = self.attention.decode(self.attention_norm(x), keys, values, length)
-        x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), keys, values
+        return self._feed_forward(x + y), keys, values
 
 
 class Transformer(nnx.Module):
-    """Blocks and a final norm: (B, S, W) -> (B, S, W), causal, rotary on the token's index in the context."""
+    """Blocks and a final norm: (B, S, W) -> (B, S, W), causal, rotary on the token's index in the context.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+    The parameters of all blocks lie in one array per kind, its first axis the layer: one scan compiles one block.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
+        self.layers, self.dtype, self.remat = config.layers, jnp.dtype(config.dtype), config.remat
+        self.cache_shape = (config.kv_heads, config.width // config.heads)
+        make = nnx.vmap(lambda rngs: Block(config, rngs, parallel), transform_metadata={nnx.PARTITION_NAME: "layers"})
+        self.blocks = make(rngs.split(config.layers))
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
-        self.dtype = jnp.dtype(config.dtype)
+        self.parallel = parallel
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], positions: Int32[Array, "batch tokens"] | None = None
+        self, x: Float[Array, "batch tokens width"], positions: Int32[Array, "*batch tokens"] | None = None
     ) -> Float[Array, "batch tokens width"]:
-        """All tokens of a context; they may lie in any order if their positions in it are given."""
-        x = x.astype(jnp.float32)
-        for block in self.blocks:
-            x = block(x, positions)
-        return self.norm(x)
+        """Features of all tokens, float32; `positions` (0 ... S-1 by default) say where each stands in its context."""
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32) if positions is None else positions
+        graph, parameters = nnx.split(self.blocks)
+
+        def layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, parameters)(x, positions), None
+
+        if self.remat == "layers":
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
+        x = self.parallel.constrain(x.astype(self.dtype), "batch", "time", None)
+        x, _ = jax.lax.scan(layer, x, parameters)
+        return self.norm(x.astype(jnp.float32))
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache for `batch` contexts of up to `capacity` tokens."""
-        layer = self.blocks[0].attention
-        return empty_cache(len(self.blocks), (batch, capacity, layer.kv_heads, layer.head_dim), self.dtype)
+        return empty_cache(self.layers, (batch, capacity, *self.cache_shape), self.dtype)
 
     def decode(
         self, x: Float[Array, "batch new_tokens width"], cache: KVCache
     ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
         """As __call__ on the whole context, for its newest tokens only."""
-        x = x.astype(jnp.float32)
+        x = x.astype(self.dtype)
+        graph, parameters = nnx.split(self.blocks)
         all_keys, all_values = [], []
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+        for index, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            block = nnx.merge(graph, jax.tree.map(lambda stacked, index=index: stacked[index], parameters))
             x, keys, values = block.decode(x, keys, values, cache.length)
             all_keys.append(keys)
             all_values.append(values)
-        return self.norm(x), KVCache(tuple(all_keys), tuple(all_values), cache.length + x.shape[1])
+        x = self.norm(x.astype(jnp.float32))
+        return x, KVCache(tuple(all_keys), tuple(all_values), cache.length + x.shape[1])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pydantic
 from flax import nnx
+from orbax.checkpoint import checkpoint_managers as policies
 
 from ringrl.config import TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, goal_space
 from ringrl.errors import UserError
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
+from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.learner import make_learner
 from ringrl.training.step import TrainState, with_params
 
@@ -52,11 +55,11 @@ class RunInfo:
         config = TrainConfig.model_validate(values["config"])
         return cls(**values | {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])})
 
-    def make_policy(self) -> Policy:
+    def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
         """The run's policy as it was before training."""
         config = self.config
         goal = self.goal(config.task) if config.model.kind == "td3_bc" else None  # no other kind needs MuJoCo here
-        return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal)
+        return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal, parallel)
 
     def goal(self, task: str) -> Goal | None:
         """What a task of the run's domain asks to be reached, in terms of the run's observations; None: no place."""
@@ -72,25 +75,39 @@ class RunInfo:
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; each is written aside and renamed by orbax, so none is half-written."""
+    """The checkpoints of one run; each is written aside and renamed by orbax, so none is half-written.
+
+    Kept are the newest (`keep` of them, or all) and the one of lowest loss.
+    """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
         self.folder = run / "checkpoints"
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
+        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(preservation_policy=kept, enable_async_checkpointing=True),
         )
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, newest last."""
+        return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any]) -> None:
-        """Write the state and the state of the iterator over batches in the background."""
+    def lay_aside(self, step: int) -> Path:
+        """Put a checkpoint where it is in nobody's way; returns where."""
+        aside = self.folder.parent / f"damaged_checkpoint_{step}"
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        return aside
+
+    def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float | None) -> None:
+        """Write the state, the state of the iterator over batches and the mean loss of late, in the background."""
         arrays, values = ocp.args.StandardSave(state._asdict()), ocp.args.JsonSave(info.to_json())
         items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(iterator))
         with self._naming_failures():
-            self._manager.save(int(state.step), args=items)
+            self._manager.save(int(state.step), args=items, metrics=None if loss is None else {"loss": loss})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a checkpoint, shaped like `like`."""
@@ -174,7 +191,7 @@ def load_policy(run: Path, step: int | None = None) -> TrainedPolicy:
     step, info = read_info(run, step)
     policy = info.make_policy()
     checkpoints = Checkpoints(run)
-    state = checkpoints.restore(step, make_learner(policy, info.config).state)
+    state = checkpoints.restore(step, make_learner(info.make_policy, info.config).state)
     checkpoints.close()
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):

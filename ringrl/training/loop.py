@@ -1,47 +1,63 @@
 """A training run from its configuration to its last checkpoint, exactly resumable."""
 
-import time
 from contextlib import closing
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import pydantic
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
-from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
+from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.loader import BatchSource, iterate_batches
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
 from ringrl.data.selection import eligible_episodes
+from ringrl.data.sharded import ShardedSampler
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
+from ringrl.model.parallel import Parallel
+from ringrl.training import distributed
 from ringrl.training.checkpoints import Checkpoints, RunInfo, read_info
-from ringrl.training.learner import make_learner
-from ringrl.training.metrics import MetricsLog, progress_bar
-from ringrl.training.optimiser import learning_rate
+from ringrl.training.interruption import stop_on_sigterm
+from ringrl.training.learner import Learner, make_learner
+from ringrl.training.mesh import make_parallel
+from ringrl.training.metrics import Cost, Recorder, open_log, progress_bar
+from ringrl.training.profile import Profiler
+from ringrl.training.run_folder import check_dataset, claim_folder, flat
+from ringrl.training.step import TrainState
+from ringrl.training.throughput import peak_flops, step_flops
 
-PLACES = ("data", "run", "keep_checkpoints")  # where things lie may change between a run and its resumption
 
-
-def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> Path:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Path:
     """Train a policy and return the folder of the run.
 
     Batches depend on (seed, step) alone and the state is saved whole, so a run that was killed and resumed gives the
-    same metrics, bit for bit, as one that was not.
+    same metrics, bit for bit, as one that was not. SIGTERM ends it after the step it is in, saved. With `profile`, a
+    JAX trace of a few steps goes to the run's folder profile/.
 
     Raises:
       UserError: a run that exists (without `resume`), another configuration or dataset than the run's, data that does
         not fit the task, a disk that is full.
     """
+    settings = flat(config.model_dump(mode="json", exclude={"data"}))  # which each host may keep elsewhere
+    distributed.check_met()
+    distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
+    distributed.agree("data", {"fingerprint of the data": store.fingerprint})
     episodes = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
     normalisation = Normalisation.of(store, config.ignored_observations, episodes)
-    source = _make_source(store, config, normalisation)
+    parallel = make_parallel(config)
+    source = _make_source(store, config, normalisation, parallel)
     info = RunInfo(
         config=config,
         normalisation=normalisation,
@@ -53,10 +69,12 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
     )
-    _claim_folder(info, resume)
+    distributed.first_then_others(partial(claim_folder, info, resume), config.run / "config.yaml")
     checkpoints = Checkpoints(config.run, config.keep_checkpoints)
     try:
-        _run_steps(info, source, checkpoints, console or Console(stderr=True), quiet)
+        console = console or Console(stderr=True, quiet=not distributed.is_first())
+        profiler = Profiler(config.run / "profile" if profile else None)
+        _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
     except OSError as error:
         raise UserError(
             f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
@@ -66,115 +84,77 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     return config.run
 
 
-def _make_source(store: EpisodeStore, config: TrainConfig, normalisation: Normalisation) -> BatchSource:
+def _make_source(
+    store: EpisodeStore, config: TrainConfig, normalisation: Normalisation, parallel: Parallel
+) -> BatchSource:
     """What draws the batches that the configured kind of model is trained on."""
     size, seed, context = config.optimiser.batch_size, config.seed, config.context
     if config.model.kind == "td3_bc":
         chosen = context.best_fraction, context.max_transitions
         return TransitionSampler(store, config.task, config.actor_critic, normalisation, size, seed, *chosen)
-    return ContextSampler(store, config.task, context, normalisation, size, seed)
+    sampler = ContextSampler(store, config.task, context, normalisation, size, seed)
+    return sampler if parallel.mesh is None else ShardedSampler(sampler, parallel.mesh, parallel.layout)
 
 
-def _claim_folder(info: RunInfo, resume: bool) -> None:
-    """Make the run's folder, or check that what is to be resumed is the same run."""
-    config = info.config
-    saved = config.run / "config.yaml"
-    if not saved.exists():
-        temporary = saved.with_suffix(".tmp")
-        try:
-            config.run.mkdir(parents=True, exist_ok=True)
-            if any(path != temporary for path in config.run.iterdir()):  # which a kill may leave
-                raise UserError(f"{config.run}: holds other files and no run; give another --run")
-            temporary.write_text(to_yaml(config))
-            temporary.replace(saved)
-        except OSError as error:
-            raise UserError(f"{config.run}: cannot be made ({error.strerror}); give another --run") from error
-        return
-    if not resume:
-        raise UserError(f"{config.run}: holds a run already; use --resume to go on with it, or give another --run")
-    try:
-        known = TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
-    except pydantic.ValidationError as error:
-        raise UserError(f"{saved}: does not fit this version ({one_line(error)}); start a new --run") from error
-    was, now = (_flat(settings.model_dump(mode="json")) for settings in (known, config))
-    changed = [
-        f"{name} was {was.get(name)}, is {value}"
-        for name, value in now.items()
-        if name not in PLACES and was.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{saved}: the run has another configuration ({'; '.join(changed)}); "
-            "resume with the same, or start a new --run"
-        )
-
-
-def _check_dataset(info: RunInfo, saved: RunInfo) -> None:
-    if saved.data_fingerprint != info.data_fingerprint:
-        raise UserError(
-            f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
-            f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]})"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _run_steps(info: RunInfo, source: BatchSource, checkpoints: Checkpoints, console: Console, quiet: bool) -> None:
-    config = info.config
-    policy = info.make_policy()
-    state, train_step = make_learner(policy, config)
-    stop = config.optimiser.steps
-    batches = iterate_batches(source, stop)
-    saved = checkpoints.latest()
-    if saved is not None:
-        _check_dataset(info, read_info(config.run, saved)[1])
-        state = checkpoints.restore(saved, state)
-        batches.set_state(checkpoints.restore_iterator(saved))
+def _run_steps(
+    info: RunInfo,
+    source: BatchSource,
+    parallel: Parallel,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    profiler: Profiler,
+) -> None:
+    config, console = info.config, progress.console
+    learner = make_learner(partial(info.make_policy, parallel), config, parallel)
+    batches = iterate_batches(source, config.optimiser.steps)
+    state, iterator = _newest(info, learner.state, checkpoints, console)
+    if iterator is not None:
+        batches.set_state(iterator)
     start = int(state.step)
-    with closing(batches), MetricsLog(config.run, start) as log, progress_bar(console, quiet) as progress:
-        recorder = _Recorder(config, source.steps_per_batch * policy.tokens_per_step, log, progress)
+    with closing(batches), closing(profiler), open_log(config.run, start) as log, progress, stop_on_sigterm() as stop:
+        recorder = Recorder(config, _cost(config, source, learner, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
-            state, metrics = train_step(state, batch)
+            profiler.before(step - start, state)
+            state, metrics = learner.step(state, batch)
             recorder.add(step, metrics)
-            is_checkpoint = step % config.checkpoint_every == 0 or step == stop
-            if is_checkpoint or step % config.log_every == 0:
-                recorder.flush()
-            if is_checkpoint:
-                checkpoints.save(state, info, batches.get_state())
+            is_last = stop.after(step)
+            is_checkpoint = is_last or step % config.checkpoint_every == 0 or step == config.optimiser.steps
+            loss = recorder.flush() if is_checkpoint or step % config.log_every == 0 else None
+            if is_checkpoint or recorder.failure:
+                checkpoints.save(state, info, batches.get_state(), loss)
+            if recorder.failure:
+                raise recorder.failure
+            if is_last:
+                console.print(f"told to stop: saved after step {step}; --resume goes on from there")
+                return
 
 
-class _Recorder:
-    """Holds metrics on the device until it is time to write them, so that logging never stalls the step."""
+def _newest(
+    info: RunInfo, like: TrainState, checkpoints: Checkpoints, console: Console
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """State and place in the data of the newest checkpoint that can be read; the run's beginning where there is none.
 
-    def __init__(self, config: TrainConfig, tokens: int, log: MetricsLog, progress: Progress) -> None:
-        self._schedule = jax.jit(learning_rate(config.optimiser))
-        self._tokens, self._log, self._progress = tokens, log, progress
-        self._task: TaskID | None = None
-        self._stop = config.optimiser.steps
-        self._waiting: list[tuple[int, dict[str, jax.Array]]] = []
-        self._since = time.perf_counter()
+    Checkpoints that are damaged are laid aside, which is said.
+    """
+    damaged: UserError | None = None
+    for step in reversed(checkpoints.steps()):
+        try:
+            saved = read_info(info.config.run, step)[1]
+            found = checkpoints.restore(step, like), checkpoints.restore_iterator(step)
+        except UserError as error:
+            damaged = damaged or error
+            console.print(f"{error}; laid aside as {checkpoints.lay_aside(step)}", soft_wrap=True)
+            continue
+        check_dataset(info, saved)
+        return found
+    if damaged is not None:
+        raise damaged
+    return like, None
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of one step."""
-        self._waiting.append((step, metrics))
 
-    def flush(self) -> None:
-        """Write what waits; this is where the host meets the device."""
-        values = jax.device_get(self._waiting)
-        now = time.perf_counter()
-        rate = len(values) * self._tokens / (now - self._since)
-        entries = []
-        for step, metrics in values:
-            entry = {"step": step} | {name: float(value) for name, value in metrics.items()}
-            entries.append(entry | {"learning_rate": float(self._schedule(step - 1)), "tokens_per_second": rate})
-        self._log.write(entries)
-        loss = float(np.mean([entry["loss"] for entry in entries]))
-        if self._task is None:
-            self._task = self._progress.add_task("training", total=self._stop, loss=loss, rate=rate)
-        self._progress.update(self._task, completed=values[-1][0], loss=loss, rate=rate)
-        self._waiting, self._since = [], now
+def _cost(config: TrainConfig, source: BatchSource, learner: Learner, parallel: Parallel) -> Cost:
+    """Of a step of this run."""
+    tokens = source.steps_per_batch * learner.tokens_per_step
+    devices = 1 if parallel.mesh is None else parallel.mesh.size
+    contexts = config.optimiser.batch_size
+    return Cost(tokens, step_flops(config.model, tokens // contexts, contexts), peak_flops(devices))

@@ -1,13 +1,28 @@
 """Where a run's numbers go: metrics.jsonl (one line per step), TensorBoard, and a live line in the terminal."""
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
+import jax
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tensorboardX import SummaryWriter
+
+from ringrl.config import TrainConfig
+from ringrl.errors import UserError
+from ringrl.training.optimiser import learning_rate
 
 
 class MetricsLog:
@@ -55,16 +70,110 @@ class MetricsLog:
         self._board.close()
 
 
+class SilentLog(MetricsLog):
+    """Of a process whose numbers another one writes: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, entries: list[dict[str, float]]) -> None:
+        """Nothing."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+
+def open_log(run: Path, step: int) -> MetricsLog:
+    """The log of a run, continued after `step`; of several processes, the first writes it."""
+    return MetricsLog(run, step) if jax.process_index() == 0 else SilentLog()
+
+
 def progress_bar(console: Console, disable: bool) -> Progress:
-    """Steps done, loss, tokens per second, time left."""
+    """Steps done, loss, speed, time left."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s"),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
         disable=disable,
     )
+
+
+class Cost(NamedTuple):
+    """What a step takes."""
+
+    tokens: int
+    flops: float | None  # operations of the model, where they are counted (training/throughput.py)
+    peak_flops: float | None  # operations per second of all devices, where a data sheet says so
+
+
+class Recorder:
+    """Holds metrics on the device until it is time to write them, so that logging never stalls the step."""
+
+    failure: UserError | None = None  # once more steps in a row were skipped than the configuration allows
+
+    def __init__(self, config: TrainConfig, cost: Cost, log: MetricsLog, progress: Progress) -> None:
+        self._config, self._cost, self._log, self._progress = config, cost, log, progress
+        self._schedule = jax.jit(learning_rate(config.optimiser))
+        self._task: TaskID | None = None
+        self._skipped_in_a_row = 0
+        self._waiting: list[tuple[int, dict[str, jax.Array]]] = []
+        self._since = time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics of one step."""
+        self._waiting.append((step, metrics))
+
+    def flush(self) -> float | None:
+        """Write what waits, and return the mean of its finite losses; this is where the host meets the device."""
+        values = jax.device_get(self._waiting)
+        now = time.perf_counter()
+        speed = self._speed(len(values) / (now - self._since))
+        entries = []
+        for step, metrics in values:
+            entry = {"step": step} | {name: float(value) for name, value in metrics.items()}
+            entries.append(entry | {"learning_rate": float(self._schedule(step - 1))} | speed)
+        self._log.write(entries)
+        losses = [entry["loss"] for entry in entries if np.isfinite(entry["loss"])]
+        loss = float(np.mean(losses)) if losses else None
+        self._show(values[-1][0], loss, speed)
+        self._waiting, self._since = [], now
+        self._report_skipped(entries)
+        return loss
+
+    def _speed(self, steps_per_second: float) -> dict[str, float]:
+        speed = {"tokens_per_second": steps_per_second * self._cost.tokens}
+        if self._cost.flops is not None:
+            speed["model_flops_per_second"] = steps_per_second * self._cost.flops
+            if self._cost.peak_flops is not None:
+                speed["mfu"] = speed["model_flops_per_second"] / self._cost.peak_flops
+        return speed
+
+    def _show(self, step: int, loss: float | None, speed: dict[str, float]) -> None:
+        loss = np.nan if loss is None else loss
+        said = f"{speed['tokens_per_second']:,.0f} tokens/s"
+        if "model_flops_per_second" in speed:
+            said += f"  {speed['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
+        if "mfu" in speed:
+            said += f"  MFU {speed['mfu']:.1%}"
+        if self._task is None:
+            self._task = self._progress.add_task("training", total=self._config.optimiser.steps, loss=loss, speed=said)
+        self._progress.update(self._task, completed=step, loss=loss, speed=said)
+
+    def _report_skipped(self, entries: list[dict[str, float]]) -> None:
+        allowed = self._config.optimiser.skipped_steps
+        for entry in entries:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if entry.get("skipped") else 0
+            if not self._skipped_in_a_row:
+                continue
+            what = f"step {entry['step']:.0f} (batch {entry['step'] - 1:.0f} of seed {self._config.seed})"
+            self._progress.console.print(f"{what} skipped: its loss or gradients are not finite")
+            if self._skipped_in_a_row > allowed and self.failure is None:
+                self.failure = UserError(
+                    f"{self._config.run}: loss or gradients of {what} are not finite, as in the {allowed} steps "
+                    "before; none changed the parameters; lower optimiser.learning_rate or use an older checkpoint"
+                )

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from ringrl.context import Context
+from ringrl.model.parallel import Parallel
 
 
 class TrainState(NamedTuple):
@@ -25,25 +26,69 @@ def initial_state(policy: nnx.Module, optimiser: optax.GradientTransformation) -
     return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
 
+def sharded_initial_state(
+    make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
+) -> TrainState:
+    """`initial_state`, made in pieces on the devices that hold them: no device ever has the whole of it."""
+    if parallel.mesh is None:
+        return initial_state(make_policy(), optimiser)
+    parameters = nnx.state(nnx.eval_shape(make_policy), nnx.Param)
+    of_params = parallel.parameter_shardings(parameters)
+    everywhere = parallel.sharding()
+    of_optimiser = optax.tree.map_params(
+        optimiser,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimiser.init, nnx.to_pure_dict(parameters)),
+        of_params,
+        transform_non_params=lambda _: everywhere,
+    )
+    shardings: Any = TrainState(of_params, of_optimiser, everywhere)  # type: ignore[arg-type]
+    return jax.jit(lambda: initial_state(make_policy(), optimiser), out_shardings=shardings)()
+
+
 def with_params(graph: Any, params: Any) -> Any:
     """The policy of a graph definition with the given nested dict of parameters."""
     return nnx.merge(graph, params)
 
 
 def make_train_step(
-    policy: nnx.Module, optimiser: optax.GradientTransformation
+    graph: Any,
+    optimiser: optax.GradientTransformation,
+    accumulation: int = 1,
 ) -> Callable[[TrainState, Context], tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted step; the state is donated. Metrics: loss and gradient_norm (before clipping)."""
-    graph, _ = nnx.split(policy, nnx.Param)
+    """A jitted step; the state is donated. Metrics: loss, gradient_norm (before clipping) and skipped (0 or 1).
 
-    def loss_of(params: Any, batch: Context) -> jax.Array:
-        return with_params(graph, params).loss(batch)
+    The batch is computed in `accumulation` parts, one after the other, and the gradient is the whole batch's. A step
+    whose loss or gradients are not finite is skipped: but for the number of steps taken, it changes nothing.
+    """
+
+    def loss_of(params: Any, part: Context, weight: jax.Array) -> jax.Array:
+        return with_params(graph, params).loss_sum(part) / weight
 
     def train_step(state: TrainState, batch: Context) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
+        weight = with_params(graph, state.params).loss_weight(batch)
+        value_and_grad = jax.value_and_grad(loss_of)
+
+        def add(total: Any, part: Context) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(state.params, part, weight)), None
+
+        if accumulation == 1:
+            loss, gradients = value_and_grad(state.params, batch, weight)
+        else:
+            start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            (loss, gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulation))
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        params, norm = optax.apply_updates(state.params, updates), optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, optimiser_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old), (params, optimiser_state), (state.params, state.optimiser)
+        )
+        metrics = {"loss": loss, "gradient_norm": norm, "skipped": 1 - is_finite}
         return TrainState(params, optimiser_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _parts(batch: Context, number: int) -> Context:
+    """(B, ...) -> (number, B / number, ...), every device keeping its own contexts."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0), batch)

@@ -1,11 +1,10 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.backend import clear_backends
 
 from ringrl.attention.mask import Rule, Side
 from ringrl.attention.reference import reference_attention
@@ -69,20 +68,3 @@ def draw() -> Callable[..., Arrays]:
 @pytest.fixture(scope="session")
 def oracle() -> Callable[..., Arrays]:
     return definition
-
-
-@pytest.fixture(scope="module")
-def eight_devices() -> Iterator[None]:
-    """Eight host devices for the tests of a module, and what there was before for those after it."""
-    if jax.local_device_count() >= 8:
-        yield
-        return
-    before = jax.config.jax_num_cpu_devices
-    _restart_with(8)
-    yield
-    _restart_with(before)
-
-
-def _restart_with(devices: int) -> None:
-    clear_backends()
-    jax.config.update("jax_num_cpu_devices", devices)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ringrl.data import import_archive
-from ringrl.data.collect import collect
+from ringrl.data.collect import collect, preset_episodes
 from ringrl.data.exorl import Archive
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
@@ -34,7 +34,7 @@ def collected(tmp_path_factory) -> Path:
 
 
 def test_the_layout_is_exorls(collected):
-    assert [path.name for path in collected.iterdir()] == ["buffer"]
+    assert sorted(path.name for path in collected.iterdir()) == ["buffer", "collection.json"]
     names = sorted(path.name for path in (collected / "buffer").iterdir())
     assert names == [f"episode_{number:06d}_1000.npz" for number in range(80)]
     with np.load(collected / "buffer" / names[7], allow_pickle=False) as file:
@@ -95,6 +95,8 @@ def test_progress_is_told_after_every_episode(tmp_path):
         ({"episodes": 0}, "episodes is 0, at least 1"),
         ({"seed": -1}, "seed is -1, at least 0"),
         ({"workers": 0}, "workers is 0, at least 1"),
+        ({"method": "ddpg"}, "no method 'ddpg'; there are scripted, td3, rnd"),
+        ({"method": "td3", "workers": 2}, "workers is 2, but method td3 learns in one process"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes, message):
@@ -118,16 +120,74 @@ def test_an_existing_destination_is_kept_unless_it_is_empty(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interruption_leaves_nothing(tmp_path, workers):
+def test_an_interrupted_collection_goes_on_to_the_same_episodes(tmp_path, workers):
     def interrupt(done: int, total: int) -> None:
-        if done == 2:
-            assert list(tmp_path.glob(".new.partial/buffer/*.npz"))  # not under its final name yet
+        if done == 13:  # in the second generation
+            assert not (tmp_path / "new").exists()  # not under its final name yet
             raise KeyboardInterrupt
 
+    arguments = {"episodes": 22, "seed": 0, "workers": workers}
     with pytest.raises(KeyboardInterrupt):
-        collect(TASK, tmp_path / "new", episodes=20, seed=0, workers=workers, progress=interrupt)
-    assert not list(tmp_path.iterdir())
+        collect(TASK, tmp_path / "new", **arguments, progress=interrupt)
     assert not multiprocessing.active_children()
+    finished = list(tmp_path.glob(".new.partial/buffer/*.npz"))
+    assert 13 <= len(finished) < 22
+    times = {path.name: path.stat().st_mtime_ns for path in finished}
+    assert len(_contents(tmp_path / ".new.partial")) == len(finished)  # of use as it is
+    collect(TASK, tmp_path / "new", **arguments)
+    assert all((tmp_path / "new" / "buffer" / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert _same(tmp_path / "new", collect(TASK, tmp_path / "whole", **arguments))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
+
+
+def test_a_collection_does_not_go_on_with_another_ones_episodes(tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    arguments = {"episodes": 4, "seed": 0, "workers": 1}
+    with pytest.raises(KeyboardInterrupt):
+        collect(TASK, tmp_path / "new", **arguments, progress=interrupt)
+    for change in ({"episodes": 5}, {"seed": 1}, {"method": "td3"}):
+        with pytest.raises(UserError, match=r"part of another collection waits in .*\.new\.partial"):
+            collect(TASK, tmp_path / "new", **arguments | change)
+    with pytest.raises(UserError, match="part of another collection"):
+        collect("cartpole_balance", tmp_path / "new", **arguments)
+    assert len(list(tmp_path.glob(".new.partial/buffer/*.npz"))) == 2
+    damaged = tmp_path / ".new.partial" / "buffer" / "episode_000001_1000.npz"
+    damaged.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"episode_000001_1000\.npz cannot be read"):
+        collect(TASK, tmp_path / "new", **arguments)
+
+
+def test_an_interruption_before_the_first_episode_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("ringrl.data.collect.workers.save_episode", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1)
+    assert not list(tmp_path.iterdir())
+
+
+def _interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("preset", "task", "episodes"),
+    [
+        ("tiny", TASK, 10),
+        ("small", TASK, 200),
+        ("exorl_like", TASK, 10_000),
+        ("tiny", "jaco_reach_top_left", 40),
+        ("exorl_like", "jaco_reach_top_left", 40_000),
+    ],
+)
+def test_presets_count_transitions(preset, task, episodes):
+    assert preset_episodes(preset, task) == episodes
+
+
+def test_an_unknown_preset_is_one_line_that_lists_the_others():
+    with pytest.raises(UserError, match="no preset 'huge'; there are tiny, small, exorl_like"):
+        preset_episodes("huge", TASK)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
@@ -147,14 +207,14 @@ def test_a_destination_below_a_file_is_one_line(tmp_path):
         collect(TASK, tmp_path / "file" / "new", episodes=1, seed=0, workers=1)
 
 
-def test_a_dead_worker_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_dead_worker_is_one_line_and_what_was_finished_is_kept(tmp_path):
     def kill_the_workers(done: int, total: int) -> None:
         for process in multiprocessing.active_children():
             process.kill()
 
     with pytest.raises(UserError, match="--workers 1"):
         collect(TASK, tmp_path / "new", episodes=200, seed=0, workers=2, progress=kill_the_workers)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".new.partial"]
 
 
 def test_two_collections_do_not_share_a_destination(tmp_path):
@@ -169,7 +229,7 @@ def test_two_collections_do_not_share_a_destination(tmp_path):
 _ENDLESS = """
 import multiprocessing, sys
 from pathlib import Path
-from ringrl.data.collect import collect
+from ringrl.data.collect import collect, preset_episodes
 if __name__ == "__main__":
     tell = lambda done, total: print(*(p.pid for p in multiprocessing.active_children()), flush=True)
     collect("cartpole_swingup", Path(sys.argv[1]), episodes=100_000, seed=0, workers=2, progress=tell)
@@ -185,7 +245,7 @@ def _is_running(process: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
-def test_after_a_kill_no_process_stays_and_the_next_collection_clears_up(tmp_path):
+def test_after_a_kill_no_process_stays_and_what_was_finished_is_kept(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_ENDLESS)
     with subprocess.Popen([sys.executable, script, tmp_path / "new"], stdout=subprocess.PIPE, text=True) as process:
@@ -198,7 +258,4 @@ def test_after_a_kill_no_process_stays_and_the_next_collection_clears_up(tmp_pat
     assert not any(map(_is_running, workers))
     assert list(tmp_path.glob(".new.partial/buffer/*.npz"))
     assert not (tmp_path / "new").exists()
-
-    folder = collect(TASK, tmp_path / "new", episodes=1, seed=0, workers=1)
-    assert len(_contents(folder)) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "script.py"]
+    import_archive(tmp_path / ".new.partial", tmp_path / "store.h5", "cartpole")

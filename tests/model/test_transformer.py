@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from ringrl.config import ModelConfig
-from ringrl.model.transformer import Attention, Transformer, rotate
+from ringrl.model.transformer import Attention, Block, Transformer, rotate
 
 CONFIG = ModelConfig(layers=2, width=16, heads=4, kv_heads=2)
 
@@ -22,6 +22,16 @@ def test_rotary_angles():
             pair = (0, t, 0, [i, i + 3])
             np.testing.assert_allclose(found[pair], turned @ x[pair], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found[:, 0], x[:, 0])
+
+
+def test_rotary_angles_hold_at_millions_of_tokens():
+    positions = np.array([1023, 1024, 511_999, 512_000, 4_000_001])
+    x = np.zeros((1, 5, 1, 64), np.float32)
+    x[..., :32] = 1
+    found = np.asarray(rotate(x, positions))[0, :, 0]
+    angle = positions[:, None] * 10_000.0 ** (-np.arange(32) / 32)
+    np.testing.assert_allclose(found[:4], np.concatenate([np.cos(angle), np.sin(angle)], 1)[:4], atol=5e-4)
+    np.testing.assert_allclose(found[4], np.concatenate([np.cos(angle), np.sin(angle)], 1)[4], atol=5e-3)
 
 
 def test_rotary_products_depend_on_the_distance_alone():
@@ -66,23 +76,22 @@ def test_attention_layer_by_hand():
     """Query head h reads key and value head h // 2; heads are joined in order."""
     layer = Attention(CONFIG, nnx.Rngs(params=0))
     x = np.random.default_rng(0).normal(size=(1, 5, 16)).astype(np.float32)
-    kernel, out = np.asarray(layer.qkv.kernel[...]), np.asarray(layer.out.kernel[...])
-    projected = (x[0] @ kernel).reshape(5, 8, 4)
-    turned = np.asarray(rotate(projected[None, :, :6], np.arange(5)))[0]
-    q, k, v = turned[:, :4], turned[:, 4:6], projected[:, 6:]
+    query, key_value, out = (np.asarray(part.kernel[...]) for part in (layer.query, layer.key_value, layer.out))
+    q, (k, v) = np.einsum("tw,whd->thd", x[0], query), np.einsum("tw,wihd->ithd", x[0], key_value)
+    q, k = (np.asarray(rotate(y[None], np.arange(5)))[0] for y in (q, k))
     rows = np.zeros((5, 4, 4))
     for t, h in np.ndindex(5, 4):
         weights = np.exp(k[: t + 1, h // 2] @ q[t, h] / 2)
         rows[t, h] = weights @ v[: t + 1, h // 2] / weights.sum()
-    np.testing.assert_allclose(layer(x)[0], rows.reshape(5, 16) @ out, rtol=1e-4, atol=1e-5)
+    found = layer(x, jnp.arange(5))[0]
+    np.testing.assert_allclose(found, rows.reshape(5, 16) @ out.reshape(16, 16), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parameters_and_the_residual_stream_are_float32(dtype):
+def test_parameters_and_features_are_float32_whatever_is_computed_in(dtype):
     made = Transformer(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
-    x = jnp.ones((1, 3, 16))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made, nnx.Param))} == {jnp.dtype(jnp.float32)}
-    layer = made.blocks[0]
-    whole, attended, fed = (jax.eval_shape(f, x).dtype for f in (made.__call__, layer.attention, layer.feed_forward))
-    assert whole == jnp.float32
-    assert attended == fed == jnp.dtype(dtype)
+    x, positions = jnp.ones((1, 3, 16), dtype), jnp.arange(3)
+    block = Block(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
+    assert jax.eval_shape(made.__call__, x).dtype == jnp.float32
+    assert jax.eval_shape(block.__call__, x, positions).dtype == jnp.dtype(dtype)

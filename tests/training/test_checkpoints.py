@@ -1,4 +1,5 @@
 import gc
+import io
 import json
 import os
 import shlex
@@ -8,11 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.errors import UserError
 from ringrl.training import load_policy, read_info, train
+from ringrl.training.checkpoints import Checkpoints
+from ringrl.training.step import TrainState
 
 
 def test_missing_checkpoints_are_named(finished: TrainConfig, tmp_path: Path) -> None:
@@ -20,7 +25,7 @@ def test_missing_checkpoints_are_named(finished: TrainConfig, tmp_path: Path) ->
         with pytest.raises(UserError, match="holds no checkpoint") as caught:
             load_policy(folder)
         assert str(folder) in str(caught.value)
-    with pytest.raises(UserError, match="has no checkpoint of step 3; it has 12, 14"):
+    with pytest.raises(UserError, match=r"has no checkpoint of step 3; it has .*12, 14"):
         load_policy(finished.run, 3)
     assert load_policy(finished.run).step == 14
     assert load_policy(finished.run, 12).step == 12
@@ -50,26 +55,56 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_older_one_still_serves(finished: TrainConfig, damage: str) -> None:
-    newest = finished.run / "checkpoints" / "14"
+def test_a_damaged_checkpoint_is_named_and_training_falls_back_aloud(finished: TrainConfig, damage: str) -> None:
+    newest, metrics = finished.run / "checkpoints" / "14", finished.run / "metrics.jsonl"
+    before = metrics.read_text()
     DAMAGES[damage](newest)
-    for use in (lambda: load_policy(finished.run), lambda: train(finished, resume=True, quiet=True)):
-        with pytest.raises(UserError, match=r"is damaged.*remove it to use an older one") as caught:
-            use()
-        assert str(newest) in str(caught.value)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"is damaged.*remove it to use an older one") as caught:
+        load_policy(finished.run)
+    assert str(newest) in str(caught.value)
+    assert "\n" not in str(caught.value)
     del caught
     gc.collect()
-    shutil.rmtree(newest)
-    assert load_policy(finished.run).step == 12
+    said = io.StringIO()
+    train(finished, resume=True, quiet=True, console=Console(file=said))
+    assert f"{newest}: is damaged" in said.getvalue()
+    assert "laid aside as" in said.getvalue()
+    assert (finished.run / "damaged_checkpoint_14").is_dir()
+    assert load_policy(finished.run).step == 14
+    assert without_speed(metrics.read_text()) == without_speed(before), "steps 13 and 14 again, bit for bit"
+
+
+def without_speed(metrics: str) -> list[dict]:
+    entries = map(json.loads, metrics.splitlines())
+    return [{name: value for name, value in entry.items() if "per_second" not in name} for entry in entries]
+
+
+def test_nothing_to_fall_back_to(finished: TrainConfig) -> None:
+    steps = sorted((finished.run / "checkpoints").iterdir())
+    for step in steps:
+        zeros(step / "state")
+    with pytest.raises(UserError, match=r"14: is damaged"):
+        train(finished, resume=True, quiet=True)
+
+
+def test_the_checkpoint_of_lowest_loss_is_kept_beside_the_newest(finished: TrainConfig, tmp_path: Path) -> None:
+    info = read_info(finished.run)[1]
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, loss in enumerate([3.0, 1.0, None, 2.0, 4.0, 2.5], start=1):
+        state = TrainState({"w": jnp.full(3, step)}, (), jnp.array(step))
+        checkpoints.save(state, info, {}, loss)
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps() == [2, 3, 5, 6], "one without a loss is kept too: it says why a run failed"
 
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda item: os.truncate(item / "metadata", 3)], ids=["gone", "cut"])
 def test_a_run_does_not_go_on_without_knowing_which_batches_come_next(finished: TrainConfig, damage) -> None:
-    damage(finished.run / "checkpoints" / "14" / "iterator")
-    with pytest.raises(UserError, match=r"14: is damaged.*remove it to use an older one"):
-        train(finished, resume=True, quiet=True)
-    assert load_policy(finished.run).step == 14, "to act, nobody needs to know"
+    newest = finished.run / "checkpoints" / "14"
+    damage(newest / "iterator")
+    assert load_policy(finished.run).step == 14, "which evaluation need not know"
+    said = io.StringIO()
+    train(finished, resume=True, quiet=True, console=Console(file=said))
+    assert f"{newest}: is damaged" in said.getvalue()
 
 
 def test_what_a_checkpoint_says(finished: TrainConfig) -> None:

@@ -40,7 +40,8 @@ def test_loss_falls_and_everything_is_written(tiny: TrainConfig, kind: str, tmp_
     assert len(found) == 60
     assert sum(found[-5:]) / 5 < 0.7 * found[0]
     assert TrainConfig.model_validate(read_yaml(config.run / "config.yaml")) == config
-    assert sorted(p.name for p in (config.run / "checkpoints").iterdir()) == ["50", "60"]  # the newest two
+    kept = {p.name for p in (config.run / "checkpoints").iterdir()}
+    assert kept in ({"50", "60"}, {"25", "50", "60"}), "the newest two and the best"
     assert list((config.run / "tensorboard").iterdir())
     trained = load_policy(config.run)
     assert trained.step == 60
@@ -60,7 +61,7 @@ def test_every_checkpoint_and_metric_is_that_of_a_plain_loop(tiny: TrainConfig, 
     policy, untrained = (make_policy(tiny.model, 42, 9, tiny.seed) for _ in range(2))
     optimiser = make_optimiser(short)
     state, like = initial_state(policy, optimiser), initial_state(untrained, optimiser)
-    step = make_train_step(policy, optimiser)
+    step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)
     checkpoints = Checkpoints(config.run)
     for number, entry in enumerate(entries(config.run), 1):
         state, metrics = step(state, sampler.batch(number - 1))

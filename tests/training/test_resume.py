@@ -61,7 +61,9 @@ def test_killed_at_four_moments_and_resumed_is_bit_identical(tiny: TrainConfig, 
     assert start(tiny, "--resume").wait() == 0
     assert numbers(tiny.run) == numbers(finished_run)
     assert load_policy(tiny.run).parameter_hash == load_policy(finished_run).parameter_hash
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["12", "14"], "nothing half-written is left"
+    kept = {p.name for p in checkpoints.iterdir()}
+    assert {"12", "14"} <= kept <= {"4", "8", "12", "14"}, "nothing half-written is left"
+    assert len(kept) <= 3, "the newest two and the best"
     assert sorted(p.name for p in tiny.run.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"]
 
 
@@ -92,4 +94,6 @@ def test_where_things_lie_may_change(finished: TrainConfig, tmp_path: Path) -> N
     before = numbers(moved)
     train(finished.model_copy(update={"run": moved, "keep_checkpoints": 1}), resume=True, quiet=True)
     assert numbers(moved) == before
-    assert [p.name for p in (moved / "checkpoints").iterdir()] == ["14"]
+    kept = {p.name for p in (moved / "checkpoints").iterdir()}
+    assert "14" in kept
+    assert len(kept) <= 2, "the newest one and the best"

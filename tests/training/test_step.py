@@ -61,7 +61,7 @@ def test_a_step_by_hand(batch):
     loss, gradients = jax.value_and_grad(lambda p: with_params(graph, p).loss(batch))(state.params)
     norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradients)))
     assert norm > 2 * config.clip_norm, "there is something to clip"
-    state, metrics = make_train_step(policy, optimiser)(state, batch)
+    state, metrics = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)(state, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
     assert int(state.step) == 1
@@ -91,5 +91,48 @@ def test_the_state_is_donated(batch):
     policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
     optimiser = make_optimiser(OptimiserConfig())
     state = initial_state(policy, optimiser)
-    make_train_step(policy, optimiser)(state, batch)
+    make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)), "memory for two states would be needed"
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(batch):
+    policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
+    optimiser = make_optimiser(OptimiserConfig(warmup_steps=0))
+    step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)
+    state, metrics = step(initial_state(policy, optimiser), batch)
+    assert int(metrics["skipped"]) == 0
+    before = jax.tree.map(np.array, state)
+    bad = batch._replace(action=np.where(np.arange(5)[:, None] == 2, np.inf, batch.action).astype(np.float32))
+    state, metrics = step(state, bad)
+    assert (int(metrics["skipped"]), int(state.step)) == (1, 2)
+    assert not np.isfinite(metrics["loss"])
+    for old, new in zip(jax.tree.leaves(before[:2]), jax.tree.leaves(state[:2]), strict=True):
+        np.testing.assert_array_equal(old, new)
+    state, metrics = step(state, batch)
+    assert int(metrics["skipped"]) == 0
+    assert any(
+        (old != new).any()
+        for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(state.params), strict=True)
+    )
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_a_batch_in_parts_has_the_whole_batchs_gradient(loss_on):
+    """Contexts of unequal length: a mean of the parts' means would be another number."""
+    random = np.random.default_rng(0)
+    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    index = np.tile(np.arange(6, dtype=np.int32), (4, 1))
+    weight = (index < np.array([[6], [2], [5], [1]])).astype(np.float32)
+    actions = np.tanh(normal(4, 6, 2))
+    previous = Outcome(np.zeros_like(actions), np.zeros((4, 6), np.float32), np.zeros((4, 6), np.float32))
+    others = (normal(4, 6) for _ in range(3))
+    batch = Context(normal(4, 6, 3), actions, *others, index, index // 2, index, weight, previous)
+    optimiser = optax.sgd(1.0)
+    found = []
+    for accumulation in (1, 2, 4):
+        policy = make_policy(ModelConfig(layers=1, width=8, heads=1, loss_on=loss_on), 3, 2, seed=0)
+        step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser, accumulation)
+        state, metrics = step(initial_state(policy, optimiser), batch)
+        found.append(jax.device_get((state.params, metrics)))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0], other)

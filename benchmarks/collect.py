@@ -1,0 +1,90 @@
+"""What do the methods of `ringrl data collect` return, and what do they cost? docs/collect.md's table comes from here.
+
+    python benchmarks/collect.py [--methods scripted td3 rnd] [--preset small | --episodes 60] [--json FILE] [task ...]
+
+Collects every task by every method, one collection after the other, and prints the returns of the episodes, how many
+minutes went by, and how many the processors worked (on a machine shared with others that says more).
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ringrl.data.collect import PRESETS, collect, preset_episodes
+from ringrl.data.exorl import Archive
+from ringrl.envs import domain_of
+
+TASKS = (
+    "walker_walk",
+    "walker_stand",
+    "cheetah_run",
+    "cartpole_swingup",
+    "jaco_reach_top_left",
+    "point_mass_maze_reach_top_right",
+    "quadruped_walk",
+)
+
+
+def processor_seconds() -> float:
+    """Seconds that this process and its finished children have kept processors busy."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def measure(task: str, method: str, episodes: int, seed: int) -> dict[str, object]:
+    """One collection, thrown away when its returns are known."""
+    domain = domain_of(task)
+    column = domain.recorded_tasks(task).index(task)
+    began, used = time.perf_counter(), processor_seconds()
+    with tempfile.TemporaryDirectory() as folder:
+        collected = collect(task, Path(folder) / "collected", episodes=episodes, seed=seed, method=method)
+        minutes = (time.perf_counter() - began) / 60
+        processor_minutes = (processor_seconds() - used) / 60
+        with Archive(collected, domain) as archive:
+            returns = [float(episode["reward"][:, column].sum(dtype=np.float64)) for episode in archive]
+    return {
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "returns": returns,
+        "minutes": minutes,
+        "processor_minutes": processor_minutes,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description="Returns and cost of local collection.")
+    parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
+    parser.add_argument("--methods", nargs="+", default=["scripted", "td3", "rnd"], help="scripted, td3, rnd")
+    parser.add_argument("--preset", default="small", choices=PRESETS, help="how much to collect")
+    parser.add_argument("--episodes", type=int, help="how many, in place of the preset's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write every return to this file")
+    options = parser.parse_args(arguments)
+    print("| task | method | episodes | min | median | max | last tenth | minutes | processor minutes |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    measured = []
+    for task in options.tasks:
+        for method in options.methods:
+            row = measure(task, method, options.episodes or preset_episodes(options.preset, task), options.seed)
+            measured.append(row)
+            returns = np.array(row["returns"])
+            last = returns[-max(1, len(returns) // 10) :].mean()
+            print(
+                f"| {task} | {method} | {len(returns)} | {returns.min():.0f} | {np.median(returns):.0f} | "
+                f"{returns.max():.0f} | {last:.0f} | {row['minutes']:.1f} | {row['processor_minutes']:.1f} |",
+                flush=True,
+            )
+            if options.json:
+                options.json.write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

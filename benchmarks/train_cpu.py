@@ -1,0 +1,181 @@
+"""What share of attention's speed does a whole training step keep, and what do feeding and logging cost?
+
+    python benchmarks/train_cpu.py [--trajectories 4] [--width 256] [--layers 2] [--steps 6] [--rounds 3] [--json FILE]
+
+Contexts of 4 trajectories x 1000 steps x 4 tokens = 16,000 tokens, on one host device and around a ring of eight. In
+GFLOP/s of useful operations, medians over rounds: attention alone (forward and gradients, 7 B H S^2 D: causal, what is
+computed again does not count), and the whole optimiser step by the model's count (ringrl/training/throughput.py). The
+run's own loop - batches from a store, metrics written at every step - stands beside the step alone on one batch: what
+it takes longer is what feeding and logging cost.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+KINDS = {"one device": 1, "ring of 8": 8}
+TASK = "walker_walk"
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Of one call, until its results are there."""
+    import jax
+
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - began
+
+
+def write_store(path: Path, episodes: int) -> None:
+    """Walker-sized episodes of random numbers."""
+    import numpy as np
+
+    from ringrl.data.schema import recorded_columns, reward_key
+    from ringrl.data.writer import create_store
+    from ringrl.envs import DOMAINS
+
+    domain, random = DOMAINS["walker"], np.random.default_rng(0)
+    columns = recorded_columns(domain)
+    with create_store(path, "walker", domain.tasks, [1000] * episodes, source="random numbers") as writer:
+        for _ in range(episodes):
+            episode = {key: random.normal(size=(1001, c.width)).astype(c.dtype) for key, c in columns.items()}
+            writer.append(episode | {reward_key(task): random.random(1001).astype("f4") for task in domain.tasks})
+
+
+def attention_rate(parallel: Any, tokens: int, heads: int, head_dim: int) -> Callable[[], float]:
+    """A measurement of attention's forward pass and gradients, in GFLOP/s."""
+    import jax
+
+    from ringrl.attention import attention, ring_attention
+
+    attend = functools.partial(ring_attention, mesh=parallel.mesh) if parallel.mesh else attention
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, tokens, heads, head_dim)) for i in range(3))
+    if parallel.mesh:
+        q, k, v = (jax.device_put(x, parallel.sharding("batch", "time", None, None)) for x in (q, k, v))
+    gradients = jax.jit(jax.value_and_grad(lambda q, k, v: attend(q, k, v).sum(), (0, 1, 2)))
+    jax.block_until_ready(gradients(q, k, v))
+    return lambda: 7 * heads * tokens**2 * head_dim / seconds_of(lambda: gradients(q, k, v)) / 1e9
+
+
+class Run:
+    """A training run's own parts."""
+
+    def __init__(self, options: argparse.Namespace, devices: int, folder: Path) -> None:
+        from ringrl.config import TrainConfig
+        from ringrl.data import EpisodeStore
+        from ringrl.data.normalisation import Normalisation
+        from ringrl.data.sampler import ContextSampler
+        from ringrl.data.sharded import ShardedSampler
+        from ringrl.model import make_policy
+        from ringrl.training.learner import make_learner
+        from ringrl.training.mesh import make_parallel
+        from ringrl.training.throughput import step_flops
+
+        heads = options.width // 64
+        model = {"layers": options.layers, "width": options.width, "heads": heads, "kv_heads": heads}
+        values = {"data": folder / "store.h5", "task": TASK, "run": folder / f"run{devices}", "model": model}
+        values |= {"context": {"trajectories": options.trajectories}, "mesh": {"seq": devices}}
+        self.config = config = TrainConfig.model_validate(values | {"optimiser": {"batch_size": 1, "steps": 1000}})
+        self.parallel = make_parallel(config)
+        store = EpisodeStore(config.data)
+        sampler = ContextSampler(store, TASK, config.context, Normalisation.of(store), 1, 0)
+        mesh = self.parallel.mesh
+        self.source = ShardedSampler(sampler, mesh, self.parallel.layout) if mesh else sampler
+        make = functools.partial(make_policy, config.model, 24, 6, 0, parallel=self.parallel)
+        learner = make_learner(make, config, self.parallel)
+        self.state, self.step = learner.state, learner.step
+        self.tokens = self.source.steps_per_batch * learner.tokens_per_step
+        self.flops = step_flops(config.model, self.tokens, 1)
+        self.batch = self.source.batch(0)
+        self.state, _ = self.step(self.state, self.batch)
+
+    def step_alone(self, steps: int) -> float:
+        """Seconds per step on one batch that is there."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, self.batch)
+            float(metrics["loss"])
+        return (time.perf_counter() - began) / steps
+
+    def step_in_the_loop(self, steps: int) -> float:
+        """Seconds per step with batches from the store and a line of metrics for each."""
+        from rich.console import Console
+
+        from ringrl.data.loader import iterate_batches
+        from ringrl.training.metrics import Cost, MetricsLog, Recorder, progress_bar
+
+        self.config.run.mkdir(exist_ok=True)
+        bar = progress_bar(Console(stderr=True), True)
+        with contextlib.closing(iterate_batches(self.source, 1000)) as batches, MetricsLog(self.config.run, 0) as log:
+            recorder = Recorder(self.config, Cost(self.tokens, self.flops, None), log, bar)
+            next(batches)
+            began = time.perf_counter()
+            for number in range(1, steps + 1):
+                self.state, metrics = self.step(self.state, next(batches))
+                recorder.add(number, metrics)
+                recorder.flush()
+            return (time.perf_counter() - began) / steps
+
+
+def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
+    """All figures of one kind, in this process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_store(folder / "store.h5", 4 * options.trajectories)
+        run = Run(options, devices, folder)
+        rate = attention_rate(run.parallel, run.tokens, options.width // 64, 64)
+        rounds = [
+            (rate(), run.step_alone(options.steps), run.step_in_the_loop(options.steps)) for _ in range(options.rounds)
+        ]
+    steps = [run.flops / alone / 1e9 for _, alone, _ in rounds]
+    return {
+        "tokens": run.tokens,
+        "attention_gflops": statistics.median(attention for attention, _, _ in rounds),
+        "step_gflops": statistics.median(steps),
+        "share": statistics.median(step / attention for step, (attention, _, _) in zip(steps, rounds, strict=True)),
+        "step_seconds": statistics.median(alone for _, alone, _ in rounds),
+        "feed_and_log": statistics.median(loop / alone - 1 for _, alone, loop in rounds),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure each kind in a process of its own, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("trajectories", 4), ("width", 256), ("layers", 2), ("steps", 6), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        print(json.dumps(worker(options, KINDS[options.worker])))
+        return
+    results = {}
+    print(f"{'':<12}{'tokens':>8}{'attention':>12}{'step':>10}{'share':>8}{'s/step':>9}{'feed+log':>10}")
+    for kind, devices in KINDS.items():
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        command = [sys.executable, __file__, *(arguments or sys.argv[1:]), "--worker", kind]
+        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{kind}: {done.stderr.strip().splitlines()[-1]}")
+        row = results[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"{kind:<12}{row['tokens']:>8}{row['attention_gflops']:>12.1f}{row['step_gflops']:>10.1f}"
+            f"{row['share']:>8.0%}{row['step_seconds']:>9.2f}{row['feed_and_log']:>10.1%}",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

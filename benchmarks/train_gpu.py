@@ -1,0 +1,133 @@
+"""How fast does one GPU train the paper's model on long contexts, and what fits? Under eight minutes on an H200.
+
+    python benchmarks/train_gpu.py [--preset paper_350m] [--tokens 32768 65536 131072 262144 524288] [--seconds 450]
+                                   [--json FILE]
+
+Whole optimiser steps of the preset's model (forward, backward, AdamW) on a context of random numbers. Peer: the same
+step with jax.nn.dot_product_attention (cuDNN) for attention. MFU counts the model's operations once, attention by
+what the mask leaves (ringrl/training/throughput.py), over the data sheet's bfloat16 rate. Memory is the compiler's
+figure for arguments and scratch. Lengths that the time left cannot hold are named and left out, shortest first.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from ringrl.config import TrainConfig, read_yaml
+from ringrl.configs import preset
+from ringrl.context import Context, Outcome
+from ringrl.model import make_policy, transformer
+from ringrl.model.tokens import TOKEN_SETS
+from ringrl.training.learner import make_learner
+from ringrl.training.throughput import peak_flops, step_flops
+
+OBSERVATION, ACTION = 24, 6  # walker
+STEPS_PER_EPISODE = 1000
+RUNS, ENOUGH_SECONDS = 5, 15  # timed steps, fewer once they have taken this long
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool, positions: jax.Array) -> jax.Array:
+    """The peer's attention, its result saved by remat as ours is; it takes the tokens to be in order."""
+    o = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
+    return checkpoint_name(o, transformer.SAVED)
+
+
+PEERS: dict[str, Callable[..., jax.Array]] = {"ours": transformer.attention, "cudnn": cudnn}
+
+
+def random_context(steps: int) -> Context:
+    """One context of random numbers."""
+    random = np.random.default_rng(0)
+    normal = lambda *shape: random.normal(size=(1, steps, *shape)).astype(np.float32)  # noqa: E731
+    position = np.arange(steps, dtype=np.int32)[None]
+    action = np.tanh(normal(ACTION))
+    previous = Outcome(action, normal(), np.zeros((1, steps), np.float32))
+    return Context(
+        observation=normal(OBSERVATION), action=action, reward=normal(), return_to_go=normal(),
+        completion=np.zeros((1, steps), np.float32), timestep=position % STEPS_PER_EPISODE,
+        trajectory=position // STEPS_PER_EPISODE, position=position, weight=np.ones((1, steps), np.float32),
+        previous=previous,
+    )  # fmt: skip
+
+
+def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array]) -> dict[str, float]:
+    """Seconds, MFU and memory of a step."""
+    make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0)
+    with mock.patch.object(transformer, "attention", attention):
+        learner = make_learner(make, config)
+        batch = jax.device_put(random_context(tokens // learner.tokens_per_step))
+        began = time.perf_counter()
+        compiled = learner.step.lower(learner.state, batch).compile()  # type: ignore[attr-defined]
+        compile_seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    state, seconds = learner.state, []
+    while len(seconds) < RUNS and sum(seconds) < ENOUGH_SECONDS:
+        began = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - began)
+    assert np.isfinite(loss)
+    median = statistics.median(seconds[1:] or seconds)
+    flops = step_flops(config.model, tokens, 1)
+    assert flops is not None
+    peak = peak_flops(1)
+    return {
+        "seconds": median,
+        "tokens_per_second": tokens / median,
+        "tflops": flops / median / 1e12,
+        "mfu": flops / median / peak if peak else float("nan"),
+        "gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        "compile_seconds": compile_seconds,
+        "loss": loss,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="paper_350m")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**15, 2**16, 2**17, 2**18, 2**19])
+    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    required = {"data": "unused", "task": "unused", "run": "unused"}
+    config = TrainConfig.model_validate(required | read_yaml(preset(options.preset)))
+    config = config.model_copy(update={"optimiser": config.optimiser.model_copy(update={"batch_size": 1})})
+    began, results = time.perf_counter(), []
+    print(f"{options.preset} on one {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    columns = ("seconds", "tokens_per_second", "tflops", "mfu", "gib", "compile_seconds")
+    print(f"{'tokens':>8}{'attention':>11}" + "".join(f"{name:>18}" for name in columns))
+    slowest: dict[str, float] = {}
+    for tokens in sorted(options.tokens):
+        for name in options.peers:
+            left = options.seconds - (time.perf_counter() - began)
+            if left < slowest.get(name, 0) * 5:  # four times the work, and the compilation
+                print(f"{tokens:>8}{name:>11}  left out: {left:.0f} s are left")
+                continue
+            started = time.perf_counter()
+            try:
+                row = measure(config, tokens, PEERS[name])
+            except Exception as error:  # a peer may lack a length, a kernel or memory: the others still count
+                print(f"{tokens:>8}{name:>11}  failed: {' '.join(str(error).split())[:120]}", flush=True)
+                continue
+            slowest[name] = time.perf_counter() - started - row["compile_seconds"]
+            results.append({"tokens": tokens, "attention": name} | row)
+            print(f"{tokens:>8}{name:>11}" + "".join(f"{row[column]:>18.4g}" for column in columns), flush=True)
+    if options.json:
+        device, sets = jax.devices()[0].device_kind, {"tokens_per_step": TOKEN_SETS[config.model.token_set].size}
+        said = {"device": device, "jax": jax.__version__} | sets | {"rows": results}
+        options.json.write_text(json.dumps(said, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The mesh of a run: made as configured, or refused with the reason."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from ringrl.config import TrainConfig
+from ringrl.errors import UserError
+from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
+
+
+def make_parallel(config: TrainConfig) -> Parallel:
+    """The mesh of a run, its axes as near to the links between devices as JAX can lay them.
+
+    Raises:
+      UserError: more devices than there are, or an axis that does not divide what it is to split.
+    """
+    mesh = config.mesh
+    if mesh.devices == 1 and jax.process_count() == 1:
+        return ONE_DEVICE
+    _check_divides(config)
+    devices = jax.devices()
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if mesh.devices > len(devices):
+        raise UserError(
+            f"mesh: {shape} is {mesh.devices} devices, and there are {len(devices)} ({devices[0].platform})"
+        )
+    if mesh.devices < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh: {shape} is {mesh.devices} devices, and the {jax.process_count()} processes have {len(devices)}, "
+            "which a run over several processes must use all"
+        )
+    made: Mesh = jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices]
+    )
+    return Parallel(made, mesh.layout)
+
+
+def _check_divides(config: TrainConfig) -> None:
+    mesh, model, optimiser = config.mesh, config.model, config.optimiser
+    if model.kind == "td3_bc":
+        raise UserError("mesh: td3_bc is trained on one device; leave --mesh at 1, or choose another model.kind")
+    part = optimiser.batch_size // optimiser.accumulation
+    hidden = model.feed_forward * model.width
+    needs = [
+        ("mesh.data x mesh.fsdp", mesh.data * mesh.fsdp, part, "contexts of a batch (or of its accumulated part)"),
+        ("mesh.tensor", mesh.tensor, math.gcd(model.heads, model.kv_heads), "heads (query and key heads alike)"),
+        ("mesh.tensor", mesh.tensor, hidden, "units of the feed-forward layer"),
+        ("mesh.fsdp x mesh.seq", mesh.fsdp * mesh.seq, model.width, "features of the model's width"),
+    ]
+    for name, size, amount, what in needs:
+        if (model.kind == "transformer" or "data" in name) and amount % size:
+            raise UserError(f"{name}: {amount} {what} do not divide among {size} devices")

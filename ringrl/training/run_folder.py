@@ -1,0 +1,67 @@
+"""The folder of a run: made for one configuration, and gone on with under no other."""
+
+from typing import Any
+
+import pydantic
+
+from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
+from ringrl.errors import UserError
+from ringrl.training.checkpoints import RunInfo
+
+# Where things lie and what they are computed on may change between a run and its resumption.
+PLACES = ("data", "run", "keep_checkpoints", "mesh.", "distributed.")
+
+
+def claim_folder(info: RunInfo, resume: bool) -> None:
+    """Make the run's folder, or check that what is to be resumed is the same run.
+
+    Raises:
+      UserError: a folder that holds a run already (without `resume`), another run, or other files.
+    """
+    config = info.config
+    saved = config.run / "config.yaml"
+    if not saved.exists():
+        temporary = saved.with_suffix(".tmp")
+        try:
+            config.run.mkdir(parents=True, exist_ok=True)
+            if any(path != temporary for path in config.run.iterdir()):  # which a kill may leave
+                raise UserError(f"{config.run}: holds other files and no run; give another --run")
+            temporary.write_text(to_yaml(config))
+            temporary.replace(saved)
+        except OSError as error:
+            raise UserError(f"{config.run}: cannot be made ({error.strerror}); give another --run") from error
+        return
+    if not resume:
+        raise UserError(f"{config.run}: holds a run already; use --resume to go on with it, or give another --run")
+    try:
+        known = TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
+    except pydantic.ValidationError as error:
+        raise UserError(f"{saved}: does not fit this version ({one_line(error)}); start a new --run") from error
+    was, now = (flat(settings.model_dump(mode="json")) for settings in (known, config))
+    changed = [
+        f"{name} was {was.get(name)}, is {value}"
+        for name, value in now.items()
+        if not name.startswith(PLACES) and was.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{saved}: the run has another configuration ({'; '.join(changed)}); "
+            "resume with the same, or start a new --run"
+        )
+
+
+def check_dataset(info: RunInfo, saved: RunInfo) -> None:
+    """UserError where a run is to go on with other data than it began with."""
+    if saved.data_fingerprint != info.data_fingerprint:
+        raise UserError(
+            f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
+            f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]})"
+        )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of sections, by names like model.layers."""
+    settings: dict[str, Any] = {}
+    for name, value in values.items():
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return settings

@@ -1,0 +1,119 @@
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import ringrl
+from ringrl.data import import_archive
+from ringrl.data.collect import collect
+from ringrl.data.collect.learner import initial_state, learn, make_update
+from ringrl.data.collect.td3 import Batch, Td3Settings
+from ringrl.data.exorl import Archive
+from ringrl.envs import DOMAINS, domain_of
+from ringrl.errors import UserError
+
+TASK = "cartpole_swingup"
+SMALL = Td3Settings(width=64)
+
+
+def _learn(folder: Path, episodes: int, *, task: str = TASK, progress=None, **changes) -> list[dict[str, np.ndarray]]:
+    (folder / "buffer").mkdir(parents=True, exist_ok=True)
+    keywords = {"seed": 0, "is_reward_free": False, "settings": SMALL} | changes
+    learn(task, folder, episodes=episodes, progress=progress or (lambda done, total: None), **keywords)
+    with Archive(folder, domain_of(task)) as archive:
+        return list(archive)
+
+
+def _assert_same(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> None:
+    for a, b in zip(one, other, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> tuple[Path, list[dict[str, np.ndarray]]]:
+    folder = tmp_path_factory.mktemp("learned")
+    return folder, _learn(folder, 12)
+
+
+def test_it_learns(learned):
+    # Random actions return 33, and the noise of the first episodes about 110.
+    returns = np.array([episode["reward"].sum() for episode in learned[1]])
+    assert returns[-4:].mean() > 200
+    assert returns[-4:].mean() > 1.5 * returns[:4].mean()
+
+
+def test_the_archive_can_be_imported_and_relabelling_agrees(learned, tmp_path):
+    folder, episodes = learned
+    assert [path.name for path in folder.iterdir()] == ["buffer"]  # the saved learner is gone
+    store = import_archive(folder, tmp_path / "store.h5", "cartpole")
+    assert (store.num_episodes, store.recorded_task) == (12, TASK)
+    for number, episode in enumerate(episodes):
+        relabelled = store.episode(number)[f"reward/{TASK}"]
+        np.testing.assert_allclose(relabelled, episode["reward"][:, 0], rtol=0, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_arrays_even_after_an_interruption(learned, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        if done == 6:  # in the second round: its episodes are recorded in part, its learner is not saved
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _learn(tmp_path, 12, progress=interrupt)
+    assert len(list(tmp_path.glob("buffer/*.npz"))) == 6
+
+    incomplete = shutil.copytree(tmp_path, tmp_path / "copy")
+    (incomplete / "buffer" / "episode_000001_1000.npz").unlink()
+    with pytest.raises(UserError, match="one of the first 4 episodes is missing"):
+        _learn(incomplete, 12)
+
+    told: list[int] = []
+    resumed = _learn(tmp_path, 12, progress=lambda done, total: told.append(done))
+    assert told == list(range(5, 13))
+    _assert_same(resumed, learned[1])
+
+
+def test_another_seed_gives_other_arrays(tmp_path):
+    one, other = (_learn(tmp_path / str(seed), 1, seed=seed)[0] for seed in (0, 2**40))
+    assert not np.array_equal(one["physics"][0], other["physics"][0])
+    assert not np.array_equal(one["action"], other["action"])
+
+
+def test_a_reward_free_learner_records_the_rewards_of_the_tasks(tmp_path):
+    _learn(tmp_path, 3, task="point_mass_maze_reach_top_left", settings=Td3Settings(width=32), is_reward_free=True)
+    store = import_archive(tmp_path, tmp_path / "store.h5", "point_mass_maze")
+    assert store.episode(0)["reward"].shape == (1001, 4)
+    for column, task in enumerate(DOMAINS["point_mass_maze"].tasks):
+        np.testing.assert_allclose(store.arrays["reward"][:, column], store.arrays[f"reward/{task}"], atol=1e-5)
+
+
+def test_a_collection_says_how_it_came_about(tmp_path):
+    folder = collect(TASK, tmp_path / "new", episodes=1, seed=7, method="rnd")
+    assert sorted(path.name for path in folder.iterdir()) == ["buffer", "collection.json"]
+    found = json.loads((folder / "collection.json").read_text())
+    assert found == {"task": TASK, "method": "rnd", "episodes": 1, "seed": 7, "ringrl": ringrl.__version__}
+
+
+@pytest.mark.parametrize("is_reward_free", [False, True])
+def test_a_reward_free_learner_does_not_look_at_the_reward_and_another_does(is_reward_free):
+    random = np.random.default_rng(0)
+    shape = (6, 16)
+    batches = Batch(
+        observation=random.normal(size=(*shape, 5)).astype(np.float32),
+        action=random.uniform(-1, 1, (*shape, 1)).astype(np.float32),
+        reward=random.random(shape).astype(np.float32),
+        discount=np.full(shape, 0.99, np.float32),
+        following=random.normal(size=(*shape, 5)).astype(np.float32),
+    )
+    update = make_update(SMALL)
+    key = jax.random.key(0)
+    one, other = (
+        update(initial_state(SMALL, DOMAINS["cartpole"], 0, is_reward_free), batch, key)
+        for batch in (batches, batches._replace(reward=1 - batches.reward))
+    )
+    same = np.array_equal(one.policy.critics[0][2]["bias"], other.policy.critics[0][2]["bias"])
+    assert same == is_reward_free
+    assert int(one.policy.updates) == 6

@@ -1,0 +1,70 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringrl.data.collect.replay import Replay
+from ringrl.envs import DOMAINS
+
+LENGTH = 7
+DOMAIN = dataclasses.replace(DOMAINS["cartpole"], episode_length=LENGTH)
+
+
+def _replay(episodes: int, seed: int = 0) -> tuple[Replay, list[dict[str, np.ndarray]]]:
+    """A replay whose observations say which episode and row they are of."""
+    random = np.random.default_rng(seed)
+    replay, recorded = Replay(DOMAIN, episodes), []
+    for number in range(episodes):
+        observation = np.zeros((LENGTH + 1, 5), np.float32)
+        observation[:, 0], observation[:, 1] = number, np.arange(LENGTH + 1)
+        action = random.uniform(-1, 1, (LENGTH + 1, 1)).astype(np.float32)
+        reward = random.random((LENGTH + 1, 2)).astype(np.float32)
+        recorded.append({"observation": observation, "action": action, "reward": reward})
+        replay.put(number, recorded[-1], column=1)
+    return replay, recorded
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    whole=st.integers(0, 4),
+    growing=st.integers(0, 3),
+    grown=st.integers(0, LENGTH),
+    steps=st.integers(1, 5),
+    discount=st.floats(0.5, 1),
+)
+def test_samples_are_n_step_transitions_of_what_is_filled(whole, growing, grown, steps, discount):
+    if whole == 0 and growing * grown == 0:
+        return
+    replay, recorded = _replay(whole + growing)
+    replay.grow(whole, growing, grown)
+    batch = replay.sample(np.random.default_rng(0), (3, 40), steps, discount)
+    batch = type(batch)(*map(np.asarray, batch))
+    assert batch.observation.shape == batch.following.shape == (3, 40, 5)
+    assert batch.action.shape == (3, 40, 1)
+    assert batch.reward.shape == batch.discount.shape == (3, 40)
+    assert all(array.dtype == np.float32 for array in batch)
+    for at in np.ndindex(3, 40):
+        number, row = (int(value) for value in batch.observation[at][:2])
+        episode = recorded[number]
+        filled = LENGTH if number < whole else grown
+        assert row < filled
+        last = min(row + steps, filled)
+        np.testing.assert_array_equal(batch.following[at], episode["observation"][last])
+        np.testing.assert_array_equal(batch.action[at], episode["action"][row + 1])
+        rewards = [discount**k * float(episode["reward"][row + 1 + k, 1]) for k in range(last - row)]
+        assert float(batch.reward[at]) == pytest.approx(sum(rewards), rel=1e-5)
+        assert float(batch.discount[at]) == pytest.approx(discount ** (last - row), rel=1e-5)
+
+
+def test_every_transition_is_drawn_equally_often():
+    replay, _ = _replay(4)
+    replay.grow(2, 2, 3)
+    assert replay.transitions == 2 * LENGTH + 2 * 3
+    batch = replay.sample(np.random.default_rng(0), (40_000,), 1, 0.99)
+    drawn = np.zeros((4, LENGTH))
+    np.add.at(drawn, (np.asarray(batch.observation[:, 0], int), np.asarray(batch.observation[:, 1], int)), 1)
+    assert (drawn[2:, 3:] == 0).all()
+    often = np.concatenate([drawn[:2].ravel(), drawn[2:, :3].ravel()])
+    np.testing.assert_allclose(often, 40_000 / replay.transitions, rtol=0.1)

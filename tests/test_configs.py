@@ -1,0 +1,31 @@
+"""Presets are settings that the program takes, and of the size that they say."""
+
+import pytest
+
+from ringrl.config import TrainConfig, read_yaml
+from ringrl.configs import preset
+
+REQUIRED = {"data": "unused", "task": "unused", "run": "unused"}
+PLANS = {"demo"}
+BILLIONS = {
+    "small": 0.009,
+    "paper_350m": 0.302,
+    "shape_3b": 2.94,
+    "shape_7b": 6.44,
+    "shape_13b": 12.6,
+    "shape_30b": 31.9,
+}
+
+
+def train_presets() -> list[str]:
+    return sorted(file.stem for file in preset("demo").parent.glob("*.yaml") if file.stem not in PLANS)
+
+
+@pytest.mark.parametrize("name", train_presets())
+def test_training_presets_are_valid(name: str) -> None:
+    config = TrainConfig.model_validate(REQUIRED | read_yaml(preset(name)))
+    if name in BILLIONS:
+        model = config.model
+        key_value = 2 * model.width * model.kv_heads // model.heads
+        matrices = model.width * (2 * model.width + key_value + 2 * model.feed_forward * model.width)
+        assert model.layers * matrices / 1e9 == pytest.approx(BILLIONS[name], rel=0.05)

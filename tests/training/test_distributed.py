@@ -1,0 +1,278 @@
+"""Several real processes on this machine, with two devices each, as one run; and how they end when one is lost."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from ringrl.config import DistributedConfig, TrainConfig
+from ringrl.data import EpisodeStore, import_archive
+from ringrl.errors import UserError
+from ringrl.training import train
+from ringrl.training.distributed import is_wanted
+
+HEARTBEAT = 8  # seconds
+MINUTE = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Hosts:
+    """Processes that each start the same command, as on several hosts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.started = folder, []
+
+    def start(
+        self, config: TrainConfig, count: int, *flags: str, devices: int = 2, only: int | None = None, **own: list[str]
+    ) -> None:
+        """Start `count` processes (or the first `only`), with flags for all, and for process 1: one=[...]."""
+        file = self.folder / "command.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        command = [sys.executable, "-c", "from ringrl.cli import main; main()", "train", "--config", str(file), *flags]
+        place = f"127.0.0.1:{free_port()}"
+        self.started = []
+        for index in range(count if only is None else only):
+            where = [f"--distributed.coordinator={place}", f"--distributed.processes={count}"]
+            where += [f"--distributed.process={index}", f"--distributed.heartbeat-timeout={HEARTBEAT}"]
+            more = (where if count > 1 else []) + own.get("one", []) * (index == 1)
+            self.started.append(
+                subprocess.Popen(
+                    [*command, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
+
+    def end(self, index: int, timeout: float = 240.0) -> tuple[int, str, str]:
+        """Exit code, output and errors of a process."""
+        output, errors = self.started[index].communicate(timeout=timeout)
+        return self.started[index].returncode, output, errors
+
+    def trainer(self, index: int) -> int:
+        """The child in which a process trains."""
+        pid = self.started[index].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (trainer,) = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        return int(trainer)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    hosts = Hosts(tmp_path)
+    yield hosts
+    for process in hosts.started:
+        process.kill()
+
+
+def changed(config: TrainConfig, **sections: object) -> TrainConfig:
+    values = config.model_dump()
+    for name, value in sections.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    return TrainConfig.model_validate(values)
+
+
+@pytest.fixture
+def spread(tiny: TrainConfig) -> TrainConfig:
+    """`tiny`, four steps a checkpoint, on four devices."""
+    return changed(tiny, mesh={"data": 2, "seq": 2}, model={"heads": 2}, optimiser={"batch_size": 4})
+
+
+@pytest.fixture
+def endless(spread: TrainConfig) -> TrainConfig:
+    """A run that only ends when it is made to."""
+    return changed(spread, optimiser={"steps": 1_000_000}, checkpoint_every=1_000_000)
+
+
+def entries(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_until(condition: Callable[[], object], hosts: Hosts) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline
+        for process in hosts.started:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def is_training(config: TrainConfig) -> bool:
+    file = config.run / "metrics.jsonl"
+    return file.exists() and b"\n" in file.read_bytes()
+
+
+def test_two_processes_compute_what_one_does_and_what_was_stopped_goes_on(
+    hosts: Hosts, spread: TrainConfig, tmp_path: Path
+) -> None:
+    """Two processes are stopped by a SIGTERM to one of them, which saves, and resumed; then compared with one."""
+    stopped = changed(spread, optimiser={"steps": 40}, checkpoint_every=1000)
+    hosts.start(stopped, 2)
+    wait_until(lambda: is_training(stopped), hosts)
+    hosts.started[1].send_signal(signal.SIGTERM)
+    (code, output, errors), (other, silent, said) = hosts.end(0), hosts.end(1)
+    assert (code, other) == (0, 0), errors + said
+    assert "told to stop: saved after step" in errors
+    (step,) = [int(path.name) for path in (stopped.run / "checkpoints").iterdir()]
+    assert [entry["step"] for entry in entries(stopped.run)] == list(range(1, step + 1))
+    assert step < 40
+
+    hosts.start(stopped, 2, "--resume")
+    (code, output, errors), (other, silent, said) = hosts.end(0), hosts.end(1)
+    assert (code, other) == (0, 0), errors + said
+    assert output == f"{stopped.run}; next: ringrl evaluate --checkpoint {stopped.run}\n"
+    assert (silent, said) == ("", ""), "process 0 speaks for all"
+    assert len(list((stopped.run / "tensorboard").iterdir())) == 2, "one file per start"
+    found = entries(stopped.run)
+
+    alone = changed(stopped, run=tmp_path / "alone")
+    hosts.start(alone, 1, devices=4)
+    assert hosts.end(0)[0] == 0
+    expected = entries(alone.run)
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected] == list(range(1, 41))
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([e[name] for e in found], [e[name] for e in expected], rtol=1e-5)
+    assert expected[0]["loss"] != pytest.approx(expected[-1]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lost", "inside"), [(0, True), (1, False)], ids=["the coordinator's trainer", "another's command"]
+)
+def test_a_process_that_is_killed_ends_the_others_within_a_minute(
+    hosts: Hosts, endless: TrainConfig, lost: int, inside: bool
+) -> None:
+    hosts.start(endless, 2)
+    wait_until(lambda: is_training(endless), hosts)
+    trainer = hosts.trainer(lost)
+    os.kill(trainer if inside else hosts.started[lost].pid, signal.SIGKILL)
+    left = 1 - lost
+    code, _, errors = hosts.end(left, timeout=MINUTE)
+    assert code == 75, errors
+    who = "process 0, which coordinates," if lost == 0 else "process 1"
+    assert errors.splitlines()[-1] == f"ringrl: {who} of 2 is gone; start all again, with --resume"
+    assert "Traceback" not in errors
+    assert "Check failure" not in errors
+    code, _, errors = hosts.end(lost, timeout=MINUTE)
+    if inside:
+        assert code == 128 + signal.SIGKILL
+        assert "was ended by SIGKILL" in errors
+    wait_until(lambda: not Path(f"/proc/{trainer}").exists(), Hosts(endless.run))  # nothing is left behind
+
+
+def test_ctrl_c_in_one_ends_all(hosts: Hosts, endless: TrainConfig) -> None:
+    hosts.start(endless, 2)
+    wait_until(lambda: is_training(endless), hosts)
+    hosts.started[1].send_signal(signal.SIGINT)
+    ends = [hosts.end(index, timeout=MINUTE) for index in (0, 1)]
+    assert [code for code, _, _ in ends] == [130, 130]
+    assert ends[0][2].splitlines()[-1] == "ringrl: process 1 of 2 was interrupted"
+    assert ends[1][2].splitlines()[-1] == "ringrl: stopped; what was finished is kept"
+
+
+def test_a_process_that_never_comes(hosts: Hosts, tiny: TrainConfig) -> None:
+    hosts.start(tiny, 3, "--distributed.start-timeout=5", only=2)
+    for index in (0, 1):
+        code, _, errors = hosts.end(index, timeout=MINUTE)
+        assert code == 75
+        assert re.search(r"^ringrl: not all 3 processes met at 127.0.0.1:\d+ within 5 s; see that each", errors)
+        assert errors.count("\n") == 1
+    assert not tiny.run.exists()
+
+
+def test_another_configuration_in_one_process_is_named_by_all(hosts: Hosts, spread: TrainConfig) -> None:
+    hosts.start(spread, 2, one=["--optimiser.learning-rate=0.5"])
+    difference = (
+        "process 1 of 2: optimiser.learning_rate is 0.5, and 0.001 in process 0; start all with the same command"
+    )
+    ends = [hosts.end(index) for index in (0, 1)]
+    assert [code for code, _, _ in ends] == [2, 2]
+    assert ends[1][2] == f"ringrl: {difference}\n"
+    assert ends[0][2] == f"ringrl: process 1 of 2 stopped: {difference}\n"
+    assert not spread.run.exists()
+
+
+def test_other_data_in_one_process_are_named_by_all(
+    hosts: Hosts, spread: TrainConfig, jaco_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "fewer" / "buffer").mkdir(parents=True)
+    for file in sorted((jaco_folder / "buffer").iterdir())[:4]:
+        (tmp_path / "fewer" / "buffer" / file.name).write_bytes(file.read_bytes())
+    other = import_archive(tmp_path / "fewer", tmp_path / "fewer.h5", "jaco")
+    hosts.start(spread, 2, one=[f"--data={other.path}"])
+    fingerprints = f"{other.fingerprint}, and {EpisodeStore(spread.data).fingerprint} in process 0"
+    for code, _, errors in (hosts.end(0), hosts.end(1)):
+        assert code == 2
+        assert f"process 1 of 2: fingerprint of the data is {fingerprints}" in errors
+        assert errors.count("\n") == 1
+    assert not spread.run.exists()
+
+
+def test_an_error_of_one_process_ends_all(hosts: Hosts, spread: TrainConfig, tmp_path: Path) -> None:
+    """Process 0 waits for the one that finds no data, and the other way about."""
+    missing = tmp_path / "missing.h5"
+    hosts.start(spread, 2, one=[f"--data={missing}"])
+    ends = [hosts.end(index, timeout=MINUTE) for index in (0, 1)]
+    assert [code for code, _, _ in ends] == [2, 2]
+    assert ends[0][2].startswith(f"ringrl: process 1 of 2 stopped: {missing}: ")
+    assert ends[1][2].startswith(f"ringrl: {missing}: ")
+    spread.run.mkdir()
+    (spread.run / "thesis.tex").write_text("years of work")
+    hosts.start(spread, 2)
+    ends = [hosts.end(index, timeout=MINUTE) for index in (0, 1)]
+    assert [code for code, _, _ in ends] == [2, 2]
+    assert ends[0][2].startswith(f"ringrl: {spread.run}: holds other files")
+    assert ends[1][2].startswith(f"ringrl: process 0 of 2 stopped: {spread.run}: holds other files")
+
+
+def test_a_plain_run_is_alone_and_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    together = DistributedConfig(coordinator="node1:1234", processes=2, process=1)
+    assert not is_wanted(DistributedConfig())
+    assert is_wanted(DistributedConfig(enabled="on"))
+    assert is_wanted(together)
+    assert not is_wanted(together.model_copy(update={"enabled": "off"}))
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # as a batch script sees it, outside srun
+    assert not is_wanted(DistributedConfig())
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert is_wanted(DistributedConfig())
+    assert not is_wanted(DistributedConfig(enabled="off"))
+
+
+def test_hosts_of_a_pod_that_have_not_met_are_refused(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)  # as the TPU runtime says without being asked
+    with pytest.raises(UserError, match=r"belong to 4 hosts, which have not met; .*--distributed.enabled on"):
+        train(tiny, quiet=True)
+    assert not tiny.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"coordinator": "node1:1234"}, "belong together"),
+        ({"processes": 2, "process": 0}, "belong together"),
+        ({"coordinator": "node1", "processes": 2, "process": 0}, "not of the form HOST:PORT"),
+        ({"coordinator": "node1:99999", "processes": 2, "process": 0}, "not of the form HOST:PORT"),
+        ({"coordinator": "node1:1", "processes": 2, "process": 2}, "process 2 is none of 2"),
+    ],
+)
+def test_half_told_is_refused(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DistributedConfig.model_validate(values)

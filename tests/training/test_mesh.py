@@ -1,0 +1,156 @@
+"""Training over a mesh of eight host devices: the same losses and parameters as on one, whatever the mesh."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from ringrl.config import ModelConfig, TrainConfig
+from ringrl.context import Context
+from ringrl.data import EpisodeStore
+from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampler import ContextSampler
+from ringrl.data.sharded import ShardedSampler
+from ringrl.errors import UserError
+from ringrl.model import make_policy
+from ringrl.model.parallel import ONE_DEVICE, Parallel
+from ringrl.training import train
+from ringrl.training.learner import make_learner
+from ringrl.training.mesh import make_parallel
+from ringrl.training.metrics import Recorder
+from ringrl.training.step import with_params
+
+pytestmark = pytest.mark.usefixtures("eight_devices")
+QUICK = {"xla_backend_optimization_level": 0}
+MODEL = ModelConfig(layers=2, width=32, heads=8, kv_heads=8, token_set="fused1", block_tokens=7, remat="layers")
+MESHES = [
+    (data, fsdp, tensor, 8 // (data * fsdp * tensor))
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    for tensor in (1, 2, 4, 8)
+    if 8 % (data * fsdp * tensor) == 0
+]
+SOME = [(1, 1, 1, 8), (1, 2, 2, 2), (8, 1, 1, 1)]
+SIZES = ("data", "fsdp", "tensor", "seq")
+
+
+def settings(mesh: tuple[int, ...], **others: object) -> TrainConfig:
+    values = {"data": "unused", "task": "unused", "run": "unused", "optimiser": {"batch_size": 8}}
+    values |= {"model": MODEL.model_dump(), "mesh": dict(zip(SIZES, mesh, strict=True))}
+    return TrainConfig.model_validate(values | others)
+
+
+@pytest.fixture(scope="module")
+def sampler(jaco_store: EpisodeStore) -> ContextSampler:
+    context = TrainConfig.model_validate({"data": "a", "task": "b", "run": "c", "context": {"trajectories": 1}}).context
+    return ContextSampler(jaco_store, "jaco_reach_top_left", context, Normalisation.of(jaco_store), 8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    """Of the model, on one device."""
+    return jax.device_get(nnx.to_pure_dict(nnx.state(make_policy(MODEL, 42, 9, seed=0), nnx.Param)))
+
+
+def loss_and_gradients(model: ModelConfig, parallel: Parallel, params: dict, batch: Context) -> tuple[np.ndarray, dict]:
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: make_policy(model, 42, 9, seed=0, parallel=parallel)), nnx.Param)
+    if parallel.mesh is not None:
+        params = jax.device_put(params, parallel.parameter_shardings(shapes))
+    both = jax.value_and_grad(lambda params, batch: with_params(graph, params).loss(batch))
+    return jax.device_get(jax.jit(both, compiler_options=QUICK)(params, batch))
+
+
+@pytest.fixture(scope="module")
+def expected(sampler: ContextSampler, params: dict) -> tuple[np.ndarray, dict]:
+    """Of vanilla attention on one device, without blocks or remat."""
+    plain = MODEL.model_copy(update={"attention": "vanilla", "remat": "none"})
+    return loss_and_gradients(plain, ONE_DEVICE, params, sampler.batch(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("ring", mesh) for mesh in MESHES]
+    + [(kind, mesh) for kind in ("vanilla", "memory_efficient", "blockwise") for mesh in SOME],
+    ids=str,
+)
+def test_loss_and_gradients_are_those_of_vanilla_attention_on_one_device(kind, mesh, sampler, params, expected):
+    parallel = make_parallel(settings(mesh))
+    batch = ShardedSampler(sampler, parallel.mesh, parallel.layout).batch(0)
+    found = loss_and_gradients(MODEL.model_copy(update={"attention": kind}), parallel, params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_other_layouts(layout, sampler, params, expected):
+    parallel = Parallel(make_parallel(settings((1, 1, 2, 4))).mesh, layout)
+    batch = ShardedSampler(sampler, parallel.mesh, layout).batch(0)
+    found = loss_and_gradients(MODEL, parallel, params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
+
+
+def test_parameters_and_optimiser_state_lie_in_pieces(params):
+    config = settings((1, 2, 2, 2))
+    parallel = make_parallel(config)
+    state = make_learner(lambda: make_policy(MODEL, 42, 9, 0, parallel=parallel), config, parallel).state
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
+    adam = jax.tree.leaves(state.optimiser, is_leaf=lambda x: hasattr(x, "mu"))
+    for tree in (state.params, next(x for x in adam if hasattr(x, "mu")).mu):
+        up = tree["transformer"]["blocks"]["feed_forward"]["up"]["kernel"]
+        assert up.shape == (2, 32, 128)
+        assert up.addressable_shards[0].data.shape == (2, 8, 64), "width over fsdp and seq, units over tensor"
+        query = tree["transformer"]["blocks"]["attention"]["query"]["kernel"]
+        assert query.addressable_shards[0].data.shape == (2, 8, 4, 4), "heads over tensor"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "others", "words"),
+    [
+        ((1, 1, 1, 16), {}, "mesh: data 1 x fsdp 1 x tensor 1 x seq 16 is 16 devices, and there are 8 (cpu)"),
+        ((3, 1, 1, 1), {}, "mesh.data x mesh.fsdp: 8 contexts"),
+        ((1, 1, 3, 1), {}, "mesh.tensor: 8 heads"),
+        ((1, 1, 1, 6), {}, "mesh.fsdp x mesh.seq: 32 features"),
+        ((2, 1, 1, 1), {"model": {"kind": "td3_bc"}}, "td3_bc is trained on one device"),
+        ((8, 1, 1, 1), {"optimiser": {"batch_size": 8, "accumulation": 2}}, "mesh.data x mesh.fsdp: 4 contexts"),
+    ],
+    ids=str,
+)
+def test_impossible_meshes_are_refused_with_the_reason(mesh, others, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        make_parallel(settings(mesh, **others))
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_with_eight_devices_then_four_then_one(
+    jaco_store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def config(run: str, mesh: dict) -> TrainConfig:
+        return TrainConfig.model_validate(
+            {
+                "data": jaco_store.path, "task": "jaco_reach_top_left", "run": tmp_path / run,
+                "checkpoint_every": 2, "model": MODEL.model_dump(), "context": {"trajectories": 2}, "mesh": mesh,
+                "optimiser": {"batch_size": 2, "steps": 6, "warmup_steps": 0},
+            }
+        )  # fmt: skip
+
+    train(config("one", {}), quiet=True)
+    add = Recorder.add
+
+    def add_and_be_stopped(recorder: Recorder, step: int, metrics: dict) -> None:
+        add(recorder, step, metrics)
+        if step in (2, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "add", add_and_be_stopped)
+    for resume, mesh in ((False, {"seq": 4, "fsdp": 2}), (True, {"seq": 2, "tensor": 2}), (True, {})):
+        train(config("moved", mesh), resume=resume, quiet=True)
+    assert len(losses(tmp_path / "one")) == 6
+    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "one"), rtol=2e-4)
