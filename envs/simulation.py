@@ -134,7 +134,7 @@ class Simulation(ABC):
         return self._control_center + self._control_radius * action
 
     def advance(self, data: mujoco.MjData, control: Float64[np.ndarray, " action"]) -> None:
-        """Hold controls for one control timestep; `data` is a state of this model, which threads may share."""
+        """Hold controls for one control timestep. Threads may advance different states of one model at once."""
         model = self.model
         data.ctrl[:] = control
         # As dm_control does: end on mj_step1, so that all that depends on positions and velocities belongs to the new
