@@ -5,15 +5,17 @@
 
 from ringrl.envs.compatibility import check_mujoco
 from ringrl.envs.domain import DOMAINS, TASKS, Domain, domain_named, domain_of
-from ringrl.envs.environment import ExoRLEnv, make, make_vec
+from ringrl.envs.environment import ExoRLEnv, make
 from ringrl.envs.goals import GoalSpace, goal_space
 from ringrl.envs.registration import register_gymnasium
+from ringrl.envs.vector import ExoRLVectorEnv, make_vec
 
 __all__ = [
     "DOMAINS",
     "TASKS",
     "Domain",
     "ExoRLEnv",
+    "ExoRLVectorEnv",
     "GoalSpace",
     "domain_named",
     "domain_of",

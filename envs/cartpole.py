@@ -6,7 +6,7 @@ from dm_control.suite import cartpole
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.simulation import Simulation
+from ringrl.envs.simulation import Simulation, State
 
 _CART_RANGE = (-0.25, 0.25)  # metres
 _COSINE_RANGE = (0.995, 1.0)
@@ -23,17 +23,20 @@ class CartpoleSimulation(Simulation):
         swing_up = self.task.startswith("cartpole_swingup")
         cartpole.Balance(swing_up=swing_up, sparse=False, random=random).initialize_episode(self.physics)
 
-    def observation(self) -> Float32[np.ndarray, " observation"]:
+    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
         """Position of the cart, cosine and sine of the pole's angle, velocities (2)."""
-        data = self.data
-        observation = np.empty(5, np.float32)
-        observation[0] = data.qpos[0]
-        observation[1:3] = data.xmat[_POLE, [8, 2]]
-        observation[3:] = data.qvel
+        observation = np.empty((*data.qpos.shape[:-1], 5), np.float32)
+        observation[..., 0] = data.qpos[..., 0]
+        observation[..., 1:3] = data.xmat[..., _POLE, 8:1:-6]  # zz and xz
+        observation[..., 3:] = data.qvel
         return observation
 
-    def sensors(self) -> Float64[np.ndarray, " 3"]:
-        return np.array((self.data.qpos[0], self.data.xmat[_POLE, 8], self.data.qvel[1]))
+    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
+        sensors = np.empty((*data.qpos.shape[:-1], 3))
+        sensors[..., 0] = data.qpos[..., 0]
+        sensors[..., 1] = data.xmat[..., _POLE, 8]
+        sensors[..., 2] = data.qvel[..., 1]
+        return sensors
 
     def refresh(self) -> None:
         mujoco.mj_kinematics(self.model, self.data)

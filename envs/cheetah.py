@@ -6,7 +6,7 @@ from dm_control.suite import cheetah
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.simulation import Simulation
+from ringrl.envs.simulation import Simulation, State
 
 _RUN_SPEED = 10.0  # metres per second
 _SPIN = 5.0  # kg m^2 / s
@@ -22,15 +22,18 @@ class CheetahSimulation(Simulation):
     def start(self, random: np.random.RandomState) -> None:
         cheetah.Cheetah(random=random).initialize_episode(self.physics)
 
-    def observation(self) -> Float32[np.ndarray, " observation"]:
+    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
         """Positions without the horizontal one (8), velocities (9)."""
-        observation = np.empty(17, np.float32)
-        observation[:8] = self.data.qpos[1:]
-        observation[8:] = self.data.qvel
+        observation = np.empty((*data.qpos.shape[:-1], 17), np.float32)
+        observation[..., :8] = data.qpos[..., 1:]
+        observation[..., 8:] = data.qvel
         return observation
 
-    def sensors(self) -> Float64[np.ndarray, " 2"]:
-        return np.array((self.data.subtree_linvel[_TORSO, 0], self.data.subtree_angmom[_TORSO, 1]))
+    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 2"]:
+        sensors = np.empty((*data.qpos.shape[:-1], 2))
+        sensors[..., 0] = data.subtree_linvel[..., _TORSO, 0]
+        sensors[..., 1] = data.subtree_angmom[..., _TORSO, 1]
+        return sensors
 
     def refresh(self) -> None:
         mujoco.mj_kinematics(self.model, self.data)

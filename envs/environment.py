@@ -1,19 +1,16 @@
-"""The Gymnasium environment over a simulation, and the functions that make one or several."""
+"""The Gymnasium environment over a simulation, and the function that makes one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.domain import domain_of
+from ringrl.envs.domain import Domain, domain_of
 from ringrl.errors import UserError
-
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
 
 _Observation = Float32[np.ndarray, " observation"]
 
@@ -40,11 +37,10 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.domain = domain_of(task)
         from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
 
-        self._random = _stream(seed)
+        self._random = stream(seed)
         self._simulation = load_simulation(task)
         self._steps: int | None = None
-        self.observation_space = Box(-np.inf, np.inf, (self.domain.observation_size,), np.float32)
-        self.action_space = Box(-1.0, 1.0, (self.domain.action_size,), np.float32)
+        self.observation_space, self.action_space = observation_and_action_space(self.domain)
 
     @property
     def physics_state(self) -> Float64[np.ndarray, " physics"]:
@@ -60,7 +56,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             UserError: a seed outside 0 .. 2**32 - 1.
         """
         if seed is not None:
-            self._random = _stream(seed)
+            self._random = stream(seed)
         super().reset(seed=seed)
         self._simulation.reset(self._random)
         self._steps = 0
@@ -90,8 +86,18 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return simulation.observation(), reward, False, truncated, {"physics": self.physics_state}
 
 
-def _stream(seed: int | None) -> np.random.RandomState:
-    """The kind of generator dm_control draws the starts from."""
+def observation_and_action_space(domain: Domain) -> tuple[Box, Box]:
+    """The spaces of one environment."""
+    observations = Box(-np.inf, np.inf, (domain.observation_size,), np.float32)
+    return observations, Box(-1.0, 1.0, (domain.action_size,), np.float32)
+
+
+def stream(seed: int | None) -> np.random.RandomState:
+    """The kind of generator dm_control draws the starts from.
+
+    Raises:
+        UserError: a seed outside 0 .. 2**32 - 1.
+    """
     try:
         return np.random.RandomState(seed)
     except (TypeError, ValueError):
@@ -109,23 +115,3 @@ def make(task: str, seed: int | None = None) -> ExoRLEnv:
         UserError: unknown task (the message lists the tasks of a similar name), or a seed outside 0 .. 2**32 - 1.
     """
     return ExoRLEnv(task, seed)
-
-
-def make_vec(task: str, num_envs: int, seed: int | None = None) -> VectorEnv[Any, Any, Any]:
-    """Make environments that step in lockstep; number i has the seed `seed + i`.
-
-    Episodes are not reset automatically: all end at the same step, and `reset()` starts the next ones.
-
-    Raises:
-        UserError: unknown task, or fewer than one environment.
-    """
-    from gymnasium.vector import AutoresetMode, SyncVectorEnv
-
-    domain_of(task)
-    if num_envs < 1:
-        raise UserError(f"{task}: num_envs is {num_envs}, at least 1 is needed")
-
-    def maker(index: int) -> Any:
-        return lambda: ExoRLEnv(task, None if seed is None else seed + index)
-
-    return SyncVectorEnv([maker(index) for index in range(num_envs)], autoreset_mode=AutoresetMode.DISABLED)

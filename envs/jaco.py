@@ -17,7 +17,7 @@ from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.goals import GoalSpace
-from ringrl.envs.simulation import Simulation
+from ringrl.envs.simulation import Simulation, State
 
 _TARGET_RADIUS = 0.05  # metres
 _START_LOWER, _START_UPPER = (-0.2, -0.2, 0.02), (0.2, 0.2, 0.4)  # where the hand may start, metres
@@ -75,26 +75,26 @@ class JacoSimulation(Simulation):
         self._hand.set_grasp(self.physics, close_factors=random.uniform())
         self._place_hand(self.physics, random)
 
-    def observation(self) -> Float32[np.ndarray, " observation"]:
+    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
         """Arm: angles as sine and cosine (12), torques (6), velocities (6); hand: angles (3), velocities (3); pinch
         site: position (3), rotation matrix (9). Torques x are given as sign(x) log(1 + |x|).
         """
-        data = self.data
         positions, velocities = data.qpos, data.qvel
-        torques = np.einsum("ij,ij->i", data.sensordata[_TORQUES].reshape(6, 3), self._joint_axes)
-        observation = np.empty(42, np.float32)
-        observation[0:12:2] = np.sin(positions[_ARM])
-        observation[1:12:2] = np.cos(positions[_ARM])
-        observation[12:18] = np.sign(torques) * np.log1p(np.abs(torques))
-        observation[18:24] = velocities[_ARM]
-        observation[24:27] = positions[6:]
-        observation[27:30] = velocities[6:]
-        observation[_PINCH] = data.site_xpos[self._pinch_site]
-        observation[33:] = data.site_xmat[self._pinch_site]
+        batch = positions.shape[:-1]
+        torques = (data.sensordata[..., _TORQUES].reshape(*batch, 6, 3) * self._joint_axes).sum(axis=-1)
+        observation = np.empty((*batch, 42), np.float32)
+        observation[..., 0:12:2] = np.sin(positions[..., _ARM])
+        observation[..., 1:12:2] = np.cos(positions[..., _ARM])
+        observation[..., 12:18] = np.sign(torques) * np.log1p(np.abs(torques))
+        observation[..., 18:24] = velocities[..., _ARM]
+        observation[..., 24:27] = positions[..., 6:]
+        observation[..., 27:30] = velocities[..., 6:]
+        observation[..., _PINCH] = data.site_xpos[..., self._pinch_site, :]
+        observation[..., 33:] = data.site_xmat[..., self._pinch_site, :]
         return observation
 
-    def sensors(self) -> Float64[np.ndarray, " 3"]:
-        return self.data.site_xpos[self._pinch_site].copy()
+    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
+        return data.site_xpos[..., self._pinch_site, :].copy()
 
     def refresh(self) -> None:
         mujoco.mj_kinematics(self.model, self.data)

@@ -14,7 +14,7 @@ from dm_control.suite import common
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.simulation import Simulation
+from ringrl.envs.simulation import Simulation, State
 
 _GOAL_RADIUS = 0.015  # metres
 _START_LOWER, _START_UPPER = (-0.29, 0.15), (-0.15, 0.29)  # the corner of the top left room, metres
@@ -43,12 +43,12 @@ class PointMassMazeSimulation(Simulation):
     def start(self, random: np.random.RandomState) -> None:
         self.data.qpos[:] = random.uniform(_START_LOWER, _START_UPPER)
 
-    def observation(self) -> Float32[np.ndarray, " observation"]:
+    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
         """Position (2), velocity (2)."""
-        return np.concatenate((self.data.qpos, self.data.qvel), dtype=np.float32, casting="same_kind")
+        return np.concatenate((data.qpos, data.qvel), axis=-1, dtype=np.float32, casting="same_kind")
 
-    def sensors(self) -> Float64[np.ndarray, " 3"]:
-        return self.data.xpos[_MASS].copy()
+    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
+        return data.xpos[..., _MASS, :].copy()
 
     def refresh(self) -> None:
         mujoco.mj_kinematics(self.model, self.data)

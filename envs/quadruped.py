@@ -6,7 +6,7 @@ from dm_control.suite import common, quadruped
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.simulation import Simulation
+from ringrl.envs.simulation import Simulation, State
 
 _SPEEDS = {"quadruped_walk": 0.5, "quadruped_run": 5.0}  # metres per second
 _JUMP_HEIGHT = 1.0  # metres
@@ -25,26 +25,29 @@ class QuadrupedSimulation(Simulation):
     def start(self, random: np.random.RandomState) -> None:
         quadruped.Move(desired_speed=0, random=random).initialize_episode(self.physics)
 
-    def observation(self) -> Float32[np.ndarray, " observation"]:
+    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
         """Joint angles (16), joint velocities (16), activations of the actuators (12), velocity of the torso in its own
         frame (3), uprightness (1), acceleration and angular velocity of the torso (6), inverse hyperbolic sines of the
         forces and torques at the toes (24). Acceleration, forces and torques are those at the beginning of the last
         substep: they follow from the forces, which MuJoCo computes on the way to the next state.
         """
-        data = self.data
-        observation = np.empty(78, np.float32)
-        observation[:16] = data.qpos[_HINGE_POSITIONS]
-        observation[16:32] = data.qvel[_HINGE_VELOCITIES]
-        observation[32:44] = data.act
-        observation[44:47] = data.sensordata[_VELOCITY]
-        observation[47] = data.xmat[_TORSO, 8]
-        observation[48:54] = data.sensordata[_INERTIAL]
-        observation[54:] = np.arcsinh(data.sensordata[_TOES])
+        sensed = data.sensordata
+        observation = np.empty((*data.qpos.shape[:-1], 78), np.float32)
+        observation[..., :16] = data.qpos[..., _HINGE_POSITIONS]
+        observation[..., 16:32] = data.qvel[..., _HINGE_VELOCITIES]
+        observation[..., 32:44] = data.act
+        observation[..., 44:47] = sensed[..., _VELOCITY]
+        observation[..., 47] = data.xmat[..., _TORSO, 8]
+        observation[..., 48:54] = sensed[..., _INERTIAL]
+        observation[..., 54:] = np.arcsinh(sensed[..., _TOES])
         return observation
 
-    def sensors(self) -> Float64[np.ndarray, " 3"]:
-        data = self.data
-        return np.array((data.xmat[_TORSO, 8], data.sensordata[_VELOCITY][0], data.subtree_com[_TORSO, 2]))
+    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
+        sensors = np.empty((*data.qpos.shape[:-1], 3))
+        sensors[..., 0] = data.xmat[..., _TORSO, 8]
+        sensors[..., 1] = data.sensordata[..., _VELOCITY][..., 0]
+        sensors[..., 2] = data.subtree_com[..., _TORSO, 2]
+        return sensors
 
     def refresh(self) -> None:
         mujoco.mj_kinematics(self.model, self.data)

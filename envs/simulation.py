@@ -8,13 +8,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Integer
 
 from ringrl.envs.domain import Domain, domain_named, domain_of
 from ringrl.envs.goals import GoalSpace
+from ringrl.envs.stacked import StackedData
 
 
 @contextmanager
@@ -54,11 +55,15 @@ def _quiet() -> Iterator[None]:
         absl_logging.set_verbosity(verbosity)
 
 
+State: TypeAlias = mujoco.MjData | StackedData
+"""One MuJoCo state, or several stacked over a leading axis; what is read from it has the same leading axis."""
+
+
 class Simulation(ABC):
     """One MuJoCo model and its state, stepped and read without dm_control's overhead, with dm_control's results.
 
     A simulation belongs to one thread. A domain gives the model (`build`), the start of an episode (`start`), how to
-    read the state (`observation`, `sensors`) and the rewards of all its tasks (`reward`).
+    read a state (`read_observation`, `read_sensors`) and the rewards of all its tasks (`reward`).
 
     Attributes:
         task: full task name.
@@ -94,12 +99,12 @@ class Simulation(ABC):
         """Set the state at the start of an episode, drawing from `random` exactly as dm_control does."""
 
     @abstractmethod
-    def observation(self) -> Float32[np.ndarray, " observation"]:
-        """The observation of the current state, in ExoRL's order."""
+    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+        """The observation of a state, in ExoRL's order."""
 
     @abstractmethod
-    def sensors(self) -> Float64[np.ndarray, " sensors"]:
-        """What the domain's rewards are computed from, read from the current state."""
+    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch sensors"]:
+        """What the domain's rewards are computed from, read from a state."""
 
     @abstractmethod
     def refresh(self) -> None:
@@ -123,8 +128,18 @@ class Simulation(ABC):
         Raises:
             dm_control.rl.control.PhysicsError: the simulation became unstable.
         """
-        model, data = self.model, self.data
-        data.ctrl[:] = self._control_center + self._control_radius * action
+        self.advance(self.data, self.controls(action))
+        if self._warnings.any():
+            raise self.unstable(self._warnings)
+
+    def controls(self, action: Float[np.ndarray, "*batch action"]) -> Float64[np.ndarray, "*batch action"]:
+        """The actuators' controls of actions in [-1, 1], in the actuators' own units."""
+        return self._control_center + self._control_radius * action
+
+    def advance(self, data: mujoco.MjData, control: Float64[np.ndarray, " action"]) -> None:
+        """Hold controls for one control timestep. Threads may advance different states of one model at once."""
+        model = self.model
+        data.ctrl[:] = control
         # As dm_control does: end on mj_step1, so that all that depends on positions and velocities belongs to the new
         # state, and start on mj_step2, because the last call has already done the first half.
         if self._runge_kutta:
@@ -134,13 +149,32 @@ class Simulation(ABC):
             if self._substeps > 1:
                 mujoco.mj_step(model, data, self._substeps - 1)
         mujoco.mj_step1(model, data)
-        if self._warnings.any():
-            names = [name for name, count in zip(mujoco.mjtWarning.__members__, self._warnings, strict=False) if count]
-            raise PhysicsError(f"{self.task}: the simulation is no longer valid ({', '.join(names)})")
+
+    def unstable(self, warnings: Integer[np.ndarray, " warnings"], of: str = "") -> PhysicsError:
+        """The error to raise when MuJoCo has counted `warnings`; `of` says which simulation it was."""
+        names = [name for name, count in zip(mujoco.mjtWarning.__members__, warnings, strict=False) if count]
+        return PhysicsError(f"{self.task}: the simulation{of} is no longer valid ({', '.join(names)})")
+
+    def observation(self) -> Float32[np.ndarray, " observation"]:
+        """The observation of the current state, in ExoRL's order."""
+        return self.read_observation(self.data)
+
+    def sensors(self) -> Float64[np.ndarray, " sensors"]:
+        """What the domain's rewards are computed from, read from the current state."""
+        return self.read_sensors(self.data)
+
+    @staticmethod
+    def read_physics(data: State) -> Float64[np.ndarray, "*batch physics"]:
+        """A copy of the positions, velocities and activations of a state."""
+        return np.concatenate((data.qpos, data.qvel, data.act), axis=-1)
+
+    def copy_to(self, data: mujoco.MjData) -> None:
+        """Copy the whole MuJoCo state to another one of this model."""
+        mujoco.mj_copyData(data, self.model, self.data)
 
     def physics_state(self) -> Float64[np.ndarray, " physics"]:
-        """A copy of the positions, velocities and activations."""
-        return np.concatenate((self.data.qpos, self.data.qvel, self.data.act))
+        """A copy of the current positions, velocities and activations."""
+        return self.read_physics(self.data)
 
     def set_physics_state(self, physics: Float64[np.ndarray, " physics"]) -> None:
         """Set the positions, velocities and activations; nothing that depends on them is recomputed."""

@@ -6,7 +6,7 @@ from dm_control.suite import walker
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.simulation import Simulation
+from ringrl.envs.simulation import Simulation, State
 
 _STAND_HEIGHT = 1.2  # metres
 _SPEEDS = {"walker_walk": 1.0, "walker_run": 8.0}  # metres per second
@@ -23,20 +23,22 @@ class WalkerSimulation(Simulation):
     def start(self, random: np.random.RandomState) -> None:
         walker.PlanarWalker(move_speed=0, random=random).initialize_episode(self.physics)
 
-    def observation(self) -> Float32[np.ndarray, " observation"]:
+    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
         """Orientation of every body in the plane (14), torso height (1), joint velocities (9)."""
-        data = self.data
-        observation = np.empty(24, np.float32)
-        observation[:14] = data.xmat[1:, [0, 2]].ravel()
-        observation[14] = data.xpos[_TORSO, 2]
-        observation[15:] = data.qvel
+        batch = data.qpos.shape[:-1]
+        observation = np.empty((*batch, 24), np.float32)
+        observation[..., :14] = data.xmat[..., 1:, :3:2].reshape(*batch, 14)  # xx and xz
+        observation[..., 14] = data.xpos[..., _TORSO, 2]
+        observation[..., 15:] = data.qvel
         return observation
 
-    def sensors(self) -> Float64[np.ndarray, " 4"]:
-        data = self.data
-        return np.array((
-            data.xpos[_TORSO, 2], data.xmat[_TORSO, 8], data.subtree_linvel[_TORSO, 0], data.subtree_angmom[_TORSO, 1]
-        ))  # fmt: skip
+    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 4"]:
+        sensors = np.empty((*data.qpos.shape[:-1], 4))
+        sensors[..., 0] = data.xpos[..., _TORSO, 2]
+        sensors[..., 1] = data.xmat[..., _TORSO, 8]
+        sensors[..., 2] = data.subtree_linvel[..., _TORSO, 0]
+        sensors[..., 3] = data.subtree_angmom[..., _TORSO, 1]
+        return sensors
 
     def refresh(self) -> None:
         mujoco.mj_kinematics(self.model, self.data)

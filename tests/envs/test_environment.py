@@ -2,7 +2,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from ringrl.envs import DOMAINS, TASKS, make, make_vec
+from ringrl.envs import DOMAINS, TASKS, make
 from ringrl.errors import UserError
 
 _FIRST_TASKS = [domain.tasks[0] for domain in DOMAINS.values()]
@@ -138,36 +138,8 @@ def test_bad_seeds(seed):
 
 
 def test_unknown_task():
-    for maker in (make, lambda task: make_vec(task, 2, 0)):
-        with pytest.raises(UserError, match="did you mean walker_walk"):
-            maker("walker_wlak")
-
-
-def test_vector_steps_in_lockstep():
-    vector = make_vec("cartpole_swingup", 3, seed=10)
-    singles = [make("cartpole_swingup", 10 + index) for index in range(3)]
-    generator = np.random.RandomState(0)
-    for _ in range(2):
-        observations, infos = vector.reset()
-        expected = [single.reset() for single in singles]
-        np.testing.assert_array_equal(observations, [observation for observation, _ in expected])
-        np.testing.assert_array_equal(infos["physics"], [info["physics"] for _, info in expected])
-        for step in range(1, 1001):
-            actions = generator.uniform(-1, 1, (3, 1)).astype(np.float32)
-            observations, rewards, terminated, truncated, infos = vector.step(actions)
-            if step % 100 == 0:
-                assert truncated.tolist() == [step == 1000] * 3
-                assert not terminated.any()
-            expected = [single.step(action) for single, action in zip(singles, actions, strict=True)]
-            np.testing.assert_array_equal(observations, [row[0] for row in expected])
-            np.testing.assert_array_equal(rewards, [row[1] for row in expected])
-            np.testing.assert_array_equal(infos["physics"], [row[4]["physics"] for row in expected])
-    vector.close()
-
-
-def test_a_vector_needs_an_environment():
-    with pytest.raises(UserError, match="num_envs is 0"):
-        make_vec("cartpole_swingup", 0, 0)
+    with pytest.raises(UserError, match="did you mean walker_walk"):
+        make("walker_wlak")
 
 
 @pytest.mark.parametrize("domain", ["walker", "cheetah", "cartpole", "jaco"])

@@ -1,0 +1,157 @@
+"""How fast do the environments step, beside their peers?
+
+    python benchmarks/evaluation.py [--num-envs 64] [--threads N] [--runs 5] [--seconds 1] [--json FILE] [task ...]
+
+Environment steps per second, with observations and rewards, under actions drawn before: `make_vec`; one dm_control
+environment (of a domain that dm_control's suite lacks: `make`); and Gymnasium's AsyncVectorEnv over `make` with two
+workers. A run is an episode or `--seconds`, whichever ends first, without its reset, which has a column of its own.
+The three take turns, so that a busy machine slows all alike; figures and ratios are medians over the runs. The CPU time
+of a step, over all threads, hardly depends on who else is at work.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from ringrl.envs import domain_of, make, make_vec
+
+WORKERS = 2
+DEFAULT_TASKS = (
+    "walker_walk",
+    "cheetah_run",
+    "cartpole_swingup",
+    "jaco_reach_top_left",
+    "quadruped_walk",
+    "point_mass_maze_reach_top_left",
+)
+# Times one dm_control environment, on two cores.
+TARGETS = {"walker": 2, "cheetah": 5, "cartpole": 5, "jaco": 2, "quadruped": 2}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Environments to time: how they start an episode, take a step, and end."""
+
+    num_envs: int
+    reset: Callable[[], Any]
+    step: Callable[[np.ndarray], Any]
+    close: Callable[[], Any] = lambda: None
+
+
+def contenders(task: str, num_envs: int, threads: int | None) -> dict[str, Contender]:
+    """Ours and its peers, by name."""
+    ours = make_vec(task, num_envs, seed=0, threads=threads)
+    workers = gymnasium.vector.AsyncVectorEnv([partial(make, task, seed) for seed in range(WORKERS)])
+    return {
+        "make_vec": Contender(num_envs, ours.reset, ours.step, ours.close),
+        "one": one_environment(task),
+        "async": Contender(WORKERS, workers.reset, workers.step, workers.close),
+    }
+
+
+def one_environment(task: str) -> Contender:
+    """Dm_control's environment of a task where its suite has one, else ours, which has the same physics."""
+    from absl import logging
+    from dm_control import suite
+
+    logging.set_verbosity(logging.ERROR)  # of a deprecated attribute in the suite's models
+
+    domain = domain_of(task).name
+    name = task.removeprefix(f"{domain}_")
+    if (domain, name) in suite.ALL_TASKS:
+        original = suite.load(domain, name, task_kwargs={"random": 0})
+        return Contender(1, original.reset, lambda actions: original.step(actions[0]))
+    single = make(task, 0)
+    return Contender(1, single.reset, lambda actions: single.step(actions[0]))
+
+
+def measure(contender: Contender, action_size: int, length: int, seconds: float) -> dict[str, float]:
+    """One run: environment steps per second; per environment, CPU seconds of a step and seconds of a reset."""
+    shape = (length, contender.num_envs, action_size)
+    actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    before_reset = time.perf_counter()
+    contender.reset()
+    begin, cpu = time.perf_counter(), time.process_time()
+    steps, elapsed = 0, 0.0
+    while steps < length and elapsed < seconds:
+        contender.step(actions[steps])
+        steps += 1
+        elapsed = time.perf_counter() - begin
+    cpu = time.process_time() - cpu
+    total = steps * contender.num_envs
+    return {"rate": total / elapsed, "cpu": cpu / total, "reset": (begin - before_reset) / contender.num_envs}
+
+
+def compare(task: str, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Every run of every contender, taking turns; with each the load of the machine before it."""
+    domain = domain_of(task)
+    everyone = contenders(task, options.num_envs, options.threads)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in everyone}
+    for _ in range(options.runs):
+        for name, contender in everyone.items():
+            load = os.getloadavg()[0]
+            run = measure(contender, domain.action_size, domain.episode_length, options.seconds)
+            runs[name].append(run | {"load": load})
+    for contender in everyone.values():
+        contender.close()
+    return runs
+
+
+def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
+    """The medians over the runs, as a line of the table."""
+
+    def values(name: str, what: str) -> np.ndarray:
+        return np.array([run[what] for run in runs[name]])
+
+    def ratio(peer: str) -> float:
+        return float(np.median(values("make_vec", "rate") / values(peer, "rate")))
+
+    def median(name: str, what: str) -> float:
+        return float(np.median(values(name, what)))
+
+    return (
+        f"{task:<31}{median('make_vec', 'rate'):>9.0f}{median('one', 'rate'):>8.0f}{ratio('one'):>7.1f}"
+        f"{TARGETS.get(domain_of(task).name, '-'):>8}{median('async', 'rate'):>8.0f}{ratio('async'):>7.1f}"
+        f"{1e6 * median('make_vec', 'cpu'):>9.1f}{1e6 * median('one', 'cpu'):>8.1f}"
+        f"{1e3 * median('make_vec', 'reset'):>10.2f}{median('make_vec', 'load'):>7.1f}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description="Environment steps per second, beside peers.")
+    parser.add_argument("tasks", nargs="*", default=DEFAULT_TASKS, help="full task names (one per domain)")
+    parser.add_argument("--num-envs", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="that simulate (one per core)")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="at most, per run")
+    parser.add_argument("--json", type=Path, help="also write every run to this file")
+    options = parser.parse_args(arguments)
+    settings = {"num_envs": options.num_envs, "threads": options.threads, "seconds": options.seconds}
+    settings["cores"] = os.cpu_count()
+    print(
+        f"{options.num_envs} environments, {settings['cores']} cores; steps per second, then CPU microseconds per step"
+    )
+    print(
+        f"{'task':<31}{'make_vec':>9}{'one':>8}{'ratio':>7}{'target':>8}{'async':>8}{'ratio':>7}"
+        f"{'make_vec':>9}{'one':>8}{'reset ms':>10}{'load':>7}"
+    )
+    measured = {}
+    for task in options.tasks:
+        measured[task] = compare(task, options)
+        print(row(task, measured[task]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"settings": settings, "runs": measured}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

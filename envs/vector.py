@@ -1,0 +1,237 @@
+"""Many environments of one task that step in lockstep, over threads; each equals the single environment.
+
+MuJoCo's own pool of threads, mujoco.rollout, is not used. It returns neither the solver's warm start, without which
+a walker's states part from the single environment's within an episode, nor the positions of the bodies in the state
+that a step leads to, from which observations and rewards are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from numbers import Integral
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from jaxtyping import Bool, Float, Float32, Float64
+
+from ringrl.envs.domain import domain_of
+from ringrl.envs.environment import observation_and_action_space, stream
+from ringrl.envs.stacked import StackedData
+from ringrl.errors import UserError
+
+_Observations = Float32[np.ndarray, "environments observation"]
+_Flags = Bool[np.ndarray, " environments"]
+
+
+class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """An ExoRL task in `num_envs` copies: environment i equals `ExoRLEnv` with its seed.
+
+    States and observations are equal bit for bit, rewards but for the last place of float64. The episodes of an
+    environment depend on its seed and its actions alone: not a bit of them on the number of environments or threads.
+
+    Actions and observations are float32 (num_envs, ...), rewards float64 (num_envs,); `info["physics"]` is the float64
+    physics states (num_envs, P), and `info["_physics"]` (num_envs,) says which of them are new. Episodes are truncated
+    after `domain.episode_length` steps and never terminate. None is reset automatically (`AutoresetMode.DISABLED`):
+    `reset()` starts the next ones, all at once.
+
+    One model serves all environments. The states are stepped by threads, which MuJoCo lets run at the same time;
+    observations and rewards are then computed for all at once. Not for use from several threads.
+
+    Attributes:
+        task: full task name, "walker_walk".
+        domain: the facts about the task's domain.
+
+    Args:
+        num_envs: number of environments.
+        seed: environment i has the seed `seed + i`, or entry i of a sequence; None takes one from the operating
+            system.
+        threads: threads that simulate, the caller's included; None takes one per core this process may use.
+
+    Raises:
+        UserError: unknown task, fewer than one environment or thread, another number of seeds than of environments,
+            or a seed outside 0 .. 2**32 - 1.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(
+        self, task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
+    ) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self.task = task
+        self.domain = domain_of(task)
+        threads = _available_cores() if threads is None else threads
+        for name, number in (("num_envs", num_envs), ("threads", threads)):
+            if number < 1:
+                raise UserError(f"{task}: {name} is {number}, at least 1 is needed")
+        self.num_envs = num_envs
+        self._randoms = [stream(number) for number in self._seeds(seed)]
+        from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
+
+        self._simulation = load_simulation(task)
+        self._datas = [copy(self._simulation.data) for _ in range(num_envs)]
+        self._stacked = StackedData(self._datas)
+        self._warnings = [data.warning.number[None] for data in self._datas]  # views, see Simulation
+        self._steps = np.full(num_envs, self.domain.episode_length)
+        self._helpers = min(threads, num_envs) - 1  # the caller's thread works too
+        if self._helpers:
+            self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix=f"ringrl-{task}")
+        self.single_observation_space, self.single_action_space = observation_and_action_space(self.domain)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[_Observations, dict[str, Any]]:
+        """Start an episode in every environment, or in those where `options["reset_mask"]` (num_envs,) is true.
+
+        A seed begins a new stream of starts, for environment i from `seed + i` or from entry i of a sequence, in which
+        None leaves the stream as it is.
+
+        Raises:
+            UserError: as the constructor, or a mask that is not one bool per environment.
+            gymnasium.error.ClosedEnvironmentError: after `close`.
+        """
+        self._check_open()
+        chosen = self._mask(options)
+        streams = [None if number is None else stream(number) for number in self._seeds(seed)]
+        for index in np.flatnonzero(chosen):
+            self._randoms[index] = streams[index] or self._randoms[index]
+            self._simulation.reset(self._randoms[index])
+            self._simulation.copy_to(self._datas[index])
+        self._steps[chosen] = 0
+        self._stacked.renew()
+        return self._simulation.read_observation(self._stacked), self._info(chosen)
+
+    def step(
+        self, actions: Float[np.ndarray, "environments action"]
+    ) -> tuple[_Observations, Float64[np.ndarray, " environments"], _Flags, _Flags, dict[str, Any]]:
+        """Hold an action in each environment for one control timestep. What lies outside [-1, 1] is clipped.
+
+        Raises:
+            UserError: the actions have another shape than the action space, or are not finite.
+            gymnasium.error.ResetNeeded: an environment's episode has not been started, or is over.
+            gymnasium.error.ClosedEnvironmentError: after `close`.
+            dm_control.rl.control.PhysicsError: a simulation became unstable; the message names the environment.
+        """
+        self._check_open()
+        if (self._steps >= self.domain.episode_length).any():
+            raise gymnasium.error.ResetNeeded(f"{self.task}: call reset() before the first step of an episode")
+        actions = self._checked(actions)
+        simulation = self._simulation
+        self._advance(simulation.controls(actions))
+        warnings = np.concatenate(self._warnings)
+        if warnings.any():
+            index = int(warnings.any(axis=1).argmax())
+            raise simulation.unstable(warnings[index], of=f" of environment {index}")
+        self._steps += 1
+        self._stacked.renew()
+        observations = simulation.read_observation(self._stacked)
+        rewards = simulation.reward(self.task, simulation.read_sensors(self._stacked), actions)
+        terminated, truncated = np.zeros(self.num_envs, bool), self._steps == self.domain.episode_length
+        return observations, rewards, terminated, truncated, self._info(np.ones(self.num_envs, bool))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _advance(self, controls: Float64[np.ndarray, "environments action"]) -> None:
+        """Share the steps out: whichever thread is free takes the next environment, so that a slow one holds up none.
+
+        MuJoCo runs without Python's lock, and no thread touches another's environment.
+        """
+        pending = deque(range(self.num_envs))
+        futures = [self._pool.submit(self._work, pending, controls) for _ in range(self._helpers)] if self._pool else []
+        try:
+            self._work(pending, controls)
+        finally:
+            for future in futures:
+                if not future.cancel():  # a helper that comes too late has nothing left to do
+                    future.result()
+
+    def _work(self, pending: deque[int], controls: Float64[np.ndarray, "environments action"]) -> None:
+        advance, datas = self._simulation.advance, self._datas
+        while True:
+            try:
+                index = pending.popleft()
+            except IndexError:
+                return
+            advance(datas[index], controls[index])
+
+    def _info(self, fresh: _Flags) -> dict[str, Any]:
+        return {"physics": self._simulation.read_physics(self._stacked), "_physics": fresh}
+
+    def _checked(self, actions: Float[np.ndarray, "environments action"]) -> Float[np.ndarray, "environments action"]:
+        actions = np.asarray(actions)
+        if actions.shape != self.action_space.shape:
+            raise UserError(f"{self.task}: the actions have shape {actions.shape}, expected {self.action_space.shape}")
+        finite = np.isfinite(actions).all(axis=1)
+        if not finite.all():
+            index = int(finite.argmin())
+            raise UserError(
+                f"{self.task}: the action of step {self._steps[index]} of environment {index} is not finite: "
+                f"{actions[index]}"
+            )
+        return np.clip(actions, -1.0, 1.0)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[Any]:
+        """One seed per environment; None where there is none."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, Integral):
+            return [int(seed) + index for index in range(self.num_envs)]
+        if not isinstance(seed, list | tuple | np.ndarray):
+            raise UserError(f"{self.task}: the seed is {seed!r}, it must be a whole number or one per environment")
+        if len(seed) != self.num_envs:
+            raise UserError(f"{self.task}: {len(seed)} seeds for {self.num_envs} environments; give one each")
+        return list(seed)
+
+    def _mask(self, options: dict[str, Any] | None) -> _Flags:
+        """Which environments to reset."""
+        mask = (options or {}).get("reset_mask")
+        if mask is None:
+            return np.ones(self.num_envs, bool)
+        mask = np.array(mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise UserError(
+                f"{self.task}: options['reset_mask'] has shape {mask.shape} and type {mask.dtype}, expected "
+                f"({self.num_envs},) and bool"
+            )
+        return mask
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise gymnasium.error.ClosedEnvironmentError(f"{self.task}: the environments are closed")
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_vec(
+    task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
+) -> ExoRLVectorEnv:
+    """Make environments that step in lockstep, simulated by several threads.
+
+    Args:
+        task: one of `ringrl.envs.TASKS`.
+        num_envs: number of environments.
+        seed: environment i equals `make(task, seed + i)`, or `make(task, seed[i])` for a sequence; None takes one from
+            the operating system.
+        threads: threads that simulate; None takes one per core this process may use. The episodes are the same for any.
+
+    Raises:
+        UserError: unknown task, fewer than one environment or thread, another number of seeds than of environments,
+            or a seed outside 0 .. 2**32 - 1.
+    """
+    return ExoRLVectorEnv(task, num_envs, seed, threads)
