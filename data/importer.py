@@ -147,18 +147,18 @@ def _unfinished(destination: Path, plan: _Plan) -> Iterator[tuple[int, Journal]]
     """
     with part.cannot_write(destination):
         descriptor = part.claim(destination)
+        journal = Journal.resume(part.journal_of(destination), plan.identity)
+        if journal is None:
+            descriptor = part.claim_new(destination, descriptor)
+            head = {"identity": plan.identity, "created": plan.provenance.created}
+            journal = Journal.begin(part.journal_of(destination), head)
     try:
         with part.cannot_write(destination, plan.layout.size):
-            journal = Journal.resume(part.journal_of(destination), plan.identity)
-            if journal is None:
-                descriptor = part.claim_new(destination, descriptor)
-                head = {"identity": plan.identity, "created": plan.provenance.created}
-                journal = Journal.begin(part.journal_of(destination), head)
             part.write_all(descriptor, memoryview(bytes(512)), 0)  # no HDF5 file, if it was one but for its name
             part.reserve(descriptor, plan.layout.size)
         yield descriptor, journal
     except BaseException as error:
-        if journal is None or not journal.episodes:
+        if not journal.episodes:
             part.discard(destination)
         elif isinstance(error, UserError) and part.journal_of(destination).exists():
             raise UserError(f"{error}; what is done is kept: run the same command again to go on") from error

@@ -58,7 +58,7 @@ class Journal:
             if head["identity"] != identity:
                 return None
             os.truncate(path, end)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         return cls(path, head, dict(filter(None, map(_parse, lines))))
 

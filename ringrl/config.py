@@ -35,6 +35,15 @@ class ContextConfig(Section):
     best_fraction: float = Field(1.0, gt=0, le=1)
     """Of these episodes use only this fraction, those of highest return (0.1 with behaviour cloning: BC-10%)."""
 
+    @pydantic.model_validator(mode="after")
+    def _window_is_whole(self) -> Self:
+        if self.sampling == "history_window" and (self.best_fraction < 1 or self.max_transitions is not None):
+            raise ValueError(
+                "sampling: a history_window is of consecutive episodes, which best_fraction and max_transitions leave "
+                "gaps in; use it without them (`ringrl data import --subset first` shortens a history)"
+            )
+        return self
+
 
 class ModelConfig(Section):
     """What maps a context to actions."""
@@ -46,7 +55,7 @@ class ModelConfig(Section):
     action_head: Literal["mse", "gaussian"] = "mse"
     """Squared error on tanh actions, or a gaussian with state-dependent width."""
     loss_on: Literal["all", "last"] = "all"
-    """Imitate every trajectory of the context, or only the last (best) one."""
+    """Imitate every trajectory of the context, or only the last one (with order ascending, the best)."""
     layers: int = Field(3, ge=1)
     """Transformer blocks (hidden layers of the feed-forward kinds)."""
     width: int = Field(128, ge=8)
@@ -167,6 +176,14 @@ class OptimiserConfig(Section):
     beta2: float = Field(0.98, gt=0, lt=1)
     """AdamW's decay of the squared gradients."""
 
+    @pydantic.model_validator(mode="after")
+    def _parts_divide(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation: a batch of {self.batch_size} does not divide into {self.accumulation} parts"
+            )
+        return self
+
 
 class TrainConfig(Section):
     """One training run."""
@@ -197,6 +214,12 @@ class TrainConfig(Section):
     """TD3+BC."""
     mesh: MeshConfig = MeshConfig()
     """Devices."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_part(self) -> Self:
+        if self.model.kind == "td3_bc" and self.optimiser.accumulation > 1:
+            raise ValueError("optimiser.accumulation: td3_bc computes a batch in one part; leave it at 1")
+        return self
 
 
 class DistributedConfig(Section):

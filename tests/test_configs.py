@@ -29,3 +29,17 @@ def test_training_presets_are_valid(name: str) -> None:
         key_value = 2 * model.width * model.kv_heads // model.heads
         matrices = model.width * (2 * model.width + key_value + 2 * model.feed_forward * model.width)
         assert model.layers * matrices / 1e9 == pytest.approx(BILLIONS[name], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimiser": {"batch_size": 4, "accumulation": 3}}, "a batch of 4 does not divide into 3 parts"),
+        ({"optimiser": {"accumulation": 2}, "model": {"kind": "td3_bc"}}, "td3_bc computes a batch in one part"),
+        ({"context": {"sampling": "history_window", "max_transitions": 5000}}, "leave gaps in"),
+        ({"context": {"sampling": "history_window", "best_fraction": 0.5}}, "leave gaps in"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainConfig.model_validate(REQUIRED | settings)

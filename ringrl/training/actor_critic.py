@@ -12,7 +12,7 @@ from ringrl.config import TrainConfig
 from ringrl.context import Transitions
 from ringrl.model import ActorCritic
 from ringrl.training.optimiser import make_optimiser
-from ringrl.training.step import TrainState, with_params
+from ringrl.training.step import TrainState, accept, with_params
 
 LEARNED = ("actor", "critics")  # the other parameters follow these; each has an optimiser of its own
 
@@ -38,7 +38,8 @@ def make_actor_critic_step(
     """A jitted step: the critics', and every `actor_delay`-th time the actor's and the targets'.
 
     The state is donated; noise follows from the seed and the state's step. Metrics: loss and gradient_norm (before
-    clipping) of the critics, and value, the mean of what they are asked to say.
+    clipping) of the critics, value, the mean of what they are asked to say, and skipped (0 or 1), as in
+    `make_train_step`.
     """
     graph, _ = nnx.split(policy, nnx.Param)
     optimisers, settings = make_optimisers(config), config.actor_critic
@@ -71,7 +72,10 @@ def make_actor_critic_step(
             lambda: update_actor(params, optimiser, batch),
             lambda: (params, optimiser),
         )
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), "value": target.mean()}
+        norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+        params, optimiser = accept(is_finite, (params, optimiser), (state.params, state.optimiser))
+        metrics = {"loss": loss, "gradient_norm": norm, "value": target.mean(), "skipped": 1 - is_finite}
         return TrainState(params, optimiser, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -74,6 +74,10 @@ class RunInfo:
         )
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read, now or later."""
+
+
 class Checkpoints:
     """The checkpoints of one run; each is written aside and renamed by orbax, so none is half-written.
 
@@ -122,9 +126,12 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:  # orbax raises bare Exceptions where an array cannot be read
-            raise UserError(
-                f"{self.folder / str(step)}: is damaged ({_brief(error)}); remove it to use an older one"
-            ) from error
+            raise _unreadable(self.folder / str(step), error) from error
+
+    def wait(self) -> None:
+        """Until all is written; UserError if it could not be."""
+        with self._naming_failures():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for what is still being written; UserError if it could not be."""
@@ -165,7 +172,7 @@ def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
             f"{folder / str(step)}: its configuration does not fit this version ({one_line(error)})"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / str(step)}: is damaged ({_brief(error)}); remove it to use an older one") from error
+        raise _unreadable(folder / str(step), error) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +205,15 @@ def load_policy(run: Path, step: int | None = None) -> TrainedPolicy:
         digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())
     graph, _ = nnx.split(policy, nnx.Param)
     return TrainedPolicy(with_params(graph, state.params), info, step, digest.hexdigest())
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    """Whether the checkpoint is damaged, or something else stood in the way."""
+    passing = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if passing or (isinstance(error, OSError) and error.errno is not None and not missing):
+        return UserError(f"{checkpoint}: cannot be read now, and is left as it is ({_brief(error)})")
+    return DamagedCheckpointError(f"{checkpoint}: is damaged ({_brief(error)}); remove it to use an older one")
 
 
 def _brief(error: Exception) -> str:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import Progress
 
@@ -20,7 +21,7 @@ from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
-from ringrl.training.checkpoints import Checkpoints, RunInfo, read_info
+from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, RunInfo, read_info
 from ringrl.training.interruption import stop_on_sigterm
 from ringrl.training.learner import Learner, make_learner
 from ringrl.training.mesh import make_parallel
@@ -53,7 +54,8 @@ def train(
     distributed.check_met()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
-    distributed.agree("data", {"fingerprint of the data": store.fingerprint})
+    data_fingerprint = _fingerprint(store)
+    distributed.agree("data", {"fingerprint of the data": data_fingerprint})
     episodes = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
     normalisation = Normalisation.of(store, config.ignored_observations, episodes)
     parallel = make_parallel(config)
@@ -64,7 +66,7 @@ def train(
         observation_size=store.observation_size,
         action_size=store.action_size,
         domain=store.domain,
-        data_fingerprint=store.fingerprint,
+        data_fingerprint=data_fingerprint,
         best_return=float(store.returns(config.task)[episodes].max()),
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
@@ -82,6 +84,12 @@ def train(
     finally:
         checkpoints.close()
     return config.run
+
+
+def _fingerprint(store: EpisodeStore) -> str:
+    """Of the recorded content, and of how it was relabelled where that is not the usual way."""
+    relabelling = store.provenance.relabelling
+    return store.fingerprint if relabelling == "control_aware" else f"{store.fingerprint} {relabelling}"
 
 
 def _make_source(
@@ -125,6 +133,7 @@ def _run_steps(
             if recorder.failure:
                 raise recorder.failure
             if is_last:
+                checkpoints.wait()
                 console.print(f"told to stop: saved after step {step}; --resume goes on from there")
                 return
 
@@ -134,21 +143,27 @@ def _newest(
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """State and place in the data of the newest checkpoint that can be read; the run's beginning where there is none.
 
-    Checkpoints that are damaged are laid aside, which is said.
+    Damaged ones that are newer are laid aside, which is said. Where none can be read, and where several processes would
+    have to agree on one, the newest is named and nothing is touched.
     """
-    damaged: UserError | None = None
+    damaged: dict[int, DamagedCheckpointError] = {}
+    if checkpoints.steps():
+        jax.tree.map(lambda x: x.delete(), like)  # its memory is wanted for what is restored
     for step in reversed(checkpoints.steps()):
         try:
             saved = read_info(info.config.run, step)[1]
+            check_dataset(info, saved)
             found = checkpoints.restore(step, like), checkpoints.restore_iterator(step)
-        except UserError as error:
-            damaged = damaged or error
-            console.print(f"{error}; laid aside as {checkpoints.lay_aside(step)}", soft_wrap=True)
+        except DamagedCheckpointError as error:
+            damaged[step] = error
+            if jax.process_count() > 1:
+                break
             continue
-        check_dataset(info, saved)
+        for number, reason in damaged.items():
+            console.print(f"{reason}; laid aside as {checkpoints.lay_aside(number)}", soft_wrap=True)
         return found
-    if damaged is not None:
-        raise damaged
+    if damaged:
+        raise next(iter(damaged.values()))
     return like, None
 
 

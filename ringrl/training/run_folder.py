@@ -9,7 +9,7 @@ from ringrl.errors import UserError
 from ringrl.training.checkpoints import RunInfo
 
 # Where things lie and what they are computed on may change between a run and its resumption.
-PLACES = ("data", "run", "keep_checkpoints", "mesh.", "distributed.")
+PLACES = ("data", "run", "keep_checkpoints", "mesh.")
 
 
 def claim_folder(info: RunInfo, resume: bool) -> None:

@@ -1,7 +1,7 @@
 """One optimiser step as a pure function of the state and a batch."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from flax import nnx
 
 from ringrl.context import Context
 from ringrl.model.parallel import Parallel
+
+Tree = TypeVar("Tree")
 
 
 class TrainState(NamedTuple):
@@ -59,7 +61,7 @@ def make_train_step(
     """A jitted step; the state is donated. Metrics: loss, gradient_norm (before clipping) and skipped (0 or 1).
 
     The batch is computed in `accumulation` parts, one after the other, and the gradient is the whole batch's. A step
-    whose loss or gradients are not finite is skipped: but for the number of steps taken, it changes nothing.
+    whose loss or gradients are not finite is skipped: but for counting as a step, it changes nothing.
     """
 
     def loss_of(params: Any, part: Context, weight: jax.Array) -> jax.Array:
@@ -80,13 +82,18 @@ def make_train_step(
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params, norm = optax.apply_updates(state.params, updates), optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, optimiser_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old), (params, optimiser_state), (state.params, state.optimiser)
-        )
+        params, optimiser_state = accept(is_finite, (params, optimiser_state), (state.params, state.optimiser))
         metrics = {"loss": loss, "gradient_norm": norm, "skipped": 1 - is_finite}
         return TrainState(params, optimiser_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def accept(is_finite: jax.Array, new: Tree, old: Tree) -> Tree:
+    """The new numbers, or the old ones where a step went wrong; counts go on, and with them the schedule."""
+    choose = lambda x, y: jnp.where(is_finite, x, y) if jnp.issubdtype(x.dtype, jnp.inexact) else x  # noqa: E731
+    kept: Tree = jax.tree.map(choose, new, old)
+    return kept
 
 
 def _parts(batch: Context, number: int) -> Context:

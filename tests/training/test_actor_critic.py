@@ -187,3 +187,15 @@ def test_a_domain_without_places_to_reach_takes_no_hindsight(small: TrainConfig,
     plain = config.model_copy(update={"actor_critic": type(config.actor_critic)()})
     train(plain, quiet=True)
     assert load_policy(plain.run).step == 14
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter(step: Callable) -> None:
+    _, state = start(NOISY)
+    before = numpy_of(state)
+    batch = make_batch(0)
+    state, metrics = step(state, batch._replace(reward=np.full_like(batch.reward, np.inf)))
+    assert (int(metrics["skipped"]), int(state.step)) == (1, 1)
+    assert equal(before, numpy_of(state))
+    state, metrics = step(state._replace(step=jnp.array(2, jnp.int32)), batch)
+    assert int(metrics["skipped"]) == 0
+    assert not equal(before, numpy_of(state))

@@ -1,3 +1,4 @@
+import errno
 import gc
 import io
 import json
@@ -85,6 +86,17 @@ def test_nothing_to_fall_back_to(finished: TrainConfig) -> None:
         zeros(step / "state")
     with pytest.raises(UserError, match=r"14: is damaged"):
         train(finished, resume=True, quiet=True)
+    assert sorted((finished.run / "checkpoints").iterdir()) == steps, "nothing is laid aside"
+
+
+def test_what_stands_in_the_way_for_a_while_is_not_damage(finished: TrainConfig, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", refuse)
+    with pytest.raises(UserError, match=r"cannot be read now, and is left as it is"):
+        train(finished, resume=True, quiet=True)
+    assert (finished.run / "checkpoints" / "14").is_dir()
 
 
 def test_the_checkpoint_of_lowest_loss_is_kept_beside_the_newest(finished: TrainConfig, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ringrl.training.step import with_params
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 QUICK = {"xla_backend_optimization_level": 0}
-MODEL = ModelConfig(layers=2, width=32, heads=8, kv_heads=8, token_set="fused1", block_tokens=7, remat="layers")
+MODEL = ModelConfig(layers=2, width=32, heads=8, kv_heads=8, token_set="fused1", block_tokens=7)
 MESHES = [
     (data, fsdp, tensor, 8 // (data * fsdp * tensor))
     for data in (1, 2, 4, 8)
@@ -68,8 +68,8 @@ def loss_and_gradients(model: ModelConfig, parallel: Parallel, params: dict, bat
 
 @pytest.fixture(scope="module")
 def expected(sampler: ContextSampler, params: dict) -> tuple[np.ndarray, dict]:
-    """Of vanilla attention on one device, without blocks or remat."""
-    plain = MODEL.model_copy(update={"attention": "vanilla", "remat": "none"})
+    """Of vanilla attention on one device, without blocks."""
+    plain = MODEL.model_copy(update={"attention": "vanilla"})
     return loss_and_gradients(plain, ONE_DEVICE, params, sampler.batch(0))
 
 
@@ -83,6 +83,14 @@ def test_loss_and_gradients_are_those_of_vanilla_attention_on_one_device(kind, m
     parallel = make_parallel(settings(mesh))
     batch = ShardedSampler(sampler, parallel.mesh, parallel.layout).batch(0)
     found = loss_and_gradients(MODEL.model_copy(update={"attention": kind}), parallel, params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
+
+
+@pytest.mark.parametrize("mesh", SOME, ids=str)
+def test_with_layers_computed_anew(mesh, sampler, params, expected):
+    parallel = make_parallel(settings(mesh))
+    batch = ShardedSampler(sampler, parallel.mesh, parallel.layout).batch(0)
+    found = loss_and_gradients(MODEL.model_copy(update={"remat": "layers"}), parallel, params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
 
 

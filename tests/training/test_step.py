@@ -107,7 +107,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(batch):
     assert (int(metrics["skipped"]), int(state.step)) == (1, 2)
     assert not np.isfinite(metrics["loss"])
     for old, new in zip(jax.tree.leaves(before[:2]), jax.tree.leaves(state[:2]), strict=True):
-        np.testing.assert_array_equal(old, new)
+        np.testing.assert_array_equal(old + 1 if old.dtype == np.int32 else old, new, "counts go on, and the schedule")
     state, metrics = step(state, batch)
     assert int(metrics["skipped"]) == 0
     assert any(
