@@ -4,9 +4,9 @@
 
 Contexts of 4 trajectories x 1000 steps x 4 tokens = 16,000 tokens, on one host device and around a ring of eight. In
 GFLOP/s of useful operations, medians over rounds: attention alone (forward and gradients, 7 B H S^2 D: causal, what is
-computed again does not count), and the whole optimiser step by the model's count (ringrl/training/throughput.py). The
-run's own loop - batches from a store, metrics written at every step - stands beside the step alone on one batch: what
-it takes longer is what feeding and logging cost.
+computed again does not count), and the whole optimiser step by the model's count (ringrl/training/throughput.py). Of
+the run's own loop - batches from a store, metrics written at every step - the share of time in which no step runs:
+waiting for a batch, or for metrics to be written.
 """
 
 import argparse
@@ -107,8 +107,9 @@ class Run:
             float(metrics["loss"])
         return (time.perf_counter() - began) / steps
 
-    def step_in_the_loop(self, steps: int) -> float:
-        """Seconds per step with batches from the store and a line of metrics for each."""
+    def share_of_waiting(self, steps: int) -> float:
+        """Time in the loop outside of steps: for batches from the store, and for a line of metrics for each."""
+        import jax
         from rich.console import Console
 
         from ringrl.data.loader import iterate_batches
@@ -119,12 +120,15 @@ class Run:
         with contextlib.closing(iterate_batches(self.source, 1000)) as batches, MetricsLog(self.config.run, 0) as log:
             recorder = Recorder(self.config, Cost(self.tokens, self.flops, None), log, bar)
             next(batches)
-            began = time.perf_counter()
+            began, stepping = time.perf_counter(), 0.0
             for number in range(1, steps + 1):
-                self.state, metrics = self.step(self.state, next(batches))
+                batch = next(batches)
+                before = time.perf_counter()
+                self.state, metrics = jax.block_until_ready(self.step(self.state, batch))
+                stepping += time.perf_counter() - before
                 recorder.add(number, metrics)
                 recorder.flush()
-            return (time.perf_counter() - began) / steps
+            return 1 - stepping / (time.perf_counter() - began)
 
 
 def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
@@ -135,7 +139,7 @@ def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
         run = Run(options, devices, folder)
         rate = attention_rate(run.parallel, run.tokens, options.width // 64, 64)
         rounds = [
-            (rate(), run.step_alone(options.steps), run.step_in_the_loop(options.steps)) for _ in range(options.rounds)
+            (rate(), run.step_alone(options.steps), run.share_of_waiting(options.steps)) for _ in range(options.rounds)
         ]
     steps = [run.flops / alone / 1e9 for _, alone, _ in rounds]
     return {
@@ -144,7 +148,7 @@ def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
         "step_gflops": statistics.median(steps),
         "share": statistics.median(step / attention for step, (attention, _, _) in zip(steps, rounds, strict=True)),
         "step_seconds": statistics.median(alone for _, alone, _ in rounds),
-        "feed_and_log": statistics.median(loop / alone - 1 for _, alone, loop in rounds),
+        "feed_and_log": statistics.median(share for _, _, share in rounds),
     }
 
 
