@@ -1,12 +1,12 @@
 """How long a context can eight host devices of this machine train on, ring against vanilla?
 
-    python benchmarks/longest_context.py [--gib 16] [--tokens 4096 ... 524288] [--real-tokens 65536] [--steps 20]
+    python benchmarks/longest_context.py [--gib 16] [--tokens 4096 ... 4194304] [--real-tokens 8192 65536] [--steps 20]
                                          [--json FILE] [--plot FILE.svg]
 
 Memory of one optimiser step (one layer of 64 features, one head, float32, remat) as the compiler counts it, arguments
 and scratch of all eight devices together, until it exceeds --gib. Then real steps: each kind at its longest length, but
-no longer than --real-tokens, and the peak memory that the system saw. Attention's work grows with the square, so the
-longest that fits would take this machine hours: that it fits is the compiler's word.
+no longer than its number in --real-tokens (vanilla, ring), and the peak memory that the system saw. Attention's work
+grows with the square, so the longest that fits would take this machine hours: that it fits is the compiler's word.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, train, print and, if asked, write JSON and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=16)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in range(12, 20)])
-    parser.add_argument("--real-tokens", type=int, default=2**16)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in range(12, 23)])
+    parser.add_argument("--real-tokens", type=int, nargs=len(KINDS), default=[2**13, 2**16], help="vanilla, ring")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(worker(options.worker, options.tokens[0], options.steps)))
         return
     results: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind, most in zip(KINDS, options.real_tokens, strict=True):
         results[kind] = {"compiled": {}}
         for tokens in options.tokens:
             found = results[kind]["compiled"][tokens] = run_worker(kind, tokens, 0)
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 break
         fitting = [t for t, found in results[kind]["compiled"].items() if found["gib"] <= options.gib]
         results[kind]["longest"] = max(fitting, default=0)
-        tokens = max((t for t in fitting if t <= options.real_tokens), default=min(options.tokens))
+        tokens = max((t for t in fitting if t <= most), default=min(options.tokens))
         real = results[kind]["real"] = {"tokens": tokens} | run_worker(kind, tokens, options.steps)
         print(
             f"{kind}: {results[kind]['longest']} tokens fit; {options.steps} real steps at {tokens}: "

@@ -9,8 +9,9 @@ import numpy as np
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of, make_vec
 from ringrl.errors import UserError
+from ringrl.evaluation.actors import Actor, PolicyActor, RandomActor
 from ringrl.evaluation.records import EvaluationRecord, library_versions
-from ringrl.evaluation.rollout import Agent, PolicyAgent, RandomAgent, rollout
+from ringrl.evaluation.rollout import rollout
 from ringrl.training import TrainedPolicy
 
 FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the training's lie far below
@@ -77,9 +78,9 @@ def evaluate_policy(
         command=command,
         versions=library_versions(),
     )
-    agent = PolicyAgent(trained.towards(task))
+    actor = PolicyActor(trained.towards(task))
     trajectories = config.context.trajectories
-    return _streams(agent, shared, info.normalisation, protocol, trajectories, on_episode)
+    return _streams(actor, shared, info.normalisation, protocol, trajectories, on_episode)
 
 
 def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None) -> list[EvaluationRecord]:
@@ -91,8 +92,8 @@ def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None
     )  # fmt: skip
     size = domain.observation_size
     identity = Normalisation(np.zeros(size), np.ones(size), domain.episode_length)
-    agent = RandomAgent(domain.action_size, protocol.seed)
-    return _streams(agent, shared, identity, dataclasses.replace(protocol, control=False), 1, lambda returns: None)
+    actor = RandomActor(domain.action_size, protocol.seed)
+    return _streams(actor, shared, identity, dataclasses.replace(protocol, control=False), 1, lambda returns: None)
 
 
 def method_of(trained: TrainedPolicy) -> str:
@@ -108,7 +109,7 @@ def method_of(trained: TrainedPolicy) -> str:
 
 
 def _streams(
-    agent: Agent,
+    actor: Actor,
     shared: EvaluationRecord,
     normalisation: Normalisation,
     protocol: Protocol,
@@ -119,7 +120,7 @@ def _streams(
 
     def run(episodes: int, seed: int | None) -> np.ndarray:
         return rollout(
-            agent,
+            actor,
             environments,
             normalisation,
             episodes=episodes,

@@ -1,91 +1,24 @@
 """Rolling policies out in dm_control: n episodes, one after another, in one growing context.
 
-A batch of environments runs in lockstep. Each timestep's tokens enter the key-value cache in one call; the cache
-doubles when it is full, so that few programs are compiled and short contexts stay cheap.
+A batch of environments runs in lockstep.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
 
 import gymnasium
 import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Float32, Float64
+from jaxtyping import Float64
 
 from ringrl.context import Context, Outcome
 from ringrl.data.normalisation import Normalisation
 from ringrl.errors import UserError
-from ringrl.model import KVCache, Policy, grow
-
-SMALLEST_CACHE = 512  # tokens
-
-
-class Agent(Protocol):
-    """Something that acts in a batch of environments and may remember."""
-
-    def start(self, num_environments: int, num_steps: int) -> None:
-        """Forget everything; at most `num_steps` timesteps will follow."""
-
-    def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
-        """The action at a new timestep; of `current` (B, 1, ...) the action, reward and completion are unknown."""
-
-    def observe(self, finished: Context) -> None:
-        """The same timestep with its action, reward and completion."""
-
-
-class RandomAgent:
-    """Uniform actions, from a seed."""
-
-    def __init__(self, action_size: int, seed: int) -> None:
-        self._action_size, self._random = action_size, np.random.default_rng(seed)
-
-    def start(self, num_environments: int, num_steps: int) -> None:
-        """Nothing to forget."""
-
-    def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
-        """Uniform in [-1, 1]."""
-        return self._random.uniform(-1, 1, (len(current.reward), self._action_size)).astype(np.float32)
-
-    def observe(self, finished: Context) -> None:
-        """Nothing to remember."""
-
-
-class PolicyAgent:
-    """A trained policy with its key-value cache."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._graph, self._params = nnx.split(policy)
-        self._policy = policy
-        self._act = jax.jit(self._pure_act, donate_argnums=3)
-        self._grow = jax.jit(grow, static_argnums=1)
-
-    def _pure_act(self, params: Any, previous: Context | None, current: Context, memory: Any) -> tuple[jax.Array, Any]:
-        return nnx.merge(self._graph, params).act(previous, current, memory)
-
-    def start(self, num_environments: int, num_steps: int) -> None:
-        """An empty cache."""
-        self._most_tokens = num_steps * self._policy.tokens_per_step
-        self._tokens = 0
-        self._previous: Context | None = None
-        self._memory = self._policy.reset(num_environments, min(SMALLEST_CACHE, self._most_tokens))
-
-    def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
-        """Append this step's tokens and read the action."""
-        self._tokens += self._policy.tokens_per_step
-        if isinstance(self._memory, KVCache) and self._tokens > self._memory.capacity:
-            self._memory = self._grow(self._memory, min(2 * self._memory.capacity, self._most_tokens))
-        action, self._memory = self._act(self._params, self._previous, current, self._memory)
-        return np.asarray(action)
-
-    def observe(self, finished: Context) -> None:
-        """Keep the step; its tokens enter the cache with the next one's."""
-        self._previous = finished
+from ringrl.evaluation.actors import Actor
 
 
 def rollout(
-    agent: Agent,
+    actor: Actor,
     environments: gymnasium.vector.VectorEnv,
     normalisation: Normalisation,
     *,
@@ -101,7 +34,7 @@ def rollout(
     the rewards earned. The completion token is 1 on an episode's last step if its return reached the target.
 
     Args:
-      agent: forgets at the start, then sees every step of every episode.
+      actor: forgets at the start, then sees every step of every episode.
       environments: B environments in lockstep that truncate together; one shared episode length.
       normalisation: the statistics the policy was trained with.
       episodes: episodes per context.
@@ -114,7 +47,7 @@ def rollout(
       UserError: an observation or reward that is not finite.
     """
     length = normalisation.episode_length
-    agent.start(environments.num_envs, episodes * length)
+    actor.start(environments.num_envs, episodes * length)
     returns = np.zeros((environments.num_envs, episodes))
     before = _nothing(environments)
     for episode in range(episodes):
@@ -129,7 +62,7 @@ def rollout(
                 position=episode * length + timestep,
                 previous=before,
             )
-            action = agent.act(step)
+            action = actor.act(step)
             observation, reward, _, truncated, _ = environments.step(action)
             if not (np.isfinite(observation).all() and np.isfinite(reward).all()):
                 raise UserError(f"environment: observation or reward not finite (episode {episode}, step {timestep})")
@@ -139,7 +72,7 @@ def rollout(
             reached = (timestep == length - 1) & (returns[:, episode] >= target_return)
             earned = normalisation.reward(reward[:, None].astype(np.float32))
             before = Outcome(action[:, None], earned, reached[:, None].astype(np.float32))
-            agent.observe(step._replace(**before._asdict()))
+            actor.observe(step._replace(**before._asdict()))
         on_episode(returns[:, episode])
     return returns
 

@@ -12,7 +12,8 @@ from ringrl.context import Context
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, make_vec
 from ringrl.errors import UserError
-from ringrl.evaluation.rollout import SMALLEST_CACHE, Agent, PolicyAgent, RandomAgent, rollout
+from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, PolicyActor, RandomActor
+from ringrl.evaluation.rollout import rollout
 from ringrl.model import Policy, make_policy
 
 TASK, JACO = "jaco_reach_top_left", DOMAINS["jaco"]
@@ -22,24 +23,24 @@ SEED = 11
 
 
 class Recorder:
-    """Passes everything on to another agent and keeps it."""
+    """Passes everything on to another actor and keeps it."""
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent, self.steps, self.actions, self.started = agent, [], [], []
+    def __init__(self, actor: Actor) -> None:
+        self.actor, self.steps, self.actions, self.started = actor, [], [], []
 
     def start(self, num_environments: int, num_steps: int) -> None:
         self.started.append((num_environments, num_steps))
-        self.agent.start(num_environments, num_steps)
+        self.actor.start(num_environments, num_steps)
 
     def act(self, current: Context) -> np.ndarray:
         for name in ("action", "reward", "completion"):
             assert (getattr(current, name) == 0).all(), "what is not known yet is zero"
-        self.actions.append(self.agent.act(current))
+        self.actions.append(self.actor.act(current))
         return self.actions[-1]
 
     def observe(self, finished: Context) -> None:
         self.steps.append(finished)
-        self.agent.observe(finished)
+        self.actor.observe(finished)
 
     @property
     def context(self) -> Context:
@@ -66,12 +67,12 @@ def tiny(**settings: object) -> Policy:
     return make_policy(ModelConfig.model_validate(config), JACO.observation_size, JACO.action_size, seed=0)
 
 
-def run(agent: Agent, environments: int = 2, **options) -> np.ndarray:
+def run(actor: Actor, environments: int = 2, **options) -> np.ndarray:
     """Returns in jaco."""
     vector = make_vec(TASK, environments, seed=0)
     options = {"episodes": 1, "target_return": 100.0, "seed": SEED} | options
     try:
-        return rollout(agent, vector, NORMALISATION, **options)
+        return rollout(actor, vector, NORMALISATION, **options)
     finally:
         vector.close()
 
@@ -79,7 +80,7 @@ def run(agent: Agent, environments: int = 2, **options) -> np.ndarray:
 @pytest.fixture(scope="module")
 def two_random_episodes() -> tuple[np.ndarray, Recorder, list[np.ndarray]]:
     """Returns of two random episodes in each of two environments, all that was seen, and the returns as reported."""
-    recorder, reported = Recorder(RandomAgent(JACO.action_size, seed=5)), []
+    recorder, reported = Recorder(RandomActor(JACO.action_size, seed=5)), []
     returns = run(recorder, episodes=2, target_return=3.0, on_episode=lambda x: reported.append(x.copy()))
     return returns, recorder, reported
 
@@ -139,7 +140,7 @@ def test_what_the_policy_is_told(two_random_episodes, plain_loop):
 def test_actions_equal_the_full_forward_pass_at_every_position(settings):
     """Two episodes in one context, over every growth of the cache."""
     policy = tiny(**settings)
-    recorder = Recorder(PolicyAgent(policy))
+    recorder = Recorder(PolicyActor(policy))
     run(recorder, episodes=2 if policy.tokens_per_step == 5 else 3)
     context = recorder.context
     tokens = context.reward.shape[1] * policy.tokens_per_step
@@ -152,15 +153,15 @@ def test_actions_equal_the_full_forward_pass_at_every_position(settings):
     assert np.abs(found[:, 0] - found[:, -1]).max() > 1e-3
 
 
-def replayed(agent: Agent, context: Context) -> np.ndarray:
-    """Actions (B, T, A) of an agent to which the same happens again."""
+def replayed(actor: Actor, context: Context) -> np.ndarray:
+    """Actions (B, T, A) of an actor to which the same happens again."""
     batch, time = context.reward.shape
-    agent.start(batch, time)
+    actor.start(batch, time)
     actions = []
     for t in range(time):
         step = jax.tree.map(lambda x, t=t: x[:, t : t + 1], context)
-        actions.append(agent.act(step))
-        agent.observe(step)
+        actions.append(actor.act(step))
+        actor.observe(step)
     return np.stack(actions, axis=1)
 
 
@@ -169,8 +170,8 @@ def test_a_policy_acts_alike_at_any_place_of_a_batch(rows, two_random_episodes):
     """Replayed and not rolled out again: contacts would blow up what float32 rounds differently."""
     _, recorder, _ = two_random_episodes
     contexts = jax.tree.map(lambda x: np.concatenate([x[:, :300], x[:1, 200:500]]), recorder.context)
-    agent = PolicyAgent(tiny(token_set="ring4"))
-    whole, some = replayed(agent, contexts), replayed(agent, jax.tree.map(lambda x: x[rows], contexts))
+    actor = PolicyActor(tiny(token_set="ring4"))
+    whole, some = replayed(actor, contexts), replayed(actor, jax.tree.map(lambda x: x[rows], contexts))
     np.testing.assert_allclose(some, whole[rows], rtol=1e-5, atol=1e-5)
     assert all(np.abs(whole[i] - whole[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
 
@@ -184,21 +185,21 @@ def test_environments_of_a_batch_do_not_know_each_other():
     assert len(set(together[:, 0])) == 3
 
 
-def test_an_agent_starts_anew_with_every_rollout():
-    agent = PolicyAgent(tiny(token_set="fused1"))
-    np.testing.assert_array_equal(run(agent), run(agent))
+def test_an_actor_starts_anew_with_every_rollout():
+    actor = PolicyActor(tiny(token_set="fused1"))
+    np.testing.assert_array_equal(run(actor), run(actor))
 
 
 def test_behaviour_cloning_rolls_out():
     policy = tiny(kind="behaviour_cloning")
-    recorder = Recorder(PolicyAgent(policy))
+    recorder = Recorder(PolicyActor(policy))
     run(recorder)
     expected = policy.actions(recorder.context)
     np.testing.assert_allclose(recorder.context.action, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_trajectory_index_stays_below_what_was_trained():
-    recorder = Recorder(RandomAgent(JACO.action_size, seed=0))
+    recorder = Recorder(RandomActor(JACO.action_size, seed=0))
     run(recorder, environments=1, episodes=3, trajectories=2)
     assert recorder.context.trajectory[0, ::LENGTH].tolist() == [0, 1, 1]
 
@@ -239,7 +240,7 @@ def test_numbers_that_are_not_finite_are_refused(observation, reward):
     vector = gymnasium.vector.SyncVectorEnv([fine, breaking], autoreset_mode=AutoresetMode.DISABLED)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, 3)
     with pytest.raises(UserError, match=r"not finite \(episode 0, step 2\)"):
-        rollout(RandomAgent(9, 0), vector, normalisation, episodes=1, target_return=1.0)
+        rollout(RandomActor(9, 0), vector, normalisation, episodes=1, target_return=1.0)
 
 
 @pytest.mark.parametrize("length", [LENGTH - 1, LENGTH + 1])
@@ -247,4 +248,4 @@ def test_episodes_of_another_length_than_the_datas_are_refused(length):
     vector = make_vec(TASK, 1, seed=0)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, length)
     with pytest.raises(UserError, match="episodes end after"):
-        rollout(RandomAgent(9, 0), vector, normalisation, episodes=1, target_return=1.0)
+        rollout(RandomActor(9, 0), vector, normalisation, episodes=1, target_return=1.0)
