@@ -1,6 +1,6 @@
 """How long a context can eight host devices of this machine train on, ring against vanilla?
 
-    python benchmarks/longest_context.py [--gib 16] [--tokens 4096 ... 4194304] [--real-tokens 8192 65536] [--steps 20]
+    python benchmarks/longest_context.py [--gib 16] [--tokens 4096 ... 4194304] [--real-tokens 16384 65536] [--steps 20]
                                          [--json FILE] [--plot FILE.svg]
 
 Memory of one optimiser step (one layer of 64 features, one head, float32, remat) as the compiler counts it, arguments
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=16)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in range(12, 23)])
-    parser.add_argument("--real-tokens", type=int, nargs=len(KINDS), default=[2**13, 2**16], help="vanilla, ring")
+    parser.add_argument("--real-tokens", type=int, nargs=len(KINDS), default=[2**14, 2**16], help="vanilla, ring")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
