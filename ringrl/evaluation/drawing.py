@@ -15,8 +15,10 @@ from traceback import format_exception_only
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import imageio.v2
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
 
 from ringrl.envs.domain import Domain, domain_of
 from ringrl.errors import UserError
@@ -56,7 +58,7 @@ VIEWS = MappingProxyType(
     {
         "walker": View(center=(0, 0, 0.85), distance=3.2, follows=1),
         "cheetah": View(center=(0, 0, 0.5), distance=2.8, follows=1),
-        "cartpole": View(center=(0, 0, 1.0), distance=3.6, elevation=-5),
+        "cartpole": View(center=(0, 0, 0.95), distance=3.9, elevation=-5),
         "jaco": View(center=(0, 0.12, 0.2), distance=1.25, azimuth=110, elevation=-35),
         "quadruped": View(center=(0, 0, 0.6), distance=4.5, azimuth=115, elevation=-22, follows=2),
         "point_mass_maze": View(center=(0, 0, 0), distance=0.86, elevation=-90),
@@ -73,9 +75,9 @@ def open_renderer(task: str, width: int, height: int) -> "tuple[Simulation, Rend
     """
     choice = os.environ["MUJOCO_GL"]
     try:
-        from mujoco import MjModel, Renderer
+        import mujoco
 
-        Renderer(MjModel.from_xml_string("<mujoco/>"), 1, 1).close()
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 1, 1).close()
     except Exception as error:  # whatever the library and its driver raise
         reason = " ".join("".join(format_exception_only(error)).split())
         raise UserError(
@@ -89,7 +91,9 @@ def open_renderer(task: str, width: int, height: int) -> "tuple[Simulation, Rend
     visual = simulation.model.vis
     visual.global_.offwidth, visual.global_.offheight = width, height
     visual.quality.shadowsize = _SHADOWS
-    return simulation, Renderer(simulation.model, height, width)
+    renderer = mujoco.Renderer(simulation.model, height, width)
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # of the floor: slow, and it distracts
+    return simulation, renderer
 
 
 def every(domain: Domain) -> int:
@@ -111,8 +115,6 @@ class Painter:
     """Draws the states of one task, with the words that belong to them."""
 
     def __init__(self, task: str, width: int, height: int) -> None:
-        from PIL import ImageFont
-
         self._task, self._domain = task, domain_of(task)
         self._simulation, self._renderer = open_renderer(task, width, height)
         self._line = max(14, height // 15)  # pixels of a line of text
@@ -144,8 +146,6 @@ class Painter:
 
     def _words(self, picture: np.ndarray, label: str, step: int, earned: float) -> UInt8[np.ndarray, "height width 3"]:
         """Task and label above; step and return so far below, each number in a place of its own."""
-        from PIL import Image, ImageDraw
-
         image = Image.fromarray(picture)
         draw, line = ImageDraw.Draw(image, "RGBA"), self._line
         width, height = image.size
@@ -166,8 +166,6 @@ class Painter:
 
 def write_video(path: Path, frames: Iterator[UInt8[np.ndarray, "height width 3"]], rate: float) -> None:
     """Encode frames, `rate` a second, as the mp4 file at `path`."""
-    import imageio.v2
-
     settings = {"fps": rate, "quality": 7, "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
     with imageio.v2.get_writer(path, format="FFMPEG", **settings) as writer:
         for frame in frames:

@@ -139,11 +139,11 @@ def write_videos(task: str, recordings: Mapping[Path, Recording], *, width: int 
     try:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-        result = subprocess.run(
-            command, input=_packed(list(recordings.values())), capture_output=True, env=environment, check=False
-        )
     except OSError as error:
         raise VideoError(f"no video: {error.filename}: {error.strerror}; choose another folder") from None
+    packed = _packed(list(recordings.values()))
+    try:
+        result = subprocess.run(command, input=packed, capture_output=True, env=environment, check=False)
     finally:
         for path in paths:
             part_of(path).unlink(missing_ok=True)
