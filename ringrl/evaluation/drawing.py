@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _TORSO = 1  # the first body after the world
 _LEAST_RATE = 25  # pictures per second
 _SHADOWS = 1024  # pixels; with the models' 2048 a frame takes longer and looks the same
+_HAZE = (0.2, 0.29, 0.4, 1.0)  # RGBA; the sky at the horizon
 _BAND, _INK, _FAINT = (12, 18, 28), (255, 255, 255), (158, 176, 196)  # RGB
 
 
@@ -91,6 +92,9 @@ def open_renderer(task: str, width: int, height: int) -> "tuple[Simulation, Rend
     visual = simulation.model.vis
     visual.global_.offwidth, visual.global_.offheight = width, height
     visual.quality.shadowsize = _SHADOWS
+    visual.rgba.haze = _HAZE
+    if VIEWS[simulation.domain.name].follows:  # the floor is drawn without an end, as it is simulated
+        simulation.model.geom_size[simulation.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, :2] = 0
     renderer = mujoco.Renderer(simulation.model, height, width)
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # of the floor: slow, and it distracts
     return simulation, renderer

@@ -59,18 +59,19 @@ def test_every_domain_is_drawn_at_its_own_speed(task, tmp_path, opengl):
 
 
 @pytest.mark.parametrize("domain", ["walker", "quadruped"])
-def test_the_camera_follows(domain, tmp_path, opengl):
+def test_the_camera_follows_over_an_endless_floor(domain, tmp_path, opengl):
     task = DOMAINS[domain].tasks[0]
     recording = _recording(task, 1)
     recording.physics[:] = recording.physics[0]
-    recording.physics[1, 1 if domain == "walker" else 0] += (
-        4.0  # metres, along x; the walker's first place is its height
-    )
+    recording.physics[1, {"walker": 1, "quadruped": 0}[domain]] -= 40.5  # metres, along x
     frames, _ = _draw(task, recording, tmp_path / "best.mp4")
     red, blue = frames[..., 0], frames[..., 2]
     body = (red > blue + 40)[:, _LINE:-_LINE]  # the only thing that is not blue
     assert body[0].sum() > 100
     assert (body[0] != body[1]).mean() < 0.01
+    floor = frames[:, -2 * _LINE : -_LINE]
+    assert floor.std(axis=(1, 2)).min() > 9  # its squares are there, far off too
+    assert (np.abs(floor[1] - floor[0]).max(axis=-1) > 15).mean() > 0.03  # and goes by
 
 
 def test_step_return_and_label_are_drawn(tmp_path, opengl):
@@ -130,6 +131,11 @@ def test_an_older_video_stays_when_a_new_one_fails(tmp_path, monkeypatch, opengl
     with pytest.raises(VideoError, match=r"no video: the drawing process failed .*nowhere"):
         write_videos("cartpole_swingup", {path: recording})
     assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "older")]
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(VideoError, match="the drawing process failed .*Is a directory"):
+        write_videos("cartpole_swingup", {tmp_path / "folder": recording})  # found out when it is drawn
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "folder"]
     with pytest.raises(VideoError, match=r"no video: .*best\.mp4: .*; choose another folder"):
         write_videos("cartpole_swingup", {path / "best.mp4": recording})
     with pytest.raises(UserError, match="unknown task"):
