@@ -133,7 +133,7 @@ def test_an_older_video_stays_when_a_new_one_fails(tmp_path, monkeypatch, opengl
     assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "older")]
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(VideoError, match="the drawing process failed .*Is a directory"):
+    with pytest.raises(VideoError, match=r"the drawing process failed .*Is a directory"):
         write_videos("cartpole_swingup", {tmp_path / "folder": recording})  # found out when it is drawn
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "folder"]
     with pytest.raises(VideoError, match=r"no video: .*best\.mp4: .*; choose another folder"):
