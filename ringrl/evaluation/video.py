@@ -134,8 +134,10 @@ def write_videos(task: str, recordings: Mapping[Path, Recording], *, width: int 
     """
     domain_of(task)
     paths = list(recordings)
-    command = [sys.executable, "-m", "ringrl.evaluation.drawing", task, str(width), str(height), *map(str, paths)]
-    environment = {"MUJOCO_GL": _OPENGL} | os.environ
+    command = [sys.executable, "-P", "-m", "ringrl.evaluation.drawing", task, str(width), str(height)]
+    command += [str(path.absolute()) for path in paths]
+    modules = os.pathsep.join(filter(None, sys.path))  # the same as here, and none from the working folder
+    environment = {"MUJOCO_GL": _OPENGL} | os.environ | {"PYTHONPATH": modules}
     try:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,9 @@ def test_the_camera_follows_over_an_endless_floor(domain, tmp_path, opengl):
     assert (np.abs(floor[1] - floor[0]).max(axis=-1) > 15).mean() > 0.03  # and goes by
 
 
-def test_step_return_and_label_are_drawn(tmp_path, opengl):
+def test_step_return_and_label_are_drawn(tmp_path, monkeypatch, opengl):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imageio.py").write_text("raise RuntimeError('imported from the working folder')")
     still = np.zeros((2, 4))
     paths = {
         tmp_path / "folder" / "0.mp4": Recording("best", still, np.array([0.0])),
