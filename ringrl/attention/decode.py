@@ -4,8 +4,8 @@ A sharded cache is striped: of n devices, device r holds tokens r, r + n, r + 2n
 devices fill up evenly, and a cache grows where it lies. Each device attends to what it holds, and one pmax and one psum
 merge the results: two small collectives in place of n - 1 hops.
 
-Contexts that all begin with the same tokens share a prefix: it is held once, and the queries of the whole batch meet
-its keys in one matrix product.
+Contexts that begin with the same tokens share a prefix: it is held once, and the queries of all of them meet its keys
+in one matrix product.
 """
 
 from typing import NamedTuple
@@ -28,10 +28,13 @@ UNSEEN = jnp.iinfo(jnp.int32).max  # the position of a slot that holds nothing: 
 
 
 class Prefix(NamedTuple):
-    """Tokens that come before those of every context of a batch. Sharded as a cache is, where that is."""
+    """Tokens that come before those of a batch's contexts: of all, or with P prefixes, of each P-th part of the batch.
 
-    k: Float[Array, "1 capacity kv_heads head_dim"]
-    v: Float[Array, "1 capacity kv_heads head_dim"]
+    Sharded as a cache is, where that is, but for the batch.
+    """
+
+    k: Float[Array, "prefixes capacity kv_heads head_dim"]
+    v: Float[Array, "prefixes capacity kv_heads head_dim"]
     length: Int[Array, ""] | int  # tokens; what lies beyond must be finite and does not count
 
 
@@ -57,7 +60,7 @@ def decode_attention(
       k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond must be finite and does not count. Where
         their dtype is not q's, q is rounded to it.
       length: tokens in the cache, the new ones included.
-      prefix: tokens before those of the cache, shared by the batch.
+      prefix: tokens before those of the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap: as for `attention`.
       mesh: the devices of a sharded cache, whose capacity axis lies striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
@@ -80,10 +83,8 @@ def decode_attention(
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
     if isinstance(length, int) and not new <= length <= capacity:
         raise ValueError(f"length: expected {new} ... {capacity} tokens in the cache, got {length}")
-    if prefix is not None and {x.shape[:1] + x.shape[2:] for x in prefix[:2]} != {(1, kv_heads, head_dim)}:
-        raise ValueError(
-            f"prefix: expected (1, tokens, {kv_heads}, {head_dim}), got {prefix.k.shape} and {prefix.v.shape}"
-        )
+    if prefix is not None:
+        _check_prefix(prefix, k_cache)
     options = arguments.options(
         head_dim,
         is_causal=True,
@@ -120,8 +121,9 @@ def _over_caches(q: jax.Array, caches: list[Prefix], index: jax.Array | int, siz
     queries = begin + own.length - new + jnp.arange(new, dtype=jnp.int32)
     part = _over_cache(q, own, queries, begin, index, size, options)
     for prefix in prefixes:
-        together = q.reshape(1, batch * new, heads, head_dim)
-        shared = _over_cache(together, prefix, jnp.tile(queries, batch), 0, index, size, options)
+        number = prefix.k.shape[0]
+        together = q.reshape(number, -1, heads, head_dim)
+        shared = _over_cache(together, prefix, jnp.tile(queries, batch // number), 0, index, size, options)
         part = merge(part, Partial(*(x.reshape(y.shape) for x, y in zip(shared, part, strict=True))))
     return part
 
@@ -141,22 +143,25 @@ def _over_cache(
     """
     batch, new, heads, head_dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
-    q = q.reshape(batch, new, kv_heads, heads // kv_heads, head_dim).astype(cache.k.dtype)
-    s = jnp.einsum("bqhgd,bkhd->bhgqk", q, cache.k, preferred_element_type=jnp.float32) * options.scale
+    # By key head, all its queries as rows of one matrix: other orders XLA rearranges the cache for, at every step.
+    q = jnp.moveaxis(q.reshape(batch, new, kv_heads, -1, head_dim), 1, 3).reshape(batch, kv_heads, -1, head_dim)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (cache.k, cache.v))
+    s = jnp.einsum("bhmd,bhkd->bhmk", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * options.scale
     if options.logits_soft_cap is not None:
         s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
     segment = jnp.zeros((1, 1), jnp.int32)
     token = jnp.arange(capacity, dtype=jnp.int32) * size + index
     keys = Side(jnp.where(token < cache.length, begin + token, UNSEEN)[None], segment)
     rule = Rule(is_causal=True, window=options.rule.window)
-    s = jnp.where(visible(rule, Side(queries[None], segment), keys)[:, None, None], s, -jnp.inf)
+    seen = jnp.tile(visible(rule, Side(queries[None], segment), keys)[0], (heads // kv_heads, 1))
+    s = jnp.where(seen, s, -jnp.inf)
     maximum = s.max(-1, keepdims=True)
     p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may hold nothing yet
     total = p.sum(-1, keepdims=True)
-    p = p / jnp.where(total == 0, 1.0, total)
-    o = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(cache.v.dtype), cache.v, preferred_element_type=jnp.float32)
-    lse = jnp.moveaxis((maximum + jnp.log(total))[..., 0], 3, 1)
-    return Partial(o.reshape(batch, new, heads, head_dim), lse.reshape(batch, new, heads))
+    o = jnp.einsum("bhmk,bhkd->bhmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    o, lse = o / jnp.where(total == 0, 1.0, total), (maximum + jnp.log(total))[..., 0]
+    by_query = lambda x: jnp.moveaxis(x.reshape(batch, kv_heads, -1, new, *x.shape[3:]), 3, 1)  # noqa: E731
+    return Partial(by_query(o).reshape(batch, new, heads, head_dim), by_query(lse).reshape(batch, new, heads))
 
 
 def append_to_cache(
@@ -234,3 +239,13 @@ def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int)
     if capacity % size:
         raise ValueError(f"k_cache: a capacity of {capacity} does not divide among the {size} devices of {axis_name!r}")
     return size
+
+
+def _check_prefix(prefix: Prefix, cache: jax.Array) -> None:
+    batch, _, *rest = cache.shape
+    number = prefix.k.shape[0]
+    if prefix.k.shape != prefix.v.shape or list(prefix.k.shape[2:]) != rest or not number or batch % number:
+        raise ValueError(
+            f"prefix: expected (P, tokens, {', '.join(map(str, rest))}) with P dividing {batch}, "
+            f"got {prefix.k.shape} and {prefix.v.shape}"
+        )

@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         """Attend from new tokens to the prefix, the cache and themselves; returns the output and the longer cache."""
         begin = length if prefix is None else prefix.length + length
         q, k, v = self._project(x, begin + jnp.arange(x.shape[1]), time=None)
-        keys, values = append(keys, values, k, v, length, self.parallel)
+        keys, values = append(keys, k, length, self.parallel), append(values, v, length, self.parallel)
         o = attend(q, keys, values, length + x.shape[1], prefix, self.parallel)
         return self.out(o), keys, values
 

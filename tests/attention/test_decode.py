@@ -60,6 +60,15 @@ def test_a_prefix_equals_its_tokens_in_every_cache(shared, window, draw):
             np.testing.assert_allclose(got, whole[:, tokens], rtol=1e-5, atol=1e-5)
 
 
+def test_several_prefixes_are_each_for_a_part_of_the_batch(draw):
+    q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
+    for x in (q, k, v):
+        x[1, :6], x[3, :6] = x[0, :6], x[2, :6]
+    before = Prefix(k[::2, :6], v[::2, :6], 6)
+    got = decode_attention(q[:, 9:], k[:, 6:], v[:, 6:], length=5, prefix=before)
+    np.testing.assert_allclose(got, attention(q, k, v)[:, 9:], rtol=1e-5, atol=1e-5)
+
+
 def alike(arrays: dict[str, np.ndarray], shared: int) -> list[np.ndarray]:
     """The q, k and v of contexts that begin with the same `shared` tokens."""
     for x in arrays.values():
@@ -100,7 +109,7 @@ def test_arguments_that_do_not_fit_are_named(draw):
         ("length", (q[:, :3], k, v), TOKENS + 1),
     ]
     for prefix in (k[:1, :, :1], k[:0]), (k[:1], v[:1, ..., :4]):
-        with pytest.raises(ValueError, match=r"^prefix: expected \(1, tokens, 2, 8\)"):
+        with pytest.raises(ValueError, match=r"^prefix: expected \(P, tokens, 2, 8\)"):
             decode_attention(q, k, v, length=TOKENS, prefix=Prefix(*prefix, 3))
     for name, given, length in wrong:
         with pytest.raises(ValueError, match=f"^{name}: "):
