@@ -18,6 +18,7 @@ import tyro
 
 import ringrl
 from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info
+from ringrl.cli.plan import plan
 from ringrl.cli.run import evaluate, train
 from ringrl.cli.study import ablate, demo, report
 from ringrl.config import TrainConfig, one_line, read_yaml
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data info": data_info,
     "data collect": data_collect,
     "data export": data_export,
+    "plan": plan,
     "train": train,
     "evaluate": evaluate,
     "ablate": ablate,

@@ -19,7 +19,7 @@ def make_parallel(config: TrainConfig) -> Parallel:
     mesh = config.mesh
     if mesh.devices == 1 and jax.process_count() == 1:
         return ONE_DEVICE
-    _check_divides(config)
+    check_divides(config)
     devices = jax.devices()
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
@@ -38,7 +38,8 @@ def make_parallel(config: TrainConfig) -> Parallel:
     return Parallel(made, mesh.layout)
 
 
-def _check_divides(config: TrainConfig) -> None:
+def check_divides(config: TrainConfig) -> None:
+    """UserError where an axis of the mesh does not divide what it is to split."""
     mesh, model, optimiser = config.mesh, config.model, config.optimiser
     if model.kind == "td3_bc":
         raise UserError("mesh: td3_bc is trained on one device; leave --mesh at 1, or choose another model.kind")

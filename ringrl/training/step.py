@@ -28,23 +28,38 @@ def initial_state(policy: nnx.Module, optimiser: optax.GradientTransformation) -
     return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
 
+def abstract_state(
+    make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
+) -> TrainState:
+    """`initial_state` without numbers: shapes, dtypes and, with a mesh, where each array lies. Takes no memory."""
+    parameters = nnx.state(nnx.eval_shape(make_policy), nnx.Param)
+    params = nnx.to_pure_dict(parameters)
+    state = TrainState(params, jax.eval_shape(optimiser.init, params), jax.ShapeDtypeStruct((), jnp.int32))  # type: ignore[arg-type]
+    if parallel.mesh is None:
+        return state
+    of_params = parallel.parameter_shardings(parameters)
+    everywhere = parallel.sharding()
+    of_optimiser = optax.tree.map_params(
+        optimiser,
+        lambda _, sharding: sharding,
+        state.optimiser,
+        of_params,
+        transform_non_params=lambda _: everywhere,
+    )
+    shardings: Any = TrainState(of_params, of_optimiser, everywhere)  # type: ignore[arg-type]
+    placed: TrainState = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
+    )
+    return placed
+
+
 def sharded_initial_state(
     make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
 ) -> TrainState:
     """`initial_state`, made in pieces on the devices that hold them: no device ever has the whole of it."""
     if parallel.mesh is None:
         return initial_state(make_policy(), optimiser)
-    parameters = nnx.state(nnx.eval_shape(make_policy), nnx.Param)
-    of_params = parallel.parameter_shardings(parameters)
-    everywhere = parallel.sharding()
-    of_optimiser = optax.tree.map_params(
-        optimiser,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimiser.init, nnx.to_pure_dict(parameters)),
-        of_params,
-        transform_non_params=lambda _: everywhere,
-    )
-    shardings: Any = TrainState(of_params, of_optimiser, everywhere)  # type: ignore[arg-type]
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(make_policy, optimiser, parallel))
     return jax.jit(lambda: initial_state(make_policy(), optimiser), out_shardings=shardings)()
 
 

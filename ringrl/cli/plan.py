@@ -1,0 +1,123 @@
+"""ringrl plan: what fits where."""
+
+import dataclasses
+import json as json_module
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from ringrl.config import MeshConfig, TrainConfig
+from ringrl.errors import UserError
+
+CHOSEN = MeshConfig()  # one device: the mesh is left to the plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Custom:
+    """Numbers of a machine of one's own (--machine custom)."""
+
+    devices: int = 8
+    """Devices in all."""
+    memory: float = 0.0
+    """GiB of a device that a program may use."""
+    tflops: float = 0.0
+    """10^12 bfloat16 operations per second of a device."""
+    bandwidth: float = 0.0
+    """10^9 bytes per second from and to a device's memory."""
+    link: float = 0.0
+    """10^9 bytes per second to a neighbour, one way."""
+
+
+NO_NUMBERS = Custom()
+
+
+def plan(
+    model: str,
+    machine: str,
+    tokens: str,
+    mesh: MeshConfig = CHOSEN,
+    contexts: int | None = None,
+    attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] | None = None,
+    remat: Literal["none", "layers"] | None = None,
+    block_tokens: int | None = None,
+    method: Literal["best", "compiler", "formula"] = "best",
+    compilations: int = 2,
+    search: bool = False,
+    custom: Custom = NO_NUMBERS,
+    json: Path | None = None,
+) -> None:
+    """Say what fits where: memory and time of a training step on a machine that need not be there.
+
+    Args:
+        model: 3b, 7b, 13b, 30b or 350m; a preset; or a run's config.yaml.
+        machine: for example tpu-v4-512, tpu-v5e-256, 8xa100, 8xa100-40, 32xh100, cpu-8, or custom.
+        tokens: of a context, for example 32768, 512k or 8M (k is 1024, M its square).
+        mesh: devices along each axis; without it, the mesh of least estimated time among those that fit.
+        contexts: of a step; by default the model's configuration says.
+        attention: instead of what the configuration says.
+        remat: instead of what the configuration says.
+        block_tokens: instead of what the configuration says.
+        method: compiler: ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices; formula: the
+            closed form alone, in a second; best: the compiler where it can.
+        compilations: for the longest context, at most so many; a minute or two each.
+        search: compile the best three meshes, not the best one alone.
+        custom: numbers of a machine that is not known.
+        json: also write everything there, as JSON.
+    """
+    import jax
+
+    from ringrl.planning.machines import custom_machine, find_machine
+    from ringrl.planning.plan import Request, make_plan
+    from ringrl.planning.words import as_json, describe
+    from ringrl.planning.workload import find_model, read_tokens
+
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is taken for planning
+    changes = {"attention": attention, "remat": remat, "block_tokens": block_tokens}
+    config = _changed(find_model(model), changes, contexts)
+    if machine == "custom":
+        numbers = dataclasses.astuple(custom)
+        where = custom_machine(*numbers)
+    else:
+        where = find_machine(machine)
+    if where.device.platform == "cpu":
+        _want_host_devices(where.devices)
+    request = Request(
+        config, where, read_tokens(tokens), None if mesh.devices == 1 else mesh, method, compilations, search
+    )
+    with Console(stderr=True).status("planning") as status:
+        made = make_plan(request, lambda line: status.update(line))
+    print(describe(made))
+    if json is not None:
+        _write(json, json_module.dumps(as_json(made), indent=1))
+
+
+def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | None) -> TrainConfig:
+    """The configuration with the flags' values; validated as a whole."""
+    values = config.model_dump()
+    values["model"] |= {name: value for name, value in model.items() if value is not None}
+    if contexts is not None:
+        values["optimiser"] |= {"batch_size": contexts}
+    return TrainConfig.model_validate(values)
+
+
+def _want_host_devices(number: int) -> None:
+    """As many as the machine has, if JAX has not begun yet."""
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:
+        return  # it has: the plan says how many there are
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error

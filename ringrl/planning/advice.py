@@ -1,0 +1,100 @@
+"""What would make a plan fit that does not, by the formula."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from ringrl.errors import UserError
+from ringrl.planning.closed_form import memory_of
+from ringrl.planning.machines import Machine, gib
+from ringrl.planning.workload import Workload
+
+MOST_DEVICES = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """A change, and the bytes that a device then takes."""
+
+    change: str
+    total: float
+    is_enough: bool
+
+
+def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
+    """Changes that save memory, what is enough first; `total` is what the plan takes (the compiler's, if it is known).
+
+    What the formula says of a change is shifted by as much as it is off for the plan itself.
+    """
+    platform, limit = machine.device.platform, machine.device.memory
+    off = total - memory_of(workload, platform).total
+
+    def judge(change: str, changed: Workload) -> Advice:
+        after = memory_of(changed, platform).total + off
+        return Advice(change, after, after <= limit)
+
+    changes = list(_changes(workload))
+    found = [judge(change, changed) for change, changed in changes]
+    found = [advice for advice in found if advice.total < total]
+    if len(found) > 1 and not any(advice.is_enough for advice in found):
+        everything = workload
+        for _, changed in changes:
+            everything = _merged(workload, everything, changed)
+        found.append(judge("all of these together", everything))
+    moments = memory_of(workload, platform).optimiser / 2
+    name = "moments of the optimiser in bfloat16, which RingRL does not offer"
+    found.append(Advice(name, total - moments, total - moments <= limit))
+    if devices := _enough_devices(workload, machine, off):
+        needed, after = devices
+        change = (
+            f"{needed} such devices, --mesh.seq {needed * workload.config.mesh.seq // workload.config.mesh.devices}"
+        )
+        found.append(Advice(change, after, True))
+    return sorted(found, key=lambda advice: (not advice.is_enough, advice.total))
+
+
+def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    model, mesh, optimiser = workload.model, workload.config.mesh, workload.config.optimiser
+    if model.remat == "none":
+        yield "--remat layers", workload.with_settings("model", remat="layers")
+    if model.attention in ("vanilla", "memory_efficient"):
+        kind = "blockwise" if mesh.seq == 1 else "ring"
+        yield f"--attention {kind}", workload.with_settings("model", attention=kind)
+    if model.dtype == "float32":
+        yield "model.dtype: bfloat16", workload.with_settings("model", dtype="bfloat16")
+    block = max(512, model.block_tokens // 4)
+    if model.attention in ("blockwise", "ring") and block < min(model.block_tokens, workload.local_tokens):
+        yield f"--block-tokens {block}", workload.with_settings("model", block_tokens=block)
+    if workload.local_contexts > 1:
+        parts = optimiser.accumulation * workload.local_contexts
+        change = f"optimiser.accumulation: {parts}"
+        yield change, workload.with_settings("optimiser", accumulation=parts)
+
+
+def _merged(before: Workload, so_far: Workload, change: Workload) -> Workload:
+    for section in ("model", "optimiser"):
+        old, new = getattr(before.config, section).model_dump(), getattr(change.config, section).model_dump()
+        if changed := {name: value for name, value in new.items() if value != old[name]}:
+            so_far = so_far.with_settings(section, **changed)
+    return so_far
+
+
+def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[int, float] | None:
+    """The least power of two times as many devices, along the context, on which it fits; and what it takes there."""
+    seq, devices = workload.config.mesh.seq, workload.config.mesh.devices
+    factor = 2
+    while devices * factor <= MOST_DEVICES:
+        longer = workload.with_settings("mesh", seq=seq * factor)
+        try:
+            longer.check()
+        except UserError:
+            return None
+        total = memory_of(longer, machine.device.platform).total + off / factor
+        if total <= machine.device.memory:
+            return devices * factor, total
+        factor *= 2
+    return None
+
+
+def say(advice: Advice) -> str:
+    """One line."""
+    return f"{'enough' if advice.is_enough else 'not enough alone'}: {advice.change} ({gib(advice.total)} per device)"

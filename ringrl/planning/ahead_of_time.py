@@ -1,0 +1,155 @@
+"""The real training step, compiled for devices that need not be there, with arrays that have shapes and no numbers."""
+
+import functools
+import importlib.util
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType
+
+from ringrl.context import Context, Outcome
+from ringrl.errors import UserError
+from ringrl.model import make_policy
+from ringrl.model.parallel import MESH_AXES, Parallel
+from ringrl.planning.machines import Machine
+from ringrl.planning.schedule import Schedule, read_schedule
+from ringrl.planning.workload import ACTION, OBSERVATION, Workload
+from ringrl.training.optimiser import make_optimiser
+from ringrl.training.step import TrainState, abstract_state, make_train_step
+
+_EXHAUSTED = re.compile(r"\(([\d.]+)([KMG])\) exceeds available|Used ([\d.]+)([KMG]) of")
+_UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
+_WITHOUT = {"v3": "the TPU compiler no longer compiles bfloat16 kernels for it"}
+
+
+class Step(NamedTuple):
+    """A step before compilation: what `lower` needs, and what lies where."""
+
+    function: Any  # jitted: state, batch -> state, metrics
+    state: TrainState  # jax.ShapeDtypeStructs with shardings
+    batch: Context
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a step, per device."""
+
+    parameters: float  # bytes, as the shardings have it
+    optimiser: float
+    batch: float
+    total: float  # most bytes that live at once; where it does not compile, what it says it would take at least
+    refusal: str | None  # why it does not compile, in the compiler's or the kernel's words
+    schedule: Schedule | None  # None where it does not compile, or the platform has no asynchronous transfers
+    seconds: float  # that compilation took
+
+
+def why_not(machine: Machine) -> str | None:
+    """Why the step cannot be compiled for a machine from here, or None."""
+    if machine.device.platform == "cpu":
+        have = jax.local_device_count() if jax.default_backend() == "cpu" else 0
+        flag = f"JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={machine.devices}"
+        return None if have >= machine.devices else f"this process has {have} host devices; start it with {flag}"
+    if machine.topology is None:
+        return f"no compiler here knows {machine.name} (several GPUs, or numbers of your own)"
+    generation = machine.topology.split(":")[0]
+    if generation in _WITHOUT:
+        return _WITHOUT[generation]
+    if importlib.util.find_spec("libtpu") is None:
+        return f'the TPU compiler is not installed; pip install "jax[tpu]=={jax.__version__}"'
+    return None
+
+
+def devices_of(machine: Machine) -> list[Any]:
+    """Of a TPU's topology, or this process's host devices. UserError as `why_not` has it."""
+    if reason := why_not(machine):
+        raise UserError(f"--machine {machine.name}: cannot be compiled for: {reason}")
+    if machine.topology is None:
+        return list(jax.devices("cpu")[: machine.devices])
+    from jax.experimental import topologies
+
+    # Both cores of a v4 chip are one device, as on Cloud TPU; later ones are by themselves.
+    settings = {"chip_config_name": "megacore"} if machine.topology.startswith("v4") else {}
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no question to a metadata server about the machine this runs on
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **settings)
+    return list(topology.devices)
+
+
+def abstract_step(workload: Workload, devices: list[Any]) -> Step:
+    """The step that `ringrl train` would run, on a mesh of these devices. Nothing is allocated."""
+    config = workload.config
+    mesh = config.mesh
+    sizes = tuple(getattr(mesh, axis) for axis in MESH_AXES)
+    made = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices])
+    parallel = Parallel(made, mesh.layout)
+    make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, config.seed, parallel=parallel)
+    optimiser = make_optimiser(config.optimiser)
+    graph, _ = nnx.split(nnx.eval_shape(make), nnx.Param)
+    state = abstract_state(make, optimiser, parallel)
+    function = make_train_step(graph, optimiser, config.optimiser.accumulation)
+    return Step(function, state, _abstract_context(workload, parallel))
+
+
+def _abstract_context(workload: Workload, parallel: Parallel) -> Context:
+    shape = workload.config.optimiser.batch_size, workload.tokens // workload.tokens_per_step
+    sharding = parallel.sharding("batch", "time")
+
+    def array(*features: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((*shape, *features), dtype, sharding=sharding)
+
+    integers = array(dtype=jnp.int32)
+    return Context(
+        observation=array(OBSERVATION), action=array(ACTION), reward=array(), return_to_go=array(), completion=array(),
+        timestep=integers, trajectory=integers, position=integers, weight=array(),
+        previous=Outcome(array(ACTION), array(), array()),
+    )  # fmt: skip
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Of arrays with shardings, on each device."""
+
+    def one(x: Any) -> float:
+        shape = x.sharding.shard_shape(x.shape)
+        return float(jnp.dtype(x.dtype).itemsize) * functools.reduce(lambda a, b: a * b, shape, 1)
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def compile_step(workload: Workload, machine: Machine, devices: list[Any] | None = None) -> Compiled:
+    """Compile a step for a machine; `devices` as `devices_of` gives them, if they are known already."""
+    step = abstract_step(workload, devices_of(machine) if devices is None else devices)
+    state = step.state
+    held = bytes_per_device(state.params), bytes_per_device(state.optimiser), bytes_per_device(step.batch)
+    began = time.perf_counter()
+    try:
+        compiled = step.function.lower(state, step.batch).compile()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        text = " ".join(str(error).split())
+        return Compiled(*held, _said_to_take(text, sum(held)), _shortened(text), None, time.perf_counter() - began)
+    memory = compiled.memory_analysis()
+    if machine.device.platform == "cpu":
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        return Compiled(*held, total, None, None, time.perf_counter() - began)
+    # A TPU's temp_size counts places that are used one after the other; what counts is the most that lives at once.
+    total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    return Compiled(*held, total, None, read_schedule(compiled.as_text()), time.perf_counter() - began)
+
+
+def _said_to_take(text: str, held: float) -> float:
+    """Bytes by the compiler's message; not a number where it names none (a kernel that refuses)."""
+    if found := _EXHAUSTED.search(text):
+        number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+        return float(number) * _UNITS[unit] + (held if found[1] else 0)
+    return float("nan")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 240 else f"{text[:237]}..."
+
+
+def fits(compiled: Compiled, machine: Machine) -> bool:
+    """Whether it compiled, and what lives at once is no more than the memory."""
+    return compiled.refusal is None and compiled.total <= machine.device.memory

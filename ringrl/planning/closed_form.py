@@ -1,0 +1,150 @@
+"""Memory of a training step as a formula: the papers' count (2305.19370, 2310.01889), refined to this implementation.
+
+Per device, with P parameters on N = fsdp x seq x tensor devices, L layers of width h, s tokens of each of b contexts:
+
+    parameters      4 P / N                       float32
+    optimiser       8 P / N                       AdamW's two moments
+    gradients       4 P / N                       and 2 P / N for the copy in bfloat16 that XLA makes of all layers
+    activations     L b s (2 h itemsize + 4 H)    a layer's input, attention's output and log-sum-exp (remat)
+    scratch         one layer's backward pass: b s (a h + k h_kv), with its parameters gathered from all devices,
+                    or its feed-forward layer, if that takes more; and of vanilla b H s^2 logits
+
+The papers count 2 b s h for blockwise and ring (a layer's input in bfloat16), 8 b s h for a whole feed-forward layer and
+2 b H s^2 for vanilla; a, k and the like are what XLA holds besides. They were read off the compiler, once per platform:
+`WORKING`. The schedule changes with the size, so no such number is better than a few percent.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from ringrl.attention.kernels.mosaic_tpu_tiles import MAX_PAIRS
+from ringrl.attention.kernels.tuning.mosaic_tpu import blocks_for
+from ringrl.planning.machines import Machine
+from ringrl.planning.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device."""
+
+    parameters: float
+    optimiser: float
+    batch: float
+    gradients: float
+    activations: float
+    scratch: float
+
+    @property
+    def total(self) -> float:
+        """In all."""
+        return sum(dataclasses.astuple(self))
+
+
+class Working(NamedTuple):
+    """Bytes of a layer's backward pass for every token, in units of a number's size (2 or 4)."""
+
+    width: float  # per feature of the width, attention's queries
+    key_value: float  # per feature of keys (or of values)
+    hidden: float  # per unit of the feed-forward layer, for the tokens that it takes at a time
+    kept: float  # per feature of the width and layer, what remat "none" keeps beside remat "layers"
+    logits: float = 0.0  # per pair of tokens and head
+
+
+WORKING: Mapping[tuple[str, str], Working] = MappingProxyType(
+    {
+        ("tpu", "ring"): Working(7.5, 16, 2.5, 10),
+        ("tpu", "blockwise"): Working(7.5, 4.75, 2.5, 10),
+        ("tpu", "memory_efficient"): Working(7.5, 4.75, 2.5, 10),
+        ("tpu", "vanilla"): Working(7.5, 4.75, 2.5, 10, 3),
+        ("cpu", "ring"): Working(12, 20, 4, 10),
+        ("cpu", "blockwise"): Working(12, 16, 4, 10),
+        ("cpu", "memory_efficient"): Working(12, 16, 4, 10),
+        ("cpu", "vanilla"): Working(12, 16, 4, 10, 3),
+    }
+)
+
+
+def memory_of(workload: Workload, platform: str) -> Memory:
+    """Of one step on each device; GPUs count as TPUs do."""
+    model, count = workload.model, workload.parameters
+    bytes_each = 2 if model.dtype == "bfloat16" else 4
+    local = workload.local_contexts * workload.local_tokens
+    heads = model.heads / workload.config.mesh.tensor
+    kept_by_layer = 2 * model.width * bytes_each + 4 * heads
+    if model.remat == "none":
+        kept_by_layer += _working(workload, platform).kept * model.width * bytes_each
+    contexts = workload.local_contexts * workload.config.optimiser.accumulation
+    return Memory(
+        parameters=4 * count.device,
+        optimiser=8 * count.device,
+        batch=contexts * workload.local_tokens / workload.tokens_per_step * 45 * 4,
+        gradients=(4 + (2 if bytes_each == 2 else 0)) * count.device * _accumulated(workload),
+        activations=model.layers * local * kept_by_layer,
+        scratch=_scratch(workload, platform, bytes_each),
+    )
+
+
+def _accumulated(workload: Workload) -> float:
+    """Parts of a batch are summed into gradients of their own."""
+    return 1 if workload.config.optimiser.accumulation == 1 else 5 / 3
+
+
+def _working(workload: Workload, platform: str) -> Working:
+    return WORKING["cpu" if platform == "cpu" else "tpu", workload.model.attention]
+
+
+def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
+    model, mesh, working = workload.model, workload.config.mesh, _working(workload, platform)
+    contexts, tokens = workload.local_contexts, workload.local_tokens
+    key_width = model.width * model.kv_heads / model.heads
+    seen = tokens if model.attention == "ring" else workload.tokens  # keys on a device
+    attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
+    attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
+    at_once = tokens
+    if model.attention in ("blockwise", "ring"):
+        at_once = math.ceil(tokens / math.ceil(tokens / model.block_tokens))
+    units = model.feed_forward * model.width / mesh.tensor
+    feed_forward = contexts * (tokens * working.width * model.width + at_once * working.hidden * units) * bytes_each
+    gathered = workload.parameters.layer / mesh.tensor * bytes_each
+    return max(attention, feed_forward) + gathered
+
+
+def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
+    """Whether the TPU kernels can list the pairs of tiles of a device; other kernels have no such list."""
+    model, contexts = workload.model, workload.local_contexts
+    if machine.device.platform != "tpu" or model.attention == "vanilla":
+        return True
+    keys = workload.local_tokens if model.attention == "ring" else workload.tokens
+    for work in ("forward", "dq", "dkv"):
+        head_dim = model.width // model.heads
+        tile = blocks_for(work, head_dim, jnp.dtype(model.dtype), machine.device.kind)
+        if contexts * math.ceil(workload.local_tokens / tile.rows) * math.ceil(keys / tile.keys) > MAX_PAIRS:
+            return False
+    return True
+
+
+def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) -> int:
+    """The longest context whose step fits by the formula, a multiple of what the mesh divides; 0 where none does.
+
+    `spare` bytes are left free, or (below zero) added to the memory.
+    """
+    multiple, limit = workload.multiple, machine.device.memory - spare
+
+    def too_long(number: int) -> bool:
+        longer = workload.with_tokens(number * multiple)
+        return memory_of(longer, machine.device.platform).total > limit or not listed_tiles_fit(longer, machine)
+
+    if too_long(1):
+        return 0
+    low, high = 1, 2
+    while not too_long(high) and high * multiple < 2**31:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if too_long(middle) else (middle, high)
+    return low * multiple

@@ -1,0 +1,118 @@
+"""A plan: what one optimiser step takes on a machine, whether it fits, and how long a context would."""
+
+import dataclasses
+import math
+import resource
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ringrl.config import MeshConfig, TrainConfig
+from ringrl.errors import UserError
+from ringrl.planning.advice import Advice, advise
+from ringrl.planning.ahead_of_time import Compiled, compile_step, devices_of, fits, why_not
+from ringrl.planning.closed_form import Memory, listed_tiles_fit, memory_of
+from ringrl.planning.machines import Machine
+from ringrl.planning.roofline import StepTime, estimate
+from ringrl.planning.search import Longest, best_meshes, find_longest
+from ringrl.planning.workload import Workload
+
+Notice = Callable[[str], None]
+CANDIDATES = 3  # meshes that a search compiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of a workload on a machine."""
+
+    workload: Workload
+    machine: Machine
+    formula: Memory
+    compiled: Compiled | None
+    why_not_compiled: str | None
+    time: StepTime
+    longest: Longest
+    advice: tuple[Advice, ...]
+    candidates: tuple[tuple[Workload, Compiled | None], ...]  # of a search, the best first
+    seconds: float  # that planning took
+    peak_memory: float  # bytes of this process
+
+    @property
+    def total(self) -> float:
+        """Bytes on each device: the compiler's figure, or else the formula's."""
+        has_figure = self.compiled is not None and not math.isnan(self.compiled.total)
+        return self.compiled.total if self.compiled is not None and has_figure else self.formula.total
+
+    @property
+    def fits(self) -> bool:
+        """The verdict."""
+        if self.compiled is not None:
+            return fits(self.compiled, self.machine)
+        return self.total <= self.machine.device.memory and listed_tiles_fit(self.workload, self.machine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for; the mesh None where it is to be chosen."""
+
+    config: TrainConfig
+    machine: Machine
+    tokens: int
+    mesh: MeshConfig | None = None
+    method: Literal["compiler", "formula", "best"] = "best"
+    compilations: int = 2
+    search: bool = False
+
+
+def make_plan(request: Request, notice: Notice = lambda _: None) -> Plan:
+    """Plan it; `notice` is told of every compilation.
+
+    Raises:
+      UserError: a mesh or tokens that do not divide; with method "compiler", no compiler for the machine.
+    """
+    began, machine = time.perf_counter(), request.machine
+    reason = "the formula was asked for" if request.method == "formula" else why_not(machine)
+    if reason is not None and request.method == "compiler":
+        raise UserError(f"--machine {machine.name}: cannot be compiled for: {reason}")
+    devices = devices_of(machine) if reason is None else None
+    candidates = [(workload, None) for workload in _workloads(request)]
+    tried: list[tuple[Workload, Compiled | None]] = list(candidates)
+    if devices is not None:
+        tried = [(workload, _compile(workload, machine, devices, notice)) for workload, _ in candidates]
+        tried.sort(key=lambda each: (not (each[1] is not None and fits(each[1], machine)),))
+    workload, compiled = tried[0]
+    known = () if compiled is None else ((workload.tokens, compiled),)
+    longest = find_longest(workload, machine, devices, request.compilations, known, notice)
+    plan = Plan(
+        workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
+        estimate(workload, machine), longest, (), tuple(tried) if request.search else (), 0.0, 0.0,
+    )  # fmt: skip
+    advice = () if plan.fits else tuple(advise(workload, machine, plan.total))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return dataclasses.replace(plan, advice=advice, seconds=time.perf_counter() - began, peak_memory=peak)
+
+
+def _workloads(request: Request) -> list[Workload]:
+    """The one to plan; of a search, the best few."""
+    workload, machine = Workload(request.config, request.tokens), request.machine
+    if request.mesh is None:
+        if machine.devices == 1:
+            workload = workload.with_settings("mesh", data=1, fsdp=1, tensor=1, seq=1)
+            workload.check()
+            return [workload]
+        return best_meshes(workload, machine)[: CANDIDATES if request.search else 1]
+    if request.search:
+        raise UserError("--search: looks for a mesh; leave --mesh out, or --search")
+    if request.mesh.devices != machine.devices:
+        raise UserError(
+            f"--mesh: is {request.mesh.devices} devices, and {machine.name} has {machine.devices}; their product "
+            "(data x fsdp x tensor x seq) has to be that"
+        )
+    workload = workload.with_settings("mesh", **request.mesh.model_dump())
+    workload.check()
+    return [workload]
+
+
+def _compile(workload: Workload, machine: Machine, devices: list[Any], notice: Notice) -> Compiled:
+    notice(f"compiling {workload.tokens} tokens on {workload.mesh_in_words}")
+    return compile_step(workload, machine, devices)

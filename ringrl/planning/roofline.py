@@ -1,0 +1,130 @@
+"""How long a step takes, by a roofline: work over the rate of what does it, and what cannot hide behind it.
+
+Assumed, and printed with every plan (`ATTAINED`): what share of the data sheet's rates is reached. A hop of the ring
+hides behind the kernel of one block, the gathering of a layer's parameters behind its matrix products; what exceeds
+them, sums over "tensor" and sums of gradients over "data" are waited for.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from ringrl.planning.machines import Machine
+from ringrl.planning.workload import Workload
+from ringrl.training.throughput import forward_flops, step_flops
+
+
+class Attained(NamedTuple):
+    """Share of a data sheet's rate."""
+
+    matrices: float
+    attention: float
+    memory: float
+    links: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.matrices:.0%} of the peak in matrix products, {self.attention:.0%} in attention, "
+            f"{self.memory:.0%} of the memory's and {self.links:.0%} of the links' rate"
+        )
+
+
+ATTAINED = Attained(0.7, 0.5, 0.8, 0.8)
+# Products of a tile's size per pair of tokens: forward 2; backward 3 for the queries' kernel and 4 for the keys'.
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 7
+_ACTIVATION_TRAFFIC = 40  # times that a number per token and feature of a layer is read or written, both passes
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimiser step, and operations of all devices."""
+
+    matrices: float
+    attention: float
+    memory: float  # reading and writing, which hides behind computation where it is less
+    ring: float  # hops beyond what the kernels hide
+    parameters: float  # gathering and scattering beyond what the matrix products hide
+    sums: float  # over "tensor" and "data"
+    model_flops: float  # each of the model's operations once
+    mfu: float
+
+    @property
+    def total(self) -> float:
+        """In all."""
+        return max(self.matrices + self.attention, self.memory) + self.ring + self.parameters + self.sums
+
+
+def estimate(workload: Workload, machine: Machine, attained: Attained = ATTAINED) -> StepTime:
+    """Of one step on this machine."""
+    model, config, device = workload.model, workload.config, machine.device
+    contexts, devices = config.optimiser.batch_size, config.mesh.devices
+    forward = contexts * forward_flops(model, workload.tokens) / devices
+    pairs = contexts * model.layers * 2 * workload.tokens**2 * model.width / devices  # two products, a causal half
+    passes = 4 if model.remat == "layers" else 3
+    matrices = passes * (forward - pairs) / (device.flops * attained.matrices)
+    one_product = pairs / _FORWARD_PRODUCTS / (device.flops * attained.attention)
+    forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
+    if model.attention == "vanilla":  # hides nothing of the square, and computes it anew with remat
+        forward_kernels, backward_kernels = 2 * 2 * (passes - 2) * one_product, 2 * 4 * one_product
+    time = StepTime(
+        matrices=matrices,
+        attention=forward_kernels + backward_kernels,
+        memory=_traffic(workload) / (device.bandwidth * attained.memory),
+        ring=_exposed_hops(workload, machine, attained, forward_kernels, backward_kernels),
+        parameters=max(0.0, _gathering(workload, machine, attained) - matrices),
+        sums=_sums(workload, machine, attained),
+        model_flops=step_flops(model, workload.tokens, contexts) or 0.0,
+        mfu=0.0,
+    )
+    return dataclasses.replace(time, mfu=time.model_flops / (time.total * devices * device.flops))
+
+
+def _size(workload: Workload) -> int:
+    return 2 if workload.model.dtype == "bfloat16" else 4
+
+
+def _local(workload: Workload) -> float:
+    """Tokens that a device computes in a step."""
+    mesh = workload.config.mesh
+    return workload.config.optimiser.batch_size * workload.tokens / (mesh.data * mesh.fsdp * mesh.seq)
+
+
+def _traffic(workload: Workload) -> float:
+    """Bytes that a device reads and writes: state and gradients, gathered parameters, activations."""
+    model, mesh, count = workload.model, workload.config.mesh, workload.parameters
+    gathered = 3 * model.layers * count.layer / mesh.tensor * _size(workload)
+    activations = _ACTIVATION_TRAFFIC * model.layers * _local(workload) * model.width / mesh.tensor * _size(workload)
+    return (2 * 12 + 2 * 4) * count.device + workload.config.optimiser.accumulation * gathered + activations
+
+
+def _exposed_hops(
+    workload: Workload, machine: Machine, attained: Attained, forward_kernels: float, backward_kernels: float
+) -> float:
+    """Keys and values go round, and in the backward pass their gradients (float32) with them."""
+    model, mesh = workload.model, workload.config.mesh
+    if mesh.seq == 1 or model.attention == "vanilla":
+        return 0.0
+    numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
+    hops = (mesh.seq - 1) / (machine.slowest_link * attained.links)
+    sends = hops * numbers * _size(workload), hops * numbers * (_size(workload) + 4)
+    if model.attention == "ring":
+        return max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
+    return sum(sends)  # gathered at once, before the kernel
+
+
+def _gathering(workload: Workload, machine: Machine, attained: Attained) -> float:
+    """Parameters of every layer, gathered for the forward and the backward pass; their gradients dealt out again."""
+    model, mesh, count = workload.model, workload.config.mesh, workload.parameters
+    group = mesh.fsdp * mesh.seq
+    passes = 3 * workload.config.optimiser.accumulation
+    carried = passes * model.layers * count.layer / mesh.tensor * _size(workload) * (group - 1) / group
+    ways = 2 if machine.device.platform == "tpu" else 1  # around a torus both ways at once
+    return carried / (ways * machine.slowest_link * attained.links)
+
+
+def _sums(workload: Workload, machine: Machine, attained: Attained) -> float:
+    """All-reduce of activations over "tensor", six a layer, and of gradients over "data"."""
+    model, mesh = workload.model, workload.config.mesh
+    activations = 6 * model.layers * _local(workload) * model.width * _size(workload)
+    carried = 2 * (mesh.tensor - 1) / mesh.tensor * activations
+    carried += 2 * (mesh.data - 1) / mesh.data * 4 * workload.parameters.device
+    return carried / (machine.slowest_link * attained.links)

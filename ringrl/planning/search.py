@@ -1,0 +1,114 @@
+"""Which mesh, and how long a context: by the formula first, so that little has to be compiled."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ringrl.errors import UserError
+from ringrl.model.parallel import MESH_AXES
+from ringrl.planning.ahead_of_time import Compiled, compile_step, fits
+from ringrl.planning.closed_form import listed_tiles_fit, longest_context, memory_of
+from ringrl.planning.machines import Machine
+from ringrl.planning.roofline import estimate
+from ringrl.planning.workload import Workload
+
+CLOSE_ENOUGH = 0.03  # between the longest context that fits and the shortest that does not
+
+
+@dataclasses.dataclass(frozen=True)
+class Longest:
+    """The longest context found; `tokens` 0 where none fits."""
+
+    tokens: int
+    is_compiled: bool  # the compiler took it; else by the formula alone
+    too_long: int | None  # the shortest that the compiler refused
+    compiled: tuple[tuple[int, Compiled], ...] = ()
+
+
+def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
+    """The workload on every mesh of so many devices that divides it."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    for mesh in itertools.product(sizes, repeat=len(MESH_AXES)):
+        if math.prod(mesh) != devices:
+            continue
+        candidate = workload.with_settings("mesh", **dict(zip(MESH_AXES, mesh, strict=True)))
+        try:
+            candidate.check()
+        except UserError:
+            continue
+        yield candidate
+
+
+def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
+    """All meshes, those that fit by the formula first, then by estimated time. UserError where none divides."""
+
+    def order(candidate: Workload) -> tuple[bool, float]:
+        total = memory_of(candidate, machine.device.platform).total
+        is_fitting = total <= machine.device.memory and listed_tiles_fit(candidate, machine)
+        return not is_fitting, estimate(candidate, machine).total if is_fitting else total
+
+    found = sorted(meshes(workload, machine.devices), key=order)
+    if not found:
+        contexts = workload.config.optimiser.batch_size
+        raise UserError(
+            f"--machine {machine.name}: no mesh of {machine.devices} devices divides {contexts} contexts of "
+            f"{workload.tokens} tokens, {workload.model.heads} heads and a width of {workload.model.width}; give other "
+            "--tokens (a multiple of 8 x devices), --contexts or fewer devices"
+        )
+    return found
+
+
+def find_longest(
+    workload: Workload,
+    machine: Machine,
+    devices: list[Any] | None,
+    compilations: int,
+    known: tuple[tuple[int, Compiled], ...] = (),
+    notice: Callable[[str], None] = lambda _: None,
+) -> Longest:
+    """The longest context that fits on this mesh: the formula's, moved by what the compiler says of it.
+
+    Args:
+      devices: to compile for; None: the formula alone.
+      compilations: at most so many, besides those in `known` (tokens, result).
+      notice: told of every compilation.
+    """
+    guess = longest_context(workload, machine)
+    if devices is None:
+        return Longest(guess, False, None)
+    tried = dict(known)
+    for _ in range(compilations):
+        tokens = _next(workload, machine, tried, guess)
+        if tokens is None:
+            break
+        notice(f"compiling {tokens} tokens")
+        tried[tokens] = compile_step(workload.with_tokens(tokens), machine, devices)
+    good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
+    bad = min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=None)
+    return Longest(good, True, bad, tuple(sorted(tried.items())))
+
+
+def granule(workload: Workload) -> int:
+    """Lengths that are tried are multiples of this: whole tiles of each device."""
+    return math.lcm(workload.multiple, 256 * workload.config.mesh.seq)
+
+
+def _next(workload: Workload, machine: Machine, tried: dict[int, Compiled], guess: int) -> int | None:
+    """The next length to compile, or None: where the formula, shifted to the nearest known total, meets the memory."""
+    step = granule(workload)
+    good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
+    bad = min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=2**31)
+    if bad - good <= max(step, CLOSE_ENOUGH * good):
+        return None
+    counted = {tokens: found.total for tokens, found in tried.items() if not math.isnan(found.total)}
+    if counted:
+        nearest = min(counted, key=lambda tokens: abs(counted[tokens] - machine.device.memory))
+        platform = machine.device.platform
+        surplus = counted[nearest] - memory_of(workload.with_tokens(nearest), platform).total
+        guess = longest_context(workload, machine, spare=surplus)
+    tokens = guess // step * step
+    if not good < tokens < bad:  # half way, or a little beyond what is known to fit
+        tokens = (good + (bad if bad < 2**31 else int(good * (1 + 2 * CLOSE_ENOUGH)) + step)) // 2 // step * step
+    return tokens if good < tokens < bad and tokens else None

@@ -1,0 +1,136 @@
+"""A plan in words, and as JSON."""
+
+import dataclasses
+import math
+from typing import Any
+
+from ringrl.planning import advice
+from ringrl.planning.ahead_of_time import Compiled
+from ringrl.planning.machines import gib
+from ringrl.planning.plan import Plan
+from ringrl.planning.roofline import ATTAINED
+from ringrl.planning.workload import Workload, say_tokens
+
+
+def describe(plan: Plan) -> str:
+    """Lines for a terminal."""
+    model, machine, config = plan.workload.model, plan.machine, plan.workload.config
+    device, mesh = machine.device, plan.workload.mesh_in_words
+    lines = [
+        f"{plan.workload.parameters.total / 1e9:.3g} billion parameters, {model.attention} attention, remat "
+        f"{model.remat}, {model.dtype}; {config.optimiser.batch_size} context(s) of {plan.workload.tokens} tokens",
+        f"{machine.name}: {machine.devices} x {device.kind}, {gib(device.memory)} each; mesh {mesh}",
+        _method(plan),
+        "",
+        *_memory(plan),
+        "",
+        *_verdict(plan),
+        *_time(plan),
+    ]
+    if plan.candidates:
+        lines += ["", "meshes, the best first:", *(f"  {_candidate(*each)}" for each in plan.candidates)]
+    lines.append(f"planned in {plan.seconds:.0f} s with {gib(plan.peak_memory)} on this machine")
+    return "\n".join(lines)
+
+
+def _method(plan: Plan) -> str:
+    if plan.compiled is None:
+        return f"by the formula alone: {plan.why_not_compiled}"
+    how = f"by the compiler ({plan.compiled.seconds:.0f} s)"
+    return f"{how}; the formula says {gib(plan.formula.total)}"
+
+
+def _memory(plan: Plan) -> list[str]:
+    formula, compiled = plan.formula, plan.compiled
+    rows = {"parameters": formula.parameters, "optimiser": formula.optimiser, "batch": formula.batch}
+    if compiled is not None:
+        rows = {"parameters": compiled.parameters, "optimiser": compiled.optimiser, "batch": compiled.batch}
+    if compiled is None or math.isnan(compiled.total):
+        rows |= {"gradients": formula.gradients, "activations": formula.activations, "scratch": formula.scratch}
+    else:
+        rows["activations"] = formula.activations
+        rows["gradients and scratch"] = compiled.total - sum(rows.values())
+    lines = [f"  {name:<24}{gib(value):>14}" for name, value in rows.items()]
+    share = plan.total / plan.machine.device.memory
+    return ["per device", *lines, f"  {'total':<24}{gib(plan.total):>14}  ({share:.0%} of the memory)"]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    limit = plan.machine.device.memory
+    if plan.fits:
+        lines = [f"fits, with {gib(limit - plan.total)} to spare"]
+    elif plan.total > limit:
+        lines = [f"does not fit: {gib(plan.total - limit)} too much on each device"]
+    else:
+        refusal = plan.compiled.refusal if plan.compiled is not None else "more tiles than the TPU kernel can list"
+        lines = [f"does not fit: {refusal}"]
+    lines += [f"  {advice.say(each)}" for each in plan.advice]
+    longest = plan.longest
+    if longest.tokens == 0:
+        return [*lines, "no context fits on this mesh"]
+    how = "by the formula"
+    if longest.is_compiled:
+        how = "compiled" + (f"; {longest.too_long} does not" if longest.too_long else "; none longer was tried")
+    return [*lines, f"longest context that fits: {longest.tokens} tokens ({say_tokens(longest.tokens)}; {how})"]
+
+
+def _time(plan: Plan) -> list[str]:
+    time, tokens = plan.time, plan.workload.tokens * plan.workload.config.optimiser.batch_size
+    parts = {
+        "matrices": time.matrices,
+        "attention": time.attention,
+        "memory (hidden where less)": time.memory,
+        "ring, not hidden": time.ring,
+        "parameters, not hidden": time.parameters,
+        "sums": time.sums,
+    }
+    lines = [
+        f"estimated step: {time.total:.3g} s, {tokens / time.total:.3g} tokens/s, {time.model_flops:.3g} operations, "
+        f"MFU {time.mfu:.0%}",
+        "  " + ", ".join(f"{name} {value:.2g} s" for name, value in parts.items()),
+        f"  assumed: {ATTAINED}",
+    ]
+    if plan.compiled is not None and plan.compiled.schedule is not None:
+        lines.append(f"  schedule: {plan.compiled.schedule}")
+    return lines
+
+
+def _candidate(workload: Workload, compiled: Compiled | None) -> str:
+    found = "not compiled" if compiled is None else (compiled.refusal or gib(compiled.total))
+    return f"{workload.mesh_in_words}: {found}"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All numbers: bytes, seconds, tokens."""
+    compiled = plan.compiled
+    return {
+        "machine": dataclasses.asdict(plan.machine),
+        "model": plan.workload.model.model_dump(mode="json"),
+        "mesh": plan.workload.config.mesh.model_dump(mode="json"),
+        "contexts": plan.workload.config.optimiser.batch_size,
+        "tokens": plan.workload.tokens,
+        "method": "formula" if compiled is None else "compiler",
+        "why_not_compiled": plan.why_not_compiled,
+        "formula_bytes": dataclasses.asdict(plan.formula) | {"total": plan.formula.total},
+        "compiled": None if compiled is None else _compiled_json(compiled),
+        "total_bytes": plan.total,
+        "fits": plan.fits,
+        "longest_tokens": plan.longest.tokens,
+        "longest_is_compiled": plan.longest.is_compiled,
+        "too_long_tokens": plan.longest.too_long,
+        "tried_bytes": {tokens: _number(found.total) for tokens, found in plan.longest.compiled},
+        "advice": [dataclasses.asdict(each) for each in plan.advice],
+        "step": dataclasses.asdict(plan.time) | {"seconds": plan.time.total},
+        "assumed": ATTAINED._asdict(),
+        "planning_seconds": plan.seconds,
+        "planning_peak_bytes": plan.peak_memory,
+    }
+
+
+def _compiled_json(compiled: Compiled) -> dict[str, Any]:
+    schedule = None if compiled.schedule is None else compiled.schedule._asdict()
+    return compiled._asdict() | {"schedule": schedule, "total": _number(compiled.total)}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

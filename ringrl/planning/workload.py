@@ -1,0 +1,157 @@
+"""What is planned: a run's configuration with its mesh, and the tokens of a context."""
+
+import dataclasses
+import difflib
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from ringrl.config import ModelConfig, TrainConfig, one_line, read_yaml
+from ringrl.configs import preset
+from ringrl.errors import UserError
+from ringrl.model.parallel import MESH_AXES
+from ringrl.model.tokens import TOKEN_SETS
+from ringrl.training.mesh import check_divides
+
+OBSERVATION, ACTION = 24, 6  # walker's; other tasks differ by less than a thousandth of the memory
+CHUNKS = {"zigzag": 2, "contiguous": 1, "striped": 1}  # of each device, into which a layout cuts a context
+SHAPES = ("3b", "7b", "13b", "30b", "350m")
+_UNUSED = {"data": "unused", "task": "unused", "run": "unused"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One optimiser step: `config` says the model, the mesh and the contexts, `tokens` how long each of these is."""
+
+    config: TrainConfig
+    tokens: int
+
+    @property
+    def model(self) -> ModelConfig:
+        """What is trained."""
+        return self.config.model
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a context on each device."""
+        return self.tokens // self.config.mesh.seq
+
+    @property
+    def local_contexts(self) -> int:
+        """Contexts that a device computes at once."""
+        mesh, optimiser = self.config.mesh, self.config.optimiser
+        return optimiser.batch_size // optimiser.accumulation // (mesh.data * mesh.fsdp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a timestep."""
+        return TOKEN_SETS[self.model.token_set].size
+
+    @property
+    def multiple(self) -> int:
+        """Tokens of a context are a multiple of this."""
+        mesh = self.config.mesh
+        return self.tokens_per_step * mesh.seq * (CHUNKS[mesh.layout] if mesh.seq > 1 else 1)
+
+    @property
+    def mesh_in_words(self) -> str:
+        """For example fsdp 2 x seq 4."""
+        sizes = {axis: getattr(self.config.mesh, axis) for axis in MESH_AXES}
+        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+    @cached_property
+    def parameters(self) -> "Parameters":
+        """How many there are."""
+        return Parameters.of(self)
+
+    def with_tokens(self, tokens: int) -> "Workload":
+        """The same with contexts of another length."""
+        return dataclasses.replace(self, tokens=tokens)
+
+    def with_settings(self, section: str, **values: Any) -> "Workload":
+        """The same with other settings of "model", "mesh" or "optimiser"."""
+        values = self.config.model_dump() | {section: getattr(self.config, section).model_dump() | values}
+        return dataclasses.replace(self, config=TrainConfig.model_validate(values))
+
+    def check(self) -> None:
+        """UserError where the mesh or the tokens do not divide."""
+        check_divides(self.config)
+        if self.tokens < self.multiple or self.tokens % self.multiple:
+            near = max(1, round(self.tokens / self.multiple)) * self.multiple
+            raise UserError(
+                f"--tokens {self.tokens}: is no multiple of {self.multiple} (tokens of a timestep x devices along the "
+                f"context x chunks of the layout {self.config.mesh.layout}); the nearest is {near}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Numbers of the model: in all, of one layer, and on one device of the mesh."""
+
+    total: int
+    layer: int  # matrices of one layer
+    device: float
+
+    @classmethod
+    def of(cls, workload: Workload) -> "Parameters":
+        """Counted from the shapes in ringrl/model (tests/planning compares them with the real ones)."""
+        model, mesh = workload.model, workload.config.mesh
+        width, hidden = model.width, model.feed_forward * model.width
+        key_value = 2 * width * width * model.kv_heads // model.heads
+        matrices = 2 * width * width + key_value + 2 * width * hidden
+        kinds = TOKEN_SETS[model.token_set]
+        sizes = {"observation": OBSERVATION, "action": ACTION, "fused": OBSERVATION + ACTION + 3}
+        tokens = sum((sizes.get(kind, 1) + 1) * width for kind in kinds.before + kinds.after)
+        tokens += 1024 * width * (model.timestep_embedding + model.trajectory_embedding)
+        actions = ACTION * (1 if model.action_head == "mse" else 2)
+        whole = tokens + width + actions * (width + 1) + 2 * width * model.layers
+        embed = mesh.fsdp * mesh.seq
+        split = model.layers * (matrices / (embed * mesh.tensor) + hidden / mesh.tensor + width / embed)
+        total = whole + model.layers * (matrices + hidden + width)
+        return cls(total, matrices, whole + split)
+
+
+def find_model(name: str) -> TrainConfig:
+    """The configuration of a shape ("7b"), a preset ("paper_350m") or a run's own file (runs/walk/config.yaml).
+
+    UserError where it is none of them, or a model that sees no context.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        folder = preset("tiny").parent
+        known = sorted(file.stem for file in folder.glob("*.yaml") if "model" in read_yaml(file))
+        aliases = {shape: "paper_350m" if shape == "350m" else f"shape_{shape}" for shape in SHAPES}
+        wanted = aliases.get(name.lower(), name)
+        if wanted not in known:
+            near = difflib.get_close_matches(name.lower(), [*SHAPES, *known], n=3, cutoff=0.4) or ["7b"]
+            raise UserError(f"--model {name}: is not known; did you mean {' or '.join(near)}, or a run's config.yaml?")
+        path = preset(wanted)
+    try:
+        config = TrainConfig.model_validate(_UNUSED | read_yaml(path))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
+    if config.model.kind != "transformer":
+        raise UserError(f"--model {name}: {config.model.kind} sees no context; plan a transformer")
+    return config
+
+
+def read_tokens(text: str) -> int:
+    """A number of tokens such as 32768, 512k or 8M: k is 1024 and M 1024 x 1024.
+
+    UserError where it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
+    tokens = float(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2].lower()] if found else 0
+    if tokens < 1 or tokens != int(tokens) or tokens > 2**31 - 1:
+        raise UserError(f"--tokens {text}: expected a number of tokens below 2^31, such as 32768, 512k or 8M")
+    return int(tokens)
+
+
+def say_tokens(tokens: int) -> str:
+    """131072 -> 128k."""
+    if tokens >= 2**20:
+        return f"{tokens / 2**20:.4g}M"
+    return f"{tokens / 2**10:.4g}k" if tokens >= 2**10 else str(tokens)
