@@ -5,7 +5,7 @@ Per device, with P parameters on N = fsdp x seq x tensor devices, L layers of wi
     parameters      4 P / N                       float32
     optimiser       8 P / N                       AdamW's two moments
     gradients       4 P / N                       and 2 P / N for the copy in bfloat16 that XLA makes of all layers
-    activations     L b s (2 h itemsize + 4 H)    a layer's input, attention's output and log-sum-exp (remat)
+    activations     L b s (2 h itemsize + 4 H)    with remat: a layer's input, attention's output and sum
     scratch         one layer's backward pass: b s (a h + k h_kv), with its parameters gathered from all devices,
                     or its feed-forward layer, if that takes more; and of vanilla b H s^2 logits
 
@@ -103,6 +103,7 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     contexts, tokens = workload.local_contexts, workload.local_tokens
     key_width = model.width * model.kv_heads / model.heads
     seen = tokens if model.attention == "ring" else workload.tokens  # keys on a device
+    key_width *= _padding(model.width // model.heads, platform) / mesh.tensor
     attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
     attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
     at_once = tokens
@@ -112,6 +113,11 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     feed_forward = contexts * (tokens * working.width * model.width + at_once * working.hidden * units) * bytes_each
     gathered = workload.parameters.layer / mesh.tensor * bytes_each
     return max(attention, feed_forward) + gathered
+
+
+def _padding(head_dim: int, platform: str) -> float:
+    """A TPU keeps the features of a head in whole registers of 128."""
+    return 1.0 if platform == "cpu" else math.ceil(head_dim / 128) * 128 / head_dim
 
 
 def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:

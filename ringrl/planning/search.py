@@ -52,10 +52,11 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
     found = sorted(meshes(workload, machine.devices), key=order)
     if not found:
         contexts = workload.config.optimiser.batch_size
+        multiple = 2 * workload.tokens_per_step * machine.devices
         raise UserError(
             f"--machine {machine.name}: no mesh of {machine.devices} devices divides {contexts} contexts of "
-            f"{workload.tokens} tokens, {workload.model.heads} heads and a width of {workload.model.width}; give other "
-            "--tokens (a multiple of 8 x devices), --contexts or fewer devices"
+            f"{workload.tokens} tokens, {workload.model.heads} heads and a width of {workload.model.width}; give "
+            f"--tokens a multiple of {multiple}, other --contexts, or fewer devices"
         )
     return found
 
