@@ -9,9 +9,9 @@ Per device, with P parameters on N = fsdp x seq x tensor devices, L layers of wi
     scratch         one layer's backward pass: b s (a h + k h_kv), with its parameters gathered from all devices,
                     or its feed-forward layer, if that takes more; and of vanilla b H s^2 logits
 
-The papers count 2 b s h for blockwise and ring (a layer's input in bfloat16), 8 b s h for a whole feed-forward layer and
-2 b H s^2 for vanilla; a, k and the like are what XLA holds besides. They were read off the compiler, once per platform:
-`WORKING`. The schedule changes with the size, so no such number is better than a few percent.
+The papers count 2 b s h for blockwise and ring (a layer's input in bfloat16), 8 b s h for a whole feed-forward layer
+and 2 b H s^2 for vanilla; a, k and the like are what XLA holds besides. They were read off the compiler, once for each
+platform (`WORKING`); its schedule changes with the size, so no such number is better than a few percent.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ WORKING: Mapping[tuple[str, str], Working] = MappingProxyType(
         ("tpu", "blockwise"): Working(7.5, 4.75, 2.5, 10),
         ("tpu", "memory_efficient"): Working(7.5, 4.75, 2.5, 10),
         ("tpu", "vanilla"): Working(7.5, 4.75, 2.5, 10, 3),
-        ("cpu", "ring"): Working(12, 20, 4, 10),
+        ("cpu", "ring"): Working(12, 20, 7, 10),
         ("cpu", "blockwise"): Working(12, 16, 4, 10),
         ("cpu", "memory_efficient"): Working(12, 16, 4, 10),
         ("cpu", "vanilla"): Working(12, 16, 4, 10, 3),
@@ -85,7 +85,7 @@ def memory_of(workload: Workload, platform: str) -> Memory:
         batch=contexts * workload.local_tokens / workload.tokens_per_step * 45 * 4,
         gradients=(4 + (2 if bytes_each == 2 else 0)) * count.device * _accumulated(workload),
         activations=model.layers * local * kept_by_layer,
-        scratch=_scratch(workload, platform, bytes_each),
+        scratch=_scratch(workload, platform, 4 if platform == "cpu" else bytes_each),  # CPUs compute in float32
     )
 
 

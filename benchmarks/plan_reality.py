@@ -1,0 +1,123 @@
+"""Does a plan come true? Memory and time of a step as planned, and as measured, on eight host devices or one GPU.
+
+    python benchmarks/plan_reality.py [--machine cpu-8] [--model small] [--tokens 16384] [--layers 2] [--steps 3]
+                                      [--json FILE]
+    python benchmarks/plan_reality.py --machine 1xh200 --model 350m --tokens 131072      (on an H200; two minutes)
+
+Host devices share the cores, so the machine's rate is measured first (a matrix product of 2048 x 2048 on all cores) and
+divided by eight. Measured memory: of a GPU, the most that JAX's allocator held; of host devices, by how much the
+process's peak grew from before the state was made, and the compiler's figure for all eight beside it.
+"""
+
+import argparse
+import functools
+import json
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ringrl.model import make_policy
+from ringrl.planning.closed_form import memory_of
+from ringrl.planning.machines import GIB, Machine, find_machine
+from ringrl.planning.roofline import estimate
+from ringrl.planning.workload import ACTION, OBSERVATION, Workload, find_model
+from ringrl.training.learner import make_learner
+from ringrl.training.mesh import make_parallel
+
+
+def measured_rate() -> float:
+    """Float32 operations per second of the first device alone: of a CPU, all cores."""
+    size, product = 2048, jax.jit(jnp.matmul)
+    x = jnp.ones((size, size), jnp.float32)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def peak_bytes() -> float:
+    """Most memory held so far: by JAX on a GPU, by this process on a CPU."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def run(workload: Workload, steps: int) -> dict[str, Any]:
+    """Real steps on a batch of random numbers."""
+    from train_gpu import random_context
+
+    before = peak_bytes() if jax.default_backend() == "cpu" else 0.0
+    config = workload.config
+    parallel = make_parallel(config)
+    make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0, parallel=parallel)
+    learner = make_learner(make, config, parallel)
+    where = None if parallel.mesh is None else parallel.sharding("batch", "time")
+    batch = jax.device_put(random_context(workload.tokens // workload.tokens_per_step), where)
+    compiled = learner.step.lower(learner.state, batch).compile()  # type: ignore[attr-defined]
+    memory, state, seconds = compiled.memory_analysis(), learner.state, []
+    compiled_before = peak_bytes() if jax.default_backend() == "cpu" else 0.0
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        float(metrics["loss"])
+        seconds.append(time.perf_counter() - began)
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "grown_by_bytes": peak_bytes() - before,
+        "grown_by_steps_bytes": peak_bytes() - compiled_before,
+    }
+
+
+def planned(workload: Workload, machine: Machine) -> dict[str, Any]:
+    """By the formula and the roofline."""
+    time_of_step = estimate(workload, machine)
+    total = memory_of(workload, machine.device.platform).total
+    return {"bytes": total, "seconds": time_of_step.total, "mfu": time_of_step.mfu}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Plan, run, compare and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", default="cpu-8", help="cpu-8 or 1xh200")
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--layers", type=int, default=2, help="of host devices; a GPU has the model's own")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    machine = find_machine(options.machine)
+    workload = Workload(find_model(options.model), options.tokens).with_settings("optimiser", batch_size=1)
+    workload = workload.with_settings("mesh", seq=machine.devices)
+    if machine.device.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", machine.devices)
+        workload = workload.with_settings("model", dtype="float32", layers=options.layers)
+        rate = measured_rate()
+        machine = replace(machine, device=replace(machine.device, flops=rate / machine.devices))
+        print(f"all cores: {rate / 1e9:.0f} GFLOP/s in a matrix product")
+    workload.check()
+    plan, real = planned(workload, machine), run(workload, options.steps)
+    print(f"{options.model}, {workload.tokens} tokens on {machine.name}, {jax.devices()[0].device_kind}")
+    print(f"memory per device   formula {plan['bytes'] / GIB:.3f} GiB, compiled {real['compiled_bytes'] / GIB:.3f} GiB")
+    everything = real["compiled_bytes"] * machine.devices / GIB
+    print(
+        f"memory of all       compiled {everything:.3f} GiB, measured {real['grown_by_bytes'] / GIB:.3f} GiB, "
+        f"of it by the steps {real['grown_by_steps_bytes'] / GIB:.3f} GiB"
+    )
+    print(f"seconds of a step   planned {plan['seconds']:.2f}, measured {real['seconds']:.2f}")
+    if options.json:
+        options.json.write_text(json.dumps({"planned": plan, "real": real}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+import dataclasses
+import re
+
+import pytest
+
+from ringrl.planning.advice import MOST_DEVICES, advise
+from ringrl.planning.closed_form import memory_of
+from ringrl.planning.machines import GIB, find_machine
+from ringrl.planning.workload import Workload, find_model
+
+MACHINE = find_machine("8xa100-40")
+
+
+def plan_of(tokens, mesh, contexts=1, accumulation=1, **model):
+    workload = Workload(find_model("7b"), tokens).with_settings("model", **model)
+    workload = workload.with_settings("optimiser", batch_size=contexts, accumulation=accumulation)
+    return workload.with_settings("mesh", **mesh)
+
+
+def advice_of(workload, machine=MACHINE):
+    return advise(workload, machine, memory_of(workload, "gpu").total)
+
+
+def changes(workload, machine=MACHINE, *, enough):
+    return [advice.change for advice in advice_of(workload, machine) if advice.is_enough == enough]
+
+
+def test_what_is_called_enough_fits_and_comes_first():
+    for workload in (
+        plan_of(2**19, {"seq": 8}, remat="none"),
+        plan_of(2**14, {"fsdp": 8}, contexts=64, attention="vanilla"),
+        plan_of(2**21, {"seq": 8}, dtype="float32"),
+    ):
+        found = advice_of(workload)
+        flags = [advice.is_enough for advice in found]
+        assert flags == sorted(flags, reverse=True)
+        for advice in found:
+            assert advice.is_enough == (advice.total <= MACHINE.device.memory)
+
+
+def test_a_change_is_worth_what_planning_it_says():
+    workload = plan_of(2**17, {"seq": 8}, remat="none")
+    found = {advice.change: advice.total for advice in advice_of(workload)}
+    changed = workload.with_settings("model", remat="layers")
+    assert found["--remat layers"] == pytest.approx(memory_of(changed, "gpu").total)
+
+
+def test_remat_is_enough_where_activations_are_too_much():
+    assert "--remat layers" in changes(plan_of(2**18, {"seq": 8}, remat="none"), enough=True)
+
+
+def test_the_ring_is_advised_where_logits_are_too_much():
+    assert "--attention ring" in changes(plan_of(2**16, {"seq": 8}, attention="vanilla"), enough=True)
+    assert "--attention blockwise" in changes(plan_of(2**14, {"fsdp": 8}, 8, attention="vanilla"), enough=True)
+
+
+def test_nothing_is_advised_that_is_so_already():
+    said = " ".join(change.change for change in advice_of(plan_of(2**20, {"seq": 8})))
+    assert not re.search("remat|attention|dtype|accumulation", said)
+
+
+def test_several_contexts_are_computed_one_after_the_other():
+    workload = plan_of(2**17, {"seq": 8}, contexts=4)
+    assert "optimiser.accumulation: 4" in changes(workload, enough=True)
+    done = workload.with_settings("optimiser", accumulation=4)
+    assert memory_of(done, "gpu").total <= MACHINE.device.memory
+
+
+def test_more_devices_along_the_context_are_the_fewest_that_are_enough():
+    workload = plan_of(2**20, {"seq": 8})
+    said = next(change for change in changes(workload, enough=True) if "devices" in change)
+    assert said == "32 such devices, --mesh.seq 32"
+    fitting = [
+        memory_of(workload.with_settings("mesh", seq=n), "gpu").total <= MACHINE.device.memory for n in (8, 16, 32)
+    ]
+    assert fitting == [False, False, True]
+
+
+def test_devices_do_not_help_where_every_one_has_too_much():
+    """Logits of one context on one device: fsdp divides the parameters only."""
+    hopeless = dataclasses.replace(MACHINE, device=dataclasses.replace(MACHINE.device, memory=0.01 * GIB))
+    workload = plan_of(2**20, {"seq": 8})
+    assert not any(advice.is_enough for advice in advice_of(workload, hopeless))
+    assert MOST_DEVICES >= 4096
+
+
+def test_together_is_what_all_changes_make():
+    tight = dataclasses.replace(MACHINE, device=dataclasses.replace(MACHINE.device, memory=25 * GIB))
+    workload = plan_of(2**18, {"seq": 8}, contexts=2, remat="none", dtype="float32", attention="memory_efficient")
+    found = {advice.change: advice for advice in advice_of(workload, tight)}
+    together = workload.with_settings("model", remat="layers", dtype="bfloat16", attention="ring")
+    together = together.with_settings("optimiser", accumulation=2)
+    assert found["all of these together"].total == pytest.approx(memory_of(together, "gpu").total)
+
+
+def test_what_the_formula_is_off_by_is_kept():
+    workload = plan_of(2**18, {"seq": 8}, remat="none")
+    formula = memory_of(workload, "gpu").total
+    plain, more = (
+        {advice.change: advice.total for advice in advise(workload, MACHINE, total)}
+        for total in (formula, formula + GIB)
+    )
+    assert more["--remat layers"] == pytest.approx(plain["--remat layers"] + GIB)

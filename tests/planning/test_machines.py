@@ -1,0 +1,72 @@
+import math
+
+import pytest
+
+from ringrl.attention.strategy import LINKS
+from ringrl.errors import UserError
+from ringrl.planning.machines import DEVICES, GIB, SLICES, custom_machine, find_machine, known_machines
+
+
+@pytest.mark.parametrize("name", known_machines())
+def test_every_known_machine_is_found_under_its_name(name):
+    machine = find_machine(name.upper())
+    assert machine.name == name
+    assert machine.devices >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "gib"),
+    [
+        ("tpu-v3-512", 512, 16),  # named by cores, and each is a device
+        ("tpu-v4-1024", 512, 30.75),  # named by cores, of which a device has two
+        ("tpu-v5p-512", 256, 95.74),
+        ("tpu-v5e-256", 256, 15.75),  # named by chips
+        ("tpu-v6e-64", 64, 31.25),
+        ("8xa100-40", 8, 38),
+        ("32xA100", 32, 76),
+    ],
+)
+def test_names_count_what_the_vendor_counts(name, devices, gib):
+    machine = find_machine(name)
+    assert machine.devices == devices
+    assert machine.device.memory == pytest.approx(gib * GIB)
+
+
+def test_topologies_hold_the_chips_that_names_promise():
+    for generation, slices in SLICES.items():
+        for size, topology in slices.items():
+            chips = math.prod(int(side) for side in topology.split("x"))
+            assert chips == (size if generation in ("v5e", "v6e") else size // 2)
+
+
+def test_rates_are_those_that_attention_knows():
+    for device in DEVICES.values():
+        if device.kind in LINKS:
+            assert (device.flops, device.link) == (LINKS[device.kind].flops, LINKS[device.kind].bytes)
+
+
+def test_the_network_is_the_slowest_hop_of_several_hosts_only():
+    assert find_machine("8xa100").slowest_link == 300e9
+    assert find_machine("32xa100").slowest_link == 25e9
+    assert find_machine("tpu-v4-512").slowest_link == 50e9
+
+
+@pytest.mark.parametrize("name", ["tpu-v4-500", "8xb200", "0xa100", "cpu-0", "tpu", "", "8x"])
+def test_unknown_machines_are_refused_with_a_way_out(name):
+    with pytest.raises(UserError, match=r"did you mean .*--custom\.memory"):
+        find_machine(name)
+
+
+def test_a_machine_by_numbers():
+    machine = custom_machine(4, 24, 100, 900, 32)
+    assert (machine.devices, machine.device.memory, machine.device.flops) == (4, 24 * GIB, 1e14)
+    assert (machine.device.bandwidth, machine.device.link, machine.topology) == (9e11, 3.2e10, None)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "flag"),
+    [((4, 0, 1, 1, 1), "memory"), ((0, 1, 1, 1, 1), "devices"), ((1, 1, math.nan, 1, 1), "tflops")],
+)
+def test_numbers_that_are_none_are_refused(numbers, flag):
+    with pytest.raises(UserError, match=f"--custom.{flag}"):
+        custom_machine(*numbers)

@@ -1,0 +1,76 @@
+import dataclasses
+
+import pytest
+
+from ringrl.planning.machines import find_machine
+from ringrl.planning.roofline import ATTAINED, estimate
+from ringrl.planning.workload import Workload, find_model
+from ringrl.training.throughput import step_flops
+
+
+def seven_billion(tokens, mesh, **model):
+    workload = Workload(find_model("7b"), tokens)
+    return workload.with_settings("model", **model).with_settings("mesh", **mesh)
+
+
+def test_attention_grows_with_the_square_and_matrices_with_the_length():
+    machine = find_machine("tpu-v4-16")
+    short, long = (estimate(seven_billion(n, {"seq": 8}), machine) for n in (2**17, 2**18))
+    assert long.attention == pytest.approx(4 * short.attention)
+    assert long.matrices == pytest.approx(2 * short.matrices)
+
+
+def test_matrices_alone_reach_what_is_assumed_less_what_remat_repeats():
+    """Attention is nothing in a context of 64 tokens: 3 of 4 passes count."""
+    machine, workload = find_machine("1xh200"), seven_billion(64, {})
+    machine = dataclasses.replace(machine, device=dataclasses.replace(machine.device, bandwidth=1e18))
+    assert estimate(workload, machine).mfu == pytest.approx(ATTAINED.matrices * 3 / 4, rel=0.01)
+    plain = workload.with_settings("model", remat="none")
+    assert estimate(plain, machine).mfu == pytest.approx(ATTAINED.matrices, rel=0.01)
+
+
+def test_operations_and_mfu_are_those_that_training_reports():
+    workload, machine = seven_billion(2**18, {"seq": 8}), find_machine("8xh200")
+    time = estimate(workload, machine)
+    assert time.model_flops == step_flops(workload.model, 2**18, 1)
+    assert time.mfu == pytest.approx(time.model_flops / time.total / (8 * 989e12))
+    assert 0 < time.mfu < ATTAINED.matrices
+
+
+def test_hops_hide_where_chunks_are_long_and_links_fast():
+    machine = find_machine("32xa100")
+    short, long = (estimate(seven_billion(n, {"seq": 32}), machine) for n in (2**14, 2**21))
+    assert short.ring > 0
+    assert long.ring == 0
+    one_host = estimate(seven_billion(2**14, {"seq": 32}), dataclasses.replace(machine, network=None))
+    assert one_host.ring < short.ring
+
+
+def test_eight_times_the_devices_take_an_eighth_of_the_time():
+    few, many = (
+        estimate(seven_billion(2**22, {"seq": devices}), find_machine(f"tpu-v4-{2 * devices}")) for devices in (8, 64)
+    )
+    assert few.total == pytest.approx(8 * many.total, rel=0.02)
+
+
+def test_vanilla_computes_what_the_mask_hides():
+    machine = find_machine("8xa100")
+    ring, vanilla = (
+        estimate(seven_billion(2**14, {"seq": 8}, attention=kind, remat="none"), machine)
+        for kind in ("ring", "vanilla")
+    )
+    assert vanilla.attention == pytest.approx(ring.attention * (4 + 8) / (2 + 7))
+
+
+def test_sums_are_of_tensor_and_data_only():
+    machine = find_machine("8xa100")
+    assert estimate(seven_billion(2**14, {"seq": 8}), machine).sums == 0
+    assert estimate(seven_billion(2**14, {"seq": 4, "tensor": 2}), machine).sums > 0
+
+
+def test_memory_counts_where_computation_is_short():
+    """A step of 64 tokens reads and writes all of the state."""
+    machine, workload = find_machine("1xh200"), seven_billion(64, {})
+    time = estimate(workload, machine)
+    assert time.memory > time.matrices + time.attention
+    assert time.total >= 32 * workload.parameters.total / (4800e9 * ATTAINED.memory)

@@ -1,0 +1,43 @@
+from ringrl.planning.schedule import read_schedule
+
+PROGRAM = """
+HloModule step, is_scheduled=true
+
+%ring (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8] parameter(0)
+  %send = (bf16[8], bf16[8]) collective-permute-start(bf16[8] %x), channel_id=1
+  %late = (f32[8], f32[8]) collective-permute-start(f32[8] %x), channel_id=2
+  %integers = (s32[8], s32[8]) collective-permute-start(s32[8] %x), channel_id=3
+  %late.done = f32[8] collective-permute-done((f32[8], f32[8]) %late)
+  %kernel = f32[8] custom-call(bf16[8] %x), custom_call_target="tpu_custom_call"
+  %integers.done = s32[8] collective-permute-done((s32[8], s32[8]) %integers)
+  ROOT %done = bf16[8] collective-permute-done((bf16[8], bf16[8]) %send)
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8] parameter(0)
+  %weights = (bf16[8], bf16[64]) all-gather-start(bf16[8] %x), channel_id=4
+  %product = bf16[8] fusion(bf16[8] %x), kind=kOutput, calls=%dot
+  %gathered = bf16[64] all-gather-done((bf16[8], bf16[64]) %weights)
+  %idle = (bf16[8], bf16[64]) all-gather-start(bf16[8] %x), channel_id=5
+  %small = bf16[8] fusion(bf16[8] %x), kind=kLoop, calls=%add
+  %idle.done = bf16[64] all-gather-done((bf16[8], bf16[64]) %idle)
+  %sum = f32[] all-reduce(f32[] %y), channel_id=6
+  %loop = bf16[8] while(bf16[8] %x), condition=%c, body=%ring
+  ROOT %out = bf16[8] add(bf16[8] %loop, bf16[8] %loop)
+}
+"""
+
+
+def test_what_stands_between_start_and_end_counts():
+    schedule = read_schedule(PROGRAM)
+    assert (schedule.around_ring, schedule.around_ring_hidden) == (2, 1)
+    assert (schedule.others, schedule.others_hidden) == (2, 1)
+    assert schedule.waited_for == {"all-reduce": 1}
+
+
+def test_in_words():
+    said = str(read_schedule(PROGRAM))
+    assert said.startswith("1 of 2 transfers around the ring run behind a kernel of attention, 1 of 2 others")
+    assert said.endswith("waited for: 1 all-reduce")
+    assert str(read_schedule("")).endswith("waited for: none")

@@ -1,0 +1,86 @@
+import jax
+import pytest
+
+from ringrl.errors import UserError
+from ringrl.planning.ahead_of_time import abstract_step, bytes_per_device
+from ringrl.planning.workload import find_model, read_tokens, say_tokens
+
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
+MODELS = (
+    {},
+    {"token_set": "ring4", "heads": 4, "kv_heads": 2, "layers": 3, "feed_forward": 2, "action_head": "gaussian"},
+    {"token_set": "at5", "timestep_embedding": True, "heads": 2, "kv_heads": 2},
+)
+MESHES = ({"seq": 8}, {"fsdp": 2, "seq": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8})
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_are_counted_as_they_are_made_and_lie(make, model, mesh):
+    if mesh.get("tensor") and not model.get("heads"):
+        model = model | {"heads": 2, "kv_heads": 2}
+    workload = make(640, mesh, contexts=8, **model)
+    workload.check()
+    step = abstract_step(workload, jax.devices())
+    total = sum(x.size for x in jax.tree.leaves(step.state.params))
+    assert workload.parameters.total == total
+    assert 4 * workload.parameters.device == pytest.approx(bytes_per_device(step.state.params), rel=1e-9)
+    assert bytes_per_device(step.state.optimiser) == pytest.approx(8 * workload.parameters.device, abs=16)
+
+
+def test_nothing_is_allocated(make):
+    step = abstract_step(make(2**30, {"seq": 8}, width=8192, heads=64, kv_heads=64, layers=100), jax.devices())
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((step.state, step.batch)))
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("32768", 32768), ("512k", 2**19), ("8M", 2**23), ("1.5m", 3 * 2**19)])
+def test_tokens_are_read(text, tokens):
+    assert read_tokens(text) == tokens
+    assert read_tokens(say_tokens(tokens)) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "0", "-8", "8G", "1.0001k", "4096M", "nan", "k"])
+def test_tokens_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match="--tokens"):
+        read_tokens(text)
+
+
+def test_lengths_that_do_not_divide_are_refused_with_the_nearest(make):
+    with pytest.raises(UserError, match=r"no multiple of 16 .*nearest is 1008"):
+        make(1001, {"seq": 8}).check()
+    make(1008, {"seq": 8}).check()
+
+
+def test_a_mesh_that_does_not_divide_is_refused(make):
+    with pytest.raises(UserError, match=r"mesh\.data x mesh\.fsdp"):
+        make(1024, {"fsdp": 8}).check()
+
+
+def test_models_are_found_by_shape_preset_and_file(tmp_path):
+    assert find_model("7B").model.width == 4096
+    assert find_model("350m") == find_model("paper_350m")
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {width: 256, heads: 4}")
+    assert find_model(str(path)).model.width == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("7c", "did you mean 7b"),
+        ("jaco_reach", "td3_bc sees no context"),
+        ("demo", "not known"),  # a plan of an ablation, no configuration of a run
+        ("none.yaml", "cannot be read"),
+    ],
+)
+def test_models_that_are_none_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        find_model(name)
+
+
+def test_a_file_with_a_wrong_setting_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {width: no}")
+    with pytest.raises(UserError, match=r"config.yaml: model.width"):
+        find_model(str(path))
