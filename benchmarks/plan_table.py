@@ -5,9 +5,9 @@
 Longest contexts of 3B, 7B, 13B and 30B models, by kind of attention, the 7B ones beside those of 2310.01889. As there,
 vanilla, memory_efficient and blockwise have each context on one device, and the devices divide the parameters (fsdp);
 ring has one context around all of them. Cells that --compile names (all: ring on every TPU that compiles) are compiled
-where the formula has the longest; results are kept in FILE, and those that are there already are not compiled again.
---scaling: the 350m model on 8, 64 and 512 TPU v4 chips, with as many tokens per chip as fit 8. Takes libtpu, 3 GiB and
-minutes a cell; without --compile and --scaling a second.
+at half of the formula's longest; results are kept in FILE, and those that are there already are not compiled again.
+--scaling: the 350m model on 8, 64 and 512 TPU v4 chips. Both need libtpu, 3 GiB and minutes a cell; the table alone
+takes a second.
 """
 
 import argparse
@@ -34,8 +34,9 @@ PAPER = {  # of a 7B model, in 1024 tokens; v5p-512 stands where the paper has v
     "tpu-v5e-256": (2, 8, 16, 2048),
 }
 MODELS = ("3b", "7b", "13b", "30b")
-MARGIN = 0.95  # of the formula's longest is compiled first; if that does not fit, less by as much as it exceeds
+SHARE = 0.5  # of the formula's longest is compiled: close to the limit the compiler takes ten times as long
 SCALING = ("tpu-v4-16", "tpu-v4-128", "tpu-v4-1024")  # 8, 64, 512 chips
+PER_CHIP = 32_768  # tokens
 Results = dict[str, dict[str, Any]]
 
 
@@ -70,27 +71,41 @@ def compile_at(workload: Workload, machine: str, tokens: int) -> dict[str, Any]:
 
 
 def compile_cell(model: str, machine: str) -> dict[str, Any]:
-    """A length near the formula's longest that the compiler takes."""
-    workload, where = workload_of(model, machine, "ring"), find_machine(machine)
+    """A length that the compiler takes."""
+    workload = workload_of(model, machine, "ring")
     print(f"{model} on {machine}:", flush=True)
-    found = compile_at(workload, machine, int(MARGIN * longest_context(workload, where)))
-    if not found["fits"]:
-        surplus = (found["gib"] - found["formula_gib"]) * GIB
-        found = compile_at(workload, machine, int(MARGIN * longest_context(workload, where, spare=surplus)))
-    return found
+    return compile_at(workload, machine, int(SHARE * longest_context(workload, find_machine(machine))))
 
 
 def compile_scaling(results: Results, save: Any) -> None:
-    """Of the 350m model: the length that fits 8 chips, and as many tokens per chip on 64 and 512."""
-    if "scaling" not in results:
-        results["scaling"] = {SCALING[0]: compile_cell("350m", SCALING[0])}
-        save()
-    first = results["scaling"][SCALING[0]]["tokens"] // find_machine(SCALING[0]).devices
-    for name in SCALING[1:]:
-        if name not in results["scaling"]:
-            tokens = first * find_machine(name).devices
-            results["scaling"][name] = compile_at(workload_of("350m", name, "ring"), name, tokens)
+    """Of the 350m model: as many tokens per chip on 8, 64 and 512 chips, and twice as many on 8 for the slope."""
+    found = results.setdefault("scaling", {})
+    for name, factor in ((SCALING[0], 1), (SCALING[0], 2), (SCALING[1], 1), (SCALING[2], 1)):
+        key = f"{name} x {factor * PER_CHIP}"
+        if key not in found:
+            tokens = factor * PER_CHIP * find_machine(name).devices
+            found[key] = compile_at(workload_of("350m", name, "ring"), name, tokens)
             save()
+
+
+def scaling_rows(found: dict[str, Any]) -> list[str]:
+    """The longest context by the compiler's memory at one length and its slope per token of a chip."""
+    one, two = (found.get(f"{SCALING[0]} x {factor * PER_CHIP}") for factor in (1, 2))
+    if not one or not two:
+        return []
+    slope = (two["gib"] - one["gib"]) / PER_CHIP
+    lines = [
+        "",
+        "| chips | GiB per chip at 32,768 tokens each | longest context | tokens per chip |",
+        "|---|---|---|---|",
+    ]
+    for name in SCALING:
+        if at := found.get(f"{name} x {PER_CHIP}"):
+            machine = find_machine(name)
+            each = PER_CHIP + (machine.device.memory / GIB - at["gib"]) / slope
+            longest = say_tokens(int(each) * machine.devices)
+            lines.append(f"| {machine.devices} | {at['gib']:.3f} | {longest} | {each:,.0f} |")
+    return lines
 
 
 def rows(compiled: dict[str, Any]) -> list[str]:
@@ -134,8 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results["compiled"][cell] = compile_cell(*cell.split("@"))
             save()
     print("\n".join(rows(results["compiled"])))
-    for name, found in results.get("scaling", {}).items():
-        print(f"{name}: {found['tokens']} tokens, {found['gib']:.2f} GiB per device, fits: {found['fits']}")
+    print("\n".join(scaling_rows(results.get("scaling", {}))))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def plan(
     remat: Literal["none", "layers"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",
-    compilations: int = 2,
+    compilations: int = 0,
     search: bool = False,
     custom: Custom = NO_NUMBERS,
     json: Path | None = None,
@@ -62,7 +62,8 @@ def plan(
         block_tokens: instead of what the configuration says.
         method: compiler: ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices; formula: the
             closed form alone, in a second; best: the compiler where it can.
-        compilations: for the longest context, at most so many; a minute or two each.
+        compilations: let the compiler find the longest context, with at most so many attempts; close to the limit each
+            may take ten minutes. By default it is the formula's, corrected by the compiler's figure for --tokens.
         search: compile the best three meshes, not the best one alone.
         custom: numbers of a machine that is not known.
         json: also write everything there, as JSON.

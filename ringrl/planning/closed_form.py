@@ -51,22 +51,24 @@ class Working(NamedTuple):
     width: float  # per feature of the width, attention's queries
     key_value: float  # per feature of keys (or of values)
     hidden: float  # per unit of the feed-forward layer, for the tokens that it takes at a time
-    kept: float  # per feature of the width and layer, what remat "none" keeps beside remat "layers"
     logits: float = 0.0  # per pair of tokens and head
 
 
 WORKING: Mapping[tuple[str, str], Working] = MappingProxyType(
     {
-        ("tpu", "ring"): Working(7.5, 16, 2.5, 10),
-        ("tpu", "blockwise"): Working(7.5, 4.75, 2.5, 10),
-        ("tpu", "memory_efficient"): Working(7.5, 4.75, 2.5, 10),
-        ("tpu", "vanilla"): Working(7.5, 4.75, 2.5, 10, 3),
-        ("cpu", "ring"): Working(12, 20, 7, 10),
-        ("cpu", "blockwise"): Working(12, 16, 4, 10),
-        ("cpu", "memory_efficient"): Working(12, 16, 4, 10),
-        ("cpu", "vanilla"): Working(12, 16, 4, 10, 3),
+        ("tpu", "ring"): Working(7.5, 16, 2.5),
+        ("tpu", "blockwise"): Working(7.5, 4.75, 2.5),
+        ("tpu", "memory_efficient"): Working(7.5, 4.75, 2.5),
+        ("tpu", "vanilla"): Working(7.5, 4.75, 2.5, 3),
+        ("cpu", "ring"): Working(12, 20, 7),
+        ("cpu", "blockwise"): Working(12, 9.5, 7),
+        ("cpu", "memory_efficient"): Working(12, 9.5, 7),
+        ("cpu", "vanilla"): Working(12, 4, 7, 3.84),
     }
 )
+# What remat "none" keeps of a layer besides: per feature of the width, and per unit of a feed-forward layer that is
+# not computed in blocks.
+KEPT_WIDTH, KEPT_HIDDEN = 7.1, 6.8
 
 
 def memory_of(workload: Workload, platform: str) -> Memory:
@@ -77,7 +79,8 @@ def memory_of(workload: Workload, platform: str) -> Memory:
     heads = model.heads / workload.config.mesh.tensor
     kept_by_layer = 2 * model.width * bytes_each + 4 * heads
     if model.remat == "none":
-        kept_by_layer += _working(workload, platform).kept * model.width * bytes_each
+        hidden = 0 if _is_in_blocks(workload) else KEPT_HIDDEN * model.feed_forward / workload.config.mesh.tensor
+        kept_by_layer += (KEPT_WIDTH + hidden) * model.width * bytes_each
     contexts = workload.local_contexts * workload.config.optimiser.accumulation
     return Memory(
         parameters=4 * count.device,
@@ -87,6 +90,12 @@ def memory_of(workload: Workload, platform: str) -> Memory:
         activations=model.layers * local * kept_by_layer,
         scratch=_scratch(workload, platform, 4 if platform == "cpu" else bytes_each),  # CPUs compute in float32
     )
+
+
+def _is_in_blocks(workload: Workload) -> bool:
+    """Whether the feed-forward layer takes fewer tokens at a time than a device has."""
+    model = workload.model
+    return model.attention in ("blockwise", "ring") and workload.local_tokens > model.block_tokens
 
 
 def _accumulated(workload: Workload) -> float:
@@ -106,9 +115,8 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     key_width *= _padding(model.width // model.heads, platform) / mesh.tensor
     attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
     attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
-    at_once = tokens
-    if model.attention in ("blockwise", "ring"):
-        at_once = math.ceil(tokens / math.ceil(tokens / model.block_tokens))
+    blocks = math.ceil(tokens / model.block_tokens) if _is_in_blocks(workload) else 1
+    at_once = math.ceil(tokens / blocks) if model.remat == "layers" or blocks > 1 else 0  # else it is kept
     units = model.feed_forward * model.width / mesh.tensor
     feed_forward = contexts * (tokens * working.width * model.width + at_once * working.hidden * units) * bytes_each
     gathered = workload.parameters.layer / mesh.tensor * bytes_each

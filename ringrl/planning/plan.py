@@ -60,7 +60,7 @@ class Request:
     tokens: int
     mesh: MeshConfig | None = None
     method: Literal["compiler", "formula", "best"] = "best"
-    compilations: int = 2
+    compilations: int = 0  # for the longest context
     search: bool = False
 
 

@@ -22,9 +22,9 @@ class Longest:
     """The longest context found; `tokens` 0 where none fits."""
 
     tokens: int
-    is_compiled: bool  # the compiler took it; else by the formula alone
+    is_compiled: bool  # the compiler took it; else it is by the formula
     too_long: int | None  # the shortest that the compiler refused
-    compiled: tuple[tuple[int, Compiled], ...] = ()
+    compiled: tuple[tuple[int, Compiled], ...] = ()  # all that was compiled on the way
 
 
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
@@ -71,17 +71,19 @@ def find_longest(
 ) -> Longest:
     """The longest context that fits on this mesh: the formula's, moved by what the compiler says of it.
 
+    Close to the limit a TPU's compiler takes ten times as long as elsewhere. Without a compilation there, the result is
+    the formula's, corrected by what is known.
+
     Args:
       devices: to compile for; None: the formula alone.
       compilations: at most so many, besides those in `known` (tokens, result).
       notice: told of every compilation.
     """
-    guess = longest_context(workload, machine)
-    if devices is None:
-        return Longest(guess, False, None)
     tried = dict(known)
+    if devices is None or compilations == 0:
+        return Longest(_guess(workload, machine, tried), False, None, tuple(sorted(tried.items())))
     for _ in range(compilations):
-        tokens = _next(workload, machine, tried, guess)
+        tokens = _next(workload, machine, tried)
         if tokens is None:
             break
         notice(f"compiling {tokens} tokens")
@@ -96,20 +98,25 @@ def granule(workload: Workload) -> int:
     return math.lcm(workload.multiple, 256 * workload.config.mesh.seq)
 
 
-def _next(workload: Workload, machine: Machine, tried: dict[int, Compiled], guess: int) -> int | None:
-    """The next length to compile, or None: where the formula, shifted to the nearest known total, meets the memory."""
+def _guess(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> int:
+    """Where the formula, shifted to the known total that is nearest to the memory, meets it."""
+    counted = {tokens: found.total for tokens, found in tried.items() if not math.isnan(found.total)}
+    if not counted:
+        return longest_context(workload, machine)
+    nearest = min(counted, key=lambda tokens: abs(counted[tokens] - machine.device.memory))
+    surplus = counted[nearest] - memory_of(workload.with_tokens(nearest), machine.device.platform).total
+    return longest_context(workload, machine, spare=surplus)
+
+
+def _next(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> int | None:
+    """The next length to compile; None where what fits and what does not are close enough."""
     step = granule(workload)
     good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
     bad = min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=2**31)
     if bad - good <= max(step, CLOSE_ENOUGH * good):
         return None
-    counted = {tokens: found.total for tokens, found in tried.items() if not math.isnan(found.total)}
-    if counted:
-        nearest = min(counted, key=lambda tokens: abs(counted[tokens] - machine.device.memory))
-        platform = machine.device.platform
-        surplus = counted[nearest] - memory_of(workload.with_tokens(nearest), platform).total
-        guess = longest_context(workload, machine, spare=surplus)
-    tokens = guess // step * step
+    tokens = _guess(workload, machine, tried) // step * step
     if not good < tokens < bad:  # half way, or a little beyond what is known to fit
-        tokens = (good + (bad if bad < 2**31 else int(good * (1 + 2 * CLOSE_ENOUGH)) + step)) // 2 // step * step
-    return tokens if good < tokens < bad and tokens else None
+        upper = bad if bad < 2**31 else int(good * (1 + 2 * CLOSE_ENOUGH))
+        tokens = max((good + upper) // 2, good + step) // step * step
+    return tokens if good < tokens < bad else None

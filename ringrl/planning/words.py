@@ -68,7 +68,7 @@ def _verdict(plan: Plan) -> list[str]:
     longest = plan.longest
     if longest.tokens == 0:
         return [*lines, "no context fits on this mesh"]
-    how = "by the formula"
+    how = "by the formula" + (", corrected by the compiler's figure" if longest.compiled else "")
     if longest.is_compiled:
         how = "compiled" + (f"; {longest.too_long} does not" if longest.too_long else "; none longer was tried")
     return [*lines, f"longest context that fits: {longest.tokens} tokens ({say_tokens(longest.tokens)}; {how})"]

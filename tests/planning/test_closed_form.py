@@ -1,0 +1,102 @@
+import dataclasses
+
+import hypothesis
+import jax
+import pytest
+from hypothesis import strategies as st
+
+from ringrl.planning.ahead_of_time import compile_step
+from ringrl.planning.closed_form import listed_tiles_fit, longest_context, memory_of
+from ringrl.planning.machines import find_machine
+from ringrl.planning.workload import Workload, find_model
+
+CASES = {
+    "ring": (8192, {"seq": 8}, 1, {}),
+    "vanilla": (1024, {"fsdp": 8}, 8, {"attention": "vanilla"}),
+    "blockwise": (2048, {"fsdp": 8}, 8, {"attention": "blockwise", "block_tokens": 512}),
+    "without remat": (4096, {"seq": 8}, 1, {"remat": "none", "layers": 4, "block_tokens": 256}),
+}
+
+
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("name", CASES)
+def test_the_formula_is_within_a_tenth_of_the_compiler(make, name):
+    tokens, mesh, contexts, model = CASES[name]
+    workload = make(tokens, mesh, contexts, **model)
+    compiled = compile_step(workload, find_machine("cpu-8"), jax.devices()[:8])
+    assert compiled.refusal is None
+    memory = memory_of(workload, "cpu")
+    assert memory.total == pytest.approx(compiled.total, rel=0.1)
+    assert memory.parameters == pytest.approx(compiled.parameters)
+    assert memory.batch == pytest.approx(compiled.batch, rel=0.05)
+
+
+def shape(name, tokens, **mesh):
+    return Workload(find_model(name), tokens).with_settings("mesh", **mesh)
+
+
+def test_a_ring_takes_the_same_memory_per_device_whatever_its_size():
+    """But for the parameters, of which each device has less."""
+    small, large = (memory_of(shape("7b", 16384 * n, seq=n), "tpu") for n in (8, 512))
+    assert small.activations == large.activations
+    assert small.scratch == large.scratch
+    assert small.parameters > 50 * large.parameters  # norms, embeddings and head lie on every device
+
+
+def test_longest_contexts_grow_with_the_devices():
+    lengths = [
+        longest_context(shape("350m", 8 * 8, seq=8 * n), find_machine(f"tpu-v4-{16 * n}")) / n for n in (1, 8, 64)
+    ]
+    assert lengths == pytest.approx([lengths[0]] * 3, rel=0.05)
+
+
+def test_each_kind_of_the_papers_is_longer_than_the_one_before():
+    machine = find_machine("8xa100")
+    lengths = []
+    for kind in ("vanilla", "memory_efficient", "blockwise"):
+        workload = shape("7b", 4).with_settings("model", attention=kind).with_settings("optimiser", batch_size=8)
+        lengths.append(longest_context(workload.with_settings("mesh", fsdp=8), machine))
+    lengths.append(longest_context(shape("7b", 64, seq=8), machine))
+    assert lengths == sorted(lengths)
+    assert lengths[3] > 4 * lengths[2]
+
+
+@hypothesis.given(
+    devices=st.sampled_from([2, 8, 64]),
+    kind=st.sampled_from(["vanilla", "memory_efficient", "blockwise", "ring"]),
+    remat=st.sampled_from(["none", "layers"]),
+    block=st.sampled_from([512, 4096]),
+)
+def test_the_longest_context_is_the_last_that_fits(devices, kind, remat, block):
+    machine = dataclasses.replace(find_machine("8xa100"), devices=devices)
+    workload = shape("3b", 64, seq=devices).with_settings("model", attention=kind, remat=remat, block_tokens=block)
+    tokens = longest_context(workload, machine)
+    takes = [memory_of(workload.with_tokens(tokens + extra * workload.multiple), "gpu").total for extra in (0, 1)]
+    if tokens:
+        assert takes[0] <= machine.device.memory < takes[1]
+    else:
+        assert takes[1] > machine.device.memory
+
+
+def test_no_context_fits_where_the_parameters_do_not():
+    assert longest_context(shape("30b", 4), find_machine("1xa100")) == 0
+
+
+def test_the_tpu_kernel_lists_so_many_tiles():
+    machine = find_machine("tpu-v5p-16")
+    longest = longest_context(shape("350m", 64, seq=8), machine)
+    assert longest == 8 * 2**18  # by the list, not by the memory
+    assert memory_of(shape("350m", longest, seq=8), "tpu").total < machine.device.memory / 2
+    assert not listed_tiles_fit(shape("350m", longest + 8 * 2048, seq=8), machine)
+
+
+def test_what_saves_memory_saves_it_in_the_formula():
+    long = shape("7b", 2**18, seq=8)
+    base = memory_of(long, "tpu").total
+    assert memory_of(long.with_settings("model", remat="none"), "tpu").total > base
+    assert memory_of(long.with_settings("model", dtype="float32"), "tpu").total > base
+    assert memory_of(long.with_settings("model", attention="memory_efficient"), "tpu").total > base
+    assert memory_of(long.with_settings("model", kv_heads=8), "tpu").total < base
+    several = long.with_settings("optimiser", batch_size=4)
+    apart = long.with_settings("optimiser", batch_size=4, accumulation=4)
+    assert memory_of(apart, "tpu").total < memory_of(several, "tpu").total

@@ -1,0 +1,80 @@
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from ringrl.errors import UserError
+from ringrl.planning.ahead_of_time import fits
+from ringrl.planning.closed_form import longest_context, memory_of
+from ringrl.planning.machines import find_machine
+from ringrl.planning.roofline import estimate
+from ringrl.planning.search import best_meshes, find_longest, granule, meshes
+from ringrl.planning.workload import Workload, find_model
+
+
+def shape(name, tokens, contexts=1):
+    return Workload(find_model(name), tokens).with_settings("optimiser", batch_size=contexts)
+
+
+def test_all_meshes_use_all_devices_and_divide():
+    found = list(meshes(shape("7b", 2**14, contexts=4), 16))
+    assert len(found) == len({repr(each.config.mesh) for each in found}) > 10
+    for each in found:
+        assert each.config.mesh.devices == 16
+        each.check()
+    assert all(each.config.mesh.data * each.config.mesh.fsdp <= 4 for each in found)
+
+
+def test_the_best_mesh_fits_and_none_that_fits_is_faster():
+    machine = find_machine("8xa100-40")
+    found = best_meshes(shape("7b", 2**14, contexts=8), machine)
+    fitting = [memory_of(each, "gpu").total <= machine.device.memory for each in found]
+    assert fitting == sorted(fitting, reverse=True)
+    times = [estimate(each, machine).total for each, is_fitting in zip(found, fitting, strict=True) if is_fitting]
+    assert times == sorted(times)
+    assert fitting[0]
+    assert not fitting[-1]
+
+
+def test_one_long_context_goes_around_the_ring():
+    assert best_meshes(shape("7b", 2**23), find_machine("tpu-v4-512"))[0].config.mesh.seq == 256
+
+
+def test_no_mesh_is_an_error_that_says_what_divides():
+    with pytest.raises(UserError, match=r"no mesh of 8 devices divides 1 contexts of 1001 tokens.*multiple of 64"):
+        best_meshes(shape("7b", 1001), find_machine("8xa100"))
+
+
+def test_without_a_compiler_the_formula_decides():
+    workload, machine = shape("7b", 2**14).with_settings("mesh", seq=8), find_machine("8xa100")
+    longest = find_longest(workload, machine, None, 3)
+    assert (longest.tokens, longest.is_compiled) == (longest_context(workload, machine), False)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_the_compiler_brackets_the_longest_context(make):
+    """A memory so small that little fits: what is given as longest fits, and what is given as too long does not."""
+    machine = find_machine("cpu-8")
+    workload = make(2048, {"seq": 8})
+    small = memory_of(workload.with_tokens(4096), "cpu").total
+    machine = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=small))
+    devices = jax.devices()[:8]
+    told: list[str] = []
+    longest = find_longest(workload, machine, devices, 2, notice=told.append)
+    assert len(told) == len(longest.compiled) == 2
+    results = dict(longest.compiled)
+    assert longest.is_compiled
+    assert longest.tokens % granule(workload) == 0
+    assert fits(results[longest.tokens], machine)
+    assert longest.too_long is not None
+    assert not fits(results[longest.too_long], machine)
+    assert longest.tokens < longest.too_long <= 2 * longest.tokens
+    corrected = find_longest(workload, machine, devices, 0, longest.compiled)
+    assert not corrected.is_compiled
+    assert longest.tokens <= corrected.tokens < longest.too_long
+
+
+def test_whole_tiles_of_each_device_are_tried():
+    workload = shape("7b", 64).with_settings("mesh", seq=8)
+    assert granule(workload) == math.lcm(64, 8 * 256)

@@ -1,0 +1,58 @@
+"""Plans for TPUs that need not be there.
+
+Needs libtpu, which `pip install "jax[tpu]"` brings in jax's own version; skipped without it.
+"""
+
+import importlib.util
+
+import jax
+import pytest
+
+from ringrl.planning.ahead_of_time import compile_step, devices_of, fits
+from ringrl.planning.closed_form import memory_of
+from ringrl.planning.machines import find_machine
+from ringrl.planning.workload import Workload, find_model
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason=f'needs the TPU compiler: pip install "jax[tpu]=={jax.__version__}"',
+)
+
+
+def seven_billion(local_tokens, devices, layers=4):
+    workload = Workload(find_model("7b"), local_tokens * devices)
+    return workload.with_settings("mesh", seq=devices).with_settings("model", layers=layers)
+
+
+@pytest.mark.parametrize("name", ["tpu-v4-16", "tpu-v5p-16", "tpu-v5e-8", "tpu-v6e-8"])
+def test_the_formula_is_within_a_tenth_and_transfers_hide(name):
+    machine, workload = find_machine(name), seven_billion(8192, 8)
+    compiled = compile_step(workload, machine)
+    assert fits(compiled, machine)
+    assert memory_of(workload, "tpu").total == pytest.approx(compiled.total, rel=0.1)
+    assert compiled.schedule is not None
+    assert compiled.schedule.around_ring == compiled.schedule.around_ring_hidden == 3
+
+
+@pytest.mark.parametrize("name", ["tpu-v4-16", "tpu-v5e-8"])
+def test_what_does_not_fit_is_refused_with_the_compilers_figure(name):
+    machine, workload = find_machine(name), seven_billion(2**18, 8, layers=32)
+    compiled = compile_step(workload, machine)
+    assert not fits(compiled, machine)
+    assert "exceeds available HBM" in (compiled.refusal or "")
+    assert compiled.total > machine.device.memory
+    assert memory_of(workload, "tpu").total == pytest.approx(compiled.total, rel=0.3)
+
+
+def test_the_kernels_own_limit_is_told():
+    machine, workload = find_machine("tpu-v5p-16"), seven_billion(2**19, 8)
+    compiled = compile_step(workload, machine)
+    assert "more tiles than" in (compiled.refusal or "")
+    assert not fits(compiled, machine)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("tpu-v4-1024", 512), ("tpu-v5e-256", 256), ("tpu-v6e-64", 64)])
+def test_topologies_have_the_devices_that_the_table_says(name, devices):
+    found = devices_of(find_machine(name))
+    assert len(found) == devices == find_machine(name).devices
+    assert found[0].device_kind == find_machine(name).device.kind
