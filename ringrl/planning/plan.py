@@ -83,9 +83,10 @@ def make_plan(request: Request, notice: Notice = lambda _: None) -> Plan:
     workload, compiled = tried[0]
     known = () if compiled is None else ((workload.tokens, compiled),)
     longest = find_longest(workload, machine, devices, request.compilations, known, notice)
+    hops_hide = compiled is None or compiled.schedule is None or compiled.schedule.hides_the_ring
     plan = Plan(
         workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
-        estimate(workload, machine), longest, (), tuple(tried) if request.search else (), 0.0, 0.0,
+        estimate(workload, machine, hops_hide=hops_hide), longest, (), tuple(tried) if request.search else (), 0.0, 0.0,
     )  # fmt: skip
     advice = () if plan.fits else tuple(advise(workload, machine, plan.total))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -53,8 +53,10 @@ class StepTime:
         return max(self.matrices + self.attention, self.memory) + self.ring + self.parameters + self.sums
 
 
-def estimate(workload: Workload, machine: Machine, attained: Attained = ATTAINED) -> StepTime:
-    """Of one step on this machine."""
+def estimate(
+    workload: Workload, machine: Machine, attained: Attained = ATTAINED, *, hops_hide: bool = True
+) -> StepTime:
+    """Of one step on this machine; `hops_hide`: whether the compiler lets the ring's transfers run beside kernels."""
     model, config, device = workload.model, workload.config, machine.device
     contexts, devices = config.optimiser.batch_size, config.mesh.devices
     forward = contexts * forward_flops(model, workload.tokens) / devices
@@ -65,11 +67,12 @@ def estimate(workload: Workload, machine: Machine, attained: Attained = ATTAINED
     forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
     if model.attention == "vanilla":  # hides nothing of the square, and computes it anew with remat
         forward_kernels, backward_kernels = 2 * 2 * (passes - 2) * one_product, 2 * 4 * one_product
+    hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
     time = StepTime(
         matrices=matrices,
         attention=forward_kernels + backward_kernels,
         memory=_traffic(workload) / (device.bandwidth * attained.memory),
-        ring=_exposed_hops(workload, machine, attained, forward_kernels, backward_kernels),
+        ring=_exposed_hops(workload, machine, attained, *hidden_by),
         parameters=max(0.0, _gathering(workload, machine, attained) - matrices),
         sums=_sums(workload, machine, attained),
         model_flops=step_flops(model, workload.tokens, contexts) or 0.0,

@@ -7,6 +7,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?[\w.\-]+ \([^\n]*\{\n(.*?)^\}", re.MUL
 _START = re.compile(r"%?([\w.\-]+) = .* (collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)-start\(")
 _DONE = re.compile(r" (?:collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)-done\(.*?%?([\w.\-]+)\)")
 _WAITED = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
+_INTEGERS = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = \(?s32\[")
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[\w.]*|__gpu\$xla.gpu.triton)"')
 _WORK = re.compile(r" (?:while|convolution|dot)\(| fusion\(.*kind=kOutput")
 
@@ -22,6 +23,11 @@ class Schedule(NamedTuple):
     others: int  # other asynchronous ones
     others_hidden: int  # of them, with a kernel, a matrix product or a loop between start and end
     waited_for: dict[str, int]  # that nothing can hide, by kind
+
+    @property
+    def hides_the_ring(self) -> bool:
+        """Whether what goes from neighbour to neighbour does so while something else is done."""
+        return "collective-permute" not in self.waited_for
 
     def __str__(self) -> str:
         waited = ", ".join(f"{number} {kind}" for kind, number in sorted(self.waited_for.items())) or "none"
@@ -44,7 +50,7 @@ def read_schedule(text: str) -> Schedule:
                 ring, ring_hidden = ring + 1, ring_hidden + behind_kernel
             else:
                 others, others_hidden = others + 1, others_hidden + (behind_kernel or behind_work)
-        for kind in (found[1] for line in lines if (found := _WAITED.search(line))):
+        for kind in (found[1] for line in lines if (found := _WAITED.search(line)) and not _INTEGERS.match(line)):
             waited[kind] = waited.get(kind, 0) + 1
     return Schedule(ring, ring_hidden, others, others_hidden, waited)
 
@@ -54,7 +60,7 @@ def _intervals(lines: list[str]) -> list[tuple[bool, bool]]:
     open_since: dict[str, int] = {}
     found = []
     for index, line in enumerate(lines):
-        if (start := _START.search(line)) and not re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \(?s32\[", line):
+        if (start := _START.search(line)) and not _INTEGERS.match(line):
             open_since[start[1]] = index
         elif (done := _DONE.search(line)) and done[1] in open_since:
             between = lines[open_since.pop(done[1]) + 1 : index]

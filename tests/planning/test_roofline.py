@@ -46,6 +46,15 @@ def test_hops_hide_where_chunks_are_long_and_links_fast():
     assert one_host.ring < short.ring
 
 
+def test_hops_that_do_not_hide_are_waited_for_in_full():
+    machine, workload = find_machine("tpu-v5e-256"), seven_billion(2**21, {"seq": 256})
+    hidden, exposed = (estimate(workload, machine, hops_hide=hide) for hide in (True, False))
+    numbers = 2 * 32 * 4096 * 2**13 * 255  # keys and values of 32 layers, 8,192 tokens, 255 hops
+    assert hidden.ring == 0
+    assert exposed.ring == pytest.approx(numbers * (2 + 2 + 4) / (machine.device.link * ATTAINED.links))
+    assert exposed.total > hidden.total
+
+
 def test_eight_times_the_devices_take_an_eighth_of_the_time():
     few, many = (
         estimate(seven_billion(2**22, {"seq": devices}), find_machine(f"tpu-v4-{2 * devices}")) for devices in (8, 64)

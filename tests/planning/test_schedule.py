@@ -36,6 +36,14 @@ def test_what_stands_between_start_and_end_counts():
     assert schedule.waited_for == {"all-reduce": 1}
 
 
+def test_a_ring_that_is_waited_for_is_seen():
+    assert read_schedule(PROGRAM).hides_the_ring
+    waiting = PROGRAM.replace("all-reduce(f32[] %y)", "collective-permute(f32[] %y)")
+    assert not read_schedule(waiting).hides_the_ring
+    integers = PROGRAM.replace("%sum = f32[] all-reduce(f32[] %y)", "%sum = s32[8] collective-permute(s32[8] %y)")
+    assert read_schedule(integers).hides_the_ring
+
+
 def test_in_words():
     said = str(read_schedule(PROGRAM))
     assert said.startswith("1 of 2 transfers around the ring run behind a kernel of attention, 1 of 2 others")
