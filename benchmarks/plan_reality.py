@@ -4,9 +4,9 @@
                                       [--json FILE]
     python benchmarks/plan_reality.py --machine 1xh200 --model 350m --tokens 131072      (on an H200; two minutes)
 
-Host devices share the cores, so the machine's rate is measured first (a matrix product of 2048 x 2048 on all cores) and
-divided by eight. Measured memory: of a GPU, the most that JAX's allocator held; of host devices, by how much the
-process's peak grew from before the state was made, and the compiler's figure for all eight beside it.
+Host devices share the cores, so the machine's rate is measured before every step (a matrix product of 2048 x 2048 on
+all cores) and its median divided by eight. Measured memory: of a GPU, the most that JAX's allocator held; of host
+devices, by how much the process's peak grew, and the compiler's figure for all eight beside it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def measured_rate() -> float:
     x = jnp.ones((size, size), jnp.float32)
     product(x, x).block_until_ready()
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - began)
@@ -64,14 +64,18 @@ def run(workload: Workload, steps: int) -> dict[str, Any]:
     batch = jax.device_put(random_context(workload.tokens // workload.tokens_per_step), where)
     compiled = learner.step.lower(learner.state, batch).compile()  # type: ignore[attr-defined]
     memory, state, seconds = compiled.memory_analysis(), learner.state, []
-    compiled_before = peak_bytes() if jax.default_backend() == "cpu" else 0.0
+    is_cpu, rates = jax.default_backend() == "cpu", []
+    compiled_before = peak_bytes() if is_cpu else 0.0
     for _ in range(steps + 1):
+        if is_cpu:
+            rates.append(measured_rate())
         began = time.perf_counter()
         state, metrics = compiled(state, batch)
         float(metrics["loss"])
         seconds.append(time.perf_counter() - began)
     return {
         "seconds": statistics.median(seconds[1:]),
+        "rate": statistics.median(rates[1:]) if is_cpu else None,
         "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "grown_by_bytes": peak_bytes() - before,
         "grown_by_steps_bytes": peak_bytes() - compiled_before,
@@ -102,11 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", machine.devices)
         workload = workload.with_settings("model", dtype="float32", layers=options.layers)
-        rate = measured_rate()
-        machine = replace(machine, device=replace(machine.device, flops=rate / machine.devices))
-        print(f"all cores: {rate / 1e9:.0f} GFLOP/s in a matrix product")
     workload.check()
-    plan, real = planned(workload, machine), run(workload, options.steps)
+    real = run(workload, options.steps)
+    if real["rate"]:
+        print(f"all cores: {real['rate'] / 1e9:.0f} GFLOP/s in a matrix product")
+        machine = replace(machine, device=replace(machine.device, flops=real["rate"] / machine.devices))
+    plan = planned(workload, machine)
     print(f"{options.model}, {workload.tokens} tokens on {machine.name}, {jax.devices()[0].device_kind}")
     print(f"memory per device   formula {plan['bytes'] / GIB:.3f} GiB, compiled {real['compiled_bytes'] / GIB:.3f} GiB")
     everything = real["compiled_bytes"] * machine.devices / GIB

@@ -118,7 +118,10 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     blocks = math.ceil(tokens / model.block_tokens) if _is_in_blocks(workload) else 1
     at_once = math.ceil(tokens / blocks) if model.remat == "layers" or blocks > 1 else 0  # else it is kept
     units = model.feed_forward * model.width / mesh.tensor
-    feed_forward = contexts * (tokens * working.width * model.width + at_once * working.hidden * units) * bytes_each
+    shared = (1 + model.kv_heads / model.heads) / 2  # half of what is held meanwhile is keys and values
+    feed_forward = (
+        contexts * (tokens * working.width * model.width * shared + at_once * working.hidden * units) * bytes_each
+    )
     gathered = workload.parameters.layer / mesh.tensor * bytes_each
     return max(attention, feed_forward) + gathered
 

@@ -8,7 +8,7 @@ from ringrl.planning import advice
 from ringrl.planning.ahead_of_time import Compiled
 from ringrl.planning.machines import gib
 from ringrl.planning.plan import Plan
-from ringrl.planning.roofline import ATTAINED
+from ringrl.planning.roofline import attained_by
 from ringrl.planning.workload import Workload, say_tokens
 
 
@@ -88,7 +88,7 @@ def _time(plan: Plan) -> list[str]:
         f"estimated step: {time.total:.3g} s, {tokens / time.total:.3g} tokens/s, {time.model_flops:.3g} operations, "
         f"MFU {time.mfu:.0%}",
         "  " + ", ".join(f"{name} {value:.2g} s" for name, value in parts.items()),
-        f"  assumed: {ATTAINED}",
+        f"  assumed: {attained_by(plan.machine)}",
     ]
     if plan.compiled is not None and plan.compiled.schedule is not None:
         lines.append(f"  schedule: {plan.compiled.schedule}")
@@ -121,7 +121,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tried_bytes": {tokens: _number(found.total) for tokens, found in plan.longest.compiled},
         "advice": [dataclasses.asdict(each) for each in plan.advice],
         "step": dataclasses.asdict(plan.time) | {"seconds": plan.time.total},
-        "assumed": ATTAINED._asdict(),
+        "assumed": attained_by(plan.machine)._asdict(),
         "planning_seconds": plan.seconds,
         "planning_peak_bytes": plan.peak_memory,
     }

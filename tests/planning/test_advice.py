@@ -101,3 +101,11 @@ def test_what_the_formula_is_off_by_is_kept():
         for total in (formula, formula + GIB)
     )
     assert more["--remat layers"] == pytest.approx(plain["--remat layers"] + GIB)
+
+
+def test_of_what_the_formula_is_off_by_more_devices_have_a_share_each():
+    workload = plan_of(2**20, {"seq": 8})
+    on_32 = memory_of(workload.with_settings("mesh", seq=32), "gpu").total
+    found = advise(workload, MACHINE, memory_of(workload, "gpu").total + 4 * GIB)
+    devices = next(advice for advice in found if "32 such devices" in advice.change)
+    assert devices.total == pytest.approx(on_32 + GIB)

@@ -11,7 +11,7 @@ from ringrl.planning.machines import find_machine
 from ringrl.planning.workload import Workload, find_model
 
 CASES = {
-    "ring": (8192, {"seq": 8}, 1, {}),
+    "ring": (4096, {"fsdp": 2, "seq": 4}, 2, {"token_set": "ring4", "heads": 2}),
     "vanilla": (1024, {"fsdp": 8}, 8, {"attention": "vanilla"}),
     "blockwise": (2048, {"fsdp": 8}, 8, {"attention": "blockwise", "block_tokens": 512}),
     "without remat": (4096, {"seq": 8}, 1, {"remat": "none", "layers": 4, "block_tokens": 256}),
