@@ -77,7 +77,7 @@ def plan(
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is taken for planning
     changes = {"attention": attention, "remat": remat, "block_tokens": block_tokens}
-    config = _changed(find_model(model), changes, contexts)
+    config = _changed(find_model(model), changes, contexts, mesh)
     if machine == "custom":
         numbers = dataclasses.astuple(custom)
         where = custom_machine(*numbers)
@@ -95,10 +95,12 @@ def plan(
         _write(json, json_module.dumps(as_json(made), indent=1))
 
 
-def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | None) -> TrainConfig:
+def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | None, mesh: MeshConfig) -> TrainConfig:
     """The configuration with the flags' values; validated as a whole."""
     values = config.model_dump()
     values["model"] |= {name: value for name, value in model.items() if value is not None}
+    if mesh.layout != CHOSEN.layout:  # which a mesh that is chosen has, too
+        values["mesh"] |= {"layout": mesh.layout}
     if contexts is not None:
         values["optimiser"] |= {"batch_size": contexts}
     return TrainConfig.model_validate(values)

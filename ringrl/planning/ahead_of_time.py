@@ -26,6 +26,14 @@ _EXHAUSTED = re.compile(r"\(([\d.]+)([KMG])\) exceeds available|Used ([\d.]+)([K
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 _WITHOUT = {"v3": "the TPU compiler no longer compiles bfloat16 kernels for it"}
 
+# libtpu looks for the TPU that it stands on, says at length that there is none, and locks it for other processes.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 
 class Step(NamedTuple):
     """A step before compilation: what `lower` needs, and what lies where."""
@@ -73,7 +81,8 @@ def devices_of(machine: Machine) -> list[Any]:
 
     # Both cores of a v4 chip are one device, as on Cloud TPU; later ones are by themselves.
     settings = {"chip_config_name": "megacore"} if machine.topology.startswith("v4") else {}
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no question to a metadata server about the machine this runs on
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **settings)
     return list(topology.devices)
 

@@ -53,6 +53,13 @@ def test_a_plan_by_the_compiler(capsys, tmp_path):
     assert found["mesh"]["seq"] == 8
 
 
+def test_a_chosen_mesh_has_the_layout_that_is_asked_for(tmp_path):
+    path = tmp_path / "plan.json"
+    flags = "--mesh.layout", "contiguous", "--json", str(path)
+    plan("--model", "7b", "--machine", "8xa100", "--tokens", "128k", *flags)
+    assert json.loads(path.read_text())["mesh"]["layout"] == "contiguous"
+
+
 def test_more_host_devices_than_there_are(capsys):
     plan("--model", "tiny", "--machine", "cpu-64", "--tokens", "1024", "--contexts", "1")
     assert "start it with JAX_PLATFORMS=cpu XLA_FLAGS" in capsys.readouterr().out
