@@ -124,6 +124,7 @@ def test_a_method_stands_over_the_file_and_under_the_flags(
     assert saved["model"]["token_set"] == "dt3"
     assert (saved["model"]["timestep_embedding"], saved["model"]["layers"]) == (False, 1), "flags over the method"
 
+    capsys.readouterr()
     said = refused([*base, "--method=dt", "--context.trajectories=2", "--run", str(tmp_path / "other")], capsys)
     assert "--method dt: with the other settings the run is at" in said
     assert "bc-10%" in refused([*base, "--method", "cloning"], capsys), "lists what there is"

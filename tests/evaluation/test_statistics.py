@@ -11,6 +11,9 @@ from ringrl.evaluation.statistics import (
     difference,
     estimate,
     interquartile_mean,
+    median_of_tasks,
+    optimality_gap,
+    performance_profile,
     probability_of_improvement,
     stream_metric,
 )
@@ -108,6 +111,56 @@ def test_probability_of_improvement_by_hand():
         probability_of_improvement([ours], [theirs, theirs], generator=generator())
 
 
+def test_the_median_of_tasks_is_of_their_means():
+    tasks = [np.array([0.0, 0, 9]), np.array([5.0, 5]), np.array([70.0, 90])]
+    found = median_of_tasks(tasks, generator=generator())
+    assert (found.value, found.runs) == (5, 7)
+    assert found.interval is not None
+    assert 0 <= found.interval.low <= 5 <= found.interval.high <= 9
+    assert estimate(tasks, np.median, generator=generator()).value == 5
+    assert median_of_tasks([np.array([0.0, 0, 9]), np.array([8.0])], generator=generator()).value == 5.5
+    assert median_of_tasks([np.array([0.0, 0, 9]), np.array([8.0])], generator=generator()).interval is None
+
+
+def test_the_optimality_gap_by_hand():
+    scores = np.array([[100.0, 250], [40, 60]])
+    np.testing.assert_array_equal(optimality_gap(scores), [0, 50])
+    assert optimality_gap(scores, axis=None) == 25
+    assert optimality_gap(scores, axis=None, optimum=300) == 300 - 450 / 4
+    assert estimate(list(scores), optimality_gap, generator=generator()).value == 25
+
+
+def test_a_performance_profile_by_hand():
+    tasks = [np.array([1.0, 3, 5]), np.array([3.0])]
+    found = performance_profile(tasks, np.array([5.0, 0, 3, 2.9]), generator=generator())
+    np.testing.assert_array_equal(found.thresholds, [0, 2.9, 3, 5])
+    np.testing.assert_array_equal(found.fractions, [1, 0.75, 0.25, 0])  # higher than the threshold, not as high
+    assert (found.low, found.high, found.runs) == (None, None, 4)
+    with pytest.raises(ValueError, match="at least one run"):
+        performance_profile([np.array([])], np.array([0.0]), generator=generator())
+
+
+def test_the_band_of_a_profile_is_at_every_threshold_the_interval_of_that_fraction():
+    tasks = [np.random.default_rng(task).normal(task, 1, 9) for task in range(3)]
+    thresholds = np.linspace(-3, 6, 19)
+    found = performance_profile(tasks, thresholds, generator=generator())
+    assert found.low is not None
+    assert found.high is not None
+    for index, threshold in enumerate(thresholds):
+        alone = estimate([(task > threshold) * 1.0 for task in tasks], np.mean, generator=generator())
+        assert alone.value == found.fractions[index]
+        assert alone.interval == Interval(found.low[index], found.high[index])
+    assert (np.diff(found.fractions) <= 0).all()
+    assert (np.diff(found.low) <= 0).all(), "the same runs are drawn for every threshold"
+    assert (found.high - found.low).max() > 0.2
+    assert found.low[0] == found.high[0] == 1
+    assert found.low[-1] == found.high[-1] == 0
+
+
+def gap(scores: np.ndarray, *, axis: int = -1) -> np.ndarray:
+    return optimality_gap(scores, axis=axis, optimum=6)
+
+
 class TestAgainstRliable:
     """On scores of 10 runs of 3 tasks, the point estimates are equal and the intervals agree to the resampling."""
 
@@ -123,15 +176,28 @@ class TestAgainstRliable:
             pytest.skip(f"rliable cannot be imported ({error}); pip install rliable 'pandas<3' to compare with it")
         return library
 
-    def test_interquartile_mean(self, scores, library):
+    def test_aggregates(self, scores, library):
         from rliable import metrics
 
         np.random.seed(0)  # noqa: NPY002 (rliable draws from the global generator)
         points, intervals = library.get_interval_estimates(
-            {"a": scores}, lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_mean(x)]), reps=10_000
+            {"a": scores},
+            lambda x: np.array(
+                [
+                    metrics.aggregate_iqm(x),
+                    metrics.aggregate_mean(x),
+                    metrics.aggregate_optimality_gap(x, gamma=6),
+                    metrics.aggregate_median(x),
+                ]
+            ),
+            reps=10_000,
         )
-        for index, aggregate in enumerate([interquartile_mean, np.mean]):
-            found = estimate(list(scores.T), aggregate, generator=generator(), resamples=10_000)
+        drawing = {"generator": generator(), "resamples": 10_000}
+        estimates = [
+            *(estimate(list(scores.T), x, **drawing) for x in (interquartile_mean, np.mean, gap)),
+            median_of_tasks(list(scores.T), **drawing),
+        ]
+        for index, found in enumerate(estimates):
             low, high = intervals["a"][:, index]
             assert found.value == pytest.approx(points["a"][index], rel=1e-12)
             assert found.interval is not None
@@ -149,3 +215,14 @@ class TestAgainstRliable:
         assert found.value == pytest.approx(float(points["a,b"]), rel=1e-12)
         assert found.interval is not None
         np.testing.assert_allclose([found.interval.low, found.interval.high], intervals["a,b"].ravel(), atol=0.02)
+
+    def test_performance_profile(self, scores, library):
+        thresholds = np.linspace(0, 60, 25)
+        np.random.seed(0)  # noqa: NPY002
+        profiles, bands = library.create_performance_profile({"a": scores}, thresholds, reps=5000)
+        found = performance_profile(list(scores.T), thresholds, generator=generator(), resamples=5000)
+        np.testing.assert_allclose(found.fractions, profiles["a"], rtol=1e-12)
+        assert found.low is not None
+        assert found.high is not None
+        one_run = 1 / scores.size + 1e-9  # bands move by whole runs
+        np.testing.assert_allclose([found.low, found.high], bands["a"], atol=one_run)

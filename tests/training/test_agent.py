@@ -28,7 +28,7 @@ def contexts(jaco_store: EpisodeStore) -> ContextSampler:
 
 
 def config_of(kind: str) -> TrainConfig:
-    model = {"kind": kind, "layers": 1, "width": 16, "token_set": "at5"}
+    model = {"kind": kind, "layers": 1, "width": 16, "token_set": "at5", "attention": "vanilla"}
     optimiser = {"steps": 4, "batch_size": STREAMS, "warmup_steps": 0}
     return TrainConfig.model_validate(
         {"data": "unused", "task": TASK, "run": "unused", "model": model, "optimiser": optimiser}

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from ringrl.config import TrainConfig, merged
-from ringrl.data import EpisodeStore
 from ringrl.training import read_info, train
 from ringrl.training.budget import budget
 from ringrl.training.throughput import forward_flops
