@@ -64,5 +64,5 @@ def _seconds(log: Path, step: int) -> float | None:
         entries = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
     except (OSError, ValueError):
         return None
-    seconds = [entry["seconds"] for entry in entries if "seconds" in entry and entry["step"] <= step]
+    seconds = [1 / x["steps_per_second"] for x in entries if "steps_per_second" in x and x["step"] <= step]
     return sum(seconds) if len(seconds) == step else None

@@ -147,7 +147,7 @@ class Recorder:
 
     def _speed(self, seconds: float) -> dict[str, float]:
         """Of a step that took so long: with the wait for its batch, for checkpoints, and for the first compilation."""
-        speed = {"seconds": seconds, "tokens_per_second": self._cost.tokens / seconds}
+        speed = {"steps_per_second": 1 / seconds, "tokens_per_second": self._cost.tokens / seconds}
         if self._cost.flops is not None:
             speed["model_flops_per_second"] = self._cost.flops / seconds
             if self._cost.peak_flops is not None:

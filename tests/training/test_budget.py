@@ -47,7 +47,7 @@ def test_of_what_sees_one_step_at_a_time(tiny: TrainConfig, kind: str, row: int)
     assert found.flops is None
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for entry in entries:
-        assert entry["tokens_per_second"] * entry["seconds"] == pytest.approx(found.tokens / 3)
+        assert entry["tokens_per_second"] / entry["steps_per_second"] == pytest.approx(found.tokens / 3)
 
 
 def test_seconds_are_told_whole_or_not_at_all(tiny: TrainConfig, finished: TrainConfig) -> None:
@@ -57,7 +57,7 @@ def test_seconds_are_told_whole_or_not_at_all(tiny: TrainConfig, finished: Train
     whole = budget(info, step, finished.run).seconds
     assert whole is not None
     assert budget(info, step).seconds is None
-    old = [json.dumps({k: v for k, v in json.loads(line).items() if k != "seconds"}) for line in lines]
+    old = [json.dumps({k: v for k, v in json.loads(line).items() if k != "steps_per_second"}) for line in lines]
     for text in ([*old[:1], *lines[1:]], lines[:-1], [*lines[:-1], lines[-1][:20]], ["nonsense}"]):
         log.write_text("\n".join(text))
         assert budget(info, step, finished.run).seconds is None
