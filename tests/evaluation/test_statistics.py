@@ -7,6 +7,7 @@ import pytest
 
 from ringrl.evaluation.statistics import (
     METRICS,
+    Estimate,
     Interval,
     difference,
     estimate,
@@ -157,16 +158,47 @@ def test_the_band_of_a_profile_is_at_every_threshold_the_interval_of_that_fracti
     assert found.low[-1] == found.high[-1] == 0
 
 
+SCORES = np.random.default_rng(0).gamma(2.0, 1.0, (10, 3)) * [1, 5, 20]  # of 10 runs of 3 tasks
+OTHERS = np.random.default_rng(1).gamma(2.0, 1.2, (7, 3)) * [1, 5, 20]
+# What rliable 1.2.0 (arch 7.2.0, pandas 2.3.3) says of them: value, and the interval of as many resamples.
+RLIABLE = {
+    "interquartile mean": (8.795706624129734, 6.9954541542988435, 10.794543361643985),
+    "mean": (13.134341709868012, 9.55268486527562, 18.174901236132904),
+    "optimality gap": (1.4562147592766808, 1.046469006455579, 1.8726244269570533),
+    "median": (8.65639530033523, 6.265201411635482, 11.002399843178496),
+    "probability of improvement": (0.35714285714285715, 0.22380952, 0.5047619),
+}
+
+
 def gap(scores: np.ndarray, *, axis: int = -1) -> np.ndarray:
     return optimality_gap(scores, axis=axis, optimum=6)
 
 
-class TestAgainstRliable:
-    """On scores of 10 runs of 3 tasks, the point estimates are equal and the intervals agree to the resampling."""
+def ours(name: str) -> Estimate:
+    tasks, drawing = list(SCORES.T), {"generator": generator(), "resamples": 10_000}
+    if name == "median":
+        return median_of_tasks(tasks, **drawing)
+    if name == "probability of improvement":
+        return probability_of_improvement(tasks, list(OTHERS.T), **drawing)
+    aggregates = {"interquartile mean": interquartile_mean, "mean": np.mean, "optimality gap": gap}
+    return estimate(tasks, aggregates[name], **drawing)
 
-    @pytest.fixture
-    def scores(self) -> np.ndarray:
-        return np.random.default_rng(0).gamma(2.0, 1.0, (10, 3)) * [1, 5, 20]
+
+def assert_agrees(name: str, value: float, low: float, high: float) -> None:
+    """Point estimates are equal, intervals agree to the resampling."""
+    found = ours(name)
+    assert found.value == pytest.approx(value, rel=1e-12)
+    assert found.interval is not None
+    np.testing.assert_allclose([found.interval.low, found.interval.high], [low, high], atol=0.04 * (high - low))
+
+
+@pytest.mark.parametrize("name", RLIABLE)
+def test_rliables_numbers(name: str) -> None:
+    assert_agrees(name, *RLIABLE[name])
+
+
+class TestAgainstRliable:
+    """The same with rliable itself, where it is installed."""
 
     @pytest.fixture
     def library(self):
@@ -176,53 +208,38 @@ class TestAgainstRliable:
             pytest.skip(f"rliable cannot be imported ({error}); pip install rliable 'pandas<3' to compare with it")
         return library
 
-    def test_aggregates(self, scores, library):
+    def test_aggregates(self, library):
         from rliable import metrics
 
+        aggregates = {
+            "interquartile mean": metrics.aggregate_iqm,
+            "mean": metrics.aggregate_mean,
+            "optimality gap": lambda scores: metrics.aggregate_optimality_gap(scores, gamma=6),
+            "median": metrics.aggregate_median,
+        }
         np.random.seed(0)  # noqa: NPY002 (rliable draws from the global generator)
         points, intervals = library.get_interval_estimates(
-            {"a": scores},
-            lambda x: np.array(
-                [
-                    metrics.aggregate_iqm(x),
-                    metrics.aggregate_mean(x),
-                    metrics.aggregate_optimality_gap(x, gamma=6),
-                    metrics.aggregate_median(x),
-                ]
-            ),
-            reps=10_000,
+            {"a": SCORES}, lambda scores: np.array([of(scores) for of in aggregates.values()]), reps=10_000
         )
-        drawing = {"generator": generator(), "resamples": 10_000}
-        estimates = [
-            *(estimate(list(scores.T), x, **drawing) for x in (interquartile_mean, np.mean, gap)),
-            median_of_tasks(list(scores.T), **drawing),
-        ]
-        for index, found in enumerate(estimates):
-            low, high = intervals["a"][:, index]
-            assert found.value == pytest.approx(points["a"][index], rel=1e-12)
-            assert found.interval is not None
-            np.testing.assert_allclose([found.interval.low, found.interval.high], [low, high], atol=0.04 * (high - low))
+        for index, name in enumerate(aggregates):
+            assert_agrees(name, points["a"][index], *intervals["a"][:, index])
 
-    def test_probability_of_improvement(self, scores, library):
+    def test_probability_of_improvement(self, library):
         from rliable import metrics
 
-        other = np.random.default_rng(1).gamma(2.0, 1.2, (7, 3)) * [1, 5, 20]
         np.random.seed(0)  # noqa: NPY002
         points, intervals = library.get_interval_estimates(
-            {"a,b": (scores, other)}, metrics.probability_of_improvement, reps=5000
+            {"a,b": (SCORES, OTHERS)}, metrics.probability_of_improvement, reps=5000
         )
-        found = probability_of_improvement(list(scores.T), list(other.T), generator=generator(), resamples=5000)
-        assert found.value == pytest.approx(float(points["a,b"]), rel=1e-12)
-        assert found.interval is not None
-        np.testing.assert_allclose([found.interval.low, found.interval.high], intervals["a,b"].ravel(), atol=0.02)
+        assert_agrees("probability of improvement", float(points["a,b"]), *intervals["a,b"].ravel())
 
-    def test_performance_profile(self, scores, library):
+    def test_performance_profile(self, library):
         thresholds = np.linspace(0, 60, 25)
         np.random.seed(0)  # noqa: NPY002
-        profiles, bands = library.create_performance_profile({"a": scores}, thresholds, reps=5000)
-        found = performance_profile(list(scores.T), thresholds, generator=generator(), resamples=5000)
+        profiles, bands = library.create_performance_profile({"a": SCORES}, thresholds, reps=5000)
+        found = performance_profile(list(SCORES.T), thresholds, generator=generator(), resamples=5000)
         np.testing.assert_allclose(found.fractions, profiles["a"], rtol=1e-12)
         assert found.low is not None
         assert found.high is not None
-        one_run = 1 / scores.size + 1e-9  # bands move by whole runs
+        one_run = 1 / SCORES.size + 1e-9  # bands move by whole runs
         np.testing.assert_allclose([found.low, found.high], bands["a"], atol=one_run)
