@@ -6,7 +6,8 @@ Environment steps per second, with observations and rewards, under actions drawn
 environment (of a domain that dm_control's suite lacks: `make`); and Gymnasium's AsyncVectorEnv over `make` with two
 workers. A run is an episode or `--seconds`, whichever ends first, without its reset, which has a column of its own.
 The three take turns, so that a busy machine slows all alike; figures and ratios are medians over the runs. The CPU time
-of a step, over all threads, hardly depends on who else is at work.
+of a step, over all threads, hardly depends on who else is at work. Beside it stands what no environment can undercut:
+the CPU time of MuJoCo's mj_step alone, called in a loop in C, for the same control timestep.
 """
 
 import argparse
@@ -91,12 +92,32 @@ def measure(contender: Contender, action_size: int, length: int, seconds: float)
     return {"rate": total / elapsed, "cpu": cpu / total, "reset": (begin - before_reset) / contender.num_envs}
 
 
+def physics_alone(task: str, seed: int) -> float:
+    """CPU seconds of one control timestep of an episode in mj_step alone, without Python."""
+    from mujoco import MjData, mj_getState, mj_stateSize, mjtState, rollout
+
+    from ringrl.envs.simulation import load_simulation
+
+    simulation = load_simulation(task)
+    simulation.reset(np.random.RandomState(seed))
+    model, domain = simulation.model, simulation.domain
+    state = np.empty(mj_stateSize(model, mjtState.mjSTATE_FULLPHYSICS))
+    mj_getState(model, simulation.data, state, mjtState.mjSTATE_FULLPHYSICS)
+    actions = np.random.default_rng(seed).uniform(-1, 1, (domain.episode_length, domain.action_size))
+    substeps = round(domain.control_timestep / model.opt.timestep)
+    controls = simulation.controls(actions).repeat(substeps, axis=0)
+    begin = time.thread_time()
+    rollout.rollout(model, MjData(model), state[None], controls[None])
+    return (time.thread_time() - begin) / domain.episode_length
+
+
 def compare(task: str, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Every run of every contender, taking turns; with each the load of the machine before it."""
+    """Every run of every contender, taking turns, with the load of the machine before it; and of the physics alone."""
     domain = domain_of(task)
     everyone = contenders(task, options.num_envs, options.threads)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in everyone}
-    for _ in range(options.runs):
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (*everyone, "physics")}
+    for seed in range(options.runs):
+        runs["physics"].append({"cpu": physics_alone(task, seed)})
         for name, contender in everyone.items():
             load = os.getloadavg()[0]
             run = measure(contender, domain.action_size, domain.episode_length, options.seconds)
@@ -122,6 +143,7 @@ def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
         f"{task:<31}{median('make_vec', 'rate'):>9.0f}{median('one', 'rate'):>8.0f}{ratio('one'):>7.1f}"
         f"{TARGETS.get(domain_of(task).name, '-'):>8}{median('async', 'rate'):>8.0f}{ratio('async'):>7.1f}"
         f"{1e6 * median('make_vec', 'cpu'):>9.1f}{1e6 * median('one', 'cpu'):>8.1f}"
+        f"{1e6 * median('physics', 'cpu'):>8.1f}"
         f"{1e3 * median('make_vec', 'reset'):>10.2f}{median('make_vec', 'load'):>7.1f}"
     )
 
@@ -143,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(
         f"{'task':<31}{'make_vec':>9}{'one':>8}{'ratio':>7}{'target':>8}{'async':>8}{'ratio':>7}"
-        f"{'make_vec':>9}{'one':>8}{'reset ms':>10}{'load':>7}"
+        f"{'make_vec':>9}{'one':>8}{'physics':>8}{'reset ms':>10}{'load':>7}"
     )
     measured = {}
     for task in options.tasks:

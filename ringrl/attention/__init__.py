@@ -1,7 +1,7 @@
 """Exact attention for long sequences. Knows arrays and meshes only; imports nothing else of RingRL."""
 
 from ringrl.attention.api import attention
-from ringrl.attention.decode import append_to_cache, decode_attention, grow_cache
+from ringrl.attention.decode import Prefix, append_to_cache, decode_attention, grow_cache
 from ringrl.attention.integration import as_attention_fn
 from ringrl.attention.layout import LAYOUTS, from_layout, layout_positions, pad_to_layout, shard_positions, to_layout
 from ringrl.attention.sharded import ring_attention, ring_attention_shard
@@ -9,6 +9,7 @@ from ringrl.attention.strategy import choose_strategy
 
 __all__ = [
     "LAYOUTS",
+    "Prefix",
     "append_to_cache",
     "as_attention_fn",
     "attention",

@@ -3,7 +3,12 @@
 A sharded cache is striped: of n devices, device r holds tokens r, r + n, r + 2n, ... in its slots 0, 1, 2, ... So all
 devices fill up evenly, and a cache grows where it lies. Each device attends to what it holds, and one pmax and one psum
 merge the results: two small collectives in place of n - 1 hops.
+
+Contexts that begin with the same tokens share a prefix: it is held once, and the queries of all of them meet its keys
+in one matrix product.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +20,22 @@ from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
 from ringrl.attention.contract import Partial
 from ringrl.attention.mask import Rule, Side, visible
-from ringrl.attention.merge import merge_over
+from ringrl.attention.merge import merge, merge_over
 from ringrl.attention.options import Options
 from ringrl.attention.ring import AxisName
+
+UNSEEN = jnp.iinfo(jnp.int32).max  # the position of a slot that holds nothing: the causal rule hides it
+
+
+class Prefix(NamedTuple):
+    """Tokens that come before those of a batch's contexts: of all, or with P prefixes, of each P-th part of the batch.
+
+    Sharded as a cache is, where that is, but for the batch.
+    """
+
+    k: Float[Array, "prefixes capacity kv_heads head_dim"]
+    v: Float[Array, "prefixes capacity kv_heads head_dim"]
+    length: Int[Array, ""] | int  # tokens; what lies beyond must be finite and does not count
 
 
 def decode_attention(
@@ -26,6 +44,7 @@ def decode_attention(
     v_cache: Float[Array, "batch capacity kv_heads head_dim"],
     *,
     length: Int[Array, ""] | int,
+    prefix: Prefix | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
@@ -38,8 +57,10 @@ def decode_attention(
 
     Args:
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
-      k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond must be finite and does not count.
+      k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond must be finite and does not count. Where
+        their dtype is not q's, q is rounded to it.
       length: tokens in the cache, the new ones included.
+      prefix: tokens before those of the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap: as for `attention`.
       mesh: the devices of a sharded cache, whose capacity axis lies striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
@@ -62,6 +83,8 @@ def decode_attention(
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
     if isinstance(length, int) and not new <= length <= capacity:
         raise ValueError(f"length: expected {new} ... {capacity} tokens in the cache, got {length}")
+    if prefix is not None:
+        _check_prefix(prefix, k_cache)
     options = arguments.options(
         head_dim,
         is_causal=True,
@@ -69,49 +92,76 @@ def decode_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
-    length = jnp.asarray(length, jnp.int32)
+    caches = [Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))]
+    if prefix is not None:
+        caches.append(prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)))
     if mesh is None:
-        return _over_cache(q, k_cache, v_cache, length, 0, 1, options).o.astype(q.dtype)
+        return _over_caches(q, caches, 0, 1, options).o.astype(q.dtype)
     size = _check_shards(mesh, axis_name, capacity)
+    if prefix is not None:
+        _check_shards(mesh, axis_name, prefix.k.shape[1])
 
-    def shard(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array) -> jax.Array:
-        part = _over_cache(q, k_cache, v_cache, length, lax.axis_index(axis_name), size, options)
+    def shard(q: jax.Array, caches: list[tuple[jax.Array, ...]]) -> jax.Array:
+        part = _over_caches(q, [Prefix(*cache) for cache in caches], lax.axis_index(axis_name), size, options)
         return merge_over(part, axis_name).o.astype(q.dtype)
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
-    sharded = PartitionSpec(batch_axes, axis_name, head_axes)
-    specs = (replicated, sharded, sharded, PartitionSpec())
-    return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=replicated)(q, k_cache, v_cache, length)
+    own, shared = (PartitionSpec(axes, axis_name, head_axes) for axes in (batch_axes, None))
+    specs = [(spec, spec, PartitionSpec()) for spec in (own, shared)][: len(caches)]
+    return jax.shard_map(shard, mesh=mesh, in_specs=(replicated, specs), out_specs=replicated)(
+        q, [tuple(map(jnp.asarray, cache)) for cache in caches]
+    )
+
+
+def _over_caches(q: jax.Array, caches: list[Prefix], index: jax.Array | int, size: int, options: Options) -> Partial:
+    """Attention to what device `index` of `size` holds of the contexts' own tokens and of their prefix, if any."""
+    own, *prefixes = caches
+    begin = prefixes[0].length if prefixes else jnp.zeros((), jnp.int32)
+    batch, new, heads, head_dim = q.shape
+    queries = begin + own.length - new + jnp.arange(new, dtype=jnp.int32)
+    part = _over_cache(q, own, queries, begin, index, size, options)
+    for prefix in prefixes:
+        number = prefix.k.shape[0]
+        together = q.reshape(number, -1, heads, head_dim)
+        shared = _over_cache(together, prefix, jnp.tile(queries, batch // number), 0, index, size, options)
+        part = merge(part, Partial(*(x.reshape(y.shape) for x, y in zip(shared, part, strict=True))))
+    return part
 
 
 def _over_cache(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    length: jax.Array,
+    cache: Prefix,
+    queries: jax.Array,
+    begin: jax.Array | int,
     index: jax.Array | int,
     size: int,
     options: Options,
 ) -> Partial:
-    """Attention to the tokens that device `index` of `size` holds: o (B, N, H, D) and lse (B, N, H)."""
+    """Attention to the tokens that device `index` of `size` holds: o (B, N, H, D) and lse (B, N, H).
+
+    `queries` (N,) are the positions of the queries, and `begin` is that of the cache's first token.
+    """
     batch, new, heads, head_dim = q.shape
-    capacity, kv_heads = k_cache.shape[1:3]
-    q = q.reshape(batch, new, kv_heads, heads // kv_heads, head_dim)
-    s = jnp.einsum("bqhgd,bkhd->bhgqk", q, k_cache, preferred_element_type=jnp.float32) * options.scale
+    capacity, kv_heads = cache.k.shape[1:3]
+    # By key head, all its queries as rows of one matrix: other orders XLA rearranges the cache for, at every step.
+    q = jnp.moveaxis(q.reshape(batch, new, kv_heads, -1, head_dim), 1, 3).reshape(batch, kv_heads, -1, head_dim)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (cache.k, cache.v))
+    s = jnp.einsum("bhmd,bhkd->bhmk", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * options.scale
     if options.logits_soft_cap is not None:
         s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
     segment = jnp.zeros((1, 1), jnp.int32)
-    queries = Side((length - new + jnp.arange(new, dtype=jnp.int32))[None], segment)
-    keys = Side((jnp.arange(capacity, dtype=jnp.int32) * size + index)[None], segment)
+    token = jnp.arange(capacity, dtype=jnp.int32) * size + index
+    keys = Side(jnp.where(token < cache.length, begin + token, UNSEEN)[None], segment)
     rule = Rule(is_causal=True, window=options.rule.window)
-    s = jnp.where(visible(rule, queries, keys)[:, None, None], s, -jnp.inf)
+    seen = jnp.tile(visible(rule, Side(queries[None], segment), keys)[0], (heads // kv_heads, 1))
+    s = jnp.where(seen, s, -jnp.inf)
     maximum = s.max(-1, keepdims=True)
     p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may hold nothing yet
     total = p.sum(-1, keepdims=True)
-    p = p / jnp.where(total == 0, 1.0, total)
-    o = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32)
-    lse = jnp.moveaxis((maximum + jnp.log(total))[..., 0], 3, 1)
-    return Partial(o.reshape(batch, new, heads, head_dim), lse.reshape(batch, new, heads))
+    o = jnp.einsum("bhmk,bhkd->bhmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    o, lse = o / jnp.where(total == 0, 1.0, total), (maximum + jnp.log(total))[..., 0]
+    by_query = lambda x: jnp.moveaxis(x.reshape(batch, kv_heads, -1, new, *x.shape[3:]), 3, 1)  # noqa: E731
+    return Partial(by_query(o).reshape(batch, new, heads, head_dim), by_query(lse).reshape(batch, new, heads))
 
 
 def append_to_cache(
@@ -189,3 +239,13 @@ def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int)
     if capacity % size:
         raise ValueError(f"k_cache: a capacity of {capacity} does not divide among the {size} devices of {axis_name!r}")
     return size
+
+
+def _check_prefix(prefix: Prefix, cache: jax.Array) -> None:
+    batch, _, *rest = cache.shape
+    number = prefix.k.shape[0]
+    if prefix.k.shape != prefix.v.shape or list(prefix.k.shape[2:]) != rest or not number or batch % number:
+        raise ValueError(
+            f"prefix: expected (P, tokens, {', '.join(map(str, rest))}) with P dividing {batch}, "
+            f"got {prefix.k.shape} and {prefix.v.shape}"
+        )

@@ -13,6 +13,14 @@ def nothing_seen(q: Float[Array, "*heads rows head_dim"]) -> Partial:
     return varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)))
 
 
+def merge(a: Partial, b: Partial) -> Partial:
+    """The same over the keys of both."""
+    lse = jnp.logaddexp(a.lse, b.lse)
+    finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    ours, theirs = (part.o * jnp.exp(part.lse - finite)[..., None] for part in (a, b))
+    return Partial(ours + theirs, lse)
+
+
 def merge_over(part: Partial, axis_name: str | tuple[str, ...]) -> Partial:
     """The same over all devices of a mesh axis, inside shard_map: one pmax, one psum."""
     maximum = jax.lax.pmax(part.lse, axis_name)

@@ -114,11 +114,14 @@ class ActorCritic(nnx.Module):
         goal = jnp.broadcast_to(jnp.array(place, jnp.float32), (*observation.shape[:-1], len(place)))
         return jnp.tanh(self.target_actor(self.inputs(observation, goal)))
 
-    def reset(self, batch: int, capacity: int) -> None:
+    def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> None:
+        """There is nothing to remember."""
+
+    def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> None:
         """There is nothing to remember."""
 
     def act(
-        self, previous: Context | None, current: Context, memory: None
+        self, previous: Context | None, current: Context, memory: None, prefix: None = None
     ) -> tuple[Float32[Array, "batch action"], None]:
         """The action of one more step."""
         return self.actions(current)[:, -1], memory

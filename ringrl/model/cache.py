@@ -1,4 +1,11 @@
-"""The key-value cache of a transformer: what a policy remembers of its context."""
+"""The key-value cache of a transformer: what a policy remembers of its context.
+
+On a mesh the tokens of a cache lie striped over the axis "seq" (see `ringrl.attention.decode`), so every device holds
+an equal part of every context, however long it grows.
+
+Heads come before contexts in one axis: so the keys that a query meets lie side by side in memory, and the contexts that
+share a prefix do too.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -6,14 +13,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from ringrl.attention import grow_cache
+from ringrl.attention import Prefix, append_to_cache, decode_attention, grow_cache, to_layout
+from ringrl.model.parallel import ONE_DEVICE, Parallel
+
+AXES = (None, "time", None, None)
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of each layer, (B, capacity, Hkv, D), and the tokens they hold."""
+    """Keys (already rotated) and values of each layer, (Hkv * B, capacity, 1, D), and the tokens they hold."""
 
-    keys: tuple[Float[Array, "batch capacity kv_heads head_dim"], ...]
-    values: tuple[Float[Array, "batch capacity kv_heads head_dim"], ...]
+    keys: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
+    values: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
     length: Int32[Array, ""]
 
     @property
@@ -21,14 +31,74 @@ class KVCache(NamedTuple):
         """Tokens there is room for."""
         return self.keys[0].shape[1]
 
-
-def empty_cache(layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> KVCache:
-    """A cache of `shape` (batch, capacity, kv_heads, head_dim) per layer that holds nothing yet."""
-    blank = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))  # noqa: E731
-    return KVCache(blank(), blank(), jnp.zeros((), jnp.int32))
+    def prefix(self, layer: int) -> Prefix:
+        """A layer's tokens, as those that all contexts of a batch begin with; of a cache of one context."""
+        return Prefix(self.keys[layer], self.values[layer], self.length)
 
 
-def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The same cache with room for `capacity` tokens."""
-    widen = partial(grow_cache, capacity=capacity)
+def empty_cache(
+    layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype, parallel: Parallel = ONE_DEVICE
+) -> KVCache:
+    """A cache for `shape` (batch, capacity, kv_heads, head_dim) per layer that holds nothing yet.
+
+    The capacity is rounded up to a multiple of the devices that share it.
+    """
+    batch, capacity, kv_heads, head_dim = shape
+    whole = (kv_heads * batch, round_up(capacity, parallel), 1, head_dim)
+    place = lambda *axes: None if parallel.mesh is None else parallel.sharding(*axes)  # noqa: E731
+    blank = lambda: tuple(jnp.zeros(whole, dtype, device=place(*AXES)) for _ in range(layers))  # noqa: E731
+    return KVCache(blank(), blank(), jnp.zeros((), jnp.int32, device=place()))
+
+
+def grow(cache: KVCache, capacity: int, parallel: Parallel = ONE_DEVICE) -> KVCache:
+    """The same cache with room for `capacity` tokens, rounded up as in `empty_cache`."""
+    widen = partial(grow_cache, capacity=round_up(capacity, parallel), mesh=parallel.mesh)
     return KVCache(tuple(map(widen, cache.keys)), tuple(map(widen, cache.values)), cache.length)
+
+
+def append(
+    cache: Float[Array, "kv_heads*batch capacity 1 head_dim"],
+    new: Float[Array, "batch new_tokens kv_heads head_dim"],
+    length: Int32[Array, ""],
+    parallel: Parallel,
+) -> Float[Array, "kv_heads*batch capacity 1 head_dim"]:
+    """A layer's keys, or its values, behind the first `length`."""
+    return append_to_cache(cache, _heads_first(new, new.shape[2]), length, mesh=parallel.mesh)
+
+
+def attend(
+    q: Float[Array, "batch new_tokens heads head_dim"],
+    keys: Float[Array, "kv_heads*batch capacity 1 head_dim"],
+    values: Float[Array, "kv_heads*batch capacity 1 head_dim"],
+    length: Int32[Array, ""],
+    prefix: Prefix | None,
+    parallel: Parallel,
+) -> Float[Array, "batch new_tokens heads head_dim"]:
+    """Attention of the newest tokens to a layer's cache of `length` tokens, and to the prefix before it."""
+    batch, new, heads, head_dim = q.shape
+    kv_heads = keys.shape[0] // batch
+    q = _heads_first(q, kv_heads)
+    o = decode_attention(q, keys, values, length=length, prefix=prefix, mesh=parallel.mesh)
+    return jnp.moveaxis(o.reshape(kv_heads, batch, new, -1, head_dim), 0, 2).reshape(batch, new, heads, head_dim)
+
+
+def as_prefix(
+    x: Float[Array, "1 tokens kv_heads head_dim"], dtype: jnp.dtype, parallel: Parallel
+) -> Float[Array, "kv_heads capacity 1 head_dim"]:
+    """Keys or values of one whole context, in the order of time, as they lie in a cache."""
+    x = _heads_first(x.astype(dtype), x.shape[2])
+    x = jnp.pad(x, ((0, 0), (0, round_up(x.shape[1], parallel) - x.shape[1]), (0, 0), (0, 0)))
+    return parallel.constrain(to_layout(x, "striped", parallel.ring_size), *AXES)
+
+
+def round_up(capacity: int, parallel: Parallel) -> int:
+    """The next capacity that divides among the devices which share a context."""
+    return -(-capacity // parallel.ring_size) * parallel.ring_size
+
+
+def _heads_first(
+    x: Float[Array, "batch tokens heads head_dim"], kv_heads: int
+) -> Float[Array, "kv_heads*batch tokens groups head_dim"]:
+    batch, tokens, heads, head_dim = x.shape
+    x = jnp.moveaxis(x.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim), 2, 0)
+    return x.reshape(kv_heads * batch, tokens, heads // kv_heads, head_dim)

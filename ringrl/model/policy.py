@@ -1,4 +1,4 @@
-"""Policies: context -> actions. All offer actions(context), reset(batch, capacity) and act(previous, current, memory).
+"""Policies: context -> actions. All offer actions(context) and, step by step, reset, prefill and act.
 
 Those that imitate offer loss(context); the actor-critic has losses of its own.
 """
@@ -8,8 +8,9 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
+from ringrl.attention import layout_positions, pad_to_layout, to_layout
 from ringrl.config import ModelConfig
 from ringrl.context import Context
 from ringrl.model.actor_critic import ActorCritic, Goal
@@ -75,23 +76,40 @@ class AgenticTransformer(Imitation, nnx.Module):
     def features(self, context: Context) -> Float[Array, "batch time width"]:
         """What the model knows at each state token."""
         token_set = self.embedding.token_set
-        positions = token_set.size * jnp.asarray(context.position)[..., None] + jnp.arange(token_set.size)
-        x = self.transformer(self.embedding(context), positions.reshape(len(positions), -1))
+        x = self.transformer(self.embedding(context), self._positions(context))
         return x.reshape(*context.position.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
         """The action at every step, given the context up to it."""
         return self.head.mode(self.features(context))
 
-    def reset(self, batch: int, capacity: int) -> KVCache:
-        """Memory of nothing, with room for `capacity` tokens."""
-        return self.transformer.empty_cache(batch, capacity)
+    def _positions(self, context: Context) -> Int32[Array, "batch tokens"]:
+        size = self.tokens_per_step
+        positions = size * jnp.asarray(context.position)[..., None] + jnp.arange(size)
+        return positions.reshape(len(positions), -1)
+
+    def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
+        """Memory of nothing, with room for `capacity` tokens; kept in the computation's dtype or another."""
+        return self.transformer.empty_cache(batch, capacity, dtype)
+
+    def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> KVCache:
+        """Memory of one whole context (1, T, ...) in the order of time, for all contexts of a batch to begin with."""
+        steps, parallel = context.position.shape[1], self.transformer.parallel
+        layout, devices = parallel.layout, parallel.ring_size
+        context = jax.tree.map(lambda x: to_layout(pad_to_layout(x, layout, devices), layout, devices), context)
+        position = layout_positions(layout, context.position.shape[1], devices)
+        context = context._replace(position=position[None])  # of the padding too
+        tokens, positions = self.embedding(context), self._positions(context)
+        return self.transformer.prefill(tokens, positions, steps * self.tokens_per_step, dtype)
 
     def act(
-        self, previous: Context | None, current: Context, memory: KVCache
+        self, previous: Context | None, current: Context, memory: KVCache, prefix: KVCache | None = None
     ) -> tuple[Float32[Array, "batch action"], KVCache]:
-        """The action of one more step; equals `actions` on the whole context so far."""
-        x, memory = self.transformer.decode(self.embedding.decode(previous, current), memory)
+        """The action of one more step; equals `actions` on the whole context so far, the prefix included.
+
+        `previous` is the step before, as it ended; None where memory is empty (a prefix is whole).
+        """
+        x, memory = self.transformer.decode(self.embedding.decode(previous, current), memory, prefix)
         return self.head.mode(x[:, -1]), memory
 
 
@@ -119,11 +137,14 @@ class BehaviourCloning(Imitation, nnx.Module):
         """The action at every step."""
         return self.head.mode(self.features(context))
 
-    def reset(self, batch: int, capacity: int) -> None:
+    def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> None:
+        """There is nothing to remember."""
+
+    def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> None:
         """There is nothing to remember."""
 
     def act(
-        self, previous: Context | None, current: Context, memory: None
+        self, previous: Context | None, current: Context, memory: None, prefix: None = None
     ) -> tuple[Float32[Array, "batch action"], None]:
         """The action of one more step."""
         return self.actions(current)[:, -1], memory

@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from ringrl.attention import append_to_cache, attention, decode_attention, ring_attention
+from ringrl.attention import Prefix, attention, ring_attention
 from ringrl.config import ModelConfig
 from ringrl.model.blocks import in_blocks
-from ringrl.model.cache import KVCache, empty_cache
+from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
 from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
 
 ROTARY_BASE = 10_000.0
@@ -50,14 +50,18 @@ class Attention(nnx.Module):
         self.key_value = linear(width, key_value, kernel_init=split("embed", None, "heads", None))
         self.out = linear(heads, width, axis=(-2, -1), kernel_init=split("heads", None, "embed"))
 
-    def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(
+        self, x: jax.Array, positions: jax.Array, time: str | None = "time"
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys, values = jnp.moveaxis(self.key_value(x), 2, 0)
         q, k, v = rotate(self.query(x), positions), rotate(keys, positions), values
-        q, k, v = (self.parallel.constrain(y, "batch", "time", "heads", None) for y in (q, k, v))
+        q, k, v = (self.parallel.constrain(y, "batch", time, "heads", None) for y in (q, k, v))
         return q, k, v
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.out(self._attend(*self._project(x, positions), positions))
+    def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The output (B, S, W), and the keys and values that it looked at."""
+        q, k, v = self._project(x, positions)
+        return self.out(self._attend(q, k, v, positions)), (k, v)
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         if self.kind == "vanilla":
@@ -80,12 +84,13 @@ class Attention(nnx.Module):
         )  # fmt: skip
 
     def decode(
-        self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array
+        self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array, prefix: Prefix | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attend from new tokens to the cache and themselves; returns the output and the longer cache."""
-        q, k, v = self._project(x, length + jnp.arange(x.shape[1]))
-        keys, values = append_to_cache(keys, k, length), append_to_cache(values, v, length)
-        o = decode_attention(q, keys.astype(q.dtype), values.astype(q.dtype), length=length + x.shape[1])
+        """Attend from new tokens to the prefix, the cache and themselves; returns the output and the longer cache."""
+        begin = length if prefix is None else prefix.length + length
+        q, k, v = self._project(x, begin + jnp.arange(x.shape[1]), time=None)
+        keys, values = append(keys, k, length, self.parallel), append(values, v, length, self.parallel)
+        o = attend(q, keys, values, length + x.shape[1], prefix, self.parallel)
         return self.out(o), keys, values
 
 
@@ -115,21 +120,22 @@ class Block(nnx.Module):
         self.is_blockwise = config.attention in ("blockwise", "ring")
         self.block_tokens, self.parallel = config.block_tokens, parallel
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), positions)
-        x = self.parallel.constrain(x, "batch", "time", None)
+    def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The output, and attention's keys and values."""
+        y, keys_and_values = self.attention(self.attention_norm(x), positions)
+        x = self.parallel.constrain(x + y, "batch", "time", None)
         if self.is_blockwise:
-            return in_blocks(self._feed_forward, x, self.block_tokens, self.parallel)
-        return self._feed_forward(x)
+            return in_blocks(self._feed_forward, x, self.block_tokens, self.parallel), keys_and_values
+        return self._feed_forward(x), keys_and_values
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         return x + self.feed_forward(self.feed_forward_norm(x))
 
     def decode(
-        self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array
+        self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array, prefix: Prefix | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As __call__, for new tokens behind a cache."""
-        y, keys, values = self.attention.decode(self.attention_norm(x), keys, values, length)
+        y, keys, values = self.attention.decode(self.attention_norm(x), keys, values, length, prefix)
         return self._feed_forward(x + y), keys, values
 
 
@@ -155,7 +161,7 @@ class Transformer(nnx.Module):
         graph, parameters = nnx.split(self.blocks)
 
         def layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, parameters)(x, positions), None
+            return nnx.merge(graph, parameters)(x, positions)[0], None
 
         if self.remat == "layers":
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
@@ -163,20 +169,48 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(layer, x, parameters)
         return self.norm(x.astype(jnp.float32))
 
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache for `batch` contexts of up to `capacity` tokens."""
-        return empty_cache(self.layers, (batch, capacity, *self.cache_shape), self.dtype)
+    def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
+        """A cache for `batch` contexts of up to `capacity` tokens, in the computation's dtype or another."""
+        shape = (batch, capacity, *self.cache_shape)
+        return empty_cache(self.layers, shape, self.dtype if dtype is None else dtype, self.parallel)
+
+    def prefill(
+        self,
+        x: Float[Array, "1 tokens width"],
+        positions: Int32[Array, "*batch tokens"],
+        length: int,
+        dtype: jnp.dtype | None = None,
+    ) -> KVCache:
+        """What all contexts of a batch begin with, as a cache of its own: the keys and values of one whole context.
+
+        Args:
+          x, positions: as for `__call__`; on a mesh in the order of its layout, whole timesteps dealt out.
+          length: tokens that count; those behind them in time are padding.
+          dtype: of the cache; the computation's if it is None.
+        """
+        graph, parameters = nnx.split(self.blocks)
+        kept, in_time = self.dtype if dtype is None else dtype, jnp.argsort(positions.reshape(-1))
+
+        def layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, list[jax.Array]]:
+            x, held = nnx.merge(graph, parameters)(x, positions)
+            return x, [as_prefix(y[:, in_time], kept, self.parallel) for y in held]
+
+        x = self.parallel.constrain(x.astype(self.dtype), None, "time", None)
+        _, held = jax.lax.scan(layer, x, parameters)
+        keys, values = (tuple(y[index] for index in range(self.layers)) for y in held)
+        return KVCache(keys, values, self.parallel.constrain(jnp.asarray(length, jnp.int32)))
 
     def decode(
-        self, x: Float[Array, "batch new_tokens width"], cache: KVCache
+        self, x: Float[Array, "batch new_tokens width"], cache: KVCache, prefix: KVCache | None = None
     ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
-        """As __call__ on the whole context, for its newest tokens only."""
+        """As __call__ on the whole context, for its newest tokens only; `prefix` stands before those of the cache."""
         x = x.astype(self.dtype)
         graph, parameters = nnx.split(self.blocks)
         all_keys, all_values = [], []
         for index, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             block = nnx.merge(graph, jax.tree.map(lambda stacked, index=index: stacked[index], parameters))
-            x, keys, values = block.decode(x, keys, values, cache.length)
+            before = None if prefix is None else prefix.prefix(index)
+            x, keys, values = block.decode(x, keys, values, cache.length, before)
             all_keys.append(keys)
             all_values.append(values)
         x = self.norm(x.astype(jnp.float32))

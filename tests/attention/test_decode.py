@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringrl.attention import append_to_cache, attention, decode_attention, grow_cache
+from ringrl.attention import Prefix, append_to_cache, attention, decode_attention, grow_cache, to_layout
 
 TOKENS, CAPACITY = 11, 16
 
@@ -43,6 +43,50 @@ def test_what_lies_beyond_the_length_changes_no_bit(draw):
     np.testing.assert_array_equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("shared", [1, 6], ids=lambda tokens: f"prefix-{tokens}")
+def test_a_prefix_equals_its_tokens_in_every_cache(shared, window, draw):
+    """All contexts begin with the tokens of the first one: held once, or by each."""
+    q, k, v = alike(draw(3, TOKENS, 4, 2, 8), shared)
+    options = {"local_window_size": window, "logits_soft_cap": 2.0}
+    whole = jax.jit(partial(attention, **options))(q, k, v)
+    before = Prefix(filled(k[:1], shared, 1e30), filled(v[:1], shared, -1e30), shared)
+    decode = jax.jit(partial(decode_attention, **options))
+    for new in (1, 3):
+        for length in range(new, TOKENS - shared + 1):
+            caches = filled(k[:, shared:], length, 1e30), filled(v[:, shared:], length, -1e30)
+            tokens = slice(shared + length - new, shared + length)
+            got = decode(q[:, tokens], *caches, length=length, prefix=before)
+            np.testing.assert_allclose(got, whole[:, tokens], rtol=1e-5, atol=1e-5)
+
+
+def test_several_prefixes_are_each_for_a_part_of_the_batch(draw):
+    q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
+    for x in (q, k, v):
+        x[1, :6], x[3, :6] = x[0, :6], x[2, :6]
+    before = Prefix(k[::2, :6], v[::2, :6], 6)
+    got = decode_attention(q[:, 9:], k[:, 6:], v[:, 6:], length=5, prefix=before)
+    np.testing.assert_allclose(got, attention(q, k, v)[:, 9:], rtol=1e-5, atol=1e-5)
+
+
+def alike(arrays: dict[str, np.ndarray], shared: int) -> list[np.ndarray]:
+    """The q, k and v of contexts that begin with the same `shared` tokens."""
+    for x in arrays.values():
+        x[:, :shared] = x[:1, :shared]
+    return [arrays[name] for name in "qkv"]
+
+
+def test_a_cache_of_another_dtype_than_the_queries(draw):
+    """Keys and values are rounded once, when they are kept; nothing else is lost but q's own rounding."""
+    arrays = draw(2, TOKENS, 4, 2, 16)
+    q, k, v = (arrays[name] for name in "qkv")
+    kept = [append_to_cache(jnp.zeros((2, CAPACITY, 2, 16), jnp.bfloat16), x, 0) for x in (k, v)]
+    got = decode_attention(q[:, -2:], *kept, length=TOKENS, prefix=None)
+    assert (kept[0].dtype, got.dtype) == (jnp.bfloat16, jnp.float32)
+    rounded = [x.astype(jnp.bfloat16).astype(np.float32) for x in (q, k, v)]
+    np.testing.assert_allclose(got, attention(*rounded)[:, -2:], atol=0.01)
+
+
 def test_default_scale_and_bfloat16(draw):
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(1, TOKENS, 4, 2, 16).items()}
     q, k, v = (arrays[name] for name in "qkv")
@@ -64,6 +108,9 @@ def test_arguments_that_do_not_fit_are_named(draw):
         ("length", (q[:, :3], k, v), 2),
         ("length", (q[:, :3], k, v), TOKENS + 1),
     ]
+    for prefix in (k[:1, :, :1], k[:0]), (k[:1], v[:1, ..., :4]):
+        with pytest.raises(ValueError, match=r"^prefix: expected \(P, tokens, 2, 8\)"):
+            decode_attention(q, k, v, length=TOKENS, prefix=Prefix(*prefix, 3))
     for name, given, length in wrong:
         with pytest.raises(ValueError, match=f"^{name}: "):
             decode_attention(*given, length=length)
@@ -104,6 +151,18 @@ def test_sharded_cache_fills_and_grows(window, mesh, draw):
     assert k_cache.shape[1] == 32
     assert k_cache.sharding.is_equivalent_to(place, 4)
     np.testing.assert_array_equal(np.asarray(k_cache)[:, :7], k[:, 0:26:4])  # device 0 holds every fourth token
+
+
+def test_sharded_prefix(mesh, draw):
+    """Six shared tokens over four devices, and five of each context's own."""
+    q, k, v = alike(draw(2, TOKENS, 4, 2, 8), 6)
+    whole = jax.jit(attention)(q, k, v)
+    place = NamedSharding(mesh, PartitionSpec(None, "seq"))
+    striped = lambda x, held: jax.device_put(to_layout(filled(x, held, 7e8), "striped", 4), place)  # noqa: E731
+    before = Prefix(striped(k[:1], 6), striped(v[:1], 6), 6)
+    caches = striped(k[:, 6:], 5), striped(v[:, 6:], 5)
+    decode = jax.jit(partial(decode_attention, mesh=mesh, batch_axes="data"))
+    np.testing.assert_allclose(decode(q[:, 9:], *caches, length=5, prefix=before), whole[:, 9:], rtol=1e-5, atol=1e-5)
 
 
 def test_cache_arguments_that_do_not_fit_are_named(draw):

@@ -34,6 +34,13 @@ def _push(simulation, position, action, seconds=10.0):
     return np.stack(positions)
 
 
+@pytest.mark.parametrize("task", _GOALS)
+def test_the_goal_is_drawn_where_it_is(task):
+    simulation = load_simulation(task)
+    simulation.reset(np.random.RandomState(0))
+    np.testing.assert_array_equal(simulation.data.site("goal").xpos, _GOALS[task])
+
+
 def test_the_model_is_the_one_described(simulation):
     model = simulation.model
     assert (model.nq, model.nv, model.na, model.nu) == (2, 2, 0, 2)

@@ -9,6 +9,7 @@ from flax import nnx
 from ringrl.config import ModelConfig
 from ringrl.context import Context, Outcome
 from ringrl.model import Policy, make_policy
+from ringrl.model.parallel import ONE_DEVICE, Parallel
 
 OBSERVATION, ACTION = 3, 2
 
@@ -59,9 +60,9 @@ def context() -> Callable[..., Context]:
 def policy() -> Callable[..., Policy]:
     """(**settings) -> a tiny policy with parameters unlike their first values: biases are not zero, norms not one."""
 
-    def make(**settings: object) -> Policy:
+    def make(parallel: Parallel = ONE_DEVICE, **settings: object) -> Policy:
         small = {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1}
-        made = make_policy(ModelConfig.model_validate(small | settings), OBSERVATION, ACTION, seed=1)
+        made = make_policy(ModelConfig.model_validate(small | settings), OBSERVATION, ACTION, 1, parallel=parallel)
         random = np.random.default_rng(2)
         graph, params, rest = nnx.split(made, nnx.Param, ...)
         params = jax.tree.map(lambda x: x + 0.2 * random.normal(size=x.shape).astype(np.float32), params)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from ringrl.context import Context
 from ringrl.model import TOKEN_SETS, grow
+from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
 STEPS = 6
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (2, 1)}
@@ -25,11 +27,12 @@ def step(context: Context, t: int) -> Context:
     return jax.tree.map(lambda x: x[:, t : t + 1], context)
 
 
-def rolled_out(policy, context: Context, capacity: int, jit=lambda f: f) -> tuple[np.ndarray, list[int]]:
+def rolled_out(policy, context: Context, capacity: int, jit=lambda f: f, memory=None) -> tuple[np.ndarray, list[int]]:
     """Actions (B, T, A) from the cache, which starts with `capacity` and doubles when full; and its capacities."""
     graph, state = nnx.split(policy)
     act = jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments))
-    memory, previous, actions, capacities = policy.reset(len(context.reward), capacity), None, [], []
+    memory = policy.reset(len(context.reward), capacity) if memory is None else memory
+    previous, actions, capacities = None, [], []
     for t in range(context.reward.shape[1]):
         needed = (t + 1) * policy.tokens_per_step
         while needed > memory.capacity:
@@ -89,3 +92,91 @@ def test_bfloat16_cache_holds_bfloat16_and_follows_the_full_pass(policy, context
     assert {x.dtype for x in memory.keys + memory.values} == {jnp.dtype(jnp.bfloat16)}
     found, _ = rolled_out(made, whole, 64, quick)
     np.testing.assert_allclose(found, actions(made, whole), atol=0.03)
+
+
+PROMPT = 5  # steps, in trajectories of 4: the live steps go on in the middle of one
+
+
+def lengthened(policy, context: Context, capacity: int, jit, parallel=ONE_DEVICE) -> np.ndarray:
+    """Actions (B, T - PROMPT, A) of the steps after a prompt, which is what the first context begins with."""
+    graph, state = nnx.split(policy)
+    prompt = jax.tree.map(lambda x: x[:1, :PROMPT], context)
+    prefix = jax.jit(lambda state, prompt: nnx.merge(graph, state).prefill(prompt))(state, prompt)
+    act = jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments))
+    memory, previous, actions = policy.reset(len(context.reward), capacity), None, []
+    for t in range(PROMPT, context.reward.shape[1]):
+        if (t - PROMPT + 1) * policy.tokens_per_step > memory.capacity:
+            memory = grow(memory, 2 * memory.capacity, parallel)
+        action, memory = act(state, previous, step(context, t), memory, prefix)
+        previous = step(context, t)
+        actions.append(np.asarray(action))
+    return np.stack(actions, 1)
+
+
+def alike(context: Context) -> Context:
+    """Contexts that all begin with the prompt of the first one."""
+    context = jax.tree.map(np.array, context)
+    for x in jax.tree.leaves(context):
+        x[:, :PROMPT] = x[:1, :PROMPT]
+    first = jax.tree.leaves(context.previous), (context.action, context.reward, context.completion)
+    for before, x in zip(*first, strict=True):
+        before[:, PROMPT] = x[:, PROMPT - 1]
+    return context
+
+
+@pytest.mark.parametrize(("token_set", "head", "embeddings", "heads"), VARIANTS[::3])
+def test_prefilled_prompt_equals_full_forward_pass(token_set, head, embeddings, heads, policy, context, actions, quick):
+    count, kv_heads = HEADS[heads]
+    timestep, trajectory = embeddings
+    made = policy(
+        token_set=token_set, action_head=head, heads=count, kv_heads=kv_heads,
+        timestep_embedding=timestep, trajectory_embedding=trajectory,
+    )  # fmt: skip
+    whole = alike(context(PROMPT + STEPS, batch=3))
+    expected = actions(made, whole)[:, PROMPT:]
+    found = lengthened(made, whole, STEPS // 2 * made.tokens_per_step, quick)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 0.05, "the contexts differ after the prompt"
+
+
+def test_a_chunk_equals_token_by_token(policy):
+    transformer = policy(layers=2).transformer
+    x = np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)
+    together, held = transformer.decode(x, transformer.empty_cache(2, 16))
+    one_by_one, cache = [], transformer.empty_cache(2, 16)
+    for token in range(9):
+        y, cache = transformer.decode(x[:, token : token + 1], cache)
+        one_by_one.append(y)
+    np.testing.assert_allclose(np.concatenate(one_by_one, 1), together, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cache.keys[1], held.keys[1], rtol=1e-5, atol=1e-5)
+
+
+def test_cache_kept_in_bfloat16_under_float32_computation(policy, context, actions, quick):
+    made, whole = policy(), context(STEPS)
+    memory = made.reset(2, 64, jnp.bfloat16)
+    prefix = made.prefill(jax.tree.map(lambda x: x[:1], whole), jnp.bfloat16)
+    assert {x.dtype for x in (*memory.keys, *memory.values, *prefix.keys)} == {jnp.dtype(jnp.bfloat16)}
+    found, _ = rolled_out(made, whole, 64, quick, memory)
+    expected = actions(made, whole)
+    np.testing.assert_allclose(found, expected, atol=0.03)
+    assert (found[:, 1:] != expected[:, 1:]).any(), "it is rounded"
+
+
+@pytest.mark.parametrize(
+    ("token_set", "layout"),
+    [("at5", "zigzag"), ("fused1", "zigzag"), ("fused1", "contiguous"), ("fused1", "striped"), ("dt3", "striped")],
+)
+def test_sharded_cache_equals_one_device(token_set, layout, policy, context, actions, quick, eight_devices):
+    """Prompt and cache divided among eight devices, each of which holds an eighth."""
+    mesh = jax.make_mesh((1, 1, 1, 8), MESH_AXES, (AxisType.Auto,) * 4)
+    parallel = Parallel(mesh, layout)
+    one = policy(token_set=token_set)
+    whole = alike(context(PROMPT + 4, batch=2))
+    sharded = policy(parallel=parallel, token_set=token_set)
+    found = lengthened(sharded, whole, 8, quick, parallel)
+    np.testing.assert_allclose(found, actions(one, whole)[:, PROMPT:], rtol=1e-5, atol=1e-5)
+    memory = sharded.reset(2, 4096)
+    prefix = sharded.prefill(jax.tree.map(lambda x: x[:1], whole))
+    for cache in (memory, prefix):
+        for x in cache.keys + cache.values:
+            assert {shard.data.nbytes * 8 for shard in x.addressable_shards} == {x.nbytes}

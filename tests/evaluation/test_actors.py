@@ -1,0 +1,105 @@
+"""What acts: a policy's programs are few and compiled ahead, and a prompt is what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringrl.config import ModelConfig
+from ringrl.context import Context, Outcome
+from ringrl.evaluation import actors
+from ringrl.evaluation.actors import PolicyActor
+from ringrl.model import Policy, make_policy
+
+OBSERVATION, ACTION = 3, 2
+
+
+def policy(**settings: object) -> Policy:
+    config = {"layers": 1, "width": 16, "heads": 2, "token_set": "at5"} | settings
+    return make_policy(ModelConfig.model_validate(config), OBSERVATION, ACTION, seed=0)
+
+
+def contexts(batch: int, time: int) -> Context:
+    random = np.random.default_rng(0)
+    normal = lambda *shape: random.normal(size=(batch, time, *shape)).astype(np.float32)  # noqa: E731
+    outcome = Outcome(np.tanh(normal(ACTION)), normal(), normal())
+    previous = jax.tree.map(lambda x: np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1), outcome)
+    index = np.tile(np.arange(time, dtype=np.int32), (batch, 1))
+    weight = np.ones((batch, time), np.float32)
+    return Context(
+        normal(OBSERVATION), *outcome[:2], normal(), outcome.completion, index, 0 * index, index, weight, previous
+    )
+
+
+def replayed(actor: PolicyActor, context: Context, prompt: Context | None = None) -> np.ndarray:
+    """Actions (B, T, A) on what is given."""
+    batch, time = context.reward.shape
+    actor.start(batch, time, prompt)
+    actions = []
+    for t in range(time):
+        step = jax.tree.map(lambda x, t=t: x[:, t : t + 1], context)
+        actions.append(np.asarray(actor.act(step)))
+        actor.observe(step)
+    return np.stack(actions, axis=1)
+
+
+@pytest.fixture
+def small_cache(monkeypatch) -> None:
+    """Caches that begin with room for ten tokens: two steps."""
+    monkeypatch.setattr(actors, "SMALLEST_CACHE", 10)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 16, 17])
+def test_actions_on_either_side_of_every_capacity(steps, small_cache):
+    made, context = policy(), contexts(2, steps)
+    np.testing.assert_allclose(replayed(PolicyActor(made), context), made.actions(context), rtol=1e-5, atol=1e-5)
+
+
+def test_one_program_per_capacity_and_one_for_the_first_step(small_cache):
+    actor = PolicyActor(policy())
+    context = contexts(2, 30)  # 150 tokens: capacities 10, 20, 40, 80, 150
+    first = replayed(actor, context)
+    assert len(actor._programs) == 6
+    np.testing.assert_array_equal(replayed(actor, context), first)
+    assert len(actor._programs) == 6, "a second rollout compiles nothing"
+
+
+def test_what_is_not_reached_is_not_compiled(small_cache):
+    actor = PolicyActor(policy())
+    actor.start(2, 1000)
+    step = jax.tree.map(lambda x: x[:, :1], contexts(2, 1))
+    for _ in range(3):
+        actor.act(step)
+        actor.observe(step)
+    assert len(actor._programs) == 4, "the first step's, those of 10 and 20 tokens, and the next one"
+
+
+@pytest.mark.parametrize("token_set", ["at5", "fused1"])
+def test_a_prompt_is_shared_by_all(token_set, small_cache):
+    """Three contexts that begin with the same six steps and go on for five; the prompt is a cache of one context."""
+    made, whole = policy(token_set=token_set), contexts(3, 11)
+    for x in jax.tree.leaves(whole):
+        x[:, :6] = x[:1, :6]
+    for before, x in zip(whole.previous, (whole.action, whole.reward, whole.completion), strict=True):
+        before[:, 6] = x[:, 5]
+    prompt, live = (jax.tree.map(lambda x, part=part: x[part], whole) for part in (np.s_[:1, :6], np.s_[:, 6:]))
+    actor = PolicyActor(made)
+    found = replayed(actor, live, prompt)
+    np.testing.assert_allclose(found, made.actions(whole)[:, 6:], rtol=1e-5, atol=1e-5)
+    assert actor._prefix.keys[0].shape[0] == 1
+    assert np.abs(found - replayed(actor, live)).max() > 1e-3, "and it matters"
+    np.testing.assert_array_equal(replayed(actor, live, prompt), found)
+
+
+def test_a_cache_of_half_the_memory():
+    made, context = policy(token_set="ring4"), contexts(2, 8)
+    actor = PolicyActor(made, cache_dtype=jnp.dtype(jnp.bfloat16))
+    found = replayed(actor, context)
+    assert actor._memory.keys[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, made.actions(context), atol=0.03)
+
+
+def test_behaviour_cloning_has_no_use_for_a_prompt():
+    made, context = policy(kind="behaviour_cloning"), contexts(2, 4)
+    found = replayed(PolicyActor(made), context, contexts(1, 3))
+    np.testing.assert_allclose(found, made.actions(context), rtol=1e-5, atol=1e-5)
