@@ -54,13 +54,14 @@ class Agent:
         return self.policy(params).reset(streams, tokens)
 
     def act(
-        self, params: Any, previous: Context | None, current: Context, memory: Any
+        self, params: Any, previous: Context | None, current: Context, memory: Any, prefix: Any = None
     ) -> tuple[Float32[jax.Array, "streams action"], Memory]:
         """The actions at one more timestep.
 
         `current` (B, 1, ...) holds what is known before acting, `previous` the whole step before (None at the first).
+        `prefix` is the memory of a context that all streams begin with (a policy's `prefill`).
         """
-        return self.policy(params).act(previous, current, memory)
+        return self.policy(params).act(previous, current, memory, prefix)
 
 
 def make_agent(make_policy: Callable[[], Policy], config: TrainConfig, parallel: Parallel = ONE_DEVICE) -> Agent:
