@@ -76,12 +76,16 @@ class ContextSampler:
         streams = ([self.seed, 0 if self.config.sampling == "fixed" else step, i] for i in range(self.batch_size))
         episodes = np.stack([self._draw(np.random.default_rng(stream)) for stream in streams])
         returns = self._returns[episodes]
-        targets = (
-            returns if self.config.target == "own" else np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
-        )
+        targets = self._targets(returns)
         starts = np.zeros((len(episodes), self.config.trajectories + 1), np.int64)
         np.cumsum(self.store.lengths[episodes], axis=1, out=starts[:, 1:])
         return ContextPlan(episodes, targets, returns >= targets, starts)
+
+    def _targets(self, returns: Float64[np.ndarray, "batch trajectories"]) -> Float64[np.ndarray, "batch trajectories"]:
+        """The return asked of each trajectory; nan: none."""
+        if self.config.target == "none":
+            return np.full_like(returns, np.nan)
+        return returns if self.config.target == "own" else np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
         """The given contexts of a planned batch, at the given times in the given order (len(rows), len(times), ...).

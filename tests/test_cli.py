@@ -111,6 +111,28 @@ def test_wrong_flags_and_values_are_one_line(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_stands_over_the_file_and_under_the_flags(
+    jaco_store: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared, folder = tmp_path / "shared.yaml", tmp_path / "run"
+    shared.write_text(yaml.safe_dump({"model": {"token_set": "at5", "layers": 3}, "context": {"trajectories": 4}}))
+    base = ["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--config", str(shared)]
+    base += ["--model.width=16", "--model.layers=1", "--optimiser.steps=2", "--run", str(folder)]
+    main([*base, "--method", "dt", "--model.no-timestep-embedding"])
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (saved["context"]["trajectories"], saved["context"]["target"]) == (1, "own"), "the method over the file"
+    assert saved["model"]["token_set"] == "dt3"
+    assert (saved["model"]["timestep_embedding"], saved["model"]["layers"]) == (False, 1), "flags over the method"
+
+    capsys.readouterr()
+    said = refused([*base, "--method=dt", "--context.trajectories=2", "--run", str(tmp_path / "other")], capsys)
+    assert "--method dt: with the other settings the run is at" in said
+    assert "bc-10%" in refused([*base, "--method", "cloning"], capsys), "lists what there is"
+    shared.write_text(yaml.safe_dump({"context": {"max_transitions": 5000}}))
+    assert "leave gaps in" in refused([*base, "--method", "ad"], capsys)
+    assert not (tmp_path / "other").exists()
+
+
 def test_mistakes_about_files_name_the_file(
     run: Path, jaco_store: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

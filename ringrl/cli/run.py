@@ -10,6 +10,7 @@ from rich.console import Console
 from ringrl.cli.words import command_line
 from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
 from ringrl.errors import UserError
+from ringrl.methods import MethodName, check_method
 
 Settings = Annotated[TrainConfig, tyro.conf.arg(name="")]  # its flags stand at the top: --model.layers 4
 
@@ -20,6 +21,7 @@ HERE, PLAIN_JOB = DistributedConfig(), SlurmConfig()
 def train(
     settings: Settings,
     config: Path | None = None,
+    method: MethodName | None = None,
     resume: bool = False,
     profile: bool = False,
     distributed: DistributedConfig = HERE,
@@ -29,7 +31,8 @@ def train(
     """Train a policy.
 
     Args:
-        config: YAML file of settings; flags given beside it win.
+        config: YAML file of settings; --method and flags given beside it win.
+        method: what to train, by its name; sets what tells it from the others, and other flags win.
         resume: go on with the run exactly where its last checkpoint stands, on these devices or others.
         profile: write a JAX trace of steps 4 to 6 to the run's folder profile/.
         distributed: several processes as one run, each started with the same command.
@@ -41,6 +44,8 @@ def train(
     from ringrl.training.slurm import submit
     from ringrl.training.supervisor import run_supervised
 
+    if method is not None:
+        check_method(settings, method)
     run, work = settings.run, partial(train_run, settings, profile=profile)
     if launcher == "slurm":
         job, logs = submit(work, settings.run, slurm, resume)

@@ -12,7 +12,7 @@ def ablate(plan: tyro.conf.Positional[Path]) -> None:
     """Train and evaluate all cells of a plan: context lengths x seeds, and baselines. Finished cells are skipped.
 
     Args:
-        plan: YAML file, for example ringrl/configs/ablation_demo.yaml.
+        plan: YAML file, for example ringrl/configs/demo.yaml.
     """
     from ringrl.study.ablate import ablate as run_plan
     from ringrl.study.ablate import read_plan

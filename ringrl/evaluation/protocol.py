@@ -12,6 +12,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor, PolicyActor, RandomActor
 from ringrl.evaluation.records import EvaluationRecord, library_versions
 from ringrl.evaluation.rollout import rollout
+from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
 
 FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the training's lie far below
@@ -63,7 +64,7 @@ def evaluate_policy(
     is_transformer = config.model.kind == "transformer"
     shared = EvaluationRecord(
         task=task,
-        method=method_of(trained),
+        method=method_of(config),
         token_set=config.model.token_set if is_transformer else None,
         train_trajectories=config.context.trajectories if is_transformer else None,
         seed=config.seed,
@@ -94,18 +95,6 @@ def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None
     identity = Normalisation(np.zeros(size), np.ones(size), domain.episode_length)
     actor = RandomActor(domain.action_size, protocol.seed)
     return _streams(actor, shared, identity, dataclasses.replace(protocol, control=False), 1, lambda returns: None)
-
-
-def method_of(trained: TrainedPolicy) -> str:
-    """The method's short name: "bc", "td3+bc" ("+her" with hindsight goals), "dt" (one trajectory) or "at"."""
-    config = trained.info.config
-    if config.model.kind == "td3_bc":
-        hindsight = config.actor_critic.hindsight
-        return "td3+bc+her" if hindsight.later or hindsight.nearby else "td3+bc"
-    if config.model.kind == "behaviour_cloning":
-        percent = round(100 * config.context.best_fraction)
-        return "bc" if percent == 100 else f"bc-{percent}%"
-    return "dt" if config.context.trajectories == 1 else "at"
 
 
 def _streams(

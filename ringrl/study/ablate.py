@@ -11,20 +11,20 @@ import pydantic
 from pydantic import Field
 from rich.console import Console
 
-from ringrl.config import Section, TrainConfig, one_line, read_yaml
+from ringrl.config import Section, TrainConfig, merged, one_line, read_yaml
 from ringrl.data import EpisodeStore
+from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import Protocol, evaluate_policy, evaluate_random
 from ringrl.evaluation.records import EvaluationRecord, append_records, data_records, library_versions
+from ringrl.methods import METHODS
 from ringrl.training import load_policy, train
 
 EVALUATION = "evaluation.jsonl"
-# Two hidden layers of 256 for behaviour cloning: cheap, since it sees one step at a time.
-BASELINE = {"kind": "behaviour_cloning", "layers": 2, "width": 256}
 
 
 class AblationPlan(Section):
-    """What is crossed with what, and what stays the same. All cells see the same number of timesteps per step."""
+    """What is crossed with what, and what stays the same. All cells see the same number of timesteps in all."""
 
     data: Path
     """Dataset: a RingRL store (.h5)."""
@@ -32,16 +32,19 @@ class AblationPlan(Section):
     """Task whose reward is learned."""
     output: Path
     """Folder that holds one run folder per cell."""
+    methods: tuple[Literal["at", "ad"], ...] = ("at",)
+    """Methods with a context, each trained and evaluated with every number of trajectories."""
     trajectories: tuple[int, ...] = (1, 2, 4)
     """Trajectories per context, in training and in evaluation."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
-    baselines: tuple[Literal["behaviour_cloning", "behaviour_cloning_10%"], ...] = ("behaviour_cloning",)
-    """Methods without a context, trained for the same number of steps."""
+    baselines: tuple[Literal["bc", "bc-10%", "dt", "td3", "td3+bc"], ...] = ("bc",)
+    """Methods that remember no other episode."""
     trajectories_per_batch: int = Field(8, ge=1)
-    """Trajectories per optimiser step: a context length n makes batches of trajectories_per_batch / n contexts."""
+    """Trajectories per optimiser step: a context length n makes batches of trajectories_per_batch / n contexts. td3 and
+    td3+bc have batches of transitions, and take as many more steps as it needs to see as many timesteps."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}."""
+    """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}; those of a method win."""
     environments: int = Field(10, ge=1)
     """Evaluation streams per cell."""
     control: bool = True
@@ -75,15 +78,13 @@ def cells(plan: AblationPlan) -> Iterator[Cell]:
     """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons."""
     for seed in plan.seeds:
         for baseline in plan.baselines:
-            overrides: dict[str, Any] = {"model": BASELINE}
-            if baseline.endswith("10%"):
-                overrides["context"] = {"best_fraction": 0.1}
-            yield _cell(plan, baseline.replace("%", ""), seed, 1, overrides)
-        for count in plan.trajectories:
-            yield _cell(plan, f"transformer_{count}", seed, count, {})
+            yield _cell(plan, baseline.replace("%", ""), baseline, seed, 1)
+        for method in plan.methods:
+            for count in plan.trajectories:
+                yield _cell(plan, f"{method}_{count}", method, seed, count)
 
 
-def _cell(plan: AblationPlan, name: str, seed: int, trajectories: int, overrides: dict[str, Any]) -> Cell:
+def _cell(plan: AblationPlan, name: str, method: str, seed: int, trajectories: int) -> Cell:
     name = f"{name}_seed{seed}"
     own: dict[str, Any] = {
         "data": plan.data,
@@ -91,19 +92,23 @@ def _cell(plan: AblationPlan, name: str, seed: int, trajectories: int, overrides
         "run": plan.output / name,
         "seed": seed,
         "context": {"trajectories": trajectories},
-        "optimiser": {"batch_size": plan.trajectories_per_batch // trajectories},
     }
+    shared = merged(plan.settings, METHODS[method].settings or {})
     try:
-        return Cell(name, TrainConfig.model_validate(_merge(_merge(plan.settings, overrides), own)))
+        config = TrainConfig.model_validate(merged(shared, own))
+        if config.model.kind == "td3_bc":
+            own["optimiser"] = {"steps": _steps(plan, config)}
+        else:
+            own["optimiser"] = {"batch_size": plan.trajectories_per_batch // trajectories}
+        return Cell(name, TrainConfig.model_validate(merged(shared, own)))
     except pydantic.ValidationError as error:
         raise UserError(f"settings of the ablation plan: {one_line(error)}") from error
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        merged[name] = _merge(merged.get(name) or {}, value) if isinstance(value, dict) else value
-    return merged
+def _steps(plan: AblationPlan, config: TrainConfig) -> int:
+    """Steps after which batches of transitions have held as many timesteps as the other cells' batches."""
+    timesteps = config.optimiser.steps * plan.trajectories_per_batch * domain_of(plan.task).episode_length
+    return max(1, timesteps // config.optimiser.batch_size)
 
 
 def ablate(plan: AblationPlan, console: Console, command: str | None = None) -> list[Path]:

@@ -11,18 +11,14 @@ from jaxtyping import Float
 from ringrl.errors import UserError
 from ringrl.evaluation.records import DATA, EvaluationRecord
 from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean, stream_metric
+from ringrl.methods import METHODS
 
 BOOTSTRAP_SEED = 0
 RESAMPLES = 2000
 
-_NAMES = {
-    "random": "Random policy",
-    "bc": "Behaviour cloning",
-    "td3+bc": "TD3+BC",
+_NAMES = {name: method.title for name, method in METHODS.items()} | {
+    "td3+her": "TD3 with hindsight goals",
     "td3+bc+her": "TD3+BC with hindsight goals",
-    "at": "Agentic Transformer",
-    "dt": "Decision Transformer",
-    "ad": "Algorithm Distillation",
     DATA: "Dataset",
 }
 

@@ -22,8 +22,8 @@ from ringrl.envs import DOMAINS, goal_space
 from ringrl.errors import UserError
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
-from ringrl.training.learner import make_learner
-from ringrl.training.step import TrainState, with_params
+from ringrl.training.agent import make_agent
+from ringrl.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +196,14 @@ class TrainedPolicy:
 def load_policy(run: Path, step: int | None = None) -> TrainedPolicy:
     """The policy of a run's newest (or given) checkpoint; UserError when there is none to use."""
     step, info = read_info(run, step)
-    policy = info.make_policy()
+    agent = make_agent(info.make_policy, info.config)
     checkpoints = Checkpoints(run)
-    state = checkpoints.restore(step, make_learner(info.make_policy, info.config).state)
+    state = checkpoints.restore(step, agent.init())
     checkpoints.close()
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):
         digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())
-    graph, _ = nnx.split(policy, nnx.Param)
-    return TrainedPolicy(with_params(graph, state.params), info, step, digest.hexdigest())
+    return TrainedPolicy(agent.policy(state.params), info, step, digest.hexdigest())
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:

@@ -132,7 +132,7 @@ class Recorder:
         """Write what waits, and return the mean of its finite losses; this is where the host meets the device."""
         values = jax.device_get(self._waiting)
         now = time.perf_counter()
-        speed = self._speed(len(values) / (now - self._since))
+        speed = self._speed((now - self._since) / len(values))
         entries = []
         for step, metrics in values:
             entry = {"step": step} | {name: float(value) for name, value in metrics.items()}
@@ -145,10 +145,11 @@ class Recorder:
         self._report_skipped(entries)
         return loss
 
-    def _speed(self, steps_per_second: float) -> dict[str, float]:
-        speed = {"tokens_per_second": steps_per_second * self._cost.tokens}
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Of a step that took so long: with the wait for its batch, for checkpoints, and for the first compilation."""
+        speed = {"steps_per_second": 1 / seconds, "tokens_per_second": self._cost.tokens / seconds}
         if self._cost.flops is not None:
-            speed["model_flops_per_second"] = steps_per_second * self._cost.flops
+            speed["model_flops_per_second"] = self._cost.flops / seconds
             if self._cost.peak_flops is not None:
                 speed["mfu"] = speed["model_flops_per_second"] / self._cost.peak_flops
         return speed

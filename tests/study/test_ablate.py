@@ -6,11 +6,15 @@ import pytest
 import yaml
 from rich.console import Console
 
+from ringrl.config import merged, read_yaml
+from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.records import read_records
-from ringrl.study.ablate import ablate, cells, read_plan
+from ringrl.methods import method_of
+from ringrl.study.ablate import AblationPlan, ablate, cells, read_plan
 
+BASELINES = ("bc", "bc-10%", "dt", "td3", "td3+bc")
 SETTINGS = {
     "model": {"layers": 1, "width": 16, "token_set": "fused1"},
     "optimiser": {"steps": 3},
@@ -44,13 +48,52 @@ def test_cells_cross_lengths_seeds_and_baselines_at_equal_tokens(tmp_path: Path)
         assert config.run == tmp_path / "runs" / cell.name
         assert config.optimiser.steps == 3
     assert [cell.config.seed for cell in found] == [0] * 4 + [1] * 4
-    kinds = [cell.config.model.kind for cell in found[:4]]
-    assert kinds == ["behaviour_cloning", "transformer", "transformer", "transformer"]
+    assert [cell.name for cell in found[:4]] == ["bc_seed0", "at_1_seed0", "at_2_seed0", "at_4_seed0"]
+    assert [method_of(cell.config) for cell in found[:4]] == ["bc", "dt", "at", "at"]
 
 
-def test_baseline_of_the_best_tenth_filters_the_data(tmp_path: Path) -> None:
-    plan = read_plan(write_plan(tmp_path, tmp_path / "x.h5", baselines=["behaviour_cloning_10%"]))
-    assert next(cells(plan)).config.context.best_fraction == 0.1
+def test_every_method_may_stand_beside_the_others_and_sees_as_much(tmp_path: Path) -> None:
+    """Of steps of 250, jaco's episodes, whatever a batch is made of."""
+    changes = {"methods": ["at", "ad"], "baselines": list(BASELINES), "trajectories": [2, 4], "seeds": [5]}
+    settings = merged(SETTINGS, {"context": {"best_fraction": 0.5}, "optimiser": {"steps": 64}})
+    plan = read_plan(write_plan(tmp_path, tmp_path / "x.h5", **changes, trajectories_per_batch=8, settings=settings))
+    found = {cell.name: cell.config for cell in cells(plan)}
+    assert {name: method_of(config) for name, config in found.items()} == {
+        "bc_seed5": "bc-50%", "bc-10_seed5": "bc-10%", "dt_seed5": "dt", "td3_seed5": "td3", "td3+bc_seed5": "td3+bc",
+        "at_2_seed5": "at", "at_4_seed5": "at", "ad_2_seed5": "ad", "ad_4_seed5": "ad",
+    }  # fmt: skip
+    for config in found.values():
+        optimiser = config.optimiser
+        row = 1 if config.model.kind == "td3_bc" else 250 * config.context.trajectories
+        assert optimiser.steps * optimiser.batch_size * row == 64 * 8 * 250
+        assert config.seed == 5
+    assert found["td3_seed5"].optimiser.batch_size == 256
+    assert found["at_2_seed5"].model.token_set == "fused1"
+    assert found["dt_seed5"].model.token_set == "dt3"
+    assert found["ad_4_seed5"].context.best_fraction == 1, "a history has no gaps"
+
+
+def test_the_demos_cells() -> None:
+    """What docs/results.md and the README show is of these."""
+    plan = AblationPlan.model_validate(read_yaml(preset("demo")) | {"data": "x.h5", "output": "runs"})
+    found = list(cells(plan))
+    names = ["bc", "at_1", "at_2", "at_4"]
+    assert [cell.name for cell in found] == [f"{name}_seed{seed}" for seed in (0, 1) for name in names]
+    cloning, *transformers = (cell.config for cell in found[:4])
+    assert (cloning.model.kind, cloning.model.layers, cloning.model.width) == ("behaviour_cloning", 2, 256)
+    assert [config.optimiser.batch_size for config in (cloning, *transformers)] == [4, 4, 2, 1]
+    for config in (cloning, *transformers):
+        assert (config.context.order, config.context.target, config.context.sampling) == (
+            "ascending",
+            "best",
+            "uniform",
+        )
+        assert (config.context.best_fraction, config.optimiser.steps, config.optimiser.learning_rate) == (
+            0.5,
+            400,
+            0.003,
+        )
+    assert {(c.model.token_set, c.model.layers, c.model.width) for c in transformers} == {("fused1", 1, 64)}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +102,8 @@ def test_baseline_of_the_best_tenth_filters_the_data(tmp_path: Path) -> None:
         ({"trajectories": [3]}, "3 does not divide"),
         ({"seeds": "many"}, "seeds"),
         ({"unknown": 1}, "unknown"),
+        ({"baselines": ["at"]}, r"baselines\.0: .*'bc', 'bc-10%', 'dt', 'td3' or 'td3\+bc'"),
+        ({"methods": ["dt"]}, r"methods\.0: .*'at' or 'ad'"),
     ],
 )
 def test_wrong_plans_are_refused_by_name(tmp_path: Path, changes: dict[str, object], said: str) -> None:
@@ -91,7 +136,7 @@ def test_every_cell_is_evaluated_once_and_finished_cells_are_kept(tmp_path: Path
     assert {record.target_return for record in by_method["at"]} == {best}
 
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    redone = plan.output / "transformer_2_seed0" / "evaluation.jsonl"
+    redone = plan.output / "at_2_seed0" / "evaluation.jsonl"
     redone.unlink()
     assert ablate(plan, Console(quiet=True)) == files
     for path in files:
