@@ -113,7 +113,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._simulation.copy_to(self._datas[index])
         self._steps[chosen], self._unstable[chosen] = 0, False
         self._stacked.renew()
-        return self._simulation.read_observation(self._stacked), self._info(chosen)
+        return self._observe(chosen)
 
     def step(
         self, actions: Float[np.ndarray, "environments action"]
@@ -133,14 +133,10 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._advance(simulation.controls(actions))
         self._steps += 1
         self._stacked.renew()
-        observations = simulation.read_observation(self._stacked)
-        rewards = simulation.reward(self.task, simulation.read_sensors(self._stacked), actions)
-        info = self._info(np.ones(self.num_envs, bool))
         self._unstable = np.concatenate(self._warnings).any(axis=1)  # a warning stays until the reset
-        if self._unstable.any():
-            for numbers in (observations, rewards, info["physics"]):
-                numbers[self._unstable] = np.nan
-            info["unstable"] = self._unstable.copy()
+        observations, info = self._observe(np.ones(self.num_envs, bool))
+        rewards = simulation.reward(self.task, simulation.read_sensors(self._stacked), actions)
+        rewards[self._unstable] = np.nan
         terminated, truncated = np.zeros(self.num_envs, bool), self._steps == self.domain.episode_length
         return observations, rewards, terminated, truncated, info
 
@@ -172,8 +168,13 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 return
             advance(datas[index], controls[index])
 
-    def _info(self, fresh: _Flags) -> dict[str, Any]:
-        return {"physics": self._simulation.read_physics(self._stacked), "_physics": fresh}
+    def _observe(self, fresh: _Flags) -> tuple[_Observations, dict[str, Any]]:
+        observations = self._simulation.read_observation(self._stacked)
+        info = {"physics": self._simulation.read_physics(self._stacked), "_physics": fresh}
+        if self._unstable.any():
+            observations[self._unstable], info["physics"][self._unstable] = np.nan, np.nan
+            info["unstable"] = self._unstable.copy()
+        return observations, info
 
     def _checked(self, actions: Float[np.ndarray, "environments action"]) -> Float[np.ndarray, "environments action"]:
         actions = np.asarray(actions)
