@@ -84,7 +84,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._stacked = StackedData(self._datas)
         self._warnings = [data.warning.number[None] for data in self._datas]  # views, see Simulation
         self._steps = np.full(num_envs, self.domain.episode_length)
-        self._unstable = np.zeros(num_envs, bool)
+        self._unstable: _Flags = np.zeros(num_envs, bool)
         self._helpers = min(threads, num_envs) - 1  # the caller's thread works too
         if self._helpers:
             self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix=f"ringrl-{task}")

@@ -20,8 +20,8 @@ SMALLEST_CACHE = 512  # tokens
 class Actor(Protocol):
     """Something that acts in a batch of environments and may remember."""
 
-    def start(self, num_environments: int, num_steps: int) -> None:
-        """Forget everything; at most `num_steps` timesteps will follow."""
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
+        """Forget everything but the prompt (1, T, ...), which all share; at most `num_steps` timesteps follow it."""
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         """The action at a new timestep; of `current` (B, 1, ...) the action, reward and completion are unknown."""
@@ -31,17 +31,18 @@ class Actor(Protocol):
 
 
 class RandomActor:
-    """Uniform actions, from a seed."""
+    """Uniform actions: those of stream i are drawn from seed + i, however many streams there are beside it."""
 
     def __init__(self, action_size: int, seed: int) -> None:
-        self._action_size, self._random = action_size, np.random.default_rng(seed)
+        self._action_size, self._seed = action_size, seed
 
-    def start(self, num_environments: int, num_steps: int) -> None:
-        """Nothing to forget."""
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
+        """Draw from the beginning again."""
+        self._randoms = [np.random.default_rng(self._seed + index) for index in range(num_environments)]
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         """Uniform in [-1, 1]."""
-        return self._random.uniform(-1, 1, (len(current.reward), self._action_size)).astype(np.float32)
+        return np.stack([random.uniform(-1, 1, self._action_size) for random in self._randoms]).astype(np.float32)
 
     def observe(self, finished: Context) -> None:
         """Nothing to remember."""
@@ -59,12 +60,17 @@ class PolicyActor:
     def _pure_act(self, params: Any, previous: Context | None, current: Context, memory: Any) -> tuple[jax.Array, Any]:
         return nnx.merge(self._graph, params).act(previous, current, memory)
 
-    def start(self, num_environments: int, num_steps: int) -> None:
-        """An empty cache."""
-        self._most_tokens = num_steps * self._policy.tokens_per_step
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
+        """A cache of the prompt alone."""
+        prompted = 0 if prompt is None else prompt.reward.shape[1]
+        self._most_tokens = (prompted + num_steps) * self._policy.tokens_per_step
         self._tokens = 0
         self._previous: Context | None = None
         self._memory = self._policy.reset(num_environments, min(SMALLEST_CACHE, self._most_tokens))
+        for time in range(prompted):
+            step = jax.tree.map(lambda x, t=time: np.repeat(x[:, t : t + 1], num_environments, axis=0), prompt)
+            self.act(step)
+            self.observe(step)
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         """Append this step's tokens and read the action."""

@@ -167,7 +167,7 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     curves = {(record.task, _variant(record)) for record in latest.values()}
     for record in latest.values():
         if record.method == DATA:
-            data[record.task] += record.returns
+            data[record.task] += record.finished
             continue
         variant = _variant(record)
         agentic = dataclasses.replace(variant, method="at")

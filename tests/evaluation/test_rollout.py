@@ -13,7 +13,7 @@ from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, PolicyActor, RandomActor
-from ringrl.evaluation.rollout import rollout
+from ringrl.evaluation.rollout import Group, rollout
 from ringrl.model import Policy, make_policy
 
 TASK, JACO = "jaco_reach_top_left", DOMAINS["jaco"]
@@ -28,9 +28,9 @@ class Recorder:
     def __init__(self, actor: Actor) -> None:
         self.actor, self.steps, self.actions, self.started = actor, [], [], []
 
-    def start(self, num_environments: int, num_steps: int) -> None:
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
         self.started.append((num_environments, num_steps))
-        self.actor.start(num_environments, num_steps)
+        self.actor.start(num_environments, num_steps, prompt)
 
     def act(self, current: Context) -> np.ndarray:
         for name in ("action", "reward", "completion"):
@@ -54,7 +54,7 @@ class Scripted:
     def __init__(self, actions: np.ndarray) -> None:
         self.left = list(actions)
 
-    def start(self, num_environments: int, num_steps: int) -> None: ...
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None: ...
 
     def act(self, current: Context) -> np.ndarray:
         return self.left.pop(0)
@@ -72,7 +72,7 @@ def run(actor: Actor, environments: int = 2, **options) -> np.ndarray:
     vector = make_vec(TASK, environments, seed=0)
     options = {"episodes": 1, "target_return": 100.0, "seed": SEED} | options
     try:
-        return rollout(actor, vector, NORMALISATION, **options)
+        return rollout([Group(actor, vector)], NORMALISATION, **options)
     finally:
         vector.close()
 
@@ -81,19 +81,19 @@ def run(actor: Actor, environments: int = 2, **options) -> np.ndarray:
 def two_random_episodes() -> tuple[np.ndarray, Recorder, list[np.ndarray]]:
     """Returns of two random episodes in each of two environments, all that was seen, and the returns as reported."""
     recorder, reported = Recorder(RandomActor(JACO.action_size, seed=5)), []
-    returns = run(recorder, episodes=2, target_return=3.0, on_episode=lambda x: reported.append(x.copy()))
+    returns = run(recorder, episodes=2, target_return=3.0, on_episode=lambda x: reported.append(x.returns))
     return returns, recorder, reported
 
 
 @pytest.fixture(scope="module")
 def plain_loop() -> dict[str, np.ndarray]:
     """The same two episodes without any of the code under test."""
-    random, vector = np.random.default_rng(5), make_vec(TASK, 2, seed=0)
+    randoms, vector = [np.random.default_rng(5), np.random.default_rng(6)], make_vec(TASK, 2, seed=0)
     rows: dict[str, list] = {"observation": [], "action": [], "reward": []}
     for episode in range(2):
         observation, _ = vector.reset(seed=SEED if episode == 0 else None)
         for _ in range(LENGTH):
-            action = random.uniform(-1, 1, (2, JACO.action_size)).astype(np.float32)
+            action = np.stack([random.uniform(-1, 1, 9) for random in randoms]).astype(np.float32)
             rows["observation"].append(observation)
             observation, reward, _, truncated, _ = vector.step(action)
             rows["action"].append(action)
@@ -209,7 +209,7 @@ def test_without_a_seed_the_environments_go_on():
     vector = make_vec(TASK, 1, seed=3)
     recorder = Recorder(Scripted(actions))
     for _ in range(2):
-        rollout(recorder, vector, NORMALISATION, episodes=1, target_return=1.0)
+        rollout([Group(recorder, vector)], NORMALISATION, episodes=1, target_return=1.0)
     first, second = recorder.context.observation[0, 0], recorder.context.observation[0, LENGTH]
     np.testing.assert_allclose(first, NORMALISATION.observation(make_vec(TASK, 1, seed=3).reset()[0][0]))
     assert (first != second).any()
@@ -240,7 +240,7 @@ def test_numbers_that_are_not_finite_are_refused(observation, reward):
     vector = gymnasium.vector.SyncVectorEnv([fine, breaking], autoreset_mode=AutoresetMode.DISABLED)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, 3)
     with pytest.raises(UserError, match=r"not finite \(episode 0, step 2\)"):
-        rollout(RandomActor(9, 0), vector, normalisation, episodes=1, target_return=1.0)
+        rollout([Group(RandomActor(9, 0), vector)], normalisation, episodes=1, target_return=1.0)
 
 
 @pytest.mark.parametrize("length", [LENGTH - 1, LENGTH + 1])
@@ -248,4 +248,4 @@ def test_episodes_of_another_length_than_the_datas_are_refused(length):
     vector = make_vec(TASK, 1, seed=0)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, length)
     with pytest.raises(UserError, match="episodes end after"):
-        rollout(RandomActor(9, 0), vector, normalisation, episodes=1, target_return=1.0)
+        rollout([Group(RandomActor(9, 0), vector)], normalisation, episodes=1, target_return=1.0)
