@@ -133,7 +133,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._advance(simulation.controls(actions))
         self._steps += 1
         self._stacked.renew()
-        self._unstable = np.concatenate(self._warnings).any(axis=1)  # a warning stays until the reset
+        self._unstable = np.any(np.concatenate(self._warnings), axis=1)  # a warning stays until the reset
         observations, info = self._observe(np.ones(self.num_envs, bool))
         rewards = simulation.reward(self.task, simulation.read_sensors(self._stacked), actions)
         rewards[self._unstable] = np.nan
