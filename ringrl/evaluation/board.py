@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.live import Live
@@ -81,13 +82,13 @@ class Board(Audience):
     def episode(self, part: Part, index: int, episode: Episode) -> None:
         """Fill in its mean return."""
         line = self._now
-        finished = [float(value) for value in episode.returns if value == value]
-        line.returns.setdefault(part, []).append(mean(finished))
-        line.failed += len(episode.returns) - len(finished)
+        finished = int(np.isfinite(episode.returns).sum())
+        line.returns.setdefault(part, []).append(mean(episode.returns.tolist()))
+        line.failed += len(episode.returns) - finished
         line.passed, line.within = line.passed + episode.reward.size, 0
         words = f"episode {index + 1} of {line.job.plan.episodes}{'' if part == 'context' else ' of the control'}"
         value = line.returns[part][-1]
-        found = "no stream finished it" if value is None else f"mean return {value:.1f} of {len(finished)} streams"
+        found = "no stream finished it" if value is None else f"mean return {value:.1f} of {finished} streams"
         self._say(f"{_name(line.job)}: {words}: {found}, {line.rate:.0f} steps/s, {line.left} left")
 
     def finish(self, job: Job, summary: Summary, *, repeated: bool) -> None:

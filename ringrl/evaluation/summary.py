@@ -11,7 +11,8 @@ import numpy as np
 from ringrl.errors import UserError
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
 from ringrl.evaluation.scores import normalised_score
-from ringrl.evaluation.statistics import METRICS, Metric, stream_metric
+from ringrl.evaluation.statistics import METRICS
+from ringrl.evaluation.streams import stream_scores
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,6 @@ def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
         raise UserError(f"{path}: the summary cannot be written ({error.strerror}); give another --output") from error
 
 
-def stream_score(record: EvaluationRecord, metric: Metric) -> float | None:
-    """One number for a stream, of the episodes that it finished; None where there is none to tell.
-
-    The last episode of a stream that failed before is not there: none that came earlier stands in for it.
-    """
-    finished = record.finished
-    if not finished or (metric == "last" and record.failed):
-        return None
-    return float(stream_metric(np.array(finished), metric))
-
-
 def _summary(records: Sequence[EvaluationRecord]) -> Summary:
     streams, control = ([r for r in records if r.context is context] for context in (True, False))
     first = records[0]
@@ -110,7 +100,8 @@ def _summary(records: Sequence[EvaluationRecord]) -> Summary:
 def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:
     if not records:
         return {}
-    return {metric: mean([stream_score(record, metric) for record in records]) for metric in METRICS}
+    returns = np.array([record.returns for record in records], np.float64)
+    return {metric: mean(stream_scores(returns, metric).tolist()) for metric in METRICS}
 
 
 def _by_episode(records: Sequence[EvaluationRecord]) -> tuple[float | None, ...]:
@@ -127,6 +118,6 @@ def _scores(task: str, metrics: dict[str, float | None]) -> dict[str, float | No
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that are there; None where none is."""
-    found = [value for value in values if value is not None]
+    """Of those that are there and finite; None where none is."""
+    found = [value for value in values if value is not None and np.isfinite(value)]
     return float(np.mean(found)) if found else None

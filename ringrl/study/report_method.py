@@ -75,4 +75,6 @@ def _left_out(results: Results, grid: Grid) -> list[str]:
         lines.append(f"{grid.superseded} older records of what was measured again later{other}")
     if grid.unmatched:
         lines.append(f"{grid.unmatched} control records without a rollout to compare them with")
+    if grid.left_out:
+        lines.append(f"{grid.left_out} streams whose first episode failed, and which have no return")
     return lines
