@@ -68,6 +68,8 @@ class Board(Audience):
         if self._console.is_terminal:
             self._live.transient = kind is None  # what has been seen of an interrupted evaluation stays
             self._live.stop()
+        if kind is KeyboardInterrupt:
+            self.remark("interrupted; the same command goes on after the last episode that ended")
 
     def begin(self, job: Job) -> None:
         """Its line is the one that moves."""
