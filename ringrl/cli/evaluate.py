@@ -1,13 +1,17 @@
 """ringrl evaluate: policies in their tasks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 
 from ringrl.cli.words import command_line
 from ringrl.errors import UserError
+
+if TYPE_CHECKING:  # JAX and MuJoCo are imported by what runs, not by --help
+    from ringrl.evaluation.protocol import Protocol
+    from ringrl.evaluation.session import Job
 
 ALL_OF_DOMAIN = "all-of-domain"
 
@@ -48,31 +52,44 @@ def evaluate(
         again: repeat what the results file holds already.
     """
     from ringrl.evaluation.board import Board, final_table
-    from ringrl.evaluation.protocol import Protocol, plan_policy, plan_random
-    from ringrl.evaluation.session import Job, evaluate_all
-    from ringrl.training import load_policy
+    from ringrl.evaluation.protocol import Protocol
+    from ringrl.evaluation.session import evaluate_all
 
     protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed)
-    if output is not None and output.suffix == ".json":
-        raise UserError(f"--output: {output} is where the summary would be; give a results file (.jsonl)")
-    command = command_line()
-    jobs = []
-    for run in checkpoint:
-        trained = load_policy(run, step)
-        results = run / "evaluation.jsonl" if output is None else output
-        for task in _tasks(tasks, trained.info.domain) or [trained.info.config.task]:
-            jobs.append(Job(plan_policy(trained, run, protocol, task=task, data=data, command=command), results))
-    if not checkpoint:
-        if not tasks or ALL_OF_DOMAIN in tasks:
-            raise UserError("--checkpoint: give the folder of a run, or name --tasks alone to evaluate random actions")
-        results = output or Path("random.jsonl")
-        jobs = [Job(plan_random(task, protocol, command=command), results) for task in _tasks(tasks, "")]
+    if checkpoint:
+        jobs = [job for run in checkpoint for job in _jobs(run, step, tasks, protocol, data, output)]
+    else:
+        jobs = _random_jobs(tasks, protocol, output)
     console = Console()
     with Board(jobs, console) as board:
         summaries = evaluate_all(jobs, again=again, audience=board)
     console.print(final_table(summaries))
     for path in dict.fromkeys(job.results for job in jobs):
         print(path)
+
+
+def _jobs(
+    run: Path, step: int | None, tasks: tuple[str, ...], protocol: "Protocol", data: Path | None, output: Path | None
+) -> "list[Job]":
+    """Of one checkpoint."""
+    from ringrl.evaluation.protocol import plan_policy
+    from ringrl.evaluation.session import Job
+    from ringrl.training import load_policy
+
+    trained = load_policy(run, step)
+    chosen = _tasks(tasks, trained.info.domain) or [trained.info.config.task]
+    plans = [plan_policy(trained, run, protocol, task=task, data=data, command=command_line()) for task in chosen]
+    return [Job(plan, output or run / "evaluation.jsonl") for plan in plans]
+
+
+def _random_jobs(tasks: tuple[str, ...], protocol: "Protocol", output: Path | None) -> "list[Job]":
+    from ringrl.evaluation.protocol import plan_random
+    from ringrl.evaluation.session import Job
+
+    if not tasks or ALL_OF_DOMAIN in tasks:
+        raise UserError("--checkpoint: give the folder of a run, or name --tasks alone to evaluate random actions")
+    plans = [plan_random(task, protocol, command=command_line()) for task in _tasks(tasks, "")]
+    return [Job(plan, output or Path("random.jsonl")) for plan in plans]
 
 
 def _tasks(names: tuple[str, ...], domain: str) -> list[str]:

@@ -86,29 +86,15 @@ def plan_policy(
         raise UserError(f"{run}: there is no simulation for {info.domain}, evaluate it in its own environment")
     if domain_of(task).name != info.domain:
         raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
-    told = _choose(trained, run, protocol, task, data)
-    is_transformer = config.model.kind == "transformer"
-    shared = EvaluationRecord(
-        task=task,
-        method=method_of(trained),
-        token_set=config.model.token_set if is_transformer else None,
-        train_trajectories=config.context.trajectories if is_transformer else None,
-        train_task=None if task == config.task else config.task,
-        seed=config.seed,
-        target_return=told.target_return,
-        target_policy=told.policy,
-        **told.prompt_fields(protocol),
-        steps_trained=trained.step,
-        checkpoint=str(run),
-        checkpoint_hash=trained.parameter_hash,
-        configuration_hash=_digest(config.model_dump(mode="json")),
-        data_fingerprint=info.data_fingerprint,
-        **_common(protocol, command),
-    )
+    choice = _choose(trained, run, protocol, task, data)
     policy = trained.towards(task)
-    prompt = None if told.prompt is None else told.prompt.context
     return _plan(
-        shared, protocol, info.normalisation, lambda first: PolicyActor(policy), config.context.trajectories, prompt
+        _record(trained, run, protocol, task, choice, command),
+        protocol,
+        info.normalisation,
+        lambda first: PolicyActor(policy),
+        config.context.trajectories,
+        None if choice.prompt is None else choice.prompt.context,
     )
 
 
@@ -174,6 +160,31 @@ class _Choice:
             "prompt_episodes": self.prompt.episodes,
             "prompt_returns": self.prompt.returns,
         }
+
+
+def _record(
+    trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, choice: _Choice, command: str | None
+) -> EvaluationRecord:
+    """What all records of a plan say."""
+    info, config = trained.info, trained.info.config
+    is_transformer = config.model.kind == "transformer"
+    return EvaluationRecord(
+        task=task,
+        method=method_of(trained),
+        token_set=config.model.token_set if is_transformer else None,
+        train_trajectories=config.context.trajectories if is_transformer else None,
+        train_task=None if task == config.task else config.task,
+        seed=config.seed,
+        target_return=choice.target_return,
+        target_policy=choice.policy,
+        **choice.prompt_fields(protocol),
+        steps_trained=trained.step,
+        checkpoint=str(run),
+        checkpoint_hash=trained.parameter_hash,
+        configuration_hash=_digest(config.model_dump(mode="json")),
+        data_fingerprint=info.data_fingerprint,
+        **_common(protocol, command),
+    )
 
 
 def _choose(trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, data: Path | None) -> _Choice:

@@ -69,27 +69,35 @@ def rollout(
       UserError: episodes of another length than the data's, or recorded ones that do not start where these do.
     """
     told = Told(normalisation, target_return, trajectories, prompt)
-    ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
-    players = [
-        _Player(group, told, slice(*ends), None if seed is None else seed + ends[0], on_step)
-        for group, ends in zip(groups, pairwise(ends), strict=True)
-    ]
+    players = _players(groups, told, seed, on_step)
+    acts = len(recorded) < episodes  # otherwise nobody acts any more, and nothing needs to be remembered
+    for player in players if acts else ():
+        player.start(episodes)
     finished = []
-    if len(recorded) < episodes:  # otherwise nobody acts any more, and nothing needs to be remembered
-        for player in players:
-            player.start(episodes)
     for index in range(episodes):
-        known = recorded[index] if index < len(recorded) else None
-        begin = time.perf_counter()
-        if known is None or len(recorded) < episodes:
-            parts = in_turn([player.play(index, known) for player in players])
-        else:
-            for player in players:
-                player.reset(index, known)
-        episode = Episode.join(parts, time.perf_counter() - begin) if known is None else known
+        episode = _play(players, index, recorded[index] if index < len(recorded) else None, acts)
         finished.append(episode.returns)
         on_episode(episode)
     return np.stack(finished, axis=1)
+
+
+def _players(groups: Sequence[Group], told: Told, seed: int | None, on_step: Callable[[int], None]) -> "list[_Player]":
+    ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
+    return [
+        _Player(group, told, slice(*part), None if seed is None else seed + part[0], on_step)
+        for group, part in zip(groups, pairwise(ends), strict=True)
+    ]
+
+
+def _play(players: "Sequence[_Player]", index: int, recorded: Episode | None, acts: bool) -> Episode:
+    """The next episode of all players. A recorded one is told to their actors, if these act later."""
+    if recorded is not None and not acts:
+        for player in players:
+            player.reset(index, recorded)
+        return recorded
+    begin = time.perf_counter()
+    parts = in_turn([player.play(index, recorded) for player in players])
+    return recorded or Episode.join(parts, time.perf_counter() - begin)
 
 
 def in_turn(parts: Sequence[Playing]) -> list[Episode]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringrl.errors import UserError
 from ringrl.evaluation.journal import Journal
 from ringrl.evaluation.play import Plan, Watch, play
 from ringrl.evaluation.records import EvaluationRecord, append_records, check_writable, read_records
@@ -57,6 +58,8 @@ def evaluate_all(jobs: Sequence[Job], *, again: bool = False, audience: Audience
     """
     audience = audience or Audience()
     for path in {job.results for job in jobs}:
+        if path == _summaries(path):
+            raise UserError(f"--output: {path} is where the summary would be; give a results file (.jsonl)")
         check_writable(path)
         for other in sorted(set(_found(path)) - {job.journal for job in jobs}):
             audience.remark(f"{other}: holds an interrupted evaluation under other settings, which is left as it is")
@@ -71,7 +74,7 @@ def _evaluate(job: Job, again: bool, audience: Audience) -> Summary:
             append_records(job.results, play(job.plan, journal=journal, watch=audience))
             journal.remove()
     records = _records(job.results)
-    write_summary(job.results.with_suffix(".json"), records)
+    write_summary(_summaries(job.results), records)
     found = _summary(job)
     assert found is not None, "its records have just been written"
     audience.finish(job, found, repeated=known is None or again)
@@ -90,6 +93,10 @@ def _summary(job: Job) -> Summary | None:
 
 def _journals(results: Path) -> Path:
     return results.with_suffix(".journal")
+
+
+def _summaries(results: Path) -> Path:
+    return results.with_suffix(".json")
 
 
 def _found(results: Path) -> list[Path]:

@@ -19,13 +19,14 @@ class Stopwatch(Watch):
     """Counts, and interrupts after so many episodes."""
 
     def __init__(self, after: int | None = None) -> None:
-        self.after, self.steps, self.ended = after, 0, []
+        self.after, self.steps, self.ended, self.starts = after, 0, [], []
 
     def step(self, streams: int) -> None:
         self.steps += streams
 
     def episode(self, part: Part, index: int, episode: Episode) -> None:
         self.ended.append((part, index))
+        self.starts.append(episode.observation[0])
         if len(self.ended) == self.after:
             raise KeyboardInterrupt
 
@@ -69,6 +70,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
         records = play(plan, journal=journal, watch=watch)
     assert told(records) == told(whole)
     assert watch.steps == (2 * EPISODES - after) * STREAMS * LENGTH, "what was recorded is not simulated again"
+    np.testing.assert_array_equal(watch.starts[:EPISODES], watch.starts[EPISODES:], "the control's starts")
+    assert (watch.starts[0] != watch.starts[1]).any()
     assert watch.ended == [("context", 0), ("context", 1), ("control", 0), ("control", 1)]
 
 
