@@ -115,15 +115,16 @@ class Board(Audience):
         shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("Task", "Method", "Mean return of episode 1, 2, ..."):
             shown.add_column(name)
-        for name in ("n", "Failed", "Steps/s", "Left"):
+        for name in ("Ended", "Failed", "Steps/s", "Left"):
             shown.add_column(name, justify="right", no_wrap=True)
         for line in self._lines:
-            shared, runs = line.job.plan.shared, line.state == "running"
+            plan, runs = line.job.plan, line.state == "running"
+            total = plan.episodes * (2 if plan.control else 1)
             shown.add_row(
-                escape(shared.task),
-                escape(shared.method),
+                escape(plan.shared.task),
+                escape(plan.shared.method),
                 " ".join(_number(value) for value in line.returns.get("context", [])) or line.state,
-                f"{len(line.returns.get('context', []))}/{line.job.plan.episodes}",
+                f"{sum(map(len, line.returns.values()))}/{total}",
                 str(line.failed) if line.failed else ABSENT,
                 f"{line.rate:.0f}" if runs and line.simulated else ABSENT,
                 line.left if runs else line.state,

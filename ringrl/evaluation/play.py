@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -56,6 +56,14 @@ class Plan:
         return self.environments * self.episodes * self.normalisation.episode_length * (2 if self.control else 1)
 
 
+class _Outcome(NamedTuple):
+    """What is kept of an episode."""
+
+    returns: np.ndarray  # (streams,)
+    steps: np.ndarray  # (streams,)
+    seconds: float
+
+
 class Watch:
     """Somebody who is told how an evaluation goes; this one does not care."""
 
@@ -103,18 +111,18 @@ def _make_groups(plan: Plan, count: int) -> list[Group]:
     ]
 
 
-def _roll_out(plan: Plan, part: Part, groups: Sequence[Group], journal: Journal | None, watch: Watch) -> list[Episode]:
+def _roll_out(plan: Plan, part: Part, groups: Sequence[Group], journal: Journal | None, watch: Watch) -> list[_Outcome]:
     """All episodes of the streams, or of the control: each of its episodes is a rollout of its own, from the same
     starts as the streams'."""
     size = plan.normalisation.episode_length, plan.environments
     recorded = [] if journal is None else journal.episodes(part, *size)[: plan.episodes]
-    done: list[Episode] = []
+    done: list[_Outcome] = []
 
     def keep(episode: Episode) -> None:
         if journal is not None and len(done) >= len(recorded):
             journal.add(part, len(done), episode)
         watch.episode(part, len(done), episode)
-        done.append(episode)
+        done.append(_Outcome(episode.returns, episode.steps, episode.seconds))
 
     run = partial(
         rollout,
@@ -135,7 +143,7 @@ def _roll_out(plan: Plan, part: Part, groups: Sequence[Group], journal: Journal 
     return done
 
 
-def _records(plan: Plan, part: Part, episodes: Sequence[Episode]) -> list[EvaluationRecord]:
+def _records(plan: Plan, part: Part, episodes: Sequence[_Outcome]) -> list[EvaluationRecord]:
     returns = np.stack([episode.returns for episode in episodes], axis=1)
     returns[np.logical_or.accumulate(np.isnan(returns), axis=1)] = np.nan  # the control's streams end as the others do
     steps = np.sum([episode.steps for episode in episodes], axis=0)
