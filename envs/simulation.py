@@ -150,10 +150,10 @@ class Simulation(ABC):
                 mujoco.mj_step(model, data, self._substeps - 1)
         mujoco.mj_step1(model, data)
 
-    def unstable(self, warnings: Integer[np.ndarray, " warnings"], of: str = "") -> PhysicsError:
-        """The error to raise when MuJoCo has counted `warnings`; `of` says which simulation it was."""
+    def unstable(self, warnings: Integer[np.ndarray, " warnings"]) -> PhysicsError:
+        """The error to raise when MuJoCo has counted `warnings`."""
         names = [name for name, count in zip(mujoco.mjtWarning.__members__, warnings, strict=False) if count]
-        return PhysicsError(f"{self.task}: the simulation{of} is no longer valid ({', '.join(names)})")
+        return PhysicsError(f"{self.task}: the simulation is no longer valid ({', '.join(names)})")
 
     def observation(self) -> Float32[np.ndarray, " observation"]:
         """The observation of the current state, in ExoRL's order."""

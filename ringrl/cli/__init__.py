@@ -18,7 +18,8 @@ import tyro
 
 import ringrl
 from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info
-from ringrl.cli.run import evaluate, train
+from ringrl.cli.evaluate import evaluate
+from ringrl.cli.run import train
 from ringrl.cli.study import ablate, demo, report
 from ringrl.config import TrainConfig, merged, one_line, read_yaml
 from ringrl.errors import UserError

@@ -42,17 +42,18 @@ class Actor(Protocol):
 
 
 class RandomActor:
-    """Uniform actions, from a seed."""
+    """Uniform actions: those of stream i are drawn from seed + i, however many streams there are beside it."""
 
     def __init__(self, action_size: int, seed: int) -> None:
-        self._action_size, self._random = action_size, np.random.default_rng(seed)
+        self._action_size, self._seed = action_size, seed
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
-        """Nothing to forget."""
+        """Draw from the beginning again."""
+        self._randoms = [np.random.default_rng(self._seed + index) for index in range(num_environments)]
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         """Uniform in [-1, 1]."""
-        return self._random.uniform(-1, 1, (len(current.reward), self._action_size)).astype(np.float32)
+        return np.stack([random.uniform(-1, 1, self._action_size) for random in self._randoms]).astype(np.float32)
 
     def observe(self, finished: Context) -> None:
         """Nothing to remember."""

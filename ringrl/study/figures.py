@@ -154,7 +154,7 @@ def _draw_episodes(axes: Axes, grid: Grid, task: str) -> None:
         shade = colour(_shade(grid, variant))
         for index, cell in enumerate(cells):
             per_episode = cell.episode_runs()
-            points = [_Point(i + 1, summarise(per_episode[:, i]), per_episode[:, i]) for i in range(cell.test)]
+            points = [_Point(i, summarise(runs), runs) for i, runs in enumerate(per_episode, 1) if len(runs)]
             newest = index == len(cells) - 1
             _draw_line(axes, points, shade, strength=1.0 if newest else 0.35 + 0.3 * index / len(cells), bars=newest)
             end = points[-1]

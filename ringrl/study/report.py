@@ -87,6 +87,7 @@ def _page(read: Results, grid: Grid, table: Sequence[Row]) -> str:
         curves=_for_page(curve_panels(grid), "curve"),
         within=_for_page(episode_panels(grid), "within"),
         rows=table,
+        failed=any(row.failed for row in table),
         quantiles=QUANTILES,
         data=data_rows(grid),
         facts=facts(read, grid),

@@ -10,7 +10,8 @@ from jaxtyping import Float
 
 from ringrl.errors import UserError
 from ringrl.evaluation.records import DATA, EvaluationRecord
-from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean, stream_metric
+from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean
+from ringrl.evaluation.streams import stream_scores
 from ringrl.methods import METHODS
 
 BOOTSTRAP_SEED = 0
@@ -35,6 +36,8 @@ class Variant:
     method: str
     token_set: str = ""
     target_policy: str = ""
+    prompt: int = 0  # dataset trajectories before the first episode
+    train_task: str = ""  # where it is another one
     context_free: bool = False  # its returns are levels to compare with, not points of a curve
 
 
@@ -46,8 +49,9 @@ class Cell:
     variant: Variant
     train: int | None
     test: int
-    streams: Mapping[int, Streams]  # training seed -> returns
+    streams: Mapping[int, Streams]  # training seed -> returns, NaN where an episode failed, but for a first one
     control: Mapping[int, Streams] = field(default_factory=dict)  # the same with the memory wiped before each episode
+    failed: int = 0  # episodes, the control's too; those of streams that have no return and are left out included
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -56,20 +60,30 @@ class Cell:
 
     @property
     def episodes(self) -> int:
-        """Episodes over all seeds."""
-        return sum(returns.size for returns in self.streams.values())
+        """Episodes over all seeds, without those that failed."""
+        return sum(int(np.isfinite(returns).sum()) for returns in self.streams.values())
 
     def runs(self, metric: Metric = "mean") -> Runs:
-        """One score per training seed: the metric, averaged over the seed's streams."""
+        """One score per training seed: the metric, averaged over the seed's streams.
+
+        Of a stream that failed, the episodes before count, but none stands in for its last one. A seed of which no
+        stream came to the last is left out of that metric.
+        """
         return _runs(self.streams, metric)
 
     def control_runs(self, metric: Metric = "mean") -> Runs:
         """The same of the control; empty when it was not measured."""
         return _runs(self.control, metric)
 
-    def episode_runs(self) -> Float[np.ndarray, "seeds episodes"]:
-        """Per training seed the return of each in-context episode, averaged over streams."""
-        return np.stack([self.streams[seed].mean(0) for seed in self.seeds])
+    def memory_gains(self) -> tuple[Runs, Runs]:
+        """Of each training seed that has a control: mean return with memory less that without, and that without."""
+        seeds = [seed for seed in self.seeds if seed in self.control]
+        kept, wiped = (_runs({seed: part[seed] for seed in seeds}, "mean") for part in (self.streams, self.control))
+        return kept - wiped, wiped
+
+    def episode_runs(self) -> list[Runs]:
+        """The return of each in-context episode, per training seed, averaged over the streams that finished it."""
+        return [_means(self.streams[seed][:, index] for seed in self.seeds) for index in range(self.test)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Grid:
     superseded: int  # older records of what was measured again
     displaced: int  # those of them that came from another checkpoint
     unmatched: int  # control records without a rollout to compare with
+    left_out: int  # records without any return: their first episode failed
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -112,6 +127,10 @@ class Grid:
             parts.append(variant.token_set or "no token set")
         if len({other.target_policy for other in others}) > 1:
             parts.append(f"target {variant.target_policy or 'unknown'}")
+        if variant.prompt:
+            parts.append(f"prompted with {variant.prompt}")
+        if variant.train_task:
+            parts.append(f"trained on {variant.train_task}")
         return ", ".join(parts)
 
 
@@ -159,11 +178,12 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     streams: dict[tuple[str, Variant, int | None, int], dict[bool, dict[int, list]]] = defaultdict(
         lambda: {True: defaultdict(list), False: defaultdict(list)}
     )
+    failed: dict[tuple[str, Variant, int | None, int], int] = defaultdict(int)
     data: dict[str, list[float]] = defaultdict(list)
     curves = {(record.task, _variant(record)) for record in latest.values()}
     for record in latest.values():
         if record.method == DATA:
-            data[record.task] += record.returns
+            data[record.task] += record.finished
             continue
         variant = _variant(record)
         agentic = dataclasses.replace(variant, method="at")
@@ -171,11 +191,11 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
             variant = agentic
         train = None if variant.context_free else record.train_trajectories
         cell = streams[record.task, variant, train, record.test_trajectories]
-        cell[record.context or variant.context_free][record.seed].append(record.returns)
+        failed[record.task, variant, train, record.test_trajectories] += record.failed
+        if record.finished:
+            cell[record.context or variant.context_free][record.seed].append(record.returns)
     cells = [
-        Cell(task, variant, train, test, _stack(cell[True]), _stack(cell[False]))
-        for (task, variant, train, test), cell in streams.items()
-        if cell[True]
+        Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key]) for key, cell in streams.items() if cell[True]
     ]
     alone = [run for cell in streams.values() if not cell[True] for run in cell[False].values()]
     return Grid(
@@ -185,6 +205,7 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         superseded=len(records) - len(latest),
         displaced=displaced,
         unmatched=sum(len(run) for run in alone),
+        left_out=sum(not record.finished for record in latest.values()),
     )
 
 
@@ -198,6 +219,11 @@ def middle(runs: Runs) -> float:
     return float(interquartile_mean(runs))
 
 
+def middle_or_none(runs: Runs) -> float | None:
+    """The same, and None where there are no runs."""
+    return middle(runs) if len(runs) else None
+
+
 def contrast(ours: Runs, theirs: Runs) -> Estimate:
     """Difference of the interquartile means of independent runs on one task."""
     return difference([ours], [theirs], generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)
@@ -207,7 +233,7 @@ def _identity(record: EvaluationRecord) -> tuple[object, ...]:
     return (
         record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
         record.context, record.seed, record.environment_seed, record.target_policy, record.target_return,
-        record.data_fingerprint,
+        record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
     )  # fmt: skip
 
 
@@ -223,17 +249,24 @@ def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
 
 
 def _variant(record: EvaluationRecord) -> Variant:
+    train_task = record.train_task or ""
     if record.method in _CONTEXT_FREE or record.train_trajectories is None:
-        return Variant(record.method, context_free=True)
+        return Variant(record.method, train_task=train_task, context_free=True)
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {record.target_return:g}"
-    return Variant(record.method, record.token_set or "", target)
+    return Variant(record.method, record.token_set or "", target, record.prompt_trajectories, train_task)
 
 
-def _stack(streams: Mapping[int, list[tuple[float, ...]]]) -> dict[int, Streams]:
-    return {seed: np.array(returns) for seed, returns in streams.items()}
+def _stack(streams: Mapping[int, list[tuple[float | None, ...]]]) -> dict[int, Streams]:
+    return {seed: np.array(returns, np.float64) for seed, returns in streams.items()}  # None becomes NaN
 
 
 def _runs(streams: Mapping[int, Streams], metric: Metric) -> Runs:
-    return np.array([stream_metric(streams[seed], metric).mean() for seed in sorted(streams)])
+    return _means(stream_scores(streams[seed], metric) for seed in sorted(streams))
+
+
+def _means(groups: Iterable[np.ndarray]) -> Runs:
+    """The mean of each group's finite numbers; groups without any are left out."""
+    finite = (group[np.isfinite(group)] for group in groups)
+    return np.array([group.mean() for group in finite if len(group)])

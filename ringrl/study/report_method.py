@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from ringrl.evaluation.records import PROTOCOL, Results
+from ringrl.evaluation.target import NO_TARGET
 from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid
 from ringrl.study.tables import number
 
@@ -33,7 +34,7 @@ def facts(results: Results, grid: Grid) -> list[Fact]:
 def _targets(grid: Grid) -> list[str]:
     targets: dict[str, set[str]] = defaultdict(set)
     for record in grid.records:
-        if record.target_return is not None or record.target_policy:
+        if record.target_return is not None or record.target_policy not in (None, NO_TARGET):
             value = "none" if record.target_return is None else number(record.target_return)
             targets[record.task].add(f"{value} ({record.target_policy or 'chosen by hand'})")
     return [f"{task}: {', '.join(sorted(values))}" for task, values in sorted(targets.items())]
@@ -75,4 +76,6 @@ def _left_out(results: Results, grid: Grid) -> list[str]:
         lines.append(f"{grid.superseded} older records of what was measured again later{other}")
     if grid.unmatched:
         lines.append(f"{grid.unmatched} control records without a rollout to compare them with")
+    if grid.left_out:
+        lines.append(f"{grid.left_out} streams whose first episode failed, and which have no return")
     return lines

@@ -6,10 +6,8 @@ from functools import partial
 from math import comb
 from typing import Literal
 
-import numpy as np
-
 from ringrl.evaluation.statistics import Estimate
-from ringrl.study.report_cells import Cell, Grid, Variant, contrast, middle, series_of, summarise
+from ringrl.study.report_cells import Cell, Grid, Variant, contrast, middle, middle_or_none, series_of, summarise
 from ringrl.study.tables import context_label, number
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
@@ -136,11 +134,10 @@ def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
 
 def _memory(cell: Cell) -> _Memory | None:
     """What memory gains; None where there is nothing to remember or the control was not measured."""
-    seeds = [seed for seed in cell.seeds if seed in cell.control]
-    if cell.test == 1 or not seeds:
+    gains, wiped = cell.memory_gains()
+    if cell.test == 1 or not len(gains):
         return None
-    wiped = np.array([cell.control[seed].mean() for seed in seeds])
-    return _Memory(summarise(np.array([cell.streams[seed].mean() for seed in seeds]) - wiped), middle(wiped))
+    return _Memory(summarise(gains), middle(wiped))
 
 
 def _judge(change: Estimate) -> str:
@@ -167,7 +164,7 @@ def _notes(grid: Grid, task: str) -> list[str]:
 
 
 def _in_context(name: str, cell: Cell) -> list[str]:
-    first, last, best = (number(middle(cell.runs(metric))) for metric in ("first", "last", "best"))
+    first, last, best = (number(middle_or_none(cell.runs(metric))) for metric in ("first", "last", "best"))
     sentences = [f"The {name} goes from {first} in the first of {cell.test} episodes in context to {last} in the last."]
     if cell.control:
         control = number(middle(cell.control_runs("best")))

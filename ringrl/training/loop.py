@@ -27,7 +27,7 @@ from ringrl.training.interruption import stop_on_sigterm
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import Cost, Recorder, open_log, progress_bar
 from ringrl.training.profile import Profiler
-from ringrl.training.run_folder import check_dataset, claim_folder, flat
+from ringrl.training.run_folder import check_dataset, claim_folder, dataset_fingerprint, flat
 from ringrl.training.step import TrainState
 from ringrl.training.throughput import peak_flops, step_flops
 
@@ -54,7 +54,7 @@ def train(
     distributed.check_met()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
-    data_fingerprint = _fingerprint(store)
+    data_fingerprint = dataset_fingerprint(store)
     distributed.agree("data", {"fingerprint of the data": data_fingerprint})
     episodes = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
     normalisation = Normalisation.of(store, config.ignored_observations, episodes)
@@ -84,12 +84,6 @@ def train(
     finally:
         checkpoints.close()
     return config.run
-
-
-def _fingerprint(store: EpisodeStore) -> str:
-    """Of the recorded content, and of how it was relabelled where that is not the usual way."""
-    relabelling = store.provenance.relabelling
-    return store.fingerprint if relabelling == "control_aware" else f"{store.fingerprint} {relabelling}"
 
 
 def _make_source(

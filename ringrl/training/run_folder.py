@@ -5,6 +5,7 @@ from typing import Any
 import pydantic
 
 from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
+from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.training.checkpoints import RunInfo
 
@@ -48,6 +49,12 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
             f"{saved}: the run has another configuration ({'; '.join(changed)}); "
             "resume with the same, or start a new --run"
         )
+
+
+def dataset_fingerprint(store: EpisodeStore) -> str:
+    """Of the recorded content, and of how it was relabelled where that is not the usual way."""
+    relabelling = store.provenance.relabelling
+    return store.fingerprint if relabelling == "control_aware" else f"{store.fingerprint} {relabelling}"
 
 
 def check_dataset(info: RunInfo, saved: RunInfo) -> None:

@@ -1,0 +1,104 @@
+"""Several evaluations, one after another: what is finished is not repeated, what was interrupted goes on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringrl.errors import UserError
+from ringrl.evaluation.journal import Journal
+from ringrl.evaluation.play import Plan, Watch, play
+from ringrl.evaluation.records import EvaluationRecord, append_records, check_writable, read_records
+from ringrl.evaluation.summary import Summary, summarise, write_summary
+
+_NAME = 12  # characters of the hash that name a journal
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan, and the results file (.jsonl) that its records go to."""
+
+    plan: Plan
+    results: Path
+
+    @property
+    def journal(self) -> Path:
+        """Where its episodes stand until it is finished."""
+        shared = self.plan.shared
+        return _journals(self.results) / f"{shared.task}.{str(shared.evaluation)[:_NAME]}"
+
+
+class Audience(Watch):
+    """Somebody who is told how the jobs go; this one does not care."""
+
+    def begin(self, job: Job) -> None:
+        """It is this one's turn."""
+
+    def finish(self, job: Job, summary: Summary, *, repeated: bool) -> None:
+        """Its results are there; they were there before if it was not `repeated`."""
+
+    def remark(self, text: str) -> None:
+        """One line that is worth knowing."""
+
+
+def evaluate_all(jobs: Sequence[Job], *, again: bool = False, audience: Audience | None = None) -> list[Summary]:
+    """Roll out every job whose results are not there yet; append them, and keep the summaries beside them up to date.
+
+    What an interruption leaves in journals is used by the same jobs later, and removed once their results are written.
+
+    Args:
+        jobs: what.
+        again: repeat those that are finished.
+        audience: who is told.
+
+    Returns:
+        One summary per job, finished before or now.
+
+    Raises:
+        UserError: a results file that cannot be read or written, or a job that another process is at.
+    """
+    audience = audience or Audience()
+    for path in {job.results for job in jobs}:
+        if path == _summaries(path):
+            raise UserError(f"--output: {path} is where the summary would be; give a results file (.jsonl)")
+        check_writable(path)
+        for other in sorted(set(_found(path)) - {job.journal for job in jobs}):
+            audience.remark(f"{other}: holds an interrupted evaluation under other settings, which is left as it is")
+    return [_evaluate(job, again, audience) for job in jobs]
+
+
+def _evaluate(job: Job, again: bool, audience: Audience) -> Summary:
+    audience.begin(job)
+    known = _summary(job)
+    if known is None or again:
+        with Journal(job.journal, job.plan.about) as journal:
+            append_records(job.results, play(job.plan, journal=journal, watch=audience))
+            journal.remove()
+    records = _records(job.results)
+    write_summary(_summaries(job.results), records)
+    found = _summary(job)
+    assert found is not None, "its records have just been written"
+    audience.finish(job, found, repeated=known is None or again)
+    return found
+
+
+def _records(results: Path) -> tuple[EvaluationRecord, ...]:
+    return read_records(results).records if results.exists() else ()
+
+
+def _summary(job: Job) -> Summary | None:
+    """Of the job's results; None where there are none."""
+    found = summarise(r for r in _records(job.results) if r.evaluation == job.plan.shared.evaluation)
+    return found[0] if found else None
+
+
+def _journals(results: Path) -> Path:
+    return results.with_suffix(".journal")
+
+
+def _summaries(results: Path) -> Path:
+    return results.with_suffix(".json")
+
+
+def _found(results: Path) -> list[Path]:
+    folder = _journals(results)
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []

@@ -1,0 +1,104 @@
+"""Several evaluations: finished ones are not repeated, and those that failed to finish leave what they have."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ringrl.errors import UserError
+from ringrl.evaluation.episode import Episode
+from ringrl.evaluation.play import Part
+from ringrl.evaluation.protocol import Protocol, plan_random
+from ringrl.evaluation.records import read_records
+from ringrl.evaluation.session import Audience, Job, evaluate_all
+from ringrl.evaluation.summary import Summary
+
+TASKS = ("jaco_reach_top_left", "jaco_reach_top_right")
+EPISODES = 2
+
+
+class Listener(Audience):
+    """Writes everything down, and interrupts once it has heard of so many episodes."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.heard, self.steps, self.remarks = after, [], 0, []
+
+    def begin(self, job: Job) -> None:
+        self.heard.append(f"begin {job.plan.shared.task}")
+
+    def step(self, streams: int) -> None:
+        self.steps += streams
+
+    def episode(self, part: Part, index: int, episode: Episode) -> None:
+        self.heard.append(index)
+        if [type(word) for word in self.heard].count(int) == self.after:
+            raise KeyboardInterrupt
+
+    def finish(self, job: Job, summary: Summary, *, repeated: bool) -> None:
+        self.heard.append(repeated)
+
+    def remark(self, text: str) -> None:
+        self.remarks.append(text)
+
+
+def jobs_in(results: Path, **changes: object) -> list[Job]:
+    protocol = Protocol(**({"environments": 1, "episodes": EPISODES} | changes))
+    return [Job(plan_random(task, protocol), results) for task in TASKS]
+
+
+def returns_in(results: Path) -> list[tuple]:
+    return [record.returns for record in read_records(results).records]
+
+
+def test_what_was_finished_is_kept_and_what_was_begun_goes_on(tmp_path: Path) -> None:
+    whole, results = tmp_path / "whole" / "evaluation.jsonl", tmp_path / "evaluation.jsonl"
+    evaluate_all(jobs_in(whole))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all(jobs_in(results), audience=Listener(after=3))
+    assert len(read_records(results).records) == 1, "the first task is finished"
+    assert len(json.loads(results.with_suffix(".json").read_text())["evaluations"]) == 1
+    (journal,) = results.with_suffix(".journal").iterdir()
+    assert journal.name.startswith(TASKS[1])
+
+    listener = Listener()
+    summaries = evaluate_all(jobs_in(results), audience=listener)
+    assert listener.heard == [f"begin {TASKS[0]}", False, f"begin {TASKS[1]}", 0, 1, True]
+    assert listener.steps == 250
+    assert returns_in(results) == returns_in(whole)
+    assert [summary.task for summary in summaries] == list(TASKS)
+    assert [summary.returns for summary in summaries] == returns_in(whole)
+    assert not results.with_suffix(".journal").exists()
+    assert [path.name for path in sorted(tmp_path.glob("evaluation*"))] == ["evaluation.json", "evaluation.jsonl"]
+
+
+def test_repeated_only_when_asked(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    evaluate_all(jobs_in(results))
+    before, listener = results.read_bytes(), Listener()
+    evaluate_all(jobs_in(results), audience=listener)
+    assert (results.read_bytes(), listener.steps) == (before, 0)
+    evaluate_all(jobs_in(results)[:1], again=True, audience=listener)
+    assert (len(read_records(results).records), listener.steps) == (3, 500)
+    evaluate_all(jobs_in(results, seed=3)[:1])
+    assert len(read_records(results).records) == 4, "another seed is another evaluation"
+
+
+def test_a_journal_of_other_settings_is_named_and_left(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all(jobs_in(results), audience=Listener(after=1))
+    (journal,) = results.with_suffix(".journal").iterdir()
+    listener = Listener()
+    evaluate_all(jobs_in(results, seed=3)[:1], audience=listener)
+    assert any(str(journal) in remark and "left as it is" in remark for remark in listener.remarks)
+    assert (journal / "context_00000.npz").exists()
+
+
+@pytest.mark.parametrize("place", ["folder", "file/evaluation.jsonl"])
+def test_results_that_cannot_be_written_are_found_out_first(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    listener = Listener()
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate_all(jobs_in(tmp_path / place), audience=listener)
+    assert listener.heard == []
