@@ -66,6 +66,8 @@ def evaluate(
     from ringrl.evaluation.session import evaluate_all
     from ringrl.training import load_policy
 
+    if output is not None and output.suffix != ".jsonl":
+        raise UserError(f"--output: {output} is no results file; give a name that ends in .jsonl")
     protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype)
     if checkpoint:
         jobs = [
@@ -112,7 +114,9 @@ def _random_jobs(tasks: tuple[str, ...], protocol: "Protocol", output: Path | No
     from ringrl.evaluation.protocol import plan_random
     from ringrl.evaluation.session import Job
 
-    if not tasks or ALL_OF_DOMAIN in tasks:
+    if ALL_OF_DOMAIN in tasks:
+        raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks one by one")
+    if not tasks:
         raise UserError("--checkpoint: give the folder of a run, or name --tasks alone to evaluate random actions")
     plans = [plan_random(task, protocol, command=command_line()) for task in _tasks(tasks, "")]
     return [Job(plan, output or Path("random.jsonl")) for plan in plans]

@@ -201,7 +201,9 @@ def _choose(trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, da
     config, count = info.config, protocol.prompt_trajectories
     has_context = config.model.kind == "transformer"
     if count and not has_context:
-        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(trained.info.config)}), leave it out")
+        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(config)}), leave it out")
+    if protocol.cache_dtype is not None and not has_context:
+        raise UserError(f"--cache-dtype: {run} has no context ({method_of(config)}), leave it out")
     has_target = has_context and config.context.target != NO_TARGET
     other_task = task != config.task and policy.kind != "given"
     store = None

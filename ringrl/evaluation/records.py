@@ -147,7 +147,7 @@ def library_versions() -> dict[str, str]:
 
 
 def data_records(
-    task: str, returns: Float[np.ndarray, "episodes"], *, data_fingerprint: str, versions: dict[str, str]
+    task: str, returns: Float[np.ndarray, " episodes"], *, data_fingerprint: str, versions: dict[str, str]
 ) -> list[EvaluationRecord]:
     """The dataset's own episode returns as records of the method "data", one per episode."""
     created = datetime.now(UTC)

@@ -96,7 +96,8 @@ def _evaluate(job: Job, again: bool, video: bool, audience: Audience) -> Summary
         with Journal(job.journal, job.plan.about) as journal:
             journal.remove()
     if video and known and not again:
-        audience.remark(f"{job.results}: a video is made while an evaluation runs, and this one has; add --again")
+        made = f"its videos are in {job.videos}" if job.videos.is_dir() else "without videos; add --again to make them"
+        audience.remark(f"{job.results}: holds this evaluation, {made}")
     records = _records(job.results)
     write_summary(_summaries(job.results), records)
     found = _summary(job)
