@@ -4,6 +4,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +14,9 @@ from ringrl.evaluation.records import DATA, EvaluationRecord
 from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean
 from ringrl.evaluation.streams import stream_scores
 from ringrl.methods import METHODS
+
+if TYPE_CHECKING:
+    from ringrl.training.budget import Budget
 
 BOOTSTRAP_SEED = 0
 RESAMPLES = 2000
@@ -52,11 +56,18 @@ class Cell:
     streams: Mapping[int, Streams]  # training seed -> returns, NaN where an episode failed, but for a first one
     control: Mapping[int, Streams] = field(default_factory=dict)  # the same with the memory wiped before each episode
     failed: int = 0  # episodes, the control's too; those of streams that have no return and are left out included
+    records: tuple[EvaluationRecord, ...] = field(default=(), repr=False)  # what all this was read off
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Training seeds, ascending."""
         return tuple(sorted(self.streams))
+
+    @property
+    def budgets(self) -> "dict[int, Budget]":
+        """Training seed -> what training took; results from before this was told have none."""
+        told = {record.seed: getattr(record, "budget", None) for record in self.records}
+        return {seed: budget for seed, budget in sorted(told.items()) if budget is not None}
 
     @property
     def episodes(self) -> int:
@@ -107,6 +118,21 @@ class Grid:
     def variants(self) -> tuple[Variant, ...]:
         """The variants for which context can matter."""
         return tuple(sorted({cell.variant for cell in self.cells if not cell.variant.context_free}))
+
+    @property
+    def context_free(self) -> tuple[Variant, ...]:
+        """Those without a context."""
+        return tuple(sorted({cell.variant for cell in self.cells if cell.variant.context_free}))
+
+    @property
+    def tasks_with_context(self) -> tuple[str, ...]:
+        """The tasks that a method with a context was measured on."""
+        return tuple(task for task in self.tasks if any(self.cells_of(task, variant) for variant in self.variants))
+
+    def records_of(self, tasks: Iterable[str]) -> tuple[EvaluationRecord, ...]:
+        """The records of policies on these tasks."""
+        chosen = set(tasks)
+        return tuple(record for record in self.records if record.task in chosen and record.method != DATA)
 
     def cells_of(self, task: str, variant: Variant) -> list[Cell]:
         """The cells of a variant on a task, by context length in training, then in the rollout."""
@@ -179,6 +205,7 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         lambda: {True: defaultdict(list), False: defaultdict(list)}
     )
     failed: dict[tuple[str, Variant, int | None, int], int] = defaultdict(int)
+    members: dict[tuple[str, Variant, int | None, int], list[EvaluationRecord]] = defaultdict(list)
     data: dict[str, list[float]] = defaultdict(list)
     curves = {(record.task, _variant(record)) for record in latest.values()}
     for record in latest.values():
@@ -189,13 +216,21 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         agentic = dataclasses.replace(variant, method="at")
         if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
             variant = agentic
-        train = None if variant.context_free else record.train_trajectories
-        cell = streams[record.task, variant, train, record.test_trajectories]
-        failed[record.task, variant, train, record.test_trajectories] += record.failed
+        key = (
+            record.task,
+            variant,
+            None if variant.context_free else record.train_trajectories,
+            record.test_trajectories,
+        )
+        cell = streams[key]
+        failed[key] += record.failed
+        members[key].append(record)
         if record.finished:
             cell[record.context or variant.context_free][record.seed].append(record.returns)
     cells = [
-        Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key]) for key, cell in streams.items() if cell[True]
+        Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key], tuple(members[key]))
+        for key, cell in streams.items()
+        if cell[True]
     ]
     alone = [run for cell in streams.values() if not cell[True] for run in cell[False].values()]
     return Grid(
