@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ringrl.study.report_cells import Cell, Grid, Variant, middle, series_of, summarise
+from ringrl.study.report_cells import Cell, Grid, Variant, in_sentence, middle, series_of, summarise
 from ringrl.study.report_draw import (
     CONTROL,
     SOLID,
@@ -17,6 +17,7 @@ from ringrl.study.report_draw import (
     Panel,
     Point,
     context_axis,
+    draw_band,
     draw_line,
     dress,
     linestyle,
@@ -26,6 +27,7 @@ from ringrl.study.report_svg import colour
 from ringrl.study.tables import normalised, number
 
 _DATA_DASHES: dict[str, Dash] = {"data, mean": (7, 3), "data, best": SOLID}
+_POINTS_TO_MARK = 16  # beyond, a band stands for the bars, and no seed has a dot
 _LINES_IN_CONTEXT = 4  # context lengths shown within a context; more would hide one another
 
 
@@ -134,7 +136,10 @@ def _draw_episodes(axes: Axes, grid: Grid, task: str) -> None:
             points = [Point(i, summarise(runs), runs) for i, runs in enumerate(per_episode, 1) if len(runs)]
             newest = index == len(cells) - 1
             strength = 1.0 if newest else 0.35 + 0.3 * index / len(cells)
-            draw_line(axes, points, known[variant], strength=strength, bars=newest)
+            many = len(points) > _POINTS_TO_MARK
+            if many and newest:
+                draw_band(axes, points, known[variant])
+            draw_line(axes, points, known[variant], strength=strength, bars=newest and not many)
             end = points[-1]
             axes.annotate(
                 f"n = {cell.test}", (end.x, end.found.value), (5, 0), textcoords="offset points",
@@ -174,7 +179,7 @@ def _levels(grid: Grid, task: str) -> list[tuple[str, float, Dash]]:
     """Horizontal lines to compare with: name, return and dashes, lowest first."""
     known = styles(grid)
     levels = {
-        grid.name(cell.variant).lower(): (middle(cell.runs()), known[cell.variant].dash)
+        in_sentence(grid.name(cell.variant)): (middle(cell.runs()), known[cell.variant].dash)
         for cell in grid.references(task)
     }
     if task in grid.data:

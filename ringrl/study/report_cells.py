@@ -244,6 +244,11 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     )
 
 
+def in_sentence(name: str) -> str:
+    """A method's name within a sentence: "behaviour cloning", but "TD3+BC"."""
+    return name[:1].lower() + name[1:] if name[1:2].islower() else name
+
+
 def summarise(*strata: Runs) -> Estimate:
     """Interquartile mean and interval of the runs of one task or several; the same report gives the same numbers."""
     return estimate(strata, generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)

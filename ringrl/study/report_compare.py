@@ -20,7 +20,7 @@ from ringrl.study.report import FIGURES, PAGE, TABLES, place, read_grid, render,
 from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Cell, Grid, contrast, summarise
 from ringrl.study.report_draw import PANEL, Chart, Panel, chart_files, dress
 from ringrl.study.report_method import provenance
-from ringrl.study.report_sheet import Column, Entry, Sheet, texts
+from ringrl.study.report_sheet import Column, Entry, Sheet, measured, texts
 from ringrl.study.report_svg import colour
 from ringrl.study.report_training import run_folder
 from ringrl.study.tables import ABSENT, MINUS, decimal, describe, number
@@ -201,22 +201,16 @@ def _names(paths: Sequence[Path]) -> str:
 def _returns_sheet(found: Comparison) -> Sheet:
     columns = (
         Column("Task"), Column("Method"), Column("A", "interquartile mean over training seeds, 95 % interval"),
-        Column("B", "the same"), Column(f"B {MINUS} A", "difference of the interquartile means"),
-        Column("95 % interval", "stratified bootstrap over seeds; absent where either has one seed"),
-        Column("P(B > A)", "probability that a training run of B beats one of A; a tie is half a win"),
-        Column("Its interval", "95 %"), Column("Seeds of A"), Column("Seeds of B"),
+        Column("B", "the same"), Column(f"B {MINUS} A", "difference of the interquartile means, 95 % interval"),
+        Column("P(B > A)", "probability that a run of B beats one of A; a tie is half a win; absent for one seed"),
+        Column("Seeds of A"), Column("Seeds of B"),
     )  # fmt: skip
     rows = []
     for pair in found.pairs:
         sides = [summarise(cell.runs()) for cell in (pair.a, pair.b)]
-        rows.append(
-            (
-                *texts(pair.task, pair.name), *(Entry(_with_interval(side), side.value) for side in sides),
-                Entry(number(pair.change.value, sign=True), pair.change.value), _interval(pair.change, signed=True),
-                Entry(f"{pair.wins.value:.2f}", pair.wins.value), _interval(pair.wins, digits=2),
-                *(Entry(str(side.runs), side.runs) for side in sides),
-            )
-        )  # fmt: skip
+        levels = [measured(side, decimal) for side in sides]
+        seeds = [Entry(str(side.runs), side.runs) for side in sides]
+        rows.append((*texts(pair.task, pair.name), *levels, _change(pair), _chance(pair), *seeds))
     return Sheet("comparison", columns, tuple(rows))
 
 
@@ -225,17 +219,13 @@ def _settings_sheet(found: Comparison) -> Sheet:
     return Sheet("settings", columns, tuple(texts(*row) for row in found.settings))
 
 
-def _with_interval(found: Estimate) -> str:
-    ends = found.interval
-    return decimal(found.value) + (f" [{decimal(ends.low)}, {decimal(ends.high)}]" if ends else "")
+def _change(pair: Pair) -> Entry:
+    return measured(pair.change, partial(number, sign=True))
 
 
-def _interval(found: Estimate, *, signed: bool = False, digits: int | None = None) -> Entry:
-    if found.interval is None:
-        return Entry(ABSENT, None)
-    low, high = found.interval.low, found.interval.high
-    shown = [number(end, sign=signed) if digits is None else f"{end:.{digits}f}" for end in (low, high)]
-    return Entry(" to ".join(shown), low)
+def _chance(pair: Pair) -> Entry:
+    """That B beats A; of one run each it would be sure by chance, so it is absent."""
+    return measured(pair.wins, "{:.2f}".format) if pair.wins.interval else Entry(ABSENT, None)
 
 
 def _to_rich(found: Comparison) -> rich.table.Table:
@@ -247,10 +237,9 @@ def _to_rich(found: Comparison) -> rich.table.Table:
         if index == 0 or pair.task != found.pairs[index - 1].task:
             shown.add_section()
             shown.add_row(f"[bold]{escape(pair.task)}")
-        ends = _interval(pair.change, signed=True)
-        change = number(pair.change.value, sign=True) + (f" [{ends.text}]" if ends.value is not None else "")
+        change = f"{_change(pair).text} {_change(pair).note}".strip()
         levels = (number(summarise(cell.runs()).value) for cell in (pair.a, pair.b))
-        shown.add_row(escape(pair.name), *levels, escape(change), f"{pair.wins.value:.2f}")
+        shown.add_row(escape(pair.name), *levels, escape(change), _chance(pair).text)
     return shown
 
 
@@ -271,15 +260,15 @@ def _chart(found: Comparison) -> Chart:
 
 
 def _draw(axes: Axes, pairs: Sequence[Pair]) -> None:
-    axes.axvline(0, color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     for height, pair in enumerate(reversed(pairs)):
+        axes.plot([0] * 2, [height - 0.2, height + 0.2], color=colour("muted"), linewidth=1, linestyle=(0, (2, 2)))
         shade = colour("series-1" if pair.clear else "muted")
         if pair.change.interval:
             ends = [pair.change.interval.low, pair.change.interval.high]
             axes.plot(ends, [height] * 2, color=shade, linewidth=5, alpha=0.3, solid_capstyle="butt")
         axes.plot([pair.change.value], [height], "o", color=shade, markersize=5.5)
         axes.text(
-            0.0, height + 0.22, pair.name, transform=axes.get_yaxis_transform(), fontsize=8.5, color=colour("ink")
+            0.0, height + 0.27, pair.name, transform=axes.get_yaxis_transform(), fontsize=8.5, color=colour("ink")
         )
     axes.set_ylim(-0.5, len(pairs) - 0.2)
     axes.margins(x=0.08)

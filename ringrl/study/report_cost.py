@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ringrl.study.figures import one_seed
-from ringrl.study.report_cells import Cell, Grid, Variant, middle, series_of, summarise
+from ringrl.study.report_cells import Cell, Grid, Variant, in_sentence, middle, series_of, summarise
 from ringrl.study.report_draw import Chart, Panel, Point, amount_axis, draw_line, dress, styles
 from ringrl.study.report_svg import colour
 
@@ -96,7 +96,7 @@ def _draw(axes: Axes, grid: Grid, task: str, measure: _Measure) -> None:
         if amount:
             level = middle(cell.runs())
             axes.plot([amount / scale], [level], "D", color=colour("muted"), markersize=4.5)
-            _beside(axes, amount / scale, level, grid.name(variant).lower(), "muted")
+            _beside(axes, amount / scale, level, in_sentence(grid.name(variant)), "muted")
     amount_axis(axes, [amount / scale for amount in amounts])
     dress(axes, along, "return per episode")
 

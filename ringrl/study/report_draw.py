@@ -130,6 +130,13 @@ def draw_line(
         axes.plot(*zip(*dots, strict=True), "o", color=shade, markersize=2.2, alpha=0.55, markeredgewidth=0, zorder=2)
 
 
+def draw_band(axes: Axes, points: Sequence[Point], key: Key) -> None:
+    """The intervals of many points, as one band; nothing where they have none."""
+    ends = [(point.x, point.found.interval) for point in points]
+    known = np.array([(x, interval.low, interval.high) for x, interval in ends if interval]).reshape(-1, 3)
+    axes.fill_between(known[:, 0], known[:, 1], known[:, 2], color=colour(key.colour), alpha=0.16, linewidth=0)
+
+
 def dress(axes: Axes, along: str, up: str) -> None:
     """Quiet axes: a line below, a faint grid, words instead of a tilted label."""
     axes.set_xlabel(along, color=colour("muted"), fontsize=8.5)

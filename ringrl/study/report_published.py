@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ringrl.study.report_cells import Cell, Grid, summarise
-from ringrl.study.report_sheet import Column, Entry, Sheet
+from ringrl.study.report_sheet import Column, Entry, Sheet, measured
 from ringrl.study.tables import ABSENT, decimal, normalised
 
 PUBLISHED_METHODS = ("BC-10%", "DT", "AT+BPT 32", "AT+RA 128")
@@ -43,7 +43,7 @@ def words(grid: Grid) -> list[str]:
 
 def by_task(grid: Grid) -> Sheet:
     """A row per task: each method's return and score at its longest context, then the published numbers."""
-    variants = [*grid.variants, *grid.context_free]
+    variants = [*grid.variants, *(variant for variant in grid.context_free if variant.method != "random")]
     columns = [Column("Task")]
     for variant in variants:
         hint = "at the longest context measured; " if not variant.context_free else ""
@@ -71,6 +71,5 @@ def _entries(cell: Cell | None) -> list[Entry]:
     if cell is None:
         return [Entry(ABSENT, None)] * 2
     found = summarise(cell.runs())
-    interval = f" [{decimal(found.interval.low)}, {decimal(found.interval.high)}]" if found.interval else ""
     score = normalised(cell.task, found.value)
-    return [Entry(f"{decimal(found.value)}{interval}", found.value), Entry(decimal(score), score)]
+    return [measured(found, decimal), Entry(decimal(score), score)]

@@ -3,9 +3,10 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ringrl.evaluation.statistics import Estimate, Interval
 from ringrl.study.tables import ABSENT, MINUS, Row, decimal
 
 Value = float | str | None
@@ -31,6 +32,8 @@ class Entry:
 
     text: str
     value: Value
+    note: str = ""  # its interval: smaller, below; in LaTeX beside
+    interval: Interval | None = None  # the same as numbers, two more columns in CSV
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,14 @@ class Sheet:
         """Values with a header line, at full precision; empty where one is absent."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(column.name for column in self.columns)
-        writer.writerows([entry.value for entry in row] for row in self.rows)
+        wide = [any(row[index].interval for row in self.rows) for index in range(len(self.columns))]
+        names = [[name, f"{name}, low", f"{name}, high"] for name in (column.name for column in self.columns)]
+        writer.writerow(name for three, is_wide in zip(names, wide, strict=True) for name in three[: 1 + 2 * is_wide])
+        for row in self.rows:
+            threes = [(entry.value, *_ends(entry)) for entry in row]
+            writer.writerow(
+                value for three, is_wide in zip(threes, wide, strict=True) for value in three[: 1 + 2 * is_wide]
+            )
         return text.getvalue()
 
     def latex(self) -> str:
@@ -68,7 +77,7 @@ class Sheet:
         for index, row in enumerate(self.rows):
             if index and row[0].value != self.rows[index - 1][0].value and self._repeats():
                 lines.append("\\addlinespace")
-            lines.append(_latex_row([entry.text for entry in row]))
+            lines.append(_latex_row([f"{entry.text} {entry.note}".strip() for entry in row]))
         return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
     def _repeats(self) -> bool:
@@ -96,6 +105,16 @@ def _returns(row: Row) -> tuple[Entry, ...]:
         *texts(row.task, row.method), counted(row.trained_on), counted(row.rolled_out), shown(row.iqm), interval,
         *map(shown, (row.score, row.first, row.last, row.best, row.best_control)), counted(row.seeds),
     )  # fmt: skip
+
+
+def measured(found: Estimate, shown: Callable[[float], str]) -> Entry:
+    """An estimate; its interval below, and none where there is none."""
+    ends = found.interval
+    return Entry(shown(found.value), found.value, f"[{shown(ends.low)}, {shown(ends.high)}]" if ends else "", ends)
+
+
+def _ends(entry: Entry) -> tuple[float | None, float | None]:
+    return (entry.interval.low, entry.interval.high) if entry.interval else (None, None)
 
 
 def texts(*values: str) -> tuple[Entry, ...]:

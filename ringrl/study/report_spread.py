@@ -123,7 +123,7 @@ def contest_chart(grid: Grid, found: Sequence[Contest]) -> Chart | None:
     """Probabilities of improvement with their intervals, a line each."""
     if not found:
         return None
-    size = (PANEL[0], 0.75 + 0.46 * len(found))
+    size = (PANEL[0], 0.75 + 0.5 * len(found))
     words = "; ".join(f"{one.ours} over {one.theirs}: {one.found.value:.2f}" for one in found)
     panel = Panel("Probability of improvement", partial(_draw_contests, found=found), words, size)
     tasks = sorted({task for one in contenders(grid) for task in one.runs})
@@ -164,8 +164,8 @@ def _scores(task: str, runs: Runs, score: bool) -> Runs:
 
 
 def _draw_contests(axes: Axes, found: Sequence[Contest]) -> None:
-    axes.axvline(0.5, color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     for place, one in enumerate(reversed(found)):
+        axes.plot([0.5] * 2, [place - 0.2, place + 0.2], color=colour("muted"), linewidth=1, linestyle=(0, (2, 2)))
         shade = colour(one.colour)
         if one.found.interval:
             ends = [one.found.interval.low, one.found.interval.high]
@@ -173,7 +173,7 @@ def _draw_contests(axes: Axes, found: Sequence[Contest]) -> None:
         axes.plot([one.found.value], [place], "o", color=shade, markersize=5.5)
         words = f"{one.ours}\nover {one.theirs}" if len(one.ours + one.theirs) > 52 else f"{one.ours} over {one.theirs}"
         axes.annotate(
-            words, (0, place), (0, 7), textcoords="offset points", fontsize=8.5, color=colour("ink"),
+            words, (0, place), (0, 9), textcoords="offset points", fontsize=8.5, color=colour("ink"),
             linespacing=1.1, annotation_clip=False,
         )  # fmt: skip
     axes.set_xlim(-0.02, 1.02)

@@ -7,7 +7,17 @@ from math import comb
 from typing import Literal
 
 from ringrl.evaluation.statistics import Estimate
-from ringrl.study.report_cells import Cell, Grid, Variant, contrast, middle, middle_or_none, series_of, summarise
+from ringrl.study.report_cells import (
+    Cell,
+    Grid,
+    Variant,
+    contrast,
+    in_sentence,
+    middle,
+    middle_or_none,
+    series_of,
+    summarise,
+)
 from ringrl.study.tables import context_label, number
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
@@ -151,7 +161,9 @@ def _judge(change: Estimate) -> str:
 
 
 def _notes(grid: Grid, task: str) -> list[str]:
-    levels = [f"{grid.name(cell.variant).lower()} {number(middle(cell.runs()))}" for cell in _references(grid, task)]
+    levels = [
+        f"{in_sentence(grid.name(cell.variant))} {number(middle(cell.runs()))}" for cell in _references(grid, task)
+    ]
     if task in grid.data:
         returns = grid.data[task]
         levels.append(f"the dataset's episodes {number(returns.mean())} on average, {number(returns.max())} at best")

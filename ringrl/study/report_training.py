@@ -18,7 +18,7 @@ from ringrl.study.report_cells import Grid, Variant, summarise
 from ringrl.study.report_draw import Chart, Panel, Point, context_axis, draw_line, dress, linestyle, styles
 from ringrl.study.report_svg import colour
 
-POINTS = 120  # of a learning curve; steps between are averaged
+POINTS = 80  # of a learning curve; steps between are averaged
 MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl, where a device tells it
 _SPREAD = 20  # ratio of the largest to the smallest loss from which the axis is logarithmic
 
