@@ -155,7 +155,7 @@ def final_table(summaries: Sequence[Summary]) -> Table:
 
 def _both(metrics: Mapping[str, float | None], scores: Mapping[str, float | None], name: str) -> str:
     value, score = metrics.get(name), scores.get(name)
-    return _number(value) if score is None else f"{_number(value)} ({score:.0f})"
+    return _number(value) if score is None else f"{_number(value)} ({round(score)})"
 
 
 def _number(value: float | None) -> str:

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from tensorboardX import SummaryWriter
 
 from ringrl.config import TrainConfig
@@ -94,10 +95,10 @@ def progress_bar(console: Console, disable: bool) -> Progress:
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]}"),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),  # in a narrow terminal, this is what stays
+        TextColumn("left  {task.fields[speed]}", table_column=Column(no_wrap=True)),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
         console=console,
         disable=disable,
     )

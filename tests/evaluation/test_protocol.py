@@ -4,14 +4,25 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from ringrl.config import MeshConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.sampler import ContextSampler
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import Protocol, evaluate_policy, evaluate_random, plan_policy, plan_random
+from ringrl.evaluation.play import play
+from ringrl.evaluation.protocol import (
+    Protocol,
+    evaluate_policy,
+    evaluate_random,
+    plan_policy,
+    plan_random,
+    programs_of,
+)
 from ringrl.training import TrainedPolicy, load_policy
+from ringrl.training.budget import budget
 
 TASK, OTHER = "jaco_reach_top_left", "jaco_reach_bottom_right"
 
@@ -47,6 +58,56 @@ def test_behaviour_cloning_is_asked_for_nothing(make_run: Callable[..., Path]) -
     run = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
     plan = plan_policy(load_policy(run), run, Protocol(target="q0.5"))
     assert (plan.shared.method, plan.shared.target_policy, plan.shared.target_return) == ("bc", "none", None)
+
+
+def test_what_training_took_is_told(trained: TrainedPolicy, at_run: Path) -> None:
+    """And is no part of what tells evaluations apart: a run's log may be gone."""
+    shared = plan_policy(trained, at_run, Protocol()).shared
+    assert shared.budget == budget(trained.info, trained.step, at_run)
+    assert shared.budget.tokens > 0
+    elsewhere = plan_policy(trained, at_run / "nowhere", Protocol()).shared
+    assert (elsewhere.budget.seconds, elsewhere.evaluation) == (None, shared.evaluation)
+
+
+def test_tasks_of_a_policy_share_its_programs(trained: TrainedPolicy, at_run: Path) -> None:
+    programs = programs_of(trained, Protocol(), TASK)
+    plans = [plan_policy(trained, at_run, Protocol(), task=task, programs=programs) for task in (TASK, OTHER)]
+    for plan in plans:
+        play(plan)
+        assert len(programs) == 2, "for the first step, and for the others"
+
+
+def test_a_cache_in_bfloat16_is_told_and_rounds(trained: TrainedPolicy, at_run: Path) -> None:
+    exact, rounded = (plan_policy(trained, at_run, Protocol(1, cache_dtype=dtype)) for dtype in (None, "bfloat16"))
+    assert (exact.shared.cache_dtype, rounded.shared.cache_dtype) == (None, "bfloat16")
+    assert exact.shared.evaluation != rounded.shared.evaluation
+    assert play(exact)[0].returns != play(rounded)[0].returns
+
+
+def test_contexts_divided_over_eight_devices(
+    trained: TrainedPolicy, at_run: Path, make_run: Callable[..., Path], eight_devices: None
+) -> None:
+    """The same actions to rounding, on states that are told and not simulated: contacts would blow rounding up."""
+    divided = load_policy(at_run, mesh=MeshConfig(seq=8))
+    assert divided.parameter_hash == trained.parameter_hash
+    plans = [
+        plan_policy(policy, at_run, Protocol(1, prompt_trajectories=1)) for policy in (load_policy(at_run), divided)
+    ]
+    actors = [plan.make_actor(0) for plan in plans]
+    steps = jax.tree.map(lambda x: x[:, :20], plans[0].prompt)
+    for actor, plan in zip(actors, plans, strict=True):
+        actor.start(1, 20, plan.prompt)
+    for time in range(20):
+        step = jax.tree.map(lambda x, time=time: x[:, time : time + 1], steps)
+        expected, found = (np.asarray(actor.act(step)) for actor in actors)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        for actor in actors:
+            actor.observe(step)
+    with pytest.raises(UserError, match=r"^mesh: a policy that acts is divided along mesh.seq alone"):
+        load_policy(at_run, mesh=MeshConfig(seq=2, data=2))
+    cloned = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
+    with pytest.raises(UserError, match=r"^mesh.seq: behaviour_cloning has no context"):
+        load_policy(cloned, mesh=MeshConfig(seq=2))
 
 
 @pytest.mark.parametrize(

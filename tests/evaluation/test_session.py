@@ -102,3 +102,32 @@ def test_results_that_cannot_be_written_are_found_out_first(tmp_path: Path, plac
     with pytest.raises(UserError, match="cannot be written"):
         evaluate_all(jobs_in(tmp_path / place), audience=listener)
     assert listener.heard == []
+
+
+def test_videos_of_what_was_rolled_out(tmp_path: Path) -> None:
+    """Beside the results, of an evaluation that was interrupted too; what is finished is not rolled out for them."""
+    results = tmp_path / "evaluation.jsonl"
+    job = Job(plan_random("cartpole_swingup", Protocol(environments=2, episodes=EPISODES)), results)
+    listener = Listener(after=1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all([job], audience=listener)
+    evaluate_all([job], video=True, audience=listener)
+    (remark,) = listener.remarks
+    if remark.startswith("no video"):
+        assert "OpenGL" in remark
+        assert len(read_records(results).records) == 2, "the evaluation went on without"
+        pytest.skip(remark)
+    assert remark == f"first.mp4, median.mp4, best.mp4: in {job.videos}"
+    assert sorted(path.name for path in job.videos.iterdir()) == ["best.mp4", "first.mp4", "median.mp4"]
+    again = Listener()
+    evaluate_all([job], video=True, audience=again)
+    assert (again.steps, "add --again" in again.remarks[0]) == (0, True)
+
+
+def test_where_no_video_can_be_made_the_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    (job, _), listener = jobs_in(tmp_path / "evaluation.jsonl"), Listener()
+    evaluate_all([job], video=True, audience=listener)
+    assert listener.remarks[0].startswith("no video: ")
+    assert len(read_records(job.results).records) == 1
+    assert not list(job.videos.glob("*.mp4"))
