@@ -4,7 +4,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -14,9 +13,7 @@ from ringrl.evaluation.records import DATA, EvaluationRecord
 from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean
 from ringrl.evaluation.streams import stream_scores
 from ringrl.methods import METHODS
-
-if TYPE_CHECKING:
-    from ringrl.training.budget import Budget
+from ringrl.training.budget import Budget
 
 BOOTSTRAP_SEED = 0
 RESAMPLES = 2000
@@ -42,6 +39,7 @@ class Variant:
     target_policy: str = ""
     prompt: int = 0  # dataset trajectories before the first episode
     train_task: str = ""  # where it is another one
+    cache: str = ""  # dtype of keys and values, where it is not the policy's
     context_free: bool = False  # its returns are levels to compare with, not points of a curve
 
 
@@ -64,9 +62,9 @@ class Cell:
         return tuple(sorted(self.streams))
 
     @property
-    def budgets(self) -> "dict[int, Budget]":
+    def budgets(self) -> dict[int, Budget]:
         """Training seed -> what training took; results from before this was told have none."""
-        told = {record.seed: getattr(record, "budget", None) for record in self.records}
+        told = {record.seed: record.budget for record in self.records}
         return {seed: budget for seed, budget in sorted(told.items()) if budget is not None}
 
     @property
@@ -155,6 +153,8 @@ class Grid:
             parts.append(f"target {variant.target_policy or 'unknown'}")
         if variant.prompt:
             parts.append(f"prompted with {variant.prompt}")
+        if variant.cache:
+            parts.append(f"cache in {variant.cache}")
         if variant.train_task:
             parts.append(f"trained on {variant.train_task}")
         return ", ".join(parts)
@@ -274,6 +274,7 @@ def _identity(record: EvaluationRecord) -> tuple[object, ...]:
         record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
         record.context, record.seed, record.environment_seed, record.target_policy, record.target_return,
         record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
+        record.cache_dtype,
     )  # fmt: skip
 
 
@@ -295,7 +296,8 @@ def _variant(record: EvaluationRecord) -> Variant:
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {record.target_return:g}"
-    return Variant(record.method, record.token_set or "", target, record.prompt_trajectories, train_task)
+    prompt, cache = record.prompt_trajectories, record.cache_dtype or ""
+    return Variant(record.method, record.token_set or "", target, prompt, train_task, cache)
 
 
 def _stack(streams: Mapping[int, list[tuple[float | None, ...]]]) -> dict[int, Streams]:

@@ -159,7 +159,7 @@ def _settings(read: Results, grid: Grid) -> dict[str, set[str]]:
     folders = set()
     for record in grid.records:
         for name in _RECORDED:
-            value = getattr(record, name, None)
+            value = getattr(record, name)
             if value is not None and record.method not in ("data", "random"):
                 found[name].add(_shown(value))
         for library, version in record.versions.items():

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,9 +11,7 @@ from ringrl.study.figures import one_seed
 from ringrl.study.report_cells import Cell, Grid, Variant, in_sentence, middle, series_of, summarise
 from ringrl.study.report_draw import Chart, Panel, Point, amount_axis, draw_line, dress, styles
 from ringrl.study.report_svg import colour
-
-if TYPE_CHECKING:
-    from ringrl.training.budget import Budget
+from ringrl.training.budget import Budget
 
 _ALIKE = 1.05  # amounts that differ by less are told to be the same
 _UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))  # from, length, name
@@ -26,7 +23,7 @@ class _Measure:
     title: str
     along: str  # what the axis says
     says: str  # of the caption
-    amount: "Callable[[Budget], float | None]"
+    amount: Callable[[Budget], float | None]
 
 
 _MEASURES = (
