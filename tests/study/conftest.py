@@ -101,22 +101,22 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_study() -> Callable[..., Path]:
     return study
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_budget() -> Callable[..., Budget]:
     return budget
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_rollouts() -> Callable[..., list[EvaluationRecord]]:
     return rollouts
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_ablation() -> Callable[..., list[EvaluationRecord]]:
     return ablation
 
