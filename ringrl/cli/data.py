@@ -261,7 +261,7 @@ def data_collect(
     print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {domain_of(task).name}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bar(word: str) -> Iterator[Callable[[int, int | None], None]]:
     """Shows how much of the whole is done, as it is told."""
     from rich.progress import Progress

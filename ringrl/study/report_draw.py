@@ -98,7 +98,9 @@ def chart_files(chart: Chart) -> dict[str, bytes]:
                 for key in chart.keys
             ]
             figure.legend(handles=handles, loc="outside lower left", frameon=False, labelcolor=colour("ink"))
-        return {f"{chart.name}.svg": to_svg(figure).encode(), f"{chart.name}.pdf": to_pdf(figure)}
+        drawn = to_svg(figure).encode()
+        figure.set_layout_engine("none")  # it stays as it is laid out
+        return {f"{chart.name}.svg": drawn, f"{chart.name}.pdf": to_pdf(figure)}
 
 
 def linestyle(dash: Dash) -> Literal["-"] | tuple[float, Dash]:

@@ -208,3 +208,39 @@ def test_nothing_global_changes(results, tmp_path):
         "assert 'mujoco' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_failed_episodes_are_counted_not_averaged(make_rollouts, write_results, tmp_path):
+    whole, cut = make_rollouts(4, 0, 100.0)
+    cut = cut.model_copy(update={"returns": (102.0, None, None, None)})
+    nothing = make_rollouts(4, 1, 100.0)[0].model_copy(update={"returns": (None,) * 4})
+    path = write_results([whole, cut, nothing])
+    (row,) = summary_rows([path])
+    assert (row.episodes, row.failed, row.seeds) == (5, 7, 1)
+    assert (row.mean, row.first, row.last) == (101.0, 101.0, 100.0)
+    text = write_report([path], tmp_path / "report").read_text()
+    assert ">Failed</button>" in text
+    assert '<td data-value="7">7</td>' in text
+    assert "1 streams whose first episode failed" in text
+
+
+def test_figures_say_what_they_were_made_from(make_study, tmp_path):
+    text = write_report([make_study(tmp_path / "runs")], tmp_path / "report").read_text()
+    made = text[text.index('id="return_by_context"') : text.index("</section>", text.index('id="return_by_context"'))]
+    for expected in (
+        "Commands",
+        "ringrl ablate plan.yaml",
+        "jax 0.10.2",
+        "Dataset (SHA-256)",
+        "Training seeds",
+        "0 to 1",
+    ):
+        assert expected in made, expected
+    cost = text[text.index('id="return_by_tokens"') : text.index("</section>", text.index('id="return_by_tokens"'))]
+    assert 'Made from the same results as <a href="#return_by_context">' in cost
+
+
+def test_what_is_not_shown_is_named_with_its_reason(write_results, make_ablation, tmp_path):
+    text = write_report([write_results(make_ablation(seeds=1))], tmp_path / "report").read_text()
+    for reason in ("no result tells it", "they need two training seeds", "no run&#39;s folder", "evaluate --video"):
+        assert reason in text, reason

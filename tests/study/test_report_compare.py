@@ -7,6 +7,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from ringrl.cli import main
 from ringrl.errors import UserError
 from ringrl.study.report_compare import compare, headline, write_comparison
 
@@ -85,3 +86,34 @@ def test_the_page_its_files_and_the_terminal(make_study, tmp_path):
     printed = io.StringIO()
     Console(file=printed, width=80).print(shown)
     assert "+50.0 [+49.0, +51.0]" in printed.getvalue()
+
+
+def test_the_command_line(make_study, tmp_path, capsys):
+    a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0)
+    output = tmp_path / "report"
+    main(["report", "--compare", str(a), str(b), "--output", str(output)])
+    said = capsys.readouterr().out
+    assert "P(B > A)" in said
+    assert said.rstrip().endswith("index.html")
+    assert (output / "index.html").exists()
+
+
+def test_mistakes_on_the_command_line(make_study, tmp_path, capsys):
+    a = make_study(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"protocol": 9}\n')
+    for arguments, expected in (
+        ([str(a), "--compare", str(a), str(a)], "is given besides --compare"),
+        (["--compare", str(a), str(tmp_path / "empty")], "no results in"),
+        (["--compare", str(a), str(other)], "other.jsonl, line 1: written under evaluation protocol 9"),
+        ([str(a), str(other)], "other.jsonl, line 1: written under evaluation protocol 9"),
+        ([], "no results in nowhere"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", *arguments, "--output", str(tmp_path / "report")])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert expected in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "report").exists()
