@@ -44,9 +44,11 @@ def curve_chart(grid: Grid) -> Chart | None:
     caption = (
         "Each point is the interquartile mean over training seeds of the mean return of all episodes in the context; "
         "the bar behind it is the 95 % interval (stratified bootstrap over seeds), small dots are single seeds. "
-        f"{one_seed(grid)}Grey lines need no context."
+        f"{one_seed(grid)}"
     )
-    if any(variant.method == "at" for variant in grid.variants):
+    if grid.data or grid.context_free:
+        caption += "Grey lines need no context."
+    if any(cell.variant.method == "at" and cell.train == 1 for cell in grid.cells):
         caption += " With one trajectory per context the Agentic Transformer is a Decision Transformer."
     return _chart("return_by_context", "Return against context length", caption, panels, grid)
 
@@ -195,6 +197,7 @@ def _label_levels(axes: Axes, levels: Sequence[tuple[str, float, Dash]], gap: fl
     axes.autoscale_view()
     low, high = axes.get_ylim()
     low = min(low, 0.0)
+    high += 0.03 * (high - low)  # whole dots
     axes.set_ylim(low, high)
     heights = [(value - low) / (high - low) for _, value, _ in levels]
     for index in range(1, len(heights)):

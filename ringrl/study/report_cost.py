@@ -49,7 +49,7 @@ def cost_charts(grid: Grid) -> list[Chart]:
 
 
 def _chart(measure: _Measure, grid: Grid) -> Chart | None:
-    tasks = [task for task in grid.tasks_with_context if any(_amounts(measure, grid, task))]
+    tasks = [task for task in grid.tasks_with_context if len(_amounts(measure, grid, task)) > 1]
     if not tasks:
         return None
     panels = [

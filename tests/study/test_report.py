@@ -162,6 +162,15 @@ def test_one_seed_says_that_the_interval_is_absent(write_results, make_ablation,
     assert "no interval can be given" in text
 
 
+def test_a_caption_tells_only_of_what_is_there(make_ablation, make_rollouts):
+    everything = curve_chart(gather(make_ablation())).caption
+    assert "Grey lines need no context. With one trajectory" in everything
+    alone = curve_chart(gather(make_rollouts(2, 0, 841.0))).caption
+    assert "no interval can be given" in alone
+    assert "Grey lines" not in alone
+    assert "Decision Transformer" not in alone
+
+
 def test_panels(make_ablation):
     grid = gather([*make_ablation(), *make_ablation(task="walker_walk")])
     titles = [panel.title for panel in curve_chart(grid).panels]

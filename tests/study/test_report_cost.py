@@ -11,6 +11,10 @@ def test_no_chart_without_budgets(make_ablation):
     assert cost_charts(gather(make_ablation())) == []
 
 
+def test_one_point_is_no_chart(make_rollouts, make_budget):
+    assert cost_charts(gather(make_rollouts(2, 0, 1.0, budget=make_budget(2)))) == []
+
+
 def test_a_chart_per_measure(make_rollouts, make_budget):
     records = [
         record
@@ -38,13 +42,15 @@ def test_time_has_a_unit_that_fits(make_rollouts, make_budget):
 def test_a_seed_that_does_not_tell_leaves_its_point_out(make_rollouts, make_budget):
     records = [
         record
-        for n in (1, 2)
+        for n in (1, 2, 4)
         for seed in range(2)
         for record in make_rollouts(n, seed, 1.0, budget=make_budget(n, None if (n, seed) == (2, 1) else 30.0))
     ]
     chart = cost_charts(gather(records))[-1]
+    assert chart.name == "return_by_seconds"
     svg = panel_svg(chart.panels[0])
     assert ">1</text>" in svg
+    assert ">4</text>" in svg
     assert ">2</text>" not in svg
 
 
