@@ -103,6 +103,8 @@ def method_of(config: TrainConfig) -> str:
 def check_method(config: TrainConfig, name: MethodName) -> None:
     """UserError where other settings have made another method of it; a share of the episodes, or goals, do not."""
     found = method_of(config)
+    if name in ("at", "dt") and config.context.sampling == "history_window":
+        raise UserError(f"--method {name}: context.sampling history_window is of ad; choose another, or --method ad")
     if _family(found) != _family(name):
         raise UserError(
             f"--method {name}: with the other settings the run is {found} (context.trajectories "

@@ -72,6 +72,14 @@ def evaluate(
             job for run in checkpoint for job in _jobs(load_policy(run, step, mesh), run, tasks, protocol, data, output)
         ]
     else:
+        given = {"--data": data, "--step": step, "--cache-dtype": cache_dtype, "--control": control}
+        given |= {
+            "--target": target != "best",
+            "--prompt-trajectories": prompt_trajectories,
+            "--mesh": mesh.devices > 1,
+        }
+        for flag in (name for name, value in given.items() if value):
+            raise UserError(f"{flag}: random actions know nothing of it; leave it out, or give a --checkpoint")
         jobs = _random_jobs(tasks, protocol, output)
     console = Console()
     with Board(jobs, console) as board:

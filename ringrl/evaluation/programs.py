@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from ringrl.context import Context
 from ringrl.model import KVCache, Policy, grow
@@ -38,6 +39,7 @@ class Programs:
             donate_argnums=4,
         )
         self._compiled: dict[tuple[Hashable, ...], Future[Callable[..., Any]]] = {}
+        self._prefilled: tuple[Context, Any] | None = None
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="ringrl-compile")
 
     def __len__(self) -> int:
@@ -45,8 +47,10 @@ class Programs:
         return len(self._compiled)
 
     def prefill(self, prompt: Context) -> Any:
-        """Memory of a prompt, for all contexts to begin with."""
-        return self._prefill(self._params, prompt)
+        """Memory of a prompt, for all contexts to begin with. The latest prompt's is kept for the next rollout."""
+        if self._prefilled is None or self._prefilled[0] is not prompt:
+            self._prefilled = prompt, self._prefill(self._params, prompt)
+        return self._prefilled[1]
 
     def reset(self, num_environments: int, capacity: int) -> Any:
         """Memory of nothing."""
@@ -84,4 +88,6 @@ class Programs:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    """Shape, dtype and, on a mesh, where it lies."""
+    sharding = getattr(x, "sharding", None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)

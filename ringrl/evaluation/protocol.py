@@ -24,6 +24,7 @@ from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
 from ringrl.training.budget import budget
 
+SIMULATING, COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}  # what decides a result
 FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the training's lie far below
 
 
@@ -189,7 +190,8 @@ def _record(
         configuration_hash=_digest(config.model_dump(mode="json")),
         data_fingerprint=info.data_fingerprint,
         budget=budget(info, trained.step, run),
-        cache_dtype=protocol.cache_dtype if is_transformer else None,
+        cache_devices=trained.parallel.ring_size,
+        cache_dtype=protocol.cache_dtype if is_transformer and protocol.cache_dtype != config.model.dtype else None,
         **_common(protocol, command),
     )
 
@@ -237,6 +239,10 @@ def _plan(
     prompt: Any = None,
 ) -> Plan:
     decides = shared.model_dump(mode="json", exclude={"checkpoint", "command", "created", "returns", "budget"})
+    computing = SIMULATING | COMPUTING
+    if shared.method == "random":  # which computes nothing
+        computing, decides["device"] = SIMULATING, None
+    decides["versions"] = {name: version for name, version in shared.versions.items() if name in computing}
     about = decides | {"environments": protocol.environments, "control": protocol.control}
     shared = shared.model_copy(update={"evaluation": _digest(about)})
     return Plan(shared, about, protocol.environments, protocol.control, normalisation, make_actor, trajectories, prompt)

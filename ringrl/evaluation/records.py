@@ -86,6 +86,8 @@ class EvaluationRecord(pydantic.BaseModel):
     """SHA-256 of all that decides the result; shared by all streams of one evaluation."""
     device: str | None = None
     """What the policy was computed on."""
+    cache_devices: PositiveInt = 1
+    """Among which each context was divided."""
     cache_dtype: str | None = None
     """In what keys and values were kept; None: in the dtype that the policy computes in, or there are none."""
     steps_simulated: NonNegativeInt | None = None

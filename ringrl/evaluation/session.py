@@ -82,21 +82,26 @@ def evaluate_all(
 
 def _evaluate(job: Job, again: bool, video: bool, audience: Audience) -> Summary:
     audience.begin(job)
-    known = _summary(job)
-    if known is None or again:
+    known = _is_finished(job)
+    if again or not known:
         watch = _Filmed(job.plan.episodes, audience) if video else audience
         with Journal(job.journal, job.plan.about) as journal:
+            if known and journal.has(*job.plan.last):
+                journal.clear()  # a kill left it when its results had been written
             append_records(job.results, play(job.plan, journal=journal, watch=watch))
             journal.remove()
         if isinstance(watch, _Filmed):
             _write_videos(job, watch.recorder, audience)
-    elif video:
+    elif job.journal.exists():
+        with Journal(job.journal, job.plan.about) as journal:
+            journal.remove()
+    if video and known and not again:
         audience.remark(f"{job.results}: a video is made while an evaluation runs, and this one has; add --again")
     records = _records(job.results)
     write_summary(_summaries(job.results), records)
     found = _summary(job)
     assert found is not None, "its records have just been written"
-    audience.finish(job, found, repeated=known is None or again)
+    audience.finish(job, found, repeated=again or not known)
     return found
 
 
@@ -129,9 +134,19 @@ def _records(results: Path) -> tuple[EvaluationRecord, ...]:
     return read_records(results).records if results.exists() else ()
 
 
+def _is_finished(job: Job) -> bool:
+    """Whether the results hold every stream: of several lines a kill may have left the first ones."""
+    found = {(r.context, r.environment_seed) for r in _records(job.results) if r.evaluation == _hash(job)}
+    return found >= job.plan.streams
+
+
+def _hash(job: Job) -> str | None:
+    return job.plan.shared.evaluation
+
+
 def _summary(job: Job) -> Summary | None:
     """Of the job's results; None where there are none."""
-    found = summarise(r for r in _records(job.results) if r.evaluation == job.plan.shared.evaluation)
+    found = summarise(r for r in _records(job.results) if r.evaluation == _hash(job))
     return found[0] if found else None
 
 

@@ -11,6 +11,7 @@ from ringrl.evaluation import actors
 from ringrl.evaluation.actors import PolicyActor
 from ringrl.evaluation.programs import Programs
 from ringrl.model import Policy, make_policy
+from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
 OBSERVATION, ACTION = 3, 2
 
@@ -109,3 +110,22 @@ def test_behaviour_cloning_has_no_use_for_a_prompt():
     made, context = policy(kind="behaviour_cloning"), contexts(2, 4)
     found = replayed(PolicyActor(Programs(made)), context, contexts(1, 3))
     np.testing.assert_allclose(found, made.actions(context), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_growing_over_a_mesh(prompted, small_cache, eight_devices):
+    """Three devices, among which no capacity divides: 12, 21, 42, ... tokens."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]).reshape(1, 1, 1, 3), MESH_AXES)
+    parallel = Parallel(mesh)
+    context = contexts(2, 14)
+    for x in jax.tree.leaves(context):
+        x[:, :6] = x[:1, :6]
+    for before, x in zip(context.previous, (context.action, context.reward, context.completion), strict=True):
+        before[:, 6] = x[:, 5]
+    begin = 6 if prompted else 0
+    config = ModelConfig(layers=1, width=24, heads=2, token_set="at5")
+    one, divided = (make_policy(config, OBSERVATION, ACTION, 0, parallel=where) for where in (ONE_DEVICE, parallel))
+    live = jax.tree.map(lambda x: x[:, begin:], context)
+    prompt = jax.tree.map(lambda x: x[:1, :6], context) if prompted else None
+    found = replayed(PolicyActor(Programs(divided, parallel=parallel)), live, prompt)
+    np.testing.assert_allclose(found, one.actions(context)[:, begin:], rtol=1e-5, atol=1e-5)

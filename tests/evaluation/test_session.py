@@ -1,6 +1,7 @@
 """Several evaluations: finished ones are not repeated, and those that failed to finish leave what they have."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,36 @@ def test_repeated_only_when_asked(tmp_path: Path) -> None:
     assert (len(read_records(results).records), listener.steps) == (3, 500)
     evaluate_all(jobs_in(results, seed=3)[:1])
     assert len(read_records(results).records) == 4, "another seed is another evaluation"
+
+
+def test_results_of_which_lines_are_missing_are_completed(tmp_path: Path) -> None:
+    """A kill in the middle of writing, or a line that somebody removed."""
+    results = tmp_path / "evaluation.jsonl"
+    (job, _) = jobs_in(results, environments=3)
+    evaluate_all([job])
+    whole = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(whole[:2]))
+    (summary,) = evaluate_all([job])
+    assert summary.streams == 3
+    assert len(read_records(results).records) == 5
+
+
+def test_a_journal_that_outlived_its_results_is_removed_and_not_repeated_from(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    (job, _) = jobs_in(results)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all([job], audience=Listener(after=EPISODES))
+    left = tmp_path / "left"
+    shutil.copytree(job.journal, left)
+    evaluate_all([job])
+    shutil.copytree(left, job.journal)
+    listener = Listener()
+    evaluate_all([job], again=True, audience=listener)
+    assert listener.steps == 500, "it is rolled out, not taken from the journal"
+    shutil.copytree(left, job.journal)
+    evaluate_all([job], audience=listener)
+    assert listener.steps == 500
+    assert not job.journal.exists()
 
 
 def test_a_journal_of_other_settings_is_named_and_left(tmp_path: Path) -> None:
