@@ -21,6 +21,7 @@ from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Cell, Grid, con
 from ringrl.study.report_draw import PANEL, Chart, Panel, chart_files, dress
 from ringrl.study.report_method import provenance
 from ringrl.study.report_sheet import Column, Entry, Sheet, measured, texts
+from ringrl.study.report_summary import caution
 from ringrl.study.report_svg import colour
 from ringrl.study.report_training import run_folder
 from ringrl.study.tables import ABSENT, MINUS, decimal, describe, number
@@ -29,6 +30,7 @@ from ringrl.training.run_folder import flat
 _SAME_FOR_ALL = ("run", "seed", "data", "context.trajectories")  # settings that name a cell or a place
 _RECORDED = ("target_policy", "target_return", "data_fingerprint", "device", "steps_trained", "token_set", "train_task",
              "prompt_trajectories", "cache_dtype")  # fmt: skip
+_MANY_PAIRS = 10  # from which a 95 % interval is likely to miss somewhere
 _MANY = 4  # values of one setting that are written out
 
 
@@ -96,6 +98,7 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
     page = render(
         "compare.html",
         headline=headline(found),
+        cautions=cautions(found),
         names=(_names(a), _names(b)),
         placed=place([chart])[0],
         returns=returns,
@@ -122,6 +125,16 @@ def headline(found: Comparison) -> str:
     of = f"of {len(judged)} comparison{'s' if len(judged) > 1 else ''}"
     said = [f"{'more' if more else 'less'} in {count}" for more, count in ((True, better), (False, worse)) if count]
     return f"B returns {' and '.join(said)} {of} than A."
+
+
+def cautions(found: Comparison) -> list[str]:
+    """What the comparisons that look clear may owe to chance."""
+    judged = [pair for pair in found.pairs if pair.change.interval is not None]
+    clear = [pair.change.runs for pair in judged if pair.clear]
+    said = [caution(min(clear))] if clear else []
+    if clear and len(judged) >= _MANY_PAIRS:
+        said.append(f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear if nothing differed.")
+    return [sentence for sentence in said if sentence]
 
 
 def _match(a: Iterable[Cell], b: Iterable[Cell]) -> list[tuple[Cell, Cell]]:

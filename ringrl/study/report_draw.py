@@ -65,7 +65,10 @@ class Point:
 
 def styles(grid: Grid) -> dict[Variant, Key]:
     """Colour and dashes of each method, the same in all charts: a colour with a context, grey dashes without."""
-    found = {v: Key(grid.name(v), SERIES[i % len(SERIES)]) for i, v in enumerate(grid.variants)}
+    found = {}
+    for index, variant in enumerate(grid.variants):  # dashes where the colours come round again
+        again, place = divmod(index, len(SERIES))
+        found[variant] = Key(grid.name(variant), SERIES[place], _DASHES[again % len(_DASHES)] if again else SOLID)
     for index, variant in enumerate(grid.context_free):
         found[variant] = Key(grid.name(variant), "muted", _DASHES[index % len(_DASHES)])
     return found

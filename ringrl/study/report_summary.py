@@ -107,16 +107,20 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
     return f"{subject} makes no clear difference."
 
 
-def _caution(verdicts: Sequence[Verdict]) -> str | None:
-    few = [verdict.seeds for verdict in verdicts if verdict.kind in ("helps", "hurts")]
-    if not few or min(few) >= SEEDS_FOR_A_CLAIM:
+def caution(seeds: int) -> str | None:
+    """What a difference of so few training seeds a side can and cannot show; None where they are enough."""
+    if seeds >= SEEDS_FOR_A_CLAIM:
         return None
-    seeds = min(few)
     return (
         f"With {seeds} training seeds per point this is a hint, not proof: if nothing differed, two groups of {seeds} "
         f"would still lie wholly apart once in {comb(2 * seeds, seeds) // 2} times, and bootstrap intervals of so few "
         "are too narrow."
     )
+
+
+def _caution(verdicts: Sequence[Verdict]) -> str | None:
+    clear = [verdict.seeds for verdict in verdicts if verdict.kind in ("helps", "hurts")]
+    return caution(min(clear)) if clear else None
 
 
 def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:

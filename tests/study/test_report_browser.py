@@ -55,7 +55,7 @@ def page(make_ablation, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(page, tmp_path) -> Ask:
     """Loads the page into a frame of the given width and returns what a JavaScript function of its window gives."""
 
-    def run(function: str, width: int = 1280, scheme: int = LIGHT) -> Any:
+    def run(function: str, width: int = 1280, scheme: int = LIGHT, page: Path = page) -> Any:
         frame = f'<iframe width="{width}" height="900" style="border:0" srcdoc="{html.escape(page.read_text())}">'
         script = (
             f"const frame = document.querySelector('iframe'); frame.onload = () => {{"
@@ -183,7 +183,7 @@ def test_headings_are_reached_and_pressed_by_keyboard(ask):
     assert all(state == [True, "button", 0, False] for state in reached)
 
 
-def test_a_comparison_in_the_browser(make_study, tmp_path):
+def test_a_comparison_in_the_browser(make_study, ask, tmp_path):
     a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0, layers=2)
     page, _ = write_comparison([a], [b], tmp_path / "report")
     question = (
@@ -195,6 +195,7 @@ def test_a_comparison_in_the_browser(make_study, tmp_path):
     assert before == "Agentic Transformer (1 trajectory)"
     assert after == "Agentic Transformer (2 trajectories)"
     assert charts == 1
+    assert ask("w => w.document.documentElement.scrollWidth", 400, page=page) <= 400
 
 
 def test_it_prints(page, tmp_path):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ringrl.cli import main
 from ringrl.errors import UserError
-from ringrl.study.report_compare import compare, headline, write_comparison
+from ringrl.study.report_compare import cautions, compare, headline, write_comparison
 
 
 def test_a_difference_by_hand(make_study, tmp_path):
@@ -25,6 +25,16 @@ def test_a_difference_by_hand(make_study, tmp_path):
     assert headline(found) == "B returns more in 2 of 2 comparisons than A."
     assert headline(compare([b], [a])) == "B returns less in 2 of 2 comparisons than A."
     assert headline(compare([a], [a])) == "B and A make no clear difference."
+
+
+def test_chance_is_spoken_of(make_study, make_ablation, write_results, tmp_path):
+    a, b = make_study(tmp_path / "a", seeds=3), make_study(tmp_path / "b", seeds=3, level=450.0)
+    (few,) = cautions(compare([a], [b]))
+    assert "With 3 training seeds" in few
+    assert cautions(compare([a], [a])) == []
+    lengths = tuple(range(1, 21))
+    many = [write_results(make_ablation(step=step, lengths=lengths), f"{step}.jsonl") for step in (0.0, 9.0)]
+    assert cautions(compare(many[:1], many[1:])) == ["Of 22 comparisons, about 1 would look clear if nothing differed."]
 
 
 def test_one_seed_has_no_interval_and_no_probability(make_study, tmp_path):
