@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,8 @@ _NAMES = {name: method.title for name, method in METHODS.items()} | {
 }
 
 _CONTEXT_FREE = ("random", "bc")
+
+_Place = tuple[str, "Variant", int | None, int]  # task, variant, trajectories trained on, episodes rolled out
 
 Streams = Float[np.ndarray, "streams episodes"]
 Runs = Float[np.ndarray, "seeds"]
@@ -201,32 +203,23 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         displaced += older is not None and older.checkpoint != record.checkpoint
         latest[_identity(record)] = record
     _refuse_mixed_data(latest.values())
-    streams: dict[tuple[str, Variant, int | None, int], dict[bool, dict[int, list]]] = defaultdict(
+    streams: dict[_Place, dict[bool, dict[int, list]]] = defaultdict(
         lambda: {True: defaultdict(list), False: defaultdict(list)}
     )
-    failed: dict[tuple[str, Variant, int | None, int], int] = defaultdict(int)
-    members: dict[tuple[str, Variant, int | None, int], list[EvaluationRecord]] = defaultdict(list)
+    failed: dict[_Place, int] = defaultdict(int)
+    members: dict[_Place, list[EvaluationRecord]] = defaultdict(list)
     data: dict[str, list[float]] = defaultdict(list)
     curves = {(record.task, _variant(record)) for record in latest.values()}
     for record in latest.values():
         if record.method == DATA:
             data[record.task] += record.finished
             continue
-        variant = _variant(record)
-        agentic = dataclasses.replace(variant, method="at")
-        if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
-            variant = agentic
-        key = (
-            record.task,
-            variant,
-            None if variant.context_free else record.train_trajectories,
-            record.test_trajectories,
-        )
+        key = _place(record, curves)
         cell = streams[key]
         failed[key] += record.failed
         members[key].append(record)
         if record.finished:
-            cell[record.context or variant.context_free][record.seed].append(record.returns)
+            cell[record.context or key[1].context_free][record.seed].append(record.returns)
     cells = [
         Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key], tuple(members[key]))
         for key, cell in streams.items()
@@ -276,6 +269,16 @@ def _identity(record: EvaluationRecord) -> tuple[object, ...]:
         record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
         record.cache_dtype,
     )  # fmt: skip
+
+
+def _place(record: EvaluationRecord, curves: Collection[tuple[str, Variant]]) -> _Place:
+    """The cell that a record belongs to; `curves` are the tasks and variants that there are."""
+    variant = _variant(record)
+    agentic = dataclasses.replace(variant, method="at")
+    if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
+        variant = agentic
+    train = None if variant.context_free else record.train_trajectories
+    return record.task, variant, train, record.test_trajectories
 
 
 def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:

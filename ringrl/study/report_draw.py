@@ -84,7 +84,7 @@ def panel_svg(panel: Panel) -> str:
 
 def chart_files(chart: Chart) -> dict[str, bytes]:
     """The chart for a paper, light colours and its own key: file name -> content."""
-    columns = max(1, min(3, len(chart.panels)))
+    columns = 2 if len(chart.panels) == 4 else max(1, min(3, len(chart.panels)))
     lines = max(1, -(-len(chart.panels) // columns))
     width, height = (max(panel.size[side] for panel in chart.panels) for side in (0, 1))
     with settings():
@@ -93,7 +93,7 @@ def chart_files(chart: Chart) -> dict[str, bytes]:
             axes = figure.add_subplot(lines, columns, index)
             panel.draw(axes)
             up = axes.get_title(loc="left")
-            title = f"{panel.title}: {up}" if up else panel.title
+            title = panel.title if up in panel.title else f"{panel.title}: {up}"  # "" is in every title
             axes.set_title(title, fontsize=9, loc="left", color=colour("ink"))
         if chart.keys:
             handles = [
