@@ -19,8 +19,9 @@ import tyro
 import ringrl
 from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info
 from ringrl.cli.evaluate import evaluate
+from ringrl.cli.report import report
 from ringrl.cli.run import train
-from ringrl.cli.study import ablate, demo, report
+from ringrl.cli.study import ablate, demo
 from ringrl.config import TrainConfig, merged, one_line, read_yaml
 from ringrl.errors import UserError
 from ringrl.methods import METHODS

@@ -1,4 +1,4 @@
-"""ringrl ablate, report and demo: many runs, and the page that compares them."""
+"""ringrl ablate and demo: many runs, and the page that compares them."""
 
 from pathlib import Path
 
@@ -20,20 +20,6 @@ def ablate(plan: tyro.conf.Positional[Path]) -> None:
     chosen = read_plan(plan)
     run_plan(chosen, Console(stderr=True), command_line())
     print(f"{chosen.output}; next: ringrl report {chosen.output}")
-
-
-def report(results: tyro.conf.Positional[tuple[Path, ...]], output: Path = Path("report")) -> None:
-    """Make a page from results: returns per task, return against context length with intervals.
-
-    Args:
-        results: results files (.jsonl), or folders that hold them.
-        output: folder of the page.
-    """
-    from ringrl.study.report import table, write_report
-
-    page = write_report(results, output)
-    Console().print(table(results))
-    print(page)
 
 
 def demo(output: Path = Path("demo")) -> None:

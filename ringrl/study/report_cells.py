@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from ringrl.evaluation.records import DATA, EvaluationRecord
 from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean
 from ringrl.evaluation.streams import stream_scores
 from ringrl.methods import METHODS
+from ringrl.training.budget import Budget
 
 BOOTSTRAP_SEED = 0
 RESAMPLES = 2000
@@ -24,6 +25,8 @@ _NAMES = {name: method.title for name, method in METHODS.items()} | {
 }
 
 _CONTEXT_FREE = ("random", "bc")
+
+_Place = tuple[str, "Variant", int | None, int]  # task, variant, trajectories trained on, episodes rolled out
 
 Streams = Float[np.ndarray, "streams episodes"]
 Runs = Float[np.ndarray, "seeds"]
@@ -38,6 +41,7 @@ class Variant:
     target_policy: str = ""
     prompt: int = 0  # dataset trajectories before the first episode
     train_task: str = ""  # where it is another one
+    cache: str = ""  # dtype of keys and values, where it is not the policy's
     context_free: bool = False  # its returns are levels to compare with, not points of a curve
 
 
@@ -52,11 +56,18 @@ class Cell:
     streams: Mapping[int, Streams]  # training seed -> returns, NaN where an episode failed, but for a first one
     control: Mapping[int, Streams] = field(default_factory=dict)  # the same with the memory wiped before each episode
     failed: int = 0  # episodes, the control's too; those of streams that have no return and are left out included
+    records: tuple[EvaluationRecord, ...] = field(default=(), repr=False)  # what all this was read off
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Training seeds, ascending."""
         return tuple(sorted(self.streams))
+
+    @property
+    def budgets(self) -> dict[int, Budget]:
+        """Training seed -> what training took; results from before this was told have none."""
+        told = {record.seed: record.budget for record in self.records}
+        return {seed: budget for seed, budget in sorted(told.items()) if budget is not None}
 
     @property
     def episodes(self) -> int:
@@ -108,6 +119,21 @@ class Grid:
         """The variants for which context can matter."""
         return tuple(sorted({cell.variant for cell in self.cells if not cell.variant.context_free}))
 
+    @property
+    def context_free(self) -> tuple[Variant, ...]:
+        """Those without a context."""
+        return tuple(sorted({cell.variant for cell in self.cells if cell.variant.context_free}))
+
+    @property
+    def tasks_with_context(self) -> tuple[str, ...]:
+        """The tasks that a method with a context was measured on."""
+        return tuple(task for task in self.tasks if any(self.cells_of(task, variant) for variant in self.variants))
+
+    def records_of(self, tasks: Iterable[str]) -> tuple[EvaluationRecord, ...]:
+        """The records of policies on these tasks."""
+        chosen = set(tasks)
+        return tuple(record for record in self.records if record.task in chosen and record.method != DATA)
+
     def cells_of(self, task: str, variant: Variant) -> list[Cell]:
         """The cells of a variant on a task, by context length in training, then in the rollout."""
         return [cell for cell in self.cells if (cell.task, cell.variant) == (task, variant)]
@@ -129,6 +155,8 @@ class Grid:
             parts.append(f"target {variant.target_policy or 'unknown'}")
         if variant.prompt:
             parts.append(f"prompted with {variant.prompt}")
+        if variant.cache:
+            parts.append(f"cache in {variant.cache}")
         if variant.train_task:
             parts.append(f"trained on {variant.train_task}")
         return ", ".join(parts)
@@ -175,27 +203,27 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         displaced += older is not None and older.checkpoint != record.checkpoint
         latest[_identity(record)] = record
     _refuse_mixed_data(latest.values())
-    streams: dict[tuple[str, Variant, int | None, int], dict[bool, dict[int, list]]] = defaultdict(
+    streams: dict[_Place, dict[bool, dict[int, list]]] = defaultdict(
         lambda: {True: defaultdict(list), False: defaultdict(list)}
     )
-    failed: dict[tuple[str, Variant, int | None, int], int] = defaultdict(int)
+    failed: dict[_Place, int] = defaultdict(int)
+    members: dict[_Place, list[EvaluationRecord]] = defaultdict(list)
     data: dict[str, list[float]] = defaultdict(list)
     curves = {(record.task, _variant(record)) for record in latest.values()}
     for record in latest.values():
         if record.method == DATA:
             data[record.task] += record.finished
             continue
-        variant = _variant(record)
-        agentic = dataclasses.replace(variant, method="at")
-        if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
-            variant = agentic
-        train = None if variant.context_free else record.train_trajectories
-        cell = streams[record.task, variant, train, record.test_trajectories]
-        failed[record.task, variant, train, record.test_trajectories] += record.failed
+        key = _place(record, curves)
+        cell = streams[key]
+        failed[key] += record.failed
+        members[key].append(record)
         if record.finished:
-            cell[record.context or variant.context_free][record.seed].append(record.returns)
+            cell[record.context or key[1].context_free][record.seed].append(record.returns)
     cells = [
-        Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key]) for key, cell in streams.items() if cell[True]
+        Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key], tuple(members[key]))
+        for key, cell in streams.items()
+        if cell[True]
     ]
     alone = [run for cell in streams.values() if not cell[True] for run in cell[False].values()]
     return Grid(
@@ -207,6 +235,11 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         unmatched=sum(len(run) for run in alone),
         left_out=sum(not record.finished for record in latest.values()),
     )
+
+
+def in_sentence(name: str) -> str:
+    """A method's name within a sentence: "behaviour cloning", but "TD3+BC"."""
+    return name[:1].lower() + name[1:] if name[1:2].islower() else name
 
 
 def summarise(*strata: Runs) -> Estimate:
@@ -234,7 +267,18 @@ def _identity(record: EvaluationRecord) -> tuple[object, ...]:
         record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
         record.context, record.seed, record.environment_seed, record.target_policy, record.target_return,
         record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
+        record.cache_dtype,
     )  # fmt: skip
+
+
+def _place(record: EvaluationRecord, curves: Collection[tuple[str, Variant]]) -> _Place:
+    """The cell that a record belongs to; `curves` are the tasks and variants that there are."""
+    variant = _variant(record)
+    agentic = dataclasses.replace(variant, method="at")
+    if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
+        variant = agentic
+    train = None if variant.context_free else record.train_trajectories
+    return record.task, variant, train, record.test_trajectories
 
 
 def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
@@ -255,7 +299,8 @@ def _variant(record: EvaluationRecord) -> Variant:
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {record.target_return:g}"
-    return Variant(record.method, record.token_set or "", target, record.prompt_trajectories, train_task)
+    prompt, cache = record.prompt_trajectories, record.cache_dtype or ""
+    return Variant(record.method, record.token_set or "", target, prompt, train_task, cache)
 
 
 def _stack(streams: Mapping[int, list[tuple[float | None, ...]]]) -> dict[int, Streams]:

@@ -142,7 +142,8 @@ def number(value: float | None, *, sign: bool = False) -> str:
     """A return in a sentence: whole from 100 on, one decimal below; a dash where there is none."""
     if value is None:
         return ABSENT
-    return f"{value:{'+' if sign else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
+    value = value if abs(value) >= 0.05 else 0.0  # no nought with a sign
+    return f"{value:{'+' if sign and value else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
 
 
 def normalised(task: str, value: float) -> float | None:

@@ -169,3 +169,11 @@ def test_estimates_are_the_same_every_time():
     runs = np.array([1.0, 2, 4, 8])
     assert summarise(runs) == summarise(runs)
     assert contrast(runs, runs + 1).value == -1
+
+
+def test_results_of_another_cache_are_told_apart(make_rollouts):
+    grid = gather([*make_rollouts(2, 0, 1.0), *make_rollouts(2, 0, 2.0, cache_dtype="bfloat16")])
+    assert grid.superseded == 0
+    assert [grid.name(variant) for variant in grid.variants] == [
+        "Agentic Transformer", "Agentic Transformer, cache in bfloat16",
+    ]  # fmt: skip
