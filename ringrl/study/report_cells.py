@@ -200,8 +200,11 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     displaced = 0
     for record in sorted(records, key=lambda record: record.created):
         older = latest.get(_identity(record))
-        displaced += older is not None and older.checkpoint != record.checkpoint
+        displaced += older is not None and older.checkpoint_hash != record.checkpoint_hash
         latest[_identity(record)] = record
+    whole = len(latest)
+    latest = _of_one_checkpoint(latest)
+    displaced += whole - len(latest)
     _refuse_mixed_data(latest.values())
     streams: dict[_Place, dict[bool, dict[int, list]]] = defaultdict(
         lambda: {True: defaultdict(list), False: defaultdict(list)}
@@ -215,11 +218,13 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
             data[record.task] += record.finished
             continue
         key = _place(record, curves)
+        if key[1].context_free and not record.context:
+            continue  # what the control repeats is the same
         cell = streams[key]
         failed[key] += record.failed
         members[key].append(record)
         if record.finished:
-            cell[record.context or key[1].context_free][record.seed].append(record.returns)
+            cell[record.context][record.seed].append(record.returns)
     cells = [
         Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key], tuple(members[key]))
         for key, cell in streams.items()
@@ -262,12 +267,27 @@ def contrast(ours: Runs, theirs: Runs) -> Estimate:
     return difference([ours], [theirs], generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)
 
 
-def _identity(record: EvaluationRecord) -> tuple[object, ...]:
+def _of_one_checkpoint(
+    latest: Mapping[tuple[object, ...], EvaluationRecord],
+) -> dict[tuple[object, ...], EvaluationRecord]:
+    """Those of the checkpoint that was evaluated last: one run's streams are not put together from several."""
+    in_time = sorted(latest.values(), key=lambda record: record.created)
+    newest = {_identity(record, of_stream=False): record.checkpoint_hash for record in in_time}
+    return {
+        key: record
+        for key, record in latest.items()
+        if newest[_identity(record, of_stream=False)] == record.checkpoint_hash
+    }
+
+
+def _identity(record: EvaluationRecord, *, of_stream: bool = True) -> tuple[object, ...]:
+    """What tells a stream of episodes, or else what all streams of a run have in common."""
+    asked = () if record.train_trajectories is None else (record.target_policy, record.target_return)
+    stream = (record.context, record.environment_seed) if of_stream else ()
     return (
         record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
-        record.context, record.seed, record.environment_seed, record.target_policy, record.target_return,
-        record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
-        record.cache_dtype,
+        record.seed, record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
+        record.cache_dtype, asked, stream,
     )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ class TrainingRun:
     record: EvaluationRecord  # one that its checkpoint was measured with
     variant: Variant
     length: int | None  # trajectories per training context; None for a method without
-    steps: Float[np.ndarray, "lines"]
-    losses: Float[np.ndarray, "lines"]  # NaN where a step's was not finite
+    steps: Float[np.ndarray, " lines"]
+    losses: Float[np.ndarray, " lines"]  # NaN where a step's was not finite
     tokens_per_second: float | None  # median over the lines, so that compilation and checkpoints do not count
     peak_memory: float | None  # bytes, the largest of the lines
 

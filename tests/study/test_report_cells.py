@@ -25,6 +25,27 @@ def test_a_run_is_averaged_over_its_streams(make_rollouts):
     np.testing.assert_allclose(cell.episode_runs(), [[101, 201], [111, 211], [121, 221]])
 
 
+def test_a_run_is_of_one_checkpoint_the_one_evaluated_last(make_rollouts):
+    """Four streams of a checkpoint, and then two of an earlier one: these alone count, and the page says so."""
+    later = datetime(2100, 1, 1, tzinfo=UTC)
+    old = [*make_rollouts(2, 0, 800, checkpoint_hash="a")]
+    old += [record.model_copy(update={"environment_seed": record.environment_seed + 10}) for record in old]
+    new = make_rollouts(2, 0, 100, checkpoint_hash="b", created=later)
+    for records in ([*old, *new], [*new, *old]):
+        grid = gather(records)
+        (cell,) = grid.cells
+        np.testing.assert_allclose(cell.runs(), [101])
+        assert (cell.episodes, grid.superseded, grid.displaced) == (4, 4, 4)
+
+
+def test_without_a_context_the_control_is_no_further_evidence(make_rollouts):
+    streams = make_rollouts(1, 0, 300, method="bc", train_trajectories=None)
+    older = [r.model_copy(update={"target_policy": "data_best", "target_return": 5.0}) for r in streams]
+    control = [record.model_copy(update={"context": False}) for record in streams]
+    (cell,) = gather([*older, *streams, *control]).cells
+    assert cell.episodes == len(streams), "nor is what was measured before targets were told otherwise"
+
+
 def test_the_control_stands_beside_its_rollout(make_rollouts):
     grid = gather([*make_rollouts(2, 0, 100), *make_rollouts(2, 0, 50, context=False), *make_rollouts(4, 0, 100)])
     with_control, without = grid.cells
@@ -100,7 +121,7 @@ def test_a_method_trained_without_context_is_a_reference_too(make_rollouts):
 
 
 def test_the_newer_of_two_measurements_counts(make_rollouts):
-    old = make_rollouts(2, 0, 100, created=datetime(2025, 1, 1, tzinfo=UTC), checkpoint="another run")
+    old = make_rollouts(2, 0, 100, created=datetime(2025, 1, 1, tzinfo=UTC), checkpoint_hash="another")
     new = make_rollouts(2, 0, 300, created=datetime(2025, 1, 2, tzinfo=UTC), steps_trained=4000)
     grid = gather([*new, *old])  # whatever their order
     assert (grid.superseded, grid.displaced) == (2, 2)
