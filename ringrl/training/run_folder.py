@@ -1,5 +1,6 @@
 """The folder of a run: made for one configuration, and gone on with under no other."""
 
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -34,10 +35,21 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"{config.run}: holds a run already; use --resume to go on with it, or give another --run")
+    check_configuration(config)
+
+
+def saved_configuration(run: Path) -> TrainConfig:
+    """Of the run in this folder; UserError where it cannot be read."""
+    saved = run / "config.yaml"
     try:
-        known = TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
+        return TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
     except pydantic.ValidationError as error:
         raise UserError(f"{saved}: does not fit this version ({one_line(error)}); start a new --run") from error
+
+
+def check_configuration(config: TrainConfig) -> None:
+    """UserError where the folder holds a run of other settings."""
+    known = saved_configuration(config.run)
     was, now = (flat(settings.model_dump(mode="json")) for settings in (known, config))
     changed = [
         f"{name} was {was.get(name)}, is {value}"
@@ -46,7 +58,7 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
     ]
     if changed:
         raise UserError(
-            f"{saved}: the run has another configuration ({'; '.join(changed)}); "
+            f"{config.run / 'config.yaml'}: the run has another configuration ({'; '.join(changed)}); "
             "resume with the same, or start a new --run"
         )
 
