@@ -143,7 +143,7 @@ def _cell(
         "seed": seed,
         "context": {"trajectories": trajectories},
     }
-    shared = merged(plan.settings, METHODS[method].settings or {})
+    shared = merged(merged(plan.settings, plan.task_settings.get(task, {})), METHODS[method].settings or {})
     if tokens is not None:
         own["model"] = {"token_set": tokens}
     try:

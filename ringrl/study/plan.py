@@ -50,6 +50,8 @@ class AblationPlan(Section):
     many more steps as they need to see as many timesteps."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}; those of a method win."""
+    task_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of single tasks, by the task's name, over those that all share."""
     environments: int = Field(10, ge=1)
     """Evaluation streams per cell."""
     control: bool = True
@@ -83,6 +85,13 @@ class AblationPlan(Section):
         for count in self.trajectories:
             if self.budget != "steps" and self.trajectories_per_batch % count:
                 raise ValueError(f"{count} does not divide the {self.trajectories_per_batch} trajectories_per_batch")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _settings_are_of_its_tasks(self) -> Self:
+        for task in self.task_settings:
+            if task not in self.datasets:
+                raise ValueError(f"task_settings: {task} is none of the plan's tasks ({', '.join(self.datasets)})")
         return self
 
     @pydantic.field_validator("datasets")

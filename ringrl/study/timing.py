@@ -26,7 +26,7 @@ from ringrl.training import TrainedPolicy, load_policy, train
 
 TIMINGS = "timing.json"
 STEPS = 6  # of the optimiser, the first of which is compiled and not counted
-ACTIONS = 12  # of the policy and of the environments, likewise
+ACTIONS = 40  # of the policy and of the environments, likewise
 
 
 class Timing(Section):
@@ -49,10 +49,8 @@ class Measured(NamedTuple):
 
 def shape(cell: Cell) -> str:
     """A name that cells have in common which take equally long: but for seed, folder and steps they are the same."""
-    config = cell.config.model_dump(
-        mode="json",
-        exclude={"seed": True, "run": True, "checkpoint_every": True, "log_every": True, "optimiser": {"steps"}},
-    )
+    apart = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
+    config = cell.config.model_dump(mode="json", exclude={**apart, "optimiser": {"steps": True}})
     return hashlib.sha256(json.dumps([config, cell.describe()], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -103,7 +101,13 @@ def measure(cell: Cell) -> Timing:
     config = cell.config
     with tempfile.TemporaryDirectory(prefix="ringrl-timing-") as folder:
         short = config.optimiser.model_copy(update={"steps": STEPS})
-        changes = {"run": Path(folder) / "run", "optimiser": short, "log_every": 1, "checkpoint_every": STEPS}
+        changes = {
+            "run": Path(folder) / "run",
+            "optimiser": short,
+            "log": (),
+            "log_every": 1,
+            "checkpoint_every": STEPS,
+        }
         began = time.perf_counter()
         run = train(config.model_copy(update=changes), quiet=True)
         whole = time.perf_counter() - began

@@ -10,8 +10,9 @@ from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.training.checkpoints import RunInfo
 
-# Where things lie and what they are computed on may change between a run and its resumption.
+# Where things lie and are shown, and what they are computed on, may change between a run and its resumption.
 PLACES = ("data", "run", "keep_checkpoints", "mesh.")
+SHOWN = "log"
 
 
 def claim_folder(info: RunInfo, resume: bool) -> None:
@@ -54,7 +55,7 @@ def check_configuration(config: TrainConfig) -> None:
     changed = [
         f"{name} was {was.get(name)}, is {value}"
         for name, value in now.items()
-        if not name.startswith(PLACES) and was.get(name) != value
+        if not name.startswith(PLACES) and name != SHOWN and was.get(name) != value
     ]
     if changed:
         raise UserError(
