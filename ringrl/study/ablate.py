@@ -74,10 +74,13 @@ def ablate(plan: AblationPlan, console: Console, command: str | None = None, how
         if waiting:
             console.print(cost_table(waiting, timings, len(chosen) - len(waiting), how.workers))
         estimates = {work.name: cost(work, timings).seconds if isinstance(work, Cell) else None for work in todo}
+        failed = {work: why for work in everyone if (why := failure(work)) is not None}
         with Watch(estimates, how.workers, console) as watch:
             for work, why in _outcomes(plan, todo, how, command, watch):
                 watch.end(work.name, why)
-    _tell_failures({work: why for work in everyone if (why := failure(work)) is not None}, len(everyone), console)
+                if why is not None:
+                    failed[work] = why
+    _tell_failures(failed, len(everyone), console)
     return [work.folder / EVALUATION for work in everyone]
 
 
@@ -183,8 +186,11 @@ def _why(work: Work, ended: Ended) -> str | None:
 
 def _attempt_logged(work: Work, command: str | None) -> str | None:
     """In a process of the pool: what is said goes to the cell's own log."""
-    work.folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(work.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(work.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        return f"{work.folder}: cannot be written ({error.strerror})"
     for number in (1, 2):
         os.dup2(log, number)
     os.close(log)

@@ -13,6 +13,7 @@ import json
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,7 +204,8 @@ def forget_failure(work: Work) -> None:
 def note_failure(work: Work, why: str) -> str:
     """Write down why it failed; returns it, as one line."""
     line = " ".join(why.split())
-    write(work.folder / FAILED, line + "\n")
+    with suppress(OSError):  # a disk that is full, for example, in which case it is only said
+        write(work.folder / FAILED, line + "\n")
     return line
 
 
