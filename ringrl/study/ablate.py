@@ -19,7 +19,7 @@ from ringrl.study.cells import (
     LOG,
     Cell,
     Work,
-    attempt,
+    attempt_logged,
     cells,
     check,
     failure,
@@ -171,7 +171,7 @@ def _outcomes(
         folder = plan.output / "slurm"
         yield from run_on_cluster(todo, folder, how.slurm, how.workers, command, watch.begin, how.cluster)
         return
-    tasks = [partial(_attempt_logged, work, command) for work in todo]
+    tasks = [partial(attempt_logged, work, command) for work in todo]
     with _compiled(plan.output):
         for ended in run_all(tasks, how.workers, lambda index: watch.begin(todo[index].name)):
             yield todo[ended.number], _why(todo[ended.number], ended)
@@ -182,19 +182,6 @@ def _why(work: Work, ended: Ended) -> str | None:
         return note_failure(work, ended.death)
     why: str | None = ended.result
     return why
-
-
-def _attempt_logged(work: Work, command: str | None) -> str | None:
-    """In a process of the pool: what is said goes to the cell's own log."""
-    try:
-        work.folder.mkdir(parents=True, exist_ok=True)
-        log = os.open(work.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    except OSError as error:
-        return f"{work.folder}: cannot be written ({error.strerror})"
-    for number in (1, 2):
-        os.dup2(log, number)
-    os.close(log)
-    return attempt(work, command)
 
 
 def _tell_failures(failed: Mapping[Work, str], count: int, console: Console) -> None:

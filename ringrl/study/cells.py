@@ -10,6 +10,7 @@ failed.txt        why it failed, in one line
 
 import dataclasses
 import json
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -207,6 +208,19 @@ def note_failure(work: Work, why: str) -> str:
     with suppress(OSError):  # a disk that is full, for example, in which case it is only said
         write(work.folder / FAILED, line + "\n")
     return line
+
+
+def attempt_logged(work: Work, command: str | None) -> str | None:
+    """`attempt` in a process of its own: from here on, what that says goes to the cell's log."""
+    try:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(work.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        return f"{work.folder}: cannot be written ({error.strerror})"
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.close(log)
+    return attempt(work, command)
 
 
 def attempt(work: Work, command: str | None) -> str | None:

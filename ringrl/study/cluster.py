@@ -9,7 +9,7 @@ from typing import Any
 
 from ringrl.config import SlurmConfig
 from ringrl.errors import UserError
-from ringrl.study.cells import Work, attempt, failure, is_finished, note_failure, write
+from ringrl.study.cells import Work, attempt_logged, failure, is_finished, note_failure, write
 
 JOB = "job.txt"  # in a cell's folder: the number of its job
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
@@ -75,7 +75,7 @@ def _submit(
     with executor.batch():
         submitted = [executor.submit(CellJob(work, command)) for work in new]
     for work, job in zip(new, submitted, strict=True):
-        write(work.folder.absolute().parent / f".{work.folder.name}.{JOB}", f"{job.job_id}\n")
+        write(work.folder / JOB, f"{job.job_id}\n")
     return found | dict(zip(new, submitted, strict=True))
 
 
@@ -98,7 +98,7 @@ def _parameters(slurm: SlurmConfig, workers: int, name: str) -> dict[str, Any]:
 
 def _earlier(submitit: Any, work: Work, folder: Path) -> Any:
     """The cell's job that is waiting or running; None where there is none."""
-    path = work.folder.parent / f".{work.folder.name}.{JOB}"
+    path = work.folder / JOB
     if not path.exists():
         return None
     job = submitit.SlurmJob(folder=folder.absolute(), job_id=path.read_text().strip())
@@ -135,7 +135,7 @@ class CellJob:
     command: str | None
 
     def __call__(self) -> str | None:
-        return attempt(self.work, self.command)
+        return attempt_logged(self.work, self.command)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when the time is up; the cell then goes on from its last checkpoint."""

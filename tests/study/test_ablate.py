@@ -112,7 +112,7 @@ def children(process: int) -> list[int]:
     return found
 
 
-def wait_for(what, seconds: float = 120) -> None:
+def wait_for(what, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
