@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ringrl.config import to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.records import read_records
-from ringrl.study.ablate import Run, ablate
+from ringrl.study.ablate import Run, ablate, estimate
+from ringrl.study.cells import cells, write
 from ringrl.study.plan import read_plan
 
 QUICK = Run(workers=2, timing=False)
@@ -163,7 +165,7 @@ def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(write_plan
     assert not list(output.rglob("config.yaml"))
     timings = json.loads((output / "timing.json").read_text())
     assert len(timings) == 2
-    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    rows = rows_of(done.stdout)
     _, number, steps, tokens, _, simulated, _ = rows["at_2"]
     assert int(number) == 1
     assert int(steps.replace(",", "")) in {max(1, int(0.5 / timing["step"])) for timing in timings.values()}
@@ -172,3 +174,15 @@ def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(write_plan
     assert rows["bc"][5] == "500"
     assert "with 2 at a time" in done.stdout
     assert said_by(plan, QUICK)[1] == "--untimed: the budget time needs steps that were timed; leave it out"
+
+    (cell,) = [cell for cell in cells(read_plan(plan)) if cell.folder.name == "at_2_seed3"]
+    optimiser = cell.config.optimiser.model_copy(update={"steps": 17})
+    write(cell.folder / "config.yaml", to_yaml(cell.config.model_copy(update={"optimiser": optimiser})))
+    console = Console(record=True, width=200, file=io.StringIO())
+    estimate(read_plan(plan), console)
+    assert rows_of(console.export_text())["at_2"][2] == "17", "a cell that has begun keeps its steps"
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Columns of the lines of a table, by the first."""
+    return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
