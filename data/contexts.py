@@ -1,7 +1,6 @@
 """Reading planned contexts: any rectangle of a batch, and of the store only the rows that it needs."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
 from ringrl.context import Context, Outcome
+from ringrl.cores import available_cores
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.schema import reward_key
 from ringrl.data.store import EpisodeStore
@@ -54,7 +54,7 @@ def read_contexts(
         raise ValueError(f"times: expected no time below 0, got {times.min()}")
     reader = _Reader(store, task, normalisation, plan, times)
     pieces = list(_pieces(plan, times))
-    threads = os.cpu_count() or 1
+    threads = available_cores()
     with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
         list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
     return reader.out

@@ -13,13 +13,6 @@ from typing import Any
 from ringrl.errors import UserError
 
 
-def available_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def worker_processes(
     number: int, start: Callable[..., None], arguments: tuple[Any, ...], what: str

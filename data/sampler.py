@@ -37,6 +37,7 @@ class ContextSampler:
     normalisation: Normalisation
     batch_size: int
     seed: int
+    selected_by: str | None = None  # the task whose returns config.best_fraction goes by, where it is another one
 
     def __post_init__(self) -> None:
         if self.task not in self.store.tasks:
@@ -55,7 +56,8 @@ class ContextSampler:
     def eligible(self) -> Episodes:
         """Episodes that may be drawn, in the order they were collected."""
         config = self.config
-        return eligible_episodes(self.store, self.task, self.seed, config.max_transitions, config.best_fraction)
+        task = self.selected_by or self.task
+        return eligible_episodes(self.store, task, self.seed, config.max_transitions, config.best_fraction)
 
     @property
     def time(self) -> int:

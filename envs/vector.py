@@ -7,7 +7,6 @@ that a step leads to, from which observations and rewards are read.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float, Float32, Float64
 
+from ringrl.cores import available_cores
 from ringrl.envs.domain import domain_of
 from ringrl.envs.environment import observation_and_action_space, stream
 from ringrl.envs.stacked import StackedData
@@ -71,7 +71,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._pool: ThreadPoolExecutor | None = None
         self.task = task
         self.domain = domain_of(task)
-        threads = _available_cores() if threads is None else threads
+        threads = available_cores() if threads is None else threads
         for name, number in (("num_envs", num_envs), ("threads", threads)):
             if number < 1:
                 raise UserError(f"{task}: {name} is {number}, at least 1 is needed")
@@ -217,12 +217,6 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _check_open(self) -> None:
         if self.closed:
             raise gymnasium.error.ClosedEnvironmentError(f"{self.task}: the environments are closed")
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def make_vec(

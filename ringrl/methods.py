@@ -39,6 +39,7 @@ class Method:
 # Two hidden layers of 256, as in TD3+BC's paper: cheap, since they see one step at a time.
 _FEED_FORWARD = {"layers": 2, "width": 256}
 _CLONING = {"kind": "behaviour_cloning", **_FEED_FORWARD}
+_ALONE = {"trajectories": 1}  # as there is no context: so few episodes are enough
 _TD3 = {
     "model": {"kind": "td3_bc", "dtype": "float32", "remat": "none", **_FEED_FORWARD},
     # The papers' Adam: one learning rate throughout, no weight decay; gradients are clipped nowhere near what is usual.
@@ -51,10 +52,14 @@ _TD3 = {
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "random": Method("Random policy", None),
-        "bc": Method("Behaviour cloning", {"model": _CLONING}),
+        "bc": Method("Behaviour cloning", {"model": _CLONING, "context": _ALONE, "optimiser": {"batch_size": 16}}),
         "bc-10%": Method(
             "Behaviour cloning, best 10%",
-            {"model": _CLONING, "context": {"sampling": "uniform", "best_fraction": 0.1}},
+            {
+                "model": _CLONING,
+                "context": _ALONE | {"sampling": "uniform", "best_fraction": 0.1},
+                "optimiser": {"batch_size": 16},
+            },
         ),
         "dt": Method(
             "Decision Transformer",
@@ -103,6 +108,8 @@ def method_of(config: TrainConfig) -> str:
 def check_method(config: TrainConfig, name: MethodName) -> None:
     """UserError where other settings have made another method of it; a share of the episodes, or goals, do not."""
     found = method_of(config)
+    if name in ("at", "dt") and config.context.sampling == "history_window":
+        raise UserError(f"--method {name}: context.sampling history_window is of ad; choose another, or --method ad")
     if _family(found) != _family(name):
         raise UserError(
             f"--method {name}: with the other settings the run is {found} (context.trajectories "

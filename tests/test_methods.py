@@ -51,6 +51,10 @@ def test_settings_and_name_are_each_others_inverse(name: MethodName) -> None:
 def test_a_method_overrules_another_ones_settings(name: MethodName, other: MethodName) -> None:
     """As on the command line, where --method stands over a --config of whatever kind; only numbers are left to it."""
     config = config_of(name, METHODS[other].settings, {"context": {"trajectories": 4}})
+    if other == "ad" and name in ("at", "dt"):  # other ways to sample than history's are the user's to choose
+        with pytest.raises(UserError, match=f"--method {name}: context.sampling history_window is of ad"):
+            check_method(config, name)
+        return
     check_method(config, name)
 
 
@@ -82,7 +86,7 @@ def test_names_beyond_the_table(name: MethodName, changes: dict, called: str) ->
         ("at", {"context": {"trajectories": 1}}, "dt"),
         ("dt", {"context": {"trajectories": 3}}, "at"),
         ("ad", {"context": {"target": "best"}}, "at"),
-        ("bc", {"model": {"kind": "transformer"}}, "at"),
+        ("bc", {"model": {"kind": "transformer"}}, "dt"),
         ("td3", {"actor_critic": {"behaviour_cloning": 0.1}}, r"td3\+bc"),
         ("td3+bc", {"actor_critic": {"behaviour_cloning": 0}}, "td3"),
     ],

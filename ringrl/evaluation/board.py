@@ -1,5 +1,6 @@
 """How evaluations go, and what they found, for the terminal: a table that fills in, or plain lines elsewhere."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +9,11 @@ from typing import Self
 
 import numpy as np
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ringrl.evaluation.episode import Episode
 from ringrl.evaluation.play import Part
@@ -20,6 +22,7 @@ from ringrl.evaluation.summary import Summary, mean
 
 ABSENT = "\N{EN DASH}"
 _REDRAWN = 4  # times a second
+_NUMBER = 8  # least width of a column, so that those of several tasks stand below each other
 
 
 @dataclass
@@ -87,11 +90,12 @@ class Board(Audience):
         finished = int(np.isfinite(episode.returns).sum())
         line.returns.setdefault(part, []).append(mean(episode.returns.tolist()))
         line.failed += len(episode.returns) - finished
+        pace = f"{line.rate:.0f} steps/s, {line.left} left" if line.within else "from the journal"
         line.passed, line.within = line.passed + episode.reward.size, 0
         words = f"episode {index + 1} of {line.job.plan.episodes}{'' if part == 'context' else ' of the control'}"
         value = line.returns[part][-1]
         found = "no stream finished it" if value is None else f"mean return {value:.1f} of {finished} streams"
-        self._say(f"{_name(line.job)}: {words}: {found}, {line.rate:.0f} steps/s, {line.left} left")
+        self._say(f"{_name(line.job)}: {words}: {found}, {pace}")
 
     def finish(self, job: Job, summary: Summary, *, repeated: bool) -> None:
         """Show what is known of it."""
@@ -132,20 +136,28 @@ class Board(Audience):
         return shown
 
 
-def final_table(summaries: Sequence[Summary]) -> Table:
-    """What was found, a part per task: mean returns over the streams, normalised scores in brackets."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=0)
-    shown.add_column("Method")
-    for name in ("n", "First", "Last", "Mean", "Best of n", "Without\ncontext", "Failed"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for index, summary in enumerate(summaries):
-        if index == 0 or summary.task != summaries[index - 1].task:
-            shown.add_section()
-            shown.add_row(f"[bold]{escape(summary.task)}")
+def final_table(summaries: Sequence[Summary]) -> Group:
+    """What was found, a table per task: mean returns over the streams, normalised scores in brackets."""
+    tables = [
+        _task_table(task, list(group)) for task, group in itertools.groupby(summaries, lambda summary: summary.task)
+    ]
+    meaning = (
+        "Means over the streams; in brackets normalised scores. Episodes: streams x n, one after another in a context. "
+        "Without context: best of n that do not remember each other."
+    )
+    return Group(*tables, Text(meaning, style="dim"))
+
+
+def _task_table(task: str, summaries: Sequence[Summary]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, title=escape(task), title_justify="left", title_style="bold")
+    shown.add_column("Method", min_width=12, overflow="fold")
+    for name in ("Episodes", "First", "Last", "Mean", "Best of n", "Without\ncontext", "Failed"):
+        shown.add_column(name, justify="right", no_wrap=True, min_width=_NUMBER)
+    for summary in summaries:
         failed = summary.failed + summary.failed_without_context
         shown.add_row(
             escape(summary.method),
-            str(summary.episodes),
+            f"{summary.streams} x {summary.episodes}",
             *(_both(summary.metrics, summary.scores, name) for name in ("first", "last", "mean", "best")),
             _both(summary.metrics_without_context, summary.scores_without_context, "best"),
             str(failed) if failed else ABSENT,
@@ -155,7 +167,7 @@ def final_table(summaries: Sequence[Summary]) -> Table:
 
 def _both(metrics: Mapping[str, float | None], scores: Mapping[str, float | None], name: str) -> str:
     value, score = metrics.get(name), scores.get(name)
-    return _number(value) if score is None else f"{_number(value)} ({score:.0f})"
+    return _number(value) if score is None else f"{_number(value)} ({round(score)})"
 
 
 def _number(value: float | None) -> str:

@@ -60,6 +60,15 @@ class Journal:
         except OSError as error:
             raise self._unwritable(error) from error
 
+    def has(self, part: str, index: int) -> bool:
+        """Whether an episode stands there."""
+        return self._file(part, index).exists()
+
+    def clear(self) -> None:
+        """Forget all episodes."""
+        for path in self.folder.glob("*.npz"):
+            path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let others use it."""
         self._lock.close()

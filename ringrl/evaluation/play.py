@@ -51,6 +51,22 @@ class Plan:
         return self.shared.test_trajectories
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """The streams, and the control where it is asked for."""
+        return ("context", "control") if self.control else ("context",)
+
+    @property
+    def last(self) -> tuple[Part, int]:
+        """Part and index of the episode that ends last."""
+        return self.parts[-1], self.episodes - 1
+
+    @property
+    def streams(self) -> set[tuple[bool, int]]:
+        """(whether in context, environment seed) of every record."""
+        first = self.shared.environment_seed
+        return {(part == "context", first + index) for part in self.parts for index in range(self.environments)}
+
+    @property
     def steps(self) -> int:
         """Environment steps in all, the control's included."""
         return self.environments * self.episodes * self.normalisation.episode_length * (2 if self.control else 1)
@@ -89,9 +105,10 @@ def play(
     watch = watch or Watch()
     made = _make_groups(plan, _default_groups(plan) if groups is None else groups)
     try:
-        parts: tuple[Part, ...] = ("context", "control") if plan.control else ("context",)
         return [
-            record for part in parts for record in _records(plan, part, _roll_out(plan, part, made, journal, watch))
+            record
+            for part in plan.parts
+            for record in _records(plan, part, _roll_out(plan, part, made, journal, watch))
         ]
     finally:
         for group in made:
@@ -146,7 +163,8 @@ def _roll_out(plan: Plan, part: Part, groups: Sequence[Group], journal: Journal 
 def _records(plan: Plan, part: Part, episodes: Sequence[_Outcome]) -> list[EvaluationRecord]:
     returns = np.stack([episode.returns for episode in episodes], axis=1)
     returns[np.logical_or.accumulate(np.isnan(returns), axis=1)] = np.nan  # the control's streams end as the others do
-    steps = np.sum([episode.steps for episode in episodes], axis=0)
+    before = np.pad(np.isfinite(returns), ((0, 0), (1, 0)), constant_values=True)[:, :-1]  # it had not failed by then
+    steps = np.sum([episode.steps for episode in episodes] * before.T, axis=0)
     seconds = sum(episode.seconds for episode in episodes)
     return [
         EvaluationRecord.model_validate(

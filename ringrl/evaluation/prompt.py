@@ -14,7 +14,7 @@ from ringrl.errors import UserError
 from ringrl.training.checkpoints import RunInfo
 from ringrl.training.run_folder import dataset_fingerprint
 
-FIRST_DRAW = 2**32  # prompts are drawn as the contexts of steps that no training comes to
+FIRST_DRAW = 2**64  # prompts are drawn as the contexts of steps that no training comes to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
 def trained_returns(info: RunInfo, store: EpisodeStore, task: str) -> np.ndarray:
     """Returns in a task of the episodes that the run was trained on."""
     context = info.config.context
-    chosen = eligible_episodes(store, task, info.config.seed, context.max_transitions, context.best_fraction)
+    own = info.config.task
+    chosen = eligible_episodes(store, own, info.config.seed, context.max_transitions, context.best_fraction)
     return store.returns(task)[chosen]
 
 
@@ -77,8 +78,10 @@ def draw_prompt(
     """
     config = info.config
     drawn = config.context.model_copy(update={"trajectories": trajectories})
+    if drawn.sampling == "fixed":  # which is: the same at every step
+        drawn = drawn.model_copy(update={"sampling": "uniform"})
     try:
-        sampler = ContextSampler(store, task, drawn, info.normalisation, batch_size=1, seed=config.seed)
+        sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, selected_by=config.task)
     except UserError as error:
         raise UserError(f"--prompt-trajectories: {error}") from error
     plan = sampler.plan(FIRST_DRAW + seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ringrl.data.normalisation import Normalisation
@@ -15,12 +16,15 @@ from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor, PolicyActor, RandomActor
 from ringrl.evaluation.play import Plan, Watch, play
+from ringrl.evaluation.programs import Programs
 from ringrl.evaluation.prompt import Prompt, draw_prompt, open_dataset, trained_returns
 from ringrl.evaluation.records import EvaluationRecord, library_versions
 from ringrl.evaluation.target import NO_TARGET, TargetPolicy
 from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
+from ringrl.training.budget import budget
 
+SIMULATING, COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}  # what decides a result
 FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the training's lie far below
 
 
@@ -34,6 +38,7 @@ class Protocol:
 
     With `control`, the same number of episodes is rolled out without memory of each other, so that best-of-n can be
     compared with best-of-n. A prompt stays: before each of the control's episodes the memory holds it and nothing else.
+    Keys and values are kept in `cache_dtype`, or in the dtype that the policy computes in.
     """
 
     environments: int = 10
@@ -43,6 +48,7 @@ class Protocol:
     control: bool = False
     prompt_trajectories: int = 0
     prompt_seed: int = 0
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -65,6 +71,7 @@ def plan_policy(
     task: str | None = None,
     data: Path | None = None,
     command: str | None = None,
+    programs: Programs | None = None,
 ) -> Plan:
     """What is to be rolled out for a trained policy; nothing is, yet.
 
@@ -76,6 +83,7 @@ def plan_policy(
       data: where the run's dataset lies, if it has moved. It is needed for a prompt, for a target that is a quantile,
         and for any target but a number in another task than the one trained on.
       command: the command line, for the records.
+      programs: of the same policy, where it acts in several tasks; None: compiled for this one.
 
     Raises:
       UserError: a task of another domain than the checkpoint's, a domain that is not simulated here, a prompt for a
@@ -88,15 +96,24 @@ def plan_policy(
     if domain_of(task).name != info.domain:
         raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
     choice = _choose(trained, run, protocol, task, data)
-    policy = trained.towards(task)
+    shared = _record(trained, run, protocol, task, choice, command)
+    if programs is None or programs.policy is not trained.towards(task):
+        programs = programs_of(trained, protocol, task)
+    chosen = programs
     return _plan(
-        _record(trained, run, protocol, task, choice, command),
+        shared,
         protocol,
         info.normalisation,
-        lambda first: PolicyActor(policy),
+        lambda first: PolicyActor(chosen),
         config.context.trajectories,
         None if choice.prompt is None else choice.prompt.context,
     )
+
+
+def programs_of(trained: TrainedPolicy, protocol: Protocol, task: str) -> Programs:
+    """What a policy computes in a task; in all tasks of its domain, but for one that is told its goal."""
+    dtype = None if protocol.cache_dtype is None else jnp.dtype(protocol.cache_dtype)
+    return Programs(trained.towards(task), dtype, trained.parallel)
 
 
 def plan_random(task: str, protocol: Protocol, *, command: str | None = None) -> Plan:
@@ -172,6 +189,9 @@ def _record(
         checkpoint_hash=trained.parameter_hash,
         configuration_hash=_digest(config.model_dump(mode="json")),
         data_fingerprint=info.data_fingerprint,
+        budget=budget(info, trained.step, run),
+        cache_devices=trained.parallel.ring_size,
+        cache_dtype=protocol.cache_dtype if is_transformer and protocol.cache_dtype != config.model.dtype else None,
         **_common(protocol, command),
     )
 
@@ -181,7 +201,9 @@ def _choose(trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, da
     config, count = info.config, protocol.prompt_trajectories
     has_context = config.model.kind == "transformer"
     if count and not has_context:
-        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(trained.info.config)}), leave it out")
+        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(config)}), leave it out")
+    if protocol.cache_dtype is not None and not has_context:
+        raise UserError(f"--cache-dtype: {run} has no context ({method_of(config)}), leave it out")
     has_target = has_context and config.context.target != NO_TARGET
     other_task = task != config.task and policy.kind != "given"
     store = None
@@ -218,7 +240,11 @@ def _plan(
     trajectories: int = 1,
     prompt: Any = None,
 ) -> Plan:
-    decides = shared.model_dump(mode="json", exclude={"checkpoint", "command", "created", "returns"})
+    decides = shared.model_dump(mode="json", exclude={"checkpoint", "command", "created", "returns", "budget"})
+    computing = SIMULATING | COMPUTING
+    if shared.method == "random":  # which computes nothing
+        computing, decides["device"] = SIMULATING, None
+    decides["versions"] = {name: version for name, version in shared.versions.items() if name in computing}
     about = decides | {"environments": protocol.environments, "control": protocol.control}
     shared = shared.model_copy(update={"evaluation": _digest(about)})
     return Plan(shared, about, protocol.environments, protocol.control, normalisation, make_actor, trajectories, prompt)

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from ringrl.errors import UserError
+from ringrl.training.budget import Budget
 
 # Raised whenever what a number means changes; numbers of two protocols are never put side by side.
 PROTOCOL: Literal[1] = 1
@@ -77,12 +78,18 @@ class EvaluationRecord(pydantic.BaseModel):
     """What was in it."""
     data_fingerprint: str | None = None
     """SHA-256 of the dataset that was trained on."""
+    budget: Budget | None = None
+    """What training took."""
     configuration_hash: str | None = None
     """SHA-256 of the training run's configuration."""
     evaluation: str | None = None
     """SHA-256 of all that decides the result; shared by all streams of one evaluation."""
     device: str | None = None
     """What the policy was computed on."""
+    cache_devices: PositiveInt = 1
+    """Among which each context was divided."""
+    cache_dtype: str | None = None
+    """In what keys and values were kept; None: in the dtype that the policy computes in, or there are none."""
     steps_simulated: NonNegativeInt | None = None
     """Environment steps of this stream before it failed; all, if it did not."""
     wall_seconds: NonNegativeFloat | None = None
@@ -140,7 +147,7 @@ def library_versions() -> dict[str, str]:
 
 
 def data_records(
-    task: str, returns: Float[np.ndarray, "episodes"], *, data_fingerprint: str, versions: dict[str, str]
+    task: str, returns: Float[np.ndarray, " episodes"], *, data_fingerprint: str, versions: dict[str, str]
 ) -> list[EvaluationRecord]:
     """The dataset's own episode returns as records of the method "data", one per episode."""
     created = datetime.now(UTC)

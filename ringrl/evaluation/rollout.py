@@ -188,7 +188,11 @@ class _Player:
         action = np.where(self._failed[:, None], np.float32(0), action)
         observation, reward, _, truncated, info = self._environments.step(action)
         if truncated.any() != (timestep == self._length - 1):
-            raise UserError(f"environment: episodes end after {timestep + 1} steps, the data's after {self._length}")
+            ends = "end" if truncated.any() else "go on"
+            raise UserError(
+                f"environment: episodes {ends} after {timestep + 1} steps, and the data's end after {self._length}; "
+                "train on data of whole episodes"
+            )
         action = np.where(self._failed[:, None], np.float32(np.nan), action)
         self._failed = self._failed | ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward))
         observation, physics = self._known(observation, info)

@@ -161,16 +161,16 @@ class Profile:
         runs: how many it stands on.
     """
 
-    thresholds: Float64[np.ndarray, "thresholds"]
-    fractions: Float64[np.ndarray, "thresholds"]
-    low: Float64[np.ndarray, "thresholds"] | None
-    high: Float64[np.ndarray, "thresholds"] | None
+    thresholds: Float64[np.ndarray, " thresholds"]
+    fractions: Float64[np.ndarray, " thresholds"]
+    low: Float64[np.ndarray, " thresholds"] | None
+    high: Float64[np.ndarray, " thresholds"] | None
     runs: int
 
 
 def performance_profile(
     strata: Strata,
-    thresholds: Float[np.ndarray, "thresholds"],
+    thresholds: Float[np.ndarray, " thresholds"],
     *,
     generator: np.random.Generator,
     confidence: float = 0.95,

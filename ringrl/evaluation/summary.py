@@ -1,6 +1,7 @@
 """Results in short: what one evaluation found, from its records."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -59,7 +60,7 @@ def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
         UserError: the file cannot be written.
     """
     values = {"protocol": PROTOCOL, "evaluations": [asdict(summary) for summary in summarise(records)]}
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
         temporary.replace(path)

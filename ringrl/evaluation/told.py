@@ -29,7 +29,7 @@ class Told:
     @property
     def clipped_prompt(self) -> Context | None:
         """The prompt as the policy sees it."""
-        if self.prompt is None or self.trajectories is None:
+        if self.prompt is None or self.trajectories is None or self.prompt.trajectory.max() < self.trajectories:
             return self.prompt
         return self.prompt._replace(trajectory=np.minimum(self.prompt.trajectory, self.trajectories - 1))
 

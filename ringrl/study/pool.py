@@ -9,7 +9,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from ringrl.data.processes import available_cores, end_with_parent
+from ringrl.cores import available_cores
+from ringrl.data.processes import end_with_parent
 
 Task = Callable[[], Any]  # can be pickled, as what it returns
 

@@ -91,7 +91,7 @@ class Grid:
     """Everything a report is made from."""
 
     cells: tuple[Cell, ...]
-    data: Mapping[str, Float[np.ndarray, "episodes"]]  # task -> returns of the dataset's episodes
+    data: Mapping[str, Float[np.ndarray, " episodes"]]  # task -> returns of the dataset's episodes
     records: tuple[EvaluationRecord, ...]  # those that count
     superseded: int  # older records of what was measured again
     displaced: int  # those of them that came from another checkpoint

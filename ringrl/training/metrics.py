@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
@@ -96,10 +97,10 @@ def progress_bar(console: Console, disable: bool) -> Progress:
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]}"),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),  # in a narrow terminal, this is what stays
+        TextColumn("left  {task.fields[speed]}", table_column=Column(no_wrap=True)),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
         console=console,
         disable=disable,
     )

@@ -102,4 +102,19 @@ def test_the_final_table_fits_80_columns(jobs: list[Job]) -> None:
     assert "…" not in text
     assert all(task in text for task in TASKS)
     (line,) = [row for row in text.splitlines() if row.strip().startswith("at") and "(9)" in row]
-    assert line.split() == ["at", "3", "120", "(9)", "\N{EN DASH}", "120", "(9)", "120", "(9)", "730", "(72)", "4"]
+    assert line.split() == [
+        "at",
+        "2",
+        "x",
+        "3",
+        "120",
+        "(9)",
+        "\N{EN DASH}",
+        "120",
+        "(9)",
+        "120",
+        "(9)",
+        "730",
+        "(72)",
+        "4",
+    ]

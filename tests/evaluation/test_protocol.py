@@ -4,14 +4,28 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from ringrl.config import MeshConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.sampler import ContextSampler
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import Protocol, evaluate_policy, evaluate_random, plan_policy, plan_random
+from ringrl.evaluation import protocol as protocol_module
+from ringrl.evaluation.play import play
+from ringrl.evaluation.protocol import (
+    Protocol,
+    evaluate_policy,
+    evaluate_random,
+    plan_policy,
+    plan_random,
+    programs_of,
+)
+from ringrl.evaluation.records import library_versions
+from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.training import TrainedPolicy, load_policy
+from ringrl.training.budget import budget
 
 TASK, OTHER = "jaco_reach_top_left", "jaco_reach_bottom_right"
 
@@ -47,6 +61,56 @@ def test_behaviour_cloning_is_asked_for_nothing(make_run: Callable[..., Path]) -
     run = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
     plan = plan_policy(load_policy(run), run, Protocol(target="q0.5"))
     assert (plan.shared.method, plan.shared.target_policy, plan.shared.target_return) == ("bc", "none", None)
+
+
+def test_what_training_took_is_told(trained: TrainedPolicy, at_run: Path) -> None:
+    """And is no part of what tells evaluations apart: a run's log may be gone."""
+    shared = plan_policy(trained, at_run, Protocol()).shared
+    assert shared.budget == budget(trained.info, trained.step, at_run)
+    assert shared.budget.tokens > 0
+    elsewhere = plan_policy(trained, at_run / "nowhere", Protocol()).shared
+    assert (elsewhere.budget.seconds, elsewhere.evaluation) == (None, shared.evaluation)
+
+
+def test_tasks_of_a_policy_share_its_programs(trained: TrainedPolicy, at_run: Path) -> None:
+    programs = programs_of(trained, Protocol(), TASK)
+    plans = [plan_policy(trained, at_run, Protocol(), task=task, programs=programs) for task in (TASK, OTHER)]
+    for plan in plans:
+        play(plan)
+        assert len(programs) == 2, "for the first step, and for the others"
+
+
+def test_a_cache_in_bfloat16_is_told_and_rounds(trained: TrainedPolicy, at_run: Path) -> None:
+    exact, rounded = (plan_policy(trained, at_run, Protocol(1, cache_dtype=dtype)) for dtype in (None, "bfloat16"))
+    assert (exact.shared.cache_dtype, rounded.shared.cache_dtype) == (None, "bfloat16")
+    assert exact.shared.evaluation != rounded.shared.evaluation
+    assert play(exact)[0].returns != play(rounded)[0].returns
+
+
+def test_contexts_divided_over_eight_devices(
+    trained: TrainedPolicy, at_run: Path, make_run: Callable[..., Path], eight_devices: None
+) -> None:
+    """The same actions to rounding, on states that are told and not simulated: contacts would blow rounding up."""
+    divided = load_policy(at_run, mesh=MeshConfig(seq=8))
+    assert divided.parameter_hash == trained.parameter_hash
+    plans = [
+        plan_policy(policy, at_run, Protocol(1, prompt_trajectories=1)) for policy in (load_policy(at_run), divided)
+    ]
+    actors = [plan.make_actor(0) for plan in plans]
+    steps = jax.tree.map(lambda x: x[:, :20], plans[0].prompt)
+    for actor, plan in zip(actors, plans, strict=True):
+        actor.start(1, 20, plan.prompt)
+    for time in range(20):
+        step = jax.tree.map(lambda x, time=time: x[:, time : time + 1], steps)
+        expected, found = (np.asarray(actor.act(step)) for actor in actors)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        for actor in actors:
+            actor.observe(step)
+    with pytest.raises(UserError, match=r"^mesh: a policy that acts is divided along mesh.seq alone"):
+        load_policy(at_run, mesh=MeshConfig(seq=2, data=2))
+    cloned = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
+    with pytest.raises(UserError, match=r"^mesh.seq: behaviour_cloning has no context"):
+        load_policy(cloned, mesh=MeshConfig(seq=2))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +197,38 @@ def test_a_prompt_of_the_training_rules_is_what_the_sampler_gives(
     plan = plan_policy(trained, at_run, Protocol(prompt_trajectories=3, target=best))
     info = trained.info
     sampler = ContextSampler(jaco_store, TASK, info.config.context, info.normalisation, 1, info.config.seed)
-    expected = sampler.batch(2**32)
+    expected = sampler.batch(2**64)
     for name in ("observation", "action", "return_to_go", "completion", "trajectory"):
         np.testing.assert_array_equal(getattr(plan.prompt, name), getattr(expected, name), err_msg=name)
+
+
+def test_prompts_are_none_of_the_contexts_trained_on(
+    trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
+) -> None:
+    """Where all are of history's order, seeds that coincide would show: few steps, and rows of a batch."""
+    random = with_config(trained, context={"order": "random", "trajectories": 4})
+    info = random.info
+    sampler = ContextSampler(jaco_store, TASK, info.config.context, info.normalisation, 6, info.config.seed)
+    for seed in range(4):
+        prompt = plan_policy(random, at_run, Protocol(prompt_trajectories=4, prompt_seed=seed)).shared.prompt_episodes
+        assert prompt not in {tuple(row) for row in sampler.plan(seed).episodes.tolist()}
+
+
+def test_prompts_differ_where_all_training_contexts_are_the_same(trained: TrainedPolicy, at_run: Path) -> None:
+    fixed = with_config(trained, context={"sampling": "fixed"})
+    drawn = (Protocol(prompt_trajectories=3, prompt_seed=seed) for seed in range(6))
+    assert len({plan_policy(fixed, at_run, protocol).shared.prompt_episodes for protocol in drawn}) > 2
+
+
+def test_in_another_task_prompts_and_targets_are_of_the_episodes_that_were_trained_on(
+    trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
+) -> None:
+    best_two = with_config(trained, context={"best_fraction": 0.25})
+    chosen = np.sort(np.argsort(jaco_store.returns(TASK))[-2:])
+    assert set(chosen) != set(np.argsort(jaco_store.returns(OTHER))[-2:]), "the other task's best are others"
+    shared = plan_policy(best_two, at_run, Protocol(prompt_trajectories=2), task=OTHER).shared
+    assert sorted(shared.prompt_episodes) == chosen.tolist()
+    assert shared.target_return == jaco_store.returns(OTHER)[chosen].max()
 
 
 def test_what_needs_the_data_says_so(
@@ -156,7 +249,7 @@ def test_what_needs_the_data_says_so(
 
 
 def test_the_hash_of_an_evaluation_tells_all_that_decides_it(
-    trained: TrainedPolicy, at_run: Path, tmp_path: Path
+    trained: TrainedPolicy, at_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hash_of(task: str = TASK, run: Path = at_run, command: str = "", **changes: object) -> str:
         protocol = Protocol(**({"environments": 2, "target": "10"} | changes))
@@ -169,6 +262,19 @@ def test_the_hash_of_an_evaluation_tells_all_that_decides_it(
         hash_of(target="11"), hash_of(prompt_trajectories=1), hash_of(prompt_trajectories=1, prompt_seed=1),
     ]  # fmt: skip
     assert len({base, *others}) == 1 + len(others)
+    changes = {"step": 1, "parameter_hash": "another", "parallel": Parallel(jax.make_mesh((1, 1, 1, 1), MESH_AXES))}
+    for name, value in changes.items():
+        changed = dataclasses.replace(trained, **{name: value})
+        found = plan_policy(changed, at_run, Protocol(2, target="10")).shared.evaluation
+        assert (found == base) is (name == "parallel"), "a ring of one is one device"
+    monkeypatch.setattr(Parallel, "ring_size", 2)
+    assert hash_of() != base
+    monkeypatch.undo()
+    assert hash_of(cache_dtype=trained.info.config.model.dtype) == base, "which is what it is kept in anyway"
+    monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"optax": "other"})
+    assert hash_of() == base, "it decides nothing here"
+    monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"mujoco": "other"})
+    assert hash_of() != base
 
 
 def test_random_actions_do_not_depend_on_what_is_beside_them() -> None:

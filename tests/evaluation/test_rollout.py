@@ -15,6 +15,7 @@ from ringrl.envs import DOMAINS, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, PolicyActor, RandomActor
 from ringrl.evaluation.episode import ARRAYS, Episode
+from ringrl.evaluation.programs import Programs
 from ringrl.evaluation.rollout import Group, rollout
 from ringrl.model import Policy, make_policy
 
@@ -143,7 +144,7 @@ def test_what_the_policy_is_told(two_random_episodes, plain_loop):
 def test_actions_equal_the_full_forward_pass_at_every_position(settings):
     """Two episodes in one context, over every growth of the cache."""
     policy = tiny(**settings)
-    recorder = Recorder(PolicyActor(policy))
+    recorder = Recorder(PolicyActor(Programs(policy)))
     run(recorder, episodes=2 if policy.tokens_per_step == 5 else 3)
     context = recorder.context
     tokens = context.reward.shape[1] * policy.tokens_per_step
@@ -173,7 +174,7 @@ def test_a_policy_acts_alike_at_any_place_of_a_batch(rows, two_random_episodes):
     """Replayed and not rolled out again: contacts would blow up what float32 rounds differently."""
     _, recorder, _ = two_random_episodes
     contexts = jax.tree.map(lambda x: np.concatenate([x[:, :300], x[:1, 200:500]]), recorder.context)
-    actor = PolicyActor(tiny(token_set="ring4"))
+    actor = PolicyActor(Programs(tiny(token_set="ring4")))
     whole, some = replayed(actor, contexts), replayed(actor, jax.tree.map(lambda x: x[rows], contexts))
     np.testing.assert_allclose(some, whole[rows], rtol=1e-5, atol=1e-5)
     assert all(np.abs(whole[i] - whole[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -189,13 +190,13 @@ def test_environments_of_a_batch_do_not_know_each_other():
 
 
 def test_an_actor_starts_anew_with_every_rollout():
-    actor = PolicyActor(tiny(token_set="fused1"))
+    actor = PolicyActor(Programs(tiny(token_set="fused1")))
     np.testing.assert_array_equal(run(actor), run(actor))
 
 
 def test_behaviour_cloning_rolls_out():
     policy = tiny(kind="behaviour_cloning")
-    recorder = Recorder(PolicyActor(policy))
+    recorder = Recorder(PolicyActor(Programs(policy)))
     run(recorder)
     expected = policy.actions(recorder.context)
     np.testing.assert_allclose(recorder.context.action, expected, rtol=1e-5, atol=1e-5)
@@ -380,7 +381,7 @@ def test_actions_after_a_prompt_equal_the_full_forward_pass(token_set, two_rando
     prompt = prompt._replace(
         previous=jax.tree.map(lambda x: np.concatenate([0 * x[:, :1], x[:, 1:]], 1), prompt.previous)
     )
-    recorder = Recorder(PolicyActor(policy))
+    recorder = Recorder(PolicyActor(Programs(policy)))
     rollout([Group(recorder, drift(None, None))], SHORT, episodes=2, target_return=2.0, prompt=prompt, seed=0)
     both = jax.tree.map(lambda x, y: np.concatenate([np.repeat(x, 2, axis=0), y], axis=1), prompt, recorder.context)
     expected = policy.actions(both)[:, prompt.reward.shape[1] :]
@@ -393,5 +394,5 @@ def test_actions_after_a_prompt_equal_the_full_forward_pass(token_set, two_rando
 def test_episodes_of_another_length_than_the_datas_are_refused(length):
     vector = make_vec(TASK, 1, seed=0)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, length)
-    with pytest.raises(UserError, match="episodes end after"):
+    with pytest.raises(UserError, match=r"episodes (end|go on) after"):
         rollout([Group(RandomActor(9, 0), vector)], normalisation, episodes=1, target_return=1.0)

@@ -1,6 +1,7 @@
 """Several evaluations: finished ones are not repeated, and those that failed to finish leave what they have."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,36 @@ def test_repeated_only_when_asked(tmp_path: Path) -> None:
     assert len(read_records(results).records) == 4, "another seed is another evaluation"
 
 
+def test_results_of_which_lines_are_missing_are_completed(tmp_path: Path) -> None:
+    """A kill in the middle of writing, or a line that somebody removed."""
+    results = tmp_path / "evaluation.jsonl"
+    (job, _) = jobs_in(results, environments=3)
+    evaluate_all([job])
+    whole = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(whole[:2]))
+    (summary,) = evaluate_all([job])
+    assert summary.streams == 3
+    assert len(read_records(results).records) == 5
+
+
+def test_a_journal_that_outlived_its_results_is_removed_and_not_repeated_from(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    (job, _) = jobs_in(results)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all([job], audience=Listener(after=EPISODES))
+    left = tmp_path / "left"
+    shutil.copytree(job.journal, left)
+    evaluate_all([job])
+    shutil.copytree(left, job.journal)
+    listener = Listener()
+    evaluate_all([job], again=True, audience=listener)
+    assert listener.steps == 500, "it is rolled out, not taken from the journal"
+    shutil.copytree(left, job.journal)
+    evaluate_all([job], audience=listener)
+    assert listener.steps == 500
+    assert not job.journal.exists()
+
+
 def test_a_journal_of_other_settings_is_named_and_left(tmp_path: Path) -> None:
     results = tmp_path / "evaluation.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -102,3 +133,32 @@ def test_results_that_cannot_be_written_are_found_out_first(tmp_path: Path, plac
     with pytest.raises(UserError, match="cannot be written"):
         evaluate_all(jobs_in(tmp_path / place), audience=listener)
     assert listener.heard == []
+
+
+def test_videos_of_what_was_rolled_out(tmp_path: Path) -> None:
+    """Beside the results, of an evaluation that was interrupted too; what is finished is not rolled out for them."""
+    results = tmp_path / "evaluation.jsonl"
+    job = Job(plan_random("cartpole_swingup", Protocol(environments=2, episodes=EPISODES)), results)
+    listener = Listener(after=1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all([job], audience=listener)
+    evaluate_all([job], video=True, audience=listener)
+    (remark,) = listener.remarks
+    if remark.startswith("no video"):
+        assert "OpenGL" in remark
+        assert len(read_records(results).records) == 2, "the evaluation went on without"
+        pytest.skip(remark)
+    assert remark == f"first.mp4, median.mp4, best.mp4: in {job.videos}"
+    assert sorted(path.name for path in job.videos.iterdir()) == ["best.mp4", "first.mp4", "median.mp4"]
+    again = Listener()
+    evaluate_all([job], video=True, audience=again)
+    assert (again.steps, str(job.videos) in again.remarks[0]) == (0, True)
+
+
+def test_where_no_video_can_be_made_the_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    (job, _), listener = jobs_in(tmp_path / "evaluation.jsonl"), Listener()
+    evaluate_all([job], video=True, audience=listener)
+    assert listener.remarks[0].startswith("no video: ")
+    assert len(read_records(job.results).records) == 1
+    assert not list(job.videos.glob("*.mp4"))
