@@ -40,7 +40,8 @@ class AblationPlan(Section):
     """Methods that remember no other episode; evaluated in single episodes."""
     budget: Budget = "tokens"
     """What is the same for all cells of a task. tokens: the timesteps seen in training. steps: the optimiser's steps,
-    of as many contexts each (baselines: of what their method sets), so that a longer context sees more. time: seconds of training, see `seconds`."""
+    of as many contexts each (baselines: of what their method sets), so that a longer context sees more. time:
+    seconds of training, see `seconds`."""
     seconds: float = Field(60.0, gt=0)
     """Of training per cell, for the budget time: the steps are as many as fit in, by the speed measured before the
     first cell starts. They are fixed then, so that the learning rate can fall to its end; no clock stops a run."""
