@@ -206,6 +206,9 @@ class TrainConfig(Section):
     """Newest checkpoints kept."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """What shows the same numbers besides metrics.jsonl; wandb works offline, in the run's folder, unless the
+    environment's WANDB_MODE says otherwise."""
     ignored_observations: tuple[int, ...] = ()
     """Components of the observation, from 0, that the model does not see."""
     context: ContextConfig = ContextConfig()

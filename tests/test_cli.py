@@ -239,6 +239,10 @@ def test_mistakes_about_files_name_the_file(
         ["train", "--config", str(missing)],
     ):
         assert str(missing) in refused(arguments, capsys)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"data": str(missing), "task": "jaco_reach_top_left", "output": str(missing)}))
+    assert str(missing) in refused(["ablate", str(plan), "--dry-run"], capsys)
+    assert "--workers" in refused(["ablate", str(plan), "--workers", "0"], capsys)
     data = ["--data", str(jaco_store.path), "--run", str(missing)]
     assert "walker_walk" in refused(["train", "--task", "walker_walk", *data], capsys)
     assert "walker_walk" in refused(["evaluate", "--checkpoint", str(run), "--task", "walker_walk"], capsys)

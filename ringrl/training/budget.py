@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import Field
 
-from ringrl.config import Section
+from ringrl.config import Section, TrainConfig
 from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.checkpoints import RunInfo
 from ringrl.training.throughput import step_flops
@@ -33,6 +34,23 @@ class Budget(Section):
     """That these seconds were spent on (of the last start, where a run was resumed on others)."""
 
 
+class StepCost(NamedTuple):
+    """Of one optimiser step."""
+
+    timesteps: int  # of data, with padding
+    tokens: int  # that the model sees of them
+    flops: float | None  # see `Budget`
+
+
+def step_cost(config: TrainConfig, episode_length: int) -> StepCost:
+    """What one optimiser step takes, where the data's episodes have so many steps."""
+    batch_size, is_transformer = config.optimiser.batch_size, config.model.kind == "transformer"
+    per_row = 1 if config.model.kind == "td3_bc" else config.context.trajectories * episode_length
+    tokens_per_row = per_row * (TOKEN_SETS[config.model.token_set].size if is_transformer else 1)
+    flops = step_flops(config.model, tokens_per_row, batch_size)
+    return StepCost(batch_size * per_row, batch_size * tokens_per_row, flops)
+
+
 def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:
     """The budget of a run's checkpoint.
 
@@ -41,18 +59,15 @@ def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:
         step: of the checkpoint.
         run: folder whose metrics.jsonl tells the seconds; without it they are left out.
     """
-    config, episode_length = info.config, info.normalisation.episode_length
-    batch_size, is_transformer = config.optimiser.batch_size, config.model.kind == "transformer"
-    per_row = 1 if config.model.kind == "td3_bc" else config.context.trajectories * episode_length
-    tokens_per_row = per_row * (TOKEN_SETS[config.model.token_set].size if is_transformer else 1)
-    flops = step_flops(config.model, tokens_per_row, batch_size)
+    config = info.config
+    cost = step_cost(config, info.normalisation.episode_length)
     return Budget(
         steps=step,
-        batch_size=batch_size,
-        timesteps=step * batch_size * per_row,
+        batch_size=config.optimiser.batch_size,
+        timesteps=step * cost.timesteps,
         transitions=info.transitions,
-        tokens=step * batch_size * tokens_per_row,
-        flops=None if flops is None else step * flops,
+        tokens=step * cost.tokens,
+        flops=None if cost.flops is None else step * cost.flops,
         seconds=None if run is None else _seconds(run / "metrics.jsonl", step),
         devices=config.mesh.devices,
     )

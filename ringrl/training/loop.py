@@ -22,6 +22,7 @@ from ringrl.errors import UserError
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
 from ringrl.training.agent import Agent, make_agent
+from ringrl.training.boards import check_installed
 from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, RunInfo, read_info
 from ringrl.training.interruption import stop_on_sigterm
 from ringrl.training.mesh import make_parallel
@@ -51,6 +52,7 @@ def train(
         not fit the task, a disk that is full.
     """
     settings = flat(config.model_dump(mode="json", exclude={"data"}))  # which each host may keep elsewhere
+    check_installed(config)
     distributed.check_met()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
@@ -113,7 +115,7 @@ def _run_steps(
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
-    with closing(batches), closing(profiler), open_log(config.run, start) as log, progress, stop_on_sigterm() as stop:
+    with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_sigterm() as stop:
         recorder = Recorder(config, _cost(config, source, agent, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)

@@ -1,4 +1,4 @@
-"""Made-up results with known numbers."""
+"""Made-up results with known numbers, and plans of tiny cells."""
 
 import json
 from collections.abc import Callable
@@ -128,5 +128,23 @@ def write_results(tmp_path: Path) -> Callable[[list[EvaluationRecord]], Path]:
     def write(records: list[EvaluationRecord], name: str = "results.jsonl") -> Path:
         append_records(tmp_path / name, records)
         return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def write_plan(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a plan for a store and returns its path; what is None is left out."""
+
+    def write(store: Path, **changes: object) -> Path:
+        plan = {
+            "data": str(store), "task": "jaco_reach_top_left", "output": str(tmp_path / "runs"), "trajectories": [1, 2],
+            "seeds": [0], "trajectories_per_batch": 2, "environments": 2,
+            "settings": {"model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 3}},
+        } | changes  # fmt: skip
+        path = tmp_path / "plan.yaml"
+        kept = {name: value for name, value in plan.items() if value is not None}
+        path.write_text(yaml.safe_dump(kept, sort_keys=False))
+        return path
 
     return write
