@@ -31,7 +31,7 @@ from ringrl.evaluation.session import Job, evaluate_all
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan
 from ringrl.training import load_policy, train
-from ringrl.training.run_folder import check_configuration
+from ringrl.training.run_folder import check_configuration, dataset_fingerprint
 
 EVALUATION = "evaluation.jsonl"
 FINISHED, FAILED, LOG, CELL = "finished.json", "failed.txt", "log.txt", "cell.yaml"
@@ -103,7 +103,7 @@ class Reference:
             return
         store = EpisodeStore(self.data)
         records = data_records(
-            self.task, store.returns(self.task), data_fingerprint=store.fingerprint, versions=library_versions()
+            self.task, store.returns(self.task), data_fingerprint=dataset_fingerprint(store), versions=library_versions()
         )
         partial = results.with_suffix(".partial")
         partial.unlink(missing_ok=True)
