@@ -103,7 +103,10 @@ class Reference:
             return
         store = EpisodeStore(self.data)
         records = data_records(
-            self.task, store.returns(self.task), data_fingerprint=dataset_fingerprint(store), versions=library_versions()
+            self.task,
+            store.returns(self.task),
+            data_fingerprint=dataset_fingerprint(store),
+            versions=library_versions(),
         )
         partial = results.with_suffix(".partial")
         partial.unlink(missing_ok=True)
