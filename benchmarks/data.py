@@ -169,8 +169,8 @@ def load_npz(content: bytes) -> dict[str, np.ndarray]:
 
 def importing(runs: int, folder: Path, number: int) -> dict[str, Numbers]:
     """The import of walker episodes, beside loading and relabelling them in the original's way."""
+    from ringrl.cores import available_cores
     from ringrl.data import import_archive
-    from ringrl.data.processes import available_cores
 
     archive, original = walker_archive(folder, number), original_loop("walker_walk")
     with zipfile.ZipFile(archive) as opened:

@@ -32,7 +32,7 @@ def compile_step(kind: str, tokens: int) -> tuple[Any, Any, Any]:
 
     from ringrl.config import TrainConfig
     from ringrl.model import make_policy
-    from ringrl.training.learner import make_learner
+    from ringrl.training.agent import make_agent
     from ringrl.training.mesh import make_parallel
 
     model = {"token_set": "fused1", "layers": 1, "width": 64, "heads": 1, "kv_heads": 1, "attention": kind}
@@ -40,11 +40,12 @@ def compile_step(kind: str, tokens: int) -> tuple[Any, Any, Any]:
     values |= {"model": model | {"remat": "layers"}, "optimiser": {"batch_size": 1}}
     config = TrainConfig.model_validate(values)
     parallel = make_parallel(config)
-    learner = make_learner(functools.partial(make_policy, config.model, 24, 6, 0, parallel=parallel), config, parallel)
+    agent = make_agent(functools.partial(make_policy, config.model, 24, 6, 0, parallel=parallel), config, parallel)
     place = lambda x: jax.device_put(x, parallel.sharding("batch", "time"))  # noqa: E731
     batch = jax.tree.map(place, random_context(tokens))
-    compiled = learner.step.lower(learner.state, batch).compile()  # type: ignore[attr-defined]
-    return compiled, learner.state, jax.tree.map(jnp.asarray, batch)
+    state = agent.init()
+    compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
+    return compiled, state, jax.tree.map(jnp.asarray, batch)
 
 
 def worker(kind: str, tokens: int, steps: int) -> dict[str, float]:

@@ -77,7 +77,7 @@ class Run:
         from ringrl.data.sampler import ContextSampler
         from ringrl.data.sharded import ShardedSampler
         from ringrl.model import make_policy
-        from ringrl.training.learner import make_learner
+        from ringrl.training.agent import make_agent
         from ringrl.training.mesh import make_parallel
         from ringrl.training.throughput import step_flops
 
@@ -92,9 +92,9 @@ class Run:
         mesh = self.parallel.mesh
         self.source = ShardedSampler(sampler, mesh, self.parallel.layout) if mesh else sampler
         make = functools.partial(make_policy, config.model, 24, 6, 0, parallel=self.parallel)
-        learner = make_learner(make, config, self.parallel)
-        self.state, self.step = learner.state, learner.step
-        self.tokens = self.source.steps_per_batch * learner.tokens_per_step
+        agent = make_agent(make, config, self.parallel)
+        self.state, self.step = agent.init(), agent.update
+        self.tokens = self.source.steps_per_batch * agent.tokens_per_step
         self.flops = step_flops(config.model, self.tokens, 1)
         self.batch = self.source.batch(0)
         self.state, _ = self.step(self.state, self.batch)

@@ -27,7 +27,7 @@ from ringrl.configs import preset
 from ringrl.context import Context, Outcome
 from ringrl.model import make_policy, transformer
 from ringrl.model.tokens import TOKEN_SETS
-from ringrl.training.learner import make_learner
+from ringrl.training.agent import make_agent
 from ringrl.training.throughput import peak_flops, step_flops
 
 OBSERVATION, ACTION = 24, 6  # walker
@@ -63,13 +63,14 @@ def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array
     """Seconds, MFU and memory of a step."""
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0)
     with mock.patch.object(transformer, "attention", attention):
-        learner = make_learner(make, config)
-        batch = jax.device_put(random_context(tokens // learner.tokens_per_step))
+        agent = make_agent(make, config)
+        state = agent.init()
+        batch = jax.device_put(random_context(tokens // agent.tokens_per_step))
         began = time.perf_counter()
-        compiled = learner.step.lower(learner.state, batch).compile()  # type: ignore[attr-defined]
+        compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
         compile_seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    state, seconds = learner.state, []
+    seconds: list[float] = []
     while len(seconds) < RUNS and sum(seconds) < ENOUGH_SECONDS:
         began = time.perf_counter()
         state, metrics = compiled(state, batch)

@@ -1,6 +1,6 @@
 """Reading planned contexts: any rectangle of a batch, and of the store only the rows that it needs."""
 
-import os
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
 from ringrl.context import Context, Outcome
+from ringrl.cores import available_cores
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.schema import reward_key
 from ringrl.data.store import EpisodeStore
@@ -19,7 +20,9 @@ class ContextPlan(NamedTuple):
     """Which trajectories make up a batch of contexts: small, and the same on every host."""
 
     episodes: Int64[np.ndarray, "batch trajectories"]  # of the store, in the order of the context
-    targets: Float64[np.ndarray, "batch trajectories"]  # return that each return-to-go starts from
+    targets: Float64[
+        np.ndarray, "batch trajectories"
+    ]  # return that each return-to-go starts from; nan: zero throughout
     completes: Bool[np.ndarray, "batch trajectories"]  # whether its return reaches its target
     starts: Int64[np.ndarray, "batch trajectories_plus_1"]  # time of each one's first step; from the last on: padding
 
@@ -51,7 +54,7 @@ def read_contexts(
         raise ValueError(f"times: expected no time below 0, got {times.min()}")
     reader = _Reader(store, task, normalisation, plan, times)
     pieces = list(_pieces(plan, times))
-    threads = os.cpu_count() or 1
+    threads = available_cores()
     with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
         list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
     return reader.out
@@ -120,6 +123,8 @@ class _Reader:
         out.weight[at] = 1
 
     def _fill_in_returns(self, piece: _Piece) -> None:
+        if math.isnan(self._targets[piece.context][piece.trajectory]):
+            return
         at = piece.context, slice(piece.place, piece.place + piece.length)
         first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
         end = piece.timestep + (piece.length - 1) * piece.stride + 1

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ringrl.cores import available_cores
 from ringrl.data import part
 from ringrl.data.exorl import Archive, Member
 from ringrl.data.import_worker import Damaged, EpisodeTask, ImportJob, episode_importers
 from ringrl.data.journal import Imported, Journal
 from ringrl.data.layout import Layout
-from ringrl.data.processes import available_cores
 from ringrl.data.provenance import Provenance, Relabelling
 from ringrl.data.recorded_task import recorded_task
 from ringrl.data.store import FORMAT_VERSION, EpisodeStore

@@ -13,13 +13,6 @@ from typing import Any
 from ringrl.errors import UserError
 
 
-def available_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def worker_processes(
     number: int, start: Callable[..., None], arguments: tuple[Any, ...], what: str
@@ -47,12 +40,12 @@ def worker_processes(
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     start(*arguments)
 
 
-def _end_with_parent() -> None:
-    """Without this, a worker whose parent was killed would wait for ever."""
+def end_with_parent() -> None:
+    """For a thread of a worker: without it, one whose parent was killed would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

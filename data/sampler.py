@@ -37,6 +37,7 @@ class ContextSampler:
     normalisation: Normalisation
     batch_size: int
     seed: int
+    selected_by: str | None = None  # the task whose returns config.best_fraction goes by, where it is another one
 
     def __post_init__(self) -> None:
         if self.task not in self.store.tasks:
@@ -55,7 +56,8 @@ class ContextSampler:
     def eligible(self) -> Episodes:
         """Episodes that may be drawn, in the order they were collected."""
         config = self.config
-        return eligible_episodes(self.store, self.task, self.seed, config.max_transitions, config.best_fraction)
+        task = self.selected_by or self.task
+        return eligible_episodes(self.store, task, self.seed, config.max_transitions, config.best_fraction)
 
     @property
     def time(self) -> int:
@@ -76,12 +78,16 @@ class ContextSampler:
         streams = ([self.seed, 0 if self.config.sampling == "fixed" else step, i] for i in range(self.batch_size))
         episodes = np.stack([self._draw(np.random.default_rng(stream)) for stream in streams])
         returns = self._returns[episodes]
-        targets = (
-            returns if self.config.target == "own" else np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
-        )
+        targets = self._targets(returns)
         starts = np.zeros((len(episodes), self.config.trajectories + 1), np.int64)
         np.cumsum(self.store.lengths[episodes], axis=1, out=starts[:, 1:])
         return ContextPlan(episodes, targets, returns >= targets, starts)
+
+    def _targets(self, returns: Float64[np.ndarray, "batch trajectories"]) -> Float64[np.ndarray, "batch trajectories"]:
+        """The return asked of each trajectory; nan: none."""
+        if self.config.target == "none":
+            return np.full_like(returns, np.nan)
+        return returns if self.config.target == "own" else np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
         """The given contexts of a planned batch, at the given times in the given order (len(rows), len(times), ...).

@@ -20,18 +20,19 @@ from ringrl.envs.stacked import StackedData
 
 @contextmanager
 def _without_opengl() -> Iterator[None]:
-    """Keep dm_control and MuJoCo from picking an OpenGL library on import, unless the user names one in MUJOCO_GL.
+    """Keep dm_control and MuJoCo from picking an OpenGL library on import.
 
-    Without a display, that choice costs time and prints warnings, and nothing here draws.
+    Nothing here draws: without a display that choice costs time and prints warnings, and one in MUJOCO_GL that is not
+    installed ends in a traceback. Who draws in the same process imports mujoco first.
     """
-    if "MUJOCO_GL" in os.environ:
-        yield
-        return
+    chosen = os.environ.get("MUJOCO_GL")
     os.environ["MUJOCO_GL"] = "disabled"
     try:
         yield
     finally:
         del os.environ["MUJOCO_GL"]
+        if chosen is not None:
+            os.environ["MUJOCO_GL"] = chosen
 
 
 with _without_opengl():
@@ -150,10 +151,10 @@ class Simulation(ABC):
                 mujoco.mj_step(model, data, self._substeps - 1)
         mujoco.mj_step1(model, data)
 
-    def unstable(self, warnings: Integer[np.ndarray, " warnings"], of: str = "") -> PhysicsError:
-        """The error to raise when MuJoCo has counted `warnings`; `of` says which simulation it was."""
+    def unstable(self, warnings: Integer[np.ndarray, " warnings"]) -> PhysicsError:
+        """The error to raise when MuJoCo has counted `warnings`."""
         names = [name for name, count in zip(mujoco.mjtWarning.__members__, warnings, strict=False) if count]
-        return PhysicsError(f"{self.task}: the simulation{of} is no longer valid ({', '.join(names)})")
+        return PhysicsError(f"{self.task}: the simulation is no longer valid ({', '.join(names)})")
 
     def observation(self) -> Float32[np.ndarray, " observation"]:
         """The observation of the current state, in ExoRL's order."""

@@ -7,7 +7,6 @@ that a step leads to, from which observations and rewards are read.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float, Float32, Float64
 
+from ringrl.cores import available_cores
 from ringrl.envs.domain import domain_of
 from ringrl.envs.environment import observation_and_action_space, stream
 from ringrl.envs.stacked import StackedData
@@ -40,6 +40,10 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     physics states (num_envs, P), and `info["_physics"]` (num_envs,) says which of them are new. Episodes are truncated
     after `domain.episode_length` steps and never terminate. None is reset automatically (`AutoresetMode.DISABLED`):
     `reset()` starts the next ones, all at once.
+
+    Where the single environment would raise PhysicsError, because its simulation became unstable, here the others go
+    on: until its next reset that one's observations, rewards and physics are NaN, and `info["unstable"]` (num_envs,),
+    which is there whenever any is, says which.
 
     One model serves all environments. The states are stepped by threads, which MuJoCo lets run at the same time;
     observations and rewards are then computed for all at once. Not for use from several threads.
@@ -67,7 +71,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._pool: ThreadPoolExecutor | None = None
         self.task = task
         self.domain = domain_of(task)
-        threads = _available_cores() if threads is None else threads
+        threads = available_cores() if threads is None else threads
         for name, number in (("num_envs", num_envs), ("threads", threads)):
             if number < 1:
                 raise UserError(f"{task}: {name} is {number}, at least 1 is needed")
@@ -80,6 +84,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._stacked = StackedData(self._datas)
         self._warnings = [data.warning.number[None] for data in self._datas]  # views, see Simulation
         self._steps = np.full(num_envs, self.domain.episode_length)
+        self._unstable: _Flags = np.zeros(num_envs, bool)
         self._helpers = min(threads, num_envs) - 1  # the caller's thread works too
         if self._helpers:
             self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix=f"ringrl-{task}")
@@ -106,9 +111,9 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._randoms[index] = streams[index] or self._randoms[index]
             self._simulation.reset(self._randoms[index])
             self._simulation.copy_to(self._datas[index])
-        self._steps[chosen] = 0
+        self._steps[chosen], self._unstable[chosen] = 0, False
         self._stacked.renew()
-        return self._simulation.read_observation(self._stacked), self._info(chosen)
+        return self._observe(chosen)
 
     def step(
         self, actions: Float[np.ndarray, "environments action"]
@@ -119,7 +124,6 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             UserError: the actions have another shape than the action space, or are not finite.
             gymnasium.error.ResetNeeded: an environment's episode has not been started, or is over.
             gymnasium.error.ClosedEnvironmentError: after `close`.
-            dm_control.rl.control.PhysicsError: a simulation became unstable; the message names the environment.
         """
         self._check_open()
         if (self._steps >= self.domain.episode_length).any():
@@ -127,16 +131,14 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         actions = self._checked(actions)
         simulation = self._simulation
         self._advance(simulation.controls(actions))
-        warnings = np.concatenate(self._warnings)
-        if warnings.any():
-            index = int(warnings.any(axis=1).argmax())
-            raise simulation.unstable(warnings[index], of=f" of environment {index}")
         self._steps += 1
         self._stacked.renew()
-        observations = simulation.read_observation(self._stacked)
+        self._unstable = np.any(np.concatenate(self._warnings), axis=1)  # a warning stays until the reset
+        observations, info = self._observe(np.ones(self.num_envs, bool))
         rewards = simulation.reward(self.task, simulation.read_sensors(self._stacked), actions)
+        rewards[self._unstable] = np.nan
         terminated, truncated = np.zeros(self.num_envs, bool), self._steps == self.domain.episode_length
-        return observations, rewards, terminated, truncated, self._info(np.ones(self.num_envs, bool))
+        return observations, rewards, terminated, truncated, info
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads."""
@@ -148,7 +150,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         MuJoCo runs without Python's lock, and no thread touches another's environment.
         """
-        pending = deque(range(self.num_envs))
+        pending = deque(np.flatnonzero(~self._unstable).tolist())
         futures = [self._pool.submit(self._work, pending, controls) for _ in range(self._helpers)] if self._pool else []
         try:
             self._work(pending, controls)
@@ -166,8 +168,13 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 return
             advance(datas[index], controls[index])
 
-    def _info(self, fresh: _Flags) -> dict[str, Any]:
-        return {"physics": self._simulation.read_physics(self._stacked), "_physics": fresh}
+    def _observe(self, fresh: _Flags) -> tuple[_Observations, dict[str, Any]]:
+        observations = self._simulation.read_observation(self._stacked)
+        info = {"physics": self._simulation.read_physics(self._stacked), "_physics": fresh}
+        if self._unstable.any():
+            observations[self._unstable], info["physics"][self._unstable] = np.nan, np.nan
+            info["unstable"] = self._unstable.copy()
+        return observations, info
 
     def _checked(self, actions: Float[np.ndarray, "environments action"]) -> Float[np.ndarray, "environments action"]:
         actions = np.asarray(actions)
@@ -210,12 +217,6 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _check_open(self) -> None:
         if self.closed:
             raise gymnasium.error.ClosedEnvironmentError(f"{self.task}: the environments are closed")
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def make_vec(

@@ -24,8 +24,9 @@ class ContextConfig(Section):
     """Trajectories per context."""
     order: Literal["ascending", "descending", "history", "random"] = "ascending"
     """Order in the context: by return (ascending: chain of hindsight), as collected, or random."""
-    target: Literal["best", "own"] = "best"
-    """Return that each trajectory's return-to-go starts from: the best of its context, or its own."""
+    target: Literal["best", "own", "none"] = "best"
+    """Return that each trajectory's return-to-go starts from: the best of its context, or its own; none: no return is
+    asked for, return-to-go and completion are zero throughout (algorithm distillation)."""
     sampling: Literal["uniform", "return_stratified", "history_window", "fixed"] = "uniform"
     """Which trajectories are drawn: all alike; ten equal ranges of return alike; consecutive ones of the history (with
     order history: algorithm distillation); or uniformly once, and then the same contexts at every step."""
@@ -83,6 +84,8 @@ class ModelConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _heads_divide(self) -> Self:
+        if self.kind != "transformer":
+            return self
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"heads: {self.heads} heads do not split a width of {self.width} into even parts")
         if self.heads % self.kv_heads:
@@ -119,7 +122,8 @@ class ActorCriticConfig(Section):
     n_step: int = Field(1, ge=1)
     """Rewards summed before the target critics' value takes over; fewer at an episode's end (it is no termination)."""
     behaviour_cloning: float = Field(0.4, ge=0)
-    """Weight of the squared distance to the data's action, beside a value scaled to one (1 / alpha of the paper)."""
+    """Weight of the squared distance to the data's action, beside a value scaled to one (1 / alpha of the paper);
+    0: TD3, which imitates nothing."""
     target_rate: float = Field(0.005, gt=0, le=1)
     """How far the target networks move towards the learned ones at an actor update."""
     actor_delay: int = Field(2, ge=1)
@@ -202,6 +206,9 @@ class TrainConfig(Section):
     """Newest checkpoints kept."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """What shows the same numbers besides metrics.jsonl; wandb works offline, in the run's folder, unless the
+    environment's WANDB_MODE says otherwise."""
     ignored_observations: tuple[int, ...] = ()
     """Components of the observation, from 0, that the model does not see."""
     context: ContextConfig = ContextConfig()
@@ -298,6 +305,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     return dict(values)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings laid over others: `above` wins wherever both say something."""
+    whole = dict(below)
+    for name, value in above.items():
+        whole[name] = merged(whole.get(name) or {}, value) if isinstance(value, Mapping) else value
+    return whole
 
 
 def to_yaml(section: Section) -> str:

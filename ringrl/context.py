@@ -51,7 +51,7 @@ class Transitions(NamedTuple):
 
     observation: Float32[Array, "batch observation"]
     action: Float32[Array, "batch action"]
-    reward: Float32[Array, "batch"]  # of the n steps, each discounted by what lies before it
-    discount: Float32[Array, "batch"]  # to the power n, fewer at an episode's end
+    reward: Float32[Array, " batch"]  # of the n steps, each discounted by what lies before it
+    discount: Float32[Array, " batch"]  # to the power n, fewer at an episode's end
     following: Float32[Array, "batch observation"]  # n steps later
     goal: Float32[Array, "batch goal"]  # metres; no columns where the task is not to reach a place

@@ -1,8 +1,11 @@
 """The command line as a user meets it: whole commands, and one clear line for every mistake."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import yaml
 
 from ringrl.cli import COMMANDS, main
 from ringrl.data import EpisodeStore
+from ringrl.envs import DOMAINS
 
 TINY = [
     "--model.layers=1", "--model.width=16", "--model.token-set=fused1", "--context.trajectories=2",
@@ -96,6 +100,95 @@ def test_controls_start_where_the_streams_start(run: Path, tmp_path: Path) -> No
     assert [first for first, _ in streams] == pytest.approx([first for first, _ in controls], rel=1e-6)
 
 
+def interrupted(command: list[str], file: Path, number: signal.Signals) -> int:
+    """Run a command in a process of its own, send it a signal once the file is there; its exit code."""
+    ringrl = str(Path(sys.executable).with_name("ringrl"))
+    with subprocess.Popen([ringrl, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not file.exists():
+            assert process.poll() is None, process.communicate()[1].decode()
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate()
+        return process.returncode
+
+
+def test_an_evaluation_that_was_stopped_twice_gives_the_same_returns(run: Path, tmp_path: Path) -> None:
+    """By Ctrl-C, then by kill -9; bit for bit."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    command = ["evaluate", "--checkpoint", str(run), "--environments", "2", "--episodes", "3", "--control"]
+    main([*command, "--output", str(whole)])
+
+    command += ["--output", str(output)]
+    (name,) = {json.loads(line)["evaluation"] for line in whole.read_text().splitlines()}
+    journal = tmp_path / "stopped.journal" / f"jaco_reach_top_left.{name[:12]}"
+    assert interrupted(command, journal / "context_00000.npz", signal.SIGINT) == 130
+    assert not output.exists()
+    assert interrupted(command, journal / "control_00000.npz", signal.SIGKILL) == -signal.SIGKILL
+    written = sorted(path.name for path in journal.glob("*.npz"))
+    assert written[:4] == ["context_00000.npz", "context_00001.npz", "context_00002.npz", "control_00000.npz"]
+    assert len(written) < 6, "there was something left to do"
+    main(command)
+    one, other = ([json.loads(line) for line in path.read_text().splitlines()] for path in (whole, output))
+    same = ("returns", "context", "environment_seed", "steps_simulated", "evaluation", "checkpoint_hash")
+    assert [[line[key] for key in same] for line in one] == [[line[key] for key in same] for line in other]
+    assert not journal.parent.exists()
+
+
+def test_every_task_of_a_domain_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "all.jsonl"
+    command = ["evaluate", "--checkpoint", str(run), "--tasks", "all-of-domain", "--environments", "1"]
+    command += ["--prompt-trajectories", "1", "--target", "0.9x", "--output", str(output)]
+    main(command)
+    said = capsys.readouterr().out
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["task"] for line in lines] == list(DOMAINS["jaco"].tasks)
+    assert {line["target_policy"] for line in lines} == {"0.9x data_best"}
+    assert {len(line["prompt_episodes"]) for line in lines} == {1}
+    summary = json.loads((tmp_path / "all.json").read_text())["evaluations"]
+    assert [part["returns"] for part in summary] == [line["returns"] for line in lines]
+    assert all(said.count(task) >= 2 for task in DOMAINS["jaco"].tasks), "as it ended, and in the table"
+    assert said.strip().endswith(str(output))
+    before = output.read_bytes()
+    main(command)
+    assert capsys.readouterr().out.count("holds this very evaluation already") == 4
+    assert output.read_bytes() == before
+
+
+def test_several_checkpoints_and_named_tasks(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    tasks = ["--task", "jaco_reach_top_right", "--target-return", "5"]
+    main(["evaluate", "--checkpoint", str(run), str(other), *tasks, "--environments", "1"])
+    for folder in (run, other):
+        line = json.loads((folder / "evaluation.jsonl").read_text().splitlines()[-1])
+        assert (line["task"], line["train_task"], line["target_return"]) == (tasks[1], "jaco_reach_top_left", 5)
+        assert line["checkpoint"] == str(folder)
+
+
+def test_mistakes_about_evaluations(
+    run: Path, jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = tmp_path / "some.h5"
+    main(["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(some), "--max-episodes", "4"])
+    (tmp_path / "file").write_text("")
+    base = ["evaluate", "--checkpoint", str(run)]
+    for flags, said in (
+        (["--environments", "0"], "environments: 0 is too few"),
+        (["--tasks", "walker_walk"], "was trained on jaco and cannot act in task walker_walk"),
+        (["--tasks", "jaco_reach_top_lift"], "did you mean jaco_reach_top_left"),
+        (["--data", str(some), "--prompt-trajectories", "1"], f"{some}: is not the dataset that"),
+        (["--prompt-trajectories", "9"], "9 do not fit"),
+        (["--target", "good"], "--target"),
+        (["--output", str(tmp_path)], "results cannot be written"),
+        (["--output", str(tmp_path / "file" / "x.jsonl")], "results cannot be written"),
+        (["--output", str(tmp_path / "x.json")], "give a results file (.jsonl)"),
+    ):
+        capsys.readouterr()
+        assert said in refused([*base, *flags], capsys)
+    assert "name --tasks" in refused(["evaluate", "--tasks", "all-of-domain"], capsys)
+    assert "--checkpoint" in refused(["evaluate"], capsys)
+
+
 def test_unknown_command_lists_the_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean train" in refused(["trian"], capsys)
     assert "data import" in refused(["data", "imprt"], capsys)
@@ -111,6 +204,28 @@ def test_wrong_flags_and_values_are_one_line(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_stands_over_the_file_and_under_the_flags(
+    jaco_store: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared, folder = tmp_path / "shared.yaml", tmp_path / "run"
+    shared.write_text(yaml.safe_dump({"model": {"token_set": "at5", "layers": 3}, "context": {"trajectories": 4}}))
+    base = ["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--config", str(shared)]
+    base += ["--model.width=16", "--model.layers=1", "--optimiser.steps=2", "--run", str(folder)]
+    main([*base, "--method", "dt", "--model.no-timestep-embedding"])
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (saved["context"]["trajectories"], saved["context"]["target"]) == (1, "own"), "the method over the file"
+    assert saved["model"]["token_set"] == "dt3"
+    assert (saved["model"]["timestep_embedding"], saved["model"]["layers"]) == (False, 1), "flags over the method"
+
+    capsys.readouterr()
+    said = refused([*base, "--method=dt", "--context.trajectories=2", "--run", str(tmp_path / "other")], capsys)
+    assert "--method dt: with the other settings the run is at" in said
+    assert "bc-10%" in refused([*base, "--method", "cloning"], capsys), "lists what there is"
+    shared.write_text(yaml.safe_dump({"context": {"max_transitions": 5000}}))
+    assert "leave gaps in" in refused([*base, "--method", "ad"], capsys)
+    assert not (tmp_path / "other").exists()
+
+
 def test_mistakes_about_files_name_the_file(
     run: Path, jaco_store: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +239,10 @@ def test_mistakes_about_files_name_the_file(
         ["train", "--config", str(missing)],
     ):
         assert str(missing) in refused(arguments, capsys)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"data": str(missing), "task": "jaco_reach_top_left", "output": str(missing)}))
+    assert str(missing) in refused(["ablate", str(plan), "--dry-run"], capsys)
+    assert "--workers" in refused(["ablate", str(plan), "--workers", "0"], capsys)
     data = ["--data", str(jaco_store.path), "--run", str(missing)]
     assert "walker_walk" in refused(["train", "--task", "walker_walk", *data], capsys)
     assert "walker_walk" in refused(["evaluate", "--checkpoint", str(run), "--task", "walker_walk"], capsys)

@@ -1,6 +1,5 @@
 """The collection itself: by which method, how much, and where it goes on after an interruption."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ringrl import __version__
+from ringrl.cores import available_cores
 from ringrl.data.collect.folder import new_folder
 from ringrl.data.collect.recipe import Recipe
 from ringrl.data.collect.recipes import recipe_of
@@ -104,7 +104,7 @@ def collect(
         (folder / "buffer").mkdir(exist_ok=True)
         if method == "scripted":
             finished = _finished_returns(task, folder)
-            with recorders(task, folder / "buffer", min(workers or _available_cores(), episodes)) as record_all:
+            with recorders(task, folder / "buffer", min(workers or available_cores(), episodes)) as record_all:
                 _search(recipe_of(task), record_all, finished, episodes, seed, progress)
         else:
             from ringrl.data.collect.learner import learn  # JAX is imported here and not before
@@ -150,9 +150,3 @@ def _finished_returns(task: str, folder: Path) -> dict[int, float]:
     with Archive(folder, domain) as archive:
         rewards = {member.number: archive.read(member)["reward"][:, column] for member in archive.members}
     return {number: float(reward.sum(dtype="float64")) for number, reward in rewards.items()}
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,12 +1,6 @@
 """Processes that record episodes, each with a simulation of its own."""
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +8,8 @@ from ringrl.data.collect.recipe import Recipe
 from ringrl.data.collect.recipes import recipe_of
 from ringrl.data.collect.record import Plan, record_episode
 from ringrl.data.exorl import save_episode
+from ringrl.data.processes import worker_processes
 from ringrl.envs import domain_of
-from ringrl.errors import UserError
 
 RecordAll = Callable[[list[Plan]], Iterable[float]]
 """Records and saves an episode for each plan and gives their returns, in the order of the plans."""
@@ -50,18 +44,8 @@ def recorders(task: str, folder: Path, number: int) -> Iterator[RecordAll]:
         recorder = Recorder(task, folder)
         yield lambda plans: map(recorder, plans)
         return
-    # Not forked: JAX's threads may hold locks at that moment.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(number, context, initializer=_start_worker, initargs=(task, folder))
-    try:
+    with worker_processes(number, _start_worker, (task, folder), "collection") as pool:
         yield lambda plans: pool.map(_record, plans)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process of the collection died: collect with fewer workers if memory is short (--workers 1 needs "
-            "no further process), and in a script of your own call collect() under `if __name__ == '__main__':`"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _recorder: Recorder  # of a worker process
@@ -69,17 +53,7 @@ _recorder: Recorder  # of a worker process
 
 def _start_worker(task: str, folder: Path) -> None:
     global _recorder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _recorder = Recorder(task, folder)
-
-
-def _end_with_parent() -> None:
-    """Without this, a worker whose parent was killed would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _record(plan: Plan) -> float:

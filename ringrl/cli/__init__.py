@@ -18,11 +18,14 @@ import tyro
 
 import ringrl
 from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info
+from ringrl.cli.evaluate import evaluate
 from ringrl.cli.plan import plan
-from ringrl.cli.run import evaluate, train
-from ringrl.cli.study import ablate, demo, report
-from ringrl.config import TrainConfig, one_line, read_yaml
+from ringrl.cli.report import report
+from ringrl.cli.run import train
+from ringrl.cli.study import ablate, demo
+from ringrl.config import TrainConfig, merged, one_line, read_yaml
 from ringrl.errors import UserError
+from ringrl.methods import METHODS
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "data download": data_download,
@@ -73,15 +76,16 @@ def _run(arguments: list[str]) -> None:
 
 
 def _with_settings(arguments: list[str]) -> Callable[..., None]:
-    """`train` with the settings of a --config file as the defaults of its flags."""
-    files = [b for a, b in pairwise([*arguments, ""]) if a == "--config"]
-    files += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    """`train` with the settings of a --config file, and over them those of a --method, as the defaults of its flags."""
+    files, methods = _given(arguments, "--config"), _given(arguments, "--method")
     values = read_yaml(Path(files[-1])) if files else {}
+    if methods and methods[-1] in METHODS:  # of others, the parser says what is wrong
+        values = merged(values, METHODS[methods[-1]].settings or {})
     required: dict[str, Any] = {"data": Path(), "task": "", "run": Path()}
     try:
         whole = TrainConfig.model_validate(required | values)
     except pydantic.ValidationError as error:
-        raise UserError(f"{files[-1]}: {one_line(error)}") from error
+        raise UserError(f"{(files or ['--method'])[-1]}: {one_line(error)}") from error
     default = whole.model_copy(update={name: tyro.MISSING for name in required if name not in values})
 
     @functools.wraps(train)
@@ -92,6 +96,12 @@ def _with_settings(arguments: list[str]) -> Callable[..., None]:
     parameters = [p.replace(default=default) if p.name == "settings" else p for p in signature.parameters.values()]
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return command
+
+
+def _given(arguments: list[str], flag: str) -> list[str]:
+    """What is given with a flag, as `--flag value` or `--flag=value`."""
+    pairs = [b for a, b in pairwise([*arguments, ""]) if a == flag]
+    return pairs + [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
 
 
 def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Callable[[], None]:

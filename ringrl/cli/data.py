@@ -144,8 +144,6 @@ def data_import(
         raise UserError(f"--domain: say which domain {archive} is of (walker, cheetah, cartpole, ...)")
     if download:
         raise UserError("--download: only with --format minari; ExoRL archives: ringrl data download")
-    from rich.progress import Progress
-
     from ringrl.data import import_archive
     from ringrl.data.card import describe
     from ringrl.data.subset import Subset
@@ -153,14 +151,13 @@ def data_import(
     destination = output or archive.with_suffix(".h5")
     chosen = Subset(subset, max_episodes, max_transitions, seed)
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("importing", total=None)
+        with _bar("importing") as progress:
             store = import_archive(
                 archive,
                 destination,
                 domain,
                 overwrite=overwrite,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                progress=progress,
                 workers=workers,
                 relabelling=relabel,
                 subset=chosen,
@@ -174,21 +171,12 @@ def data_import(
 
 
 def _import_minari(dataset: str, output: Path | None, overwrite: bool, download: bool) -> None:
-    from rich.progress import Progress
-
     from ringrl.data.card import describe
     from ringrl.data.minari import import_minari
 
     destination = output or Path(f"{Path(dataset).resolve().name}.h5")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("importing", total=None)
-        store = import_minari(
-            dataset,
-            destination,
-            overwrite=overwrite,
-            download=download,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+    with _bar("importing") as progress:
+        store = import_minari(dataset, destination, overwrite=overwrite, download=download, progress=progress)
     print(f"{destination}\n{describe(store)}")
 
 
@@ -208,21 +196,12 @@ def data_export(
         format: minari is the only one.
         output: folder of datasets to write into; by default Minari's own (MINARI_DATASETS_PATH).
     """
-    from rich.progress import Progress
-
     from ringrl.data import EpisodeStore
     from ringrl.data.minari import export_minari
 
     opened = EpisodeStore(store)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("exporting", total=opened.num_episodes)
-        folder = export_minari(
-            opened,
-            name,
-            task=task,
-            folder=output,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+    with _bar("exporting") as progress:
+        folder = export_minari(opened, name, task=task, folder=output, progress=progress)
     root = f"MINARI_DATASETS_PATH={output} " if output else ""
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
 
@@ -273,21 +252,20 @@ def data_collect(
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only); by default one per available core.
     """
-    from rich.progress import Progress
-
     from ringrl.data.collect import collect, preset_episodes
     from ringrl.envs import domain_of
 
     episodes = preset_episodes(preset, task) if episodes is None else episodes
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("collecting", total=episodes)
-        collect(
-            task,
-            output,
-            episodes=episodes,
-            seed=seed,
-            method=method,
-            workers=workers,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+    with _bar("collecting") as progress:
+        collect(task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=progress)
     print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {domain_of(task).name}")
+
+
+@contextlib.contextmanager
+def _bar(word: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows how much of the whole is done, as it is told."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(word, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -1,39 +1,50 @@
-"""ringrl ablate, report and demo: many runs, and the page that compares them."""
+"""ringrl ablate and demo: many runs, and the page that compares them."""
 
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
 
 from ringrl.cli.words import command_line
+from ringrl.config import SlurmConfig
+
+HERE = SlurmConfig()
 
 
-def ablate(plan: tyro.conf.Positional[Path]) -> None:
-    """Train and evaluate all cells of a plan: context lengths x seeds, and baselines. Finished cells are skipped.
+def ablate(
+    plan: tyro.conf.Positional[Path],
+    dry_run: bool = False,
+    workers: int = 1,
+    retry: bool = False,
+    untimed: bool = False,
+    launcher: Literal["none", "slurm"] = "none",
+    slurm: SlurmConfig = HERE,
+) -> None:
+    """Train and evaluate all cells of a plan: tasks x context lengths x seeds, and baselines.
+
+    First it says what that costs. The same command goes on where it was stopped and repeats nothing.
 
     Args:
-        plan: YAML file, for example ringrl/configs/ablation_demo.yaml.
+        plan: YAML file, for example ringrl/configs/demo.yaml.
+        dry_run: say what it costs, and stop.
+        workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
+        retry: run cells again that failed; an interrupted one goes on in any case.
+        untimed: do not time a few steps of every kind of cell first; how long it will take is then not known.
+        launcher: slurm: a job for every cell, instead of running it here.
+        slurm: what each job asks for; a cell is one process.
     """
+    from ringrl.study.ablate import Run, estimate
     from ringrl.study.ablate import ablate as run_plan
-    from ringrl.study.ablate import read_plan
+    from ringrl.study.plan import read_plan
 
     chosen = read_plan(plan)
-    run_plan(chosen, Console(stderr=True), command_line())
+    how = Run(workers, retry, not untimed, slurm if launcher == "slurm" else None)
+    if dry_run:
+        estimate(chosen, Console(), how)
+        return
+    run_plan(chosen, Console(stderr=True), command_line(), how)
     print(f"{chosen.output}; next: ringrl report {chosen.output}")
-
-
-def report(results: tyro.conf.Positional[tuple[Path, ...]], output: Path = Path("report")) -> None:
-    """Make a page from results: returns per task, return against context length with intervals.
-
-    Args:
-        results: results files (.jsonl), or folders that hold them.
-        output: folder of the page.
-    """
-    from ringrl.study.report import table, write_report
-
-    page = write_report(results, output)
-    Console().print(table(results))
-    print(page)
 
 
 def demo(output: Path = Path("demo")) -> None:

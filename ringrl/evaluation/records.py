@@ -5,6 +5,7 @@ A results file survives being killed at any byte: at worst its last line is half
 
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -17,9 +18,10 @@ from typing import Literal, Self
 import numpy as np
 import pydantic
 from jaxtyping import Float
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from ringrl.errors import UserError
+from ringrl.training.budget import Budget
 
 # Raised whenever what a number means changes; numbers of two protocols are never put side by side.
 PROTOCOL: Literal[1] = 1
@@ -51,12 +53,23 @@ class EvaluationRecord(pydantic.BaseModel):
     """Seed of the training run; the unit over which intervals are drawn."""
     environment_seed: NonNegativeInt
     """Seed of the environment of this stream (index of the episode for "data")."""
-    returns: tuple[FiniteFloat, ...]
-    """Undiscounted return of episode 1..n."""
+    returns: tuple[FiniteFloat | None, ...]
+    """Undiscounted return of episode 1..n; None from the first on that failed (a number that was not finite, or an
+    unstable simulation), with which the stream ends."""
     target_return: FiniteFloat | None = None
     """Return the policy was asked for."""
     target_policy: str | None = None
-    """How the target was chosen, for example "data_best"."""
+    """How the target was chosen, for example "data_best"; "none" for methods that are asked for no return."""
+    prompt_trajectories: NonNegativeInt = 0
+    """Dataset trajectories that the policy remembered before the first episode."""
+    prompt_seed: NonNegativeInt | None = None
+    """Seed that they were drawn with."""
+    prompt_episodes: tuple[NonNegativeInt, ...] = ()
+    """Their numbers in the dataset, in order."""
+    prompt_returns: tuple[FiniteFloat, ...] = ()
+    """Their returns."""
+    train_task: str | None = None
+    """Task whose reward was trained on, where it is another one."""
     steps_trained: NonNegativeInt | None = None
     """Optimiser steps of the checkpoint."""
     checkpoint: str | None = None
@@ -65,6 +78,22 @@ class EvaluationRecord(pydantic.BaseModel):
     """What was in it."""
     data_fingerprint: str | None = None
     """SHA-256 of the dataset that was trained on."""
+    budget: Budget | None = None
+    """What training took."""
+    configuration_hash: str | None = None
+    """SHA-256 of the training run's configuration."""
+    evaluation: str | None = None
+    """SHA-256 of all that decides the result; shared by all streams of one evaluation."""
+    device: str | None = None
+    """What the policy was computed on."""
+    cache_devices: PositiveInt = 1
+    """Among which each context was divided."""
+    cache_dtype: str | None = None
+    """In what keys and values were kept; None: in the dtype that the policy computes in, or there are none."""
+    steps_simulated: NonNegativeInt | None = None
+    """Environment steps of this stream before it failed; all, if it did not."""
+    wall_seconds: NonNegativeFloat | None = None
+    """Time that this stream took, together with those that were rolled out beside it."""
     command: str | None = None
     """Command line that wrote the record."""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -77,6 +106,24 @@ class EvaluationRecord(pydantic.BaseModel):
         if len(self.returns) != self.test_trajectories:
             raise ValueError(f"{len(self.returns)} returns for test_trajectories={self.test_trajectories}")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _a_failed_stream_has_ended(self) -> Self:
+        if any(value is not None for value in self.returns[len(self.finished) :]):
+            raise ValueError("a return after an episode that failed")
+        return self
+
+    @property
+    def finished(self) -> tuple[float, ...]:
+        """The returns up to the first episode that failed."""
+        return tuple(
+            value for value in itertools.takewhile(lambda value: value is not None, self.returns) if value is not None
+        )
+
+    @property
+    def failed(self) -> int:
+        """Episodes that have no return."""
+        return len(self.returns) - len(self.finished)
 
 
 @dataclass(frozen=True)
@@ -100,7 +147,7 @@ def library_versions() -> dict[str, str]:
 
 
 def data_records(
-    task: str, returns: Float[np.ndarray, "episodes"], *, data_fingerprint: str, versions: dict[str, str]
+    task: str, returns: Float[np.ndarray, " episodes"], *, data_fingerprint: str, versions: dict[str, str]
 ) -> list[EvaluationRecord]:
     """The dataset's own episode returns as records of the method "data", one per episode."""
     created = datetime.now(UTC)
@@ -136,6 +183,23 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
                 raise
     except OSError as error:
         raise UserError(f"{path}: cannot append results ({error.strerror}); give a file that can be written") from error
+
+
+def check_writable(path: Path) -> None:
+    """Find out before a long evaluation whether its results can be written; a file that is not there is not made.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        missing = not path.exists()
+        with path.open("ab"):
+            pass
+        if missing:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: results cannot be written ({error.strerror}); give another --output") from error
 
 
 def read_records(paths: Path | Sequence[Path]) -> Results:

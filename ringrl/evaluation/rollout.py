@@ -1,107 +1,206 @@
-"""Rolling policies out in dm_control: n episodes, one after another, in one growing context.
+"""Rolling policies out: n episodes, one after another, in one growing context.
 
-A batch of environments runs in lockstep.
+A batch of environments runs in lockstep. On an accelerator the batch is best cut into two groups that take turns:
+while one's actions are computed there, the other's environments are simulated here.
 """
 
-from collections.abc import Callable
-from functools import partial
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import gymnasium
-import jax
 import numpy as np
 from jaxtyping import Float64
 
-from ringrl.context import Context, Outcome
+from ringrl.context import Context
 from ringrl.data.normalisation import Normalisation
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor
+from ringrl.evaluation.episode import Episode
+from ringrl.evaluation.told import Told
+
+Playing = Generator[None, None, Episode]
+
+
+class Group(NamedTuple):
+    """Environments that step in lockstep and truncate together, and what acts in them."""
+
+    actor: Actor
+    environments: gymnasium.vector.VectorEnv
 
 
 def rollout(
-    actor: Actor,
-    environments: gymnasium.vector.VectorEnv,
+    groups: Sequence[Group],
     normalisation: Normalisation,
     *,
     episodes: int,
-    target_return: float,
+    target_return: float | None,
     trajectories: int | None = None,
+    prompt: Context | None = None,
     seed: int | None = None,
-    on_episode: Callable[[np.ndarray], None] = lambda returns: None,
-) -> Float64[np.ndarray, "environments episodes"]:
-    """Returns of `episodes` in-context episodes in each environment.
+    recorded: Sequence[Episode] = (),
+    on_step: Callable[[int], None] = lambda streams: None,
+    on_episode: Callable[[Episode], None] = lambda episode: None,
+) -> Float64[np.ndarray, "streams episodes"]:
+    """Returns of in-context episodes in all environments of all groups; NaN where one failed.
 
     Every episode asks for the same `target_return` (chain of hindsight): its return-to-go starts there and falls by
     the rewards earned. The completion token is 1 on an episode's last step if its return reached the target.
 
+    An observation or reward that is not finite ends its stream: that episode and those after it have no return. The
+    actor is told zeros there from then on, and the other streams go on.
+
     Args:
-      actor: forgets at the start, then sees every step of every episode.
-      environments: B environments in lockstep that truncate together; one shared episode length.
+      groups: they take turns step by step; the episodes are the same however the environments are grouped.
       normalisation: the statistics the policy was trained with.
       episodes: episodes per context.
-      target_return: in units of the task's return.
+      target_return: in units of the task's return; None asks for nothing: return-to-go and completion are zero.
       trajectories: clip the trajectory index below this (the number the policy was trained with).
-      seed: environment i starts from seed + i; None goes on with the environments' own streams.
-      on_episode: called with the returns (B,) of each episode as it ends.
+      prompt: a context (1, T, ...) that all environments remember before their first step.
+      seed: environment i of all starts from seed + i; None goes on with the environments' own streams.
+      recorded: the first episodes, of a rollout that was interrupted. They are not simulated again: the actor is told
+        of them, and the environments' streams of starts go on.
+      on_step: called with the number of environments after every simulated step of a group.
+      on_episode: called with each episode as it ends, recorded ones included.
 
     Raises:
-      UserError: an observation or reward that is not finite.
+      UserError: episodes of another length than the data's, or recorded ones that do not start where these do.
     """
-    length = normalisation.episode_length
-    actor.start(environments.num_envs, episodes * length)
-    returns = np.zeros((environments.num_envs, episodes))
-    before = _nothing(environments)
-    for episode in range(episodes):
-        observation, _ = environments.reset(seed=seed if episode == 0 else None)
-        index = episode if trajectories is None else min(episode, trajectories - 1)
-        for timestep in range(length):
-            step = _step(
-                observation=normalisation.observation(observation),
-                return_to_go=normalisation.return_to_go(target_return - returns[:, episode]),
-                timestep=timestep,
-                trajectory=index,
-                position=episode * length + timestep,
-                previous=before,
+    told = Told(normalisation, target_return, trajectories, prompt)
+    players = _players(groups, told, seed, on_step)
+    acts = len(recorded) < episodes  # otherwise nobody acts any more, and nothing needs to be remembered
+    for player in players if acts else ():
+        player.start(episodes)
+    finished = []
+    for index in range(episodes):
+        episode = _play(players, index, recorded[index] if index < len(recorded) else None, acts)
+        finished.append(episode.returns)
+        on_episode(episode)
+    return np.stack(finished, axis=1)
+
+
+def _players(groups: Sequence[Group], told: Told, seed: int | None, on_step: Callable[[int], None]) -> "list[_Player]":
+    ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
+    return [
+        _Player(group, told, slice(*part), None if seed is None else seed + part[0], on_step)
+        for group, part in zip(groups, pairwise(ends), strict=True)
+    ]
+
+
+def _play(players: "Sequence[_Player]", index: int, recorded: Episode | None, acts: bool) -> Episode:
+    """The next episode of all players. A recorded one is told to their actors, if these act later."""
+    if recorded is not None and not acts:
+        for player in players:
+            player.reset(index, recorded)
+        return recorded
+    begin = time.perf_counter()
+    parts = in_turn([player.play(index, recorded) for player in players])
+    return recorded or Episode.join(parts, time.perf_counter() - begin)
+
+
+def in_turn(parts: Sequence[Playing]) -> list[Episode]:
+    """What each part returns; each goes on until it waits for its actor, then the next one's turn has come."""
+    returned: dict[int, Episode] = {}
+    waiting = deque(enumerate(parts))
+    while waiting:
+        index, part = waiting.popleft()
+        try:
+            next(part)
+        except StopIteration as stop:
+            returned[index] = stop.value
+        else:
+            waiting.append((index, part))
+    return [returned[index] for index in range(len(parts))]
+
+
+class _Player:
+    """One group's side of a rollout: what goes on between its actor and its environments.
+
+    Args:
+      streams: which of all streams are the group's.
+      seed: of its first environment.
+    """
+
+    def __init__(
+        self, group: Group, told: Told, streams: slice, seed: int | None, on_step: Callable[[int], None]
+    ) -> None:
+        self._actor, self._environments = group
+        self._told, self._streams, self._seed, self._on_step = told, streams, seed, on_step
+        self._size = self._environments.num_envs
+        self._failed = np.zeros(self._size, bool)
+        self._length = told.normalisation.episode_length
+
+    def start(self, episodes: int) -> None:
+        """Let the actor forget everything but the prompt."""
+        self._actor.start(self._size, episodes * self._length, self._told.clipped_prompt)
+        (action_size,) = self._environments.single_action_space.shape or (0,)
+        self._before = self._told.before(self._size, action_size)
+
+    def reset(self, index: int, recorded: Episode | None) -> tuple[np.ndarray, np.ndarray]:
+        """Start the environments' next episodes: observations (B, O) and physics (B, P).
+
+        Raises:
+          UserError: they are not the starts of the recorded episode.
+        """
+        observation, info = self._environments.reset(seed=self._seed if index == 0 else None)
+        self._failed = self._failed | ~np.isfinite(observation).all(axis=1)
+        observation, physics = self._known(observation, info)
+        if recorded is not None:
+            expected = recorded.observation[0, self._streams]
+            alike = (observation == expected).all(axis=1) | np.isnan(expected).any(axis=1) | self._failed
+            if not alike.all():
+                raise UserError(
+                    f"episode {index + 1} starts elsewhere than the recorded one, which cannot be used here"
+                )
+        return observation, physics
+
+    def play(self, index: int, recorded: Episode | None) -> Playing:
+        """One episode; yields whenever an action has been asked for and not yet been waited for."""
+        told, known = self._told, None if recorded is None else recorded.streams(self._streams)
+        observation, physics = self.reset(index, recorded)
+        rows = [(observation, physics)]
+        outcomes: list[tuple[np.ndarray, np.ndarray]] = []
+        earned = np.zeros(self._size)
+        for timestep in range(self._length):
+            step = told.step(index, timestep, observation, earned, self._before)
+            pending = self._actor.act(step)
+            yield
+            if known is None:
+                action, reward, observation, physics = self._simulate(np.asarray(pending), timestep)
+            else:
+                action, reward = known.action[timestep], known.reward[timestep]
+                observation, physics = known.observation[timestep + 1], known.physics[timestep + 1]
+                self._failed = np.isnan(reward)
+            rows.append((observation, physics))
+            outcomes.append((action, reward))
+            action, reward = (np.nan_to_num(x, nan=0.0) for x in (action, reward))
+            earned = earned + reward
+            self._before = told.outcome(action, reward, earned, is_last=timestep == self._length - 1)
+            self._actor.observe(step._replace(**self._before._asdict()))
+        observations, states = (np.stack(column) for column in zip(*rows, strict=True))
+        actions, rewards = (np.stack(column) for column in zip(*outcomes, strict=True))
+        return Episode(observations, actions, rewards, states, seconds=0.0)
+
+    def _simulate(self, action: np.ndarray, timestep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Action, reward, next observation and physics of a step; NaN in the streams that have failed by it."""
+        action = np.where(self._failed[:, None], np.float32(0), action)
+        observation, reward, _, truncated, info = self._environments.step(action)
+        if truncated.any() != (timestep == self._length - 1):
+            ends = "end" if truncated.any() else "go on"
+            raise UserError(
+                f"environment: episodes {ends} after {timestep + 1} steps, and the data's end after {self._length}; "
+                "train on data of whole episodes"
             )
-            action = actor.act(step)
-            observation, reward, _, truncated, _ = environments.step(action)
-            if not (np.isfinite(observation).all() and np.isfinite(reward).all()):
-                raise UserError(f"environment: observation or reward not finite (episode {episode}, step {timestep})")
-            returns[:, episode] += reward
-            if truncated.any() != (timestep == length - 1):
-                raise UserError(f"environment: episodes end after {timestep + 1} steps, the data's after {length}")
-            reached = (timestep == length - 1) & (returns[:, episode] >= target_return)
-            earned = normalisation.reward(reward[:, None].astype(np.float32))
-            before = Outcome(action[:, None], earned, reached[:, None].astype(np.float32))
-            actor.observe(step._replace(**before._asdict()))
-        on_episode(returns[:, episode])
-    return returns
+        action = np.where(self._failed[:, None], np.float32(np.nan), action)
+        self._failed = self._failed | ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward))
+        observation, physics = self._known(observation, info)
+        self._on_step(self._size)
+        return action, np.where(self._failed, np.nan, reward), observation, physics
 
-
-def _nothing(environments: gymnasium.vector.VectorEnv) -> Outcome:
-    """What came before the first step."""
-    size = environments.num_envs, 1
-    action = np.zeros((*size, *(environments.single_action_space.shape or ())), np.float32)
-    return Outcome(action, np.zeros(size, np.float32), np.zeros(size, np.float32))
-
-
-def _step(
-    observation: np.ndarray,
-    return_to_go: np.ndarray,
-    timestep: int,
-    trajectory: int,
-    position: int,
-    previous: Outcome,
-) -> Context:
-    """One timestep (B, 1, ...) as far as it is known before acting."""
-    constant = partial(np.full, (len(observation), 1))
-    unknown = jax.tree.map(np.zeros_like, previous)
-    return Context(
-        observation=observation[:, None],
-        return_to_go=return_to_go[:, None],
-        timestep=constant(timestep, dtype=np.int32),
-        trajectory=constant(trajectory, dtype=np.int32),
-        position=constant(position, dtype=np.int32),
-        weight=constant(1, dtype=np.float32),
-        previous=previous,
-        **unknown._asdict(),
-    )
+    def _known(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Observation and physics, NaN in the streams that have failed."""
+        physics = info.get("physics", np.zeros((self._size, 0)))
+        failed = self._failed[:, None]
+        return np.where(failed, np.float32(np.nan), observation), np.where(failed, np.nan, physics)

@@ -1,4 +1,4 @@
-"""Statistics over few training runs: the interquartile mean and stratified bootstrap intervals.
+"""Statistics over few training runs: aggregates, comparisons and profiles, with stratified bootstrap intervals.
 
 After Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (rliable). A *score*
 is one number per training run (seed) and task. Scores come as *strata*, one float array (runs,) per task; tasks may
@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import scipy.stats  # type: ignore[import-untyped]
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 
 Metric = Literal["first", "last", "mean", "best"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -77,16 +77,12 @@ def estimate(
 
     Args:
         strata: per task, the scores of its runs (runs,).
-        aggregate: interquartile_mean, numpy.mean, numpy.median, ...
+        aggregate: interquartile_mean, numpy.mean, numpy.median, optimality_gap, ...
         generator: where the resampling gets its randomness from.
         confidence: probability that the interval is meant to cover.
         resamples: bootstrap resamples.
     """
-
-    def pooled(*samples: np.ndarray, axis: int = -1) -> Any:
-        return aggregate(np.concatenate(samples, axis=axis), axis=axis)
-
-    return _bootstrap(strata, pooled, generator, confidence, resamples)
+    return _bootstrap(strata, _pooled(aggregate), generator, confidence, resamples)
 
 
 def difference(
@@ -102,8 +98,8 @@ def difference(
     count = len(strata)
 
     def contrast(*samples: np.ndarray, axis: int = -1) -> Any:
-        ours, theirs = (np.concatenate(part, axis=axis) for part in (samples[:count], samples[count:]))
-        return aggregate(ours, axis=axis) - aggregate(theirs, axis=axis)
+        pooled = _pooled(aggregate)
+        return pooled(*samples[:count], axis=axis) - pooled(*samples[count:], axis=axis)
 
     found = _bootstrap([*strata, *baseline], contrast, generator, confidence, resamples)
     return Estimate(found.value, found.interval, min(_count(strata), _count(baseline)))
@@ -133,6 +129,83 @@ def probability_of_improvement(
     return Estimate(found.value, found.interval, min(_count(strata), _count(baseline)))
 
 
+def median_of_tasks(
+    strata: Strata, *, generator: np.random.Generator, confidence: float = 0.95, resamples: int = 2000
+) -> Estimate:
+    """Median over tasks of the mean over runs: as tables of many tasks show it (`estimate` pools all runs)."""
+
+    def middle(*samples: np.ndarray, axis: int = -1) -> Any:
+        return np.median(np.stack([sample.mean(axis) for sample in samples]), axis=0)
+
+    return _bootstrap(strata, middle, generator, confidence, resamples)
+
+
+def optimality_gap(scores: Float[np.ndarray, "..."], *, axis: int | None = -1, optimum: float = 100.0) -> Any:
+    """How far scores fall short of an optimum on average; what exceeds it makes up for nothing. Lower is better.
+
+    An aggregate for `estimate`. With 100, the normalised score of the highest return there can be, it is of
+    normalised scores.
+    """
+    return optimum - np.minimum(scores, optimum).mean(axis)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """For each threshold, the fraction of runs that score higher, with its pointwise interval (None: too few runs).
+
+    Attributes:
+        thresholds: scores (T,), ascending.
+        fractions: of all runs of all tasks together, (T,), in [0, 1], never rising.
+        low: lower ends of the intervals (T,).
+        high: upper ends (T,).
+        runs: how many it stands on.
+    """
+
+    thresholds: Float64[np.ndarray, " thresholds"]
+    fractions: Float64[np.ndarray, " thresholds"]
+    low: Float64[np.ndarray, " thresholds"] | None
+    high: Float64[np.ndarray, " thresholds"] | None
+    runs: int
+
+
+def performance_profile(
+    strata: Strata,
+    thresholds: Float[np.ndarray, " thresholds"],
+    *,
+    generator: np.random.Generator,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Profile:
+    """The whole distribution of scores over runs and tasks, which an aggregate makes one number of.
+
+    Where the profile of one method lies above another's at every threshold, it is better whatever counts as good.
+
+    Args:
+        strata: per task, the scores of its runs (runs,); normalised, where there are several tasks.
+        thresholds: scores to ask for (T,).
+        generator: where the resampling gets its randomness from.
+        confidence: probability that the interval at one threshold is meant to cover; not of all at once.
+        resamples: bootstrap resamples.
+    """
+    thresholds = np.sort(np.asarray(thresholds, np.float64))
+    # One row per threshold: the bootstrap draws the same runs for all of them.
+    above = [(np.asarray(runs, np.float64) > thresholds[:, None]).astype(np.float64) for runs in strata]
+    fractions, ends = _resample(
+        above, _pooled(lambda scores, *, axis=-1: scores.mean(axis)), generator, confidence, resamples
+    )
+    low, high = ends or (None, None)
+    return Profile(thresholds, fractions, low, high, _count(strata))
+
+
+def _pooled(aggregate: Aggregate) -> Callable[..., Any]:
+    """The aggregate of several samples together."""
+
+    def of_all(*samples: np.ndarray, axis: int = -1) -> Any:
+        return aggregate(np.concatenate(samples, axis=axis), axis=axis)
+
+    return of_all
+
+
 def _wins(
     ours: Float[np.ndarray, "*resamples runs"], theirs: Float[np.ndarray, "*resamples others"]
 ) -> Float[np.ndarray, "*resamples"]:
@@ -148,12 +221,24 @@ def _bootstrap(
     confidence: float,
     resamples: int,
 ) -> Estimate:
-    if not samples or any(len(sample) == 0 for sample in samples):
-        raise ValueError("every task needs at least one run")
     samples = [np.asarray(sample, np.float64) for sample in samples]
-    value = float(statistic(*samples, axis=-1))
-    if any(len(sample) < 2 for sample in samples):
-        return Estimate(value, None, _count(samples))
+    value, ends = _resample(samples, statistic, generator, confidence, resamples)
+    return Estimate(float(value), ends and Interval(float(ends[0]), float(ends[1])), _count(samples))
+
+
+def _resample(
+    samples: Sequence[Float64[np.ndarray, "*statistics runs"]],
+    statistic: Callable[..., Any],
+    generator: np.random.Generator,
+    confidence: float,
+    resamples: int,
+) -> tuple[Any, tuple[Any, Any] | None]:
+    """The statistic and the ends of its interval, where every sample has two runs at least."""
+    if not samples or any(sample.shape[-1] == 0 for sample in samples):
+        raise ValueError("every task needs at least one run")
+    value = statistic(*samples, axis=-1)
+    if any(sample.shape[-1] < 2 for sample in samples):
+        return value, None
     # Several samples are resampled independently of one another: exactly the strata of Agarwal et al.
     found = scipy.stats.bootstrap(
         samples,
@@ -165,7 +250,7 @@ def _bootstrap(
         method="percentile",
         rng=generator,
     ).confidence_interval
-    return Estimate(value, Interval(float(found.low), float(found.high)), _count(samples))
+    return value, (found.low, found.high)
 
 
 def _count(strata: Strata) -> int:

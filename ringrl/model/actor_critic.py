@@ -85,7 +85,7 @@ class ActorCritic(nnx.Module):
         offset = self.goal.position(observation) - goal
         return jnp.concatenate([x, COARSE * goal, COARSE * offset, jnp.tanh(FINE * offset)], -1)
 
-    def target_value(self, batch: Transitions, noise: Float32[Array, "batch action"]) -> Float32[Array, "batch"]:
+    def target_value(self, batch: Transitions, noise: Float32[Array, "batch action"]) -> Float32[Array, " batch"]:
         """What the critics should say: the rewards, and then the lower target critic on the target actor.
 
         Noise on that action keeps the critics smooth; the action stays within [-1, 1].
@@ -94,7 +94,7 @@ class ActorCritic(nnx.Module):
         action = jnp.clip(jnp.tanh(self.target_actor(x)) + noise, -1, 1)
         return jnp.asarray(batch.reward) + batch.discount * _values(self.target_critics, x, action).min(0)
 
-    def critic_loss(self, batch: Transitions, target: Float32[Array, "batch"]) -> Float32[Array, ""]:
+    def critic_loss(self, batch: Transitions, target: Float32[Array, " batch"]) -> Float32[Array, ""]:
         """Squared error of both critics, summed over the two."""
         x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
         return jnp.square(_values(self.critics, x, jnp.asarray(batch.action)) - target).sum(0).mean()
@@ -129,6 +129,6 @@ class ActorCritic(nnx.Module):
 
 def _values(
     critics: nnx.List, x: Float[Array, "*batch inputs"], action: Float[Array, "*batch action"]
-) -> Float32[Array, "critics *batch"]:
+) -> Float32[Array, " critics *batch"]:
     together = jnp.concatenate([x, action], -1)
     return jnp.stack([critic(together)[..., 0] for critic in critics])

@@ -1,157 +1,227 @@
-"""The ablation: one question, many small runs. Every cell is a run folder of its own; finished cells are skipped."""
+"""The ablation: one question, many small runs. What is finished is skipped, what was interrupted goes on."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import NamedTuple
 
-import jax
-import pydantic
-from pydantic import Field
 from rich.console import Console
 
-from ringrl.config import Section, TrainConfig, one_line, read_yaml
+from ringrl.config import SlurmConfig
 from ringrl.data import EpisodeStore
+from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import Protocol, evaluate_policy, evaluate_random
-from ringrl.evaluation.records import EvaluationRecord, append_records, data_records, library_versions
-from ringrl.training import load_policy, train
+from ringrl.study.cells import (
+    EVALUATION,
+    LOG,
+    Cell,
+    Work,
+    attempt_logged,
+    cells,
+    check,
+    failure,
+    forget_failure,
+    is_finished,
+    note_failure,
+    references,
+)
+from ringrl.study.cluster import run_on_cluster
+from ringrl.study.cost import cost, cost_table, with_steps_for
+from ringrl.study.plan import AblationPlan
+from ringrl.study.pool import Ended, run_all
+from ringrl.study.timing import Timing, measure_all, read_timings
+from ringrl.study.watch import Watch
+from ringrl.training.run_folder import saved_configuration
 
-EVALUATION = "evaluation.jsonl"
-# Two hidden layers of 256 for behaviour cloning: cheap, since it sees one step at a time.
-BASELINE = {"kind": "behaviour_cloning", "layers": 2, "width": 256}
-
-
-class AblationPlan(Section):
-    """What is crossed with what, and what stays the same. All cells see the same number of timesteps per step."""
-
-    data: Path
-    """Dataset: a RingRL store (.h5)."""
-    task: str
-    """Task whose reward is learned."""
-    output: Path
-    """Folder that holds one run folder per cell."""
-    trajectories: tuple[int, ...] = (1, 2, 4)
-    """Trajectories per context, in training and in evaluation."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Training seeds."""
-    baselines: tuple[Literal["behaviour_cloning", "behaviour_cloning_10%"], ...] = ("behaviour_cloning",)
-    """Methods without a context, trained for the same number of steps."""
-    trajectories_per_batch: int = Field(8, ge=1)
-    """Trajectories per optimiser step: a context length n makes batches of trajectories_per_batch / n contexts."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}."""
-    environments: int = Field(10, ge=1)
-    """Evaluation streams per cell."""
-    control: bool = True
-    """Also evaluate every policy without memory between episodes (the matched best-of-n control)."""
-
-    @pydantic.model_validator(mode="after")
-    def _batches_divide(self) -> Self:
-        for count in self.trajectories:
-            if count < 1 or self.trajectories_per_batch % count:
-                raise ValueError(f"{count} does not divide the {self.trajectories_per_batch} trajectories_per_batch")
-        return self
+COMPILED = ".compiled"  # programs; those of one shape are the same for all seeds
 
 
-def read_plan(path: Path) -> AblationPlan:
-    """A plan file; UserError names the file and the setting that is wrong."""
-    try:
-        return AblationPlan.model_validate(read_yaml(path))
-    except pydantic.ValidationError as error:
-        raise UserError(f"{path}: {one_line(error)}") from error
+class Run(NamedTuple):
+    """How a plan is carried out."""
+
+    workers: int = 1
+    """Cells at a time."""
+    retry: bool = False
+    """Run those again that failed before."""
+    timing: bool = True
+    """Time a few steps of every kind of cell first."""
+    slurm: SlurmConfig | None = None
+    """Hand the cells to SLURM; None: run them here."""
+    cluster: str = "slurm"
+    """Of submitit: "local" runs its jobs on this machine."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of the ablation."""
-
-    name: str
-    config: TrainConfig
-
-
-def cells(plan: AblationPlan) -> Iterator[Cell]:
-    """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons."""
-    for seed in plan.seeds:
-        for baseline in plan.baselines:
-            overrides: dict[str, Any] = {"model": BASELINE}
-            if baseline.endswith("10%"):
-                overrides["context"] = {"best_fraction": 0.1}
-            yield _cell(plan, baseline.replace("%", ""), seed, 1, overrides)
-        for count in plan.trajectories:
-            yield _cell(plan, f"transformer_{count}", seed, count, {})
-
-
-def _cell(plan: AblationPlan, name: str, seed: int, trajectories: int, overrides: dict[str, Any]) -> Cell:
-    name = f"{name}_seed{seed}"
-    own: dict[str, Any] = {
-        "data": plan.data,
-        "task": plan.task,
-        "run": plan.output / name,
-        "seed": seed,
-        "context": {"trajectories": trajectories},
-        "optimiser": {"batch_size": plan.trajectories_per_batch // trajectories},
-    }
-    try:
-        return Cell(name, TrainConfig.model_validate(_merge(_merge(plan.settings, overrides), own)))
-    except pydantic.ValidationError as error:
-        raise UserError(f"settings of the ablation plan: {one_line(error)}") from error
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        merged[name] = _merge(merged.get(name) or {}, value) if isinstance(value, dict) else value
-    return merged
-
-
-def ablate(plan: AblationPlan, console: Console, command: str | None = None) -> list[Path]:
+def ablate(plan: AblationPlan, console: Console, command: str | None = None, how: Run | None = None) -> list[Path]:
     """Train and evaluate every cell that is not finished; returns the results files.
 
-    A cell that was interrupted is resumed from its last checkpoint. Random actions and the dataset's own episodes are
-    recorded beside the cells.
+    A cell that was interrupted goes on from its last checkpoint, or from its last episode. One that fails stops no
+    other. Random actions and the dataset's own episodes are recorded beside the cells.
 
     Raises:
-      UserError: settings that no run accepts, or data that does not fit the task.
+      UserError: settings that no run accepts, data that does not fit a task, another plan's folder; or, when all others
+        are done, cells that failed.
     """
-    todo = list(cells(plan))
-    store = EpisodeStore(plan.data)
-    returns = store.returns(plan.task)
-    plan.output.mkdir(parents=True, exist_ok=True)
-    # The same program serves all seeds of a context length: compile it once.
-    jax.config.update("jax_compilation_cache_dir", str((plan.output / ".compiled").absolute()))
-    references: dict[str, Callable[[], list[EvaluationRecord]]] = {
-        "random": lambda: evaluate_random(plan.task, Protocol(environments=plan.environments), command=command),
-        "data": lambda: data_records(
-            plan.task, returns, data_fingerprint=store.fingerprint, versions=library_versions()
-        ),
+    how = how or Run()
+    everything = _check(plan, how)
+    with _alone_in(plan.output):
+        chosen, timings = _timed(plan, everything, how, console)
+        everyone = _everyone(plan, chosen)
+        todo = _todo(everyone, how.retry)
+        waiting = [work for work in todo if isinstance(work, Cell)]
+        if waiting:
+            console.print(cost_table(waiting, timings, len(chosen) - len(waiting), how.workers))
+        estimates = {work.name: cost(work, timings).seconds if isinstance(work, Cell) else None for work in todo}
+        failed = {work: why for work in everyone if (why := failure(work)) is not None}
+        with Watch(estimates, how.workers, console) as watch:
+            for work, why in _outcomes(plan, todo, how, command, watch):
+                watch.end(work.name, why)
+                if why is not None:
+                    failed[work] = why
+    _tell_failures(failed, len(everyone), console)
+    return [work.folder / EVALUATION for work in everyone]
+
+
+def estimate(plan: AblationPlan, console: Console, how: Run | None = None) -> None:
+    """Print what is left to do of a plan, and run none of it; what is timed is kept for the run.
+
+    Raises:
+      UserError: as `ablate`.
+    """
+    how = how or Run()
+    everything = _check(plan, how)
+    with _alone_in(plan.output):
+        chosen, timings = _timed(plan, everything, how, Console(stderr=True))
+    waiting = [cell for cell in chosen if not is_finished(cell)]
+    if waiting:
+        console.print(cost_table(waiting, timings, len(chosen) - len(waiting), how.workers))
+    else:
+        console.print(f"all {len(chosen)} cells are finished")
+
+
+def _check(plan: AblationPlan, how: Run) -> list[Cell]:
+    """The plan's cells; UserError before anything is made where they cannot all be run."""
+    if how.workers < 1:
+        raise UserError(f"--workers: {how.workers} is too few, at least 1 is needed")
+    everything = list(cells(plan))
+    for task, data in plan.datasets.items():
+        store = EpisodeStore(data)
+        if store.domain != domain_of(task).name:
+            raise UserError(f"{data}: holds episodes of {store.domain}, which are of no use for {task}")
+        store.returns(task)
+    if plan.budget == "time" and not how.timing:
+        raise UserError("--untimed: the budget time needs steps that were timed; leave it out")
+    return everything
+
+
+def _timed(
+    plan: AblationPlan, everything: Sequence[Cell], how: Run, console: Console
+) -> tuple[list[Cell], Mapping[str, Timing]]:
+    """The cells, with their steps where the budget is time, and what has been timed of them."""
+    waiting = [cell for cell in everything if not is_finished(cell)]
+    if how.slurm is None and how.timing:
+        with _compiled(plan.output):
+            timings = measure_all(waiting, plan.output, how.workers, console)
+    else:  # the machine that would be timed here is not the one that the cells run on
+        timings = read_timings(plan.output)
+    chosen = [_with_steps(plan, cell, timings) for cell in everything]
+    for work in _everyone(plan, chosen):
+        check(work)
+    return chosen, timings
+
+
+def _with_steps(plan: AblationPlan, cell: Cell, timings: Mapping[str, Timing]) -> Cell:
+    """As many as its time allows, or, once it has begun, as many as it began with."""
+    if plan.budget != "time":
+        return cell
+    if (cell.folder / "config.yaml").exists():
+        steps = saved_configuration(cell.folder).optimiser.steps
+        optimiser = cell.config.optimiser.model_copy(update={"steps": steps})
+        return Cell(cell.config.model_copy(update={"optimiser": optimiser}), cell.protocols, cell.control)
+    try:
+        return with_steps_for(plan.seconds, cell, timings)
+    except KeyError:
+        raise UserError(
+            f"{cell.name}: the budget time needs steps that were timed where the cells run; run `ringrl ablate` with "
+            "--dry-run on such a machine first"
+        ) from None
+
+
+def _everyone(plan: AblationPlan, chosen: Sequence[Cell]) -> list[Work]:
+    """The references and the cells."""
+    everyone: list[Work] = [*references(plan)]
+    return everyone + list(chosen)
+
+
+def _todo(everything: Sequence[Work], retry: bool) -> list[Work]:
+    """What is neither finished nor failed; with `retry`, what failed too."""
+    todo = [work for work in everything if not is_finished(work) and (retry or failure(work) is None)]
+    for work in todo:
+        forget_failure(work)
+    return todo
+
+
+def _outcomes(
+    plan: AblationPlan, todo: Sequence[Work], how: Run, command: str | None, watch: Watch
+) -> Iterator[tuple[Work, str | None]]:
+    """Each as it ends, and why it failed where it did."""
+    if how.slurm is not None:
+        folder = plan.output / "slurm"
+        yield from run_on_cluster(todo, folder, how.slurm, how.workers, command, watch.begin, how.cluster)
+        return
+    tasks = [partial(attempt_logged, work, command) for work in todo]
+    with _compiled(plan.output):
+        for ended in run_all(tasks, how.workers, lambda index: watch.begin(todo[index].name)):
+            yield todo[ended.number], _why(todo[ended.number], ended)
+
+
+def _why(work: Work, ended: Ended) -> str | None:
+    if ended.death is not None:
+        return note_failure(work, ended.death)
+    why: str | None = ended.result
+    return why
+
+
+def _tell_failures(failed: Mapping[Work, str], count: int, console: Console) -> None:
+    """UserError where there are any, after a line for each."""
+    for work, why in failed.items():
+        console.print(f"{work.name} failed: {why} ({work.folder / LOG})", soft_wrap=True, markup=False, highlight=False)
+    if failed:
+        raise UserError(f"{len(failed)} of {count} failed; --retry runs them again, all others are finished")
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """UserError where another process is at the same ablation."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); give another output") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output}: another process is at this ablation already; wait for it") from None
+        yield
+
+
+@contextmanager
+def _compiled(output: Path) -> Iterator[None]:
+    """Processes that are started here keep the programs that they compile, and find those of the others."""
+    wanted = {
+        "JAX_COMPILATION_CACHE_DIR": str((output / COMPILED).absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
-    files = [_once(plan.output / name / EVALUATION, make) for name, make in references.items()]
-    for number, cell in enumerate(todo, 1):
-        console.print(f"[bold]cell {number} of {len(todo)}: {cell.name}")
-        files.append(_once(cell.config.run / EVALUATION, partial(_run, cell, plan, console, command)))
-    return files
-
-
-def _once(path: Path, make: Callable[[], list[EvaluationRecord]]) -> Path:
-    """Make and write a file of results unless it is there: it is written whole, so being there means finished."""
-    if not path.exists():
-        records = make()
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        append_records(partial, records)
-        partial.replace(path)
-    return path
-
-
-def _run(cell: Cell, plan: AblationPlan, console: Console, command: str | None) -> list[EvaluationRecord]:
-    run = train(cell.config, resume=True, console=console)
-    trained = load_policy(run)
-    is_transformer = cell.config.model.kind == "transformer"
-    protocol = Protocol(
-        environments=plan.environments,
-        episodes=cell.config.context.trajectories if is_transformer else 1,
-        control=plan.control and is_transformer and cell.config.context.trajectories > 1,
-    )
-    return evaluate_policy(trained, run, protocol, command=command)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -10,7 +10,8 @@ from ringrl.data import import_archive
 from ringrl.data.collect import collect
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.study.ablate import AblationPlan, ablate
+from ringrl.study.ablate import Run, ablate
+from ringrl.study.plan import AblationPlan
 from ringrl.study.report import write_report
 
 EPISODES = 200
@@ -33,11 +34,12 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
     if output.exists() and any(output.iterdir()) and not collected.exists() and not store.exists():
         raise UserError(f"{output}: holds other files; give another --output")
     plan = AblationPlan.model_validate(settings | {"data": store, "output": output / "runs"})
+    (task,) = plan.datasets
     if not collected.exists():
-        console.print(f"[bold]collecting {EPISODES} episodes of {plan.task}")
-        collect(plan.task, collected, episodes=EPISODES, seed=SEED)
+        console.print(f"[bold]collecting {EPISODES} episodes of {task}")
+        collect(task, collected, episodes=EPISODES, seed=SEED)
     if not store.exists():
         console.print("[bold]importing and relabelling them")
-        import_archive(collected, store, domain_of(plan.task).name)
-    ablate(plan, console, command)
+        import_archive(collected, store, domain_of(task).name)
+    ablate(plan, console, command, Run(timing=False))
     return write_report([plan.output], output / "report")

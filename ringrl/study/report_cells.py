@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,23 +10,23 @@ from jaxtyping import Float
 
 from ringrl.errors import UserError
 from ringrl.evaluation.records import DATA, EvaluationRecord
-from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean, stream_metric
+from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean
+from ringrl.evaluation.streams import stream_scores
+from ringrl.methods import METHODS
+from ringrl.training.budget import Budget
 
 BOOTSTRAP_SEED = 0
 RESAMPLES = 2000
 
-_NAMES = {
-    "random": "Random policy",
-    "bc": "Behaviour cloning",
-    "td3+bc": "TD3+BC",
+_NAMES = {name: method.title for name, method in METHODS.items()} | {
+    "td3+her": "TD3 with hindsight goals",
     "td3+bc+her": "TD3+BC with hindsight goals",
-    "at": "Agentic Transformer",
-    "dt": "Decision Transformer",
-    "ad": "Algorithm Distillation",
     DATA: "Dataset",
 }
 
 _CONTEXT_FREE = ("random", "bc")
+
+_Place = tuple[str, "Variant", int | None, int]  # task, variant, trajectories trained on, episodes rolled out
 
 Streams = Float[np.ndarray, "streams episodes"]
 Runs = Float[np.ndarray, "seeds"]
@@ -39,6 +39,9 @@ class Variant:
     method: str
     token_set: str = ""
     target_policy: str = ""
+    prompt: int = 0  # dataset trajectories before the first episode
+    train_task: str = ""  # where it is another one
+    cache: str = ""  # dtype of keys and values, where it is not the policy's
     context_free: bool = False  # its returns are levels to compare with, not points of a curve
 
 
@@ -50,8 +53,10 @@ class Cell:
     variant: Variant
     train: int | None
     test: int
-    streams: Mapping[int, Streams]  # training seed -> returns
+    streams: Mapping[int, Streams]  # training seed -> returns, NaN where an episode failed, but for a first one
     control: Mapping[int, Streams] = field(default_factory=dict)  # the same with the memory wiped before each episode
+    failed: int = 0  # episodes, the control's too; those of streams that have no return and are left out included
+    records: tuple[EvaluationRecord, ...] = field(default=(), repr=False)  # what all this was read off
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -59,21 +64,37 @@ class Cell:
         return tuple(sorted(self.streams))
 
     @property
+    def budgets(self) -> dict[int, Budget]:
+        """Training seed -> what training took; results from before this was told have none."""
+        told = {record.seed: record.budget for record in self.records}
+        return {seed: budget for seed, budget in sorted(told.items()) if budget is not None}
+
+    @property
     def episodes(self) -> int:
-        """Episodes over all seeds."""
-        return sum(returns.size for returns in self.streams.values())
+        """Episodes over all seeds, without those that failed."""
+        return sum(int(np.isfinite(returns).sum()) for returns in self.streams.values())
 
     def runs(self, metric: Metric = "mean") -> Runs:
-        """One score per training seed: the metric, averaged over the seed's streams."""
+        """One score per training seed: the metric, averaged over the seed's streams.
+
+        Of a stream that failed, the episodes before count, but none stands in for its last one. A seed of which no
+        stream came to the last is left out of that metric.
+        """
         return _runs(self.streams, metric)
 
     def control_runs(self, metric: Metric = "mean") -> Runs:
         """The same of the control; empty when it was not measured."""
         return _runs(self.control, metric)
 
-    def episode_runs(self) -> Float[np.ndarray, "seeds episodes"]:
-        """Per training seed the return of each in-context episode, averaged over streams."""
-        return np.stack([self.streams[seed].mean(0) for seed in self.seeds])
+    def memory_gains(self) -> tuple[Runs, Runs]:
+        """Of each training seed that has a control: mean return with memory less that without, and that without."""
+        seeds = [seed for seed in self.seeds if seed in self.control]
+        kept, wiped = (_runs({seed: part[seed] for seed in seeds}, "mean") for part in (self.streams, self.control))
+        return kept - wiped, wiped
+
+    def episode_runs(self) -> list[Runs]:
+        """The return of each in-context episode, per training seed, averaged over the streams that finished it."""
+        return [_means(self.streams[seed][:, index] for seed in self.seeds) for index in range(self.test)]
 
 
 @dataclass(frozen=True)
@@ -81,11 +102,12 @@ class Grid:
     """Everything a report is made from."""
 
     cells: tuple[Cell, ...]
-    data: Mapping[str, Float[np.ndarray, "episodes"]]  # task -> returns of the dataset's episodes
+    data: Mapping[str, Float[np.ndarray, " episodes"]]  # task -> returns of the dataset's episodes
     records: tuple[EvaluationRecord, ...]  # those that count
     superseded: int  # older records of what was measured again
     displaced: int  # those of them that came from another checkpoint
     unmatched: int  # control records without a rollout to compare with
+    left_out: int  # records without any return: their first episode failed
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -96,6 +118,21 @@ class Grid:
     def variants(self) -> tuple[Variant, ...]:
         """The variants for which context can matter."""
         return tuple(sorted({cell.variant for cell in self.cells if not cell.variant.context_free}))
+
+    @property
+    def context_free(self) -> tuple[Variant, ...]:
+        """Those without a context."""
+        return tuple(sorted({cell.variant for cell in self.cells if cell.variant.context_free}))
+
+    @property
+    def tasks_with_context(self) -> tuple[str, ...]:
+        """The tasks that a method with a context was measured on."""
+        return tuple(task for task in self.tasks if any(self.cells_of(task, variant) for variant in self.variants))
+
+    def records_of(self, tasks: Iterable[str]) -> tuple[EvaluationRecord, ...]:
+        """The records of policies on these tasks."""
+        chosen = set(tasks)
+        return tuple(record for record in self.records if record.task in chosen and record.method != DATA)
 
     def cells_of(self, task: str, variant: Variant) -> list[Cell]:
         """The cells of a variant on a task, by context length in training, then in the rollout."""
@@ -116,6 +153,12 @@ class Grid:
             parts.append(variant.token_set or "no token set")
         if len({other.target_policy for other in others}) > 1:
             parts.append(f"target {variant.target_policy or 'unknown'}")
+        if variant.prompt:
+            parts.append(f"prompted with {variant.prompt}")
+        if variant.cache:
+            parts.append(f"cache in {variant.cache}")
+        if variant.train_task:
+            parts.append(f"trained on {variant.train_task}")
         return ", ".join(parts)
 
 
@@ -157,28 +200,34 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     displaced = 0
     for record in sorted(records, key=lambda record: record.created):
         older = latest.get(_identity(record))
-        displaced += older is not None and older.checkpoint != record.checkpoint
+        displaced += older is not None and older.checkpoint_hash != record.checkpoint_hash
         latest[_identity(record)] = record
+    whole = len(latest)
+    latest = _of_one_checkpoint(latest)
+    displaced += whole - len(latest)
     _refuse_mixed_data(latest.values())
-    streams: dict[tuple[str, Variant, int | None, int], dict[bool, dict[int, list]]] = defaultdict(
+    streams: dict[_Place, dict[bool, dict[int, list]]] = defaultdict(
         lambda: {True: defaultdict(list), False: defaultdict(list)}
     )
+    failed: dict[_Place, int] = defaultdict(int)
+    members: dict[_Place, list[EvaluationRecord]] = defaultdict(list)
     data: dict[str, list[float]] = defaultdict(list)
     curves = {(record.task, _variant(record)) for record in latest.values()}
     for record in latest.values():
         if record.method == DATA:
-            data[record.task] += record.returns
+            data[record.task] += record.finished
             continue
-        variant = _variant(record)
-        agentic = dataclasses.replace(variant, method="at")
-        if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
-            variant = agentic
-        train = None if variant.context_free else record.train_trajectories
-        cell = streams[record.task, variant, train, record.test_trajectories]
-        cell[record.context or variant.context_free][record.seed].append(record.returns)
+        key = _place(record, curves)
+        if key[1].context_free and not record.context:
+            continue  # what the control repeats is the same
+        cell = streams[key]
+        failed[key] += record.failed
+        members[key].append(record)
+        if record.finished:
+            cell[record.context][record.seed].append(record.returns)
     cells = [
-        Cell(task, variant, train, test, _stack(cell[True]), _stack(cell[False]))
-        for (task, variant, train, test), cell in streams.items()
+        Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key], tuple(members[key]))
+        for key, cell in streams.items()
         if cell[True]
     ]
     alone = [run for cell in streams.values() if not cell[True] for run in cell[False].values()]
@@ -189,7 +238,13 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         superseded=len(records) - len(latest),
         displaced=displaced,
         unmatched=sum(len(run) for run in alone),
+        left_out=sum(not record.finished for record in latest.values()),
     )
+
+
+def in_sentence(name: str) -> str:
+    """A method's name within a sentence: "behaviour cloning", but "TD3+BC"."""
+    return name[:1].lower() + name[1:] if name[1:2].islower() else name
 
 
 def summarise(*strata: Runs) -> Estimate:
@@ -202,17 +257,48 @@ def middle(runs: Runs) -> float:
     return float(interquartile_mean(runs))
 
 
+def middle_or_none(runs: Runs) -> float | None:
+    """The same, and None where there are no runs."""
+    return middle(runs) if len(runs) else None
+
+
 def contrast(ours: Runs, theirs: Runs) -> Estimate:
     """Difference of the interquartile means of independent runs on one task."""
     return difference([ours], [theirs], generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)
 
 
-def _identity(record: EvaluationRecord) -> tuple[object, ...]:
+def _of_one_checkpoint(
+    latest: Mapping[tuple[object, ...], EvaluationRecord],
+) -> dict[tuple[object, ...], EvaluationRecord]:
+    """Those of the checkpoint that was evaluated last: one run's streams are not put together from several."""
+    in_time = sorted(latest.values(), key=lambda record: record.created)
+    newest = {_identity(record, of_stream=False): record.checkpoint_hash for record in in_time}
+    return {
+        key: record
+        for key, record in latest.items()
+        if newest[_identity(record, of_stream=False)] == record.checkpoint_hash
+    }
+
+
+def _identity(record: EvaluationRecord, *, of_stream: bool = True) -> tuple[object, ...]:
+    """What tells a stream of episodes, or else what all streams of a run have in common."""
+    asked = () if record.train_trajectories is None else (record.target_policy, record.target_return)
+    stream = (record.context, record.environment_seed) if of_stream else ()
     return (
         record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
-        record.context, record.seed, record.environment_seed, record.target_policy, record.target_return,
-        record.data_fingerprint,
+        record.seed, record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
+        record.cache_dtype, asked, stream,
     )  # fmt: skip
+
+
+def _place(record: EvaluationRecord, curves: Collection[tuple[str, Variant]]) -> _Place:
+    """The cell that a record belongs to; `curves` are the tasks and variants that there are."""
+    variant = _variant(record)
+    agentic = dataclasses.replace(variant, method="at")
+    if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
+        variant = agentic
+    train = None if variant.context_free else record.train_trajectories
+    return record.task, variant, train, record.test_trajectories
 
 
 def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
@@ -227,17 +313,25 @@ def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
 
 
 def _variant(record: EvaluationRecord) -> Variant:
+    train_task = record.train_task or ""
     if record.method in _CONTEXT_FREE or record.train_trajectories is None:
-        return Variant(record.method, context_free=True)
+        return Variant(record.method, train_task=train_task, context_free=True)
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {record.target_return:g}"
-    return Variant(record.method, record.token_set or "", target)
+    prompt, cache = record.prompt_trajectories, record.cache_dtype or ""
+    return Variant(record.method, record.token_set or "", target, prompt, train_task, cache)
 
 
-def _stack(streams: Mapping[int, list[tuple[float, ...]]]) -> dict[int, Streams]:
-    return {seed: np.array(returns) for seed, returns in streams.items()}
+def _stack(streams: Mapping[int, list[tuple[float | None, ...]]]) -> dict[int, Streams]:
+    return {seed: np.array(returns, np.float64) for seed, returns in streams.items()}  # None becomes NaN
 
 
 def _runs(streams: Mapping[int, Streams], metric: Metric) -> Runs:
-    return np.array([stream_metric(streams[seed], metric).mean() for seed in sorted(streams)])
+    return _means(stream_scores(streams[seed], metric) for seed in sorted(streams))
+
+
+def _means(groups: Iterable[np.ndarray]) -> Runs:
+    """The mean of each group's finite numbers; groups without any are left out."""
+    finite = (group[np.isfinite(group)] for group in groups)
+    return np.array([group.mean() for group in finite if len(group)])

@@ -3,11 +3,25 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ringrl.evaluation.records import PROTOCOL, Results
+from ringrl.evaluation.records import PROTOCOL, EvaluationRecord, Results
+from ringrl.evaluation.target import NO_TARGET
 from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid
 from ringrl.study.tables import number
 
 Fact = tuple[str, list[str]]  # what, and one line each
+
+
+def provenance(records: Iterable[EvaluationRecord]) -> list[Fact]:
+    """What a figure was made from: the commands, versions, data and seeds of its records."""
+    records = list(records)
+    found: list[Fact] = [
+        ("Commands", _distinct(record.command for record in records)),
+        ("Versions", _versions(records)),
+        ("Dataset (SHA-256)", _per_task((record.task, record.data_fingerprint) for record in records)),
+        ("Training seeds", _trained_with(records)),
+        ("Environment seeds", [_numbers(record.environment_seed for record in records)]),
+    ]
+    return [(name, [line for line in lines if line]) for name, lines in found if any(lines)]
 
 
 def facts(results: Results, grid: Grid) -> list[Fact]:
@@ -16,12 +30,12 @@ def facts(results: Results, grid: Grid) -> list[Fact]:
     found: list[Fact] = [
         ("Evaluation protocol", [f"{PROTOCOL}: undiscounted returns of whole episodes, in dm_control"]),
         ("Target return", _targets(grid)),
-        ("Training seeds", [_numbers(record.seed for record in records if record.steps_trained is not None)]),
+        ("Training seeds", _trained_with(records)),
         ("Environment seeds", [_numbers(record.environment_seed for record in records)]),
         ("Optimiser steps", [_numbers(record.steps_trained for record in records if record.steps_trained is not None)]),
         ("Dataset (SHA-256)", _per_task((record.task, record.data_fingerprint) for record in grid.records)),
         ("Checkpoints", _distinct(record.checkpoint_hash and record.checkpoint_hash[:12] for record in records)),
-        ("Versions", _versions(grid)),
+        ("Versions", _versions(grid.records)),
         ("Commands", _distinct(record.command for record in grid.records)),
         ("Statistics", [f"{RESAMPLES} bootstrap resamples, seed {BOOTSTRAP_SEED}"]),
         ("Results read", [f"{len(results.records)} records from {_files(len(results.sources))}"]),
@@ -33,7 +47,7 @@ def facts(results: Results, grid: Grid) -> list[Fact]:
 def _targets(grid: Grid) -> list[str]:
     targets: dict[str, set[str]] = defaultdict(set)
     for record in grid.records:
-        if record.target_return is not None or record.target_policy:
+        if record.target_return is not None or record.target_policy not in (None, NO_TARGET):
             value = "none" if record.target_return is None else number(record.target_return)
             targets[record.task].add(f"{value} ({record.target_policy or 'chosen by hand'})")
     return [f"{task}: {', '.join(sorted(values))}" for task, values in sorted(targets.items())]
@@ -43,10 +57,14 @@ def _per_task(pairs: Iterable[tuple[str, str | None]]) -> list[str]:
     return sorted({f"{task}: {value}" for task, value in pairs if value})
 
 
-def _versions(grid: Grid) -> list[str]:
+def _versions(records: Iterable[EvaluationRecord]) -> list[str]:
     """One line per set of versions that was used; several mean that the results were not made alike."""
-    sets = {tuple(sorted(record.versions.items())) for record in grid.records if record.versions}
+    sets = {tuple(sorted(record.versions.items())) for record in records if record.versions}
     return sorted(", ".join(f"{name} {version}" for name, version in versions) for versions in sets)
+
+
+def _trained_with(records: Iterable[EvaluationRecord]) -> list[str]:
+    return [_numbers(record.seed for record in records if record.steps_trained is not None)]
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:
@@ -75,4 +93,6 @@ def _left_out(results: Results, grid: Grid) -> list[str]:
         lines.append(f"{grid.superseded} older records of what was measured again later{other}")
     if grid.unmatched:
         lines.append(f"{grid.unmatched} control records without a rollout to compare them with")
+    if grid.left_out:
+        lines.append(f"{grid.left_out} streams whose first episode failed, and which have no return")
     return lines

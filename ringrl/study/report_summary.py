@@ -6,10 +6,18 @@ from functools import partial
 from math import comb
 from typing import Literal
 
-import numpy as np
-
 from ringrl.evaluation.statistics import Estimate
-from ringrl.study.report_cells import Cell, Grid, Variant, contrast, middle, series_of, summarise
+from ringrl.study.report_cells import (
+    Cell,
+    Grid,
+    Variant,
+    contrast,
+    in_sentence,
+    middle,
+    middle_or_none,
+    series_of,
+    summarise,
+)
 from ringrl.study.tables import context_label, number
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
@@ -99,16 +107,20 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
     return f"{subject} makes no clear difference."
 
 
-def _caution(verdicts: Sequence[Verdict]) -> str | None:
-    few = [verdict.seeds for verdict in verdicts if verdict.kind in ("helps", "hurts")]
-    if not few or min(few) >= SEEDS_FOR_A_CLAIM:
+def caution(seeds: int) -> str | None:
+    """What a difference of so few training seeds a side can and cannot show; None where they are enough."""
+    if seeds >= SEEDS_FOR_A_CLAIM:
         return None
-    seeds = min(few)
     return (
         f"With {seeds} training seeds per point this is a hint, not proof: if nothing differed, two groups of {seeds} "
         f"would still lie wholly apart once in {comb(2 * seeds, seeds) // 2} times, and bootstrap intervals of so few "
         "are too narrow."
     )
+
+
+def _caution(verdicts: Sequence[Verdict]) -> str | None:
+    clear = [verdict.seeds for verdict in verdicts if verdict.kind in ("helps", "hurts")]
+    return caution(min(clear)) if clear else None
 
 
 def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
@@ -136,11 +148,10 @@ def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
 
 def _memory(cell: Cell) -> _Memory | None:
     """What memory gains; None where there is nothing to remember or the control was not measured."""
-    seeds = [seed for seed in cell.seeds if seed in cell.control]
-    if cell.test == 1 or not seeds:
+    gains, wiped = cell.memory_gains()
+    if cell.test == 1 or not len(gains):
         return None
-    wiped = np.array([cell.control[seed].mean() for seed in seeds])
-    return _Memory(summarise(np.array([cell.streams[seed].mean() for seed in seeds]) - wiped), middle(wiped))
+    return _Memory(summarise(gains), middle(wiped))
 
 
 def _judge(change: Estimate) -> str:
@@ -154,7 +165,9 @@ def _judge(change: Estimate) -> str:
 
 
 def _notes(grid: Grid, task: str) -> list[str]:
-    levels = [f"{grid.name(cell.variant).lower()} {number(middle(cell.runs()))}" for cell in _references(grid, task)]
+    levels = [
+        f"{in_sentence(grid.name(cell.variant))} {number(middle(cell.runs()))}" for cell in _references(grid, task)
+    ]
     if task in grid.data:
         returns = grid.data[task]
         levels.append(f"the dataset's episodes {number(returns.mean())} on average, {number(returns.max())} at best")
@@ -167,7 +180,7 @@ def _notes(grid: Grid, task: str) -> list[str]:
 
 
 def _in_context(name: str, cell: Cell) -> list[str]:
-    first, last, best = (number(middle(cell.runs(metric))) for metric in ("first", "last", "best"))
+    first, last, best = (number(middle_or_none(cell.runs(metric))) for metric in ("first", "last", "best"))
     sentences = [f"The {name} goes from {first} in the first of {cell.test} episodes in context to {last} in the last."]
     if cell.control:
         control = number(middle(cell.control_runs("best")))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ringrl.errors import UserError
 from ringrl.evaluation.scores import normalised_score
-from ringrl.study.report_cells import Cell, Grid, middle, summarise
+from ringrl.study.report_cells import Cell, Grid, middle, middle_or_none, summarise
 
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -37,7 +37,8 @@ class Row:
     best_control: float | None  # best of n episodes of the same policy without memory
     score: float | None  # normalised score of iqm
     seeds: int | None
-    episodes: int
+    episodes: int  # with a return
+    failed: int  # episodes without one, the control's too
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def to_rich(table: Sequence[Row]) -> Table:
     """Rows for a terminal of 80 columns, a part per task; numbers as in Row, the interval in brackets."""
     shown = Table(box=box.SIMPLE_HEAD, padding=0)
     shown.add_column("Method")  # the one that gives way where the terminal is narrow
-    for name in ("Context", "Return\n[95 %]", "First", "Last", "Best of n\n(control)", "Seeds"):
+    names = ["Context", "Return\n[95 %]", "First", "Last", "Best of n\n(control)", "Seeds"]
+    failed = any(row.failed for row in table)
+    for name in names + ["Failed"] * failed:
         shown.add_column(name, justify="right", no_wrap=True)
     for index, row in enumerate(table):
         if index == 0 or row.task != table[index - 1].task:
@@ -125,6 +128,7 @@ def to_rich(table: Sequence[Row]) -> Table:
             number(row.last),
             number(row.best) + ("" if row.best_control is None else f" ({number(row.best_control)})"),
             ABSENT if row.seeds is None else str(row.seeds),
+            *([str(row.failed)] if failed else []),
         )
     return shown
 
@@ -138,7 +142,8 @@ def number(value: float | None, *, sign: bool = False) -> str:
     """A return in a sentence: whole from 100 on, one decimal below; a dash where there is none."""
     if value is None:
         return ABSENT
-    return f"{value:{'+' if sign else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
+    value = value if abs(value) >= 0.05 else 0.0  # no nought with a sign
+    return f"{value:{'+' if sign and value else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
 
 
 def normalised(task: str, value: float) -> float | None:
@@ -153,7 +158,7 @@ def _row(grid: Grid, cell: Cell) -> Row:
     found = summarise(cell.runs())
     # Without context the episodes of a stream are independent, and the first remembers none: its own control.
     control = cell.runs("best") if cell.variant.context_free or cell.test == 1 else cell.control_runs("best")
-    first, last, best = (middle(cell.runs(metric)) for metric in ("first", "last", "best"))
+    first, last, best = (middle_or_none(cell.runs(metric)) for metric in ("first", "last", "best"))
     return Row(
         task=cell.task,
         method=grid.name(cell.variant),
@@ -166,10 +171,11 @@ def _row(grid: Grid, cell: Cell) -> Row:
         first=first,
         last=last,
         best=best,
-        best_control=middle(control) if len(control) else None,
+        best_control=middle_or_none(control),
         score=normalised(cell.task, found.value),
         seeds=found.runs,
         episodes=cell.episodes,
+        failed=cell.failed,
     )
 
 
@@ -183,7 +189,14 @@ def _data_rows(grid: Grid, task: str) -> list[Row]:
             ("trained_on", "rolled_out", "low", "high", "first", "last", "best", "best_control", "seeds")
         )
         return Row(
-            task=task, method=method, mean=score, iqm=score, score=normalised(task, score), episodes=episodes, **absent
+            task=task,
+            method=method,
+            mean=score,
+            iqm=score,
+            score=normalised(task, score),
+            episodes=episodes,
+            failed=0,
+            **absent,
         )
 
     return [

@@ -24,7 +24,7 @@ def make_optimisers(config: TrainConfig) -> dict[str, optax.GradientTransformati
     return {"actor": make_optimiser(settings.model_copy(update=fewer)), "critics": make_optimiser(settings)}
 
 
-def initial_actor_critic_state(policy: ActorCritic, config: TrainConfig) -> TrainState:
+def initial_actor_critic_state(policy: nnx.Module, config: TrainConfig) -> TrainState:
     """The state before the first step; targets equal what they follow."""
     params = nnx.to_pure_dict(nnx.state(policy, nnx.Param))
     params |= {f"target_{name}": jax.tree.map(jnp.copy, params[name]) for name in LEARNED}  # memory of their own

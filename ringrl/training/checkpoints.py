@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import pydantic
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ringrl.config import TrainConfig, one_line
+from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, goal_space
 from ringrl.errors import UserError
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
-from ringrl.training.learner import make_learner
-from ringrl.training.step import TrainState, with_params
+from ringrl.training.agent import make_agent
+from ringrl.training.mesh import make_ring
+from ringrl.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,7 @@ class TrainedPolicy:
     info: RunInfo
     step: int
     parameter_hash: str  # sha256 over the parameters
+    parallel: Parallel = ONE_DEVICE  # over which its contexts are divided
 
     def towards(self, task: str) -> Policy:
         """The policy for another task of its domain; one that knows goals then heads for that task's."""
@@ -193,18 +196,22 @@ class TrainedPolicy:
         return policy
 
 
-def load_policy(run: Path, step: int | None = None) -> TrainedPolicy:
-    """The policy of a run's newest (or given) checkpoint; UserError when there is none to use."""
+def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:
+    """The policy of a run's newest (or given) checkpoint, its contexts to be divided over the mesh.
+
+    Raises:
+      UserError: there is none to use, or as `make_ring`.
+    """
     step, info = read_info(run, step)
-    policy = info.make_policy()
+    parallel = ONE_DEVICE if mesh is None else make_ring(info.config, mesh)
+    agent = make_agent(partial(info.make_policy, parallel), info.config, parallel)
     checkpoints = Checkpoints(run)
-    state = checkpoints.restore(step, make_learner(info.make_policy, info.config).state)
+    state = checkpoints.restore(step, agent.init())
     checkpoints.close()
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):
         digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())
-    graph, _ = nnx.split(policy, nnx.Param)
-    return TrainedPolicy(with_params(graph, state.params), info, step, digest.hexdigest())
+    return TrainedPolicy(agent.policy(state.params), info, step, digest.hexdigest(), parallel)
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:

@@ -21,13 +21,14 @@ from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
+from ringrl.training.agent import Agent, make_agent
+from ringrl.training.boards import check_installed
 from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, RunInfo, read_info
 from ringrl.training.interruption import stop_on_sigterm
-from ringrl.training.learner import Learner, make_learner
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import Cost, Recorder, open_log, progress_bar
 from ringrl.training.profile import Profiler
-from ringrl.training.run_folder import check_dataset, claim_folder, flat
+from ringrl.training.run_folder import check_dataset, claim_folder, dataset_fingerprint, flat
 from ringrl.training.step import TrainState
 from ringrl.training.throughput import peak_flops, step_flops
 
@@ -51,10 +52,11 @@ def train(
         not fit the task, a disk that is full.
     """
     settings = flat(config.model_dump(mode="json", exclude={"data"}))  # which each host may keep elsewhere
+    check_installed(config)
     distributed.check_met()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
-    data_fingerprint = _fingerprint(store)
+    data_fingerprint = dataset_fingerprint(store)
     distributed.agree("data", {"fingerprint of the data": data_fingerprint})
     episodes = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
     normalisation = Normalisation.of(store, config.ignored_observations, episodes)
@@ -86,12 +88,6 @@ def train(
     return config.run
 
 
-def _fingerprint(store: EpisodeStore) -> str:
-    """Of the recorded content, and of how it was relabelled where that is not the usual way."""
-    relabelling = store.provenance.relabelling
-    return store.fingerprint if relabelling == "control_aware" else f"{store.fingerprint} {relabelling}"
-
-
 def _make_source(
     store: EpisodeStore, config: TrainConfig, normalisation: Normalisation, parallel: Parallel
 ) -> BatchSource:
@@ -113,17 +109,17 @@ def _run_steps(
     profiler: Profiler,
 ) -> None:
     config, console = info.config, progress.console
-    learner = make_learner(partial(info.make_policy, parallel), config, parallel)
+    agent = make_agent(partial(info.make_policy, parallel), config, parallel)
     batches = iterate_batches(source, config.optimiser.steps)
-    state, iterator = _newest(info, learner.state, checkpoints, console)
+    state, iterator = _newest(info, agent.init(), checkpoints, console)
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
-    with closing(batches), closing(profiler), open_log(config.run, start) as log, progress, stop_on_sigterm() as stop:
-        recorder = Recorder(config, _cost(config, source, learner, parallel), log, progress)
+    with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_sigterm() as stop:
+        recorder = Recorder(config, _cost(config, source, agent, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)
-            state, metrics = learner.step(state, batch)
+            state, metrics = agent.update(state, batch)
             recorder.add(step, metrics)
             is_last = stop.after(step)
             is_checkpoint = is_last or step % config.checkpoint_every == 0 or step == config.optimiser.steps
@@ -167,9 +163,9 @@ def _newest(
     return like, None
 
 
-def _cost(config: TrainConfig, source: BatchSource, learner: Learner, parallel: Parallel) -> Cost:
+def _cost(config: TrainConfig, source: BatchSource, agent: Agent, parallel: Parallel) -> Cost:
     """Of a step of this run."""
-    tokens = source.steps_per_batch * learner.tokens_per_step
+    tokens = source.steps_per_batch * agent.tokens_per_step
     devices = 1 if parallel.mesh is None else parallel.mesh.size
     contexts = config.optimiser.batch_size
     return Cost(tokens, step_flops(config.model, tokens // contexts, contexts), peak_flops(devices))

@@ -5,7 +5,7 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh
 
-from ringrl.config import TrainConfig
+from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
@@ -36,6 +36,21 @@ def make_parallel(config: TrainConfig) -> Parallel:
         tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices]
     )
     return Parallel(made, mesh.layout)
+
+
+def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
+    """The mesh over which a trained policy's contexts are divided when it acts.
+
+    Raises:
+      UserError: an axis other than seq, a policy without a context, more devices than there are, or a width that does
+        not divide.
+    """
+    if mesh.devices != mesh.seq:
+        raise UserError("mesh: a policy that acts is divided along mesh.seq alone; leave the other axes at 1")
+    if mesh.seq > 1 and config.model.kind != "transformer":
+        raise UserError(f"mesh.seq: {config.model.kind} has no context to divide; leave it at 1")
+    one_context = config.optimiser.model_copy(update={"batch_size": 1, "accumulation": 1})
+    return make_parallel(config.model_copy(update={"mesh": mesh, "optimiser": one_context}))
 
 
 def check_divides(config: TrainConfig) -> None:

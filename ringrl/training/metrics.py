@@ -1,7 +1,8 @@
-"""Where a run's numbers go: metrics.jsonl (one line per step), TensorBoard, and a live line in the terminal."""
+"""Where a run's numbers go: metrics.jsonl (one line per step), boards to look at, and a live line in the terminal."""
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -18,24 +19,25 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
+from rich.table import Column
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
+from ringrl.training.boards import Board, open_boards
 from ringrl.training.optimiser import learning_rate
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run, continued after `step`.
+    """metrics.jsonl of one run, continued after `step`, and the boards that show the same.
 
     Lines beyond `step` come from work that a kill has undone; they are dropped, and written again when it is redone.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, boards: Sequence[Board] = ()) -> None:
         self._path = run / "metrics.jsonl"
         self._drop_after(step)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._boards = boards
 
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
@@ -57,17 +59,16 @@ class MetricsLog:
         """Append one line per entry; each holds `step` and named numbers."""
         self._file.write("".join(json.dumps(entry) + "\n" for entry in entries))
         self._file.flush()
-        for entry in entries:
-            for name, value in entry.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(entry["step"]))
+        for board in self._boards:
+            board.write(entries)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 class SilentLog(MetricsLog):
@@ -83,9 +84,11 @@ class SilentLog(MetricsLog):
         pass
 
 
-def open_log(run: Path, step: int) -> MetricsLog:
+def open_log(config: TrainConfig, step: int) -> MetricsLog:
     """The log of a run, continued after `step`; of several processes, the first writes it."""
-    return MetricsLog(run, step) if jax.process_index() == 0 else SilentLog()
+    if jax.process_index() != 0:
+        return SilentLog()
+    return MetricsLog(config.run, step, open_boards(config, step))
 
 
 def progress_bar(console: Console, disable: bool) -> Progress:
@@ -94,10 +97,10 @@ def progress_bar(console: Console, disable: bool) -> Progress:
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]}"),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),  # in a narrow terminal, this is what stays
+        TextColumn("left  {task.fields[speed]}", table_column=Column(no_wrap=True)),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
         console=console,
         disable=disable,
     )
@@ -132,7 +135,7 @@ class Recorder:
         """Write what waits, and return the mean of its finite losses; this is where the host meets the device."""
         values = jax.device_get(self._waiting)
         now = time.perf_counter()
-        speed = self._speed(len(values) / (now - self._since))
+        speed = self._speed((now - self._since) / len(values))
         entries = []
         for step, metrics in values:
             entry = {"step": step} | {name: float(value) for name, value in metrics.items()}
@@ -145,10 +148,11 @@ class Recorder:
         self._report_skipped(entries)
         return loss
 
-    def _speed(self, steps_per_second: float) -> dict[str, float]:
-        speed = {"tokens_per_second": steps_per_second * self._cost.tokens}
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Of a step that took so long: with the wait for its batch, for checkpoints, and for the first compilation."""
+        speed = {"steps_per_second": 1 / seconds, "tokens_per_second": self._cost.tokens / seconds}
         if self._cost.flops is not None:
-            speed["model_flops_per_second"] = steps_per_second * self._cost.flops
+            speed["model_flops_per_second"] = self._cost.flops / seconds
             if self._cost.peak_flops is not None:
                 speed["mfu"] = speed["model_flops_per_second"] / self._cost.peak_flops
         return speed

@@ -1,15 +1,18 @@
 """The folder of a run: made for one configuration, and gone on with under no other."""
 
+from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
+from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.training.checkpoints import RunInfo
 
-# Where things lie and what they are computed on may change between a run and its resumption.
+# Where things lie and are shown, and what they are computed on, may change between a run and its resumption.
 PLACES = ("data", "run", "keep_checkpoints", "mesh.")
+SHOWN = "log"
 
 
 def claim_folder(info: RunInfo, resume: bool) -> None:
@@ -33,21 +36,38 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"{config.run}: holds a run already; use --resume to go on with it, or give another --run")
+    check_configuration(config)
+
+
+def saved_configuration(run: Path) -> TrainConfig:
+    """Of the run in this folder; UserError where it cannot be read."""
+    saved = run / "config.yaml"
     try:
-        known = TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
+        return TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
     except pydantic.ValidationError as error:
         raise UserError(f"{saved}: does not fit this version ({one_line(error)}); start a new --run") from error
+
+
+def check_configuration(config: TrainConfig) -> None:
+    """UserError where the folder holds a run of other settings."""
+    known = saved_configuration(config.run)
     was, now = (flat(settings.model_dump(mode="json")) for settings in (known, config))
     changed = [
         f"{name} was {was.get(name)}, is {value}"
         for name, value in now.items()
-        if not name.startswith(PLACES) and was.get(name) != value
+        if not name.startswith(PLACES) and name != SHOWN and was.get(name) != value
     ]
     if changed:
         raise UserError(
-            f"{saved}: the run has another configuration ({'; '.join(changed)}); "
+            f"{config.run / 'config.yaml'}: the run has another configuration ({'; '.join(changed)}); "
             "resume with the same, or start a new --run"
         )
+
+
+def dataset_fingerprint(store: EpisodeStore) -> str:
+    """Of the recorded content, and of how it was relabelled where that is not the usual way."""
+    relabelling = store.provenance.relabelling
+    return store.fingerprint if relabelling == "control_aware" else f"{store.fingerprint} {relabelling}"
 
 
 def check_dataset(info: RunInfo, saved: RunInfo) -> None:

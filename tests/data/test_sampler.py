@@ -74,6 +74,21 @@ def test_own_targets_start_from_each_trajectorys_return(golden: EpisodeStore) ->
     np.testing.assert_array_equal(batch.previous.completion[0], [0, 0, 0] + [1, 0, 0] * 3)
 
 
+def test_without_a_target_no_return_is_asked_for_and_nothing_completes(golden: EpisodeStore) -> None:
+    """Algorithm distillation: a learner's episodes as they came; whatever else a context holds stays as it is."""
+    history = {"trajectories": 3, "order": "history", "sampling": "history_window"}
+    batch = sampler(golden, target="none", **history).batch(0)
+    for zero in (batch.return_to_go, batch.completion, batch.previous.completion):
+        np.testing.assert_array_equal(zero, np.zeros((1, 9), np.float32))
+    asked = sampler(golden, **history).batch(0)
+    assert asked.return_to_go.any()
+    assert asked.completion.any()
+    for name in set(Context._fields) - {"return_to_go", "completion", "previous"}:
+        np.testing.assert_array_equal(getattr(batch, name), getattr(asked, name), err_msg=name)
+    np.testing.assert_array_equal(np.diff(episode_numbers(batch)), [[1, 1]])
+    assert batch.reward.any()
+
+
 def test_shorter_contexts_are_padded_at_the_end(tmp_path: Path, random_episode, write_store) -> None:
     """Episodes of 3, 1 and 2 steps, all three as one context: six steps, and as many as three of the longest take."""
     rewards = [[0.5, 0.25, 0.25], [0.5], [0.0, 2.0]]  # returns 1, .5, 2

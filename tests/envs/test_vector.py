@@ -190,18 +190,29 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_unstable_simulation_is_named_and_mended_by_a_reset(threads):
-    from dm_control.rl.control import PhysicsError
+def test_an_unstable_simulation_ends_no_other_and_is_mended_by_a_reset(threads):
+    def play(vector, breaks):
+        rows = [(*vector.reset(seed=0), None)]
+        for step, actions in enumerate(np.random.RandomState(0).uniform(-1, 1, (6, 4, 6)).astype(np.float32)):
+            if breaks and step == 2:
+                vector._datas[2].qpos[:] = 1e12
+            observations, rewards, terminated, truncated, info = vector.step(actions)
+            assert not terminated.any()
+            assert not truncated.any()
+            rows.append((observations, info, rewards))
+        return rows
 
     vector = make_vec("cheetah_run", 4, seed=0, threads=threads)
-    expected = vector.reset()[0]
-    actions = np.zeros((4, 6), np.float32)
-    vector._datas[2].qpos[:] = 1e12
-    message = r"cheetah_run: the simulation of environment 2 is no longer valid \(mjWARN_BAD"
-    with pytest.raises(PhysicsError, match=message):
-        vector.step(actions)
-    np.testing.assert_array_equal(vector.reset(seed=0)[0], expected)
-    vector.step(actions)
+    whole, broken, again = (play(vector, breaks) for breaks in (False, True, False))
+    fine = [0, 1, 3]
+    for step, ((x, info, reward), (y, other, earned)) in enumerate(zip(whole, broken, strict=True)):
+        for a, b in ((x, y), (info["physics"], other["physics"]), *([(reward, earned)] if step else [])):
+            np.testing.assert_array_equal(a[fine], b[fine])
+            assert np.isnan(b[2]).all() == (step > 2)
+        assert "unstable" not in info
+        assert other.get("unstable", np.zeros(4, bool)).tolist() == [False, False, step > 2, False]
+    for (x, *_), (y, *_) in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(x, y)
     vector.close()
 
 

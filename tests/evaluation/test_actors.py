@@ -9,7 +9,9 @@ from ringrl.config import ModelConfig
 from ringrl.context import Context, Outcome
 from ringrl.evaluation import actors
 from ringrl.evaluation.actors import PolicyActor
+from ringrl.evaluation.programs import Programs
 from ringrl.model import Policy, make_policy
+from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
 OBSERVATION, ACTION = 3, 2
 
@@ -52,26 +54,31 @@ def small_cache(monkeypatch) -> None:
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 16, 17])
 def test_actions_on_either_side_of_every_capacity(steps, small_cache):
     made, context = policy(), contexts(2, steps)
-    np.testing.assert_allclose(replayed(PolicyActor(made), context), made.actions(context), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        replayed(PolicyActor(Programs(made)), context), made.actions(context), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_one_program_per_capacity_and_one_for_the_first_step(small_cache):
-    actor = PolicyActor(policy())
+    programs = Programs(policy())
+    actor = PolicyActor(programs)
     context = contexts(2, 30)  # 150 tokens: capacities 10, 20, 40, 80, 150
     first = replayed(actor, context)
-    assert len(actor._programs) == 6
+    assert len(programs) == 6
     np.testing.assert_array_equal(replayed(actor, context), first)
-    assert len(actor._programs) == 6, "a second rollout compiles nothing"
+    np.testing.assert_array_equal(replayed(PolicyActor(programs), context), first)
+    assert len(programs) == 6, "neither a second rollout nor a second actor compiles anything"
 
 
 def test_what_is_not_reached_is_not_compiled(small_cache):
-    actor = PolicyActor(policy())
+    programs = Programs(policy())
+    actor = PolicyActor(programs)
     actor.start(2, 1000)
     step = jax.tree.map(lambda x: x[:, :1], contexts(2, 1))
     for _ in range(3):
         actor.act(step)
         actor.observe(step)
-    assert len(actor._programs) == 4, "the first step's, those of 10 and 20 tokens, and the next one"
+    assert len(programs) == 4, "the first step's, those of 10 and 20 tokens, and the next one"
 
 
 @pytest.mark.parametrize("token_set", ["at5", "fused1"])
@@ -83,7 +90,7 @@ def test_a_prompt_is_shared_by_all(token_set, small_cache):
     for before, x in zip(whole.previous, (whole.action, whole.reward, whole.completion), strict=True):
         before[:, 6] = x[:, 5]
     prompt, live = (jax.tree.map(lambda x, part=part: x[part], whole) for part in (np.s_[:1, :6], np.s_[:, 6:]))
-    actor = PolicyActor(made)
+    actor = PolicyActor(Programs(made))
     found = replayed(actor, live, prompt)
     np.testing.assert_allclose(found, made.actions(whole)[:, 6:], rtol=1e-5, atol=1e-5)
     assert actor._prefix.keys[0].shape[0] == 1
@@ -93,7 +100,7 @@ def test_a_prompt_is_shared_by_all(token_set, small_cache):
 
 def test_a_cache_of_half_the_memory():
     made, context = policy(token_set="ring4"), contexts(2, 8)
-    actor = PolicyActor(made, cache_dtype=jnp.dtype(jnp.bfloat16))
+    actor = PolicyActor(Programs(made, jnp.dtype(jnp.bfloat16)))
     found = replayed(actor, context)
     assert actor._memory.keys[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(found, made.actions(context), atol=0.03)
@@ -101,5 +108,24 @@ def test_a_cache_of_half_the_memory():
 
 def test_behaviour_cloning_has_no_use_for_a_prompt():
     made, context = policy(kind="behaviour_cloning"), contexts(2, 4)
-    found = replayed(PolicyActor(made), context, contexts(1, 3))
+    found = replayed(PolicyActor(Programs(made)), context, contexts(1, 3))
     np.testing.assert_allclose(found, made.actions(context), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_growing_over_a_mesh(prompted, small_cache, eight_devices):
+    """Three devices, among which no capacity divides: 12, 21, 42, ... tokens."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]).reshape(1, 1, 1, 3), MESH_AXES)
+    parallel = Parallel(mesh)
+    context = contexts(2, 14)
+    for x in jax.tree.leaves(context):
+        x[:, :6] = x[:1, :6]
+    for before, x in zip(context.previous, (context.action, context.reward, context.completion), strict=True):
+        before[:, 6] = x[:, 5]
+    begin = 6 if prompted else 0
+    config = ModelConfig(layers=1, width=24, heads=2, token_set="at5")
+    one, divided = (make_policy(config, OBSERVATION, ACTION, 0, parallel=where) for where in (ONE_DEVICE, parallel))
+    live = jax.tree.map(lambda x: x[:, begin:], context)
+    prompt = jax.tree.map(lambda x: x[:1, :6], context) if prompted else None
+    found = replayed(PolicyActor(Programs(divided, parallel=parallel)), live, prompt)
+    np.testing.assert_allclose(found, one.actions(context)[:, begin:], rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.records import (
     EvaluationRecord,
     append_records,
+    check_writable,
     data_records,
     find_results,
     library_versions,
@@ -52,11 +53,47 @@ def test_round_trip(tmp_path):
         ({"protocol": 2}, "Input should be 1"),
         ({"reward": 3}, "Extra inputs"),
         ({"task": ""}, "at least 1 character"),
+        ({"returns": (None, 1.0)}, "a return after an episode that failed"),
     ],
 )
 def test_a_wrong_record_is_refused(changes, message):
     with pytest.raises(pydantic.ValidationError, match=message):
         make_record(**changes)
+
+
+def test_failed_episodes_are_marked_and_counted(tmp_path):
+    path = tmp_path / "results.jsonl"
+    records = [make_record(), make_record(returns=(1.5, None)), make_record(returns=(None, None))]
+    append_records(path, records)
+    assert "NaN" not in path.read_text()
+    found = read_records(path).records
+    assert found == tuple(records)
+    assert [record.failed for record in found] == [0, 1, 2]
+    assert [record.finished for record in found] == [(1.5, 2.25), (1.5,), ()]
+
+
+def test_records_of_before_are_read(tmp_path):
+    """A line as it was written before prompts, failures and evaluations were told."""
+    path = tmp_path / "results.jsonl"
+    path.write_text(
+        '{"protocol":1,"task":"jaco_reach_top_left","method":"at","token_set":"fused1","train_trajectories":2,'
+        '"test_trajectories":1,"context":true,"seed":0,"environment_seed":1000000,"returns":[0.25],"target_return":9.0,'
+        '"target_policy":"data_best","steps_trained":3,"checkpoint":"run","checkpoint_hash":"1c","data_fingerprint":'
+        '"61","command":"ringrl evaluate","versions":{"jax":"0.10.2"},"created":"2026-11-21T19:57:04.317178Z"}\n'
+    )
+    (record,) = read_records(path).records
+    assert (record.prompt_trajectories, record.evaluation, record.failed) == (0, None, 0)
+
+
+def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path):
+    check_writable(tmp_path / "new" / "results.jsonl")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "there.jsonl").write_text("x")
+    check_writable(tmp_path / "there.jsonl")
+    assert (tmp_path / "there.jsonl").read_text() == "x"
+    for path in (tmp_path / "new", tmp_path / "there.jsonl" / "results.jsonl"):
+        with pytest.raises(UserError, match="cannot be written"):
+            check_writable(path)
 
 
 def test_a_record_is_frozen():

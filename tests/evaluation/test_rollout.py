@@ -1,11 +1,12 @@
 """Rollouts in real environments: returns, what policies are told, and the cache against the full forward pass."""
 
+from collections.abc import Sequence
+
 import gymnasium
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from gymnasium.vector import AutoresetMode
 
 from ringrl.config import ModelConfig
 from ringrl.context import Context
@@ -13,7 +14,9 @@ from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, PolicyActor, RandomActor
-from ringrl.evaluation.rollout import rollout
+from ringrl.evaluation.episode import ARRAYS, Episode
+from ringrl.evaluation.programs import Programs
+from ringrl.evaluation.rollout import Group, rollout
 from ringrl.model import Policy, make_policy
 
 TASK, JACO = "jaco_reach_top_left", DOMAINS["jaco"]
@@ -28,9 +31,10 @@ class Recorder:
     def __init__(self, actor: Actor) -> None:
         self.actor, self.steps, self.actions, self.started = actor, [], [], []
 
-    def start(self, num_environments: int, num_steps: int) -> None:
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
         self.started.append((num_environments, num_steps))
-        self.actor.start(num_environments, num_steps)
+        self.prompt = prompt
+        self.actor.start(num_environments, num_steps, prompt)
 
     def act(self, current: Context) -> np.ndarray:
         for name in ("action", "reward", "completion"):
@@ -54,7 +58,7 @@ class Scripted:
     def __init__(self, actions: np.ndarray) -> None:
         self.left = list(actions)
 
-    def start(self, num_environments: int, num_steps: int) -> None: ...
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None: ...
 
     def act(self, current: Context) -> np.ndarray:
         return self.left.pop(0)
@@ -72,7 +76,7 @@ def run(actor: Actor, environments: int = 2, **options) -> np.ndarray:
     vector = make_vec(TASK, environments, seed=0)
     options = {"episodes": 1, "target_return": 100.0, "seed": SEED} | options
     try:
-        return rollout(actor, vector, NORMALISATION, **options)
+        return rollout([Group(actor, vector)], NORMALISATION, **options)
     finally:
         vector.close()
 
@@ -81,19 +85,19 @@ def run(actor: Actor, environments: int = 2, **options) -> np.ndarray:
 def two_random_episodes() -> tuple[np.ndarray, Recorder, list[np.ndarray]]:
     """Returns of two random episodes in each of two environments, all that was seen, and the returns as reported."""
     recorder, reported = Recorder(RandomActor(JACO.action_size, seed=5)), []
-    returns = run(recorder, episodes=2, target_return=3.0, on_episode=lambda x: reported.append(x.copy()))
+    returns = run(recorder, episodes=2, target_return=3.0, on_episode=lambda x: reported.append(x.returns))
     return returns, recorder, reported
 
 
 @pytest.fixture(scope="module")
 def plain_loop() -> dict[str, np.ndarray]:
     """The same two episodes without any of the code under test."""
-    random, vector = np.random.default_rng(5), make_vec(TASK, 2, seed=0)
+    randoms, vector = [np.random.default_rng(5), np.random.default_rng(6)], make_vec(TASK, 2, seed=0)
     rows: dict[str, list] = {"observation": [], "action": [], "reward": []}
     for episode in range(2):
         observation, _ = vector.reset(seed=SEED if episode == 0 else None)
         for _ in range(LENGTH):
-            action = random.uniform(-1, 1, (2, JACO.action_size)).astype(np.float32)
+            action = np.stack([random.uniform(-1, 1, 9) for random in randoms]).astype(np.float32)
             rows["observation"].append(observation)
             observation, reward, _, truncated, _ = vector.step(action)
             rows["action"].append(action)
@@ -140,7 +144,7 @@ def test_what_the_policy_is_told(two_random_episodes, plain_loop):
 def test_actions_equal_the_full_forward_pass_at_every_position(settings):
     """Two episodes in one context, over every growth of the cache."""
     policy = tiny(**settings)
-    recorder = Recorder(PolicyActor(policy))
+    recorder = Recorder(PolicyActor(Programs(policy)))
     run(recorder, episodes=2 if policy.tokens_per_step == 5 else 3)
     context = recorder.context
     tokens = context.reward.shape[1] * policy.tokens_per_step
@@ -170,7 +174,7 @@ def test_a_policy_acts_alike_at_any_place_of_a_batch(rows, two_random_episodes):
     """Replayed and not rolled out again: contacts would blow up what float32 rounds differently."""
     _, recorder, _ = two_random_episodes
     contexts = jax.tree.map(lambda x: np.concatenate([x[:, :300], x[:1, 200:500]]), recorder.context)
-    actor = PolicyActor(tiny(token_set="ring4"))
+    actor = PolicyActor(Programs(tiny(token_set="ring4")))
     whole, some = replayed(actor, contexts), replayed(actor, jax.tree.map(lambda x: x[rows], contexts))
     np.testing.assert_allclose(some, whole[rows], rtol=1e-5, atol=1e-5)
     assert all(np.abs(whole[i] - whole[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -186,13 +190,13 @@ def test_environments_of_a_batch_do_not_know_each_other():
 
 
 def test_an_actor_starts_anew_with_every_rollout():
-    actor = PolicyActor(tiny(token_set="fused1"))
+    actor = PolicyActor(Programs(tiny(token_set="fused1")))
     np.testing.assert_array_equal(run(actor), run(actor))
 
 
 def test_behaviour_cloning_rolls_out():
     policy = tiny(kind="behaviour_cloning")
-    recorder = Recorder(PolicyActor(policy))
+    recorder = Recorder(PolicyActor(Programs(policy)))
     run(recorder)
     expected = policy.actions(recorder.context)
     np.testing.assert_allclose(recorder.context.action, expected, rtol=1e-5, atol=1e-5)
@@ -209,43 +213,186 @@ def test_without_a_seed_the_environments_go_on():
     vector = make_vec(TASK, 1, seed=3)
     recorder = Recorder(Scripted(actions))
     for _ in range(2):
-        rollout(recorder, vector, NORMALISATION, episodes=1, target_return=1.0)
+        rollout([Group(recorder, vector)], NORMALISATION, episodes=1, target_return=1.0)
     first, second = recorder.context.observation[0, 0], recorder.context.observation[0, LENGTH]
     np.testing.assert_allclose(first, NORMALISATION.observation(make_vec(TASK, 1, seed=3).reset()[0][0]))
     assert (first != second).any()
 
 
-class Breaking(gymnasium.Env):
-    """Three steps; the third one's observation or reward is not a number."""
-
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (42,), np.float32)
-    action_space = gymnasium.spaces.Box(-1, 1, (9,), np.float32)
-
-    def __init__(self, observation: float, reward: float) -> None:
-        self.last, self.steps = (observation, reward), 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(42, np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        observation, reward = self.last if self.steps == 3 else (0.0, 0.0)
-        return np.full(42, observation, np.float32), reward, False, self.steps == 3, {}
+SHORT = Normalisation(NORMALISATION.mean, NORMALISATION.std, 4)
 
 
-@pytest.mark.parametrize(("observation", "reward"), [(np.nan, 0.0), (0.0, np.nan), (np.inf, 0.0)])
-def test_numbers_that_are_not_finite_are_refused(observation, reward):
-    fine, breaking = (lambda: Breaking(0, 0)), (lambda: Breaking(observation, reward))
-    vector = gymnasium.vector.SyncVectorEnv([fine, breaking], autoreset_mode=AutoresetMode.DISABLED)
-    normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, 3)
-    with pytest.raises(UserError, match=r"not finite \(episode 0, step 2\)"):
-        rollout(RandomActor(9, 0), vector, normalisation, episodes=1, target_return=1.0)
+def play(vectors: Sequence[gymnasium.vector.VectorEnv], episodes: int = 3, **options):
+    """Returns and episodes of short environments; and all that the actors were told, in the order of the streams."""
+    played: list[Episode] = []
+    firsts = np.cumsum([0, *(vector.num_envs for vector in vectors)])
+    recorders = [Recorder(RandomActor(9, seed=int(first))) for first in firsts[:-1]]
+    groups = [Group(recorder, vector) for recorder, vector in zip(recorders, vectors, strict=True)]
+    options = {"target_return": 2.0, "seed": 5, "on_episode": played.append} | options
+    returns = rollout(groups, SHORT, episodes=episodes, **options)
+    told = [recorder.context for recorder in recorders if recorder.steps]
+    return returns, played, jax.tree.map(lambda *x: np.concatenate(x), *told) if told else None
+
+
+def assert_same(one: object, other: object) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("broken", [(np.nan, 0.5), (0.0, np.nan), (np.inf, 0.5), (0.0, -np.inf)])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_what_is_not_finite_ends_its_stream_and_no_other(broken, at, drift):
+    whole, _, expected = play([drift(None, None, None)])
+    returns, played, told = play([drift(None, {"breaks": broken, "episode": 1, "at": at}, None)])
+    np.testing.assert_array_equal(returns[[0, 2]], whole[[0, 2]])
+    assert returns[1, 0] == whole[1, 0]
+    assert np.isnan(returns[1, 1:]).all()
+    assert [episode.steps.tolist() for episode in played] == [[4, 4, 4], [4, at, 4], [4, 0, 4]]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(told)), "the policy never sees what is not finite"
+    assert_same(jax.tree.map(lambda x: x[[0, 2]], told), jax.tree.map(lambda x: x[[0, 2]], expected))
+    assert not told.observation[1, 4 + at + 1 :].any()
+    assert not told.reward[1, 4 + at :].any()
+    assert told.observation[1, 4 + at].any()
+
+
+def test_an_unstable_simulation_has_no_return():
+    class Kicked(RandomActor):
+        def observe(self, finished):
+            if finished.timestep[0, 0] == 10:
+                vector._datas[0].qpos[:] = 1e12
+
+    vector = make_vec(TASK, 2, seed=0)
+    found: list[Episode] = []
+    groups = [Group(Kicked(9, 0), vector)]
+    returns = rollout(groups, NORMALISATION, episodes=1, target_return=1.0, on_episode=found.append)
+    assert np.isnan(returns[0, 0])
+    assert np.isfinite(returns[1, 0])
+    assert found[0].steps.tolist() == [11, LENGTH]
+    assert np.isfinite(found[0].physics[:12]).all()
+    assert np.isnan(found[0].physics[12:, 0]).all()
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (1, 1, 2)])
+def test_groups_in_turn_play_the_same_episodes(sizes, drift):
+    breaks = [None, {"breaks": (np.nan, 0.0), "episode": 1}, None, None]
+    whole, episodes, expected = play([drift(*breaks)])
+    cuts = np.split(np.array(breaks, object), np.cumsum(sizes)[:-1])
+    returns, in_groups, told = play([drift(*cut) for cut in cuts])
+    np.testing.assert_array_equal(returns, whole)
+    assert_same(told, expected)
+    for one, other in zip(in_groups, episodes, strict=True):
+        assert_same([getattr(one, name) for name in ARRAYS], [getattr(other, name) for name in ARRAYS])
+
+
+def test_an_action_is_awaited_only_when_the_other_group_has_asked_for_its_own(drift):
+    """That is what lets the one be computed while the other is simulated."""
+    order: list[str] = []
+
+    class Pending:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __array__(self, dtype=None, copy=None):
+            order.append(f"await {self.name}")
+            return np.zeros((1, 9), np.float32)
+
+    class Asked(RandomActor):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def start(self, num_environments, num_steps, prompt=None): ...
+
+        def act(self, current):
+            order.append(f"ask {self.name}")
+            return Pending(self.name)
+
+    groups = [Group(Asked(name), drift(None)) for name in "ab"]
+    rollout(groups, SHORT, episodes=1, target_return=1.0)
+    assert order[:8] == ["ask a", "ask b", "await a", "ask a", "await b", "ask b", "await a", "ask a"]
+    assert order[-2:] == ["await a", "await b"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("sizes", [(3,), (1, 2)])
+def test_recorded_episodes_are_told_again_and_not_simulated(count, sizes, drift):
+    breaks = [None, {"breaks": (np.nan, 0.0), "episode": 1}, None]
+    whole, episodes, expected = play([drift(*breaks)])
+    steps: list[int] = []
+    cuts = np.split(np.array(breaks, object), np.cumsum(sizes)[:-1])
+    returns, again, told = play([drift(*cut) for cut in cuts], recorded=episodes[:count], on_step=steps.append)
+    np.testing.assert_array_equal(returns, whole)
+    assert_same(told, expected)
+    assert sum(steps) == (3 - count) * 4 * 3
+    assert again[:count] == episodes[:count]
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(again[-1], name), getattr(episodes[-1], name))
+
+
+def test_a_rollout_that_is_recorded_whole_only_resets(drift):
+    vector = drift(None, None)
+    whole, episodes, _ = play([vector])
+    following = vector.reset()[0]
+    vector = drift(None, None)
+    returns, _, told = play([vector], recorded=episodes)
+    np.testing.assert_array_equal(returns, whole)
+    assert told is None
+    np.testing.assert_array_equal(vector.reset()[0], following)
+
+
+def test_episodes_that_were_recorded_elsewhere_are_refused(drift):
+    _, episodes, _ = play([drift(None, None)])
+    with pytest.raises(UserError, match="episode 1 starts elsewhere"):
+        play([drift(None, None)], recorded=episodes[:1], seed=6)
+
+
+def test_without_a_target_nothing_is_asked_for(drift):
+    _, _, told = play([drift(None)], target_return=None)
+    assert not told.return_to_go.any()
+    assert not told.completion.any()
+    _, _, told = play([drift(None)], target_return=0.0)
+    assert told.return_to_go.any()
+    assert told.completion.any()
+
+
+def prompt_of(context: Context) -> Context:
+    return jax.tree.map(lambda x: x[1:2, : 2 * LENGTH], context)
+
+
+def test_a_prompt_comes_first_and_places_go_on_from_it(two_random_episodes, drift):
+    prompt = prompt_of(two_random_episodes[1].context)
+    _, _, told = play([drift(None, None)], episodes=2, prompt=prompt, trajectories=4)
+    np.testing.assert_array_equal(told.position, np.tile(2 * LENGTH + np.arange(8), (2, 1)))
+    np.testing.assert_array_equal(told.trajectory, np.tile(np.repeat([2, 3], 4), (2, 1)))
+    np.testing.assert_array_equal(told.timestep, np.tile(np.arange(4), (2, 2)))
+    for name in ("action", "reward", "completion"):
+        last = np.repeat(getattr(prompt, name)[:, -1:], 2, axis=0)
+        np.testing.assert_array_equal(getattr(told.previous, name)[:, :1], last, err_msg=name)
+    recorder = Recorder(RandomActor(9, 0))
+    rollout([Group(recorder, drift(None))], SHORT, episodes=1, target_return=1.0, prompt=prompt, trajectories=2)
+    assert recorder.started == [(1, 4)], "the prompt's steps are not counted"
+    assert recorder.prompt.trajectory.max() == 1, "no index that was never trained"
+    assert (recorder.context.trajectory == 1).all()
+
+
+@pytest.mark.parametrize("token_set", ["at5", "fused1"])
+def test_actions_after_a_prompt_equal_the_full_forward_pass(token_set, two_random_episodes, drift):
+    policy = tiny(token_set=token_set, trajectory_embedding=True)
+    prompt = jax.tree.map(lambda x: x[:, LENGTH - 150 :], prompt_of(two_random_episodes[1].context))
+    prompt = prompt._replace(position=prompt.position - prompt.position[0, 0])
+    prompt = prompt._replace(
+        previous=jax.tree.map(lambda x: np.concatenate([0 * x[:, :1], x[:, 1:]], 1), prompt.previous)
+    )
+    recorder = Recorder(PolicyActor(Programs(policy)))
+    rollout([Group(recorder, drift(None, None))], SHORT, episodes=2, target_return=2.0, prompt=prompt, seed=0)
+    both = jax.tree.map(lambda x, y: np.concatenate([np.repeat(x, 2, axis=0), y], axis=1), prompt, recorder.context)
+    expected = policy.actions(both)[:, prompt.reward.shape[1] :]
+    np.testing.assert_allclose(recorder.context.action, expected, rtol=1e-5, atol=1e-5)
+    unprompted = policy.actions(recorder.context)
+    assert np.abs(unprompted - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("length", [LENGTH - 1, LENGTH + 1])
 def test_episodes_of_another_length_than_the_datas_are_refused(length):
     vector = make_vec(TASK, 1, seed=0)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, length)
-    with pytest.raises(UserError, match="episodes end after"):
-        rollout(RandomActor(9, 0), vector, normalisation, episodes=1, target_return=1.0)
+    with pytest.raises(UserError, match=r"episodes (end|go on) after"):
+        rollout([Group(RandomActor(9, 0), vector)], normalisation, episodes=1, target_return=1.0)

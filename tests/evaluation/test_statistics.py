@@ -7,10 +7,14 @@ import pytest
 
 from ringrl.evaluation.statistics import (
     METRICS,
+    Estimate,
     Interval,
     difference,
     estimate,
     interquartile_mean,
+    median_of_tasks,
+    optimality_gap,
+    performance_profile,
     probability_of_improvement,
     stream_metric,
 )
@@ -108,12 +112,93 @@ def test_probability_of_improvement_by_hand():
         probability_of_improvement([ours], [theirs, theirs], generator=generator())
 
 
-class TestAgainstRliable:
-    """On scores of 10 runs of 3 tasks, the point estimates are equal and the intervals agree to the resampling."""
+def test_the_median_of_tasks_is_of_their_means():
+    tasks = [np.array([0.0, 0, 9]), np.array([5.0, 5]), np.array([70.0, 90])]
+    found = median_of_tasks(tasks, generator=generator())
+    assert (found.value, found.runs) == (5, 7)
+    assert found.interval is not None
+    assert 0 <= found.interval.low <= 5 <= found.interval.high <= 9
+    assert estimate(tasks, np.median, generator=generator()).value == 5
+    assert median_of_tasks([np.array([0.0, 0, 9]), np.array([8.0])], generator=generator()).value == 5.5
+    assert median_of_tasks([np.array([0.0, 0, 9]), np.array([8.0])], generator=generator()).interval is None
 
-    @pytest.fixture
-    def scores(self) -> np.ndarray:
-        return np.random.default_rng(0).gamma(2.0, 1.0, (10, 3)) * [1, 5, 20]
+
+def test_the_optimality_gap_by_hand():
+    scores = np.array([[100.0, 250], [40, 60]])
+    np.testing.assert_array_equal(optimality_gap(scores), [0, 50])
+    assert optimality_gap(scores, axis=None) == 25
+    assert optimality_gap(scores, axis=None, optimum=300) == 300 - 450 / 4
+    assert estimate(list(scores), optimality_gap, generator=generator()).value == 25
+
+
+def test_a_performance_profile_by_hand():
+    tasks = [np.array([1.0, 3, 5]), np.array([3.0])]
+    found = performance_profile(tasks, np.array([5.0, 0, 3, 2.9]), generator=generator())
+    np.testing.assert_array_equal(found.thresholds, [0, 2.9, 3, 5])
+    np.testing.assert_array_equal(found.fractions, [1, 0.75, 0.25, 0])  # higher than the threshold, not as high
+    assert (found.low, found.high, found.runs) == (None, None, 4)
+    with pytest.raises(ValueError, match="at least one run"):
+        performance_profile([np.array([])], np.array([0.0]), generator=generator())
+
+
+def test_the_band_of_a_profile_is_at_every_threshold_the_interval_of_that_fraction():
+    tasks = [np.random.default_rng(task).normal(task, 1, 9) for task in range(3)]
+    thresholds = np.linspace(-3, 6, 19)
+    found = performance_profile(tasks, thresholds, generator=generator())
+    assert found.low is not None
+    assert found.high is not None
+    for index, threshold in enumerate(thresholds):
+        alone = estimate([(task > threshold) * 1.0 for task in tasks], np.mean, generator=generator())
+        assert alone.value == found.fractions[index]
+        assert alone.interval == Interval(found.low[index], found.high[index])
+    assert (np.diff(found.fractions) <= 0).all()
+    assert (np.diff(found.low) <= 0).all(), "the same runs are drawn for every threshold"
+    assert (found.high - found.low).max() > 0.2
+    assert found.low[0] == found.high[0] == 1
+    assert found.low[-1] == found.high[-1] == 0
+
+
+SCORES = np.random.default_rng(0).gamma(2.0, 1.0, (10, 3)) * [1, 5, 20]  # of 10 runs of 3 tasks
+OTHERS = np.random.default_rng(1).gamma(2.0, 1.2, (7, 3)) * [1, 5, 20]
+# What rliable 1.2.0 (arch 7.2.0, pandas 2.3.3) says of them: value, and the interval of as many resamples.
+RLIABLE = {
+    "interquartile mean": (8.795706624129734, 6.9954541542988435, 10.794543361643985),
+    "mean": (13.134341709868012, 9.55268486527562, 18.174901236132904),
+    "optimality gap": (1.4562147592766808, 1.046469006455579, 1.8726244269570533),
+    "median": (8.65639530033523, 6.265201411635482, 11.002399843178496),
+    "probability of improvement": (0.35714285714285715, 0.22380952, 0.5047619),
+}
+
+
+def gap(scores: np.ndarray, *, axis: int = -1) -> np.ndarray:
+    return optimality_gap(scores, axis=axis, optimum=6)
+
+
+def ours(name: str) -> Estimate:
+    tasks, drawing = list(SCORES.T), {"generator": generator(), "resamples": 10_000}
+    if name == "median":
+        return median_of_tasks(tasks, **drawing)
+    if name == "probability of improvement":
+        return probability_of_improvement(tasks, list(OTHERS.T), **drawing)
+    aggregates = {"interquartile mean": interquartile_mean, "mean": np.mean, "optimality gap": gap}
+    return estimate(tasks, aggregates[name], **drawing)
+
+
+def assert_agrees(name: str, value: float, low: float, high: float) -> None:
+    """Point estimates are equal, intervals agree to the resampling."""
+    found = ours(name)
+    assert found.value == pytest.approx(value, rel=1e-12)
+    assert found.interval is not None
+    np.testing.assert_allclose([found.interval.low, found.interval.high], [low, high], atol=0.04 * (high - low))
+
+
+@pytest.mark.parametrize("name", RLIABLE)
+def test_rliables_numbers(name: str) -> None:
+    assert_agrees(name, *RLIABLE[name])
+
+
+class TestAgainstRliable:
+    """The same with rliable itself, where it is installed."""
 
     @pytest.fixture
     def library(self):
@@ -123,29 +208,38 @@ class TestAgainstRliable:
             pytest.skip(f"rliable cannot be imported ({error}); pip install rliable 'pandas<3' to compare with it")
         return library
 
-    def test_interquartile_mean(self, scores, library):
+    def test_aggregates(self, library):
         from rliable import metrics
 
+        aggregates = {
+            "interquartile mean": metrics.aggregate_iqm,
+            "mean": metrics.aggregate_mean,
+            "optimality gap": lambda scores: metrics.aggregate_optimality_gap(scores, gamma=6),
+            "median": metrics.aggregate_median,
+        }
         np.random.seed(0)  # noqa: NPY002 (rliable draws from the global generator)
         points, intervals = library.get_interval_estimates(
-            {"a": scores}, lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_mean(x)]), reps=10_000
+            {"a": SCORES}, lambda scores: np.array([of(scores) for of in aggregates.values()]), reps=10_000
         )
-        for index, aggregate in enumerate([interquartile_mean, np.mean]):
-            found = estimate(list(scores.T), aggregate, generator=generator(), resamples=10_000)
-            low, high = intervals["a"][:, index]
-            assert found.value == pytest.approx(points["a"][index], rel=1e-12)
-            assert found.interval is not None
-            np.testing.assert_allclose([found.interval.low, found.interval.high], [low, high], atol=0.04 * (high - low))
+        for index, name in enumerate(aggregates):
+            assert_agrees(name, points["a"][index], *intervals["a"][:, index])
 
-    def test_probability_of_improvement(self, scores, library):
+    def test_probability_of_improvement(self, library):
         from rliable import metrics
 
-        other = np.random.default_rng(1).gamma(2.0, 1.2, (7, 3)) * [1, 5, 20]
         np.random.seed(0)  # noqa: NPY002
         points, intervals = library.get_interval_estimates(
-            {"a,b": (scores, other)}, metrics.probability_of_improvement, reps=5000
+            {"a,b": (SCORES, OTHERS)}, metrics.probability_of_improvement, reps=5000
         )
-        found = probability_of_improvement(list(scores.T), list(other.T), generator=generator(), resamples=5000)
-        assert found.value == pytest.approx(float(points["a,b"]), rel=1e-12)
-        assert found.interval is not None
-        np.testing.assert_allclose([found.interval.low, found.interval.high], intervals["a,b"].ravel(), atol=0.02)
+        assert_agrees("probability of improvement", float(points["a,b"]), *intervals["a,b"].ravel())
+
+    def test_performance_profile(self, library):
+        thresholds = np.linspace(0, 60, 25)
+        np.random.seed(0)  # noqa: NPY002
+        profiles, bands = library.create_performance_profile({"a": SCORES}, thresholds, reps=5000)
+        found = performance_profile(list(SCORES.T), thresholds, generator=generator(), resamples=5000)
+        np.testing.assert_allclose(found.fractions, profiles["a"], rtol=1e-12)
+        assert found.low is not None
+        assert found.high is not None
+        one_run = 1 / SCORES.size + 1e-9  # bands move by whole runs
+        np.testing.assert_allclose([found.low, found.high], bands["a"], atol=one_run)

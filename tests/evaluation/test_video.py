@@ -168,12 +168,8 @@ def test_the_recorder_keeps_what_will_be_chosen(data, environments, episodes):
     assert recorder.recordings() == {}
     for episode in range(episodes):
         name = 100.0 * np.arange(environments)[:, None] + episode  # which tells the episodes apart
-        recorder.start(name + 0.25)
-        recorder.step(name + 0.5, np.zeros(environments))
-        recorder.start(name)  # the interrupted one is forgotten
-        recorder.step(name + 0.5, np.full(environments, 1.0))
-        recorder.step(name + 0.75, returns[:, episode] - 1.0)
-        recorder.end()
+        rewards = np.stack([np.full(environments, 1.0), returns[:, episode] - 1.0])
+        recorder.add(np.stack([name, name + 0.5, name + 0.75]), rewards)
         chosen = choose(returns[:, : episode + 1])
         recordings = recorder.recordings()
         assert list(recordings) == list(chosen)

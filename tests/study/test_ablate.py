@@ -1,103 +1,188 @@
+"""Whole ablations of tiny cells, in real processes."""
+
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from rich.console import Console
 
+from ringrl.config import to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.records import read_records
-from ringrl.study.ablate import ablate, cells, read_plan
+from ringrl.study.ablate import Run, ablate, estimate
+from ringrl.study.cells import cells, write
+from ringrl.study.plan import read_plan
 
-SETTINGS = {
-    "model": {"layers": 1, "width": 16, "token_set": "fused1"},
-    "optimiser": {"steps": 3},
-}
-
-
-def write_plan(folder: Path, store: Path, **changes: object) -> Path:
-    plan = {
-        "data": str(store),
-        "task": "jaco_reach_top_left",
-        "output": str(folder / "runs"),
-        "trajectories": [1, 2],
-        "seeds": [0, 1],
-        "trajectories_per_batch": 2,
-        "environments": 2,
-        "settings": SETTINGS,
-    }
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(plan | changes))
-    return path
+QUICK = Run(workers=2, timing=False)
+COMMAND = Path(sys.executable).with_name("ringrl")
 
 
-def test_cells_cross_lengths_seeds_and_baselines_at_equal_tokens(tmp_path: Path) -> None:
-    plan = read_plan(write_plan(tmp_path, tmp_path / "x.h5", trajectories=[1, 2, 4], trajectories_per_batch=8))
-    found = list(cells(plan))
-    assert len(found) == 2 * (3 + 1)
-    assert len({cell.name for cell in found}) == len(found)
-    for cell in found:
-        config = cell.config
-        assert config.context.trajectories * config.optimiser.batch_size == 8
-        assert config.run == tmp_path / "runs" / cell.name
-        assert config.optimiser.steps == 3
-    assert [cell.config.seed for cell in found] == [0] * 4 + [1] * 4
-    kinds = [cell.config.model.kind for cell in found[:4]]
-    assert kinds == ["behaviour_cloning", "transformer", "transformer", "transformer"]
+def said_by(plan: Path, how: Run) -> tuple[str, str | None]:
+    """What an ablation says, and the error that it ends in."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    error = None
+    try:
+        ablate(read_plan(plan), console, "ringrl ablate plan.yaml", how)
+    except UserError as end:
+        error = str(end)
+    return console.export_text(), error
 
 
-def test_baseline_of_the_best_tenth_filters_the_data(tmp_path: Path) -> None:
-    plan = read_plan(write_plan(tmp_path, tmp_path / "x.h5", baselines=["behaviour_cloning_10%"]))
-    assert next(cells(plan)).config.context.best_fraction == 0.1
+def test_a_cell_that_fails_stops_no_other_and_is_retried_on_request(write_plan, jaco_store: EpisodeStore) -> None:
+    plan = write_plan(jaco_store.path)
+    runs = read_plan(plan).output / "jaco_reach_top_left"
+    blocked = runs / "at_1_seed0"
+    blocked.mkdir(parents=True)
+    (blocked / "checkpoints").write_text("in the way")
+    said, error = said_by(plan, QUICK)
+    assert error is not None
+    assert error.startswith("1 of 5 failed")
+    (line,) = [line for line in said.splitlines() if "at_1_seed0 failed: " in line]
+    assert "cannot be written" in line
+    assert str(blocked / "log.txt") in line
+    assert "cannot be written" in (blocked / "log.txt").read_text()
+    assert "0 running, 1 failed, 0 waiting" in said
+    results = {folder.name: folder / "evaluation.jsonl" for folder in runs.iterdir()}
+    assert {name for name, path in results.items() if path.exists()} == {"random", "data", "bc_seed0", "at_2_seed0"}
+
+    before = {name: path.read_bytes() for name, path in results.items() if path.exists()}
+    (blocked / "checkpoints").unlink()
+    again, error = said_by(plan, QUICK)
+    assert "finished in" not in again
+    assert error is not None
+    assert error.startswith("1 of 5 failed")
+    said, error = said_by(plan, QUICK._replace(retry=True))
+    assert error is None
+    assert said.count("finished in") == 1
+    assert not (blocked / "failed.txt").exists()
+    assert {name: results[name].read_bytes() for name in before} == before
+    _results_are_whole([results[name] for name in results], jaco_store)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"trajectories": [3]}, "3 does not divide"),
-        ({"seeds": "many"}, "seeds"),
-        ({"unknown": 1}, "unknown"),
-    ],
-)
-def test_wrong_plans_are_refused_by_name(tmp_path: Path, changes: dict[str, object], said: str) -> None:
-    path = write_plan(tmp_path, tmp_path / "x.h5", **changes)
-    with pytest.raises(UserError, match=said) as caught:
-        read_plan(path)
-    assert str(path) in str(caught.value)
-
-
-def test_wrong_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    plan = read_plan(write_plan(tmp_path, tmp_path / "x.h5", settings={"model": {"layers": 0}}))
-    with pytest.raises(UserError, match=r"model\.layers"):
-        ablate(plan, Console(quiet=True))
-    assert not (tmp_path / "runs").exists()
-
-
-def test_every_cell_is_evaluated_once_and_finished_cells_are_kept(tmp_path: Path, jaco_store: EpisodeStore) -> None:
-    plan = read_plan(write_plan(tmp_path, jaco_store.path, seeds=[0]))
-    files = ablate(plan, Console(quiet=True))
+def _results_are_whole(files: list[Path], store: EpisodeStore) -> None:
     records = read_records(files).records
-    by_method = {
-        name: [record for record in records if record.method == name] for name in ("random", "data", "bc", "dt", "at")
-    }
-    counts = {name: len(found) for name, found in by_method.items()}
+    counts = {name: sum(record.method == name for record in records) for name in ("random", "data", "bc", "dt", "at")}
     assert counts == {"random": 2, "data": 8, "bc": 2, "dt": 2, "at": 4}
-    assert [record.returns[0] for record in by_method["data"]] == pytest.approx(jaco_store.returns(plan.task).tolist())
-    contexts = [(record.context, record.test_trajectories) for record in by_method["at"]]
+    returns = store.returns("jaco_reach_top_left")
+    assert [record.returns[0] for record in records if record.method == "data"] == pytest.approx(returns.tolist())
+    contexts = [(record.context, record.test_trajectories) for record in records if record.method == "at"]
     assert contexts == [(True, 2)] * 2 + [(False, 2)] * 2
-    best = float(np.max(jaco_store.returns(plan.task)))
-    assert {record.target_return for record in by_method["at"]} == {best}
+    assert {record.target_return for record in records if record.method == "at"} == {float(np.max(returns))}
 
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    redone = plan.output / "transformer_2_seed0" / "evaluation.jsonl"
-    redone.unlink()
-    assert ablate(plan, Console(quiet=True)) == files
-    for path in files:
-        if path != redone:
-            assert (path.stat().st_mtime_ns, path.read_bytes()) == before[path]
-    old, new = before[redone][1], redone.read_bytes()
-    assert [json.loads(line)["returns"] for line in new.splitlines()] == [
-        json.loads(line)["returns"] for line in old.splitlines()
-    ]
+
+def test_other_lengths_are_rolled_out_later_and_another_plan_is_refused(write_plan, jaco_store: EpisodeStore) -> None:
+    one = {"trajectories": [1], "baselines": []}
+    assert said_by(write_plan(jaco_store.path, **one), QUICK)[1] is None
+    run = read_plan(write_plan(jaco_store.path, **one)).output / "jaco_reach_top_left" / "at_1_seed0"
+    metrics = (run / "metrics.jsonl").read_bytes()
+    said, error = said_by(write_plan(jaco_store.path, **one, test_trajectories=[1, 2]), QUICK)
+    assert error is None
+    assert said.count("finished in") == 1
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    records = read_records(run).records
+    assert [(r.test_trajectories, r.context) for r in records] == [(1, True)] * 2 + [(2, True)] * 2 + [(2, False)] * 2
+    settings = read_plan(write_plan(jaco_store.path)).settings
+    wider = settings | {"model": settings["model"] | {"width": 32}}
+    for changes, words in (
+        ({"settings": wider}, "model.width was 16, is 32"),
+        ({"environments": 3}, "environments was"),
+    ):
+        said, error = said_by(write_plan(jaco_store.path, **one, **changes), QUICK)
+        assert error is not None
+        assert words in error
+        assert "finished in" not in said
+
+
+def children(process: int) -> list[int]:
+    """Processes that it started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, _, rest = path.read_text().partition(" ")
+        except OSError:
+            continue
+        if int(rest.rpartition(")")[2].split()[1]) == process:
+            found.append(int(number))
+    return found
+
+
+def wait_for(what, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the worker processes")
+def test_what_is_killed_goes_on(write_plan, jaco_store: EpisodeStore) -> None:
+    """First a worker is killed in the middle of a cell, then, in the middle of the next, the main process."""
+    settings = {
+        "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 120},
+        "checkpoint_every": 10, "log_every": 5,
+    }  # fmt: skip
+    plan = write_plan(jaco_store.path, trajectories=[1], seeds=[0, 1], baselines=[], settings=settings)
+    runs = read_plan(plan).output / "jaco_reach_top_left"
+    command = [str(COMMAND), "ablate", str(plan), "--untimed"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    is_begun = lambda seed: len(list((runs / f"at_1_seed{seed}" / "checkpoints").glob("[0-9]*"))) > 1  # noqa: E731
+    wait_for(lambda: is_begun(0))
+    (worker,) = [child for child in children(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: is_begun(1))
+    workers = children(process.pid)
+    process.kill()
+    _, said = process.communicate()
+    assert "at_1_seed0: failed: its process was ended by SIGKILL" in said
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    logs = [runs / f"at_1_seed{seed}" / "metrics.jsonl" for seed in (0, 1)]
+    first_steps = [log.read_text().splitlines()[0] for log in logs]
+    assert all(len(log.read_text().splitlines()) < 120 for log in logs)
+
+    done = subprocess.run([*command, "--retry"], stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stderr.count("finished in") == 2
+    for log, first in zip(logs, first_steps, strict=True):
+        lines = log.read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 121))
+        assert lines[0] == first, "it began anew"
+        assert {record.steps_trained for record in read_records(log.parent).records} == {120}
+
+
+def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(write_plan, jaco_store: EpisodeStore) -> None:
+    plan = write_plan(jaco_store.path, trajectories=[2], seeds=[3], budget="time", seconds=0.5)
+    done = subprocess.run(
+        [str(COMMAND), "ablate", str(plan), "--dry-run", "--workers", "2"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    output = read_plan(plan).output
+    assert not list(output.rglob("config.yaml"))
+    timings = json.loads((output / "timing.json").read_text())
+    assert len(timings) == 2
+    rows = rows_of(done.stdout)
+    _, number, steps, tokens, _, simulated, _ = rows["at_2"]
+    assert int(number) == 1
+    assert int(steps.replace(",", "")) in {max(1, int(0.5 / timing["step"])) for timing in timings.values()}
+    assert int(tokens.replace(",", "")) == int(steps.replace(",", "")) * 2 * 250
+    assert int(simulated.replace(",", "")) == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
+    assert rows["bc"][5] == "500"
+    assert "with 2 at a time" in done.stdout
+    assert said_by(plan, QUICK)[1] == "--untimed: the budget time needs steps that were timed; leave it out"
+
+    (cell,) = [cell for cell in cells(read_plan(plan)) if cell.folder.name == "at_2_seed3"]
+    optimiser = cell.config.optimiser.model_copy(update={"steps": 17})
+    write(cell.folder / "config.yaml", to_yaml(cell.config.model_copy(update={"optimiser": optimiser})))
+    console = Console(record=True, width=200, file=io.StringIO())
+    estimate(read_plan(plan), console)
+    assert rows_of(console.export_text())["at_2"][2] == "17", "a cell that has begun keeps its steps"
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Columns of the lines of a table, by the first."""
+    return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}

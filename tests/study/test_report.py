@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from ringrl.errors import UserError
-from ringrl.study.figures import curve_file, curve_panels, episode_panels
+from ringrl.study.figures import curve_chart, episode_chart
 from ringrl.study.report import summary_rows, table, write_report
 from ringrl.study.report_cells import gather
+from ringrl.study.report_draw import chart_files, panel_svg
 from ringrl.study.report_svg import PALETTE, for_page
 
 
@@ -21,26 +22,50 @@ def results(write_results, make_ablation) -> Path:
     return write_results(make_ablation())
 
 
-def test_it_writes_a_page_a_table_and_a_figure(results, tmp_path):
+def drawn(chart) -> list[str]:
+    """The SVG of each panel."""
+    return [panel_svg(panel) for panel in chart.panels]
+
+
+def test_it_writes_a_page_tables_and_figures(results, tmp_path):
     page = write_report([results], tmp_path / "report")
     assert page == tmp_path / "report" / "index.html"
-    assert {path.name for path in page.parent.iterdir()} == {"index.html", "results.csv", "curve.svg"}
+    assert {path.name for path in page.parent.iterdir()} == {"index.html", "figures", "tables"}
+    figures = ("return_by_context", "return_within_context", "performance_profiles", "probability_of_improvement")
+    expected = {f"{name}.{kind}" for name in figures for kind in ("svg", "pdf")}
+    assert {path.name for path in (page.parent / "figures").iterdir()} == expected
+    for name in figures:
+        xml.etree.ElementTree.parse(page.parent / "figures" / f"{name}.svg")
+        assert (page.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    expected = {f"{name}.{kind}" for name in ("returns", "returns_by_task") for kind in ("csv", "tex")}
+    assert {path.name for path in (page.parent / "tables").iterdir()} == expected
     text = page.read_text()
     for expected in ("A longer context helps.", "618", "data_best", "869", "3f9a7c0be51d", "jax 0.10.2", "plan.yaml"):
         assert expected in text, expected
-    assert (page.parent / "results.csv").read_text().count("\n") == 1 + len(summary_rows([results]))
+    assert (page.parent / "tables" / "returns.csv").read_text().count("\n") == 1 + len(summary_rows([results]))
     assert table([results]).row_count == 1 + len(summary_rows([results]))
 
 
 def test_the_same_results_give_the_same_page(results, tmp_path):
     first, second = (write_report([results], tmp_path / name) for name in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes()
+    files = [path.relative_to(first.parent) for path in first.parent.rglob("*") if path.is_file()]
+    assert len(files) == 13
+    for file in files:
+        assert (first.parent / file).read_bytes() == (second.parent / file).read_bytes(), file
 
 
-def test_the_page_needs_nothing_else(results, tmp_path):
-    text = write_report([results], tmp_path / "report").read_text()
-    for attribute in re.findall(r'(?:src|href)="([^"]*)"', text):
-        assert attribute.startswith(("#", "data:")), attribute
+def test_the_page_needs_nothing_but_what_lies_beside_it(make_study, film, tmp_path):
+    page = write_report([make_study(tmp_path / "runs", video=film)], tmp_path / "report")
+    text = page.read_text()
+    beside = set()
+    for attribute in re.findall(r'\s(?:src|href|poster|data)="([^"]*)"', text):
+        if attribute.startswith("#"):
+            assert f'id="{attribute[1:]}"' in text, attribute
+        elif attribute != "data:,":
+            assert (page.parent / attribute).is_file(), attribute
+            beside.add(attribute)
+    assert beside == {str(path.relative_to(page.parent)) for path in page.parent.glob("*/*")}
+    assert not re.findall(r"https?://(?!www\.w3\.org/)", text)
     assert "@import" not in text
     assert not re.search(r"url\((?!#)", text)
 
@@ -80,27 +105,29 @@ def test_names_are_text_not_markup(write_results, make_rollouts, tmp_path):
     text = write_report([write_results(records)], tmp_path / "report").read_text()
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x_1$" in text
-    xml.etree.ElementTree.parse(tmp_path / "report" / "curve.svg")
+    for figure in (tmp_path / "report" / "figures").glob("*.svg"):
+        xml.etree.ElementTree.parse(figure)
+    assert r"\& \$x\_1\$" in (tmp_path / "report" / "tables" / "returns.tex").read_text()
 
 
 def test_a_failed_report_leaves_the_old_one(results, make_ablation, write_results, tmp_path):
     folder = tmp_path / "report"
     write_report([results], folder)
     (folder / "notes.txt").write_text("mine")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"protocol": 2}\n')
     with pytest.raises(UserError, match="protocol 2"):
         write_report([results, broken], folder)
-    (folder / "curve.svg").unlink()
-    (folder / "curve.svg").mkdir()  # cannot be replaced by a file
+    figure = folder / "figures" / "return_by_context.svg"
+    figure.unlink()
+    figure.mkdir()  # cannot be replaced by a file
     with pytest.raises(UserError, match="cannot write the report"):
         write_report([write_results(make_ablation(step=0), "other.jsonl")], folder)
-    (folder / "curve.svg").rmdir()
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert after["index.html"] == before["index.html"]
     assert after["notes.txt"] == b"mine"
-    assert not [name for name in after if name.startswith(".")]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(results, tmp_path):
@@ -135,24 +162,33 @@ def test_one_seed_says_that_the_interval_is_absent(write_results, make_ablation,
     assert "no interval can be given" in text
 
 
+def test_a_caption_tells_only_of_what_is_there(make_ablation, make_rollouts):
+    everything = curve_chart(gather(make_ablation())).caption
+    assert "Grey lines need no context. With one trajectory" in everything
+    alone = curve_chart(gather(make_rollouts(2, 0, 841.0))).caption
+    assert "no interval can be given" in alone
+    assert "Grey lines" not in alone
+    assert "Decision Transformer" not in alone
+
+
 def test_panels(make_ablation):
     grid = gather([*make_ablation(), *make_ablation(task="walker_walk")])
-    titles = [panel.title for panel in curve_panels(grid)]
+    titles = [panel.title for panel in curve_chart(grid).panels]
     assert titles == ["All tasks, normalised score", "cartpole_swingup", "walker_walk"]
-    assert [panel.title for panel in episode_panels(grid)] == ["cartpole_swingup", "walker_walk"]
+    assert [panel.title for panel in episode_chart(grid).panels] == ["cartpole_swingup", "walker_walk"]
     unknown = gather([*make_ablation(), *make_ablation(task="my_own_task")])  # it has no score to average
-    assert [panel.title for panel in curve_panels(unknown)] == ["cartpole_swingup", "my_own_task"]
+    assert [panel.title for panel in curve_chart(unknown).panels] == ["cartpole_swingup", "my_own_task"]
 
 
 def test_a_figure_names_its_levels(make_ablation):
-    (panel,) = curve_panels(gather(make_ablation()))
+    (svg,) = drawn(curve_chart(gather(make_ablation())))
     for label in ("random policy 30.0", "behaviour cloning 333", "data, mean 400", "data, best 800"):
-        assert f">{label}</text>" in panel.svg
+        assert f">{label}</text>" in svg
 
 
 def test_figures_on_the_page_take_their_colours_from_it(make_ablation):
-    (panel,) = curve_panels(gather(make_ablation()))
-    placed = for_page(panel.svg, "curve0")
+    (svg,) = drawn(curve_chart(gather(make_ablation())))
+    placed = for_page(svg, "curve0")
     xml.etree.ElementTree.fromstring(placed)
     assert "var(--series-1)" in placed
     colours = set(re.findall(r"#[0-9a-f]{6}", placed))
@@ -162,7 +198,7 @@ def test_figures_on_the_page_take_their_colours_from_it(make_ablation):
 
 
 def test_the_standalone_figure_has_fixed_colours_and_a_legend(make_ablation):
-    text = curve_file(gather(make_ablation()))
+    text = chart_files(curve_chart(gather(make_ablation())))["return_by_context.svg"].decode()
     xml.etree.ElementTree.fromstring(text)
     assert "var(" not in text
     assert ">Agentic Transformer</text>" in text
@@ -181,3 +217,39 @@ def test_nothing_global_changes(results, tmp_path):
         "assert 'mujoco' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_failed_episodes_are_counted_not_averaged(make_rollouts, write_results, tmp_path):
+    whole, cut = make_rollouts(4, 0, 100.0)
+    cut = cut.model_copy(update={"returns": (102.0, None, None, None)})
+    nothing = make_rollouts(4, 1, 100.0)[0].model_copy(update={"returns": (None,) * 4})
+    path = write_results([whole, cut, nothing])
+    (row,) = summary_rows([path])
+    assert (row.episodes, row.failed, row.seeds) == (5, 7, 1)
+    assert (row.mean, row.first, row.last) == (101.0, 101.0, 100.0)
+    text = write_report([path], tmp_path / "report").read_text()
+    assert ">Failed</button>" in text
+    assert '<td data-value="7">7</td>' in text
+    assert "1 streams whose first episode failed" in text
+
+
+def test_figures_say_what_they_were_made_from(make_study, tmp_path):
+    text = write_report([make_study(tmp_path / "runs")], tmp_path / "report").read_text()
+    made = text[text.index('id="return_by_context"') : text.index("</section>", text.index('id="return_by_context"'))]
+    for expected in (
+        "Commands",
+        "ringrl ablate plan.yaml",
+        "jax 0.10.2",
+        "Dataset (SHA-256)",
+        "Training seeds",
+        "0 to 1",
+    ):
+        assert expected in made, expected
+    cost = text[text.index('id="return_by_tokens"') : text.index("</section>", text.index('id="return_by_tokens"'))]
+    assert 'Made from the same results as <a href="#return_by_context">' in cost
+
+
+def test_what_is_not_shown_is_named_with_its_reason(write_results, make_ablation, tmp_path):
+    text = write_report([write_results(make_ablation(seeds=1))], tmp_path / "report").read_text()
+    for reason in ("no result tells it", "they need two training seeds", "no run&#39;s folder", "evaluate --video"):
+        assert reason in text, reason

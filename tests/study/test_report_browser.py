@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from ringrl.evaluation.records import append_records
 from ringrl.study.report import write_report
+from ringrl.study.report_compare import write_comparison
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -40,18 +42,20 @@ def load(page: Path, folder: Path, scheme: int = LIGHT) -> tuple[str, list[str]]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.fixture
-def page(write_results, make_ablation, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def page(make_ablation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
     long_name = "a_task_of_a_name_that_is_much_longer_than_any_phone_is_wide_so_that_it_has_to_be_broken_somewhere"
     records = [*make_ablation(seeds=1), *make_ablation(task="walker_walk"), *make_ablation(task=long_name)]
-    return write_report([write_results(records)], tmp_path / "report")
+    append_records(folder / "results.jsonl", records)
+    return write_report([folder / "results.jsonl"], folder / "report")
 
 
 @pytest.fixture
 def ask(page, tmp_path) -> Ask:
     """Loads the page into a frame of the given width and returns what a JavaScript function of its window gives."""
 
-    def run(function: str, width: int = 1280, scheme: int = LIGHT) -> Any:
+    def run(function: str, width: int = 1280, scheme: int = LIGHT, page: Path = page) -> Any:
         frame = f'<iframe width="{width}" height="900" style="border:0" srcdoc="{html.escape(page.read_text())}">'
         script = (
             f"const frame = document.querySelector('iframe'); frame.onload = () => {{"
@@ -80,7 +84,7 @@ def test_no_sideways_scrolling_of_the_page(ask, width):
     )
     assert inner == width
     assert scroll <= width
-    assert len(figures) == 6
+    assert len(figures) == 9
     assert all(width * 0.2 < drawn < width for drawn in figures)
 
 
@@ -110,7 +114,7 @@ def test_a_click_sorts(ask):
     """Twice on a number, then on the interval, where some cells are absent, then on the names."""
     orders = ask(
         """w => {
-          const table = w.document.querySelectorAll('table.sortable')[2];  // 5 seeds: intervals, but not for the data
+          const table = w.document.querySelectorAll('table.sortable')[3];  // 5 seeds: intervals, but not for the data
           const click = (name) => {
             const heading = [...table.tHead.rows[0].cells].find(cell => cell.textContent === name);
             heading.querySelector('button').click();
@@ -128,6 +132,70 @@ def test_a_click_sorts(ask):
     assert absent == sorted(absent)
     assert absent.count(True) == 2
     assert names == sorted(names)
+
+
+def answer(page: Path, folder: Path, function: str) -> Any:
+    """What a function of the document gives once everything has loaded: asked of a copy beside the page."""
+    asked = page.with_name("asked.html")
+    script = f"onload = () => {{ document.body.dataset.answer = JSON.stringify(({function})(document)); }};"
+    asked.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    document, console = load(asked, folder)
+    assert console == []
+    return json.loads(html.unescape(re.findall(r'data-answer="([^"]*)"', document)[0]))
+
+
+def test_videos_load_from_files(make_study, film, tmp_path):
+    page = write_report([make_study(tmp_path / "runs", video=film)], tmp_path / "report")
+    question = "d => [...d.querySelectorAll('video')].map(v => [v.readyState, v.duration, v.videoWidth, v.error])"
+    states = answer(page, tmp_path, question)
+    assert len(states) == 6
+    for ready, duration, width, error in states:
+        assert ready >= 1, "its metadata are there"
+        assert (duration, width, error) == (1, 64, None)
+
+
+def test_every_chart_is_drawn(make_study, tmp_path):
+    page = write_report([make_study(tmp_path / "runs")], tmp_path / "report")
+    charts = answer(
+        page,
+        tmp_path,
+        "d => [...d.querySelectorAll('section')].filter(s => s.querySelector('figure')).map(s => [s.id,"
+        "[...s.querySelectorAll('figure svg')].map(g => [...g.querySelectorAll('path, use, text')].filter("
+        "p => { const b = p.getBoundingClientRect(); return b.width + b.height > 0; }).length)])",
+    )
+    assert [name for name, _ in charts] == [
+        "return_by_context", "return_by_tokens", "return_by_flops", "return_by_seconds", "return_within_context",
+        "performance_profiles", "probability_of_improvement", "learning_curves", "throughput",
+    ]  # fmt: skip
+    assert all(count > 10 for _, counts in charts for count in counts)
+
+
+def test_headings_are_reached_and_pressed_by_keyboard(ask):
+    """They are buttons: the browser itself makes a click of Enter and of the space bar."""
+    reached = ask(
+        """w => [...w.document.querySelectorAll('table.sortable thead th')].map(heading => {
+          const button = heading.querySelector('button');
+          button.focus();
+          return [w.document.activeElement === button, button.type, button.tabIndex, button.disabled];
+        })"""
+    )
+    assert len(reached) > 20
+    assert all(state == [True, "button", 0, False] for state in reached)
+
+
+def test_a_comparison_in_the_browser(make_study, ask, tmp_path):
+    a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0, layers=2)
+    page, _ = write_comparison([a], [b], tmp_path / "report")
+    question = (
+        "d => { const table = d.querySelector('table.sortable'); const row = () => table.tBodies[0].rows[0].cells;"
+        "const before = row()[1].textContent; table.tHead.querySelectorAll('button')[2].click();"
+        "return [before, row()[1].textContent, d.querySelectorAll('figure svg').length]; }"
+    )
+    before, after, charts = answer(page, tmp_path, question)
+    assert before == "Agentic Transformer (1 trajectory)"
+    assert after == "Agentic Transformer (2 trajectories)"
+    assert charts == 1
+    assert ask("w => w.document.documentElement.scrollWidth", 400, page=page) <= 400
 
 
 def test_it_prints(page, tmp_path):

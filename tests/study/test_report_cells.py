@@ -1,12 +1,17 @@
 """Records into cells."""
 
+import io
+import re
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ringrl.errors import UserError
+from ringrl.study.report import write_report
 from ringrl.study.report_cells import contrast, gather, series_of, summarise
+from ringrl.study.tables import rows, to_rich
 
 
 def test_a_run_is_averaged_over_its_streams(make_rollouts):
@@ -17,7 +22,28 @@ def test_a_run_is_averaged_over_its_streams(make_rollouts):
     np.testing.assert_allclose(cell.runs("mean"), [111, 211])
     np.testing.assert_allclose(cell.runs("last"), [121, 221])
     np.testing.assert_allclose(cell.runs("best"), [121, 221])
-    np.testing.assert_allclose(cell.episode_runs(), [[101, 111, 121], [201, 211, 221]])
+    np.testing.assert_allclose(cell.episode_runs(), [[101, 201], [111, 211], [121, 221]])
+
+
+def test_a_run_is_of_one_checkpoint_the_one_evaluated_last(make_rollouts):
+    """Four streams of a checkpoint, and then two of an earlier one: these alone count, and the page says so."""
+    later = datetime(2100, 1, 1, tzinfo=UTC)
+    old = [*make_rollouts(2, 0, 800, checkpoint_hash="a")]
+    old += [record.model_copy(update={"environment_seed": record.environment_seed + 10}) for record in old]
+    new = make_rollouts(2, 0, 100, checkpoint_hash="b", created=later)
+    for records in ([*old, *new], [*new, *old]):
+        grid = gather(records)
+        (cell,) = grid.cells
+        np.testing.assert_allclose(cell.runs(), [101])
+        assert (cell.episodes, grid.superseded, grid.displaced) == (4, 4, 4)
+
+
+def test_without_a_context_the_control_is_no_further_evidence(make_rollouts):
+    streams = make_rollouts(1, 0, 300, method="bc", train_trajectories=None)
+    older = [r.model_copy(update={"target_policy": "data_best", "target_return": 5.0}) for r in streams]
+    control = [record.model_copy(update={"context": False}) for record in streams]
+    (cell,) = gather([*older, *streams, *control]).cells
+    assert cell.episodes == len(streams), "nor is what was measured before targets were told otherwise"
 
 
 def test_the_control_stands_beside_its_rollout(make_rollouts):
@@ -26,6 +52,53 @@ def test_the_control_stands_beside_its_rollout(make_rollouts):
     np.testing.assert_allclose(with_control.control_runs(), [51])
     assert len(without.control_runs()) == 0
     assert grid.unmatched == 0
+
+
+def test_episodes_that_failed_are_counted_and_in_no_mean(make_rollouts):
+    """Two streams at 100 and 102, which gain 10 an episode, and what is left of them in each seed."""
+    whole, cut, gone, control = (make_rollouts(3, seed, 100, gain=10) for seed in (0, 1, 2, 0))
+    cut = [cut[0], cut[1].model_copy(update={"returns": (500.0, None, None)})]
+    gone = [record.model_copy(update={"returns": (None, None, None)}) for record in gone]
+    control = [record.model_copy(update={"context": False, "returns": (90.0, 92.0, None)}) for record in control]
+    grid = gather([*whole, *cut, *gone, *control])
+    (cell,) = grid.cells
+    assert (cell.seeds, cell.episodes, cell.failed, grid.left_out) == ((0, 1), 10, 2 + 6 + 2, 2)
+    np.testing.assert_allclose(cell.runs("first"), [101, 300])
+    np.testing.assert_allclose(cell.runs("mean"), [111, (110 + 500) / 2])
+    np.testing.assert_allclose(cell.runs("best"), [121, (120 + 500) / 2])
+    np.testing.assert_allclose(cell.runs("last"), [121, 120])  # of the stream that has one
+    np.testing.assert_allclose(cell.episode_runs(), [[101, 300], [111, 110], [121, 120]])
+    np.testing.assert_allclose(cell.control_runs(), [91])
+    assert len(cell.control_runs("last")) == 0
+    gains, wiped = cell.memory_gains()
+    np.testing.assert_allclose((gains, wiped), ([111 - 91], [91]))
+
+
+def test_a_metric_that_no_stream_came_to_is_absent_everywhere(make_rollouts, write_results, tmp_path):
+    records = [record.model_copy(update={"returns": (5.0, None)}) for record in make_rollouts(2, 0, 0)]
+    (row,) = rows(gather(records))
+    assert (row.first, row.last, row.best, row.failed) == (5, None, 5, 2)
+    page = write_report([write_results(records)], tmp_path / "report").read_text()
+    assert "Failed" in page
+    assert not re.search(r"[>\"\s]nan[<\"\s]", page.lower())
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(to_rich([row]))
+    assert "Failed" in shown.getvalue()
+
+
+def test_prompted_rollouts_and_those_in_another_task_are_told_apart(make_rollouts):
+    records = [
+        *make_rollouts(2, 0, 1),
+        *make_rollouts(2, 0, 2, prompt_trajectories=3, prompt_seed=0),
+        *make_rollouts(2, 0, 3, train_task="cartpole_balance"),
+    ]
+    grid = gather(records)
+    names = {grid.name(cell.variant): cell.runs()[0] for cell in grid.cells}
+    assert names == {
+        "Agentic Transformer": 2,
+        "Agentic Transformer, prompted with 3": 3,
+        "Agentic Transformer, trained on cartpole_balance": 4,
+    }
 
 
 def test_a_control_alone_is_counted_not_shown(make_rollouts):
@@ -48,7 +121,7 @@ def test_a_method_trained_without_context_is_a_reference_too(make_rollouts):
 
 
 def test_the_newer_of_two_measurements_counts(make_rollouts):
-    old = make_rollouts(2, 0, 100, created=datetime(2025, 1, 1, tzinfo=UTC), checkpoint="another run")
+    old = make_rollouts(2, 0, 100, created=datetime(2025, 1, 1, tzinfo=UTC), checkpoint_hash="another")
     new = make_rollouts(2, 0, 300, created=datetime(2025, 1, 2, tzinfo=UTC), steps_trained=4000)
     grid = gather([*new, *old])  # whatever their order
     assert (grid.superseded, grid.displaced) == (2, 2)
@@ -117,3 +190,11 @@ def test_estimates_are_the_same_every_time():
     runs = np.array([1.0, 2, 4, 8])
     assert summarise(runs) == summarise(runs)
     assert contrast(runs, runs + 1).value == -1
+
+
+def test_results_of_another_cache_are_told_apart(make_rollouts):
+    grid = gather([*make_rollouts(2, 0, 1.0), *make_rollouts(2, 0, 2.0, cache_dtype="bfloat16")])
+    assert grid.superseded == 0
+    assert [grid.name(variant) for variant in grid.variants] == [
+        "Agentic Transformer", "Agentic Transformer, cache in bfloat16",
+    ]  # fmt: skip

@@ -21,7 +21,7 @@ from ringrl.errors import UserError
 from ringrl.model import make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training import train
-from ringrl.training.learner import make_learner
+from ringrl.training.agent import make_agent
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import Recorder
 from ringrl.training.step import with_params
@@ -105,7 +105,7 @@ def test_other_layouts(layout, sampler, params, expected):
 def test_parameters_and_optimiser_state_lie_in_pieces(params):
     config = settings((1, 2, 2, 2))
     parallel = make_parallel(config)
-    state = make_learner(lambda: make_policy(MODEL, 42, 9, 0, parallel=parallel), config, parallel).state
+    state = make_agent(lambda: make_policy(MODEL, 42, 9, 0, parallel=parallel), config, parallel).init()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
     adam = jax.tree.leaves(state.optimiser, is_leaf=lambda x: hasattr(x, "mu"))
     for tree in (state.params, next(x for x in adam if hasattr(x, "mu")).mu):

@@ -3,6 +3,10 @@ import json
 import pytest
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
+from ringrl.config import TrainConfig
+from ringrl.errors import UserError
+from ringrl.training import train
+from ringrl.training.boards import TensorBoard
 from ringrl.training.metrics import MetricsLog
 
 
@@ -33,7 +37,7 @@ def test_what_a_kill_undid_is_dropped(tmp_path, torn):
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
-    with MetricsLog(tmp_path, 0) as log:
+    with MetricsLog(tmp_path, 0, [TensorBoard(tmp_path, 0)]) as log:
         log.write([line(1), line(2)])
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, place, found = file.read_bytes(), 0, []
@@ -43,3 +47,29 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
         found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         place += 16 + size
     assert found == [("loss", 1, 0.5), ("loss", 2, 0.25)]
+
+
+def test_wandb_missing_is_said_before_anything_is_made(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'ringrl\[wandb\]'"):
+        train(tiny.model_copy(update={"log": ("wandb",)}), quiet=True)
+    assert not tiny.run.exists()
+
+
+def test_wandb_offline_keeps_every_step_and_its_identity(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="needs wandb: pip install 'ringrl[wandb]'")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    short = tiny.model_copy(update={"log": ("tensorboard", "wandb")})
+    train(short, quiet=True)
+    identity = (tiny.run / "wandb" / "id.txt").read_text()
+    (file,) = tiny.run.glob(f"wandb/offline-run-*/run-{identity}.wandb")
+    held = file.read_bytes()
+    entries = [json.loads(text) for text in (tiny.run / "metrics.jsonl").read_text().splitlines()]
+    assert len(entries) == 14
+    for entry in entries:
+        for name in ("loss", "gradient_norm"):
+            assert name.encode() in held
+            assert repr(entry[name]).encode() in held
+    assert (tiny.run / "tensorboard").is_dir()
+    train(short.model_copy(update={"log": ("wandb",)}), resume=True, quiet=True)
+    assert (tiny.run / "wandb" / "id.txt").read_text() == identity

@@ -66,7 +66,7 @@ class Visits(NamedTuple):
 
     order: Int32[Array, "batch cells tiles"]  # full tiles first, then partial ones, then those never visited
     counts: Int32[Array, "batch cells 2"]  # how many are full, and how many are visited in all
-    work: Int32[Array, "batch*cells"]  # batch * cells + cell, longest first, so that programs finish together
+    work: Int32[Array, " batch*cells"]  # batch * cells + cell, longest first, so that programs finish together
 
 
 def tile_side(side: Side, size: int, padding: int) -> Side:

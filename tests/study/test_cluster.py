@@ -1,0 +1,110 @@
+"""Cells as jobs: what sbatch is given, and jobs that submitit's executor for this machine really runs."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ringrl.config import SlurmConfig
+from ringrl.data import EpisodeStore
+from ringrl.errors import UserError
+from ringrl.evaluation.records import read_records
+from ringrl.study.ablate import Run, ablate
+from ringrl.study.cells import cells
+from ringrl.study.cluster import run_on_cluster
+from ringrl.study.plan import read_plan
+
+needs_submitit = pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="needs submitit: pip install 'ringrl[slurm]'"
+)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands: an sbatch that keeps what it is given, and a sacct that says both jobs run."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    states = "JobID|State|NodeList\\n7_0|RUNNING|a\\n7_1|RUNNING|a"
+    for name, text in (
+        ("sbatch", f'cp "$1" {commands}/job.sh; echo x >> {commands}/count; echo "Submitted batch job 7"'),
+        ("srun", "exit 1"),
+        ("sacct", f'printf "{states}\\n"'),
+    ):
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    return commands
+
+
+class _Begun(Exception):
+    pass
+
+
+def begin_all(write_plan, slurm: SlurmConfig) -> list[str]:
+    """Submit two cells, and leave when both run."""
+    plan = read_plan(write_plan(Path("x.h5"), baselines=[]))
+    begun: list[str] = []
+
+    def on_start(name: str) -> None:
+        begun.append(name)
+        if len(begun) == 2:
+            raise _Begun
+
+    with pytest.raises(_Begun):
+        list(run_on_cluster(list(cells(plan)), plan.output / "slurm", slurm, 1, None, on_start))
+    return begun
+
+
+@needs_submitit
+def test_one_array_holds_all_cells_and_is_submitted_once(write_plan, cluster: Path) -> None:
+    asked = SlurmConfig(partition="gpu", gpus_per_node=1, cpus_per_task=4, minutes=90, setup=("module load x",))
+    names = [f"jaco_reach_top_left/at_{count}_seed0" for count in (1, 2)]
+    assert begin_all(write_plan, asked) == names
+    script = (cluster / "job.sh").read_text()
+    for line in (
+        "--array=0-1%1", "--partition=gpu", "--nodes=1", "--gpus-per-node=1", "--ntasks-per-node=1",
+        "--cpus-per-task=4", "--time=90", "--job-name=runs", "--signal=USR2@90",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script
+    assert "\nmodule load x\n" in script
+    assert sys.executable in script
+    assert begin_all(write_plan, asked) == names, "those that run are waited for"
+    assert (cluster / "count").read_text() == "x\n"
+
+
+@needs_submitit
+def test_what_the_cluster_refuses_is_said(write_plan, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = read_plan(write_plan(Path("x.h5")))
+
+    def submit(slurm: SlurmConfig) -> None:
+        list(run_on_cluster(list(cells(plan)), plan.output / "slurm", slurm, 1, None, lambda name: None))
+
+    with pytest.raises(UserError, match="leave it at 1"):
+        submit(SlurmConfig(nodes=2))
+    (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="invalid partition specified: gpu"):
+        submit(SlurmConfig(partition="gpu"))
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"pip install 'ringrl\[slurm\]'"):
+        submit(SlurmConfig())
+
+
+@needs_submitit
+def test_jobs_on_this_machine_train_and_evaluate(write_plan, jaco_store: EpisodeStore) -> None:
+    """Of three, one fails."""
+    plan = read_plan(write_plan(jaco_store.path, trajectories=[1], baselines=[]))
+    blocked = plan.output / "jaco_reach_top_left" / "data"
+    (blocked / "evaluation.partial").mkdir(parents=True)
+    how = Run(workers=3, slurm=SlurmConfig(minutes=10), cluster="local")
+    with pytest.raises(UserError, match="1 of 3 failed"):
+        ablate(plan, Console(quiet=True), "ringrl ablate plan.yaml", how)
+    assert "Error" in (blocked / "failed.txt").read_text()
+    records = read_records(plan.output).records
+    assert {record.method for record in records} == {"random", "dt"}
+    assert {record.steps_trained for record in records if record.method == "dt"} == {3}
+    (blocked / "evaluation.partial").rmdir()
+    files = ablate(plan, Console(quiet=True), None, how._replace(retry=True))
+    assert {record.method for record in read_records(files).records} == {"random", "data", "dt"}

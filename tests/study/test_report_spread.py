@@ -1,0 +1,66 @@
+"""Profiles of all runs, and probabilities that one method beats another."""
+
+import re
+
+import pytest
+
+from ringrl.study.report_cells import gather
+from ringrl.study.report_draw import panel_svg
+from ringrl.study.report_spread import contenders, contest_chart, contests, profile_chart
+
+
+def test_contests_by_hand(make_rollouts):
+    """Of 3 x 3 pairs of runs, the longer context wins 6 and ties one."""
+    records = [record for seed, level in enumerate((1.0, 2.0, 3.0)) for record in make_rollouts(1, seed, level)]
+    records += [record for seed, level in enumerate((2.0, 4.0, 2.5)) for record in make_rollouts(4, seed, level)]
+    (contest,) = contests(gather(records))
+    assert contest.ours == "Agentic Transformer, 4 trajectories"
+    assert contest.theirs == "Agentic Transformer, 1 trajectory"
+    assert contest.found.value == pytest.approx((1.5 + 3 + 2) / 9)
+    assert contest.found.interval is not None
+
+
+def test_every_method_with_a_context_meets_every_other(make_ablation, make_rollouts):
+    others = [record for seed in range(5) for record in make_rollouts(4, seed, 100.0, method="ad")]
+    pairs = {(one.ours, one.theirs) for one in contests(gather([*make_ablation(), *others]))}
+    agentic, distilled = "Agentic Transformer, 4 trajectories", "Algorithm Distillation, 4 trajectories"
+    assert pairs == {
+        (agentic, "Agentic Transformer, 1 trajectory"), (distilled, agentic),
+        (agentic, "Behaviour cloning"), (agentic, "Random policy"),
+        (distilled, "Behaviour cloning"), (distilled, "Random policy"),
+    }  # fmt: skip
+
+
+def test_tasks_are_averaged_and_lengths_that_differ_are_named(make_ablation):
+    grid = gather([*make_ablation(), *make_ablation(task="walker_walk", lengths=(1, 2), step=0.0)])
+    contest = contests(grid)[0]
+    assert contest.tasks == 2
+    assert contest.ours == "Agentic Transformer, the longest context"
+    assert contest.found.value == pytest.approx(1.0)  # the second task gains 10 per episode
+
+
+def test_one_seed_has_neither(make_ablation):
+    grid = gather(make_ablation(seeds=1))
+    assert contenders(grid) == []
+    assert contests(grid) == []
+    assert contest_chart(grid, []) is None
+    assert profile_chart(grid) is None
+
+
+def test_profiles_fall_from_one_to_nought(make_ablation):
+    grid = gather([*make_ablation(), *make_ablation(task="walker_walk")])
+    chart = profile_chart(grid)
+    assert [panel.title for panel in chart.panels] == ["All tasks, normalised score", "cartpole_swingup", "walker_walk"]
+    assert [key.label for key in chart.keys] == ["Agentic Transformer", "Behaviour cloning", "Random policy"]
+    svg = panel_svg(chart.panels[1])
+    line = max(re.findall(r'<path d="([^"]*)" clip-path', svg), key=len)
+    heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", line)]
+    assert heights == sorted(heights), "the fraction above never rises (heights grow downwards)"
+    assert heights[-1] > heights[0]
+
+
+def test_the_chart_of_contests_says_them_in_words(make_ablation):
+    grid = gather(make_ablation())
+    (panel,) = contest_chart(grid, contests(grid)).panels
+    assert "Agentic Transformer, 4 trajectories over Behaviour cloning: 1.00" in panel.description
+    assert "over Behaviour cloning</text>" in panel_svg(panel)
