@@ -1,5 +1,8 @@
 """Shared by all rooms: small real datasets."""
 
+import os
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,20 @@ from jax.extend.backend import clear_backends
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import save_episode
 from ringrl.envs import make
+
+
+# Programs are compiled once for all processes of a session: the first to come makes the folder, the others inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="ringrl-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in the background of a shell: processes under test are to heed it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def record_random_episodes(task: str, folder: Path, episodes: int) -> Path:

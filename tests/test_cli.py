@@ -179,7 +179,7 @@ def test_mistakes_about_evaluations(
         (["--data", str(some), "--prompt-trajectories", "1"], f"{some}: is not the dataset that"),
         (["--prompt-trajectories", "9"], "9 do not fit"),
         (["--target", "good"], "--target"),
-        (["--output", str(tmp_path)], "results cannot be written"),
+        (["--output", str(tmp_path)], "is no results file; give a name that ends in .jsonl"),
         (["--output", str(tmp_path / "file" / "x.jsonl")], "results cannot be written"),
         (["--output", str(tmp_path / "x.json")], "give a results file (.jsonl)"),
     ):

@@ -112,8 +112,7 @@ def test_behaviour_cloning_has_no_use_for_a_prompt():
     np.testing.assert_allclose(found, made.actions(context), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("prompted", [False, True])
-def test_growing_over_a_mesh(prompted, small_cache, eight_devices):
+def test_growing_over_a_mesh(small_cache, eight_devices):
     """Three devices, among which no capacity divides: 12, 21, 42, ... tokens."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]).reshape(1, 1, 1, 3), MESH_AXES)
     parallel = Parallel(mesh)
@@ -122,10 +121,9 @@ def test_growing_over_a_mesh(prompted, small_cache, eight_devices):
         x[:, :6] = x[:1, :6]
     for before, x in zip(context.previous, (context.action, context.reward, context.completion), strict=True):
         before[:, 6] = x[:, 5]
-    begin = 6 if prompted else 0
     config = ModelConfig(layers=1, width=24, heads=2, token_set="at5")
     one, divided = (make_policy(config, OBSERVATION, ACTION, 0, parallel=where) for where in (ONE_DEVICE, parallel))
-    live = jax.tree.map(lambda x: x[:, begin:], context)
-    prompt = jax.tree.map(lambda x: x[:1, :6], context) if prompted else None
+    live = jax.tree.map(lambda x: x[:, 6:], context)
+    prompt = jax.tree.map(lambda x: x[:1, :6], context)
     found = replayed(PolicyActor(Programs(divided, parallel=parallel)), live, prompt)
-    np.testing.assert_allclose(found, one.actions(context)[:, begin:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, one.actions(context)[:, 6:], rtol=1e-5, atol=1e-5)
