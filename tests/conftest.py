@@ -15,7 +15,6 @@ from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import save_episode
 from ringrl.envs import make
 
-
 # Programs are compiled once for all processes of a session: the first to come makes the folder, the others inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="ringrl-tests-")
