@@ -181,7 +181,7 @@ def test_mistakes_about_evaluations(
         (["--target", "good"], "--target"),
         (["--output", str(tmp_path)], "is no results file; give a name that ends in .jsonl"),
         (["--output", str(tmp_path / "file" / "x.jsonl")], "results cannot be written"),
-        (["--output", str(tmp_path / "x.json")], "give a results file (.jsonl)"),
+        (["--output", str(tmp_path / "x.json")], "give a name that ends in .jsonl"),
     ):
         capsys.readouterr()
         assert said in refused([*base, *flags], capsys)
