@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint docs lock clean
 
 demo: .venv/ready  ## collect, train, evaluate, ablate, report: about ten minutes on two cores
 	$(RUN)ringrl demo
@@ -14,6 +14,13 @@ lint: .venv/ready  ## style and types
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
+
+docs: .venv/docs  ## the site, every link checked, in build/site
+	$(RUN)mkdocs build --strict
+
+.venv/docs: .venv/ready
+	$(RUN)pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[docs]'
+	touch $@
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

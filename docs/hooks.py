@@ -1,0 +1,49 @@
+"""For mkdocs: pages link to files of the repository beside docs/; the site carries those files along.
+
+What a site has no use for, folders and the pages beside docs/, is named there without a link.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+_LINK = re.compile(r"(?<!!)\[([^]]+)\]\(([^)#:]+)\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add every file outside docs/ that a page links to, under its path in the repository."""
+    root = Path(config.config_file_path).parent
+    for page in files.documentation_pages():
+        for _, link in _LINK.findall(page.content_string):
+            path = _outside(page, link)
+            if path and _is_carried(root / path) and path not in files.src_uris:
+                files.append(File.generated(config, path, abs_src_path=str(root / path)))
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let those links point into the site."""
+    root = Path(config.config_file_path).parent
+
+    def inside(link: re.Match[str]) -> str:
+        path = _outside(page.file, link[2])
+        if path is None:
+            return link[0]
+        if not _is_carried(root / path) and (root / path).exists():
+            return link[1]
+        return f"[{link[1]}]({posixpath.relpath(path, posixpath.dirname(page.file.src_uri) or '.')})"
+
+    return _LINK.sub(inside, markdown)
+
+
+def _is_carried(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".md"
+
+
+def _outside(page: File, link: str) -> str | None:
+    """The path in the repository of what a page links to; None if that lies in docs/."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(page.src_uri), link))
+    return path.removeprefix("../") if path.startswith("../") else None

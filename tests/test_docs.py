@@ -1,0 +1,329 @@
+"""What README and docs/ tell a reader to type is what the program takes.
+
+Every block of every page is looked at. Python and diffs are run; commands are read by the real command line, presets,
+tasks and machines included; whole pages are run on small data (EXECUTED), and for the others PARSED says why not.
+"""
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from ringrl import cli
+from ringrl.data import EpisodeStore, import_archive
+from ringrl.data.collect import collect
+from ringrl.data.download import ALGORITHMS
+from ringrl.envs import domain_named, domain_of
+from ringrl.methods import check_method
+from ringrl.planning.machines import find_machine
+from ringrl.planning.workload import find_model, read_tokens
+from ringrl.study.plan import read_plan
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md")
+    for path in ROOT.glob(pattern)
+    if not path.name.startswith(".")
+)
+SOURCES = ("ringrl", "envs", "data", "configs", "benchmarks")  # what a clone needs to run
+
+# Pages that are run from beginning to end, in a clone of their own.
+EXECUTED = ("docs/adding_a_task.md", "docs/attention.md", "docs/exorl.md", "docs/own_model.md", "docs/quickstart.md")
+# Appended to their commands, so that minutes become seconds.
+SMALLER = {
+    "data collect": ["--episodes", "4", "--workers", "1"],
+    "data import": ["--workers", "1"],
+    "train": ["--optimiser.steps", "2", "--optimiser.batch-size", "1"],
+    "evaluate": ["--environments", "1"],
+    "random_returns.py": ["--episodes", "1", "--seeds", "2"],
+}
+TINY_TRANSFORMER = [
+    "--context.trajectories=2", "--model.layers=1", "--model.width=16", "--model.heads=1", "--model.kv-heads=1",
+]  # fmt: skip
+# Of these pages, commands that are not run after all.
+NOT_RUN = {
+    "data download": "gigabytes from a public server; the page's test begins with the store that it makes",
+    "pytest": "runs by itself",
+    "make": "installs everything anew",
+    "git": "clones what is here",
+}
+# Pages whose commands are parsed and not run.
+PARSED = {
+    "README.md": "the same steps as in docs/quickstart.md, with archives of gigabytes",
+    "CONTRIBUTING.md": "installs everything anew, and runs all tests",
+    "docs/collect.md": "ten million transitions; small collections: tests/data/test_collect.py",
+    "docs/data.md": "archives of gigabytes; small ones: tests/data, and docs/exorl.md",
+    "docs/evaluation.md": "needs what an hour of training makes; a tiny run: tests/test_cli.py",
+    "docs/plan.md": "minutes of compilation, for TPUs: tests/planning",
+    "docs/reproduce.md": "hours",
+    "docs/results.md": "hours",
+    "docs/scaling.md": "several devices, hosts and clusters: tests/training",
+    "docs/study.md": "hours; a tiny study: tests/study/test_ablate.py",
+    "docs/training.md": "no command but benchmarks of minutes",
+    "docs/adding_a_domain.md": "names files only",
+    "docs/adding_a_kernel.md": "GPUs and TPUs: tests/attention",
+    "docs/adding_a_method.md": "names files only",
+}
+# Files that only the reader has, and what stands for them.
+YOURS = {
+    "runs/walk/config.yaml": "run.yaml",
+    "runs/reach/config.yaml": "run.yaml",
+    "/shared/walk.yaml": "run.yaml",
+    "plan.yaml": "configs/study_example.yaml",
+}
+ANY_RUN = ["--data", "walker.h5", "--task", "walker_walk", "--run", "runs/walk"]  # for "..." after `ringrl train`
+
+
+class Block(NamedTuple):
+    """A fenced block of a page; `line` is where it begins."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """All of them, by CommonMark's rule for fences at the margin."""
+    found, text = [], (ROOT / page).read_text()
+    for match in re.finditer(r"^(`{3,})([^\n`]*)\n(.*?)^\1$\n?", text, re.MULTILINE | re.DOTALL):
+        found.append(Block(page, text.count("\n", 0, match.start()) + 1, match[2].strip(), match[3]))
+    return found
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of each command of a shell block, without comments and what is set in the environment."""
+    if block.language not in ("", "sh", "bash") or block.text.startswith("#!"):  # a script that somebody is handed
+        return
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        if words:
+            yield [Path(words[0]).name, *words[1:]]
+
+
+def spans(page: str) -> list[str]:
+    """What stands between backticks in the text, outside of blocks."""
+    text = re.sub(r"^(`{3,}).*?^\1$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+# A command in the text is complete if it has no words in capitals, no choices and nothing left out.
+INLINE = [
+    (page, shlex.split(span))
+    for page in PAGES
+    for span in spans(page)
+    if re.match(r"(ringrl|python|make|pip|pytest) \S", span) and not re.search(r"\b[A-Z]{4,}\b|\||\.\.\.|…", span)
+]
+COMMANDS = [(block.page, words) for block in BLOCKS for words in commands(block)] + INLINE
+
+
+@pytest.fixture
+def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], dict[str, Any]]:
+    """The real command line, except that a command only tells what it was given."""
+    for name in SOURCES:
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "run.yaml").write_text("data: walker.h5\ntask: walker_walk\nrun: runs/walk\n")
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {}
+
+    def recording(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def record(*values: Any, **flags: Any) -> None:
+            assert not values
+            given.update(flags)
+
+        return record
+
+    recorders = {name: recording(command) for name, command in cli.COMMANDS.items()}
+    monkeypatch.setattr(cli, "COMMANDS", recorders)
+    monkeypatch.setattr(cli, "train", recorders["train"])
+
+    def run(words: list[str]) -> dict[str, Any]:
+        given.clear()
+        full = [part for word in words for part in (ANY_RUN if word == "..." else [YOURS.get(word, word)])]
+        cli.main(full)
+        return dict(given)
+
+    return run
+
+
+def check_ringrl(words: list[str], parse: Callable[[list[str]], dict[str, Any]]) -> None:
+    """Its flags are read, and the names among their values are names of something."""
+    name = next((name for name in cli.COMMANDS if words[: len(name.split())] == name.split()), "")
+    given = parse(words)
+    if name == "train":
+        domain_of(given["settings"].task)
+        if given.get("method"):
+            check_method(given["settings"], given["method"])
+    elif name == "evaluate":
+        for task in set(given.get("tasks", ())) - {"all-of-domain"}:
+            domain_of(task)
+    elif name == "plan":
+        find_model(given["model"])
+        find_machine(given["machine"])
+        read_tokens(given["tokens"])
+    elif name == "ablate":
+        read_plan(given["plan"])
+    elif name == "data download":
+        domain_named(given["domain"])
+        assert given["algorithm"] in ALGORITHMS
+    elif given.get("domain"):
+        domain_named(given["domain"])
+    elif given.get("task"):
+        domain_of(given["task"])
+
+
+def check_script(words: list[str]) -> None:
+    """The file is there, and knows the flags."""
+    if words[0] in ("-c", "-m"):
+        return
+    text = (ROOT / words[0]).read_text()
+    for flag in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
+        assert f'"{flag}"' in text, f"{words[0]} knows no {flag}"
+
+
+def check_pip(words: list[str]) -> None:
+    """The extras of RingRL that are named exist."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in words:
+        for named in re.findall(r"^(?:ringrl|\.)\[(.+)\]$", word):
+            assert set(named.split(",")) <= set(extras), word
+
+
+def check(words: list[str], parse: Callable[[list[str]], dict[str, Any]]) -> None:
+    program, *rest = words
+    if program == "ringrl":
+        check_ringrl(rest, parse)
+    elif program.startswith("python"):
+        check_script(rest)
+    elif program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= set(targets)
+    elif program == "pip":
+        check_pip(rest)
+    elif program == "pytest":
+        assert all((ROOT / word).exists() for word in rest if word.startswith("tests"))
+    elif program == "gcloud":  # whose own flags are not ours
+        check(shlex.split(rest[rest.index("--command") + 1]), parse)
+    else:
+        assert program in ("cd", "git", "apt-get"), f"{program}: no program that these pages know"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_what_the_program_takes(page: str, parse: Callable[[list[str]], dict[str, Any]]) -> None:
+    for of, words in COMMANDS:
+        if of == page:
+            try:
+                check(words, parse)
+            except SystemExit as stop:
+                pytest.fail(f"{page}: {shlex.join(words)}: refused (exit code {stop.code})")
+
+
+def test_every_page_with_a_command_is_run_or_says_why_not() -> None:
+    with_commands = {block.page for block in BLOCKS} | {page for page, _ in INLINE}
+    assert with_commands <= {*EXECUTED, *PARSED}, "add the page to EXECUTED, or to PARSED with the reason"
+    assert {block.page for block in BLOCKS if block.language in ("python", "diff")} <= set(EXECUTED)
+
+
+def test_blocks_are_of_known_languages() -> None:
+    for block in BLOCKS:
+        assert block.language in ("", "sh", "bash", "python", "diff", "yaml", "text"), f"{block.page}:{block.line}"
+        if block.language == "yaml":
+            list(yaml.safe_load_all(block.text))
+
+
+def test_flags_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([*name.split(), "--help"])
+    known = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+    known |= {flag for word in spans("docs/plan.md") if word.startswith("python") for flag in word.split()}
+    for page in PAGES:
+        for span in spans(page):
+            if span.startswith("--"):
+                flag = re.split(r"[ =]", span)[0]
+                assert flag in known, f"{page}: no command has {span}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", (ROOT / page).read_text()):
+            assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+DRIVER = """
+import json, runpy, sys
+from pathlib import Path
+
+names = {"__name__": "__main__"}
+for kind, what in json.loads(Path(sys.argv[1]).read_text()):
+    print("#", kind, what if kind != "python" else "")
+    if kind == "ringrl":
+        from ringrl.cli import main
+        main(what)
+    elif kind == "python":
+        exec(compile(what, "block", "exec"), names)
+    else:
+        sys.argv = what
+        runpy.run_path(what[0], run_name="__main__")
+"""
+
+
+def steps(block: Block) -> Iterator[tuple[str, Any]]:
+    """What is to be run of a block, made small."""
+    if block.language == "python":
+        yield "python", block.text
+    for program, *rest in commands(block):
+        name = next((name for name in cli.COMMANDS if rest[: len(name.split())] == name.split()), "")
+        if name in NOT_RUN or program in NOT_RUN:
+            continue
+        if program == "ringrl":
+            small = TINY_TRANSFORMER if name == "train" and "--method" not in rest else []
+            yield "ringrl", [*rest, *SMALLER.get(name, []), *small]
+        else:
+            assert program == "python", f"{block.page}:{block.line}: cannot run {program}"
+            yield "script", [*rest, *SMALLER.get(Path(rest[0]).name, [])]
+
+
+@pytest.fixture(scope="module")
+def walker_store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    folder = collect("walker_walk", tmp_path_factory.mktemp("walker") / "rnd", episodes=2, seed=0, workers=1)
+    return import_archive(folder, folder.with_suffix(".h5"), "walker", workers=1)
+
+
+@pytest.mark.parametrize("page", EXECUTED)
+def test_whole_pages_run(page: str, tmp_path: Path, walker_store: EpisodeStore) -> None:
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "datasets" / "walker").mkdir(parents=True)
+    shutil.copy(walker_store.path, tmp_path / "datasets" / "walker" / "rnd.h5")
+    for block in blocks(page):
+        if block.language == "diff":
+            apply = ["git", "apply", "-"]
+            subprocess.run(apply, input=block.text, text=True, cwd=tmp_path, check=True)
+    (tmp_path / "steps.json").write_text(json.dumps([step for block in blocks(page) for step in steps(block)]))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    done = subprocess.run(
+        [sys.executable, "driver.py", "steps.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
