@@ -50,9 +50,10 @@ SMALLER = {
     "random_returns.py": ["--episodes", "1", "--seeds", "2"],
 }
 TINY_TRANSFORMER = [
-    "--context.trajectories=2", "--model.layers=1", "--model.width=16", "--model.heads=1", "--model.kv-heads=1",
+    "--context.trajectories=2", "--model.token-set=fused1", "--model.layers=1", "--model.width=16",
+    "--model.heads=1", "--model.kv-heads=1",
 ]  # fmt: skip
-SHORTER = {"docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64": "= 256, 64"}}
+SHORTER = {"docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64, 4, 2": "= 256, 64, 4, 1"}}
 QUICK = "--xla_backend_optimization_level=0"  # the same mathematics, compiled in half the time
 # Of these pages, commands that are not run after all.
 NOT_RUN = {
