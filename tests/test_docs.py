@@ -25,6 +25,7 @@ from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.collect import collect
 from ringrl.data.download import ALGORITHMS
 from ringrl.envs import domain_named, domain_of
+from ringrl.errors import UserError
 from ringrl.methods import check_method
 from ringrl.planning.machines import find_machine
 from ringrl.planning.workload import find_model, read_tokens
@@ -236,10 +237,10 @@ def test_commands_are_what_the_program_takes(page: str, parse: Callable[[list[st
         if of == page:
             try:
                 check(words, parse)
-            except SystemExit as stop:
-                if not stop.code:  # --help
-                    continue
-                pytest.fail(f"{page}: {shlex.join(words)}: refused (exit code {stop.code})")
+            except SystemExit as stop:  # 0 after --help
+                assert not stop.code, f"{shlex.join(words)}: refused"
+            except (AssertionError, UserError) as error:
+                pytest.fail(f"{shlex.join(words)}: {error}")
 
 
 def test_every_page_with_a_command_is_run_or_says_why_not() -> None:
