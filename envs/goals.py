@@ -14,7 +14,7 @@ class GoalSpace:
     Attributes:
         goals: full task name -> its place (3,), metres.
         observation: where the observation holds the position that is to get there, metres.
-        reward: (positions (*batch, 3), goals (*batch, 3)) -> rewards (*batch); the tasks' own rewards use it too.
+        reward: `(positions (*batch, 3), goals (*batch, 3)) -> rewards (*batch)`; the tasks' own rewards use it too.
     """
 
     goals: Mapping[str, tuple[float, float, float]]
