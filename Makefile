@@ -16,7 +16,7 @@ lint: .venv/ready  ## style and types
 	$(RUN)mypy
 
 docs: .venv/docs  ## the site, every link checked, in build/site
-	$(RUN)mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict
 
 .venv/docs: .venv/ready
 	$(RUN)pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[docs]'
