@@ -55,7 +55,6 @@ TINY_TRANSFORMER = [
     "--model.heads=1", "--model.kv-heads=1",
 ]  # fmt: skip
 SHORTER = {"docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64, 4, 2": "= 256, 64, 4, 1"}}
-QUICK = "--xla_backend_optimization_level=0"  # the same mathematics, compiled in half the time
 # Of these pages, commands that are not run after all.
 NOT_RUN = {
     "data download": "gigabytes from a public server; the page's test begins with the store that it makes",
@@ -339,7 +338,7 @@ def test_whole_pages_run(page: str, tmp_path: Path, walker_store: EpisodeStore) 
     done = subprocess.run(
         [sys.executable, "driver.py", "steps.json"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,
