@@ -42,8 +42,7 @@ def cost(cell: Cell, timings: Mapping[str, Timing]) -> Cost:
 def with_steps_for(seconds: float, cell: Cell, timings: Mapping[str, Timing]) -> Cell:
     """The cell with as many optimiser steps as fit into these seconds; there is a timing for it."""
     steps = max(1, int(seconds / timings[shape(cell)].step))
-    optimiser = cell.config.optimiser.model_copy(update={"steps": steps})
-    return Cell(cell.config.model_copy(update={"optimiser": optimiser}), cell.protocols, cell.control)
+    return cell.of_steps(steps)
 
 
 def cost_table(cells: Sequence[Cell], timings: Mapping[str, Timing], finished: int, workers: int) -> Table:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ringrl.study.report_cells import Cell, Grid, Variant, in_sentence, middle, series_of, summarise
+from ringrl.study.report_cells import Cell, Grid, in_sentence, middle, series_of, summarise
 from ringrl.study.report_draw import (
     CONTROL,
     SOLID,
@@ -23,7 +23,9 @@ from ringrl.study.report_draw import (
     linestyle,
     styles,
 )
+from ringrl.study.report_starts import starts_warning
 from ringrl.study.report_svg import colour
+from ringrl.study.report_variants import Variant
 from ringrl.study.tables import normalised, number
 
 _DATA_DASHES: dict[str, Dash] = {"data, mean": (7, 3), "data, best": SOLID}
@@ -46,6 +48,8 @@ def curve_chart(grid: Grid) -> Chart | None:
         "the bar behind it is the 95 % interval (stratified bootstrap over seeds), small dots are single seeds. "
         f"{one_seed(grid)}"
     )
+    if starts_warning(grid):
+        caption += "Not all points are of the same starts; which are is said at the top. "
     if grid.data or grid.context_free:
         caption += "Grey lines need no context."
     if any(cell.variant.method == "at" and cell.train == 1 for cell in grid.cells):
@@ -182,7 +186,7 @@ def _levels(grid: Grid, task: str) -> list[tuple[str, float, Dash]]:
     known = styles(grid)
     levels = {
         in_sentence(grid.name(cell.variant)): (middle(cell.runs()), known[cell.variant].dash)
-        for cell in grid.references(task)
+        for cell in grid.levels(task)
     }
     if task in grid.data:
         for name, value in (("data, mean", grid.data[task].mean()), ("data, best", grid.data[task].max())):

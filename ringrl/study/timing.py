@@ -5,6 +5,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -51,7 +52,8 @@ def shape(cell: Cell) -> str:
     """A name that cells have in common which take equally long: but for seed, folder and steps they are the same."""
     apart = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
     config = cell.config.model_dump(mode="json", exclude={**apart, "optimiser": {"steps": True}})
-    return hashlib.sha256(json.dumps([config, cell.describe()], sort_keys=True).encode()).hexdigest()[:16]
+    rolled_out = [asdict(protocol) for protocol in cell.protocols]
+    return hashlib.sha256(json.dumps([config, rolled_out], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_timings(output: Path) -> dict[str, Timing]:
@@ -119,12 +121,12 @@ def measure(cell: Cell) -> Timing:
 
 def _evaluation(cell: Cell, trained: TrainedPolicy) -> float:
     """Seconds of all rollouts of a cell."""
-    task, streams = cell.config.task, cell.protocols[0].environments
+    task = cell.config.task
     length = domain_of(task).episode_length
-    simulate = _simulate(task, streams)
     total = 0.0
     for protocol in cell.protocols:
-        steps = length * protocol.episodes
+        streams, steps = protocol.environments, length * protocol.episodes
+        simulate = _simulate(task, streams)
         total += steps * (simulate + _act(trained, streams, steps))
         if protocol.control:
             total += steps * (simulate + _act(trained, streams, length))

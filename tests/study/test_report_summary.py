@@ -78,6 +78,15 @@ def test_several_comparisons_are_counted(make_ablation):
     assert found.headline == "A longer context helps in 1 of 2 comparisons."
 
 
+def test_what_helps_here_and_hurts_there_is_said_of_both(make_ablation):
+    records = [
+        *make_ablation(),
+        *make_ablation(task="walker_walk", step=-100),
+        *make_ablation(task="walker_run", step=-90),
+    ]
+    assert summary(gather(records)).headline == "A longer context helps in 1 of 3 and hurts in 2 of 3 comparisons."
+
+
 def test_references_alone(make_ablation):
     records = [record for record in make_ablation() if record.method in ("random", "data")]
     assert summary(gather(records)).headline == "No method with a context was measured."
