@@ -60,6 +60,13 @@ class Cell:
         """Task and folder."""
         return f"{self.config.task}/{self.folder.name}"
 
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps up to its newest checkpoint."""
+        checkpoints = self.folder / "checkpoints"
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
     def describe(self) -> dict[str, Any]:
         """What is done beside training, and what is known of its data and time; as cell.yaml has it."""
         return {

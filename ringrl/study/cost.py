@@ -25,9 +25,9 @@ class Cost(NamedTuple):
 
 
 def cost(cell: Cell, timings: Mapping[str, Timing]) -> Cost:
-    """What the cell takes from its beginning to its end."""
+    """What the cell takes from where it stands to its end; an evaluation that is half done counts as a whole one."""
     config, length = cell.config, domain_of(cell.config.task).episode_length
-    one, steps = step_cost(config, length), config.optimiser.steps
+    one, steps = step_cost(config, length), max(0, config.optimiser.steps - cell.steps_done)
     timing = timings.get(shape(cell))
     return Cost(
         steps=steps,

@@ -12,7 +12,9 @@ from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.methods import method_of
 from ringrl.study.cells import cells, check, is_finished, references, write
+from ringrl.study.cost import cost
 from ringrl.study.plan import AblationPlan, read_plan
+from ringrl.study.timing import Timing, shape
 
 BASELINES = ("bc", "bc-10%", "dt", "td3", "td3+bc")
 
@@ -139,6 +141,18 @@ def test_what_is_finished_is_finished_as_it_is_now(write_plan) -> None:
             check(other)
     (cell.folder / "evaluation.jsonl").write_text("")
     assert not is_finished(cell)
+
+
+def test_what_is_trained_costs_no_training_any_more(write_plan) -> None:
+    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings={"optimiser": {"steps": 30}}))
+    timings = {shape(cell): Timing(start=5.0, step=2.0, evaluation=7.0)}
+    whole = cost(cell, timings)
+    assert (whole.steps, whole.timesteps, whole.seconds) == (30, 30 * 2 * 250, 5 + 60 + 7)
+    assert whole.simulated == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
+    for name in ("10", "20", "25.orbax-checkpoint-tmp"):
+        (cell.folder / "checkpoints" / name).mkdir(parents=True)
+    rest = cost(cell, timings)
+    assert (rest.steps, rest.simulated, rest.seconds) == (10, whole.simulated, 5 + 20 + 7)
 
 
 def test_the_datasets_returns_are_of_the_dataset_that_is_there(write_plan) -> None:
