@@ -90,7 +90,7 @@ class Cell:
             raise UserError(f"{self.folder}: was told to stop after step {trained.step}; --retry goes on from there")
         plans = [plan_policy(trained, self.folder, protocol, command=command) for protocol in self.protocols]
         for job in (Job(plan, self.folder / EVALUATION) for plan in plans):
-            filmed = job.videos.is_dir() and any(job.videos.iterdir())
+            filmed = (job.videos / "best.mp4").is_file()  # the last one; without it, all are made again
             evaluate_all([job], again=self.videos and not filmed, video=self.videos, audience=_Log())
 
     def of_steps(self, steps: int) -> "Cell":
@@ -225,9 +225,11 @@ def check(work: Work) -> None:
 def is_finished(work: Work) -> bool:
     """Whether there is nothing more to do, and the results are there."""
     try:
-        did = json.loads((work.folder / FINISHED).read_text())["did"]
-        return bool(did == work.describe()) and (work.folder / EVALUATION).stat().st_size > 0
-    except (OSError, ValueError, KeyError, TypeError):
+        did, now = json.loads((work.folder / FINISHED).read_text())["did"], work.describe()
+        if did.get("videos"):  # which are not asked for any more
+            did["videos"] = now.get("videos")
+        return bool(did == now) and (work.folder / EVALUATION).stat().st_size > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -75,6 +75,8 @@ def cost_table(cells: Sequence[Cell], timings: Mapping[str, Timing], finished: i
     if known:
         at_once = min(workers, len(cells))
         shown.caption = f"about {duration(sum(known) / at_once)} with {at_once} at a time"
+        if any(cell.videos for cell in cells):
+            shown.caption += ", and the videos"
         if finished:
             shown.caption += f"; {finished} more are finished"
     return shown

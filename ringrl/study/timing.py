@@ -86,6 +86,7 @@ def measure_all(cells: Iterable[Cell], output: Path, workers: int, console: Cons
         if found.timing is None:
             raise UserError(f"{new[names[ended.number]].name}: cannot be trained or evaluated: {found.failure}")
         known[names[ended.number]] = found.timing
+        console.print(f"timed {new[names[ended.number]].name}", soft_wrap=True, markup=False, highlight=False)
         write(output / TIMINGS, json.dumps({key: value.model_dump() for key, value in known.items()}, indent=1))
     return known
 

@@ -141,6 +141,9 @@ def test_what_is_finished_is_finished_as_it_is_now(write_plan) -> None:
             check(other)
     (cell.folder / "evaluation.jsonl").write_text("")
     assert not is_finished(cell)
+    finish(filmed)
+    assert is_finished(filmed)
+    assert is_finished(cell), "and filmed besides"
 
 
 def test_what_is_trained_costs_no_training_any_more(write_plan) -> None:
