@@ -81,7 +81,11 @@ class Cell:
 
     def episode_runs(self) -> list[Runs]:
         """The return of each in-context episode, per training seed, averaged over the streams that finished it."""
-        return [_means(self.streams[seed][:, index] for seed in self.seeds) for index in range(self.test)]
+        return _by_episode(self.streams, self.test)
+
+    def control_episode_runs(self) -> list[Runs]:
+        """The same of the control, whose episodes have the same starts; none when it was not measured."""
+        return _by_episode(self.control, self.test) if self.control else []
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,10 @@ def _stack(streams: Mapping[int, list[tuple[float | None, ...]]]) -> dict[int, S
 
 def _runs(streams: Mapping[int, Streams], metric: Metric) -> Runs:
     return _means(stream_scores(streams[seed], metric) for seed in sorted(streams))
+
+
+def _by_episode(streams: Mapping[int, Streams], episodes: int) -> list[Runs]:
+    return [_means(streams[seed][:, index] for seed in sorted(streams)) for index in range(episodes)]
 
 
 def _means(groups: Iterable[np.ndarray]) -> Runs:

@@ -184,6 +184,8 @@ def _in_context(name: str, cell: Cell) -> list[str]:
     first, last, best = (number(middle_or_none(cell.runs(metric))) for metric in ("first", "last", "best"))
     sentences = [f"The {name} goes from {first} in the first of {cell.test} episodes in context to {last} in the last."]
     if cell.control:
+        ends = (number(middle_or_none(cell.control_runs(metric))) for metric in ("first", "last"))
+        sentences.append(f"From the same starts without memory it goes from {' to '.join(ends)}.")
         control = number(middle(cell.control_runs("best")))
         sentences.append(
             f"Its best of {cell.test} is {best}, where the best of {cell.test} tries without memory is {control}."

@@ -200,16 +200,17 @@ def _by_length(name: str, title: str, caption: str, up: str, runs: Sequence[Trai
 
 
 def _draw_by_length(axes: Axes, runs: Sequence[TrainingRun], grid: Grid, memory: bool, up: str) -> None:
-    known = styles(grid)
+    known, highest = styles(grid), 0.0
     for variant in dict.fromkeys(run.variant for run in runs):
         points = []
         for length in sorted({run.length for run in runs if run.variant == variant and run.length}):
             alike = [run for run in runs if (run.variant, run.length) == (variant, length)]
             values = np.array([run.peak_memory if memory else run.tokens_per_second for run in alike], np.float64)
             points.append(Point(length, summarise(values), values))
+            highest = max(highest, float(values.max()))
         draw_line(axes, points, known[variant])
     context_axis(axes, {run.length for run in runs if run.length})
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * highest)
     axes.yaxis.set_major_formatter(EngFormatter("B" if memory else "", sep="\N{NO-BREAK SPACE}"))
     dress(axes, "trajectories per training context", up)
 
