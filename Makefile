@@ -8,7 +8,7 @@ demo: .venv/ready  ## collect, train, evaluate, ablate, report: about ten minute
 	$(RUN)ringrl demo
 
 test: .venv/ready  ## every test
-	$(RUN)python -m pytest -n auto --dist loadfile
+	$(RUN)python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready  ## style and types
 	$(RUN)ruff check .

@@ -19,6 +19,7 @@ from ringrl.data.store import EpisodeStore
 class ContextPlan(NamedTuple):
     """Which trajectories make up a batch of contexts: small, and the same on every host."""
 
+    tasks: np.ndarray  # (batch,) names of the tasks whose rewards are read
     episodes: Int64[np.ndarray, "batch trajectories"]  # of the store, in the order of the context
     targets: Float64[
         np.ndarray, "batch trajectories"
@@ -39,7 +40,7 @@ class _Piece(NamedTuple):
 
 
 def read_contexts(
-    store: EpisodeStore, task: str, normalisation: Normalisation, plan: ContextPlan, times: Int[np.ndarray, " time"]
+    store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: Int[np.ndarray, " time"]
 ) -> Context:
     """The given time steps of all contexts of a plan, in the given order; times beyond a context's end are padding.
 
@@ -52,7 +53,7 @@ def read_contexts(
     """
     if len(times) and times.min() < 0:
         raise ValueError(f"times: expected no time below 0, got {times.min()}")
-    reader = _Reader(store, task, normalisation, plan, times)
+    reader = _Reader(store, normalisation, plan, times)
     pieces = list(_pieces(plan, times))
     threads = available_cores()
     with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
@@ -86,11 +87,9 @@ def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
 class _Reader:
     """Writes pieces of trajectories straight to their places in the batch's arrays; pieces do not overlap."""
 
-    def __init__(
-        self, store: EpisodeStore, task: str, normalisation: Normalisation, plan: ContextPlan, times: np.ndarray
-    ) -> None:
+    def __init__(self, store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: np.ndarray) -> None:
         self._observation, self._action = store.arrays["observation"], store.arrays["action"]
-        self._reward = store.arrays[reward_key(task)]
+        self._rewards = [store.arrays[reward_key(task)] for task in plan.tasks.tolist()]
         self._normalisation = normalisation
         self._first_rows = store.offsets[:-1][plan.episodes].tolist()
         self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
@@ -115,9 +114,10 @@ class _Reader:
         out = self.out
         self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
         out.action[at] = self._action[outcome]
-        out.reward[at] = self._normalisation.reward(self._reward[outcome])
+        reward = self._rewards[piece.context]
+        out.reward[at] = self._normalisation.reward(reward[outcome])
         out.previous.action[at] = self._action[state]
-        out.previous.reward[at] = self._normalisation.reward(self._reward[state])
+        out.previous.reward[at] = self._normalisation.reward(reward[state])
         out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
         out.trajectory[at] = piece.trajectory
         out.weight[at] = 1
@@ -129,7 +129,7 @@ class _Reader:
         first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
         end = piece.timestep + (piece.length - 1) * piece.stride + 1
         earned = np.zeros(end)  # before each step
-        np.cumsum(self._reward[first + 1 : first + end], out=earned[1:])
+        np.cumsum(self._rewards[piece.context][first + 1 : first + end], out=earned[1:])
         left = self._targets[piece.context][piece.trajectory] - earned[piece.timestep :: piece.stride]
         self.out.return_to_go[at] = self._normalisation.return_to_go(left)
         place, rest = divmod(last - 1 - first - piece.timestep, piece.stride)
@@ -145,7 +145,7 @@ class _Reader:
             return
         last = self._last_rows[context][piece.trajectory - 1]
         previous.action[context, place] = self._action[last : last + 1][0]
-        previous.reward[context, place] = self._normalisation.reward(self._reward[last : last + 1])[0]
+        previous.reward[context, place] = self._normalisation.reward(self._rewards[context][last : last + 1])[0]
         previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
 
 

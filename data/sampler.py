@@ -40,17 +40,23 @@ class ContextSampler:
     selected_by: str | None = None  # the task whose returns config.best_fraction goes by, where it is another one
 
     def __post_init__(self) -> None:
-        if self.task not in self.store.tasks:
-            raise UserError(
-                f"{self.store.path}: is a {self.store.domain} dataset and has no rewards for task {self.task}; "
-                f"it has {', '.join(self.store.tasks)}"
-            )
+        for task in self.tasks:
+            if task not in self.store.tasks:
+                raise UserError(
+                    f"{self.store.path}: is a {self.store.domain} dataset and has no rewards for task {task}; "
+                    f"it has {', '.join(self.store.tasks)}"
+                )
         if self.config.trajectories > len(self.eligible):
             raise UserError(
                 f"context.trajectories: {self.config.trajectories} do not fit the {len(self.eligible)} eligible "
                 f"episodes of {self.store.path}; ask for fewer, or raise context.best_fraction or "
                 "context.max_transitions where they are set"
             )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Those whose rewards take turns."""
+        return (self.task, *self.config.other_tasks)
 
     @cached_property
     def eligible(self) -> Episodes:
@@ -76,12 +82,13 @@ class ContextSampler:
     def plan(self, step: int) -> ContextPlan:
         """What the batch of an optimiser step consists of."""
         streams = ([self.seed, 0 if self.config.sampling == "fixed" else step, i] for i in range(self.batch_size))
-        episodes = np.stack([self._draw(np.random.default_rng(stream)) for stream in streams])
-        returns = self._returns[episodes]
+        tasks, drawn = zip(*(self._draw(np.random.default_rng(stream)) for stream in streams), strict=True)
+        episodes = np.stack(drawn)
+        returns = np.stack([self._returns[task][chosen] for task, chosen in zip(tasks, drawn, strict=True)])
         targets = self._targets(returns)
         starts = np.zeros((len(episodes), self.config.trajectories + 1), np.int64)
         np.cumsum(self.store.lengths[episodes], axis=1, out=starts[:, 1:])
-        return ContextPlan(episodes, targets, returns >= targets, starts)
+        return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts)
 
     def _targets(self, returns: Float64[np.ndarray, "batch trajectories"]) -> Float64[np.ndarray, "batch trajectories"]:
         """The return asked of each trajectory; nan: none."""
@@ -95,34 +102,41 @@ class ContextSampler:
         Only what these need is read from the store. Times beyond a context's last step are padding.
         """
         part = ContextPlan(*(column[rows] for column in plan))
-        return read_contexts(self.store, self.task, self.normalisation, part, times)
+        return read_contexts(self.store, self.normalisation, part, times)
 
     @cached_property
-    def _returns(self) -> Float64[np.ndarray, " episodes"]:
-        return self.store.returns(self.task).astype(np.float64)
+    def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
+        return {task: self.store.returns(task).astype(np.float64) for task in self.tasks}
 
     @cached_property
-    def _weights(self) -> Float64[np.ndarray, " episodes"] | None:
-        """How likely each eligible episode is drawn; None: all alike."""
+    def _weights(self) -> dict[str, Float64[np.ndarray, " episodes"] | None]:
+        return {task: self._weights_of(task) for task in self.tasks}
+
+    def _weights_of(self, task: str) -> Float64[np.ndarray, " episodes"] | None:
+        """How likely each eligible episode is drawn for a task; None: all alike."""
         if self.config.sampling != "return_stratified":
             return None
-        returns = self._returns[self.eligible]
+        returns = self._returns[task][self.eligible]
         edges = np.linspace(returns.min(), returns.max(), RETURN_RANGES + 1)[1:-1]
         ranges = np.digitize(returns, edges)
         weights = 1 / np.bincount(ranges, minlength=RETURN_RANGES)[ranges]
         return weights / weights.sum()
 
-    def _draw(self, random: np.random.Generator) -> Episodes:
-        """The episodes of one context, in order."""
+    def _draw(self, random: np.random.Generator) -> tuple[str, Episodes]:
+        """The task of one context and its episodes, in order."""
+        task = self.tasks[random.integers(len(self.tasks))] if self.config.other_tasks else self.task
+        return task, self._draw_episodes(task, random)
+
+    def _draw_episodes(self, task: str, random: np.random.Generator) -> Episodes:
         count = self.config.trajectories
         if self.config.sampling == "history_window":
             first = random.integers(len(self.eligible) - count + 1)
             chosen = random.permutation(self.eligible[first : first + count])
         else:
-            chosen = random.choice(self.eligible, count, replace=False, p=self._weights)
+            chosen = random.choice(self.eligible, count, replace=False, p=self._weights[task])
         if self.config.order == "random":
             return chosen
         if self.config.order == "history":
             return np.sort(chosen)
-        ascending = chosen[np.argsort(self._returns[chosen], kind="stable")]
+        ascending = chosen[np.argsort(self._returns[task][chosen], kind="stable")]
         return ascending if self.config.order == "ascending" else ascending[::-1]

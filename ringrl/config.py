@@ -30,6 +30,9 @@ class ContextConfig(Section):
     sampling: Literal["uniform", "return_stratified", "history_window", "fixed"] = "uniform"
     """Which trajectories are drawn: all alike; ten equal ranges of return alike; consecutive ones of the history (with
     order history: algorithm distillation); or uniformly once, and then the same contexts at every step."""
+    other_tasks: tuple[str, ...] = ()
+    """Tasks whose rewards take turns with those of the run's own task: each context is of one task, all alike likely,
+    and nothing but the rewards and returns in it tells the model of which."""
     max_transitions: int | None = Field(None, ge=1)
     """Use only so many transitions: whole episodes, taken in an order that the run's seed shuffles, up to the first
     that would exceed it. More transitions with the same seed hold all that fewer do."""
@@ -221,6 +224,21 @@ class TrainConfig(Section):
     """TD3+BC."""
     mesh: MeshConfig = MeshConfig()
     """Devices."""
+
+    @pydantic.model_validator(mode="after")
+    def _tasks_are_told_apart(self) -> Self:
+        others = self.context.other_tasks
+        if not others:
+            return self
+        if len({self.task, *others}) <= len(others):
+            raise ValueError("context.other_tasks: a task stands there twice, or is the run's own")
+        if self.model.kind != "transformer":
+            raise ValueError(f"context.other_tasks: a {self.model.kind} has no context that could tell tasks apart")
+        if self.context.best_fraction < 1:
+            raise ValueError(
+                "context.best_fraction: the best episodes of one task are not those of other_tasks; give 1"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_part(self) -> Self:

@@ -39,9 +39,10 @@ class Method:
 # Two hidden layers of 256, as in TD3+BC's paper: cheap, since they see one step at a time.
 _FEED_FORWARD = {"layers": 2, "width": 256}
 _CLONING = {"kind": "behaviour_cloning", **_FEED_FORWARD}
-_ALONE = {"trajectories": 1}  # as there is no context: so few episodes are enough
+_ALONE = {"trajectories": 1, "other_tasks": []}  # as there is no context: so few episodes are enough
 _TD3 = {
     "model": {"kind": "td3_bc", "dtype": "float32", "remat": "none", **_FEED_FORWARD},
+    "context": {"other_tasks": []},
     # The papers' Adam: one learning rate throughout, no weight decay; gradients are clipped nowhere near what is usual.
     "optimiser": {
         "batch_size": 256, "accumulation": 1, "learning_rate": 3e-4, "final_learning_rate": 1.0, "warmup_steps": 0,
@@ -90,8 +91,13 @@ def method_of(config: TrainConfig) -> str:
     """The name of what a run's settings amount to, as results carry it.
 
     Besides those of METHODS there are "bc-50%" and so on, by the share of the episodes, and "td3+her" and "td3+bc+her",
-    with goals in hindsight.
+    with goals in hindsight; "at-4tasks" and so on, where tasks take turns.
     """
+    name = _method_of(config)
+    return f"{name}-{1 + len(config.context.other_tasks)}tasks" if config.context.other_tasks else name
+
+
+def _method_of(config: TrainConfig) -> str:
     context, actor_critic = config.context, config.actor_critic
     if config.model.kind == "td3_bc":
         hindsight = actor_critic.hindsight
@@ -119,4 +125,4 @@ def check_method(config: TrainConfig, name: MethodName) -> None:
 
 
 def _family(name: str) -> str:
-    return re.sub(r"-\d+%$|\+her$", "", name)
+    return re.sub(r"-\d+(%|tasks)$|\+her$", "", name)

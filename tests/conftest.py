@@ -20,8 +20,34 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="ringrl-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # They run for moments, so most of their time would go to LLVM's optimisations.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_disable_most_optimizations", True)
+
+# Few but long tests: begun first, so that no process is left alone with them at the end.
+LONGEST = (
+    "training/test_distributed.py", "study/test_ablate.py", "attention/test_mosaic_gpu.py", "training/test_mesh.py",
+    "training/test_checkpoints.py", "training/test_resume.py", "study/test_cluster.py", "training/test_slurm.py",
+    "evaluation/test_session.py", "planning/test_search.py", "test_cli.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first; pytest-xdist keeps that order (--no-loadscope-reorder)."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(folder).as_posix(), len(places)))
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs as users run them, for what is compared with the compiler's figures or runs in long loops."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -185,7 +185,7 @@ def test_mistakes_about_evaluations(
     ):
         capsys.readouterr()
         assert said in refused([*base, *flags], capsys)
-    assert "name --tasks" in refused(["evaluate", "--tasks", "all-of-domain"], capsys)
+    assert "needs a --checkpoint" in refused(["evaluate", "--tasks", "all-of-domain"], capsys)
     assert "--checkpoint" in refused(["evaluate"], capsys)
 
 

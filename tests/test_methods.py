@@ -47,6 +47,16 @@ def test_settings_and_name_are_each_others_inverse(name: MethodName) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
+def test_tasks_that_take_turns_are_told_where_a_context_can_tell_them_apart(name: MethodName) -> None:
+    """Methods without a context leave the others out, so that one study's settings do for all."""
+    others = {"context": {"other_tasks": ["jaco_reach_top_right", "jaco_reach_bottom_left"]}}
+    config = config_of(name, others)
+    assert method_of(config) == (f"{name}-3tasks" if config.model.kind == "transformer" else name)
+    assert bool(config.context.other_tasks) == (config.model.kind == "transformer")
+    check_method(config, name)
+
+
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("other", TRAINED)
 def test_a_method_overrules_another_ones_settings(name: MethodName, other: MethodName) -> None:
     """As on the command line, where --method stands over a --config of whatever kind; only numbers are left to it."""

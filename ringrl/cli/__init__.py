@@ -17,7 +17,7 @@ import pydantic
 import tyro
 
 import ringrl
-from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info
+from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info, data_merge
 from ringrl.cli.evaluate import evaluate
 from ringrl.cli.plan import plan
 from ringrl.cli.report import report
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data download": data_download,
     "data import": data_import,
     "data info": data_info,
+    "data merge": data_merge,
     "data collect": data_collect,
     "data export": data_export,
     "plan": plan,

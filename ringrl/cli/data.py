@@ -206,6 +206,22 @@ def data_export(
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
 
 
+def data_merge(stores: tyro.conf.Positional[tuple[Path, ...]], output: Path, overwrite: bool = False) -> None:
+    """Merge several stores of one domain into one, their episodes in the order given.
+
+    Args:
+        stores: RingRL stores (.h5), at least two.
+        output: store to write.
+        overwrite: replace an existing store.
+    """
+    from ringrl.data.card import describe
+    from ringrl.data.merge import merge_stores
+
+    with _bar("merging") as progress:
+        store = merge_stores(stores, output, overwrite=overwrite, progress=progress)
+    print(f"{output}\n{describe(store)}")
+
+
 def data_info(store: tyro.conf.Positional[Path], json: bool = False, verify: bool = False) -> None:
     """Say what a dataset holds: episodes, lengths, returns per task, where it came from.
 

@@ -77,7 +77,7 @@ def draw_prompt(
       UserError: more trajectories than there are.
     """
     config = info.config
-    drawn = config.context.model_copy(update={"trajectories": trajectories})
+    drawn = config.context.model_copy(update={"trajectories": trajectories, "other_tasks": ()})
     if drawn.sampling == "fixed":  # which is: the same at every step
         drawn = drawn.model_copy(update={"sampling": "uniform"})
     try:
@@ -91,5 +91,5 @@ def draw_prompt(
         targets = np.full_like(plan.targets, target_return)
         plan = plan._replace(targets=targets, completes=returns[None] >= targets)
     steps = int(plan.starts[0, -1])
-    context = read_contexts(store, task, info.normalisation, plan, np.arange(steps))
+    context = read_contexts(store, info.normalisation, plan, np.arange(steps))
     return Prompt(context, tuple(episodes.tolist()), tuple(returns.tolist()))

@@ -1,0 +1,74 @@
+"""Several stores of one domain as one: for a dataset of several learners, or of one for each of several tasks."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ringrl.data.foreign import ForeignDomain
+from ringrl.data.provenance import Provenance
+from ringrl.data.store import EpisodeStore
+from ringrl.data.writer import create_store
+from ringrl.errors import UserError
+
+
+def merge_stores(
+    sources: Sequence[Path],
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> EpisodeStore:
+    """Writes all episodes of the stores, in the order given, as one store, which appears when it is whole.
+
+    `progress` is told how many episodes are written, and of how many.
+
+    Raises:
+      UserError: fewer than two stores, or the same episodes twice; stores of several domains, or of one that is not
+        ExoRL's; rewards that were computed in different ways; a destination that exists (unless `overwrite`).
+    """
+    stores = [EpisodeStore(source) for source in sources]
+    _check_alike(stores)
+    first, total = stores[0], sum(store.num_episodes for store in stores)
+    provenance = Provenance(
+        source=" + ".join(store.provenance.source for store in stores),
+        source_bytes=sum(store.provenance.source_bytes for store in stores),
+        relabelling=first.provenance.relabelling,
+        subset="; ".join(store.provenance.subset for store in stores),
+        num_skipped=sum(store.provenance.num_skipped for store in stores),
+        skipped=tuple(reason for store in stores for reason in store.provenance.skipped),
+    )
+    lengths = np.concatenate([store.lengths for store in stores])
+    with create_store(
+        destination, first.domain, first.tasks, lengths, source=provenance, overwrite=overwrite
+    ) as writer:
+        if len({store.recorded_task for store in stores}) == 1:
+            writer.recorded_task = first.recorded_task
+        for store in stores:
+            for index in range(store.num_episodes):
+                writer.append(store.episode(index))
+                if progress is not None:
+                    progress(len(writer.records), total)
+    return EpisodeStore(destination)
+
+
+def _check_alike(stores: Sequence[EpisodeStore]) -> None:
+    if len(stores) < 2:
+        raise UserError("nothing to merge: name at least two stores")
+    first = stores[0]
+    if isinstance(first.facts, ForeignDomain):
+        raise UserError(f"{first.path}: {first.domain} is none of ExoRL's domains, whose stores alone can be merged")
+    seen = dict[str, Path]()
+    for store in stores:
+        if store.domain != first.domain:
+            raise UserError(
+                f"{store.path}: is of {store.domain} and {first.path} of {first.domain}; merge like with like"
+            )
+        if store.provenance.relabelling != first.provenance.relabelling:
+            raise UserError(
+                f"{store.path}: its rewards are {store.provenance.relabelling}, those of {first.path} "
+                f"{first.provenance.relabelling}; import one of them again with --relabel"
+            )
+        if store.fingerprint in seen:
+            raise UserError(f"{store.path}: holds the same episodes as {seen[store.fingerprint]}; name each store once")
+        seen[store.fingerprint] = store.path
