@@ -44,14 +44,16 @@ class Variants:
         self._telling = _telling(records)
         self._usual = {**default_recipe(), "settings": "known"}
         self._agentic = {
-            (record.task, self._own(record), _of_any_length(record)) for record in records if record.method == "at"
+            (record.task, self._own(record), _of_any_length(record))
+            for record in records
+            if record.method.startswith("at")
         }
 
     def of(self, record: EvaluationRecord) -> Variant:
         """The variant that a record belongs to."""
         variant = self._own(record)
-        if variant.method == "dt" and record.train_trajectories == 1:
-            agentic = dataclasses.replace(variant, method="at")
+        if record.train_trajectories == 1:
+            agentic = dataclasses.replace(variant, method=_agentic(record.method))
             if (record.task, agentic, _of_any_length(record)) in self._agentic:
                 return agentic
         return variant
@@ -79,8 +81,11 @@ def settings_of(record: EvaluationRecord) -> Mapping[str, str]:
 def name_of(variant: Variant, others: Collection[Variant]) -> str:
     """A variant's name, with what else tells it apart from others, those of other methods among them."""
     others = [other for other in others if other.method == variant.method]
+    method, _, tasks = variant.method.partition("-")
     parts = [_NAMES.get(variant.method, variant.method)]
-    if variant.method.startswith("bc-"):
+    if tasks.endswith("tasks"):
+        parts = [_NAMES.get(method, method), f"{tasks.removesuffix('tasks')} tasks in turn"]
+    elif variant.method.startswith("bc-"):
         parts = [_NAMES["bc"], f"best {variant.method.removeprefix('bc-')}"]
     if len({other.token_set for other in others}) > 1:
         parts.append(variant.token_set or "no token set")
@@ -100,7 +105,12 @@ def name_of(variant: Variant, others: Collection[Variant]) -> str:
 
 def _family(record: EvaluationRecord) -> tuple[str, str]:
     """Task and method, where a Decision Transformer is an Agentic one."""
-    return record.task, "at" if record.method == "dt" else record.method
+    return record.task, _agentic(record.method)
+
+
+def _agentic(method: str) -> str:
+    """The name of a Decision Transformer as an Agentic one; "dt-2tasks" has two tasks that took turns."""
+    return f"at{method.removeprefix('dt')}" if method == "dt" or method.startswith("dt-") else method
 
 
 def _telling(records: Collection[EvaluationRecord]) -> Mapping[tuple[str, str], set[str]]:

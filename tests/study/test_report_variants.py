@@ -71,6 +71,19 @@ def test_a_decision_transformer_of_its_own_is_no_point_of_the_agentic_curve(make
     assert names(without) == {"Agentic Transformer": [201, 401], "Decision Transformer": [8]}
 
 
+def test_several_tasks_in_turn_have_a_curve_of_their_own(make_rollouts):
+    settings = {"context.other_tasks": "('cartpole_balance',)"}
+    one = [r for n in (1, 2) for r in make_rollouts(n, 0, 100.0 * n, method="dt" if n == 1 else "at", settings={})]
+    both = [
+        r
+        for n in (1, 2)
+        for r in make_rollouts(n, 0, 10.0 * n, method="dt-2tasks" if n == 1 else "at-2tasks", settings=settings)
+    ]
+    assert names(gather([*one, *both])) == {
+        "Agentic Transformer": [101, 201], "Agentic Transformer, 2 tasks in turn": [11, 21],
+    }  # fmt: skip
+
+
 def test_the_same_run_measured_again_still_counts_once(make_rollouts):
     settings = {"model.layers": "1"}
     old, new = make_rollouts(2, 0, 1.0, settings=settings), make_rollouts(2, 0, 5.0, settings=settings)
