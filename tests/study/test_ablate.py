@@ -171,8 +171,8 @@ def test_what_is_killed_goes_on(write_plan, jaco_store: EpisodeStore) -> None:
     first_steps = [log.read_text().splitlines()[0] for log in logs]
     assert all(len(log.read_text().splitlines()) < 120 for log in logs)
 
-    done = subprocess.run([*command, "--retry"], stderr=subprocess.PIPE, text=True, check=True)
-    assert done.stderr.count("finished in") == 2
+    said, error = said_by(plan, QUICK._replace(workers=1, retry=True))
+    assert (said.count("finished in"), error) == (2, None)
     for log, first in zip(logs, first_steps, strict=True):
         lines = log.read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 121))
