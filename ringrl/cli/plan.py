@@ -5,12 +5,15 @@ import json as json_module
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
+
+if TYPE_CHECKING:
+    from ringrl.planning.machines import Machine
 
 CHOSEN = MeshConfig()  # one device: the mesh is left to the plan
 
@@ -70,29 +73,37 @@ def plan(
     """
     import jax
 
-    from ringrl.planning.machines import custom_machine, find_machine
     from ringrl.planning.plan import Request, make_plan
+    from ringrl.planning.probe import measured
     from ringrl.planning.words import as_json, describe
     from ringrl.planning.workload import find_model, read_tokens
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is taken for planning
     changes = {"attention": attention, "remat": remat, "block_tokens": block_tokens}
     config = _changed(find_model(model), changes, contexts, mesh)
-    if machine == "custom":
-        numbers = dataclasses.astuple(custom)
-        where = custom_machine(*numbers)
-    else:
-        where = find_machine(machine)
-    if where.device.platform == "cpu":
-        _want_host_devices(where.devices)
-    request = Request(
-        config, where, read_tokens(tokens), None if mesh.devices == 1 else mesh, method, compilations, search
-    )
+    where, length = _machine(machine, custom), read_tokens(tokens)
+    chosen = None if mesh.devices == 1 else mesh.model_copy(update={"layout": config.mesh.layout})
+    if compilations < 0:
+        raise UserError(f"--compilations {compilations}: expected 0 or more")
     with Console(stderr=True).status("planning") as status:
+        if where.device.platform == "cpu":
+            _want_host_devices(where.devices)
+            where = measured(where, config.model)
+        request = Request(config, where, length, chosen, method, compilations, search)
         made = make_plan(request, lambda line: status.update(line))
     print(describe(made))
     if json is not None:
         _write(json, json_module.dumps(as_json(made), indent=1))
+
+
+def _machine(name: str, custom: Custom) -> "Machine":
+    from ringrl.planning.machines import custom_machine, find_machine
+
+    if name == "custom":
+        return custom_machine(*dataclasses.astuple(custom))
+    if custom != NO_NUMBERS:
+        raise UserError(f"--custom: holds numbers for --machine custom, and --machine is {name}; give one of the two")
+    return find_machine(name)
 
 
 def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | None, mesh: MeshConfig) -> TrainConfig:

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 
 from ringrl.errors import UserError
 from ringrl.planning.closed_form import memory_of
-from ringrl.planning.machines import Machine, gib
+from ringrl.planning.machines import MOST_DEVICES, Machine, gib
 from ringrl.planning.workload import Workload
-
-MOST_DEVICES = 2**14
 
 
 @dataclasses.dataclass(frozen=True)

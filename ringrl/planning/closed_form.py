@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ringrl.attention.kernels.mosaic_tpu_tiles import MAX_PAIRS
+from ringrl.attention.kernels.mosaic_tpu_tiles import MAX_PAIRS, TILE_BITS
 from ringrl.attention.kernels.tuning.mosaic_tpu import blocks_for
+from ringrl.planning.kernel import kernel_of
 from ringrl.planning.machines import Machine
-from ringrl.planning.workload import Workload
+from ringrl.planning.workload import MOST_TOKENS, Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +135,14 @@ def _padding(head_dim: int, platform: str) -> float:
 def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     """Whether the TPU kernels can list the pairs of tiles of a device; other kernels have no such list."""
     model, contexts = workload.model, workload.local_contexts
-    if machine.device.platform != "tpu" or model.attention == "vanilla":
+    if kernel_of(model, machine.device) != "mosaic_tpu":
         return True
     keys = workload.local_tokens if model.attention == "ring" else workload.tokens
     for work in ("forward", "dq", "dkv"):
         head_dim = model.width // model.heads
         tile = blocks_for(work, head_dim, jnp.dtype(model.dtype), machine.device.kind)
-        if contexts * math.ceil(workload.local_tokens / tile.rows) * math.ceil(keys / tile.keys) > MAX_PAIRS:
+        query_tiles, key_tiles = math.ceil(workload.local_tokens / tile.rows), math.ceil(keys / tile.keys)
+        if contexts * query_tiles * key_tiles > MAX_PAIRS or max(query_tiles, key_tiles) > 2**TILE_BITS:
             return False
     return True
 
@@ -148,7 +150,8 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
 def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) -> int:
     """The longest context whose step fits by the formula, a multiple of what the mesh divides; 0 where none does.
 
-    `spare` bytes are left free, or (below zero) added to the memory.
+    `spare` bytes are left free, or (below zero) added to the memory. Positions are 32-bit: none is longer than
+    MOST_TOKENS.
     """
     multiple, limit = workload.multiple, machine.device.memory - spare
 
@@ -158,9 +161,7 @@ def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) ->
 
     if too_long(1):
         return 0
-    low, high = 1, 2
-    while not too_long(high) and high * multiple < 2**31:
-        low, high = high, 2 * high
+    low, high = 1, MOST_TOKENS // multiple + 1  # high is too long
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if too_long(middle) else (middle, high)

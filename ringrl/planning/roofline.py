@@ -6,30 +6,22 @@ them, sums over "tensor" and sums of gradients over "data" are waited for.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from ringrl.planning.machines import Machine
+from ringrl.planning.kernel import kernel_of
+from ringrl.planning.machines import Attained, Machine
 from ringrl.planning.workload import Workload
 from ringrl.training.throughput import forward_flops, step_flops
 
 
-class Attained(NamedTuple):
-    """Share of a data sheet's rate."""
-
-    matrices: float
-    attention: float
-    memory: float
-    links: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.matrices:.0%} of the peak in matrix products, {self.attention:.0%} in attention, "
-            f"{self.memory:.0%} of the memory's and {self.links:.0%} of the links' rate"
-        )
-
-
-ATTAINED = Attained(0.7, 0.5, 0.8, 0.8)  # accelerators: no step of ours was timed on one
-ATTAINED_BY_HOST = Attained(0.85, 0.85, 0.8, 0.8)  # of a product of two large matrices: benchmarks/plan_reality.py
+# Of accelerators: no step of ours was timed on one.
+ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)
+WITHOUT_KERNEL = 0.15  # attention by XLA: tiles of logits go through the memory, some 32 operations for each byte
+# Of the bfloat16 rate in float32, matrices and attention: TPUs round what goes into a matrix product, but for our
+# kernel, which has six products for one; GPUs take TF32.
+FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 1.0)})
+OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # of the nominal host device; `ringrl plan` measures this machine's (probe.py)
 # Products of a tile's size per pair of tokens: forward 2; backward 3 for the queries' kernel and 4 for the keys', or
 # 5 where one loop computes both (the XLA kernel on host devices).
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_OF_XLA = 2, 7, 5
@@ -55,14 +47,22 @@ class StepTime:
         return max(self.matrices + self.attention, self.memory) + self.ring + self.parameters + self.sums
 
 
-def attained_by(machine: Machine) -> Attained:
-    """What is assumed of it."""
-    return ATTAINED_BY_HOST if machine.device.platform == "cpu" else ATTAINED
+def attained_by(workload: Workload, machine: Machine) -> Attained:
+    """What is assumed of it, or was measured."""
+    device, model = machine.device, workload.model
+    if device.platform == "cpu":
+        return machine.measured or OF_HOST
+    if kernel_of(model, device) == "xla":
+        attained = ATTAINED._replace(attention=WITHOUT_KERNEL)
+    else:
+        attained = ATTAINED
+    matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
+    return attained._replace(matrices=matrices * attained.matrices, attention=attention * attained.attention)
 
 
 def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) -> StepTime:
     """Of one step on this machine; `hops_hide`: whether the compiler lets the ring's transfers run beside kernels."""
-    model, config, device, attained = workload.model, workload.config, machine.device, attained_by(machine)
+    model, config, device, attained = workload.model, workload.config, machine.device, attained_by(workload, machine)
     contexts, devices = config.optimiser.batch_size, config.mesh.devices
     forward = contexts * forward_flops(model, workload.tokens) / devices
     pairs = contexts * model.layers * 2 * workload.tokens**2 * model.width / devices  # two products, a causal half
@@ -74,6 +74,9 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
         backward_kernels = _BACKWARD_PRODUCTS_OF_XLA * one_product
     if model.attention == "vanilla":  # hides nothing of the square, and computes it anew with remat
         forward_kernels, backward_kernels = 2 * 2 * (passes - 2) * one_product, 2 * 4 * one_product
+    elif config.mesh.layout == "contiguous":  # the device with the end of the context sees most, and all wait for it
+        uneven = 2 - 1 / config.mesh.seq
+        forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
     hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
     time = StepTime(
         matrices=matrices,
@@ -111,10 +114,11 @@ def _exposed_hops(
 ) -> float:
     """Keys and values go round, and in the backward pass their gradients (float32) with them."""
     model, mesh = workload.model, workload.config.mesh
-    if mesh.seq == 1 or model.attention == "vanilla":
+    if mesh.seq == 1:
         return 0.0
     numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
-    hops = (mesh.seq - 1) / (machine.slowest_link * attained.links)
+    rate = machine.hop(mesh.seq) if model.attention == "ring" else machine.collective(mesh.seq)
+    hops = (mesh.seq - 1) / (rate * attained.links)
     sends = hops * numbers * _size(workload), hops * numbers * (_size(workload) + 4)
     if model.attention == "ring":
         return max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
@@ -128,13 +132,16 @@ def _gathering(workload: Workload, machine: Machine, attained: Attained) -> floa
     passes = 3 * workload.config.optimiser.accumulation
     carried = passes * model.layers * count.layer / mesh.tensor * _size(workload) * (group - 1) / group
     ways = 2 if machine.device.platform == "tpu" else 1  # around a torus both ways at once
-    return carried / (ways * machine.slowest_link * attained.links)
+    rate = machine.collective(mesh.fsdp * mesh.tensor * mesh.seq, stride=mesh.tensor)
+    return carried / (ways * rate * attained.links)
 
 
 def _sums(workload: Workload, machine: Machine, attained: Attained) -> float:
     """All-reduce of activations over "tensor", six a layer, and of gradients over "data"."""
     model, mesh = workload.model, workload.config.mesh
+    apart = mesh.fsdp * mesh.tensor * mesh.seq  # of those that differ in "data", the outermost axis
     activations = 6 * model.layers * _local(workload) * model.width * _size(workload)
-    carried = 2 * (mesh.tensor - 1) / mesh.tensor * activations
-    carried += 2 * (mesh.data - 1) / mesh.data * 4 * workload.parameters.device
-    return carried / (machine.slowest_link * attained.links)
+    seconds = 2 * (mesh.tensor - 1) / mesh.tensor * activations / machine.collective(mesh.tensor * mesh.seq, mesh.seq)
+    gradients = 4 * workload.parameters.device
+    seconds += 2 * (mesh.data - 1) / mesh.data * gradients / machine.collective(mesh.devices, apart)
+    return seconds / attained.links

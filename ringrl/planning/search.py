@@ -1,7 +1,6 @@
 """Which mesh, and how long a context: by the formula first, so that little has to be compiled."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,16 +28,23 @@ class Longest:
 
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
     """The workload on every mesh of so many devices that divides it."""
-    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
-    for mesh in itertools.product(sizes, repeat=len(MESH_AXES)):
-        if math.prod(mesh) != devices:
-            continue
+    for mesh in factorisations(devices, len(MESH_AXES)):
         candidate = workload.with_settings("mesh", **dict(zip(MESH_AXES, mesh, strict=True)))
         try:
             candidate.check()
         except UserError:
             continue
         yield candidate
+
+
+def factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of so many, in order."""
+    if factors == 1:
+        yield (number,)
+        return
+    for first in (size for size in range(1, number + 1) if number % size == 0):
+        for rest in factorisations(number // first, factors - 1):
+            yield first, *rest
 
 
 def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:

@@ -17,6 +17,7 @@ from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.mesh import check_divides
 
 OBSERVATION, ACTION = 24, 6  # walker's; other tasks differ by less than a thousandth of the memory
+MOST_TOKENS = 2**31 - 1  # of a context: positions are 32-bit
 CHUNKS = {"zigzag": 2, "contiguous": 1, "striped": 1}  # of each device, into which a layout cuts a context
 SHAPES = ("3b", "7b", "13b", "30b", "350m")
 _UNUSED = {"data": "unused", "task": "unused", "run": "unused"}
@@ -145,7 +146,7 @@ def read_tokens(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
     tokens = float(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2].lower()] if found else 0
-    if tokens < 1 or tokens != int(tokens) or tokens > 2**31 - 1:
+    if tokens < 1 or tokens != int(tokens) or tokens > MOST_TOKENS:
         raise UserError(f"--tokens {text}: expected a number of tokens below 2^31, such as 32768, 512k or 8M")
     return int(tokens)
 

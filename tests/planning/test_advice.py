@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from ringrl.planning.advice import MOST_DEVICES, advise
+from ringrl.planning.advice import advise
 from ringrl.planning.closed_form import memory_of
 from ringrl.planning.machines import GIB, find_machine
 from ringrl.planning.workload import Workload, find_model
@@ -81,7 +81,6 @@ def test_devices_do_not_help_where_every_one_has_too_much():
     hopeless = dataclasses.replace(MACHINE, device=dataclasses.replace(MACHINE.device, memory=0.01 * GIB))
     workload = plan_of(2**20, {"seq": 8})
     assert not any(advice.is_enough for advice in advice_of(workload, hopeless))
-    assert MOST_DEVICES >= 4096
 
 
 def test_together_is_what_all_changes_make():

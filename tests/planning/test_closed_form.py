@@ -90,6 +90,27 @@ def test_the_tpu_kernel_lists_so_many_tiles():
     assert not listed_tiles_fit(shape("350m", longest + 8 * 2048, seq=8), machine)
 
 
+def test_no_list_is_longer_than_a_tile_can_be_numbered():
+    """Of gathered keys there are more tiles than of queries."""
+    machine = find_machine("tpu-v5p-1024")
+    few = shape("350m", 1024 * 4096, seq=1024).with_settings("model", attention="memory_efficient")
+    assert listed_tiles_fit(few, machine)
+    assert listed_tiles_fit(few.with_settings("model", attention="ring"), machine)
+    assert not listed_tiles_fit(few.with_tokens(1024 * 4098), machine)
+
+
+def test_heads_that_the_tpu_kernel_does_not_take_have_no_list():
+    wide = shape("350m", 8 * 2**19, seq=8).with_settings("model", heads=2, kv_heads=2)
+    assert listed_tiles_fit(wide, find_machine("tpu-v5p-16"))
+
+
+def test_no_context_is_longer_than_positions_count():
+    machine = find_machine("tpu-v5p-128")
+    endless = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=1e30))
+    tiny = shape("tiny", 640, seq=64).with_settings("model", attention="vanilla", token_set="at5")
+    assert 2**31 - 640 <= longest_context(tiny, endless) < 2**31
+
+
 def test_what_saves_memory_saves_it_in_the_formula():
     long = shape("7b", 2**18, seq=8)
     base = memory_of(long, "tpu").total
