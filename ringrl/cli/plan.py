@@ -56,17 +56,18 @@ def plan(
 
     Args:
         model: 3b, 7b, 13b, 30b or 350m; a preset; or a run's config.yaml.
-        machine: for example tpu-v4-512, tpu-v5e-256, 8xa100, 8xa100-40, 32xh100, cpu-8, or custom.
-        tokens: of a context, for example 32768, 512k or 8M (k is 1024, M its square).
+        machine: tpu-v4-512 (v3, v4 and v5p by cores), tpu-v5e-256 (v5e and v6e by chips), 8xa100 (80 GB; or any other
+            number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or custom.
+        tokens: of a context, for example 32768, 512k or 8M: k is 1024, M is 1024 x 1024.
         mesh: devices along each axis; without it, the mesh of least estimated time among those that fit.
-        contexts: of a step; by default the model's configuration says.
-        attention: instead of what the configuration says.
-        remat: instead of what the configuration says.
-        block_tokens: instead of what the configuration says.
-        method: compiler: ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices; formula: the
-            closed form alone, in a second; best: the compiler where it can.
-        compilations: let the compiler find the longest context, with at most so many attempts; close to the limit each
-            may take ten minutes. By default it is the formula's, corrected by the compiler's figure for --tokens.
+        contexts: contexts of a step; by default the model's configuration says.
+        attention: kind of attention, instead of the configuration's.
+        remat: what the backward pass computes anew, instead of the configuration's.
+        block_tokens: tokens that a feed-forward layer takes at a time, instead of the configuration's.
+        method: compiler: ahead of time, for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in minutes;
+            formula: the closed form alone, in a second; best: the compiler where it can.
+        compilations: let the compiler find the longest context, with at most so many attempts, each of which may take
+            ten minutes close to the limit; 0: it is the formula's, corrected by the compiler's figure for --tokens.
         search: compile the best three meshes, not the best one alone.
         custom: numbers of a machine that is not known.
         json: also write everything there, as JSON.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ringrl.errors import UserError
 
 GIB = 2.0**30
-MOST_DEVICES = 2**16
+MOST_DEVICES, MOST_HOST_DEVICES = 2**16, 64
 GPU_SHARE = 0.95  # of a GPU's memory; JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
@@ -98,13 +98,14 @@ _V3 = {8: "2x2", 32: "4x4", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32"
 SLICES: Mapping[str, Mapping[int, str]] = MappingProxyType(
     {"v3": _V3, "v4": _CUBES, "v5p": _CUBES, "v5e": _SQUARES, "v6e": _SQUARES}
 )
-GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def known_machines() -> list[str]:
-    """All names that `find_machine` takes."""
+    """Names that `find_machine` takes; of GPUs and host devices it takes any number."""
     tpus = [f"tpu-{generation}-{size}" for generation, slices in SLICES.items() for size in slices]
-    return tpus + [f"{count}x{name}" for name in _NETWORK for count in GPU_COUNTS]
+    gpus = [f"{count}x{name}" for name in _NETWORK for count in COUNTS]
+    return [*tpus, *gpus, *(f"cpu-{count}" for count in COUNTS if count <= MOST_HOST_DEVICES)]
 
 
 def find_machine(name: str) -> Machine:
@@ -122,7 +123,7 @@ def find_machine(name: str) -> Machine:
             return Machine(lower, DEVICES[generation], cores * chips, f"{generation}:{topology}")
     if (found := re.fullmatch(r"(\d+)x([\w-]+)", lower)) and found[2] in _NETWORK and 0 < int(found[1]) <= MOST_DEVICES:
         return Machine(lower, DEVICES[found[2]], int(found[1]), None, _NETWORK[found[2]], _GPUS_PER_HOST)
-    if (found := re.fullmatch(r"cpu-(\d+)", lower)) and 0 < int(found[1]) <= 64:
+    if (found := re.fullmatch(r"cpu-(\d+)", lower)) and 0 < int(found[1]) <= MOST_HOST_DEVICES:
         return Machine(lower, Device("cpu", "cpu", 200e9, 16 * GIB, 20e9, 10e9), int(found[1]))
     near = difflib.get_close_matches(lower, known_machines(), n=3, cutoff=0.5) or ["tpu-v4-512", "8xa100"]
     raise UserError(

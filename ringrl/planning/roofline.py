@@ -14,16 +14,15 @@ from ringrl.planning.machines import Attained, Machine
 from ringrl.planning.workload import Workload
 from ringrl.training.throughput import forward_flops, step_flops
 
-
 # Of accelerators: no step of ours was timed on one.
 ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)
 WITHOUT_KERNEL = 0.15  # attention by XLA: tiles of logits go through the memory, some 32 operations for each byte
 # Of the bfloat16 rate in float32, matrices and attention: TPUs round what goes into a matrix product, but for our
 # kernel, which has six products for one; GPUs take TF32.
-FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 1.0)})
+FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 0.5)})
 OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # of the nominal host device; `ringrl plan` measures this machine's (probe.py)
 # Products of a tile's size per pair of tokens: forward 2; backward 3 for the queries' kernel and 4 for the keys', or
-# 5 where one loop computes both (the XLA kernel on host devices).
+# 5 where one loop computes both (the XLA kernel).
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_OF_XLA = 2, 7, 5
 _ACTIVATION_TRAFFIC = 40  # times that a number per token and feature of a layer is read or written, both passes
 
@@ -52,12 +51,12 @@ def attained_by(workload: Workload, machine: Machine) -> Attained:
     device, model = machine.device, workload.model
     if device.platform == "cpu":
         return machine.measured or OF_HOST
-    if kernel_of(model, device) == "xla":
-        attained = ATTAINED._replace(attention=WITHOUT_KERNEL)
-    else:
-        attained = ATTAINED
+    has_kernel = kernel_of(model, device) != "xla"
     matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
-    return attained._replace(matrices=matrices * attained.matrices, attention=attention * attained.attention)
+    return ATTAINED._replace(
+        matrices=matrices * ATTAINED.matrices,
+        attention=attention * ATTAINED.attention if has_kernel else WITHOUT_KERNEL,
+    )
 
 
 def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) -> StepTime:
@@ -70,7 +69,7 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
     matrices = passes * (forward - pairs) / (device.flops * attained.matrices)
     one_product = pairs / _FORWARD_PRODUCTS / (device.flops * attained.attention)
     forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
-    if device.platform == "cpu":
+    if kernel_of(model, device) == "xla":
         backward_kernels = _BACKWARD_PRODUCTS_OF_XLA * one_product
     if model.attention == "vanilla":  # hides nothing of the square, and computes it anew with remat
         forward_kernels, backward_kernels = 2 * 2 * (passes - 2) * one_product, 2 * 4 * one_product
