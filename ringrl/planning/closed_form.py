@@ -80,7 +80,7 @@ def memory_of(workload: Workload, platform: str) -> Memory:
     heads = model.heads / workload.config.mesh.tensor
     kept_by_layer = 2 * model.width * bytes_each + 4 * heads
     if model.remat == "none":
-        hidden = 0 if _is_in_blocks(workload) else KEPT_HIDDEN * model.feed_forward / workload.config.mesh.tensor
+        hidden = 0 if workload.is_in_blocks else KEPT_HIDDEN * model.feed_forward / workload.config.mesh.tensor
         kept_by_layer += (KEPT_WIDTH + hidden) * model.width * bytes_each
     contexts = workload.local_contexts * workload.config.optimiser.accumulation
     return Memory(
@@ -91,12 +91,6 @@ def memory_of(workload: Workload, platform: str) -> Memory:
         activations=model.layers * local * kept_by_layer,
         scratch=_scratch(workload, platform, 4 if platform == "cpu" else bytes_each),  # CPUs compute in float32
     )
-
-
-def _is_in_blocks(workload: Workload) -> bool:
-    """Whether the feed-forward layer takes fewer tokens at a time than a device has."""
-    model = workload.model
-    return model.attention in ("blockwise", "ring") and workload.local_tokens > model.block_tokens
 
 
 def _accumulated(workload: Workload) -> float:
@@ -116,7 +110,7 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     key_width *= _padding(model.width // model.heads, platform) / mesh.tensor
     attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
     attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
-    blocks = math.ceil(tokens / model.block_tokens) if _is_in_blocks(workload) else 1
+    blocks = math.ceil(tokens / model.block_tokens) if workload.is_in_blocks else 1
     at_once = math.ceil(tokens / blocks) if model.remat == "layers" or blocks > 1 else 0  # else it is kept
     units = model.feed_forward * model.width / mesh.tensor
     shared = (1 + model.kv_heads / model.heads) / 2  # half of what is held meanwhile is keys and values

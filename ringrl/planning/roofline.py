@@ -65,14 +65,14 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
     contexts, devices = config.optimiser.batch_size, config.mesh.devices
     forward = contexts * forward_flops(model, workload.tokens) / devices
     pairs = contexts * model.layers * 2 * workload.tokens**2 * model.width / devices  # two products, a causal half
-    passes = 4 if model.remat == "layers" else 3
-    matrices = passes * (forward - pairs) / (device.flops * attained.matrices)
+    matrices = (3 * (forward - pairs) + _again(workload, forward - pairs)) / (device.flops * attained.matrices)
     one_product = pairs / _FORWARD_PRODUCTS / (device.flops * attained.attention)
     forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
     if kernel_of(model, device) == "xla":
         backward_kernels = _BACKWARD_PRODUCTS_OF_XLA * one_product
     if model.attention == "vanilla":  # hides nothing of the square, and computes it anew with remat
-        forward_kernels, backward_kernels = 2 * 2 * (passes - 2) * one_product, 2 * 4 * one_product
+        times = 2 if model.remat == "layers" else 1
+        forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product
     elif config.mesh.layout == "contiguous":  # the device with the end of the context sees most, and all wait for it
         uneven = 2 - 1 / config.mesh.seq
         forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
@@ -88,6 +88,20 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
         mfu=0.0,
     )
     return dataclasses.replace(time, mfu=time.model_flops / (time.total * devices * device.flops))
+
+
+def _again(workload: Workload, forward: float) -> float:
+    """Operations in matrices, of `forward` in a forward pass, that the backward pass computes anew.
+
+    With remat all but the last matrix of a layer, whose result nothing in the layer needs; else, where the feed-forward
+    layer is computed in blocks, its first matrix.
+    """
+    model, mesh = workload.model, workload.config.mesh
+    local = _local(workload) / mesh.tensor
+    one_of_two = 2 * local * model.layers * model.feed_forward * model.width**2
+    if model.remat == "layers":
+        return forward - one_of_two
+    return one_of_two if workload.is_in_blocks else 0.0
 
 
 def _size(workload: Workload) -> int:

@@ -47,6 +47,11 @@ class Workload:
         return optimiser.batch_size // optimiser.accumulation // (mesh.data * mesh.fsdp)
 
     @property
+    def is_in_blocks(self) -> bool:
+        """Whether the feed-forward layer takes fewer tokens at a time than a device has."""
+        return self.model.attention in ("blockwise", "ring") and self.local_tokens > self.model.block_tokens
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of a timestep."""
         return TOKEN_SETS[self.model.token_set].size
