@@ -63,6 +63,12 @@ def test_only_a_kernel_between_start_and_end_hides_a_transfer(lines, hidden):
     assert (schedule.around_ring, schedule.around_ring_hidden) == (1, hidden)
 
 
+def test_what_a_layer_sends_besides_its_ring_is_not_around_it():
+    loop = "  %loop = bf16[8] while(bf16[8] %x), condition=%c, body=%ring"
+    body = "\n".join(["%layer (x: bf16[8]) -> bf16[8] {", START, loop, KERNEL, DONE, "}"])
+    assert read_schedule(body)[:4] == (0, 0, 1, 1)
+
+
 def test_a_ring_that_is_waited_for_is_seen():
     assert read_schedule(PROGRAM).hides_the_ring
     waiting = PROGRAM.replace("all-reduce(f32[] %y)", "collective-permute(f32[] %y)")
