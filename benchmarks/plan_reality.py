@@ -28,7 +28,7 @@ from ringrl.planning.machines import GIB, Machine, find_machine
 from ringrl.planning.probe import measured
 from ringrl.planning.roofline import estimate
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload, find_model
-from ringrl.training.learner import make_learner
+from ringrl.training.agent import make_agent
 from ringrl.training.mesh import make_parallel
 
 
@@ -48,11 +48,12 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     before = peak_bytes() if is_cpu else 0.0
     parallel = make_parallel(config)
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0, parallel=parallel)
-    learner = make_learner(make, config, parallel)
+    agent = make_agent(make, config, parallel)
     where = None if parallel.mesh is None else parallel.sharding("batch", "time")
     batch = jax.device_put(random_context(workload.tokens // workload.tokens_per_step), where)
-    compiled = learner.step.lower(learner.state, batch).compile()  # type: ignore[attr-defined]
-    memory, state, seconds = compiled.memory_analysis(), learner.state, []
+    state, seconds = agent.init(), []
+    compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
+    memory = compiled.memory_analysis()
     plans, compiled_before = [], peak_bytes() if is_cpu else 0.0
     for _ in range(steps + 1):
         plans.append(estimate(workload, measured(machine, config.model) if is_cpu else machine))
