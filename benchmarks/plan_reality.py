@@ -4,8 +4,8 @@
                                       [--json FILE]
     python benchmarks/plan_reality.py --machine 1xh200 --model 350m --tokens 131072      (on an H200; two minutes)
 
-What host devices do in a second is measured before every step, as `ringrl plan` does (ringrl/planning/probe.py), since
-others may use the machine meanwhile; the plan is the median of those. Nothing of it is fitted to a step. Measured
+What host devices do in a second is measured before and after every step, as `ringrl plan` does (ringrl/planning/probe.py),
+since others may use the machine meanwhile; the plan of a step is the mean of the two. Nothing of it is fitted to a step. Measured
 memory: of a GPU, the most that JAX's allocator held; of host devices, by how much the process's peak grew, and the
 compiler's figure for all eight beside it.
 """
@@ -17,6 +17,7 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,23 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     state, seconds = agent.init(), []
     compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
     memory = compiled.memory_analysis()
-    plans, compiled_before = [], peak_bytes() if is_cpu else 0.0
+
+    def plan() -> float:
+        return estimate(workload, measured(machine, config.model) if is_cpu else machine).total
+
+    compiled_before = peak_bytes() if is_cpu else 0.0
+    plans = [plan()]
     for _ in range(steps + 1):
-        plans.append(estimate(workload, measured(machine, config.model) if is_cpu else machine))
         began = time.perf_counter()
         state, metrics = compiled(state, batch)
         float(metrics["loss"])
         seconds.append(time.perf_counter() - began)
+        plans.append(plan())
+    planned = [(before + after) / 2 for before, after in pairwise(plans)]
     return {
         "seconds": statistics.median(seconds[1:]),
-        "planned_seconds": statistics.median(plan.total for plan in plans[1:]),
-        "planned_of_each": [plan.total for plan in plans[1:]],
+        "planned_seconds": statistics.median(planned[1:]),
+        "planned_of_each": planned[1:],
         "seconds_of_each": seconds[1:],
         "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "grown_by_bytes": peak_bytes() - before,

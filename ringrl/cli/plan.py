@@ -55,7 +55,7 @@ def plan(
     """Say what fits where: memory and time of a training step on a machine that need not be there.
 
     Args:
-        model: 3b, 7b, 13b, 30b or 350m; a preset; or a run's config.yaml.
+        model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration of your own (.yaml).
         machine: tpu-v4-512 (v3, v4 and v5p by cores), tpu-v5e-256 (v5e and v6e by chips), 8xa100 (80 GB; or any other
             number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or custom.
         tokens: of a context, for example 32768, 512k or 8M: k is 1024, M is 1024 x 1024.

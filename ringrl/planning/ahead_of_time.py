@@ -64,7 +64,7 @@ def why_not(machine: Machine) -> str | None:
         flag = f"JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={machine.devices}"
         return None if have >= machine.devices else f"this process has {have} host devices; start it with {flag}"
     if machine.topology is None:
-        return f"no compiler here knows {machine.name} (several GPUs, or numbers of your own)"
+        return f"no compiler here knows {machine.name} (GPUs and machines of your own are planned by the formula)"
     generation = machine.topology.split(":")[0]
     if generation in _WITHOUT:
         return _WITHOUT[generation]

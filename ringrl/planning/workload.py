@@ -121,11 +121,13 @@ class Parameters:
 
 
 def find_model(name: str) -> TrainConfig:
-    """The configuration of a shape ("7b"), a preset ("paper_350m") or a run's own file (runs/walk/config.yaml).
+    """The configuration of a shape ("7b"), a preset ("paper_350m") or of a run (runs/walk, or its config.yaml).
 
     UserError where it is none of them, or a model that sees no context.
     """
     path = Path(name)
+    if (path / "config.yaml").is_file():
+        path /= "config.yaml"
     if path.suffix not in (".yaml", ".yml"):
         folder = preset("tiny").parent
         known = sorted(file.stem for file in folder.glob("*.yaml") if "model" in read_yaml(file))
@@ -133,7 +135,7 @@ def find_model(name: str) -> TrainConfig:
         wanted = aliases.get(name.lower(), name)
         if wanted not in known:
             near = difflib.get_close_matches(name.lower(), [*SHAPES, *known], n=3, cutoff=0.4) or ["7b"]
-            raise UserError(f"--model {name}: is not known; did you mean {' or '.join(near)}, or a run's config.yaml?")
+            raise UserError(f"--model {name}: is not known; did you mean {' or '.join(near)}, or a run's folder?")
         path = preset(wanted)
     try:
         config = TrainConfig.model_validate(_UNUSED | read_yaml(path))
