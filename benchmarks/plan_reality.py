@@ -4,10 +4,10 @@
                                       [--json FILE]
     python benchmarks/plan_reality.py --machine 1xh200 --model 350m --tokens 131072      (on an H200; two minutes)
 
-What host devices do in a second is measured before and after every step, as `ringrl plan` does (ringrl/planning/probe.py),
-since others may use the machine meanwhile; the plan of a step is the mean of the two. Nothing of it is fitted to a step. Measured
-memory: of a GPU, the most that JAX's allocator held; of host devices, by how much the process's peak grew, and the
-compiler's figure for all eight beside it.
+What host devices do in a second is measured before and after every step, as `ringrl plan` does
+(ringrl/planning/probe.py), since others may use the machine meanwhile; the plan of a step is the mean of the two.
+Nothing of it is fitted to a step. Measured memory: of a GPU, the most that JAX's allocator held; of host devices, by
+how much the process's peak grew, and the compiler's figure for all eight beside it.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
         float(metrics["loss"])
         seconds.append(time.perf_counter() - began)
         plans.append(plan())
-    planned = [(before + after) / 2 for before, after in pairwise(plans)]
+    planned = [(one + other) / 2 for one, other in pairwise(plans)]
     return {
         "seconds": statistics.median(seconds[1:]),
         "planned_seconds": statistics.median(planned[1:]),
