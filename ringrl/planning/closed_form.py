@@ -123,7 +123,7 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
 
 def _padding(head_dim: int, platform: str) -> float:
     """A TPU keeps the features of a head in whole registers of 128."""
-    return 1.0 if platform == "cpu" else math.ceil(head_dim / 128) * 128 / head_dim
+    return math.ceil(head_dim / 128) * 128 / head_dim if platform == "tpu" else 1.0
 
 
 def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:

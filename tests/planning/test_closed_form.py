@@ -43,6 +43,13 @@ def test_a_ring_takes_the_same_memory_per_device_whatever_its_size():
     assert small.parameters > 50 * large.parameters  # norms, embeddings and head lie on every device
 
 
+def test_only_tpus_fill_up_short_heads():
+    """Heads of 64 features take registers of 128 there; of 128 features all count alike."""
+    for name, is_alike in (("350m", False), ("7b", True)):
+        workload = shape(name, 2**18, seq=8)
+        assert (memory_of(workload, "tpu").total == memory_of(workload, "gpu").total) == is_alike
+
+
 def test_longest_contexts_grow_with_the_devices():
     lengths = [
         longest_context(shape("350m", 8 * 8, seq=8 * n), find_machine(f"tpu-v4-{16 * n}")) / n for n in (1, 8, 64)
