@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from ringrl.cli import main
@@ -75,6 +76,7 @@ def test_of_a_gpu_it_is_said_how_much_a_program_has_to_take(capsys):
 
 @pytest.mark.usefixtures("eight_devices")
 def test_more_host_devices_than_there_are(capsys):
+    assert len(jax.devices()) < 64  # which from here on are as many as they are
     plan("--model", "tiny", "--machine", "cpu-64", "--tokens", "1024", "--contexts", "1")
     assert "start it with JAX_PLATFORMS=cpu XLA_FLAGS" in capsys.readouterr().out
 
