@@ -4,9 +4,10 @@
                                       [--json FILE]
     python benchmarks/plan_reality.py --machine 1xh200 --model 350m --tokens 131072      (on an H200; two minutes)
 
-Host devices share the cores, so the machine's rate is measured before every step (a matrix product of 2048 x 2048 on
-all cores) and its median divided by eight. Measured memory: of a GPU, the most that JAX's allocator held; of host
-devices, by how much the process's peak grew, and the compiler's figure for all eight beside it.
+What host devices do in a second is measured before and after every step, as `ringrl plan` does
+(ringrl/planning/probe.py), since others may use the machine meanwhile; the plan of a step is the mean of the two.
+Nothing of it is fitted to a step. Measured memory: of a GPU, the most that JAX's allocator held; of host devices, by
+how much the process's peak grew, and the compiler's figure for all eight beside it.
 """
 
 import argparse
@@ -16,33 +17,20 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ringrl.model import make_policy
 from ringrl.planning.closed_form import memory_of
 from ringrl.planning.machines import GIB, Machine, find_machine
+from ringrl.planning.probe import measured
 from ringrl.planning.roofline import estimate
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload, find_model
-from ringrl.training.learner import make_learner
+from ringrl.training.agent import make_agent
 from ringrl.training.mesh import make_parallel
-
-
-def measured_rate() -> float:
-    """Float32 operations per second of the first device alone: of a CPU, all cores."""
-    size, product = 2048, jax.jit(jnp.matmul)
-    x = jnp.ones((size, size), jnp.float32)
-    product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def peak_bytes() -> float:
@@ -51,42 +39,44 @@ def peak_bytes() -> float:
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def run(workload: Workload, steps: int) -> dict[str, Any]:
-    """Real steps on a batch of random numbers."""
+def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
+    """Real steps on a batch of random numbers, and the plan before each of them."""
     from train_gpu import random_context
 
-    before = peak_bytes() if jax.default_backend() == "cpu" else 0.0
-    config = workload.config
+    is_cpu, config = jax.default_backend() == "cpu", workload.config
+    if is_cpu:
+        measured(machine, config.model)  # its memory counts as there before
+    before = peak_bytes() if is_cpu else 0.0
     parallel = make_parallel(config)
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0, parallel=parallel)
-    learner = make_learner(make, config, parallel)
+    agent = make_agent(make, config, parallel)
     where = None if parallel.mesh is None else parallel.sharding("batch", "time")
     batch = jax.device_put(random_context(workload.tokens // workload.tokens_per_step), where)
-    compiled = learner.step.lower(learner.state, batch).compile()  # type: ignore[attr-defined]
-    memory, state, seconds = compiled.memory_analysis(), learner.state, []
-    is_cpu, rates = jax.default_backend() == "cpu", []
+    state, seconds = agent.init(), []
+    compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
+    memory = compiled.memory_analysis()
+
+    def plan() -> float:
+        return estimate(workload, measured(machine, config.model) if is_cpu else machine).total
+
     compiled_before = peak_bytes() if is_cpu else 0.0
+    plans = [plan()]
     for _ in range(steps + 1):
-        if is_cpu:
-            rates.append(measured_rate())
         began = time.perf_counter()
         state, metrics = compiled(state, batch)
         float(metrics["loss"])
         seconds.append(time.perf_counter() - began)
+        plans.append(plan())
+    planned = [(one + other) / 2 for one, other in pairwise(plans)]
     return {
         "seconds": statistics.median(seconds[1:]),
-        "rate": statistics.median(rates[1:]) if is_cpu else None,
+        "planned_seconds": statistics.median(planned[1:]),
+        "planned_of_each": planned[1:],
+        "seconds_of_each": seconds[1:],
         "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "grown_by_bytes": peak_bytes() - before,
         "grown_by_steps_bytes": peak_bytes() - compiled_before,
     }
-
-
-def planned(workload: Workload, machine: Machine) -> dict[str, Any]:
-    """By the formula and the roofline."""
-    time_of_step = estimate(workload, machine)
-    total = memory_of(workload, machine.device.platform).total
-    return {"bytes": total, "seconds": time_of_step.total, "mfu": time_of_step.mfu}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,21 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", machine.devices)
         workload = workload.with_settings("model", dtype="float32", layers=options.layers)
     workload.check()
-    real = run(workload, options.steps)
-    if real["rate"]:
-        print(f"all cores: {real['rate'] / 1e9:.0f} GFLOP/s in a matrix product")
-        machine = replace(machine, device=replace(machine.device, flops=real["rate"] / machine.devices))
-    plan = planned(workload, machine)
+    real = run(workload, machine, options.steps)
+    formula = memory_of(workload, machine.device.platform).total
     print(f"{options.model}, {workload.tokens} tokens on {machine.name}, {jax.devices()[0].device_kind}")
-    print(f"memory per device   formula {plan['bytes'] / GIB:.3f} GiB, compiled {real['compiled_bytes'] / GIB:.3f} GiB")
+    print(f"memory per device   formula {formula / GIB:.3f} GiB, compiled {real['compiled_bytes'] / GIB:.3f} GiB")
     everything = real["compiled_bytes"] * machine.devices / GIB
     print(
         f"memory of all       compiled {everything:.3f} GiB, measured {real['grown_by_bytes'] / GIB:.3f} GiB, "
         f"of it by the steps {real['grown_by_steps_bytes'] / GIB:.3f} GiB"
     )
-    print(f"seconds of a step   planned {plan['seconds']:.2f}, measured {real['seconds']:.2f}")
+    print(f"seconds of a step   planned {real['planned_seconds']:.2f}, measured {real['seconds']:.2f}")
     if options.json:
-        options.json.write_text(json.dumps({"planned": plan, "real": real}, indent=1))
+        options.json.write_text(json.dumps(real | {"formula_bytes": formula}, indent=1))
 
 
 if __name__ == "__main__":

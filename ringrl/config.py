@@ -76,8 +76,8 @@ class ModelConfig(Section):
     block_tokens: int = Field(4096, ge=1)
     """Tokens per device that the feed-forward layer takes at a time, with attention blockwise or ring."""
     remat: Literal["none", "layers"] = "none"
-    """What the backward pass computes anew: nothing, or each layer but its attention (a third more work, and memory
-    for little more than each layer's input)."""
+    """What the backward pass computes anew: nothing, or each layer but its attention (about a quarter more work in
+    matrices, and memory for little more than each layer's input)."""
     timestep_embedding: bool = False
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False

@@ -92,6 +92,24 @@ def jaco_store(jaco_folder: Path) -> EpisodeStore:
     return import_archive(jaco_folder, jaco_folder.with_suffix(".h5"), "jaco")
 
 
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands: an sbatch that keeps and counts what it is given and takes it as job 7, a sacct that says
+    the first two of its tasks run, and an srun that is never used."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    states = "JobID|State|NodeList\\n7_0|RUNNING|a\\n7_1|RUNNING|a"
+    for name, text in (
+        ("sbatch", f'cp "$1" {commands}/job.sh; echo x >> {commands}/count; echo "Submitted batch job 7"'),
+        ("srun", "exit 1"),
+        ("sacct", f'printf "{states}\\n"'),
+    ):
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    return commands
+
+
 @pytest.fixture(scope="module")
 def eight_devices() -> Iterator[None]:
     """Eight host devices for the tests of a module, and what there was before for those after it."""

@@ -19,8 +19,11 @@ class Link:
 LINKS = {
     "TPU v4": Link(275e12, 50e9, 0.25),
     "TPU v5p": Link(459e12, 100e9, 0.25),
+    "TPU v5": Link(459e12, 100e9, 0.25),  # so libtpu calls a v5p; of most generations there are two names
     "TPU v5 lite": Link(197e12, 50e9, 0.25),
+    "TPU v5e": Link(197e12, 50e9, 0.25),
     "TPU v6 lite": Link(918e12, 100e9, 0.25),
+    "TPU v6e": Link(918e12, 100e9, 0.25),
     "NVIDIA A100": Link(312e12, 300e9, 1.0),
     "NVIDIA H100": Link(989e12, 450e9, 1.0),
     "NVIDIA H200": Link(989e12, 450e9, 1.0),

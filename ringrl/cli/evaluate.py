@@ -47,7 +47,7 @@ def evaluate(
         tasks: to act in, or all-of-domain; by default the one that each checkpoint was trained on.
         episodes: in-context episodes per stream, one after another in one context.
         environments: streams, rolled out in lockstep.
-        seed: stream i starts from environment seed + i.
+        seed: episode k of stream i starts from environment seed + i * episodes + k.
         target: return asked for: best (of the training data), a return in units of the task (800), so many times the
             best (0.9x), or a quantile of the data's returns (q0.75); methods that ask for none are not told.
         prompt_trajectories: trajectories of the training data that stand in the context before the first episode.

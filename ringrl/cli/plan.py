@@ -5,12 +5,15 @@ import json as json_module
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
+
+if TYPE_CHECKING:
+    from ringrl.planning.machines import Machine
 
 CHOSEN = MeshConfig()  # one device: the mesh is left to the plan
 
@@ -52,47 +55,56 @@ def plan(
     """Say what fits where: memory and time of a training step on a machine that need not be there.
 
     Args:
-        model: 3b, 7b, 13b, 30b or 350m; a preset; or a run's config.yaml.
-        machine: for example tpu-v4-512, tpu-v5e-256, 8xa100, 8xa100-40, 32xh100, cpu-8, or custom.
-        tokens: of a context, for example 32768, 512k or 8M (k is 1024, M its square).
+        model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration of your own (.yaml).
+        machine: tpu-v4-512 (v3, v4 and v5p by cores), tpu-v5e-256 (v5e and v6e by chips), 8xa100 (80 GB; or any other
+            number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or custom.
+        tokens: of a context, for example 32768, 512k or 8M: k is 1024, M is 1024 x 1024.
         mesh: devices along each axis; without it, the mesh of least estimated time among those that fit.
-        contexts: of a step; by default the model's configuration says.
-        attention: instead of what the configuration says.
-        remat: instead of what the configuration says.
-        block_tokens: instead of what the configuration says.
-        method: compiler: ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices; formula: the
-            closed form alone, in a second; best: the compiler where it can.
-        compilations: let the compiler find the longest context, with at most so many attempts; close to the limit each
-            may take ten minutes. By default it is the formula's, corrected by the compiler's figure for --tokens.
+        contexts: contexts of a step; by default the model's configuration says.
+        attention: kind of attention, instead of the configuration's.
+        remat: what the backward pass computes anew, instead of the configuration's.
+        block_tokens: tokens that a feed-forward layer takes at a time, instead of the configuration's.
+        method: compiler: ahead of time, for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in minutes;
+            formula: the closed form alone, in a second; best: the compiler where it can.
+        compilations: let the compiler find the longest context, with at most so many attempts, each of which may take
+            ten minutes close to the limit; 0: it is the formula's, corrected by the compiler's figure for --tokens.
         search: compile the best three meshes, not the best one alone.
         custom: numbers of a machine that is not known.
         json: also write everything there, as JSON.
     """
     import jax
 
-    from ringrl.planning.machines import custom_machine, find_machine
     from ringrl.planning.plan import Request, make_plan
+    from ringrl.planning.probe import measured
     from ringrl.planning.words import as_json, describe
     from ringrl.planning.workload import find_model, read_tokens
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is taken for planning
     changes = {"attention": attention, "remat": remat, "block_tokens": block_tokens}
     config = _changed(find_model(model), changes, contexts, mesh)
-    if machine == "custom":
-        numbers = dataclasses.astuple(custom)
-        where = custom_machine(*numbers)
-    else:
-        where = find_machine(machine)
-    if where.device.platform == "cpu":
-        _want_host_devices(where.devices)
-    request = Request(
-        config, where, read_tokens(tokens), None if mesh.devices == 1 else mesh, method, compilations, search
-    )
+    where, length = _machine(machine, custom), read_tokens(tokens)
+    chosen = None if mesh.devices == 1 else mesh.model_copy(update={"layout": config.mesh.layout})
+    if compilations < 0:
+        raise UserError(f"--compilations {compilations}: expected 0 or more")
     with Console(stderr=True).status("planning") as status:
+        if where.device.platform == "cpu":
+            _want_host_devices(where.devices)
+            where = measured(where, config.model)
+        request = Request(config, where, length, chosen, method, compilations, search)
         made = make_plan(request, lambda line: status.update(line))
     print(describe(made))
     if json is not None:
         _write(json, json_module.dumps(as_json(made), indent=1))
+
+
+def _machine(name: str, custom: Custom) -> "Machine":
+    from ringrl.planning.machines import custom_machine, find_machine
+
+    if name == "custom":
+        return custom_machine(*dataclasses.astuple(custom))
+    if custom != NO_NUMBERS:
+        raise UserError(f"--custom: holds numbers for --machine custom, and --machine is {name}; give one of the two")
+    return find_machine(name)
 
 
 def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | None, mesh: MeshConfig) -> TrainConfig:

@@ -37,14 +37,14 @@ class Actor(Protocol):
 
 
 class RandomActor:
-    """Uniform actions: those of stream i are drawn from seed + i, however many streams there are beside it."""
+    """Uniform actions: those of stream i are drawn from seed + i stride, however many streams there are beside it."""
 
-    def __init__(self, action_size: int, seed: int) -> None:
-        self._action_size, self._seed = action_size, seed
+    def __init__(self, action_size: int, seed: int, stride: int = 1) -> None:
+        self._action_size, self._seed, self._stride = action_size, seed, stride
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
         """Draw from the beginning again."""
-        self._randoms = [np.random.default_rng(self._seed + index) for index in range(num_environments)]
+        self._randoms = [np.random.default_rng(self._seed + index * self._stride) for index in range(num_environments)]
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         """Uniform in [-1, 1]."""

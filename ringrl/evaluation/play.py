@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int64
 
 from ringrl.context import Context
 from ringrl.data.normalisation import Normalisation
@@ -61,10 +62,15 @@ class Plan:
         return self.parts[-1], self.episodes - 1
 
     @property
+    def seeds(self) -> Int64[np.ndarray, "streams episodes"]:
+        """What the start of each episode is drawn with: so many episodes in all have the same starts, whatever n."""
+        numbers = np.arange(self.environments * self.episodes, dtype=np.int64)
+        return self.shared.environment_seed + numbers.reshape(self.environments, self.episodes)
+
+    @property
     def streams(self) -> set[tuple[bool, int]]:
         """(whether in context, environment seed) of every record."""
-        first = self.shared.environment_seed
-        return {(part == "context", first + index) for part in self.parts for index in range(self.environments)}
+        return {(part == "context", first) for part in self.parts for first in self.seeds[:, 0].tolist()}
 
     @property
     def steps(self) -> int:
@@ -121,9 +127,8 @@ def _default_groups(plan: Plan) -> int:
 
 def _make_groups(plan: Plan, count: int) -> list[Group]:
     """Neighbouring streams, shared out as evenly as can be."""
-    seed = plan.shared.environment_seed
     return [
-        Group(plan.make_actor(int(part[0])), make_vec(plan.shared.task, len(part), seed + int(part[0])))
+        Group(plan.make_actor(int(part[0])), make_vec(plan.shared.task, len(part), plan.seeds[part, 0].tolist()))
         for part in np.array_split(np.arange(plan.environments), count)
     ]
 
@@ -151,12 +156,11 @@ def _roll_out(plan: Plan, part: Part, groups: Sequence[Group], journal: Journal 
         on_step=watch.step,
         on_episode=keep,
     )
-    seed = plan.shared.environment_seed
     if part == "context":
-        run(episodes=plan.episodes, seed=seed, recorded=recorded)
+        run(episodes=plan.episodes, seed=plan.seeds, recorded=recorded)
     else:
         for index in range(plan.episodes):
-            run(episodes=1, seed=None if index else seed, recorded=recorded[index : index + 1])
+            run(episodes=1, seed=plan.seeds[:, index : index + 1], recorded=recorded[index : index + 1])
     return done
 
 
@@ -171,12 +175,13 @@ def _records(plan: Plan, part: Part, episodes: Sequence[_Outcome]) -> list[Evalu
             dict(plan.shared)
             | {
                 "context": part == "context",
-                "environment_seed": plan.shared.environment_seed + index,
+                "environment_seed": seeds[0],
+                "start_seeds": seeds,
                 "returns": tuple(None if np.isnan(value) else float(value) for value in row),
                 "steps_simulated": int(steps[index]),
                 "wall_seconds": seconds,
                 "created": datetime.now(UTC),
             }
         )
-        for index, row in enumerate(returns)
+        for index, (row, seeds) in enumerate(zip(returns, plan.seeds.tolist(), strict=True))
     ]

@@ -18,6 +18,7 @@ from ringrl.evaluation.actors import Actor, PolicyActor, RandomActor
 from ringrl.evaluation.play import Plan, Watch, play
 from ringrl.evaluation.programs import Programs
 from ringrl.evaluation.prompt import Prompt, draw_prompt, open_dataset, trained_returns
+from ringrl.evaluation.recipe import configuration_hash, recipe
 from ringrl.evaluation.records import EvaluationRecord, library_versions
 from ringrl.evaluation.target import NO_TARGET, TargetPolicy
 from ringrl.methods import method_of
@@ -32,8 +33,9 @@ FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the t
 class Protocol:
     """What is rolled out, the same for every method.
 
-    Each of `environments` streams holds `episodes` episodes, one after another in one context; stream i starts from
-    seed + i. `target` says how the return asked for is chosen (see `TargetPolicy.parse`). `prompt_trajectories`
+    Each of `environments` streams holds n = `episodes` episodes, one after another in one context; episode k of stream
+    i, both from 0, starts from seed + i n + k: evaluations of as many episodes in all have the same starts, whatever n.
+    `target` says how the return asked for is chosen (see `TargetPolicy.parse`). `prompt_trajectories`
     trajectories of the data, drawn with `prompt_seed`, stand in the context before the first episode.
 
     With `control`, the same number of episodes is rolled out without memory of each other, so that best-of-n can be
@@ -123,7 +125,10 @@ def plan_random(task: str, protocol: Protocol, *, command: str | None = None) ->
     shared = EvaluationRecord(task=task, method="random", target_policy=NO_TARGET, **_common(protocol, command))
     size = domain.observation_size
     identity = Normalisation(np.zeros(size), np.ones(size), domain.episode_length)
-    return _plan(shared, protocol, identity, lambda first: RandomActor(domain.action_size, protocol.seed + first))
+    seed, stride = protocol.seed, protocol.episodes
+    return _plan(
+        shared, protocol, identity, lambda first: RandomActor(domain.action_size, seed + first * stride, stride)
+    )
 
 
 def evaluate_policy(
@@ -187,8 +192,9 @@ def _record(
         steps_trained=trained.step,
         checkpoint=str(run),
         checkpoint_hash=trained.parameter_hash,
-        configuration_hash=_digest(config.model_dump(mode="json")),
+        configuration_hash=configuration_hash(config),
         data_fingerprint=info.data_fingerprint,
+        settings=recipe(config),
         budget=budget(info, trained.step, run),
         cache_devices=trained.parallel.ring_size,
         cache_dtype=protocol.cache_dtype if is_transformer and protocol.cache_dtype != config.model.dtype else None,

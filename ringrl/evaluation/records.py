@@ -56,6 +56,9 @@ class EvaluationRecord(pydantic.BaseModel):
     returns: tuple[FiniteFloat | None, ...]
     """Undiscounted return of episode 1..n; None from the first on that failed (a number that was not finite, or an
     unstable simulation), with which the stream ends."""
+    start_seeds: tuple[NonNegativeInt, ...] = ()
+    """What the start of each episode was drawn with; empty: the first with the environment's seed, and those after it
+    with the numbers that followed in its stream."""
     target_return: FiniteFloat | None = None
     """Return the policy was asked for."""
     target_policy: str | None = None
@@ -78,6 +81,8 @@ class EvaluationRecord(pydantic.BaseModel):
     """What was in it."""
     data_fingerprint: str | None = None
     """SHA-256 of the dataset that was trained on."""
+    settings: dict[str, str] | None = None
+    """Those of the run that decide what is learned and are not at their defaults (see `recipe`)."""
     budget: Budget | None = None
     """What training took."""
     configuration_hash: str | None = None
@@ -105,6 +110,8 @@ class EvaluationRecord(pydantic.BaseModel):
     def _one_return_per_episode(self) -> Self:
         if len(self.returns) != self.test_trajectories:
             raise ValueError(f"{len(self.returns)} returns for test_trajectories={self.test_trajectories}")
+        if self.start_seeds and len(self.start_seeds) != self.test_trajectories:
+            raise ValueError(f"{len(self.start_seeds)} start_seeds for test_trajectories={self.test_trajectories}")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -119,6 +126,13 @@ class EvaluationRecord(pydantic.BaseModel):
         return tuple(
             value for value in itertools.takewhile(lambda value: value is not None, self.returns) if value is not None
         )
+
+    @property
+    def starts(self) -> tuple[tuple[int, int], ...]:
+        """What names the start of each episode: a seed, and how many starts were drawn with it before."""
+        if self.start_seeds:
+            return tuple((seed, 0) for seed in self.start_seeds)
+        return tuple((self.environment_seed, index) for index in range(self.test_trajectories))
 
     @property
     def failed(self) -> int:
@@ -248,7 +262,7 @@ def _parse(line: bytes, path: Path, number: int) -> EvaluationRecord:
     where = f"{path}, line {number}"
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not JSON; remove the line or the file") from error
     protocol = values.get("protocol") if isinstance(values, dict) else None
     if protocol is None:
@@ -270,7 +284,7 @@ def _is_json(line: bytes) -> bool:
     """Whether a line is whole: no proper beginning of a JSON object is itself JSON."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

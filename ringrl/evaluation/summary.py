@@ -15,6 +15,12 @@ from ringrl.evaluation.scores import normalised_score
 from ringrl.evaluation.statistics import METRICS
 from ringrl.evaluation.streams import stream_scores
 
+# What all records of an evaluation say alike.
+_SHARED = (
+    "evaluation", "task", "method", "checkpoint", "steps_trained", "seed", "target_policy", "target_return",
+    "prompt_trajectories",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -70,26 +76,18 @@ def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
 
 def _summary(records: Sequence[EvaluationRecord]) -> Summary:
     streams, control = ([r for r in records if r.context is context] for context in (True, False))
-    first = records[0]
+    shared = {name: getattr(records[0], name) for name in _SHARED}
     metrics, without = _metrics(streams), _metrics(control)
     return Summary(
-        evaluation=str(first.evaluation),
-        task=first.task,
-        method=first.method,
-        checkpoint=first.checkpoint,
-        steps_trained=first.steps_trained,
-        seed=first.seed,
-        target_policy=first.target_policy,
-        target_return=first.target_return,
-        prompt_trajectories=first.prompt_trajectories,
+        **shared,
         streams=len(streams),
-        episodes=first.test_trajectories,
+        episodes=records[0].test_trajectories,
         returns=_by_episode(streams),
         returns_without_context=_by_episode(control),
         metrics=metrics,
         metrics_without_context=without,
-        scores=_scores(first.task, metrics),
-        scores_without_context=_scores(first.task, without),
+        scores=_scores(shared["task"], metrics),
+        scores_without_context=_scores(shared["task"], without),
         failed=sum(record.failed for record in streams),
         failed_without_context=sum(record.failed for record in control),
         streams_left_out=sum(not record.finished for record in records),

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from ringrl.errors import UserError
-from ringrl.planning.closed_form import memory_of
-from ringrl.planning.machines import Machine, gib
+from ringrl.planning.closed_form import listed_tiles_fit, memory_of
+from ringrl.planning.machines import MOST_DEVICES, Machine, gib
 from ringrl.planning.workload import Workload
-
-MOST_DEVICES = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +26,13 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     platform, limit = machine.device.platform, machine.device.memory
     off = total - memory_of(workload, platform).total
 
-    def judge(change: str, changed: Workload) -> Advice:
-        after = memory_of(changed, platform).total + off
-        return Advice(change, after, after <= limit)
+    def judge(change: str, changed: Workload, saved: float = 0.0) -> Advice:
+        after = memory_of(changed, platform).total + off - saved
+        return Advice(change, after, after <= limit and listed_tiles_fit(changed, machine))
 
     changes = list(_changes(workload))
     found = [judge(change, changed) for change, changed in changes]
-    found = [advice for advice in found if advice.total < total]
+    found = [advice for advice in found if advice.total < total or advice.is_enough]
     if len(found) > 1 and not any(advice.is_enough for advice in found):
         everything = workload
         for _, changed in changes:
@@ -42,7 +40,7 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
         found.append(judge("all of these together", everything))
     moments = memory_of(workload, platform).optimiser / 2
     name = "moments of the optimiser in bfloat16, which RingRL does not offer"
-    found.append(Advice(name, total - moments, total - moments <= limit))
+    found.append(judge(name, workload, saved=moments))
     if devices := _enough_devices(workload, machine, off):
         needed, after = devices
         change = (
@@ -89,7 +87,7 @@ def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[i
         except UserError:
             return None
         total = memory_of(longer, machine.device.platform).total + off / factor
-        if total <= machine.device.memory:
+        if total <= machine.device.memory and listed_tiles_fit(longer, machine):
             return devices * factor, total
         factor *= 2
     return None

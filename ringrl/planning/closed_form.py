@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ringrl.attention.kernels.mosaic_tpu_tiles import MAX_PAIRS
+from ringrl.attention.kernels.mosaic_tpu_tiles import MAX_PAIRS, TILE_BITS
 from ringrl.attention.kernels.tuning.mosaic_tpu import blocks_for
+from ringrl.planning.kernel import kernel_of
 from ringrl.planning.machines import Machine
-from ringrl.planning.workload import Workload
+from ringrl.planning.workload import MOST_TOKENS, Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def memory_of(workload: Workload, platform: str) -> Memory:
     heads = model.heads / workload.config.mesh.tensor
     kept_by_layer = 2 * model.width * bytes_each + 4 * heads
     if model.remat == "none":
-        hidden = 0 if _is_in_blocks(workload) else KEPT_HIDDEN * model.feed_forward / workload.config.mesh.tensor
+        hidden = 0 if workload.is_in_blocks else KEPT_HIDDEN * model.feed_forward / workload.config.mesh.tensor
         kept_by_layer += (KEPT_WIDTH + hidden) * model.width * bytes_each
     contexts = workload.local_contexts * workload.config.optimiser.accumulation
     return Memory(
@@ -90,12 +91,6 @@ def memory_of(workload: Workload, platform: str) -> Memory:
         activations=model.layers * local * kept_by_layer,
         scratch=_scratch(workload, platform, 4 if platform == "cpu" else bytes_each),  # CPUs compute in float32
     )
-
-
-def _is_in_blocks(workload: Workload) -> bool:
-    """Whether the feed-forward layer takes fewer tokens at a time than a device has."""
-    model = workload.model
-    return model.attention in ("blockwise", "ring") and workload.local_tokens > model.block_tokens
 
 
 def _accumulated(workload: Workload) -> float:
@@ -115,7 +110,7 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     key_width *= _padding(model.width // model.heads, platform) / mesh.tensor
     attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
     attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
-    blocks = math.ceil(tokens / model.block_tokens) if _is_in_blocks(workload) else 1
+    blocks = math.ceil(tokens / model.block_tokens) if workload.is_in_blocks else 1
     at_once = math.ceil(tokens / blocks) if model.remat == "layers" or blocks > 1 else 0  # else it is kept
     units = model.feed_forward * model.width / mesh.tensor
     shared = (1 + model.kv_heads / model.heads) / 2  # half of what is held meanwhile is keys and values
@@ -128,19 +123,20 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
 
 def _padding(head_dim: int, platform: str) -> float:
     """A TPU keeps the features of a head in whole registers of 128."""
-    return 1.0 if platform == "cpu" else math.ceil(head_dim / 128) * 128 / head_dim
+    return math.ceil(head_dim / 128) * 128 / head_dim if platform == "tpu" else 1.0
 
 
 def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     """Whether the TPU kernels can list the pairs of tiles of a device; other kernels have no such list."""
     model, contexts = workload.model, workload.local_contexts
-    if machine.device.platform != "tpu" or model.attention == "vanilla":
+    if kernel_of(model, machine.device) != "mosaic_tpu":
         return True
     keys = workload.local_tokens if model.attention == "ring" else workload.tokens
     for work in ("forward", "dq", "dkv"):
         head_dim = model.width // model.heads
         tile = blocks_for(work, head_dim, jnp.dtype(model.dtype), machine.device.kind)
-        if contexts * math.ceil(workload.local_tokens / tile.rows) * math.ceil(keys / tile.keys) > MAX_PAIRS:
+        query_tiles, key_tiles = math.ceil(workload.local_tokens / tile.rows), math.ceil(keys / tile.keys)
+        if contexts * query_tiles * key_tiles > MAX_PAIRS or max(query_tiles, key_tiles) > 2**TILE_BITS:
             return False
     return True
 
@@ -148,7 +144,8 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
 def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) -> int:
     """The longest context whose step fits by the formula, a multiple of what the mesh divides; 0 where none does.
 
-    `spare` bytes are left free, or (below zero) added to the memory.
+    `spare` bytes are left free, or (below zero) added to the memory. Positions are 32-bit: none is longer than
+    MOST_TOKENS.
     """
     multiple, limit = workload.multiple, machine.device.memory - spare
 
@@ -158,9 +155,7 @@ def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) ->
 
     if too_long(1):
         return 0
-    low, high = 1, 2
-    while not too_long(high) and high * multiple < 2**31:
-        low, high = high, 2 * high
+    low, high = 1, MOST_TOKENS // multiple + 1  # high is too long
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if too_long(middle) else (middle, high)

@@ -6,10 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ringrl.errors import UserError
 
 GIB = 2.0**30
+MOST_DEVICES, MOST_HOST_DEVICES = 2**16, 64
+GPU_SHARE = 0.95  # of a GPU's memory; JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,15 @@ class Device:
     link: float  # bytes per second to a neighbour, one way
 
 
+class Attained(NamedTuple):
+    """Share of a device's rates that a step reaches."""
+
+    matrices: float
+    attention: float
+    memory: float
+    links: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """Devices that work on one run."""
@@ -34,12 +46,24 @@ class Machine:
     topology: str | None = None  # what the TPU compiler calls it; None: no compiler here knows it
     network: float | None = None  # bytes per second and device between hosts, where that is less than a link
     per_host: int = 0  # devices behind fast links; 0: all
+    measured: Attained | None = None  # where its rates were measured (probe.py); else they are a data sheet's
 
-    @property
-    def slowest_link(self) -> float:
-        """Bytes per second over the slowest hop of a ring around all devices."""
-        crosses = self.network is not None and self.devices > self.per_host > 0
-        return self.network if crosses and self.network is not None else self.device.link
+    def hop(self, ring: int) -> float:
+        """Bytes per second over the slowest hop of rings of so many devices, neighbours in the machine's order."""
+        return min(self.device.link, self.network) if self._crosses(ring) and self.network else self.device.link
+
+    def collective(self, extent: int, stride: int = 1) -> float:
+        """Bytes per second and device of a collective of those that stand `stride` apart among `extent` neighbours.
+
+        Between hosts the network cards of all that take part on a host carry it together.
+        """
+        if not self._crosses(extent) or self.network is None:
+            return self.device.link
+        return min(self.device.link, self.network * max(1, self.per_host // stride))
+
+    def _crosses(self, extent: int) -> bool:
+        """Whether some group of so many neighbours lies on more than one host."""
+        return self.devices > self.per_host > 0 and self.per_host % extent != 0
 
 
 def _tpu(kind: str, tera_flops: float, gib: float, bandwidth: float, link: float) -> Device:
@@ -47,8 +71,8 @@ def _tpu(kind: str, tera_flops: float, gib: float, bandwidth: float, link: float
 
 
 def _gpu(kind: str, tera_flops: float, gib: float, bandwidth: float, link: float) -> Device:
-    # What the driver reports, less five hundredths for CUDA, NCCL and fragments (XLA_PYTHON_CLIENT_MEM_FRACTION=.95).
-    return Device(kind, "gpu", tera_flops * 1e12, 0.95 * gib * GIB, bandwidth * 1e9, link * 1e9)
+    # What the driver reports, less five hundredths for CUDA, NCCL and fragments.
+    return Device(kind, "gpu", tera_flops * 1e12, GPU_SHARE * gib * GIB, bandwidth * 1e9, link * 1e9)
 
 
 # A TPU's memory is what its compiler grants a program; of those that it no longer compiles for, the data sheet's.
@@ -74,13 +98,14 @@ _V3 = {8: "2x2", 32: "4x4", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32"
 SLICES: Mapping[str, Mapping[int, str]] = MappingProxyType(
     {"v3": _V3, "v4": _CUBES, "v5p": _CUBES, "v5e": _SQUARES, "v6e": _SQUARES}
 )
-GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def known_machines() -> list[str]:
-    """All names that `find_machine` takes."""
+    """Names that `find_machine` takes; of GPUs and host devices it takes any number."""
     tpus = [f"tpu-{generation}-{size}" for generation, slices in SLICES.items() for size in slices]
-    return tpus + [f"{count}x{name}" for name in _NETWORK for count in GPU_COUNTS]
+    gpus = [f"{count}x{name}" for name in _NETWORK for count in COUNTS]
+    return [*tpus, *gpus, *(f"cpu-{count}" for count in COUNTS if count <= MOST_HOST_DEVICES)]
 
 
 def find_machine(name: str) -> Machine:
@@ -96,9 +121,9 @@ def find_machine(name: str) -> Machine:
             cores = 2 if generation == "v3" else 1
             chips = math.prod(int(side) for side in topology.split("x"))
             return Machine(lower, DEVICES[generation], cores * chips, f"{generation}:{topology}")
-    if (found := re.fullmatch(r"(\d+)x([\w-]+)", lower)) and found[2] in _NETWORK and int(found[1]):
+    if (found := re.fullmatch(r"(\d+)x([\w-]+)", lower)) and found[2] in _NETWORK and 0 < int(found[1]) <= MOST_DEVICES:
         return Machine(lower, DEVICES[found[2]], int(found[1]), None, _NETWORK[found[2]], _GPUS_PER_HOST)
-    if (found := re.fullmatch(r"cpu-(\d+)", lower)) and 0 < int(found[1]) <= 64:
+    if (found := re.fullmatch(r"cpu-(\d+)", lower)) and 0 < int(found[1]) <= MOST_HOST_DEVICES:
         return Machine(lower, Device("cpu", "cpu", 200e9, 16 * GIB, 20e9, 10e9), int(found[1]))
     near = difflib.get_close_matches(lower, known_machines(), n=3, cutoff=0.5) or ["tpu-v4-512", "8xa100"]
     raise UserError(
@@ -119,10 +144,12 @@ def custom_machine(devices: int, memory_gib: float, tera_flops: float, bandwidth
     for flag, value in numbers.items():
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{flag}: a custom machine needs a number above 0, got {value:g}")
+    if devices > MOST_DEVICES:
+        raise UserError(f"--custom.devices {devices}: more than {MOST_DEVICES} are not planned")
     device = Device("custom", "gpu", tera_flops * 1e12, memory_gib * GIB, bandwidth * 1e9, link * 1e9)
     return Machine("custom", device, devices)
 
 
 def gib(number: float) -> str:
-    """Bytes as GiB."""
-    return f"{number / GIB:.2f} GiB"
+    """Bytes as GiB; a little as MiB."""
+    return f"{number / GIB:.2f} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.2f} MiB"

@@ -6,32 +6,23 @@ them, sums over "tensor" and sums of gradients over "data" are waited for.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from ringrl.planning.machines import Machine
+from ringrl.planning.kernel import kernel_of
+from ringrl.planning.machines import Attained, Machine
 from ringrl.planning.workload import Workload
 from ringrl.training.throughput import forward_flops, step_flops
 
-
-class Attained(NamedTuple):
-    """Share of a data sheet's rate."""
-
-    matrices: float
-    attention: float
-    memory: float
-    links: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.matrices:.0%} of the peak in matrix products, {self.attention:.0%} in attention, "
-            f"{self.memory:.0%} of the memory's and {self.links:.0%} of the links' rate"
-        )
-
-
-ATTAINED = Attained(0.7, 0.5, 0.8, 0.8)  # accelerators: no step of ours was timed on one
-ATTAINED_BY_HOST = Attained(0.85, 0.85, 0.8, 0.8)  # of a product of two large matrices: benchmarks/plan_reality.py
+# Of accelerators: no step of ours was timed on one.
+ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)
+WITHOUT_KERNEL = 0.15  # attention by XLA: tiles of logits go through the memory, some 32 operations for each byte
+# Of the bfloat16 rate in float32, matrices and attention: TPUs round what goes into a matrix product, but for our
+# kernel, which has six products for one; GPUs take TF32.
+FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 0.5)})
+OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # of the nominal host device; `ringrl plan` measures this machine's (probe.py)
 # Products of a tile's size per pair of tokens: forward 2; backward 3 for the queries' kernel and 4 for the keys', or
-# 5 where one loop computes both (the XLA kernel on host devices).
+# 5 where one loop computes both (the XLA kernel).
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_OF_XLA = 2, 7, 5
 _ACTIVATION_TRAFFIC = 40  # times that a number per token and feature of a layer is read or written, both passes
 
@@ -55,25 +46,36 @@ class StepTime:
         return max(self.matrices + self.attention, self.memory) + self.ring + self.parameters + self.sums
 
 
-def attained_by(machine: Machine) -> Attained:
-    """What is assumed of it."""
-    return ATTAINED_BY_HOST if machine.device.platform == "cpu" else ATTAINED
+def attained_by(workload: Workload, machine: Machine) -> Attained:
+    """What is assumed of it, or was measured."""
+    device, model = machine.device, workload.model
+    if device.platform == "cpu":
+        return machine.measured or OF_HOST
+    has_kernel = kernel_of(model, device) != "xla"
+    matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
+    return ATTAINED._replace(
+        matrices=matrices * ATTAINED.matrices,
+        attention=attention * ATTAINED.attention if has_kernel else WITHOUT_KERNEL,
+    )
 
 
 def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) -> StepTime:
     """Of one step on this machine; `hops_hide`: whether the compiler lets the ring's transfers run beside kernels."""
-    model, config, device, attained = workload.model, workload.config, machine.device, attained_by(machine)
+    model, config, device, attained = workload.model, workload.config, machine.device, attained_by(workload, machine)
     contexts, devices = config.optimiser.batch_size, config.mesh.devices
     forward = contexts * forward_flops(model, workload.tokens) / devices
     pairs = contexts * model.layers * 2 * workload.tokens**2 * model.width / devices  # two products, a causal half
-    passes = 4 if model.remat == "layers" else 3
-    matrices = passes * (forward - pairs) / (device.flops * attained.matrices)
+    matrices = (3 * (forward - pairs) + _again(workload, forward - pairs)) / (device.flops * attained.matrices)
     one_product = pairs / _FORWARD_PRODUCTS / (device.flops * attained.attention)
     forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
-    if device.platform == "cpu":
+    if kernel_of(model, device) == "xla":
         backward_kernels = _BACKWARD_PRODUCTS_OF_XLA * one_product
     if model.attention == "vanilla":  # hides nothing of the square, and computes it anew with remat
-        forward_kernels, backward_kernels = 2 * 2 * (passes - 2) * one_product, 2 * 4 * one_product
+        times = 2 if model.remat == "layers" else 1
+        forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product
+    elif config.mesh.layout == "contiguous":  # the device with the end of the context sees most, and all wait for it
+        uneven = 2 - 1 / config.mesh.seq
+        forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
     hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
     time = StepTime(
         matrices=matrices,
@@ -86,6 +88,20 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
         mfu=0.0,
     )
     return dataclasses.replace(time, mfu=time.model_flops / (time.total * devices * device.flops))
+
+
+def _again(workload: Workload, forward: float) -> float:
+    """Operations in matrices, of `forward` in a forward pass, that the backward pass computes anew.
+
+    With remat all but the last matrix of a layer, whose result nothing in the layer needs; else, where the feed-forward
+    layer is computed in blocks, its first matrix.
+    """
+    model, mesh = workload.model, workload.config.mesh
+    local = _local(workload) / mesh.tensor
+    one_of_two = 2 * local * model.layers * model.feed_forward * model.width**2
+    if model.remat == "layers":
+        return forward - one_of_two
+    return one_of_two if workload.is_in_blocks else 0.0
 
 
 def _size(workload: Workload) -> int:
@@ -111,10 +127,11 @@ def _exposed_hops(
 ) -> float:
     """Keys and values go round, and in the backward pass their gradients (float32) with them."""
     model, mesh = workload.model, workload.config.mesh
-    if mesh.seq == 1 or model.attention == "vanilla":
+    if mesh.seq == 1:
         return 0.0
     numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
-    hops = (mesh.seq - 1) / (machine.slowest_link * attained.links)
+    rate = machine.hop(mesh.seq) if model.attention == "ring" else machine.collective(mesh.seq)
+    hops = (mesh.seq - 1) / (rate * attained.links)
     sends = hops * numbers * _size(workload), hops * numbers * (_size(workload) + 4)
     if model.attention == "ring":
         return max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
@@ -128,13 +145,16 @@ def _gathering(workload: Workload, machine: Machine, attained: Attained) -> floa
     passes = 3 * workload.config.optimiser.accumulation
     carried = passes * model.layers * count.layer / mesh.tensor * _size(workload) * (group - 1) / group
     ways = 2 if machine.device.platform == "tpu" else 1  # around a torus both ways at once
-    return carried / (ways * machine.slowest_link * attained.links)
+    rate = machine.collective(mesh.fsdp * mesh.tensor * mesh.seq, stride=mesh.tensor)
+    return carried / (ways * rate * attained.links)
 
 
 def _sums(workload: Workload, machine: Machine, attained: Attained) -> float:
     """All-reduce of activations over "tensor", six a layer, and of gradients over "data"."""
     model, mesh = workload.model, workload.config.mesh
+    apart = mesh.fsdp * mesh.tensor * mesh.seq  # of those that differ in "data", the outermost axis
     activations = 6 * model.layers * _local(workload) * model.width * _size(workload)
-    carried = 2 * (mesh.tensor - 1) / mesh.tensor * activations
-    carried += 2 * (mesh.data - 1) / mesh.data * 4 * workload.parameters.device
-    return carried / (machine.slowest_link * attained.links)
+    seconds = 2 * (mesh.tensor - 1) / mesh.tensor * activations / machine.collective(mesh.tensor * mesh.seq, mesh.seq)
+    gradients = 4 * workload.parameters.device
+    seconds += 2 * (mesh.data - 1) / mesh.data * gradients / machine.collective(mesh.devices, apart)
+    return seconds / attained.links

@@ -1,7 +1,6 @@
 """Which mesh, and how long a context: by the formula first, so that little has to be compiled."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,16 +28,23 @@ class Longest:
 
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
     """The workload on every mesh of so many devices that divides it."""
-    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
-    for mesh in itertools.product(sizes, repeat=len(MESH_AXES)):
-        if math.prod(mesh) != devices:
-            continue
+    for mesh in factorisations(devices, len(MESH_AXES)):
         candidate = workload.with_settings("mesh", **dict(zip(MESH_AXES, mesh, strict=True)))
         try:
             candidate.check()
         except UserError:
             continue
         yield candidate
+
+
+def factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of so many, in order."""
+    if factors == 1:
+        yield (number,)
+        return
+    for first in (size for size in range(1, number + 1) if number % size == 0):
+        for rest in factorisations(number // first, factors - 1):
+            yield first, *rest
 
 
 def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
@@ -51,14 +57,24 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
 
     found = sorted(meshes(workload, machine.devices), key=order)
     if not found:
-        contexts = workload.config.optimiser.batch_size
-        multiple = 2 * workload.tokens_per_step * machine.devices
-        raise UserError(
-            f"--machine {machine.name}: no mesh of {machine.devices} devices divides {contexts} contexts of "
-            f"{workload.tokens} tokens, {workload.model.heads} heads and a width of {workload.model.width}; give "
-            f"--tokens a multiple of {multiple}, other --contexts, or fewer devices"
-        )
+        raise UserError(_no_mesh(workload, machine))
     return found
+
+
+def _no_mesh(workload: Workload, machine: Machine) -> str:
+    """Why none divides, and which changes leave one that does."""
+    devices, contexts = machine.devices, workload.config.optimiser.batch_size
+    multiple, parts = 2 * workload.tokens_per_step * devices, workload.config.optimiser.accumulation
+    changes = {
+        f"--tokens a multiple of {multiple}": workload.with_tokens(multiple),
+        f"--contexts {devices * parts}": workload.with_settings("optimiser", batch_size=devices * parts),
+    }
+    ways = [change for change, changed in changes.items() if any(True for _ in meshes(changed, devices))]
+    return (
+        f"--machine {machine.name}: no mesh of {devices} devices divides {contexts} contexts of {workload.tokens} "
+        f"tokens, {workload.model.heads} heads and a width of {workload.model.width}; give "
+        + " or ".join([*ways, "another number of devices"])
+    )
 
 
 def find_longest(

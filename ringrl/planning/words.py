@@ -6,7 +6,8 @@ from typing import Any
 
 from ringrl.planning import advice
 from ringrl.planning.ahead_of_time import Compiled
-from ringrl.planning.machines import gib
+from ringrl.planning.kernel import kernel_of
+from ringrl.planning.machines import GPU_SHARE, Machine, gib
 from ringrl.planning.plan import Plan
 from ringrl.planning.roofline import attained_by
 from ringrl.planning.workload import Workload, say_tokens
@@ -19,7 +20,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"{plan.workload.parameters.total / 1e9:.3g} billion parameters, {model.attention} attention, remat "
         f"{model.remat}, {model.dtype}; {config.optimiser.batch_size} context(s) of {plan.workload.tokens} tokens",
-        f"{machine.name}: {machine.devices} x {device.kind}, {gib(device.memory)} each; mesh {mesh}",
+        f"{machine.name}: {machine.devices} x {device.kind}, {gib(device.memory)} each{_share(machine)}; mesh {mesh}",
         _method(plan),
         "",
         *_memory(plan),
@@ -31,6 +32,13 @@ def describe(plan: Plan) -> str:
         lines += ["", "meshes, the best first:", *(f"  {_candidate(*each)}" for each in plan.candidates)]
     lines.append(f"planned in {plan.seconds:.0f} s with {gib(plan.peak_memory)} on this machine")
     return "\n".join(lines)
+
+
+def _share(machine: Machine) -> str:
+    """Of a GPU that is known the plan counts on more than JAX takes by itself."""
+    if machine.device.platform != "gpu" or machine.network is None:
+        return ""
+    return f" (with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}; JAX takes 75 % by itself)"
 
 
 def _method(plan: Plan) -> str:
@@ -84,15 +92,32 @@ def _time(plan: Plan) -> list[str]:
         "parameters, not hidden": time.parameters,
         "sums": time.sums,
     }
+    of = " of what is measured below" if plan.machine.measured else ""
     lines = [
         f"estimated step: {time.total:.3g} s, {tokens / time.total:.3g} tokens/s, {time.model_flops:.3g} operations, "
-        f"MFU {time.mfu:.0%}",
+        f"MFU {time.mfu:.0%}{of}",
         "  " + ", ".join(f"{name} {value:.2g} s" for name, value in parts.items()),
-        f"  assumed: {attained_by(plan.machine)}",
+        f"  {_rates(plan)}",
     ]
     if plan.compiled is not None and plan.compiled.schedule is not None:
         lines.append(f"  schedule: {plan.compiled.schedule}")
     return lines
+
+
+def _rates(plan: Plan) -> str:
+    """What the estimate stands on."""
+    device, attained = plan.machine.device, attained_by(plan.workload, plan.machine)
+    if plan.machine.measured:
+        each = device.flops / 1e9
+        return (
+            f"measured here just now, of each of {plan.machine.devices}: {each:.3g} GFLOP/s in a matrix product, "
+            f"{each * attained.attention:.3g} in attention, {device.bandwidth / 1e9:.2g} GB/s"
+        )
+    by = " (by XLA: there is no kernel for it)" if kernel_of(plan.workload.model, device) == "xla" else ""
+    return (
+        f"assumed: {attained.matrices:.0%} of the bfloat16 peak in matrix products, {attained.attention:.0%} in "
+        f"attention{by}, {attained.memory:.0%} of the memory's and {attained.links:.0%} of the links' rate; not timed"
+    )
 
 
 def _candidate(workload: Workload, compiled: Compiled | None) -> str:
@@ -121,7 +146,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tried_bytes": {tokens: _number(found.total) for tokens, found in plan.longest.compiled},
         "advice": [dataclasses.asdict(each) for each in plan.advice],
         "step": dataclasses.asdict(plan.time) | {"seconds": plan.time.total},
-        "assumed": attained_by(plan.machine)._asdict(),
+        "assumed": attained_by(plan.workload, plan.machine)._asdict(),
         "planning_seconds": plan.seconds,
         "planning_peak_bytes": plan.peak_memory,
     }

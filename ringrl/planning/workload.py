@@ -17,6 +17,7 @@ from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.mesh import check_divides
 
 OBSERVATION, ACTION = 24, 6  # walker's; other tasks differ by less than a thousandth of the memory
+MOST_TOKENS = 2**31 - 1  # of a context: positions are 32-bit
 CHUNKS = {"zigzag": 2, "contiguous": 1, "striped": 1}  # of each device, into which a layout cuts a context
 SHAPES = ("3b", "7b", "13b", "30b", "350m")
 _UNUSED = {"data": "unused", "task": "unused", "run": "unused"}
@@ -44,6 +45,11 @@ class Workload:
         """Contexts that a device computes at once."""
         mesh, optimiser = self.config.mesh, self.config.optimiser
         return optimiser.batch_size // optimiser.accumulation // (mesh.data * mesh.fsdp)
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether the feed-forward layer takes fewer tokens at a time than a device has."""
+        return self.model.attention in ("blockwise", "ring") and self.local_tokens > self.model.block_tokens
 
     @property
     def tokens_per_step(self) -> int:
@@ -115,11 +121,13 @@ class Parameters:
 
 
 def find_model(name: str) -> TrainConfig:
-    """The configuration of a shape ("7b"), a preset ("paper_350m") or a run's own file (runs/walk/config.yaml).
+    """The configuration of a shape ("7b"), a preset ("paper_350m") or of a run (runs/walk, or its config.yaml).
 
     UserError where it is none of them, or a model that sees no context.
     """
     path = Path(name)
+    if (path / "config.yaml").is_file():
+        path /= "config.yaml"
     if path.suffix not in (".yaml", ".yml"):
         folder = preset("tiny").parent
         known = sorted(file.stem for file in folder.glob("*.yaml") if "model" in read_yaml(file))
@@ -127,7 +135,7 @@ def find_model(name: str) -> TrainConfig:
         wanted = aliases.get(name.lower(), name)
         if wanted not in known:
             near = difflib.get_close_matches(name.lower(), [*SHAPES, *known], n=3, cutoff=0.4) or ["7b"]
-            raise UserError(f"--model {name}: is not known; did you mean {' or '.join(near)}, or a run's config.yaml?")
+            raise UserError(f"--model {name}: is not known; did you mean {' or '.join(near)}, or a run's folder?")
         path = preset(wanted)
     try:
         config = TrainConfig.model_validate(_UNUSED | read_yaml(path))
@@ -145,7 +153,7 @@ def read_tokens(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
     tokens = float(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2].lower()] if found else 0
-    if tokens < 1 or tokens != int(tokens) or tokens > 2**31 - 1:
+    if tokens < 1 or tokens != int(tokens) or tokens > MOST_TOKENS:
         raise UserError(f"--tokens {text}: expected a number of tokens below 2^31, such as 32768, 512k or 8M")
     return int(tokens)
 

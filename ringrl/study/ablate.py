@@ -14,10 +14,12 @@ from ringrl.config import SlurmConfig
 from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
+from ringrl.evaluation.video import write_videos
 from ringrl.study.cells import (
     EVALUATION,
     LOG,
     Cell,
+    Reference,
     Work,
     attempt_logged,
     cells,
@@ -34,7 +36,7 @@ from ringrl.study.plan import AblationPlan
 from ringrl.study.pool import Ended, run_all
 from ringrl.study.timing import Timing, measure_all, read_timings
 from ringrl.study.watch import Watch
-from ringrl.training.run_folder import saved_configuration
+from ringrl.training.run_folder import dataset_fingerprint, saved_configuration
 
 COMPILED = ".compiled"  # programs; those of one shape are the same for all seeds
 
@@ -65,14 +67,14 @@ def ablate(plan: AblationPlan, console: Console, command: str | None = None, how
         are done, cells that failed.
     """
     how = how or Run()
-    everything = _check(plan, how)
+    everything, beside = _check(plan, how)
     with _alone_in(plan.output):
-        chosen, timings = _timed(plan, everything, how, console)
-        everyone = _everyone(plan, chosen)
+        chosen, timings = _timed(plan, everything, beside, how, console)
+        everyone: list[Work] = [*beside, *chosen]
         todo = _todo(everyone, how.retry)
         waiting = [work for work in todo if isinstance(work, Cell)]
         if waiting:
-            console.print(cost_table(waiting, timings, len(chosen) - len(waiting), how.workers))
+            console.print(cost_table(waiting, timings, sum(map(is_finished, chosen)), how.workers))
         estimates = {work.name: cost(work, timings).seconds if isinstance(work, Cell) else None for work in todo}
         failed = {work: why for work in everyone if (why := failure(work)) is not None}
         with Watch(estimates, how.workers, console) as watch:
@@ -91,9 +93,9 @@ def estimate(plan: AblationPlan, console: Console, how: Run | None = None) -> No
       UserError: as `ablate`.
     """
     how = how or Run()
-    everything = _check(plan, how)
+    everything, beside = _check(plan, how)
     with _alone_in(plan.output):
-        chosen, timings = _timed(plan, everything, how, Console(stderr=True))
+        chosen, timings = _timed(plan, everything, beside, how, Console(stderr=True))
     waiting = [cell for cell in chosen if not is_finished(cell)]
     if waiting:
         console.print(cost_table(waiting, timings, len(chosen) - len(waiting), how.workers))
@@ -101,23 +103,28 @@ def estimate(plan: AblationPlan, console: Console, how: Run | None = None) -> No
         console.print(f"all {len(chosen)} cells are finished")
 
 
-def _check(plan: AblationPlan, how: Run) -> list[Cell]:
-    """The plan's cells; UserError before anything is made where they cannot all be run."""
+def _check(plan: AblationPlan, how: Run) -> tuple[list[Cell], list[Reference]]:
+    """The plan's cells and references; UserError before anything is made where they cannot all be run."""
     if how.workers < 1:
         raise UserError(f"--workers: {how.workers} is too few, at least 1 is needed")
-    everything = list(cells(plan))
+    everything, fingerprints = list(cells(plan)), {}
     for task, data in plan.datasets.items():
         store = EpisodeStore(data)
         if store.domain != domain_of(task).name:
             raise UserError(f"{data}: holds episodes of {store.domain}, which are of no use for {task}")
         store.returns(task)
+        fingerprints[task] = dataset_fingerprint(store)
     if plan.budget == "time" and not how.timing:
         raise UserError("--untimed: the budget time needs steps that were timed; leave it out")
-    return everything
+    if plan.videos and how.slurm is None:
+        for task in plan.datasets:
+            write_videos(task, {})  # none, but it is found out whether they can be
+    everything = list(cells(plan, fingerprints))
+    return everything, list(references(plan, fingerprints))
 
 
 def _timed(
-    plan: AblationPlan, everything: Sequence[Cell], how: Run, console: Console
+    plan: AblationPlan, everything: Sequence[Cell], beside: Sequence[Reference], how: Run, console: Console
 ) -> tuple[list[Cell], Mapping[str, Timing]]:
     """The cells, with their steps where the budget is time, and what has been timed of them."""
     waiting = [cell for cell in everything if not is_finished(cell)]
@@ -127,7 +134,8 @@ def _timed(
     else:  # the machine that would be timed here is not the one that the cells run on
         timings = read_timings(plan.output)
     chosen = [_with_steps(plan, cell, timings) for cell in everything]
-    for work in _everyone(plan, chosen):
+    everyone: list[Work] = [*beside, *chosen]
+    for work in everyone:
         check(work)
     return chosen, timings
 
@@ -138,8 +146,7 @@ def _with_steps(plan: AblationPlan, cell: Cell, timings: Mapping[str, Timing]) -
         return cell
     if (cell.folder / "config.yaml").exists():
         steps = saved_configuration(cell.folder).optimiser.steps
-        optimiser = cell.config.optimiser.model_copy(update={"steps": steps})
-        return Cell(cell.config.model_copy(update={"optimiser": optimiser}), cell.protocols, cell.control)
+        return cell.of_steps(steps)
     try:
         return with_steps_for(plan.seconds, cell, timings)
     except KeyError:
@@ -147,12 +154,6 @@ def _with_steps(plan: AblationPlan, cell: Cell, timings: Mapping[str, Timing]) -
             f"{cell.name}: the budget time needs steps that were timed where the cells run; run `ringrl ablate` with "
             "--dry-run on such a machine first"
         ) from None
-
-
-def _everyone(plan: AblationPlan, chosen: Sequence[Cell]) -> list[Work]:
-    """The references and the cells."""
-    everyone: list[Work] = [*references(plan)]
-    return everyone + list(chosen)
 
 
 def _todo(everything: Sequence[Work], retry: bool) -> list[Work]:

@@ -13,9 +13,10 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
@@ -27,7 +28,7 @@ from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import Protocol, plan_policy, plan_random
 from ringrl.evaluation.records import append_records, data_records, library_versions
-from ringrl.evaluation.session import Job, evaluate_all
+from ringrl.evaluation.session import Audience, Job, evaluate_all
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan
 from ringrl.training import load_policy, train
@@ -42,8 +43,12 @@ class Cell:
     """A policy that is trained and then evaluated, by each of the protocols."""
 
     config: TrainConfig
-    protocols: tuple[Protocol, ...]
+    protocols: tuple[Protocol, ...]  # of as many episodes each
+    environments: int  # as the plan has it, see there
     control: bool
+    videos: bool = False
+    seconds: float | None = None  # of training, where that is what is the same for all cells
+    fingerprint: str | None = None  # of the dataset
 
     @property
     def folder(self) -> Path:
@@ -55,13 +60,24 @@ class Cell:
         """Task and folder."""
         return f"{self.config.task}/{self.folder.name}"
 
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps up to its newest checkpoint."""
+        checkpoints = self.folder / "checkpoints"
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
     def describe(self) -> dict[str, Any]:
-        """What is rolled out, as cell.yaml has it."""
+        """What is done beside training, and what is known of its data and time; as cell.yaml has it."""
         return {
             "task": self.config.task,
             "test_trajectories": [protocol.episodes for protocol in self.protocols],
-            "environments": self.protocols[0].environments,
+            "episodes": self.protocols[0].environments * self.protocols[0].episodes,
+            "environments": self.environments,
             "control": self.control,
+            "videos": self.videos,
+            "seconds": self.seconds,
+            "data": self.fingerprint,
         }
 
     def run(self, command: str | None) -> None:
@@ -73,7 +89,21 @@ class Cell:
         if trained.step < self.config.optimiser.steps:
             raise UserError(f"{self.folder}: was told to stop after step {trained.step}; --retry goes on from there")
         plans = [plan_policy(trained, self.folder, protocol, command=command) for protocol in self.protocols]
-        evaluate_all([Job(plan, self.folder / EVALUATION) for plan in plans])
+        for job in (Job(plan, self.folder / EVALUATION) for plan in plans):
+            filmed = (job.videos / "best.mp4").is_file()  # the last one; without it, all are made again
+            evaluate_all([job], again=self.videos and not filmed, video=self.videos, audience=_Log())
+
+    def of_steps(self, steps: int) -> "Cell":
+        """The same with so many optimiser steps."""
+        optimiser = self.config.optimiser.model_copy(update={"steps": steps})
+        return dataclasses.replace(self, config=self.config.model_copy(update={"optimiser": optimiser}))
+
+
+class _Log(Audience):
+    """Says what is worth knowing, for the cell's log."""
+
+    def remark(self, text: str) -> None:
+        print(text, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +114,8 @@ class Reference:
     task: str
     data: Path
     folder: Path
-    environments: int
+    episodes: int  # of random actions
+    fingerprint: str | None = None  # of the dataset
 
     @property
     def name(self) -> str:
@@ -93,13 +124,14 @@ class Reference:
 
     def describe(self) -> dict[str, Any]:
         """What it is, to tell whether it has been done."""
-        return {"kind": self.kind, "task": self.task, "environments": self.environments}
+        about: dict[str, Any] = {"kind": self.kind, "task": self.task}
+        return about | ({"episodes": self.episodes} if self.kind == "random" else {"data": self.fingerprint})
 
     def run(self, command: str | None) -> None:
         """Write the results."""
         results = self.folder / EVALUATION
         if self.kind == "random":
-            evaluate_all([Job(plan_random(self.task, Protocol(self.environments), command=command), results)])
+            evaluate_all([Job(plan_random(self.task, Protocol(self.episodes), command=command), results)])
             return
         store = EpisodeStore(self.data)
         records = data_records(
@@ -117,16 +149,21 @@ class Reference:
 Work = Cell | Reference
 
 
-def references(plan: AblationPlan) -> Iterator[Reference]:
-    """Two for each task."""
+def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> Iterator[Reference]:
+    """Two for each task; `fingerprints` of the tasks' datasets, where they are known."""
     kinds: tuple[Literal["random", "data"], ...] = ("random", "data")
     for task, data in plan.datasets.items():
         for kind in kinds:
-            yield Reference(kind, task, data, plan.output / task / kind, plan.environments)
+            yield Reference(kind, task, data, plan.output / task / kind, plan.episodes, fingerprints.get(task))
 
 
-def cells(plan: AblationPlan) -> Iterator[Cell]:
+def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> Iterator[Cell]:
     """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons."""
+    for cell in _cells(plan):
+        yield dataclasses.replace(cell, fingerprint=fingerprints.get(cell.config.task))
+
+
+def _cells(plan: AblationPlan) -> Iterator[Cell]:
     for seed in plan.seeds:
         for task in plan.datasets:
             for baseline in plan.baselines:
@@ -161,8 +198,9 @@ def _cell(
     except pydantic.ValidationError as error:
         raise UserError(f"settings of the ablation plan: {one_line(error)}") from error
     rolled_out = (plan.test_trajectories or (trajectories,)) if method in plan.methods else (1,)
-    protocols = tuple(Protocol(plan.environments, n, control=plan.control and n > 1) for n in rolled_out)
-    return Cell(config, protocols, plan.control)
+    protocols = tuple(Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in rolled_out)
+    seconds = plan.seconds if plan.budget == "time" else None
+    return Cell(config, protocols, plan.environments, plan.control, plan.videos and seed == min(plan.seeds), seconds)
 
 
 def _steps(plan: AblationPlan, config: TrainConfig) -> int:
@@ -172,23 +210,26 @@ def _steps(plan: AblationPlan, config: TrainConfig) -> int:
 
 
 def check(work: Work) -> None:
-    """UserError where the folder holds another cell. More lengths to be rolled out make no other cell of it."""
+    """UserError where the folder holds another cell. More to be rolled out, or filmed, makes no other cell of it."""
     if isinstance(work, Cell) and (work.folder / "config.yaml").exists():
         check_configuration(work.config)
     path, now = work.folder / CELL, work.describe()
     if not path.exists():
         return
     known = read_yaml(path)
-    for name in set(now) - {"test_trajectories"}:
-        if known.get(name) != now[name]:
+    for name in sorted(set(now) & set(known) - {"test_trajectories", "episodes", "videos"}):
+        if known[name] != now[name]:
             raise UserError(f"{path}: {name} was {known.get(name)}, the plan says {now[name]}; give another output")
 
 
 def is_finished(work: Work) -> bool:
-    """Whether there is nothing more to do."""
+    """Whether there is nothing more to do, and the results are there."""
     try:
-        return bool(json.loads((work.folder / FINISHED).read_text())["did"] == work.describe())
-    except (OSError, ValueError, KeyError, TypeError):
+        did, now = json.loads((work.folder / FINISHED).read_text())["did"], work.describe()
+        if did.get("videos"):  # which are not asked for any more
+            did["videos"] = now.get("videos")
+        return bool(did == now) and (work.folder / EVALUATION).stat().st_size > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

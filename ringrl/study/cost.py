@@ -25,9 +25,9 @@ class Cost(NamedTuple):
 
 
 def cost(cell: Cell, timings: Mapping[str, Timing]) -> Cost:
-    """What the cell takes from its beginning to its end."""
+    """What the cell takes from where it stands to its end; an evaluation that is half done counts as a whole one."""
     config, length = cell.config, domain_of(cell.config.task).episode_length
-    one, steps = step_cost(config, length), config.optimiser.steps
+    one, steps = step_cost(config, length), max(0, config.optimiser.steps - cell.steps_done)
     timing = timings.get(shape(cell))
     return Cost(
         steps=steps,
@@ -42,8 +42,7 @@ def cost(cell: Cell, timings: Mapping[str, Timing]) -> Cost:
 def with_steps_for(seconds: float, cell: Cell, timings: Mapping[str, Timing]) -> Cell:
     """The cell with as many optimiser steps as fit into these seconds; there is a timing for it."""
     steps = max(1, int(seconds / timings[shape(cell)].step))
-    optimiser = cell.config.optimiser.model_copy(update={"steps": steps})
-    return Cell(cell.config.model_copy(update={"optimiser": optimiser}), cell.protocols, cell.control)
+    return cell.of_steps(steps)
 
 
 def cost_table(cells: Sequence[Cell], timings: Mapping[str, Timing], finished: int, workers: int) -> Table:
@@ -76,6 +75,8 @@ def cost_table(cells: Sequence[Cell], timings: Mapping[str, Timing], finished: i
     if known:
         at_once = min(workers, len(cells))
         shown.caption = f"about {duration(sum(known) / at_once)} with {at_once} at a time"
+        if any(cell.videos for cell in cells):
+            shown.caption += ", and the videos"
         if finished:
             shown.caption += f"; {finished} more are finished"
     return shown

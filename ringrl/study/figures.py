@@ -1,5 +1,6 @@
 """The report's main charts: return against context length, and return of each episode within a context."""
 
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 
@@ -7,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ringrl.study.report_cells import Cell, Grid, Variant, in_sentence, middle, series_of, summarise
+from ringrl.study.report_cells import Cell, Grid, in_sentence, middle, series_of, summarise
 from ringrl.study.report_draw import (
     CONTROL,
     SOLID,
@@ -23,11 +24,14 @@ from ringrl.study.report_draw import (
     linestyle,
     styles,
 )
+from ringrl.study.report_starts import starts_warning
 from ringrl.study.report_svg import colour
+from ringrl.study.report_variants import Variant
 from ringrl.study.tables import normalised, number
 
 _DATA_DASHES: dict[str, Dash] = {"data, mean": (7, 3), "data, best": SOLID}
 _POINTS_TO_MARK = 16  # beyond, a band stands for the bars, and no seed has a dot
+_WIDE = 22  # letters of a level's name, beyond which it takes another line
 _LINES_IN_CONTEXT = 4  # context lengths shown within a context; more would hide one another
 
 
@@ -46,6 +50,8 @@ def curve_chart(grid: Grid) -> Chart | None:
         "the bar behind it is the 95 % interval (stratified bootstrap over seeds), small dots are single seeds. "
         f"{one_seed(grid)}"
     )
+    if starts_warning(grid):
+        caption += "Not all points are of the same starts; which are is said at the top. "
     if grid.data or grid.context_free:
         caption += "Grey lines need no context."
     if any(cell.variant.method == "at" and cell.train == 1 for cell in grid.cells):
@@ -65,11 +71,14 @@ def episode_chart(grid: Grid) -> Chart | None:
         if any(cell.test > 1 for variant in grid.variants for cell in grid.cells_of(task, variant))
     ]
     caption = (
-        "The same policy plays n episodes one after another and remembers them. If it learns from what it has seen, "
-        "the line rises from left to right. Points and bars as above."
+        "The same policy plays n episodes one after another and remembers them. The first episodes have other starts "
+        "than the second, and so on. Points and bars as above."
     )
     if any(cell.control for cell in grid.cells):
-        caption += " The dashed line is the same policy with its memory wiped before each episode."
+        caption += (
+            " The dashed line is the same policy from the same starts, its memory wiped before each episode: if it "
+            "learns from what it has seen, the strong line rises above that from left to right."
+        )
     return _chart("return_within_context", "Within one context", caption, panels, grid)
 
 
@@ -148,9 +157,10 @@ def _draw_episodes(axes: Axes, grid: Grid, task: str) -> None:
                 va="center", color=shade, fontsize=8.5,
             )  # fmt: skip
             longest = max(longest, cell.test)
-        if cells and cells[-1].control:
-            level = middle(cells[-1].control_runs())
-            axes.plot([1, cells[-1].test], [level, level], linestyle=linestyle(CONTROL), color=shade, linewidth=1.2)
+        if cells:
+            levels = [(i, middle(runs)) for i, runs in enumerate(cells[-1].control_episode_runs(), 1) if len(runs)]
+            wiped = np.array(levels).reshape(-1, 2)
+            axes.plot(wiped[:, 0], wiped[:, 1], linestyle=linestyle(CONTROL), color=shade, linewidth=1.2)
     dress(axes, "episode in the context", "return of that episode")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlim(0.8, longest + max(0.2, 0.06 * longest))
@@ -182,7 +192,7 @@ def _levels(grid: Grid, task: str) -> list[tuple[str, float, Dash]]:
     known = styles(grid)
     levels = {
         in_sentence(grid.name(cell.variant)): (middle(cell.runs()), known[cell.variant].dash)
-        for cell in grid.references(task)
+        for cell in grid.levels(task)
     }
     if task in grid.data:
         for name, value in (("data, mean", grid.data[task].mean()), ("data, best", grid.data[task].max())):
@@ -200,10 +210,12 @@ def _label_levels(axes: Axes, levels: Sequence[tuple[str, float, Dash]], gap: fl
     high += 0.03 * (high - low)  # whole dots
     axes.set_ylim(low, high)
     heights = [(value - low) / (high - low) for _, value, _ in levels]
+    labels = [textwrap.fill(f"{name} {number(value)}", _WIDE) for name, value, _ in levels]
     for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    for (name, value, _), height in zip(levels, heights, strict=True):
+        lines = 1 + (labels[index].count("\n") + labels[index - 1].count("\n")) / 2
+        heights[index] = max(heights[index], heights[index - 1] + gap * lines)
+    for label, height in zip(labels, heights, strict=True):
         axes.text(
-            1.02, height, f"{name} {number(value)}", transform=axes.transAxes, va="center", fontsize=8.5,
-            color=colour("muted"),
+            1.02, height, label, transform=axes.transAxes, va="center", fontsize=8.5, color=colour("muted"),
+            linespacing=1.05,
         )  # fmt: skip

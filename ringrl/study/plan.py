@@ -1,5 +1,6 @@
 """The plan of an ablation: what is crossed with what, and what stays the same."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -54,9 +55,19 @@ class AblationPlan(Section):
     task_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings of single tasks, by the task's name, over those that all share."""
     environments: int = Field(10, ge=1)
-    """Evaluation streams per cell."""
+    """Evaluation streams of the longest context. All cells of a task are rolled out from the same starts: those of
+    shorter contexts, and of baselines, in as many more streams as it takes to play as many episodes."""
     control: bool = True
     """Also evaluate every policy without memory between episodes (the matched best-of-n control)."""
+    videos: bool = False
+    """Also film the first, the median and the best episode of each cell of the lowest seed. That needs OpenGL, and half
+    a minute a video without a GPU."""
+
+    @property
+    def episodes(self) -> int:
+        """That every cell plays in evaluation, of each length: a multiple of all lengths, so that none is cut."""
+        rolled_out = (self.test_trajectories or self.trajectories) if self.methods else ()
+        return self.environments * math.lcm(1, *rolled_out)
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from ringrl.study.report_method import Fact, facts, provenance
 from ringrl.study.report_published import by_task, words
 from ringrl.study.report_sheet import returns_sheet
 from ringrl.study.report_spread import contest_chart, contests, profile_chart
+from ringrl.study.report_starts import starts_warning
 from ringrl.study.report_summary import summary
 from ringrl.study.report_svg import PALETTE, for_page
 from ringrl.study.report_training import training_charts, training_runs
@@ -62,6 +63,7 @@ def write_report(results: Sequence[Path], destination: Path) -> Path:
     page = render(
         "report.html",
         summary=summary(grid),
+        warning=starts_warning(grid),
         tasks=grid.tasks,
         date=max(record.created for record in grid.records),
         charts={chart.name: placed for chart, placed in zip(charts, place(charts), strict=True)},

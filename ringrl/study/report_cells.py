@@ -1,8 +1,7 @@
 """Records sorted into cells: one method on one task at one context length, with its returns per training seed."""
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,37 +11,16 @@ from ringrl.errors import UserError
 from ringrl.evaluation.records import DATA, EvaluationRecord
 from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean
 from ringrl.evaluation.streams import stream_scores
-from ringrl.methods import METHODS
+from ringrl.study.report_variants import Variant, Variants, name_of, settings_of
 from ringrl.training.budget import Budget
 
 BOOTSTRAP_SEED = 0
 RESAMPLES = 2000
 
-_NAMES = {name: method.title for name, method in METHODS.items()} | {
-    "td3+her": "TD3 with hindsight goals",
-    "td3+bc+her": "TD3+BC with hindsight goals",
-    DATA: "Dataset",
-}
-
-_CONTEXT_FREE = ("random", "bc")
-
 _Place = tuple[str, "Variant", int | None, int]  # task, variant, trajectories trained on, episodes rolled out
 
 Streams = Float[np.ndarray, "streams episodes"]
 Runs = Float[np.ndarray, "seeds"]
-
-
-@dataclass(frozen=True, order=True)
-class Variant:
-    """A method as it is told apart in the report."""
-
-    method: str
-    token_set: str = ""
-    target_policy: str = ""
-    prompt: int = 0  # dataset trajectories before the first episode
-    train_task: str = ""  # where it is another one
-    cache: str = ""  # dtype of keys and values, where it is not the policy's
-    context_free: bool = False  # its returns are levels to compare with, not points of a curve
 
 
 @dataclass(frozen=True)
@@ -70,6 +48,15 @@ class Cell:
         return {seed: budget for seed, budget in sorted(told.items()) if budget is not None}
 
     @property
+    def starts(self) -> frozenset[frozenset[tuple[int, int]]]:
+        """Where the episodes of a training seed started (see `EvaluationRecord.starts`): one set, if all the same."""
+        of_seed: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        for record in self.records:
+            if record.context:
+                of_seed[record.seed].update(record.starts)
+        return frozenset(map(frozenset, of_seed.values()))
+
+    @property
     def episodes(self) -> int:
         """Episodes over all seeds, without those that failed."""
         return sum(int(np.isfinite(returns).sum()) for returns in self.streams.values())
@@ -94,7 +81,11 @@ class Cell:
 
     def episode_runs(self) -> list[Runs]:
         """The return of each in-context episode, per training seed, averaged over the streams that finished it."""
-        return [_means(self.streams[seed][:, index] for seed in self.seeds) for index in range(self.test)]
+        return _by_episode(self.streams, self.test)
+
+    def control_episode_runs(self) -> list[Runs]:
+        """The same of the control, whose episodes have the same starts; none when it was not measured."""
+        return _by_episode(self.control, self.test) if self.control else []
 
 
 @dataclass(frozen=True)
@@ -143,23 +134,17 @@ class Grid:
         cells = [cell for cell in self.cells if cell.task == task and cell.variant.context_free]
         return sorted(cells, key=lambda cell: (cell.variant.method != "random", cell.variant, cell.test))
 
+    def levels(self, task: str) -> list[Cell]:
+        """Of each variant without context on a task, the cell of the most episodes."""
+        most: dict[Variant, Cell] = {}
+        for cell in self.references(task):
+            if cell.variant not in most or cell.episodes > most[cell.variant].episodes:
+                most[cell.variant] = cell
+        return list(most.values())
+
     def name(self, variant: Variant) -> str:
         """A variant's name, with what else tells it apart from the report's other variants of the same method."""
-        others = [cell.variant for cell in self.cells if cell.variant.method == variant.method]
-        parts = [_NAMES.get(variant.method, variant.method)]
-        if variant.method.startswith("bc-"):
-            parts = [_NAMES["bc"], f"best {variant.method.removeprefix('bc-')}"]
-        if len({other.token_set for other in others}) > 1:
-            parts.append(variant.token_set or "no token set")
-        if len({other.target_policy for other in others}) > 1:
-            parts.append(f"target {variant.target_policy or 'unknown'}")
-        if variant.prompt:
-            parts.append(f"prompted with {variant.prompt}")
-        if variant.cache:
-            parts.append(f"cache in {variant.cache}")
-        if variant.train_task:
-            parts.append(f"trained on {variant.train_task}")
-        return ", ".join(parts)
+        return name_of(variant, {cell.variant for cell in self.cells})
 
 
 @dataclass(frozen=True)
@@ -188,10 +173,7 @@ def series_of(cells: Sequence[Cell]) -> list[Series]:
 
 
 def gather(records: Sequence[EvaluationRecord]) -> Grid:
-    """Sort records into cells. Of what was measured twice the newer record counts.
-
-    A Decision Transformer is an Agentic Transformer of one trajectory per context: where everything else is the same,
-    it is the first point of that curve and no method of its own.
+    """Sort records into cells. Of what was measured twice the newer record counts; other settings are told apart.
 
     Raises:
         UserError: one task has results of several datasets, whose returns mean different things.
@@ -212,13 +194,15 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     failed: dict[_Place, int] = defaultdict(int)
     members: dict[_Place, list[EvaluationRecord]] = defaultdict(list)
     data: dict[str, list[float]] = defaultdict(list)
-    curves = {(record.task, _variant(record)) for record in latest.values()}
+    variants = Variants(latest.values())
     for record in latest.values():
         if record.method == DATA:
             data[record.task] += record.finished
             continue
-        key = _place(record, curves)
-        if key[1].context_free and not record.context:
+        variant = variants.of(record)
+        train = None if variant.context_free else record.train_trajectories
+        key = record.task, variant, train, record.test_trajectories
+        if variant.context_free and not record.context:
             continue  # what the control repeats is the same
         cell = streams[key]
         failed[key] += record.failed
@@ -287,18 +271,8 @@ def _identity(record: EvaluationRecord, *, of_stream: bool = True) -> tuple[obje
     return (
         record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
         record.seed, record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
-        record.cache_dtype, asked, stream,
+        record.cache_dtype, asked, frozenset(settings_of(record).items()), stream,
     )  # fmt: skip
-
-
-def _place(record: EvaluationRecord, curves: Collection[tuple[str, Variant]]) -> _Place:
-    """The cell that a record belongs to; `curves` are the tasks and variants that there are."""
-    variant = _variant(record)
-    agentic = dataclasses.replace(variant, method="at")
-    if variant.method == "dt" and record.train_trajectories == 1 and (record.task, agentic) in curves:
-        variant = agentic
-    train = None if variant.context_free else record.train_trajectories
-    return record.task, variant, train, record.test_trajectories
 
 
 def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
@@ -312,23 +286,16 @@ def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
             raise UserError(f"{task}: the results come from different datasets ({names}); make one report for each")
 
 
-def _variant(record: EvaluationRecord) -> Variant:
-    train_task = record.train_task or ""
-    if record.method in _CONTEXT_FREE or record.train_trajectories is None:
-        return Variant(record.method, train_task=train_task, context_free=True)
-    target = record.target_policy or ""
-    if record.target_return is not None and target in ("", "given"):
-        target = f"given {record.target_return:g}"
-    prompt, cache = record.prompt_trajectories, record.cache_dtype or ""
-    return Variant(record.method, record.token_set or "", target, prompt, train_task, cache)
-
-
 def _stack(streams: Mapping[int, list[tuple[float | None, ...]]]) -> dict[int, Streams]:
     return {seed: np.array(returns, np.float64) for seed, returns in streams.items()}  # None becomes NaN
 
 
 def _runs(streams: Mapping[int, Streams], metric: Metric) -> Runs:
     return _means(stream_scores(streams[seed], metric) for seed in sorted(streams))
+
+
+def _by_episode(streams: Mapping[int, Streams], episodes: int) -> list[Runs]:
+    return [_means(streams[seed][:, index] for seed in sorted(streams)) for index in range(episodes)]
 
 
 def _means(groups: Iterable[np.ndarray]) -> Runs:

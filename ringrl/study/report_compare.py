@@ -128,12 +128,19 @@ def headline(found: Comparison) -> str:
 
 
 def cautions(found: Comparison) -> list[str]:
-    """What the comparisons that look clear may owe to chance."""
+    """What the comparisons that look clear may owe to chance, and others to their starts."""
     judged = [pair for pair in found.pairs if pair.change.interval is not None]
     clear = [pair.change.runs for pair in judged if pair.clear]
     said = [caution(min(clear))] if clear else []
     if clear and len(judged) >= _MANY_PAIRS:
         said.append(f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear if nothing differed.")
+    unlike = [f"{pair.name} on {pair.task}" for pair in found.pairs if pair.a.starts != pair.b.starts]
+    if unlike:
+        listed = ", ".join(unlike[:_MANY]) + (f" and {len(unlike) - _MANY} more" if len(unlike) > _MANY else "")
+        said.append(
+            f"A and B were not rolled out from the same starts: {listed}. Some starts are harder than others, so a "
+            "part of what differs may lie in them."
+        )
     return [sentence for sentence in said if sentence]
 
 

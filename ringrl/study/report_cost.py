@@ -8,9 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ringrl.study.figures import one_seed
-from ringrl.study.report_cells import Cell, Grid, Variant, in_sentence, middle, series_of, summarise
+from ringrl.study.report_cells import Cell, Grid, in_sentence, middle, series_of, summarise
 from ringrl.study.report_draw import Chart, Panel, Point, amount_axis, draw_line, dress, styles
 from ringrl.study.report_svg import colour
+from ringrl.study.report_variants import Variant
 from ringrl.training.budget import Budget
 
 _ALIKE = 1.05  # amounts that differ by less are told to be the same
@@ -116,7 +117,7 @@ def _amount(measure: _Measure, cell: Cell) -> float | None:
 
 
 def _without_context(grid: Grid, task: str) -> dict[Variant, Cell]:
-    return {cell.variant: cell for cell in grid.references(task)}
+    return {cell.variant: cell for cell in grid.levels(task)}
 
 
 def _spread(amounts: list[float]) -> float:

@@ -12,8 +12,9 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocato
 
 from ringrl.evaluation.records import EvaluationRecord
 from ringrl.evaluation.statistics import Estimate
-from ringrl.study.report_cells import Grid, Variant
+from ringrl.study.report_cells import Grid
 from ringrl.study.report_svg import SERIES, colour, settings, to_pdf, to_svg
+from ringrl.study.report_variants import Variant
 
 PANEL = (4.0, 2.8)  # inches: with 9 points of text it reads at 360 CSS pixels
 Dash = tuple[float, ...]  # lengths of strokes and gaps in points; empty: solid

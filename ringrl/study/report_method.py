@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord, Results
 from ringrl.evaluation.target import NO_TARGET
 from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid
+from ringrl.study.report_starts import starts_facts
 from ringrl.study.tables import number
 
 Fact = tuple[str, list[str]]  # what, and one line each
@@ -19,7 +20,7 @@ def provenance(records: Iterable[EvaluationRecord]) -> list[Fact]:
         ("Versions", _versions(records)),
         ("Dataset (SHA-256)", _per_task((record.task, record.data_fingerprint) for record in records)),
         ("Training seeds", _trained_with(records)),
-        ("Environment seeds", [_numbers(record.environment_seed for record in records)]),
+        ("Environment seeds", _starts(records)),
     ]
     return [(name, [line for line in lines if line]) for name, lines in found if any(lines)]
 
@@ -31,7 +32,8 @@ def facts(results: Results, grid: Grid) -> list[Fact]:
         ("Evaluation protocol", [f"{PROTOCOL}: undiscounted returns of whole episodes, in dm_control"]),
         ("Target return", _targets(grid)),
         ("Training seeds", _trained_with(records)),
-        ("Environment seeds", [_numbers(record.environment_seed for record in records)]),
+        ("Environment seeds", _starts(records)),
+        ("Starts", starts_facts(grid)),
         ("Optimiser steps", [_numbers(record.steps_trained for record in records if record.steps_trained is not None)]),
         ("Dataset (SHA-256)", _per_task((record.task, record.data_fingerprint) for record in grid.records)),
         ("Checkpoints", _distinct(record.checkpoint_hash and record.checkpoint_hash[:12] for record in records)),
@@ -65,6 +67,11 @@ def _versions(records: Iterable[EvaluationRecord]) -> list[str]:
 
 def _trained_with(records: Iterable[EvaluationRecord]) -> list[str]:
     return [_numbers(record.seed for record in records if record.steps_trained is not None)]
+
+
+def _starts(records: Iterable[EvaluationRecord]) -> list[str]:
+    """The seeds that starts were drawn with; of older results, those of the streams."""
+    return [_numbers(seed for record in records for seed in record.start_seeds or (record.environment_seed,))]
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:

@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ringrl.evaluation.statistics import Estimate, performance_profile, probability_of_improvement
-from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid, Runs, Variant, series_of
+from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid, Runs, series_of
 from ringrl.study.report_draw import PANEL, Chart, Panel, dress, linestyle, styles
 from ringrl.study.report_svg import colour
+from ringrl.study.report_variants import Variant
 from ringrl.study.tables import normalised
 
 _THRESHOLDS = 101
@@ -59,7 +60,7 @@ def contenders(grid: Grid) -> list[Contender]:
                 label = f"{length} trajector{'y' if length == 1 else 'ies'}"
             found.append(Contender(variant, longest, label, {task: cell.runs() for task, (_, cell) in points.items()}))
     for variant in grid.context_free:
-        alike = [cell for task in grid.tasks for cell in grid.references(task) if cell.variant == variant]
+        alike = [cell for task in grid.tasks for cell in grid.levels(task) if cell.variant == variant]
         found.append(Contender(variant, True, "", {cell.task: cell.runs() for cell in alike}))
     several = (
         Contender(one.variant, one.longest, one.length, {t: runs for t, runs in one.runs.items() if len(runs) > 1})

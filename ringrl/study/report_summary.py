@@ -10,7 +10,6 @@ from ringrl.evaluation.statistics import Estimate
 from ringrl.study.report_cells import (
     Cell,
     Grid,
-    Variant,
     contrast,
     in_sentence,
     middle,
@@ -18,6 +17,7 @@ from ringrl.study.report_cells import (
     series_of,
     summarise,
 )
+from ringrl.study.report_variants import Variant
 from ringrl.study.tables import context_label, number
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
@@ -95,16 +95,19 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
         return "Only one context length was measured."
     subjects = {verdict.subject for verdict in judged}
     subject = subjects.pop() if len(subjects) == 1 else "Context"
+    claims = []
     for kind, bare in (("helps", "help"), ("hurts", "hurt")):
         found = [verdict for verdict in judged if verdict.kind == kind]
         if found:
             careful = min(verdict.seeds for verdict in found) < SEEDS_FOR_A_CLAIM
-            claim = f"{subject} {f'seems to {bare}' if careful else kind}"
+            claim = f"seems to {bare}" if careful else kind
             if len(judged) == 1:
-                return f"{claim}."
+                return f"{subject} {claim}."
             share = f"all {len(found)}" if len(found) == len(judged) else f"{len(found)} of {len(judged)}"
-            return f"{claim} in {share} comparisons."
-    return f"{subject} makes no clear difference."
+            claims.append(f"{claim} in {share}")
+    if not claims:
+        return f"{subject} makes no clear difference."
+    return f"{subject} {' and '.join(claims)} comparisons."
 
 
 def caution(seeds: int) -> str | None:
@@ -165,9 +168,7 @@ def _judge(change: Estimate) -> str:
 
 
 def _notes(grid: Grid, task: str) -> list[str]:
-    levels = [
-        f"{in_sentence(grid.name(cell.variant))} {number(middle(cell.runs()))}" for cell in _references(grid, task)
-    ]
+    levels = [f"{in_sentence(grid.name(cell.variant))} {number(middle(cell.runs()))}" for cell in grid.levels(task)]
     if task in grid.data:
         returns = grid.data[task]
         levels.append(f"the dataset's episodes {number(returns.mean())} on average, {number(returns.max())} at best")
@@ -183,17 +184,10 @@ def _in_context(name: str, cell: Cell) -> list[str]:
     first, last, best = (number(middle_or_none(cell.runs(metric))) for metric in ("first", "last", "best"))
     sentences = [f"The {name} goes from {first} in the first of {cell.test} episodes in context to {last} in the last."]
     if cell.control:
+        ends = (number(middle_or_none(cell.control_runs(metric))) for metric in ("first", "last"))
+        sentences.append(f"From the same starts without memory it goes from {' to '.join(ends)}.")
         control = number(middle(cell.control_runs("best")))
         sentences.append(
             f"Its best of {cell.test} is {best}, where the best of {cell.test} tries without memory is {control}."
         )
     return sentences
-
-
-def _references(grid: Grid, task: str) -> list[Cell]:
-    """One cell per variant without context, that of the most episodes."""
-    most: dict[Variant, Cell] = {}
-    for cell in grid.references(task):
-        if cell.variant not in most or cell.episodes > most[cell.variant].episodes:
-            most[cell.variant] = cell
-    return list(most.values())

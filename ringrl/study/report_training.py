@@ -5,21 +5,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydantic
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from ringrl.config import read_yaml
+from ringrl.config import TrainConfig, read_yaml
 from ringrl.errors import UserError
+from ringrl.evaluation.recipe import configuration_hash, recipe
 from ringrl.evaluation.records import EvaluationRecord, Results
-from ringrl.study.report_cells import Grid, Variant, summarise
+from ringrl.study.report_cells import Grid, summarise
 from ringrl.study.report_draw import Chart, Panel, Point, context_axis, draw_line, dress, linestyle, styles
 from ringrl.study.report_svg import colour
+from ringrl.study.report_variants import Variant
 
 POINTS = 80  # of a learning curve; steps between are averaged
-MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl, where a device tells it
+MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl, where the compiler tells it
 _SPREAD = 20  # ratio of the largest to the smallest loss from which the axis is logarithmic
 
 
@@ -79,7 +83,10 @@ def training_charts(runs: Sequence[TrainingRun], grid: Grid) -> list[Chart]:
         charts.append(_by_length("throughput", "Throughput", caption, "tokens per second", speeds, grid))
     memory = [run for run in with_context if run.peak_memory is not None]
     if memory:
-        caption = "The most memory that a device held in training; interquartile mean and 95 % interval over seeds."
+        caption = (
+            "The most memory that a device holds at once in a training step, as the compiler counts it: parameters, "
+            "optimiser, scratch, and the run's own batch."
+        )
         charts.append(_by_length("memory", "Memory", caption, "bytes per device", memory, grid))
     return charts
 
@@ -87,16 +94,34 @@ def training_charts(runs: Sequence[TrainingRun], grid: Grid) -> list[Chart]:
 def run_folder(record: EvaluationRecord, beside: Sequence[Path]) -> Path | None:
     """The run's folder: beside its results, or where the record says. Its configuration must be of that run."""
     told = Path(str(record.checkpoint))
+    fitting = []
     for folder in [*(place for place in beside if place.name == told.name), told]:
         try:
-            if (folder / "metrics.jsonl").is_file() and _fits(read_yaml(folder / "config.yaml"), record):
-                return folder
+            if (folder / "metrics.jsonl").is_file():
+                config = read_yaml(folder / "config.yaml")
+                if _is_of(config, record):
+                    return folder
+                fitting += [folder] if _fits(config, record) else []
         except (UserError, OSError):
             continue
-    return None
+    return fitting[0] if fitting else None
 
 
-def _fits(config: dict[str, object], record: EvaluationRecord) -> bool:
+def _is_of(config: dict[str, Any], record: EvaluationRecord) -> bool:
+    """Whether it is, to the last setting, the configuration of the record's run."""
+    try:
+        return configuration_hash(TrainConfig.model_validate(config)) == record.configuration_hash
+    except pydantic.ValidationError:
+        return False
+
+
+def _fits(config: dict[str, Any], record: EvaluationRecord) -> bool:
+    """Whether it may be: a later version, or a place that data were moved to, changes the hash and none of these."""
+    try:
+        if record.settings not in (None, recipe(TrainConfig.model_validate(config))):
+            return False
+    except pydantic.ValidationError:
+        pass  # what older versions wrote is judged by the rest
     context = config.get("context")
     length = context.get("trajectories") if isinstance(context, dict) else None
     task = record.train_task or record.task
@@ -175,16 +200,17 @@ def _by_length(name: str, title: str, caption: str, up: str, runs: Sequence[Trai
 
 
 def _draw_by_length(axes: Axes, runs: Sequence[TrainingRun], grid: Grid, memory: bool, up: str) -> None:
-    known = styles(grid)
+    known, highest = styles(grid), 0.0
     for variant in dict.fromkeys(run.variant for run in runs):
         points = []
         for length in sorted({run.length for run in runs if run.variant == variant and run.length}):
             alike = [run for run in runs if (run.variant, run.length) == (variant, length)]
             values = np.array([run.peak_memory if memory else run.tokens_per_second for run in alike], np.float64)
             points.append(Point(length, summarise(values), values))
+            highest = max(highest, float(values.max()))
         draw_line(axes, points, known[variant])
     context_axis(axes, {run.length for run in runs if run.length})
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * highest)
     axes.yaxis.set_major_formatter(EngFormatter("B" if memory else "", sep="\N{NO-BREAK SPACE}"))
     dress(axes, "trajectories per training context", up)
 

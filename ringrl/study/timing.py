@@ -5,6 +5,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -51,7 +52,8 @@ def shape(cell: Cell) -> str:
     """A name that cells have in common which take equally long: but for seed, folder and steps they are the same."""
     apart = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
     config = cell.config.model_dump(mode="json", exclude={**apart, "optimiser": {"steps": True}})
-    return hashlib.sha256(json.dumps([config, cell.describe()], sort_keys=True).encode()).hexdigest()[:16]
+    rolled_out = [asdict(protocol) for protocol in cell.protocols]
+    return hashlib.sha256(json.dumps([config, rolled_out], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_timings(output: Path) -> dict[str, Timing]:
@@ -84,6 +86,7 @@ def measure_all(cells: Iterable[Cell], output: Path, workers: int, console: Cons
         if found.timing is None:
             raise UserError(f"{new[names[ended.number]].name}: cannot be trained or evaluated: {found.failure}")
         known[names[ended.number]] = found.timing
+        console.print(f"timed {new[names[ended.number]].name}", soft_wrap=True, markup=False, highlight=False)
         write(output / TIMINGS, json.dumps({key: value.model_dump() for key, value in known.items()}, indent=1))
     return known
 
@@ -119,12 +122,12 @@ def measure(cell: Cell) -> Timing:
 
 def _evaluation(cell: Cell, trained: TrainedPolicy) -> float:
     """Seconds of all rollouts of a cell."""
-    task, streams = cell.config.task, cell.protocols[0].environments
+    task = cell.config.task
     length = domain_of(task).episode_length
-    simulate = _simulate(task, streams)
     total = 0.0
     for protocol in cell.protocols:
-        steps = length * protocol.episodes
+        streams, steps = protocol.environments, length * protocol.episodes
+        simulate = _simulate(task, streams)
         total += steps * (simulate + _act(trained, streams, steps))
         if protocol.control:
             total += steps * (simulate + _act(trained, streams, length))

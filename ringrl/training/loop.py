@@ -30,7 +30,7 @@ from ringrl.training.metrics import Cost, Recorder, open_log, progress_bar
 from ringrl.training.profile import Profiler
 from ringrl.training.run_folder import check_dataset, claim_folder, dataset_fingerprint, flat
 from ringrl.training.step import TrainState
-from ringrl.training.throughput import peak_flops, step_flops
+from ringrl.training.throughput import peak_flops, step_flops, step_memory
 
 
 def train(
@@ -120,6 +120,8 @@ def _run_steps(
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)
             state, metrics = agent.update(state, batch)
+            if step == start + 1:  # it has just been compiled
+                recorder.memory = step_memory(agent.update, state, batch)
             recorder.add(step, metrics)
             is_last = stop.after(step)
             is_checkpoint = is_last or step % config.checkpoint_every == 0 or step == config.optimiser.steps

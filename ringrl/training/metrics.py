@@ -118,6 +118,7 @@ class Recorder:
     """Holds metrics on the device until it is time to write them, so that logging never stalls the step."""
 
     failure: UserError | None = None  # once more steps in a row were skipped than the configuration allows
+    memory: int | None = None  # bytes that a step takes on each device, once that is known
 
     def __init__(self, config: TrainConfig, cost: Cost, log: MetricsLog, progress: Progress) -> None:
         self._config, self._cost, self._log, self._progress = config, cost, log, progress
@@ -136,6 +137,8 @@ class Recorder:
         values = jax.device_get(self._waiting)
         now = time.perf_counter()
         speed = self._speed((now - self._since) / len(values))
+        if self.memory is not None:
+            speed["peak_memory_bytes"] = self.memory
         entries = []
         for step, metrics in values:
             entry = {"step": step} | {name: float(value) for name, value in metrics.items()}

@@ -1,5 +1,7 @@
 """What a step costs, in operations of the model: how fast a run is, and how much of the machine it uses."""
 
+from typing import Any
+
 import jax
 
 from ringrl.attention.strategy import link_of
@@ -30,3 +32,18 @@ def peak_flops(devices: int) -> float | None:
     device = jax.devices()[0]
     link = link_of(device.device_kind)
     return None if link is None or device.platform == "cpu" else devices * link.flops
+
+
+def step_memory(step: Any, *arguments: Any) -> int | None:
+    """Most bytes that a device holds at once in a step, as the compiler counts them; None where it does not say.
+
+    Args:
+      step: jitted, and called before with arguments of these shapes: nothing is compiled again.
+      arguments: of the step; none of them is read.
+    """
+    found = step.lower(*arguments).compile().memory_analysis()
+    if found is None:
+        return None
+    if jax.devices()[0].platform == "cpu":  # there the peak leaves the scratch out
+        return int(found.argument_size_in_bytes + found.temp_size_in_bytes)
+    return int(found.peak_memory_in_bytes + found.generated_code_size_in_bytes)

@@ -279,9 +279,9 @@ def test_the_hash_of_an_evaluation_tells_all_that_decides_it(
 
 def test_random_actions_do_not_depend_on_what_is_beside_them() -> None:
     two = evaluate_random(TASK, Protocol(environments=2, episodes=2, seed=70))
-    (alone,) = evaluate_random(TASK, Protocol(environments=1, episodes=2, seed=71))
+    (alone,) = evaluate_random(TASK, Protocol(environments=1, episodes=2, seed=72))
     assert alone.returns == two[1].returns != two[0].returns
-    assert (alone.target_policy, alone.target_return, alone.environment_seed) == ("none", None, 71)
+    assert (alone.target_policy, alone.target_return, alone.environment_seed) == ("none", None, 72)
     assert not plan_random(TASK, Protocol(control=True)).control
 
 

@@ -54,11 +54,26 @@ def test_round_trip(tmp_path):
         ({"reward": 3}, "Extra inputs"),
         ({"task": ""}, "at least 1 character"),
         ({"returns": (None, 1.0)}, "a return after an episode that failed"),
+        ({"start_seeds": (3,)}, "1 start_seeds for test_trajectories=2"),
     ],
 )
 def test_a_wrong_record_is_refused(changes, message):
     with pytest.raises(pydantic.ValidationError, match=message):
         make_record(**changes)
+
+
+def test_starts_are_named():
+    assert make_record(start_seeds=(7, 8)).starts == ((7, 0), (8, 0))
+    assert make_record(start_seeds=()).starts == ((5, 0), (5, 1)), "the second drew on where the first had stopped"
+
+
+def test_json_that_is_too_deep_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("[" * 200_000 + "\n")
+    with pytest.raises(UserError, match="line 1: is not JSON"):
+        read_records(path)
+    path.write_text("[" * 200_000)
+    assert read_records(path).half_written == (path,)
 
 
 def test_failed_episodes_are_marked_and_counted(tmp_path):

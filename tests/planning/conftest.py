@@ -21,8 +21,3 @@ def make() -> Make:
         return Workload(TrainConfig.model_validate(values | {"optimiser": {"batch_size": contexts}}), tokens)
 
     return workload
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it(optimised: None) -> None:
-    """Compiled as training compiles it: its memory and schedule are what is planned."""

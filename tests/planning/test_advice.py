@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from ringrl.planning.advice import MOST_DEVICES, advise
+from ringrl.planning.advice import advise
 from ringrl.planning.closed_form import memory_of
 from ringrl.planning.machines import GIB, find_machine
 from ringrl.planning.workload import Workload, find_model
@@ -81,7 +81,17 @@ def test_devices_do_not_help_where_every_one_has_too_much():
     hopeless = dataclasses.replace(MACHINE, device=dataclasses.replace(MACHINE.device, memory=0.01 * GIB))
     workload = plan_of(2**20, {"seq": 8})
     assert not any(advice.is_enough for advice in advice_of(workload, hopeless))
-    assert MOST_DEVICES >= 4096
+
+
+def test_what_leaves_the_tpu_kernel_too_many_tiles_is_not_enough():
+    """There is memory to spare, so that nothing that saves memory helps."""
+    machine = find_machine("tpu-v5p-32")
+    workload = Workload(find_model("350m"), 2**23).with_settings("mesh", seq=16)
+    total = memory_of(workload, "tpu").total
+    assert total < machine.device.memory
+    assert [advice.change for advice in advise(workload, machine, total) if advice.is_enough] == [
+        "32 such devices, --mesh.seq 32"
+    ]
 
 
 def test_together_is_what_all_changes_make():

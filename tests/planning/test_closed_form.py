@@ -43,6 +43,13 @@ def test_a_ring_takes_the_same_memory_per_device_whatever_its_size():
     assert small.parameters > 50 * large.parameters  # norms, embeddings and head lie on every device
 
 
+def test_only_tpus_fill_up_short_heads():
+    """Heads of 64 features take registers of 128 there; of 128 features all count alike."""
+    for name, is_alike in (("350m", False), ("7b", True)):
+        workload = shape(name, 2**18, seq=8)
+        assert (memory_of(workload, "tpu").total == memory_of(workload, "gpu").total) == is_alike
+
+
 def test_longest_contexts_grow_with_the_devices():
     lengths = [
         longest_context(shape("350m", 8 * 8, seq=8 * n), find_machine(f"tpu-v4-{16 * n}")) / n for n in (1, 8, 64)
@@ -61,6 +68,7 @@ def test_each_kind_of_the_papers_is_longer_than_the_one_before():
     assert lengths[3] > 4 * lengths[2]
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     devices=st.sampled_from([2, 8, 64]),
     kind=st.sampled_from(["vanilla", "memory_efficient", "blockwise", "ring"]),
@@ -88,6 +96,27 @@ def test_the_tpu_kernel_lists_so_many_tiles():
     assert longest == 8 * 2**18  # by the list, not by the memory
     assert memory_of(shape("350m", longest, seq=8), "tpu").total < machine.device.memory / 2
     assert not listed_tiles_fit(shape("350m", longest + 8 * 2048, seq=8), machine)
+
+
+def test_no_list_is_longer_than_a_tile_can_be_numbered():
+    """Of gathered keys there are more tiles than of queries."""
+    machine = find_machine("tpu-v5p-1024")
+    few = shape("350m", 1024 * 4096, seq=1024).with_settings("model", attention="memory_efficient")
+    assert listed_tiles_fit(few, machine)
+    assert listed_tiles_fit(few.with_settings("model", attention="ring"), machine)
+    assert not listed_tiles_fit(few.with_tokens(1024 * 4098), machine)
+
+
+def test_heads_that_the_tpu_kernel_does_not_take_have_no_list():
+    wide = shape("350m", 8 * 2**19, seq=8).with_settings("model", heads=2, kv_heads=2)
+    assert listed_tiles_fit(wide, find_machine("tpu-v5p-16"))
+
+
+def test_no_context_is_longer_than_positions_count():
+    machine = find_machine("tpu-v5p-128")
+    endless = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=1e30))
+    tiny = shape("tiny", 640, seq=64).with_settings("model", attention="vanilla", token_set="at5")
+    assert 2**31 - 640 <= longest_context(tiny, endless) < 2**31
 
 
 def test_what_saves_memory_saves_it_in_the_formula():

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from ringrl.cli import main
@@ -60,7 +61,22 @@ def test_a_chosen_mesh_has_the_layout_that_is_asked_for(tmp_path):
     assert json.loads(path.read_text())["mesh"]["layout"] == "contiguous"
 
 
+def test_a_given_mesh_keeps_the_layout_of_the_configuration(tmp_path):
+    config, path = tmp_path / "config.yaml", tmp_path / "plan.json"
+    config.write_text("model: {width: 256, heads: 4}\nmesh: {layout: contiguous}\noptimiser: {batch_size: 1}")
+    flags = "--mesh.seq", "8", "--json", str(path)
+    plan("--model", str(config), "--machine", "8xa100", "--tokens", "128k", *flags)
+    assert json.loads(path.read_text())["mesh"]["layout"] == "contiguous"
+
+
+def test_of_a_gpu_it_is_said_how_much_a_program_has_to_take(capsys):
+    plan("--model", "7b", "--machine", "8xa100", "--tokens", "128k")
+    assert "76.00 GiB each (with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("eight_devices")
 def test_more_host_devices_than_there_are(capsys):
+    assert len(jax.devices()) < 64  # which from here on are as many as they are
     plan("--model", "tiny", "--machine", "cpu-64", "--tokens", "1024", "--contexts", "1")
     assert "start it with JAX_PLATFORMS=cpu XLA_FLAGS" in capsys.readouterr().out
 
@@ -88,6 +104,8 @@ def test_a_machine_by_its_numbers(capsys):
         ("--model jaco_reach --machine 8xa100 --tokens 8M", "sees no context"),
         ("--model 7b --machine 8xa100 --tokens 8k --json /nowhere/plan.json", "/nowhere/plan.json: cannot be written"),
         ("--model 7b --machine 8xa100 --tokens 8k --contexts 0", "batch_size"),
+        ("--model 7b --machine 8xa100 --tokens 8k --custom.memory 40", "--machine is 8xa100"),
+        ("--model 7b --machine tpu-v4-16 --tokens 8k --compilations -1", "--compilations -1"),
         ("--model 7b --machine 8xa100", "--tokens"),
     ],
 )

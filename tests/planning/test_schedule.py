@@ -1,3 +1,5 @@
+import pytest
+
 from ringrl.planning.schedule import read_schedule
 
 PROGRAM = """
@@ -34,6 +36,37 @@ def test_what_stands_between_start_and_end_counts():
     assert (schedule.around_ring, schedule.around_ring_hidden) == (2, 1)
     assert (schedule.others, schedule.others_hidden) == (2, 1)
     assert schedule.waited_for == {"all-reduce": 1}
+
+
+KERNEL = '  %kernel = f32[8] custom-call(bf16[8] %x), custom_call_target="tpu_custom_call"'
+START = "  %send = (bf16[8], bf16[8]) collective-permute-start(bf16[8] %x), channel_id=1"
+DONE = "  %done = bf16[8] collective-permute-done((bf16[8], bf16[8]) %send)"
+OTHER = "  %small = bf16[8] fusion(bf16[8] %x), kind=kLoop, calls=%add"
+
+
+@pytest.mark.parametrize(
+    ("lines", "hidden"),
+    [
+        ([START, KERNEL, DONE], 1),
+        ([START, KERNEL, OTHER, OTHER, OTHER, DONE], 1),
+        ([START, OTHER, OTHER, OTHER, KERNEL, DONE], 1),
+        ([OTHER, OTHER, START, KERNEL, DONE, OTHER], 1),
+        ([KERNEL, START, DONE], 0),
+        ([START, DONE, KERNEL], 0),
+        ([KERNEL, START, OTHER, DONE, KERNEL, OTHER, OTHER], 0),
+        ([OTHER, KERNEL, OTHER, START, OTHER, OTHER, DONE, OTHER, KERNEL], 0),
+    ],
+)
+def test_only_a_kernel_between_start_and_end_hides_a_transfer(lines, hidden):
+    body = "\n".join(["%ring (x: bf16[8]) -> bf16[8] {", "  %x = bf16[8] parameter(0)", *lines, "}"])
+    schedule = read_schedule(body)
+    assert (schedule.around_ring, schedule.around_ring_hidden) == (1, hidden)
+
+
+def test_what_a_layer_sends_besides_its_ring_is_not_around_it():
+    loop = "  %loop = bf16[8] while(bf16[8] %x), condition=%c, body=%ring"
+    body = "\n".join(["%layer (x: bf16[8]) -> bf16[8] {", START, loop, KERNEL, DONE, "}"])
+    assert read_schedule(body)[:4] == (0, 0, 1, 1)
 
 
 def test_a_ring_that_is_waited_for_is_seen():

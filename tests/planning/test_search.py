@@ -9,7 +9,7 @@ from ringrl.planning.ahead_of_time import fits
 from ringrl.planning.closed_form import longest_context, memory_of
 from ringrl.planning.machines import find_machine
 from ringrl.planning.roofline import estimate
-from ringrl.planning.search import best_meshes, find_longest, granule, meshes
+from ringrl.planning.search import best_meshes, factorisations, find_longest, granule, meshes
 from ringrl.planning.workload import Workload, find_model
 
 
@@ -41,9 +41,20 @@ def test_one_long_context_goes_around_the_ring():
     assert best_meshes(shape("7b", 2**23), find_machine("tpu-v4-512"))[0].config.mesh.seq == 256
 
 
-def test_no_mesh_is_an_error_that_says_what_divides():
-    with pytest.raises(UserError, match=r"no mesh of 8 devices divides 1 contexts of 1001 tokens.*multiple of 64"):
+def test_no_mesh_is_an_error_that_says_what_would_divide():
+    with pytest.raises(UserError, match=r"no mesh of 8 devices divides 1 contexts of 1001 tokens.*multiple of 64 or"):
         best_meshes(shape("7b", 1001), find_machine("8xa100"))
+    with pytest.raises(UserError, match=r"width of 4096; give --contexts 7 or another number of devices"):
+        best_meshes(shape("7b", 8192), find_machine("7xa100"))
+    assert best_meshes(shape("7b", 1024), find_machine("8xa100"))
+    assert best_meshes(shape("7b", 8192, contexts=7), find_machine("7xa100"))
+
+
+@pytest.mark.parametrize(("number", "ways"), [(1, 1), (7, 4), (12, 40), (64, 84)])
+def test_all_ways_to_divide_devices_among_axes(number, ways):
+    found = list(factorisations(number, 4))
+    assert len(set(found)) == len(found) == ways
+    assert all(math.prod(each) == number for each in found)
 
 
 def test_without_a_compiler_the_formula_decides():
@@ -56,7 +67,7 @@ def test_without_a_compiler_the_formula_decides():
 def test_the_compiler_brackets_the_longest_context(make):
     """A memory so small that little fits: what is given as longest fits, and what is given as too long does not."""
     machine = find_machine("cpu-8")
-    workload = make(2048, {"seq": 8})
+    workload = make(2048, {"seq": 8}, layers=1, attention="vanilla")  # which compiles fastest
     small = memory_of(workload.with_tokens(4096), "cpu").total
     machine = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=small))
     devices = jax.devices()[:8]

@@ -62,7 +62,7 @@ def test_models_are_found_by_shape_preset_and_file(tmp_path):
     assert find_model("350m") == find_model("paper_350m")
     path = tmp_path / "config.yaml"
     path.write_text("model: {width: 256, heads: 4}")
-    assert find_model(str(path)).model.width == 256
+    assert find_model(str(path)).model.width == find_model(str(tmp_path)).model.width == 256
 
 
 @pytest.mark.parametrize(

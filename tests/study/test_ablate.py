@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ringrl.cli import main
 from ringrl.config import to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
+from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.evaluation.records import read_records
 from ringrl.study.ablate import Run, ablate, estimate
-from ringrl.study.cells import cells, write
+from ringrl.study.cells import attempt, cells, is_finished, references, write
 from ringrl.study.plan import read_plan
+from ringrl.study.report_cells import gather
+from ringrl.study.report_starts import starts_warning
+from ringrl.training.run_folder import dataset_fingerprint
 
 QUICK = Run(workers=2, timing=False)
 COMMAND = Path(sys.executable).with_name("ringrl")
@@ -37,28 +42,28 @@ def said_by(plan: Path, how: Run) -> tuple[str, str | None]:
 
 
 def test_a_cell_that_fails_stops_no_other_and_is_retried_on_request(write_plan, jaco_store: EpisodeStore) -> None:
-    plan = write_plan(jaco_store.path)
+    plan = write_plan(jaco_store.path, baselines=[])
     runs = read_plan(plan).output / "jaco_reach_top_left"
     blocked = runs / "at_1_seed0"
     blocked.mkdir(parents=True)
     (blocked / "checkpoints").write_text("in the way")
     said, error = said_by(plan, QUICK)
     assert error is not None
-    assert error.startswith("1 of 5 failed")
+    assert error.startswith("1 of 4 failed")
     (line,) = [line for line in said.splitlines() if "at_1_seed0 failed: " in line]
     assert "cannot be written" in line
     assert str(blocked / "log.txt") in line
     assert "cannot be written" in (blocked / "log.txt").read_text()
     assert "0 running, 1 failed, 0 waiting" in said
     results = {folder.name: folder / "evaluation.jsonl" for folder in runs.iterdir()}
-    assert {name for name, path in results.items() if path.exists()} == {"random", "data", "bc_seed0", "at_2_seed0"}
+    assert {name for name, path in results.items() if path.exists()} == {"random", "data", "at_2_seed0"}
 
     before = {name: path.read_bytes() for name, path in results.items() if path.exists()}
     (blocked / "checkpoints").unlink()
     again, error = said_by(plan, QUICK)
     assert "finished in" not in again
     assert error is not None
-    assert error.startswith("1 of 5 failed")
+    assert error.startswith("1 of 4 failed")
     said, error = said_by(plan, QUICK._replace(retry=True))
     assert error is None
     assert said.count("finished in") == 1
@@ -69,8 +74,11 @@ def test_a_cell_that_fails_stops_no_other_and_is_retried_on_request(write_plan, 
 
 def _results_are_whole(files: list[Path], store: EpisodeStore) -> None:
     records = read_records(files).records
-    counts = {name: sum(record.method == name for record in records) for name in ("random", "data", "bc", "dt", "at")}
-    assert counts == {"random": 2, "data": 8, "bc": 2, "dt": 2, "at": 4}
+    counts = {name: sum(record.method == name for record in records) for name in ("random", "data", "dt", "at")}
+    assert counts == {"random": 4, "data": 8, "dt": 4, "at": 4}
+    for policies in (("random",), ("dt",), ("at",)):
+        starts = [record.starts for record in records if record.method in policies and record.context]
+        assert sorted(start for one in starts for start in one) == [(FIRST_SEED + index, 0) for index in range(4)]
     returns = store.returns("jaco_reach_top_left")
     assert [record.returns[0] for record in records if record.method == "data"] == pytest.approx(returns.tolist())
     contexts = [(record.context, record.test_trajectories) for record in records if record.method == "at"]
@@ -78,17 +86,31 @@ def _results_are_whole(files: list[Path], store: EpisodeStore) -> None:
     assert {record.target_return for record in records if record.method == "at"} == {float(np.max(returns))}
 
 
-def test_other_lengths_are_rolled_out_later_and_another_plan_is_refused(write_plan, jaco_store: EpisodeStore) -> None:
+def finish_all(plan: Path, store: EpisodeStore) -> list[str]:
+    """Do here, and not in other processes, what is not finished; returns its names."""
+    chosen, fingerprints = read_plan(plan), {"jaco_reach_top_left": dataset_fingerprint(store)}
+    todo = [w for w in (*references(chosen, fingerprints), *cells(chosen, fingerprints)) if not is_finished(w)]
+    assert [attempt(work, "ringrl ablate plan.yaml") for work in todo] == [None] * len(todo)
+    return [work.folder.name for work in todo]
+
+
+def test_other_lengths_are_rolled_out_later_and_another_plan_is_refused(
+    write_plan, jaco_store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = {"trajectories": [1], "baselines": []}
-    assert said_by(write_plan(jaco_store.path, **one), QUICK)[1] is None
-    run = read_plan(write_plan(jaco_store.path, **one)).output / "jaco_reach_top_left" / "at_1_seed0"
+    plan = write_plan(jaco_store.path, **one)
+    assert finish_all(plan, jaco_store) == ["random", "data", "at_1_seed0"]
+    run = read_plan(plan).output / "jaco_reach_top_left" / "at_1_seed0"
     metrics = (run / "metrics.jsonl").read_bytes()
-    said, error = said_by(write_plan(jaco_store.path, **one, test_trajectories=[1, 2]), QUICK)
-    assert error is None
-    assert said.count("finished in") == 1
+    assert all(json.loads(line)["peak_memory_bytes"] > 0 for line in metrics.splitlines())
+    assert finish_all(write_plan(jaco_store.path, **one, test_trajectories=[1, 2]), jaco_store) == [
+        "random", "at_1_seed0",
+    ]  # fmt: skip
     assert (run / "metrics.jsonl").read_bytes() == metrics
-    records = read_records(run).records
-    assert [(r.test_trajectories, r.context) for r in records] == [(1, True)] * 2 + [(2, True)] * 2 + [(2, False)] * 2
+    grid = gather(read_records(run.parent).records)
+    found = {(cell.variant.method, cell.test, cell.episodes): len(cell.control) for cell in grid.cells}
+    assert found == {("random", 1, 4): 0, ("dt", 1, 4): 0, ("dt", 2, 4): 1}
+    assert starts_warning(grid) is None
     settings = read_plan(write_plan(jaco_store.path)).settings
     wider = settings | {"model": settings["model"] | {"width": 32}}
     for changes, words in (
@@ -99,6 +121,9 @@ def test_other_lengths_are_rolled_out_later_and_another_plan_is_refused(write_pl
         assert error is not None
         assert words in error
         assert "finished in" not in said
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    said, error = said_by(write_plan(jaco_store.path, **one, videos=True), QUICK)
+    assert str(error).startswith("no video: "), "which is found out before anything is done"
 
 
 def children(process: int) -> list[int]:
@@ -146,8 +171,8 @@ def test_what_is_killed_goes_on(write_plan, jaco_store: EpisodeStore) -> None:
     first_steps = [log.read_text().splitlines()[0] for log in logs]
     assert all(len(log.read_text().splitlines()) < 120 for log in logs)
 
-    done = subprocess.run([*command, "--retry"], stderr=subprocess.PIPE, text=True, check=True)
-    assert done.stderr.count("finished in") == 2
+    said, error = said_by(plan, QUICK._replace(workers=1, retry=True))
+    assert (said.count("finished in"), error) == (2, None)
     for log, first in zip(logs, first_steps, strict=True):
         lines = log.read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 121))
@@ -155,24 +180,24 @@ def test_what_is_killed_goes_on(write_plan, jaco_store: EpisodeStore) -> None:
         assert {record.steps_trained for record in read_records(log.parent).records} == {120}
 
 
-def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(write_plan, jaco_store: EpisodeStore) -> None:
-    plan = write_plan(jaco_store.path, trajectories=[2], seeds=[3], budget="time", seconds=0.5)
-    done = subprocess.run(
-        [str(COMMAND), "ablate", str(plan), "--dry-run", "--workers", "2"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(
+    write_plan, jaco_store: EpisodeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"trajectories": [2], "seeds": [3, 4], "baselines": []}
+    plan = write_plan(jaco_store.path, **changes, budget="time", seconds=0.5)
+    main(["ablate", str(plan), "--dry-run", "--workers", "2"])
+    shown = capsys.readouterr().out
     output = read_plan(plan).output
     assert not list(output.rglob("config.yaml"))
     timings = json.loads((output / "timing.json").read_text())
-    assert len(timings) == 2
-    rows = rows_of(done.stdout)
+    (timing,) = timings.values()
+    rows = rows_of(shown)
     _, number, steps, tokens, _, simulated, _ = rows["at_2"]
-    assert int(number) == 1
-    assert int(steps.replace(",", "")) in {max(1, int(0.5 / timing["step"])) for timing in timings.values()}
+    assert int(number) == 2
+    assert int(steps.replace(",", "")) == max(1, int(0.5 / timing["step"]))
     assert int(tokens.replace(",", "")) == int(steps.replace(",", "")) * 2 * 250
     assert int(simulated.replace(",", "")) == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
-    assert rows["bc"][5] == "500"
-    assert "with 2 at a time" in done.stdout
+    assert "with 2 at a time" in shown
     assert said_by(plan, QUICK)[1] == "--untimed: the budget time needs steps that were timed; leave it out"
 
     (cell,) = [cell for cell in cells(read_plan(plan)) if cell.folder.name == "at_2_seed3"]
@@ -180,7 +205,8 @@ def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(write_plan
     write(cell.folder / "config.yaml", to_yaml(cell.config.model_copy(update={"optimiser": optimiser})))
     console = Console(record=True, width=200, file=io.StringIO())
     estimate(read_plan(plan), console)
-    assert rows_of(console.export_text())["at_2"][2] == "17", "a cell that has begun keeps its steps"
+    total = rows_of(console.export_text())["in"]
+    assert int(total[3].replace(",", "")) == int(steps.replace(",", "")) + 17, "a cell that has begun keeps its steps"
 
 
 def rows_of(text: str) -> dict[str, list[str]]:

@@ -1,15 +1,20 @@
 """Plans as they are written, and the cells that they make."""
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ringrl.config import merged, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
+from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.methods import method_of
-from ringrl.study.cells import cells
+from ringrl.study.cells import cells, check, is_finished, references, write
+from ringrl.study.cost import cost
 from ringrl.study.plan import AblationPlan, read_plan
+from ringrl.study.timing import Timing, shape
 
 BASELINES = ("bc", "bc-10%", "dt", "td3", "td3+bc")
 
@@ -77,9 +82,90 @@ def test_tasks_token_sets_and_test_lengths_are_crossed(write_plan) -> None:
     assert found["walker_walk/at_2_dt3_seed0"].config.model.token_set == "dt3"
     assert [p.episodes for p in found["walker_walk/at_2_dt3_seed0"].protocols] == [1, 4]
     assert [p.episodes for p in found["walker_walk/bc_seed0"].protocols] == [1]
+    assert {p.environments * p.episodes for cell in found.values() for p in cell.protocols} == {8}
     for name, cell in found.items():
         assert str(cell.config.data) == ("w.h5" if name.startswith("walker") else "c.h5")
         assert cell.config.optimiser.steps == (3 if name.startswith("walker") else 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "episodes"),
+    [
+        ({"trajectories": [1, 2, 8]}, 3 * 8),
+        ({"trajectories": [2, 3], "budget": "steps"}, 3 * 6),
+        ({"trajectories": [1, 2, 4], "test_trajectories": [2]}, 3 * 2),
+        ({"methods": []}, 3),
+    ],
+)
+def test_everything_is_rolled_out_from_the_same_starts(write_plan, changes: dict, episodes: int) -> None:
+    """Whatever the length, all cells play as many whole contexts as give as many episodes, and random actions too."""
+    plan = plan_of(write_plan, environments=3, trajectories_per_batch=8, baselines=["bc", "dt"], **changes)
+    protocols = [protocol for cell in cells(plan) for protocol in cell.protocols]
+    assert {(p.environments * p.episodes, p.seed) for p in protocols} == {(episodes, FIRST_SEED)}
+    assert {reference.episodes for reference in references(plan)} == {episodes}
+
+
+def test_videos_are_of_the_lowest_seed(write_plan) -> None:
+    plan = plan_of(write_plan, seeds=[4, 2], baselines=["bc"], videos=True)
+    assert {cell.folder.name for cell in cells(plan) if cell.videos} == {"bc_seed2", "at_1_seed2", "at_2_seed2"}
+
+
+def finish(work) -> None:
+    """As if it had been done."""
+    write(work.folder / "cell.yaml", yaml.safe_dump(work.describe()))
+    write(work.folder / "evaluation.jsonl", "{}")
+    write(work.folder / "finished.json", json.dumps({"did": work.describe()}))
+
+
+def test_what_is_finished_is_finished_as_it_is_now(write_plan) -> None:
+    """More to roll out is done; other seconds, data or streams are another study's, and what is missing is made."""
+    before = {"trajectories": [2], "baselines": [], "budget": "time", "seconds": 60.0, "trajectories_per_batch": 4}
+    (cell,) = cells(plan_of(write_plan, **before), {"jaco_reach_top_left": "abc"})
+    finish(cell)
+    assert is_finished(cell)
+    check(cell)
+    longer = next(cells(plan_of(write_plan, **before | {"trajectories": [2, 4]}), {"jaco_reach_top_left": "abc"}))
+    filmed = next(cells(plan_of(write_plan, **before, videos=True), {"jaco_reach_top_left": "abc"}))
+    for more in (longer, filmed):
+        assert not is_finished(more)
+        check(more)
+    for changes, data, said in (
+        ({"seconds": 90.0}, "abc", r"cell\.yaml: seconds was 60\.0, the plan says 90\.0"),
+        ({}, "xyz", r"cell\.yaml: data was abc, the plan says xyz"),
+        ({"environments": 9}, "abc", "environments was 2, the plan says 9"),
+        ({"control": False}, "abc", "control was True, the plan says False"),
+    ):
+        (other,) = cells(plan_of(write_plan, **before | changes), {"jaco_reach_top_left": data})
+        assert not is_finished(other)
+        with pytest.raises(UserError, match=said):
+            check(other)
+    (cell.folder / "evaluation.jsonl").write_text("")
+    assert not is_finished(cell)
+    finish(filmed)
+    assert is_finished(filmed)
+    assert is_finished(cell), "and filmed besides"
+
+
+def test_what_is_trained_costs_no_training_any_more(write_plan) -> None:
+    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings={"optimiser": {"steps": 30}}))
+    timings = {shape(cell): Timing(start=5.0, step=2.0, evaluation=7.0)}
+    whole = cost(cell, timings)
+    assert (whole.steps, whole.timesteps, whole.seconds) == (30, 30 * 2 * 250, 5 + 60 + 7)
+    assert whole.simulated == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
+    for name in ("10", "20", "25.orbax-checkpoint-tmp"):
+        (cell.folder / "checkpoints" / name).mkdir(parents=True)
+    rest = cost(cell, timings)
+    assert (rest.steps, rest.simulated, rest.seconds) == (10, whole.simulated, 5 + 20 + 7)
+
+
+def test_the_datasets_returns_are_of_the_dataset_that_is_there(write_plan) -> None:
+    plan = plan_of(write_plan)
+    (data,) = [r for r in references(plan, {"jaco_reach_top_left": "abc"}) if r.kind == "data"]
+    finish(data)
+    assert is_finished(data)
+    (other,) = [r for r in references(plan, {"jaco_reach_top_left": "xyz"}) if r.kind == "data"]
+    with pytest.raises(UserError, match="data was abc, the plan says xyz"):
+        check(other)
 
 
 def test_several_tasks_of_one_dataset(write_plan) -> None:

@@ -1,7 +1,6 @@
 """Cells as jobs: what sbatch is given, and jobs that submitit's executor for this machine really runs."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -20,23 +19,6 @@ from ringrl.study.plan import read_plan
 needs_submitit = pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None, reason="needs submitit: pip install 'ringrl[slurm]'"
 )
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands: an sbatch that keeps what it is given, and a sacct that says both jobs run."""
-    commands = tmp_path / "commands"
-    commands.mkdir()
-    states = "JobID|State|NodeList\\n7_0|RUNNING|a\\n7_1|RUNNING|a"
-    for name, text in (
-        ("sbatch", f'cp "$1" {commands}/job.sh; echo x >> {commands}/count; echo "Submitted batch job 7"'),
-        ("srun", "exit 1"),
-        ("sacct", f'printf "{states}\\n"'),
-    ):
-        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
-        (commands / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    return commands
 
 
 class _Begun(Exception):

@@ -50,7 +50,8 @@ def test_the_control_stands_beside_its_rollout(make_rollouts):
     grid = gather([*make_rollouts(2, 0, 100), *make_rollouts(2, 0, 50, context=False), *make_rollouts(4, 0, 100)])
     with_control, without = grid.cells
     np.testing.assert_allclose(with_control.control_runs(), [51])
-    assert len(without.control_runs()) == 0
+    np.testing.assert_allclose(with_control.control_episode_runs(), [[51], [51]])
+    assert len(without.control_runs()) == len(without.control_episode_runs()) == 0
     assert grid.unmatched == 0
 
 

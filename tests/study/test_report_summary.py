@@ -20,6 +20,7 @@ def test_context_that_helps(make_ablation):
     (note,) = found.notes
     assert "random policy 30.0; behaviour cloning 333; the dataset's episodes 400 on average, 800 at best." in note
     assert "from 603 in the first of 4 episodes in context to 633 in the last" in note
+    assert "From the same starts without memory it goes from 393 to 393." in note
     assert "best of 4 is 633, where the best of 4 tries without memory is 393" in note
 
 
@@ -76,6 +77,15 @@ def test_several_comparisons_are_counted(make_ablation):
     longer = [record.model_copy(update={"train_trajectories": 2}) for record in flat if record.method == "at"]
     found = summary(gather([*make_ablation(), *flat, *longer]))
     assert found.headline == "A longer context helps in 1 of 2 comparisons."
+
+
+def test_what_helps_here_and_hurts_there_is_said_of_both(make_ablation):
+    records = [
+        *make_ablation(),
+        *make_ablation(task="walker_walk", step=-100),
+        *make_ablation(task="walker_run", step=-90),
+    ]
+    assert summary(gather(records)).headline == "A longer context helps in 1 of 3 and hurts in 2 of 3 comparisons."
 
 
 def test_references_alone(make_ablation):

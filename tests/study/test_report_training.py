@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from ringrl.evaluation.records import read_records
+from ringrl.config import TrainConfig, to_yaml
+from ringrl.evaluation.recipe import configuration_hash, recipe
+from ringrl.evaluation.records import append_records, read_records
 from ringrl.study.report_cells import gather
 from ringrl.study.report_draw import panel_svg
 from ringrl.study.report_training import MEMORY, POINTS, training_charts, training_runs
@@ -62,6 +64,24 @@ def test_the_folder_of_another_run_is_passed_over(make_study, tmp_path, change):
     assert len(read(tmp_path / "runs")[0]) == 3
     config.write_text("[")
     assert len(read(tmp_path / "runs")[0]) == 3
+
+
+def test_of_two_studies_with_the_same_names_each_has_its_own_runs(make_rollouts, tmp_path):
+    """Folders, seeds, tasks and lengths are the same; what was trained is not."""
+    for study, layers in (("a", 1), ("b", 2)):
+        run = tmp_path / "all" / study / "at_2_seed0"
+        values = {"data": "x.h5", "task": "cartpole_swingup", "run": str(run), "context": {"trajectories": 2}}
+        config = TrainConfig.model_validate(values | {"model": {"layers": layers}})
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(to_yaml(config))
+        (run / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {layers}.0}}\n')
+        told = {"checkpoint": str(run), "settings": recipe(config), "configuration_hash": configuration_hash(config)}
+        append_records(run / "evaluation.jsonl", make_rollouts(2, 0, 1.0, **told))
+    for moved in (False, True):
+        root = (tmp_path / "all").rename(tmp_path / "moved") if moved else tmp_path / "all"
+        runs, _ = read(root)
+        found = {dict(run.variant.settings)["model.layers"]: float(run.losses[0]) for run in runs}
+        assert found == {"1": 1.0, "2": 2.0}, moved
 
 
 def test_no_folders_no_charts(make_study, tmp_path):

@@ -21,18 +21,6 @@ needs_submitit = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands: an sbatch that keeps what it is given and takes the job, and an srun that is never used."""
-    commands = tmp_path / "commands"
-    commands.mkdir()
-    for name, text in (("sbatch", f'cp "$1" {commands}/job.sh; echo "Submitted batch job 7"'), ("srun", "exit 1")):
-        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
-        (commands / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    return commands
-
-
 @needs_submitit
 def test_what_sbatch_is_given(tiny: TrainConfig, cluster: Path) -> None:
     asked = SlurmConfig(

@@ -7,7 +7,7 @@ from flax import nnx
 
 from ringrl.config import ModelConfig
 from ringrl.model.transformer import Transformer
-from ringrl.training.throughput import forward_flops, peak_flops, step_flops
+from ringrl.training.throughput import forward_flops, peak_flops, step_flops, step_memory
 
 CONFIG = ModelConfig(layers=3, width=64, heads=4, kv_heads=4)
 
@@ -39,3 +39,19 @@ def test_xla_counts_the_same_matrices():
 
 def test_a_processor_has_no_data_sheet():
     assert jax.devices()[0].platform != "cpu" or peak_flops(1) is None
+
+
+def test_the_memory_of_a_step_is_what_it_holds_and_nothing_is_traced_again() -> None:
+    traced = []
+
+    @jax.jit
+    def step(x: jax.Array) -> jax.Array:
+        traced.append(x.shape)
+        return (x @ x).T @ x
+
+    x = jnp.ones((256, 256))
+    step(x)
+    found = step_memory(step, x)
+    assert found is not None
+    assert x.nbytes < found <= 5 * x.nbytes, "what is given, and something besides"
+    assert len(traced) == 1

@@ -1,0 +1,47 @@
+"""The settings of a run that decide what is learned, in short: by them runs of one method are told apart."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ringrl.config import TrainConfig
+from ringrl.training.run_folder import flat
+
+# Names, places and devices, what results tell by themselves, and what computes the same in another way.
+_APART = (
+    "data", "task", "run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "log",
+    "context.trajectories", "model.token_set", "model.attention", "model.block_tokens", "model.remat",
+    "optimiser.accumulation",
+)  # fmt: skip
+OF_THE_LENGTH = ("optimiser.steps", "optimiser.batch_size")  # what a budget makes of the length of the context
+
+
+def recipe(config: TrainConfig) -> dict[str, str]:
+    """Setting ("context.order") -> value, of those that are not at their defaults."""
+    usual = default_recipe()
+    return {name: value for name, value in _settings(config).items() if value != usual[name]}
+
+
+def configuration_hash(config: TrainConfig) -> str:
+    """SHA-256 of all settings."""
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def default_recipe() -> Mapping[str, str]:
+    """The defaults of all such settings."""
+    return _settings(TrainConfig(data=Path(), task="", run=Path()))
+
+
+def _settings(config: TrainConfig) -> dict[str, str]:
+    values: dict[str, Any] = flat(config.model_dump(mode="json"))
+    return {name: _shown(value) for name, value in values.items() if not _is_apart(name)}
+
+
+def _is_apart(name: str) -> bool:
+    return name in _APART or name.startswith("mesh.")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,54 @@
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ringrl.planning import probe
+from ringrl.planning.machines import find_machine
+from ringrl.planning.roofline import attained_by, estimate
+from ringrl.planning.workload import Workload, find_model
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small products: what is checked is their counting."""
+    monkeypatch.setattr(probe, "ROWS", 256)
+    monkeypatch.setattr(probe, "TOKENS", 256)
+    monkeypatch.setattr(probe, "NUMBERS", 2**16)
+    monkeypatch.setattr(probe, "_seconds", lambda function, *arguments: (jax.eval_shape(function, *arguments), 0.5)[1])
+    return find_model("small").model
+
+
+def test_rates_are_operations_over_seconds_shared_among_the_devices(small):
+    machine = probe.measured(find_machine("cpu-8"), small)
+    width = small.width
+    assert machine.device.flops == pytest.approx(2 * 256 * width * 4 * width / 0.5 / 8)
+    assert machine.device.bandwidth == pytest.approx(2 * 4 * 2**16 / 0.5 / 8)
+    assert machine.measured is not None
+    forward = 2 * 2 * (256 * 256 / 2) * width  # two products of the causal half, of all heads
+    assert machine.measured.attention * machine.device.flops == pytest.approx(3.5 * forward / 0.5 / 8)
+
+
+def test_memory_is_this_machines_shared_among_the_devices(small):
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert probe.measured(find_machine("cpu-4"), small).device.memory == whole / 4
+
+
+def test_an_estimate_stands_on_what_was_measured(small):
+    workload = Workload(find_model("small"), 1024).with_settings("mesh", seq=8)
+    machine = probe.measured(find_machine("cpu-8"), small)
+    assert attained_by(workload, machine) == machine.measured
+    slow = machine.device.flops
+    assert estimate(workload, machine).mfu * slow == pytest.approx(
+        estimate(workload, machine).model_flops / 8 / estimate(workload, machine).total
+    )
+
+
+def test_seconds_are_of_a_run_and_not_of_compilation():
+    x = jnp.ones((8, 8))
+    calls = []
+    seconds = probe._seconds(lambda x: (calls.append(1), x @ x)[1], x)
+    assert 0 < seconds < 0.1
+    assert len(calls) == 1  # traced once
+    assert jax.default_backend() == "cpu"

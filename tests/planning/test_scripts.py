@@ -1,0 +1,47 @@
+"""The scripts behind docs/plan.md and docs/scaling.md still import, and say what the pages say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringrl.planning.closed_form import memory_of
+from ringrl.planning.machines import find_machine
+from ringrl.planning.roofline import estimate
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """A benchmark as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def module(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        made = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, made)
+        spec.loader.exec_module(made)
+        return made
+
+    return module
+
+
+def test_the_table_of_contexts_is_what_the_script_prints(load):
+    """But for its last column, which takes a compiler and minutes."""
+    said = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    for row in load("plan_table").rows({}):
+        assert any(line.startswith(row.rsplit("|", 2)[0]) for line in said), row
+
+
+def test_the_script_that_compares_a_plan_with_a_run_runs(load, monkeypatch, make):
+    script, machine = load("plan_reality"), find_machine("cpu-1")
+    monkeypatch.setattr(script, "measured", lambda machine, model: machine)
+    workload = make(64, token_set="ring4", layers=1, width=16, attention="vanilla")
+    found = script.run(workload, machine, 1)
+    assert found["planned_seconds"] == pytest.approx(estimate(workload, machine).total)
+    assert found["seconds"] > 0
+    assert found["compiled_bytes"] == pytest.approx(memory_of(workload, "cpu").total, rel=0.5)
