@@ -29,7 +29,7 @@ from ringrl.errors import UserError
 from ringrl.methods import check_method
 from ringrl.planning.machines import find_machine
 from ringrl.planning.workload import find_model, read_tokens
-from ringrl.study.plan import read_plan
+from ringrl.study.plan import AblationPlan, read_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -254,7 +254,9 @@ def test_blocks_are_of_known_languages() -> None:
     for block in BLOCKS:
         assert block.language in ("", "sh", "bash", "python", "diff", "yaml", "text"), f"{block.page}:{block.line}"
         if block.language == "yaml":
-            yaml.safe_load(block.text.replace("\n...\n", "\n"))  # where something is left out
+            values = yaml.safe_load(block.text.replace("\n...\n", "\n"))  # where something is left out
+            if "output" in values:
+                AblationPlan.model_validate(values)
 
 
 def test_flags_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
