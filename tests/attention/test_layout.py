@@ -36,7 +36,7 @@ def sequences(draw) -> tuple[str, int, int, np.ndarray, int]:
     return layout, ring, length, x, axis - draw(st.sampled_from([0, len(shape)]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sequences())
 def test_layouts_are_the_permutation_of_the_definition_and_back(sequence):
     layout, ring, length, x, axis = sequence

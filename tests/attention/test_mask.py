@@ -35,7 +35,7 @@ def may_see(rule: Rule, query: tuple[int, int], key: tuple[int, int]) -> bool:
     return query_position - rule.window[0] <= key_position <= query_position + rule.window[1]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rule=rules, queries=st.tuples(tokens(4), tokens(4)), keys=st.tuples(tokens(5), tokens(5)))
 def test_rule_and_tile_kinds(rule, queries, keys):
     allowed = np.asarray(visible(rule, side(*queries), side(*keys)))

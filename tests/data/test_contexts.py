@@ -49,7 +49,7 @@ times_of_any_kind = st.one_of(
 ).map(lambda times: times.astype(np.int64))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(step=st.integers(0, 5), first=st.integers(0, 4), past=st.integers(0, 4), times=times_of_any_kind)
 def test_a_rectangle_equals_that_part_of_the_batch(made, step, first, past, times):
     plan, rows = made.plan(step), slice(first, past)

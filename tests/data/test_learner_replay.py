@@ -26,7 +26,7 @@ def _replay(episodes: int, seed: int = 0) -> tuple[Replay, list[dict[str, np.nda
     return replay, recorded
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     whole=st.integers(0, 4),
     growing=st.integers(0, 3),

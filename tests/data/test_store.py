@@ -21,7 +21,7 @@ from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     domain=st.sampled_from(sorted(DOMAINS)),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),

@@ -24,7 +24,7 @@ def fetch(site, folder: Path, **keywords) -> Path:
     return download_archive("cartpole", "rnd", folder, **{"url": site.url, "patience": QUICK} | keywords)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cuts=st.lists(st.integers(0, 100_000), max_size=5), etags=st.booleans())
 def test_a_line_that_is_cut_anywhere_loses_no_byte_and_asks_for_none_twice(serving, archive, cuts, etags):
     with (

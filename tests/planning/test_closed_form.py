@@ -68,7 +68,6 @@ def test_each_kind_of_the_papers_is_longer_than_the_one_before():
     assert lengths[3] > 4 * lengths[2]
 
 
-@hypothesis.settings(deadline=None)
 @hypothesis.given(
     devices=st.sampled_from([2, 8, 64]),
     kind=st.sampled_from(["vanilla", "memory_efficient", "blockwise", "ring"]),
