@@ -109,15 +109,26 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each command of a shell block, without comments and what is set in the environment."""
+    """The words of each command of a shell block, without comments and what is set in the environment.
+
+    What stands in `for NAME in VALUES; do ... done` comes once for every value.
+    """
     if block.language not in ("", "sh", "bash") or block.text.startswith("#!"):  # a script that somebody is handed
         return
+    variable, values = "", [""]
     for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.match(r"[A-Z_]+=", words[0]):
-            words.pop(0)
-        if words:
-            yield [Path(words[0]).name, *words[1:]]
+        if loop := re.fullmatch(r"for (\w+) in (.+); do", line):
+            variable, values = f"${loop[1]}", loop[2].split()
+            continue
+        if line == "done":
+            variable, values = "", [""]
+            continue
+        for value in values:
+            words = shlex.split(line.replace(variable, value), comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words.pop(0)
+            if words:
+                yield [Path(words[0]).name, *words[1:]]
 
 
 def spans(page: str) -> list[str]:
