@@ -1,0 +1,285 @@
+"""What is tried with every command, and how it is judged."""
+
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from signal import Signals
+from typing import ClassVar
+
+from fault_cases.disk import Disk
+from fault_cases.process import Command, Ended, run
+from fault_cases.site import Site
+
+KILL, CTRL_C, TERM = Signals.SIGKILL, Signals.SIGINT, Signals.SIGTERM
+KILLED, INTERRUPTED, TERMINATED, MENDABLE, WELL = 137, 130, 143, 2, 0
+
+
+@dataclass
+class Place:
+    """The folder of one case, and the server that it may ask."""
+
+    folder: Path
+    site: Site | None = None
+
+
+Moment = Callable[[Place], bool]
+Deed = Callable[[Place], object]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Attributes:
+        name: what, in the words of the table.
+        codes: exit codes that are right.
+        says: a regular expression that the last line must match; none where nothing can be said.
+        strike: runs the command and lets it happen.
+        mend: what the user does about it before giving the command again.
+        prepare: what is there before.
+        on_disk: whether it happens on the disk that can be filled.
+        accepted: why what fails here is as it is, where it is known and told.
+    """
+
+    name: str
+    codes: Sequence[int]
+    says: str | None
+    strike: Callable[["Trial", Place], Ended]
+    mend: Deed = lambda place: None
+    prepare: Deed = lambda place: None
+    on_disk: bool = False
+    accepted: str | None = None  # why what fails here is as it is, where it is known and told
+
+
+class Trial(ABC):
+    """A command, what it makes when nothing goes wrong, and all that is to go wrong."""
+
+    name: ClassVar[str]
+    again_with: ClassVar[tuple[str, ...]] = ()  # what a second run is given besides
+
+    def __init__(self, material: Path, reference: Path) -> None:
+        self.material, self.reference = material, Place(reference)
+        reference.mkdir(parents=True, exist_ok=True)
+
+    @abstractmethod
+    def command(self, place: Place) -> list[str]:
+        """Its arguments."""
+
+    @abstractmethod
+    def faults(self, disk: Disk) -> Iterator[Fault]:
+        """What is to happen to it."""
+
+    @abstractmethod
+    def kept(self, place: Place) -> str:
+        """How much is there, in a word."""
+
+    @abstractmethod
+    def lost(self, place: Place) -> list[str]:
+        """What is not as the undisturbed run has made it."""
+
+    def begin(self, place: Place) -> None:  # noqa: B027
+        """Make what a command finds."""
+
+    def end(self, place: Place) -> None:  # noqa: B027
+        """And what it leaves that is no file."""
+
+    def again(self, place: Place) -> list[str]:
+        """The arguments that go on."""
+        return [*self.command(place), *self.again_with]
+
+    def run_undisturbed(self) -> None:
+        """Make the reference, unless it is there. RuntimeError where even that fails."""
+        made = self.reference.folder.with_suffix(".made")
+        if made.exists():
+            return
+        shutil.rmtree(self.reference.folder)
+        self.reference.folder.mkdir()
+        self.begin(self.reference)
+        ended = run(self.command(self.reference))
+        self.end(self.reference)
+        if ended.code:
+            raise RuntimeError(f"{self.name}, undisturbed: {ended.error}")
+        made.touch()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A line of the table."""
+
+    command: str
+    fault: str
+    code: int
+    line: str
+    kept: str
+    next: str
+    lost: list[str]
+    problems: list[str]
+    accepted: str | None
+    said: str  # the end of stderr
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+def play(trial: Trial, fault: Fault, folder: Path, disk: Disk) -> Outcome:
+    """Let one fault happen, do what it asks for, give the command again, and compare."""
+    place = Place((disk.folder if fault.on_disk else folder) / "case")
+    place.folder.mkdir(parents=True)
+    trial.begin(place)
+    try:
+        fault.prepare(place)
+        try:
+            ended = fault.strike(trial, place)
+        except RuntimeError as missed:
+            ended = Ended(-1, f"{missed}")
+        kept, following = trial.kept(place), "-"
+        disk.free()
+        problems = _judge(fault, ended)
+        if lost := trial.lost(place):
+            fault.mend(place)
+            following = "as told"
+            if lost := trial.lost(place):
+                following = " ".join(["the same", *trial.again_with])
+                second = run(trial.again(place))
+                lost = trial.lost(place)
+                if second.code:
+                    problems.append(f"again: exit code {second.code}, {second.line}")
+    finally:
+        trial.end(place)
+        disk.free()
+        with suppress(OSError):
+            shutil.rmtree(place.folder)
+    line = ended.line.replace(str(place.folder), "...").replace(str(trial.material), "...")
+    return Outcome(
+        trial.name, fault.name, ended.code, line, kept, following, lost, problems, fault.accepted, ended.error[-4000:]
+    )
+
+
+def _judge(fault: Fault, ended: Ended) -> list[str]:
+    problems = []
+    if ended.code not in fault.codes:
+        problems.append(f"exit code {ended.code}, not {' or '.join(map(str, fault.codes))}")
+    if "Traceback" in ended.error:
+        problems.append("a traceback")
+    if ended.code == MENDABLE and ended.own_lines != 1:
+        problems.append(f"{ended.own_lines} lines in place of one")
+    if fault.says is not None and not re.search(fault.says, ended.line):
+        problems.append(f"does not say {fault.says!r}")
+    return problems
+
+
+# Means
+
+
+def killed(number: Signals, moment: Moment, *, to_all: bool = False) -> Callable[[Trial, Place], Ended]:
+    """A signal at a moment."""
+
+    def strike(trial: Trial, place: Place) -> Ended:
+        with Command(trial.command(place)) as command:
+            command.wait_for(lambda: moment(place))
+            command.send(number, to_all=to_all)
+            return command.end()
+
+    return strike
+
+
+def worker_killed(moment: Moment) -> Callable[[Trial, Place], Ended]:
+    """As the kernel ends a process that takes too much memory: one of those that do the work."""
+
+    def strike(trial: Trial, place: Place) -> Ended:
+        with Command(trial.command(place)) as command:
+            command.wait_for(lambda: moment(place))
+            os.kill(command.workers()[0], KILL)
+            return command.end()
+
+    return strike
+
+
+def starved(spare: int, moment: Moment, *, worker: bool = False) -> Callable[[Trial, Place], Ended]:
+    """From a moment on, so many bytes of memory and no more."""
+
+    def strike(trial: Trial, place: Place) -> Ended:
+        with Command(trial.command(place)) as command:
+            command.wait_for(lambda: moment(place))
+            command.starve(spare, command.workers()[0] if worker else None)
+            return command.end()
+
+    return strike
+
+
+def full_from_the_start(disk: Disk, leave: int = 0) -> Callable[[Trial, Place], Ended]:
+    """A disk that is full when the command begins."""
+
+    def strike(trial: Trial, place: Place) -> Ended:
+        if type(disk) is Disk:
+            disk.fill(0, leave)
+            return run(trial.command(place))
+        with Command(trial.command(place), partial(disk.fill, 0, leave)) as command:
+            return command.end()
+
+    return strike
+
+
+def filled(disk: Disk, moment: Moment, leave: int = 0) -> Callable[[Trial, Place], Ended]:
+    """A disk that somebody else fills meanwhile."""
+
+    def strike(trial: Trial, place: Place) -> Ended:
+        with Command(trial.command(place)) as command:
+            command.wait_for(lambda: moment(place))
+            disk.fill(command.pid, leave)
+            if place.site is not None:
+                place.site.go_on.set()
+            return command.end()
+
+    return strike
+
+
+def undisturbed(trial: Trial, place: Place) -> Ended:
+    """Nothing happens now: what is wrong was there before."""
+    return run(trial.command(place))
+
+
+def resumed(trial: Trial, place: Place) -> Ended:
+    """The command that goes on; what is wrong was there before."""
+    return run(trial.again(place))
+
+
+# Damage
+
+
+def flip(path: Path, share: float = 0.5, bit: int = 4) -> None:
+    """Turn one bit of a file round, at this share of its length; of a new file, in case others are linked to it."""
+    content = bytearray(path.read_bytes())
+    content[int(share * (len(content) - 1))] ^= 1 << bit
+    path.unlink()
+    path.write_bytes(content)
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    """Keep the beginning only, likewise."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def append(path: Path, text: str) -> None:
+    """What a kill in the middle of a line leaves."""
+    with path.open("a") as file:
+        file.write(text)
+
+
+def names(folder: Path) -> list[str]:
+    """All files below a folder, hidden ones too, by their paths in it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def lines(path: Path) -> int:
+    """Whole lines of a file; 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
