@@ -7,32 +7,23 @@ from pathlib import Path
 
 import yaml
 
+from fault_cases.damage import append, cut, zeros
 from fault_cases.disk import Disk
 from fault_cases.evaluation import records
 from fault_cases.material import TASK
-from fault_cases.training import checkpoints, run_differences, zeros
-from fault_cases.trial import (
+from fault_cases.means import (
     CTRL_C,
-    INTERRUPTED,
     KILL,
-    KILLED,
-    MENDABLE,
     TERM,
-    TERMINATED,
-    WELL,
-    Deed,
-    Fault,
-    Place,
-    Trial,
-    append,
-    cut,
     filled,
     full_from_the_start,
     killed,
     resumed,
-    starved,
     worker_killed,
-)  # fmt: skip
+    worker_starved,
+)
+from fault_cases.training import checkpoints, run_differences
+from fault_cases.trial import INTERRUPTED, KILLED, MENDABLE, TERMINATED, WELL, Deed, Fault, Place, Trial
 
 SAME = ("returns", "context", "environment_seed", "steps_simulated")
 CELLS = ("at_1_seed0", "bc_seed0")
@@ -95,7 +86,7 @@ class Ablate(Trial):
         yield Fault("disk full beforehand", [MENDABLE], full, full_from_the_start(disk), on_disk=True,
                     prepare=self.command)  # fmt: skip
         yield Fault("disk fills in the first cell", [MENDABLE], full, filled(disk, first), on_disk=True)
-        yield Fault("a worker has no more memory", [MENDABLE], retry, starved(0, first, worker=True))
+        yield Fault("a worker has no more memory", [MENDABLE], retry, worker_starved(2**20, first))
         yield from self._damaged()
 
     def _damaged(self) -> Iterator[Fault]:

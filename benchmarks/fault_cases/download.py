@@ -3,31 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fault_cases.damage import append, cut, flip, names
 from fault_cases.disk import Disk
+from fault_cases.means import CTRL_C, KILL, TERM, filled, full_from_the_start, killed, undisturbed
 from fault_cases.process import Command, Ended
 from fault_cases.site import Answer, Site
-from fault_cases.trial import (
-    CTRL_C,
-    INTERRUPTED,
-    KILL,
-    KILLED,
-    MENDABLE,
-    TERM,
-    TERMINATED,
-    WELL,
-    Deed,
-    Fault,
-    Place,
-    Trial,
-    append,
-    cut,
-    filled,
-    flip,
-    full_from_the_start,
-    killed,
-    names,
-    undisturbed,
-)  # fmt: skip
+from fault_cases.trial import INTERRUPTED, KILLED, MENDABLE, TERMINATED, WELL, Deed, Fault, Place, Trial
 
 GOES_ON = "run the same command again, it goes on where it stopped"
 FULL = "(free some space|write elsewhere)"
@@ -93,7 +74,7 @@ class Download(Trial):
         yield from self._lies()
         yield Fault("disk full beforehand", [MENDABLE], FULL, full_from_the_start(disk, 100_000), on_disk=True)
         yield Fault("disk fills at half", [MENDABLE], FULL, filled(disk, self._half), prepare=half, on_disk=True)
-        yield Fault("no more memory from half on", [MENDABLE], "memory", self._starved, prepare=half)
+        yield Fault("no more memory from half on", [WELL], None, self._starved, prepare=half)
         yield from self._damage()
 
     def _network(self) -> Iterator[Fault]:
@@ -147,12 +128,17 @@ class Download(Trial):
             ("part gone", lambda place: self._part(place).unlink()),
         ):
             yield Fault(f"half fetched, {what}", [WELL], None, undisturbed, prepare=stopped(deed))
+        later = "found by the import, which compares every byte with its checksum; then remove the archive"
         flipped = stopped(lambda place: flip(self._part(place)))
-        yield Fault("half fetched, a bit of the part flipped", [WELL], None, undisturbed, prepare=flipped)
+        yield Fault("half fetched, a bit of the part flipped", [MENDABLE], None, undisturbed, self._remove, flipped,
+                    accepted=later)  # fmt: skip
 
     def _mend(self, place: Place) -> None:
         """The server behaves again."""
         self._answers()(place)
+
+    def _remove(self, place: Place) -> None:
+        self._file(place).unlink()
 
     def _nobody(self, trial: Trial, place: Place) -> Ended:
         self.end(place)

@@ -5,30 +5,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fault_cases.damage import cut, flip, names, zeros
 from fault_cases.disk import Disk
-from fault_cases.training import Train, arrays, checkpoints, zeros
-from fault_cases.trial import (
-    CTRL_C,
-    INTERRUPTED,
-    KILL,
-    KILLED,
-    MENDABLE,
-    TERM,
-    TERMINATED,
-    WELL,
-    Deed,
-    Fault,
-    Place,
-    Trial,
-    cut,
-    filled,
-    flip,
-    full_from_the_start,
-    killed,
-    names,
-    starved,
-    undisturbed,
-)  # fmt: skip
+from fault_cases.means import CTRL_C, KILL, TERM, filled, full_from_the_start, killed, starved, undisturbed
+from fault_cases.training import Train, arrays, checkpoints
+from fault_cases.trial import INTERRUPTED, KILLED, MENDABLE, TERMINATED, WELL, Deed, Fault, Place, Trial
 
 EPISODES = 3
 SAME = ("returns", "context", "environment_seed", "steps_simulated", "evaluation", "checkpoint_hash")
@@ -39,12 +20,14 @@ class Evaluate(Trial):
 
     name = "evaluate"
 
-    def run_undisturbed(self) -> None:
-        self.run = self.reference.folder / "run"
-        train = Train(self.material, self.reference.folder / "trained")
-        train.run_undisturbed()
-        (self.reference.folder / "trained" / "run").rename(self.run)
-        super().run_undisturbed()
+    @property
+    def run(self) -> Path:
+        """What is evaluated."""
+        return self.reference.folder / "trained" / "run"
+
+    def begin(self, place: Place) -> None:
+        if place is self.reference:
+            Train(self.material, self.run.parent).run_undisturbed()
 
     def command(self, place: Place) -> list[str]:
         own = place.folder / "run"

@@ -4,34 +4,23 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fault_cases.damage import append, cut, flip, lines, names
 from fault_cases.disk import Disk
 from fault_cases.material import COLLECTED, COPIES, DOMAIN
-from fault_cases.process import Ended, run
-from fault_cases.trial import (
+from fault_cases.means import (
     CTRL_C,
-    INTERRUPTED,
     KILL,
-    KILLED,
-    MENDABLE,
     TERM,
-    TERMINATED,
-    WELL,
-    Deed,
-    Fault,
-    Place,
-    Trial,
-    append,
-    cut,
     filled,
-    flip,
     full_from_the_start,
     killed,
-    lines,
-    names,
     starved,
     undisturbed,
     worker_killed,
-)  # fmt: skip
+    worker_starved,
+)
+from fault_cases.process import Ended, run
+from fault_cases.trial import INTERRUPTED, KILLED, MENDABLE, TERMINATED, WELL, Deed, Fault, Place, Trial
 
 EPISODES, SOME = COLLECTED * COPIES, 30
 GOES_ON = "run the same command again"
@@ -92,8 +81,9 @@ class Import(Trial):
         yield Fault("disk full beforehand", [MENDABLE], full, full_from_the_start(disk), on_disk=True)
         yield Fault("disk half full beforehand", [MENDABLE], full, full_from_the_start(disk, 2**20), on_disk=True)
         yield Fault("disk fills meanwhile", [MENDABLE], full, filled(disk, self._some), on_disk=True)
-        yield Fault("no more memory meanwhile", [MENDABLE], "memory", starved(0, self._some))
-        yield Fault("a worker has no more memory", [MENDABLE], "memory", starved(0, self._some, worker=True))
+        begun = lambda place: self._part(place).exists()  # noqa: E731
+        yield Fault("no more memory, one process", [MENDABLE], "memory", starved(2**20, begun, "--workers", "1"))
+        yield Fault("a worker has no more memory", [MENDABLE], "memory", worker_starved(32 * 2**20))
         yield from self._damaged_archive()
         yield from self._damaged_part()
         yield from self._damaged_store()

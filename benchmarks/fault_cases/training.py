@@ -5,30 +5,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fault_cases.damage import append, cut, flip, lines, zeros
 from fault_cases.disk import Disk
 from fault_cases.material import TASK, TINY
-from fault_cases.trial import (
-    CTRL_C,
-    INTERRUPTED,
-    KILL,
-    KILLED,
-    MENDABLE,
-    TERM,
-    WELL,
-    Deed,
-    Fault,
-    Place,
-    Trial,
-    append,
-    cut,
-    filled,
-    flip,
-    full_from_the_start,
-    killed,
-    lines,
-    resumed,
-    starved,
-)  # fmt: skip
+from fault_cases.means import CTRL_C, KILL, TERM, filled, full_from_the_start, killed, resumed, starved
+from fault_cases.trial import INTERRUPTED, KILLED, MENDABLE, WELL, Deed, Fault, Place, Trial
 
 STEPS, EVERY = 60, 20
 EXACT = ("step", "loss", "gradient_norm", "learning_rate")  # the rest of a line is the clock's
@@ -183,13 +164,6 @@ class Train(Trial):
         in_use = "read only as needed, and not compared: `ringrl data info --verify` finds it"
         yield Fault("store with a flipped bit in its rows", [MENDABLE], "own.h5", resumed, import_again,
                     own(lambda store: flip(store, 0.3, 6)), accepted=in_use)  # fmt: skip
-
-
-def zeros(folder: Path) -> None:
-    """In place of all that is in its files."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(bytes(16))
 
 
 def arrays(step: Path) -> Path:

@@ -1,22 +1,18 @@
 """What is tried with every command, and how it is judged."""
 
-import os
 import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from signal import Signals
 from typing import ClassVar
 
 from fault_cases.disk import Disk
-from fault_cases.process import Command, Ended, run
+from fault_cases.process import Ended, run
 from fault_cases.site import Site
 
-KILL, CTRL_C, TERM = Signals.SIGKILL, Signals.SIGINT, Signals.SIGTERM
 KILLED, INTERRUPTED, TERMINATED, MENDABLE, WELL = 137, 130, 143, 2, 0
 
 
@@ -173,113 +169,3 @@ def _judge(fault: Fault, ended: Ended) -> list[str]:
     if fault.says is not None and not re.search(fault.says, ended.line):
         problems.append(f"does not say {fault.says!r}")
     return problems
-
-
-# Means
-
-
-def killed(number: Signals, moment: Moment, *, to_all: bool = False) -> Callable[[Trial, Place], Ended]:
-    """A signal at a moment."""
-
-    def strike(trial: Trial, place: Place) -> Ended:
-        with Command(trial.command(place)) as command:
-            command.wait_for(lambda: moment(place))
-            command.send(number, to_all=to_all)
-            return command.end()
-
-    return strike
-
-
-def worker_killed(moment: Moment) -> Callable[[Trial, Place], Ended]:
-    """As the kernel ends a process that takes too much memory: one of those that do the work."""
-
-    def strike(trial: Trial, place: Place) -> Ended:
-        with Command(trial.command(place)) as command:
-            command.wait_for(lambda: moment(place))
-            os.kill(command.workers()[0], KILL)
-            return command.end()
-
-    return strike
-
-
-def starved(spare: int, moment: Moment, *, worker: bool = False) -> Callable[[Trial, Place], Ended]:
-    """From a moment on, so many bytes of memory and no more."""
-
-    def strike(trial: Trial, place: Place) -> Ended:
-        with Command(trial.command(place)) as command:
-            command.wait_for(lambda: moment(place))
-            command.starve(spare, command.workers()[0] if worker else None)
-            return command.end()
-
-    return strike
-
-
-def full_from_the_start(disk: Disk, leave: int = 0) -> Callable[[Trial, Place], Ended]:
-    """A disk that is full when the command begins."""
-
-    def strike(trial: Trial, place: Place) -> Ended:
-        if type(disk) is Disk:
-            disk.fill(0, leave)
-            return run(trial.command(place))
-        with Command(trial.command(place), partial(disk.fill, 0, leave)) as command:
-            return command.end()
-
-    return strike
-
-
-def filled(disk: Disk, moment: Moment, leave: int = 0) -> Callable[[Trial, Place], Ended]:
-    """A disk that somebody else fills meanwhile."""
-
-    def strike(trial: Trial, place: Place) -> Ended:
-        with Command(trial.command(place)) as command:
-            command.wait_for(lambda: moment(place))
-            disk.fill(command.pid, leave)
-            if place.site is not None:
-                place.site.go_on.set()
-            return command.end()
-
-    return strike
-
-
-def undisturbed(trial: Trial, place: Place) -> Ended:
-    """Nothing happens now: what is wrong was there before."""
-    return run(trial.command(place))
-
-
-def resumed(trial: Trial, place: Place) -> Ended:
-    """The command that goes on; what is wrong was there before."""
-    return run(trial.again(place))
-
-
-# Damage
-
-
-def flip(path: Path, share: float = 0.5, bit: int = 4) -> None:
-    """Turn one bit of a file round, at this share of its length; of a new file, in case others are linked to it."""
-    content = bytearray(path.read_bytes())
-    content[int(share * (len(content) - 1))] ^= 1 << bit
-    path.unlink()
-    path.write_bytes(content)
-
-
-def cut(path: Path, share: float = 0.5) -> None:
-    """Keep the beginning only, likewise."""
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content[: int(share * len(content))])
-
-
-def append(path: Path, text: str) -> None:
-    """What a kill in the middle of a line leaves."""
-    with path.open("a") as file:
-        file.write(text)
-
-
-def names(folder: Path) -> list[str]:
-    """All files below a folder, hidden ones too, by their paths in it."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def lines(path: Path) -> int:
-    """Whole lines of a file; 0 where there is none."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0

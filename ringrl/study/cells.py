@@ -235,7 +235,8 @@ def attempt(work: Work, command: str | None) -> str | None:
         finished = {"did": work.describe(), "seconds": time.perf_counter() - began}
         write(work.folder / FINISHED, json.dumps(finished) + "\n")
     except Exception as error:  # whatever it is, the other cells go on
-        traceback.print_exc()
+        with suppress(OSError):  # where the log is on a disk that is full
+            traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return note_failure(work, f"{kind}{error}")
     forget_failure(work)

@@ -31,7 +31,10 @@ class MetricsLog:
     """metrics.jsonl of one run, continued after `step`, and the boards that show the same.
 
     Lines beyond `step` come from work that a kill has undone; they are dropped, and written again when it is redone.
+    Those before it that cannot be read any more are dropped, too, and counted in `unreadable`.
     """
+
+    unreadable = 0
 
     def __init__(self, run: Path, step: int, boards: Sequence[Board] = ()) -> None:
         self._path = run / "metrics.jsonl"
@@ -42,17 +45,18 @@ class MetricsLog:
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text().splitlines():
+        kept, unreadable = [], 0
+        for line in self._path.read_bytes().splitlines():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line that a kill cut in half
-                break
-            if entry["step"] > step:
-                break
-            kept.append(line + "\n")
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                unreadable += 1  # of the last line nothing need be said: a kill has cut it in half
+                continue
+            kept.append(line + b"\n")
+            self.unreadable = unreadable
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
         temporary.replace(self._path)
 
     def write(self, entries: list[dict[str, float]]) -> None:
