@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-tmpfs", action="store_true", help="let a limit on file sizes stand for a full disk")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background jobs do not, and would inherit
     if not (options.no_tmpfs or options.list or options.inside):
         go_on_in_own_namespace()
     root = options.folder or Path(tempfile.mkdtemp(prefix="ringrl-faults-"))

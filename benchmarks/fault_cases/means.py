@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 from signal import Signals
 
 from fault_cases.disk import Disk
@@ -68,7 +67,7 @@ def full_from_the_start(disk: Disk, leave: int = 0) -> Strike:
         if type(disk) is Disk:
             disk.fill(0, leave)
             return run(trial.command(place))
-        with Command(trial.command(place), partial(disk.fill, 0, leave)) as command:
+        with Command(trial.command(place), ["prlimit", f"--fsize={leave}"]) as command:
             return command.end()
 
     return strike

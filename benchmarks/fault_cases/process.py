@@ -1,6 +1,7 @@
 """The real command line in a real process, which can be met in the middle of its work."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -25,8 +26,11 @@ class Ended(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What the user sees last: RingRL's own last line if it has one, else the last of any."""
-        lines = [line.strip() for line in self.error.splitlines() if line.strip()]
+        """What the user sees last: RingRL's own last line if it has one, else the last of any.
+
+        But for progress bars, and for what Python's resource tracker says when a process with workers was killed.
+        """
+        lines = [line.strip() for line in self.error.splitlines() if not re.search(r"━|resource_tracker|^\s*$", line)]
         own = [line for line in lines if line.startswith("ringrl: ")]
         return (own or lines or [""])[-1]
 
@@ -39,13 +43,12 @@ class Ended(NamedTuple):
 class Command:
     """A running `ringrl ...`, the first of its own process group, as a context manager that leaves none behind."""
 
-    def __init__(self, arguments: Sequence[str], before: Callable[[], None] | None = None) -> None:
+    def __init__(self, arguments: Sequence[str], through: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [RINGRL, *arguments],
+            [*through, RINGRL, *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=before or _heed_interrupts,
             env=os.environ | {"SOURCE_DATE_EPOCH": "0", "JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
         )
         self.pid, self._ended = self._process.pid, False
@@ -108,7 +111,3 @@ def run(arguments: Sequence[str]) -> Ended:
     """A command from its beginning to its end, undisturbed."""
     with Command(arguments) as command:
         return command.end()
-
-
-def _heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore

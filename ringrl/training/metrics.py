@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -70,9 +71,10 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        for board in self._boards:
-            board.close()
+        with ExitStack() as all_of_them:  # even where one meets a full disk
+            for board in self._boards:
+                all_of_them.callback(board.close)
+            all_of_them.callback(self._file.close)
 
 
 class SilentLog(MetricsLog):

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
@@ -60,6 +63,31 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
         found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         place += 16 + size
     assert found == [("loss", 1, 0.5), ("loss", 2, 0.25)]
+
+
+FULL = """
+    import resource, sys
+    from pathlib import Path
+    from ringrl.training.boards import TensorBoard
+    from ringrl.training.metrics import MetricsLog
+
+    try:
+        with MetricsLog(Path(sys.argv[1]), 0, [TensorBoard(Path(sys.argv[1]), 0)]) as log:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+            for step in range(1, 1000):
+                log.write([{"step": step, "loss": 1 / step}])
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_a_full_disk_is_an_error_and_not_the_end_of_a_thread(tmp_path, size):
+    """Found out at once, or in the middle; nobody waits for ever, and nothing else is printed."""
+    child = [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path), str(size)]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "File too large\n"
+    assert done.stderr == ""
 
 
 def test_wandb_missing_is_said_before_anything_is_made(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
