@@ -1,6 +1,6 @@
 """What happens when something goes wrong, and what is lost? docs/faults.md's table comes from here.
 
-    python benchmarks/faults.py [--only train evaluate] [--match "kill -9"] [--list] [--folder FOLDER] [--output FILE]
+    python benchmarks/faults.py [--only train evaluate] [--match "kill|disk"] [--list] [--folder FOLDER] [--output FILE]
 
 Kills, fills disks, damages files, takes memory away and cuts the network, in turn, over `ringrl data download`,
 `data import`, `train`, `evaluate` and `ablate`: the real command line in real processes, on a few episodes that
@@ -14,6 +14,7 @@ code, and if nothing is lost. Exit code 1 if any does not.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -40,7 +41,7 @@ def chosen(options: argparse.Namespace, root: Path, disk: Disk) -> Iterator[tupl
     """The commands that are asked for, each with its faults."""
     for name in options.only:
         trial = TRIALS[name](root / "material", root / name)
-        faults = [fault for fault in trial.faults(disk) if all(word in fault.name for word in options.match)]
+        faults = [fault for fault in trial.faults(disk) if re.search(options.match, fault.name)]
         if faults:
             yield trial, faults
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Break, watch, mend, compare, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description="What goes wrong, what the user sees of it, and what is lost.")
     parser.add_argument("--only", nargs="+", default=list(TRIALS), choices=TRIALS, help="commands")
-    parser.add_argument("--match", nargs="+", default=[], help="faults whose names hold all of these words")
+    parser.add_argument("--match", default="", help="faults whose names match this regular expression")
     parser.add_argument("--list", action="store_true", help="name the faults and stop")
     parser.add_argument("--folder", type=Path, help="work here and keep it, instead of in a temporary folder")
     parser.add_argument("--output", type=Path, help="also write every outcome to this JSON file")
@@ -101,11 +102,11 @@ def _run(options: argparse.Namespace, root: Path, disk: Disk) -> None:
         for fault in faults:
             outcomes.append(play(trial, fault, root / "cases", disk))
             show(outcomes[-1])
+            if options.output:
+                _write(options.output, disk, outcomes)
     counts = Counter(map(verdict, outcomes))
     minutes = (time.perf_counter() - began) / 60
     print(f"{len(outcomes)} faults in {minutes:.0f} minutes: {dict(counts)}", file=sys.stderr)
-    if options.output:
-        _write(options.output, disk, outcomes)
     sys.exit(1 if counts["FAIL"] else 0)
 
 

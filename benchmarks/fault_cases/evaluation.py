@@ -75,7 +75,6 @@ class Evaluate(Trial):
         last = self._has(f"control_0000{EPISODES - 2}")
         yield Fault("disk fills before the last episode", [MENDABLE], full, filled(disk, last), on_disk=True)
         yield Fault("no more memory at the start", [MENDABLE], "memory", starved(2**20, begun))
-        yield Fault("no more memory meanwhile", [MENDABLE], "memory", starved(0, first))
         yield from self._damaged_journal()
         yield from self._damaged_results()
         yield from self._damaged_checkpoint()

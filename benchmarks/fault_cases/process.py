@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 RINGRL = Path(sys.executable).with_name("ringrl")
-PATIENCE = 300.0  # seconds for a command to come to a moment, or to its end
+PATIENCE = 120.0  # seconds for a command to come to a moment, or to its end
 LOOK = 0.001  # seconds between two looks
 
 

@@ -59,7 +59,6 @@ class Train(Trial):
         yield Fault("SIGTERM", [WELL], told, killed(TERM, self._lines(EVERY + 8)))
         yield from self._disk(disk)
         yield Fault("no more memory before the first step", [MENDABLE], "memory", starved(2**20, configured))
-        yield Fault("no more memory meanwhile", [MENDABLE], "memory", starved(0, self._lines(EVERY + 8)))
         yield from self._damaged_checkpoints()
         yield from self._damaged_run()
         yield from self._damaged_store()

@@ -127,6 +127,7 @@ class Outcome:
 def play(trial: Trial, fault: Fault, folder: Path, disk: Disk) -> Outcome:
     """Let one fault happen, do what it asks for, give the command again, and compare."""
     place = Place((disk.folder if fault.on_disk else folder) / "case")
+    shutil.rmtree(place.folder, ignore_errors=True)  # of a run that was cut short
     place.folder.mkdir(parents=True)
     trial.begin(place)
     try:

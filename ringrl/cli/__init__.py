@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pydantic
@@ -24,7 +25,7 @@ from ringrl.cli.report import report
 from ringrl.cli.run import train
 from ringrl.cli.study import ablate, demo
 from ringrl.config import TrainConfig, merged, one_line, read_yaml
-from ringrl.errors import UserError
+from ringrl.errors import UserError, is_out_of_memory
 from ringrl.methods import METHODS
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Errors that the user can mend end in one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
+    sys.excepthook = _without_echoes
     try:
         _run(arguments)
     except UserError as error:
@@ -55,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ringrl: stopped; what was finished is kept", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(
+            f"not enough memory ({' '.join(str(error).split())[:200] or 'MemoryError'}): free some, or ask for less "
+            "(a smaller batch or context, fewer --environments or --workers); what was finished is kept"
+        )
 
 
 def _run(arguments: list[str]) -> None:
@@ -121,6 +130,12 @@ def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Cal
         text = " ".join(re.sub(r"[─│╭╮╰╯├┤]", " ", said.getvalue()).split())
         noise = r"\d+ validation errors? for \w+|\[type=.*For further information visit \S+"
         raise UserError(re.sub(noise, "", text)) from None
+
+
+def _without_echoes(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """But for what tensorstore's threads say, once for each array, when orbax has gone after the first failed write."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _fail(message: str) -> None:

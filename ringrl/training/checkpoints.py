@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, goal_space
-from ringrl.errors import UserError
+from ringrl.errors import UserError, is_out_of_memory
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.agent import make_agent
@@ -237,7 +237,7 @@ def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = No
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     """Whether the checkpoint is damaged, or something else stood in the way."""
-    passing = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    passing = is_out_of_memory(error)
     missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if passing or (isinstance(error, OSError) and error.errno is not None and not missing):
         return UserError(f"{checkpoint}: cannot be read now, and is left as it is ({_brief(error)})")
