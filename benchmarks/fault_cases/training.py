@@ -108,9 +108,8 @@ class Train(Trial):
                     self._finished(all_damaged))  # fmt: skip
 
     def _damaged_run(self) -> Iterator[Fault]:
-        def back(place: Place) -> None:
-            shutil.rmtree(self._run(place))
-            shutil.copytree(self._run(self.reference), self._run(place))
+        def remove(place: Place) -> None:
+            (self._run(place) / "config.yaml").unlink()
 
         def without_last(damage: Callable[[Path], object]) -> Deed:
             """The run as a kill before its last checkpoint leaves it, and something wrong besides."""
@@ -121,20 +120,26 @@ class Train(Trial):
 
             return self._finished(deed)
 
+        gone = "what is damaged from outside is gone; parameters and all later numbers are the same"
         for what, damage in (
             ("half a last line", lambda run: append(run / "metrics.jsonl", '{"step": 61, "lo')),
-            ("a last line that is no number", lambda run: append(run / "metrics.jsonl", "61\n")),
+            ("a last line that is none", lambda run: append(run / "metrics.jsonl", "61\n")),
+        ):
+            yield Fault(f"metrics.jsonl: {what}", [WELL], None, resumed, prepare=without_last(damage))
+        for what, damage in (
             ("gone", lambda run: (run / "metrics.jsonl").unlink()),
             ("a flipped bit", lambda run: flip(run / "metrics.jsonl", 0.2, 7)),
             ("cut short", lambda run: cut(run / "metrics.jsonl", 0.1)),
         ):
-            yield Fault(f"metrics.jsonl: {what}", [WELL], None, resumed, prepare=without_last(damage))
+            yield Fault(f"metrics.jsonl: {what}", [WELL], "gone or damaged", resumed, prepare=without_last(damage),
+                        accepted=gone)  # fmt: skip
+        yield Fault("config.yaml: gone", [WELL], None, resumed,
+                    prepare=without_last(lambda run: (run / "config.yaml").unlink()))  # fmt: skip
         for what, damage in (
-            ("gone", lambda run: (run / "config.yaml").unlink()),
             ("cut short", lambda run: cut(run / "config.yaml")),
             ("empty", lambda run: cut(run / "config.yaml", 0)),
         ):
-            yield Fault(f"config.yaml: {what}", [MENDABLE], "config.yaml|holds other files", resumed, back,
+            yield Fault(f"config.yaml: {what}", [MENDABLE], "config.yaml: .* remove the file", resumed, remove,
                         without_last(damage))  # fmt: skip
         events = without_last(lambda run: [cut(file) for file in (run / "tensorboard").iterdir()])
         yield Fault("TensorBoard's events cut short", [WELL], None, resumed, prepare=events)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pydantic
@@ -47,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Errors that the user can mend end in one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
-    sys.excepthook = _without_echoes
+    if getattr(sys.unraisablehook, "func", None) is not _without_echoes:
+        sys.unraisablehook = functools.partial(_without_echoes, sys.unraisablehook)
     try:
         _run(arguments)
     except UserError as error:
@@ -132,10 +132,10 @@ def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Cal
         raise UserError(re.sub(noise, "", text)) from None
 
 
-def _without_echoes(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _without_echoes(say: Callable[[Any], object], ignored: Any) -> None:
     """But for what tensorstore's threads say, once for each array, when orbax has gone after the first failed write."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(ignored.exc_value) != "Event loop is closed":
+        say(ignored)
 
 
 def _fail(message: str) -> None:

@@ -32,10 +32,10 @@ class MetricsLog:
     """metrics.jsonl of one run, continued after `step`, and the boards that show the same.
 
     Lines beyond `step` come from work that a kill has undone; they are dropped, and written again when it is redone.
-    Those before it that cannot be read any more are dropped, too, and counted in `unreadable`.
+    Damaged ones are dropped, too. `missing` counts the steps up to `step` that have no line any more.
     """
 
-    unreadable = 0
+    missing = 0
 
     def __init__(self, run: Path, step: int, boards: Sequence[Board] = ()) -> None:
         self._path = run / "metrics.jsonl"
@@ -44,18 +44,15 @@ class MetricsLog:
         self._boards = boards
 
     def _drop_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept, unreadable = [], 0
-        for line in self._path.read_bytes().splitlines():
+        kept = []
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 if json.loads(line)["step"] > step:
                     break
             except (ValueError, KeyError, TypeError):
-                unreadable += 1  # of the last line nothing need be said: a kill has cut it in half
-                continue
+                continue  # damaged, or cut in half by a kill
             kept.append(line + b"\n")
-            self.unreadable = unreadable
+        self.missing = step - len(kept)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(self._path)

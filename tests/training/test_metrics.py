@@ -33,23 +33,25 @@ def test_what_a_kill_undid_is_dropped(tmp_path, torn):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
     for resumed_at in (4, 2, 0):
-        with MetricsLog(tmp_path, resumed_at):
+        with MetricsLog(tmp_path, resumed_at) as log:
+            assert log.missing == 0
             kept = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert kept == list(range(1, resumed_at + 1))
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe", b"61", b"[]", b'{"loss": 1}', b'{"step": "2"}', b"{"])
-def test_a_damaged_line_takes_no_other_with_it_and_is_counted(tmp_path, damage):
+def test_a_damaged_line_takes_no_other_with_it_and_is_missed(tmp_path, damage):
     with MetricsLog(tmp_path, 0) as log:
         log.write([line(step) for step in range(1, 5)])
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
     with MetricsLog(tmp_path, 3) as log:
-        assert log.unreadable == 1
+        assert log.missing == 1
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == [lines[0], lines[2]]
+    (tmp_path / "metrics.jsonl").unlink()
     with MetricsLog(tmp_path, 3) as log:
-        assert log.unreadable == 0
+        assert log.missing == 3
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
