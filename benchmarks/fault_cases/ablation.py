@@ -26,7 +26,7 @@ from fault_cases.training import checkpoints, run_differences
 from fault_cases.trial import INTERRUPTED, KILLED, MENDABLE, TERMINATED, WELL, Deed, Fault, Place, Trial
 
 SAME = ("returns", "context", "environment_seed", "steps_simulated")
-CELLS = ("at_1_seed0", "bc_seed0")
+CELLS = ("bc_seed0", "at_1_seed0")  # as they are run
 PLAN = {
     "task": TASK, "trajectories": [1], "seeds": [0], "baselines": ["bc"], "trajectories_per_batch": 2,
     "environments": 2, "settings": {
