@@ -208,7 +208,7 @@ def forget_failure(work: Work) -> None:
 def note_failure(work: Work, why: str) -> str:
     """Write down why it failed; returns it, as one line."""
     line = " ".join(why.split())
-    with suppress(OSError):  # a disk that is full, for example, in which case it is only said
+    with suppress(UserError):  # a disk that is full, for example, in which case it is only said
         write(work.folder / FAILED, line + "\n")
     return line
 
@@ -244,8 +244,13 @@ def attempt(work: Work, command: str | None) -> str | None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and its folder where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all, and its folder where it is missing. UserError if it cannot be."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space, then do it again") from error
