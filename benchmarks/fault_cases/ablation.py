@@ -75,7 +75,7 @@ class Ablate(Trial):
 
     def faults(self, disk: Disk) -> Iterator[Fault]:
         first, second = self._trained(CELLS[0]), self._trained(CELLS[1])
-        retry = r"1 of 4 failed; --retry runs them again"
+        retry = r"[12] of 4 failed; --retry runs them again"
         yield Fault("kill -9 in the second cell", [KILLED], None, killed(KILL, second))
         yield Fault("kill -9 of a worker", [MENDABLE], retry, worker_killed(first))
         yield Fault("Ctrl-C in the first cell", [INTERRUPTED], "what was finished is kept",
@@ -107,14 +107,14 @@ class Ablate(Trial):
             ("half a last line of its results", unfinished(lambda cell: _halve_last(cell / "evaluation.jsonl"))),
             ("half a last line of its metrics", unfinished(lambda cell: append(cell / "metrics.jsonl", '{"st'))),
             ("its newest checkpoint all zeros", unfinished(_damage_newest)),
-            ("a cell's folder gone", finished(shutil.rmtree)),
+            ("its whole folder gone", finished(shutil.rmtree)),
         ):
-            yield Fault(f"a cell: {what}", [WELL], None, resumed, prepare=prepare)
+            yield Fault(f"of a cell, {what}", [WELL], None, resumed, prepare=prepare)
 
         def remove(place: Place) -> None:
             (self._cell(place, CELLS[0]) / "cell.yaml").unlink()
 
-        yield Fault("a cell: cell.yaml cut short", [MENDABLE], "cell.yaml", resumed, remove,
+        yield Fault("of a cell, cell.yaml cut short", [MENDABLE], "cell.yaml.*; remove it if it is damaged", resumed, remove,
                     unfinished(lambda cell: cut(cell / "cell.yaml")))  # fmt: skip
 
 

@@ -178,7 +178,10 @@ def check(work: Work) -> None:
     path, now = work.folder / CELL, work.describe()
     if not path.exists():
         return
-    known = read_yaml(path)
+    try:
+        known = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it if it is damaged") from error
     for name in set(now) - {"test_trajectories"}:
         if known.get(name) != now[name]:
             raise UserError(f"{path}: {name} was {known.get(name)}, the plan says {now[name]}; give another output")
