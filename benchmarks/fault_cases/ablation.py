@@ -114,7 +114,7 @@ class Ablate(Trial):
         def remove(place: Place) -> None:
             (self._cell(place, CELLS[0]) / "cell.yaml").unlink()
 
-        yield Fault("of a cell, cell.yaml cut short", [MENDABLE], "cell.yaml.*; remove it if it is damaged", resumed, remove,
+        yield Fault("of a cell, cell.yaml cut short", [MENDABLE], "cell.yaml: .*; remove it", resumed, remove,
                     unfinished(lambda cell: cut(cell / "cell.yaml")))  # fmt: skip
 
 
