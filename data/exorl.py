@@ -79,6 +79,8 @@ class Archive:
         try:
             episode = _read_npz(self._content(member), self._columns, member.length + 1, self._limit)
             _check_values(episode)
+        except MemoryError:
+            raise  # which says nothing about the file
         except UserError as error:
             raise UserError(f"{self.source}: {shown(member.path)} {error}") from error
         except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
@@ -177,6 +179,8 @@ def open_zip(source: Path) -> zipfile.ZipFile:
         return archive
     except OSError as error:
         raise UserError(f"{source}: cannot be opened ({error.strerror or error})") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged directory of names: see Archive.read
         raise UserError(
             f"{source}: not a zip archive, or cut short: download it again or give a folder of episodes"
@@ -190,6 +194,8 @@ def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Pat
             try:
                 with contextlib.suppress(RuntimeError):  # encrypted, or another method: not ours to read
                     archive.open(info).close()
+            except MemoryError:
+                raise
             except Exception as error:
                 raise UserError(
                     f"{source}: the entry {shown(info.filename)} is damaged, and may have been an episode: "

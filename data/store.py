@@ -55,6 +55,8 @@ class EpisodeStore:
             self._open()
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        except MemoryError:
+            raise  # which says nothing about the file
         except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
             raise UserError(
                 f"{path}: not an episode store, or damaged or cut short: import the archive again"

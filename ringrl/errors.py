@@ -7,3 +7,8 @@ class UserError(ValueError):
     The message is one line: what is wrong, where (file, flag or value), and what to do. The command line prints that
     line and exits with code 2; library users catch it as a ValueError.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or XLA did not get the memory that it asked for; such an error says nothing about files."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

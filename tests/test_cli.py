@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -261,3 +262,33 @@ def test_the_installed_command_ends_with_code_2_and_no_traceback(tmp_path: Path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_want_of_memory_is_one_line_and_no_damage(
+    jaco_folder: Path, jaco_store: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    def want(*arguments: object, **keywords: object) -> None:
+        raise MemoryError
+
+    store = tmp_path / "jaco.h5"
+    command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(store), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.lib.format.read_array_header_1_0", want)
+        said = refused([*command, "--on-damaged", "skip"], capsys)
+        assert "not enough memory" in said
+        assert "damaged" not in said, "no healthy episode is skipped"
+    with monkeypatch.context() as patch:
+        patch.setattr("h5py.File", want)
+        assert "not enough memory" in refused(["data", "info", str(jaco_store.path)], capsys)
+    main(command)
+    assert len(EpisodeStore(store)) == 8
+
+
+def test_only_the_echoes_of_a_full_disk_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda ignored: said.append(str(ignored.exc_value)))
+    for _ in range(2):
+        main(["--version"])
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))  # type: ignore[arg-type]
+    assert said == ["another"]

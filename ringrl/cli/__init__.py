@@ -24,7 +24,7 @@ from ringrl.cli.report import report
 from ringrl.cli.run import train
 from ringrl.cli.study import ablate, demo
 from ringrl.config import TrainConfig, merged, one_line, read_yaml
-from ringrl.errors import UserError
+from ringrl.errors import UserError, is_out_of_memory
 from ringrl.methods import METHODS
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Errors that the user can mend end in one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
+    if getattr(sys.unraisablehook, "func", None) is not _without_echoes:
+        sys.unraisablehook = functools.partial(_without_echoes, sys.unraisablehook)
     try:
         _run(arguments)
     except UserError as error:
@@ -56,6 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ringrl: stopped; what was finished is kept", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(
+            f"not enough memory ({' '.join(str(error).split())[:200] or 'MemoryError'}): free some, or ask for less "
+            "(a smaller batch or context, fewer --environments or --workers); what was finished is kept"
+        )
 
 
 def _run(arguments: list[str]) -> None:
@@ -122,6 +131,12 @@ def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Cal
         text = " ".join(re.sub(r"[─│╭╮╰╯├┤]", " ", said.getvalue()).split())
         noise = r"\d+ validation errors? for \w+|\[type=.*For further information visit \S+"
         raise UserError(re.sub(noise, "", text)) from None
+
+
+def _without_echoes(say: Callable[[Any], object], ignored: Any) -> None:
+    """But for what tensorstore's threads say, once for each array, when orbax has gone after the first failed write."""
+    if str(ignored.exc_value) != "Event loop is closed":
+        say(ignored)
 
 
 def _fail(message: str) -> None:

@@ -216,7 +216,10 @@ def check(work: Work) -> None:
     path, now = work.folder / CELL, work.describe()
     if not path.exists():
         return
-    known = read_yaml(path)
+    try:
+        known = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it if it is damaged") from error
     for name in sorted(set(now) & set(known) - {"test_trajectories", "episodes", "videos"}):
         if known[name] != now[name]:
             raise UserError(f"{path}: {name} was {known.get(name)}, the plan says {now[name]}; give another output")
@@ -249,7 +252,7 @@ def forget_failure(work: Work) -> None:
 def note_failure(work: Work, why: str) -> str:
     """Write down why it failed; returns it, as one line."""
     line = " ".join(why.split())
-    with suppress(OSError):  # a disk that is full, for example, in which case it is only said
+    with suppress(UserError):  # a disk that is full, for example, in which case it is only said
         write(work.folder / FAILED, line + "\n")
     return line
 
@@ -276,7 +279,8 @@ def attempt(work: Work, command: str | None) -> str | None:
         finished = {"did": work.describe(), "seconds": time.perf_counter() - began}
         write(work.folder / FINISHED, json.dumps(finished) + "\n")
     except Exception as error:  # whatever it is, the other cells go on
-        traceback.print_exc()
+        with suppress(OSError):  # where the log is on a disk that is full
+            traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return note_failure(work, f"{kind}{error}")
     forget_failure(work)
@@ -284,8 +288,13 @@ def attempt(work: Work, command: str | None) -> str | None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and its folder where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all, and its folder where it is missing. UserError if it cannot be."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space, then do it again") from error

@@ -3,11 +3,15 @@
 import importlib.util
 import os
 import secrets
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
@@ -24,21 +28,32 @@ class Board(Protocol):
 
 
 class TensorBoard:
-    """Events in the run's folder tensorboard/, continued after `step`; what a kill undid is purged."""
+    """Events in the run's folder tensorboard/, continued after `step`; what a kill undid is purged.
+
+    They are written by the thread that brings them. tensorboardX's own writer has another thread do it, for which it
+    waits for ever once that has met a full disk.
+    """
 
     def __init__(self, run: Path, step: int) -> None:
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        folder = run / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # later steps do not count
 
     def write(self, entries: Sequence[Mapping[str, float]]) -> None:
-        """A scalar per name and step."""
+        """A scalar per name and step. Raises OSError."""
         for entry in entries:
-            for name, value in entry.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, int(entry["step"]))
+            scalars = [Summary.Value(tag=name, simple_value=entry[name]) for name in entry if name != "step"]
+            self._add(Event(step=int(entry["step"]), summary=Summary(value=scalars)))
 
     def close(self) -> None:
-        """Flush."""
-        self._writer.close()
+        """Flush. Raises OSError."""
+        self._records.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
 
 
 class WeightsAndBiases:

@@ -20,12 +20,15 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, goal_space
-from ringrl.errors import UserError
+from ringrl.errors import UserError, is_out_of_memory
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.agent import make_agent
 from ringrl.training.mesh import make_ring
+from ringrl.training.seal import array_seals, sealed, unsealed
 from ringrl.training.step import TrainState
+
+ARRAYS = "arrays"  # among what a checkpoint says: the seals of its arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +113,28 @@ class Checkpoints:
 
     def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float | None) -> None:
         """Write the state, the state of the iterator over batches and the mean loss of late, in the background."""
-        arrays, values = ocp.args.StandardSave(state._asdict()), ocp.args.JsonSave(info.to_json())
-        items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(iterator))
+        arrays = ocp.args.StandardSave(state._asdict())
+        values = ocp.args.JsonSave(sealed(info.to_json() | {ARRAYS: array_seals(state)}))
+        items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(sealed(iterator)))
         with self._naming_failures():
             self._manager.save(int(state.step), args=items, metrics=None if loss is None else {"loss": loss})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a checkpoint, shaped like `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        return TrainState(**self._restore(step, "state", ocp.args.StandardRestore(abstract)))
+        state = TrainState(**self._restore(step, "state", ocp.args.StandardRestore(abstract)))
+        seals = _read_values(self.folder / str(step)).get(ARRAYS)  # none in checkpoints from before there were any
+        if seals is not None and seals != array_seals(state):
+            raise _unreadable(self.folder / str(step), ValueError("its arrays are not those that were saved"))
+        return state
 
     def restore_iterator(self, step: int) -> dict[str, Any]:
         """The state of the iterator over batches that was saved with a checkpoint."""
-        return dict(self._restore(step, "iterator", ocp.args.JsonRestore()))
+        values = self._restore(step, "iterator", ocp.args.JsonRestore())
+        try:
+            return unsealed(values)
+        except ValueError as error:
+            raise _unreadable(self.folder / str(step), error) from error
 
     def _restore(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> Any:
         try:
@@ -167,14 +179,23 @@ def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
     if step is not None and step not in steps:
         raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
+    values = _read_values(folder / str(step))
     try:
-        return step, RunInfo.from_json(json.loads((folder / str(step) / "info" / "metadata").read_text()))
+        return step, RunInfo.from_json({name: value for name, value in values.items() if name != ARRAYS})
     except pydantic.ValidationError as error:
         raise UserError(
             f"{folder / str(step)}: its configuration does not fit this version ({one_line(error)})"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(folder / str(step), error) from error
+
+
+def _read_values(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says; UserError where it does not say what was saved."""
+    try:
+        return unsealed(json.loads((checkpoint / "info" / "metadata").read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unreadable(checkpoint, error) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +237,7 @@ def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = No
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     """Whether the checkpoint is damaged, or something else stood in the way."""
-    passing = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    passing = is_out_of_memory(error)
     missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if passing or (isinstance(error, OSError) and error.errno is not None and not missing):
         return UserError(f"{checkpoint}: cannot be read now, and is left as it is ({_brief(error)})")

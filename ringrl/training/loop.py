@@ -116,6 +116,9 @@ def _run_steps(
         batches.set_state(iterator)
     start = int(state.step)
     with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_sigterm() as stop:
+        if log.missing:
+            what = f"the numbers of {log.missing} of {start} steps are gone or damaged; the run goes on without them"
+            console.print(f"{config.run / 'metrics.jsonl'}: {what}", soft_wrap=True)
         recorder = Recorder(config, _cost(config, source, agent, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)

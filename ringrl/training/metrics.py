@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -31,7 +32,10 @@ class MetricsLog:
     """metrics.jsonl of one run, continued after `step`, and the boards that show the same.
 
     Lines beyond `step` come from work that a kill has undone; they are dropped, and written again when it is redone.
+    Damaged ones are dropped, too. `missing` counts the steps up to `step` that have no line any more.
     """
+
+    missing = 0
 
     def __init__(self, run: Path, step: int, boards: Sequence[Board] = ()) -> None:
         self._path = run / "metrics.jsonl"
@@ -40,19 +44,17 @@ class MetricsLog:
         self._boards = boards
 
     def _drop_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line that a kill cut in half
-                break
-            if entry["step"] > step:
-                break
-            kept.append(line + "\n")
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                continue  # damaged, or cut in half by a kill
+            kept.append(line + b"\n")
+        self.missing = step - len(kept)
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
         temporary.replace(self._path)
 
     def write(self, entries: list[dict[str, float]]) -> None:
@@ -66,9 +68,10 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        for board in self._boards:
-            board.close()
+        with ExitStack() as all_of_them:  # even where one meets a full disk
+            for board in self._boards:
+                all_of_them.callback(board.close)
+            all_of_them.callback(self._file.close)
 
 
 class SilentLog(MetricsLog):

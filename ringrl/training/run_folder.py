@@ -8,11 +8,12 @@ import pydantic
 from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
-from ringrl.training.checkpoints import RunInfo
+from ringrl.training.checkpoints import RunInfo, read_info
 
 # Where things lie and are shown, and what they are computed on, may change between a run and its resumption.
 PLACES = ("data", "run", "keep_checkpoints", "mesh.")
 SHOWN = "log"
+IF_DAMAGED = "or remove the file if it is damaged, and the newest checkpoint's counts"
 
 
 def claim_folder(info: RunInfo, resume: bool) -> None:
@@ -25,9 +26,12 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
     saved = config.run / "config.yaml"
     if not saved.exists():
         temporary = saved.with_suffix(".tmp")
+        is_run = resume and (config.run / "checkpoints").is_dir()
+        if is_run:
+            check_configuration(config)
         try:
             config.run.mkdir(parents=True, exist_ok=True)
-            if any(path != temporary for path in config.run.iterdir()):  # which a kill may leave
+            if not is_run and any(path != temporary for path in config.run.iterdir()):  # which a kill may leave
                 raise UserError(f"{config.run}: holds other files and no run; give another --run")
             temporary.write_text(to_yaml(config))
             temporary.replace(saved)
@@ -40,12 +44,18 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
 
 
 def saved_configuration(run: Path) -> TrainConfig:
-    """Of the run in this folder; UserError where it cannot be read."""
+    """Of the run in this folder, or of its newest checkpoint where the file is gone; UserError if it cannot be read."""
     saved = run / "config.yaml"
+    if not saved.exists():
+        return read_info(run)[1].config
     try:
         return TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
     except pydantic.ValidationError as error:
-        raise UserError(f"{saved}: does not fit this version ({one_line(error)}); start a new --run") from error
+        raise UserError(
+            f"{saved}: does not fit this version ({one_line(error)}); start a new --run, {IF_DAMAGED}"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{error}; start a new --run, {IF_DAMAGED}") from error
 
 
 def check_configuration(config: TrainConfig) -> None:
@@ -60,7 +70,7 @@ def check_configuration(config: TrainConfig) -> None:
     if changed:
         raise UserError(
             f"{config.run / 'config.yaml'}: the run has another configuration ({'; '.join(changed)}); "
-            "resume with the same, or start a new --run"
+            f"resume with the same, start a new --run, {IF_DAMAGED}"
         )
 
 

@@ -18,6 +18,7 @@ from ringrl.config import TrainConfig, to_yaml
 from ringrl.errors import UserError
 from ringrl.training import load_policy, read_info, train
 from ringrl.training.checkpoints import Checkpoints
+from ringrl.training.seal import sealed, unsealed
 from ringrl.training.step import TrainState
 
 
@@ -43,9 +44,26 @@ def arrays_cut_short(folder: Path) -> None:
         os.truncate(file, file.stat().st_size // 2)
 
 
+def a_bit_of_the_arrays(folder: Path) -> None:
+    """In the middle of what they are stored in, where the format itself notices nothing."""
+    file = max(folder.glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def a_digit_of_the_description(folder: Path) -> None:
+    file = folder / "metadata"
+    text = file.read_text()
+    assert '"episode_length": 250' in text
+    file.write_text(text.replace('"episode_length": 250', '"episode_length": 251'))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "zeros": lambda step: zeros(step / "state"),
     "arrays cut short": lambda step: arrays_cut_short(step / "state"),
+    "a bit of the arrays": lambda step: a_bit_of_the_arrays(step / "state"),
+    "a digit of the description": lambda step: a_digit_of_the_description(step / "info"),
     "manifest gone": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
     "state gone": lambda step: shutil.rmtree(step / "state"),
     "description cut short": lambda step: os.truncate(step / "info" / "metadata", 100),
@@ -126,12 +144,13 @@ def test_what_a_checkpoint_says(finished: TrainConfig) -> None:
     assert {"ringrl", "jax", "mujoco"} <= set(info.versions)
     assert info.transitions == 8 * 250
     iterator = json.loads((finished.run / "checkpoints" / "14" / "iterator" / "metadata").read_text())
-    assert iterator == {"next_index": 14}
+    assert unsealed(iterator) == {"next_index": 14}
 
 
 def test_a_checkpoint_of_another_version_is_told_apart_from_damage(finished: TrainConfig) -> None:
     description = finished.run / "checkpoints" / "14" / "info" / "metadata"
-    description.write_text(description.read_text().replace('"token_set"', '"token_sort"'))
+    values = json.dumps(unsealed(json.loads(description.read_text()))).replace('"token_set"', '"token_sort"')
+    description.write_text(json.dumps(sealed(json.loads(values))))
     with pytest.raises(UserError, match=r"does not fit this version.*token_sort"):
         load_policy(finished.run)
 

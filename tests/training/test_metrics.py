@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
@@ -30,10 +33,25 @@ def test_what_a_kill_undid_is_dropped(tmp_path, torn):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
     for resumed_at in (4, 2, 0):
-        with MetricsLog(tmp_path, resumed_at):
+        with MetricsLog(tmp_path, resumed_at) as log:
+            assert log.missing == 0
             kept = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert kept == list(range(1, resumed_at + 1))
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"61", b"[]", b'{"loss": 1}', b'{"step": "2"}', b"{"])
+def test_a_damaged_line_takes_no_other_with_it_and_is_missed(tmp_path, damage):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write([line(step) for step in range(1, 5)])
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    with MetricsLog(tmp_path, 3) as log:
+        assert log.missing == 1
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == [lines[0], lines[2]]
+    (tmp_path / "metrics.jsonl").unlink()
+    with MetricsLog(tmp_path, 3) as log:
+        assert log.missing == 3
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
@@ -47,6 +65,31 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
         found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         place += 16 + size
     assert found == [("loss", 1, 0.5), ("loss", 2, 0.25)]
+
+
+FULL = """
+    import resource, sys
+    from pathlib import Path
+    from ringrl.training.boards import TensorBoard
+    from ringrl.training.metrics import MetricsLog
+
+    try:
+        with MetricsLog(Path(sys.argv[1]), 0, [TensorBoard(Path(sys.argv[1]), 0)]) as log:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+            for step in range(1, 1000):
+                log.write([{"step": step, "loss": 1 / step}])
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_a_full_disk_is_an_error_and_not_the_end_of_a_thread(tmp_path, size):
+    """Found out at once, or in the middle; nobody waits for ever, and nothing else is printed."""
+    child = [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path), str(size)]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "File too large\n"
+    assert done.stderr == ""
 
 
 def test_wandb_missing_is_said_before_anything_is_made(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

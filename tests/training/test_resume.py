@@ -6,7 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from ringrl.config import TrainConfig, to_yaml
+from ringrl.errors import UserError
 from ringrl.training import load_policy, train
 
 EXACT = ("step", "loss", "gradient_norm", "learning_rate")  # tokens_per_second is the clock's
@@ -82,6 +85,23 @@ def test_the_run_itself_is_repeatable_and_follows_its_seed(tiny: TrainConfig, fi
     train(other, quiet=True)
     differing = [a != b for a, b in zip(numbers(tiny.run), numbers(other.run), strict=True)]
     assert all(differing)
+
+
+def test_a_checkpoint_knows_the_configuration_where_its_file_is_gone(finished: TrainConfig) -> None:
+    file = finished.run / "config.yaml"
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"config\.yaml: .*or remove the file if it is damaged"):
+        train(finished, resume=True, quiet=True)
+    file.unlink()
+    wider = finished.model_copy(update={"model": finished.model.model_copy(update={"width": 32})})
+    with pytest.raises(UserError, match=r"model\.width was 16, is 32"):
+        train(wider, resume=True, quiet=True)
+    with pytest.raises(UserError, match="holds other files and no run"):
+        train(finished, quiet=True)
+    assert not file.exists()
+    train(finished, resume=True, quiet=True)
+    assert file.read_text() == whole.replace(whole.split("run: ")[1].splitlines()[0], str(finished.run))
 
 
 def test_where_things_lie_may_change(finished: TrainConfig, tmp_path: Path) -> None:
