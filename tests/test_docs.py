@@ -70,6 +70,7 @@ PARSED = {
     "docs/collect.md": "ten million transitions; small collections: tests/data/test_collect.py",
     "docs/data.md": "archives of gigabytes; small ones: tests/data, and docs/exorl.md",
     "docs/evaluation.md": "needs what an hour of training makes; a tiny run: tests/test_cli.py",
+    "docs/faults.md": "an hour",
     "docs/plan.md": "minutes of compilation, for TPUs: tests/planning",
     "docs/reproduce.md": "hours",
     "docs/results.md": "hours",
