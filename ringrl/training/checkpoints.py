@@ -91,11 +91,13 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
         self.folder = run / "checkpoints"
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
+        best = policies.BestN(get_metric_fn=_loss, reverse=True, n=1)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=kept, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(  # without a best_fn, losses would not be written for a resumed run
+                preservation_policy=kept, best_fn=_loss, best_mode="min", enable_async_checkpointing=True
+            ),
         )
 
     def steps(self) -> list[int]:
@@ -164,6 +166,10 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder}: a checkpoint cannot be written ({cause}); free some space, then use --resume"
             ) from None
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
 
 
 def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:

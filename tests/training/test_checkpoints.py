@@ -117,13 +117,17 @@ def test_what_stands_in_the_way_for_a_while_is_not_damage(finished: TrainConfig,
     assert (finished.run / "checkpoints" / "14").is_dir()
 
 
-def test_the_checkpoint_of_lowest_loss_is_kept_beside_the_newest(finished: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sitting", [6, 1, 2], ids=["at once", "resumed after each", "resumed after two"])
+def test_the_checkpoint_of_lowest_loss_is_kept_beside_the_newest(finished, tmp_path: Path, sitting: int) -> None:
+    """Losses are remembered from one process to the next, or each would leave its checkpoints behind for ever."""
     info = read_info(finished.run)[1]
-    checkpoints = Checkpoints(tmp_path, keep=2)
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 4.0, 2.5], start=1):
+        if step % sitting == 1 % sitting:
+            checkpoints = Checkpoints(tmp_path, keep=2)
         state = TrainState({"w": jnp.full(3, step)}, (), jnp.array(step))
         checkpoints.save(state, info, {}, loss)
-    checkpoints.close()
+        if step % sitting == 0:
+            checkpoints.close()
     assert Checkpoints(tmp_path).steps() == [2, 3, 5, 6], "one without a loss is kept too: it says why a run failed"
 
 
