@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def optimised() -> Iterator[None]:
-    """Programs as users run them, for what is compared with the compiler's figures or runs in long loops."""
+    """Programs as users run them."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -68,8 +68,3 @@ def draw() -> Callable[..., Arrays]:
 @pytest.fixture(scope="session")
 def oracle() -> Callable[..., Arrays]:
     return definition
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it(optimised: None) -> None:
-    """The library's core is tested as users run it."""

@@ -16,6 +16,8 @@ from ringrl.attention.attend import attend as local_attention
 from ringrl.attention.mask import Rule, Side, classify
 from ringrl.attention.options import Options
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 BATCH, TOKENS, HEAD_DIM = 2, 53, 8
 BLOCK_Q, BLOCK_K = 8, 16  # neither divides the 53 tokens, and they differ
 NAMES = ("o", "lse", "dq", "dk", "dv")

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringrl.attention import ring_attention
 
-pytestmark = pytest.mark.usefixtures("eight_devices")
+pytestmark = pytest.mark.usefixtures("eight_devices", "optimised")
 
 LOCAL_TOKENS = 512
 

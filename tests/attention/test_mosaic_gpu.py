@@ -4,7 +4,7 @@ of visits are the kernels' own; only products and layouts of registers are plain
 Not seen here: that tensor cores compute what they are asked to. benchmarks/attention_gpu.py checks that on a GPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,14 +28,6 @@ pytestmark = pytest.mark.usefixtures("eight_devices")  # each warpgroup needs a 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # of the largest value: both round weights and gradients of logits
 PLAIN = Rule(is_causal=False)
-
-
-@pytest.fixture(autouse=True)
-def quick_to_compile() -> Iterator[None]:
-    """The interpreter compiles a program for each warpgroup: without optimisation, in a fifth of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def sides(*arrays: np.ndarray) -> tuple[Side, Side]:

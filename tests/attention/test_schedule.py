@@ -72,7 +72,7 @@ def compile_for(topology: str, implementation: str = "mosaic_tpu") -> Program:
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch, optimised: None) -> None:
     """The tiles of the XLA kernel on a TPU, whatever this process runs on, and no question to a metadata server."""
     monkeypatch.setattr(xla, "blocks_for", lambda heads: Blocks(512, 512, heads))
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

@@ -168,7 +168,8 @@ def test_a_full_disk_is_told_and_the_run_can_go_on(tiny: TrainConfig) -> None:
     command = [str(Path(sys.executable).with_name("ringrl")), "train", "--config", str(file)]
 
     limited = ["bash", "-c", f"ulimit -f 100; exec {shlex.join(command)}"]  # kilobytes
-    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or it would cut short what others read there
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("ringrl: ")]
     assert len(said) == 1
