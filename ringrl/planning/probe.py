@@ -1,7 +1,8 @@
 """What this machine's processor does in a second, measured in two seconds: host devices have no data sheet.
 
-Two matrices of the feed-forward layer, attention forward and backward, and reading and writing memory, each alone on
-one host device, which takes all cores. Nothing of a training step is run, so that a step's estimate is no fit to it.
+A matrix of the feed-forward layer, attention forward and backward, and reading and writing memory: each on all host
+devices of this process at once, as in a step, since one alone uses the cores worse (half as well with attention).
+Nothing of a training step is run, so that a step's estimate is no fit to it.
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringrl.attention import attention
 from ringrl.config import ModelConfig
 from ringrl.planning.machines import Attained, Machine
 
-ROWS, TOKENS, NUMBERS = 2048, 2048, 2**24
+ROWS, TOKENS, NUMBERS = 2048, 2048, 2**22
 PRODUCTS = 7  # of attention: two forward, five backward
 ROUNDS = 3
 
@@ -43,17 +46,25 @@ def _rates(model: ModelConfig) -> tuple[float, float, float]:
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         return jax.grad(lambda *x: attention(*x, is_causal=True).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        product = _seconds(jnp.matmul, normal(ROWS, model.width), normal(model.width, hidden))
-        q, kv = normal(1, TOKENS, model.heads, head_dim), normal(1, TOKENS, model.kv_heads, head_dim)
-        attended = _seconds(gradients, q, kv, kv)
-        moved = _seconds(lambda x: x + 1, jnp.zeros(NUMBERS))
+    count = len(jax.local_devices(backend="cpu"))
+    product = _seconds(jnp.matmul, normal(count, ROWS, model.width), normal(count, model.width, hidden))
+    q, kv = normal(count, TOKENS, model.heads, head_dim), normal(count, TOKENS, model.kv_heads, head_dim)
+    attended = _seconds(gradients, q, kv, kv)
+    moved = _seconds(lambda x: x + 1, jnp.zeros((count, NUMBERS)))
     one_product = TOKENS**2 * model.width  # of all heads; a causal half
-    return 2 * ROWS * model.width * hidden / product, PRODUCTS * one_product / attended, 8 * NUMBERS / moved
+    work = (2 * ROWS * model.width * hidden, PRODUCTS * one_product, 8 * NUMBERS)
+    matrices, pairs, numbers = (
+        count * each / taken for each, taken in zip(work, (product, attended, moved), strict=True)
+    )
+    return matrices, pairs, numbers
 
 
 def _seconds(function: Callable[..., Any], *arguments: jax.Array) -> float:
-    compiled = jax.jit(function).lower(*arguments).compile()
+    """Of all host devices, each with its share of the arguments' first axis."""
+    mesh, axis = Mesh(np.array(jax.local_devices(backend="cpu")), ("device",)), PartitionSpec("device")
+    arguments = tuple(jax.device_put(x, NamedSharding(mesh, axis)) for x in arguments)
+    shared = jax.shard_map(function, mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False)
+    compiled = jax.jit(shared).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
     taken = []
     for _ in range(ROUNDS):
