@@ -56,8 +56,9 @@ class ModelConfig(Section):
     """The Agentic Transformer, or a feed-forward policy of the present observation alone: imitation, or TD3+BC."""
     token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
     """Tokens per timestep: at5 (R,s,a,r,d), ring4 (R,s,a,r), dt3 (R,s,a), fused1 (all in one token)."""
-    action_head: Literal["mse", "gaussian"] = "mse"
-    """Squared error on tanh actions, or a gaussian with state-dependent width."""
+    action_head: Literal["mse", "gaussian", "bins"] = "mse"
+    """Squared error on tanh actions, a gaussian with state-dependent width, or the likeliest of 21 values of each
+    component: where the data does one thing or the other, mse does what lies between, which may be neither."""
     loss_on: Literal["all", "last"] = "all"
     """Imitate every trajectory of the context, or only the last one (with order ascending, the best)."""
     layers: int = Field(3, ge=1)
@@ -82,6 +83,10 @@ class ModelConfig(Section):
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False
     """Add a learned embedding of the trajectory's index in the context."""
+    rotary_base: float = Field(10_000.0, gt=1)
+    """Of rotary positions (2104.09864): a head's slowest pair turns once in about 6 times as many tokens. In a context
+    longer than that no feature keeps still, and what a token says is matched less the further off it is; so longer
+    contexts ask for more (2310.05209)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation; parameters are float32 always."""
 

@@ -1,16 +1,20 @@
 """Action heads: what a feature vector says about the action, as a loss and as an action to take.
 
-Actions lie in [-1, 1]. `mse` averages the modes of multi-modal data; `gaussian` at least says how wide they lie.
+Actions lie in [-1, 1]. `mse` averages the modes of multi-modal data; `gaussian` at least says how wide they lie; `bins`
+keeps them apart, in each component by itself, and acts by the likeliest.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from ringrl.config import ModelConfig
 
 LOG_STD_RANGE = (-4.0, 1.0)
+BINS = 21  # per component, a tenth apart
+_VALUES = np.linspace(-1, 1, BINS, dtype=np.float32)
 
 
 class MSEHead(nnx.Module):
@@ -53,7 +57,39 @@ class GaussianHead(nnx.Module):
         return self._parameters(features)[0]
 
 
-def make_head(config: ModelConfig, action_size: int, rngs: nnx.Rngs) -> MSEHead | GaussianHead:
+class BinsHead(nnx.Module):
+    """A distribution over evenly spaced values of each component.
+
+    An action between two of them belongs to both, in proportion, so that none is rounded (two-hot, as the categorical
+    values of MuZero, 1911.08265).
+    """
+
+    def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(width, action_size * BINS, rngs=rngs)
+
+    def _logits(self, features: jax.Array) -> jax.Array:
+        """(..., action, BINS)"""
+        logits = self.linear(features).astype(jnp.float32)
+        return logits.reshape(*logits.shape[:-1], -1, BINS)
+
+    def loss(
+        self, features: Float[Array, "*batch width"], action: Float[Array, "*batch action"]
+    ) -> Float32[Array, "*batch"]:
+        """Cross-entropy, mean over the action's components."""
+        share = jnp.maximum(0.0, 1 - jnp.abs(action[..., None] - _VALUES) * (BINS - 1) / 2)
+        return -(share * jax.nn.log_softmax(self._logits(features))).sum(-1).mean(-1)
+
+    def mode(self, features: Float[Array, "*batch width"]) -> Float32[Array, "*batch action"]:
+        """The mean over the likeliest value and its neighbours."""
+        logits = self._logits(features)
+        distance = jnp.abs(jnp.arange(BINS) - logits.argmax(-1, keepdims=True))
+        return jnp.sum(jax.nn.softmax(jnp.where(distance <= 1, logits, -jnp.inf)) * _VALUES, axis=-1)
+
+
+Head = MSEHead | GaussianHead | BinsHead
+
+
+def make_head(config: ModelConfig, action_size: int, rngs: nnx.Rngs) -> Head:
     """The head that the configuration names."""
-    kind = MSEHead if config.action_head == "mse" else GaussianHead
-    return kind(config.width, action_size, rngs)
+    kinds: dict[str, type[Head]] = {"mse": MSEHead, "gaussian": GaussianHead, "bins": BinsHead}
+    return kinds[config.action_head](config.width, action_size, rngs)

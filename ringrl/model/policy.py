@@ -15,7 +15,7 @@ from ringrl.config import ModelConfig
 from ringrl.context import Context
 from ringrl.model.actor_critic import ActorCritic, Goal
 from ringrl.model.cache import KVCache
-from ringrl.model.heads import GaussianHead, MSEHead, make_head
+from ringrl.model.heads import Head, make_head
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.model.transformer import Transformer
@@ -24,7 +24,7 @@ from ringrl.model.transformer import Transformer
 class Imitation:
     """Losses of a policy that is to act as the data does; it has `head`, `features` and `loss_on`."""
 
-    head: MSEHead | GaussianHead
+    head: Head
     loss_on: str
 
     def loss(self, context: Context) -> Float32[Array, ""]:

@@ -14,13 +14,12 @@ from ringrl.model.blocks import in_blocks
 from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
 from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
 
-ROTARY_BASE = 10_000.0
 ROTARY_BLOCK = 1024  # tokens
 SAVED = "ring_attention"  # what ringrl.attention calls its results: kept by remat, so that no ring is run twice
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, "*batch tokens"]
+    x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, "*batch tokens"], base: float = 10_000.0
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Rotary position embedding (RoFormer, 2104.09864): halves of the head turn by position * base^(-2i/D).
 
@@ -28,7 +27,7 @@ def rotate(
     product in float32 is off by 0.03 at half a million.
     """
     half = x.shape[-1] // 2
-    frequency = ROTARY_BASE ** (-np.arange(half) / half)
+    frequency = base ** (-np.arange(half) / half)
     many = np.asarray((frequency * ROTARY_BLOCK) % (2 * np.pi), np.float32)
     blocks, rest = (y[..., None, None].astype(jnp.float32) for y in jnp.divmod(positions, ROTARY_BLOCK))
     angle = blocks * many + rest * np.asarray(frequency, np.float32)  # (..., tokens, 1, half)
@@ -42,7 +41,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
         self.kv_heads, self.head_dim = config.kv_heads, config.width // config.heads
-        self.kind, self.parallel = config.attention, parallel
+        self.kind, self.parallel, self.rotary_base = config.attention, parallel, config.rotary_base
         linear = partial(nnx.LinearGeneral, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
         width, heads = config.width, (config.heads, self.head_dim)
         self.query = linear(width, heads, kernel_init=split("embed", "heads", None))
@@ -54,8 +53,8 @@ class Attention(nnx.Module):
         self, x: jax.Array, positions: jax.Array, time: str | None = "time"
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys, values = jnp.moveaxis(self.key_value(x), 2, 0)
-        q, k, v = rotate(self.query(x), positions), rotate(keys, positions), values
-        q, k, v = (self.parallel.constrain(y, "batch", time, "heads", None) for y in (q, k, v))
+        q, k = (rotate(y, positions, self.rotary_base) for y in (self.query(x), keys))
+        q, k, v = (self.parallel.constrain(y, "batch", time, "heads", None) for y in (q, k, values))
         return q, k, v
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

@@ -12,6 +12,7 @@ import pydantic
 from ringrl.config import ModelConfig, TrainConfig, one_line, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
+from ringrl.model.heads import BINS
 from ringrl.model.parallel import MESH_AXES
 from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.mesh import check_divides
@@ -112,7 +113,7 @@ class Parameters:
         sizes = {"observation": OBSERVATION, "action": ACTION, "fused": OBSERVATION + ACTION + 3}
         tokens = sum((sizes.get(kind, 1) + 1) * width for kind in kinds.before + kinds.after)
         tokens += 1024 * width * (model.timestep_embedding + model.trajectory_embedding)
-        actions = ACTION * (1 if model.action_head == "mse" else 2)
+        actions = ACTION * {"mse": 1, "gaussian": 2, "bins": BINS}[model.action_head]
         whole = tokens + width + actions * (width + 1) + 2 * width * model.layers
         embed = mesh.fsdp * mesh.seq
         split = model.layers * (matrices / (embed * mesh.tensor) + hidden / mesh.tensor + width / embed)

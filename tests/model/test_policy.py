@@ -7,7 +7,7 @@ from flax import nnx
 from ringrl.attention import to_layout
 from ringrl.config import ModelConfig
 from ringrl.model import TOKEN_SETS, make_policy
-from ringrl.model.heads import LOG_STD_RANGE, GaussianHead, MSEHead
+from ringrl.model.heads import BINS, LOG_STD_RANGE, BinsHead, GaussianHead, MSEHead
 
 STEPS = 6
 KNOWN_LATER = ("action", "reward", "completion")  # at step t, of which the action of step t may not depend
@@ -30,7 +30,7 @@ def test_what_an_action_depends_on(token_set, policy, context, changed, quick):
             assert ((difference[first:] > 0) == (name in shown)).all(), f"{name} of step {t}"
 
 
-@pytest.mark.parametrize("head", ["mse", "gaussian"])
+@pytest.mark.parametrize("head", ["mse", "gaussian", "bins"])
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
 def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, quick):
     """The batch's second context has a last trajectory of another length: steps count alike, not contexts."""
@@ -109,6 +109,44 @@ def test_gaussian_by_hand():
     assert np.isfinite(head.loss(huge, action[:1])).all()
 
 
+def test_bins_by_hand():
+    head = BinsHead(4, 2, nnx.Rngs(params=0))
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    kernel, bias = (np.asarray(y[...], np.float64) for y in (head.linear.kernel, head.linear.bias))
+    logits = (x @ kernel + bias).reshape(3, 2, BINS)
+    values = np.linspace(-1, 1, BINS)
+    log_share = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    action = np.array([[-1.0, 0.2], [1.0, 0.13], [-0.37, 0.0]])
+    for i, j in np.ndindex(3, 2):
+        below = min(int((action[i, j] + 1) / 0.1 + 1e-9), BINS - 2)
+        upper = (action[i, j] - values[below]) / 0.1
+        expected = -(1 - upper) * log_share[i, j, below] - upper * log_share[i, j, below + 1]
+        one = np.full(2, action[i, j], np.float32)
+        found = np.asarray(head.loss(x.astype(np.float32), np.broadcast_to(one, (3, 2))))[i]
+        other = -np.interp(action[i, j], values, log_share[i, 1 - j])
+        np.testing.assert_allclose(found, (expected + other) / 2, rtol=1e-4)
+        best = logits[i, j].argmax()
+        near = slice(max(best - 1, 0), best + 2)
+        share = np.exp(log_share[i, j, near])
+        mode = np.asarray(head.mode(x.astype(np.float32)))[i, j]
+        np.testing.assert_allclose(mode, (share * values[near]).sum() / share.sum(), rtol=1e-4, atol=1e-6)
+    assert np.isfinite(head.loss(1e4 * np.ones((1, 4), np.float32), action[:1])).all()
+
+
+def test_bins_take_one_of_two_sides_where_squared_error_takes_neither():
+    """Left and right alike often: what a policy learns of it that sees nothing else."""
+    sides = np.tile([[-0.8], [-0.8], [-0.8], [0.7], [0.7]], (8, 1)).astype(np.float32)
+    x, found = np.ones((len(sides), 4), np.float32), {}
+    for kind in (MSEHead, BinsHead):
+        graph, state = nnx.split(kind(4, 1, nnx.Rngs(params=0)))
+        step = jax.jit(jax.grad(lambda s, graph=graph: nnx.merge(graph, s).loss(x, sides).mean()))
+        for _ in range(300):
+            state = jax.tree.map(lambda p, g: p - 0.1 * g, state, step(state))
+        found[kind] = float(nnx.merge(graph, state).mode(x[:1])[0, 0])
+    assert found[MSEHead] == pytest.approx(-0.2, abs=0.02)
+    assert found[BinsHead] == pytest.approx(-0.8, abs=0.05)
+
+
 def test_behaviour_cloning_sees_the_observation_only(policy, context, changed):
     made, whole = policy(kind="behaviour_cloning"), context(STEPS)
     before = np.asarray(made.actions(whole))
@@ -127,7 +165,7 @@ def test_behaviour_cloning_sees_the_observation_only(policy, context, changed):
 
 
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
-@pytest.mark.parametrize("head", ["mse", "gaussian"])
+@pytest.mark.parametrize("head", ["mse", "gaussian", "bins"])
 def test_actions_stay_within_their_range(kind, head, policy, context, actions):
     wild = context(4)._replace(observation=1e3 * context(4).observation)
     actions = actions(policy(kind=kind, action_head=head, layers=1), wild)

@@ -10,14 +10,15 @@ from ringrl.model.transformer import Attention, Block, Transformer, rotate
 CONFIG = ModelConfig(layers=2, width=16, heads=4, kv_heads=2)
 
 
-def test_rotary_angles():
-    """RoFormer, equation 34, with the pairs (i, i + D/2): pair i turns by position * 10000^(-2i/D)."""
+@pytest.mark.parametrize("base", [10_000.0, 25e6])
+def test_rotary_angles(base):
+    """RoFormer, equation 34, with the pairs (i, i + D/2): pair i turns by position * base^(-2i/D)."""
     x = np.random.default_rng(0).normal(size=(1, 3, 1, 6)).astype(np.float32)
     positions = np.array([0, 1, 50])
-    found = np.asarray(rotate(x, positions))
+    found = np.asarray(rotate(x, positions, base))
     for t, position in enumerate(positions):
         for i in range(3):
-            angle = position * 10_000 ** (-2 * i / 6)
+            angle = position * base ** (-2 * i / 6)
             turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
             pair = (0, t, 0, [i, i + 3])
             np.testing.assert_allclose(found[pair], turned @ x[pair], rtol=1e-4, atol=1e-5)
@@ -49,6 +50,24 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 def test_rotary_keeps_the_dtype():
     assert rotate(jnp.ones((1, 2, 1, 4), jnp.bfloat16), jnp.arange(2)).dtype == jnp.bfloat16
+
+
+def test_a_larger_rotary_base_finds_what_is_far_away():
+    """A key that says what the query asks for, among others that say nothing, 300,000 tokens ago."""
+    same = np.zeros((1, 1, 1, 64), np.float32)
+    same[..., [15, 31, 47, 63]] = 1  # the slower pairs
+    positions = np.arange(512_000, 0, -1000)
+
+    def least(base: float) -> float:
+        keys = rotate(np.repeat(same, len(positions), 1), positions, base)
+        return float((rotate(same, np.array([512_000]), base) * keys).sum(-1).min()) / 4
+
+    assert least(10_000.0) < 0
+    assert least(1e12) > 0.4
+    settings = CONFIG.model_copy(update={"layers": 1}), CONFIG.model_copy(update={"layers": 1, "rotary_base": 1e6})
+    x = np.random.default_rng(0).normal(size=(1, 5, 16)).astype(np.float32)
+    one, other = (np.asarray(Transformer(config, nnx.Rngs(params=0))(x)) for config in settings)
+    assert np.abs(one - other)[0, 1:].max() > 1e-4, "the configuration's base is not used"
 
 
 def test_order_of_tokens_matters():

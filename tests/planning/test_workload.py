@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("eight_devices")
 MODELS = (
     {},
     {"token_set": "ring4", "heads": 4, "kv_heads": 2, "layers": 3, "feed_forward": 2, "action_head": "gaussian"},
-    {"token_set": "at5", "timestep_embedding": True, "heads": 2, "kv_heads": 2},
+    {"token_set": "at5", "timestep_embedding": True, "heads": 2, "kv_heads": 2, "action_head": "bins"},
 )
 MESHES = ({"seq": 8}, {"fsdp": 2, "seq": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8})
 
