@@ -1,4 +1,4 @@
-"""Checksums of episodes, and the fingerprint of a dataset that is made of them.
+"""Checksums: of episodes, of a dataset that is made of them, and of settings.
 
 Each episode has digests of its own: they can be computed in any order, by several processes, and again after a stop.
 """
@@ -6,6 +6,7 @@ Each episode has digests of its own: they can be computed in any order, by sever
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -13,6 +14,11 @@ from jaxtyping import Int64, UInt8
 from ringrl.data.schema import Episode
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def json_digest(values: Any) -> str:
+    """The sha256 of values as JSON, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def episode_digest(episode: Episode, keys: Iterable[str]) -> bytes:

@@ -283,5 +283,5 @@ def _bar(word: str) -> Iterator[Callable[[int, int | None], None]]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(word, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+        bar = progress.add_task(word, total=None, visible=False)  # a mistake is told before there is anything to show
+        yield lambda done, total: progress.update(bar, completed=done, total=total, visible=True)

@@ -1,8 +1,6 @@
 """The evaluation protocol: which episodes are rolled out for a checkpoint, and what is written down about them."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ringrl.data.digest import json_digest
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
@@ -252,9 +251,5 @@ def _plan(
         computing, decides["device"] = SIMULATING, None
     decides["versions"] = {name: version for name, version in shared.versions.items() if name in computing}
     about = decides | {"environments": protocol.environments, "control": protocol.control}
-    shared = shared.model_copy(update={"evaluation": _digest(about)})
+    shared = shared.model_copy(update={"evaluation": json_digest(about)})
     return Plan(shared, about, protocol.environments, protocol.control, normalisation, make_actor, trajectories, prompt)
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

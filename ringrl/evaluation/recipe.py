@@ -1,12 +1,11 @@
 """The settings of a run that decide what is learned, in short: by them runs of one method are told apart."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ringrl.config import TrainConfig
+from ringrl.data.digest import json_digest
 from ringrl.training.run_folder import flat
 
 # Names, places and devices, what results tell by themselves, and what computes the same in another way.
@@ -26,7 +25,7 @@ def recipe(config: TrainConfig) -> dict[str, str]:
 
 def configuration_hash(config: TrainConfig) -> str:
     """SHA-256 of all settings."""
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    return json_digest(config.model_dump(mode="json"))
 
 
 def default_recipe() -> Mapping[str, str]:

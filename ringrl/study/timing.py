@@ -1,6 +1,5 @@
 """How long the cells of an ablation will take, from real steps of each that differs from the others in its shape."""
 
-import hashlib
 import json
 import tempfile
 import time
@@ -17,6 +16,7 @@ from flax import nnx
 from rich.console import Console
 
 from ringrl.config import Section
+from ringrl.data.digest import json_digest
 from ringrl.envs import domain_of, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE
@@ -53,7 +53,7 @@ def shape(cell: Cell) -> str:
     apart = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
     config = cell.config.model_dump(mode="json", exclude={**apart, "optimiser": {"steps": True}})
     rolled_out = [asdict(protocol) for protocol in cell.protocols]
-    return hashlib.sha256(json.dumps([config, rolled_out], sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest([config, rolled_out])[:16]
 
 
 def read_timings(output: Path) -> dict[str, Timing]:

@@ -1,13 +1,13 @@
 """What tells that a checkpoint still holds what was saved; the file format itself does not notice a changed value."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import UInt32
+
+from ringrl.data.digest import json_digest
 
 SEAL = "seal"
 
@@ -33,16 +33,12 @@ def _words(array: jax.Array) -> jax.Array:
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values (as JSON has them) with a digest of them all."""
-    return dict(values) | {SEAL: _digest(values)}
+    return dict(values) | {SEAL: json_digest(values)}
 
 
 def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """What was sealed; what never was is given back as it is. ValueError if it is something else by now."""
     rest = {name: value for name, value in values.items() if name != SEAL}
-    if values.get(SEAL, _digest(rest)) != _digest(rest):
+    if values.get(SEAL, json_digest(rest)) != json_digest(rest):
         raise ValueError("it is not what was saved: its seal is broken")
     return rest
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
