@@ -23,8 +23,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-# They run for moments, so most of their time would go to LLVM's optimisations.
+# They run for moments, so most of their time would go to LLVM's optimisations, and to MLIR's way to LLVM.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+SHORT_WAY = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if SHORT_WAY not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SHORT_WAY}".strip()
 jax.config.update("jax_disable_most_optimizations", True)
 
 # A busy machine is no failure.
@@ -33,9 +36,10 @@ hypothesis.settings.load_profile("patient")
 
 # Few but long tests: begun first, so that no process is left alone with them at the end.
 LONGEST = (
-    "training/test_distributed.py", "study/test_ablate.py", "attention/test_mosaic_gpu.py", "training/test_mesh.py",
-    "training/test_checkpoints.py", "training/test_resume.py", "study/test_cluster.py", "training/test_slurm.py",
-    "evaluation/test_session.py", "planning/test_search.py", "test_cli.py",
+    "training/test_distributed.py", "study/test_ablate.py", "training/test_mesh.py", "test_docs.py",
+    "training/test_checkpoints.py", "evaluation/test_session.py", "test_cli.py", "model/test_cache.py",
+    "training/test_resume.py", "study/test_cluster.py", "training/test_slurm.py", "planning/test_search.py",
+    "data/test_learner.py", "attention/test_mosaic_tpu.py", "attention/test_mosaic_gpu.py",
 )  # fmt: skip
 
 
@@ -44,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     folder = Path(__file__).parent
     items.sort(key=lambda item: places.get(item.path.relative_to(folder).as_posix(), len(places)))
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For processes that a test starts: the host's devices, of which each asks for as many as it wants."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": SHORT_WAY}
 
 
 @pytest.fixture

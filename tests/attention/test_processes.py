@@ -1,6 +1,5 @@
 """Two processes with two devices each are one ring of four: the same output and gradients as in one process."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -49,9 +48,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_processes(number: int, folder: Path) -> dict[str, np.ndarray]:
+def run_processes(number: int, folder: Path, environment: dict[str, str]) -> dict[str, np.ndarray]:
     """Every device's piece of o, dq, dk and dv, by its name and first token, from so many processes."""
-    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     port = str(free_port())
     results = [folder / f"{number}_{index}.npz" for index in range(number)]
     started = [
@@ -79,8 +77,8 @@ def run_processes(number: int, folder: Path) -> dict[str, np.ndarray]:
     return values
 
 
-def test_two_processes_equal_one(tmp_path):
-    together, apart = run_processes(1, tmp_path), run_processes(2, tmp_path)
+def test_two_processes_equal_one(tmp_path, environment):
+    together, apart = (run_processes(number, tmp_path, environment) for number in (1, 2))
     assert len(together) == 16
     assert together.keys() == apart.keys()
     for name, x in together.items():

@@ -1,7 +1,6 @@
 """Batches over a mesh of eight devices, in one process and in two: the same numbers, and no row read in vain."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -100,10 +99,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
-def results(request, mixed: EpisodeStore, tmp_path_factory) -> list[dict[str, np.ndarray]]:
+def results(request, mixed: EpisodeStore, tmp_path_factory, environment: dict[str, str]) -> list[dict[str, np.ndarray]]:
     """What each process of a run holds of each batch, and which rows it read."""
     folder, number = tmp_path_factory.mktemp("results"), request.param
-    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     files = [folder / f"{index}.npz" for index in range(number)]
     port = str(free_port())
     started = [

@@ -28,7 +28,7 @@ class Stopwatch(Watch):
     def episode(self, part: Part, index: int, episode: Episode) -> None:
         self.ended.append((part, index))
         self.starts.append(episode.observation[0])
-        self.begun.append(episode.observation[:20])
+        self.begun.append(episode.observation[:10])
         if len(self.ended) == self.after:
             raise KeyboardInterrupt
 
@@ -102,12 +102,12 @@ def test_what_is_in_the_journal_is_believed(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_two_groups_give_the_episodes_of_one(plan: Plan) -> None:
-    """Matrix products of one row may round otherwise than those of two, and contacts blow that up in time."""
+    """Matrix products of one row may round otherwise than those of two, and contacts soon blow that up."""
     watches = Stopwatch(), Stopwatch()
     for one, other in zip(play(plan, watch=watches[0], groups=2), play(plan, watch=watches[1]), strict=True):
         assert (one.environment_seed, one.start_seeds) == (other.environment_seed, other.start_seeds)
     alike = (0, 2, 3)  # what an earlier episode ended with is remembered in the second
     for index in alike:
-        np.testing.assert_allclose(watches[0].begun[index], watches[1].begun[index], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(watches[0].begun[index], watches[1].begun[index], rtol=1e-4, atol=1e-5)
     random = plan_random("jaco_reach_top_left", Protocol(environments=3))
     assert told(play(random, groups=2)) == told(play(random, groups=1))

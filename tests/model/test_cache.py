@@ -11,16 +11,18 @@ from jax.sharding import AxisType
 
 from ringrl.context import Context
 from ringrl.model import TOKEN_SETS, grow
+from ringrl.model.cache import KVCache
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
 STEPS = 6
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (2, 1)}
-EMBEDDINGS = [(False, False), (True, True), (True, False), (False, True)]
-# Every pair of (token set, head, embeddings, heads) occurs.
+# Every pair of two settings' values occurs.
 VARIANTS = [
-    (token_set, ("mse", "gaussian")[(i + j) % 2], embeddings, list(HEADS)[(i + j) % 3])
-    for (i, token_set), (j, embeddings) in itertools.product(enumerate(TOKEN_SETS), enumerate(EMBEDDINGS))
+    (token_set, ("mse", "gaussian")[(i + (j > 0)) % 2], (i + j) % 2 > 0, (i // 2 + j) % 2 > 0, heads)
+    for (i, token_set), (j, heads) in itertools.product(enumerate(TOKEN_SETS), enumerate(HEADS))
 ]
+ONE_OF_EACH = [VARIANTS[3 * i + i % 3] for i in range(len(TOKEN_SETS))]
+SETTINGS = ("token_set", "head", "timestep", "trajectory", "heads")
 
 
 def step(context: Context, t: int) -> Context:
@@ -48,10 +50,9 @@ def rolled_out(policy, context: Context, capacity: int, jit=lambda f: f, memory=
     return np.stack(actions, 1), capacities
 
 
-@pytest.mark.parametrize(("token_set", "head", "embeddings", "heads"), VARIANTS)
-def test_cached_equals_full_forward_pass(token_set, head, embeddings, heads, policy, context, actions, quick):
+@pytest.mark.parametrize(SETTINGS, VARIANTS)
+def test_cached_equals_full_forward_pass(token_set, head, timestep, trajectory, heads, policy, context, actions, quick):
     count, kv_heads = HEADS[heads]
-    timestep, trajectory = embeddings
     made = policy(
         token_set=token_set, action_head=head, heads=count, kv_heads=kv_heads,
         timestep_embedding=timestep, trajectory_embedding=trajectory,
@@ -97,11 +98,11 @@ def test_bfloat16_cache_holds_bfloat16_and_follows_the_full_pass(policy, context
 PROMPT = 5  # steps, in trajectories of 4: the live steps go on in the middle of one
 
 
-def lengthened(policy, context: Context, capacity: int, jit, parallel=ONE_DEVICE) -> np.ndarray:
-    """Actions (B, T - PROMPT, A) of the steps after a prompt, which is what the first context begins with."""
+def lengthened(policy, context: Context, capacity: int, jit, parallel=ONE_DEVICE) -> tuple[np.ndarray, KVCache]:
+    """Actions (B, T - PROMPT, A) of the steps after a prompt, with which the first context begins; its cache."""
     graph, state = nnx.split(policy)
     prompt = jax.tree.map(lambda x: x[:1, :PROMPT], context)
-    prefix = jax.jit(lambda state, prompt: nnx.merge(graph, state).prefill(prompt))(state, prompt)
+    prefix = jit(lambda state, prompt: nnx.merge(graph, state).prefill(prompt))(state, prompt)
     act = jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments))
     memory, previous, actions = policy.reset(len(context.reward), capacity), None, []
     for t in range(PROMPT, context.reward.shape[1]):
@@ -110,7 +111,7 @@ def lengthened(policy, context: Context, capacity: int, jit, parallel=ONE_DEVICE
         action, memory = act(state, previous, step(context, t), memory, prefix)
         previous = step(context, t)
         actions.append(np.asarray(action))
-    return np.stack(actions, 1)
+    return np.stack(actions, 1), prefix
 
 
 def alike(context: Context) -> Context:
@@ -124,28 +125,30 @@ def alike(context: Context) -> Context:
     return context
 
 
-@pytest.mark.parametrize(("token_set", "head", "embeddings", "heads"), VARIANTS[::3])
-def test_prefilled_prompt_equals_full_forward_pass(token_set, head, embeddings, heads, policy, context, actions, quick):
+@pytest.mark.parametrize(SETTINGS, ONE_OF_EACH)
+def test_prefilled_prompt_equals_full_forward_pass(
+    token_set, head, timestep, trajectory, heads, policy, context, actions, quick
+):
     count, kv_heads = HEADS[heads]
-    timestep, trajectory = embeddings
     made = policy(
         token_set=token_set, action_head=head, heads=count, kv_heads=kv_heads,
         timestep_embedding=timestep, trajectory_embedding=trajectory,
     )  # fmt: skip
     whole = alike(context(PROMPT + STEPS, batch=3))
     expected = actions(made, whole)[:, PROMPT:]
-    found = lengthened(made, whole, STEPS // 2 * made.tokens_per_step, quick)
+    found, _ = lengthened(made, whole, STEPS // 2 * made.tokens_per_step, quick)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(found[0] - found[1]).max() > 0.05, "the contexts differ after the prompt"
 
 
-def test_a_chunk_equals_token_by_token(policy):
+def test_a_chunk_equals_token_by_token(policy, quick):
     transformer = policy(layers=2).transformer
+    decode = quick(transformer.decode)
     x = np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)
-    together, held = transformer.decode(x, transformer.empty_cache(2, 16))
+    together, held = decode(x, transformer.empty_cache(2, 16))
     one_by_one, cache = [], transformer.empty_cache(2, 16)
     for token in range(9):
-        y, cache = transformer.decode(x[:, token : token + 1], cache)
+        y, cache = decode(x[:, token : token + 1], cache)
         one_by_one.append(y)
     np.testing.assert_allclose(np.concatenate(one_by_one, 1), together, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(cache.keys[1], held.keys[1], rtol=1e-5, atol=1e-5)
@@ -154,7 +157,7 @@ def test_a_chunk_equals_token_by_token(policy):
 def test_cache_kept_in_bfloat16_under_float32_computation(policy, context, actions, quick):
     made, whole = policy(), context(STEPS)
     memory = made.reset(2, 64, jnp.bfloat16)
-    prefix = made.prefill(jax.tree.map(lambda x: x[:1], whole), jnp.bfloat16)
+    prefix = quick(made.prefill, static_argnums=1)(jax.tree.map(lambda x: x[:1], whole), jnp.bfloat16)
     assert {x.dtype for x in (*memory.keys, *memory.values, *prefix.keys)} == {jnp.dtype(jnp.bfloat16)}
     found, _ = rolled_out(made, whole, 64, quick, memory)
     expected = actions(made, whole)
@@ -173,10 +176,9 @@ def test_sharded_cache_equals_one_device(token_set, layout, policy, context, act
     one = policy(token_set=token_set)
     whole = alike(context(PROMPT + 4, batch=2))
     sharded = policy(parallel=parallel, token_set=token_set)
-    found = lengthened(sharded, whole, 8, quick, parallel)
+    found, prefix = lengthened(sharded, whole, 8, quick, parallel)
     np.testing.assert_allclose(found, actions(one, whole)[:, PROMPT:], rtol=1e-5, atol=1e-5)
     memory = sharded.reset(2, 4096)
-    prefix = sharded.prefill(jax.tree.map(lambda x: x[:1], whole))
     for cache in (memory, prefix):
         for x in cache.keys + cache.values:
             assert {shard.data.nbytes * 8 for shard in x.addressable_shards} == {x.nbytes}

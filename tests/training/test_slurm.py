@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -72,11 +71,10 @@ submit(partial(train, config), config.run, SlurmConfig(gpus_per_node=2, minutes=
 
 
 @needs_submitit
-def test_a_job_of_two_processes_trains(tiny: TrainConfig) -> None:
+def test_a_job_of_two_processes_trains(tiny: TrainConfig, environment: dict[str, str]) -> None:
     """One process for each of two GPUs, which here are cores."""
     values = json.loads(tiny.model_dump_json())
     values["mesh"]["data"] = 2
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(values)], env=environment, check=True, timeout=120)
     logs, deadline = tiny.run.with_name("run.slurm"), time.monotonic() + 240
     while len(list(logs.glob("*_result.pkl"))) < 2:
