@@ -25,7 +25,9 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # They run for moments, so most of their time would go to LLVM's optimisations, and to MLIR's way to LLVM.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-SHORT_WAY = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+SHORT_WAY = "--xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # later ones know no other way
+    SHORT_WAY += " --xla_cpu_use_fusion_emitters=false"
 if SHORT_WAY not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SHORT_WAY}".strip()
 jax.config.update("jax_disable_most_optimizations", True)
