@@ -16,21 +16,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from prompts import RESULTS, ends, evaluate_prompts, shown, summarised
 
 from ringrl.config import TrainConfig, merged, read_yaml
 from ringrl.configs import preset
-from ringrl.evaluation.protocol import FIRST_SEED, Protocol, plan_policy, programs_of
-from ringrl.evaluation.records import EvaluationRecord, read_records
-from ringrl.evaluation.session import Job, evaluate_all
-from ringrl.evaluation.statistics import Estimate, estimate
-from ringrl.training import load_policy, train
+from ringrl.evaluation.records import read_records
+from ringrl.training import train
 
 TRAJECTORIES_PER_BATCH = 8
 PROMPTS, STREAMS = 5, 5  # episodes of a task: their product, each prompt with starts of its own
@@ -47,57 +43,23 @@ def train_cell(store: Path, folder: Path, steps: int, length: int, seed: int) ->
     return train(config, resume=config.run.exists(), quiet=True)
 
 
-def evaluate_cell(run: Path) -> None:
-    """All tasks, with prompts and without, into the run's evaluation.jsonl."""
-    trained = load_policy(run)
-    context, jobs = trained.info.config.context, []
-    programs = programs_of(trained, Protocol(), trained.info.config.task)
-    for task in (trained.info.config.task, *context.other_tasks):
-        for prompt in range(PROMPTS):
-            for trajectories in sorted({0, context.trajectories - 1}):
-                protocol = Protocol(
-                    environments=STREAMS,
-                    seed=FIRST_SEED + prompt * STREAMS,
-                    prompt_trajectories=trajectories,
-                    prompt_seed=prompt if trajectories else 0,
-                )
-                plan = plan_policy(trained, run, protocol, task=task, programs=programs)
-                jobs.append(Job(plan, run / "evaluation.jsonl"))
-    evaluate_all(jobs)
-
-
 def run_cell(store: Path, folder: Path, steps: int, cell: tuple[int, int]) -> Path:
     """Train and evaluate one model."""
     run = train_cell(store, folder, steps, *cell)
-    evaluate_cell(run)
+    evaluate_prompts(run, (0, cell[0] - 1), PROMPTS, STREAMS)
     return run
-
-
-def scores(records: Sequence[EvaluationRecord]) -> list[np.ndarray]:
-    """Per task, the mean return of each training seed (seeds,)."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for record in records:
-        assert record.seed is not None
-        found.setdefault(record.task, {}).setdefault(record.seed, []).extend(record.finished)
-    return [np.array([np.mean(returns) for _, returns in sorted(runs.items())]) for _, runs in sorted(found.items())]
 
 
 def summarise(runs: Sequence[Path], lengths: Sequence[int]) -> dict[str, Any]:
     """Per kind and length, the interquartile mean over tasks and training seeds with its interval; means per task."""
-    records = [record for run in runs for record in read_records(run / "evaluation.jsonl").records]
+    records = [record for run in runs for record in read_records(run / RESULTS).records]
     results: dict[str, Any] = {}
     for kind in KINDS:
         results[kind] = {}
         for length in lengths:
             prompt = length - 1 if kind == "prompted" else 0
             chosen = [r for r in records if (r.train_trajectories, r.prompt_trajectories) == (length, prompt)]
-            found: Estimate = estimate(scores(chosen), generator=np.random.default_rng(0))
-            per_task = dict(zip(sorted({r.task for r in chosen}), scores(chosen), strict=True))
-            results[kind][length] = asdict(found) | {
-                "episodes": sum(len(r.finished) for r in chosen),
-                "failed": sum(r.failed for r in chosen),
-                "tasks": {task: values.tolist() for task, values in per_task.items()},
-            }
+            results[kind][length] = summarised(chosen)
     return results
 
 
@@ -113,12 +75,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def shown(found: dict[str, Any]) -> str:
-    """Value and interval."""
-    interval = found["interval"]
-    return f"{found['value']:.0f}" + (f" [{interval['low']:.0f}, {interval['high']:.0f}]" if interval else "")
-
-
 def draw(results: dict[str, Any], path: Path) -> None:
     """Return against context length."""
     import matplotlib
@@ -129,10 +85,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for kind, label in KINDS.items():
         lengths, cells = list(results[kind]), list(results[kind].values())
         values = [cell["value"] for cell in cells]
-        intervals = [cell["interval"] or {"low": cell["value"], "high": cell["value"]} for cell in cells]
-        ends = [[i["low"] for i in intervals], [i["high"] for i in intervals]]
         (line,) = axes.plot(lengths, values, "o-" if kind == "prompted" else "s--", label=label)
-        axes.fill_between(lengths, *ends, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.fill_between(lengths, *zip(*map(ends, cells), strict=True), color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.set(xlabel="trajectories in the context, n", ylabel="return (IQM over tasks and seeds)", ylim=(0, None))
