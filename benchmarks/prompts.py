@@ -27,10 +27,10 @@ from ringrl.training import load_policy
 RESULTS = "prompts.jsonl"  # in the run's folder
 
 
-def evaluate_prompts(run: Path, lengths: Sequence[int], draws: int, streams: int) -> None:
+def evaluate_prompts(run: Path, lengths: Sequence[int], draws: int, streams: int) -> list[EvaluationRecord]:
     """Single episodes with prompts of each length, `draws` of them with `streams` starts each, into the run's folder.
 
-    In all tasks that the run was trained on.
+    In all tasks that the run was trained on. Returns these, whatever else the file holds.
     """
     trained, jobs = load_policy(run), []
     config = trained.info.config
@@ -46,6 +46,8 @@ def evaluate_prompts(run: Path, lengths: Sequence[int], draws: int, streams: int
                 )
                 jobs.append(Job(plan_policy(trained, run, protocol, task=task, programs=programs), run / RESULTS))
     evaluate_all(jobs)
+    asked = {job.plan.shared.evaluation for job in jobs}
+    return [record for record in read_records(run / RESULTS).records if record.evaluation in asked]
 
 
 def mean_returns(records: Sequence[EvaluationRecord]) -> list[np.ndarray]:
@@ -82,13 +84,11 @@ def ends(found: dict[str, Any]) -> tuple[float, float]:
 
 def measure(runs: Sequence[Path], lengths: Sequence[int], draws: int, streams: int) -> dict[int, dict[str, Any]]:
     """Evaluate the runs; per length of the prompt, what they return."""
+    found: list[EvaluationRecord] = []
     for run in runs:
-        evaluate_prompts(run, lengths, draws, streams)
+        found += evaluate_prompts(run, lengths, draws, streams)
         print(f"{run}: done", flush=True)
-    records = [record for run in runs for record in read_records(run / RESULTS).records]
-    starts = {FIRST_SEED + draw * streams + stream for draw in range(draws) for stream in range(streams)}
-    asked = [r for r in records if starts.issuperset(r.start_seeds)]
-    return {length: summarised([r for r in asked if r.prompt_trajectories == length]) for length in lengths}
+    return {length: summarised([r for r in found if r.prompt_trajectories == length]) for length in lengths}
 
 
 def table(found: dict[int, dict[str, Any]], single: dict[str, Any] | None) -> str:
@@ -98,7 +98,7 @@ def table(found: dict[int, dict[str, Any]], single: dict[str, Any] | None) -> st
     if single is not None:
         rows.append(("none, a model of one", single))
     for name, cell in rows:
-        (values,) = cell["tasks"].values()
+        values = np.mean(list(cell["tasks"].values()), axis=0)
         lines.append(f"| {name} | {shown(cell)} | {', '.join(f'{x:.0f}' for x in values)} | {cell['episodes']} |")
     return "\n".join(lines)
 

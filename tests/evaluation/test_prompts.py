@@ -36,3 +36,4 @@ def test_each_length_has_the_same_starts_and_a_prompt_of_its_own(script: ModuleT
     assert [line.split("|")[1].strip() for line in printed[2:]] == ["0", "1"]
     assert script.measure([at_run], [0], draws=2, streams=1)[0] == found[0], "done again, or others counted in"
     assert len(read_records(at_run / script.RESULTS).records) == len(records)
+    assert script.measure([at_run], [1], draws=1, streams=2)[1]["episodes"] == 2, "other draws from the same starts"

@@ -9,6 +9,8 @@ from ringrl.planning.machines import find_machine
 from ringrl.planning.roofline import attained_by, estimate
 from ringrl.planning.workload import Workload, find_model
 
+pytestmark = pytest.mark.usefixtures("eight_devices")  # or their number would not be seen
+
 
 @pytest.fixture
 def small(monkeypatch):

@@ -102,7 +102,7 @@ def test_parameters_and_optimiser_state_lie_in_pieces(params):
     config = settings((1, 2, 2, 2))
     parallel = make_parallel(config)
     state = make_agent(lambda: make_policy(MODEL, 42, 9, 0, parallel=parallel), config, parallel).init()
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), jax.device_get(state.params), params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(state.params), params)
     adam = jax.tree.leaves(state.optimiser, is_leaf=lambda x: hasattr(x, "mu"))
     for tree in (state.params, next(x for x in adam if hasattr(x, "mu")).mu):
         up = tree["transformer"]["blocks"]["feed_forward"]["up"]["kernel"]
