@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED, Protocol, plan_policy, programs_of
 from ringrl.evaluation.records import EvaluationRecord, read_records
 from ringrl.evaluation.session import Job, evaluate_all
@@ -135,8 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
-    found = measure(options.runs, options.lengths, options.draws, options.streams)
-    single = measure(options.single, [0], options.draws, options.streams)[0] if options.single else None
+    try:
+        found = measure(options.runs, options.lengths, options.draws, options.streams)
+        single = measure(options.single, [0], options.draws, options.streams)[0] if options.single else None
+    except UserError as error:
+        parser.exit(2, f"prompts.py: {error}\n")
     print(table(found, single))
     if options.json:
         options.json.write_text(json.dumps({"prompts": found, "single": single}, indent=1))
