@@ -6,7 +6,7 @@ from ringrl.config import TrainConfig, read_yaml
 from ringrl.configs import preset
 
 REQUIRED = {"data": "unused", "task": "unused", "run": "unused"}
-PLANS = {"demo", "study_example", "study_results"}
+PLANS = {"demo", "study_example"} | {file.stem for file in preset("demo").parent.glob("study_results*.yaml")}
 BILLIONS = {
     "small": 0.009,
     "paper_350m": 0.302,
