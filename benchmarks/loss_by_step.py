@@ -3,9 +3,9 @@
     python benchmarks/loss_by_step.py RUN [--data STORE] [--batches 16] [--json FILE]
 
 RUN is the folder of a training run. Contexts are drawn as in training, from steps that no training comes to; the model
-sees all that went before each step, as in training. Prints the mean squared error of its actions, per trajectory of the
-context and range of steps. Where the error falls after the first steps, an episode says itself what it is about, and the
-trajectories before it teach little.
+sees all that went before each step, as in training. Prints the mean squared error of its actions, per trajectory of
+the context and range of steps. Where the error falls after the first steps, an episode says itself what it is about,
+and the trajectories before it teach little.
 """
 
 import argparse
