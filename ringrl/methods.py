@@ -106,7 +106,7 @@ def _method_of(config: TrainConfig) -> str:
     if config.model.kind == "behaviour_cloning":
         percent = round(100 * context.best_fraction)
         return "bc" if percent == 100 else f"bc-{percent}%"
-    if context.target == "none":
+    if context.target == "none" and context.order == "history":
         return "ad"
     return "dt" if context.trajectories == 1 else "at"
 

@@ -81,6 +81,7 @@ def test_token_sets_of_the_agentic_transformer_are_free(token_set: str) -> None:
         ("td3", {"actor_critic": {"hindsight": {"later": 0.5}}}, "td3+her"),
         ("td3+bc", {"actor_critic": {"hindsight": {"nearby": 0.5}}}, "td3+bc+her"),
         ("ad", {"context": {"trajectories": 1}}, "ad"),
+        ("at", {"context": {"target": "none"}}, "at"),
     ],
 )
 def test_names_beyond_the_table(name: MethodName, changes: dict, called: str) -> None:
@@ -96,6 +97,7 @@ def test_names_beyond_the_table(name: MethodName, changes: dict, called: str) ->
         ("at", {"context": {"trajectories": 1}}, "dt"),
         ("dt", {"context": {"trajectories": 3}}, "at"),
         ("ad", {"context": {"target": "best"}}, "at"),
+        ("ad", {"context": {"order": "ascending"}}, "at"),
         ("bc", {"model": {"kind": "transformer"}}, "dt"),
         ("td3", {"actor_critic": {"behaviour_cloning": 0.1}}, r"td3\+bc"),
         ("td3+bc", {"actor_critic": {"behaviour_cloning": 0}}, "td3"),

@@ -1,9 +1,13 @@
 """AdamW with warm-up, cosine decay and gradient clipping."""
 
+from typing import Any
+
 import jax
 import optax
 
 from ringrl.config import OptimiserConfig
+
+DECAYED = ("kernel", "embedding")  # all layers' biases lie in one array, which has as many axes as a matrix
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
@@ -19,13 +23,18 @@ def learning_rate(config: OptimiserConfig) -> optax.Schedule:
 
 
 def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; weight decay on matrices only."""
+    """Clip by global norm, then AdamW; weight decay on matrices only, not on biases and the scales of norms."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config),
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim >= 2, params),
+            mask=_decayed,
         ),
     )
+
+
+def _decayed(params: Any) -> Any:
+    """Which leaves of a nested dict of parameters are matrices."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)

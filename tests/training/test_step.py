@@ -66,12 +66,12 @@ def test_a_step_by_hand(batch):
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
     assert int(state.step) == 1
 
-    def expected(parameter: np.ndarray, gradient: jax.Array) -> np.ndarray:
+    def expected(path: tuple, parameter: np.ndarray, gradient: jax.Array) -> np.ndarray:
         clipped = np.asarray(gradient, np.float64) * config.clip_norm / norm
         adam = clipped / (np.abs(clipped) + 1e-8)  # the first step: both corrected moments are the gradient's own
-        return parameter - 0.01 * (adam + (0.3 * parameter if parameter.ndim >= 2 else 0))
+        return parameter - 0.01 * (adam + (0.3 * parameter if path[-1].key == "kernel" else 0))
 
-    wanted = jax.tree.map(expected, before, gradients)
+    wanted = jax.tree_util.tree_map_with_path(expected, before, gradients)
     for path, found in jax.tree_util.tree_leaves_with_path(state.params):
         value = wanted
         for key in path:
