@@ -50,7 +50,7 @@ def run_cell(
 
 
 def summarise(records: Sequence[EvaluationRecord], lengths: Sequence[int]) -> dict[str, Any]:
-    """Per kind and length, the interquartile mean over tasks and training seeds with its interval; means per task.
+    """Per kind and length, the interquartile mean over training seeds with its interval; means per task.
 
     For prompts also the mean return of the best trajectory in them.
     """
@@ -93,7 +93,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.fill_between(lengths, *zip(*map(ends, cells), strict=True), color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set(xlabel="trajectories in the context, n", ylabel="return (IQM over tasks and seeds)", ylim=(0, None))
+    axes.set(xlabel="trajectories in the context, n", ylabel="return (IQM over training seeds)", ylim=(0, None))
     axes.legend(frameon=False)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ringrl"}):  # text stays text
         figure.savefig(path)

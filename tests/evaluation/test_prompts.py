@@ -49,6 +49,15 @@ def test_each_length_has_the_same_starts_and_a_prompt_of_its_own(script: ModuleT
     assert script.measure([at_run], [1], draws=1, streams=2)[1]["episodes"] == 2, "other draws from the same starts"
 
 
+def test_tasks_of_one_model_are_no_independent_evidence(script: ModuleType, at_run: Path) -> None:
+    """Returns that are alike in all tasks of a model leave the interval of one task."""
+    records = script.evaluate_prompts(at_run, [0], draws=1, streams=1)
+    seeds = [r.model_copy(update={"seed": seed, "returns": (10.0 * seed,)}) for r in records for seed in range(4)]
+    tasks = [r.model_copy(update={"task": task}) for r in seeds for task in (TASK, "jaco_reach_top_right")]
+    one, both = script.summarised(seeds), script.summarised(tasks)
+    assert (one["value"], one["interval"], one["runs"]) == (both["value"], both["interval"], both["runs"])
+
+
 def test_lengths_differ_in_the_length_alone(
     jaco_store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
