@@ -2,7 +2,9 @@
 PYTHON ?= python3
 RUN := .venv/bin/
 
-.PHONY: demo test lint docs lock clean
+.PHONY: install demo test lint docs lock clean
+
+install: .venv/ready  ## .venv alone
 
 demo: .venv/ready  ## collect, train, evaluate, ablate, report: about ten minutes on two cores
 	$(RUN)ringrl demo
