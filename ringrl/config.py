@@ -206,7 +206,7 @@ class TrainConfig(Section):
     """Task whose reward is learned, for example walker_walk."""
     run: Path
     """Folder of the run: configuration, metrics, checkpoints, evaluations."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)  # of a larger one, JAX's keys know the last 32 bits alone
     """Seed of parameters and of the order of the data."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints."""

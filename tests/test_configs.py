@@ -38,6 +38,7 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"optimiser": {"accumulation": 2}, "model": {"kind": "td3_bc"}}, "td3_bc computes a batch in one part"),
         ({"context": {"sampling": "history_window", "max_transitions": 5000}}, "leave gaps in"),
         ({"context": {"sampling": "history_window", "best_fraction": 0.5}}, "leave gaps in"),
+        ({"seed": 2**32}, "less than 4294967296"),  # whose key is seed 0's
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(settings: dict, words: str) -> None:
