@@ -330,11 +330,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings laid over others: `above` wins wherever both say something."""
+def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Nested settings laid over others: `above` wins wherever both say something.
+
+    Both are of `section`, "model." for example. UserError where `below` has something else than settings by name (or
+    nothing) in the place of a section of `above`.
+    """
     whole = dict(below)
     for name, value in above.items():
-        whole[name] = merged(whole.get(name) or {}, value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            under = whole.get(name)
+            if not isinstance(under, Mapping | None):
+                raise UserError(f"{section}{name}: expected settings by name, got {under!r}")
+            value = merged(under or {}, value, f"{section}{name}.")
+        whole[name] = value
     return whole
 
 

@@ -224,6 +224,9 @@ def test_a_method_stands_over_the_file_and_under_the_flags(
     assert "bc-10%" in refused([*base, "--method", "cloning"], capsys), "lists what there is"
     shared.write_text(yaml.safe_dump({"context": {"max_transitions": 5000}}))
     assert "leave gaps in" in refused([*base, "--method", "ad"], capsys)
+    for section in (3, "transformer"):
+        shared.write_text(yaml.safe_dump({"model": section}))
+        assert f"{shared}: model: expected settings by name" in refused([*base, "--method", "bc"], capsys)
     assert not (tmp_path / "other").exists()
 
 
@@ -244,6 +247,8 @@ def test_mistakes_about_files_name_the_file(
     plan.write_text(yaml.safe_dump({"data": str(missing), "task": "jaco_reach_top_left", "output": str(missing)}))
     assert str(missing) in refused(["ablate", str(plan), "--dry-run"], capsys)
     assert "--workers" in refused(["ablate", str(plan), "--workers", "0"], capsys)
+    plan.write_text(plan.read_text() + "settings: {model: 3}\n")
+    assert "model: expected settings by name" in refused(["ablate", str(plan), "--dry-run"], capsys)
     data = ["--data", str(jaco_store.path), "--run", str(missing)]
     assert "walker_walk" in refused(["train", "--task", "walker_walk", *data], capsys)
     assert "walker_walk" in refused(["evaluate", "--checkpoint", str(run), "--task", "walker_walk"], capsys)

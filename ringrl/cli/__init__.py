@@ -90,7 +90,10 @@ def _with_settings(arguments: list[str]) -> Callable[..., None]:
     files, methods = _given(arguments, "--config"), _given(arguments, "--method")
     values = read_yaml(Path(files[-1])) if files else {}
     if methods and methods[-1] in METHODS:  # of others, the parser says what is wrong
-        values = merged(values, METHODS[methods[-1]].settings or {})
+        try:
+            values = merged(values, METHODS[methods[-1]].settings or {})
+        except UserError as error:
+            raise UserError(f"{files[-1]}: {error}") from error
     required: dict[str, Any] = {"data": Path(), "task": "", "run": Path()}
     try:
         whole = TrainConfig.model_validate(required | values)
