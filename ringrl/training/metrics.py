@@ -185,5 +185,5 @@ class Recorder:
             if self._skipped_in_a_row > allowed and self.failure is None:
                 self.failure = UserError(
                     f"{self._config.run}: loss or gradients of {what} are not finite, as in the {allowed} steps "
-                    "before; none changed the parameters; lower optimiser.learning_rate or use an older checkpoint"
+                    "before; none changed the parameters; start a new --run with a lower optimiser.learning_rate"
                 )
