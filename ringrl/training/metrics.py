@@ -24,6 +24,7 @@ from rich.table import Column
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
+from ringrl.files import write_whole
 from ringrl.training.boards import Board, open_boards
 from ringrl.training.optimiser import learning_rate
 
@@ -53,9 +54,7 @@ class MetricsLog:
                 continue  # damaged, or cut in half by a kill
             kept.append(line + b"\n")
         self.missing = step - len(kept)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self._path)
+        write_whole(self._path, b"".join(kept))
 
     def write(self, entries: list[dict[str, float]]) -> None:
         """Append one line per entry; each holds `step` and named numbers."""
