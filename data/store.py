@@ -113,11 +113,6 @@ class EpisodeStore:
         return self.provenance.source
 
     @property
-    def created_by(self) -> str:
-        """The versions that made the store."""
-        return self.provenance.created_by
-
-    @property
     def num_episodes(self) -> int:
         """How many episodes the store holds."""
         return len(self.offsets) - 1

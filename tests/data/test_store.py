@@ -51,7 +51,7 @@ def test_what_is_written_is_read(domain, lengths, seed, write_store, random_epis
 def test_description(store):
     assert (store.observation_size, store.action_size) == (5, 1)
     assert store.source == "made/up.zip"
-    assert store.created_by.startswith("ringrl ")
+    assert store.provenance.created_by.startswith("ringrl ")
     assert store.recorded_task is None
     assert len(store.fingerprint) == 64
 
