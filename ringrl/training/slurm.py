@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ringrl.config import DistributedConfig, SlurmConfig
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief
 from ringrl.training.supervisor import run_supervised
 
 FIRST_PORT, PORTS = 49_152, 16_384  # those that nobody may reserve
@@ -49,7 +49,7 @@ def submitting() -> Iterator[Any]:
     try:
         yield submitit
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"--launcher slurm: no job was taken ({' '.join(str(error).split())})") from error
+        raise UserError(f"--launcher slurm: no job was taken ({brief(error)})") from error
 
 
 def make_executor(folder: Path, slurm: SlurmConfig, cluster: str, **own: object) -> Any:
