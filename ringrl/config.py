@@ -144,6 +144,10 @@ class ActorCriticConfig(Section):
     """Other goals than the task's."""
 
 
+BATCH_AXES = ("data", "fsdp")  # of a mesh: those that divide a batch,
+SEQUENCE_AXIS = "seq"  # and the one that divides each of its contexts
+
+
 class MeshConfig(Section):
     """Devices, and what each axis of them divides; their product is the number of devices used."""
 
