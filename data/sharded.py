@@ -15,12 +15,10 @@ from jaxtyping import Int
 
 from ringrl.attention import layout_positions
 from ringrl.attention.layout import length_multiple
+from ringrl.config import BATCH_AXES, SEQUENCE_AXIS
 from ringrl.context import Context
 from ringrl.data.sampler import ContextSampler
 from ringrl.errors import UserError
-
-BATCH_AXES = ("data", "fsdp")
-SEQUENCE_AXIS = "seq"
 
 
 @dataclasses.dataclass(frozen=True)

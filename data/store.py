@@ -49,6 +49,10 @@ class EpisodeStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
+        if self.path.is_dir():
+            raise UserError(
+                f"{path}: is a folder; import one of episodes (ringrl data import), or name the store's file (.h5)"
+            )
         if not self.path.is_file():
             raise UserError(f"{path}: no such file, import an archive first (ringrl data import)")
         try:
@@ -107,11 +111,6 @@ class EpisodeStore:
     def source(self) -> str:
         """Where the episodes came from, e.g. "walker/rnd.zip"."""
         return self.provenance.source
-
-    @property
-    def created_by(self) -> str:
-        """The versions that made the store."""
-        return self.provenance.created_by
 
     @property
     def num_episodes(self) -> int:

@@ -5,8 +5,8 @@
 
 from ringrl.envs.compatibility import check_mujoco
 from ringrl.envs.domain import DOMAINS, TASKS, Domain, domain_named, domain_of
-from ringrl.envs.environment import ExoRLEnv, make
-from ringrl.envs.goals import GoalSpace, goal_space
+from ringrl.envs.environment import ExoRLEnv, goal_space, make
+from ringrl.envs.goals import GoalSpace
 from ringrl.envs.registration import register_gymnasium
 from ringrl.envs.vector import ExoRLVectorEnv, make_vec
 

@@ -21,9 +21,6 @@ class Domain:
         observation_size: width of the float32 observation.
         action_size: width of the float32 action, each in [-1, 1].
         physics_size: width of the float64 physics state: positions, velocities, activations of the actuators.
-        num_positions: MuJoCo's nq.
-        num_velocities: MuJoCo's nv.
-        num_activations: MuJoCo's na, 0 where the actuators have no state of their own.
         records_all_tasks: whether archives record the rewards of all tasks at once, one column each, and not of one.
         episode_length: steps per episode; an episode is cut there and never ends earlier.
         control_timestep: seconds between two actions.
@@ -34,9 +31,6 @@ class Domain:
     observation_size: int
     action_size: int
     physics_size: int
-    num_positions: int
-    num_velocities: int
-    num_activations: int
     records_all_tasks: bool
     episode_length: int
     control_timestep: float
@@ -65,9 +59,6 @@ def _domain(
         observation_size=observation,
         action_size=action,
         physics_size=positions + velocities + activations,
-        num_positions=positions,
-        num_velocities=velocities,
-        num_activations=activations,
         records_all_tasks=records_all_tasks,
         episode_length=steps,
         control_timestep=seconds,

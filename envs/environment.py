@@ -10,6 +10,7 @@ from gymnasium.spaces import Box
 from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.domain import Domain, domain_of
+from ringrl.envs.goals import GoalSpace
 from ringrl.errors import UserError
 
 _Observation = Float32[np.ndarray, " observation"]
@@ -115,3 +116,14 @@ def make(task: str, seed: int | None = None) -> ExoRLEnv:
         UserError: unknown task (the message lists the tasks of a similar name), or a seed outside 0 .. 2**32 - 1.
     """
     return ExoRLEnv(task, seed)
+
+
+def goal_space(domain: str) -> GoalSpace | None:
+    """What the tasks of a domain ask to be reached; None where they ask for something else, or for more than a place.
+
+    Raises:
+        UserError: unknown domain.
+    """
+    from ringrl.envs.simulation import simulation_class  # MuJoCo is imported here and not before
+
+    return simulation_class(domain).goals

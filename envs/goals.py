@@ -20,14 +20,3 @@ class GoalSpace:
     goals: Mapping[str, tuple[float, float, float]]
     observation: slice
     reward: Callable[[Float[np.ndarray, "*batch 3"], Float[np.ndarray, "*batch 3"]], Float[np.ndarray, "*batch"]]
-
-
-def goal_space(domain: str) -> GoalSpace | None:
-    """What the tasks of a domain ask to be reached; None where they ask for something else, or for more than a place.
-
-    Raises:
-        UserError: unknown domain.
-    """
-    from ringrl.envs.simulation import simulation_class  # MuJoCo is imported here and not before
-
-    return simulation_class(domain).goals

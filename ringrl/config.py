@@ -144,6 +144,10 @@ class ActorCriticConfig(Section):
     """Other goals than the task's."""
 
 
+BATCH_AXES = ("data", "fsdp")  # of a mesh: those that divide a batch,
+SEQUENCE_AXIS = "seq"  # and the one that divides each of its contexts
+
+
 class MeshConfig(Section):
     """Devices, and what each axis of them divides; their product is the number of devices used."""
 
@@ -206,7 +210,7 @@ class TrainConfig(Section):
     """Task whose reward is learned, for example walker_walk."""
     run: Path
     """Folder of the run: configuration, metrics, checkpoints, evaluations."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)  # of a larger one, JAX's keys know the last 32 bits alone
     """Seed of parameters and of the order of the data."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints."""
@@ -330,11 +334,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings laid over others: `above` wins wherever both say something."""
+def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Nested settings laid over others: `above` wins wherever both say something.
+
+    Both are of `section`, "model." for example. UserError where `below` has something else than settings by name (or
+    nothing) in the place of a section of `above`.
+    """
     whole = dict(below)
     for name, value in above.items():
-        whole[name] = merged(whole.get(name) or {}, value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            under = whole.get(name)
+            if not isinstance(under, Mapping | None):
+                raise UserError(f"{section}{name}: expected settings by name, got {under!r}")
+            value = merged(under or {}, value, f"{section}{name}.")
+        whole[name] = value
     return whole
 
 

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""The one kind of error that is the user's to mend, and what is asked of all others."""
 
 
 class UserError(ValueError):
@@ -12,3 +12,8 @@ class UserError(ValueError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or XLA did not get the memory that it asked for; such an error says nothing about files."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, as a part of one line: the first 300 characters, without line breaks."""
+    return " ".join(str(error).split())[:300]

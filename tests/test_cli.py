@@ -205,6 +205,18 @@ def test_wrong_flags_and_values_are_one_line(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "run").exists()
 
 
+def test_flags_that_would_go_unheeded_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"data": "x", "task": "jaco_reach_top_left", "output": str(tmp_path / "runs")}))
+    train = ["train", "--data", "x", "--task", "jaco_reach_top_left", "--run", str(tmp_path / "run")]
+    for command in (train, ["ablate", str(plan)], ["ablate", str(plan), "--dry-run"]):
+        said = refused([*command, "--slurm.gpus-per-node", "1", "--slurm.restarts=3"], capsys)
+        assert "--slurm.gpus-per-node, --slurm.restarts: heeded only with --launcher slurm" in said
+    said = refused([*train, "--launcher", "slurm", "--distributed.enabled", "on"], capsys)
+    assert "--distributed.enabled: not heeded with --launcher slurm" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+
+
 def test_a_method_stands_over_the_file_and_under_the_flags(
     jaco_store: EpisodeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +236,9 @@ def test_a_method_stands_over_the_file_and_under_the_flags(
     assert "bc-10%" in refused([*base, "--method", "cloning"], capsys), "lists what there is"
     shared.write_text(yaml.safe_dump({"context": {"max_transitions": 5000}}))
     assert "leave gaps in" in refused([*base, "--method", "ad"], capsys)
+    for section in (3, "transformer"):
+        shared.write_text(yaml.safe_dump({"model": section}))
+        assert f"{shared}: model: expected settings by name" in refused([*base, "--method", "bc"], capsys)
     assert not (tmp_path / "other").exists()
 
 
@@ -244,6 +259,8 @@ def test_mistakes_about_files_name_the_file(
     plan.write_text(yaml.safe_dump({"data": str(missing), "task": "jaco_reach_top_left", "output": str(missing)}))
     assert str(missing) in refused(["ablate", str(plan), "--dry-run"], capsys)
     assert "--workers" in refused(["ablate", str(plan), "--workers", "0"], capsys)
+    plan.write_text(plan.read_text() + "settings: {model: 3}\n")
+    assert "model: expected settings by name" in refused(["ablate", str(plan), "--dry-run"], capsys)
     data = ["--data", str(jaco_store.path), "--run", str(missing)]
     assert "walker_walk" in refused(["train", "--task", "walker_walk", *data], capsys)
     assert "walker_walk" in refused(["evaluate", "--checkpoint", str(run), "--task", "walker_walk"], capsys)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from ringrl.config import TrainConfig, read_yaml
+from ringrl.config import TrainConfig, merged, read_yaml
 from ringrl.configs import preset
+from ringrl.errors import UserError
 
 REQUIRED = {"data": "unused", "task": "unused", "run": "unused"}
 PLANS = {"demo", "study_example"} | {file.stem for file in preset("demo").parent.glob("study_results*.yaml")}
@@ -38,8 +39,24 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"optimiser": {"accumulation": 2}, "model": {"kind": "td3_bc"}}, "td3_bc computes a batch in one part"),
         ({"context": {"sampling": "history_window", "max_transitions": 5000}}, "leave gaps in"),
         ({"context": {"sampling": "history_window", "best_fraction": 0.5}}, "leave gaps in"),
+        ({"seed": 2**32}, "less than 4294967296"),  # whose key is seed 0's
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TrainConfig.model_validate(REQUIRED | settings)
+
+
+def test_settings_are_laid_over_others() -> None:
+    below = {"model": {"layers": 2, "width": 8}, "context": None, "seed": 1}
+    above = {"model": {"layers": 3}, "context": {"trajectories": 4}, "seed": 2}
+    assert merged(below, above) == {"model": {"layers": 3, "width": 8}, "context": {"trajectories": 4}, "seed": 2}
+    assert below["model"] == {"layers": 2, "width": 8}
+
+
+@pytest.mark.parametrize("value", [3, 0, "transformer", [1]])
+def test_a_section_that_is_no_mapping_is_named(value: object) -> None:
+    with pytest.raises(UserError, match=r"^model: expected settings by name"):
+        merged({"model": value}, {"model": {"layers": 3}})
+    with pytest.raises(UserError, match=r"^actor_critic\.hindsight: expected settings by name"):
+        merged({"actor_critic": {"hindsight": value}}, {"actor_critic": {"hindsight": {"later": 0.5}}})

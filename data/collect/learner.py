@@ -6,6 +6,7 @@ network distillation), it explores and never learns what for.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,7 @@ from ringrl.data.collect.replay import Replay
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import Domain, domain_of
 from ringrl.errors import UserError
+from ringrl.files import write_whole
 
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
@@ -60,7 +62,7 @@ def learn(
     After every few episodes the learner is saved beside them, so that a call after a kill goes on, bit for bit.
 
     Raises:
-        UserError: an episode that the saved learner has learned from is missing or damaged.
+        UserError: the saved learner is damaged, or an episode that it has learned from is missing or damaged.
     """
     from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
 
@@ -168,10 +170,9 @@ def _recall(folder: Path, domain: Domain, replay: Replay, column: int, done: int
 
 
 def _save(folder: Path, done: int, state: LearnerState) -> None:
-    partial = folder / f"{_CHECKPOINT}.partial"
-    with partial.open("wb") as file:
-        np.savez(file, *map(np.asarray, jax.tree.leaves(state)), episodes=done)
-    partial.replace(folder / _CHECKPOINT)
+    content = io.BytesIO()
+    np.savez(content, *map(np.asarray, jax.tree.leaves(state)), episodes=done)
+    write_whole(folder / _CHECKPOINT, content.getvalue())
 
 
 def _saved(folder: Path, state: LearnerState) -> tuple[int, LearnerState]:
@@ -180,6 +181,13 @@ def _saved(folder: Path, state: LearnerState) -> tuple[int, LearnerState]:
     if not path.exists():
         return 0, state
     leaves, structure = jax.tree.flatten(state)
-    with np.load(path, allow_pickle=False) as file:
-        saved = [jnp.asarray(file[f"arr_{number}"]) for number in range(len(leaves))]
-        return int(file["episodes"]), jax.tree.unflatten(structure, saved)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = [jnp.asarray(file[f"arr_{number}"]) for number in range(len(leaves))]
+            if [array.shape for array in saved] != [leaf.shape for leaf in leaves]:
+                raise ValueError("the arrays of another learner")
+            return int(file["episodes"]), jax.tree.unflatten(structure, saved)
+    except MemoryError:
+        raise  # which says nothing about the file
+    except Exception as error:  # NumPy and zipfile raise nearly anything when the bytes are damaged
+        raise UserError(f"{path}: is damaged; remove it, and the collection begins anew") from error

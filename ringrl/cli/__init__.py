@@ -24,7 +24,7 @@ from ringrl.cli.report import report
 from ringrl.cli.run import train
 from ringrl.cli.study import ablate, demo
 from ringrl.config import TrainConfig, merged, one_line, read_yaml
-from ringrl.errors import UserError, is_out_of_memory
+from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.methods import METHODS
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not is_out_of_memory(error):
             raise
         _fail(
-            f"not enough memory ({' '.join(str(error).split())[:200] or 'MemoryError'}): free some, or ask for less "
+            f"not enough memory ({brief(error) or 'MemoryError'}): free some, or ask for less "
             "(a smaller batch or context, fewer --environments or --workers); what was finished is kept"
         )
 
@@ -90,7 +90,10 @@ def _with_settings(arguments: list[str]) -> Callable[..., None]:
     files, methods = _given(arguments, "--config"), _given(arguments, "--method")
     values = read_yaml(Path(files[-1])) if files else {}
     if methods and methods[-1] in METHODS:  # of others, the parser says what is wrong
-        values = merged(values, METHODS[methods[-1]].settings or {})
+        try:
+            values = merged(values, METHODS[methods[-1]].settings or {})
+        except UserError as error:
+            raise UserError(f"{files[-1]}: {error}") from error
     required: dict[str, Any] = {"data": Path(), "task": "", "run": Path()}
     try:
         whole = TrainConfig.model_validate(required | values)

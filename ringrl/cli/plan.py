@@ -2,7 +2,6 @@
 
 import dataclasses
 import json as json_module
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
+from ringrl.files import write_whole
 
 if TYPE_CHECKING:
     from ringrl.planning.machines import Machine
@@ -129,10 +129,7 @@ def _want_host_devices(number: int) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_whole(path, text, alone=False)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error

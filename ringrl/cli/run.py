@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ringrl.cli.words import check_launcher, given_flags
 from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
+from ringrl.errors import UserError
 from ringrl.methods import MethodName, check_method
 
 Settings = Annotated[TrainConfig, tyro.conf.arg(name="")]  # its flags stand at the top: --model.layers 4
@@ -41,6 +43,9 @@ def train(
     from ringrl.training.slurm import submit
     from ringrl.training.supervisor import run_supervised
 
+    check_launcher(launcher, slurm)
+    if launcher == "slurm" and (flags := given_flags("distributed", distributed)):
+        raise UserError(f"{flags}: not heeded with --launcher slurm, whose processes find each other; leave it out")
     if method is not None:
         check_method(settings, method)
     run, work = settings.run, partial(train_run, settings, profile=profile)

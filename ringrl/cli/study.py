@@ -6,7 +6,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from ringrl.cli.words import command_line
+from ringrl.cli.words import check_launcher, command_line
 from ringrl.config import SlurmConfig
 
 HERE = SlurmConfig()
@@ -38,6 +38,7 @@ def ablate(
     from ringrl.study.ablate import ablate as run_plan
     from ringrl.study.plan import read_plan
 
+    check_launcher(launcher, slurm)
     chosen = read_plan(plan)
     how = Run(workers, retry, not untimed, slurm if launcher == "slurm" else None)
     if dry_run:

@@ -18,15 +18,17 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "seq")
+from ringrl.config import BATCH_AXES, SEQUENCE_AXIS
+
+MESH_AXES = (*BATCH_AXES, "tensor", SEQUENCE_AXIS)
 
 SPLIT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "batch": ("data", "fsdp"),
-        "time": ("seq",),
+        "batch": BATCH_AXES,
+        "time": (SEQUENCE_AXIS,),
         "heads": ("tensor",),
         "hidden": ("tensor",),
-        "embed": ("fsdp", "seq"),
+        "embed": ("fsdp", SEQUENCE_AXIS),
         "layers": (),
     }
 )
@@ -45,7 +47,7 @@ class Parallel:
     @property
     def ring_size(self) -> int:
         """Devices among which a context is divided."""
-        return 1 if self.mesh is None else self.mesh.shape["seq"]
+        return 1 if self.mesh is None else self.mesh.shape[SEQUENCE_AXIS]
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """Where an array with axes of these names lies; None is an axis that is not split."""

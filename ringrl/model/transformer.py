@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from ringrl.attention import Prefix, attention, ring_attention
-from ringrl.config import ModelConfig
+from ringrl.config import SEQUENCE_AXIS, ModelConfig
 from ringrl.model.blocks import in_blocks
 from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
 from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         return ring_attention(
             q, k, v,
             mesh=mesh,
-            axis_name="seq",
+            axis_name=SEQUENCE_AXIS,
             layout=layout,
             strategy="ring" if self.kind == "ring" else "all_gather",
             batch_axes=SPLIT["batch"],

@@ -9,17 +9,17 @@ from typing import Any
 
 import pydantic
 
+from ringrl.attention.layout import length_multiple
 from ringrl.config import ModelConfig, TrainConfig, one_line, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.model.heads import BINS
 from ringrl.model.parallel import MESH_AXES
-from ringrl.model.tokens import TOKEN_SETS
+from ringrl.model.tokens import TOKEN_SETS, TokenEmbedding
 from ringrl.training.mesh import check_divides
 
 OBSERVATION, ACTION = 24, 6  # walker's; other tasks differ by less than a thousandth of the memory
 MOST_TOKENS = 2**31 - 1  # of a context: positions are 32-bit
-CHUNKS = {"zigzag": 2, "contiguous": 1, "striped": 1}  # of each device, into which a layout cuts a context
 SHAPES = ("3b", "7b", "13b", "30b", "350m")
 _UNUSED = {"data": "unused", "task": "unused", "run": "unused"}
 
@@ -61,7 +61,7 @@ class Workload:
     def multiple(self) -> int:
         """Tokens of a context are a multiple of this."""
         mesh = self.config.mesh
-        return self.tokens_per_step * mesh.seq * (CHUNKS[mesh.layout] if mesh.seq > 1 else 1)
+        return self.tokens_per_step * length_multiple(mesh.layout, mesh.seq)
 
     @property
     def mesh_in_words(self) -> str:
@@ -112,7 +112,8 @@ class Parameters:
         kinds = TOKEN_SETS[model.token_set]
         sizes = {"observation": OBSERVATION, "action": ACTION, "fused": OBSERVATION + ACTION + 3}
         tokens = sum((sizes.get(kind, 1) + 1) * width for kind in kinds.before + kinds.after)
-        tokens += 1024 * width * (model.timestep_embedding + model.trajectory_embedding)
+        tokens += TokenEmbedding.MAX_TIMESTEPS * width * model.timestep_embedding
+        tokens += TokenEmbedding.MAX_TRAJECTORIES * width * model.trajectory_embedding
         actions = ACTION * {"mse": 1, "gaussian": 2, "bins": BINS}[model.action_head]
         whole = tokens + width + actions * (width + 1) + 2 * width * model.layers
         embed = mesh.fsdp * mesh.seq

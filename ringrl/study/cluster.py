@@ -1,7 +1,6 @@
 """Cells as jobs of a cluster, through submitit: one array, each job a cell, queued again when its time is up."""
 
 import dataclasses
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from ringrl.config import SlurmConfig
 from ringrl.errors import UserError
 from ringrl.study.cells import Work, attempt_logged, failure, is_finished, note_failure, write
+from ringrl.training.slurm import make_executor, submitting
 
 JOB = "job.txt"  # in a cell's folder: the number of its job
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
@@ -43,16 +43,10 @@ def run_on_cluster(
     """
     if not todo:
         return
-    try:
-        import submitit
-    except ImportError:
-        raise UserError("--launcher slurm: needs submitit; install it with: pip install 'ringrl[slurm]'") from None
     if slurm.nodes > 1:
         raise UserError(f"--slurm.nodes: a cell is one process on one machine, not on {slurm.nodes}; leave it at 1")
-    try:
+    with submitting() as submitit:
         jobs = _submit(submitit, todo, folder, slurm, workers, command, cluster)
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"--launcher slurm: the jobs were not taken ({' '.join(str(error).split())})") from error
     yield from _follow(jobs, on_start)
 
 
@@ -70,30 +64,13 @@ def _submit(
     new = [work for work in todo if work not in found]
     if not new:
         return found
-    executor = submitit.AutoExecutor(folder.absolute(), cluster=cluster, slurm_max_num_timeout=slurm.restarts)
-    executor.update_parameters(**_parameters(slurm, workers, folder.parent.name))
+    one_process = {"nodes": 1, "tasks_per_node": 1, "slurm_array_parallelism": workers}
+    executor = make_executor(folder.absolute(), slurm, cluster, name=folder.parent.name, **one_process)
     with executor.batch():
         submitted = [executor.submit(CellJob(work, command)) for work in new]
     for work, job in zip(new, submitted, strict=True):
         write(work.folder / JOB, f"{job.job_id}\n")
     return found | dict(zip(new, submitted, strict=True))
-
-
-def _parameters(slurm: SlurmConfig, workers: int, name: str) -> dict[str, Any]:
-    """In submitit's words."""
-    asked = {"partition": slurm.partition, "account": slurm.account, "constraint": slurm.constraint}
-    return {
-        "name": name,
-        "nodes": 1,
-        "tasks_per_node": 1,
-        "gpus_per_node": slurm.gpus_per_node or None,
-        "cpus_per_task": slurm.cpus_per_task,
-        "mem_gb": slurm.memory,
-        "timeout_min": slurm.minutes,
-        "slurm_array_parallelism": workers,
-        "slurm_setup": list(slurm.setup) or None,
-        **{f"slurm_{key}": value for key, value in asked.items()},
-    }
 
 
 def _earlier(submitit: Any, work: Work, folder: Path) -> Any:

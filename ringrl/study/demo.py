@@ -31,7 +31,7 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
     """
     settings = read_yaml(preset("demo"))
     collected, store = output / "collected", output / "data.h5"
-    if output.exists() and any(output.iterdir()) and not collected.exists() and not store.exists():
+    if not collected.exists() and not store.exists() and _holds_others(output):
         raise UserError(f"{output}: holds other files; give another --output")
     plan = AblationPlan.model_validate(settings | {"data": store, "output": output / "runs"})
     (task,) = plan.datasets
@@ -43,3 +43,11 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
         import_archive(collected, store, domain_of(task).name)
     ablate(plan, console, command, Run(timing=False))
     return write_report([plan.output], output / "report")
+
+
+def _holds_others(output: Path) -> bool:
+    """Whether there are files; hidden ones do not count, since that is what a collection is until it is whole."""
+    try:
+        return output.exists() and any(not path.name.startswith(".") for path in output.iterdir())
+    except OSError as error:
+        raise UserError(f"{output}: cannot be used ({error.strerror}); give another --output") from error

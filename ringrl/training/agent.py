@@ -1,11 +1,12 @@
-"""One interface for everything that is trained: init, update, act. What tells methods apart stays behind it.
+"""One interface for everything that is trained: init, update, policy. What tells methods apart stays behind it.
 
     state = agent.init()
-    state, metrics = agent.update(state, batch)                            # with every batch of the method's sampler
-    memory = agent.reset(state.params, streams, tokens)
-    action, memory = agent.act(state.params, previous, current, memory)    # at every timestep
+    state, metrics = agent.update(state, batch)                     # with every batch of the method's sampler
+    policy = agent.policy(state.params)
+    memory = policy.reset(streams, tokens)
+    action, memory = policy.act(previous, current, memory)          # at every timestep
 
-All are pure functions: an agent holds no numbers, and what it learned is in the state.
+An agent holds no numbers: what it learned is in the state.
 """
 
 import dataclasses
@@ -14,17 +15,13 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Float32
 
 from ringrl.config import TrainConfig
-from ringrl.context import Context
-from ringrl.model import ActorCritic, KVCache, Policy
+from ringrl.model import ActorCritic, Policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.actor_critic import initial_actor_critic_state, make_actor_critic_step
 from ringrl.training.optimiser import make_optimiser
 from ringrl.training.step import TrainState, make_train_step, sharded_initial_state, with_params
-
-Memory = KVCache | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +45,6 @@ class Agent:
         """The policy with these parameters (of a TrainState)."""
         policy: Policy = with_params(self.graph, params)
         return policy
-
-    def reset(self, params: Any, streams: int, tokens: int) -> Memory:
-        """Memory of nothing, for so many streams of episodes, with room for `tokens` tokens each."""
-        return self.policy(params).reset(streams, tokens)
-
-    def act(
-        self, params: Any, previous: Context | None, current: Context, memory: Any, prefix: Any = None
-    ) -> tuple[Float32[jax.Array, "streams action"], Memory]:
-        """The actions at one more timestep.
-
-        `current` (B, 1, ...) holds what is known before acting, `previous` the whole step before (None at the first).
-        `prefix` is the memory of a context that all streams begin with (a policy's `prefill`).
-        """
-        return self.policy(params).act(previous, current, memory, prefix)
 
 
 def make_agent(make_policy: Callable[[], Policy], config: TrainConfig, parallel: Parallel = ONE_DEVICE) -> Agent:

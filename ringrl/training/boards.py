@@ -15,6 +15,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
+from ringrl.files import write_whole
 
 
 class Board(Protocol):
@@ -108,7 +109,5 @@ def _identity(folder: Path) -> str:
     path = folder / "id.txt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(secrets.token_hex(8))
-        temporary.replace(path)
+        write_whole(path, secrets.token_hex(8))
     return path.read_text().strip()

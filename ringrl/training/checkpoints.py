@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, goal_space
-from ringrl.errors import UserError, is_out_of_memory
+from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.agent import make_agent
@@ -246,9 +246,5 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     passing = is_out_of_memory(error)
     missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if passing or (isinstance(error, OSError) and error.errno is not None and not missing):
-        return UserError(f"{checkpoint}: cannot be read now, and is left as it is ({_brief(error)})")
-    return DamagedCheckpointError(f"{checkpoint}: is damaged ({_brief(error)}); remove it to use an older one")
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        return UserError(f"{checkpoint}: cannot be read now, and is left as it is ({brief(error)})")
+    return DamagedCheckpointError(f"{checkpoint}: is damaged ({brief(error)}); remove it to use an older one")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import jax
 
 from ringrl.config import DistributedConfig
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief
 
 PATIENCE_MS = 600_000  # for one that is slow; one that is lost is missed sooner
 LINGER = 2.0  # seconds that process 0, which keeps the service, waits for the others to hear the last word
@@ -55,7 +55,7 @@ def join(config: DistributedConfig) -> None:
     except Exception as error:  # each cluster that JAX knows fails in its own way
         where = f"coordinator {config.coordinator}" if told else "enabled on"
         raise UserError(
-            f"--distributed.{where}: the processes cannot meet ({_brief(error)}); "
+            f"--distributed.{where}: the processes cannot meet ({brief(error)}); "
             "give --distributed.coordinator HOST:PORT, processes and process"
         ) from error
 
@@ -76,7 +76,7 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
             time.sleep(config.heartbeat_timeout + 5)
         if not isinstance(error, UserError):
             traceback.print_exc()
-            _end(f"failed ({_brief(error)})", FAILED)
+            _end(f"failed ({brief(error)})", FAILED)
         _end(f"stopped: {error}", USERS_TO_MEND, str(error))
     _exit(0)
 
@@ -193,7 +193,3 @@ def _client() -> Any:
     from jax._src.distributed import global_state
 
     return global_state.client
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -24,6 +24,7 @@ from rich.table import Column
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
+from ringrl.files import write_whole
 from ringrl.training.boards import Board, open_boards
 from ringrl.training.optimiser import learning_rate
 
@@ -53,9 +54,7 @@ class MetricsLog:
                 continue  # damaged, or cut in half by a kill
             kept.append(line + b"\n")
         self.missing = step - len(kept)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self._path)
+        write_whole(self._path, b"".join(kept))
 
     def write(self, entries: list[dict[str, float]]) -> None:
         """Append one line per entry; each holds `step` and named numbers."""
@@ -185,5 +184,5 @@ class Recorder:
             if self._skipped_in_a_row > allowed and self.failure is None:
                 self.failure = UserError(
                     f"{self._config.run}: loss or gradients of {what} are not finite, as in the {allowed} steps "
-                    "before; none changed the parameters; lower optimiser.learning_rate or use an older checkpoint"
+                    "before; none changed the parameters; start a new --run with a lower optimiser.learning_rate"
                 )

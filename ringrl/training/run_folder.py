@@ -8,6 +8,7 @@ import pydantic
 from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
+from ringrl.files import write_whole
 from ringrl.training.checkpoints import RunInfo, read_info
 
 # Where things lie and are shown, and what they are computed on, may change between a run and its resumption.
@@ -25,16 +26,15 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
     config = info.config
     saved = config.run / "config.yaml"
     if not saved.exists():
-        temporary = saved.with_suffix(".tmp")
         is_run = resume and (config.run / "checkpoints").is_dir()
         if is_run:
             check_configuration(config)
         try:
             config.run.mkdir(parents=True, exist_ok=True)
-            if not is_run and any(path != temporary for path in config.run.iterdir()):  # which a kill may leave
+            # A kill may leave a hidden file, and nothing else, before there is a configuration.
+            if not is_run and any(not path.name.startswith(".") for path in config.run.iterdir()):
                 raise UserError(f"{config.run}: holds other files and no run; give another --run")
-            temporary.write_text(to_yaml(config))
-            temporary.replace(saved)
+            write_whole(saved, to_yaml(config))
         except OSError as error:
             raise UserError(f"{config.run}: cannot be made ({error.strerror}); give another --run") from error
         return

@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ringrl.config import DistributedConfig, SlurmConfig
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief
 from ringrl.training.supervisor import run_supervised
 
 FIRST_PORT, PORTS = 49_152, 16_384  # those that nobody may reserve
@@ -25,27 +26,45 @@ def submit(
     Raises:
       UserError: submitit or SLURM is missing, the job is refused, or the run exists (without `resume`).
     """
+    with submitting():
+        if not resume and (run / "config.yaml").exists():
+            raise UserError(f"{run}: holds a run already; use --resume to go on with it, or give another --run")
+        folder = run.absolute().with_name(f"{run.name}.slurm")
+        executor = make_executor(folder, slurm, cluster, name=run.name)
+        job = executor.submit(TrainJob(work, slurm.gpus_per_node > 0))
+    return job.job_id, folder
+
+
+@contextmanager
+def submitting() -> Iterator[Any]:
+    """Gives submitit.
+
+    Raises:
+      UserError: it is not installed, or it or SLURM refuses what is done with it.
+    """
     try:
         import submitit
     except ImportError:
         raise UserError("--launcher slurm: needs submitit; install it with: pip install 'ringrl[slurm]'") from None
-    if not resume and (run / "config.yaml").exists():
-        raise UserError(f"{run}: holds a run already; use --resume to go on with it, or give another --run")
-    folder = run.absolute().with_name(f"{run.name}.slurm")
     try:
-        executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=slurm.restarts)
-        executor.update_parameters(**_parameters(slurm, run.name))
-        job = executor.submit(TrainJob(work, slurm.gpus_per_node > 0))
+        yield submitit
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"--launcher slurm: the job was not taken ({' '.join(str(error).split())})") from error
-    return job.job_id, folder
+        raise UserError(f"--launcher slurm: no job was taken ({brief(error)})") from error
 
 
-def _parameters(slurm: SlurmConfig, name: str) -> dict[str, Any]:
+def make_executor(folder: Path, slurm: SlurmConfig, cluster: str, **own: object) -> Any:
+    """What submits jobs that ask for this, or for what `own` says in submitit's words; `folder` is for their output."""
+    import submitit
+
+    executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=slurm.restarts)
+    executor.update_parameters(**(_parameters(slurm) | own))
+    return executor
+
+
+def _parameters(slurm: SlurmConfig) -> dict[str, Any]:
     """In submitit's words."""
     asked = {"partition": slurm.partition, "account": slurm.account, "constraint": slurm.constraint}
     return {
-        "name": name,
         "nodes": slurm.nodes,
         "tasks_per_node": max(slurm.gpus_per_node, 1),
         "gpus_per_node": slurm.gpus_per_node or None,

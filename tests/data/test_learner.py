@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from pathlib import Path
@@ -74,6 +75,28 @@ def test_the_same_seed_gives_the_same_arrays_even_after_an_interruption(learned,
     resumed = _learn(tmp_path, 12, progress=lambda done, total: told.append(done))
     assert told == list(range(5, 13))
     _assert_same(resumed, learned[1])
+
+
+def test_a_damaged_learner_is_one_line_and_without_it_the_collection_begins_anew(tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _learn(tmp_path, 6, progress=interrupt)
+    saved = tmp_path / "learner.npz"
+    whole, other = saved.read_bytes(), io.BytesIO()
+    np.savez(other, **{name: np.zeros(1) for name in np.load(saved)})
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (b"", b"learner", whole[: len(whole) // 2], whole[:-40], flipped, other.getvalue()):
+        saved.write_bytes(content)
+        with pytest.raises(UserError, match=r"learner\.npz: is damaged; remove it, and the collection begins anew"):
+            _learn(tmp_path, 6)
+    saved.unlink()
+    told: list[int] = []
+    assert len(_learn(tmp_path, 6, progress=lambda done, total: told.append(done))) == 6
+    assert told == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_seed_gives_other_arrays(tmp_path):

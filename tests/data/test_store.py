@@ -51,7 +51,7 @@ def test_what_is_written_is_read(domain, lengths, seed, write_store, random_epis
 def test_description(store):
     assert (store.observation_size, store.action_size) == (5, 1)
     assert store.source == "made/up.zip"
-    assert store.created_by.startswith("ringrl ")
+    assert store.provenance.created_by.startswith("ringrl ")
     assert store.recorded_task is None
     assert len(store.fingerprint) == 64
 
@@ -172,7 +172,8 @@ def changed(store: EpisodeStore, change) -> Path:
 
 def test_missing_file(tmp_path):
     assert "no such file" in refusal(tmp_path / "absent.h5")
-    assert "no such file" in refusal(tmp_path)
+    said = refusal(tmp_path)
+    assert f"{tmp_path}: is a folder; import one of episodes (ringrl data import), or name the store's file" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"not hdf5 at all", b"\x89HDF\r\n\x1a\n" + bytes(500)])

@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from ringrl.errors import UserError
+from ringrl.model.tokens import TokenEmbedding
 from ringrl.planning.ahead_of_time import abstract_step, bytes_per_device
 from ringrl.planning.workload import find_model, read_tokens, say_tokens
 
@@ -29,6 +30,14 @@ def test_parameters_are_counted_as_they_are_made_and_lie(make, model, mesh):
     assert bytes_per_device(step.state.optimiser) == pytest.approx(8 * workload.parameters.device, abs=16)
 
 
+def test_embeddings_of_places_are_counted_as_many_as_there_are(make, monkeypatch):
+    monkeypatch.setattr(TokenEmbedding, "MAX_TIMESTEPS", 64)
+    monkeypatch.setattr(TokenEmbedding, "MAX_TRAJECTORIES", 32)
+    workload = make(640, {"seq": 8}, contexts=8, timestep_embedding=True, trajectory_embedding=True)
+    total = sum(x.size for x in jax.tree.leaves(abstract_step(workload, jax.devices()).state.params))
+    assert workload.parameters.total == total
+
+
 def test_nothing_is_allocated(make):
     step = abstract_step(make(2**30, {"seq": 8}, width=8192, heads=64, kv_heads=64, layers=100), jax.devices())
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((step.state, step.batch)))
@@ -50,6 +59,8 @@ def test_lengths_that_do_not_divide_are_refused_with_the_nearest(make):
     with pytest.raises(UserError, match=r"no multiple of 16 .*nearest is 1008"):
         make(1001, {"seq": 8}).check()
     make(1008, {"seq": 8}).check()
+    make(1000, {"seq": 8, "layout": "striped"}).check()
+    make(1001, {}).check()
 
 
 def test_a_mesh_that_does_not_divide_is_refused(make):

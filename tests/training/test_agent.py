@@ -81,8 +81,8 @@ def test_acting_step_by_step_gives_the_actions_of_the_whole(agent: Agent, contex
     state, _ = agent.update(state, batch_for(state, contexts, 0))
     short = jax.tree.map(lambda x: x[:, :STEPS], batch)
     expected = agent.policy(state.params).actions(short)
-    memory, previous = agent.reset(state.params, STREAMS, STEPS * agent.tokens_per_step), None
-    act = jax.jit(agent.act)
+    memory, previous = agent.policy(state.params).reset(STREAMS, STEPS * agent.tokens_per_step), None
+    act = jax.jit(lambda params, *told: agent.policy(params).act(*told))
     for t in range(STEPS):
         current = steps_of(short, t)
         action, memory = act(state.params, previous, current, memory)

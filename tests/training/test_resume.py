@@ -49,7 +49,7 @@ def lines(run: Path) -> int:
 def test_killed_at_four_moments_and_resumed_is_bit_identical(tiny: TrainConfig, finished_run: Path) -> None:
     checkpoints = tiny.run / "checkpoints"
     tiny.run.mkdir()
-    (tiny.run / "config.tmp").write_text("task: ja")  # what a kill leaves that comes before all else
+    (tiny.run / ".config.yaml.tmp").write_text("task: ja")  # what a kill leaves that comes before all else
     kill_when((tiny.run / "config.yaml").exists, tiny)
     assert not list(checkpoints.glob("*"))
     (tiny.run / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 8.0}\n')  # no checkpoint yet

@@ -43,7 +43,7 @@ def test_a_run_that_diverges_stops_with_a_checkpoint_of_the_last_good_parameters
         update={"learning_rate": 1e30, "warmup_steps": 0, "weight_decay": 0, "skipped_steps": 3}
     )
     config = tiny.model_copy(update={"optimiser": wild, "checkpoint_every": 100, "log_every": 1})
-    with pytest.raises(UserError, match=r"not finite, as in the 3 steps before; .* lower optimiser.learning_rate"):
+    with pytest.raises(UserError, match=r"as in the 3 steps before; .* start a new --run with a lower optim"):
         train(config, quiet=True)
     entries = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
     skipped = [entry["skipped"] for entry in entries]

@@ -1,0 +1,45 @@
+"""Where the demo begins: folders that it may use, and those that it leaves alone."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ringrl.errors import UserError
+from ringrl.study import demo
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _begin(output: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Of a demo of four episodes, the collection, stopped after so many of them; no more than that."""
+    collect = demo.collect
+
+    def stop(done: int, total: int) -> None:
+        if done == after:
+            raise _Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "EPISODES", 4)
+        patch.setattr(demo, "collect", lambda *words, **named: collect(*words, **named, workers=1, progress=stop))
+        with pytest.raises(_Stopped):
+            demo.run_demo(output, Console(quiet=True))
+
+
+def test_a_demo_that_was_stopped_while_collecting_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _begin(tmp_path / "demo", monkeypatch, after=2)
+    before = sorted(tmp_path.glob("demo/*/buffer/*.npz"))
+    assert len(before) == 2
+    _begin(tmp_path / "demo", monkeypatch, after=3)
+    assert sorted(tmp_path.glob("demo/*/buffer/*.npz"))[:2] == before
+
+
+def test_folders_that_are_no_demo_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds other files; give another --output"):
+        demo.run_demo(tmp_path, Console(quiet=True))
+    with pytest.raises(UserError, match=r"notes\.txt: cannot be used \(Not a directory\); give another --output"):
+        demo.run_demo(tmp_path / "notes.txt", Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,17 @@
+"""What errors are asked."""
+
+import pytest
+
+from ringrl.errors import brief, is_out_of_memory
+
+
+def test_an_error_in_part_of_a_line() -> None:
+    assert brief(ValueError("one\n  two\tthree ")) == "one two three"
+    assert brief(MemoryError()) == ""
+    assert brief(RuntimeError("x" * 301)) == "x" * 300
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_want_of_memory_is_known(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(OSError("No space left on device"))
