@@ -183,7 +183,7 @@ def _record(
         method=method_of(trained.info.config),
         token_set=config.model.token_set if is_transformer else None,
         train_trajectories=config.context.trajectories if is_transformer else None,
-        train_task=None if task == config.task else config.task,
+        train_task=None if task in (config.task, *config.context.other_tasks) else config.task,
         seed=config.seed,
         target_return=choice.target_return,
         target_policy=choice.policy,

@@ -72,7 +72,7 @@ class EvaluationRecord(pydantic.BaseModel):
     prompt_returns: tuple[FiniteFloat, ...] = ()
     """Their returns."""
     train_task: str | None = None
-    """Task whose reward was trained on, where it is another one."""
+    """Task whose reward was trained on, where this one's was not."""
     steps_trained: NonNegativeInt | None = None
     """Optimiser steps of the checkpoint."""
     checkpoint: str | None = None

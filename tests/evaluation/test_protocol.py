@@ -138,6 +138,13 @@ def test_targets_are_of_the_task_and_logged(
     assert shared.train_task == (None if task == TASK else TASK)
 
 
+def test_every_task_that_took_its_turn_was_trained_on(trained: TrainedPolicy, at_run: Path) -> None:
+    several = with_config(trained, context={"other_tasks": (OTHER,)})
+    tasks = (TASK, OTHER, "jaco_reach_top_right")
+    plans = [plan_policy(several, at_run, Protocol(target="3"), task=task) for task in tasks]
+    assert [plan.shared.train_task for plan in plans] == [None, None, TASK]
+
+
 def test_targets_are_of_the_episodes_that_were_trained_on(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
