@@ -20,6 +20,7 @@ from ringrl.evaluation.prompt import Prompt, draw_prompt, open_dataset, trained_
 from ringrl.evaluation.recipe import configuration_hash, recipe
 from ringrl.evaluation.records import EvaluationRecord, library_versions
 from ringrl.evaluation.target import NO_TARGET, TargetPolicy
+from ringrl.evaluation.told import clipped
 from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
 from ringrl.training.budget import budget
@@ -100,15 +101,10 @@ def plan_policy(
     shared = _record(trained, run, protocol, task, choice, command)
     if programs is None or programs.policy is not trained.towards(task):
         programs = programs_of(trained, protocol, task)
-    chosen = programs
-    return _plan(
-        shared,
-        protocol,
-        info.normalisation,
-        lambda first: PolicyActor(chosen),
-        config.context.trajectories,
-        None if choice.prompt is None else choice.prompt.context,
-    )
+    chosen, count = programs, config.context.trajectories
+    # Clipped here and not by each rollout: what a policy computes of a prompt is kept as long as it is the same object.
+    prompt = None if choice.prompt is None else clipped(choice.prompt.context, count)
+    return _plan(shared, protocol, info.normalisation, lambda first: PolicyActor(chosen), count, prompt)
 
 
 def programs_of(trained: TrainedPolicy, protocol: Protocol, task: str) -> Programs:

@@ -14,6 +14,7 @@ from ringrl.data.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.evaluation import protocol as protocol_module
 from ringrl.evaluation.play import play
+from ringrl.evaluation.programs import Programs
 from ringrl.evaluation.protocol import (
     Protocol,
     evaluate_policy,
@@ -177,6 +178,20 @@ def test_a_prompt_is_drawn_as_training_contexts_are(
         assert context.completion[0, steps.stop - 1] == reached
     drawn = (Protocol(prompt_trajectories=3, prompt_seed=seed) for seed in range(6))
     assert len({plan_policy(trained, at_run, protocol).shared.prompt_episodes for protocol in drawn}) > 2
+
+
+def test_a_prompt_longer_than_the_training_contexts_is_computed_once(
+    at_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the streams, each episode of the control, and each group."""
+    plan = plan_policy(load_policy(at_run), at_run, Protocol(2, 2, control=True, prompt_trajectories=4, target="3"))
+    assert plan.prompt is not None
+    np.testing.assert_array_equal(plan.prompt.trajectory[0, ::250], [0, 1, 2, 2])
+    prompts, prefill = [], Programs.prefill
+    monkeypatch.setattr(Programs, "prefill", lambda self, prompt: prompts.append(prompt) or prefill(self, prompt))
+    play(plan, groups=2)
+    assert len(prompts) == 6
+    assert all(prompt is prompts[0] for prompt in prompts)
 
 
 @pytest.mark.parametrize(("order", "target"), [("descending", "own"), ("history", "best")])
