@@ -132,15 +132,20 @@ def evaluate_policy(
     protocol: Protocol,
     *,
     task: str | None = None,
+    data: Path | None = None,
     command: str | None = None,
     watch: Watch | None = None,
 ) -> list[EvaluationRecord]:
     """Roll a trained policy out; one record per stream, and one per control stream if asked for.
 
+    Args:
+      trained, run, protocol, task, data, command: as in `plan_policy`.
+      watch: who is told how it goes.
+
     Raises:
       UserError: as `plan_policy`.
     """
-    return play(plan_policy(trained, run, protocol, task=task, command=command), watch=watch)
+    return play(plan_policy(trained, run, protocol, task=task, data=data, command=command), watch=watch)
 
 
 def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None) -> list[EvaluationRecord]:

@@ -266,6 +266,9 @@ def test_what_needs_the_data_says_so(
         with pytest.raises(UserError, match="no longer there; say where it is with --data"):
             plan_policy(moved, run, protocol, task=task)
         plan_policy(moved, run, protocol, task=task, data=elsewhere)
+    moved = with_config(load_policy(run), data=tmp_path / "gone.h5")  # on the devices that there are by now
+    (record,) = evaluate_policy(moved, run, Protocol(environments=1, target="q0.5"), data=elsewhere)
+    assert record.target_return == np.median(jaco_store.returns(TASK))
     with pytest.raises(UserError, match=r"--prompt-trajectories: .*9 do not fit the 8"):
         plan_policy(moved, run, Protocol(prompt_trajectories=9), data=elsewhere)
 
