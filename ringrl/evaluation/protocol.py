@@ -27,6 +27,7 @@ from ringrl.training.budget import budget
 
 SIMULATING, COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}  # what decides a result
 FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the training's lie far below
+SEEDS = 2**32  # that there are: what NumPy's RandomState, with which dm_control draws starts, can be seeded with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Protocol:
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: {getattr(self, name)} is too few, at least {least} is needed")
+        last = self.seed + self.environments * self.episodes - 1
+        if last >= SEEDS:
+            raise UserError(
+                f"--seed: the episodes would start from seeds {self.seed} to {last}, and there are none from {SEEDS} "
+                "on; give a lower one, or fewer episodes"
+            )
         TargetPolicy.parse(self.target)
 
 

@@ -316,3 +316,10 @@ def test_too_few_of_anything(name: str) -> None:
         Protocol(**{name: 0})
     with pytest.raises(UserError, match="prompt_trajectories: -1 is too few"):
         Protocol(prompt_trajectories=-1)
+
+
+def test_there_are_2_to_the_32_starts() -> None:
+    assert Protocol(environments=3, episodes=2, seed=2**32 - 6).seed == 2**32 - 6
+    for seed in (2**32 - 5, 99999999999999999999):
+        with pytest.raises(UserError, match=rf"^--seed: the episodes would start from seeds {seed} to {seed + 5}, "):
+            Protocol(environments=3, episodes=2, seed=seed)
