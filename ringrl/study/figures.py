@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from ringrl.evaluation.formatting import number
+from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import Estimate
 from ringrl.study.report_cells import Cell, Grid, in_sentence, middle, series_of, strata, summarise
 from ringrl.study.report_draw import (
@@ -28,7 +30,6 @@ from ringrl.study.report_draw import (
 from ringrl.study.report_starts import starts_warning
 from ringrl.study.report_svg import colour
 from ringrl.study.report_variants import Variant
-from ringrl.study.tables import normalised, number
 
 _DATA_DASHES: dict[str, Dash] = {"data, mean": (7, 3), "data, best": SOLID}
 _POINTS_TO_MARK = 16  # beyond, a band stands for the bars, and no seed has a dot
@@ -177,7 +178,7 @@ def common(grid: Grid, variant: Variant, tasks: Sequence[str]) -> list[Point]:
     per_task: list[dict[int, Cell]] = []
     for task in tasks:
         series = series_of(grid.cells_of(task, variant))
-        if len(series) != 1 or normalised(task, 0.0) is None:
+        if len(series) != 1 or score_or_none(task, 0.0) is None:
             return []
         per_task.append(dict(series[0].points))
     # The dots of single seeds would mix tasks here: there are none.
@@ -191,7 +192,7 @@ def _across(cells: Sequence[Cell]) -> Estimate:
     """Normalised score over a cell per task."""
     found = strata(cells)
     scores = [
-        np.array([normalised(cell.task, run) for run in runs]) for cell, runs in zip(cells, found.runs, strict=True)
+        np.array([score_or_none(cell.task, run) for run in runs]) for cell, runs in zip(cells, found.runs, strict=True)
     ]
     return summarise(*scores, together=found.together)
 

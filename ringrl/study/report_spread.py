@@ -8,12 +8,12 @@ from itertools import combinations
 import numpy as np
 from matplotlib.axes import Axes
 
+from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import Estimate, performance_profile, probability_of_improvement
 from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Cell, Grid, Runs, series_of, strata
 from ringrl.study.report_draw import PANEL, Chart, Panel, dress, linestyle, styles
 from ringrl.study.report_svg import colour
 from ringrl.study.report_variants import Variant
-from ringrl.study.tables import normalised
 
 _THRESHOLDS = 101
 _PALE = 0.4  # of the shortest context, beside the longest
@@ -102,7 +102,7 @@ def profile_chart(grid: Grid) -> Chart | None:
     if not tasks or not grid.variants:
         return None
     panels = []
-    if len(tasks) > 1 and all(normalised(task, 0.0) is not None for task in tasks):
+    if len(tasks) > 1 and all(score_or_none(task, 0.0) is not None for task in tasks):
         common = [one for one in known if len(one.cells) == len(tasks)]
         if common:
             draw = partial(_draw_profiles, grid=grid, known=common, tasks=tasks, score=True)
@@ -165,7 +165,7 @@ def _draw_profiles(axes: Axes, grid: Grid, known: Sequence[Contender], tasks: Se
 
 
 def _scores(task: str, runs: Runs, score: bool) -> Runs:
-    return np.array([normalised(task, run) for run in runs], np.float64) if score else runs
+    return np.array([score_or_none(task, run) for run in runs], np.float64) if score else runs
 
 
 def _draw_contests(axes: Axes, found: Sequence[Contest]) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from math import comb
 from typing import Literal
 
+from ringrl.evaluation.formatting import number
 from ringrl.evaluation.statistics import Estimate
 from ringrl.study.report_cells import (
     Cell,
@@ -18,7 +19,7 @@ from ringrl.study.report_cells import (
     summarise,
 )
 from ringrl.study.report_variants import Variant
-from ringrl.study.tables import context_label, number
+from ringrl.study.tables import context_label
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
 
