@@ -71,9 +71,9 @@ class Cell:
         return _runs(self.streams, metric)
 
     def by_training(self) -> dict[Hashable, float]:
-        """Training run, by its checkpoint's hash where that is told -> its score; in the order of `runs`."""
+        """Training run, by seed and checkpoint where that is told -> its score; in the order of `runs`."""
         told = {record.seed: record.checkpoint_hash for record in self.records}
-        names = (told.get(seed) or (self.task, seed) for seed in self.seeds)
+        names = ((told.get(seed) or self.task, seed) for seed in self.seeds)  # untold, a run is one task's alone
         return dict(zip(names, self.runs().tolist(), strict=True))
 
     def control_runs(self, metric: Metric = "mean") -> Runs:
