@@ -188,6 +188,11 @@ def test_mistakes_about_evaluations(
         assert said in refused([*base, *flags], capsys)
     assert "needs a --checkpoint" in refused(["evaluate", "--tasks", "all-of-domain"], capsys)
     assert "--checkpoint" in refused(["evaluate"], capsys)
+    assert "--prompt-seed: no prompt is drawn" in refused([*base, "--prompt-seed", "3"], capsys)
+    random = ["evaluate", "--tasks", "jaco_reach_top_left", "--output", str(tmp_path / "random.jsonl")]
+    assert "--prompt-seed: random actions know nothing" in refused([*random, "--prompt-seed", "3"], capsys)
+    assert refused([*random, "--seed", str(2**32)], capsys).startswith("ringrl: --seed: ")
+    assert not list(tmp_path.glob("random*")), "no journal"
 
 
 def test_unknown_command_lists_the_near_ones(capsys: pytest.CaptureFixture[str]) -> None:

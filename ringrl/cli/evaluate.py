@@ -68,6 +68,8 @@ def evaluate(
 
     if output is not None and output.suffix != ".jsonl":
         raise UserError(f"--output: {output} is no results file; give a name that ends in .jsonl")
+    if checkpoint and prompt_seed and not prompt_trajectories:
+        raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype)
     if checkpoint:
         jobs = [
@@ -78,6 +80,7 @@ def evaluate(
         given |= {
             "--target": target != "best",
             "--prompt-trajectories": prompt_trajectories,
+            "--prompt-seed": prompt_seed,
             "--mesh": mesh.devices > 1,
         }
         for flag in (name for name, value in given.items() if value):

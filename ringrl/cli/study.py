@@ -34,8 +34,8 @@ def ablate(
         launcher: slurm: a job for every cell, instead of running it here.
         slurm: what each job asks for; a cell is one process.
     """
-    from ringrl.study.ablate import Run, estimate
-    from ringrl.study.ablate import ablate as run_plan
+    from ringrl.study.ablation import Run, estimate
+    from ringrl.study.ablation import ablate as run_plan
     from ringrl.study.plan import read_plan
 
     check_launcher(launcher, slurm)

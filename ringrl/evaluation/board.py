@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ringrl.evaluation.episode import Episode
+from ringrl.evaluation.formatting import ABSENT, duration, number
 from ringrl.evaluation.play import Part
 from ringrl.evaluation.session import Audience, Job
 from ringrl.evaluation.summary import Summary, mean
 
-ABSENT = "\N{EN DASH}"
 _REDRAWN = 4  # times a second
 _NUMBER = 8  # least width of a column, so that those of several tasks stand below each other
 
@@ -46,10 +46,7 @@ class _Line:
     @property
     def left(self) -> str:
         """Time, as h:mm:ss."""
-        if not self.simulated:
-            return ABSENT
-        seconds = round((self.job.plan.steps - self.passed - self.within) / self.rate)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return duration((self.job.plan.steps - self.passed - self.within) / self.rate if self.simulated else None)
 
 
 class Board(Audience):
@@ -127,7 +124,7 @@ class Board(Audience):
             shown.add_row(
                 escape(plan.shared.task),
                 escape(plan.shared.method),
-                " ".join(_number(value) for value in line.returns.get("context", [])) or line.state,
+                " ".join(number(value) for value in line.returns.get("context", [])) or line.state,
                 f"{sum(map(len, line.returns.values()))}/{total}",
                 str(line.failed) if line.failed else ABSENT,
                 f"{line.rate:.0f}" if runs and line.simulated else ABSENT,
@@ -167,11 +164,7 @@ def _task_table(task: str, summaries: Sequence[Summary]) -> Table:
 
 def _both(metrics: Mapping[str, float | None], scores: Mapping[str, float | None], name: str) -> str:
     value, score = metrics.get(name), scores.get(name)
-    return _number(value) if score is None else f"{_number(value)} ({round(score)})"
-
-
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.{0 if abs(value) >= 99.95 else 1}f}"
+    return number(value) if score is None else f"{number(value)} ({round(score)})"
 
 
 def _name(job: Job) -> str:

@@ -157,10 +157,10 @@ def _roll_out(plan: Plan, part: Part, groups: Sequence[Group], journal: Journal 
         on_episode=keep,
     )
     if part == "context":
-        run(episodes=plan.episodes, seed=plan.seeds, recorded=recorded)
+        run(seeds=plan.seeds, recorded=recorded)
     else:
         for index in range(plan.episodes):
-            run(episodes=1, seed=plan.seeds[:, index : index + 1], recorded=recorded[index : index + 1])
+            run(seeds=plan.seeds[:, index : index + 1], recorded=recorded[index : index + 1])
     return done
 
 

@@ -20,12 +20,14 @@ from ringrl.evaluation.prompt import Prompt, draw_prompt, open_dataset, trained_
 from ringrl.evaluation.recipe import configuration_hash, recipe
 from ringrl.evaluation.records import EvaluationRecord, library_versions
 from ringrl.evaluation.target import NO_TARGET, TargetPolicy
+from ringrl.evaluation.told import clipped
 from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
 from ringrl.training.budget import budget
 
 SIMULATING, COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}  # what decides a result
 FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the training's lie far below
+SEEDS = 2**32  # that there are: what NumPy's RandomState, with which dm_control draws starts, can be seeded with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,12 @@ class Protocol:
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: {getattr(self, name)} is too few, at least {least} is needed")
+        last = self.seed + self.environments * self.episodes - 1
+        if last >= SEEDS:
+            raise UserError(
+                f"--seed: the episodes would start from seeds {self.seed} to {last}, and there are none from {SEEDS} "
+                "on; give a lower one, or fewer episodes"
+            )
         TargetPolicy.parse(self.target)
 
 
@@ -100,15 +108,10 @@ def plan_policy(
     shared = _record(trained, run, protocol, task, choice, command)
     if programs is None or programs.policy is not trained.towards(task):
         programs = programs_of(trained, protocol, task)
-    chosen = programs
-    return _plan(
-        shared,
-        protocol,
-        info.normalisation,
-        lambda first: PolicyActor(chosen),
-        config.context.trajectories,
-        None if choice.prompt is None else choice.prompt.context,
-    )
+    chosen, count = programs, config.context.trajectories
+    # Clipped here and not by each rollout: what a policy computes of a prompt is kept as long as it is the same object.
+    prompt = None if choice.prompt is None else clipped(choice.prompt.context, count)
+    return _plan(shared, protocol, info.normalisation, lambda first: PolicyActor(chosen), count, prompt)
 
 
 def programs_of(trained: TrainedPolicy, protocol: Protocol, task: str) -> Programs:
@@ -136,15 +139,20 @@ def evaluate_policy(
     protocol: Protocol,
     *,
     task: str | None = None,
+    data: Path | None = None,
     command: str | None = None,
     watch: Watch | None = None,
 ) -> list[EvaluationRecord]:
     """Roll a trained policy out; one record per stream, and one per control stream if asked for.
 
+    Args:
+      trained, run, protocol, task, data, command: as in `plan_policy`.
+      watch: who is told how it goes.
+
     Raises:
       UserError: as `plan_policy`.
     """
-    return play(plan_policy(trained, run, protocol, task=task, command=command), watch=watch)
+    return play(plan_policy(trained, run, protocol, task=task, data=data, command=command), watch=watch)
 
 
 def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None) -> list[EvaluationRecord]:
@@ -183,7 +191,7 @@ def _record(
         method=method_of(trained.info.config),
         token_set=config.model.token_set if is_transformer else None,
         train_trajectories=config.context.trajectories if is_transformer else None,
-        train_task=None if task == config.task else config.task,
+        train_task=None if task in (config.task, *config.context.other_tasks) else config.task,
         seed=config.seed,
         target_return=choice.target_return,
         target_policy=choice.policy,

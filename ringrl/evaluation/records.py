@@ -25,8 +25,10 @@ from ringrl.training.budget import Budget
 
 # Raised whenever what a number means changes; numbers of two protocols are never put side by side.
 PROTOCOL: Literal[1] = 1
+JOURNAL, VIDEOS = ".journal", ".videos"  # folders beside a results file; in each is one per evaluation
 DATA = "data"  # the method whose "policy" is the dataset itself
 
+_NAME = 12  # characters of the hash that name an evaluation's folders
 _LIBRARIES = ("ringrl", "jax", "jaxlib", "flax", "optax", "numpy", "dm_control", "mujoco", "gymnasium")
 
 
@@ -72,7 +74,7 @@ class EvaluationRecord(pydantic.BaseModel):
     prompt_returns: tuple[FiniteFloat, ...] = ()
     """Their returns."""
     train_task: str | None = None
-    """Task whose reward was trained on, where it is another one."""
+    """Task whose reward was trained on, where this one's was not."""
     steps_trained: NonNegativeInt | None = None
     """Optimiser steps of the checkpoint."""
     checkpoint: str | None = None
@@ -147,6 +149,11 @@ class Results:
     records: tuple[EvaluationRecord, ...]
     sources: tuple[Path, ...]  # every file read, in order
     half_written: tuple[Path, ...]  # the files whose last line was cut off, and left out
+
+
+def evaluation_name(record: EvaluationRecord) -> str:
+    """What the folders of an evaluation are called. A record from elsewhere may have a name that is a path."""
+    return f"{record.task}.{str(record.evaluation)[:_NAME]}"
 
 
 def library_versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from ringrl.evaluation.episode import Episode
 from ringrl.evaluation.told import Told
 
 Playing = Generator[None, None, Episode]
-Seeds = int | Int64[np.ndarray, "streams episodes"]
+Seeds = Int64[np.ndarray, "streams episodes"]
 
 
 class Group(NamedTuple):
@@ -36,11 +36,10 @@ def rollout(
     groups: Sequence[Group],
     normalisation: Normalisation,
     *,
-    episodes: int,
+    seeds: Seeds,
     target_return: float | None,
     trajectories: int | None = None,
     prompt: Context | None = None,
-    seed: Seeds | None = None,
     recorded: Sequence[Episode] = (),
     on_step: Callable[[int], None] = lambda streams: None,
     on_episode: Callable[[Episode], None] = lambda episode: None,
@@ -56,14 +55,12 @@ def rollout(
     Args:
       groups: they take turns step by step; the episodes are the same however the environments are grouped.
       normalisation: the statistics the policy was trained with.
-      episodes: episodes per context.
+      seeds: what the start of each episode is drawn with, of the streams of all groups in order.
       target_return: in units of the task's return; None asks for nothing: return-to-go and completion are zero.
       trajectories: clip the trajectory index below this (the number the policy was trained with).
       prompt: a context (1, T, ...) that all environments remember before their first step.
-      seed: of the starts: one for each environment and episode; or a number, and environment i of all begins with
-        seed + i and draws on from there; None goes on with the environments' own streams.
       recorded: the first episodes, of a rollout that was interrupted. They are not simulated again: the actor is told
-        of them, and the environments' streams of starts go on.
+        of them.
       on_step: called with the number of environments after every simulated step of a group.
       on_episode: called with each episode as it ends, recorded ones included.
 
@@ -71,7 +68,8 @@ def rollout(
       UserError: episodes of another length than the data's, or recorded ones that do not start where these do.
     """
     told = Told(normalisation, target_return, trajectories, prompt)
-    players = _players(groups, told, seed, on_step)
+    episodes = seeds.shape[1]
+    players = _players(groups, told, seeds, on_step)
     acts = len(recorded) < episodes  # otherwise nobody acts any more, and nothing needs to be remembered
     for player in players if acts else ():
         player.start(episodes)
@@ -83,21 +81,12 @@ def rollout(
     return np.stack(finished, axis=1)
 
 
-def _players(
-    groups: Sequence[Group], told: Told, seed: Seeds | None, on_step: Callable[[int], None]
-) -> "list[_Player]":
+def _players(groups: Sequence[Group], told: Told, seeds: Seeds, on_step: Callable[[int], None]) -> "list[_Player]":
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
     return [
-        _Player(group, told, slice(*part), _of_streams(seed, slice(*part)), on_step)
+        _Player(group, told, slice(*part), seeds[slice(*part)], on_step)
         for group, part in zip(groups, pairwise(ends), strict=True)
     ]
-
-
-def _of_streams(seed: Seeds | None, streams: slice) -> Seeds | None:
-    """The seeds of a group."""
-    if seed is None or isinstance(seed, int):
-        return None if seed is None else seed + streams.start
-    return seed[streams]
 
 
 def _play(players: "Sequence[_Player]", index: int, recorded: Episode | None, acts: bool) -> Episode:
@@ -131,14 +120,12 @@ class _Player:
 
     Args:
       streams: which of all streams are the group's.
-      seed: of its first environment, or one for each of its environments and episodes.
+      seeds: one for each of its environments and episodes.
     """
 
-    def __init__(
-        self, group: Group, told: Told, streams: slice, seed: Seeds | None, on_step: Callable[[int], None]
-    ) -> None:
+    def __init__(self, group: Group, told: Told, streams: slice, seeds: Seeds, on_step: Callable[[int], None]) -> None:
         self._actor, self._environments = group
-        self._told, self._streams, self._seed, self._on_step = told, streams, seed, on_step
+        self._told, self._streams, self._seeds, self._on_step = told, streams, seeds, on_step
         self._size = self._environments.num_envs
         self._failed = np.zeros(self._size, bool)
         self._length = told.normalisation.episode_length
@@ -155,7 +142,7 @@ class _Player:
         Raises:
           UserError: they are not the starts of the recorded episode.
         """
-        observation, info = self._environments.reset(seed=self._start(index))
+        observation, info = self._environments.reset(seed=self._seeds[:, index].tolist())
         self._failed = self._failed | ~np.isfinite(observation).all(axis=1)
         observation, physics = self._known(observation, info)
         if recorded is not None:
@@ -166,12 +153,6 @@ class _Player:
                     f"episode {index + 1} starts elsewhere than the recorded one, which cannot be used here"
                 )
         return observation, physics
-
-    def _start(self, index: int) -> Any:
-        """What the environments' episodes of this index are drawn with; None: they draw on."""
-        if isinstance(self._seed, np.ndarray):
-            return self._seed[:, index].tolist()
-        return self._seed if index == 0 else None
 
     def play(self, index: int, recorded: Episode | None) -> Playing:
         """One episode; yields whenever an action has been asked for and not yet been waited for."""

@@ -81,3 +81,11 @@ def normalised_score(task: str, returns: Float[np.ndarray, "..."] | float) -> Fl
     """
     scale = scale_of(task)
     return 100 * (np.asarray(returns) - scale.random) / (scale.reference - scale.random)
+
+
+def score_or_none(task: str, value: float | None) -> float | None:
+    """Score of one return; None where there is no return, or the task has no constants."""
+    try:
+        return None if value is None else float(normalised_score(task, value))
+    except UserError:
+        return None

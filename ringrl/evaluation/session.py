@@ -8,11 +8,17 @@ from ringrl.errors import UserError
 from ringrl.evaluation.episode import Episode
 from ringrl.evaluation.journal import Journal
 from ringrl.evaluation.play import Part, Plan, Watch, play
-from ringrl.evaluation.records import EvaluationRecord, append_records, check_writable, read_records
+from ringrl.evaluation.records import (
+    JOURNAL,
+    VIDEOS,
+    EvaluationRecord,
+    append_records,
+    check_writable,
+    evaluation_name,
+    read_records,
+)
 from ringrl.evaluation.summary import Summary, summarise, write_summary
 from ringrl.evaluation.video import Recorder, VideoError, write_videos
-
-_NAME = 12  # characters of the hash that name a folder
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,12 @@ class Job:
     @property
     def journal(self) -> Path:
         """Where its episodes stand until it is finished."""
-        return _journals(self.results) / self._name
+        return _journals(self.results) / evaluation_name(self.plan.shared)
 
     @property
     def videos(self) -> Path:
         """Where its videos lie."""
-        return self.results.with_suffix(".videos") / self._name
-
-    @property
-    def _name(self) -> str:
-        shared = self.plan.shared
-        return f"{shared.task}.{str(shared.evaluation)[:_NAME]}"
+        return self.results.with_suffix(VIDEOS) / evaluation_name(self.plan.shared)
 
 
 class Audience(Watch):
@@ -152,7 +153,7 @@ def _summary(job: Job) -> Summary | None:
 
 
 def _journals(results: Path) -> Path:
-    return results.with_suffix(".journal")
+    return results.with_suffix(JOURNAL)
 
 
 def _summaries(results: Path) -> Path:

@@ -6,11 +6,14 @@ have different numbers of runs. The bootstrap draws runs with replacement within
 seeds been trained, how different would the number be? Episodes of one run are not independent evidence about training,
 so they are averaged first and never resampled.
 
+One run may be scored in several tasks (a policy of several, or one tried in others). Its scores rise and fall together,
+so `together` names the tasks of which that is so, and the bootstrap draws their runs once for all of them.
+
 One run says nothing about how much runs differ: where any stratum has fewer than two, the interval is absent (None),
 not of width zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -23,6 +26,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 Runs = Float[np.ndarray, "runs"]
 Strata = Sequence[Runs]
+Together = Sequence[Hashable] | None  # per task a label: those of one label have the same runs, in the same order
 
 
 class Aggregate(Protocol):
@@ -70,6 +74,7 @@ def estimate(
     aggregate: Aggregate = interquartile_mean,
     *,
     generator: np.random.Generator,
+    together: Together = None,
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
@@ -79,10 +84,11 @@ def estimate(
         strata: per task, the scores of its runs (runs,).
         aggregate: interquartile_mean, numpy.mean, numpy.median, optimality_gap, ...
         generator: where the resampling gets its randomness from.
+        together: a label per task; tasks of one label are those of the same runs, score by score. None: none are.
         confidence: probability that the interval is meant to cover.
         resamples: bootstrap resamples.
     """
-    return _bootstrap(strata, _pooled(aggregate), generator, confidence, resamples)
+    return _bootstrap(strata, _pooled(aggregate), generator, confidence, resamples, together)
 
 
 def difference(
@@ -110,12 +116,15 @@ def probability_of_improvement(
     baseline: Strata,
     *,
     generator: np.random.Generator,
+    together: Together = None,
+    baseline_together: Together = None,
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
     """Probability that a run beats a run of the baseline on the same task, averaged over tasks; a tie is half a win.
 
-    Task k of `strata` is compared with task k of `baseline`. `runs` is the smaller number of runs.
+    Task k of `strata` is compared with task k of `baseline`. `runs` is the smaller number of runs. `together` and
+    `baseline_together` are as in `estimate`, of either side.
     """
     if len(strata) != len(baseline):
         raise ValueError(f"{len(strata)} tasks cannot be compared with {len(baseline)}")
@@ -125,8 +134,10 @@ def probability_of_improvement(
         per_task = [_wins(ours, theirs) for ours, theirs in zip(samples[:count], samples[count:], strict=True)]
         return np.mean(per_task, axis=0)
 
-    found = _bootstrap([*strata, *baseline], wins, generator, confidence, resamples)
-    return Estimate(found.value, found.interval, min(_count(strata), _count(baseline)))
+    sides = (strata, together), (baseline, baseline_together)
+    labels = [(side, label) for side, of in enumerate(sides) for label in _labels(*of)]
+    found = _bootstrap([*strata, *baseline], wins, generator, confidence, resamples, labels)
+    return Estimate(found.value, found.interval, min(_count(*of) for of in sides))
 
 
 def median_of_tasks(
@@ -173,6 +184,7 @@ def performance_profile(
     thresholds: Float[np.ndarray, " thresholds"],
     *,
     generator: np.random.Generator,
+    together: Together = None,
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Profile:
@@ -184,6 +196,7 @@ def performance_profile(
         strata: per task, the scores of its runs (runs,); normalised, where there are several tasks.
         thresholds: scores to ask for (T,).
         generator: where the resampling gets its randomness from.
+        together: as in `estimate`.
         confidence: probability that the interval at one threshold is meant to cover; not of all at once.
         resamples: bootstrap resamples.
     """
@@ -191,10 +204,10 @@ def performance_profile(
     # One row per threshold: the bootstrap draws the same runs for all of them.
     above = [(np.asarray(runs, np.float64) > thresholds[:, None]).astype(np.float64) for runs in strata]
     fractions, ends = _resample(
-        above, _pooled(lambda scores, *, axis=-1: scores.mean(axis)), generator, confidence, resamples
+        above, _pooled(lambda scores, *, axis=-1: scores.mean(axis)), generator, confidence, resamples, together
     )
     low, high = ends or (None, None)
-    return Profile(thresholds, fractions, low, high, _count(strata))
+    return Profile(thresholds, fractions, low, high, _count(strata, together))
 
 
 def _pooled(aggregate: Aggregate) -> Callable[..., Any]:
@@ -220,10 +233,11 @@ def _bootstrap(
     generator: np.random.Generator,
     confidence: float,
     resamples: int,
+    together: Together = None,
 ) -> Estimate:
     samples = [np.asarray(sample, np.float64) for sample in samples]
-    value, ends = _resample(samples, statistic, generator, confidence, resamples)
-    return Estimate(float(value), ends and Interval(float(ends[0]), float(ends[1])), _count(samples))
+    value, ends = _resample(samples, statistic, generator, confidence, resamples, together)
+    return Estimate(float(value), ends and Interval(float(ends[0]), float(ends[1])), _count(samples, together))
 
 
 def _resample(
@@ -232,17 +246,25 @@ def _resample(
     generator: np.random.Generator,
     confidence: float,
     resamples: int,
+    together: Together = None,
 ) -> tuple[Any, tuple[Any, Any] | None]:
     """The statistic and the ends of its interval, where every sample has two runs at least."""
     if not samples or any(sample.shape[-1] == 0 for sample in samples):
         raise ValueError("every task needs at least one run")
     value = statistic(*samples, axis=-1)
-    if any(sample.shape[-1] < 2 for sample in samples):
+    labels, sizes = _labels(samples, together), _sizes(samples, together)
+    if min(sizes.values()) < 2:
         return value, None
-    # Several samples are resampled independently of one another: exactly the strata of Agarwal et al.
+
+    def of_drawn(*drawn: np.ndarray, axis: int = -1) -> Any:
+        places = dict(zip(sizes, drawn, strict=True))
+        return statistic(*(x[..., places[label]] for x, label in zip(samples, labels, strict=True)), axis=axis)
+
+    # Several samples are resampled independently of one another: exactly the strata of Agarwal et al. What is drawn are
+    # the places of runs, so that samples of the same runs get the same ones.
     found = scipy.stats.bootstrap(
-        samples,
-        statistic,
+        [np.arange(size) for size in sizes.values()],
+        of_drawn,
         n_resamples=resamples,
         vectorized=True,
         axis=-1,
@@ -253,5 +275,19 @@ def _resample(
     return value, (found.low, found.high)
 
 
-def _count(strata: Strata) -> int:
-    return sum(len(runs) for runs in strata)
+def _labels(samples: Sequence[np.ndarray], together: Together) -> Sequence[Hashable]:
+    """What is drawn with what; without a word, every task by itself."""
+    return range(len(samples)) if together is None else together
+
+
+def _sizes(samples: Sequence[np.ndarray], together: Together) -> dict[Hashable, int]:
+    """Runs of each label."""
+    found: dict[Hashable, int] = {}
+    for sample, label in zip(samples, _labels(samples, together), strict=True):
+        if found.setdefault(label, sample.shape[-1]) != sample.shape[-1]:
+            raise ValueError(f"{sample.shape[-1]} scores of {found[label]} runs that are drawn together")
+    return found
+
+
+def _count(samples: Sequence[np.ndarray], together: Together = None) -> int:
+    return sum(_sizes(samples, together).values())

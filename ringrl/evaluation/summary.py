@@ -11,7 +11,7 @@ import numpy as np
 
 from ringrl.errors import UserError
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
-from ringrl.evaluation.scores import normalised_score
+from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import METRICS
 from ringrl.evaluation.streams import stream_scores
 
@@ -86,8 +86,8 @@ def _summary(records: Sequence[EvaluationRecord]) -> Summary:
         returns_without_context=_by_episode(control),
         metrics=metrics,
         metrics_without_context=without,
-        scores=_scores(shared["task"], metrics),
-        scores_without_context=_scores(shared["task"], without),
+        scores={name: score_or_none(shared["task"], value) for name, value in metrics.items()},
+        scores_without_context={name: score_or_none(shared["task"], value) for name, value in without.items()},
         failed=sum(record.failed for record in streams),
         failed_without_context=sum(record.failed for record in control),
         streams_left_out=sum(not record.finished for record in records),
@@ -105,15 +105,6 @@ def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:
 
 def _by_episode(records: Sequence[EvaluationRecord]) -> tuple[float | None, ...]:
     return tuple(mean(column) for column in zip(*(record.returns for record in records), strict=True))
-
-
-def _scores(task: str, metrics: dict[str, float | None]) -> dict[str, float | None]:
-    try:
-        return {
-            name: None if value is None else float(normalised_score(task, value)) for name, value in metrics.items()
-        }
-    except UserError:  # a task without constants
-        return dict.fromkeys(metrics)
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -29,9 +29,9 @@ class Told:
     @property
     def clipped_prompt(self) -> Context | None:
         """The prompt as the policy sees it."""
-        if self.prompt is None or self.trajectories is None or self.prompt.trajectory.max() < self.trajectories:
+        if self.prompt is None or self.trajectories is None:
             return self.prompt
-        return self.prompt._replace(trajectory=np.minimum(self.prompt.trajectory, self.trajectories - 1))
+        return clipped(self.prompt, self.trajectories)
 
     def before(self, streams: int, action_size: int) -> Outcome:
         """What came before the first step: the prompt's last outcome, or nothing."""
@@ -84,3 +84,10 @@ class Told:
         if self.prompt is None:
             return 0, 0
         return int(self.prompt.position[0, -1]) + 1, int(self.prompt.trajectory[0, -1]) + 1
+
+
+def clipped(context: Context, trajectories: int) -> Context:
+    """A context (B, T, ...) whose trajectory index stays below `trajectories`; the very same one where it does."""
+    if context.trajectory.max() < trajectories:
+        return context
+    return context._replace(trajectory=np.minimum(context.trajectory, trajectories - 1))

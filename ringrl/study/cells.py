@@ -196,7 +196,7 @@ def _cell(
             own["optimiser"] = {"steps": _steps(plan, config)}
         config = TrainConfig.model_validate(merged(shared, own))
     except pydantic.ValidationError as error:
-        raise UserError(f"settings of the ablation plan: {one_line(error)}") from error
+        raise UserError(f"{task}, {name}: settings or task_settings of the ablation plan: {one_line(error)}") from error
     rolled_out = (plan.test_trajectories or (trajectories,)) if method in plan.methods else (1,)
     protocols = tuple(Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in rolled_out)
     seconds = plan.seconds if plan.budget == "time" else None

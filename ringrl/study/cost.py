@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from ringrl.envs import domain_of
+from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.study.cells import Cell
 from ringrl.study.timing import Timing, shape
 from ringrl.training.budget import step_cost
@@ -86,13 +87,7 @@ def _numbers(found: Cost) -> list[str]:
     return [
         f"{found.steps:,}",
         f"{found.tokens:,}",
-        f"{found.flops / 1e12:,.3g}" if found.flops else "\N{EN DASH}",
+        f"{found.flops / 1e12:,.3g}" if found.flops else ABSENT,
         f"{found.simulated:,}",
-        "\N{EN DASH}" if found.seconds is None else duration(found.seconds),
+        duration(found.seconds),
     ]
-
-
-def duration(seconds: float) -> str:
-    """As h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -10,7 +10,7 @@ from ringrl.data import import_archive
 from ringrl.data.collect import collect
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.study.ablate import Run, ablate
+from ringrl.study.ablation import Run, ablate
 from ringrl.study.plan import AblationPlan
 from ringrl.study.report import write_report
 

@@ -8,7 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ringrl.study.report_cells import Cell, Grid, in_sentence, middle, series_of, summarise
+from ringrl.evaluation.formatting import number
+from ringrl.evaluation.scores import score_or_none
+from ringrl.evaluation.statistics import Estimate
+from ringrl.study.report_cells import Cell, Grid, in_sentence, middle, series_of, strata, summarise
 from ringrl.study.report_draw import (
     CONTROL,
     SOLID,
@@ -27,7 +30,6 @@ from ringrl.study.report_draw import (
 from ringrl.study.report_starts import starts_warning
 from ringrl.study.report_svg import colour
 from ringrl.study.report_variants import Variant
-from ringrl.study.tables import normalised, number
 
 _DATA_DASHES: dict[str, Dash] = {"data, mean": (7, 3), "data, best": SOLID}
 _POINTS_TO_MARK = 16  # beyond, a band stands for the bars, and no seed has a dot
@@ -39,7 +41,7 @@ def curve_chart(grid: Grid) -> Chart | None:
     """Return against context length: a panel per task and, for several tasks, one over all in normalised scores."""
     tasks = grid.tasks_with_context
     panels = []
-    if len(tasks) > 1 and any(_common(grid, variant, tasks) for variant in grid.variants):
+    if len(tasks) > 1 and any(common(grid, variant, tasks) for variant in grid.variants):
         draw = partial(_draw_common, grid=grid, tasks=tasks)
         panels.append(Panel("All tasks, normalised score", draw, "Normalised score over all tasks by context length."))
     for task in tasks:
@@ -128,7 +130,7 @@ def _draw_curve(axes: Axes, grid: Grid, task: str) -> None:
 def _draw_common(axes: Axes, grid: Grid, tasks: Sequence[str]) -> None:
     known, lengths = styles(grid), set()
     for variant in grid.variants:
-        points = _common(grid, variant, tasks)
+        points = common(grid, variant, tasks)
         draw_line(axes, points, known[variant])
         lengths |= {round(point.x) for point in points}
     context_axis(axes, lengths)
@@ -171,20 +173,28 @@ def _points(cells: Sequence[tuple[int, Cell]], *, control: bool = False) -> list
     return [Point(length, summarise(runs), runs) for length, runs in scored]
 
 
-def _common(grid: Grid, variant: Variant, tasks: Sequence[str]) -> list[Point]:
+def common(grid: Grid, variant: Variant, tasks: Sequence[str]) -> list[Point]:
     """Normalised scores over the tasks, at the context lengths that every task has one cell of."""
-    per_task: list[dict[int, np.ndarray]] = []
+    per_task: list[dict[int, Cell]] = []
     for task in tasks:
         series = series_of(grid.cells_of(task, variant))
-        if len(series) != 1 or normalised(task, 0.0) is None:
+        if len(series) != 1 or score_or_none(task, 0.0) is None:
             return []
-        per_task.append(
-            {length: np.array([normalised(task, run) for run in cell.runs()]) for length, cell in series[0].points}
-        )
-    lengths = sorted(set.intersection(*(set(points) for points in per_task)))
-    strata = {length: [points[length] for points in per_task] for length in lengths}
+        per_task.append(dict(series[0].points))
     # The dots of single seeds would mix tasks here: there are none.
-    return [Point(length, summarise(*strata[length]), np.array([])) for length in lengths]
+    return [
+        Point(length, _across([cells[length] for cells in per_task]), np.array([]))
+        for length in sorted(set.intersection(*map(set, per_task)))
+    ]
+
+
+def _across(cells: Sequence[Cell]) -> Estimate:
+    """Normalised score over a cell per task."""
+    found = strata(cells)
+    scores = [
+        np.array([score_or_none(cell.task, run) for run in runs]) for cell, runs in zip(cells, found.runs, strict=True)
+    ]
+    return summarise(*scores, together=found.together)
 
 
 def _levels(grid: Grid, task: str) -> list[tuple[str, float, Dash]]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -35,8 +35,8 @@ class AblationPlan(Section):
     """Episodes per context in evaluation, each for every trained context; by default as many as in training."""
     token_sets: tuple[Literal["at5", "ring4", "dt3", "fused1"], ...] = ()
     """Tokens per timestep, of the methods with a context; by default what the settings say."""
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    """Training seeds."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0, 1, 2), min_length=1)
+    """Training seeds; JAX takes a number from 2**32 on for a lower one."""
     baselines: tuple[Literal["bc", "bc-10%", "dt", "td3", "td3+bc"], ...] = ("bc",)
     """Methods that remember no other episode; evaluated in single episodes."""
     budget: Budget = "tokens"

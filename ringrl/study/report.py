@@ -11,6 +11,7 @@ import rich.table
 from markupsafe import Markup
 
 from ringrl.errors import UserError
+from ringrl.evaluation.formatting import decimal, number
 from ringrl.evaluation.records import Results, read_records
 from ringrl.study.figures import curve_chart, episode_chart
 from ringrl.study.report_cells import Grid, gather
@@ -25,7 +26,7 @@ from ringrl.study.report_summary import summary
 from ringrl.study.report_svg import PALETTE, for_page
 from ringrl.study.report_training import training_charts, training_runs
 from ringrl.study.report_videos import Reel, reels
-from ringrl.study.tables import QUANTILES, Row, data_rows, decimal, number, rows, to_csv, to_rich
+from ringrl.study.tables import QUANTILES, Row, data_rows, rows, to_csv, to_rich
 
 PAGE = "index.html"
 FIGURES, TABLES = "figures", "tables"  # folders beside the page

@@ -1,8 +1,9 @@
 """Records sorted into cells: one method on one task at one context length, with its returns per training seed."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -68,6 +69,12 @@ class Cell:
         stream came to the last is left out of that metric.
         """
         return _runs(self.streams, metric)
+
+    def by_training(self) -> dict[Hashable, float]:
+        """Training run, by seed and checkpoint where that is told -> its score; in the order of `runs`."""
+        told = {record.seed: record.checkpoint_hash for record in self.records}
+        names = ((told.get(seed) or self.task, seed) for seed in self.seeds)  # untold, a run is one task's alone
+        return dict(zip(names, self.runs().tolist(), strict=True))
 
     def control_runs(self, metric: Metric = "mean") -> Runs:
         """The same of the control; empty when it was not measured."""
@@ -226,14 +233,43 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     )
 
 
+class Strata(NamedTuple):
+    """The scores of several tasks, as statistics over all of them want them."""
+
+    runs: list[Runs]  # per task
+    together: list[int]  # labels: tasks of one label were scored by the same training runs, in the same order
+
+
+def strata(cells: Sequence[Cell]) -> Strata:
+    """The scores of one cell per task.
+
+    Where the same training runs were measured in several tasks, only those that were in each of these count there.
+    """
+    trained = [cell.by_training() for cell in cells]
+    shared: dict[int, set[Hashable]] = {}  # label -> the training runs of all its tasks
+    together = []
+    for index, runs in enumerate(trained):
+        label = next((label for label, names in shared.items() if names & set(runs)), index)
+        shared[label] = shared.get(label, set(runs)) & set(runs)
+        together.append(label)
+    scores = [
+        np.array([score for name, score in runs.items() if name in shared[label]])
+        for runs, label in zip(trained, together, strict=True)
+    ]
+    return Strata(scores, together)
+
+
 def in_sentence(name: str) -> str:
     """A method's name within a sentence: "behaviour cloning", but "TD3+BC"."""
     return name[:1].lower() + name[1:] if name[1:2].islower() else name
 
 
-def summarise(*strata: Runs) -> Estimate:
-    """Interquartile mean and interval of the runs of one task or several; the same report gives the same numbers."""
-    return estimate(strata, generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)
+def summarise(*runs: Runs, together: Sequence[Hashable] | None = None) -> Estimate:
+    """Interquartile mean and interval of the runs of one task or several; the same report gives the same numbers.
+
+    `together`: see `Strata`.
+    """
+    return estimate(runs, generator=np.random.default_rng(BOOTSTRAP_SEED), together=together, resamples=RESAMPLES)
 
 
 def middle(runs: Runs) -> float:

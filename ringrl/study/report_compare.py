@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from ringrl.config import read_yaml
 from ringrl.errors import UserError
+from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number
 from ringrl.evaluation.records import Results
 from ringrl.evaluation.statistics import Estimate, probability_of_improvement
 from ringrl.study.report import FIGURES, PAGE, TABLES, place, read_grid, render, write_files
@@ -24,7 +25,7 @@ from ringrl.study.report_sheet import Column, Entry, Sheet, measured, texts
 from ringrl.study.report_summary import caution
 from ringrl.study.report_svg import colour
 from ringrl.study.report_training import run_folder
-from ringrl.study.tables import ABSENT, MINUS, decimal, describe, number
+from ringrl.study.tables import describe
 from ringrl.training.run_folder import flat
 
 _SAME_FOR_ALL = ("run", "seed", "data", "context.trajectories")  # settings that name a cell or a place

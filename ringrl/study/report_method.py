@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+from ringrl.evaluation.formatting import number
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord, Results
 from ringrl.evaluation.target import NO_TARGET
 from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid
 from ringrl.study.report_starts import starts_facts
-from ringrl.study.tables import number
 
 Fact = tuple[str, list[str]]  # what, and one line each
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ringrl.evaluation.formatting import ABSENT, decimal
+from ringrl.evaluation.scores import score_or_none
 from ringrl.study.report_cells import Cell, Grid, summarise
 from ringrl.study.report_sheet import Column, Entry, Sheet, measured
-from ringrl.study.tables import ABSENT, decimal, normalised
 
 PUBLISHED_METHODS = ("BC-10%", "DT", "AT+BPT 32", "AT+RA 128")
 
@@ -71,5 +72,5 @@ def _entries(cell: Cell | None) -> list[Entry]:
     if cell is None:
         return [Entry(ABSENT, None)] * 2
     found = summarise(cell.runs())
-    score = normalised(cell.task, found.value)
+    score = score_or_none(cell.task, found.value)
     return [measured(found, decimal), Entry(decimal(score), score)]

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ringrl.evaluation.formatting import ABSENT, MINUS, decimal
 from ringrl.evaluation.statistics import Estimate, Interval
-from ringrl.study.tables import ABSENT, MINUS, Row, decimal
+from ringrl.study.tables import Row
 
 Value = float | str | None
 

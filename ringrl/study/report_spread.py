@@ -1,19 +1,19 @@
 """Whole distributions over training seeds, and how often one method beats another."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import Estimate, performance_profile, probability_of_improvement
-from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid, Runs, series_of
+from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Cell, Grid, Runs, series_of, strata
 from ringrl.study.report_draw import PANEL, Chart, Panel, dress, linestyle, styles
 from ringrl.study.report_svg import colour
 from ringrl.study.report_variants import Variant
-from ringrl.study.tables import normalised
 
 _THRESHOLDS = 101
 _PALE = 0.4  # of the shortest context, beside the longest
@@ -26,7 +26,7 @@ class Contender:
     variant: Variant
     longest: bool
     length: str  # "8 trajectories", "the longest context" where tasks differ; empty without a context
-    runs: Mapping[str, Runs]  # task -> scores (seeds,)
+    cells: Mapping[str, Cell]  # task -> where it stands
 
     def name(self, grid: Grid) -> str:
         """In words."""
@@ -58,15 +58,14 @@ def contenders(grid: Grid) -> list[Contender]:
             if len(lengths) == 1:
                 length = lengths.pop()
                 label = f"{length} trajector{'y' if length == 1 else 'ies'}"
-            found.append(Contender(variant, longest, label, {task: cell.runs() for task, (_, cell) in points.items()}))
+            found.append(Contender(variant, longest, label, {task: cell for task, (_, cell) in points.items()}))
     for variant in grid.context_free:
         alike = [cell for task in grid.tasks for cell in grid.levels(task) if cell.variant == variant]
-        found.append(Contender(variant, True, "", {cell.task: cell.runs() for cell in alike}))
+        found.append(Contender(variant, True, "", {cell.task: cell for cell in alike}))
     several = (
-        Contender(one.variant, one.longest, one.length, {t: runs for t, runs in one.runs.items() if len(runs) > 1})
-        for one in found
+        replace(one, cells={task: cell for task, cell in one.cells.items() if len(cell.seeds) > 1}) for one in found
     )
-    return [one for one in several if one.runs]
+    return [one for one in several if one.cells]
 
 
 def contests(grid: Grid) -> list[Contest]:
@@ -80,11 +79,14 @@ def contests(grid: Grid) -> list[Contest]:
     shades = styles(grid)
     found = []
     for ours, theirs in pairs:
-        tasks = [task for task in ours.runs if task in theirs.runs]
+        tasks = [task for task in ours.cells if task in theirs.cells]
         if tasks:
+            one, other = (strata([side.cells[task] for task in tasks]) for side in (ours, theirs))
             wins = probability_of_improvement(
-                [ours.runs[task] for task in tasks],
-                [theirs.runs[task] for task in tasks],
+                one.runs,
+                other.runs,
+                together=one.together,
+                baseline_together=other.together,
                 generator=np.random.default_rng(BOOTSTRAP_SEED),
                 resamples=RESAMPLES,
             )
@@ -96,17 +98,17 @@ def contests(grid: Grid) -> list[Contest]:
 def profile_chart(grid: Grid) -> Chart | None:
     """Performance profiles: the fraction of runs above each score; None where no method has two seeds."""
     known = contenders(grid)
-    tasks = sorted({task for one in known for task in one.runs})
+    tasks = sorted({task for one in known for task in one.cells})
     if not tasks or not grid.variants:
         return None
     panels = []
-    if len(tasks) > 1 and all(normalised(task, 0.0) is not None for task in tasks):
-        common = [one for one in known if len(one.runs) == len(tasks)]
+    if len(tasks) > 1 and all(score_or_none(task, 0.0) is not None for task in tasks):
+        common = [one for one in known if len(one.cells) == len(tasks)]
         if common:
             draw = partial(_draw_profiles, grid=grid, known=common, tasks=tasks, score=True)
             panels.append(Panel("All tasks, normalised score", draw, "Fraction of runs above each normalised score."))
     for task in tasks:
-        some = [one for one in known if task in one.runs]
+        some = [one for one in known if task in one.cells]
         draw = partial(_draw_profiles, grid=grid, known=some, tasks=[task], score=False)
         panels.append(Panel(task, draw, f"Fraction of runs on {task} that return more than each level."))
     caption = (
@@ -127,7 +129,7 @@ def contest_chart(grid: Grid, found: Sequence[Contest]) -> Chart | None:
     size = (PANEL[0], 0.75 + 0.5 * len(found))
     words = "; ".join(f"{one.ours} over {one.theirs}: {one.found.value:.2f}" for one in found)
     panel = Panel("Probability of improvement", partial(_draw_contests, found=found), words, size)
-    tasks = sorted({task for one in contenders(grid) for task in one.runs})
+    tasks = sorted({task for one in contenders(grid) for task in one.cells})
     caption = (
         "The probability that a training run of the first beats a run of the second on the same task, averaged over "
         "the tasks that both were measured on; a tie is half a win. At one half, the dashed line, neither is better. "
@@ -138,14 +140,16 @@ def contest_chart(grid: Grid, found: Sequence[Contest]) -> Chart | None:
 
 def _draw_profiles(axes: Axes, grid: Grid, known: Sequence[Contender], tasks: Sequence[str], score: bool) -> None:
     shades = styles(grid)
-    strata = [[_scores(task, one.runs[task], score) for task in tasks] for one in known]
-    every = np.concatenate([runs for scores in strata for runs in scores])
+    drawn = [strata([one.cells[task] for task in tasks]) for one in known]
+    scored = [[_scores(task, runs, score) for task, runs in zip(tasks, some.runs, strict=True)] for some in drawn]
+    every = np.concatenate([runs for scores in scored for runs in scores])
     room = 0.04 * (np.ptp(every) or 1.0)
     thresholds = np.linspace(every.min() - room, every.max() + room, _THRESHOLDS)
-    for one, scores in zip(known, strata, strict=True):
+    for one, scores, some in zip(known, scored, drawn, strict=True):
         found = performance_profile(
-            scores, thresholds, generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES
-        )
+            scores, thresholds, generator=np.random.default_rng(BOOTSTRAP_SEED), together=some.together,
+            resamples=RESAMPLES,
+        )  # fmt: skip
         key, strength = shades[one.variant], 1.0 if one.longest else _PALE
         axes.plot(
             thresholds, found.fractions, color=colour(key.colour), linestyle=linestyle(key.dash), alpha=strength,
@@ -161,7 +165,7 @@ def _draw_profiles(axes: Axes, grid: Grid, known: Sequence[Contender], tasks: Se
 
 
 def _scores(task: str, runs: Runs, score: bool) -> Runs:
-    return np.array([normalised(task, run) for run in runs], np.float64) if score else runs
+    return np.array([score_or_none(task, run) for run in runs], np.float64) if score else runs
 
 
 def _draw_contests(axes: Axes, found: Sequence[Contest]) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from math import comb
 from typing import Literal
 
+from ringrl.evaluation.formatting import number
 from ringrl.evaluation.statistics import Estimate
 from ringrl.study.report_cells import (
     Cell,
@@ -18,7 +19,7 @@ from ringrl.study.report_cells import (
     summarise,
 )
 from ringrl.study.report_variants import Variant
-from ringrl.study.tables import context_label, number
+from ringrl.study.tables import context_label
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
 
@@ -132,14 +133,15 @@ def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
     shortest, longest = points[0][1], points[-1][1]
     value, memory = middle(longest.runs()), _memory(longest)
     task, name = longest.task, grid.name(variant)
-    claim = f"On {task} the {name} returns {number(value)} with {context_label(longest)} of context"
+    of_context = " of context" if longest.train == longest.test else ""
+    claim = f"On {task} the {name} returns {number(value)} {_when(longest)}{of_context}"
     verdict = partial(Verdict, task, name)
     if shortest is not longest:
         before, change = middle(shortest.runs()), contrast(longest.runs(), shortest.runs())
-        sentence = f"{claim} and {number(before)} with {context_label(shortest)}: {_judge(change)}"
+        sentence = f"{claim} and {number(before)} {_when(shortest)}: {_judge(change)}"
         if memory:
             sentence += f" With its memory wiped before each episode it returns {number(memory.wiped)}."
-        compared = f"{context_label(shortest)} to {context_label(longest)}"
+        compared = _between(shortest, longest)
         return verdict("A longer context", compared, (before, value), change, sentence)
     if memory:
         sentence = f"{claim} and {number(memory.wiped)} when its memory is wiped before each episode: "
@@ -147,6 +149,22 @@ def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
         returns = (memory.wiped, value)
         return verdict("Memory across episodes", compared, returns, memory.gain, sentence + _judge(memory.gain))
     return verdict("Context", context_label(longest), (value,), None, f"{claim}; no other length was measured.")
+
+
+def _when(cell: Cell) -> str:
+    """A context length within a sentence: "with 4 trajectories", "when trained on 1 and rolled out for 4"."""
+    if cell.train == cell.test:
+        return f"with {context_label(cell)}"
+    return f"when trained on {cell.train} and rolled out for {cell.test}"
+
+
+def _between(shortest: Cell, longest: Cell) -> str:
+    """Two context lengths; what both have in common is said once."""
+    if shortest.test == longest.test:
+        return f"trained on {shortest.train} to {longest.train}, rolled out for {longest.test}"
+    if shortest.train == longest.train:
+        return f"trained on {longest.train}, rolled out for {shortest.test} to {longest.test}"
+    return f"{context_label(shortest)} to {context_label(longest)}"
 
 
 def _memory(cell: Cell) -> _Memory | None:
@@ -174,7 +192,7 @@ def _notes(grid: Grid, task: str) -> list[str]:
         levels.append(f"the dataset's episodes {number(returns.mean())} on average, {number(returns.max())} at best")
     sentences = [f"For comparison on {task}: {'; '.join(levels)}."] if levels else []
     for variant in grid.variants:
-        longest = max(grid.cells_of(task, variant), key=lambda cell: cell.test, default=None)
+        longest = max(grid.cells_of(task, variant), key=lambda cell: (cell.test, cell.train or 0), default=None)
         if longest is not None and longest.test > 1:
             sentences += _in_context(grid.name(variant), longest)
     return sentences

@@ -123,10 +123,12 @@ def _fits(config: dict[str, Any], record: EvaluationRecord) -> bool:
     except pydantic.ValidationError:
         pass  # what older versions wrote is judged by the rest
     context = config.get("context")
-    length = context.get("trajectories") if isinstance(context, dict) else None
-    task = record.train_task or record.task
-    known = (config.get("seed", 0), config.get("task"), length)
-    return known == (record.seed, task, length if record.train_trajectories is None else record.train_trajectories)
+    context = context if isinstance(context, dict) else {}
+    length = context.get("trajectories")
+    if (record.train_task or record.task) not in (config.get("task"), *(context.get("other_tasks") or ())):
+        return False
+    told = length if record.train_trajectories is None else record.train_trajectories
+    return (config.get("seed", 0), length) == (record.seed, told)
 
 
 def _metrics(path: Path) -> tuple[np.ndarray, ...]:

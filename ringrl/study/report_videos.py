@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringrl.evaluation.records import Results
+from ringrl.evaluation.records import VIDEOS, Results, evaluation_name
 from ringrl.study.report_cells import Grid
 from ringrl.study.tables import describe
 
 LABELS = ("first", "median", "best")
 FOLDER = "videos"
-_NAME = 12  # characters of the evaluation's hash that name its folder
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ class Reel:
 
 def reels(read: Results, grid: Grid) -> list[Reel]:
     """Of each cell that has any, the videos of its lowest seed."""
-    beside: Sequence[Path] = [source.with_suffix(".videos") for source in read.sources]
+    beside: Sequence[Path] = [source.with_suffix(VIDEOS) for source in read.sources]
     found = []
     for cell in grid.cells:
         for record in sorted(cell.records, key=lambda record: record.seed):
-            name = f"{record.task}.{str(record.evaluation)[:_NAME]}"
+            name = evaluation_name(record)
             if not record.evaluation or Path(name).name != name:  # a name that leads elsewhere is none of ours
                 continue
             folder = next((place / name for place in beside if (place / name).is_dir()), None)

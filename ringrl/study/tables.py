@@ -10,12 +10,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ringrl.errors import UserError
-from ringrl.evaluation.scores import normalised_score
+from ringrl.evaluation.formatting import ABSENT, number
+from ringrl.evaluation.scores import score_or_none
 from ringrl.study.report_cells import Cell, Grid, middle, middle_or_none, summarise
 
-ABSENT = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -133,27 +131,6 @@ def to_rich(table: Sequence[Row]) -> Table:
     return shown
 
 
-def decimal(value: float | None) -> str:
-    """A return in a table: one decimal; a dash where there is none."""
-    return ABSENT if value is None else f"{value:.1f}".replace("-", MINUS)
-
-
-def number(value: float | None, *, sign: bool = False) -> str:
-    """A return in a sentence: whole from 100 on, one decimal below; a dash where there is none."""
-    if value is None:
-        return ABSENT
-    value = value if abs(value) >= 0.05 else 0.0  # no nought with a sign
-    return f"{value:{'+' if sign and value else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
-
-
-def normalised(task: str, value: float) -> float | None:
-    """Normalised score, None for a task without constants."""
-    try:
-        return float(normalised_score(task, value))
-    except UserError:
-        return None
-
-
 def _row(grid: Grid, cell: Cell) -> Row:
     found = summarise(cell.runs())
     # Without context the episodes of a stream are independent, and the first remembers none: its own control.
@@ -172,7 +149,7 @@ def _row(grid: Grid, cell: Cell) -> Row:
         last=last,
         best=best,
         best_control=middle_or_none(control),
-        score=normalised(cell.task, found.value),
+        score=score_or_none(cell.task, found.value),
         seeds=found.runs,
         episodes=cell.episodes,
         failed=cell.failed,
@@ -193,7 +170,7 @@ def _data_rows(grid: Grid, task: str) -> list[Row]:
             method=method,
             mean=score,
             iqm=score,
-            score=normalised(task, score),
+            score=score_or_none(task, score),
             episodes=episodes,
             failed=0,
             **absent,

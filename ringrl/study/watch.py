@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ringrl.study.cost import duration
+from ringrl.evaluation.formatting import duration
 
 _SHOWN = 3  # names of cells that run
 

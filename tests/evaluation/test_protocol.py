@@ -14,6 +14,7 @@ from ringrl.data.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.evaluation import protocol as protocol_module
 from ringrl.evaluation.play import play
+from ringrl.evaluation.programs import Programs
 from ringrl.evaluation.protocol import (
     Protocol,
     evaluate_policy,
@@ -138,6 +139,13 @@ def test_targets_are_of_the_task_and_logged(
     assert shared.train_task == (None if task == TASK else TASK)
 
 
+def test_every_task_that_took_its_turn_was_trained_on(trained: TrainedPolicy, at_run: Path) -> None:
+    several = with_config(trained, context={"other_tasks": (OTHER,)})
+    tasks = (TASK, OTHER, "jaco_reach_top_right")
+    plans = [plan_policy(several, at_run, Protocol(target="3"), task=task) for task in tasks]
+    assert [plan.shared.train_task for plan in plans] == [None, None, TASK]
+
+
 def test_targets_are_of_the_episodes_that_were_trained_on(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
@@ -170,6 +178,20 @@ def test_a_prompt_is_drawn_as_training_contexts_are(
         assert context.completion[0, steps.stop - 1] == reached
     drawn = (Protocol(prompt_trajectories=3, prompt_seed=seed) for seed in range(6))
     assert len({plan_policy(trained, at_run, protocol).shared.prompt_episodes for protocol in drawn}) > 2
+
+
+def test_a_prompt_longer_than_the_training_contexts_is_computed_once(
+    at_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the streams, each episode of the control, and each group."""
+    plan = plan_policy(load_policy(at_run), at_run, Protocol(2, 2, control=True, prompt_trajectories=4, target="3"))
+    assert plan.prompt is not None
+    np.testing.assert_array_equal(plan.prompt.trajectory[0, ::250], [0, 1, 2, 2])
+    prompts, prefill = [], Programs.prefill
+    monkeypatch.setattr(Programs, "prefill", lambda self, prompt: prompts.append(prompt) or prefill(self, prompt))
+    play(plan, groups=2)
+    assert len(prompts) == 6
+    assert all(prompt is prompts[0] for prompt in prompts)
 
 
 @pytest.mark.parametrize(("order", "target"), [("descending", "own"), ("history", "best")])
@@ -244,6 +266,9 @@ def test_what_needs_the_data_says_so(
         with pytest.raises(UserError, match="no longer there; say where it is with --data"):
             plan_policy(moved, run, protocol, task=task)
         plan_policy(moved, run, protocol, task=task, data=elsewhere)
+    moved = with_config(load_policy(run), data=tmp_path / "gone.h5")  # on the devices that there are by now
+    (record,) = evaluate_policy(moved, run, Protocol(environments=1, target="q0.5"), data=elsewhere)
+    assert record.target_return == np.median(jaco_store.returns(TASK))
     with pytest.raises(UserError, match=r"--prompt-trajectories: .*9 do not fit the 8"):
         plan_policy(moved, run, Protocol(prompt_trajectories=9), data=elsewhere)
 
@@ -291,3 +316,10 @@ def test_too_few_of_anything(name: str) -> None:
         Protocol(**{name: 0})
     with pytest.raises(UserError, match="prompt_trajectories: -1 is too few"):
         Protocol(prompt_trajectories=-1)
+
+
+def test_there_are_2_to_the_32_starts() -> None:
+    assert Protocol(environments=3, episodes=2, seed=2**32 - 6).seed == 2**32 - 6
+    for seed in (2**32 - 5, 99999999999999999999):
+        with pytest.raises(UserError, match=rf"^--seed: the episodes would start from seeds {seed} to {seed + 5}, "):
+            Protocol(environments=3, episodes=2, seed=seed)

@@ -71,10 +71,15 @@ def tiny(**settings: object) -> Policy:
     return make_policy(ModelConfig.model_validate(config), JACO.observation_size, JACO.action_size, seed=0)
 
 
-def run(actor: Actor, environments: int = 2, **options) -> np.ndarray:
+def seeds(streams: int, episodes: int = 1, first: int = SEED) -> np.ndarray:
+    """One per episode, stream by stream."""
+    return first + np.arange(streams * episodes).reshape(streams, episodes)
+
+
+def run(actor: Actor, environments: int = 2, episodes: int = 1, first: int = SEED, **options) -> np.ndarray:
     """Returns in jaco."""
     vector = make_vec(TASK, environments, seed=0)
-    options = {"episodes": 1, "target_return": 100.0, "seed": SEED} | options
+    options = {"target_return": 100.0, "seeds": seeds(environments, episodes, first)} | options
     try:
         return rollout([Group(actor, vector)], NORMALISATION, **options)
     finally:
@@ -95,7 +100,7 @@ def plain_loop() -> dict[str, np.ndarray]:
     randoms, vector = [np.random.default_rng(5), np.random.default_rng(6)], make_vec(TASK, 2, seed=0)
     rows: dict[str, list] = {"observation": [], "action": [], "reward": []}
     for episode in range(2):
-        observation, _ = vector.reset(seed=SEED if episode == 0 else None)
+        observation, _ = vector.reset(seed=seeds(2, 2)[:, episode].tolist())
         for _ in range(LENGTH):
             action = np.stack([random.uniform(-1, 1, 9) for random in randoms]).astype(np.float32)
             rows["observation"].append(observation)
@@ -184,7 +189,7 @@ def test_environments_of_a_batch_do_not_know_each_other():
     actions = np.random.default_rng(0).uniform(-1, 1, (LENGTH, 3, JACO.action_size)).astype(np.float32)
     together = run(Scripted(actions), environments=3)
     for i in range(3):
-        alone = run(Scripted(actions[:, i : i + 1]), environments=1, seed=SEED + i)
+        alone = run(Scripted(actions[:, i : i + 1]), environments=1, first=SEED + i)
         np.testing.assert_array_equal(alone[0], together[i])
     assert len(set(together[:, 0])) == 3
 
@@ -208,17 +213,6 @@ def test_trajectory_index_stays_below_what_was_trained():
     assert recorder.context.trajectory[0, ::LENGTH].tolist() == [0, 1, 1]
 
 
-def test_without_a_seed_the_environments_go_on():
-    actions = np.zeros((2 * LENGTH, 1, JACO.action_size), np.float32)
-    vector = make_vec(TASK, 1, seed=3)
-    recorder = Recorder(Scripted(actions))
-    for _ in range(2):
-        rollout([Group(recorder, vector)], NORMALISATION, episodes=1, target_return=1.0)
-    first, second = recorder.context.observation[0, 0], recorder.context.observation[0, LENGTH]
-    np.testing.assert_allclose(first, NORMALISATION.observation(make_vec(TASK, 1, seed=3).reset()[0][0]))
-    assert (first != second).any()
-
-
 SHORT = Normalisation(NORMALISATION.mean, NORMALISATION.std, 4)
 
 
@@ -228,8 +222,8 @@ def play(vectors: Sequence[gymnasium.vector.VectorEnv], episodes: int = 3, **opt
     firsts = np.cumsum([0, *(vector.num_envs for vector in vectors)])
     recorders = [Recorder(RandomActor(9, seed=int(first))) for first in firsts[:-1]]
     groups = [Group(recorder, vector) for recorder, vector in zip(recorders, vectors, strict=True)]
-    options = {"target_return": 2.0, "seed": 5, "on_episode": played.append} | options
-    returns = rollout(groups, SHORT, episodes=episodes, **options)
+    options = {"target_return": 2.0, "seeds": seeds(firsts[-1], episodes), "on_episode": played.append} | options
+    returns = rollout(groups, SHORT, **options)
     told = [recorder.context for recorder in recorders if recorder.steps]
     return returns, played, jax.tree.map(lambda *x: np.concatenate(x), *told) if told else None
 
@@ -263,7 +257,7 @@ def test_an_unstable_simulation_has_no_return():
     vector = make_vec(TASK, 2, seed=0)
     found: list[Episode] = []
     groups = [Group(Kicked(9, 0), vector)]
-    returns = rollout(groups, NORMALISATION, episodes=1, target_return=1.0, on_episode=found.append)
+    returns = rollout(groups, NORMALISATION, seeds=seeds(2), target_return=1.0, on_episode=found.append)
     assert np.isnan(returns[0, 0])
     assert np.isfinite(returns[1, 0])
     assert found[0].steps.tolist() == [11, LENGTH]
@@ -306,7 +300,7 @@ def test_an_action_is_awaited_only_when_the_other_group_has_asked_for_its_own(dr
             return Pending(self.name)
 
     groups = [Group(Asked(name), drift(None)) for name in "ab"]
-    rollout(groups, SHORT, episodes=1, target_return=1.0)
+    rollout(groups, SHORT, seeds=seeds(2), target_return=1.0)
     assert order[:8] == ["ask a", "ask b", "await a", "ask a", "await b", "ask b", "await a", "ask a"]
     assert order[-2:] == ["await a", "await b"]
 
@@ -341,7 +335,7 @@ def test_a_rollout_that_is_recorded_whole_only_resets(drift):
 def test_episodes_that_were_recorded_elsewhere_are_refused(drift):
     _, episodes, _ = play([drift(None, None)])
     with pytest.raises(UserError, match="episode 1 starts elsewhere"):
-        play([drift(None, None)], recorded=episodes[:1], seed=6)
+        play([drift(None, None)], recorded=episodes[:1], seeds=seeds(2, 3, first=6))
 
 
 def test_without_a_target_nothing_is_asked_for(drift):
@@ -367,7 +361,7 @@ def test_a_prompt_comes_first_and_places_go_on_from_it(two_random_episodes, drif
         last = np.repeat(getattr(prompt, name)[:, -1:], 2, axis=0)
         np.testing.assert_array_equal(getattr(told.previous, name)[:, :1], last, err_msg=name)
     recorder = Recorder(RandomActor(9, 0))
-    rollout([Group(recorder, drift(None))], SHORT, episodes=1, target_return=1.0, prompt=prompt, trajectories=2)
+    rollout([Group(recorder, drift(None))], SHORT, seeds=seeds(1), target_return=1.0, prompt=prompt, trajectories=2)
     assert recorder.started == [(1, 4)], "the prompt's steps are not counted"
     assert recorder.prompt.trajectory.max() == 1, "no index that was never trained"
     assert (recorder.context.trajectory == 1).all()
@@ -382,7 +376,7 @@ def test_actions_after_a_prompt_equal_the_full_forward_pass(token_set, two_rando
         previous=jax.tree.map(lambda x: np.concatenate([0 * x[:, :1], x[:, 1:]], 1), prompt.previous)
     )
     recorder = Recorder(PolicyActor(Programs(policy)))
-    rollout([Group(recorder, drift(None, None))], SHORT, episodes=2, target_return=2.0, prompt=prompt, seed=0)
+    rollout([Group(recorder, drift(None, None))], SHORT, seeds=seeds(2, 2), target_return=2.0, prompt=prompt)
     both = jax.tree.map(lambda x, y: np.concatenate([np.repeat(x, 2, axis=0), y], axis=1), prompt, recorder.context)
     expected = policy.actions(both)[:, prompt.reward.shape[1] :]
     np.testing.assert_allclose(recorder.context.action, expected, rtol=1e-5, atol=1e-5)
@@ -395,4 +389,4 @@ def test_episodes_of_another_length_than_the_datas_are_refused(length):
     vector = make_vec(TASK, 1, seed=0)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, length)
     with pytest.raises(UserError, match=r"episodes (end|go on) after"):
-        rollout([Group(RandomActor(9, 0), vector)], normalisation, episodes=1, target_return=1.0)
+        rollout([Group(RandomActor(9, 0), vector)], normalisation, seeds=seeds(1), target_return=1.0)

@@ -74,6 +74,46 @@ def test_tasks_are_strata():
     assert 455 <= found.interval.low < 456 < found.interval.high <= 457
 
 
+def test_tasks_of_the_same_runs_are_drawn_together():
+    """A second task that rises and falls with the first is no further evidence: the interval stays as wide."""
+    scores = np.random.default_rng(7).integers(100, size=8).astype(float)  # whose sums are exact
+    one = estimate([scores], generator=generator())
+    assert estimate([scores] * 3, generator=generator(), together="aaa") == one
+    assert one.interval is not None
+    apart = estimate([scores] * 3, generator=generator()).interval
+    assert apart is not None
+    assert apart.high - apart.low < 0.7 * (one.interval.high - one.interval.low)
+    lone = estimate([scores, scores[:1] + 5], generator=generator(), together="ab")
+    assert lone.interval is None, "one run of its own"
+    with pytest.raises(ValueError, match="7 scores of 8 runs that are drawn together"):
+        estimate([scores, scores[:7]], generator=generator(), together="aa")
+
+
+def test_every_statistic_draws_the_same_runs_together():
+    random = np.random.default_rng(8)
+    ours, theirs = random.normal(0.3, 1, 8), random.normal(0, 1, 6)
+    one = probability_of_improvement([ours], [theirs], generator=generator())
+    both = {"together": "aa", "baseline_together": "aa"}
+    assert probability_of_improvement([ours] * 2, [theirs] * 2, generator=generator(), **both) == one
+    thresholds = np.linspace(-1, 1, 5)
+    single = performance_profile([ours], thresholds, generator=generator())
+    twice = performance_profile([ours] * 2, thresholds, generator=generator(), together="aa")
+    for name in ("fractions", "low", "high", "runs"):
+        np.testing.assert_array_equal(getattr(twice, name), getattr(single, name), err_msg=name)
+
+
+def test_intervals_of_runs_scored_in_two_tasks_cover_what_they_say():
+    """Two tasks of the same eight runs, whose scores have much in common: drawn apart, the mean is missed too often."""
+    random, missed = np.random.default_rng(9), {"together": 0, "apart": 0}
+    for _ in range(200):
+        runs = random.normal(size=8)
+        tasks = [runs + 0.3 * random.normal(size=8) for _ in range(2)]
+        for name, labels in (("together", "aa"), ("apart", None)):
+            found = estimate(tasks, np.mean, generator=generator(), together=labels, resamples=500)
+            missed[name] += 0 not in found.interval
+    assert missed["together"] < 30 < missed["apart"], "8 runs are few: a percentile interval misses 20 of 200"
+
+
 def test_same_generator_same_interval():
     scores = np.array([1.0, 2.0, 4.0, 8.0])
     first, second = (estimate([scores], generator=generator()) for _ in range(2))

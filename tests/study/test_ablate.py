@@ -19,7 +19,7 @@ from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.evaluation.records import read_records
-from ringrl.study.ablate import Run, ablate, estimate
+from ringrl.study.ablation import Run, ablate, estimate
 from ringrl.study.cells import attempt, cells, is_finished, references, write
 from ringrl.study.plan import read_plan
 from ringrl.study.report_cells import gather

@@ -204,6 +204,8 @@ def test_the_example_crosses_what_its_head_says() -> None:
         ({"trajectories": []}, "trajectories"),
         ({"seeds": "many"}, "seeds"),
         ({"seeds": [1, 1]}, "seeds: a value stands there twice"),
+        ({"seeds": [0, -1]}, r"seeds\.1: .*greater than or equal to 0"),
+        ({"seeds": [2**32]}, r"seeds\.0: .*less than 4294967296"),
         ({"unknown": 1}, "unknown"),
         ({"baselines": ["at"]}, r"baselines\.0: .*'bc', 'bc-10%', 'dt', 'td3' or 'td3\+bc'"),
         ({"methods": ["dt"]}, r"methods\.0: .*'at' or 'ad'"),
@@ -228,6 +230,10 @@ def test_wrong_plans_are_refused_by_name(write_plan, changes: dict[str, object],
 def test_wrong_settings_are_refused_by_name(write_plan) -> None:
     plan = plan_of(write_plan, settings=merged({}, {"model": {"layers": 0}}))
     with pytest.raises(UserError, match=r"model\.layers"):
+        list(cells(plan))
+    tasks = ["jaco_reach_top_left", "jaco_reach_top_right"]
+    plan = plan_of(write_plan, task=None, tasks=tasks, task_settings={tasks[1]: {"optimiser": {"steps": 0}}})
+    with pytest.raises(UserError, match=rf"^{tasks[1]}, bc: .*task_settings .*optimiser\.steps"):
         list(cells(plan))
 
 

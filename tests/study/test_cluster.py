@@ -11,7 +11,7 @@ from ringrl.config import SlurmConfig
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.records import read_records
-from ringrl.study.ablate import Run, ablate
+from ringrl.study.ablation import Run, ablate
 from ringrl.study.cells import cells
 from ringrl.study.cluster import run_on_cluster
 from ringrl.study.plan import read_plan

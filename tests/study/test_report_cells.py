@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ringrl.errors import UserError
 from ringrl.study.report import write_report
-from ringrl.study.report_cells import contrast, gather, series_of, summarise
+from ringrl.study.report_cells import contrast, gather, series_of, strata, summarise
 from ringrl.study.tables import rows, to_rich
 
 
@@ -199,3 +199,25 @@ def test_results_of_another_cache_are_told_apart(make_rollouts):
     assert [grid.name(variant) for variant in grid.variants] == [
         "Agentic Transformer", "Agentic Transformer, cache in bfloat16",
     ]  # fmt: skip
+
+
+def test_a_run_measured_in_several_tasks_is_drawn_once(make_rollouts):
+    """Perfectly correlated tasks tell no more than one of them; those of other runs stay strata of their own."""
+    tasks = ("cartpole_swingup", "walker_walk", "cheetah_run")
+    hashes = [[f"{seed}" for seed in range(4)]] * 2 + [[f"other {seed}" for seed in range(4)]]
+    records = [
+        record
+        for task, told in zip(tasks, hashes, strict=True)
+        for seed in range(4)
+        for record in make_rollouts(2, seed, 10.0 * seed, task=task, checkpoint_hash=told[seed])
+    ]
+    swingup, walk, run = (gather(records).cells[i] for i in (0, 2, 1))
+    assert (swingup.task, walk.task, run.task) == tasks
+    one, same, apart = strata([swingup]), strata([swingup, walk]), strata([swingup, run, walk])
+    assert (one.together, same.together, apart.together) == ([0], [0, 0], [0, 1, 0])
+    assert summarise(*same.runs, together=same.together) == summarise(*one.runs)
+    incomplete = [record for record in records if (record.task, record.seed) != ("walker_walk", 1)]
+    cells = [cell for cell in gather(incomplete).cells if cell.task != run.task]
+    assert [runs.tolist() for runs in strata(cells).runs] == [[1, 21, 31]] * 2, "a run that lacks a task counts in none"
+    unnamed = gather([record.model_copy(update={"checkpoint_hash": None}) for record in records]).cells
+    assert strata(unnamed).together == [0, 1, 2]

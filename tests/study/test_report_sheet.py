@@ -3,10 +3,11 @@
 import csv
 import io
 
+from ringrl.evaluation.formatting import decimal
 from ringrl.evaluation.statistics import Estimate, Interval
 from ringrl.study.report_cells import gather
 from ringrl.study.report_sheet import Column, Entry, Sheet, measured, returns_sheet, texts
-from ringrl.study.tables import decimal, rows
+from ringrl.study.tables import rows
 
 SHEET = Sheet(
     "things",

@@ -4,9 +4,17 @@ import re
 
 import pytest
 
+from ringrl.evaluation.statistics import Estimate
+from ringrl.study.figures import common
 from ringrl.study.report_cells import gather
 from ringrl.study.report_draw import panel_svg
 from ringrl.study.report_spread import contenders, contest_chart, contests, profile_chart
+
+
+def width(found: Estimate) -> float:
+    """Of the interval."""
+    assert found.interval is not None
+    return found.interval.high - found.interval.low
 
 
 def test_contests_by_hand(make_rollouts):
@@ -37,6 +45,32 @@ def test_tasks_are_averaged_and_lengths_that_differ_are_named(make_ablation):
     assert contest.tasks == 2
     assert contest.ours == "Agentic Transformer, the longest context"
     assert contest.found.value == pytest.approx(1.0)  # the second task gains 10 per episode
+
+
+def test_runs_measured_in_two_tasks_are_no_more_evidence_than_in_one(make_rollouts):
+    """In the panel over all tasks and in the contests; the second task tells what the first one did."""
+
+    def measured(tasks, shared):
+        return gather(
+            [
+                record
+                for task in tasks
+                for n in (1, 4)
+                for seed, level in enumerate((1.0, 9.0, 4.0, 12.0))
+                for record in make_rollouts(
+                    n, seed, level + n, task=task, checkpoint_hash=f"{n} {seed}" + ("" if shared else task)
+                )
+            ]
+        )
+
+    tasks = ["cheetah_run", "cheetah_run_backward"]
+    (alone,) = contests(measured(tasks[:1], True))
+    both, apart = measured(tasks, True), measured(tasks, False)
+    assert contests(both)[0].found == alone.found
+    assert width(contests(apart)[0].found) < width(alone.found)
+    (variant,) = both.variants
+    points = zip(common(both, variant, tasks), common(apart, variant, tasks), strict=True)
+    assert all(width(together.found) > 1.1 * width(independent.found) for together, independent in points)
 
 
 def test_one_seed_has_neither(make_ablation):

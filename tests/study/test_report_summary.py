@@ -24,6 +24,29 @@ def test_context_that_helps(make_ablation):
     assert "best of 4 is 633, where the best of 4 tries without memory is 393" in note
 
 
+def test_rolled_out_for_one_length_the_note_is_of_the_longest_trained(make_rollouts):
+    records = []
+    for seed in range(5):
+        for trained, level in ((1, 100.0), (4, 500.0)):
+            records += make_rollouts(4, seed, level + seed, gain=10.0, train_trajectories=trained)
+    found = summary(gather(records))
+    assert "from 503 in the first of 4 episodes in context to 533 in the last" in found.notes[0]
+    (verdict,) = found.verdicts
+    expected = "returns 518 with 4 trajectories of context and 118 when trained on 1 and rolled out for 4: +400"
+    assert expected in verdict.sentence
+    assert verdict.compared == "trained on 1 to 4, rolled out for 4"
+
+
+def test_trained_on_one_length_the_rollouts_are_compared(make_rollouts):
+    records = []
+    for seed in range(5):
+        for rolled_out, level in ((2, 100.0), (8, 500.0)):
+            records += make_rollouts(rolled_out, seed, level + seed, train_trajectories=4)
+    (verdict,) = summary(gather(records)).verdicts
+    assert "returns 503 when trained on 4 and rolled out for 8 and 103 when" in verdict.sentence
+    assert verdict.compared == "trained on 4, rolled out for 2 to 8"
+
+
 def test_context_that_hurts(make_ablation):
     found = summary(gather(make_ablation(step=-100)))
     assert found.headline == "A longer context hurts."

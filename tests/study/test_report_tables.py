@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ringrl.evaluation.scores import normalised_score
 from ringrl.study.report_cells import gather
-from ringrl.study.tables import data_rows, decimal, number, rows, to_csv, to_rich
+from ringrl.study.tables import data_rows, rows, to_csv, to_rich
 
 
 def test_rows_by_hand(make_ablation):
@@ -82,10 +82,3 @@ def test_brackets_in_a_name_are_no_markup(make_rollouts):
     text = io.StringIO()
     Console(file=text, width=100).print(to_rich(rows(gather(make_rollouts(1, 0, 1, method="[red]mine[/red]")))))
     assert "[red]mine[/red]" in text.getvalue()
-
-
-def test_numbers():
-    assert [number(value) for value in (0.0, 12.34, 99.96, 1234.5)] == ["0.0", "12.3", "100", "1234"]
-    assert number(-3.0) == "\N{MINUS SIGN}3.0"
-    assert number(3.0, sign=True) == "+3.0"
-    assert decimal(None) == number(None) == "\N{EN DASH}"

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.evaluation.recipe import configuration_hash, recipe
@@ -55,6 +56,18 @@ def test_runs_that_were_moved_are_found_beside_their_results(make_study, tmp_pat
     make_study(tmp_path / "runs").rename(tmp_path / "elsewhere")
     runs, _ = read(tmp_path / "elsewhere")
     assert len(runs) == 4
+
+
+def test_a_run_of_several_tasks_is_found_by_its_results_in_any(make_rollouts, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    context = {"trajectories": 2, "other_tasks": ["cartpole_balance"]}
+    (run / "config.yaml").write_text(yaml.safe_dump({"task": "cartpole_swingup", "seed": 0, "context": context}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    for task, count in (("cartpole_balance", 1), ("cartpole_swingup", 1), ("walker_walk", 0)):
+        results = tmp_path / f"{task}.jsonl"
+        append_records(results, make_rollouts(2, 0, 1.0, task=task, checkpoint=str(run)))
+        assert len(read(results)[0]) == count, task
 
 
 @pytest.mark.parametrize("change", [("seed: 0", "seed: 7"), ("trajectories: 1", "trajectories: 8"), ("task:", "tusk:")])

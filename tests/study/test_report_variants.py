@@ -84,6 +84,18 @@ def test_several_tasks_in_turn_have_a_curve_of_their_own(make_rollouts):
     }  # fmt: skip
 
 
+def test_runs_whose_own_and_other_tasks_are_exchanged_are_told_apart(make_rollouts):
+    """Both were trained on the task that they are measured in, and no record names another one."""
+    records = [
+        record
+        for other, level in (("cartpole_balance", 1.0), ("cartpole_swingup", 9.0))
+        for record in make_rollouts(2, 0, level, method="at-2tasks", settings={"context.other_tasks": f"('{other}',)"})
+    ]
+    grid = gather(records)
+    assert grid.superseded == 0
+    assert sorted(cell.runs()[0] for cell in grid.cells) == [2, 10]
+
+
 def test_the_same_run_measured_again_still_counts_once(make_rollouts):
     settings = {"model.layers": "1"}
     old, new = make_rollouts(2, 0, 1.0, settings=settings), make_rollouts(2, 0, 5.0, settings=settings)

@@ -1,0 +1,30 @@
+"""What `ringrl.study` offers by itself."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ringrl import study
+
+
+def test_what_users_look_for_is_there() -> None:
+    for name in study.__all__:
+        found = getattr(study, name)
+        assert found.__name__ == name
+        assert found.__doc__
+    with pytest.raises(AttributeError, match=r"^module 'ringrl.study' has no attribute 'nothing'"):
+        study.nothing  # noqa: B018
+
+
+def test_by_itself_it_imports_nothing_heavy() -> None:
+    code = "import ringrl.study, sys; assert not {'jax', 'mujoco', 'matplotlib', 'scipy', 'h5py'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_command_and_its_module_are_not_mixed_up() -> None:
+    """A module `ablate` would take the function's place as soon as it is imported."""
+    assert callable(study.ablate)
+    import ringrl.study.ablation
+
+    assert study.ablate is ringrl.study.ablation.ablate
