@@ -5,6 +5,7 @@ written to a temporary name and renamed: a kill leaves whole files only.
 """
 
 import fcntl
+import io
 import json
 import shutil
 import zipfile
@@ -16,6 +17,7 @@ import numpy as np
 
 from ringrl.errors import UserError
 from ringrl.evaluation.episode import ARRAYS, Episode
+from ringrl.files import write_whole
 
 _ABOUT = "about.json"
 _TYPES = {"observation": np.float32, "action": np.float32, "reward": np.float64, "physics": np.float64}
@@ -52,11 +54,10 @@ class Journal:
     def add(self, part: str, index: int, episode: Episode) -> None:
         """Write down an episode."""
         path = self._file(part, index)
-        temporary = path.with_suffix(".tmp")
+        content = io.BytesIO()
+        np.savez(content, **{name: getattr(episode, name) for name in ARRAYS}, seconds=np.float64(episode.seconds))
         try:
-            with temporary.open("wb") as file:
-                np.savez(file, **{name: getattr(episode, name) for name in ARRAYS}, seconds=np.float64(episode.seconds))
-            temporary.replace(path)
+            write_whole(path, content.getvalue())
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -99,9 +100,7 @@ class Journal:
             if known != about:
                 raise UserError(f"{self.folder}: is the journal of another evaluation, or damaged; remove it")
             return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(about, indent=1))
-        temporary.replace(path)
+        write_whole(path, json.dumps(about, indent=1))
 
     def _file(self, part: str, index: int) -> Path:
         return self.folder / f"{part}_{index:05}.npz"

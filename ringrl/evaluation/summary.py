@@ -1,7 +1,6 @@
 """Results in short: what one evaluation found, from its records."""
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
 from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import METRICS
 from ringrl.evaluation.streams import stream_scores
+from ringrl.files import write_whole
 
 # What all records of an evaluation say alike.
 _SHARED = (
@@ -66,10 +66,8 @@ def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
         UserError: the file cannot be written.
     """
     values = {"protocol": PROTOCOL, "evaluations": [asdict(summary) for summary in summarise(records)]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(path)
+        write_whole(path, json.dumps(values, indent=1) + "\n", alone=False)
     except OSError as error:
         raise UserError(f"{path}: the summary cannot be written ({error.strerror}); give another --output") from error
 

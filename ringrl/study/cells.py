@@ -29,6 +29,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.protocol import Protocol, plan_policy, plan_random
 from ringrl.evaluation.records import append_records, data_records, library_versions
 from ringrl.evaluation.session import Audience, Job, evaluate_all
+from ringrl.files import write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan
 from ringrl.training import load_policy, train
@@ -289,12 +290,8 @@ def attempt(work: Work, command: str | None) -> str | None:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all, and its folder where it is missing. UserError if it cannot be."""
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); free some space, then do it again") from error

@@ -238,13 +238,12 @@ def test_wrong_settings_are_refused_by_name(write_plan) -> None:
 
 
 def test_what_cannot_be_written_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str) -> int:
-        path.touch()
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write(tmp_path / "failed.txt", "before")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(UserError, match=r"failed\.txt: cannot be written \(No space left on device\); free some"):
             write(tmp_path / "failed.txt", "after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("failed.txt", "before")]
