@@ -1,6 +1,7 @@
 """The command line as a user meets it: whole commands, and one clear line for every mistake."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,21 @@ def test_the_installed_command_ends_with_code_2_and_no_traceback(tmp_path: Path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_output_that_nobody_takes_ends_without_a_traceback(jaco_store: EpisodeStore) -> None:
+    command = [str(Path(sys.executable).with_name("ringrl")), "data", "info", str(jaco_store.path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, ""), "as a shell tells SIGPIPE"
+    for arguments in (command, [command[0], "train", "--help"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("ringrl: standard output: cannot be written (No space left on device); ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_want_of_memory_is_one_line_and_no_damage(

@@ -6,7 +6,9 @@ import functools
 import inspect
 import io
 import logging
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -45,7 +47,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Errors that the user can mend end in one line and exit code 2."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run_and_tell(list(sys.argv[1:] if arguments is None else arguments))
+    except OSError:
+        _write_out("\n")  # ends it, if standard output is what failed; if not, an empty line does no harm
+        raise
+    finally:
+        _write_out("")
+
+
+def _run_and_tell(arguments: list[str]) -> None:
+    """One command, and what the user is told of its end."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
     if getattr(sys.unraisablehook, "func", None) is not _without_echoes:
         sys.unraisablehook = functools.partial(_without_echoes, sys.unraisablehook)
@@ -140,6 +152,17 @@ def _without_echoes(say: Callable[[Any], object], ignored: Any) -> None:
     """But for what tensorstore's threads say, once for each array, when orbax has gone after the first failed write."""
     if str(ignored.exc_value) != "Event loop is closed":
         say(ignored)
+
+
+def _write_out(last: str) -> None:
+    """What was printed goes to standard output; where that cannot be written, Python would end with a traceback."""
+    try:
+        print(end=last, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes out the rest as it ends
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)  # `| head` has seen enough: as a shell tells of any other program's end
+        _fail(f"standard output: cannot be written ({error.strerror}); free some space, or send it elsewhere")
 
 
 def _fail(message: str) -> None:
