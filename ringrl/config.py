@@ -313,12 +313,16 @@ class SlurmConfig(Section):
     """Lines of shell before the run, for example "module load cuda"."""
 
 
+def problems(error: pydantic.ValidationError) -> list[tuple[str, str]]:
+    """What is wrong with which setting; an empty name where it is with several together."""
+    return [
+        (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")) for problem in error.errors()
+    ]
+
+
 def one_line(error: pydantic.ValidationError) -> str:
-    """What is wrong with which setting, as one line."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'configuration'}: {problem['msg']}"
-        for problem in error.errors()
-    )
+    """The same, as one line."""
+    return "; ".join(f"{name}: {words}" if name else words for name, words in problems(error))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 """The command line: which commands there are, how their flags are read and how errors are told."""
 
-import contextlib
 import difflib
 import functools
 import inspect
-import io
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +18,7 @@ import tyro
 import ringrl
 from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info, data_merge
 from ringrl.cli.evaluate import evaluate
+from ringrl.cli.flags import parse
 from ringrl.cli.plan import plan
 from ringrl.cli.report import report
 from ringrl.cli.run import train
@@ -94,7 +92,7 @@ def _run(arguments: list[str]) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
         raise UserError(f"no command {name!r}; did you mean {' or '.join(near)}? (ringrl --help lists all)")
     command = COMMANDS[name]
-    _parse(name, rest, _with_settings(rest) if command is train else command)()
+    parse(name, rest, _with_settings(rest) if command is train else command)()
 
 
 def _with_settings(arguments: list[str]) -> Callable[..., None]:
@@ -127,25 +125,6 @@ def _given(arguments: list[str], flag: str) -> list[str]:
     """What is given with a flag, as `--flag value` or `--flag=value`."""
     pairs = [b for a, b in pairwise([*arguments, ""]) if a == flag]
     return pairs + [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
-
-
-def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Callable[[], None]:
-    """The command with its flags filled in. What tyro says in a box about wrong flags becomes one line."""
-
-    @functools.wraps(command)
-    def bind(*values: Any, **flags: Any) -> Callable[[], None]:
-        return functools.partial(command, *values, **flags)
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(bind, args=arguments, prog=f"ringrl {name}", config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = " ".join(re.sub(r"[─│╭╮╰╯├┤]", " ", said.getvalue()).split())
-        noise = r"\d+ validation errors? for \w+|\[type=.*For further information visit \S+"
-        raise UserError(re.sub(noise, "", text)) from None
 
 
 def _without_echoes(say: Callable[[Any], object], ignored: Any) -> None:
