@@ -46,6 +46,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     said = capsys.readouterr().out
     assert all(f"ringrl {name}" in said for name in COMMANDS)
+    main(["help"])
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("arguments", [["data"], ["data", "--help"], ["data", "-h"], ["data", "help"]])
+def test_data_alone_lists_its_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments)
+    said = capsys.readouterr().out
+    assert all(
+        (f"ringrl {name} " in said and COMMANDS[name].__doc__.splitlines()[0] in said) == name.startswith("data ")
+        for name in COMMANDS
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "demo": demo,
 }
+HELP = ("-h", "--help", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,10 +79,11 @@ def _run_and_tell(arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        firsts = {name: str(command.__doc__).splitlines()[0] for name, command in COMMANDS.items()}
-        lines = [f"  ringrl {name:<{max(map(len, COMMANDS))}}  {first}" for name, first in firsts.items()]
-        print("\n".join([str(ringrl.__doc__), *lines, "", "Each has --help with units and defaults."]))
+    if not arguments or arguments[0] in HELP:
+        print("\n".join([str(ringrl.__doc__), *_summaries(""), "", "Each has --help with units and defaults."]))
+        return
+    if arguments[0] == "data" and (len(arguments) == 1 or arguments[1] in HELP):
+        print("\n".join([str(ringrl.cli.data.__doc__), "", *_summaries("data "), "", "Each has --help."]))
         return
     if arguments == ["--version"]:
         print(ringrl.__version__)
@@ -93,6 +95,13 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"no command {name!r}; did you mean {' or '.join(near)}? (ringrl --help lists all)")
     command = COMMANDS[name]
     parse(name, rest, _with_settings(rest) if command is train else command)()
+
+
+def _summaries(beginning: str) -> list[str]:
+    """A line for each command whose name begins so."""
+    firsts = {name: str(command.__doc__).splitlines()[0] for name, command in COMMANDS.items()}
+    width = max(map(len, firsts))
+    return [f"  ringrl {name:<{width}}  {first}" for name, first in firsts.items() if name.startswith(beginning)]
 
 
 def _with_settings(arguments: list[str]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""ringrl data: download, import, collect, describe and export datasets."""
+"""ringrl data: download, import, describe, merge, collect and export datasets."""
 
 import contextlib
 import sys
