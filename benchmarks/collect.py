@@ -19,6 +19,7 @@ import numpy as np
 from ringrl.data.collect import PRESETS, collect, preset_episodes
 from ringrl.data.exorl import Archive
 from ringrl.envs import domain_of
+from ringrl.errors import UserError
 
 TASKS = (
     "walker_walk",
@@ -58,16 +59,8 @@ def measure(task: str, method: str, episodes: int, seed: int) -> dict[str, objec
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description="Returns and cost of local collection.")
-    parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
-    parser.add_argument("--methods", nargs="+", default=["scripted", "td3", "rnd"], help="scripted, td3, rnd")
-    parser.add_argument("--preset", default="small", choices=PRESETS, help="how much to collect")
-    parser.add_argument("--episodes", type=int, help="how many, in place of the preset's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write every return to this file")
-    options = parser.parse_args(arguments)
+def measure_all(options: argparse.Namespace) -> None:
+    """A row for each task and method, as they come."""
     print("| task | method | episodes | min | median | max | last tenth | minutes | processor minutes |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     measured = []
@@ -84,6 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             if options.json:
                 options.json.write_text(json.dumps(measured))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description="Returns and cost of local collection.")
+    parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
+    parser.add_argument("--methods", nargs="+", default=["scripted", "td3", "rnd"], help="scripted, td3, rnd")
+    parser.add_argument("--preset", default="small", choices=PRESETS, help="how much to collect")
+    parser.add_argument("--episodes", type=int, help="how many, in place of the preset's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write every return to this file")
+    options = parser.parse_args(arguments)
+    try:
+        measure_all(options)
+    except UserError as error:
+        parser.exit(2, f"collect.py: {error}\n")
 
 
 if __name__ == "__main__":

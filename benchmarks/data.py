@@ -362,6 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if options.exorl and not options.exorl.is_dir():
+        parser.error(f"--exorl: {options.exorl} is no folder; give one of {{domain}}/{{algo}}.zip")
     batch, results = parse_batch(options.batch), {}
     for part in options.parts or PARTS:
         folder = Path(tempfile.mkdtemp(dir=options.folder))

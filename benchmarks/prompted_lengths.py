@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
+    if any(length < 1 or max(options.lengths) % length for length in options.lengths):
+        parser.error(f"--lengths: each has to divide the longest, {max(options.lengths)}")
     try:
         settings = settings_of(options.config, options.steps)
         work = partial(run_cell, settings, options.store, options.folder, max(options.lengths))

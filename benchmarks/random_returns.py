@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ringrl.envs import TASKS, domain_of, make
+from ringrl.errors import UserError
 
 
 def random_returns(task: str, episodes: int, seed: int) -> np.ndarray:
@@ -29,6 +30,18 @@ def random_returns(task: str, episodes: int, seed: int) -> np.ndarray:
     return returns
 
 
+def measure(tasks: Sequence[str], episodes: int, seeds: int) -> dict[str, list[list[float]]]:
+    """Every return, by task, seed and episode; printed as they come."""
+    measured = {}
+    print(f"{'task':<26}{'mean return':>12}{'± s.e.':>9}   ({seeds} seeds x {episodes} episodes)")
+    for task in tasks:
+        returns = np.stack([random_returns(task, episodes, seed) for seed in range(seeds)])
+        error = returns.mean(1).std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
+        print(f"{task:<26}{returns.mean():>12.3f}{error:>9.3f}", flush=True)
+        measured[task] = returns.tolist()
+    return measured
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description="Mean return of the uniform random policy per task.")
@@ -37,13 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...")
     parser.add_argument("--json", type=Path, help="also write every return to this file")
     options = parser.parse_args(arguments)
-    measured = {}
-    print(f"{'task':<26}{'mean return':>12}{'± s.e.':>9}   ({options.seeds} seeds x {options.episodes} episodes)")
-    for task in options.tasks:
-        returns = np.stack([random_returns(task, options.episodes, seed) for seed in range(options.seeds)])
-        error = returns.mean(1).std(ddof=1) / np.sqrt(options.seeds) if options.seeds > 1 else np.nan
-        print(f"{task:<26}{returns.mean():>12.3f}{error:>9.3f}", flush=True)
-        measured[task] = returns.tolist()
+    try:
+        measured = measure(options.tasks, options.episodes, options.seeds)
+    except UserError as error:
+        parser.exit(2, f"random_returns.py: {error}\n")
     if options.json:
         options.json.write_text(json.dumps({"episodes": options.episodes, "returns": measured}))
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, NamedTuple, Self
 
+import h5py
 import numpy as np
 
 from ringrl.data.schema import (
@@ -182,6 +183,10 @@ def open_zip(source: Path) -> zipfile.ZipFile:
     except MemoryError:
         raise
     except Exception as error:  # a damaged directory of names: see Archive.read
+        if h5py.is_hdf5(source):
+            raise UserError(
+                f"{source}: is an HDF5 file, not a zip archive: a store needs no import (ringrl data info)"
+            ) from error
         raise UserError(
             f"{source}: not a zip archive, or cut short: download it again or give a folder of episodes"
         ) from error

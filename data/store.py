@@ -5,6 +5,7 @@ episode costs a few slices and no copy. `ringrl.data.writer` writes these files.
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,8 @@ class EpisodeStore:
         except MemoryError:
             raise  # which says nothing about the file
         except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
+            if zipfile.is_zipfile(self.path):
+                raise UserError(f"{path}: is an archive, not a store: import it (ringrl data import)") from error
             raise UserError(
                 f"{path}: not an episode store, or damaged or cut short: import the archive again"
             ) from error

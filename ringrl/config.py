@@ -1,5 +1,6 @@
 """Every knob of RingRL: frozen data, checked where it enters. Presets are YAML files in configs/."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +16,16 @@ class Section(pydantic.BaseModel):
     """A group of settings: immutable, unknown names refused, docstrings shown by --help."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _names_are_known(cls, values: Any) -> Any:
+        for name in values if isinstance(values, Mapping) else ():
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+                what_to_do = f"did you mean {near[0]}?" if near else f"choose of {', '.join(cls.model_fields)}"
+                raise ValueError(f"there is no setting {name}; {what_to_do}")
+        return values
 
 
 class ContextConfig(Section):
@@ -313,22 +324,36 @@ class SlurmConfig(Section):
     """Lines of shell before the run, for example "module load cuda"."""
 
 
+_WORDS = {  # in place of pydantic's, by its name of the mistake
+    "tuple_type": "give a list, for example [1, 2]",
+    "model_type": "give settings by name, for example {name: value}",
+    "missing": "is needed",
+}
+
+
+def problems(error: pydantic.ValidationError) -> list[tuple[str, str]]:
+    """What is wrong with which setting; an empty name where it is with several together."""
+    return [
+        (".".join(map(str, p["loc"])), _WORDS.get(p["type"], p["msg"].removeprefix("Value error, ")))
+        for p in error.errors()
+    ]
+
+
 def one_line(error: pydantic.ValidationError) -> str:
-    """What is wrong with which setting, as one line."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'configuration'}: {problem['msg']}"
-        for problem in error.errors()
-    )
+    """The same, as one line."""
+    return "; ".join(f"{name}: {words}" if name else words for name, words in problems(error))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; UserError names the file when it is missing, not YAML or not a mapping."""
+    """A YAML file's mapping; UserError names the file when it is missing, empty, not YAML or not a mapping."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if values is None:
+        raise UserError(f"{path}: is empty, where settings by name are expected")
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     return dict(values)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: whole commands, and one clear line for every mistake."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     said = capsys.readouterr().out
     assert all(f"ringrl {name}" in said for name in COMMANDS)
+    main(["help"])
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("arguments", [["data"], ["data", "--help"], ["data", "-h"], ["data", "help"]])
+def test_data_alone_lists_its_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments)
+    said = capsys.readouterr().out
+    assert all(
+        (f"ringrl {name} " in said and COMMANDS[name].__doc__.splitlines()[0] in said) == name.startswith("data ")
+        for name in COMMANDS
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -200,14 +213,42 @@ def test_unknown_command_lists_the_near_ones(capsys: pytest.CaptureFixture[str])
     assert "data import" in refused(["data", "imprt"], capsys)
 
 
-def test_wrong_flags_and_values_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model.layer 3", "--model.layer: there is no such flag; did you mean --model.layers?"),
+        (
+            "--zzz --model.layer=3",
+            "--zzz: there is no such flag; --model.layer: there is no such flag; did you mean --model.layers?",
+        ),
+        ("--resume yes", "yes: is one word too many"),
+        ("--model.heads 3", "--model: heads: 3 heads do not split a width of 128 into even parts"),
+        ("--method foo", "--method: there is no 'foo'; choose one of ad, at, bc, bc-10%, dt, td3, td3+bc"),
+        ("--launcher foo", "--launcher: there is no 'foo'; choose one of none, slurm"),
+        ("--optimiser.steps", "--optimiser.steps: needs a value"),
+        ("--optimiser.steps many", "--optimiser.steps: expected INT, got 'many'"),
+        ("--context.max-transitions many", "--context.max-transitions: expected INT, got 'many'"),
+        ("--optimiser.learning-rate x", "--optimiser.learning-rate: expected FLOAT, got 'x'"),
+        ("--optimiser.batch-size 0", "--optimiser.batch-size: Input should be greater than or equal to 1"),
+        ("--actor-critic.hindsight.radius 0", "--actor-critic.hindsight.radius: Input should be greater than 0"),
+        ("--seed -1", "--seed: Input should be greater than or equal to 0"),
+        ("--context.other-tasks y", "context.other_tasks: a task stands there twice, or is the run's own"),
+    ],
+)
+def test_a_wrong_flag_is_named_in_one_line(
+    flags: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = ["train", "--data", "x", "--task", "y", "--run", str(tmp_path / "run")]
-    assert "--model.layers" in refused([*base, "--model.layer", "3"], capsys)
-    assert "3 heads do not split a width of 128" in refused([*base, "--model.heads", "3"], capsys)
-    assert "--optimiser.steps" in refused([*base, "--optimiser.steps", "many"], capsys)
-    assert "--data" in refused(["train", "--task", "y"], capsys)
-    assert "x" in refused(base, capsys)
+    assert refused([*base, *flags.split()], capsys) == f"ringrl: {said} (ringrl train --help tells more)"
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_command_needs_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "ringrl: --data, --task and --run are needed (" in refused(["train"], capsys)
+    said = refused(["train", "--dat=x", "--task", "y", "--run", "z"], capsys)
+    assert "ringrl: --data is needed; --dat: there is no such flag; did you mean --data? (" in said
+    assert "DOMAIN and ALGORITHM are needed (ringrl data download" in refused(["data", "download"], capsys)
+    assert "--compare: expected PATH PATH, got 'a' (" in refused(["report", "--compare", "a"], capsys)
 
 
 def test_flags_that_would_go_unheeded_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +325,21 @@ def test_the_installed_command_ends_with_code_2_and_no_traceback(tmp_path: Path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_output_that_nobody_takes_ends_without_a_traceback(jaco_store: EpisodeStore) -> None:
+    command = [str(Path(sys.executable).with_name("ringrl")), "data", "info", str(jaco_store.path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, ""), "as a shell tells SIGPIPE"
+    for arguments in (command, [command[0], "train", "--help"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("ringrl: standard output: cannot be written (No space left on device); ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_want_of_memory_is_one_line_and_no_damage(

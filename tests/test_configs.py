@@ -1,5 +1,7 @@
 """Presets are settings that the program takes, and of the size that they say."""
 
+from pathlib import Path
+
 import pytest
 
 from ringrl.config import TrainConfig, merged, read_yaml
@@ -39,6 +41,8 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"optimiser": {"accumulation": 2}, "model": {"kind": "td3_bc"}}, "td3_bc computes a batch in one part"),
         ({"context": {"sampling": "history_window", "max_transitions": 5000}}, "leave gaps in"),
         ({"context": {"sampling": "history_window", "best_fraction": 0.5}}, "leave gaps in"),
+        ({"optimiser": {"stepz": 3}}, "there is no setting stepz; did you mean steps\\?"),
+        ({"actor_critic": {"hindsight": {"xyz": 3}}}, "there is no setting xyz; choose of later, steps_ahead, nearby"),
         ({"seed": 2**32}, "less than 4294967296"),  # whose key is seed 0's
     ],
 )
@@ -60,3 +64,10 @@ def test_a_section_that_is_no_mapping_is_named(value: object) -> None:
         merged({"model": value}, {"model": {"layers": 3}})
     with pytest.raises(UserError, match=r"^actor_critic\.hindsight: expected settings by name"):
         merged({"actor_critic": {"hindsight": value}}, {"actor_critic": {"hindsight": {"later": 0.5}}})
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("# nothing\n")
+    with pytest.raises(UserError, match=r"empty\.yaml: is empty, where settings by name are expected"):
+        read_yaml(file)

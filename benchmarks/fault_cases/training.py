@@ -139,7 +139,7 @@ class Train(Trial):
             ("cut short", lambda run: cut(run / "config.yaml")),
             ("empty", lambda run: cut(run / "config.yaml", 0)),
         ):
-            yield Fault(f"config.yaml: {what}", [MENDABLE], "config.yaml: .* remove the file", resumed, remove,
+            yield Fault(f"config.yaml: {what}", [MENDABLE], "config.yaml: .* remove it", resumed, remove,
                         without_last(damage))  # fmt: skip
         events = without_last(lambda run: [cut(file) for file in (run / "tensorboard").iterdir()])
         yield Fault("TensorBoard's events cut short", [WELL], None, resumed, prepare=events)

@@ -1,12 +1,11 @@
 """The command line: which commands there are, how their flags are read and how errors are told."""
 
-import contextlib
 import difflib
 import functools
 import inspect
-import io
 import logging
-import re
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -19,6 +18,7 @@ import tyro
 import ringrl
 from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info, data_merge
 from ringrl.cli.evaluate import evaluate
+from ringrl.cli.flags import parse
 from ringrl.cli.plan import plan
 from ringrl.cli.report import report
 from ringrl.cli.run import train
@@ -41,11 +41,22 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "demo": demo,
 }
+HELP = ("-h", "--help", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Errors that the user can mend end in one line and exit code 2."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run_and_tell(list(sys.argv[1:] if arguments is None else arguments))
+    except OSError:
+        _write_out("\n")  # ends it, if standard output is what failed; if not, an empty line does no harm
+        raise
+    finally:
+        _write_out("")
+
+
+def _run_and_tell(arguments: list[str]) -> None:
+    """One command, and what the user is told of its end."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
     if getattr(sys.unraisablehook, "func", None) is not _without_echoes:
         sys.unraisablehook = functools.partial(_without_echoes, sys.unraisablehook)
@@ -68,10 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        firsts = {name: str(command.__doc__).splitlines()[0] for name, command in COMMANDS.items()}
-        lines = [f"  ringrl {name:<{max(map(len, COMMANDS))}}  {first}" for name, first in firsts.items()]
-        print("\n".join([str(ringrl.__doc__), *lines, "", "Each has --help with units and defaults."]))
+    if not arguments or arguments[0] in HELP:
+        print("\n".join([str(ringrl.__doc__), *_summaries(""), "", "Each has --help with units and defaults."]))
+        return
+    if arguments[0] == "data" and (len(arguments) == 1 or arguments[1] in HELP):
+        print("\n".join([str(ringrl.cli.data.__doc__), "", *_summaries("data "), "", "Each has --help."]))
         return
     if arguments == ["--version"]:
         print(ringrl.__version__)
@@ -82,7 +94,14 @@ def _run(arguments: list[str]) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
         raise UserError(f"no command {name!r}; did you mean {' or '.join(near)}? (ringrl --help lists all)")
     command = COMMANDS[name]
-    _parse(name, rest, _with_settings(rest) if command is train else command)()
+    parse(name, rest, _with_settings(rest) if command is train else command)()
+
+
+def _summaries(beginning: str) -> list[str]:
+    """A line for each command whose name begins so."""
+    firsts = {name: str(command.__doc__).splitlines()[0] for name, command in COMMANDS.items()}
+    width = max(map(len, firsts))
+    return [f"  ringrl {name:<{width}}  {first}" for name, first in firsts.items() if name.startswith(beginning)]
 
 
 def _with_settings(arguments: list[str]) -> Callable[..., None]:
@@ -117,29 +136,21 @@ def _given(arguments: list[str], flag: str) -> list[str]:
     return pairs + [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
 
 
-def _parse(name: str, arguments: list[str], command: Callable[..., None]) -> Callable[[], None]:
-    """The command with its flags filled in. What tyro says in a box about wrong flags becomes one line."""
-
-    @functools.wraps(command)
-    def bind(*values: Any, **flags: Any) -> Callable[[], None]:
-        return functools.partial(command, *values, **flags)
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(bind, args=arguments, prog=f"ringrl {name}", config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = " ".join(re.sub(r"[─│╭╮╰╯├┤]", " ", said.getvalue()).split())
-        noise = r"\d+ validation errors? for \w+|\[type=.*For further information visit \S+"
-        raise UserError(re.sub(noise, "", text)) from None
-
-
 def _without_echoes(say: Callable[[Any], object], ignored: Any) -> None:
     """But for what tensorstore's threads say, once for each array, when orbax has gone after the first failed write."""
     if str(ignored.exc_value) != "Event loop is closed":
         say(ignored)
+
+
+def _write_out(last: str) -> None:
+    """What was printed goes to standard output; where that cannot be written, Python would end with a traceback."""
+    try:
+        print(end=last, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes out the rest as it ends
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)  # `| head` has seen enough: as a shell tells of any other program's end
+        _fail(f"standard output: cannot be written ({error.strerror}); free some space, or send it elsewhere")
 
 
 def _fail(message: str) -> None:

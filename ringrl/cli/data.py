@@ -1,4 +1,4 @@
-"""ringrl data: download, import, collect, describe and export datasets."""
+"""ringrl data: download, import, describe, merge, collect and export datasets."""
 
 import contextlib
 import sys
@@ -11,10 +11,12 @@ from rich.console import Console
 
 from ringrl.errors import UserError
 
+Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+
 
 def data_download(
-    domain: tyro.conf.Positional[str],
-    algorithm: tyro.conf.Positional[str],
+    domain: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DOMAIN")],
+    algorithm: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ALGORITHM")],
     output: Path = Path("datasets"),
     import_store: Annotated[bool, tyro.conf.arg(name="import")] = False,
     delete_archive: bool = False,
@@ -89,7 +91,7 @@ def _download_display(name: str) -> Iterator[_DownloadDisplay]:
 
 
 def data_import(
-    archive: tyro.conf.Positional[Path],
+    archive: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARCHIVE")],
     domain: str | None = None,
     format: Literal["exorl", "minari"] = "exorl",
     output: Path | None = None,
@@ -181,7 +183,7 @@ def _import_minari(dataset: str, output: Path | None, overwrite: bool, download:
 
 
 def data_export(
-    store: tyro.conf.Positional[Path],
+    store: Store,
     name: str,
     task: str | None = None,
     format: Literal["minari"] = "minari",
@@ -222,7 +224,7 @@ def data_merge(stores: tyro.conf.Positional[tuple[Path, ...]], output: Path, ove
     print(f"{output}\n{describe(store)}")
 
 
-def data_info(store: tyro.conf.Positional[Path], json: bool = False, verify: bool = False) -> None:
+def data_info(store: Store, json: bool = False, verify: bool = False) -> None:
     """Say what a dataset holds: episodes, lengths, returns per task, where it came from.
 
     Args:
@@ -242,7 +244,7 @@ def data_info(store: tyro.conf.Positional[Path], json: bool = False, verify: boo
 
 
 def data_collect(
-    task: tyro.conf.Positional[str],
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")],
     output: Path,
     method: Literal["scripted", "td3", "rnd"] = "scripted",
     preset: Literal["tiny", "small", "exorl_like"] = "small",

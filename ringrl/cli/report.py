@@ -20,6 +20,8 @@ def report(
         output: folder of the page, figures/, tables/ and videos/.
         compare: two results files or folders, instead of `results`: what B returns more than A, and what differs.
     """
+    if compare is None and not results:
+        raise UserError("no results are named; say where they are, for example: ringrl report runs")
     if compare is not None and results:
         raise UserError(f"{results[0]}: is given besides --compare, which takes its two alone; leave one of them out")
     if compare is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ringrl.cli.words import check_launcher, given_flags
+from ringrl.cli.words import check_launcher, command_line, given_flags
 from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
 from ringrl.errors import UserError
 from ringrl.methods import MethodName, check_method
@@ -38,6 +38,7 @@ def train(
         launcher: slurm: hand the run to SLURM and return, instead of training here.
         slurm: what is asked of SLURM.
     """
+    from ringrl.training import read_info
     from ringrl.training import train as train_run
     from ringrl.training.distributed import is_wanted
     from ringrl.training.slurm import submit
@@ -57,4 +58,9 @@ def train(
         work(resume=resume)
     elif run_supervised(partial(work, resume=resume), distributed) != 0:
         return  # process 0 speaks for all
-    print(f"{run}; next: ringrl evaluate --checkpoint {run}")
+    step, steps = read_info(run)[0], settings.optimiser.steps
+    if step < steps:  # it was told to stop
+        command = command_line() if resume else f"{command_line()} --resume"
+        print(f"{run}: step {step} of {steps}; next: {command}")
+    else:
+        print(f"{run}; next: ringrl evaluate --checkpoint {run}")

@@ -1,7 +1,7 @@
 """ringrl ablate and demo: many runs, and the page that compares them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -13,7 +13,7 @@ HERE = SlurmConfig()
 
 
 def ablate(
-    plan: tyro.conf.Positional[Path],
+    plan: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PLAN")],
     dry_run: bool = False,
     workers: int = 1,
     retry: bool = False,
@@ -26,7 +26,7 @@ def ablate(
     First it says what that costs. The same command goes on where it was stopped and repeats nothing.
 
     Args:
-        plan: YAML file, for example ringrl/configs/demo.yaml.
+        plan: YAML file, for example ringrl/configs/study_example.yaml.
         dry_run: say what it costs, and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
         retry: run cells again that failed; an interrupted one goes on in any case.

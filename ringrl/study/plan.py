@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from ringrl.config import Section, one_line, read_yaml
+from ringrl.config import Section, TrainConfig, one_line, read_yaml
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
@@ -119,7 +119,13 @@ class AblationPlan(Section):
 
 def read_plan(path: Path) -> AblationPlan:
     """A plan file; UserError names the file and the setting that is wrong."""
+    values = read_yaml(path)
+    if values.keys() <= TrainConfig.model_fields.keys() and not values.keys() <= {*AblationPlan.model_fields, *_SHORT}:
+        raise UserError(
+            f"{path}: is a file of settings for `ringrl train --config`, not a plan; give a plan, which holds such "
+            "settings under settings:"
+        )
     try:
-        return AblationPlan.model_validate(read_yaml(path))
+        return AblationPlan.model_validate(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from error

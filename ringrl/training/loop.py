@@ -77,6 +77,8 @@ def train(
     checkpoints = Checkpoints(config.run, config.keep_checkpoints)
     try:
         console = console or Console(stderr=True, quiet=not distributed.is_first())
+        if resume and not checkpoints.steps() and not quiet:
+            console.print(f"{config.run}: no checkpoint there yet; starting at step 0", soft_wrap=True)
         profiler = Profiler(config.run / "profile" if profile else None)
         _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
     except OSError as error:

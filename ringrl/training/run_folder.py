@@ -14,7 +14,7 @@ from ringrl.training.checkpoints import RunInfo, read_info
 # Where things lie and are shown, and what they are computed on, may change between a run and its resumption.
 PLACES = ("data", "run", "keep_checkpoints", "mesh.")
 SHOWN = "log"
-IF_DAMAGED = "or remove the file if it is damaged, and the newest checkpoint's counts"
+IF_DAMAGED = "if config.yaml is damaged, remove it, and the newest checkpoint's settings are used"
 
 
 def claim_folder(info: RunInfo, resume: bool) -> None:
@@ -52,10 +52,10 @@ def saved_configuration(run: Path) -> TrainConfig:
         return TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
     except pydantic.ValidationError as error:
         raise UserError(
-            f"{saved}: does not fit this version ({one_line(error)}); start a new --run, {IF_DAMAGED}"
+            f"{saved}: does not fit this version ({one_line(error)}); start a new --run, or {IF_DAMAGED}"
         ) from error
     except UserError as error:
-        raise UserError(f"{error}; start a new --run, {IF_DAMAGED}") from error
+        raise UserError(f"{error}; start a new --run, or {IF_DAMAGED}") from error
 
 
 def check_configuration(config: TrainConfig) -> None:
@@ -69,8 +69,8 @@ def check_configuration(config: TrainConfig) -> None:
     ]
     if changed:
         raise UserError(
-            f"{config.run / 'config.yaml'}: the run has another configuration ({'; '.join(changed)}); "
-            f"resume with the same, start a new --run, {IF_DAMAGED}"
+            f"{config.run}: the run began with other settings ({'; '.join(changed)}); give the same, or another --run; "
+            f"{IF_DAMAGED}"
         )
 
 

@@ -3,6 +3,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -92,6 +93,11 @@ def test_missing_source(tmp_path):
 def test_not_a_zip(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     assert "not a zip archive" in refusal(tmp_path / "a.zip")
+
+
+def test_a_store_is_not_called_an_archive_cut_short(tmp_path):
+    h5py.File(tmp_path / "a.h5", "w").close()
+    assert "is an HDF5 file, not a zip archive: a store needs no import" in refusal(tmp_path / "a.h5")
 
 
 def test_zip_cut_short(tmp_path, cartpole_zip):

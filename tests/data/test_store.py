@@ -3,6 +3,7 @@ import pickle
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -180,6 +181,12 @@ def test_missing_file(tmp_path):
 def test_not_hdf5(tmp_path, content):
     (tmp_path / "a.h5").write_bytes(content)
     assert "not an episode store, or damaged" in refusal(tmp_path / "a.h5")
+
+
+def test_an_archive_is_not_called_a_damaged_store(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("buffer/episode_0_250.npz", b"")
+    assert "is an archive, not a store: import it (ringrl data import)" in refusal(tmp_path / "a.zip")
 
 
 def test_foreign_hdf5(tmp_path):

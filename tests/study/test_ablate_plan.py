@@ -206,7 +206,9 @@ def test_the_example_crosses_what_its_head_says() -> None:
         ({"seeds": [1, 1]}, "seeds: a value stands there twice"),
         ({"seeds": [0, -1]}, r"seeds\.1: .*greater than or equal to 0"),
         ({"seeds": [2**32]}, r"seeds\.0: .*less than 4294967296"),
-        ({"unknown": 1}, "unknown"),
+        ({"seeds": 3}, "seeds: give a list"),
+        ({"unknown": 1}, "there is no setting unknown; choose of datasets, output"),
+        ({"baseline": ["bc"]}, "there is no setting baseline; did you mean baselines"),
         ({"baselines": ["at"]}, r"baselines\.0: .*'bc', 'bc-10%', 'dt', 'td3' or 'td3\+bc'"),
         ({"methods": ["dt"]}, r"methods\.0: .*'at' or 'ad'"),
         ({"methods": [], "baselines": []}, "name at least one"),
@@ -247,3 +249,8 @@ def test_what_cannot_be_written_leaves_nothing_and_is_one_line(tmp_path: Path, m
         with pytest.raises(UserError, match=r"failed\.txt: cannot be written \(No space left on device\); free some"):
             write(tmp_path / "failed.txt", "after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("failed.txt", "before")]
+
+
+def test_settings_of_a_run_are_told_from_a_plan() -> None:
+    with pytest.raises(UserError, match=r"tiny\.yaml: is a file of settings for `ringrl train --config`, not a plan"):
+        read_plan(preset("tiny"))

@@ -118,7 +118,7 @@ def test_mistakes_on_the_command_line(make_study, tmp_path, capsys):
         (["--compare", str(a), str(tmp_path / "empty")], "no results in"),
         (["--compare", str(a), str(other)], "other.jsonl, line 1: written under evaluation protocol 9"),
         ([str(a), str(other)], "other.jsonl, line 1: written under evaluation protocol 9"),
-        ([], "no results in nowhere"),
+        ([], "say where they are, for example: ringrl report runs"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["report", *arguments, "--output", str(tmp_path / "report")])

@@ -21,7 +21,8 @@ def test_sigterm_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path) ->
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from ringrl.cli import main; main()", "train", "--config", str(file)],
+        [sys.executable, "-c", "from ringrl.cli import main; main()", "train", "--config", str(file), "--resume"],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -29,10 +30,12 @@ def test_sigterm_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path) ->
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
+    output, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "told to stop: saved after step" in said
+    assert f"{config.run}: no checkpoint there yet; starting at step 0\n" in said
     step = read_info(config.run)[0]
+    assert output == f"{config.run}: step {step} of 100000; next: ringrl train --config {file} --resume\n"
     written = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert written == list(range(1, step + 1)), "all that was computed"
     assert load_policy(config.run).step == step

@@ -1,0 +1,29 @@
+"""What the scripts in benchmarks/ say of wrong arguments."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("random_returns", ["walker_wlak"], "random_returns.py: unknown task 'walker_wlak'; did you mean walker_walk"),
+        ("collect", ["walker_wlak"], "collect.py: unknown task 'walker_wlak'; did you mean walker_walk"),
+        ("data", ["relabel", "--exorl", "nothere"], "--exorl: nothere is no folder"),
+        ("prompted_lengths", ["tiny", "x.h5", "--lengths", "3", "4"], "--lengths: each has to divide the longest, 4"),
+        ("prompted_lengths", ["tiny", "x.h5", "--lengths", "0", "4"], "--lengths: each has to divide the longest, 4"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_measured(
+    script: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    main = runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name=script)["main"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
