@@ -307,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    if jax.default_backend() != "gpu":
+        parser.error(f"needs a Hopper GPU, JAX finds {jax.devices()[0].device_kind}; on CPUs: attention_cpu.py")
     start = time.perf_counter()
 
     def out_of_time(share: float) -> bool:

@@ -101,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    if jax.default_backend() != "gpu":
+        parser.error(f"needs a GPU, JAX finds {jax.devices()[0].device_kind}; on CPUs: train_cpu.py")
     required = {"data": "unused", "task": "unused", "run": "unused"}
     config = TrainConfig.model_validate(required | read_yaml(preset(options.preset)))
     config = config.model_copy(update={"optimiser": config.optimiser.model_copy(update={"batch_size": 1})})

@@ -22,6 +22,29 @@ from ringrl.errors import UserError
 RETURN_RANGES = 10  # of `return_stratified`
 
 
+def episodes_for_contexts(
+    store: EpisodeStore, task: str, config: ContextConfig, seed: int, selected_by: str | None = None
+) -> Episodes:
+    """The episodes that contexts are drawn from, in the order they were collected.
+
+    Raises:
+      UserError: a task that the store has no rewards for, or fewer episodes than one context holds.
+    """
+    for name in (task, *config.other_tasks):
+        if name not in store.tasks:
+            raise UserError(
+                f"{store.path}: is a {store.domain} dataset and has no rewards for task {name}; "
+                f"it has {', '.join(store.tasks)}"
+            )
+    found = eligible_episodes(store, selected_by or task, seed, config.max_transitions, config.best_fraction)
+    if config.trajectories > len(found):
+        raise UserError(
+            f"context.trajectories: {config.trajectories} do not fit the {len(found)} eligible episodes of "
+            f"{store.path}; ask for fewer, or raise context.best_fraction or context.max_transitions where they are set"
+        )
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class ContextSampler:
     """Draws batches of contexts from a store.
@@ -40,18 +63,7 @@ class ContextSampler:
     selected_by: str | None = None  # the task whose returns config.best_fraction goes by, where it is another one
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in self.store.tasks:
-                raise UserError(
-                    f"{self.store.path}: is a {self.store.domain} dataset and has no rewards for task {task}; "
-                    f"it has {', '.join(self.store.tasks)}"
-                )
-        if self.config.trajectories > len(self.eligible):
-            raise UserError(
-                f"context.trajectories: {self.config.trajectories} do not fit the {len(self.eligible)} eligible "
-                f"episodes of {self.store.path}; ask for fewer, or raise context.best_fraction or "
-                "context.max_transitions where they are set"
-            )
+        self.eligible  # noqa: B018  UserError where contexts cannot be drawn
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -61,9 +73,7 @@ class ContextSampler:
     @cached_property
     def eligible(self) -> Episodes:
         """Episodes that may be drawn, in the order they were collected."""
-        config = self.config
-        task = self.selected_by or self.task
-        return eligible_episodes(self.store, task, self.seed, config.max_transitions, config.best_fraction)
+        return episodes_for_contexts(self.store, self.task, self.config, self.seed, self.selected_by)
 
     @property
     def time(self) -> int:

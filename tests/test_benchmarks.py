@@ -14,6 +14,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("random_returns", ["walker_wlak"], "random_returns.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("collect", ["walker_wlak"], "collect.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("data", ["relabel", "--exorl", "nothere"], "--exorl: nothere is no folder"),
+        ("attention_gpu", [], "needs a Hopper GPU, JAX finds cpu"),
+        ("train_gpu", [], "needs a GPU, JAX finds cpu"),
         ("prompted_lengths", ["tiny", "x.h5", "--lengths", "3", "4"], "--lengths: each has to divide the longest, 4"),
         ("prompted_lengths", ["tiny", "x.h5", "--lengths", "0", "4"], "--lengths: each has to divide the longest, 4"),
     ],

@@ -28,10 +28,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
     assert said.startswith("ringrl: ")
-    return said
+    return said.strip()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_mistakes_about_evaluations(
         (["--data", str(some), "--prompt-trajectories", "1"], f"{some}: is not the dataset that"),
         (["--prompt-trajectories", "9"], "9 do not fit"),
         (["--target", "good"], "--target"),
-        (["--output", str(tmp_path)], "is no results file; give a name that ends in .jsonl"),
+        (["--output", str(tmp_path)], "is not a results file; give a name that ends in .jsonl"),
         (["--output", str(tmp_path / "file" / "x.jsonl")], "results cannot be written"),
         (["--output", str(tmp_path / "x.json")], "give a name that ends in .jsonl"),
     ):

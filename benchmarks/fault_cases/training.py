@@ -58,7 +58,8 @@ class Train(Trial):
         told = "told to stop: saved after step .*--resume"
         yield Fault("SIGTERM", [WELL], told, killed(TERM, self._lines(EVERY + 8)))
         yield from self._disk(disk)
-        yield Fault("no more memory before the first step", [MENDABLE], "memory", starved(2**20, configured))
+        yield Fault("no more memory before the first step", [MENDABLE], "memory", starved(2**20, configured),
+                    accepted="at an unlucky moment a library ends it in its own words")  # fmt: skip
         yield from self._damaged_checkpoints()
         yield from self._damaged_run()
         yield from self._damaged_store()
@@ -94,7 +95,8 @@ class Train(Trial):
             ("all of it gone", shutil.rmtree),
         ):  # fmt: skip
             prepare = self._finished(lambda run, damage=damage: damage(run / newest))
-            says = "laid aside as" if (damage is not shutil.rmtree) else None
+            # A bit may be one that no value depends on: then nothing is to be said. Parameters are compared in any case.
+            says = None if damage is shutil.rmtree or what.startswith("a bit flipped") else "laid aside as"
             yield Fault(f"newest checkpoint: {what}", [WELL], says, resumed, prepare=prepare)
 
         def all_damaged(run: Path) -> None:

@@ -284,6 +284,7 @@ def _bar(word: str) -> Iterator[Callable[[int, int | None], None]]:
     """Shows how much of the whole is done, as it is told."""
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(word, total=None, visible=False)  # a mistake is told before there is anything to show
         yield lambda done, total: progress.update(bar, completed=done, total=total, visible=True)

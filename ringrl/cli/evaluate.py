@@ -67,7 +67,7 @@ def evaluate(
     from ringrl.training import load_policy
 
     if output is not None and output.suffix != ".jsonl":
-        raise UserError(f"--output: {output} is no results file; give a name that ends in .jsonl")
+        raise UserError(f"--output: {output} is not a results file; give a name that ends in .jsonl")
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype)

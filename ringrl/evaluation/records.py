@@ -270,6 +270,8 @@ def _parse(line: bytes, path: Path, number: int) -> EvaluationRecord:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
+        if number == 1 and not line.startswith(b"{"):
+            raise UserError(f"{path}: is not a results file; give results of `ringrl evaluate` (.jsonl)") from error
         raise UserError(f"{where}: is not JSON; remove the line or the file") from error
     protocol = values.get("protocol") if isinstance(values, dict) else None
     if protocol is None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ringrl.config import SlurmConfig
 from ringrl.data import EpisodeStore
+from ringrl.data.sampler import episodes_for_contexts
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.video import write_videos
@@ -107,13 +108,19 @@ def _check(plan: AblationPlan, how: Run) -> tuple[list[Cell], list[Reference]]:
     """The plan's cells and references; UserError before anything is made where they cannot all be run."""
     if how.workers < 1:
         raise UserError(f"--workers: {how.workers} is too few, at least 1 is needed")
-    everything, fingerprints = list(cells(plan)), {}
+    everything, fingerprints, stores = list(cells(plan)), {}, {}
     for task, data in plan.datasets.items():
-        store = EpisodeStore(data)
+        store = stores[task] = EpisodeStore(data)
         if store.domain != domain_of(task).name:
             raise UserError(f"{data}: holds episodes of {store.domain}, which are of no use for {task}")
         store.returns(task)
         fingerprints[task] = dataset_fingerprint(store)
+    for cell in everything:
+        config = cell.config
+        try:
+            episodes_for_contexts(stores[config.task], config.task, config.context, config.seed)
+        except UserError as error:
+            raise UserError(f"{cell.name}: {error}") from error
     if plan.budget == "time" and not how.timing:
         raise UserError("--untimed: the budget time needs steps that were timed; leave it out")
     if plan.videos and how.slurm is None:

@@ -209,6 +209,16 @@ def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(
     assert int(total[3].replace(",", "")) == int(steps.replace(",", "")) + 17, "a cell that has begun keeps its steps"
 
 
+def test_a_length_that_the_data_cannot_fill_is_told_before_anything_is_timed(
+    write_plan, jaco_store: EpisodeStore
+) -> None:
+    count = jaco_store.num_episodes + 1
+    plan = write_plan(jaco_store.path, trajectories=[1, count], trajectories_per_batch=count, baselines=[])
+    with pytest.raises(UserError, match=rf"^jaco_reach_top_left/at_{count}_seed0: context\.trajectories: {count} do not"):
+        estimate(read_plan(plan), Console(file=io.StringIO()))
+    assert not read_plan(plan).output.exists()
+
+
 def rows_of(text: str) -> dict[str, list[str]]:
     """Columns of the lines of a table, by the first."""
     return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
