@@ -71,22 +71,11 @@ def decode_attention(
     Raises:
       ValueError: shapes or heads that do not fit, or a `length` (where it is a plain number) outside N ... C.
     """
-    if k_cache.shape != v_cache.shape:
-        raise ValueError(f"v_cache: expected k_cache's shape {k_cache.shape}, got {v_cache.shape}")
-    batch, new, heads, head_dim = q.shape
-    if (batch, head_dim) != (k_cache.shape[0], k_cache.shape[3]):
-        raise ValueError(f"k_cache: expected batch and head_dim of q {q.shape}, got {k_cache.shape}")
-    capacity, kv_heads = k_cache.shape[1:3]
-    if heads % kv_heads:
-        raise ValueError(f"k_cache: its {kv_heads} heads do not divide the {heads} heads of q")
-    if new > capacity:
-        raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
-    if isinstance(length, int) and not new <= length <= capacity:
-        raise ValueError(f"length: expected {new} ... {capacity} tokens in the cache, got {length}")
+    _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
         _check_prefix(prefix, k_cache)
     options = arguments.options(
-        head_dim,
+        q.shape[3],
         is_causal=True,
         local_window_size=local_window_size,
         scale=scale,
@@ -97,7 +86,7 @@ def decode_attention(
         caches.append(prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)))
     if mesh is None:
         return _over_caches(q, caches, 0, 1, options).o.astype(q.dtype)
-    size = _check_shards(mesh, axis_name, capacity)
+    size = _check_shards(mesh, axis_name, k_cache.shape[1])
     if prefix is not None:
         _check_shards(mesh, axis_name, prefix.k.shape[1])
 
@@ -111,6 +100,21 @@ def decode_attention(
     return jax.shard_map(shard, mesh=mesh, in_specs=(replicated, specs), out_specs=replicated)(
         q, [tuple(map(jnp.asarray, cache)) for cache in caches]
     )
+
+
+def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array | int) -> None:
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"v_cache: expected k_cache's shape {k_cache.shape}, got {v_cache.shape}")
+    batch, new, heads, head_dim = q.shape
+    if (batch, head_dim) != (k_cache.shape[0], k_cache.shape[3]):
+        raise ValueError(f"k_cache: expected batch and head_dim of q {q.shape}, got {k_cache.shape}")
+    capacity, kv_heads = k_cache.shape[1:3]
+    if heads % kv_heads:
+        raise ValueError(f"k_cache: its {kv_heads} heads do not divide the {heads} heads of q")
+    if new > capacity:
+        raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
+    if isinstance(length, int) and not new <= length <= capacity:
+        raise ValueError(f"length: expected {new} ... {capacity} tokens in the cache, got {length}")
 
 
 def _over_caches(q: jax.Array, caches: list[Prefix], index: jax.Array | int, size: int, options: Options) -> Partial:

@@ -15,7 +15,7 @@ from ringrl.attention.arguments import Axes
 from ringrl.attention.attend import LOCAL, Plan, attend
 from ringrl.attention.device import device_of
 from ringrl.attention.layout import LAYOUTS, check_length, shard_positions
-from ringrl.attention.mask import Side
+from ringrl.attention.mask import Rule, Side
 from ringrl.attention.ring import AxisName, make_ring
 from ringrl.attention.strategy import STRATEGIES, choose_strategy
 from ringrl.attention.ulysses import gather_heads, scatter_heads
@@ -182,23 +182,36 @@ def ring_attention_shard(
         q, k, v, side = scatter_heads(q, k, v, side, ulysses_axis, lax.axis_size(ulysses_axis))
     if strategy == "all_gather":
         plan: Plan = AllGather(axis_name)
-    elif ring_axis is None or lax.axis_size(ring_axis) == 1:
-        plan = LOCAL
     else:
-        if bidirectional and k.shape[2] % 2:
-            raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
-        plan = make_ring(
-            ring_axis,
-            local_length=q.shape[1],
-            layout=layout,
-            rule=options.rule,
-            default_positions=positions is None,
-            bidirectional=bidirectional,
-        )
+        plan = _ring_plan(ring_axis, q, k, layout, options.rule, positions is None, bidirectional)
     o, lse = attend(q, k, v, side, side, options, plan)
     if ulysses_axis is not None:
         o, lse = gather_heads(o, lse, ulysses_axis)
     return (o, lse) if return_residual else o
+
+
+def _ring_plan(
+    axis_name: AxisName | None,
+    q: jax.Array,
+    k: jax.Array,
+    layout: str,
+    rule: Rule,
+    default_positions: bool,
+    bidirectional: bool,
+) -> Plan:
+    """How this device's queries meet the keys of the ring; of one device, or none, its own."""
+    if axis_name is None or lax.axis_size(axis_name) == 1:
+        return LOCAL
+    if bidirectional and k.shape[2] % 2:
+        raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
+    return make_ring(
+        axis_name,
+        local_length=q.shape[1],
+        layout=layout,
+        rule=rule,
+        default_positions=default_positions,
+        bidirectional=bidirectional,
+    )
 
 
 def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, AxisName | None]:

@@ -45,7 +45,9 @@ class TargetPolicy:
         except ValueError:
             found = cls("given", math.nan)
         if not math.isfinite(found.value) or (found.kind == "quantile" and not 0 <= found.value <= 1):
-            raise UserError(f'--target: {text!r} is not a target; give "best", a return (800), "0.9x" (of the best) or "q0.75"')
+            raise UserError(
+                f'--target: {text!r} is not a target; give "best", a return (800), "0.9x" (of the best) or "q0.75"'
+            )
         return found
 
     @property
