@@ -29,6 +29,7 @@ class Row:
     iqm: float  # interquartile mean over training seeds of the same
     low: float | None  # 95 % interval of the interquartile mean over training seeds
     high: float | None
+    control: float | None  # interquartile mean of the mean return of the same policy without memory
     first: float | None  # interquartile means over training seeds, as all that follow
     last: float | None
     best: float | None  # best of the n episodes of a stream
@@ -134,7 +135,7 @@ def to_rich(table: Sequence[Row]) -> Table:
 def _row(grid: Grid, cell: Cell) -> Row:
     found = summarise(cell.runs())
     # Without context the episodes of a stream are independent, and the first remembers none: its own control.
-    control = cell.runs("best") if cell.variant.context_free or cell.test == 1 else cell.control_runs("best")
+    control = cell.runs if cell.variant.context_free or cell.test == 1 else cell.control_runs
     first, last, best = (middle_or_none(cell.runs(metric)) for metric in ("first", "last", "best"))
     return Row(
         task=cell.task,
@@ -145,10 +146,11 @@ def _row(grid: Grid, cell: Cell) -> Row:
         iqm=found.value,
         low=found.interval.low if found.interval else None,
         high=found.interval.high if found.interval else None,
+        control=middle_or_none(control("mean")),
         first=first,
         last=last,
         best=best,
-        best_control=middle_or_none(control),
+        best_control=middle_or_none(control("best")),
         score=score_or_none(cell.task, found.value),
         seeds=found.runs,
         episodes=cell.episodes,
@@ -163,7 +165,7 @@ def _data_rows(grid: Grid, task: str) -> list[Row]:
 
     def row(method: str, score: float, episodes: int) -> Row:
         absent: dict[str, None] = dict.fromkeys(
-            ("trained_on", "rolled_out", "low", "high", "first", "last", "best", "best_control", "seeds")
+            ("trained_on", "rolled_out", "low", "high", "control", "first", "last", "best", "best_control", "seeds")
         )
         return Row(
             task=task,

@@ -42,6 +42,13 @@ def test_interquartile_mean_differs_from_the_mean(make_rollouts):
 def test_a_single_episode_is_its_own_control(make_rollouts):
     (row,) = rows(gather(make_rollouts(1, 0, 100)))
     assert row.best == row.best_control == 101
+    assert row.control == row.iqm == 101
+
+
+def test_the_control_s_mean_and_best_by_hand(make_rollouts):
+    (row,) = rows(gather(make_rollouts(2, 0, 100, gain=10) + make_rollouts(2, 0, 50, gain=20, context=False)))
+    assert (row.iqm, row.best) == (106, 111)
+    assert (row.control, row.best_control) == (61, 71)
 
 
 def test_one_seed_has_no_interval_anywhere(make_ablation):
