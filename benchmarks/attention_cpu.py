@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from command_line import positive
+
 RING, HEADS, HEAD_DIM = 8, 4, 64
 CASES = ("ring", "official", "one_device", "dot_product_attention")
 
@@ -128,10 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", help="python of an environment with jax 0.4.30 and ringattention 0.1.2")
-    parser.add_argument("--ring-tokens", type=int, default=16_384)
-    parser.add_argument("--tokens", type=int, default=8_192, help="on one device")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3, help="times that all cases are run in turn")
+    parser.add_argument("--ring-tokens", type=positive, default=16_384)
+    parser.add_argument("--tokens", type=positive, default=8_192, help="on one device")
+    parser.add_argument("--runs", type=positive, default=5)
+    parser.add_argument("--rounds", type=positive, default=3, help="times that all cases are run in turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command_line import positive
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial, by_token
 from ringrl.attention.kernels import mosaic_gpu, mosaic_gpu_backward, xla
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Check, measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=450, help="sections that would go on beyond this are left out")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=positive, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if jax.default_backend() != "gpu":

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from command_line import positive, told_in_one_line
 
 from ringrl.data.collect import PRESETS, collect, preset_episodes
 from ringrl.data.exorl import Archive
 from ringrl.envs import domain_of
-from ringrl.errors import UserError
 
 TASKS = (
     "walker_walk",
@@ -65,8 +65,9 @@ def measure_all(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     measured = []
     for task in options.tasks:
+        episodes = preset_episodes(options.preset, task) if options.episodes is None else options.episodes
         for method in options.methods:
-            row = measure(task, method, options.episodes or preset_episodes(options.preset, task), options.seed)
+            row = measure(task, method, episodes, options.seed)
             measured.append(row)
             returns = np.array(row["returns"])
             last = returns[-max(1, len(returns) // 10) :].mean()
@@ -79,20 +80,18 @@ def measure_all(options: argparse.Namespace) -> None:
                 options.json.write_text(json.dumps(measured))
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description="Returns and cost of local collection.")
     parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
     parser.add_argument("--methods", nargs="+", default=["scripted", "td3", "rnd"], help="scripted, td3, rnd")
     parser.add_argument("--preset", default="small", choices=PRESETS, help="how much to collect")
-    parser.add_argument("--episodes", type=int, help="how many, in place of the preset's")
+    parser.add_argument("--episodes", type=positive, help="how many, in place of the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write every return to this file")
     options = parser.parse_args(arguments)
-    try:
-        measure_all(options)
-    except UserError as error:
-        parser.exit(2, f"collect.py: {error}\n")
+    measure_all(options)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from command_line import positive, told_in_one_line
 
 from ringrl.config import ContextConfig
 from ringrl.data import EpisodeStore
@@ -59,13 +60,14 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description="Time to assemble a batch of contexts.")
-    parser.add_argument("--contexts", type=int, default=8, help="contexts per batch")
-    parser.add_argument("--trajectories", type=int, default=128, help="trajectories per context, 1000 steps each")
-    parser.add_argument("--episodes", type=int, default=1500, help="episodes in the store")
-    parser.add_argument("--batches", type=int, default=10, help="batches measured, after one to warm up")
+    parser.add_argument("--contexts", type=positive, default=8, help="contexts per batch")
+    parser.add_argument("--trajectories", type=positive, default=128, help="trajectories per context, 1000 steps each")
+    parser.add_argument("--episodes", type=positive, default=1500, help="episodes in the store")
+    parser.add_argument("--batches", type=positive, default=10, help="batches measured, after one to warm up")
     parser.add_argument("--json", type=Path, help="also write every time to this file")
     options = parser.parse_args(arguments)
     times: dict[str, list[float]] = {"measure the statistics": [], "plan": [], "assemble": [], "copy": []}

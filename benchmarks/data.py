@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from command_line import positive, told_in_one_line
 
 TASKS = {
     "walker": "walker_walk",
@@ -342,13 +343,16 @@ def show(part: str, results: dict[str, Numbers]) -> None:
             print(f"  {what:<52}{number:>14,.3f}" if number > 1e-3 else f"  {what:<52}{number:>14.1e}", flush=True)
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--exorl", type=Path, help="folder of {domain}/{algo}.zip, for the parity of rewards")
-    parser.add_argument("--episodes", type=int, default=200, help="to import (10000: as many as an ExoRL archive has)")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--episodes", type=positive, default=200, help="to import (10000: as many as an ExoRL archive has)"
+    )
+    parser.add_argument("--runs", type=positive, default=5)
     parser.add_argument("--batch", default="8x128", help="contexts x trajectories")
     parser.add_argument("--gigabytes", type=float, default=20, help="of the sparse store")
     parser.add_argument("--limit", type=float, default=2, help="gigabytes of private memory of its reader")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import positive, told_in_one_line
 
 LONG, RINGS = 524_288, (1, 2, 4, 8)
 STEPS = 10  # of a run
@@ -158,14 +159,15 @@ def memory_in_process(ring: int) -> dict[str, float]:
     return found
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="walker_walk")
-    parser.add_argument("--episodes", type=int, default=4)
-    parser.add_argument("--environments", type=int, default=10)
+    parser.add_argument("--episodes", type=positive, default=4)
+    parser.add_argument("--environments", type=positive, default=10)
     parser.add_argument("--token-set", default="at5")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=positive, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -22,6 +22,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from command_line import positive, told_in_one_line
 
 from ringrl.envs import domain_of, make, make_vec
 
@@ -148,13 +149,14 @@ def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
     )
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description="Environment steps per second, beside peers.")
     parser.add_argument("tasks", nargs="*", default=DEFAULT_TASKS, help="full task names (one per domain)")
-    parser.add_argument("--num-envs", type=int, default=64)
-    parser.add_argument("--threads", type=int, help="that simulate (one per core)")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--num-envs", type=positive, default=64)
+    parser.add_argument("--threads", type=positive, help="that simulate (one per core)")
+    parser.add_argument("--runs", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="at most, per run")
     parser.add_argument("--json", type=Path, help="also write every run to this file")
     options = parser.parse_args(arguments)

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import positive, told_in_one_line
+
 DEVICES, KINDS = 8, ("vanilla", "ring")
 
 
@@ -93,13 +95,14 @@ def draw(results: dict[str, Any], gib: float, path: Path) -> None:
         figure.savefig(path)
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, train, print and, if asked, write JSON and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=16)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in range(12, 23)])
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[2**n for n in range(12, 23)])
     parser.add_argument("--real-tokens", type=int, nargs=len(KINDS), default=[2**14, 2**16], help="vanilla, ring")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)

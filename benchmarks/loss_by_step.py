@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from command_line import positive, told_in_one_line
 from jaxtyping import Float
 
 from ringrl.data.sampler import ContextSampler
@@ -52,18 +53,16 @@ def table(found: Float[np.ndarray, "contexts trajectories steps"]) -> tuple[list
     return names, [[float(one[:, a:b].mean()) for a, b in pairwise(edges)] for one in found.swapaxes(0, 1)]
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", type=Path, help="where the run's store lies, if it has moved")
-    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--batches", type=positive, default=16)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    try:
-        names, rows = table(errors(options.run, options.data, options.batches))
-    except UserError as error:
-        parser.exit(2, f"loss_by_step.py: {error}\n")
+    names, rows = table(errors(options.run, options.data, options.batches))
     print(f"| trajectory | {' | '.join(names)} |")
     print("|" + "---|" * (len(names) + 1))
     for number, row in enumerate(rows, 1):

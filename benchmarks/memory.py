@@ -14,6 +14,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import positive, told_in_one_line
+
 KINDS = ("vanilla", "memory_efficient", "blockwise", "ring")
 MOST_DEVICES = 8
 
@@ -98,13 +100,14 @@ def draw(results: dict, path: Path) -> None:
         figure.savefig(path)
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, print and, if asked, write JSON and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2_048, 4_096, 8_192])
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[2_048, 4_096, 8_192])
     parser.add_argument("--rings", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--local-tokens", type=int, default=2_048)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=positive, default=256)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from command_line import positive, told_in_one_line
 
 from ringrl.model import make_policy
 from ringrl.planning.closed_form import memory_of
@@ -79,14 +80,15 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     }
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan, run, compare and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", default="cpu-8", help="cpu-8 or 1xh200")
     parser.add_argument("--model", default="small")
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--layers", type=int, default=2, help="of host devices; a GPU has the model's own")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--tokens", type=positive, default=16_384)
+    parser.add_argument("--layers", type=positive, default=2, help="of host devices; a GPU has the model's own")
+    parser.add_argument("--steps", type=positive, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     machine = find_machine(options.machine)

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prompts import ends, evaluate_prompts, shown, summarised
+from command_line import positive, told_in_one_line
+from prompts import RESULTS, ends, evaluate_prompts, shown, summarised
 
 from ringrl.config import TrainConfig, merged, read_yaml
 from ringrl.configs import preset
-from ringrl.errors import UserError
 from ringrl.evaluation.records import EvaluationRecord
 from ringrl.training import train
 
@@ -46,7 +46,7 @@ def run_cell(
     }  # fmt: skip
     config = TrainConfig.model_validate(merged(settings, own))
     run = train(config, resume=config.run.exists(), quiet=True)
-    return evaluate_prompts(run, (0, length - 1), PROMPTS, STREAMS)
+    return evaluate_prompts(run, (0, length - 1), PROMPTS, STREAMS, run / RESULTS)
 
 
 def summarise(records: Sequence[EvaluationRecord], lengths: Sequence[int]) -> dict[str, Any]:
@@ -105,6 +105,7 @@ def settings_of(name: str, steps: int | None) -> dict[str, Any]:
     return merged(read_yaml(Path(name) if Path(name).suffix else preset(name)), own)
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, evaluate, print and, if asked, write JSON and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,25 +113,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 4, 8], help="each divides the longest")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="optimiser steps, where other than the file's")
+    parser.add_argument("--steps", type=positive, help="optimiser steps, where other than the file's")
     parser.add_argument("--folder", type=Path, default=Path("prompted_lengths"))
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=positive, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
     if any(length < 1 or max(options.lengths) % length for length in options.lengths):
         parser.error(f"--lengths: each has to divide the longest, {max(options.lengths)}")
-    try:
-        settings = settings_of(options.config, options.steps)
-        work = partial(run_cell, settings, options.store, options.folder, max(options.lengths))
-        cells = [(length, seed) for seed in options.seeds for length in options.lengths]
-        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-            records = []
-            for (length, seed), found in zip(cells, pool.map(work, cells), strict=True):
-                records += found
-                print(f"n = {length}, seed {seed}: done", flush=True)
-    except UserError as error:
-        parser.exit(2, f"prompted_lengths.py: {error}\n")
+    settings = settings_of(options.config, options.steps)
+    work = partial(run_cell, settings, options.store, options.folder, max(options.lengths))
+    cells = [(length, seed) for seed in options.seeds for length in options.lengths]
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        records = []
+        for (length, seed), found in zip(cells, pool.map(work, cells), strict=True):
+            records += found
+            print(f"n = {length}, seed {seed}: done", flush=True)
     results = summarise(records, options.lengths)
     print(table(results))
     if options.json:

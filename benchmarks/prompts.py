@@ -1,12 +1,13 @@
 """How much of its return does a model owe to the trajectories that stand in its context?
 
     python benchmarks/prompts.py RUN [RUN ...] [--single RUN ...] [--lengths 0 1 2 3] [--draws 5] [--streams 4]
-                                 [--json FILE] [--plot FILE.svg]
+                                 [--results prompts.jsonl] [--json FILE] [--plot FILE.svg]
 
 RUNs are folders of training runs that differ by their seed alone, for example cells of a study. Each model acts in
 single episodes with so many trajectories of its training data in its memory, drawn and ordered as its training contexts
 were: the same weights, the same starts and several draws, and only the context longer. `--single` names models of one
-trajectory, which know no others: what such a model returns by itself. What is finished is not done again.
+trajectory, which know no others: what such a model returns by itself. Every episode is kept in the file of results, so
+that what is finished is not done again: a file beside the runs, for a report of a study is not to count these.
 """
 
 import argparse
@@ -17,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import positive, told_in_one_line
 
-from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED, Protocol, plan_policy, programs_of
 from ringrl.evaluation.records import EvaluationRecord, read_records
 from ringrl.evaluation.session import Job, evaluate_all
 from ringrl.evaluation.statistics import Estimate, estimate
 from ringrl.training import load_policy
 
-RESULTS = "prompts.jsonl"  # in the run's folder
+RESULTS = "prompts.jsonl"
 
 
-def evaluate_prompts(run: Path, lengths: Sequence[int], draws: int, streams: int) -> list[EvaluationRecord]:
-    """Single episodes with prompts of each length, `draws` of them with `streams` starts each, into the run's folder.
+def evaluate_prompts(
+    run: Path, lengths: Sequence[int], draws: int, streams: int, results: Path
+) -> list[EvaluationRecord]:
+    """Single episodes with prompts of each length, `draws` of them with `streams` starts each, into a results file.
 
     In all tasks that the run was trained on. Returns these, whatever else the file holds.
     """
@@ -45,10 +48,10 @@ def evaluate_prompts(run: Path, lengths: Sequence[int], draws: int, streams: int
                     prompt_trajectories=trajectories,
                     prompt_seed=draw if trajectories else 0,
                 )
-                jobs.append(Job(plan_policy(trained, run, protocol, task=task, programs=programs), run / RESULTS))
+                jobs.append(Job(plan_policy(trained, run, protocol, task=task, programs=programs), results))
     evaluate_all(jobs)
     asked = {job.plan.shared.evaluation for job in jobs}
-    return [record for record in read_records(run / RESULTS).records if record.evaluation in asked]
+    return [record for record in read_records(results).records if record.evaluation in asked]
 
 
 def mean_returns(records: Sequence[EvaluationRecord]) -> list[np.ndarray]:
@@ -87,11 +90,13 @@ def ends(found: dict[str, Any]) -> tuple[float, float]:
     return interval["low"], interval["high"]
 
 
-def measure(runs: Sequence[Path], lengths: Sequence[int], draws: int, streams: int) -> dict[int, dict[str, Any]]:
+def measure(
+    runs: Sequence[Path], lengths: Sequence[int], draws: int, streams: int, results: Path
+) -> dict[int, dict[str, Any]]:
     """Evaluate the runs; per length of the prompt, what they return."""
     found: list[EvaluationRecord] = []
     for run in runs:
-        found += evaluate_prompts(run, lengths, draws, streams)
+        found += evaluate_prompts(run, lengths, draws, streams, results)
         print(f"{run}: done", flush=True)
     return {length: summarised([r for r in found if r.prompt_trajectories == length]) for length in lengths}
 
@@ -129,22 +134,22 @@ def draw(found: dict[int, dict[str, Any]], single: dict[str, Any] | None, path: 
         figure.savefig(path)
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate, print and, if asked, write JSON and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--single", type=Path, nargs="+", default=[])
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--draws", type=positive, default=5)
+    parser.add_argument("--streams", type=positive, default=4)
+    parser.add_argument("--results", type=Path, default=Path(RESULTS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
-    try:
-        found = measure(options.runs, options.lengths, options.draws, options.streams)
-        single = measure(options.single, [0], options.draws, options.streams)[0] if options.single else None
-    except UserError as error:
-        parser.exit(2, f"prompts.py: {error}\n")
+    drawn = options.draws, options.streams, options.results
+    found = measure(options.runs, options.lengths, *drawn)
+    single = measure(options.single, [0], *drawn)[0] if options.single else None
     print(table(found, single))
     if options.json:
         options.json.write_text(json.dumps({"prompts": found, "single": single}, indent=1))

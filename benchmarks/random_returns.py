@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from command_line import positive, told_in_one_line
 
 from ringrl.envs import TASKS, domain_of, make
-from ringrl.errors import UserError
 
 
 def random_returns(task: str, episodes: int, seed: int) -> np.ndarray:
@@ -42,18 +42,16 @@ def measure(tasks: Sequence[str], episodes: int, seeds: int) -> dict[str, list[l
     return measured
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description="Mean return of the uniform random policy per task.")
     parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names (all)")
-    parser.add_argument("--episodes", type=int, default=20, help="episodes per seed")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...")
+    parser.add_argument("--episodes", type=positive, default=20, help="episodes per seed")
+    parser.add_argument("--seeds", type=positive, default=5, help="seeds 0, 1, ...")
     parser.add_argument("--json", type=Path, help="also write every return to this file")
     options = parser.parse_args(arguments)
-    try:
-        measured = measure(options.tasks, options.episodes, options.seeds)
-    except UserError as error:
-        parser.exit(2, f"random_returns.py: {error}\n")
+    measured = measure(options.tasks, options.episodes, options.seeds)
     if options.json:
         options.json.write_text(json.dumps({"episodes": options.episodes, "returns": measured}))
 

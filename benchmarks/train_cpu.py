@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import positive, told_in_one_line
+
 KINDS = {"one device": 1, "ring of 8": 8}
 TASK = "walker_walk"
 
@@ -152,11 +154,12 @@ def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
     }
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each kind in a process of its own, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("trajectories", 4), ("width", 256), ("layers", 2), ("steps", 6), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=positive, default=default)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -20,6 +20,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from command_line import positive, told_in_one_line
 from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.config import TrainConfig, read_yaml
@@ -92,11 +93,12 @@ def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array
     }
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="paper_350m")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2**15, 2**16, 2**17, 2**18, 2**19])
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[2**15, 2**16, 2**17, 2**18, 2**19])
     parser.add_argument("--seconds", type=float, default=450)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=Path)

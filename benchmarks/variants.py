@@ -17,11 +17,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from prompts import evaluate_prompts, shown, summarised
+from command_line import positive, told_in_one_line
+from prompts import RESULTS, evaluate_prompts, shown, summarised
 
 from ringrl.config import TrainConfig, merged, read_yaml
 from ringrl.configs import preset
-from ringrl.errors import UserError
 from ringrl.evaluation.records import EvaluationRecord
 from ringrl.training import train
 
@@ -51,7 +51,7 @@ def run_cell(settings: dict[str, Any], folder: Path, cell: tuple[str, int]) -> l
     own = {"run": folder / f"{name.replace(' ', '_')}-seed{seed}", "seed": seed}
     config = TrainConfig.model_validate(merged(merged(settings, VARIANTS[name]), own))
     run = train(config, resume=config.run.exists(), quiet=True)
-    return evaluate_prompts(run, (0, config.context.trajectories - 1), PROMPTS, STREAMS)
+    return evaluate_prompts(run, (0, config.context.trajectories - 1), PROMPTS, STREAMS, run / RESULTS)
 
 
 def summarise(records: Sequence[EvaluationRecord], prompt: int) -> dict[str, Any]:
@@ -71,30 +71,28 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, evaluate, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
     parser.add_argument("--task", default="walker_walk")
-    parser.add_argument("--trajectories", type=int, default=2, help="of a context")
+    parser.add_argument("--trajectories", type=positive, default=2, help="of a context")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("variants"))
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=positive, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     own = {"data": options.store, "task": options.task, "context": {"trajectories": options.trajectories}}
     settings = merged(read_yaml(preset("study_results"))["settings"], own)
     cells = [(name, seed) for seed in options.seeds for name in options.only]
     records: dict[str, list[EvaluationRecord]] = {}
-    try:
-        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-            done = pool.map(partial(run_cell, settings, options.folder), cells)
-            for (name, seed), found in zip(cells, done, strict=True):
-                records.setdefault(name, []).extend(found)
-                print(f"{name}, seed {seed}: done", flush=True)
-    except UserError as error:
-        parser.exit(2, f"variants.py: {error}\n")
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        done = pool.map(partial(run_cell, settings, options.folder), cells)
+        for (name, seed), found in zip(cells, done, strict=True):
+            records.setdefault(name, []).extend(found)
+            print(f"{name}, seed {seed}: done", flush=True)
     results = {name: summarise(found, options.trajectories - 1) for name, found in records.items()}
     print(table(results))
     if options.json:

@@ -95,7 +95,7 @@ class Train(Trial):
             ("all of it gone", shutil.rmtree),
         ):  # fmt: skip
             prepare = self._finished(lambda run, damage=damage: damage(run / newest))
-            # A bit may be one that no value depends on: then nothing is to be said. Parameters are compared in any case.
+            # No value may depend on a bit: then nothing is to be said. Parameters are compared in any case.
             says = None if damage is shutil.rmtree or what.startswith("a bit flipped") else "laid aside as"
             yield Fault(f"newest checkpoint: {what}", [WELL], says, resumed, prepare=prepare)
 

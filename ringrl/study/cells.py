@@ -13,7 +13,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -33,7 +33,7 @@ from ringrl.files import write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan
 from ringrl.training import load_policy, train
-from ringrl.training.run_folder import check_configuration, dataset_fingerprint
+from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
 EVALUATION = "evaluation.jsonl"
 FINISHED, FAILED, LOG, CELL = "finished.json", "failed.txt", "log.txt", "cell.yaml"
@@ -159,9 +159,37 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
 
 
 def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> Iterator[Cell]:
-    """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons."""
-    for cell in _cells(plan):
+    """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons.
+
+    Raises:
+      UserError: settings that no run accepts, or that reach none.
+    """
+    found = list(_cells(plan))
+    in_question = [cell for cell in found if cell.folder.name.partition("_")[0] in plan.methods] or found
+    _check_heeded("settings", plan.settings, in_question)
+    for task, settings in plan.task_settings.items():
+        _check_heeded(f"task_settings: {task}", settings, [cell for cell in in_question if cell.config.task == task])
+    for cell in found:
         yield dataclasses.replace(cell, fingerprint=fingerprints.get(cell.config.task))
+
+
+def _check_heeded(where: str, settings: Mapping[str, Any], found: Sequence[Cell]) -> None:
+    """UserError where one of the settings is another in every cell, so that its reader would be misled."""
+    for name, value in flat(dict(settings)).items():
+        # Steps of a cell may be counted from the plan's by its budget.
+        if name != "optimiser.steps" and not any(_has(cell.config, name, value) for cell in found):
+            raise UserError(
+                f"{where}: {name}: has no effect, since the plan itself or its methods set it otherwise; leave it out"
+            )
+
+
+def _has(config: TrainConfig, name: str, value: Any) -> bool:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    try:
+        return TrainConfig.model_validate(merged(config.model_dump(), value)) == config
+    except pydantic.ValidationError:  # it does not even go with what the method sets
+        return False
 
 
 def _cells(plan: AblationPlan) -> Iterator[Cell]:

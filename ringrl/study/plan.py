@@ -51,7 +51,8 @@ class AblationPlan(Section):
     trajectories_per_batch / n contexts. td3 and td3+bc have batches of transitions; for the budget tokens they take as
     many more steps as they need to see as many timesteps."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}; those of a method win."""
+    """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}; those of a method win, and
+    what they leave without effect is refused."""
     task_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings of single tasks, by the task's name, over those that all share."""
     environments: int = Field(10, ge=1)

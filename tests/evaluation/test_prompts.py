@@ -32,9 +32,12 @@ def script(benchmarks: None) -> ModuleType:
     return importlib.import_module("prompts")
 
 
-def test_each_length_has_the_same_starts_and_a_prompt_of_its_own(script: ModuleType, at_run: Path) -> None:
-    found = script.measure([at_run], [0, 1], draws=2, streams=1)
-    records = read_records(at_run / script.RESULTS).records
+def test_each_length_has_the_same_starts_and_a_prompt_of_its_own(
+    script: ModuleType, at_run: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "prompts.jsonl"
+    found = script.measure([at_run], [0, 1], draws=2, streams=1, results=results)
+    records = read_records(results).records
     starts = {(r.prompt_trajectories, r.start_seeds) for r in records}
     assert starts == {(length, (1_000_000 + draw,)) for length in (0, 1) for draw in (0, 1)}
     for length in (0, 1):
@@ -44,14 +47,18 @@ def test_each_length_has_the_same_starts_and_a_prompt_of_its_own(script: ModuleT
     assert found[0]["value"] != found[1]["value"], "the prompt is not seen"
     printed = script.table(found, single=None).splitlines()
     assert [line.split("|")[1].strip() for line in printed[2:]] == ["0", "1"]
-    assert script.measure([at_run], [0], draws=2, streams=1)[0] == found[0], "done again, or others counted in"
-    assert len(read_records(at_run / script.RESULTS).records) == len(records)
-    assert script.measure([at_run], [1], draws=1, streams=2)[1]["episodes"] == 2, "other draws from the same starts"
+    assert script.measure([at_run], [0], draws=2, streams=1, results=results)[0] == found[0], (
+        "done again, or others counted in"
+    )
+    assert len(read_records(results).records) == len(records)
+    other = script.measure([at_run], [1], draws=1, streams=2, results=results)
+    assert other[1]["episodes"] == 2, "other draws from the same starts"
+    assert not list(at_run.rglob("*prompts*")), "a report of the run's study would count them"
 
 
-def test_tasks_of_one_model_are_no_independent_evidence(script: ModuleType, at_run: Path) -> None:
+def test_tasks_of_one_model_are_no_independent_evidence(script: ModuleType, at_run: Path, tmp_path: Path) -> None:
     """Returns that are alike in all tasks of a model leave the interval of one task."""
-    records = script.evaluate_prompts(at_run, [0], draws=1, streams=1)
+    records = script.evaluate_prompts(at_run, [0], 1, 1, tmp_path / "prompts.jsonl")
     seeds = [r.model_copy(update={"seed": seed, "returns": (10.0 * seed,)}) for r in records for seed in range(4)]
     tasks = [r.model_copy(update={"task": task}) for r in seeds for task in (TASK, "jaco_reach_top_right")]
     one, both = script.summarised(seeds), script.summarised(tasks)

@@ -214,7 +214,9 @@ def test_a_length_that_the_data_cannot_fill_is_told_before_anything_is_timed(
 ) -> None:
     count = jaco_store.num_episodes + 1
     plan = write_plan(jaco_store.path, trajectories=[1, count], trajectories_per_batch=count, baselines=[])
-    with pytest.raises(UserError, match=rf"^jaco_reach_top_left/at_{count}_seed0: context\.trajectories: {count} do not"):
+    with pytest.raises(
+        UserError, match=rf"^jaco_reach_top_left/at_{count}_seed0: context\.trajectories: {count} do not"
+    ):
         estimate(read_plan(plan), Console(file=io.StringIO()))
     assert not read_plan(plan).output.exists()
 

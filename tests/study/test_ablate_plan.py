@@ -239,6 +239,34 @@ def test_wrong_settings_are_refused_by_name(write_plan) -> None:
         list(cells(plan))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"context": {"order": "random"}}}, r"^settings: context\.order: has no effect"),
+        ({"settings": {"context": {"trajectories": 8}}}, r"^settings: context\.trajectories: has no effect"),
+        ({"settings": {"seed": 5}}, "^settings: seed: has no effect"),
+        ({"settings": {"optimiser": {"batch_size": 64}}}, r"^settings: optimiser\.batch_size: has no effect"),
+        ({"task_settings": {"jaco_reach_top_left": {"context": {"target": "own"}}}},
+         r"^task_settings: jaco_reach_top_left: context\.target: has no effect"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_refused(write_plan, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        list(cells(plan_of(write_plan, **changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {"context": {"best_fraction": 0.5}}, "baselines": ["bc-10%"]},
+        {"settings": {"optimiser": {"steps": 64}}, "baselines": ["td3+bc"], "methods": [], "trajectories": [1]},
+        {"settings": {"optimiser": {"batch_size": 64}}, "budget": "steps"},
+    ],
+)
+def test_settings_with_effect_are_not(write_plan, changes: dict[str, object]) -> None:
+    assert list(cells(plan_of(write_plan, **changes)))
+
+
 def test_what_cannot_be_written_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,36 @@
+"""What the command lines of the scripts have in common."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Main = Callable[[Sequence[str] | None], None]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as a type of argparse's arguments."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def told_in_one_line(main: Main) -> Main:
+    """A script whose users are told of their mistakes in one line, with exit code 2, as `ringrl` does."""
+
+    @functools.wraps(main)
+    def script(arguments: Sequence[str] | None = None) -> None:
+        import pydantic  # here, since attention_cpu.py is also run where there is no RingRL
+
+        from ringrl.config import one_line
+        from ringrl.errors import UserError
+
+        try:
+            main(arguments)
+        except (UserError, pydantic.ValidationError) as error:
+            said = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
+            print(f"{Path(main.__code__.co_filename).name}: {said}", file=sys.stderr)
+            sys.exit(2)
+
+    return script
