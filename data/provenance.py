@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Literal, Self, get_args
 
 from ringrl import __version__
+from ringrl.errors import UserError
 
 Relabelling = Literal["control_aware", "exorl_compat"]
 """How rewards are computed: by the action that led to the state, or, as ExoRL's own code does, by a control of zero."""
@@ -73,4 +74,8 @@ def makers() -> str:
 
 
 def _today() -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())))
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        return time.strftime("%Y-%m-%d", time.gmtime(int(given) if given else None))
+    except (ValueError, OverflowError, OSError) as error:
+        raise UserError(f"SOURCE_DATE_EPOCH: {given} is no number of seconds since 1970; unset it") from error

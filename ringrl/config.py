@@ -228,7 +228,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     log_every: int = Field(10, ge=1)
-    """Steps between lines of metrics.jsonl."""
+    """Steps between writes of metrics.jsonl, which has a line for each step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """What shows the same numbers besides metrics.jsonl; wandb works offline, in the run's folder, unless the
     environment's WANDB_MODE says otherwise."""

@@ -102,6 +102,7 @@ def test_import_takes_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest
     assert "exorl_compat" in said
     assert "--max-episodes is 0" in refused([*command, "--overwrite", "--max-episodes", "0"], capsys)
     assert "--subset" in refused([*command, "--overwrite", "--subset", "middle"], capsys)
+    assert "--seed: only with --subset random" in refused([*command, "--overwrite", "--seed", "1"], capsys)
 
 
 def test_controls_start_where_the_streams_start(run: Path, tmp_path: Path) -> None:

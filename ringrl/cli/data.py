@@ -146,6 +146,8 @@ def data_import(
         raise UserError(f"--domain: say which domain {archive} is of (walker, cheetah, cartpole, ...)")
     if download:
         raise UserError("--download: only with --format minari; ExoRL archives: ringrl data download")
+    if seed and subset != "random":
+        raise UserError("--seed: only with --subset random; leave it out")
     from ringrl.data import import_archive
     from ringrl.data.card import describe
     from ringrl.data.subset import Subset

@@ -26,7 +26,7 @@ from ringrl.training import TrainedPolicy
 from ringrl.training.budget import budget
 
 SIMULATING, COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}  # what decides a result
-FIRST_SEED = 1_000_000  # environment seeds of evaluations; the data's and the training's lie far below
+FIRST_SEED = 1_000_000  # environment seeds of evaluations; episodes are collected from any
 SEEDS = 2**32  # that there are: what NumPy's RandomState, with which dm_control draws starts, can be seeded with
 
 

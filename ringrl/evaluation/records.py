@@ -68,7 +68,7 @@ class EvaluationRecord(pydantic.BaseModel):
     prompt_trajectories: NonNegativeInt = 0
     """Dataset trajectories that the policy remembered before the first episode."""
     prompt_seed: NonNegativeInt | None = None
-    """Seed that they were drawn with."""
+    """Seed that they were drawn with, together with that of the training run."""
     prompt_episodes: tuple[NonNegativeInt, ...] = ()
     """Their numbers in the dataset, in order."""
     prompt_returns: tuple[FiniteFloat, ...] = ()

@@ -18,8 +18,7 @@ class Cost(NamedTuple):
     """Of one cell."""
 
     steps: int  # of the optimiser
-    timesteps: int  # of data in training
-    tokens: int  # that the model sees of them
+    tokens: int  # that the model sees in training
     flops: float  # of the transformer's blocks in training; 0 for other models, whose are not counted
     simulated: int  # environment steps of the evaluation
     seconds: float | None  # of training and evaluation together; None: not measured
@@ -32,7 +31,6 @@ def cost(cell: Cell, timings: Mapping[str, Timing]) -> Cost:
     timing = timings.get(shape(cell))
     return Cost(
         steps=steps,
-        timesteps=steps * one.timesteps,
         tokens=steps * one.tokens,
         flops=steps * (one.flops or 0.0),
         simulated=sum(length * p.environments * p.episodes * (2 if p.control else 1) for p in cell.protocols),
@@ -66,7 +64,6 @@ def cost_table(cells: Sequence[Cell], timings: Mapping[str, Timing], finished: i
     known = [found.seconds for found in costs if found.seconds is not None]
     total = Cost(
         steps=sum(found.steps for found in costs),
-        timesteps=sum(found.timesteps for found in costs),
         tokens=sum(found.tokens for found in costs),
         flops=sum(found.flops for found in costs),
         simulated=sum(found.simulated for found in costs),

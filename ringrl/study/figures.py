@@ -34,6 +34,7 @@ from ringrl.study.report_variants import Variant
 _DATA_DASHES: dict[str, Dash] = {"data, mean": (7, 3), "data, best": SOLID}
 _POINTS_TO_MARK = 16  # beyond, a band stands for the bars, and no seed has a dot
 _WIDE = 22  # letters of a level's name, beyond which it takes another line
+_LINE_HEIGHT = 0.075  # of such a line, as a share of the chart
 _LINES_IN_CONTEXT = 4  # context lengths shown within a context; more would hide one another
 
 
@@ -210,7 +211,7 @@ def _levels(grid: Grid, task: str) -> list[tuple[str, float, Dash]]:
     return sorted(((name, value, dash) for name, (value, dash) in levels.items()), key=lambda level: level[1])
 
 
-def _label_levels(axes: Axes, levels: Sequence[tuple[str, float, Dash]], gap: float = 0.075) -> None:
+def _label_levels(axes: Axes, levels: Sequence[tuple[str, float, Dash]]) -> None:
     """Draw the lines, and their names at the right edge moved apart where they would overlap."""
     for _, value, dash in levels:
         axes.axhline(value, color=colour("muted"), linewidth=1, linestyle=linestyle(dash), zorder=0)
@@ -223,7 +224,7 @@ def _label_levels(axes: Axes, levels: Sequence[tuple[str, float, Dash]], gap: fl
     labels = [textwrap.fill(f"{name} {number(value)}", _WIDE) for name, value, _ in levels]
     for index in range(1, len(heights)):
         lines = 1 + (labels[index].count("\n") + labels[index - 1].count("\n")) / 2
-        heights[index] = max(heights[index], heights[index - 1] + gap * lines)
+        heights[index] = max(heights[index], heights[index - 1] + _LINE_HEIGHT * lines)
     for label, height in zip(labels, heights, strict=True):
         axes.text(
             1.02, height, label, transform=axes.transAxes, va="center", fontsize=8.5, color=colour("muted"),

@@ -10,6 +10,7 @@ import jinja2
 import rich.table
 from markupsafe import Markup
 
+from ringrl.data.layout import RETURN_LEVELS
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import decimal, number
 from ringrl.evaluation.records import Results, read_records
@@ -26,7 +27,7 @@ from ringrl.study.report_summary import summary
 from ringrl.study.report_svg import PALETTE, for_page
 from ringrl.study.report_training import training_charts, training_runs
 from ringrl.study.report_videos import Reel, reels
-from ringrl.study.tables import QUANTILES, Row, data_rows, rows, to_csv, to_rich
+from ringrl.study.tables import Row, data_rows, rows, to_csv, to_rich
 
 PAGE = "index.html"
 FIGURES, TABLES = "figures", "tables"  # folders beside the page
@@ -72,7 +73,7 @@ def write_report(results: Sequence[Path], destination: Path) -> Path:
         published=words(grid),
         rows=table,
         failed=any(row.failed for row in table),
-        quantiles=QUANTILES,
+        quantiles=RETURN_LEVELS,
         data=data_rows(grid),
         reels=shown,
         missing=_missing(charts, shown),
@@ -171,8 +172,10 @@ def _missing(charts: Sequence[Chart], shown: Sequence[Reel]) -> list[str]:
     """What the page could show and does not, and why."""
     names = {chart.name for chart in charts}
     reasons = {
-        "return_by_tokens": "Returns against what training took: no result tells it (`ringrl evaluate` writes it).",
-        "performance_profiles": "Performance profiles and probabilities of improvement: they need two training seeds.",
+        "return_by_tokens": "Returns against what training took: they need two results of a task that tell it, one of "
+        "them of a method with a context (`ringrl evaluate` writes it).",
+        "performance_profiles": "Performance profiles and probabilities of improvement: they need two training seeds, "
+        "and a method with a context.",
         "learning_curves": "Learning curves and throughput: no run's folder with its metrics.jsonl was found.",
     }
     found = [reason for name, reason in reasons.items() if name not in names]

@@ -166,7 +166,7 @@ def context_axis(axes: Axes, lengths: set[int]) -> None:
         axes.set_xlim(min(lengths) / 2**0.3, max(lengths) * 2**0.3)
 
 
-def amount_axis(axes: Axes, amounts: Sequence[float], unit: str = "") -> None:
+def amount_axis(axes: Axes, amounts: Sequence[float]) -> None:
     """Amounts with prefixes (k, M, G), logarithmic where they lie far apart; room at both ends."""
     low, high = min(amounts), max(amounts)
     if low > 0 and high / low >= _MANY_TIMES:
@@ -178,4 +178,4 @@ def amount_axis(axes: Axes, amounts: Sequence[float], unit: str = "") -> None:
         axes.set_xlim(low - room, high + room)
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(EngFormatter(unit, sep="\N{NO-BREAK SPACE}"))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="\N{NO-BREAK SPACE}"))

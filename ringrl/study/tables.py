@@ -10,11 +10,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ringrl.data.layout import RETURN_LEVELS
 from ringrl.evaluation.formatting import ABSENT, number
 from ringrl.evaluation.scores import score_or_none
 from ringrl.study.report_cells import Cell, Grid, middle, middle_or_none, summarise
-
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class DataRow:
 
     task: str
     episodes: int
-    quantiles: tuple[float, ...]  # at QUANTILES
+    quantiles: tuple[float, ...]  # at RETURN_LEVELS
     mean: float
     best_method: str | None  # highest interquartile mean
     best_return: float | None
@@ -74,7 +73,7 @@ def data_rows(grid: Grid) -> list[DataRow]:
             DataRow(
                 task=task,
                 episodes=len(returns),
-                quantiles=tuple(float(value) for value in np.quantile(returns, QUANTILES)),
+                quantiles=tuple(float(value) for value in np.quantile(returns, RETURN_LEVELS)),
                 mean=float(returns.mean()),
                 best_method=None if cell is None else describe(grid, cell),
                 best_return=best,

@@ -242,6 +242,10 @@ def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
     assert re.fullmatch(r"ringrl [0-9.]+, mujoco 3[0-9.]+", made.created_by)
     of_folder = import_archive(cartpole_folder, tmp_path / "b.h5", "cartpole").provenance
     assert of_folder.source_bytes == sum(path.stat().st_size for path in (cartpole_folder / "buffer").iterdir())
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    with pytest.raises(UserError, match="SOURCE_DATE_EPOCH: today is no number of seconds"):
+        import_archive(cartpole_zip, tmp_path / "c.h5", "cartpole")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
     copied = tmp_path / "cartpole.zip"
     with zipfile.ZipFile(cartpole_zip) as old, zipfile.ZipFile(copied, "w") as new:
         for name in old.namelist():

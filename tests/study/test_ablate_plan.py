@@ -151,7 +151,7 @@ def test_what_is_trained_costs_no_training_any_more(write_plan) -> None:
     (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings={"optimiser": {"steps": 30}}))
     timings = {shape(cell): Timing(start=5.0, step=2.0, evaluation=7.0)}
     whole = cost(cell, timings)
-    assert (whole.steps, whole.timesteps, whole.seconds) == (30, 30 * 2 * 250, 5 + 60 + 7)
+    assert (whole.steps, whole.tokens, whole.seconds) == (30, 30 * 2 * 250 * 4, 5 + 60 + 7)
     assert whole.simulated == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
     for name in ("10", "20", "25.orbax-checkpoint-tmp"):
         (cell.folder / "checkpoints" / name).mkdir(parents=True)

@@ -251,5 +251,10 @@ def test_figures_say_what_they_were_made_from(make_study, tmp_path):
 
 def test_what_is_not_shown_is_named_with_its_reason(write_results, make_ablation, tmp_path):
     text = write_report([write_results(make_ablation(seeds=1))], tmp_path / "report").read_text()
-    for reason in ("no result tells it", "they need two training seeds", "no run&#39;s folder", "evaluate --video"):
+    for reason in (
+        "two results of a task that tell it",
+        "they need two training seeds",
+        "no run&#39;s folder",
+        "evaluate --video",
+    ):
         assert reason in text, reason

@@ -32,6 +32,22 @@ def test_a_recipe_is_what_is_learned_from_and_how() -> None:
     }  # fmt: skip
 
 
+def test_a_recipe_has_what_its_kind_of_model_heeds() -> None:
+    base = {"data": "x.h5", "task": "walker_walk", "run": "a"}
+    changes = {
+        "context": {"trajectories": 8, "order": "random", "best_fraction": 0.5},
+        "actor_critic": {"discount": 0.9},
+    }
+    found = {}
+    for kind in ("transformer", "behaviour_cloning", "td3_bc"):
+        model = {"kind": kind, "heads": 4, "width": 64}
+        found[kind] = set(recipe(TrainConfig.model_validate(base | changes | {"model": model})))
+    both = {"context.best_fraction", "model.width"}
+    assert found["transformer"] == both | {"model.heads", "context.order"}
+    assert found["behaviour_cloning"] == both | {"model.kind", "context.trajectories", "context.order"}
+    assert found["td3_bc"] == both | {"model.kind", "actor_critic.discount"}
+
+
 def test_other_orders_displace_and_join_nothing(make_rollouts):
     """The same task, method, length and seeds, and once the trajectories in random order."""
     usual = [r for n in (1, 4) for seed in range(2) for r in make_rollouts(n, seed, 100.0 * n + seed, settings={})]
