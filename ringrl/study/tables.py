@@ -31,6 +31,7 @@ class Row:
     control: float | None  # interquartile mean of the mean return of the same policy without memory
     first: float | None  # interquartile means over training seeds, as all that follow
     last: float | None
+    last_control: float | None  # the same of the policy without memory, from the same starts
     best: float | None  # best of the n episodes of a stream
     best_control: float | None  # best of n episodes of the same policy without memory
     score: float | None  # normalised score of iqm
@@ -148,6 +149,7 @@ def _row(grid: Grid, cell: Cell) -> Row:
         control=middle_or_none(control("mean")),
         first=first,
         last=last,
+        last_control=middle_or_none(control("last")),
         best=best,
         best_control=middle_or_none(control("best")),
         score=score_or_none(cell.task, found.value),
@@ -164,7 +166,19 @@ def _data_rows(grid: Grid, task: str) -> list[Row]:
 
     def row(method: str, score: float, episodes: int) -> Row:
         absent: dict[str, None] = dict.fromkeys(
-            ("trained_on", "rolled_out", "low", "high", "control", "first", "last", "best", "best_control", "seeds")
+            (
+                "trained_on",
+                "rolled_out",
+                "low",
+                "high",
+                "control",
+                "first",
+                "last",
+                "last_control",
+                "best",
+                "best_control",
+                "seeds",
+            )
         )
         return Row(
             task=task,

@@ -46,9 +46,9 @@ def test_a_single_episode_is_its_own_control(make_rollouts):
 
 
 def test_the_control_s_mean_and_best_by_hand(make_rollouts):
-    (row,) = rows(gather(make_rollouts(2, 0, 100, gain=10) + make_rollouts(2, 0, 50, gain=20, context=False)))
+    (row,) = rows(gather(make_rollouts(2, 0, 100, gain=10) + make_rollouts(2, 0, 50, gain=-20, context=False)))
     assert (row.iqm, row.best) == (106, 111)
-    assert (row.control, row.best_control) == (61, 71)
+    assert (row.control, row.last_control, row.best_control) == (41, 31, 51)
 
 
 def test_one_seed_has_no_interval_anywhere(make_ablation):
