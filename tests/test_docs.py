@@ -305,6 +305,7 @@ for kind, what in json.loads(Path(sys.argv[1]).read_text()):
         exec(compile(what, "block", "exec"), names)
     else:
         sys.argv = what
+        sys.path.insert(0, str(Path(what[0]).parent))  # as Python does for a script
         runpy.run_path(what[0], run_name="__main__")
 """
 
