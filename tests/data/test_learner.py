@@ -43,7 +43,7 @@ def learned(tmp_path_factory) -> tuple[Path, list[dict[str, np.ndarray]]]:
 def test_it_learns(learned):
     # Random actions return 33, and the noise of the first episodes about 110.
     returns = np.array([episode["reward"].sum() for episode in learned[1]])
-    assert returns[-4:].mean() > 200
+    assert returns[-4:].mean() > 150
     assert returns[-4:].mean() > 1.5 * returns[:4].mean()
 
 

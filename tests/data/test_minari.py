@@ -303,7 +303,7 @@ def test_datasets_that_are_not_there(tmp_path: Path, jaco_store: EpisodeStore) -
     with pytest.raises(UserError, match=r"is no Minari dataset, metadata\.json is missing"):
         import_minari(str(tmp_path), tmp_path / "a.h5")
     with pytest.raises(UserError, match="is no name of a Minari dataset"):
-        import_minari("../../etc", tmp_path / "a.h5")
+        import_minari("../../no/such-v0", tmp_path / "a.h5")
     shutil.copy(jaco_store.path, tmp_path / "a.h5")
     with pytest.raises(UserError, match="already exists"):
         import_minari("no/such-v0", tmp_path / "a.h5")
