@@ -10,7 +10,12 @@ class UserError(ValueError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, NumPy or XLA did not get the memory that it asked for; such an error says nothing about files."""
+    """Whether Python, NumPy or XLA did not get the memory that it asked for; such an error says nothing about files.
+
+    Where JAX's device_put gets none, it fails without saying why, and Python says that it did.
+    """
+    if isinstance(error, SystemError):
+        return "without exception set" in str(error)
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 

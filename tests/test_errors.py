@@ -11,7 +11,15 @@ def test_an_error_in_part_of_a_line() -> None:
     assert brief(RuntimeError("x" * 301)) == "x" * 300
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        SystemError("error return without exception set"),
+    ],
+)
 def test_want_of_memory_is_known(error: Exception) -> None:
     assert is_out_of_memory(error)
     assert not is_out_of_memory(OSError("No space left on device"))
+    assert not is_out_of_memory(SystemError("bad argument to internal function"))
