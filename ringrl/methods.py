@@ -108,7 +108,8 @@ def _method_of(config: TrainConfig) -> str:
         return "bc" if percent == 100 else f"bc-{percent}%"
     if context.target == "none" and context.order == "history":
         return "ad"
-    return "dt" if context.trajectories == 1 else "at"
+    # A Decision Transformer is asked for a return; what is not is one method with any number of trajectories.
+    return "dt" if context.trajectories == 1 and context.target != "none" else "at"
 
 
 def check_method(config: TrainConfig, name: MethodName) -> None:
