@@ -2,11 +2,17 @@
 
 import argparse
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-Main = Callable[[Sequence[str] | None], None]
+
+class Main(Protocol):
+    """What a script is started by."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> None: ...
 
 
 def positive(text: str) -> int:
@@ -30,7 +36,7 @@ def told_in_one_line(main: Main) -> Main:
             main(arguments)
         except (UserError, pydantic.ValidationError) as error:
             said = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
-            print(f"{Path(main.__code__.co_filename).name}: {said}", file=sys.stderr)
+            print(f"{Path(inspect.getfile(main)).name}: {said}", file=sys.stderr)
             sys.exit(2)
 
     return script

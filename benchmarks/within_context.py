@@ -1,0 +1,102 @@
+"""Does a model learn within one context, and from what happened in it? Read from results, nothing is rolled out.
+
+    python benchmarks/within_context.py RESULTS [RESULTS ...] [--episodes 8] [--json FILE]
+
+RESULTS are files or folders of `ringrl evaluate --episodes N --control`, of one method. Per task, for contexts of N
+episodes with memory and, from the same starts, with the memory wiped before every episode: the return of each episode,
+as the interquartile mean over training seeds. Then how far an episode goes with the one before it: the correlation of
+their returns, each taken less the mean of its training seed and place in the context. Memory that told a model no more
+than how many episodes have been would leave none.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from command_line import positive, told_in_one_line
+from jaxtyping import Float
+from prompts import shown
+
+from ringrl.errors import UserError
+from ringrl.evaluation.records import EvaluationRecord, read_records
+from ringrl.evaluation.statistics import estimate
+
+Returns = Float[np.ndarray, "contexts episodes"]
+KINDS = {True: "with memory", False: "wiped"}
+
+
+def returns_by_seed(records: Sequence[EvaluationRecord], task: str, context: bool) -> dict[int, Returns]:
+    """The returns of whole contexts, by training seed."""
+    found: dict[int, list[tuple[float, ...]]] = defaultdict(list)
+    for record in records:
+        if (record.task, record.context) == (task, context) and not record.failed:
+            found[record.seed].append(record.finished)
+    return {seed: np.array(returns) for seed, returns in sorted(found.items())}
+
+
+def correlation(runs: Mapping[int, Returns]) -> float:
+    """Of successive episodes of a context, without what their training seed and their place explain."""
+    rest = np.concatenate([returns - returns.mean(0) for returns in runs.values()])
+    return float(np.corrcoef(rest[:, :-1].ravel(), rest[:, 1:].ravel())[0, 1])
+
+
+def summarise(records: Sequence[EvaluationRecord], task: str) -> dict[str, Any]:
+    """Of one task, with and without memory."""
+    results = {}
+    for context, name in KINDS.items():
+        if runs := returns_by_seed(records, task, context):
+            means = np.array([returns.mean(0) for returns in runs.values()])  # (seeds, episodes)
+            episodes = [asdict(estimate([column], generator=np.random.default_rng(0))) for column in means.T]
+            contexts = sum(len(returns) for returns in runs.values())
+            results[name] = {"episodes": episodes, "correlation": correlation(runs), "contexts": contexts}
+    return results
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """As markdown."""
+    most = max(len(found["episodes"]) for kinds in results.values() for found in kinds.values())
+    lines = [
+        f"| task | memory | {' | '.join(map(str, range(1, most + 1)))} | correlation | contexts |",
+        "|" + "---|" * (most + 4),
+    ]
+    for task, kinds in results.items():
+        for name, found in kinds.items():
+            *middle, last = found["episodes"]
+            values = [f"{episode['value']:.0f}" for episode in middle] + [shown(last)]
+            lines.append(
+                f"| {task} | {name} | {' | '.join(values)} | {found['correlation']:.2f} | {found['contexts']} |"
+            )
+    return "\n".join(lines)
+
+
+@told_in_one_line
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read, print and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--episodes", type=positive, default=8, help="of a context, in training and in evaluation")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    lengths = options.episodes, options.episodes
+    records = [
+        record
+        for record in read_records(options.results).records
+        if (record.train_trajectories, record.test_trajectories) == lengths and record.prompt_trajectories == 0
+    ]
+    if len(methods := {record.method for record in records}) > 1:
+        raise UserError(f"results of {' and '.join(sorted(methods))}; give those of one method")
+    if options.episodes < 2 or not records:
+        raise UserError(f"--episodes: no contexts of {options.episodes} episodes there; give another number, from 2 on")
+    results = {task: summarise(records, task) for task in dict.fromkeys(record.task for record in records)}
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
