@@ -31,18 +31,19 @@ KINDS = {True: "with memory", False: "wiped"}
 
 
 def returns_by_seed(records: Sequence[EvaluationRecord], task: str, context: bool) -> dict[int, Returns]:
-    """The returns of whole contexts, by training seed."""
-    found: dict[int, list[tuple[float, ...]]] = defaultdict(list)
+    """The returns of whole contexts, by training seed; of the same context measured twice, the later."""
+    found: dict[int, dict[int, tuple[float, ...]]] = defaultdict(dict)
     for record in records:
         if (record.task, record.context) == (task, context) and not record.failed:
-            found[record.seed].append(record.finished)
-    return {seed: np.array(returns) for seed, returns in sorted(found.items())}
+            found[record.seed][record.environment_seed] = record.finished
+    return {seed: np.array(list(contexts.values())) for seed, contexts in sorted(found.items())}
 
 
-def correlation(runs: Mapping[int, Returns]) -> float:
-    """Of successive episodes of a context, without what their training seed and their place explain."""
+def correlation(runs: Mapping[int, Returns]) -> float | None:
+    """Of successive episodes, without what their training seed and their place explain; None if nothing is left."""
     rest = np.concatenate([returns - returns.mean(0) for returns in runs.values()])
-    return float(np.corrcoef(rest[:, :-1].ravel(), rest[:, 1:].ravel())[0, 1])
+    before, after = rest[:, :-1].ravel(), rest[:, 1:].ravel()
+    return float(np.corrcoef(before, after)[0, 1]) if before.std() and after.std() else None
 
 
 def summarise(records: Sequence[EvaluationRecord], task: str) -> dict[str, Any]:
@@ -68,9 +69,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         for name, found in kinds.items():
             *middle, last = found["episodes"]
             values = [f"{episode['value']:.0f}" for episode in middle] + [shown(last)]
-            lines.append(
-                f"| {task} | {name} | {' | '.join(values)} | {found['correlation']:.2f} | {found['contexts']} |"
-            )
+            related = "none" if found["correlation"] is None else f"{found['correlation']:.2f}"
+            lines.append(f"| {task} | {name} | {' | '.join(values)} | {related} | {found['contexts']} |")
     return "\n".join(lines)
 
 

@@ -49,6 +49,14 @@ def test_returns_by_episode_and_what_carries_over(script: ModuleType) -> None:
         assert found[name]["contexts"] == 3 * CONTEXTS
 
 
+def test_a_context_counts_once_and_a_single_one_tells_no_correlation(script: ModuleType) -> None:
+    twice = [record(0, 0, np.array([1.0, 2, 3, value])) for value in (4.0, 8.0)]
+    found = script.summarise(twice, "walker_walk")["with memory"]
+    assert ([episode["value"] for episode in found["episodes"]], found["contexts"]) == ([1, 2, 3, 8], 1)
+    assert found["correlation"] is None
+    assert "| none | 1 |" in script.table({"walker_walk": {"with memory": found}})
+
+
 def test_it_reads_what_belongs_together(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.jsonl"
     others = [
