@@ -19,30 +19,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from command_line import positive, told_in_one_line
+from random_data import write_random_store
 
 from ringrl.config import ContextConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
-from ringrl.data.schema import recorded_columns, reward_key
-from ringrl.data.writer import create_store
-from ringrl.envs import DOMAINS
 
-DOMAIN, TASK, LENGTH = "walker", "walker_walk", 1000
-
-
-def random_store(path: Path, episodes: int) -> EpisodeStore:
-    """Episodes of random numbers."""
-    domain, random = DOMAINS[DOMAIN], np.random.default_rng(0)
-    with create_store(path, DOMAIN, domain.tasks, [LENGTH] * episodes, source="random numbers") as writer:
-        for _ in range(episodes):
-            episode = {
-                key: random.random((LENGTH + 1, column.width)).astype(column.dtype)
-                for key, column in recorded_columns(domain).items()
-            }
-            rewards = {reward_key(task): random.random(LENGTH + 1).astype(np.float32) for task in domain.tasks}
-            writer.append(episode | rewards)
-    return EpisodeStore(path)
+TASK = "walker_walk"
 
 
 def copied(arrays: list[np.ndarray]) -> None:
@@ -72,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     times: dict[str, list[float]] = {"measure the statistics": [], "plan": [], "assemble": [], "copy": []}
     with tempfile.TemporaryDirectory() as folder:
-        store = random_store(Path(folder) / "random.h5", options.episodes)
+        path = Path(folder) / "random.h5"
+        write_random_store(path, options.episodes)
+        store = EpisodeStore(path)
         times["measure the statistics"].append(milliseconds(lambda: Normalisation.of(store)))
         config = ContextConfig(trajectories=options.trajectories)
         sampler = ContextSampler(store, TASK, config, Normalisation.of(store), options.contexts, 0)

@@ -22,29 +22,10 @@ from typing import Any
 
 import numpy as np
 from command_line import positive, told_in_one_line
+from random_data import random_context
 
 LONG, RINGS = 524_288, (1, 2, 4, 8)
 STEPS = 10  # of a run
-
-
-def random_steps(environments: int, time: int, observation_size: int, action_size: int) -> Any:
-    """A context of random numbers."""
-    from ringrl.context import Context, Outcome
-
-    random = np.random.default_rng(0)
-    normal = lambda *shape: random.normal(size=(environments, time, *shape)).astype(np.float32)  # noqa: E731
-    index = np.tile(np.arange(time, dtype=np.int32), (environments, 1))
-    outcome = Outcome(np.tanh(normal(action_size)), normal(), normal())
-    return Context(
-        observation=normal(observation_size),
-        return_to_go=normal(),
-        timestep=index,
-        trajectory=0 * index,
-        position=index,
-        weight=np.ones((environments, time), np.float32),
-        previous=outcome,
-        **outcome._asdict(),
-    )
 
 
 def median_seconds(work: Callable[[], Any], runs: int) -> float:
@@ -84,7 +65,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
     graph, state = nnx.split(policy)
     act = jax.jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments), donate_argnums=3)
     encode = jax.jit(lambda state, context: nnx.merge(graph, state).actions(context)[:, -1])
-    step = random_steps(options.environments, 1, *sizes)
+    step = random_context(options.environments, 1, *sizes)
     rows = []
     for capacity, begin in stretches(options.episodes * domain.episode_length * policy.tokens_per_step):
         memory = policy.reset(options.environments, capacity)
@@ -96,7 +77,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
                 action, memory = act(state, step, step, memory)
                 np.asarray(action)  # the simulation waits for it
 
-        middle = random_steps(options.environments, (begin + capacity) // 2 // policy.tokens_per_step, *sizes)
+        middle = random_context(options.environments, (begin + capacity) // 2 // policy.tokens_per_step, *sizes)
         rows.append(
             {
                 "capacity": capacity,
@@ -136,13 +117,14 @@ def memory_of(ring: int) -> dict[str, float]:
     from ringrl.config import ModelConfig
     from ringrl.model import make_policy
     from ringrl.model.parallel import MESH_AXES, Parallel
+    from ringrl.planning.workload import ACTION, OBSERVATION
 
     mesh = jax.make_mesh((1, 1, 1, ring), MESH_AXES, (AxisType.Auto,) * 4)
-    policy = make_policy(ModelConfig(), 24, 6, seed=0, parallel=Parallel(mesh))
+    policy = make_policy(ModelConfig(), OBSERVATION, ACTION, seed=0, parallel=Parallel(mesh))
     graph, state = nnx.split(policy)
     act = jax.jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments), donate_argnums=3)
     memory = policy.reset(1, LONG)
-    step = random_steps(1, 1, 24, 6)
+    step = random_context(1, 1)
     scratch = act.lower(state, step, step, memory).compile().memory_analysis().temp_size_in_bytes
     cache = sum(x.addressable_shards[0].data.nbytes for x in (*memory.keys, *memory.values))
     return {"cache": cache / 2**20, "scratch": scratch / 2**20}

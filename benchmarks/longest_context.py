@@ -30,10 +30,11 @@ def compile_step(kind: str, tokens: int) -> tuple[Any, Any, Any]:
     """The compiled optimiser step, its first state and a batch of random numbers."""
     import jax
     import jax.numpy as jnp
-    from train_gpu import random_context
+    from random_data import random_context
 
     from ringrl.config import TrainConfig
     from ringrl.model import make_policy
+    from ringrl.planning.workload import ACTION, OBSERVATION
     from ringrl.training.agent import make_agent
     from ringrl.training.mesh import make_parallel
 
@@ -42,9 +43,11 @@ def compile_step(kind: str, tokens: int) -> tuple[Any, Any, Any]:
     values |= {"model": model | {"remat": "layers"}, "optimiser": {"batch_size": 1}}
     config = TrainConfig.model_validate(values)
     parallel = make_parallel(config)
-    agent = make_agent(functools.partial(make_policy, config.model, 24, 6, 0, parallel=parallel), config, parallel)
+    agent = make_agent(
+        functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0, parallel=parallel), config, parallel
+    )
     place = lambda x: jax.device_put(x, parallel.sharding("batch", "time"))  # noqa: E731
-    batch = jax.tree.map(place, random_context(tokens))
+    batch = jax.tree.map(place, random_context(1, tokens))
     state = agent.init()
     compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
     return compiled, state, jax.tree.map(jnp.asarray, batch)

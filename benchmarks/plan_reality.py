@@ -42,7 +42,7 @@ def peak_bytes() -> float:
 
 def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     """Real steps on a batch of random numbers, and the plan before each of them."""
-    from train_gpu import random_context
+    from random_data import random_context
 
     is_cpu, config = jax.default_backend() == "cpu", workload.config
     if is_cpu:
@@ -52,7 +52,7 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0, parallel=parallel)
     agent = make_agent(make, config, parallel)
     where = None if parallel.mesh is None else parallel.sharding("batch", "time")
-    batch = jax.device_put(random_context(workload.tokens // workload.tokens_per_step), where)
+    batch = jax.device_put(random_context(1, workload.tokens // workload.tokens_per_step), where)
     state, seconds = agent.init(), []
     compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
     memory = compiled.memory_analysis()

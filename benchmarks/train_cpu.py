@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import positive, told_in_one_line
+from random_data import write_random_store
 
 KINDS = {"one device": 1, "ring of 8": 8}
 TASK = "walker_walk"
@@ -36,22 +37,6 @@ def seconds_of(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - began
-
-
-def write_store(path: Path, episodes: int) -> None:
-    """Walker-sized episodes of random numbers."""
-    import numpy as np
-
-    from ringrl.data.schema import recorded_columns, reward_key
-    from ringrl.data.writer import create_store
-    from ringrl.envs import DOMAINS
-
-    domain, random = DOMAINS["walker"], np.random.default_rng(0)
-    columns = recorded_columns(domain)
-    with create_store(path, "walker", domain.tasks, [1000] * episodes, source="random numbers") as writer:
-        for _ in range(episodes):
-            episode = {key: random.normal(size=(1001, c.width)).astype(c.dtype) for key, c in columns.items()}
-            writer.append(episode | {reward_key(task): random.random(1001).astype("f4") for task in domain.tasks})
 
 
 def attention_rate(parallel: Any, tokens: int, heads: int, head_dim: int) -> Callable[[], float]:
@@ -137,7 +122,7 @@ def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
     """All figures of one kind, in this process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_store(folder / "store.h5", 4 * options.trajectories)
+        write_random_store(folder / "store.h5", 4 * options.trajectories)
         run = Run(options, devices, folder)
         rate = attention_rate(run.parallel, run.tokens, options.width // 64, 64)
         rounds = [

@@ -22,17 +22,16 @@ import jax
 import numpy as np
 from command_line import positive, told_in_one_line
 from jax.ad_checkpoint import checkpoint_name
+from random_data import random_context
 
 from ringrl.config import TrainConfig, read_yaml
 from ringrl.configs import preset
-from ringrl.context import Context, Outcome
 from ringrl.model import make_policy, transformer
 from ringrl.model.tokens import TOKEN_SETS
+from ringrl.planning.workload import ACTION, OBSERVATION
 from ringrl.training.agent import make_agent
 from ringrl.training.throughput import peak_flops, step_flops
 
-OBSERVATION, ACTION = 24, 6  # walker
-STEPS_PER_EPISODE = 1000
 RUNS, ENOUGH_SECONDS = 5, 15  # timed steps, fewer once they have taken this long
 
 
@@ -45,28 +44,13 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool, position
 PEERS: dict[str, Callable[..., jax.Array]] = {"ours": transformer.attention, "cudnn": cudnn}
 
 
-def random_context(steps: int) -> Context:
-    """One context of random numbers."""
-    random = np.random.default_rng(0)
-    normal = lambda *shape: random.normal(size=(1, steps, *shape)).astype(np.float32)  # noqa: E731
-    position = np.arange(steps, dtype=np.int32)[None]
-    action = np.tanh(normal(ACTION))
-    previous = Outcome(action, normal(), np.zeros((1, steps), np.float32))
-    return Context(
-        observation=normal(OBSERVATION), action=action, reward=normal(), return_to_go=normal(),
-        completion=np.zeros((1, steps), np.float32), timestep=position % STEPS_PER_EPISODE,
-        trajectory=position // STEPS_PER_EPISODE, position=position, weight=np.ones((1, steps), np.float32),
-        previous=previous,
-    )  # fmt: skip
-
-
 def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array]) -> dict[str, float]:
     """Seconds, MFU and memory of a step."""
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0)
     with mock.patch.object(transformer, "attention", attention):
         agent = make_agent(make, config)
         state = agent.init()
-        batch = jax.device_put(random_context(tokens // agent.tokens_per_step))
+        batch = jax.device_put(random_context(1, tokens // agent.tokens_per_step))
         began = time.perf_counter()
         compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
         compile_seconds = time.perf_counter() - began
