@@ -113,14 +113,14 @@ def _draw_curve(axes: Axes, grid: Grid, task: str) -> None:
     known, lengths, rolled_out = styles(grid), set(), False
     for variant in grid.variants:
         for series in series_of(grid.cells_of(task, variant)):
-            rolled_out |= series.trained_on is not None
+            rolled_out |= series.train is not None
             with_control = [(length, cell) for length, cell in series.points if cell.control and cell.test > 1]
             draw_line(axes, _points(with_control, control=True), known[variant], control=True)
             points = _points(series.points)
             draw_line(axes, points, known[variant])
-            if series.trained_on is not None:
+            if series.train is not None:
                 last = points[-1]
-                label = f"trained on {series.trained_on}"
+                label = f"trained on {series.train}"
                 axes.annotate(label, (last.x, last.found.value), (0, 7), textcoords="offset points", ha="right")
             lengths |= {length for length, _ in series.points}
     context_axis(axes, lengths)

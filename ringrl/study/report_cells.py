@@ -159,7 +159,7 @@ class Series:
     """The points of one curve against context length."""
 
     points: tuple[tuple[int, Cell], ...]  # context length, cell; ascending
-    trained_on: int | None = None  # set where one training length is rolled out at several
+    train: int | None = None  # set where one training length is rolled out at several
 
 
 def series_of(cells: Sequence[Cell]) -> list[Series]:
@@ -174,7 +174,7 @@ def series_of(cells: Sequence[Cell]) -> list[Series]:
     if all(len(group) == 1 for group in by_training.values()):
         return [Series(tuple((train, group[0]) for train, group in sorted(by_training.items())))]
     return [
-        Series(tuple(sorted(((cell.test, cell) for cell in group), key=lambda point: point[0])), trained_on=train)
+        Series(tuple(sorted(((cell.test, cell) for cell in group), key=lambda point: point[0])), train=train)
         for train, group in sorted(by_training.items())
     ]
 

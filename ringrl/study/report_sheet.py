@@ -103,7 +103,8 @@ def _returns(row: Row) -> tuple[Entry, ...]:
         return Entry(ABSENT if value is None else str(value), value)
 
     return (
-        *texts(row.task, row.method), counted(row.trained_on), counted(row.rolled_out), shown(row.iqm), interval,
+        *texts(row.task, row.method), counted(row.train_trajectories), counted(row.test_trajectories),
+        shown(row.iqm), interval,
         *map(shown, (row.score, row.first, row.last, row.best, row.best_control)), counted(row.seeds),
     )  # fmt: skip
 

@@ -22,8 +22,8 @@ class Row:
 
     task: str
     method: str
-    trained_on: int | None  # trajectories per training context
-    rolled_out: int | None  # episodes per stream, n
+    train_trajectories: int | None  # trajectories per training context
+    test_trajectories: int | None  # episodes per stream, n
     mean: float  # over training seeds of the mean return of all episodes
     iqm: float  # interquartile mean over training seeds of the same
     low: float | None  # 95 % interval of the interquartile mean over training seeds
@@ -118,10 +118,10 @@ def to_rich(table: Sequence[Row]) -> Table:
         if index == 0 or row.task != table[index - 1].task:
             shown.add_section()
             shown.add_row(f"[bold]{escape(row.task)}")
-        lengths = dict.fromkeys((row.trained_on, row.rolled_out))
+        lengths = dict.fromkeys((row.train_trajectories, row.test_trajectories))
         shown.add_row(
             escape(row.method),
-            ABSENT if row.trained_on is None else "/".join(str(length) for length in lengths),
+            ABSENT if row.train_trajectories is None else "/".join(str(length) for length in lengths),
             escape(number(row.iqm) + ("" if row.low is None else f" [{number(row.low)}, {number(row.high)}]")),
             number(row.first),
             number(row.last),
@@ -140,8 +140,8 @@ def _row(grid: Grid, cell: Cell) -> Row:
     return Row(
         task=cell.task,
         method=grid.name(cell.variant),
-        trained_on=cell.train,
-        rolled_out=cell.test,
+        train_trajectories=cell.train,
+        test_trajectories=cell.test,
         mean=float(cell.runs().mean()),
         iqm=found.value,
         low=found.interval.low if found.interval else None,
@@ -167,8 +167,8 @@ def _data_rows(grid: Grid, task: str) -> list[Row]:
     def row(method: str, score: float, episodes: int) -> Row:
         absent: dict[str, None] = dict.fromkeys(
             (
-                "trained_on",
-                "rolled_out",
+                "train_trajectories",
+                "test_trajectories",
                 "low",
                 "high",
                 "control",

@@ -175,7 +175,7 @@ def test_curves_over_training_lengths(make_rollouts):
     grid = gather([record for length in (4, 1, 2) for record in make_rollouts(length, 0, 1)])
     (series,) = series_of(grid.cells)
     assert [length for length, _ in series.points] == [1, 2, 4]
-    assert series.trained_on is None
+    assert series.train is None
 
 
 def test_curves_over_rollout_lengths(make_rollouts):
@@ -183,7 +183,7 @@ def test_curves_over_rollout_lengths(make_rollouts):
         record for train in (2, 8) for test in (4, 1) for record in make_rollouts(test, 0, 1, train_trajectories=train)
     ]
     first, second = series_of(gather(records).cells)
-    assert (first.trained_on, second.trained_on) == (2, 8)
+    assert (first.train, second.train) == (2, 8)
     assert [length for length, _ in first.points] == [1, 4]
 
 

@@ -17,7 +17,7 @@ def test_rows_by_hand(make_ablation):
     names = ["Random policy", "Behaviour cloning", "Dataset, all episodes", "Dataset, best episode"]
     assert [row.method for row in table] == [*names, *["Agentic Transformer"] * 3]
     row = table[-1]
-    assert (row.trained_on, row.rolled_out, row.seeds, row.episodes) == (4, 4, 5, 40)
+    assert (row.train_trajectories, row.test_trajectories, row.seeds, row.episodes) == (4, 4, 5, 40)
     assert row.mean == pytest.approx(618)
     assert row.iqm == pytest.approx(618)
     assert (row.first, row.last, row.best) == (pytest.approx(603), pytest.approx(633), pytest.approx(633))
