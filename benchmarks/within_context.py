@@ -2,16 +2,15 @@
 
     python benchmarks/within_context.py RESULTS [RESULTS ...] [--episodes 8] [--json FILE]
 
-RESULTS are files or folders of `ringrl evaluate --episodes N --control`, of one method. Per task, for contexts of N
-episodes with memory and, from the same starts, with the memory wiped before every episode: the return of each episode,
-as the interquartile mean over training seeds. Then how far an episode goes with the one before it: the correlation of
-their returns, each taken less the mean of its training seed and place in the context. Memory that told a model no more
-than how many episodes have been would leave none.
+RESULTS are files or folders of `ringrl evaluate --episodes N --control`, of one method, of which the same count as in a
+report. Per task, for contexts of N episodes with memory and, if measured from all of the same starts, with the memory
+wiped before every episode: the return of each episode, as the interquartile mean over training seeds. Then how far an
+episode goes with the one before it: the correlation of their returns, each taken less the mean of its training seed and
+place in the context. Memory that told a model no more than how many episodes have been would leave none.
 """
 
 import argparse
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,20 +22,17 @@ from jaxtyping import Float
 from prompts import shown
 
 from ringrl.errors import UserError
-from ringrl.evaluation.records import EvaluationRecord, read_records
+from ringrl.evaluation.records import read_records
 from ringrl.evaluation.statistics import estimate
+from ringrl.study.report_cells import Cell, gather
 
 Returns = Float[np.ndarray, "contexts episodes"]
-KINDS = {True: "with memory", False: "wiped"}
 
 
-def returns_by_seed(records: Sequence[EvaluationRecord], task: str, context: bool) -> dict[int, Returns]:
-    """The returns of whole contexts, by training seed; of the same context measured twice, the later."""
-    found: dict[int, dict[int, tuple[float, ...]]] = defaultdict(dict)
-    for record in records:
-        if (record.task, record.context) == (task, context) and not record.failed:
-            found[record.seed][record.environment_seed] = record.finished
-    return {seed: np.array(list(contexts.values())) for seed, contexts in sorted(found.items())}
+def whole_contexts(streams: Mapping[int, Returns]) -> dict[int, Returns]:
+    """Those in which no episode failed, by training seed."""
+    whole = {seed: returns[np.isfinite(returns).all(1)] for seed, returns in sorted(streams.items())}
+    return {seed: returns for seed, returns in whole.items() if len(returns)}
 
 
 def correlation(runs: Mapping[int, Returns]) -> float | None:
@@ -46,11 +42,11 @@ def correlation(runs: Mapping[int, Returns]) -> float | None:
     return float(np.corrcoef(before, after)[0, 1]) if before.std() and after.std() else None
 
 
-def summarise(records: Sequence[EvaluationRecord], task: str) -> dict[str, Any]:
+def summarise(cell: Cell) -> dict[str, Any]:
     """Of one task, with and without memory."""
     results = {}
-    for context, name in KINDS.items():
-        if runs := returns_by_seed(records, task, context):
+    for name, streams in (("with memory", cell.streams), ("wiped", cell.control)):
+        if runs := whole_contexts(streams):
             means = np.array([returns.mean(0) for returns in runs.values()])  # (seeds, episodes)
             episodes = [asdict(estimate([column], generator=np.random.default_rng(0))) for column in means.T]
             contexts = sum(len(returns) for returns in runs.values())
@@ -88,11 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for record in read_records(options.results).records
         if (record.train_trajectories, record.test_trajectories) == lengths and record.prompt_trajectories == 0
     ]
-    if len(methods := {record.method for record in records}) > 1:
-        raise UserError(f"results of {' and '.join(sorted(methods))}; give those of one method")
-    if options.episodes < 2 or not records:
+    grid = gather(records)
+    if len(names := {grid.name(cell.variant) for cell in grid.cells}) > 1:
+        raise UserError(f"results of {' and '.join(sorted(names))}; give those of one method")
+    if options.episodes < 2 or not grid.cells:
         raise UserError(f"--episodes: no contexts of {options.episodes} episodes there; give another number, from 2 on")
-    results = {task: summarise(records, task) for task in dict.fromkeys(record.task for record in records)}
+    results = {cell.task: summarise(cell) for cell in grid.cells}
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

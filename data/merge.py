@@ -58,7 +58,7 @@ def _check_alike(stores: Sequence[EpisodeStore]) -> None:
     first = stores[0]
     if isinstance(first.facts, ForeignDomain):
         raise UserError(f"{first.path}: {first.domain} is none of ExoRL's domains, whose stores alone can be merged")
-    seen = dict[str, Path]()
+    seen = dict[bytes, tuple[Path, int]]()
     for store in stores:
         if store.domain != first.domain:
             raise UserError(
@@ -69,6 +69,11 @@ def _check_alike(stores: Sequence[EpisodeStore]) -> None:
                 f"{store.path}: its rewards are {store.provenance.relabelling}, those of {first.path} "
                 f"{first.provenance.relabelling}; import one of them again with --relabel"
             )
-        if store.fingerprint in seen:
-            raise UserError(f"{store.path}: holds the same episodes as {seen[store.fingerprint]}; name each store once")
-        seen[store.fingerprint] = store.path
+        own = {digest.tobytes(): (store.path, index) for index, digest in enumerate(store.recorded_digests)}
+        if twice := [digest for digest in own if digest in seen]:
+            where, index = seen[twice[0]]
+            raise UserError(
+                f"{store.path}: {len(twice)} of its episodes are in another store, too (episode {own[twice[0]][1]} is "
+                f"episode {index} of {where}); merge stores that have the same episodes nowhere"
+            )
+        seen |= own

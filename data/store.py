@@ -12,7 +12,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64, UInt8
 
 from ringrl.data.digest import DIGEST_BYTES, content_fingerprint, episode_digest
 from ringrl.data.foreign import ForeignDomain
@@ -109,6 +109,11 @@ class EpisodeStore:
             key: arrays.view(dataset_name(key), (rows, column.width), column.dtype.str) for key, column in recorded
         }
         self.arrays |= {key: arrays.view(dataset_name(key), (rows,), "<f4") for key in map(reward_key, self.tasks)}
+
+    @property
+    def recorded_digests(self) -> UInt8[np.ndarray, "episode 32"]:
+        """SHA-256 of what was recorded of each episode, by which the same episode is known in another store."""
+        return self._digests["recorded"]
 
     @property
     def source(self) -> str:

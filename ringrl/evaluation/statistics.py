@@ -97,18 +97,23 @@ def difference(
     aggregate: Aggregate = interquartile_mean,
     *,
     generator: np.random.Generator,
+    together: Together = None,
+    baseline_together: Together = None,
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
-    """aggregate(strata) - aggregate(baseline) of runs that were trained independently; `runs` is the smaller number."""
+    """aggregate(strata) - aggregate(baseline); `runs` is the smaller number.
+
+    `together` and `baseline_together` are as in `estimate`, of either side; a label of both sides is of runs that are
+    on both, score by score. Without them all runs were trained independently.
+    """
     count = len(strata)
 
     def contrast(*samples: np.ndarray, axis: int = -1) -> Any:
         pooled = _pooled(aggregate)
         return pooled(*samples[:count], axis=axis) - pooled(*samples[count:], axis=axis)
 
-    found = _bootstrap([*strata, *baseline], contrast, generator, confidence, resamples)
-    return Estimate(found.value, found.interval, min(_count(strata), _count(baseline)))
+    return _compare(strata, baseline, contrast, generator, confidence, resamples, together, baseline_together)
 
 
 def probability_of_improvement(
@@ -123,8 +128,8 @@ def probability_of_improvement(
 ) -> Estimate:
     """Probability that a run beats a run of the baseline on the same task, averaged over tasks; a tie is half a win.
 
-    Task k of `strata` is compared with task k of `baseline`. `runs` is the smaller number of runs. `together` and
-    `baseline_together` are as in `estimate`, of either side.
+    Task k of `strata` is compared with task k of `baseline`. `runs`, `together` and `baseline_together` are as in
+    `difference`.
     """
     if len(strata) != len(baseline):
         raise ValueError(f"{len(strata)} tasks cannot be compared with {len(baseline)}")
@@ -134,10 +139,7 @@ def probability_of_improvement(
         per_task = [_wins(ours, theirs) for ours, theirs in zip(samples[:count], samples[count:], strict=True)]
         return np.mean(per_task, axis=0)
 
-    sides = (strata, together), (baseline, baseline_together)
-    labels = [(side, label) for side, of in enumerate(sides) for label in _labels(*of)]
-    found = _bootstrap([*strata, *baseline], wins, generator, confidence, resamples, labels)
-    return Estimate(found.value, found.interval, min(_count(*of) for of in sides))
+    return _compare(strata, baseline, wins, generator, confidence, resamples, together, baseline_together)
 
 
 def median_of_tasks(
@@ -225,6 +227,26 @@ def _wins(
     """Mann-Whitney's U over the number of pairs."""
     step = np.sign(ours[..., :, None] - theirs[..., None, :])
     return (0.5 * (step + 1)).mean((-2, -1))
+
+
+def _compare(
+    strata: Strata,
+    baseline: Strata,
+    statistic: Callable[..., Any],
+    generator: np.random.Generator,
+    confidence: float,
+    resamples: int,
+    together: Together,
+    baseline_together: Together,
+) -> Estimate:
+    """A statistic of two sides."""
+    apart = [[(side, task) for task in range(len(of))] for side, of in enumerate((strata, baseline))]
+    labels = [
+        *(apart[0] if together is None else together),
+        *(apart[1] if baseline_together is None else baseline_together),
+    ]
+    found = _bootstrap([*strata, *baseline], statistic, generator, confidence, resamples, labels)
+    return Estimate(found.value, found.interval, min(_count(strata, together), _count(baseline, baseline_together)))
 
 
 def _bootstrap(

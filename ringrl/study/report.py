@@ -20,6 +20,7 @@ from ringrl.study.report_cost import cost_charts
 from ringrl.study.report_draw import Chart, chart_files, panel_svg
 from ringrl.study.report_method import Fact, facts, provenance
 from ringrl.study.report_published import by_task, words
+from ringrl.study.report_settings import settings_warning
 from ringrl.study.report_sheet import returns_sheet
 from ringrl.study.report_spread import contest_chart, contests, profile_chart
 from ringrl.study.report_starts import starts_warning
@@ -65,7 +66,7 @@ def write_report(results: Sequence[Path], destination: Path) -> Path:
     page = render(
         "report.html",
         summary=summary(grid),
-        warning=starts_warning(grid),
+        warnings=[said for said in (starts_warning(grid), settings_warning(grid)) if said],
         tasks=grid.tasks,
         date=max(record.created for record in grid.records),
         charts={chart.name: placed for chart, placed in zip(charts, place(charts), strict=True)},

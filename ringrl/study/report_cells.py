@@ -3,14 +3,21 @@
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from ringrl.errors import UserError
 from ringrl.evaluation.records import DATA, EvaluationRecord
-from ringrl.evaluation.statistics import Estimate, Metric, difference, estimate, interquartile_mean
+from ringrl.evaluation.statistics import (
+    Estimate,
+    Metric,
+    difference,
+    estimate,
+    interquartile_mean,
+    probability_of_improvement,
+)
 from ringrl.evaluation.streams import stream_scores
 from ringrl.study.report_variants import Variant, Variants, name_of, settings_of
 from ringrl.training.budget import Budget
@@ -33,7 +40,7 @@ class Cell:
     train: int | None
     test: int
     streams: Mapping[int, Streams]  # training seed -> returns, NaN where an episode failed, but for a first one
-    control: Mapping[int, Streams] = field(default_factory=dict)  # the same with the memory wiped before each episode
+    control: Mapping[int, Streams] = field(default_factory=dict)  # with the memory wiped, if measured for all of these
     failed: int = 0  # episodes, the control's too; those of streams that have no return and are left out included
     records: tuple[EvaluationRecord, ...] = field(default=(), repr=False)  # what all this was read off
 
@@ -73,18 +80,27 @@ class Cell:
     def by_training(self) -> dict[Hashable, float]:
         """Training run, by seed and checkpoint where that is told -> its score; in the order of `runs`."""
         told = {record.seed: record.checkpoint_hash for record in self.records}
-        names = ((told.get(seed) or self.task, seed) for seed in self.seeds)  # untold, a run is one task's alone
+        names = ((told.get(seed) or id(self), seed) for seed in self.seeds)  # untold, a run is this cell's alone
         return dict(zip(names, self.runs().tolist(), strict=True))
 
     def control_runs(self, metric: Metric = "mean") -> Runs:
-        """The same of the control; empty when it was not measured."""
+        """The same of the control; empty when it was not measured for every seed and stream."""
         return _runs(self.control, metric)
 
-    def memory_gains(self) -> tuple[Runs, Runs]:
-        """Of each training seed that has a control: mean return with memory less that without, and that without."""
-        seeds = [seed for seed in self.seeds if seed in self.control]
-        kept, wiped = (_runs({seed: part[seed] for seed in seeds}, "mean") for part in (self.streams, self.control))
-        return kept - wiped, wiped
+    def beside_control(self) -> tuple[Runs, Runs]:
+        """Mean return with memory, and with it wiped, of each training seed over the streams that have both."""
+        streams: dict[bool, dict[tuple[object, ...], EvaluationRecord]] = {True: {}, False: {}}
+        for record in self.records:
+            if record.finished:
+                streams[record.context][_place(record)] = record
+        both: dict[bool, dict[int, list]] = {True: defaultdict(list), False: defaultdict(list)}
+        for place in streams[True]:
+            if place in streams[False]:
+                for context, part in both.items():
+                    record = streams[context][place]
+                    part[record.seed].append(record.returns)
+        kept, wiped = (_runs(_stack(part), "mean") for part in both.values())
+        return kept, wiped
 
     def episode_runs(self) -> list[Runs]:
         """The return of each in-context episode, per training seed, averaged over the streams that finished it."""
@@ -104,7 +120,7 @@ class Grid:
     records: tuple[EvaluationRecord, ...]  # those that count
     superseded: int  # older records of what was measured again
     displaced: int  # those of them that came from another checkpoint
-    unmatched: int  # control records without a rollout to compare with
+    unmatched: int  # control records beside which no rollout stands, or one of other starts or training seeds
     left_out: int  # records without any return: their first episode failed
 
     @property
@@ -216,12 +232,13 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
         members[key].append(record)
         if record.finished:
             cell[record.context][record.seed].append(record.returns)
+    matched = {key for key, cell in streams.items() if cell[True] and _have_same_streams(members[key])}
     cells = [
-        Cell(*key, _stack(cell[True]), _stack(cell[False]), failed[key], tuple(members[key]))
+        Cell(*key, _stack(cell[True]), _stack(cell[False]) if key in matched else {}, failed[key], tuple(members[key]))
         for key, cell in streams.items()
         if cell[True]
     ]
-    alone = [run for cell in streams.values() if not cell[True] for run in cell[False].values()]
+    alone = [run for key, cell in streams.items() if key not in matched for run in cell[False].values()]
     return Grid(
         cells=tuple(sorted(cells, key=lambda cell: (cell.task, cell.variant, cell.train or 0, cell.test))),
         data={task: np.array(returns) for task, returns in sorted(data.items())},
@@ -243,7 +260,8 @@ class Strata(NamedTuple):
 def strata(cells: Sequence[Cell]) -> Strata:
     """The scores of one cell per task.
 
-    Where the same training runs were measured in several tasks, only those that were in each of these count there.
+    Where the same training runs were measured in several tasks, only those that were in each of these count there. Two
+    cells of one task, which are to be compared, may be of the same runs as well.
     """
     trained = [cell.by_training() for cell in cells]
     shared: dict[int, set[Hashable]] = {}  # label -> the training runs of all its tasks
@@ -282,9 +300,24 @@ def middle_or_none(runs: Runs) -> float | None:
     return middle(runs) if len(runs) else None
 
 
-def contrast(ours: Runs, theirs: Runs) -> Estimate:
-    """Difference of the interquartile means of independent runs on one task."""
-    return difference([ours], [theirs], generator=np.random.default_rng(BOOTSTRAP_SEED), resamples=RESAMPLES)
+@dataclass(frozen=True)
+class Contrast:
+    """What two cells of one task differ by; where they are of the same training runs, of these alone."""
+
+    change: Estimate  # of the interquartile mean, the first less the second
+    wins: Estimate  # probability that a run of the first beats a run of the second
+    paired: bool  # whether they are of the same training runs
+
+
+def contrast(ours: Cell, theirs: Cell) -> Contrast:
+    """The first less the second. Runs that were trained independently are resampled so, the same runs together."""
+    (one, other), together = strata([ours, theirs])
+    drawing: dict[str, Any] = {"together": together[:1], "baseline_together": together[1:], "resamples": RESAMPLES}
+    change, wins = (
+        statistic([one], [other], generator=np.random.default_rng(BOOTSTRAP_SEED), **drawing)
+        for statistic in (difference, probability_of_improvement)
+    )
+    return Contrast(change, wins, together[0] == together[1])
 
 
 def _of_one_checkpoint(
@@ -292,23 +325,37 @@ def _of_one_checkpoint(
 ) -> dict[tuple[object, ...], EvaluationRecord]:
     """Those of the checkpoint that was evaluated last: one run's streams are not put together from several."""
     in_time = sorted(latest.values(), key=lambda record: record.created)
-    newest = {_identity(record, of_stream=False): record.checkpoint_hash for record in in_time}
-    return {
-        key: record
-        for key, record in latest.items()
-        if newest[_identity(record, of_stream=False)] == record.checkpoint_hash
-    }
+    newest = {_run(record): record.checkpoint_hash for record in in_time}
+    return {key: record for key, record in latest.items() if newest[_run(record)] == record.checkpoint_hash}
 
 
-def _identity(record: EvaluationRecord, *, of_stream: bool = True) -> tuple[object, ...]:
-    """What tells a stream of episodes, or else what all streams of a run have in common."""
+def _run(record: EvaluationRecord) -> tuple[object, ...]:
+    """What tells a training run, and what it was asked for."""
     asked = () if record.train_trajectories is None else (record.target_policy, record.target_return)
-    stream = (record.context, record.environment_seed) if of_stream else ()
     return (
-        record.task, record.method, record.token_set, record.train_trajectories, record.test_trajectories,
-        record.seed, record.data_fingerprint, record.prompt_trajectories, record.prompt_seed, record.train_task,
-        record.cache_dtype, asked, frozenset(settings_of(record).items()), stream,
+        record.task, record.method, record.token_set, record.train_trajectories, record.seed, record.data_fingerprint,
+        record.prompt_trajectories, record.train_task, record.cache_dtype, asked,
+        frozenset(settings_of(record).items()),
     )  # fmt: skip
+
+
+def _identity(record: EvaluationRecord) -> tuple[object, ...]:
+    """What tells a stream of episodes."""
+    stream = record.test_trajectories, record.prompt_seed, record.context, record.environment_seed
+    return (*_run(record), *stream)
+
+
+def _have_same_streams(records: Iterable[EvaluationRecord]) -> bool:
+    """Whether the control was measured for just the training seeds and starts that the rollout was."""
+    places: dict[bool, set[tuple[object, ...]]] = {True: set(), False: set()}
+    for record in records:
+        places[record.context].add(_place(record))
+    return places[True] == places[False]
+
+
+def _place(record: EvaluationRecord) -> tuple[object, ...]:
+    """What a stream has in common with its control."""
+    return record.seed, record.prompt_seed, record.starts
 
 
 def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import rich.table
 from matplotlib.axes import Axes
 from rich import box
@@ -16,9 +15,9 @@ from ringrl.config import read_yaml
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number
 from ringrl.evaluation.records import Results
-from ringrl.evaluation.statistics import Estimate, probability_of_improvement
+from ringrl.evaluation.statistics import Estimate
 from ringrl.study.report import FIGURES, PAGE, TABLES, place, read_grid, render, write_files
-from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Cell, Grid, contrast, summarise
+from ringrl.study.report_cells import Cell, Grid, contrast, summarise
 from ringrl.study.report_draw import PANEL, Chart, Panel, chart_files, dress
 from ringrl.study.report_method import provenance
 from ringrl.study.report_sheet import Column, Entry, Sheet, measured, texts
@@ -45,6 +44,7 @@ class Pair:
     b: Cell
     change: Estimate  # of the interquartile mean, B less A
     wins: Estimate  # probability that a run of B beats a run of A
+    paired: bool  # whether A and B are of the same training runs
 
     @property
     def clear(self) -> bool:
@@ -131,8 +131,8 @@ def headline(found: Comparison) -> str:
 def cautions(found: Comparison) -> list[str]:
     """What the comparisons that look clear may owe to chance, and others to their starts."""
     judged = [pair for pair in found.pairs if pair.change.interval is not None]
-    clear = [pair.change.runs for pair in judged if pair.clear]
-    said = [caution(min(clear))] if clear else []
+    clear = [(pair.change.runs, pair.paired) for pair in judged if pair.clear]
+    said = [caution(clear)]
     if clear and len(judged) >= _MANY_PAIRS:
         said.append(f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear if nothing differed.")
     unlike = [f"{pair.name} on {pair.task}" for pair in found.pairs if pair.a.starts != pair.b.starts]
@@ -164,9 +164,8 @@ def _match(a: Iterable[Cell], b: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
 
 
 def _pair(grid: Grid, a: Cell, b: Cell) -> Pair:
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    wins = probability_of_improvement([b.runs()], [a.runs()], generator=generator, resamples=RESAMPLES)
-    return Pair(a.task, describe(grid, a), a, b, contrast(b.runs(), a.runs()), wins)
+    found = contrast(b, a)
+    return Pair(a.task, describe(grid, a), a, b, found.change, found.wins, found.paired)
 
 
 def _left(grid: Grid, taken: set[int]) -> tuple[str, ...]:
@@ -272,9 +271,9 @@ def _chart(found: Comparison) -> Chart:
         panels.append(Panel(task, partial(_draw, pairs=pairs), words, (PANEL[0], 0.75 + 0.42 * len(pairs))))
     caption = (
         "How much more B returns than A: the difference of the interquartile means over training seeds, with its 95 % "
-        "interval (bootstrap over the seeds of both, which were trained independently). Where the interval crosses the "
-        "dashed line there is no clear difference. A point without a bar has one seed on a side: no interval can be "
-        "given."
+        "interval (bootstrap over the seeds of both; training runs that are in A and B alike are drawn together, and "
+        "count alone). Where the interval crosses the dashed line there is no clear difference. A point without a bar "
+        "has one seed on a side: no interval can be given."
     )
     records = tuple(record for grid in found.grids for record in grid.records)
     return Chart("difference", "B less A", caption, tuple(panels), (), records)

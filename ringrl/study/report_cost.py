@@ -63,7 +63,8 @@ def _chart(measure: _Measure, grid: Grid) -> Chart | None:
     ]
     caption = (
         f"The points of the first chart, moved to what training each of them took ({measure.says}; mean over seeds); "
-        "the number beside a point is its trajectories per context, a diamond is a method without. "
+        "the number beside a point is its trajectories per context (4/8: trained on 4, rolled out for 8), a diamond is "
+        "a method without. "
         f"Bars are 95 % intervals of the interquartile mean. {one_seed(grid)}"
     )
     shares = [_spread(_amounts(measure, grid, task)) for task in tasks]
@@ -84,11 +85,12 @@ def _draw(axes: Axes, grid: Grid, task: str, measure: _Measure) -> None:
         scale, along = next((unit, name) for least, unit, name in _UNITS if max(amounts) >= least)
     for variant in grid.variants:
         for series in series_of(grid.cells_of(task, variant)):
-            told = [(length, cell, amount) for length, cell in series.points if (amount := _amount(measure, cell))]
-            points = [Point(amount / scale, summarise(cell.runs()), cell.runs()) for _, cell, amount in told]
+            told = [(cell, amount) for _, cell in series.points if (amount := _amount(measure, cell))]
+            points = [Point(amount / scale, summarise(cell.runs()), cell.runs()) for cell, amount in told]
             draw_line(axes, points, known[variant])
-            for point, (length, _, _) in zip(points, told, strict=True):
-                _beside(axes, point.x, point.found.value, str(length), known[variant].colour)
+            for point, (cell, _) in zip(points, told, strict=True):
+                length = str(cell.test) if cell.train == cell.test else f"{cell.train}/{cell.test}"
+                _beside(axes, point.x, point.found.value, length, known[variant].colour)
     for variant, cell in _without_context(grid, task).items():
         amount = _amount(measure, cell)
         if amount:

@@ -99,7 +99,10 @@ def _left_out(results: Results, grid: Grid) -> list[str]:
         other = f", {grid.displaced} of them of another checkpoint" if grid.displaced else ""
         lines.append(f"{grid.superseded} older records of what was measured again later{other}")
     if grid.unmatched:
-        lines.append(f"{grid.unmatched} control records without a rollout to compare them with")
+        lines.append(
+            f"{grid.unmatched} control records whose rollouts are not there, or are of other starts or training seeds; "
+            "no column or line shows them"
+        )
     if grid.left_out:
         lines.append(f"{grid.left_out} streams whose first episode failed, and which have no return")
     return lines

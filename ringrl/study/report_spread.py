@@ -14,6 +14,7 @@ from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Cell, Grid, Run
 from ringrl.study.report_draw import PANEL, Chart, Panel, dress, linestyle, styles
 from ringrl.study.report_svg import colour
 from ringrl.study.report_variants import Variant
+from ringrl.study.tables import context_label
 
 _THRESHOLDS = 101
 _PALE = 0.4  # of the shortest context, beside the longest
@@ -53,11 +54,8 @@ def contenders(grid: Grid) -> list[Contender]:
             points = {task: points[-1 if longest else 0] for task, points in ends.items()}
             if not longest and all(len(ends[task]) == 1 for task in ends):
                 continue
-            lengths = {length for length, _ in points.values()}
-            label = f"the {'longest' if longest else 'shortest'} context"
-            if len(lengths) == 1:
-                length = lengths.pop()
-                label = f"{length} trajector{'y' if length == 1 else 'ies'}"
+            labels = {context_label(cell) for _, cell in points.values()}
+            label = labels.pop() if len(labels) == 1 else f"the {'longest' if longest else 'shortest'} context"
             found.append(Contender(variant, longest, label, {task: cell for task, (_, cell) in points.items()}))
     for variant in grid.context_free:
         alike = [cell for task in grid.tasks for cell in grid.levels(task) if cell.variant == variant]
@@ -81,12 +79,13 @@ def contests(grid: Grid) -> list[Contest]:
     for ours, theirs in pairs:
         tasks = [task for task in ours.cells if task in theirs.cells]
         if tasks:
-            one, other = (strata([side.cells[task] for task in tasks]) for side in (ours, theirs))
+            runs, together = strata([side.cells[task] for side in (ours, theirs) for task in tasks])
+            count = len(tasks)
             wins = probability_of_improvement(
-                one.runs,
-                other.runs,
-                together=one.together,
-                baseline_together=other.together,
+                runs[:count],
+                runs[count:],
+                together=together[:count],
+                baseline_together=together[count:],
                 generator=np.random.default_rng(BOOTSTRAP_SEED),
                 resamples=RESAMPLES,
             )

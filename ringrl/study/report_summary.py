@@ -1,6 +1,6 @@
 """What the numbers say, in sentences that are computed from them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import comb
@@ -23,9 +23,9 @@ from ringrl.study.tables import context_label
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
 
-# Two groups of n seeds are wholly apart by chance, one way or the other, 2 times in (2n choose n). Four is the least n
-# for which that is rarer than 5 %; a claim on fewer is worded with care.
-SEEDS_FOR_A_CLAIM = 4
+ENOUGH = (
+    20  # once in so many times may chance look like a difference; a claim that is easier to come by is worded with care
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Verdict:
     compared: str  # the two that are compared, "1 trajectory to 8 trajectories"
     returns: tuple[float, ...]  # of either; one where nothing was compared
     change: Estimate | None
+    paired: bool  # whether the two are of the same training runs
     sentence: str
 
     @property
@@ -56,6 +57,11 @@ class Verdict:
         """Training seeds behind the change."""
         return self.change.runs if self.change else 0
 
+    @property
+    def odds(self) -> int:
+        """Once in how many times its seeds would agree by chance."""
+        return odds(self.seeds, self.paired)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -70,7 +76,8 @@ class Summary:
 @dataclass(frozen=True)
 class _Memory:
     gain: Estimate  # paired by training seed, for the control is the same policy
-    wiped: float  # return of the control
+    kept: float  # return with memory, and
+    wiped: float  # of the control from the same starts
 
 
 def summary(grid: Grid) -> Summary:
@@ -100,7 +107,7 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
     for kind, bare in (("helps", "help"), ("hurts", "hurt")):
         found = [verdict for verdict in judged if verdict.kind == kind]
         if found:
-            careful = min(verdict.seeds for verdict in found) < SEEDS_FOR_A_CLAIM
+            careful = min(verdict.odds for verdict in found) < ENOUGH
             claim = f"seems to {bare}" if careful else kind
             if len(judged) == 1:
                 return f"{subject} {claim}."
@@ -111,20 +118,33 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
     return f"{subject} {' and '.join(claims)} comparisons."
 
 
-def caution(seeds: int) -> str | None:
-    """What a difference of so few training seeds a side can and cannot show; None where they are enough."""
-    if seeds >= SEEDS_FOR_A_CLAIM:
+def odds(seeds: int, paired: bool) -> int:
+    """Once in how many times seeds agree by chance, one way or the other: all of the same runs change alike, or two
+    groups of n runs lie wholly apart (2 of (2n choose n) orders)."""
+    return 2 ** max(seeds - 1, 0) if paired else comb(2 * seeds, seeds) // 2
+
+
+def caution(clear: Iterable[tuple[int, bool]]) -> str | None:
+    """What differences of so few training seeds (a side; whether of the same runs) can and cannot show.
+
+    Told of the weakest; None where there are none, or all have seeds enough.
+    """
+    seeds, paired = min(clear, key=lambda one: odds(*one), default=(0, False))
+    if not seeds or odds(seeds, paired) >= ENOUGH:
         return None
+    chance = (
+        f"all {seeds} runs would still change alike"
+        if paired
+        else f"two groups of {seeds} would still lie wholly apart"
+    )
     return (
-        f"With {seeds} training seeds per point this is a hint, not proof: if nothing differed, two groups of {seeds} "
-        f"would still lie wholly apart once in {comb(2 * seeds, seeds) // 2} times, and bootstrap intervals of so few "
-        "are too narrow."
+        f"With {seeds} training seeds per point this is a hint, not proof: if nothing differed, {chance} once in "
+        f"{odds(seeds, paired)} times, and bootstrap intervals of so few are too narrow."
     )
 
 
 def _caution(verdicts: Sequence[Verdict]) -> str | None:
-    clear = [verdict.seeds for verdict in verdicts if verdict.kind in ("helps", "hurts")]
-    return caution(min(clear)) if clear else None
+    return caution((verdict.seeds, verdict.paired) for verdict in verdicts if verdict.kind in ("helps", "hurts"))
 
 
 def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
@@ -134,21 +154,26 @@ def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
     value, memory = middle(longest.runs()), _memory(longest)
     task, name = longest.task, grid.name(variant)
     of_context = " of context" if longest.train == longest.test else ""
-    claim = f"On {task} the {name} returns {number(value)} {_when(longest)}{of_context}"
     verdict = partial(Verdict, task, name)
+
+    def claim(value: float) -> str:
+        return f"On {task} the {name} returns {number(value)} {_when(longest)}{of_context}"
+
     if shortest is not longest:
-        before, change = middle(shortest.runs()), contrast(longest.runs(), shortest.runs())
-        sentence = f"{claim} and {number(before)} {_when(shortest)}: {_judge(change)}"
-        if memory:
-            sentence += f" With its memory wiped before each episode it returns {number(memory.wiped)}."
+        before, found = middle(shortest.runs()), contrast(longest, shortest)
+        sentence = f"{claim(value)} and {number(before)} {_when(shortest)}: {_judge(found.change)}"
+        if longest.control and longest.test > 1:
+            wiped = number(middle(longest.control_runs()))
+            sentence += f" With its memory wiped before each episode it returns {wiped}."
         compared = _between(shortest, longest)
-        return verdict("A longer context", compared, (before, value), change, sentence)
+        return verdict("A longer context", compared, (before, value), found.change, found.paired, sentence)
     if memory:
-        sentence = f"{claim} and {number(memory.wiped)} when its memory is wiped before each episode: "
+        sentence = f"{claim(memory.kept)} and {number(memory.wiped)} when its memory is wiped before each episode: "
         compared = f"memory wiped to kept, {context_label(longest)}"
-        returns = (memory.wiped, value)
-        return verdict("Memory across episodes", compared, returns, memory.gain, sentence + _judge(memory.gain))
-    return verdict("Context", context_label(longest), (value,), None, f"{claim}; no other length was measured.")
+        returns = (memory.wiped, memory.kept)
+        return verdict("Memory across episodes", compared, returns, memory.gain, True, sentence + _judge(memory.gain))
+    sentence = f"{claim(value)}; no other length was measured."
+    return verdict("Context", context_label(longest), (value,), None, False, sentence)
 
 
 def _when(cell: Cell) -> str:
@@ -169,10 +194,10 @@ def _between(shortest: Cell, longest: Cell) -> str:
 
 def _memory(cell: Cell) -> _Memory | None:
     """What memory gains; None where there is nothing to remember or the control was not measured."""
-    gains, wiped = cell.memory_gains()
-    if cell.test == 1 or not len(gains):
+    kept, wiped = cell.beside_control()
+    if cell.test == 1 or not len(kept):
         return None
-    return _Memory(summarise(gains), middle(wiped))
+    return _Memory(summarise(kept - wiped), middle(kept), middle(wiped))
 
 
 def _judge(change: Estimate) -> str:

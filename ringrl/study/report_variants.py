@@ -42,9 +42,9 @@ class Variants:
 
     def __init__(self, records: Collection[EvaluationRecord]) -> None:
         self._telling = _telling(records)
-        self._usual = {**default_recipe(), "settings": "known"}
+        self._usual = usual_settings()
         self._agentic = {
-            (record.task, self._own(record), _of_any_length(record))
+            (record.task, self._own(record), settings_of_any_length(record))
             for record in records
             if record.method.startswith("at")
         }
@@ -54,7 +54,7 @@ class Variants:
         variant = self._own(record)
         if record.train_trajectories == 1:
             agentic = dataclasses.replace(variant, method=_agentic(record.method))
-            if (record.task, agentic, _of_any_length(record)) in self._agentic:
+            if (record.task, agentic, settings_of_any_length(record)) in self._agentic:
                 return agentic
         return variant
 
@@ -73,9 +73,19 @@ class Variants:
         return Variant(record.method, record.token_set or "", target, prompt, train_task, cache, settings=settings)
 
 
+def usual_settings() -> Mapping[str, str]:
+    """What holds of a setting that a record does not name."""
+    return {**default_recipe(), "settings": "known"}
+
+
 def settings_of(record: EvaluationRecord) -> Mapping[str, str]:
     """Of its run, those that are not at their defaults."""
     return _UNKNOWN if record.settings is None and record.method not in ("random", DATA) else record.settings or {}
+
+
+def settings_of_any_length(record: EvaluationRecord) -> frozenset[tuple[str, str]]:
+    """The same, but for what a budget makes of the length of the context."""
+    return frozenset((name, value) for name, value in settings_of(record).items() if name not in OF_THE_LENGTH)
 
 
 def name_of(variant: Variant, others: Collection[Variant]) -> str:
@@ -121,14 +131,10 @@ def _telling(records: Collection[EvaluationRecord]) -> Mapping[tuple[str, str], 
     alike: dict[tuple[object, ...], list[Mapping[str, str]]] = defaultdict(list)
     for record in records:
         place = (*_family(record), record.token_set, record.train_trajectories, record.train_task)
-        alike[place].append(dict(_of_any_length(record)))
-        alike[(*place, _of_any_length(record))].append(settings_of(record))
+        alike[place].append(dict(settings_of_any_length(record)))
+        alike[(*place, settings_of_any_length(record))].append(settings_of(record))
     telling: dict[tuple[str, str], set[str]] = defaultdict(set)
     for (task, method, *_), settings in alike.items():
         names = {name for one in settings for name in one}
         telling[str(task), str(method)] |= {name for name in names if len({one.get(name) for one in settings}) > 1}
     return telling
-
-
-def _of_any_length(record: EvaluationRecord) -> frozenset[tuple[str, str]]:
-    return frozenset((name, value) for name, value in settings_of(record).items() if name not in OF_THE_LENGTH)

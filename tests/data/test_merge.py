@@ -46,12 +46,21 @@ def test_the_command_merges_and_refuses_what_is_there(two, tmp_path: Path, capsy
     main([*command, "--overwrite"])
 
 
+def test_an_episode_that_is_in_two_stores_is_named(two, tmp_path: Path, random_episode, write_store) -> None:
+    """Else a context of distinct trajectories could hold it twice, and it would weigh double."""
+    overlapping = write_store(tmp_path / "d.h5", "cartpole", [random_episode("cartpole", 7, n) for n in (9, 4)])
+    with pytest.raises(UserError, match=r"d.h5: 1 of its .*episode 1 is episode 1 of .*b.h5") as refused:
+        merge_stores([*(store.path for store in two), overlapping.path], tmp_path / "c.h5")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "c.h5").exists()
+
+
 def test_what_does_not_belong_together_is_refused(two, tmp_path: Path, random_episode, write_store) -> None:
     walker = write_store(tmp_path / "w.h5", "walker", [random_episode("walker", 5, 0)])
     first = two[0].path
     for sources, said in (
         ([first], "at least two"),
-        ([first, first], "the same episodes"),
+        ([first, first], "3 of its episodes are in another store"),
         ([first, walker.path], "like with like"),
     ):
         with pytest.raises(UserError, match=said):

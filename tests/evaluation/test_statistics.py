@@ -93,8 +93,32 @@ def test_every_statistic_draws_the_same_runs_together():
     random = np.random.default_rng(8)
     ours, theirs = random.normal(0.3, 1, 8), random.normal(0, 1, 6)
     one = probability_of_improvement([ours], [theirs], generator=generator())
-    both = {"together": "aa", "baseline_together": "aa"}
-    assert probability_of_improvement([ours] * 2, [theirs] * 2, generator=generator(), **both) == one
+    sides = {"together": "aa", "baseline_together": "bb"}
+    assert probability_of_improvement([ours] * 2, [theirs] * 2, generator=generator(), **sides) == one
+
+
+def test_what_is_on_both_sides_is_drawn_once():
+    """Each run gains between 1 and 2, and runs differ by far more."""
+    random = np.random.default_rng(8)
+    before = random.normal(0, 50, 10)
+    after = before + random.uniform(1, 2, 10)
+    paired = difference([after], [before], np.mean, generator=generator(), together="a", baseline_together="a")
+    apart = difference([after], [before], np.mean, generator=generator(), together="a", baseline_together="b")
+    assert paired.value == apart.value == pytest.approx((after - before).mean())
+    assert paired.interval is not None
+    assert apart.interval is not None
+    assert 1 < paired.interval.low < paired.interval.high < 2
+    assert apart.interval.low < -10
+    assert apart == difference([after], [before], np.mean, generator=generator())
+    alone = estimate([after - before], np.mean, generator=generator())
+    assert alone.interval is not None
+    np.testing.assert_allclose((paired.interval.low, paired.interval.high), (alone.interval.low, alone.interval.high))
+    with pytest.raises(ValueError, match="9 scores of 10 runs that are drawn together"):
+        difference([after], [before[:9]], generator=generator(), together="a", baseline_together="a")
+
+
+def test_profiles_draw_the_same_runs_together():
+    ours = np.random.default_rng(8).normal(0.3, 1, 8)
     thresholds = np.linspace(-1, 1, 5)
     single = performance_profile([ours], thresholds, generator=generator())
     twice = performance_profile([ours] * 2, thresholds, generator=generator(), together="aa")

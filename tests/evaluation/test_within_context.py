@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ringrl.evaluation.records import EvaluationRecord, append_records
+from ringrl.study.report_cells import gather
 
 EPISODES, CONTEXTS = 4, 200
 
@@ -41,7 +42,8 @@ def made_up() -> list[EvaluationRecord]:
 
 
 def test_returns_by_episode_and_what_carries_over(script: ModuleType) -> None:
-    found = script.summarise(made_up(), "walker_walk")
+    (cell,) = gather(made_up()).cells
+    found = script.summarise(cell)
     for name, expected in (("with memory", 0.5), ("wiped", 0.0)):
         values = [episode["value"] for episode in found[name]["episodes"]]
         np.testing.assert_allclose(values, 500 + 100 * np.arange(EPISODES), atol=10)
@@ -51,10 +53,17 @@ def test_returns_by_episode_and_what_carries_over(script: ModuleType) -> None:
 
 def test_a_context_counts_once_and_a_single_one_tells_no_correlation(script: ModuleType) -> None:
     twice = [record(0, 0, np.array([1.0, 2, 3, value])) for value in (4.0, 8.0)]
-    found = script.summarise(twice, "walker_walk")["with memory"]
-    assert ([episode["value"] for episode in found["episodes"]], found["contexts"]) == ([1, 2, 3, 8], 1)
-    assert found["correlation"] is None
-    assert "| none | 1 |" in script.table({"walker_walk": {"with memory": found}})
+    failed = record(0, 1, np.array([1.0, 2, 3, 4])).model_copy(update={"returns": (100.0, None, None, None)})
+    control = [record(0, index, np.zeros(EPISODES), context=False) for index in range(2)]
+    (cell,) = gather([*twice, failed, *control]).cells
+    found = script.summarise(cell)
+    kept = found["with memory"]
+    assert ([episode["value"] for episode in kept["episodes"]], kept["contexts"]) == ([1, 2, 3, 8], 1)
+    assert kept["correlation"] is None
+    assert "| none | 1 |" in script.table({"walker_walk": {"with memory": kept}})
+    assert "wiped" in found
+    (cell,) = gather([*twice, failed, *control[1:]]).cells
+    assert "wiped" not in script.summarise(cell), "its starts are fewer"
 
 
 def test_it_reads_what_belongs_together(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +78,8 @@ def test_it_reads_what_belongs_together(script: ModuleType, tmp_path: Path, caps
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[1], row[-1]) for row in rows] == [("with memory", "600 |"), ("wiped", "600 |")]
     append_records(results, [record(0, 0, np.zeros(EPISODES), method="ad")])
-    for wrong, said in ((EPISODES, "results of ad and at; give those of one method"), (9, "no contexts of 9 episodes")):
+    both = "results of Agentic Transformer and Algorithm Distillation; give those of one method"
+    for wrong, said in ((EPISODES, both), (9, "no contexts of 9 episodes")):
         with pytest.raises(SystemExit) as stop:
             script.main([str(results), "--episodes", str(wrong)])
         assert stop.value.code == 2

@@ -69,10 +69,41 @@ def test_episodes_that_failed_are_counted_and_in_no_mean(make_rollouts):
     np.testing.assert_allclose(cell.runs("best"), [121, (120 + 500) / 2])
     np.testing.assert_allclose(cell.runs("last"), [121, 120])  # of the stream that has one
     np.testing.assert_allclose(cell.episode_runs(), [[101, 300], [111, 110], [121, 120]])
-    np.testing.assert_allclose(cell.control_runs(), [91])
-    assert len(cell.control_runs("last")) == 0
-    gains, wiped = cell.memory_gains()
-    np.testing.assert_allclose((gains, wiped), ([111 - 91], [91]))
+    assert len(cell.control_runs()) == 0, "the control of some seeds does not stand beside all of them"
+    assert grid.unmatched == 2
+    np.testing.assert_allclose(cell.beside_control(), [[111], [91]])
+
+
+def test_a_control_stands_beside_the_same_starts_alone(make_rollouts):
+    """Memory changes nothing, but its rollouts have easy starts besides, or an easy seed."""
+    both = [record for context in (True, False) for record in make_rollouts(2, 0, 100, context=context)]
+    easy = [record.model_copy(update={"environment_seed": record.environment_seed + 2}) for record in both[:2]]
+    easy = [record.model_copy(update={"returns": (900.0, 900.0)}) for record in easy]
+    for more in (easy, make_rollouts(2, 1, 900)):
+        grid = gather([*both, *more])
+        (cell,) = grid.cells
+        assert cell.runs().max() >= 500
+        np.testing.assert_allclose(cell.beside_control(), [[101], [101]])
+        assert (len(cell.control_runs()), grid.unmatched) == (0, 2)
+    (cell,) = gather(both).cells
+    np.testing.assert_allclose(cell.control_runs(), [101])
+    first_failed = [both[0].model_copy(update={"returns": (None, None)}), *both[1:]]
+    (cell,) = gather(first_failed).cells
+    np.testing.assert_allclose(
+        cell.beside_control(), [[102], [102]], err_msg="a stream that has no return pairs with none"
+    )
+
+
+def test_a_run_of_two_prompts_or_lengths_is_of_one_checkpoint(make_rollouts):
+    later = datetime(2100, 1, 1, tzinfo=UTC)
+    new = {"checkpoint_hash": "b", "created": later}
+    old = make_rollouts(2, 0, 100, checkpoint_hash="a", prompt_trajectories=1, prompt_seed=0)
+    grid = gather([*old, *make_rollouts(2, 0, 900, prompt_trajectories=1, prompt_seed=1, **new)])
+    np.testing.assert_allclose(grid.cells[0].runs(), [901])
+    assert grid.displaced == 2
+    old = make_rollouts(1, 0, 100, checkpoint_hash="a", train_trajectories=2)
+    grid = gather([*old, *make_rollouts(2, 0, 900, **new)])
+    assert [(cell.test, grid.displaced) for cell in grid.cells] == [(2, 2)]
 
 
 def test_a_metric_that_no_stream_came_to_is_absent_everywhere(make_rollouts, write_results, tmp_path):
@@ -190,7 +221,36 @@ def test_curves_over_rollout_lengths(make_rollouts):
 def test_estimates_are_the_same_every_time():
     runs = np.array([1.0, 2, 4, 8])
     assert summarise(runs) == summarise(runs)
-    assert contrast(runs, runs + 1).value == -1
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_same_runs_are_compared_run_by_run(make_rollouts, same):
+    """Runs lie 100 apart and each changes by 10: plain where they are the same, nothing where they are not."""
+    records = [
+        record
+        for length in (1, 4)
+        for seed in range(5)
+        for record in make_rollouts(
+            length, seed, 100.0 * seed + 10 * (length > 1), train_trajectories=4 if same else length,
+            checkpoint_hash=str(seed) if same else f"{seed} {length}",
+        )
+    ]  # fmt: skip
+    shorter, longer = gather(records).cells
+    found = contrast(longer, shorter)
+    assert found == contrast(longer, shorter)
+    assert (found.paired, found.change.value, found.change.runs) == (same, pytest.approx(10), 5)
+    assert found.change.interval is not None
+    assert (0 in found.change.interval) is not same
+    # Of 25 pairs of runs the longer wins 15, whoever they are; drawn together they never win less than half.
+    assert found.wins.value == pytest.approx(15 / 25)
+    assert found.wins.interval is not None
+    assert (found.wins.interval.low > 0.5) is same
+
+
+def test_untold_checkpoints_are_never_the_same_run(make_rollouts):
+    records = [r for length in (1, 4) for r in make_rollouts(length, 0, 1, train_trajectories=4, checkpoint_hash=None)]
+    one, other = gather(records).cells
+    assert not contrast(one, other).paired
 
 
 def test_results_of_another_cache_are_told_apart(make_rollouts):

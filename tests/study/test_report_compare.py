@@ -37,6 +37,27 @@ def test_chance_is_spoken_of(make_study, make_ablation, write_results, tmp_path)
     assert cautions(compare(many[:1], many[1:])) == ["Of 22 comparisons, about 1 would look clear if nothing differed."]
 
 
+def test_the_same_runs_prompted_are_compared_run_by_run(make_rollouts, write_results):
+    """Runs lie 100 apart; the prompt gains each of them 40."""
+    levels = {"bare": (0.0, {}), "prompted": (40.0, {"prompt_trajectories": 3, "prompt_seed": 0})}
+    bare, prompted = (
+        write_results(
+            [
+                record
+                for seed in range(4)
+                for record in make_rollouts(2, seed, 100.0 * seed + gain, checkpoint_hash=str(seed), **told)
+            ],
+            f"{name}.jsonl",
+        )
+        for name, (gain, told) in levels.items()
+    )
+    found = compare([bare], [prompted])
+    (pair,) = found.pairs
+    assert (pair.paired, pair.clear, pair.change.value) == (True, True, pytest.approx(40))
+    (said,) = cautions(found)
+    assert "all 4 runs would still change alike once in 8 times" in said
+
+
 def test_one_seed_has_no_interval_and_no_probability(make_study, tmp_path):
     a, b = make_study(tmp_path / "a", seeds=1), make_study(tmp_path / "b", seeds=3, level=450.0)
     page, _ = write_comparison([a], [b], tmp_path / "report")

@@ -32,6 +32,17 @@ def test_a_chart_per_measure(make_rollouts, make_budget):
         assert label in svg, label
 
 
+def test_lengths_trained_on_and_rolled_out_are_both_said_where_they_differ(make_rollouts, make_budget):
+    records = [
+        record
+        for train, test in ((1, 1), (1, 8), (4, 1))
+        for record in make_rollouts(test, 0, 100.0 * train + test, train_trajectories=train, budget=make_budget(train))
+    ]
+    svg = panel_svg(cost_charts(gather(records))[0].panels[0])
+    for label in (">1</text>", ">1/8</text>", ">4/1</text>"):
+        assert label in svg, label
+
+
 def test_time_has_a_unit_that_fits(make_rollouts, make_budget):
     for seconds, unit in ((60.0, "seconds"), (600.0, "minutes"), (36_000.0, "hours")):
         records = [record for n in (1, 2) for record in make_rollouts(n, 0, 1.0, budget=make_budget(n, seconds))]

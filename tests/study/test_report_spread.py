@@ -28,6 +28,20 @@ def test_contests_by_hand(make_rollouts):
     assert contest.found.interval is not None
 
 
+def test_a_rollout_of_one_episode_is_no_model_of_one_trajectory(make_rollouts):
+    records = [
+        record
+        for train, test, level in ((1, 1, 901.0), (1, 4, 881.0), (4, 1, 101.0), (4, 4, 501.0))
+        for seed in range(3)
+        for record in make_rollouts(
+            test, seed, level + seed, train_trajectories=train, checkpoint_hash=f"{train} {seed}"
+        )
+    ]
+    (contest,) = contests(gather(records))
+    assert contest.ours == "Agentic Transformer, 4 trajectories"
+    assert contest.theirs == "Agentic Transformer, trained on 4, rolled out for 1"
+
+
 def test_every_method_with_a_context_meets_every_other(make_ablation, make_rollouts):
     others = [record for seed in range(5) for record in make_rollouts(4, seed, 100.0, method="ad")]
     pairs = {(one.ours, one.theirs) for one in contests(gather([*make_ablation(), *others]))}

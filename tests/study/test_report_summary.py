@@ -76,14 +76,37 @@ def test_one_seed_has_no_interval(make_ablation):
     assert "interval +" not in found.verdicts[0].sentence
 
 
+def test_few_seeds_of_the_same_runs_agree_sooner(make_rollouts):
+    """All gains of n runs have one sign by chance once in 2^(n - 1) times; two groups lie apart less often."""
+    for seeds, said in ((3, "all 3 runs would still change alike once in 4 times"), (5, "once in 16 times"), (6, None)):
+        records = [
+            record
+            for seed in range(seeds)
+            for context in (True, False)
+            for record in make_rollouts(4, seed, 500.0 + 20 * context + 100 * seed, context=context)
+        ]
+        found = summary(gather(records))
+        assert found.headline == f"Memory across episodes {'seems to help' if said else 'helps'}."
+        assert (found.caution is None) if said is None else (said in str(found.caution))
+
+
+def test_memory_is_told_from_the_starts_that_have_a_control(make_rollouts):
+    records = [record for seed in range(3) for record in make_rollouts(2, seed, 100)]
+    records += [record.model_copy(update={"context": False}) for record in records]
+    records += make_rollouts(2, 3, 900)
+    found = summary(gather(records))
+    assert "returns 101 with 2 trajectories of context and 101 when its memory is wiped" in found.verdicts[0].sentence
+    assert "without memory" not in "".join(found.notes)
+
+
 def test_one_length_is_judged_by_its_control(make_rollouts):
     records = []
-    for seed in range(5):
+    for seed in range(6):
         records += make_rollouts(4, seed, 500 + 100 * seed) + make_rollouts(4, seed, 480 + 100 * seed, context=False)
     found = summary(gather(records))
     # Seeds lie 100 apart, the gain of each is 20: only the comparison paired by seed can see it.
     assert found.headline == "Memory across episodes helps."
-    assert "returns 701 with 4 trajectories of context and 681 when its memory is wiped" in found.verdicts[0].sentence
+    assert "returns 751 with 4 trajectories of context and 731 when its memory is wiped" in found.verdicts[0].sentence
     assert "+20.0" in found.verdicts[0].sentence
 
 

@@ -1,0 +1,45 @@
+"""Whether what stands on one curve was trained with the same settings, but for the length of the context."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from ringrl.study.report_cells import Cell, Grid
+from ringrl.study.report_variants import settings_of_any_length, usual_settings
+
+
+def settings_warning(grid: Grid) -> str | None:
+    """What has to be said above all comparisons where settings differ along a curve; None where they do not."""
+    said = [
+        f"{grid.name(variant)} on {task}: {'; '.join(unlike)}"
+        for task in grid.tasks
+        for variant in grid.variants
+        if (unlike := _unlike(grid.cells_of(task, variant)))
+    ]
+    if not said:
+        return None
+    return (
+        f"Not only the length of the context differs along a curve ({'. '.join(said)}), so a part of what differs may "
+        "lie in that."
+    )
+
+
+def _unlike(cells: Iterable[Cell]) -> list[str]:
+    """Settings that are not the same at all lengths, with their values."""
+    of_length: dict[int, Mapping[str, str]] = {}
+    for cell in cells:
+        for record in cell.records:
+            of_length[cell.train or 0] = dict(settings_of_any_length(record))  # one cell's records have the same
+    usual = usual_settings()
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted({name for settings in of_length.values() for name in settings}):
+        for length, settings in sorted(of_length.items()):
+            found[name][settings.get(name, usual.get(name, ""))].append(length)
+    return [
+        f"{name} {', '.join(f'{value} with {_listed(lengths)}' for value, lengths in values.items())}"
+        for name, values in found.items()
+        if len(values) > 1
+    ]
+
+
+def _listed(lengths: Iterable[int]) -> str:
+    return " and ".join(map(str, lengths))
