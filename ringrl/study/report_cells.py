@@ -92,7 +92,7 @@ class Cell:
         streams: dict[bool, dict[tuple[object, ...], EvaluationRecord]] = {True: {}, False: {}}
         for record in self.records:
             if record.finished:
-                streams[record.context][_place(record)] = record
+                streams[record.context][_run_and_starts(record)] = record
         both: dict[bool, dict[int, list]] = {True: defaultdict(list), False: defaultdict(list)}
         for place in streams[True]:
             if place in streams[False]:
@@ -349,11 +349,11 @@ def _have_same_streams(records: Iterable[EvaluationRecord]) -> bool:
     """Whether the control was measured for just the training seeds and starts that the rollout was."""
     places: dict[bool, set[tuple[object, ...]]] = {True: set(), False: set()}
     for record in records:
-        places[record.context].add(_place(record))
+        places[record.context].add(_run_and_starts(record))
     return places[True] == places[False]
 
 
-def _place(record: EvaluationRecord) -> tuple[object, ...]:
+def _run_and_starts(record: EvaluationRecord) -> tuple[object, ...]:
     """What a stream has in common with its control."""
     return record.seed, record.prompt_seed, record.starts
 

@@ -23,9 +23,8 @@ from ringrl.study.tables import context_label
 
 Kind = Literal["helps", "hurts", "unclear", "one seed", "not compared"]
 
-ENOUGH = (
-    20  # once in so many times may chance look like a difference; a claim that is easier to come by is worded with care
-)
+# Chance may look like a difference once in so many times (5 %); a claim that is easier to come by is worded with care.
+ENOUGH_ODDS = 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
     for kind, bare in (("helps", "help"), ("hurts", "hurt")):
         found = [verdict for verdict in judged if verdict.kind == kind]
         if found:
-            careful = min(verdict.odds for verdict in found) < ENOUGH
+            careful = min(verdict.odds for verdict in found) < ENOUGH_ODDS
             claim = f"seems to {bare}" if careful else kind
             if len(judged) == 1:
                 return f"{subject} {claim}."
@@ -130,7 +129,7 @@ def caution(clear: Iterable[tuple[int, bool]]) -> str | None:
     Told of the weakest; None where there are none, or all have seeds enough.
     """
     seeds, paired = min(clear, key=lambda one: odds(*one), default=(0, False))
-    if not seeds or odds(seeds, paired) >= ENOUGH:
+    if not seeds or odds(seeds, paired) >= ENOUGH_ODDS:
         return None
     chance = (
         f"all {seeds} runs would still change alike"
