@@ -53,10 +53,11 @@ class TargetPolicy:
     @property
     def name(self) -> str:
         """As it stands in results: "data_best", "0.9x data_best", "data_quantile_0.75" or "given"."""
+        value = np.format_float_positional(self.value, trim="-")  # all digits: other targets have other names
         if self.kind == "quantile":
-            return f"data_quantile_{self.value:g}"
+            return f"data_quantile_{value}"
         if self.kind == "factor":
-            return "data_best" if self.value == 1 else f"{self.value:g}x data_best"
+            return "data_best" if self.value == 1 else f"{value}x data_best"
         return "given"
 
     def choose(self, returns: Float[np.ndarray, " episodes"]) -> float:

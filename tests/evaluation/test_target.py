@@ -16,6 +16,8 @@ RETURNS = np.array([10, 50, 20, 40, 30], np.float32)
         ("1.5X", "1.5x data_best", 75),
         ("q0.75", "data_quantile_0.75", 40),
         ("q0", "data_quantile_0", 10),
+        ("q0.33333333", "data_quantile_0.33333333", 70 / 3),
+        ("0.90000001x", "0.90000001x data_best", 45),
         ("800", "given", 800),
         ("-3.5", "given", -3.5),
     ],
