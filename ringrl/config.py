@@ -193,9 +193,9 @@ class OptimiserConfig(Section):
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float = Field(0.0, ge=0)
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate that the decay ends at, one step after the last, as a fraction of the peak."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, which begins at zero: with any, the first step changes nothing."""
     weight_decay: float = Field(1e-2, ge=0)
     """AdamW's decoupled weight decay (matrices only)."""
     clip_norm: float = Field(1.0, gt=0)

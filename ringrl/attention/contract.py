@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from ringrl.attention.mask import Side
@@ -57,6 +58,11 @@ class Gradients(NamedTuple):
 
     dq: Float32[Array, "heads rows head_dim"]
     dkv: Float32[Array, "heads 2 keys head_dim"]
+
+
+def precision_of(x: jax.Array) -> lax.Precision:
+    """Of matrix products: what comes in float32 stays it, where GPUs would take TF32 and TPUs bfloat16."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def by_head(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -8,6 +8,7 @@ Contexts that begin with the same tokens share a prefix: it is held once, and th
 in one matrix product.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
-from ringrl.attention.contract import Partial
+from ringrl.attention.contract import Partial, precision_of
 from ringrl.attention.mask import Rule, Side, visible
 from ringrl.attention.merge import merge, merge_over
 from ringrl.attention.options import Options
@@ -150,7 +151,8 @@ def _over_cache(
     # By key head, all its queries as rows of one matrix: other orders XLA rearranges the cache for, at every step.
     q = jnp.moveaxis(q.reshape(batch, new, kv_heads, -1, head_dim), 1, 3).reshape(batch, kv_heads, -1, head_dim)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (cache.k, cache.v))
-    s = jnp.einsum("bhmd,bhkd->bhmk", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * options.scale
+    product = partial(jnp.einsum, precision=precision_of(k), preferred_element_type=jnp.float32)
+    s = product("bhmd,bhkd->bhmk", q.astype(k.dtype), k) * options.scale
     if options.logits_soft_cap is not None:
         s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
     segment = jnp.zeros((1, 1), jnp.int32)
@@ -162,7 +164,7 @@ def _over_cache(
     maximum = s.max(-1, keepdims=True)
     p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may hold nothing yet
     total = p.sum(-1, keepdims=True)
-    o = jnp.einsum("bhmk,bhkd->bhmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    o = product("bhmk,bhkd->bhmd", p.astype(v.dtype), v)
     o, lse = o / jnp.where(total == 0, 1.0, total), (maximum + jnp.log(total))[..., 0]
     by_query = lambda x: jnp.moveaxis(x.reshape(batch, kv_heads, -1, new, *x.shape[3:]), 3, 1)  # noqa: E731
     return Partial(by_query(o).reshape(batch, new, heads, head_dim), by_query(lse).reshape(batch, new, heads))

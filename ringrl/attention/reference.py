@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ringrl.attention.contract import precision_of
 from ringrl.attention.mask import Rule, Side, visible
 
 
@@ -21,7 +22,7 @@ def reference_attention(
     """Output and log-sum-exp with every logit in memory; differentiable by JAX itself, float64 under x64."""
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    s = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    s = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision_of(q)) * scale
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     mask = visible(rule, queries, keys)[:, None]
@@ -30,4 +31,4 @@ def reference_attention(
     lse = jax.nn.logsumexp(s, axis=-1)
     p = jnp.where(mask, jnp.exp(s - lse[..., None]), 0.0)
     lse = jnp.where(sees_some[..., 0], lse, -jnp.inf)
-    return jnp.einsum("bhqk,bkhd->bqhd", p, v), jnp.swapaxes(lse, 1, 2)
+    return jnp.einsum("bhqk,bkhd->bqhd", p, v, precision=precision_of(v)), jnp.swapaxes(lse, 1, 2)

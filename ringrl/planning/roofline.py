@@ -17,9 +17,9 @@ from ringrl.training.throughput import forward_flops, step_flops
 # Of accelerators: no step of ours was timed on one.
 ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)
 WITHOUT_KERNEL = 0.15  # attention by XLA: tiles of logits go through the memory, some 32 operations for each byte
-# Of the bfloat16 rate in float32, matrices and attention: TPUs round what goes into a matrix product, but for our
-# kernel, which has six products for one; GPUs take TF32.
-FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 0.5)})
+# Of the bfloat16 rate in float32, matrices and attention: TPUs round what goes into a matrix product, and GPUs take
+# TF32, but our attention has six products for one on TPUs and leaves the tensor cores of GPUs idle.
+FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 1 / 15)})
 OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # of the nominal host device; `ringrl plan` measures this machine's (probe.py)
 # Products of a tile's size per pair of tokens: forward 2; backward 3 for the queries' kernel and 4 for the keys', or
 # 5 where one loop computes both (the XLA kernel).
@@ -53,10 +53,12 @@ def attained_by(workload: Workload, machine: Machine) -> Attained:
         return machine.measured or OF_HOST
     has_kernel = kernel_of(model, device) != "xla"
     matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
-    return ATTAINED._replace(
-        matrices=matrices * ATTAINED.matrices,
-        attention=attention * ATTAINED.attention if has_kernel else WITHOUT_KERNEL,
-    )
+    attention *= ATTAINED.attention
+    if model.attention == "vanilla":  # JAX's own, which rounds as other products do
+        attention = WITHOUT_KERNEL
+    elif not has_kernel:
+        attention = min(attention, WITHOUT_KERNEL)
+    return ATTAINED._replace(matrices=matrices * ATTAINED.matrices, attention=attention)
 
 
 def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) -> StepTime:

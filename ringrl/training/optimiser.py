@@ -11,7 +11,10 @@ DECAYED = ("kernel", "embedding")  # all layers' biases lie in one array, which 
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine decay to its final fraction at the last step."""
+    """Linear warm-up from zero to the peak, then cosine decay to its final fraction at step `config.steps`.
+
+    Steps count from 0, so that the first has a rate of zero and none has the final one.
+    """
     warmup = min(config.warmup_steps, config.steps - 1)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,

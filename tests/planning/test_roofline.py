@@ -103,7 +103,9 @@ def test_vanilla_computes_what_the_mask_hides_and_has_no_kernel():
         ("tpu-v4-16", {"dtype": "float32"}, 0.7, 0.5 / 6),
         ("tpu-v4-16", {"heads": 8}, 0.7, 0.15),  # heads of 512 features
         ("8xh200", {}, 0.7, 0.5),
-        ("8xh200", {"dtype": "float32"}, 0.35, 0.15),
+        ("tpu-v4-16", {"heads": 8, "dtype": "float32"}, 0.7, 0.5 / 6),
+        ("8xh200", {"dtype": "float32"}, 0.35, 0.5 / 15),
+        ("8xh200", {"dtype": "float32", "attention": "vanilla", "remat": "none"}, 0.35, 0.15),
         ("8xa100", {}, 0.7, 0.15),
     ],
 )

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from ringrl.attention.contract import Inputs
+from ringrl.attention.contract import Inputs, precision_of
 from ringrl.attention.device import device_of
 from ringrl.attention.kernels.tuning.mosaic_tpu import Work, blocks_for
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Rule, Side, classify, may_see, pad_side
@@ -274,10 +274,9 @@ def specs_of(tiling: Tiling, place: Callable[..., Place]) -> Specs:
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """The matrix product over these axes, in float32. What comes in float32 is not rounded to bfloat16 on the way."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    """The matrix product over these axes, in float32."""
     axes = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, axes, precision=precision_of(a), preferred_element_type=jnp.float32)
 
 
 def logits(options: Options, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:

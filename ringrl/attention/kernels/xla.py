@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, precision_of
 from ringrl.attention.kernels.tuning import Blocks, blocks_for
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, visible
 from ringrl.attention.merge import nothing_seen
@@ -60,7 +60,7 @@ def _logits(options: Options, products: jax.Array, scaling: Scaling) -> tuple[ja
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return jnp.matmul(a, b, precision=precision_of(a), preferred_element_type=jnp.float32)
 
 
 def _transpose(x: jax.Array) -> jax.Array:
