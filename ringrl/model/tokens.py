@@ -48,6 +48,11 @@ def _features(step: Context | Outcome, kind: str) -> jax.Array:
     return x[..., None] if x.ndim == 2 else x
 
 
+def _bias(kind: str, features: int) -> nnx.Initializer:
+    """As large as one feature's part of the token: without it, norms leave of a number alone nothing but its sign."""
+    return nnx.initializers.zeros if kind == "fused" else nnx.initializers.normal(features**-0.5)
+
+
 class TokenEmbedding(nnx.Module):
     """Embeds the timesteps of a context as tokens of the model's width.
 
@@ -64,7 +69,7 @@ class TokenEmbedding(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.linear = nnx.Dict(
             {
-                kind: nnx.Linear(sizes[kind], config.width, dtype=dtype, rngs=rngs)
+                kind: nnx.Linear(sizes[kind], config.width, dtype=dtype, bias_init=_bias(kind, sizes[kind]), rngs=rngs)
                 for kind in self.token_set.before + self.token_set.after
             }
         )

@@ -90,3 +90,14 @@ def test_beyond_the_last_embedding_there_is_no_nan(context):
     np.testing.assert_array_equal(made(beyond), made(last))
     before = last._replace(timestep=last.timestep - 1, trajectory=last.trajectory - 1)
     assert np.abs(made(before) - made(last)).max() > 0
+
+
+@pytest.mark.parametrize("kind", ["return_to_go", "reward", "completion"])
+def test_norms_leave_the_size_of_a_number_that_is_a_token_of_its_own(kind):
+    """A norm divides by the token's length: of a weight times the number alone it would leave the sign."""
+    made = embedding("at5", width=64)
+    tokens = project(made, kind, np.array([[0.0, 0.3, 0.9]]))[0]
+    assert (np.linalg.norm(tokens, axis=1) > 1).all()  # nor is the derivative of a norm at zero fit to learn from
+    directions = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    alike = directions @ directions.T
+    assert alike[np.triu_indices(3, 1)].max() < 0.98
