@@ -45,11 +45,20 @@ def arrays_cut_short(folder: Path) -> None:
 
 
 def a_bit_of_the_arrays(folder: Path) -> None:
-    """In the middle of what they are stored in, where the format itself notices nothing."""
+    """Where it counts: the format itself notices nothing, but it holds some values twice and reads one of them."""
     file = max(folder.glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 16
-    file.write_bytes(content)
+    run, whole = folder.parents[2], file.read_bytes()
+    saved = load_policy(run).parameter_hash
+    for place in range(len(whole) // 8, len(whole), len(whole) // 50):
+        content = bytearray(whole)
+        content[place] ^= 16
+        file.write_bytes(content)
+        try:
+            found = load_policy(run)
+        except UserError:
+            return
+        assert found.parameter_hash == saved, "changed, and not noticed"
+    raise AssertionError("no bit counts")
 
 
 def a_digit_of_the_description(folder: Path) -> None:
