@@ -5,7 +5,8 @@
 RESULTS are files or folders of `ringrl evaluate`. The last episodes of contexts of N begin from a few of the starts
 that all episodes are spread over, which may be easier or harder than the rest. So all methods are measured from those
 starts alone: contexts of other lengths by their last episodes, too, where these begin there, and what has no memory by
-its single episodes. Read from results, nothing is rolled out.
+its single episodes. Models that were rolled out for more or fewer episodes than they were trained on, or after a
+prompt, are left out. Read from results, nothing is rolled out.
 """
 
 import argparse

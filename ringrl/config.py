@@ -195,7 +195,7 @@ class OptimiserConfig(Section):
     final_learning_rate: float = Field(0.0, ge=0)
     """Learning rate that the decay ends at, one step after the last, as a fraction of the peak."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up, which begins at zero: with any, the first step changes nothing."""
+    """Steps of linear warm-up, which begins at zero: with any, the first step changes no parameter."""
     weight_decay: float = Field(1e-2, ge=0)
     """AdamW's decoupled weight decay (matrices only)."""
     clip_norm: float = Field(1.0, gt=0)
