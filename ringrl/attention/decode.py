@@ -197,20 +197,38 @@ def append_to_cache(
     new = new.astype(cache.dtype)
     length = jnp.asarray(length, jnp.int32)
     if mesh is None:
-        return lax.dynamic_update_slice_in_dim(cache, new, length, axis=1)
+        return _write(cache, new, length, 0, 1)
     size = _check_shards(mesh, axis_name, cache.shape[1])
 
     def shard(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
-        position = length + jnp.arange(new.shape[1], dtype=jnp.int32)
-        mine = position % size == lax.axis_index(axis_name)
-        slot = jnp.where(mine, position // size, cache.shape[1])  # other devices' tokens fall off the end
-        return cache.at[:, slot].set(new, mode="drop")
+        return _write(cache, new, length, lax.axis_index(axis_name), size)
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
     sharded = PartitionSpec(batch_axes, axis_name, head_axes)
     return jax.shard_map(shard, mesh=mesh, in_specs=(sharded, replicated, PartitionSpec()), out_specs=sharded)(
         cache, new, length
     )
+
+
+def _write(cache: jax.Array, new: jax.Array, length: jax.Array, index: jax.Array | int, size: int) -> jax.Array:
+    """What device `index` of `size` holds, once it has stored its share of the new tokens.
+
+    A stretch of slots is read, changed and written, and never a single slot alone: on CPUs that makes XLA copy the
+    whole cache eight times in a program that attends to it afterwards.
+    """
+    tokens, capacity = new.shape[1], cache.shape[1]
+    if not tokens:
+        return cache
+    width = min((tokens - 1) // size + 2, capacity)
+    first = jnp.minimum(length // size, capacity - width)
+    offset = (first + jnp.arange(width, dtype=jnp.int32)) * size + index - length
+    is_new = (offset >= 0) & (offset < tokens)
+    stretch = jnp.where(
+        is_new[None, :, None, None],
+        new[:, jnp.clip(offset, 0, tokens - 1)],
+        lax.dynamic_slice_in_dim(cache, first, width, axis=1),
+    )
+    return lax.dynamic_update_slice_in_dim(cache, stretch, first, axis=1)
 
 
 def grow_cache(

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringrl.attention import Prefix, append_to_cache, attention, decode_attention, grow_cache, to_layout
+from ringrl.attention import (
+    Prefix,
+    append_to_cache,
+    attention,
+    decode_attention,
+    from_layout,
+    grow_cache,
+    to_layout,
+)
 
 TOKENS, CAPACITY = 11, 16
 
@@ -163,6 +171,41 @@ def test_sharded_prefix(mesh, draw):
     caches = striped(k[:, 6:], 5), striped(v[:, 6:], 5)
     decode = jax.jit(partial(decode_attention, mesh=mesh, batch_axes="data"))
     np.testing.assert_allclose(decode(q[:, 9:], *caches, length=5, prefix=before), whole[:, 9:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [1, 2, 5])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_step_copies_no_cache(shards, new, mesh):
+    """XLA copied it eight times over where one token was written and attended to in one program."""
+    where = {} if shards == 1 else {"mesh": mesh, "batch_axes": "data"}
+    placed = None if shards == 1 else NamedSharding(mesh, PartitionSpec("data", "seq"))
+    cache = jax.ShapeDtypeStruct((2, 256, 1, 8), jnp.float32, sharding=placed)
+    tokens = jax.ShapeDtypeStruct((2, new, 1, 8), jnp.float32)
+
+    def step(k_cache, v_cache, x, length):
+        k_cache, v_cache = (append_to_cache(kept, x, length, **where) for kept in (k_cache, v_cache))
+        return decode_attention(x, k_cache, v_cache, length=length + new, **where), k_cache, v_cache
+
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(cache, cache, tokens, 0).compile().as_text()
+    held = f"f32[2,{256 // shards},1,8]"
+    assert f"{held}{{3,2,1,0}} parameter" in program
+    assert not [line for line in program.splitlines() if " copy(" in line and held in line]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_tokens_are_written_where_they_belong_and_nowhere_else(shards, mesh):
+    """Any number of them, behind any number, up to the last slot, also where fewer fit than are looked at."""
+    where = {} if shards == 1 else {"mesh": mesh, "batch_axes": "data"}
+    append = jax.jit(partial(append_to_cache, **where))
+    for capacity in (shards, 2 * shards, 8):
+        blank = np.random.default_rng(0).normal(size=(2, capacity, 2, 3)).astype(np.float32)
+        for new in range(capacity + 1):
+            x = np.random.default_rng(1).normal(size=(2, new, 2, 3)).astype(np.float32)
+            for length in range(capacity - new + 1):
+                expected = np.array(from_layout(blank, "striped", shards))
+                expected[:, length : length + new] = x
+                expected = to_layout(expected, "striped", shards)
+                np.testing.assert_array_equal(append(blank, x, length), expected, err_msg=f"{capacity, length, new}")
 
 
 def test_cache_arguments_that_do_not_fit_are_named(draw):
