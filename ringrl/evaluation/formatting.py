@@ -1,5 +1,7 @@
 """How numbers are written for readers: in terminals, tables and sentences."""
 
+import numpy as np
+
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
@@ -15,6 +17,11 @@ def number(value: float | None, *, sign: bool = False) -> str:
         return ABSENT
     value = value if abs(value) >= 0.05 else 0.0  # no nought with a sign
     return f"{value:{'+' if sign and value else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
+
+
+def all_digits(value: float) -> str:
+    """As part of a name: other numbers have other names."""
+    return np.format_float_positional(value, trim="-")
 
 
 def duration(seconds: float | None) -> str:

@@ -3,7 +3,16 @@
 import numpy as np
 from jaxtyping import Float
 
+from ringrl.evaluation.records import EvaluationRecord
 from ringrl.evaluation.statistics import Metric, stream_metric
+
+
+def alike(kept: EvaluationRecord, wiped: EvaluationRecord) -> tuple[EvaluationRecord, EvaluationRecord]:
+    """Two streams of the same starts, each without the episodes that failed in the other."""
+    common = min(len(kept.finished), len(wiped.finished))
+    rest = (None,) * (len(kept.returns) - common)
+    first, second = (r.model_copy(update={"returns": r.returns[:common] + rest}) for r in (kept, wiped))
+    return first, second
 
 
 def stream_scores(returns: Float[np.ndarray, "streams episodes"], metric: Metric) -> Float[np.ndarray, " streams"]:

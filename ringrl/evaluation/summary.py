@@ -12,7 +12,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
 from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import METRICS
-from ringrl.evaluation.streams import stream_scores
+from ringrl.evaluation.streams import alike, stream_scores
 from ringrl.files import write_whole
 
 # What all records of an evaluation say alike.
@@ -37,7 +37,8 @@ class Summary:
     prompt_trajectories: int
     streams: int
     episodes: int  # of each stream, n
-    returns: tuple[float | None, ...]  # of each in-context episode, mean over the streams that finished it
+    returns: tuple[float | None, ...]  # of each in-context episode, mean over the streams that finished it, and whose
+    # control did
     returns_without_context: tuple[float | None, ...]  # the same of the control; empty where it was not asked for
     metrics: dict[str, float | None]  # first, last, mean, best (of n): means over streams
     metrics_without_context: dict[str, float | None]
@@ -75,13 +76,14 @@ def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
 def _summary(records: Sequence[EvaluationRecord]) -> Summary:
     streams, control = ([r for r in records if r.context is context] for context in (True, False))
     shared = {name: getattr(records[0], name) for name in _SHARED}
-    metrics, without = _metrics(streams), _metrics(control)
+    kept, wiped = _compared(streams, control)
+    metrics, without = _metrics(kept), _metrics(wiped)
     return Summary(
         **shared,
         streams=len(streams),
         episodes=records[0].test_trajectories,
-        returns=_by_episode(streams),
-        returns_without_context=_by_episode(control),
+        returns=_by_episode(kept),
+        returns_without_context=_by_episode(wiped),
         metrics=metrics,
         metrics_without_context=without,
         scores={name: score_or_none(shared["task"], value) for name, value in metrics.items()},
@@ -92,6 +94,17 @@ def _summary(records: Sequence[EvaluationRecord]) -> Summary:
         steps_simulated=sum(record.steps_simulated or 0 for record in records),
         wall_seconds=sum(max((r.wall_seconds or 0.0 for r in part), default=0.0) for part in (streams, control)),
     )
+
+
+def _compared(
+    streams: Sequence[EvaluationRecord], control: Sequence[EvaluationRecord]
+) -> tuple[Sequence[EvaluationRecord], Sequence[EvaluationRecord]]:
+    """Of a control that is whole, the episodes that have a return in both; of one that is not yet, all there are."""
+    wiped = {record.environment_seed: record for record in control}
+    if wiped.keys() != {record.environment_seed for record in streams}:
+        return streams, control
+    pairs = [alike(record, wiped[record.environment_seed]) for record in streams]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:

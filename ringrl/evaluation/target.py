@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ringrl.errors import UserError
+from ringrl.evaluation.formatting import all_digits
 
 NO_TARGET = "none"  # the policy of methods that are asked for no return
 
@@ -53,7 +54,7 @@ class TargetPolicy:
     @property
     def name(self) -> str:
         """As it stands in results: "data_best", "0.9x data_best", "data_quantile_0.75" or "given"."""
-        value = np.format_float_positional(self.value, trim="-")  # all digits: other targets have other names
+        value = all_digits(self.value)
         if self.kind == "quantile":
             return f"data_quantile_{value}"
         if self.kind == "factor":

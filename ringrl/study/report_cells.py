@@ -19,6 +19,7 @@ from ringrl.evaluation.statistics import (
     probability_of_improvement,
 )
 from ringrl.evaluation.streams import stream_scores
+from ringrl.study.report_streams import Streams, beside_control, have_same_streams, streams_of
 from ringrl.study.report_variants import Variant, Variants, name_of, settings_of
 from ringrl.training.budget import Budget
 
@@ -27,7 +28,6 @@ RESAMPLES = 2000
 
 _Place = tuple[str, "Variant", int | None, int]  # task, variant, trajectories trained on, episodes rolled out
 
-Streams = Float[np.ndarray, "streams episodes"]
 Runs = Float[np.ndarray, "seeds"]
 
 
@@ -39,7 +39,7 @@ class Cell:
     variant: Variant
     train: int | None
     test: int
-    streams: Mapping[int, Streams]  # training seed -> returns, NaN where an episode failed, but for a first one
+    streams: Mapping[int, Streams]  # training seed -> returns, NaN where an episode failed here or in the control
     control: Mapping[int, Streams] = field(default_factory=dict)  # with the memory wiped, if measured for all of these
     failed: int = 0  # episodes, the control's too; those of streams that have no return and are left out included
     records: tuple[EvaluationRecord, ...] = field(default=(), repr=False)  # what all this was read off
@@ -89,18 +89,8 @@ class Cell:
 
     def beside_control(self) -> tuple[Runs, Runs]:
         """Mean return with memory, and with it wiped, of each training seed over the streams that have both."""
-        streams: dict[bool, dict[tuple[object, ...], EvaluationRecord]] = {True: {}, False: {}}
-        for record in self.records:
-            if record.finished:
-                streams[record.context][_run_and_starts(record)] = record
-        both: dict[bool, dict[int, list]] = {True: defaultdict(list), False: defaultdict(list)}
-        for place in streams[True]:
-            if place in streams[False]:
-                for context, part in both.items():
-                    record = streams[context][place]
-                    part[record.seed].append(record.returns)
-        kept, wiped = (_runs(_stack(part), "mean") for part in both.values())
-        return kept, wiped
+        kept, wiped = beside_control(self.records)
+        return _runs(kept, "mean"), _runs(wiped, "mean")
 
     def episode_runs(self) -> list[Runs]:
         """The return of each in-context episode, per training seed, averaged over the streams that finished it."""
@@ -211,10 +201,6 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
     latest = _of_one_checkpoint(latest)
     displaced += whole - len(latest)
     _refuse_mixed_data(latest.values())
-    streams: dict[_Place, dict[bool, dict[int, list]]] = defaultdict(
-        lambda: {True: defaultdict(list), False: defaultdict(list)}
-    )
-    failed: dict[_Place, int] = defaultdict(int)
     members: dict[_Place, list[EvaluationRecord]] = defaultdict(list)
     data: dict[str, list[float]] = defaultdict(list)
     variants = Variants(latest.values())
@@ -224,30 +210,30 @@ def gather(records: Sequence[EvaluationRecord]) -> Grid:
             continue
         variant = variants.of(record)
         train = None if variant.context_free else record.train_trajectories
-        key = record.task, variant, train, record.test_trajectories
-        if variant.context_free and not record.context:
-            continue  # what the control repeats is the same
-        cell = streams[key]
-        failed[key] += record.failed
-        members[key].append(record)
-        if record.finished:
-            cell[record.context][record.seed].append(record.returns)
-    matched = {key for key, cell in streams.items() if cell[True] and _have_same_streams(members[key])}
-    cells = [
-        Cell(*key, _stack(cell[True]), _stack(cell[False]) if key in matched else {}, failed[key], tuple(members[key]))
-        for key, cell in streams.items()
-        if cell[True]
-    ]
-    alone = [run for key, cell in streams.items() if key not in matched for run in cell[False].values()]
+        if record.context or not variant.context_free:  # what the control of the others repeats is the same
+            members[record.task, variant, train, record.test_trajectories].append(record)
+    sorted_out = [_cell(place, found) for place, found in members.items()]
+    cells = [cell for cell, _ in sorted_out if cell.streams]
     return Grid(
         cells=tuple(sorted(cells, key=lambda cell: (cell.task, cell.variant, cell.train or 0, cell.test))),
         data={task: np.array(returns) for task, returns in sorted(data.items())},
         records=tuple(latest.values()),
         superseded=len(records) - len(latest),
         displaced=displaced,
-        unmatched=sum(len(run) for run in alone),
+        unmatched=sum(unmatched for _, unmatched in sorted_out),
         left_out=sum(not record.finished for record in latest.values()),
     )
+
+
+def _cell(place: _Place, records: Sequence[EvaluationRecord]) -> tuple[Cell, int]:
+    """The cell of these records, and how many of a control do not stand beside it."""
+    failed, streams = sum(record.failed for record in records), streams_of(r for r in records if r.context)
+    if have_same_streams(records):
+        kept, wiped = beside_control(records)
+        if kept.keys() == streams.keys():  # of every training seed something is left to compare
+            return Cell(*place, kept, wiped, failed, tuple(records)), 0
+    alone = sum(bool(record.finished) for record in records if not record.context)
+    return Cell(*place, streams, {}, failed, tuple(records)), alone
 
 
 class Strata(NamedTuple):
@@ -306,6 +292,7 @@ class Contrast:
 
     change: Estimate  # of the interquartile mean, the first less the second
     wins: Estimate  # probability that a run of the first beats a run of the second
+    levels: tuple[float, float]  # interquartile means of these runs: the first's, the second's
     paired: bool  # whether they are of the same training runs
 
 
@@ -317,45 +304,31 @@ def contrast(ours: Cell, theirs: Cell) -> Contrast:
         statistic([one], [other], generator=np.random.default_rng(BOOTSTRAP_SEED), **drawing)
         for statistic in (difference, probability_of_improvement)
     )
-    return Contrast(change, wins, together[0] == together[1])
+    return Contrast(change, wins, (middle(one), middle(other)), together[0] == together[1])
 
 
 def _of_one_checkpoint(
     latest: Mapping[tuple[object, ...], EvaluationRecord],
 ) -> dict[tuple[object, ...], EvaluationRecord]:
-    """Those of the checkpoint that was evaluated last: one run's streams are not put together from several."""
+    """Those of the checkpoint of each training run that was evaluated last, whatever it was asked for."""
     in_time = sorted(latest.values(), key=lambda record: record.created)
     newest = {_run(record): record.checkpoint_hash for record in in_time}
     return {key: record for key, record in latest.items() if newest[_run(record)] == record.checkpoint_hash}
 
 
 def _run(record: EvaluationRecord) -> tuple[object, ...]:
-    """What tells a training run, and what it was asked for."""
-    asked = () if record.train_trajectories is None else (record.target_policy, record.target_return)
+    """What tells a training run."""
     return (
-        record.task, record.method, record.token_set, record.train_trajectories, record.seed, record.data_fingerprint,
-        record.prompt_trajectories, record.train_task, record.cache_dtype, asked,
-        frozenset(settings_of(record).items()),
+        record.train_task or record.task, record.method, record.token_set, record.train_trajectories, record.seed,
+        record.data_fingerprint, frozenset(settings_of(record).items()),
     )  # fmt: skip
 
 
 def _identity(record: EvaluationRecord) -> tuple[object, ...]:
     """What tells a stream of episodes."""
+    asked = () if record.train_trajectories is None else (record.target_policy, record.target_return)
     stream = record.test_trajectories, record.prompt_seed, record.context, record.environment_seed
-    return (*_run(record), *stream)
-
-
-def _have_same_streams(records: Iterable[EvaluationRecord]) -> bool:
-    """Whether the control was measured for just the training seeds and starts that the rollout was."""
-    places: dict[bool, set[tuple[object, ...]]] = {True: set(), False: set()}
-    for record in records:
-        places[record.context].add(_run_and_starts(record))
-    return places[True] == places[False]
-
-
-def _run_and_starts(record: EvaluationRecord) -> tuple[object, ...]:
-    """What a stream has in common with its control."""
-    return record.seed, record.prompt_seed, record.starts
+    return (*_run(record), record.task, record.prompt_trajectories, record.cache_dtype, asked, *stream)
 
 
 def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
@@ -367,10 +340,6 @@ def _refuse_mixed_data(records: Iterable[EvaluationRecord]) -> None:
         if len(found) > 1:
             names = " and ".join(sorted(fingerprint[:12] for fingerprint in found))
             raise UserError(f"{task}: the results come from different datasets ({names}); make one report for each")
-
-
-def _stack(streams: Mapping[int, list[tuple[float | None, ...]]]) -> dict[int, Streams]:
-    return {seed: np.array(returns, np.float64) for seed, returns in streams.items()}  # None becomes NaN
 
 
 def _runs(streams: Mapping[int, Streams], metric: Metric) -> Runs:

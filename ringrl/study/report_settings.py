@@ -1,10 +1,14 @@
-"""Whether what stands on one curve was trained with the same settings, but for the length of the context."""
+"""Whether what stands on one curve was trained alike, but for the length of the context."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ringrl.study.report_cells import Cell, Grid
 from ringrl.study.report_variants import settings_of_any_length, usual_settings
+from ringrl.training.budget import Budget
+
+_KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
+_ALIKE = 1.25  # times; steps are whole, and seconds differ
 
 
 def settings_warning(grid: Grid) -> str | None:
@@ -13,7 +17,7 @@ def settings_warning(grid: Grid) -> str | None:
         f"{grid.name(variant)} on {task}: {'; '.join(unlike)}"
         for task in grid.tasks
         for variant in grid.variants
-        if (unlike := _unlike(grid.cells_of(task, variant)))
+        if (unlike := _unlike(cells := grid.cells_of(task, variant)) + _unlike_budgets(cells))
     ]
     if not said:
         return None
@@ -39,6 +43,29 @@ def _unlike(cells: Iterable[Cell]) -> list[str]:
         for name, values in found.items()
         if len(values) > 1
     ]
+
+
+def _unlike_budgets(cells: Iterable[Cell]) -> list[str]:
+    """The steps of each length, where lengths have no budget in common: neither steps nor data, work nor time."""
+    of_length: dict[int, list[Budget]] = defaultdict(list)
+    for cell in cells:
+        of_length[cell.train or 0] += cell.budgets.values()
+    everyone = [budget for budgets in of_length.values() for budget in budgets]
+    if any(_is_shared([getattr(budget, kind) for budget in everyone]) for kind in _KINDS):
+        return []
+    return [
+        "training of "
+        + ", ".join(
+            f"{' or '.join(sorted({f'{budget.steps:,}' for budget in budgets}))} steps with {length}"
+            for length, budgets in sorted(of_length.items())
+            if budgets
+        )
+    ]
+
+
+def _is_shared(amounts: Sequence[float | None]) -> bool:
+    told = [amount for amount in amounts if amount is not None]
+    return len(told) == len(amounts) and max(told, default=0) <= _ALIKE * min(told, default=0)
 
 
 def _listed(lengths: Iterable[int]) -> str:

@@ -159,7 +159,8 @@ def _verdict(grid: Grid, variant: Variant, cells: Sequence[Cell]) -> Verdict:
         return f"On {task} the {name} returns {number(value)} {_when(longest)}{of_context}"
 
     if shortest is not longest:
-        before, found = middle(shortest.runs()), contrast(longest, shortest)
+        found = contrast(longest, shortest)
+        value, before = found.levels
         sentence = f"{claim(value)} and {number(before)} {_when(shortest)}: {_judge(found.change)}"
         if longest.control and longest.test > 1:
             wiped = number(middle(longest.control_runs()))

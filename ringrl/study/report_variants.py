@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ringrl.evaluation.formatting import all_digits
 from ringrl.evaluation.recipe import OF_THE_LENGTH, default_recipe
 from ringrl.evaluation.records import DATA, EvaluationRecord
 from ringrl.methods import METHODS
@@ -68,7 +69,7 @@ class Variants:
             return Variant(record.method, train_task=train_task, context_free=True, settings=settings)
         target = record.target_policy or ""
         if record.target_return is not None and target in ("", "given"):
-            target = f"given {record.target_return:g}"
+            target = f"given {all_digits(record.target_return)}"
         prompt, cache = record.prompt_trajectories, record.cache_dtype or ""
         return Variant(record.method, record.token_set or "", target, prompt, train_task, cache, settings=settings)
 

@@ -36,6 +36,17 @@ def test_what_one_evaluation_found():
     assert (found.streams_left_out, found.steps_simulated, found.wall_seconds) == (1, 50, 5.0)
 
 
+def test_an_episode_that_failed_on_one_side_is_compared_on_neither():
+    """Memory changes nothing; the first start is an easy one."""
+    whole, cut = (900.0, 100.0), (900.0, None)
+    (found,) = summarise(
+        [record(cut, 0), record(whole, 1), record(whole, 0, context=False), record(whole, 1, context=False)]
+    )
+    assert found.returns == found.returns_without_context == (900, 100)
+    assert found.metrics == found.metrics_without_context == {"first": 900, "last": 100, "mean": 700, "best": 900}
+    assert (found.failed, found.failed_without_context) == (1, 0)
+
+
 def test_evaluations_are_kept_apart_and_repeated_ones_replaced():
     other = record((1.0,), evaluation="b", task="my_own")
     again = record((110.0, 310.0), 0)

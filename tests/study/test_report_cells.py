@@ -71,7 +71,33 @@ def test_episodes_that_failed_are_counted_and_in_no_mean(make_rollouts):
     np.testing.assert_allclose(cell.episode_runs(), [[101, 300], [111, 110], [121, 120]])
     assert len(cell.control_runs()) == 0, "the control of some seeds does not stand beside all of them"
     assert grid.unmatched == 2
-    np.testing.assert_allclose(cell.beside_control(), [[111], [91]])
+    np.testing.assert_allclose(cell.beside_control(), [[106], [91]])  # of the two episodes that have a return in both
+
+
+@pytest.mark.parametrize("cut", ["rollout", "control"])
+def test_an_episode_that_failed_on_one_side_counts_on_neither(cut, make_rollouts):
+    """Memory changes nothing; the first start is an easy one, and one stream fails behind it."""
+    both = [record for context in (True, False) for record in make_rollouts(3, 0, 0, context=context)]
+    both = [record.model_copy(update={"returns": (900.0, 100.0, 100.0)}) for record in both]
+    index = {"rollout": 0, "control": 3}[cut]
+    both[index] = both[index].model_copy(update={"returns": (900.0, None, None)})
+    grid = gather(both)
+    (cell,) = grid.cells
+    assert (cell.failed, grid.unmatched) == (2, 0)
+    for metric in ("first", "last", "mean", "best"):
+        np.testing.assert_allclose(cell.runs(metric), cell.control_runs(metric), err_msg=metric)
+    np.testing.assert_allclose(cell.runs(), [(900 + 1100 / 3) / 2])
+    np.testing.assert_allclose(cell.episode_runs(), cell.control_episode_runs())
+    np.testing.assert_allclose(*cell.beside_control())
+
+
+def test_a_control_that_leaves_nothing_of_a_seed_is_not_beside_it(make_rollouts):
+    rollout = make_rollouts(2, 0, 100)
+    control = [r.model_copy(update={"context": False, "returns": (None, None)}) for r in rollout]
+    grid = gather([*rollout, *control])
+    (cell,) = grid.cells
+    np.testing.assert_allclose(cell.runs(), [101])
+    assert (cell.control, cell.failed) == ({}, 4)
 
 
 def test_a_control_stands_beside_the_same_starts_alone(make_rollouts):
@@ -104,6 +130,16 @@ def test_a_run_of_two_prompts_or_lengths_is_of_one_checkpoint(make_rollouts):
     old = make_rollouts(1, 0, 100, checkpoint_hash="a", train_trajectories=2)
     grid = gather([*old, *make_rollouts(2, 0, 900, **new)])
     assert [(cell.test, grid.displaced) for cell in grid.cells] == [(2, 2)]
+    for asked in (
+        {"prompt_trajectories": 1, "prompt_seed": 0},
+        {"target_policy": "given"},
+        {"cache_dtype": "bfloat16"},
+    ):
+        grid = gather([*make_rollouts(2, 0, 800, checkpoint_hash="a", **asked), *make_rollouts(2, 0, 300, **new)])
+        assert ([cell.runs().tolist() for cell in grid.cells], grid.displaced) == ([[301]], 2), asked
+    elsewhere = make_rollouts(2, 0, 800, checkpoint_hash="a", task="walker_walk", train_task="cartpole_swingup")
+    grid = gather([*elsewhere, *make_rollouts(2, 0, 300, **new)])
+    assert [cell.task for cell in grid.cells] == ["cartpole_swingup"]
 
 
 def test_a_metric_that_no_stream_came_to_is_absent_everywhere(make_rollouts, write_results, tmp_path):
@@ -188,12 +224,12 @@ def test_a_decision_transformer_is_the_first_point_of_the_agentic_one(make_rollo
 def test_given_targets_are_told_apart(make_rollouts):
     records = [
         record
-        for target in (500.0, 800.0)
+        for target in (500.0, 848.3331, 848.3333)
         for record in make_rollouts(2, 0, 1, target_policy="given", target_return=target)
     ]
     grid = gather(records)
     names = [grid.name(variant) for variant in grid.variants]
-    assert names == ["Agentic Transformer, target given 500", "Agentic Transformer, target given 800"]
+    assert names == [f"Agentic Transformer, target given {target}" for target in ("500", "848.3331", "848.3333")]
     assert grid.superseded == 0
 
 

@@ -47,6 +47,25 @@ def test_trained_on_one_length_the_rollouts_are_compared(make_rollouts):
     assert verdict.compared == "trained on 4, rolled out for 2 to 8"
 
 
+def test_where_the_same_runs_are_compared_so_are_their_levels(make_rollouts):
+    """A third seed, of the shorter rollouts alone, is no part of what the sentence compares."""
+    short = [r for seed, level in ((0, 100), (1, 200), (2, 900)) for r in rolled(make_rollouts, 1, seed, level)]
+    long = [r for seed, level in ((0, 150), (1, 250)) for r in rolled(make_rollouts, 4, seed, level)]
+    (verdict,) = summary(gather([*short, *long])).verdicts
+    assert verdict.returns == (151, 201)
+    assert verdict.change is not None
+    assert verdict.change.value == pytest.approx(50)
+    assert (
+        "returns 201 with 4 trajectories of context and 151 when trained on 4 and rolled out for 1" in verdict.sentence
+    )
+
+
+def rolled(make_rollouts, test: int, seed: int, level: float):
+    """A model of four that is rolled out for so many."""
+    changes = {"test_trajectories": test, "train_trajectories": 4, "checkpoint_hash": f"c{seed}"}
+    return make_rollouts(test, seed, level, **changes)
+
+
 def test_context_that_hurts(make_ablation):
     found = summary(gather(make_ablation(step=-100)))
     assert found.headline == "A longer context hurts."
