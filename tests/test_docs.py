@@ -64,7 +64,7 @@ NOT_RUN = {
 }
 # Pages whose commands are parsed and not run.
 PARSED = {
-    "README.md": "the same steps as in docs/quickstart.md, with archives of gigabytes",
+    "README.md": "the same steps as in docs/quickstart.md, which are run",
     "CHANGELOG.md": "names commands only",
     "CONTRIBUTING.md": "installs everything anew, and runs all tests",
     "docs/collect.md": "ten million transitions; small collections: tests/data/test_collect.py",
@@ -83,6 +83,7 @@ PARSED = {
 }
 # Files that only the reader has, and what stands for them.
 YOURS = {
+    "runs/run/config.yaml": "run.yaml",
     "runs/walk/config.yaml": "run.yaml",
     "runs/reach/config.yaml": "run.yaml",
     "/shared/walk.yaml": "run.yaml",
@@ -332,9 +333,9 @@ def steps(block: Block) -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture(scope="module")
 def walker_store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    """What downloading walker/rnd leaves behind, with two episodes in it: rnd.zip and rnd.h5."""
+    """What downloading walker/rnd leaves behind, with four episodes in it: rnd.zip and rnd.h5."""
     folder = tmp_path_factory.mktemp("walker")
-    collect("walker_walk", folder / "rnd", episodes=2, seed=0, workers=1)
+    collect("walker_walk", folder / "rnd", episodes=4, seed=0, workers=1)
     archive = shutil.make_archive(str(folder / "rnd"), "zip", folder / "rnd")
     return import_archive(archive, folder / "rnd.h5", "walker", workers=1)
 

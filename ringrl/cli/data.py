@@ -254,7 +254,7 @@ def data_collect(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Collect episodes of a task locally, in ExoRL's format: the history of a learner, from nothing to what it reached.
+    """Collect episodes of a task locally, in ExoRL's format: a controller's search, or a learner's whole history.
 
     The folder appears when all is recorded. Until then the finished episodes are in the hidden folder .NAME.partial
     beside it, which can be imported as it is; the same command goes on there after an interruption, to the same
