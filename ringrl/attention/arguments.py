@@ -26,8 +26,7 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty axis, got shape {x.shape}")
-        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+        check_dtype(name, x)
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
     if k.shape != v.shape:
@@ -36,6 +35,12 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"k: expected batch, tokens and head_dim of q {q.shape}, got {k.shape}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k: its {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
+
+
+def check_dtype(name: str, x: jax.Array) -> None:
+    """One that attention is computed in."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
 
 
 def check_not_sharded(name: str, x: jax.Array) -> None:
@@ -67,8 +72,8 @@ def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
 
 def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:
     """Positions or segment ids as (B, S) int32."""
-    if not isinstance(x, jax.core.Tracer | None):
-        _check_range(name, np.asarray(x))
+    if x is not None:
+        _check_range(name, x if isinstance(x, jax.Array) else np.asarray(x))
     x = default if x is None else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integers, got {x.dtype}")
@@ -77,9 +82,14 @@ def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: j
     return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
 
 
-def _check_range(name: str, x: np.ndarray) -> None:
-    if np.issubdtype(x.dtype, np.integer) and x.size and (x.min() < -(2**31) or x.max() >= 2**31):
-        raise ValueError(f"{name}: expected integers of 32 bits, got {x.min()} ... {x.max()}")
+def _check_range(name: str, x: Array) -> None:
+    """Integers that 32 bits hold, as far as they are known here: traced ones are not, nor those of other hosts."""
+    unknown = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable)
+    if unknown or np.can_cast(x.dtype, np.int32):
+        return
+    known = np.asarray(x)
+    if np.issubdtype(known.dtype, np.integer) and known.size and (known.min() < -(2**31) or known.max() >= 2**31):
+        raise ValueError(f"{name}: expected integers of 32 bits, got {known.min()} ... {known.max()}")
 
 
 def options(

@@ -8,6 +8,7 @@ Contexts that begin with the same tokens share a prefix: it is held once, and th
 in one matrix product.
 """
 
+import operator
 from functools import partial
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ def decode_attention(
       (B, N, H, D) in q's dtype, the same on all devices of `axis_name`.
 
     Raises:
-      ValueError: shapes or heads that do not fit, or a `length` (where it is a plain number) outside N ... C.
+      ValueError: shapes, heads or dtypes that do not fit; a `length`, where it is known, outside N ... C, or a prefix's
+        outside 0 ... its capacity; or prefixes and parts of the batch of which neither divides the other.
     """
     _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
@@ -91,8 +93,14 @@ def decode_attention(
     if prefix is not None:
         _check_shards(mesh, axis_name, prefix.k.shape[1])
 
+    parts = arguments.mesh_size(mesh, "batch_axes", batch_axes)
+    if prefix is not None:
+        _check_parts(prefix.k.shape[0], parts)
+
     def shard(q: jax.Array, caches: list[tuple[jax.Array, ...]]) -> jax.Array:
-        part = _over_caches(q, [Prefix(*cache) for cache in caches], lax.axis_index(axis_name), size, options)
+        held, *shared = (Prefix(*cache) for cache in caches)
+        mine = [_of_part(prefix, lax.axis_index(batch_axes), parts) if parts > 1 else prefix for prefix in shared]
+        part = _over_caches(q, [held, *mine], lax.axis_index(axis_name), size, options)
         return merge_over(part, axis_name).o.astype(q.dtype)
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
@@ -103,9 +111,28 @@ def decode_attention(
     )
 
 
+def _check_parts(prefixes: int, parts: int) -> None:
+    if prefixes % parts and parts % prefixes:
+        raise ValueError(
+            f"prefix: {prefixes} prefixes do not divide among the {parts} parts that batch_axes make of the batch, nor "
+            "these among them"
+        )
+
+
+def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
+    """Those prefixes, or the one, that contexts of part `index` of the batch begin with."""
+    number = prefix.k.shape[0]
+    held = max(1, number // parts)
+    first = index * number // parts
+    k, v = (lax.dynamic_slice_in_dim(x, first, held, axis=0) for x in (prefix.k, prefix.v))
+    return Prefix(k, v, prefix.length)
+
+
 def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array | int) -> None:
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"v_cache: expected k_cache's shape {k_cache.shape}, got {v_cache.shape}")
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        arguments.check_dtype(name, x)
     batch, new, heads, head_dim = q.shape
     if (batch, head_dim) != (k_cache.shape[0], k_cache.shape[3]):
         raise ValueError(f"k_cache: expected batch and head_dim of q {q.shape}, got {k_cache.shape}")
@@ -114,8 +141,13 @@ def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: 
         raise ValueError(f"k_cache: its {kv_heads} heads do not divide the {heads} heads of q")
     if new > capacity:
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
-    if isinstance(length, int) and not new <= length <= capacity:
-        raise ValueError(f"length: expected {new} ... {capacity} tokens in the cache, got {length}")
+    _check_count("length", length, new, capacity)
+
+
+def _check_count(name: str, count: jax.Array | int, least: int, most: int) -> None:
+    """Tokens, as far as their number is known."""
+    if not isinstance(count, jax.core.Tracer) and not least <= (known := operator.index(count)) <= most:
+        raise ValueError(f"{name}: expected {least} ... {most} tokens in the cache, got {known}")
 
 
 def _over_caches(q: jax.Array, caches: list[Prefix], index: jax.Array | int, size: int, options: Options) -> Partial:
@@ -185,14 +217,14 @@ def append_to_cache(
     `grow_cache` makes room beforehand. Arguments as for `decode_attention`; `length` does not count the new tokens.
 
     Raises:
-      ValueError: shapes that do not fit, or more tokens than capacity as far as `length` is a plain number (where it is
-        traced, what lies beyond the capacity is undefined).
+      ValueError: shapes that do not fit, or more tokens than capacity as far as `length` is known (where it is traced,
+        what lies beyond the capacity is undefined).
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     if (new.shape[0], *new.shape[2:]) != (cache.shape[0], *cache.shape[2:]):
         raise ValueError(f"new: expected batch, heads and head_dim of the cache {cache.shape}, got {new.shape}")
-    if isinstance(length, int) and length + new.shape[1] > cache.shape[1]:
+    if not isinstance(length, jax.core.Tracer) and not 0 <= operator.index(length) <= cache.shape[1] - new.shape[1]:
         raise ValueError(f"length: {length} and {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     new = new.astype(cache.dtype)
     length = jnp.asarray(length, jnp.int32)
@@ -273,3 +305,6 @@ def _check_prefix(prefix: Prefix, cache: jax.Array) -> None:
             f"prefix: expected (P, tokens, {', '.join(map(str, rest))}) with P dividing {batch}, "
             f"got {prefix.k.shape} and {prefix.v.shape}"
         )
+    for name, x in (("prefix.k", prefix.k), ("prefix.v", prefix.v)):
+        arguments.check_dtype(name, x)
+    _check_count("prefix.length", prefix.length, 0, prefix.k.shape[1])

@@ -46,7 +46,7 @@ def shard_positions(
     layout: str, ring_size: int, local_length: int, index: jax.Array | int
 ) -> Int32[Array, " local_length"]:
     """Positions of the tokens that device `index` of the ring holds; `index` may be traced (lax.axis_index)."""
-    _check(layout, ring_size)
+    check_length("local_length", local_length * ring_size, layout, ring_size)
     token = jnp.arange(local_length, dtype=jnp.int32)
     if layout == "striped":
         return token * ring_size + index
@@ -89,6 +89,15 @@ def _permute(x: jax.Array, layout: str, ring_size: int, axis: int, *, back: bool
     return jnp.take(chunks, np.argsort(order) if back else order, axis=axis).reshape(x.shape)
 
 
+def _unchanged(x: Array) -> jax.Array:
+    """As JAX holds it, which would wrap integers of more than 32 bits: two ids could become one."""
+    held = jnp.asarray(x)
+    is_narrower = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.integer) and held.dtype != x.dtype
+    if is_narrower and (np.asarray(held) != x).any():
+        raise ValueError(f"x: expected integers of 32 bits, got {x.min()} ... {x.max()}")
+    return held
+
+
 def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
     """Put a sequence axis into layout order, so that sharding it over the ring gives every device its tokens.
 
@@ -102,14 +111,15 @@ def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
       An array of the same shape.
 
     Raises:
-      ValueError: an unknown layout, or a length that does not divide (the nearest that does is named).
+      ValueError: an unknown layout, a length that does not divide (the nearest that does is named), or integers that
+        32 bits do not hold.
     """
-    return _permute(jnp.asarray(x), layout, ring_size, axis, back=False)
+    return _permute(_unchanged(x), layout, ring_size, axis, back=False)
 
 
 def from_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
     """The inverse of `to_layout`: back to the sequence's own order."""
-    return _permute(jnp.asarray(x), layout, ring_size, axis, back=True)
+    return _permute(_unchanged(x), layout, ring_size, axis, back=True)
 
 
 def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value: int | float = 0) -> Array:
@@ -117,8 +127,15 @@ def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value
 
     Under a causal mask the padding is seen by nothing before it. Otherwise give it a segment id of its own:
     pad_to_layout(segment_ids, ..., value=some_id_not_in_use).
+
+    Raises:
+      ValueError: an unknown layout, or a value that x's integers cannot be.
     """
-    x = jnp.asarray(x)
+    x = _unchanged(x)
+    if jnp.issubdtype(x.dtype, jnp.integer) and not (
+        value == int(value) and jnp.iinfo(x.dtype).min <= value <= jnp.iinfo(x.dtype).max
+    ):
+        raise ValueError(f"value: {value} is none of {x.dtype}, as x is")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis: {axis} is not an axis of an array of shape {x.shape}")
     amount = [(0, 0)] * x.ndim

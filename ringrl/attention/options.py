@@ -9,7 +9,7 @@ from ringrl.attention.mask import Rule
 class Options:
     """`scale` multiplies the logits before the optional soft cap; None leaves the size of its tiles to the kernel.
 
-    `implementation` names the kernel (kernels/__init__.py).
+    `implementation` names the kernel (kernels/__init__.py), and `is_asked_for` says that no other will do.
     """
 
     rule: Rule
@@ -18,3 +18,4 @@ class Options:
     block_q: int | None = None
     block_k: int | None = None
     implementation: str = "xla"
+    is_asked_for: bool = True

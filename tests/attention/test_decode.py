@@ -77,6 +77,26 @@ def test_several_prefixes_are_each_for_a_part_of_the_batch(draw):
     np.testing.assert_allclose(got, attention(q, k, v)[:, 9:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("prefixes", "parts"), [(1, 2), (2, 2), (4, 2), (2, 4), (8, 4)])
+def test_a_batch_that_is_divided_keeps_its_prefixes(prefixes, parts, eight_devices, draw):
+    q, k, v = (draw(8, TOKENS, 4, 2, 8)[name] for name in "qkv")
+    before = Prefix(k[:prefixes, :6], v[:prefixes, :6], 6)
+    given = q[:, 9:], k[:, 6:10], v[:, 6:10]
+    mesh = Mesh(np.array(jax.devices()[: 2 * parts]).reshape(parts, 2), ("data", "seq"))
+    striped = [to_layout(x, "striped", 2) for x in given[1:]]
+    shared = Prefix(*(to_layout(x, "striped", 2) for x in before[:2]), 6)
+    decode = jax.jit(partial(decode_attention, mesh=mesh, batch_axes="data"))
+    got = decode(given[0], *striped, length=4, prefix=shared)
+    np.testing.assert_allclose(got, decode_attention(*given, length=4, prefix=before), rtol=1e-5, atol=1e-5)
+
+
+def test_prefixes_that_straddle_the_parts_of_a_batch_are_refused(eight_devices, draw):
+    q, k, v = (draw(6, TOKENS, 4, 2, 8)[name] for name in "qkv")
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("data", "seq"))
+    with pytest.raises(ValueError, match=r"^prefix: 3 prefixes do not divide among the 2 parts"):
+        decode_attention(q, k, v, length=TOKENS, prefix=Prefix(k[:3], v[:3], 1), mesh=mesh, batch_axes="data")
+
+
 def alike(arrays: dict[str, np.ndarray], shared: int) -> list[np.ndarray]:
     """The q, k and v of contexts that begin with the same `shared` tokens."""
     for x in arrays.values():
@@ -115,7 +135,16 @@ def test_arguments_that_do_not_fit_are_named(draw):
         ("q", (q, k[:, :5], v[:, :5]), TOKENS),
         ("length", (q[:, :3], k, v), 2),
         ("length", (q[:, :3], k, v), TOKENS + 1),
+        ("length", (q[:, :3], k, v), np.int64(TOKENS + 1)),
+        ("length", (q[:, :3], k, v), jnp.int32(2)),
+        ("k_cache", (q, k.astype(np.int8), v), TOKENS),
+        ("v_cache", (q, k, v.astype(jnp.float8_e4m3fn)), TOKENS),
     ]
+    for count in (-1, TOKENS + 1, np.int64(TOKENS + 1)):
+        with pytest.raises(ValueError, match=f"^prefix.length: expected 0 ... {TOKENS} tokens in the cache, got"):
+            decode_attention(q, k, v, length=TOKENS, prefix=Prefix(k, v, count))
+    with pytest.raises(ValueError, match=r"^prefix.k: expected float32"):
+        decode_attention(q, k, v, length=TOKENS, prefix=Prefix(k.astype(np.int8), v, 1))
     for prefix in (k[:1, :, :1], k[:0]), (k[:1], v[:1, ..., :4]):
         with pytest.raises(ValueError, match=r"^prefix: expected \(P, tokens, 2, 8\)"):
             decode_attention(q, k, v, length=TOKENS, prefix=Prefix(*prefix, 3))
@@ -214,8 +243,9 @@ def test_cache_arguments_that_do_not_fit_are_named(draw):
         append_to_cache(cache, jnp.zeros((2, 9, 2, 4)), 0)
     with pytest.raises(ValueError, match=r"^new: "):
         append_to_cache(cache, jnp.zeros((2, 1, 1, 4)), 0)
-    with pytest.raises(ValueError, match=r"^length: 6 and 3 new tokens do not fit a cache of 8"):
-        append_to_cache(cache, jnp.zeros((2, 3, 2, 4)), 6)
+    for length in (6, np.int64(6), jnp.int32(6), -1):
+        with pytest.raises(ValueError, match=rf"^length: {length} and 3 new tokens do not fit a cache of 8"):
+            append_to_cache(cache, jnp.zeros((2, 3, 2, 4)), length)
     with pytest.raises(ValueError, match=r"^capacity: "):
         grow_cache(cache, 7)
     with pytest.raises(ValueError, match=r"^axis_name: "):

@@ -1,15 +1,18 @@
 """Which kernel computes what, and that none is asked for what it does not do."""
 
 import logging
+import re
 import subprocess
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from ringrl.attention import attention, kernels
+from ringrl.attention import attention, kernels, ring_attention
 from ringrl.attention.mask import Rule
 from ringrl.attention.options import Options
 
@@ -86,3 +89,29 @@ def test_a_kernel_of_another_device_is_refused(name):
 def test_pallas_is_not_imported_before_it_is_needed():
     code = "import sys, ringrl.attention; sys.exit('jax.experimental.pallas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+TPU_V5P = AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "all_gather", "ring"])
+def test_what_is_too_long_for_a_tpu_falls_to_xla(strategy, caplog):
+    """Forward and backward alike, as far as the kernel was left to choose; by name it refuses."""
+    mesh = AbstractMesh((8,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=TPU_V5P)
+    x = jax.ShapeDtypeStruct((1, 2**20, 8, 128), jnp.bfloat16)
+
+    def gradients(implementation):
+        attend = partial(ring_attention, mesh=mesh, strategy=strategy, implementation=implementation)
+        return jax.eval_shape(jax.grad(lambda q, k, v: attend(q, k, v).sum().astype(jnp.float32), (0, 1, 2)), x, x, x)
+
+    with jax.sharding.use_abstract_mesh(mesh), caplog.at_level("WARNING", "ringrl.attention"):
+        assert [g.shape for g in gradients(None)] == [x.shape] * 3
+        if strategy == "ring":
+            assert not caplog.messages, "its hops are short"
+            return
+        assert len(caplog.messages) == 1
+        assert re.search(
+            "falls back to plain XLA: q, k: 1 x .* queries and 1048576 keys per device", caplog.messages[0]
+        )
+        with pytest.raises(ValueError, match="more tiles than the 131072 pairs"):
+            gradients("mosaic_tpu")

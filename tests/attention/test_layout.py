@@ -111,9 +111,22 @@ def test_errors_name_the_argument():
         ("^axis: 2 ", lambda: to_layout(x, "zigzag", 2, axis=2)),
         ("^axis: -3 ", lambda: pad_to_layout(x, "zigzag", 2, axis=-3)),
         ("^layout: 'spiral'", lambda: shard_positions("spiral", 2, 4, 0)),
+        ("^local_length: a sequence of 6 does not divide", lambda: shard_positions("zigzag", 2, 3, 0)),
+        ("^x: expected integers of 32 bits", lambda: to_layout(np.array([[5, 2**32 + 5]]), "striped", 2)),
+        ("^x: expected integers of 32 bits", lambda: from_layout(np.array([[5, -(2**31) - 1]]), "striped", 2)),
+        ("^x: expected integers of 32 bits", lambda: pad_to_layout(np.array([[5, 2**33]]), "striped", 2)),
+        ("^value: 256 is none of uint8", lambda: pad_to_layout(x.astype(np.uint8), "striped", 2, value=256)),
+        ("^value: -1 is none of uint32", lambda: pad_to_layout(x.astype(np.uint32), "striped", 2, value=-1)),
+        ("^value: 0.5 is none of int32", lambda: pad_to_layout(x.astype(np.int32), "striped", 2, value=0.5)),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_wide_integers_that_fit_keep_their_values():
+    ids = np.array([[5, 2**31 - 1, -(2**31), 7]])
+    np.testing.assert_array_equal(from_layout(to_layout(ids, "striped", 2), "striped", 2), ids)
+    np.testing.assert_array_equal(pad_to_layout(ids, "striped", 8, value=-1)[0, 4:], -1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

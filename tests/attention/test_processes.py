@@ -34,8 +34,15 @@ def run(q, k, v, do):
     o, backward = jax.vjp(lambda *qkv: ring_attention(*qkv, mesh=mesh), q, k, v)
     return o, *backward(do)
 
+def ids(dtype):
+    whole = np.arange(32, dtype=dtype)[None] // 9
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+# Without jit, where ids and positions are looked at: no process can see all of them.
+packed = ring_attention(q, k, v, mesh=mesh, segment_ids=ids(np.int32), positions=ids(np.uint32))
+
 values = {}
-for name, x in zip(("o", "dq", "dk", "dv"), run(q, k, v, do)):
+for name, x in zip(("packed", "o", "dq", "dk", "dv"), (packed, *run(q, k, v, do))):
     for shard in x.addressable_shards:
         values[f"{name} {shard.index[1].start}"] = np.asarray(shard.data)
 np.savez(result, **values)
@@ -49,7 +56,7 @@ def free_port() -> int:
 
 
 def run_processes(number: int, folder: Path, environment: dict[str, str]) -> dict[str, np.ndarray]:
-    """Every device's piece of o, dq, dk and dv, by its name and first token, from so many processes."""
+    """Every device's piece of outputs and gradients, by its name and first token, from so many processes."""
     port = str(free_port())
     results = [folder / f"{number}_{index}.npz" for index in range(number)]
     started = [
@@ -72,14 +79,14 @@ def run_processes(number: int, folder: Path, environment: dict[str, str]) -> dic
     values: dict[str, np.ndarray] = {}
     for result in results:
         with np.load(result) as file:
-            assert len(file.files) == 4 * 4 // number, "o, dq, dk, dv of this process's devices"
+            assert len(file.files) == 5 * 4 // number, "packed, o, dq, dk, dv of this process's devices"
             values |= dict(file)
     return values
 
 
 def test_two_processes_equal_one(tmp_path, environment):
     together, apart = (run_processes(number, tmp_path, environment) for number in (1, 2))
-    assert len(together) == 16
+    assert len(together) == 20
     assert together.keys() == apart.keys()
     for name, x in together.items():
         assert np.abs(x).max() > 0

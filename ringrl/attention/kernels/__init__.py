@@ -3,6 +3,7 @@
 forward(inputs, options, start) -> Partial: attention over the keys of `inputs` and those that `start` has seen
 backward(inputs, options, cotangents, dq) -> Gradients: of these keys, and of the queries through them, added to `dq`
 unsupported(dtype, head_dim, options) -> what of this the kernel does not take, in one sentence, or None
+too_many(inputs, options) -> the same of the lengths of a call that it takes otherwise
 """
 
 import dataclasses
@@ -24,11 +25,12 @@ IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
 
 
 class Kernel(NamedTuple):
-    """The three functions above."""
+    """The functions above."""
 
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
     unsupported: Callable[[jnp.dtype, int, Options], str | None]
+    too_many: Callable[[Inputs, Options], str | None] = lambda *_: None
 
 
 def kernel_named(name: str) -> Kernel:
@@ -36,7 +38,8 @@ def kernel_named(name: str) -> Kernel:
     if name == "mosaic_tpu":
         from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_tiles
 
-        return Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, mosaic_tpu_tiles.unsupported)
+        tiles = mosaic_tpu_tiles
+        return Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, tiles.unsupported, tiles.too_many)
     if name == "mosaic_gpu":
         from ringrl.attention.kernels import hopper, mosaic_gpu, mosaic_gpu_backward
 
@@ -46,12 +49,21 @@ def kernel_named(name: str) -> Kernel:
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
     """By the kernel that `options` name."""
-    return kernel_named(options.implementation).forward(inputs, options, start)
+    return _kernel(inputs, options).forward(inputs, options, start)
 
 
 def backward(inputs: Inputs, options: Options, cotangents: Cotangents, dq: jax.Array | None = None) -> Gradients:
     """By the kernel that `options` name."""
-    return kernel_named(options.implementation).backward(inputs, options, cotangents, dq)
+    return _kernel(inputs, options).backward(inputs, options, cotangents, dq)
+
+
+def _kernel(inputs: Inputs, options: Options) -> Kernel:
+    """What `options` name, or, unless it was asked for, "xla" for what is too long for it."""
+    kernel = kernel_named(options.implementation)
+    if options.is_asked_for or (reason := kernel.too_many(inputs, options)) is None:
+        return kernel
+    _say_once(f"attention falls back to plain XLA: {reason}")
+    return kernel_named("xla")
 
 
 def native_to(device: Device) -> str:
@@ -81,7 +93,7 @@ def with_kernel(options: Options, implementation: str | None, q: jax.Array, devi
     if reason is not None:
         _say_once(f"attention falls back to plain XLA: {reason}")
         chosen = "xla"
-    return dataclasses.replace(options, implementation=chosen)
+    return dataclasses.replace(options, implementation=chosen, is_asked_for=implementation is not None)
 
 
 @functools.cache

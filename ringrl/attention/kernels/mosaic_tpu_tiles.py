@@ -15,7 +15,7 @@ a list of those pairs alone and their grid is as long as the list: a skipped pai
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +120,31 @@ def _pad(x: jax.Array, axis: int, size: int, fill: float = 0.0) -> jax.Array:
 
 
 def tiling_of(work: Work, inputs: Inputs, options: Options) -> Tiling:
-    """Tiles as large as options or the table say, with as many heads in a tile as they have room for."""
-    q, head_dim = inputs.q, inputs.q.shape[-1]
-    if (reason := unsupported(q.dtype, head_dim, options)) is not None:
+    """Tiles as large as options or the table say, with as many heads in a tile as they have room for.
+
+    ValueError where `unsupported` has a reason, or where there are too many.
+    """
+    if (reason := unsupported(inputs.q.dtype, inputs.q.shape[-1], options)) is not None:
         raise ValueError(reason)
+    tiling = _tiling(work, inputs, options)
+    if tiling is None:
+        raise ValueError(str(too_many(inputs, options)))
+    return tiling
+
+
+def too_many(inputs: Inputs, options: Options) -> str | None:
+    """One sentence where the forward or the backward pass has more tiles than the list of pairs has room for."""
+    if all(_tiling(work, inputs, options) for work in get_args(Work)):
+        return None
+    (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
+    return (
+        f"q, k: {batch} x {queries} queries and {keys} keys per device are more tiles than the {MAX_PAIRS} pairs that a"
+        " TPU kernel can list: use a smaller batch, or more devices along the sequence"
+    )
+
+
+def _tiling(work: Work, inputs: Inputs, options: Options) -> Tiling | None:
+    q, head_dim = inputs.q, inputs.q.shape[-1]
     (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
     kv_heads, heads = inputs.kv_heads, inputs.groups
     blocks = blocks_for(work, head_dim, q.dtype, device_of(q).device_kind)
@@ -135,11 +156,7 @@ def tiling_of(work: Work, inputs: Inputs, options: Options) -> Tiling:
         tiling = Tiling(batch, kv_heads, heads // groups, groups, queries, keys, head_dim, block_q, block_k)
         if batch * tiling.pairs <= MAX_PAIRS and max(tiling.query_tiles, tiling.key_tiles) <= 2**TILE_BITS:
             return tiling
-    raise ValueError(
-        f"q, k: {batch} x {queries} queries and {keys} keys per device are more tiles than the {MAX_PAIRS} pairs"
-        f" that a TPU kernel can list (block_q {options.block_q or blocks.rows}, block_k {block_k}): use larger blocks,"
-        " a smaller batch, or more devices along the sequence"
-    )
+    return None
 
 
 def _fit(block: int, length: int) -> int:
