@@ -84,6 +84,7 @@ PARSED = {
 # Files that only the reader has, and what stands for them.
 YOURS = {
     "runs/run/config.yaml": "run.yaml",
+    "study_results/walker_stand/at_1_seed0/config.yaml": "run.yaml",
     "runs/walk/config.yaml": "run.yaml",
     "runs/reach/config.yaml": "run.yaml",
     "/shared/walk.yaml": "run.yaml",
