@@ -89,12 +89,9 @@ def decode_attention(
         caches.append(prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)))
     if mesh is None:
         return _over_caches(q, caches, 0, 1, options).o.astype(q.dtype)
-    size = _check_shards(mesh, axis_name, k_cache.shape[1])
+    size, parts = _check_shards(mesh, axis_name, k_cache.shape[1]), arguments.mesh_size(mesh, "batch_axes", batch_axes)
     if prefix is not None:
         _check_shards(mesh, axis_name, prefix.k.shape[1])
-
-    parts = arguments.mesh_size(mesh, "batch_axes", batch_axes)
-    if prefix is not None:
         _check_parts(prefix.k.shape[0], parts)
 
     def shard(q: jax.Array, caches: list[tuple[jax.Array, ...]]) -> jax.Array:

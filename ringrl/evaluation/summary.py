@@ -37,8 +37,7 @@ class Summary:
     prompt_trajectories: int
     streams: int
     episodes: int  # of each stream, n
-    returns: tuple[float | None, ...]  # of each in-context episode, mean over the streams that finished it, and whose
-    # control did
+    returns: tuple[float | None, ...]  # of each in-context episode, mean over the streams that finished it, control too
     returns_without_context: tuple[float | None, ...]  # the same of the control; empty where it was not asked for
     metrics: dict[str, float | None]  # first, last, mean, best (of n): means over streams
     metrics_without_context: dict[str, float | None]

@@ -38,8 +38,8 @@ def kernel_named(name: str) -> Kernel:
     if name == "mosaic_tpu":
         from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_tiles
 
-        tiles = mosaic_tpu_tiles
-        return Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, tiles.unsupported, tiles.too_many)
+        limits = mosaic_tpu_tiles.unsupported, mosaic_tpu_tiles.too_many
+        return Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, *limits)
     if name == "mosaic_gpu":
         from ringrl.attention.kernels import hopper, mosaic_gpu, mosaic_gpu_backward
 
