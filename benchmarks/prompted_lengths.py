@@ -1,7 +1,7 @@
 """Does a model of longer contexts return more than one of shorter contexts?
 
-    python benchmarks/prompted_lengths.py CONFIG STORE [--lengths 1 2 4 8] [--seeds 0 1 2] [--steps N] [--folder FOLDER]
-                                          [--workers 1] [--json FILE] [--plot FILE.svg]
+    python benchmarks/prompted_lengths.py CONFIG STORE [--task TASK] [--lengths 1 2 4 8] [--seeds 0 1 2] [--steps N]
+                                          [--folder FOLDER] [--workers 1] [--json FILE] [--plot FILE.svg]
 
 CONFIG is a file of settings of `ringrl train`, or the name of one of RingRL's own: `no_return_asked` (the trajectories
 of the context show how good to be, and nothing else does) or `hidden_task` (their rewards show which task it is, and
@@ -99,9 +99,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure.savefig(path)
 
 
-def settings_of(name: str, steps: int | None) -> dict[str, Any]:
-    """A file's, or one of RingRL's own by its name."""
-    own = {} if steps is None else {"optimiser": {"steps": steps}}
+def settings_of(name: str, task: str | None, steps: int | None) -> dict[str, Any]:
+    """A file's, or one of RingRL's own by its name; with another task or other steps where these are given."""
+    own: dict[str, Any] = {} if steps is None else {"optimiser": {"steps": steps}}
+    own |= {} if task is None else {"task": task}
     return merged(read_yaml(Path(name) if Path(name).suffix else preset(name)), own)
 
 
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("store", type=Path)
+    parser.add_argument("--task", help="where other than the file's")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 4, 8], help="each divides the longest")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="optimiser steps, where other than the file's")
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if any(length < 1 or max(options.lengths) % length for length in options.lengths):
         parser.error(f"--lengths: each has to divide the longest, {max(options.lengths)}")
-    settings = settings_of(options.config, options.steps)
+    settings = settings_of(options.config, options.task, options.steps)
     work = partial(run_cell, settings, options.store, options.folder, max(options.lengths))
     cells = [(length, seed) for seed in options.seeds for length in options.lengths]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:

@@ -97,6 +97,15 @@ def test_lengths_differ_in_the_length_alone(
     assert len(script.table(results).splitlines()) == 4
 
 
+def test_lengths_of_another_task_and_other_steps_change_these_alone(script: ModuleType) -> None:
+    settings_of = importlib.import_module("prompted_lengths").settings_of
+    own = settings_of("no_return_asked", None, None)
+    other = settings_of("no_return_asked", "cheetah_run", 7)
+    assert (own["task"], own["optimiser"].pop("steps")) == ("walker_walk", 1500)
+    assert (other["task"], other["optimiser"].pop("steps")) == ("cheetah_run", 7)
+    assert own | {"task": "cheetah_run"} == other
+
+
 def test_variants_differ_from_the_study_in_one_setting(
     jaco_store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
