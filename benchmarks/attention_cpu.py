@@ -15,8 +15,6 @@ compiler counts it.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from command_line import positive
+from host_devices import in_process
 
 RING, HEADS, HEAD_DIM = 8, 4, 64
 CASES = ("ring", "official", "one_device", "dot_product_attention")
@@ -115,15 +114,9 @@ def worker(case: str, tokens: int, runs: int) -> dict[str, object]:
 def run_worker(case: str, tokens: int, runs: int, python: str) -> dict[str, object]:
     """The same in a process of its own, with as many host devices as the case needs."""
     devices = RING if case in ("ring", "official") else 1
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [python, __file__, "--worker", case, "--tokens", str(tokens), "--runs", str(runs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [__file__, "--worker", case, "--tokens", tokens, "--runs", runs]
+    found: dict[str, object] = in_process(command, devices, case, python)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ First every value and gradient against float64 on the host. Then rates in TFLOP/
 forward, halved if causal, 2.5 times that backward (what is computed again does not count). A figure is the median of
 the runs. 32,768 tokens or one sequence at a time, 2,048 features in heads of 64 or 128, bfloat16. Peers:
 jax.nn.dot_product_attention with cuDNN, tokamax where it is installed, and this library's XLA kernel (short sequences
-only). Last, what a ring costs on top: eight calls over an eighth of the keys each, against one call.
+only). In between, what a ring costs on top: eight calls over an eighth of the keys each, against one call.
 """
 
 import argparse

@@ -9,11 +9,10 @@ B1 float32 causal zigzag. Programs are compiled for host devices in a process of
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from host_devices import in_process
 
 STRATEGIES = ("ring", "all_gather")
 
@@ -40,16 +39,9 @@ def scratch_mib(strategy: str, ring: int, local_tokens: int, heads: int, head_di
 
 def run_worker(strategy: str, ring: int, options: argparse.Namespace) -> float:
     """The same in a process with as many host devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={ring}",
-        "JAX_PLATFORMS": "cpu",
-    }
     sizes = ["--local-tokens", options.local_tokens, "--heads", options.heads, "--head-dim", options.head_dim]
-    command = [sys.executable, __file__, "--worker", strategy, "--rings", ring, *sizes]
-    done = subprocess.run([str(x) for x in command], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{strategy}, ring of {ring}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [__file__, "--worker", strategy, "--rings", ring, *sizes]
+    return float(in_process(command, ring, f"{strategy}, ring of {ring}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -83,7 +83,7 @@ def measure_all(options: argparse.Namespace) -> None:
 @told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description="Returns and cost of local collection.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
     parser.add_argument("--methods", nargs="+", default=["scripted", "td3", "rnd"], help="scripted, td3, rnd")
     parser.add_argument("--preset", default="small", choices=PRESETS, help="how much to collect")

@@ -47,7 +47,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 @told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description="Time to assemble a batch of contexts.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=positive, default=8, help="contexts per batch")
     parser.add_argument("--trajectories", type=positive, default=128, help="trajectories per context, 1000 steps each")
     parser.add_argument("--episodes", type=positive, default=1500, help="episodes in the store")

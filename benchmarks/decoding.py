@@ -12,9 +12,6 @@ half a million tokens is divided.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from command_line import positive, told_in_one_line
+from host_devices import in_process
 from random_data import random_context
 
 LONG, RINGS = 524_288, (1, 2, 4, 8)
@@ -130,17 +128,6 @@ def memory_of(ring: int) -> dict[str, float]:
     return {"cache": cache / 2**20, "scratch": scratch / 2**20}
 
 
-def memory_in_process(ring: int) -> dict[str, float]:
-    """The same, in a process of its own."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={ring}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, "--worker", str(ring)]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{ring} devices: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 @told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
@@ -165,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"evaluation of {steps:.0f} steps, {steps * simulation:.1f} s of them simulation: {total['cached']:.0f} s from "
         f"the cache, {total['anew']:.0f} s anew: {total['anew'] / total['cached']:.1f} times faster"
     )
-    memory = {ring: memory_in_process(ring) for ring in RINGS}
+    memory = {ring: in_process([__file__, "--worker", ring], ring, f"{ring} devices") for ring in RINGS}
     print(f"\none context of {LONG} tokens\n{'devices':>9}{'cache MiB':>12}{'scratch MiB':>13}")
     for ring, found in memory.items():
         print(f"{ring:>9}{found['cache']:>12.1f}{found['scratch']:>13.1f}")

@@ -7,7 +7,8 @@ environment (of a domain that dm_control's suite lacks: `make`); and Gymnasium's
 workers. A run is an episode or `--seconds`, whichever ends first, without its reset, which has a column of its own.
 The three take turns, so that a busy machine slows all alike; figures and ratios are medians over the runs. The CPU time
 of a step, over all threads, hardly depends on who else is at work. Beside it stands what no environment can undercut:
-the CPU time of MuJoCo's mj_step alone, called in a loop in C, for the same control timestep.
+the CPU time of MuJoCo's mj_step alone, called in a loop in C, for the same control timestep. `target` is the goal that
+was set beforehand, in times one environment; `load` is the machine's, with whom the runs shared it.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
 @told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description="Environment steps per second, beside peers.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=DEFAULT_TASKS, help="full task names (one per domain)")
     parser.add_argument("--num-envs", type=positive, default=64)
     parser.add_argument("--threads", type=positive, help="that simulate (one per core)")

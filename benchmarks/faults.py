@@ -64,7 +64,7 @@ def show(outcome: Outcome) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Break, watch, mend, compare, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description="What goes wrong, what the user sees of it, and what is lost.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(TRIALS), choices=TRIALS, help="commands")
     parser.add_argument("--match", default="", help="faults whose names match this regular expression")
     parser.add_argument("--list", action="store_true", help="name the faults and stop")

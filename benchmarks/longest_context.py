@@ -12,16 +12,15 @@ grows with the square, so the longest that fits would take this machine hours: t
 import argparse
 import functools
 import json
-import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from command_line import positive, told_in_one_line
+from drawing import save_svg
+from host_devices import in_process
 
 DEVICES, KINDS = 8, ("vanilla", "ring")
 
@@ -71,19 +70,13 @@ def worker(kind: str, tokens: int, steps: int) -> dict[str, float]:
 
 def run_worker(kind: str, tokens: int, steps: int) -> dict[str, float]:
     """The same in a process of its own."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, "--worker", kind, "--tokens", str(tokens), "--steps", str(steps)]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
-        raise SystemExit(f"{kind}, {tokens} tokens: {last}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    command = [__file__, "--worker", kind, "--tokens", tokens, "--steps", steps]
+    found: dict[str, float] = in_process(command, DEVICES, f"{kind}, {tokens} tokens")
     return found
 
 
 def draw(results: dict[str, Any], gib: float, path: Path) -> None:
     """Memory against context length."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
@@ -94,8 +87,7 @@ def draw(results: dict[str, Any], gib: float, path: Path) -> None:
     axes.axhline(gib, color="grey", linestyle="--", linewidth=1)
     axes.set(xlabel="tokens in the context", ylabel="memory of a step, GiB (eight devices)")
     axes.legend(frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ringrl"}):  # text stays text
-        figure.savefig(path)
+    save_svg(figure, path)
 
 
 @told_in_one_line

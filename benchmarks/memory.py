@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import positive, told_in_one_line
+from drawing import save_svg
 
 KINDS = ("vanilla", "memory_efficient", "blockwise", "ring")
 MOST_DEVICES = 8
@@ -60,7 +61,7 @@ def per_layer(kind: str, tokens: int, width: int, remat: str, ring: int) -> floa
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Both tables, printed row by row."""
+    """Three tables, printed row by row."""
     width, results = options.width, {"per_layer": {}, "working_set_mib": {}, "ring_mib": {}}
     print(f"one device, width {width}: what a layer adds, in units of its input (first: without remat; then with)\n")
     print(f"{'tokens':>8}" + "".join(f"{kind:>24}" for kind in KINDS[:3]))
@@ -82,8 +83,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Both tables as one figure."""
-    import matplotlib
+    """The last two tables as one figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -96,8 +96,7 @@ def draw(results: dict, path: Path) -> None:
     rings = list(results["ring_mib"])
     right.plot(rings, [results["ring_mib"][ring] for ring in rings], "o-")
     right.set(xlabel="devices in the ring, tokens per device fixed", ylabel="scratch per device, MiB", ylim=(0, None))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ringrl"}):  # text stays text
-        figure.savefig(path)
+    save_svg(figure, path)
 
 
 @told_in_one_line

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from command_line import positive, told_in_one_line
+from drawing import save_svg
 from prompts import RESULTS, ends, evaluate_prompts, shown, summarised
 
 from ringrl.config import TrainConfig, merged, read_yaml
@@ -81,7 +82,6 @@ def table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Return against context length."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
@@ -95,8 +95,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.set(xlabel="trajectories in the context, n", ylabel="return (IQM over training seeds)", ylim=(0, None))
     axes.legend(frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ringrl"}):  # text stays text
-        figure.savefig(path)
+    save_svg(figure, path)
 
 
 def settings_of(name: str, task: str | None, steps: int | None) -> dict[str, Any]:

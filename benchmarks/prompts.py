@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from command_line import positive, told_in_one_line
+from drawing import save_svg
 
 from ringrl.evaluation.protocol import FIRST_SEED, Protocol, plan_policy, programs_of
 from ringrl.evaluation.records import EvaluationRecord, read_records
@@ -58,7 +59,6 @@ def mean_returns(records: Sequence[EvaluationRecord]) -> list[np.ndarray]:
     """Per task, the mean return of each training seed (seeds,)."""
     found: dict[str, dict[int, list[float]]] = {}
     for record in records:
-        assert record.seed is not None
         found.setdefault(record.task, {}).setdefault(record.seed, []).extend(record.finished)
     return [np.array([np.mean(returns) for _, returns in sorted(runs.items())]) for _, runs in sorted(found.items())]
 
@@ -115,7 +115,6 @@ def table(found: dict[int, dict[str, Any]], single: dict[str, Any] | None) -> st
 
 def draw(found: dict[int, dict[str, Any]], single: dict[str, Any] | None, path: Path) -> None:
     """Return against the trajectories in the context."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
@@ -130,8 +129,7 @@ def draw(found: dict[int, dict[str, Any]], single: dict[str, Any] | None, path: 
     axes.set(xlabel="trajectories in the context before the episode", ylabel="return", ylim=(0, None))
     axes.set_xticks(list(found))
     axes.legend(frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ringrl"}):  # text stays text
-        figure.savefig(path)
+    save_svg(figure, path)
 
 
 @told_in_one_line

@@ -45,7 +45,7 @@ def measure(tasks: Sequence[str], episodes: int, seeds: int) -> dict[str, list[l
 @told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description="Mean return of the uniform random policy per task.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names (all)")
     parser.add_argument("--episodes", type=positive, default=20, help="episodes per seed")
     parser.add_argument("--seeds", type=positive, default=5, help="seeds 0, 1, ...")

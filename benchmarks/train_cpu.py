@@ -13,9 +13,7 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import positive, told_in_one_line
+from host_devices import in_process
 from random_data import write_random_store
 
 KINDS = {"one device": 1, "ring of 8": 8}
@@ -154,12 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {}
     print(f"{'':<12}{'tokens':>8}{'attention':>12}{'step':>10}{'share':>8}{'s/step':>9}{'feed+log':>10}")
     for kind, devices in KINDS.items():
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        command = [sys.executable, __file__, *(arguments or sys.argv[1:]), "--worker", kind]
-        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{kind}: {done.stderr.strip().splitlines()[-1]}")
-        row = results[kind] = json.loads(done.stdout.splitlines()[-1])
+        command = [__file__, *(arguments or sys.argv[1:]), "--worker", kind]
+        row = results[kind] = in_process(command, devices, kind)
         print(
             f"{kind:<12}{row['tokens']:>8}{row['attention_gflops']:>12.1f}{row['step_gflops']:>10.1f}"
             f"{row['share']:>8.0%}{row['step_seconds']:>9.2f}{row['feed_and_log']:>10.1%}",

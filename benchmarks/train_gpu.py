@@ -6,7 +6,8 @@
 Whole optimiser steps of the preset's model (forward, backward, AdamW) on a context of random numbers. Peer: the same
 step with jax.nn.dot_product_attention (cuDNN) for attention. MFU counts the model's operations once, attention by
 what the mask leaves (ringrl/training/throughput.py), over the data sheet's bfloat16 rate. Memory is the compiler's
-figure for arguments and scratch. Lengths that the time left cannot hold are named and left out, shortest first.
+figure for arguments and scratch. Shortest first; lengths that the time left cannot
+hold are named and left out.
 """
 
 import argparse

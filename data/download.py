@@ -138,6 +138,12 @@ def _the_store_of(archive: Path, path: Path, domain: Domain) -> EpisodeStore:
             f"{path}: was imported from {store.source} ({store.domain}), not from {domain.name}/{archive.name}: "
             "move it away or choose another --output"
         )
+    made = store.provenance
+    if made.relabelling != "control_aware" or not made.subset.startswith("all "):
+        raise UserError(
+            f"{path}: holds {made.subset} with {made.relabelling} rewards, not the whole archive as it is imported "
+            "here: move it away or choose another --output"
+        )
     return store
 
 
@@ -145,7 +151,11 @@ def _delete_archive(archive: Path, store: EpisodeStore, domain: Domain) -> None:
     """Removes the archive if the store is sound and has all its episodes."""
     store.verify()
     with Archive(archive, domain) as opened:
-        episodes = len(opened)
+        episodes, listing = len(opened), opened.listing_sha256()
+    if listing != store.provenance.source_sha256:
+        raise UserError(
+            f"{archive}: is not the archive that {store.path} was imported from: it was kept, import it again"
+        )
     if episodes != store.num_episodes:
         raise UserError(
             f"{archive}: has {episodes} episodes, {store.path} has {store.num_episodes}: it was kept, import it again"

@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from ringrl.data.schema import (
+    ROUNDED,
     Column,
     Episode,
     episode_bytes,
@@ -29,6 +30,7 @@ from ringrl.data.schema import (
 )
 from ringrl.envs import DOMAINS, Domain
 from ringrl.errors import UserError
+from ringrl.files import write_whole
 
 # Archives of skill-based algorithms (diayn, aps, smm) record a skill beside the five arrays we read; a file of more
 # than this many times the domain's own size is not an episode.
@@ -60,7 +62,7 @@ class Archive:
             buffer = self.source / "buffer"
             self._folder = buffer if buffer.is_dir() else self.source
             try:
-                paths = [path.name for path in self._folder.iterdir() if path.is_file()]
+                paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
             except OSError as error:
                 raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
         else:
@@ -103,7 +105,10 @@ class Archive:
     def stamps(self) -> list[tuple[str, int, int]]:
         """Path, size in bytes, and CRC (in a folder: time of the last change) of each episode, as the list has them."""
         if self._zip is None:
-            states = [(self._folder / member.path).stat() for member in self.members]
+            try:
+                states = [(self._folder / member.path).stat() for member in self.members]
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
             return [(m.path, state.st_size, state.st_mtime_ns) for m, state in zip(self.members, states, strict=True)]
         infos = [self._zip.getinfo(member.path) for member in self.members]
         return [(info.filename, info.file_size, info.CRC) for info in infos]
@@ -157,13 +162,9 @@ def save_episode(folder: Path, number: int, episode: Episode) -> Path:
     The file appears complete or not at all.
     """
     path = folder / episode_file_name(number, len(episode["observation"]) - 1)
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **episode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **episode)
+    write_whole(path, content.getvalue())
     return path
 
 
@@ -337,9 +338,16 @@ def _check_values(episode: Episode) -> None:
     if (episode["discount"] != 1).any():
         row = int(np.argmax(episode["discount"][:, 0] != 1))
         raise UserError(f"has a discount other than 1 in row {row}: ExoRL episodes never terminate, remove the file")
-    for key in ("action", "reward"):
-        if episode[key][0].any():
-            raise UserError(
-                f"has a {key} in row 0, which is the reset: row t must hold the action and reward that led to "
-                "state t, shift them by one row"
-            )
+    outside = np.abs(episode["action"]).max(axis=1) > 1 + ROUNDED
+    if outside.any():
+        raise UserError(f"has an action outside [-1, 1] in row {int(np.argmax(outside))}: scale the actions to that")
+    if episode["action"][0].any():
+        raise UserError(
+            "has an action in row 0, which is the reset: row t must hold the action and reward that led to state t, "
+            "shift them by one row"
+        )
+    if episode["reward"][0].any():
+        raise UserError(
+            "has a reward in row 0, which is the reset: row t must hold the reward of the action that led to state t; "
+            "shift them by one row, or if they are right from row 1 on, set row 0 to 0"
+        )

@@ -19,7 +19,7 @@ from ringrl.data.exorl import Archive, Member
 from ringrl.data.import_worker import Damaged, EpisodeTask, ImportJob, episode_importers
 from ringrl.data.journal import Imported, Journal
 from ringrl.data.layout import Layout
-from ringrl.data.provenance import Provenance, Relabelling
+from ringrl.data.provenance import NAMED_SKIPPED, Provenance, Relabelling
 from ringrl.data.recorded_task import recorded_task
 from ringrl.data.store import FORMAT_VERSION, EpisodeStore
 from ringrl.data.subset import Subset
@@ -30,7 +30,6 @@ from ringrl.errors import UserError
 OnDamaged = Literal["stop", "skip"]
 
 EPISODES_PER_WORKER = 50  # fewer do not pay for the start of a process
-NAMED_SKIPPED = 5  # damaged episodes that a store names; the rest is counted
 
 ALL = Subset()
 

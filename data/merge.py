@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ringrl.data.foreign import ForeignDomain
-from ringrl.data.provenance import Provenance
+from ringrl.data.provenance import NAMED_SKIPPED, Provenance
 from ringrl.data.store import EpisodeStore
 from ringrl.data.writer import create_store
 from ringrl.errors import UserError
@@ -24,11 +24,14 @@ def merge_stores(
     `progress` is told how many episodes are written, and of how many.
 
     Raises:
-      UserError: fewer than two stores, or the same episodes twice; stores of several domains, or of one that is not
-        ExoRL's; rewards that were computed in different ways; a destination that exists (unless `overwrite`).
+      UserError: fewer than two stores, a damaged one, or the same episodes twice; stores of several domains, or of one
+        that is not ExoRL's; rewards that were computed in different ways; a destination that exists (unless
+        `overwrite`).
     """
     stores = [EpisodeStore(source) for source in sources]
     _check_alike(stores)
+    for store in stores:
+        store.verify()  # or what is damaged would get new checksums
     first, total = stores[0], sum(store.num_episodes for store in stores)
     provenance = Provenance(
         source=" + ".join(store.provenance.source for store in stores),
@@ -36,7 +39,7 @@ def merge_stores(
         relabelling=first.provenance.relabelling,
         subset="; ".join(store.provenance.subset for store in stores),
         num_skipped=sum(store.provenance.num_skipped for store in stores),
-        skipped=tuple(reason for store in stores for reason in store.provenance.skipped),
+        skipped=tuple(reason for store in stores for reason in store.provenance.skipped)[:NAMED_SKIPPED],
     )
     lengths = np.concatenate([store.lengths for store in stores])
     with create_store(

@@ -18,6 +18,8 @@ Rewards = Relabelling | Literal["recorded"]
 
 REWARDS: tuple[Rewards, ...] = (*get_args(Relabelling), "recorded")
 
+NAMED_SKIPPED = 5  # damaged episodes that a store names; the rest is counted
+
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:

@@ -11,6 +11,8 @@ from ringrl.envs import Domain
 Episode = Mapping[str, np.ndarray]
 """Arrays of T+1 rows under the names of `recorded_columns`; row t is (s_t, a_{t-1}, r_{t-1}), row 0 the reset."""
 
+ROUNDED = 1e-5  # by which rounding may bring an action out of [-1, 1]
+
 
 class Column(NamedTuple):
     """The width (numbers per row) and the dtype of one array of an episode."""

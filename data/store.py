@@ -62,6 +62,8 @@ class EpisodeStore:
             raise UserError(f"{path}: {error}") from error
         except MemoryError:
             raise  # which says nothing about the file
+        except PermissionError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): ask its owner for the permission") from error
         except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
             if zipfile.is_zipfile(self.path):
                 raise UserError(f"{path}: is an archive, not a store: import it (ringrl data import)") from error

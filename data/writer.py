@@ -19,10 +19,12 @@ from ringrl.data import part
 from ringrl.data.digest import content_fingerprint, episode_digest
 from ringrl.data.foreign import ForeignDomain
 from ringrl.data.layout import RETURN_LEVELS, Layout
+from ringrl.data.mapped import LONGEST_TEXT
 from ringrl.data.provenance import Provenance
 from ringrl.data.schema import Episode, reward_key, reward_task
 from ringrl.data.store import FORMAT, FORMAT_VERSION
 from ringrl.envs import Domain
+from ringrl.errors import UserError
 
 
 class Record(NamedTuple):
@@ -175,6 +177,11 @@ def finish_store(
     }
     if isinstance(layout.facts, ForeignDomain):
         attributes["facts"] = layout.facts.to_json()
+    if too_long := [name for name, text in attributes.items() if len(str(text)) > LONGEST_TEXT]:
+        raise UserError(
+            f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters, which no store may have: was it "
+            "merged of too many others? Merge the archives' own stores at once"
+        )
     (head, *pieces), size = layout.describe(arrays, attributes)
     with part.cannot_write(path):
         os.ftruncate(descriptor, size)

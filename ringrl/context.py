@@ -21,9 +21,9 @@ class Context(NamedTuple):
     """A batch of contexts; the time axis runs over all steps of all trajectories.
 
     Step t holds the state, the action taken in it and the reward received for that action (not ExoRL's rows, where
-    action and reward belong to the state before). Observations are normalised by the data's statistics; rewards are
-    as the task gives them (0 to 1 per step); returns-to-go are divided by the episode length, so that they too lie
-    between 0 and 1.
+    action and reward belong to the state before). Observations, rewards and returns-to-go are scaled by
+    `Normalisation`: of ExoRL's data, rewards stay as the task gives them (0 to 1 per step) and returns-to-go are
+    divided by the episode length, so that they too lie between 0 and 1.
 
     The steps may lie in another order than in time, as the layout of a ring wants them: `position` says when each
     was, and `previous` brings what came before it. Shorter contexts of a batch are padded at the end in time, where

@@ -16,6 +16,7 @@ import yaml
 from ringrl.cli import COMMANDS, main
 from ringrl.data import EpisodeStore
 from ringrl.envs import DOMAINS
+from ringrl.errors import UserError
 
 TINY = [
     "--model.layers=1", "--model.width=16", "--model.token-set=fused1", "--context.trajectories=2",
@@ -103,6 +104,36 @@ def test_import_takes_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest
     assert "--max-episodes is 0" in refused([*command, "--overwrite", "--max-episodes", "0"], capsys)
     assert "--subset" in refused([*command, "--overwrite", "--subset", "middle"], capsys)
     assert "--seed: only with --subset random" in refused([*command, "--overwrite", "--seed", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("archive", "store"),
+    [(".", "../run_v1.0.h5"), ("buffer/..", "../run_v1.0.h5"), ("../run_v1.1", "../run_v1.1.h5"), ("a.zip", "a.h5")],
+)
+def test_a_store_lies_beside_its_archive_under_the_same_name(
+    archive: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(archive: Path, destination: Path, *arguments: object, **settings: object) -> None:
+        raise UserError(f"to {destination.resolve()}")
+
+    (tmp_path / "run_v1.0" / "buffer").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run_v1.0")
+    monkeypatch.setattr("ringrl.data.import_archive", told)
+    assert refused(["data", "import", archive, "--domain", "jaco"], capsys) == f"ringrl: to {Path(store).resolve()}"
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = str(tmp_path / ("x" * 300))
+    for command in (["data", "info", long], ["data", "import", long, "--domain", "jaco"]):
+        assert f"{long}: File name too long" in refused(command, capsys)
+
+
+def test_an_output_that_cannot_show_everything_shows_the_rest(jaco_store: EpisodeStore) -> None:
+    ringrl = str(Path(sys.executable).with_name("ringrl"))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [ringrl, "data", "info", str(jaco_store.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"jaco_reach_top_left" in done.stdout
 
 
 def test_controls_start_where_the_streams_start(run: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class Fault:
     mend: Deed = lambda place: None
     prepare: Deed = lambda place: None
     on_disk: bool = False
-    accepted: str | None = None  # why what fails here is as it is, where it is known and told
+    accepted: str | None = None
 
 
 class Trial(ABC):

@@ -14,14 +14,13 @@ from ringrl.data.minari.episodes import MinariEpisodes
 from ringrl.data.minari.library import EXPORTED, INFOS, locate, minari_module
 from ringrl.data.provenance import Provenance, makers
 from ringrl.data.relabel import relabel_all
-from ringrl.data.schema import Episode, recorded_columns, reward_key
+from ringrl.data.schema import ROUNDED, Episode, recorded_columns, reward_key
 from ringrl.data.store import EpisodeStore
 from ringrl.data.writer import create_store
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
 
 PHYSICS = (("physics",), ("qpos", "qvel"))  # the infos that may hold the state of a simulation
-OUTSIDE = 1e-5  # of [-1, 1] that rounding may bring an action
 
 
 def import_minari(
@@ -179,7 +178,7 @@ class _Foreign:
 
     def _scaled(self, index: int, action: np.ndarray) -> np.ndarray:
         scaled = (action - self._center) / self._radius
-        if np.abs(scaled).max() > 1 + OUTSIDE:
+        if np.abs(scaled).max() > 1 + ROUNDED:
             step = int(np.argmax(np.abs(scaled).max(axis=1)))
             raise UserError(
                 f"{self._episodes.folder}: the action of step {step} of episode {index} lies outside the bounds of the "

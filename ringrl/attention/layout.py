@@ -129,7 +129,7 @@ def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value
     pad_to_layout(segment_ids, ..., value=some_id_not_in_use).
 
     Raises:
-      ValueError: an unknown layout, or a value that x's integers cannot be.
+      ValueError: an unknown layout, an axis that x has not, or a value that x's integers cannot be.
     """
     x = _unchanged(x)
     if jnp.issubdtype(x.dtype, jnp.integer) and not (

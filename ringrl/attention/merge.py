@@ -1,4 +1,4 @@
-"""Adding up attention over parts of the keys. Used by the forward pass only: never differentiated (see ring.py)."""
+"""Adding up attention over parts of the keys, for decoding; a kernel that goes on from `nothing_seen` merges itself."""
 
 import jax
 import jax.numpy as jnp

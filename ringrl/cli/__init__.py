@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import io
 import logging
 import os
 import signal
@@ -46,6 +47,8 @@ HELP = ("-h", "--help", "help")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Errors that the user can mend end in one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it cannot show a bar or a line, "?" does
     try:
         _run_and_tell(list(sys.argv[1:] if arguments is None else arguments))
     except OSError:
@@ -70,6 +73,8 @@ def _run_and_tell(arguments: list[str]) -> None:
         print("ringrl: stopped; what was finished is kept", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and not is_out_of_memory(error):
+            _fail(f"{error.filename}: {error.strerror}")
         if not is_out_of_memory(error):
             raise
         _fail(

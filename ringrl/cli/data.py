@@ -152,7 +152,7 @@ def data_import(
     from ringrl.data.card import describe
     from ringrl.data.subset import Subset
 
-    destination = output or archive.with_suffix(".h5")
+    destination = output or _beside(archive)
     chosen = Subset(subset, max_episodes, max_transitions, seed)
     try:
         with _bar("importing") as progress:
@@ -172,6 +172,12 @@ def data_import(
         raise
     print(f"{destination}\n{describe(store)}")
     return None
+
+
+def _beside(archive: Path) -> Path:
+    """Where the store of an archive goes by default: a folder's name may have dots in it."""
+    named = archive if archive.name not in ("", "..") else archive.resolve()
+    return named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
 
 
 def _import_minari(dataset: str, output: Path | None, overwrite: bool, download: bool) -> None:

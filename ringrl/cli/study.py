@@ -9,7 +9,7 @@ from rich.console import Console
 from ringrl.cli.words import check_launcher, command_line
 from ringrl.config import SlurmConfig
 
-HERE = SlurmConfig()
+PLAIN_JOB = SlurmConfig()
 
 
 def ablate(
@@ -19,14 +19,14 @@ def ablate(
     retry: bool = False,
     untimed: bool = False,
     launcher: Literal["none", "slurm"] = "none",
-    slurm: SlurmConfig = HERE,
+    slurm: SlurmConfig = PLAIN_JOB,
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x context lengths x seeds, and baselines.
 
     First it says what that costs. The same command goes on where it was stopped and repeats nothing.
 
     Args:
-        plan: YAML file, for example ringrl/configs/study_example.yaml.
+        plan: YAML file, for example configs/study_example.yaml.
         dry_run: say what it costs, and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
         retry: run cells again that failed; an interrupted one goes on in any case.

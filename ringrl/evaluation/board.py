@@ -94,13 +94,13 @@ class Board(Audience):
         found = "no stream finished it" if value is None else f"mean return {value:.1f} of {finished} streams"
         self._say(f"{_name(line.job)}: {words}: {found}, {pace}")
 
-    def finish(self, job: Job, summary: Summary, *, repeated: bool) -> None:
+    def finish(self, job: Job, summary: Summary, *, rolled_out: bool) -> None:
         """Show what is known of it."""
         line = self._now
-        line.state = "done" if repeated else "was done"
+        line.state = "done" if rolled_out else "was done"
         line.failed = summary.failed + summary.failed_without_context
         line.returns = {"context": list(summary.returns), "control": list(summary.returns_without_context)}
-        if not repeated:
+        if not rolled_out:
             self.remark(f"{_name(job)}: {job.results} holds this very evaluation already; --again repeats it")
 
     def remark(self, text: str) -> None:

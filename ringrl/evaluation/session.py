@@ -45,8 +45,8 @@ class Audience(Watch):
     def begin(self, job: Job) -> None:
         """It is this one's turn."""
 
-    def finish(self, job: Job, summary: Summary, *, repeated: bool) -> None:
-        """Its results are there; they were there before if it was not `repeated`."""
+    def finish(self, job: Job, summary: Summary, *, rolled_out: bool) -> None:
+        """Its results are there: `rolled_out` now, or known from before."""
 
     def remark(self, text: str) -> None:
         """One line that is worth knowing."""
@@ -103,7 +103,7 @@ def _evaluate(job: Job, again: bool, video: bool, audience: Audience) -> Summary
     write_summary(_summaries(job.results), records)
     found = _summary(job)
     assert found is not None, "its records have just been written"
-    audience.finish(job, found, repeated=again or not known)
+    audience.finish(job, found, rolled_out=again or not known)
     return found
 
 

@@ -1,8 +1,8 @@
 """TD3+BC (Fujimoto & Gu, 2106.06860): an actor that climbs a learned value and stays near the data's actions.
 
-The networks are deeper than the paper's and layer-normalised, which keeps values from running away on actions that
-the data lacks (ReBRAC, 2305.09836). Where the task is to reach a place, actor and critics also see which place, so that
-transitions can be relabelled with other goals (hindsight, 1707.01495).
+The networks are layer-normalised, which keeps values from running away on actions that the data lacks (ReBRAC,
+2305.09836). Where the task is to reach a place, actor and critics also see which place, so that transitions can be
+relabelled with other goals (hindsight, 1707.01495).
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32
 
 from ringrl.config import ModelConfig
 from ringrl.context import Context, Transitions
+from ringrl.model.memoryless import Memoryless
 
 LARGEST_INPUT = 5.0  # standard deviations; observations beyond are clipped
 COARSE, FINE = 5.0, 20.0  # per metre: offsets to the goal are of order one at 20 cm, and again at 5 cm
@@ -60,10 +61,8 @@ class MLP(nnx.Module):
         return self.last(x).astype(jnp.float32)
 
 
-class ActorCritic(nnx.Module):
+class ActorCritic(Memoryless, nnx.Module):
     """Actor, two critics, and their slowly following targets; it acts by the target actor, towards the task's goal."""
-
-    tokens_per_step = 1
 
     def __init__(
         self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs, goal: Goal | None = None
@@ -113,18 +112,6 @@ class ActorCritic(nnx.Module):
         place = self.goal.place if self.goal else ()
         goal = jnp.broadcast_to(jnp.array(place, jnp.float32), (*observation.shape[:-1], len(place)))
         return jnp.tanh(self.target_actor(self.inputs(observation, goal)))
-
-    def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> None:
-        """There is nothing to remember."""
-
-    def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> None:
-        """There is nothing to remember."""
-
-    def act(
-        self, previous: Context | None, current: Context, memory: None, prefix: None = None
-    ) -> tuple[Float32[Array, "batch action"], None]:
-        """The action of one more step."""
-        return self.actions(current)[:, -1], memory
 
 
 def _values(

@@ -16,6 +16,7 @@ from ringrl.context import Context
 from ringrl.model.actor_critic import ActorCritic, Goal
 from ringrl.model.cache import KVCache
 from ringrl.model.heads import Head, make_head
+from ringrl.model.memoryless import Memoryless
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.model.transformer import Transformer
@@ -113,10 +114,8 @@ class AgenticTransformer(Imitation, nnx.Module):
         return self.head.mode(x[:, -1]), memory
 
 
-class BehaviourCloning(Imitation, nnx.Module):
+class BehaviourCloning(Imitation, Memoryless, nnx.Module):
     """A feed-forward policy of the present observation: the same data and training loop, no context, no target."""
-
-    tokens_per_step = 1
 
     def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
         sizes = [observation_size] + [config.width] * config.layers
@@ -136,18 +135,6 @@ class BehaviourCloning(Imitation, nnx.Module):
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
         """The action at every step."""
         return self.head.mode(self.features(context))
-
-    def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> None:
-        """There is nothing to remember."""
-
-    def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> None:
-        """There is nothing to remember."""
-
-    def act(
-        self, previous: Context | None, current: Context, memory: None, prefix: None = None
-    ) -> tuple[Float32[Array, "batch action"], None]:
-        """The action of one more step."""
-        return self.actions(current)[:, -1], memory
 
 
 Policy = AgenticTransformer | BehaviourCloning | ActorCritic

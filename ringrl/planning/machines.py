@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from ringrl.attention.strategy import LINKS
 from ringrl.errors import UserError
 
 GIB = 2.0**30
@@ -66,27 +67,29 @@ class Machine:
         return self.devices > self.per_host > 0 and self.per_host % extent != 0
 
 
-def _tpu(kind: str, tera_flops: float, gib: float, bandwidth: float, link: float) -> Device:
-    return Device(kind, "tpu", tera_flops * 1e12, gib * GIB, bandwidth * 1e9, link * 1e9)
+def _tpu(kind: str, gib: float, bandwidth: float) -> Device:
+    link = LINKS[kind]
+    return Device(kind, "tpu", link.flops, gib * GIB, bandwidth * 1e9, link.bytes)
 
 
-def _gpu(kind: str, tera_flops: float, gib: float, bandwidth: float, link: float) -> Device:
+def _gpu(kind: str, gib: float, bandwidth: float) -> Device:
     # What the driver reports, less five hundredths for CUDA, NCCL and fragments.
-    return Device(kind, "gpu", tera_flops * 1e12, GPU_SHARE * gib * GIB, bandwidth * 1e9, link * 1e9)
+    link = LINKS[kind]
+    return Device(kind, "gpu", link.flops, GPU_SHARE * gib * GIB, bandwidth * 1e9, link.bytes)
 
 
 # A TPU's memory is what its compiler grants a program; of those that it no longer compiles for, the data sheet's.
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {
-        "v3": _tpu("TPU v3", 61.5, 16, 450, 70),
-        "v4": _tpu("TPU v4", 275, 30.75, 1228, 50),
-        "v5e": _tpu("TPU v5 lite", 197, 15.75, 819, 50),
-        "v5p": _tpu("TPU v5", 459, 95.74, 2765, 100),
-        "v6e": _tpu("TPU v6 lite", 918, 31.25, 1640, 100),
-        "a100-40": _gpu("NVIDIA A100", 312, 40, 1555, 300),
-        "a100": _gpu("NVIDIA A100", 312, 80, 2039, 300),
-        "h100": _gpu("NVIDIA H100", 989, 79.6, 3350, 450),
-        "h200": _gpu("NVIDIA H200", 989, 140.4, 4800, 450),
+        "v3": Device("TPU v3", "tpu", 61.5e12, 16 * GIB, 450e9, 70e9),  # attention's kernels do not compile for it
+        "v4": _tpu("TPU v4", 30.75, 1228),
+        "v5e": _tpu("TPU v5 lite", 15.75, 819),
+        "v5p": _tpu("TPU v5", 95.74, 2765),
+        "v6e": _tpu("TPU v6 lite", 31.25, 1640),
+        "a100-40": _gpu("NVIDIA A100", 40, 1555),
+        "a100": _gpu("NVIDIA A100", 80, 2039),
+        "h100": _gpu("NVIDIA H100", 79.6, 3350),
+        "h200": _gpu("NVIDIA H200", 140.4, 4800),
     }
 )
 _NETWORK = MappingProxyType({"a100-40": 25e9, "a100": 25e9, "h100": 50e9, "h200": 50e9})  # a network card per GPU

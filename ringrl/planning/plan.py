@@ -72,14 +72,9 @@ def make_plan(request: Request, notice: Notice = lambda _: None) -> Plan:
     """
     began, machine = time.perf_counter(), request.machine
     reason = "the formula was asked for" if request.method == "formula" else why_not(machine)
-    if reason is not None and request.method == "compiler":
-        raise UserError(f"--machine {machine.name}: cannot be compiled for: {reason}")
-    devices = devices_of(machine) if reason is None else None
-    candidates = [(workload, None) for workload in _workloads(request)]
-    tried: list[tuple[Workload, Compiled | None]] = list(candidates)
-    if devices is not None:
-        tried = [(workload, _compile(workload, machine, devices, notice)) for workload, _ in candidates]
-        tried.sort(key=lambda each: (not (each[1] is not None and fits(each[1], machine)),))
+    devices = devices_of(machine) if reason is None or request.method == "compiler" else None  # or says why not
+    tried = [(each, _compile(each, machine, devices, notice) if devices else None) for each in _workloads(request)]
+    tried.sort(key=lambda each: each[1] is None or not fits(each[1], machine))
     workload, compiled = tried[0]
     known = () if compiled is None else ((workload.tokens, compiled),)
     longest = find_longest(workload, machine, devices, request.compilations, known, notice)

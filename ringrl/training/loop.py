@@ -47,6 +47,13 @@ def train(
     same metrics, bit for bit, as one that was not. SIGTERM ends it after the step it is in, saved. With `profile`, a
     JAX trace of a few steps goes to the run's folder profile/.
 
+    Args:
+      config: what is trained on what, and where the run is kept.
+      resume: go on from the newest checkpoint of `config.run`.
+      profile: see above.
+      console: where progress and remarks go; by default the standard error.
+      quiet: no bar of progress, and no remark that a run starts at step 0.
+
     Raises:
       UserError: a run that exists (without `resume`), another configuration or dataset than the run's, data that does
         not fit the task, a disk that is full.
@@ -96,8 +103,10 @@ def _make_source(
     """What draws the batches that the configured kind of model is trained on."""
     size, seed, context = config.optimiser.batch_size, config.seed, config.context
     if config.model.kind == "td3_bc":
-        chosen = context.best_fraction, context.max_transitions
-        return TransitionSampler(store, config.task, config.actor_critic, normalisation, size, seed, *chosen)
+        return TransitionSampler(
+            store, config.task, config.actor_critic, normalisation, size, seed,
+            best_fraction=context.best_fraction, max_transitions=context.max_transitions,
+        )  # fmt: skip
     sampler = ContextSampler(store, config.task, context, normalisation, size, seed)
     return sampler if parallel.mesh is None else ShardedSampler(sampler, parallel.mesh, parallel.layout)
 

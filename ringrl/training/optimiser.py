@@ -13,7 +13,7 @@ DECAYED = ("kernel", "embedding")  # all layers' biases lie in one array, which 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
     """Linear warm-up from zero to the peak, then cosine decay to its final fraction at step `config.steps`.
 
-    Steps count from 0, so that the first has a rate of zero and none has the final one.
+    Steps count from 0: with any warm-up the first has a rate of zero, and none has the final one.
     """
     warmup = min(config.warmup_steps, config.steps - 1)
     return optax.warmup_cosine_decay_schedule(

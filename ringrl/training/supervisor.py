@@ -12,14 +12,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from ringrl.config import DistributedConfig
+from ringrl.data.processes import end_with_parent
 from ringrl.errors import UserError
 from ringrl.training import distributed
-from ringrl.training.distributed import FAILED, INTERRUPTED, LOST, USERS_TO_MEND, say
+from ringrl.training.distributed import INTERRUPTED, LOST, USERS_TO_MEND, say
 
 KEPT = 16_384  # bytes of the child's last messages
 
@@ -113,7 +114,7 @@ def _work(work: Callable[[], object], config: DistributedConfig, speaker: Connec
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     for number in (1, 2):  # what is left to C++
         os.dup2(speaker.fileno(), number)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         distributed.join(config)
     except UserError as error:
@@ -121,10 +122,3 @@ def _work(work: Callable[[], object], config: DistributedConfig, speaker: Connec
         os._exit(USERS_TO_MEND)
     meeting.send(distributed.place())
     distributed.run_to_the_end(work, config)
-
-
-def _end_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(FAILED)

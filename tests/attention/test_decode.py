@@ -237,7 +237,7 @@ def test_tokens_are_written_where_they_belong_and_nowhere_else(shards, mesh):
                 np.testing.assert_array_equal(append(blank, x, length), expected, err_msg=f"{capacity, length, new}")
 
 
-def test_cache_arguments_that_do_not_fit_are_named(draw):
+def test_cache_arguments_that_do_not_fit_are_named():
     cache = jnp.zeros((2, 8, 2, 4))
     with pytest.raises(ValueError, match=r"^new: "):
         append_to_cache(cache, jnp.zeros((2, 9, 2, 4)), 0)

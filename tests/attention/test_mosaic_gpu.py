@@ -160,7 +160,7 @@ def test_hidden_tiles_are_not_touched_and_no_copy_races(draw, oracle):
         case.check(**{name: x[:, :128]})
 
 
-def test_what_is_not_taken_is_refused_by_name(draw):
+def test_what_is_not_taken_is_refused_by_name():
     options = Options(Rule(), 0.3)
     assert unsupported(jnp.bfloat16, 128, options) is None
     refused = [

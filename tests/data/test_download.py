@@ -13,6 +13,7 @@ import pytest
 from ringrl.cli import main
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.download import ALGORITHMS, KNOWN_SIZES, STORE_SHARE, download_archive, download_store
+from ringrl.data.subset import Subset
 from ringrl.data.transfer import Patience, Transfer
 from ringrl.errors import UserError
 
@@ -239,9 +240,27 @@ def test_only_a_sound_store_replaces_its_archive(episodes_site, tmp_path, capsys
     path.with_suffix(".h5").write_bytes(whole)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("buffer/episode_000007_1000.npz", b"one more")
-    with pytest.raises(UserError, match=r"has 4 episodes, .* has 3: it was kept"):
+    with pytest.raises(UserError, match=r"is not the archive that .*rnd\.h5 was imported from: it was kept"):
         again()
     assert names(tmp_path) == ["rnd.h5", "rnd.zip"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"subset": Subset("first", 2)}, "2 of 3 episodes.* control_aware"),
+        ({"relabelling": "exorl_compat"}, "exorl_compat"),
+    ],
+)
+def test_a_store_that_is_not_the_whole_archive_as_it_is_imported_here_is_left_alone(
+    how, said, episodes_site, cartpole_zip, tmp_path
+):
+    path = tmp_path / "cartpole" / "rnd.h5"
+    path.parent.mkdir()
+    import_archive(shutil.copy(cartpole_zip, path.with_suffix(".zip")), path, "cartpole", **how)
+    with pytest.raises(UserError, match=rf"rnd\.h5: holds .*{said} rewards, not the whole archive"):
+        download_store("cartpole", "rnd", tmp_path, url=episodes_site.url)
+    assert episodes_site.requests == []
 
 
 def test_a_store_of_other_data_is_left_alone(episodes_site, store, tmp_path):
@@ -253,7 +272,7 @@ def test_a_store_of_other_data_is_left_alone(episodes_site, store, tmp_path):
     assert names(tmp_path) == ["rnd.h5"]
 
 
-def test_an_archive_that_cannot_be_imported_is_kept(site, archive, tmp_path):
+def test_an_archive_that_cannot_be_imported_is_kept(site, tmp_path):
     with pytest.raises(UserError, match="holds no episodes"):
         download_store("cartpole", "rnd", tmp_path, url=site.url, patience=QUICK, delete_archive=True)
     assert names(tmp_path) == ["rnd.zip"]

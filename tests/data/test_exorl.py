@@ -214,6 +214,25 @@ def test_discount_other_than_one(tmp_path, episode):
     assert "discount other than 1 in row 1000" in refusal(zipped(tmp_path / "a.zip", {NAME: packed(episode)}))
 
 
+def test_actions_that_are_not_scaled(tmp_path, episode):
+    episode["action"] = episode["action"].copy()
+    episode["action"][7, 0] = -1.00002
+    assert "outside [-1, 1] in row 7" in refusal(zipped(tmp_path / "a.zip", {NAME: packed(episode)}))
+    episode["action"][7, 0] = -1.000001  # rounding
+    with Archive(zipped(tmp_path / "b.zip", {NAME: packed(episode)}), CARTPOLE) as archive:
+        assert archive.read(archive.members[0])["action"][7, 0] == np.float32(-1.000001)
+
+
+def test_a_file_of_a_folder_that_is_linked_and_gone(tmp_path):
+    """No part of a dataset is left out because a disk is not there."""
+    (tmp_path / "buffer").mkdir()
+    (tmp_path / NAME).symlink_to(tmp_path / "unmounted" / NAME)
+    with Archive(tmp_path, CARTPOLE) as archive:
+        assert len(archive) == 1
+        with pytest.raises(UserError, match=rf"{NAME}: cannot be read \(No such file"):
+            archive.stamps()
+
+
 @pytest.mark.parametrize("key", ["action", "reward"])
 def test_rows_shifted_by_one(tmp_path, episode, key):
     episode[key] = np.roll(episode[key], -1, axis=0)

@@ -104,7 +104,7 @@ def test_large_rewards_come_to_order_one(store: EpisodeStore) -> None:
     np.testing.assert_allclose(batch.reward[0, : len(episode) - 1] * scale.reward_scale, episode[1:], rtol=1e-6)
 
 
-def test_rewards_of_nothing_are_left_alone(tmp_path: Path, store: EpisodeStore) -> None:
+def test_rewards_of_nothing_are_left_alone(tmp_path: Path) -> None:
     with create_store(tmp_path / "zero.h5", ARM, ARM.tasks, [2], source="x") as writer:
         rows = {key: np.zeros((3, column.width), column.dtype) for key, column in recorded_columns(ARM).items()}
         writer.append(rows | {reward_key(TASK): np.zeros(3, np.float32)})

@@ -1,5 +1,6 @@
 """Merging stores: every episode as it was, in the order given, and no mixing of what does not belong together."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 from ringrl.cli import main
 from ringrl.data.merge import merge_stores
+from ringrl.data.provenance import NAMED_SKIPPED
 from ringrl.data.store import EpisodeStore
+from ringrl.data.writer import create_store
 from ringrl.errors import UserError
 
 
@@ -53,6 +56,26 @@ def test_an_episode_that_is_in_two_stores_is_named(two, tmp_path: Path, random_e
         merge_stores([*(store.path for store in two), overlapping.path], tmp_path / "c.h5")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "c.h5").exists()
+
+
+def test_a_damaged_store_gets_no_new_checksums(two, tmp_path: Path) -> None:
+    path = two[1].path
+    whole = path.read_bytes()
+    place = whole.index(two[1].episode(1)["observation"].tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"b.h5: episode 1 is damaged"):
+        merge_stores([store.path for store in two], tmp_path / "c.h5")
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_a_merged_store_names_as_few_damaged_episodes_as_another(two, tmp_path: Path) -> None:
+    for store in two:
+        skipped = dataclasses.replace(store.provenance, num_skipped=9, skipped=("cut short",) * NAMED_SKIPPED)
+        with create_store(store.path, "cartpole", store.tasks, store.lengths, source=skipped, overwrite=True) as writer:
+            for index in range(store.num_episodes):
+                writer.append(store.episode(index))
+    made = merge_stores([store.path for store in two], tmp_path / "c.h5").provenance
+    assert (made.num_skipped, len(made.skipped)) == (18, NAMED_SKIPPED)
 
 
 def test_what_does_not_belong_together_is_refused(two, tmp_path: Path, random_episode, write_store) -> None:

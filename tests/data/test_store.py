@@ -2,9 +2,7 @@ import hashlib
 import pickle
 import shutil
 import tempfile
-import time
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -123,31 +121,11 @@ def test_threads_read_the_same_store(store, episodes):
         list(pool.map(read, range(64)))
 
 
-def test_a_replaced_store_stays_readable_to_those_who_have_it_open(tmp_path, store, episodes, write_store):
+def test_a_replaced_store_stays_readable_to_those_who_have_it_open(store, episodes, write_store):
     before = store.episode(0)["physics"].copy()
     write_store(store.path, "cartpole", episodes[1:], overwrite=True)
     np.testing.assert_array_equal(store.episode(0)["physics"], before)
     assert EpisodeStore(store.path).num_episodes == 2
-
-
-def test_reading_an_episode_is_much_faster_than_npz(tmp_path, write_store, random_episode):
-    episode = random_episode("walker", 1000, 0)
-    store = write_store(tmp_path / "walker.h5", "walker", [episode] * 20)
-    np.savez_compressed(tmp_path / "episode.npz", allow_pickle=False, **episode)
-
-    def best_seconds(read: Callable[[], object], repeats: int) -> float:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            read()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    def read_npz() -> None:
-        with np.load(tmp_path / "episode.npz", allow_pickle=False) as npz:
-            dict(npz)
-
-    assert 20 * best_seconds(lambda: store.episode(7), 100) < best_seconds(read_npz, 5)
 
 
 # What is no store

@@ -49,6 +49,17 @@ def test_announced_lengths_are_kept(tmp_path, episodes):
     assert names(tmp_path) == []
 
 
+def test_no_store_takes_another_s_place_that_nothing_could_open(store, episodes):
+    """A reader refuses texts of more than 64 KB."""
+    with (
+        pytest.raises(UserError, match="its provenance is longer than 65,536 characters"),
+        create_store(store.path, "cartpole", [], [50], source="x" * 70_000, overwrite=True) as writer,
+    ):
+        writer.append(episodes[0])
+    assert EpisodeStore(store.path).num_episodes == 3
+    assert names(store.path.parent) == ["cartpole.h5"]
+
+
 def test_two_writers_of_one_store(tmp_path, episodes, write_store):
     path, tasks = tmp_path / "a.h5", DOMAINS["cartpole"].tasks
     with create_store(path, "cartpole", tasks, [50], source="first") as writer:

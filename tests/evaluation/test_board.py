@@ -70,7 +70,7 @@ def test_plain_lines_where_there_is_no_terminal(jobs: list[Job]) -> None:
         board.episode("context", 0, episode(100.0, 300.0))
         board.episode("control", 2, episode(np.nan, np.nan))
         (summary,) = summarise(found(jobs[0], (1.0, 2.0, 3.0)))
-        board.finish(jobs[0], summary, repeated=False)
+        board.finish(jobs[0], summary, rolled_out=False)
     first, second, third = text.getvalue().splitlines()
     assert first.startswith("jaco_reach_top_left, random: episode 1 of 3: mean return 200.0 of 2 streams, ")
     assert "episode 3 of 3 of the control: no stream finished it" in second

@@ -35,8 +35,8 @@ class Listener(Audience):
         if [type(word) for word in self.heard].count(int) == self.after:
             raise KeyboardInterrupt
 
-    def finish(self, job: Job, summary: Summary, *, repeated: bool) -> None:
-        self.heard.append(repeated)
+    def finish(self, job: Job, summary: Summary, *, rolled_out: bool) -> None:
+        self.heard.append(rolled_out)
 
     def remark(self, text: str) -> None:
         self.remarks.append(text)

@@ -190,7 +190,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(kind, policy
     assert float(loss) != float(precise), "nothing was computed in bfloat16"
 
 
-def test_parameters_follow_the_seed(context):
+def test_parameters_follow_the_seed():
     config = ModelConfig(layers=1, width=16)
 
     def parameters(seed: int) -> list[np.ndarray]:

@@ -130,7 +130,7 @@ def test_a_failed_report_leaves_the_old_one(results, make_ablation, write_result
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(results, tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_named(results):
     with pytest.raises(UserError, match=r"results\.jsonl: cannot write the report"):
         write_report([results], results)
 

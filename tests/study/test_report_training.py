@@ -121,7 +121,7 @@ def test_charts_say_what_there_is(make_study, tmp_path):
     assert "GB</text>" in panel_svg(charts["memory"].panels[0])
 
 
-def test_one_run_of_several_rollouts_counts_once(make_study, make_rollouts, tmp_path):
+def test_one_run_of_several_rollouts_counts_once(make_study, tmp_path):
     root = make_study(tmp_path / "runs", seeds=1)
     run = next(root.glob("*_at_2_seed0"))
     text = (run / "evaluation.jsonl").read_text()

@@ -50,7 +50,7 @@ def test_of_what_sees_one_step_at_a_time(tiny: TrainConfig, kind: str, row: int)
         assert entry["tokens_per_second"] / entry["steps_per_second"] == pytest.approx(found.tokens / 3)
 
 
-def test_seconds_are_told_whole_or_not_at_all(tiny: TrainConfig, finished: TrainConfig) -> None:
+def test_seconds_are_told_whole_or_not_at_all(finished: TrainConfig) -> None:
     step, info = read_info(finished.run)
     log = finished.run / "metrics.jsonl"
     lines = log.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Attention over one block of keys on Hopper GPUs, forward: the contract of kernels/xla.py on tensor cores.
+"""Attention over one block of keys on Hopper GPUs, forward: the contract of contract.py on tensor cores.
 
     producer     Q0 Q1 | K0  V0  K1  V1  K2  V2  ...     copies into slots, each waits for the slot to be free
     consumer 0         | QK0  softmax  PV0 QK1  softmax  PV1 QK2  ...            o, maximum and sum in registers

@@ -1,4 +1,4 @@
-"""Attention on TPUs, forward; the contract is that of xla.py, the backward pass is in mosaic_tpu_backward.py.
+"""Attention on TPUs, forward; the contract is in contract.py, the backward pass is in mosaic_tpu_backward.py.
 
     for each context, key head, share of the heads             (any order, over the cores)
       for each pair (query tile, key tile) of the list         (in order; the next tiles arrive meanwhile)

@@ -268,7 +268,7 @@ class Specs(NamedTuple):
 
     @property
     def backward(self) -> list[pl.BlockSpec]:
-        """Of what `cut_backward` cuts."""
+        """Of what the backward kernel takes, in its order."""
         return [self.queries] * 2 + [self.rows] * 2 + [self.query_side, self.keys, self.values, self.key_side]
 
 
