@@ -15,7 +15,7 @@ from ringrl.errors import UserError
 class Section(pydantic.BaseModel):
     """A group of settings: immutable, unknown names refused, docstrings shown by --help."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -117,7 +117,7 @@ class HindsightConfig(Section):
 
     later: float = Field(0.0, ge=0, le=1)
     """Share of transitions whose goal is a place that their own episode comes to later."""
-    steps_ahead: float = Field(10.0, ge=1)
+    steps_ahead: float = Field(10.0, ge=1, le=1e6)
     """How much later, in steps: the mean of a geometric distribution, cut at the episode's end."""
     nearby: float = Field(0.0, ge=0, le=1)
     """Share of transitions whose goal is a place from anywhere in the data, within `radius` of the task's goal."""
@@ -145,7 +145,7 @@ class ActorCriticConfig(Section):
     0: TD3, which imitates nothing."""
     target_rate: float = Field(0.005, gt=0, le=1)
     """How far the target networks move towards the learned ones at an actor update."""
-    actor_delay: int = Field(2, ge=1)
+    actor_delay: int = Field(2, ge=1, lt=2**31)
     """Critic updates (the optimiser's steps) per actor update."""
     target_noise: float = Field(0.2, ge=0)
     """Standard deviation of the noise on the target actor's actions, which lie in [-1, 1]."""
@@ -344,10 +344,20 @@ def one_line(error: pydantic.ValidationError) -> str:
     return "; ".join(f"{name}: {words}" if name else words for name, words in problems(error))
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Of a key that is there twice, YAML would keep the last alone, and half of what is said would go unheeded."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; UserError names the file when it is missing, empty, not YAML or not a mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _EachKeyOnce)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

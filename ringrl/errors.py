@@ -19,6 +19,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
+def what_to_mend(error: BaseException) -> str | None:
+    """The one line for an error that the user can mend; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        return (
+            f"not enough memory ({brief(error) or 'MemoryError'}): free some, or ask for less "
+            "(a smaller batch or context, fewer --environments or --workers); what was finished is kept"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
 def brief(error: BaseException) -> str:
     """What an error says, as a part of one line: the first 300 characters, without line breaks."""
     return " ".join(str(error).split())[:300]

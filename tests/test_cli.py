@@ -128,6 +128,21 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.Capt
         assert f"{long}: File name too long" in refused(command, capsys)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_devices_that_are_not_there_are_told_in_one_line(
+    platform: str, run: Path, jaco_store: EpisodeStore, tmp_path: Path
+) -> None:
+    ringrl = str(Path(sys.executable).with_name("ringrl"))
+    train = ["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--run", str(tmp_path / "run")]
+    for command in (train, ["evaluate", "--checkpoint", str(run)]):
+        environment = os.environ | {"JAX_PLATFORMS": platform}
+        done = subprocess.run([ringrl, *command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert f"ringrl: JAX_PLATFORMS={platform}: JAX cannot use it here (" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_that_cannot_show_everything_shows_the_rest(jaco_store: EpisodeStore) -> None:
     ringrl = str(Path(sys.executable).with_name("ringrl"))
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -261,6 +276,7 @@ def test_unknown_command_lists_the_near_ones(capsys: pytest.CaptureFixture[str])
         ("--optimiser.steps many", "--optimiser.steps: expected INT, got 'many'"),
         ("--context.max-transitions many", "--context.max-transitions: expected INT, got 'many'"),
         ("--optimiser.learning-rate x", "--optimiser.learning-rate: expected FLOAT, got 'x'"),
+        ("--optimiser.learning-rate inf", "--optimiser.learning-rate: Input should be a finite number"),
         ("--optimiser.batch-size 0", "--optimiser.batch-size: Input should be greater than or equal to 1"),
         ("--actor-critic.hindsight.radius 0", "--actor-critic.hindsight.radius: Input should be greater than 0"),
         ("--seed -1", "--seed: Input should be greater than or equal to 0"),
@@ -281,6 +297,19 @@ def test_what_a_command_needs_is_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert "ringrl: --data is needed; --dat: there is no such flag; did you mean --data? (" in said
     assert "DOMAIN and ALGORITHM are needed (ringrl data download" in refused(["data", "download"], capsys)
     assert "--compare: expected PATH PATH, got 'a' (" in refused(["report", "--compare", "a"], capsys)
+
+
+def test_a_flag_of_several_values_that_is_there_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parser would keep the last of them alone."""
+    train = ["train", "--data", "x", "--task", "y", "--run", str(tmp_path / "run")]
+    twice = ["--context.other_tasks", "a", "--context.other-tasks=b", "--seed", "1", "--seed", "2"]
+    assert "ringrl: --context.other-tasks: is there twice; give all its values" in refused([*train, *twice], capsys)
+    assert "--tasks: is there twice" in refused(["evaluate", "--tasks", "a", "--tasks", "b"], capsys)
+    assert "--seed: Input should be" in refused([*train, "--seed", "1", "--seed", "-2"], capsys), (
+        "the last of them counts"
+    )
 
 
 def test_flags_that_would_go_unheeded_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

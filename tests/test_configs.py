@@ -66,6 +66,16 @@ def test_a_section_that_is_no_mapping_is_named(value: object) -> None:
         merged({"actor_critic": {"hindsight": value}}, {"actor_critic": {"hindsight": {"later": 0.5}}})
 
 
+def test_what_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """YAML would keep the last of them alone."""
+    file = tmp_path / "twice.yaml"
+    for text in ("model: {layers: 1}\ntask: x\nmodel: {width: 16}\n", "model:\n  layers: 1\n  layers: 2\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"twice\.yaml: is not YAML \((model|layers) is there twice") as refused:
+            read_yaml(file)
+        assert "\n" not in str(refused.value)
+
+
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("# nothing\n")

@@ -25,7 +25,7 @@ from ringrl.cli.report import report
 from ringrl.cli.run import train
 from ringrl.cli.study import ablate, demo
 from ringrl.config import TrainConfig, merged, one_line, read_yaml
-from ringrl.errors import UserError, brief, is_out_of_memory
+from ringrl.errors import UserError, what_to_mend
 from ringrl.methods import METHODS
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -65,22 +65,14 @@ def _run_and_tell(arguments: list[str]) -> None:
         sys.unraisablehook = functools.partial(_without_echoes, sys.unraisablehook)
     try:
         _run(arguments)
-    except UserError as error:
-        _fail(str(error))
-    except pydantic.ValidationError as error:
-        _fail(one_line(error))
     except KeyboardInterrupt:
         print("ringrl: stopped; what was finished is kept", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None and not is_out_of_memory(error):
-            _fail(f"{error.filename}: {error.strerror}")
-        if not is_out_of_memory(error):
+        said = one_line(error) if isinstance(error, pydantic.ValidationError) else what_to_mend(error)
+        if said is None:
             raise
-        _fail(
-            f"not enough memory ({brief(error) or 'MemoryError'}): free some, or ask for less "
-            "(a smaller batch or context, fewer --environments or --workers); what was finished is kept"
-        )
+        _fail(said)
 
 
 def _run(arguments: list[str]) -> None:
@@ -137,8 +129,8 @@ def _with_settings(arguments: list[str]) -> Callable[..., None]:
 
 def _given(arguments: list[str], flag: str) -> list[str]:
     """What is given with a flag, as `--flag value` or `--flag=value`."""
-    pairs = [b for a, b in pairwise([*arguments, ""]) if a == flag]
-    return pairs + [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
+    pairs = pairwise([*arguments, ""])
+    return [b if a == flag else a.removeprefix(f"{flag}=") for a, b in pairs if f"{a}=".startswith(f"{flag}=")]
 
 
 def _without_echoes(say: Callable[[Any], object], ignored: Any) -> None:

@@ -25,10 +25,12 @@ def parse(name: str, arguments: list[str], command: Callable[..., None]) -> Call
     def bind(*values: Any, **flags: Any) -> Callable[[], None]:
         return functools.partial(command, *values, **flags)
 
+    read = functools.partial(tyro.cli, bind, prog=f"ringrl {name}", config=(tyro.conf.FlagCreatePairsOff,))
+    _refuse_lost_values(arguments, read)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(bind, args=arguments, prog=f"ringrl {name}", config=(tyro.conf.FlagCreatePairsOff,))
+            return read(args=arguments)
     except pydantic.ValidationError as error:  # of settings that stand at the top
         wrong = _wrong_settings("", error)
     except SystemExit as stop:
@@ -39,6 +41,20 @@ def parse(name: str, arguments: list[str], command: Callable[..., None]) -> Call
         section, refused = re.search(r"Error parsing (?:settings\.)?([\w.-]+):", text), _refusal(stop)
         wrong = _wrong_settings(section[1], refused) if section and refused else _one_line(text)
     raise UserError(f"{wrong} (ringrl {name} --help tells more)")
+
+
+def _refuse_lost_values(arguments: list[str], read: Callable[..., object]) -> None:
+    """UserError for a flag of several values that is there twice: the parser would keep those of the last alone."""
+    given = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
+    twice = [flag for flag in given if given.count(flag) > 1]
+    if not twice:
+        return
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        read(args=["--help"])
+    for flag in twice:
+        if f"{flag} [" in shown.getvalue():  # --tasks [STR [STR ...]]
+            raise UserError(f"{flag}: is there twice; give all its values after one another: {flag} A B")
 
 
 def _refusal(stop: BaseException) -> pydantic.ValidationError | None:

@@ -24,6 +24,7 @@ from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.model import ActorCritic, Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.agent import make_agent
+from ringrl.training.distributed import check_platform
 from ringrl.training.mesh import make_ring
 from ringrl.training.seal import array_seals, sealed, unsealed
 from ringrl.training.step import TrainState
@@ -227,9 +228,10 @@ def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = No
     """The policy of a run's newest (or given) checkpoint, its contexts to be divided over the mesh.
 
     Raises:
-      UserError: there is none to use, or as `make_ring`.
+      UserError: there is none to use, or as `make_ring` and `check_platform`.
     """
     step, info = read_info(run, step)
+    check_platform()
     parallel = ONE_DEVICE if mesh is None else make_ring(info.config, mesh)
     agent = make_agent(partial(info.make_policy, parallel), info.config, parallel)
     checkpoints = Checkpoints(run)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import jax
 
 from ringrl.config import DistributedConfig
-from ringrl.errors import UserError, brief
+from ringrl.errors import UserError, brief, what_to_mend
 
 PATIENCE_MS = 600_000  # for one that is slow; one that is lost is missed sooner
 LINGER = 2.0  # seconds that process 0, which keeps the service, waits for the others to hear the last word
@@ -72,12 +72,12 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
     except KeyboardInterrupt:
         _end("was interrupted", INTERRUPTED, "stopped; what was finished is kept")
     except Exception as error:
+        if said := what_to_mend(error):
+            _end(f"stopped: {said}", USERS_TO_MEND, said)
         if _is_from_the_runtime(error):  # the first sign of a process that is lost, which will be named soon
             time.sleep(config.heartbeat_timeout + 5)
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-            _end(f"failed ({brief(error)})", FAILED)
-        _end(f"stopped: {error}", USERS_TO_MEND, str(error))
+        traceback.print_exc()
+        _end(f"failed ({brief(error)})", FAILED)
     _exit(0)
 
 
@@ -93,8 +93,20 @@ def is_first() -> bool:
     return place()[0] == 0
 
 
+def check_platform() -> None:
+    """UserError where JAX cannot use the devices that JAX_PLATFORMS asks for."""
+    try:
+        jax.process_count()
+    except (RuntimeError, AssertionError) as error:  # the latter of a platform that is known and not installed
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX cannot use it here "
+            f"({brief(error) or 'there is none'}); unset it, or install what it needs (ringrl[cuda] or ringrl[tpu])"
+        ) from error
+
+
 def check_met() -> None:
     """UserError where JAX sees the devices of other hosts (as on a TPU pod) with which this process has not met."""
+    check_platform()
     if jax.process_count() > place()[1]:
         raise UserError(
             f"the devices belong to {jax.process_count()} hosts, which have not met; "

@@ -233,6 +233,18 @@ def test_an_error_of_process_0_ends_all(hosts: Hosts, spread: TrainConfig) -> No
     assert ends[1][2].startswith(f"ringrl: process 0 of 2 stopped: {spread.run}: holds other files")
 
 
+def test_want_of_memory_is_told_at_once_and_not_taken_for_a_lost_process(hosts: Hosts, tiny: TrainConfig) -> None:
+    where = [
+        f"--distributed.coordinator=127.0.0.1:{free_port()}",
+        "--distributed.processes=1",
+        "--distributed.process=0",
+    ]
+    hosts.start(changed(tiny, model={"width": 10**12}), 1, *where, "--distributed.heartbeat-timeout=100", devices=1)
+    code, _, errors = hosts.end(0, timeout=MINUTE)
+    assert (code, errors.count("ringrl: not enough memory (")) == (2, 1), errors
+    assert "Traceback" not in errors
+
+
 def test_a_plain_run_is_alone_and_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
