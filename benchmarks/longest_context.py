@@ -70,7 +70,7 @@ def worker(kind: str, tokens: int, steps: int) -> dict[str, float]:
 
 def run_worker(kind: str, tokens: int, steps: int) -> dict[str, float]:
     """The same in a process of its own."""
-    command = [__file__, "--worker", kind, "--tokens", tokens, "--steps", steps]
+    command = [__file__, "--worker", kind, "--tokens", tokens, "--worker-steps", steps]
     found: dict[str, float] = in_process(command, DEVICES, f"{kind}, {tokens} tokens")
     return found
 
@@ -101,9 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker-steps", type=int, help=argparse.SUPPRESS)  # 0: it is only compiled
     options = parser.parse_args(arguments)
     if options.worker:
-        print(json.dumps(worker(options.worker, options.tokens[0], options.steps)))
+        print(json.dumps(worker(options.worker, options.tokens[0], options.worker_steps)))
         return
     results: dict[str, Any] = {}
     for kind, most in zip(KINDS, options.real_tokens, strict=True):

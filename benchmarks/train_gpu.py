@@ -1,13 +1,13 @@
 """How fast does one GPU train the paper's model on long contexts, and what fits? Under eight minutes on an H200.
 
     python benchmarks/train_gpu.py [--preset paper_350m] [--tokens 32768 65536 131072 262144 524288] [--seconds 450]
-                                   [--json FILE]
+                                   [--peers ours cudnn] [--json FILE]
 
 Whole optimiser steps of the preset's model (forward, backward, AdamW) on a context of random numbers. Peer: the same
 step with jax.nn.dot_product_attention (cuDNN) for attention. MFU counts the model's operations once, attention by
 what the mask leaves (ringrl/training/throughput.py), over the data sheet's bfloat16 rate. Memory is the compiler's
-figure for arguments and scratch. Shortest first; lengths that the time left cannot
-hold are named and left out.
+figure for arguments and scratch. Shortest first; lengths that the time left cannot hold
+are named and left out.
 """
 
 import argparse

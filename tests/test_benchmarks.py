@@ -1,5 +1,6 @@
-"""What the scripts in benchmarks/ say of wrong arguments."""
+"""What the scripts in benchmarks/ say of wrong arguments, and that their processes understand each other."""
 
+import importlib
 import runpy
 from pathlib import Path
 
@@ -33,3 +34,13 @@ def test_wrong_arguments_are_refused_before_anything_is_measured(
         main(arguments)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_longest_context_is_compiled_and_trained_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("longest_context")
+    compiled, trained = (script.run_worker("ring", 1024, steps) for steps in (0, 1))
+    assert set(compiled) == {"gib"}
+    assert trained["gib"] == compiled["gib"] > 0
+    assert trained["loss"] > 0
+    assert trained["seconds_per_step"] > 0
