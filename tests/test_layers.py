@@ -1,4 +1,4 @@
-"""The rooms of the package stand on those before them, and no file stands on itself."""
+"""The packages form layers, and no import cycle exists."""
 
 import ast
 from collections.abc import Iterator
@@ -9,32 +9,36 @@ import pytest
 
 import ringrl
 
-ROOMS = ("attention", "model", "envs", "data", "training", "planning", "evaluation", "study", "cli")
+# Each package imports only itself, packages to its left and single modules such as ringrl.config.
+LAYERS = (
+    "attention", "model", "envs", "data", "collect", "training", "planning", "evaluation", "study", "report", "cli",
+)  # fmt: skip
 ROOT = Path(ringrl.__file__).resolve().parent
 
 
 def modules() -> dict[str, Path]:
-    """Files by the names they are imported with; rooms that are links included."""
+    """Return every file of the package by its module name, files of linked packages included."""
     folders = [ROOT, *(folder for folder in ROOT.iterdir() if folder.is_dir())]
     files = [file for folder in folders for file in folder.resolve().rglob("*.py")]
     return {name_of(file): file for file in files}
 
 
 def name_of(file: Path) -> str:
+    """Return the module name of a file."""
     root = ROOT if file.is_relative_to(ROOT) else ROOT.parent
     parts = ("ringrl", *file.relative_to(root).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:
-    """Modules that run when this one, or a function of it, does; those that only type checkers read are left out."""
+    """Yield the modules that a module imports, in functions too. Imports for type checkers only are left out."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if whole in known else node.module
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in known else node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         else:
@@ -47,21 +51,22 @@ def imports() -> dict[str, set[str]]:
     return {name: set(imported(ast.parse(file.read_text()), known)) & set(known) for name, file in known.items()}
 
 
-def test_no_import_comes_back_to_where_it_began(imports: dict[str, set[str]]) -> None:
+def test_no_import_cycle(imports: dict[str, set[str]]) -> None:
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_rooms_stand_only_on_those_before_them(imports: dict[str, set[str]]) -> None:
-    stands_on: dict[str, set[str]] = {room: set() for room in ROOMS}
+def test_packages_import_only_packages_of_lower_layers(imports: dict[str, set[str]]) -> None:
+    used: dict[str, set[str]] = {layer: set() for layer in LAYERS}
     for name, others in imports.items():
-        stands_on.setdefault(room_of(name), set()).update(map(room_of, others))
-    for place, room in enumerate(ROOMS):
-        assert not stands_on[room] & set(ROOMS[place + 1 :]), room
-    assert stands_on["attention"] == {"attention"}, "a library of its own"
+        used.setdefault(package_of(name), set()).update(map(package_of, others))
+    for place, layer in enumerate(LAYERS):
+        above = used[layer] & set(LAYERS[place + 1 :])
+        assert not above, f"ringrl.{layer} imports {sorted(above)}, layers above it"
+    assert used["attention"] == {"attention"}, "ringrl.attention imports nothing else of the project"
 
 
-def room_of(name: str) -> str:
+def package_of(name: str) -> str:
     return (*name.split("."), "")[1]
