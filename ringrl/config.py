@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field
 
 from ringrl.errors import UserError
+from ringrl.methods import FAMILIES, Family, Kind
 
 
 class Section(pydantic.BaseModel):
@@ -63,7 +64,7 @@ class ContextConfig(Section):
 class ModelConfig(Section):
     """What maps a context to actions."""
 
-    kind: Literal["transformer", "behaviour_cloning", "td3_bc"] = "transformer"
+    kind: Kind = "transformer"
     """The Agentic Transformer, or a feed-forward policy of the present observation alone: imitation, or TD3+BC."""
     token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
     """Tokens per timestep: at5 (R,s,a,r,d), ring4 (R,s,a,r), dt3 (R,s,a), fused1 (all in one token)."""
@@ -101,9 +102,14 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation; parameters are float32 always."""
 
+    @property
+    def family(self) -> Family:
+        """Properties of this kind of model."""
+        return FAMILIES[self.kind]
+
     @pydantic.model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.kind != "transformer":
+        if not self.family.has_context:
             return self
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"heads: {self.heads} heads do not split a width of {self.width} into even parts")
@@ -252,7 +258,7 @@ class TrainConfig(Section):
             return self
         if len({self.task, *others}) <= len(others):
             raise ValueError("context.other_tasks: a task stands there twice, or is the run's own")
-        if self.model.kind != "transformer":
+        if not self.model.family.has_context:
             raise ValueError(f"context.other_tasks: a {self.model.kind} has no context that could tell tasks apart")
         if self.context.best_fraction < 1:
             raise ValueError(
@@ -262,8 +268,8 @@ class TrainConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_part(self) -> Self:
-        if self.model.kind == "td3_bc" and self.optimiser.accumulation > 1:
-            raise ValueError("optimiser.accumulation: td3_bc computes a batch in one part; leave it at 1")
+        if not self.model.family.splits_batches and self.optimiser.accumulation > 1:
+            raise ValueError(f"optimiser.accumulation: {self.model.kind} computes a batch in one part; leave it at 1")
         return self
 
 

@@ -1,26 +1,60 @@
-"""Methods: what each sets beside the settings that all share, and the name that a run's settings amount to.
+"""Methods and the families of models that implement them.
 
 random    uniform actions; nothing is trained
 bc        behaviour cloning: a feed-forward policy imitates all actions of the data
-bc-10%    the same of the best tenth of the episodes
+bc-10%    behaviour cloning on the best tenth of the episodes
 dt        Decision Transformer (2106.01345): one trajectory, conditioned on its own return-to-go
-at        Agentic Transformer (2305.16554): several, ascending by return, all asked for the best one's return
-ad        Algorithm Distillation (2210.14215): several that a learner collected one after another, no return asked for
-td3       a learned value is climbed, and nothing imitated: TD3 (1802.09477) on data that it did not collect
-td3+bc    the same, held near the data's actions (2106.06860)
+at        Agentic Transformer (2305.16554): several trajectories, ascending by return, conditioned on the best return
+ad        Algorithm Distillation (2210.14215): several trajectories in the order of collection, no target return
+td3       TD3 (1802.09477) on a fixed dataset: the policy maximises a learned value, without imitation
+td3+bc    TD3 with a behaviour cloning term (2106.06860)
+
+A new method is an entry of METHODS, and of FAMILIES if no existing family implements it.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 
+if TYPE_CHECKING:
+    from ringrl.config import TrainConfig
+
 MethodName = Literal["bc", "bc-10%", "dt", "at", "ad", "td3", "td3+bc"]
-"""Those that are trained."""
+"""Methods that are trained."""
+
+Kind = Literal["transformer", "behaviour_cloning", "td3_bc"]
+"""Values of `model.kind`, the keys of FAMILIES."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Properties of a kind of model on which the rest of the project depends.
+
+    Attributes:
+        has_context: the model sees a context of trajectories as tokens; otherwise it sees one observation at a time.
+        source: batches that training draws, contexts of trajectories or single transitions.
+        splits_batches: a batch may be computed in parts, by accumulation or on several devices.
+        has_goal: the policy is conditioned on the task's goal position, where the task has one.
+        ignored: settings ("model.heads") and sections ("actor_critic.") that have no effect.
+        method: returns the name of the method that a configuration of this kind amounts to.
+    """
+
+    has_context: bool
+    source: Literal["contexts", "transitions"]
+    splits_batches: bool
+    has_goal: bool
+    ignored: tuple[str, ...]
+    method: Callable[[TrainConfig], str]
+
+    def uses(self, setting: str) -> bool:
+        """Return whether a setting such as "model.heads" has an effect on training."""
+        return not any(setting == name or (name[-1] == "." and setting.startswith(name)) for name in self.ignored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,29 +121,71 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-def method_of(config: TrainConfig) -> str:
-    """The name of what a run's settings amount to, as results carry it.
-
-    Besides those of METHODS there are "bc-50%" and so on, by the share of the episodes, and "td3+her" and "td3+bc+her",
-    with goals in hindsight; "at-4tasks" and so on, where tasks take turns.
-    """
-    name = _method_of(config)
-    return f"{name}-{1 + len(config.context.other_tasks)}tasks" if config.context.other_tasks else name
-
-
-def _method_of(config: TrainConfig) -> str:
-    context, actor_critic = config.context, config.actor_critic
-    if config.model.kind == "td3_bc":
-        hindsight = actor_critic.hindsight
-        name = "td3+bc" if actor_critic.behaviour_cloning else "td3"
-        return f"{name}+her" if hindsight.later or hindsight.nearby else name
-    if config.model.kind == "behaviour_cloning":
-        percent = round(100 * context.best_fraction)
-        return "bc" if percent == 100 else f"bc-{percent}%"
+def _transformer_method(config: TrainConfig) -> str:
+    context = config.context
     if context.target == "none" and context.order == "history":
         return "ad"
-    # A Decision Transformer is asked for a return; what is not is one method with any number of trajectories.
+    # A Decision Transformer has a target return. Without a target, one trajectory is a short Agentic Transformer.
     return "dt" if context.trajectories == 1 and context.target != "none" else "at"
+
+
+def _cloning_method(config: TrainConfig) -> str:
+    percent = round(100 * config.context.best_fraction)
+    return "bc" if percent == 100 else f"bc-{percent}%"
+
+
+def _td3_method(config: TrainConfig) -> str:
+    hindsight = config.actor_critic.hindsight
+    name = "td3+bc" if config.actor_critic.behaviour_cloning else "td3"
+    return f"{name}+her" if hindsight.later or hindsight.nearby else name
+
+
+_TRANSFORMER_ONLY = tuple(
+    f"model.{name}"
+    for name in ("heads", "kv_heads", "feed_forward", "timestep_embedding", "trajectory_embedding", "rotary_base")
+)
+
+FAMILIES: Mapping[Kind, Family] = MappingProxyType(
+    {
+        "transformer": Family(
+            has_context=True,
+            source="contexts",
+            splits_batches=True,
+            has_goal=False,
+            ignored=("actor_critic.",),
+            method=_transformer_method,
+        ),
+        "behaviour_cloning": Family(
+            has_context=False,
+            source="contexts",
+            splits_batches=True,
+            has_goal=False,
+            ignored=("actor_critic.", *_TRANSFORMER_ONLY),
+            method=_cloning_method,
+        ),
+        "td3_bc": Family(
+            has_context=False,
+            source="transitions",
+            splits_batches=False,
+            has_goal=True,
+            ignored=(
+                *_TRANSFORMER_ONLY,
+                *(f"context.{name}" for name in ("trajectories", "order", "target", "sampling", "other_tasks")),
+            ),
+            method=_td3_method,
+        ),
+    }
+)
+
+
+def method_of(config: TrainConfig) -> str:
+    """Return the method's name for a run's settings, as it appears in results.
+
+    Besides the names of METHODS there are "bc-50%" (and other fractions of the episodes), "td3+her" and "td3+bc+her"
+    (hindsight goals), and a suffix such as "-4tasks" for runs on several tasks.
+    """
+    name = config.model.family.method(config)
+    return f"{name}-{1 + len(config.context.other_tasks)}tasks" if config.context.other_tasks else name
 
 
 def check_method(config: TrainConfig, name: MethodName) -> None:

@@ -185,12 +185,12 @@ def _record(
 ) -> EvaluationRecord:
     """What all records of a plan say."""
     info, config = trained.info, trained.info.config
-    is_transformer = config.model.kind == "transformer"
+    has_context = config.model.family.has_context
     return EvaluationRecord(
         task=task,
         method=method_of(trained.info.config),
-        token_set=config.model.token_set if is_transformer else None,
-        train_trajectories=config.context.trajectories if is_transformer else None,
+        token_set=config.model.token_set if has_context else None,
+        train_trajectories=config.context.trajectories if has_context else None,
         train_task=None if task in (config.task, *config.context.other_tasks) else config.task,
         seed=config.seed,
         target_return=choice.target_return,
@@ -204,7 +204,7 @@ def _record(
         settings=recipe(config),
         budget=budget(info, trained.step, run),
         cache_devices=trained.parallel.ring_size,
-        cache_dtype=protocol.cache_dtype if is_transformer and protocol.cache_dtype != config.model.dtype else None,
+        cache_dtype=protocol.cache_dtype if has_context and protocol.cache_dtype != config.model.dtype else None,
         **_common(protocol, command),
     )
 
@@ -212,7 +212,7 @@ def _record(
 def _choose(trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, data: Path | None) -> _Choice:
     info, policy = trained.info, TargetPolicy.parse(protocol.target)
     config, count = info.config, protocol.prompt_trajectories
-    has_context = config.model.kind == "transformer"
+    has_context = config.model.family.has_context
     if count and not has_context:
         raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(config)}), leave it out")
     if protocol.cache_dtype is not None and not has_context:

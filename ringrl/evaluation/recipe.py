@@ -14,16 +14,16 @@ _APART = (
     "model.token_set", "model.attention", "model.block_tokens", "model.remat",
     "optimiser.accumulation",
 )  # fmt: skip
-# What only one kind of model heeds.
-_TRANSFORMER = ("heads", "kv_heads", "feed_forward", "timestep_embedding", "trajectory_embedding", "rotary_base")
-_TD3_BC = ("context.max_transitions", "context.best_fraction")  # all that it knows of the context's settings
 OF_THE_LENGTH = ("optimiser.steps", "optimiser.batch_size")  # what a budget makes of the length of the context
 
 
 def recipe(config: TrainConfig) -> dict[str, str]:
     """Setting ("context.order") -> value, of those that are not at their defaults and that the kind of model heeds."""
-    usual, kind = default_recipe(), config.model.kind
-    return {name: value for name, value in _settings(config).items() if value != usual[name] and _is_heeded(name, kind)}
+    usual, family = default_recipe(), config.model.family
+    used = {name: value for name, value in _settings(config).items() if value != usual[name] and family.uses(name)}
+    if family.has_context:
+        used.pop("context.trajectories", None)  # results state it in a field of its own
+    return used
 
 
 def configuration_hash(config: TrainConfig) -> str:
@@ -39,17 +39,6 @@ def default_recipe() -> Mapping[str, str]:
 def _settings(config: TrainConfig) -> dict[str, str]:
     values: dict[str, Any] = flat(config.model_dump(mode="json"))
     return {name: _shown(value) for name, value in values.items() if not _is_apart(name)}
-
-
-def _is_heeded(name: str, kind: str) -> bool:
-    section, _, rest = name.partition(".")
-    if name == "context.trajectories":  # of a transformer, results tell it by themselves; of cloning, how much it saw
-        return kind == "behaviour_cloning"
-    if section == "actor_critic":
-        return kind == "td3_bc"
-    if section == "model" and rest in _TRANSFORMER:
-        return kind == "transformer"
-    return section != "context" or kind != "td3_bc" or name in _TD3_BC
 
 
 def _is_apart(name: str) -> bool:

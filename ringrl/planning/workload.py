@@ -143,7 +143,7 @@ def find_model(name: str) -> TrainConfig:
         config = TrainConfig.model_validate(_UNUSED | read_yaml(path))
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
-    if config.model.kind != "transformer":
+    if not config.model.family.has_context:
         raise UserError(f"--model {name}: {config.model.kind} sees no context; plan a transformer")
     return config
 

@@ -219,7 +219,7 @@ def _cell(
         own["model"] = {"token_set": tokens}
     try:
         config = TrainConfig.model_validate(merged(shared, own))
-        if plan.budget != "steps" and config.model.kind != "td3_bc":
+        if plan.budget != "steps" and config.model.family.source == "contexts":
             own["optimiser"] = {"batch_size": plan.trajectories_per_batch // trajectories}
         elif plan.budget == "tokens":
             own["optimiser"] = {"steps": _steps(plan, config)}

@@ -44,9 +44,9 @@ class StepCost(NamedTuple):
 
 def step_cost(config: TrainConfig, episode_length: int) -> StepCost:
     """What one optimiser step takes, where the data's episodes have so many steps."""
-    batch_size, is_transformer = config.optimiser.batch_size, config.model.kind == "transformer"
-    per_row = 1 if config.model.kind == "td3_bc" else config.context.trajectories * episode_length
-    tokens_per_row = per_row * (TOKEN_SETS[config.model.token_set].size if is_transformer else 1)
+    batch_size, family = config.optimiser.batch_size, config.model.family
+    per_row = 1 if family.source == "transitions" else config.context.trajectories * episode_length
+    tokens_per_row = per_row * (TOKEN_SETS[config.model.token_set].size if family.has_context else 1)
     flops = step_flops(config.model, tokens_per_row, batch_size)
     return StepCost(batch_size * per_row, batch_size * tokens_per_row, flops)
 

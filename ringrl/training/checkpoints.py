@@ -21,7 +21,7 @@ from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, goal_space
 from ringrl.errors import UserError, brief, is_out_of_memory
-from ringrl.model import ActorCritic, Goal, Policy, make_policy
+from ringrl.model import Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.agent import make_agent
 from ringrl.training.distributed import check_platform
@@ -64,7 +64,7 @@ class RunInfo:
     def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
         """The run's policy as it was before training."""
         config = self.config
-        goal = self.goal(config.task) if config.model.kind == "td3_bc" else None  # no other kind needs MuJoCo here
+        goal = self.goal(config.task) if config.model.family.has_goal else None  # no other kind needs MuJoCo here
         return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal, parallel)
 
     def goal(self, task: str) -> Goal | None:
@@ -217,11 +217,11 @@ class TrainedPolicy:
 
     def towards(self, task: str) -> Policy:
         """The policy for another task of its domain; one that knows goals then heads for that task's."""
-        if not isinstance(self.policy, ActorCritic):
+        if not self.info.config.model.family.has_goal:
             return self.policy
-        policy = nnx.clone(self.policy)
+        policy: Any = nnx.clone(self.policy)
         policy.goal = self.info.goal(task)
-        return policy
+        return policy  # type: ignore[no-any-return]
 
 
 def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:

@@ -102,7 +102,7 @@ def _make_source(
 ) -> BatchSource:
     """What draws the batches that the configured kind of model is trained on."""
     size, seed, context = config.optimiser.batch_size, config.seed, config.context
-    if config.model.kind == "td3_bc":
+    if config.model.family.source == "transitions":
         return TransitionSampler(
             store, config.task, config.actor_critic, normalisation, size, seed,
             best_fraction=context.best_fraction, max_transitions=context.max_transitions,

@@ -47,7 +47,7 @@ def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
     """
     if mesh.devices != mesh.seq:
         raise UserError("mesh: a policy that acts is divided along mesh.seq alone; leave the other axes at 1")
-    if mesh.seq > 1 and config.model.kind != "transformer":
+    if mesh.seq > 1 and not config.model.family.has_context:
         raise UserError(f"mesh.seq: {config.model.kind} has no context to divide; leave it at 1")
     one_context = config.optimiser.model_copy(update={"batch_size": 1, "accumulation": 1})
     return make_parallel(config.model_copy(update={"mesh": mesh, "optimiser": one_context}))
@@ -56,8 +56,8 @@ def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
 def check_divides(config: TrainConfig) -> None:
     """UserError where an axis of the mesh does not divide what it is to split."""
     mesh, model, optimiser = config.mesh, config.model, config.optimiser
-    if model.kind == "td3_bc":
-        raise UserError("mesh: td3_bc is trained on one device; leave --mesh at 1, or choose another model.kind")
+    if not model.family.splits_batches:
+        raise UserError(f"mesh: {model.kind} is trained on one device; leave --mesh at 1, or choose another model.kind")
     part = optimiser.batch_size // optimiser.accumulation
     hidden = model.feed_forward * model.width
     needs = [
@@ -67,5 +67,5 @@ def check_divides(config: TrainConfig) -> None:
         ("mesh.fsdp x mesh.seq", mesh.fsdp * mesh.seq, model.width, "features of the model's width"),
     ]
     for name, size, amount, what in needs:
-        if (model.kind == "transformer" or "data" in name) and amount % size:
+        if (model.family.has_context or "data" in name) and amount % size:
             raise UserError(f"{name}: {amount} {what} do not divide among {size} devices")

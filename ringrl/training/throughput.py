@@ -24,7 +24,7 @@ def forward_flops(config: ModelConfig, tokens: int) -> float:
 
 def step_flops(config: ModelConfig, tokens: int, contexts: int) -> float | None:
     """Operations of one optimiser step: forward, and twice as much backward. None for models that see no context."""
-    return 3 * contexts * forward_flops(config, tokens) if config.kind == "transformer" else None
+    return 3 * contexts * forward_flops(config, tokens) if config.family.has_context else None
 
 
 def peak_flops(devices: int) -> float | None:
