@@ -1,30 +1,134 @@
-"""Files that are there whole or not at all."""
+"""Files that appear whole or not at all, and locks between processes."""
 
+import errno
 import os
-from contextlib import suppress
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ringrl.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_whole(path: Path, content: str | bytes, *, alone: bool = True) -> None:
-    """Write a file whole, or leave what is there as it is, whatever ends the process or the machine.
+    """Write a file whole, or leave the old file unchanged. See `write_aside` for `alone` and errors.
+
+    Text is written as UTF-8.
+    """
+    with write_aside(path, alone=alone) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
+    """Give a hidden path next to `path` for a new file or folder. It is renamed to `path` when the block ends well.
+
+    Everything is on disk before the rename. If the block fails, the hidden file or folder is deleted.
 
     Args:
-      path: the file, whose folder is there; until it is whole, it grows under a hidden name beside it.
-      content: text is written as UTF-8.
-      alone: no other process writes the same file at the same time. What a kill leaves is then under one name, which
-        the next try takes away; if others may write too, each has a name of its own.
+      path: the final name. Its folder exists. An existing file is replaced; an existing folder must be empty.
+      alone: no other process writes the same file at the same time. A kill then leaves one hidden file, which the next
+        write replaces. Otherwise every process uses a hidden name of its own.
 
     Raises:
-      OSError: as the system has it; nothing is left over.
+      OSError: the file system rejects a write.
     """
     temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine may leave the new name with nothing in it
+        remove(temporary)  # left by a killed process
+        yield temporary
+        for part in [temporary, *temporary.rglob("*")]:
+            sync(part)  # otherwise a crash of the machine may leave an empty file under the new name
         temporary.replace(path)
+        sync(path.parent)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
         raise
+
+
+@contextmanager
+def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False) -> Iterator[None]:
+    """Hold an advisory lock. The lock is released when the block or the process ends.
+
+    Args:
+      path: what is locked. The error names this path.
+      doing: what the holder does, for the error: "is writing it".
+      file: the lock file, by default `.{name}.lock` next to `path`. Its folder is created, and the file is deleted at
+        the end.
+      wait: wait for the holder instead of raising.
+
+    Raises:
+      UserError: another process or thread holds the lock.
+      OSError: the lock file cannot be created.
+    """
+    file = file or path.with_name(f".{path.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = _acquire(path, doing, file, -1 if wait else 0)
+    own = file.stat() if file.exists() else None
+    try:
+        yield
+    finally:
+        # Processes that wait for this file notice that it is gone, and create the next one.
+        with suppress(OSError):
+            if own and os.path.samestat(own, file.stat()):
+                file.unlink()
+        held.release()
+
+
+def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLock":
+    from filelock import FileLock, SoftFileLock, Timeout  # slow to import
+
+    held: BaseFileLock = FileLock(file, timeout=timeout, thread_local=False, fallback_to_soft=False)
+    try:
+        try:
+            held.acquire()
+            with suppress(OSError):
+                file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            # The file just created must not pass for the marker of a holder.
+            file.unlink(missing_ok=True)
+            file = file.with_name(f"{file.name}.soft")
+            held = SoftFileLock(file, timeout=timeout, thread_local=False)
+            held.acquire()
+    except Timeout:
+        raise UserError(f"{path}: another process {doing}{_holder(file)}; wait for it") from None
+    return held
+
+
+def _holder(file: Path) -> str:
+    """The process in a lock file, " (process 12 on host)"; empty if it cannot be read."""
+    try:
+        process, host = file.read_text().splitlines()[:2]
+    except (OSError, ValueError):
+        return ""
+    return f" (process {process} on {host})"
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with its contents, if it exists. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or the list of files of a folder to the disk. Raises OSError for a file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)

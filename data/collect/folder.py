@@ -1,14 +1,13 @@
 """A folder that appears whole or not at all, and that an interrupted process can go on filling."""
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ringrl.errors import UserError
+from ringrl.files import lock
 
 _DESCRIPTION = "collection.json"
 
@@ -26,11 +25,14 @@ def new_folder(destination: Path, description: Mapping[str, str | int]) -> Itera
             holds part of another collection, or the disk refuses.
     """
     destination = destination.resolve()
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise UserError(f"{destination}: already exists and is not an empty folder, remove it or choose another name")
     partial = destination.with_name(f".{destination.name}.partial")
     try:
-        with _locked(partial, destination):
+        with lock(destination, "is collecting into it"):
+            if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+                raise UserError(
+                    f"{destination}: already exists and is not an empty folder, remove it or choose another name"
+                )
+            partial.mkdir(exist_ok=True)
             _describe(partial, destination, description)
             try:
                 yield partial
@@ -42,25 +44,6 @@ def new_folder(destination: Path, description: Mapping[str, str | int]) -> Itera
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{destination}: cannot be written ({reason}): free some space or choose another") from error
-
-
-@contextmanager
-def _locked(partial: Path, destination: Path) -> Iterator[None]:
-    """Claims the folder for this process. The lock goes when the process does, however it ends."""
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    busy = UserError(f"{destination}: another process is collecting into it, wait for it or choose another name")
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        # Between opening and locking, another process may have given the very folder its final name.
-        if not (partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())):
-            raise busy
-        yield
-    finally:
-        os.close(descriptor)  # and with it the lock
 
 
 def _describe(partial: Path, destination: Path, description: Mapping[str, str | int]) -> None:

@@ -4,12 +4,12 @@ A folder per evaluation, with the file about.json, which says whose it is, and a
 written to a temporary name and renamed: a kill leaves whole files only.
 """
 
-import fcntl
 import io
 import json
 import shutil
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ringrl.errors import UserError
 from ringrl.evaluation.episode import ARRAYS, Episode
-from ringrl.files import write_whole
+from ringrl.files import lock, write_whole
 
 _ABOUT = "about.json"
 _TYPES = {"observation": np.float32, "action": np.float32, "reward": np.float64, "physics": np.float64}
@@ -33,14 +33,10 @@ class Journal:
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder = folder
+        self._lock = ExitStack()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.enter_context(lock(folder, "is running the same evaluation", file=folder / "lock"))
             self._claim(dict(about))
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"{folder}: the same evaluation is running already; wait for it") from None
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -3,7 +3,6 @@
 A results file survives being killed at any byte: at worst its last line is half-written, and that line is left out.
 """
 
-import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from ringrl.errors import UserError
+from ringrl.files import lock
 from ringrl.training.budget import Budget
 
 # Raised whenever what a number means changes; numbers of two protocols are never put side by side.
@@ -192,8 +192,8 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
     lines = "".join(f"{record.model_dump_json()}\n" for record in records).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # several runs may share one file
+        # Several runs may share one file.
+        with lock(path, "is appending results", wait=True), path.open("a+b", buffering=0) as file:
             end = _mend(file.fileno())
             try:
                 if os.write(file.fileno(), lines) < len(lines):

@@ -1,9 +1,8 @@
 """The ablation: one question, many small runs. What is finished is skipped, what was interrupted goes on."""
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from ringrl.data.sampler import episodes_for_contexts
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.video import write_videos
+from ringrl.files import lock
 from ringrl.study.cells import (
     EVALUATION,
     LOG,
@@ -203,16 +203,11 @@ def _tell_failures(failed: Mapping[Work, str], count: int, console: Console) -> 
 @contextmanager
 def _alone_in(output: Path) -> Iterator[None]:
     """UserError where another process is at the same ablation."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); give another output") from error
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{output}: another process is at this ablation already; wait for it") from None
+            held.enter_context(lock(output, "is running this ablation", file=output / ".lock"))
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written ({error.strerror}); give another output") from error
         yield
 
 

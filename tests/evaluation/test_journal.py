@@ -92,7 +92,7 @@ def test_it_says_whose_it_is(folder):
 
 
 def test_one_writer_at_a_time(folder):
-    with Journal(folder, ABOUT), pytest.raises(UserError, match="running already"):
+    with Journal(folder, ABOUT), pytest.raises(UserError, match="another process is running the same evaluation"):
         Journal(folder, ABOUT)
     Journal(folder, ABOUT).close()
 
