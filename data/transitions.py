@@ -1,7 +1,4 @@
-"""Transitions for actor-critic training: n steps of an episode, scored for the task's goal or, in hindsight, another.
-
-As with contexts, the batch of a step is a pure function of (seed, step).
-"""
+"""Batches of n-step transitions for TD3, with hindsight goals. A batch is a pure function of (seed, step)."""
 
 import dataclasses
 from functools import cached_property
@@ -18,16 +15,16 @@ from ringrl.data.store import EpisodeStore
 from ringrl.envs import DOMAINS, GoalSpace, goal_space
 from ringrl.errors import UserError
 
-FARTHEST = 1.0  # metres beyond which distance costs no more
+FARTHEST = 1.0  # metres; distances are clipped here in `distance_cost`
 
 
 @dataclasses.dataclass(frozen=True)
 class TransitionSampler:
-    """Draws batches of n-step transitions, uniformly over the steps of the eligible episodes (see selection.py).
+    """Sampler of n-step transitions, uniform over the steps of the eligible episodes (see selection.py).
 
-    Where the task is to reach a place, a share of the transitions is relabelled in hindsight (1707.01495): scored as if
-    the goal had been a place that the episode came to later, or one from anywhere in the data near the task's goal.
-    Rewards are then computed from the observed positions, by the formula that the task uses.
+    If the task has a goal position, a share of the transitions is relabelled with other goals (hindsight experience
+    replay, 1707.01495): positions later in the same episode, or positions in the data near the task's goal. Rewards are
+    then computed from the observed positions by the task's formula.
     """
 
     store: EpisodeStore
@@ -44,38 +41,37 @@ class TransitionSampler:
         hindsight = self.config.hindsight
         if self.goals is None and (hindsight.later or hindsight.nearby or hindsight.distance_cost):
             raise UserError(
-                f"actor_critic.hindsight: {self.task} asks for no place to be reached; "
-                "set later, nearby and distance_cost to 0"
+                f"actor_critic.hindsight: {self.task} has no goal position; set later, nearby and distance_cost to 0"
             )
         columns = set(range(self.store.observation_size)[self.goals.observation]) if self.goals else set()
         if self.goals and columns & set(self.normalisation.ignored):
             raise UserError(
-                f"ignored_observations: {self.task} is to bring a position to a place, and the position is among them; "
+                f"ignored_observations: {self.task} needs the position that moves to the goal; "
                 f"keep {self.goals.observation.start} to {self.goals.observation.stop - 1}"
             )
         if hindsight.nearby and len(self._nearby) == 0:
             raise UserError(
-                f"actor_critic.hindsight.radius: {self.store.path} never comes within {hindsight.radius:g} m of the "
-                f"goal of {self.task}; raise it, or set nearby to 0"
+                f"actor_critic.hindsight.radius: {self.store.path} has no position within {hindsight.radius:g} m of "
+                f"the goal of {self.task}; raise the radius, or set nearby to 0"
             )
 
     @property
     def steps_per_batch(self) -> int:
-        """Transitions in a batch."""
+        """Transitions per batch."""
         return self.batch_size
 
     @cached_property
     def goals(self) -> GoalSpace | None:
-        """What the domain's tasks ask to be reached; of one that is none of ExoRL's nothing is known."""
+        """Goal positions of the domain's tasks, or None if the domain has none or is not an ExoRL domain."""
         return goal_space(self.store.domain) if self.store.domain in DOMAINS else None
 
     def batch(self, step: int) -> Transitions:
-        """The transitions of an optimiser step."""
+        """Return the transitions of an optimiser step."""
         random = np.random.default_rng([self.seed, step])
         row, end = self._draw(random)
         goal = self._draw_goals(random, row, end)
         discount, n = self.config.discount, self.config.n_step
-        arrivals = row[:, None] + 1 + np.arange(n)  # row t + 1 holds the action taken in state t, and its reward
+        arrivals = row[:, None] + 1 + np.arange(n)  # row t + 1 holds the action taken in state t
         rewards = self._rewards(np.minimum(arrivals, end[:, None]), goal[:, None])
         rewards = np.where(arrivals <= end[:, None], rewards * discount ** np.arange(n), 0)
         last = np.minimum(row + n, end)
@@ -84,14 +80,14 @@ class TransitionSampler:
             observation=self.normalisation.observation(observation[row]),
             action=action[row + 1],
             reward=rewards.sum(1).astype(np.float32),
-            # Nothing follows where an episode ended by itself. ExoRL's never do.
+            # No value follows a termination. ExoRL episodes never terminate.
             discount=(discount ** (last - row) * (self.store.arrays["discount"][last, 0] != 0)).astype(np.float32),
             following=self.normalisation.observation(observation[last]),
             goal=goal,
         )
 
     def _draw(self, random: np.random.Generator) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
-        """Rows of states in which an action was taken, and the last rows of their episodes."""
+        """Return random rows with an action, and the last rows of their episodes."""
         episodes, steps = self._episodes, self._steps_before
         index = random.integers(steps[-1], size=self.batch_size)
         number = np.searchsorted(steps, index, side="right") - 1
@@ -129,7 +125,7 @@ class TransitionSampler:
 
     @cached_property
     def _positions(self) -> Float32[np.ndarray, "rows goal"]:
-        """Of every row of the store: a view."""
+        """Positions of every row of the store, a view."""
         assert self.goals is not None
         return self.store.arrays["observation"][:, self.goals.observation]
 
@@ -144,7 +140,7 @@ class TransitionSampler:
     def _rewards(
         self, rows: Int[np.ndarray, "batch n"], goal: Float32[np.ndarray, "batch 1 goal"]
     ) -> Float[np.ndarray, "batch n"]:
-        """Of arriving in these rows."""
+        """Return the rewards of reaching these rows."""
         if self.goals is None:
             return self.normalisation.reward(self.store.arrays[reward_key(self.task)][rows])
         positions = self._positions[rows].astype(np.float64)

@@ -1,4 +1,4 @@
-"""What a model is trained on: long contexts of several trajectories, or single transitions."""
+"""Batches for training: contexts of several trajectories, or single transitions."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ Array = jax.Array | np.ndarray
 
 
 class Outcome(NamedTuple):
-    """What a step led to: all that was not known before its action."""
+    """Action, reward and completion of a step: the values that are unknown before acting."""
 
     action: Float32[Array, "batch time action"]
     reward: Float32[Array, "batch time"]
@@ -18,16 +18,15 @@ class Outcome(NamedTuple):
 
 
 class Context(NamedTuple):
-    """A batch of contexts; the time axis runs over all steps of all trajectories.
+    """A batch of contexts. The time axis runs over all steps of all trajectories.
 
-    Step t holds the state, the action taken in it and the reward received for that action (not ExoRL's rows, where
-    action and reward belong to the state before). Observations, rewards and returns-to-go are scaled by
-    `Normalisation`: of ExoRL's data, rewards stay as the task gives them (0 to 1 per step) and returns-to-go are
-    divided by the episode length, so that they too lie between 0 and 1.
+    Step t holds the state, the action taken in it, and the reward for that action. (In ExoRL's rows, action and reward
+    belong to the previous state.) `Normalisation` scales observations, rewards and returns-to-go. For ExoRL data,
+    rewards are unchanged (0 to 1 per step) and returns-to-go are divided by the episode length (0 to 1).
 
-    The steps may lie in another order than in time, as the layout of a ring wants them: `position` says when each
-    was, and `previous` brings what came before it. Shorter contexts of a batch are padded at the end in time, where
-    causal attention never sees it; there everything but the position is zero.
+    The layout of a ring may permute the steps. `position` is the index of a step in time, and `previous` holds the
+    outcome of the step before it in time. Short contexts of a batch are padded at the end in time, where causal
+    attention does not see the padding. All padded values except the position are zero.
     """
 
     observation: Float32[Array, "batch time observation"]
@@ -38,20 +37,20 @@ class Context(NamedTuple):
     timestep: Int32[Array, "batch time"]  # within the episode, from 0
     trajectory: Int32[Array, "batch time"]  # index of the trajectory in the context, from 0
     position: Int32[Array, "batch time"]  # index of the step in the context, from 0
-    weight: Float32[Array, "batch time"]  # in the loss: 1 for a step of the data, 0 for padding
-    previous: Outcome  # of the step before in the context, in the trajectory before at its end; zeros at the first
+    weight: Float32[Array, "batch time"]  # weight in the loss: 1 for a step of the data, 0 for padding
+    previous: Outcome  # outcome of the previous step in the context, zeros at the first step
 
 
 class Transitions(NamedTuple):
-    """A batch of n-step transitions, each scored for a goal of its own.
+    """A batch of n-step transitions, each with its own goal.
 
-    Observations are normalised, actions lie in [-1, 1]. The episode goes on after `following`: its value, times
-    `discount`, is what the rewards after the n-th are worth.
+    Observations are normalised and actions are in [-1, 1]. The n-step target is `reward` plus `discount` times the
+    value of `following`.
     """
 
     observation: Float32[Array, "batch observation"]
     action: Float32[Array, "batch action"]
-    reward: Float32[Array, " batch"]  # of the n steps, each discounted by what lies before it
-    discount: Float32[Array, " batch"]  # to the power n, fewer at an episode's end
-    following: Float32[Array, "batch observation"]  # n steps later
-    goal: Float32[Array, "batch goal"]  # metres; no columns where the task is not to reach a place
+    reward: Float32[Array, " batch"]  # discounted sum over n steps
+    discount: Float32[Array, " batch"]  # discount^n, a smaller power at the end of an episode, 0 after termination
+    following: Float32[Array, "batch observation"]  # observation n steps later
+    goal: Float32[Array, "batch goal"]  # metres; no columns if the task has no goal position

@@ -59,25 +59,25 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One method.
+    """A method.
 
     Attributes:
-        title: its name in words.
-        settings: of `ringrl train`, nested as in its YAML files; None: there is nothing to train.
+        title: full name.
+        settings: settings of `ringrl train`, nested as in YAML files, or None for a method without training.
     """
 
     title: str
     settings: Mapping[str, Any] | None
 
 
-# Two hidden layers of 256, as in TD3+BC's paper: cheap, since they see one step at a time.
+# Two hidden layers of 256 units, as in the TD3+BC paper.
 _FEED_FORWARD = {"layers": 2, "width": 256}
 _CLONING = {"kind": "behaviour_cloning", **_FEED_FORWARD}
-_ALONE = {"trajectories": 1, "other_tasks": []}  # as there is no context: so few episodes are enough
+_ALONE = {"trajectories": 1, "other_tasks": []}
 _TD3 = {
     "model": {"kind": "td3_bc", "dtype": "float32", "remat": "none", **_FEED_FORWARD},
     "context": {"other_tasks": []},
-    # The papers' Adam: one learning rate throughout, no weight decay; gradients are clipped nowhere near what is usual.
+    # Adam as in the papers: constant learning rate, no weight decay, practically no clipping.
     "optimiser": {
         "batch_size": 256, "accumulation": 1, "learning_rate": 3e-4, "final_learning_rate": 1.0, "warmup_steps": 0,
         "weight_decay": 0.0, "clip_norm": 1000.0, "beta2": 0.999,
@@ -111,7 +111,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Algorithm Distillation",
             {
                 "model": {"kind": "transformer"},
-                # A history has no gaps: none of its episodes are left out.
+                # best_fraction would leave gaps in the history.
                 "context": {"order": "history", "sampling": "history_window", "target": "none", "best_fraction": 1.0},
             },
         ),
@@ -189,10 +189,12 @@ def method_of(config: TrainConfig) -> str:
 
 
 def check_method(config: TrainConfig, name: MethodName) -> None:
-    """UserError where other settings have made another method of it; a share of the episodes, or goals, do not."""
+    """Raise UserError if the settings amount to another method. Fractions of episodes and hindsight are allowed."""
     found = method_of(config)
     if name in ("at", "dt") and config.context.sampling == "history_window":
-        raise UserError(f"--method {name}: context.sampling history_window is of ad; choose another, or --method ad")
+        raise UserError(
+            f"--method {name}: context.sampling history_window belongs to ad; choose another, or --method ad"
+        )
     if _family(found) != _family(name):
         raise UserError(
             f"--method {name}: with the other settings the run is {found} (context.trajectories "

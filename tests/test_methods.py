@@ -1,4 +1,4 @@
-"""Names and settings fit together, and every method goes through one harness."""
+"""Names and settings of methods are consistent, and every method trains and evaluates."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def config_of(name: str, *shared: dict) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
-def test_the_table_holds_what_is_trained_and_random() -> None:
+def test_the_table_contains_all_trained_methods_and_random() -> None:
     assert {name for name, method in METHODS.items() if method.settings is not None} == set(TRAINED)
     assert set(METHODS) == {*TRAINED, "random"}
     with pytest.raises(TypeError):
@@ -40,15 +40,15 @@ def test_the_table_holds_what_is_trained_and_random() -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_settings_and_name_are_each_others_inverse(name: MethodName) -> None:
+def test_method_of_inverts_the_table(name: MethodName) -> None:
     assert method_of(config_of(name)) == name
     assert method_of(config_of(name, read_yaml(preset("small")))) == name
     check_method(config_of(name), name)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_tasks_that_take_turns_are_told_where_a_context_can_tell_them_apart(name: MethodName) -> None:
-    """Methods without a context leave the others out, so that one study's settings do for all."""
+def test_other_tasks_apply_to_methods_with_a_context_only(name: MethodName) -> None:
+    """Methods without a context ignore other tasks, so that one plan fits all methods."""
     others = {"context": {"other_tasks": ["jaco_reach_top_right", "jaco_reach_bottom_left"]}}
     config = config_of(name, others)
     assert method_of(config) == (f"{name}-3tasks" if config.model.kind == "transformer" else name)
@@ -58,11 +58,11 @@ def test_tasks_that_take_turns_are_told_where_a_context_can_tell_them_apart(name
 
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("other", TRAINED)
-def test_a_method_overrules_another_ones_settings(name: MethodName, other: MethodName) -> None:
-    """As on the command line, where --method stands over a --config of whatever kind; only numbers are left to it."""
+def test_a_method_overrides_the_settings_of_another(name: MethodName, other: MethodName) -> None:
+    """On the command line, --method overrides --config."""
     config = config_of(name, METHODS[other].settings, {"context": {"trajectories": 4}})
-    if other == "ad" and name in ("at", "dt"):  # other ways to sample than history's are the user's to choose
-        with pytest.raises(UserError, match=f"--method {name}: context.sampling history_window is of ad"):
+    if other == "ad" and name in ("at", "dt"):  # the user chooses the sampling of at and dt
+        with pytest.raises(UserError, match=f"--method {name}: context.sampling history_window belongs to ad"):
             check_method(config, name)
         return
     check_method(config, name)
@@ -105,15 +105,15 @@ def test_names_beyond_the_table(name: MethodName, changes: dict, called: str) ->
         ("td3+bc", {"actor_critic": {"behaviour_cloning": 0}}, "td3"),
     ],
 )
-def test_settings_that_make_another_method_are_refused(name: MethodName, changes: dict, called: str) -> None:
+def test_settings_of_another_method_are_rejected(name: MethodName, changes: dict, called: str) -> None:
     config = TrainConfig.model_validate(merged(config_of(name).model_dump(), changes))
     with pytest.raises(UserError, match=rf"--method .* the run is {called} \(") as caught:
         check_method(config, name)
     assert "\n" not in str(caught.value)
 
 
-def test_what_the_methods_are() -> None:
-    """The facts of the papers, apart from sizes."""
+def test_settings_follow_the_papers() -> None:
+    """Settings from the papers, apart from sizes."""
     context, model = config_of("ad").context, config_of("dt").model
     assert (context.order, context.sampling, context.target) == ("history", "history_window", "none")
     assert (config_of("dt").context.trajectories, config_of("dt").context.target) == (1, "own")
@@ -137,7 +137,7 @@ def trained(jaco_store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_method_is_trained_and_rolled_out_alike(name: str, trained: Callable[[str], Path]) -> None:
+def test_every_method_trains_and_evaluates(name: str, trained: Callable[[str], Path]) -> None:
     run = trained(name)
     policy = load_policy(run)
     before = jax.tree.leaves(policy.info.make_policy())
@@ -147,9 +147,9 @@ def test_every_method_is_trained_and_rolled_out_alike(name: str, trained: Callab
         assert record.steps_trained == 3
         assert 0 <= record.returns[0] <= 250
     after = jax.tree.leaves(policy.policy)
-    assert any(not np.array_equal(x, y) for x, y in zip(before, after, strict=True)), "it has learned something"
+    assert any(not np.array_equal(x, y) for x, y in zip(before, after, strict=True)), "parameters changed"
 
 
-def test_random_actions_are_rolled_out_alike() -> None:
+def test_random_actions_are_evaluated() -> None:
     records = evaluate_random(REQUIRED["task"], Protocol(environments=2))
     assert [record.method for record in records] == ["random"] * 2

@@ -1,4 +1,4 @@
-"""Models: a context of trajectories in, actions out."""
+"""Policies that map a context of trajectories to actions."""
 
 from ringrl.model.actor_critic import ActorCritic, Goal
 from ringrl.model.cache import KVCache, grow

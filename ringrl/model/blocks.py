@@ -15,16 +15,16 @@ def in_blocks(
     block: int,
     parallel: Parallel,
 ) -> Float[Array, "batch tokens _"]:
-    """`function`, which treats every token by itself, one block of tokens after the other.
+    """Apply a token-wise function to one block of tokens after the other.
 
-    What it computes on the way (for a feed-forward layer, four times the width) exists for one block only, in the
-    backward pass too, where it is computed anew. Every device goes through its own tokens.
+    Intermediate arrays (for a feed-forward layer, four times the width) exist for one block only. The backward pass
+    recomputes them block by block. Each device processes its own tokens.
 
     Args:
-      function: (B, n, c, features) -> (B, n, c, anything).
-      x: the sequence, sharded by "batch" and "time".
-      block: tokens of a device in a block, at most.
-      parallel: the mesh.
+      function: maps (B, n, c, features) to (B, n, c, anything), each token by itself.
+      x: sequence, sharded by "batch" and "time".
+      block: largest number of tokens per device in a block.
+      parallel: mesh.
     """
     batch, tokens, features = x.shape
     devices = parallel.ring_size

@@ -1,10 +1,10 @@
-"""The key-value cache of a transformer: what a policy remembers of its context.
+"""Key-value cache of a transformer.
 
-On a mesh the tokens of a cache lie striped over the axis "seq" (see `ringrl.attention.decode`), so every device holds
-an equal part of every context, however long it grows.
+On a mesh, the tokens of a cache are striped over the axis "seq" (see `ringrl.attention.decode`). Every device therefore
+holds an equal part of every context at any length.
 
-Heads come before contexts in one axis: so the keys that a query meets lie side by side in memory, and the contexts that
-share a prefix do too.
+The first axis joins heads and contexts, heads first. The keys that a query reads are then contiguous in memory, and so
+are the contexts that share a prefix.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ AXES = (None, "time", None, None)
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of each layer, (Hkv * B, capacity, 1, D), and the tokens they hold."""
+    """Rotated keys and values of each layer, (Hkv * B, capacity, 1, D), and the number of tokens stored."""
 
     keys: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
     values: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
@@ -28,20 +28,20 @@ class KVCache(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Tokens there is room for."""
+        """Largest number of tokens that the cache can store."""
         return self.keys[0].shape[1]
 
     def prefix(self, layer: int) -> Prefix:
-        """A layer's tokens, as those that all contexts of a batch begin with; of a cache of one context."""
+        """Return a layer of this cache of one context as the shared prefix of a batch of contexts."""
         return Prefix(self.keys[layer], self.values[layer], self.length)
 
 
 def empty_cache(
     layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype, parallel: Parallel = ONE_DEVICE
 ) -> KVCache:
-    """A cache for `shape` (batch, capacity, kv_heads, head_dim) per layer that holds nothing yet.
+    """Return an empty cache of `shape` (batch, capacity, kv_heads, head_dim) per layer.
 
-    The capacity is rounded up to a multiple of the devices that share it.
+    The capacity is rounded up to a multiple of the ring size.
     """
     batch, capacity, kv_heads, head_dim = shape
     whole = (kv_heads * batch, round_up(capacity, parallel), 1, head_dim)
@@ -51,7 +51,7 @@ def empty_cache(
 
 
 def grow(cache: KVCache, capacity: int, parallel: Parallel = ONE_DEVICE) -> KVCache:
-    """The same cache with room for `capacity` tokens, rounded up as in `empty_cache`."""
+    """Return the cache with a larger capacity in tokens, rounded up as in `empty_cache`."""
     widen = partial(grow_cache, capacity=round_up(capacity, parallel), mesh=parallel.mesh)
     return KVCache(tuple(map(widen, cache.keys)), tuple(map(widen, cache.values)), cache.length)
 
@@ -62,7 +62,7 @@ def append(
     length: Int32[Array, ""],
     parallel: Parallel,
 ) -> Float[Array, "kv_heads*batch capacity 1 head_dim"]:
-    """A layer's keys, or its values, behind the first `length`."""
+    """Write new keys (or values) of a layer after its first `length` tokens."""
     return append_to_cache(cache, _heads_first(new, new.shape[2]), length, mesh=parallel.mesh)
 
 
@@ -74,7 +74,7 @@ def attend(
     prefix: Prefix | None,
     parallel: Parallel,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
-    """Attention of the newest tokens to a layer's cache of `length` tokens, and to the prefix before it."""
+    """Attend from the newest tokens to a layer's cache of `length` tokens and to the prefix before it."""
     batch, new, heads, head_dim = q.shape
     kv_heads = keys.shape[0] // batch
     q = _heads_first(q, kv_heads)
@@ -85,14 +85,14 @@ def attend(
 def as_prefix(
     x: Float[Array, "1 tokens kv_heads head_dim"], dtype: jnp.dtype, parallel: Parallel
 ) -> Float[Array, "kv_heads capacity 1 head_dim"]:
-    """Keys or values of one whole context, in the order of time, as they lie in a cache."""
+    """Return keys or values of one context, given in time order, in the layout of a cache."""
     x = _heads_first(x.astype(dtype), x.shape[2])
     x = jnp.pad(x, ((0, 0), (0, round_up(x.shape[1], parallel) - x.shape[1]), (0, 0), (0, 0)))
     return parallel.constrain(to_layout(x, "striped", parallel.ring_size), *AXES)
 
 
 def round_up(capacity: int, parallel: Parallel) -> int:
-    """The next capacity that divides among the devices which share a context."""
+    """Return the smallest capacity that the ring size divides."""
     return -(-capacity // parallel.ring_size) * parallel.ring_size
 
 

@@ -1,7 +1,7 @@
-"""Action heads: what a feature vector says about the action, as a loss and as an action to take.
+"""Action heads: a loss on actions and a most likely action, from a feature vector.
 
-Actions lie in [-1, 1]. `mse` averages the modes of multi-modal data; `gaussian` at least says how wide they lie; `bins`
-keeps them apart, in each component by itself, and acts by the likeliest.
+Actions are in [-1, 1]. `mse` averages the modes of multi-modal data. `gaussian` averages them with a learned width.
+`bins` keeps the modes of each action component apart.
 """
 
 import jax
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Float32
 from ringrl.config import ModelConfig
 
 LOG_STD_RANGE = (-4.0, 1.0)
-BINS = 21  # per component, a tenth apart
+BINS = 21  # per component, 0.1 apart
 _VALUES = np.linspace(-1, 1, BINS, dtype=np.float32)
 
 
 class MSEHead(nnx.Module):
-    """tanh(linear): the mean action, under squared error."""
+    """Mean action tanh(linear), trained by squared error."""
 
     def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(width, action_size, rngs=rngs)
@@ -26,16 +26,16 @@ class MSEHead(nnx.Module):
     def loss(
         self, features: Float[Array, "*batch width"], action: Float[Array, "*batch action"]
     ) -> Float32[Array, "*batch"]:
-        """Mean squared error over the action's components."""
+        """Return the mean squared error over action components, (*batch,) float32."""
         return jnp.square(self.mode(features) - action).mean(-1)
 
     def mode(self, features: Float[Array, "*batch width"]) -> Float32[Array, "*batch action"]:
-        """The most likely action."""
+        """Return the most likely action, (*batch, action) float32."""
         return jnp.tanh(self.linear(features).astype(jnp.float32))
 
 
 class GaussianHead(nnx.Module):
-    """A diagonal gaussian around tanh(linear), with a width that depends on the state."""
+    """Diagonal Gaussian with mean tanh(linear) and a state-dependent standard deviation."""
 
     def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(width, 2 * action_size, rngs=rngs)
@@ -48,39 +48,39 @@ class GaussianHead(nnx.Module):
     def loss(
         self, features: Float[Array, "*batch width"], action: Float[Array, "*batch action"]
     ) -> Float32[Array, "*batch"]:
-        """Negative log-likelihood, mean over the action's components."""
+        """Return the negative log-likelihood, averaged over action components, (*batch,) float32."""
         mean, log_std = self._parameters(features)
         return -jax.scipy.stats.norm.logpdf(action, mean, jnp.exp(log_std)).mean(-1)
 
     def mode(self, features: Float[Array, "*batch width"]) -> Float32[Array, "*batch action"]:
-        """The most likely action."""
+        """Return the most likely action, (*batch, action) float32."""
         return self._parameters(features)[0]
 
 
 class BinsHead(nnx.Module):
-    """A distribution over evenly spaced values of each component.
+    """Categorical distribution over evenly spaced values of each action component.
 
-    An action between two of them belongs to both, in proportion, so that none is rounded (two-hot, as the categorical
-    values of MuZero, 1911.08265).
+    Targets are two-hot: an action between two values is divided between both in proportion, as the categorical values
+    of MuZero (1911.08265).
     """
 
     def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(width, action_size * BINS, rngs=rngs)
 
     def _logits(self, features: jax.Array) -> jax.Array:
-        """(..., action, BINS)"""
+        """Return logits (..., action, BINS)."""
         logits = self.linear(features).astype(jnp.float32)
         return logits.reshape(*logits.shape[:-1], -1, BINS)
 
     def loss(
         self, features: Float[Array, "*batch width"], action: Float[Array, "*batch action"]
     ) -> Float32[Array, "*batch"]:
-        """Cross-entropy, mean over the action's components."""
+        """Return the cross-entropy, averaged over action components, (*batch,) float32."""
         share = jnp.maximum(0.0, 1 - jnp.abs(action[..., None] - _VALUES) * (BINS - 1) / 2)
         return -(share * jax.nn.log_softmax(self._logits(features))).sum(-1).mean(-1)
 
     def mode(self, features: Float[Array, "*batch width"]) -> Float32[Array, "*batch action"]:
-        """The mean over the likeliest value and its neighbours."""
+        """Return the mean over the likeliest value and its two neighbours, (*batch, action) float32."""
         logits = self._logits(features)
         distance = jnp.abs(jnp.arange(BINS) - logits.argmax(-1, keepdims=True))
         return jnp.sum(jax.nn.softmax(jnp.where(distance <= 1, logits, -jnp.inf)) * _VALUES, axis=-1)
@@ -90,6 +90,6 @@ Head = MSEHead | GaussianHead | BinsHead
 
 
 def make_head(config: ModelConfig, action_size: int, rngs: nnx.Rngs) -> Head:
-    """The head that the configuration names."""
+    """Return the action head that the configuration names."""
     kinds: dict[str, type[Head]] = {"mse": MSEHead, "gaussian": GaussianHead, "bins": BinsHead}
     return kinds[config.action_head](config.width, action_size, rngs)

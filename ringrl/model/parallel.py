@@ -1,12 +1,12 @@
-"""How a model's arrays are split over the devices of a mesh: one table, from the names of their axes to mesh axes.
+"""Sharding rules: a table from the axis names of a model's arrays to the axes of the device mesh.
 
-    batch  -> data, fsdp     every device has contexts of its own
-    time   -> seq            and of each context a stretch of its steps (of its tokens: the same stretch)
-    heads, hidden -> tensor  each device computes some heads, and some units of the feed-forward layer
-    embed  -> fsdp, seq      parameters lie in pieces and are gathered layer by layer, when they are used
+    batch  -> data, fsdp     contexts of a batch
+    time   -> seq            steps of each context, and the tokens of these steps
+    heads, hidden -> tensor  attention heads and units of the feed-forward layer
+    embed  -> fsdp, seq      parameters, gathered layer by layer when they are used
 
-Parameters carry the names of their axes from where they are made (`split`). Those outside the transformer's blocks
-(embeddings of tokens, action head, norms) are small and lie on every device. XLA finds the transfers that follow.
+`split` names the axes of a parameter where the parameter is created. Parameters outside the transformer blocks (token
+embeddings, action head, norms) are small and replicated. XLA inserts the transfers.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ SPLIT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """A mesh, and the order (`ringrl.attention`'s layouts) in which contexts lie on its axis "seq".
+    """A device mesh, and the layout (see `ringrl.attention`) of contexts along its axis "seq".
 
-    Without a mesh everything is on one device, in time order.
+    Without a mesh, all arrays are on one device and contexts are in time order.
     """
 
     mesh: Mesh | None = None
@@ -46,22 +46,22 @@ class Parallel:
 
     @property
     def ring_size(self) -> int:
-        """Devices among which a context is divided."""
+        """Number of devices that share a context."""
         return 1 if self.mesh is None else self.mesh.shape[SEQUENCE_AXIS]
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """Where an array with axes of these names lies; None is an axis that is not split."""
+        """Return the sharding of an array with these axis names. None is an axis that is not split."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, partition(*axes))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """The same array, which XLA then keeps there."""
+        """Return the array with a sharding constraint for XLA."""
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
     def parameter_shardings(self, parameters: Any) -> Any:
-        """Of a state of nnx.Param, by the names that `split` gave their axes."""
+        """Return the shardings of a state of nnx.Param, from the axis names that `split` set."""
         specs = nnx.to_pure_dict(nnx.get_partition_spec(parameters))
         return jax.tree.map(
             lambda names: self.sharding(*names), specs, is_leaf=lambda names: isinstance(names, PartitionSpec)
@@ -72,10 +72,10 @@ ONE_DEVICE = Parallel()
 
 
 def partition(*axes: str | None) -> PartitionSpec:
-    """The mesh axes of an array with axes of these names."""
+    """Return the mesh axes of an array with these axis names."""
     return PartitionSpec(*(SPLIT[axis] if axis is not None else None for axis in axes))
 
 
 def split(*axes: str | None, initialiser: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """An initialiser that also names the parameter's axes; LeCun's normal distribution by default."""
+    """Return an initialiser (LeCun normal by default) that also names the axes of the parameter."""
     return nnx.with_partitioning(initialiser or nnx.initializers.lecun_normal(), axes, eager_sharding=False)

@@ -1,7 +1,4 @@
-"""Policies: context -> actions. All offer actions(context) and, step by step, reset, prefill and act.
-
-Those that imitate offer loss(context); the actor-critic has losses of its own.
-"""
+"""Policies: actions for a whole context, or step by step with a memory."""
 
 from itertools import pairwise
 
@@ -23,26 +20,26 @@ from ringrl.model.transformer import Transformer
 
 
 class Imitation:
-    """Losses of a policy that is to act as the data does; it has `head`, `features` and `loss_on`."""
+    """Imitation losses of a policy with the attributes `head`, `features` and `loss_on`."""
 
     head: Head
     loss_on: str
 
     def loss(self, context: Context) -> Float32[Array, ""]:
-        """Mean imitation loss of the context's actions."""
+        """Return the mean imitation loss of the context's actions."""
         return self.loss_sum(context) / self.loss_weight(context)
 
     def loss_weight(self, context: Context) -> Float32[Array, ""]:
-        """What `loss_sum` is divided by: the steps that count, all or those of the last trajectory of each context."""
+        """Return the number of steps in the loss: all steps, or those of the last trajectory of each context."""
         return self._weights(context).sum()
 
     def loss_sum(self, context: Context) -> Float32[Array, ""]:
-        """Imitation loss of the context's actions, summed over the steps that count."""
+        """Return the imitation loss, summed over the steps in the loss."""
         loss = self.head.loss(self.features(context), jnp.asarray(context.action))
         return (loss * self._weights(context)).sum()
 
     def features(self, context: Context) -> Float[Array, "batch time width"]:
-        """What is known at each step."""
+        """Return the features from which the action of each step is predicted."""
         raise NotImplementedError
 
     def _weights(self, context: Context) -> Float32[Array, "batch time"]:
@@ -54,7 +51,7 @@ class Imitation:
 
 
 class AgenticTransformer(Imitation, nnx.Module):
-    """Chain of hindsight over trajectories (Liu & Abbeel, 2305.16554)."""
+    """Agentic Transformer: chain of hindsight over trajectories (Liu & Abbeel, 2305.16554)."""
 
     def __init__(
         self,
@@ -71,17 +68,17 @@ class AgenticTransformer(Imitation, nnx.Module):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that a timestep takes of the context."""
+        """Tokens per timestep."""
         return self.embedding.token_set.size
 
     def features(self, context: Context) -> Float[Array, "batch time width"]:
-        """What the model knows at each state token."""
+        """Return the features of each state token."""
         token_set = self.embedding.token_set
         x = self.transformer(self.embedding(context), self._positions(context))
         return x.reshape(*context.position.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
-        """The action at every step, given the context up to it."""
+        """Return the action at every step, given the context up to that step."""
         return self.head.mode(self.features(context))
 
     def _positions(self, context: Context) -> Int32[Array, "batch tokens"]:
@@ -90,32 +87,32 @@ class AgenticTransformer(Imitation, nnx.Module):
         return positions.reshape(len(positions), -1)
 
     def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
-        """Memory of nothing, with room for `capacity` tokens; kept in the computation's dtype or another."""
+        """Return an empty memory for `capacity` tokens. dtype: by default that of the computation."""
         return self.transformer.empty_cache(batch, capacity, dtype)
 
     def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> KVCache:
-        """Memory of one whole context (1, T, ...) in the order of time, for all contexts of a batch to begin with."""
+        """Return the memory of one context (1, T, ...) in time order, the shared prefix of a batch of contexts."""
         steps, parallel = context.position.shape[1], self.transformer.parallel
         layout, devices = parallel.layout, parallel.ring_size
         context = jax.tree.map(lambda x: to_layout(pad_to_layout(x, layout, devices), layout, devices), context)
         position = layout_positions(layout, context.position.shape[1], devices)
-        context = context._replace(position=position[None])  # of the padding too
+        context = context._replace(position=position[None])  # the padding needs positions too
         tokens, positions = self.embedding(context), self._positions(context)
         return self.transformer.prefill(tokens, positions, steps * self.tokens_per_step, dtype)
 
     def act(
         self, previous: Context | None, current: Context, memory: KVCache, prefix: KVCache | None = None
     ) -> tuple[Float32[Array, "batch action"], KVCache]:
-        """The action of one more step; equals `actions` on the whole context so far, the prefix included.
+        """Return the action of the next step. It equals `actions` on the prefix and all steps so far.
 
-        `previous` is the step before, as it ended; None where memory is empty (a prefix is whole).
+        `previous` is the finished previous step, or None if the memory is empty (a prefix needs no previous step).
         """
         x, memory = self.transformer.decode(self.embedding.decode(previous, current), memory, prefix)
         return self.head.mode(x[:, -1]), memory
 
 
 class BehaviourCloning(Imitation, Memoryless, nnx.Module):
-    """A feed-forward policy of the present observation: the same data and training loop, no context, no target."""
+    """Feed-forward policy of the current observation, without context or target return."""
 
     def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
         sizes = [observation_size] + [config.width] * config.layers
@@ -126,14 +123,14 @@ class BehaviourCloning(Imitation, Memoryless, nnx.Module):
         self.head = make_head(config, action_size, rngs)
 
     def features(self, context: Context) -> Float[Array, "batch time width"]:
-        """Features of each step's observation."""
+        """Return the features of each observation."""
         x = jnp.asarray(context.observation)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = jax.nn.gelu(norm(layer(x)))
         return x
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
-        """The action at every step."""
+        """Return the action at every step."""
         return self.head.mode(self.features(context))
 
 
@@ -148,9 +145,9 @@ def make_policy(
     goal: Goal | None = None,
     parallel: Parallel = ONE_DEVICE,
 ) -> Policy:
-    """The policy that the configuration names, with parameters drawn from the seed.
+    """Return the configured policy with parameters drawn from the seed.
 
-    td3_bc is told the goal; the transformer is split over the mesh.
+    Only td3_bc uses the goal, and only the transformer is sharded over the mesh.
     """
     rngs = nnx.Rngs(params=seed)
     if config.kind == "td3_bc":

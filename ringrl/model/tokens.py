@@ -1,13 +1,13 @@
-"""Token sets: how a timestep becomes tokens.
+"""Token sets: the tokens of a timestep.
 
     at5    R s a r d     return-to-go, state, action, reward, completion (Agentic Transformer, 2305.16554)
-    ring4  R s a r       (Ring Attention's experiment, 2310.01889)
+    ring4  R s a r       (experiment of Ring Attention, 2310.01889)
     dt3    R s a         (Decision Transformer, 2106.01345)
-    fused1 one token     R and s of this step with a, r and d of the step before
+    fused1 one token     R and s of this step with a, r and d of the previous step
 
-The action of a step is read at its state token (the last token known before acting). A timestep's tokens thus fall
-into those known before acting and those known after it; cached decoding appends the latter of the step before and the
-former of this one in one call.
+The action of a step is predicted at its state token, the last token known before acting. The tokens of a timestep are
+therefore either known before the action or known after it. Cached decoding appends in one call the tokens after the
+previous action and the tokens before the current one.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from ringrl.context import Context, Outcome
 
 @dataclasses.dataclass(frozen=True)
 class TokenSet:
-    """Kinds of tokens of one timestep, in order."""
+    """Kinds of tokens of a timestep, in order: known before the action, and known after it."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -43,20 +43,23 @@ TOKEN_SETS = {
 
 
 def _features(step: Context | Outcome, kind: str) -> jax.Array:
-    """(B, T, features) of one kind of token."""
+    """Return the features (B, T, features) of one kind of token."""
     x = jnp.asarray(getattr(step, kind))
     return x[..., None] if x.ndim == 2 else x
 
 
 def _bias(kind: str, features: int) -> nnx.Initializer:
-    """As large as one feature's part of the token: without it, norms leave of a number alone nothing but its sign."""
+    """Return a bias initialiser as large as one feature's weight.
+
+    Without a bias, the norm of a token made from a single number would keep only the sign of the number.
+    """
     return nnx.initializers.zeros if kind == "fused" else nnx.initializers.normal(features**-0.5)
 
 
 class TokenEmbedding(nnx.Module):
-    """Embeds the timesteps of a context as tokens of the model's width.
+    """Embedding of timesteps as tokens of the model's width.
 
-    Timesteps and trajectories beyond those that have an embedding share the last one.
+    Timesteps and trajectories beyond the last embedding share the last embedding.
     """
 
     MAX_TIMESTEPS, MAX_TRAJECTORIES = 1024, 1024
@@ -78,14 +81,15 @@ class TokenEmbedding(nnx.Module):
         self.trajectory = embed(self.MAX_TRAJECTORIES) if config.trajectory_embedding else None
 
     def __call__(self, context: Context) -> Float[jax.Array, "batch tokens width"]:
-        """All tokens of a context, (B, T * size, W)."""
+        """Return all tokens of a context, (B, T * size, W)."""
         tokens = jnp.concatenate([self._before(context), self._after(context)], axis=2)
         return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
 
     def decode(self, previous: Context | None, current: Context) -> Float[jax.Array, "batch new_tokens width"]:
-        """Tokens that one more step adds: what followed the step before (None at the first), then this step's own.
+        """Return the tokens that a new step adds: those after the previous action, then those before the action.
 
-        Both hold a single timestep; of `current` the action, reward and completion are not looked at.
+        Both arguments hold a single timestep. `previous` is None at the first step. The action, reward and completion
+        of `current` are not used.
         """
         before = self._before(current)
         if previous is None:
@@ -110,7 +114,7 @@ class TokenEmbedding(nnx.Module):
         return self._place(jnp.stack(tokens, axis=2), step)
 
     def _place(self, tokens: jax.Array, step: Context) -> jax.Array:
-        """Add what tells where the step stands, where the configuration asks for it."""
+        """Add the embeddings of timestep and trajectory, if they are configured."""
         if self.timestep is not None:
             tokens += self.timestep(jnp.minimum(step.timestep, self.MAX_TIMESTEPS - 1))[:, :, None]
         if self.trajectory is not None:

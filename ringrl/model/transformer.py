@@ -1,4 +1,4 @@
-"""A pre-norm transformer with rotary positions and grouped-query heads, over whole contexts or token by token."""
+"""Pre-norm transformer with rotary positions and grouped-query attention, for contexts and cached decoding."""
 
 from functools import partial
 
@@ -15,16 +15,16 @@ from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
 from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
 
 ROTARY_BLOCK = 1024  # tokens
-SAVED = "ring_attention"  # what ringrl.attention calls its results: kept by remat, so that no ring is run twice
+SAVED = "ring_attention"  # checkpoint_name of the attention outputs: remat keeps them and never repeats the ring
 
 
 def rotate(
     x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, "*batch tokens"], base: float = 10_000.0
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Rotary position embedding (RoFormer, 2104.09864): halves of the head turn by position * base^(-2i/D).
+    """Apply rotary position embedding (RoFormer, 2104.09864): pair (i, i + D/2) turns by position * base^(-2i/D).
 
-    Positions may be millions: whole turns of thousands of tokens are taken out in float64 beforehand, for the plain
-    product in float32 is off by 0.03 at half a million.
+    Positions may be millions. Whole turns per 1,024 tokens are removed in float64 first, because the plain float32
+    product is off by 0.03 at half a million.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-np.arange(half) / half)
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         return q, k, v
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The output (B, S, W), and the keys and values that it looked at."""
+        """Return the output (B, S, W), and the keys and values."""
         q, k, v = self._project(x, positions)
         return self.out(self._attend(q, k, v, positions)), (k, v)
 
@@ -78,14 +78,14 @@ class Attention(nnx.Module):
             batch_axes=SPLIT["batch"],
             head_axes=SPLIT["heads"],
             is_causal=True,
-            # Steps are dealt out, not tokens: the same thing in all layouts but this.
+            # The layout permutes steps, not tokens. Only "striped" then differs from the layout of tokens.
             positions=positions if layout == "striped" else None,
         )  # fmt: skip
 
     def decode(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array, prefix: Prefix | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attend from new tokens to the prefix, the cache and themselves; returns the output and the longer cache."""
+        """Attend from new tokens to the prefix, the cache and themselves. Return the output and the longer cache."""
         begin = length if prefix is None else prefix.length + length
         q, k, v = self._project(x, begin + jnp.arange(x.shape[1]), time=None)
         keys, values = append(keys, k, length, self.parallel), append(values, v, length, self.parallel)
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with a GELU between."""
+    """Two linear layers with a GELU in between."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         linear = partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
@@ -120,7 +120,7 @@ class Block(nnx.Module):
         self.block_tokens, self.parallel = config.block_tokens, parallel
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The output, and attention's keys and values."""
+        """Return the output, and the keys and values of the attention."""
         y, keys_and_values = self.attention(self.attention_norm(x), positions)
         x = self.parallel.constrain(x + y, "batch", "time", None)
         if self.is_blockwise:
@@ -133,15 +133,15 @@ class Block(nnx.Module):
     def decode(
         self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array, prefix: Prefix | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As __call__, for new tokens behind a cache."""
+        """Apply the block to new tokens after a cache. Return the output and the longer cache."""
         y, keys, values = self.attention.decode(self.attention_norm(x), keys, values, length, prefix)
         return self._feed_forward(x + y), keys, values
 
 
 class Transformer(nnx.Module):
-    """Blocks and a final norm: (B, S, W) -> (B, S, W), causal, rotary on the token's index in the context.
+    """Causal transformer blocks and a final norm, (B, S, W) -> (B, S, W), rotary on the token's index in the context.
 
-    The parameters of all blocks lie in one array per kind, its first axis the layer: one scan compiles one block.
+    Each parameter of the blocks is one array with the layer as first axis, so that a scan compiles a single block.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
@@ -155,7 +155,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch tokens width"], positions: Int32[Array, "*batch tokens"] | None = None
     ) -> Float[Array, "batch tokens width"]:
-        """Features of all tokens, float32; `positions` (0 ... S-1 by default) say where each stands in its context."""
+        """Return the features of all tokens (B, S, W) float32. `positions`: context indices, default 0 to S-1."""
         positions = jnp.arange(x.shape[1], dtype=jnp.int32) if positions is None else positions
         graph, parameters = nnx.split(self.blocks)
 
@@ -169,7 +169,7 @@ class Transformer(nnx.Module):
         return self.norm(x.astype(jnp.float32))
 
     def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
-        """A cache for `batch` contexts of up to `capacity` tokens, in the computation's dtype or another."""
+        """Return an empty cache for `batch` contexts of `capacity` tokens. dtype: by default the computation's."""
         shape = (batch, capacity, *self.cache_shape)
         return empty_cache(self.layers, shape, self.dtype if dtype is None else dtype, self.parallel)
 
@@ -180,12 +180,12 @@ class Transformer(nnx.Module):
         length: int,
         dtype: jnp.dtype | None = None,
     ) -> KVCache:
-        """What all contexts of a batch begin with, as a cache of its own: the keys and values of one whole context.
+        """Return the cache of one whole context, to be used as the shared prefix of a batch of contexts.
 
         Args:
-          x, positions: as for `__call__`; on a mesh in the order of its layout, whole timesteps dealt out.
-          length: tokens that count; those behind them in time are padding.
-          dtype: of the cache; the computation's if it is None.
+          x, positions: as for `__call__`; on a mesh in the order of its layout, which permutes whole timesteps.
+          length: number of tokens without the padding at the end.
+          dtype: dtype of the cache, by default that of the computation.
         """
         graph, parameters = nnx.split(self.blocks)
         kept, in_time = self.dtype if dtype is None else dtype, jnp.argsort(positions.reshape(-1))
@@ -202,7 +202,7 @@ class Transformer(nnx.Module):
     def decode(
         self, x: Float[Array, "batch new_tokens width"], cache: KVCache, prefix: KVCache | None = None
     ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
-        """As __call__ on the whole context, for its newest tokens only; `prefix` stands before those of the cache."""
+        """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens."""
         x = x.astype(self.dtype)
         graph, parameters = nnx.split(self.blocks)
         all_keys, all_values = [], []

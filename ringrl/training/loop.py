@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last checkpoint, exactly resumable."""
+"""Training loop. A resumed run is bit-identical to an uninterrupted one."""
 
 from contextlib import closing
 from functools import partial
@@ -43,22 +43,21 @@ def train(
 ) -> Path:
     """Train a policy and return the folder of the run.
 
-    Batches depend on (seed, step) alone and the state is saved whole, so a run that was killed and resumed gives the
-    same metrics, bit for bit, as one that was not. SIGTERM ends it after the step it is in, saved. With `profile`, a
-    JAX trace of a few steps goes to the run's folder profile/.
+    Batches depend on (seed, step) only and checkpoints hold the whole state. A run that is killed and resumed therefore
+    gives bit-identical metrics. SIGTERM saves a checkpoint after the current step and ends the run.
 
     Args:
-      config: what is trained on what, and where the run is kept.
-      resume: go on from the newest checkpoint of `config.run`.
-      profile: see above.
-      console: where progress and remarks go; by default the standard error.
-      quiet: no bar of progress, and no remark that a run starts at step 0.
+      config: settings of the run.
+      resume: continue from the newest checkpoint of `config.run`.
+      profile: write a JAX trace of a few steps to the folder profile/ of the run.
+      console: console for progress and messages, by default on standard error.
+      quiet: show no progress bar, and no message if a resumed run has no checkpoint.
 
     Raises:
-      UserError: a run that exists (without `resume`), another configuration or dataset than the run's, data that does
-        not fit the task, a disk that is full.
+      UserError: the run exists (without `resume`), its configuration or dataset differs, the data does not fit the
+        task, or the disk is full.
     """
-    settings = flat(config.model_dump(mode="json", exclude={"data"}))  # which each host may keep elsewhere
+    settings = flat(config.model_dump(mode="json", exclude={"data"}))  # the path may differ between hosts
     check_installed(config)
     distributed.check_met()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
@@ -85,7 +84,7 @@ def train(
     try:
         console = console or Console(stderr=True, quiet=not distributed.is_first())
         if resume and not checkpoints.steps() and not quiet:
-            console.print(f"{config.run}: no checkpoint there yet; starting at step 0", soft_wrap=True)
+            console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
         profiler = Profiler(config.run / "profile" if profile else None)
         _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
     except OSError as error:
@@ -100,7 +99,7 @@ def train(
 def _make_source(
     store: EpisodeStore, config: TrainConfig, normalisation: Normalisation, parallel: Parallel
 ) -> BatchSource:
-    """What draws the batches that the configured kind of model is trained on."""
+    """Return the sampler of the batches that the configured family of models needs."""
     size, seed, context = config.optimiser.batch_size, config.seed, config.context
     if config.model.family.source == "transitions":
         return TransitionSampler(
@@ -128,13 +127,13 @@ def _run_steps(
     start = int(state.step)
     with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_sigterm() as stop:
         if log.missing:
-            what = f"the numbers of {log.missing} of {start} steps are gone or damaged; the run goes on without them"
+            what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"
             console.print(f"{config.run / 'metrics.jsonl'}: {what}", soft_wrap=True)
         recorder = Recorder(config, _cost(config, source, agent, parallel), log, progress)
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)
             state, metrics = agent.update(state, batch)
-            if step == start + 1:  # it has just been compiled
+            if step == start + 1:  # the step has just been compiled
                 recorder.memory = step_memory(agent.update, state, batch)
             recorder.add(step, metrics)
             is_last = stop.after(step)
@@ -146,21 +145,21 @@ def _run_steps(
                 raise recorder.failure
             if is_last:
                 checkpoints.wait()
-                console.print(f"told to stop: saved after step {step}; --resume goes on from there")
+                console.print(f"stopped by SIGTERM: checkpoint saved after step {step}; continue with --resume")
                 return
 
 
 def _newest(
     info: RunInfo, like: TrainState, checkpoints: Checkpoints, console: Console
 ) -> tuple[TrainState, dict[str, Any] | None]:
-    """State and place in the data of the newest checkpoint that can be read; the run's beginning where there is none.
+    """Return the training state and the iterator state of the newest readable checkpoint, or the initial state.
 
-    Damaged ones that are newer are laid aside, which is said. Where none can be read, and where several processes would
-    have to agree on one, the newest is named and nothing is touched.
+    Newer damaged checkpoints are moved aside and reported. If no checkpoint can be read, or if several processes would
+    have to agree on one, the error of the newest checkpoint is raised and no file changes.
     """
     damaged: dict[int, DamagedCheckpointError] = {}
     if checkpoints.steps():
-        jax.tree.map(lambda x: x.delete(), like)  # its memory is wanted for what is restored
+        jax.tree.map(lambda x: x.delete(), like)  # free the memory for the restored state
     for step in reversed(checkpoints.steps()):
         try:
             saved = read_info(info.config.run, step)[1]
@@ -172,7 +171,7 @@ def _newest(
                 break
             continue
         for number, reason in damaged.items():
-            console.print(f"{reason}; laid aside as {checkpoints.lay_aside(number)}", soft_wrap=True)
+            console.print(f"{reason}; moved to {checkpoints.lay_aside(number)}", soft_wrap=True)
         return found
     if damaged:
         raise next(iter(damaged.values()))
@@ -180,7 +179,7 @@ def _newest(
 
 
 def _cost(config: TrainConfig, source: BatchSource, agent: Agent, parallel: Parallel) -> Cost:
-    """Of a step of this run."""
+    """Return the cost of a training step."""
     tokens = source.steps_per_batch * agent.tokens_per_step
     devices = 1 if parallel.mesh is None else parallel.mesh.size
     contexts = config.optimiser.batch_size

@@ -7,13 +7,13 @@ import optax
 
 from ringrl.config import OptimiserConfig
 
-DECAYED = ("kernel", "embedding")  # all layers' biases lie in one array, which has as many axes as a matrix
+DECAYED = ("kernel", "embedding")  # by name: the stacked biases of all layers are two-dimensional too
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
-    """Linear warm-up from zero to the peak, then cosine decay to its final fraction at step `config.steps`.
+    """Return linear warm-up from zero to the peak, then cosine decay to the final fraction at step `config.steps`.
 
-    Steps count from 0: with any warm-up the first has a rate of zero, and none has the final one.
+    Steps count from 0. With any warm-up, the rate of the first step is zero.
     """
     warmup = min(config.warmup_steps, config.steps - 1)
     return optax.warmup_cosine_decay_schedule(
@@ -26,7 +26,7 @@ def learning_rate(config: OptimiserConfig) -> optax.Schedule:
 
 
 def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; weight decay on matrices only, not on biases and the scales of norms."""
+    """Return clipping by global norm, then AdamW with weight decay on matrices only (not on biases and norm scales)."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -39,5 +39,5 @@ def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
 
 
 def _decayed(params: Any) -> Any:
-    """Which leaves of a nested dict of parameters are matrices."""
+    """Return a mask of the parameters that are matrices."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)

@@ -1,4 +1,4 @@
-"""One optimiser step as a pure function of the state and a batch."""
+"""One optimiser step on the imitation loss, as a pure function of state and batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +15,7 @@ Tree = TypeVar("Tree")
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes."""
+    """Parameters, optimiser state and step count."""
 
     params: Any  # nested dict of float32 arrays
     optimiser: Any  # optax state
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
 
 def initial_state(policy: nnx.Module, optimiser: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     params = nnx.to_pure_dict(nnx.state(policy, nnx.Param))
     return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
@@ -31,7 +31,7 @@ def initial_state(policy: nnx.Module, optimiser: optax.GradientTransformation) -
 def abstract_state(
     make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
 ) -> TrainState:
-    """`initial_state` without numbers: shapes, dtypes and, with a mesh, where each array lies. Takes no memory."""
+    """Return the shapes, dtypes and (with a mesh) shardings of `initial_state`, without allocating memory."""
     parameters = nnx.state(nnx.eval_shape(make_policy), nnx.Param)
     params = nnx.to_pure_dict(parameters)
     state = TrainState(params, jax.eval_shape(optimiser.init, params), jax.ShapeDtypeStruct((), jnp.int32))  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def abstract_state(
 def sharded_initial_state(
     make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
 ) -> TrainState:
-    """`initial_state`, made in pieces on the devices that hold them: no device ever has the whole of it."""
+    """Return `initial_state`, with every array created in shards on the devices of the mesh."""
     if parallel.mesh is None:
         return initial_state(make_policy(), optimiser)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(make_policy, optimiser, parallel))
@@ -64,7 +64,7 @@ def sharded_initial_state(
 
 
 def with_params(graph: Any, params: Any) -> Any:
-    """The policy of a graph definition with the given nested dict of parameters."""
+    """Return the policy of a graph definition with a nested dict of parameters."""
     return nnx.merge(graph, params)
 
 
@@ -73,10 +73,10 @@ def make_train_step(
     optimiser: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> Callable[[TrainState, Context], tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted step; the state is donated. Metrics: loss, gradient_norm (before clipping) and skipped (0 or 1).
+    """Return a jitted step that donates the state. Metrics: loss, gradient_norm (before clipping) and skipped (0 or 1).
 
-    The batch is computed in `accumulation` parts, one after the other, and the gradient is the whole batch's. A step
-    whose loss or gradients are not finite is skipped: but for counting as a step, it changes nothing.
+    The gradient of the whole batch is computed in `accumulation` parts, one after the other. If the loss or the
+    gradient is not finite, the step is skipped: only step counts change.
     """
 
     def loss_of(params: Any, part: Context, weight: jax.Array) -> jax.Array:
@@ -105,12 +105,12 @@ def make_train_step(
 
 
 def accept(is_finite: jax.Array, new: Tree, old: Tree) -> Tree:
-    """The new numbers, or the old ones where a step went wrong; counts go on, and with them the schedule."""
+    """Return the new values if they are finite, else the old ones. Integer counts always advance."""
     choose = lambda x, y: jnp.where(is_finite, x, y) if jnp.issubdtype(x.dtype, jnp.inexact) else x  # noqa: E731
     kept: Tree = jax.tree.map(choose, new, old)
     return kept
 
 
 def _parts(batch: Context, number: int) -> Context:
-    """(B, ...) -> (number, B / number, ...), every device keeping its own contexts."""
+    """Reshape (B, ...) to (number, B / number, ...). Every device keeps its own contexts."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0), batch)

@@ -1,4 +1,4 @@
-"""Transitions against loops over episodes in float64, and hindsight goals against the data they come from."""
+"""Transitions against loops over episodes in float64, and hindsight goals against the data."""
 
 import numpy as np
 import pytest
@@ -23,13 +23,13 @@ def sampler(store: EpisodeStore, task: str, batch_size: int = 64, seed: int = 0,
 
 
 def rows_of(store: EpisodeStore, observation: np.ndarray) -> np.ndarray:
-    """The rows of a store in which observations stand."""
+    """Return the rows of a store that contain the observations."""
     known = {row.tobytes(): number for number, row in enumerate(store.arrays["observation"])}
     return np.array([known[row.tobytes()] for row in observation])
 
 
 def by_hand(store: EpisodeStore, row: int, reward: np.ndarray, discount: float, n: int) -> tuple[float, float, int]:
-    """Return of up to n steps from a row, what discounts the value after them, and the row they lead to."""
+    """Return the n-step return from a row, the discount of the final value, and the final row."""
     end = next(int(offset) - 1 for offset in store.offsets if offset > row)
     total, factor = 0.0, 1.0
     for _ in range(n):
@@ -43,7 +43,7 @@ def by_hand(store: EpisodeStore, row: int, reward: np.ndarray, discount: float, 
 
 @pytest.mark.parametrize("n", [1, 3, 60])
 def test_n_steps_equal_a_loop_and_stop_at_the_episodes_end(store: EpisodeStore, n: int) -> None:
-    """Episodes of 50, 7 and 1 steps: with n = 60 every transition runs into an end, and its value is still counted."""
+    """Episodes of 50, 7 and 1 steps. With n = 60, every transition is cut and its final value still counts."""
     batch = sampler(store, TASK, 300, n_step=n, discount=0.9).batch(0)
     rows = rows_of(store, batch.observation)
     shortened = 0
@@ -59,10 +59,10 @@ def test_n_steps_equal_a_loop_and_stop_at_the_episodes_end(store: EpisodeStore, 
     assert {array.dtype for array in batch} == {np.dtype(np.float32)}
 
 
-def test_every_step_is_drawn_alike(store: EpisodeStore) -> None:
+def test_steps_are_drawn_uniformly(store: EpisodeStore) -> None:
     made = sampler(store, TASK, 5800)
     counts = np.bincount(rows_of(store, made.batch(0).observation), minlength=61)
-    assert counts[[50, 58, 60]].tolist() == [0, 0, 0], "no action is taken in an episode's last state"
+    assert counts[[50, 58, 60]].tolist() == [0, 0, 0], "the last row of an episode has no action"
     np.testing.assert_allclose(np.delete(counts, [50, 58, 60]), 100, atol=50)
 
 
@@ -74,7 +74,7 @@ def test_the_best_fraction_keeps_the_best_episodes(store: EpisodeStore) -> None:
     assert {row.tobytes() for row in made.batch(0).observation} <= expected
 
 
-def test_of_part_of_the_data_neither_steps_nor_goals_of_the_rest_are_drawn(jaco_store: EpisodeStore) -> None:
+def test_steps_and_goals_come_from_the_selected_episodes(jaco_store: EpisodeStore) -> None:
     config = ActorCriticConfig.model_validate({"hindsight": {"nearby": 1.0, "radius": 0.5}})
     scale = Normalisation(np.zeros(42), np.ones(42), 250)
     batch = TransitionSampler(jaco_store, JACO, config, scale, 500, 4, max_transitions=600).batch(0)
@@ -86,7 +86,7 @@ def test_of_part_of_the_data_neither_steps_nor_goals_of_the_rest_are_drawn(jaco_
     assert {row.tobytes() for row in batch.goal} <= {row.tobytes() for row in places}
 
 
-def test_a_batch_is_a_function_of_seed_and_step_alone(jaco_store: EpisodeStore) -> None:
+def test_a_batch_depends_on_seed_and_step_only(jaco_store: EpisodeStore) -> None:
     settings = {"hindsight": {"later": 0.3, "nearby": 0.3, "radius": 0.5}}
     first, again = (sampler(jaco_store, JACO, **settings) for _ in range(2))
     later = first.batch(7)
@@ -98,8 +98,8 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(jaco_store: EpisodeStore) 
 
 
 @pytest.mark.parametrize("task", ["top_left", "top_right", "bottom_left", "bottom_right"])
-def test_rewards_for_the_tasks_goal_are_those_of_relabelling(jaco_store: EpisodeStore, task: str) -> None:
-    """Positions are read from observations here, from the physics there."""
+def test_rewards_for_the_task_goal_equal_relabelling(jaco_store: EpisodeStore, task: str) -> None:
+    """Transitions read positions from observations, relabelling from the physics state."""
     task = f"jaco_reach_{task}"
     batch = sampler(jaco_store, task, 2000).batch(0)
     rows = rows_of(jaco_store, batch.observation)
@@ -118,16 +118,16 @@ def test_rewards_for_other_goals_equal_a_loop(jaco_store: EpisodeStore) -> None:
         reward = 0.1 ** np.square(np.maximum(distance - 0.05, 0) / 0.05) - 0.5 * np.minimum(distance, 1)
         total, factor, _ = by_hand(jaco_store, row, reward, 0.9, 3)
         np.testing.assert_allclose([batch.reward[i], batch.discount[i]], [total, factor], rtol=1e-5, atol=1e-6)
-    assert batch.reward.max() > 0.9, "goals that are reached are among them"
+    assert batch.reward.max() > 0.9, "some goals are reached"
 
 
 def steps_until(store: EpisodeStore, batch: Transitions) -> np.ndarray:
-    """How many steps after each transition's state its own episode is where its goal is."""
+    """Return the steps from each transition until its episode reaches its goal."""
     positions = {row.tobytes(): i for i, row in enumerate(store.arrays["observation"][:, 30:33])}
     return np.array([positions[goal.tobytes()] for goal in batch.goal]) - rows_of(store, batch.observation)
 
 
-def test_later_goals_are_places_of_the_same_episode_geometrically_ahead(jaco_store: EpisodeStore) -> None:
+def test_later_goals_are_geometrically_ahead_in_the_same_episode(jaco_store: EpisodeStore) -> None:
     batch = sampler(jaco_store, JACO, 4000, hindsight={"later": 1.0, "steps_ahead": 4.0}).batch(0)
     ahead, rows = steps_until(jaco_store, batch), rows_of(jaco_store, batch.observation)
     assert ahead.min() >= 1
@@ -136,27 +136,27 @@ def test_later_goals_are_places_of_the_same_episode_geometrically_ahead(jaco_sto
     assert (ahead == 1).mean() == pytest.approx(0.25, abs=0.03)
 
 
-def test_nearby_goals_are_places_of_the_data_within_the_radius(jaco_store: EpisodeStore) -> None:
+def test_nearby_goals_are_positions_of_the_data_within_the_radius(jaco_store: EpisodeStore) -> None:
     batch = sampler(jaco_store, JACO, 500, hindsight={"nearby": 1.0, "radius": 0.3}).batch(0)
-    steps_until(jaco_store, batch)  # a KeyError if a goal is no place of the data
+    steps_until(jaco_store, batch)  # raises KeyError if a goal is not in the data
     distance = np.linalg.norm(batch.goal - GOAL, axis=-1)
     assert distance.max() < 0.3
     assert len(np.unique(distance)) > 100
 
 
-def test_goals_are_mixed_in_the_configured_shares(jaco_store: EpisodeStore) -> None:
+def test_goals_have_the_configured_shares(jaco_store: EpisodeStore) -> None:
     hindsight = {"later": 0.2, "nearby": 0.3, "radius": 0.3}
     batch = sampler(jaco_store, JACO, 5000, hindsight=hindsight).batch(0)
     own = (np.linalg.norm(batch.goal - GOAL, axis=-1) < 1e-6).mean()
     assert own == pytest.approx(0.5, abs=0.03)
     outside = np.linalg.norm(batch.goal - GOAL, axis=-1) >= 0.3
-    assert 0 < outside.mean() <= 0.23, "only the later ones may lie farther off"
+    assert 0 < outside.mean() <= 0.23, "only later goals may be outside the radius"
 
 
 def test_mistakes_are_named(store: EpisodeStore, jaco_store: EpisodeStore) -> None:
-    with pytest.raises(UserError, match=r"actor_critic\.hindsight: cartpole_swingup asks for no place"):
+    with pytest.raises(UserError, match=r"actor_critic\.hindsight: cartpole_swingup has no goal position"):
         sampler(store, TASK, hindsight={"later": 0.5})
-    with pytest.raises(UserError, match=r"hindsight\.radius: .* never comes within 0\.0001 m"):
+    with pytest.raises(UserError, match=r"hindsight\.radius: .* has no position within 0\.0001 m"):
         sampler(jaco_store, JACO, hindsight={"nearby": 0.5, "radius": 1e-4})
     blind = Normalisation.of(jaco_store, [31])
     with pytest.raises(UserError, match=r"ignored_observations: .* keep 30 to 32"):

@@ -15,13 +15,13 @@ OBSERVATION, ACTION = 3, 2
 
 
 def before(outcome: Outcome) -> Outcome:
-    """What each step's predecessor led to, of steps in the order of time."""
+    """Return the outcome of each step's predecessor, for steps in time order."""
     return jax.tree.map(lambda x: np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1), outcome)
 
 
 @pytest.fixture(scope="session")
 def changed() -> Callable[[Context, str, int], Context]:
-    """(context, field, t) -> the context with one more in that field of step t, wherever the context tells it."""
+    """(context, field, t) -> the context with 1 added to that field of step t, in `previous` too."""
 
     def change(context: Context, name: str, t: int) -> Context:
         x = np.array(getattr(context, name))
@@ -58,7 +58,7 @@ def context() -> Callable[..., Context]:
 
 @pytest.fixture(scope="session")
 def policy() -> Callable[..., Policy]:
-    """(**settings) -> a tiny policy with parameters unlike their first values: biases are not zero, norms not one."""
+    """(**settings) -> a tiny policy with perturbed parameters: biases are not zero, norm scales not one."""
 
     def make(parallel: Parallel = ONE_DEVICE, **settings: object) -> Policy:
         small = {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1}
@@ -73,13 +73,13 @@ def policy() -> Callable[..., Policy]:
 
 @pytest.fixture(scope="session")
 def quick() -> Callable[..., Callable]:
-    """jax.jit, compiled in half the time: the same mathematics."""
+    """jax.jit with fewer compiler optimisations."""
     return partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="session")
 def actions(quick) -> Callable[[Policy, Context], np.ndarray]:
-    """The actions of the full forward pass, (B, T, A)."""
+    """Return the actions of the full forward pass (B, T, A)."""
 
     def run(policy: Policy, context: Context) -> np.ndarray:
         graph, state = nnx.split(policy)

@@ -17,7 +17,7 @@ GOAL = Goal(place=(0.1, -0.2), columns=(2, 0), mean=(0.3, -0.1), std=(0.5, 2.0))
 
 
 def make(goal: Goal | None = GOAL, seed: int = 1) -> ActorCritic:
-    """A small actor-critic whose last layers are not near zero, and whose targets are networks of their own."""
+    """Return a small actor-critic with large last layers and targets that differ from the learned networks."""
     config = ModelConfig(kind="td3_bc", layers=2, width=16)
     policy = make_policy(config, OBSERVATION, ACTION, seed, goal)
     random = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def batch() -> Transitions:
 
 
 def network(mlp: nnx.Module, x: np.ndarray) -> np.ndarray:
-    """A layer-normalised ReLU network, in float64."""
+    """Apply a layer-normalised ReLU network in float64."""
     x = np.asarray(x, np.float64)
     for layer in mlp.layers:
         x = x @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...], np.float64)
@@ -46,7 +46,7 @@ def network(mlp: nnx.Module, x: np.ndarray) -> np.ndarray:
 
 
 def inputs(observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """What the networks are given, in float64."""
+    """Return the network inputs in float64."""
     observation, goal = np.asarray(observation, np.float64), np.asarray(goal, np.float64)
     position = np.stack([0.5 * observation[:, 2] + 0.3, 2.0 * observation[:, 0] - 0.1], -1)
     offset = position - goal
@@ -61,7 +61,7 @@ def test_inputs_hold_the_observation_the_goal_and_the_offset(batch: Transitions)
     np.testing.assert_array_equal(without, batch.observation)
 
 
-def test_the_target_by_hand(batch: Transitions) -> None:
+def test_target_by_hand(batch: Transitions) -> None:
     policy = make()
     noise = np.random.default_rng(1).normal(size=(BATCH, ACTION)).astype(np.float32)
     x = inputs(batch.following, batch.goal)
@@ -74,7 +74,7 @@ def test_the_target_by_hand(batch: Transitions) -> None:
     np.testing.assert_allclose(policy.target_value(batch, jnp.asarray(noise)), expected, rtol=2e-4, atol=2e-4)
 
 
-def test_the_losses_by_hand(batch: Transitions) -> None:
+def test_losses_by_hand(batch: Transitions) -> None:
     policy = make()
     x = inputs(batch.observation, batch.goal)
     target = np.linspace(-1, 1, BATCH, dtype=np.float32)
@@ -88,8 +88,8 @@ def test_the_losses_by_hand(batch: Transitions) -> None:
     np.testing.assert_allclose(policy.actor_loss(batch, 0.7), expected, rtol=1e-2, atol=1e-3)
 
 
-def test_the_actors_gradient_does_not_pass_through_the_scale_of_the_value(batch: Transitions) -> None:
-    """If it did, a policy could lower its loss by making values small."""
+def test_actor_gradient_stops_at_the_value_scale(batch: Transitions) -> None:
+    """Otherwise a policy could lower its loss by making values small."""
     policy = make()
     graph, params = nnx.split(policy)
     scale = 1e-3 + jnp.abs(_first_values(policy, batch)).mean()
@@ -104,7 +104,7 @@ def _first_values(policy: ActorCritic, batch: Transitions) -> jax.Array:
     return policy.critics[0](jnp.concatenate([x, jnp.tanh(policy.actor(x))], -1))[:, 0]
 
 
-def test_acts_by_the_target_actor_towards_the_tasks_goal(context: Callable[..., Context]) -> None:
+def test_actions_use_the_target_actor_and_the_task_goal(context: Callable[..., Context]) -> None:
     policy, steps = make(), context(time=3)
     x = inputs(steps.observation[:, -1], np.tile(GOAL.place, (2, 1)))
     expected = np.tanh(network(policy.target_actor, x))
@@ -116,13 +116,13 @@ def test_acts_by_the_target_actor_towards_the_tasks_goal(context: Callable[..., 
     assert np.abs(np.tanh(network(policy.actor, x)) - expected).max() > 0.01, "the two actors differ here"
 
 
-def test_without_a_goal_it_acts_on_the_observation_alone(context: Callable[..., Context]) -> None:
+def test_actions_without_a_goal(context: Callable[..., Context]) -> None:
     policy, steps = make(goal=None), context(time=3)
     expected = np.tanh(network(policy.target_actor, steps.observation[:, -1]))
     np.testing.assert_allclose(policy.actions(steps)[:, -1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_untrained_actions_and_values_are_near_zero_and_targets_equal_what_they_follow(batch: Transitions) -> None:
+def test_untrained_actions_are_near_zero_and_targets_equal_networks(batch: Transitions) -> None:
     policy = make_policy(ModelConfig(kind="td3_bc", layers=2, width=64), OBSERVATION, ACTION, 0, GOAL)
     x = policy.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
     assert np.abs(policy.actor(x)).max() < 0.3

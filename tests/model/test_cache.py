@@ -1,4 +1,4 @@
-"""Acting step by step from the key-value cache equals the full forward pass, at every position."""
+"""Cached decoding equals the full forward pass at every step."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def step(context: Context, t: int) -> Context:
 
 
 def rolled_out(policy, context: Context, capacity: int, jit=lambda f: f, memory=None) -> tuple[np.ndarray, list[int]]:
-    """Actions (B, T, A) from the cache, which starts with `capacity` and doubles when full; and its capacities."""
+    """Return cached actions (B, T, A) and the capacity at each step. The cache doubles when it is full."""
     graph, state = nnx.split(policy)
     act = jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments))
     memory = policy.reset(len(context.reward), capacity) if memory is None else memory
@@ -39,7 +39,7 @@ def rolled_out(policy, context: Context, capacity: int, jit=lambda f: f, memory=
         needed = (t + 1) * policy.tokens_per_step
         while needed > memory.capacity:
             memory = grow(memory, 2 * memory.capacity)
-        # What a step leads to is not known before acting; whatever stands there must not matter.
+        # The outcome of a step is unknown before acting, so its values must not matter.
         unknown = step(context, t)._replace(
             action=np.full_like(context.action[:, :1], 9.0), reward=np.full_like(context.reward[:, :1], -7.0)
         )
@@ -65,8 +65,8 @@ def test_cached_equals_full_forward_pass(token_set, head, timestep, trajectory, 
     assert np.abs(np.diff(expected, axis=1)).max() > 0.05, "actions do differ from step to step"
 
 
-def test_the_memory_remembers(policy, context, changed, quick):
-    """Another first step leads to other actions at the last: the cache is read, not only written."""
+def test_first_step_changes_the_last_action(policy, context, changed, quick):
+    """The cache is read, not only written."""
     made, whole = policy(token_set="at5"), context(5)
     other = changed(whole, "reward", 0)
     a, b = (rolled_out(made, x, 32, quick)[0] for x in (whole, other))
@@ -74,7 +74,7 @@ def test_the_memory_remembers(policy, context, changed, quick):
     assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-4
 
 
-def test_growing_keeps_what_is_held(policy, context, quick):
+def test_growing_keeps_the_cached_tokens(policy, context, quick):
     made, whole = policy(token_set="ring4"), context(3)
     memory, previous = made.reset(2, 12), None
     for t in range(3):
@@ -87,7 +87,7 @@ def test_growing_keeps_what_is_held(policy, context, quick):
         np.testing.assert_array_equal(before, after[:, :12])
 
 
-def test_bfloat16_cache_holds_bfloat16_and_follows_the_full_pass(policy, context, actions, quick):
+def test_bfloat16_cache_approximates_the_full_pass(policy, context, actions, quick):
     made, whole = policy(dtype="bfloat16"), context(STEPS)
     memory = made.reset(2, 64)
     assert {x.dtype for x in memory.keys + memory.values} == {jnp.dtype(jnp.bfloat16)}
@@ -95,11 +95,11 @@ def test_bfloat16_cache_holds_bfloat16_and_follows_the_full_pass(policy, context
     np.testing.assert_allclose(found, actions(made, whole), atol=0.03)
 
 
-PROMPT = 5  # steps, in trajectories of 4: the live steps go on in the middle of one
+PROMPT = 5  # steps, in trajectories of 4: the prompt ends within a trajectory
 
 
 def lengthened(policy, context: Context, capacity: int, jit, parallel=ONE_DEVICE) -> tuple[np.ndarray, KVCache]:
-    """Actions (B, T - PROMPT, A) of the steps after a prompt, with which the first context begins; its cache."""
+    """Return the actions (B, T - PROMPT, A) after the prompt of the first context, and the prefix."""
     graph, state = nnx.split(policy)
     prompt = jax.tree.map(lambda x: x[:1, :PROMPT], context)
     prefix = jit(lambda state, prompt: nnx.merge(graph, state).prefill(prompt))(state, prompt)
@@ -115,7 +115,7 @@ def lengthened(policy, context: Context, capacity: int, jit, parallel=ONE_DEVICE
 
 
 def alike(context: Context) -> Context:
-    """Contexts that all begin with the prompt of the first one."""
+    """Return contexts that all begin with the prompt of the first context."""
     context = jax.tree.map(np.array, context)
     for x in jax.tree.leaves(context):
         x[:, :PROMPT] = x[:1, :PROMPT]
@@ -170,7 +170,7 @@ def test_cache_kept_in_bfloat16_under_float32_computation(policy, context, actio
     [("at5", "zigzag"), ("fused1", "contiguous"), ("dt3", "striped")],
 )
 def test_sharded_cache_equals_one_device(token_set, layout, policy, context, actions, quick, eight_devices):
-    """Prompt and cache divided among eight devices, each of which holds an eighth."""
+    """Each of eight devices holds an eighth of prompt and cache."""
     mesh = jax.make_mesh((1, 1, 1, 8), MESH_AXES, (AxisType.Auto,) * 4)
     parallel = Parallel(mesh, layout)
     one = policy(token_set=token_set)

@@ -10,12 +10,12 @@ from ringrl.model import TOKEN_SETS, make_policy
 from ringrl.model.heads import BINS, LOG_STD_RANGE, BinsHead, GaussianHead, MSEHead
 
 STEPS = 6
-KNOWN_LATER = ("action", "reward", "completion")  # at step t, of which the action of step t may not depend
+KNOWN_LATER = ("action", "reward", "completion")  # the action of step t must not depend on these values of step t
 
 
 @pytest.mark.parametrize("token_set", TOKEN_SETS)
-def test_what_an_action_depends_on(token_set, policy, context, changed, quick):
-    """On all that its token set shows of the steps before, on R_t and s_t; on nothing later, nor a_t, r_t, d_t."""
+def test_action_dependencies(token_set, policy, context, changed, quick):
+    """An action depends on R_t, s_t and the tokens of earlier steps, and not on a_t, r_t, d_t or later steps."""
     made, whole = policy(token_set=token_set, layers=1), context(STEPS)
     graph, state = nnx.split(made)
     run = quick(lambda context: nnx.merge(graph, state).actions(context))
@@ -33,7 +33,7 @@ def test_what_an_action_depends_on(token_set, policy, context, changed, quick):
 @pytest.mark.parametrize("head", ["mse", "gaussian", "bins"])
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
 def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, quick):
-    """The batch's second context has a last trajectory of another length: steps count alike, not contexts."""
+    """The last trajectories differ in length: the loss is a mean over steps, not over contexts."""
     whole = context(STEPS, length=4)
     whole.trajectory[1] = [0, 0, 0, 0, 0, 1]
     for loss_on in ("all", "last"):
@@ -50,7 +50,7 @@ def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, qui
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
 @pytest.mark.parametrize("loss_on", ["all", "last"])
 def test_padding_changes_neither_loss_nor_actions(kind, loss_on, policy, context, quick):
-    """The second context has two steps fewer; whatever stands in the padding does not matter."""
+    """The second context is two steps shorter. Values of padding do not matter."""
     made = policy(kind=kind, loss_on=loss_on, layers=1)
     graph, state = nnx.split(made)
     run = quick(lambda c: (nnx.merge(graph, state).loss(c), nnx.merge(graph, state).actions(c)))
@@ -74,8 +74,8 @@ def test_padding_changes_neither_loss_nor_actions(kind, loss_on, policy, context
 
 @pytest.mark.parametrize("token_set", TOKEN_SETS)
 @pytest.mark.parametrize("layout", ["striped", "zigzag"])
-def test_steps_may_lie_in_another_order(token_set, layout, policy, context, quick):
-    """Positions say when each was: the same loss, and the same actions at their new places."""
+def test_permuted_steps_give_the_same_loss_and_actions(token_set, layout, policy, context, quick):
+    """Positions define the time order of permuted steps."""
     whole = context(8, length=3)
     graph, state = nnx.split(policy(token_set=token_set, loss_on="last", timestep_embedding=True))
     run = quick(lambda c: (nnx.merge(graph, state).loss(c), nnx.merge(graph, state).actions(c)))
@@ -133,8 +133,8 @@ def test_bins_by_hand():
     assert np.isfinite(head.loss(1e4 * np.ones((1, 4), np.float32), action[:1])).all()
 
 
-def test_bins_take_one_of_two_sides_where_squared_error_takes_neither():
-    """Left and right alike often: what a policy learns of it that sees nothing else."""
+def test_bins_choose_a_mode_where_squared_error_averages():
+    """Actions of bimodal data without informative features."""
     sides = np.tile([[-0.8], [-0.8], [-0.8], [0.7], [0.7]], (8, 1)).astype(np.float32)
     x, found = np.ones((len(sides), 4), np.float32), {}
     for kind in (MSEHead, BinsHead):
@@ -147,7 +147,7 @@ def test_bins_take_one_of_two_sides_where_squared_error_takes_neither():
     assert found[BinsHead] == pytest.approx(-0.8, abs=0.05)
 
 
-def test_behaviour_cloning_sees_the_observation_only(policy, context, changed):
+def test_behaviour_cloning_uses_the_observation_only(policy, context, changed):
     made, whole = policy(kind="behaviour_cloning"), context(STEPS)
     before = np.asarray(made.actions(whole))
     for name in ("return_to_go", *KNOWN_LATER):

@@ -1,4 +1,4 @@
-"""Which tokens a timestep becomes, in which order."""
+"""Tokens of a timestep and their order."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def embedding(token_set: str, **settings: object) -> TokenEmbedding:
 
 
 def project(made: TokenEmbedding, kind: str, x: np.ndarray) -> np.ndarray:
-    """The token of one kind, by hand."""
+    """Return the token of one kind by hand."""
     linear = made.linear[kind]
     x = x[..., None] if x.ndim == 2 else x
     return x @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...])
@@ -39,7 +39,7 @@ def test_order(token_set, context):
         np.testing.assert_allclose(tokens[:, :, i], expected, rtol=1e-5, atol=1e-5, err_msg=kind)
 
 
-def test_fused_token_holds_this_return_and_state_and_the_action_reward_and_completion_before(context):
+def test_fused_token_contains_return_and_state_and_the_previous_outcome(context):
     made, whole = embedding("fused1"), context(5)
     before = {
         name: np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
@@ -69,7 +69,7 @@ def test_embeddings_of_timestep_and_trajectory_are_added_to_every_token(token_se
 
 @pytest.mark.parametrize("token_set", TOKEN_SETS)
 def test_decoding_gives_the_same_tokens_in_the_same_order(token_set, context):
-    """First what is known before the first action; then each time what followed, and what comes before the next."""
+    """Each call adds the tokens after the previous action and before the current action."""
     made = embedding(token_set, timestep_embedding=True, trajectory_embedding=True)
     whole = context(4)
     steps = [jax.tree.map(lambda x, t=t: x[:, t : t + 1], whole) for t in range(4)]
@@ -80,8 +80,8 @@ def test_decoding_gives_the_same_tokens_in_the_same_order(token_set, context):
     assert found.shape[1] == 4 * TOKEN_SETS[token_set].size - unfinished
 
 
-def test_beyond_the_last_embedding_there_is_no_nan(context):
-    """A context may hold more trajectories than there are embeddings; those share the last."""
+def test_indices_beyond_the_last_embedding_share_it(context):
+    """A context may contain more trajectories than embeddings."""
     made = embedding("fused1", timestep_embedding=True, trajectory_embedding=True)
     last = context(3)
     last = last._replace(timestep=last.timestep * 0 + 1023, trajectory=last.trajectory * 0 + 1023)
@@ -93,11 +93,11 @@ def test_beyond_the_last_embedding_there_is_no_nan(context):
 
 
 @pytest.mark.parametrize("kind", ["return_to_go", "reward", "completion"])
-def test_norms_leave_the_size_of_a_number_that_is_a_token_of_its_own(kind):
-    """A norm divides by the token's length: of a weight times the number alone it would leave the sign."""
+def test_norms_keep_the_size_of_a_scalar_token(kind):
+    """Without a bias, normalising the token of a scalar would keep only its sign."""
     made = embedding("at5", width=64)
     tokens = project(made, kind, np.array([[0.0, 0.3, 0.9]]))[0]
-    assert (np.linalg.norm(tokens, axis=1) > 1).all()  # nor is the derivative of a norm at zero fit to learn from
+    assert (np.linalg.norm(tokens, axis=1) > 1).all()  # the gradient of a norm at zero is useless
     directions = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
     alike = directions @ directions.T
     assert alike[np.triu_indices(3, 1)].max() < 0.98

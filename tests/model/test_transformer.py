@@ -12,7 +12,7 @@ CONFIG = ModelConfig(layers=2, width=16, heads=4, kv_heads=2)
 
 @pytest.mark.parametrize("base", [10_000.0, 25e6])
 def test_rotary_angles(base):
-    """RoFormer, equation 34, with the pairs (i, i + D/2): pair i turns by position * base^(-2i/D)."""
+    """RoFormer, equation 34, for the pairs (i, i + D/2)."""
     x = np.random.default_rng(0).normal(size=(1, 3, 1, 6)).astype(np.float32)
     positions = np.array([0, 1, 50])
     found = np.asarray(rotate(x, positions, base))
@@ -52,8 +52,8 @@ def test_rotary_keeps_the_dtype():
     assert rotate(jnp.ones((1, 2, 1, 4), jnp.bfloat16), jnp.arange(2)).dtype == jnp.bfloat16
 
 
-def test_a_larger_rotary_base_finds_what_is_far_away():
-    """A key that says what the query asks for, among others that say nothing, 300,000 tokens ago."""
+def test_a_larger_rotary_base_finds_distant_keys():
+    """Attention scores of a matching key at up to 512,000 tokens of distance."""
     same = np.zeros((1, 1, 1, 64), np.float32)
     same[..., [15, 31, 47, 63]] = 1  # the slower pairs
     positions = np.arange(512_000, 0, -1000)
@@ -71,14 +71,14 @@ def test_a_larger_rotary_base_finds_what_is_far_away():
 
 
 def test_order_of_tokens_matters():
-    """Without positions, swapping two earlier tokens would leave a one-layer model's last output as it was."""
+    """Without positions, swapping two earlier tokens would not change the last output of a one-layer model."""
     made = Transformer(CONFIG.model_copy(update={"layers": 1}), nnx.Rngs(params=0))
     x = np.random.default_rng(0).normal(size=(1, 5, 16)).astype(np.float32)
     run = jax.jit(made.__call__)
     assert np.abs(run(x)[:, -1] - run(x[:, [1, 0, 2, 3, 4]])[:, -1]).max() > 1e-3
 
 
-def test_a_token_changes_nothing_before_it():
+def test_transformer_is_causal():
     made = Transformer(CONFIG, nnx.Rngs(params=0))
     run = jax.jit(made.__call__)
     x = np.random.default_rng(0).normal(size=(1, 9, 16)).astype(np.float32)
@@ -88,11 +88,11 @@ def test_a_token_changes_nothing_before_it():
         changed[:, t] += 1
         after = np.asarray(run(changed))
         np.testing.assert_array_equal(before[:, :t], after[:, :t])
-        assert (np.abs(before[:, t:] - after[:, t:]).max(-1) > 1e-6).all(), "and all that follows"
+        assert (np.abs(before[:, t:] - after[:, t:]).max(-1) > 1e-6).all(), "later tokens change"
 
 
 def test_attention_layer_by_hand():
-    """Query head h reads key and value head h // 2; heads are joined in order."""
+    """Query head h uses key and value head h // 2."""
     layer = Attention(CONFIG, nnx.Rngs(params=0))
     x = np.random.default_rng(0).normal(size=(1, 5, 16)).astype(np.float32)
     query, key_value, out = (np.asarray(part.kernel[...]) for part in (layer.query, layer.key_value, layer.out))
@@ -107,7 +107,7 @@ def test_attention_layer_by_hand():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parameters_and_features_are_float32_whatever_is_computed_in(dtype):
+def test_parameters_and_features_are_float32_for_every_dtype(dtype):
     made = Transformer(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made, nnx.Param))} == {jnp.dtype(jnp.float32)}
     x, positions = jnp.ones((1, 3, 16), dtype), jnp.arange(3)

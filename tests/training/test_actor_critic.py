@@ -181,7 +181,7 @@ def test_a_domain_without_places_to_reach_takes_no_hindsight(small: TrainConfig,
     collect("cartpole_swingup", tmp_path / "collected", episodes=2, seed=0)
     store = import_archive(tmp_path / "collected", tmp_path / "cartpole.h5", "cartpole")
     config = small.model_copy(update={"data": store.path, "task": "cartpole_swingup"})
-    with pytest.raises(UserError, match=r"actor_critic\.hindsight: cartpole_swingup asks for no place"):
+    with pytest.raises(UserError, match=r"actor_critic\.hindsight: cartpole_swingup has no goal position"):
         train(config, quiet=True)
     assert not config.run.exists()
     plain = config.model_copy(update={"actor_critic": type(config.actor_critic)()})

@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_named_and_training_falls_back_aloud(finished: T
     said = io.StringIO()
     train(finished, resume=True, quiet=True, console=Console(file=said))
     assert f"{newest}: is damaged" in said.getvalue()
-    assert "laid aside as" in said.getvalue()
+    assert "moved to" in said.getvalue()
     assert (finished.run / "damaged_checkpoint_14").is_dir()
     assert load_policy(finished.run).step == 14
     assert without_speed(metrics.read_text()) == without_speed(before), "steps 13 and 14 again, bit for bit"

@@ -127,7 +127,7 @@ def test_two_processes_compute_what_one_does_and_what_was_stopped_goes_on(
     hosts.started[1].send_signal(signal.SIGTERM)
     (code, output, errors), (other, silent, said) = hosts.end(0), hosts.end(1)
     assert (code, other) == (0, 0), errors + said
-    assert "told to stop: saved after step" in errors
+    assert "stopped by SIGTERM: checkpoint saved after step" in errors
     (step,) = [int(path.name) for path in (stopped.run / "checkpoints").iterdir()]
     assert [entry["step"] for entry in entries(stopped.run)] == list(range(1, step + 1))
     assert step < 40

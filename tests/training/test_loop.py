@@ -27,7 +27,7 @@ def entries(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
-def test_loss_falls_and_everything_is_written(tiny: TrainConfig, kind: str, tmp_path: Path) -> None:
+def test_loss_falls_and_all_files_are_written(tiny: TrainConfig, kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "collected"
     collect(tiny.task, folder, episodes=8, seed=0)  # controllers, not noise: there is something to learn
     store = import_archive(folder, tmp_path / "collected.h5", "jaco")
@@ -50,8 +50,8 @@ def test_loss_falls_and_everything_is_written(tiny: TrainConfig, kind: str, tmp_
     assert load_policy(config.run, 50).parameter_hash != trained.parameter_hash
 
 
-def test_every_checkpoint_and_metric_is_that_of_a_plain_loop(tiny: TrainConfig, jaco_store: EpisodeStore) -> None:
-    """A checkpoint at every step, written in the background while the next step overwrites the state's memory."""
+def test_checkpoints_and_metrics_equal_a_plain_loop(tiny: TrainConfig, jaco_store: EpisodeStore) -> None:
+    """Checkpoints of every step are written in the background while the next step reuses the memory of the state."""
     short = tiny.optimiser.model_copy(update={"steps": 6})
     config = tiny.model_copy(update={"optimiser": short, "checkpoint_every": 1, "keep_checkpoints": 10})
     train(config, quiet=True)
@@ -79,7 +79,7 @@ def test_every_checkpoint_and_metric_is_that_of_a_plain_loop(tiny: TrainConfig, 
 
 
 @pytest.mark.parametrize("kind", ["transformer", "td3_bc"])
-def test_a_run_on_part_of_the_data_knows_nothing_of_the_rest(
+def test_a_run_on_part_of_the_data_uses_no_other_episodes(
     tiny: TrainConfig, jaco_store: EpisodeStore, kind: str
 ) -> None:
     context = tiny.context.model_copy(update={"max_transitions": 1100, "best_fraction": 0.75})
@@ -101,7 +101,7 @@ def test_an_existing_run_is_not_overwritten(finished: TrainConfig) -> None:
     assert str(finished.run) in str(caught.value)
 
 
-def test_a_folder_with_other_files_is_left_alone(tiny: TrainConfig) -> None:
+def test_a_folder_with_other_files_is_rejected(tiny: TrainConfig) -> None:
     tiny.run.mkdir()
     (tiny.run / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
@@ -109,7 +109,7 @@ def test_a_folder_with_other_files_is_left_alone(tiny: TrainConfig) -> None:
     assert [p.name for p in tiny.run.iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_that_cannot_be_made_is_named(tiny: TrainConfig) -> None:
+def test_a_run_folder_that_cannot_be_created_is_named(tiny: TrainConfig) -> None:
     tiny.run.write_text("a file")
     for run in (tiny.run, tiny.run / "below"):
         with pytest.raises(UserError, match="give another --run") as caught:
@@ -118,13 +118,13 @@ def test_a_run_that_cannot_be_made_is_named(tiny: TrainConfig) -> None:
     assert tiny.run.read_text() == "a file"
 
 
-def test_another_configuration_is_refused_by_the_settings_name(finished: TrainConfig) -> None:
+def test_another_configuration_is_rejected_with_the_name_of_the_setting(finished: TrainConfig) -> None:
     other = finished.model_copy(update={"optimiser": finished.optimiser.model_copy(update={"learning_rate": 0.5})})
     with pytest.raises(UserError, match=r"optimiser\.learning_rate was 0\.001, is 0\.5"):
         train(other, resume=True, quiet=True)
 
 
-def test_a_run_that_is_older_than_a_setting_goes_on(finished: TrainConfig) -> None:
+def test_a_run_that_is_older_than_a_setting_resumes(finished: TrainConfig) -> None:
     saved = finished.run / "config.yaml"
     values = yaml.safe_load(saved.read_text())
     del values["context"]["sampling"]
@@ -136,7 +136,7 @@ def test_a_run_that_is_older_than_a_setting_goes_on(finished: TrainConfig) -> No
     assert str(saved) in str(caught.value)
 
 
-def test_another_dataset_is_refused_and_a_moved_one_is_not(
+def test_another_dataset_is_rejected_and_a_moved_one_is_not(
     finished: TrainConfig, jaco_folder: Path, jaco_store: EpisodeStore, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved.h5"
@@ -151,7 +151,7 @@ def test_another_dataset_is_refused_and_a_moved_one_is_not(
         train(finished.model_copy(update={"data": other.path}), resume=True, quiet=True)
 
 
-def test_data_that_does_not_fit_is_refused_before_anything_is_written(tiny: TrainConfig) -> None:
+def test_data_that_does_not_fit_is_rejected_before_any_file_is_written(tiny: TrainConfig) -> None:
     many = tiny.context.model_copy(update={"trajectories": 9})
     for change, said in (
         ({"task": "walker_walk"}, "walker_walk"),

@@ -1,4 +1,4 @@
-"""What the optimiser does to which parameters."""
+"""Parameters with weight decay."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weight_decay_shrinks_matrices_alone(kind: str) -> None:
-    """Blocks are stacked, so a bias has two axes: counting them decayed it, and the scales of norms, too."""
+def test_weight_decay_applies_to_matrices_only(kind: str) -> None:
+    """Biases and norm scales of stacked blocks are two-dimensional too, but must not decay."""
     config = ModelConfig.model_validate({"kind": kind, "layers": 2} | KINDS[kind])
     params = nnx.to_pure_dict(nnx.state(make_policy(config, 4, 3, 0), nnx.Param))
     params = jax.tree.map(jnp.ones_like, params)

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL and resumed equals one that is not, bit for bit."""
+"""A run that is killed with SIGKILL and resumed is bit-identical to an uninterrupted run."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def test_killed_at_four_moments_and_resumed_is_bit_identical(tiny: TrainConfig, 
     kill_when(lambda: any(checkpoints.glob("4*")), tiny, "--resume")  # the first checkpoint is being written
     kill_when(lambda: any(checkpoints.glob("8*")), tiny, "--resume")  # the second
 
-    kill_when(lambda: lines(tiny.run) >= 10, tiny, "--resume")  # past the last checkpoint: this work is done twice
+    kill_when(lambda: lines(tiny.run) >= 10, tiny, "--resume")  # past the last checkpoint: these steps are repeated
     with (tiny.run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "lo')  # what a kill in the middle of a write leaves
 
@@ -77,8 +77,8 @@ def test_resuming_a_finished_run_changes_nothing(finished: TrainConfig) -> None:
     assert load_policy(finished.run).parameter_hash == policy.parameter_hash
 
 
-def test_the_run_itself_is_repeatable_and_follows_its_seed(tiny: TrainConfig, finished_run: Path, tmp_path) -> None:
-    """The identity above is no accident of numbers that never differ."""
+def test_a_run_is_repeatable_and_depends_on_its_seed(tiny: TrainConfig, finished_run: Path, tmp_path) -> None:
+    """Metrics are repeatable, and differ for another seed."""
     train(tiny, quiet=True)
     assert numbers(tiny.run) == numbers(finished_run)
     other = tiny.model_copy(update={"seed": 4, "run": tmp_path / "other"})
@@ -87,7 +87,7 @@ def test_the_run_itself_is_repeatable_and_follows_its_seed(tiny: TrainConfig, fi
     assert all(differing)
 
 
-def test_a_checkpoint_knows_the_configuration_where_its_file_is_gone(finished: TrainConfig) -> None:
+def test_a_checkpoint_contains_the_configuration(finished: TrainConfig) -> None:
     file = finished.run / "config.yaml"
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])
@@ -104,8 +104,8 @@ def test_a_checkpoint_knows_the_configuration_where_its_file_is_gone(finished: T
     assert file.read_text() == whole.replace(whole.split("run: ")[1].splitlines()[0], str(finished.run))
 
 
-def test_where_things_lie_may_change(finished: TrainConfig, tmp_path: Path) -> None:
-    """A run whose folder was moved goes on from its checkpoint."""
+def test_a_moved_run_resumes(finished: TrainConfig, tmp_path: Path) -> None:
+    """A moved run continues from its newest checkpoint."""
     moved = finished.run.rename(tmp_path / "moved")
     for step in (moved / "checkpoints").glob("14*"):
         for path in sorted(step.rglob("*"), reverse=True):

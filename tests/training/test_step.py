@@ -1,4 +1,4 @@
-"""One optimiser step by hand, and the schedule."""
+"""Optimiser step by hand, and the learning rate schedule."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_short_runs_have_a_schedule(steps, warmup):
 
 
 def test_a_step_by_hand(batch):
-    """Clipping to the global norm, then Adam with bias correction, then decay of matrices alone."""
+    """Clipping by global norm, Adam with bias correction, then weight decay of matrices."""
     config = OptimiserConfig(
         steps=10, warmup_steps=0, learning_rate=0.01, final_learning_rate=1, weight_decay=0.3, clip_norm=0.05, beta2=0.9
     )
@@ -79,7 +79,7 @@ def test_a_step_by_hand(batch):
         np.testing.assert_allclose(found, value, atol=2e-4, err_msg=jax.tree_util.keystr(path))
 
 
-def test_the_second_moments_decay_is_the_configured_one():
+def test_beta2_is_the_configured_one():
     optimiser = make_optimiser(OptimiserConfig(beta2=0.5, clip_norm=1e9))
     params = {"w": jnp.ones((2, 2))}
     state = optimiser.init(params)
@@ -87,7 +87,7 @@ def test_the_second_moments_decay_is_the_configured_one():
     np.testing.assert_allclose(optax.tree_utils.tree_get(state, "nu")["w"], 0.5 * 9)
 
 
-def test_the_state_is_donated_and_a_step_that_is_not_finite_changes_nothing_but_the_count(batch):
+def test_state_is_donated_and_non_finite_steps_change_only_counts(batch):
     policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
     optimiser = make_optimiser(OptimiserConfig(warmup_steps=0))
     step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)
@@ -101,7 +101,7 @@ def test_the_state_is_donated_and_a_step_that_is_not_finite_changes_nothing_but_
     assert (int(metrics["skipped"]), int(state.step)) == (1, 2)
     assert not np.isfinite(metrics["loss"])
     for old, new in zip(jax.tree.leaves(before[:2]), jax.tree.leaves(state[:2]), strict=True):
-        np.testing.assert_array_equal(old + 1 if old.dtype == np.int32 else old, new, "counts go on, and the schedule")
+        np.testing.assert_array_equal(old + 1 if old.dtype == np.int32 else old, new, "counts advance")
     state, metrics = step(state, batch)
     assert int(metrics["skipped"]) == 0
     assert any(
@@ -111,8 +111,8 @@ def test_the_state_is_donated_and_a_step_that_is_not_finite_changes_nothing_but_
 
 
 @pytest.mark.parametrize(("loss_on", "parts"), [("all", 2), ("last", 4)])
-def test_a_batch_in_parts_has_the_whole_batchs_gradient(loss_on, parts):
-    """Contexts of unequal length: a mean of the parts' means would be another number."""
+def test_accumulated_gradient_equals_that_of_the_whole_batch(loss_on, parts):
+    """Contexts differ in length, so the mean of the parts' means would be wrong."""
     random = np.random.default_rng(0)
     normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
     index = np.tile(np.arange(6, dtype=np.int32), (4, 1))
