@@ -1,4 +1,4 @@
-"""Every knob of RingRL: frozen data, checked where it enters. Presets are YAML files in configs/."""
+"""Every setting of RingRL, as frozen and validated models. Presets are YAML files in configs/."""
 
 import difflib
 from collections.abc import Mapping
@@ -14,93 +14,93 @@ from ringrl.methods import FAMILIES, Family, Kind
 
 
 class Section(pydantic.BaseModel):
-    """A group of settings: immutable, unknown names refused, docstrings shown by --help."""
+    """A group of settings. Immutable; unknown names are errors; the docstrings of attributes are the --help texts."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _names_are_known(cls, values: Any) -> Any:
+    def _check_names(cls, values: Any) -> Any:
         for name in values if isinstance(values, Mapping) else ():
             if name not in cls.model_fields:
                 near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-                what_to_do = f"did you mean {near[0]}?" if near else f"choose of {', '.join(cls.model_fields)}"
-                raise ValueError(f"there is no setting {name}; {what_to_do}")
+                advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(cls.model_fields)}"
+                raise ValueError(f"there is no setting {name}; {advice}")
         return values
 
 
 class ContextConfig(Section):
-    """How trajectories are put together into one context."""
+    """How trajectories are combined into one context."""
 
     trajectories: int = Field(4, ge=1)
-    """Trajectories per context."""
+    """Trajectories (episodes) per context. More give the model more to learn from in context; memory and time grow."""
     order: Literal["ascending", "descending", "history", "random"] = "ascending"
-    """Order in the context: by return (ascending: chain of hindsight), as collected, or random."""
+    """Order of the trajectories: by return (ascending is chain of hindsight), as collected (history), or random."""
     target: Literal["best", "own", "none"] = "best"
-    """Return that each trajectory's return-to-go starts from: the best of its context, or its own; none: no return is
-    asked for, return-to-go and completion are zero throughout (algorithm distillation)."""
+    """Start of each return-to-go: the best return in the context, or the trajectory's own return. With none,
+    return-to-go and completion are zero (algorithm distillation)."""
     sampling: Literal["uniform", "return_stratified", "history_window", "fixed"] = "uniform"
-    """Which trajectories are drawn: all alike; ten equal ranges of return alike; consecutive ones of the history (with
-    order history: algorithm distillation); or uniformly once, and then the same contexts at every step."""
+    """How trajectories are drawn: uniformly; evenly from ten equal ranges of return; consecutive episodes of the
+    history (algorithm distillation, with order history); or fixed: one uniform draw that every step repeats."""
     other_tasks: tuple[str, ...] = ()
-    """Tasks whose rewards take turns with those of the run's own task: each context is of one task, all alike likely,
-    and nothing but the rewards and returns in it tells the model of which."""
+    """Further tasks to train on. Each context holds one task, drawn uniformly from these and the run's own; only its
+    rewards and returns identify the task."""
     max_transitions: int | None = Field(None, ge=1)
-    """Use only so many transitions: whole episodes, taken in an order that the run's seed shuffles, up to the first
-    that would exceed it. More transitions with the same seed hold all that fewer do."""
+    """Cap on transitions. Whole episodes are taken in seed-shuffled order; a smaller cap is a subset of a larger."""
     best_fraction: float = Field(1.0, gt=0, le=1)
-    """Of these episodes use only this fraction, those of highest return (0.1 with behaviour cloning: BC-10%)."""
+    """Fraction of these episodes to keep, highest returns first (0.1 with behaviour cloning is BC-10%)."""
 
     @pydantic.model_validator(mode="after")
-    def _window_is_whole(self) -> Self:
+    def _check_history(self) -> Self:
         if self.sampling == "history_window" and (self.best_fraction < 1 or self.max_transitions is not None):
             raise ValueError(
-                "sampling: a history_window is of consecutive episodes, which best_fraction and max_transitions leave "
-                "gaps in; use it without them (`ringrl data import --subset first` shortens a history)"
+                "sampling: history_window needs consecutive episodes, but best_fraction and max_transitions remove "
+                "some; leave both out (`ringrl data import --subset first` shortens a history)"
             )
         return self
 
 
 class ModelConfig(Section):
-    """What maps a context to actions."""
+    """The network that maps a context to actions."""
 
     kind: Kind = "transformer"
-    """The Agentic Transformer, or a feed-forward policy of the present observation alone: imitation, or TD3+BC."""
+    """A transformer over the context, or a feed-forward policy of the current observation: behaviour_cloning
+    (imitation) or td3_bc (TD3+BC)."""
     token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
-    """Tokens per timestep: at5 (R,s,a,r,d), ring4 (R,s,a,r), dt3 (R,s,a), fused1 (all in one token)."""
+    """Tokens per timestep: at5 (return-to-go, state, action, reward, completion), ring4 (return-to-go, state, action,
+    reward), dt3 (return-to-go, state, action), fused1 (all in one token: the shortest context)."""
     action_head: Literal["mse", "gaussian", "bins"] = "mse"
-    """Squared error on tanh actions, a gaussian with state-dependent width, or the likeliest of 21 values of each
-    component: where the data does one thing or the other, mse does what lies between, which may be neither."""
+    """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (the likeliest of
+    21 values per component). mse averages over modes; choose bins if the data is multi-modal."""
     loss_on: Literal["all", "last"] = "all"
-    """Imitate every trajectory of the context, or only the last one (with order ascending, the best)."""
+    """Trajectories that the loss imitates: all, or the last of the context (the best one, with order ascending)."""
     layers: int = Field(3, ge=1)
-    """Transformer blocks (hidden layers of the feed-forward kinds)."""
+    """Transformer blocks (hidden layers of a feed-forward policy)."""
     width: int = Field(128, ge=8)
-    """Features per token (units per hidden layer of the feed-forward kinds)."""
+    """Features per token (units per hidden layer of a feed-forward policy)."""
     heads: int = Field(2, ge=1)
-    """Query heads; they divide the width."""
+    """Query heads. Must divide the width."""
     kv_heads: int = Field(1, ge=1)
-    """Key and value heads; they divide the query heads."""
+    """Key and value heads. Must divide the query heads; fewer make the key-value cache smaller."""
     feed_forward: int = Field(4, ge=1)
-    """Width of the feed-forward layer as a multiple of the width."""
+    """Width of the feed-forward layer, as a multiple of the width."""
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] = "ring"
-    """Vanilla (all logits at once), memory_efficient (in tiles), blockwise (the feed-forward layer in blocks too), or
-    ring (and the keys sent from device to device, not gathered). All compute the same."""
+    """How attention is computed; the result is the same. vanilla: all logits at once. memory_efficient: in tiles.
+    blockwise: the feed-forward layer in blocks, too. ring: keys circulate between devices instead of being gathered."""
     block_tokens: int = Field(4096, ge=1)
-    """Tokens per device that the feed-forward layer takes at a time, with attention blockwise or ring."""
+    """Tokens per device in one block of the feed-forward layer (attention blockwise or ring). Fewer save memory."""
     remat: Literal["none", "layers"] = "none"
-    """What the backward pass computes anew: nothing, or each layer but its attention (about a quarter more work in
-    matrices, and memory for little more than each layer's input)."""
+    """Rematerialisation in the backward pass. layers: recompute each layer except its attention. Memory then holds
+    little more than each layer's input, for about a quarter more matrix work."""
     timestep_embedding: bool = False
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False
     """Add a learned embedding of the trajectory's index in the context."""
     rotary_base: float = Field(10_000.0, gt=1)
-    """Of rotary positions (2104.09864): a head's slowest pair turns once in about 6 times as many tokens. In a context
-    longer than that no feature keeps still, and what a token says is matched less the further off it is; so longer
-    contexts ask for more (2310.05209)."""
+    """RoPE base (2104.09864). The slowest pair has a period of about 6 x base tokens; raise it for longer contexts
+    (2310.05209)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Computation; parameters are float32 always."""
+    """Precision of the computation. Parameters are always float32."""
 
     @property
     def family(self) -> Family:
@@ -108,7 +108,7 @@ class ModelConfig(Section):
         return FAMILIES[self.kind]
 
     @pydantic.model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _check_heads(self) -> Self:
         if not self.family.has_context:
             return self
         if self.width % self.heads or (self.width // self.heads) % 2:
@@ -119,69 +119,69 @@ class ModelConfig(Section):
 
 
 class HindsightConfig(Section):
-    """Goals that a transition is scored for besides its task's own (1707.01495), where the task is to reach a place."""
+    """Hindsight relabelling (1707.01495): transitions scored for other goals. For tasks that reach a place."""
 
     later: float = Field(0.0, ge=0, le=1)
-    """Share of transitions whose goal is a place that their own episode comes to later."""
+    """Share of transitions whose goal is a place that the same episode reaches later."""
     steps_ahead: float = Field(10.0, ge=1, le=1e6)
-    """How much later, in steps: the mean of a geometric distribution, cut at the episode's end."""
+    """Mean distance to that later place, in steps (geometric distribution, cut at the episode's end)."""
     nearby: float = Field(0.0, ge=0, le=1)
-    """Share of transitions whose goal is a place from anywhere in the data, within `radius` of the task's goal."""
+    """Share of transitions whose goal is any place in the data within `radius` of the task's goal."""
     radius: float = Field(0.25, gt=0)
-    """What counts as nearby, in metres."""
+    """Radius of `nearby`, in metres."""
     distance_cost: float = Field(0.0, ge=0)
-    """Reward lost per metre from the goal, up to one metre: a slope where the reward is flat. In training only."""
+    """Reward subtracted per metre from the goal, up to one metre, in training only. Gives a slope to a flat reward."""
 
     @pydantic.model_validator(mode="after")
-    def _shares_add_up(self) -> Self:
+    def _check_shares(self) -> Self:
         if self.later + self.nearby > 1:
-            raise ValueError(f"later and nearby are shares of one whole, and {self.later} + {self.nearby} exceeds 1")
+            raise ValueError(f"later, nearby: the shares {self.later} and {self.nearby} add up to more than 1")
         return self
 
 
 class ActorCriticConfig(Section):
-    """TD3+BC (2106.06860): a policy that climbs a learned value and stays near the data's actions; kind td3_bc only."""
+    """TD3+BC (2106.06860): a policy that maximises a learned value and stays near the data. For kind td3_bc only."""
 
     discount: float = Field(0.99, ge=0, lt=1)
-    """What a reward one step later is worth."""
+    """Discount of rewards, per step."""
     n_step: int = Field(1, ge=1)
-    """Rewards summed before the target critics' value takes over; fewer at an episode's end (it is no termination)."""
+    """Rewards summed before bootstrapping; fewer at the end of an episode, which is a truncation."""
     behaviour_cloning: float = Field(0.4, ge=0)
-    """Weight of the squared distance to the data's action, beside a value scaled to one (1 / alpha of the paper);
-    0: TD3, which imitates nothing."""
+    """Weight of the squared distance to the data's action, relative to a value scaled to one (1 / alpha in the paper).
+    0 is TD3 without imitation."""
     target_rate: float = Field(0.005, gt=0, le=1)
-    """How far the target networks move towards the learned ones at an actor update."""
+    """Rate at which the target networks follow the learned ones, per actor update."""
     actor_delay: int = Field(2, ge=1, lt=2**31)
-    """Critic updates (the optimiser's steps) per actor update."""
+    """Critic updates (optimiser steps) per actor update."""
     target_noise: float = Field(0.2, ge=0)
-    """Standard deviation of the noise on the target actor's actions, which lie in [-1, 1]."""
+    """Standard deviation of the noise on target actions; actions are in [-1, 1]."""
     target_noise_clip: float = Field(0.5, ge=0)
-    """Largest such noise."""
+    """Largest magnitude of that noise."""
     hindsight: HindsightConfig = HindsightConfig()
-    """Other goals than the task's."""
+    """Hindsight goals."""
 
 
-BATCH_AXES = ("data", "fsdp")  # of a mesh: those that divide a batch,
-SEQUENCE_AXIS = "seq"  # and the one that divides each of its contexts
+BATCH_AXES = ("data", "fsdp")  # mesh axes that divide a batch
+SEQUENCE_AXIS = "seq"  # mesh axis that divides each context
 
 
 class MeshConfig(Section):
-    """Devices, and what each axis of them divides; their product is the number of devices used."""
+    """Devices along each mesh axis. The product of the axes is the number of devices used."""
 
     data: int = Field(1, ge=1)
-    """Batch."""
+    """Data parallelism: devices that divide the batch."""
     fsdp: int = Field(1, ge=1)
-    """Batch and parameters."""
+    """Fully sharded data parallelism: devices that divide the batch and the parameters."""
     tensor: int = Field(1, ge=1)
-    """Heads and units of the feed-forward layer."""
+    """Tensor parallelism: devices that divide the heads and the feed-forward units."""
     seq: int = Field(1, ge=1)
-    """Each context, around a ring of this size (and parameters)."""
+    """Sequence parallelism: devices in the ring that divides each context (and the parameters)."""
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
-    """How a context's steps are dealt out to the ring; zigzag gives every device the same work."""
+    """Assignment of a context's steps to the ring's devices. zigzag gives each device the same work."""
 
     @property
     def devices(self) -> int:
-        """In all."""
+        """Number of devices used."""
         return self.data * self.fsdp * self.tensor * self.seq
 
 
@@ -189,32 +189,30 @@ class OptimiserConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     steps: int = Field(1000, ge=1)
-    """Optimiser steps in all."""
+    """Optimiser steps of the whole run."""
     batch_size: int = Field(4, ge=1)
-    """Contexts per step; transitions per step for td3_bc."""
+    """Contexts per step (transitions per step for td3_bc)."""
     accumulation: int = Field(1, ge=1)
-    """Parts that a batch is computed in, one after the other, to save memory; it divides the batch."""
+    """Parts of a batch that are computed one after the other. More save memory. Must divide the batch."""
     skipped_steps: int = Field(5, ge=0)
-    """Steps in a row whose loss or gradients are not finite, and which change nothing, before the run stops."""
+    """Consecutive steps with non-finite loss or gradients before the run stops. Such steps change no parameter."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float = Field(0.0, ge=0)
-    """Learning rate that the decay ends at, one step after the last, as a fraction of the peak."""
+    """Learning rate at the end of the decay (one step after the last), as a fraction of the peak."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up, which begins at zero: with any, the first step changes no parameter."""
+    """Steps of linear warm-up. The first of them has a learning rate of zero."""
     weight_decay: float = Field(1e-2, ge=0)
-    """AdamW's decoupled weight decay (matrices only)."""
+    """Decoupled weight decay, on matrices only."""
     clip_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    """Largest global norm of the gradients; larger gradients are scaled down."""
     beta2: float = Field(0.98, gt=0, lt=1)
-    """AdamW's decay of the squared gradients."""
+    """Decay rate of the squared gradients."""
 
     @pydantic.model_validator(mode="after")
-    def _parts_divide(self) -> Self:
+    def _check_accumulation(self) -> Self:
         if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"accumulation: a batch of {self.batch_size} does not divide into {self.accumulation} parts"
-            )
+            raise ValueError(f"accumulation: {self.accumulation} parts do not divide a batch of {self.batch_size}")
         return self
 
 
@@ -222,164 +220,155 @@ class TrainConfig(Section):
     """One training run."""
 
     data: Path
-    """Dataset: a RingRL store (.h5), made by `ringrl data import`."""
+    """Dataset: a RingRL store (.h5), written by `ringrl data import`."""
     task: str
-    """Task whose reward is learned, for example walker_walk."""
+    """Task whose reward is used, for example walker_walk."""
     run: Path
     """Folder of the run: configuration, metrics, checkpoints, evaluations."""
-    seed: int = Field(0, ge=0, lt=2**32)  # of a larger one, JAX's keys know the last 32 bits alone
-    """Seed of parameters and of the order of the data."""
+    seed: int = Field(0, ge=0, lt=2**32)  # JAX's keys keep only 32 bits
+    """Seed of the initial parameters and of the order of the data."""
     checkpoint_every: int = Field(200, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints. A killed run repeats at most this many."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints kept."""
+    """Newest checkpoints to keep, besides the one of lowest loss."""
     log_every: int = Field(10, ge=1)
-    """Steps between writes of metrics.jsonl, which has a line for each step."""
+    """Steps between writes of metrics.jsonl, which has one line per step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """What shows the same numbers besides metrics.jsonl; wandb works offline, in the run's folder, unless the
-    environment's WANDB_MODE says otherwise."""
+    """Additional loggers. wandb writes offline to the run's folder, unless WANDB_MODE is set."""
     ignored_observations: tuple[int, ...] = ()
-    """Components of the observation, from 0, that the model does not see."""
+    """Components of the observation, counted from 0, that the model does not see."""
     context: ContextConfig = ContextConfig()
-    """How trajectories are put together (of this, td3_bc knows max_transitions and best_fraction alone)."""
+    """Contexts (td3_bc uses only max_transitions and best_fraction)."""
     model: ModelConfig = ModelConfig()
-    """What maps a context to actions."""
+    """Network."""
     optimiser: OptimiserConfig = OptimiserConfig()
-    """AdamW."""
+    """Optimiser."""
     actor_critic: ActorCriticConfig = ActorCriticConfig()
     """TD3+BC."""
     mesh: MeshConfig = MeshConfig()
     """Devices."""
 
     @pydantic.model_validator(mode="after")
-    def _tasks_are_told_apart(self) -> Self:
-        others = self.context.other_tasks
-        if not others:
-            return self
-        if len({self.task, *others}) <= len(others):
-            raise ValueError("context.other_tasks: a task stands there twice, or is the run's own")
-        if not self.model.family.has_context:
-            raise ValueError(f"context.other_tasks: a {self.model.kind} has no context that could tell tasks apart")
-        if self.context.best_fraction < 1:
-            raise ValueError(
-                "context.best_fraction: the best episodes of one task are not those of other_tasks; give 1"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _one_part(self) -> Self:
-        if not self.model.family.splits_batches and self.optimiser.accumulation > 1:
-            raise ValueError(f"optimiser.accumulation: {self.model.kind} computes a batch in one part; leave it at 1")
+    def _check_combinations(self) -> Self:
+        others, kind, family = self.context.other_tasks, self.model.kind, self.model.family
+        if not family.splits_batches and self.optimiser.accumulation > 1:
+            raise ValueError(f"optimiser.accumulation: {kind} computes a batch in one part; leave it at 1")
+        if others and len({self.task, *others}) <= len(others):
+            raise ValueError("context.other_tasks: names a task twice, or the run's own task")
+        if others and not family.has_context:
+            raise ValueError(f"context.other_tasks: {kind} has no context that could identify the task")
+        if others and self.context.best_fraction < 1:
+            raise ValueError("context.best_fraction: the best episodes differ between tasks; leave it at 1")
         return self
 
 
 class DistributedConfig(Section):
-    """Several processes as one run. How they meet is no part of what the run is, and not saved with it."""
+    """Several processes that train one run together. Not saved with the run."""
 
     enabled: Literal["auto", "on", "off"] = "auto"
-    """auto: where a coordinator is given or srun started several tasks; on: also where JAX finds Kubernetes, Cloud TPU
-    or MPI; off: alone."""
+    """auto: on if a coordinator is given or srun started several tasks. on: also let JAX detect Kubernetes, Cloud TPU
+    or MPI. off: one process."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, which all others can reach."""
+    """Address HOST:PORT of process 0, reachable from all processes."""
     processes: int | None = Field(None, ge=1)
-    """How many there are, where a coordinator is given."""
+    """Number of processes; with a coordinator only."""
     process: int | None = Field(None, ge=0)
-    """Which one this is, from 0, where a coordinator is given."""
+    """Index of this process, from 0; with a coordinator only."""
     start_timeout: int = Field(300, ge=1)
-    """Seconds within which all have to meet."""
+    """Seconds to wait until all processes are connected."""
     heartbeat_timeout: int = Field(30, ge=2)
-    """Seconds after which a process that is silent counts as lost, which ends the run."""
+    """Seconds without a heartbeat after which a process counts as lost, which ends the run."""
 
     @pydantic.model_validator(mode="after")
-    def _says_where_and_who(self) -> Self:
+    def _check_address(self) -> Self:
         given = [value is not None for value in (self.coordinator, self.processes, self.process)]
         if any(given) and not all(given):
-            raise ValueError("coordinator, processes and process belong together; give all three, or none")
+            raise ValueError("coordinator, processes, process: give all three, or none")
         if self.coordinator is None or self.processes is None or self.process is None:
             return self
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"coordinator {self.coordinator!r} is not of the form HOST:PORT")
         if self.process >= self.processes:
-            raise ValueError(f"process {self.process} is none of {self.processes}, which count from 0")
+            raise ValueError(f"process {self.process} is out of range: {self.processes} processes count from 0")
         return self
 
 
 class SlurmConfig(Section):
-    """What a job asks of SLURM; one process per GPU."""
+    """Resources of a SLURM job, which runs one process per GPU."""
 
     partition: str | None = None
-    """Partition; without it, the cluster's default."""
+    """Partition; by default the cluster's."""
     account: str | None = None
-    """Account that pays."""
+    """Account to charge."""
     constraint: str | None = None
-    """Features that the nodes must have."""
+    """Required features of the nodes."""
     nodes: int = Field(1, ge=1)
-    """Machines."""
+    """Number of nodes."""
     gpus_per_node: int = Field(0, ge=0)
-    """GPUs of each, with a process for each of them; 0: one process per machine, on its cores."""
+    """GPUs per node, with one process each. 0: one process per node, on its cores."""
     cpus_per_task: int = Field(8, ge=1)
     """Cores per process."""
     memory: int = Field(64, ge=1)
-    """GB per machine."""
+    """Memory per node, in GB."""
     minutes: int = Field(1440, ge=2)
-    """Time after which the job is stopped, queued again and resumed."""
+    """Time limit in minutes. The job is then stopped, queued again and resumed."""
     restarts: int = Field(10, ge=0)
-    """How often it is queued again after its time is up."""
+    """How many times the job is queued again after its time limit."""
     setup: tuple[str, ...] = ()
-    """Lines of shell before the run, for example "module load cuda"."""
+    """Shell lines that run first, for example "module load cuda"."""
 
 
-_WORDS = {  # in place of pydantic's, by its name of the mistake
+_MESSAGES = {  # by pydantic's error type; for all others, pydantic's own message
     "tuple_type": "give a list, for example [1, 2]",
     "model_type": "give settings by name, for example {name: value}",
-    "missing": "is needed",
+    "missing": "is required",
 }
 
 
 def problems(error: pydantic.ValidationError) -> list[tuple[str, str]]:
-    """What is wrong with which setting; an empty name where it is with several together."""
+    """Return pairs of a setting's name and its error message. The name is empty if several settings are involved."""
     return [
-        (".".join(map(str, p["loc"])), _WORDS.get(p["type"], p["msg"].removeprefix("Value error, ")))
+        (".".join(map(str, p["loc"])), _MESSAGES.get(p["type"], p["msg"].removeprefix("Value error, ")))
         for p in error.errors()
     ]
 
 
 def one_line(error: pydantic.ValidationError) -> str:
-    """The same, as one line."""
-    return "; ".join(f"{name}: {words}" if name else words for name, words in problems(error))
+    """Return all error messages as one line."""
+    return "; ".join(f"{name}: {message}" if name else message for name, message in problems(error))
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Of a key that is there twice, YAML would keep the last alone, and half of what is said would go unheeded."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A loader that rejects duplicate keys. PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice[0]}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; UserError names the file when it is missing, empty, not YAML or not a mapping."""
+    """Return the mapping in a YAML file. Raise UserError if the file is missing, empty, not YAML or not a mapping."""
     try:
-        values = yaml.load(path.read_text(), _EachKeyOnce)
+        values = yaml.load(path.read_text(), _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if values is None:
-        raise UserError(f"{path}: is empty, where settings by name are expected")
+        raise UserError(f"{path}: is empty; give settings by name")
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     return dict(values)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """Nested settings laid over others: `above` wins wherever both say something.
+    """Return nested settings in which the values of `above` replace those of `below`.
 
-    Both are of `section`, "model." for example. UserError where `below` has something else than settings by name (or
-    nothing) in the place of a section of `above`.
+    `section` ("model." for example) is the prefix of names in errors. Raise UserError if `below` has a plain value
+    where `above` has a section.
     """
     whole = dict(below)
     for name, value in above.items():
@@ -393,5 +382,5 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = ""
 
 
 def to_yaml(section: Section) -> str:
-    """The configuration as YAML, in the order of its fields."""
+    """Return the settings as YAML, in the order of the fields."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)

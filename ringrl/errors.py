@@ -1,32 +1,29 @@
-"""The one kind of error that is the user's to mend, and what is asked of all others."""
+"""Errors that a user can correct, and their one-line messages."""
 
 
 class UserError(ValueError):
-    """A mistake a user can mend.
+    """An error that the user can correct.
 
     The message is one line: what is wrong, where (file, flag or value), and what to do. The command line prints that
-    line and exits with code 2; library users catch it as a ValueError.
+    line and exits with code 2; library users catch a ValueError.
     """
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, NumPy or XLA did not get the memory that it asked for; such an error says nothing about files.
-
-    Where JAX's device_put gets none, it fails without saying why, and Python says that it did.
-    """
-    if isinstance(error, SystemError):
+    """Return whether Python, NumPy or XLA ran out of memory. Such an error does not mean that a file is damaged."""
+    if isinstance(error, SystemError):  # raised when JAX's device_put runs out of memory without setting an exception
         return "without exception set" in str(error)
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def what_to_mend(error: BaseException) -> str | None:
-    """The one line for an error that the user can mend; None for any other."""
+def user_message(error: BaseException) -> str | None:
+    """Return the one-line message of an error that the user can correct, and None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):
         return (
-            f"not enough memory ({brief(error) or 'MemoryError'}): free some, or ask for less "
-            "(a smaller batch or context, fewer --environments or --workers); what was finished is kept"
+            f"not enough memory ({brief(error) or 'MemoryError'}): free some, or reduce the batch, the context, "
+            "--environments or --workers; finished work is kept"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
@@ -34,5 +31,5 @@ def what_to_mend(error: BaseException) -> str | None:
 
 
 def brief(error: BaseException) -> str:
-    """What an error says, as a part of one line: the first 300 characters, without line breaks."""
+    """Return the first 300 characters of an error's message, without line breaks."""
     return " ".join(str(error).split())[:300]

@@ -280,7 +280,7 @@ def test_unknown_command_lists_the_near_ones(capsys: pytest.CaptureFixture[str])
         ("--optimiser.batch-size 0", "--optimiser.batch-size: Input should be greater than or equal to 1"),
         ("--actor-critic.hindsight.radius 0", "--actor-critic.hindsight.radius: Input should be greater than 0"),
         ("--seed -1", "--seed: Input should be greater than or equal to 0"),
-        ("--context.other-tasks y", "context.other_tasks: a task stands there twice, or is the run's own"),
+        ("--context.other-tasks y", "context.other_tasks: names a task twice, or the run's own task"),
     ],
 )
 def test_a_wrong_flag_is_named_in_one_line(
@@ -294,7 +294,7 @@ def test_a_wrong_flag_is_named_in_one_line(
 def test_what_a_command_needs_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ringrl: --data, --task and --run are needed (" in refused(["train"], capsys)
     said = refused(["train", "--dat=x", "--task", "y", "--run", "z"], capsys)
-    assert "ringrl: --data is needed; --dat: there is no such flag; did you mean --data? (" in said
+    assert "ringrl: --data is required; --dat: there is no such flag; did you mean --data? (" in said
     assert "DOMAIN and ALGORITHM are needed (ringrl data download" in refused(["data", "download"], capsys)
     assert "--compare: expected PATH PATH, got 'a' (" in refused(["report", "--compare", "a"], capsys)
 
@@ -342,7 +342,7 @@ def test_a_method_stands_over_the_file_and_under_the_flags(
     assert "--method dt: with the other settings the run is at" in said
     assert "bc-10%" in refused([*base, "--method", "cloning"], capsys), "lists what there is"
     shared.write_text(yaml.safe_dump({"context": {"max_transitions": 5000}}))
-    assert "leave gaps in" in refused([*base, "--method", "ad"], capsys)
+    assert "needs consecutive episodes" in refused([*base, "--method", "ad"], capsys)
     for section in (3, "transformer"):
         shared.write_text(yaml.safe_dump({"model": section}))
         assert f"{shared}: model: expected settings by name" in refused([*base, "--method", "bc"], capsys)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ringrl.errors import UserError, brief, is_out_of_memory, what_to_mend
+from ringrl.errors import UserError, brief, is_out_of_memory, user_message
 
 
 def test_an_error_in_part_of_a_line() -> None:
@@ -21,13 +21,13 @@ def test_an_error_in_part_of_a_line() -> None:
 )
 def test_want_of_memory_is_known(error: Exception) -> None:
     assert is_out_of_memory(error)
-    assert "not enough memory" in str(what_to_mend(error))
+    assert "not enough memory" in str(user_message(error))
     assert not is_out_of_memory(OSError("No space left on device"))
     assert not is_out_of_memory(SystemError("bad argument to internal function"))
 
 
 def test_what_a_user_can_mend() -> None:
-    assert what_to_mend(UserError("--run: x")) == "--run: x"
-    assert what_to_mend(PermissionError(13, "Permission denied", "a/b")) == "a/b: Permission denied"
+    assert user_message(UserError("--run: x")) == "--run: x"
+    assert user_message(PermissionError(13, "Permission denied", "a/b")) == "a/b: Permission denied"
     for error in (ValueError("x"), OSError("x"), RuntimeError("x"), BrokenPipeError(32, "Broken pipe")):
-        assert what_to_mend(error) is None
+        assert user_message(error) is None

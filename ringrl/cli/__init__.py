@@ -25,7 +25,7 @@ from ringrl.cli.report import report
 from ringrl.cli.run import train
 from ringrl.cli.study import ablate, demo
 from ringrl.config import TrainConfig, merged, one_line, read_yaml
-from ringrl.errors import UserError, what_to_mend
+from ringrl.errors import UserError, user_message
 from ringrl.methods import METHODS
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -69,7 +69,7 @@ def _run_and_tell(arguments: list[str]) -> None:
         print("ringrl: stopped; what was finished is kept", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        said = one_line(error) if isinstance(error, pydantic.ValidationError) else what_to_mend(error)
+        said = one_line(error) if isinstance(error, pydantic.ValidationError) else user_message(error)
         if said is None:
             raise
         _fail(said)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from ringrl.planning.kernel import kernel_of
 from ringrl.planning.machines import Attained, Machine
 from ringrl.planning.workload import Workload
-from ringrl.training.throughput import forward_flops, step_flops
+from ringrl.training.budget import forward_flops, step_flops
 
 # Of accelerators: no step of ours was timed on one.
 ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)

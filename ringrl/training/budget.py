@@ -1,4 +1,4 @@
-"""What training a policy took: told alike for all methods, so that what is compared can be seen to be comparable."""
+"""Training cost of a checkpoint (steps, tokens, FLOPs, seconds), in the same units for every method."""
 
 import json
 from pathlib import Path
@@ -6,44 +6,42 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from ringrl.config import Section, TrainConfig
+from ringrl.config import ModelConfig, Section, TrainConfig
 from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.checkpoints import RunInfo
-from ringrl.training.throughput import step_flops
 
 
 class Budget(Section):
-    """Of a checkpoint, from the run's first step on."""
+    """Training cost of a checkpoint, counted from the first step of its run."""
 
     steps: int = Field(ge=0)
     """Optimiser steps."""
     batch_size: int = Field(ge=1)
-    """Contexts per step; transitions per step for td3_bc."""
+    """Contexts per step (transitions per step for td3_bc)."""
     timesteps: int = Field(ge=0)
-    """Timesteps of data that went into these steps, counted as often as they came (with the padding of shorter
-    episodes)."""
+    """Timesteps of data in all batches, with repetitions and the padding of shorter episodes."""
     transitions: int | None = Field(None, ge=1)
-    """Different ones that there were to draw; None: a run from before this was told."""
+    """Distinct transitions in the data; None if unknown."""
     tokens: int = Field(ge=0)
-    """What the model saw of these timesteps: one each, where it sees one at a time."""
+    """Tokens of these timesteps; one per timestep for a model that sees one observation at a time."""
     flops: float | None = Field(None, ge=0)
-    """Operations of the transformer's blocks (see `step_flops`); None for other models, whose are not counted."""
+    """Operations of the transformer blocks (see `step_flops`); None for other models."""
     seconds: float | None = Field(None, ge=0)
-    """By the clock, with compilation and waiting, without what a kill undid; None where the log does not say."""
+    """Wall-clock time with compilation and waiting, without work that a kill undid; None if the log is incomplete."""
     devices: int = Field(1, ge=1)
-    """That these seconds were spent on (of the last start, where a run was resumed on others)."""
+    """Devices used (by the last start, if the run was resumed on others)."""
 
 
 class StepCost(NamedTuple):
-    """Of one optimiser step."""
+    """Cost of one optimiser step."""
 
     timesteps: int  # of data, with padding
-    tokens: int  # that the model sees of them
+    tokens: int
     flops: float | None  # see `Budget`
 
 
 def step_cost(config: TrainConfig, episode_length: int) -> StepCost:
-    """What one optimiser step takes, where the data's episodes have so many steps."""
+    """Return the cost of one optimiser step on data whose episodes have this many steps."""
     batch_size, family = config.optimiser.batch_size, config.model.family
     per_row = 1 if family.source == "transitions" else config.context.trajectories * episode_length
     tokens_per_row = per_row * (TOKEN_SETS[config.model.token_set].size if family.has_context else 1)
@@ -51,14 +49,27 @@ def step_cost(config: TrainConfig, episode_length: int) -> StepCost:
     return StepCost(batch_size * per_row, batch_size * tokens_per_row, flops)
 
 
-def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:
-    """The budget of a run's checkpoint.
+def forward_flops(config: ModelConfig, tokens: int) -> float:
+    """Return the floating point operations of the transformer blocks over one context of S = `tokens`.
 
-    Args:
-        info: what the checkpoint says beside its arrays.
-        step: of the checkpoint.
-        run: folder whose metrics.jsonl tells the seconds; without it they are left out.
+    Per layer of width h with as many key heads as query heads and a feed-forward layer four times as wide, this is
+    24 S h^2 for the matrices (2310.01889, appendix D) and 2 S^2 h for attention. The paper counts 4 S^2 h, but a causal
+    mask hides half of the logits. Token embeddings, action head, softmax and norms are not counted, and neither is what
+    remat recomputes.
     """
+    width = config.width
+    key_value = width * config.kv_heads // config.heads
+    matrices = 2 * width * (2 * width + 2 * key_value + 2 * config.feed_forward * width)
+    return float(config.layers * tokens * (matrices + 2 * tokens * width))
+
+
+def step_flops(config: ModelConfig, tokens: int, contexts: int) -> float | None:
+    """Return the operations of one optimiser step: forward and twice as much backward. None without a context."""
+    return 3 * contexts * forward_flops(config, tokens) if config.family.has_context else None
+
+
+def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:
+    """Return the budget of a run's checkpoint at `step`. The seconds need the run's folder, for its metrics.jsonl."""
     config = info.config
     cost = step_cost(config, info.normalisation.episode_length)
     return Budget(
@@ -74,10 +85,10 @@ def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:
 
 
 def _seconds(log: Path, step: int) -> float | None:
-    """Sum over the steps up to `step`; None where one of them is missing, or was logged before this was told."""
+    """Return the sum over the steps up to `step`; None if one of them is missing."""
     try:
         entries = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    except (OSError, ValueError):
+        seconds = [1 / entry["steps_per_second"] for entry in entries if entry["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    seconds = [1 / x["steps_per_second"] for x in entries if "steps_per_second" in x and x["step"] <= step]
     return sum(seconds) if len(seconds) == step else None

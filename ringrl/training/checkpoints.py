@@ -1,4 +1,4 @@
-"""Checkpoints of everything a run needs to go on or to be evaluated: arrays and JSON, no pickles."""
+"""Checkpoints: all state that resuming or evaluating a run needs, as arrays and JSON with checksums (no pickles)."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pydantic
 from flax import nnx
+from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ringrl.config import MeshConfig, TrainConfig, one_line
+from ringrl.data.digest import json_digest
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, goal_space
 from ringrl.errors import UserError, brief, is_out_of_memory
@@ -26,15 +28,14 @@ from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.agent import make_agent
 from ringrl.training.distributed import check_platform
 from ringrl.training.mesh import make_ring
-from ringrl.training.seal import array_seals, sealed, unsealed
 from ringrl.training.step import TrainState
 
-ARRAYS = "arrays"  # among what a checkpoint says: the seals of its arrays
+CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What a checkpoint says beside its arrays."""
+    """The description of a run in its checkpoints: everything but the arrays."""
 
     config: TrainConfig
     normalisation: Normalisation
@@ -42,12 +43,12 @@ class RunInfo:
     action_size: int
     domain: str
     data_fingerprint: str
-    best_return: float  # highest return of the task in the data: the target that a policy is asked for
+    best_return: float  # highest return of the task in the data, the target return of a policy
     versions: Mapping[str, str]
-    transitions: int | None = None  # steps of the episodes that may be drawn; None: a run from before this was told
+    transitions: int  # steps of all episodes that may be drawn
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {
             "config": self.config.model_dump(mode="json"),
@@ -57,18 +58,18 @@ class RunInfo:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunInfo":
-        """What `to_json` wrote."""
+        """Return the description that `to_json` wrote."""
         config = TrainConfig.model_validate(values["config"])
         return cls(**values | {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])})
 
     def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
-        """The run's policy as it was before training."""
+        """Return the run's policy with its initial parameters."""
         config = self.config
-        goal = self.goal(config.task) if config.model.family.has_goal else None  # no other kind needs MuJoCo here
+        goal = self.goal(config.task) if config.model.family.has_goal else None  # goals need MuJoCo; others do not
         return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal, parallel)
 
     def goal(self, task: str) -> Goal | None:
-        """What a task of the run's domain asks to be reached, in terms of the run's observations; None: no place."""
+        """Return the place that a task of the run's domain asks to reach, as a model sees it; None if there is none."""
         space, normalisation = goal_space(self.domain) if self.domain in DOMAINS else None, self.normalisation
         if space is None:
             return None
@@ -85,9 +86,9 @@ class DamagedCheckpointError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one run; each is written aside and renamed by orbax, so none is half-written.
+    """The checkpoints of one run. Orbax writes each under another name and renames it, so none is incomplete.
 
-    Kept are the newest (`keep` of them, or all) and the one of lowest loss.
+    The newest `keep` checkpoints (all, if None) and the one of lowest loss are kept.
     """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
@@ -96,17 +97,17 @@ class Checkpoints:
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(  # without a best_fn, losses would not be written for a resumed run
+            options=ocp.CheckpointManagerOptions(  # without best_fn, a resumed run would not know earlier losses
                 preservation_policy=kept, best_fn=_loss, best_mode="min", enable_async_checkpointing=True
             ),
         )
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, newest last."""
+        """Return the steps of all complete checkpoints, newest last."""
         return sorted(self._manager.all_steps())
 
-    def lay_aside(self, step: int) -> Path:
-        """Put a checkpoint where it is in nobody's way; returns where."""
+    def set_aside(self, step: int) -> Path:
+        """Move a checkpoint out of the folder and return its new path."""
         aside = self.folder.parent / f"damaged_checkpoint_{step}"
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -115,54 +116,52 @@ class Checkpoints:
         return aside
 
     def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float | None) -> None:
-        """Write the state, the state of the iterator over batches and the mean loss of late, in the background."""
+        """Write the state, the state of the batch iterator and the recent mean loss, in the background."""
         arrays = ocp.args.StandardSave(state._asdict())
-        values = ocp.args.JsonSave(sealed(info.to_json() | {ARRAYS: array_seals(state)}))
-        items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(sealed(iterator)))
+        values = ocp.args.JsonSave(with_checksum(info.to_json() | {ARRAY_CHECKSUMS: array_checksums(state)}))
+        items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(with_checksum(iterator)))
         with self._naming_failures():
             self._manager.save(int(state.step), args=items, metrics=None if loss is None else {"loss": loss})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a checkpoint, shaped like `like`."""
+        """Return the state of a checkpoint, with the shapes and shardings of `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         state = TrainState(**self._restore(step, "state", ocp.args.StandardRestore(abstract)))
-        seals = _read_values(self.folder / str(step)).get(ARRAYS)  # none in checkpoints from before there were any
-        if seals is not None and seals != array_seals(state):
+        if _read_values(self.folder / str(step)).get(ARRAY_CHECKSUMS) != array_checksums(state):
             raise _unreadable(self.folder / str(step), ValueError("its arrays are not those that were saved"))
         return state
 
     def restore_iterator(self, step: int) -> dict[str, Any]:
-        """The state of the iterator over batches that was saved with a checkpoint."""
+        """Return the state of the batch iterator in a checkpoint."""
         values = self._restore(step, "iterator", ocp.args.JsonRestore())
         try:
-            return unsealed(values)
+            return without_checksum(values)
         except ValueError as error:
             raise _unreadable(self.folder / str(step), error) from error
 
     def _restore(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
-        except Exception as error:  # orbax raises bare Exceptions where an array cannot be read
+        except Exception as error:  # orbax raises bare Exceptions for unreadable arrays
             raise _unreadable(self.folder / str(step), error) from error
 
     def wait(self) -> None:
-        """Until all is written; UserError if it could not be."""
+        """Wait until everything is written. Raise UserError if that failed."""
         with self._naming_failures():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for what is still being written; UserError if it could not be."""
-        with self._naming_failures():
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
+        """Wait as `wait` does, then release the folder."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # a full disk reaches us as ValueError, its cause at the end of the text
+        except (OSError, ValueError) as error:  # a full disk is a ValueError with the cause at the end of its message
             cause = " ".join(str(error).split()).rsplit(": ", 1)[-1]
             raise UserError(
                 f"{self.folder}: a checkpoint cannot be written ({cause}); free some space, then use --resume"
@@ -174,10 +173,10 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
-    """Step and description of a run's newest (or given) checkpoint.
+    """Return the step and the description of a run's newest (or given) checkpoint.
 
     Raises:
-      UserError: no such run, no checkpoint yet, no such step, or a description that is damaged.
+      UserError: no such run, no checkpoint yet, no such step, or a damaged description.
     """
     folder = run / "checkpoints"
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
@@ -188,7 +187,7 @@ def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
     step = steps[-1] if step is None else step
     values = _read_values(folder / str(step))
     try:
-        return step, RunInfo.from_json({name: value for name, value in values.items() if name != ARRAYS})
+        return step, RunInfo.from_json({name: value for name, value in values.items() if name != ARRAY_CHECKSUMS})
     except pydantic.ValidationError as error:
         raise UserError(
             f"{folder / str(step)}: its configuration does not fit this version ({one_line(error)})"
@@ -198,25 +197,25 @@ def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
 
 
 def _read_values(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says; UserError where it does not say what was saved."""
+    """Return the JSON of a checkpoint. Raise UserError if it is not what was saved."""
     try:
-        return unsealed(json.loads((checkpoint / "info" / "metadata").read_text()))
+        return without_checksum(json.loads((checkpoint / "info" / "metadata").read_text()))
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(checkpoint, error) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedPolicy:
-    """A policy with its trained parameters, ready to act."""
+    """A policy with its trained parameters."""
 
     policy: Policy
     info: RunInfo
     step: int
-    parameter_hash: str  # sha256 over the parameters
-    parallel: Parallel = ONE_DEVICE  # over which its contexts are divided
+    parameter_hash: str  # sha256 of the parameters
+    parallel: Parallel = ONE_DEVICE  # divides its contexts
 
     def towards(self, task: str) -> Policy:
-        """The policy for another task of its domain; one that knows goals then heads for that task's."""
+        """Return the policy for another task of its domain. If it has a goal, it is then that task's goal."""
         if not self.info.config.model.family.has_goal:
             return self.policy
         policy: Any = nnx.clone(self.policy)
@@ -225,10 +224,10 @@ class TrainedPolicy:
 
 
 def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:
-    """The policy of a run's newest (or given) checkpoint, its contexts to be divided over the mesh.
+    """Return the policy of a run's newest (or given) checkpoint. `mesh` divides its contexts.
 
     Raises:
-      UserError: there is none to use, or as `make_ring` and `check_platform`.
+      UserError: no usable checkpoint, or an error of `make_ring` or `check_platform`.
     """
     step, info = read_info(run, step)
     check_platform()
@@ -244,9 +243,43 @@ def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = No
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:
-    """Whether the checkpoint is damaged, or something else stood in the way."""
-    passing = is_out_of_memory(error)
-    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    if passing or (isinstance(error, OSError) and error.errno is not None and not missing):
-        return UserError(f"{checkpoint}: cannot be read now, and is left as it is ({brief(error)})")
+    """Return the error of an unreadable checkpoint: damaged, or only unreadable at the moment."""
+    is_missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None and not is_missing):
+        return UserError(f"{checkpoint}: cannot be read now and is not changed ({brief(error)})")
     return DamagedCheckpointError(f"{checkpoint}: is damaged ({brief(error)}); remove it to use an older one")
+
+
+# Orbax detects most damage, but not a changed value. These checksums do.
+
+
+def array_checksums(tree: Any) -> list[int]:
+    """Return one checksum per array of a tree, in the order of its leaves. Any single changed value changes it.
+
+    A checksum is the sum of the array's 32-bit (or shorter) words modulo 2^32. It does not depend on the sharding and
+    is computed on the devices that hold the array.
+    """
+    return [int(checksum) for checksum in jax.device_get(_sums(jax.tree.leaves(tree)))]
+
+
+@jax.jit
+def _sums(arrays: list[jax.Array]) -> list[UInt32[jax.Array, ""]]:
+    return [_words(array).astype(jnp.uint32).sum(dtype=jnp.uint32) for array in arrays]
+
+
+def _words(array: jax.Array) -> jax.Array:
+    bits = min(8 * array.dtype.itemsize, 32)
+    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{bits}"))
+
+
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON values with a checksum of them all."""
+    return dict(values) | {CHECKSUM: json_digest(values)}
+
+
+def without_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that `with_checksum` was given. Raise ValueError if they have changed."""
+    rest = {name: value for name, value in values.items() if name != CHECKSUM}
+    if values.get(CHECKSUM) != json_digest(rest):
+        raise ValueError("its checksum differs")
+    return rest

@@ -1,69 +1,72 @@
-"""Several processes as one run: how they find each other, agree on what they do, and end together.
+"""Several processes as one run: connecting, agreeing on the settings, and ending together.
 
-A process that fails leaves word with JAX's coordination service, which process 0 keeps, and all others end with the
-same word. One that vanishes without a word is missed by that service (`ringrl.training.supervisor` tells of it).
+A process that fails stores a message in JAX's coordination service, which runs in process 0. All other processes read
+the message and end with the same exit code. The service also detects processes that vanish; see `supervisor`.
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
 from ringrl.config import DistributedConfig
-from ringrl.errors import UserError, brief, what_to_mend
+from ringrl.errors import UserError, brief, user_message
 
-PATIENCE_MS = 600_000  # for one that is slow; one that is lost is missed sooner
-LINGER = 2.0  # seconds that process 0, which keeps the service, waits for the others to hear the last word
+WAIT_MS = 600_000  # longest wait for a slow process; a lost one is detected earlier
+LINGER = 2.0  # seconds that process 0, which runs the service, waits until the others have read the last message
 STOP = "ringrl/stop"
-FAILED, USERS_TO_MEND, LOST, INTERRUPTED = 1, 2, 75, 130  # exit codes; 75 is "try again" in sysexits.h
+FAILED, USER_ERROR, LOST, INTERRUPTED = 1, 2, 75, 130  # exit codes; 75 is EX_TEMPFAIL of sysexits.h
 
 
 def is_wanted(config: DistributedConfig) -> bool:
-    """Whether this process is one of several. Asks nothing of a network: a plain run must not wait for others."""
+    """Return whether this process is one of several. Uses no network, so that a plain run never waits."""
     if config.enabled != "auto":
         return config.enabled == "on"
-    return config.coordinator is not None or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # which srun says
+    return config.coordinator is not None or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # set by srun
 
 
 def join(config: DistributedConfig) -> None:
-    """Meet the other processes; must come before any other use of JAX.
+    """Connect to the other processes. Must run before any other use of JAX.
 
-    Those that do not all meet in time are ended by JAX with SIGABRT.
+    JAX ends this process with SIGABRT if not all processes connect in time.
 
     Raises:
-      UserError: no word of where to meet, or no such place.
+      UserError: the coordinator is not given or cannot be reached.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    told = config.coordinator is not None
+    is_given = config.coordinator is not None
     try:
         jax.distributed.initialize(
             config.coordinator,
             config.processes,
             config.process,
-            cluster_detection_method="deactivate" if told else None,
+            cluster_detection_method="deactivate" if is_given else None,
             initialization_timeout=config.start_timeout,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
         )
-    except Exception as error:  # each cluster that JAX knows fails in its own way
-        where = f"coordinator {config.coordinator}" if told else "enabled on"
+    except Exception as error:  # each kind of cluster raises its own exception
+        flag = f"coordinator {config.coordinator}" if is_given else "enabled on"
         raise UserError(
-            f"--distributed.{where}: the processes cannot meet ({brief(error)}); "
+            f"--distributed.{flag}: the processes cannot connect ({brief(error)}); "
             "give --distributed.coordinator HOST:PORT, processes and process"
         ) from error
 
 
 def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoReturn:
-    """Do this process's part and exit: 0 when all are done, or with the code of what went wrong, here or elsewhere.
+    """Do this process's work and exit: with 0 when all processes are done, else with the code of the first failure.
 
-    What went wrong here is printed as one line, and told to all others.
+    A failure of this process is printed as one line and reported to the others.
     """
     threading.Thread(target=_end_with_the_others, daemon=True).start()
     try:
@@ -72,9 +75,9 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
     except KeyboardInterrupt:
         _end("was interrupted", INTERRUPTED, "stopped; what was finished is kept")
     except Exception as error:
-        if said := what_to_mend(error):
-            _end(f"stopped: {said}", USERS_TO_MEND, said)
-        if _is_from_the_runtime(error):  # the first sign of a process that is lost, which will be named soon
+        if message := user_message(error):
+            _end(f"stopped: {message}", USER_ERROR, message)
+        if _is_from_the_runtime(error):  # usually the first sign of a lost process, which the service names soon
             time.sleep(config.heartbeat_timeout + 5)
         traceback.print_exc()
         _end(f"failed ({brief(error)})", FAILED)
@@ -82,62 +85,62 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
 
 
 def place() -> tuple[int, int]:
-    """This process's number, from 0, and how many there are; does not wake the devices, as jax.process_index does."""
-    from jax._src.distributed import global_state  # JAX has no public name for it, nor for its key-value store
+    """Return this process's index and the number of processes, without initialising the devices."""
+    from jax._src.distributed import global_state  # neither these nor the key-value store have a public name
 
     return global_state.process_id, global_state.num_processes
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Return whether this is process 0, which writes files and prints for all."""
     return place()[0] == 0
 
 
 def check_platform() -> None:
-    """UserError where JAX cannot use the devices that JAX_PLATFORMS asks for."""
+    """Raise UserError if JAX cannot use the devices that JAX_PLATFORMS names."""
     try:
         jax.process_count()
-    except (RuntimeError, AssertionError) as error:  # the latter of a platform that is known and not installed
+    except (RuntimeError, AssertionError) as error:  # AssertionError: the platform is known but not installed
         raise UserError(
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX cannot use it here "
-            f"({brief(error) or 'there is none'}); unset it, or install what it needs (ringrl[cuda] or ringrl[tpu])"
+            f"({brief(error) or 'no such device'}); unset it, or install what it needs (ringrl[cuda] or ringrl[tpu])"
         ) from error
 
 
-def check_met() -> None:
-    """UserError where JAX sees the devices of other hosts (as on a TPU pod) with which this process has not met."""
+def check_connected() -> None:
+    """Raise UserError if JAX sees devices of other hosts (as on a TPU pod) that this process is not connected to."""
     check_platform()
     if jax.process_count() > place()[1]:
         raise UserError(
-            f"the devices belong to {jax.process_count()} hosts, which have not met; "
+            f"the devices belong to {jax.process_count()} hosts that are not connected; "
             "start the same command on each, with --distributed.enabled on"
         )
 
 
-def wait_for_all(what: str) -> None:
-    """Wait until every process has come to this point. `what` names it, once in a run."""
+def wait_for_all(point: str) -> None:
+    """Wait until every process has reached this point, whose name may be used once per run."""
     if place()[1] > 1:
-        _client().wait_at_barrier(f"ringrl/{what}", PATIENCE_MS)
+        _client().wait_at_barrier(f"ringrl/{point}", WAIT_MS)
 
 
 def first_then_others(work: Callable[[], object], visible: Path) -> None:
-    """Process 0 does the work, and the others go on when it is done and the file that it made is visible to them.
+    """Run `work` in process 0, then continue in all processes once they see the file that it made.
 
     Raises:
-      UserError: the file is not there, so that the processes have no folder in common.
+      UserError: the file does not appear, because the processes share no folder.
     """
     if is_first():
         work()
     wait_for_all("first")
-    deadline = time.monotonic() + 30  # a network's file system may show it late
+    deadline = time.monotonic() + 30  # network file systems may show the file late
     while not visible.exists():
         if time.monotonic() > deadline:
-            raise UserError(f"{visible}: was made by process 0 and is not here; give a --run that all hosts share")
+            raise UserError(f"{visible}: process 0 made it, but it is not visible here; give a --run all hosts share")
         time.sleep(0.5)
 
 
-def agree(what: str, settings: Mapping[str, object]) -> None:
-    """Compare settings with process 0's, and go on when all have. `what` names the comparison, once in a run.
+def agree(name: str, settings: Mapping[str, object]) -> None:
+    """Compare settings with process 0's and wait for all processes. Each `name` may be used once per run.
 
     Raises:
       UserError: names each setting that differs.
@@ -145,36 +148,73 @@ def agree(what: str, settings: Mapping[str, object]) -> None:
     index, count = place()
     if count == 1:
         return
-    mine = {name: str(value) for name, value in settings.items()}
+    own = {name: str(value) for name, value in settings.items()}
     if index == 0:
-        _client().key_value_set(f"ringrl/{what}", json.dumps(mine))
-    theirs = json.loads(_client().blocking_key_value_get(f"ringrl/{what}", PATIENCE_MS))
+        _client().key_value_set(f"ringrl/{name}", json.dumps(own))
+    first = json.loads(_client().blocking_key_value_get(f"ringrl/{name}", WAIT_MS))
     differing = [
-        f"{name} is {mine.get(name)}, and {theirs.get(name)} in process 0"
-        for name in sorted({*mine, *theirs})
-        if mine.get(name) != theirs.get(name)
+        f"{name} is {own.get(name)}, but {first.get(name)} in process 0"
+        for name in sorted({*own, *first})
+        if own.get(name) != first.get(name)
     ]
     if differing:
         raise UserError(f"process {index} of {count}: {'; '.join(differing)}; start all with the same command")
-    wait_for_all(f"agreed on {what}")
+    wait_for_all(f"agreed on {name}")
+
+
+class StopRequest:
+    """Whether SIGTERM has asked the run to stop. The run then finishes its step and saves."""
+
+    is_set = False
+
+    def after(self, step: int) -> bool:
+        """Return whether this step is the last. A signal to one process stops all of them after the same step."""
+        return self.is_set if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[StopRequest]:
+    """Turn SIGTERM (from `kill` or a scheduler) into a StopRequest inside the block, if the main thread runs it."""
+    stop = StopRequest()
+    if jax.process_count() > 1:  # JAX handles the signal itself once processes are connected
+        yield stop
+        return
+
+    def set_stop(number: int, frame: FrameType | None) -> None:
+        stop.is_set = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, set_stop)
+    except ValueError:  # only the main thread can handle signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def say(line: str) -> None:
+    """Print a message for the user to standard error."""
+    print(f"ringrl: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
 
 def _end_with_the_others() -> None:
-    """Wait for the word of a process that fails. Where the service itself is gone, JAX ends this process."""
+    """Wait for the message of a failing process, then exit. If the service is lost, JAX ends this process."""
     try:
-        word = json.loads(_client().blocking_key_value_get(STOP, 2**40))
+        message = json.loads(_client().blocking_key_value_get(STOP, 2**40))
     except Exception:
         return
     index, count = place()
-    if word["process"] != index:
-        _exit(word["code"], f"process {word['process']} of {count} {word['what']}")
+    if message["process"] != index:
+        _exit(message["code"], f"process {message['process']} of {count} {message['what']}")
 
 
 def _end(what: str, code: int, line: str = "") -> NoReturn:
-    """Say so here and to the others, and exit. JAX's own exit would wait for all others first."""
+    """Print the line, report the failure to the other processes, and exit. JAX's own exit would wait for them."""
     if line:
         say(line)
-    with contextlib.suppress(Exception):  # another was first, or the service is gone; the line above is what counts
+    with contextlib.suppress(Exception):  # another process was first, or the service is lost
         _client().key_value_set(STOP, json.dumps({"process": place()[0], "what": what, "code": code}))
     _exit(code)
 
@@ -186,11 +226,6 @@ def _exit(code: int, last_line: str = "") -> NoReturn:
     if last_line:
         say(last_line)
     os._exit(code)
-
-
-def say(line: str) -> None:
-    """Print what the user is to know."""
-    print(f"ringrl: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
 
 def _is_from_the_runtime(error: BaseException | None) -> bool:

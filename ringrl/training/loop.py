@@ -21,16 +21,14 @@ from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
-from ringrl.training.agent import Agent, make_agent
-from ringrl.training.boards import check_installed
+from ringrl.training.agent import make_agent
+from ringrl.training.budget import step_cost
 from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, RunInfo, read_info
-from ringrl.training.interruption import stop_on_sigterm
+from ringrl.training.distributed import stop_on_sigterm
 from ringrl.training.mesh import make_parallel
-from ringrl.training.metrics import Cost, Recorder, open_log, progress_bar
-from ringrl.training.profile import Profiler
+from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
 from ringrl.training.run_folder import check_dataset, claim_folder, dataset_fingerprint, flat
 from ringrl.training.step import TrainState
-from ringrl.training.throughput import peak_flops, step_flops, step_memory
 
 
 def train(
@@ -58,8 +56,8 @@ def train(
         task, or the disk is full.
     """
     settings = flat(config.model_dump(mode="json", exclude={"data"}))  # the path may differ between hosts
-    check_installed(config)
-    distributed.check_met()
+    check_loggers(config)
+    distributed.check_connected()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
     data_fingerprint = dataset_fingerprint(store)
@@ -85,7 +83,7 @@ def train(
         console = console or Console(stderr=True, quiet=not distributed.is_first())
         if resume and not checkpoints.steps() and not quiet:
             console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
-        profiler = Profiler(config.run / "profile" if profile else None)
+        profiler = StepProfiler(config.run / "profile" if profile else None)
         _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
     except OSError as error:
         raise UserError(
@@ -116,7 +114,7 @@ def _run_steps(
     parallel: Parallel,
     checkpoints: Checkpoints,
     progress: Progress,
-    profiler: Profiler,
+    profiler: StepProfiler,
 ) -> None:
     config, console = info.config, progress.console
     agent = make_agent(partial(info.make_policy, parallel), config, parallel)
@@ -126,10 +124,10 @@ def _run_steps(
         batches.set_state(iterator)
     start = int(state.step)
     with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_sigterm() as stop:
-        if log.missing:
+        if log is not None and log.missing:
             what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"
             console.print(f"{config.run / 'metrics.jsonl'}: {what}", soft_wrap=True)
-        recorder = Recorder(config, _cost(config, source, agent, parallel), log, progress)
+        recorder = MetricsRecorder(config, step_cost(config, info.normalisation.episode_length), log, progress)
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)
             state, metrics = agent.update(state, batch)
@@ -171,16 +169,8 @@ def _newest(
                 break
             continue
         for number, reason in damaged.items():
-            console.print(f"{reason}; moved to {checkpoints.lay_aside(number)}", soft_wrap=True)
+            console.print(f"{reason}; moved to {checkpoints.set_aside(number)}", soft_wrap=True)
         return found
     if damaged:
         raise next(iter(damaged.values()))
     return like, None
-
-
-def _cost(config: TrainConfig, source: BatchSource, agent: Agent, parallel: Parallel) -> Cost:
-    """Return the cost of a training step."""
-    tokens = source.steps_per_batch * agent.tokens_per_step
-    devices = 1 if parallel.mesh is None else parallel.mesh.size
-    contexts = config.optimiser.batch_size
-    return Cost(tokens, step_flops(config.model, tokens // contexts, contexts), peak_flops(devices))

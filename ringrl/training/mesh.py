@@ -1,4 +1,4 @@
-"""The mesh of a run: made as configured, or refused with the reason."""
+"""The device mesh of a run, and the checks that a model and a batch divide over it."""
 
 import math
 
@@ -11,10 +11,10 @@ from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
 
 def make_parallel(config: TrainConfig) -> Parallel:
-    """The mesh of a run, its axes as near to the links between devices as JAX can lay them.
+    """Return the mesh of a run, with its axes on the fastest links that JAX finds.
 
     Raises:
-      UserError: more devices than there are, or an axis that does not divide what it is to split.
+      UserError: too many devices, or an axis that does not divide what it splits.
     """
     mesh = config.mesh
     if mesh.devices == 1 and jax.process_count() == 1:
@@ -24,13 +24,11 @@ def make_parallel(config: TrainConfig) -> Parallel:
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     if mesh.devices > len(devices):
-        raise UserError(
-            f"mesh: {shape} is {mesh.devices} devices, and there are {len(devices)} ({devices[0].platform})"
-        )
+        raise UserError(f"mesh: {shape} is {mesh.devices} devices, but JAX has {len(devices)} ({devices[0].platform})")
     if mesh.devices < len(devices) and jax.process_count() > 1:
         raise UserError(
-            f"mesh: {shape} is {mesh.devices} devices, and the {jax.process_count()} processes have {len(devices)}, "
-            "which a run over several processes must use all"
+            f"mesh: {shape} is {mesh.devices} devices, but the {jax.process_count()} processes have {len(devices)}; "
+            "a run over several processes must use all"
         )
     made: Mesh = jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices]
@@ -39,14 +37,13 @@ def make_parallel(config: TrainConfig) -> Parallel:
 
 
 def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
-    """The mesh over which a trained policy's contexts are divided when it acts.
+    """Return the mesh that divides the contexts of a trained policy when it acts.
 
     Raises:
-      UserError: an axis other than seq, a policy without a context, more devices than there are, or a width that does
-        not divide.
+      UserError: an axis other than seq, a policy without a context, too many devices, or a width that does not divide.
     """
     if mesh.devices != mesh.seq:
-        raise UserError("mesh: a policy that acts is divided along mesh.seq alone; leave the other axes at 1")
+        raise UserError("mesh: only mesh.seq divides a policy that acts; leave the other axes at 1")
     if mesh.seq > 1 and not config.model.family.has_context:
         raise UserError(f"mesh.seq: {config.model.kind} has no context to divide; leave it at 1")
     one_context = config.optimiser.model_copy(update={"batch_size": 1, "accumulation": 1})
@@ -54,10 +51,10 @@ def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
 
 
 def check_divides(config: TrainConfig) -> None:
-    """UserError where an axis of the mesh does not divide what it is to split."""
+    """Raise UserError if an axis of the mesh does not divide what it splits."""
     mesh, model, optimiser = config.mesh, config.model, config.optimiser
     if not model.family.splits_batches:
-        raise UserError(f"mesh: {model.kind} is trained on one device; leave --mesh at 1, or choose another model.kind")
+        raise UserError(f"mesh: {model.kind} trains on one device; leave --mesh at 1, or choose another model.kind")
     part = optimiser.batch_size // optimiser.accumulation
     hidden = model.feed_forward * model.width
     needs = [

@@ -1,12 +1,17 @@
-"""Where a run's numbers go: metrics.jsonl (one line per step), boards to look at, and a live line in the terminal."""
+"""Metrics of a run: metrics.jsonl (one line per step), TensorBoard, Weights & Biases, the progress bar, and traces."""
 
+import dataclasses
+import importlib.util
 import json
+import os
+import secrets
+import socket
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -21,86 +26,154 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
+from ringrl.attention.strategy import link_of
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 from ringrl.files import write_whole
-from ringrl.training.boards import Board, open_boards
+from ringrl.training.budget import StepCost
 from ringrl.training.optimiser import learning_rate
+
+FIRST_TRACED, LAST_TRACED = 4, 6  # steps since the start or resumption; earlier ones compile and warm up
+
+
+class TensorBoardWriter:
+    """Events in the run's folder tensorboard/, resumed after `step`. TensorBoard then drops later, undone steps.
+
+    The calling thread writes. tensorboardX's own writer uses a second thread and blocks forever on a full disk.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        folder = run / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # drops this and later steps
+
+    def write(self, entries: Sequence[Mapping[str, float]]) -> None:
+        """Write one scalar per name and step. Raise OSError on a full disk."""
+        for entry in entries:
+            scalars = [Summary.Value(tag=name, simple_value=entry[name]) for name in entry if name != "step"]
+            self._add(Event(step=int(entry["step"]), summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        """Flush. Raise OSError on a full disk."""
+        self._records.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
+class WandbWriter:
+    """A Weights & Biases run of project "ringrl" in the run's folder wandb/, offline unless WANDB_MODE is set.
+
+    A resumed run keeps its id, and `wandb sync` joins its parts. Steps that a kill has undone are in both parts.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        import wandb
+
+        id_file = config.run / "wandb" / "id.txt"
+        if not id_file.exists():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(id_file, secrets.token_hex(8))
+        try:
+            self._run: Any = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "ringrl"),
+                name=config.run.name,
+                dir=str(config.run),
+                id=id_file.read_text().strip(),
+                resume="allow",
+                mode=os.environ.get("WANDB_MODE", "offline"),
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as error:
+            message = " ".join(str(error).split())
+            raise UserError(f"--log wandb: {message}; WANDB_MODE=offline needs no account") from error
+
+    def write(self, entries: Sequence[Mapping[str, float]]) -> None:
+        """Write all numbers of each step."""
+        for entry in entries:
+            numbers = {name: value for name, value in entry.items() if name != "step"}
+            self._run.log(numbers, step=int(entry["step"]))
+
+    def close(self) -> None:
+        """Flush, and upload unless offline."""
+        self._run.finish()
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Raise UserError if a configured logger is not installed."""
+    if "wandb" in config.log and importlib.util.find_spec("wandb") is None:
+        raise UserError("--log wandb: needs wandb; install it with: pip install 'ringrl[wandb]'")
 
 
 class MetricsLog:
-    """metrics.jsonl of one run, continued after `step`, and the boards that show the same.
+    """metrics.jsonl of one run, resumed after `step`, and further writers of the same numbers.
 
-    Lines beyond `step` come from work that a kill has undone; they are dropped, and written again when it is redone.
-    Damaged ones are dropped, too. `missing` counts the steps up to `step` that have no line any more.
+    Damaged lines are dropped, and so are lines after `step`, whose work a kill has undone. `missing` is the number of
+    steps up to `step` that have no line.
     """
 
-    missing = 0
-
-    def __init__(self, run: Path, step: int, boards: Sequence[Board] = ()) -> None:
+    def __init__(self, run: Path, step: int, writers: Sequence[TensorBoardWriter | WandbWriter] = ()) -> None:
         self._path = run / "metrics.jsonl"
-        self._drop_after(step)
+        kept = self._lines_until(step)
+        self.missing = step - len(kept)
+        write_whole(self._path, b"".join(kept))
         self._file = self._path.open("a")
-        self._boards = boards
+        self._writers = writers
 
-    def _drop_after(self, step: int) -> None:
+    def _lines_until(self, step: int) -> list[bytes]:
         kept = []
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 if json.loads(line)["step"] > step:
                     break
             except (ValueError, KeyError, TypeError):
-                continue  # damaged, or cut in half by a kill
+                continue  # damaged, or cut short by a kill
             kept.append(line + b"\n")
-        self.missing = step - len(kept)
-        write_whole(self._path, b"".join(kept))
+        return kept
 
     def write(self, entries: list[dict[str, float]]) -> None:
-        """Append one line per entry; each holds `step` and named numbers."""
+        """Append one line per entry, a dict of `step` and named numbers."""
         self._file.write("".join(json.dumps(entry) + "\n" for entry in entries))
         self._file.flush()
-        for board in self._boards:
-            board.write(entries)
+        for writer in self._writers:
+            writer.write(entries)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with ExitStack() as all_of_them:  # even where one meets a full disk
-            for board in self._boards:
-                all_of_them.callback(board.close)
-            all_of_them.callback(self._file.close)
+        with ExitStack() as stack:  # closes all, even if one meets a full disk
+            for writer in self._writers:
+                stack.callback(writer.close)
+            stack.callback(self._file.close)
 
 
-class SilentLog(MetricsLog):
-    """Of a process whose numbers another one writes: it writes nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, entries: list[dict[str, float]]) -> None:
-        """Nothing."""
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
-
-
-def open_log(config: TrainConfig, step: int) -> MetricsLog:
-    """The log of a run, continued after `step`; of several processes, the first writes it."""
+def open_log(config: TrainConfig, step: int) -> AbstractContextManager[MetricsLog | None]:
+    """Open the log of a run, resumed after `step`. It is None in all processes but the first, which writes for all."""
     if jax.process_index() != 0:
-        return SilentLog()
-    return MetricsLog(config.run, step, open_boards(config, step))
+        return nullcontext()
+    writers = [
+        TensorBoardWriter(config.run, step) if name == "tensorboard" else WandbWriter(config) for name in config.log
+    ]
+    return MetricsLog(config.run, step, writers)
 
 
 def progress_bar(console: Console, disable: bool) -> Progress:
-    """Steps done, loss, speed, time left."""
+    """Return a progress bar with steps, loss, time left and speed."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),  # in a narrow terminal, this is what stays
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),  # stays readable in a narrow terminal
         TextColumn("left  {task.fields[speed]}", table_column=Column(no_wrap=True)),
         TimeElapsedColumn(),
         console=console,
@@ -108,22 +181,20 @@ def progress_bar(console: Console, disable: bool) -> Progress:
     )
 
 
-class Cost(NamedTuple):
-    """What a step takes."""
+class MetricsRecorder:
+    """A buffer of metrics on the device, written from time to time, so that logging does not delay the steps.
 
-    tokens: int
-    flops: float | None  # operations of the model, where they are counted (training/throughput.py)
-    peak_flops: float | None  # operations per second of all devices, where a data sheet says so
+    Attributes:
+        failure: the error to raise after too many consecutive skipped steps.
+        memory: peak memory of a step in bytes per device, once known.
+    """
 
+    failure: UserError | None = None
+    memory: int | None = None
 
-class Recorder:
-    """Holds metrics on the device until it is time to write them, so that logging never stalls the step."""
-
-    failure: UserError | None = None  # once more steps in a row were skipped than the configuration allows
-    memory: int | None = None  # bytes that a step takes on each device, once that is known
-
-    def __init__(self, config: TrainConfig, cost: Cost, log: MetricsLog, progress: Progress) -> None:
+    def __init__(self, config: TrainConfig, cost: StepCost, log: MetricsLog | None, progress: Progress) -> None:
         self._config, self._cost, self._log, self._progress = config, cost, log, progress
+        self._peak_flops = peak_flops(config.mesh.devices)
         self._schedule = jax.jit(learning_rate(config.optimiser))
         self._task: TaskID | None = None
         self._skipped_in_a_row = 0
@@ -131,11 +202,11 @@ class Recorder:
         self._since = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of one step."""
+        """Buffer the metrics of one step."""
         self._waiting.append((step, metrics))
 
     def flush(self) -> float | None:
-        """Write what waits, and return the mean of its finite losses; this is where the host meets the device."""
+        """Write the buffered metrics and return the mean of their finite losses. Waits for the device."""
         values = jax.device_get(self._waiting)
         now = time.perf_counter()
         speed = self._speed((now - self._since) / len(values))
@@ -145,7 +216,8 @@ class Recorder:
         for step, metrics in values:
             entry = {"step": step} | {name: float(value) for name, value in metrics.items()}
             entries.append(entry | {"learning_rate": float(self._schedule(step - 1))} | speed)
-        self._log.write(entries)
+        if self._log is not None:
+            self._log.write(entries)
         losses = [entry["loss"] for entry in entries if np.isfinite(entry["loss"])]
         loss = float(np.mean(losses)) if losses else None
         self._show(values[-1][0], loss, speed)
@@ -154,24 +226,24 @@ class Recorder:
         return loss
 
     def _speed(self, seconds: float) -> dict[str, float]:
-        """Of a step that took so long: with the wait for its batch, for checkpoints, and for the first compilation."""
+        """Return the speed for these seconds per step, which include waiting for data, checkpoints and compilation."""
         speed = {"steps_per_second": 1 / seconds, "tokens_per_second": self._cost.tokens / seconds}
         if self._cost.flops is not None:
             speed["model_flops_per_second"] = self._cost.flops / seconds
-            if self._cost.peak_flops is not None:
-                speed["mfu"] = speed["model_flops_per_second"] / self._cost.peak_flops
+            if self._peak_flops is not None:
+                speed["mfu"] = speed["model_flops_per_second"] / self._peak_flops
         return speed
 
     def _show(self, step: int, loss: float | None, speed: dict[str, float]) -> None:
         loss = np.nan if loss is None else loss
-        said = f"{speed['tokens_per_second']:,.0f} tokens/s"
+        text = f"{speed['tokens_per_second']:,.0f} tokens/s"
         if "model_flops_per_second" in speed:
-            said += f"  {speed['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
+            text += f"  {speed['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
         if "mfu" in speed:
-            said += f"  MFU {speed['mfu']:.1%}"
+            text += f"  MFU {speed['mfu']:.1%}"
         if self._task is None:
-            self._task = self._progress.add_task("training", total=self._config.optimiser.steps, loss=loss, speed=said)
-        self._progress.update(self._task, completed=step, loss=loss, speed=said)
+            self._task = self._progress.add_task("training", total=self._config.optimiser.steps, loss=loss, speed=text)
+        self._progress.update(self._task, completed=step, loss=loss, speed=text)
 
     def _report_skipped(self, entries: list[dict[str, float]]) -> None:
         allowed = self._config.optimiser.skipped_steps
@@ -179,10 +251,53 @@ class Recorder:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if entry.get("skipped") else 0
             if not self._skipped_in_a_row:
                 continue
-            what = f"step {entry['step']:.0f} (batch {entry['step'] - 1:.0f} of seed {self._config.seed})"
-            self._progress.console.print(f"{what} skipped: its loss or gradients are not finite")
+            where = f"step {entry['step']:.0f} (batch {entry['step'] - 1:.0f} of seed {self._config.seed})"
+            self._progress.console.print(f"{where} skipped: its loss or gradients are not finite")
             if self._skipped_in_a_row > allowed and self.failure is None:
                 self.failure = UserError(
-                    f"{self._config.run}: loss or gradients of {what} are not finite, as in the {allowed} steps "
+                    f"{self._config.run}: loss or gradients of {where} are not finite, as in the {allowed} steps "
                     "before; none changed the parameters; start a new --run with a lower optimiser.learning_rate"
                 )
+
+
+def peak_flops(devices: int) -> float | None:
+    """Return the dense bfloat16 operations per second of the devices by their data sheet; None if unknown."""
+    device = jax.devices()[0]
+    link = link_of(device.device_kind)
+    return None if link is None or device.platform == "cpu" else devices * link.flops
+
+
+def step_memory(step: Any, *arguments: Any) -> int | None:
+    """Return the peak memory of a step in bytes per device, as the compiler counts it; None if it does not.
+
+    `step` is jitted and was called with arguments of these shapes before, so nothing is compiled or read.
+    """
+    found = step.lower(*arguments).compile().memory_analysis()
+    if found is None:
+        return None
+    if jax.devices()[0].platform == "cpu":  # its peak omits temporary buffers
+        return int(found.argument_size_in_bytes + found.temp_size_in_bytes)
+    return int(found.peak_memory_in_bytes + found.generated_code_size_in_bytes)
+
+
+@dataclasses.dataclass
+class StepProfiler:
+    """A JAX trace of steps FIRST_TRACED to LAST_TRACED, written to a folder; no trace if it is None."""
+
+    folder: Path | None
+    is_tracing: bool = False
+
+    def before(self, step: int, state: Any) -> None:
+        """Call before each step, counted from 1 since the start or resumption, with the state so far."""
+        if self.folder is not None and step in (FIRST_TRACED, LAST_TRACED + 1):
+            jax.block_until_ready(state)
+            self.close()
+            if step == FIRST_TRACED:
+                jax.profiler.start_trace(self.folder)
+                self.is_tracing = True
+
+    def close(self) -> None:
+        """Write the trace."""
+        if self.is_tracing:
+            jax.profiler.stop_trace()
+            self.is_tracing = False

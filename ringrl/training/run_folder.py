@@ -1,4 +1,4 @@
-"""The folder of a run: made for one configuration, and gone on with under no other."""
+"""The folder of a run. It belongs to one configuration and one dataset."""
 
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ from ringrl.errors import UserError
 from ringrl.files import write_whole
 from ringrl.training.checkpoints import RunInfo, read_info
 
-# Where things lie and are shown, and what they are computed on, may change between a run and its resumption.
-PLACES = ("data", "run", "keep_checkpoints", "mesh.")
-SHOWN = "log"
+# Settings that may differ when a run is resumed: locations, devices and loggers.
+MAY_CHANGE = ("data", "run", "keep_checkpoints", "mesh.")
+LOGGERS = "log"
 IF_DAMAGED = "if config.yaml is damaged, remove it, and the newest checkpoint's settings are used"
 
 
 def claim_folder(info: RunInfo, resume: bool) -> None:
-    """Make the run's folder, or check that what is to be resumed is the same run.
+    """Create the run's folder, or check that an existing folder holds the run to resume.
 
     Raises:
-      UserError: a folder that holds a run already (without `resume`), another run, or other files.
+      UserError: the folder holds a run (without `resume`), another run, or other files.
     """
     config = info.config
     saved = config.run / "config.yaml"
@@ -31,25 +31,29 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
             check_configuration(config)
         try:
             config.run.mkdir(parents=True, exist_ok=True)
-            # A kill may leave a hidden file, and nothing else, before there is a configuration.
+            # A run that was killed before it wrote its configuration leaves hidden files only.
             if not is_run and any(not path.name.startswith(".") for path in config.run.iterdir()):
                 raise UserError(f"{config.run}: holds other files and no run; give another --run")
             write_whole(saved, to_yaml(config))
         except OSError as error:
-            raise UserError(f"{config.run}: cannot be made ({error.strerror}); give another --run") from error
+            raise UserError(f"{config.run}: cannot be created ({error.strerror}); give another --run") from error
         return
     if not resume:
-        raise UserError(f"{config.run}: holds a run already; use --resume to go on with it, or give another --run")
+        raise UserError(f"{config.run}: holds a run already; use --resume to resume it, or give another --run")
     check_configuration(config)
 
 
 def saved_configuration(run: Path) -> TrainConfig:
-    """Of the run in this folder, or of its newest checkpoint where the file is gone; UserError if it cannot be read."""
+    """Return the configuration of the run in this folder: of config.yaml, or else of its newest checkpoint.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     saved = run / "config.yaml"
     if not saved.exists():
         return read_info(run)[1].config
     try:
-        return TrainConfig.model_validate(read_yaml(saved))  # settings that are newer than the run have their defaults
+        return TrainConfig.model_validate(read_yaml(saved))
     except pydantic.ValidationError as error:
         raise UserError(
             f"{saved}: does not fit this version ({one_line(error)}); start a new --run, or {IF_DAMAGED}"
@@ -59,13 +63,13 @@ def saved_configuration(run: Path) -> TrainConfig:
 
 
 def check_configuration(config: TrainConfig) -> None:
-    """UserError where the folder holds a run of other settings."""
-    known = saved_configuration(config.run)
-    was, now = (flat(settings.model_dump(mode="json")) for settings in (known, config))
+    """Raise UserError if the folder holds a run with other settings."""
+    saved = saved_configuration(config.run)
+    was, now = (flat(settings.model_dump(mode="json")) for settings in (saved, config))
     changed = [
         f"{name} was {was.get(name)}, is {value}"
         for name, value in now.items()
-        if not name.startswith(PLACES) and name != SHOWN and was.get(name) != value
+        if not name.startswith(MAY_CHANGE) and name != LOGGERS and was.get(name) != value
     ]
     if changed:
         raise UserError(
@@ -75,13 +79,13 @@ def check_configuration(config: TrainConfig) -> None:
 
 
 def dataset_fingerprint(store: EpisodeStore) -> str:
-    """Of the recorded content, and of how it was relabelled where that is not the usual way."""
+    """Return the fingerprint of the recorded content, with the kind of relabelling if it is not the default."""
     relabelling = store.provenance.relabelling
     return store.fingerprint if relabelling == "control_aware" else f"{store.fingerprint} {relabelling}"
 
 
 def check_dataset(info: RunInfo, saved: RunInfo) -> None:
-    """UserError where a run is to go on with other data than it began with."""
+    """Raise UserError if the dataset is not the one that the saved run was trained on."""
     if saved.data_fingerprint != info.data_fingerprint:
         raise UserError(
             f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
@@ -90,7 +94,7 @@ def check_dataset(info: RunInfo, saved: RunInfo) -> None:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings of sections, by names like model.layers."""
+    """Return the settings of nested sections under names such as model.layers."""
     settings: dict[str, Any] = {}
     for name, value in values.items():
         settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

@@ -1,4 +1,4 @@
-"""A training run as a SLURM job, through submitit: queued again and resumed when its time is up."""
+"""A training run as a SLURM job, through submitit. The job is queued again and resumed after its time limit."""
 
 import dataclasses
 import os
@@ -13,22 +13,22 @@ from ringrl.config import DistributedConfig, SlurmConfig
 from ringrl.errors import UserError, brief
 from ringrl.training.supervisor import run_supervised
 
-FIRST_PORT, PORTS = 49_152, 16_384  # those that nobody may reserve
+FIRST_PORT, PORTS = 49_152, 16_384  # the dynamic ports
 
 
 def submit(
     work: Callable[..., object], run: Path, slurm: SlurmConfig, resume: bool, cluster: str = "slurm"
 ) -> tuple[str, Path]:
-    """Hand a run to the cluster; returns the number of the job and the folder of its output, beside the run's.
+    """Submit a run as a job. Return the job's number and the folder of its output, which is next to the run.
 
     `work` takes the argument `resume` and can be pickled.
 
     Raises:
-      UserError: submitit or SLURM is missing, the job is refused, or the run exists (without `resume`).
+      UserError: submitit or SLURM is missing, the job is rejected, or the run exists (without `resume`).
     """
     with submitting():
         if not resume and (run / "config.yaml").exists():
-            raise UserError(f"{run}: holds a run already; use --resume to go on with it, or give another --run")
+            raise UserError(f"{run}: holds a run already; use --resume to resume it, or give another --run")
         folder = run.absolute().with_name(f"{run.name}.slurm")
         executor = make_executor(folder, slurm, cluster, name=run.name)
         job = executor.submit(TrainJob(work, slurm.gpus_per_node > 0))
@@ -37,10 +37,10 @@ def submit(
 
 @contextmanager
 def submitting() -> Iterator[Any]:
-    """Gives submitit.
+    """Yield the module submitit.
 
     Raises:
-      UserError: it is not installed, or it or SLURM refuses what is done with it.
+      UserError: submitit is not installed, or it or SLURM fails inside the block.
     """
     try:
         import submitit
@@ -49,22 +49,18 @@ def submitting() -> Iterator[Any]:
     try:
         yield submitit
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"--launcher slurm: no job was taken ({brief(error)})") from error
+        raise UserError(f"--launcher slurm: the job was not accepted ({brief(error)})") from error
 
 
 def make_executor(folder: Path, slurm: SlurmConfig, cluster: str, **own: object) -> Any:
-    """What submits jobs that ask for this, or for what `own` says in submitit's words; `folder` is for their output."""
+    """Return a submitit executor for jobs with these resources, whose output goes to `folder`.
+
+    `own` holds further parameters of submitit, which override the resources.
+    """
     import submitit
 
-    executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=slurm.restarts)
-    executor.update_parameters(**(_parameters(slurm) | own))
-    return executor
-
-
-def _parameters(slurm: SlurmConfig) -> dict[str, Any]:
-    """In submitit's words."""
-    asked = {"partition": slurm.partition, "account": slurm.account, "constraint": slurm.constraint}
-    return {
+    optional = {"partition": slurm.partition, "account": slurm.account, "constraint": slurm.constraint}
+    parameters = {
         "nodes": slurm.nodes,
         "tasks_per_node": max(slurm.gpus_per_node, 1),
         "gpus_per_node": slurm.gpus_per_node or None,
@@ -72,13 +68,16 @@ def _parameters(slurm: SlurmConfig) -> dict[str, Any]:
         "mem_gb": slurm.memory,
         "timeout_min": slurm.minutes,
         "slurm_setup": list(slurm.setup) or None,
-        **{f"slurm_{key}": value for key, value in asked.items()},
+        **{f"slurm_{name}": value for name, value in optional.items()},
     }
+    executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=slurm.restarts)
+    executor.update_parameters(**(parameters | own))
+    return executor
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainJob:
-    """What each task of the job does. It resumes always: the job may have been stopped and queued again."""
+    """The work of each task of a job. It always resumes, because the job may have been stopped and queued again."""
 
     work: Callable[..., object]
     has_gpus: bool
@@ -87,7 +86,7 @@ class TrainJob:
         import submitit
 
         task = submitit.JobEnvironment()
-        port = FIRST_PORT + int(task.raw_job_id) % PORTS  # which other jobs on the machine are unlikely to have
+        port = FIRST_PORT + int(task.raw_job_id) % PORTS  # differs between jobs on the same node
         if self.has_gpus:
             os.environ["JAX_LOCAL_DEVICE_IDS"] = str(task.local_rank)
         config = DistributedConfig(
@@ -96,7 +95,7 @@ class TrainJob:
         run_supervised(partial(self.work, resume=True), config)
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when the time is up."""
+        """Return the job that submitit queues after the time limit."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)

@@ -79,7 +79,7 @@ def test_mistakes_are_named(store: EpisodeStore, tmp_path: Path) -> None:
         sampler(store, other_tasks=("walker_walk",))
     run = {"data": store.path, "task": TASKS[0], "run": tmp_path / "run"}
     for context, model, said in (
-        ({"other_tasks": [TASKS[0]]}, {}, "stands there twice"),
+        ({"other_tasks": [TASKS[0]]}, {}, "names a task twice"),
         ({"other_tasks": [TASKS[1]], "best_fraction": 0.5}, {}, "not those of other_tasks; give 1"),
         ({"other_tasks": [TASKS[1]]}, {"kind": "behaviour_cloning"}, "no context that could tell"),
     ):

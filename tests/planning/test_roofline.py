@@ -7,7 +7,7 @@ from ringrl.planning.ahead_of_time import abstract_step
 from ringrl.planning.machines import find_machine
 from ringrl.planning.roofline import ATTAINED, WITHOUT_KERNEL, attained_by, estimate
 from ringrl.planning.workload import Workload, find_model
-from ringrl.training.throughput import forward_flops, step_flops
+from ringrl.training.budget import forward_flops, step_flops
 
 
 def seven_billion(tokens, mesh, **model):

@@ -207,7 +207,7 @@ def test_the_example_crosses_what_its_head_says() -> None:
         ({"seeds": [0, -1]}, r"seeds\.1: .*greater than or equal to 0"),
         ({"seeds": [2**32]}, r"seeds\.0: .*less than 4294967296"),
         ({"seeds": 3}, "seeds: give a list"),
-        ({"unknown": 1}, "there is no setting unknown; choose of datasets, output"),
+        ({"unknown": 1}, "there is no setting unknown; choose from datasets, output"),
         ({"baseline": ["bc"]}, "there is no setting baseline; did you mean baselines"),
         ({"baselines": ["at"]}, r"baselines\.0: .*'bc', 'bc-10%', 'dt', 'td3' or 'td3\+bc'"),
         ({"methods": ["dt"]}, r"methods\.0: .*'at' or 'ad'"),

@@ -1,17 +1,47 @@
-"""What a run took, counted by hand and beside what its own log says."""
+"""Training cost, compared with counts by hand, XLA's count, and a run's own log."""
 
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from ringrl.config import TrainConfig, merged
+from ringrl.config import ModelConfig, TrainConfig, merged
+from ringrl.model.transformer import Transformer
 from ringrl.training import read_info, train
-from ringrl.training.budget import budget
-from ringrl.training.throughput import forward_flops
+from ringrl.training.budget import budget, forward_flops, step_flops
+
+CONFIG = ModelConfig(layers=3, width=64, heads=4, kv_heads=4)
 
 
-def test_of_contexts(finished_run: Path) -> None:
+def test_flops_equal_the_formula_of_the_paper():
+    tokens, width = 512, 64
+    assert forward_flops(CONFIG, tokens) == 3 * (24 * tokens * width**2 + 2 * tokens**2 * width)
+    assert step_flops(CONFIG, tokens, contexts=5) == 15 * forward_flops(CONFIG, tokens)
+
+
+def test_flops_with_fewer_key_heads_and_another_feed_forward_width():
+    config = CONFIG.model_copy(update={"kv_heads": 1, "feed_forward": 2})
+    assert forward_flops(config, 10) == 3 * 10 * (2 * 64 * (64 + 2 * 16 + 64) + 2 * 2 * 64 * 128 + 2 * 10 * 64)
+
+
+def test_flops_are_unknown_for_a_model_without_a_context():
+    assert step_flops(CONFIG.model_copy(update={"kind": "behaviour_cloning"}), 512, 1) is None
+
+
+def test_xla_counts_the_same_matrix_operations():
+    """One layer of vanilla attention, which also computes masked logits: twice our attention term."""
+    config = CONFIG.model_copy(update={"layers": 1, "attention": "vanilla"})
+    model = Transformer(config, nnx.Rngs(params=0))
+    tokens = 256
+    cost = jax.jit(model.__call__).lower(jnp.zeros((1, tokens, 64))).compile().cost_analysis()
+    expected = forward_flops(config, tokens) + 2 * tokens**2 * 64
+    assert cost["flops"] == pytest.approx(expected, rel=0.2), "the rest is norms, softmax and rotations"
+
+
+def test_budget_of_contexts(finished_run: Path) -> None:
     step, info = read_info(finished_run)
     found = budget(info, step, finished_run)
     assert (found.steps, found.batch_size, found.devices) == (14, 2, 1)
@@ -24,7 +54,7 @@ def test_of_contexts(finished_run: Path) -> None:
     assert found.seconds > 0
 
 
-def test_tokens_are_those_of_the_set_and_an_earlier_checkpoint_took_less(finished_run: Path) -> None:
+def test_tokens_follow_the_token_set_and_the_step(finished_run: Path) -> None:
     step, info = read_info(finished_run)
     early, late = (budget(info, number, finished_run) for number in (4, step))
     assert early.timesteps * 14 == late.timesteps * 4
@@ -38,7 +68,7 @@ def test_tokens_are_those_of_the_set_and_an_earlier_checkpoint_took_less(finishe
 
 
 @pytest.mark.parametrize(("kind", "row"), [("behaviour_cloning", 2 * 250), ("td3_bc", 1)])
-def test_of_what_sees_one_step_at_a_time(tiny: TrainConfig, kind: str, row: int) -> None:
+def test_budget_of_models_without_a_context(tiny: TrainConfig, kind: str, row: int) -> None:
     values = merged(tiny.model_dump(), {"model": {"kind": kind}, "optimiser": {"steps": 3}})
     run = train(TrainConfig.model_validate(values), quiet=True)
     step, info = read_info(run)
@@ -50,18 +80,18 @@ def test_of_what_sees_one_step_at_a_time(tiny: TrainConfig, kind: str, row: int)
         assert entry["tokens_per_second"] / entry["steps_per_second"] == pytest.approx(found.tokens / 3)
 
 
-def test_seconds_are_told_whole_or_not_at_all(finished: TrainConfig) -> None:
+def test_seconds_are_unknown_if_the_log_is_incomplete(finished: TrainConfig) -> None:
     step, info = read_info(finished.run)
     log = finished.run / "metrics.jsonl"
     lines = log.read_text().splitlines()
     whole = budget(info, step, finished.run).seconds
     assert whole is not None
     assert budget(info, step).seconds is None
-    old = [json.dumps({k: v for k, v in json.loads(line).items() if k != "steps_per_second"}) for line in lines]
-    for text in ([*old[:1], *lines[1:]], lines[:-1], [*lines[:-1], lines[-1][:20]], ["nonsense}"]):
+    without_speed = json.dumps({k: v for k, v in json.loads(lines[0]).items() if k != "steps_per_second"})
+    for text in ([without_speed, *lines[1:]], lines[:-1], [*lines[:-1], lines[-1][:20]], ["nonsense}"]):
         log.write_text("\n".join(text))
         assert budget(info, step, finished.run).seconds is None
     log.write_text("\n".join([*lines, lines[-1][:20]]))
-    assert budget(info, step, finished.run).seconds == whole, "a line of later work that a kill cut short is none of it"
+    assert budget(info, step, finished.run).seconds == whole, "a line of a later step, cut short by a kill, is ignored"
     log.unlink()
     assert budget(info, step, finished.run).seconds is None

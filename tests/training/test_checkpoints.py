@@ -17,8 +17,7 @@ from rich.console import Console
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.errors import UserError
 from ringrl.training import load_policy, read_info, train
-from ringrl.training.checkpoints import Checkpoints
-from ringrl.training.seal import sealed, unsealed
+from ringrl.training.checkpoints import Checkpoints, with_checksum, without_checksum
 from ringrl.training.step import TrainState
 
 
@@ -121,7 +120,7 @@ def test_what_stands_in_the_way_for_a_while_is_not_damage(finished: TrainConfig,
         raise OSError(errno.EMFILE, "too many open files")
 
     monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", refuse)
-    with pytest.raises(UserError, match=r"cannot be read now, and is left as it is"):
+    with pytest.raises(UserError, match=r"cannot be read now and is not changed"):
         train(finished, resume=True, quiet=True)
     assert (finished.run / "checkpoints" / "14").is_dir()
 
@@ -157,13 +156,13 @@ def test_what_a_checkpoint_says(finished: TrainConfig) -> None:
     assert {"ringrl", "jax", "mujoco"} <= set(info.versions)
     assert info.transitions == 8 * 250
     iterator = json.loads((finished.run / "checkpoints" / "14" / "iterator" / "metadata").read_text())
-    assert unsealed(iterator) == {"next_index": 14}
+    assert without_checksum(iterator) == {"next_index": 14}
 
 
 def test_a_checkpoint_of_another_version_is_told_apart_from_damage(finished: TrainConfig) -> None:
     description = finished.run / "checkpoints" / "14" / "info" / "metadata"
-    values = json.dumps(unsealed(json.loads(description.read_text()))).replace('"token_set"', '"token_sort"')
-    description.write_text(json.dumps(sealed(json.loads(values))))
+    values = json.dumps(without_checksum(json.loads(description.read_text()))).replace('"token_set"', '"token_sort"')
+    description.write_text(json.dumps(with_checksum(json.loads(values))))
     with pytest.raises(UserError, match=r"does not fit this version.*token_sort"):
         load_policy(finished.run)
 

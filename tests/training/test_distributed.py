@@ -270,11 +270,11 @@ def test_hosts_of_a_pod_that_have_not_met_are_refused(tiny: TrainConfig, monkeyp
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"coordinator": "node1:1234"}, "belong together"),
-        ({"processes": 2, "process": 0}, "belong together"),
+        ({"coordinator": "node1:1234"}, "give all three"),
+        ({"processes": 2, "process": 0}, "give all three"),
         ({"coordinator": "node1", "processes": 2, "process": 0}, "not of the form HOST:PORT"),
         ({"coordinator": "node1:99999", "processes": 2, "process": 0}, "not of the form HOST:PORT"),
-        ({"coordinator": "node1:1", "processes": 2, "process": 2}, "process 2 is none of 2"),
+        ({"coordinator": "node1:1", "processes": 2, "process": 2}, "process 2 is out of range: 2 processes"),
     ],
 )
 def test_half_told_is_refused(values: dict[str, object], said: str) -> None:

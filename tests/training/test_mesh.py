@@ -24,7 +24,7 @@ from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training import train
 from ringrl.training.agent import make_agent
 from ringrl.training.mesh import make_parallel
-from ringrl.training.metrics import Recorder
+from ringrl.training.metrics import MetricsRecorder
 from ringrl.training.step import with_params
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
@@ -146,14 +146,14 @@ def test_a_run_goes_on_with_eight_devices_then_four_then_one(
         )  # fmt: skip
 
     train(config("one", {}), quiet=True)
-    add = Recorder.add
+    add = MetricsRecorder.add
 
-    def add_and_be_stopped(recorder: Recorder, step: int, metrics: dict) -> None:
+    def add_and_be_stopped(recorder: MetricsRecorder, step: int, metrics: dict) -> None:
         add(recorder, step, metrics)
         if step in (2, 4):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Recorder, "add", add_and_be_stopped)
+    monkeypatch.setattr(MetricsRecorder, "add", add_and_be_stopped)
     for resume, mesh in ((False, {"seq": 4, "fsdp": 2}), (True, {"seq": 2, "tensor": 2}), (True, {})):
         train(config("moved", mesh), resume=resume, quiet=True)
     assert len(losses(tmp_path / "one")) == 6

@@ -3,21 +3,22 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 from ringrl.training import train
-from ringrl.training.boards import TensorBoard
-from ringrl.training.metrics import MetricsLog
+from ringrl.training.metrics import MetricsLog, TensorBoardWriter, peak_flops, step_memory
 
 
 def line(step: int) -> dict[str, float]:
     return {"step": step, "loss": 0.5 / step}
 
 
-def test_lines_are_appended_and_seen_at_once(tmp_path):
+def test_lines_are_appended_and_visible_at_once(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
         log.write([line(1), line(2)])
         seen = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -27,7 +28,7 @@ def test_lines_are_appended_and_seen_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', "\x00\x00\x00"], ids=["whole", "cut", "zeros"])
-def test_what_a_kill_undid_is_dropped(tmp_path, torn):
+def test_lines_after_the_checkpoint_are_dropped(tmp_path, torn):
     with MetricsLog(tmp_path, 0) as log:
         log.write([line(step) for step in range(1, 5)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -41,7 +42,7 @@ def test_what_a_kill_undid_is_dropped(tmp_path, torn):
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe", b"61", b"[]", b'{"loss": 1}', b'{"step": "2"}', b"{"])
-def test_a_damaged_line_takes_no_other_with_it_and_is_missed(tmp_path, damage):
+def test_a_damaged_line_is_dropped_alone_and_counted(tmp_path, damage):
     with MetricsLog(tmp_path, 0) as log:
         log.write([line(step) for step in range(1, 5)])
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
@@ -55,7 +56,7 @@ def test_a_damaged_line_takes_no_other_with_it_and_is_missed(tmp_path, damage):
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
-    with MetricsLog(tmp_path, 0, [TensorBoard(tmp_path, 0)]) as log:
+    with MetricsLog(tmp_path, 0, [TensorBoardWriter(tmp_path, 0)]) as log:
         log.write([line(1), line(2)])
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, place, found = file.read_bytes(), 0, []
@@ -70,11 +71,10 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
 FULL = """
     import resource, sys
     from pathlib import Path
-    from ringrl.training.boards import TensorBoard
-    from ringrl.training.metrics import MetricsLog
+    from ringrl.training.metrics import MetricsLog, TensorBoardWriter
 
     try:
-        with MetricsLog(Path(sys.argv[1]), 0, [TensorBoard(Path(sys.argv[1]), 0)]) as log:
+        with MetricsLog(Path(sys.argv[1]), 0, [TensorBoardWriter(Path(sys.argv[1]), 0)]) as log:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
             for step in range(1, 1000):
                 log.write([{"step": step, "loss": 1 / step}])
@@ -84,22 +84,22 @@ FULL = """
 
 
 @pytest.mark.parametrize("size", [0, 20_000])
-def test_a_full_disk_is_an_error_and_not_the_end_of_a_thread(tmp_path, size):
-    """Found out at once, or in the middle; nobody waits for ever, and nothing else is printed."""
+def test_a_full_disk_raises_oserror(tmp_path, size):
+    """At once or in the middle. Nothing blocks, and nothing else is printed."""
     child = [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path), str(size)]
     done = subprocess.run(child, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "File too large\n"
     assert done.stderr == ""
 
 
-def test_wandb_missing_is_said_before_anything_is_made(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb_is_reported_before_any_file_is_made(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ringrl\[wandb\]'"):
         train(tiny.model_copy(update={"log": ("wandb",)}), quiet=True)
     assert not tiny.run.exists()
 
 
-def test_wandb_offline_keeps_every_step_and_its_identity(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_keeps_every_step_and_its_id(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="needs wandb: pip install 'ringrl[wandb]'")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     short = tiny.model_copy(update={"log": ("tensorboard", "wandb")})
@@ -116,3 +116,23 @@ def test_wandb_offline_keeps_every_step_and_its_identity(tiny: TrainConfig, monk
     assert (tiny.run / "tensorboard").is_dir()
     train(short.model_copy(update={"log": ("wandb",)}), resume=True, quiet=True)
     assert (tiny.run / "wandb" / "id.txt").read_text() == identity
+
+
+def test_a_cpu_has_no_peak_rate():
+    assert jax.devices()[0].platform != "cpu" or peak_flops(1) is None
+
+
+def test_step_memory_is_known_without_tracing_again() -> None:
+    traced = []
+
+    @jax.jit
+    def step(x: jax.Array) -> jax.Array:
+        traced.append(x.shape)
+        return (x @ x).T @ x
+
+    x = jnp.ones((256, 256))
+    step(x)
+    found = step_memory(step, x)
+    assert found is not None
+    assert x.nbytes < found <= 5 * x.nbytes, "the arguments and temporary buffers"
+    assert len(traced) == 1

@@ -1,4 +1,4 @@
-"""A seal that one changed value breaks, whatever the value."""
+"""Checksums change with any single value."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringrl.training.seal import array_seals, sealed, unsealed
+from ringrl.training.checkpoints import array_checksums, with_checksum, without_checksum
 
 TREE = {
     "float": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4),
@@ -25,18 +25,19 @@ def flipped(array: np.ndarray, bit: int) -> np.ndarray:
 
 
 @given(st.sampled_from(sorted(TREE)), st.integers(0, 10_000))
-def test_one_flipped_bit_breaks_the_seal_of_its_array_alone(name: str, bit: int) -> None:
-    before = dict(zip(sorted(TREE), array_seals(TREE), strict=True))
-    after = dict(zip(sorted(TREE), array_seals(TREE | {name: flipped(TREE[name], bit)}), strict=True))
+def test_one_flipped_bit_changes_the_checksum_of_its_array_only(name: str, bit: int) -> None:
+    before = dict(zip(sorted(TREE), array_checksums(TREE), strict=True))
+    after = dict(zip(sorted(TREE), array_checksums(TREE | {name: flipped(TREE[name], bit)}), strict=True))
     assert [key for key in before if before[key] != after[key]] == [name]
 
 
-def test_what_was_sealed_comes_back_through_json() -> None:
+def test_values_with_a_checksum_survive_json() -> None:
     values = {"mean": [0.1, 1e-300, float("nan")], "name": "walker", "nothing": None, "deep": {"b": 1, "a": 2.0}}
-    text = json.dumps(sealed(values))
-    assert json.dumps(unsealed(json.loads(text)), sort_keys=True) == json.dumps(values, sort_keys=True)
-    assert unsealed({"old": 1}) == {"old": 1}, "what was written before there were seals"
+    text = json.dumps(with_checksum(values))
+    assert json.dumps(without_checksum(json.loads(text)), sort_keys=True) == json.dumps(values, sort_keys=True)
+    with pytest.raises(ValueError, match="its checksum differs"):
+        without_checksum(values)
     for was, now in (("0.1", "0.3"), ("walker", "wblker"), ("2.0", "6.0"), ('"b"', '"c"')):
         assert was in text
-        with pytest.raises(ValueError, match="seal is broken"):
-            unsealed(json.loads(text.replace(was, now)))
+        with pytest.raises(ValueError, match="its checksum differs"):
+            without_checksum(json.loads(text.replace(was, now)))
