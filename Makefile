@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/
 
-.PHONY: install demo test lint docs lock clean
+.PHONY: install demo test faults lint docs lock clean
 
 install: .venv/ready  ## .venv alone
 
@@ -11,6 +11,10 @@ demo: .venv/ready  ## collect, train, evaluate, ablate, report: about ten minute
 
 test: .venv/ready  ## every test
 	$(RUN)python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+faults: .venv/ready  ## kill, starve and damage every command: about an hour; full disks need root or user namespaces
+	$$(unshare --user --map-root-user --mount true 2>/dev/null && echo unshare --user --map-root-user --mount) \
+		$(RUN)python -m pytest -m slow tests/faults
 
 lint: .venv/ready  ## style and types
 	$(RUN)ruff check .

@@ -294,7 +294,7 @@ def test_a_wrong_flag_is_named_in_one_line(
 def test_what_a_command_needs_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ringrl: --data, --task and --run are needed (" in refused(["train"], capsys)
     said = refused(["train", "--dat=x", "--task", "y", "--run", "z"], capsys)
-    assert "ringrl: --data is required; --dat: there is no such flag; did you mean --data? (" in said
+    assert "ringrl: --data is needed; --dat: there is no such flag; did you mean --data? (" in said
     assert "DOMAIN and ALGORITHM are needed (ringrl data download" in refused(["data", "download"], capsys)
     assert "--compare: expected PATH PATH, got 'a' (" in refused(["report", "--compare", "a"], capsys)
 

@@ -1,4 +1,4 @@
-"""Presets are settings that the program takes, and of the size that they say."""
+"""Presets are valid and have the size that they name; settings are validated."""
 
 from pathlib import Path
 
@@ -46,15 +46,15 @@ def test_training_presets_are_valid(name: str) -> None:
             {"actor_critic": {"hindsight": {"xyz": 3}}},
             "no setting xyz; choose from later, steps_ahead, nearby",
         ),
-        ({"seed": 2**32}, "less than 4294967296"),  # whose key is seed 0's
+        ({"seed": 2**32}, "less than 4294967296"),  # its key would equal that of seed 0
     ],
 )
-def test_settings_that_do_not_fit_together_are_refused(settings: dict, words: str) -> None:
+def test_incompatible_settings_are_errors(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TrainConfig.model_validate(REQUIRED | settings)
 
 
-def test_settings_are_laid_over_others() -> None:
+def test_settings_are_merged() -> None:
     below = {"model": {"layers": 2, "width": 8}, "context": None, "seed": 1}
     above = {"model": {"layers": 3}, "context": {"trajectories": 4}, "seed": 2}
     assert merged(below, above) == {"model": {"layers": 3, "width": 8}, "context": {"trajectories": 4}, "seed": 2}
@@ -62,24 +62,24 @@ def test_settings_are_laid_over_others() -> None:
 
 
 @pytest.mark.parametrize("value", [3, 0, "transformer", [1]])
-def test_a_section_that_is_no_mapping_is_named(value: object) -> None:
+def test_a_section_that_is_no_mapping_is_reported(value: object) -> None:
     with pytest.raises(UserError, match=r"^model: expected settings by name"):
         merged({"model": value}, {"model": {"layers": 3}})
     with pytest.raises(UserError, match=r"^actor_critic\.hindsight: expected settings by name"):
         merged({"actor_critic": {"hindsight": value}}, {"actor_critic": {"hindsight": {"later": 0.5}}})
 
 
-def test_what_is_there_twice_is_refused(tmp_path: Path) -> None:
-    """YAML would keep the last of them alone."""
+def test_duplicate_keys_are_errors(tmp_path: Path) -> None:
+    """PyYAML alone would keep the last one."""
     file = tmp_path / "twice.yaml"
     for text in ("model: {layers: 1}\ntask: x\nmodel: {width: 16}\n", "model:\n  layers: 1\n  layers: 2\n"):
         file.write_text(text)
-        with pytest.raises(UserError, match=r"twice\.yaml: is not YAML \(duplicate key (model|layers)") as refused:
+        with pytest.raises(UserError, match=r"twice\.yaml: is not YAML \(duplicate key (model|layers)") as caught:
             read_yaml(file)
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(caught.value)
 
 
-def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+def test_an_empty_file_is_reported_as_empty(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("# nothing\n")
     with pytest.raises(UserError, match=r"empty\.yaml: is empty; give settings by name"):

@@ -1,11 +1,11 @@
-"""What errors are asked."""
+"""Messages of errors."""
 
 import pytest
 
 from ringrl.errors import UserError, brief, is_out_of_memory, user_message
 
 
-def test_an_error_in_part_of_a_line() -> None:
+def test_brief_is_one_short_line() -> None:
     assert brief(ValueError("one\n  two\tthree ")) == "one two three"
     assert brief(MemoryError()) == ""
     assert brief(RuntimeError("x" * 301)) == "x" * 300
@@ -19,14 +19,14 @@ def test_an_error_in_part_of_a_line() -> None:
         SystemError("error return without exception set"),
     ],
 )
-def test_want_of_memory_is_known(error: Exception) -> None:
+def test_out_of_memory_is_recognised(error: Exception) -> None:
     assert is_out_of_memory(error)
     assert "not enough memory" in str(user_message(error))
     assert not is_out_of_memory(OSError("No space left on device"))
     assert not is_out_of_memory(SystemError("bad argument to internal function"))
 
 
-def test_what_a_user_can_mend() -> None:
+def test_user_message() -> None:
     assert user_message(UserError("--run: x")) == "--run: x"
     assert user_message(PermissionError(13, "Permission denied", "a/b")) == "a/b: Permission denied"
     for error in (ValueError("x"), OSError("x"), RuntimeError("x"), BrokenPipeError(32, "Broken pipe")):

@@ -183,7 +183,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def _serving(**settings) -> Iterator[Site]:
+def serve(**settings) -> Iterator[Site]:
     site = Site(**settings)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -210,7 +210,7 @@ def _serving(**settings) -> Iterator[Site]:
 @pytest.fixture(scope="session")
 def serving() -> Callable[..., contextlib.AbstractContextManager[Site]]:
     """A context manager, given the fields of a Site, that runs one."""
-    return _serving
+    return serve
 
 
 @pytest.fixture(scope="session")
@@ -235,5 +235,5 @@ def archive(make_zip) -> bytes:
 @pytest.fixture
 def site(archive) -> Iterator[Site]:
     """A server that has `archive` under the name of a public archive."""
-    with _serving(files={CARTPOLE_RND: archive}) as site:
+    with serve(files={CARTPOLE_RND: archive}) as site:
         yield site

@@ -19,7 +19,7 @@ SETTINGS = {
 
 @pytest.fixture
 def tiny(jaco_store, tmp_path: Path) -> TrainConfig:
-    """Fourteen steps of a tiny transformer on real jaco episodes; nothing is trained yet."""
+    """Fourteen steps of a tiny transformer on real jaco episodes; not trained yet."""
     return TrainConfig.model_validate(SETTINGS | {"data": jaco_store.path, "run": tmp_path / "run"})
 
 
@@ -32,6 +32,6 @@ def finished_run(jaco_store, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished(tiny: TrainConfig, finished_run: Path) -> TrainConfig:
-    """`tiny` with its run as it stands after training; a copy that a test may change."""
+    """`tiny` with a copy of its finished run, which a test may change."""
     shutil.copytree(finished_run, tiny.run)
     return tiny

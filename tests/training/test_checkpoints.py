@@ -4,10 +4,8 @@ import io
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,9 +17,10 @@ from ringrl.errors import UserError
 from ringrl.training import load_policy, read_info, train
 from ringrl.training.checkpoints import Checkpoints, with_checksum, without_checksum
 from ringrl.training.step import TrainState
+from tests.damage import CHECKPOINT, ITERATOR, arrays, write_zeros
 
 
-def test_missing_checkpoints_are_named(finished: TrainConfig, tmp_path: Path) -> None:
+def test_missing_checkpoints_are_reported(finished: TrainConfig, tmp_path: Path) -> None:
     for folder in (tmp_path / "nothing", tmp_path):
         with pytest.raises(UserError, match="holds no checkpoint") as caught:
             load_policy(folder)
@@ -32,21 +31,10 @@ def test_missing_checkpoints_are_named(finished: TrainConfig, tmp_path: Path) ->
     assert load_policy(finished.run, 12).step == 12
 
 
-def zeros(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(bytes(16))
-
-
-def arrays_cut_short(folder: Path) -> None:
-    for file in folder.glob("ocdbt.process_0/d/*"):
-        os.truncate(file, file.stat().st_size // 2)
-
-
-def a_bit_of_the_arrays(folder: Path) -> None:
-    """Where it counts: the format itself notices nothing, but it holds some values twice and reads one of them."""
-    file = max(folder.glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
-    run, whole = folder.parents[2], file.read_bytes()
+def a_bit_of_the_arrays(step: Path) -> None:
+    """Flip a bit of a value. The format holds some values twice and reads one copy, so several places are tried."""
+    file = arrays(step)
+    run, whole = step.parents[1], file.read_bytes()
     saved = load_policy(run).parameter_hash
     for place in range(len(whole) // 8, len(whole), len(whole) // 50):
         content = bytearray(whole)
@@ -56,33 +44,16 @@ def a_bit_of_the_arrays(folder: Path) -> None:
             found = load_policy(run)
         except UserError:
             return
-        assert found.parameter_hash == saved, "changed, and not noticed"
-    raise AssertionError("no bit counts")
+        assert found.parameter_hash == saved, "a changed value was not noticed"
+    raise AssertionError("no flipped bit changed a value")
 
 
-def a_digit_of_the_description(folder: Path) -> None:
-    file = folder / "metadata"
-    text = file.read_text()
-    assert '"episode_length": 250' in text
-    file.write_text(text.replace('"episode_length": 250', '"episode_length": 251'))
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "zeros": lambda step: zeros(step / "state"),
-    "arrays cut short": lambda step: arrays_cut_short(step / "state"),
-    "a bit of the arrays": lambda step: a_bit_of_the_arrays(step / "state"),
-    "a digit of the description": lambda step: a_digit_of_the_description(step / "info"),
-    "manifest gone": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
-    "state gone": lambda step: shutil.rmtree(step / "state"),
-    "description cut short": lambda step: os.truncate(step / "info" / "metadata", 100),
-    "description gone": lambda step: shutil.rmtree(step / "info"),
-    "all gone": lambda step: (shutil.rmtree(step), step.mkdir()),
-}
+DAMAGES = CHECKPOINT | {"a bit of the arrays": a_bit_of_the_arrays}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_training_falls_back_aloud(finished: TrainConfig, damage: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_training_uses_the_one_before(finished: TrainConfig, damage: str) -> None:
     newest, metrics = finished.run / "checkpoints" / "14", finished.run / "metrics.jsonl"
     before = metrics.read_text()
     DAMAGES[damage](newest)
@@ -106,16 +77,16 @@ def without_speed(metrics: str) -> list[dict]:
     return [{name: value for name, value in entry.items() if "per_second" not in name} for entry in entries]
 
 
-def test_nothing_to_fall_back_to(finished: TrainConfig) -> None:
+def test_without_a_readable_checkpoint_nothing_is_changed(finished: TrainConfig) -> None:
     steps = sorted((finished.run / "checkpoints").iterdir())
     for step in steps:
-        zeros(step / "state")
+        write_zeros(step / "state")
     with pytest.raises(UserError, match=r"14: is damaged"):
         train(finished, resume=True, quiet=True)
-    assert sorted((finished.run / "checkpoints").iterdir()) == steps, "nothing is laid aside"
+    assert sorted((finished.run / "checkpoints").iterdir()) == steps, "nothing is moved"
 
 
-def test_what_stands_in_the_way_for_a_while_is_not_damage(finished: TrainConfig, monkeypatch) -> None:
+def test_a_temporary_error_is_not_damage(finished: TrainConfig, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "too many open files")
 
@@ -126,8 +97,8 @@ def test_what_stands_in_the_way_for_a_while_is_not_damage(finished: TrainConfig,
 
 
 @pytest.mark.parametrize("sitting", [6, 1, 2], ids=["at once", "resumed after each", "resumed after two"])
-def test_the_checkpoint_of_lowest_loss_is_kept_beside_the_newest(finished, tmp_path: Path, sitting: int) -> None:
-    """Losses are remembered from one process to the next, or each would leave its checkpoints behind for ever."""
+def test_the_newest_checkpoints_and_that_of_lowest_loss_are_kept(finished, tmp_path: Path, sitting: int) -> None:
+    """Losses are saved, or each process would leave its checkpoints behind forever."""
     info = read_info(finished.run)[1]
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 4.0, 2.5], start=1):
         if step % sitting == 1 % sitting:
@@ -136,20 +107,20 @@ def test_the_checkpoint_of_lowest_loss_is_kept_beside_the_newest(finished, tmp_p
         checkpoints.save(state, info, {}, loss)
         if step % sitting == 0:
             checkpoints.close()
-    assert Checkpoints(tmp_path).steps() == [2, 3, 5, 6], "one without a loss is kept too: it says why a run failed"
+    assert Checkpoints(tmp_path).steps() == [2, 3, 5, 6], "one without a loss is kept too, to diagnose a failed run"
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda item: os.truncate(item / "metadata", 3)], ids=["gone", "cut"])
-def test_a_run_does_not_go_on_without_knowing_which_batches_come_next(finished: TrainConfig, damage) -> None:
+@pytest.mark.parametrize("damage", ITERATOR)
+def test_resuming_needs_the_state_of_the_batch_iterator(finished: TrainConfig, damage: str) -> None:
     newest = finished.run / "checkpoints" / "14"
-    damage(newest / "iterator")
-    assert load_policy(finished.run).step == 14, "which evaluation need not know"
+    ITERATOR[damage](newest)
+    assert load_policy(finished.run).step == 14, "evaluation does not need it"
     said = io.StringIO()
     train(finished, resume=True, quiet=True, console=Console(file=said))
     assert f"{newest}: is damaged" in said.getvalue()
 
 
-def test_what_a_checkpoint_says(finished: TrainConfig) -> None:
+def test_the_description_of_a_checkpoint(finished: TrainConfig) -> None:
     step, info = read_info(finished.run)
     assert (step, info.config, info.domain) == (14, finished.model_copy(update={"run": info.config.run}), "jaco")
     assert (info.observation_size, info.action_size, info.normalisation.episode_length) == (42, 9, 250)
@@ -159,7 +130,7 @@ def test_what_a_checkpoint_says(finished: TrainConfig) -> None:
     assert without_checksum(iterator) == {"next_index": 14}
 
 
-def test_a_checkpoint_of_another_version_is_told_apart_from_damage(finished: TrainConfig) -> None:
+def test_a_checkpoint_of_another_version_is_not_called_damaged(finished: TrainConfig) -> None:
     description = finished.run / "checkpoints" / "14" / "info" / "metadata"
     values = json.dumps(without_checksum(json.loads(description.read_text()))).replace('"token_set"', '"token_sort"')
     description.write_text(json.dumps(with_checksum(json.loads(values))))
@@ -167,8 +138,8 @@ def test_a_checkpoint_of_another_version_is_told_apart_from_damage(finished: Tra
         load_policy(finished.run)
 
 
-def test_a_full_disk_is_told_and_the_run_can_go_on(tiny: TrainConfig) -> None:
-    """A limit on file size stands for the disk: writing beyond it fails as a full disk does."""
+def test_a_full_disk_is_reported_and_the_run_resumes(tiny: TrainConfig) -> None:
+    """A limit on the file size plays the disk: writes beyond it fail as on a full disk."""
     model = tiny.model.model_copy(update={"width": 128})  # a checkpoint larger than the limit
     config = tiny.model_copy(update={"model": model})
     file = config.run.with_suffix(".yaml")
@@ -176,7 +147,7 @@ def test_a_full_disk_is_told_and_the_run_can_go_on(tiny: TrainConfig) -> None:
     command = [str(Path(sys.executable).with_name("ringrl")), "train", "--config", str(file)]
 
     limited = ["bash", "-c", f"ulimit -f 100; exec {shlex.join(command)}"]  # kilobytes
-    alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or it would cut short what others read there
+    alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # the limit would cut short files that other tests read
     done = subprocess.run(limited, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("ringrl: ")]

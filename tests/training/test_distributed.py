@@ -1,4 +1,4 @@
-"""Several real processes on this machine, with two devices each, as one run; and how they end when one is lost."""
+"""Several real processes with two devices each as one run, and how they end when one is lost."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 class Hosts:
-    """Processes that each start the same command, as on several hosts."""
+    """Processes that run the same command, as on several hosts."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment, self.started = folder, environment, []
@@ -41,7 +41,7 @@ class Hosts:
     def start(
         self, config: TrainConfig, count: int, *flags: str, devices: int = 2, only: int | None = None, **own: list[str]
     ) -> None:
-        """Start `count` processes (or the first `only`), with flags for all, and for process 1: one=[...]."""
+        """Start `count` processes (or the first `only`) with flags for all, and one=[...] for process 1."""
         file = self.folder / "command.yaml"
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         xla = f"{self.environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
@@ -60,12 +60,12 @@ class Hosts:
             )
 
     def end(self, index: int, timeout: float = 240.0) -> tuple[int, str, str]:
-        """Exit code, output and errors of a process."""
+        """Return a process's exit code, output and errors."""
         output, errors = self.started[index].communicate(timeout=timeout)
         return self.started[index].returncode, output, errors
 
     def trainer(self, index: int) -> int:
-        """The child in which a process trains."""
+        """Return the pid of the child in which a process trains."""
         pid = self.started[index].pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         (trainer,) = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
@@ -89,13 +89,13 @@ def changed(config: TrainConfig, **sections: object) -> TrainConfig:
 
 @pytest.fixture
 def spread(tiny: TrainConfig) -> TrainConfig:
-    """`tiny`, four steps a checkpoint, on four devices."""
+    """`tiny` on four devices."""
     return changed(tiny, mesh={"data": 2, "seq": 2}, model={"heads": 2}, optimiser={"batch_size": 4})
 
 
 @pytest.fixture
 def endless(spread: TrainConfig) -> TrainConfig:
-    """A run that only ends when it is made to."""
+    """A run that ends only if it is stopped."""
     return changed(spread, optimiser={"steps": 1_000_000}, checkpoint_every=1_000_000)
 
 
@@ -117,10 +117,10 @@ def is_training(config: TrainConfig) -> bool:
     return file.exists() and b"\n" in file.read_bytes()
 
 
-def test_two_processes_compute_what_one_does_and_what_was_stopped_goes_on(
+def test_two_processes_equal_one_and_a_stopped_run_resumes(
     hosts: Hosts, spread: TrainConfig, tmp_path: Path
 ) -> None:
-    """Two processes are stopped by a SIGTERM to one of them, which saves, and resumed; then compared with one."""
+    """A SIGTERM to one process stops both, which save. They resume and are compared with one process."""
     stopped = changed(spread, optimiser={"steps": 40}, checkpoint_every=1000)
     hosts.start(stopped, 2)
     wait_until(lambda: is_training(stopped), hosts)
@@ -136,7 +136,7 @@ def test_two_processes_compute_what_one_does_and_what_was_stopped_goes_on(
     (code, output, errors), (other, silent, said) = hosts.end(0), hosts.end(1)
     assert (code, other) == (0, 0), errors + said
     assert output == f"{stopped.run}; next: ringrl evaluate --checkpoint {stopped.run}\n"
-    assert (silent, said) == ("", ""), "process 0 speaks for all"
+    assert (silent, said) == ("", ""), "process 0 prints for all"
     assert len(list((stopped.run / "tensorboard").iterdir())) == 2, "one file per start"
     found = entries(stopped.run)
 
@@ -163,8 +163,8 @@ def test_a_process_that_is_killed_ends_the_others_within_a_minute(
     left = 1 - lost
     code, _, errors = hosts.end(left, timeout=MINUTE)
     assert code == 75, errors
-    who = "process 0, which coordinates," if lost == 0 else "process 1"
-    assert errors.splitlines()[-1] == f"ringrl: {who} of 2 is gone; start all again, with --resume"
+    who = "process 0, the coordinator," if lost == 0 else "process 1"
+    assert errors.splitlines()[-1] == f"ringrl: {who} of 2 is lost; start all again, with --resume"
     assert "Traceback" not in errors
     assert "Check failure" not in errors
     code, _, errors = hosts.end(lost, timeout=MINUTE)
@@ -174,7 +174,7 @@ def test_a_process_that_is_killed_ends_the_others_within_a_minute(
     wait_until(lambda: not Path(f"/proc/{trainer}").exists(), Hosts(endless.run, {}))  # nothing is left behind
 
 
-def test_ctrl_c_in_one_ends_all(hosts: Hosts, endless: TrainConfig) -> None:
+def test_ctrl_c_in_one_process_ends_all(hosts: Hosts, endless: TrainConfig) -> None:
     hosts.start(endless, 2)
     wait_until(lambda: is_training(endless), hosts)
     hosts.started[1].send_signal(signal.SIGINT)
@@ -184,20 +184,20 @@ def test_ctrl_c_in_one_ends_all(hosts: Hosts, endless: TrainConfig) -> None:
     assert ends[1][2].splitlines()[-1] == "ringrl: stopped; what was finished is kept"
 
 
-def test_a_process_that_never_comes(hosts: Hosts, tiny: TrainConfig) -> None:
+def test_a_process_that_never_connects(hosts: Hosts, tiny: TrainConfig) -> None:
     hosts.start(tiny, 3, "--distributed.start-timeout=5", only=2)
     for index in (0, 1):
         code, _, errors = hosts.end(index, timeout=MINUTE)
         assert code == 75
-        assert re.search(r"^ringrl: not all 3 processes met at 127.0.0.1:\d+ within 5 s; see that each", errors)
+        assert re.search(r"^ringrl: not all 3 processes connected to 127.0.0.1:\d+ within 5 s; check that each", errors)
         assert errors.count("\n") == 1
     assert not tiny.run.exists()
 
 
-def test_another_configuration_in_one_process_is_named_by_all(hosts: Hosts, spread: TrainConfig) -> None:
+def test_a_different_setting_in_one_process_is_reported_by_all(hosts: Hosts, spread: TrainConfig) -> None:
     hosts.start(spread, 2, one=["--optimiser.learning-rate=0.5"])
     difference = (
-        "process 1 of 2: optimiser.learning_rate is 0.5, and 0.001 in process 0; start all with the same command"
+        "process 1 of 2: optimiser.learning_rate is 0.5, but 0.001 in process 0; start all with the same command"
     )
     ends = [hosts.end(index) for index in (0, 1)]
     assert [code for code, _, _ in ends] == [2, 2]
@@ -206,7 +206,7 @@ def test_another_configuration_in_one_process_is_named_by_all(hosts: Hosts, spre
     assert not spread.run.exists()
 
 
-def test_other_data_in_one_process_are_named_by_all(
+def test_different_data_in_one_process_are_reported_by_all(
     hosts: Hosts, spread: TrainConfig, jaco_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "fewer" / "buffer").mkdir(parents=True)
@@ -214,7 +214,7 @@ def test_other_data_in_one_process_are_named_by_all(
         (tmp_path / "fewer" / "buffer" / file.name).write_bytes(file.read_bytes())
     other = import_archive(tmp_path / "fewer", tmp_path / "fewer.h5", "jaco")
     hosts.start(spread, 2, one=[f"--data={other.path}"])
-    fingerprints = f"{other.fingerprint}, and {EpisodeStore(spread.data).fingerprint} in process 0"
+    fingerprints = f"{other.fingerprint}, but {EpisodeStore(spread.data).fingerprint} in process 0"
     for code, _, errors in (hosts.end(0), hosts.end(1)):
         assert code == 2
         assert f"process 1 of 2: fingerprint of the data is {fingerprints}" in errors
@@ -223,7 +223,7 @@ def test_other_data_in_one_process_are_named_by_all(
 
 
 def test_an_error_of_process_0_ends_all(hosts: Hosts, spread: TrainConfig) -> None:
-    """The others wait for it; that it waits for them is seen above."""
+    """Process 0 fails while the others wait for it. The reverse is tested above."""
     spread.run.mkdir()
     (spread.run / "thesis.tex").write_text("years of work")
     hosts.start(spread, 2)
@@ -233,7 +233,7 @@ def test_an_error_of_process_0_ends_all(hosts: Hosts, spread: TrainConfig) -> No
     assert ends[1][2].startswith(f"ringrl: process 0 of 2 stopped: {spread.run}: holds other files")
 
 
-def test_want_of_memory_is_told_at_once_and_not_taken_for_a_lost_process(hosts: Hosts, tiny: TrainConfig) -> None:
+def test_out_of_memory_is_reported_at_once_and_is_not_a_lost_process(hosts: Hosts, tiny: TrainConfig) -> None:
     where = [
         f"--distributed.coordinator=127.0.0.1:{free_port()}",
         "--distributed.processes=1",
@@ -245,7 +245,7 @@ def test_want_of_memory_is_told_at_once_and_not_taken_for_a_lost_process(hosts: 
     assert "Traceback" not in errors
 
 
-def test_a_plain_run_is_alone_and_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_a_run_is_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     together = DistributedConfig(coordinator="node1:1234", processes=2, process=1)
@@ -260,15 +260,15 @@ def test_a_plain_run_is_alone_and_others_are_told(monkeypatch: pytest.MonkeyPatc
     assert not is_wanted(DistributedConfig(enabled="off"))
 
 
-def test_hosts_of_a_pod_that_have_not_met_are_refused(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 4)  # as the TPU runtime says without being asked
-    with pytest.raises(UserError, match=r"belong to 4 hosts, which have not met; .*--distributed.enabled on"):
+def test_unconnected_hosts_of_a_pod_are_an_error(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)  # as the TPU runtime reports
+    with pytest.raises(UserError, match=r"belong to 4 hosts that are not connected; .*--distributed.enabled on"):
         train(tiny, quiet=True)
     assert not tiny.run.exists()
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"coordinator": "node1:1234"}, "give all three"),
         ({"processes": 2, "process": 0}, "give all three"),
@@ -277,6 +277,6 @@ def test_hosts_of_a_pod_that_have_not_met_are_refused(tiny: TrainConfig, monkeyp
         ({"coordinator": "node1:1", "processes": 2, "process": 2}, "process 2 is out of range: 2 processes"),
     ],
 )
-def test_half_told_is_refused(values: dict[str, object], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_incomplete_settings_are_errors(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         DistributedConfig.model_validate(values)

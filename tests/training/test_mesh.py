@@ -1,4 +1,4 @@
-"""Training over a mesh of eight host devices: the same losses and parameters as on one, whatever the mesh."""
+"""Training on meshes of eight host devices gives the losses and parameters of one device."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def sampler(jaco_store: EpisodeStore) -> ContextSampler:
 
 @pytest.fixture(scope="module")
 def params() -> dict:
-    """Of the model, on one device."""
+    """Parameters on one device."""
     return jax.device_get(nnx.to_pure_dict(nnx.state(make_policy(MODEL, 42, 9, seed=0), nnx.Param)))
 
 
@@ -65,7 +65,7 @@ def loss_and_gradients(model: ModelConfig, parallel: Parallel, params: dict, bat
 
 @pytest.fixture(scope="module")
 def expected(sampler: ContextSampler, params: dict) -> tuple[np.ndarray, dict]:
-    """Of vanilla attention on one device, without blocks."""
+    """Loss and gradients of vanilla attention on one device."""
     plain = MODEL.model_copy(update={"attention": "vanilla"})
     return loss_and_gradients(plain, ONE_DEVICE, params, sampler.batch(0))
 
@@ -76,14 +76,14 @@ def expected(sampler: ContextSampler, params: dict) -> tuple[np.ndarray, dict]:
     + [(kind, (1, 2, 2, 2)) for kind in ("vanilla", "memory_efficient", "blockwise")],
     ids=str,
 )
-def test_loss_and_gradients_are_those_of_vanilla_attention_on_one_device(kind, mesh, sampler, params, expected):
+def test_loss_and_gradients_equal_vanilla_attention_on_one_device(kind, mesh, sampler, params, expected):
     parallel = make_parallel(settings(mesh))
     batch = ShardedSampler(sampler, parallel.mesh, parallel.layout).batch(0)
     found = loss_and_gradients(MODEL.model_copy(update={"attention": kind}), parallel, params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
 
 
-def test_with_layers_computed_anew(sampler, params, expected):
+def test_with_remat(sampler, params, expected):
     parallel = make_parallel(settings((1, 2, 2, 2)))
     batch = ShardedSampler(sampler, parallel.mesh, parallel.layout).batch(0)
     found = loss_and_gradients(MODEL.model_copy(update={"remat": "layers"}), parallel, params, batch)
@@ -98,7 +98,7 @@ def test_other_layouts(layout, sampler, params, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
 
 
-def test_parameters_and_optimiser_state_lie_in_pieces(params):
+def test_parameters_and_optimiser_state_are_sharded(params):
     config = settings((1, 2, 2, 2))
     parallel = make_parallel(config)
     state = make_agent(lambda: make_policy(MODEL, 42, 9, 0, parallel=parallel), config, parallel).init()
@@ -115,16 +115,16 @@ def test_parameters_and_optimiser_state_lie_in_pieces(params):
 @pytest.mark.parametrize(
     ("mesh", "others", "words"),
     [
-        ((1, 1, 1, 16), {}, "mesh: data 1 x fsdp 1 x tensor 1 x seq 16 is 16 devices, and there are 8 (cpu)"),
+        ((1, 1, 1, 16), {}, "mesh: data 1 x fsdp 1 x tensor 1 x seq 16 is 16 devices, but JAX has 8 (cpu)"),
         ((3, 1, 1, 1), {}, "mesh.data x mesh.fsdp: 8 contexts"),
         ((1, 1, 3, 1), {}, "mesh.tensor: 8 heads"),
         ((1, 1, 1, 6), {}, "mesh.fsdp x mesh.seq: 32 features"),
-        ((2, 1, 1, 1), {"model": {"kind": "td3_bc"}}, "td3_bc is trained on one device"),
+        ((2, 1, 1, 1), {"model": {"kind": "td3_bc"}}, "td3_bc trains on one device"),
         ((8, 1, 1, 1), {"optimiser": {"batch_size": 8, "accumulation": 2}}, "mesh.data x mesh.fsdp: 4 contexts"),
     ],
     ids=str,
 )
-def test_impossible_meshes_are_refused_with_the_reason(mesh, others, words):
+def test_impossible_meshes_are_errors_with_the_reason(mesh, others, words):
     with pytest.raises(UserError, match=re.escape(words)):
         make_parallel(settings(mesh, **others))
 
@@ -133,7 +133,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_goes_on_with_eight_devices_then_four_then_one(
+def test_a_run_resumes_on_eight_then_four_devices_then_one(
     jaco_store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def config(run: str, mesh: dict) -> TrainConfig:
@@ -148,12 +148,12 @@ def test_a_run_goes_on_with_eight_devices_then_four_then_one(
     train(config("one", {}), quiet=True)
     add = MetricsRecorder.add
 
-    def add_and_be_stopped(recorder: MetricsRecorder, step: int, metrics: dict) -> None:
+    def add_and_stop(recorder: MetricsRecorder, step: int, metrics: dict) -> None:
         add(recorder, step, metrics)
         if step in (2, 4):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(MetricsRecorder, "add", add_and_be_stopped)
+    monkeypatch.setattr(MetricsRecorder, "add", add_and_stop)
     for resume, mesh in ((False, {"seq": 4, "fsdp": 2}), (True, {"seq": 2, "tensor": 2}), (True, {})):
         train(config("moved", mesh), resume=resume, quiet=True)
     assert len(losses(tmp_path / "one")) == 6

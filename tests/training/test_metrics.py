@@ -12,6 +12,7 @@ from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 from ringrl.training import train
 from ringrl.training.metrics import MetricsLog, TensorBoardWriter, peak_flops, step_memory
+from tests.damage import METRICS_TAIL
 
 
 def line(step: int) -> dict[str, float]:
@@ -27,12 +28,12 @@ def test_lines_are_appended_and_visible_at_once(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', "\x00\x00\x00"], ids=["whole", "cut", "zeros"])
-def test_lines_after_the_checkpoint_are_dropped(tmp_path, torn):
+@pytest.mark.parametrize("damage", [None, *METRICS_TAIL])
+def test_lines_after_the_checkpoint_are_dropped(tmp_path, damage):
     with MetricsLog(tmp_path, 0) as log:
         log.write([line(step) for step in range(1, 5)])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(torn)
+    if damage:
+        METRICS_TAIL[damage](tmp_path / "metrics.jsonl")
     for resumed_at in (4, 2, 0):
         with MetricsLog(tmp_path, resumed_at) as log:
             assert log.missing == 0

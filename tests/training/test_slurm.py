@@ -1,4 +1,4 @@
-"""Runs as SLURM jobs: what sbatch is given, and a job of two processes by submitit's executor for this machine."""
+"""Runs as SLURM jobs: the script for sbatch, and a job of two processes with submitit's local executor."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ needs_submitit = pytest.mark.skipif(
 
 
 @needs_submitit
-def test_what_sbatch_is_given(tiny: TrainConfig, cluster: Path) -> None:
+def test_the_script_for_sbatch(tiny: TrainConfig, cluster: Path) -> None:
     asked = SlurmConfig(
         partition="gpu", nodes=4, gpus_per_node=8, cpus_per_task=12, minutes=90, setup=("module load x",)
     )
@@ -39,7 +39,7 @@ def test_what_sbatch_is_given(tiny: TrainConfig, cluster: Path) -> None:
 
 
 @needs_submitit
-def test_jobs_that_cannot_be_taken(tiny: TrainConfig, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_jobs(tiny: TrainConfig, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
     with pytest.raises(UserError, match="invalid partition specified: gpu"):
         submit(partial(train, tiny), tiny.run, SlurmConfig(partition="gpu"), resume=False)
@@ -52,7 +52,7 @@ def test_jobs_that_cannot_be_taken(tiny: TrainConfig, cluster: Path, monkeypatch
         submit(partial(train, tiny), tiny.run, SlurmConfig(), resume=False)
 
 
-def test_submitit_missing_is_said_with_what_to_do(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_submitit_is_reported_with_the_remedy(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'ringrl\[slurm\]'"):
         submit(partial(train, tiny), tiny.run, SlurmConfig(), resume=False)
@@ -72,7 +72,7 @@ submit(partial(train, config), config.run, SlurmConfig(gpus_per_node=2, minutes=
 
 @needs_submitit
 def test_a_job_of_two_processes_trains(tiny: TrainConfig, environment: dict[str, str]) -> None:
-    """One process for each of two GPUs, which here are cores."""
+    """One process for each of two GPUs; cores play the GPUs."""
     values = json.loads(tiny.model_dump_json())
     values["mesh"]["data"] = 2
     subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(values)], env=environment, check=True, timeout=120)

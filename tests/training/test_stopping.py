@@ -1,4 +1,4 @@
-"""Runs that are told to stop, that diverge, that are traced."""
+"""Runs that are stopped, that diverge, that are traced."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from ringrl.training import load_policy, read_info, train
 
 
 def test_sigterm_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path) -> None:
-    """A real process, stopped in the middle of its run."""
+    """A real process, stopped while it trains."""
     endless = tiny.optimiser.model_copy(update={"steps": 100_000})
     config = tiny.model_copy(update={"optimiser": endless, "checkpoint_every": 100_000})
     file = tmp_path / "config.yaml"
@@ -37,7 +37,7 @@ def test_sigterm_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path) ->
     step = read_info(config.run)[0]
     assert output == f"{config.run}: step {step} of 100000; next: ringrl train --config {file} --resume\n"
     written = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert written == list(range(1, step + 1)), "all that was computed"
+    assert written == list(range(1, step + 1)), "every computed step"
     assert load_policy(config.run).step == step
 
 

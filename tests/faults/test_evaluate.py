@@ -1,0 +1,125 @@
+"""`ringrl evaluate`: stopped, starved, damaged. The same command again must give the same records and summary."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.damage import CHECKPOINT, Damage, cut, flip, rewrite
+from tests.faults.conftest import Disk
+from tests.faults.process import CTRL_C, KILL, TERM, names, run, stop
+
+pytestmark = pytest.mark.slow
+SAME = ("returns", "context", "environment_seed", "steps_simulated", "evaluation", "checkpoint_hash")
+
+
+def evaluate_command(checkpoint: Path, folder: Path) -> list[str]:
+    """Return three episodes in one context, in two streams, and as many without memory."""
+    paths = [f"--checkpoint={checkpoint}", f"--output={folder / 'results.jsonl'}"]
+    return ["evaluate", *paths, "--environments=2", "--episodes=3", "--control"]
+
+
+def records(path: Path, same: tuple[str, ...] = SAME) -> list[str]:
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted({json.dumps([entry[name] for name in same]) for entry in entries})
+
+
+def assert_completes(command: list[str], folder: Path, expected: Path) -> None:
+    """Run the command again. Check records and summary, and that nothing else is left."""
+    run(command).expect(0)
+    assert records(folder / "results.jsonl") == records(expected / "results.jsonl")
+    found, wanted = (json.loads((f / "results.json").read_text())["evaluations"] for f in (folder, expected))
+    assert [part["returns"] for part in found] == [part["returns"] for part in wanted]
+    left = [name for name in names(folder) if name.lstrip(".").startswith("results")]
+    assert left == ["results.json", "results.jsonl"]
+
+
+@pytest.fixture(scope="session")
+def expected(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    run(evaluate_command(trained, folder)).expect(0)
+    return folder
+
+
+def has(folder: Path, episode: str) -> Callable[[], object]:
+    return lambda: any((folder / "results.journal").glob(f"*/{episode}.npz"))
+
+
+@pytest.mark.parametrize(
+    ("episode", "number"),
+    [("context_00000", KILL), ("control_00000", KILL), ("context_00001", CTRL_C), ("context_00001", TERM)],
+)
+def test_signal(trained: Path, expected: Path, tmp_path: Path, episode: str, number) -> None:
+    command = evaluate_command(trained, tmp_path)
+    stop(command, has(tmp_path, episode), number).expect(128 + number)
+    assert_completes(command, tmp_path, expected)
+
+
+def test_full_disk(trained: Path, expected: Path, disk: Disk) -> None:
+    command = evaluate_command(trained, disk.folder)
+    disk.fill_before(command).expect(2, "free some space|give another")
+    for episode in ("context_00000", "control_00001"):
+        disk.fill_during(command, has(disk.folder, episode)).expect(2, "free some space|give another")
+    assert_completes(command, disk.folder, expected)
+
+
+def flip_reward(journal: Path) -> None:
+    path = journal / "context_00000.npz"
+    content = path.read_bytes()
+    flip(path, (content.index(b"reward.npy") + 400) / (len(content) - 1))
+
+
+EPISODES: dict[str, Damage] = {
+    "an episode cut short": lambda journal: cut(journal / "context_00001.npz"),
+    "a flipped bit": lambda journal: flip(journal / "context_00000.npz"),
+    "a flipped bit of a reward": flip_reward,
+    "an episode gone": lambda journal: (journal / "context_00000.npz").unlink(),
+    "all gone": lambda journal: shutil.rmtree(journal.parent),
+}
+ABOUT: dict[str, Damage] = {
+    "about.json cut short": lambda journal: cut(journal / "about.json"),
+    "a flipped bit of about.json": lambda journal: flip(journal / "about.json"),
+}
+
+
+@pytest.mark.parametrize("damage", EPISODES | ABOUT)
+def test_damaged_journal(trained: Path, expected: Path, tmp_path: Path, damage: str) -> None:
+    command = evaluate_command(trained, tmp_path)
+    stop(command, has(tmp_path, "context_00001"))
+    (journal,) = (tmp_path / "results.journal").iterdir()
+    (EPISODES | ABOUT)[damage](journal)
+    if damage in ABOUT:
+        run(command).expect(2, "damaged; remove it")
+        shutil.rmtree(tmp_path / "results.journal")
+    assert_completes(command, tmp_path, expected)
+
+
+RESULTS: dict[str, Damage] = {
+    "half a last line": lambda path: rewrite(path, lambda lines: [*lines[:-1], lines[-1][:100]]),
+    "last line gone": lambda path: rewrite(path, lambda lines: lines[:-1]),
+    "all gone": Path.unlink,
+    "summary cut short": lambda path: cut(path.with_suffix(".json")),
+    "summary gone": lambda path: path.with_suffix(".json").unlink(),
+    "a line that is not JSON": lambda path: rewrite(path, lambda lines: ["{broken\n", *lines[1:]]),
+}
+
+
+@pytest.mark.parametrize("damage", RESULTS)
+def test_damaged_results(trained: Path, expected: Path, tmp_path: Path, damage: str) -> None:
+    for name in ("results.jsonl", "results.json"):
+        shutil.copy(expected / name, tmp_path)
+    RESULTS[damage](tmp_path / "results.jsonl")
+    command = evaluate_command(trained, tmp_path)
+    if damage == "a line that is not JSON":
+        run(command).expect(2, "line 1: .*JSON.* remove")
+        (tmp_path / "results.jsonl").unlink()
+    assert_completes(command, tmp_path, expected)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "arrays cut short", "a digit of the description", "description gone"])
+def test_damaged_checkpoint(trained: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    CHECKPOINT[damage](tmp_path / "run" / "checkpoints" / "60")
+    run(evaluate_command(tmp_path / "run", tmp_path)).expect(2, "is damaged .*; remove it")
