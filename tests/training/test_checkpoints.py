@@ -147,7 +147,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes(tiny: TrainConfig) -> None:
     command = [str(Path(sys.executable).with_name("ringrl")), "train", "--config", str(file)]
 
     limited = ["bash", "-c", f"ulimit -f 100; exec {shlex.join(command)}"]  # kilobytes
-    alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # the limit would cut short files that other tests read
+    alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or files of other tests would be cut short
     done = subprocess.run(limited, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("ringrl: ")]

@@ -117,9 +117,7 @@ def is_training(config: TrainConfig) -> bool:
     return file.exists() and b"\n" in file.read_bytes()
 
 
-def test_two_processes_equal_one_and_a_stopped_run_resumes(
-    hosts: Hosts, spread: TrainConfig, tmp_path: Path
-) -> None:
+def test_two_processes_equal_one_and_a_stopped_run_resumes(hosts: Hosts, spread: TrainConfig, tmp_path: Path) -> None:
     """A SIGTERM to one process stops both, which save. They resume and are compared with one process."""
     stopped = changed(spread, optimiser={"steps": 40}, checkpoint_every=1000)
     hosts.start(stopped, 2)
