@@ -15,14 +15,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("random_returns", ["walker_wlak"], "random_returns.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("collect", ["walker_wlak"], "collect.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("data", ["relabel", "--exorl", "nothere"], "--exorl: nothere is no folder"),
-        ("prompted_lengths", ["tiny", "x.h5", "--steps", "0"], "argument --steps: 0 is not a whole number from 1 on"),
-        ("variants", ["nothere.h5", "--trajectories", "x"], "argument --trajectories: x is not a whole number"),
         ("evaluation", ["walker_wlak"], "evaluation.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("plan_reality", ["--machine", "cpu"], "plan_reality.py: "),
         ("attention_gpu", [], "needs a Hopper GPU, JAX finds cpu"),
         ("train_gpu", [], "needs a GPU, JAX finds cpu"),
-        ("prompted_lengths", ["tiny", "x.h5", "--lengths", "3", "4"], "--lengths: each has to divide the longest, 4"),
-        ("prompted_lengths", ["tiny", "x.h5", "--lengths", "0", "4"], "--lengths: each has to divide the longest, 4"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_measured(

@@ -7,9 +7,11 @@ import pytest
 from ringrl.config import TrainConfig, merged, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
+from ringrl.study.cells import cells
+from ringrl.study.plan import read_plan
 
 REQUIRED = {"data": "unused", "task": "unused", "run": "unused"}
-PLANS = {"demo", "study_example"} | {file.stem for file in preset("demo").parent.glob("study_results*.yaml")}
+PLANS = {"demo", "hidden_task", "results", "study_example"}
 BILLIONS = {
     "small": 0.009,
     "paper_350m": 0.302,
@@ -18,6 +20,11 @@ BILLIONS = {
     "shape_13b": 12.6,
     "shape_30b": 31.9,
 }
+
+
+@pytest.mark.parametrize(("name", "count"), [("results", 234), ("hidden_task", 6)])
+def test_plans_have_cells_with_valid_settings(name: str, count: int) -> None:
+    assert len(cells(read_plan(preset(name)))) == count
 
 
 def train_presets() -> list[str]:

@@ -1,4 +1,4 @@
-"""ringrl ablate and demo: many runs, and the page that compares them."""
+"""ringrl ablate and demo: many runs, and the report that compares them."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,28 +23,28 @@ def ablate(
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x context lengths x seeds, and baselines.
 
-    First it says what that costs. The same command goes on where it was stopped and repeats nothing.
+    The cost is printed first. The same command resumes an interrupted ablation and repeats nothing.
 
     Args:
         plan: YAML file, for example configs/study_example.yaml.
-        dry_run: say what it costs, and stop.
+        dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
-        retry: run cells again that failed; an interrupted one goes on in any case.
-        untimed: do not time a few steps of every kind of cell first; how long it will take is then not known.
-        launcher: slurm: a job for every cell, instead of running it here.
-        slurm: what each job asks for; a cell is one process.
+        retry: run failed cells again; interrupted cells are resumed in any case.
+        untimed: do not time a few steps of every kind of cell first; the remaining time is then unknown.
+        launcher: slurm: run every cell as a job, not on this machine.
+        slurm: resources of each job; a cell is one process.
     """
-    from ringrl.study.ablation import Run, estimate
-    from ringrl.study.ablation import ablate as run_plan
     from ringrl.study.plan import read_plan
+    from ringrl.study.runner import RunOptions, estimate
+    from ringrl.study.runner import ablate as run_plan
 
     check_launcher(launcher, slurm)
     chosen = read_plan(plan)
-    how = Run(workers, retry, not untimed, slurm if launcher == "slurm" else None)
+    options = RunOptions(workers, retry, not untimed, slurm if launcher == "slurm" else None)
     if dry_run:
-        estimate(chosen, Console(), how)
+        estimate(chosen, Console(), options)
         return
-    run_plan(chosen, Console(stderr=True), command_line(), how)
+    run_plan(chosen, Console(stderr=True), command_line(), options)
     print(f"{chosen.output}; next: ringrl report {chosen.output}")
 
 
@@ -52,11 +52,12 @@ def demo(output: Path = Path("demo")) -> None:
     """Collect, train, evaluate, ablate and report for one task, in a few minutes on two cores.
 
     Args:
-        output: folder of everything that the demo makes; an interrupted demo goes on where it stopped.
+        output: folder of all files of the demo; the same command resumes an interrupted demo.
     """
     from ringrl.study.demo import run_demo
-    from ringrl.study.report import table
+    from ringrl.study.report import table, write_report
 
-    page = run_demo(output, Console(stderr=True), command_line())
-    Console().print(table([output / "runs"]))
+    runs = run_demo(output, Console(stderr=True), command_line())
+    page = write_report([runs], output / "report")
+    Console().print(table([runs]))
     print(page.absolute().as_uri())

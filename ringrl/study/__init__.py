@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ringrl.study.ablation import ablate
     from ringrl.study.plan import AblationPlan, read_plan
     from ringrl.study.report import write_report
     from ringrl.study.report_compare import write_comparison
+    from ringrl.study.runner import ablate
 
 __all__ = ["AblationPlan", "ablate", "read_plan", "write_comparison", "write_report"]
 
 _HOMES = {
     "AblationPlan": "plan",
-    "ablate": "ablation",
+    "ablate": "runner",
     "read_plan": "plan",
     "write_comparison": "report_compare",
     "write_report": "report",

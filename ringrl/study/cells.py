@@ -1,23 +1,26 @@
-"""The cells of an ablation: each is a folder of its own, with all that it is, and says itself how it stands.
+"""Cells of an ablation: training runs with their evaluations, each in a folder of its own.
 
-config.yaml       the training run's whole configuration (the folder is a run's folder, as `ringrl train` makes it)
+config.yaml       configuration of the training run (the folder is a run's folder, as `ringrl train` makes it)
 cell.yaml         what is rolled out afterwards
-evaluation.jsonl  the results
-log.txt           what was said
-finished.json     written last: there is nothing more to do
-failed.txt        why it failed, in one line
+evaluation.jsonl  results
+log.txt           output
+finished.json     written last
+failed.txt        why the last attempt failed, in one line
 """
 
 import dataclasses
 import json
 import os
+import re
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import yaml
@@ -26,12 +29,12 @@ from ringrl.config import TrainConfig, merged, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import Protocol, plan_policy, plan_random
+from ringrl.evaluation.protocol import FIRST_SEED, Protocol, plan_policy, plan_random, programs_of
 from ringrl.evaluation.records import append_records, data_records, library_versions
 from ringrl.evaluation.session import Audience, Job, evaluate_all
 from ringrl.files import write_whole
 from ringrl.methods import METHODS
-from ringrl.study.plan import AblationPlan
+from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import load_policy, train
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
@@ -39,148 +42,195 @@ EVALUATION = "evaluation.jsonl"
 FINISHED, FAILED, LOG, CELL = "finished.json", "failed.txt", "log.txt", "cell.yaml"
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A policy that is trained and then evaluated, by each of the protocols."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """A piece of an ablation that is done once, in a folder of its own: a cell or a reference."""
 
-    config: TrainConfig
-    protocols: tuple[Protocol, ...]  # of as many episodes each
-    environments: int  # as the plan has it, see there
-    control: bool
-    videos: bool = False
-    seconds: float | None = None  # of training, where that is what is the same for all cells
-    fingerprint: str | None = None  # of the dataset
-
-    @property
-    def folder(self) -> Path:
-        """Of the run, and of all else."""
-        return self.config.run
+    folder: Path
+    about: Mapping[str, Any]  # written to cell.yaml and finished.json, to recognise the same work later
 
     @property
     def name(self) -> str:
-        """Task and folder."""
-        return f"{self.config.task}/{self.folder.name}"
+        """Task and folder, "walker_walk/at_2_seed0"."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the results exist and nothing is left to do."""
+        try:
+            did = json.loads((self.folder / FINISHED).read_text())["did"]
+            did.pop("environments", None)  # earlier versions stored the streams of the longest context too
+            if did.get("videos"):
+                did["videos"] = self.about.get("videos")  # finished with videos, even if they are no longer wanted
+            return bool(did == self.about) and (self.folder / EVALUATION).stat().st_size > 0
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last attempt failed; None if it did not."""
+        try:
+            return (self.folder / FAILED).read_text().strip()
+        except OSError:
+            return None
+
+    def run(self, command: str | None) -> None:
+        """Write the results, starting where an interruption stopped."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """UserError if the folder belongs to other work. More to roll out, or videos, do not make it other work."""
+        path = self.folder / CELL
+        if not path.exists():
+            return
+        try:
+            known = read_yaml(path)
+        except UserError as error:
+            raise UserError(f"{error}; remove it if it is damaged") from error
+        for name in sorted(self.about.keys() & known.keys() - {"test_trajectories", "prompts", "videos"}):
+            was, now = known[name], self.about[name]
+            if was != now and not (name == "episodes" and now > was):
+                raise UserError(f"{path}: {name} was {was}, the plan says {now}; give another output")
+
+    def note_failure(self, why: str) -> str:
+        """Write failed.txt; returns the reason as one line."""
+        line = " ".join(why.split())
+        with suppress(UserError):  # a full disk, for example; the reason is still returned
+            write(self.folder / FAILED, line + "\n")
+        return line
+
+    def forget_failure(self) -> None:
+        """Remove failed.txt."""
+        (self.folder / FAILED).unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell(Work):
+    """A policy that is trained and then evaluated by each of its protocols."""
+
+    config: TrainConfig
+    protocols: tuple[Protocol, ...]
+    variant: str | None = None
 
     @property
     def steps_done(self) -> int:
-        """Optimiser steps up to its newest checkpoint."""
+        """Optimiser steps of the newest checkpoint."""
         checkpoints = self.folder / "checkpoints"
         names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
-    def describe(self) -> dict[str, Any]:
-        """What is done beside training, and what is known of its data and time; as cell.yaml has it."""
-        return {
-            "task": self.config.task,
-            "test_trajectories": [protocol.episodes for protocol in self.protocols],
-            "episodes": self.protocols[0].environments * self.protocols[0].episodes,
-            "environments": self.environments,
-            "control": self.control,
-            "videos": self.videos,
-            "seconds": self.seconds,
-            "data": self.fingerprint,
-        }
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that the policy is evaluated in: all that it was trained on."""
+        return self.config.task, *self.config.context.other_tasks
+
+    def check(self) -> None:
+        """As `Work.check`; also UserError if the training run has other settings."""
+        if (self.folder / "config.yaml").exists():
+            check_configuration(self.config)
+        super().check()
 
     def run(self, command: str | None) -> None:
-        """Train and evaluate, or go on with either where it was stopped."""
+        """Train and evaluate, starting where an interruption stopped."""
         if not (self.folder / "config.yaml").exists():
             write(self.folder / "config.yaml", to_yaml(self.config))
         train(self.config, resume=True)
         trained = load_policy(self.folder)
         if trained.step < self.config.optimiser.steps:
-            raise UserError(f"{self.folder}: was told to stop after step {trained.step}; --retry goes on from there")
-        plans = [plan_policy(trained, self.folder, protocol, command=command) for protocol in self.protocols]
-        for job in (Job(plan, self.folder / EVALUATION) for plan in plans):
-            filmed = (job.videos / "best.mp4").is_file()  # the last one; without it, all are made again
-            evaluate_all([job], again=self.videos and not filmed, video=self.videos, audience=_Log())
+            raise UserError(f"{self.folder}: training was stopped after step {trained.step}; --retry resumes it")
+        programs = programs_of(trained, Protocol(), self.config.task)
+        for task in self.tasks:
+            for protocol in self.protocols:
+                plan = plan_policy(trained, self.folder, protocol, task=task, command=command, programs=programs)
+                self._evaluate(Job(plan, self.folder / EVALUATION))
+
+    def _evaluate(self, job: Job) -> None:
+        video = self.about["videos"] and not job.plan.shared.prompt_trajectories
+        filmed = (job.videos / "best.mp4").is_file()  # written last; without it, all videos are made again
+        evaluate_all([job], again=video and not filmed, video=video, audience=_Log())
 
     def of_steps(self, steps: int) -> "Cell":
-        """The same with so many optimiser steps."""
+        """Return the cell with another number of optimiser steps."""
         optimiser = self.config.optimiser.model_copy(update={"steps": steps})
         return dataclasses.replace(self, config=self.config.model_copy(update={"optimiser": optimiser}))
 
 
 class _Log(Audience):
-    """Says what is worth knowing, for the cell's log."""
+    """Messages for the cell's log."""
 
     def remark(self, text: str) -> None:
         print(text, flush=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What the cells of a task are compared with: random actions, or the dataset's own episodes."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference(Work):
+    """Returns that the cells of a task are compared with: random actions, or the episodes of the dataset."""
 
-    kind: Literal["random", "data"]
-    task: str
     data: Path
-    folder: Path
-    episodes: int  # of random actions
-    fingerprint: str | None = None  # of the dataset
-
-    @property
-    def name(self) -> str:
-        """Task and folder."""
-        return f"{self.task}/{self.folder.name}"
-
-    def describe(self) -> dict[str, Any]:
-        """What it is, to tell whether it has been done."""
-        about: dict[str, Any] = {"kind": self.kind, "task": self.task}
-        return about | ({"episodes": self.episodes} if self.kind == "random" else {"data": self.fingerprint})
 
     def run(self, command: str | None) -> None:
         """Write the results."""
-        results = self.folder / EVALUATION
-        if self.kind == "random":
-            evaluate_all([Job(plan_random(self.task, Protocol(self.episodes), command=command), results)])
+        results, task = self.folder / EVALUATION, self.about["task"]
+        if self.about["kind"] == "random":
+            evaluate_all([Job(plan_random(task, Protocol(self.about["episodes"]), command=command), results)])
             return
         store = EpisodeStore(self.data)
-        records = data_records(
-            self.task,
-            store.returns(self.task),
-            data_fingerprint=dataset_fingerprint(store),
-            versions=library_versions(),
-        )
-        partial = results.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        append_records(partial, records)
-        partial.replace(results)
+        found = {"data_fingerprint": dataset_fingerprint(store), "versions": library_versions()}
+        unfinished = results.with_suffix(".partial")
+        unfinished.unlink(missing_ok=True)
+        append_records(unfinished, data_records(task, store.returns(task), **found))
+        unfinished.replace(results)
 
 
-Work = Cell | Reference
-
-
-def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> Iterator[Reference]:
-    """Two for each task; `fingerprints` of the tasks' datasets, where they are known."""
-    kinds: tuple[Literal["random", "data"], ...] = ("random", "data")
+def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> list[Reference]:
+    """Return two references per task; `fingerprints` are those of the tasks' datasets, if known."""
+    found = []
     for task, data in plan.datasets.items():
-        for kind in kinds:
-            yield Reference(kind, task, data, plan.output / task / kind, plan.episodes, fingerprints.get(task))
+        episodes = max(part.episodes for part in plan.whole if task in part.datasets)
+        random = {"kind": "random", "task": task, "episodes": episodes}
+        dataset = {"kind": "data", "task": task, "data": fingerprints.get(task)}
+        found += [Reference(plan.output / task / about["kind"], about, data) for about in (random, dataset)]
+    return found
 
 
-def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> Iterator[Cell]:
-    """All runs of a plan, seed by seed, so that an interrupted ablation has whole comparisons.
+def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> list[Cell]:
+    """Return all cells of a plan, seed by seed, so that an interrupted ablation has whole comparisons.
 
     Raises:
-      UserError: settings that no run accepts, or that reach none.
+      UserError: settings that no run accepts or that have no effect, or two parts that make the same cell.
     """
-    found = list(_cells(plan))
-    in_question = [cell for cell in found if cell.folder.name.partition("_")[0] in plan.methods] or found
-    _check_heeded("settings", plan.settings, in_question)
-    for task, settings in plan.task_settings.items():
-        _check_heeded(f"task_settings: {task}", settings, [cell for cell in in_question if cell.config.task == task])
-    for cell in found:
-        yield dataclasses.replace(cell, fingerprint=fingerprints.get(cell.config.task))
+    parts = [list(_cells(part, fingerprints)) for part in plan.whole]
+    found = [cell for part in parts for cell in part]
+    name, count = Counter(cell.name for cell in found).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{name}: two parts of the plan make this cell; give one of them a variant")
+    # A setting is meant for the methods with a context, where the plan has any.
+    read = [
+        [cell for cell in part if cell.folder.name.partition("_")[0] in whole.methods] or part
+        for whole, part in zip(plan.whole, parts, strict=True)
+    ]
+    _check_settings("", plan.model_dump(), [cell for part in read for cell in part])
+    for number, (changes, part) in enumerate(zip(plan.parts, read[1:], strict=True)):
+        _check_settings(f"parts.{number}: ", changes, part)
+    seeds = list(dict.fromkeys(seed for part in plan.whole for seed in part.seeds))
+    return sorted(found, key=lambda cell: seeds.index(cell.config.seed))
 
 
-def _check_heeded(where: str, settings: Mapping[str, Any], found: Sequence[Cell]) -> None:
-    """UserError where one of the settings is another in every cell, so that its reader would be misled."""
-    for name, value in flat(dict(settings)).items():
-        # Steps of a cell may be counted from the plan's by its budget.
-        if name != "optimiser.steps" and not any(_has(cell.config, name, value) for cell in found):
-            raise UserError(
-                f"{where}: {name}: has no effect, since the plan itself or its methods set it otherwise; leave it out"
-            )
+def _check_settings(where: str, plan: Mapping[str, Any], found: Sequence[Cell]) -> None:
+    """UserError for a setting that no cell has, since it would mislead the reader of the plan."""
+    groups = [("settings", plan.get("settings", {}), found)]
+    for task, settings in plan.get("task_settings", {}).items():
+        groups.append((f"task_settings: {task}", settings, [cell for cell in found if cell.config.task == task]))
+    for name, settings in plan.get("variants", {}).items():
+        groups.append((f"variants: {name}", settings, [cell for cell in found if cell.variant == name]))
+    for group, settings, chosen in groups:
+        for name, value in flat(settings).items():
+            # The budget may compute the steps of a cell from the steps of the plan.
+            if name != "optimiser.steps" and not any(_has(cell.config, name, value) for cell in chosen):
+                raise UserError(
+                    f"{where}{group}: {name}: has no effect, since the plan itself or its methods set it otherwise; "
+                    "leave it out"
+                )
 
 
 def _has(config: TrainConfig, name: str, value: Any) -> bool:
@@ -188,106 +238,100 @@ def _has(config: TrainConfig, name: str, value: Any) -> bool:
         value = {part: value}
     try:
         return TrainConfig.model_validate(merged(config.model_dump(), value)) == config
-    except pydantic.ValidationError:  # it does not even go with what the method sets
+    except pydantic.ValidationError:  # does not even fit the settings of the method
         return False
 
 
-def _cells(plan: AblationPlan) -> Iterator[Cell]:
+def _cells(plan: AblationPlan, fingerprints: Mapping[str, str]) -> Iterator[Cell]:
     for seed in plan.seeds:
         for task in plan.datasets:
-            for baseline in plan.baselines:
-                yield _cell(plan, task, baseline.replace("%", ""), baseline, seed, 1, None)
-            for method in plan.methods:
-                for tokens in plan.token_sets or (None,):
-                    for count in plan.trajectories:
-                        name = f"{method}_{count}" if tokens is None else f"{method}_{count}_{tokens}"
-                        yield _cell(plan, task, name, method, seed, count, tokens)
+            for variant in (*(() if plan.variants_only else (None,)), *plan.variants):
+                cell = partial(_cell, plan, fingerprints.get(task), task, seed, variant)
+                yield from (cell(baseline, 1) for baseline in plan.baselines)
+                for method in plan.methods:
+                    for tokens in plan.token_sets or (None,):
+                        yield from (cell(method, count, tokens) for count in plan.trajectories)
 
 
 def _cell(
-    plan: AblationPlan, task: str, name: str, method: str, seed: int, trajectories: int, tokens: str | None
+    plan: AblationPlan,
+    fingerprint: str | None,
+    task: str,
+    seed: int,
+    variant: str | None,
+    method: str,
+    trajectories: int,
+    tokens: str | None = None,
 ) -> Cell:
-    own: dict[str, Any] = {
-        "data": plan.datasets[task],
-        "task": task,
-        "run": plan.output / task / f"{name}_seed{seed}",
-        "seed": seed,
-        "context": {"trajectories": trajectories},
-    }
-    shared = merged(merged(plan.settings, plan.task_settings.get(task, {})), METHODS[method].settings or {})
+    is_rolled_out = method in plan.methods  # in contexts of several episodes
+    length = str(trajectories) if is_rolled_out else None
+    slug = re.sub(r"[^\w.+=-]+", "-", variant) if variant else None
+    name = "_".join(part for part in (method.replace("%", ""), length, tokens, slug) if part)
+    folder = plan.output / task / f"{name}_seed{seed}"
+    own: dict[str, Any] = {"data": plan.datasets[task], "task": task, "run": folder, "seed": seed}
+    own["context"] = {"trajectories": trajectories}
     if tokens is not None:
         own["model"] = {"token_set": tokens}
+    settings = plan.settings
+    for above in (plan.task_settings.get(task), METHODS[method].settings, plan.variants.get(variant or "")):
+        settings = merged(settings, above or {})
     try:
-        config = TrainConfig.model_validate(merged(shared, own))
-        if plan.budget != "steps" and config.model.family.source == "contexts":
-            own["optimiser"] = {"batch_size": plan.trajectories_per_batch // trajectories}
-        elif plan.budget == "tokens":
-            own["optimiser"] = {"steps": _steps(plan, config)}
-        config = TrainConfig.model_validate(merged(shared, own))
+        config = _with_budget(plan, merged(settings, own))
     except pydantic.ValidationError as error:
-        raise UserError(f"{task}, {name}: settings or task_settings of the ablation plan: {one_line(error)}") from error
-    rolled_out = (plan.test_trajectories or (trajectories,)) if method in plan.methods else (1,)
-    protocols = tuple(Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in rolled_out)
-    seconds = plan.seconds if plan.budget == "time" else None
-    return Cell(config, protocols, plan.environments, plan.control, plan.videos and seed == min(plan.seeds), seconds)
+        raise UserError(
+            f"{task}, {name}: settings, task_settings or variants of the plan: {one_line(error)}"
+        ) from error
+    tests = (plan.test_trajectories or (trajectories,)) if is_rolled_out else (1,)
+    about: dict[str, Any] = {
+        "task": task,
+        "test_trajectories": list(tests),
+        "episodes": plan.episodes,
+        "control": plan.control,
+        "videos": plan.videos and seed == min(plan.seeds),
+        "seconds": plan.seconds if plan.budget == "time" else None,
+        "data": fingerprint,
+    }
+    if variant:
+        about["variant"] = variant
+    protocols = [Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in tests]
+    if plan.prompts and is_rolled_out and (prompts := _prompts(plan.prompts, plan.episodes, trajectories)):
+        about["prompts"] = plan.prompts.model_dump(mode="json")
+        protocols += [protocol for protocol in prompts if protocol not in protocols]
+    return Cell(folder, about, config, tuple(protocols), variant)
 
 
-def _steps(plan: AblationPlan, config: TrainConfig) -> int:
-    """Steps after which batches of transitions have held as many timesteps as the other cells' batches."""
-    timesteps = config.optimiser.steps * plan.trajectories_per_batch * domain_of(config.task).episode_length
-    return max(1, timesteps // config.optimiser.batch_size)
+def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
+    """Validate the settings of a run, with the batch size or the steps that the budget asks for."""
+    config = TrainConfig.model_validate(settings)
+    optimiser = {}
+    if plan.budget != "steps" and config.model.family.source == "contexts":
+        optimiser = {"batch_size": plan.trajectories_per_batch // config.context.trajectories}
+    elif plan.budget == "tokens":  # as many timesteps in batches of transitions
+        length = domain_of(config.task).episode_length
+        timesteps = config.optimiser.steps * plan.trajectories_per_batch * length
+        optimiser = {"steps": max(1, timesteps // config.optimiser.batch_size)}
+    return TrainConfig.model_validate(merged(settings, {"optimiser": optimiser}))
 
 
-def check(work: Work) -> None:
-    """UserError where the folder holds another cell. More to be rolled out, or filmed, makes no other cell of it."""
-    if isinstance(work, Cell) and (work.folder / "config.yaml").exists():
-        check_configuration(work.config)
-    path, now = work.folder / CELL, work.describe()
-    if not path.exists():
-        return
-    try:
-        known = read_yaml(path)
-    except UserError as error:
-        raise UserError(f"{error}; remove it if it is damaged") from error
-    for name in sorted(set(now) & set(known) - {"test_trajectories", "episodes", "videos"}):
-        if known[name] != now[name]:
-            raise UserError(f"{path}: {name} was {known.get(name)}, the plan says {now[name]}; give another output")
+def _prompts(plan: PromptPlan, episodes: int, trajectories: int) -> list[Protocol]:
+    """Return the rollouts of single episodes after prompts shorter than the training context.
 
-
-def is_finished(work: Work) -> bool:
-    """Whether there is nothing more to do, and the results are there."""
-    try:
-        did, now = json.loads((work.folder / FINISHED).read_text())["did"], work.describe()
-        if did.get("videos"):  # which are not asked for any more
-            did["videos"] = now.get("videos")
-        return bool(did == now) and (work.folder / EVALUATION).stat().st_size > 0
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def failure(work: Work) -> str | None:
-    """Why it failed when it was last tried; None where it did not, or was not."""
-    try:
-        return (work.folder / FAILED).read_text().strip()
-    except OSError:
-        return None
-
-
-def forget_failure(work: Work) -> None:
-    """Let it be tried again."""
-    (work.folder / FAILED).unlink(missing_ok=True)
-
-
-def note_failure(work: Work, why: str) -> str:
-    """Write down why it failed; returns it, as one line."""
-    line = " ".join(why.split())
-    with suppress(UserError):  # a disk that is full, for example, in which case it is only said
-        write(work.folder / FAILED, line + "\n")
-    return line
+    The draws of a prompt length divide the starts between them, so that every length has the same starts.
+    """
+    share, found = episodes // plan.draws, []
+    for length in sorted(set(plan.trajectories)):
+        if length == 0:
+            found.append(Protocol(episodes))
+        elif length < trajectories:
+            found += [
+                Protocol(share, seed=FIRST_SEED + draw * share, prompt_trajectories=length, prompt_seed=draw)
+                for draw in range(plan.draws)
+            ]
+    return found
 
 
 def attempt_logged(work: Work, command: str | None) -> str | None:
-    """`attempt` in a process of its own: from here on, what that says goes to the cell's log."""
+    """`attempt` in a process of its own, whose output goes to the cell's log from now on."""
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
         log = os.open(work.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -300,24 +344,24 @@ def attempt_logged(work: Work, command: str | None) -> str | None:
 
 
 def attempt(work: Work, command: str | None) -> str | None:
-    """Run a cell to its end and write down how it ended; returns why it failed, or None. Nothing is raised."""
+    """Run a cell and write how it ended. Returns why it failed, or None; nothing is raised."""
     began = time.perf_counter()
     try:
-        write(work.folder / CELL, yaml.safe_dump(work.describe(), sort_keys=False))
+        write(work.folder / CELL, yaml.safe_dump(work.about, sort_keys=False))
         work.run(command)
-        finished = {"did": work.describe(), "seconds": time.perf_counter() - began}
+        finished = {"did": work.about, "seconds": time.perf_counter() - began}
         write(work.folder / FINISHED, json.dumps(finished) + "\n")
-    except Exception as error:  # whatever it is, the other cells go on
-        with suppress(OSError):  # where the log is on a disk that is full
+    except Exception as error:  # whatever it is, the other cells continue
+        with suppress(OSError):  # the log may be on a full disk
             traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return note_failure(work, f"{kind}{error}")
-    forget_failure(work)
+        return work.note_failure(f"{kind}{error}")
+    work.forget_failure()
     return None
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and its folder where it is missing. UserError if it cannot be."""
+    """Write a file whole or not at all, and create its folder. UserError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)

@@ -1,4 +1,4 @@
-"""Cells as jobs of a cluster, through submitit: one array, each job a cell, queued again when its time is up."""
+"""Cells as jobs of a cluster, through submitit: one array with a job per cell, queued again when its time is up."""
 
 import dataclasses
 import time
@@ -8,12 +8,12 @@ from typing import Any
 
 from ringrl.config import SlurmConfig
 from ringrl.errors import UserError
-from ringrl.study.cells import Work, attempt_logged, failure, is_finished, note_failure, write
+from ringrl.study.cells import Work, attempt_logged, write
 from ringrl.training.slurm import make_executor, submitting
 
-JOB = "job.txt"  # in a cell's folder: the number of its job
+JOB = "job.txt"  # number of the cell's job, in its folder
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
-_SECONDS = 1.0  # between looks
+_SECONDS = 1.0  # between polls
 
 
 def run_on_cluster(
@@ -25,56 +25,39 @@ def run_on_cluster(
     on_start: Callable[[str], None],
     cluster: str = "slurm",
 ) -> Iterator[tuple[Work, str | None]]:
-    """Submit all cells, and yield each as its job ends, with why it failed where it did.
+    """Submit all cells, and yield each when its job ends, with the reason if it failed.
 
-    Jobs go on when this process ends; the same command then waits for them and submits none twice.
+    Jobs continue when this process ends. The same command then waits for them and submits none twice.
 
-    Args:
-      todo: the cells.
-      folder: what submitit writes, the output of jobs included.
-      slurm: what each asks for; a cell is one process on one machine.
-      workers: jobs that run at a time.
-      command: the command line, for the records.
-      on_start: told the name of a cell whose job runs.
-      cluster: submitit's name of it; "local" is this machine.
+    Submitit's files and the output of the jobs are written to `folder`. Each job asks for the resources of `slurm`; up
+    to `workers` run at a time. `on_start` is called with the name of a cell whose job has started. `cluster` is
+    submitit's name of the cluster; "local" is this machine.
 
     Raises:
-      UserError: submitit or SLURM is missing, or the jobs are refused.
+      UserError: submitit or SLURM is missing, or the jobs are rejected.
     """
     if not todo:
         return
     if slurm.nodes > 1:
         raise UserError(f"--slurm.nodes: a cell is one process on one machine, not on {slurm.nodes}; leave it at 1")
     with submitting() as submitit:
-        jobs = _submit(submitit, todo, folder, slurm, workers, command, cluster)
+        jobs: dict[Work, Any] = {}
+        if cluster == "slurm":  # jobs of an earlier process
+            jobs = {work: job for work in todo if (job := _earlier(submitit, work, folder))}
+        new = [work for work in todo if work not in jobs]
+        if new:
+            one_process = {"nodes": 1, "tasks_per_node": 1, "slurm_array_parallelism": workers}
+            executor = make_executor(folder.absolute(), slurm, cluster, name=folder.parent.name, **one_process)
+            with executor.batch():
+                submitted = [executor.submit(CellJob(work, command)) for work in new]
+            for work, job in zip(new, submitted, strict=True):
+                write(work.folder / JOB, f"{job.job_id}\n")
+                jobs[work] = job
     yield from _follow(jobs, on_start)
 
 
-def _submit(
-    submitit: Any,
-    todo: Sequence[Work],
-    folder: Path,
-    slurm: SlurmConfig,
-    workers: int,
-    command: str | None,
-    cluster: str,
-) -> dict[Work, Any]:
-    """The jobs of all cells, those included that an earlier process submitted and that are not over."""
-    found = {} if cluster != "slurm" else {work: job for work in todo if (job := _earlier(submitit, work, folder))}
-    new = [work for work in todo if work not in found]
-    if not new:
-        return found
-    one_process = {"nodes": 1, "tasks_per_node": 1, "slurm_array_parallelism": workers}
-    executor = make_executor(folder.absolute(), slurm, cluster, name=folder.parent.name, **one_process)
-    with executor.batch():
-        submitted = [executor.submit(CellJob(work, command)) for work in new]
-    for work, job in zip(new, submitted, strict=True):
-        write(work.folder / JOB, f"{job.job_id}\n")
-    return found | dict(zip(new, submitted, strict=True))
-
-
 def _earlier(submitit: Any, work: Work, folder: Path) -> Any:
-    """The cell's job that is waiting or running; None where there is none."""
+    """Return the cell's waiting or running job; None if there is none."""
     path = work.folder / JOB
     if not path.exists():
         return None
@@ -86,11 +69,11 @@ def _follow(jobs: dict[Work, Any], on_start: Callable[[str], None]) -> Iterator[
     waiting, started = dict(jobs), set()
     while waiting:
         for work, job in list(waiting.items()):
-            over = job.done()
-            if work not in started and (over or job.state == "RUNNING"):
+            has_ended = job.done()
+            if work not in started and (has_ended or job.state == "RUNNING"):
                 started.add(work)
                 on_start(work.name)
-            if over:
+            if has_ended:
                 del waiting[work]
                 yield work, _why(work, job)
         if waiting:
@@ -98,15 +81,16 @@ def _follow(jobs: dict[Work, Any], on_start: Callable[[str], None]) -> Iterator[
 
 
 def _why(work: Work, job: Any) -> str | None:
-    """Why a job that is over did not finish its cell."""
-    if is_finished(work):
+    """Return why a job that has ended did not finish its cell."""
+    if work.is_finished:
         return None
-    return failure(work) or note_failure(work, f"job {job.job_id} ended with state {job.state}; see {job.paths.stderr}")
+    ended = f"job {job.job_id} ended with state {job.state}; see {job.paths.stderr}"
+    return work.failure or work.note_failure(ended)
 
 
 @dataclasses.dataclass(frozen=True)
 class CellJob:
-    """What a job does."""
+    """Work of a job."""
 
     work: Work
     command: str | None
@@ -115,7 +99,7 @@ class CellJob:
         return attempt_logged(self.work, self.command)
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when the time is up; the cell then goes on from its last checkpoint."""
+        """Return the job that submitit queues when the time is up; the cell then resumes from its last checkpoint."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)

@@ -1,4 +1,4 @@
-"""The plan of an ablation: what is crossed with what, and what stays the same."""
+"""The plan of an ablation: which settings are crossed, and which settings all cells share."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from ringrl.config import Section, TrainConfig, one_line, read_yaml
+from ringrl.config import Section, TrainConfig, merged, one_line, read_yaml
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
@@ -16,64 +16,87 @@ Budget = Literal["tokens", "steps", "time"]
 _SHORT = ("data", "task", "tasks")
 
 
-class AblationPlan(Section):
-    """Tasks x methods x context lengths x token sets x seeds, and baselines.
+class PromptPlan(Section):
+    """Prompts: dataset trajectories that a policy remembers before its first episode."""
 
-    Where all tasks are of one dataset, `data: walker.h5` with `task: walker_walk`, or with `tasks: [walker_walk,
-    walker_run]`, says the same as `datasets`.
+    trajectories: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """Prompt lengths. A cell uses those shorter than its training context; 0 is an empty memory."""
+    draws: int = Field(5, ge=1)
+    """Different prompts of each length, which share the plan's episodes equally."""
+
+
+class AblationPlan(Section):
+    """Tasks x methods x context lengths x token sets x variants x seeds, and baselines.
+
+    If all tasks share one dataset, `data: walker.h5` with `task: walker_walk` or `tasks: [walker_walk, walker_run]`
+    replaces `datasets`.
     """
 
     datasets: dict[str, Path] = Field(min_length=1)
-    """Tasks whose reward is learned, and the dataset (a RingRL store, .h5) of each."""
+    """Task -> dataset (a RingRL store, .h5)."""
     output: Path
-    """Folder that holds a folder per task, and in it one per cell."""
+    """Folder of the results: a folder per task, and in it a folder per cell."""
     methods: tuple[Literal["at", "ad"], ...] = ("at",)
     """Methods with a context, each trained with every number of trajectories."""
     trajectories: tuple[int, ...] = Field((1, 2, 4), min_length=1)
-    """Trajectories per context in training."""
+    """Trajectories per training context."""
     test_trajectories: tuple[int, ...] = ()
-    """Episodes per context in evaluation, each for every trained context; by default as many as in training."""
+    """Episodes per context in evaluation, all of them for each trained context length. Default: as in training."""
     token_sets: tuple[Literal["at5", "ring4", "dt3", "fused1"], ...] = ()
-    """Tokens per timestep, of the methods with a context; by default what the settings say."""
+    """Tokens per timestep, for the methods with a context. Default: the token set of the settings."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0, 1, 2), min_length=1)
-    """Training seeds; JAX takes a number from 2**32 on for a lower one."""
+    """Training seeds, below 2**32: JAX ignores higher bits."""
     baselines: tuple[Literal["bc", "bc-10%", "dt", "td3", "td3+bc"], ...] = ("bc",)
-    """Methods that remember no other episode; evaluated in single episodes."""
+    """Methods without memory of other episodes, evaluated in single episodes."""
     budget: Budget = "tokens"
-    """What is the same for all cells of a task. tokens: the timesteps seen in training. steps: the optimiser's steps,
-    of as many contexts each (baselines: of what their method sets), so that a longer context sees more. time:
-    seconds of training, see `seconds`."""
+    """What all cells of a task have in common. tokens: timesteps of data. steps: optimiser steps with the batch size of
+    the settings, so that longer contexts see more data. time: seconds of training, see `seconds`."""
     seconds: float = Field(60.0, gt=0)
-    """Of training per cell, for the budget time: the steps are as many as fit in, by the speed measured before the
-    first cell starts. They are fixed then, so that the learning rate can fall to its end; no clock stops a run."""
+    """Training time per cell for the budget time. The number of steps is computed from steps timed before the first
+    cell starts, and then fixed, so that the learning rate schedule can end and the run can be resumed exactly."""
     trajectories_per_batch: int = Field(8, ge=1)
-    """Trajectories per optimiser step, for the budgets tokens and time: a context length n makes batches of
-    trajectories_per_batch / n contexts. td3 and td3+bc have batches of transitions; for the budget tokens they take as
-    many more steps as they need to see as many timesteps."""
+    """Trajectories per optimiser step for the budgets tokens and time: contexts of n trajectories come in batches of
+    trajectories_per_batch / n. td3 and td3+bc have batches of transitions; for the budget tokens they take as many
+    steps as they need to see as many timesteps."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of `ringrl train` shared by all cells, for example {model: {layers: 2}}; those of a method win, and
-    what they leave without effect is refused."""
+    """Settings of `ringrl train` for all cells, for example {model: {layers: 2}}. The settings of a method override
+    them; settings without effect on any cell are rejected."""
     task_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings of single tasks, by the task's name, over those that all share."""
-    environments: int = Field(10, ge=1)
-    """Evaluation streams of the longest context. All cells of a task are rolled out from the same starts: those of
-    shorter contexts, and of baselines, in as many more streams as it takes to play as many episodes."""
+    """Task -> settings that override those of all cells."""
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> settings, which also override those of a method. Every cell is trained again with each of them, and the
+    report shows the name."""
+    variants_only: bool = False
+    """Leave out the cells without a variant."""
+    episodes: int = Field(40, ge=1)
+    """Episodes that each cell rolls out, from the same starts whatever the context length: contexts of n episodes come
+    in episodes / n streams."""
+    prompts: PromptPlan | None = None
+    """Also roll out single episodes after prompts, for the methods with a context."""
     control: bool = True
-    """Also evaluate every policy without memory between episodes (the matched best-of-n control)."""
+    """Also roll out every context without memory between its episodes (the matched best-of-n control)."""
     videos: bool = False
-    """Also film the first, the median and the best episode of each cell of the lowest seed. That needs OpenGL, and half
-    a minute a video without a GPU."""
+    """Also record the first, the median and the best episode of each cell of the lowest seed. This needs OpenGL, and
+    half a minute per video without a GPU."""
+    parts: tuple[dict[str, Any], ...] = ()
+    """More cells in the same output. Each part takes all keys of the plan except those that it overrides (settings are
+    merged); `tasks` selects some of the datasets."""
 
     @property
-    def episodes(self) -> int:
-        """That every cell plays in evaluation, of each length: a multiple of all lengths, so that none is cut."""
-        rolled_out = (self.test_trajectories or self.trajectories) if self.methods else ()
-        return self.environments * math.lcm(1, *rolled_out)
+    def whole(self) -> tuple["AblationPlan", ...]:
+        """The plan without its parts, and each part as a plan of its own."""
+        own = self.model_dump(exclude={"parts"})
+        parts = (_part(f"parts.{number}", own, changes) for number, changes in enumerate(self.parts))
+        return self.model_copy(update={"parts": ()}), *parts
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _short_form(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or not any(name in values for name in _SHORT):
+    def _expand_short_form(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        if "environments" in values:
+            raise ValueError(f"environments: write episodes: {_old_episodes(values)} instead, the same starts")
+        if not any(name in values for name in _SHORT):
             return values
         given = {name: values[name] for name in _SHORT if name in values}
         rest = {name: value for name, value in values.items() if name not in _SHORT}
@@ -85,48 +108,81 @@ class AblationPlan(Section):
         return rest | {"datasets": dict.fromkeys(tasks, given["data"])}
 
     @pydantic.model_validator(mode="after")
-    def _crosses_what_there_is(self) -> Self:
+    def _check_lengths(self) -> Self:
         for name in ("methods", "trajectories", "test_trajectories", "token_sets", "seeds", "baselines"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}: a value stands there twice")
-        if not self.methods and not self.baselines:
+                raise ValueError(f"{name}: contains a value twice")
+        if not self.methods and not self.baselines and not self.parts:
             raise ValueError("methods and baselines are both empty; name at least one")
+        if self.variants_only and not self.variants:
+            raise ValueError("variants_only: there are no variants; name at least one")
         for count in (*self.trajectories, *self.test_trajectories):
             if count < 1:
                 raise ValueError(f"{count} trajectories are too few, at least 1 is needed")
-        for count in self.trajectories:
+        for count in self.trajectories if self.methods else ():
             if self.budget != "steps" and self.trajectories_per_batch % count:
                 raise ValueError(f"{count} does not divide the {self.trajectories_per_batch} trajectories_per_batch")
         return self
 
     @pydantic.model_validator(mode="after")
-    def _settings_are_of_its_tasks(self) -> Self:
-        for task in self.task_settings:
-            if task not in self.datasets:
-                raise ValueError(f"task_settings: {task} is none of the plan's tasks ({', '.join(self.datasets)})")
+    def _check_episodes(self) -> Self:
+        lengths = (self.test_trajectories or self.trajectories) if self.methods else ()
+        draws = self.prompts.draws if self.prompts and self.methods else 1
+        shared = math.lcm(draws, *lengths)
+        if self.episodes % shared:
+            raise ValueError(
+                f"episodes: {self.episodes} cannot be divided into contexts of {', '.join(map(str, lengths))} episodes"
+                f"{f' and {draws} prompts' if draws > 1 else ''}; give a multiple of {shared}"
+            )
         return self
 
-    @pydantic.field_validator("datasets")
-    @classmethod
-    def _tasks_exist(cls, datasets: dict[str, Path]) -> dict[str, Path]:
-        for task in datasets:
-            try:
-                domain_of(task)
-            except UserError as error:
-                raise ValueError(str(error)) from error
-        return datasets
+    @pydantic.model_validator(mode="after")
+    def _check_tasks_and_parts(self) -> Self:
+        for task in self.datasets:
+            domain_of(task)
+        for task in self.task_settings:
+            if task not in self.datasets:
+                raise ValueError(f"task_settings: {task} is not a task of the plan ({', '.join(self.datasets)})")
+        _ = self.whole  # raises if a part is not a plan
+        return self
 
 
 def read_plan(path: Path) -> AblationPlan:
-    """A plan file; UserError names the file and the setting that is wrong."""
+    """Read a plan file; UserError names the file and the wrong setting."""
     values = read_yaml(path)
     if values.keys() <= TrainConfig.model_fields.keys() and not values.keys() <= {*AblationPlan.model_fields, *_SHORT}:
         raise UserError(
-            f"{path}: is a file of settings for `ringrl train --config`, not a plan; give a plan, which holds such "
-            "settings under settings:"
+            f"{path}: contains settings for `ringrl train --config`, not a plan; give a plan, which has such settings "
+            "under settings:"
         )
     try:
         return AblationPlan.model_validate(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
+
+
+def _part(name: str, own: Mapping[str, Any], changes: Mapping[str, Any]) -> AblationPlan:
+    """Return a part as a plan; UserError names the part if it is none."""
+    try:
+        if wrong := [key for key in ("datasets", "data", "task", "output", "parts") if key in changes]:
+            raise UserError(f"{wrong[0]} cannot differ between the parts of a plan; leave it out")
+        values = merged(own, {key: value for key, value in changes.items() if key != "tasks"})
+        tasks = changes.get("tasks", list(own["datasets"]))
+        if not isinstance(tasks, list | tuple) or not tasks or not set(tasks) <= set(own["datasets"]):
+            raise UserError(f"tasks: {tasks} is not a list of tasks of the plan ({', '.join(own['datasets'])})")
+        for key in ("datasets", "task_settings"):
+            values[key] = {task: value for task, value in values[key].items() if task in tasks}
+        return AblationPlan.model_validate(values)
+    except ValueError as error:
+        reason = one_line(error) if isinstance(error, pydantic.ValidationError) else error
+        raise UserError(f"{name}: {reason}") from error
+
+
+def _old_episodes(values: Mapping[str, Any]) -> str:
+    """Return the episodes per cell of a plan that gives environments, the streams of its longest context."""
+    lengths = values.get("test_trajectories") or values.get("trajectories") or (1, 2, 4)
+    try:
+        return str(values["environments"] * math.lcm(*(lengths if values.get("methods", ("at",)) else ())))
+    except TypeError:
+        return "NUMBER"

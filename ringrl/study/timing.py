@@ -1,11 +1,10 @@
-"""How long the cells of an ablation will take, from real steps of each that differs from the others in its shape."""
+"""The cost of the cells of an ablation, from timed steps of each cell that differs in more than seed and steps."""
 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -13,21 +12,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
+from rich import box
+from rich.table import Table
 
 from ringrl.config import Section
 from ringrl.data.digest import json_digest
 from ringrl.envs import domain_of, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE
+from ringrl.evaluation.formatting import ABSENT, duration
+from ringrl.evaluation.protocol import Protocol
 from ringrl.evaluation.told import Told
 from ringrl.study.cells import Cell, write
-from ringrl.study.pool import run_all
 from ringrl.training import TrainedPolicy, load_policy, train
+from ringrl.training.budget import step_cost
 
 TIMINGS = "timing.json"
-STEPS = 6  # of the optimiser, the first of which is compiled and not counted
-ACTIONS = 40  # of the policy and of the environments, likewise
+STEPS = 6  # of the optimiser; the first includes compilation and is not counted
+ACTIONS = 40  # of the policy and of the environments; the first two are not counted
 
 
 class Timing(Section):
@@ -36,121 +38,94 @@ class Timing(Section):
     start: float
     """Before and after the steps: reading data, compiling, saving."""
     step: float
-    """Of the optimiser."""
+    """One optimiser step."""
     evaluation: float
     """All rollouts together."""
 
 
-class Measured(NamedTuple):
-    """Of one cell."""
+class CellCost(NamedTuple):
+    """Remaining cost of a cell, or of several cells."""
 
-    timing: Timing | None
-    failure: str | None = None
+    steps: int  # optimiser steps
+    tokens: int  # seen by the model in training
+    flops: float  # of the transformer blocks in training; 0 for other models
+    simulated: int  # environment steps of the evaluation
+    seconds: float | None  # training and evaluation; None: not timed
 
 
 def shape(cell: Cell) -> str:
-    """A name that cells have in common which take equally long: but for seed, folder and steps they are the same."""
-    apart = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
-    config = cell.config.model_dump(mode="json", exclude={**apart, "optimiser": {"steps": True}})
-    rolled_out = [asdict(protocol) for protocol in cell.protocols]
-    return json_digest([config, rolled_out])[:16]
+    """Return a name shared by all cells that take equally long: they differ in seed, folder and steps only."""
+    ignored = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
+    config = cell.config.model_dump(mode="json", exclude={**ignored, "optimiser": {"steps": True}})
+    return json_digest([config, [asdict(protocol) for protocol in cell.protocols]])[:16]
 
 
 def read_timings(output: Path) -> dict[str, Timing]:
-    """What has been measured before, by shape; UserError where the file is damaged."""
+    """Read the timings of an ablation, by shape; UserError if the file is damaged."""
     path = output / TIMINGS
     if not path.exists():
         return {}
     try:
         return {name: Timing.model_validate(value) for name, value in json.loads(path.read_text()).items()}
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged; remove it, and what it says will be measured again") from error
+        raise UserError(f"{path}: is damaged; remove it, and the cells will be timed again") from error
 
 
-def measure_all(cells: Iterable[Cell], output: Path, workers: int, console: Console) -> dict[str, Timing]:
-    """Timings of all shapes; those that are new are measured, in processes as the cells run in, and kept in `output`.
-
-    They are measured once: where the budget is time, all seeds must have the same number of steps.
-
-    Raises:
-      UserError: a cell that cannot even begin.
-    """
-    known = read_timings(output)
-    new = {name: cell for cell in cells if (name := shape(cell)) not in known}
-    if not new:
-        return known
-    console.print(f"timing a few steps of {len(new)} kinds of cells")
-    names = list(new)
-    for ended in run_all([partial(attempt_measure, cell) for cell in new.values()], workers, lambda index: None):
-        found: Measured = ended.result or Measured(None, ended.death)
-        if found.timing is None:
-            raise UserError(f"{new[names[ended.number]].name}: cannot be trained or evaluated: {found.failure}")
-        known[names[ended.number]] = found.timing
-        console.print(f"timed {new[names[ended.number]].name}", soft_wrap=True, markup=False, highlight=False)
-        write(output / TIMINGS, json.dumps({key: value.model_dump() for key, value in known.items()}, indent=1))
-    return known
+def write_timings(output: Path, timings: Mapping[str, Timing]) -> None:
+    """Write the timings of an ablation; UserError if the file cannot be written."""
+    write(output / TIMINGS, json.dumps({name: timing.model_dump() for name, timing in timings.items()}, indent=1))
 
 
-def attempt_measure(cell: Cell) -> Measured:
-    """Measure in another process, and tell of an error in words."""
+def measure(cell: Cell) -> Timing | str:
+    """Time a few steps of a cell, in a temporary folder. Returns an error as text, to cross process borders."""
     try:
-        return Measured(measure(cell))
+        return _measure(cell)
     except Exception as error:
-        return Measured(None, " ".join(f"{type(error).__name__}: {error}".split()))
+        return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def measure(cell: Cell) -> Timing:
-    """Train a few steps in a folder that is thrown away, act a few times with an empty and a full memory."""
-    config = cell.config
+def _measure(cell: Cell) -> Timing:
+    short = cell.of_steps(STEPS).config
     with tempfile.TemporaryDirectory(prefix="ringrl-timing-") as folder:
-        short = config.optimiser.model_copy(update={"steps": STEPS})
-        changes = {
-            "run": Path(folder) / "run",
-            "optimiser": short,
-            "log": (),
-            "log_every": 1,
-            "checkpoint_every": STEPS,
-        }
+        changes = {"run": Path(folder) / "run", "log": (), "log_every": 1, "checkpoint_every": STEPS}
         began = time.perf_counter()
-        run = train(config.model_copy(update=changes), quiet=True)
+        run = train(short.model_copy(update=changes), quiet=True)
         whole = time.perf_counter() - began
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         step = median(1 / entry["steps_per_second"] for entry in entries[1:])
         trained = load_policy(run)
-        return Timing(start=max(0.0, whole - STEPS * step), step=step, evaluation=_evaluation(cell, trained))
+        evaluation = len(cell.tasks) * sum(_rollout_seconds(cell.config.task, p, trained) for p in cell.protocols)
+    return Timing(start=max(0.0, whole - STEPS * step), step=step, evaluation=evaluation)
 
 
-def _evaluation(cell: Cell, trained: TrainedPolicy) -> float:
-    """Seconds of all rollouts of a cell."""
-    task = cell.config.task
-    length = domain_of(task).episode_length
-    total = 0.0
-    for protocol in cell.protocols:
-        streams, steps = protocol.environments, length * protocol.episodes
-        simulate = _simulate(task, streams)
-        total += steps * (simulate + _act(trained, streams, steps))
-        if protocol.control:
-            total += steps * (simulate + _act(trained, streams, length))
+def _rollout_seconds(task: str, protocol: Protocol, trained: TrainedPolicy) -> float:
+    """Seconds of all rollouts of a protocol, from a few actions with an empty and a full memory."""
+    length, streams = domain_of(task).episode_length, protocol.environments
+    steps, tokens = length * protocol.episodes, trained.policy.tokens_per_step
+    simulate = _simulate(task, streams)
+    prompt = protocol.prompt_trajectories * length * tokens
+    total = steps * (simulate + _act(trained, streams, prompt, prompt + steps * tokens))
+    if protocol.control:
+        total += steps * (simulate + _act(trained, streams, 0, length * tokens))
     return total
 
 
-def _act(trained: TrainedPolicy, streams: int, steps: int) -> float:
-    """Mean seconds per action while a memory fills with so many steps; its room doubles whenever it is full."""
-    tokens = steps * trained.policy.tokens_per_step
-    full = _act_with(trained, streams, tokens)
-    if tokens <= SMALLEST_CACHE:
+def _act(trained: TrainedPolicy, streams: int, first: int, last: int) -> float:
+    """Mean seconds per action while a memory fills from `first` to `last` tokens; its size doubles when it is full."""
+    full = _act_with(trained, streams, last)
+    if last <= max(first, SMALLEST_CACHE):
         return full
-    first = _act_with(trained, streams, SMALLEST_CACHE)
-    return first + (full - first) * 2 / 3  # the mean room: 1/2 the time all of it, 1/4 half, 1/8 a quarter ...
+    start = _act_with(trained, streams, max(first, SMALLEST_CACHE))
+    return start + (full - start) * 2 / 3  # the mean size: half of the time all of it, a quarter half, an eighth ...
 
 
 def _act_with(trained: TrainedPolicy, streams: int, tokens: int) -> float:
-    """Seconds per action with a memory of room for so many tokens, all of which is computed with, filled or not."""
+    """Seconds per action with a memory of this size, all of which takes part in the computation."""
     info, (graph, params) = trained.info, nnx.split(trained.policy)
     told = Told(info.normalisation, 0.0)
     before = told.before(streams, info.action_size)
     current = told.step(0, 0, np.zeros((streams, info.observation_size)), np.zeros(streams), before)
-    # The memory is given back changed; not copying it is what a rollout does.
+    # The memory is donated, as in a rollout, and so not copied.
     act = jax.jit(lambda params, step, memory: nnx.merge(graph, params).act(step, step, memory), donate_argnums=2)
     memory = trained.policy.reset(streams, tokens)
 
@@ -180,3 +155,59 @@ def _median_seconds(action: Callable[[], object]) -> float:
         action()
         seconds.append(time.perf_counter() - began)
     return median(seconds[2:])
+
+
+def cost(cell: Cell, timings: Mapping[str, Timing]) -> CellCost:
+    """Return the remaining cost of a cell; an evaluation that has begun counts as a whole one."""
+    config, length = cell.config, domain_of(cell.config.task).episode_length
+    one, steps = step_cost(config, length), max(0, config.optimiser.steps - cell.steps_done)
+    timing = timings.get(shape(cell))
+    episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in cell.protocols)
+    return CellCost(
+        steps=steps,
+        tokens=steps * one.tokens,
+        flops=steps * (one.flops or 0.0),
+        simulated=length * episodes * len(cell.tasks),
+        seconds=None if timing is None else timing.start + steps * timing.step + timing.evaluation,
+    )
+
+
+def cost_table(cells: Sequence[Cell], timings: Mapping[str, Timing], finished: int, workers: int) -> Table:
+    """Return a table of the remaining cost per kind of cell, and in all; `finished` cells are counted below it."""
+    costs = [cost(cell, timings) for cell in cells]
+    kinds: dict[str, dict[str, list[CellCost]]] = {}
+    for cell, found in zip(cells, costs, strict=True):
+        kind = cell.folder.name.rpartition("_seed")[0]
+        kinds.setdefault(cell.config.task, {}).setdefault(kind, []).append(found)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("Cell", "Number", "Steps", "Tokens", "TFLOP", "Simulated", "Time each"):
+        shown.add_column(name, justify="left" if name == "Cell" else "right", no_wrap=True)
+    for task, groups in kinds.items():
+        shown.add_section()
+        shown.add_row(f"[bold]{task}")
+        for kind, group in groups.items():
+            shown.add_row(kind, str(len(group)), *_numbers(group[0]))
+    shown.add_section()
+    shown.add_row("in all", str(len(cells)), *_numbers(_total(costs)))
+    if (seconds := _total(costs).seconds) is not None:
+        at_once = min(workers, len(cells))
+        shown.caption = f"about {duration(seconds / at_once)} with {at_once} at a time"
+        shown.caption += ", and the videos" if any(cell.about["videos"] for cell in cells) else ""
+        shown.caption += f"; {finished} more are finished" if finished else ""
+    return shown
+
+
+def _total(costs: Iterable[CellCost]) -> CellCost:
+    steps, tokens, flops, simulated, seconds = zip(*costs, strict=True)
+    known = [value for value in seconds if value is not None]
+    return CellCost(sum(steps), sum(tokens), sum(flops), sum(simulated), sum(known) if known else None)
+
+
+def _numbers(found: CellCost) -> list[str]:
+    return [
+        f"{found.steps:,}",
+        f"{found.tokens:,}",
+        f"{found.flops / 1e12:,.3g}" if found.flops else ABSENT,
+        f"{found.simulated:,}",
+        duration(found.seconds),
+    ]

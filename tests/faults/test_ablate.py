@@ -20,7 +20,7 @@ SAME = ("returns", "context", "environment_seed", "steps_simulated")
 FIRST, SECOND = "bc_seed0", "at_1_seed0"  # cells in the order of the study
 PLAN = {
     "task": TASK, "trajectories": [1], "seeds": [0], "baselines": ["bc"], "trajectories_per_batch": 2,
-    "environments": 2, "settings": {
+    "episodes": 2, "settings": {
         "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 60},
         "checkpoint_every": 20, "log_every": 2,
     },

@@ -134,12 +134,12 @@ def write_results(tmp_path: Path) -> Callable[[list[EvaluationRecord]], Path]:
 
 @pytest.fixture
 def write_plan(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a plan for a store and returns its path; what is None is left out."""
+    """Writes a plan for a store and returns its path; a value of None removes the key."""
 
     def write(store: Path, **changes: object) -> Path:
         plan = {
             "data": str(store), "task": "jaco_reach_top_left", "output": str(tmp_path / "runs"), "trajectories": [1, 2],
-            "seeds": [0], "trajectories_per_batch": 2, "environments": 2,
+            "seeds": [0], "trajectories_per_batch": 2, "episodes": 4,
             "settings": {"model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 3}},
         } | changes  # fmt: skip
         path = tmp_path / "plan.yaml"

@@ -19,54 +19,54 @@ from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.evaluation.records import read_records
-from ringrl.study.ablation import Run, ablate, estimate
-from ringrl.study.cells import attempt, cells, is_finished, references, write
+from ringrl.study.cells import attempt, cells, references, write
 from ringrl.study.plan import read_plan
 from ringrl.study.report_cells import gather
 from ringrl.study.report_starts import starts_warning
+from ringrl.study.runner import RunOptions, ablate, estimate
 from ringrl.training.run_folder import dataset_fingerprint
 
-QUICK = Run(workers=2, timing=False)
+QUICK = RunOptions(workers=2, timing=False)
 COMMAND = Path(sys.executable).with_name("ringrl")
 
 
-def said_by(plan: Path, how: Run) -> tuple[str, str | None]:
-    """What an ablation says, and the error that it ends in."""
+def output_of(plan: Path, options: RunOptions) -> tuple[str, str | None]:
+    """Run an ablation; returns its output and its error."""
     console = Console(record=True, width=200, file=io.StringIO())
     error = None
     try:
-        ablate(read_plan(plan), console, "ringrl ablate plan.yaml", how)
+        ablate(read_plan(plan), console, "ringrl ablate plan.yaml", options)
     except UserError as end:
         error = str(end)
     return console.export_text(), error
 
 
-def test_a_cell_that_fails_stops_no_other_and_is_retried_on_request(write_plan, jaco_store: EpisodeStore) -> None:
+def test_a_failed_cell_stops_no_other_and_is_retried_on_request(write_plan, jaco_store: EpisodeStore) -> None:
     plan = write_plan(jaco_store.path, baselines=[])
     runs = read_plan(plan).output / "jaco_reach_top_left"
     blocked = runs / "at_1_seed0"
     blocked.mkdir(parents=True)
     (blocked / "checkpoints").write_text("in the way")
-    said, error = said_by(plan, QUICK)
+    output, error = output_of(plan, QUICK)
     assert error is not None
     assert error.startswith("1 of 4 failed")
-    (line,) = [line for line in said.splitlines() if "at_1_seed0 failed: " in line]
+    (line,) = [line for line in output.splitlines() if "at_1_seed0 failed: " in line]
     assert "cannot be written" in line
     assert str(blocked / "log.txt") in line
     assert "cannot be written" in (blocked / "log.txt").read_text()
-    assert "0 running, 1 failed, 0 waiting" in said
+    assert "0 running, 1 failed, 0 waiting" in output
     results = {folder.name: folder / "evaluation.jsonl" for folder in runs.iterdir()}
     assert {name for name, path in results.items() if path.exists()} == {"random", "data", "at_2_seed0"}
 
     before = {name: path.read_bytes() for name, path in results.items() if path.exists()}
     (blocked / "checkpoints").unlink()
-    again, error = said_by(plan, QUICK)
+    again, error = output_of(plan, QUICK)
     assert "finished in" not in again
     assert error is not None
     assert error.startswith("1 of 4 failed")
-    said, error = said_by(plan, QUICK._replace(retry=True))
+    output, error = output_of(plan, QUICK._replace(retry=True))
     assert error is None
-    assert said.count("finished in") == 1
+    assert output.count("finished in") == 1
     assert not (blocked / "failed.txt").exists()
     assert {name: results[name].read_bytes() for name in before} == before
     _results_are_whole([results[name] for name in results], jaco_store)
@@ -87,25 +87,24 @@ def _results_are_whole(files: list[Path], store: EpisodeStore) -> None:
 
 
 def finish_all(plan: Path, store: EpisodeStore) -> list[str]:
-    """Do here, and not in other processes, what is not finished; returns its names."""
+    """Run what is not finished in this process; returns the names."""
     chosen, fingerprints = read_plan(plan), {"jaco_reach_top_left": dataset_fingerprint(store)}
-    todo = [w for w in (*references(chosen, fingerprints), *cells(chosen, fingerprints)) if not is_finished(w)]
+    todo = [w for w in (*references(chosen, fingerprints), *cells(chosen, fingerprints)) if not w.is_finished]
     assert [attempt(work, "ringrl ablate plan.yaml") for work in todo] == [None] * len(todo)
     return [work.folder.name for work in todo]
 
 
-def test_other_lengths_are_rolled_out_later_and_another_plan_is_refused(
+def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_rejected(
     write_plan, jaco_store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = {"trajectories": [1], "baselines": []}
+    one = {"trajectories": [1], "baselines": [], "episodes": 2}
     plan = write_plan(jaco_store.path, **one)
     assert finish_all(plan, jaco_store) == ["random", "data", "at_1_seed0"]
     run = read_plan(plan).output / "jaco_reach_top_left" / "at_1_seed0"
     metrics = (run / "metrics.jsonl").read_bytes()
     assert all(json.loads(line)["peak_memory_bytes"] > 0 for line in metrics.splitlines())
-    assert finish_all(write_plan(jaco_store.path, **one, test_trajectories=[1, 2]), jaco_store) == [
-        "random", "at_1_seed0",
-    ]  # fmt: skip
+    more = one | {"test_trajectories": [1, 2], "episodes": 4}
+    assert finish_all(write_plan(jaco_store.path, **more), jaco_store) == ["random", "at_1_seed0"]
     assert (run / "metrics.jsonl").read_bytes() == metrics
     grid = gather(read_records(run.parent).records)
     found = {(cell.variant.method, cell.test, cell.episodes): len(cell.control) for cell in grid.cells}
@@ -115,15 +114,15 @@ def test_other_lengths_are_rolled_out_later_and_another_plan_is_refused(
     wider = settings | {"model": settings["model"] | {"width": 32}}
     for changes, words in (
         ({"settings": wider}, "model.width was 16, is 32"),
-        ({"environments": 3}, "environments was"),
+        ({"episodes": 2}, "episodes was"),
     ):
-        said, error = said_by(write_plan(jaco_store.path, **one, **changes), QUICK)
+        output, error = output_of(write_plan(jaco_store.path, **more | changes), QUICK)
         assert error is not None
         assert words in error
-        assert "finished in" not in said
+        assert "finished in" not in output
     monkeypatch.setenv("MUJOCO_GL", "disabled")
-    said, error = said_by(write_plan(jaco_store.path, **one, videos=True), QUICK)
-    assert str(error).startswith("no video: "), "which is found out before anything is done"
+    output, error = output_of(write_plan(jaco_store.path, **more, videos=True), QUICK)
+    assert str(error).startswith("no video: "), "before anything is run"
 
 
 def children(process: int) -> list[int]:
@@ -147,8 +146,8 @@ def wait_for(what, seconds: float = 300) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the worker processes")
-def test_what_is_killed_goes_on(write_plan, jaco_store: EpisodeStore) -> None:
-    """First a worker is killed in the middle of a cell, then, in the middle of the next, the main process."""
+def test_killed_processes_are_resumed(write_plan, jaco_store: EpisodeStore) -> None:
+    """A worker is killed in the middle of a cell, then the main process in the middle of the next."""
     settings = {
         "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 120},
         "checkpoint_every": 10, "log_every": 5,
@@ -164,32 +163,32 @@ def test_what_is_killed_goes_on(write_plan, jaco_store: EpisodeStore) -> None:
     wait_for(lambda: is_begun(1))
     workers = children(process.pid)
     process.kill()
-    _, said = process.communicate()
-    assert "at_1_seed0: failed: its process was ended by SIGKILL" in said
+    _, output = process.communicate()
+    assert "at_1_seed0: failed: its process was ended by SIGKILL" in output
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     logs = [runs / f"at_1_seed{seed}" / "metrics.jsonl" for seed in (0, 1)]
     first_steps = [log.read_text().splitlines()[0] for log in logs]
     assert all(len(log.read_text().splitlines()) < 120 for log in logs)
 
-    said, error = said_by(plan, QUICK._replace(workers=1, retry=True))
-    assert (said.count("finished in"), error) == (2, None)
+    output, error = output_of(plan, QUICK._replace(workers=1, retry=True))
+    assert (output.count("finished in"), error) == (2, None)
     for log, first in zip(logs, first_steps, strict=True):
         lines = log.read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 121))
-        assert lines[0] == first, "it began anew"
+        assert lines[0] == first, "training started again"
         assert {record.steps_trained for record in read_records(log.parent).records} == {120}
 
 
-def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(
+def test_a_dry_run_prints_the_cost_and_the_budget_time_sets_the_steps(
     write_plan, jaco_store: EpisodeStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"trajectories": [2], "seeds": [3, 4], "baselines": []}
     plan = write_plan(jaco_store.path, **changes, budget="time", seconds=0.5)
     main(["ablate", str(plan), "--dry-run", "--workers", "2"])
     shown = capsys.readouterr().out
-    output = read_plan(plan).output
-    assert not list(output.rglob("config.yaml"))
-    timings = json.loads((output / "timing.json").read_text())
+    runs = read_plan(plan).output
+    assert not list(runs.rglob("config.yaml"))
+    timings = json.loads((runs / "timing.json").read_text())
     (timing,) = timings.values()
     rows = rows_of(shown)
     _, number, steps, tokens, _, simulated, _ = rows["at_2"]
@@ -198,7 +197,7 @@ def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(
     assert int(tokens.replace(",", "")) == int(steps.replace(",", "")) * 2 * 250
     assert int(simulated.replace(",", "")) == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
     assert "with 2 at a time" in shown
-    assert said_by(plan, QUICK)[1] == "--untimed: the budget time needs steps that were timed; leave it out"
+    assert output_of(plan, QUICK)[1] == "--untimed: the budget time needs timed steps; leave it out"
 
     (cell,) = [cell for cell in cells(read_plan(plan)) if cell.folder.name == "at_2_seed3"]
     optimiser = cell.config.optimiser.model_copy(update={"steps": 17})
@@ -209,11 +208,11 @@ def test_a_dry_run_tells_the_cost_and_equal_times_give_each_its_steps(
     assert int(total[3].replace(",", "")) == int(steps.replace(",", "")) + 17, "a cell that has begun keeps its steps"
 
 
-def test_a_length_that_the_data_cannot_fill_is_told_before_anything_is_timed(
-    write_plan, jaco_store: EpisodeStore
-) -> None:
+def test_a_length_that_the_data_cannot_fill_is_rejected_before_timing(write_plan, jaco_store: EpisodeStore) -> None:
     count = jaco_store.num_episodes + 1
-    plan = write_plan(jaco_store.path, trajectories=[1, count], trajectories_per_batch=count, baselines=[])
+    plan = write_plan(
+        jaco_store.path, trajectories=[1, count], trajectories_per_batch=count, episodes=count, baselines=[]
+    )
     with pytest.raises(
         UserError, match=rf"^jaco_reach_top_left/at_{count}_seed0: context\.trajectories: {count} do not"
     ):
@@ -222,5 +221,5 @@ def test_a_length_that_the_data_cannot_fill_is_told_before_anything_is_timed(
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
-    """Columns of the lines of a table, by the first."""
+    """Words of the lines of a table, by the first word."""
     return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}

@@ -1,4 +1,4 @@
-"""Cells as jobs: what sbatch is given, and jobs that submitit's executor for this machine really runs."""
+"""Cells as jobs: the script for sbatch, and jobs run by submitit's local executor."""
 
 import importlib.util
 import sys
@@ -11,10 +11,10 @@ from ringrl.config import SlurmConfig
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.records import read_records
-from ringrl.study.ablation import Run, ablate
 from ringrl.study.cells import cells
 from ringrl.study.cluster import run_on_cluster
 from ringrl.study.plan import read_plan
+from ringrl.study.runner import RunOptions, ablate
 
 needs_submitit = pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None, reason="needs submitit: pip install 'ringrl[slurm]'"
@@ -26,7 +26,7 @@ class _Begun(Exception):
 
 
 def begin_all(write_plan, slurm: SlurmConfig) -> list[str]:
-    """Submit two cells, and leave when both run."""
+    """Submit two cells, and stop when both have started."""
     plan = read_plan(write_plan(Path("x.h5"), baselines=[]))
     begun: list[str] = []
 
@@ -42,9 +42,9 @@ def begin_all(write_plan, slurm: SlurmConfig) -> list[str]:
 
 @needs_submitit
 def test_one_array_holds_all_cells_and_is_submitted_once(write_plan, cluster: Path) -> None:
-    asked = SlurmConfig(partition="gpu", gpus_per_node=1, cpus_per_task=4, minutes=90, setup=("module load x",))
+    resources = SlurmConfig(partition="gpu", gpus_per_node=1, cpus_per_task=4, minutes=90, setup=("module load x",))
     names = [f"jaco_reach_top_left/at_{count}_seed0" for count in (1, 2)]
-    assert begin_all(write_plan, asked) == names
+    assert begin_all(write_plan, resources) == names
     script = (cluster / "job.sh").read_text()
     for line in (
         "--array=0-1%1", "--partition=gpu", "--nodes=1", "--gpus-per-node=1", "--ntasks-per-node=1",
@@ -53,12 +53,12 @@ def test_one_array_holds_all_cells_and_is_submitted_once(write_plan, cluster: Pa
         assert f"#SBATCH {line}\n" in script
     assert "\nmodule load x\n" in script
     assert sys.executable in script
-    assert begin_all(write_plan, asked) == names, "those that run are waited for"
+    assert begin_all(write_plan, resources) == names, "running jobs are waited for"
     assert (cluster / "count").read_text() == "x\n"
 
 
 @needs_submitit
-def test_what_the_cluster_refuses_is_said(write_plan, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_cluster_are_reported(write_plan, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = read_plan(write_plan(Path("x.h5")))
 
     def submit(slurm: SlurmConfig) -> None:
@@ -76,11 +76,11 @@ def test_what_the_cluster_refuses_is_said(write_plan, cluster: Path, monkeypatch
 
 @needs_submitit
 def test_jobs_on_this_machine_train_and_evaluate(write_plan, jaco_store: EpisodeStore) -> None:
-    """Of three, one fails."""
+    """One of three fails."""
     plan = read_plan(write_plan(jaco_store.path, trajectories=[1], baselines=[]))
     blocked = plan.output / "jaco_reach_top_left" / "data"
     (blocked / "evaluation.partial").mkdir(parents=True)
-    how = Run(workers=3, slurm=SlurmConfig(minutes=10), cluster="local")
+    how = RunOptions(workers=3, slurm=SlurmConfig(minutes=10), cluster="local")
     with pytest.raises(UserError, match="1 of 3 failed"):
         ablate(plan, Console(quiet=True), "ringrl ablate plan.yaml", how)
     assert "Error" in (blocked / "failed.txt").read_text()

@@ -1,4 +1,4 @@
-"""Where the demo begins: folders that it may use, and those that it leaves alone."""
+"""Folders that the demo accepts, and folders that it rejects."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ class _Stopped(Exception):
 
 
 def _begin(output: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Of a demo of four episodes, the collection, stopped after so many of them; no more than that."""
+    """Run a demo of four episodes, and stop its collection after some of them."""
     collect = demo.collect
 
     def stop(done: int, total: int) -> None:
@@ -28,7 +28,7 @@ def _begin(output: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
             demo.run_demo(output, Console(quiet=True))
 
 
-def test_a_demo_that_was_stopped_while_collecting_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_collection_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _begin(tmp_path / "demo", monkeypatch, after=2)
     before = sorted(tmp_path.glob("demo/*/buffer/*.npz"))
     assert len(before) == 2
@@ -36,9 +36,9 @@ def test_a_demo_that_was_stopped_while_collecting_goes_on(tmp_path: Path, monkey
     assert sorted(tmp_path.glob("demo/*/buffer/*.npz"))[:2] == before
 
 
-def test_folders_that_are_no_demo_are_left_alone(tmp_path: Path) -> None:
+def test_folders_with_other_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match="holds other files; give another --output"):
+    with pytest.raises(UserError, match="contains other files; give another --output"):
         demo.run_demo(tmp_path, Console(quiet=True))
     with pytest.raises(UserError, match=r"notes\.txt: cannot be used \(Not a directory\); give another --output"):
         demo.run_demo(tmp_path / "notes.txt", Console(quiet=True))

@@ -20,11 +20,3 @@ def test_what_users_look_for_is_there() -> None:
 def test_by_itself_it_imports_nothing_heavy() -> None:
     code = "import ringrl.study, sys; assert not {'jax', 'mujoco', 'matplotlib', 'scipy', 'h5py'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_command_and_its_module_are_not_mixed_up() -> None:
-    """A module `ablate` would take the function's place as soon as it is imported."""
-    assert callable(study.ablate)
-    import ringrl.study.ablation
-
-    assert study.ablate is ringrl.study.ablation.ablate

@@ -1,0 +1,82 @@
+"""Progress of an ablation in the terminal: a moving line, or plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ringrl.evaluation.formatting import duration
+
+_SHOWN = 3  # names of running cells
+
+
+class AblationProgress(Progress):
+    """Context manager that shows how many cells are finished, running and failed, and the time left.
+
+    The time left follows the estimates, scaled by how long the finished cells really took.
+
+    Args:
+      estimates: name -> seconds of each cell to be run; None if it was not timed.
+      workers: cells that run at once.
+      console: where the progress is shown.
+    """
+
+    def __init__(self, estimates: Mapping[str, float | None], workers: int, console: Console) -> None:
+        columns = TextColumn("[bold]cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+        super().__init__(
+            *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True
+        )
+        self._left, self._workers = dict(estimates), workers
+        self._running: dict[str, float] = {}
+        self._estimated = self._taken = 0.0  # seconds of the finished cells
+        self._finished = self._failed = 0
+        self._bar = self.add_task("", total=len(estimates))
+
+    def begin(self, name: str) -> None:
+        """Called when a cell starts."""
+        self._running[name] = time.perf_counter()
+        self._show()
+
+    def end(self, name: str, failure: str | None) -> None:
+        """Called when a cell ends, with the reason if it failed."""
+        seconds = time.perf_counter() - self._running.pop(name)
+        estimate = self._left.pop(name)
+        if failure is None:
+            self._finished += 1
+            self._taken += seconds
+            self._estimated += seconds if estimate is None else estimate
+        else:
+            self._failed += 1
+        self._show()
+        end = f"finished in {duration(seconds)}" if failure is None else f"failed: {failure}"
+        line = f"{name}: {end}" if self.console.is_terminal else f"{name}: {end}; {self._state()}"
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated time left; None if nothing is known."""
+        count = len(self._left)
+        if self._finished:
+            mean = self._taken / self._finished
+            factor = self._taken / max(self._estimated, 1e-9)
+            whole = sum(mean if estimate is None else factor * estimate for estimate in self._left.values())
+        elif count and None not in self._left.values():
+            whole = sum(estimate or 0.0 for estimate in self._left.values())
+        else:
+            return 0.0 if not count else None
+        now = time.perf_counter()
+        begun = sum(now - since for since in self._running.values())
+        return max(0.0, whole - begun) / max(1, min(self._workers, count))
+
+    def _state(self) -> str:
+        running, left = len(self._running), self.seconds_left
+        waiting = len(self._left) - running
+        counts = f"{self._finished} finished, {running} running, {self._failed} failed, {waiting} waiting"
+        return counts if left is None else f"{counts}, {duration(left)} left"
+
+    def _show(self) -> None:
+        names = ", ".join(list(self._running)[:_SHOWN]) + (" ..." if len(self._running) > _SHOWN else "")
+        line = f"{self._state()}: {names}" if names else self._state()
+        self.update(self._bar, completed=self._finished + self._failed, description=escape(line))

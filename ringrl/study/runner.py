@@ -1,0 +1,309 @@
+"""The runner of an ablation: trains and evaluates all cells of a plan, in processes of this machine or as cluster jobs.
+
+Finished cells are skipped and interrupted ones are resumed, so the same command can be repeated at any time.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from ringrl.config import SlurmConfig
+from ringrl.cores import available_cores
+from ringrl.data import EpisodeStore
+from ringrl.data.processes import end_with_parent
+from ringrl.data.sampler import episodes_for_contexts
+from ringrl.envs import domain_of
+from ringrl.errors import UserError
+from ringrl.evaluation.video import write_videos
+from ringrl.files import lock
+from ringrl.study.cells import EVALUATION, LOG, Cell, Reference, Work, attempt_logged, cells, references
+from ringrl.study.cluster import run_on_cluster
+from ringrl.study.plan import AblationPlan
+from ringrl.study.progress import AblationProgress
+from ringrl.study.timing import Timing, cost, cost_table, measure, read_timings, shape, write_timings
+from ringrl.training.run_folder import dataset_fingerprint, saved_configuration
+
+COMPILED = ".compiled"  # compiled programs, which all seeds share
+
+
+class RunOptions(NamedTuple):
+    """How a plan is carried out."""
+
+    workers: int = 1
+    """Cells at a time."""
+    retry: bool = False
+    """Run failed cells again."""
+    timing: bool = True
+    """First time a few steps of every kind of cell."""
+    slurm: SlurmConfig | None = None
+    """Run the cells as SLURM jobs; None: in processes of this machine."""
+    cluster: str = "slurm"
+    """Cluster of submitit: "local" runs its jobs on this machine."""
+
+
+class Ended(NamedTuple):
+    """A task that has ended in a worker process."""
+
+    number: int  # index of the task
+    result: Any
+    death: str | None = None  # how the process died; then there is no result
+
+
+def ablate(
+    plan: AblationPlan, console: Console, command: str | None = None, options: RunOptions | None = None
+) -> list[Path]:
+    """Train and evaluate every cell that is not finished; returns the results files.
+
+    An interrupted cell resumes from its last checkpoint or episode. A cell that fails stops no other. Random actions
+    and the episodes of the dataset are recorded next to the cells.
+
+    Raises:
+      UserError: settings that no run accepts, data that does not fit a task, or a folder of another plan; and, once
+        all other cells are finished, cells that failed.
+    """
+    options = options or RunOptions()
+    everything, beside = _check(plan, options)
+    with _locked(plan.output):
+        chosen, timings = _timed(plan, everything, beside, options, console)
+        work: list[Work] = [*beside, *chosen]
+        todo = [one for one in work if not one.is_finished and (options.retry or one.failure is None)]
+        for one in todo:
+            one.forget_failure()
+        waiting = [cell for cell in todo if isinstance(cell, Cell)]
+        if waiting:
+            finished = sum(cell.is_finished for cell in chosen)
+            console.print(cost_table(waiting, timings, finished, options.workers))
+        estimates = {one.name: cost(one, timings).seconds if isinstance(one, Cell) else None for one in todo}
+        failed = {one: why for one in work if (why := one.failure) is not None}
+        with AblationProgress(estimates, options.workers, console) as progress:
+            for one, why in _outcomes(plan, todo, options, command, progress.begin):
+                progress.end(one.name, why)
+                if why is not None:
+                    failed[one] = why
+    for one, why in failed.items():
+        console.print(f"{one.name} failed: {why} ({one.folder / LOG})", soft_wrap=True, markup=False, highlight=False)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(work)} failed; --retry runs them again, all others are finished")
+    return [one.folder / EVALUATION for one in work]
+
+
+def estimate(plan: AblationPlan, console: Console, options: RunOptions | None = None) -> None:
+    """Print the remaining cost of a plan without running it. Timings are kept for the run.
+
+    Raises:
+      UserError: as `ablate`.
+    """
+    options = options or RunOptions()
+    everything, beside = _check(plan, options)
+    with _locked(plan.output):
+        chosen, timings = _timed(plan, everything, beside, options, Console(stderr=True))
+    waiting = [cell for cell in chosen if not cell.is_finished]
+    if waiting:
+        console.print(cost_table(waiting, timings, len(chosen) - len(waiting), options.workers))
+    else:
+        console.print(f"all {len(chosen)} cells are finished")
+
+
+def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Reference]]:
+    """Return the plan's cells and references; UserError, before anything is written, if they cannot all be run."""
+    if options.workers < 1:
+        raise UserError(f"--workers: {options.workers} is too few, at least 1 is needed")
+    cells(plan)
+    stores, fingerprints = {}, {}
+    for task, data in plan.datasets.items():
+        store = stores[task] = EpisodeStore(data)
+        if store.domain != domain_of(task).name:
+            raise UserError(f"{data}: contains episodes of {store.domain}, which do not fit the task {task}")
+        store.returns(task)
+        fingerprints[task] = dataset_fingerprint(store)
+    everything = cells(plan, fingerprints)
+    for cell in everything:
+        config = cell.config
+        try:
+            episodes_for_contexts(stores[config.task], config.task, config.context, config.seed)
+        except UserError as error:
+            raise UserError(f"{cell.name}: {error}") from error
+    if not options.timing and any(part.budget == "time" for part in plan.whole):
+        raise UserError("--untimed: the budget time needs timed steps; leave it out")
+    if options.slurm is None:
+        for task in {cell.config.task for cell in everything if cell.about["videos"]}:
+            write_videos(task, {})  # none, but this fails if videos cannot be made
+    return everything, references(plan, fingerprints)
+
+
+def _timed(
+    plan: AblationPlan,
+    everything: Sequence[Cell],
+    beside: Sequence[Reference],
+    options: RunOptions,
+    console: Console,
+) -> tuple[list[Cell], Mapping[str, Timing]]:
+    """Return the cells, with their steps if the budget is time, and all timings. Checks the folders."""
+    timings = read_timings(plan.output)
+    if options.slurm is None and options.timing:  # otherwise the cells run on another machine than this one
+        waiting = [cell for cell in everything if not cell.is_finished]
+        _time_new(waiting, plan.output, options.workers, timings, console)
+    chosen = [_with_steps(cell, timings) for cell in everything]
+    for work in (*beside, *chosen):
+        work.check()
+    return chosen, timings
+
+
+def _time_new(cells: Sequence[Cell], output: Path, workers: int, timings: dict[str, Timing], console: Console) -> None:
+    """Time all kinds of cells that have no timing yet, and add them to the file and to `timings`.
+
+    Every kind is timed only once: for the budget time, all seeds must have the same number of steps.
+
+    Raises:
+      UserError: a cell that cannot even start.
+    """
+    new = list({name: cell for cell in cells if (name := shape(cell)) not in timings}.values())
+    if not new:
+        return
+    console.print(f"timing a few steps of {len(new)} kinds of cells")
+    for ended in run_all([partial(measure, cell) for cell in new], workers, output / COMPILED, lambda index: None):
+        cell, found = new[ended.number], ended.death or ended.result
+        if not isinstance(found, Timing):
+            raise UserError(f"{cell.name}: cannot be trained or evaluated: {found}")
+        timings[shape(cell)] = found
+        console.print(f"timed {cell.name}", soft_wrap=True, markup=False, highlight=False)
+        write_timings(output, timings)
+
+
+def _with_steps(cell: Cell, timings: Mapping[str, Timing]) -> Cell:
+    """Return the cell with as many steps as its time allows, or with its own steps once it has begun."""
+    if cell.about["seconds"] is None:
+        return cell
+    if (cell.folder / "config.yaml").exists():
+        return cell.of_steps(saved_configuration(cell.folder).optimiser.steps)
+    if (timing := timings.get(shape(cell))) is None:
+        raise UserError(
+            f"{cell.name}: the budget time needs steps timed where the cells run; run `ringrl ablate` with --dry-run "
+            "on such a machine first"
+        )
+    return cell.of_steps(max(1, int(cell.about["seconds"] / timing.step)))
+
+
+def _outcomes(
+    plan: AblationPlan,
+    todo: Sequence[Work],
+    options: RunOptions,
+    command: str | None,
+    on_start: Callable[[str], None],
+) -> Iterator[tuple[Work, str | None]]:
+    """Yield each cell when it ends, and why it failed if it did."""
+    if options.slurm is not None:
+        folder = plan.output / "slurm"
+        yield from run_on_cluster(todo, folder, options.slurm, options.workers, command, on_start, options.cluster)
+        return
+    tasks = [partial(attempt_logged, work, command) for work in todo]
+    for ended in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: on_start(todo[index].name)):
+        work = todo[ended.number]
+        yield work, ended.result if ended.death is None else work.note_failure(ended.death)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Create the output folder and keep other ablations out of it; UserError if one is running."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(output, "is running this ablation", file=output / ".lock"))
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written ({error.strerror}); give another output") from error
+        yield
+
+
+def run_all(
+    tasks: Sequence[Callable[[], Any]], workers: int, compiled: Path, on_start: Callable[[int], None]
+) -> Iterator[Ended]:
+    """Run tasks in worker processes, in their order; yields each as it ends.
+
+    A process that dies takes its own task with it and no other. All processes end with the main process. Several
+    processes share out the cores. Tasks and results can be pickled.
+
+    Args:
+      tasks: what is run.
+      workers: processes at a time.
+      compiled: folder in which all processes keep and find compiled programs.
+      on_start: called with the index of a task that starts.
+    """
+    waiting = list(range(len(tasks)))
+    workers = min(workers, len(tasks))
+    crew = [_Worker(number, workers, compiled) for number in range(workers)]
+    try:
+        while waiting or any(worker.index is not None for worker in crew):
+            for number, worker in enumerate(crew):
+                if worker.index is None and waiting:
+                    if not worker.process.is_alive():
+                        crew[number] = worker = _Worker(number, workers, compiled)
+                    index = waiting.pop(0)
+                    on_start(index)
+                    worker.start(index, tasks[index])
+            busy = [worker for worker in crew if worker.index is not None]
+            ready = wait([worker.pipe for worker in busy])
+            yield from [worker.end() for worker in busy if worker.pipe in ready]
+    finally:
+        for worker in crew:
+            worker.process.kill()
+            worker.process.join()
+
+
+class _Worker:
+    """A process that runs one task after another."""
+
+    def __init__(self, number: int, workers: int, compiled: Path) -> None:
+        cores: set[int] = set()
+        if hasattr(os, "sched_getaffinity") and 1 < workers <= available_cores():
+            cores = set(sorted(os.sched_getaffinity(0))[number::workers])
+        context = multiprocessing.get_context("spawn")  # not forked: JAX's threads may hold locks at that moment
+        self.pipe, inside = context.Pipe()
+        self.process = context.Process(target=_serve, args=(inside, cores, workers, compiled), daemon=True)
+        self.process.start()
+        inside.close()
+        self.index: int | None = None
+
+    def start(self, index: int, task: Callable[[], Any]) -> None:
+        self.index = index
+        with suppress(OSError):  # a dead process is noticed when it does not answer
+            self.pipe.send(task)
+
+    def end(self) -> Ended:
+        index, self.index = self.index, None
+        assert index is not None
+        try:
+            return Ended(index, self.pipe.recv())
+        except (EOFError, OSError):
+            self.process.join()
+            return Ended(index, None, _death(self.process.exitcode or 0))
+
+
+def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends the workers
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if cores:
+        os.sched_setaffinity(0, cores)
+    if workers > 1:  # they share the memory of the accelerators
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / workers:.3f}")
+    jax.config.update("jax_compilation_cache_dir", str(compiled.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    with suppress(EOFError):
+        while True:
+            task = pipe.recv()
+            pipe.send(task())
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"its process ended with code {code}"
+    name = signal.Signals(-code).name
+    return f"its process was ended by {name}" + (" (often because memory ran out)" if name == "SIGKILL" else "")
