@@ -72,8 +72,7 @@ PARSED = {
     "docs/evaluation.md": "needs what an hour of training makes; a tiny run: tests/test_cli.py",
     "docs/faults.md": "an hour",
     "docs/plan.md": "minutes of compilation, for TPUs: tests/planning",
-    "docs/reproduce.md": "hours",
-    "docs/results.md": "hours",
+    "docs/results_tables.md": "hours",
     "docs/scaling.md": "several devices, hosts and clusters: tests/training",
     "docs/study.md": "hours; a tiny study: tests/study/test_ablate.py",
     "docs/training.md": "no command but benchmarks of minutes",
@@ -84,7 +83,6 @@ PARSED = {
 # Files that only the reader has, and what stands for them.
 YOURS = {
     "runs/run/config.yaml": "run.yaml",
-    "study_results/walker_stand/at_1_seed0/config.yaml": "run.yaml",
     "runs/walk/config.yaml": "run.yaml",
     "runs/reach/config.yaml": "run.yaml",
     "/shared/walk.yaml": "run.yaml",

@@ -171,6 +171,7 @@ def _part(name: str, own: Mapping[str, Any], changes: Mapping[str, Any]) -> Abla
         tasks = changes.get("tasks", list(own["datasets"]))
         if not isinstance(tasks, list | tuple) or not tasks or not set(tasks) <= set(own["datasets"]):
             raise UserError(f"tasks: {tasks} is not a list of tasks of the plan ({', '.join(own['datasets'])})")
+        values["variants"] = changes.get("variants", own["variants"])
         for key in ("datasets", "task_settings"):
             values[key] = {task: value for task, value in values[key].items() if task in tasks}
         return AblationPlan.model_validate(values)
