@@ -1,6 +1,6 @@
-"""The command line: which commands there are, how their flags are read and how errors are told."""
+"""The command line: the commands, how their flags are read, and one line for every error a user can cause."""
 
-import difflib
+import ast
 import functools
 import inspect
 import io
@@ -9,145 +9,145 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pydantic
-import tyro
+import cyclopts
 
 import ringrl
-from ringrl.cli.data import data_collect, data_download, data_export, data_import, data_info, data_merge
-from ringrl.cli.evaluate import evaluate
-from ringrl.cli.flags import parse
-from ringrl.cli.plan import plan
-from ringrl.cli.report import report
-from ringrl.cli.run import train
-from ringrl.cli.study import ablate, demo
-from ringrl.config import TrainConfig, merged, one_line, read_yaml
 from ringrl.errors import UserError, user_message
-from ringrl.methods import METHODS
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "data download": data_download,
-    "data import": data_import,
-    "data info": data_info,
-    "data merge": data_merge,
-    "data collect": data_collect,
-    "data export": data_export,
-    "plan": plan,
-    "train": train,
-    "evaluate": evaluate,
-    "ablate": ablate,
-    "report": report,
-    "demo": demo,
+COMMANDS = {  # module of this package and function
+    "data download": "data:download",
+    "data import": "data:import_",
+    "data info": "data:info",
+    "data merge": "data:merge",
+    "data collect": "data:collect",
+    "data export": "data:export",
+    "train": "train:train",
+    "evaluate": "evaluate:evaluate",
+    "ablate": "study:ablate",
+    "report": "report:report",
+    "plan": "plan:plan",
+    "demo": "study:demo",
 }
-HELP = ("-h", "--help", "help")
+DATA = "Download, import, describe, merge, collect and export datasets."
+HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. Errors that the user can mend end in one line and exit code 2."""
+    """Run one command. An error that the user can mend ends in one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where it cannot show a bar or a line, "?" does
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks print as "?"
     try:
-        _run_and_tell(list(sys.argv[1:] if arguments is None else arguments))
+        _run(list(sys.argv[1:] if arguments is None else arguments))
     except OSError:
-        _write_out("\n")  # ends it, if standard output is what failed; if not, an empty line does no harm
+        _flush("\n")  # fails, and exits, if standard output caused the error
         raise
     finally:
-        _write_out("")
-
-
-def _run_and_tell(arguments: list[str]) -> None:
-    """One command, and what the user is told of its end."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of what is told here in one line
-    if getattr(sys.unraisablehook, "func", None) is not _without_echoes:
-        sys.unraisablehook = functools.partial(_without_echoes, sys.unraisablehook)
-    try:
-        _run(arguments)
-    except KeyboardInterrupt:
-        print("ringrl: stopped; what was finished is kept", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        said = one_line(error) if isinstance(error, pydantic.ValidationError) else user_message(error)
-        if said is None:
-            raise
-        _fail(said)
+        _flush("")
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in HELP:
-        print("\n".join([str(ringrl.__doc__), *_summaries(""), "", "Each has --help with units and defaults."]))
-        return
-    if arguments[0] == "data" and (len(arguments) == 1 or arguments[1] in HELP):
-        print("\n".join([str(ringrl.cli.data.__doc__), "", *_summaries("data "), "", "Each has --help."]))
-        return
-    if arguments == ["--version"]:
-        print(ringrl.__version__)
-        return
-    words = 2 if arguments[0] == "data" else 1
-    name, rest = " ".join(arguments[:words]), arguments[words:]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
-        raise UserError(f"no command {name!r}; did you mean {' or '.join(near)}? (ringrl --help lists all)")
-    command = COMMANDS[name]
-    parse(name, rest, _with_settings(rest) if command is train else command)()
-
-
-def _summaries(beginning: str) -> list[str]:
-    """A line for each command whose name begins so."""
-    firsts = {name: str(command.__doc__).splitlines()[0] for name, command in COMMANDS.items()}
-    width = max(map(len, firsts))
-    return [f"  ringrl {name:<{width}}  {first}" for name, first in firsts.items() if name.startswith(beginning)]
-
-
-def _with_settings(arguments: list[str]) -> Callable[..., None]:
-    """`train` with the settings of a --config file, and over them those of a --method, as the defaults of its flags."""
-    files, methods = _given(arguments, "--config"), _given(arguments, "--method")
-    values = read_yaml(Path(files[-1])) if files else {}
-    if methods and methods[-1] in METHODS:  # of others, the parser says what is wrong
-        try:
-            values = merged(values, METHODS[methods[-1]].settings or {})
-        except UserError as error:
-            raise UserError(f"{files[-1]}: {error}") from error
-    required: dict[str, Any] = {"data": Path(), "task": "", "run": Path()}
+    """Run one command and turn its errors into one line."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors that end in one line here
+    if getattr(sys.unraisablehook, "func", None) is not _hide_tensorstore:
+        sys.unraisablehook = functools.partial(_hide_tensorstore, sys.unraisablehook)
     try:
-        whole = TrainConfig.model_validate(required | values)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{(files or ['--method'])[-1]}: {one_line(error)}") from error
-    default = whole.model_copy(update={name: tyro.MISSING for name in required if name not in values})
-
-    @functools.wraps(train)
-    def command(**flags: Any) -> None:
-        train(**flags)
-
-    signature = inspect.signature(train)
-    parameters = [p.replace(default=default) if p.name == "settings" else p for p in signature.parameters.values()]
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return command
+        command, bound = parse(arguments)
+        command(*bound.args, **bound.kwargs)
+    except KeyboardInterrupt:
+        print("ringrl: stopped; finished work is kept", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        _fail(message)
 
 
-def _given(arguments: list[str], flag: str) -> list[str]:
-    """What is given with a flag, as `--flag value` or `--flag=value`."""
-    pairs = pairwise([*arguments, ""])
-    return [b if a == flag else a.removeprefix(f"{flag}=") for a, b in pairs if f"{a}=".startswith(f"{flag}=")]
+def parse(arguments: list[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
+    """Return the function of a command and its arguments; raise UserError for a usage error."""
+    arguments = [*arguments[:-1], "--help"] if arguments[-1:] == ["help"] and len(arguments) < 3 else arguments
+    try:
+        command, bound, _ = build_app(arguments).parse_args(arguments, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        from ringrl.cli.flags import usage_line
+
+        raise UserError(f"{usage_line(error)} (see {_help_of(arguments)})") from error
+    return command, bound
 
 
-def _without_echoes(say: Callable[[Any], object], ignored: Any) -> None:
-    """But for what tensorstore's threads say, once for each array, when orbax has gone after the first failed write."""
+def build_app(arguments: list[str]) -> cyclopts.App:
+    """Return the commands. A command's module is imported when the command is used."""
+    is_listing = not {*arguments} - {"data", *HELP}
+    rules = cyclopts.Parameter(consume_multiple=True, allow_repeating=True, negative_iterable=(), negative_none=())
+    check = functools.partial(_complete, arguments)
+    app = cyclopts.App("ringrl", help=ringrl.__doc__, version=ringrl.__version__, default_parameter=rules, config=check)
+    data = cyclopts.App("data", help=DATA, sort_key=0)
+    app.command(data)
+    for order, (name, place) in enumerate(COMMANDS.items(), start=1):
+        module, _, function = place.partition(":")
+        parent = data if name.startswith("data ") else app
+        summary = _summary(module, function) if is_listing else None
+        parent.command(f"ringrl.cli.{place}", name=name.split()[-1], help=summary, sort_key=order)
+    return app
+
+
+def _summary(module: str, function: str) -> str:
+    """Return the first line of a command's docstring without the import, which would take most of --help's time."""
+    source = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
+    (found,) = (node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return str(ast.get_docstring(found)).splitlines()[0]
+
+
+def _complete(
+    tokens: list[str], app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
+) -> None:
+    """Add the settings of --config and --method to the flags, then check the flags; called by the parser."""
+    from ringrl.cli.flags import check_flags
+
+    if commands == ("train",):
+        from ringrl.cli.train import add_settings
+
+        add_settings(app, commands, arguments)
+    try:
+        check_flags(tokens[len(commands) :], arguments)
+    except UserError as error:
+        raise UserError(f"{error} (see {_help_of(tokens)})") from error
+
+
+def _help_of(arguments: list[str]) -> str:
+    name = " ".join(arguments[:2] if arguments[:1] == ["data"] else arguments[:1])
+    return f"ringrl {name} --help" if name in COMMANDS else "ringrl --help"
+
+
+def _message(error: Exception) -> str | None:
+    """Return the line to print for an error that the user can mend; None for any other."""
+    import pydantic
+
+    if isinstance(error, pydantic.ValidationError):
+        from ringrl.config import one_line
+
+        return one_line(error)
+    return user_message(error)
+
+
+def _hide_tensorstore(report: Callable[[Any], object], ignored: Any) -> None:
+    """Report an unraisable exception, except those of tensorstore's threads after orbax stopped on a failed write."""
     if str(ignored.exc_value) != "Event loop is closed":
-        say(ignored)
+        report(ignored)
 
 
-def _write_out(last: str) -> None:
-    """What was printed goes to standard output; where that cannot be written, Python would end with a traceback."""
+def _flush(last: str) -> None:
+    """Flush standard output. If that fails, exit without the traceback that Python would print."""
     try:
         print(end=last, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes out the rest as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest when it exits
         if isinstance(error, BrokenPipeError):
-            sys.exit(128 + signal.SIGPIPE)  # `| head` has seen enough: as a shell tells of any other program's end
-        _fail(f"standard output: cannot be written ({error.strerror}); free some space, or send it elsewhere")
+            sys.exit(128 + signal.SIGPIPE)  # the exit code of other programs after `| head`
+        _fail(f"standard output: cannot be written ({error.strerror}); free some space, or redirect it elsewhere")
 
 
 def _fail(message: str) -> None:

@@ -4,48 +4,51 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import tyro
+from cyclopts import Parameter
 from rich.console import Console
 
 from ringrl.errors import UserError
 
-Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+Report = Callable[[int, int | None], None]  # finished, in all
 
 
-def data_download(
-    domain: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DOMAIN")],
-    algorithm: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ALGORITHM")],
+def download(
+    domain: str,
+    algorithm: str,
+    /,
+    *,
     output: Path = Path("datasets"),
-    import_store: Annotated[bool, tyro.conf.arg(name="import")] = False,
+    import_store: Annotated[bool, Parameter(name="--import")] = False,
     delete_archive: bool = False,
     url: str = "https://dl.fbaipublicfiles.com/exorl",
     timeout: float = 30.0,
 ) -> None:
-    """Fetch a public ExoRL archive (walker rnd: 2.6 GB). After a cut the same command goes on where it stopped.
+    """Download a public ExoRL archive (walker rnd: 2.6 GB). The same command resumes an interrupted download.
 
     Args:
         domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze.
         algorithm: aps, icm_apt, diayn, disagreement, icm, proto, random, rnd or smm.
-        output: folder; the archive becomes OUTPUT/DOMAIN/ALGORITHM.zip.
-        import_store: then import it into OUTPUT/DOMAIN/ALGORITHM.h5, relabelled for all tasks of the domain.
-        delete_archive: with --import, remove the archive once the store is whole and verified.
-        url: address under which DOMAIN/ALGORITHM.zip lies (http or https).
-        timeout: seconds for which a server may send nothing before it is asked again.
+        output: folder. The archive is written to OUTPUT/DOMAIN/ALGORITHM.zip.
+        import_store: also import the archive into OUTPUT/DOMAIN/ALGORITHM.h5, relabelled for all tasks of the domain.
+        delete_archive: with --import, delete the archive after the store is written and verified.
+        url: address that contains DOMAIN/ALGORITHM.zip (http or https).
+        timeout: seconds without data from the server before the request is repeated.
     """
     from ringrl.data.card import describe
     from ringrl.data.download import Patience, download_archive, download_store
 
     if delete_archive and not import_store:
-        raise UserError("--delete-archive: only together with --import, else nothing would be left")
+        raise UserError("--delete-archive: needs --import, or nothing would be kept; add --import")
     patience = Patience(timeout=timeout)
-    with _download_display(f"{domain}/{algorithm}.zip") as (progress, import_progress, notice):
+    with _bars() as (bar, notice):
+        fetching = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)
         if not import_store:
             path = download_archive(
-                domain, algorithm, output, url=url, patience=patience, progress=progress, notice=notice
+                domain, algorithm, output, url=url, patience=patience, progress=fetching, notice=notice
             )
-            said = f"{path}; next: ringrl data import {path} --domain {domain}"
+            result = f"{path}; next: ringrl data import {path} --domain {domain}"
         else:
             store = download_store(
                 domain,
@@ -54,44 +57,18 @@ def data_download(
                 delete_archive=delete_archive,
                 url=url,
                 patience=patience,
-                progress=progress,
-                import_progress=import_progress,
+                progress=fetching,
+                import_progress=bar("importing"),
                 notice=notice,
             )
-            said = f"{output / domain / algorithm}.h5\n{describe(store)}"
-    print(said)
+            result = f"{output / domain / algorithm}.h5\n{describe(store)}"
+    print(result)
 
 
-class _DownloadDisplay(NamedTuple):
-    progress: Callable[[int, int], None]  # bytes
-    import_progress: Callable[[int, int], None]  # episodes
-    notice: Callable[[str], None]
-
-
-@contextlib.contextmanager
-def _download_display(name: str) -> Iterator[_DownloadDisplay]:
-    """Two bars, each shown when its work begins, and lines of text above them."""
-    from rich.console import Group
-    from rich.live import Live
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    fetching = Progress(
-        "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    )
-    importing = Progress()
-    bytes_bar = fetching.add_task(name, visible=False)
-    episodes_bar = importing.add_task("importing", visible=False)
-    with Live(Group(fetching, importing), console=console, transient=True):
-        yield _DownloadDisplay(
-            lambda done, total: fetching.update(bytes_bar, completed=done, total=total, visible=True),
-            lambda done, total: importing.update(episodes_bar, completed=done, total=total, visible=True),
-            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
-        )
-
-
-def data_import(
-    archive: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARCHIVE")],
+def import_(
+    archive: Path,
+    /,
+    *,
     domain: str | None = None,
     format: Literal["exorl", "minari"] = "exorl",
     output: Path | None = None,
@@ -107,29 +84,28 @@ def data_import(
 ) -> None:
     """Import an ExoRL archive or a Minari dataset into an episode store.
 
-    An archive (zip or folder) is relabelled for all tasks of its domain; after a stop of any kind the same command goes
-    on where it was. A Minari dataset keeps its recorded rewards, unless `ringrl data export` wrote it. Of the other
-    flags it takes output, overwrite and download alone.
+    An archive (zip or folder) is relabelled for all tasks of its domain. The same command resumes an interrupted
+    import. A Minari dataset keeps its recorded rewards, unless `ringrl data export` wrote it, and accepts only the
+    flags --output, --overwrite and --download.
 
     Args:
-        archive: zip file or folder with buffer/episode_{index}_{length}.npz; a Minari dataset's name or folder.
-        domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze; an ExoRL archive needs it.
-        format: exorl for such an archive, minari for a Minari dataset.
-        output: store to write; by default the archive's name with the ending .h5 (of a Minari dataset: in this folder).
+        archive: zip file or folder with buffer/episode_{index}_{length}.npz, or a Minari dataset's name or folder.
+        domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze. Required for an ExoRL archive.
+        format: format of ARCHIVE.
+        output: store to write. Default: the archive's name with suffix .h5 (Minari: in the working directory).
         overwrite: replace an existing store.
-        workers: processes; by default one per available core. The result is the same for any number.
-        relabel: control_aware rewards a state with the action that led to it; exorl_compat with a control of zero, as
-            ExoRL's own code does (too high in dense cartpole and the maze).
-        subset: which episodes are taken if max-episodes or max-transitions leave some out: the first, the last, some
-            at random or some at equal distances.
-        max_episodes: take at most so many episodes.
-        max_transitions: take at most so many steps.
-        seed: of the random subset.
-        on_damaged: stop at the first damaged episode, or skip such episodes and say so on the card.
-        download: let Minari fetch a dataset that is not on this machine.
+        workers: processes. Default: one per available core. The result does not depend on the number.
+        relabel: control_aware computes the reward of a state with the action that led to it. exorl_compat uses zero
+            control, as ExoRL's own code does (too high in dense cartpole and the maze).
+        subset: episodes to take if --max-episodes or --max-transitions exclude some.
+        max_episodes: maximum number of episodes.
+        max_transitions: maximum number of steps.
+        seed: seed of the random subset.
+        on_damaged: stop at the first damaged episode, or skip damaged episodes and list them in `ringrl data info`.
+        download: let Minari download a dataset that is not on this machine.
     """
     if format == "minari":
-        for_archives = {
+        archive_flags = {
             "--domain": domain is not None,
             "--workers": workers is not None,
             "--relabel": relabel != "control_aware",
@@ -139,43 +115,43 @@ def data_import(
             "--seed": seed != 0,
             "--on-damaged": on_damaged != "stop",
         }
-        if given := [flag for flag, is_given in for_archives.items() if is_given]:
-            raise UserError(f"{', '.join(given)}: only for ExoRL archives, leave it out with --format minari")
+        if given := [flag for flag, is_given in archive_flags.items() if is_given]:
+            raise UserError(f"{', '.join(given)}: only for ExoRL archives; remove with --format minari")
         return _import_minari(str(archive), output, overwrite, download)
     if domain is None:
-        raise UserError(f"--domain: say which domain {archive} is of (walker, cheetah, cartpole, ...)")
+        raise UserError(f"--domain: give the domain of {archive} (walker, cheetah, cartpole, ...)")
     if download:
-        raise UserError("--download: only with --format minari; ExoRL archives: ringrl data download")
+        raise UserError("--download: only with --format minari; for ExoRL archives run ringrl data download")
     if seed and subset != "random":
-        raise UserError("--seed: only with --subset random; leave it out")
+        raise UserError("--seed: only with --subset random; remove it")
     from ringrl.data import import_archive
     from ringrl.data.card import describe
     from ringrl.data.subset import Subset
 
-    destination = output or _beside(archive)
+    destination = output or _store_of(archive)
     chosen = Subset(subset, max_episodes, max_transitions, seed)
     try:
-        with _bar("importing") as progress:
+        with _bars() as (bar, _):
             store = import_archive(
                 archive,
                 destination,
                 domain,
                 overwrite=overwrite,
-                progress=progress,
+                progress=bar("importing"),
                 workers=workers,
                 relabelling=relabel,
                 subset=chosen,
                 on_damaged=on_damaged,
             )
     except KeyboardInterrupt:
-        print("ringrl: run the same command again to go on with the import", file=sys.stderr)
+        print("ringrl: run the same command again to resume the import", file=sys.stderr)
         raise
     print(f"{destination}\n{describe(store)}")
     return None
 
 
-def _beside(archive: Path) -> Path:
-    """Where the store of an archive goes by default: a folder's name may have dots in it."""
+def _store_of(archive: Path) -> Path:
+    """Return the default store of an archive. A folder's name may contain dots."""
     named = archive if archive.name not in ("", "..") else archive.resolve()
     return named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
 
@@ -185,13 +161,15 @@ def _import_minari(dataset: str, output: Path | None, overwrite: bool, download:
     from ringrl.data.minari import import_minari
 
     destination = output or Path(f"{Path(dataset).resolve().name}.h5")
-    with _bar("importing") as progress:
-        store = import_minari(dataset, destination, overwrite=overwrite, download=download, progress=progress)
+    with _bars() as (bar, _):
+        store = import_minari(dataset, destination, overwrite=overwrite, download=download, progress=bar("importing"))
     print(f"{destination}\n{describe(store)}")
 
 
-def data_export(
-    store: Store,
+def export(
+    store: Path,
+    /,
+    *,
     name: str,
     task: str | None = None,
     format: Literal["minari"] = "minari",
@@ -201,23 +179,23 @@ def data_export(
 
     Args:
         store: RingRL store (.h5).
-        name: the dataset's name for Minari, for example exorl/walker-rnd-v0.
-        task: whose rewards become the dataset's; by default the task that was recorded.
-        format: minari is the only one.
-        output: folder of datasets to write into; by default Minari's own (MINARI_DATASETS_PATH).
+        name: name of the Minari dataset, for example exorl/walker-rnd-v0.
+        task: task whose rewards are exported. Default: the recorded task.
+        format: format to write.
+        output: folder of datasets to write into. Default: Minari's own (MINARI_DATASETS_PATH).
     """
     from ringrl.data import EpisodeStore
     from ringrl.data.minari import export_minari
 
     opened = EpisodeStore(store)
-    with _bar("exporting") as progress:
-        folder = export_minari(opened, name, task=task, folder=output, progress=progress)
+    with _bars() as (bar, _):
+        folder = export_minari(opened, name, task=task, folder=output, progress=bar("exporting"))
     root = f"MINARI_DATASETS_PATH={output} " if output else ""
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
 
 
-def data_merge(stores: tyro.conf.Positional[tuple[Path, ...]], output: Path, overwrite: bool = False) -> None:
-    """Merge several stores of one domain into one, their episodes in the order given.
+def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False) -> None:
+    """Merge stores of one domain into one. Episodes keep the given order.
 
     Args:
         stores: RingRL stores (.h5), at least two.
@@ -227,18 +205,18 @@ def data_merge(stores: tyro.conf.Positional[tuple[Path, ...]], output: Path, ove
     from ringrl.data.card import describe
     from ringrl.data.merge import merge_stores
 
-    with _bar("merging") as progress:
-        store = merge_stores(stores, output, overwrite=overwrite, progress=progress)
+    with _bars() as (bar, _):
+        store = merge_stores(stores, output, overwrite=overwrite, progress=bar("merging"))
     print(f"{output}\n{describe(store)}")
 
 
-def data_info(store: Store, json: bool = False, verify: bool = False) -> None:
-    """Say what a dataset holds: episodes, lengths, returns per task, where it came from.
+def info(store: Path, /, *, json: bool = False, verify: bool = False) -> None:
+    """Print a dataset's episodes, lengths, returns per task and origin.
 
     Args:
         store: RingRL store (.h5).
         json: print JSON.
-        verify: read everything first and compare it with its checksums.
+        verify: read the whole store first and compare it with its checksums.
     """
     from ringrl.data import EpisodeStore
     from ringrl.data.card import describe, to_json
@@ -248,11 +226,13 @@ def data_info(store: Store, json: bool = False, verify: bool = False) -> None:
         opened.verify()
     print(to_json(opened) if json else describe(opened))
     if verify and not json:
-        print("verified: all of it has its checksums")
+        print("verified: all checksums match")
 
 
-def data_collect(
-    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")],
+def collect(
+    task: str,
+    /,
+    *,
     output: Path,
     method: Literal["scripted", "td3", "rnd"] = "scripted",
     preset: Literal["tiny", "small", "exorl_like"] = "small",
@@ -260,39 +240,53 @@ def data_collect(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Collect episodes of a task locally, in ExoRL's format: a controller's search, or a learner's whole history.
+    """Collect episodes of a task on this machine, in ExoRL's format.
 
-    The folder appears when all is recorded. Until then the finished episodes are in the hidden folder .NAME.partial
-    beside it, which can be imported as it is; the same command goes on there after an interruption, to the same
-    episodes.
+    The folder appears when all episodes are recorded. Until then finished episodes are in the hidden folder
+    .NAME.partial next to it, which can be imported. The same command resumes an interrupted collection and records the
+    same episodes.
 
     Args:
         task: for example jaco_reach_top_left.
-        output: folder to make; the episodes go into its buffer/.
-        method: scripted searches a scripted controller's parameters, td3 learns a policy, rnd one that looks for states
-            it has not seen (random network distillation); the recorded reward is the task's with all of them.
-        preset: how much: tiny is 10,000 transitions (seconds; td3 and rnd up to a minute), small 200,000 (scripted a
-            minute, td3 and rnd 10 to 20), exorl_like 10,000,000 as in ExoRL's archives (scripted an hour, td3 and rnd
-            more than half a day of one core, and up to 4 GB of memory).
-        episodes: how many, in place of the preset's.
+        output: folder to create. Episodes are written to OUTPUT/buffer/.
+        method: scripted searches the parameters of a scripted controller, td3 learns a policy, rnd learns to visit new
+            states (random network distillation). The recorded reward is the task's for every method.
+        preset: transitions. tiny: 10,000 (seconds; td3 and rnd up to a minute). small: 200,000 (scripted a minute, td3
+            and rnd 10 to 20). exorl_like: 10,000,000 as in ExoRL's archives (scripted an hour; td3 and rnd more than
+            half a day on one core and up to 4 GB of memory).
+        episodes: number of episodes, instead of the preset's.
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
-        workers: processes (scripted only); by default one per available core.
+        workers: processes (scripted only). Default: one per available core.
     """
-    from ringrl.data.collect import collect, preset_episodes
+    from ringrl.data.collect import collect as collect_episodes
+    from ringrl.data.collect import preset_episodes
     from ringrl.envs import domain_of
 
     episodes = preset_episodes(preset, task) if episodes is None else episodes
-    with _bar("collecting") as progress:
-        collect(task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=progress)
+    with _bars() as (bar, _):
+        collect_episodes(
+            task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=bar("collecting")
+        )
     print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {domain_of(task).name}")
 
 
 @contextlib.contextmanager
-def _bar(word: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Shows how much of the whole is done, as it is told."""
-    from rich.progress import Progress
+def _bars() -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
+    """Yield a function that adds a progress bar and a function that prints a line above the bars, both on stderr."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(word, total=None, visible=False)  # a mistake is told before there is anything to show
-        yield lambda done, total: progress.update(bar, completed=done, total=total, visible=True)
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn()
+    # Without a terminal, bars would leave an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def add(name: str, unit: str = "episodes", scale: float = 1) -> Report:
+            bar = progress.add_task(name, total=None, visible=False, amount="")  # visible once work begins
+
+            def report(done: int, total: int | None) -> None:
+                amount = f"{done / scale:,.0f}{f'/{total / scale:,.0f}' if total else ''} {unit}"
+                progress.update(bar, completed=done, total=total, visible=True, amount=amount)
+
+            return report
+
+        yield add, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)

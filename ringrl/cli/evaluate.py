@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
+import cyclopts
 from rich.console import Console
 
-from ringrl.cli.words import command_line
+from ringrl.cli.flags import command_line
 from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 
@@ -21,12 +21,13 @@ ONE_DEVICE = MeshConfig()
 
 
 def evaluate(
+    *,
     checkpoint: tuple[Path, ...] = (),
-    tasks: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--task"])] = (),
+    tasks: Annotated[tuple[str, ...], cyclopts.Parameter(alias="--task")] = (),
     episodes: int = 1,
     environments: int = 10,
     seed: int = 1_000_000,
-    target: Annotated[str, tyro.conf.arg(aliases=["--target-return"])] = "best",
+    target: Annotated[str, cyclopts.Parameter(alias="--target-return")] = "best",
     prompt_trajectories: int = 0,
     prompt_seed: int = 0,
     data: Path | None = None,

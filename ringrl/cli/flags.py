@@ -1,103 +1,123 @@
-"""A command's flags, and one line for what is wrong with them, which the parser says in a box of many.
+"""Checks of a command's flags, and one line for every usage error."""
 
-It says it as text alone, so text is what is read here. Of words that are not known, all are told as they stand.
-"""
-
-import contextlib
 import difflib
-import functools
-import io
-import re
-from collections.abc import Callable
-from typing import Any
+import itertools
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 
+import cyclopts
 import pydantic
-import tyro
 
-from ringrl.config import problems
+from ringrl.config import Section, SlurmConfig, TrainConfig, problems
 from ringrl.errors import UserError
 
+KINDS = {int: "an integer", float: "a number"}
 
-def parse(name: str, arguments: list[str], command: Callable[..., None]) -> Callable[[], None]:
-    """The command with its flags filled in; UserError names those that are wrong."""
 
-    @functools.wraps(command)
-    def bind(*values: Any, **flags: Any) -> Callable[[], None]:
-        return functools.partial(command, *values, **flags)
+def grouped(section: type[Section]) -> type[Section]:
+    """Let --help show the flags of a section under the first sentence of its docstring."""
+    title = str(section.__doc__).partition(". ")[0].removesuffix(".")
+    return cyclopts.Parameter(group=cyclopts.Group.create_ordered(title))(section)
 
-    read = functools.partial(tyro.cli, bind, prog=f"ringrl {name}", config=(tyro.conf.FlagCreatePairsOff,))
-    _refuse_lost_values(arguments, read)
-    said = io.StringIO()
+
+for _section in Section.__subclasses__():
+    if _section is not TrainConfig:
+        grouped(_section)
+
+
+def check_flags(tokens: Sequence[str], arguments: cyclopts.ArgumentCollection) -> None:
+    """Raise UserError listing missing, unknown, repeated and wrong flags. The parser alone stops at the first."""
+    flags = [argument for argument in arguments if argument.parse and not argument.children]
+    missing = [argument.name for argument in flags if _is_missing(argument)]
+    wrong = [f"{_listed(missing)} {'are' if len(missing) > 1 else 'is'} needed"] if missing else []
+    names = [name for argument in flags for name in argument.names if name.startswith("--")]
+    for token in itertools.takewhile(lambda token: token != "--", tokens):
+        name = token.partition("=")[0]
+        if token.startswith("--") and not _is_flag(name, flags):
+            wrong.append(f"{name}: no such flag" + "".join(f"; did you mean {near}?" for near in _near(name, names)))
+    for argument in flags:
+        wrong.extend(_wrong_values(argument))
+    if wrong:
+        raise UserError("; ".join(wrong).replace("?;", "?"))
+
+
+def _is_missing(argument: cyclopts.Argument) -> bool:
+    return argument.required and not argument.has_tokens
+
+
+def _is_flag(name: str, flags: list[cyclopts.Argument]) -> bool:
     try:
-        with contextlib.redirect_stderr(said):
-            return read(args=arguments)
-    except pydantic.ValidationError as error:  # of settings that stand at the top
-        wrong = _wrong_settings("", error)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        box = re.sub(r"[─│╭╮╰╯├┤]|-{4,}", " ", said.getvalue())
-        text = re.sub(r" For full helptext.*", "", " ".join(box.split()))
-        section, refused = re.search(r"Error parsing (?:settings\.)?([\w.-]+):", text), _refusal(stop)
-        wrong = _wrong_settings(section[1], refused) if section and refused else _one_line(text)
-    raise UserError(f"{wrong} (ringrl {name} --help tells more)")
+        cyclopts.ArgumentCollection(flags).match(name)
+    except ValueError:
+        return False
+    return True
 
 
-def _refuse_lost_values(arguments: list[str], read: Callable[..., object]) -> None:
-    """UserError for a flag of several values that is there twice: the parser would keep those of the last alone."""
-    given = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
-    twice = [flag for flag in given if given.count(flag) > 1]
-    if not twice:
-        return
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        read(args=["--help"])
-    for flag in twice:
-        if f"{flag} [" in shown.getvalue():  # --tasks [STR [STR ...]]
-            raise UserError(f"{flag}: is there twice; give all its values after one another: {flag} A B")
+def _near(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, n=1)
 
 
-def _refusal(stop: BaseException) -> pydantic.ValidationError | None:
-    """Why the parser stopped, where it was for a section of settings."""
-    error: BaseException | None = stop
-    while error is not None and not isinstance(error, pydantic.ValidationError):
-        error = error.__context__
-    return error
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _wrong_settings(section: str, error: pydantic.ValidationError) -> str:
-    """As flags of that section, "model" for example."""
-    named = ((".".join(filter(None, (section, name))).replace("_", "-"), words) for name, words in problems(error))
-    return "; ".join(f"--{flag}: {words}" if flag else words for flag, words in named)
+def _wrong_values(argument: cyclopts.Argument) -> Iterator[str]:
+    """Yield what is wrong with the values of one flag."""
+    given = [token for token in argument.tokens if token.source == "cli" and token.implicit_value is cyclopts.UNSET]
+    if sum(token.index == 0 for token in given) > 1 and given[0].keyword:
+        flag = argument.name
+        yield f"{flag}: given twice; give all values after one flag: {flag} A B"
+    for token in given:
+        flag, choices, kind = token.keyword or argument.name, argument.get_choices(), argument.resolved_hint
+        if choices and token.value not in choices:
+            yield f"{flag}: no choice {token.value!r}; choose one of {', '.join(choices)}"
+        elif kind in KINDS and not _is_number(kind, token.value):
+            yield f"{flag}: expected {KINDS[kind]}, got {token.value!r}"
 
 
-def _one_line(text: str) -> str:
-    """What the text of a box comes to."""
-    needed = re.findall(r"(?:Missing from [^:]*:|\(required\)) (--[\w.-]+|[A-Z]+\b)", text)
-    unknown = re.search(r"Unrecognized options: (.*?)(?: Perhaps you meant:| Arguments similar to|$)", text)
-    if needed or unknown:
-        listed = " and ".join(filter(None, (", ".join(needed[:-1]), *needed[-1:])))
-        parts = [f"{listed} {'are' if len(needed) > 1 else 'is'} needed"] if needed else []
-        return "; ".join([*parts, *(_unknown(unknown[1], text) if unknown else ())]).replace("?;", "?")
-    if found := re.search(r"invalid choice ('.*') for argument '(.*?)'\. Expected one of \((.*)\)", text):
-        choices = re.findall(r"'(.*?)'", found[3])
-        if "None" in choices:  # which the parser puts in, and then it has them in no order
-            choices = sorted(set(choices) - {"None"})
-        return f"{found[2]}: there is no {found[1]}; choose one of {', '.join(choices)}"
-    if found := re.search(r"Missing value for argument '(.*?)'\. Expected (\d+)", text):
-        return f"{found[1]}: needs {'a value' if found[2] == '1' else f'{found[2]} values'}"
-    kind_of_value = r"Argument helptext: \S+ (?:\{None\}\|)?(\{.*?\}|\S+)"
-    if found := re.search(rf"Error parsing (\S+): (.*?) (?:Got errors: .*)?{kind_of_value}", text):
-        flag, why, kind = found.groups()
-        value = re.search(r"(?:base 10: |to float: |from \[)('[^']*')(?:\.|\]|$)", why)
-        return f"{flag}: expected {kind.strip('{}')}, got {value[1]}" if value else f"{flag}: {why}"
-    return text
+def _is_number(kind: type, value: str) -> bool:
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
 
 
-def _unknown(tokens: str, text: str) -> list[str]:
-    """Of each flag that there is not, the nearest that the text names; values that follow them are left out."""
-    words = re.split(r",? ", tokens)
-    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    near = {flag: difflib.get_close_matches(flag, set(re.findall(r"--[\w.-]+", text)) - {*flags}, 1) for flag in flags}
-    told = [f"{flag}: there is no such flag" + "".join(f"; did you mean {n}?" for n in near[flag]) for flag in flags]
-    return told or [f"{' '.join(words)}: is one word too many"]
+def usage_line(error: cyclopts.CycloptsError) -> str:
+    """Return what is wrong and where, for an error of the parser."""
+    argument, cause = error.argument, error.__cause__
+    if isinstance(error, cyclopts.UnknownCommandError) and error.app and error.unused_tokens:
+        names = [name for name in error.app if not name.startswith("-")]
+        near = difflib.get_close_matches(error.unused_tokens[0], names, n=3, cutoff=0.4) or names
+        prefix = " ".join((*(error.command_chain or ()), ""))
+        choices = " or ".join(prefix + name for name in near)
+        return f"no command {prefix + error.unused_tokens[0]!r}; did you mean {choices}?"
+    if isinstance(error, cyclopts.MissingArgumentError) and argument:
+        count, _ = argument.token_count()
+        return f"{error.keyword or argument.name}: needs {f'{count} values' if count > 1 else 'a value'}"
+    if isinstance(cause, pydantic.ValidationError) and argument:
+        section = argument.name.strip("-*")
+        named = [(".".join(filter(None, (section, name))).replace("_", "-"), text) for name, text in problems(cause)]
+        return "; ".join(f"--{flag}: {text}" if flag else text for flag, text in named)
+    if isinstance(error, cyclopts.UnusedCliTokensError | cyclopts.UnknownOptionError) and error.unused_tokens:
+        return f"{error.unused_tokens[0]}: unexpected argument; remove it"
+    return str(error)
+
+
+def command_line() -> str:
+    """Return the running command as a user would type it."""
+    return shlex.join(["ringrl", *sys.argv[1:]])
+
+
+def given_flags(group: str, section: Section) -> str:
+    """Return the flags of a section that differ from their defaults, joined by commas; empty if none does."""
+    default = type(section)()
+    names = [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]
+    return ", ".join(f"--{group}.{name.replace('_', '-')}" for name in names)
+
+
+def check_launcher(launcher: str, slurm: SlurmConfig) -> None:
+    """Raise UserError for SLURM flags without --launcher slurm: the work would run on this machine."""
+    if launcher != "slurm" and (flags := given_flags("slurm", slurm)):
+        raise UserError(f"{flags}: used only with --launcher slurm; add that flag, or remove this one")

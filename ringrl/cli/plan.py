@@ -1,6 +1,5 @@
-"""ringrl plan: what fits where."""
+"""ringrl plan: memory and time of a training step on hardware that this machine lacks."""
 
-import dataclasses
 import json as json_module
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,36 +7,38 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
-from ringrl.config import MeshConfig, TrainConfig
+from ringrl.cli.flags import grouped
+from ringrl.config import MeshConfig, Section, TrainConfig
 from ringrl.errors import UserError
 from ringrl.files import write_whole
 
 if TYPE_CHECKING:
     from ringrl.planning.machines import Machine
 
-CHOSEN = MeshConfig()  # one device: the mesh is left to the plan
+CHOSEN = MeshConfig()  # one device means: choose the mesh
 
 
-@dataclasses.dataclass(frozen=True)
-class Custom:
-    """Numbers of a machine of one's own (--machine custom)."""
+@grouped
+class Custom(Section):
+    """A machine described by numbers (--machine custom)."""
 
     devices: int = 8
-    """Devices in all."""
+    """Number of devices."""
     memory: float = 0.0
-    """GiB of a device that a program may use."""
+    """Memory of a device that a program may use, in GiB."""
     tflops: float = 0.0
-    """10^12 bfloat16 operations per second of a device."""
+    """bfloat16 speed of a device, in 10^12 operations per second."""
     bandwidth: float = 0.0
-    """10^9 bytes per second from and to a device's memory."""
+    """Memory bandwidth of a device, in 10^9 bytes per second."""
     link: float = 0.0
-    """10^9 bytes per second to a neighbour, one way."""
+    """Bandwidth to a neighbour, one way, in 10^9 bytes per second."""
 
 
 NO_NUMBERS = Custom()
 
 
 def plan(
+    *,
     model: str,
     machine: str,
     tokens: str,
@@ -52,25 +53,25 @@ def plan(
     custom: Custom = NO_NUMBERS,
     json: Path | None = None,
 ) -> None:
-    """Say what fits where: memory and time of a training step on a machine that need not be there.
+    """Estimate the memory and time of a training step on a given machine.
 
     Args:
-        model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration of your own (.yaml).
-        machine: tpu-v4-512 (v3, v4 and v5p by cores), tpu-v5e-256 (v5e and v6e by chips), 8xa100 (80 GB; or any other
+        model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration file (.yaml).
+        machine: tpu-v4-512 (v3, v4 and v5p count cores), tpu-v5e-256 (v5e and v6e count chips), 8xa100 (80 GB; any
             number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or custom.
-        tokens: of a context, for example 32768, 512k or 8M: k is 1024, M is 1024 x 1024.
-        mesh: devices along each axis; without it, the mesh of least estimated time among those that fit.
-        contexts: contexts of a step; by default the model's configuration says.
-        attention: kind of attention, instead of the configuration's.
-        remat: what the backward pass computes anew, instead of the configuration's.
-        block_tokens: tokens that a feed-forward layer takes at a time, instead of the configuration's.
-        method: compiler: ahead of time, for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in minutes;
-            formula: the closed form alone, in a second; best: the compiler where it can.
-        compilations: let the compiler find the longest context, with at most so many attempts, each of which may take
-            ten minutes close to the limit; 0: it is the formula's, corrected by the compiler's figure for --tokens.
-        search: compile the best three meshes, not the best one alone.
-        custom: numbers of a machine that is not known.
-        json: also write everything there, as JSON.
+        tokens: tokens of a context, for example 32768, 512k or 8M (k is 1024, M is 1024 x 1024).
+        mesh: devices along each axis. Default: the fastest mesh by estimate among those that fit.
+        contexts: contexts per step. Default: the configuration's.
+        attention: kind of attention. Default: the configuration's.
+        remat: what the backward pass recomputes. Default: the configuration's.
+        block_tokens: tokens that a feed-forward layer processes at a time. Default: the configuration's.
+        method: compiler compiles ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in
+            minutes. formula uses the closed form only, in a second. best uses the compiler where possible.
+        compilations: maximum number of compilations to find the longest context; each may take ten minutes near the
+            limit. 0 uses the formula, corrected by the compiler's figure for --tokens.
+        search: compile the best three meshes instead of the best one.
+        custom: numbers of the machine for --machine custom.
+        json: file to which all results are also written as JSON.
     """
     import jax
 
@@ -101,17 +102,17 @@ def _machine(name: str, custom: Custom) -> "Machine":
     from ringrl.planning.machines import custom_machine, find_machine
 
     if name == "custom":
-        return custom_machine(*dataclasses.astuple(custom))
+        return custom_machine(custom.devices, custom.memory, custom.tflops, custom.bandwidth, custom.link)
     if custom != NO_NUMBERS:
-        raise UserError(f"--custom: holds numbers for --machine custom, and --machine is {name}; give one of the two")
+        raise UserError(f"--custom: used only with --machine custom, but --machine is {name}; remove one of them")
     return find_machine(name)
 
 
 def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | None, mesh: MeshConfig) -> TrainConfig:
-    """The configuration with the flags' values; validated as a whole."""
+    """Return the configuration with the flags' values, validated as a whole."""
     values = config.model_dump()
     values["model"] |= {name: value for name, value in model.items() if value is not None}
-    if mesh.layout != CHOSEN.layout:  # which a mesh that is chosen has, too
+    if mesh.layout != CHOSEN.layout:  # a chosen mesh uses the layout too
         values["mesh"] |= {"layout": mesh.layout}
     if contexts is not None:
         values["optimiser"] |= {"batch_size": contexts}
@@ -119,13 +120,13 @@ def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | N
 
 
 def _want_host_devices(number: int) -> None:
-    """As many as the machine has, if JAX has not begun yet."""
+    """Request host devices, if JAX is not initialised yet."""
     import jax
 
     try:
         jax.config.update("jax_num_cpu_devices", number)
     except RuntimeError:
-        return  # it has: the plan says how many there are
+        return  # already initialised; the plan reports the number of devices
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from ringrl.errors import UserError
 
 
 def report(
-    results: tyro.conf.Positional[tuple[Path, ...]] = (),
+    results: tuple[Path, ...] = (),
+    /,
+    *,
     output: Path = Path("report"),
     compare: tuple[Path, Path] | None = None,
 ) -> None:

@@ -1,19 +1,20 @@
 """ringrl ablate and demo: many runs, and the report that compares them."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from rich.console import Console
 
-from ringrl.cli.words import check_launcher, command_line
+from ringrl.cli.flags import check_launcher, command_line
 from ringrl.config import SlurmConfig
 
 PLAIN_JOB = SlurmConfig()
 
 
 def ablate(
-    plan: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PLAN")],
+    plan: Path,
+    /,
+    *,
     dry_run: bool = False,
     workers: int = 1,
     retry: bool = False,
@@ -48,7 +49,7 @@ def ablate(
     print(f"{chosen.output}; next: ringrl report {chosen.output}")
 
 
-def demo(output: Path = Path("demo")) -> None:
+def demo(*, output: Path = Path("demo")) -> None:
     """Collect, train, evaluate, ablate and report for one task, in a few minutes on two cores.
 
     Args:

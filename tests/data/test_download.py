@@ -104,7 +104,7 @@ def test_a_process_that_is_stopped_goes_on_where_it_was(site, archive, tmp_path,
         process.send_signal(blow)
         assert process.wait(30) == (130 if blow == signal.SIGINT else -blow)
     if blow == signal.SIGINT:
-        assert capfd.readouterr().err == "ringrl: stopped; what was finished is kept\n"
+        assert capfd.readouterr().err == "ringrl: stopped; finished work is kept\n"
     assert names(tmp_path) == [".rnd.zip.partial", ".rnd.zip.partial.json"]
     main(command(site, tmp_path)[3:])
     said = capfd.readouterr().out
@@ -223,7 +223,7 @@ def test_only_a_sound_store_replaces_its_archive(episodes_site, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         main(command(episodes_site, tmp_path, "--delete-archive")[3:])
     assert stop.value.code == 2
-    assert "--delete-archive: only together with --import" in capsys.readouterr().err
+    assert "--delete-archive: needs --import" in capsys.readouterr().err
     assert episodes_site.requests == []
 
     def again():

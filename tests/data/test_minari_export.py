@@ -104,7 +104,7 @@ def test_the_commands(jaco_store: EpisodeStore, tmp_path: Path, monkeypatch, cap
     wrong = {
         ("--format", "minari", "--domain", "jaco", "--seed", "3"): "--domain, --seed: only for ExoRL archives",
         ("--format", "minari"): "already exists",
-        (): "--domain: say which",
+        (): "--domain: give the domain",
         ("--domain", "jaco", "--download"): "--download: only with --format minari",
     }
     for flags, message in wrong.items():

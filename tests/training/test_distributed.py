@@ -179,7 +179,7 @@ def test_ctrl_c_in_one_process_ends_all(hosts: Hosts, endless: TrainConfig) -> N
     ends = [hosts.end(index, timeout=MINUTE) for index in (0, 1)]
     assert [code for code, _, _ in ends] == [130, 130]
     assert ends[0][2].splitlines()[-1] == "ringrl: process 1 of 2 was interrupted"
-    assert ends[1][2].splitlines()[-1] == "ringrl: stopped; what was finished is kept"
+    assert ends[1][2].splitlines()[-1] == "ringrl: stopped; finished work is kept"
 
 
 def test_a_process_that_never_connects(hosts: Hosts, tiny: TrainConfig) -> None:
