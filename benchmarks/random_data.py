@@ -1,4 +1,4 @@
-"""Random numbers in the shape of walker's data, for scripts that measure time and memory and learn nothing."""
+"""Random data in the shape of walker's, for measurements of time and memory."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ DOMAIN, STEPS_PER_EPISODE = "walker", 1000
 
 
 def write_random_store(path: Path, episodes: int) -> None:
-    """A store of whole episodes."""
+    """Write a store of random episodes of 1000 steps."""
     domain, random = DOMAINS[DOMAIN], np.random.default_rng(0)
     rows = STEPS_PER_EPISODE + 1
     with create_store(path, DOMAIN, domain.tasks, [STEPS_PER_EPISODE] * episodes, source="random numbers") as writer:
@@ -27,7 +27,7 @@ def write_random_store(path: Path, episodes: int) -> None:
 
 
 def random_context(contexts: int, steps: int, observation: int = OBSERVATION, action: int = ACTION) -> Context:
-    """A batch of contexts (`ringrl.context.Context`), their steps in the order of time."""
+    """Return a batch of random contexts, arrays of shape (contexts, steps, ...), in temporal order."""
     random = np.random.default_rng(0)
     normal = lambda *shape: random.normal(size=(contexts, steps, *shape)).astype(np.float32)  # noqa: E731
     position = np.tile(np.arange(steps, dtype=np.int32), (contexts, 1))

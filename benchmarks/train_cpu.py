@@ -1,12 +1,11 @@
-"""What share of attention's speed does a whole training step keep, and what do feeding and logging cost?
+"""Measure the share of attention's speed that a whole training step keeps, and the cost of feeding and logging.
 
     python benchmarks/train_cpu.py [--trajectories 4] [--width 256] [--layers 2] [--steps 6] [--rounds 3] [--json FILE]
 
-Contexts of 4 trajectories x 1000 steps x 4 tokens = 16,000 tokens, on one host device and around a ring of eight. In
-GFLOP/s of useful operations, medians over rounds: attention alone (forward and gradients, 7 B H S^2 D: causal, what is
-computed again does not count), and the whole optimiser step by the model's count (ringrl/training/throughput.py). Of
-the run's own loop - batches from a store, metrics written at every step - the share of time in which no step runs:
-waiting for a batch, or for metrics to be written.
+Contexts have 4 trajectories x 1000 steps x 4 tokens = 16,000 tokens, on one host device and around a ring of eight.
+Medians over rounds, in GFLOP/s: attention alone (forward and gradients, 7 B H S^2 D for a causal mask) and the whole
+optimiser step (ringrl/training/budget.py). Recomputed work is not counted. The last column is the share of time of a
+training loop in which no step runs, because it waits for a batch or for metrics to be written.
 """
 
 import argparse
@@ -19,54 +18,52 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import jax
 from command_line import positive, told_in_one_line
 from host_devices import in_process
 from random_data import write_random_store
+from rich.console import Console
+
+from ringrl.attention import attention, ring_attention
+from ringrl.config import TrainConfig
+from ringrl.data import EpisodeStore
+from ringrl.data.loader import iterate_batches
+from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampler import ContextSampler
+from ringrl.data.sharded import ShardedSampler
+from ringrl.model import make_policy
+from ringrl.model.parallel import Parallel
+from ringrl.training.agent import make_agent
+from ringrl.training.budget import step_cost
+from ringrl.training.mesh import make_parallel
+from ringrl.training.metrics import MetricsLog, MetricsRecorder, progress_bar
 
 KINDS = {"one device": 1, "ring of 8": 8}
 TASK = "walker_walk"
 
 
-def seconds_of(function: Callable[[], Any]) -> float:
-    """Of one call, until its results are there."""
-    import jax
-
-    began = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - began
-
-
-def attention_rate(parallel: Any, tokens: int, heads: int, head_dim: int) -> Callable[[], float]:
-    """A measurement of attention's forward pass and gradients, in GFLOP/s."""
-    import jax
-
-    from ringrl.attention import attention, ring_attention
-
+def attention_rate(parallel: Parallel, tokens: int, heads: int, head_dim: int) -> Callable[[], float]:
+    """Return a measurement of attention's forward pass and gradients, in GFLOP/s."""
     attend = functools.partial(ring_attention, mesh=parallel.mesh) if parallel.mesh else attention
     q, k, v = (jax.random.normal(jax.random.key(i), (1, tokens, heads, head_dim)) for i in range(3))
     if parallel.mesh:
         q, k, v = (jax.device_put(x, parallel.sharding("batch", "time", None, None)) for x in (q, k, v))
     gradients = jax.jit(jax.value_and_grad(lambda q, k, v: attend(q, k, v).sum(), (0, 1, 2)))
     jax.block_until_ready(gradients(q, k, v))
-    return lambda: 7 * heads * tokens**2 * head_dim / seconds_of(lambda: gradients(q, k, v)) / 1e9
+
+    def measure() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(gradients(q, k, v))
+        return 7 * heads * tokens**2 * head_dim / (time.perf_counter() - began) / 1e9
+
+    return measure
 
 
-class Run:
-    """A training run's own parts."""
+class TrainingRun:
+    """The parts of a training run on a store of random numbers."""
 
     def __init__(self, options: argparse.Namespace, devices: int, folder: Path) -> None:
-        from ringrl.config import TrainConfig
-        from ringrl.data import EpisodeStore
-        from ringrl.data.normalisation import Normalisation
-        from ringrl.data.sampler import ContextSampler
-        from ringrl.data.sharded import ShardedSampler
-        from ringrl.model import make_policy
-        from ringrl.training.agent import make_agent
-        from ringrl.training.mesh import make_parallel
-        from ringrl.training.throughput import step_flops
-
         heads = options.width // 64
         model = {"layers": options.layers, "width": options.width, "heads": heads, "kv_heads": heads}
         values = {"data": folder / "store.h5", "task": TASK, "run": folder / f"run{devices}", "model": model}
@@ -74,19 +71,19 @@ class Run:
         self.config = config = TrainConfig.model_validate(values | {"optimiser": {"batch_size": 1, "steps": 1000}})
         self.parallel = make_parallel(config)
         store = EpisodeStore(config.data)
-        sampler = ContextSampler(store, TASK, config.context, Normalisation.of(store), 1, 0)
+        normalisation = Normalisation.of(store)
+        sampler = ContextSampler(store, TASK, config.context, normalisation, 1, 0)
         mesh = self.parallel.mesh
         self.source = ShardedSampler(sampler, mesh, self.parallel.layout) if mesh else sampler
-        make = functools.partial(make_policy, config.model, 24, 6, 0, parallel=self.parallel)
-        agent = make_agent(make, config, self.parallel)
-        self.state, self.step = agent.init(), agent.update
-        self.tokens = self.source.steps_per_batch * agent.tokens_per_step
-        self.flops = step_flops(config.model, self.tokens, 1)
-        self.batch = self.source.batch(0)
+        agent = make_agent(
+            functools.partial(make_policy, config.model, 24, 6, 0, parallel=self.parallel), config, self.parallel
+        )
+        self.state, self.step, self.batch = agent.init(), agent.update, self.source.batch(0)
+        self.cost = step_cost(config, normalisation.episode_length)
         self.state, _ = self.step(self.state, self.batch)
 
-    def step_alone(self, steps: int) -> float:
-        """Seconds per step on one batch that is there."""
+    def seconds_per_step(self, steps: int) -> float:
+        """Return the seconds per step on one batch."""
         began = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.step(self.state, self.batch)
@@ -94,17 +91,11 @@ class Run:
         return (time.perf_counter() - began) / steps
 
     def share_of_waiting(self, steps: int) -> float:
-        """Time in the loop outside of steps: for batches from the store, and for a line of metrics for each."""
-        import jax
-        from rich.console import Console
-
-        from ringrl.data.loader import iterate_batches
-        from ringrl.training.metrics import Cost, MetricsLog, Recorder, progress_bar
-
+        """Return the share of a training loop's time outside of steps, with one line of metrics per step."""
         self.config.run.mkdir(exist_ok=True)
         bar = progress_bar(Console(stderr=True), True)
         with contextlib.closing(iterate_batches(self.source, 1000)) as batches, MetricsLog(self.config.run, 0) as log:
-            recorder = Recorder(self.config, Cost(self.tokens, self.flops, None), log, bar)
+            recorder = MetricsRecorder(self.config, self.cost, log, bar)
             next(batches)
             began, stepping = time.perf_counter(), 0.0
             for number in range(1, steps + 1):
@@ -118,29 +109,29 @@ class Run:
 
 
 def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
-    """All figures of one kind, in this process."""
+    """Return all figures of one kind, measured in this process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_random_store(folder / "store.h5", 4 * options.trajectories)
-        run = Run(options, devices, folder)
-        rate = attention_rate(run.parallel, run.tokens, options.width // 64, 64)
-        rounds = [
-            (rate(), run.step_alone(options.steps), run.share_of_waiting(options.steps)) for _ in range(options.rounds)
-        ]
-    steps = [run.flops / alone / 1e9 for _, alone, _ in rounds]
+        run = TrainingRun(options, devices, folder)
+        rate = attention_rate(run.parallel, run.cost.tokens, options.width // 64, 64)
+        measure = lambda: (rate(), run.seconds_per_step(options.steps), run.share_of_waiting(options.steps))  # noqa: E731
+        rounds = [measure() for _ in range(options.rounds)]
+    rates, seconds, waiting = (list(column) for column in zip(*rounds, strict=True))
+    steps = [run.cost.flops / x / 1e9 for x in seconds]
     return {
-        "tokens": run.tokens,
-        "attention_gflops": statistics.median(attention for attention, _, _ in rounds),
+        "tokens": run.cost.tokens,
+        "attention_gflops": statistics.median(rates),
         "step_gflops": statistics.median(steps),
-        "share": statistics.median(step / attention for step, (attention, _, _) in zip(steps, rounds, strict=True)),
-        "step_seconds": statistics.median(alone for _, alone, _ in rounds),
-        "feed_and_log": statistics.median(share for _, _, share in rounds),
+        "share": statistics.median(step / rate for step, rate in zip(steps, rates, strict=True)),
+        "step_seconds": statistics.median(seconds),
+        "feed_and_log": statistics.median(waiting),
     }
 
 
 @told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each kind in a process of its own, print and, if asked, write JSON."""
+    """Measure each kind in a process of its own. Print a table; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("trajectories", 4), ("width", 256), ("layers", 2), ("steps", 6), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=positive, default=default)

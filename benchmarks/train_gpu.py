@@ -1,13 +1,12 @@
-"""How fast does one GPU train the paper's model on long contexts, and what fits? Under eight minutes on an H200.
+"""Measure speed and memory of training the paper's model on long contexts on one GPU. Eight minutes on an H200.
 
     python benchmarks/train_gpu.py [--preset paper_350m] [--tokens 32768 65536 131072 262144 524288] [--seconds 450]
                                    [--peers ours cudnn] [--json FILE]
 
-Whole optimiser steps of the preset's model (forward, backward, AdamW) on a context of random numbers. Peer: the same
-step with jax.nn.dot_product_attention (cuDNN) for attention. MFU counts the model's operations once, attention by
-what the mask leaves (ringrl/training/throughput.py), over the data sheet's bfloat16 rate. Memory is the compiler's
-figure for arguments and scratch. Shortest first; lengths that the time left cannot hold
-are named and left out.
+Whole optimiser steps (forward, backward, AdamW) on a context of random numbers. The peer is the same step with
+jax.nn.dot_product_attention (cuDNN). MFU is the model's operations (ringrl/training/budget.py) over the data sheet's
+bfloat16 rate. Memory is the compiler's count of arguments and temporary buffers. Shorter contexts run first; a length
+that does not fit into the remaining time is skipped with a message.
 """
 
 import argparse
@@ -28,16 +27,16 @@ from random_data import random_context
 from ringrl.config import TrainConfig, read_yaml
 from ringrl.configs import preset
 from ringrl.model import make_policy, transformer
-from ringrl.model.tokens import TOKEN_SETS
 from ringrl.planning.workload import ACTION, OBSERVATION
 from ringrl.training.agent import make_agent
-from ringrl.training.throughput import peak_flops, step_flops
+from ringrl.training.budget import step_flops
+from ringrl.training.metrics import peak_flops
 
-RUNS, ENOUGH_SECONDS = 5, 15  # timed steps, fewer once they have taken this long
+RUNS, ENOUGH_SECONDS = 5, 15  # timed steps, and the time after which fewer are enough
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool, positions: jax.Array) -> jax.Array:
-    """The peer's attention, its result saved by remat as ours is; it takes the tokens to be in order."""
+    """Return cuDNN's attention. Remat saves it like ours; tokens must be in temporal order."""
     o = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
     return checkpoint_name(o, transformer.SAVED)
 
@@ -46,7 +45,7 @@ PEERS: dict[str, Callable[..., jax.Array]] = {"ours": transformer.attention, "cu
 
 
 def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array]) -> dict[str, float]:
-    """Seconds, MFU and memory of a step."""
+    """Return seconds, MFU and memory of a step."""
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0)
     with mock.patch.object(transformer, "attention", attention):
         agent = make_agent(make, config)
@@ -64,14 +63,12 @@ def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array
         seconds.append(time.perf_counter() - began)
     assert np.isfinite(loss)
     median = statistics.median(seconds[1:] or seconds)
-    flops = step_flops(config.model, tokens, 1)
-    assert flops is not None
-    peak = peak_flops(1)
+    rate = (step_flops(config.model, tokens, 1) or np.nan) / median
     return {
         "seconds": median,
         "tokens_per_second": tokens / median,
-        "tflops": flops / median / 1e12,
-        "mfu": flops / median / peak if peak else float("nan"),
+        "tflops": rate / 1e12,
+        "mfu": rate / (peak_flops(1) or np.nan),
         "gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
         "compile_seconds": compile_seconds,
         "loss": loss,
@@ -80,7 +77,7 @@ def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array
 
 @told_in_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and, if asked, write JSON."""
+    """Measure. Print a table; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="paper_350m")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[2**15, 2**16, 2**17, 2**18, 2**19])
@@ -101,22 +98,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for tokens in sorted(options.tokens):
         for name in options.peers:
             left = options.seconds - (time.perf_counter() - began)
-            if left < slowest.get(name, 0) * 5:  # four times the work, and the compilation
-                print(f"{tokens:>8}{name:>11}  left out: {left:.0f} s are left")
+            if left < slowest.get(name, 0) * 5:  # four times the work, and compilation
+                print(f"{tokens:>8}{name:>11}  skipped: {left:.0f} s remain")
                 continue
             started = time.perf_counter()
             try:
                 row = measure(config, tokens, PEERS[name])
-            except Exception as error:  # a peer may lack a length, a kernel or memory: the others still count
+            except Exception as error:  # a length that is not supported, or out of memory: continue with the others
                 print(f"{tokens:>8}{name:>11}  failed: {' '.join(str(error).split())[:120]}", flush=True)
                 continue
             slowest[name] = time.perf_counter() - started - row["compile_seconds"]
             results.append({"tokens": tokens, "attention": name} | row)
             print(f"{tokens:>8}{name:>11}" + "".join(f"{row[column]:>18.4g}" for column in columns), flush=True)
     if options.json:
-        device, sets = jax.devices()[0].device_kind, {"tokens_per_step": TOKEN_SETS[config.model.token_set].size}
-        said = {"device": device, "jax": jax.__version__} | sets | {"rows": results}
-        options.json.write_text(json.dumps(said, indent=1))
+        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        options.json.write_text(json.dumps(about | {"rows": results}, indent=1))
 
 
 if __name__ == "__main__":
