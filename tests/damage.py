@@ -104,3 +104,81 @@ STORE: dict[str, Damage] = {
     "a flipped bit at 75%": lambda store: flip(store, 0.75),
     "a flipped bit at 99.9%": lambda store: flip(store, 0.999),
 }
+
+# Damage to any file with a checksum.
+FILE: dict[str, Damage] = {"cut short": cut, "a flipped bit": flip, "empty": lambda path: cut(path, 0)}
+
+
+def _sibling(part: Path, suffix: str) -> Path:
+    return part.with_name(f"{part.name}.{suffix}")
+
+
+# Damage to an incomplete download, given the path of its part; the note next to it names the version on the server.
+DOWNLOAD: dict[str, Damage] = {
+    "note cut short": lambda part: cut(_sibling(part, "json")),
+    "note gone": lambda part: _sibling(part, "json").unlink(),
+    "note with half a line more": lambda part: append(_sibling(part, "json"), '{"url": "ht'),
+    "part cut short": cut,
+    "part gone": Path.unlink,
+}
+
+# Damage to an incomplete import, given the path of its part; the journal next to it lists the finished episodes.
+IMPORT: dict[str, Damage] = {
+    "journal with half a last line": lambda part: append(_sibling(part, "journal"), '{"episode": 99, "rec'),
+    "journal cut short": lambda part: cut(_sibling(part, "journal")),
+    "journal with a flipped bit": lambda part: flip(_sibling(part, "journal")),
+    "journal gone": lambda part: _sibling(part, "journal").unlink(),
+    "part cut short": lambda part: cut(part, 0.1),
+    "part with a flipped bit": lambda part: flip_in_place(part, 0.2),
+    "part gone": Path.unlink,
+}
+
+
+def _flip_reward(journal: Path) -> None:
+    path = journal / "context_00000.npz"
+    content = path.read_bytes()
+    flip(path, (content.index(b"reward.npy") + 400) / (len(content) - 1))
+
+
+# Damage to the journal of an evaluation with two episodes in its context: to episodes, and to its description.
+JOURNAL_EPISODES: dict[str, Damage] = {
+    "an episode cut short": lambda journal: cut(journal / "context_00001.npz"),
+    "a flipped bit": lambda journal: flip(journal / "context_00000.npz"),
+    "a flipped bit of a reward": _flip_reward,
+    "an episode gone": lambda journal: (journal / "context_00000.npz").unlink(),
+    "all gone": lambda journal: shutil.rmtree(journal.parent),
+}
+JOURNAL_ABOUT: dict[str, Damage] = {
+    "about.json cut short": lambda journal: cut(journal / "about.json"),
+    "a flipped bit of about.json": lambda journal: flip(journal / "about.json"),
+}
+
+
+def _halve_last_line(path: Path) -> None:
+    rewrite(path, lambda lines: [*lines[:-1], lines[-1][:100]])
+
+
+# Damage to a results file, which has a summary next to it. Only the last needs the user.
+RESULTS: dict[str, Damage] = {
+    "half a last line": _halve_last_line,
+    "last line gone": lambda path: rewrite(path, lambda lines: lines[:-1]),
+    "all gone": Path.unlink,
+    "summary cut short": lambda path: cut(path.with_suffix(".json")),
+    "summary gone": lambda path: path.with_suffix(".json").unlink(),
+    "a line that is not JSON": lambda path: rewrite(path, lambda lines: ["{broken\n", *lines[1:]]),
+}
+
+
+def _unfinished(damage: Damage) -> Damage:
+    return lambda cell: ((cell / "finished.json").unlink(), damage(cell))
+
+
+# Damage to the folder of a study's cell. Only the last needs the user.
+CELL: dict[str, Damage] = {
+    "finished.json cut short": lambda cell: cut(cell / "finished.json"),
+    "half a last line of results": _unfinished(lambda cell: _halve_last_line(cell / "evaluation.jsonl")),
+    "half a last line of metrics": _unfinished(lambda cell: append(cell / "metrics.jsonl", '{"st')),
+    "newest checkpoint all zeros": _unfinished(lambda cell: write_zeros(cell / "checkpoints" / "60" / "state")),
+    "cell gone": shutil.rmtree,
+    "cell.yaml cut short": _unfinished(lambda cell: cut(cell / "cell.yaml")),
+}

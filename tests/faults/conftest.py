@@ -65,16 +65,11 @@ class Disk:
         self.folder, self._ballast = folder, folder / "ballast"
 
     def fill(self, leave: int = 0) -> None:
-        """Use up all but `leave` bytes."""
-        free = os.statvfs(self.folder).f_bavail * PAGE
-        with self._ballast.open("ab") as file, suppress(OSError):  # the command may write at the same time
-            os.posix_fallocate(file.fileno(), file.tell(), max(PAGE, free - leave - 16 * PAGE))
-        while os.statvfs(self.folder).f_bavail * PAGE > leave:
-            with self._ballast.open("ab") as file:
-                try:
-                    file.write(bytes(PAGE))
-                except OSError:
-                    return
+        """Use up all but `leave` bytes, although the command may write at the same time."""
+        with self._ballast.open("wb") as file:
+            while (free := os.statvfs(self.folder).f_bavail * PAGE - leave) >= PAGE:
+                with suppress(OSError):
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size + max(PAGE, free // 2))
 
     def free(self) -> None:
         """Release the used up space."""

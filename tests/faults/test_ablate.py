@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.damage import Damage, append, cut, rewrite, write_zeros
+from tests import damage
 from tests.faults.conftest import TASK, Disk
 from tests.faults.process import CTRL_C, KILL, TERM, Command, during, run, stop
 from tests.faults.test_evaluate import records
@@ -87,28 +87,12 @@ def test_full_disk(material: Path, expected: Path, disk: Disk) -> None:
     assert_completes(command, disk.folder, expected)
 
 
-def unfinished(damage: Damage) -> Damage:
-    return lambda path: ((path / "finished.json").unlink(), damage(path))
-
-
-CELLS: dict[str, Damage] = {
-    "finished.json cut short": lambda path: cut(path / "finished.json"),
-    "half a last line of results": unfinished(
-        lambda path: rewrite(path / "evaluation.jsonl", lambda lines: [*lines[:-1], lines[-1][:100]])
-    ),
-    "half a last line of metrics": unfinished(lambda path: append(path / "metrics.jsonl", '{"st')),
-    "newest checkpoint all zeros": unfinished(lambda path: write_zeros(path / "checkpoints" / "60" / "state")),
-    "cell gone": shutil.rmtree,
-    "cell.yaml cut short": unfinished(lambda path: cut(path / "cell.yaml")),
-}
-
-
-@pytest.mark.parametrize("damage", CELLS)
-def test_damaged_cell(material: Path, expected: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("kind", damage.CELL)
+def test_damaged_cell(material: Path, expected: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(expected / "study", tmp_path / "study")
-    CELLS[damage](cell(tmp_path, FIRST))
+    damage.CELL[kind](cell(tmp_path, FIRST))
     command = ablate_command(material, tmp_path)
-    if damage == "cell.yaml cut short":
+    if kind == "cell.yaml cut short":
         run([*command, "--retry"]).expect(2, "cell.yaml: .*; remove it")
         (cell(tmp_path, FIRST) / "cell.yaml").unlink()
     assert_completes(command, tmp_path, expected)

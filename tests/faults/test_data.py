@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.damage import STORE, Damage, append, cut, flip, flip_in_place
+from tests import damage
 from tests.data.conftest import Site, serve
 from tests.faults.conftest import COPIES, DOMAIN, RECORDED, Disk
 from tests.faults.process import CTRL_C, KILL, TERM, during, lines, names, run, stop
@@ -66,38 +66,29 @@ def test_download_needs_no_more_memory_after_half(site: Site, tmp_path: Path) ->
     assert (tmp_path / "jaco" / "rnd.zip").read_bytes() == site.files["/jaco/rnd.zip"]
 
 
-PARTS: dict[str, Damage] = {
-    "note cut short": lambda part: cut(part.with_name(f"{part.name}.json")),
-    "note gone": lambda part: part.with_name(f"{part.name}.json").unlink(),
-    "note with half a line more": lambda part: append(part.with_name(f"{part.name}.json"), '{"url": "ht'),
-    "part cut short": cut,
-    "part gone": Path.unlink,
-}
-
-
-@pytest.mark.parametrize("damage", PARTS)
-def test_download_with_a_damaged_part(site: Site, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("kind", damage.DOWNLOAD)
+def test_download_with_a_damaged_part(site: Site, tmp_path: Path, kind: str) -> None:
     command = download_command(site, tmp_path)
     stop(command, at_half(site, tmp_path))
-    PARTS[damage](part(tmp_path))
+    damage.DOWNLOAD[kind](part(tmp_path))
     assert_downloads(command, site, tmp_path)
 
 
 class Import:
     """An import of 120 episodes by two workers into a folder of its own."""
 
-    def __init__(self, material: Path, folder: Path, workers: int = 2) -> None:
+    def __init__(self, material: Path, folder: Path) -> None:
         self.archive, self.stores = folder / "archive" / DOMAIN, folder / "stores"
         self.archive.mkdir(parents=True)
         for file in (material / "long").iterdir():
             (self.archive / file.name).symlink_to(file)
         self.store, self.part = self.stores / "jaco.h5", self.stores / ".jaco.h5.partial"
-        self.journal, self.episode = self.stores / ".jaco.h5.partial.journal", self.archive / "episode_000060_250.npz"
+        self.episode = self.archive / "episode_000060_250.npz"
         paths = [str(self.archive), f"--domain={DOMAIN}", f"--output={self.store}"]
-        self.command = ["data", "import", *paths, f"--workers={workers}"]
+        self.command = ["data", "import", *paths, "--workers=2"]
 
     def after(self, episodes: int) -> Callable[[], bool]:
-        return lambda: self.part.exists() and lines(self.journal) >= episodes
+        return lambda: self.part.exists() and lines(self.part.with_name(f"{self.part.name}.journal")) >= episodes
 
     def assert_completes(self, expected: "Import", *flags: str) -> None:
         run([*self.command, *flags]).expect(0)
@@ -140,38 +131,27 @@ def test_import_to_a_full_disk(material: Path, expected: Import, disk: Disk) -> 
     job.assert_completes(expected)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lambda path: cut(path, 0)], ids=["cut short", "a flipped bit", "empty"])
-def test_import_of_a_damaged_episode(job: Import, expected: Import, damage: Damage) -> None:
+@pytest.mark.parametrize("kind", damage.FILE)
+def test_import_of_a_damaged_episode(job: Import, expected: Import, kind: str) -> None:
     whole = job.episode.resolve()
-    damage(job.episode)
+    damage.FILE[kind](job.episode)
     run(job.command).expect(2, f"{job.episode.name}.*again")
     job.episode.unlink()
     job.episode.symlink_to(whole)
     job.assert_completes(expected)
 
 
-IMPORTS: dict[str, Callable[[Import], object]] = {
-    "journal with half a last line": lambda job: append(job.journal, '{"episode": 99, "rec'),
-    "journal cut short": lambda job: cut(job.journal),
-    "journal with a flipped bit": lambda job: flip(job.journal),
-    "journal gone": lambda job: job.journal.unlink(),
-    "part cut short": lambda job: cut(job.part, 0.1),
-    "part with a flipped bit": lambda job: flip_in_place(job.part, 0.2),
-    "part gone": lambda job: job.part.unlink(),
-}
-
-
-@pytest.mark.parametrize("damage", IMPORTS)
-def test_import_resumes_from_a_damaged_part(job: Import, expected: Import, damage: str) -> None:
+@pytest.mark.parametrize("kind", damage.IMPORT)
+def test_import_resumes_from_a_damaged_part(job: Import, expected: Import, kind: str) -> None:
     stop(job.command, job.after(30))
-    IMPORTS[damage](job)
+    damage.IMPORT[kind](job.part)
     job.assert_completes(expected)
 
 
-@pytest.mark.parametrize("damage", STORE)
-def test_verify_notices_a_damaged_store(job: Import, expected: Import, damage: str) -> None:
+@pytest.mark.parametrize("kind", damage.STORE)
+def test_verify_notices_a_damaged_store(job: Import, expected: Import, kind: str) -> None:
     job.stores.mkdir()
     job.store.write_bytes(expected.store.read_bytes())
-    STORE[damage](job.store)
+    damage.STORE[kind](job.store)
     run(["data", "info", str(job.store), "--verify"]).expect(2, "again")
     job.assert_completes(expected, "--overwrite")

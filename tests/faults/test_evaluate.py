@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.damage import CHECKPOINT, Damage, cut, flip, rewrite
+from tests import damage
 from tests.faults.conftest import Disk
 from tests.faults.process import CTRL_C, KILL, TERM, names, run, stop
 
@@ -65,61 +65,32 @@ def test_full_disk(trained: Path, expected: Path, disk: Disk) -> None:
     assert_completes(command, disk.folder, expected)
 
 
-def flip_reward(journal: Path) -> None:
-    path = journal / "context_00000.npz"
-    content = path.read_bytes()
-    flip(path, (content.index(b"reward.npy") + 400) / (len(content) - 1))
-
-
-EPISODES: dict[str, Damage] = {
-    "an episode cut short": lambda journal: cut(journal / "context_00001.npz"),
-    "a flipped bit": lambda journal: flip(journal / "context_00000.npz"),
-    "a flipped bit of a reward": flip_reward,
-    "an episode gone": lambda journal: (journal / "context_00000.npz").unlink(),
-    "all gone": lambda journal: shutil.rmtree(journal.parent),
-}
-ABOUT: dict[str, Damage] = {
-    "about.json cut short": lambda journal: cut(journal / "about.json"),
-    "a flipped bit of about.json": lambda journal: flip(journal / "about.json"),
-}
-
-
-@pytest.mark.parametrize("damage", EPISODES | ABOUT)
-def test_damaged_journal(trained: Path, expected: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("kind", damage.JOURNAL_EPISODES | damage.JOURNAL_ABOUT)
+def test_damaged_journal(trained: Path, expected: Path, tmp_path: Path, kind: str) -> None:
     command = evaluate_command(trained, tmp_path)
     stop(command, has(tmp_path, "context_00001"))
     (journal,) = (tmp_path / "results.journal").iterdir()
-    (EPISODES | ABOUT)[damage](journal)
-    if damage in ABOUT:
+    (damage.JOURNAL_EPISODES | damage.JOURNAL_ABOUT)[kind](journal)
+    if kind in damage.JOURNAL_ABOUT:
         run(command).expect(2, "damaged; remove it")
         shutil.rmtree(tmp_path / "results.journal")
     assert_completes(command, tmp_path, expected)
 
 
-RESULTS: dict[str, Damage] = {
-    "half a last line": lambda path: rewrite(path, lambda lines: [*lines[:-1], lines[-1][:100]]),
-    "last line gone": lambda path: rewrite(path, lambda lines: lines[:-1]),
-    "all gone": Path.unlink,
-    "summary cut short": lambda path: cut(path.with_suffix(".json")),
-    "summary gone": lambda path: path.with_suffix(".json").unlink(),
-    "a line that is not JSON": lambda path: rewrite(path, lambda lines: ["{broken\n", *lines[1:]]),
-}
-
-
-@pytest.mark.parametrize("damage", RESULTS)
-def test_damaged_results(trained: Path, expected: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("kind", damage.RESULTS)
+def test_damaged_results(trained: Path, expected: Path, tmp_path: Path, kind: str) -> None:
     for name in ("results.jsonl", "results.json"):
         shutil.copy(expected / name, tmp_path)
-    RESULTS[damage](tmp_path / "results.jsonl")
+    damage.RESULTS[kind](tmp_path / "results.jsonl")
     command = evaluate_command(trained, tmp_path)
-    if damage == "a line that is not JSON":
+    if kind == "a line that is not JSON":
         run(command).expect(2, "line 1: .*JSON.* remove")
         (tmp_path / "results.jsonl").unlink()
     assert_completes(command, tmp_path, expected)
 
 
-@pytest.mark.parametrize("damage", ["zeros", "arrays cut short", "a digit of the description", "description gone"])
-def test_damaged_checkpoint(trained: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("kind", ["zeros", "arrays cut short", "a digit of the description", "description gone"])
+def test_damaged_checkpoint(trained: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(trained, tmp_path / "run")
-    CHECKPOINT[damage](tmp_path / "run" / "checkpoints" / "60")
+    damage.CHECKPOINT[kind](tmp_path / "run" / "checkpoints" / "60")
     run(evaluate_command(tmp_path / "run", tmp_path)).expect(2, "is damaged .*; remove it")
