@@ -1,4 +1,4 @@
-"""Exact attention for long sequences. Knows arrays and meshes only; imports nothing else of RingRL."""
+"""Exact attention for long sequences, on one device or over a mesh axis. Imports nothing else of RingRL."""
 
 from ringrl.attention.api import attention
 from ringrl.attention.decode import Prefix, append_to_cache, decode_attention, grow_cache

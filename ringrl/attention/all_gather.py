@@ -1,4 +1,4 @@
-"""Plain all-gather of keys and values: simple, and O(S) memory on every device; the peer that a ring is measured by."""
+"""All-gather of keys and values, with O(S) memory on every device: the baseline of the ring."""
 
 import dataclasses
 
@@ -15,16 +15,16 @@ from ringrl.attention.ring import AxisName
 
 @dataclasses.dataclass(frozen=True)
 class AllGather:
-    """The plan (attend.py) that brings all keys to every device; runs inside shard_map."""
+    """The plan (attend.py) that gathers all keys on every device; runs inside shard_map."""
 
     axis_name: AxisName
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
-        """Attention over the gathered keys."""
+        """Return attention over the gathered keys."""
         return kernels.forward(self._gathered(inputs), options)
 
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
-        """Keys are gathered once more rather than kept; their gradients are summed in float32 as they are dealt out."""
+        """Return gradients. Keys are gathered again instead of stored; dk and dv are reduce-scattered in float32."""
         dq, dkv = kernels.backward(self._gathered(inputs), options, cotangents)
         return Gradients(dq, lax.psum_scatter(dkv, self.axis_name, scatter_dimension=2, tiled=True))
 

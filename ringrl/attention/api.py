@@ -1,4 +1,4 @@
-"""Attention of a sequence that lies on one device."""
+"""Attention for a sequence on one device."""
 
 from typing import Literal, overload
 
@@ -36,32 +36,32 @@ def attention(  # type: ignore[misc]
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
-    """softmax(scale * q k^T) v over the keys that each query may see, in O(S) memory.
+    """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S) memory.
 
-    Output and log-sum-exp carry the checkpoint name "ring_attention": with a remat policy that saves it, as
-    jax.checkpoint_policies.save_only_these_names("ring_attention"), attention is never computed twice.
+    Output and log-sum-exp carry the checkpoint name "ring_attention". A remat policy such as
+    jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
 
     Args:
-      q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, those that a mask hides too;
-        gradients lose digits as logits exceed 1e4, where the log-sum-exp itself is known to 1e-3 only.
-      k, v: keys and values (B, S, Hkv, D) of q's dtype; Hkv divides H (grouped-query attention).
+      q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, also under the mask.
+        Gradients lose precision for logits above 1e4, where the log-sum-exp is accurate to 1e-3 only.
+      k, v: keys and values (B, S, Hkv, D) in q's dtype; Hkv divides H (grouped-query attention).
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
       segment_ids: (B, S) or (S,) integers >= 0; a query sees keys of its own segment only.
-      positions: (B, S) or (S,) integers, less than 2**31 apart; by default 0 ... S-1. Used by the mask alone (rotary
-        is the caller's).
+      positions: (B, S) or (S,) integers, less than 2**31 apart; by default 0 ... S-1. Only the mask uses them;
+        rotary embeddings are up to the caller.
       scale: factor on the logits, 1/sqrt(D) by default.
       logits_soft_cap: logits become cap * tanh(logits / cap).
-      implementation: the kernel. None picks "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
-        head_dim 64 or 128) and "xla", tiled attention in plain XLA, for all else; where an accelerator's kernel does
-        not do, that is logged. Asked for by name, a kernel refuses what it does not take.
+      implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
+        head_dim 64 or 128) and "xla" (tiled attention in plain XLA) elsewhere. A fallback on an accelerator is logged.
+        A kernel selected by name raises ValueError for unsupported inputs.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.
 
     Returns:
-      (B, S, H, D) in q's dtype; a query that sees no key gives 0 (log-sum-exp -inf) with finite gradients.
+      (B, S, H, D) in q's dtype. A query without visible keys gives 0 (log-sum-exp -inf) with finite gradients.
 
     Raises:
-      ValueError: an argument that does not fit, by its name.
+      ValueError: an invalid argument, named in the message.
     """
     arguments.check_arrays(q, k, v)
     arguments.check_not_sharded("q", q)

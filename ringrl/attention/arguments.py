@@ -1,4 +1,4 @@
-"""What users pass, checked before anything is traced: ValueErrors say which argument, what came, what is expected."""
+"""Checks of user arguments before tracing. Each ValueError names the argument, the value and the expectation."""
 
 import math
 import operator
@@ -14,13 +14,13 @@ from ringrl.attention import kernels
 from ringrl.attention.mask import Rule
 from ringrl.attention.options import Options
 
-WIDEST = 2**31 - 1  # window: positions are int32
+WIDEST = 2**31 - 1  # largest window, since positions are int32
 
 Axes = str | Sequence[str] | None
 
 
 def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Shapes and dtypes of queries, keys and values."""
+    """Check shapes and dtypes of queries, keys and values."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
@@ -34,35 +34,35 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise ValueError(f"k: expected batch, tokens and head_dim of q {q.shape}, got {k.shape}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"k: its {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
+        raise ValueError(f"k: {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
 
 
 def check_dtype(name: str, x: jax.Array) -> None:
-    """One that attention is computed in."""
+    """Check that attention supports the dtype."""
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
 
 
 def check_not_sharded(name: str, x: jax.Array) -> None:
-    """The type of an array on a mesh of explicit axes says how it is sharded; loops over tiles cannot keep that."""
+    """Check that an array is not sharded over explicit mesh axes, which loops over tiles cannot preserve."""
     spec = jax.typeof(x).sharding.spec
     if any(axis is not None for axis in spec):
         raise ValueError(f"{name}: sharded as {spec} over explicit mesh axes; use ring_attention, or jax.shard_map")
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """One of a few names."""
+    """Check that a value is one of the choices."""
     if value not in (choices := tuple(choices)):
         raise ValueError(f"{name}: {value!r} is unknown; use one of {choices}")
 
 
 def check_implementation(implementation: str | None) -> None:
-    """A kernel that exists."""
+    """Check that the kernel exists."""
     check_choice("implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
 
 
 def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
-    """Devices along a mesh axis, or along several."""
+    """Return the number of devices along one or several mesh axes."""
     axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
     for axis in axes:
         if axis not in mesh.axis_names:
@@ -71,7 +71,7 @@ def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
 
 
 def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:
-    """Positions or segment ids as (B, S) int32."""
+    """Return positions or segment ids as (B, S) int32."""
     if x is not None:
         _check_range(name, x if isinstance(x, jax.Array) else np.asarray(x))
     x = default if x is None else jnp.asarray(x)
@@ -83,13 +83,13 @@ def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: j
 
 
 def _check_range(name: str, x: Array) -> None:
-    """Integers that 32 bits hold, as far as they are known here: traced ones are not, nor those of other hosts."""
+    """Check that integers fit in 32 bits. Traced arrays and arrays on other hosts cannot be checked."""
     unknown = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable)
     if unknown or np.can_cast(x.dtype, np.int32):
         return
     known = np.asarray(x)
     if np.issubdtype(known.dtype, np.integer) and known.size and (known.min() < -(2**31) or known.max() >= 2**31):
-        raise ValueError(f"{name}: expected integers of 32 bits, got {known.min()} ... {known.max()}")
+        raise ValueError(f"{name}: expected 32-bit integers, got {known.min()} ... {known.max()}")
 
 
 def options(
@@ -100,7 +100,7 @@ def options(
     scale: float | None,
     logits_soft_cap: float | None,
 ) -> Options:
-    """The static options of a call."""
+    """Return the static options of a call."""
     rule = Rule(is_causal, _window(local_window_size))
     return Options(rule, head_dim**-0.5 if scale is None else float(scale), _soft_cap(logits_soft_cap))
 

@@ -1,6 +1,6 @@
-"""Attention with its own gradient, over keys that lie wherever a plan says: the only custom_vjp of the library.
+"""Attention with its own gradient: the only custom_vjp of the library.
 
-Nothing is ever differentiated through a merge of partial results, a send or a kernel: the forward pass keeps the global
+JAX never differentiates through a merge of partial results, a send or a kernel. The forward pass keeps the global
 output and log-sum-exp, and the backward pass computes every part of the gradient from them.
 """
 
@@ -19,17 +19,17 @@ from ringrl.attention.options import Options
 
 
 class Plan(Protocol):
-    """How queries meet all of their keys, as hashable static data."""
+    """A way to bring queries and keys together, as hashable static data."""
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
-        """Attention of this device's queries over the keys of all devices."""
+        """Return attention of this device's queries over the keys of all devices."""
 
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
-        """Of this device's queries, and of its keys and values from the queries of all devices."""
+        """Return gradients of this device's queries, and of its keys and values over the queries of all devices."""
 
 
 class Local:
-    """All keys are on this device."""
+    """The plan for keys that are all on this device."""
 
     forward = staticmethod(kernels.forward)
     backward = staticmethod(kernels.backward)
@@ -42,7 +42,7 @@ LOCAL = Local()
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options, plan: Plan
 ) -> tuple[jax.Array, jax.Array]:
-    """Output (B, S, H, D) in q's dtype and log-sum-exp (B, S, H) float32, both differentiable."""
+    """Return the output (B, S, H, D) in q's dtype and the log-sum-exp (B, S, H) float32, both differentiable."""
     return _forward(q, k, v, queries, keys, options, plan)[0]
 
 
@@ -54,7 +54,7 @@ def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side)
 def _forward(q, k, v, queries, keys, options, plan):  # type: ignore[no-untyped-def]
     part = plan.forward(_inputs(q, k, v, queries, keys), options)
     o, lse = (by_token(x, *q.shape[:2]) for x in part)
-    # Named here and not where they leave: the residuals themselves must be what a remat policy saves.
+    # The names are given here, so that a remat policy saves the residuals themselves.
     o, lse = checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
     return (o, lse), (q, k, v, queries, keys, o, lse)
 
@@ -62,8 +62,8 @@ def _forward(q, k, v, queries, keys, options, plan):  # type: ignore[no-untyped-
 def _backward(options, plan, residuals, cotangents):  # type: ignore[no-untyped-def]
     q, k, v, queries, keys, o, lse = residuals
     do, dlse = cotangents
-    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows that see
-    # nothing have p = 0 throughout; whatever flows into their constant lse = -inf must not become nan.
+    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows without
+    # visible keys have p = 0 everywhere; the cotangent of their constant lse = -inf must not become nan.
     dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
     known = Cotangents(*(by_head(x, k.shape[2]) for x in (do, lse, delta)))

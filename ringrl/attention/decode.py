@@ -1,11 +1,11 @@
 """Attention of a few new tokens to a key-value cache, on one device or sharded over a mesh axis.
 
-A sharded cache is striped: of n devices, device r holds tokens r, r + n, r + 2n, ... in its slots 0, 1, 2, ... So all
-devices fill up evenly, and a cache grows where it lies. Each device attends to what it holds, and one pmax and one psum
-merge the results: two small collectives in place of n - 1 hops.
+A sharded cache is striped: device r of n holds tokens r, r + n, r + 2n, ... in its slots 0, 1, 2, ... All devices fill
+evenly, and a cache grows without moving tokens between devices. Each device attends to its own slots, and one pmax and
+one psum merge the results: two small collectives instead of n - 1 hops.
 
-Contexts that begin with the same tokens share a prefix: it is held once, and the queries of all of them meet its keys
-in one matrix product.
+Contexts with the same first tokens share a prefix. The prefix is stored once, and one matrix product computes the
+logits of all contexts that share it.
 """
 
 import operator
@@ -26,18 +26,18 @@ from ringrl.attention.merge import merge, merge_over
 from ringrl.attention.options import Options
 from ringrl.attention.ring import AxisName
 
-UNSEEN = jnp.iinfo(jnp.int32).max  # the position of a slot that holds nothing: the causal rule hides it
+UNSEEN = jnp.iinfo(jnp.int32).max  # position of an empty slot: the causal rule hides it
 
 
 class Prefix(NamedTuple):
-    """Tokens that come before those of a batch's contexts: of all, or with P prefixes, of each P-th part of the batch.
+    """Tokens that precede the contexts of a batch. Each of P prefixes is shared by B / P consecutive contexts.
 
-    Sharded as a cache is, where that is, but for the batch.
+    The capacity axis is sharded as in the cache. The prefix axis is not sharded.
     """
 
     k: Float[Array, "prefixes capacity kv_heads head_dim"]
     v: Float[Array, "prefixes capacity kv_heads head_dim"]
-    length: Int[Array, ""] | int  # tokens; what lies beyond must be finite and does not count
+    length: Int[Array, ""] | int  # tokens; slots beyond are ignored but must be finite
 
 
 def decode_attention(
@@ -55,24 +55,24 @@ def decode_attention(
     batch_axes: Axes = None,
     head_axes: Axes = None,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
-    """Causal attention of the newest tokens, whose keys and values are already in the cache (`append_to_cache`).
+    """Compute causal attention of the newest tokens, whose keys and values are already in the cache.
 
     Args:
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
-      k_cache, v_cache: (B, C, Hkv, D), filled up to `length`; what lies beyond must be finite and does not count. Where
-        their dtype is not q's, q is rounded to it.
-      length: tokens in the cache, the new ones included.
+      k_cache, v_cache: (B, C, Hkv, D), filled up to `length` (`append_to_cache`). Slots beyond are ignored but must be
+        finite. q is rounded to their dtype.
+      length: tokens in the cache, including the new ones.
       prefix: tokens before those of the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap: as for `attention`.
-      mesh: the devices of a sharded cache, whose capacity axis lies striped over `axis_name`; None for one device.
+      mesh: the devices of a sharded cache, whose capacity axis is striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
 
     Returns:
-      (B, N, H, D) in q's dtype, the same on all devices of `axis_name`.
+      (B, N, H, D) in q's dtype, equal on all devices of `axis_name`.
 
     Raises:
-      ValueError: shapes, heads or dtypes that do not fit; a `length`, where it is known, outside N ... C, or a prefix's
-        outside 0 ... its capacity; or prefixes and parts of the batch of which neither divides the other.
+      ValueError: invalid shapes, heads or dtypes; a concrete `length` outside N ... C, or a prefix length outside
+        0 ... its capacity; the number of prefixes and the size of `batch_axes` do not divide each other.
     """
     _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
@@ -111,13 +111,13 @@ def decode_attention(
 def _check_parts(prefixes: int, parts: int) -> None:
     if prefixes % parts and parts % prefixes:
         raise ValueError(
-            f"prefix: {prefixes} prefixes do not divide among the {parts} parts that batch_axes make of the batch, nor "
-            "these among them"
+            f"prefix: expected a number of prefixes that divides the {parts} shards of the batch (batch_axes), or a "
+            f"multiple of {parts}, got {prefixes}"
         )
 
 
 def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
-    """Those prefixes, or the one, that contexts of part `index` of the batch begin with."""
+    """Return the prefixes of the contexts in part `index` of the batch."""
     number = prefix.k.shape[0]
     held = max(1, number // parts)
     first = index * number // parts
@@ -135,20 +135,20 @@ def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: 
         raise ValueError(f"k_cache: expected batch and head_dim of q {q.shape}, got {k_cache.shape}")
     capacity, kv_heads = k_cache.shape[1:3]
     if heads % kv_heads:
-        raise ValueError(f"k_cache: its {kv_heads} heads do not divide the {heads} heads of q")
+        raise ValueError(f"k_cache: {kv_heads} heads do not divide the {heads} heads of q")
     if new > capacity:
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
     _check_count("length", length, new, capacity)
 
 
 def _check_count(name: str, count: jax.Array | int, least: int, most: int) -> None:
-    """Tokens, as far as their number is known."""
+    """Check a number of tokens. Traced numbers cannot be checked."""
     if not isinstance(count, jax.core.Tracer) and not least <= (known := operator.index(count)) <= most:
         raise ValueError(f"{name}: expected {least} ... {most} tokens in the cache, got {known}")
 
 
 def _over_caches(q: jax.Array, caches: list[Prefix], index: jax.Array | int, size: int, options: Options) -> Partial:
-    """Attention to what device `index` of `size` holds of the contexts' own tokens and of their prefix, if any."""
+    """Attend to the slots of device `index` of `size`, in the contexts' own caches and in their prefix, if any."""
     own, *prefixes = caches
     begin = prefixes[0].length if prefixes else jnp.zeros((), jnp.int32)
     batch, new, heads, head_dim = q.shape
@@ -171,13 +171,13 @@ def _over_cache(
     size: int,
     options: Options,
 ) -> Partial:
-    """Attention to the tokens that device `index` of `size` holds: o (B, N, H, D) and lse (B, N, H).
+    """Attend to the slots of device `index` of `size`: o (B, N, H, D) and lse (B, N, H).
 
-    `queries` (N,) are the positions of the queries, and `begin` is that of the cache's first token.
+    `queries` (N,) are the positions of the queries, and `begin` is the position of the cache's first token.
     """
     batch, new, heads, head_dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
-    # By key head, all its queries as rows of one matrix: other orders XLA rearranges the cache for, at every step.
+    # The queries of a key head are the rows of one matrix. With other orders XLA rearranges the cache at every step.
     q = jnp.moveaxis(q.reshape(batch, new, kv_heads, -1, head_dim), 1, 3).reshape(batch, kv_heads, -1, head_dim)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (cache.k, cache.v))
     product = partial(jnp.einsum, precision=precision_of(k), preferred_element_type=jnp.float32)
@@ -191,7 +191,7 @@ def _over_cache(
     seen = jnp.tile(visible(rule, Side(queries[None], segment), keys)[0], (heads // kv_heads, 1))
     s = jnp.where(seen, s, -jnp.inf)
     maximum = s.max(-1, keepdims=True)
-    p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may hold nothing yet
+    p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may have no token yet
     total = p.sum(-1, keepdims=True)
     o = product("bhmk,bhkd->bhmd", p.astype(v.dtype), v)
     o, lse = o / jnp.where(total == 0, 1.0, total), (maximum + jnp.log(total))[..., 0]
@@ -209,13 +209,13 @@ def append_to_cache(
     batch_axes: Axes = None,
     head_axes: Axes = None,
 ) -> Float[Array, "batch capacity kv_heads head_dim"]:
-    """Write tokens behind the first `length` of a cache; in place where the caller's jit donates it.
+    """Write new tokens after the first `length` tokens of a cache, in place if the caller's jit donates the cache.
 
-    `grow_cache` makes room beforehand. Arguments as for `decode_attention`; `length` does not count the new tokens.
+    Arguments as for `decode_attention`, but `length` excludes the new tokens. `grow_cache` raises the capacity.
 
     Raises:
-      ValueError: shapes that do not fit, or more tokens than capacity as far as `length` is known (where it is traced,
-        what lies beyond the capacity is undefined).
+      ValueError: invalid shapes, or more tokens than capacity if `length` is concrete. With a traced `length`, writing
+        beyond the capacity is undefined.
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
@@ -240,10 +240,10 @@ def append_to_cache(
 
 
 def _write(cache: jax.Array, new: jax.Array, length: jax.Array, index: jax.Array | int, size: int) -> jax.Array:
-    """What device `index` of `size` holds, once it has stored its share of the new tokens.
+    """Return the cache of device `index` of `size` with its share of the new tokens.
 
-    A stretch of slots is read, changed and written, and never a single slot alone: on CPUs that makes XLA copy the
-    whole cache eight times in a program that attends to it afterwards.
+    Several slots are read, changed and written together. Writing a single slot makes XLA copy the whole cache eight
+    times on CPUs, in a program that attends to the cache afterwards.
     """
     tokens, capacity = new.shape[1], cache.shape[1]
     if not tokens:
@@ -269,10 +269,10 @@ def grow_cache(
     batch_axes: Axes = None,
     head_axes: Axes = None,
 ) -> Float[Array, "batch new_capacity kv_heads head_dim"]:
-    """The same cache with room for `capacity` tokens. Doubling it each time keeps the number of programs small.
+    """Return the cache with a larger capacity. Doubling the capacity keeps the number of compiled programs small.
 
     Raises:
-      ValueError: a smaller capacity, or one that does not divide among the devices.
+      ValueError: a capacity that is smaller, or that the number of devices does not divide.
     """
     if capacity < cache.shape[1]:
         raise ValueError(f"capacity: expected at least the cache's {cache.shape[1]} tokens, got {capacity}")

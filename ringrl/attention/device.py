@@ -1,4 +1,4 @@
-"""Which device a computation is for."""
+"""The device of a computation."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ class Device(Protocol):
 
 
 def device_of(x: jax.Array) -> Device:
-    """The kind of device that what is computed from `x` is for: of the mesh around, its own, or the default one."""
+    """Return the kind of device that computes with `x`: of the surrounding mesh, of `x`, or the default device."""
     around = jax.sharding.get_abstract_mesh().abstract_device
     if around is not None:
         return around

@@ -1,4 +1,4 @@
-"""`attention` and `ring_attention` where other libraries expect an attention function of theirs."""
+"""Adapters that pass `attention` and `ring_attention` to other libraries."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,13 @@ import jax
 
 
 def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend` as the `attention_fn` of flax.nnx.MultiHeadAttention.
+    """Wrap `attend` as the `attention_fn` of flax.nnx.MultiHeadAttention.
 
         attend = functools.partial(ring_attention, mesh=mesh, is_causal=True)
         nnx.MultiHeadAttention(..., attention_fn=as_attention_fn(attend))
 
-    What is masked is said by the options of `attend` (is_causal, segment_ids, ...): an S x S mask, a bias or dropout is
-    refused with a ValueError and never dropped in silence. Flax says is_causal=False where its user says nothing, so
-    only is_causal=True is taken from there.
+    The options of `attend` (is_causal, segment_ids, ...) define the mask. An S x S mask, a bias or dropout raises
+    ValueError. Flax passes is_causal=False by default, so only is_causal=True overrides the option of `attend`.
     """
 
     def attention_fn(
@@ -27,12 +26,12 @@ def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array
         deterministic: bool = False,
         is_causal: bool = False,
         module: object = None,
-        **_: object,  # dropout_rng, broadcast_dropout, dtype and precision change nothing here
+        **_: object,  # dropout_rng, broadcast_dropout, dtype and precision have no effect
     ) -> jax.Array:
         for name, value_given in (("mask", mask), ("bias", bias), ("module", module)):
             if value_given is not None:
                 raise ValueError(
-                    f"{name}: not supported; give is_causal, local_window_size or segment_ids to the attention function"
+                    f"{name}: not supported; pass is_causal, local_window_size or segment_ids to the attention function"
                 )
         if dropout_rate > 0 and not deterministic:
             raise ValueError(f"dropout_rate: attention dropout is not supported, got {dropout_rate}; use 0")

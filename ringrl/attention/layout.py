@@ -1,12 +1,23 @@
-"""Where the tokens of a sequence lie in the ring: contiguous, striped or zigzag.
+"""Token layouts of a sequence over the ring: contiguous, striped or zigzag.
 
-For a ring of n devices and a causal mask, device r of
+A layout is a permutation of the sequence axis. `to_layout` applies it once per batch, not per layer. For 16 tokens on
+a ring of 4:
 
-- "contiguous" holds the r-th of n equal chunks: the first device sees one chunk, the last one all n;
-- "striped" holds tokens r, r + n, r + 2n, ...: balanced to a token, but every tile is a partial one;
-- "zigzag" holds chunks r and 2n - 1 - r of 2n: every hop is the same work on every device, and tiles stay whole.
+    in order     0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
 
-A layout is a permutation of the sequence axis, applied once to a batch and not in every layer.
+                  device 0  |  device 1  |  device 2  |  device 3
+    contiguous   0  1  2  3 |  4  5  6  7|  8  9 10 11| 12 13 14 15    chunk r of n
+    striped      0  4  8 12 |  1  5  9 13|  2  6 10 14|  3  7 11 15    tokens r, r + n, r + 2n, ...
+    zigzag       0  1 14 15 |  2  3 12 13|  4  5 10 11|  6  7  8  9    chunks r and 2n - 1 - r of 2n
+
+    keys that the queries of a device see under the causal mask
+    contiguous       10     |     26     |     42     |     58
+    striped          28     |     32     |     36     |     40
+    zigzag           34     |     34     |     34     |     34
+
+Zigzag balances causal work because each device pairs an early chunk, whose queries see few keys, with the late chunk
+that sees as many more. Tiles stay fully visible or fully hidden off the diagonal, while striped makes every tile
+partial.
 """
 
 import jax
@@ -25,27 +36,27 @@ def _check(layout: str, ring_size: int) -> None:
 
 
 def length_multiple(layout: str, ring_size: int) -> int:
-    """What a sequence's length must be a multiple of."""
+    """Return the number that must divide the length of a sequence."""
     _check(layout, ring_size)
     return 2 * ring_size if layout == "zigzag" and ring_size > 1 else ring_size
 
 
 def check_length(name: str, length: int, layout: str, ring_size: int) -> None:
-    """ValueError, naming the nearest lengths that do, where `length` does not divide into the layout's chunks."""
+    """Raise ValueError if `length` does not divide into the layout's chunks; the message names the nearest lengths."""
     multiple = length_multiple(layout, ring_size)
     if length % multiple:
         above = -(-length // multiple) * multiple
         nearest = f"{above}" if above == multiple else f"{above - multiple} or {above}"
         raise ValueError(
-            f"{name}: a sequence of {length} does not divide into {multiple} chunks (layout {layout!r}, ring of "
-            f"{ring_size}); the nearest that does has {nearest} (pad_to_layout pads it)"
+            f"{name}: a sequence of {length} tokens does not divide into {multiple} chunks (layout {layout!r}, ring of "
+            f"{ring_size}); use {nearest} tokens (pad_to_layout pads)"
         )
 
 
 def shard_positions(
     layout: str, ring_size: int, local_length: int, index: jax.Array | int
 ) -> Int32[Array, " local_length"]:
-    """Positions of the tokens that device `index` of the ring holds; `index` may be traced (lax.axis_index)."""
+    """Return the positions of the tokens on device `index` of the ring; `index` may be traced (lax.axis_index)."""
     check_length("local_length", local_length * ring_size, layout, ring_size)
     token = jnp.arange(local_length, dtype=jnp.int32)
     if layout == "striped":
@@ -58,10 +69,9 @@ def shard_positions(
 
 
 def layout_positions(layout: str, length: int, ring_size: int) -> Int32[Array, " length"]:
-    """Position of each token of a whole sequence in layout order, for the mask, for rotary embeddings and so on.
+    """Return the position of each token of a whole sequence in layout order: to_layout(arange(length)).
 
-    Equal to to_layout(arange(length)). With the arrays in layout order and these positions, any function of the
-    position (rotary embeddings, learned ones) is right whatever the layout.
+    Rotary and learned position embeddings of arrays in layout order take these positions.
 
     Raises:
       ValueError: an unknown layout, or a length that does not divide.
@@ -90,19 +100,19 @@ def _permute(x: jax.Array, layout: str, ring_size: int, axis: int, *, back: bool
 
 
 def _unchanged(x: Array) -> jax.Array:
-    """As JAX holds it, which would wrap integers of more than 32 bits: two ids could become one."""
+    """Return x as a JAX array. JAX would wrap 64-bit integers silently, so values beyond 32 bits raise ValueError."""
     held = jnp.asarray(x)
     is_narrower = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.integer) and held.dtype != x.dtype
     if is_narrower and (np.asarray(held) != x).any():
-        raise ValueError(f"x: expected integers of 32 bits, got {x.min()} ... {x.max()}")
+        raise ValueError(f"x: expected 32-bit integers, got {x.min()} ... {x.max()}")
     return held
 
 
 def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
-    """Put a sequence axis into layout order, so that sharding it over the ring gives every device its tokens.
+    """Permute a sequence axis into layout order, ready to be sharded over the ring.
 
     Args:
-      x: any array; its `axis` is the sequence, in order.
+      x: any array with the sequence in order along `axis`.
       layout: "contiguous" | "striped" | "zigzag".
       ring_size: devices in the ring.
       axis: the sequence axis.
@@ -111,31 +121,30 @@ def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
       An array of the same shape.
 
     Raises:
-      ValueError: an unknown layout, a length that does not divide (the nearest that does is named), or integers that
-        32 bits do not hold.
+      ValueError: an unknown layout, a length that does not divide, or integers beyond 32 bits.
     """
     return _permute(_unchanged(x), layout, ring_size, axis, back=False)
 
 
 def from_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
-    """The inverse of `to_layout`: back to the sequence's own order."""
+    """Invert `to_layout`: permute a sequence axis back into the order of the sequence."""
     return _permute(_unchanged(x), layout, ring_size, axis, back=True)
 
 
 def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value: int | float = 0) -> Array:
-    """Pad the end of a sequence axis to the next length that divides; for `to_layout`, which comes after.
+    """Pad the end of a sequence axis to the next length that divides, before `to_layout`.
 
-    Under a causal mask the padding is seen by nothing before it. Otherwise give it a segment id of its own:
-    pad_to_layout(segment_ids, ..., value=some_id_not_in_use).
+    A causal mask hides the padding from earlier tokens. Without a causal mask, give the padding its own segment id:
+    pad_to_layout(segment_ids, ..., value=some_unused_id).
 
     Raises:
-      ValueError: an unknown layout, an axis that x has not, or a value that x's integers cannot be.
+      ValueError: an unknown layout, an axis out of range, or a value that x's integer dtype cannot represent.
     """
     x = _unchanged(x)
     if jnp.issubdtype(x.dtype, jnp.integer) and not (
         value == int(value) and jnp.iinfo(x.dtype).min <= value <= jnp.iinfo(x.dtype).max
     ):
-        raise ValueError(f"value: {value} is none of {x.dtype}, as x is")
+        raise ValueError(f"value: {value} is not a value of x's dtype {x.dtype}")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis: {axis} is not an axis of an array of shape {x.shape}")
     amount = [(0, 0)] * x.ndim

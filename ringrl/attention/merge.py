@@ -1,4 +1,4 @@
-"""Adding up attention over parts of the keys, for decoding; a kernel that goes on from `nothing_seen` merges itself."""
+"""Merging attention over parts of the keys, for decoding (kernels continue from a previous result instead)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from ringrl.attention.varying import varying_like
 
 
 def nothing_seen(q: Float[Array, "*heads rows head_dim"]) -> Partial:
-    """What queries have before they meet any key: 0 and -inf."""
+    """Return the result of queries over no keys: 0 and -inf."""
     return varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The same over the keys of both."""
+    """Return the result over the keys of both parts."""
     lse = jnp.logaddexp(a.lse, b.lse)
     finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
     ours, theirs = (part.o * jnp.exp(part.lse - finite)[..., None] for part in (a, b))
@@ -22,7 +22,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def merge_over(part: Partial, axis_name: str | tuple[str, ...]) -> Partial:
-    """The same over all devices of a mesh axis, inside shard_map: one pmax, one psum."""
+    """Return the result over the keys of all devices of a mesh axis, inside shard_map: one pmax, one psum."""
     maximum = jax.lax.pmax(part.lse, axis_name)
     weight = jnp.exp(part.lse - jnp.where(jnp.isneginf(maximum), 0.0, maximum))
     summed = jax.lax.psum(jnp.concatenate([part.o * weight[..., None], weight[..., None]], axis=-1), axis_name)

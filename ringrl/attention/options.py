@@ -7,9 +7,10 @@ from ringrl.attention.mask import Rule
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`scale` multiplies the logits before the optional soft cap; None leaves the size of its tiles to the kernel.
+    """Static options of one attention call, as every kernel takes them.
 
-    `implementation` names the kernel (kernels/__init__.py), and `is_asked_for` says that no other will do.
+    `scale` multiplies the logits before the optional soft cap. The kernel chooses its tile sizes if `block_q` and
+    `block_k` are None. `implementation` names the kernel (kernels/__init__.py); `is_asked_for` forbids a fallback.
     """
 
     rule: Rule

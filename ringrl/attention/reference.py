@@ -1,4 +1,4 @@
-"""The O(S^2) oracle: the definition of attention, in the dtype it is given, for tests and small checks."""
+"""The definition of attention with O(S^2) memory, for tests."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def reference_attention(
     scale: float,
     logits_soft_cap: float | None = None,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]]:
-    """Output and log-sum-exp with every logit in memory; differentiable by JAX itself, float64 under x64."""
+    """Return output and log-sum-exp in the dtype of the inputs. JAX differentiates the function."""
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     s = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision_of(q)) * scale

@@ -1,14 +1,14 @@
-"""The ring: every device keeps its queries, while keys and values travel from neighbour to neighbour.
+"""Ring attention (2310.01889): every device keeps its queries, and keys and values travel around the ring.
 
     hop 0          hop 1          hop 2
-    q0 k0 ->       q0 k3 ->       q0 k2 ->        Each device attends to the block it holds while that block is
-    q1 k1 ->       q1 k0 ->       q1 k3 ->        already on its way to the next one. Memory per device is one
-    q2 k2 ->       q2 k1 ->       q2 k0 ->        block in use and one arriving, whatever the size of the ring.
+    q0 k0 ->       q0 k3 ->       q0 k2 ->        Each device attends to its current block while it sends the
+    q1 k1 ->       q1 k0 ->       q1 k3 ->        block to the next device. Memory per device is one block in
+    q2 k2 ->       q2 k1 ->       q2 k0 ->        use and one arriving, for any ring size.
     q3 k3 ->       q3 k2 ->       q3 k1 ->
 
-The loop is a scan whose last hop is peeled (nothing is sent that nobody reads). Sends are issued first, and one
-optimization_barrier ties the kernel's results to what arrives: compiled for TPUs, only this form puts the kernel
-between send and receive on every generation while memory stays constant in the ring's size.
+The loop is a scan without sends in the last hop. Sends are issued first, and one optimization_barrier ties the kernel's
+results to the arriving block. Compiled for TPUs, only this form runs the kernel between send and receive on every
+generation with memory constant in the ring size.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class Leg:
-    """One way round: how many hops, and where to. The heads are dealt out evenly to `shifts`: +1 sends to the next
-    device, -1 to the one before.
+    """Hops in fixed directions. Each of `shifts` gets an equal share of the heads: +1 sends to the next device, -1 to
+    the previous one.
     """
 
     hops: int
@@ -44,7 +44,7 @@ class Leg:
 
 
 class Block(NamedTuple):
-    """What travels: keys and values in one array, positions and segment ids in another."""
+    """Data sent around the ring: keys and values in one array, positions and segment ids in another."""
 
     kv: Float[Array, "heads 2 keys head_dim"]
     side: Int32[Array, "2 batch keys"]
@@ -52,9 +52,9 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The plan (attend.py) of a ring over `axis_name`, mesh axes of `size` devices in all; runs inside shard_map.
+    """The plan (attend.py) of a ring over `axis_name` with `size` devices in total; runs inside shard_map.
 
-    The first leg begins with the device's own block, any other with a neighbour's.
+    The first leg starts with the device's own block, any other leg with a neighbour's block.
     """
 
     axis_name: AxisName
@@ -62,7 +62,7 @@ class Ring:
     legs: tuple[Leg, ...]
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
-        """Attention over the blocks of all devices that the legs visit."""
+        """Return attention over the blocks of all devices on the legs."""
         total = nothing_seen(inputs.q)
         for number, leg in enumerate(self.legs):
             blocks, sends = self._start(leg, number, inputs)
@@ -82,7 +82,7 @@ class Ring:
         return total
 
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
-        """Gradients of the queries add up where they are; those of a block travel behind it, and home at the end."""
+        """Return gradients. dq stays on its device; the gradients of a block follow it and return to its device."""
         dq = varying_like(inputs.q, jnp.zeros(inputs.q.shape, jnp.float32))
         come_home = []
         for number, leg in enumerate(self.legs):
@@ -97,7 +97,7 @@ class Ring:
             def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]
                 dq, dblocks, blocks = carry
                 arriving = self._send(leg, blocks)
-                # What the devices before made of this block leaves them now, hidden behind the kernel.
+                # The gradients so far of this block are sent now, so that the kernel hides the transfer.
                 dblocks = self._send(leg, dblocks)
                 tied = lax.optimization_barrier((*gradients(dq, blocks), arriving, dblocks))
                 dq, dblocks_part, arriving, dblocks = tied
@@ -112,13 +112,13 @@ class Ring:
         return Gradients(dq, sum(come_home[1:], start=come_home[0]))
 
     def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[Block], int]:
-        """The blocks that a leg begins with and the sends that follow."""
+        """Return the first blocks of a leg and its number of sends."""
         side = jnp.stack(inputs.keys)
         blocks = [Block(kv, side) for kv in _deal(leg, inputs.kv, inputs.kv_heads)]
         return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
 
     def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
-        """Each share of the heads one hop on, in its own direction."""
+        """Send each share of the heads one hop in its direction."""
         axes, index = _in_order_of_mesh(self.axis_name)
 
         def permute(x: jax.Array, shift: int) -> jax.Array:
@@ -131,7 +131,7 @@ class Ring:
 
 
 def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
-    """The axes as the mesh lists them, and where each device of the ring stands then: ppermute wants no other order."""
+    """Return the axes in the order of the mesh, which ppermute requires, and each ring device's index in this order."""
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     listed = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axes)
     places = np.arange(lax.axis_size(axes)).reshape([lax.axis_size(axis) for axis in listed])
@@ -139,13 +139,13 @@ def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _meet(leg: Leg, inputs: Inputs, blocks: list[Block]) -> list[Inputs]:
-    """The queries of each share of the heads, with the block that is here for them."""
+    """Return the inputs of the kernel for each share of the heads: its queries with the current block."""
     shares = zip(_deal(leg, inputs.q, inputs.kv_heads), blocks, strict=True)
     return [inputs._replace(q=q, kv=block.kv, keys=Side(*block.side)) for q, block in shares]
 
 
 def _deal(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:
-    """Arrays (B * Hkv, ...) dealt out by heads to the ways that a leg goes."""
+    """Split arrays (B * Hkv, ...) by heads into one share for each direction of a leg."""
     if len(leg.shifts) == 1:
         return [tree]
 
@@ -157,7 +157,7 @@ def _deal(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:
 
 
 def _collect(parts: list[Tree], inputs: Inputs) -> Tree:
-    """The inverse."""
+    """Invert `_deal`."""
     if len(parts) == 1:
         return parts[0]
     batch = inputs.queries.positions.shape[0]
@@ -182,11 +182,10 @@ def make_ring(
     default_positions: bool = True,
     bidirectional: bool = False,
 ) -> Ring:
-    """The ring with the hops that a mask needs: all n - 1, or fewer where window and layout say so beforehand.
+    """Return the ring with the hops that the mask needs: n - 1, or fewer with a window on contiguous chunks.
 
-    With contiguous chunks of c tokens a window that reaches `left` back and `right` ahead touches ceil(left / c)
-    chunks before a device's own and ceil(right / c) after it. In the other layouts, and with positions of the caller's,
-    every device may hold something that is near.
+    With chunks of c tokens, a window (left, right) covers ceil(left / c) chunks before a device's own chunk and
+    ceil(right / c) chunks after it. With other layouts or custom positions any device may hold visible keys.
     """
     size = lax.axis_size(axis_name)
     around = Ring(axis_name, size, (Leg(size - 1, (1, -1) if bidirectional else (1,)),))

@@ -1,4 +1,4 @@
-"""Attention of a sequence that is spread over a mesh axis."""
+"""Attention for a sequence that is sharded over a mesh axis."""
 
 from functools import partial
 from typing import Literal, overload
@@ -53,10 +53,10 @@ def ring_attention(  # type: ignore[misc]
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
-    """As `attention`, exact to rounding, of global arrays whose sequence is sharded over a mesh axis.
+    """Compute `attention`, exact to rounding, of global arrays whose sequence axis is sharded over a mesh axis.
 
-    The arrays are in layout order already (`to_layout`, once per batch and not per layer), `positions` and
-    `segment_ids` too. Works under jit, grad, vmap, remat and scan; output and log-sum-exp carry the checkpoint name
+    All arrays, `positions` and `segment_ids` are in layout order (`to_layout`, once per batch, not per layer). The
+    function works under jit, grad, vmap, remat and scan. Output and log-sum-exp carry the checkpoint name
     "ring_attention".
 
     Args:
@@ -64,18 +64,18 @@ def ring_attention(  # type: ignore[misc]
       mesh: the devices.
       axis_name: the mesh axis of the sequence. A tuple of axes is one long ring, the last axis fastest; for
         "ulysses_ring" it is (ring axis, Ulysses axis).
-      layout: "contiguous" | "striped" | "zigzag": the order that the tokens are in.
-      batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. Where both are None and q is a
-        concrete array on this mesh, its own sharding says.
+      layout: "contiguous" | "striped" | "zigzag": the order of the tokens.
+      batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
+        concrete array on this mesh, they are taken from q's sharding.
       strategy, bidirectional: as for `ring_attention_shard`.
       is_causal, local_window_size, segment_ids, positions, scale, logits_soft_cap, implementation, return_residual: as
-        for `attention`, but that `positions` are `layout_positions` by default.
+        for `attention`, but `positions` are `layout_positions` by default.
 
     Returns:
-      As `attention`, sharded as q is.
+      As `attention`, sharded like q.
 
     Raises:
-      ValueError: an argument that does not fit, by its name, before anything is traced.
+      ValueError: an invalid argument, named in the message, before tracing.
     """
     arguments.check_arrays(q, k, v)
     arguments.check_choice("layout", layout, LAYOUTS)
@@ -129,24 +129,24 @@ def ring_attention_shard(
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Float[Array, "batch local_tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
-    """`ring_attention` for use inside a shard_map that is already there: every array is this device's shard.
+    """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
     Args:
       q, k, v, segment_ids, positions: this device's tokens, in layout order.
       axis_name, layout: as for `ring_attention`.
-      strategy: "ring": keys and values travel, memory is constant in the ring's size; "ulysses": all-to-all from
-        tokens to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device;
-        "auto": what `choose_strategy` chooses, which also says why.
-      bidirectional: half of the key heads travel the other way round, for links that would be used one way only. With
-        strategy "ring" or "ulysses_ring"; a window that needs few hops takes the shorter way for all heads.
+      strategy: "ring": keys and values travel, memory is constant in the ring size; "ulysses": all-to-all from tokens
+        to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device; "auto":
+        the result of `choose_strategy`.
+      bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
+        Used by "ring" and "ulysses_ring". A window that needs few hops takes the shorter way for all heads.
       is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
-        contiguous chunks and default positions a window makes only the hops that it needs.
+        contiguous chunks and default positions, a window reduces the number of hops.
 
     Returns:
-      As `attention`, of this device's queries.
+      As `attention`, for this device's queries.
 
     Raises:
-      ValueError: an argument that does not fit, by its name.
+      ValueError: an invalid argument, named in the message.
     """
     arguments.check_arrays(q, k, v)
     arguments.check_choice("layout", layout, LAYOUTS)
@@ -161,11 +161,11 @@ def ring_attention_shard(
     )
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     size = lax.axis_size(axis_name)
-    # Keys that are alike on devices that have different heads: their gradients are then summed by JAX.
+    # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
     q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
     batch, tokens, heads, _ = q.shape
     if layout == "zigzag" and size > 1 and tokens % 2:
-        raise ValueError(f"q: {tokens} tokens per device are not the two equal chunks of the zigzag layout")
+        raise ValueError(f"q: expected an even number of tokens per device with the zigzag layout, got {tokens}")
     default = shard_positions(layout, size, tokens, lax.axis_index(axis_name))
     side = Side(
         arguments.integers("positions", positions, batch, tokens, default),
@@ -199,7 +199,7 @@ def _ring_plan(
     default_positions: bool,
     bidirectional: bool,
 ) -> Plan:
-    """How this device's queries meet the keys of the ring; of one device, or none, its own."""
+    """Return the plan for the ring axis: LOCAL without a ring axis or with one device."""
     if axis_name is None or lax.axis_size(axis_name) == 1:
         return LOCAL
     if bidirectional and k.shape[2] % 2:
@@ -215,7 +215,7 @@ def _ring_plan(
 
 
 def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, AxisName | None]:
-    """(ring axis, Ulysses axis) of a strategy."""
+    """Return (ring axis, Ulysses axis) of a strategy."""
     if strategy == "ulysses":
         return None, axis_name
     if strategy != "ulysses_ring":
@@ -230,11 +230,11 @@ def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, Ax
 def _check_divides(mesh: Mesh | AbstractMesh, name: str, axes: Axes, amount: int, what: str) -> None:
     size = arguments.mesh_size(mesh, name, axes)
     if amount % size:
-        raise ValueError(f"{name}: {amount} {what} do not divide among the {size} devices of {axes!r}")
+        raise ValueError(f"{name}: {amount} {what} do not divide evenly over the {size} devices of {axes!r}")
 
 
 def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh, axis_name: AxisName) -> tuple[Axes, ...]:
-    """Mesh axes over which a concrete array's batch and heads are sharded, but for those of the sequence."""
+    """Return the mesh axes of a concrete array's batch and heads, without the axes of the sequence."""
     sharding = getattr(x, "sharding", None)
     if isinstance(x, jax.core.Tracer) or not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
         return None, None

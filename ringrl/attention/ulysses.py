@@ -1,7 +1,7 @@
-"""Ulysses (2309.14509): all-to-all turns a split of the sequence into a split of the heads, and back.
+"""Ulysses (2309.14509): an all-to-all turns shards of the sequence into shards of the heads, and back.
 
-Four all-to-alls a layer (q, k and v in two, the output and its log-sum-exp in two) replace n - 1 hops. It needs as many
-heads as devices; with more devices than heads, the product with a ring takes the rest.
+Four all-to-alls per layer (two for q, k and v, two for output and log-sum-exp) replace n - 1 hops. Ulysses needs at
+least as many heads as devices; "ulysses_ring" combines fewer heads with a ring.
 """
 
 import jax
@@ -15,19 +15,17 @@ _TOKENS, _HEADS = 1, 2
 
 
 def check_heads(heads: int, kv_heads: int, size: int) -> None:
-    """ValueError where the heads cannot be dealt out to `size` devices."""
+    """Raise ValueError if the heads cannot be divided over `size` devices."""
     if heads % size:
-        raise ValueError(f"q: its {heads} heads do not divide among the {size} devices of a Ulysses axis")
+        raise ValueError(f"q: {heads} heads do not divide over the {size} devices of a Ulysses axis")
     if kv_heads % size and size % kv_heads:
-        raise ValueError(
-            f"k: its {kv_heads} heads neither divide among the {size} devices of a Ulysses axis nor divide their number"
-        )
+        raise ValueError(f"k: {kv_heads} heads are neither a multiple nor a divisor of the {size} devices (Ulysses)")
 
 
 def scatter_heads(
     q: jax.Array, k: jax.Array, v: jax.Array, side: Side, axis_name: AxisName, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, Side]:
-    """All tokens of some heads, from some tokens of all heads: (B, S/n, H, D) -> (B, S, H/n, D)."""
+    """Exchange some tokens of all heads for all tokens of some heads: (B, S/n, H, D) -> (B, S, H/n, D)."""
     check_heads(q.shape[_HEADS], k.shape[_HEADS], size)
     if k.shape[_HEADS] % size:  # fewer key heads than devices: several devices share one
         k, v = (jnp.repeat(x, size // k.shape[_HEADS], axis=_HEADS) for x in (k, v))
@@ -37,7 +35,7 @@ def scatter_heads(
 
 
 def gather_heads(o: jax.Array, lse: jax.Array, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
-    """The inverse, for output and log-sum-exp."""
+    """Invert `scatter_heads` for output and log-sum-exp."""
     return (
         lax.all_to_all(o, axis_name, _TOKENS, _HEADS, tiled=True),
         lax.all_to_all(lse, axis_name, _TOKENS, _HEADS, tiled=True),

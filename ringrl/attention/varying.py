@@ -1,4 +1,4 @@
-"""Types inside shard_map: a fresh constant must be told over which mesh axes it will come to differ."""
+"""Types inside shard_map, where the type of an array states over which mesh axes its values differ."""
 
 from typing import TypeVar
 
@@ -9,10 +9,10 @@ Tree = TypeVar("Tree")
 
 
 def varying_like(reference: jax.Array, tree: Tree) -> Tree:
-    """The same arrays, typed as differing between devices wherever `reference` does.
+    """Return the arrays, typed as varying over the mesh axes of `reference`.
 
-    By adding a zero that is of the reference's type: the one way that reads alike in every version of JAX. The
-    compiler removes it. Outside shard_map nothing is added.
+    A zero of the reference's type is added, which works in every version of JAX; the compiler removes it. Outside
+    shard_map nothing is added.
     """
     if getattr(jax.typeof(reference), "vma", None) == frozenset():
         return tree

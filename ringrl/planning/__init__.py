@@ -1,1 +1,1 @@
-"""What fits where, before the machine is rented: the real step compiled ahead of time, and a closed form beside it."""
+"""Memory, longest context and step time on hardware, from ahead-of-time compilation or from a formula."""

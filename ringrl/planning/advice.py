@@ -1,4 +1,4 @@
-"""What would make a plan fit that does not, by the formula."""
+"""Changes that make a workload fit, from the memory formula."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from ringrl.planning.workload import Workload
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """A change, and the bytes that a device then takes."""
+    """A change and the resulting bytes per device."""
 
     change: str
     total: float
@@ -19,9 +19,10 @@ class Advice:
 
 
 def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
-    """Changes that save memory, what is enough first; `total` is what the plan takes (the compiler's, if it is known).
+    """Return changes that save memory, sufficient changes first.
 
-    What the formula says of a change is shifted by as much as it is off for the plan itself.
+    `total` are the bytes per device of the plan, from the compiler if known. The formula's result of each change is
+    shifted by the formula's error for the plan.
     """
     platform, limit = machine.device.platform, machine.device.memory
     off = total - memory_of(workload, platform).total
@@ -37,15 +38,13 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
         everything = workload
         for _, changed in changes:
             everything = _merged(workload, everything, changed)
-        found.append(judge("all of these together", everything))
+        found.append(judge("all changes above", everything))
     moments = memory_of(workload, platform).optimiser / 2
-    name = "moments of the optimiser in bfloat16, which RingRL does not offer"
+    name = "optimiser moments in bfloat16, which RingRL does not support"
     found.append(judge(name, workload, saved=moments))
     if devices := _enough_devices(workload, machine, off):
         needed, after = devices
-        change = (
-            f"{needed} such devices, --mesh.seq {needed * workload.config.mesh.seq // workload.config.mesh.devices}"
-        )
+        change = f"{needed} devices, --mesh.seq {needed * workload.config.mesh.seq // workload.config.mesh.devices}"
         found.append(Advice(change, after, True))
     return sorted(found, key=lambda advice: (not advice.is_enough, advice.total))
 
@@ -77,7 +76,7 @@ def _merged(before: Workload, so_far: Workload, change: Workload) -> Workload:
 
 
 def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[int, float] | None:
-    """The least power of two times as many devices, along the context, on which it fits; and what it takes there."""
+    """Return the smallest sufficient number of devices, scaled by a power of two along "seq", and its bytes."""
     seq, devices = workload.config.mesh.seq, workload.config.mesh.devices
     factor = 2
     while devices * factor <= MOST_DEVICES:
@@ -94,5 +93,5 @@ def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[i
 
 
 def say(advice: Advice) -> str:
-    """One line."""
-    return f"{'enough' if advice.is_enough else 'not enough alone'}: {advice.change} ({gib(advice.total)} per device)"
+    """Format as one line."""
+    return f"{'enough' if advice.is_enough else 'not enough'}: {advice.change} ({gib(advice.total)} per device)"

@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that need not be there, with arrays that have shapes and no numbers."""
+"""Ahead-of-time compilation of the training step for a machine that is not present, from array shapes alone."""
 
 import functools
 import importlib.util
@@ -24,11 +24,11 @@ from ringrl.training.step import TrainState, abstract_state, make_train_step
 
 _EXHAUSTED = re.compile(r"\(([\d.]+)([KMG])\) exceeds available|Used ([\d.]+)([KMG]) of")
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
-# Nothing is run: a host's machine code need not be fast, which halves the time, and takes the same memory.
+# Host code is never run. Without optimisation it compiles in half the time and takes the same memory.
 _UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-_WITHOUT = {"v3": "the TPU compiler no longer compiles bfloat16 kernels for it"}
+_WITHOUT = {"v3": "the TPU compiler no longer compiles bfloat16 kernels for v3"}
 
-# libtpu looks for the TPU that it stands on, says at length that there is none, and locks it for other processes.
+# Without these variables libtpu searches for a TPU, logs errors, and locks out other processes.
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -38,7 +38,7 @@ _ALONE = {
 
 
 class Step(NamedTuple):
-    """A step before compilation: what `lower` needs, and what lies where."""
+    """A training step before compilation: the jitted function with its abstract arguments."""
 
     function: Any  # jitted: state, batch -> state, metrics
     state: TrainState  # jax.ShapeDtypeStructs with shardings
@@ -46,25 +46,25 @@ class Step(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a step, per device."""
+    """The result of compiling a step, per device."""
 
-    parameters: float  # bytes, as the shardings have it
+    parameters: float  # bytes, from the shardings
     optimiser: float
     batch: float
-    total: float  # most bytes that live at once; where it does not compile, what it says it would take at least
-    refusal: str | None  # why it does not compile, in the compiler's or the kernel's words
-    schedule: Schedule | None  # None where it does not compile, or the platform has no asynchronous transfers
-    seconds: float  # that compilation took
+    total: float  # peak bytes; if compilation fails, the least need in the compiler's message
+    refusal: str | None  # error of the compiler or the kernel, None if compiled
+    schedule: Schedule | None  # None if not compiled, or without asynchronous transfers
+    seconds: float  # compilation time
 
 
 def why_not(machine: Machine) -> str | None:
-    """Why the step cannot be compiled for a machine from here, or None."""
+    """Return the reason why this process cannot compile for a machine, or None."""
     if machine.device.platform == "cpu":
         have = jax.local_device_count() if jax.default_backend() == "cpu" else 0
         flag = f"JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={machine.devices}"
         return None if have >= machine.devices else f"this process has {have} host devices; start it with {flag}"
     if machine.topology is None:
-        return f"no compiler here knows {machine.name} (GPUs and machines of your own are planned by the formula)"
+        return f"there is no ahead-of-time compiler for {machine.name} (GPUs and custom machines use the formula)"
     generation = machine.topology.split(":")[0]
     if generation in _WITHOUT:
         return _WITHOUT[generation]
@@ -74,14 +74,14 @@ def why_not(machine: Machine) -> str | None:
 
 
 def devices_of(machine: Machine) -> list[Any]:
-    """Of a TPU's topology, or this process's host devices. UserError as `why_not` has it."""
+    """Return the devices of a TPU topology or this process's host devices. UserError with the reason of `why_not`."""
     if reason := why_not(machine):
-        raise UserError(f"--machine {machine.name}: cannot be compiled for: {reason}")
+        raise UserError(f"--machine {machine.name}: cannot compile: {reason}")
     if machine.topology is None:
         return list(jax.devices("cpu")[: machine.devices])
     from jax.experimental import topologies
 
-    # Both cores of a v4 chip are one device, as on Cloud TPU; later ones are by themselves.
+    # Both cores of a v4 chip are one device, as on Cloud TPU.
     settings = {"chip_config_name": "megacore"} if machine.topology.startswith("v4") else {}
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
@@ -90,7 +90,7 @@ def devices_of(machine: Machine) -> list[Any]:
 
 
 def abstract_step(workload: Workload, devices: list[Any]) -> Step:
-    """The step that `ringrl train` would run, on a mesh of these devices. Nothing is allocated."""
+    """Return the step of `ringrl train` on a mesh of these devices, without allocating memory."""
     config = workload.config
     mesh = config.mesh
     sizes = tuple(getattr(mesh, axis) for axis in MESH_AXES)
@@ -120,7 +120,7 @@ def _abstract_context(workload: Workload, parallel: Parallel) -> Context:
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Of arrays with shardings, on each device."""
+    """Return the bytes per device of arrays with shardings."""
 
     def one(x: Any) -> float:
         shape = x.sharding.shard_shape(x.shape)
@@ -130,7 +130,7 @@ def bytes_per_device(tree: Any) -> float:
 
 
 def compile_step(workload: Workload, machine: Machine, devices: list[Any] | None = None) -> Compiled:
-    """Compile a step for a machine; `devices` as `devices_of` gives them, if they are known already."""
+    """Compile a step for a machine, for the given devices or those of `devices_of`."""
     step = abstract_step(workload, devices_of(machine) if devices is None else devices)
     state = step.state
     held = bytes_per_device(state.params), bytes_per_device(state.optimiser), bytes_per_device(step.batch)
@@ -145,13 +145,13 @@ def compile_step(workload: Workload, machine: Machine, devices: list[Any] | None
     if machine.device.platform == "cpu":
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         return Compiled(*held, total, None, None, time.perf_counter() - began)
-    # A TPU's temp_size counts places that are used one after the other; what counts is the most that lives at once.
+    # A TPU's temp_size also counts buffers that are never alive together. The peak is the memory need.
     total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return Compiled(*held, total, None, read_schedule(compiled.as_text()), time.perf_counter() - began)
 
 
 def _said_to_take(text: str, held: float) -> float:
-    """Bytes by the compiler's message; not a number where it names none (a kernel that refuses)."""
+    """Return the bytes in the compiler's message, or nan without a number (an error of a kernel)."""
     if found := _EXHAUSTED.search(text):
         number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
         return float(number) * _UNITS[unit] + (held if found[1] else 0)
@@ -163,5 +163,5 @@ def _shortened(text: str) -> str:
 
 
 def fits(compiled: Compiled, machine: Machine) -> bool:
-    """Whether it compiled, and what lives at once is no more than the memory."""
+    """Whether the step compiled and its peak memory fits."""
     return compiled.refusal is None and compiled.total <= machine.device.memory

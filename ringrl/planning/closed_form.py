@@ -1,17 +1,17 @@
-"""Memory of a training step as a formula: the papers' count (2305.19370, 2310.01889), refined to this implementation.
+"""Formula of the memory of a training step: the count of 2305.19370 and 2310.01889, adapted to this implementation.
 
 Per device, with P parameters on N = fsdp x seq x tensor devices, L layers of width h, s tokens of each of b contexts:
 
     parameters      4 P / N                       float32
     optimiser       8 P / N                       AdamW's two moments
-    gradients       4 P / N                       and 2 P / N for the copy in bfloat16 that XLA makes of all layers
+    gradients       4 P / N                       and 2 P / N for XLA's bfloat16 copy of all layers
     activations     L b s (2 h itemsize + 4 H)    with remat: a layer's input, attention's output and sum
-    scratch         one layer's backward pass: b s (a h + k h_kv), with its parameters gathered from all devices,
-                    or its feed-forward layer, if that takes more; and of vanilla b H s^2 logits
+    scratch         one layer's backward pass: b s (a h + k h_kv) and its gathered parameters, or its feed-forward
+                    layer, whichever is larger; for vanilla also b H s^2 logits
 
 The papers count 2 b s h for blockwise and ring (a layer's input in bfloat16), 8 b s h for a whole feed-forward layer
-and 2 b H s^2 for vanilla; a, k and the like are what XLA holds besides. They were read off the compiler, once for each
-platform (`WORKING`); its schedule changes with the size, so no such number is better than a few percent.
+and 2 b H s^2 for vanilla. a and k cover XLA's other buffers and are calibrated against the compiler once per platform
+(`WORKING`). The compiler's schedule changes with the size, so the factors are accurate to a few percent.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from ringrl.planning.workload import MOST_TOKENS, Workload
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device."""
+    """Bytes per device."""
 
     parameters: float
     optimiser: float
@@ -42,16 +42,16 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """In all."""
+        """Total bytes."""
         return sum(dataclasses.astuple(self))
 
 
 class Working(NamedTuple):
-    """Bytes of a layer's backward pass for every token, in units of a number's size (2 or 4)."""
+    """Numbers held per token in a layer's backward pass."""
 
-    width: float  # per feature of the width, attention's queries
+    width: float  # per feature of the width
     key_value: float  # per feature of keys (or of values)
-    hidden: float  # per unit of the feed-forward layer, for the tokens that it takes at a time
+    hidden: float  # per unit of the feed-forward layer, for the tokens of one block
     logits: float = 0.0  # per pair of tokens and head
 
 
@@ -67,13 +67,13 @@ WORKING: Mapping[tuple[str, str], Working] = MappingProxyType(
         ("cpu", "vanilla"): Working(12, 4, 7, 3.84),
     }
 )
-# What remat "none" keeps of a layer besides: per feature of the width, and per unit of a feed-forward layer that is
-# not computed in blocks.
+# Additional numbers that remat "none" keeps per layer: per feature of the width, and per unit of a feed-forward layer
+# that is not computed in blocks.
 KEPT_WIDTH, KEPT_HIDDEN = 7.1, 6.8
 
 
 def memory_of(workload: Workload, platform: str) -> Memory:
-    """Of one step on each device; GPUs count as TPUs do."""
+    """Return the memory of one step per device. GPUs count like TPUs."""
     model, count = workload.model, workload.parameters
     bytes_each = 2 if model.dtype == "bfloat16" else 4
     local = workload.local_contexts * workload.local_tokens
@@ -94,7 +94,7 @@ def memory_of(workload: Workload, platform: str) -> Memory:
 
 
 def _accumulated(workload: Workload) -> float:
-    """Parts of a batch are summed into gradients of their own."""
+    """Return the factor on gradients: accumulated parts of a batch are summed into a separate buffer."""
     return 1 if workload.config.optimiser.accumulation == 1 else 5 / 3
 
 
@@ -111,9 +111,9 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
     attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
     blocks = math.ceil(tokens / model.block_tokens) if workload.is_in_blocks else 1
-    at_once = math.ceil(tokens / blocks) if model.remat == "layers" or blocks > 1 else 0  # else it is kept
+    at_once = math.ceil(tokens / blocks) if model.remat == "layers" or blocks > 1 else 0  # else counted as activations
     units = model.feed_forward * model.width / mesh.tensor
-    shared = (1 + model.kv_heads / model.heads) / 2  # half of what is held meanwhile is keys and values
+    shared = (1 + model.kv_heads / model.heads) / 2  # half of the other buffers are keys and values
     feed_forward = (
         contexts * (tokens * working.width * model.width * shared + at_once * working.hidden * units) * bytes_each
     )
@@ -122,12 +122,12 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
 
 
 def _padding(head_dim: int, platform: str) -> float:
-    """A TPU keeps the features of a head in whole registers of 128."""
+    """Return the padding factor of a head: a TPU stores its features in registers of 128."""
     return math.ceil(head_dim / 128) * 128 / head_dim if platform == "tpu" else 1.0
 
 
 def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
-    """Whether the TPU kernels can list the pairs of tiles of a device; other kernels have no such list."""
+    """Whether the list of tile pairs of the TPU kernels is long enough; other kernels have no list."""
     model, contexts = workload.model, workload.local_contexts
     if kernel_of(model, machine.device) != "mosaic_tpu":
         return True
@@ -142,10 +142,10 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
 
 
 def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) -> int:
-    """The longest context whose step fits by the formula, a multiple of what the mesh divides; 0 where none does.
+    """Return the longest context that fits by the formula, in tokens that the mesh divides; 0 if none fits.
 
-    `spare` bytes are left free, or (below zero) added to the memory. Positions are 32-bit: none is longer than
-    MOST_TOKENS.
+    `spare` bytes are subtracted from the memory (negative: added). The result is at most MOST_TOKENS, since positions
+    are 32-bit.
     """
     multiple, limit = workload.multiple, machine.device.memory - spare
 

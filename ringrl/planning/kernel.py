@@ -1,4 +1,4 @@
-"""Which kernel of attention the devices of a machine run."""
+"""The attention kernel of a device."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from ringrl.planning.machines import Device
 
 @dataclasses.dataclass
 class _Kind:
-    """What attention asks of a device."""
+    """The attributes of a jax.Device that select a kernel."""
 
     platform: str
     device_kind: str
 
 
 def kernel_of(model: ModelConfig, device: Device) -> str:
-    """Its name (ringrl/attention/kernels): "xla" where there is none for this device, dtype or head, and of vanilla."""
+    """Return the kernel name (ringrl/attention/kernels); "xla" for vanilla and unsupported devices, dtypes or heads."""
     head_dim = model.width // model.heads
     if model.attention == "vanilla":
         return "xla"

@@ -1,4 +1,4 @@
-"""Machines as data: what a device computes, holds and sends in a second, by the vendors' data sheets."""
+"""Machines: compute, memory and link rates per device, from the vendors' data sheets."""
 
 import dataclasses
 import difflib
@@ -13,23 +13,23 @@ from ringrl.errors import UserError
 
 GIB = 2.0**30
 MOST_DEVICES, MOST_HOST_DEVICES = 2**16, 64
-GPU_SHARE = 0.95  # of a GPU's memory; JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+GPU_SHARE = 0.95  # usable share of a GPU's memory; JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator as JAX sees it: a TPU chip (of v2 and v3, one of its two cores), a GPU, a host device."""
+    """One device in JAX's sense: a TPU chip (for v3 one of its two cores), a GPU, or a host device."""
 
-    kind: str  # as jax.devices()[0].device_kind begins
+    kind: str  # prefix of jax.devices()[0].device_kind
     platform: str  # "tpu" | "gpu" | "cpu"
     flops: float  # dense bfloat16 operations per second
-    memory: float  # bytes that a program may use
-    bandwidth: float  # bytes per second from and to that memory
+    memory: float  # bytes available to a program
+    bandwidth: float  # bytes per second from and to the memory
     link: float  # bytes per second to a neighbour, one way
 
 
 class Attained(NamedTuple):
-    """Share of a device's rates that a step reaches."""
+    """Shares of a device's peak rates that a step attains."""
 
     matrices: float
     attention: float
@@ -39,31 +39,31 @@ class Attained(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices that work on one run."""
+    """The devices of one run."""
 
     name: str
     device: Device
     devices: int
-    topology: str | None = None  # what the TPU compiler calls it; None: no compiler here knows it
-    network: float | None = None  # bytes per second and device between hosts, where that is less than a link
-    per_host: int = 0  # devices behind fast links; 0: all
-    measured: Attained | None = None  # where its rates were measured (probe.py); else they are a data sheet's
+    topology: str | None = None  # name for the TPU compiler; None: no ahead-of-time compiler
+    network: float | None = None  # bytes per second and device between hosts, if slower than a link
+    per_host: int = 0  # devices connected by fast links; 0: all
+    measured: Attained | None = None  # shares of measured rates; None: rates from the data sheet
 
     def hop(self, ring: int) -> float:
-        """Bytes per second over the slowest hop of rings of so many devices, neighbours in the machine's order."""
+        """Return bytes per second of the slowest hop in rings of `ring` neighbouring devices."""
         return min(self.device.link, self.network) if self._crosses(ring) and self.network else self.device.link
 
     def collective(self, extent: int, stride: int = 1) -> float:
-        """Bytes per second and device of a collective of those that stand `stride` apart among `extent` neighbours.
+        """Return bytes per second and device of a collective over every `stride`-th of `extent` neighbouring devices.
 
-        Between hosts the network cards of all that take part on a host carry it together.
+        Between hosts the traffic uses the network cards of all participating devices of a host.
         """
         if not self._crosses(extent) or self.network is None:
             return self.device.link
         return min(self.device.link, self.network * max(1, self.per_host // stride))
 
     def _crosses(self, extent: int) -> bool:
-        """Whether some group of so many neighbours lies on more than one host."""
+        """Whether some group of `extent` neighbours spans several hosts."""
         return self.devices > self.per_host > 0 and self.per_host % extent != 0
 
 
@@ -73,15 +73,15 @@ def _tpu(kind: str, gib: float, bandwidth: float) -> Device:
 
 
 def _gpu(kind: str, gib: float, bandwidth: float) -> Device:
-    # What the driver reports, less five hundredths for CUDA, NCCL and fragments.
+    # The memory that the driver reports, minus 5 % for CUDA, NCCL and fragmentation.
     link = LINKS[kind]
     return Device(kind, "gpu", link.flops, GPU_SHARE * gib * GIB, bandwidth * 1e9, link.bytes)
 
 
-# A TPU's memory is what its compiler grants a program; of those that it no longer compiles for, the data sheet's.
+# TPU memory is the compiler's limit for a program; for v3, which it no longer compiles for, the data sheet's value.
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {
-        "v3": Device("TPU v3", "tpu", 61.5e12, 16 * GIB, 450e9, 70e9),  # attention's kernels do not compile for it
+        "v3": Device("TPU v3", "tpu", 61.5e12, 16 * GIB, 450e9, 70e9),  # attention kernels do not compile for v3
         "v4": _tpu("TPU v4", 30.75, 1228),
         "v5e": _tpu("TPU v5 lite", 15.75, 819),
         "v5p": _tpu("TPU v5", 95.74, 2765),
@@ -94,7 +94,7 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
 )
 _NETWORK = MappingProxyType({"a100-40": 25e9, "a100": 25e9, "h100": 50e9, "h200": 50e9})  # a network card per GPU
 _GPUS_PER_HOST = 8
-# Slices by the number in their name, which counts cores (two on a chip) for v3, v4 and v5p, chips for v5e and v6e.
+# Slices by the number in their name: cores (two per chip) for v3, v4 and v5p, chips for v5e and v6e.
 _CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"}
 _SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _V3 = {8: "2x2", 32: "4x4", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32"}
@@ -105,16 +105,16 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def known_machines() -> list[str]:
-    """Names that `find_machine` takes; of GPUs and host devices it takes any number."""
+    """Return example names for `find_machine`, which accepts any number of GPUs and host devices."""
     tpus = [f"tpu-{generation}-{size}" for generation, slices in SLICES.items() for size in slices]
     gpus = [f"{count}x{name}" for name in _NETWORK for count in COUNTS]
     return [*tpus, *gpus, *(f"cpu-{count}" for count in COUNTS if count <= MOST_HOST_DEVICES)]
 
 
 def find_machine(name: str) -> Machine:
-    """The machine of a name such as tpu-v4-512, 8xa100 (80 GB; 8xa100-40 for 40 GB), 32xh200, or cpu-8: host devices.
+    """Return the machine of a name: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, or cpu-8 (host devices).
 
-    UserError names those that come near.
+    UserError with similar names for an unknown machine.
     """
     lower = name.lower()
     if found := re.fullmatch(r"tpu-(v\w+)-(\d+)", lower):
@@ -130,13 +130,13 @@ def find_machine(name: str) -> Machine:
         return Machine(lower, Device("cpu", "cpu", 200e9, 16 * GIB, 20e9, 10e9), int(found[1]))
     near = difflib.get_close_matches(lower, known_machines(), n=3, cutoff=0.5) or ["tpu-v4-512", "8xa100"]
     raise UserError(
-        f"--machine {name}: is not known; did you mean {' or '.join(near)}? Any other: --machine custom with its "
-        "numbers (--custom.devices, --custom.memory, --custom.tflops, --custom.bandwidth, --custom.link)"
+        f"--machine {name}: unknown; did you mean {' or '.join(near)}? For other machines use --machine custom with "
+        "--custom.devices, --custom.memory, --custom.tflops, --custom.bandwidth and --custom.link"
     )
 
 
 def custom_machine(devices: int, memory_gib: float, tera_flops: float, bandwidth: float, link: float) -> Machine:
-    """A machine by its numbers: GiB and 10^12 bfloat16 operations per second of a device, 10^9 bytes per second."""
+    """Return a custom machine. Per device: GiB, 10^12 bfloat16 operations per second, 10^9 bytes per second."""
     numbers = {
         "--custom.devices": devices,
         "--custom.memory": memory_gib,
@@ -148,11 +148,11 @@ def custom_machine(devices: int, memory_gib: float, tera_flops: float, bandwidth
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{flag}: a custom machine needs a number above 0, got {value:g}")
     if devices > MOST_DEVICES:
-        raise UserError(f"--custom.devices {devices}: more than {MOST_DEVICES} are not planned")
+        raise UserError(f"--custom.devices {devices}: at most {MOST_DEVICES} devices are supported")
     device = Device("custom", "gpu", tera_flops * 1e12, memory_gib * GIB, bandwidth * 1e9, link * 1e9)
     return Machine("custom", device, devices)
 
 
 def gib(number: float) -> str:
-    """Bytes as GiB; a little as MiB."""
+    """Format bytes in GiB, or in MiB below 0.1 GiB."""
     return f"{number / GIB:.2f} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.2f} MiB"

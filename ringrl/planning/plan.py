@@ -1,4 +1,4 @@
-"""A plan: what one optimiser step takes on a machine, whether it fits, and how long a context would."""
+"""A plan: memory and time of one optimiser step on a machine, whether it fits, and the longest context."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ CANDIDATES = 3  # meshes that a search compiles
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is known of a workload on a machine."""
+    """Memory, time, longest context and advice for a workload on a machine."""
 
     workload: Workload
     machine: Machine
@@ -33,19 +33,19 @@ class Plan:
     time: StepTime
     longest: Longest
     advice: tuple[Advice, ...]
-    candidates: tuple[tuple[Workload, Compiled | None], ...]  # of a search, the best first
-    seconds: float  # that planning took
-    peak_memory: float  # bytes of this process
+    candidates: tuple[tuple[Workload, Compiled | None], ...]  # meshes of a search, best first
+    seconds: float  # planning time
+    peak_memory: float  # peak bytes of this process
 
     @property
     def total(self) -> float:
-        """Bytes on each device: the compiler's figure, or else the formula's."""
+        """Bytes per device from the compiler, else from the formula."""
         has_figure = self.compiled is not None and not math.isnan(self.compiled.total)
         return self.compiled.total if self.compiled is not None and has_figure else self.formula.total
 
     @property
     def fits(self) -> bool:
-        """The verdict."""
+        """Whether the step fits into the memory of each device."""
         if self.compiled is not None:
             return fits(self.compiled, self.machine)
         return self.total <= self.machine.device.memory and listed_tiles_fit(self.workload, self.machine)
@@ -53,26 +53,26 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for; the mesh None where it is to be chosen."""
+    """A planning request; with mesh None the plan chooses the mesh."""
 
     config: TrainConfig
     machine: Machine
     tokens: int
     mesh: MeshConfig | None = None
     method: Literal["compiler", "formula", "best"] = "best"
-    compilations: int = 0  # for the longest context
+    compilations: int = 0  # at most, for the longest context
     search: bool = False
 
 
 def make_plan(request: Request, notice: Notice = lambda _: None) -> Plan:
-    """Plan it; `notice` is told of every compilation.
+    """Return the plan of a request; `notice` is called before every compilation.
 
     Raises:
-      UserError: a mesh or tokens that do not divide; with method "compiler", no compiler for the machine.
+      UserError: the mesh or the tokens do not divide; method "compiler" without a compiler for the machine.
     """
     began, machine = time.perf_counter(), request.machine
-    reason = "the formula was asked for" if request.method == "formula" else why_not(machine)
-    devices = devices_of(machine) if reason is None or request.method == "compiler" else None  # or says why not
+    reason = "--method formula" if request.method == "formula" else why_not(machine)
+    devices = devices_of(machine) if reason is None or request.method == "compiler" else None
     tried = [(each, _compile(each, machine, devices, notice) if devices else None) for each in _workloads(request)]
     tried.sort(key=lambda each: each[1] is None or not fits(each[1], machine))
     workload, compiled = tried[0]
@@ -89,7 +89,7 @@ def make_plan(request: Request, notice: Notice = lambda _: None) -> Plan:
 
 
 def _workloads(request: Request) -> list[Workload]:
-    """The one to plan; of a search, the best few."""
+    """Return the workload to plan, or the best meshes of a search."""
     workload, machine = Workload(request.config, request.tokens), request.machine
     if request.mesh is None:
         if machine.devices == 1:
@@ -98,11 +98,11 @@ def _workloads(request: Request) -> list[Workload]:
             return [workload]
         return best_meshes(workload, machine)[: CANDIDATES if request.search else 1]
     if request.search:
-        raise UserError("--search: looks for a mesh; leave --mesh out, or --search")
+        raise UserError("--search: cannot be combined with --mesh; remove one of them")
     if request.mesh.devices != machine.devices:
         raise UserError(
-            f"--mesh: is {request.mesh.devices} devices, and {machine.name} has {machine.devices}; their product "
-            "(data x fsdp x tensor x seq) has to be that"
+            f"--mesh: data x fsdp x tensor x seq is {request.mesh.devices}, expected the {machine.devices} devices of "
+            f"{machine.name}"
         )
     workload = workload.with_settings("mesh", **request.mesh.model_dump())
     workload.check()

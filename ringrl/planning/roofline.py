@@ -1,8 +1,8 @@
-"""How long a step takes, by a roofline: work over the rate of what does it, and what cannot hide behind it.
+"""Roofline estimate of the time of a training step: work over attained rates, plus exposed communication.
 
-Assumed, and printed with every plan (`ATTAINED`): what share of the data sheet's rates is reached. A hop of the ring
-hides behind the kernel of one block, the gathering of a layer's parameters behind its matrix products; what exceeds
-them, sums over "tensor" and sums of gradients over "data" are waited for.
+The attained shares of the data sheet's rates are assumptions (`ATTAINED`), printed with every plan. A hop of the ring
+hides behind the kernel of one block, and the all-gather of a layer's parameters behind its matrix products. The excess,
+all-reduces over "tensor" and all-reduces of gradients over "data" are exposed.
 """
 
 import dataclasses
@@ -14,47 +14,46 @@ from ringrl.planning.machines import Attained, Machine
 from ringrl.planning.workload import Workload
 from ringrl.training.budget import forward_flops, step_flops
 
-# Of accelerators: no step of ours was timed on one.
+# Assumed for accelerators; no step was timed on one.
 ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)
-WITHOUT_KERNEL = 0.15  # attention by XLA: tiles of logits go through the memory, some 32 operations for each byte
-# Of the bfloat16 rate in float32, matrices and attention: TPUs round what goes into a matrix product, and GPUs take
-# TF32, but our attention has six products for one on TPUs and leaves the tensor cores of GPUs idle.
+WITHOUT_KERNEL = 0.15  # attention in plain XLA: tiles of logits pass through memory, about 32 operations per byte
+# Float32 rates as a share of bfloat16, for matrix products and attention. Matrix products are rounded to bfloat16 on
+# TPUs and TF32 on GPUs. Attention is exact: six products instead of one on TPUs, no tensor cores on GPUs.
 FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 1 / 15)})
-OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # of the nominal host device; `ringrl plan` measures this machine's (probe.py)
-# Products of a tile's size per pair of tokens: forward 2; backward 3 for the queries' kernel and 4 for the keys', or
-# 5 where one loop computes both (the XLA kernel).
+OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # for the nominal host device; `ringrl plan` measures this machine
+# Matrix products per pair of tiles: 2 forward; backward 3 for dq and 4 for dk and dv, or 5 in one loop (XLA kernel).
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_OF_XLA = 2, 7, 5
-_ACTIVATION_TRAFFIC = 40  # times that a number per token and feature of a layer is read or written, both passes
+_ACTIVATION_TRAFFIC = 40  # reads and writes per token and feature of a layer, both passes
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimiser step, and operations of all devices."""
+    """Seconds of one optimiser step by part, and operations over all devices."""
 
     matrices: float
     attention: float
-    memory: float  # reading and writing, which hides behind computation where it is less
-    ring: float  # hops beyond what the kernels hide
-    parameters: float  # gathering and scattering beyond what the matrix products hide
-    sums: float  # over "tensor" and "data"
-    model_flops: float  # each of the model's operations once
+    memory: float  # memory traffic, which overlaps with computation
+    ring: float  # exposed time of ring hops
+    parameters: float  # exposed time of gathering and scattering parameters
+    sums: float  # all-reduces over "tensor" and "data"
+    model_flops: float  # operations of the model, without recomputation
     mfu: float
 
     @property
     def total(self) -> float:
-        """In all."""
+        """Total seconds."""
         return max(self.matrices + self.attention, self.memory) + self.ring + self.parameters + self.sums
 
 
 def attained_by(workload: Workload, machine: Machine) -> Attained:
-    """What is assumed of it, or was measured."""
+    """Return the assumed or measured shares of the machine's rates."""
     device, model = machine.device, workload.model
     if device.platform == "cpu":
         return machine.measured or OF_HOST
     has_kernel = kernel_of(model, device) != "xla"
     matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
     attention *= ATTAINED.attention
-    if model.attention == "vanilla":  # JAX's own, which rounds as other products do
+    if model.attention == "vanilla":  # jax.nn.dot_product_attention rounds like other products
         attention = WITHOUT_KERNEL
     elif not has_kernel:
         attention = min(attention, WITHOUT_KERNEL)
@@ -62,20 +61,20 @@ def attained_by(workload: Workload, machine: Machine) -> Attained:
 
 
 def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) -> StepTime:
-    """Of one step on this machine; `hops_hide`: whether the compiler lets the ring's transfers run beside kernels."""
+    """Estimate the time of one step. `hops_hide`: whether the compiler overlaps the ring's transfers with kernels."""
     model, config, device, attained = workload.model, workload.config, machine.device, attained_by(workload, machine)
     contexts, devices = config.optimiser.batch_size, config.mesh.devices
     forward = contexts * forward_flops(model, workload.tokens) / devices
-    pairs = contexts * model.layers * 2 * workload.tokens**2 * model.width / devices  # two products, a causal half
+    pairs = contexts * model.layers * 2 * workload.tokens**2 * model.width / devices  # two products, causal half
     matrices = (3 * (forward - pairs) + _again(workload, forward - pairs)) / (device.flops * attained.matrices)
     one_product = pairs / _FORWARD_PRODUCTS / (device.flops * attained.attention)
     forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
     if kernel_of(model, device) == "xla":
         backward_kernels = _BACKWARD_PRODUCTS_OF_XLA * one_product
-    if model.attention == "vanilla":  # hides nothing of the square, and computes it anew with remat
+    if model.attention == "vanilla":  # computes hidden logits too, and recomputes them with remat
         times = 2 if model.remat == "layers" else 1
         forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product
-    elif config.mesh.layout == "contiguous":  # the device with the end of the context sees most, and all wait for it
+    elif config.mesh.layout == "contiguous":  # all devices wait for the one with the end of the context
         uneven = 2 - 1 / config.mesh.seq
         forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
     hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
@@ -93,10 +92,10 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
 
 
 def _again(workload: Workload, forward: float) -> float:
-    """Operations in matrices, of `forward` in a forward pass, that the backward pass computes anew.
+    """Return the operations in matrix products (`forward` per forward pass) that the backward pass recomputes.
 
-    With remat all but the last matrix of a layer, whose result nothing in the layer needs; else, where the feed-forward
-    layer is computed in blocks, its first matrix.
+    With remat these are all but the last matrix product of a layer. Without remat it is the first matrix product of a
+    feed-forward layer that is computed in blocks.
     """
     model, mesh = workload.model, workload.config.mesh
     local = _local(workload) / mesh.tensor
@@ -111,13 +110,13 @@ def _size(workload: Workload) -> int:
 
 
 def _local(workload: Workload) -> float:
-    """Tokens that a device computes in a step."""
+    """Return the tokens per device and step."""
     mesh = workload.config.mesh
     return workload.config.optimiser.batch_size * workload.tokens / (mesh.data * mesh.fsdp * mesh.seq)
 
 
 def _traffic(workload: Workload) -> float:
-    """Bytes that a device reads and writes: state and gradients, gathered parameters, activations."""
+    """Return the bytes that a device reads and writes for state, gradients, gathered parameters and activations."""
     model, mesh, count = workload.model, workload.config.mesh, workload.parameters
     gathered = 3 * model.layers * count.layer / mesh.tensor * _size(workload)
     activations = _ACTIVATION_TRAFFIC * model.layers * _local(workload) * model.width / mesh.tensor * _size(workload)
@@ -127,7 +126,7 @@ def _traffic(workload: Workload) -> float:
 def _exposed_hops(
     workload: Workload, machine: Machine, attained: Attained, forward_kernels: float, backward_kernels: float
 ) -> float:
-    """Keys and values go round, and in the backward pass their gradients (float32) with them."""
+    """Return the exposed seconds of sending keys and values, and in the backward pass their float32 gradients."""
     model, mesh = workload.model, workload.config.mesh
     if mesh.seq == 1:
         return 0.0
@@ -141,20 +140,20 @@ def _exposed_hops(
 
 
 def _gathering(workload: Workload, machine: Machine, attained: Attained) -> float:
-    """Parameters of every layer, gathered for the forward and the backward pass; their gradients dealt out again."""
+    """Return the seconds of gathering parameters for both passes and reduce-scattering their gradients."""
     model, mesh, count = workload.model, workload.config.mesh, workload.parameters
     group = mesh.fsdp * mesh.seq
     passes = 3 * workload.config.optimiser.accumulation
     carried = passes * model.layers * count.layer / mesh.tensor * _size(workload) * (group - 1) / group
-    ways = 2 if machine.device.platform == "tpu" else 1  # around a torus both ways at once
+    ways = 2 if machine.device.platform == "tpu" else 1  # a torus has two directions
     rate = machine.collective(mesh.fsdp * mesh.tensor * mesh.seq, stride=mesh.tensor)
     return carried / (ways * rate * attained.links)
 
 
 def _sums(workload: Workload, machine: Machine, attained: Attained) -> float:
-    """All-reduce of activations over "tensor", six a layer, and of gradients over "data"."""
+    """Return the seconds of all-reduces of activations over "tensor" (six per layer) and gradients over "data"."""
     model, mesh = workload.model, workload.config.mesh
-    apart = mesh.fsdp * mesh.tensor * mesh.seq  # of those that differ in "data", the outermost axis
+    apart = mesh.fsdp * mesh.tensor * mesh.seq  # stride of "data", the outermost axis
     activations = 6 * model.layers * _local(workload) * model.width * _size(workload)
     seconds = 2 * (mesh.tensor - 1) / mesh.tensor * activations / machine.collective(mesh.tensor * mesh.seq, mesh.seq)
     gradients = 4 * workload.parameters.device

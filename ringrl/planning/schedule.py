@@ -1,4 +1,4 @@
-"""What travels while something is computed, as the compiler ordered it: read from a scheduled program's text."""
+"""Overlap of transfers and computation, parsed from the text of a scheduled program."""
 
 import re
 from typing import NamedTuple
@@ -13,32 +13,32 @@ _WORK = re.compile(r" (?:while|convolution|dot)\(| fusion\(.*kind=kOutput")
 
 
 class Schedule(NamedTuple):
-    """Transfers that the program holds, each counted once however often its loop runs it.
+    """Transfers in the text of a program; a transfer in a loop counts once.
 
-    Integers (positions and segments, a few bytes a token) are left out.
+    Integers (positions and segments, a few bytes per token) are ignored.
     """
 
-    around_ring: int  # in a loop with a kernel of attention
-    around_ring_hidden: int  # of them, with such a kernel between start and end
-    others: int  # other asynchronous ones
-    others_hidden: int  # of them, with a kernel, a matrix product or a loop between start and end
-    waited_for: dict[str, int]  # that nothing can hide, by kind
+    around_ring: int  # transfers in a loop with an attention kernel
+    around_ring_hidden: int  # of these, with an attention kernel between start and end
+    others: int  # other asynchronous transfers
+    others_hidden: int  # of these, with a kernel, a matrix product or a loop between start and end
+    waited_for: dict[str, int]  # synchronous transfers by kind
 
     @property
     def hides_the_ring(self) -> bool:
-        """Whether what goes from neighbour to neighbour does so while something else is done."""
+        """Whether all transfers between neighbours are asynchronous."""
         return "collective-permute" not in self.waited_for
 
     def __str__(self) -> str:
         waited = ", ".join(f"{number} {kind}" for kind, number in sorted(self.waited_for.items())) or "none"
         return (
-            f"{self.around_ring_hidden} of {self.around_ring} transfers around the ring run behind a kernel of "
-            f"attention, {self.others_hidden} of {self.others} others behind computation; waited for: {waited}"
+            f"{self.around_ring_hidden} of {self.around_ring} ring transfers overlap with an attention kernel, "
+            f"{self.others_hidden} of {self.others} other transfers with computation; synchronous: {waited}"
         )
 
 
 def read_schedule(text: str) -> Schedule:
-    """Of the text of a compiled program whose instructions stand in the order of execution."""
+    """Parse the text of a compiled program with instructions in order of execution."""
     ring, ring_hidden, others, others_hidden = 0, 0, 0, 0
     waited: dict[str, int] = {}
     for body in _COMPUTATION.findall(text):
@@ -56,7 +56,7 @@ def read_schedule(text: str) -> Schedule:
 
 
 def _intervals(lines: list[str]) -> list[tuple[bool, bool]]:
-    """Of each transfer that ends where it starts: whether a kernel, and whether other work, runs in between."""
+    """Return for each transfer of a computation whether a kernel and whether other work runs between start and end."""
     open_since: dict[str, int] = {}
     found = []
     for index, line in enumerate(lines):

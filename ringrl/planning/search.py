@@ -1,4 +1,4 @@
-"""Which mesh, and how long a context: by the formula first, so that little has to be compiled."""
+"""Search for the best mesh and the longest context, with the formula first and few compilations."""
 
 import dataclasses
 import math
@@ -18,16 +18,16 @@ CLOSE_ENOUGH = 0.03  # between the longest context that fits and the shortest th
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """The longest context found; `tokens` 0 where none fits."""
+    """The longest context that fits; `tokens` is 0 if none fits."""
 
     tokens: int
-    is_compiled: bool  # the compiler took it; else it is by the formula
-    too_long: int | None  # the shortest that the compiler refused
-    compiled: tuple[tuple[int, Compiled], ...] = ()  # all that was compiled on the way
+    is_compiled: bool  # whether the compiler confirmed the length; else from the formula
+    too_long: int | None  # shortest length that did not fit when compiled
+    compiled: tuple[tuple[int, Compiled], ...] = ()  # all compiled lengths
 
 
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
-    """The workload on every mesh of so many devices that divides it."""
+    """Yield the workload on every mesh of `devices` devices that divides it."""
     for mesh in factorisations(devices, len(MESH_AXES)):
         candidate = workload.with_settings("mesh", **dict(zip(MESH_AXES, mesh, strict=True)))
         try:
@@ -38,7 +38,7 @@ def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
 
 
 def factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of so many, in order."""
+    """Yield all ordered factorisations of a number into `factors` factors."""
     if factors == 1:
         yield (number,)
         return
@@ -48,7 +48,7 @@ def factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
 
 
 def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
-    """All meshes, those that fit by the formula first, then by estimated time. UserError where none divides."""
+    """Return all meshes: first those that fit by the formula, then by estimated time. UserError if none divides."""
 
     def order(candidate: Workload) -> tuple[bool, float]:
         total = memory_of(candidate, machine.device.platform).total
@@ -62,7 +62,7 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
 
 
 def _no_mesh(workload: Workload, machine: Machine) -> str:
-    """Why none divides, and which changes leave one that does."""
+    """Return an error message with changes that give a mesh."""
     devices, contexts = machine.devices, workload.config.optimiser.batch_size
     multiple, parts = 2 * workload.tokens_per_step * devices, workload.config.optimiser.accumulation
     changes = {
@@ -72,7 +72,7 @@ def _no_mesh(workload: Workload, machine: Machine) -> str:
     ways = [change for change, changed in changes.items() if any(True for _ in meshes(changed, devices))]
     return (
         f"--machine {machine.name}: no mesh of {devices} devices divides {contexts} contexts of {workload.tokens} "
-        f"tokens, {workload.model.heads} heads and a width of {workload.model.width}; give "
+        f"tokens, {workload.model.heads} heads and a width of {workload.model.width}; use "
         + " or ".join([*ways, "another number of devices"])
     )
 
@@ -85,15 +85,15 @@ def find_longest(
     known: tuple[tuple[int, Compiled], ...] = (),
     notice: Callable[[str], None] = lambda _: None,
 ) -> Longest:
-    """The longest context that fits on this mesh: the formula's, moved by what the compiler says of it.
+    """Return the longest context that fits on this mesh.
 
-    Close to the limit a TPU's compiler takes ten times as long as elsewhere. Without a compilation there, the result is
-    the formula's, corrected by what is known.
+    Without compilations the result is the formula's, corrected by the results in `known`. Close to the memory limit
+    the TPU compiler takes ten times as long as elsewhere.
 
     Args:
-      devices: to compile for; None: the formula alone.
-      compilations: at most so many, besides those in `known` (tokens, result).
-      notice: told of every compilation.
+      devices: devices to compile for; None: the formula alone.
+      compilations: maximum number of compilations besides `known` (tokens, result).
+      notice: called before every compilation.
     """
     tried = dict(known)
     if devices is None or compilations == 0:
@@ -110,12 +110,12 @@ def find_longest(
 
 
 def granule(workload: Workload) -> int:
-    """Lengths that are tried are multiples of this: whole tiles of each device."""
+    """Return the unit of compiled lengths: whole tiles on each device."""
     return math.lcm(workload.multiple, 256 * workload.config.mesh.seq)
 
 
 def _guess(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> int:
-    """Where the formula, shifted to the known total that is nearest to the memory, meets it."""
+    """Return the longest context by the formula, corrected by the compiled total nearest to the memory limit."""
     counted = {tokens: found.total for tokens, found in tried.items() if not math.isnan(found.total)}
     if not counted:
         return longest_context(workload, machine)
@@ -125,14 +125,14 @@ def _guess(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> 
 
 
 def _next(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> int | None:
-    """The next length to compile; None where what fits and what does not are close enough."""
+    """Return the next length to compile, or None if the bracket is narrow enough."""
     step = granule(workload)
     good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
     bad = min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=2**31)
     if bad - good <= max(step, CLOSE_ENOUGH * good):
         return None
     tokens = _guess(workload, machine, tried) // step * step
-    if not good < tokens < bad:  # half way, or a little beyond what is known to fit
+    if not good < tokens < bad:  # bisect, or try a little beyond the longest that fits
         upper = bad if bad < 2**31 else int(good * (1 + 2 * CLOSE_ENOUGH))
         tokens = max((good + upper) // 2, good + step) // step * step
     return tokens if good < tokens < bad else None

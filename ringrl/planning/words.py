@@ -1,4 +1,4 @@
-"""A plan in words, and as JSON."""
+"""A plan as text and as JSON."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from ringrl.planning.workload import Workload, say_tokens
 
 
 def describe(plan: Plan) -> str:
-    """Lines for a terminal."""
+    """Return the plan as text for a terminal."""
     model, machine, config = plan.workload.model, plan.machine, plan.workload.config
     device, mesh = machine.device, plan.workload.mesh_in_words
     lines = [
@@ -29,23 +29,22 @@ def describe(plan: Plan) -> str:
         *_time(plan),
     ]
     if plan.candidates:
-        lines += ["", "meshes, the best first:", *(f"  {_candidate(*each)}" for each in plan.candidates)]
+        lines += ["", "meshes, best first:", *(f"  {_candidate(*each)}" for each in plan.candidates)]
     lines.append(f"planned in {plan.seconds:.0f} s with {gib(plan.peak_memory)} on this machine")
     return "\n".join(lines)
 
 
 def _share(machine: Machine) -> str:
-    """Of a GPU that is known the plan counts on more than JAX takes by itself."""
+    """Return the memory fraction that a known GPU needs, which is larger than JAX's default."""
     if machine.device.platform != "gpu" or machine.network is None:
         return ""
-    return f" (with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}; JAX takes 75 % by itself)"
+    return f" (with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}; JAX's default is 0.75)"
 
 
 def _method(plan: Plan) -> str:
     if plan.compiled is None:
-        return f"by the formula alone: {plan.why_not_compiled}"
-    how = f"by the compiler ({plan.compiled.seconds:.0f} s)"
-    return f"{how}; the formula says {gib(plan.formula.total)}"
+        return f"from the formula: {plan.why_not_compiled}"
+    return f"from the compiler ({plan.compiled.seconds:.0f} s); the formula gives {gib(plan.formula.total)}"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -66,19 +65,19 @@ def _memory(plan: Plan) -> list[str]:
 def _verdict(plan: Plan) -> list[str]:
     limit = plan.machine.device.memory
     if plan.fits:
-        lines = [f"fits, with {gib(limit - plan.total)} to spare"]
+        lines = [f"fits, with {gib(limit - plan.total)} free"]
     elif plan.total > limit:
-        lines = [f"does not fit: {gib(plan.total - limit)} too much on each device"]
+        lines = [f"does not fit: {gib(plan.total - limit)} too much per device"]
     else:
-        refusal = plan.compiled.refusal if plan.compiled is not None else "more tiles than the TPU kernel can list"
+        refusal = plan.compiled.refusal if plan.compiled is not None else "too many tiles for the TPU kernel"
         lines = [f"does not fit: {refusal}"]
     lines += [f"  {advice.say(each)}" for each in plan.advice]
     longest = plan.longest
     if longest.tokens == 0:
         return [*lines, "no context fits on this mesh"]
-    how = "by the formula" + (", corrected by the compiler's figure" if longest.compiled else "")
+    how = "from the formula" + (", corrected by the compiler" if longest.compiled else "")
     if longest.is_compiled:
-        how = "compiled" + (f"; {longest.too_long} does not" if longest.too_long else "; none longer was tried")
+        how = "compiled" + (f"; {longest.too_long} does not fit" if longest.too_long else "; nothing longer was tried")
     return [*lines, f"longest context that fits: {longest.tokens} tokens ({say_tokens(longest.tokens)}; {how})"]
 
 
@@ -87,12 +86,12 @@ def _time(plan: Plan) -> list[str]:
     parts = {
         "matrices": time.matrices,
         "attention": time.attention,
-        "memory (hidden where less)": time.memory,
-        "ring, not hidden": time.ring,
-        "parameters, not hidden": time.parameters,
-        "sums": time.sums,
+        "memory (overlaps)": time.memory,
+        "exposed ring": time.ring,
+        "exposed parameters": time.parameters,
+        "all-reduce": time.sums,
     }
-    of = " of what is measured below" if plan.machine.measured else ""
+    of = " of the measured rate" if plan.machine.measured else ""
     lines = [
         f"estimated step: {time.total:.3g} s, {tokens / time.total:.3g} tokens/s, {time.model_flops:.3g} operations, "
         f"MFU {time.mfu:.0%}{of}",
@@ -105,18 +104,18 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _rates(plan: Plan) -> str:
-    """What the estimate stands on."""
+    """Return the assumed or measured rates."""
     device, attained = plan.machine.device, attained_by(plan.workload, plan.machine)
     if plan.machine.measured:
         each = device.flops / 1e9
         return (
-            f"measured here just now, of each of {plan.machine.devices}: {each:.3g} GFLOP/s in a matrix product, "
+            f"measured per device ({plan.machine.devices} at once): {each:.3g} GFLOP/s in a matrix product, "
             f"{each * attained.attention:.3g} in attention, {device.bandwidth / 1e9:.2g} GB/s"
         )
-    by = " (by XLA: there is no kernel for it)" if kernel_of(plan.workload.model, device) == "xla" else ""
+    by = " (plain XLA, no kernel)" if kernel_of(plan.workload.model, device) == "xla" else ""
     return (
         f"assumed: {attained.matrices:.0%} of the bfloat16 peak in matrix products, {attained.attention:.0%} in "
-        f"attention{by}, {attained.memory:.0%} of the memory's and {attained.links:.0%} of the links' rate; not timed"
+        f"attention{by}, {attained.memory:.0%} of the memory and {attained.links:.0%} of the link rate; not timed"
     )
 
 
@@ -126,7 +125,7 @@ def _candidate(workload: Workload, compiled: Compiled | None) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All numbers: bytes, seconds, tokens."""
+    """Return all numbers of the plan in bytes, seconds and tokens."""
     compiled = plan.compiled
     return {
         "machine": dataclasses.asdict(plan.machine),

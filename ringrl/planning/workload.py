@@ -1,4 +1,4 @@
-"""What is planned: a run's configuration with its mesh, and the tokens of a context."""
+"""The workload of a plan: a run's configuration with its mesh, and the tokens per context."""
 
 import dataclasses
 import difflib
@@ -18,93 +18,93 @@ from ringrl.model.parallel import MESH_AXES
 from ringrl.model.tokens import TOKEN_SETS, TokenEmbedding
 from ringrl.training.mesh import check_divides
 
-OBSERVATION, ACTION = 24, 6  # walker's; other tasks differ by less than a thousandth of the memory
-MOST_TOKENS = 2**31 - 1  # of a context: positions are 32-bit
+OBSERVATION, ACTION = 24, 6  # sizes of the walker; other domains change the memory by less than 0.1 %
+MOST_TOKENS = 2**31 - 1  # per context, since positions are 32-bit
 SHAPES = ("3b", "7b", "13b", "30b", "350m")
 _UNUSED = {"data": "unused", "task": "unused", "run": "unused"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One optimiser step: `config` says the model, the mesh and the contexts, `tokens` how long each of these is."""
+    """One optimiser step: the configuration (model, mesh, number of contexts) and the tokens per context."""
 
     config: TrainConfig
     tokens: int
 
     @property
     def model(self) -> ModelConfig:
-        """What is trained."""
+        """The model's configuration."""
         return self.config.model
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of a context on each device."""
+        """Tokens of a context per device."""
         return self.tokens // self.config.mesh.seq
 
     @property
     def local_contexts(self) -> int:
-        """Contexts that a device computes at once."""
+        """Contexts that a device processes at once."""
         mesh, optimiser = self.config.mesh, self.config.optimiser
         return optimiser.batch_size // optimiser.accumulation // (mesh.data * mesh.fsdp)
 
     @property
     def is_in_blocks(self) -> bool:
-        """Whether the feed-forward layer takes fewer tokens at a time than a device has."""
+        """Whether the feed-forward layer processes a device's tokens in several blocks."""
         return self.model.attention in ("blockwise", "ring") and self.local_tokens > self.model.block_tokens
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a timestep."""
+        """Tokens per timestep."""
         return TOKEN_SETS[self.model.token_set].size
 
     @property
     def multiple(self) -> int:
-        """Tokens of a context are a multiple of this."""
+        """The unit of a context's length in tokens."""
         mesh = self.config.mesh
         return self.tokens_per_step * length_multiple(mesh.layout, mesh.seq)
 
     @property
     def mesh_in_words(self) -> str:
-        """For example fsdp 2 x seq 4."""
+        """The mesh as text, for example fsdp 2 x seq 4."""
         sizes = {axis: getattr(self.config.mesh, axis) for axis in MESH_AXES}
         return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
     @cached_property
     def parameters(self) -> "Parameters":
-        """How many there are."""
+        """The number of parameters."""
         return Parameters.of(self)
 
     def with_tokens(self, tokens: int) -> "Workload":
-        """The same with contexts of another length."""
+        """Return the workload with contexts of another length."""
         return dataclasses.replace(self, tokens=tokens)
 
     def with_settings(self, section: str, **values: Any) -> "Workload":
-        """The same with other settings of "model", "mesh" or "optimiser"."""
+        """Return the workload with other settings in "model", "mesh" or "optimiser"."""
         values = self.config.model_dump() | {section: getattr(self.config, section).model_dump() | values}
         return dataclasses.replace(self, config=TrainConfig.model_validate(values))
 
     def check(self) -> None:
-        """UserError where the mesh or the tokens do not divide."""
+        """Raise UserError if the mesh or the tokens do not divide."""
         check_divides(self.config)
         if self.tokens < self.multiple or self.tokens % self.multiple:
             near = max(1, round(self.tokens / self.multiple)) * self.multiple
             raise UserError(
-                f"--tokens {self.tokens}: is no multiple of {self.multiple} (tokens of a timestep x devices along the "
+                f"--tokens {self.tokens}: not a multiple of {self.multiple} (tokens per timestep x devices along the "
                 f"context x chunks of the layout {self.config.mesh.layout}); the nearest is {near}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Numbers of the model: in all, of one layer, and on one device of the mesh."""
+    """Numbers of parameters: of the model, of the matrices of one layer, and per device of the mesh."""
 
     total: int
-    layer: int  # matrices of one layer
+    layer: int
     device: float
 
     @classmethod
     def of(cls, workload: Workload) -> "Parameters":
-        """Counted from the shapes in ringrl/model (tests/planning compares them with the real ones)."""
+        """Count the parameters from the shapes in ringrl/model, without creating the model."""
         model, mesh = workload.model, workload.config.mesh
         width, hidden = model.width, model.feed_forward * model.width
         key_value = 2 * width * width * model.kv_heads // model.heads
@@ -123,9 +123,9 @@ class Parameters:
 
 
 def find_model(name: str) -> TrainConfig:
-    """The configuration of a shape ("7b"), a preset ("paper_350m") or of a run (runs/walk, or its config.yaml).
+    """Return the configuration of a shape ("7b"), a preset ("paper_350m") or a run (runs/walk, or its config.yaml).
 
-    UserError where it is none of them, or a model that sees no context.
+    UserError for other names, and for a model without context.
     """
     path = Path(name)
     if (path / "config.yaml").is_file():
@@ -137,22 +137,19 @@ def find_model(name: str) -> TrainConfig:
         wanted = aliases.get(name.lower(), name)
         if wanted not in known:
             near = difflib.get_close_matches(name.lower(), [*SHAPES, *known], n=3, cutoff=0.4) or ["7b"]
-            raise UserError(f"--model {name}: is not known; did you mean {' or '.join(near)}, or a run's folder?")
+            raise UserError(f"--model {name}: unknown; did you mean {' or '.join(near)}, or a run's folder?")
         path = preset(wanted)
     try:
         config = TrainConfig.model_validate(_UNUSED | read_yaml(path))
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     if not config.model.family.has_context:
-        raise UserError(f"--model {name}: {config.model.kind} sees no context; plan a transformer")
+        raise UserError(f"--model {name}: {config.model.kind} has no context; plan a transformer")
     return config
 
 
 def read_tokens(text: str) -> int:
-    """A number of tokens such as 32768, 512k or 8M: k is 1024 and M 1024 x 1024.
-
-    UserError where it is none.
-    """
+    """Parse a number of tokens such as 32768, 512k or 8M: k is 1024 and M is 1024 x 1024. UserError if invalid."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
     tokens = float(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2].lower()] if found else 0
     if tokens < 1 or tokens != int(tokens) or tokens > MOST_TOKENS:
@@ -161,7 +158,7 @@ def read_tokens(text: str) -> int:
 
 
 def say_tokens(tokens: int) -> str:
-    """131072 -> 128k."""
+    """Format a number of tokens: 131072 -> 128k."""
     if tokens >= 2**20:
         return f"{tokens / 2**20:.4g}M"
     return f"{tokens / 2**10:.4g}k" if tokens >= 2**10 else str(tokens)

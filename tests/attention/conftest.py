@@ -10,7 +10,7 @@ from ringrl.attention.mask import Rule, Side
 from ringrl.attention.reference import reference_attention
 
 Arrays = dict[str, np.ndarray]
-QUICK = {"xla_backend_optimization_level": 0}  # compiler option: the same mathematics, compiled in half the time
+QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 
 
 @partial(jax.jit, static_argnums=4, compiler_options=QUICK)
@@ -26,12 +26,12 @@ def _definition(qkv, cotangents, queries, keys, options):
 
 @pytest.fixture(scope="session")
 def quick() -> Callable[..., Callable]:
-    """jax.jit, compiled in half the time."""
+    """Return a jax.jit that compiles twice as fast."""
     return partial(jax.jit, compiler_options=QUICK)
 
 
 def random_arrays(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0) -> Arrays:
-    """Random q, k, v and cotangents do, dlse; float32."""
+    """Return random q, k, v and cotangents do, dlse; float32."""
     random = np.random.default_rng(seed)
     shapes = dict.fromkeys(("q", "do"), (batch, tokens, heads, head_dim))
     shapes |= dict.fromkeys(("k", "v"), (batch, tokens, kv_heads, head_dim)) | {"dlse": (batch, tokens, heads)}
@@ -47,9 +47,9 @@ def definition(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
 ) -> Arrays:
-    """o, lse, dq, dk, dv of the definition, in float64; `queries` and `keys` are (positions, segment_ids), (B, S).
+    """Return o, lse, dq, dk, dv of the definition, float64; `queries` and `keys` are (positions, segment_ids) (B, S).
 
-    The gradients are JAX's own, through the S x S logits: they share nothing with the code under test but the mask.
+    JAX differentiates through the S x S logits; only the mask is shared with the tested code.
     """
     with jax.enable_x64(True):
         q, k, v, do, dlse = (jnp.asarray(arrays[name], jnp.float64) for name in ("q", "k", "v", "do", "dlse"))

@@ -1,10 +1,9 @@
-"""Do the tests notice a broken ring? Break copies of it, as others have been broken, and see.
+"""Check that the tests detect a broken ring: break copies of the code and run the tests.
 
     python tests/attention/mutations.py [NAME ...]
 
-Each mutation replaces one piece of text in a copy of ringrl.attention, which is imported under a name of its own and
-must then fail one of the exactness checks of test_ring.py (RUNS). A piece of text that is no longer there is an error:
-a mutation that changes nothing shows nothing.
+Each mutation replaces one piece of text in a copy of ringrl.attention, which is imported under its own name and
+must fail one of the exactness checks of test_ring.py (RUNS). A mutation whose text is not found is an error.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import ringrl.attention
 
 
 class Mutation(NamedTuple):
-    """One mistake: in `file` of ringrl/attention, `before` becomes `after`."""
+    """One mutation: in `file` of ringrl/attention, `before` becomes `after`."""
 
     file: str
     before: str
@@ -115,7 +114,7 @@ MUTATIONS = {
 
 
 def mutate(name: str, folder: Path) -> ModuleType:
-    """A copy of ringrl.attention with one mistake, imported as a package of its own."""
+    """Return a copy of ringrl.attention with one mutation, imported as a separate package."""
     file, before, after = MUTATIONS[name]
     source = Path(ringrl.attention.__file__).parent
     package = f"broken_{name}"
@@ -138,7 +137,7 @@ def mutate(name: str, folder: Path) -> ModuleType:
 
 
 def notice(name: str, ring: ModuleType, checks: ModuleType) -> str:
-    """What was found wrong with a mutation; "" where it passes for right."""
+    """Return the failure caused by a mutation, or "" if the tests pass."""
     with tempfile.TemporaryDirectory() as folder:
         package = mutate(name, Path(folder))
     for run in ring.RUNS:
@@ -148,7 +147,7 @@ def notice(name: str, ring: ModuleType, checks: ModuleType) -> str:
 
 
 def load(name: str) -> ModuleType:
-    """A module of this folder."""
+    """Import a module of this folder."""
     specification = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert specification is not None
     assert specification.loader is not None
@@ -158,7 +157,7 @@ def load(name: str) -> ModuleType:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Try mutations, print what noticed each, and exit with 1 where one was not noticed."""
+    """Run mutations, print the failure of each, and exit with 1 if one is not detected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations; all by default")
     names = parser.parse_args(arguments).names or MUTATIONS
@@ -168,14 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ring, checks = load("test_ring"), load("conftest")
     for run in ring.RUNS:
         if wrong := ring.wrong_values(ringrl.attention, run, checks.random_arrays, checks.definition):
-            raise SystemExit(f"without any mutation, {run}: {', '.join(wrong)} wrong")
-    unnoticed = []
+            raise SystemExit(f"without mutation, {run}: {', '.join(wrong)} wrong")
+    undetected = []
     for name in names:
         found = notice(name, ring, checks)
-        print(f"{name:<50} {found or 'NOT NOTICED'}", flush=True)
-        unnoticed += [] if found else [name]
-    if unnoticed:
-        raise SystemExit(f"not noticed: {', '.join(unnoticed)}")
+        print(f"{name:<50} {found or 'NOT DETECTED'}", flush=True)
+        undetected += [] if found else [name]
+    if undetected:
+        raise SystemExit(f"not detected: {', '.join(undetected)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiled attention against the definition in float64: values, log-sum-exp, and each gradient on its own."""
+"""Tiled attention against the definition in float64: values, log-sum-exp and each gradient."""
 
 import itertools
 from functools import partial
@@ -58,14 +58,14 @@ EXTRA = ("causal_window", "everything")  # tried with grouped queries only
 
 @partial(jax.jit, static_argnums=7, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
 def attend(q, k, v, do, dlse, positions, segment_ids, options):
-    """The values of NAMES."""
+    """Return the values of NAMES."""
     side = Side(positions, segment_ids)
     values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, side, side, options, LOCAL), q, k, v)
     return *values, *backward((do, dlse))
 
 
 def assert_close(got: jax.Array, expected: np.ndarray, tolerance: float, what: str) -> None:
-    """Within `tolerance` of the largest entry; -inf in the same places, and zero where all is zero."""
+    """Compare within `tolerance` of the largest entry; -inf and all-zero arrays must match exactly."""
     got = np.asarray(got, np.float64)
     assert got.shape == expected.shape, what
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected), err_msg=what)
@@ -92,7 +92,7 @@ def test_values_and_gradients_equal_the_definition(mask, heads, cap, draw, oracl
             assert_close(value, expected[name], 1e-5, f"{name} with the cotangent of {cotangent}")
 
 
-def test_the_masks_above_meet_all_kinds_of_tiles():
+def test_masks_cover_all_kinds_of_tiles():
     met = {}
     for name, (rule, *sides) in MASKS.items():
         queries, keys = (
@@ -109,7 +109,7 @@ def test_the_masks_above_meet_all_kinds_of_tiles():
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 1030])
-def test_public_function_at_lengths_around_the_tiles(tokens, draw, oracle, quick):
+def test_lengths_around_the_tile_size(tokens, draw, oracle, quick):
     arrays = draw(1, tokens, 2, 1, 4)
     q, k, v, do, dlse = (arrays[name] for name in ("q", "k", "v", "do", "dlse"))
 
@@ -128,7 +128,7 @@ STATIC = ("is_causal", "local_window_size", "logits_soft_cap", "scale", "return_
 
 
 def test_defaults(draw, oracle, quick):
-    """Causal, positions 0 ... S-1, one segment, 1/sqrt(D), no window, no cap; an int is a window to both sides."""
+    """Causal, positions 0 ... S-1, one segment, 1/sqrt(D), no window, no cap; an int is a window on both sides."""
     arrays = draw(2, 21, 2, 2, 16)
     q, k, v = (arrays[name] for name in "qkv")
     order, one = np.tile(np.arange(21), (2, 1)), np.zeros((2, 21), int)
@@ -160,7 +160,7 @@ def test_half_precision(dtype, draw, oracle):
         assert_close(value, expected[name], tolerance, name)
 
 
-def test_it_works_in_64_bit_mode(draw, oracle):
+def test_64_bit_mode(draw, oracle):
     arrays = draw(1, 19, 2, 1, 8)
     side = np.arange(19)[None], np.zeros((1, 19), int)
     expected = oracle(arrays, side, side, Rule())

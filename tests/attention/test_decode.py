@@ -1,4 +1,4 @@
-"""Attention to a cache equals attention over the whole sequence, row by row."""
+"""Attention to a cache against attention over the whole sequence."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ TOKENS, CAPACITY = 11, 16
 
 
 def filled(x: np.ndarray, length: int, beyond: float) -> np.ndarray:
-    """A cache of CAPACITY tokens that holds the first `length`; what lies beyond is `beyond`."""
+    """A cache of CAPACITY tokens that contains the first `length`; slots beyond contain `beyond`."""
     cache = np.full((x.shape[0], CAPACITY, *x.shape[2:]), beyond, x.dtype)
     cache[:, :length] = x[:, :length]
     return cache
@@ -30,7 +30,7 @@ def filled(x: np.ndarray, length: int, beyond: float) -> np.ndarray:
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("new", [1, 3, TOKENS])
-def test_equals_attention_row_by_row(new, heads, draw):
+def test_equals_attention(new, heads, draw):
     arrays = draw(2, TOKENS, *heads, 8)
     q, k, v = (arrays[name] for name in "qkv")
     whole = jax.jit(partial(attention, scale=0.3))(q, k, v)
@@ -41,7 +41,7 @@ def test_equals_attention_row_by_row(new, heads, draw):
         np.testing.assert_allclose(got, whole[:, length - new : length], rtol=1e-5, atol=1e-5)
 
 
-def test_what_lies_beyond_the_length_changes_no_bit(draw):
+def test_slots_beyond_the_length_have_no_effect(draw):
     arrays = draw(1, TOKENS, 2, 1, 8)
     q, k, v = (arrays[name] for name in "qkv")
     results = [
@@ -53,8 +53,8 @@ def test_what_lies_beyond_the_length_changes_no_bit(draw):
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("shared", [1, 6], ids=lambda tokens: f"prefix-{tokens}")
-def test_a_prefix_equals_its_tokens_in_every_cache(shared, window, draw):
-    """All contexts begin with the tokens of the first one: held once, or by each."""
+def test_prefix_equals_its_tokens_in_every_cache(shared, window, draw):
+    """All contexts start with the same tokens, stored once or in each cache."""
     q, k, v = alike(draw(3, TOKENS, 4, 2, 8), shared)
     options = {"local_window_size": window, "logits_soft_cap": 2.0}
     whole = jax.jit(partial(attention, **options))(q, k, v)
@@ -68,7 +68,7 @@ def test_a_prefix_equals_its_tokens_in_every_cache(shared, window, draw):
             np.testing.assert_allclose(got, whole[:, tokens], rtol=1e-5, atol=1e-5)
 
 
-def test_several_prefixes_are_each_for_a_part_of_the_batch(draw):
+def test_each_prefix_belongs_to_a_part_of_the_batch(draw):
     q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
     for x in (q, k, v):
         x[1, :6], x[3, :6] = x[0, :6], x[2, :6]
@@ -78,7 +78,7 @@ def test_several_prefixes_are_each_for_a_part_of_the_batch(draw):
 
 
 @pytest.mark.parametrize(("prefixes", "parts"), [(1, 2), (2, 2), (4, 2), (2, 4), (8, 4)])
-def test_a_batch_that_is_divided_keeps_its_prefixes(prefixes, parts, eight_devices, draw):
+def test_prefixes_with_a_sharded_batch(prefixes, parts, eight_devices, draw):
     q, k, v = (draw(8, TOKENS, 4, 2, 8)[name] for name in "qkv")
     before = Prefix(k[:prefixes, :6], v[:prefixes, :6], 6)
     given = q[:, 9:], k[:, 6:10], v[:, 6:10]
@@ -90,22 +90,22 @@ def test_a_batch_that_is_divided_keeps_its_prefixes(prefixes, parts, eight_devic
     np.testing.assert_allclose(got, decode_attention(*given, length=4, prefix=before), rtol=1e-5, atol=1e-5)
 
 
-def test_prefixes_that_straddle_the_parts_of_a_batch_are_refused(eight_devices, draw):
+def test_prefixes_across_shards_of_the_batch_raise(eight_devices, draw):
     q, k, v = (draw(6, TOKENS, 4, 2, 8)[name] for name in "qkv")
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("data", "seq"))
-    with pytest.raises(ValueError, match=r"^prefix: 3 prefixes do not divide among the 2 parts"):
+    with pytest.raises(ValueError, match=r"^prefix: expected a number of prefixes that divides the 2 shards"):
         decode_attention(q, k, v, length=TOKENS, prefix=Prefix(k[:3], v[:3], 1), mesh=mesh, batch_axes="data")
 
 
 def alike(arrays: dict[str, np.ndarray], shared: int) -> list[np.ndarray]:
-    """The q, k and v of contexts that begin with the same `shared` tokens."""
+    """Return q, k and v of contexts that start with the same `shared` tokens."""
     for x in arrays.values():
         x[:, :shared] = x[:1, :shared]
     return [arrays[name] for name in "qkv"]
 
 
-def test_a_cache_of_another_dtype_than_the_queries(draw):
-    """Keys and values are rounded once, when they are kept; nothing else is lost but q's own rounding."""
+def test_cache_with_another_dtype_than_the_queries(draw):
+    """Keys, values and q are each rounded once."""
     arrays = draw(2, TOKENS, 4, 2, 16)
     q, k, v = (arrays[name] for name in "qkv")
     kept = [append_to_cache(jnp.zeros((2, CAPACITY, 2, 16), jnp.bfloat16), x, 0) for x in (k, v)]
@@ -124,7 +124,7 @@ def test_default_scale_and_bfloat16(draw):
     np.testing.assert_allclose(np.asarray(got, np.float32), exact, atol=0.02)
 
 
-def test_arguments_that_do_not_fit_are_named(draw):
+def test_invalid_arguments_are_named(draw):
     arrays = draw(1, TOKENS, 4, 2, 8)
     q, k, v = (arrays[name] for name in "qkv")
     wrong = [
@@ -160,7 +160,7 @@ def mesh(eight_devices: None) -> Mesh:
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_sharded_cache_fills_and_grows(window, mesh, draw):
-    """Tokens arrive 1, 2, 3, ... at a time, the cache doubles when it is full: attention over the whole, row by row."""
+    """Tokens arrive 1, 2, 3, ... at a time, and a full cache doubles; results equal attention over the whole."""
     arrays = draw(2, 26, 4, 2, 8)
     q, k, v = (arrays[name] for name in "qkv")
     options = {"local_window_size": window, "logits_soft_cap": 2.0}
@@ -191,7 +191,7 @@ def test_sharded_cache_fills_and_grows(window, mesh, draw):
 
 
 def test_sharded_prefix(mesh, draw):
-    """Six shared tokens over four devices, and five of each context's own."""
+    """Six shared tokens over four devices, and five own tokens per context."""
     q, k, v = alike(draw(2, TOKENS, 4, 2, 8), 6)
     whole = jax.jit(attention)(q, k, v)
     place = NamedSharding(mesh, PartitionSpec(None, "seq"))
@@ -204,8 +204,8 @@ def test_sharded_prefix(mesh, draw):
 
 @pytest.mark.parametrize("new", [1, 2, 5])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_a_step_copies_no_cache(shards, new, mesh):
-    """XLA copied it eight times over where one token was written and attended to in one program."""
+def test_step_does_not_copy_the_cache(shards, new, mesh):
+    """XLA copied the cache eight times in a program that writes a single slot and attends to it."""
     where = {} if shards == 1 else {"mesh": mesh, "batch_axes": "data"}
     placed = None if shards == 1 else NamedSharding(mesh, PartitionSpec("data", "seq"))
     cache = jax.ShapeDtypeStruct((2, 256, 1, 8), jnp.float32, sharding=placed)
@@ -222,8 +222,8 @@ def test_a_step_copies_no_cache(shards, new, mesh):
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-def test_tokens_are_written_where_they_belong_and_nowhere_else(shards, mesh):
-    """Any number of them, behind any number, up to the last slot, also where fewer fit than are looked at."""
+def test_tokens_are_written_to_their_slots_only(shards, mesh):
+    """Any number of tokens at any length, up to the last slot."""
     where = {} if shards == 1 else {"mesh": mesh, "batch_axes": "data"}
     append = jax.jit(partial(append_to_cache, **where))
     for capacity in (shards, 2 * shards, 8):
@@ -237,7 +237,7 @@ def test_tokens_are_written_where_they_belong_and_nowhere_else(shards, mesh):
                 np.testing.assert_array_equal(append(blank, x, length), expected, err_msg=f"{capacity, length, new}")
 
 
-def test_cache_arguments_that_do_not_fit_are_named():
+def test_invalid_cache_arguments_are_named():
     cache = jnp.zeros((2, 8, 2, 4))
     with pytest.raises(ValueError, match=r"^new: "):
         append_to_cache(cache, jnp.zeros((2, 9, 2, 4)), 0)

@@ -1,4 +1,4 @@
-"""What a mask hides stays hidden, rows that see nothing, parts that add up, and arguments that do not fit."""
+"""Hidden keys, queries without visible keys, sums over parts of the keys, and invalid arguments."""
 
 from functools import partial
 
@@ -24,13 +24,13 @@ def side(positions: np.ndarray, segment_ids: np.ndarray) -> Side:
 
 @partial(jax.jit, static_argnums=7, compiler_options={"xla_backend_optimization_level": 0})
 def local(q, k, v, do, dlse, queries, keys, options):
-    """(o, lse), (dq, dk, dv) of queries and keys that stand in different places."""
+    """Return (o, lse), (dq, dk, dv) of queries and keys with different positions."""
     values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, queries, keys, options, LOCAL), q, k, v)
     return values, backward((do, dlse))
 
 
 def gradients(arrays: dict[str, np.ndarray], **options) -> tuple[jax.Array, ...]:
-    """o, lse, dq, dk, dv of the public function."""
+    """Return o, lse, dq, dk, dv of the public function."""
 
     @jax.jit
     def run(q, k, v, do, dlse):
@@ -42,8 +42,8 @@ def gradients(arrays: dict[str, np.ndarray], **options) -> tuple[jax.Array, ...]
 
 @pytest.mark.parametrize("cap", [None, 2.0], ids=["no_cap", "cap"])
 @pytest.mark.parametrize("why", ["segment", "causal", "window"])
-def test_queries_that_see_no_key(why, cap, draw, oracle):
-    """Queries and keys of different places, as a device of a ring has them; some queries see nothing at all."""
+def test_queries_without_visible_keys(why, cap, draw, oracle):
+    """Queries and keys have different positions, as on a device of a ring; some queries see no key."""
     arrays = draw(2, 20, 4, 2, 8)
     arrays |= {name: arrays[name][:, :13] for name in ("k", "v")}
     order, zero = np.tile(np.arange(20), (2, 1)), np.zeros((2, 20), int)
@@ -61,7 +61,7 @@ def test_queries_that_see_no_key(why, cap, draw, oracle):
     blind = np.isneginf(expected["lse"])
     assert blind.any()
     assert not blind.all()
-    arrays["dlse"][blind] = np.nan  # what flows into a constant must not come out of it
+    arrays["dlse"][blind] = np.nan  # the cotangent of a constant must not spread
     qkv = [arrays[name] for name in NAMES]
     (o, lse), found = local(*qkv, arrays["do"], arrays["dlse"], side(*queries), side(*keys), options)
     np.testing.assert_array_equal(np.isneginf(lse), blind)
@@ -79,8 +79,8 @@ def test_queries_that_see_no_key(why, cap, draw, oracle):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_another_segment_changes_no_bit(is_causal, draw):
-    """Also inside one tile: values, log-sum-exp and gradients of a segment do not know that there are others."""
+def test_other_segments_have_no_effect(is_causal, draw):
+    """Values, log-sum-exp and gradients of a segment are bit-identical with other segments in the same tile."""
     arrays = draw(2, 40, 4, 2, 8)
     segments = np.repeat([0, 1, 0, 2], [9, 8, 14, 9])
     mine, other = segments == 0, segments == 1
@@ -95,8 +95,8 @@ def test_another_segment_changes_no_bit(is_causal, draw):
         assert (np.asarray(x)[:, other] != np.asarray(y)[:, other]).any(), name
 
 
-def test_hidden_tiles_are_not_touched(draw):
-    """A skipped tile is never read: NaN in it stays there."""
+def test_hidden_tiles_are_not_read(draw):
+    """NaN in a skipped tile does not spread."""
     arrays = draw(1, 64, 2, 2, 8)
     options = Options(Rule(), 0.3, None, 16, 16)
     order = side(np.arange(64)[None], np.zeros((1, 64)))
@@ -115,12 +115,12 @@ def test_large_logits_do_not_overflow(draw):
     o, lse, *found = gradients(arrays)
     for name, x in zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *found), strict=True):
         assert np.isfinite(x).all(), name
-    # Weights are at most 1, although the log-sum-exp is known only to hundreds here.
+    # Weights are at most 1, although the log-sum-exp has an error of hundreds here.
     assert np.abs(found[2]).max() <= np.abs(arrays["do"]).sum(1).max()
 
 
 def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
-    """The contract of kernels: forward parts merge by log-sum-exp, backward parts share the global one and delta."""
+    """Forward parts merge by log-sum-exp; backward parts share the global log-sum-exp and delta."""
     arrays = draw(1, 36, 4, 2, 8)
     q, k, v, do, dlse = (arrays[name] for name in ("q", "k", "v", "do", "dlse"))
     rule, options = Rule(), Options(Rule(), 0.4, 3.0, 8, 8)
@@ -132,7 +132,7 @@ def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
     kv = jnp.stack([k, v], axis=1)
     parts = [
         Inputs(q, kv[:, :, a:b], queries, side(*(x[:, a:b] for x in whole))) for a, b in ((0, 5), (5, 30), (30, 36))
-    ]  # uneven; of the first five queries, only the first part holds visible keys
+    ]  # only the first part contains visible keys of the first five queries
     forward, backward = (quick(f, static_argnums=1) for f in (xla.forward, xla.backward))
     outputs = [[np.asarray(x) for x in forward(part, options)] for part in parts]
     lse = np.logaddexp.reduce([part_lse for _, part_lse in outputs])
@@ -156,7 +156,7 @@ def test_gradients_of_parts_of_the_keys_add_up(draw, oracle, quick):
         np.testing.assert_allclose(dkv[:, i], expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_arguments_that_do_not_fit_are_named(draw):
+def test_invalid_arguments_are_named(draw):
     arrays = draw(2, 6, 4, 2, 8)
     q, k, v = (jnp.asarray(arrays[name]) for name in NAMES)
     wrong = [

@@ -30,7 +30,7 @@ def test_equals_flax_with_a_causal_mask():
     )
 
 
-def test_what_would_be_ignored_is_refused():
+def test_mask_and_dropout_raise():
     x = jnp.ones((1, 4, 8))
     attention_fn = as_attention_fn(attention)
     with pytest.raises(ValueError, match=r"^mask: "):

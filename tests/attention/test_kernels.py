@@ -1,4 +1,4 @@
-"""Which kernel computes what, and that none is asked for what it does not do."""
+"""The choice of kernels by device, dtype, head_dim and length."""
 
 import logging
 import re
@@ -48,7 +48,7 @@ def nothing_said_yet() -> None:
         (Device("gpu", "NVIDIA GeForce RTX 2000"), "xla"),
     ],
 )
-def test_the_kernel_of_a_device(device, kernel):
+def test_kernel_of_a_device(device, kernel):
     assert kernels.with_kernel(OPTIONS, None, queries(), device).implementation == kernel
     assert kernels.with_kernel(OPTIONS, "xla", queries(), device).implementation == "xla"
 
@@ -63,7 +63,7 @@ def test_the_kernel_of_a_device(device, kernel):
         (A100, queries(), "no kernel for NVIDIA A100"),
     ],
 )
-def test_a_fallback_is_said_once_and_refused_where_it_was_not_asked_for(device, q, reason, caplog):
+def test_fallback_is_logged_once_and_a_named_kernel_raises(device, q, reason, caplog):
     with caplog.at_level(logging.WARNING, "ringrl.attention"):
         for _ in range(3):
             assert kernels.with_kernel(OPTIONS, None, q, device).implementation == "xla"
@@ -74,19 +74,19 @@ def test_a_fallback_is_said_once_and_refused_where_it_was_not_asked_for(device, 
             kernels.with_kernel(OPTIONS, kernels.native_to(device), q, device)
 
 
-def test_a_cpu_says_nothing(caplog):
+def test_cpu_logs_nothing(caplog):
     kernels.with_kernel(OPTIONS, None, queries("float32"), CPU)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["mosaic_tpu", "mosaic_gpu"])
-def test_a_kernel_of_another_device_is_refused(name):
+def test_kernel_of_another_device_raises(name):
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=f"^implementation: '{name}' does not run on cpu; use 'xla'"):
         attention(q, q, q, implementation=name)
 
 
-def test_pallas_is_not_imported_before_it_is_needed():
+def test_pallas_is_imported_lazily():
     code = "import sys, ringrl.attention; sys.exit('jax.experimental.pallas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -95,8 +95,8 @@ TPU_V5P = AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "all_gather", "ring"])
-def test_what_is_too_long_for_a_tpu_falls_to_xla(strategy, caplog):
-    """Forward and backward alike, as far as the kernel was left to choose; by name it refuses."""
+def test_too_long_sequences_on_a_tpu_fall_back_to_xla(strategy, caplog):
+    """Forward and backward pass fall back without a named kernel; a named kernel raises."""
     mesh = AbstractMesh((8,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=TPU_V5P)
     x = jax.ShapeDtypeStruct((1, 2**20, 8, 128), jnp.bfloat16)
 
@@ -107,11 +107,11 @@ def test_what_is_too_long_for_a_tpu_falls_to_xla(strategy, caplog):
     with jax.sharding.use_abstract_mesh(mesh), caplog.at_level("WARNING", "ringrl.attention"):
         assert [g.shape for g in gradients(None)] == [x.shape] * 3
         if strategy == "ring":
-            assert not caplog.messages, "its hops are short"
+            assert not caplog.messages, "the blocks of a hop are short"
             return
         assert len(caplog.messages) == 1
         assert re.search(
             "falls back to plain XLA: q, k: 1 x .* queries and 1048576 keys per device", caplog.messages[0]
         )
-        with pytest.raises(ValueError, match="more tiles than the 131072 pairs"):
+        with pytest.raises(ValueError, match="exceed the 131072 pairs"):
             gradients("mosaic_tpu")

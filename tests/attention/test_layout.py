@@ -1,4 +1,4 @@
-"""Layouts against a plain NumPy definition, and what they are for: equal work on every device."""
+"""Layouts against a NumPy definition, and their balance of causal work."""
 
 import math
 
@@ -14,7 +14,7 @@ from ringrl.attention.layout import LAYOUTS, check_length, length_multiple
 
 
 def order(layout: str, length: int, ring: int) -> np.ndarray:
-    """Which token comes where, by the definition: the tokens of device 0, then those of device 1, ..."""
+    """Return the order of tokens by definition: the tokens of device 0, then of device 1, ..."""
     tokens = np.arange(length)
     if layout == "contiguous" or ring == 1:
         return tokens
@@ -38,7 +38,7 @@ def sequences(draw) -> tuple[str, int, int, np.ndarray, int]:
 
 @settings(max_examples=25)
 @given(sequences())
-def test_layouts_are_the_permutation_of_the_definition_and_back(sequence):
+def test_to_layout_equals_the_definition_and_from_layout_inverts_it(sequence):
     layout, ring, length, x, axis = sequence
     there = to_layout(x, layout, ring, axis)
     np.testing.assert_array_equal(there, np.take(x, order(layout, length, ring), axis))
@@ -47,7 +47,7 @@ def test_layouts_are_the_permutation_of_the_definition_and_back(sequence):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ring", [1, 2, 3, 8])
-def test_positions_are_those_of_the_tokens(layout, ring):
+def test_positions_match_the_tokens(layout, ring):
     length = 2 * length_multiple(layout, ring)
     expected = order(layout, length, ring)
     np.testing.assert_array_equal(layout_positions(layout, length, ring), expected)
@@ -59,7 +59,7 @@ def test_positions_are_those_of_the_tokens(layout, ring):
 
 
 def visible_pairs(layout: str, length: int, ring: int) -> np.ndarray:
-    """(hop, device): pairs of a query and a key at or before it, when device r holds the keys of device r - hop."""
+    """Return the number of visible pairs (hop, device) when device r holds the keys of device r - hop."""
     tokens = np.split(order(layout, length, ring), ring)
     return np.array(
         [[(tokens[r][:, None] >= tokens[(r - hop) % ring]).sum() for r in range(ring)] for hop in range(ring)]
@@ -68,7 +68,7 @@ def visible_pairs(layout: str, length: int, ring: int) -> np.ndarray:
 
 @pytest.mark.parametrize("ring", [2, 4, 8])
 def test_causal_work_is_balanced(ring):
-    """Zigzag: the same on every device in every hop. Striped: to half a local chunk. Contiguous: not at all."""
+    """Zigzag has equal work on every device in every hop, striped up to half a local chunk."""
     tokens = 64
     local = tokens // ring
     own = np.array([shard_positions("zigzag", ring, local, r) for r in range(ring)])
@@ -87,7 +87,7 @@ def test_causal_work_is_balanced(ring):
     ("layout", "ring", "length", "nearest"),
     [
         ("zigzag", 4, 21, "16 or 24"),
-        ("zigzag", 4, 3, "has 8 "),
+        ("zigzag", 4, 3, "use 8 tokens"),
         ("striped", 4, 21, "20 or 24"),
         ("contiguous", 8, 9, "8 or 16"),
     ],
@@ -111,19 +111,19 @@ def test_errors_name_the_argument():
         ("^axis: 2 ", lambda: to_layout(x, "zigzag", 2, axis=2)),
         ("^axis: -3 ", lambda: pad_to_layout(x, "zigzag", 2, axis=-3)),
         ("^layout: 'spiral'", lambda: shard_positions("spiral", 2, 4, 0)),
-        ("^local_length: a sequence of 6 does not divide", lambda: shard_positions("zigzag", 2, 3, 0)),
-        ("^x: expected integers of 32 bits", lambda: to_layout(np.array([[5, 2**32 + 5]]), "striped", 2)),
-        ("^x: expected integers of 32 bits", lambda: from_layout(np.array([[5, -(2**31) - 1]]), "striped", 2)),
-        ("^x: expected integers of 32 bits", lambda: pad_to_layout(np.array([[5, 2**33]]), "striped", 2)),
-        ("^value: 256 is none of uint8", lambda: pad_to_layout(x.astype(np.uint8), "striped", 2, value=256)),
-        ("^value: -1 is none of uint32", lambda: pad_to_layout(x.astype(np.uint32), "striped", 2, value=-1)),
-        ("^value: 0.5 is none of int32", lambda: pad_to_layout(x.astype(np.int32), "striped", 2, value=0.5)),
+        ("^local_length: a sequence of 6 tokens does not divide", lambda: shard_positions("zigzag", 2, 3, 0)),
+        ("^x: expected 32-bit integers", lambda: to_layout(np.array([[5, 2**32 + 5]]), "striped", 2)),
+        ("^x: expected 32-bit integers", lambda: from_layout(np.array([[5, -(2**31) - 1]]), "striped", 2)),
+        ("^x: expected 32-bit integers", lambda: pad_to_layout(np.array([[5, 2**33]]), "striped", 2)),
+        ("^value: 256 is not a value of .*uint8", lambda: pad_to_layout(x.astype(np.uint8), "striped", 2, value=256)),
+        ("^value: -1 is not a value of .*uint32", lambda: pad_to_layout(x.astype(np.uint32), "striped", 2, value=-1)),
+        ("^value: 0.5 is not a value of .*int32", lambda: pad_to_layout(x.astype(np.int32), "striped", 2, value=0.5)),
     ):
         with pytest.raises(ValueError, match=message):
             call()
 
 
-def test_wide_integers_that_fit_keep_their_values():
+def test_int64_within_32_bits_keeps_its_values():
     ids = np.array([[5, 2**31 - 1, -(2**31), 7]])
     np.testing.assert_array_equal(from_layout(to_layout(ids, "striped", 2), "striped", 2), ids)
     np.testing.assert_array_equal(pad_to_layout(ids, "striped", 8, value=-1)[0, 4:], -1)
@@ -131,7 +131,7 @@ def test_wide_integers_that_fit_keep_their_values():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16])
-def test_padding_is_the_least_that_divides(layout, length):
+def test_padding_is_minimal(layout, length):
     x = np.ones((2, length, 3), np.int32)
     padded = pad_to_layout(x, layout, 4, value=7)
     added = padded.shape[1] - length

@@ -1,4 +1,4 @@
-"""The one rule, against plain Python; tile kinds against the rule; the oracle against a loop."""
+"""The mask rule against plain Python, tile kinds against the rule, and the oracle against a loop."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ rules = st.builds(Rule, is_causal=st.booleans(), window=st.none() | st.tuples(st
 
 
 def tokens(size: int) -> st.SearchStrategy[tuple[list[int], list[int]]]:
-    """Positions and segment ids of a tile: near each other, as tiles of a long sequence are, or anywhere."""
+    """Return positions and segment ids of a tile, close together or arbitrary."""
     near = st.integers(-20, 20).flatmap(lambda start: st.just(list(range(start, start + size))))
     positions = near | st.lists(st.integers(-20, 20), min_size=size, max_size=size)
     same = st.integers(0, 2).map(lambda segment: [segment] * size)
@@ -48,8 +48,8 @@ def test_rule_and_tile_kinds(rule, queries, keys):
     assert bool(kind.any_visible) >= allowed.any(), "skipped where some pair is visible"
 
 
-def test_tiles_in_order_are_told_apart_exactly():
-    """Of one segment in order, the extremes decide without error: nothing is computed or masked in vain."""
+def test_tile_kinds_are_exact_for_tokens_in_order():
+    """For one segment in order, minima and maxima classify every tile exactly."""
     for rule in (Rule(), Rule(False), Rule(True, (9, 0)), Rule(False, (11, 3)), Rule(False, (0, 8))):
         for start in range(-24, 25):
             queries, keys = side((list(range(4)), [0] * 4)), side((list(range(start, start + 6)), [0] * 6))
@@ -57,7 +57,7 @@ def test_tiles_in_order_are_told_apart_exactly():
             assert (bool(kind.any_visible), bool(kind.all_visible)) == (bool(allowed.any()), bool(allowed.all()))
 
 
-def test_no_window_is_too_wide(draw, quick):
+def test_windows_up_to_int32(draw, quick):
     q, k, v = (draw(1, 13, 2, 2, 8)[name] for name in "qkv")
     unlimited, *windows = (
         quick(partial(attention, is_causal=False, local_window_size=size))(q, k, v)
@@ -75,7 +75,7 @@ def test_any_segment_id_is_a_segment(draw, quick):
         np.testing.assert_allclose(got, attend(q, k, v), rtol=1e-6, atol=1e-6, err_msg=str(segment))
 
 
-def test_the_oracle_is_the_definition(draw):
+def test_oracle_equals_the_definition(draw):
     arrays = draw(2, 6, 4, 2, 3)
     q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
     positions, segments = np.array([[3, 1, 2, 9, 0, 5]] * 2), np.array([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 4]])

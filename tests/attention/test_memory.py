@@ -1,4 +1,4 @@
-"""Memory per device does not depend on how many devices the ring has."""
+"""Scratch memory per device against the size of the ring."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ LOCAL_TOKENS = 512
 
 
 def scratch_bytes(ring: int, strategy: str) -> int:
-    """Scratch of forward and backward pass per device, as the compiler counts it."""
+    """Return the scratch memory of forward and backward pass per device, from the compiler."""
     mesh = Mesh(np.array(jax.devices()[:ring]), ("seq",))
     sharding = NamedSharding(mesh, PartitionSpec(None, "seq"))
     q = jax.ShapeDtypeStruct((1, ring * LOCAL_TOKENS, 2, 64), jnp.float32, sharding=sharding)
@@ -26,12 +26,12 @@ def scratch_bytes(ring: int, strategy: str) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_scratch_memory_is_flat_in_the_size_of_the_ring():
+def test_scratch_memory_is_constant_in_the_ring_size():
     two, eight = (scratch_bytes(ring, "ring") for ring in (2, 8))
     assert two > 2 * LOCAL_TOKENS * 2 * 64 * 4, "at least keys and values of one block"
     assert abs(eight - two) <= 0.05 * two
 
 
-def test_an_all_gather_is_not():
-    """The same measurement does see memory that grows."""
+def test_scratch_memory_of_all_gather_grows():
+    """The measurement detects growing memory."""
     assert scratch_bytes(8, "all_gather") > 2 * scratch_bytes(2, "all_gather")

@@ -1,7 +1,7 @@
-"""The Hopper kernels against the definition in float64, in JAX's GPU interpret mode: copies, barriers, loops and lists
-of visits are the kernels' own; only products and layouts of registers are plain arithmetic (hopper.Warpgroup).
+"""The Hopper kernels in JAX's GPU interpret mode against the definition in float64.
 
-Not seen here: that tensor cores compute what they are asked to. benchmarks/attention_gpu.py checks that on a GPU.
+Copies, barriers, loops and lists of visits are tested. Products are plain arithmetic (hopper.Warpgroup);
+benchmarks/attention_gpu.py tests the tensor cores on a GPU.
 """
 
 from collections.abc import Callable
@@ -24,22 +24,22 @@ interpreter = pytest.importorskip(
 )
 callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
 
-pytestmark = pytest.mark.usefixtures("eight_devices")  # each warpgroup needs a thread of its own
+pytestmark = pytest.mark.usefixtures("eight_devices")  # each warpgroup needs its own thread
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
-TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # of the largest value: both round weights and gradients of logits
-QUICK = {"xla_backend_optimization_level": 0}  # compiler option: the same mathematics, compiled in half the time
+TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # relative to the largest value
+QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 PLAIN = Rule(is_causal=False)
 
 
 def sides(*arrays: np.ndarray) -> tuple[Side, Side]:
-    """(queries, keys) from their positions and segments."""
+    """Return (queries, keys) from their positions and segments."""
     q_positions, q_segments, k_positions, k_segments = (jnp.asarray(x, jnp.int32) for x in arrays)
     return Side(q_positions, q_segments), Side(k_positions, k_segments)
 
 
 def places(queries: int, keys: int, kinds: tuple[str, ...]) -> tuple[np.ndarray, ...]:
-    """Positions and segments of queries and keys, one context of each kind."""
+    """Return positions and segments of queries and keys, one context of each kind."""
     random, tokens = np.random.default_rng(1), max(queries, keys)
     of_kind = {
         "in_order": (np.arange(tokens), np.zeros(tokens)),
@@ -52,7 +52,7 @@ def places(queries: int, keys: int, kinds: tuple[str, ...]) -> tuple[np.ndarray,
 
 
 class Case:
-    """Inputs rounded to the kernel's dtype, what the definition makes of them, and what the kernels do."""
+    """Inputs rounded to the kernel's dtype, with the results of the definition and of the kernels."""
 
     def __init__(self, draw: Callable, oracle: Callable, where: tuple, dtype: str, head_dim: int, options: Options):
         (batch, queries), keys = where[0].shape, where[2].shape[1]
@@ -74,7 +74,7 @@ class Case:
         self.expected = {name: np.asarray(by_head(jnp.asarray(expected[name], jnp.float32), 1)) for name in NAMES}
 
     def forward(self, start: Partial | None = None, keys: slice = slice(None), **interpreted: Any) -> Partial:
-        """Over some of the keys."""
+        """Run the forward kernel over some of the keys."""
         side = Side(*(x[:, keys] for x in self.inputs.keys))
         inputs = self.inputs._replace(kv=self.inputs.kv[:, :, keys], keys=side)
         parameters = interpreter.InterpretGPUParams(**interpreted)
@@ -82,7 +82,7 @@ class Case:
         return jax.jit(lambda inputs, start: run(inputs, start=start), compiler_options=QUICK)(inputs, start)
 
     def backward(self, **interpreted: Any) -> tuple[jax.Array, ...]:
-        """dq, dk, dv from the definition's log-sum-exp and output, so that it is checked alone."""
+        """Return dq, dk, dv from the definition's log-sum-exp and output, which checks the backward pass alone."""
         lse = jnp.asarray(self.expected["lse"])
         dlse = jnp.where(jnp.isneginf(lse), 0, self.dlse)
         delta = (self.expected["o"] * self.do.astype(jnp.float32)).sum(-1) - dlse
@@ -94,7 +94,7 @@ class Case:
         return dq, dkv[:, 0], dkv[:, 1]
 
     def check(self, **found: jax.Array) -> None:
-        """Each on its own; what sees nothing is exactly 0 and -inf."""
+        """Check each result; queries without visible keys give exactly 0 and -inf."""
         blind = np.isneginf(self.expected["lse"])
         for name, x in found.items():
             x, expected = np.asarray(x), self.expected[name]
@@ -109,14 +109,14 @@ class Case:
 
 
 def with_blind_queries(where: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """Two contexts more: in one the second half of the queries sees no key, in the other none does."""
+    """Add two contexts: half of the queries sees no key in one, no query in the other."""
     q_positions, q_segments, k_positions, k_segments = (np.concatenate([x, x[:1], x[:1]]) for x in where)
     q_segments[-2, q_segments.shape[1] // 2 :] = q_segments[-1] = 9
     return q_positions, q_segments, k_positions, k_segments
 
 
 CASES = {
-    # A group of two query heads on a key head throughout; lengths that no tile divides, S != K.
+    # Two query heads per key head; lengths that no tile divides, S != K.
     "causal": (with_blind_queries(places(100, 150, ("packed", "shuffled", "zigzag"))), "bfloat16", Rule()),
     "window": (places(140, 70, ("in_order",)), "float16", Rule(is_causal=False, window=(40, 20))),
 }
@@ -124,7 +124,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_each_gradient(name, draw, oracle):
-    """Also of queries that see no key, and of keys that no query sees: what is not written would be NaN."""
+    """Includes queries without visible keys and keys without visible queries; unwritten memory would be NaN."""
     where, dtype, rule = CASES[name]
     case = Case(draw, oracle, where, dtype, 64, Options(rule, 0.2, None, 64, 64))
     if name == "causal":
@@ -136,16 +136,16 @@ def test_values_and_each_gradient(name, draw, oracle):
     case.check(**dict(zip(("dq", "dk", "dv"), case.backward(uninitialized_memory="nan"), strict=True)))
 
 
-def test_forward_goes_on_from_where_it_began(draw, oracle):
-    """Two halves of the keys in turn; the second of which the first queries do not see."""
+def test_forward_continues_from_start(draw, oracle):
+    """Two halves of the keys in turn; the first queries do not see the second half."""
     case = Case(draw, oracle, places(130, 130, ("in_order",)), "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
     later = case.forward(keys=slice(64, None))
     assert np.isneginf(np.asarray(later.lse).reshape(2, 130)[:, :64]).all()
     case.check(**dict(zip(("o", "lse"), case.forward(later, keys=slice(64)), strict=True)))
 
 
-def test_hidden_tiles_are_not_touched_and_no_copy_races(draw, oracle):
-    """NaN in a tile that nobody sees stays there; and every read of a slot waits for its copy, every copy for reads."""
+def test_hidden_tiles_are_not_read_and_copies_do_not_race(draw, oracle):
+    """NaN in a hidden tile does not spread; reads of a slot wait for copies, and copies for reads."""
     q_positions, q_segments, k_positions, k_segments = places(128, 192, ("in_order",))
     where = (q_positions, q_segments, k_positions, np.where(np.arange(192) < 128, k_segments, 9))
     case = Case(draw, oracle, where, "bfloat16", 128, Options(PLAIN, 0.2, 2.0, 64, 64))
@@ -160,7 +160,7 @@ def test_hidden_tiles_are_not_touched_and_no_copy_races(draw, oracle):
         case.check(**{name: x[:, :128]})
 
 
-def test_what_is_not_taken_is_refused_by_name():
+def test_unsupported_arguments_are_named():
     options = Options(Rule(), 0.3)
     assert unsupported(jnp.bfloat16, 128, options) is None
     refused = [

@@ -1,7 +1,6 @@
-"""The Hopper kernels compiled ahead of time for an H200 that need not be there: layouts, shared memory and barriers are
-accepted by the compiler down to machine code, also inside shard_map. It proves no number.
+"""The Hopper kernels compile ahead of time for an H200 (no GPU needed), also inside shard_map. No values are tested.
 
-Needs the CUDA plugin, which `pip install "jax[cuda13]"` brings in jax's own version; skipped without it.
+Needs the CUDA plugin in jax's version (`pip install "jax[cuda13]"`); skipped without it.
 """
 
 import importlib.util
@@ -42,7 +41,7 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
-SPECS = {  # of a ring's shard: the axis of tokens is split
+SPECS = {  # specifications of a ring's shard: the token axis is sharded
     "rows": PartitionSpec(None, "seq"),
     "kv": PartitionSpec(None, None, "seq"),
 }
@@ -50,7 +49,7 @@ SPECS = {  # of a ring's shard: the axis of tokens is split
 
 @pytest.fixture(scope="module", autouse=True)
 def gpus_are_of_cuda() -> Iterator[None]:
-    """JAX asks its devices whether "gpu" means CUDA or ROCm; where there is none, this answers."""
+    """Let JAX treat "gpu" as CUDA without a GPU."""
     from jax._src import xla_bridge
 
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +59,7 @@ def gpus_are_of_cuda() -> Iterator[None]:
 
 
 def compile_ring_step(devices: int, options: Options, shape: tuple[int, ...], keys: int, dtype: str) -> str:
-    """Two hops of a forward pass and one backward step on H200s, of (B, Hkv, G, S, D): the compiled program."""
+    """Compile two hops of a forward pass and one backward step (B, Hkv, G, S, D) for H200s."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{devices}")
     mesh = Mesh(np.array(topology.devices), ("seq",))
     batch, kv_heads, groups, queries, head_dim = shape
@@ -95,7 +94,7 @@ def compile_ring_step(devices: int, options: Options, shape: tuple[int, ...], ke
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rule", [Rule(), Rule(is_causal=False, window=(500, 100))], ids=["causal", "window"])
 def test_compiles(rule, dtype, head_dim):
-    """Odd lengths, S != K, two query heads to a key head, another soft cap for each dtype."""
+    """Odd lengths, S != K, two query heads per key head, a different soft cap per dtype."""
     options = Options(rule, head_dim**-0.5, 30.0 if dtype == "float16" else None)
     text = compile_ring_step(1, options, (2, 2, 2, 777, head_dim), 1100, dtype)
     assert text.count('custom_call_target="mosaic_gpu') == 4

@@ -1,4 +1,4 @@
-"""The TPU kernels, interpreted on a CPU: every value against the definition in float64, and what must not be read."""
+"""The TPU kernels, interpreted on a CPU, against the definition in float64."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from ringrl.attention.options import Options
 NAMES = ("o", "lse", "dq", "dk", "dv")
 GIVEN = ("q", "k", "v", "do", "dlse")
 SCALE = 0.3
-QUICK = {"xla_backend_optimization_level": 0}  # compiler option: the same mathematics, compiled in half the time
+QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 Where = tuple[np.ndarray, np.ndarray]  # positions and segment ids, (B, S)
 
 
@@ -34,7 +34,7 @@ def side(where: Where) -> Side:
 
 
 def values_and_gradients(arrays, queries, keys, options, start=None, interpret=True) -> dict:
-    """All five values of both kernels, joined as attend.py joins them."""
+    """Return all five values of both kernels, combined as in attend.py."""
     q, k, v, do, dlse = (jnp.asarray(arrays[name]) for name in GIVEN)
     inputs = Inputs(q, jnp.stack([k, v], axis=1), queries, keys)
     o, lse = mosaic_tpu.forward(inputs, options, start, interpret=interpret)
@@ -47,7 +47,7 @@ run = jax.jit(values_and_gradients, static_argnames=("options", "interpret"), co
 
 
 def errors(got: dict, expected: dict) -> dict[str, float]:
-    """The largest error of each value in parts of its largest entry; infinities must be where they are expected."""
+    """Return the largest error of each value relative to its largest entry; infinities must match."""
     found = {}
     for name, x in expected.items():
         y, finite = np.asarray(got[name], np.float64), np.isfinite(x)
@@ -57,7 +57,7 @@ def errors(got: dict, expected: dict) -> dict[str, float]:
 
 
 def setting(draw: Callable, heads: tuple[int, int], queries: int, keys: int, head_dim: int = 16) -> dict:
-    """Random arrays of 2 contexts with keys of another number than queries, (B, S, H, D)."""
+    """Return random arrays (B, S, H, D) of 2 contexts with different numbers of queries and keys."""
     arrays = draw(2, max(queries, keys), *heads, head_dim)
     return {name: x[:, : keys if name in ("k", "v") else queries] for name, x in arrays.items()}
 
@@ -90,7 +90,7 @@ CASES = [
 
 @pytest.mark.parametrize(("mask", "heads", "cap", "dtype"), CASES)
 def test_values_and_gradients_equal_the_definition(mask, heads, cap, dtype, draw, oracle):
-    """Three tiles of queries, the last one short, and two of keys; a cotangent of the log-sum-exp too."""
+    """Three tiles of queries (the last one short), two of keys, and a cotangent of the log-sum-exp."""
     rule, queries, keys = MASKS[mask]
     kv_heads = HEADS[heads][1]
     arrays = setting(draw, HEADS[heads], QUERIES, KEYS)
@@ -106,7 +106,7 @@ def test_values_and_gradients_equal_the_definition(mask, heads, cap, dtype, draw
 
 
 def test_many_heads_share_a_key_head(draw, oracle):
-    """More than fit into the rows of one tile: gradients of keys add up over tiles of heads too."""
+    """More heads than fit into one tile: gradients of keys are summed over tiles of heads."""
     rule, queries, keys = MASKS["window_both_ways"]
     options = Options(rule, SCALE, None, 256, 128)
     arrays = setting(draw, (16, 1), QUERIES, KEYS, 8)
@@ -121,8 +121,8 @@ def test_many_heads_share_a_key_head(draw, oracle):
     assert max(found.values()) <= 2e-5, found
 
 
-def test_start_carries_what_was_seen_before(draw, oracle):
-    """Two halves of the keys, one after the other, are the whole; queries that see only one of them, and neither."""
+def test_forward_continues_from_start(draw, oracle):
+    """Two halves of the keys in turn equal all keys; some queries see one half or neither."""
     rule, queries, keys = MASKS["segments"]
     queries = queries[0], np.where(queries[0] > 290, 77, queries[1])
     options = Options(rule, SCALE, None, 128, 128)
@@ -138,8 +138,8 @@ def test_start_carries_what_was_seen_before(draw, oracle):
     assert max(found.values()) <= 2e-5, found
 
 
-def test_hidden_tiles_are_not_touched(draw):
-    """Not read as keys by the forward pass and dq, not as queries by dk and dv: NaN in them stays there."""
+def test_hidden_tiles_are_not_read(draw):
+    """NaN in hidden tiles does not spread: as keys in forward and dq, as queries in dk and dv."""
     options = Options(Rule(), SCALE, None, 128, 128)
     where = side((order(384), np.zeros((2, 384), int)))
     arrays = in_kernel_shapes(setting(draw, (4, 2), 384, 384), 2)
@@ -158,8 +158,8 @@ def test_hidden_tiles_are_not_touched(draw):
         np.testing.assert_array_equal(early_queries[name][:, 128:], clean[name][:, 128:], err_msg=name)
 
 
-def test_the_list_of_pairs():
-    """Exactly the visible pairs, outer tile by outer tile; one empty entry for a tile that sees nothing."""
+def test_list_of_pairs():
+    """Exactly the visible pairs in order of outer tiles, and one empty entry for a tile without visible tiles."""
     random = np.random.default_rng(0)
     some = random.random((3, 9, 7)) < np.array([0.8, 0.3, 0.0])[:, None, None]
     every = some & (random.random(some.shape) < 0.5)
@@ -181,7 +181,7 @@ def test_the_list_of_pairs():
 
 
 def test_no_races(draw):
-    """JAX's simulation of a TPU's memories and copies finds no access that is not in order."""
+    """JAX's simulation of TPU memories and copies finds no race."""
     rule, queries, keys = MASKS["window_both_ways"]
     queries, keys = (tuple(x[:1, :129] for x in where) for where in (queries, keys))
     arrays = {name: x[:2] for name, x in in_kernel_shapes(setting(draw, (4, 2), 129, 129, 8), 2).items()}
@@ -198,7 +198,7 @@ def test_no_races(draw):
 
 @pytest.mark.parametrize("mapped", ["shard_map", "vmap"])
 def test_transformed(mapped, draw):
-    """The same to rounding."""
+    """vmap, jit and shard_map give the same values up to rounding."""
     rule, queries, keys = MASKS["causal"]
     arrays = in_kernel_shapes(setting(draw, (2, 1), QUERIES, KEYS, 8), 1)
     options = Options(rule, SCALE, None, 128, 128)
@@ -217,7 +217,7 @@ def test_transformed(mapped, draw):
     assert max(found.values()) <= 1e-6, found
 
 
-def test_what_the_kernels_do_not_take_is_named():
+def test_unsupported_arguments_are_named():
     def call(dtype=jnp.float32, head_dim=128, batch=1, tokens=128, **blocks):
         where = Side(*[jax.ShapeDtypeStruct((batch, tokens), jnp.int32)] * 2)
         q, kv = (jax.ShapeDtypeStruct((batch, *shape), dtype) for shape in ((tokens, head_dim), (2, tokens, head_dim)))
@@ -230,7 +230,7 @@ def test_what_the_kernels_do_not_take_is_named():
         ("q: head_dim 20", {"head_dim": 20}),
         ("block_q: 64", {"block_q": 64}),
         ("block_k: 200", {"block_k": 200}),
-        ("more tiles than", {"tokens": 2**20, "block_q": 128, "block_k": 128}),
+        ("exceed the", {"tokens": 2**20, "block_q": 128, "block_k": 128}),
     ]
     for message, changes in wrong:
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,6 @@
-"""The TPU kernels, compiled ahead of time for TPUs that need not be there, with the tiles that the table has for them.
+"""The TPU kernels compile ahead of time with the tile sizes of the table (no TPU needed).
 
-Needs libtpu, which `pip install "jax[tpu]"` brings in jax's own version; skipped without it.
+Needs libtpu in jax's version (`pip install "jax[tpu]"`); skipped without it.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 TOPOLOGIES = ("v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2")
 KERNELS = {"forward": 1, "backward": 2}
-SETTINGS = {  # what is compiled with each head_dim: rule, soft cap, queries per key head, tokens
+SETTINGS = {  # per head_dim: rule, soft cap, query heads per key head, tokens
     64: (Rule(False, (700, 90)), 30.0, 1, 1500),
     128: (Rule(True), None, 8, 2048),
     256: (Rule(False), 20.0, 2, 2048),
@@ -39,7 +39,7 @@ def no_question_to_a_metadata_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compile_for(topology: str, head_dim: int, dtype: str, options: Options, groups: int, tokens: int) -> Iterator[str]:
-    """The text of forward and backward inside shard_map, what varies between devices checked, in this order."""
+    """Return the compiled text of forward and backward pass inside shard_map with check_vma."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     assert devices[0].device_kind in BY_DEVICE
     mesh, spec = Mesh(np.array(devices[:2]), ("data",)), PartitionSpec("data")

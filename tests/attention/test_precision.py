@@ -1,4 +1,4 @@
-"""What comes in float32 is multiplied in float32 on every platform, where JAX's default would round it first."""
+"""Float32 inputs are multiplied in float32 on every platform, unlike JAX's default."""
 
 import re
 from functools import partial
@@ -27,7 +27,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize(("dtype", "expected"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_products_ask_for_it(name, dtype, expected, platform):
+def test_precision_of_products(name, dtype, expected, platform):
     q, k, v = (jnp.zeros((1, 16, heads, 8), dtype) for heads in (2, 1, 1))
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

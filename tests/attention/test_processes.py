@@ -1,4 +1,4 @@
-"""Two processes with two devices each are one ring of four: the same output and gradients as in one process."""
+"""A ring of two processes with two devices each equals a ring in one process."""
 
 import socket
 import subprocess
@@ -38,7 +38,7 @@ def ids(dtype):
     whole = np.arange(32, dtype=dtype)[None] // 9
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-# Without jit, where ids and positions are looked at: no process can see all of them.
+# Without jit ids and positions are checked, but each process sees only a part of them.
 packed = ring_attention(q, k, v, mesh=mesh, segment_ids=ids(np.int32), positions=ids(np.uint32))
 
 values = {}
@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 def run_processes(number: int, folder: Path, environment: dict[str, str]) -> dict[str, np.ndarray]:
-    """Every device's piece of outputs and gradients, by its name and first token, from so many processes."""
+    """Return every device's shard of outputs and gradients by name and first token, from `processes` processes."""
     port = str(free_port())
     results = [folder / f"{number}_{index}.npz" for index in range(number)]
     started = [

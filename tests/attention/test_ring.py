@@ -1,7 +1,7 @@
-"""Ring attention over eight host devices against the definition in float64: values and each gradient on its own.
+"""Ring attention over eight host devices against the definition in float64: values and each gradient.
 
-Layout x mask is whole on a ring of 8 and every other one on rings of 2 and 4; heads and soft cap are dealt out so that
-every ring size, layout and mask meets each of them. `RUNS` is what mutations.py repeats on broken copies.
+A ring of 8 runs all layouts x masks, rings of 2 and 4 every second combination. Every ring size, layout and mask is
+combined with each number of heads and soft cap. mutations.py repeats `RUNS` on mutated copies.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ BATCH, TOKENS, HEAD_DIM = 2, 48, 8
 NAMES = ("o", "lse", "dq", "dk", "dv")
 GIVEN = ("q", "k", "v", "do", "dlse")
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (2, 1)}
-QUICK = {"xla_backend_optimization_level": 0}  # compiler option: the same mathematics, compiled in half the time
+QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 SAVED = jax.checkpoint_policies.save_only_these_names("ring_attention")
 IN_ORDER = np.tile(np.arange(TOKENS), (BATCH, 1))
 PACKED = np.stack([np.repeat([0, 1, 2], [21, 1, 26]), np.repeat([5, 2, 5], [33, 10, 5])])
@@ -56,13 +56,13 @@ CASES = [
 
 
 def mesh_of(**axes: int) -> Mesh:
-    """A mesh over the first devices, with the sizes of its axes by name."""
+    """Return a mesh over the first devices, with axis sizes by name."""
     devices = jax.devices()[: np.prod(list(axes.values()))]
     return Mesh(np.array(devices).reshape(*axes.values()), tuple(axes))
 
 
 def through_the_ring(function: Callable, arrays: dict, mesh: Mesh, ring: int, layout: str, **keywords) -> dict:
-    """The values of NAMES, computed in layout order and back in the sequence's own."""
+    """Return the values of NAMES, computed in layout order and permuted back."""
     integers = {name: keywords.pop(name) for name in ("segment_ids", "positions") if name in keywords}
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -78,7 +78,7 @@ def through_the_ring(function: Callable, arrays: dict, mesh: Mesh, ring: int, la
 
 
 def errors(got: dict, expected: dict) -> dict[str, float]:
-    """The largest error of each value, in parts of its largest entry."""
+    """Return the largest error of each value relative to its largest entry."""
     return {
         name: float(np.abs(np.asarray(got[name], np.float64) - x).max() / np.abs(x).max())
         for name, x in expected.items()
@@ -86,14 +86,14 @@ def errors(got: dict, expected: dict) -> dict[str, float]:
 
 
 def expect(oracle: Callable, arrays: dict, **keywords) -> dict:
-    """The definition's values for keywords of ring_attention."""
+    """Return the definition's values for keywords of ring_attention."""
     side = keywords.get("positions", IN_ORDER), keywords.get("segment_ids", np.zeros_like(IN_ORDER))
     rule = Rule(keywords.get("is_causal", True), keywords.get("local_window_size"))
     return oracle(arrays, side, side, rule, logits_soft_cap=keywords.get("logits_soft_cap"))
 
 
 def check(draw, oracle, mesh, ring, layout, heads="GQA", function=ring_attention, setup=None, **keywords) -> None:
-    """Assert that all five values are exact; `setup` is how it runs, `keywords` what it computes."""
+    """Assert that all five values are exact; `setup` defines the ring, `keywords` the computation."""
     arrays = draw(BATCH, TOKENS, *HEADS[heads], HEAD_DIM)
     got = through_the_ring(function, arrays, mesh, ring, layout, **(setup or {}), **keywords)
     for name, error in errors(got, expect(oracle, arrays, **keywords)).items():
@@ -105,7 +105,7 @@ def test_values_and_gradients_equal_the_definition(ring, layout, mask, heads, ca
     check(draw, oracle, mesh_of(seq=ring), ring, layout, heads, logits_soft_cap=cap, **MASKS[mask])
 
 
-def test_the_cases_above_meet_in_pairs():
+def test_cases_cover_all_pairs():
     for column in (0, 1, 2):
         for choices in (3, 4):
             pairs = {(case[column], case[choices]) for case in CASES}
@@ -114,8 +114,8 @@ def test_the_cases_above_meet_in_pairs():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_positions_of_the_callers(layout, draw, oracle):
-    """Shuffled, with a window: no hop may be left out on account of a contiguous layout."""
+def test_custom_positions(layout, draw, oracle):
+    """With shuffled positions a window must not skip hops of a contiguous layout."""
     keywords = {"positions": SHUFFLED, "is_causal": False, "local_window_size": (9, 5)}
     check(draw, oracle, mesh_of(seq=4), 4, layout, **keywords)
 
@@ -139,8 +139,8 @@ def test_meshes(name, draw, oracle):
     check(draw, oracle, mesh_of(**axes), ring, "zigzag", setup=setup, **MASKS["packed"])
 
 
-def test_a_window_finds_its_neighbours_over_axes_in_another_order(draw, oracle):
-    """Here it matters who is whose neighbour: the hops that a window does not need are not made."""
+def test_window_with_axes_in_another_order(draw, oracle):
+    """A window skips hops, so the order of neighbours matters."""
     setup = {"axis_name": ("b", "a")}
     check(draw, oracle, mesh_of(a=2, b=4), 8, "contiguous", setup=setup, **MASKS["window"])
 
@@ -162,7 +162,7 @@ def test_strategies(name, mask, draw, oracle):
     check(draw, oracle, mesh_of(**axes), ring, layout, setup=setup, **MASKS[mask])
 
 
-def test_batch_and_heads_of_concrete_arrays_stay_where_they_are(draw, oracle):
+def test_batch_and_heads_keep_their_sharding(draw, oracle):
     mesh = mesh_of(data=2, seq=2, tensor=2)
     arrays = draw(BATCH, TOKENS, 4, 2, HEAD_DIM)
     spec = PartitionSpec("data", "seq", "tensor")
@@ -173,7 +173,7 @@ def test_batch_and_heads_of_concrete_arrays_stay_where_they_are(draw, oracle):
     np.testing.assert_allclose(from_layout(o, "zigzag", 2), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_that_lies_over_the_axis_of_the_sequence_is_moved(draw, quick):
+def test_batch_sharded_over_the_sequence_axis_is_moved(draw, quick):
     mesh, arrays = mesh_of(seq=8), draw(8, 16, 2, 2, 8)
     where = NamedSharding(mesh, PartitionSpec("seq"))
     attend = partial(ring_attention, mesh=mesh, layout="contiguous")
@@ -181,8 +181,8 @@ def test_a_batch_that_lies_over_the_axis_of_the_sequence_is_moved(draw, quick):
     np.testing.assert_allclose(attend(q, k, v), quick(attention)(*(arrays[n] for n in "qkv")), rtol=1e-5, atol=1e-5)
 
 
-def test_key_heads_that_devices_with_different_query_heads_share(draw, oracle):
-    """Multi-query attention under tensor parallelism: k and v are replicated over the axis of heads."""
+def test_replicated_key_heads(draw, oracle):
+    """Multi-query attention under tensor parallelism replicates k and v over the head axis."""
     mesh, arrays = mesh_of(heads=2, seq=4), draw(1, 32, 4, 1, 8)
     heads, whole = PartitionSpec(None, "seq", "heads"), PartitionSpec(None, "seq")
     attend = jax.shard_map(
@@ -203,8 +203,8 @@ def test_key_heads_that_devices_with_different_query_heads_share(draw, oracle):
         np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_padding_with_a_segment_of_its_own_changes_nothing(draw, oracle):
-    """45 tokens, padded to 48 for a ring of 8: the first 45 are as they were, in all five values."""
+def test_padding_with_its_own_segment_has_no_effect(draw, oracle):
+    """45 tokens, padded to 48 for a ring of 8, keep all five values."""
     tokens, ring = 45, 8
     arrays = draw(BATCH, tokens, 4, 2, HEAD_DIM)
     side = IN_ORDER[:, :tokens], np.zeros((BATCH, tokens), int)
@@ -216,8 +216,8 @@ def test_padding_with_a_segment_of_its_own_changes_nothing(draw, oracle):
     assert max(errors(got, oracle(arrays, side, side, Rule(is_causal=False))).values()) <= 1e-5
 
 
-def test_queries_that_see_nothing(draw, oracle):
-    """They give 0, log-sum-exp -inf and finite gradients; the keys they cannot see get none from them."""
+def test_queries_without_visible_keys(draw, oracle):
+    """They give 0, log-sum-exp -inf and finite gradients, and do not affect gradients of hidden keys."""
     arrays = draw(BATCH, TOKENS, 4, 2, HEAD_DIM)
     keys = IN_ORDER, np.zeros_like(IN_ORDER)
     queries = IN_ORDER, np.where(IN_ORDER % 5 == 0, 9, 0)
@@ -244,7 +244,7 @@ def test_queries_that_see_nothing(draw, oracle):
     assert max(errors(got, expected).values()) <= 1e-5
 
 
-def test_other_segments_change_no_bit(draw):
+def test_other_segments_have_no_effect(draw):
     arrays = draw(BATCH, TOKENS, 4, 2, HEAD_DIM)
     segments = np.tile(np.arange(TOKENS) % 2, (BATCH, 1))
     other = arrays | {name: np.where(segments[..., None, None] == 1, 1e3, arrays[name]) for name in "kv"}
@@ -256,7 +256,7 @@ def test_other_segments_change_no_bit(draw):
     assert (np.asarray(results[0]) != np.asarray(results[1])).any()
 
 
-def test_the_error_of_bfloat16_does_not_grow_with_the_ring(draw, oracle):
+def test_bfloat16_error_does_not_grow_with_the_ring(draw, oracle):
     arrays = draw(BATCH, TOKENS, 4, 2, HEAD_DIM)
     half = {name: x if name == "dlse" else jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
     expected = expect(oracle, {name: np.asarray(x, np.float32) for name, x in half.items()})
@@ -270,7 +270,7 @@ def test_the_error_of_bfloat16_does_not_grow_with_the_ring(draw, oracle):
 
 
 def sends(function: Callable, *arguments) -> int:
-    """How many collective permutes a function executes: those of a loop once for each round."""
+    """Count the collective permutes that a function executes, including iterations of loops."""
 
     def count(jaxpr) -> int:
         return sum(map(of_equation, jaxpr.eqns))
@@ -305,8 +305,8 @@ def qkv(draw) -> Iterator[tuple[np.ndarray, ...]]:
         ("contiguous", {}, 7),
     ],
 )
-def test_a_window_on_contiguous_chunks_makes_the_hops_it_needs(layout, keywords, hops, qkv):
-    """Six tokens per device; a hop is two sends, arrays and integers."""
+def test_window_on_contiguous_chunks_reduces_hops(layout, keywords, hops, qkv):
+    """Six tokens per device; a hop sends arrays and integers."""
     assert sends(partial(ring_attention, mesh=mesh_of(seq=8), layout=layout, **keywords), *qkv) == 2 * hops
 
 
@@ -316,7 +316,7 @@ def loss(q, k, v, attend=ring_attention, **keywords):
 
 
 def gradients(function: Callable, *arguments):
-    """Value and gradients of a function of q, k and v."""
+    """Return value and gradients of a function of q, k and v."""
     return jax.jit(jax.value_and_grad(function, (0, 1, 2)), compiler_options=QUICK)(*arguments)
 
 
@@ -331,7 +331,7 @@ def test_vmap(qkv):
     assert_same(gradients(mapped, *qkv), (value, expected))
 
 
-def test_remat_with_the_name_saved_never_replays_the_ring(qkv):
+def test_remat_that_saves_the_name_does_not_repeat_the_ring(qkv):
     saved = jax.checkpoint(loss, policy=SAVED)
     assert_same(gradients(saved, *qkv), gradients(loss, *qkv))
     plain, kept, replayed = (sends(jax.grad(f, (0, 1, 2)), *qkv) for f in (loss, saved, jax.checkpoint(loss)))
@@ -341,7 +341,7 @@ def test_remat_with_the_name_saved_never_replays_the_ring(qkv):
 
 
 def test_scan_over_layers_with_remat(qkv):
-    """Three layers, in a loop and one after the other."""
+    """Three layers in a scan equal three unrolled layers."""
     weights = np.linspace(0.5, 1.5, 3, dtype=np.float32)
 
     def layer(x, weight, k, v):
@@ -359,8 +359,8 @@ def test_scan_over_layers_with_remat(qkv):
     assert_same(gradients(scanned, *qkv), gradients(unrolled, *qkv))
 
 
-def test_shard_inside_a_shard_map_of_the_users(draw, oracle):
-    """With JAX's check of what varies on (its default), and with what surrounds attention inside too."""
+def test_shard_inside_a_user_shard_map(draw, oracle):
+    """With check_vma (the default) and other operations inside the shard_map."""
 
     def inside(q, k, v, *, mesh, layout, return_residual):
         spec = PartitionSpec(None, "seq")
@@ -370,7 +370,7 @@ def test_shard_inside_a_shard_map_of_the_users(draw, oracle):
     check(draw, oracle, mesh_of(seq=4), 4, "zigzag", function=inside)
 
 
-# What mutations.py runs on a broken copy: small, and every line of the ring has its part in it.
+# Small cases for mutations.py, which cover every line of the ring.
 RUNS = {
     "zigzag": (4, "zigzag", {"segment_ids": PACKED, "is_causal": False}),
     "window": (8, "contiguous", {"is_causal": False, "local_window_size": (9, 5)}),
@@ -378,7 +378,7 @@ RUNS = {
 
 
 def wrong_values(package, run: str, draw: Callable, oracle: Callable) -> list[str]:
-    """Which values of a copy of ringrl.attention are wrong in one of RUNS."""
+    """Return the wrong values of a copy of ringrl.attention in one of RUNS."""
     ring, layout, keywords = RUNS[run]
     arrays = draw(BATCH, TOKENS, 4, 2, HEAD_DIM)
     got = through_the_ring(package.ring_attention, arrays, mesh_of(seq=ring), ring, layout, **keywords)
@@ -387,5 +387,5 @@ def wrong_values(package, run: str, draw: Callable, oracle: Callable) -> list[st
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_what_mutations_repeat_passes_without_one(run, draw, oracle):
+def test_mutation_cases_pass_without_mutation(run, draw, oracle):
     assert wrong_values(ringrl.attention, run, draw, oracle) == []

@@ -1,6 +1,6 @@
-"""Compiled for TPUs that need not be there: in the order that the compiler chose, transfers hide behind kernels.
+"""Transfers hide behind kernels in the compiler's schedule for TPUs (no TPU needed).
 
-Needs libtpu, which `pip install "jax[tpu]"` brings in jax's own version; skipped without it.
+Needs libtpu in jax's version (`pip install "jax[tpu]"`); skipped without it.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ TRANSFERS = {"send": " collective-permute-start(", "receive": " collective-permu
 
 
 class Program(NamedTuple):
-    """What the compiler made of a ring: the steps of each loop that sends, all of its text, scratch memory."""
+    """A compiled ring: the steps of each loop with sends, its text and scratch memory."""
 
     loops: list[list[str]]
     text: str
@@ -38,7 +38,7 @@ class Program(NamedTuple):
 
 
 def steps_of(computation: str, implementation: str) -> list[str]:
-    """Its sends, kernels and receives in the scheduled order; positions and segments are "send integers" and so on."""
+    """Return sends, kernels and receives in scheduled order; positions and segments are "send integers" etc."""
     steps = []
     for line in computation.splitlines():
         for step, operation in (TRANSFERS | {"kernel": KERNELS[implementation]}).items():
@@ -49,13 +49,13 @@ def steps_of(computation: str, implementation: str) -> list[str]:
 
 
 def loops_that_send(text: str, implementation: str) -> list[list[str]]:
-    """The steps of every computation that sends, but for the outermost, which is no loop."""
+    """Return the steps of every loop with sends."""
     inner = re.findall(r"^%[^\n]*\{\n(.*?)^\}", text, flags=re.MULTILINE | re.DOTALL)
     return [steps for steps in (steps_of(x, implementation) for x in inner) if "send" in steps]
 
 
 def compile_for(topology: str, implementation: str = "mosaic_tpu") -> Program:
-    """Forward and backward pass of a ring over all chips of a topology, causal, zigzag, bfloat16."""
+    """Compile forward and backward pass of a causal zigzag bfloat16 ring over all chips of a topology."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices), ("seq",))
     shape = 1, LOCAL_TOKENS * len(devices), HEADS, HEAD_DIM
@@ -73,16 +73,16 @@ def compile_for(topology: str, implementation: str = "mosaic_tpu") -> Program:
 
 @pytest.fixture(autouse=True)
 def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch, optimised: None) -> None:
-    """The tiles of the XLA kernel on a TPU, whatever this process runs on, and no question to a metadata server."""
+    """Use the XLA kernel's TPU tiles on any platform, without queries to a metadata server."""
     monkeypatch.setattr(xla, "blocks_for", lambda heads: Blocks(512, 512, heads))
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_kernels_run_while_blocks_travel(topology, implementation):
-    """In both loops everything is sent before the last kernel (the backward pass may have two) and before the first
-    something is, and nothing is waited for before the last has run; and nothing is gathered.
+def test_kernels_run_during_sends(topology, implementation):
+    """In both loops all sends start before the last kernel (backward may have two), some before the first kernel, and
+    all receives follow the last kernel. Nothing is gathered.
     """
     program = compile_for(topology, implementation)
     forward, backward = sorted(program.loops, key=len)

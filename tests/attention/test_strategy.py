@@ -1,4 +1,4 @@
-"""What "auto" takes and why; and what ring_attention says of arguments that do not fit."""
+"""The choice of strategy with its reason, and errors of ring_attention."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ringrl.attention.strategy import LINKS, hiding_length, link_of
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 1)])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_once_a_chunk_is_long_enough_for_the_ring_every_longer_one_is(kind, heads, kv_heads, is_causal):
+def test_ring_is_chosen_from_some_length_on(kind, heads, kv_heads, is_causal):
     link = LINKS[kind]
     lengths = [2**n for n in range(24)]
     chosen = [
@@ -28,7 +28,7 @@ def test_once_a_chunk_is_long_enough_for_the_ring_every_longer_one_is(kind, head
     assert hop <= work < 2 * hop, "the first that hides a hop, among powers of two"
 
 
-def test_the_length_that_hides_a_hop():
+def test_hiding_length():
     """2 c Hkv b / W = 2 c^2 H / F, so c = b F / W for MHA: 2 * (275e12 / 2) / 50e9 = 5,500."""
     link = LINKS["TPU v4"]
     causal = hiding_length(link, 8, 8, 2, is_causal=True)
@@ -43,19 +43,19 @@ def test_the_length_that_hides_a_hop():
     [
         ((64, 1, 8, 8), "TPU v4", "ring", "one device"),
         ((10**6, 8, 8, 8), "TPU v4", "ring", "hide a hop"),
-        ((64, 8, 8, 8), "NVIDIA H100 80GB HBM3", "ulysses", "8 heads divide among 8 devices"),
+        ((64, 8, 8, 8), "NVIDIA H100 80GB HBM3", "ulysses", "8 heads divide over 8 devices"),
         ((64, 8, 6, 6), "NVIDIA H100 80GB HBM3", "all_gather", "do not hide a hop"),
         ((64, 8, 16, 1), "TPU v4", "all_gather", "do not hide a hop"),
-        ((64, 8, 8, 8), "Abacus 3000", "ring", "no link speed is known for 'Abacus 3000'"),
+        ((64, 8, 8, 8), "Abacus 3000", "ring", "the link speed of 'Abacus 3000' is unknown"),
     ],
 )
-def test_choices_and_their_reasons(arguments, kind, strategy, reason):
+def test_choices_and_reasons(arguments, kind, strategy, reason):
     choice = choose_strategy(*arguments, device_kind=kind)
     assert choice.strategy == strategy
     assert reason in choice.reason
 
 
-def test_device_kinds_are_known_by_how_they_begin():
+def test_device_kinds_match_by_prefix():
     assert link_of("TPU v5 lite") == LINKS["TPU v5 lite"]
     assert link_of("nvidia h100 80GB HBM3") == LINKS["NVIDIA H100"]
     assert link_of("TPU v99") is None
@@ -81,8 +81,8 @@ def call(tokens: int = 16, heads: int = 4, kv_heads: int = 4, ring: int = 4, **k
         ({"head_axes": "data", "heads": 3, "kv_heads": 3}, "head_axes: 3 key heads"),
         ({"tokens": 20}, "q: a sequence of 20 "),
         ({"tokens": 18, "layout": "contiguous"}, "q: a sequence of 18 "),
-        ({"strategy": "ulysses", "heads": 6, "kv_heads": 6}, "q: its 6 heads"),
-        ({"strategy": "ulysses", "heads": 12, "kv_heads": 3}, "k: its 3 heads"),
+        ({"strategy": "ulysses", "heads": 6, "kv_heads": 6}, "q: 6 heads"),
+        ({"strategy": "ulysses", "heads": 12, "kv_heads": 3}, "k: 3 heads"),
         ({"strategy": "ulysses_ring"}, "axis_name: "),
         ({"bidirectional": True, "heads": 3, "kv_heads": 3}, "bidirectional: "),
         ({"positions": np.arange(12)}, "positions: expected shape"),
@@ -93,7 +93,7 @@ def call(tokens: int = 16, heads: int = 4, kv_heads: int = 4, ring: int = 4, **k
         ({"local_window_size": -1}, "local_window_size: "),
     ],
 )
-def test_arguments_that_do_not_fit(keywords, message):
+def test_invalid_arguments_are_named(keywords, message):
     call()
     with pytest.raises(ValueError, match=f"^{message}"):
         call(**keywords)

@@ -1,4 +1,4 @@
-"""Under jit, grad, vmap and remat; and how much memory it takes."""
+"""Attention under jit, grad, vmap and remat, and its memory."""
 
 import jax
 import jax.extend
@@ -24,7 +24,7 @@ def qkv(draw) -> tuple[np.ndarray, ...]:
 
 @pytest.fixture(scope="module")
 def expected(qkv, quick) -> tuple[jax.Array, ...]:
-    """Loss and gradients."""
+    """Return loss and gradients."""
     value, gradients = quick(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv)
     return value, *gradients
 
@@ -35,12 +35,12 @@ def assert_same(got: tuple, expected: tuple) -> None:
 
 
 def test_without_jit(qkv, expected):
-    """Operation by operation."""
+    """Attention runs without jit."""
     assert_same((loss(*qkv),), expected[:1])
 
 
 def test_vmap_of_grad(qkv, expected, quick):
-    """One sequence per call, mapped over a batch; also with other segments for each."""
+    """One sequence per call, mapped over a batch, also with different segments."""
     single = jax.value_and_grad(lambda *x: loss(*(y[None] for y in x)), argnums=(0, 1, 2))
     values, gradients = quick(jax.vmap(single))(*qkv)
     assert_same((values.sum(), *gradients), expected)
@@ -65,7 +65,7 @@ def test_remat(policy, qkv, expected, quick):
 
 
 def matrix_products(function, *arguments) -> int:
-    """Matrix products that a function's program holds, those inside loops and branches included."""
+    """Count the matrix products of a function's program, including loops and branches."""
 
     def count(jaxpr) -> int:
         inside = jax.extend.core.jaxprs_in_params
@@ -75,7 +75,7 @@ def matrix_products(function, *arguments) -> int:
     return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def test_remat_with_the_name_saved_computes_attention_once(qkv):
+def test_remat_that_saves_the_name_computes_attention_once(qkv):
     plain, saved, nothing = (
         matrix_products(jax.grad(f), *qkv) for f in (loss, jax.checkpoint(loss, policy=SAVED), jax.checkpoint(loss))
     )
@@ -84,7 +84,7 @@ def test_remat_with_the_name_saved_computes_attention_once(qkv):
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": False, "local_window_size": 300, "logits_soft_cap": 5.0}])
-def test_scratch_memory_grows_with_the_length_and_not_its_square(options, quick):
+def test_scratch_memory_is_linear_in_the_length(options, quick):
     def scratch(tokens: int) -> int:
         q = jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32)
         k = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)

@@ -13,7 +13,7 @@ Make = Callable[..., Workload]
 
 @pytest.fixture
 def make() -> Make:
-    """make(tokens, mesh={...}, contexts=1, **model): a tiny transformer, float32 and remat unless it says otherwise."""
+    """make(tokens, mesh={...}, contexts=1, **model): a tiny transformer, by default float32 with remat."""
 
     def workload(tokens: int, mesh: dict[str, Any] | None = None, contexts: int = 1, **model: Any) -> Workload:
         tiny = {"token_set": "fused1", "layers": 2, "width": 64, "heads": 1, "kv_heads": 1, "remat": "layers"}

@@ -25,7 +25,7 @@ def changes(workload, machine=MACHINE, *, enough):
     return [advice.change for advice in advice_of(workload, machine) if advice.is_enough == enough]
 
 
-def test_what_is_called_enough_fits_and_comes_first():
+def test_sufficient_advice_fits_and_comes_first():
     for workload in (
         plan_of(2**19, {"seq": 8}, remat="none"),
         plan_of(2**14, {"fsdp": 8}, contexts=64, attention="vanilla"),
@@ -38,72 +38,72 @@ def test_what_is_called_enough_fits_and_comes_first():
             assert advice.is_enough == (advice.total <= MACHINE.device.memory)
 
 
-def test_a_change_is_worth_what_planning_it_says():
+def test_advice_equals_the_plan_of_the_changed_workload():
     workload = plan_of(2**17, {"seq": 8}, remat="none")
     found = {advice.change: advice.total for advice in advice_of(workload)}
     changed = workload.with_settings("model", remat="layers")
     assert found["--remat layers"] == pytest.approx(memory_of(changed, "gpu").total)
 
 
-def test_remat_is_enough_where_activations_are_too_much():
+def test_remat_for_too_many_activations():
     assert "--remat layers" in changes(plan_of(2**18, {"seq": 8}, remat="none"), enough=True)
 
 
-def test_the_ring_is_advised_where_logits_are_too_much():
+def test_ring_for_too_many_logits():
     assert "--attention ring" in changes(plan_of(2**16, {"seq": 8}, attention="vanilla"), enough=True)
     assert "--attention blockwise" in changes(plan_of(2**14, {"fsdp": 8}, 8, attention="vanilla"), enough=True)
 
 
-def test_nothing_is_advised_that_is_so_already():
-    said = " ".join(change.change for change in advice_of(plan_of(2**20, {"seq": 8})))
-    assert not re.search("remat|attention|dtype|accumulation", said)
+def test_no_advice_for_current_settings():
+    text = " ".join(change.change for change in advice_of(plan_of(2**20, {"seq": 8})))
+    assert not re.search("remat|attention|dtype|accumulation", text)
 
 
-def test_several_contexts_are_computed_one_after_the_other():
+def test_accumulation_for_several_contexts():
     workload = plan_of(2**17, {"seq": 8}, contexts=4)
     assert "optimiser.accumulation: 4" in changes(workload, enough=True)
     done = workload.with_settings("optimiser", accumulation=4)
     assert memory_of(done, "gpu").total <= MACHINE.device.memory
 
 
-def test_more_devices_along_the_context_are_the_fewest_that_are_enough():
+def test_number_of_devices_is_the_smallest_sufficient():
     workload = plan_of(2**20, {"seq": 8})
-    said = next(change for change in changes(workload, enough=True) if "devices" in change)
-    assert said == "32 such devices, --mesh.seq 32"
+    text = next(change for change in changes(workload, enough=True) if "devices" in change)
+    assert text == "32 devices, --mesh.seq 32"
     fitting = [
         memory_of(workload.with_settings("mesh", seq=n), "gpu").total <= MACHINE.device.memory for n in (8, 16, 32)
     ]
     assert fitting == [False, False, True]
 
 
-def test_devices_do_not_help_where_every_one_has_too_much():
-    """Logits of one context on one device: fsdp divides the parameters only."""
+def test_no_devices_if_logits_of_one_device_are_too_large():
+    """The logits of a context are on one device; fsdp divides only the parameters."""
     hopeless = dataclasses.replace(MACHINE, device=dataclasses.replace(MACHINE.device, memory=0.01 * GIB))
     workload = plan_of(2**20, {"seq": 8})
     assert not any(advice.is_enough for advice in advice_of(workload, hopeless))
 
 
-def test_what_leaves_the_tpu_kernel_too_many_tiles_is_not_enough():
-    """There is memory to spare, so that nothing that saves memory helps."""
+def test_advice_respects_the_tile_limit_of_the_tpu_kernel():
+    """Memory is sufficient, so changes that save memory do not help."""
     machine = find_machine("tpu-v5p-32")
     workload = Workload(find_model("350m"), 2**23).with_settings("mesh", seq=16)
     total = memory_of(workload, "tpu").total
     assert total < machine.device.memory
     assert [advice.change for advice in advise(workload, machine, total) if advice.is_enough] == [
-        "32 such devices, --mesh.seq 32"
+        "32 devices, --mesh.seq 32"
     ]
 
 
-def test_together_is_what_all_changes_make():
+def test_all_changes_together():
     tight = dataclasses.replace(MACHINE, device=dataclasses.replace(MACHINE.device, memory=25 * GIB))
     workload = plan_of(2**18, {"seq": 8}, contexts=2, remat="none", dtype="float32", attention="memory_efficient")
     found = {advice.change: advice for advice in advice_of(workload, tight)}
     together = workload.with_settings("model", remat="layers", dtype="bfloat16", attention="ring")
     together = together.with_settings("optimiser", accumulation=2)
-    assert found["all of these together"].total == pytest.approx(memory_of(together, "gpu").total)
+    assert found["all changes above"].total == pytest.approx(memory_of(together, "gpu").total)
 
 
-def test_what_the_formula_is_off_by_is_kept():
+def test_error_of_the_formula_is_kept():
     workload = plan_of(2**18, {"seq": 8}, remat="none")
     formula = memory_of(workload, "gpu").total
     plain, more = (
@@ -113,9 +113,9 @@ def test_what_the_formula_is_off_by_is_kept():
     assert more["--remat layers"] == pytest.approx(plain["--remat layers"] + GIB)
 
 
-def test_of_what_the_formula_is_off_by_more_devices_have_a_share_each():
+def test_error_of_the_formula_is_divided_over_more_devices():
     workload = plan_of(2**20, {"seq": 8})
     on_32 = memory_of(workload.with_settings("mesh", seq=32), "gpu").total
     found = advise(workload, MACHINE, memory_of(workload, "gpu").total + 4 * GIB)
-    devices = next(advice for advice in found if "32 such devices" in advice.change)
+    devices = next(advice for advice in found if "32 devices" in advice.change)
     assert devices.total == pytest.approx(on_32 + GIB)

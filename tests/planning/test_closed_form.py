@@ -18,13 +18,13 @@ CASES = {
 }
 
 
-# The formula was read off the compiler of JAX 0.10; that of 0.12 takes an eighth more for the ring's small case.
+# The formula is calibrated on JAX 0.10; the compiler of 0.12 takes an eighth more for the small ring.
 TOLERANCE = 0.1 if jax.__version_info__ < (0, 11) else 0.13
 
 
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("name", CASES)
-def test_the_formula_is_near_the_compiler(make, name):
+def test_formula_is_close_to_the_compiler(make, name):
     tokens, mesh, contexts, model = CASES[name]
     workload = make(tokens, mesh, contexts, **model)
     compiled = compile_step(workload, find_machine("cpu-8"), jax.devices()[:8])
@@ -39,16 +39,16 @@ def shape(name, tokens, **mesh):
     return Workload(find_model(name), tokens).with_settings("mesh", **mesh)
 
 
-def test_a_ring_takes_the_same_memory_per_device_whatever_its_size():
-    """But for the parameters, of which each device has less."""
+def test_memory_per_device_is_constant_in_the_ring_size():
+    """Only the parameters per device shrink."""
     small, large = (memory_of(shape("7b", 16384 * n, seq=n), "tpu") for n in (8, 512))
     assert small.activations == large.activations
     assert small.scratch == large.scratch
-    assert small.parameters > 50 * large.parameters  # norms, embeddings and head lie on every device
+    assert small.parameters > 50 * large.parameters  # norms, embeddings and head are replicated
 
 
-def test_only_tpus_fill_up_short_heads():
-    """Heads of 64 features take registers of 128 there; of 128 features all count alike."""
+def test_only_tpus_pad_short_heads():
+    """TPUs store heads of 64 features in registers of 128; heads of 128 features need no padding."""
     for name, is_alike in (("350m", False), ("7b", True)):
         workload = shape(name, 2**18, seq=8)
         assert (memory_of(workload, "tpu").total == memory_of(workload, "gpu").total) == is_alike
@@ -61,7 +61,7 @@ def test_longest_contexts_grow_with_the_devices():
     assert lengths == pytest.approx([lengths[0]] * 3, rel=0.05)
 
 
-def test_each_kind_of_the_papers_is_longer_than_the_one_before():
+def test_order_of_attention_kinds_by_longest_context():
     machine = find_machine("8xa100")
     lengths = []
     for kind in ("vanilla", "memory_efficient", "blockwise"):
@@ -78,31 +78,31 @@ def test_each_kind_of_the_papers_is_longer_than_the_one_before():
     remat=st.sampled_from(["none", "layers"]),
     block=st.sampled_from([512, 4096]),
 )
-def test_the_longest_context_is_the_last_that_fits(devices, kind, remat, block):
+def test_longest_context_fits_and_the_next_does_not(devices, kind, remat, block):
     machine = dataclasses.replace(find_machine("8xa100"), devices=devices)
     workload = shape("3b", 64, seq=devices).with_settings("model", attention=kind, remat=remat, block_tokens=block)
     tokens = longest_context(workload, machine)
-    takes = [memory_of(workload.with_tokens(tokens + extra * workload.multiple), "gpu").total for extra in (0, 1)]
+    totals = [memory_of(workload.with_tokens(tokens + extra * workload.multiple), "gpu").total for extra in (0, 1)]
     if tokens:
-        assert takes[0] <= machine.device.memory < takes[1]
+        assert totals[0] <= machine.device.memory < totals[1]
     else:
-        assert takes[1] > machine.device.memory
+        assert totals[1] > machine.device.memory
 
 
-def test_no_context_fits_where_the_parameters_do_not():
+def test_no_context_fits_without_memory_for_parameters():
     assert longest_context(shape("30b", 4), find_machine("1xa100")) == 0
 
 
-def test_the_tpu_kernel_lists_so_many_tiles():
+def test_list_of_tile_pairs_limits_the_context():
     machine = find_machine("tpu-v5p-16")
     longest = longest_context(shape("350m", 64, seq=8), machine)
-    assert longest == 8 * 2**18  # by the list, not by the memory
+    assert longest == 8 * 2**18  # limited by the list, not by memory
     assert memory_of(shape("350m", longest, seq=8), "tpu").total < machine.device.memory / 2
     assert not listed_tiles_fit(shape("350m", longest + 8 * 2048, seq=8), machine)
 
 
-def test_no_list_is_longer_than_a_tile_can_be_numbered():
-    """Of gathered keys there are more tiles than of queries."""
+def test_tile_index_limits_the_context():
+    """Gathered keys have more tiles than queries."""
     machine = find_machine("tpu-v5p-1024")
     few = shape("350m", 1024 * 4096, seq=1024).with_settings("model", attention="memory_efficient")
     assert listed_tiles_fit(few, machine)
@@ -110,19 +110,19 @@ def test_no_list_is_longer_than_a_tile_can_be_numbered():
     assert not listed_tiles_fit(few.with_tokens(1024 * 4098), machine)
 
 
-def test_heads_that_the_tpu_kernel_does_not_take_have_no_list():
+def test_unsupported_heads_have_no_tile_limit():
     wide = shape("350m", 8 * 2**19, seq=8).with_settings("model", heads=2, kv_heads=2)
     assert listed_tiles_fit(wide, find_machine("tpu-v5p-16"))
 
 
-def test_no_context_is_longer_than_positions_count():
+def test_positions_limit_the_context():
     machine = find_machine("tpu-v5p-128")
     endless = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=1e30))
     tiny = shape("tiny", 640, seq=64).with_settings("model", attention="vanilla", token_set="at5")
     assert 2**31 - 640 <= longest_context(tiny, endless) < 2**31
 
 
-def test_what_saves_memory_saves_it_in_the_formula():
+def test_settings_that_save_memory():
     long = shape("7b", 2**18, seq=8)
     base = memory_of(long, "tpu").total
     assert memory_of(long.with_settings("model", remat="none"), "tpu").total > base

@@ -1,6 +1,6 @@
-"""The formula against the compiler of GPUs that need not be there.
+"""The memory formula against the GPU compiler (no GPU needed).
 
-Needs the CUDA plugin, which `pip install "jax[cuda13]"` brings in jax's own version; skipped without it.
+Needs the CUDA plugin in jax's version (`pip install "jax[cuda13]"`); skipped without it.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ device_description_str: "{kind}"
 
 @pytest.fixture(scope="module", autouse=True)
 def gpus_are_of_cuda() -> Iterator[None]:
-    """JAX asks its devices whether "gpu" means CUDA or ROCm; where there is none, this answers."""
+    """Let JAX treat "gpu" as CUDA without a GPU."""
     from jax._src import xla_bridge
 
     with pytest.MonkeyPatch.context() as patch:
@@ -53,9 +53,9 @@ def gpus_are_of_cuda() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("kind", "major", "cores", "shared"),
-    [("NVIDIA H200", 9, 132, 232448), ("NVIDIA A100", 8, 108, 166912)],  # our kernel, and XLA's
+    [("NVIDIA H200", 9, 132, 232448), ("NVIDIA A100", 8, 108, 166912)],  # our kernel and plain XLA
 )
-def test_the_formula_is_within_a_tenth_of_the_compiler(kind, major, cores, shared):
+def test_formula_is_within_10_percent_of_the_compiler(kind, major, cores, shared):
     workload = Workload(find_model("7b"), 8192 * 8).with_settings("mesh", seq=8).with_settings("model", layers=4)
     target = TARGET.format(kind=kind, major=major, cores=cores, shared=shared)
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x8")

@@ -9,7 +9,7 @@ from ringrl.planning.machines import GIB, SLICES, custom_machine, find_machine, 
 
 
 @pytest.mark.parametrize("name", known_machines())
-def test_every_known_machine_is_found_under_its_name(name):
+def test_known_machines_are_found(name):
     machine = find_machine(name.upper())
     assert machine.name == name
     assert machine.devices >= 1
@@ -18,8 +18,8 @@ def test_every_known_machine_is_found_under_its_name(name):
 @pytest.mark.parametrize(
     ("name", "devices", "gib"),
     [
-        ("tpu-v3-512", 512, 16),  # named by cores, and each is a device
-        ("tpu-v4-1024", 512, 30.75),  # named by cores, of which a device has two
+        ("tpu-v3-512", 512, 16),  # named by cores; a core is a device
+        ("tpu-v4-1024", 512, 30.75),  # named by cores; a device has two
         ("tpu-v5p-512", 256, 95.74),
         ("tpu-v5e-256", 256, 15.75),  # named by chips
         ("tpu-v6e-64", 64, 31.25),
@@ -27,35 +27,35 @@ def test_every_known_machine_is_found_under_its_name(name):
         ("32xA100", 32, 76),
     ],
 )
-def test_names_count_what_the_vendor_counts(name, devices, gib):
+def test_devices_and_memory_of_machines(name, devices, gib):
     machine = find_machine(name)
     assert machine.devices == devices
     assert machine.device.memory == pytest.approx(gib * GIB)
 
 
-def test_topologies_hold_the_chips_that_names_promise():
+def test_topologies_have_the_named_number_of_chips():
     for generation, slices in SLICES.items():
         for size, topology in slices.items():
             chips = math.prod(int(side) for side in topology.split("x"))
             assert chips == (size if generation in ("v5e", "v6e") else size // 2)
 
 
-def test_both_names_of_a_generation_are_one_device():
+def test_both_names_of_a_tpu_generation_have_equal_rates():
     for names in (("TPU v5", "TPU v5p"), ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")):
         assert link_of(names[0]) == link_of(names[1])
     assert link_of("TPU v5") != link_of("TPU v5e")
 
 
-def test_the_network_is_the_slowest_hop_of_rings_over_several_hosts():
+def test_network_limits_rings_over_several_hosts():
     assert find_machine("8xa100").hop(8) == 300e9
     assert find_machine("6xa100").hop(6) == 300e9
     assert find_machine("32xa100").hop(32) == 25e9
-    assert find_machine("32xa100").hop(8) == find_machine("32xa100").hop(4) == 300e9  # each on one host
-    assert find_machine("24xa100").hop(6) == 25e9  # the second has devices 6 to 11
+    assert find_machine("32xa100").hop(8) == find_machine("32xa100").hop(4) == 300e9  # each ring on one host
+    assert find_machine("24xa100").hop(6) == 25e9  # the second ring has devices 6 to 11
     assert find_machine("tpu-v4-512").hop(256) == 50e9
 
 
-def test_a_collective_over_hosts_has_the_network_cards_of_all_that_take_part():
+def test_collective_over_hosts_uses_all_network_cards():
     machine = find_machine("32xa100")
     assert machine.collective(32) == 8 * 25e9
     assert machine.collective(8) == 300e9
@@ -66,12 +66,12 @@ def test_a_collective_over_hosts_has_the_network_cards_of_all_that_take_part():
 
 
 @pytest.mark.parametrize("name", ["tpu-v4-500", "8xb200", "0xa100", "99999999xa100", "cpu-0", "tpu", "", "8x"])
-def test_unknown_machines_are_refused_with_a_way_out(name):
+def test_unknown_machines_raise_with_suggestions(name):
     with pytest.raises(UserError, match=r"did you mean .*--custom\.memory"):
         find_machine(name)
 
 
-def test_a_machine_by_numbers():
+def test_custom_machine():
     machine = custom_machine(4, 24, 100, 900, 32)
     assert (machine.devices, machine.device.memory, machine.device.flops) == (4, 24 * GIB, 1e14)
     assert (machine.device.bandwidth, machine.device.link, machine.topology) == (9e11, 3.2e10, None)
@@ -86,11 +86,11 @@ def test_a_machine_by_numbers():
         ((10**9, 1, 1, 1, 1), "devices"),
     ],
 )
-def test_numbers_that_are_none_are_refused(numbers, flag):
+def test_invalid_numbers_raise(numbers, flag):
     with pytest.raises(UserError, match=f"--custom.{flag}"):
         custom_machine(*numbers)
 
 
-def test_bytes_in_words():
+def test_format_bytes():
     assert gib(1.5 * GIB) == "1.50 GiB"
     assert gib(2**20) == "1.00 MiB"

@@ -9,12 +9,12 @@ from ringrl.planning.machines import find_machine
 from ringrl.planning.roofline import attained_by, estimate
 from ringrl.planning.workload import Workload, find_model
 
-pytestmark = pytest.mark.usefixtures("eight_devices")  # or their number would not be seen
+pytestmark = pytest.mark.usefixtures("eight_devices")  # fixes the number of host devices
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Small products: what is checked is their counting."""
+    """Small products, since the test checks only the counts of operations."""
     monkeypatch.setattr(probe, "ROWS", 256)
     monkeypatch.setattr(probe, "TOKENS", 256)
     monkeypatch.setattr(probe, "NUMBERS", 2**16)
@@ -22,22 +22,22 @@ def small(monkeypatch):
     return find_model("small").model
 
 
-def test_rates_are_operations_over_seconds_shared_among_the_devices(small):
+def test_rates_per_device(small):
     machine = probe.measured(find_machine("cpu-8"), small)
-    width, count = small.width, len(jax.local_devices(backend="cpu"))  # all of them at once
+    width, count = small.width, len(jax.local_devices(backend="cpu"))  # all devices at once
     assert machine.device.flops == pytest.approx(count * 2 * 256 * width * 4 * width / 0.5 / 8)
     assert machine.device.bandwidth == pytest.approx(count * 2 * 4 * 2**16 / 0.5 / 8)
     assert machine.measured is not None
-    forward = 2 * 2 * (256 * 256 / 2) * width  # two products of the causal half, of all heads
+    forward = 2 * 2 * (256 * 256 / 2) * width  # two products, causal half, all heads
     assert machine.measured.attention * machine.device.flops == pytest.approx(count * 3.5 * forward / 0.5 / 8)
 
 
-def test_memory_is_this_machines_shared_among_the_devices(small):
+def test_memory_per_device(small):
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert probe.measured(find_machine("cpu-4"), small).device.memory == whole / 4
 
 
-def test_an_estimate_stands_on_what_was_measured(small):
+def test_estimate_uses_measured_rates(small):
     workload = Workload(find_model("small"), 1024).with_settings("mesh", seq=8)
     machine = probe.measured(find_machine("cpu-8"), small)
     assert attained_by(workload, machine) == machine.measured
@@ -47,7 +47,7 @@ def test_an_estimate_stands_on_what_was_measured(small):
     )
 
 
-def test_seconds_are_of_a_run_and_not_of_compilation():
+def test_seconds_exclude_compilation():
     x = jnp.ones((8, 8, 8))  # eight devices at most
     calls = []
     assert probe._seconds(lambda x: (calls.append(1), x @ x)[1], x) > 0

@@ -15,15 +15,15 @@ def seven_billion(tokens, mesh, **model):
     return workload.with_settings("model", **model).with_settings("mesh", **mesh)
 
 
-def test_attention_grows_with_the_square_and_matrices_with_the_length():
+def test_attention_is_quadratic_and_matrices_are_linear():
     machine = find_machine("tpu-v4-16")
     short, long = (estimate(seven_billion(n, {"seq": 8}), machine) for n in (2**17, 2**18))
     assert long.attention == pytest.approx(4 * short.attention)
     assert long.matrices == pytest.approx(2 * short.matrices)
 
 
-def test_matrices_alone_reach_what_is_assumed_less_what_is_computed_anew():
-    """Attention is nothing in a context of 64 tokens. Of a layer's 24 h^2 the last 8 are not computed anew."""
+def test_mfu_of_matrices_with_recomputation():
+    """Attention over 64 tokens is negligible. Of a layer's 24 h^2 operations the last 8 h^2 are not recomputed."""
     machine, workload = find_machine("1xh200"), seven_billion(64, {})
     machine = dataclasses.replace(machine, device=dataclasses.replace(machine.device, bandwidth=1e18))
     assert estimate(workload, machine).mfu == pytest.approx(ATTAINED.matrices * 3 / (3 + 16 / 24), rel=0.01)
@@ -33,8 +33,8 @@ def test_matrices_alone_reach_what_is_assumed_less_what_is_computed_anew():
     assert estimate(in_blocks, machine).mfu == pytest.approx(ATTAINED.matrices * 3 / (3 + 8 / 24), rel=0.01)
 
 
-def test_what_remat_computes_anew_is_what_the_program_holds_besides(make):
-    """In one layer, whose attention over 64 tokens is little beside its matrices."""
+def test_recomputation_equals_the_compiled_program(make):
+    """One layer, with negligible attention over 64 tokens."""
 
     def operations(remat):
         workload = make(64, layers=1, width=512, heads=8, kv_heads=8, remat=remat)
@@ -44,7 +44,7 @@ def test_what_remat_computes_anew_is_what_the_program_holds_besides(make):
     assert operations("layers") - operations("none") == pytest.approx(16 / 24, rel=0.05)
 
 
-def test_operations_and_mfu_are_those_that_training_reports():
+def test_operations_and_mfu_equal_those_of_training():
     workload, machine = seven_billion(2**18, {"seq": 8}), find_machine("8xh200")
     time = estimate(workload, machine)
     assert time.model_flops == step_flops(workload.model, 2**18, 1)
@@ -52,7 +52,7 @@ def test_operations_and_mfu_are_those_that_training_reports():
     assert 0 < time.mfu < ATTAINED.matrices
 
 
-def test_hops_hide_where_chunks_are_long_and_links_fast():
+def test_hops_hide_with_long_chunks_and_fast_links():
     machine = find_machine("32xa100")
     short, long = (estimate(seven_billion(n, {"seq": 32}), machine) for n in (2**14, 2**21))
     assert short.ring > 0
@@ -61,7 +61,7 @@ def test_hops_hide_where_chunks_are_long_and_links_fast():
     assert one_host.ring < short.ring
 
 
-def test_hops_that_do_not_hide_are_waited_for_in_full():
+def test_exposed_hops():
     machine, workload = find_machine("tpu-v5e-256"), seven_billion(2**21, {"seq": 256})
     hidden, exposed = (estimate(workload, machine, hops_hide=hide) for hide in (True, False))
     numbers = 2 * 32 * 4096 * 2**13 * 255  # keys and values of 32 layers, 8,192 tokens, 255 hops
@@ -70,14 +70,14 @@ def test_hops_that_do_not_hide_are_waited_for_in_full():
     assert exposed.total > hidden.total
 
 
-def test_eight_times_the_devices_take_an_eighth_of_the_time():
+def test_time_is_inverse_to_the_devices():
     few, many = (
         estimate(seven_billion(2**22, {"seq": devices}), find_machine(f"tpu-v4-{2 * devices}")) for devices in (8, 64)
     )
     assert few.total == pytest.approx(8 * many.total, rel=0.02)
 
 
-def test_rings_on_one_host_each_do_not_wait_for_the_network():
+def test_rings_within_a_host_do_not_use_the_network():
     machine = find_machine("32xh200")
     inside = seven_billion(512, {"fsdp": 4, "seq": 8}).with_settings("optimiser", batch_size=4)
     alone = dataclasses.replace(machine, network=None)
@@ -85,7 +85,7 @@ def test_rings_on_one_host_each_do_not_wait_for_the_network():
     assert estimate(inside, machine).parameters > estimate(inside, alone).parameters  # gathered from all hosts
 
 
-def test_vanilla_computes_what_the_mask_hides_and_has_no_kernel():
+def test_vanilla_computes_hidden_logits_without_a_kernel():
     machine = find_machine("8xh200")
     ring, vanilla = (
         estimate(seven_billion(2**14, {"seq": 8}, attention=kind, remat="none"), machine)
@@ -93,7 +93,7 @@ def test_vanilla_computes_what_the_mask_hides_and_has_no_kernel():
     )
     slower = ATTAINED.attention / WITHOUT_KERNEL
     assert vanilla.attention == pytest.approx(slower * ring.attention * (4 + 8) / (2 + 7))
-    assert vanilla.ring > 0  # keys and values come at once, before all
+    assert vanilla.ring > 0  # keys and values are gathered first
 
 
 @pytest.mark.parametrize(
@@ -109,30 +109,30 @@ def test_vanilla_computes_what_the_mask_hides_and_has_no_kernel():
         ("8xa100", {}, 0.7, 0.15),
     ],
 )
-def test_what_is_assumed_depends_on_kernel_and_dtype(machine, model, matrices, attention):
+def test_attained_shares_depend_on_kernel_and_dtype(machine, model, matrices, attention):
     model = model | ({"kv_heads": model["heads"]} if "heads" in model else {})
     found = attained_by(seven_billion(2**14, {"seq": 8}, **model), find_machine(machine))
     assert (found.matrices, found.attention) == pytest.approx((matrices, attention))
 
 
 @pytest.mark.parametrize("kind", ["ring", "memory_efficient"])
-def test_without_a_balanced_layout_all_wait_for_the_last_device(kind):
+def test_contiguous_layout_waits_for_the_last_device(kind):
     machine = find_machine("tpu-v4-16")
     zigzag, contiguous = (
         estimate(seven_billion(2**20, {"seq": 8, "layout": layout}, attention=kind), machine)
         for layout in ("zigzag", "contiguous")
     )
-    assert contiguous.attention == pytest.approx(zigzag.attention * 2 * 7.5 / 8)  # 7 blocks and a half, of 8 halves
+    assert contiguous.attention == pytest.approx(zigzag.attention * 2 * 7.5 / 8)  # 7.5 blocks instead of 8 halves
 
 
-def test_sums_are_of_tensor_and_data_only():
+def test_all_reduces_over_tensor_and_data_only():
     machine = find_machine("8xa100")
     assert estimate(seven_billion(2**14, {"seq": 8}), machine).sums == 0
     assert estimate(seven_billion(2**14, {"seq": 4, "tensor": 2}), machine).sums > 0
 
 
-def test_memory_counts_where_computation_is_short():
-    """A step of 64 tokens reads and writes all of the state."""
+def test_memory_traffic_of_a_short_step():
+    """A step of 64 tokens still reads and writes the whole state."""
     machine, workload = find_machine("1xh200"), seven_billion(64, {})
     time = estimate(workload, machine)
     assert time.memory > time.matrices + time.attention

@@ -31,7 +31,7 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {
 """
 
 
-def test_what_stands_between_start_and_end_counts():
+def test_transfers_with_work_between_start_and_end():
     schedule = read_schedule(PROGRAM)
     assert (schedule.around_ring, schedule.around_ring_hidden) == (2, 1)
     assert (schedule.others, schedule.others_hidden) == (2, 1)
@@ -57,19 +57,19 @@ OTHER = "  %small = bf16[8] fusion(bf16[8] %x), kind=kLoop, calls=%add"
         ([OTHER, KERNEL, OTHER, START, OTHER, OTHER, DONE, OTHER, KERNEL], 0),
     ],
 )
-def test_only_a_kernel_between_start_and_end_hides_a_transfer(lines, hidden):
+def test_only_a_kernel_between_start_and_end_hides_a_ring_transfer(lines, hidden):
     body = "\n".join(["%ring (x: bf16[8]) -> bf16[8] {", "  %x = bf16[8] parameter(0)", *lines, "}"])
     schedule = read_schedule(body)
     assert (schedule.around_ring, schedule.around_ring_hidden) == (1, hidden)
 
 
-def test_what_a_layer_sends_besides_its_ring_is_not_around_it():
+def test_other_transfers_of_a_layer_are_not_ring_transfers():
     loop = "  %loop = bf16[8] while(bf16[8] %x), condition=%c, body=%ring"
     body = "\n".join(["%layer (x: bf16[8]) -> bf16[8] {", START, loop, KERNEL, DONE, "}"])
     assert read_schedule(body)[:4] == (0, 0, 1, 1)
 
 
-def test_a_ring_that_is_waited_for_is_seen():
+def test_synchronous_ring():
     assert read_schedule(PROGRAM).hides_the_ring
     waiting = PROGRAM.replace("all-reduce(f32[] %y)", "collective-permute(f32[] %y)")
     assert not read_schedule(waiting).hides_the_ring
@@ -77,8 +77,8 @@ def test_a_ring_that_is_waited_for_is_seen():
     assert read_schedule(integers).hides_the_ring
 
 
-def test_in_words():
-    said = str(read_schedule(PROGRAM))
-    assert said.startswith("1 of 2 transfers around the ring run behind a kernel of attention, 1 of 2 others")
-    assert said.endswith("waited for: 1 all-reduce")
-    assert str(read_schedule("")).endswith("waited for: none")
+def test_text():
+    text = str(read_schedule(PROGRAM))
+    assert text.startswith("1 of 2 ring transfers overlap with an attention kernel, 1 of 2 other")
+    assert text.endswith("synchronous: 1 all-reduce")
+    assert str(read_schedule("")).endswith("synchronous: none")

@@ -1,4 +1,4 @@
-"""The scripts behind docs/plan.md and docs/scaling.md still import, and say what the pages say."""
+"""The benchmarks of docs/plan.md and docs/scaling.md run and print what the pages show."""
 
 import importlib.util
 import sys
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def load(monkeypatch):
-    """A benchmark as a module."""
+    """Return a function that imports a benchmark."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
     def module(name):
@@ -30,14 +30,14 @@ def load(monkeypatch):
     return module
 
 
-def test_the_table_of_contexts_is_what_the_script_prints(load):
-    """But for its last column, which takes a compiler and minutes."""
-    said = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+def test_table_of_contexts_equals_the_page(load):
+    """Without the last column, which needs a compiler and minutes."""
+    lines = (ROOT / "docs" / "scaling.md").read_text().splitlines()
     for row in load("plan_table").rows({}):
-        assert any(line.startswith(row.rsplit("|", 2)[0]) for line in said), row
+        assert any(line.startswith(row.rsplit("|", 2)[0]) for line in lines), row
 
 
-def test_the_script_that_compares_a_plan_with_a_run_runs(load, monkeypatch, make):
+def test_plan_reality_runs(load, monkeypatch, make):
     script, machine = load("plan_reality"), find_machine("cpu-1")
     monkeypatch.setattr(script, "measured", lambda machine, model: machine)
     workload = make(64, token_set="ring4", layers=1, width=16, attention="vanilla")

@@ -17,7 +17,7 @@ def shape(name, tokens, contexts=1):
     return Workload(find_model(name), tokens).with_settings("optimiser", batch_size=contexts)
 
 
-def test_all_meshes_use_all_devices_and_divide():
+def test_meshes_use_all_devices_and_divide():
     found = list(meshes(shape("7b", 2**14, contexts=4), 16))
     assert len(found) == len({repr(each.config.mesh) for each in found}) > 10
     for each in found:
@@ -26,7 +26,7 @@ def test_all_meshes_use_all_devices_and_divide():
     assert all(each.config.mesh.data * each.config.mesh.fsdp <= 4 for each in found)
 
 
-def test_the_best_mesh_fits_and_none_that_fits_is_faster():
+def test_best_mesh_is_the_fastest_that_fits():
     machine = find_machine("8xa100-40")
     found = best_meshes(shape("7b", 2**14, contexts=8), machine)
     fitting = [memory_of(each, "gpu").total <= machine.device.memory for each in found]
@@ -37,37 +37,37 @@ def test_the_best_mesh_fits_and_none_that_fits_is_faster():
     assert not fitting[-1]
 
 
-def test_one_long_context_goes_around_the_ring():
+def test_one_long_context_uses_the_ring():
     assert best_meshes(shape("7b", 2**23), find_machine("tpu-v4-512"))[0].config.mesh.seq == 256
 
 
-def test_no_mesh_is_an_error_that_says_what_would_divide():
+def test_error_without_a_mesh_suggests_changes():
     with pytest.raises(UserError, match=r"no mesh of 8 devices divides 1 contexts of 1001 tokens.*multiple of 64 or"):
         best_meshes(shape("7b", 1001), find_machine("8xa100"))
-    with pytest.raises(UserError, match=r"width of 4096; give --contexts 7 or another number of devices"):
+    with pytest.raises(UserError, match=r"width of 4096; use --contexts 7 or another number of devices"):
         best_meshes(shape("7b", 8192), find_machine("7xa100"))
     assert best_meshes(shape("7b", 1024), find_machine("8xa100"))
     assert best_meshes(shape("7b", 8192, contexts=7), find_machine("7xa100"))
 
 
 @pytest.mark.parametrize(("number", "ways"), [(1, 1), (7, 4), (12, 40), (64, 84)])
-def test_all_ways_to_divide_devices_among_axes(number, ways):
+def test_factorisations(number, ways):
     found = list(factorisations(number, 4))
     assert len(set(found)) == len(found) == ways
     assert all(math.prod(each) == number for each in found)
 
 
-def test_without_a_compiler_the_formula_decides():
+def test_longest_from_the_formula():
     workload, machine = shape("7b", 2**14).with_settings("mesh", seq=8), find_machine("8xa100")
     longest = find_longest(workload, machine, None, 3)
     assert (longest.tokens, longest.is_compiled) == (longest_context(workload, machine), False)
 
 
 @pytest.mark.usefixtures("eight_devices")
-def test_the_compiler_brackets_the_longest_context(make):
-    """A memory so small that little fits: what is given as longest fits, and what is given as too long does not."""
+def test_longest_from_the_compiler(make):
+    """With a small memory, the longest length fits and the too long length does not."""
     machine = find_machine("cpu-8")
-    workload = make(2048, {"seq": 8}, layers=1, attention="vanilla")  # which compiles fastest
+    workload = make(2048, {"seq": 8}, layers=1, attention="vanilla")  # compiles fastest
     small = memory_of(workload.with_tokens(4096), "cpu").total
     machine = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=small))
     devices = jax.devices()[:8]
@@ -86,6 +86,6 @@ def test_the_compiler_brackets_the_longest_context(make):
     assert longest.tokens <= corrected.tokens < longest.too_long
 
 
-def test_whole_tiles_of_each_device_are_tried():
+def test_granule_is_whole_tiles_per_device():
     workload = shape("7b", 64).with_settings("mesh", seq=8)
     assert granule(workload) == math.lcm(64, 8 * 256)

@@ -1,6 +1,6 @@
-"""Plans for TPUs that need not be there.
+"""Plans for TPUs (no TPU needed).
 
-Needs libtpu, which `pip install "jax[tpu]"` brings in jax's own version; skipped without it.
+Needs libtpu in jax's version (`pip install "jax[tpu]"`); skipped without it.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ def seven_billion(local_tokens, devices, layers=4):
 
 
 @pytest.mark.parametrize("name", ["tpu-v4-16", "tpu-v5p-16", "tpu-v5e-8", "tpu-v6e-8"])
-def test_the_formula_is_within_a_tenth_and_transfers_hide(name):
+def test_formula_is_within_10_percent_and_transfers_hide(name):
     machine, workload = find_machine(name), seven_billion(8192, 8)
     compiled = compile_step(workload, machine)
     assert fits(compiled, machine)
@@ -35,7 +35,7 @@ def test_the_formula_is_within_a_tenth_and_transfers_hide(name):
 
 
 @pytest.mark.parametrize("name", ["tpu-v4-16", "tpu-v5e-8"])
-def test_what_does_not_fit_is_refused_with_the_compilers_figure(name):
+def test_step_that_does_not_fit_has_the_compilers_total(name):
     machine, workload = find_machine(name), seven_billion(2**18, 8, layers=32)
     compiled = compile_step(workload, machine)
     assert not fits(compiled, machine)
@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_refused_with_the_compilers_figure(name):
     assert memory_of(workload, "tpu").total == pytest.approx(compiled.total, rel=0.3)
 
 
-def test_the_kernels_own_limit_is_told():
+def test_tile_limit_is_reported():
     machine, workload = find_machine("tpu-v5p-16"), seven_billion(2**19, 8)
     compiled = compile_step(workload, machine)
     assert "more tiles than" in (compiled.refusal or "")
@@ -52,7 +52,7 @@ def test_the_kernels_own_limit_is_told():
 
 
 @pytest.mark.parametrize(("name", "devices"), [("tpu-v4-1024", 512), ("tpu-v5e-256", 256), ("tpu-v6e-64", 64)])
-def test_topologies_have_the_devices_that_the_table_says(name, devices):
+def test_topologies_have_the_devices_of_the_table(name, devices):
     found = devices_of(find_machine(name))
     assert len(found) == devices == find_machine(name).devices
     assert found[0].device_kind == find_machine(name).device.kind

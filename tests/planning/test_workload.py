@@ -18,7 +18,7 @@ MESHES = ({"seq": 8}, {"fsdp": 2, "seq": 4}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_parameters_are_counted_as_they_are_made_and_lie(make, model, mesh):
+def test_parameters_equal_the_model(make, model, mesh):
     if mesh.get("tensor") and not model.get("heads"):
         model = model | {"heads": 2, "kv_heads": 2}
     workload = make(640, mesh, contexts=8, **model)
@@ -30,7 +30,7 @@ def test_parameters_are_counted_as_they_are_made_and_lie(make, model, mesh):
     assert bytes_per_device(step.state.optimiser) == pytest.approx(8 * workload.parameters.device, abs=16)
 
 
-def test_embeddings_of_places_are_counted_as_many_as_there_are(make, monkeypatch):
+def test_position_embeddings_are_counted(make, monkeypatch):
     monkeypatch.setattr(TokenEmbedding, "MAX_TIMESTEPS", 64)
     monkeypatch.setattr(TokenEmbedding, "MAX_TRAJECTORIES", 32)
     workload = make(640, {"seq": 8}, contexts=8, timestep_embedding=True, trajectory_embedding=True)
@@ -38,37 +38,37 @@ def test_embeddings_of_places_are_counted_as_many_as_there_are(make, monkeypatch
     assert workload.parameters.total == total
 
 
-def test_nothing_is_allocated(make):
+def test_abstract_step_allocates_nothing(make):
     step = abstract_step(make(2**30, {"seq": 8}, width=8192, heads=64, kv_heads=64, layers=100), jax.devices())
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((step.state, step.batch)))
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("32768", 32768), ("512k", 2**19), ("8M", 2**23), ("1.5m", 3 * 2**19)])
-def test_tokens_are_read(text, tokens):
+def test_read_tokens(text, tokens):
     assert read_tokens(text) == tokens
     assert read_tokens(say_tokens(tokens)) == tokens
 
 
 @pytest.mark.parametrize("text", ["", "0", "-8", "8G", "1.0001k", "4096M", "nan", "k"])
-def test_tokens_that_are_none_are_refused(text):
+def test_invalid_tokens_raise(text):
     with pytest.raises(UserError, match="--tokens"):
         read_tokens(text)
 
 
-def test_lengths_that_do_not_divide_are_refused_with_the_nearest(make):
-    with pytest.raises(UserError, match=r"no multiple of 16 .*nearest is 1008"):
+def test_lengths_that_do_not_divide_raise_with_the_nearest(make):
+    with pytest.raises(UserError, match=r"not a multiple of 16 .*nearest is 1008"):
         make(1001, {"seq": 8}).check()
     make(1008, {"seq": 8}).check()
     make(1000, {"seq": 8, "layout": "striped"}).check()
     make(1001, {}).check()
 
 
-def test_a_mesh_that_does_not_divide_is_refused(make):
+def test_mesh_that_does_not_divide_raises(make):
     with pytest.raises(UserError, match=r"mesh\.data x mesh\.fsdp"):
         make(1024, {"fsdp": 8}).check()
 
 
-def test_models_are_found_by_shape_preset_and_file(tmp_path):
+def test_find_model(tmp_path):
     assert find_model("7B").model.width == 4096
     assert find_model("350m") == find_model("paper_350m")
     path = tmp_path / "config.yaml"
@@ -80,17 +80,17 @@ def test_models_are_found_by_shape_preset_and_file(tmp_path):
     ("name", "message"),
     [
         ("7c", "did you mean 7b"),
-        ("jaco_reach", "td3_bc sees no context"),
-        ("demo", "not known"),  # a plan of an ablation, no configuration of a run
+        ("jaco_reach", "td3_bc has no context"),
+        ("demo", "unknown"),  # an ablation plan
         ("none.yaml", "cannot be read"),
     ],
 )
-def test_models_that_are_none_are_refused(name, message):
+def test_unknown_models_raise(name, message):
     with pytest.raises(UserError, match=message):
         find_model(name)
 
 
-def test_a_file_with_a_wrong_setting_is_named(tmp_path):
+def test_invalid_setting_names_the_file(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("model: {width: no}")
     with pytest.raises(UserError, match=r"config.yaml: model.width"):

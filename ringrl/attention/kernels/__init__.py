@@ -1,9 +1,9 @@
-"""Block computations under one contract (contract.py), and which of them computes what.
+"""Attention kernels with one contract (contract.py), and the choice between them.
 
-forward(inputs, options, start) -> Partial: attention over the keys of `inputs` and those that `start` has seen
-backward(inputs, options, cotangents, dq) -> Gradients: of these keys, and of the queries through them, added to `dq`
-unsupported(dtype, head_dim, options) -> what of this the kernel does not take, in one sentence, or None
-too_many(inputs, options) -> the same of the lengths of a call that it takes otherwise
+forward(inputs, options, start) -> Partial: attention over the keys of `inputs`, continued from `start`
+backward(inputs, options, cotangents, dq) -> Gradients: gradients of the keys; gradients of the queries added to `dq`
+unsupported(dtype, head_dim, options) -> one sentence about an unsupported argument, or None
+too_many(inputs, options) -> one sentence about lengths beyond the kernel's limit, or None
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
 
 
 class Kernel(NamedTuple):
-    """The functions above."""
+    """The functions of a kernel, see above."""
 
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
 
 
 def kernel_named(name: str) -> Kernel:
-    """Those in Pallas are imported when first asked for: it takes a while."""
+    """Return the kernel of a name. Pallas kernels are imported on first use, because the import is slow."""
     if name == "mosaic_tpu":
         from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_tiles
 
@@ -48,17 +48,17 @@ def kernel_named(name: str) -> Kernel:
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
-    """By the kernel that `options` name."""
+    """Run the forward pass of the kernel named in `options`."""
     return _kernel(inputs, options).forward(inputs, options, start)
 
 
 def backward(inputs: Inputs, options: Options, cotangents: Cotangents, dq: jax.Array | None = None) -> Gradients:
-    """By the kernel that `options` name."""
+    """Run the backward pass of the kernel named in `options`."""
     return _kernel(inputs, options).backward(inputs, options, cotangents, dq)
 
 
 def _kernel(inputs: Inputs, options: Options) -> Kernel:
-    """What `options` name, or, unless it was asked for, "xla" for what is too long for it."""
+    """Return the kernel of `options`, or "xla" if the inputs are too long and the user named no kernel."""
     kernel = kernel_named(options.implementation)
     if options.is_asked_for or (reason := kernel.too_many(inputs, options)) is None:
         return kernel
@@ -67,7 +67,7 @@ def _kernel(inputs: Inputs, options: Options) -> Kernel:
 
 
 def native_to(device: Device) -> str:
-    """The implementation made for a device: "xla" where there is none."""
+    """Return the implementation for a device, "xla" by default."""
     if device.platform == "tpu":
         return "mosaic_tpu"
     if device.platform in ("gpu", "cuda") and re.search(r"\bG?H(20|100|200|800)\b", device.device_kind):
@@ -76,10 +76,10 @@ def native_to(device: Device) -> str:
 
 
 def with_kernel(options: Options, implementation: str | None, q: jax.Array, device: Device) -> Options:
-    """`options` with the kernel asked for, or with the best for the device that takes queries like `q` (..., head_dim).
+    """Return `options` with the named kernel, or with the best kernel for the device and queries `q` (..., head_dim).
 
-    What is asked for by name and cannot be done is a ValueError. What is not asked for falls to "xla" where the
-    device's own kernel does not take it, or has none although it is an accelerator, and is logged, once.
+    A named kernel that does not support the call raises ValueError. Without a name, calls that the device's kernel does
+    not support use "xla". The fallback is logged once, as is an accelerator without a kernel.
     """
     native = native_to(device)
     if implementation is not None and implementation not in (native, "xla"):

@@ -1,9 +1,9 @@
-"""What the forward and backward kernels for Hopper share: limits, lists of visits, and the work of one warpgroup.
+"""Common parts of the Hopper kernels: limits, lists of visits, shared memory, and the operations of one warpgroup.
 
 Each kernel runs one program per multiprocessor with three warpgroups: two consumers, which compute, and a producer,
-which only issues copies. A program takes cells of work in turn. A cell is one head and `CONSUMERS` neighbouring tiles
-of the side it owns (one for each consumer); it visits those tiles of the other side that the mask rule lets it see.
-Which those are is decided before the kernel runs, from the extremes of positions and segments: the kernel reads a list.
+which only issues copies. A program processes cells of work in turn. A cell is one head and `CONSUMERS` neighbouring
+tiles of the owned side, one for each consumer. It visits the tiles of the other side that the mask rule allows. The
+list of visits is computed before the kernel runs, from minima and maxima of positions and segment ids.
 """
 
 import dataclasses
@@ -27,69 +27,69 @@ from ringrl.attention.options import Options
 
 LOG2_E = math.log2(math.e)
 CONSUMERS = 2
-PROGRAMS = 132  # multiprocessors of an H100 or H200; any other number is as right and only less even
-Ref = Any  # Pallas gives its references no public type
+PROGRAMS = 132  # multiprocessors of an H100 or H200; other numbers are correct but less balanced
+Ref = Any  # Pallas has no public type for references
 
 
 def unsupported(dtype: jnp.dtype, head_dim: int, options: Options) -> str | None:
-    """What of this the kernels do not take, in one sentence; None if they take it all."""
+    """Return one sentence about an argument that the kernels do not support, or None."""
     if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the Hopper kernel takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+        return f"the Hopper kernel supports bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_dim not in (64, 128):
-        return f"the Hopper kernel takes a head_dim of 64 or 128, not {head_dim}"
+        return f"the Hopper kernel supports a head_dim of 64 or 128, not {head_dim}"
     if not (options.scale > 0 and math.isfinite(options.scale)):
-        return f"the Hopper kernel takes a positive scale, not {options.scale}"
+        return f"the Hopper kernel supports a positive scale, not {options.scale}"
     for name, block in (("block_q", options.block_q), ("block_k", options.block_k)):
         if block is not None and block % 64:
-            return f"the Hopper kernel takes a {name} that is a multiple of 64, not {block}"
+            return f"the Hopper kernel supports a {name} that is a multiple of 64, not {block}"
     for blocks_of in (forward_blocks, query_gradient_blocks, key_gradient_blocks):
         blocks = blocks_of(head_dim, options)
         if blocks.stages < 2:
-            return f"the Hopper kernel's shared memory has no room for tiles of {blocks.own} by {blocks.visited}"
+            return f"tiles of {blocks.own} by {blocks.visited} exceed the shared memory of the Hopper kernel"
     return None
 
 
 def require_supported(inputs: Inputs, options: Options) -> None:
-    """Refuse by name, with ValueError, what would otherwise fail late or be wrong."""
+    """Raise ValueError for unsupported arguments, which would fail late or give wrong results."""
     reason = unsupported(inputs.q.dtype, inputs.q.shape[-1], options)
     if reason is not None:
         raise ValueError(reason)
 
 
 def by_query_head(x: jax.Array, inputs: Inputs) -> jax.Array:
-    """(N, groups * S, ...) -> (N * groups, S, ...): what belongs to the rows of `inputs`, a row of heads for each."""
+    """Reshape (N, groups * S, ...), the rows of `inputs`, to (N * groups, S, ...)."""
     return x.reshape(-1, inputs.queries.positions.shape[1], *x.shape[2:])
 
 
 class Visits(NamedTuple):
-    """Which tiles of the other side each cell visits."""
+    """The tiles of the other side that each cell visits."""
 
-    order: Int32[Array, "batch cells tiles"]  # full tiles first, then partial ones, then those never visited
-    counts: Int32[Array, "batch cells 2"]  # how many are full, and how many are visited in all
+    order: Int32[Array, "batch cells tiles"]  # full tiles first, then partial, then hidden ones
+    counts: Int32[Array, "batch cells 2"]  # number of full tiles, number of visited tiles
     work: Int32[Array, " batch*cells"]  # batch * cells + cell, longest first, so that programs finish together
 
 
 def tile_side(side: Side, size: int, padding: int) -> Side:
-    """(B, S) -> (B, tiles, size), padded with tokens that see and are seen by nothing."""
+    """Reshape (B, S) -> (B, tiles, size), padded with tokens that match no segment."""
     length = side.positions.shape[1]
     padded = pad_side(side, length + -length % size, padding)
     return Side(*(x.reshape(x.shape[0], -1, size) for x in padded))
 
 
 def tile_array(x: jax.Array, size: int, multiple: int = 1) -> jax.Array:
-    """(heads, S, ...) -> (heads, tiles, size, ...), with zeros up to a multiple of whole tiles."""
+    """Reshape (heads, S, ...) -> (heads, tiles, size, ...), padded with zeros to a multiple of whole tiles."""
     amount = [(0, 0)] * x.ndim
     amount[1] = (0, -x.shape[1] % (size * multiple))
     return jnp.pad(x, amount).reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 def untile(x: jax.Array, length: int, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of tile_array for so many tokens, in the shape asked for."""
+    """Invert `tile_array` for `length` tokens and reshape to `shape`."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length].reshape(shape)
 
 
 def visits(rule: Rule, queries: Side, keys: Side, *, own_queries: bool) -> Visits:
-    """From the extremes of positions and segments alone, for sides (B, cells or tiles, tokens)."""
+    """List the visits from minima and maxima of positions and segments, for sides (B, cells or tiles, tokens)."""
     queries, keys = (Side(*(x[:, :, None] for x in side)) for side in (queries, keys))
     of_query = jax.vmap(partial(classify, rule), in_axes=(None, 0))
     kinds = jax.vmap(jax.vmap(of_query, in_axes=(0, None)))(queries, keys)
@@ -103,24 +103,24 @@ def visits(rule: Rule, queries: Side, keys: Side, *, own_queries: bool) -> Visit
 
 
 class Cell(NamedTuple):
-    """One piece of work, as a running program sees it."""
+    """One piece of work of a running program."""
 
     batch: jax.Array
-    number: jax.Array  # of the cell in its sequence
-    head: jax.Array  # of the owned side, counted over the batch
-    full: jax.Array  # visits that need no mask
-    total: jax.Array
+    number: jax.Array  # index of the cell in its sequence
+    head: jax.Array  # head of the owned side, counted over the batch
+    full: jax.Array  # number of visits without a mask
+    total: jax.Array  # number of visits
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How programs share the work: `heads` of the owned side in a context; each tile is visited `groups` times."""
+    """The division of work over programs: `heads` of the owned side per context; a tile is visited `groups` times."""
 
     heads: int
     groups: int = 1
 
     def for_each_cell(self, visits: Visits, body: Callable[[Cell, Any], Any], carry: Any) -> Any:
-        """carry = body(cell, carry) over the cells of this program."""
+        """Fold carry = body(cell, carry) over the cells of this program."""
         program, programs = lax.axis_index("program"), lax.axis_size("program")
         cells = visits.order.shape[1]
 
@@ -136,12 +136,12 @@ class Work:
         return lax.fori_loop(0, lax.div(count - 1 - program, jnp.int32(programs)) + 1, step, carry)
 
     def visited(self, visits: Visits, cell: Cell, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The tile and the group of visit i."""
+        """Return the tile and the group of visit i."""
         groups = jnp.int32(self.groups)
         return visits.order[cell.batch, cell.number, lax.div(i, groups)], lax.rem(i, groups)
 
     def launch(self, body: Callable, operands: Any, visits: Visits, outputs: Any, scratch: Any, interpret: Any) -> Any:
-        """body(operands, visits, outputs, scratch), all of references, as one kernel."""
+        """Run body(operands, visits, outputs, scratch), all of references, as one kernel."""
         inputs, tree = jax.tree.flatten((operands, visits))
 
         def kernel(*refs: Ref) -> None:
@@ -163,7 +163,7 @@ class Work:
 
 
 class Buffer(NamedTuple):
-    """Slots in shared memory, each with a barrier for "filled" and one for "may be filled again"."""
+    """Slots in shared memory, each with a barrier for "ready to read" and one for "free to fill"."""
 
     arrays: tuple[Ref, ...]
     ready: Ref
@@ -171,7 +171,7 @@ class Buffer(NamedTuple):
 
     @classmethod
     def of(cls, slots: int, readers: int, *arrays: jax.ShapeDtypeStruct) -> "Buffer":
-        """The scratch types of one whose slots hold such arrays and are read by so many warpgroups."""
+        """Return the scratch types of a buffer whose slots hold `arrays` and have `readers` reading warpgroups."""
         swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         return cls(
             tuple(
@@ -182,7 +182,7 @@ class Buffer(NamedTuple):
         )
 
     def slot(self, number: jax.Array) -> jax.Array:
-        """The slot of the so-manieth filling."""
+        """Return the slot of filling `number`."""
         return lax.rem(number, jnp.int32(self.arrays[0].shape[0]))
 
     def fill(self, number: jax.Array, *sources: Ref) -> None:
@@ -197,7 +197,7 @@ class Buffer(NamedTuple):
             plgpu.copy_gmem_to_smem(source, array.at[slot], self.ready.at[slot])
 
     def drain(self, number: jax.Array) -> None:
-        """Wait until all slots are free, after so many fillings: no program ends with copies or signals under way."""
+        """Wait until all slots are free after `number` fillings, so that no copy is pending when a program ends."""
         for slot in range(self.arrays[0].shape[0]):
 
             @pl.when(slot < number)
@@ -206,14 +206,14 @@ class Buffer(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """A buffer and what it is filled from, given the head and the tile (and, if it is visited, the group)."""
+    """A buffer and its sources, a function of head and tile (and of the group for visited tiles)."""
 
     buffer: Buffer
     sources: Callable[..., tuple[Ref, ...]]
 
 
 def produce(work: Work, visits: Visits, owned: Feed, *visited: Feed) -> None:
-    """The producer warpgroup: copies owned tiles once per cell, visited ones once per visit."""
+    """Run the producer warpgroup, which copies owned tiles once per cell and visited tiles once per visit."""
 
     def cell(cell: Cell, fills: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         owned_fills, visited_fills = fills
@@ -235,7 +235,7 @@ def produce(work: Work, visits: Visits, owned: Feed, *visited: Feed) -> None:
 
 
 def by_warpgroup(produce: Callable[[], None], consume: Callable[[], None]) -> None:
-    """The two roles; the producer gives up registers that the consumers take."""
+    """Run the role of this warpgroup. The producer gives registers to the consumers."""
     me = lax.axis_index("warpgroup")
 
     @pl.when(me < CONSUMERS)
@@ -251,34 +251,35 @@ def by_warpgroup(produce: Callable[[], None], consume: Callable[[], None]) -> No
 
 @dataclasses.dataclass(frozen=True)
 class Warpgroup:
-    """Loads and products of one warpgroup: in the registers' layouts and on tensor cores, or, in interpret mode, in
-    plain arithmetic (it knows neither layouts nor operands and running accumulators in registers, as of jax 0.10).
+    """Loads and products of one warpgroup, on tensor cores with register layouts, or in plain arithmetic.
+
+    JAX's interpret mode needs plain arithmetic: it supports neither layouts nor operands in registers (jax 0.10).
     """
 
     is_interpreted: bool
 
     def full(self, shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
-        """A constant float32 array."""
+        """Return a constant float32 array."""
         x = jnp.full(shape, value, jnp.float32)
         return x if self.is_interpreted else plgpu.layout_cast(x, layout)
 
     def load(self, ref: Ref, layout: Any) -> jax.Array:
-        """From device or shared memory into registers."""
+        """Load from device or shared memory into registers."""
         if self.is_interpreted:
             return _read(ref)
         whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
         return plgpu.load(ref, *whole, layout=layout, optimized=False)
 
     def vector(self, ref: Ref, axis: int) -> jax.Array:
-        """A vector laid out as what a reduction over `axis` of a tile leaves: 1 gives one value for each row."""
+        """Load a vector with the layout of a tile reduced over `axis`: axis 1 gives one value per row."""
         return self.load(ref, plgpu.Layout.WGMMA.reduce(axis))
 
     def side(self, side: Side, batch: jax.Array, tile: jax.Array, axis: int) -> Side:
-        """Positions and segments of one tile, likewise."""
+        """Load positions and segments of one tile, each as `vector` does."""
         return Side(*(self.vector(x.at[batch, tile], axis) for x in side))
 
     def product(self, a: Ref, b: Ref, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
-        """a (i, c) x b (j, c) -> (i, j), both in shared memory; `meanwhile` is called before waiting for it."""
+        """Return a (i, c) x b (j, c) -> (i, j), both in shared memory; `meanwhile` runs before the wait for it."""
         if self.is_interpreted:
             meanwhile()
             return jnp.dot(_read(a), _read(b).T, preferred_element_type=jnp.float32)
@@ -291,7 +292,7 @@ class Warpgroup:
         return pl.run_scoped(compute, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
     def two_products(self, a: Ref, b: Ref, c: Ref, d: Ref, work: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
-        """(work(a x b), c x d), transposed as in `product`; `work` is done while c x d is under way."""
+        """Return (work(a x b), c x d), transposed as in `product`; `work` runs while c x d is computed."""
         if self.is_interpreted:
             return work(self.product(a, b)), self.product(c, d)
 
@@ -305,7 +306,7 @@ class Warpgroup:
         return pl.run_scoped(compute, accumulator, accumulator)
 
     def accumulate(self, total: jax.Array, a: jax.Array, b: Ref) -> jax.Array:
-        """total + a x b, with a (i, j) in registers and b (j, c) in shared memory."""
+        """Return total + a x b, with a (i, j) in registers and b (j, c) in shared memory."""
         if self.is_interpreted:
             return total + jnp.dot(a, _read(b), preferred_element_type=jnp.float32)
 
@@ -316,29 +317,29 @@ class Warpgroup:
 
 
 def _read(ref: Ref) -> jax.Array:
-    """For the interpreter. Tensor cores read as copies write; a plain read must be committed to be ordered alike."""
+    """Read for the interpreter. Unlike reads by tensor cores, a plain read needs a commit to be ordered with copies."""
     x = ref[...]
     plgpu.commit_smem()
     return x
 
 
 def across(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """A vector along `axis` of a tile, repeated along the other."""
+    """Broadcast a vector along `axis` of a tile over the other axis."""
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
 def logits(options: Options, products: jax.Array) -> tuple[jax.Array, float, jax.Array | None]:
-    """Logits, the factor that takes them to units of log 2, and the derivative of the cap (None without one)."""
+    """Return logits, their factor to units of log 2, and the derivative of the soft cap (None without a cap)."""
     cap = options.logits_soft_cap
     if cap is None:
         return products, options.scale * LOG2_E, None
-    # tanh by way of exp2, which is exact to float32; the machine's own tanh keeps 11 bits.
+    # tanh from exp2 is accurate in float32; the hardware's tanh has 11 bits.
     t = 1 - 2 / (jnp.exp2(products * (2 * LOG2_E * options.scale / cap)) + 1)
     return t, cap * LOG2_E, 1 - t * t
 
 
 def tile_mask(rule: Rule, queries: Side, keys: Side, shape: tuple[int, ...], *, query_axis: int = 0) -> jax.Array:
-    """The rule for a tile, from vectors in registers."""
+    """Apply the mask rule to a tile, from vectors in registers."""
     sides = (
         Side(*(across(x, shape, axis) for x in side)) for side, axis in ((queries, query_axis), (keys, 1 - query_axis))
     )

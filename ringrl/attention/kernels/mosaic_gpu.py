@@ -1,14 +1,14 @@
-"""Attention over one block of keys on Hopper GPUs, forward: the contract of contract.py on tensor cores.
+"""Forward attention kernel for Hopper GPUs (contract.py).
 
-    producer     Q0 Q1 | K0  V0  K1  V1  K2  V2  ...     copies into slots, each waits for the slot to be free
+    producer     Q0 Q1 | K0  V0  K1  V1  K2  V2  ...     each copy waits until its slot is free
     consumer 0         | QK0  softmax  PV0 QK1  softmax  PV1 QK2  ...            o, maximum and sum in registers
     consumer 1         |      QK0      softmax  PV0 QK1  softmax  PV1 ...        the other half of the cell's queries
                        |      ^ tensor cores of one consumer work while the other takes exponentials
 
-The two consumers pass the tensor cores to and fro (`turn`), so that products of one hide the softmax of the other.
-What bounds it, for a cell of 2 x 64 queries that visits 128 keys with head_dim D: 4 * 128 * 128 * D operations
-(8.4 million at D = 128; 1.6 microseconds of a multiprocessor's share of 690 TFLOP/s), and 2 * 128 * D * 2 bytes
-(64 KiB at D = 128; 41 GB/s per multiprocessor, 5.4 TB/s in all, most of it from the L2 cache).
+The two consumers alternate on the tensor cores (`turn`), so that products of one hide the softmax of the other.
+Bounds for a cell of 2 x 64 queries that visits 128 keys with head_dim D: 4 * 128 * 128 * D operations (8.4 million at
+D = 128; 1.6 microseconds of a multiprocessor's share of 690 TFLOP/s), and 2 * 128 * D * 2 bytes (64 KiB at D = 128;
+41 GB/s per multiprocessor, 5.4 TB/s in total, most of it from the L2 cache).
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ from ringrl.attention.varying import varying_like
 
 
 class _Operands(NamedTuple):
-    """In device memory: heads counted over the batch, sequences cut into tiles."""
+    """Arrays in device memory: heads counted over the batch, sequences in tiles."""
 
     q: Ref  # (heads, tiles, own, D)
     kv: Ref  # (2 * kv_heads, tiles, visited, D): keys and values of each head in turn
@@ -61,7 +61,7 @@ class _Operands(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """In shared memory."""
+    """Buffers in shared memory."""
 
     q: Buffer
     k: Buffer
@@ -70,7 +70,7 @@ class _Scratch(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The online softmax of one consumer: maximum in units of log 2, over what was visited so far."""
+    """The online softmax of one consumer over the visited keys, with the maximum in units of log 2."""
 
     o: jax.Array  # (own, D)
     maximum: jax.Array  # (own,)
@@ -78,7 +78,7 @@ class _State(NamedTuple):
 
 
 def _produce(work: Work, groups: int, operands: _Operands, visits: Visits, scratch: _Scratch) -> None:
-    """The producer warpgroup."""
+    """Run the producer warpgroup."""
 
     def keys_or_values(which: int) -> Callable[..., tuple[Ref, ...]]:
         return lambda head, tile, _: (operands.kv.at[2 * lax.div(head, jnp.int32(groups)) + which, tile],)
@@ -88,12 +88,12 @@ def _produce(work: Work, groups: int, operands: _Operands, visits: Visits, scrat
 
 
 def _fold(options: Options, state: _State, products: jax.Array, mask: jax.Array | None) -> tuple[_State, jax.Array]:
-    """Online softmax: rescale the state for one tile of products; and the tile's weights."""
+    """Rescale the online softmax for one tile of products. Return the state and the tile's weights."""
     s, factor, _ = logits(options, products)
     if mask is not None:
         s = jnp.where(mask, s, -jnp.inf)
     maximum = jnp.maximum(state.maximum, s.max(1) * factor)
-    # Only where a mask is can a row have seen nothing so far.
+    # Without a mask every row has a visible key.
     shift = maximum if mask is None else jnp.where(maximum == -jnp.inf, 0.0, maximum)
     alpha = jnp.exp2(state.maximum - shift)
     p = jnp.exp2(s * factor - across(shift, s.shape, 0))
@@ -110,7 +110,7 @@ def _consume(
     outputs: tuple[Ref, Ref],
     scratch: _Scratch,
 ) -> None:
-    """A consumer warpgroup: its tile of the queries of every cell."""
+    """Run a consumer warpgroup on its tile of the queries of every cell."""
     me = lax.axis_index("warpgroup")
     q = scratch.q.arrays[0].at[me]
 
@@ -130,7 +130,7 @@ def _consume(
             tile, _ = work.visited(visits, cell, i)
             mask = tile_mask(options.rule, queries, unit.side(operands.keys, cell.batch, tile, 0), products.shape)
         state, p = _fold(options, _State(*carry), products, mask)
-        # All of the softmax comes before the turn is passed on: the other consumer's begins there.
+        # The softmax ends before the turn passes to the other consumer.
         state, p = lax.optimization_barrier((state, p.astype(scratch.v.arrays[0].dtype)))
         plgpu.barrier_arrive(scratch.turn)
         plgpu.barrier_wait(scratch.v.ready.at[slot])
@@ -144,11 +144,11 @@ def _consume(
         queries = unit.side(operands.queries, cell.batch, tile, 1)
         state = _begin(unit, operands.start, cell.head, tile, q.shape)
         plgpu.barrier_wait(scratch.q.ready.at[me])
-        pl.when(me == 1)(turn)  # from here on the consumers are half a visit apart
+        pl.when(me == 1)(turn)  # offsets the consumers by half a visit
         state = lax.fori_loop(0, cell.full, partial(visit, cell, None, fills), state)
         state = lax.fori_loop(cell.full, cell.total, partial(visit, cell, queries, fills), state)
         plgpu.barrier_arrive(scratch.q.free.at[me])
-        # Not left to the next cell: its first tiles come only when both consumers are done with these queries.
+        # The offset ends with the cell: the next tiles arrive only after both consumers release these queries.
         pl.when(me == 0)(turn)
         _finish(state, outputs, cell.head, tile)
         return fills + cell.total
@@ -157,19 +157,19 @@ def _consume(
 
 
 def _begin(unit: Warpgroup, start: Partial | None, head: jax.Array, tile: jax.Array, shape: tuple[int, ...]) -> _State:
-    """What was seen before enters like one more key: its log-sum-exp as the maximum, with a sum of one."""
+    """Start the state. A previous result enters like one key: its log-sum-exp is the maximum, with a sum of one."""
     if start is None:
         rows = plgpu.Layout.WGMMA.reduce(1)
         o, maximum = unit.full(shape, 0.0, plgpu.Layout.WGMMA), unit.full(shape[:1], -jnp.inf, rows)
         return _State(o, maximum, unit.full(shape[:1], 0.0, rows))
     o, lse = unit.load(start.o.at[head, tile], plgpu.Layout.WGMMA), unit.vector(start.lse.at[head, tile], 1)
     total = jnp.where(lse == -jnp.inf, 0.0, 1.0)
-    # The product also drops o's type over mesh axes, which a loop inside shard_map would refuse (jax 0.10).
+    # The product also drops o's type over mesh axes, which a loop inside shard_map rejects (jax 0.10).
     return _State(o * across(total, o.shape, 0), lse * LOG2_E, total)
 
 
 def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.Array) -> None:
-    """Normalise and write straight from registers."""
+    """Normalise and write directly from registers."""
     o, lse = outputs
     sees_nothing = state.total == 0
     total = jnp.where(sees_nothing, 1.0, state.total)
@@ -178,9 +178,10 @@ def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: Any = None) -> Partial:
-    """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf.
+    """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys.
 
-    ValueError where `hopper.unsupported` has a reason. `interpret` takes the parameters of JAX's GPU interpret mode.
+    `interpret` takes the parameters of JAX's GPU interpret mode. ValueError for unsupported arguments
+    (`hopper.unsupported`).
     """
     require_supported(inputs, options)
     q, (batch, tokens), head_dim = inputs.q, inputs.queries.positions.shape, inputs.q.shape[-1]

@@ -1,16 +1,16 @@
-"""Attention over one block of keys on Hopper GPUs, backward: one kernel for dq and one for dk and dv.
+"""Backward attention kernels for Hopper GPUs: one kernel for dq and one for dk and dv.
 
     dq:       producer   Q dO Q dO | K0 V0   K1 V1   K2 V2 ...
               consumers            | S=QK  dP=dOV  P=exp(S-lse)  dS=P(dP-delta)  dQ+=dS K |  next visit ...
     dk, dv:   producer   K V K V   | Q0 dO0  Q1 dO1  Q2 dO2 ...    all heads that share this key head
               consumers            | S'=KQ' dP'=VdO'  P'  dV+=P'dO  dS'  dK+=dS'Q         |  next visit ...
-                                     ^ both products are issued at once; P is computed while dP is under way
+                                     ^ both products are issued at once; P is computed while dP is running
 
-Each kernel owns what it sums up, in registers: no atomic addition, so gradients are the same in every run. The price is
-that S and dP are computed twice: seven products of 2 * 128 * V * D operations for a cell of 2 x 64 rows and V visited
-rows, in place of five (for dq 6 * 128 * V * D: 6.3 million at V = 64, D = 128, 1.2 microseconds at a multiprocessor's
-share of 690 TFLOP/s; for dk and dv 8 * 128 * V * D). A visit reads 2 * V * D * 2 bytes (32 KiB; 27 GB/s per
-multiprocessor in dq).
+Each kernel accumulates its sums in registers. Without atomic additions, gradients are the same in every run. The cost
+is that S and dP are computed twice: seven products of 2 * 128 * V * D operations for a cell of 2 x 64 rows and V
+visited rows, instead of five. dq takes 6 * 128 * V * D operations (6.3 million at V = 64, D = 128; 1.2 microseconds at
+a multiprocessor's share of 690 TFLOP/s), dk and dv take 8 * 128 * V * D. A visit reads 2 * V * D * 2 bytes (32 KiB;
+27 GB/s per multiprocessor in dq).
 """
 
 from functools import partial
@@ -52,7 +52,7 @@ from ringrl.attention.varying import varying_like
 
 
 class _Operands(NamedTuple):
-    """In device memory, cut into tiles of `own` or `visited` tokens; heads counted over the batch."""
+    """Arrays in device memory, in tiles of `own` or `visited` tokens; heads counted over the batch."""
 
     q: Ref  # (heads, tiles, tokens, D)
     do: Ref
@@ -64,7 +64,7 @@ class _Operands(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """In shared memory."""
+    """Buffers in shared memory."""
 
     owned: Buffer
     visited: Buffer
@@ -73,9 +73,9 @@ class _Scratch(NamedTuple):
 def _weights(
     options: Options, lse: jax.Array, mask: jax.Array | None, axis: int, products: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Softmax weights of a tile from the log-sum-exp along `axis`, and the derivative of the cap."""
+    """Return the softmax weights of a tile from the log-sum-exp along `axis`, and the derivative of the cap."""
     s, factor, slope = logits(options, products)
-    # Weights are at most 1, however large the logits.
+    # Rounding of large logits must not give weights above 1.
     p = jnp.exp2(jnp.minimum(s * factor - across(lse, s.shape, axis), 0.0))
     return (p if mask is None else jnp.where(mask, p, 0.0)), slope
 
@@ -83,7 +83,7 @@ def _weights(
 def _logit_gradients(
     p: jax.Array, slope: jax.Array | None, dp: jax.Array, delta: jax.Array, axis: int, dtype: jnp.dtype
 ) -> jax.Array:
-    """The gradient of the logits, before their scale."""
+    """Return the gradient of the logits without their scale."""
     ds = p * (dp - across(delta, dp.shape, axis))
     return (ds if slope is None else ds * slope).astype(dtype)
 
@@ -97,7 +97,7 @@ def _consume_queries(
     outputs: tuple[Ref, ...],
     scratch: _Scratch,
 ) -> None:
-    """A consumer of the dq kernel: its tile of the queries, over the keys that the cell visits."""
+    """Run a consumer of the dq kernel on its tile of queries, over the visited keys."""
     me = lax.axis_index("warpgroup")
     q, do = (x.at[me] for x in scratch.owned.arrays)
 
@@ -139,7 +139,7 @@ def _consume_keys(
     outputs: tuple[Ref, ...],
     scratch: _Scratch,
 ) -> None:
-    """A consumer of the dk, dv kernel: its tile of the keys, over the queries that the cell visits; all transposed."""
+    """Run a consumer of the dk, dv kernel on its tile of keys, over the visited queries; tiles are transposed."""
     me = lax.axis_index("warpgroup")
     k, v = (x.at[me] for x in scratch.owned.arrays)
 
@@ -178,7 +178,7 @@ def _consume_keys(
 def _cut(
     inputs: Inputs, cotangents: Cotangents, query_tile: int, key_tile: int, *, own_queries: bool
 ) -> tuple[_Operands, Side, Side]:
-    """Everything in tiles, whole cells of the owned side; and both sides in cells (owned) and tiles (visited)."""
+    """Return all arrays in tiles, and both sides in cells (owned) or tiles (visited)."""
     per_query_cell, per_key_cell = (CONSUMERS, 1) if own_queries else (1, CONSUMERS)
     queries = tile_side(inputs.queries, per_query_cell * query_tile, PADDING_QUERY)
     keys = tile_side(inputs.keys, per_key_cell * key_tile, PADDING_KEY)
@@ -194,7 +194,7 @@ def _cut(
 
 
 def _query_gradient(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any) -> jax.Array:
-    """dq, in a kernel that owns queries and visits keys."""
+    """Return dq, from a kernel that owns queries and visits keys."""
     q, groups = inputs.q, inputs.groups
     own, visited, stages = query_gradient_blocks(q.shape[-1], options)
     operands, queries, keys = _cut(inputs, cotangents, own, visited, own_queries=True)
@@ -224,7 +224,7 @@ def _query_gradient(inputs: Inputs, cotangents: Cotangents, options: Options, in
 
 
 def _key_gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any) -> jax.Array:
-    """dk and dv, in a kernel that owns keys and visits the queries of all heads that share them."""
+    """Return dk and dv, from a kernel that owns keys and visits the queries of all heads that share them."""
     q, groups = inputs.q, inputs.groups
     own, visited, stages = key_gradient_blocks(q.shape[-1], options)
     operands, queries, keys = _cut(inputs, cotangents, visited, own, own_queries=False)
@@ -264,14 +264,14 @@ def backward(
     *,
     interpret: Any = None,
 ) -> Gradients:
-    """Gradients of these keys, and of the queries through these keys; the latter added to `dq`, if given.
+    """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given.
 
-    `do` is taken in q's dtype. ValueError where `hopper.unsupported` has a reason. `interpret` takes the parameters of
-    JAX's GPU interpret mode.
+    `do` is rounded to q's dtype. `interpret` takes the parameters of JAX's GPU interpret mode. ValueError for
+    unsupported arguments (`hopper.unsupported`).
     """
     require_supported(inputs, options)
     do, lse, delta = cotangents
-    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # masked rows need any finite value
     cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)
     dq_part = _query_gradient(inputs, cotangents, options, interpret)
     dkv = _key_gradients(inputs, cotangents, options, interpret)

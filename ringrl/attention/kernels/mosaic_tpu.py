@@ -1,9 +1,9 @@
-"""Attention on TPUs, forward; the contract is in contract.py, the backward pass is in mosaic_tpu_backward.py.
+"""Forward attention kernel for TPUs (contract.py).
 
     for each context, key head, share of the heads             (any order, over the cores)
-      for each pair (query tile, key tile) of the list         (in order; the next tiles arrive meanwhile)
+      for each pair (query tile, key tile) of the list         (in order; the next tiles are prefetched)
 
-        q (rows, D)      stays for all pairs of a query tile
+        q (rows, D)      is kept for all pairs of a query tile
           |              k (block_k, D)      v (block_k, D)    arrive for each pair
           |                 |                   |
           +--> k q^T -------+                   |
@@ -19,7 +19,7 @@
     operations per tile     4 * rows * block_k * D, and rows * block_k powers of two
     bytes per tile          2 * block_k * D * itemsize: k and v; q, o and lse once per query tile
 
-`rows` counts the queries of all heads that share the key head, so that each key is fetched once for all of them.
+`rows` counts the queries of all heads that share the key head. Each key is loaded once for all of them.
 """
 
 from functools import partial
@@ -49,7 +49,7 @@ from ringrl.attention.options import Options
 
 
 def _kernel(pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulator, maximum, total, *, options, tiling):  # type: ignore[no-untyped-def]
-    """One pair of tiles; arguments are references, `start_*` None without a start."""
+    """Process one pair of tiles; arguments are references, `start_*` None without a start."""
     pair = Pair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
 
     @pl.when(pair.is_first)
@@ -58,7 +58,7 @@ def _kernel(pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulat
             accumulator[...] = jnp.zeros_like(accumulator)
             maximum[...] = jnp.full_like(maximum, -jnp.inf)
             total[...] = jnp.zeros_like(total)
-        else:  # what was seen before enters like one more key: its log-sum-exp as the maximum, with a sum of one
+        else:  # the previous result enters like one key: its log-sum-exp is the maximum, with a sum of one
             accumulator[...] = start_o[...].reshape(-1, start_o.shape[-1]).T
             maximum[...] = start_lse[...] * LOG2_E
             total[...] = jnp.where(start_lse[...] == -jnp.inf, 0.0, 1.0)
@@ -68,7 +68,7 @@ def _kernel(pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulat
         if mask is not None:
             s = jnp.where(mask, s, -jnp.inf)
         new_maximum = jnp.maximum(maximum[...], s.max(0, keepdims=True))
-        shift = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)  # rows that have seen nothing yet
+        shift = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)  # rows without a visible key so far
         p = jnp.exp2(s - shift)
         alpha = jnp.exp2(maximum[...] - shift)
         accumulator[...] = accumulator[...] * alpha + product(v[...], p.astype(v.dtype), (0, 0))
@@ -85,9 +85,9 @@ def _kernel(pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulat
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: Interpret = False) -> Partial:
-    """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf.
+    """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys.
 
-    ValueError where `mosaic_tpu_tiles.unsupported` has a reason, or the sequence more tiles than can be listed.
+    ValueError for unsupported arguments (`unsupported`) and for more tiles than the list holds (`too_many`).
     """
     q = inputs.q
     tiling = tiling_of("forward", inputs, options)

@@ -1,7 +1,7 @@
-"""Attention on TPUs, backward: two kernels, one that adds up dq and one that adds up dk and dv.
+"""Backward attention kernels for TPUs: one kernel accumulates dq, the other dk and dv.
 
-    for each context, key head, share of the heads               dq: pairs listed query tile by query tile
-      for each pair (query tile, key tile) of the list           dk, dv: key tile by key tile, and for all shares
+    for each context, key head, share of the heads               dq: pairs in order of query tiles
+      for each pair (query tile, key tile) of the list           dk, dv: in order of key tiles, and for all shares
 
         k (block_k, D)  q (rows, D)        v (block_k, D)  do (rows, D)       lse, delta (1, rows)
               |             |                    |             |                  |
@@ -19,8 +19,8 @@
     bytes per tile          2 * block_k * D * itemsize for dq: k and v
                             2 * rows * D * itemsize for dk and dv: q and do
 
-Every output tile is added up in one place and in the order of the list: the same gradients, bit by bit, in every run.
-Two products are computed twice; in return nothing but whole tiles is ever written.
+Every output tile is accumulated in one place and in the order of the list, so gradients are bit-identical in every run.
+Two products are computed twice; in return only whole tiles are written.
 """
 
 from functools import partial
@@ -53,9 +53,9 @@ from ringrl.attention.options import Options
 
 
 def _tile_gradients(options: Options, mask: jax.Array | None, q, k, v, do, lse, delta) -> tuple[jax.Array, jax.Array]:  # type: ignore[no-untyped-def]
-    """p and ds (block_k, rows) of a pair of tiles, float32; ds without the scale."""
+    """Return p and ds (block_k, rows) of a pair of tiles, float32; ds without the scale."""
     s, cap_slope = logits(options, k, q)
-    p = jnp.exp2(jnp.minimum(s - lse, 0.0))  # weights are at most 1, however large the logits
+    p = jnp.exp2(jnp.minimum(s - lse, 0.0))  # rounding of large logits must not give weights above 1
     if mask is not None:
         p = jnp.where(mask, p, 0.0)
     ds = p * (product(v, do, (1, 1)) - delta)
@@ -63,12 +63,12 @@ def _tile_gradients(options: Options, mask: jax.Array | None, q, k, v, do, lse, 
 
 
 def _rows_of(x) -> jax.Array:  # type: ignore[no-untyped-def]
-    """Queries of all heads of a tile, (rows, head_dim), from a reference."""
+    """Return the queries of all heads of a tile, (rows, head_dim), from a reference."""
     return x[...].reshape(-1, x.shape[-1])
 
 
 def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumulator, *, options, tiling):  # type: ignore[no-untyped-def]
-    """One pair of tiles; arguments are references."""
+    """Process one pair of tiles; arguments are references."""
     pair = Pair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
 
     @pl.when(pair.is_first)
@@ -88,7 +88,7 @@ def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumul
 
 
 def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dkv, dk_sum, dv_sum, *, options, tiling):  # type: ignore[no-untyped-def]
-    """One pair of tiles, for one share of the heads; arguments are references."""
+    """Process one pair of tiles for one share of the heads; arguments are references."""
     pair, share = Pair.at(pairs, pl.program_id(0), pl.program_id(2), tiling), pl.program_id(3)
 
     @pl.when(pair.is_first & (share == 0))
@@ -118,19 +118,19 @@ def backward(
     *,
     interpret: Interpret = False,
 ) -> Gradients:
-    """Gradients of these keys, and of the queries through these keys; the latter added to `dq`, if given.
+    """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given.
 
-    ValueError as for `mosaic_tpu.forward`. `do` is taken in q's dtype.
+    `do` is rounded to q's dtype. ValueError as for `forward`.
     """
     do, lse, delta = cotangents
-    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # such rows are masked everywhere: any finite value will do
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # masked rows need any finite value
     cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)
     part = _dq(inputs, options, cotangents, interpret)
     return Gradients(part if dq is None else dq + part, _dkv(inputs, options, cotangents, interpret))
 
 
 def _cut(tiling: Tiling, sides: Sides, inputs: Inputs, cotangents: Cotangents) -> tuple[jax.Array, ...]:
-    """What both kernels read, in the order of Specs.backward."""
+    """Return the inputs of both kernels in the order of Specs.backward."""
     queries = *map(tiling.cut_queries, (inputs.q, cotangents.do)), *map(tiling.cut_rows, cotangents[1:]), sides.queries
     kv = tiling.cut_keys(inputs.kv)
     return *queries, kv, kv, sides.keys

@@ -1,16 +1,16 @@
-"""What the TPU kernels share: tiles, the list of tile pairs to visit, and the arithmetic of one tile.
+"""Common parts of the TPU kernels: tiles, the list of visited tile pairs, and the arithmetic of one tile.
 
-Everywhere keys lie down (on sublanes) and queries across (on lanes):
+Keys are on sublanes and queries on lanes:
 
                rows: queries of the heads that share a key head
              +-------------------------------+
        keys  |  logits (block_k, rows)       |   key positions are a column, query positions a row
              +-------------------------------+
-             maximum, sum, log-sum-exp, delta    one row each: compact in memory, cheap to spread over a tile
-             transposed output (head_dim, rows)  fills its registers whatever head_dim is
+             maximum, sum, log-sum-exp, delta    one row each: compact in memory, cheap to broadcast over a tile
+             transposed output (head_dim, rows)  fills its registers for any head_dim
 
-Which pairs of tiles see each other is decided outside, from the extremes of positions and segment ids. The kernels get
-a list of those pairs alone and their grid is as long as the list: a skipped pair costs no step, no copy, no arithmetic.
+The visible pairs of tiles are listed outside of the kernels, from minima and maxima of positions and segment ids. The
+grid of a kernel is as long as its list: a skipped pair costs no step, no copy and no arithmetic.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ from ringrl.attention.options import Options
 
 LOG2_E = 1.4426950408889634
 LANES = 128
-TILE_BITS = 13  # of a tile's index in the list of pairs
-MAX_PAIRS = 2**17  # entries of the list, 32 bits each: half of the scalar memory of every generation
+TILE_BITS = 13  # bits of a tile index in the list of pairs
+MAX_PAIRS = 2**17  # entries of the list, 32 bits each: half of the scalar memory on every TPU generation
 Interpret = bool | pltpu.InterpretParams
 
 
 def unsupported(dtype: jnp.dtype, head_dim: int, options: Options) -> str | None:
-    """One sentence on what the TPU kernels do not take, or None if they take it."""
+    """Return one sentence about an argument that the TPU kernels do not support, or None."""
     if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"q: {jnp.dtype(dtype).name} has no matrix product on TPUs: use bfloat16 or float32"
+        return f"q: {jnp.dtype(dtype).name} is not supported on TPUs: use bfloat16 or float32"
     if head_dim % 8 or head_dim > 256:
         return f"q: head_dim {head_dim} is not a multiple of 8 up to 256"
     for name in ("block_q", "block_k"):
@@ -52,7 +52,7 @@ def unsupported(dtype: jnp.dtype, head_dim: int, options: Options) -> str | None
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How arrays are cut. Of the heads that share a key head `groups` are rows of one tile; there are `shares` such."""
+    """The division of arrays into tiles. `groups` heads that share a key head form a tile; a key head has `shares`."""
 
     batch: int
     kv_heads: int
@@ -66,7 +66,7 @@ class Tiling:
 
     @property
     def rows(self) -> int:
-        """Queries of all heads of a tile."""
+        """Number of queries over all heads of a tile."""
         return self.groups * self.block_q
 
     @property
@@ -79,37 +79,37 @@ class Tiling:
 
     @property
     def pairs(self) -> int:
-        """The length of the list if every tile sees every other."""
+        """Length of the list if every tile sees every other."""
         return self.query_tiles * self.key_tiles
 
     def cut_queries(self, x: Float[Array, "heads rows head_dim"]) -> jax.Array:
-        """To (batch, kv_heads, shares, groups, padded queries, head_dim)."""
+        """Reshape to (batch, kv_heads, shares, groups, padded queries, head_dim)."""
         x = x.reshape(self.batch, self.kv_heads, self.shares, self.groups, self.queries, -1)
         return _pad(x, 4, self.query_tiles * self.block_q)
 
     def join_queries(self, x: jax.Array) -> jax.Array:
-        """The inverse."""
+        """Invert `cut_queries`."""
         return x[:, :, :, :, : self.queries].reshape(self.batch * self.kv_heads, -1, self.head_dim)
 
     def cut_rows(self, x: Float32[Array, "heads rows"], fill: float = 0.0) -> jax.Array:
-        """To (batch, kv_heads, shares, query_tiles, 1, rows)."""
+        """Reshape to (batch, kv_heads, shares, query_tiles, 1, rows)."""
         x = x.reshape(self.batch, self.kv_heads, self.shares, self.groups, self.queries)
         x = _pad(x, 4, self.query_tiles * self.block_q, fill)
         x = x.reshape(*x.shape[:4], self.query_tiles, self.block_q)
         return jnp.moveaxis(x, 3, 4).reshape(*x.shape[:3], self.query_tiles, 1, self.rows)
 
     def join_rows(self, x: jax.Array) -> jax.Array:
-        """The inverse."""
+        """Invert `cut_rows`."""
         x = jnp.moveaxis(x.reshape(*x.shape[:4], self.groups, self.block_q), 4, 3)
         x = x.reshape(*x.shape[:4], self.query_tiles * self.block_q)[..., : self.queries]
         return x.reshape(self.batch * self.kv_heads, -1)
 
     def cut_keys(self, kv: Float[Array, "heads 2 keys head_dim"]) -> jax.Array:
-        """To (batch, kv_heads, 2, padded keys, head_dim)."""
+        """Reshape to (batch, kv_heads, 2, padded keys, head_dim)."""
         return _pad(kv, 2, self.key_tiles * self.block_k).reshape(self.batch, self.kv_heads, 2, -1, self.head_dim)
 
     def join_keys(self, kv: jax.Array) -> jax.Array:
-        """The inverse."""
+        """Invert `cut_keys`."""
         return kv[:, :, :, : self.keys].reshape(self.batch * self.kv_heads, 2, self.keys, self.head_dim)
 
 
@@ -120,9 +120,9 @@ def _pad(x: jax.Array, axis: int, size: int, fill: float = 0.0) -> jax.Array:
 
 
 def tiling_of(work: Work, inputs: Inputs, options: Options) -> Tiling:
-    """Tiles as large as options or the table say, with as many heads in a tile as they have room for.
+    """Return tiles of the sizes in the options or the table, with the most heads per tile that fit.
 
-    ValueError where `unsupported` has a reason, or where there are too many.
+    ValueError for unsupported arguments and for too many tiles.
     """
     if (reason := unsupported(inputs.q.dtype, inputs.q.shape[-1], options)) is not None:
         raise ValueError(reason)
@@ -133,13 +133,13 @@ def tiling_of(work: Work, inputs: Inputs, options: Options) -> Tiling:
 
 
 def too_many(inputs: Inputs, options: Options) -> str | None:
-    """One sentence where the forward or the backward pass has more tiles than the list of pairs has room for."""
+    """Return one sentence if the list of pairs is too short for the forward or the backward pass, or None."""
     if all(_tiling(work, inputs, options) for work in get_args(Work)):
         return None
     (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
     return (
-        f"q, k: {batch} x {queries} queries and {keys} keys per device are more tiles than the {MAX_PAIRS} pairs that a"
-        " TPU kernel can list: use a smaller batch, or more devices along the sequence"
+        f"q, k: {batch} x {queries} queries and {keys} keys per device exceed the {MAX_PAIRS} pairs of tiles of the TPU"
+        " kernel: use a smaller batch or more devices along the sequence"
     )
 
 
@@ -160,28 +160,28 @@ def _tiling(work: Work, inputs: Inputs, options: Options) -> Tiling | None:
 
 
 def _fit(block: int, length: int) -> int:
-    """A block no longer than the sequence, in whole registers."""
+    """Return a block size no longer than the sequence, in whole registers."""
     return min(block, pl.cdiv(length, LANES) * LANES)
 
 
 class Pair(NamedTuple):
-    """One entry of the list: tiles of the outer and the inner side, and what to do with them."""
+    """One entry of the list: tiles of the outer and the inner side, with their role and visibility."""
 
     outer: jax.Array
     inner: jax.Array
-    is_first: jax.Array  # of its outer tile
+    is_first: jax.Array  # first pair of its outer tile
     is_last: jax.Array
     is_partial: jax.Array
-    is_full: jax.Array  # every query sees every key: no mask is needed
+    is_full: jax.Array  # every query sees every key, no mask needed
 
     @classmethod
     def at(cls, pairs: Any, context: jax.Array, step: jax.Array, tiling: Tiling) -> "Pair":
-        """The entry of this step, from a reference to what `pack_pairs` packed."""
+        """Return the entry of this step, from a reference to the list of `pack_pairs`."""
         return cls.unpack(pairs[context * tiling.pairs + step])
 
     @classmethod
     def unpack(cls, code: jax.Array) -> "Pair":
-        """TILE_BITS for each tile, 4 bits for what to do."""
+        """Unpack an entry: TILE_BITS for each tile, 4 bits for role and visibility."""
         kind, inner = code & 3, (code >> 4) & (2**TILE_BITS - 1)
         return cls(code >> (TILE_BITS + 4), inner, (code & 8) != 0, (code & 4) != 0, kind == 1, kind == 2)
 
@@ -189,17 +189,17 @@ class Pair(NamedTuple):
 def pack_pairs(
     some: Bool[Array, "batch outer inner"], every: Bool[Array, "batch outer inner"]
 ) -> tuple[Int32[Array, " batch_pairs"], Int32[Array, ""]]:
-    """The list of every context, one after the other, and the length of the longest.
+    """Return the lists of all contexts, one after the other, and the length of the longest list.
 
-    An outer tile that sees nothing has one entry all the same, which does nothing but write what it started with. The
-    lists of shorter contexts end in repetitions that do nothing at all.
+    An outer tile without visible tiles has one entry, which writes its initial value. Shorter lists are padded with
+    entries without effect.
     """
     contexts, outer, inner = some.shape
     length = outer * inner
     outer_index, inner_index = jnp.arange(outer)[:, None], jnp.arange(inner)
     visited = some | (~some.any(2, keepdims=True) & (inner_index == 0))
-    seen = jnp.cumsum(visited, axis=2)  # of this outer tile, up to here
-    count = jnp.cumsum(seen[..., -1], axis=1)  # up to the end of this outer tile
+    seen = jnp.cumsum(visited, axis=2)  # entries of this outer tile so far
+    count = jnp.cumsum(seen[..., -1], axis=1)  # entries up to the end of this outer tile
     kind = some.astype(jnp.int32) + (some & every)
     code = (
         (outer_index << (TILE_BITS + 4))
@@ -209,7 +209,7 @@ def pack_pairs(
         + kind
     )
     idle = ((outer - 1) << (TILE_BITS + 4)) + (jnp.where(visited[:, -1], inner_index, 0).max(1) << 4)
-    # Written to their places and not sorted into them: the compiler takes seconds over a sort as long as this.
+    # A scatter instead of a sort: the compiler takes seconds for a sort of this length.
     place = jnp.arange(contexts)[:, None, None] * length + (count - seen[..., -1])[..., None] + seen - 1
     place = jnp.where(visited, place, contexts * length)
     pairs = jnp.repeat(idle, length).at[place.reshape(-1)].set(code.reshape(-1), mode="drop")
@@ -217,7 +217,7 @@ def pack_pairs(
 
 
 class Sides(NamedTuple):
-    """What the kernels know of where tokens stand: integers per tile, and which pairs of tiles to visit."""
+    """Positions and segment ids per tile, and the list of pairs of tiles to visit."""
 
     queries: Int32[Array, "batch query_tiles 2 rows"]
     keys: Int32[Array, "batch key_tiles 2 block_k"]
@@ -226,7 +226,7 @@ class Sides(NamedTuple):
 
 
 def cut_sides(rule: Rule, queries: Side, keys: Side, tiling: Tiling, *, by_key: bool = False) -> Sides:
-    """The pairs are listed query tile by query tile, or key tile by key tile."""
+    """Divide both sides into tiles and list the pairs, in order of query tiles or (`by_key`) of key tiles."""
     query_tiles = _side_tiles(queries, tiling.query_tiles, tiling.block_q, PADDING_QUERY)
     key_tiles = _side_tiles(keys, tiling.key_tiles, tiling.block_k, PADDING_KEY)
 
@@ -241,12 +241,12 @@ def cut_sides(rule: Rule, queries: Side, keys: Side, tiling: Tiling, *, by_key: 
 
 
 def _side_tiles(side: Side, tiles: int, block: int, padding: int) -> Side:
-    """Positions and segment ids, (batch, tiles, block)."""
+    """Reshape positions and segment ids to (batch, tiles, block)."""
     return Side(*(x.reshape(x.shape[0], tiles, block) for x in pad_side(side, tiles * block, padding)))
 
 
 class Place(NamedTuple):
-    """Where a step of the grid is."""
+    """Indices of a step of the grid."""
 
     batch: jax.Array
     head: jax.Array
@@ -256,7 +256,7 @@ class Place(NamedTuple):
 
 
 class Specs(NamedTuple):
-    """Blocks of the arrays that Tiling and cut_sides cut."""
+    """Block specifications of the arrays of Tiling and cut_sides."""
 
     queries: pl.BlockSpec
     keys: pl.BlockSpec
@@ -268,12 +268,12 @@ class Specs(NamedTuple):
 
     @property
     def backward(self) -> list[pl.BlockSpec]:
-        """Of what the backward kernel takes, in its order."""
+        """Specifications of the backward kernels' inputs, in order."""
         return [self.queries] * 2 + [self.rows] * 2 + [self.query_side, self.keys, self.values, self.key_side]
 
 
 def specs_of(tiling: Tiling, place: Callable[..., Place]) -> Specs:
-    """`place` tells from the indices of the grid and the list of pairs where a step is."""
+    """Return the block specifications. `place` maps grid indices and the list of pairs to the Place of a step."""
 
     def spec(shape: tuple[int | None, ...], index: Callable[[Place], tuple]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *grid: index(place(*grid)))
@@ -291,13 +291,13 @@ def specs_of(tiling: Tiling, place: Callable[..., Place]) -> Specs:
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """The matrix product over these axes, in float32."""
+    """Return the matrix product over the contracted axes, in float32."""
     axes = ((contract[:1], contract[1:]), ((), ()))
     return lax.dot_general(a, b, axes, precision=precision_of(a), preferred_element_type=jnp.float32)
 
 
 def logits(options: Options, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Scaled and capped logits (keys, rows) in units of log 2, and the derivative of the cap (None without one)."""
+    """Return scaled and capped logits (keys, rows) in units of log 2, and the derivative of the cap or None."""
     s = product(k, q, (1, 1))
     cap = options.logits_soft_cap
     if cap is None:
@@ -307,24 +307,24 @@ def logits(options: Options, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax
 
 
 def tile_mask(rule: Rule, queries: jax.Array, keys: jax.Array) -> Bool[Array, "block_k rows"]:
-    """The rule for a tile, from its positions and segment ids: (2, rows) and (2, block_k)."""
+    """Apply the mask rule to a tile, from its positions and segment ids: (2, rows) and (2, block_k)."""
     columns = keys.T
     return may_see(rule, Side(queries[:1], queries[1:]), Side(columns[:, :1], columns[:, 1:]))
 
 
 def visit(pair: Pair, mask: Callable[[], jax.Array], compute: Callable[[jax.Array | None], None]) -> None:
-    """`compute(None)` for a full pair, `compute(mask())` for a partial one, nothing for one that sees nothing."""
+    """Call `compute(None)` for a full pair, `compute(mask())` for a partial pair, nothing for a hidden pair."""
     pl.when(pair.is_full)(lambda: compute(None))
     pl.when(pair.is_partial)(lambda: compute(mask()))
 
 
 def shape_like(reference: jax.Array, shape: tuple[int, ...]) -> Any:
-    """A float32 output, typed as differing between devices wherever `reference` does, in any version of JAX."""
+    """Return a float32 output shape, typed as varying over the mesh axes of `reference` in any version of JAX."""
     return jax.eval_shape(lambda x: jnp.broadcast_to(x.ravel()[0].astype(jnp.float32), shape), reference)
 
 
 def cost(tiling: Tiling, products: int, options: Options, *arrays: jax.Array) -> pl.CostEstimate:
-    """For the scheduler, which hides transfers behind kernels: causal attention counted as half."""
+    """Estimate the cost for the scheduler, which hides transfers behind kernels; causal attention counts half."""
     t = tiling
     logits = t.batch * t.kv_heads * t.shares * t.groups * t.queries * t.keys // (2 if options.rule.is_causal else 1)
     return pl.CostEstimate(

@@ -1,13 +1,12 @@
-"""Tiled attention in plain XLA: the path of every CPU user, and the check on the others.
+"""Tiled attention in plain XLA, for CPUs and as the fallback and reference of the other kernels.
 
-Memory is O(S): a loop over tiles of keys, inside one over tiles of queries, holds one (block_q, block_k) tile of logits
-at a time. Operations per visible tile pair, per head: 4 * block_q * block_k * D forward, 10 * block_q * block_k * D
-backward. Tiles that the mask rule excludes are not visited, so causal costs half of full.
+Memory is O(S): a loop over tiles of keys inside a loop over tiles of queries holds one (block_q, block_k) tile of
+logits at a time. Operations per visible tile pair and head: 4 * block_q * block_k * D forward, 10 * block_q * block_k
+* D backward. Tiles that the mask hides are skipped, so causal attention costs half of full attention.
 
-All arrays have the heads that are computed together in front, or no such axis for one head at a time. Matrix products
-are always (rows, contracted) x (contracted, columns), and what is needed the other way round is transposed beforehand,
-once: left to the compiler, tiles are transposed in every visit, and a CPU multiplies a transposed left operand at half
-speed.
+The heads that are computed together are the first axis of all arrays; one head at a time has no such axis. Matrix
+products are always (rows, contracted) x (contracted, columns). Transposes are computed once in advance: the compiler
+would transpose tiles in every visit, and a CPU multiplies a transposed left operand at half speed.
 """
 
 import dataclasses
@@ -33,10 +32,10 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Where the scale goes: in float32 into tiles of vectors, once, and not into every tile of logits.
+    """Where the scale is applied: in float32 once to tiles of vectors, in 16 bits to every tile of logits.
 
-    `queries` multiplies q and `logits` their products with k, in units of log 2 (or of the soft cap); `cotangents`
-    multiplies do and delta and `gradients` what becomes of them.
+    `queries` multiplies q and `logits` multiplies q k^T, in units of log 2 (or of the soft cap). `cotangents`
+    multiplies do and delta, and `gradients` multiplies the gradients of the logits.
     """
 
     queries: float
@@ -51,7 +50,7 @@ class Scaling:
 
 
 def _logits(options: Options, products: jax.Array, scaling: Scaling) -> tuple[jax.Array, jax.Array | None]:
-    """Scaled and capped logits in units of log 2, and the derivative of the cap (None without one)."""
+    """Return scaled and capped logits in units of log 2, and the derivative of the cap (None without a cap)."""
     s = products * scaling.logits
     if options.logits_soft_cap is None:
         return s, None
@@ -64,26 +63,26 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _transpose(x: jax.Array) -> jax.Array:
-    """Held by a barrier in 16 bits, where the compiler would make it part of products that it cannot compute."""
+    """Transpose the last two axes. In 16 bits a barrier keeps XLA from fusing it into a product it cannot compute."""
     x = jnp.swapaxes(x, -1, -2)
     return x if x.dtype == jnp.float32 else lax.optimization_barrier(x)
 
 
 def _forward_tile(options: Options, scaling: Scaling, q, carry, k_transposed, v, mask):  # type: ignore[no-untyped-def]
-    """Online softmax: fold one tile of keys into (accumulator, running maximum, running sum)."""
+    """Fold one tile of keys into the online softmax (accumulator, running maximum, running sum)."""
     o, maximum, total = carry
     s, _ = _logits(options, _product(q, k_transposed), scaling)
     if mask is not None:
         s = jnp.where(mask, s, -jnp.inf)
     new_maximum = jnp.maximum(maximum, s.max(-1))
-    shift = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)  # rows that have seen nothing yet
-    p = lax.optimization_barrier(jnp.exp2(s - shift[..., None]))  # computed once, for the sum and the product
+    shift = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)  # rows without a visible key so far
+    p = lax.optimization_barrier(jnp.exp2(s - shift[..., None]))  # one computation for the sum and the product
     alpha = jnp.exp2(maximum - shift)
     return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
 
 
 class QueryTile(NamedTuple):
-    """What the backward pass reads of one tile of queries: log-sum-exp in units of log 2, `scaled` as Scaling says."""
+    """Inputs of the backward pass for one tile of queries: log-sum-exp in units of log 2, `scaled` by Scaling."""
 
     q: jax.Array
     do: jax.Array
@@ -94,7 +93,7 @@ class QueryTile(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """And of one tile of keys."""
+    """Inputs of the backward pass for one tile of keys."""
 
     k: jax.Array
     k_transposed: jax.Array
@@ -109,9 +108,10 @@ def _backward_tile(
     dq_transposed: jax.Array,
     mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One tile pair, (keys, queries): dq transposed with its share added, the shares of dk and dv."""
+    """Process one tile pair (keys, queries). Return the updated transposed dq and the tile's parts of dk and dv."""
     s, cap_slope = _logits(options, _product(keys.k, queries.scaled_q_transposed), scaling)
-    p = jnp.exp2(jnp.minimum(s - queries.lse[..., None, :], 0.0))  # weights are at most 1, however large the logits
+    # Rounding of large logits must not give weights above 1.
+    p = jnp.exp2(jnp.minimum(s - queries.lse[..., None, :], 0.0))
     if mask is not None:
         p = jnp.where(jnp.swapaxes(mask, -1, -2), p, 0.0)
     ds = p * (_product(keys.v, queries.scaled_do_transposed) - queries.scaled_delta[..., None, :]) * scaling.gradients
@@ -123,15 +123,15 @@ def _backward_tile(
 
 
 class Visits(NamedTuple):
-    """Which tiles of keys each tile of queries visits: those where all is visible first, then those to be masked."""
+    """The tiles of keys that each tile of queries visits: full tiles first, then partial tiles."""
 
     order: Int32[Array, "query_tiles key_tiles"]
     full: Int32[Array, " query_tiles"]
-    visible: Int32[Array, " query_tiles"]  # full ones and others
+    visible: Int32[Array, " query_tiles"]  # full and partial tiles
 
 
 class Sides(NamedTuple):
-    """Where the tiles of some heads stand, each (tiles, ..., block), and who visits whom."""
+    """Positions and segment ids of the tiles of some heads, each (tiles, ..., block), and the visits."""
 
     queries: Side
     keys: Side
@@ -139,7 +139,7 @@ class Sides(NamedTuple):
 
 
 def _sides(options: Options, blocks: Blocks, queries: Side, keys: Side) -> Sides:
-    """From the extremes of positions and segments alone."""
+    """List the visits from minima and maxima of positions and segments."""
     queries = Side(*(_tiles(x, -1, blocks.queries) for x in queries))
     keys = Side(*(_tiles(x, -1, blocks.keys) for x in keys))
     of_row = jax.vmap(partial(classify, options.rule), in_axes=(None, 0))
@@ -149,7 +149,7 @@ def _sides(options: Options, blocks: Blocks, queries: Side, keys: Side) -> Sides
 
 
 def _visit_all(options: Options, sides: Sides, i: jax.Array, visit: Callable, start: Tree) -> Tree:
-    """Fold `visit(carry, j, mask)` over the tiles j of keys that tile i of queries visits; full ones have no mask."""
+    """Fold `visit(carry, j, mask)` over the tiles j of keys that tile i of queries visits; mask is None if full."""
     order, full, visible_ones = (_at(x, i) for x in sides.visits)
 
     def fully(step: jax.Array, carry: Tree) -> Tree:
@@ -168,22 +168,22 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """(..., S, ...) -> (tiles, ..., block, ...)."""
+    """Reshape (..., S, ...) -> (tiles, ..., block, ...)."""
     axis %= x.ndim
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
 class Place(NamedTuple):
-    """A tile of an array (N, ..., S, ...): of one index of the first axis, block `tile` along `axis`.
+    """The location of a tile in an array (N, ..., S, ...): an index of the first axis, block `tile` along `axis`.
 
-    Read and written in one step each: what is indexed twice is copied whole in between.
+    One dynamic slice reads or writes a tile. Indexing in two steps makes XLA copy the whole array in between.
     """
 
     head: jax.Array
     tile: jax.Array
     block: int
     axis: int = -2
-    which: int | None = None  # of keys (0) and values (1), for arrays (N, ..., 2, S, D)
+    which: int | None = None  # keys (0) or values (1), for arrays (N, ..., 2, S, D)
 
     def _slice(self, x: jax.Array) -> tuple[list[jax.Array], list[int]]:
         starts, sizes = [jnp.int32(0)] * x.ndim, list(x.shape)
@@ -194,23 +194,23 @@ class Place(NamedTuple):
         return starts, sizes
 
     def of(self, x: jax.Array) -> jax.Array:
-        """The tile (..., block, ...)."""
+        """Return the tile (..., block, ...)."""
         tile = lax.dynamic_slice(x, *self._slice(x))
         return tile.reshape(tile.shape[1:] if self.which is None else (*tile.shape[1:-3], *tile.shape[-2:]))
 
     def put(self, x: jax.Array, tile: jax.Array) -> jax.Array:
-        """x with this tile instead."""
+        """Return x with the tile replaced."""
         starts, sizes = self._slice(x)
         return lax.dynamic_update_slice(x, tile.reshape(sizes), starts)
 
 
 def _keys_transposed(inputs: Inputs, head: jax.Array, block: int) -> jax.Array:
-    """(tiles, ..., D, block)."""
+    """Return the transposed keys (tiles, ..., D, block)."""
     return _transpose(_tiles(_at(inputs.kv, head)[..., 0, :, :], -2, block))
 
 
 def _forward_head(options: Options, blocks: Blocks, head: jax.Array, inputs: Inputs, seen: Partial) -> Partial:
-    """`seen`, with what the queries of one index of the first axis see here."""
+    """Return `seen`, updated with these keys for the queries at one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
     sides = _sides(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
@@ -223,7 +223,7 @@ def _forward_head(options: Options, blocks: Blocks, head: jax.Array, inputs: Inp
             v = Place(head, j, blocks.keys, which=1).of(inputs.kv)
             return _forward_tile(options, scaling, q, carry, _at(k_transposed, j), v, mask)
 
-        # What was seen before enters like one more key: its log-sum-exp as the maximum, with a sum of one.
+        # The previous result enters like one key: its log-sum-exp is the maximum, with a sum of one.
         before = (o, lse * LOG2_E, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
         o, maximum, total = _visit_all(options, sides, i, visit, before)
         o, lse = o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E
@@ -235,7 +235,7 @@ def _forward_head(options: Options, blocks: Blocks, head: jax.Array, inputs: Inp
 def _backward_head(
     options: Options, blocks: Blocks, head: jax.Array, inputs: Inputs, cotangents: Cotangents, sums: Gradients
 ) -> Gradients:
-    """`sums`, with what one index of the first axis adds to them."""
+    """Return `sums` plus the gradients of one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
     sides = _sides(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
@@ -262,7 +262,7 @@ def _backward_head(
 
 
 def _each_head(run: Callable, heads: int, arguments: tuple, results: Tree) -> Tree:
-    """results = run(index, *arguments, results) for one head after another, or for so many together; in place."""
+    """Update results = run(index, *arguments, results) for each group of `heads` heads, in place."""
 
     def group(x: jax.Array) -> jax.Array:
         return x if heads == 1 else x.reshape(-1, heads, *x.shape[1:])
@@ -274,7 +274,7 @@ def _each_head(run: Callable, heads: int, arguments: tuple, results: Tree) -> Tr
 
 
 def _blocks(options: Options, inputs: Inputs) -> Blocks:
-    """No longer than the (8-aligned) sequence, so that a short one is not padded to a whole block."""
+    """Return tile sizes no longer than the (8-aligned) sequence, so that short sequences need little padding."""
     rows, keys = inputs.q.shape[1], inputs.kv.shape[2]
     blocks = blocks_for(len(inputs.q))
     return Blocks(
@@ -285,14 +285,14 @@ def _blocks(options: Options, inputs: Inputs) -> Blocks:
 
 
 def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """To whole blocks, with zeros."""
+    """Pad to whole blocks with zeros."""
     amount = [(0, 0)] * x.ndim
     amount[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, amount)
 
 
 def _prepared(inputs: Inputs, blocks: Blocks) -> Inputs:
-    """Padded to whole tiles, a copy only where lengths do not divide, and with the sides of each head's rows."""
+    """Pad to whole tiles (a copy only if lengths do not divide) and repeat the sides for the rows of each head."""
     of_rows = jax.tree.map(lambda x: jnp.tile(x, (1, inputs.groups)), inputs.queries)
     queries, keys = jax.tree.map(lambda x: jnp.repeat(x, inputs.kv_heads, axis=0), (of_rows, inputs.keys))
     q, kv = _pad(inputs.q, 1, blocks.queries), _pad(inputs.kv, 2, blocks.keys)
@@ -300,7 +300,7 @@ def _prepared(inputs: Inputs, blocks: Blocks) -> Inputs:
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
-    """Normalised output and log-sum-exp over these keys and those that `start` has seen; nothing seen is 0 and -inf."""
+    """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys."""
     blocks, rows = _blocks(options, inputs), inputs.q.shape[1]
     seen = nothing_seen(inputs.q) if start is None else start
     seen = Partial(*(_pad(x, 1, blocks.queries) for x in seen))
@@ -314,9 +314,9 @@ def backward(
     cotangents: Cotangents,
     dq: Float32[Array, "heads rows head_dim"] | None = None,
 ) -> Gradients:
-    """Gradients of these keys, and of the queries through these keys; the latter added to `dq`, if given."""
+    """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given."""
     blocks, (_, rows, _), length = _blocks(options, inputs), inputs.q.shape, inputs.kv.shape[2]
-    # Rows that see nothing are masked everywhere: any finite value will do.
+    # Rows without visible keys are masked everywhere and need any finite value.
     cotangents = cotangents._replace(lse=jnp.where(jnp.isneginf(cotangents.lse), 0.0, cotangents.lse))
     cotangents = Cotangents(*(_pad(x, 1, blocks.queries) for x in cotangents))
     prepared = _prepared(inputs, blocks)

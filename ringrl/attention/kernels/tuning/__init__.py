@@ -1,4 +1,4 @@
-"""How large the tiles of the XLA kernel are, and how many heads are computed at once (docs/attention.md)."""
+"""Tile sizes of the XLA kernel, and the number of heads that are computed at once."""
 
 from typing import NamedTuple
 
@@ -14,10 +14,10 @@ class Blocks(NamedTuple):
 
 
 def blocks_for(heads: int) -> Blocks:
-    """For so many key heads, those of all contexts of the batch counted, on the platform of this process.
+    """Return tile sizes for a number of key heads (over the whole batch) on the platform of this process.
 
-    Several host devices share the cores of a CPU between them: there small tiles, one head at a time, stay in the
-    cache. One device has the cores to itself, and only larger products are spread over them.
+    Several host devices share the cores of a CPU: small tiles and one head at a time stay in the cache. A single device
+    uses all cores, and only larger products are spread over them.
     """
     if jax.default_backend() != "cpu":
         return Blocks(512, 512, heads)
