@@ -6,6 +6,7 @@ from rich.console import Console
 
 from ringrl.config import read_yaml
 from ringrl.configs import preset
+from ringrl.cores import available_cores
 from ringrl.data import import_archive
 from ringrl.data.collect import collect
 from ringrl.envs import domain_of
@@ -40,7 +41,7 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
     if not store.exists():
         console.print("[bold]importing and relabelling the episodes")
         import_archive(collected, store, domain_of(task).name)
-    ablate(plan, console, command, RunOptions(timing=False))
+    ablate(plan, console, command, RunOptions(workers=min(2, available_cores()), timing=False))
     return plan.output
 
 

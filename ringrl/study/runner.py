@@ -51,12 +51,8 @@ class RunOptions(NamedTuple):
     """Cluster of submitit: "local" runs its jobs on this machine."""
 
 
-class Ended(NamedTuple):
-    """A task that has ended in a worker process."""
-
-    number: int  # index of the task
-    result: Any
-    death: str | None = None  # how the process died; then there is no result
+class Died(str):
+    """How a worker process died, in place of the result of its task."""
 
 
 def ablate(
@@ -171,8 +167,9 @@ def _time_new(cells: Sequence[Cell], output: Path, workers: int, timings: dict[s
     if not new:
         return
     console.print(f"timing a few steps of {len(new)} kinds of cells")
-    for ended in run_all([partial(measure, cell) for cell in new], workers, output / COMPILED, lambda index: None):
-        cell, found = new[ended.number], ended.death or ended.result
+    tasks = [partial(measure, cell) for cell in new]
+    for index, found in run_all(tasks, workers, output / COMPILED, lambda index: None):
+        cell = new[index]
         if not isinstance(found, Timing):
             raise UserError(f"{cell.name}: cannot be trained or evaluated: {found}")
         timings[shape(cell)] = found
@@ -207,9 +204,8 @@ def _outcomes(
         yield from run_on_cluster(todo, folder, options.slurm, options.workers, command, on_start, options.cluster)
         return
     tasks = [partial(attempt_logged, work, command) for work in todo]
-    for ended in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: on_start(todo[index].name)):
-        work = todo[ended.number]
-        yield work, ended.result if ended.death is None else work.note_failure(ended.death)
+    for index, why in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: on_start(todo[index].name)):
+        yield todo[index], todo[index].note_failure(why) if isinstance(why, Died) else why
 
 
 @contextmanager
@@ -225,8 +221,8 @@ def _locked(output: Path) -> Iterator[None]:
 
 def run_all(
     tasks: Sequence[Callable[[], Any]], workers: int, compiled: Path, on_start: Callable[[int], None]
-) -> Iterator[Ended]:
-    """Run tasks in worker processes, in their order; yields each as it ends.
+) -> Iterator[tuple[int, Any]]:
+    """Run tasks in worker processes, in their order; yields index and result of each when it ends, or `Died`.
 
     A process that dies takes its own task with it and no other. All processes end with the main process. Several
     processes share out the cores. Tasks and results can be pickled.
@@ -277,14 +273,19 @@ class _Worker:
         with suppress(OSError):  # a dead process is noticed when it does not answer
             self.pipe.send(task)
 
-    def end(self) -> Ended:
+    def end(self) -> tuple[int, Any]:
         index, self.index = self.index, None
         assert index is not None
         try:
-            return Ended(index, self.pipe.recv())
+            return index, self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            return Ended(index, None, _death(self.process.exitcode or 0))
+        code = self.process.exitcode or 0
+        if code >= 0:
+            return index, Died(f"its process ended with code {code}")
+        name = signal.Signals(-code).name
+        reason = " (often because memory ran out)" if name == "SIGKILL" else ""
+        return index, Died(f"its process was ended by {name}{reason}")
 
 
 def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> None:
@@ -300,10 +301,3 @@ def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> N
         while True:
             task = pipe.recv()
             pipe.send(task())
-
-
-def _death(code: int) -> str:
-    if code >= 0:
-        return f"its process ended with code {code}"
-    name = signal.Signals(-code).name
-    return f"its process was ended by {name}" + (" (often because memory ran out)" if name == "SIGKILL" else "")

@@ -125,6 +125,27 @@ def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_r
     assert str(error).startswith("no video: "), "before anything is run"
 
 
+def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(write_plan, jaco_store: EpisodeStore) -> None:
+    other = "jaco_reach_top_right"
+    settings = {
+        "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 2},
+        "context": {"other_tasks": [other]},
+    }  # fmt: skip
+    prompts = {"trajectories": [0, 1], "draws": 2}
+    changes = {"trajectories": [2], "test_trajectories": [1], "baselines": [], "episodes": 2, "prompts": prompts}
+    plan = write_plan(jaco_store.path, **changes, settings=settings)
+    assert finish_all(plan, jaco_store) == ["random", "data", "at_2_seed0"]
+    records = read_records(read_plan(plan).output / "jaco_reach_top_left" / "at_2_seed0").records
+    found = {(r.task, r.prompt_trajectories): {} for r in records}
+    for r in records:
+        found[r.task, r.prompt_trajectories][r.start_seeds] = (r.prompt_seed, r.returns)
+    assert found.keys() == {(task, length) for task in ("jaco_reach_top_left", other) for length in (0, 1)}
+    assert {frozenset(starts) for starts in found.values()} == {frozenset({(FIRST_SEED,), (FIRST_SEED + 1,)})}
+    prompted = found["jaco_reach_top_left", 1]
+    assert [prompted[(FIRST_SEED + draw,)][0] for draw in (0, 1)] == [0, 1]
+    assert [value for _, value in prompted.values()] != [value for _, value in found["jaco_reach_top_left", 0].values()]
+
+
 def children(process: int) -> list[int]:
     """Processes that it started."""
     found = []
