@@ -24,9 +24,8 @@ import numpy as np
 from command_line import positive
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial, by_token
-from ringrl.attention.kernels import mosaic_gpu, mosaic_gpu_backward, xla
-from ringrl.attention.mask import Rule, Side, visible
-from ringrl.attention.options import Options
+from ringrl.attention.kernels import mosaic_gpu, xla
+from ringrl.attention.mask import Options, Rule, Side, visible
 
 FEATURES, TOKENS = 2_048, 32_768
 LENGTHS = (4_096, 16_384, 65_536)
@@ -110,7 +109,7 @@ def largest_errors(problem: Problem) -> dict[str, float]:
     dlse = np.random.default_rng(1).normal(size=inputs.q.shape[:-1])
     expected = definition(problem, dlse)
     poison(problem)
-    forward, backward = (jax.jit(f, static_argnums=1) for f in (mosaic_gpu.forward, mosaic_gpu_backward.backward))
+    forward, backward = (jax.jit(f, static_argnums=1) for f in (mosaic_gpu.forward, mosaic_gpu.backward))
     half = inputs.kv.shape[2] // 2
     first, second = (part_of_keys(inputs, part) for part in (slice(half), slice(half, None)))
     o, lse = forward(inputs, options)
@@ -209,7 +208,7 @@ def passes(name: str, problem: Problem) -> tuple[Callable, Callable]:
     """(forward, backward) of ours or of a peer."""
     is_causal = problem.options.rule.is_causal
     if name == "ours":
-        return kernel_passes(mosaic_gpu.forward, mosaic_gpu_backward.backward, problem)
+        return kernel_passes(mosaic_gpu.forward, mosaic_gpu.backward, problem)
     if name == "xla":
         return kernel_passes(xla.forward, xla.backward, problem)
     if name == "tokamax":

@@ -1,15 +1,24 @@
-"""Attention for a sequence on one device."""
+"""The public functions: attention on one device, over a mesh axis, and as Flax's `attention_fn`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments, kernels
-from ringrl.attention.attend import LOCAL, attend
-from ringrl.attention.device import device_of
+from ringrl.attention.arguments import Axes, axis_names
+from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
+from ringrl.attention.layout import LAYOUTS, check_length, shard_positions
 from ringrl.attention.mask import Side
+from ringrl.attention.merge import AxisName, varying_like
+from ringrl.attention.ring import make_ring
+from ringrl.attention.strategy import STRATEGIES, choose_strategy, device_of
+from ringrl.attention.ulysses import gather_heads, scatter_heads
 
 
 @overload
@@ -81,3 +90,238 @@ def attention(  # type: ignore[misc]
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     o, lse = attend(q, k, v, side, side, options, LOCAL)
     return (o, lse) if return_residual else o
+
+
+@overload
+def ring_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[False] = ..., **keywords: object
+) -> jax.Array: ...
+@overload
+def ring_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[True], **keywords: object
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def ring_attention(  # type: ignore[misc]
+    q: Float[Array, "batch tokens heads head_dim"],
+    k: Float[Array, "batch tokens kv_heads head_dim"],
+    v: Float[Array, "batch tokens kv_heads head_dim"],
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis_name: AxisName = "seq",
+    layout: str = "zigzag",
+    strategy: str = "ring",
+    bidirectional: bool = False,
+    batch_axes: Axes = None,
+    head_axes: Axes = None,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: Int[Array, "*batch tokens"] | None = None,
+    positions: Int[Array, "*batch tokens"] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
+    """Compute `attention`, exact to rounding, of global arrays whose sequence axis is sharded over a mesh axis.
+
+    All arrays, `positions` and `segment_ids` are in layout order (`to_layout`, once per batch, not per layer). The
+    function works under jit, grad, vmap, remat and scan. Output and log-sum-exp carry the checkpoint name
+    "ring_attention".
+
+    Args:
+      q, k, v: as for `attention`; the sequence divides into the layout's chunks.
+      mesh: the devices.
+      axis_name: the mesh axis of the sequence. A tuple of axes is one long ring, the last axis fastest; for
+        "ulysses_ring" it is (ring axis, Ulysses axis).
+      layout: "contiguous" | "striped" | "zigzag": the order of the tokens.
+      batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
+        concrete array on this mesh, they are taken from q's sharding.
+      strategy, bidirectional: as for `ring_attention_shard`.
+      is_causal, local_window_size, segment_ids, positions, scale, logits_soft_cap, implementation, return_residual: as
+        for `attention`, but `positions` are `layout_positions` by default.
+
+    Returns:
+      As `attention`, sharded like q.
+
+    Raises:
+      ValueError: an invalid argument, named in the message, before tracing.
+    """
+    arguments.check_arrays(q, k, v)
+    arguments.check_choice("layout", layout, LAYOUTS)
+    check_length("q", q.shape[1], layout, arguments.mesh_size(mesh, "axis_name", axis_name))
+    if batch_axes is None and head_axes is None:
+        batch_axes, head_axes = _axes_of(q, mesh, axis_name)
+    _check_divides(mesh, "batch_axes", batch_axes, q.shape[0], "contexts of the batch")
+    _check_divides(mesh, "head_axes", head_axes, k.shape[2], "key heads")
+    batch, tokens = q.shape[:2]
+    integers = {
+        name: None if x is None else arguments.integers(name, x, batch, tokens, x)
+        for name, x in (("segment_ids", segment_ids), ("positions", positions))
+    }
+    shard = partial(
+        ring_attention_shard,
+        axis_name=axis_name,
+        layout=layout,
+        strategy=strategy,
+        bidirectional=bidirectional,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+    heads = PartitionSpec(batch_axes, axis_name, head_axes)
+    return jax.shard_map(
+        lambda q, k, v, integers: shard(q, k, v, **integers),
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(batch_axes, axis_name)),
+        out_specs=(heads, heads) if return_residual else heads,
+    )(q, k, v, integers)
+
+
+def ring_attention_shard(
+    q: Float[Array, "batch local_tokens heads head_dim"],
+    k: Float[Array, "batch local_tokens kv_heads head_dim"],
+    v: Float[Array, "batch local_tokens kv_heads head_dim"],
+    *,
+    axis_name: AxisName = "seq",
+    layout: str = "zigzag",
+    strategy: str = "ring",
+    bidirectional: bool = False,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: Int[Array, "*batch local_tokens"] | None = None,
+    positions: Int[Array, "*batch local_tokens"] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Float[Array, "batch local_tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
+    """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
+
+    Args:
+      q, k, v, segment_ids, positions: this device's tokens, in layout order.
+      axis_name, layout: as for `ring_attention`.
+      strategy: "ring": keys and values travel, memory is constant in the ring size; "ulysses": all-to-all from tokens
+        to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device; "auto":
+        the result of `choose_strategy`.
+      bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
+        Used by "ring" and "ulysses_ring". A window that needs few hops takes the shorter way for all heads.
+      is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
+        contiguous chunks and default positions, a window reduces the number of hops.
+
+    Returns:
+      As `attention`, for this device's queries.
+
+    Raises:
+      ValueError: an invalid argument, named in the message.
+    """
+    arguments.check_arrays(q, k, v)
+    arguments.check_choice("layout", layout, LAYOUTS)
+    arguments.check_choice("strategy", strategy, STRATEGIES)
+    arguments.check_implementation(implementation)
+    options = arguments.options(
+        q.shape[3],
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+    options = kernels.with_kernel(options, implementation, q, device_of(q))
+    size = lax.axis_size(axis_name)
+    # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
+    q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
+    batch, tokens, heads, _ = q.shape
+    if layout == "zigzag" and size > 1 and tokens % 2:
+        raise ValueError(f"q: expected an even number of tokens per device with the zigzag layout, got {tokens}")
+    default = shard_positions(layout, size, tokens, lax.axis_index(axis_name))
+    side = Side(
+        arguments.integers("positions", positions, batch, tokens, default),
+        arguments.integers("segment_ids", segment_ids, batch, tokens, jnp.zeros(tokens, jnp.int32)),
+    )
+    side = varying_like(q, side)
+    if strategy == "auto":
+        kind = device_of(q).device_kind
+        strategy = choose_strategy(
+            tokens, size, heads, k.shape[2], device_kind=kind, itemsize=k.dtype.itemsize, is_causal=is_causal
+        ).strategy
+    ring_axis, ulysses_axis = _split_axes(strategy, axis_name)
+    if ulysses_axis is not None:
+        q, k, v, side = scatter_heads(q, k, v, side, ulysses_axis, lax.axis_size(ulysses_axis))
+    exchange: Exchange = LOCAL
+    if strategy == "all_gather":
+        exchange = AllGather(axis_name)
+    elif ring_axis is not None and lax.axis_size(ring_axis) > 1:
+        if bidirectional and k.shape[2] % 2:
+            raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
+        is_default = positions is None
+        exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_default, bidirectional=bidirectional)
+    o, lse = attend(q, k, v, side, side, options, exchange)
+    if ulysses_axis is not None:
+        o, lse = gather_heads(o, lse, ulysses_axis)
+    return (o, lse) if return_residual else o
+
+
+def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, AxisName | None]:
+    """Return (ring axis, Ulysses axis) of a strategy."""
+    if strategy == "ulysses":
+        return None, axis_name
+    if strategy != "ulysses_ring":
+        return axis_name, None
+    if not isinstance(axis_name, tuple) or len(axis_name) != 2:
+        raise ValueError(
+            f'axis_name: strategy "ulysses_ring" expects two mesh axes, (ring axis, Ulysses axis), got {axis_name!r}'
+        )
+    return axis_name
+
+
+def _check_divides(mesh: Mesh | AbstractMesh, name: str, axes: Axes, amount: int, what: str) -> None:
+    size = arguments.mesh_size(mesh, name, axes)
+    if amount % size:
+        raise ValueError(f"{name}: {amount} {what} do not divide evenly over the {size} devices of {axes!r}")
+
+
+def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh, axis_name: AxisName) -> tuple[Axes, ...]:
+    """Return the mesh axes of a concrete array's batch and heads, without the axes of the sequence."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(x, jax.core.Tracer) or not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
+        return None, None
+    spec = (*sharding.spec, None, None, None, None)
+    return tuple(None if set(axis_names(axes)) & set(axis_names(axis_name)) else axes for axes in (spec[0], spec[2]))
+
+
+def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Wrap `attend` as the `attention_fn` of flax.nnx.MultiHeadAttention.
+
+        attend = functools.partial(ring_attention, mesh=mesh, is_causal=True)
+        nnx.MultiHeadAttention(..., attention_fn=as_attention_fn(attend))
+
+    The options of `attend` (is_causal, segment_ids, ...) define the mask. An S x S mask, a bias or dropout raises
+    ValueError. Flax passes is_causal=False by default, so only is_causal=True overrides the option of `attend`.
+    """
+
+    def attention_fn(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        is_causal: bool = False,
+        module: object = None,
+        **_: object,  # dropout_rng, broadcast_dropout, dtype and precision have no effect
+    ) -> jax.Array:
+        for name, value_given in (("mask", mask), ("bias", bias), ("module", module)):
+            if value_given is not None:
+                raise ValueError(
+                    f"{name}: not supported; pass is_causal, local_window_size or segment_ids to the attention function"
+                )
+        if dropout_rate > 0 and not deterministic:
+            raise ValueError(f"dropout_rate: attention dropout is not supported, got {dropout_rate}; use 0")
+        return attend(query, key, value, **({"is_causal": True} if is_causal else {}))
+
+    return attention_fn

@@ -11,8 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
 from ringrl.attention import kernels
-from ringrl.attention.mask import Rule
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Rule
 
 WIDEST = 2**31 - 1  # largest window, since positions are int32
 
@@ -61,13 +60,17 @@ def check_implementation(implementation: str | None) -> None:
     check_choice("implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
 
 
+def axis_names(axes: Axes) -> tuple[str, ...]:
+    """Return the names of no, one or several mesh axes."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
     """Return the number of devices along one or several mesh axes."""
-    axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-    for axis in axes:
+    for axis in axis_names(axes):
         if axis not in mesh.axis_names:
             raise ValueError(f"{name}: the mesh has no axis {axis!r}; it has {tuple(mesh.axis_names)}")
-    return math.prod(mesh.shape[axis] for axis in axes)
+    return math.prod(mesh.shape[axis] for axis in axis_names(axes))
 
 
 def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:

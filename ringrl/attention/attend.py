@@ -4,22 +4,24 @@ JAX never differentiates through a merge of partial results, a send or a kernel.
 output and log-sum-exp, and the backward pass computes every part of the gradient from them.
 """
 
+import dataclasses
 from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.attention import kernels
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, by_head, by_token
-from ringrl.attention.mask import Side
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Side
+from ringrl.attention.merge import AxisName
 
 
-class Plan(Protocol):
-    """A way to bring queries and keys together, as hashable static data."""
+class Exchange(Protocol):
+    """How queries meet the keys of all devices, as hashable static data."""
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
         """Return attention of this device's queries over the keys of all devices."""
@@ -29,7 +31,7 @@ class Plan(Protocol):
 
 
 class Local:
-    """The plan for keys that are all on this device."""
+    """No exchange: all keys are on this device."""
 
     forward = staticmethod(kernels.forward)
     backward = staticmethod(kernels.backward)
@@ -38,12 +40,34 @@ class Local:
 LOCAL = Local()
 
 
+@dataclasses.dataclass(frozen=True)
+class AllGather:
+    """All-gather of keys and values inside shard_map, with O(S) memory on every device: the baseline of the ring."""
+
+    axis_name: AxisName
+
+    def forward(self, inputs: Inputs, options: Options) -> Partial:
+        """Return attention over the gathered keys."""
+        return kernels.forward(self._gathered(inputs), options)
+
+    def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
+        """Return gradients. Keys are gathered again instead of stored; dk and dv are reduce-scattered in float32."""
+        dq, dkv = kernels.backward(self._gathered(inputs), options, cotangents)
+        return Gradients(dq, lax.psum_scatter(dkv, self.axis_name, scatter_dimension=2, tiled=True))
+
+    def _gathered(self, inputs: Inputs) -> Inputs:
+        def gather(x: jax.Array) -> jax.Array:
+            return lax.all_gather(x, self.axis_name, axis=2, tiled=True)
+
+        return inputs._replace(kv=gather(inputs.kv), keys=Side(*gather(jnp.stack(inputs.keys))))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options, plan: Plan
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options, exchange: Exchange
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output (B, S, H, D) in q's dtype and the log-sum-exp (B, S, H) float32, both differentiable."""
-    return _forward(q, k, v, queries, keys, options, plan)[0]
+    return _forward(q, k, v, queries, keys, options, exchange)[0]
 
 
 def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side) -> Inputs:
@@ -51,15 +75,15 @@ def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side)
     return Inputs(by_head(q, kv_heads), jnp.stack([by_head(x, kv_heads) for x in (k, v)], axis=1), queries, keys)
 
 
-def _forward(q, k, v, queries, keys, options, plan):  # type: ignore[no-untyped-def]
-    part = plan.forward(_inputs(q, k, v, queries, keys), options)
+def _forward(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
+    part = exchange.forward(_inputs(q, k, v, queries, keys), options)
     o, lse = (by_token(x, *q.shape[:2]) for x in part)
     # The names are given here, so that a remat policy saves the residuals themselves.
     o, lse = checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
     return (o, lse), (q, k, v, queries, keys, o, lse)
 
 
-def _backward(options, plan, residuals, cotangents):  # type: ignore[no-untyped-def]
+def _backward(options, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
     q, k, v, queries, keys, o, lse = residuals
     do, dlse = cotangents
     # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows without
@@ -67,7 +91,7 @@ def _backward(options, plan, residuals, cotangents):  # type: ignore[no-untyped-
     dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
     known = Cotangents(*(by_head(x, k.shape[2]) for x in (do, lse, delta)))
-    dq, dkv = plan.backward(_inputs(q, k, v, queries, keys), options, known)
+    dq, dkv = exchange.backward(_inputs(q, k, v, queries, keys), options, known)
     dq, dk, dv = (by_token(x, *like.shape[:2]) for x, like in ((dq, q), (dkv[:, 0], k), (dkv[:, 1], v)))
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none

@@ -21,10 +21,8 @@ from jaxtyping import Array, Float, Int
 from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
 from ringrl.attention.contract import Partial, precision_of
-from ringrl.attention.mask import Rule, Side, visible
-from ringrl.attention.merge import merge, merge_over
-from ringrl.attention.options import Options
-from ringrl.attention.ring import AxisName
+from ringrl.attention.mask import Options, Rule, Side, visible
+from ringrl.attention.merge import AxisName, merge, merge_over
 
 UNSEEN = jnp.iinfo(jnp.int32).max  # position of an empty slot: the causal rule hides it
 

@@ -1,4 +1,4 @@
-"""The mask rule: a query sees a key if position, window and segment allow it.
+"""The mask rule and the static options of a call. A query sees a key if position, window and segment allow it.
 
 Positions and segment ids are O(S) integers that travel with the arrays. No S x S mask exists. For a tile of queries and
 keys, the minima and maxima of both decide whether the tile is skipped, computed without a mask, or masked.
@@ -21,6 +21,23 @@ class Rule:
 
     is_causal: bool = True
     window: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static options of one attention call, as every kernel takes them.
+
+    `scale` multiplies the logits before the optional soft cap. The kernel chooses its tile sizes if `block_q` and
+    `block_k` are None. `implementation` names the kernel (kernels/__init__.py); `is_asked_for` forbids a fallback.
+    """
+
+    rule: Rule
+    scale: float
+    logits_soft_cap: float | None = None
+    block_q: int | None = None
+    block_k: int | None = None
+    implementation: str = "xla"
+    is_asked_for: bool = True
 
 
 class Side(NamedTuple):

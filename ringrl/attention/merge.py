@@ -1,11 +1,27 @@
-"""Merging attention over parts of the keys, for decoding (kernels continue from a previous result instead)."""
+"""Merging attention over parts of the keys, and the types of arrays that vary between devices."""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ringrl.attention.contract import Partial
-from ringrl.attention.varying import varying_like
+
+AxisName = str | tuple[str, ...]
+Tree = TypeVar("Tree")
+
+
+def varying_like(reference: jax.Array, tree: Tree) -> Tree:
+    """Return the arrays, typed as varying over the mesh axes of `reference`.
+
+    A zero of the reference's type is added, which works in every version of JAX; the compiler removes it. Outside
+    shard_map nothing is added.
+    """
+    if getattr(jax.typeof(reference), "vma", None) == frozenset():
+        return tree
+    zero = jnp.where(reference.ravel()[0] == 0, 0, 0)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
 def nothing_seen(q: Float[Array, "*heads rows head_dim"]) -> Partial:
@@ -21,7 +37,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(ours + theirs, lse)
 
 
-def merge_over(part: Partial, axis_name: str | tuple[str, ...]) -> Partial:
+def merge_over(part: Partial, axis_name: AxisName) -> Partial:
     """Return the result over the keys of all devices of a mesh axis, inside shard_map: one pmax, one psum."""
     maximum = jax.lax.pmax(part.lse, axis_name)
     weight = jnp.exp(part.lse - jnp.where(jnp.isneginf(maximum), 0.0, maximum))

@@ -14,7 +14,7 @@ generation with memory constant in the ring size.
 import dataclasses
 import math
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,8 @@ from jaxtyping import Array, Float, Int32
 
 from ringrl.attention import kernels
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
-from ringrl.attention.mask import Rule, Side
-from ringrl.attention.merge import nothing_seen
-from ringrl.attention.options import Options
-from ringrl.attention.varying import varying_like
-
-AxisName = str | tuple[str, ...]
-Tree = TypeVar("Tree")
+from ringrl.attention.mask import Options, Rule, Side
+from ringrl.attention.merge import AxisName, Tree, nothing_seen, varying_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Leg:
     shifts: tuple[int, ...] = (1,)
 
 
-class Block(NamedTuple):
+class KeyBlock(NamedTuple):
     """Data sent around the ring: keys and values in one array, positions and segment ids in another."""
 
     kv: Float[Array, "heads 2 keys head_dim"]
@@ -52,7 +47,7 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The plan (attend.py) of a ring over `axis_name` with `size` devices in total; runs inside shard_map.
+    """The exchange (attend.py) by a ring over `axis_name` with `size` devices in total; runs inside shard_map.
 
     The first leg starts with the device's own block, any other leg with a neighbour's block.
     """
@@ -67,7 +62,7 @@ class Ring:
         for number, leg in enumerate(self.legs):
             blocks, sends = self._start(leg, number, inputs)
 
-            def attend(total: Partial, blocks: list[Block], leg=leg) -> Partial:  # type: ignore[no-untyped-def]
+            def attend(total: Partial, blocks: list[KeyBlock], leg=leg) -> Partial:  # type: ignore[no-untyped-def]
                 starts = _deal(leg, total, inputs.kv_heads)
                 met = zip(_meet(leg, inputs, blocks), starts, strict=True)
                 return _collect([kernels.forward(share, options, start) for share, start in met], inputs)
@@ -88,7 +83,7 @@ class Ring:
         for number, leg in enumerate(self.legs):
             blocks, sends = self._start(leg, number, inputs)
 
-            def gradients(dq: jax.Array, blocks: list[Block], leg=leg):  # type: ignore[no-untyped-def]
+            def gradients(dq: jax.Array, blocks: list[KeyBlock], leg=leg):  # type: ignore[no-untyped-def]
                 known = _deal(leg, (cotangents, dq), inputs.kv_heads)
                 met = zip(_meet(leg, inputs, blocks), known, strict=True)
                 parts = [kernels.backward(share, options, *one) for share, one in met]
@@ -111,10 +106,10 @@ class Ring:
             come_home.append(_collect(self._send(home, _add(dblocks, dblocks_part)), inputs))
         return Gradients(dq, sum(come_home[1:], start=come_home[0]))
 
-    def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[Block], int]:
+    def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[KeyBlock], int]:
         """Return the first blocks of a leg and its number of sends."""
         side = jnp.stack(inputs.keys)
-        blocks = [Block(kv, side) for kv in _deal(leg, inputs.kv, inputs.kv_heads)]
+        blocks = [KeyBlock(kv, side) for kv in _deal(leg, inputs.kv, inputs.kv_heads)]
         return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
 
     def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
@@ -138,7 +133,7 @@ def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
     return listed, places.transpose([listed.index(axis) for axis in axes]).ravel().tolist()
 
 
-def _meet(leg: Leg, inputs: Inputs, blocks: list[Block]) -> list[Inputs]:
+def _meet(leg: Leg, inputs: Inputs, blocks: list[KeyBlock]) -> list[Inputs]:
     """Return the inputs of the kernel for each share of the heads: its queries with the current block."""
     shares = zip(_deal(leg, inputs.q, inputs.kv_heads), blocks, strict=True)
     return [inputs._replace(q=q, kv=block.kv, keys=Side(*block.side)) for q, block in shares]
@@ -174,13 +169,7 @@ def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
 
 
 def make_ring(
-    axis_name: AxisName,
-    *,
-    local_length: int,
-    layout: str,
-    rule: Rule,
-    default_positions: bool = True,
-    bidirectional: bool = False,
+    axis_name: AxisName, local_length: int, layout: str, rule: Rule, has_default_positions: bool, *, bidirectional: bool
 ) -> Ring:
     """Return the ring with the hops that the mask needs: n - 1, or fewer with a window on contiguous chunks.
 
@@ -189,7 +178,7 @@ def make_ring(
     """
     size = lax.axis_size(axis_name)
     around = Ring(axis_name, size, (Leg(size - 1, (1, -1) if bidirectional else (1,)),))
-    if rule.window is None or layout != "contiguous" or not default_positions:
+    if rule.window is None or layout != "contiguous" or not has_default_positions:
         return around
     before = math.ceil(rule.window[0] / local_length)
     after = 0 if rule.is_causal else math.ceil(rule.window[1] / local_length)

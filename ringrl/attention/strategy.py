@@ -1,9 +1,28 @@
-"""The choice between ring, Ulysses and all-gather from tokens per device, heads and link speed."""
+"""The device of a computation, link speeds, and the choice between ring, Ulysses and all-gather."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import jax
 
 STRATEGIES = ("ring", "ulysses", "ulysses_ring", "all_gather", "auto")
+
+
+class DeviceKind(Protocol):
+    """A jax.Device or a jax.sharding.AbstractDevice."""
+
+    platform: str
+    device_kind: str
+
+
+def device_of(x: jax.Array) -> DeviceKind:
+    """Return the kind of device that computes with `x`: of the surrounding mesh, of `x`, or the default device."""
+    around = jax.sharding.get_abstract_mesh().abstract_device
+    if around is not None:
+        return around
+    if not isinstance(x, jax.core.Tracer) and isinstance(x, jax.Array):
+        return next(iter(x.devices()))
+    return jax.local_devices()[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringrl.attention.mask import Side
-from ringrl.attention.ring import AxisName
+from ringrl.attention.merge import AxisName
 
 _TOKENS, _HEADS = 1, 2
 

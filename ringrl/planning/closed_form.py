@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ringrl.attention.kernels.mosaic_tpu_tiles import MAX_PAIRS, TILE_BITS
-from ringrl.attention.kernels.tuning.mosaic_tpu import blocks_for
+from ringrl.attention.kernels.tuning import tpu_blocks
 from ringrl.planning.kernel import kernel_of
 from ringrl.planning.machines import Machine
 from ringrl.planning.workload import MOST_TOKENS, Workload
@@ -132,13 +132,9 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     if kernel_of(model, machine.device) != "mosaic_tpu":
         return True
     keys = workload.local_tokens if model.attention == "ring" else workload.tokens
-    for work in ("forward", "dq", "dkv"):
-        head_dim = model.width // model.heads
-        tile = blocks_for(work, head_dim, jnp.dtype(model.dtype), machine.device.kind)
-        query_tiles, key_tiles = math.ceil(workload.local_tokens / tile.rows), math.ceil(keys / tile.keys)
-        if contexts * query_tiles * key_tiles > MAX_PAIRS or max(query_tiles, key_tiles) > 2**TILE_BITS:
-            return False
-    return True
+    tile = tpu_blocks(model.width // model.heads, jnp.dtype(model.dtype), machine.device.kind)
+    query_tiles, key_tiles = math.ceil(workload.local_tokens / tile.rows), math.ceil(keys / tile.keys)
+    return contexts * query_tiles * key_tiles <= MAX_PAIRS and max(query_tiles, key_tiles) <= 2**TILE_BITS
 
 
 def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) -> int:

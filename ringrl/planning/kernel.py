@@ -5,8 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from ringrl.attention.kernels import kernel_named, native_to
-from ringrl.attention.mask import Rule
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Rule
 from ringrl.config import ModelConfig
 from ringrl.planning.machines import Device
 

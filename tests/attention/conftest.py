@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ringrl.attention.mask import Rule, Side
-from ringrl.attention.reference import reference_attention
+from tests.attention.reference import reference_attention
 
 Arrays = dict[str, np.ndarray]
 QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast

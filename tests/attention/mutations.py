@@ -103,7 +103,7 @@ MUTATIONS = {
     ),
     "what_was_seen_before_is_forgotten": Mutation("ring.py", "options, start)", "options)"),
     "wrong_device_s_positions": Mutation(
-        "sharded.py",
+        "api.py",
         "tokens, lax.axis_index(axis_name))",
         "tokens, (lax.axis_index(axis_name) + 1) % size)",
     ),

@@ -13,8 +13,7 @@ import ringrl.attention
 from ringrl.attention import attention
 from ringrl.attention.attend import LOCAL
 from ringrl.attention.attend import attend as local_attention
-from ringrl.attention.mask import Rule, Side, classify
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Rule, Side, classify
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

@@ -12,8 +12,7 @@ from ringrl.attention.attend import LOCAL
 from ringrl.attention.attend import attend as local_attention
 from ringrl.attention.contract import Cotangents, Inputs, by_head
 from ringrl.attention.kernels import xla
-from ringrl.attention.mask import Rule, Side
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Rule, Side
 
 NAMES = ("q", "k", "v")
 

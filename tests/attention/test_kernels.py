@@ -13,8 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ringrl.attention import attention, kernels, ring_attention
-from ringrl.attention.mask import Rule
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Rule
 
 
 class Device(NamedTuple):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ringrl.attention import attention
 from ringrl.attention.mask import Rule, Side, classify, visible
-from ringrl.attention.reference import reference_attention
+from tests.attention.reference import reference_attention
 
 rules = st.builds(Rule, is_causal=st.booleans(), window=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 12)))
 

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial, by_head
-from ringrl.attention.kernels import mosaic_gpu, mosaic_gpu_backward
+from ringrl.attention.kernels import mosaic_gpu
 from ringrl.attention.kernels.hopper import unsupported
-from ringrl.attention.mask import Rule, Side
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Rule, Side
 
 interpreter = pytest.importorskip(
     "jax._src.pallas.mosaic_gpu.interpret.params", reason=f"jax {jax.__version__} has no GPU interpret mode"
@@ -88,7 +87,7 @@ class Case:
         delta = (self.expected["o"] * self.do.astype(jnp.float32)).sum(-1) - dlse
         parameters = interpreter.InterpretGPUParams(**interpreted)
         cotangents = Cotangents(self.do, lse, delta)
-        run = partial(mosaic_gpu_backward.backward, options=self.options, interpret=parameters)
+        run = partial(mosaic_gpu.backward, options=self.options, interpret=parameters)
         both = jax.jit(lambda inputs, given: run(inputs, cotangents=given), compiler_options=QUICK)
         dq, dkv = both(self.inputs, cotangents)
         return dq, dkv[:, 0], dkv[:, 1]
@@ -178,4 +177,4 @@ def test_unsupported_arguments_are_named():
     with pytest.raises(ValueError, match="float32"):
         mosaic_gpu.forward(inputs, options)
     with pytest.raises(ValueError, match="float32"):
-        mosaic_gpu_backward.backward(inputs, options, Cotangents(q, q[..., 0], q[..., 0]))
+        mosaic_gpu.backward(inputs, options, Cotangents(q, q[..., 0], q[..., 0]))

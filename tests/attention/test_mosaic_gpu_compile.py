@@ -14,10 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
-from ringrl.attention.kernels.mosaic_gpu import forward
-from ringrl.attention.kernels.mosaic_gpu_backward import backward
-from ringrl.attention.mask import Rule, Side
-from ringrl.attention.options import Options
+from ringrl.attention.kernels.mosaic_gpu import backward, forward
+from ringrl.attention.mask import Options, Rule, Side
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None

@@ -12,10 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial, by_head
-from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_backward
-from ringrl.attention.kernels.mosaic_tpu_tiles import Pair, pack_pairs, tiling_of
-from ringrl.attention.mask import Rule, Side
-from ringrl.attention.options import Options
+from ringrl.attention.kernels import mosaic_tpu
+from ringrl.attention.kernels.mosaic_tpu_tiles import TilePair, pack_pairs, tiling_of
+from ringrl.attention.mask import Options, Rule, Side
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 GIVEN = ("q", "k", "v", "do", "dlse")
@@ -39,7 +38,7 @@ def values_and_gradients(arrays, queries, keys, options, start=None, interpret=T
     inputs = Inputs(q, jnp.stack([k, v], axis=1), queries, keys)
     o, lse = mosaic_tpu.forward(inputs, options, start, interpret=interpret)
     delta = (o * do.astype(jnp.float32)).sum(-1) - jnp.where(jnp.isneginf(lse), 0.0, dlse)
-    dq, dkv = mosaic_tpu_backward.backward(inputs, options, Cotangents(do, lse, delta), interpret=interpret)
+    dq, dkv = mosaic_tpu.backward(inputs, options, Cotangents(do, lse, delta), interpret=interpret)
     return dict(zip(NAMES, (o, lse, dq, dkv[:, 0], dkv[:, 1]), strict=True))
 
 
@@ -112,10 +111,9 @@ def test_many_heads_share_a_key_head(draw, oracle):
     arrays = setting(draw, (16, 1), QUERIES, KEYS, 8)
     given = in_kernel_shapes(arrays, 1)
     kv = np.stack([given["k"], given["v"]], axis=1)
-    for work in ("forward", "dq", "dkv"):
-        tiling = tiling_of(work, Inputs(jnp.asarray(given["q"]), jnp.asarray(kv), side(queries), side(keys)), options)
-        assert tiling.shares > 1
-        assert tiling.groups > 1
+    tiling = tiling_of(Inputs(jnp.asarray(given["q"]), jnp.asarray(kv), side(queries), side(keys)), options)
+    assert tiling.shares > 1
+    assert tiling.groups > 1
     expected = in_kernel_shapes(oracle(arrays, queries, keys, rule, scale=SCALE), 1)
     found = errors(run(given, side(queries), side(keys), options), expected)
     assert max(found.values()) <= 2e-5, found
@@ -165,17 +163,17 @@ def test_list_of_pairs():
     every = some & (random.random(some.shape) < 0.5)
     codes, steps = pack_pairs(jnp.asarray(some), jnp.asarray(every))
     for context, codes_of_context in enumerate(np.asarray(codes).reshape(3, -1)):
-        entries = [Pair(*(int(x) for x in Pair.unpack(code))) for code in codes_of_context]
+        entries = [TilePair(*(int(x) for x in TilePair.unpack(code))) for code in codes_of_context]
         expected = []
         for outer in range(9):
             inner = np.flatnonzero(some[context, outer])
             for i in inner if len(inner) else [0]:
                 is_some, is_full = some[context, outer, i], every[context, outer, i]
                 at_the_ends = (i == inner[0], i == inner[-1]) if len(inner) else (True, True)
-                expected.append(Pair(outer, i, *at_the_ends, is_some and not is_full, is_full))
+                expected.append(TilePair(outer, i, *at_the_ends, is_some and not is_full, is_full))
         assert entries[: len(expected)] == expected
         assert len(expected) <= steps
-        idle = Pair(*expected[-1][:2], 0, 0, 0, 0)
+        idle = TilePair(*expected[-1][:2], 0, 0, 0, 0)
         assert entries[len(expected) :] == [idle] * (63 - len(expected))
     assert steps == max(63 - (~some[context]).sum() + (~some[context].any(1)).sum() for context in range(3))
 

@@ -14,10 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial
-from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_backward
-from ringrl.attention.kernels.tuning.mosaic_tpu import BY_DEVICE
-from ringrl.attention.mask import Rule, Side
-from ringrl.attention.options import Options
+from ringrl.attention.kernels import mosaic_tpu
+from ringrl.attention.mask import Options, Rule, Side
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -41,7 +39,7 @@ def no_question_to_a_metadata_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def compile_for(topology: str, head_dim: int, dtype: str, options: Options, groups: int, tokens: int) -> Iterator[str]:
     """Return the compiled text of forward and backward pass inside shard_map with check_vma."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    assert devices[0].device_kind in BY_DEVICE
+    assert (devices[0].device_kind == "TPU v6 lite") == topology.startswith("v6e"), "tuning.py names v6e so"
     mesh, spec = Mesh(np.array(devices[:2]), ("data",)), PartitionSpec("data")
 
     def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
@@ -51,7 +49,7 @@ def compile_for(topology: str, head_dim: int, dtype: str, options: Options, grou
     inputs = Inputs(array(4, groups * tokens, head_dim), array(4, 2, tokens + 128, head_dim), queries, keys)
     seen = Partial(array(*inputs.q.shape, dtype="float32"), array(*inputs.q.shape[:2], dtype="float32"))
     forward = partial(mosaic_tpu.forward, options=options)
-    backward = partial(mosaic_tpu_backward.backward, options=options)
+    backward = partial(mosaic_tpu.backward, options=options)
     calls = (
         (lambda inputs, seen: forward(inputs, start=seen), (inputs, seen)),
         (lambda inputs, known: backward(inputs, cotangents=known), (inputs, Cotangents(inputs.q, seen.lse, seen.lse))),

@@ -9,7 +9,7 @@ import pytest
 
 from ringrl.attention import attention, decode_attention
 from ringrl.attention.mask import Rule, Side
-from ringrl.attention.reference import reference_attention
+from tests.attention.reference import reference_attention
 
 
 def definition(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -25,8 +25,7 @@ from ringrl.attention import (
 )
 from ringrl.attention.attend import attend
 from ringrl.attention.layout import LAYOUTS
-from ringrl.attention.mask import Rule, Side
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options, Rule, Side
 from ringrl.attention.ring import make_ring
 
 pytestmark = pytest.mark.usefixtures("eight_devices")

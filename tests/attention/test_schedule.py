@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringrl.attention import ring_attention
 from ringrl.attention.kernels import xla
-from ringrl.attention.kernels.tuning import Blocks
+from ringrl.attention.kernels.tuning import XlaBlocks
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -74,7 +74,7 @@ def compile_for(topology: str, implementation: str = "mosaic_tpu") -> Program:
 @pytest.fixture(autouse=True)
 def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch, optimised: None) -> None:
     """Use the XLA kernel's TPU tiles on any platform, without queries to a metadata server."""
-    monkeypatch.setattr(xla, "blocks_for", lambda heads: Blocks(512, 512, heads))
+    monkeypatch.setattr(xla, "xla_blocks", lambda heads: XlaBlocks(512, 512, heads))
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 

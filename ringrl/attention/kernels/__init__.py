@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
-from ringrl.attention.device import Device
 from ringrl.attention.kernels import xla
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options
+from ringrl.attention.strategy import DeviceKind
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
 
@@ -36,14 +36,14 @@ class Kernel(NamedTuple):
 def kernel_named(name: str) -> Kernel:
     """Return the kernel of a name. Pallas kernels are imported on first use, because the import is slow."""
     if name == "mosaic_tpu":
-        from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_tiles
+        from ringrl.attention.kernels import mosaic_tpu, mosaic_tpu_tiles
 
         limits = mosaic_tpu_tiles.unsupported, mosaic_tpu_tiles.too_many
-        return Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, *limits)
+        return Kernel(mosaic_tpu.forward, mosaic_tpu.backward, *limits)
     if name == "mosaic_gpu":
-        from ringrl.attention.kernels import hopper, mosaic_gpu, mosaic_gpu_backward
+        from ringrl.attention.kernels import hopper, mosaic_gpu
 
-        return Kernel(mosaic_gpu.forward, mosaic_gpu_backward.backward, hopper.unsupported)
+        return Kernel(mosaic_gpu.forward, mosaic_gpu.backward, hopper.unsupported)
     return Kernel(xla.forward, xla.backward, lambda *_: None)
 
 
@@ -66,7 +66,7 @@ def _kernel(inputs: Inputs, options: Options) -> Kernel:
     return kernel_named("xla")
 
 
-def native_to(device: Device) -> str:
+def native_to(device: DeviceKind) -> str:
     """Return the implementation for a device, "xla" by default."""
     if device.platform == "tpu":
         return "mosaic_tpu"
@@ -75,7 +75,7 @@ def native_to(device: Device) -> str:
     return "xla"
 
 
-def with_kernel(options: Options, implementation: str | None, q: jax.Array, device: Device) -> Options:
+def with_kernel(options: Options, implementation: str | None, q: jax.Array, device: DeviceKind) -> Options:
     """Return `options` with the named kernel, or with the best kernel for the device and queries `q` (..., head_dim).
 
     A named kernel that does not support the call raises ValueError. Without a name, calls that the device's kernel does

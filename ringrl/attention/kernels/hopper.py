@@ -21,9 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from ringrl.attention.contract import Inputs
-from ringrl.attention.kernels.tuning.mosaic_gpu import forward_blocks, key_gradient_blocks, query_gradient_blocks
-from ringrl.attention.mask import Rule, Side, classify, may_see, pad_side
-from ringrl.attention.options import Options
+from ringrl.attention.kernels.tuning import forward_blocks, key_gradient_blocks, query_gradient_blocks
+from ringrl.attention.mask import Options, Rule, Side, classify, may_see, pad_side
 
 LOG2_E = math.log2(math.e)
 CONSUMERS = 2
@@ -102,7 +101,7 @@ def visits(rule: Rule, queries: Side, keys: Side, *, own_queries: bool) -> Visit
     return Visits(*(x.astype(jnp.int32) for x in (order, counts, work)))
 
 
-class Cell(NamedTuple):
+class WorkCell(NamedTuple):
     """One piece of work of a running program."""
 
     batch: jax.Array
@@ -119,7 +118,7 @@ class Work:
     heads: int
     groups: int = 1
 
-    def for_each_cell(self, visits: Visits, body: Callable[[Cell, Any], Any], carry: Any) -> Any:
+    def for_each_cell(self, visits: Visits, body: Callable[[WorkCell, Any], Any], carry: Any) -> Any:
         """Fold carry = body(cell, carry) over the cells of this program."""
         program, programs = lax.axis_index("program"), lax.axis_size("program")
         cells = visits.order.shape[1]
@@ -130,12 +129,12 @@ class Work:
             batch, number = lax.div(flat, jnp.int32(cells)), lax.rem(flat, jnp.int32(cells))
             head = batch * self.heads + lax.rem(rank, jnp.int32(self.heads))
             full, total = (visits.counts[batch, number, i] * self.groups for i in (0, 1))
-            return body(Cell(batch, number, head, full, total), carry)
+            return body(WorkCell(batch, number, head, full, total), carry)
 
         count = visits.work.shape[0] * self.heads
         return lax.fori_loop(0, lax.div(count - 1 - program, jnp.int32(programs)) + 1, step, carry)
 
-    def visited(self, visits: Visits, cell: Cell, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def visited(self, visits: Visits, cell: WorkCell, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the tile and the group of visit i."""
         groups = jnp.int32(self.groups)
         return visits.order[cell.batch, cell.number, lax.div(i, groups)], lax.rem(i, groups)
@@ -215,7 +214,7 @@ class Feed(NamedTuple):
 def produce(work: Work, visits: Visits, owned: Feed, *visited: Feed) -> None:
     """Run the producer warpgroup, which copies owned tiles once per cell and visited tiles once per visit."""
 
-    def cell(cell: Cell, fills: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def cell(cell: WorkCell, fills: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         owned_fills, visited_fills = fills
         for i in range(CONSUMERS):
             owned.buffer.fill(owned_fills + i, *owned.sources(cell.head, CONSUMERS * cell.number + i))

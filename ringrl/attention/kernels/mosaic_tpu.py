@@ -1,4 +1,6 @@
-"""Forward attention kernel for TPUs (contract.py).
+"""Attention kernels for TPUs (contract.py).
+
+Forward:
 
     for each context, key head, share of the heads             (any order, over the cores)
       for each pair (query tile, key tile) of the list         (in order; the next tiles are prefetched)
@@ -20,6 +22,30 @@
     bytes per tile          2 * block_k * D * itemsize: k and v; q, o and lse once per query tile
 
 `rows` counts the queries of all heads that share the key head. Each key is loaded once for all of them.
+
+Backward, one kernel for dq and one for dk and dv:
+
+    for each context, key head, share of the heads               dq: pairs in order of query tiles
+      for each pair (query tile, key tile) of the list           dk, dv: in order of key tiles, and for all shares
+
+        k (block_k, D)  q (rows, D)        v (block_k, D)  do (rows, D)       lse, delta (1, rows)
+              |             |                    |             |                  |
+              +--> k q^T <--+                    +--> v do^T <-+                  |
+                     |                                  |                         |
+              p = exp2(logits - lse)                    |                         |
+                     |                                  |                         |
+                     +--------> ds = p * (v do^T - delta) <-----------------------+
+                     |                   |
+                     |                   +--> k^T ds  --> dq^T (D, rows)          in scratch, float32
+                     |                   +--> ds q    --> dk (block_k, D)         in scratch, float32
+                     +--------------------->  p do    --> dv (block_k, D)         in scratch, float32
+
+    operations per tile     6 * rows * block_k * D for dq, 8 * rows * block_k * D for dk and dv
+    bytes per tile          2 * block_k * D * itemsize for dq: k and v
+                            2 * rows * D * itemsize for dk and dv: q and do
+
+Every output tile is accumulated in one place and in the order of the list, so gradients are bit-identical in every run.
+Two products are computed twice; in return only whole tiles are written.
 """
 
 from functools import partial
@@ -28,13 +54,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float32
 
-from ringrl.attention.contract import Inputs, Partial
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
 from ringrl.attention.kernels.mosaic_tpu_tiles import (
     LOG2_E,
+    GridStep,
     Interpret,
-    Pair,
-    Place,
+    Sides,
+    TilePair,
+    Tiling,
     cost,
     cut_sides,
     logits,
@@ -45,12 +74,14 @@ from ringrl.attention.kernels.mosaic_tpu_tiles import (
     tiling_of,
     visit,
 )
-from ringrl.attention.options import Options
+from ringrl.attention.mask import Options
 
 
-def _kernel(pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulator, maximum, total, *, options, tiling):  # type: ignore[no-untyped-def]
+def _forward_kernel(
+    pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulator, maximum, total, *, options, tiling
+):  # type: ignore[no-untyped-def]
     """Process one pair of tiles; arguments are references, `start_*` None without a start."""
-    pair = Pair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
+    pair = TilePair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
 
     @pl.when(pair.is_first)
     def _start() -> None:
@@ -90,12 +121,12 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     ValueError for unsupported arguments (`unsupported`) and for more tiles than the list holds (`too_many`).
     """
     q = inputs.q
-    tiling = tiling_of("forward", inputs, options)
+    tiling = tiling_of(inputs, options)
     sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
 
-    def place(context, head, share, step, pairs) -> Place:  # type: ignore[no-untyped-def]
-        pair = Pair.at(pairs, context, step, tiling)
-        return Place(context, head, share, pair.outer, pair.inner)
+    def place(context, head, share, step, pairs) -> GridStep:  # type: ignore[no-untyped-def]
+        pair = TilePair.at(pairs, context, step, tiling)
+        return GridStep(context, head, share, pair.outer, pair.inner)
 
     specs = specs_of(tiling, place)
     kv = tiling.cut_keys(inputs.kv)
@@ -107,7 +138,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
         shape_like(q, (*arrays[0].shape[:3], tiling.query_tiles, 1, tiling.rows)),
     ]
     o, lse = pl.pallas_call(
-        partial(_kernel, options=options, tiling=tiling),
+        partial(_forward_kernel, options=options, tiling=tiling),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiling.batch, tiling.kv_heads, tiling.shares, sides.steps),
@@ -128,3 +159,149 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
         name="ring_attention_forward",
     )(sides.pairs, *arrays, *started)
     return Partial(tiling.join_queries(o), tiling.join_rows(lse))
+
+
+def _tile_gradients(options: Options, mask: jax.Array | None, q, k, v, do, lse, delta) -> tuple[jax.Array, jax.Array]:  # type: ignore[no-untyped-def]
+    """Return p and ds (block_k, rows) of a pair of tiles, float32; ds without the scale."""
+    s, cap_slope = logits(options, k, q)
+    p = jnp.exp2(jnp.minimum(s - lse, 0.0))  # rounding of large logits must not give weights above 1
+    if mask is not None:
+        p = jnp.where(mask, p, 0.0)
+    ds = p * (product(v, do, (1, 1)) - delta)
+    return p, ds if cap_slope is None else ds * cap_slope
+
+
+def _rows_of(x) -> jax.Array:  # type: ignore[no-untyped-def]
+    """Return the queries of all heads of a tile, (rows, head_dim), from a reference."""
+    return x[...].reshape(-1, x.shape[-1])
+
+
+def _dq_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dq, accumulator, *, options, tiling):  # type: ignore[no-untyped-def]
+    """Process one pair of tiles; arguments are references."""
+    pair = TilePair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
+
+    @pl.when(pair.is_first)
+    def _start() -> None:
+        accumulator[...] = jnp.zeros_like(accumulator)
+
+    def compute(mask: jax.Array | None) -> None:
+        keys = k[...]
+        _, ds = _tile_gradients(options, mask, _rows_of(q), keys, v[...], _rows_of(do), lse[...], delta[...])
+        accumulator[...] += product(keys, ds.astype(keys.dtype), (0, 0))
+
+    visit(pair, lambda: tile_mask(options.rule, query_side[...], key_side[...]), compute)
+
+    @pl.when(pair.is_last)
+    def _finish() -> None:
+        dq[...] = (accumulator[...] * options.scale).T.reshape(dq.shape)
+
+
+def _dkv_kernel(pairs, q, do, lse, delta, query_side, k, v, key_side, dkv, dk_sum, dv_sum, *, options, tiling):  # type: ignore[no-untyped-def]
+    """Process one pair of tiles for one share of the heads; arguments are references."""
+    pair, share = TilePair.at(pairs, pl.program_id(0), pl.program_id(2), tiling), pl.program_id(3)
+
+    @pl.when(pair.is_first & (share == 0))
+    def _start() -> None:
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    def compute(mask: jax.Array | None) -> None:
+        queries, cotangents = _rows_of(q), _rows_of(do)
+        p, ds = _tile_gradients(options, mask, queries, k[...], v[...], cotangents, lse[...], delta[...])
+        dv_sum[...] += product(p.astype(cotangents.dtype), cotangents, (1, 0))
+        dk_sum[...] += product(ds.astype(queries.dtype), queries, (1, 0))
+
+    visit(pair, lambda: tile_mask(options.rule, query_side[...], key_side[...]), compute)
+
+    @pl.when(pair.is_last & (share == tiling.shares - 1))
+    def _finish() -> None:
+        dkv[0] = dk_sum[...] * options.scale
+        dkv[1] = dv_sum[...]
+
+
+def backward(
+    inputs: Inputs,
+    options: Options,
+    cotangents: Cotangents,
+    dq: Float32[Array, "heads rows head_dim"] | None = None,
+    *,
+    interpret: Interpret = False,
+) -> Gradients:
+    """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given.
+
+    `do` is rounded to q's dtype. ValueError as for `forward`.
+    """
+    do, lse, delta = cotangents
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # masked rows need any finite value
+    cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)
+    part = _dq(inputs, options, cotangents, interpret)
+    return Gradients(part if dq is None else dq + part, _dkv(inputs, options, cotangents, interpret))
+
+
+def _cut(tiling: Tiling, sides: Sides, inputs: Inputs, cotangents: Cotangents) -> tuple[jax.Array, ...]:
+    """Return the inputs of both kernels in the order of Specs.backward."""
+    queries = *map(tiling.cut_queries, (inputs.q, cotangents.do)), *map(tiling.cut_rows, cotangents[1:]), sides.queries
+    kv = tiling.cut_keys(inputs.kv)
+    return *queries, kv, kv, sides.keys
+
+
+def _dq(inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret) -> jax.Array:
+    tiling = tiling_of(inputs, options)
+    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
+
+    def place(context, head, share, step, pairs) -> GridStep:  # type: ignore[no-untyped-def]
+        pair = TilePair.at(pairs, context, step, tiling)
+        return GridStep(context, head, share, pair.outer, pair.inner)
+
+    specs = specs_of(tiling, place)
+    arrays = _cut(tiling, sides, inputs, cotangents)
+    shape = shape_like(inputs.q, arrays[0].shape)
+    dq = pl.pallas_call(
+        partial(_dq_kernel, options=options, tiling=tiling),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiling.batch, tiling.kv_heads, tiling.shares, sides.steps),
+            in_specs=specs.backward,
+            out_specs=specs.queries,
+            scratch_shapes=[pltpu.VMEM((tiling.head_dim, tiling.rows), jnp.float32)],
+        ),
+        out_shape=shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        ),
+        cost_estimate=cost(tiling, 3, options, *arrays[:-2], shape),
+        interpret=interpret,
+        name="ring_attention_dq",
+    )(sides.pairs, *arrays)
+    return tiling.join_queries(dq)
+
+
+def _dkv(inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret) -> jax.Array:
+    tiling = tiling_of(inputs, options)
+    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=True)
+
+    def place(context, head, step, share, pairs) -> GridStep:  # type: ignore[no-untyped-def]
+        pair = TilePair.at(pairs, context, step, tiling)
+        return GridStep(context, head, share, pair.inner, pair.outer)
+
+    specs = specs_of(tiling, place)
+    arrays = _cut(tiling, sides, inputs, cotangents)
+    shape = shape_like(inputs.q, arrays[5].shape)
+    dkv = pl.pallas_call(
+        partial(_dkv_kernel, options=options, tiling=tiling),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiling.batch, tiling.kv_heads, sides.steps, tiling.shares),
+            in_specs=specs.backward,
+            out_specs=specs.keys_and_values,
+            scratch_shapes=[pltpu.VMEM((tiling.block_k, tiling.head_dim), jnp.float32)] * 2,
+        ),
+        out_shape=shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+        ),
+        cost_estimate=cost(tiling, 4, options, *arrays[:-2], shape),
+        interpret=interpret,
+        name="ring_attention_dkv",
+    )(sides.pairs, *arrays)
+    return tiling.join_keys(dkv)

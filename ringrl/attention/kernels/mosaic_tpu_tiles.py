@@ -15,7 +15,7 @@ grid of a kernel is as long as its list: a skipped pair costs no step, no copy a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ringrl.attention.contract import Inputs, precision_of
-from ringrl.attention.device import device_of
-from ringrl.attention.kernels.tuning.mosaic_tpu import Work, blocks_for
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Rule, Side, classify, may_see, pad_side
-from ringrl.attention.options import Options
+from ringrl.attention.kernels.tuning import tpu_blocks
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Side, classify, may_see, pad_side
+from ringrl.attention.strategy import device_of
 
 LOG2_E = 1.4426950408889634
 LANES = 128
@@ -119,14 +118,14 @@ def _pad(x: jax.Array, axis: int, size: int, fill: float = 0.0) -> jax.Array:
     return jnp.pad(x, amount, constant_values=fill)
 
 
-def tiling_of(work: Work, inputs: Inputs, options: Options) -> Tiling:
+def tiling_of(inputs: Inputs, options: Options) -> Tiling:
     """Return tiles of the sizes in the options or the table, with the most heads per tile that fit.
 
     ValueError for unsupported arguments and for too many tiles.
     """
     if (reason := unsupported(inputs.q.dtype, inputs.q.shape[-1], options)) is not None:
         raise ValueError(reason)
-    tiling = _tiling(work, inputs, options)
+    tiling = _tiling(inputs, options)
     if tiling is None:
         raise ValueError(str(too_many(inputs, options)))
     return tiling
@@ -134,7 +133,7 @@ def tiling_of(work: Work, inputs: Inputs, options: Options) -> Tiling:
 
 def too_many(inputs: Inputs, options: Options) -> str | None:
     """Return one sentence if the list of pairs is too short for the forward or the backward pass, or None."""
-    if all(_tiling(work, inputs, options) for work in get_args(Work)):
+    if _tiling(inputs, options):
         return None
     (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
     return (
@@ -143,11 +142,11 @@ def too_many(inputs: Inputs, options: Options) -> str | None:
     )
 
 
-def _tiling(work: Work, inputs: Inputs, options: Options) -> Tiling | None:
+def _tiling(inputs: Inputs, options: Options) -> Tiling | None:
     q, head_dim = inputs.q, inputs.q.shape[-1]
     (batch, queries), keys = inputs.queries.positions.shape, inputs.kv.shape[2]
     kv_heads, heads = inputs.kv_heads, inputs.groups
-    blocks = blocks_for(work, head_dim, q.dtype, device_of(q).device_kind)
+    blocks = tpu_blocks(head_dim, q.dtype, device_of(q).device_kind)
     block_k = _fit(options.block_k or blocks.keys, keys)
     for groups in sorted((n for n in range(1, heads + 1) if heads % n == 0), reverse=True):
         block_q = _fit(options.block_q or blocks.rows // groups // LANES * LANES, queries)
@@ -164,7 +163,7 @@ def _fit(block: int, length: int) -> int:
     return min(block, pl.cdiv(length, LANES) * LANES)
 
 
-class Pair(NamedTuple):
+class TilePair(NamedTuple):
     """One entry of the list: tiles of the outer and the inner side, with their role and visibility."""
 
     outer: jax.Array
@@ -175,12 +174,12 @@ class Pair(NamedTuple):
     is_full: jax.Array  # every query sees every key, no mask needed
 
     @classmethod
-    def at(cls, pairs: Any, context: jax.Array, step: jax.Array, tiling: Tiling) -> "Pair":
+    def at(cls, pairs: Any, context: jax.Array, step: jax.Array, tiling: Tiling) -> "TilePair":
         """Return the entry of this step, from a reference to the list of `pack_pairs`."""
         return cls.unpack(pairs[context * tiling.pairs + step])
 
     @classmethod
-    def unpack(cls, code: jax.Array) -> "Pair":
+    def unpack(cls, code: jax.Array) -> "TilePair":
         """Unpack an entry: TILE_BITS for each tile, 4 bits for role and visibility."""
         kind, inner = code & 3, (code >> 4) & (2**TILE_BITS - 1)
         return cls(code >> (TILE_BITS + 4), inner, (code & 8) != 0, (code & 4) != 0, kind == 1, kind == 2)
@@ -245,7 +244,7 @@ def _side_tiles(side: Side, tiles: int, block: int, padding: int) -> Side:
     return Side(*(x.reshape(x.shape[0], tiles, block) for x in pad_side(side, tiles * block, padding)))
 
 
-class Place(NamedTuple):
+class GridStep(NamedTuple):
     """Indices of a step of the grid."""
 
     batch: jax.Array
@@ -272,10 +271,10 @@ class Specs(NamedTuple):
         return [self.queries] * 2 + [self.rows] * 2 + [self.query_side, self.keys, self.values, self.key_side]
 
 
-def specs_of(tiling: Tiling, place: Callable[..., Place]) -> Specs:
-    """Return the block specifications. `place` maps grid indices and the list of pairs to the Place of a step."""
+def specs_of(tiling: Tiling, place: Callable[..., GridStep]) -> Specs:
+    """Return the block specifications. `place` maps grid indices and the list of pairs to the GridStep."""
 
-    def spec(shape: tuple[int | None, ...], index: Callable[[Place], tuple]) -> pl.BlockSpec:
+    def spec(shape: tuple[int | None, ...], index: Callable[[GridStep], tuple]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *grid: index(place(*grid)))
 
     t = tiling
@@ -312,7 +311,7 @@ def tile_mask(rule: Rule, queries: jax.Array, keys: jax.Array) -> Bool[Array, "b
     return may_see(rule, Side(queries[:1], queries[1:]), Side(columns[:, :1], columns[:, 1:]))
 
 
-def visit(pair: Pair, mask: Callable[[], jax.Array], compute: Callable[[jax.Array | None], None]) -> None:
+def visit(pair: TilePair, mask: Callable[[], jax.Array], compute: Callable[[jax.Array | None], None]) -> None:
     """Call `compute(None)` for a full pair, `compute(mask())` for a partial pair, nothing for a hidden pair."""
     pl.when(pair.is_full)(lambda: compute(None))
     pl.when(pair.is_partial)(lambda: compute(mask()))

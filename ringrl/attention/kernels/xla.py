@@ -20,11 +20,9 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, precision_of
-from ringrl.attention.kernels.tuning import Blocks, blocks_for
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Side, classify, pad_side, visible
-from ringrl.attention.merge import nothing_seen
-from ringrl.attention.options import Options
-from ringrl.attention.varying import varying_like
+from ringrl.attention.kernels.tuning import XlaBlocks, xla_blocks
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, classify, pad_side, visible
+from ringrl.attention.merge import nothing_seen, varying_like
 
 LOG2_E = 1.4426950408889634
 Tree = TypeVar("Tree")
@@ -81,83 +79,36 @@ def _forward_tile(options: Options, scaling: Scaling, q, carry, k_transposed, v,
     return o * alpha[..., None] + _product(p.astype(v.dtype), v), new_maximum, total * alpha + p.sum(-1)
 
 
-class QueryTile(NamedTuple):
-    """Inputs of the backward pass for one tile of queries: log-sum-exp in units of log 2, `scaled` by Scaling."""
-
-    q: jax.Array
-    do: jax.Array
-    scaled_q_transposed: jax.Array
-    scaled_do_transposed: jax.Array
-    lse: jax.Array
-    scaled_delta: jax.Array
-
-
-class KeyTile(NamedTuple):
-    """Inputs of the backward pass for one tile of keys."""
-
-    k: jax.Array
-    k_transposed: jax.Array
-    v: jax.Array
-
-
-def _backward_tile(
-    options: Options,
-    scaling: Scaling,
-    queries: QueryTile,
-    keys: KeyTile,
-    dq_transposed: jax.Array,
-    mask: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Process one tile pair (keys, queries). Return the updated transposed dq and the tile's parts of dk and dv."""
-    s, cap_slope = _logits(options, _product(keys.k, queries.scaled_q_transposed), scaling)
-    # Rounding of large logits must not give weights above 1.
-    p = jnp.exp2(jnp.minimum(s - queries.lse[..., None, :], 0.0))
-    if mask is not None:
-        p = jnp.where(jnp.swapaxes(mask, -1, -2), p, 0.0)
-    ds = p * (_product(keys.v, queries.scaled_do_transposed) - queries.scaled_delta[..., None, :]) * scaling.gradients
-    if cap_slope is not None:
-        ds *= cap_slope
-    ds = ds.astype(queries.q.dtype)
-    dk, dv = _product(ds, queries.q), _product(p.astype(queries.do.dtype), queries.do)
-    return dq_transposed + _product(keys.k_transposed, ds), dk, dv
-
-
-class Visits(NamedTuple):
-    """The tiles of keys that each tile of queries visits: full tiles first, then partial tiles."""
-
-    order: Int32[Array, "query_tiles key_tiles"]
-    full: Int32[Array, " query_tiles"]
-    visible: Int32[Array, " query_tiles"]  # full and partial tiles
-
-
-class Sides(NamedTuple):
-    """Positions and segment ids of the tiles of some heads, each (tiles, ..., block), and the visits."""
+class HeadTiles(NamedTuple):
+    """Positions and segment ids (tiles, ..., block) of some heads, and the key tiles that each query tile visits."""
 
     queries: Side
     keys: Side
-    visits: Visits
+    order: Int32[Array, "query_tiles key_tiles"]  # full tiles first, then partial, then hidden ones
+    full: Int32[Array, " query_tiles"]  # number of full tiles
+    visible: Int32[Array, " query_tiles"]  # number of full and partial tiles
 
 
-def _sides(options: Options, blocks: Blocks, queries: Side, keys: Side) -> Sides:
+def _head_tiles(options: Options, blocks: XlaBlocks, queries: Side, keys: Side) -> HeadTiles:
     """List the visits from minima and maxima of positions and segments."""
     queries = Side(*(_tiles(x, -1, blocks.queries) for x in queries))
     keys = Side(*(_tiles(x, -1, blocks.keys) for x in keys))
     of_row = jax.vmap(partial(classify, options.rule), in_axes=(None, 0))
     some, every = jax.vmap(of_row, in_axes=(0, None))(queries, keys)
     order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
-    return Sides(queries, keys, Visits(order, every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32)))
+    return HeadTiles(queries, keys, order, every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32))
 
 
-def _visit_all(options: Options, sides: Sides, i: jax.Array, visit: Callable, start: Tree) -> Tree:
+def _visit_all(options: Options, tiles: HeadTiles, i: jax.Array, visit: Callable, start: Tree) -> Tree:
     """Fold `visit(carry, j, mask)` over the tiles j of keys that tile i of queries visits; mask is None if full."""
-    order, full, visible_ones = (_at(x, i) for x in sides.visits)
+    order, full, visible_ones = (_at(x, i) for x in tiles[2:])
 
     def fully(step: jax.Array, carry: Tree) -> Tree:
         return visit(carry, _at(order, step), None)
 
     def partly(step: jax.Array, carry: Tree) -> Tree:
         j = _at(order, step)
-        queries, keys = (Side(*(_at(x, n) for x in side)) for side, n in ((sides.queries, i), (sides.keys, j)))
+        queries, keys = (Side(*(_at(x, n) for x in side)) for side, n in ((tiles.queries, i), (tiles.keys, j)))
         return visit(carry, j, visible(options.rule, queries, keys))
 
     return lax.fori_loop(full, visible_ones, partly, lax.fori_loop(0, full, fully, start))
@@ -173,7 +124,7 @@ def _tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
-class Place(NamedTuple):
+class TileSlice(NamedTuple):
     """The location of a tile in an array (N, ..., S, ...): an index of the first axis, block `tile` along `axis`.
 
     One dynamic slice reads or writes a tile. Indexing in two steps makes XLA copy the whole array in between.
@@ -209,56 +160,65 @@ def _keys_transposed(inputs: Inputs, head: jax.Array, block: int) -> jax.Array:
     return _transpose(_tiles(_at(inputs.kv, head)[..., 0, :, :], -2, block))
 
 
-def _forward_head(options: Options, blocks: Blocks, head: jax.Array, inputs: Inputs, seen: Partial) -> Partial:
+def _forward_head(options: Options, blocks: XlaBlocks, head: jax.Array, inputs: Inputs, seen: Partial) -> Partial:
     """Return `seen`, updated with these keys for the queries at one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
-    sides = _sides(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
+    tiles = _head_tiles(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
 
     def query_tile(i: jax.Array, seen: Partial) -> Partial:
-        place, row = Place(head, i, blocks.queries), Place(head, i, blocks.queries, axis=-1)
+        place, row = TileSlice(head, i, blocks.queries), TileSlice(head, i, blocks.queries, axis=-1)
         q, o, lse = place.of(inputs.q) * scaling.queries, place.of(seen.o), row.of(seen.lse)
 
         def visit(carry, j: jax.Array, mask: jax.Array | None):  # type: ignore[no-untyped-def]
-            v = Place(head, j, blocks.keys, which=1).of(inputs.kv)
+            v = TileSlice(head, j, blocks.keys, which=1).of(inputs.kv)
             return _forward_tile(options, scaling, q, carry, _at(k_transposed, j), v, mask)
 
         # The previous result enters like one key: its log-sum-exp is the maximum, with a sum of one.
         before = (o, lse * LOG2_E, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-        o, maximum, total = _visit_all(options, sides, i, visit, before)
+        o, maximum, total = _visit_all(options, tiles, i, visit, before)
         o, lse = o / jnp.where(total == 0, 1.0, total)[..., None], (maximum + jnp.log2(total)) / LOG2_E
         return Partial(place.put(seen.o, o), row.put(seen.lse, lse))
 
-    return lax.fori_loop(0, len(sides.visits.order), query_tile, seen)
+    return lax.fori_loop(0, len(tiles.order), query_tile, seen)
 
 
 def _backward_head(
-    options: Options, blocks: Blocks, head: jax.Array, inputs: Inputs, cotangents: Cotangents, sums: Gradients
+    options: Options, blocks: XlaBlocks, head: jax.Array, inputs: Inputs, cotangents: Cotangents, sums: Gradients
 ) -> Gradients:
     """Return `sums` plus the gradients of one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
-    sides = _sides(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
+    tiles = _head_tiles(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
 
     def query_tile(i: jax.Array, sums: Gradients) -> Gradients:
-        place, row = Place(head, i, blocks.queries), Place(head, i, blocks.queries, axis=-1)
+        place, row = TileSlice(head, i, blocks.queries), TileSlice(head, i, blocks.queries, axis=-1)
         q, do = place.of(inputs.q), place.of(cotangents.do)
-        turned = _transpose(q * scaling.queries), _transpose(do * scaling.cotangents)
+        turned_q, turned_do = _transpose(q * scaling.queries), _transpose(do * scaling.cotangents)
         lse, delta = row.of(cotangents.lse) * LOG2_E, row.of(cotangents.delta) * scaling.cotangents
-        queries = QueryTile(q, do, *turned, lse, delta)
 
         def visit(carry, j: jax.Array, mask: jax.Array | None):  # type: ignore[no-untyped-def]
             dq_transposed, dkv = carry
-            k, v = (Place(head, j, blocks.keys, which=which).of(inputs.kv) for which in (0, 1))
-            keys, both = KeyTile(k, _at(k_transposed, j), v), Place(head, j, blocks.keys)
-            dq_transposed, *shares = _backward_tile(options, scaling, queries, keys, dq_transposed, mask)
-            return dq_transposed, both.put(dkv, both.of(dkv) + jnp.stack(shares, axis=-3))
+            k, v = (TileSlice(head, j, blocks.keys, which=which).of(inputs.kv) for which in (0, 1))
+            both, turned_k = TileSlice(head, j, blocks.keys), _at(k_transposed, j)
+            s, cap_slope = _logits(options, _product(k, turned_q), scaling)
+            # Rounding of large logits must not give weights above 1.
+            p = jnp.exp2(jnp.minimum(s - lse[..., None, :], 0.0))
+            if mask is not None:
+                p = jnp.where(jnp.swapaxes(mask, -1, -2), p, 0.0)
+            ds = p * (_product(v, turned_do) - delta[..., None, :]) * scaling.gradients
+            if cap_slope is not None:
+                ds *= cap_slope
+            ds = ds.astype(q.dtype)
+            dk, dv = _product(ds, q), _product(p.astype(do.dtype), do)
+            dq_transposed = dq_transposed + _product(turned_k, ds)
+            return dq_transposed, both.put(dkv, both.of(dkv) + jnp.stack([dk, dv], axis=-3))
 
-        zero = varying_like(q, jnp.zeros(turned[0].shape, jnp.float32))
-        dq_transposed, dkv = _visit_all(options, sides, i, visit, (zero, sums.dkv))
+        zero = varying_like(q, jnp.zeros(turned_q.shape, jnp.float32))
+        dq_transposed, dkv = _visit_all(options, tiles, i, visit, (zero, sums.dkv))
         return Gradients(place.put(sums.dq, place.of(sums.dq) + jnp.swapaxes(dq_transposed, -1, -2)), dkv)
 
-    return lax.fori_loop(0, len(sides.visits.order), query_tile, sums)
+    return lax.fori_loop(0, len(tiles.order), query_tile, sums)
 
 
 def _each_head(run: Callable, heads: int, arguments: tuple, results: Tree) -> Tree:
@@ -273,11 +233,11 @@ def _each_head(run: Callable, heads: int, arguments: tuple, results: Tree) -> Tr
     return jax.tree.map(lambda x, like: x.reshape(like.shape), grouped, results)
 
 
-def _blocks(options: Options, inputs: Inputs) -> Blocks:
+def _blocks(options: Options, inputs: Inputs) -> XlaBlocks:
     """Return tile sizes no longer than the (8-aligned) sequence, so that short sequences need little padding."""
     rows, keys = inputs.q.shape[1], inputs.kv.shape[2]
-    blocks = blocks_for(len(inputs.q))
-    return Blocks(
+    blocks = xla_blocks(len(inputs.q))
+    return XlaBlocks(
         min(options.block_q or blocks.queries, -(-rows // 8) * 8),
         min(options.block_k or blocks.keys, -(-keys // 8) * 8),
         blocks.heads,
@@ -291,7 +251,7 @@ def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
     return jnp.pad(x, amount)
 
 
-def _prepared(inputs: Inputs, blocks: Blocks) -> Inputs:
+def _prepared(inputs: Inputs, blocks: XlaBlocks) -> Inputs:
     """Pad to whole tiles (a copy only if lengths do not divide) and repeat the sides for the rows of each head."""
     of_rows = jax.tree.map(lambda x: jnp.tile(x, (1, inputs.groups)), inputs.queries)
     queries, keys = jax.tree.map(lambda x: jnp.repeat(x, inputs.kv_heads, axis=0), (of_rows, inputs.keys))
