@@ -72,7 +72,7 @@ def record(task: str, number: int) -> list[dict[str, np.ndarray]]:
     """Episodes of the local collection's controller, with much noise."""
     from ringrl.data.collect.recipes import recipe_of
     from ringrl.data.collect.record import Plan, record_episode
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     simulation, recipe = load_simulation(task), recipe_of(task)
     plans = (Plan(index, 0, recipe.mean, 1.0) for index in range(number))
@@ -81,7 +81,7 @@ def record(task: str, number: int) -> list[dict[str, np.ndarray]]:
 
 def original_loop(task: str) -> Callable[[np.ndarray], list[float]]:
     """ExoRL's relabelling of one episode's physics (T+1, P) for one task."""
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     if task.startswith("jaco"):
         simulation = load_simulation(task)

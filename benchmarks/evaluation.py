@@ -98,7 +98,7 @@ def physics_alone(task: str, seed: int) -> float:
     """CPU seconds of one control timestep of an episode in mj_step alone, without Python."""
     from mujoco import MjData, mj_getState, mj_stateSize, mjtState, rollout
 
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     simulation = load_simulation(task)
     simulation.reset(np.random.RandomState(seed))

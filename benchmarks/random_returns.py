@@ -1,9 +1,8 @@
-"""What does a policy that acts at random return? The constants of ringrl/evaluation/scores.py come from here.
+"""Measure the mean return of uniform random actions, the source of `random_returns` in the files of envs/.
 
     python benchmarks/random_returns.py [--episodes 20] [--seeds 5] [--json FILE] [task ...]
 
-Each action is drawn uniformly from [-1, 1] per dimension and step. Prints, per task, the mean return of all episodes
-and the standard error over seeds.
+Prints the mean return of all episodes of each task and its standard error over seeds.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def random_returns(task: str, episodes: int, seed: int) -> np.ndarray:
 
 
 def measure(tasks: Sequence[str], episodes: int, seeds: int) -> dict[str, list[list[float]]]:
-    """Every return, by task, seed and episode; printed as they come."""
+    """Return every return by task, seed and episode, and print the means."""
     measured = {}
     print(f"{'task':<26}{'mean return':>12}{'± s.e.':>9}   ({seeds} seeds x {episodes} episodes)")
     for task in tasks:

@@ -90,7 +90,7 @@ def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Fl
 def _simulation(domain: Domain) -> Simulation:
     loaded: dict[str, Simulation] = vars(_simulations)
     if domain.name not in loaded:
-        from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
+        from ringrl.envs import load_simulation
 
         loaded[domain.name] = load_simulation(domain.tasks[0])
     return loaded[domain.name]

@@ -12,7 +12,7 @@ from ringrl.data.normalisation import Normalisation
 from ringrl.data.schema import reward_key
 from ringrl.data.selection import eligible_episodes, subset
 from ringrl.data.store import EpisodeStore
-from ringrl.envs import DOMAINS, GoalSpace, goal_space
+from ringrl.envs import DOMAINS, GoalSpace
 from ringrl.errors import UserError
 
 FARTHEST = 1.0  # metres; distances are clipped here in `distance_cost`
@@ -63,7 +63,7 @@ class TransitionSampler:
     @cached_property
     def goals(self) -> GoalSpace | None:
         """Goal positions of the domain's tasks, or None if the domain has none or is not an ExoRL domain."""
-        return goal_space(self.store.domain) if self.store.domain in DOMAINS else None
+        return DOMAINS[self.store.domain].goals if self.store.domain in DOMAINS else None
 
     def batch(self, step: int) -> Transitions:
         """Return the transitions of an optimiser step."""

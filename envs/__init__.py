@@ -1,25 +1,26 @@
-"""The ExoRL environments: dm_control tasks behind one Gymnasium interface.
+"""The ExoRL environments: dm_control tasks with a Gymnasium interface.
 
-`import ringrl.envs` is light: neither dm_control, MuJoCo nor OpenGL is imported before the first environment is made.
+`import ringrl.envs` imports neither dm_control's physics nor MuJoCo nor OpenGL; the first environment does.
 """
 
-from ringrl.envs.compatibility import check_mujoco
-from ringrl.envs.domain import DOMAINS, TASKS, Domain, domain_named, domain_of
-from ringrl.envs.environment import ExoRLEnv, goal_space, make
-from ringrl.envs.goals import GoalSpace
-from ringrl.envs.registration import register_gymnasium
+from ringrl.envs.domain import Camera, Domain, GoalSpace
+from ringrl.envs.environment import ExoRLEnv, make
+from ringrl.envs.registry import DOMAINS, TASKS, domain_named, domain_of, load_simulation, register_gymnasium
+from ringrl.envs.simulation import Simulation, check_mujoco
 from ringrl.envs.vector import ExoRLVectorEnv, make_vec
 
 __all__ = [
     "DOMAINS",
     "TASKS",
+    "Camera",
     "Domain",
     "ExoRLEnv",
     "ExoRLVectorEnv",
     "GoalSpace",
+    "Simulation",
     "domain_named",
     "domain_of",
-    "goal_space",
+    "load_simulation",
     "make",
     "make_vec",
     "register_gymnasium",

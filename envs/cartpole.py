@@ -1,30 +1,50 @@
-"""Cartpole: a pole on a cart. Tasks balance and swingup, each with a dense and a sparse reward (dm_control's)."""
+"""Cartpole: a pole on a cart. Tasks balance and swingup, each with a dense and a sparse reward (from dm_control)."""
 
-import mujoco
+from typing import Any
+
 import numpy as np
-from dm_control.suite import cartpole
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
+from ringrl.envs.domain import Camera, Domain
 from ringrl.envs.simulation import Simulation, State
 
 _CART_RANGE = (-0.25, 0.25)  # metres
 _COSINE_RANGE = (0.995, 1.0)
 _POLE = 2  # world, cart, pole
 
+CARTPOLE = Domain(
+    name="cartpole",
+    tasks=("cartpole_balance", "cartpole_balance_sparse", "cartpole_swingup", "cartpole_swingup_sparse"),
+    observation_size=5, action_size=1, physics_size=2 + 2, episode_length=1000, control_timestep=0.01,
+    # 10 seeds x 100 episodes: standard error at most 2 %.
+    random_returns={
+        "cartpole_balance": 359.0, "cartpole_balance_sparse": 49.6, "cartpole_swingup": 27.1,
+        "cartpole_swingup_sparse": 0.0,
+    },
+    camera=Camera(center=(0, 0, 0.95), distance=3.9, elevation=-5),
+)  # fmt: skip
+
 
 class CartpoleSimulation(Simulation):
     """Sensors: position of the cart, cosine of the pole's angle, angular velocity of the pole."""
 
-    def build(self) -> cartpole.Physics:
+    domain = CARTPOLE
+    refresh_calls = ("mj_kinematics",)
+
+    def build(self) -> Any:
+        from dm_control.suite import cartpole
+
         return cartpole.Physics.from_xml_string(*cartpole.get_model_and_assets())
 
     def start(self, random: np.random.RandomState) -> None:
+        from dm_control.suite import cartpole
+
         swing_up = self.task.startswith("cartpole_swingup")
         cartpole.Balance(swing_up=swing_up, sparse=False, random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
-        """Position of the cart, cosine and sine of the pole's angle, velocities (2)."""
+        """Return the position of the cart, cosine and sine of the pole's angle, and the velocities (2)."""
         observation = np.empty((*data.qpos.shape[:-1], 5), np.float32)
         observation[..., 0] = data.qpos[..., 0]
         observation[..., 1:3] = data.xmat[..., _POLE, 8:1:-6]  # zz and xz
@@ -38,14 +58,11 @@ class CartpoleSimulation(Simulation):
         sensors[..., 2] = data.qvel[..., 1]
         return sensors
 
-    def refresh(self) -> None:
-        mujoco.mj_kinematics(self.model, self.data)
-
     @staticmethod
     def reward(
         task: str, sensors: Float64[np.ndarray, "*batch 3"], action: Float[np.ndarray, "*batch 1"]
     ) -> Float64[np.ndarray, "*batch"]:
-        """Upright and centred; the dense reward also wants small controls and velocities."""
+        """Return the reward for an upright, centred pole; if dense, with small controls and velocities."""
         position, cosine, angular_velocity = np.moveaxis(sensors, -1, 0)
         if task.endswith("_sparse"):
             return tolerance(position, _CART_RANGE) * tolerance(cosine, _COSINE_RANGE)
@@ -55,6 +72,3 @@ class CartpoleSimulation(Simulation):
         small_control = (4 + tolerance(control, margin=1, value_at_margin=0, sigmoid="quadratic")) / 5
         small_velocity = (1 + tolerance(angular_velocity, margin=5)) / 2
         return upright * small_control * small_velocity * centered
-
-
-SIMULATION = CartpoleSimulation

@@ -1,29 +1,48 @@
-"""Cheetah: a planar quadruped's half. Tasks run (dm_control's), run_backward, flip and flip_backward (ExoRL's)."""
+"""Cheetah: half of a planar quadruped. Tasks run (from dm_control), run_backward, flip, flip_backward (from ExoRL)."""
 
-import mujoco
+from typing import Any
+
 import numpy as np
-from dm_control.suite import cheetah
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
+from ringrl.envs.domain import Camera, Domain
 from ringrl.envs.simulation import Simulation, State
 
 _RUN_SPEED = 10.0  # metres per second
 _SPIN = 5.0  # kg m^2 / s
 _TORSO = 1  # the first body after the world
 
+CHEETAH = Domain(
+    name="cheetah",
+    tasks=("cheetah_run", "cheetah_run_backward", "cheetah_flip", "cheetah_flip_backward"),
+    observation_size=17, action_size=6, physics_size=9 + 9, episode_length=1000, control_timestep=0.01,
+    # 5 seeds x 20 episodes: standard error at most 2 %.
+    random_returns={
+        "cheetah_run": 3.8, "cheetah_run_backward": 20.3, "cheetah_flip": 152.5, "cheetah_flip_backward": 148.0,
+    },
+    camera=Camera(center=(0, 0, 0.5), distance=2.8, follows=1),
+)  # fmt: skip
+
 
 class CheetahSimulation(Simulation):
     """Sensors: forward velocity of the centre of mass, angular momentum about y."""
 
-    def build(self) -> cheetah.Physics:
+    domain = CHEETAH
+    refresh_calls = ("mj_kinematics", "mj_comPos", "mj_comVel", "mj_subtreeVel")
+
+    def build(self) -> Any:
+        from dm_control.suite import cheetah
+
         return cheetah.Physics.from_xml_string(*cheetah.get_model_and_assets())
 
     def start(self, random: np.random.RandomState) -> None:
+        from dm_control.suite import cheetah
+
         cheetah.Cheetah(random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
-        """Positions without the horizontal one (8), velocities (9)."""
+        """Return the positions without the horizontal one (8), and the velocities (9)."""
         observation = np.empty((*data.qpos.shape[:-1], 17), np.float32)
         observation[..., :8] = data.qpos[..., 1:]
         observation[..., 8:] = data.qvel
@@ -35,22 +54,13 @@ class CheetahSimulation(Simulation):
         sensors[..., 1] = data.subtree_angmom[..., _TORSO, 1]
         return sensors
 
-    def refresh(self) -> None:
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_comPos(self.model, self.data)
-        mujoco.mj_comVel(self.model, self.data)
-        mujoco.mj_subtreeVel(self.model, self.data)
-
     @staticmethod
     def reward(
         task: str, sensors: Float64[np.ndarray, "*batch 2"], action: Float[np.ndarray, "*batch 6"]
     ) -> Float64[np.ndarray, "*batch"]:
-        """The speed of running or of spinning, as a share of the wanted one."""
+        """Return the speed of running or of spinning as a fraction of the target, at most 1."""
         velocity, angular_momentum = np.moveaxis(sensors, -1, 0)
         achieved, wanted = (angular_momentum, _SPIN) if "flip" in task else (velocity, _RUN_SPEED)
         if task.endswith("_backward"):
             achieved = -achieved
         return tolerance(achieved, bounds=(wanted, np.inf), margin=wanted, value_at_margin=0, sigmoid="linear")
-
-
-SIMULATION = CheetahSimulation

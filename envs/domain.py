@@ -1,14 +1,44 @@
-"""The domains and their tasks: facts only, so that looking one up imports nothing heavy.
+"""The facts about a domain. Nothing here imports MuJoCo."""
 
-What a domain does (its model, starts, observations and rewards) stands in the file of its name beside this one.
-"""
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+import numpy as np
+from jaxtyping import Float
 
-from ringrl.errors import UserError
+
+@dataclass(frozen=True)
+class Camera:
+    """The camera of a domain's videos.
+
+    Attributes:
+        center: point that the camera looks at, metres.
+        distance: from the camera to this point, metres.
+        azimuth: direction of view, degrees; 90 looks along y, with x to the right.
+        elevation: of the direction of view, degrees; -90 looks down.
+        follows: number of horizontal coordinates of `center` that are replaced by the body's centre of mass.
+    """
+
+    center: tuple[float, float, float]
+    distance: float
+    azimuth: float = 90.0
+    elevation: float = -10.0
+    follows: int = 0
+
+
+@dataclass(frozen=True)
+class GoalSpace:
+    """The goal positions of a domain's tasks, for hindsight relabelling (1707.01495).
+
+    Attributes:
+        goals: full task name -> goal position (3,), metres.
+        observation: slice of the observation with the position that must reach the goal, metres.
+        reward: `(positions (*batch, 3), goals (*batch, 3)) -> rewards (*batch)`, the tasks' own reward.
+    """
+
+    goals: Mapping[str, tuple[float, float, float]]
+    observation: slice
+    reward: Callable[[Float[np.ndarray, "*batch 3"], Float[np.ndarray, "*batch 3"]], Float[np.ndarray, "*batch"]]
 
 
 @dataclass(frozen=True)
@@ -16,14 +46,18 @@ class Domain:
     """The facts about one ExoRL domain.
 
     Attributes:
-        name: "walker", ...; also the name of the module of `ringrl.envs` that simulates it.
+        name: "walker", ...
         tasks: full task names, "walker_walk", ...
         observation_size: width of the float32 observation.
-        action_size: width of the float32 action, each in [-1, 1].
+        action_size: width of the float32 action, each component in [-1, 1].
         physics_size: width of the float64 physics state: positions, velocities, activations of the actuators.
-        records_all_tasks: whether archives record the rewards of all tasks at once, one column each, and not of one.
-        episode_length: steps per episode; an episode is cut there and never ends earlier.
+        episode_length: steps per episode; episodes are truncated there and never terminate.
         control_timestep: seconds between two actions.
+        records_all_tasks: whether archives record the rewards of all tasks, one column each, instead of one task's.
+        random_returns: full task name -> mean return of uniform random actions, by benchmarks/random_returns.py with
+            dm_control 1.0.50 and MuJoCo 3.17.0. Normalised scores are 0 there.
+        camera: the camera of videos.
+        goals: the goal positions; None if the tasks' rewards depend on more than a position.
     """
 
     name: str
@@ -31,96 +65,22 @@ class Domain:
     observation_size: int
     action_size: int
     physics_size: int
-    records_all_tasks: bool
     episode_length: int
     control_timestep: float
+    records_all_tasks: bool = field(default=False, kw_only=True)
+    random_returns: Mapping[str, float] = field(default_factory=dict, kw_only=True, hash=False)
+    camera: Camera | None = field(default=None, kw_only=True)
+    goals: GoalSpace | None = field(default=None, kw_only=True, hash=False)
+
+    @property
+    def reference_return(self) -> float:
+        """Return the upper bound of an episode's return, where normalised scores are 100.
+
+        Rewards per step are in [0, 1], so the bound is the number of steps. No policy reaches it exactly, since an
+        episode starts away from the goal, but it does not depend on the best agent known.
+        """
+        return float(self.episode_length)
 
     def recorded_tasks(self, task: str) -> tuple[str, ...]:
-        """The tasks whose rewards are recorded when `task` is: one per column of an archive's float32 reward."""
+        """Return the tasks whose rewards an archive of `task` records, one per column of its float32 reward."""
         return self.tasks if self.records_all_tasks else (task,)
-
-
-def _domain(
-    name: str,
-    tasks: str,
-    *,
-    observation: int,
-    action: int,
-    positions: int,
-    velocities: int,
-    activations: int = 0,
-    records_all_tasks: bool = False,
-    steps: int,
-    seconds: float,
-) -> Domain:
-    return Domain(
-        name=name,
-        tasks=tuple(f"{name}_{task}" for task in tasks.split()),
-        observation_size=observation,
-        action_size=action,
-        physics_size=positions + velocities + activations,
-        records_all_tasks=records_all_tasks,
-        episode_length=steps,
-        control_timestep=seconds,
-    )
-
-
-_ALL = (
-    _domain(
-        "walker", "stand walk run flip",
-        observation=24, action=6, positions=9, velocities=9, steps=1000, seconds=0.025,
-    ),
-    _domain(
-        "cheetah", "run run_backward flip flip_backward",
-        observation=17, action=6, positions=9, velocities=9, steps=1000, seconds=0.01,
-    ),
-    _domain(
-        "cartpole", "balance balance_sparse swingup swingup_sparse",
-        observation=5, action=1, positions=2, velocities=2, steps=1000, seconds=0.01,
-    ),
-    _domain(
-        "jaco", "reach_top_left reach_top_right reach_bottom_left reach_bottom_right",
-        observation=42, action=9, positions=9, velocities=9, steps=250, seconds=0.04,
-    ),
-    _domain(
-        "quadruped", "stand walk run jump",
-        observation=78, action=12, positions=23, velocities=22, activations=12, steps=1000, seconds=0.02,
-    ),
-    _domain(
-        "point_mass_maze", "reach_top_left reach_top_right reach_bottom_left reach_bottom_right",
-        observation=4, action=2, positions=2, velocities=2, records_all_tasks=True, steps=1000, seconds=0.02,
-    ),
-)  # fmt: skip
-
-DOMAINS: Mapping[str, Domain] = MappingProxyType({domain.name: domain for domain in _ALL})
-TASKS: tuple[str, ...] = tuple(task for domain in _ALL for task in domain.tasks)
-
-
-def domain_named(name: str) -> Domain:
-    """The domain of this name.
-
-    Raises:
-        UserError: there is none; the message lists those of a similar name.
-    """
-    if name not in DOMAINS:
-        raise UserError(f"unknown domain {name!r}; {_suggestion(name, DOMAINS)}")
-    return DOMAINS[name]
-
-
-def domain_of(task: str) -> Domain:
-    """The domain that a task such as "walker_walk" belongs to.
-
-    Raises:
-        UserError: no domain has the task; the message lists the tasks of a similar name.
-    """
-    for domain in DOMAINS.values():
-        if task in domain.tasks:
-            return domain
-    raise UserError(f"unknown task {task!r}; {_suggestion(task, TASKS)}")
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(str(name).lower(), known, n=4, cutoff=0.6)
-    near += [other for other in known if other.startswith(f"{name}_") and other not in near]
-    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"

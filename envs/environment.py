@@ -1,6 +1,4 @@
-"""The Gymnasium environment over a simulation, and the function that makes one."""
-
-from __future__ import annotations
+"""The Gymnasium environment of a task."""
 
 from typing import Any
 
@@ -9,8 +7,8 @@ import numpy as np
 from gymnasium.spaces import Box
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.envs.domain import Domain, domain_of
-from ringrl.envs.goals import GoalSpace
+from ringrl.envs.domain import Domain
+from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.errors import UserError
 
 _Observation = Float32[np.ndarray, " observation"]
@@ -20,8 +18,8 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """An ExoRL task: float32 observations in ExoRL's order, float32 actions in [-1, 1], reward in [0, 1] per step.
 
     Episodes are truncated after `domain.episode_length` steps and never terminate. `info["physics"]` is the float64
-    physics state (positions, velocities, activations) after a step or a reset, as ExoRL records it. The same seed, to
-    the constructor or to `reset`, gives the same episodes; `reset` without a seed goes on with the stream of starts.
+    physics state (positions, velocities, activations) after a step or a reset, as ExoRL records it. The same seed in
+    the constructor or in `reset` gives the same episodes. `reset` without a seed continues the stream of starts.
 
     Attributes:
         task: full task name, "walker_walk".
@@ -36,39 +34,37 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def __init__(self, task: str, seed: int | None = None) -> None:
         self.task = task
         self.domain = domain_of(task)
-        from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
-
-        self._random = stream(seed)
+        self._random = random_stream(seed)
         self._simulation = load_simulation(task)
         self._steps: int | None = None
         self.observation_space, self.action_space = observation_and_action_space(self.domain)
 
     @property
     def physics_state(self) -> Float64[np.ndarray, " physics"]:
-        """The positions, velocities and activations now, a copy."""
+        """Return a copy of the current positions, velocities and activations."""
         return self._simulation.physics_state()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Observation, dict[str, Any]]:
-        """Start an episode, from a new stream of starts if a seed is given.
+        """Start an episode. A seed begins a new stream of starts.
 
         Raises:
             UserError: a seed outside 0 .. 2**32 - 1.
         """
         if seed is not None:
-            self._random = stream(seed)
+            self._random = random_stream(seed)
         super().reset(seed=seed)
         self._simulation.reset(self._random)
         self._steps = 0
         return self._simulation.observation(), {"physics": self.physics_state}
 
     def step(self, action: Float[np.ndarray, " action"]) -> tuple[_Observation, float, bool, bool, dict[str, Any]]:
-        """Hold an action for one control timestep. What lies outside [-1, 1] is clipped.
+        """Hold an action, clipped to [-1, 1], for one control timestep.
 
         Raises:
             UserError: the action has another shape than the action space, or is not finite.
-            gymnasium.error.ResetNeeded: no episode has been started, or the last one is over.
+            gymnasium.error.ResetNeeded: no episode has been started, or the last one has ended.
             dm_control.rl.control.PhysicsError: the simulation became unstable.
         """
         if self._steps is None or self._steps >= self.domain.episode_length:
@@ -88,13 +84,13 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 def observation_and_action_space(domain: Domain) -> tuple[Box, Box]:
-    """The spaces of one environment."""
+    """Return the spaces of one environment."""
     observations = Box(-np.inf, np.inf, (domain.observation_size,), np.float32)
     return observations, Box(-1.0, 1.0, (domain.action_size,), np.float32)
 
 
-def stream(seed: int | None) -> np.random.RandomState:
-    """The kind of generator dm_control draws the starts from.
+def random_stream(seed: int | None) -> np.random.RandomState:
+    """Return the generator from which dm_control draws the starts.
 
     Raises:
         UserError: a seed outside 0 .. 2**32 - 1.
@@ -102,7 +98,7 @@ def stream(seed: int | None) -> np.random.RandomState:
     try:
         return np.random.RandomState(seed)
     except (TypeError, ValueError):
-        raise UserError(f"the seed is {seed!r}, it must be a whole number in 0 .. 2**32 - 1") from None
+        raise UserError(f"the seed is {seed!r}, it must be an integer in 0 .. 2**32 - 1") from None
 
 
 def make(task: str, seed: int | None = None) -> ExoRLEnv:
@@ -113,17 +109,6 @@ def make(task: str, seed: int | None = None) -> ExoRLEnv:
         seed: seed of the episodes' starts; None takes one from the operating system.
 
     Raises:
-        UserError: unknown task (the message lists the tasks of a similar name), or a seed outside 0 .. 2**32 - 1.
+        UserError: unknown task (the message lists similar names), or a seed outside 0 .. 2**32 - 1.
     """
     return ExoRLEnv(task, seed)
-
-
-def goal_space(domain: str) -> GoalSpace | None:
-    """What the tasks of a domain ask to be reached; None where they ask for something else, or for more than a place.
-
-    Raises:
-        UserError: unknown domain.
-    """
-    from ringrl.envs.simulation import simulation_class  # MuJoCo is imported here and not before
-
-    return simulation_class(domain).goals

@@ -1,93 +1,118 @@
-"""One MuJoCo model with its state: the part that all domains share.
+"""One MuJoCo model and its state: what all domains share.
 
-Importing this module imports dm_control and MuJoCo; `ringrl.envs` does so only when a simulation is loaded.
+Importing this module does not import MuJoCo; the first simulation does.
 """
+
+from __future__ import annotations
 
 import importlib
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, TypeAlias
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Integer
 
-from ringrl.envs.domain import Domain, domain_named, domain_of
-from ringrl.envs.goals import GoalSpace
-from ringrl.envs.stacked import StackedData
+from ringrl.envs.domain import Domain
+from ringrl.errors import UserError
 
-
-@contextmanager
-def _without_opengl() -> Iterator[None]:
-    """Keep dm_control and MuJoCo from picking an OpenGL library on import.
-
-    Nothing here draws: without a display that choice costs time and prints warnings, and one in MUJOCO_GL that is not
-    installed ends in a traceback. Who draws in the same process imports mujoco first.
-    """
-    chosen = os.environ.get("MUJOCO_GL")
-    os.environ["MUJOCO_GL"] = "disabled"
-    try:
-        yield
-    finally:
-        del os.environ["MUJOCO_GL"]
-        if chosen is not None:
-            os.environ["MUJOCO_GL"] = chosen
-
-
-with _without_opengl():
+if TYPE_CHECKING:
     import mujoco
-    from absl import logging as absl_logging
     from dm_control import mujoco as dm_mujoco
     from dm_control.rl.control import PhysicsError
 
+State: TypeAlias = "mujoco.MjData | StackedData"
+"""One MuJoCo state, or several states stacked over a leading axis. Arrays read from it have the same leading axis."""
 
-_PHYSICS = int(mujoco.mjtState.mjSTATE_PHYSICS)  # positions, velocities, activations
+
+def is_compatible(version: str) -> bool:
+    """Return whether this MuJoCo version is at least 3.17 and below 4."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and (3, 17) <= (int(numbers[1]), int(numbers[2])) < (4, 0)
+
+
+def check_mujoco() -> None:
+    """Check the installed MuJoCo version without importing MuJoCo.
+
+    A plain `pip install dm_control` installs MuJoCo 4, with which dm_control 1.0 fails when it loads a model.
+
+    Raises:
+        UserError: MuJoCo is missing or not >=3.17,<4; the message contains the command to run.
+    """
+    fix = "run: pip install 'mujoco>=3.17,<4'"
+    try:
+        version = metadata.version("mujoco")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"MuJoCo is not installed, and the environments need it; {fix}") from None
+    if not is_compatible(version):
+        raise UserError(f"MuJoCo {version} is installed, but the environments need >=3.17,<4; {fix}")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what dm_control warns of in its own doing: a deprecated attribute, a failed inverse-kinematics try."""
-    verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    """Suppress dm_control's warnings about itself (a deprecated attribute, a failed attempt of inverse kinematics)."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        absl_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
 
 
-State: TypeAlias = mujoco.MjData | StackedData
-"""One MuJoCo state, or several stacked over a leading axis; what is read from it has the same leading axis."""
+def _import_mujoco() -> Any:
+    """Import MuJoCo and dm_control without letting them choose an OpenGL library, and return the mujoco module.
+
+    Simulation needs no OpenGL. Without a display the choice costs time and prints warnings, and a library in MUJOCO_GL
+    that is not installed raises. To render in the same process, import mujoco before the first simulation.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disabled"
+    try:
+        mujoco = importlib.import_module("mujoco")
+        importlib.import_module("dm_control.mujoco")
+    finally:
+        del os.environ["MUJOCO_GL"]
+        if chosen is not None:
+            os.environ["MUJOCO_GL"] = chosen
+    return mujoco
 
 
 class Simulation(ABC):
-    """One MuJoCo model and its state, stepped and read without dm_control's overhead, with dm_control's results.
+    """One MuJoCo model and its state, with the results of dm_control and without its overhead.
 
-    A simulation belongs to one thread. A domain gives the model (`build`), the start of an episode (`start`), how to
-    read a state (`read_observation`, `read_sensors`) and the rewards of all its tasks (`reward`).
+    A simulation belongs to one thread. A subclass defines a domain: its facts (`domain`), the model (`build`), the
+    start of an episode (`start`), how a state is read (`read_observation`, `read_sensors`, `refresh_calls`) and the
+    rewards of all tasks (`reward`). Import dm_control inside `build` and `start`, so that importing the file is fast.
 
     Attributes:
         task: full task name.
-        domain: the task's domain.
-        physics: dm_control's physics, through which episodes are started.
+        domain: the facts about the task's domain.
+        refresh_calls: MuJoCo functions that compute what `read_sensors` reads from the physics state, and no more.
+        mujoco: the module mujoco.
+        physics: dm_control's physics, which starts episodes.
         model: the MuJoCo model.
         data: the MuJoCo state.
-        goals: what the domain's tasks ask to be reached; None where they ask for something else, or for more than
-            a place.
     """
 
-    goals: ClassVar[GoalSpace | None] = None
+    domain: ClassVar[Domain]
+    refresh_calls: ClassVar[tuple[str, ...]]
 
     def __init__(self, task: str) -> None:
         self.task = task
-        self.domain: Domain = domain_of(task)
+        self.mujoco = _import_mujoco()
         with _quiet():
             self.physics = self.build()
         self.model: mujoco.MjModel = self.physics.model.ptr
         self.data: mujoco.MjData = self.physics.data.ptr
         self._warnings = self.physics.data.warning.number  # a view of MuJoCo's counters, which a reset clears
         self._substeps = round(self.domain.control_timestep / self.model.opt.timestep)
-        self._runge_kutta = self.model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        self._runge_kutta = self.model.opt.integrator == self.mujoco.mjtIntegrator.mjINT_RK4
         lower, upper = self.model.actuator_ctrlrange.T
         self._control_center, self._control_radius = (upper + lower) / 2, (upper - lower) / 2
 
@@ -97,26 +122,22 @@ class Simulation(ABC):
 
     @abstractmethod
     def start(self, random: np.random.RandomState) -> None:
-        """Set the state at the start of an episode, drawing from `random` exactly as dm_control does."""
+        """Set the state at the start of an episode, drawn from `random` exactly as dm_control does."""
 
     @abstractmethod
     def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
-        """The observation of a state, in ExoRL's order."""
+        """Return the observation of a state, in ExoRL's order."""
 
     @abstractmethod
     def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch sensors"]:
-        """What the domain's rewards are computed from, read from a state."""
-
-    @abstractmethod
-    def refresh(self) -> None:
-        """Compute from the physics state what `sensors` reads, and nothing more."""
+        """Return the quantities from which the rewards are computed."""
 
     @staticmethod
     @abstractmethod
     def reward(
         task: str, sensors: Float64[np.ndarray, "*batch sensors"], action: Float[np.ndarray, "*batch action"]
     ) -> Float64[np.ndarray, "*batch"]:
-        """The rewards of arriving, by `action`, in states with these `sensors`."""
+        """Return the rewards of actions that led to states with these sensors."""
 
     def reset(self, random: np.random.RandomState) -> None:
         """Start a new episode."""
@@ -134,15 +155,15 @@ class Simulation(ABC):
             raise self.unstable(self._warnings)
 
     def controls(self, action: Float[np.ndarray, "*batch action"]) -> Float64[np.ndarray, "*batch action"]:
-        """The actuators' controls of actions in [-1, 1], in the actuators' own units."""
+        """Convert actions in [-1, 1] to the actuators' units."""
         return self._control_center + self._control_radius * action
 
     def advance(self, data: mujoco.MjData, control: Float64[np.ndarray, " action"]) -> None:
-        """Hold controls for one control timestep. Threads may advance different states of one model at once."""
-        model = self.model
+        """Hold controls for one control timestep. Several threads may advance different states of one model."""
+        mujoco, model = self.mujoco, self.model
         data.ctrl[:] = control
-        # As dm_control does: end on mj_step1, so that all that depends on positions and velocities belongs to the new
-        # state, and start on mj_step2, because the last call has already done the first half.
+        # As in dm_control, end with mj_step1, so that everything computed from positions and velocities belongs to the
+        # new state, and start with mj_step2, since the last call has done the first half.
         if self._runge_kutta:
             mujoco.mj_step(model, data, self._substeps)
         else:
@@ -151,51 +172,64 @@ class Simulation(ABC):
                 mujoco.mj_step(model, data, self._substeps - 1)
         mujoco.mj_step1(model, data)
 
+    def refresh(self) -> None:
+        """Compute what `sensors` reads from the physics state, and no more."""
+        for name in self.refresh_calls:
+            getattr(self.mujoco, name)(self.model, self.data)
+
     def unstable(self, warnings: Integer[np.ndarray, " warnings"]) -> PhysicsError:
-        """The error to raise when MuJoCo has counted `warnings`."""
-        names = [name for name, count in zip(mujoco.mjtWarning.__members__, warnings, strict=False) if count]
-        return PhysicsError(f"{self.task}: the simulation is no longer valid ({', '.join(names)})")
+        """Return the error to raise if MuJoCo has counted `warnings`."""
+        from dm_control.rl.control import PhysicsError
+
+        names = [name for name, count in zip(self.mujoco.mjtWarning.__members__, warnings, strict=False) if count]
+        return PhysicsError(f"{self.task}: the simulation is unstable ({', '.join(names)})")
 
     def observation(self) -> Float32[np.ndarray, " observation"]:
-        """The observation of the current state, in ExoRL's order."""
+        """Return the observation of the current state, in ExoRL's order."""
         return self.read_observation(self.data)
 
     def sensors(self) -> Float64[np.ndarray, " sensors"]:
-        """What the domain's rewards are computed from, read from the current state."""
+        """Return the quantities from which the rewards are computed, for the current state."""
         return self.read_sensors(self.data)
 
     @staticmethod
     def read_physics(data: State) -> Float64[np.ndarray, "*batch physics"]:
-        """A copy of the positions, velocities and activations of a state."""
+        """Return a copy of the positions, velocities and activations of a state."""
         return np.concatenate((data.qpos, data.qvel, data.act), axis=-1)
 
     def copy_to(self, data: mujoco.MjData) -> None:
-        """Copy the whole MuJoCo state to another one of this model."""
-        mujoco.mj_copyData(data, self.model, self.data)
+        """Copy the whole MuJoCo state to another state of this model."""
+        self.mujoco.mj_copyData(data, self.model, self.data)
 
     def physics_state(self) -> Float64[np.ndarray, " physics"]:
-        """A copy of the current positions, velocities and activations."""
+        """Return a copy of the current positions, velocities and activations."""
         return self.read_physics(self.data)
 
     def set_physics_state(self, physics: Float64[np.ndarray, " physics"]) -> None:
-        """Set the positions, velocities and activations; nothing that depends on them is recomputed."""
-        mujoco.mj_setState(self.model, self.data, physics, _PHYSICS)
+        """Set the positions, velocities and activations. Nothing that depends on them is recomputed."""
+        self.mujoco.mj_setState(self.model, self.data, physics, int(self.mujoco.mjtState.mjSTATE_PHYSICS))
 
 
-def simulation_class(domain: str) -> type[Simulation]:
-    """The class that simulates a domain.
+class StackedData:
+    """Several MjData of one model: each of their arrays (`stacked.qpos`) stacked over a leading axis.
 
-    Raises:
-        UserError: unknown domain.
+    An array is copied on its first access and does not change until `renew`.
     """
-    simulation: type[Simulation] = importlib.import_module(f"ringrl.envs.{domain_named(domain).name}").SIMULATION
-    return simulation
 
+    def __init__(self, datas: Sequence[Any]) -> None:
+        self._datas = datas
+        self._views: dict[str, list[np.ndarray]] = {}
+        self._copies: dict[str, np.ndarray] = {}
 
-def load_simulation(task: str) -> Simulation:
-    """Compile the model of a task, in about 0.1 s.
+    def renew(self) -> None:
+        """Forget the copies, so that the next access reads the current states."""
+        self._copies.clear()
 
-    Raises:
-        UserError: unknown task.
-    """
-    return simulation_class(domain_of(task).name)(task)
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._copies:
+            if name not in self._views:  # the arrays of an MjData keep their address
+                self._views[name] = [getattr(data, name)[None] for data in self._datas]
+            self._copies[name] = np.concatenate(self._views[name])
+        return self._copies[name]

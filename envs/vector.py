@@ -1,11 +1,9 @@
-"""Many environments of one task that step in lockstep, over threads; each equals the single environment.
+"""Many environments of one task that step in lockstep, simulated by threads; each equals the single environment.
 
-MuJoCo's own pool of threads, mujoco.rollout, is not used. It returns neither the solver's warm start, without which
-a walker's states part from the single environment's within an episode, nor the positions of the bodies in the state
-that a step leads to, from which observations and rewards are read.
+MuJoCo's own thread pool, mujoco.rollout, returns neither the solver's warm start, without which a walker's states
+diverge from the single environment's within an episode, nor the positions of the bodies in the next state, from which
+observations and rewards are read.
 """
-
-from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
@@ -21,9 +19,9 @@ from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float, Float32, Float64
 
 from ringrl.cores import available_cores
-from ringrl.envs.domain import domain_of
-from ringrl.envs.environment import observation_and_action_space, stream
-from ringrl.envs.stacked import StackedData
+from ringrl.envs.environment import observation_and_action_space, random_stream
+from ringrl.envs.registry import domain_of, load_simulation
+from ringrl.envs.simulation import StackedData
 from ringrl.errors import UserError
 
 _Observations = Float32[np.ndarray, "environments observation"]
@@ -33,20 +31,19 @@ _Flags = Bool[np.ndarray, " environments"]
 class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """An ExoRL task in `num_envs` copies: environment i equals `ExoRLEnv` with its seed.
 
-    States and observations are equal bit for bit, rewards but for the last place of float64. The episodes of an
-    environment depend on its seed and its actions alone: not a bit of them on the number of environments or threads.
+    States and observations are equal bit for bit, rewards up to the last digit of float64. The episodes of an
+    environment depend on its seed and its actions only, not on the number of environments or threads.
 
-    Actions and observations are float32 (num_envs, ...), rewards float64 (num_envs,); `info["physics"]` is the float64
-    physics states (num_envs, P), and `info["_physics"]` (num_envs,) says which of them are new. Episodes are truncated
-    after `domain.episode_length` steps and never terminate. None is reset automatically (`AutoresetMode.DISABLED`):
-    `reset()` starts the next ones, all at once.
+    Actions and observations are float32 (num_envs, ...), rewards float64 (num_envs,). `info["physics"]` is the float64
+    physics states (num_envs, P), and `info["_physics"]` (num_envs,) marks the new ones. Episodes are truncated after
+    `domain.episode_length` steps and never terminate. No environment is reset automatically
+    (`AutoresetMode.DISABLED`): `reset()` starts the next episodes, all at once.
 
-    Where the single environment would raise PhysicsError, because its simulation became unstable, here the others go
-    on: until its next reset that one's observations, rewards and physics are NaN, and `info["unstable"]` (num_envs,),
-    which is there whenever any is, says which.
+    If a simulation becomes unstable, its observations, rewards and physics are NaN until its next reset, and
+    `info["unstable"]` (num_envs,), present only then, marks it. The other environments are unaffected.
 
-    One model serves all environments. The states are stepped by threads, which MuJoCo lets run at the same time;
-    observations and rewards are then computed for all at once. Not for use from several threads.
+    All environments share one model. Threads advance the states in parallel; observations and rewards are then computed
+    for all environments at once. An instance is not thread-safe.
 
     Attributes:
         task: full task name, "walker_walk".
@@ -56,7 +53,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: number of environments.
         seed: environment i has the seed `seed + i`, or entry i of a sequence; None takes one from the operating
             system.
-        threads: threads that simulate, the caller's included; None takes one per core this process may use.
+        threads: threads that simulate, the caller's included; None: one per core that this process may use.
 
     Raises:
         UserError: unknown task, fewer than one environment or thread, another number of seeds than of environments,
@@ -76,9 +73,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if number < 1:
                 raise UserError(f"{task}: {name} is {number}, at least 1 is needed")
         self.num_envs = num_envs
-        self._randoms = [stream(number) for number in self._seeds(seed)]
-        from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
-
+        self._randoms = [random_stream(number) for number in self._seeds(seed)]
         self._simulation = load_simulation(task)
         self._datas = [copy(self._simulation.data) for _ in range(num_envs)]
         self._stacked = StackedData(self._datas)
@@ -97,8 +92,8 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[_Observations, dict[str, Any]]:
         """Start an episode in every environment, or in those where `options["reset_mask"]` (num_envs,) is true.
 
-        A seed begins a new stream of starts, for environment i from `seed + i` or from entry i of a sequence, in which
-        None leaves the stream as it is.
+        A seed begins new streams of starts, of environment i from `seed + i` or from entry i of a sequence. An entry
+        None continues the environment's stream.
 
         Raises:
             UserError: as the constructor, or a mask that is not one bool per environment.
@@ -106,7 +101,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         self._check_open()
         chosen = self._mask(options)
-        streams = [None if number is None else stream(number) for number in self._seeds(seed)]
+        streams = [None if number is None else random_stream(number) for number in self._seeds(seed)]
         for index in np.flatnonzero(chosen):
             self._randoms[index] = streams[index] or self._randoms[index]
             self._simulation.reset(self._randoms[index])
@@ -118,11 +113,11 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step(
         self, actions: Float[np.ndarray, "environments action"]
     ) -> tuple[_Observations, Float64[np.ndarray, " environments"], _Flags, _Flags, dict[str, Any]]:
-        """Hold an action in each environment for one control timestep. What lies outside [-1, 1] is clipped.
+        """Hold an action, clipped to [-1, 1], in each environment for one control timestep.
 
         Raises:
             UserError: the actions have another shape than the action space, or are not finite.
-            gymnasium.error.ResetNeeded: an environment's episode has not been started, or is over.
+            gymnasium.error.ResetNeeded: an environment's episode has not been started, or has ended.
             gymnasium.error.ClosedEnvironmentError: after `close`.
         """
         self._check_open()
@@ -146,17 +141,14 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._pool.shutdown()
 
     def _advance(self, controls: Float64[np.ndarray, "environments action"]) -> None:
-        """Share the steps out: whichever thread is free takes the next environment, so that a slow one holds up none.
-
-        MuJoCo runs without Python's lock, and no thread touches another's environment.
-        """
+        """Advance all stable environments. An idle thread takes the next one, so that a slow one delays no other."""
         pending = deque(np.flatnonzero(~self._unstable).tolist())
         futures = [self._pool.submit(self._work, pending, controls) for _ in range(self._helpers)] if self._pool else []
         try:
             self._work(pending, controls)
         finally:
             for future in futures:
-                if not future.cancel():  # a helper that comes too late has nothing left to do
+                if not future.cancel():  # a helper that has not started has nothing left to do
                     future.result()
 
     def _work(self, pending: deque[int], controls: Float64[np.ndarray, "environments action"]) -> None:
@@ -166,7 +158,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 index = pending.popleft()
             except IndexError:
                 return
-            advance(datas[index], controls[index])
+            advance(datas[index], controls[index])  # MuJoCo releases the GIL
 
     def _observe(self, fresh: _Flags) -> tuple[_Observations, dict[str, Any]]:
         observations = self._simulation.read_observation(self._stacked)
@@ -183,35 +175,31 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         finite = np.isfinite(actions).all(axis=1)
         if not finite.all():
             index = int(finite.argmin())
-            raise UserError(
-                f"{self.task}: the action of step {self._steps[index]} of environment {index} is not finite: "
-                f"{actions[index]}"
-            )
+            where = f"step {self._steps[index]} of environment {index}"
+            raise UserError(f"{self.task}: the action of {where} is not finite: {actions[index]}")
         return np.clip(actions, -1.0, 1.0)
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[Any]:
-        """One seed per environment; None where there is none."""
+        """Return one seed or None per environment."""
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, Integral):
             return [int(seed) + index for index in range(self.num_envs)]
         if not isinstance(seed, list | tuple | np.ndarray):
-            raise UserError(f"{self.task}: the seed is {seed!r}, it must be a whole number or one per environment")
+            raise UserError(f"{self.task}: the seed is {seed!r}, it must be an integer or one per environment")
         if len(seed) != self.num_envs:
             raise UserError(f"{self.task}: {len(seed)} seeds for {self.num_envs} environments; give one each")
         return list(seed)
 
     def _mask(self, options: dict[str, Any] | None) -> _Flags:
-        """Which environments to reset."""
+        """Return which environments are reset."""
         mask = (options or {}).get("reset_mask")
         if mask is None:
             return np.ones(self.num_envs, bool)
         mask = np.array(mask)
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise UserError(
-                f"{self.task}: options['reset_mask'] has shape {mask.shape} and type {mask.dtype}, expected "
-                f"({self.num_envs},) and bool"
-            )
+            given = f"shape {mask.shape} and type {mask.dtype}, expected ({self.num_envs},) and bool"
+            raise UserError(f"{self.task}: options['reset_mask'] has {given}")
         return mask
 
     def _check_open(self) -> None:
@@ -222,17 +210,5 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 def make_vec(
     task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
 ) -> ExoRLVectorEnv:
-    """Make environments that step in lockstep, simulated by several threads.
-
-    Args:
-        task: one of `ringrl.envs.TASKS`.
-        num_envs: number of environments.
-        seed: environment i equals `make(task, seed + i)`, or `make(task, seed[i])` for a sequence; None takes one from
-            the operating system.
-        threads: threads that simulate; None takes one per core this process may use. The episodes are the same for any.
-
-    Raises:
-        UserError: unknown task, fewer than one environment or thread, another number of seeds than of environments,
-            or a seed outside 0 .. 2**32 - 1.
-    """
+    """Make environments that step in lockstep; arguments and errors are those of `ExoRLVectorEnv`."""
     return ExoRLVectorEnv(task, num_envs, seed, threads)

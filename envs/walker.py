@@ -1,11 +1,12 @@
-"""Walker: a planar biped. Tasks stand, walk, run (dm_control's) and flip (ExoRL's)."""
+"""Walker: a planar biped. Tasks stand, walk, run (from dm_control) and flip (from ExoRL)."""
 
-import mujoco
+from typing import Any
+
 import numpy as np
-from dm_control.suite import walker
 from dm_control.utils.rewards import tolerance
 from jaxtyping import Float, Float32, Float64
 
+from ringrl.envs.domain import Camera, Domain
 from ringrl.envs.simulation import Simulation, State
 
 _STAND_HEIGHT = 1.2  # metres
@@ -13,18 +14,34 @@ _SPEEDS = {"walker_walk": 1.0, "walker_run": 8.0}  # metres per second
 _SPIN = 5.0  # kg m^2 / s
 _TORSO = 1  # the first body after the world
 
+WALKER = Domain(
+    name="walker",
+    tasks=("walker_stand", "walker_walk", "walker_run", "walker_flip"),
+    observation_size=24, action_size=6, physics_size=9 + 9, episode_length=1000, control_timestep=0.025,
+    # 5 seeds x 20 episodes: standard error at most 2 %.
+    random_returns={"walker_stand": 129.9, "walker_walk": 32.7, "walker_run": 23.1, "walker_flip": 50.3},
+    camera=Camera(center=(0, 0, 0.85), distance=3.2, follows=1),
+)  # fmt: skip
+
 
 class WalkerSimulation(Simulation):
     """Sensors: torso height, torso uprightness, forward velocity of the centre of mass, angular momentum about y."""
 
-    def build(self) -> walker.Physics:
+    domain = WALKER
+    refresh_calls = ("mj_kinematics", "mj_comPos", "mj_comVel", "mj_subtreeVel")
+
+    def build(self) -> Any:
+        from dm_control.suite import walker
+
         return walker.Physics.from_xml_string(*walker.get_model_and_assets())
 
     def start(self, random: np.random.RandomState) -> None:
+        from dm_control.suite import walker
+
         walker.PlanarWalker(move_speed=0, random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
-        """Orientation of every body in the plane (14), torso height (1), joint velocities (9)."""
+        """Return the orientation of every body in the plane (14), torso height (1), joint velocities (9)."""
         batch = data.qpos.shape[:-1]
         observation = np.empty((*batch, 24), np.float32)
         observation[..., :14] = data.xmat[..., 1:, :3:2].reshape(*batch, 14)  # xx and xz
@@ -40,17 +57,11 @@ class WalkerSimulation(Simulation):
         sensors[..., 3] = data.subtree_angmom[..., _TORSO, 1]
         return sensors
 
-    def refresh(self) -> None:
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_comPos(self.model, self.data)
-        mujoco.mj_comVel(self.model, self.data)
-        mujoco.mj_subtreeVel(self.model, self.data)
-
     @staticmethod
     def reward(
         task: str, sensors: Float64[np.ndarray, "*batch 4"], action: Float[np.ndarray, "*batch 6"]
     ) -> Float64[np.ndarray, "*batch"]:
-        """Stand, and for the other tasks stand times the wish to move."""
+        """Return the reward for standing, for the other tasks times the reward for moving."""
         height, upright, velocity, angular_momentum = np.moveaxis(sensors, -1, 0)
         standing = tolerance(height, bounds=(_STAND_HEIGHT, np.inf), margin=_STAND_HEIGHT / 2)
         stand = (3 * standing + (1 + upright) / 2) / 4
@@ -64,6 +75,3 @@ class WalkerSimulation(Simulation):
             speed = _SPEEDS[task]
             move = tolerance(velocity, bounds=(speed, np.inf), margin=speed / 2, value_at_margin=0.5, sigmoid="linear")
         return stand * (5 * move + 1) / 6
-
-
-SIMULATION = WalkerSimulation

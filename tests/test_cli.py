@@ -247,7 +247,7 @@ def test_errors_of_evaluations(
     (tmp_path / "file").write_text("")
     base = ["evaluate", "--checkpoint", str(run)]
     for flags, expected in (
-        (["--environments", "0"], "environments: 0 is too few"),
+        (["--environments", "0"], "environments: 0 is too small"),
         (["--tasks", "walker_walk"], "was trained on jaco and cannot act in task walker_walk"),
         (["--tasks", "jaco_reach_top_lift"], "did you mean jaco_reach_top_left"),
         (["--data", str(some), "--prompt-trajectories", "1"], f"{some}: is not the dataset that"),
@@ -263,7 +263,7 @@ def test_errors_of_evaluations(
     assert "--checkpoint" in refused(["evaluate"], capsys)
     assert "--prompt-seed: no prompt is drawn" in refused([*base, "--prompt-seed", "3"], capsys)
     random = ["evaluate", "--tasks", "jaco_reach_top_left", "--output", str(tmp_path / "random.jsonl")]
-    assert "--prompt-seed: random actions know nothing" in refused([*random, "--prompt-seed", "3"], capsys)
+    assert "--prompt-seed: has no effect on random actions" in refused([*random, "--prompt-seed", "3"], capsys)
     assert refused([*random, "--seed", str(2**32)], capsys).startswith("ringrl: --seed: ")
     assert not list(tmp_path.glob("random*")), "no journal"
 

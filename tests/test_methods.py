@@ -12,7 +12,7 @@ from ringrl.config import TrainConfig, merged, read_yaml
 from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import Protocol, evaluate_policy, evaluate_random
+from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random
 from ringrl.methods import METHODS, MethodName, check_method, method_of
 from ringrl.training import load_policy, train
 

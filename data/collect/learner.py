@@ -64,7 +64,7 @@ def learn(
     Raises:
         UserError: the saved learner is damaged, or an episode that it has learned from is missing or damaged.
     """
-    from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
+    from ringrl.envs import load_simulation
 
     domain = domain_of(task)
     # Novelty is computed for one step at a time, when it is learned from, because it wears off.

@@ -19,7 +19,7 @@ class Recorder:
     """Records episodes of a task into a folder."""
 
     def __init__(self, task: str, folder: Path) -> None:
-        from ringrl.envs.simulation import load_simulation  # MuJoCo is imported here and not before
+        from ringrl.envs import load_simulation
 
         self._simulation = load_simulation(task)
         self._column = domain_of(task).recorded_tasks(task).index(task)  # of the reward

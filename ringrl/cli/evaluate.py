@@ -1,23 +1,25 @@
-"""ringrl evaluate: policies in their tasks."""
+"""ringrl evaluate: rolls policies out in their tasks."""
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import cyclopts
 from rich.console import Console
+from rich.table import Table
 
 from ringrl.cli.flags import command_line
 from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 
 if TYPE_CHECKING:  # JAX and MuJoCo are imported by what runs, not by --help
-    from ringrl.evaluation.protocol import Protocol
-    from ringrl.evaluation.session import Job
+    from ringrl.evaluation import Evaluation, Protocol
     from ringrl.training import TrainedPolicy
 
 ALL_OF_DOMAIN = "all-of-domain"
 ONE_DEVICE = MeshConfig()
+_STEPS = (0, 1, 2, 5, 10, 20, 50, 100)  # first steps of the columns of --error-by-step
 
 
 def evaluate(
@@ -36,35 +38,38 @@ def evaluate(
     output: Path | None = None,
     again: bool = False,
     video: bool = False,
+    error_by_step: bool = False,
     cache_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig = ONE_DEVICE,
 ) -> None:
-    """Roll policies out in dm_control; one result per stream of episodes is appended to a file, a summary lies beside.
+    """Roll policies out in dm_control. Each stream of episodes is a line of a results file, with a summary next to it.
 
-    The same command goes on after an interruption, and repeats nothing that is finished.
+    After an interruption the same command resumes. Finished evaluations are not repeated.
 
     Args:
         checkpoint: folders of runs made by `ringrl train`; without any, uniform random actions in --tasks.
-        tasks: to act in, or all-of-domain; by default the one that each checkpoint was trained on.
-        episodes: in-context episodes per stream, one after another in one context.
+        tasks: tasks to act in, or all-of-domain; by default the task of each checkpoint.
+        episodes: episodes per stream, one after another in one context.
         environments: streams, rolled out in lockstep.
         seed: episode k of stream i starts from environment seed + i * episodes + k.
-        target: return asked for: best (of the training data), a return in units of the task (800), so many times the
-            best (0.9x), or a quantile of the data's returns (q0.75); methods that ask for none are not told.
-        prompt_trajectories: trajectories of the training data that stand in the context before the first episode.
-        prompt_seed: what they are drawn with.
-        data: where the training data lies, if it has moved (for a prompt, a quantile, or another task's best).
-        control: also roll out as many episodes without memory of each other (the prompt stays).
-        step: checkpoint to take; by default the newest.
+        target: target return: best (of the training data), a return in units of the task (800), a multiple of the best
+            (0.9x), or a quantile of the data's returns (q0.75); methods without a target return ignore it.
+        prompt_trajectories: trajectories of the training data in the context before the first episode.
+        prompt_seed: seed with which the prompt is drawn.
+        data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and
+            --error-by-step).
+        control: also roll out the same episodes with the memory cleared before each (the prompt stays).
+        step: step of the checkpoint; by default the newest.
         output: results file (.jsonl); by default evaluation.jsonl in each run's folder.
-        again: repeat what the results file holds already.
-        video: also write the first, the median and the best episode as mp4, into a folder beside the results file.
-        cache_dtype: what keys and values are kept in; by default what the policy computes in.
-        mesh: devices among which the cache of each context is divided (seq alone).
+        again: repeat finished evaluations.
+        video: also write the first, the median and the best episode as mp4, into a folder next to the results file.
+        error_by_step: instead of rolling out, print the squared error of the policy's actions on contexts of its
+            training data, by trajectory of the context and step of the episode.
+        cache_dtype: dtype of cached keys and values; by default the dtype that the policy computes in.
+        mesh: devices over which the cache of each context is sharded (seq only).
     """
-    from ringrl.evaluation.board import Board, final_table
-    from ringrl.evaluation.protocol import Protocol
-    from ringrl.evaluation.session import evaluate_all
+    from ringrl.evaluation import Protocol, evaluate_all
+    from ringrl.evaluation.progress import ProgressTable, final_table
     from ringrl.training import load_policy
 
     if output is not None and output.suffix != ".jsonl":
@@ -72,63 +77,95 @@ def evaluate(
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype)
+    given = {
+        "--target": target != "best",
+        "--prompt-trajectories": prompt_trajectories > 0,
+        "--prompt-seed": prompt_seed > 0,
+        "--cache-dtype": cache_dtype is not None,
+        "--control": control,
+        "--mesh": mesh.devices > 1,
+    }
+    if error_by_step:
+        if not checkpoint:
+            raise UserError("--error-by-step: give the --checkpoint of a run too")
+        given |= {"--tasks": bool(tasks), "--output": output is not None, "--again": again, "--video": video}
+        given |= {"--episodes": episodes != 1, "--environments": environments != 10, "--seed": seed != 1_000_000}
+        _reject(given, "has no effect with --error-by-step; leave it out")
+        for run in checkpoint:
+            _print_error_by_step(load_policy(run, step), run, data)
+        return
     if checkpoint:
-        jobs = [
-            job for run in checkpoint for job in _jobs(load_policy(run, step, mesh), run, tasks, protocol, data, output)
+        evaluations = [
+            evaluation
+            for run in checkpoint
+            for evaluation in _evaluations(load_policy(run, step, mesh), run, tasks, protocol, data, output)
         ]
     else:
-        given = {"--data": data, "--step": step, "--cache-dtype": cache_dtype, "--control": control}
-        given |= {
-            "--target": target != "best",
-            "--prompt-trajectories": prompt_trajectories,
-            "--prompt-seed": prompt_seed,
-            "--mesh": mesh.devices > 1,
-        }
-        for flag in (name for name, value in given.items() if value):
-            raise UserError(f"{flag}: random actions know nothing of it; leave it out, or give a --checkpoint")
-        jobs = _random_jobs(tasks, protocol, output)
+        given |= {"--data": data is not None, "--step": step is not None}
+        _reject(given, "has no effect on random actions; leave it out, or give a --checkpoint")
+        evaluations = _random_evaluations(tasks, protocol, output)
     console = Console()
-    with Board(jobs, console) as board:
-        summaries = evaluate_all(jobs, again=again, video=video, audience=board)
+    with ProgressTable(evaluations, console) as progress:
+        summaries = evaluate_all(evaluations, again=again, video=video, progress=progress)
     console.print(final_table(summaries))
-    for path in dict.fromkeys(job.results for job in jobs):
+    for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
         print(path)
 
 
-def _jobs(
+def _reject(given: dict[str, bool], why: str) -> None:
+    """Raise UserError for the first flag that is given."""
+    for flag in (name for name, is_given in given.items() if is_given):
+        raise UserError(f"{flag}: {why}")
+
+
+def _evaluations(
     trained: "TrainedPolicy",
     run: Path,
     tasks: tuple[str, ...],
     protocol: "Protocol",
     data: Path | None,
     output: Path | None,
-) -> "list[Job]":
-    """Of one checkpoint."""
-    from ringrl.evaluation.protocol import plan_policy, programs_of
-    from ringrl.evaluation.session import Job
+) -> "list[Evaluation]":
+    """Return the evaluations of one checkpoint."""
+    from ringrl.evaluation import policy_evaluation
+    from ringrl.evaluation.protocol import compile_policy
 
     own = trained.info.config.task
-    chosen, programs = _tasks(tasks, trained.info.domain) or [own], programs_of(trained, protocol, own)
-    plan = partial(plan_policy, trained, run, protocol, data=data, command=command_line(), programs=programs)
-    plans = [plan(task=task) for task in chosen]
-    return [Job(plan, output or run / "evaluation.jsonl") for plan in plans]
+    make = partial(
+        policy_evaluation, trained, run, protocol, data=data, command=command_line(), results=output,
+        compiled=compile_policy(trained, protocol, own),
+    )  # fmt: skip
+    return [make(task=task) for task in _tasks(tasks, trained.info.domain) or [own]]
 
 
-def _random_jobs(tasks: tuple[str, ...], protocol: "Protocol", output: Path | None) -> "list[Job]":
-    from ringrl.evaluation.protocol import plan_random
-    from ringrl.evaluation.session import Job
+def _random_evaluations(tasks: tuple[str, ...], protocol: "Protocol", output: Path | None) -> "list[Evaluation]":
+    from ringrl.evaluation import random_evaluation
 
     if ALL_OF_DOMAIN in tasks:
         raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks one by one")
     if not tasks:
         raise UserError("--checkpoint: give the folder of a run, or name --tasks alone to evaluate random actions")
-    plans = [plan_random(task, protocol, command=command_line()) for task in _tasks(tasks, "")]
-    return [Job(plan, output or Path("random.jsonl")) for plan in plans]
+    results = output or Path("random.jsonl")
+    return [random_evaluation(task, protocol, command=command_line(), results=results) for task in _tasks(tasks, "")]
 
 
 def _tasks(names: tuple[str, ...], domain: str) -> list[str]:
-    """The tasks that are named, each once."""
+    """Return the named tasks, each once."""
     from ringrl.envs import domain_named
 
     everything = [task for name in names for task in (domain_named(domain).tasks if name == ALL_OF_DOMAIN else [name])]
     return list(dict.fromkeys(everything))
+
+
+def _print_error_by_step(trained: "TrainedPolicy", run: Path, data: Path | None) -> None:
+    from ringrl.evaluation.prompt import imitation_error
+
+    errors = imitation_error(trained, run, data).mean(0)  # (trajectories, steps)
+    edges = [*(edge for edge in _STEPS if edge < errors.shape[-1]), errors.shape[-1]]
+    table = Table(title=f"{run}: squared error of actions, by step of the episode", title_justify="left")
+    table.add_column("Trajectory", justify="right")
+    for first, end in pairwise(edges):
+        table.add_column(str(first) if end == first + 1 else f"{first}-{end - 1}", justify="right")
+    for number, row in enumerate(errors, start=1):
+        table.add_row(str(number), *(f"{row[first:end].mean():.3f}" for first, end in pairwise(edges)))
+    Console().print(table)

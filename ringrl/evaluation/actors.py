@@ -1,96 +1,179 @@
-"""What acts in a batch of environments and may remember: a trained policy with its key-value cache, or chance.
+"""Actors choose actions in a batch of environments: a trained policy with its key-value cache, or random actions.
 
-Each timestep's tokens enter the cache in one call; the cache doubles when it is full, so that few programs are compiled
-and short contexts stay cheap.
+The tokens of each timestep enter the cache in one call. The cache doubles when it is full, so that few programs are
+compiled and short contexts stay cheap.
 """
 
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Float32
 
 from ringrl.context import Array, Context
-from ringrl.evaluation.programs import Programs
-from ringrl.model import KVCache
+from ringrl.model import KVCache, Policy, grow
+from ringrl.model.parallel import ONE_DEVICE, Parallel
 
 SMALLEST_CACHE = 512  # tokens
 
 
 class Actor(Protocol):
-    """Something that acts in a batch of environments and may remember."""
+    """Chooses actions in a batch of environments and may remember earlier steps."""
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
-        """Forget everything but the prompt (1, T, ...), with which all contexts begin; at most `num_steps` will follow.
+        """Clear the memory except for the prompt (1, T, ...), with which every context begins.
 
-        The first of them stands at position T.
+        At most `num_steps` steps follow. The first one has position T.
         """
 
     def act(self, current: Context) -> Float32[Array, "environments action"]:
-        """The action at a new timestep; of `current` (B, 1, ...) the action, reward and completion are unknown.
+        """Return the action at a new timestep (B, 1, ...), whose action, reward and completion are zero.
 
-        It may be a jax.Array that is still being computed.
+        The result may be a jax.Array that is still being computed.
         """
 
     def observe(self, finished: Context) -> None:
-        """The same timestep with its action, reward and completion."""
+        """Remember the same timestep with its action, reward and completion."""
 
 
 class RandomActor:
-    """Uniform actions: those of stream i are drawn from seed + i stride, however many streams there are beside it."""
+    """Uniform random actions. Stream i uses the seed `seed + i * stride`, whatever the number of streams."""
 
     def __init__(self, action_size: int, seed: int, stride: int = 1) -> None:
         self._action_size, self._seed, self._stride = action_size, seed, stride
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
-        """Draw from the beginning again."""
+        """Restart the random streams."""
         self._randoms = [np.random.default_rng(self._seed + index * self._stride) for index in range(num_environments)]
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
-        """Uniform in [-1, 1]."""
+        """Return actions that are uniform in [-1, 1]."""
         return np.stack([random.uniform(-1, 1, self._action_size) for random in self._randoms]).astype(np.float32)
 
     def observe(self, finished: Context) -> None:
-        """Nothing to remember."""
+        """Do nothing."""
 
 
 class PolicyActor:
-    """A trained policy with a key-value cache of its own."""
+    """A trained policy with its own key-value cache."""
 
-    def __init__(self, programs: Programs) -> None:
-        self._programs = programs
+    def __init__(self, compiled: "CompiledPolicy") -> None:
+        self._compiled = compiled
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
-        """An empty cache behind the prompt, which is computed once for all environments."""
-        self._most_tokens = num_steps * self._programs.policy.tokens_per_step
+        """Make an empty cache and compute the prompt's cache, once for all environments."""
+        self._most_tokens = num_steps * self._compiled.policy.tokens_per_step
         self._tokens = 0
         self._previous: Context | None = None
-        self._prefix = None if prompt is None else self._programs.prefill(prompt)
-        self._memory = self._programs.reset(num_environments, min(SMALLEST_CACHE, self._most_tokens))
+        self._prefix = None if prompt is None else self._compiled.prefill(prompt)
+        self._memory = self._compiled.reset(num_environments, min(SMALLEST_CACHE, self._most_tokens))
         self._prepared = 0  # the capacity whose successor is compiled, or being compiled
 
     def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
-        """Append this step's tokens and read the action."""
-        self._tokens += self._programs.policy.tokens_per_step
-        self._make_room(current)
-        action, self._memory = self._programs.act(self._previous, current, self._prefix, self._memory)
+        """Append the tokens of this step to the cache and return the action."""
+        self._tokens += self._compiled.policy.tokens_per_step
+        self._grow_if_full(current)
+        action, self._memory = self._compiled.act(self._previous, current, self._prefix, self._memory)
         return action
 
     def observe(self, finished: Context) -> None:
-        """Keep the step; its tokens enter the cache with the next one's."""
+        """Keep the step, whose tokens enter the cache with those of the next step."""
         self._previous = finished
 
-    def _make_room(self, current: Context) -> None:
-        """Grow the cache where it is full, and prepare for its next growth from its second step on."""
+    def _grow_if_full(self, current: Context) -> None:
+        """Grow a full cache. After its second step, compile for the next capacity."""
         if not isinstance(self._memory, KVCache):
             return
         if self._tokens > self._memory.capacity:
-            self._memory = self._programs.grow(self._memory, self._following())
+            self._memory = self._compiled.grow(self._memory, self._next_capacity())
         capacity = self._memory.capacity
         if self._previous is not None and self._prepared < capacity < self._most_tokens:
-            self._programs.compile_wider(current, self._prefix, self._memory, self._following())
+            self._compiled.compile_next(current, self._prefix, self._memory, self._next_capacity())
             self._prepared = capacity
 
-    def _following(self) -> int:
-        """The capacity after this one."""
+    def _next_capacity(self) -> int:
         return min(2 * self._memory.capacity, self._most_tokens)
+
+
+class CompiledPolicy:
+    """The compiled programs of a policy, shared by all its actors.
+
+    One program serves each number of environments and cache capacity. The next program is compiled in the background
+    while the current one runs.
+
+    Args:
+      policy: its parameters are used as they are now.
+      cache_dtype: dtype of cached keys and values. None: the dtype that the policy computes in.
+      parallel: the mesh that the policy was made for.
+    """
+
+    def __init__(self, policy: Policy, cache_dtype: jnp.dtype | None = None, parallel: Parallel = ONE_DEVICE) -> None:
+        graph, self._params = nnx.split(policy)
+        self.policy, self._dtype = policy, cache_dtype
+        self._prefill = jax.jit(lambda params, prompt: nnx.merge(graph, params).prefill(prompt, cache_dtype))
+        self._grow = jax.jit(partial(grow, parallel=parallel), static_argnames="capacity")
+        self._act = jax.jit(
+            lambda params, previous, current, prefix, memory: nnx.merge(graph, params).act(
+                previous, current, memory, prefix
+            ),
+            donate_argnums=4,
+        )
+        self._programs: dict[tuple[Hashable, ...], Future[Callable[..., Any]]] = {}
+        self._prefilled: tuple[Context, Any] | None = None
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="ringrl-compile")
+
+    def __len__(self) -> int:
+        """Return the number of programs that are compiled or being compiled."""
+        return len(self._programs)
+
+    def prefill(self, prompt: Context) -> Any:
+        """Return the memory of a prompt. The memory of the latest prompt is kept for the next rollout."""
+        if self._prefilled is None or self._prefilled[0] is not prompt:
+            self._prefilled = prompt, self._prefill(self._params, prompt)
+        return self._prefilled[1]
+
+    def reset(self, num_environments: int, capacity: int) -> Any:
+        """Return an empty memory."""
+        return self.policy.reset(num_environments, capacity, self._dtype)
+
+    def grow(self, memory: KVCache, capacity: int) -> KVCache:
+        """Return the same memory with a larger capacity."""
+        grown: KVCache = self._grow(memory, capacity=capacity)
+        return grown
+
+    def act(self, previous: Context | None, current: Context, prefix: Any, memory: Any) -> tuple[jax.Array, Any]:
+        """Return the action and the new memory. `memory` is donated."""
+        program = self._program(previous, current, prefix, memory)
+        if previous is None:
+            self._program(current, current, prefix, memory)  # the second step needs this program
+        result: tuple[jax.Array, Any] = program.result()(self._params, previous, current, prefix, memory)
+        return result
+
+    def compile_next(self, current: Context, prefix: Any, memory: KVCache, capacity: int) -> None:
+        """Start to compile the program for a larger capacity."""
+        grown = jax.eval_shape(partial(self._grow, capacity=capacity), memory)
+        place = lambda x, now: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=now.sharding)  # noqa: E731
+        self._program(current, current, prefix, jax.tree.map(place, grown, memory))
+
+    def _program(
+        self, previous: Context | None, current: Context, prefix: Any, memory: Any
+    ) -> Future[Callable[..., Any]]:
+        """Return the program for arguments of these shapes, being compiled if it is new."""
+        shapes = jax.tree.leaves(jax.tree.map(jnp.shape, (prefix, memory)))
+        key = previous is None, prefix is None, current.observation.shape, *shapes
+        if key not in self._programs:
+            like = jax.tree.map(_abstract, (self._params, previous, current, prefix, memory))
+            self._programs[key] = self._compiler.submit(lambda: self._act.lower(*like).compile())
+        return self._programs[key]
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of an array and, on a mesh, its sharding."""
+    sharding = getattr(x, "sharding", None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)

@@ -1,4 +1,4 @@
-"""How numbers are written for readers: in terminals, tables and sentences."""
+"""Numbers as text, in terminals, tables and sentences."""
 
 import numpy as np
 
@@ -7,25 +7,25 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def decimal(value: float | None) -> str:
-    """A return in a table: one decimal; a dash where there is none."""
+    """Format a return for a table, with one decimal; a dash for None."""
     return ABSENT if value is None else f"{value:.1f}".replace("-", MINUS)
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
-    """A return in a sentence: whole from 100 on, one decimal below; a dash where there is none."""
+    """Format a return for a sentence, with one decimal below 100 and none above; a dash for None."""
     if value is None:
         return ABSENT
-    value = value if abs(value) >= 0.05 else 0.0  # no nought with a sign
+    value = value if abs(value) >= 0.05 else 0.0  # no "-0.0"
     return f"{value:{'+' if sign and value else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
 
 
 def all_digits(value: float) -> str:
-    """As part of a name: other numbers have other names."""
+    """Format a number for a name, so that different numbers have different names."""
     return np.format_float_positional(value, trim="-")
 
 
 def duration(seconds: float | None) -> str:
-    """As h:mm:ss; a dash where it is not known."""
+    """Format a duration as h:mm:ss; a dash for None."""
     if seconds is None:
         return ABSENT
     whole = round(seconds)

@@ -1,7 +1,7 @@
-"""The journal of an evaluation: its finished episodes, so that an interrupted one goes on where it stopped.
+"""The journal of an evaluation: its finished episodes on disk, from which an interrupted evaluation resumes.
 
-A folder per evaluation, with the file about.json, which says whose it is, and a file of arrays per episode. Each is
-written to a temporary name and renamed: a kill leaves whole files only.
+Each evaluation has a folder with one file of arrays per episode and about.json, which names the evaluation. Files are
+written under a temporary name and renamed, so a kill leaves whole files only.
 """
 
 import io
@@ -9,75 +9,76 @@ import json
 import shutil
 import zipfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from ringrl.errors import UserError
-from ringrl.evaluation.episode import ARRAYS, Episode
+from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch
 from ringrl.files import lock, write_whole
 
-_ABOUT = "about.json"
 _TYPES = {"observation": np.float32, "action": np.float32, "reward": np.float64, "physics": np.float64}
 
 
-class Journal:
-    """The episodes of one evaluation, in parts ("context", "control") that are numbered from 0 each.
+class EpisodeJournal:
+    """The finished episodes of one evaluation, numbered from 0 in each part ("context", "control").
 
-    One process at a time writes a journal.
+    A journal is locked while it is open.
 
-    Raises UserError, naming the folder, where it is another evaluation's, in use, or cannot be written.
+    Args:
+        folder: folder of the journal, created if missing.
+        decides: everything that decides the result of the evaluation, as plain values.
+
+    Raises:
+        UserError: the folder belongs to another evaluation, is locked, or cannot be written.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, decides: Mapping[str, Any]) -> None:
         self.folder = folder
         self._lock = ExitStack()
         try:
             self._lock.enter_context(lock(folder, "is running the same evaluation", file=folder / "lock"))
-            self._claim(dict(about))
+            self._claim(json.loads(json.dumps(dict(decides))))
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def episodes(self, part: str, steps: int, streams: int) -> list[Episode]:
-        """The finished episodes of a part; from the first that is missing or cannot be read on, none."""
-        found: list[Episode] = []
-        while (episode := _read(self._file(part, len(found)))) is not None and _is_whole(episode, steps, streams):
+    def episodes(self, part: str, steps: int, streams: int) -> list[EpisodeBatch]:
+        """Return the episodes of a part up to the first one that is missing, unreadable or of another shape."""
+        found: list[EpisodeBatch] = []
+        while (episode := _read(self._file(part, len(found)), steps, streams)) is not None:
             found.append(episode)
         return found
 
-    def add(self, part: str, index: int, episode: Episode) -> None:
-        """Write down an episode."""
-        path = self._file(part, index)
+    def add(self, part: str, index: int, episode: EpisodeBatch) -> None:
+        """Write an episode. Raises UserError if the folder cannot be written."""
         content = io.BytesIO()
         np.savez(content, **{name: getattr(episode, name) for name in ARRAYS}, seconds=np.float64(episode.seconds))
         try:
-            write_whole(path, content.getvalue())
+            write_whole(self._file(part, index), content.getvalue())
         except OSError as error:
             raise self._unwritable(error) from error
 
     def has(self, part: str, index: int) -> bool:
-        """Whether an episode stands there."""
+        """Return whether the file of an episode exists."""
         return self._file(part, index).exists()
 
     def clear(self) -> None:
-        """Forget all episodes."""
+        """Delete all episodes."""
         for path in self.folder.glob("*.npz"):
             path.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Let others use it."""
-        self._lock.close()
-
     def remove(self) -> None:
-        """Close and delete it, and the folder it lies in where that holds no other."""
+        """Delete the journal, and its parent folder if that is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
-        try:
+        with suppress(OSError):  # the parent contains other journals
             self.folder.parent.rmdir()
-        except OSError:
-            return  # others lie there
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -85,47 +86,40 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _claim(self, about: dict[str, Any]) -> None:
-        path = self.folder / _ABOUT
-        about = json.loads(json.dumps(about))
-        if path.exists():
-            try:
-                known = json.loads(path.read_bytes())
-            except ValueError:
-                known = None
-            if known != about:
-                raise UserError(f"{self.folder}: is the journal of another evaluation, or damaged; remove it")
+    def _claim(self, decides: dict[str, Any]) -> None:
+        """Write about.json, or check that it names the same evaluation."""
+        path = self.folder / "about.json"
+        if not path.exists():
+            write_whole(path, json.dumps(decides, indent=1))
             return
-        write_whole(path, json.dumps(about, indent=1))
+        try:
+            known = json.loads(path.read_bytes())
+        except ValueError:
+            known = None
+        if known != decides:
+            self.close()
+            raise UserError(f"{self.folder}: is the journal of another evaluation, or damaged; remove it")
 
     def _file(self, part: str, index: int) -> Path:
         return self.folder / f"{part}_{index:05}.npz"
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.folder}: the episodes cannot be written down ({error.strerror}); free some space, or give another "
-            "--output"
+            f"{self.folder}: episodes cannot be written ({error.strerror}); free some space, or give another --output"
         )
 
 
-def _read(path: Path) -> Episode | None:
-    """None where there is no such file, or it is no episode's."""
+def _read(path: Path, steps: int, streams: int) -> EpisodeBatch | None:
+    """Read an episode. None: the file is missing or damaged, or an array has another dtype or shape."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS}
             seconds = float(file["seconds"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    return Episode(**arrays, seconds=seconds)
-
-
-def _is_whole(episode: Episode, steps: int, streams: int) -> bool:
-    """Whether each array has its type and the size that such an episode has."""
     rows = {"observation": steps + 1, "action": steps, "reward": steps, "physics": steps + 1}
-    arrays = {name: getattr(episode, name) for name in ARRAYS}
-    return all(
-        array.dtype == _TYPES[name]
-        and array.shape[:2] == (rows[name], streams)
-        and array.ndim == (2 if name == "reward" else 3)
-        for name, array in arrays.items()
-    )
+    for name, array in arrays.items():
+        dimensions = 2 if name == "reward" else 3
+        if (array.dtype, array.ndim, array.shape[:2]) != (_TYPES[name], dimensions, (rows[name], streams)):
+            return None
+    return EpisodeBatch(**arrays, seconds=seconds)

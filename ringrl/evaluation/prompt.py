@@ -1,9 +1,14 @@
-"""Prompts: trajectories of the dataset that a policy remembers before its first episode."""
+"""What evaluation reads from a run's dataset: prompts, target returns, and the imitation error of its contexts.
+
+A prompt is trajectories of the dataset that a policy remembers before its first episode.
+"""
 
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
+from jaxtyping import Float
 
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
@@ -11,10 +16,11 @@ from ringrl.data.contexts import read_contexts
 from ringrl.data.sampler import ContextSampler
 from ringrl.data.selection import eligible_episodes
 from ringrl.errors import UserError
+from ringrl.training import TrainedPolicy
 from ringrl.training.checkpoints import RunInfo
 from ringrl.training.run_folder import dataset_fingerprint
 
-FIRST_DRAW = 2**64  # prompts are drawn as the contexts of steps that no training comes to
+FIRST_DRAW = 2**64  # the sampler's step for the first draw; no training reaches this step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +29,8 @@ class Prompt:
 
     Attributes:
         context: (1, T, ...) in the order of time.
-        episodes: their numbers in the store, in the order of the context.
-        returns: what each returned in the task.
+        episodes: their indices in the store, in the order of the context.
+        returns: their returns in the task.
     """
 
     context: Context
@@ -33,19 +39,19 @@ class Prompt:
 
 
 def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
-    """The dataset that a run was trained on.
+    """Open the dataset that a run was trained on.
 
     Args:
       info: of the run.
-      run: its folder, for messages.
-      data: where the dataset lies now; None: where it lay then.
+      run: folder of the run, for messages.
+      data: current path of the dataset. None: the path in the run's configuration.
 
     Raises:
-      UserError: it cannot be read, or is another one.
+      UserError: the dataset cannot be read, or is another one.
     """
     path = info.config.data if data is None else data
     if data is None and not path.is_file():
-        raise UserError(f"{path}: the dataset of {run} is no longer there; say where it is with --data")
+        raise UserError(f"{path}: the dataset of {run} is missing; give its path with --data")
     store = EpisodeStore(path)
     found = dataset_fingerprint(store)
     if found != info.data_fingerprint:
@@ -56,8 +62,8 @@ def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
     return store
 
 
-def trained_returns(info: RunInfo, store: EpisodeStore, task: str) -> np.ndarray:
-    """Returns in a task of the episodes that the run was trained on."""
+def trained_returns(info: RunInfo, store: EpisodeStore, task: str) -> Float[np.ndarray, " episodes"]:
+    """Return the returns in a task of the episodes that the run was trained on."""
     context = info.config.context
     own = info.config.task
     chosen = eligible_episodes(store, own, info.config.seed, context.max_transitions, context.best_fraction)
@@ -67,18 +73,17 @@ def trained_returns(info: RunInfo, store: EpisodeStore, task: str) -> np.ndarray
 def draw_prompt(
     info: RunInfo, store: EpisodeStore, task: str, trajectories: int, seed: int, target_return: float | None
 ) -> Prompt:
-    """Draw trajectories and put them together as the run's training contexts were: the same selection and order.
+    """Draw a prompt by the selection and order of the run's training contexts.
 
-    Where training contexts ask every trajectory for the best one's return, these ask for `target_return`, as the live
-    episodes that follow: so the prompt and they are one context, of which a live episode is to be the best. Where each
-    was asked for its own return, so is each here.
+    If the target of every trajectory in a training context is the best return, the target in the prompt is
+    `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
 
     Raises:
-      UserError: more trajectories than there are.
+      UserError: the dataset has fewer trajectories.
     """
     config = info.config
     drawn = config.context.model_copy(update={"trajectories": trajectories, "other_tasks": ()})
-    if drawn.sampling == "fixed":  # which is: the same at every step
+    if drawn.sampling == "fixed":  # the same trajectories at every step
         drawn = drawn.model_copy(update={"sampling": "uniform"})
     try:
         sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, selected_by=config.task)
@@ -93,3 +98,36 @@ def draw_prompt(
     steps = int(plan.starts[0, -1])
     context = read_contexts(store, info.normalisation, plan, np.arange(steps))
     return Prompt(context, tuple(episodes.tolist()), tuple(returns.tolist()))
+
+
+def imitation_error(
+    trained: TrainedPolicy, run: Path, data: Path | None = None, *, batches: int = 16
+) -> Float[np.ndarray, "contexts trajectories steps"]:
+    """Return the squared error of the policy's actions on contexts drawn as in training, averaged over components.
+
+    The policy sees everything before each step, as in training. An error that falls within the first steps of an
+    episode means that the episode itself identifies what to imitate, and that earlier trajectories add little.
+
+    Args:
+      trained: the policy.
+      run: folder of its run.
+      data: current path of its dataset. None: the path in the run's configuration.
+      batches: number of batches of the run's batch size.
+
+    Raises:
+      UserError: the method has no context, the dataset is missing or another one, or its episodes differ in length.
+    """
+    config = trained.info.config
+    if not config.model.family.has_context:
+        raise UserError(f"{run}: {config.model.kind} has no context; give the run of a transformer")
+    store = open_dataset(trained.info, run, data)
+    if len(np.unique(store.lengths)) > 1:
+        raise UserError(f"{store.path}: episodes differ in length, so that their steps cannot be averaged")
+    size = config.optimiser.batch_size
+    sampler = ContextSampler(store, config.task, config.context, trained.info.normalisation, size, config.seed)
+    actions, found = jax.jit(trained.policy.actions), []
+    for number in range(batches):
+        batch = sampler.batch(FIRST_DRAW + number)
+        error = np.square(np.asarray(actions(batch)) - batch.action).mean(-1)
+        found.append(error.reshape(size, config.context.trajectories, -1))
+    return np.concatenate(found)

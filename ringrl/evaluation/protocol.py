@@ -1,47 +1,69 @@
-"""The evaluation protocol: which episodes are rolled out for a checkpoint, and what is written down about them."""
+"""The evaluation protocol (initial states, targets, prompt, control) and the evaluations made from it."""
 
-import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int64
 
+from ringrl.context import Context
 from ringrl.data.digest import json_digest
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation.actors import Actor, PolicyActor, RandomActor
-from ringrl.evaluation.play import Plan, Watch, play
-from ringrl.evaluation.programs import Programs
+from ringrl.evaluation.actors import Actor, CompiledPolicy, PolicyActor, RandomActor
+from ringrl.evaluation.formatting import all_digits
 from ringrl.evaluation.prompt import Prompt, draw_prompt, open_dataset, trained_returns
-from ringrl.evaluation.recipe import configuration_hash, recipe
-from ringrl.evaluation.records import EvaluationRecord, library_versions
-from ringrl.evaluation.target import NO_TARGET, TargetPolicy
-from ringrl.evaluation.told import clipped
+from ringrl.evaluation.records import (
+    JOURNAL,
+    VIDEOS,
+    EvaluationRecord,
+    configuration_hash,
+    evaluation_name,
+    library_versions,
+    recipe,
+)
+from ringrl.evaluation.rollout import clip_trajectories
 from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
 from ringrl.training.budget import budget
 
-SIMULATING, COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}  # what decides a result
-FIRST_SEED = 1_000_000  # environment seeds of evaluations; episodes are collected from any
-SEEDS = 2**32  # that there are: what NumPy's RandomState, with which dm_control draws starts, can be seeded with
+Part = Literal["context", "control"]
+
+FIRST_SEED = 1_000_000  # default of Protocol.seed
+SEEDS = 2**32  # NumPy's RandomState, which draws dm_control's starts, takes seeds below this number
+NO_TARGET = "none"  # target policy of methods without a target return
+# The libraries whose versions are part of an evaluation's hash.
+_SIMULATING, _COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Protocol:
     """What is rolled out, the same for every method.
 
-    Each of `environments` streams holds n = `episodes` episodes, one after another in one context; episode k of stream
-    i, both from 0, starts from seed + i n + k: evaluations of as many episodes in all have the same starts, whatever n.
-    `target` says how the return asked for is chosen (see `TargetPolicy.parse`). `prompt_trajectories`
-    trajectories of the data, drawn with `prompt_seed`, stand in the context before the first episode.
+    A stream is n = `episodes` episodes, one after another in one context. Episode k of stream i (both from 0) starts
+    from the environment seed `seed + i * n + k`. Protocols with the same total of episodes thus share their starts.
 
-    With `control`, the same number of episodes is rolled out without memory of each other, so that best-of-n can be
-    compared with best-of-n. A prompt stays: before each of the control's episodes the memory holds it and nothing else.
-    Keys and values are kept in `cache_dtype`, or in the dtype that the policy computes in.
+    The control repeats the same episodes without memory of earlier ones: the policy's memory is cleared before each
+    episode, except for the prompt. With the control, best-of-n is compared with best-of-n.
+
+    Attributes:
+        environments: number of streams.
+        episodes: episodes per stream.
+        seed: environment seed of the first episode.
+        target: rule for the target return (see `TargetPolicy.parse`).
+        control: also roll out the control.
+        prompt_trajectories: dataset trajectories in the context before the first episode.
+        prompt_seed: seed with which the prompt is drawn.
+        cache_dtype: dtype of cached keys and values. None: the dtype that the policy computes in.
+
+    Raises:
+        UserError: a number is too small, or a seed exceeds 2**32 - 1, or the target cannot be parsed.
     """
 
     environments: int = 10
@@ -54,25 +76,135 @@ class Protocol:
     cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("environments", 1),
-            ("episodes", 1),
-            ("seed", 0),
-            ("prompt_trajectories", 0),
-            ("prompt_seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: {getattr(self, name)} is too few, at least {least} is needed")
+        least = {"environments": 1, "episodes": 1, "seed": 0, "prompt_trajectories": 0, "prompt_seed": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name}: {getattr(self, name)} is too small; give at least {minimum}")
         last = self.seed + self.environments * self.episodes - 1
         if last >= SEEDS:
             raise UserError(
-                f"--seed: the episodes would start from seeds {self.seed} to {last}, and there are none from {SEEDS} "
-                "on; give a lower one, or fewer episodes"
+                f"--seed: the episodes would start from seeds {self.seed} to {last}, seeds must be below {SEEDS}; "
+                "give a lower one, or fewer episodes"
             )
         TargetPolicy.parse(self.target)
 
 
-def plan_policy(
+@dataclass(frozen=True)
+class TargetPolicy:
+    """A rule for the target return.
+
+    Attributes:
+        kind: "given": the value itself; "factor": a multiple of the best return of the training data; "quantile": a
+            quantile of the returns of the training data.
+        value: return, factor or quantile.
+    """
+
+    kind: Literal["given", "factor", "quantile"]
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse "best", "0.9x" (of the best), "q0.75" (quantile) or a return.
+
+        Raises:
+          UserError: anything else.
+        """
+        text = text.strip().lower()
+        if text == "best":
+            return cls("factor", 1.0)
+        try:
+            if text.endswith("x"):
+                found = cls("factor", float(text[:-1]))
+            elif text.startswith("q"):
+                found = cls("quantile", float(text[1:]))
+            else:
+                found = cls("given", float(text))
+        except ValueError:
+            found = cls("given", math.nan)
+        if not math.isfinite(found.value) or (found.kind == "quantile" and not 0 <= found.value <= 1):
+            raise UserError(
+                f'--target: {text!r} is not a target; give "best", a return (800), "0.9x" (of the best) or "q0.75"'
+            )
+        return found
+
+    @property
+    def name(self) -> str:
+        """Return the name used in records: "data_best", "0.9x data_best", "data_quantile_0.75" or "given"."""
+        value = all_digits(self.value)
+        if self.kind == "quantile":
+            return f"data_quantile_{value}"
+        if self.kind == "factor":
+            return "data_best" if self.value == 1 else f"{value}x data_best"
+        return "given"
+
+    def choose(self, returns: Float[np.ndarray, " episodes"]) -> float:
+        """Return the target return, given the returns of the training data."""
+        if self.kind == "quantile":
+            return float(np.quantile(returns.astype(np.float64), self.value))
+        return self.value * float(returns.max()) if self.kind == "factor" else self.value
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation. `policy_evaluation` and `random_evaluation` make it; nothing is rolled out yet.
+
+    Attributes:
+        template: record of a stream whose returns are still missing.
+        decides: everything that decides the result, as plain values; `template.evaluation` is its hash.
+        results: results file (.jsonl) to which the records are appended.
+        protocol: number of streams, episodes and so on.
+        normalisation: statistics of the policy's training data.
+        make_actor: makes the actor of a group of streams from the index of the first stream.
+        trajectories: trajectories per training context; trajectory indices are clipped below this number.
+        prompt: context (1, T, ...) before the first episode.
+    """
+
+    template: EvaluationRecord
+    decides: Mapping[str, Any]
+    results: Path
+    protocol: Protocol
+    normalisation: Normalisation
+    make_actor: Callable[[int], Actor]
+    trajectories: int = 1
+    prompt: Context | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return the parts that are rolled out, in order."""
+        return ("context", "control") if self.protocol.control else ("context",)
+
+    @property
+    def seeds(self) -> Int64[np.ndarray, "streams episodes"]:
+        """Return the environment seed of each episode."""
+        shape = self.protocol.environments, self.protocol.episodes
+        return self.protocol.seed + np.arange(shape[0] * shape[1], dtype=np.int64).reshape(shape)
+
+    @property
+    def steps(self) -> int:
+        """Return the number of environment steps, those of the control included."""
+        return self.seeds.size * self.normalisation.episode_length * len(self.parts)
+
+    @property
+    def journal(self) -> Path:
+        """Return the folder of finished episodes, which exists until all episodes are finished."""
+        return self.results.with_suffix(JOURNAL) / evaluation_name(self.template)
+
+    @property
+    def videos(self) -> Path:
+        """Return the folder of the videos."""
+        return self.results.with_suffix(VIDEOS) / evaluation_name(self.template)
+
+    def own(self, records: Iterable[EvaluationRecord]) -> list[EvaluationRecord]:
+        """Return the records of this evaluation."""
+        return [record for record in records if record.evaluation == self.template.evaluation]
+
+    def is_finished(self, records: Iterable[EvaluationRecord]) -> bool:
+        """Return whether the records contain every stream. A kill during writing may leave only the first ones."""
+        expected = {(part == "context", first) for part in self.parts for first in self.seeds[:, 0].tolist()}
+        return {(record.context, record.environment_seed) for record in self.own(records)} >= expected
+
+
+def policy_evaluation(
     trained: TrainedPolicy,
     run: Path,
     protocol: Protocol,
@@ -80,122 +212,47 @@ def plan_policy(
     task: str | None = None,
     data: Path | None = None,
     command: str | None = None,
-    programs: Programs | None = None,
-) -> Plan:
-    """What is to be rolled out for a trained policy; nothing is, yet.
+    results: Path | None = None,
+    compiled: CompiledPolicy | None = None,
+) -> Evaluation:
+    """Return the evaluation of a trained policy.
 
     Args:
       trained: the policy.
-      run: its run's folder.
-      protocol: how much, and how.
-      task: to act in; None: the one that was trained on.
-      data: where the run's dataset lies, if it has moved. It is needed for a prompt, for a target that is a quantile,
-        and for any target but a number in another task than the one trained on.
-      command: the command line, for the records.
-      programs: of the same policy, where it acts in several tasks; None: compiled for this one.
+      run: folder of its run.
+      protocol: see `Protocol`.
+      task: None: the task of the run.
+      data: path of the run's dataset if it has moved. The dataset is read for a prompt, for a target that is a
+        quantile, and in a task other than the run's unless the target is a number.
+      command: command line, for the records.
+      results: None: evaluation.jsonl in the run's folder.
+      compiled: programs of the same policy, shared between tasks. None: compiled for this evaluation.
 
     Raises:
-      UserError: a task of another domain than the checkpoint's, a domain that is not simulated here, a prompt for a
-        method without a context, or a dataset that is needed and is not there, or another one.
+      UserError: the task belongs to another domain than the checkpoint, or the domain has no simulation; a prompt or
+        cache dtype is given for a method without a context; the dataset is missing or is another one.
     """
     info, config = trained.info, trained.info.config
     task = config.task if task is None else task
     if info.domain not in DOMAINS:
-        raise UserError(f"{run}: there is no simulation for {info.domain}, evaluate it in its own environment")
+        raise UserError(f"{run}: {info.domain} has no simulation; evaluate the policy in its own environment")
     if domain_of(task).name != info.domain:
         raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
-    choice = _choose(trained, run, protocol, task, data)
-    shared = _record(trained, run, protocol, task, choice, command)
-    if programs is None or programs.policy is not trained.towards(task):
-        programs = programs_of(trained, protocol, task)
-    chosen, count = programs, config.context.trajectories
-    # Clipped here and not by each rollout: what a policy computes of a prompt is kept as long as it is the same object.
-    prompt = None if choice.prompt is None else clipped(choice.prompt.context, count)
-    return _plan(shared, protocol, info.normalisation, lambda first: PolicyActor(chosen), count, prompt)
-
-
-def programs_of(trained: TrainedPolicy, protocol: Protocol, task: str) -> Programs:
-    """What a policy computes in a task; in all tasks of its domain, but for one that is told its goal."""
-    dtype = None if protocol.cache_dtype is None else jnp.dtype(protocol.cache_dtype)
-    return Programs(trained.towards(task), dtype, trained.parallel)
-
-
-def plan_random(task: str, protocol: Protocol, *, command: str | None = None) -> Plan:
-    """What is to be rolled out of uniform random actions, which have no target, no prompt and no control."""
-    domain = domain_of(task)
-    protocol = dataclasses.replace(protocol, control=False, target="best", prompt_trajectories=0, prompt_seed=0)
-    shared = EvaluationRecord(task=task, method="random", target_policy=NO_TARGET, **_common(protocol, command))
-    size = domain.observation_size
-    identity = Normalisation(np.zeros(size), np.ones(size), domain.episode_length)
-    seed, stride = protocol.seed, protocol.episodes
-    return _plan(
-        shared, protocol, identity, lambda first: RandomActor(domain.action_size, seed + first * stride, stride)
-    )
-
-
-def evaluate_policy(
-    trained: TrainedPolicy,
-    run: Path,
-    protocol: Protocol,
-    *,
-    task: str | None = None,
-    data: Path | None = None,
-    command: str | None = None,
-    watch: Watch | None = None,
-) -> list[EvaluationRecord]:
-    """Roll a trained policy out; one record per stream, and one per control stream if asked for.
-
-    Args:
-      trained, run, protocol, task, data, command: as in `plan_policy`.
-      watch: who is told how it goes.
-
-    Raises:
-      UserError: as `plan_policy`.
-    """
-    return play(plan_policy(trained, run, protocol, task=task, data=data, command=command), watch=watch)
-
-
-def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None) -> list[EvaluationRecord]:
-    """Roll uniform random actions out; one record per stream."""
-    return play(plan_random(task, protocol, command=command))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """What the policy is asked for, and what it remembers at first."""
-
-    target_return: float | None
-    policy: str
-    prompt: Prompt | None
-
-    def prompt_fields(self, protocol: Protocol) -> dict[str, Any]:
-        """Of a record."""
-        if self.prompt is None:
-            return {}
-        return {
-            "prompt_trajectories": protocol.prompt_trajectories,
-            "prompt_seed": protocol.prompt_seed,
-            "prompt_episodes": self.prompt.episodes,
-            "prompt_returns": self.prompt.returns,
-        }
-
-
-def _record(
-    trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, choice: _Choice, command: str | None
-) -> EvaluationRecord:
-    """What all records of a plan say."""
-    info, config = trained.info, trained.info.config
+    target_return, target_policy, prompt = _target_and_prompt(trained, run, protocol, task, data)
     has_context = config.model.family.has_context
-    return EvaluationRecord(
+    template = EvaluationRecord(
         task=task,
-        method=method_of(trained.info.config),
+        method=method_of(config),
         token_set=config.model.token_set if has_context else None,
         train_trajectories=config.context.trajectories if has_context else None,
         train_task=None if task in (config.task, *config.context.other_tasks) else config.task,
         seed=config.seed,
-        target_return=choice.target_return,
-        target_policy=choice.policy,
-        **choice.prompt_fields(protocol),
+        target_return=target_return,
+        target_policy=target_policy,
+        prompt_trajectories=0 if prompt is None else protocol.prompt_trajectories,
+        prompt_seed=None if prompt is None else protocol.prompt_seed,
+        prompt_episodes=() if prompt is None else prompt.episodes,
+        prompt_returns=() if prompt is None else prompt.returns,
         steps_trained=trained.step,
         checkpoint=str(run),
         checkpoint_hash=trained.parameter_hash,
@@ -205,36 +262,63 @@ def _record(
         budget=budget(info, trained.step, run),
         cache_devices=trained.parallel.ring_size,
         cache_dtype=protocol.cache_dtype if has_context and protocol.cache_dtype != config.model.dtype else None,
-        **_common(protocol, command),
+        **_common_fields(protocol, command),
     )
+    if compiled is None or compiled.policy is not trained.towards(task):
+        compiled = compile_policy(trained, protocol, task)
+    policy, trajectories = compiled, config.context.trajectories
+    # Clip here: `CompiledPolicy.prefill` recognises a prompt by its identity, and `rollout` would make copies.
+    context = None if prompt is None else clip_trajectories(prompt.context, trajectories)
+    results = run / "evaluation.jsonl" if results is None else results
+    make_actor = lambda first: PolicyActor(policy)  # noqa: E731
+    return _evaluation(template, protocol, results, info.normalisation, make_actor, trajectories, context)
 
 
-def _choose(trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, data: Path | None) -> _Choice:
-    info, policy = trained.info, TargetPolicy.parse(protocol.target)
-    config, count = info.config, protocol.prompt_trajectories
-    has_context = config.model.family.has_context
-    if count and not has_context:
-        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(config)}), leave it out")
-    if protocol.cache_dtype is not None and not has_context:
-        raise UserError(f"--cache-dtype: {run} has no context ({method_of(config)}), leave it out")
+def compile_policy(trained: TrainedPolicy, protocol: Protocol, task: str) -> CompiledPolicy:
+    """Return the programs of a policy. The tasks of its domain share them, unless the policy depends on the goal."""
+    dtype = None if protocol.cache_dtype is None else jnp.dtype(protocol.cache_dtype)
+    return CompiledPolicy(trained.towards(task), dtype, trained.parallel)
+
+
+def random_evaluation(
+    task: str, protocol: Protocol, *, command: str | None = None, results: Path = Path("random.jsonl")
+) -> Evaluation:
+    """Return the evaluation of uniform random actions, which have no target, no prompt and no control."""
+    domain = domain_of(task)
+    protocol = replace(protocol, control=False, target="best", prompt_trajectories=0, prompt_seed=0)
+    template = EvaluationRecord(
+        task=task, method="random", target_policy=NO_TARGET, **_common_fields(protocol, command)
+    )
+    size = domain.observation_size
+    identity = Normalisation(np.zeros(size), np.ones(size), domain.episode_length)
+    n = protocol.episodes
+    make_actor = lambda first: RandomActor(domain.action_size, protocol.seed + first * n, n)  # noqa: E731
+    return _evaluation(template, protocol, results, identity, make_actor)
+
+
+def _target_and_prompt(
+    trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, data: Path | None
+) -> tuple[float | None, str, Prompt | None]:
+    """Return the target return, the name of its rule, and the prompt. The dataset is opened only if needed."""
+    info, config, rule = trained.info, trained.info.config, TargetPolicy.parse(protocol.target)
+    count, has_context = protocol.prompt_trajectories, config.model.family.has_context
+    for flag, value in (("--prompt-trajectories", count), ("--cache-dtype", protocol.cache_dtype)):
+        if value and not has_context:
+            raise UserError(f"{flag}: {run} has no context ({method_of(config)}); leave it out")
     has_target = has_context and config.context.target != NO_TARGET
-    other_task = task != config.task and policy.kind != "given"
-    store = None
-    if count or (has_target and (policy.kind == "quantile" or other_task)):
-        store = open_dataset(info, run, data)
+    reads_returns = has_target and (rule.kind == "quantile" or (task != config.task and rule.kind != "given"))
+    store = open_dataset(info, run, data) if count or reads_returns else None
     target = None
     if has_target:
-        # Of the task trained on, the checkpoint itself knows the best return.
-        returns = np.array([info.best_return]) if store is None else trained_returns(info, store, task)
-        target = policy.choose(returns)
+        # In the run's own task, the checkpoint contains the best return.
+        target = rule.choose(np.array([info.best_return]) if store is None else trained_returns(info, store, task))
     prompt = None
     if count and store is not None:
         prompt = draw_prompt(info, store, task, count, protocol.prompt_seed, target)
-    return _Choice(target, policy.name if has_target else NO_TARGET, prompt)
+    return target, rule.name if has_target else NO_TARGET, prompt
 
 
-def _common(protocol: Protocol, command: str | None) -> dict[str, Any]:
-    """What stands in every record."""
+def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
     return {
         "test_trajectories": protocol.episodes,
         "returns": (None,) * protocol.episodes,
@@ -245,19 +329,14 @@ def _common(protocol: Protocol, command: str | None) -> dict[str, Any]:
     }
 
 
-def _plan(
-    shared: EvaluationRecord,
-    protocol: Protocol,
-    normalisation: Normalisation,
-    make_actor: Callable[[int], Actor],
-    trajectories: int = 1,
-    prompt: Any = None,
-) -> Plan:
-    decides = shared.model_dump(mode="json", exclude={"checkpoint", "command", "created", "returns", "budget"})
-    computing = SIMULATING | COMPUTING
-    if shared.method == "random":  # which computes nothing
-        computing, decides["device"] = SIMULATING, None
-    decides["versions"] = {name: version for name, version in shared.versions.items() if name in computing}
-    about = decides | {"environments": protocol.environments, "control": protocol.control}
-    shared = shared.model_copy(update={"evaluation": json_digest(about)})
-    return Plan(shared, about, protocol.environments, protocol.control, normalisation, make_actor, trajectories, prompt)
+def _evaluation(template: EvaluationRecord, protocol: Protocol, *rest: Any) -> Evaluation:
+    """Return the evaluation, with the hash of everything that decides its result in its template."""
+    decides = template.model_dump(mode="json", exclude={"checkpoint", "command", "created", "returns", "budget"})
+    libraries = _SIMULATING | _COMPUTING
+    if template.method == "random":  # no policy is computed
+        libraries, decides["device"] = _SIMULATING, None
+    decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
+    decides |= {"environments": protocol.environments, "control": protocol.control}
+    template = template.model_copy(update={"evaluation": json_digest(decides)})
+    results, *others = rest
+    return Evaluation(template, decides, results, protocol, *others)

@@ -1,6 +1,6 @@
-"""Evaluation results on disk: one JSON line per episode stream, only ever appended to.
+"""Evaluation results on disk: one JSON line per stream of episodes; files are only appended to.
 
-A results file survives being killed at any byte: at worst its last line is half-written, and that line is left out.
+A kill may leave a half-written last line, which is ignored.
 """
 
 import importlib.metadata
@@ -12,28 +12,35 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic
 from jaxtyping import Float
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from ringrl.config import TrainConfig
+from ringrl.data.digest import json_digest
 from ringrl.errors import UserError
 from ringrl.files import lock
 from ringrl.training.budget import Budget
+from ringrl.training.run_folder import flat
 
-# Raised whenever what a number means changes; numbers of two protocols are never put side by side.
+# Raised whenever the meaning of a number changes. Numbers of two protocols are never compared.
 PROTOCOL: Literal[1] = 1
-JOURNAL, VIDEOS = ".journal", ".videos"  # folders beside a results file; in each is one per evaluation
-DATA = "data"  # the method whose "policy" is the dataset itself
+JOURNAL, VIDEOS = ".journal", ".videos"  # suffixes of folders next to a results file, with one folder per evaluation
+DATA = "data"  # method of the dataset's own episodes
 
-_NAME = 12  # characters of the hash that name an evaluation's folders
 _LIBRARIES = ("ringrl", "jax", "jaxlib", "flax", "optax", "numpy", "dm_control", "mujoco", "gymnasium")
+# Settings that do not change what is learned, and settings that a record states in another field.
+_NOT_IN_RECIPE = (
+    "data", "task", "run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "log",
+    "model.token_set", "model.attention", "model.block_tokens", "model.remat", "optimiser.accumulation",
+)  # fmt: skip
 
 
 class EvaluationRecord(pydantic.BaseModel):
-    """One episode stream: what was rolled out, how, and the return of each of its episodes in order."""
+    """One stream: the settings of its evaluation and the return of each of its episodes in order."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -44,120 +51,144 @@ class EvaluationRecord(pydantic.BaseModel):
     method: str = Field(min_length=1)
     """"random", "bc", "td3+bc", "at", "dt", ..., or "data" for the episodes of the dataset itself."""
     token_set: str | None = None
-    """Tokens per timestep (at5, ring4, dt3, fused1); None where the method has none."""
+    """Tokens per timestep (at5, ring4, dt3, fused1); None for methods without tokens."""
     train_trajectories: PositiveInt | None = None
-    """Trajectories per training context; None where the method has no context."""
+    """Trajectories per training context; None for methods without a context."""
     test_trajectories: PositiveInt = 1
-    """Episodes rolled out one after another in this stream (n)."""
+    """Episodes in this stream (n)."""
     context: bool = True
-    """False: the control, n episodes of the same policy whose memory is wiped before each."""
+    """False: a stream of the control (see `Protocol`)."""
     seed: NonNegativeInt = 0
-    """Seed of the training run; the unit over which intervals are drawn."""
+    """Seed of the training run; intervals are computed over training seeds."""
     environment_seed: NonNegativeInt
-    """Seed of the environment of this stream (index of the episode for "data")."""
+    """Environment seed of the stream's first episode (for "data": index of the episode)."""
     returns: tuple[FiniteFloat | None, ...]
-    """Undiscounted return of episode 1..n; None from the first on that failed (a number that was not finite, or an
-    unstable simulation), with which the stream ends."""
+    """Undiscounted return of episodes 1..n; None from the first failed episode on (a number that is not finite, or an
+    unstable simulation)."""
     start_seeds: tuple[NonNegativeInt, ...] = ()
-    """What the start of each episode was drawn with; empty: the first with the environment's seed, and those after it
-    with the numbers that followed in its stream."""
+    """Environment seed of each episode. Empty: all starts were drawn one after another from `environment_seed`."""
     target_return: FiniteFloat | None = None
-    """Return the policy was asked for."""
+    """Target return of every episode."""
     target_policy: str | None = None
-    """How the target was chosen, for example "data_best"; "none" for methods that are asked for no return."""
+    """Rule for the target return, for example "data_best"; "none" for methods without a target return."""
     prompt_trajectories: NonNegativeInt = 0
-    """Dataset trajectories that the policy remembered before the first episode."""
+    """Dataset trajectories in the context before the first episode."""
     prompt_seed: NonNegativeInt | None = None
-    """Seed that they were drawn with, together with that of the training run."""
+    """Seed with which the prompt was drawn, together with the seed of the training run."""
     prompt_episodes: tuple[NonNegativeInt, ...] = ()
-    """Their numbers in the dataset, in order."""
+    """Indices of the prompt's episodes in the dataset, in order."""
     prompt_returns: tuple[FiniteFloat, ...] = ()
-    """Their returns."""
+    """Returns of the prompt's episodes."""
     train_task: str | None = None
-    """Task whose reward was trained on, where this one's was not."""
+    """Task of the training run, if it was not trained on this task."""
     steps_trained: NonNegativeInt | None = None
     """Optimiser steps of the checkpoint."""
     checkpoint: str | None = None
-    """Where the checkpoint stood."""
+    """Path of the checkpoint's run."""
     checkpoint_hash: str | None = None
-    """What was in it."""
+    """Hash of the checkpoint's parameters."""
     data_fingerprint: str | None = None
-    """SHA-256 of the dataset that was trained on."""
+    """SHA-256 of the training dataset."""
     settings: dict[str, str] | None = None
-    """Those of the run that decide what is learned and are not at their defaults (see `recipe`)."""
+    """Settings of the run that differ from the defaults and have an effect on training (see `recipe`)."""
     budget: Budget | None = None
-    """What training took."""
+    """Training cost."""
     configuration_hash: str | None = None
     """SHA-256 of the training run's configuration."""
     evaluation: str | None = None
-    """SHA-256 of all that decides the result; shared by all streams of one evaluation."""
+    """SHA-256 of everything that decides the result; shared by all streams of one evaluation."""
     device: str | None = None
-    """What the policy was computed on."""
+    """Device on which the policy was computed."""
     cache_devices: PositiveInt = 1
-    """Among which each context was divided."""
+    """Number of devices over which each context was sharded."""
     cache_dtype: str | None = None
-    """In what keys and values were kept; None: in the dtype that the policy computes in, or there are none."""
+    """Dtype of cached keys and values; None: the dtype that the policy computes in, or no cache."""
     steps_simulated: NonNegativeInt | None = None
-    """Environment steps of this stream before it failed; all, if it did not."""
+    """Environment steps of this stream before it failed, or all steps."""
     wall_seconds: NonNegativeFloat | None = None
-    """Time that this stream took, together with those that were rolled out beside it."""
+    """Wall time of this stream and the streams that were rolled out together with it."""
     command: str | None = None
     """Command line that wrote the record."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Library name to version, see `library_versions`."""
     created: pydantic.AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
-    """When the record was written."""
+    """Time at which the record was written."""
 
     @pydantic.model_validator(mode="after")
-    def _one_return_per_episode(self) -> Self:
+    def _check_numbers_of_episodes(self) -> Self:
         if len(self.returns) != self.test_trajectories:
             raise ValueError(f"{len(self.returns)} returns for test_trajectories={self.test_trajectories}")
         if self.start_seeds and len(self.start_seeds) != self.test_trajectories:
             raise ValueError(f"{len(self.start_seeds)} start_seeds for test_trajectories={self.test_trajectories}")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _a_failed_stream_has_ended(self) -> Self:
         if any(value is not None for value in self.returns[len(self.finished) :]):
             raise ValueError("a return after an episode that failed")
         return self
 
     @property
     def finished(self) -> tuple[float, ...]:
-        """The returns up to the first episode that failed."""
-        return tuple(
-            value for value in itertools.takewhile(lambda value: value is not None, self.returns) if value is not None
-        )
+        """Return the returns up to the first failed episode."""
+        return tuple(value for value in itertools.takewhile(lambda x: x is not None, self.returns) if value is not None)
 
     @property
     def starts(self) -> tuple[tuple[int, int], ...]:
-        """What names the start of each episode: a seed, and how many starts were drawn with it before."""
+        """Return what identifies each start: a seed and the number of starts drawn with the seed before."""
         if self.start_seeds:
             return tuple((seed, 0) for seed in self.start_seeds)
         return tuple((self.environment_seed, index) for index in range(self.test_trajectories))
 
     @property
     def failed(self) -> int:
-        """Episodes that have no return."""
+        """Return the number of episodes without a return."""
         return len(self.returns) - len(self.finished)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was read, and from where."""
+    """The records of results files."""
 
     records: tuple[EvaluationRecord, ...]
-    sources: tuple[Path, ...]  # every file read, in order
-    half_written: tuple[Path, ...]  # the files whose last line was cut off, and left out
+    sources: tuple[Path, ...]  # every file that was read, in order
+    half_written: tuple[Path, ...]  # files whose half-written last line was ignored
+
+
+def recipe(config: TrainConfig) -> dict[str, str]:
+    """Return the settings ("context.order" -> value) that differ from the defaults and have an effect on training.
+
+    Settings that a record states in another field, and settings that do not change the result, are left out.
+    """
+    defaults, family = default_recipe(), config.model.family
+    used = {name: text for name, text in _settings(config).items() if text != defaults[name] and family.uses(name)}
+    if family.has_context:
+        used.pop("context.trajectories", None)  # the record's field train_trajectories
+    return used
+
+
+def default_recipe() -> dict[str, str]:
+    """Return the defaults of all settings that `recipe` may contain."""
+    return _settings(TrainConfig(data=Path(), task="", run=Path()))
+
+
+def configuration_hash(config: TrainConfig) -> str:
+    """Return the SHA-256 of all settings."""
+    return json_digest(config.model_dump(mode="json"))
+
+
+def _settings(config: TrainConfig) -> dict[str, str]:
+    values: dict[str, Any] = flat(config.model_dump(mode="json"))
+    return {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in values.items()
+        if name not in _NOT_IN_RECIPE and not name.startswith("mesh.")
+    }
 
 
 def evaluation_name(record: EvaluationRecord) -> str:
-    """What the folders of an evaluation are called. A record from elsewhere may have a name that is a path."""
-    return f"{record.task}.{str(record.evaluation)[:_NAME]}"
+    """Return the name of an evaluation's folders. Do not trust the name of a record made elsewhere as a path."""
+    return f"{record.task}.{str(record.evaluation)[:12]}"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result; what is not installed is left out."""
+    """Return the versions of Python and of the installed libraries that may change a result."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -170,7 +201,7 @@ def library_versions() -> dict[str, str]:
 def data_records(
     task: str, returns: Float[np.ndarray, " episodes"], *, data_fingerprint: str, versions: dict[str, str]
 ) -> list[EvaluationRecord]:
-    """The dataset's own episode returns as records of the method "data", one per episode."""
+    """Return the dataset's own episodes as records of the method "data", one per episode."""
     created = datetime.now(UTC)
     return [
         EvaluationRecord(
@@ -182,19 +213,19 @@ def data_records(
 
 
 def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
-    """Append one line per record in a single write, on disk when this returns; all of them or none.
+    """Append one line per record, all of them or none, and wait until they are on disk.
 
-    The folder is made when it is missing. A half-written last line left by a killed writer is dropped first.
+    The folder is created if missing. A half-written last line is removed first.
 
     Raises:
-        UserError: the file cannot be written; it is left as it was.
+        UserError: the file cannot be written. It is unchanged.
     """
     lines = "".join(f"{record.model_dump_json()}\n" for record in records).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Several runs may share one file.
         with lock(path, "is appending results", wait=True), path.open("a+b", buffering=0) as file:
-            end = _mend(file.fileno())
+            end = _remove_half_line(file.fileno())
             try:
                 if os.write(file.fileno(), lines) < len(lines):
                     raise OSError(0, "only a part could be written; is the disk full?")
@@ -207,10 +238,10 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before a long evaluation whether its results can be written; a file that is not there is not made.
+    """Check that a results file can be written, without creating it.
 
     Raises:
-        UserError: they cannot.
+        UserError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,11 +255,11 @@ def check_writable(path: Path) -> None:
 
 
 def read_records(paths: Path | Sequence[Path]) -> Results:
-    """Read results files, or every results file in a folder and below (see `find_results`).
+    """Read results files, and all results files in folders (see `find_results`).
 
     Raises:
-        UserError: a path does not exist, a line is not a record, or it was written under another protocol; the message
-            names file and line. Only a last line that was cut off is forgiven: it is left out and reported.
+        UserError: a path does not exist, a line is not a record, or a line has another protocol version. The message
+            names file and line. A half-written last line is no error; it is reported in `Results.half_written`.
     """
     sources = find_results(paths)
     records: list[EvaluationRecord] = []
@@ -247,9 +278,7 @@ def read_records(paths: Path | Sequence[Path]) -> Results:
 
 
 def find_results(paths: Path | Sequence[Path]) -> list[Path]:
-    """The results files among and below the paths, each once: files as given, and *.jsonl in folders.
-
-    A metrics.jsonl found in a folder is left out: that is what training writes.
+    """Return each results file once: files as given, and *.jsonl in folders and below, except training's metrics.jsonl.
 
     Raises:
         UserError: a path does not exist.
@@ -257,7 +286,7 @@ def find_results(paths: Path | Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in [paths] if isinstance(paths, Path) else paths:
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder; give results files (.jsonl) or folders that hold them")
+            raise UserError(f"{path}: no such file or folder; give results files (.jsonl) or folders that contain them")
         inside = path.rglob("*.jsonl") if path.is_dir() else [path]
         for file in sorted(inside):
             if not path.is_dir() or (file.is_file() and file.name != "metrics.jsonl"):
@@ -278,8 +307,8 @@ def _parse(line: bytes, path: Path, number: int) -> EvaluationRecord:
         raise UserError(f"{where}: is not an evaluation record (it has no protocol); give results of `ringrl evaluate`")
     if protocol != PROTOCOL:
         raise UserError(
-            f"{where}: written under evaluation protocol {protocol}, this RingRL reads protocol {PROTOCOL} only; "
-            "evaluate again, or leave the file out"
+            f"{where}: has evaluation protocol {protocol}, this RingRL reads protocol {PROTOCOL} only; evaluate again, "
+            "or leave the file out"
         )
     try:
         return EvaluationRecord.model_validate_json(line)
@@ -290,7 +319,7 @@ def _parse(line: bytes, path: Path, number: int) -> EvaluationRecord:
 
 
 def _is_json(line: bytes) -> bool:
-    """Whether a line is whole: no proper beginning of a JSON object is itself JSON."""
+    """Return whether a line is whole. A proper prefix of a JSON object is never JSON."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -298,8 +327,8 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _mend(descriptor: int) -> int:
-    """Make the file end with a whole line; returns its size."""
+def _remove_half_line(descriptor: int) -> int:
+    """Make the file end with a whole line and return its size."""
     size = os.fstat(descriptor).st_size
     tail = b""
     while len(tail) < size and b"\n" not in tail:  # from the end, in growing pieces

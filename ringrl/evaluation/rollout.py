@@ -1,32 +1,66 @@
-"""Rolling policies out: n episodes, one after another, in one growing context.
+"""Rollouts: n episodes, one after another, in one growing context.
 
-A batch of environments runs in lockstep. On an accelerator the batch is best cut into two groups that take turns:
-while one's actions are computed there, the other's environments are simulated here.
+A batch of environments runs in lockstep. On an accelerator the batch is split into two groups that take turns: the
+actions of one group are computed on the accelerator while the other group is simulated on the host.
 """
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import gymnasium
+import jax
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
-from ringrl.context import Context
+from ringrl.context import Context, Outcome
 from ringrl.data.normalisation import Normalisation
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor
-from ringrl.evaluation.episode import Episode
-from ringrl.evaluation.told import Told
 
-Playing = Generator[None, None, Episode]
 Seeds = Int64[np.ndarray, "streams episodes"]
 
 
+@dataclasses.dataclass(frozen=True)
+class EpisodeBatch:
+    """One episode in each of B streams, step by step. A stream that has failed contains NaN from then on."""
+
+    observation: Float32[np.ndarray, "time_plus_1 streams observation"]  # action t is chosen in row t
+    action: Float32[np.ndarray, "time streams action"]
+    reward: Float64[np.ndarray, "time streams"]
+    physics: Float64[np.ndarray, "time_plus_1 streams physics"]  # no columns if the environment reports no physics
+    seconds: float  # wall time, including the time spent waiting for the policy
+
+    @property
+    def returns(self) -> Float64[np.ndarray, " streams"]:
+        """Return the undiscounted returns, NaN for streams that have failed."""
+        return np.add.accumulate(self.reward, axis=0)[-1]
+
+    @property
+    def steps(self) -> Int64[np.ndarray, " streams"]:
+        """Return the number of steps before each stream failed, or all steps."""
+        return np.isfinite(self.reward).sum(axis=0)
+
+    def select(self, streams: slice) -> Self:
+        """Return the same episode of some streams."""
+        return dataclasses.replace(self, **{name: getattr(self, name)[:, streams] for name in ARRAYS})
+
+    @classmethod
+    def join(cls, parts: Sequence[Self], seconds: float) -> Self:
+        """Concatenate the streams of several groups."""
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ARRAYS}
+        return cls(**arrays, seconds=seconds)
+
+
+ARRAYS = ("observation", "action", "reward", "physics")
+
+
 class Group(NamedTuple):
-    """Environments that step in lockstep and truncate together, and what acts in them."""
+    """Environments that step in lockstep, and the actor that acts in them."""
 
     actor: Actor
     environments: gymnasium.vector.VectorEnv
@@ -40,69 +74,61 @@ def rollout(
     target_return: float | None,
     trajectories: int | None = None,
     prompt: Context | None = None,
-    recorded: Sequence[Episode] = (),
+    recorded: Sequence[EpisodeBatch] = (),
     on_step: Callable[[int], None] = lambda streams: None,
-    on_episode: Callable[[Episode], None] = lambda episode: None,
+    on_episode: Callable[[EpisodeBatch], None] = lambda episode: None,
 ) -> Float64[np.ndarray, "streams episodes"]:
-    """Returns of in-context episodes in all environments of all groups; NaN where one failed.
+    """Roll out in-context episodes and return their returns, NaN for episodes that failed.
 
-    Every episode asks for the same `target_return` (chain of hindsight): its return-to-go starts there and falls by
-    the rewards earned. The completion token is 1 on an episode's last step if its return reached the target.
+    The return-to-go of every episode starts at `target_return` (chain of hindsight) and falls by the rewards earned.
+    The completion token is 1 on the last step of an episode whose return reached the target.
 
-    An observation or reward that is not finite ends its stream: that episode and those after it have no return. The
-    actor is told zeros there from then on, and the other streams go on.
+    An observation or reward that is not finite ends its stream: that episode and all later episodes of the stream have
+    no return. From then on the actor receives zeros for the stream. The other streams are unaffected.
 
     Args:
-      groups: they take turns step by step; the episodes are the same however the environments are grouped.
-      normalisation: the statistics the policy was trained with.
-      seeds: what the start of each episode is drawn with, of the streams of all groups in order.
-      target_return: in units of the task's return; None asks for nothing: return-to-go and completion are zero.
-      trajectories: clip the trajectory index below this (the number the policy was trained with).
-      prompt: a context (1, T, ...) that all environments remember before their first step.
-      recorded: the first episodes, of a rollout that was interrupted. They are not simulated again: the actor is told
-        of them.
+      groups: groups that take turns step by step. The episodes do not depend on the grouping.
+      normalisation: statistics of the policy's training data.
+      seeds: seed of the start of each episode; streams in the order of the groups.
+      target_return: in units of the task's return. None: return-to-go and completion are zero.
+      trajectories: number of trajectories per training context; trajectory indices are clipped below this number.
+      prompt: context (1, T, ...) that all environments remember before the first step.
+      recorded: first episodes of an interrupted rollout. They are replayed to the actor and not simulated again.
       on_step: called with the number of environments after every simulated step of a group.
-      on_episode: called with each episode as it ends, recorded ones included.
+      on_episode: called with each finished episode, recorded episodes included.
 
     Raises:
-      UserError: episodes of another length than the data's, or recorded ones that do not start where these do.
+      UserError: the episodes have another length than the data's, or the recorded episodes start in other states.
     """
-    told = Told(normalisation, target_return, trajectories, prompt)
-    episodes = seeds.shape[1]
-    players = _players(groups, told, seeds, on_step)
-    acts = len(recorded) < episodes  # otherwise nobody acts any more, and nothing needs to be remembered
-    for player in players if acts else ():
-        player.start(episodes)
-    finished = []
-    for index in range(episodes):
-        episode = _play(players, index, recorded[index] if index < len(recorded) else None, acts)
-        finished.append(episode.returns)
-        on_episode(episode)
-    return np.stack(finished, axis=1)
-
-
-def _players(groups: Sequence[Group], told: Told, seeds: Seeds, on_step: Callable[[int], None]) -> "list[_Player]":
+    builder = ContextBuilder(normalisation, target_return, trajectories, prompt)
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
-    return [
-        _Player(group, told, slice(*part), seeds[slice(*part)], on_step)
+    players = [
+        _Player(group, builder, slice(*part), seeds[slice(*part)], on_step)
         for group, part in zip(groups, pairwise(ends), strict=True)
     ]
+    episodes = seeds.shape[1]
+    acts = len(recorded) < episodes  # otherwise every episode is recorded and no memory is needed
+    for player in players if acts else ():
+        player.start(episodes)
+    returns = []
+    for index in range(episodes):
+        known = recorded[index] if index < len(recorded) else None
+        if known is not None and not acts:
+            for player in players:
+                player.reset(index, known)
+            episode = known
+        else:
+            began = time.perf_counter()
+            parts = _take_turns([player.play(index, known) for player in players])
+            episode = known or EpisodeBatch.join(parts, time.perf_counter() - began)
+        returns.append(episode.returns)
+        on_episode(episode)
+    return np.stack(returns, axis=1)
 
 
-def _play(players: "Sequence[_Player]", index: int, recorded: Episode | None, acts: bool) -> Episode:
-    """The next episode of all players. A recorded one is told to their actors, if these act later."""
-    if recorded is not None and not acts:
-        for player in players:
-            player.reset(index, recorded)
-        return recorded
-    begin = time.perf_counter()
-    parts = in_turn([player.play(index, recorded) for player in players])
-    return recorded or Episode.join(parts, time.perf_counter() - begin)
-
-
-def in_turn(parts: Sequence[Playing]) -> list[Episode]:
-    """What each part returns; each goes on until it waits for its actor, then the next one's turn has come."""
-    returned: dict[int, Episode] = {}
+def _take_turns(parts: Sequence[Generator[None, None, EpisodeBatch]]) -> list[EpisodeBatch]:
+    """Run the generators in turn, each up to its next yield, and return their results."""
+    returned: dict[int, EpisodeBatch] = {}
     waiting = deque(enumerate(parts))
     while waiting:
         index, part = waiting.popleft()
@@ -116,53 +142,55 @@ def in_turn(parts: Sequence[Playing]) -> list[Episode]:
 
 
 class _Player:
-    """One group's side of a rollout: what goes on between its actor and its environments.
+    """Plays the episodes of one group.
 
     Args:
-      streams: which of all streams are the group's.
-      seeds: one for each of its environments and episodes.
+      streams: the group's streams among all streams.
+      seeds: one for each environment of the group and each episode.
     """
 
-    def __init__(self, group: Group, told: Told, streams: slice, seeds: Seeds, on_step: Callable[[int], None]) -> None:
+    def __init__(
+        self, group: Group, builder: "ContextBuilder", streams: slice, seeds: Seeds, on_step: Callable[[int], None]
+    ) -> None:
         self._actor, self._environments = group
-        self._told, self._streams, self._seeds, self._on_step = told, streams, seeds, on_step
+        self._builder, self._streams, self._seeds, self._on_step = builder, streams, seeds, on_step
         self._size = self._environments.num_envs
         self._failed = np.zeros(self._size, bool)
-        self._length = told.normalisation.episode_length
+        self._length = builder.normalisation.episode_length
 
     def start(self, episodes: int) -> None:
-        """Let the actor forget everything but the prompt."""
-        self._actor.start(self._size, episodes * self._length, self._told.clipped_prompt)
+        """Clear the actor's memory except for the prompt."""
+        self._actor.start(self._size, episodes * self._length, self._builder.clipped_prompt)
         (action_size,) = self._environments.single_action_space.shape or (0,)
-        self._before = self._told.before(self._size, action_size)
+        self._previous = self._builder.first_outcome(self._size, action_size)
 
-    def reset(self, index: int, recorded: Episode | None) -> tuple[np.ndarray, np.ndarray]:
-        """Start the environments' next episodes: observations (B, O) and physics (B, P).
+    def reset(self, index: int, recorded: EpisodeBatch | None) -> tuple[np.ndarray, np.ndarray]:
+        """Start the next episode of each environment and return observations (B, O) and physics (B, P).
 
         Raises:
-          UserError: they are not the starts of the recorded episode.
+          UserError: the recorded episode starts in another state.
         """
         observation, info = self._environments.reset(seed=self._seeds[:, index].tolist())
         self._failed = self._failed | ~np.isfinite(observation).all(axis=1)
-        observation, physics = self._known(observation, info)
+        observation, physics = self._with_failures(observation, info)
         if recorded is not None:
             expected = recorded.observation[0, self._streams]
-            alike = (observation == expected).all(axis=1) | np.isnan(expected).any(axis=1) | self._failed
-            if not alike.all():
+            same = (observation == expected).all(axis=1) | np.isnan(expected).any(axis=1) | self._failed
+            if not same.all():
                 raise UserError(
-                    f"episode {index + 1} starts elsewhere than the recorded one, which cannot be used here"
+                    f"episode {index + 1}: the recorded episode starts in another state; "
+                    "remove the journal of this evaluation"
                 )
         return observation, physics
 
-    def play(self, index: int, recorded: Episode | None) -> Playing:
-        """One episode; yields whenever an action has been asked for and not yet been waited for."""
-        told, known = self._told, None if recorded is None else recorded.streams(self._streams)
+    def play(self, index: int, recorded: EpisodeBatch | None) -> Generator[None, None, EpisodeBatch]:
+        """Play one episode. Yields after each action is requested and before its value is needed."""
+        builder, known = self._builder, None if recorded is None else recorded.select(self._streams)
         observation, physics = self.reset(index, recorded)
-        rows = [(observation, physics)]
-        outcomes: list[tuple[np.ndarray, np.ndarray]] = []
+        states, outcomes = [(observation, physics)], []
         earned = np.zeros(self._size)
         for timestep in range(self._length):
-            step = told.step(index, timestep, observation, earned, self._before)
+            step = builder.step(index, timestep, observation, earned, self._previous)
             pending = self._actor.act(step)
             yield
             if known is None:
@@ -171,34 +199,112 @@ class _Player:
                 action, reward = known.action[timestep], known.reward[timestep]
                 observation, physics = known.observation[timestep + 1], known.physics[timestep + 1]
                 self._failed = np.isnan(reward)
-            rows.append((observation, physics))
+            states.append((observation, physics))
             outcomes.append((action, reward))
             action, reward = (np.nan_to_num(x, nan=0.0) for x in (action, reward))
             earned = earned + reward
-            self._before = told.outcome(action, reward, earned, is_last=timestep == self._length - 1)
-            self._actor.observe(step._replace(**self._before._asdict()))
-        observations, states = (np.stack(column) for column in zip(*rows, strict=True))
+            self._previous = builder.outcome(action, reward, earned, is_last=timestep == self._length - 1)
+            self._actor.observe(step._replace(**self._previous._asdict()))
+        observations, physics_states = (np.stack(column) for column in zip(*states, strict=True))
         actions, rewards = (np.stack(column) for column in zip(*outcomes, strict=True))
-        return Episode(observations, actions, rewards, states, seconds=0.0)
+        return EpisodeBatch(observations, actions, rewards, physics_states, seconds=0.0)
 
     def _simulate(self, action: np.ndarray, timestep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Action, reward, next observation and physics of a step; NaN in the streams that have failed by it."""
+        """Return action, reward, next observation and physics of a step, NaN in streams that have failed."""
         action = np.where(self._failed[:, None], np.float32(0), action)
         observation, reward, _, truncated, info = self._environments.step(action)
         if truncated.any() != (timestep == self._length - 1):
-            ends = "end" if truncated.any() else "go on"
+            ends = "end" if truncated.any() else "do not end"
             raise UserError(
-                f"environment: episodes {ends} after {timestep + 1} steps, and the data's end after {self._length}; "
-                "train on data of whole episodes"
+                f"environment: episodes {ends} after {timestep + 1} steps, episodes of the data end after "
+                f"{self._length}; train on data of whole episodes"
             )
         action = np.where(self._failed[:, None], np.float32(np.nan), action)
         self._failed = self._failed | ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward))
-        observation, physics = self._known(observation, info)
+        observation, physics = self._with_failures(observation, info)
         self._on_step(self._size)
         return action, np.where(self._failed, np.nan, reward), observation, physics
 
-    def _known(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Observation and physics, NaN in the streams that have failed."""
+    def _with_failures(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Return observation and physics, NaN in streams that have failed."""
         physics = info.get("physics", np.zeros((self._size, 0)))
         failed = self._failed[:, None]
         return np.where(failed, np.float32(np.nan), observation), np.where(failed, np.nan, physics)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextBuilder:
+    """Builds the policy's input at each step of a rollout, in the units and positions of its training contexts.
+
+    Attributes:
+        normalisation: statistics of the policy's training data.
+        target_return: return-to-go at the start of every episode. None: return-to-go and completion are always zero.
+        trajectories: trajectory indices are clipped below this number.
+        prompt: context (1, T, ...) before the first step. Positions continue after its last step.
+    """
+
+    normalisation: Normalisation
+    target_return: float | None
+    trajectories: int | None = None
+    prompt: Context | None = None
+
+    @property
+    def clipped_prompt(self) -> Context | None:
+        """Return the prompt with clipped trajectory indices."""
+        if self.prompt is None or self.trajectories is None:
+            return self.prompt
+        return clip_trajectories(self.prompt, self.trajectories)
+
+    def first_outcome(self, streams: int, action_size: int) -> Outcome:
+        """Return the outcome before the first step: the last one of the prompt, or zeros."""
+        if self.prompt is None:
+            zeros = np.zeros((streams, 1), np.float32)
+            return Outcome(np.zeros((streams, 1, action_size), np.float32), zeros, zeros)
+        last = Outcome(*(np.asarray(getattr(self.prompt, name))[:, -1:] for name in Outcome._fields))
+        return Outcome(*(np.repeat(x, streams, axis=0) for x in last))
+
+    def step(
+        self, episode: int, timestep: int, observation: np.ndarray, earned: np.ndarray, previous: Outcome
+    ) -> Context:
+        """Return one timestep (B, 1, ...) whose action, reward and completion are still zero.
+
+        Args:
+          episode: index of the live episode.
+          timestep: within the episode.
+          observation: (B, observation); NaN becomes zero.
+          earned: (B,) rewards of this episode so far.
+          previous: outcome of the step before.
+        """
+        steps, trajectories = 0, 0
+        if self.prompt is not None:
+            steps, trajectories = (int(x[0, -1]) + 1 for x in (self.prompt.position, self.prompt.trajectory))
+        index = trajectories + episode
+        index = index if self.trajectories is None else min(index, self.trajectories - 1)
+        constant = partial(np.full, (len(observation), 1))
+        left = np.zeros_like(earned) if self.target_return is None else self.target_return - earned
+        unknown = jax.tree.map(np.zeros_like, previous)
+        return Context(
+            observation=np.nan_to_num(self.normalisation.observation(observation), nan=0.0)[:, None],
+            return_to_go=self.normalisation.return_to_go(left)[:, None],
+            timestep=constant(timestep, dtype=np.int32),
+            trajectory=constant(index, dtype=np.int32),
+            position=constant(steps + episode * self.normalisation.episode_length + timestep, dtype=np.int32),
+            weight=constant(1, dtype=np.float32),
+            previous=previous,
+            **unknown._asdict(),
+        )
+
+    def outcome(self, action: np.ndarray, reward: np.ndarray, earned: np.ndarray, is_last: bool) -> Outcome:
+        """Return the outcome of a step: action (B, action), reward (B,), rewards of the episode up to it (B,)."""
+        reached = np.zeros(len(earned), bool)
+        if is_last and self.target_return is not None:
+            reached = earned >= self.target_return
+        scaled = self.normalisation.reward(reward[:, None].astype(np.float32))
+        return Outcome(action[:, None], scaled, reached[:, None].astype(np.float32))
+
+
+def clip_trajectories(context: Context, trajectories: int) -> Context:
+    """Clip the trajectory indices of a context (B, T, ...) below `trajectories`; unchanged if none is higher."""
+    if context.trajectory.max() < trajectories:
+        return context
+    return context._replace(trajectory=np.minimum(context.trajectory, trajectories - 1))

@@ -1,91 +1,171 @@
-"""Normalised scores: 100 * (G - G_random) / (G_reference - G_random).
+"""Scores: normalised returns, one number per stream, and the summary of an evaluation."""
 
-0 is the uniform random policy, 100 the reference. The rule for both constants is the same for every task:
-
-- G_random is measured: the mean return of 100 to 1,000 episodes of actions drawn uniformly from [-1, 1].
-- G_reference is the upper bound of the return: reward per step lies in [0, 1], so it is the number of steps of an
-  episode. No policy reaches it exactly (an episode starts away from the goal); it is known, never changes, and does not
-  depend on whose agent was the best so far. Scores are therefore lower than those taken relative to an expert.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
+from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
+from ringrl.files import write_whole
 
-# python benchmarks/random_returns.py walker_... cheetah_...    (5 seeds x 20 episodes: standard error at most 2 %)
-# python benchmarks/random_returns.py --episodes 100 --seeds 10 cartpole_... jaco_...   (at most 2 %, jaco 8 %)
-# python benchmarks/random_returns.py --episodes 100 --seeds 10 quadruped_... point_mass_maze_...   (at most 5 %, maze
-# 11 %: a quadruped may start on its back, and the mass must happen to start near the goal of its own room)
-# with dm_control 1.0.50 and MuJoCo 3.17.0
-RANDOM_RETURNS: Mapping[str, float] = MappingProxyType(
-    {
-        "walker_stand": 129.9,
-        "walker_walk": 32.7,
-        "walker_run": 23.1,
-        "walker_flip": 50.3,
-        "cheetah_run": 3.8,
-        "cheetah_run_backward": 20.3,
-        "cheetah_flip": 152.5,
-        "cheetah_flip_backward": 148.0,
-        "cartpole_balance": 359.0,
-        "cartpole_balance_sparse": 49.6,
-        "cartpole_swingup": 27.1,
-        "cartpole_swingup_sparse": 0.0,
-        "jaco_reach_top_left": 11.6,
-        "jaco_reach_top_right": 10.6,
-        "jaco_reach_bottom_left": 12.3,
-        "jaco_reach_bottom_right": 13.1,
-        "quadruped_stand": 258.6,
-        "quadruped_walk": 128.8,
-        "quadruped_run": 129.3,
-        "quadruped_jump": 192.9,
-        "point_mass_maze_reach_top_left": 22.9,
-        "point_mass_maze_reach_top_right": 0.0,
-        "point_mass_maze_reach_bottom_left": 0.0,
-        "point_mass_maze_reach_bottom_right": 0.0,
-    }
-)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The two returns that a task's score is measured between."""
-
-    random: float
-    reference: float
-
-
-def scale_of(task: str) -> Scale:
-    """The constants of a task.
-
-    Raises:
-        UserError: the task is unknown, or its random return has not been measured yet.
-    """
-    domain = domain_of(task)
-    if task not in RANDOM_RETURNS:
-        raise UserError(f"{task}: has no normalised score yet; measure it with benchmarks/random_returns.py")
-    return Scale(random=RANDOM_RETURNS[task], reference=float(domain.episode_length))
+Metric = Literal["first", "last", "mean", "best"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def normalised_score(task: str, returns: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
-    """Scores of undiscounted episode returns of a task, elementwise.
+    """Return 100 * (G - G_random) / (G_reference - G_random) elementwise; see `ringrl.envs.Domain` for the constants.
 
     Raises:
-        UserError: as `scale_of`.
+        UserError: the task is unknown, or its random return has not been measured.
     """
-    scale = scale_of(task)
-    return 100 * (np.asarray(returns) - scale.random) / (scale.reference - scale.random)
+    domain = domain_of(task)
+    if task not in domain.random_returns:
+        raise UserError(f"{task}: has no random return; measure it with benchmarks/random_returns.py")
+    random = domain.random_returns[task]
+    return 100 * (np.asarray(returns) - random) / (domain.reference_return - random)
 
 
 def score_or_none(task: str, value: float | None) -> float | None:
-    """Score of one return; None where there is no return, or the task has no constants."""
+    """Return the normalised score of one return; None without a return or without constants for the task."""
     try:
         return None if value is None else float(normalised_score(task, value))
     except UserError:
         return None
+
+
+def stream_scores(returns: Float[np.ndarray, "streams episodes"], metric: Metric) -> Float[np.ndarray, " streams"]:
+    """Return the first, last, mean or best return of each stream ("best" is the AT paper's best-of-n).
+
+    Failed episodes (NaN) are left out. A stream that failed has no last episode. NaN: no episode is left.
+    """
+    scores = np.full(len(returns), np.nan)
+    for index, row in enumerate(np.asarray(returns, np.float64)):
+        finite = row[np.isfinite(row)]
+        if len(finite) and metric == "first":
+            scores[index] = finite[0]
+        elif len(finite) and metric != "last":
+            scores[index] = finite.mean() if metric == "mean" else finite.max()
+        elif metric == "last" and len(finite) == len(row):
+            scores[index] = finite[-1]
+    return scores
+
+
+def matched_streams(stream: EvaluationRecord, control: EvaluationRecord) -> tuple[EvaluationRecord, EvaluationRecord]:
+    """Return a stream and its control without the episodes that failed in either of them."""
+    common = min(len(stream.finished), len(control.finished))
+    rest = (None,) * (len(stream.returns) - common)
+    first, second = (r.model_copy(update={"returns": r.returns[:common] + rest}) for r in (stream, control))
+    return first, second
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """The results of one evaluation. None: no stream finished the episode."""
+
+    evaluation: str  # SHA-256, as in its records
+    task: str
+    method: str
+    checkpoint: str | None
+    steps_trained: int | None
+    seed: int  # of the training run
+    target_policy: str | None
+    target_return: float | None
+    prompt_trajectories: int
+    streams: int
+    episodes: int  # of each stream, n
+    returns: tuple[float | None, ...]  # of each episode: mean over the streams that finished it, and whose control did
+    returns_without_context: tuple[float | None, ...]  # of the control; empty without a control
+    metrics: dict[str, float | None]  # first, last, mean, best (of n): means over streams
+    metrics_without_context: dict[str, float | None]
+    scores: dict[str, float | None]  # the metrics, normalised
+    scores_without_context: dict[str, float | None]
+    failed: int  # episodes without a return
+    failed_without_context: int
+    streams_left_out: int  # without any return, those of the control included
+    steps_simulated: int
+    wall_seconds: float
+
+
+_SHARED_FIELDS = (
+    "evaluation", "task", "method", "checkpoint", "steps_trained", "seed", "target_policy", "target_return",
+    "prompt_trajectories",
+)  # fmt: skip
+
+
+def summarise(records: Iterable[EvaluationRecord]) -> list[EvaluationSummary]:
+    """Return one summary per evaluation, in the order of their first records. The newest record of a stream counts."""
+    groups: dict[str, dict[tuple[bool, int], EvaluationRecord]] = defaultdict(dict)
+    for record in records:
+        if record.evaluation is not None:  # older records do not name their evaluation
+            groups[record.evaluation][record.context, record.environment_seed] = record
+    return [_summary(list(group.values())) for group in groups.values()]
+
+
+def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
+    """Write the summaries as JSON.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    values = {"protocol": PROTOCOL, "evaluations": [asdict(summary) for summary in summarise(records)]}
+    try:
+        write_whole(path, json.dumps(values, indent=1) + "\n", alone=False)
+    except OSError as error:
+        raise UserError(f"{path}: the summary cannot be written ({error.strerror}); give another --output") from error
+
+
+def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:
+    parts = [[record for record in records if record.context is context] for context in (True, False)]
+    streams, control = _matched(*parts)
+    task, metrics, without = records[0].task, _metrics(streams), _metrics(control)
+    return EvaluationSummary(
+        **{name: getattr(records[0], name) for name in _SHARED_FIELDS},
+        streams=len(streams),
+        episodes=records[0].test_trajectories,
+        returns=_by_episode(streams),
+        returns_without_context=_by_episode(control),
+        metrics=metrics,
+        metrics_without_context=without,
+        scores={name: score_or_none(task, value) for name, value in metrics.items()},
+        scores_without_context={name: score_or_none(task, value) for name, value in without.items()},
+        failed=sum(record.failed for record in parts[0]),
+        failed_without_context=sum(record.failed for record in parts[1]),
+        streams_left_out=sum(not record.finished for record in records),
+        steps_simulated=sum(record.steps_simulated or 0 for record in records),
+        wall_seconds=sum(max((r.wall_seconds or 0.0 for r in part), default=0.0) for part in parts),
+    )
+
+
+def _matched(
+    streams: Sequence[EvaluationRecord], control: Sequence[EvaluationRecord]
+) -> tuple[Sequence[EvaluationRecord], Sequence[EvaluationRecord]]:
+    """Match each stream with its control; returns both unchanged while the control is not complete."""
+    controls = {record.environment_seed: record for record in control}
+    if controls.keys() != {record.environment_seed for record in streams}:
+        return streams, control
+    pairs = [matched_streams(record, controls[record.environment_seed]) for record in streams]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:
+    if not records:
+        return {}
+    returns = np.array([record.returns for record in records], np.float64)
+    return {metric: finite_mean(stream_scores(returns, metric).tolist()) for metric in METRICS}
+
+
+def _by_episode(records: Sequence[EvaluationRecord]) -> tuple[float | None, ...]:
+    return tuple(finite_mean(column) for column in zip(*(record.returns for record in records), strict=True))
+
+
+def finite_mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the finite values; None if there are none."""
+    found = [value for value in values if value is not None and np.isfinite(value)]
+    return float(np.mean(found)) if found else None

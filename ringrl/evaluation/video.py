@@ -1,6 +1,7 @@
-"""Videos of an evaluation: which episodes are shown, their states kept while it runs, and mp4 files made of them.
+"""Videos of an evaluation: keeping the states of the episodes that may be shown, and writing mp4 files.
 
-Nothing here imports MuJoCo or OpenGL. What does draws in a process of its own, see `drawing`.
+Nothing here imports MuJoCo or OpenGL. `ringrl.envs.render` renders in a process of its own, because MuJoCo chooses its
+OpenGL library on import, and a crash of a graphics driver must not end the evaluation.
 """
 
 import io
@@ -17,20 +18,20 @@ from jaxtyping import Float
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
-_OPENGL = "egl" if sys.platform == "linux" else "glfw"  # where MUJOCO_GL does not say: on Linux it needs no display
+_OPENGL = "egl" if sys.platform == "linux" else "glfw"  # default of MUJOCO_GL; EGL needs no display
 
 
 class VideoError(UserError):
-    """No video could be made. What was measured is whole without it."""
+    """A video could not be written. The results of the evaluation are complete without it."""
 
 
-class Recording(NamedTuple):
-    """An episode to be shown.
+class EpisodeStates(NamedTuple):
+    """An episode to be rendered.
 
     Attributes:
-        label: what it is, "best"; drawn into every picture.
-        physics: the states 0 to T, (T + 1, P); those from the first on that is not finite are left out.
-        rewards: those of the T steps.
+        label: text in every frame, "best".
+        physics: states 0 to T, (T + 1, P). The video ends before the first state that is not finite.
+        rewards: of the T steps.
     """
 
     label: str
@@ -39,11 +40,11 @@ class Recording(NamedTuple):
 
 
 def choose(returns: Float[np.ndarray, "environments episodes"]) -> dict[str, tuple[int, int]]:
-    """Which episodes to show: label -> (environment, episode).
+    """Choose the episodes to show: label -> (environment, episode).
 
-    The first is the first of environment 0. The median has the middle return, the lower of two; the best the highest.
-    Of equal returns the earlier episode counts as the lower for the median and wins the best; a return that is not
-    finite is neither.
+    "first" is the first episode of environment 0, "median" has the median return (the lower of two), "best" the best.
+    Of equal returns, the earlier episode ranks lower for the median and is the best. Returns that are not finite are
+    ignored.
     """
     environments = len(returns)
     in_time = returns.T.ravel()  # episode after episode
@@ -55,12 +56,12 @@ def choose(returns: Float[np.ndarray, "environments episodes"]) -> dict[str, tup
     return {label: (index % environments, index // environments) for label, index in chosen.items()}
 
 
-class Recorder:
+class VideoCandidates:
     """Keeps the states of the episodes that `choose` may still choose, while an evaluation runs.
 
-    An episode is dropped as soon as the episodes to come cannot make it the median any more, and it is neither the
-    first nor the best so far. Memory: 4 (T + 1) (P + 1) bytes an episode, for at most half of all, plus two: 24 MB for
-    64 environments with 10 episodes of the walker each. At the end three are left.
+    An episode is dropped as soon as it can no longer become the median and is neither the first nor the best so far.
+    Memory: 4 (T + 1) (P + 1) bytes per episode, for at most half of all episodes plus two: 24 MB for 64 environments
+    with 10 walker episodes each.
 
     Args:
         episodes: per environment.
@@ -69,108 +70,109 @@ class Recorder:
     def __init__(self, episodes: int) -> None:
         self._episodes = episodes
         self._returns: list[np.ndarray] = []
-        self._kept: dict[tuple[int, int], Recording] = {}
+        self._kept: dict[tuple[int, int], EpisodeStates] = {}
 
     def add(
         self,
         physics: Float[np.ndarray, "steps+1 environments physics"],
         rewards: Float[np.ndarray, "steps environments"],
     ) -> None:
-        """The next episode has ended in all environments; it went through these states."""
+        """Add the next episode of all environments."""
         episode = len(self._returns)
         self._returns.append(rewards.sum(axis=0))
         kept = self._may_be_chosen()
-        self._kept = {place: recording for place, recording in self._kept.items() if place in kept}
+        self._kept = {place: states for place, states in self._kept.items() if place in kept}
         for environment, last in kept:
             if last == episode:
                 states, earned = (x[:, environment].astype(np.float32) for x in (physics, rewards))
-                self._kept[environment, episode] = Recording("", states, earned)
+                self._kept[environment, episode] = EpisodeStates("", states, earned)
 
-    def recordings(self) -> dict[str, Recording]:
-        """The first, the median and the best of the episodes that have ended, by these labels; none before any has."""
+    def chosen(self) -> dict[str, EpisodeStates]:
+        """Return the first, the median and the best episode so far, by label; empty before the first episode."""
         if not self._returns:
             return {}
-        chosen = choose(np.stack(self._returns, axis=1))
-        return {label: self._kept[place]._replace(label=label) for label, place in chosen.items()}
+        places = choose(np.stack(self._returns, axis=1))
+        return {label: self._kept[place]._replace(label=label) for label, place in places.items()}
 
     def _may_be_chosen(self) -> set[tuple[int, int]]:
-        """(environment, episode) of those that have ended and that may be the first, the median or the best of all."""
+        """Return (environment, episode) of the episodes that may be the first, the median or the best at the end."""
         returns = np.stack(self._returns, axis=1)
         environments, ended = returns.shape
         ranked = _ranked(returns.T.ravel())
         to_come = (self._episodes - ended) * environments
-        # Each episode to come raises the middle rank by a half, and a rank by one or not at all.
+        # Each episode to come raises the median's rank by a half, and an episode's rank by one or not at all.
         highest = (len(ranked) + to_come - 1) // 2
         middle = ranked[max(0, highest - to_come) : highest + 1]
         places = {(int(index) % environments, int(index) // environments) for index in middle}
         return places | set(choose(returns).values())
 
 
-def write_videos(task: str, recordings: Mapping[Path, Recording], *, width: int = 480, height: int = 360) -> list[Path]:
-    """Write each recording as an mp4 file to its path, at the speed of the simulated time; returns the paths.
+def write_videos(
+    task: str, episodes: Mapping[Path, EpisodeStates], *, width: int = 480, height: int = 360
+) -> list[Path]:
+    """Write each episode as an mp4 file at the speed of the simulated time, and return the paths.
 
-    Each file appears whole or not at all, in place of an older one. It is drawn by another process, through EGL on
-    Linux, or as the environment variable MUJOCO_GL says. Without recordings, this only finds out whether it could.
+    A file replaces an older one only when all files are whole. MUJOCO_GL selects the OpenGL library, on Linux EGL by
+    default. Without episodes, this only checks that rendering works.
 
     Args:
-        task: whose goal is shown.
-        recordings: of one task, by the path of the file.
-        width, height: of the picture in pixels; even.
+        task: task of the episodes, whose goal is shown.
+        episodes: by the path of their file.
+        width, height: of the frames in pixels; even numbers.
 
     Raises:
-        VideoError: there is no OpenGL or no place for the file; the message says which and what to do.
-        UserError: unknown task.
+        VideoError: OpenGL is missing, or a file cannot be written.
+        UserError: the task is unknown.
     """
     domain_of(task)
-    paths = list(recordings)
-    command = [sys.executable, "-P", "-m", "ringrl.evaluation.drawing", task, str(width), str(height)]
-    command += [str(path.absolute()) for path in paths]
-    modules = os.pathsep.join(filter(None, sys.path))  # the same as here, and none from the working folder
+    # The hidden names end in .mp4, which selects the encoder.
+    partial = {path.with_name(f".{path.name}.partial.mp4"): path for path in episodes}
+    command = [sys.executable, "-P", "-m", "ringrl.envs.render", task, str(width), str(height)]
+    command += [str(path.absolute()) for path in partial]
+    modules = os.pathsep.join(filter(None, sys.path))  # same modules as in this process, not from the working folder
     environment = {"MUJOCO_GL": _OPENGL} | os.environ | {"PYTHONPATH": modules}
     try:
-        for path in paths:
+        for path in episodes:
             path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VideoError(f"no video: {error.filename}: {error.strerror}; choose another folder") from None
-    packed = _packed(list(recordings.values()))
-    try:
+        packed = _packed(list(episodes.values()))
         result = subprocess.run(command, input=packed, capture_output=True, env=environment, check=False)
+        if result.returncode:
+            raise VideoError(f"no video: {_reason(result)}")
+        for hidden, path in partial.items():
+            hidden.replace(path)
+    except OSError as error:
+        raise VideoError(
+            f"no video: {error.filename2 or error.filename}: {error.strerror}; choose another folder"
+        ) from None
     finally:
-        for path in paths:
-            part_of(path).unlink(missing_ok=True)
-    if result.returncode:
-        raise VideoError(f"no video: {_reason(result)}")
-    return paths
-
-
-def part_of(path: Path) -> Path:
-    """The hidden name under which the video at `path` is written; the encoder goes by its ending."""
-    return path.with_name(f".{path.name}.partial.mp4")
+        for hidden in partial:
+            hidden.unlink(missing_ok=True)
+    return list(episodes)
 
 
 def _ranked(returns: Float[np.ndarray, " episodes"]) -> np.ndarray:
-    """The episodes with a finite return, the lowest first; of equal ones the earlier first."""
+    """Return the indices of the finite returns, ascending by return; of equal ones the earlier first."""
     ranked = np.argsort(returns, kind="stable")
     return ranked[np.isfinite(returns[ranked])]
 
 
-def _packed(recordings: list[Recording]) -> bytes:
-    """Recordings as an .npz file."""
+def _packed(episodes: list[EpisodeStates]) -> bytes:
+    """Pack episodes, up to their first state that is not finite, as an .npz file."""
     arrays: dict[str, Any] = {}
-    for index, (label, physics, rewards) in enumerate(recordings):
+    for index, (label, physics, rewards) in enumerate(episodes):
         broken = ~np.isfinite(physics).all(axis=1)
         states = int(broken.argmax()) if broken.any() else len(physics)
-        cut = Recording(label, physics[:states], rewards[: max(0, states - 1)])
-        arrays |= {f"{index} {field}": np.asarray(value) for field, value in cut._asdict().items()}
+        cut = {"label": label, "physics": physics[:states], "rewards": rewards[: max(0, states - 1)]}
+        arrays |= {f"{index} {name}": np.asarray(value) for name, value in cut.items()}
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
 
 
 def _reason(result: "subprocess.CompletedProcess[bytes]") -> str:
-    """Why nothing was drawn, in one line: what the process printed, or how it ended."""
-    said, complained = (text.decode(errors="replace").strip().splitlines() for text in (result.stdout, result.stderr))
-    if said:
-        return said[-1]
+    """Return in one line why rendering failed: the output of the process, or how it ended."""
+    output, errors = (text.decode(errors="replace").strip().splitlines() for text in (result.stdout, result.stderr))
+    if output:
+        return output[-1]
     ended = f"was killed by signal {-result.returncode}" if result.returncode < 0 else "failed"
-    return f"the drawing process {ended} ({complained[-1] if complained else 'without a word'})"
+    return f"the rendering process {ended} ({errors[-1] if errors else 'without output'})"

@@ -29,9 +29,16 @@ from ringrl.config import TrainConfig, merged, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import FIRST_SEED, Protocol, plan_policy, plan_random, programs_of
+from ringrl.evaluation import (
+    Evaluation,
+    EvaluationProgress,
+    Protocol,
+    evaluate_all,
+    policy_evaluation,
+    random_evaluation,
+)
+from ringrl.evaluation.protocol import FIRST_SEED, compile_policy
 from ringrl.evaluation.records import append_records, data_records, library_versions
-from ringrl.evaluation.session import Audience, Job, evaluate_all
 from ringrl.files import write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
@@ -138,16 +145,20 @@ class Cell(Work):
         trained = load_policy(self.folder)
         if trained.step < self.config.optimiser.steps:
             raise UserError(f"{self.folder}: training was stopped after step {trained.step}; --retry resumes it")
-        programs = programs_of(trained, Protocol(), self.config.task)
+        results = self.folder / EVALUATION
+        compiled = compile_policy(trained, Protocol(), self.config.task)
         for task in self.tasks:
             for protocol in self.protocols:
-                plan = plan_policy(trained, self.folder, protocol, task=task, command=command, programs=programs)
-                self._evaluate(Job(plan, self.folder / EVALUATION))
+                self._evaluate(
+                    policy_evaluation(
+                        trained, self.folder, protocol, task=task, command=command, results=results, compiled=compiled
+                    )
+                )
 
-    def _evaluate(self, job: Job) -> None:
-        video = self.about["videos"] and not job.plan.shared.prompt_trajectories
-        filmed = (job.videos / "best.mp4").is_file()  # written last; without it, all videos are made again
-        evaluate_all([job], again=video and not filmed, video=video, audience=_Log())
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        video = self.about["videos"] and not evaluation.protocol.prompt_trajectories
+        filmed = (evaluation.videos / "best.mp4").is_file()  # written last; without it, all videos are made again
+        evaluate_all([evaluation], again=video and not filmed, video=video, progress=_Log())
 
     def of_steps(self, steps: int) -> "Cell":
         """Return the cell with another number of optimiser steps."""
@@ -155,10 +166,10 @@ class Cell(Work):
         return dataclasses.replace(self, config=self.config.model_copy(update={"optimiser": optimiser}))
 
 
-class _Log(Audience):
+class _Log(EvaluationProgress):
     """Messages for the cell's log."""
 
-    def remark(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         print(text, flush=True)
 
 
@@ -172,7 +183,7 @@ class Reference(Work):
         """Write the results."""
         results, task = self.folder / EVALUATION, self.about["task"]
         if self.about["kind"] == "random":
-            evaluate_all([Job(plan_random(task, Protocol(self.about["episodes"]), command=command), results)])
+            evaluate_all([random_evaluation(task, Protocol(self.about["episodes"]), command=command, results=results)])
             return
         store = EpisodeStore(self.data)
         found = {"data_fingerprint": dataset_fingerprint(store), "versions": library_versions()}

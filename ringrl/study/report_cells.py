@@ -10,15 +10,14 @@ from jaxtyping import Float
 
 from ringrl.errors import UserError
 from ringrl.evaluation.records import DATA, EvaluationRecord
+from ringrl.evaluation.scores import Metric, stream_scores
 from ringrl.evaluation.statistics import (
     Estimate,
-    Metric,
     difference,
     estimate,
     interquartile_mean,
     probability_of_improvement,
 )
-from ringrl.evaluation.streams import stream_scores
 from ringrl.study.report_streams import Streams, beside_control, have_same_streams, streams_of
 from ringrl.study.report_variants import Variant, Variants, name_of, settings_of
 from ringrl.training.budget import Budget

@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from ringrl.evaluation.formatting import number
+from ringrl.evaluation.protocol import NO_TARGET
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord, Results
-from ringrl.evaluation.target import NO_TARGET
 from ringrl.study.report_cells import BOOTSTRAP_SEED, RESAMPLES, Grid
 from ringrl.study.report_starts import starts_facts
 

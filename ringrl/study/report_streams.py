@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ringrl.evaluation.records import EvaluationRecord
-from ringrl.evaluation.streams import alike
+from ringrl.evaluation.scores import matched_streams
 
 Streams = Float[np.ndarray, "streams episodes"]
 
@@ -27,7 +27,7 @@ def beside_control(records: Iterable[EvaluationRecord]) -> tuple[dict[int, Strea
     An episode that failed in one of the two counts in neither, for its start may be an easy one or a hard one.
     """
     kept, wiped = _by_place(records)
-    pairs = [alike(kept[place], wiped[place]) for place in kept if place in wiped]
+    pairs = [matched_streams(kept[place], wiped[place]) for place in kept if place in wiped]
     return streams_of(pair[0] for pair in pairs), streams_of(pair[1] for pair in pairs)
 
 

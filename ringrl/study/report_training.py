@@ -15,8 +15,7 @@ from matplotlib.ticker import EngFormatter, NullLocator
 
 from ringrl.config import TrainConfig, read_yaml
 from ringrl.errors import UserError
-from ringrl.evaluation.recipe import configuration_hash, recipe
-from ringrl.evaluation.records import EvaluationRecord, Results
+from ringrl.evaluation.records import EvaluationRecord, Results, configuration_hash, recipe
 from ringrl.study.report_cells import Grid, summarise
 from ringrl.study.report_draw import Chart, Panel, Point, context_axis, draw_line, dress, linestyle, styles
 from ringrl.study.report_svg import colour

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ringrl.evaluation.formatting import all_digits
-from ringrl.evaluation.recipe import OF_THE_LENGTH, default_recipe
-from ringrl.evaluation.records import DATA, EvaluationRecord
+from ringrl.evaluation.records import DATA, EvaluationRecord, default_recipe
 from ringrl.methods import METHODS
 
 _NAMES = {name: method.title for name, method in METHODS.items()} | {
@@ -16,6 +15,7 @@ _NAMES = {name: method.title for name, method in METHODS.items()} | {
     "td3+bc+her": "TD3+BC with hindsight goals",
     DATA: "Dataset",
 }
+OF_THE_LENGTH = ("optimiser.steps", "optimiser.batch_size")  # what a budget makes of the length of the context
 _CONTEXT_FREE = ("random", "bc")
 _UNKNOWN: Mapping[str, str] = MappingProxyType({"settings": "unknown"})  # of results from before they were told
 

@@ -22,7 +22,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE
 from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.protocol import Protocol
-from ringrl.evaluation.told import Told
+from ringrl.evaluation.rollout import ContextBuilder
 from ringrl.study.cells import Cell, write
 from ringrl.training import TrainedPolicy, load_policy, train
 from ringrl.training.budget import step_cost
@@ -122,9 +122,9 @@ def _act(trained: TrainedPolicy, streams: int, first: int, last: int) -> float:
 def _act_with(trained: TrainedPolicy, streams: int, tokens: int) -> float:
     """Seconds per action with a memory of this size, all of which takes part in the computation."""
     info, (graph, params) = trained.info, nnx.split(trained.policy)
-    told = Told(info.normalisation, 0.0)
-    before = told.before(streams, info.action_size)
-    current = told.step(0, 0, np.zeros((streams, info.observation_size)), np.zeros(streams), before)
+    builder = ContextBuilder(info.normalisation, 0.0)
+    before = builder.first_outcome(streams, info.action_size)
+    current = builder.step(0, 0, np.zeros((streams, info.observation_size)), np.zeros(streams), before)
     # The memory is donated, as in a rollout, and so not copied.
     act = jax.jit(lambda params, step, memory: nnx.merge(graph, params).act(step, step, memory), donate_argnums=2)
     memory = trained.policy.reset(streams, tokens)

@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.digest import json_digest
 from ringrl.data.normalisation import Normalisation
-from ringrl.envs import DOMAINS, goal_space
+from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.model import Goal, Policy, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
@@ -70,7 +70,7 @@ class RunInfo:
 
     def goal(self, task: str) -> Goal | None:
         """Return the place that a task of the run's domain asks to reach, as a model sees it; None if there is none."""
-        space, normalisation = goal_space(self.domain) if self.domain in DOMAINS else None, self.normalisation
+        space, normalisation = DOMAINS[self.domain].goals if self.domain in DOMAINS else None, self.normalisation
         if space is None:
             return None
         return Goal(

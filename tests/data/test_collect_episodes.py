@@ -7,8 +7,7 @@ from ringrl.data.collect.noise import coloured_noise
 from ringrl.data.collect.recipes import recipe_of
 from ringrl.data.collect.record import Plan, record_episode
 from ringrl.data.collect.search import CrossEntropySearch
-from ringrl.envs import TASKS, domain_of, make
-from ringrl.envs.simulation import load_simulation
+from ringrl.envs import TASKS, domain_of, load_simulation, make
 
 
 def _record(task: str, index: int = 0, noise_limit: float = 0.2) -> tuple[Plan, dict[str, np.ndarray]]:

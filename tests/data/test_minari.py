@@ -17,7 +17,7 @@ from ringrl.data.card import describe
 from ringrl.data.minari import export_minari, import_minari
 from ringrl.data.normalisation import Normalisation
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import Protocol, evaluate_policy
+from ringrl.evaluation import Protocol, evaluate_policy
 from ringrl.training import load_policy, train
 
 minari = pytest.importorskip("minari", reason="Minari is not installed (pip install 'ringrl[minari]')")

@@ -8,8 +8,7 @@ import pytest
 from ringrl.data.collect.recipes import recipe_of
 from ringrl.data.collect.record import Plan, record_episode
 from ringrl.data.relabel import relabel, relabel_all
-from ringrl.envs import DOMAINS, TASKS, domain_of, make
-from ringrl.envs.simulation import load_simulation
+from ringrl.envs import DOMAINS, TASKS, domain_of, load_simulation, make
 from ringrl.errors import UserError
 
 _RECORDED = [

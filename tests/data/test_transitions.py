@@ -9,7 +9,7 @@ from ringrl.data import EpisodeStore, relabel
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.selection import subset
 from ringrl.data.transitions import TransitionSampler
-from ringrl.envs import goal_space
+from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 
 TASK, JACO = "cartpole_swingup", "jaco_reach_top_left"
@@ -82,7 +82,7 @@ def test_steps_and_goals_come_from_the_selected_episodes(jaco_store: EpisodeStor
     assert len(used) == 2
     rows = np.concatenate([jaco_store.episode(int(i))["observation"] for i in used])
     assert {row.tobytes() for row in batch.observation} <= {row.tobytes() for row in rows}
-    places = rows[:, goal_space("jaco").observation]
+    places = rows[:, DOMAINS["jaco"].goals.observation]
     assert {row.tobytes() for row in batch.goal} <= {row.tobytes() for row in places}
 
 
@@ -106,7 +106,7 @@ def test_rewards_for_the_task_goal_equal_relabelling(jaco_store: EpisodeStore, t
     episodes = [jaco_store.episode(i) for i in range(len(jaco_store))]
     rewards = np.concatenate([relabel(task, episode["physics"], episode["action"]) for episode in episodes])
     np.testing.assert_allclose(batch.reward, rewards[rows + 1], atol=1e-5)
-    np.testing.assert_allclose(batch.goal, np.tile(goal_space("jaco").goals[task], (2000, 1)), rtol=1e-6)
+    np.testing.assert_allclose(batch.goal, np.tile(DOMAINS["jaco"].goals.goals[task], (2000, 1)), rtol=1e-6)
 
 
 def test_rewards_for_other_goals_equal_a_loop(jaco_store: EpisodeStore) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ringrl.envs.simulation  # noqa: F401 (before the tests import dm_control, which would look for a display)
+from ringrl.envs import load_simulation
+
+load_simulation("cartpole_balance")  # before the tests import dm_control, which would look for a display
 
 # One archive per domain, as recorded by the original environments.
 _ARCHIVES = {

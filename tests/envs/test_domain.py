@@ -1,6 +1,9 @@
+"""Domains and tasks by name, their sizes, random returns, cameras and goals."""
+
+import numpy as np
 import pytest
 
-from ringrl.envs import DOMAINS, TASKS, domain_named, domain_of
+from ringrl.envs import DOMAINS, TASKS, domain_named, domain_of, load_simulation
 from ringrl.errors import UserError
 
 
@@ -26,6 +29,12 @@ def test_widths_and_lengths_are_those_of_exorl():
         "quadruped": (78, 12, 57, 1000, 0.02),
         "point_mass_maze": (4, 2, 4, 1000, 0.02),
     }
+
+
+def test_every_domain_has_a_camera_and_the_random_returns_of_its_tasks():
+    for domain in DOMAINS.values():
+        assert domain.camera is not None
+        assert set(domain.random_returns) == set(domain.tasks)
 
 
 def test_only_the_maze_records_all_its_tasks_at_once():
@@ -54,3 +63,30 @@ def test_unknown_task_lists_the_near_ones(wrong, near):
 def test_unknown_domain_lists_the_near_ones():
     with pytest.raises(UserError, match="unknown domain 'wlaker'; did you mean walker"):
         domain_named("wlaker")
+
+
+def test_only_jaco_has_goal_positions():
+    assert [name for name, domain in DOMAINS.items() if domain.goals] == ["jaco"]
+
+
+def test_every_task_has_a_goal_and_its_reward():
+    space = DOMAINS["jaco"].goals
+    assert tuple(space.goals) == DOMAINS["jaco"].tasks
+    random = np.random.default_rng(0)
+    positions = random.normal(0, 0.1, (200, 3))
+    simulation = load_simulation("jaco_reach_top_left")
+    for task, goal in space.goals.items():
+        np.testing.assert_array_equal(
+            space.reward(positions, np.array(goal)), simulation.reward(task, positions, np.zeros((200, 9)))
+        )
+    goals = random.normal(0, 0.1, (200, 3))
+    rewards = [float(space.reward(position, goal)) for position, goal in zip(positions, goals, strict=True)]
+    np.testing.assert_allclose(space.reward(positions, goals), rewards)
+    assert space.reward(positions, positions + np.array([0, 0.1, 0])) == pytest.approx(0.1)
+
+
+def test_the_observation_contains_the_position():
+    simulation = load_simulation("jaco_reach_top_left")
+    simulation.reset(np.random.RandomState(0))
+    found = simulation.observation()[DOMAINS["jaco"].goals.observation]
+    np.testing.assert_array_equal(found, simulation.sensors().astype(np.float32))

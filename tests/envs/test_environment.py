@@ -80,7 +80,7 @@ def test_a_first_step_needs_a_reset():
 
 @pytest.mark.parametrize("task", _FIRST_TASKS)
 def test_physics_state_is_a_copy_that_can_be_set_again(task):
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     environment = make(task, 0)
     environment.reset()
@@ -118,12 +118,12 @@ def test_actions_are_clipped_and_checked():
 def test_an_unstable_simulation_is_reported_and_mended_by_a_reset():
     from dm_control.rl.control import PhysicsError
 
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     simulation = load_simulation("cheetah_run")
     simulation.reset(np.random.RandomState(0))
     simulation.set_physics_state(np.full(18, 1e12))
-    with pytest.raises(PhysicsError, match=r"cheetah_run: the simulation is no longer valid \(mjWARN_BAD"):
+    with pytest.raises(PhysicsError, match=r"cheetah_run: the simulation is unstable \(mjWARN_BAD"):
         simulation.step(np.zeros(6))
     simulation.reset(np.random.RandomState(0))
     simulation.step(np.zeros(6))
@@ -147,7 +147,7 @@ def test_recorded_transitions_are_reproduced(domain, recorded_episodes):
     """Set a recorded state, compare the observation; take the recorded action, compare where it leads."""
     import mujoco
 
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     task, episodes = recorded_episodes(domain)
     simulation = load_simulation(task)

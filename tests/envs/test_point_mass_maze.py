@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from dm_control.utils.rewards import tolerance
 
-from ringrl.envs import DOMAINS, make
-from ringrl.envs.simulation import load_simulation
+from ringrl.envs import DOMAINS, load_simulation, make
 
 _GOALS = {
     "point_mass_maze_reach_top_left": (-0.15, 0.15, 0.01),

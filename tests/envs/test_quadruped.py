@@ -61,7 +61,7 @@ def test_rewards_at_known_points(task, expected):
 
 
 def test_episodes_start_in_any_orientation_and_off_the_ground():
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     simulation = load_simulation("quadruped_jump")
     random = np.random.RandomState(0)
@@ -76,7 +76,7 @@ def test_episodes_start_in_any_orientation_and_off_the_ground():
 
 
 def test_activations_are_part_of_the_physics_state():
-    from ringrl.envs.simulation import load_simulation
+    from ringrl.envs import load_simulation
 
     environment = make("quadruped_run", 0)
     environment.reset()

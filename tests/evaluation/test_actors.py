@@ -1,4 +1,4 @@
-"""What acts: a policy's programs are few and compiled ahead, and a prompt is what it says."""
+"""Actors: few compiled programs, compiled ahead, growing caches, and prompts."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ import pytest
 from ringrl.config import ModelConfig
 from ringrl.context import Context, Outcome
 from ringrl.evaluation import actors
-from ringrl.evaluation.actors import PolicyActor
-from ringrl.evaluation.programs import Programs
+from ringrl.evaluation.actors import CompiledPolicy, PolicyActor
 from ringrl.model import Policy, make_policy
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
@@ -34,7 +33,7 @@ def contexts(batch: int, time: int) -> Context:
 
 
 def replayed(actor: PolicyActor, context: Context, prompt: Context | None = None) -> np.ndarray:
-    """Actions (B, T, A) on what is given."""
+    """Return actions (B, T, A) on a given context."""
     batch, time = context.reward.shape
     actor.start(batch, time, prompt)
     actions = []
@@ -47,7 +46,7 @@ def replayed(actor: PolicyActor, context: Context, prompt: Context | None = None
 
 @pytest.fixture
 def small_cache(monkeypatch) -> None:
-    """Caches that begin with room for ten tokens: two steps."""
+    """Initial capacity of ten tokens, two steps."""
     monkeypatch.setattr(actors, "SMALLEST_CACHE", 10)
 
 
@@ -55,65 +54,65 @@ def small_cache(monkeypatch) -> None:
 def test_actions_on_either_side_of_every_capacity(steps, small_cache):
     made, context = policy(), contexts(2, steps)
     np.testing.assert_allclose(
-        replayed(PolicyActor(Programs(made)), context), made.actions(context), rtol=1e-5, atol=1e-5
+        replayed(PolicyActor(CompiledPolicy(made)), context), made.actions(context), rtol=1e-5, atol=1e-5
     )
 
 
 def test_one_program_per_capacity_and_one_for_the_first_step(small_cache):
-    programs = Programs(policy())
-    actor = PolicyActor(programs)
+    compiled = CompiledPolicy(policy())
+    actor = PolicyActor(compiled)
     context = contexts(2, 30)  # 150 tokens: capacities 10, 20, 40, 80, 150
     first = replayed(actor, context)
-    assert len(programs) == 6
+    assert len(compiled) == 6
     np.testing.assert_array_equal(replayed(actor, context), first)
-    np.testing.assert_array_equal(replayed(PolicyActor(programs), context), first)
-    assert len(programs) == 6, "neither a second rollout nor a second actor compiles anything"
+    np.testing.assert_array_equal(replayed(PolicyActor(compiled), context), first)
+    assert len(compiled) == 6, "a second rollout and a second actor compile nothing"
 
 
-def test_what_is_not_reached_is_not_compiled(small_cache):
-    programs = Programs(policy())
-    actor = PolicyActor(programs)
+def test_capacities_that_are_not_reached_are_not_compiled(small_cache):
+    compiled = CompiledPolicy(policy())
+    actor = PolicyActor(compiled)
     actor.start(2, 1000)
     step = jax.tree.map(lambda x: x[:, :1], contexts(2, 1))
     for _ in range(3):
         actor.act(step)
         actor.observe(step)
-    assert len(programs) == 4, "the first step's, those of 10 and 20 tokens, and the next one"
+    assert len(compiled) == 4, "first step, 10 tokens, 20 tokens, and the next capacity"
 
 
 @pytest.mark.parametrize("token_set", ["at5", "fused1"])
-def test_a_prompt_is_shared_by_all(token_set, small_cache):
-    """Three contexts that begin with the same six steps and go on for five; the prompt is a cache of one context."""
+def test_a_prompt_is_shared_by_all_environments(token_set, small_cache):
+    """Three contexts share six steps, the prompt, whose cache has one row; five steps follow."""
     made, whole = policy(token_set=token_set), contexts(3, 11)
     for x in jax.tree.leaves(whole):
         x[:, :6] = x[:1, :6]
     for before, x in zip(whole.previous, (whole.action, whole.reward, whole.completion), strict=True):
         before[:, 6] = x[:, 5]
     prompt, live = (jax.tree.map(lambda x, part=part: x[part], whole) for part in (np.s_[:1, :6], np.s_[:, 6:]))
-    actor = PolicyActor(Programs(made))
+    actor = PolicyActor(CompiledPolicy(made))
     found = replayed(actor, live, prompt)
     np.testing.assert_allclose(found, made.actions(whole)[:, 6:], rtol=1e-5, atol=1e-5)
     assert actor._prefix.keys[0].shape[0] == 1
-    assert np.abs(found - replayed(actor, live)).max() > 1e-3, "and it matters"
+    assert np.abs(found - replayed(actor, live)).max() > 1e-3, "the prompt changes the actions"
     np.testing.assert_array_equal(replayed(actor, live, prompt), found)
 
 
-def test_a_cache_of_half_the_memory():
+def test_a_bfloat16_cache():
     made, context = policy(token_set="ring4"), contexts(2, 8)
-    actor = PolicyActor(Programs(made, jnp.dtype(jnp.bfloat16)))
+    actor = PolicyActor(CompiledPolicy(made, jnp.dtype(jnp.bfloat16)))
     found = replayed(actor, context)
     assert actor._memory.keys[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(found, made.actions(context), atol=0.03)
 
 
-def test_behaviour_cloning_has_no_use_for_a_prompt():
+def test_behaviour_cloning_ignores_a_prompt():
     made, context = policy(kind="behaviour_cloning"), contexts(2, 4)
-    found = replayed(PolicyActor(Programs(made)), context, contexts(1, 3))
+    found = replayed(PolicyActor(CompiledPolicy(made)), context, contexts(1, 3))
     np.testing.assert_allclose(found, made.actions(context), rtol=1e-5, atol=1e-5)
 
 
 def test_growing_over_a_mesh(small_cache, eight_devices):
-    """Three devices, among which no capacity divides: 12, 21, 42, ... tokens."""
+    """Three devices; capacities are rounded up: 12, 21, 42, ... tokens."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]).reshape(1, 1, 1, 3), MESH_AXES)
     parallel = Parallel(mesh)
     context = contexts(2, 14)
@@ -125,5 +124,5 @@ def test_growing_over_a_mesh(small_cache, eight_devices):
     one, divided = (make_policy(config, OBSERVATION, ACTION, 0, parallel=where) for where in (ONE_DEVICE, parallel))
     live = jax.tree.map(lambda x: x[:, 6:], context)
     prompt = jax.tree.map(lambda x: x[:1, :6], context)
-    found = replayed(PolicyActor(Programs(divided, parallel=parallel)), live, prompt)
+    found = replayed(PolicyActor(CompiledPolicy(divided, parallel=parallel)), live, prompt)
     np.testing.assert_allclose(found, one.actions(context)[:, 6:], rtol=1e-5, atol=1e-5)

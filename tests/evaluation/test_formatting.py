@@ -1,7 +1,6 @@
-"""How numbers are written."""
+"""Numbers as text."""
 
 from ringrl.evaluation.formatting import decimal, duration, number
-from ringrl.evaluation.scores import score_or_none
 
 
 def test_numbers_are_short_and_have_true_minus_signs() -> None:
@@ -17,9 +16,3 @@ def test_durations_are_rounded_to_seconds() -> None:
     assert [duration(seconds) for seconds in (0, 59.6, 3599.4, 360_061.0)] == [
         "0:00:00", "0:01:00", "0:59:59", "100:01:01",
     ]  # fmt: skip
-
-
-def test_what_has_no_score_has_none() -> None:
-    assert score_or_none("cartpole_balance_sparse", 49.6) == 0.0
-    assert score_or_none("cartpole_balance_sparse", None) is None
-    assert score_or_none("a_task_of_ones_own", 3.0) is None

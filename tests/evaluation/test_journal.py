@@ -1,4 +1,4 @@
-"""What has been written down is found again, whole or not at all."""
+"""The journal returns the episodes that were written, whole or not at all."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from ringrl.errors import UserError
-from ringrl.evaluation.episode import ARRAYS, Episode
-from ringrl.evaluation.journal import Journal
+from ringrl.evaluation.journal import EpisodeJournal
+from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch
 
 ABOUT = {"task": "walker_walk", "seeds": (1, 2)}
 
 
-def episode(seed: int = 0, steps: int = 5, streams: int = 3) -> Episode:
+def episode(seed: int = 0, steps: int = 5, streams: int = 3) -> EpisodeBatch:
     random = np.random.default_rng(seed)
     reward = random.uniform(size=(steps, streams))
     reward[2:, 1] = np.nan
-    return Episode(
+    return EpisodeBatch(
         observation=random.normal(size=(steps + 1, streams, 4)).astype(np.float32),
         action=random.normal(size=(steps, streams, 2)).astype(np.float32),
         reward=reward,
@@ -26,7 +26,7 @@ def episode(seed: int = 0, steps: int = 5, streams: int = 3) -> Episode:
     )
 
 
-def assert_same(one: Episode, other: Episode) -> None:
+def assert_same(one: EpisodeBatch, other: EpisodeBatch) -> None:
     for name in ARRAYS:
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype
@@ -40,11 +40,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_episodes_by_part_and_number(folder):
-    with Journal(folder, ABOUT) as journal:
+    with EpisodeJournal(folder, ABOUT) as journal:
         journal.add("context", 0, episode(0))
         journal.add("context", 1, episode(1))
         journal.add("control", 0, episode(2))
-    with Journal(folder, ABOUT) as journal:
+    with EpisodeJournal(folder, ABOUT) as journal:
         first, second = journal.episodes("context", 5, 3)
         assert_same(first, episode(0))
         assert_same(second, episode(1))
@@ -54,13 +54,13 @@ def test_episodes_by_part_and_number(folder):
 
 
 def test_removing_one_leaves_its_neighbours(folder):
-    with Journal(folder.with_name("other"), {}), Journal(folder, ABOUT) as journal:
+    with EpisodeJournal(folder.with_name("other"), {}), EpisodeJournal(folder, ABOUT) as journal:
         journal.remove()
         assert [path.name for path in folder.parent.iterdir()] == ["other"]
 
 
-def test_of_what_is_damaged_or_has_another_size_nothing_is_used(folder):
-    with Journal(folder, ABOUT) as journal:
+def test_damaged_episodes_and_episodes_of_another_shape_are_ignored(folder):
+    with EpisodeJournal(folder, ABOUT) as journal:
         for index in range(3):
             journal.add("context", index, episode(index))
         assert journal.episodes("context", 4, 3) == journal.episodes("context", 5, 2) == []
@@ -68,7 +68,7 @@ def test_of_what_is_damaged_or_has_another_size_nothing_is_used(folder):
         whole = path.read_bytes()
         for cut in (0, 10, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:cut])
-            assert len(journal.episodes("context", 5, 3)) == 1, "what follows a gap does not count either"
+            assert len(journal.episodes("context", 5, 3)) == 1, "episodes after a gap are ignored too"
         np.savez(path, **{name: np.array([{"a": 1}], object) for name in ARRAYS}, seconds=1.0)  # a pickle
         assert len(journal.episodes("context", 5, 3)) == 1
         path.write_bytes(whole)
@@ -76,28 +76,31 @@ def test_of_what_is_damaged_or_has_another_size_nothing_is_used(folder):
 
 
 @pytest.mark.parametrize("about", ['{"task": "walker_run"}', "{", "[]"])
-def test_another_ones_journal_is_refused(folder, about):
+def test_a_journal_of_another_evaluation_raises(folder, about):
     folder.mkdir(parents=True)
     (folder / "about.json").write_text(about)
     with pytest.raises(UserError, match="another evaluation, or damaged; remove it") as caught:
-        Journal(folder, ABOUT)
+        EpisodeJournal(folder, ABOUT)
     assert str(folder) in str(caught.value)
     assert (folder / "about.json").read_text() == about
 
 
-def test_it_says_whose_it_is(folder):
-    Journal(folder, ABOUT).close()
+def test_about_names_the_evaluation(folder):
+    EpisodeJournal(folder, ABOUT).close()
     assert json.loads((folder / "about.json").read_text()) == {"task": "walker_walk", "seeds": [1, 2]}
     assert not list(folder.glob("*.tmp"))
 
 
 def test_one_writer_at_a_time(folder):
-    with Journal(folder, ABOUT), pytest.raises(UserError, match="another process is running the same evaluation"):
-        Journal(folder, ABOUT)
-    Journal(folder, ABOUT).close()
+    with (
+        EpisodeJournal(folder, ABOUT),
+        pytest.raises(UserError, match="is running the same evaluation"),
+    ):
+        EpisodeJournal(folder, ABOUT)
+    EpisodeJournal(folder, ABOUT).close()
 
 
-def test_a_file_in_the_way_is_named(tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written down"):
-        Journal(tmp_path / "file" / "journal", ABOUT)
+    with pytest.raises(UserError, match="cannot be written"):
+        EpisodeJournal(tmp_path / "file" / "journal", ABOUT)

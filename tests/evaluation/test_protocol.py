@@ -1,4 +1,4 @@
-"""What is planned for a checkpoint: method, target, prompt, and what the records say."""
+"""Evaluations made from a protocol: method, target, prompt, and the fields of the records."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,17 +12,11 @@ from ringrl.config import MeshConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.sampler import ContextSampler
 from ringrl.errors import UserError
+from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random, policy_evaluation, random_evaluation
 from ringrl.evaluation import protocol as protocol_module
-from ringrl.evaluation.play import play
-from ringrl.evaluation.programs import Programs
-from ringrl.evaluation.protocol import (
-    Protocol,
-    evaluate_policy,
-    evaluate_random,
-    plan_policy,
-    plan_random,
-    programs_of,
-)
+from ringrl.evaluation.actors import CompiledPolicy
+from ringrl.evaluation.evaluate import roll_out
+from ringrl.evaluation.protocol import TargetPolicy, compile_policy
 from ringrl.evaluation.records import library_versions
 from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.training import TrainedPolicy, load_policy
@@ -37,7 +31,7 @@ def trained(at_run: Path) -> TrainedPolicy:
 
 
 def with_config(trained: TrainedPolicy, **changes: object) -> TrainedPolicy:
-    """The same, as if trained with other settings; those of the context are changed one by one."""
+    """Return the policy as if trained with other settings; settings of the context are changed one by one."""
     config = trained.info.config
     if "context" in changes:
         changes["context"] = config.context.model_copy(update=changes["context"])
@@ -46,7 +40,9 @@ def with_config(trained: TrainedPolicy, **changes: object) -> TrainedPolicy:
 
 
 @pytest.mark.parametrize(("later", "method"), [(0.0, "td3+bc"), (0.5, "td3+bc+her")])
-def test_an_actor_critic_is_rolled_out_and_named(make_run: Callable[..., Path], later: float, method: str) -> None:
+def test_an_actor_critic_is_rolled_out_under_its_method(
+    make_run: Callable[..., Path], later: float, method: str
+) -> None:
     model = {"kind": "td3_bc", "layers": 1, "width": 16}
     run = make_run(model=model, actor_critic={"hindsight": {"later": later}})
     (record,) = evaluate_policy(load_policy(run), run, Protocol(environments=1))
@@ -55,52 +51,61 @@ def test_an_actor_critic_is_rolled_out_and_named(make_run: Callable[..., Path], 
     assert (record.target_return, record.target_policy) == (None, "none")
     assert 0 <= record.returns[0] <= 250
     with pytest.raises(UserError, match=r"has no context \(td3\+bc"):
-        plan_policy(load_policy(run), run, Protocol(prompt_trajectories=1))
+        policy_evaluation(load_policy(run), run, Protocol(prompt_trajectories=1))
 
 
-def test_behaviour_cloning_is_asked_for_nothing(make_run: Callable[..., Path]) -> None:
+def test_behaviour_cloning_has_no_target(make_run: Callable[..., Path]) -> None:
     run = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
-    plan = plan_policy(load_policy(run), run, Protocol(target="q0.5"))
-    assert (plan.shared.method, plan.shared.target_policy, plan.shared.target_return) == ("bc", "none", None)
+    evaluation = policy_evaluation(load_policy(run), run, Protocol(target="q0.5"))
+    assert (evaluation.template.method, evaluation.template.target_policy, evaluation.template.target_return) == (
+        "bc",
+        "none",
+        None,
+    )
 
 
-def test_what_training_took_is_told(trained: TrainedPolicy, at_run: Path) -> None:
-    """And is no part of what tells evaluations apart: a run's log may be gone."""
-    shared = plan_policy(trained, at_run, Protocol()).shared
-    assert shared.budget == budget(trained.info, trained.step, at_run)
-    assert shared.budget.tokens > 0
-    elsewhere = plan_policy(trained, at_run / "nowhere", Protocol()).shared
-    assert (elsewhere.budget.seconds, elsewhere.evaluation) == (None, shared.evaluation)
+def test_records_state_the_training_cost(trained: TrainedPolicy, at_run: Path) -> None:
+    """The cost is not part of the hash, since the log of a run may be missing."""
+    template = policy_evaluation(trained, at_run, Protocol()).template
+    assert template.budget == budget(trained.info, trained.step, at_run)
+    assert template.budget.tokens > 0
+    elsewhere = policy_evaluation(trained, at_run / "nowhere", Protocol()).template
+    assert (elsewhere.budget.seconds, elsewhere.evaluation) == (None, template.evaluation)
 
 
 def test_tasks_of_a_policy_share_its_programs(trained: TrainedPolicy, at_run: Path) -> None:
-    programs = programs_of(trained, Protocol(), TASK)
-    plans = [plan_policy(trained, at_run, Protocol(), task=task, programs=programs) for task in (TASK, OTHER)]
-    for plan in plans:
-        play(plan)
-        assert len(programs) == 2, "for the first step, and for the others"
+    compiled = compile_policy(trained, Protocol(), TASK)
+    evaluations = [
+        policy_evaluation(trained, at_run, Protocol(), task=task, compiled=compiled) for task in (TASK, OTHER)
+    ]
+    for evaluation in evaluations:
+        roll_out(evaluation)
+        assert len(compiled) == 2, "one for the first step, one for the others"
 
 
-def test_a_cache_in_bfloat16_is_told_and_rounds(trained: TrainedPolicy, at_run: Path) -> None:
-    exact, rounded = (plan_policy(trained, at_run, Protocol(1, cache_dtype=dtype)) for dtype in (None, "bfloat16"))
-    assert (exact.shared.cache_dtype, rounded.shared.cache_dtype) == (None, "bfloat16")
-    assert exact.shared.evaluation != rounded.shared.evaluation
-    assert play(exact)[0].returns != play(rounded)[0].returns
+def test_a_bfloat16_cache_is_recorded_and_rounds(trained: TrainedPolicy, at_run: Path) -> None:
+    exact, rounded = (
+        policy_evaluation(trained, at_run, Protocol(1, cache_dtype=dtype)) for dtype in (None, "bfloat16")
+    )
+    assert (exact.template.cache_dtype, rounded.template.cache_dtype) == (None, "bfloat16")
+    assert exact.template.evaluation != rounded.template.evaluation
+    assert roll_out(exact)[0].returns != roll_out(rounded)[0].returns
 
 
 def test_contexts_divided_over_eight_devices(
     trained: TrainedPolicy, at_run: Path, make_run: Callable[..., Path], eight_devices: None
 ) -> None:
-    """The same actions to rounding, on states that are told and not simulated: contacts would blow rounding up."""
+    """The same actions to rounding, on given states: in a simulation, contacts amplify rounding."""
     divided = load_policy(at_run, mesh=MeshConfig(seq=8))
     assert divided.parameter_hash == trained.parameter_hash
-    plans = [
-        plan_policy(policy, at_run, Protocol(1, prompt_trajectories=1)) for policy in (load_policy(at_run), divided)
+    evaluations = [
+        policy_evaluation(policy, at_run, Protocol(1, prompt_trajectories=1))
+        for policy in (load_policy(at_run), divided)
     ]
-    actors = [plan.make_actor(0) for plan in plans]
-    steps = jax.tree.map(lambda x: x[:, :20], plans[0].prompt)
-    for actor, plan in zip(actors, plans, strict=True):
-        actor.start(1, 20, plan.prompt)
+    actors = [evaluation.make_actor(0) for evaluation in evaluations]
+    steps = jax.tree.map(lambda x: x[:, :20], evaluations[0].prompt)
+    for actor, evaluation in zip(actors, evaluations, strict=True):
+        actor.start(1, 20, evaluation.prompt)
     for time in range(20):
         step = jax.tree.map(lambda x, time=time: x[:, time : time + 1], steps)
         expected, found = (np.asarray(actor.act(step)) for actor in actors)
@@ -124,7 +129,7 @@ def test_contexts_divided_over_eight_devices(
     ],
 )
 @pytest.mark.parametrize("task", [TASK, OTHER])
-def test_targets_are_of_the_task_and_logged(
+def test_targets_are_those_of_the_task_and_recorded(
     trained: TrainedPolicy,
     at_run: Path,
     jaco_store: EpisodeStore,
@@ -133,24 +138,24 @@ def test_targets_are_of_the_task_and_logged(
     policy: str,
     expected: Callable,
 ) -> None:
-    shared = plan_policy(trained, at_run, Protocol(target=target), task=task).shared
-    assert shared.target_policy == policy
-    assert shared.target_return == pytest.approx(float(expected(jaco_store.returns(task))))
-    assert shared.train_task == (None if task == TASK else TASK)
+    template = policy_evaluation(trained, at_run, Protocol(target=target), task=task).template
+    assert template.target_policy == policy
+    assert template.target_return == pytest.approx(float(expected(jaco_store.returns(task))))
+    assert template.train_task == (None if task == TASK else TASK)
 
 
-def test_every_task_that_took_its_turn_was_trained_on(trained: TrainedPolicy, at_run: Path) -> None:
+def test_other_tasks_of_the_run_were_trained_on(trained: TrainedPolicy, at_run: Path) -> None:
     several = with_config(trained, context={"other_tasks": (OTHER,)})
     tasks = (TASK, OTHER, "jaco_reach_top_right")
-    plans = [plan_policy(several, at_run, Protocol(target="3"), task=task) for task in tasks]
-    assert [plan.shared.train_task for plan in plans] == [None, None, TASK]
+    evaluations = [policy_evaluation(several, at_run, Protocol(target="3"), task=task) for task in tasks]
+    assert [evaluation.template.train_task for evaluation in evaluations] == [None, None, TASK]
 
 
-def test_targets_are_of_the_episodes_that_were_trained_on(
+def test_targets_use_the_episodes_of_the_training(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     best_two = with_config(trained, context={"best_fraction": 0.25})
-    target = plan_policy(best_two, at_run, Protocol(target="q0")).shared.target_return
+    target = policy_evaluation(best_two, at_run, Protocol(target="q0")).template.target_return
     assert target == sorted(jaco_store.returns(TASK).tolist())[-2]
 
 
@@ -158,127 +163,133 @@ def test_a_prompt_is_drawn_as_training_contexts_are(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     protocol = Protocol(environments=2, prompt_trajectories=3, prompt_seed=4, target="0.5x")
-    plan = plan_policy(trained, at_run, protocol)
-    shared, returns = plan.shared, jaco_store.returns(TASK)
-    assert (shared.prompt_trajectories, shared.prompt_seed, len(set(shared.prompt_episodes))) == (3, 4, 3)
-    assert shared.prompt_returns == tuple(returns[list(shared.prompt_episodes)].tolist())
-    assert list(shared.prompt_returns) == sorted(shared.prompt_returns), "the best comes last"
-    context = plan.prompt
+    evaluation = policy_evaluation(trained, at_run, protocol)
+    template, returns = evaluation.template, jaco_store.returns(TASK)
+    assert (template.prompt_trajectories, template.prompt_seed, len(set(template.prompt_episodes))) == (3, 4, 3)
+    assert template.prompt_returns == tuple(returns[list(template.prompt_episodes)].tolist())
+    assert list(template.prompt_returns) == sorted(template.prompt_returns), "the best comes last"
+    context = evaluation.prompt
     assert context is not None
     assert context.reward.shape == (1, 750)
     np.testing.assert_array_equal(context.trajectory[0], np.repeat([0, 1, 2], 250))
     np.testing.assert_array_equal(context.position[0], np.arange(750))
-    for place, number in enumerate(shared.prompt_episodes):
+    for place, number in enumerate(template.prompt_episodes):
         episode, steps = jaco_store.episode(number), slice(250 * place, 250 * place + 250)
         np.testing.assert_array_equal(context.action[0, steps], episode["action"][1:])
         expected = trained.info.normalisation.observation(episode["observation"][:-1])
         np.testing.assert_allclose(context.observation[0, steps], expected, atol=1e-6)
-        assert context.return_to_go[0, steps.start] == pytest.approx(shared.target_return / 250)
-        reached = returns[number] >= shared.target_return
+        assert context.return_to_go[0, steps.start] == pytest.approx(template.target_return / 250)
+        reached = returns[number] >= template.target_return
         assert context.completion[0, steps.stop - 1] == reached
     drawn = (Protocol(prompt_trajectories=3, prompt_seed=seed) for seed in range(6))
-    assert len({plan_policy(trained, at_run, protocol).shared.prompt_episodes for protocol in drawn}) > 2
+    assert len({policy_evaluation(trained, at_run, protocol).template.prompt_episodes for protocol in drawn}) > 2
 
 
 def test_a_prompt_longer_than_the_training_contexts_is_computed_once(
     at_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the streams, each episode of the control, and each group."""
-    plan = plan_policy(load_policy(at_run), at_run, Protocol(2, 2, control=True, prompt_trajectories=4, target="3"))
-    assert plan.prompt is not None
-    np.testing.assert_array_equal(plan.prompt.trajectory[0, ::250], [0, 1, 2, 2])
-    prompts, prefill = [], Programs.prefill
-    monkeypatch.setattr(Programs, "prefill", lambda self, prompt: prompts.append(prompt) or prefill(self, prompt))
-    play(plan, groups=2)
+    """Once for the streams, each episode of the control, and each group."""
+    evaluation = policy_evaluation(
+        load_policy(at_run), at_run, Protocol(2, 2, control=True, prompt_trajectories=4, target="3")
+    )
+    assert evaluation.prompt is not None
+    np.testing.assert_array_equal(evaluation.prompt.trajectory[0, ::250], [0, 1, 2, 2])
+    prompts, prefill = [], CompiledPolicy.prefill
+    monkeypatch.setattr(CompiledPolicy, "prefill", lambda self, prompt: prompts.append(prompt) or prefill(self, prompt))
+    roll_out(evaluation, groups=2)
     assert len(prompts) == 6
     assert all(prompt is prompts[0] for prompt in prompts)
 
 
 @pytest.mark.parametrize(("order", "target"), [("descending", "own"), ("history", "best")])
-def test_a_prompt_follows_the_runs_own_order_and_targets(
+def test_a_prompt_has_the_order_and_targets_of_the_run(
     trained: TrainedPolicy, at_run: Path, order: str, target: str
 ) -> None:
     changed = with_config(trained, context={"order": order, "target": target})
-    plan = plan_policy(changed, at_run, Protocol(prompt_trajectories=4))
-    returns = list(plan.shared.prompt_returns)
+    evaluation = policy_evaluation(changed, at_run, Protocol(prompt_trajectories=4))
+    returns = list(evaluation.template.prompt_returns)
     if order == "descending":
         assert returns == sorted(returns, reverse=True)
     else:
-        assert list(plan.shared.prompt_episodes) == sorted(plan.shared.prompt_episodes)
-    assert plan.prompt is not None
-    starts = plan.prompt.return_to_go[0, ::250] * 250
-    np.testing.assert_allclose(starts, returns if target == "own" else [plan.shared.target_return] * 4, rtol=1e-5)
+        assert list(evaluation.template.prompt_episodes) == sorted(evaluation.template.prompt_episodes)
+    assert evaluation.prompt is not None
+    starts = evaluation.prompt.return_to_go[0, ::250] * 250
+    np.testing.assert_allclose(
+        starts, returns if target == "own" else [evaluation.template.target_return] * 4, rtol=1e-5
+    )
 
 
-def test_a_prompt_of_the_training_rules_is_what_the_sampler_gives(
+def test_a_prompt_equals_a_context_of_the_sampler(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
-    """With the target that a training context would have, a prompt is one, number by number."""
-    plan = plan_policy(trained, at_run, Protocol(prompt_trajectories=3))
-    best = f"{max(plan.shared.prompt_returns)!r}"
-    plan = plan_policy(trained, at_run, Protocol(prompt_trajectories=3, target=best))
+    """With the target of a training context, a prompt is identical to one."""
+    evaluation = policy_evaluation(trained, at_run, Protocol(prompt_trajectories=3))
+    best = f"{max(evaluation.template.prompt_returns)!r}"
+    evaluation = policy_evaluation(trained, at_run, Protocol(prompt_trajectories=3, target=best))
     info = trained.info
     sampler = ContextSampler(jaco_store, TASK, info.config.context, info.normalisation, 1, info.config.seed)
     expected = sampler.batch(2**64)
     for name in ("observation", "action", "return_to_go", "completion", "trajectory"):
-        np.testing.assert_array_equal(getattr(plan.prompt, name), getattr(expected, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(evaluation.prompt, name), getattr(expected, name), err_msg=name)
 
 
-def test_prompts_are_none_of_the_contexts_trained_on(
+def test_prompts_are_not_contexts_of_the_training(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
-    """Where all are of history's order, seeds that coincide would show: few steps, and rows of a batch."""
+    """Prompt seeds are small numbers, as the steps of training."""
     random = with_config(trained, context={"order": "random", "trajectories": 4})
     info = random.info
     sampler = ContextSampler(jaco_store, TASK, info.config.context, info.normalisation, 6, info.config.seed)
     for seed in range(4):
-        prompt = plan_policy(random, at_run, Protocol(prompt_trajectories=4, prompt_seed=seed)).shared.prompt_episodes
+        prompt = policy_evaluation(
+            random, at_run, Protocol(prompt_trajectories=4, prompt_seed=seed)
+        ).template.prompt_episodes
         assert prompt not in {tuple(row) for row in sampler.plan(seed).episodes.tolist()}
 
 
 def test_prompts_differ_where_all_training_contexts_are_the_same(trained: TrainedPolicy, at_run: Path) -> None:
     fixed = with_config(trained, context={"sampling": "fixed"})
     drawn = (Protocol(prompt_trajectories=3, prompt_seed=seed) for seed in range(6))
-    assert len({plan_policy(fixed, at_run, protocol).shared.prompt_episodes for protocol in drawn}) > 2
+    assert len({policy_evaluation(fixed, at_run, protocol).template.prompt_episodes for protocol in drawn}) > 2
 
 
-def test_in_another_task_prompts_and_targets_are_of_the_episodes_that_were_trained_on(
+def test_in_another_task_prompts_and_targets_use_the_episodes_of_the_training(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     best_two = with_config(trained, context={"best_fraction": 0.25})
     chosen = np.sort(np.argsort(jaco_store.returns(TASK))[-2:])
-    assert set(chosen) != set(np.argsort(jaco_store.returns(OTHER))[-2:]), "the other task's best are others"
-    shared = plan_policy(best_two, at_run, Protocol(prompt_trajectories=2), task=OTHER).shared
-    assert sorted(shared.prompt_episodes) == chosen.tolist()
-    assert shared.target_return == jaco_store.returns(OTHER)[chosen].max()
+    assert set(chosen) != set(np.argsort(jaco_store.returns(OTHER))[-2:]), "the other task has other best episodes"
+    template = policy_evaluation(best_two, at_run, Protocol(prompt_trajectories=2), task=OTHER).template
+    assert sorted(template.prompt_episodes) == chosen.tolist()
+    assert template.target_return == jaco_store.returns(OTHER)[chosen].max()
 
 
-def test_what_needs_the_data_says_so(
+def test_a_missing_dataset_raises_only_if_needed(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere.h5"
     elsewhere.write_bytes(jaco_store.path.read_bytes())
     moved, run = with_config(trained, data=tmp_path / "gone.h5"), at_run
-    plan_policy(moved, run, Protocol())
-    plan_policy(moved, run, Protocol(target="3"), task=OTHER)
+    policy_evaluation(moved, run, Protocol())
+    policy_evaluation(moved, run, Protocol(target="3"), task=OTHER)
     needs = [(Protocol(target="q0.5"), TASK), (Protocol(prompt_trajectories=1), TASK), (Protocol(), OTHER)]
     for protocol, task in needs:
-        with pytest.raises(UserError, match="no longer there; say where it is with --data"):
-            plan_policy(moved, run, protocol, task=task)
-        plan_policy(moved, run, protocol, task=task, data=elsewhere)
-    moved = with_config(load_policy(run), data=tmp_path / "gone.h5")  # on the devices that there are by now
+        with pytest.raises(UserError, match="is missing; give its path with --data"):
+            policy_evaluation(moved, run, protocol, task=task)
+        policy_evaluation(moved, run, protocol, task=task, data=elsewhere)
+    moved = with_config(load_policy(run), data=tmp_path / "gone.h5")  # on the current devices
     (record,) = evaluate_policy(moved, run, Protocol(environments=1, target="q0.5"), data=elsewhere)
     assert record.target_return == np.median(jaco_store.returns(TASK))
     with pytest.raises(UserError, match=r"--prompt-trajectories: .*9 do not fit the 8"):
-        plan_policy(moved, run, Protocol(prompt_trajectories=9), data=elsewhere)
+        policy_evaluation(moved, run, Protocol(prompt_trajectories=9), data=elsewhere)
 
 
-def test_the_hash_of_an_evaluation_tells_all_that_decides_it(
+def test_the_hash_of_an_evaluation_depends_on_everything_that_decides_it(
     trained: TrainedPolicy, at_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hash_of(task: str = TASK, run: Path = at_run, command: str = "", **changes: object) -> str:
         protocol = Protocol(**({"environments": 2, "target": "10"} | changes))
-        return str(plan_policy(trained, run, protocol, task=task, command=command).shared.evaluation)
+        return str(policy_evaluation(trained, run, protocol, task=task, command=command).template.evaluation)
 
     base = hash_of()
     assert hash_of(command="typed otherwise", run=tmp_path / "moved") == base
@@ -290,36 +301,66 @@ def test_the_hash_of_an_evaluation_tells_all_that_decides_it(
     changes = {"step": 1, "parameter_hash": "another", "parallel": Parallel(jax.make_mesh((1, 1, 1, 1), MESH_AXES))}
     for name, value in changes.items():
         changed = dataclasses.replace(trained, **{name: value})
-        found = plan_policy(changed, at_run, Protocol(2, target="10")).shared.evaluation
+        found = policy_evaluation(changed, at_run, Protocol(2, target="10")).template.evaluation
         assert (found == base) is (name == "parallel"), "a ring of one is one device"
     monkeypatch.setattr(Parallel, "ring_size", 2)
     assert hash_of() != base
     monkeypatch.undo()
-    assert hash_of(cache_dtype=trained.info.config.model.dtype) == base, "which is what it is kept in anyway"
+    assert hash_of(cache_dtype=trained.info.config.model.dtype) == base, "the dtype of the policy"
     monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"optax": "other"})
-    assert hash_of() == base, "it decides nothing here"
+    assert hash_of() == base, "optax does not change a result"
     monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"mujoco": "other"})
     assert hash_of() != base
 
 
-def test_random_actions_do_not_depend_on_what_is_beside_them() -> None:
+def test_random_actions_do_not_depend_on_other_streams() -> None:
     two = evaluate_random(TASK, Protocol(environments=2, episodes=2, seed=70))
     (alone,) = evaluate_random(TASK, Protocol(environments=1, episodes=2, seed=72))
     assert alone.returns == two[1].returns != two[0].returns
     assert (alone.target_policy, alone.target_return, alone.environment_seed) == ("none", None, 72)
-    assert not plan_random(TASK, Protocol(control=True)).control
+    assert not random_evaluation(TASK, Protocol(control=True)).protocol.control
 
 
 @pytest.mark.parametrize("name", ["environments", "episodes"])
-def test_too_few_of_anything(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: 0 is too few"):
+def test_numbers_that_are_too_small_raise(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: 0 is too small"):
         Protocol(**{name: 0})
-    with pytest.raises(UserError, match="prompt_trajectories: -1 is too few"):
+    with pytest.raises(UserError, match="prompt_trajectories: -1 is too small"):
         Protocol(prompt_trajectories=-1)
 
 
-def test_there_are_2_to_the_32_starts() -> None:
+def test_seeds_are_below_2_to_the_32() -> None:
     assert Protocol(environments=3, episodes=2, seed=2**32 - 6).seed == 2**32 - 6
     for seed in (2**32 - 5, 99999999999999999999):
         with pytest.raises(UserError, match=rf"^--seed: the episodes would start from seeds {seed} to {seed + 5}, "):
             Protocol(environments=3, episodes=2, seed=seed)
+
+
+RETURNS = np.array([10, 50, 20, 40, 30], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "chosen"),
+    [
+        ("best", "data_best", 50),
+        ("1x", "data_best", 50),
+        ("0.9x", "0.9x data_best", 45),
+        ("1.5X", "1.5x data_best", 75),
+        ("q0.75", "data_quantile_0.75", 40),
+        ("q0", "data_quantile_0", 10),
+        ("q0.33333333", "data_quantile_0.33333333", 70 / 3),
+        ("0.90000001x", "0.90000001x data_best", 45),
+        ("800", "given", 800),
+        ("-3.5", "given", -3.5),
+    ],
+)
+def test_policies(text, name, chosen):
+    policy = TargetPolicy.parse(text)
+    assert policy.name == name
+    assert policy.choose(RETURNS) == pytest.approx(chosen)
+
+
+@pytest.mark.parametrize("text", ["", "good", "q1.1", "q-0.1", "q", "x", "nan", "inf", "infx", "0.9 x y"])
+def test_other_targets_raise(text):
+    with pytest.raises(UserError, match="--target"):
+        TargetPolicy.parse(text)

@@ -1,4 +1,4 @@
-"""Rollouts in real environments: returns, what policies are told, and the cache against the full forward pass."""
+"""Rollouts in real environments: returns, inputs of the policy, and the cache against the full forward pass."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,8 @@ from ringrl.context import Context
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS, make_vec
 from ringrl.errors import UserError
-from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, PolicyActor, RandomActor
-from ringrl.evaluation.episode import ARRAYS, Episode
-from ringrl.evaluation.programs import Programs
-from ringrl.evaluation.rollout import Group, rollout
+from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, CompiledPolicy, PolicyActor, RandomActor
+from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch, Group, rollout
 from ringrl.model import Policy, make_policy
 
 TASK, JACO = "jaco_reach_top_left", DOMAINS["jaco"]
@@ -25,8 +23,8 @@ NORMALISATION = Normalisation(np.linspace(-0.5, 0.5, 42), np.linspace(0.5, 2, 42
 SEED = 11
 
 
-class Recorder:
-    """Passes everything on to another actor and keeps it."""
+class RecordingActor:
+    """Forwards everything to another actor and keeps it."""
 
     def __init__(self, actor: Actor) -> None:
         self.actor, self.steps, self.actions, self.started = actor, [], [], []
@@ -38,7 +36,7 @@ class Recorder:
 
     def act(self, current: Context) -> np.ndarray:
         for name in ("action", "reward", "completion"):
-            assert (getattr(current, name) == 0).all(), "what is not known yet is zero"
+            assert (getattr(current, name) == 0).all(), "unknown values are zero"
         self.actions.append(self.actor.act(current))
         return self.actions[-1]
 
@@ -48,7 +46,7 @@ class Recorder:
 
     @property
     def context(self) -> Context:
-        """All that was observed, as one context."""
+        """Return everything that was observed as one context."""
         return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *self.steps)
 
 
@@ -72,7 +70,7 @@ def tiny(**settings: object) -> Policy:
 
 
 def seeds(streams: int, episodes: int = 1, first: int = SEED) -> np.ndarray:
-    """One per episode, stream by stream."""
+    """Return one seed per episode, stream by stream."""
     return first + np.arange(streams * episodes).reshape(streams, episodes)
 
 
@@ -87,9 +85,9 @@ def run(actor: Actor, environments: int = 2, episodes: int = 1, first: int = SEE
 
 
 @pytest.fixture(scope="module")
-def two_random_episodes() -> tuple[np.ndarray, Recorder, list[np.ndarray]]:
-    """Returns of two random episodes in each of two environments, all that was seen, and the returns as reported."""
-    recorder, reported = Recorder(RandomActor(JACO.action_size, seed=5)), []
+def two_random_episodes() -> tuple[np.ndarray, RecordingActor, list[np.ndarray]]:
+    """Returns of two random episodes in each of two environments, the observed context, and the reported returns."""
+    recorder, reported = RecordingActor(RandomActor(JACO.action_size, seed=5)), []
     returns = run(recorder, episodes=2, target_return=3.0, on_episode=lambda x: reported.append(x.returns))
     return returns, recorder, reported
 
@@ -121,8 +119,8 @@ def test_returns_equal_a_plain_loop(two_random_episodes, plain_loop):
     assert recorder.started == [(2, 2 * LENGTH)]
 
 
-def test_what_the_policy_is_told(two_random_episodes, plain_loop):
-    """Normalised observations, actions and rewards as they were, and the return still asked for, in each episode."""
+def test_the_inputs_of_the_policy(two_random_episodes, plain_loop):
+    """Normalised observations, actions, rewards, returns-to-go and completions of each episode."""
     _, recorder, _ = two_random_episodes
     context = recorder.context
     np.testing.assert_array_equal(context.observation, NORMALISATION.observation(plain_loop["observation"]))
@@ -139,7 +137,7 @@ def test_what_the_policy_is_told(two_random_episodes, plain_loop):
     np.testing.assert_array_equal(context.completion, completed & last)
     np.testing.assert_array_equal(context.position, np.tile(np.arange(2 * LENGTH), (2, 1)))
     assert (context.weight == 1).all()
-    for name in ("action", "reward", "completion"):  # of the step before, over the end of an episode too
+    for name in ("action", "reward", "completion"):  # of the step before, also across episodes
         x, before = getattr(context, name), getattr(context.previous, name)
         assert not before[:, 0].any()
         np.testing.assert_array_equal(before[:, 1:], x[:, :-1], err_msg=name)
@@ -147,9 +145,9 @@ def test_what_the_policy_is_told(two_random_episodes, plain_loop):
 
 @pytest.mark.parametrize("settings", [{"token_set": "at5"}, {"token_set": "fused1", "trajectory_embedding": True}])
 def test_actions_equal_the_full_forward_pass_at_every_position(settings):
-    """Two episodes in one context, over every growth of the cache."""
+    """Several episodes in one context, across every growth of the cache."""
     policy = tiny(**settings)
-    recorder = Recorder(PolicyActor(Programs(policy)))
+    recorder = RecordingActor(PolicyActor(CompiledPolicy(policy)))
     run(recorder, episodes=2 if policy.tokens_per_step == 5 else 3)
     context = recorder.context
     tokens = context.reward.shape[1] * policy.tokens_per_step
@@ -163,7 +161,7 @@ def test_actions_equal_the_full_forward_pass_at_every_position(settings):
 
 
 def replayed(actor: Actor, context: Context) -> np.ndarray:
-    """Actions (B, T, A) of an actor to which the same happens again."""
+    """Return actions (B, T, A) of an actor on a given context."""
     batch, time = context.reward.shape
     actor.start(batch, time)
     actions = []
@@ -175,17 +173,17 @@ def replayed(actor: Actor, context: Context) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rows", [[2, 0, 1], [1]], ids=["permuted", "alone"])
-def test_a_policy_acts_alike_at_any_place_of_a_batch(rows, two_random_episodes):
-    """Replayed and not rolled out again: contacts would blow up what float32 rounds differently."""
+def test_actions_do_not_depend_on_the_position_in_the_batch(rows, two_random_episodes):
+    """On given states: in a simulation, contacts amplify rounding."""
     _, recorder, _ = two_random_episodes
     contexts = jax.tree.map(lambda x: np.concatenate([x[:, :300], x[:1, 200:500]]), recorder.context)
-    actor = PolicyActor(Programs(tiny(token_set="ring4")))
+    actor = PolicyActor(CompiledPolicy(tiny(token_set="ring4")))
     whole, some = replayed(actor, contexts), replayed(actor, jax.tree.map(lambda x: x[rows], contexts))
     np.testing.assert_allclose(some, whole[rows], rtol=1e-5, atol=1e-5)
     assert all(np.abs(whole[i] - whole[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_environments_of_a_batch_do_not_know_each_other():
+def test_environments_of_a_batch_are_independent():
     actions = np.random.default_rng(0).uniform(-1, 1, (LENGTH, 3, JACO.action_size)).astype(np.float32)
     together = run(Scripted(actions), environments=3)
     for i in range(3):
@@ -194,21 +192,21 @@ def test_environments_of_a_batch_do_not_know_each_other():
     assert len(set(together[:, 0])) == 3
 
 
-def test_an_actor_starts_anew_with_every_rollout():
-    actor = PolicyActor(Programs(tiny(token_set="fused1")))
+def test_every_rollout_clears_the_memory():
+    actor = PolicyActor(CompiledPolicy(tiny(token_set="fused1")))
     np.testing.assert_array_equal(run(actor), run(actor))
 
 
 def test_behaviour_cloning_rolls_out():
     policy = tiny(kind="behaviour_cloning")
-    recorder = Recorder(PolicyActor(Programs(policy)))
+    recorder = RecordingActor(PolicyActor(CompiledPolicy(policy)))
     run(recorder)
     expected = policy.actions(recorder.context)
     np.testing.assert_allclose(recorder.context.action, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_trajectory_index_stays_below_what_was_trained():
-    recorder = Recorder(RandomActor(JACO.action_size, seed=0))
+def test_the_trajectory_index_is_clipped():
+    recorder = RecordingActor(RandomActor(JACO.action_size, seed=0))
     run(recorder, environments=1, episodes=3, trajectories=2)
     assert recorder.context.trajectory[0, ::LENGTH].tolist() == [0, 1, 1]
 
@@ -217,15 +215,15 @@ SHORT = Normalisation(NORMALISATION.mean, NORMALISATION.std, 4)
 
 
 def play(vectors: Sequence[gymnasium.vector.VectorEnv], episodes: int = 3, **options):
-    """Returns and episodes of short environments; and all that the actors were told, in the order of the streams."""
-    played: list[Episode] = []
+    """Return returns and episodes of short environments, and the context that the actors observed."""
+    played: list[EpisodeBatch] = []
     firsts = np.cumsum([0, *(vector.num_envs for vector in vectors)])
-    recorders = [Recorder(RandomActor(9, seed=int(first))) for first in firsts[:-1]]
+    recorders = [RecordingActor(RandomActor(9, seed=int(first))) for first in firsts[:-1]]
     groups = [Group(recorder, vector) for recorder, vector in zip(recorders, vectors, strict=True)]
     options = {"target_return": 2.0, "seeds": seeds(firsts[-1], episodes), "on_episode": played.append} | options
     returns = rollout(groups, SHORT, **options)
-    told = [recorder.context for recorder in recorders if recorder.steps]
-    return returns, played, jax.tree.map(lambda *x: np.concatenate(x), *told) if told else None
+    observed = [recorder.context for recorder in recorders if recorder.steps]
+    return returns, played, jax.tree.map(lambda *x: np.concatenate(x), *observed) if observed else None
 
 
 def assert_same(one: object, other: object) -> None:
@@ -234,18 +232,18 @@ def assert_same(one: object, other: object) -> None:
 
 @pytest.mark.parametrize("broken", [(np.nan, 0.5), (0.0, np.nan), (np.inf, 0.5), (0.0, -np.inf)])
 @pytest.mark.parametrize("at", [0, 2, 3])
-def test_what_is_not_finite_ends_its_stream_and_no_other(broken, at, drift):
+def test_a_number_that_is_not_finite_ends_its_stream_only(broken, at, drift):
     whole, _, expected = play([drift(None, None, None)])
-    returns, played, told = play([drift(None, {"breaks": broken, "episode": 1, "at": at}, None)])
+    returns, played, observed = play([drift(None, {"breaks": broken, "episode": 1, "at": at}, None)])
     np.testing.assert_array_equal(returns[[0, 2]], whole[[0, 2]])
     assert returns[1, 0] == whole[1, 0]
     assert np.isnan(returns[1, 1:]).all()
     assert [episode.steps.tolist() for episode in played] == [[4, 4, 4], [4, at, 4], [4, 0, 4]]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(told)), "the policy never sees what is not finite"
-    assert_same(jax.tree.map(lambda x: x[[0, 2]], told), jax.tree.map(lambda x: x[[0, 2]], expected))
-    assert not told.observation[1, 4 + at + 1 :].any()
-    assert not told.reward[1, 4 + at :].any()
-    assert told.observation[1, 4 + at].any()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(observed)), "the policy receives finite numbers only"
+    assert_same(jax.tree.map(lambda x: x[[0, 2]], observed), jax.tree.map(lambda x: x[[0, 2]], expected))
+    assert not observed.observation[1, 4 + at + 1 :].any()
+    assert not observed.reward[1, 4 + at :].any()
+    assert observed.observation[1, 4 + at].any()
 
 
 def test_an_unstable_simulation_has_no_return():
@@ -255,7 +253,7 @@ def test_an_unstable_simulation_has_no_return():
                 vector._datas[0].qpos[:] = 1e12
 
     vector = make_vec(TASK, 2, seed=0)
-    found: list[Episode] = []
+    found: list[EpisodeBatch] = []
     groups = [Group(Kicked(9, 0), vector)]
     returns = rollout(groups, NORMALISATION, seeds=seeds(2), target_return=1.0, on_episode=found.append)
     assert np.isnan(returns[0, 0])
@@ -270,15 +268,15 @@ def test_groups_in_turn_play_the_same_episodes(sizes, drift):
     breaks = [None, {"breaks": (np.nan, 0.0), "episode": 1}, None, None]
     whole, episodes, expected = play([drift(*breaks)])
     cuts = np.split(np.array(breaks, object), np.cumsum(sizes)[:-1])
-    returns, in_groups, told = play([drift(*cut) for cut in cuts])
+    returns, in_groups, observed = play([drift(*cut) for cut in cuts])
     np.testing.assert_array_equal(returns, whole)
-    assert_same(told, expected)
+    assert_same(observed, expected)
     for one, other in zip(in_groups, episodes, strict=True):
         assert_same([getattr(one, name) for name in ARRAYS], [getattr(other, name) for name in ARRAYS])
 
 
-def test_an_action_is_awaited_only_when_the_other_group_has_asked_for_its_own(drift):
-    """That is what lets the one be computed while the other is simulated."""
+def test_groups_request_actions_before_they_wait(drift):
+    """The actions of one group are computed while the other group is simulated."""
     order: list[str] = []
 
     class Pending:
@@ -307,63 +305,63 @@ def test_an_action_is_awaited_only_when_the_other_group_has_asked_for_its_own(dr
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("sizes", [(3,), (1, 2)])
-def test_recorded_episodes_are_told_again_and_not_simulated(count, sizes, drift):
+def test_recorded_episodes_are_replayed_and_not_simulated(count, sizes, drift):
     breaks = [None, {"breaks": (np.nan, 0.0), "episode": 1}, None]
     whole, episodes, expected = play([drift(*breaks)])
     steps: list[int] = []
     cuts = np.split(np.array(breaks, object), np.cumsum(sizes)[:-1])
-    returns, again, told = play([drift(*cut) for cut in cuts], recorded=episodes[:count], on_step=steps.append)
+    returns, again, observed = play([drift(*cut) for cut in cuts], recorded=episodes[:count], on_step=steps.append)
     np.testing.assert_array_equal(returns, whole)
-    assert_same(told, expected)
+    assert_same(observed, expected)
     assert sum(steps) == (3 - count) * 4 * 3
     assert again[:count] == episodes[:count]
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(again[-1], name), getattr(episodes[-1], name))
 
 
-def test_a_rollout_that_is_recorded_whole_only_resets(drift):
+def test_a_completely_recorded_rollout_only_resets(drift):
     vector = drift(None, None)
     whole, episodes, _ = play([vector])
     following = vector.reset()[0]
     vector = drift(None, None)
-    returns, _, told = play([vector], recorded=episodes)
+    returns, _, observed = play([vector], recorded=episodes)
     np.testing.assert_array_equal(returns, whole)
-    assert told is None
+    assert observed is None
     np.testing.assert_array_equal(vector.reset()[0], following)
 
 
-def test_episodes_that_were_recorded_elsewhere_are_refused(drift):
+def test_recorded_episodes_with_other_starts_raise(drift):
     _, episodes, _ = play([drift(None, None)])
-    with pytest.raises(UserError, match="episode 1 starts elsewhere"):
+    with pytest.raises(UserError, match="episode 1: the recorded episode starts in another state"):
         play([drift(None, None)], recorded=episodes[:1], seeds=seeds(2, 3, first=6))
 
 
-def test_without_a_target_nothing_is_asked_for(drift):
-    _, _, told = play([drift(None)], target_return=None)
-    assert not told.return_to_go.any()
-    assert not told.completion.any()
-    _, _, told = play([drift(None)], target_return=0.0)
-    assert told.return_to_go.any()
-    assert told.completion.any()
+def test_without_a_target_return_to_go_is_zero(drift):
+    _, _, observed = play([drift(None)], target_return=None)
+    assert not observed.return_to_go.any()
+    assert not observed.completion.any()
+    _, _, observed = play([drift(None)], target_return=0.0)
+    assert observed.return_to_go.any()
+    assert observed.completion.any()
 
 
 def prompt_of(context: Context) -> Context:
     return jax.tree.map(lambda x: x[1:2, : 2 * LENGTH], context)
 
 
-def test_a_prompt_comes_first_and_places_go_on_from_it(two_random_episodes, drift):
+def test_positions_continue_after_a_prompt(two_random_episodes, drift):
     prompt = prompt_of(two_random_episodes[1].context)
-    _, _, told = play([drift(None, None)], episodes=2, prompt=prompt, trajectories=4)
-    np.testing.assert_array_equal(told.position, np.tile(2 * LENGTH + np.arange(8), (2, 1)))
-    np.testing.assert_array_equal(told.trajectory, np.tile(np.repeat([2, 3], 4), (2, 1)))
-    np.testing.assert_array_equal(told.timestep, np.tile(np.arange(4), (2, 2)))
+    _, _, observed = play([drift(None, None)], episodes=2, prompt=prompt, trajectories=4)
+    np.testing.assert_array_equal(observed.position, np.tile(2 * LENGTH + np.arange(8), (2, 1)))
+    np.testing.assert_array_equal(observed.trajectory, np.tile(np.repeat([2, 3], 4), (2, 1)))
+    np.testing.assert_array_equal(observed.timestep, np.tile(np.arange(4), (2, 2)))
     for name in ("action", "reward", "completion"):
         last = np.repeat(getattr(prompt, name)[:, -1:], 2, axis=0)
-        np.testing.assert_array_equal(getattr(told.previous, name)[:, :1], last, err_msg=name)
-    recorder = Recorder(RandomActor(9, 0))
+        np.testing.assert_array_equal(getattr(observed.previous, name)[:, :1], last, err_msg=name)
+    recorder = RecordingActor(RandomActor(9, 0))
     rollout([Group(recorder, drift(None))], SHORT, seeds=seeds(1), target_return=1.0, prompt=prompt, trajectories=2)
-    assert recorder.started == [(1, 4)], "the prompt's steps are not counted"
-    assert recorder.prompt.trajectory.max() == 1, "no index that was never trained"
+    assert recorder.started == [(1, 4)], "without the steps of the prompt"
+    assert recorder.prompt.trajectory.max() == 1, "indices are clipped"
     assert (recorder.context.trajectory == 1).all()
 
 
@@ -375,7 +373,7 @@ def test_actions_after_a_prompt_equal_the_full_forward_pass(token_set, two_rando
     prompt = prompt._replace(
         previous=jax.tree.map(lambda x: np.concatenate([0 * x[:, :1], x[:, 1:]], 1), prompt.previous)
     )
-    recorder = Recorder(PolicyActor(Programs(policy)))
+    recorder = RecordingActor(PolicyActor(CompiledPolicy(policy)))
     rollout([Group(recorder, drift(None, None))], SHORT, seeds=seeds(2, 2), target_return=2.0, prompt=prompt)
     both = jax.tree.map(lambda x, y: np.concatenate([np.repeat(x, 2, axis=0), y], axis=1), prompt, recorder.context)
     expected = policy.actions(both)[:, prompt.reward.shape[1] :]
@@ -385,8 +383,8 @@ def test_actions_after_a_prompt_equal_the_full_forward_pass(token_set, two_rando
 
 
 @pytest.mark.parametrize("length", [LENGTH - 1, LENGTH + 1])
-def test_episodes_of_another_length_than_the_datas_are_refused(length):
+def test_episodes_of_another_length_raise(length):
     vector = make_vec(TASK, 1, seed=0)
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, length)
-    with pytest.raises(UserError, match=r"episodes (end|go on) after"):
+    with pytest.raises(UserError, match=r"episodes (end|do not end) after"):
         rollout([Group(RandomActor(9, 0), vector)], normalisation, seeds=seeds(1), target_return=1.0)

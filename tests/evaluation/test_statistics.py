@@ -6,30 +6,18 @@ import numpy as np
 import pytest
 
 from ringrl.evaluation.statistics import (
-    METRICS,
     Estimate,
     Interval,
     difference,
     estimate,
     interquartile_mean,
-    median_of_tasks,
-    optimality_gap,
     performance_profile,
     probability_of_improvement,
-    stream_metric,
 )
 
 
 def generator() -> np.random.Generator:
     return np.random.default_rng(7)
-
-
-def test_metrics_of_a_stream():
-    streams = np.array([[1.0, 5.0, 3.0], [2.0, 2.0, 8.0]])
-    expected = {"first": [1, 2], "last": [3, 8], "mean": [3, 4], "best": [5, 8]}
-    assert set(expected) == set(METRICS)
-    for metric in METRICS:
-        np.testing.assert_array_equal(stream_metric(streams, metric), expected[metric])
 
 
 def test_interquartile_mean_by_hand():
@@ -176,25 +164,6 @@ def test_probability_of_improvement_by_hand():
         probability_of_improvement([ours], [theirs, theirs], generator=generator())
 
 
-def test_the_median_of_tasks_is_of_their_means():
-    tasks = [np.array([0.0, 0, 9]), np.array([5.0, 5]), np.array([70.0, 90])]
-    found = median_of_tasks(tasks, generator=generator())
-    assert (found.value, found.runs) == (5, 7)
-    assert found.interval is not None
-    assert 0 <= found.interval.low <= 5 <= found.interval.high <= 9
-    assert estimate(tasks, np.median, generator=generator()).value == 5
-    assert median_of_tasks([np.array([0.0, 0, 9]), np.array([8.0])], generator=generator()).value == 5.5
-    assert median_of_tasks([np.array([0.0, 0, 9]), np.array([8.0])], generator=generator()).interval is None
-
-
-def test_the_optimality_gap_by_hand():
-    scores = np.array([[100.0, 250], [40, 60]])
-    np.testing.assert_array_equal(optimality_gap(scores), [0, 50])
-    assert optimality_gap(scores, axis=None) == 25
-    assert optimality_gap(scores, axis=None, optimum=300) == 300 - 450 / 4
-    assert estimate(list(scores), optimality_gap, generator=generator()).value == 25
-
-
 def test_a_performance_profile_by_hand():
     tasks = [np.array([1.0, 3, 5]), np.array([3.0])]
     found = performance_profile(tasks, np.array([5.0, 0, 3, 2.9]), generator=generator())
@@ -228,23 +197,15 @@ OTHERS = np.random.default_rng(1).gamma(2.0, 1.2, (7, 3)) * [1, 5, 20]
 RLIABLE = {
     "interquartile mean": (8.795706624129734, 6.9954541542988435, 10.794543361643985),
     "mean": (13.134341709868012, 9.55268486527562, 18.174901236132904),
-    "optimality gap": (1.4562147592766808, 1.046469006455579, 1.8726244269570533),
-    "median": (8.65639530033523, 6.265201411635482, 11.002399843178496),
     "probability of improvement": (0.35714285714285715, 0.22380952, 0.5047619),
 }
 
 
-def gap(scores: np.ndarray, *, axis: int = -1) -> np.ndarray:
-    return optimality_gap(scores, axis=axis, optimum=6)
-
-
 def ours(name: str) -> Estimate:
     tasks, drawing = list(SCORES.T), {"generator": generator(), "resamples": 10_000}
-    if name == "median":
-        return median_of_tasks(tasks, **drawing)
     if name == "probability of improvement":
         return probability_of_improvement(tasks, list(OTHERS.T), **drawing)
-    aggregates = {"interquartile mean": interquartile_mean, "mean": np.mean, "optimality gap": gap}
+    aggregates = {"interquartile mean": interquartile_mean, "mean": np.mean}
     return estimate(tasks, aggregates[name], **drawing)
 
 
@@ -278,8 +239,6 @@ class TestAgainstRliable:
         aggregates = {
             "interquartile mean": metrics.aggregate_iqm,
             "mean": metrics.aggregate_mean,
-            "optimality gap": lambda scores: metrics.aggregate_optimality_gap(scores, gamma=6),
-            "median": metrics.aggregate_median,
         }
         np.random.seed(0)  # noqa: NPY002 (rliable draws from the global generator)
         points, intervals = library.get_interval_estimates(

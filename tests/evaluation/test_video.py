@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from ringrl.envs import DOMAINS, domain_of, make
 from ringrl.errors import UserError
-from ringrl.evaluation.video import Recorder, Recording, VideoError, choose, write_videos
+from ringrl.evaluation.video import EpisodeStates, VideoCandidates, VideoError, choose, write_videos
 
 _WIDTH, _HEIGHT = 240, 180  # pixels
-_LINE = 14  # pixels: of the text above and below
+_LINE = 14  # pixels, height of the text above and below
 _TASKS = [task for domain in DOMAINS.values() for task in domain.tasks[: 2 if domain.tasks[0].endswith("left") else 1]]
 
 
@@ -24,27 +24,27 @@ def opengl():
         pytest.skip(str(error))
 
 
-def _recording(task, steps, label="best"):
-    """An episode under full actions, that everything moves."""
+def _episode(task, steps, label="best"):
+    """Return an episode with full actions."""
     environment = make(task, seed=0)
     environment.reset()
     results = [environment.step(np.ones(domain_of(task).action_size)) for _ in range(steps)]
     physics = [environment.reset(seed=0)[1]["physics"], *(info["physics"] for *_, info in results)]
-    return Recording(label, np.stack(physics), np.array([reward for _, reward, *_ in results]))
+    return EpisodeStates(label, np.stack(physics), np.array([reward for _, reward, *_ in results]))
 
 
-def _draw(task, recording, path):
-    """The pictures (N, height, width, 3), as signed integers, and their number per second."""
-    assert write_videos(task, {path: recording}, width=_WIDTH, height=_HEIGHT) == [path]
+def _draw(task, episode, path):
+    """Return the frames (N, height, width, 3) as signed integers, and the frames per second."""
+    assert write_videos(task, {path: episode}, width=_WIDTH, height=_HEIGHT) == [path]
     return imageio.v3.imread(path).astype(int), imageio.v3.immeta(path)["fps"]
 
 
 @pytest.mark.parametrize("task", _TASKS)
-def test_every_domain_is_drawn_at_its_own_speed(task, tmp_path, opengl):
+def test_every_domain_is_rendered_at_the_speed_of_its_simulation(task, tmp_path, opengl):
     domain = domain_of(task)
     every = {"walker": 1, "cheetah": 4, "cartpole": 4, "jaco": 1, "quadruped": 2, "point_mass_maze": 2}[domain.name]
-    frames, rate = _draw(task, _recording(task, 4 * every + 1), tmp_path / "best.mp4")
-    assert frames.shape == (6, _HEIGHT, _WIDTH, 3)  # the last step has a picture in any case
+    frames, rate = _draw(task, _episode(task, 4 * every + 1), tmp_path / "best.mp4")
+    assert frames.shape == (6, _HEIGHT, _WIDTH, 3)  # the last step always has a frame
     assert rate == pytest.approx(1 / (every * domain.control_timestep))
     scenes = frames[:, _LINE + 4 : -_LINE - 4]
     assert scenes[0].std(axis=(0, 1)).min() > 10
@@ -59,29 +59,29 @@ def test_every_domain_is_drawn_at_its_own_speed(task, tmp_path, opengl):
 
 
 @pytest.mark.parametrize("domain", ["walker", "quadruped"])
-def test_the_camera_follows_over_an_endless_floor(domain, tmp_path, opengl):
+def test_the_camera_follows_over_an_infinite_floor(domain, tmp_path, opengl):
     task = DOMAINS[domain].tasks[0]
-    recording = _recording(task, 1)
-    recording.physics[:] = recording.physics[0]
-    recording.physics[1, {"walker": 1, "quadruped": 0}[domain]] -= 40.5  # metres, along x
-    frames, _ = _draw(task, recording, tmp_path / "best.mp4")
+    episode = _episode(task, 1)
+    episode.physics[:] = episode.physics[0]
+    episode.physics[1, {"walker": 1, "quadruped": 0}[domain]] -= 40.5  # metres, along x
+    frames, _ = _draw(task, episode, tmp_path / "best.mp4")
     red, blue = frames[..., 0], frames[..., 2]
     body = (red > blue + 40)[:, _LINE:-_LINE]  # the only thing that is not blue
     assert body[0].sum() > 100
     assert (body[0] != body[1]).mean() < 0.01
     floor = frames[:, -2 * _LINE : -_LINE]
-    assert floor.std(axis=(1, 2)).min() > 9  # its squares are there, far off too
-    assert (np.abs(floor[1] - floor[0]).max(axis=-1) > 15).mean() > 0.03  # and goes by
+    assert floor.std(axis=(1, 2)).min() > 9  # squares are visible in both frames
+    assert (np.abs(floor[1] - floor[0]).max(axis=-1) > 15).mean() > 0.03  # and move
 
 
-def test_step_return_and_label_are_drawn(tmp_path, monkeypatch, opengl):
+def test_step_return_and_label_are_rendered(tmp_path, monkeypatch, opengl):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imageio.py").write_text("raise RuntimeError('imported from the working folder')")
     still = np.zeros((2, 4))
     paths = {
-        tmp_path / "folder" / "0.mp4": Recording("best", still, np.array([0.0])),
-        tmp_path / "folder" / "1.mp4": Recording("best", still, np.array([888.8])),
-        tmp_path / "folder" / "2.mp4": Recording("first", still, np.array([0.0])),
+        tmp_path / "folder" / "0.mp4": EpisodeStates("best", still, np.array([0.0])),
+        tmp_path / "folder" / "1.mp4": EpisodeStates("best", still, np.array([888.8])),
+        tmp_path / "folder" / "2.mp4": EpisodeStates("first", still, np.array([0.0])),
     }
     assert write_videos("cartpole_swingup", paths, width=_WIDTH, height=_HEIGHT) == list(paths)
     poor, rich, other = (imageio.v3.imread(path).astype(int) for path in paths)
@@ -98,10 +98,10 @@ def test_step_return_and_label_are_drawn(tmp_path, monkeypatch, opengl):
     assert (poor[0, :_LINE, : _WIDTH // 2] > 200).any()  # the task
 
 
-def test_what_follows_a_broken_state_is_left_out(tmp_path, opengl):
-    recording = _recording("cheetah_run", 12)
-    recording.physics[9:] = np.nan
-    frames, _ = _draw("cheetah_run", recording, tmp_path / "first.mp4")
+def test_a_video_ends_before_a_state_that_is_not_finite(tmp_path, opengl):
+    episode = _episode("cheetah_run", 12)
+    episode.physics[9:] = np.nan
+    frames, _ = _draw("cheetah_run", episode, tmp_path / "first.mp4")
     assert len(frames) == 3  # states 0, 4 and 8
 
 
@@ -115,12 +115,12 @@ def test_what_follows_a_broken_state_is_left_out(tmp_path, opengl):
         ("PYOPENGL_PLATFORM", "osmesa", "MUJOCO_GL=egl"),
     ],
 )
-def test_without_opengl_a_line_says_so(variable, value, reason, tmp_path, monkeypatch):
+def test_without_opengl_the_error_is_one_line(variable, value, reason, tmp_path, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
-    with pytest.raises(VideoError, match=rf"^no video: no OpenGL to draw with.*{reason}.*install one.*") as raised:
-        write_videos("cartpole_swingup", {tmp_path / "best.mp4": Recording("best", np.zeros((2, 4)), np.zeros(1))})
+    with pytest.raises(VideoError, match=rf"^no video: no OpenGL to render with.*{reason}.*install one.*") as raised:
+        write_videos("cartpole_swingup", {tmp_path / "best.mp4": EpisodeStates("best", np.zeros((2, 4)), np.zeros(1))})
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -128,23 +128,23 @@ def test_without_opengl_a_line_says_so(variable, value, reason, tmp_path, monkey
 def test_an_older_video_stays_when_a_new_one_fails(tmp_path, monkeypatch, opengl):
     path = tmp_path / "best.mp4"
     path.write_text("older")
-    recording = Recording("best", np.zeros((2, 4)), np.zeros(1))
+    episode = EpisodeStates("best", np.zeros((2, 4)), np.zeros(1))
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nowhere"))
-    with pytest.raises(VideoError, match=r"no video: the drawing process failed .*nowhere"):
-        write_videos("cartpole_swingup", {path: recording})
+    with pytest.raises(VideoError, match=r"no video: the rendering process failed .*nowhere"):
+        write_videos("cartpole_swingup", {path: episode})
     assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "older")]
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(VideoError, match=r"the drawing process failed .*Is a directory"):
-        write_videos("cartpole_swingup", {tmp_path / "folder": recording})  # found out when it is drawn
+    with pytest.raises(VideoError, match=r"no video: .*folder: Is a directory; choose another folder"):
+        write_videos("cartpole_swingup", {tmp_path / "folder": episode})
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "folder"]
     with pytest.raises(VideoError, match=r"no video: .*best\.mp4: .*; choose another folder"):
-        write_videos("cartpole_swingup", {path / "best.mp4": recording})
+        write_videos("cartpole_swingup", {path / "best.mp4": episode})
     with pytest.raises(UserError, match="unknown task"):
-        write_videos("cartpole_dance", {path: recording})
+        write_videos("cartpole_dance", {path: episode})
 
 
-def test_the_evaluating_process_never_loads_mujoco():
+def test_the_evaluating_process_does_not_import_mujoco():
     code = "import ringrl.evaluation.video, sys; assert not {'mujoco', 'OpenGL', 'PIL', 'imageio'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -161,22 +161,22 @@ _RETURNS = st.one_of(st.integers(-2, 6).map(float), st.sampled_from([np.nan, np.
 
 
 @given(st.data(), st.integers(1, 5), st.integers(1, 6))
-def test_the_recorder_keeps_what_will_be_chosen(data, environments, episodes):
+def test_candidates_contain_every_episode_that_will_be_chosen(data, environments, episodes):
     size = environments * episodes
     returns = np.reshape(data.draw(st.lists(_RETURNS, min_size=size, max_size=size)), (environments, episodes))
-    recorder = Recorder(episodes)
-    assert recorder.recordings() == {}
+    candidates = VideoCandidates(episodes)
+    assert candidates.chosen() == {}
     for episode in range(episodes):
-        name = 100.0 * np.arange(environments)[:, None] + episode  # which tells the episodes apart
+        name = 100.0 * np.arange(environments)[:, None] + episode  # identifies the episode
         rewards = np.stack([np.full(environments, 1.0), returns[:, episode] - 1.0])
-        recorder.add(np.stack([name, name + 0.5, name + 0.75]), rewards)
+        candidates.add(np.stack([name, name + 0.5, name + 0.75]), rewards)
         chosen = choose(returns[:, : episode + 1])
-        recordings = recorder.recordings()
-        assert list(recordings) == list(chosen)
+        found = candidates.chosen()
+        assert list(found) == list(chosen)
         for label, (environment, place) in chosen.items():
             expected = 100 * environment + place + np.array([[0], [0.5], [0.75]])
-            np.testing.assert_array_equal(recordings[label].physics, expected)
-            np.testing.assert_array_equal(recordings[label].rewards, [1.0, returns[environment, place] - 1.0])
-            assert recordings[label].label == label
-        assert len(recorder._kept) <= environments * episodes / 2 + 2.5
-    assert len(recorder._kept) == len(set(chosen.values()))
+            np.testing.assert_array_equal(found[label].physics, expected)
+            np.testing.assert_array_equal(found[label].rewards, [1.0, returns[environment, place] - 1.0])
+            assert found[label].label == label
+        assert len(candidates._kept) <= environments * episodes / 2 + 2.5
+    assert len(candidates._kept) == len(set(chosen.values()))

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from ringrl.config import TrainConfig, to_yaml
-from ringrl.evaluation.recipe import configuration_hash, recipe
-from ringrl.evaluation.records import append_records, read_records
+from ringrl.evaluation.records import append_records, configuration_hash, read_records, recipe
 from ringrl.study.report_cells import gather
 from ringrl.study.report_draw import panel_svg
 from ringrl.study.report_training import MEMORY, POINTS, training_charts, training_runs

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ringrl.config import TrainConfig
-from ringrl.evaluation.recipe import recipe
+from ringrl.evaluation.records import recipe
 from ringrl.study.report_cells import gather, series_of
 
 

@@ -1,0 +1,150 @@
+"""Rendering of episodes as mp4 files, in a process of its own: `python -m ringrl.envs.render`.
+
+MuJoCo chooses its OpenGL library when it is first imported, and a graphics driver may crash. Neither must affect the
+process that evaluates. Episodes are read as an .npz file from standard input. If rendering fails, one line on standard
+output says why.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from traceback import format_exception_only
+from typing import TYPE_CHECKING
+
+import imageio.v2
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from ringrl.envs import Camera, Domain, domain_of, load_simulation
+from ringrl.errors import UserError
+
+if TYPE_CHECKING:
+    from mujoco import Renderer
+
+    from ringrl.envs import Simulation
+
+_TORSO = 1  # the first body after the world
+_LEAST_RATE = 25  # frames per second
+_SHADOWS = 1024  # pixels; with the models' 2048 a frame takes longer and looks the same
+_HAZE = (0.2, 0.29, 0.4, 1.0)  # RGBA of the sky at the horizon
+_BAND, _INK, _FAINT = (12, 18, 28), (255, 255, 255), (158, 176, 196)  # RGB
+
+_Frame = UInt8[np.ndarray, "height width 3"]
+
+
+class EpisodeRenderer:
+    """Renders the states of one task, with a caption.
+
+    MuJoCo must not have been imported in this process.
+
+    Raises:
+        UserError: OpenGL cannot be used in the way that the environment variable MUJOCO_GL says.
+    """
+
+    def __init__(self, task: str, width: int, height: int) -> None:
+        self._task, self._domain = task, domain_of(task)
+        self._camera = self._domain.camera or Camera(center=(0, 0, 0), distance=3)
+        self._simulation, self._renderer = _open_renderer(task, self._camera, width, height)
+        self._line = max(14, height // 15)  # pixels of a line of text
+        self._font = ImageFont.load_default(size=0.62 * self._line)
+
+    def close(self) -> None:
+        """Release OpenGL, which must happen before the process ends."""
+        self._renderer.close()
+
+    def frames(
+        self, label: str, physics: Float[np.ndarray, "steps+1 physics"], rewards: Float[np.ndarray, " steps"]
+    ) -> Iterator[_Frame]:
+        """Yield the frames of an episode: the states that `_stride` selects, and the last one."""
+        returns = np.concatenate(([0.0], np.cumsum(rewards, dtype=np.float64)))
+        for step in [*range(0, len(rewards), _stride(self._domain)), len(rewards)]:
+            yield self._caption(self._scene(physics[step]), label, step, returns[step])
+
+    def _scene(self, physics: Float[np.ndarray, " physics"]) -> _Frame:
+        import mujoco
+
+        simulation, view = self._simulation, self._camera
+        simulation.set_physics_state(np.asarray(physics, np.float64))
+        mujoco.mj_forward(simulation.model, simulation.data)
+        camera = mujoco.MjvCamera()
+        camera.lookat[:] = view.center
+        camera.lookat[: view.follows] = simulation.data.subtree_com[_TORSO, : view.follows]
+        camera.distance, camera.azimuth, camera.elevation = view.distance, view.azimuth, view.elevation
+        self._renderer.update_scene(simulation.data, camera)
+        return self._renderer.render()
+
+    def _caption(self, frame: _Frame, label: str, step: int, earned: float) -> _Frame:
+        """Draw task and label at the top, step and return so far at the bottom."""
+        image = Image.fromarray(frame)
+        draw, line = ImageDraw.Draw(image, "RGBA"), self._line
+        width, height = image.size
+        above, below, margin = line // 2, height - line // 2, line // 2
+        for top in (0, height - line):
+            draw.rectangle((0, top, width, top + line), fill=(*_BAND, 190))
+        for x, y, anchor, text, ink in (
+            (margin, above, "lm", self._task, _INK),
+            (width - margin, above, "rm", label, _FAINT),
+            (margin, below, "lm", "step", _FAINT),
+            (margin + 4.5 * line, below, "rm", f"{step}", _INK),
+            (width - margin - 5.5 * line, below, "lm", "return", _FAINT),
+            (width - margin, below, "rm", f"{earned:.1f}", _INK),
+        ):
+            draw.text((x, y), text, fill=ink, anchor=anchor, font=self._font)
+        return np.asarray(image)
+
+
+def _open_renderer(task: str, camera: Camera, width: int, height: int) -> "tuple[Simulation, Renderer]":
+    choice = os.environ["MUJOCO_GL"]
+    try:
+        import mujoco
+
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 1, 1).close()
+    except Exception as error:  # whatever the library and its driver raise
+        reason = " ".join("".join(format_exception_only(error)).split())
+        raise UserError(
+            f"no OpenGL to render with (MUJOCO_GL={choice}: {reason}); install one (Debian: apt install libegl1 "
+            "libgl1-mesa-dri) or choose another: MUJOCO_GL=egl, osmesa or glfw"
+        ) from error
+    simulation = load_simulation(task)
+    visual = simulation.model.vis
+    visual.global_.offwidth, visual.global_.offheight = width, height
+    visual.quality.shadowsize = _SHADOWS
+    visual.rgba.haze = _HAZE
+    if camera.follows:  # size 0 renders an infinite floor, as it is simulated
+        simulation.model.geom_size[simulation.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, :2] = 0
+    renderer = mujoco.Renderer(simulation.model, height, width)
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # reflections on the floor are slow and distract
+    return simulation, renderer
+
+
+def _stride(domain: Domain) -> int:
+    """Return the number of steps between frames: the largest with at least 25 frames per second."""
+    return max(1, int(1 / (_LEAST_RATE * domain.control_timestep) + 1e-9))
+
+
+def main(arguments: list[str]) -> None:
+    """Render the episodes on standard input. Arguments: task, width, height, and the file of each episode."""
+    task, width, height, *paths = arguments
+    with np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False) as archive:
+        packed = dict(archive)
+    domain = domain_of(task)
+    rate = 1 / (_stride(domain) * domain.control_timestep)
+    settings = {"fps": rate, "quality": 7, "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
+    with contextlib.closing(EpisodeRenderer(task, int(width), int(height))) as renderer:
+        for index, path in enumerate(paths):
+            label, physics, rewards = (packed[f"{index} {name}"] for name in ("label", "physics", "rewards"))
+            with imageio.v2.get_writer(Path(path), format="FFMPEG", **settings) as writer:
+                for frame in renderer.frames(str(label), physics, rewards):
+                    writer.append_data(frame)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(error)
+        sys.exit(2)

@@ -1,0 +1,232 @@
+"""Running evaluations: finished ones are not repeated, interrupted ones resume after their last finished episode."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ringrl.envs import make_vec
+from ringrl.errors import UserError
+from ringrl.evaluation.journal import EpisodeJournal
+from ringrl.evaluation.progress import EvaluationProgress
+from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evaluation, random_evaluation
+from ringrl.evaluation.records import JOURNAL, EvaluationRecord, append_records, check_writable, read_records
+from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
+from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
+from ringrl.evaluation.video import VideoCandidates, VideoError, write_videos
+from ringrl.training import TrainedPolicy
+
+
+def evaluate_policy(
+    trained: TrainedPolicy,
+    run: Path,
+    protocol: Protocol,
+    *,
+    task: str | None = None,
+    data: Path | None = None,
+    command: str | None = None,
+    progress: EvaluationProgress | None = None,
+) -> list[EvaluationRecord]:
+    """Roll out a trained policy and return one record per stream, then one per control stream.
+
+    Nothing is written. Arguments and errors are those of `policy_evaluation`.
+    """
+    return roll_out(policy_evaluation(trained, run, protocol, task=task, data=data, command=command), progress=progress)
+
+
+def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None) -> list[EvaluationRecord]:
+    """Roll out uniform random actions and return one record per stream. Nothing is written."""
+    return roll_out(random_evaluation(task, protocol, command=command))
+
+
+def evaluate_all(
+    evaluations: Sequence[Evaluation],
+    *,
+    again: bool = False,
+    video: bool = False,
+    progress: EvaluationProgress | None = None,
+) -> list[EvaluationSummary]:
+    """Roll out each evaluation whose results file does not contain its records yet, and append them.
+
+    The summary next to each results file (.json) is updated after every evaluation.
+
+    Args:
+        evaluations: in this order.
+        again: repeat finished evaluations.
+        video: write videos of the first, the median and the best episode. If that fails, a message says why.
+        progress: callbacks.
+
+    Returns:
+        One summary per evaluation.
+
+    Raises:
+        UserError: a results file cannot be read or written, or another process runs the same evaluation.
+    """
+    progress = progress or EvaluationProgress()
+    known: dict[Path, list[EvaluationRecord]] = {}
+    for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
+        known[path] = _open_results(path, evaluations, progress)
+    return [_evaluate(one, known[one.results], again, video, progress) for one in evaluations]
+
+
+def roll_out(
+    evaluation: Evaluation,
+    *,
+    journal: EpisodeJournal | None = None,
+    progress: EvaluationProgress | None = None,
+    candidates: VideoCandidates | None = None,
+    groups: int | None = None,
+) -> list[EvaluationRecord]:
+    """Roll out an evaluation and return one record per stream, then one per control stream.
+
+    Args:
+      evaluation: what is rolled out.
+      journal: finished episodes are read from it, new ones are added. On a CPU the result is bit-identical to that of
+        an evaluation that was never interrupted.
+      progress: callbacks.
+      candidates: collects the episodes of which videos may be made, those of the control excluded.
+      groups: groups of environments that take turns. None: two with an accelerator, one without.
+    """
+    progress = progress or EvaluationProgress()
+    if groups is None:
+        groups = 1 if jax.default_backend() == "cpu" else min(2, evaluation.protocol.environments)
+    task, seeds = evaluation.template.task, evaluation.seeds
+    made = [
+        Group(evaluation.make_actor(int(part[0])), make_vec(task, len(part), seeds[part, 0].tolist()))
+        for part in np.array_split(np.arange(len(seeds)), groups)
+    ]
+    try:
+        return [
+            record
+            for part in evaluation.parts
+            for record in _roll_out_part(evaluation, part, made, journal, progress, candidates)
+        ]
+    finally:
+        for group in made:
+            group.environments.close()
+
+
+def _open_results(
+    path: Path, evaluations: Sequence[Evaluation], progress: EvaluationProgress
+) -> list[EvaluationRecord]:
+    """Check that a results file can be written, and return its records."""
+    if path.suffix == ".json":
+        raise UserError(f"--output: {path} is the name of the summary; give a results file (.jsonl)")
+    check_writable(path)
+    folder = path.with_suffix(JOURNAL)
+    others = set(folder.iterdir() if folder.is_dir() else ()) - {evaluation.journal for evaluation in evaluations}
+    for other in sorted(journal for journal in others if journal.is_dir()):
+        progress.on_message(f"{other}: interrupted evaluation with other settings; left unchanged")
+    return list(read_records(path).records) if path.exists() else []
+
+
+def _evaluate(
+    evaluation: Evaluation,
+    known: list[EvaluationRecord],
+    again: bool,
+    video: bool,
+    progress: EvaluationProgress,
+) -> EvaluationSummary:
+    """Roll out an evaluation unless it is finished; adds the new records to `known`."""
+    progress.on_begin(evaluation)
+    finished = evaluation.is_finished(known)
+    if again or not finished:
+        known += _roll_out_and_append(evaluation, finished, video, progress)
+    else:
+        if evaluation.journal.exists():  # the process was killed after it had written the results
+            with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
+                journal.remove()
+        if video:
+            made = f"videos in {evaluation.videos}" if evaluation.videos.is_dir() else "no videos; --again makes them"
+            progress.on_message(f"{evaluation.results}: contains this evaluation; {made}")
+    write_summary(evaluation.results.with_suffix(".json"), known)
+    (summary,) = summarise(evaluation.own(known))
+    progress.on_finish(evaluation, summary, rolled_out=again or not finished)
+    return summary
+
+
+def _roll_out_and_append(
+    evaluation: Evaluation, finished: bool, video: bool, progress: EvaluationProgress
+) -> list[EvaluationRecord]:
+    candidates = VideoCandidates(evaluation.protocol.episodes) if video else None
+    with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
+        if finished and journal.has(evaluation.parts[-1], evaluation.protocol.episodes - 1):
+            journal.clear()  # the process was killed after it had written the results
+        records = roll_out(evaluation, journal=journal, progress=progress, candidates=candidates)
+        append_records(evaluation.results, records)
+        journal.remove()
+    if candidates is not None:
+        paths = {evaluation.videos / f"{label}.mp4": episode for label, episode in candidates.chosen().items()}
+        try:
+            written = write_videos(evaluation.template.task, paths)
+            progress.on_message(f"{', '.join(path.name for path in written)}: in {evaluation.videos}")
+        except VideoError as error:
+            progress.on_message(str(error))
+    return records
+
+
+def _roll_out_part(
+    evaluation: Evaluation,
+    part: Part,
+    groups: Sequence[Group],
+    journal: EpisodeJournal | None,
+    progress: EvaluationProgress,
+    candidates: VideoCandidates | None,
+) -> list[EvaluationRecord]:
+    """Roll out the streams or the control. Each episode of the control is a rollout of its own."""
+    seeds, n = evaluation.seeds, evaluation.protocol.episodes
+    size = evaluation.normalisation.episode_length, len(seeds)
+    recorded = [] if journal is None else journal.episodes(part, *size)[:n]
+    done: list[tuple[np.ndarray, np.ndarray, float]] = []  # returns and steps (streams,), seconds
+
+    def keep(episode: EpisodeBatch) -> None:
+        if journal is not None and len(done) >= len(recorded):
+            journal.add(part, len(done), episode)
+        if candidates is not None and part == "context":
+            candidates.add(episode.physics, episode.reward)
+        progress.on_episode(part, len(done), episode)
+        done.append((episode.returns, episode.steps, episode.seconds))
+
+    run = partial(
+        rollout,
+        groups,
+        evaluation.normalisation,
+        target_return=evaluation.template.target_return,
+        trajectories=evaluation.trajectories,
+        prompt=evaluation.prompt,
+        on_step=progress.on_step,
+        on_episode=keep,
+    )
+    if part == "context":
+        run(seeds=seeds, recorded=recorded)
+    else:
+        for index in range(n):
+            run(seeds=seeds[:, index : index + 1], recorded=recorded[index : index + 1])
+    returns, steps, seconds = zip(*done, strict=True)
+    return _records(evaluation, part, np.stack(returns, axis=1), np.stack(steps, axis=1), sum(seconds))
+
+
+def _records(
+    evaluation: Evaluation, part: Part, returns: np.ndarray, steps: np.ndarray, seconds: float
+) -> list[EvaluationRecord]:
+    """Return one record per stream from returns and steps (streams, episodes)."""
+    failed = np.logical_or.accumulate(np.isnan(returns), axis=1)  # a stream of the control ends at its first failure
+    before = np.pad(~failed, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+    return [
+        EvaluationRecord.model_validate(
+            dict(evaluation.template)
+            | {
+                "context": part == "context",
+                "environment_seed": seeds[0],
+                "start_seeds": seeds,
+                "returns": tuple(None if bad else float(value) for value, bad in zip(row, failed[index], strict=True)),
+                "steps_simulated": int(steps[index] @ before[index]),
+                "wall_seconds": seconds,
+                "created": datetime.now(UTC),
+            }
+        )
+        for index, (row, seeds) in enumerate(zip(returns, evaluation.seeds.tolist(), strict=True))
+    ]

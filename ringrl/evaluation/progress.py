@@ -1,0 +1,178 @@
+"""Progress of evaluations in the terminal: a table that is redrawn, or plain lines if the output is no terminal."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ringrl.evaluation.formatting import ABSENT, duration, number
+from ringrl.evaluation.protocol import Evaluation, Part
+from ringrl.evaluation.rollout import EpisodeBatch
+from ringrl.evaluation.scores import EvaluationSummary, finite_mean
+
+
+class EvaluationProgress:
+    """Progress callbacks. The base class ignores every event."""
+
+    def on_begin(self, evaluation: Evaluation) -> None:
+        """Called when an evaluation starts."""
+
+    def on_step(self, streams: int) -> None:
+        """Called after every simulated step, with the number of environments that were stepped."""
+
+    def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
+        """Called when an episode has ended or was read from the journal."""
+
+    def on_finish(self, evaluation: Evaluation, summary: EvaluationSummary, *, rolled_out: bool) -> None:
+        """Called when the results are written; `rolled_out` is False if they were written by an earlier command."""
+
+    def on_message(self, text: str) -> None:
+        """Called with a line for the user."""
+
+
+@dataclass
+class _Row:
+    """The state of one evaluation."""
+
+    evaluation: Evaluation
+    state: str = "waiting"
+    returns: dict[Part, list[float | None]] = field(default_factory=dict)  # mean return of each finished episode
+    failed: int = 0
+    finished_steps: int = 0  # environment steps of finished episodes
+    simulated: int = 0  # environment steps that were simulated
+    current_steps: int = 0  # environment steps of the current episode
+    began: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Return the environment steps per second."""
+        return self.simulated / max(time.perf_counter() - self.began, 1e-9)
+
+    @property
+    def left(self) -> str:
+        """Return the time left as h:mm:ss."""
+        steps = self.evaluation.steps - self.finished_steps - self.current_steps
+        return duration(steps / self.rate if self.simulated else None)
+
+
+class ProgressTable(EvaluationProgress):
+    """Shows the progress of evaluations, as a context manager."""
+
+    def __init__(self, evaluations: Sequence[Evaluation], console: Console) -> None:
+        self._rows = [_Row(evaluation) for evaluation in evaluations]
+        self._console = console
+        self._live = Live(get_renderable=self.table, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.transient = kind is None  # the table of an interrupted evaluation remains visible
+            self._live.stop()
+        if kind is KeyboardInterrupt:
+            self.on_message("interrupted; the same command resumes after the last finished episode")
+
+    def on_begin(self, evaluation: Evaluation) -> None:
+        self._row = next(row for row in self._rows if row.evaluation is evaluation)
+        self._row.began, self._row.state = time.perf_counter(), "running"
+
+    def on_step(self, streams: int) -> None:
+        self._row.simulated += streams
+        self._row.current_steps += streams
+
+    def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
+        row = self._row
+        finished, mean = int(np.isfinite(episode.returns).sum()), finite_mean(episode.returns.tolist())
+        row.returns.setdefault(part, []).append(mean)
+        row.failed += len(episode.returns) - finished
+        pace = f"{row.rate:.0f} steps/s, {row.left} left" if row.current_steps else "from the journal"
+        row.finished_steps, row.current_steps = row.finished_steps + episode.reward.size, 0
+        if not self._console.is_terminal:
+            place = f"episode {index + 1} of {row.evaluation.protocol.episodes}"
+            place += "" if part == "context" else " of the control"
+            result = "every stream failed" if mean is None else f"mean return {mean:.1f} of {finished} streams"
+            self.on_message(f"{_name(row.evaluation)}: {place}: {result}, {pace}")
+
+    def on_finish(self, evaluation: Evaluation, summary: EvaluationSummary, *, rolled_out: bool) -> None:
+        row = self._row
+        row.state = "done" if rolled_out else "was done"
+        row.failed = summary.failed + summary.failed_without_context
+        row.returns = {"context": list(summary.returns), "control": list(summary.returns_without_context)}
+        if not rolled_out:
+            self.on_message(f"{_name(evaluation)}: {evaluation.results} contains this evaluation; --again repeats it")
+
+    def on_message(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def table(self) -> Table:
+        """Return the table of the current state."""
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("Task", "Method", "Mean return of episode 1, 2, ..."):
+            shown.add_column(name)
+        for name in ("Ended", "Failed", "Steps/s", "Left"):
+            shown.add_column(name, justify="right", no_wrap=True)
+        for row in self._rows:
+            template, running = row.evaluation.template, row.state == "running"
+            shown.add_row(
+                escape(template.task),
+                escape(template.method),
+                " ".join(number(value) for value in row.returns.get("context", [])) or row.state,
+                f"{sum(map(len, row.returns.values()))}/{template.test_trajectories * len(row.evaluation.parts)}",
+                str(row.failed) if row.failed else ABSENT,
+                f"{row.rate:.0f}" if running and row.simulated else ABSENT,
+                row.left if running else row.state,
+            )
+        return shown
+
+
+def final_table(summaries: Sequence[EvaluationSummary]) -> Group:
+    """Return one table per task: mean returns over the streams, with normalised scores in brackets."""
+    tables = [
+        _task_table(task, list(group)) for task, group in itertools.groupby(summaries, lambda summary: summary.task)
+    ]
+    legend = (
+        "Means over streams; normalised scores in brackets. Episodes: streams x n, one after another in a context. "
+        "Without context: best of n in the control, whose memory is cleared before each episode."
+    )
+    return Group(*tables, Text(legend, style="dim"))
+
+
+def _task_table(task: str, summaries: Sequence[EvaluationSummary]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, title=escape(task), title_justify="left", title_style="bold")
+    shown.add_column("Method", min_width=12, overflow="fold")
+    for name in ("Episodes", "First", "Last", "Mean", "Best of n", "Without\ncontext", "Failed"):
+        shown.add_column(name, justify="right", no_wrap=True, min_width=8)  # aligns the columns of several tasks
+    for summary in summaries:
+        failed = summary.failed + summary.failed_without_context
+        shown.add_row(
+            escape(summary.method),
+            f"{summary.streams} x {summary.episodes}",
+            *(_with_score(summary.metrics, summary.scores, name) for name in ("first", "last", "mean", "best")),
+            _with_score(summary.metrics_without_context, summary.scores_without_context, "best"),
+            str(failed) if failed else ABSENT,
+        )
+    return shown
+
+
+def _with_score(metrics: Mapping[str, float | None], scores: Mapping[str, float | None], name: str) -> str:
+    value, score = metrics.get(name), scores.get(name)
+    return number(value) if score is None else f"{number(value)} ({round(score)})"
+
+
+def _name(evaluation: Evaluation) -> str:
+    return f"{evaluation.template.task}, {evaluation.template.method}"

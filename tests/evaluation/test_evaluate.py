@@ -1,0 +1,278 @@
+"""Running evaluations: results files, interruptions, videos, and groups of environments."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.envs import make
+from ringrl.errors import UserError
+from ringrl.evaluation import (
+    Evaluation,
+    EvaluationProgress,
+    EvaluationRecord,
+    Protocol,
+    evaluate_all,
+    policy_evaluation,
+    random_evaluation,
+    read_records,
+)
+from ringrl.evaluation.evaluate import roll_out
+from ringrl.evaluation.journal import EpisodeJournal
+from ringrl.evaluation.protocol import Part
+from ringrl.evaluation.rollout import EpisodeBatch
+from ringrl.evaluation.scores import EvaluationSummary
+from ringrl.training import load_policy
+
+TASKS = ("jaco_reach_top_left", "jaco_reach_top_right")
+EPISODES = 2
+
+
+class Listener(EvaluationProgress):
+    """Records all events, and interrupts after a number of episodes."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.heard, self.steps, self.messages = after, [], 0, []
+
+    def on_begin(self, evaluation: Evaluation) -> None:
+        self.heard.append(f"begin {evaluation.template.task}")
+
+    def on_step(self, streams: int) -> None:
+        self.steps += streams
+
+    def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
+        self.heard.append(index)
+        if [type(event) for event in self.heard].count(int) == self.after:
+            raise KeyboardInterrupt
+
+    def on_finish(self, evaluation: Evaluation, summary: EvaluationSummary, *, rolled_out: bool) -> None:
+        self.heard.append(rolled_out)
+
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def evaluations_in(results: Path, **changes: object) -> list[Evaluation]:
+    protocol = Protocol(**({"environments": 1, "episodes": EPISODES} | changes))
+    return [random_evaluation(task, protocol, results=results) for task in TASKS]
+
+
+def returns_in(results: Path) -> list[tuple]:
+    return [record.returns for record in read_records(results).records]
+
+
+def test_finished_evaluations_are_kept_and_interrupted_ones_resume(tmp_path: Path) -> None:
+    whole, results = tmp_path / "whole" / "evaluation.jsonl", tmp_path / "evaluation.jsonl"
+    evaluate_all(evaluations_in(whole))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all(evaluations_in(results), progress=Listener(after=3))
+    assert len(read_records(results).records) == 1, "the first task is finished"
+    assert len(json.loads(results.with_suffix(".json").read_text())["evaluations"]) == 1
+    (journal,) = results.with_suffix(".journal").iterdir()
+    assert journal.name.startswith(TASKS[1])
+
+    listener = Listener()
+    summaries = evaluate_all(evaluations_in(results), progress=listener)
+    assert listener.heard == [f"begin {TASKS[0]}", False, f"begin {TASKS[1]}", 0, 1, True]
+    assert listener.steps == 250
+    assert returns_in(results) == returns_in(whole)
+    assert [summary.task for summary in summaries] == list(TASKS)
+    assert [summary.returns for summary in summaries] == returns_in(whole)
+    assert not results.with_suffix(".journal").exists()
+    assert [path.name for path in sorted(tmp_path.glob("evaluation*"))] == ["evaluation.json", "evaluation.jsonl"]
+
+
+def test_finished_evaluations_are_repeated_only_with_again(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    evaluate_all(evaluations_in(results))
+    before, listener = results.read_bytes(), Listener()
+    evaluate_all(evaluations_in(results), progress=listener)
+    assert (results.read_bytes(), listener.steps) == (before, 0)
+    evaluate_all(evaluations_in(results)[:1], again=True, progress=listener)
+    assert (len(read_records(results).records), listener.steps) == (3, 500)
+    evaluate_all(evaluations_in(results, seed=3)[:1])
+    assert len(read_records(results).records) == 4, "another seed is another evaluation"
+
+
+def test_incomplete_results_are_completed(tmp_path: Path) -> None:
+    """A kill while writing, or a line that a user removed."""
+    results = tmp_path / "evaluation.jsonl"
+    (evaluation, _) = evaluations_in(results, environments=3)
+    evaluate_all([evaluation])
+    whole = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(whole[:2]))
+    (summary,) = evaluate_all([evaluation])
+    assert summary.streams == 3
+    assert len(read_records(results).records) == 5
+
+
+def test_a_journal_of_finished_results_is_removed_and_not_read(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    (evaluation, _) = evaluations_in(results)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all([evaluation], progress=Listener(after=EPISODES))
+    left = tmp_path / "left"
+    shutil.copytree(evaluation.journal, left)
+    evaluate_all([evaluation])
+    shutil.copytree(left, evaluation.journal)
+    listener = Listener()
+    evaluate_all([evaluation], again=True, progress=listener)
+    assert listener.steps == 500, "it is rolled out, not read from the journal"
+    shutil.copytree(left, evaluation.journal)
+    evaluate_all([evaluation], progress=listener)
+    assert listener.steps == 500
+    assert not evaluation.journal.exists()
+
+
+def test_a_journal_with_other_settings_is_reported_and_unchanged(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all(evaluations_in(results), progress=Listener(after=1))
+    (journal,) = results.with_suffix(".journal").iterdir()
+    listener = Listener()
+    evaluate_all(evaluations_in(results, seed=3)[:1], progress=listener)
+    assert any(str(journal) in message and "left unchanged" in message for message in listener.messages)
+    assert (journal / "context_00000.npz").exists()
+
+
+@pytest.mark.parametrize("place", ["folder", "file/evaluation.jsonl"])
+def test_unwritable_results_raise_before_any_rollout(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    listener = Listener()
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate_all(evaluations_in(tmp_path / place), progress=listener)
+    assert listener.heard == []
+
+
+def test_videos(tmp_path: Path) -> None:
+    """Next to the results, after an interruption too. Finished evaluations are not rolled out for videos."""
+    results = tmp_path / "evaluation.jsonl"
+    protocol = Protocol(environments=2, episodes=EPISODES)
+    evaluation = random_evaluation("cartpole_swingup", protocol, results=results)
+    listener = Listener(after=1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all([evaluation], progress=listener)
+    evaluate_all([evaluation], video=True, progress=listener)
+    (message,) = listener.messages
+    if message.startswith("no video"):
+        assert "OpenGL" in message
+        assert len(read_records(results).records) == 2, "the evaluation is complete without videos"
+        pytest.skip(message)
+    assert message == f"first.mp4, median.mp4, best.mp4: in {evaluation.videos}"
+    assert sorted(path.name for path in evaluation.videos.iterdir()) == ["best.mp4", "first.mp4", "median.mp4"]
+    again = Listener()
+    evaluate_all([evaluation], video=True, progress=again)
+    assert (again.steps, str(evaluation.videos) in again.messages[0]) == (0, True)
+
+
+def test_without_opengl_the_evaluation_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    (evaluation, _), listener = evaluations_in(tmp_path / "evaluation.jsonl"), Listener()
+    evaluate_all([evaluation], video=True, progress=listener)
+    assert listener.messages[0].startswith("no video: ")
+    assert len(read_records(evaluation.results).records) == 1
+    assert not list(evaluation.videos.glob("*.mp4"))
+
+
+STREAMS, LENGTH = 2, 250
+
+
+class Counter(EvaluationProgress):
+    """Counts steps and episodes, and interrupts after a number of episodes."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.steps, self.ended, self.starts, self.begun = after, 0, [], [], []
+
+    def on_step(self, streams: int) -> None:
+        self.steps += streams
+
+    def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
+        self.ended.append((part, index))
+        self.starts.append(episode.observation[0])
+        self.begun.append(episode.observation[:10])
+        if len(self.ended) == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def evaluation(at_run: Path) -> Evaluation:
+    protocol = Protocol(environments=STREAMS, episodes=EPISODES, control=True, prompt_trajectories=1)
+    return policy_evaluation(load_policy(at_run), at_run, protocol)
+
+
+@pytest.fixture(scope="module")
+def whole(evaluation: Evaluation) -> list[EvaluationRecord]:
+    return roll_out(evaluation)
+
+
+def results_of(records: list[EvaluationRecord]) -> list[tuple]:
+    return [(r.context, r.environment_seed, r.returns, r.steps_simulated, r.evaluation) for r in records]
+
+
+def test_records_of_streams_and_control(evaluation: Evaluation, whole: list[EvaluationRecord]) -> None:
+    seeds = [1_000_000, 1_000_002]
+    assert [(r.context, r.environment_seed) for r in whole] == [(c, seed) for c in (True, False) for seed in seeds]
+    streams, control = whole[:2], whole[2:]
+    for one, other in zip(streams, control, strict=True):
+        assert one.returns[0] == pytest.approx(other.returns[0], rel=1e-6), "same start, same memory"
+        assert one.returns[1] != other.returns[1]
+        assert one.steps_simulated == other.steps_simulated == EPISODES * LENGTH
+    assert all(r.wall_seconds > 0 for r in whole)
+    assert evaluation.steps == sum(r.steps_simulated for r in whole)
+    assert [r.start_seeds for r in whole] == [(1_000_000, 1_000_001), (1_000_002, 1_000_003)] * 2
+
+
+def test_starts_depend_on_the_total_of_episodes_only() -> None:
+    """Streams of one, two and four episodes, with and without groups, start like a plain reset with the seed."""
+    environment = make("jaco_reach_top_left", seed=0)
+    expected = {seed: environment.reset(seed=seed)[0].tobytes() for seed in range(70, 74)}
+    for episodes in (1, 2, 4):
+        evaluation = random_evaluation("jaco_reach_top_left", Protocol(4 // episodes, episodes, seed=70))
+        counter = Counter()
+        records = roll_out(evaluation, progress=counter, groups=min(2, 4 // episodes))
+        begun = np.stack(counter.starts, axis=1).reshape(4, -1)  # stream by stream
+        named = [seed for record in records for seed in record.start_seeds]
+        assert {seed: start.tobytes() for seed, start in zip(named, begun, strict=True)} == expected
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_an_interrupted_evaluation_resumes_with_identical_results(
+    after: int, evaluation: Evaluation, whole: list[EvaluationRecord], tmp_path: Path
+) -> None:
+    """Interrupted in the streams, between the streams and the control, and in the control."""
+    with EpisodeJournal(tmp_path, evaluation.decides) as journal, pytest.raises(KeyboardInterrupt):
+        roll_out(evaluation, journal=journal, progress=Counter(after))
+    counter = Counter()
+    with EpisodeJournal(tmp_path, evaluation.decides) as journal:
+        records = roll_out(evaluation, journal=journal, progress=counter)
+    assert results_of(records) == results_of(whole)
+    assert counter.steps == (2 * EPISODES - after) * STREAMS * LENGTH, "recorded episodes are not simulated again"
+    np.testing.assert_array_equal(counter.starts[:EPISODES], counter.starts[EPISODES:], "the control's starts")
+    assert (counter.starts[0] != counter.starts[1]).any()
+    assert counter.ended == [("context", 0), ("context", 1), ("control", 0), ("control", 1)]
+
+
+def test_recorded_episodes_are_read_from_the_journal(evaluation: Evaluation, tmp_path: Path) -> None:
+    with EpisodeJournal(tmp_path, evaluation.decides) as journal:
+        roll_out(evaluation, journal=journal)
+        first = journal.episodes("context", LENGTH, STREAMS)[0]
+        first.reward[:] = 1.0
+        journal.add("context", 0, first)
+        assert roll_out(evaluation, journal=journal)[0].returns[0] == LENGTH
+
+
+def test_two_groups_give_the_episodes_of_one(evaluation: Evaluation) -> None:
+    """Only the first steps are compared: products of one row round differently, and contacts amplify the difference."""
+    counters = Counter(), Counter()
+    in_groups, alone = (
+        roll_out(evaluation, progress=counter, groups=groups) for counter, groups in zip(counters, (2, 1), strict=True)
+    )
+    for one, other in zip(in_groups, alone, strict=True):
+        assert (one.environment_seed, one.start_seeds) == (other.environment_seed, other.start_seeds)
+    for index in (0, 2, 3):  # the second episode depends on the end of the first one
+        np.testing.assert_allclose(counters[0].begun[index], counters[1].begun[index], rtol=1e-4, atol=1e-5)
+    random = random_evaluation("jaco_reach_top_left", Protocol(environments=3))
+    assert results_of(roll_out(random, groups=2)) == results_of(roll_out(random, groups=1))

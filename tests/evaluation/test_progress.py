@@ -1,0 +1,118 @@
+"""The table and the lines that show the progress of evaluations, and the final table."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ringrl.evaluation import Evaluation, EvaluationRecord, Protocol, random_evaluation
+from ringrl.evaluation.progress import ProgressTable, final_table
+from ringrl.evaluation.rollout import EpisodeBatch
+from ringrl.evaluation.scores import summarise
+
+TASKS = ("jaco_reach_top_left", "walker_walk")
+
+
+def episode(*returns: float) -> EpisodeBatch:
+    steps, streams = 250, len(returns)
+    reward = np.tile(np.array(returns) / steps, (steps, 1))
+    nothing = np.zeros((steps + 1, streams, 0))
+    return EpisodeBatch(nothing.astype(np.float32), nothing[1:].astype(np.float32), reward, nothing, 1.0)
+
+
+@pytest.fixture
+def evaluations() -> list[Evaluation]:
+    protocol = Protocol(environments=2, episodes=3)
+    return [random_evaluation(task, protocol, results=Path("evaluation.jsonl")) for task in TASKS]
+
+
+def shown(table: object, width: int = 100) -> str:
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    return text.getvalue()
+
+
+def found(evaluation: Evaluation, returns: tuple[float | None, ...]) -> list[EvaluationRecord]:
+    return [evaluation.template.model_copy(update={"returns": returns, "environment_seed": seed}) for seed in range(2)]
+
+
+def test_the_table_fills_in_as_episodes_end(evaluations: list[Evaluation]) -> None:
+    text = io.StringIO()
+    progress = ProgressTable(evaluations, Console(file=text, width=100, force_terminal=True))
+    with progress:
+        assert shown(progress.table()).count("waiting") >= 2
+        progress.on_begin(evaluations[0])
+        for _ in range(250):
+            progress.on_step(2)
+        progress.on_episode("context", 0, episode(100.0, 300.0))
+        first = shown(progress.table())
+        assert "200" in first
+        assert "1/3" in first
+        progress.on_episode("context", 1, episode(50.0, np.nan))
+        second = shown(progress.table())
+        assert "200 50.0" in second
+        assert "2/3" in second
+        (line,) = [row for row in second.splitlines() if TASKS[0] in row]
+        assert line.split()[-3] == "1", "failed episodes are counted"
+        assert line.split()[-1].startswith("0:00:")
+    assert "episode 1 of 3" not in text.getvalue()
+
+
+def test_plain_lines_without_a_terminal(evaluations: list[Evaluation]) -> None:
+    text = io.StringIO()
+    with ProgressTable(evaluations, Console(file=text, width=100)) as progress:
+        progress.on_begin(evaluations[0])
+        progress.on_step(2)
+        progress.on_episode("context", 0, episode(100.0, 300.0))
+        progress.on_episode("control", 2, episode(np.nan, np.nan))
+        (summary,) = summarise(found(evaluations[0], (1.0, 2.0, 3.0)))
+        progress.on_finish(evaluations[0], summary, rolled_out=False)
+    first, second, third = text.getvalue().splitlines()
+    assert first.startswith("jaco_reach_top_left, random: episode 1 of 3: mean return 200.0 of 2 streams, ")
+    assert "episode 3 of 3 of the control: every stream failed" in second
+    assert "evaluation.jsonl contains this evaluation; --again repeats it" in third
+    assert "\x1b" not in text.getvalue()
+
+
+def test_an_interruption_prints_how_to_resume(evaluations: list[Evaluation]) -> None:
+    text = io.StringIO()
+
+    def watched() -> None:
+        with ProgressTable(evaluations, Console(file=text, width=100)) as progress:
+            progress.on_begin(evaluations[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watched()
+    assert "the same command resumes" in text.getvalue()
+
+
+def test_the_final_table_fits_80_columns(evaluations: list[Evaluation]) -> None:
+    records = [
+        record.model_copy(update={"context": context, "method": "at"})
+        for evaluation in evaluations
+        for context, returns in ((True, (120.0, None, None)), (False, (510.0, 620.0, 730.0)))
+        for record in found(evaluation, returns)
+    ]
+    text = shown(final_table(summarise(records)), width=80)
+    assert "…" not in text
+    assert all(task in text for task in TASKS)
+    (line,) = [row for row in text.splitlines() if row.strip().startswith("at") and "(9)" in row]
+    assert line.split() == [
+        "at",
+        "2",
+        "x",
+        "3",
+        "120",
+        "(9)",
+        "\N{EN DASH}",
+        "120",
+        "(9)",
+        "120",
+        "(9)",
+        "510",  # the episodes that failed in the streams are left out
+        "(49)",
+        "4",
+    ]
