@@ -8,7 +8,7 @@ they are not independent evidence about training.
 
 A run that is scored in several tasks is resampled once for all of them: `together` gives these tasks the same label.
 
-An interval needs two runs in every stratum. With fewer, the interval is None.
+Intervals have 95 % confidence (percentile method) and need two runs in every stratum. With fewer, the interval is None.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.stats  # type: ignore[import-untyped]
 from jaxtyping import Float, Float64
+
+CONFIDENCE = 0.95
 
 Runs = Float[np.ndarray, "runs"]
 Strata = Sequence[Runs]
@@ -50,84 +52,6 @@ class Estimate:
     runs: int
 
 
-def interquartile_mean(scores: Float[np.ndarray, "..."], *, axis: int | None = -1) -> Any:
-    """Return the mean without the lowest and highest floor(n/4) scores (axis None: of all scores together)."""
-    return scipy.stats.trim_mean(scores, proportiontocut=0.25, axis=axis)
-
-
-def estimate(
-    strata: Strata,
-    aggregate: Aggregate = interquartile_mean,
-    *,
-    generator: np.random.Generator,
-    together: Together = None,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-) -> Estimate:
-    """Return an aggregate of all runs of all tasks, with its stratified bootstrap interval (percentile method).
-
-    Args:
-        strata: scores of the runs of each task (runs,).
-        aggregate: interquartile_mean, numpy.mean, numpy.median, ...
-        generator: random generator of the resampling.
-        together: a label per task. Tasks with the same label have the same runs in the same order. None: all tasks have
-            different runs.
-        confidence: coverage of the interval.
-        resamples: number of bootstrap resamples.
-    """
-    return _bootstrap(strata, _pooled(aggregate), generator, confidence, resamples, together)
-
-
-def difference(
-    strata: Strata,
-    baseline: Strata,
-    aggregate: Aggregate = interquartile_mean,
-    *,
-    generator: np.random.Generator,
-    together: Together = None,
-    baseline_together: Together = None,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-) -> Estimate:
-    """Return aggregate(strata) - aggregate(baseline). Its number of runs is the smaller one of the two.
-
-    `together` and `baseline_together` are as in `estimate`. A label in both of them makes the comparison paired: the
-    same runs, in the same order, are in `strata` and in `baseline`.
-    """
-    count = len(strata)
-
-    def contrast(*samples: np.ndarray, axis: int = -1) -> Any:
-        pooled = _pooled(aggregate)
-        return pooled(*samples[:count], axis=axis) - pooled(*samples[count:], axis=axis)
-
-    return _compare(strata, baseline, contrast, generator, confidence, resamples, together, baseline_together)
-
-
-def probability_of_improvement(
-    strata: Strata,
-    baseline: Strata,
-    *,
-    generator: np.random.Generator,
-    together: Together = None,
-    baseline_together: Together = None,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-) -> Estimate:
-    """Return the probability that a run beats a run of the baseline, averaged over tasks. A tie is half a win.
-
-    Task k of `strata` is compared with task k of `baseline`. Other arguments are as in `difference`.
-    """
-    if len(strata) != len(baseline):
-        raise ValueError(f"{len(strata)} tasks cannot be compared with {len(baseline)}")
-    count = len(strata)
-
-    def wins(*samples: np.ndarray, axis: int = -1) -> Any:
-        per_task = [_wins(ours, theirs) for ours, theirs in zip(samples[:count], samples[count:], strict=True)]
-        return np.mean(per_task, axis=0)
-
-    return _compare(strata, baseline, wins, generator, confidence, resamples, together, baseline_together)
-
-
 @dataclass(frozen=True)
 class Profile:
     """The fraction of runs above each threshold, with pointwise intervals (None: too few runs).
@@ -147,42 +71,108 @@ class Profile:
     runs: int
 
 
+def interquartile_mean(scores: Float[np.ndarray, "..."], *, axis: int | None = -1) -> Any:
+    """Return the mean without the lowest and highest floor(n/4) scores (axis None: of all scores together)."""
+    return scipy.stats.trim_mean(scores, proportiontocut=0.25, axis=axis)
+
+
+def estimate(
+    strata: Strata,
+    aggregate: Aggregate = interquartile_mean,
+    *,
+    generator: np.random.Generator,
+    together: Together = None,
+    resamples: int = 2000,
+) -> Estimate:
+    """Return an aggregate of all runs of all tasks, with its stratified bootstrap interval.
+
+    Args:
+        strata: scores of the runs of each task (runs,).
+        aggregate: interquartile_mean, numpy.mean, numpy.median, ...
+        generator: random generator of the resampling.
+        together: a label per task. Tasks with the same label have the same runs in the same order. None: all tasks have
+            different runs.
+        resamples: number of bootstrap resamples.
+    """
+    return _estimate(strata, _pooled(aggregate), generator, resamples, together)
+
+
+def difference(
+    strata: Strata,
+    baseline: Strata,
+    aggregate: Aggregate = interquartile_mean,
+    *,
+    generator: np.random.Generator,
+    together: Together = None,
+    baseline_together: Together = None,
+    resamples: int = 2000,
+) -> Estimate:
+    """Return aggregate(strata) - aggregate(baseline). Its number of runs is the smaller one of the two.
+
+    `together` and `baseline_together` are as in `estimate`. A label in both of them makes the comparison paired: the
+    same runs, in the same order, are in `strata` and in `baseline`.
+    """
+    pooled, count = _pooled(aggregate), len(strata)
+
+    def contrast(*samples: np.ndarray, axis: int = -1) -> Any:
+        return pooled(*samples[:count], axis=axis) - pooled(*samples[count:], axis=axis)
+
+    return _compare(strata, baseline, contrast, generator, resamples, together, baseline_together)
+
+
+def probability_of_improvement(
+    strata: Strata,
+    baseline: Strata,
+    *,
+    generator: np.random.Generator,
+    together: Together = None,
+    baseline_together: Together = None,
+    resamples: int = 2000,
+) -> Estimate:
+    """Return the probability that a run beats a run of the baseline, averaged over tasks. A tie is half a win.
+
+    Task k of `strata` is compared with task k of `baseline`. Other arguments are as in `difference`.
+    """
+    if len(strata) != len(baseline):
+        raise ValueError(f"{len(strata)} tasks cannot be compared with {len(baseline)}")
+    count = len(strata)
+
+    def wins(*samples: np.ndarray, axis: int = -1) -> Any:
+        per_task = [_wins(ours, theirs) for ours, theirs in zip(samples[:count], samples[count:], strict=True)]
+        return np.mean(per_task, axis=0)
+
+    return _compare(strata, baseline, wins, generator, resamples, together, baseline_together)
+
+
 def performance_profile(
     strata: Strata,
     thresholds: Float[np.ndarray, " thresholds"],
     *,
     generator: np.random.Generator,
     together: Together = None,
-    confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Profile:
     """Return the distribution of scores over the runs of all tasks.
 
-    A method whose profile is above another's at every threshold is stochastically better.
+    A method whose profile is above another's at every threshold is stochastically better. The confidence of the
+    intervals holds at each threshold, not at all of them at once.
 
     Args:
         strata: scores of the runs of each task (runs,), normalised if there are several tasks.
         thresholds: scores (T,).
         generator, together, resamples: as in `estimate`.
-        confidence: coverage of the interval at each threshold, not of all intervals at once.
     """
     thresholds = np.sort(np.asarray(thresholds, np.float64))
     # One row per threshold, so that the bootstrap resamples the same runs for all thresholds.
     above = [(np.asarray(runs, np.float64) > thresholds[:, None]).astype(np.float64) for runs in strata]
-    fractions, ends = _resample(
-        above, _pooled(lambda scores, *, axis=-1: scores.mean(axis)), generator, confidence, resamples, together
-    )
+    fractions, ends = _bootstrap(above, _pooled(np.mean), generator, resamples, together)
     low, high = ends or (None, None)
     return Profile(thresholds, fractions, low, high, _count(strata, together))
 
 
 def _pooled(aggregate: Aggregate) -> Callable[..., Any]:
     """Apply an aggregate to several samples together."""
-
-    def of_all(*samples: np.ndarray, axis: int = -1) -> Any:
-        return aggregate(np.concatenate(samples, axis=axis), axis=axis)
-
-    return of_all
+    return lambda *samples, axis=-1: aggregate(np.concatenate(samples, axis=axis), axis=axis)
 
 
 def _wins(
@@ -198,41 +188,31 @@ def _compare(
     baseline: Strata,
     statistic: Callable[..., Any],
     generator: np.random.Generator,
-    confidence: float,
     resamples: int,
     together: Together,
     baseline_together: Together,
 ) -> Estimate:
     """Return a statistic of two sets of strata. Strata without a label get one of their own."""
-    own = [[(side, task) for task in range(len(tasks))] for side, tasks in enumerate((strata, baseline))]
-    labels = [
-        *(own[0] if together is None else together),
-        *(own[1] if baseline_together is None else baseline_together),
-    ]
-    found = _bootstrap([*strata, *baseline], statistic, generator, confidence, resamples, labels)
+    ours = [(0, task) for task in range(len(strata))] if together is None else together
+    theirs = [(1, task) for task in range(len(baseline))] if baseline_together is None else baseline_together
+    found = _estimate([*strata, *baseline], statistic, generator, resamples, [*ours, *theirs])
     return Estimate(found.value, found.interval, min(_count(strata, together), _count(baseline, baseline_together)))
 
 
-def _bootstrap(
-    samples: Strata,
-    statistic: Callable[..., Any],
-    generator: np.random.Generator,
-    confidence: float,
-    resamples: int,
-    together: Together = None,
+def _estimate(
+    samples: Strata, statistic: Callable[..., Any], generator: np.random.Generator, resamples: int, together: Together
 ) -> Estimate:
     samples = [np.asarray(sample, np.float64) for sample in samples]
-    value, ends = _resample(samples, statistic, generator, confidence, resamples, together)
+    value, ends = _bootstrap(samples, statistic, generator, resamples, together)
     return Estimate(float(value), ends and Interval(float(ends[0]), float(ends[1])), _count(samples, together))
 
 
-def _resample(
+def _bootstrap(
     samples: Sequence[Float64[np.ndarray, "*statistics runs"]],
     statistic: Callable[..., Any],
     generator: np.random.Generator,
-    confidence: float,
     resamples: int,
-    together: Together = None,
+    together: Together,
 ) -> tuple[Any, tuple[Any, Any] | None]:
     """Return the statistic and the ends of its interval (None: a sample has fewer than two runs)."""
     if not samples or any(sample.shape[-1] == 0 for sample in samples):
@@ -242,19 +222,19 @@ def _resample(
     if min(sizes.values()) < 2:
         return value, None
 
-    def of_drawn(*drawn: np.ndarray, axis: int = -1) -> Any:
-        places = dict(zip(sizes, drawn, strict=True))
-        return statistic(*(x[..., places[label]] for x, label in zip(samples, labels, strict=True)), axis=axis)
+    def of_indices(*drawn: np.ndarray, axis: int = -1) -> Any:
+        indices = dict(zip(sizes, drawn, strict=True))
+        return statistic(*(x[..., indices[label]] for x, label in zip(samples, labels, strict=True)), axis=axis)
 
     # scipy resamples its samples independently, as the strata of Agarwal et al. It gets the indices of runs, so that
     # strata of the same runs are resampled together.
     found = scipy.stats.bootstrap(
         [np.arange(size) for size in sizes.values()],
-        of_drawn,
+        of_indices,
         n_resamples=resamples,
         vectorized=True,
         axis=-1,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=generator,
     ).confidence_interval
@@ -275,5 +255,5 @@ def _sizes(samples: Sequence[np.ndarray], together: Together) -> dict[Hashable, 
     return found
 
 
-def _count(samples: Sequence[np.ndarray], together: Together = None) -> int:
+def _count(samples: Sequence[np.ndarray], together: Together) -> int:
     return sum(_sizes(samples, together).values())

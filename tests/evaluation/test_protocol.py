@@ -112,7 +112,7 @@ def test_contexts_divided_over_eight_devices(
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         for actor in actors:
             actor.observe(step)
-    with pytest.raises(UserError, match=r"^mesh: a policy that acts is divided along mesh.seq alone"):
+    with pytest.raises(UserError, match=r"^mesh: only mesh.seq divides a policy that acts"):
         load_policy(at_run, mesh=MeshConfig(seq=2, data=2))
     cloned = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
     with pytest.raises(UserError, match=r"^mesh.seq: behaviour_cloning has no context"):
