@@ -64,8 +64,7 @@ class ModelConfig(Section):
     """The network that maps a context to actions."""
 
     kind: Kind = "transformer"
-    """A transformer over the context, or a feed-forward policy of the current observation: behaviour_cloning
-    (imitation) or td3_bc (TD3+BC)."""
+    """transformer: sees the context. behaviour_cloning, td3_bc: feed-forward policies that see one observation."""
     token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
     """Tokens per timestep: at5 (return-to-go, state, action, reward, completion), ring4 (return-to-go, state, action,
     reward), dt3 (return-to-go, state, action), fused1 (all in one token: the shortest context)."""
@@ -97,8 +96,7 @@ class ModelConfig(Section):
     trajectory_embedding: bool = False
     """Add a learned embedding of the trajectory's index in the context."""
     rotary_base: float = Field(10_000.0, gt=1)
-    """RoPE base (2104.09864). The slowest pair has a period of about 6 x base tokens; raise it for longer contexts
-    (2310.05209)."""
+    """RoPE base. The slowest pair has a period of about 6 x base tokens; raise it for longer contexts (2310.05209)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation. Parameters are always float32."""
 
@@ -109,11 +107,10 @@ class ModelConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_heads(self) -> Self:
-        if not self.family.has_context:
-            return self
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        has_heads = self.family.has_context
+        if has_heads and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ValueError(f"heads: {self.heads} heads do not split a width of {self.width} into even parts")
-        if self.heads % self.kv_heads:
+        if has_heads and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} do not divide {self.heads} heads")
         return self
 
@@ -357,18 +354,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    if values is None:
-        raise UserError(f"{path}: is empty; give settings by name")
     if not isinstance(values, Mapping):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+        raise UserError(f"{path}: {'is empty' if values is None else 'is not a mapping'}; give settings by name")
     return dict(values)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = "") -> dict[str, Any]:
     """Return nested settings in which the values of `above` replace those of `below`.
 
-    `section` ("model." for example) is the prefix of names in errors. Raise UserError if `below` has a plain value
-    where `above` has a section.
+    Raise UserError, with `section` before the name, if `below` has a plain value where `above` has a section.
     """
     whole = dict(below)
     for name, value in above.items():

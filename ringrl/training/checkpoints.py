@@ -125,25 +125,19 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of a checkpoint, with the shapes and shardings of `like`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        state = TrainState(**self._restore(step, "state", ocp.args.StandardRestore(abstract)))
-        if _read_values(self.folder / str(step)).get(ARRAY_CHECKSUMS) != array_checksums(state):
-            raise _unreadable(self.folder / str(step), ValueError("its arrays are not those that were saved"))
+        path, abstract = self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        how = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            state = TrainState(**self._manager.restore(step, args=how)["state"])
+        except Exception as error:  # orbax raises bare Exceptions for unreadable arrays
+            raise _unreadable(path, error) from error
+        if _read_json(path, "info").get(ARRAY_CHECKSUMS) != array_checksums(state):
+            raise _unreadable(path, ValueError("its arrays are not those that were saved"))
         return state
 
     def restore_iterator(self, step: int) -> dict[str, Any]:
         """Return the state of the batch iterator in a checkpoint."""
-        values = self._restore(step, "iterator", ocp.args.JsonRestore())
-        try:
-            return without_checksum(values)
-        except ValueError as error:
-            raise _unreadable(self.folder / str(step), error) from error
-
-    def _restore(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
-        except Exception as error:  # orbax raises bare Exceptions for unreadable arrays
-            raise _unreadable(self.folder / str(step), error) from error
+        return _read_json(self.folder / str(step), "iterator")
 
     def wait(self) -> None:
         """Wait until everything is written. Raise UserError if that failed."""
@@ -173,11 +167,7 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
-    """Return the step and the description of a run's newest (or given) checkpoint.
-
-    Raises:
-      UserError: no such run, no checkpoint yet, no such step, or a damaged description.
-    """
+    """Return the step and the description of a run's newest (or given) checkpoint. Raise UserError if it has none."""
     folder = run / "checkpoints"
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     if not steps:
@@ -185,7 +175,7 @@ def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
     if step is not None and step not in steps:
         raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
-    values = _read_values(folder / str(step))
+    values = _read_json(folder / str(step), "info")
     try:
         return step, RunInfo.from_json({name: value for name, value in values.items() if name != ARRAY_CHECKSUMS})
     except pydantic.ValidationError as error:
@@ -196,10 +186,10 @@ def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
         raise _unreadable(folder / str(step), error) from error
 
 
-def _read_values(checkpoint: Path) -> dict[str, Any]:
-    """Return the JSON of a checkpoint. Raise UserError if it is not what was saved."""
+def _read_json(checkpoint: Path, item: str) -> dict[str, Any]:
+    """Return the JSON of an item of a checkpoint. Raise UserError if it is not what was saved."""
     try:
-        return without_checksum(json.loads((checkpoint / "info" / "metadata").read_text()))
+        return without_checksum(json.loads((checkpoint / item / "metadata").read_text()))
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(checkpoint, error) from error
 
@@ -226,8 +216,7 @@ class TrainedPolicy:
 def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:
     """Return the policy of a run's newest (or given) checkpoint. `mesh` divides its contexts.
 
-    Raises:
-      UserError: no usable checkpoint, or an error of `make_ring` or `check_platform`.
+    Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged.
     """
     step, info = read_info(run, step)
     check_platform()
@@ -264,12 +253,9 @@ def array_checksums(tree: Any) -> list[int]:
 
 @jax.jit
 def _sums(arrays: list[jax.Array]) -> list[UInt32[jax.Array, ""]]:
-    return [_words(array).astype(jnp.uint32).sum(dtype=jnp.uint32) for array in arrays]
-
-
-def _words(array: jax.Array) -> jax.Array:
-    bits = min(8 * array.dtype.itemsize, 32)
-    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{bits}"))
+    words = [jnp.dtype(f"uint{min(8 * array.dtype.itemsize, 32)}") for array in arrays]
+    bits = map(jax.lax.bitcast_convert_type, arrays, words)
+    return [array.astype(jnp.uint32).sum(dtype=jnp.uint32) for array in bits]
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:

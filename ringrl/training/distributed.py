@@ -39,10 +39,7 @@ def is_wanted(config: DistributedConfig) -> bool:
 def join(config: DistributedConfig) -> None:
     """Connect to the other processes. Must run before any other use of JAX.
 
-    JAX ends this process with SIGABRT if not all processes connect in time.
-
-    Raises:
-      UserError: the coordinator is not given or cannot be reached.
+    Raise UserError if there is no coordinator. JAX ends this process with SIGABRT if not all processes connect in time.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     is_given = config.coordinator is not None
@@ -73,7 +70,7 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
         work()
         wait_for_all("end")
     except KeyboardInterrupt:
-        _end("was interrupted", INTERRUPTED, "stopped; what was finished is kept")
+        _end("was interrupted", INTERRUPTED, "stopped; finished work is kept")
     except Exception as error:
         if message := user_message(error):
             _end(f"stopped: {message}", USER_ERROR, message)
@@ -126,8 +123,7 @@ def wait_for_all(point: str) -> None:
 def first_then_others(work: Callable[[], object], visible: Path) -> None:
     """Run `work` in process 0, then continue in all processes once they see the file that it made.
 
-    Raises:
-      UserError: the file does not appear, because the processes share no folder.
+    Raise UserError if the file does not appear, because the processes share no folder.
     """
     if is_first():
         work()
@@ -140,11 +136,7 @@ def first_then_others(work: Callable[[], object], visible: Path) -> None:
 
 
 def agree(name: str, settings: Mapping[str, object]) -> None:
-    """Compare settings with process 0's and wait for all processes. Each `name` may be used once per run.
-
-    Raises:
-      UserError: names each setting that differs.
-    """
+    """Raise UserError if settings differ from process 0's. Waits for all; each `name` may be used once per run."""
     index, count = place()
     if count == 1:
         return
@@ -176,18 +168,15 @@ class StopRequest:
 def stop_on_sigterm() -> Iterator[StopRequest]:
     """Turn SIGTERM (from `kill` or a scheduler) into a StopRequest inside the block, if the main thread runs it."""
     stop = StopRequest()
-    if jax.process_count() > 1:  # JAX handles the signal itself once processes are connected
+    # JAX handles the signal itself once processes are connected; only the main thread can.
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def set_stop(number: int, frame: FrameType | None) -> None:
         stop.is_set = True
 
-    try:
-        before = signal.signal(signal.SIGTERM, set_stop)
-    except ValueError:  # only the main thread can handle signals
-        yield stop
-        return
+    before = signal.signal(signal.SIGTERM, set_stop)
     try:
         yield stop
     finally:

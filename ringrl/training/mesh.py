@@ -13,8 +13,7 @@ from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 def make_parallel(config: TrainConfig) -> Parallel:
     """Return the mesh of a run, with its axes on the fastest links that JAX finds.
 
-    Raises:
-      UserError: too many devices, or an axis that does not divide what it splits.
+    Raise UserError for too many devices, or an axis that does not divide what it splits.
     """
     mesh = config.mesh
     if mesh.devices == 1 and jax.process_count() == 1:
@@ -39,8 +38,7 @@ def make_parallel(config: TrainConfig) -> Parallel:
 def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
     """Return the mesh that divides the contexts of a trained policy when it acts.
 
-    Raises:
-      UserError: an axis other than seq, a policy without a context, too many devices, or a width that does not divide.
+    Raise UserError for an axis other than seq, or a policy without a context, and as `make_parallel` does.
     """
     if mesh.devices != mesh.seq:
         raise UserError("mesh: only mesh.seq divides a policy that acts; leave the other axes at 1")

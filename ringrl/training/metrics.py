@@ -15,16 +15,9 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+import rich.progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID, TextColumn
 from rich.table import Column
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -53,11 +46,10 @@ class TensorBoardWriter:
         self._add(Event(file_version="brain.Event:2"))
         self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # drops this and later steps
 
-    def write(self, entries: Sequence[Mapping[str, float]]) -> None:
-        """Write one scalar per name and step. Raise OSError on a full disk."""
-        for entry in entries:
-            scalars = [Summary.Value(tag=name, simple_value=entry[name]) for name in entry if name != "step"]
-            self._add(Event(step=int(entry["step"]), summary=Summary(value=scalars)))
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write the numbers of a step. Raise OSError on a full disk."""
+        scalars = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        self._add(Event(step=step, summary=Summary(value=scalars)))
 
     def close(self) -> None:
         """Flush. Raise OSError on a full disk."""
@@ -96,11 +88,9 @@ class WandbWriter:
             message = " ".join(str(error).split())
             raise UserError(f"--log wandb: {message}; WANDB_MODE=offline needs no account") from error
 
-    def write(self, entries: Sequence[Mapping[str, float]]) -> None:
-        """Write all numbers of each step."""
-        for entry in entries:
-            numbers = {name: value for name, value in entry.items() if name != "step"}
-            self._run.log(numbers, step=int(entry["step"]))
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write the numbers of a step."""
+        self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
         """Flush, and upload unless offline."""
@@ -143,8 +133,10 @@ class MetricsLog:
         """Append one line per entry, a dict of `step` and named numbers."""
         self._file.write("".join(json.dumps(entry) + "\n" for entry in entries))
         self._file.flush()
-        for writer in self._writers:
-            writer.write(entries)
+        for entry in entries:
+            numbers = {name: value for name, value in entry.items() if name != "step"}
+            for writer in self._writers:
+                writer.write(int(entry["step"]), numbers)
 
     def __enter__(self) -> Self:
         return self
@@ -170,12 +162,13 @@ def progress_bar(console: Console, disable: bool) -> Progress:
     """Return a progress bar with steps, loss, time left and speed."""
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),  # stays readable in a narrow terminal
+        # The minimum width keeps the time readable in a narrow terminal.
+        rich.progress.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("left  {task.fields[speed]}", table_column=Column(no_wrap=True)),
-        TimeElapsedColumn(),
+        rich.progress.TimeElapsedColumn(),
         console=console,
         disable=disable,
     )

@@ -11,17 +11,14 @@ from ringrl.errors import UserError
 from ringrl.files import write_whole
 from ringrl.training.checkpoints import RunInfo, read_info
 
-# Settings that may differ when a run is resumed: locations, devices and loggers.
-MAY_CHANGE = ("data", "run", "keep_checkpoints", "mesh.")
-LOGGERS = "log"
+MAY_CHANGE = ("data", "run", "keep_checkpoints", "log")  # settings that may differ when a run is resumed, and the mesh
 IF_DAMAGED = "if config.yaml is damaged, remove it, and the newest checkpoint's settings are used"
 
 
 def claim_folder(info: RunInfo, resume: bool) -> None:
     """Create the run's folder, or check that an existing folder holds the run to resume.
 
-    Raises:
-      UserError: the folder holds a run (without `resume`), another run, or other files.
+    Raise UserError if the folder holds a run (without `resume`), another run, or other files.
     """
     config = info.config
     saved = config.run / "config.yaml"
@@ -44,11 +41,7 @@ def claim_folder(info: RunInfo, resume: bool) -> None:
 
 
 def saved_configuration(run: Path) -> TrainConfig:
-    """Return the configuration of the run in this folder: of config.yaml, or else of its newest checkpoint.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """Return the settings in config.yaml, or else in the newest checkpoint. Raise UserError if they cannot be read."""
     saved = run / "config.yaml"
     if not saved.exists():
         return read_info(run)[1].config
@@ -69,7 +62,7 @@ def check_configuration(config: TrainConfig) -> None:
     changed = [
         f"{name} was {was.get(name)}, is {value}"
         for name, value in now.items()
-        if not name.startswith(MAY_CHANGE) and name != LOGGERS and was.get(name) != value
+        if name not in MAY_CHANGE and not name.startswith("mesh.") and was.get(name) != value
     ]
     if changed:
         raise UserError(

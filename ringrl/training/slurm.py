@@ -21,10 +21,8 @@ def submit(
 ) -> tuple[str, Path]:
     """Submit a run as a job. Return the job's number and the folder of its output, which is next to the run.
 
-    `work` takes the argument `resume` and can be pickled.
-
-    Raises:
-      UserError: submitit or SLURM is missing, the job is rejected, or the run exists (without `resume`).
+    `work` takes the argument `resume` and can be pickled. Raise UserError as `submitting` does, or if the run exists
+    (without `resume`).
     """
     with submitting():
         if not resume and (run / "config.yaml").exists():
@@ -37,11 +35,7 @@ def submit(
 
 @contextmanager
 def submitting() -> Iterator[Any]:
-    """Yield the module submitit.
-
-    Raises:
-      UserError: submitit is not installed, or it or SLURM fails inside the block.
-    """
+    """Yield the module submitit. Raise UserError if it is not installed, or it or SLURM fails inside the block."""
     try:
         import submitit
     except ImportError:

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.errors import UserError
 from ringrl.training import load_policy, read_info, train
-from ringrl.training.checkpoints import Checkpoints, with_checksum, without_checksum
+from ringrl.training.checkpoints import Checkpoints, array_checksums, with_checksum, without_checksum
 from ringrl.training.step import TrainState
 from tests.damage import CHECKPOINT, ITERATOR, arrays, write_zeros
 
@@ -156,3 +159,36 @@ def test_a_full_disk_is_reported_and_the_run_resumes(tiny: TrainConfig) -> None:
     assert train(config, resume=True, quiet=True) == config.run
     assert load_policy(config.run).step == 14
     assert sorted(p.name for p in (config.run / "checkpoints").iterdir()) == ["12", "14"]
+
+
+TREE = {
+    "float": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4),
+    "half": np.asarray(jnp.linspace(0, 3, 5, dtype=jnp.bfloat16)),
+    "count": np.array(7, np.int32),
+    "zeros": np.zeros(6, np.float32),
+}
+
+
+def flipped(array: np.ndarray, bit: int) -> np.ndarray:
+    content = bytearray(array.tobytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    return np.frombuffer(bytes(content), array.dtype).reshape(array.shape)
+
+
+@given(st.sampled_from(sorted(TREE)), st.integers(0, 10_000))
+def test_one_flipped_bit_changes_the_checksum_of_its_array_only(name: str, bit: int) -> None:
+    before = dict(zip(sorted(TREE), array_checksums(TREE), strict=True))
+    after = dict(zip(sorted(TREE), array_checksums(TREE | {name: flipped(TREE[name], bit)}), strict=True))
+    assert [key for key in before if before[key] != after[key]] == [name]
+
+
+def test_values_with_a_checksum_survive_json() -> None:
+    values = {"mean": [0.1, 1e-300, float("nan")], "name": "walker", "nothing": None, "deep": {"b": 1, "a": 2.0}}
+    text = json.dumps(with_checksum(values))
+    assert json.dumps(without_checksum(json.loads(text)), sort_keys=True) == json.dumps(values, sort_keys=True)
+    with pytest.raises(ValueError, match="its checksum differs"):
+        without_checksum(values)
+    for was, now in (("0.1", "0.3"), ("walker", "wblker"), ("2.0", "6.0"), ('"b"', '"c"')):
+        assert was in text
+        with pytest.raises(ValueError, match="its checksum differs"):
+            without_checksum(json.loads(text.replace(was, now)))
