@@ -210,7 +210,7 @@ class TrainedPolicy:
             return self.policy
         policy: Any = nnx.clone(self.policy)
         policy.goal = self.info.goal(task)
-        return policy  # type: ignore[no-any-return]
+        return policy
 
 
 def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:
