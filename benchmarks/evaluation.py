@@ -1,14 +1,14 @@
-"""How fast do the environments step, beside their peers?
+"""Measure environment steps per second, with observations and rewards, next to dm_control and Gymnasium.
 
     python benchmarks/evaluation.py [--num-envs 64] [--threads N] [--runs 5] [--seconds 1] [--json FILE] [task ...]
 
-Environment steps per second, with observations and rewards, under actions drawn before: `make_vec`; one dm_control
-environment (of a domain that dm_control's suite lacks: `make`); and Gymnasium's AsyncVectorEnv over `make` with two
-workers. A run is an episode or `--seconds`, whichever ends first, without its reset, which has a column of its own.
-The three take turns, so that a busy machine slows all alike; figures and ratios are medians over the runs. The CPU time
-of a step, over all threads, hardly depends on who else is at work. Beside it stands what no environment can undercut:
-the CPU time of MuJoCo's mj_step alone, called in a loop in C, for the same control timestep. `target` is the goal that
-was set beforehand, in times one environment; `load` is the machine's, with whom the runs shared it.
+make_vec  the vector environment
+one       one dm_control environment (`make` for domains that dm_control's suite lacks)
+async     Gymnasium's AsyncVectorEnv over `make` with two workers
+physics   MuJoCo's mj_step alone, in a loop in C: a lower bound of the CPU time
+
+A run is an episode or `--seconds`, whichever is shorter, without the reset. The environments take turns, so that other
+work on the machine slows all of them. Rates and ratios are medians over runs. CPU times are sums over threads.
 """
 
 import argparse
@@ -36,13 +36,11 @@ DEFAULT_TASKS = (
     "quadruped_walk",
     "point_mass_maze_reach_top_left",
 )
-# Times one dm_control environment, on two cores.
-TARGETS = {"walker": 2, "cheetah": 5, "cartpole": 5, "jaco": 2, "quadruped": 2}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Environments to time: how they start an episode, take a step, and end."""
+    """Environments to time."""
 
     num_envs: int
     reset: Callable[[], Any]
@@ -51,7 +49,7 @@ class Contender:
 
 
 def contenders(task: str, num_envs: int, threads: int | None) -> dict[str, Contender]:
-    """Ours and its peers, by name."""
+    """Return the environments to compare, by name."""
     ours = make_vec(task, num_envs, seed=0, threads=threads)
     workers = gymnasium.vector.AsyncVectorEnv([partial(make, task, seed) for seed in range(WORKERS)])
     return {
@@ -62,11 +60,11 @@ def contenders(task: str, num_envs: int, threads: int | None) -> dict[str, Conte
 
 
 def one_environment(task: str) -> Contender:
-    """Dm_control's environment of a task where its suite has one, else ours, which has the same physics."""
+    """Return dm_control's environment of a task, or ours if its suite has none."""
     from absl import logging
     from dm_control import suite
 
-    logging.set_verbosity(logging.ERROR)  # of a deprecated attribute in the suite's models
+    logging.set_verbosity(logging.ERROR)  # the suite's models use a deprecated attribute
 
     domain = domain_of(task).name
     name = task.removeprefix(f"{domain}_")
@@ -78,7 +76,7 @@ def one_environment(task: str) -> Contender:
 
 
 def measure(contender: Contender, action_size: int, length: int, seconds: float) -> dict[str, float]:
-    """One run: environment steps per second; per environment, CPU seconds of a step and seconds of a reset."""
+    """Return environment steps per second and, per environment, CPU seconds of a step and seconds of a reset."""
     shape = (length, contender.num_envs, action_size)
     actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     before_reset = time.perf_counter()
@@ -95,7 +93,7 @@ def measure(contender: Contender, action_size: int, length: int, seconds: float)
 
 
 def physics_alone(task: str, seed: int) -> float:
-    """CPU seconds of one control timestep of an episode in mj_step alone, without Python."""
+    """Return the CPU seconds of one control timestep in mj_step, without Python."""
     from mujoco import MjData, mj_getState, mj_stateSize, mjtState, rollout
 
     from ringrl.envs import load_simulation
@@ -114,7 +112,7 @@ def physics_alone(task: str, seed: int) -> float:
 
 
 def compare(task: str, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Every run of every contender, taking turns, with the load of the machine before it; and of the physics alone."""
+    """Return every run of every contender with the load of the machine, and of the physics alone."""
     domain = domain_of(task)
     everyone = contenders(task, options.num_envs, options.threads)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in (*everyone, "physics")}
@@ -130,7 +128,7 @@ def compare(task: str, options: argparse.Namespace) -> dict[str, list[dict[str, 
 
 
 def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
-    """The medians over the runs, as a line of the table."""
+    """Return the medians over the runs as a line of the table."""
 
     def values(name: str, what: str) -> np.ndarray:
         return np.array([run[what] for run in runs[name]])
@@ -143,7 +141,7 @@ def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
 
     return (
         f"{task:<31}{median('make_vec', 'rate'):>9.0f}{median('one', 'rate'):>8.0f}{ratio('one'):>7.1f}"
-        f"{TARGETS.get(domain_of(task).name, '-'):>8}{median('async', 'rate'):>8.0f}{ratio('async'):>7.1f}"
+        f"{median('async', 'rate'):>8.0f}{ratio('async'):>7.1f}"
         f"{1e6 * median('make_vec', 'cpu'):>9.1f}{1e6 * median('one', 'cpu'):>8.1f}"
         f"{1e6 * median('physics', 'cpu'):>8.1f}"
         f"{1e3 * median('make_vec', 'reset'):>10.2f}{median('make_vec', 'load'):>7.1f}"
@@ -156,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=DEFAULT_TASKS, help="full task names (one per domain)")
     parser.add_argument("--num-envs", type=positive, default=64)
-    parser.add_argument("--threads", type=positive, help="that simulate (one per core)")
+    parser.add_argument("--threads", type=positive, help="threads that simulate (one per core)")
     parser.add_argument("--runs", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="at most, per run")
     parser.add_argument("--json", type=Path, help="also write every run to this file")
@@ -167,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.num_envs} environments, {settings['cores']} cores; steps per second, then CPU microseconds per step"
     )
     print(
-        f"{'task':<31}{'make_vec':>9}{'one':>8}{'ratio':>7}{'target':>8}{'async':>8}{'ratio':>7}"
+        f"{'task':<31}{'make_vec':>9}{'one':>8}{'ratio':>7}{'async':>8}{'ratio':>7}"
         f"{'make_vec':>9}{'one':>8}{'physics':>8}{'reset ms':>10}{'load':>7}"
     )
     measured = {}

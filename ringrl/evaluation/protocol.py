@@ -269,9 +269,17 @@ def policy_evaluation(
     policy, trajectories = compiled, config.context.trajectories
     # Clip here: `CompiledPolicy.prefill` recognises a prompt by its identity, and `rollout` would make copies.
     context = None if prompt is None else clip_trajectories(prompt.context, trajectories)
-    results = run / "evaluation.jsonl" if results is None else results
-    make_actor = lambda first: PolicyActor(policy)  # noqa: E731
-    return _evaluation(template, protocol, results, info.normalisation, make_actor, trajectories, context)
+    template, decides = _with_hash(template, protocol)
+    return Evaluation(
+        template=template,
+        decides=decides,
+        results=run / "evaluation.jsonl" if results is None else results,
+        protocol=protocol,
+        normalisation=info.normalisation,
+        make_actor=lambda first: PolicyActor(policy),
+        trajectories=trajectories,
+        prompt=context,
+    )
 
 
 def compile_policy(trained: TrainedPolicy, protocol: Protocol, task: str) -> CompiledPolicy:
@@ -286,14 +294,19 @@ def random_evaluation(
     """Return the evaluation of uniform random actions, which have no target, no prompt and no control."""
     domain = domain_of(task)
     protocol = replace(protocol, control=False, target="best", prompt_trajectories=0, prompt_seed=0)
-    template = EvaluationRecord(
-        task=task, method="random", target_policy=NO_TARGET, **_common_fields(protocol, command)
+    common = _common_fields(protocol, command)
+    template, decides = _with_hash(
+        EvaluationRecord(task=task, method="random", target_policy=NO_TARGET, **common), protocol
     )
-    size = domain.observation_size
-    identity = Normalisation(np.zeros(size), np.ones(size), domain.episode_length)
-    n = protocol.episodes
-    make_actor = lambda first: RandomActor(domain.action_size, protocol.seed + first * n, n)  # noqa: E731
-    return _evaluation(template, protocol, results, identity, make_actor)
+    size, n = domain.observation_size, protocol.episodes
+    return Evaluation(
+        template=template,
+        decides=decides,
+        results=results,
+        protocol=protocol,
+        normalisation=Normalisation(np.zeros(size), np.ones(size), domain.episode_length),
+        make_actor=lambda first: RandomActor(domain.action_size, protocol.seed + first * n, n),
+    )
 
 
 def _target_and_prompt(
@@ -329,14 +342,12 @@ def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
     }
 
 
-def _evaluation(template: EvaluationRecord, protocol: Protocol, *rest: Any) -> Evaluation:
-    """Return the evaluation, with the hash of everything that decides its result in its template."""
+def _with_hash(template: EvaluationRecord, protocol: Protocol) -> tuple[EvaluationRecord, dict[str, Any]]:
+    """Return the template with the hash of everything that decides the result, and what was hashed."""
     decides = template.model_dump(mode="json", exclude={"checkpoint", "command", "created", "returns", "budget"})
     libraries = _SIMULATING | _COMPUTING
     if template.method == "random":  # no policy is computed
         libraries, decides["device"] = _SIMULATING, None
     decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
     decides |= {"environments": protocol.environments, "control": protocol.control}
-    template = template.model_copy(update={"evaluation": json_digest(decides)})
-    results, *others = rest
-    return Evaluation(template, decides, results, protocol, *others)
+    return template.model_copy(update={"evaluation": json_digest(decides)}), decides

@@ -21,7 +21,7 @@ _ARCHIVES = {
 
 @pytest.fixture
 def recorded_episodes():
-    """A function: domain name -> (task, three recorded episodes), or a skip where there are no archives."""
+    """Return a function from a domain name to (task, three recorded episodes), which skips without archives."""
     default = Path(__file__).resolve().parents[2].parent / "shared" / "exorl"
     folder = Path(os.environ.get("RINGRL_EXORL", default))
 
@@ -39,12 +39,12 @@ def recorded_episodes():
 
 @pytest.fixture
 def assert_equals_dm_control():
-    """A function that steps our environment and dm_control's with the same actions and demands the same numbers."""
+    """Return a function that checks that our environment and dm_control's agree under the same actions."""
 
     def compare(environment, reference, steps, flatten):
         generator = np.random.RandomState(3)
         lower, upper = reference.action_spec().minimum, reference.action_spec().maximum
-        for _ in range(2):  # the second episode goes on with the stream of starts
+        for _ in range(2):  # the second episode continues the stream of starts
             observation, info = environment.reset()
             timestep = reference.reset()
             np.testing.assert_array_equal(observation, flatten(timestep.observation))

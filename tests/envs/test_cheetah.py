@@ -21,7 +21,7 @@ def test_run_equals_dm_control(seed, assert_equals_dm_control):
     ("task", "sign", "quantity", "wanted"),
     [("run_backward", -1, "speed", 10), ("flip", 1, "spin", 5), ("flip_backward", -1, "spin", 5)],
 )
-def test_custom_rewards_are_linear_in_what_is_wanted(task, sign, quantity, wanted):
+def test_custom_rewards_are_linear_up_to_the_target(task, sign, quantity, wanted):
     environment, reference = make(f"cheetah_{task}", 2), suite.load("cheetah", "run", task_kwargs={"random": 2})
     environment.reset()
     reference.reset()

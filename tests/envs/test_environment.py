@@ -2,14 +2,14 @@ import gymnasium
 import numpy as np
 import pytest
 
-from ringrl.envs import DOMAINS, TASKS, make
+from ringrl.envs import DOMAINS, TASKS, load_simulation, make
 from ringrl.errors import UserError
 
 _FIRST_TASKS = [domain.tasks[0] for domain in DOMAINS.values()]
 
 
 def _episode(environment, steps=20, **reset):
-    """Observations, rewards and physics states of an episode under fixed random actions."""
+    """Return observations, rewards and physics states of an episode under fixed random actions."""
     generator = np.random.RandomState(5)
     observation, info = environment.reset(**reset)
     rows = [(observation, 0.0, info["physics"])]
@@ -50,18 +50,18 @@ def test_spaces_types_and_sizes(task):
 def test_seeds(task):
     environment = make(task, 3)
     first, second = _episode(environment), _episode(environment)
-    assert not _same(first, second)  # the stream of starts goes on
+    assert not _same(first, second)  # the stream of starts continues
     again = make(task, 3)
     assert _same(first, _episode(again))
     assert _same(second, _episode(again))
-    assert _same(first, _episode(again, seed=3))  # a seeded reset goes back to its beginning
+    assert _same(first, _episode(again, seed=3))  # a seeded reset restarts the stream
     assert _same(second, _episode(again))
     assert not _same(first, _episode(again, seed=4))
     assert not _same(_episode(make(task)), _episode(make(task)))  # no seed: a different one each time
 
 
 @pytest.mark.parametrize("task", _FIRST_TASKS)
-def test_episodes_are_cut_at_the_time_limit_and_never_end(task):
+def test_episodes_are_truncated_and_never_terminate(task):
     environment = make(task, 0)
     length = environment.domain.episode_length
     action = np.ones(environment.domain.action_size, np.float32)
@@ -80,8 +80,6 @@ def test_a_first_step_needs_a_reset():
 
 @pytest.mark.parametrize("task", _FIRST_TASKS)
 def test_physics_state_is_a_copy_that_can_be_set_again(task):
-    from ringrl.envs import load_simulation
-
     environment = make(task, 0)
     environment.reset()
     before = environment.physics_state
@@ -115,10 +113,8 @@ def test_actions_are_clipped_and_checked():
         one.step(np.array([0, 0, np.nan, 0, 0, 0]))
 
 
-def test_an_unstable_simulation_is_reported_and_mended_by_a_reset():
+def test_an_unstable_simulation_raises_until_its_reset():
     from dm_control.rl.control import PhysicsError
-
-    from ringrl.envs import load_simulation
 
     simulation = load_simulation("cheetah_run")
     simulation.reset(np.random.RandomState(0))
@@ -144,15 +140,13 @@ def test_unknown_task():
 
 @pytest.mark.parametrize("domain", ["walker", "cheetah", "cartpole", "jaco"])
 def test_recorded_transitions_are_reproduced(domain, recorded_episodes):
-    """Set a recorded state, compare the observation; take the recorded action, compare where it leads."""
+    """Recorded states give the recorded observations, and recorded actions the recorded next states."""
     import mujoco
-
-    from ringrl.envs import load_simulation
 
     task, episodes = recorded_episodes(domain)
     simulation = load_simulation(task)
     simulation.reset(np.random.RandomState(0))
-    # Jaco's torques belong to the forces of the step before, which a state alone does not hold.
+    # Jaco's torques depend on the forces of the step before, which are not part of the state.
     of_state = np.delete(np.arange(simulation.domain.observation_size), slice(12, 18) if domain == "jaco" else [])
     for episode in episodes:
         for row in range(0, len(episode["action"]) - 1, 25):

@@ -17,7 +17,7 @@ _GOALS = {
 
 
 class _Reach(composer.Task):
-    """The reaching task as a composer task, written apart from ours."""
+    """The reaching task as a composer task, written independently."""
 
     def __init__(self, goal):
         features = observations.PERFECT_FEATURES
@@ -71,7 +71,7 @@ def test_equals_a_composer_environment(place, assert_equals_dm_control):
     ("jaco_reach_top_left", -1, 1), ("jaco_reach_top_right", 1, 1),
     ("jaco_reach_bottom_left", -1, -1), ("jaco_reach_bottom_right", 1, -1),
 ])  # fmt: skip
-def test_reward_is_one_near_the_goal_and_a_tenth_further_off(task, sign_x, sign_y):
+def test_reward_is_one_near_the_goal_and_a_tenth_at_10_cm(task, sign_x, sign_y):
     from ringrl.envs.jaco import JacoSimulation
 
     goal = np.array([sign_x * 0.09, sign_y * 0.09, 0.001])

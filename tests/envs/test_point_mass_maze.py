@@ -13,7 +13,7 @@ _GOALS = {
     "point_mass_maze_reach_bottom_right": (0.15, -0.15, 0.01),
 }
 _RADIUS = 0.01  # metres, of the mass
-_GIVES = 0.002  # metres, by which MuJoCo's soft contacts yield at most
+_GIVES = 0.002  # metres, upper bound of the penetration in MuJoCo's soft contacts
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def simulation():
 
 
 def _push(simulation, position, action, seconds=10.0):
-    """Positions (steps, 2) of a mass that starts at rest and is pushed all the time."""
+    """Return positions (steps, 2) of a mass that starts at rest, under a constant action."""
     simulation.reset(np.random.RandomState(0))
     with simulation.physics.reset_context():
         simulation.data.qpos[:] = position
@@ -34,13 +34,13 @@ def _push(simulation, position, action, seconds=10.0):
 
 
 @pytest.mark.parametrize("task", _GOALS)
-def test_the_goal_is_drawn_where_it_is(task):
+def test_the_goal_site_is_at_the_goal(task):
     simulation = load_simulation(task)
     simulation.reset(np.random.RandomState(0))
     np.testing.assert_array_equal(simulation.data.site("goal").xpos, _GOALS[task])
 
 
-def test_the_model_is_the_one_described(simulation):
+def test_the_model_has_the_described_parameters(simulation):
     model = simulation.model
     assert (model.nq, model.nv, model.na, model.nu) == (2, 2, 0, 2)
     assert model.body("mass").mass == pytest.approx(0.3)
@@ -58,8 +58,8 @@ def test_the_model_is_installed_with_the_package():
     assert (resources.files("ringrl.envs") / "point_mass_maze.xml").is_file()
 
 
-def test_in_the_open_it_moves_as_a_damped_mass(simulation):
-    """m a = gear u - damping v, so v = gear u (1 - exp(-t damping / m)); the goal is no obstacle, nor is the floor."""
+def test_without_contact_it_moves_as_a_damped_mass(simulation):
+    """m a = gear u - damping v, so v = gear u (1 - exp(-t damping / m)). Goal and floor are no obstacles."""
     positions = _push(simulation, (-0.25, 0.15), (1, 0.5), seconds=1.0)
     times = 0.02 * np.arange(1, 51)
     travelled = 0.1 * (times - 0.3 * (1 - np.exp(-times / 0.3)))
@@ -70,18 +70,18 @@ def test_in_the_open_it_moves_as_a_damped_mass(simulation):
 @pytest.mark.parametrize("along", [0, 1])
 @pytest.mark.parametrize("side", [-1, 1])
 @pytest.mark.parametrize("place", [-0.1, 0.05, 0.16])
-def test_inner_walls_hold(simulation, along, side, place):
+def test_inner_walls_stop_the_mass(simulation, along, side, place):
     position, action = np.zeros(2), np.zeros(2)
     position[along], position[1 - along] = place, side * 0.1
     action[1 - along] = -side
     distance = side * _push(simulation, position, action)[:, 1 - along]
     assert distance.min() > 0.02 + _RADIUS - _GIVES
-    assert distance[-1] < 0.02 + _RADIUS + _GIVES  # it did get there
+    assert distance[-1] < 0.02 + _RADIUS + _GIVES  # it reached the wall
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("side", [-1, 1])
-def test_the_border_holds_and_passages_are_open(simulation, axis, side):
+def test_the_border_stops_the_mass_and_passages_are_open(simulation, axis, side):
     position, action = np.zeros(2), np.zeros(2)
     position[axis], action[axis] = -side * 0.28, side
     position[1 - axis] = 0.24  # beyond the end of the inner wall
@@ -102,10 +102,10 @@ def test_episodes_start_at_rest_in_the_top_left_corner():
         assert start.max() > upper - 0.002
 
 
-def test_starts_follow_the_seed_and_not_the_global_generator():
+def test_starts_depend_on_the_seed_only():
     starts = []
     for state in (0, 1):
-        np.random.seed(state)  # noqa: NPY002 (it must not matter)
+        np.random.seed(state)  # noqa: NPY002 (it must have no effect)
         starts.append(make("point_mass_maze_reach_top_left", 5).reset()[0])
     np.testing.assert_array_equal(*starts)
 
@@ -142,7 +142,7 @@ def test_rewards_equal_the_formula_step_by_step(task):
 
 
 @pytest.mark.parametrize("task", list(_GOALS))
-def test_reward_is_one_at_rest_at_the_goal_and_falls_with_distance_and_control(task):
+def test_rewards_at_known_points(task):
     from ringrl.envs.point_mass_maze import PointMassMazeSimulation
 
     sensors = np.array(_GOALS[task]) + np.array([[0, 0, 0], [0.0149, 0, 0], [0, 0.03, 0], [0, 0, 0], [0, 0, 0]])

@@ -3,7 +3,7 @@ import pytest
 from dm_control import suite
 from dm_control.utils.rewards import tolerance
 
-from ringrl.envs import make
+from ringrl.envs import load_simulation, make
 
 
 def _flat(observation):
@@ -21,7 +21,7 @@ def test_stock_tasks_equal_dm_control(task, seed, assert_equals_dm_control):
 
 
 @pytest.mark.parametrize("task", ["stand", "jump"])
-def test_custom_tasks_reward_being_upright_and_high(task):
+def test_custom_rewards_equal_their_formula(task):
     environment = make(f"quadruped_{task}", 1)
     reference = suite.load("quadruped", "walk", task_kwargs={"random": 1})
     environment.reset()
@@ -45,7 +45,7 @@ def test_custom_tasks_reward_being_upright_and_high(task):
 @pytest.mark.parametrize(
     ("task", "expected"),
     [
-        # the linear slopes begin at half, one margin below what is wanted, and go on down to zero
+        # the linear slopes are 0.5 one margin below the target and continue to zero
         ("quadruped_stand", [1, 1, 0.5, 0, 1]),
         ("quadruped_walk", [0.5, 1, 0.5, 0, 0]),
         ("quadruped_run", [0.5, 0.55, 0.5, 0, 0.35]),
@@ -60,9 +60,7 @@ def test_rewards_at_known_points(task, expected):
     np.testing.assert_allclose(QuadrupedSimulation.reward(task, sensors, np.zeros((5, 12))), expected, atol=1e-12)
 
 
-def test_episodes_start_in_any_orientation_and_off_the_ground():
-    from ringrl.envs import load_simulation
-
+def test_episodes_start_in_any_orientation_without_contact():
     simulation = load_simulation("quadruped_jump")
     random = np.random.RandomState(0)
     upright = []
@@ -76,8 +74,6 @@ def test_episodes_start_in_any_orientation_and_off_the_ground():
 
 
 def test_activations_are_part_of_the_physics_state():
-    from ringrl.envs import load_simulation
-
     environment = make("quadruped_run", 0)
     environment.reset()
     for _ in range(5):

@@ -17,7 +17,7 @@ def _actions(task, seed, steps):
 
 
 def _assert_equal_to_singles(task, steps, episodes, seed, num_envs=2, threads=2):
-    """The vector's numbers are the single environments'; rewards but for the order of the last place."""
+    """The vector's results equal the single environments', rewards up to the last digit."""
     vector = make_vec(task, num_envs, seed, threads=threads)
     singles = [make(task, seed + index) for index in range(num_envs)]
     generator = np.random.RandomState(seed)
@@ -49,7 +49,7 @@ def test_whole_episodes_equal_the_single_environment(task):
 
 
 @pytest.mark.parametrize("task", _ONE_PER_DOMAIN)
-def test_not_a_bit_depends_on_the_batch_or_the_threads(task):
+def test_episodes_are_bit_identical_for_any_batch_and_threads(task):
     steps = 40
 
     def episode(seeds, threads):
@@ -69,7 +69,7 @@ def test_not_a_bit_depends_on_the_batch_or_the_threads(task):
     assert episode([8, 8, 7], threads=8) == alone
 
 
-def test_behaves_as_gymnasiums_own_vector():
+def test_behaves_like_gymnasiums_vector():
     task = "cartpole_swingup"
     ours = make_vec(task, 3, seed=0, threads=2)
     theirs = SyncVectorEnv([lambda: make(task)] * 3, autoreset_mode=AutoresetMode.DISABLED)
@@ -95,12 +95,12 @@ def test_behaves_as_gymnasiums_own_vector():
     theirs_reset = theirs.reset(seed=[1, 2, 3], options={"reset_mask": mask.copy()})
     np.testing.assert_array_equal(ours_reset[0], theirs_reset[0])
     same(ours_reset, theirs_reset, mask)
-    same(ours.reset(), theirs.reset(), slice(None))  # the seed of what was not reset has been left out
+    same(ours.reset(), theirs.reset(), slice(None))  # the seed of the environment that was not reset had no effect
     ours.close()
     theirs.close()
 
 
-def test_a_wrapper_of_gymnasium_counts_the_episodes():
+def test_gymnasiums_wrapper_counts_episodes():
     vector = RecordEpisodeStatistics(make_vec("point_mass_maze_reach_top_left", 2, seed=0))
     length = domain_of("point_mass_maze_reach_top_left").episode_length
     for _ in range(2):
@@ -142,7 +142,7 @@ def test_seeds():
     second = starts(from_one)
     assert not (first == second).any()
     np.testing.assert_array_equal(from_one.reset(seed=4)[1]["physics"], first)
-    mixed = from_one.reset(seed=[None, 100, 6])[1]["physics"]  # the first stream goes on
+    mixed = from_one.reset(seed=[None, 100, 6])[1]["physics"]  # the first stream continues
     np.testing.assert_array_equal(mixed[[0, 2]], [second[0], first[2]])
     assert not (mixed[1] == second[1]).any()
     unseeded = [starts(make_vec("cartpole_swingup", 2)) for _ in range(2)]
@@ -153,7 +153,7 @@ def test_seeds():
     ("seed", "message"),
     [
         (-1, "the seed is -1"),
-        (2**32 - 1, "the seed is 4294967296"),  # that of the second environment
+        (2**32 - 1, "the seed is 4294967296"),  # the second environment's
         ([1, -2], "the seed is -2"),
         ("three", "the seed is 'three'"),
         (1.5, "the seed is 1.5"),
@@ -190,7 +190,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_unstable_simulation_ends_no_other_and_is_mended_by_a_reset(threads):
+def test_an_unstable_simulation_affects_no_other_and_is_reset(threads):
     def play(vector, breaks):
         rows = [(*vector.reset(seed=0), None)]
         for step, actions in enumerate(np.random.RandomState(0).uniform(-1, 1, (6, 4, 6)).astype(np.float32)):
@@ -216,7 +216,7 @@ def test_an_unstable_simulation_ends_no_other_and_is_mended_by_a_reset(threads):
     vector.close()
 
 
-def test_what_was_returned_stays():
+def test_returned_arrays_do_not_change():
     vector = make_vec("cartpole_swingup", 2, seed=0)
     action = np.ones((2, 1), np.float32)
     observation, info = vector.reset()

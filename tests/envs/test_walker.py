@@ -36,7 +36,7 @@ def test_flip_rewards_standing_and_angular_momentum():
 @pytest.mark.parametrize(
     ("task", "expected"),
     [
-        # fully upright and tall: only the motion counts
+        # upright and tall: only the motion varies
         ("walker_stand", [1, 1, 1, 1]),
         ("walker_walk", [1, (5 * 0.5 + 1) / 6, 1 / 6, 1]),
         ("walker_run", [(5 * 0.5 + 1) / 6, (5 * 0.0625 + 1) / 6, 1 / 6, 1]),
@@ -51,7 +51,7 @@ def test_rewards_at_known_points(task, expected):
     np.testing.assert_allclose(WalkerSimulation.reward(task, sensors, np.zeros((4, 6))), expected, atol=1e-12)
 
 
-def test_standing_falls_off_as_a_gaussian():
+def test_the_standing_reward_is_gaussian_below_the_height():
     from ringrl.envs.walker import WalkerSimulation
 
     sensors = np.array([[0.6, 0.0, 0.0, 0.0]])  # one margin below the standing height: a tenth
