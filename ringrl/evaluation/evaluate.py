@@ -133,28 +133,25 @@ def _evaluate(
     """Roll out an evaluation unless it is finished; adds the new records to `known`."""
     progress.on_begin(evaluation)
     finished = evaluation.is_finished(known)
-    if again or not finished:
-        known += _roll_out_and_append(evaluation, finished, video, progress)
-    else:
-        if evaluation.journal.exists():  # the process was killed after it had written the results
-            with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
+    if finished and evaluation.journal.exists():
+        with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
+            # A complete journal was left by a kill after the results had been written.
+            if not again or journal.has(evaluation.parts[-1], evaluation.protocol.episodes - 1):
                 journal.remove()
-        if video:
-            made = f"videos in {evaluation.videos}" if evaluation.videos.is_dir() else "no videos; --again makes them"
-            progress.on_message(f"{evaluation.results}: contains this evaluation; {made}")
+    if again or not finished:
+        known += _roll_out_and_append(evaluation, video, progress)
+    elif video:
+        made = f"videos in {evaluation.videos}" if evaluation.videos.is_dir() else "no videos; --again makes them"
+        progress.on_message(f"{evaluation.results}: contains this evaluation; {made}")
     write_summary(evaluation.results.with_suffix(".json"), known)
     (summary,) = summarise(evaluation.own(known))
     progress.on_finish(evaluation, summary, rolled_out=again or not finished)
     return summary
 
 
-def _roll_out_and_append(
-    evaluation: Evaluation, finished: bool, video: bool, progress: EvaluationProgress
-) -> list[EvaluationRecord]:
+def _roll_out_and_append(evaluation: Evaluation, video: bool, progress: EvaluationProgress) -> list[EvaluationRecord]:
     candidates = VideoCandidates(evaluation.protocol.episodes) if video else None
     with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
-        if finished and journal.has(evaluation.parts[-1], evaluation.protocol.episodes - 1):
-            journal.clear()  # the process was killed after it had written the results
         records = roll_out(evaluation, journal=journal, progress=progress, candidates=candidates)
         append_records(evaluation.results, records)
         journal.remove()

@@ -64,11 +64,6 @@ class EpisodeJournal:
         """Return whether the file of an episode exists."""
         return self._file(part, index).exists()
 
-    def clear(self) -> None:
-        """Delete all episodes."""
-        for path in self.folder.glob("*.npz"):
-            path.unlink(missing_ok=True)
-
     def remove(self) -> None:
         """Delete the journal, and its parent folder if that is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -16,10 +16,10 @@ LENGTH = 4
 
 
 class Drift(gymnasium.Env):
-    """Four steps from a random place; actions move it, and what it earns depends on where it is.
+    """Four steps from a random start. Actions change the state, and the reward depends on the state.
 
     Args:
-        breaks: how it breaks, in step `at` of episode `episode`: an (observation, reward) that come instead.
+        breaks: (observation, reward) that replace those of step `at` of episode `episode`.
     """
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (42,), np.float32)
@@ -47,7 +47,7 @@ class Drift(gymnasium.Env):
 
 @pytest.fixture
 def drift() -> Callable[..., SyncVectorEnv]:
-    """Makes a vector of `Drift`, each with its arguments or None."""
+    """Return a function that makes a vector of `Drift`, each with its arguments or None."""
 
     def make(*breaks: dict | None) -> SyncVectorEnv:
         makers = [lambda one=one: Drift(**(one or {})) for one in breaks]
@@ -58,7 +58,7 @@ def drift() -> Callable[..., SyncVectorEnv]:
 
 @pytest.fixture(scope="session")
 def make_run(jaco_store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Trains a tiny policy for two steps."""
+    """Return a function that trains a tiny policy for two steps."""
 
     def make(**changes: object) -> Path:
         values = {

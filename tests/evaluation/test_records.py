@@ -1,4 +1,4 @@
-"""The results format: what is written is read back, and what is damaged is named."""
+"""The results format: round trips, half-written lines, and errors that name the file and line."""
 
 import json
 import multiprocessing
@@ -57,17 +57,17 @@ def test_round_trip(tmp_path):
         ({"start_seeds": (3,)}, "1 start_seeds for test_trajectories=2"),
     ],
 )
-def test_a_wrong_record_is_refused(changes, message):
+def test_an_invalid_record_raises(changes, message):
     with pytest.raises(pydantic.ValidationError, match=message):
         make_record(**changes)
 
 
-def test_starts_are_named():
+def test_starts_are_identified():
     assert make_record(start_seeds=(7, 8)).starts == ((7, 0), (8, 0))
-    assert make_record(start_seeds=()).starts == ((5, 0), (5, 1)), "the second drew on where the first had stopped"
+    assert make_record(start_seeds=()).starts == ((5, 0), (5, 1)), "both from one stream of starts"
 
 
-def test_json_that_is_too_deep_is_named(tmp_path):
+def test_json_that_is_too_deep_raises(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"protocol": ' + "[" * 200_000 + "\n")
     with pytest.raises(UserError, match="line 1: is not JSON"):
@@ -87,8 +87,8 @@ def test_failed_episodes_are_marked_and_counted(tmp_path):
     assert [record.finished for record in found] == [(1.5, 2.25), (1.5,), ()]
 
 
-def test_records_of_before_are_read(tmp_path):
-    """A line as it was written before prompts, failures and evaluations were told."""
+def test_older_records_are_read(tmp_path):
+    """A line from before records had prompts, failures and evaluations."""
     path = tmp_path / "results.jsonl"
     path.write_text(
         '{"protocol":1,"task":"jaco_reach_top_left","method":"at","token_set":"fused1","train_trajectories":2,'
@@ -100,7 +100,7 @@ def test_records_of_before_are_read(tmp_path):
     assert (record.prompt_trajectories, record.evaluation, record.failed) == (0, None, 0)
 
 
-def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path):
+def test_checking_whether_a_file_can_be_written_leaves_no_file(tmp_path):
     check_writable(tmp_path / "new" / "results.jsonl")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "there.jsonl").write_text("x")
@@ -116,7 +116,7 @@ def test_a_record_is_frozen():
         make_record().seed = 3
 
 
-def test_every_cut_of_the_last_line_is_forgiven_and_reported(tmp_path):
+def test_a_half_written_last_line_is_ignored_and_reported(tmp_path):
     path = tmp_path / "results.jsonl"
     append_records(path, [make_record(), make_record(seed=2)])
     whole = path.read_bytes()
@@ -126,13 +126,13 @@ def test_every_cut_of_the_last_line_is_forgiven_and_reported(tmp_path):
         results = read_records(path)
         assert [record.seed for record in results.records] == [1]
         assert results.half_written == (path,)
-    path.write_bytes(whole[:-1])  # only the newline is missing: the record is whole
+    path.write_bytes(whole[:-1])  # only the newline is missing, so the record is whole
     assert len(read_records(path).records) == 2
     assert read_records(path).half_written == ()
 
 
 @pytest.mark.parametrize("kept", [1, 30, -1])
-def test_appending_after_a_cut_gives_whole_lines(tmp_path, kept):
+def test_appending_removes_a_half_written_line(tmp_path, kept):
     path = tmp_path / "results.jsonl"
     append_records(path, [make_record(checkpoint="c" * 10_000), make_record(seed=2)])
     whole = path.read_bytes()
@@ -142,7 +142,7 @@ def test_appending_after_a_cut_gives_whole_lines(tmp_path, kept):
     assert [record.seed for record in read_records(path).records] == ([1, 2, 3] if kept == -1 else [1, 3])
 
 
-def test_appending_after_a_long_half_line_that_is_the_only_one(tmp_path):
+def test_appending_removes_a_long_half_written_line(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"protocol": 1, "task": "' + b"x" * 20_000)
     append_records(path, [make_record()])
@@ -155,12 +155,12 @@ def test_appending_after_a_long_half_line_that_is_the_only_one(tmp_path):
         ('{"protocol": 1, "task": "wal', "line 2: is not JSON"),
         ("[1, 2]", "line 2: is not an evaluation record"),
         ('{"loss": 0.5, "step": 3}', "line 2: is not an evaluation record"),
-        ('{"protocol": 7, "anything": 1}', "line 2: written under evaluation protocol 7.*protocol 1 only"),
+        ('{"protocol": 7, "anything": 1}', "line 2: has evaluation protocol 7.*protocol 1 only"),
         ('{"protocol": 1, "task": "walker_walk"}', "line 2: method: Field required"),
         (json.dumps({**json.loads(make_record().model_dump_json()), "returns": [1]}), "line 2: record: .*1 returns"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, line, message):
+def test_an_invalid_line_raises(tmp_path, line, message):
     path = tmp_path / "results.jsonl"
     good = make_record().model_dump_json()
     path.write_text(f"{good}\n{line}\n{good}\n")
@@ -170,7 +170,7 @@ def test_a_wrong_line_is_named(tmp_path, line, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_binary_file_is_named(tmp_path):
+def test_a_binary_file_raises(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match=r"results\.jsonl: is not a results file; give results of"):
@@ -179,7 +179,7 @@ def test_a_binary_file_is_named(tmp_path):
 
 def test_folders_are_searched_and_files_read_once(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "metrics.jsonl").write_text('{"loss": 1}\n')  # training's own, not results
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"loss": 1}\n')  # the metrics of training
     (tmp_path / "a" / "notes.txt").write_text("not results")
     append_records(tmp_path / "a" / "b" / "evaluation.jsonl", [make_record()])
     append_records(tmp_path / "a" / "evaluation.jsonl", [make_record(seed=2)])
@@ -190,7 +190,7 @@ def test_folders_are_searched_and_files_read_once(tmp_path):
         read_records([tmp_path / "missing.jsonl"])
 
 
-def test_data_records_carry_one_return_each():
+def test_data_records_have_one_return_each():
     records = data_records(
         "walker_walk", np.array([3.0, 1.0], np.float32), data_fingerprint="abc", versions={"jax": "1"}
     )
@@ -199,7 +199,7 @@ def test_data_records_carry_one_return_each():
     assert {record.method for record in records} == {"data"}
 
 
-def test_library_versions_names_what_is_installed():
+def test_library_versions_of_installed_libraries():
     versions = library_versions()
     assert {"python", "ringrl", "jax", "numpy"} <= set(versions)
 
@@ -220,7 +220,7 @@ def test_writers_share_a_file(tmp_path):
     assert len(read_records(path).records) == 40
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "results.jsonl"
     append_records(path, [make_record()])
     before = path.read_bytes()
@@ -236,6 +236,6 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_folder_in_the_way_is_named(tmp_path):
+def test_a_folder_in_place_of_the_file_raises(tmp_path):
     with pytest.raises(UserError, match="cannot append results"):
         append_records(tmp_path, [make_record()])

@@ -1,4 +1,4 @@
-"""The statistics against numbers worked out by hand, against brute force, and against rliable where it is installed."""
+"""The statistics against results by hand, by brute force, and from rliable."""
 
 import itertools
 
@@ -21,8 +21,8 @@ def generator() -> np.random.Generator:
 
 
 def test_interquartile_mean_by_hand():
-    assert interquartile_mean(np.array([1000.0, 1, 2, 3, 4, 5, 6, -1000])) == 3.5  # two cut at either end
-    assert interquartile_mean(np.array([0.0, 3, 9])) == 4  # floor(3/4) = 0: nothing is cut
+    assert interquartile_mean(np.array([1000.0, 1, 2, 3, 4, 5, 6, -1000])) == 3.5  # two are left out at either end
+    assert interquartile_mean(np.array([0.0, 3, 9])) == 4  # floor(3/4) = 0: none is left out
     assert interquartile_mean(np.array([0.0, 3, 4, 90])) == 3.5
     np.testing.assert_array_equal(interquartile_mean(np.arange(8.0).reshape(2, 4)), [1.5, 5.5])
     assert interquartile_mean(np.arange(8.0).reshape(2, 4), axis=None) == 3.5
@@ -35,7 +35,7 @@ def test_one_run_has_no_interval():
     assert difference([np.array([5.0, 6.0])], [np.array([1.0])], generator=generator()).interval is None
 
 
-def test_no_run_is_refused():
+def test_no_run_raises():
     with pytest.raises(ValueError, match="at least one run"):
         estimate([np.array([])], generator=generator())
     with pytest.raises(ValueError, match="at least one run"):
@@ -63,8 +63,8 @@ def test_tasks_are_strata():
 
 
 def test_tasks_of_the_same_runs_are_drawn_together():
-    """A second task that rises and falls with the first is no further evidence: the interval stays as wide."""
-    scores = np.random.default_rng(7).integers(100, size=8).astype(float)  # whose sums are exact
+    """A second task with the same scores adds no evidence, so the interval does not shrink."""
+    scores = np.random.default_rng(7).integers(100, size=8).astype(float)  # sums are exact
     one = estimate([scores], generator=generator())
     assert estimate([scores] * 3, generator=generator(), together="aaa") == one
     assert one.interval is not None
@@ -72,7 +72,7 @@ def test_tasks_of_the_same_runs_are_drawn_together():
     assert apart is not None
     assert apart.high - apart.low < 0.7 * (one.interval.high - one.interval.low)
     lone = estimate([scores, scores[:1] + 5], generator=generator(), together="ab")
-    assert lone.interval is None, "one run of its own"
+    assert lone.interval is None, "label b has one run"
     with pytest.raises(ValueError, match="7 scores of 8 runs that are drawn together"):
         estimate([scores, scores[:7]], generator=generator(), together="aa")
 
@@ -85,8 +85,8 @@ def test_every_statistic_draws_the_same_runs_together():
     assert probability_of_improvement([ours] * 2, [theirs] * 2, generator=generator(), **sides) == one
 
 
-def test_what_is_on_both_sides_is_drawn_once():
-    """Each run gains between 1 and 2, and runs differ by far more."""
+def test_paired_runs_are_resampled_together():
+    """Each run gains between 1 and 2, while runs differ by far more."""
     random = np.random.default_rng(8)
     before = random.normal(0, 50, 10)
     after = before + random.uniform(1, 2, 10)
@@ -114,8 +114,8 @@ def test_profiles_draw_the_same_runs_together():
         np.testing.assert_array_equal(getattr(twice, name), getattr(single, name), err_msg=name)
 
 
-def test_intervals_of_runs_scored_in_two_tasks_cover_what_they_say():
-    """Two tasks of the same eight runs, whose scores have much in common: drawn apart, the mean is missed too often."""
+def test_intervals_of_runs_scored_in_two_tasks_have_their_coverage():
+    """Two tasks of the same eight runs with correlated scores: resampled independently, intervals are too narrow."""
     random, missed = np.random.default_rng(9), {"together": 0, "apart": 0}
     for _ in range(200):
         runs = random.normal(size=8)
@@ -123,7 +123,7 @@ def test_intervals_of_runs_scored_in_two_tasks_cover_what_they_say():
         for name, labels in (("together", "aa"), ("apart", None)):
             found = estimate(tasks, np.mean, generator=generator(), together=labels, resamples=500)
             missed[name] += 0 not in found.interval
-    assert missed["together"] < 30 < missed["apart"], "8 runs are few: a percentile interval misses 20 of 200"
+    assert missed["together"] < 30 < missed["apart"], "with 8 runs a percentile interval misses about 20 of 200"
 
 
 def test_same_generator_same_interval():
@@ -168,13 +168,13 @@ def test_a_performance_profile_by_hand():
     tasks = [np.array([1.0, 3, 5]), np.array([3.0])]
     found = performance_profile(tasks, np.array([5.0, 0, 3, 2.9]), generator=generator())
     np.testing.assert_array_equal(found.thresholds, [0, 2.9, 3, 5])
-    np.testing.assert_array_equal(found.fractions, [1, 0.75, 0.25, 0])  # higher than the threshold, not as high
+    np.testing.assert_array_equal(found.fractions, [1, 0.75, 0.25, 0])  # above the threshold, not equal to it
     assert (found.low, found.high, found.runs) == (None, None, 4)
     with pytest.raises(ValueError, match="at least one run"):
         performance_profile([np.array([])], np.array([0.0]), generator=generator())
 
 
-def test_the_band_of_a_profile_is_at_every_threshold_the_interval_of_that_fraction():
+def test_the_band_of_a_profile_is_the_interval_of_the_fraction_at_each_threshold():
     tasks = [np.random.default_rng(task).normal(task, 1, 9) for task in range(3)]
     thresholds = np.linspace(-3, 6, 19)
     found = performance_profile(tasks, thresholds, generator=generator())
@@ -193,7 +193,7 @@ def test_the_band_of_a_profile_is_at_every_threshold_the_interval_of_that_fracti
 
 SCORES = np.random.default_rng(0).gamma(2.0, 1.0, (10, 3)) * [1, 5, 20]  # of 10 runs of 3 tasks
 OTHERS = np.random.default_rng(1).gamma(2.0, 1.2, (7, 3)) * [1, 5, 20]
-# What rliable 1.2.0 (arch 7.2.0, pandas 2.3.3) says of them: value, and the interval of as many resamples.
+# Value and interval from rliable 1.2.0 (arch 7.2.0, pandas 2.3.3).
 RLIABLE = {
     "interquartile mean": (8.795706624129734, 6.9954541542988435, 10.794543361643985),
     "mean": (13.134341709868012, 9.55268486527562, 18.174901236132904),
