@@ -214,6 +214,7 @@ def policy_evaluation(
     command: str | None = None,
     results: Path | None = None,
     compiled: CompiledPolicy | None = None,
+    variant: str | None = None,
 ) -> Evaluation:
     """Return the evaluation of a trained policy.
 
@@ -227,6 +228,7 @@ def policy_evaluation(
       command: command line, for the records.
       results: None: evaluation.jsonl in the run's folder.
       compiled: programs of the same policy, shared between tasks. None: compiled for this evaluation.
+      variant: name of the run's settings in an ablation plan, for the records.
 
     Raises:
       UserError: the task belongs to another domain than the checkpoint, or the domain has no simulation; a prompt or
@@ -243,6 +245,7 @@ def policy_evaluation(
     template = EvaluationRecord(
         task=task,
         method=method_of(config),
+        variant=variant,
         token_set=config.model.token_set if has_context else None,
         train_trajectories=config.context.trajectories if has_context else None,
         train_task=None if task in (config.task, *config.context.other_tasks) else config.task,
@@ -344,7 +347,8 @@ def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
 
 def _with_hash(template: EvaluationRecord, protocol: Protocol) -> tuple[EvaluationRecord, dict[str, Any]]:
     """Return the template with the hash of everything that decides the result, and what was hashed."""
-    decides = template.model_dump(mode="json", exclude={"checkpoint", "command", "created", "returns", "budget"})
+    names = {"checkpoint", "command", "created", "returns", "budget", "variant"}
+    decides = template.model_dump(mode="json", exclude=names)
     libraries = _SIMULATING | _COMPUTING
     if template.method == "random":  # no policy is computed
         libraries, decides["device"] = _SIMULATING, None

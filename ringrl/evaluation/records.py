@@ -50,6 +50,8 @@ class EvaluationRecord(pydantic.BaseModel):
     """Full task name, "walker_walk"."""
     method: str = Field(min_length=1)
     """"random", "bc", "td3+bc", "at", "dt", ..., or "data" for the episodes of the dataset itself."""
+    variant: str | None = None
+    """Name of the settings in an ablation plan; None: those that all its cells share."""
     token_set: str | None = None
     """Tokens per timestep (at5, ring4, dt3, fused1); None for methods without tokens."""
     train_trajectories: PositiveInt | None = None

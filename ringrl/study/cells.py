@@ -145,20 +145,17 @@ class Cell(Work):
         trained = load_policy(self.folder)
         if trained.step < self.config.optimiser.steps:
             raise UserError(f"{self.folder}: training was stopped after step {trained.step}; --retry resumes it")
-        results = self.folder / EVALUATION
         compiled = compile_policy(trained, Protocol(), self.config.task)
-        for task in self.tasks:
-            for protocol in self.protocols:
-                self._evaluate(
-                    policy_evaluation(
-                        trained, self.folder, protocol, task=task, command=command, results=results, compiled=compiled
-                    )
-                )
+        make = partial(
+            policy_evaluation, trained, self.folder, command=command, compiled=compiled, variant=self.variant
+        )
+        evaluations = [make(protocol, task=task) for task in self.tasks for protocol in self.protocols]
+        evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
+        for one in filter(self._is_filmed, evaluations):  # best.mp4 is written last; without it, all are made again
+            evaluate_all([one], again=not (one.videos / "best.mp4").is_file(), video=True, progress=_Log())
 
-    def _evaluate(self, evaluation: Evaluation) -> None:
-        video = self.about["videos"] and not evaluation.protocol.prompt_trajectories
-        filmed = (evaluation.videos / "best.mp4").is_file()  # written last; without it, all videos are made again
-        evaluate_all([evaluation], again=video and not filmed, video=video, progress=_Log())
+    def _is_filmed(self, evaluation: Evaluation) -> bool:
+        return self.about["videos"] and not evaluation.protocol.prompt_trajectories
 
     def of_steps(self, steps: int) -> "Cell":
         """Return the cell with another number of optimiser steps."""
@@ -167,7 +164,7 @@ class Cell(Work):
 
 
 class _Log(EvaluationProgress):
-    """Messages for the cell's log."""
+    """Prints messages to the cell's log."""
 
     def on_message(self, text: str) -> None:
         print(text, flush=True)
