@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from command_line import positive, told_in_one_line
 
-from ringrl.data.collect import PRESETS, collect, preset_episodes
+from ringrl.collect import PRESETS, collect, preset_episodes
 from ringrl.data.exorl import Archive
 from ringrl.envs import domain_of
 

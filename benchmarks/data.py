@@ -70,12 +70,12 @@ def ratio(peer: Sequence[float], ours: Sequence[float]) -> float:
 
 def record(task: str, number: int) -> list[dict[str, np.ndarray]]:
     """Episodes of the local collection's controller, with much noise."""
-    from ringrl.data.collect.recipes import recipe_of
-    from ringrl.data.collect.record import Plan, record_episode
+    from ringrl.collect.controllers import recipe_of
+    from ringrl.collect.record import EpisodePlan, record_episode
     from ringrl.envs import load_simulation
 
     simulation, recipe = load_simulation(task), recipe_of(task)
-    plans = (Plan(index, 0, recipe.mean, 1.0) for index in range(number))
+    plans = (EpisodePlan(index, 0, recipe.mean, 1.0) for index in range(number))
     return [record_episode(simulation, recipe, plan) for plan in plans]
 
 

@@ -24,13 +24,12 @@ from typing import Any
 import jax
 from command_line import positive, told_in_one_line
 
-from ringrl.model import make_policy
+from ringrl.model import make_agent, make_policy
 from ringrl.planning.closed_form import memory_of
 from ringrl.planning.machines import GIB, Machine, find_machine
 from ringrl.planning.probe import measured
 from ringrl.planning.roofline import estimate
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload, find_model
-from ringrl.training.agent import make_agent
 from ringrl.training.mesh import make_parallel
 
 

@@ -32,9 +32,8 @@ from ringrl.data.loader import iterate_batches
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
 from ringrl.data.sharded import ShardedSampler
-from ringrl.model import make_policy
+from ringrl.model import make_agent, make_policy
 from ringrl.model.parallel import Parallel
-from ringrl.training.agent import make_agent
 from ringrl.training.budget import step_cost
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsLog, MetricsRecorder, progress_bar

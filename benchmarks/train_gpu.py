@@ -26,9 +26,8 @@ from random_data import random_context
 
 from ringrl.config import TrainConfig, read_yaml
 from ringrl.configs import preset
-from ringrl.model import make_policy, transformer
+from ringrl.model import make_agent, make_policy, transformer
 from ringrl.planning.workload import ACTION, OBSERVATION
-from ringrl.training.agent import make_agent
 from ringrl.training.budget import step_flops
 from ringrl.training.metrics import peak_flops
 

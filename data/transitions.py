@@ -18,6 +18,15 @@ from ringrl.errors import UserError
 FARTHEST = 1.0  # metres; distances are clipped here in `distance_cost`
 
 
+def n_step_return(
+    rewards: Float[np.ndarray, "*batch n"], taken: Int[np.ndarray, "*batch"], discount: float
+) -> tuple[Float32[np.ndarray, "*batch"], Float32[np.ndarray, "*batch"]]:
+    """Return the discounted sum of the first `taken` of n rewards, and the discount of the value after them."""
+    steps = np.arange(rewards.shape[-1])
+    total = np.where(steps < taken[..., None], rewards * discount**steps, 0).sum(-1)
+    return total.astype(np.float32), (discount**taken).astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class TransitionSampler:
     """Sampler of n-step transitions, uniform over the steps of the eligible episodes (see selection.py).
@@ -70,18 +79,17 @@ class TransitionSampler:
         random = np.random.default_rng([self.seed, step])
         row, end = self._draw(random)
         goal = self._draw_goals(random, row, end)
-        discount, n = self.config.discount, self.config.n_step
-        arrivals = row[:, None] + 1 + np.arange(n)  # row t + 1 holds the action taken in state t
+        last = np.minimum(row + self.config.n_step, end)
+        arrivals = row[:, None] + 1 + np.arange(self.config.n_step)  # row t + 1 holds the action taken in state t
         rewards = self._rewards(np.minimum(arrivals, end[:, None]), goal[:, None])
-        rewards = np.where(arrivals <= end[:, None], rewards * discount ** np.arange(n), 0)
-        last = np.minimum(row + n, end)
+        reward, discount = n_step_return(rewards, last - row, self.config.discount)
         observation, action = self.store.arrays["observation"], self.store.arrays["action"]
         return Transitions(
             observation=self.normalisation.observation(observation[row]),
             action=action[row + 1],
-            reward=rewards.sum(1).astype(np.float32),
+            reward=reward,
             # No value follows a termination. ExoRL episodes never terminate.
-            discount=(discount ** (last - row) * (self.store.arrays["discount"][last, 0] != 0)).astype(np.float32),
+            discount=discount * (self.store.arrays["discount"][last, 0] != 0),
             following=self.normalisation.observation(observation[last]),
             goal=goal,
         )

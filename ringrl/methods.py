@@ -37,6 +37,7 @@ class Family:
     """Properties of a kind of model on which the rest of the project depends.
 
     Attributes:
+        agent: module of `ringrl.model.agents` with the policy and its training.
         has_context: the model sees a context of trajectories as tokens; otherwise it sees one observation at a time.
         source: batches that training draws, contexts of trajectories or single transitions.
         splits_batches: a batch may be computed in parts, by accumulation or on several devices.
@@ -45,6 +46,7 @@ class Family:
         method: returns the name of the method that a configuration of this kind amounts to.
     """
 
+    agent: str
     has_context: bool
     source: Literal["contexts", "transitions"]
     splits_batches: bool
@@ -148,6 +150,7 @@ _TRANSFORMER_ONLY = tuple(
 FAMILIES: Mapping[Kind, Family] = MappingProxyType(
     {
         "transformer": Family(
+            agent="imitation",
             has_context=True,
             source="contexts",
             splits_batches=True,
@@ -156,6 +159,7 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
             method=_transformer_method,
         ),
         "behaviour_cloning": Family(
+            agent="imitation",
             has_context=False,
             source="contexts",
             splits_batches=True,
@@ -164,6 +168,7 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
             method=_cloning_method,
         ),
         "td3_bc": Family(
+            agent="td3",
             has_context=False,
             source="transitions",
             splits_batches=False,

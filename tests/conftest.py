@@ -41,7 +41,7 @@ LONGEST = (
     "training/test_distributed.py", "study/test_ablate.py", "training/test_mesh.py", "test_docs.py",
     "training/test_checkpoints.py", "evaluation/test_session.py", "test_cli.py", "model/test_cache.py",
     "training/test_resume.py", "study/test_cluster.py", "training/test_slurm.py", "planning/test_search.py",
-    "data/test_learner.py", "attention/test_mosaic_tpu.py", "attention/test_mosaic_gpu.py",
+    "collect/test_learner.py", "attention/test_mosaic_tpu.py", "attention/test_mosaic_gpu.py",
 )  # fmt: skip
 
 

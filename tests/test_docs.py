@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from ringrl import cli
+from ringrl.collect import collect
 from ringrl.data import EpisodeStore, import_archive
-from ringrl.data.collect import collect
 from ringrl.data.download import ALGORITHMS
 from ringrl.envs import domain_named, domain_of
 from ringrl.errors import UserError

@@ -258,8 +258,8 @@ def collect(
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only). Default: one per available core.
     """
-    from ringrl.data.collect import collect as collect_episodes
-    from ringrl.data.collect import preset_episodes
+    from ringrl.collect import collect as collect_episodes
+    from ringrl.collect import preset_episodes
     from ringrl.envs import domain_of
 
     episodes = preset_episodes(preset, task) if episodes is None else episodes

@@ -1,18 +1,23 @@
-"""Policies that map a context of trajectories to actions."""
+"""Networks, policies and agents."""
 
-from ringrl.model.actor_critic import ActorCritic, Goal
+from ringrl.model.agents import Agent, TrainState, make_agent, make_policy
+from ringrl.model.agents.imitation import AgenticTransformer, BehaviourCloning
+from ringrl.model.agents.td3 import ActorCritic, Goal
 from ringrl.model.cache import KVCache, grow
-from ringrl.model.policy import AgenticTransformer, BehaviourCloning, Policy, make_policy
+from ringrl.model.policy import Policy
 from ringrl.model.tokens import TOKEN_SETS
 
 __all__ = [
     "TOKEN_SETS",
     "ActorCritic",
+    "Agent",
     "AgenticTransformer",
     "BehaviourCloning",
     "Goal",
     "KVCache",
     "Policy",
+    "TrainState",
     "grow",
+    "make_agent",
     "make_policy",
 ]

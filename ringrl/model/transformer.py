@@ -1,5 +1,6 @@
 """Pre-norm transformer with rotary positions and grouped-query attention, for contexts and cached decoding."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,7 +11,6 @@ from jaxtyping import Array, Float, Int32
 
 from ringrl.attention import Prefix, attention, ring_attention
 from ringrl.config import SEQUENCE_AXIS, ModelConfig
-from ringrl.model.blocks import in_blocks
 from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
 from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
 
@@ -107,7 +107,7 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x)))
 
 
-class Block(nnx.Module):
+class TransformerBlock(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
@@ -124,7 +124,7 @@ class Block(nnx.Module):
         y, keys_and_values = self.attention(self.attention_norm(x), positions)
         x = self.parallel.constrain(x + y, "batch", "time", None)
         if self.is_blockwise:
-            return in_blocks(self._feed_forward, x, self.block_tokens, self.parallel), keys_and_values
+            return _in_blocks(self._feed_forward, x, self.block_tokens, self.parallel), keys_and_values
         return self._feed_forward(x), keys_and_values
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
@@ -138,6 +138,38 @@ class Block(nnx.Module):
         return self._feed_forward(x + y), keys, values
 
 
+def _in_blocks(
+    function: Callable[[jax.Array], jax.Array],
+    x: Float[Array, "batch tokens features"],
+    block: int,
+    parallel: Parallel,
+) -> Float[Array, "batch tokens _"]:
+    """Apply a token-wise function blockwise (Blockwise Parallel Transformer, 2305.19370).
+
+    Intermediate arrays (for a feed-forward layer, four times the width) exist for one block only. The backward pass
+    recomputes them block by block. Each device processes its own tokens.
+
+    Args:
+      function: maps (B, n, c, features) to (B, n, c, anything), each token by itself.
+      x: sequence, sharded by "batch" and "time".
+      block: largest number of tokens per device in a block.
+      parallel: mesh.
+    """
+    batch, tokens, features = x.shape
+    devices = parallel.ring_size
+    local = tokens // devices
+    number = -(-local // block)
+    if number == 1:
+        return function(x)
+    size = -(-local // number)
+    x = jnp.pad(x.reshape(batch, devices, local, features), ((0, 0), (0, 0), (0, number * size - local), (0, 0)))
+    blocks = jnp.moveaxis(x.reshape(batch, devices, number, size, features), 2, 0)
+    blocks = parallel.constrain(blocks, None, "batch", "time", None, None)
+    done = jax.lax.map(jax.checkpoint(function), blocks)
+    done = jnp.moveaxis(done, 0, 2).reshape(batch, devices, number * size, -1)[:, :, :local]
+    return parallel.constrain(done.reshape(batch, tokens, -1), "batch", "time", None)
+
+
 class Transformer(nnx.Module):
     """Causal transformer blocks and a final norm, (B, S, W) -> (B, S, W), rotary on the token's index in the context.
 
@@ -147,7 +179,9 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
         self.layers, self.dtype, self.remat = config.layers, jnp.dtype(config.dtype), config.remat
         self.cache_shape = (config.kv_heads, config.width // config.heads)
-        make = nnx.vmap(lambda rngs: Block(config, rngs, parallel), transform_metadata={nnx.PARTITION_NAME: "layers"})
+        make = nnx.vmap(
+            lambda rngs: TransformerBlock(config, rngs, parallel), transform_metadata={nnx.PARTITION_NAME: "layers"}
+        )
         self.blocks = make(rngs.split(config.layers))
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.parallel = parallel

@@ -14,13 +14,13 @@ from jax.sharding import AxisType
 
 from ringrl.context import Context, Outcome
 from ringrl.errors import UserError
-from ringrl.model import make_policy
+from ringrl.model import TrainState, make_policy
+from ringrl.model.agents.agent import make_optimiser
+from ringrl.model.agents.imitation import abstract_state, make_train_step
 from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.planning.machines import Machine
 from ringrl.planning.schedule import Schedule, read_schedule
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload
-from ringrl.training.optimiser import make_optimiser
-from ringrl.training.step import TrainState, abstract_state, make_train_step
 
 _EXHAUSTED = re.compile(r"\(([\d.]+)([KMG])\) exceeds available|Used ([\d.]+)([KMG]) of")
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}

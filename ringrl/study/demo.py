@@ -4,11 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ringrl.collect import collect
 from ringrl.config import read_yaml
 from ringrl.configs import preset
 from ringrl.cores import available_cores
 from ringrl.data import import_archive
-from ringrl.data.collect import collect
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.study.plan import AblationPlan

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pydantic
-from flax import nnx
 from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -23,12 +22,10 @@ from ringrl.data.digest import json_digest
 from ringrl.data.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
-from ringrl.model import Goal, Policy, make_policy
+from ringrl.model import Goal, Policy, TrainState, make_agent, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
-from ringrl.training.agent import make_agent
 from ringrl.training.distributed import check_platform
 from ringrl.training.mesh import make_ring
-from ringrl.training.step import TrainState
 
 CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
 
@@ -208,9 +205,7 @@ class TrainedPolicy:
         """Return the policy for another task of its domain. If it has a goal, it is then that task's goal."""
         if not self.info.config.model.family.has_goal:
             return self.policy
-        policy: Any = nnx.clone(self.policy)
-        policy.goal = self.info.goal(task)
-        return policy
+        return self.policy.with_goal(self.info.goal(task))
 
 
 def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:

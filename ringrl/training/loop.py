@@ -19,16 +19,15 @@ from ringrl.data.selection import eligible_episodes
 from ringrl.data.sharded import ShardedSampler
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
+from ringrl.model import TrainState, make_agent
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
-from ringrl.training.agent import make_agent
 from ringrl.training.budget import step_cost
 from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, RunInfo, read_info
 from ringrl.training.distributed import stop_on_sigterm
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
 from ringrl.training.run_folder import check_dataset, claim_folder, dataset_fingerprint, flat
-from ringrl.training.step import TrainState
 
 
 def train(

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ringrl.data.collect.recipes import recipe_of
-from ringrl.data.collect.record import Plan, record_episode
+from ringrl.collect.controllers import recipe_of
+from ringrl.collect.record import EpisodePlan, record_episode
 from ringrl.data.relabel import relabel, relabel_all
 from ringrl.envs import DOMAINS, TASKS, domain_of, load_simulation, make
 from ringrl.errors import UserError
@@ -98,7 +98,7 @@ def test_the_control_counts_in_the_dense_cartpole_reward():
 def test_the_mazes_rewards_equal_those_of_its_way_to_the_goal(task):
     tasks = DOMAINS["point_mass_maze"].tasks
     preferred = np.array([*(task == np.array(tasks)), 0.0])
-    plan = Plan(0, seed=0, parameters=preferred, noise_limit=0.5)
+    plan = EpisodePlan(0, seed=0, parameters=preferred, noise_limit=0.5)
     episode = record_episode(load_simulation(task), recipe_of(task), plan)
     environment = make(task, plan.start_seed)
     environment.reset()

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from ringrl.config import ModelConfig
-from ringrl.model.transformer import Attention, Block, Transformer, rotate
+from ringrl.model.transformer import Attention, Transformer, TransformerBlock, rotate
 
 CONFIG = ModelConfig(layers=2, width=16, heads=4, kv_heads=2)
 
@@ -111,6 +111,6 @@ def test_parameters_and_features_are_float32_for_every_dtype(dtype):
     made = Transformer(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made, nnx.Param))} == {jnp.dtype(jnp.float32)}
     x, positions = jnp.ones((1, 3, 16), dtype), jnp.arange(3)
-    block = Block(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
+    block = TransformerBlock(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
     assert jax.eval_shape(made.__call__, x).dtype == jnp.float32
     assert jax.eval_shape(block.__call__, x, positions)[0].dtype == jnp.dtype(dtype)

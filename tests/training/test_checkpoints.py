@@ -17,9 +17,9 @@ from rich.console import Console
 
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.errors import UserError
+from ringrl.model import TrainState
 from ringrl.training import load_policy, read_info, train
 from ringrl.training.checkpoints import Checkpoints, array_checksums, with_checksum, without_checksum
-from ringrl.training.step import TrainState
 from tests.damage import CHECKPOINT, ITERATOR, arrays, write_zeros
 
 

@@ -19,13 +19,12 @@ from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
 from ringrl.data.sharded import ShardedSampler
 from ringrl.errors import UserError
-from ringrl.model import make_policy
+from ringrl.model import make_agent, make_policy
+from ringrl.model.agents.agent import with_params
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training import train
-from ringrl.training.agent import make_agent
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder
-from ringrl.training.step import with_params
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 QUICK = {"xla_backend_optimization_level": 0}

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 import ringrl
+from ringrl.collect import collect
+from ringrl.collect.learner import Learner, learn
+from ringrl.context import Transitions
 from ringrl.data import import_archive
-from ringrl.data.collect import collect
-from ringrl.data.collect.learner import initial_state, learn, make_update
-from ringrl.data.collect.td3 import Batch, Td3Settings
 from ringrl.data.exorl import Archive
 from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
 
 TASK = "cartpole_swingup"
-SMALL = Td3Settings(width=64)
+WIDTH = 64
 
 
 def _learn(folder: Path, episodes: int, *, task: str = TASK, progress=None, **changes) -> list[dict[str, np.ndarray]]:
     (folder / "buffer").mkdir(parents=True, exist_ok=True)
-    keywords = {"seed": 0, "is_reward_free": False, "settings": SMALL} | changes
+    keywords = {"seed": 0, "is_reward_free": False, "width": WIDTH} | changes
     learn(task, folder, episodes=episodes, progress=progress or (lambda done, total: None), **keywords)
     with Archive(folder, domain_of(task)) as archive:
         return list(archive)
@@ -40,7 +40,7 @@ def learned(tmp_path_factory) -> tuple[Path, list[dict[str, np.ndarray]]]:
     return folder, _learn(folder, 12)
 
 
-def test_it_learns(learned):
+def test_a_learner_improves(learned):
     # Random actions return 33, and the noise of the first episodes about 110.
     returns = np.array([episode["reward"].sum() for episode in learned[1]])
     assert returns[-4:].mean() > 150
@@ -49,7 +49,7 @@ def test_it_learns(learned):
 
 def test_the_archive_can_be_imported_and_relabelling_agrees(learned, tmp_path):
     folder, episodes = learned
-    assert [path.name for path in folder.iterdir()] == ["buffer"]  # the saved learner is gone
+    assert [path.name for path in folder.iterdir()] == ["buffer"]  # the saved learner is deleted
     store = import_archive(folder, tmp_path / "store.h5", "cartpole")
     assert (store.num_episodes, store.recorded_task) == (12, TASK)
     for number, episode in enumerate(episodes):
@@ -57,9 +57,9 @@ def test_the_archive_can_be_imported_and_relabelling_agrees(learned, tmp_path):
         np.testing.assert_allclose(relabelled, episode["reward"][:, 0], rtol=0, atol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_arrays_even_after_an_interruption(learned, tmp_path):
+def test_the_same_seed_gives_the_same_arrays_after_an_interruption(learned, tmp_path):
     def interrupt(done: int, total: int) -> None:
-        if done == 6:  # in the second round: its episodes are recorded in part, its learner is not saved
+        if done == 6:  # in the second round: some episodes are recorded, the learner is not saved
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -71,13 +71,13 @@ def test_the_same_seed_gives_the_same_arrays_even_after_an_interruption(learned,
     with pytest.raises(UserError, match="one of the first 4 episodes is missing"):
         _learn(incomplete, 12)
 
-    told: list[int] = []
-    resumed = _learn(tmp_path, 12, progress=lambda done, total: told.append(done))
-    assert told == list(range(5, 13))
+    calls: list[int] = []
+    resumed = _learn(tmp_path, 12, progress=lambda done, total: calls.append(done))
+    assert calls == list(range(5, 13))
     _assert_same(resumed, learned[1])
 
 
-def test_a_damaged_learner_is_one_line_and_without_it_the_collection_begins_anew(tmp_path):
+def test_a_damaged_learner_is_an_error(tmp_path):
     def interrupt(done: int, total: int) -> None:
         if done == 5:
             raise KeyboardInterrupt
@@ -91,12 +91,12 @@ def test_a_damaged_learner_is_one_line_and_without_it_the_collection_begins_anew
     flipped[len(whole) // 2] ^= 1
     for content in (b"", b"learner", whole[: len(whole) // 2], whole[:-40], flipped, other.getvalue()):
         saved.write_bytes(content)
-        with pytest.raises(UserError, match=r"learner\.npz: is damaged; remove it, and the collection begins anew"):
+        with pytest.raises(UserError, match=r"learner\.npz: is damaged; remove it to start the collection again"):
             _learn(tmp_path, 6)
     saved.unlink()
-    told: list[int] = []
-    assert len(_learn(tmp_path, 6, progress=lambda done, total: told.append(done))) == 6
-    assert told == [1, 2, 3, 4, 5, 6]
+    calls: list[int] = []
+    assert len(_learn(tmp_path, 6, progress=lambda done, total: calls.append(done))) == 6
+    assert calls == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_seed_gives_other_arrays(tmp_path):
@@ -106,14 +106,14 @@ def test_another_seed_gives_other_arrays(tmp_path):
 
 
 def test_a_reward_free_learner_records_the_rewards_of_the_tasks(tmp_path):
-    _learn(tmp_path, 3, task="point_mass_maze_reach_top_left", settings=Td3Settings(width=32), is_reward_free=True)
+    _learn(tmp_path, 3, task="point_mass_maze_reach_top_left", width=32, is_reward_free=True)
     store = import_archive(tmp_path, tmp_path / "store.h5", "point_mass_maze")
     assert store.episode(0)["reward"].shape == (1001, 4)
     for column, task in enumerate(DOMAINS["point_mass_maze"].tasks):
         np.testing.assert_allclose(store.arrays["reward"][:, column], store.arrays[f"reward/{task}"], atol=1e-5)
 
 
-def test_a_collection_says_how_it_came_about(tmp_path):
+def test_a_collection_contains_its_description(tmp_path):
     folder = collect(TASK, tmp_path / "new", episodes=1, seed=7, method="rnd")
     assert sorted(path.name for path in folder.iterdir()) == ["buffer", "collection.json"]
     found = json.loads((folder / "collection.json").read_text())
@@ -121,22 +121,33 @@ def test_a_collection_says_how_it_came_about(tmp_path):
 
 
 @pytest.mark.parametrize("is_reward_free", [False, True])
-def test_a_reward_free_learner_does_not_look_at_the_reward_and_another_does(is_reward_free):
+def test_only_a_reward_free_learner_ignores_the_reward(is_reward_free):
     random = np.random.default_rng(0)
     shape = (6, 16)
-    batches = Batch(
+    batches = Transitions(
         observation=random.normal(size=(*shape, 5)).astype(np.float32),
         action=random.uniform(-1, 1, (*shape, 1)).astype(np.float32),
         reward=random.random(shape).astype(np.float32),
         discount=np.full(shape, 0.99, np.float32),
         following=random.normal(size=(*shape, 5)).astype(np.float32),
+        goal=np.zeros((*shape, 0), np.float32),
     )
-    update = make_update(SMALL)
-    key = jax.random.key(0)
+    learner = Learner(DOMAINS["cartpole"], 0, is_reward_free=is_reward_free, width=WIDTH)
     one, other = (
-        update(initial_state(SMALL, DOMAINS["cartpole"], 0, is_reward_free), batch, key)
-        for batch in (batches, batches._replace(reward=1 - batches.reward))
+        learner.update(learner.init(), batch) for batch in (batches, batches._replace(reward=1 - batches.reward))
     )
-    same = np.array_equal(one.policy.critics[0][2]["bias"], other.policy.critics[0][2]["bias"])
-    assert same == is_reward_free
-    assert int(one.policy.updates) == 6
+    pairs = zip(jax.tree.leaves(one.td3.params), jax.tree.leaves(other.td3.params), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs) == is_reward_free
+    assert int(one.td3.step) == 6
+
+
+def test_a_learner_acts_by_the_learned_actor():
+    learner = Learner(DOMAINS["cartpole"], 3, is_reward_free=False, width=WIDTH)
+    state, observation = learner.init().td3, 100 * np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
+    assert np.abs(learner.act(state, observation)).max() < 0.3, "actions are near zero at first"
+    changed = jax.tree.map(lambda x: x + 1, state.params["actor"])
+    targets = {name: jax.tree.map(lambda x: x + 1, x) for name, x in state.params.items() if name.startswith("target")}
+    before = np.asarray(learner.act(state, observation))
+    np.testing.assert_array_equal(learner.act(state._replace(params=state.params | targets), observation), before)
+    after = learner.act(state._replace(params=state.params | {"actor": changed}), observation)
+    assert np.abs(after - before).max() > 0.1

@@ -1,21 +1,22 @@
-"""The one interface: whatever is trained is begun, updated and acts by the same calls, which change nothing else."""
+"""The interface of agents for every kind of model, and weight decay."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
-from ringrl.config import ContextConfig, TrainConfig
+from ringrl.config import ContextConfig, ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.normalisation import Normalisation
 from ringrl.data.sampler import ContextSampler
 from ringrl.data.transitions import TransitionSampler
-from ringrl.model import make_policy
-from ringrl.model.policy import AgenticTransformer
-from ringrl.training.agent import Agent, make_agent
-from ringrl.training.step import TrainState
+from ringrl.model import Agent, AgenticTransformer, TrainState, make_agent, make_policy
+from ringrl.model.agents.agent import make_optimiser
 
 TASK, STEPS = "jaco_reach_top_left", 6
 KINDS = ("transformer", "behaviour_cloning", "td3_bc")
@@ -42,11 +43,11 @@ def agent(request: pytest.FixtureRequest) -> Agent:
 
 
 def batch_for(state: TrainState, contexts: ContextSampler, step: int) -> Any:
-    """What the agent's sampler draws from the same data."""
+    """Return a batch of the agent's sampler from the same data."""
     if "critics" in state.params:
         config = config_of("td3_bc").actor_critic
         made = TransitionSampler(contexts.store, TASK, config, contexts.normalisation, STREAMS, 0)
-        return made.batch(step)._replace(goal=np.empty((STREAMS, 0), np.float32))  # this policy is told of none
+        return made.batch(step)._replace(goal=np.empty((STREAMS, 0), np.float32))
     return jax.tree.map(lambda x: x[:, :STEPS], contexts.batch(step))
 
 
@@ -58,9 +59,9 @@ def numbers(params: Any) -> list[np.ndarray]:
     return [np.array(x) for x in jax.tree.leaves(params)]
 
 
-def test_an_agent_holds_no_numbers(agent: Agent, contexts: ContextSampler) -> None:
-    """Two lives of one agent from the beginning are the same, and the first one's updates are none of the second's."""
-    lives = []
+def test_agents_are_stateless(agent: Agent, contexts: ContextSampler) -> None:
+    """Two trainings with one agent are identical."""
+    runs = []
     for _ in range(2):
         state = agent.init()
         start = numbers(state.params)
@@ -69,20 +70,20 @@ def test_an_agent_holds_no_numbers(agent: Agent, contexts: ContextSampler) -> No
         assert {"loss", "gradient_norm", "skipped"} <= set(metrics)
         assert not int(metrics["skipped"])
         assert int(state.step) == 2
-        lives.append((start, numbers(state.params)))
-    (first_start, first_end), (second_start, second_end) = lives
+        runs.append((start, numbers(state.params)))
+    (first_start, first_end), (second_start, second_end) = runs
     for x, y in zip(first_start + first_end, second_start + second_end, strict=True):
         np.testing.assert_array_equal(x, y)
     assert any(not np.array_equal(x, y) for x, y in zip(first_start, first_end, strict=True))
 
 
-def test_acting_step_by_step_gives_the_actions_of_the_whole(agent: Agent, contexts: ContextSampler) -> None:
+def test_acting_step_by_step_equals_actions_of_the_context(agent: Agent, contexts: ContextSampler) -> None:
     state, batch = agent.init(), contexts.batch(0)
     state, _ = agent.update(state, batch_for(state, contexts, 0))
     short = jax.tree.map(lambda x: x[:, :STEPS], batch)
     expected = agent.policy(state.params).actions(short)
     memory, previous = agent.policy(state.params).reset(STREAMS, STEPS * agent.tokens_per_step), None
-    act = jax.jit(lambda params, *told: agent.policy(params).act(*told))
+    act = jax.jit(lambda params, *arguments: agent.policy(params).act(*arguments))
     for t in range(STEPS):
         current = steps_of(short, t)
         action, memory = act(state.params, previous, current, memory)
@@ -94,3 +95,28 @@ def test_acting_step_by_step_gives_the_actions_of_the_whole(agent: Agent, contex
 def test_tokens_per_step(agent: Agent) -> None:
     is_transformer = isinstance(agent.policy(agent.init().params), AgenticTransformer)
     assert agent.tokens_per_step == (5 if is_transformer else 1)
+
+
+DECAYED = {
+    "transformer": {"timestep_embedding": True, "trajectory_embedding": True, "width": 16},
+    "behaviour_cloning": {"width": 16},
+    "td3_bc": {"width": 16},
+}
+
+
+@pytest.mark.parametrize("kind", DECAYED)
+def test_weight_decay_applies_to_matrices_only(kind: str) -> None:
+    """Biases and norm scales of stacked blocks are two-dimensional too, but must not decay."""
+    config = ModelConfig.model_validate({"kind": kind, "layers": 2} | DECAYED[kind])
+    params = nnx.to_pure_dict(nnx.state(make_policy(config, 4, 3, 0), nnx.Param))
+    params = jax.tree.map(jnp.ones_like, params)
+    optimiser = make_optimiser(OptimiserConfig(steps=10, warmup_steps=0, learning_rate=0.1, weight_decay=0.5))
+    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
+    after = optax.apply_updates(params, updates)
+    changed = {
+        jax.tree_util.keystr(path): bool((x != 1).any()) for path, x in jax.tree_util.tree_leaves_with_path(after)
+    }
+    assert any(changed.values())
+    assert not all(changed.values())
+    for name, has_changed in changed.items():
+        assert has_changed == name.endswith(("['kernel']", "['embedding']")), name

@@ -10,8 +10,8 @@ from flax import nnx
 from ringrl.config import ModelConfig, OptimiserConfig
 from ringrl.context import Context, Outcome
 from ringrl.model import make_policy
-from ringrl.training.optimiser import learning_rate, make_optimiser
-from ringrl.training.step import initial_state, make_train_step, with_params
+from ringrl.model.agents.agent import learning_rate, make_optimiser, with_params
+from ringrl.model.agents.imitation import initial_state, make_train_step
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ringrl.collect import collect, preset_episodes
 from ringrl.data import import_archive
-from ringrl.data.collect import collect, preset_episodes
 from ringrl.data.exorl import Archive
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
@@ -33,7 +33,7 @@ def collected(tmp_path_factory) -> Path:
     return collect(TASK, tmp_path_factory.mktemp("collect") / "new" / "cartpole", episodes=80, seed=1, workers=2)
 
 
-def test_the_layout_is_exorls(collected):
+def test_the_layout_is_that_of_exorl(collected):
     assert sorted(path.name for path in collected.iterdir()) == ["buffer", "collection.json"]
     names = sorted(path.name for path in (collected / "buffer").iterdir())
     assert names == [f"episode_{number:06d}_1000.npz" for number in range(80)]
@@ -64,7 +64,7 @@ def test_a_collection_in_the_maze_records_all_tasks_and_can_be_imported(tmp_path
         np.testing.assert_allclose(store.arrays["reward"][:, column], store.arrays[f"reward/{task}"], atol=1e-7)
 
 
-def test_returns_run_from_poor_to_good_with_much_between(collected):
+def test_returns_improve(collected):
     returns = np.array([episode["reward"].sum() for episode in _contents(collected)])
     poor, good = returns[:20], returns[-20:]
     assert good.mean() > 1.4 * poor.mean()
@@ -73,8 +73,8 @@ def test_returns_run_from_poor_to_good_with_much_between(collected):
     assert 350 < returns.mean() < 650
 
 
-def test_the_number_of_workers_changes_nothing_and_the_seed_everything(tmp_path):
-    # More than one generation, so that what the search learns is compared too.
+def test_arrays_depend_on_the_seed_and_not_on_the_workers(tmp_path):
+    # more than one generation, so that updates of the search are compared
     for name, seed, workers in (("one", 5, 1), ("three", 5, 3), ("other", 6, 1)):
         collect(TASK, tmp_path / name, episodes=12, seed=seed, workers=workers)
     assert _same(tmp_path / "one", tmp_path / "three")
@@ -82,24 +82,24 @@ def test_the_number_of_workers_changes_nothing_and_the_seed_everything(tmp_path)
     assert not np.array_equal(*starts)
 
 
-def test_progress_is_told_after_every_episode(tmp_path):
-    told: list[tuple[int, int]] = []
-    collect(TASK, tmp_path / "new", episodes=3, seed=0, workers=1, progress=lambda *numbers: told.append(numbers))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+def test_progress_is_called_after_every_episode(tmp_path):
+    calls: list[tuple[int, int]] = []
+    collect(TASK, tmp_path / "new", episodes=3, seed=0, workers=1, progress=lambda *numbers: calls.append(numbers))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"task": "cartpole_swingupp"}, "cartpole_swingup"),
-        ({"episodes": 0}, "episodes is 0, at least 1"),
-        ({"seed": -1}, "seed is -1, at least 0"),
-        ({"workers": 0}, "workers is 0, at least 1"),
-        ({"method": "ddpg"}, "no method 'ddpg'; there are scripted, td3, rnd"),
+        ({"episodes": 0}, "episodes is 0, but must be at least 1"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"workers": 0}, "workers is 0, but must be at least 1"),
+        ({"method": "ddpg"}, "no method 'ddpg'; methods are scripted, td3, rnd"),
         ({"method": "td3", "workers": 2}, "workers is 2, but method td3 learns in one process"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes, message):
+def test_bad_arguments_are_rejected_before_any_file_is_written(tmp_path, changes, message):
     arguments = {"task": TASK, "episodes": 1, "seed": 0, "workers": 1} | changes
     with pytest.raises(UserError, match=message):
         collect(arguments.pop("task"), tmp_path / "new", **arguments)
@@ -120,7 +120,7 @@ def test_an_existing_destination_is_kept_unless_it_is_empty(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupted_collection_goes_on_to_the_same_episodes(tmp_path, workers):
+def test_an_interrupted_collection_continues_to_the_same_episodes(tmp_path, workers):
     def interrupt(done: int, total: int) -> None:
         if done == 13:  # in the second generation
             assert not (tmp_path / "new").exists()  # not under its final name yet
@@ -133,14 +133,14 @@ def test_an_interrupted_collection_goes_on_to_the_same_episodes(tmp_path, worker
     finished = list(tmp_path.glob(".new.partial/buffer/*.npz"))
     assert 13 <= len(finished) < 22
     times = {path.name: path.stat().st_mtime_ns for path in finished}
-    assert len(_contents(tmp_path / ".new.partial")) == len(finished)  # of use as it is
+    assert len(_contents(tmp_path / ".new.partial")) == len(finished)  # readable before the collection is complete
     collect(TASK, tmp_path / "new", **arguments)
     assert all((tmp_path / "new" / "buffer" / name).stat().st_mtime_ns == time for name, time in times.items())
     assert _same(tmp_path / "new", collect(TASK, tmp_path / "whole", **arguments))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
 
 
-def test_a_collection_does_not_go_on_with_another_ones_episodes(tmp_path):
+def test_a_collection_does_not_continue_another_one(tmp_path):
     def interrupt(done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
@@ -149,7 +149,7 @@ def test_a_collection_does_not_go_on_with_another_ones_episodes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         collect(TASK, tmp_path / "new", **arguments, progress=interrupt)
     for change in ({"episodes": 5}, {"seed": 1}, {"method": "td3"}):
-        with pytest.raises(UserError, match=r"part of another collection waits in .*\.new\.partial"):
+        with pytest.raises(UserError, match=r"\.new\.partial contains part of another collection"):
             collect(TASK, tmp_path / "new", **arguments | change)
     with pytest.raises(UserError, match="part of another collection"):
         collect("cartpole_balance", tmp_path / "new", **arguments)
@@ -160,8 +160,8 @@ def test_a_collection_does_not_go_on_with_another_ones_episodes(tmp_path):
         collect(TASK, tmp_path / "new", **arguments)
 
 
-def test_an_interruption_before_the_first_episode_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringrl.data.collect.workers.save_episode", _interrupted)
+def test_an_interruption_before_the_first_episode_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("ringrl.collect.scripted.save_episode", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1)
     assert not list(tmp_path.iterdir())
@@ -185,12 +185,12 @@ def test_presets_count_transitions(preset, task, episodes):
     assert preset_episodes(preset, task) == episodes
 
 
-def test_an_unknown_preset_is_one_line_that_lists_the_others():
-    with pytest.raises(UserError, match="no preset 'huge'; there are tiny, small, exorl_like"):
+def test_an_unknown_preset_lists_the_presets():
+    with pytest.raises(UserError, match="no preset 'huge'; presets are tiny, small, exorl_like"):
         preset_episodes("huge", TASK)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_no_files(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -201,13 +201,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_destination_below_a_file_is_one_line(tmp_path):
+def test_a_destination_below_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("data")
     with pytest.raises(UserError, match="cannot be written"):
         collect(TASK, tmp_path / "file" / "new", episodes=1, seed=0, workers=1)
 
 
-def test_a_dead_worker_is_one_line_and_what_was_finished_is_kept(tmp_path):
+def test_a_dead_worker_keeps_the_finished_episodes(tmp_path):
     def kill_the_workers(done: int, total: int) -> None:
         for process in multiprocessing.active_children():
             process.kill()
@@ -229,7 +229,7 @@ def test_two_collections_do_not_share_a_destination(tmp_path):
 _ENDLESS = """
 import multiprocessing, sys
 from pathlib import Path
-from ringrl.data.collect import collect, preset_episodes
+from ringrl.collect import collect, preset_episodes
 if __name__ == "__main__":
     tell = lambda done, total: print(*(p.pid for p in multiprocessing.active_children()), flush=True)
     collect("cartpole_swingup", Path(sys.argv[1]), episodes=100_000, seed=0, workers=2, progress=tell)
@@ -245,7 +245,7 @@ def _is_running(process: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
-def test_after_a_kill_no_process_stays_and_what_was_finished_is_kept(tmp_path):
+def test_a_kill_ends_all_processes_and_keeps_the_finished_episodes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_ENDLESS)
     with subprocess.Popen([sys.executable, script, tmp_path / "new"], stdout=subprocess.PIPE, text=True) as process:

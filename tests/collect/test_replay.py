@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringrl.data.collect.replay import Replay
+from ringrl.collect.replay import Replay
 from ringrl.envs import DOMAINS
 
 LENGTH = 7
@@ -13,7 +13,7 @@ DOMAIN = dataclasses.replace(DOMAINS["cartpole"], episode_length=LENGTH)
 
 
 def _replay(episodes: int, seed: int = 0) -> tuple[Replay, list[dict[str, np.ndarray]]]:
-    """A replay whose observations say which episode and row they are of."""
+    """Return a replay whose observations contain the numbers of episode and row."""
     random = np.random.default_rng(seed)
     replay, recorded = Replay(DOMAIN, episodes), []
     for number in range(episodes):
@@ -34,13 +34,12 @@ def _replay(episodes: int, seed: int = 0) -> tuple[Replay, list[dict[str, np.nda
     steps=st.integers(1, 5),
     discount=st.floats(0.5, 1),
 )
-def test_samples_are_n_step_transitions_of_what_is_filled(whole, growing, grown, steps, discount):
+def test_samples_are_n_step_transitions_of_the_filled_part(whole, growing, grown, steps, discount):
     if whole == 0 and growing * grown == 0:
         return
     replay, recorded = _replay(whole + growing)
     replay.grow(whole, growing, grown)
     batch = replay.sample(np.random.default_rng(0), (3, 40), steps, discount)
-    batch = type(batch)(*map(np.asarray, batch))
     assert batch.observation.shape == batch.following.shape == (3, 40, 5)
     assert batch.action.shape == (3, 40, 1)
     assert batch.reward.shape == batch.discount.shape == (3, 40)

@@ -1,4 +1,4 @@
-"""Episodes as ExoRL would have recorded them, and one of a controller under noise."""
+"""Recording of episodes in ExoRL's arrays, and of one episode of a scripted controller with noise."""
 
 from __future__ import annotations
 
@@ -8,49 +8,43 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.data.collect.noise import coloured_noise
-from ringrl.data.collect.recipe import Recipe
+from ringrl.collect.controllers import Recipe
 
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
 
 
 def start_seed(seed: int, index: int) -> int:
-    """The seed of an episode's start: `ringrl.envs.make(task, start_seed)` starts its first in the same state."""
+    """Return the seed of an episode's initial state. `ringrl.envs.make(task, start_seed)` starts in the same state."""
     return int(np.random.default_rng((seed, 2, index)).integers(2**32))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that decides an episode: whoever records it, wherever and whenever, records the same.
+def coloured_noise(
+    random: np.random.Generator, steps: int, size: int, exponent: float
+) -> Float64[np.ndarray, "steps size"]:
+    """Return Gaussian noise with power spectrum 1/frequency^exponent, zero mean and unit variance in expectation.
 
-    Attributes:
-        index: the episode's number in the collection.
-        seed: the collection's seed.
-        parameters: those of the controller.
-        noise_limit: the largest share of noise in the actions, in [0, 1].
+    Exponent 0 is white, 1 pink and 2 red noise. Columns are independent. The noise is drawn in the frequency domain
+    (Timmer and König 1995, "On generating power law noise").
     """
-
-    index: int
-    seed: int
-    parameters: Float64[np.ndarray, " parameters"]
-    noise_limit: float
-
-    @property
-    def start_seed(self) -> int:
-        """See the function of this name."""
-        return start_seed(self.seed, self.index)
+    frequencies = np.fft.rfftfreq(steps)
+    scale = np.zeros(len(frequencies))
+    scale[1:] = frequencies[1:] ** (-exponent / 2)
+    spectrum = scale[:, None] * (random.normal(size=(len(scale), size, 2)) @ np.array([1, 1j]))
+    # Parseval: every frequency but the last counts twice, with real and imaginary parts of variance one.
+    deviation = 2 * np.sqrt(np.sum(scale**2)) / steps
+    return np.fft.irfft(spectrum, n=steps, axis=0) / deviation
 
 
-class Recording:
-    """An episode in the making, on a simulation that it alone uses until it is over.
+class EpisodeRecording:
+    """An episode that is being recorded. The simulation must not be used elsewhere until the episode ends.
 
     Attributes:
-        steps: how many have been taken.
+        steps: number of steps taken.
     """
 
     def __init__(self, simulation: Simulation, start: int) -> None:
-        """Starts an episode from the seed `start`."""
+        """Start an episode from the seed `start`."""
         domain = simulation.domain
         rows = domain.episode_length + 1
         self.steps = 0
@@ -67,11 +61,11 @@ class Recording:
 
     @property
     def observation(self) -> Float32[np.ndarray, " observation"]:
-        """That of the present state."""
+        """Observation of the current state."""
         return self._observation[self.steps]
 
     def step(self, action: Float[np.ndarray, " action"]) -> None:
-        """Takes a step and records it; what lies outside [-1, 1] is clipped."""
+        """Take a step and record it. The action is clipped to [-1, 1]."""
         self.steps += 1
         self._action[self.steps] = np.clip(action, -1, 1)
         self._simulation.step(self._action[self.steps])
@@ -79,7 +73,7 @@ class Recording:
         self._read()
 
     def score(self) -> None:
-        """Computes the rewards of the steps since the last call, all at once."""
+        """Compute the rewards of all steps since the last call."""
         rows = slice(self._scored + 1, self.steps + 1)
         sensors = np.stack(self._sensors[self._scored :])
         for column, task in enumerate(self._tasks):
@@ -87,11 +81,11 @@ class Recording:
         self._scored = self.steps
 
     def episode(self) -> dict[str, np.ndarray]:
-        """ExoRL's arrays of T+1 rows, all of them filled once the episode is over and scored.
+        """Return ExoRL's arrays of T+1 rows. They are complete after the last step and `score`.
 
-        observation (T+1, O), action (T+1, A), reward (T+1, 1 or one column per recorded task) and discount (T+1, 1)
-        float32, physics (T+1, P) float64; row t is the state s_t with the action and the reward that led to it, row 0
-        the start with zeros for both.
+        observation (T+1, O), action (T+1, A), reward (T+1, recorded tasks) and discount (T+1, 1) are float32, and
+        physics (T+1, P) is float64. Row t holds state s_t with the action and the reward that led to it. Row 0 has
+        zero action and reward.
         """
         return {
             "observation": self._observation,
@@ -106,11 +100,28 @@ class Recording:
         self._physics[self.steps] = self._simulation.physics_state()
 
 
-def record_episode(simulation: Simulation, recipe: Recipe, plan: Plan) -> dict[str, np.ndarray]:
-    """Runs an episode of a controller and returns its arrays; see `Recording.episode`."""
+@dataclass(frozen=True)
+class EpisodePlan:
+    """All settings of a scripted episode. The same plan gives the same episode in any process.
+
+    Attributes:
+        index: number of the episode in the collection.
+        seed: seed of the collection.
+        parameters: parameters of the controller.
+        noise_limit: largest share of noise in the actions, in [0, 1].
+    """
+
+    index: int
+    seed: int
+    parameters: Float64[np.ndarray, " parameters"]
+    noise_limit: float
+
+
+def record_episode(simulation: Simulation, recipe: Recipe, plan: EpisodePlan) -> dict[str, np.ndarray]:
+    """Run an episode of a controller and return its arrays, see `EpisodeRecording.episode`."""
     domain = simulation.domain
     random = np.random.default_rng((plan.seed, 0, plan.index))
-    recording = Recording(simulation, plan.start_seed)
+    recording = EpisodeRecording(simulation, start_seed(plan.seed, plan.index))
     share = random.uniform(0, plan.noise_limit)
     noise = share * coloured_noise(random, domain.episode_length, domain.action_size, exponent=random.uniform(0, 2))
     controller = recipe.controller(simulation, plan.parameters)

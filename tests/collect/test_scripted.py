@@ -2,24 +2,23 @@ import numpy as np
 import pytest
 from dm_control import suite
 
+from ringrl.collect.controllers import recipe_of
+from ringrl.collect.record import EpisodePlan, coloured_noise, record_episode, start_seed
+from ringrl.collect.scripted import CrossEntropySearch
 from ringrl.data import relabel
-from ringrl.data.collect.noise import coloured_noise
-from ringrl.data.collect.recipes import recipe_of
-from ringrl.data.collect.record import Plan, record_episode
-from ringrl.data.collect.search import CrossEntropySearch
 from ringrl.envs import TASKS, domain_of, load_simulation, make
 
 
-def _record(task: str, index: int = 0, noise_limit: float = 0.2) -> tuple[Plan, dict[str, np.ndarray]]:
+def _record(task: str, index: int = 0, noise_limit: float = 0.2) -> tuple[EpisodePlan, dict[str, np.ndarray]]:
     recipe = recipe_of(task)
-    plan = Plan(index, seed=3, parameters=recipe.mean, noise_limit=noise_limit)
+    plan = EpisodePlan(index, seed=3, parameters=recipe.mean, noise_limit=noise_limit)
     return plan, record_episode(load_simulation(task), recipe, plan)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_replaying_the_actions_gives_what_was_recorded(task):
+def test_replayed_actions_give_the_recorded_episode(task):
     plan, episode = _record(task)
-    env = make(task, plan.start_seed)
+    env = make(task, start_seed(plan.seed, plan.index))
     observation, info = env.reset()
     replayed = [(observation, info["physics"], 0.0)]
     for action in episode["action"][1:]:
@@ -35,9 +34,9 @@ def test_replaying_the_actions_gives_what_was_recorded(task):
 
 
 @pytest.mark.parametrize("task", ["walker_walk", "cheetah_run", "cartpole_swingup"])
-def test_dm_control_itself_records_the_same(task):
+def test_dm_control_gives_the_recorded_episode(task):
     plan, episode = _record(task)
-    env = suite.load(*task.split("_"), task_kwargs={"random": np.random.RandomState(plan.start_seed)})
+    env = suite.load(*task.split("_"), task_kwargs={"random": np.random.RandomState(start_seed(plan.seed, plan.index))})
     env.reset()
     np.testing.assert_array_equal(env.physics.get_state(), episode["physics"][0])
     for row, action in enumerate(episode["action"][1:], start=1):
@@ -48,11 +47,11 @@ def test_dm_control_itself_records_the_same(task):
     np.testing.assert_allclose(flat, episode["observation"][-1], rtol=0, atol=1e-5)
 
 
-def test_an_episode_does_not_depend_on_those_before_it():
+def test_an_episode_does_not_depend_on_earlier_episodes():
     task = "jaco_reach_top_left"
     recipe, simulation = recipe_of(task), load_simulation(task)
-    plan = Plan(1, 3, recipe.mean, 0.2)
-    record_episode(simulation, recipe, Plan(0, 3, recipe.mean, 0.2))
+    plan = EpisodePlan(1, 3, recipe.mean, 0.2)
+    record_episode(simulation, recipe, EpisodePlan(0, 3, recipe.mean, 0.2))
     second = record_episode(simulation, recipe, plan)
     alone = record_episode(load_simulation(task), recipe, plan)
     for key, array in alone.items():
@@ -60,23 +59,23 @@ def test_an_episode_does_not_depend_on_those_before_it():
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("jaco")])
-def test_the_arm_reaches_the_target_that_is_preferred(task):
+def test_the_arm_reaches_the_preferred_target(task):
     recipe, simulation = recipe_of(task), load_simulation(task)
     returns = []
     for preferred in range(4):
         parameters = np.array([*(preferred == np.arange(4)), 1.0, 0.0])
-        episode = record_episode(simulation, recipe, Plan(0, 0, parameters, noise_limit=0))
+        episode = record_episode(simulation, recipe, EpisodePlan(0, 0, parameters, noise_limit=0))
         returns.append(episode["reward"].sum())
     assert returns[0] > 150  # the task's own target comes first
     assert max(returns[1:]) < 0.5 * returns[0]
 
 
 @pytest.mark.parametrize("preferred", range(4))
-def test_the_mass_finds_its_way_to_the_preferred_goal(preferred):
+def test_the_mass_reaches_the_preferred_goal(preferred):
     task = domain_of("point_mass_maze_reach_top_left").tasks[preferred]
     recipe, simulation = recipe_of(task), load_simulation(task)
     parameters = np.array([*(preferred == np.arange(4)), 0.0])
-    returns = record_episode(simulation, recipe, Plan(0, 0, parameters, noise_limit=0))["reward"].sum(axis=0)
+    returns = record_episode(simulation, recipe, EpisodePlan(0, 0, parameters, noise_limit=0))["reward"].sum(axis=0)
     assert returns[preferred] > 400
     assert np.delete(returns, preferred).max() < 0.2 * returns[preferred]
 
@@ -86,18 +85,18 @@ def test_the_mass_finds_its_way_to_the_preferred_goal(preferred):
     [("cartpole_swingup", 800), ("cartpole_swingup_sparse", 600), ("cartpole_balance", 950),
      ("cartpole_balance_sparse", 950)],
 )  # fmt: skip
-def test_good_gains_come_near_cartpoles_ceiling_and_noise_spoils_them(task, least):
+def test_good_gains_solve_cartpole_and_noise_lowers_the_return(task, least):
     recipe, simulation = recipe_of(task), load_simulation(task)
 
     def mean_return(noise_limit: float) -> float:
-        plans = [Plan(index, 0, np.zeros(8), noise_limit) for index in range(4)]
+        plans = [EpisodePlan(index, 0, np.zeros(8), noise_limit) for index in range(4)]
         return np.mean([record_episode(simulation, recipe, plan)["reward"].sum() for plan in plans])
 
     assert mean_return(0) > least
     assert mean_return(1) < 0.8 * mean_return(0)
 
 
-def test_every_recipe_has_parameters_of_its_size():
+def test_recipes_are_consistent():
     for task in TASKS:
         recipe = recipe_of(task)
         assert recipe.mean.shape == recipe.deviation.shape
@@ -107,7 +106,7 @@ def test_every_recipe_has_parameters_of_its_size():
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
-def test_noise_has_the_colour_and_the_variance_asked_for(exponent):
+def test_noise_has_the_requested_spectrum_and_unit_variance(exponent):
     noise = coloured_noise(np.random.default_rng(0), 1000, 300, exponent)
     assert noise.shape == (1000, 300)
     assert np.abs(noise.mean(axis=0)).max() < 1e-9
@@ -117,17 +116,17 @@ def test_noise_has_the_colour_and_the_variance_asked_for(exponent):
     assert slope == pytest.approx(-exponent, abs=0.05)
 
 
-def test_the_search_finds_the_top_of_a_hill():
+def test_the_search_finds_a_maximum():
     top = np.array([1.0, -0.5, 0.3])
     search = CrossEntropySearch.start(np.zeros(3), np.ones(3))
     for generation in range(25):
         tried = search.propose(np.random.default_rng(generation), 20)
         search = search.learn(tried, -np.square(tried - top).sum(axis=1))
     np.testing.assert_allclose(search.mean, top, atol=0.1)
-    np.testing.assert_allclose(search.deviation, 0.1)  # not less: the search stays awake
+    np.testing.assert_allclose(search.deviation, 0.1)  # the lower bound
 
 
-def test_equal_returns_teach_the_search_nothing():
+def test_equal_returns_do_not_change_the_search():
     search = CrossEntropySearch.start(np.zeros(3), np.ones(3))
     after = search.learn(search.propose(np.random.default_rng(0), 10), np.zeros(10))
     np.testing.assert_array_equal(after.mean, search.mean)

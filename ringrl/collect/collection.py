@@ -1,0 +1,140 @@
+"""A collection: its size, its method, and a folder that appears when it is complete."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+from ringrl import __version__
+from ringrl.collect.scripted import search
+from ringrl.cores import available_cores
+from ringrl.envs import domain_of
+from ringrl.errors import UserError
+from ringrl.files import lock
+
+METHODS = ("scripted", "td3", "rnd")
+
+PRESETS: Mapping[str, int] = MappingProxyType({"tiny": 10_000, "small": 200_000, "exorl_like": 10_000_000})
+"""Number of transitions to collect. ExoRL's archives have ten million each."""
+
+Progress = Callable[[int, int], None]
+"""Called after every episode with the number of recorded episodes and the number of all episodes."""
+
+_DESCRIPTION = "collection.json"
+
+
+def preset_episodes(preset: str, task: str) -> int:
+    """Return the number of a task's episodes in a preset.
+
+    Raises:
+        UserError: unknown preset or task.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}; presets are {', '.join(PRESETS)}")
+    return PRESETS[preset] // domain_of(task).episode_length
+
+
+def collect(
+    task: str,
+    destination: Path,
+    *,
+    episodes: int,
+    seed: int,
+    method: str = "scripted",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Record a dataset of a task in the ExoRL format: `destination/buffer/episode_{number}_{steps}.npz`.
+
+    The episodes, in order of their numbers, are the history of a learner. "scripted" searches the parameters of the
+    domain's scripted controller. "td3" learns a policy from scratch. "rnd" learns a policy that seeks novel states,
+    but the recorded reward is the task's. The same arguments give the same arrays on the same machine, for any number
+    of workers.
+
+    The folder appears when the collection is complete. Until then, finished episodes are in the hidden folder
+    `.{name}.partial` next to it. The same call after an interruption continues there, to the same arrays.
+
+    Args:
+        task: full task name, "walker_walk".
+        destination: folder to create. An empty folder may exist.
+        episodes: number of episodes, at least 1.
+        seed: seed of initial states, noise, search and learner, at least 0.
+        method: "scripted", "td3" or "rnd".
+        workers: number of processes that record scripted episodes, by default one per available core. With more than
+            one, a script must call this under `if __name__ == "__main__":`, because the processes import it.
+        progress: see `Progress`.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        UserError: unknown task or method, a number out of range, an existing destination or one that cannot be written,
+            or a worker process that died.
+    """
+    domain_of(task)
+    if method not in METHODS:
+        raise UserError(f"no method {method!r}; methods are {', '.join(METHODS)}")
+    for name, number, least in (("episodes", episodes, 1), ("seed", seed, 0), ("workers", workers, 1)):
+        if number is not None and number < least:
+            raise UserError(f"{task}: {name} is {number}, but must be at least {least}")
+    if method != "scripted" and workers not in (None, 1):
+        raise UserError(f"{task}: workers is {workers}, but method {method} learns in one process: leave workers out")
+    destination = Path(destination)
+    progress = progress or (lambda done, total: None)
+    description = {"task": task, "method": method, "episodes": episodes, "seed": seed, "ringrl": __version__}
+    with _new_folder(destination, description) as folder:
+        if method == "scripted":
+            workers = workers or available_cores()
+            search(task, folder, episodes=episodes, seed=seed, workers=workers, progress=progress)
+        else:
+            from ringrl.collect.learner import learn  # imports JAX, which is slow
+
+            learn(task, folder, episodes=episodes, seed=seed, is_reward_free=method == "rnd", progress=progress)
+    return destination
+
+
+@contextmanager
+def _new_folder(destination: Path, description: Mapping[str, str | int]) -> Iterator[Path]:
+    """Give a hidden folder next to `destination`, which gets that name when the block ends well.
+
+    If the block fails or the process is killed, finished episodes stay in the hidden folder's buffer/. The next call
+    with the same destination and description continues in that folder. A folder without episodes is deleted.
+
+    Raises:
+        UserError: `destination` exists and is not an empty folder, another process collects into it, the hidden folder
+            belongs to another collection, or the disk rejects a write.
+    """
+    destination = destination.resolve()
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        with lock(destination, "is collecting into it"):
+            if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+                raise UserError(
+                    f"{destination}: already exists and is not an empty folder, remove it or choose another name"
+                )
+            try:
+                (partial / "buffer").mkdir(parents=True, exist_ok=True)
+                _describe(partial, destination, description)
+                yield partial
+            except BaseException:
+                if not any(partial.glob("buffer/*.npz")):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            partial.replace(destination)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{destination}: cannot be written ({reason}): free some space or choose another") from error
+
+
+def _describe(partial: Path, destination: Path, description: Mapping[str, str | int]) -> None:
+    """Write the description. Raise UserError if existing episodes were recorded with another description."""
+    path = partial / _DESCRIPTION
+    text = json.dumps(description, indent=2) + "\n"
+    if any(partial.glob("buffer/*.npz")) and (not path.exists() or path.read_text("utf-8", "replace") != text):
+        raise UserError(
+            f"{destination}: {partial} contains part of another collection (see its {_DESCRIPTION}): continue that "
+            "collection, remove the folder or choose another name"
+        )
+    path.write_text(text, "utf-8")

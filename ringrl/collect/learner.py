@@ -1,0 +1,203 @@
+"""Collection with a learner: TD3 explores, learns from its replay memory, and every episode is kept.
+
+The learner maximises the task's reward, or a reward for novel states (random network distillation).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ringrl.collect.record import EpisodeRecording, coloured_noise, start_seed
+from ringrl.collect.replay import Replay
+from ringrl.collect.rnd import RND, RndState
+from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig
+from ringrl.context import Transitions
+from ringrl.data.exorl import Archive, save_episode
+from ringrl.envs import Domain, domain_of, load_simulation
+from ringrl.errors import UserError
+from ringrl.files import write_whole
+from ringrl.model import ActorCritic, TrainState
+from ringrl.model.agents.agent import with_params
+from ringrl.model.agents.td3 import EXORL, TD3
+
+if TYPE_CHECKING:
+    pass
+
+_ENVIRONMENTS = 4  # parallel episodes, which share one call of the actor
+_STRIDE = 25  # steps between rounds of updates; divides the episode length of every domain
+_TRANSITIONS_PER_UPDATE = 2
+_BATCH = 256
+_WARM_UP = 2000  # transitions before the first update
+_NOISE = (1.0, 0.2)  # standard deviation of the action noise at the start and at the end of the decay
+_NOISE_DECAY = 0.5  # share of the collection
+_CHECKPOINT = "learner.npz"
+_ADAM = OptimiserConfig(
+    learning_rate=1e-3, final_learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9, beta2=0.999
+)
+
+
+class LearnerState(NamedTuple):
+    """State of TD3, and of the novelty reward if the learner uses one."""
+
+    td3: TrainState
+    novelty: RndState | None
+
+
+class Learner:
+    """TD3 with ExoRL's networks. What it learns is in `LearnerState`."""
+
+    def __init__(self, domain: Domain, seed: int, *, is_reward_free: bool, width: int = 256) -> None:
+        self._model = ModelConfig(kind="td3_bc", layers=2, width=width)
+        self._sizes, self._seed = (domain.observation_size, domain.action_size), _derived(seed)
+        # The novelty reward decreases while it is learned, so it is computed for single steps when they are sampled.
+        n_step = 1 if is_reward_free else 3
+        self.settings = ActorCriticConfig(n_step=n_step, behaviour_cloning=0.0, target_rate=0.01)
+        self._graph = nnx.split(nnx.eval_shape(lambda: self._policy(nnx.Rngs(params=0))), nnx.Param)[0]
+        self._td3 = TD3(self._graph, _ADAM, self.settings, self._seed)
+        self._rnd = RND(domain.observation_size) if is_reward_free else None
+        self.update = jax.jit(self._updates, donate_argnums=0)
+        self.act = jax.jit(self._act)
+
+    def init(self) -> LearnerState:
+        """Return the state before the first update."""
+        rngs = nnx.Rngs(params=self._seed)
+        return LearnerState(self._td3.init(self._policy(rngs)), self._rnd.init(rngs) if self._rnd else None)
+
+    def _policy(self, rngs: nnx.Rngs) -> ActorCritic:
+        return ActorCritic(self._model, *self._sizes, rngs, style=EXORL)
+
+    def _act(self, state: TrainState, observation: Float[Array, "batch observation"]) -> Float[Array, "batch action"]:
+        """Return the actions of the learned actor, without noise."""
+        policy = with_params(self._graph, state.params)
+        return jnp.tanh(policy.actor(policy.inputs(observation, jnp.zeros((len(observation), 0)))))
+
+    def _updates(self, state: LearnerState, batches: Transitions) -> LearnerState:
+        """Make an update per batch (number, batch, ...)."""
+
+        def one(state: LearnerState, batch: Transitions) -> tuple[LearnerState, None]:
+            novelty = state.novelty
+            if self._rnd is not None and novelty is not None:
+                novelty, bonus = self._rnd.update(novelty, batch.following)
+                batch = batch._replace(reward=bonus)
+            return LearnerState(self._td3.update(state.td3, batch)[0], novelty), None
+
+        return jax.lax.scan(one, state, batches)[0]
+
+
+def learn(
+    task: str,
+    folder: Path,
+    *,
+    episodes: int,
+    seed: int,
+    is_reward_free: bool,
+    progress: Callable[[int, int], None],
+    width: int = 256,
+) -> None:
+    """Record the history of a learner into `folder`/buffer.
+
+    The learner is saved after every few episodes. A call after a kill continues bit-identically.
+
+    Raises:
+        UserError: the saved learner is damaged, or an episode that it has learned from is missing or damaged.
+    """
+    domain = domain_of(task)
+    column = domain.recorded_tasks(task).index(task)
+    learner, replay = Learner(domain, seed, is_reward_free=is_reward_free, width=width), Replay(domain, episodes)
+    simulations = [load_simulation(task) for _ in range(min(_ENVIRONMENTS, episodes))]
+    done, state = _saved(folder, learner.init())
+    _recall(folder, domain, replay, column, done)
+    while done < episodes:
+        starts = [start_seed(seed, number) for number in range(done, min(done + len(simulations), episodes))]
+        recordings = [EpisodeRecording(*each) for each in zip(simulations, starts, strict=False)]
+        noise = np.interp(done / episodes, (0, _NOISE_DECAY), _NOISE)
+        state = _run(recordings, learner, state, replay, column, done, float(noise), seed)
+        for recording in recordings:
+            save_episode(folder / "buffer", done, recording.episode())
+            done += 1
+            progress(done, episodes)
+        _save(folder, done, state)
+    (folder / _CHECKPOINT).unlink(missing_ok=True)
+
+
+def _run(
+    recordings: list[EpisodeRecording],
+    learner: Learner,
+    state: LearnerState,
+    replay: Replay,
+    column: int,
+    first: int,
+    noise: float,
+    seed: int,
+) -> LearnerState:
+    """Record parallel episodes from start to end, with updates in between, and return the learner after them."""
+    random = np.random.default_rng((seed, 3, first))
+    _, steps, size = replay.action.shape
+    steps -= 1
+    # Pink noise explores better than white or red noise (Eberhard et al. 2023, "Pink noise is all you need").
+    noises = noise * np.stack([coloured_noise(random, steps, size, exponent=1.0) for _ in recordings], axis=1)
+    for block in range(0, steps, _STRIDE):
+        for step in range(block, block + _STRIDE):
+            observation = np.stack([recording.observation for recording in recordings])
+            actions = np.asarray(learner.act(state.td3, observation)) + noises[step]
+            for recording, action in zip(recordings, actions, strict=True):
+                recording.step(action)
+        for number, recording in enumerate(recordings, start=first):
+            recording.score()
+            replay.put(number, recording.episode(), column)
+        replay.grow(first, len(recordings), block + _STRIDE)
+        if replay.transitions > _WARM_UP:
+            shape = (len(recordings) * _STRIDE // _TRANSITIONS_PER_UPDATE, _BATCH)
+            settings = learner.settings
+            state = learner.update(state, replay.sample(random, shape, settings.n_step, settings.discount))
+    return state
+
+
+def _derived(seed: int) -> int:
+    """Return a seed below 2^32, as JAX needs it."""
+    return int(np.random.default_rng((seed, 4)).integers(2**32))
+
+
+def _recall(folder: Path, domain: Domain, replay: Replay, column: int, done: int) -> None:
+    """Fill the replay memory with the episodes that the saved learner has learned from."""
+    if done == 0:
+        return
+    with Archive(folder, domain) as archive:
+        members = archive.members[:done]
+        if [member.number for member in members] != list(range(done)):
+            raise UserError(f"{folder}: one of the first {done} episodes is missing: remove the folder and start again")
+        for member in members:
+            replay.put(member.number, archive.read(member), column)
+
+
+def _save(folder: Path, done: int, state: LearnerState) -> None:
+    content = io.BytesIO()
+    np.savez(content, *map(np.asarray, jax.tree.leaves(state)), episodes=done)
+    write_whole(folder / _CHECKPOINT, content.getvalue())
+
+
+def _saved(folder: Path, state: LearnerState) -> tuple[int, LearnerState]:
+    """Return the number of episodes and the state at the last save, or zero and `state` if there is none."""
+    path = folder / _CHECKPOINT
+    if not path.exists():
+        return 0, state
+    leaves, structure = jax.tree.flatten(state)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = [jnp.asarray(file[f"arr_{number}"]) for number in range(len(leaves))]
+            if [(x.shape, x.dtype) for x in saved] != [(x.shape, x.dtype) for x in leaves]:
+                raise ValueError("the arrays of another learner")
+            return int(file["episodes"]), jax.tree.unflatten(structure, saved)
+    except MemoryError:
+        raise  # the file may be intact
+    except Exception as error:  # NumPy and zipfile raise nearly any exception for damaged bytes
+        raise UserError(f"{path}: is damaged; remove it to start the collection again") from error

@@ -1,0 +1,142 @@
+"""Collection with a scripted controller: a cross-entropy search over its parameters, with every episode kept."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64
+
+from ringrl.collect.controllers import recipe_of
+from ringrl.collect.record import EpisodePlan, record_episode
+from ringrl.data.exorl import Archive, save_episode
+from ringrl.data.processes import worker_processes
+from ringrl.envs import domain_of, load_simulation
+
+_GENERATIONS = 40
+_SMALLEST_GENERATION = 10
+_MEMORY = 3  # generations per update: a single generation has too few episodes
+_ELITE_SHARE = 0.15
+_LEARNING_RATE = 0.6
+_SMALLEST_SHARE = 0.1  # of the initial standard deviation, so that the search keeps exploring
+
+
+@dataclass(frozen=True)
+class CrossEntropySearch:
+    """A normal distribution over parameters that moves towards high returns.
+
+    Rubinstein 1999, "The cross-entropy method for combinatorial and continuous optimization", with smoothed updates.
+
+    Attributes:
+        mean: mean of each parameter.
+        deviation: standard deviation of each parameter.
+        smallest: lower bound of the standard deviations.
+        memory: parameters and returns of the last generations.
+    """
+
+    mean: Float64[np.ndarray, " parameters"]
+    deviation: Float64[np.ndarray, " parameters"]
+    smallest: Float64[np.ndarray, " parameters"]
+    memory: tuple[tuple[Float64[np.ndarray, "number parameters"], Float64[np.ndarray, " number"]], ...] = ()
+
+    @classmethod
+    def start(
+        cls, mean: Float64[np.ndarray, " parameters"], deviation: Float64[np.ndarray, " parameters"]
+    ) -> "CrossEntropySearch":
+        """Return a search before its first generation."""
+        return cls(mean, deviation, _SMALLEST_SHARE * deviation)
+
+    def propose(self, random: np.random.Generator, number: int) -> Float64[np.ndarray, "number parameters"]:
+        """Return parameters to try next."""
+        return self.mean + self.deviation * random.normal(size=(number, len(self.mean)))
+
+    def learn(
+        self, parameters: Float64[np.ndarray, "number parameters"], returns: Float64[np.ndarray, " number"]
+    ) -> "CrossEntropySearch":
+        """Return the search after a generation. Equal returns change nothing but the memory."""
+        memory = (*self.memory, (parameters, returns))[-_MEMORY:]
+        tried, found = (np.concatenate(arrays) for arrays in zip(*memory, strict=True))
+        if found.min() == found.max():
+            return CrossEntropySearch(self.mean, self.deviation, self.smallest, memory)
+        number = max(2, round(_ELITE_SHARE * len(found)))
+        elite = tried[np.argsort(-found, kind="stable")[:number]]
+        mean = self.mean + _LEARNING_RATE * (elite.mean(0) - self.mean)
+        deviation = self.deviation + _LEARNING_RATE * (elite.std(0) - self.deviation)
+        return CrossEntropySearch(mean, np.maximum(deviation, self.smallest), self.smallest, memory)
+
+
+def search(
+    task: str, folder: Path, *, episodes: int, seed: int, workers: int, progress: Callable[[int, int], None]
+) -> None:
+    """Record all episodes of a search into `folder`/buffer. Episodes in the folder are not recorded again.
+
+    Raises:
+        UserError: an episode in the folder is damaged, or a worker process died.
+    """
+    recipe, finished = recipe_of(task), _finished_returns(task, folder)
+    distribution = CrossEntropySearch.start(recipe.mean, recipe.deviation)
+    generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
+    returns: list[float] = []
+    with _recorders(task, folder / "buffer", min(workers, episodes)) as record_all:
+        while len(returns) < episodes:
+            first = len(returns)
+            number = min(generation_size, episodes - first)
+            parameters = distribution.propose(np.random.default_rng((seed, 1, first)), number)
+            limits = np.interp(np.arange(first, first + number) / episodes, (0, 1), recipe.noise)
+            plans = [EpisodePlan(first + i, seed, parameters[i], float(limits[i])) for i in range(number)]
+            recorded = iter(record_all([plan for plan in plans if plan.index not in finished]))
+            for plan in plans:
+                returns.append(finished[plan.index] if plan.index in finished else next(recorded))
+                progress(len(returns), episodes)
+            distribution = distribution.learn(parameters, np.array(returns[first:]))
+
+
+def _finished_returns(task: str, folder: Path) -> dict[int, float]:
+    """Return the returns, by number, of the episodes in the folder."""
+    if not any(folder.glob("buffer/*.npz")):
+        return {}
+    domain = domain_of(task)
+    column = domain.recorded_tasks(task).index(task)
+    with Archive(folder, domain) as archive:
+        rewards = {member.number: archive.read(member)["reward"][:, column] for member in archive.members}
+    return {number: float(reward.sum(dtype="float64")) for number, reward in rewards.items()}
+
+
+class EpisodeRecorder:
+    """Recorder of scripted episodes of a task into a folder, with its own simulation."""
+
+    def __init__(self, task: str, folder: Path) -> None:
+        self._simulation = load_simulation(task)
+        self._column = domain_of(task).recorded_tasks(task).index(task)
+        self._recipe = recipe_of(task)
+        self._folder = folder
+
+    def __call__(self, plan: EpisodePlan) -> float:
+        """Record and save an episode, and return its return."""
+        episode = record_episode(self._simulation, self._recipe, plan)
+        save_episode(self._folder, plan.index, episode)
+        return float(episode["reward"][:, self._column].sum(dtype="float64"))
+
+
+@contextmanager
+def _recorders(task: str, folder: Path, number: int) -> Iterator[Callable[[list[EpisodePlan]], Iterable[float]]]:
+    """Give a function that records plans in `number` processes and returns their returns in order."""
+    if number == 1:
+        recorder = EpisodeRecorder(task, folder)
+        yield lambda plans: map(recorder, plans)
+        return
+    with worker_processes(number, _start_worker, (task, folder), "collection") as pool:
+        yield lambda plans: pool.map(_record, plans)
+
+
+_recorder: EpisodeRecorder  # of a worker process
+
+
+def _start_worker(task: str, folder: Path) -> None:
+    global _recorder
+    _recorder = EpisodeRecorder(task, folder)
+
+
+def _record(plan: EpisodePlan) -> float:
+    return _recorder(plan)

@@ -1,0 +1,243 @@
+"""Imitation: behaviour cloning, Decision Transformer, Agentic Transformer and Algorithm Distillation.
+
+The four methods share loss and update. They differ in the policy (a feed-forward network for behaviour cloning, a
+transformer for the others) and in the contexts that the sampler draws (`ringrl.methods`).
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from ringrl.attention import layout_positions, pad_to_layout, to_layout
+from ringrl.config import ModelConfig, TrainConfig
+from ringrl.context import Context
+from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser, with_params
+from ringrl.model.cache import KVCache
+from ringrl.model.heads import Head, make_head
+from ringrl.model.parallel import ONE_DEVICE, Parallel
+from ringrl.model.policy import Policy
+from ringrl.model.tokens import TokenEmbedding
+from ringrl.model.transformer import Transformer
+
+
+class ImitationPolicy(Policy):
+    """Base of policies that imitate the actions of the data. Subclasses set `head` and `loss_on`."""
+
+    head: Head
+    loss_on: str
+
+    def features(self, context: Context) -> Float[Array, "batch time width"]:
+        """Return the features from which the action of each step is predicted."""
+        raise NotImplementedError
+
+    def actions(self, context: Context) -> Float32[Array, "batch time action"]:
+        """Return the action at every step, given the context up to that step."""
+        return self.head.mode(self.features(context))
+
+    def loss(self, context: Context) -> Float32[Array, ""]:
+        """Return the mean imitation loss of the context's actions."""
+        return self.loss_sum(context) / self.loss_weight(context)
+
+    def loss_sum(self, context: Context) -> Float32[Array, ""]:
+        """Return the imitation loss, summed over the steps in the loss."""
+        loss = self.head.loss(self.features(context), jnp.asarray(context.action))
+        return (loss * self._weights(context)).sum()
+
+    def loss_weight(self, context: Context) -> Float32[Array, ""]:
+        """Return the number of steps in the loss: all steps, or those of the last trajectory of each context."""
+        return self._weights(context).sum()
+
+    def _weights(self, context: Context) -> Float32[Array, "batch time"]:
+        weight = jnp.asarray(context.weight)
+        if self.loss_on == "all":
+            return weight
+        trajectory = jnp.where(weight > 0, context.trajectory, -1)
+        return weight * (trajectory == trajectory.max(1, keepdims=True))
+
+
+class AgenticTransformer(ImitationPolicy):
+    """Agentic Transformer: chain of hindsight over trajectories (Liu & Abbeel, 2305.16554).
+
+    The context contains several trajectories, sorted by return and conditioned on the best return. Decision
+    Transformer (2106.01345) is the case of one trajectory. Algorithm Distillation (2210.14215) is the case of
+    trajectories in the order of collection, without a target return.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        observation_size: int,
+        action_size: int,
+        rngs: nnx.Rngs,
+        parallel: Parallel = ONE_DEVICE,
+    ) -> None:
+        self.loss_on = config.loss_on
+        self.embedding = TokenEmbedding(config, observation_size, action_size, rngs)
+        self.transformer = Transformer(config, rngs, parallel)
+        self.head = make_head(config, action_size, rngs)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per timestep."""
+        return self.embedding.token_set.size
+
+    def features(self, context: Context) -> Float[Array, "batch time width"]:
+        """Return the features of each state token."""
+        token_set = self.embedding.token_set
+        x = self.transformer(self.embedding(context), self._positions(context))
+        return x.reshape(*context.position.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
+
+    def _positions(self, context: Context) -> Int32[Array, "batch tokens"]:
+        size = self.tokens_per_step
+        positions = size * jnp.asarray(context.position)[..., None] + jnp.arange(size)
+        return positions.reshape(len(positions), -1)
+
+    def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
+        """Return an empty cache for `batch` contexts of `capacity` tokens. dtype: by default the computation's."""
+        return self.transformer.empty_cache(batch, capacity, dtype)
+
+    def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> KVCache:
+        """Return the cache of one context (1, T, ...) in time order, the shared prefix of a batch of contexts."""
+        steps, parallel = context.position.shape[1], self.transformer.parallel
+        layout, devices = parallel.layout, parallel.ring_size
+        context = jax.tree.map(lambda x: to_layout(pad_to_layout(x, layout, devices), layout, devices), context)
+        position = layout_positions(layout, context.position.shape[1], devices)
+        context = context._replace(position=position[None])  # the padding needs positions too
+        tokens, positions = self.embedding(context), self._positions(context)
+        return self.transformer.prefill(tokens, positions, steps * self.tokens_per_step, dtype)
+
+    def act(
+        self, previous: Context | None, current: Context, memory: KVCache, prefix: KVCache | None = None
+    ) -> tuple[Float32[Array, "batch action"], KVCache]:
+        """Return the action of the next step and the longer cache. See `Policy.act`."""
+        x, memory = self.transformer.decode(self.embedding.decode(previous, current), memory, prefix)
+        return self.head.mode(x[:, -1]), memory
+
+
+class BehaviourCloning(ImitationPolicy):
+    """Feed-forward policy of the current observation, without context or target return."""
+
+    def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
+        sizes = [observation_size] + [config.width] * config.layers
+        self.loss_on = config.loss_on
+        dtype = jnp.dtype(config.dtype)
+        self.layers = nnx.List([nnx.Linear(a, b, dtype=dtype, rngs=rngs) for a, b in pairwise(sizes)])
+        self.norms = nnx.List([nnx.LayerNorm(b, rngs=rngs) for b in sizes[1:]])
+        self.head = make_head(config, action_size, rngs)
+
+    def features(self, context: Context) -> Float[Array, "batch time width"]:
+        """Return the features of each observation."""
+        x = jnp.asarray(context.observation)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = jax.nn.gelu(norm(layer(x)))
+        return x
+
+
+def make_policy(
+    config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs, *, parallel: Parallel, goal: Any
+) -> ImitationPolicy:
+    """Return the transformer or the feed-forward policy. The goal is not used."""
+    if config.family.has_context:
+        return AgenticTransformer(config, observation_size, action_size, rngs, parallel)
+    return BehaviourCloning(config, observation_size, action_size, rngs)
+
+
+def make_agent(make_policy: Callable[[], ImitationPolicy], config: TrainConfig, parallel: Parallel) -> Agent:
+    """Return the agent that minimises the imitation loss."""
+    shape = nnx.eval_shape(make_policy)
+    graph, _ = nnx.split(shape, nnx.Param)
+    optimiser = make_optimiser(config.optimiser)
+    return Agent(
+        init=lambda: sharded_initial_state(make_policy, optimiser, parallel),
+        update=make_train_step(graph, optimiser, config.optimiser.accumulation),
+        graph=graph,
+        tokens_per_step=shape.tokens_per_step,
+    )
+
+
+def make_train_step(
+    graph: Any,
+    optimiser: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Context], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return a jitted step that donates the state. Metrics: loss, gradient_norm (before clipping) and skipped (0 or 1).
+
+    The gradient of the whole batch is computed in `accumulation` parts, one after the other. If the loss or the
+    gradient is not finite, the step is skipped: only step counts change.
+    """
+
+    def loss_of(params: Any, part: Context, weight: jax.Array) -> jax.Array:
+        return with_params(graph, params).loss_sum(part) / weight
+
+    def train_step(state: TrainState, batch: Context) -> tuple[TrainState, dict[str, jax.Array]]:
+        weight = with_params(graph, state.params).loss_weight(batch)
+        value_and_grad = jax.value_and_grad(loss_of)
+
+        def add(total: Any, part: Context) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(state.params, part, weight)), None
+
+        if accumulation == 1:
+            loss, gradients = value_and_grad(state.params, batch, weight)
+        else:
+            start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            (loss, gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulation))
+        updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
+        params, norm = optax.apply_updates(state.params, updates), optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, optimiser_state = accept(is_finite, (params, optimiser_state), (state.params, state.optimiser))
+        metrics = {"loss": loss, "gradient_norm": norm, "skipped": 1 - is_finite}
+        return TrainState(params, optimiser_state, state.step + 1), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _parts(batch: Context, number: int) -> Context:
+    """Reshape (B, ...) to (number, B / number, ...). Every device keeps its own contexts."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0), batch)
+
+
+def initial_state(policy: nnx.Module, optimiser: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first step."""
+    params = nnx.to_pure_dict(nnx.state(policy, nnx.Param))
+    return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
+
+
+def abstract_state(
+    make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
+) -> TrainState:
+    """Return the shapes, dtypes and (with a mesh) shardings of `initial_state`, without allocating memory."""
+    parameters = nnx.state(nnx.eval_shape(make_policy), nnx.Param)
+    params = nnx.to_pure_dict(parameters)
+    state = TrainState(params, jax.eval_shape(optimiser.init, params), jax.ShapeDtypeStruct((), jnp.int32))  # type: ignore[arg-type]
+    if parallel.mesh is None:
+        return state
+    of_params = parallel.parameter_shardings(parameters)
+    replicated = parallel.sharding()
+    of_optimiser = optax.tree.map_params(
+        optimiser,
+        lambda _, sharding: sharding,
+        state.optimiser,
+        of_params,
+        transform_non_params=lambda _: replicated,
+    )
+    shardings: Any = TrainState(of_params, of_optimiser, replicated)  # type: ignore[arg-type]
+    placed: TrainState = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
+    )
+    return placed
+
+
+def sharded_initial_state(
+    make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
+) -> TrainState:
+    """Return `initial_state`, with every array created in shards on the devices of the mesh."""
+    if parallel.mesh is None:
+        return initial_state(make_policy(), optimiser)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(make_policy, optimiser, parallel))
+    return jax.jit(lambda: initial_state(make_policy(), optimiser), out_shardings=shardings)()

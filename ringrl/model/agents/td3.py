@@ -1,0 +1,252 @@
+"""TD3 (Fujimoto et al., 1802.09477) and TD3+BC (Fujimoto & Gu, 2106.06860).
+
+`ringrl train` uses this agent on a fixed dataset, `ringrl data collect` as a learner that collects its own data. The
+goal of a transition may be relabelled in hindsight (1707.01495, see `ringrl.data.transitions`), so the networks see it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig, TrainConfig
+from ringrl.context import Context, Transitions
+from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser, with_params
+from ringrl.model.parallel import Parallel
+from ringrl.model.policy import Policy
+
+COARSE, FINE = 5.0, 20.0  # per metre: goal offsets are of order one at 20 cm, and again at 5 cm
+LEARNED = ("actor", "critics")  # each has its own optimiser and its targets
+
+
+class NetworkStyle(NamedTuple):
+    """Normalisation and initial weights of an MLP.
+
+    norm: "every": layer normalisation before the ReLU of each hidden layer. "first": layer normalisation and tanh in
+        the first hidden layer only. "none": no normalisation.
+    hidden, last: initialisers of the weights of hidden layers and of the last layer.
+    largest_input: observations are clipped to this magnitude.
+    """
+
+    norm: Literal["every", "first", "none"]
+    hidden: nnx.Initializer
+    last: nnx.Initializer
+    largest_input: float
+
+
+# Layer normalisation of every layer keeps values bounded on actions that the data lacks (ReBRAC, 2305.09836).
+REBRAC = NetworkStyle("every", nnx.initializers.lecun_normal(), nnx.initializers.normal(0.01), 5.0)
+# ExoRL's learners see observations of any scale.
+EXORL = NetworkStyle("first", nnx.initializers.orthogonal(2**0.5), nnx.initializers.orthogonal(0.01), float("inf"))
+
+
+class MLP(nnx.Module):
+    """Feed-forward network with ReLU. `sizes` are those of inputs, hidden layers and outputs."""
+
+    def __init__(self, sizes: Sequence[int], style: NetworkStyle, rngs: nnx.Rngs, dtype: str = "float32") -> None:
+        *hidden, outputs = sizes
+        normed = {"every": hidden[1:], "first": hidden[1:2], "none": []}[style.norm]
+        linear = [
+            nnx.Linear(a, b, kernel_init=style.hidden, dtype=jnp.dtype(dtype), rngs=rngs) for a, b in pairwise(hidden)
+        ]
+        self.layers = nnx.List(linear)
+        self.norms = nnx.List([nnx.LayerNorm(size, use_bias=False, use_scale=False, rngs=rngs) for size in normed])
+        self.last = nnx.Linear(hidden[-1], outputs, kernel_init=style.last, rngs=rngs)
+        self.squashes_first = style.norm == "first"
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float32[Array, "*batch outputs"]:
+        """Return the outputs of the last layer."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if index < len(self.norms):
+                x = self.norms[index](x)
+            x = jnp.tanh(x) if self.squashes_first and index == 0 else jax.nn.relu(x)
+        return self.last(x).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Goal position of a task, and the location of the moving position in a normalised observation.
+
+    Attributes:
+        place: goal position, metres.
+        columns: columns of the observation with the moving position.
+        mean: mean of these columns in the data, metres.
+        std: standard deviation of these columns in the data, metres.
+    """
+
+    place: tuple[float, ...]
+    columns: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def position(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
+        """Return the current position, metres."""
+        return observation[..., jnp.array(self.columns)] * jnp.array(self.std) + jnp.array(self.mean)
+
+
+class ActorCritic(Policy):
+    """Actor, two critics and their target networks. The policy acts by the target actor."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        observation_size: int,
+        action_size: int,
+        rngs: nnx.Rngs,
+        goal: Goal | None = None,
+        style: NetworkStyle = REBRAC,
+    ) -> None:
+        self.goal, self.largest_input = goal, style.largest_input
+        inputs = observation_size + (3 * len(goal.place) if goal else 0)
+        hidden = [config.width] * config.layers
+        self.actor = MLP([inputs, *hidden, action_size], style, rngs, config.dtype)
+        self.critics = nnx.List([MLP([inputs + action_size, *hidden, 1], style, rngs, config.dtype) for _ in range(2)])
+        self.target_actor = nnx.clone(self.actor)
+        self.target_critics = nnx.clone(self.critics)
+
+    def inputs(
+        self, observation: Float[Array, "*batch observation"], goal: Float[Array, "*batch goal"]
+    ) -> Float32[Array, "*batch inputs"]:
+        """Return the network inputs of a state: the observation, the goal, and the coarse and fine offset to it."""
+        x = jnp.clip(observation, -self.largest_input, self.largest_input)
+        if self.goal is None:
+            return x
+        offset = self.goal.position(observation) - goal
+        return jnp.concatenate([x, COARSE * goal, COARSE * offset, jnp.tanh(FINE * offset)], -1)
+
+    def target_value(self, batch: Transitions, noise: Float32[Array, "batch action"]) -> Float32[Array, " batch"]:
+        """Return the regression target: rewards plus the lower target critic at the target actor's noisy action."""
+        x = self.inputs(jnp.asarray(batch.following), jnp.asarray(batch.goal))
+        action = jnp.clip(jnp.tanh(self.target_actor(x)) + noise, -1, 1)
+        return jnp.asarray(batch.reward) + batch.discount * _values(self.target_critics, x, action).min(0)
+
+    def critic_loss(self, batch: Transitions, target: Float32[Array, " batch"]) -> Float32[Array, ""]:
+        """Return the mean squared error of both critics, summed over the two."""
+        x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+        return jnp.square(_values(self.critics, x, jnp.asarray(batch.action)) - target).sum(0).mean()
+
+    def actor_loss(self, batch: Transitions, behaviour_cloning: float) -> Float32[Array, ""]:
+        """Return minus the first critic's value, scaled to magnitude one, plus the squared distance to the data."""
+        x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+        action = jnp.tanh(self.actor(x))
+        value = _values(self.critics[:1], x, action)[0]
+        scale = jax.lax.stop_gradient(jnp.abs(value).mean()) + 1e-3
+        return -value.mean() / scale + behaviour_cloning * jnp.square(action - batch.action).mean()
+
+    def actions(self, context: Context) -> Float32[Array, "batch time action"]:
+        """Return the action at every step for the task's goal."""
+        observation = jnp.asarray(context.observation)
+        place = self.goal.place if self.goal else ()
+        goal = jnp.broadcast_to(jnp.array(place, jnp.float32), (*observation.shape[:-1], len(place)))
+        return jnp.tanh(self.target_actor(self.inputs(observation, goal)))
+
+    def with_goal(self, goal: Goal | None) -> "ActorCritic":
+        """Return the policy for another goal."""
+        policy: ActorCritic = nnx.clone(self)
+        policy.goal = goal
+        return policy
+
+
+def _values(
+    critics: nnx.List, x: Float[Array, "*batch inputs"], action: Float[Array, "*batch action"]
+) -> Float32[Array, " critics *batch"]:
+    together = jnp.concatenate([x, action], -1)
+    return jnp.stack([critic(together)[..., 0] for critic in critics])
+
+
+class TD3:
+    """Update rule of TD3. A behaviour cloning weight of zero is TD3, a positive one TD3+BC.
+
+    `graph` is the structure of an `ActorCritic`, and `seed` that of the noise on target actions.
+    """
+
+    def __init__(self, graph: Any, optimiser: OptimiserConfig, settings: ActorCriticConfig, seed: int) -> None:
+        self.graph, self.settings, self.seed = graph, settings, seed
+        delay = settings.actor_delay
+        fewer = {"steps": -(-optimiser.steps // delay), "warmup_steps": optimiser.warmup_steps // delay}
+        self.optimisers = {
+            "actor": make_optimiser(optimiser.model_copy(update=fewer)),  # its schedule counts the actor's updates
+            "critics": make_optimiser(optimiser),
+        }
+
+    def init(self, policy: ActorCritic) -> TrainState:
+        """Return the state before the first step. Target networks equal the learned networks."""
+        params = nnx.to_pure_dict(nnx.state(policy, nnx.Param))
+        params |= {f"target_{name}": jax.tree.map(jnp.copy, params[name]) for name in LEARNED}  # not shared: donated
+        optimisers = {name: optimiser.init(params[name]) for name, optimiser in self.optimisers.items()}
+        return TrainState(params, optimisers, jnp.zeros((), jnp.int32))
+
+    def update(self, state: TrainState, batch: Transitions) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Update the critics and, at every `actor_delay`-th step, the actor and the target networks.
+
+        Metrics: loss and gradient_norm (before clipping) of the critics, value (mean regression target), and skipped (0
+        or 1). If loss, gradient or parameters are not finite, the step is skipped: only step counts change.
+        """
+        settings, params = self.settings, state.params
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        noise = settings.target_noise * jax.random.normal(key, batch.action.shape)
+        noise = jnp.clip(noise, -settings.target_noise_clip, settings.target_noise_clip)
+        target = with_params(self.graph, params).target_value(batch, noise)
+
+        def loss_of(critics: Any) -> jax.Array:
+            return with_params(self.graph, params | {"critics": critics}).critic_loss(batch, target)
+
+        loss, gradients = jax.value_and_grad(loss_of)(params["critics"])
+        params, optimiser = self._apply("critics", gradients, params, state.optimiser)
+        params, optimiser = jax.lax.cond(
+            state.step % settings.actor_delay == 0,
+            lambda: self._update_actor(params, optimiser, batch),
+            lambda: (params, optimiser),
+        )
+        norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+        params, optimiser = accept(is_finite, (params, optimiser), (state.params, state.optimiser))
+        metrics = {"loss": loss, "gradient_norm": norm, "value": target.mean(), "skipped": 1 - is_finite}
+        return TrainState(params, optimiser, state.step + 1), metrics
+
+    def _update_actor(self, params: Any, optimiser: Any, batch: Transitions) -> tuple[Any, Any]:
+        def loss_of(actor: Any) -> jax.Array:
+            policy = with_params(self.graph, params | {"actor": actor})
+            return policy.actor_loss(batch, self.settings.behaviour_cloning)
+
+        params, optimiser = self._apply("actor", jax.grad(loss_of)(params["actor"]), params, optimiser)
+        targets = {f"target_{name}": params[name] for name in LEARNED}
+        rate = self.settings.target_rate
+        moved = {name: optax.incremental_update(new, params[name], rate) for name, new in targets.items()}
+        return params | moved, optimiser
+
+    def _apply(self, name: str, gradients: Any, params: Any, optimiser: Any) -> tuple[Any, Any]:
+        updates, inner = self.optimisers[name].update(gradients, optimiser[name], params[name])
+        return params | {name: optax.apply_updates(params[name], updates)}, optimiser | {name: inner}
+
+
+def make_policy(
+    config: ModelConfig,
+    observation_size: int,
+    action_size: int,
+    rngs: nnx.Rngs,
+    *,
+    goal: Goal | None,
+    parallel: Parallel,
+) -> ActorCritic:
+    """Return the actor-critic for the goal. The mesh is not used."""
+    return ActorCritic(config, observation_size, action_size, rngs, goal)
+
+
+def make_agent(make_policy: Callable[[], ActorCritic], config: TrainConfig, parallel: Parallel) -> Agent:
+    """Return the agent that trains on one device with batches of transitions."""
+    graph, _ = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
+    td3 = TD3(graph, config.optimiser, config.actor_critic, config.seed)
+    return Agent(
+        init=lambda: td3.init(make_policy()),
+        update=jax.jit(td3.update, donate_argnums=0),
+        graph=graph,
+        tokens_per_step=1,
+    )
