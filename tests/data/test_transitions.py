@@ -163,5 +163,5 @@ def test_mistakes_are_named(store: EpisodeStore, jaco_store: EpisodeStore) -> No
         TransitionSampler(jaco_store, JACO, ActorCriticConfig(), blind, 1, 0)
     with pytest.raises(UserError, match="no rewards for walker_walk"):
         sampler(store, "walker_walk")
-    with pytest.raises(ValueError, match="exceeds 1"):
+    with pytest.raises(ValueError, match="add up to more than 1"):
         ActorCriticConfig.model_validate({"hindsight": {"later": 0.6, "nearby": 0.6}})
