@@ -1,6 +1,6 @@
-"""For mkdocs: pages link to files of the repository beside docs/; the site carries those files along.
+"""mkdocs hooks: copy the repository files that pages link to into the site.
 
-What a site has no use for, folders and the pages beside docs/, is named there without a link.
+Links to folders and to pages outside docs/ become plain text.
 """
 
 import posixpath
@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let those links point into the site."""
+    """Point these links into the site."""
     root = Path(config.config_file_path).parent
 
     def inside(link: re.Match[str]) -> str:
@@ -44,6 +44,6 @@ def _is_carried(path: Path) -> bool:
 
 
 def _outside(page: File, link: str) -> str | None:
-    """The path in the repository of what a page links to; None if that lies in docs/."""
+    """Return the repository path that a page links to; None for a path inside docs/."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page.src_uri), link))
     return path.removeprefix("../") if path.startswith("../") else None
