@@ -22,8 +22,8 @@ from random_data import write_random_store
 
 from ringrl.config import ContextConfig
 from ringrl.data import EpisodeStore
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import ContextSampler
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import ContextSampler
 
 TASK = "walker_walk"
 

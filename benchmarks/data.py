@@ -245,26 +245,25 @@ def reading(runs: int, folder: Path) -> dict[str, Numbers]:
 
 
 def made_up_store(path: Path, episodes: int) -> None:
-    """A sparse walker store: all its numbers are zero, and none of them is on the disk."""
-    from ringrl.data import part
-    from ringrl.data.layout import Layout
-    from ringrl.data.provenance import Provenance
-    from ringrl.data.writer import finish_store, record_of
+    """Write a sparse walker store of zeros, which takes almost no disk."""
+    from ringrl.data.store.format import Layout
+    from ringrl.data.store.provenance import Provenance
+    from ringrl.data.store.writer import create_file, finish, hidden_name, record_of
     from ringrl.envs import domain_named
 
-    layout = Layout("walker", domain_named("walker").tasks, [1000] * episodes)
-    zeros = {key: np.zeros(layout.shape(key, 1001), column.dtype) for key, column in layout.columns.items()}
-    descriptor = part.claim(path)
-    finish_store(path, descriptor, layout, [record_of(layout, zeros)] * episodes, None, Provenance("zeros"))
-    os.close(descriptor)
+    domain = domain_named("walker")
+    layout = Layout(domain, domain.tasks, [1000] * episodes)
+    zeros = {key: np.zeros(layout.shape(key, 1001), spec.dtype) for key, spec in layout.arrays.items()}
+    create_file(hidden_name(path), layout)
+    finish(hidden_name(path), path, layout, [record_of(layout, zeros)] * episodes, None, Provenance("zeros"))
 
 
 def sampler(path: Path, batch: tuple[int, int]):  # type: ignore[no-untyped-def]
     """Of contexts from a store whose observations need no measuring."""
     from ringrl.config import ContextConfig
     from ringrl.data import EpisodeStore
-    from ringrl.data.normalisation import Normalisation
-    from ringrl.data.sampler import ContextSampler
+    from ringrl.data.sampling.normalisation import Normalisation
+    from ringrl.data.sampling.sampler import ContextSampler
 
     normalisation = Normalisation(np.full(24, 0.1), np.full(24, 2.0), 1000)
     size, trajectories = batch
@@ -277,7 +276,7 @@ def batches(runs: int, folder: Path, batch: tuple[int, int]) -> dict[str, Number
     """A batch of contexts from a warm store with twice its episodes, beside a copy of the same bytes."""
     import jax
 
-    from ringrl.data.writer import create_store
+    from ringrl.data.store.writer import create_store
     from ringrl.envs import domain_named
 
     random, path = np.random.default_rng(0), folder / "batch.h5"

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from ringrl.context import Context, Outcome
-from ringrl.data.schema import recorded_columns, reward_key
-from ringrl.data.writer import create_store
+from ringrl.data.store.format import recorded_arrays, reward_key
+from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS
 from ringrl.planning.workload import ACTION, OBSERVATION
 
@@ -21,7 +21,7 @@ def write_random_store(path: Path, episodes: int) -> None:
         for _ in range(episodes):
             episode = {
                 key: random.normal(size=(rows, column.width)).astype(column.dtype)
-                for key, column in recorded_columns(domain).items()
+                for key, column in recorded_arrays(domain).items()
             }
             writer.append(episode | {reward_key(task): random.random(rows).astype("f4") for task in domain.tasks})
 

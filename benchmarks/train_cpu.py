@@ -28,10 +28,9 @@ from rich.console import Console
 from ringrl.attention import attention, ring_attention
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
-from ringrl.data.loader import iterate_batches
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import ContextSampler
-from ringrl.data.sharded import ShardedSampler
+from ringrl.data.sampling.batches import ShardedSampler, iterate_batches
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.model import make_agent, make_policy
 from ringrl.model.parallel import Parallel
 from ringrl.training.budget import step_cost

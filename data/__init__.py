@@ -1,7 +1,7 @@
-"""Datasets: the ExoRL format, relabelling, the episode store, context sampling and local collection."""
+"""Datasets: the episode store, the ExoRL format, relabelling, sampling and Minari."""
 
-from ringrl.data.importer import import_archive
+from ringrl.data.exorl.importer import import_archive
 from ringrl.data.relabel import relabel
-from ringrl.data.store import EpisodeStore
+from ringrl.data.store.reader import EpisodeStore
 
 __all__ = ["EpisodeStore", "import_archive", "relabel"]

@@ -1,8 +1,8 @@
 """Rewards computed from recorded physics states, for any task of the domain.
 
-ExoRL's own relabelling sets the control to zero, sets each state and runs the full forward dynamics. Here the control
-is the action that led to the state, without which the dense cartpole rewards come out too high, and MuJoCo computes
-only what the rewards are made of; the reward functions themselves run once, over all the states.
+ExoRL's own relabelling sets the control to zero and runs the full forward dynamics in each state. Here the control is
+the action that led to the state; with zero control the dense cartpole rewards are too high. MuJoCo computes only the
+quantities that the rewards need, and the reward functions run once over all states.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from ringrl.data.provenance import Relabelling
+from ringrl.data.store.provenance import Relabelling
 from ringrl.envs import Domain, domain_named, domain_of
 from ringrl.errors import UserError
 
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
 
-_simulations = threading.local()  # one simulation per domain and thread: MuJoCo's state must not be shared
+_simulations = threading.local()  # one simulation per domain and thread: threads must not share MuJoCo's state
 
 
 def relabel(
     task: str, physics: Float64[np.ndarray, "time physics"], action: Float32[np.ndarray, "time action"]
 ) -> Float32[np.ndarray, " time"]:
-    """The rewards of a recorded episode under a task.
+    """Return the rewards of a recorded episode for a task (T+1,) float32.
 
     Row t follows ExoRL's convention: the reward of arriving in state `physics[t]` by `action[t]`, the action taken one
-    state before. Row 0 is the reset, its reward 0.
+    state before. Row 0 is the reset, with reward 0.
 
     Args:
-        task: full task name, "walker_walk"; the task need not be the one recorded.
+        task: full task name, "walker_walk", of the recorded domain.
         physics: (T+1, P) float64 positions, velocities and activations.
         action: (T+1, A) float32 actions in [-1, 1], row 0 unused.
 
@@ -50,14 +50,14 @@ def relabel_all(
     action: Float32[np.ndarray, "time action"],
     relabelling: Relabelling = "control_aware",
 ) -> dict[str, Float32[np.ndarray, " time"]]:
-    """The rewards of a recorded episode under every task of its domain, for the price of one pass over the states.
+    """Return the rewards of a recorded episode for every task of its domain, in one pass over the states.
 
-    Arguments and rows as in `relabel`; the keys are the full task names. With `relabelling` "exorl_compat" the rewards
-    are those of ExoRL's own code, which sets the control to zero: too high in the dense cartpole tasks and the maze,
-    the same elsewhere.
+    Arguments and rows are those of `relabel`; the keys are the full task names. With `relabelling` "exorl_compat" the
+    rewards are those of ExoRL's own code with zero control: too high in the dense cartpole tasks and the maze, the same
+    in other tasks.
 
     Raises:
-        UserError: unknown domain, or as `relabel` does.
+        UserError: unknown domain, and the errors of `relabel`.
     """
     facts = domain_named(domain)
     _check(facts, physics, action)
@@ -76,7 +76,7 @@ def _rewards(
 
 
 def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Float64[np.ndarray, "time sensors"]:
-    """What the domain's rewards are computed from, state by state."""
+    """The sensors that the domain's rewards are computed from, for every state."""
     simulation = _simulation(domain)
     set_state, refresh, sensors = simulation.set_physics_state, simulation.refresh, simulation.sensors
     rows = []
@@ -90,7 +90,7 @@ def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Fl
 def _simulation(domain: Domain) -> Simulation:
     loaded: dict[str, Simulation] = vars(_simulations)
     if domain.name not in loaded:
-        from ringrl.envs import load_simulation
+        from ringrl.envs import load_simulation  # imports MuJoCo, which is slow
 
         loaded[domain.name] = load_simulation(domain.tasks[0])
     return loaded[domain.name]

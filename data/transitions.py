@@ -8,10 +8,10 @@ from jaxtyping import Float, Float32, Int
 
 from ringrl.config import ActorCriticConfig
 from ringrl.context import Transitions
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.schema import reward_key
-from ringrl.data.selection import eligible_episodes, subset
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import eligible_episodes, subset
 from ringrl.data.store import EpisodeStore
+from ringrl.data.store.format import reward_key
 from ringrl.envs import DOMAINS, GoalSpace
 from ringrl.errors import UserError
 

@@ -1,13 +1,15 @@
-"""Files that appear whole or not at all, and locks between processes."""
+"""Files that appear whole or not at all, locks between processes, and checksums of settings."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ringrl.errors import UserError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: Path, content: str | bytes, *, alone: bool = True) -> None:
@@ -132,3 +135,42 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Allocate `size` bytes of disk for a file, where the system can: a full disk then shows before the work.
+
+    Raises OSError if the disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_write_errors(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn an OSError while `path` is written into a UserError that says what to do. `size` are the bytes needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            free = f"{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free in {path.parent}"
+            needed = f"{size / 1e6:,.1f} MB are needed, " if size else ""
+            raise UserError(
+                f"{path}: the disk, a quota or a limit on file size is full ({needed}{free}): "
+                "free some space or write elsewhere"
+            ) from error
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be written ({reason}): check the folder or choose another") from error
+
+
+def json_digest(values: Any) -> str:
+    """Return the sha256 of values as JSON, independent of the order of names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -22,7 +22,7 @@ import yaml
 from ringrl import cli
 from ringrl.collect import collect
 from ringrl.data import EpisodeStore, import_archive
-from ringrl.data.download import ALGORITHMS
+from ringrl.data.exorl.download import ALGORITHMS
 from ringrl.envs import domain_named, domain_of
 from ringrl.errors import UserError
 from ringrl.methods import check_method

@@ -1,4 +1,4 @@
-"""Minari datasets: stores out of them, and stores as such. Needs the extra `minari`."""
+"""Importing and exporting Minari datasets. Needs the extra `minari`."""
 
 from ringrl.data.minari.exporter import export_minari
 from ringrl.data.minari.importer import import_minari

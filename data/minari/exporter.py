@@ -1,8 +1,6 @@
-"""From an episode store to a Minari dataset, one episode at a time."""
+"""Exporting an episode store as a Minari dataset, one episode at a time."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,22 @@ import gymnasium
 import numpy as np
 
 from ringrl import __version__
-from ringrl.data import part
-from ringrl.data.foreign import ForeignDomain
-from ringrl.data.minari.episodes import MinariEpisodes
 from ringrl.data.minari.importer import Exported
-from ringrl.data.minari.library import EPISODES, EXPORTED, INFOS, METADATA, check_id, datasets_folder, minari_module
-from ringrl.data.schema import episode_bytes, reward_key
+from ringrl.data.minari.reader import (
+    EXPORTED,
+    INFOS,
+    MinariEpisodes,
+    check_id,
+    datasets_folder,
+    minari_module,
+)
 from ringrl.data.store import EpisodeStore
+from ringrl.data.store.format import episode_bytes, reward_key
+from ringrl.data.store.provenance import ForeignDomain
 from ringrl.errors import UserError
+from ringrl.files import explain_write_errors, lock, reserve, write_aside
 
-SPARE = 1.5  # HDF5's chunks do not fit an episode exactly
+SPARE = 1.5  # HDF5's chunks are larger than an episode
 
 
 def export_minari(
@@ -31,23 +35,23 @@ def export_minari(
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes a store as the Minari dataset `name` with the rewards of one task; returns the dataset's folder.
+    """Write a store as the Minari dataset `name` with the rewards of one task, and return the dataset's folder.
 
-    An episode has T+1 observations, T actions and rewards, and truncations that are True at the last step (for episodes
-    that ended by themselves: terminations). Its infos hold what else the store knows, T+1 rows each: physics, the
-    rewards of the other tasks, and reward and discount as they were recorded. The metadata says where it comes from.
+    An episode has T+1 observations, T actions and rewards, and truncations that are True at the last step (for
+    terminated episodes: terminations). Its infos hold the other arrays, T+1 rows each: physics, the rewards of the
+    other tasks, and reward and discount as recorded. The metadata holds the store's provenance.
 
-    An export that is interrupted leaves no dataset, and the next one of that name removes its remains.
+    An interrupted export leaves no dataset, and the next one of that name removes its files.
 
     Args:
-        store: what to export.
-        name: Minari's name for it, "exorl/walker-rnd-v0".
-        task: whose rewards become the dataset's; None for the task whose rewards were recorded.
-        folder: where datasets lie, as in MINARI_DATASETS_PATH; None for Minari's own.
+        store: the store to export.
+        name: Minari's name of the dataset, "exorl/walker-rnd-v0".
+        task: the task whose rewards become the dataset's; None for the recorded task.
+        folder: parent folder of all datasets, as in MINARI_DATASETS_PATH; None for Minari's own.
         progress: is called with (episodes done, episodes in all).
 
     Raises:
-        UserError: Minari is missing, a bad name, one that is taken, no such task, a disk that is full.
+        UserError: Minari is missing, a bad name, an existing dataset, no such task, a full disk.
     """
     check_id(name)
     task = _checked_task(store, task)
@@ -55,25 +59,16 @@ def export_minari(
     target = root / name
     if target.exists():
         raise UserError(f"{target}: already exists, choose another --name or delete it (minari delete {name})")
-    with part.cannot_write(target):
-        descriptor = part.claim(target)
-        growing = target.with_name(f".{target.name}.growing")
-        try:
-            shutil.rmtree(growing, ignore_errors=True)  # what a kill left
-            growing.mkdir()
-            with part.cannot_write(target, _size(store)):
-                # HDF5 goes on, and may crash, when a write fails: a full disk must show before, and damage after.
-                _require_space(store, growing)
-            _write(store, name, task, growing / "data", progress)
-            _compare(store, task, growing / "data", target)
-            _sync(growing / "data")
-            _name_namespaces(root, name)
-            growing.rename(target)
-            part.sync_folder(target.parent)
-        finally:
-            shutil.rmtree(growing, ignore_errors=True)
-            part.discard(target)
-            os.close(descriptor)
+    with explain_write_errors(target), lock(target, "is writing it"), write_aside(target) as growing:
+        growing.mkdir()
+        # HDF5 continues, and may crash, when a write fails. So the space is checked before, and the content after.
+        ballast = growing / "ballast"
+        with explain_write_errors(target, _size(store)):
+            reserve(ballast, _size(store))
+        ballast.unlink(missing_ok=True)
+        _write(store, name, task, growing / "data", progress)
+        _compare(store, task, growing / "data", target)
+        _name_namespaces(root, name)
     return target
 
 
@@ -83,18 +78,12 @@ def _checked_task(store: EpisodeStore, task: str | None) -> str:
         raise UserError(
             f"{store.path}: was recorded for no single task, choose one (--task {' or '.join(store.tasks)})"
         )
-    store.returns(task)  # a UserError if the store has no such task
+    store.returns(task)  # raises UserError if the store has no such task
     return task
 
 
-def _require_space(store: EpisodeStore, folder: Path) -> None:
-    """Claims about the bytes that the dataset will have, and gives them back at once. Raises OSError."""
-    with (folder / "ballast").open("wb") as file:
-        part.reserve(file.fileno(), _size(store))
-    (folder / "ballast").unlink()
-
-
 def _size(store: EpisodeStore) -> int:
+    """About the bytes of the dataset."""
     length = store.num_steps // store.num_episodes + 1
     return int(SPARE * store.num_episodes * episode_bytes(store.facts, length, relabelled=True))
 
@@ -102,7 +91,7 @@ def _size(store: EpisodeStore) -> int:
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Callable[[int, int], None] | None) -> None:
     data.mkdir()
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
-        data.absolute(),  # of a relative path Minari cannot tell the size
+        data.absolute(),  # Minari cannot compute the size of a relative path
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32),
         action_space=gymnasium.spaces.Box(-1.0, 1.0, (store.action_size,), np.float32),
         env_spec=None if isinstance(store.facts, ForeignDomain) else gymnasium.spec(f"ringrl/{task}-v0"),
@@ -111,7 +100,7 @@ def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Call
     storage.update_metadata(_metadata(store, name, task))
     try:
         storage.update_episodes(_episodes(store, task, progress))
-    except RuntimeError as error:  # which HDF5 raises as well when it cannot write
+    except RuntimeError as error:  # HDF5 also raises these when it cannot write
         raise OSError(str(error)) from error
 
 
@@ -134,18 +123,18 @@ def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
         EXPORTED: origin,
     }
     if not isinstance(store.facts, ForeignDomain):
-        metadata["requirements"] = [f"ringrl>={__version__}"]  # which has the environment
+        metadata["requirements"] = [f"ringrl>={__version__}"]  # contains the environment
     return metadata
 
 
 def _episodes(store: EpisodeStore, task: str, progress: Callable[[int, int], None] | None) -> Iterator[Any]:
-    """Minari's episode buffers: views of the store."""
+    """Yield Minari's episode buffers, views of the store."""
     buffer = minari_module("minari.data_collector.episode_buffer").EpisodeBuffer
     others = [other for other in store.tasks if other != task]
     for index in range(store.num_episodes):
         rows = store.episode(index)
         if rows["action"][0].any():
-            raise UserError(f"{store.path}: episode {index} has an action before its first state, Minari has no place")
+            raise UserError(f"{store.path}: episode {index} has an action in its reset row, which Minari cannot store")
         steps = len(rows["action"]) - 1
         is_last, is_terminated = np.arange(steps) == steps - 1, bool(rows["discount"][-1, 0] == 0)
         infos: dict[str, Any] = {name: rows[key] for key, name in INFOS.items() if key in rows}
@@ -164,7 +153,7 @@ def _episodes(store: EpisodeStore, task: str, progress: Callable[[int, int], Non
 
 
 def _compare(store: EpisodeStore, task: str, data: Path, target: Path) -> None:
-    """Reads all of the dataset. UserError if it is not what the store holds."""
+    """Read the whole dataset. UserError if it differs from the store."""
     with MinariEpisodes(data) as episodes:
         exported = Exported(episodes)
         for index in range(store.num_episodes):
@@ -174,20 +163,14 @@ def _compare(store: EpisodeStore, task: str, data: Path, target: Path) -> None:
                 found[reward_key(other)] = episodes.info(index, "rewards", other, row=(), dtype=np.float32)
             for key, array in rows.items():
                 if not np.array_equal(array, found[key]):
-                    raise UserError(f"{target}: {key} of episode {index} did not reach the disk whole, export it again")
-
-
-def _sync(data: Path) -> None:
-    for path in (data / EPISODES, data / METADATA):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+                    raise UserError(f"{target}: {key} of episode {index} was not written correctly, export it again")
 
 
 def _name_namespaces(root: Path, name: str) -> None:
-    """Minari lists only those namespaces whose folders say that they are such."""
-    says = minari_module("minari.namespace").NAMESPACE_METADATA_FILENAME
+    """Mark the folders of a name as namespaces: Minari lists only those."""
+    marker = minari_module("minari.namespace").NAMESPACE_METADATA_FILENAME
     folder = root
     for step in name.split("/")[:-1]:
         folder /= step
-        if not (folder / says).exists():
-            (folder / says).write_text("{}")
+        if not (folder / marker).exists():
+            (folder / marker).write_text("{}")

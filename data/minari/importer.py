@@ -1,4 +1,4 @@
-"""From a Minari dataset to an episode store: an export comes back as it was, another becomes a domain of its own."""
+"""Importing a Minari dataset into an episode store: our own exports, or datasets of any other domain."""
 
 import dataclasses
 import json
@@ -8,19 +8,16 @@ from typing import Protocol
 
 import numpy as np
 
-from ringrl.data import part
-from ringrl.data.foreign import ForeignDomain
-from ringrl.data.minari.episodes import MinariEpisodes
-from ringrl.data.minari.library import EXPORTED, INFOS, locate, minari_module
-from ringrl.data.provenance import Provenance, makers
+from ringrl.data.minari.reader import EXPORTED, INFOS, MinariEpisodes, locate, minari_module
 from ringrl.data.relabel import relabel_all
-from ringrl.data.schema import ROUNDED, Episode, recorded_columns, reward_key
 from ringrl.data.store import EpisodeStore
-from ringrl.data.writer import create_store
+from ringrl.data.store.format import ROUNDED, Episode, recorded_arrays, reward_key
+from ringrl.data.store.provenance import ForeignDomain, Provenance, software_versions
+from ringrl.data.store.writer import create_store, refuse_taken
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
 
-PHYSICS = (("physics",), ("qpos", "qvel"))  # the infos that may hold the state of a simulation
+PHYSICS = (("physics",), ("qpos", "qvel"))  # infos that may hold the state of a simulation
 
 
 def import_minari(
@@ -31,27 +28,27 @@ def import_minari(
     download: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EpisodeStore:
-    """Imports a Minari dataset into a new episode store and opens it.
+    """Import a Minari dataset into a new episode store and open it.
 
-    What `export_minari` wrote comes back with all that was recorded, bit for bit, and rewards for all tasks computed
-    anew. Any other dataset becomes a store of a domain that bears its name (see `ringrl.data.foreign`): observations
-    flattened to float32, actions scaled to [-1, 1], rewards as recorded under a task of the same name, discount 0 where
-    an episode ended by itself, and physics where the infos have "physics" or "qpos" and "qvel".
+    An export of `export_minari` is restored with every recorded number bit-equal, and its rewards are computed again.
+    Any other dataset becomes a store of a domain with the dataset's name (see `ForeignDomain`): observations flattened
+    to float32, actions scaled to [-1, 1], recorded rewards under a task of the same name, discount 0 where an episode
+    terminated, and physics where the infos have "physics" or "qpos" and "qvel".
 
     Args:
         dataset: name of a dataset, or its folder.
         destination: the store to write.
         overwrite: replace an existing store.
-        download: let Minari fetch a dataset that is not here.
+        download: let Minari download a missing dataset.
         progress: is called with (episodes done, episodes in all).
 
     Raises:
-        UserError: Minari or the dataset is missing; spaces other than boxes of numbers (observations may be a Dict of
-            them), images, actions without bounds; damage; an existing destination; a disk that is full.
+        UserError: Minari or the dataset is missing; spaces other than Boxes of numbers (observations may be a Dict of
+            Boxes), images, actions without bounds; damage; an existing destination; a full disk.
     """
     minari_module()
     destination = Path(destination)
-    part.refuse_taken(destination, overwrite=overwrite)
+    refuse_taken(destination, overwrite=overwrite)
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
         exported = EXPORTED in episodes.description.raw
         origin: _Origin = Exported(episodes) if exported else _Foreign(episodes)
@@ -65,23 +62,23 @@ def import_minari(
                 if progress is not None:
                     progress(index + 1, total)
             if origin.fingerprint not in (None, writer.fingerprint()):
-                raise UserError(f"{episodes.folder}: its episodes are not those that were exported: export it again")
+                raise UserError(f"{episodes.folder}: its episodes are not the exported ones: export it again")
     return EpisodeStore(destination)
 
 
 class _Origin(Protocol):
-    """How episodes of a dataset become those of a store."""
+    """Converts the episodes of a dataset to those of a store."""
 
     domain: Domain
     recorded_task: str | None
     provenance: Provenance
-    fingerprint: str | None  # that the content must have, where it is known
+    fingerprint: str | None  # expected of the content, where known
 
     def episode(self, index: int) -> Episode: ...
 
 
 class Exported:
-    """A dataset that `export_minari` wrote. UserError if its metadata does not say so in full."""
+    """A dataset that `export_minari` wrote. UserError for incomplete metadata."""
 
     def __init__(self, episodes: MinariEpisodes) -> None:
         self._episodes, description = episodes, episodes.description
@@ -99,13 +96,15 @@ class Exported:
         except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:100]
             raise UserError(
-                f"{episodes.folder}: what its metadata says under {EXPORTED!r} is damaged ({reason}): export it again"
+                f"{episodes.folder}: its metadata under {EXPORTED!r} is damaged ({reason}): export it again"
             ) from error
         self.domain: Domain = found
-        self.provenance = dataclasses.replace(made, source=f"{made.source} by way of Minari", created_by=makers())
+        self.provenance = dataclasses.replace(
+            made, source=f"{made.source} by way of Minari", created_by=software_versions()
+        )
 
     def episode(self, index: int) -> Episode:
-        """All that a store holds of an episode."""
+        """Return all arrays of an episode."""
         episode = self.recorded(index)
         if self.provenance.relabelling == "recorded":
             return episode | {reward_key(self.domain.tasks[0]): episode["reward"][:, 0]}
@@ -113,12 +112,12 @@ class Exported:
         return episode | {reward_key(task): reward for task, reward in rewards.items()}
 
     def recorded(self, index: int) -> dict[str, np.ndarray]:
-        """What was recorded of an episode."""
+        """Return the recorded arrays of an episode."""
         steps, info = self._episodes.read(index), self._episodes.info
         episode = {"observation": steps.observation, "action": _with_reset(steps.action.astype(np.float32))}
-        for key, column in recorded_columns(self.domain).items():
+        for key, spec in recorded_arrays(self.domain).items():
             if key not in episode:
-                episode[key] = info(index, INFOS[key], row=(column.width,), dtype=column.dtype.type)
+                episode[key] = info(index, INFOS[key], row=(spec.width,), dtype=spec.dtype.type)
         return episode
 
 
@@ -132,8 +131,8 @@ class _Foreign:
         low, high = (bound.astype(np.float64).ravel() for bound in (description.action.low, description.action.high))
         if not (np.isfinite(high - low).all() and (low < high).all()):
             raise UserError(
-                f"{episodes.folder}: its actions have no bounds, so that they cannot be scaled to [-1, 1]: give its "
-                "action space bounds"
+                f"{episodes.folder}: its actions have no bounds and cannot be scaled to [-1, 1]: give its action space "
+                "bounds"
             )
         self._center, self._radius = (high + low) / 2, (high - low) / 2
         self._physics = _physics_of(episodes)
@@ -162,7 +161,7 @@ class _Foreign:
         discount[-1] = not steps.is_terminated
         reward = _with_reset(steps.reward)
         if abs(reward.sum(dtype=np.float64)) > np.finfo(np.float32).max:
-            raise UserError(f"{self._episodes.folder}: the return of episode {index} is beyond all float32 numbers")
+            raise UserError(f"{self._episodes.folder}: the return of episode {index} is too large for float32")
         episode = {
             "observation": steps.observation,
             "action": _with_reset(self._scaled(index, steps.action)),
@@ -181,14 +180,14 @@ class _Foreign:
         if np.abs(scaled).max() > 1 + ROUNDED:
             step = int(np.argmax(np.abs(scaled).max(axis=1)))
             raise UserError(
-                f"{self._episodes.folder}: the action of step {step} of episode {index} lies outside the bounds of the "
+                f"{self._episodes.folder}: the action of step {step} of episode {index} is outside the bounds of the "
                 "action space: clip such actions or widen the bounds"
             )
         return np.clip(scaled, -1, 1).astype(np.float32)
 
 
 def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
-    """The infos that hold the state of the simulation, with their widths; none where the first episode has none."""
+    """The infos that hold the state of the simulation, with their widths; none if the first episode has none."""
     for keys in PHYSICS:
         widths = {key: episodes.info_width(key) for key in keys}
         found = {key: width for key, width in widths.items() if width is not None}
@@ -198,5 +197,5 @@ def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
 
 
 def _with_reset(steps: np.ndarray) -> np.ndarray:
-    """A row of zeros for the reset, before those of the steps."""
+    """Prepend a row of zeros for the reset."""
     return np.concatenate([np.zeros_like(steps[:1]), steps])

@@ -36,8 +36,8 @@ def download(
         url: address that contains DOMAIN/ALGORITHM.zip (http or https).
         timeout: seconds without data from the server before the request is repeated.
     """
-    from ringrl.data.card import describe
-    from ringrl.data.download import Patience, download_archive, download_store
+    from ringrl.data.exorl.download import Patience, download_archive, download_store
+    from ringrl.data.store.summary import describe
 
     if delete_archive and not import_store:
         raise UserError("--delete-archive: needs --import, or nothing would be kept; add --import")
@@ -125,8 +125,8 @@ def import_(
     if seed and subset != "random":
         raise UserError("--seed: only with --subset random; remove it")
     from ringrl.data import import_archive
-    from ringrl.data.card import describe
-    from ringrl.data.subset import Subset
+    from ringrl.data.exorl.importer import Subset
+    from ringrl.data.store.summary import describe
 
     destination = output or _store_of(archive)
     chosen = Subset(subset, max_episodes, max_transitions, seed)
@@ -157,8 +157,8 @@ def _store_of(archive: Path) -> Path:
 
 
 def _import_minari(dataset: str, output: Path | None, overwrite: bool, download: bool) -> None:
-    from ringrl.data.card import describe
     from ringrl.data.minari import import_minari
+    from ringrl.data.store.summary import describe
 
     destination = output or Path(f"{Path(dataset).resolve().name}.h5")
     with _bars() as (bar, _):
@@ -202,8 +202,8 @@ def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False)
         output: store to write.
         overwrite: replace an existing store.
     """
-    from ringrl.data.card import describe
-    from ringrl.data.merge import merge_stores
+    from ringrl.data.store.merge import merge_stores
+    from ringrl.data.store.summary import describe
 
     with _bars() as (bar, _):
         store = merge_stores(stores, output, overwrite=overwrite, progress=bar("merging"))
@@ -219,7 +219,7 @@ def info(store: Path, /, *, json: bool = False, verify: bool = False) -> None:
         verify: read the whole store first and compare it with its checksums.
     """
     from ringrl.data import EpisodeStore
-    from ringrl.data.card import describe, to_json
+    from ringrl.data.store.summary import describe, to_json
 
     opened = EpisodeStore(store)
     if verify:

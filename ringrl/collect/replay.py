@@ -3,7 +3,7 @@
 import numpy as np
 
 from ringrl.context import Transitions
-from ringrl.data.schema import Episode
+from ringrl.data.store.format import Episode
 from ringrl.data.transitions import n_step_return
 from ringrl.envs import Domain
 

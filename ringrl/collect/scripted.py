@@ -11,8 +11,8 @@ from jaxtyping import Float64
 from ringrl.collect.controllers import recipe_of
 from ringrl.collect.record import EpisodePlan, record_episode
 from ringrl.data.exorl import Archive, save_episode
-from ringrl.data.processes import worker_processes
 from ringrl.envs import domain_of, load_simulation
+from ringrl.processes import worker_processes
 
 _GENERATIONS = 40
 _SMALLEST_GENERATION = 10

@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from ringrl.context import Context
-from ringrl.data.digest import json_digest
-from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor, CompiledPolicy, PolicyActor, RandomActor
@@ -29,6 +28,7 @@ from ringrl.evaluation.records import (
     recipe,
 )
 from ringrl.evaluation.rollout import clip_trajectories
+from ringrl.files import json_digest
 from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
 from ringrl.training.budget import budget

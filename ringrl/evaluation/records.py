@@ -20,9 +20,8 @@ from jaxtyping import Float
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from ringrl.config import TrainConfig
-from ringrl.data.digest import json_digest
 from ringrl.errors import UserError
-from ringrl.files import lock
+from ringrl.files import json_digest, lock
 from ringrl.training.budget import Budget
 from ringrl.training.run_folder import flat
 

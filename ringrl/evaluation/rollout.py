@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from ringrl.context import Context, Outcome
-from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor
 

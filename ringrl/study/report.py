@@ -10,7 +10,7 @@ import jinja2
 import rich.table
 from markupsafe import Markup
 
-from ringrl.data.layout import RETURN_LEVELS
+from ringrl.data.store.format import RETURN_LEVELS
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import decimal, number
 from ringrl.evaluation.records import Results, read_records

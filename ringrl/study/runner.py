@@ -20,12 +20,12 @@ from rich.console import Console
 from ringrl.config import SlurmConfig
 from ringrl.cores import available_cores
 from ringrl.data import EpisodeStore
-from ringrl.data.processes import end_with_parent
-from ringrl.data.sampler import episodes_for_contexts
+from ringrl.data.sampling.sampler import episodes_for_contexts
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.video import write_videos
 from ringrl.files import lock
+from ringrl.processes import end_with_parent
 from ringrl.study.cells import EVALUATION, LOG, Cell, Reference, Work, attempt_logged, cells, references
 from ringrl.study.cluster import run_on_cluster
 from ringrl.study.plan import AblationPlan

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ringrl.data.layout import RETURN_LEVELS
+from ringrl.data.store.format import RETURN_LEVELS
 from ringrl.evaluation.formatting import ABSENT, number
 from ringrl.evaluation.scores import score_or_none
 from ringrl.study.report_cells import Cell, Grid, middle, middle_or_none, summarise

@@ -16,13 +16,13 @@ from rich import box
 from rich.table import Table
 
 from ringrl.config import Section
-from ringrl.data.digest import json_digest
 from ringrl.envs import domain_of, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE
 from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.protocol import Protocol
 from ringrl.evaluation.rollout import ContextBuilder
+from ringrl.files import json_digest
 from ringrl.study.cells import Cell, write
 from ringrl.training import TrainedPolicy, load_policy, train
 from ringrl.training.budget import step_cost

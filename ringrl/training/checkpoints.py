@@ -18,10 +18,10 @@ from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ringrl.config import MeshConfig, TrainConfig, one_line
-from ringrl.data.digest import json_digest
-from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
+from ringrl.files import json_digest
 from ringrl.model import Goal, Policy, TrainState, make_agent, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.distributed import check_platform

@@ -12,11 +12,9 @@ from rich.progress import Progress
 
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
-from ringrl.data.loader import BatchSource, iterate_batches
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import ContextSampler
-from ringrl.data.selection import eligible_episodes
-from ringrl.data.sharded import ShardedSampler
+from ringrl.data.sampling.batches import BatchSource, ShardedSampler, iterate_batches
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.model import TrainState, make_agent

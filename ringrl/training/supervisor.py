@@ -17,8 +17,8 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from ringrl.config import DistributedConfig
-from ringrl.data.processes import end_with_parent
 from ringrl.errors import UserError
+from ringrl.processes import end_with_parent
 from ringrl.training import distributed
 from ringrl.training.distributed import INTERRUPTED, LOST, USER_ERROR, say
 

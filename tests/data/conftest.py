@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from ringrl.data.exorl import save_episode
-from ringrl.data.schema import recorded_columns, reward_key
 from ringrl.data.store import EpisodeStore
-from ringrl.data.writer import create_store
+from ringrl.data.store.format import recorded_arrays, reward_key
+from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS, make
 
 # Sorting by name would put the second before the first.
@@ -83,7 +83,7 @@ def random_episode() -> Callable[[str, int, int], dict[str, np.ndarray]]:
         random = np.random.default_rng(seed)
         episode = {
             key: random.normal(size=(length + 1, column.width)).astype(column.dtype)
-            for key, column in recorded_columns(DOMAINS[domain]).items()
+            for key, column in recorded_arrays(DOMAINS[domain]).items()
         }
         rewards = {reward_key(task): random.random(length + 1).astype(np.float32) for task in DOMAINS[domain].tasks}
         return episode | rewards

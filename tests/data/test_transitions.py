@@ -6,8 +6,8 @@ import pytest
 from ringrl.config import ActorCriticConfig
 from ringrl.context import Transitions
 from ringrl.data import EpisodeStore, relabel
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.selection import subset
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import subset
 from ringrl.data.transitions import TransitionSampler
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 
 from ringrl.cli import main
 from ringrl.data import EpisodeStore
-from ringrl.data.sampler import ContextSampler
+from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.evaluation.prompt import FIRST_DRAW, imitation_error
 from ringrl.training import load_policy

@@ -10,7 +10,7 @@ import pytest
 
 from ringrl.config import MeshConfig
 from ringrl.data import EpisodeStore
-from ringrl.data.sampler import ContextSampler
+from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random, policy_evaluation, random_evaluation
 from ringrl.evaluation import protocol as protocol_module

@@ -10,7 +10,7 @@ from flax import nnx
 
 from ringrl.config import ModelConfig
 from ringrl.context import Context
-from ringrl.data.normalisation import Normalisation
+from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, CompiledPolicy, PolicyActor, RandomActor

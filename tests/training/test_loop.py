@@ -11,10 +11,9 @@ from flax import nnx
 from ringrl.collect import collect
 from ringrl.config import TrainConfig, read_yaml
 from ringrl.data import EpisodeStore
-from ringrl.data.importer import import_archive
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import ContextSampler
-from ringrl.data.selection import eligible_episodes
+from ringrl.data.exorl.importer import import_archive
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
 from ringrl.errors import UserError
 from ringrl.model import make_policy
 from ringrl.model.agents.agent import make_optimiser, with_params

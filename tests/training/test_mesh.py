@@ -15,9 +15,9 @@ from flax import nnx
 from ringrl.config import ModelConfig, TrainConfig
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import ContextSampler
-from ringrl.data.sharded import ShardedSampler
+from ringrl.data.sampling.batches import ShardedSampler
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.model import make_agent, make_policy
 from ringrl.model.agents.agent import with_params

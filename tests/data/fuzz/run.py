@@ -19,7 +19,7 @@ import archives
 import stores
 
 from ringrl.data import EpisodeStore, import_archive
-from ringrl.data.writer import create_store
+from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ringrl.data.digest import content_fingerprint
+from ringrl.data.store.format import content_fingerprint
 
 ROWS = ("steps/observation", "steps/action", "steps/reward", "steps/discount", "steps/physics")
 REWARDS = ("rewards/cartpole_balance", "rewards/cartpole_swingup_sparse")

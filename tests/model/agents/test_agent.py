@@ -12,8 +12,8 @@ from flax import nnx
 from ringrl.config import ContextConfig, ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
-from ringrl.data.normalisation import Normalisation
-from ringrl.data.sampler import ContextSampler
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.data.transitions import TransitionSampler
 from ringrl.model import Agent, AgenticTransformer, TrainState, make_agent, make_policy
 from ringrl.model.agents.agent import make_optimiser

@@ -1,0 +1,6 @@
+"""The ExoRL format: reading, checking, importing and downloading archives."""
+
+from ringrl.data.exorl.archive import Archive, save_episode
+from ringrl.data.exorl.importer import Subset, import_archive
+
+__all__ = ["Archive", "Subset", "import_archive", "save_episode"]

@@ -1,0 +1,343 @@
+"""Reading archives in the ExoRL layout: a zip file or a folder of `buffer/episode_{number}_{length}.npz`.
+
+Nothing in an archive is trusted: no pickles, no path that leaves the archive, no size that the domain does not need.
+Episodes are read one at a time, directly from the zip; nothing is unpacked to disk.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import re
+import textwrap
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, NamedTuple, Self
+
+import h5py
+import numpy as np
+
+from ringrl.data.store.format import ROUNDED, ArraySpec, Episode, episode_bytes, recorded_arrays
+from ringrl.envs import DOMAINS, Domain
+from ringrl.errors import UserError
+from ringrl.files import write_whole
+
+# Archives of skill-based algorithms (diayn, aps, smm) record a skill next to the five arrays that are read. A file of
+# more than this many times the domain's own size is not an episode.
+SIZE_ALLOWANCE = 8
+
+
+class Member(NamedTuple):
+    """One episode of an archive: its number and length in steps (both from the name) and its path in the archive."""
+
+    number: int
+    length: int
+    path: str
+
+
+class Archive:
+    """The episodes of a zip file or folder in ExoRL's layout, in the order of their numbers.
+
+    `members` lists them and `read(member)` returns one validated episode. Opening reads the list of names only. Use it
+    as a context manager. Raises UserError, naming archive and member, for anything but episodes of `domain`.
+    """
+
+    def __init__(self, source: Path, domain: Domain) -> None:
+        self.source = Path(source)
+        self.domain = domain
+        self._columns = recorded_arrays(domain)
+        self._limit = SIZE_ALLOWANCE * episode_bytes(domain, domain.episode_length, relabelled=False) + 2**20
+        self._zip: zipfile.ZipFile | None = None
+        if self.source.is_dir():
+            buffer = self.source / "buffer"
+            self._folder = buffer if buffer.is_dir() else self.source
+            try:
+                paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
+            except OSError as error:
+                raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
+        else:
+            self._zip = open_zip(self.source)
+            paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        try:
+            self.members = _episodes_among(paths, self.source)
+            if self._zip is not None:
+                _refuse_lost_names(self._zip, {member.path for member in self.members}, self.source)
+        except UserError:
+            self.close()
+            raise
+
+    def read(self, member: Member) -> dict[str, np.ndarray]:
+        """Return one episode as read-only arrays of T+1 rows with the widths and dtypes of `recorded_arrays`."""
+        self.check_length(member)
+        try:
+            episode = _read_npz(self._content(member), self._columns, member.length + 1, self._limit)
+            _check_values(episode)
+        except MemoryError:
+            raise  # not caused by the file
+        except UserError as error:
+            raise UserError(f"{self.source}: {shown(member.path)} {error}") from error
+        except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
+            reason = textwrap.shorten(shown(str(error)) or type(error).__name__, 100, placeholder=" ...")
+            raise UserError(
+                f"{self.source}: {shown(member.path)} cannot be read, it is damaged or cut short ({reason}): "
+                "download or record it again"
+            ) from error
+        return episode
+
+    def check_length(self, member: Member) -> None:
+        """Raise UserError if the name of an episode gives another length than the domain's."""
+        if member.length != self.domain.episode_length:
+            raise UserError(
+                f"{self.source}: {shown(member.path)} has {member.length} steps but episodes of {self.domain.name} "
+                f"have {self.domain.episode_length}: choose the archive's own --domain or remove the file"
+            )
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Return path, size in bytes, and CRC (in a folder: time of the last change) of each episode."""
+        if self._zip is None:
+            try:
+                states = [(self._folder / member.path).stat() for member in self.members]
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+            return [(m.path, state.st_size, state.st_mtime_ns) for m, state in zip(self.members, states, strict=True)]
+        infos = [self._zip.getinfo(member.path) for member in self.members]
+        return [(info.filename, info.file_size, info.CRC) for info in infos]
+
+    def size(self) -> int:
+        """Return the bytes of the zip file, or of all episode files of a folder."""
+        return sum(size for _, size, _ in self.stamps()) if self._zip is None else self.source.stat().st_size
+
+    def listing_sha256(self) -> str:
+        """Return the sha256 over path, size and, in a zip file, CRC of each episode."""
+        stamps = [(path, size, 0 if self._zip is None else stamp) for path, size, stamp in self.stamps()]
+        return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return map(self.read, self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def close(self) -> None:
+        """Close the zip file."""
+        if self._zip is not None:
+            self._zip.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _content(self, member: Member) -> bytes:
+        """Return the bytes of an episode's file after checking its size."""
+        if self._zip is None:
+            path = self._folder / member.path
+            _refuse_oversized(path.stat().st_size, self._limit)
+            return path.read_bytes()
+        info = self._zip.getinfo(member.path)
+        _refuse_oversized(info.file_size, self._limit)
+        _refuse_strange_entry(info)
+        return self._zip.read(info)  # zipfile never reads beyond the declared size
+
+
+def shown(path: str) -> str:
+    """Return a path of an archive in a form that fits a line of text and is harmless to a terminal."""
+    printable = path if path.isprintable() else ascii(path)
+    return printable if len(printable) <= 200 else f"{printable[:100]}...{printable[-97:]}"
+
+
+def save_episode(folder: Path, number: int, episode: Episode) -> Path:
+    """Write one episode of T+1 rows as `folder/episode_{number}_{T}.npz` and return the path.
+
+    The file appears complete or not at all.
+    """
+    path = folder / f"episode_{number:06d}_{len(episode['observation']) - 1}.npz"
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **episode)
+    write_whole(path, content.getvalue())
+    return path
+
+
+def open_zip(source: Path) -> zipfile.ZipFile:
+    """Open a zip archive. UserError if its list of names is not whole."""
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
+    try:
+        listed = _entries_promised(source)
+        archive = zipfile.ZipFile(source)
+        if listed not in (len(archive.namelist()), 0xFFFF):
+            archive.close()
+            raise zipfile.BadZipFile
+        return archive
+    except OSError as error:
+        raise UserError(f"{source}: cannot be opened ({error.strerror or error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged directory of names: see Archive.read
+        if h5py.is_hdf5(source):
+            raise UserError(
+                f"{source}: is an HDF5 file, not a zip archive: a store needs no import (ringrl data info)"
+            ) from error
+        raise UserError(
+            f"{source}: not a zip archive, or cut short: download it again or give a folder of episodes"
+        ) from error
+
+
+def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Path) -> None:
+    """Check the names of all other entries: an entry with a damaged name may be an episode."""
+    for info in archive.infolist():
+        if info.filename not in episodes:
+            try:
+                with contextlib.suppress(RuntimeError):  # encrypted, or another method
+                    archive.open(info).close()
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise UserError(
+                    f"{source}: the entry {shown(info.filename)} is damaged, and may have been an episode: "
+                    "download it again"
+                ) from error
+
+
+def _entries_promised(source: Path) -> int:
+    """Return the number of entries by the end record of a zip file, 0xFFFF for more. BadZipFile without such a record.
+
+    zipfile searches for that record backwards. In an archive that was cut short it would find the record of the last
+    whole episode, which is a zip file too.
+    """
+    with source.open("rb") as file:
+        file.seek(max(0, source.stat().st_size - 22 - 2**16))
+        tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) - end < 22 or len(tail) - end - 22 != int.from_bytes(tail[end + 20 : end + 22], "little"):
+        raise zipfile.BadZipFile
+    return int.from_bytes(tail[end + 10 : end + 12], "little")
+
+
+def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:
+    """Check the paths of an archive and return its episodes, sorted by number."""
+    members = []
+    for path in paths:
+        _refuse_escape(path, source)
+        pure = PurePosixPath(path)
+        if pure.suffix != ".npz" or pure.name.startswith(".") or "__MACOSX" in pure.parts:
+            continue  # notes, listings and files of file managers
+        match = re.fullmatch(r"episode_([0-9]{1,12})_([0-9]{1,9})\.npz", pure.name)
+        if match is None:
+            raise UserError(f"{source}: {shown(path)} is not named episode_NUMBER_LENGTH.npz: rename or remove it")
+        members.append(Member(int(match[1]), int(match[2]), path))
+    if not members:
+        raise UserError(
+            f"{source}: contains no episodes (buffer/episode_NUMBER_LENGTH.npz): is it a whole ExoRL archive?"
+        )
+    _refuse_mixture(members, source)
+    return tuple(sorted(members))
+
+
+def _refuse_escape(path: str, source: Path) -> None:
+    # zipfile keeps backslashes on POSIX, so both readings of a path must stay inside.
+    windows = PureWindowsPath(path)
+    if windows.anchor or PurePosixPath(path).is_absolute() or ".." in windows.parts:
+        raise UserError(f"{source}: the path {shown(path)} leads out of the archive: do not use this file")
+
+
+def _refuse_mixture(members: Sequence[Member], source: Path) -> None:
+    folders = sorted({str(PurePosixPath(member.path).parent) for member in members})
+    if len(folders) > 1:
+        raise UserError(
+            f"{source}: has episodes in {shown(folders[0])} and in {shown(folders[1])}: import one folder at a time"
+        )
+    number, count = Counter(member.number for member in members).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{source}: {count} files have the number {number}: remove all but one")
+
+
+def _refuse_oversized(size: int, limit: int, part: str = "") -> None:
+    if size > limit:
+        raise UserError(
+            f"claims {size:,} bytes{part}, far more than an episode: it is damaged or a zip bomb, remove it"
+        )
+
+
+def _refuse_strange_entry(info: zipfile.ZipInfo) -> None:
+    # Other methods can expand a few bytes to gigabytes inside the decompressor, before any limit applies.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 0x1:
+        raise UserError("is encrypted or compressed by another method than numpy's: save it again with numpy.savez")
+
+
+def _read_npz(content: bytes, columns: dict[str, ArraySpec], rows: int, limit: int) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(content)) as npz:
+        names = npz.namelist()
+        if missing := [key for key in columns if f"{key}.npy" not in names]:
+            raise UserError(f"lacks {', '.join(missing)}: it is not an episode with ExoRL's keys {', '.join(columns)}")
+        episode = {}
+        for key, spec in columns.items():
+            info = npz.getinfo(f"{key}.npy")
+            if names.count(info.filename) > 1:
+                raise UserError(f"has {key} more than once: it is damaged, remove it")
+            _refuse_strange_entry(info)
+            _refuse_oversized(info.file_size, limit, f" of {key}")
+            with npz.open(info) as file:
+                episode[key] = _read_npy(file, info.file_size, key, spec, rows)
+        return episode
+
+
+def _read_npy(file: IO[bytes], size: int, key: str, spec: ArraySpec, rows: int) -> np.ndarray:
+    """Read one .npy of `size` bytes. The data is read only if the header announces the expected array."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise UserError(f"has {key} in .npy version {version}: save it again with numpy.savez")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran_order, dtype = read_header(file)
+    if dtype != spec.dtype:
+        raise UserError(f"has {key} as {dtype}, expected {spec.dtype}: is it an ExoRL episode?")
+    if len(shape) == 2 and shape[0] != rows:
+        raise UserError(
+            f"has {shape[0]} rows of {key}, expected {rows} (the length in the name plus the reset row): "
+            "the file is inconsistent, remove it"
+        )
+    if shape != (rows, spec.width):
+        raise UserError(f"has {key} of shape {shape}, expected {(rows, spec.width)}{_likely_domain(key, shape)}")
+    expected = math.prod(shape) * dtype.itemsize
+    announced = size - file.tell()
+    if announced != expected:
+        raise UserError(f"claims {announced:,} bytes of {key}, expected {expected:,}: it is damaged, remove it")
+    data = np.frombuffer(file.read(), dtype)
+    return data.reshape(shape, order="F" if is_fortran_order else "C")
+
+
+def _likely_domain(key: str, shape: tuple[int, ...]) -> str:
+    """Return the domains that have this width, as a hint."""
+    with contextlib.suppress(IndexError, KeyError):
+        fitting = [name for name, domain in DOMAINS.items() if recorded_arrays(domain)[key].width == shape[1]]
+        if fitting:
+            return f": that is --domain {' or '.join(fitting)}"
+    return ": is it the right --domain?"
+
+
+def _check_values(episode: Episode) -> None:
+    for key, array in episode.items():
+        finite = np.isfinite(array).all(axis=1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise UserError(f"has a value that is not finite in row {row} of {key}: remove the file or record it again")
+    if (episode["discount"] != 1).any():
+        row = int(np.argmax(episode["discount"][:, 0] != 1))
+        raise UserError(f"has a discount other than 1 in row {row}: ExoRL episodes never terminate, remove the file")
+    outside = np.abs(episode["action"]).max(axis=1) > 1 + ROUNDED
+    if outside.any():
+        raise UserError(f"has an action outside [-1, 1] in row {int(np.argmax(outside))}: scale the actions")
+    if episode["action"][0].any():
+        raise UserError(
+            "has an action in row 0, which is the reset: row t must have the action and reward that led to state t, "
+            "shift them by one row"
+        )
+    if episode["reward"][0].any():
+        raise UserError(
+            "has a reward in row 0, which is the reset: row t must have the reward of the action that led to state t; "
+            "shift them by one row, or if row 1 onwards is right, set row 0 to 0"
+        )

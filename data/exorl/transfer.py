@@ -1,0 +1,314 @@
+"""Fetching one large file over HTTP, resumed after an interruption.
+
+The bytes grow in a hidden `.{name}.partial` in the same folder, and `.{name}.partial.json` records the version of the
+file on the server. The next request asks for the rest on the condition that the version is the same (If-Range);
+otherwise the file starts anew. What a server sends is checked against its own headers and the known size.
+"""
+
+import json
+import re
+import shutil
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import urllib3
+
+from ringrl import __version__
+from ringrl.data.store.writer import hidden_name
+from ringrl.errors import UserError
+from ringrl.files import explain_write_errors, lock, sync, write_whole
+
+CHUNK = 2**18  # bytes of one read
+PROGRESS = 2**20  # bytes after which earlier failures no longer count
+LONGEST_PAUSE = 60.0  # seconds
+LONGEST_TIMEOUT = 86_400.0  # seconds
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+MISSING = (403, 404, 410)  # storage services answer 403 for a file that they do not have
+REDIRECTS = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=10)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a server, and how often to try again."""
+
+    timeout: float = 30.0  # seconds that connecting may take, and that a read may stand still
+    retries: int = 5  # failures in a row after which the transfer fails
+    pause: float = 1.0  # seconds before the first retry; each further pause is twice as long
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise UserError(f"--timeout: {self.timeout} is not between 0 and {LONGEST_TIMEOUT:.0f} seconds")
+
+
+PATIENT = Patience()
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of the file at one address."""
+
+    url: str
+    size: int  # bytes
+    validator: str | None  # strong ETag or Last-Modified; None if the server sent neither: it cannot be resumed
+
+
+class _Interrupted(Exception):
+    """A failure that another try may mend."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A file to fetch from `url` to `path`, done by `run`.
+
+    Attributes:
+        url: http or https address.
+        path: the file to write.
+        check: is called with the whole file before it gets its name; raises UserError if the file is wrong.
+        known_size: size in bytes, where known.
+        spare: disk space needed next to the file, in bytes per byte of it.
+        advice: ends the error about a missing file.
+        patience: timeouts and retries.
+        progress: is called with (bytes received, bytes in all).
+        notice: is called with one line about each other event.
+    """
+
+    url: str
+    path: Path
+    check: Callable[[Path], None]
+    known_size: int | None = None
+    spare: float = 0.0
+    advice: str = "check the address"
+    patience: Patience = PATIENT
+    progress: Callable[[int, int], None] | None = None
+    notice: Callable[[str], None] | None = None
+
+    def run(self) -> None:
+        """Fetch the file or the rest of it. It appears at `path` whole or not at all. An existing file is kept.
+
+        Raises UserError if the address is unusable, if the server does not have the file, contradicts itself or cannot
+        be reached, if another process fetches the same file, if the disk is full, and what `check` raises. Received
+        bytes are kept for the next run, unless they are wrong.
+        """
+        try:
+            address = urllib3.util.parse_url(self.url)
+        except urllib3.exceptions.LocationParseError:
+            address = urllib3.util.Url()
+        if address.scheme not in ("http", "https") or not address.host or not re.fullmatch("[!-~]+", self.url):
+            raise UserError(f"{self.url}: is not a usable address: --url takes http://... or https://...")
+        with explain_write_errors(self.path), lock(self.path, "is writing it"):
+            if self.path.exists():  # finished by another process before this one had the lock
+                return
+            try:
+                self._fetch()
+                self._finish()
+            finally:
+                if not self._received():
+                    self._discard()
+
+    @property
+    def _part(self) -> Path:
+        return hidden_name(self.path)
+
+    @property
+    def _state(self) -> Path:
+        return self._part.with_name(f"{self._part.name}.json")
+
+    def _received(self) -> int:
+        return self._part.stat().st_size if self._part.exists() else 0
+
+    def _discard(self) -> None:
+        self._part.unlink(missing_ok=True)
+        self._state.unlink(missing_ok=True)
+
+    def _fetch(self) -> None:
+        """Try until the file is whole. UserError after too many failures in a row without progress."""
+        best, failures = self._received(), 0
+        while True:
+            try:
+                return self._try_once()
+            except _Interrupted as reason:
+                received = self._received()
+                if received >= best + PROGRESS:
+                    best, failures = received, 0
+                failures += 1
+                if failures > self.patience.retries:
+                    kept = f"{received:,} bytes are kept" if received else "nothing was received"
+                    raise UserError(
+                        f"{self.path}: {reason} ({self.url}; {kept}): run the same command again to resume"
+                    ) from reason
+                pause = min(self.patience.pause * 2 ** (failures - 1), LONGEST_PAUSE)
+                self._report(f"{reason}: trying again in {pause:.0f} s ({failures} of {self.patience.retries})")
+                time.sleep(pause)
+
+    def _try_once(self) -> None:
+        """Request the missing bytes. Raises _Interrupted for everything that another try may mend."""
+        version, received = _read_version(self._state), self._received()
+        if version and (version.url != self.url or self.known_size not in (None, version.size)):
+            version = None
+        if version and received == version.size:
+            return
+        if version is None or version.validator is None or received > version.size:
+            self._discard()
+            version, received = None, 0
+        headers = {"User-Agent": f"ringrl/{__version__}", "Accept-Encoding": "identity"}
+        if version and version.validator and received:
+            headers |= {"Range": f"bytes={received}-", "If-Range": version.validator}
+        with urllib3.PoolManager(timeout=self.patience.timeout) as pool:
+            response = self._open(pool, headers, received)
+            try:
+                end, version = self._expected(response, version, received)
+                with self._part.open("ab") as file:
+                    self._receive(response, file, end, version.size)
+            finally:
+                response.close()
+
+    def _open(self, pool: urllib3.PoolManager, headers: dict[str, str], received: int) -> urllib3.BaseHTTPResponse:
+        """Return an answer with status 200 or 206."""
+        try:
+            response = pool.request("GET", self.url, headers=headers, preload_content=False, retries=REDIRECTS)
+        except urllib3.exceptions.LocationValueError as error:  # the address itself was checked before
+            self._refuse(f"redirects in circles or to an address that is neither http nor https ({_one_line(error)})")
+        except urllib3.exceptions.HTTPError as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, urllib3.exceptions.ResponseError):
+                self._refuse("redirects in circles or to an address that is neither http nor https")
+            if isinstance(certificate := reason.__cause__, ssl.SSLCertVerificationError):
+                raise UserError(
+                    f"{self.url}: the server's certificate is not trusted ({certificate.verify_message}): "
+                    "check the address and this machine's clock and certificates"
+                ) from error
+            raise _Interrupted(f"the server cannot be reached ({_one_line(reason)})") from error
+        status = _one_line(f"{response.status} {response.reason or ''}")
+        if response.status in BUSY:
+            raise _Interrupted(f"the server answers {status}")
+        if response.status == 416 and received:
+            # The server has fewer bytes than were received: the file has changed, or its size was wrong.
+            self._discard()
+            raise _Interrupted("the server no longer has the rest of the file, starting anew")
+        if response.status in MISSING:
+            raise UserError(f"{self.url}: the server does not give out this file ({status}): {self.advice}")
+        if response.status not in (200, 206):
+            self._refuse(f"answers {status} instead of the file")
+        return response
+
+    def _expected(
+        self, response: urllib3.BaseHTTPResponse, version: Version | None, received: int
+    ) -> tuple[int, Version]:
+        """Return the size that the file will have after this answer, and its version. Prepare to append its bytes."""
+        length = response.headers.get("Content-Length", "")
+        announced = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        if response.status == 206:
+            end, version = self._check_range(response, version, received, announced)
+        else:
+            whole = self.known_size if announced is None else announced
+            if whole is None:
+                self._refuse("does not say how long the file is")
+            if self.known_size not in (None, whole):
+                self._refuse(f"announces {whole:,} bytes, but this file has {self.known_size:,}")
+            if received:
+                self._report("the file has changed on the server, or it cannot resume: starting anew")
+            self._discard()
+            end, version = whole, Version(self.url, whole, _validator(response))
+            write_whole(self._state, json.dumps(asdict(version)))
+        needed = int(version.size * (1 + self.spare)) - self._received()
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise UserError(
+                f"{self.path}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free in "
+                f"{self.path.parent}: free some space or write elsewhere"
+            )
+        return end, version
+
+    def _check_range(
+        self, response: urllib3.BaseHTTPResponse, version: Version | None, received: int, length: int | None
+    ) -> tuple[int, Version]:
+        """Check that a partial answer continues the received bytes."""
+        content_range = response.headers.get("Content-Range", "nothing")
+        match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", content_range)
+        if version is None or version.validator is None or match is None:
+            self._refuse(f"sends an unrequested part of the file (Content-Range: {_one_line(content_range)})")
+        name = "ETag" if version.validator.startswith('"') else "Last-Modified"
+        if response.headers.get(name, version.validator) != version.validator:
+            self._discard()
+            raise _Interrupted("the file has changed on the server, starting anew")
+        start, end, size = int(match[1]), int(match[2]) + 1, int(match[3])
+        if start != received or size != version.size or not start < end <= size or length not in (None, end - start):
+            self._refuse(
+                f"sends other bytes than {received:,} to {version.size:,} "
+                f"(Content-Range: {_one_line(content_range)}, Content-Length: {length})"
+            )
+        return end, version
+
+    def _receive(self, response: urllib3.BaseHTTPResponse, file: BinaryIO, end: int, size: int) -> None:
+        """Append the body, after which the file must have `end` bytes, to the received ones."""
+        while True:
+            if self.progress is not None:
+                self.progress(file.tell(), size)
+            try:
+                chunk = response.read1(CHUNK, decode_content=False)
+            except urllib3.exceptions.HTTPError as error:
+                cut = f"the line was cut after {file.tell():,} of {size:,} bytes"
+                raise _Interrupted(f"{cut} ({_one_line(error)})") from error
+            if not chunk:
+                break
+            if file.tell() + len(chunk) > end:
+                self._discard()
+                self._refuse(f"sends more than the {end:,} bytes that it announced")
+            file.write(chunk)
+        if file.tell() < size:
+            raise _Interrupted(f"the line was cut after {file.tell():,} of {size:,} bytes")
+
+    def _finish(self) -> None:
+        sync(self._part)
+        try:
+            self.check(self._part)
+        except UserError as error:
+            self._discard()
+            raise UserError(f"{self.url}: the file of the server is unusable and was removed: {error}") from error
+        self._part.replace(self.path)
+        self._state.unlink(missing_ok=True)
+        sync(self.path.parent)
+
+    def _report(self, event: str) -> None:
+        if self.notice is not None:
+            self.notice(event)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self.url}: the server {what}: try again later or another address (--url)")
+
+
+def _validator(response: urllib3.BaseHTTPResponse) -> str | None:
+    """The value for If-Range: a strong ETag (weak ones allow other bytes), else the date of the last change."""
+    etag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+    if re.fullmatch(r'"[!#-~]*"', etag):
+        return etag
+    return date if re.fullmatch(r"[A-Za-z0-9 ,:+-]+", date) else None
+
+
+def _read_version(state: Path) -> Version | None:
+    """The recorded version of a partial file; None if the record is missing or damaged."""
+    try:
+        version = Version(**json.loads(state.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    types = (version.url, str), (version.size, int), (version.validator, str | None)
+    return version if all(isinstance(value, kind) for value, kind in types) else None
+
+
+def _one_line(reason: object) -> str:
+    """A short printable text for an error or for a text from a server."""
+    cause = reason
+    while isinstance(cause, BaseException):
+        if isinstance(cause, TimeoutError | urllib3.exceptions.TimeoutError) and not isinstance(
+            cause, urllib3.exceptions.NewConnectionError
+        ):
+            return "no answer in time"
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    text = str(reason) or type(reason).__name__
+    return "".join(character if character.isprintable() else " " for character in text)[:200].strip()

@@ -1,0 +1,285 @@
+"""Reading Minari datasets from any source, and access to the Minari library, which is an optional extra.
+
+Minari's own reader starts the environment that the metadata names, follows links to other files and reads arrays of any
+size. This reader checks the metadata first and requires every array to have the shape that follows from it.
+"""
+
+import importlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Self
+
+import gymnasium
+import h5py
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from ringrl.data.store.provenance import LARGEST_ROW
+from ringrl.errors import UserError
+
+METADATA = "metadata.json"
+EPISODES = "main_data.hdf5"
+INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # of an export
+EXPORTED = "ringrl"  # the key of the metadata that holds the origin of an export
+LARGEST_METADATA = 2**24  # bytes
+MOST_COMPRESSED = 100  # times that an array may be larger than its stored bytes
+SMALL = 2**20  # bytes; the ratio does not matter for smaller arrays
+
+
+def minari_module(name: str = "minari") -> ModuleType:
+    """Return a module of the library. UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"Minari cannot be used ({error}): pip install 'ringrl[minari]'") from error
+
+
+def check_id(name: str) -> None:
+    """Raise UserError unless Minari accepts the name of a dataset, such as exorl/walker-rnd-v0."""
+    parse = minari_module("minari.dataset.minari_dataset").parse_dataset_id
+    try:
+        parse(name)
+    except (ValueError, TypeError) as error:  # TypeError: the version is missing
+        raise UserError(f"{name}: is no name of a Minari dataset, which look like exorl/walker-rnd-v0") from error
+    if not name.isascii():
+        raise UserError(f"{name}: use letters, digits, - and _ in the name of a dataset")
+
+
+def datasets_folder() -> Path:
+    """Return Minari's folder of datasets: MINARI_DATASETS_PATH, or one in the user's home."""
+    folder: Path = minari_module("minari.storage").get_dataset_path()
+    return folder
+
+
+def locate(dataset: str, *, download: bool) -> Path:
+    """Return the folder with the data of a dataset, given the dataset's folder or name.
+
+    Raises:
+        UserError: no such dataset, or it cannot be downloaded.
+    """
+    for folder in (Path(dataset), Path(dataset) / "data"):
+        if (folder / METADATA).is_file():
+            return folder
+    if Path(dataset).is_dir():
+        raise UserError(f"{dataset}: is no Minari dataset, {METADATA} is missing: give the folder of one")
+    check_id(dataset)
+    folder = datasets_folder() / dataset / "data"
+    if not folder.is_dir() and download:
+        try:
+            minari_module().download_dataset(dataset)
+        except ImportError as error:
+            raise UserError(f"{dataset}: Minari cannot download ({error}): pip install 'ringrl[minari]'") from error
+        except Exception as error:  # anything that the network, its libraries or the server raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{dataset}: Minari could not download it ({reason}): try again later") from error
+    if not (folder / METADATA).is_file():
+        raise UserError(
+            f"{dataset}: neither a folder nor a dataset in {datasets_folder()}: check the name (minari list local), or "
+            "let Minari fetch it (--download)"
+        )
+    return folder
+
+
+class Description(NamedTuple):
+    """The checked metadata of a dataset."""
+
+    dataset_id: str
+    observation: tuple[tuple[tuple[str, ...], gymnasium.spaces.Box], ...]  # the keys and boxes of its space
+    action: gymnasium.spaces.Box
+    num_episodes: int
+    raw: dict[str, Any]  # all metadata, unchecked
+
+
+class Steps(NamedTuple):
+    """An episode of T steps."""
+
+    observation: Float32[np.ndarray, "time_plus_1 observation"]
+    action: Float64[np.ndarray, "time action"]
+    reward: Float32[np.ndarray, " time"]
+    is_terminated: bool
+
+
+class MinariEpisodes:
+    """The episodes of a dataset, read one at a time. Use it as a context manager.
+
+    Opening reads the metadata, and the length and end of each episode. Raises UserError, naming dataset and episode,
+    for spaces that no store can hold and for damage.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with self._reading(METADATA):
+            self.description = _read_description(folder / METADATA)
+        self.size = (folder / EPISODES).stat().st_size if (folder / EPISODES).is_file() else 0
+        with self._reading(EPISODES):
+            # Without HDF5's file lock: network file systems often reject it, and nothing is written.
+            self._file = h5py.File(folder / EPISODES, "r", locking=False)
+        try:
+            ends = [self._end(index) for index in range(self.description.num_episodes)]
+        except UserError:
+            self.close()
+            raise
+        self.lengths = [length for length, _ in ends]
+        self.num_terminated = sum(is_terminated for _, is_terminated in ends)
+
+    def read(self, index: int) -> Steps:
+        """Return one episode of finite numbers."""
+        length = self.lengths[index]
+        with self._reading(f"episode {index}"):
+            parts = [
+                self._array(index, ("observations", *keys), (length + 1, *box.shape)).reshape(length + 1, -1)
+                for keys, box in self.description.observation
+            ]
+            action = self._array(index, ("actions",), (length, *self.description.action.shape))
+            reward = self._array(index, ("rewards",), (length,))
+            return Steps(
+                observation=_finite("observations", np.concatenate(parts, axis=1), np.float32),
+                action=_finite("actions", action.reshape(length, -1), np.float64),
+                reward=_finite("rewards", reward, np.float32),
+                is_terminated=self._end(index)[1],
+            )
+
+    def info(self, index: int, *keys: str, row: tuple[int, ...], dtype: type) -> np.ndarray:
+        """Return an array of an episode's infos, (T+1, *row) of this dtype."""
+        with self._reading(f"episode {index}"):
+            return _finite(keys[-1], self._array(index, ("infos", *keys), (self.lengths[index] + 1, *row)), dtype)
+
+    def info_width(self, key: str) -> int | None:
+        """Return the width of that array in the first episode; None without an array of T+1 rows."""
+        with self._reading("episode 0"):
+            infos = self._node(0, ("infos",), optional=True)
+            found = self._node(0, ("infos", key), optional=True) if isinstance(infos, h5py.Group) else None
+            if not isinstance(found, h5py.Dataset) or found.ndim != 2 or found.dtype.kind != "f":
+                return None
+            return int(found.shape[1]) if found.shape[0] == self.lengths[0] + 1 and found.shape[1] > 0 else None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _end(self, index: int) -> tuple[int, bool]:
+        """The number of steps of an episode, and whether it terminated."""
+        with self._reading(f"episode {index}"):
+            rewards = self._node(index, ("rewards",))
+            if not isinstance(rewards, h5py.Dataset) or rewards.ndim != 1 or len(rewards) == 0:
+                raise UserError("has no list of rewards, one for each step")
+            terminations = self._array(index, ("terminations",), rewards.shape)
+            if terminations[:-1].any():
+                raise UserError(f"terminates before its last step (step {int(np.argmax(terminations))})")
+            return len(terminations), bool(terminations[-1])
+
+    def _array(self, index: int, keys: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+        dataset, name = self._node(index, keys), "/".join(keys)
+        if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiub":
+            raise UserError(f"has {name} that are no numbers")
+        if dataset.shape != shape:
+            raise UserError(f"has {name} of shape {dataset.shape}, expected {shape}")
+        settings = dataset.id.get_create_plist()
+        if settings.get_layout() == h5py.h5d.VIRTUAL or settings.get_external_count():
+            raise UserError(f"stores {name} in other files")
+        if dataset.nbytes > SMALL + MOST_COMPRESSED * dataset.id.get_storage_size():
+            raise UserError(f"claims {dataset.nbytes:,} bytes of {name}, far more than it stores")
+        return np.asarray(dataset[()])
+
+    def _node(self, index: int, keys: tuple[str, ...], *, optional: bool = False) -> h5py.Group | h5py.Dataset | None:
+        node = self._file
+        for key in (f"episode_{index}", *keys):
+            link = node.get(key, getlink=True) if isinstance(node, h5py.Group) else None
+            if link is None and optional:
+                return None
+            if not isinstance(link, h5py.HardLink):
+                raise UserError(f"lacks {'/'.join(keys)}" if link is None else f"has a link in place of {key}")
+            node = node[key]
+        return node
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.folder}: {what} {error}, it cannot be imported") from error
+        except Exception as error:  # HDF5, JSON and Gymnasium raise nearly anything when the bytes are damaged
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise UserError(
+                f"{self.folder}: {what} cannot be read, it is missing, damaged or cut short ({reason}): make or "
+                "download the dataset again"
+            ) from error
+
+
+def _read_description(path: Path) -> Description:
+    with path.open("rb") as file:
+        content = file.read(LARGEST_METADATA + 1)
+    if len(content) > LARGEST_METADATA:
+        raise UserError(f"is larger than {LARGEST_METADATA:,} bytes")
+    raw = json.loads(content)
+    if raw["data_format"] != "hdf5":
+        raise UserError(f"has the data format {str(raw['data_format'])[:20]!r}, only hdf5 can be read")
+    dataset_id, episodes = raw["dataset_id"], raw["total_episodes"]
+    if not isinstance(dataset_id, str) or type(episodes) is not int or episodes < 1:
+        raise UserError("names no dataset with episodes")
+    # Without spaces in the metadata, Minari would run the environment that the dataset names.
+    observation, action = (_space(raw, f"{kind}_space") for kind in ("observation", "action"))
+    if not isinstance(action, gymnasium.spaces.Box):
+        raise UserError("has actions of a Dict space, only a Box of numbers is supported")
+    return Description(dataset_id, tuple(_boxes(observation)), action, episodes, raw)
+
+
+def _space(metadata: dict[str, Any], name: str) -> gymnasium.Space:
+    if not isinstance(metadata.get(name), str):
+        raise UserError(f"lacks the {name}")
+    serialised = json.loads(metadata[name])
+    _check_space(serialised, name)
+    space: gymnasium.Space = minari_module("minari.serialization").deserialize_space(serialised)
+    size = gymnasium.spaces.flatten_space(space).shape
+    if not size or not 1 <= size[0] <= LARGEST_ROW:
+        raise UserError(f"has {size} numbers in its {name}")
+    return space
+
+
+def _check_space(space: dict[str, Any], name: str) -> None:
+    """Raise UserError unless a store can hold a space, before the space is created."""
+    kind = space["type"]
+    if kind == "Dict":
+        for key, part in space["subspaces"].items():
+            if not key or "/" in key or key == ".":
+                raise UserError(f"has {key!r} in its {name}, which is no name of an array")
+            _check_space(part, f"{name}/{key}")
+        return
+    if kind != "Box":
+        supported = "a Box of numbers" + (" or a Dict of Boxes" if "observation" in name else "")
+        raise UserError(f"has {str(kind)[:20]} as its {name}: only {supported} is supported")
+    shape, dtype = space["shape"], np.dtype(space["dtype"])
+    if not all(type(side) is int and side >= 1 for side in shape) or math.prod(shape) > LARGEST_ROW:
+        raise UserError(f"has the shape {str(shape)[:40]} for its {name}")
+    if dtype.kind not in "fiub":
+        raise UserError(f"has numbers of {dtype} in its {name}")
+    if dtype == np.uint8 and len(shape) >= 2:
+        raise UserError(f"has images in its {name} ({'x'.join(map(str, shape))} bytes), which are not supported")
+
+
+def _boxes(space: gymnasium.Space, *keys: str) -> Iterator[tuple[tuple[str, ...], gymnasium.spaces.Box]]:
+    """The keys and boxes of a space, in the order in which Gymnasium flattens them."""
+    if isinstance(space, gymnasium.spaces.Box):
+        yield keys, space
+    elif isinstance(space, gymnasium.spaces.Dict):
+        for key, part in space.spaces.items():
+            yield from _boxes(part, *keys, key)
+
+
+def _finite(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted: np.ndarray = array.astype(dtype)
+    if not np.isfinite(converted).all():
+        step = int(np.argmin(np.isfinite(converted).reshape(len(converted), -1).all(axis=1)))
+        raise UserError(f"has a value in row {step} of {name} that is not finite")
+    return converted

@@ -1,0 +1,1 @@
+"""Sampling batches from a store: contexts of trajectories, normalisation and sharding over a mesh."""

@@ -1,0 +1,131 @@
+"""Batches of a run: contexts spread over a mesh of devices, and an iterator that reads ahead in the background.
+
+Contexts are sharded over the mesh's batch axes. Their time steps, in the order of a ring's layout, are sharded over its
+sequence axis. Every process reads only the steps of its own devices, and steps that several devices share once.
+"""
+
+import dataclasses
+import math
+from functools import cached_property
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from ringrl.attention import layout_positions
+from ringrl.attention.layout import length_multiple
+from ringrl.config import BATCH_AXES, SEQUENCE_AXIS
+from ringrl.context import Context
+from ringrl.data.sampling.sampler import ContextSampler
+from ringrl.errors import UserError
+
+READ_AHEAD = 2  # batches that wait while one is used; one thread makes them and reads with many
+
+
+class BatchSource(Protocol):
+    """A sampler. The batch of a step is a pure function of the step."""
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Timesteps in a batch."""
+
+    def batch(self, step: int) -> Any:
+        """Return the batch of an optimiser step."""
+
+
+def iterate_batches(source: BatchSource, steps: int) -> grain.DatasetIterator:
+    """Return an iterator over the batches of steps 0 ... steps - 1. Close it after use.
+
+    `get_state` and `set_state` return and take the next step as plain JSON. The batches that follow are the same for
+    any number of hosts.
+    """
+    dataset = grain.MapDataset.source(_Steps(source, steps))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """A source as grain's random-access data, with one element per optimiser step."""
+
+    source: BatchSource
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, step: int) -> Any:
+        return self.source.batch(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedSampler:
+    """A sampler's batches as global arrays: (batch, time, ...) sharded over (data and fsdp, seq).
+
+    The time axis is in layout order and padded to a multiple that divides. Axes that the mesh lacks count as size one.
+
+    Raises:
+      UserError: a batch size that does not divide among the devices of the batch axes.
+    """
+
+    sampler: ContextSampler
+    mesh: Mesh
+    layout: str = "zigzag"
+
+    def __post_init__(self) -> None:
+        shares = math.prod(self.mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+        if self.sampler.batch_size % shares:
+            raise UserError(
+                f"optimiser.batch_size: {self.sampler.batch_size} contexts do not divide among {shares} groups of "
+                f"devices; give a multiple of {shares}"
+            )
+
+    @cached_property
+    def times(self) -> Int[np.ndarray, " time"]:
+        """The time step at each place of the time axis."""
+        ring_size = self.mesh.shape.get(SEQUENCE_AXIS, 1)
+        multiple = length_multiple(self.layout, ring_size)
+        length = math.ceil(self.sampler.time / multiple) * multiple
+        return np.asarray(layout_positions(self.layout, length, ring_size))
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Timesteps in a batch, padding included."""
+        return self.sampler.batch_size * len(self.times)
+
+    @cached_property
+    def sharding(self) -> NamedSharding:
+        """The sharding of every array of a batch."""
+        batch = tuple(axis for axis in BATCH_AXES if axis in self.mesh.shape)
+        sequence = SEQUENCE_AXIS if SEQUENCE_AXIS in self.mesh.shape else None
+        return NamedSharding(self.mesh, PartitionSpec(batch or None, sequence))
+
+    def batch(self, step: int) -> Context:
+        """Return the batch of an optimiser step as jax.Arrays. Every process of the mesh must call this."""
+        plan, size = self.sampler.plan(step), (self.sampler.batch_size, len(self.times))
+        indices = self.sharding.addressable_devices_indices_map(size).values()
+        own = {_begin(index): _part(index) for index in indices}  # once each, however many devices have copies
+        parts = [self.sampler.read(plan, rows, self.times[places]) for rows, places in own.values()]
+
+        def spread(*arrays: np.ndarray) -> jax.Array:
+            held = dict(zip(own, arrays, strict=True))
+            shape = (*size, *arrays[0].shape[2:])
+            return jax.make_array_from_callback(shape, self.sharding, lambda index: held[_begin(index)])
+
+        spread_out: Context = jax.tree.map(spread, *parts)
+        return spread_out
+
+
+def _part(index: tuple[slice, ...] | None) -> tuple[slice, slice]:
+    """The contexts and the places on the time axis of a device."""
+    assert index is not None
+    rows, places = index[:2]
+    return rows, places
+
+
+def _begin(index: tuple[slice, ...] | None) -> tuple[int, int]:
+    """The first context and place of a device, which identify its part of the batch."""
+    rows, places = _part(index)
+    return rows.start or 0, places.start or 0

@@ -1,0 +1,122 @@
+"""Normalisation of observations, rewards and returns. Every checkpoint stores it."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64
+
+from ringrl.data.store.format import reward_key
+from ringrl.data.store.provenance import ForeignDomain
+from ringrl.data.store.reader import EpisodeStore
+from ringrl.errors import UserError
+
+SMALLEST_STD = 1e-3  # constant components stay near zero instead of being amplified
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Statistics of a dataset that scale its numbers to order one.
+
+    Attributes:
+        mean: of each observation component (O,).
+        std: of each observation component (O,), at least SMALLEST_STD.
+        episode_length: steps of the longest episode.
+        ignored: observation components that are zero once normalised.
+        reward_scale: divisor of rewards; 1 in ExoRL, where rewards are in [0, 1].
+        return_scale: divisor of returns; None for the episode length, as in ExoRL.
+    """
+
+    mean: Float64[np.ndarray, " observation"]
+    std: Float64[np.ndarray, " observation"]
+    episode_length: int
+    ignored: tuple[int, ...] = ()
+    reward_scale: float = 1.0
+    return_scale: float | None = None
+
+    @classmethod
+    def of(cls, store: EpisodeStore, ignored: Sequence[int] = (), episodes: Iterable[int] | None = None) -> Self:
+        """Measure all or the given episodes of a store in one pass, with one episode in memory at a time.
+
+        The episode length is that of the store's longest episode. Outside ExoRL's domains, rewards and returns are
+        divided by the largest absolute ones of the store.
+
+        Raises:
+          UserError: an ignored component that the observations do not have.
+        """
+        for column in ignored:
+            if not 0 <= column < store.observation_size:
+                raise UserError(
+                    f"ignored_observations: {column} is none of the {store.observation_size} numbers of an observation "
+                    f"of {store.domain}; give 0 to {store.observation_size - 1}"
+                )
+        length = int(store.lengths.max())
+        count, total, squares = 0, np.zeros(store.observation_size), np.zeros(store.observation_size)
+        ones, double = np.ones(length + 1), np.empty((length + 1, store.observation_size))
+        observations = store.arrays["observation"]
+        for i in range(store.num_episodes) if episodes is None else episodes:
+            rows = slice(int(store.offsets[i]), int(store.offsets[i + 1]))
+            n = rows.stop - rows.start
+            double[:n] = observations[rows]
+            count += n
+            total += ones[:n] @ double[:n]  # sums as matrix products are several times as fast
+            squares += ones[:n] @ np.square(double[:n], out=double[:n])
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        return cls(mean, np.maximum(std, SMALLEST_STD), length, tuple(ignored), *_scales(store))
+
+    @cached_property
+    def _shift_and_scale(self) -> tuple[Float32[np.ndarray, " observation"], Float32[np.ndarray, " observation"]]:
+        scale = 1 / self.std
+        scale[list(self.ignored)] = 0
+        return self.mean.astype(np.float32), scale.astype(np.float32)
+
+    def observation(
+        self, x: Float[np.ndarray, "*batch observation"], out: np.ndarray | None = None
+    ) -> Float32[np.ndarray, "*batch observation"]:
+        """Return normalised observations, written to `out` if given."""
+        shift, scale = self._shift_and_scale
+        normalised = np.subtract(x, shift, out=out, dtype=np.float32, casting="same_kind")
+        return np.multiply(normalised, scale, out=normalised)
+
+    def return_to_go(self, x: np.ndarray | float) -> Float32[np.ndarray, "*batch"]:
+        """Return returns divided by the episode length (by the largest return outside ExoRL's domains)."""
+        return (np.asarray(x) / (self.return_scale or self.episode_length)).astype(np.float32)
+
+    def reward(self, x: Float32[np.ndarray, "*batch"]) -> Float32[np.ndarray, "*batch"]:
+        """Return rewards divided by the reward scale. ExoRL's are unchanged."""
+        return x if self.reward_scale == 1 else (x / np.float64(self.reward_scale)).astype(np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists and numbers."""
+        return {
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "episode_length": self.episode_length,
+            "ignored": list(self.ignored),
+            "reward_scale": self.reward_scale,
+            "return_scale": self.return_scale,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read the output of `to_json`."""
+        return cls(
+            np.asarray(values["mean"]),
+            np.asarray(values["std"]),
+            int(values["episode_length"]),
+            tuple(values["ignored"]),
+            values["reward_scale"],
+            values["return_scale"],
+        )
+
+
+def _scales(store: EpisodeStore) -> tuple[float, float | None]:
+    """The divisors of the rewards and of the returns of a store."""
+    if not isinstance(store.facts, ForeignDomain):
+        return 1.0, None
+    (task,) = store.facts.tasks
+    rewards, returns = store.arrays[reward_key(task)], store.returns(task)
+    return float(max(rewards.max(), -rewards.min())) or 1.0, float(np.abs(returns).max()) or 1.0

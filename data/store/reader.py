@@ -1,0 +1,315 @@
+"""The episode store: one HDF5 file per dataset, read through one memory map.
+
+HDF5 gives the place of an array in the file (`ringrl.data.store.format` lists the arrays). The array itself is a view
+of the mapped file, so that an episode costs a few slices and no copy. `ringrl.data.store.writer` writes these files.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+from jaxtyping import Float32, Float64, Int64, UInt8
+
+from ringrl.data.store.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    LONGEST_TEXT,
+    RETURN_LEVELS,
+    Layout,
+    content_fingerprint,
+    dataset_name,
+    episode_digest,
+    reward_key,
+    reward_task,
+)
+from ringrl.data.store.provenance import ForeignDomain, Provenance
+from ringrl.envs import Domain, domain_named
+from ringrl.errors import UserError
+
+
+class EpisodeStore:
+    """A memory-mapped dataset of episodes, relabelled for every task of its domain.
+
+    Opening reads the attributes and the returns and maps the file. `episode(i)` returns views of the map, so memory
+    does not grow with the size of the dataset. Any number of threads and processes may read one file, because a store
+    never changes once it has its name. A pickled store opens the file again where it is unpickled.
+
+    Raises UserError, naming the file, if the file is not a whole store of a known format and domain.
+    """
+
+    path: Path
+    domain: str
+    facts: Domain  # about the domain: a ForeignDomain from the file where the domain is none of ExoRL's
+    tasks: tuple[str, ...]
+    provenance: Provenance  # origin of the episodes and how they were processed
+    fingerprint: str  # sha256 of the recorded content: equal for equal episodes, however they were packed
+    recorded_task: str | None  # the task whose reward was recorded, where one is known
+    lengths: Int64[np.ndarray, " episode"]  # steps of each episode, its rows less one
+    offsets: Int64[np.ndarray, " episode_plus_1"]
+    arrays: Mapping[str, np.ndarray]  # every array over all rows: as recorded, and "reward/{task}"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+        if self.path.is_dir():
+            raise UserError(
+                f"{path}: is a folder; import one of episodes (ringrl data import), or name the store's file (.h5)"
+            )
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file, import an archive first (ringrl data import)")
+        try:
+            self._open()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except MemoryError:
+            raise  # not caused by the file
+        except PermissionError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): ask its owner for the permission") from error
+        except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
+            if zipfile.is_zipfile(self.path):
+                raise UserError(f"{path}: is an archive, not a store: import it (ringrl data import)") from error
+            raise UserError(
+                f"{path}: not an episode store, or damaged or cut short: import the archive again"
+            ) from error
+
+    def _open(self) -> None:
+        # Without HDF5's file lock: a finished store never changes, and network file systems often reject locks.
+        with h5py.File(self.path, "r", locking=False) as file:
+            _check_format(file)
+            self.facts = _read_facts(file)
+            self.domain = self.facts.name
+            self.tasks = _checked_tasks(self.facts, json.loads(_read_text(file, "tasks")))
+            self.provenance = Provenance.from_json(_read_text(file, "provenance"))
+            self.fingerprint = _read_text(file, "fingerprint")
+            self.recorded_task = _checked_recorded_task(self.tasks, _read_text(file, "recorded_task"))
+            mapped = _MappedArrays(file, self.path)
+            self._map(mapped)
+            mapped.refuse_overlap()
+        self._starts: list[int] = self.offsets.tolist()  # slicing by Python integers is faster
+
+    def _map(self, mapped: "_MappedArrays") -> None:
+        """Map all arrays. Those with one entry per episode or task are compared with their checksums."""
+        self.offsets = mapped.small("episodes/offset", (mapped.length("episodes/offset"),), np.dtype("<i8"))
+        if len(self.offsets) < 2 or self.offsets[0] != 0 or (np.diff(self.offsets) < 2).any():
+            raise ValueError("no list of episodes")
+        self.lengths = np.diff(self.offsets) - 1
+        layout = Layout(self.facts, self.tasks, self.lengths)
+        self._small = {
+            name: mapped.small(name, shape, dtype)
+            for name, (shape, dtype) in layout.per_episode().items()
+            if name != "episodes/offset"
+        }
+        if content_fingerprint(self.domain, self.lengths, self.recorded_digests) != self.fingerprint:
+            raise UserError("the fingerprint is not that of the content: import the archive again")
+        rows = int(self.offsets[-1])
+        self.arrays = {
+            key: mapped.view(dataset_name(key), layout.shape(key, rows), spec.dtype)
+            for key, spec in layout.arrays.items()
+        }
+
+    @property
+    def recorded_digests(self) -> UInt8[np.ndarray, "episode 32"]:
+        """SHA-256 of the recorded arrays of each episode. Equal episodes have equal digests in every store."""
+        return self._small["episodes/recorded_sha256"]
+
+    @property
+    def source(self) -> str:
+        """Origin of the episodes, e.g. "walker/rnd.zip"."""
+        return self.provenance.source
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of episodes."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_steps(self) -> int:
+        """Number of transitions in all episodes."""
+        return int(self.lengths.sum())
+
+    @property
+    def observation_size(self) -> int:
+        """Numbers in an observation."""
+        return int(self.arrays["observation"].shape[1])
+
+    @property
+    def action_size(self) -> int:
+        """Numbers in an action."""
+        return int(self.arrays["action"].shape[1])
+
+    def returns(self, task: str) -> Float32[np.ndarray, " episode"]:
+        """Return the relabelled episode returns of a task. UserError for a task that the store does not have."""
+        if task not in self.tasks:
+            raise UserError(
+                f"{self.path}: a store of {self.domain} has no rewards for {task}: choose {', '.join(self.tasks)}"
+            )
+        return self._small[f"returns/{task}"]
+
+    def return_quantiles(self, task: str) -> Float64[np.ndarray, " level"]:
+        """Return the quantiles of those returns at `ringrl.data.store.format.RETURN_LEVELS`. UserError as above."""
+        self.returns(task)
+        return self._small[f"return_quantiles/{task}"]
+
+    def episode(self, index: int) -> dict[str, np.ndarray]:
+        """Return an episode as read-only views of T+1 rows, row t being (s_t, a_{t-1}, r_{t-1}) and row 0 the reset.
+
+        observation (T+1,O), action (T+1,A), reward as recorded (T+1,1 or one column per task) and discount (T+1,1), all
+        float32; physics (T+1,P) float64, where the domain has any; "reward/{task}" (T+1,) float32 for every task.
+        IndexError outside 0..num_episodes-1.
+        """
+        if not 0 <= index < self.num_episodes:
+            raise IndexError(f"episode {index} of a store of {self.num_episodes}")
+        start, end = self._starts[index], self._starts[index + 1]
+        return {key: array[start:end] for key, array in self.arrays.items()}
+
+    def verify(self) -> None:
+        """Read the whole file and compare it with its checksums. UserError names the first damaged episode."""
+        with ThreadPoolExecutor() as threads:
+            for index, fault in enumerate(threads.map(self._fault, range(self.num_episodes))):
+                if fault:
+                    raise UserError(f"{self.path}: episode {index} is damaged ({fault}): import the archive again")
+        for task in self.tasks:
+            quantiles = np.quantile(self.returns(task).astype(np.float64), RETURN_LEVELS)
+            if not np.array_equal(quantiles, self.return_quantiles(task)):
+                raise UserError(
+                    f"{self.path}: the quantiles of {task} are not those of its returns: import the archive again"
+                )
+
+    def _fault(self, index: int) -> str | None:
+        rows = self.episode(index)
+        for kind, keys in (
+            ("recorded", [key for key in rows if not reward_task(key)]),
+            ("relabelled", [key for key in rows if reward_task(key)]),
+        ):
+            if episode_digest(rows, keys) != self._small[f"episodes/{kind}_sha256"][index].tobytes():
+                return f"the sha256 of its {kind} arrays differs"
+        for task in self.tasks:
+            if np.float32(rows[reward_key(task)].sum(dtype=np.float64)) != self.returns(task)[index]:
+                return f"its return of {task} is not the sum of its rewards"
+        return None
+
+    def __len__(self) -> int:
+        return self.num_episodes
+
+    def __reduce__(self) -> tuple[type["EpisodeStore"], tuple[Path]]:
+        return EpisodeStore, (self.path,)
+
+    def __repr__(self) -> str:
+        return f"EpisodeStore({str(self.path)!r}: {self.num_episodes} episodes of {self.domain})"
+
+
+def _check_format(file: h5py.File) -> None:
+    if "format" not in file.attrs or _read_text(file, "format") != FORMAT:
+        raise UserError("an HDF5 file, but not an episode store: import an archive first (ringrl data import)")
+    version = int(file.attrs["format_version"])
+    if version != FORMAT_VERSION:
+        what_to_do = "update ringrl" if version > FORMAT_VERSION else "import the archive again"
+        raise UserError(
+            f"written in format {version} by {_read_text(file, 'created_by')}, this version reads format "
+            f"{FORMAT_VERSION}: {what_to_do}"
+        )
+
+
+def _read_facts(file: h5py.File) -> Domain:
+    name = _read_text(file, "domain")
+    if "facts" not in file.attrs:
+        return domain_named(name)
+    facts = ForeignDomain.from_json(_read_text(file, "facts"))
+    if facts.name != name:
+        raise ValueError(f"facts about {facts.name}, not about {name}")
+    return facts
+
+
+def _checked_tasks(domain: Domain, tasks: object) -> tuple[str, ...]:
+    if not isinstance(tasks, list) or not set(tasks) <= set(domain.tasks) or len(set(tasks)) < len(tasks):
+        raise UserError(f"the tasks {tasks} are not those of {domain.name}: import the archive again")
+    return tuple(tasks)
+
+
+def _checked_recorded_task(tasks: tuple[str, ...], task: str) -> str | None:
+    if task not in (*tasks, "none"):
+        raise ValueError(f"recorded for {task}")
+    return None if task == "none" else task
+
+
+def _read_text(node: h5py.Group | h5py.Dataset, name: str) -> str:
+    """Return a text attribute. KeyError if it is missing, ValueError if it is not a text or too long."""
+    value = node.attrs[name]
+    if isinstance(value, bytes):
+        value = value.decode()
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise ValueError(f"{name} is not a text")
+    return value
+
+
+class _MappedArrays:
+    """The arrays of an open HDF5 file as read-only views of its memory map, which outlive the file object.
+
+    The file may come from anywhere. HDF5 itself therefore reads no array: nothing is unpacked, filtered, assembled or
+    fetched from other files. Only a contiguous run of bytes inside this file is an array.
+
+    Raises UserError for datasets that are missing, linked, chunked, compressed, virtual or external, and for arrays
+    that share bytes; other errors of h5py and numpy for damaged files.
+    """
+
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        self._file = file
+        self._mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        self._taken: list[tuple[int, int, str]] = []
+
+    def view(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return an array without reading it. UserError for another shape or dtype."""
+        dataset = self._dataset(name)
+        if dataset.dtype != dtype or dataset.shape != shape:
+            raise UserError(
+                f"{name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}: the store is damaged or made "
+                "for another version of the domain, import the archive again"
+            )
+        return self._bytes(dataset).view(dtype).reshape(shape)
+
+    def small(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return a small array and compare it with its checksum. Episodes have checksums of their own."""
+        array = self.view(name, shape, dtype)
+        if hashlib.sha256(array.data).hexdigest() != _read_text(self._file[name], "sha256"):
+            raise UserError(f"{name} is damaged (its sha256 differs): import the archive again")
+        return array
+
+    def length(self, name: str) -> int:
+        """Return the number of rows of an array."""
+        return int(self._dataset(name).shape[0])
+
+    def refuse_overlap(self) -> None:
+        """Raise UserError if two of the arrays returned so far share bytes."""
+        for (_, end, first), (start, _, second) in pairwise(sorted(self._taken)):
+            if start < end:
+                raise UserError(f"{first} and {second} share bytes: import the archive again")
+
+    def _dataset(self, name: str) -> h5py.Dataset:
+        node: h5py.Group = self._file
+        for step in name.split("/"):
+            link = node.get(step, getlink=True)
+            if link is None:
+                raise UserError(f"lacks {name}, it is damaged: import the archive again")
+            if not isinstance(link, h5py.HardLink):
+                raise UserError(f"{name} is a link to elsewhere: import the archive again")
+            node = node[step]
+        return node
+
+    def _bytes(self, dataset: h5py.Dataset) -> np.ndarray:
+        settings = dataset.id.get_create_plist()
+        offset, size = dataset.id.get_offset(), dataset.nbytes
+        is_plain = settings.get_layout() == h5py.h5d.CONTIGUOUS and settings.get_external_count() == 0
+        if not is_plain or offset is None:
+            raise UserError(f"{dataset.name} is chunked, compressed or stored elsewhere: import the archive again")
+        if offset + size > len(self._mapped):
+            raise UserError(
+                f"{dataset.name} goes beyond the end of the file, it is cut short: import the archive again"
+            )
+        self._taken.append((offset, offset + size, str(dataset.name)))
+        # A plain array: slices of a memmap cost more.
+        return np.ndarray(size, np.uint8, buffer=self._mapped, offset=offset)

@@ -1,0 +1,277 @@
+"""Writing an episode store.
+
+h5py creates the file with all of its datasets and closes it. The lengths of all episodes are known by then, so every
+row has its place, and rows are written there in any order and by several processes. The file has a hidden name until it
+is whole. Rows are written with `os.pwrite`, not through a memory map: a full disk is then an error and no SIGBUS.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import h5py
+import numpy as np
+from jaxtyping import Float64
+
+from ringrl.data.store.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    LONGEST_TEXT,
+    RETURN_LEVELS,
+    Episode,
+    Layout,
+    content_fingerprint,
+    dataset_name,
+    episode_digest,
+    reward_key,
+    reward_task,
+)
+from ringrl.data.store.provenance import ForeignDomain, Provenance
+from ringrl.envs import Domain, domain_named
+from ringrl.errors import UserError
+from ringrl.files import explain_write_errors, lock, reserve, sync
+
+ATTRIBUTES = 2**19  # bytes that the attributes need at most
+
+
+class Record(NamedTuple):
+    """The digests of an episode, and its return for every task of the store."""
+
+    recorded: bytes
+    relabelled: bytes
+    returns: tuple[float, ...]
+
+
+def hidden_name(path: Path) -> Path:
+    """Return the hidden path of the unfinished store at `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def refuse_taken(path: Path, *, overwrite: bool) -> None:
+    """Raise UserError if no store may be written at `path`."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, name the store's file")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: already exists, choose another name or overwrite it (--overwrite)")
+
+
+@contextlib.contextmanager
+def create_store(
+    path: Path,
+    domain: str | Domain,
+    tasks: Sequence[str],
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    source: str | Provenance,
+    overwrite: bool = False,
+) -> Iterator["StoreWriter"]:
+    """Create a store for episodes of the given lengths (steps). It appears at `path` when the block ends well.
+
+    `append` every episode in order, and set `recorded_task` before the end if it is known.
+
+    Args:
+        path: the store's file.
+        domain: the name of an ExoRL domain, or the facts about another one.
+        tasks: the tasks whose rewards every episode has.
+        lengths: steps of each episode.
+        source: the origin of the episodes, as a name or in full.
+        overwrite: replace an existing store.
+
+    Raises:
+        UserError: the path exists, another process writes it, or the disk or a quota is full.
+    """
+    path = Path(path)
+    layout = Layout(domain_named(domain) if isinstance(domain, str) else domain, tasks, lengths)
+    refuse_taken(path, overwrite=overwrite)
+    partial = hidden_name(path)
+    with explain_write_errors(path), lock(path, "is writing it"):
+        try:
+            create_file(partial, layout)
+            with explain_write_errors(path, space_needed(partial)):
+                reserve(partial, space_needed(partial))
+            with UnfinishedStore(partial, layout) as unfinished:
+                writer = StoreWriter(unfinished)
+                yield writer
+            provenance = Provenance(source) if isinstance(source, str) else source
+            finish(partial, path, layout, writer.records, writer.recorded_task, provenance)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+class StoreWriter:
+    """Appends the episodes of a new store."""
+
+    recorded_task: str | None = None
+
+    def __init__(self, store: "UnfinishedStore") -> None:
+        self.records: list[Record] = []
+        self._store = store
+
+    def append(self, episode: Episode) -> None:
+        """Write the next episode: the arrays that `EpisodeStore.episode` returns, with the announced length."""
+        self.records.append(self._store.write(len(self.records), episode))
+
+    def fingerprint(self) -> str:
+        """Return the store's fingerprint, once all episodes are written."""
+        recorded = _stacked([record.recorded for record in self.records])
+        return content_fingerprint(self._store.layout.domain.name, self._store.layout.lengths, recorded)
+
+
+def create_file(partial: Path, layout: Layout) -> None:
+    """Create the HDF5 file of a store with room for all arrays, in place of any other file. Raises OSError.
+
+    The new file is not the old one emptied: workers of a killed import may still write to the old one.
+    """
+    partial.unlink(missing_ok=True)
+    # This generation of HDF5's format has checksums on its own bytes, so that damage there is noticed.
+    with h5py.File(partial, "x", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=64) as file:
+        for name, (shape, dtype) in layout.per_episode().items():
+            _allocate(file, name, shape, dtype)
+        for key, spec in layout.arrays.items():
+            _allocate(file, dataset_name(key), layout.shape(key, int(layout.starts[-1])), spec.dtype)
+
+
+def space_needed(partial: Path) -> int:
+    """Return the bytes to reserve for a created file: a little more than the finished store has."""
+    return partial.stat().st_size + ATTRIBUTES
+
+
+class UnfinishedStore:
+    """The rows of a file that `create_file` made. Several processes may have it open. Use it as a context manager.
+
+    Raises OSError or KeyError for a file that holds no store of this layout.
+    """
+
+    def __init__(self, partial: Path, layout: Layout) -> None:
+        self.layout = layout
+        rows = int(layout.starts[-1])
+        with h5py.File(partial, "r", locking=False) as file:
+            if "format" in file.attrs:
+                raise OSError(f"{partial} is finished")
+            datasets = {key: file[dataset_name(key)] for key in layout.arrays}
+            if any(dataset.shape != layout.shape(key, rows) for key, dataset in datasets.items()):
+                raise OSError(f"{partial} has another layout")
+            self._offsets = {key: dataset.id.get_offset() for key, dataset in datasets.items()}
+        self._descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+
+    def write(self, index: int, episode: Episode) -> Record:
+        """Write the rows of an episode. Raises OSError, and ValueError for rows of another shape or dtype."""
+        rows = int(self.layout.lengths[index]) + 1
+        for key, spec in self.layout.arrays.items():
+            array, shape = np.ascontiguousarray(episode[key]), self.layout.shape(key, rows)
+            if array.shape != shape or array.dtype != spec.dtype:
+                raise ValueError(f"{key} is {array.dtype} {array.shape}, the store expects {spec.dtype} {shape}")
+            view, place = array.data.cast("B"), self._place(key, index)
+            while view:
+                written = os.pwrite(self._descriptor, view, place)
+                view, place = view[written:], place + written
+        return record_of(self.layout, episode)
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """Return the rows of an episode, zeros or old rows where none were written."""
+        rows = int(self.layout.lengths[index]) + 1
+        return {
+            key: np.frombuffer(
+                os.pread(self._descriptor, rows * self.layout.row_bytes(key), self._place(key, index)), spec.dtype
+            ).reshape(self.layout.shape(key, rows))
+            for key, spec in self.layout.arrays.items()
+        }
+
+    def first_physics(self) -> Float64[np.ndarray, "episodes physics"]:
+        """Return the first physics state of every episode."""
+        size = self.layout.row_bytes("physics")
+        rows = [os.pread(self._descriptor, size, self._place("physics", i)) for i in range(len(self.layout.lengths))]
+        return np.frombuffer(b"".join(rows), np.float64).reshape(len(rows), -1)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _place(self, key: str, episode: int) -> int:
+        """The byte of the file at which the rows of an episode begin."""
+        return int(self._offsets[key]) + int(self.layout.starts[episode]) * self.layout.row_bytes(key)
+
+
+def record_of(layout: Layout, episode: Episode) -> Record:
+    """Return the digests and returns of an episode with the arrays of a layout."""
+    return Record(
+        recorded=episode_digest(episode, [key for key in layout.arrays if not reward_task(key)]),
+        relabelled=episode_digest(episode, map(reward_key, layout.tasks)),
+        returns=tuple(float(episode[reward_key(task)].sum(dtype=np.float64)) for task in layout.tasks),
+    )
+
+
+def finish(
+    partial: Path,
+    path: Path,
+    layout: Layout,
+    records: Sequence[Record],
+    recorded_task: str | None,
+    provenance: Provenance,
+) -> None:
+    """Add everything but the rows to an unfinished store and rename it to `path`. Raises OSError and UserError."""
+    if len(records) != len(layout.lengths):
+        raise ValueError(f"{len(records)} of {len(layout.lengths)} announced episodes were written")
+    recorded = _stacked([record.recorded for record in records])
+    arrays = {
+        "episodes/offset": layout.starts,
+        "episodes/recorded_sha256": recorded,
+        "episodes/relabelled_sha256": _stacked([record.relabelled for record in records]),
+    }
+    for column, task in enumerate(layout.tasks):
+        returns = np.array([record.returns[column] for record in records], np.float32)
+        arrays[f"returns/{task}"] = returns
+        arrays[f"return_quantiles/{task}"] = np.quantile(returns.astype(np.float64), RETURN_LEVELS)
+    attributes = {
+        "created_by": provenance.created_by,
+        "domain": layout.domain.name,
+        "tasks": json.dumps(layout.tasks),
+        "recorded_task": recorded_task or "none",
+        "provenance": provenance.to_json(),
+        "fingerprint": content_fingerprint(layout.domain.name, layout.lengths, recorded),
+    }
+    if isinstance(layout.domain, ForeignDomain):
+        attributes["facts"] = layout.domain.to_json()
+    if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
+        raise UserError(
+            f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: was it merged of too many stores "
+            "that were merged themselves? Merge the archives' own stores at once"
+        )
+    sync(partial)
+    with h5py.File(partial, "r+", libver=("v110", "v110"), locking=False) as file:
+        for name, array in arrays.items():
+            file[name][...] = array
+            file[name].attrs["sha256"] = np.bytes_(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
+        for task in layout.tasks:
+            file[f"return_quantiles/{task}"].attrs["levels"] = np.array(RETURN_LEVELS)
+        file.attrs["format_version"] = FORMAT_VERSION
+        for name, text in attributes.items():
+            # HDF5 keeps a checksum of texts of a fixed length, and none of those of variable length.
+            file.attrs[name] = np.bytes_(text.encode())
+        file.attrs["format"] = np.bytes_(FORMAT.encode())
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Create a contiguous dataset that has its place in the file at once and is not filled with zeros."""
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    file.create_dataset(name, shape=shape, dtype=dtype, dcpl=settings)
+
+
+def _stacked(digests: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)

@@ -1,0 +1,279 @@
+import hashlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ringrl.cli import main
+from ringrl.data import EpisodeStore, import_archive
+from ringrl.data.exorl.download import ALGORITHMS, KNOWN_SIZES, STORE_SHARE, download_archive, download_store
+from ringrl.data.exorl.importer import Subset
+from ringrl.data.exorl.transfer import Patience, Transfer
+from ringrl.errors import UserError
+
+QUICK = Patience(timeout=20, retries=5, pause=0)
+FILE = "/cartpole/rnd.zip"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def fetch(site, folder: Path, **keywords) -> Path:
+    return download_archive("cartpole", "rnd", folder, **{"url": site.url, "patience": QUICK} | keywords)
+
+
+def test_an_archive_arrives_whole_and_only_once(site, archive, tmp_path):
+    calls, said = [], []
+    path = fetch(site, tmp_path, progress=lambda *call: calls.append(call))
+    assert path == tmp_path / "cartpole" / "rnd.zip"
+    assert path.read_bytes() == archive
+    assert names(tmp_path) == ["rnd.zip"]
+    assert calls[0] == (0, len(archive))
+    assert calls[-1] == (len(archive), len(archive))
+    assert calls == sorted(calls)
+    assert fetch(site, tmp_path, notice=said.append) == path
+    assert len(site.requests) == 1
+    assert said == [f"{path}: already exists and is whole"]
+
+
+def test_the_known_size_of_a_public_archive_is_required(site, archive, tmp_path):
+    assert KNOWN_SIZES["walker", "rnd"] == 2_585_461_986
+    site.files["/walker/rnd.zip"] = archive
+    with pytest.raises(UserError, match=f"announces {len(archive):,} bytes, but this file has 2,585,461,986"):
+        download_archive("walker", "rnd", tmp_path, url=site.url, patience=QUICK)
+    assert names(tmp_path) == []
+    (tmp_path / "walker" / "rnd.zip").write_bytes(archive)
+    with pytest.raises(UserError, match=r"rnd\.zip: has .* bytes, the public archive 2,585,461,986"):
+        download_archive("walker", "rnd", tmp_path, url=site.url)
+    assert (tmp_path / "walker" / "rnd.zip").read_bytes() == archive
+
+
+def test_what_is_no_archive_is_not_kept(site, tmp_path):
+    site.files[FILE] = b"<html>Please log in.</html>"
+    with pytest.raises(UserError, match="not a zip archive"):
+        fetch(site, tmp_path)
+    assert names(tmp_path) == []
+    (tmp_path / "cartpole" / "rnd.zip").write_bytes(b"mine")
+    with pytest.raises(UserError, match="not a zip archive"):
+        fetch(site, tmp_path)
+    assert (tmp_path / "cartpole" / "rnd.zip").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_a_file_that_the_server_does_not_give_out(site, tmp_path, status):
+    site.answers = [{"status": status}]
+    with pytest.raises(UserError, match=rf"does not give out this file \({status}") as error:
+        fetch(site, tmp_path)
+    assert all(name in str(error.value) for name in ("cartpole", *ALGORITHMS))
+    assert len(site.requests) == 1
+    assert names(tmp_path) == []
+
+
+def test_unknown_names_are_answered_with_near_ones(tmp_path):
+    with pytest.raises(UserError, match="did you mean walker"):
+        download_archive("wakler", "rnd", tmp_path)
+    with pytest.raises(UserError, match="did you mean icm_apt"):
+        download_archive("walker", "icm_atp", tmp_path)
+    with pytest.raises(UserError, match="there are aps, icm_apt, diayn"):
+        download_store("walker", "../ddpg", tmp_path)
+    with pytest.raises(UserError, match="--timeout"):
+        Patience(timeout=float("nan"))
+
+
+def command(site, folder: Path, *flags: str) -> list[str]:
+    arguments = ["data", "download", "cartpole", "rnd", "--url", site.url, "--output", str(folder), *flags]
+    return [sys.executable, "-c", "from ringrl.cli import main; main()", *arguments]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_stopped_goes_on_where_it_was(site, archive, tmp_path, capfd, blow):
+    site.answers = [{"cut": 123_456, "hangs": True}]
+    with subprocess.Popen(command(site, tmp_path), text=True) as process:
+        partial = tmp_path / "cartpole" / ".rnd.zip.partial"
+        while process.poll() is None and not (partial.exists() and partial.stat().st_size == 123_456):
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another process is writing it"):
+            fetch(site, tmp_path)
+        process.send_signal(blow)
+        assert process.wait(30) == (130 if blow == signal.SIGINT else -blow)
+    if blow == signal.SIGINT:
+        assert capfd.readouterr().err == "ringrl: stopped; finished work is kept\n"
+    left = [] if blow == signal.SIGINT else [".rnd.zip.lock"]
+    assert names(tmp_path) == [*left, ".rnd.zip.partial", ".rnd.zip.partial.json"]
+    main(command(site, tmp_path)[3:])
+    said = capfd.readouterr().out
+    path = tmp_path / "cartpole" / "rnd.zip"
+    assert said == f"{path}; next: ringrl data import {path} --domain cartpole\n"
+    assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(archive).digest()
+    assert names(tmp_path) == ["rnd.zip"]
+    assert site.ranges == [None, "bytes=123456-"]
+
+
+def test_two_processes_at_once_fetch_one_archive(site, archive, tmp_path):
+    running = [
+        subprocess.Popen(command(site, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ends = [(process.communicate(timeout=60), process.returncode) for process in running]
+    assert sorted(code for _, code in ends) in ([0, 0], [0, 2])
+    assert all("another process is writing it" in err for (_, err), code in ends if code)
+    assert len(site.requests) == 1
+    assert (tmp_path / "cartpole" / "rnd.zip").read_bytes() == archive
+    assert names(tmp_path) == ["rnd.zip"]
+
+
+def test_the_archive_of_another_process_is_taken_as_it_is(site, archive, tmp_path):
+    """Finished between this process's look at the folder and its lock on the unfinished file."""
+    path = tmp_path / "a.zip"
+    path.write_bytes(archive)
+    Transfer(site.url + "/a.zip", path, lambda path: None).run()
+    assert site.requests == []
+    assert names(tmp_path) == ["a.zip"]
+
+
+SMALL_DISK = """
+    import resource, sys
+    from ringrl.data.exorl.download import download_archive
+    from ringrl.errors import UserError
+
+    url, folder, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        download_archive("cartpole", "rnd", folder, url=url)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_fills_up_keeps_what_arrived(site, archive, tmp_path):
+    child = [sys.executable, "-c", textwrap.dedent(SMALL_DISK), site.url, str(tmp_path), "100000"]
+    run = subprocess.run(child, capture_output=True, text=True, check=True)
+    assert "rnd.zip: the disk, a quota or a limit on file size is full" in run.stdout
+    assert run.stderr == ""
+    assert len(site.requests) == 1, "another try would not help"
+    assert fetch(site, tmp_path).read_bytes() == archive
+    assert site.ranges == [None, "bytes=100000-"]
+
+
+def test_a_file_too_large_for_the_disk_is_refused_before_its_first_byte(site, tmp_path):
+    site.answers = [{"headers": {"Content-Length": str(10**16)}, "cut": 0, "hangs": True}]
+    with pytest.raises(UserError, match=r"10,000,000,000\.0 MB are needed, .* MB are free"):
+        fetch(site, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_room_for_the_store_is_asked_for_and_what_is_here_is_not(site, archive, tmp_path, monkeypatch):
+    site.answers = [{"cut": 100_000}]
+    with pytest.raises(UserError, match="cut after"):
+        fetch(site, tmp_path, patience=Patience(retries=0))
+    missing = len(archive) - 100_000
+    usage = shutil.disk_usage(tmp_path)
+
+    def free(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+
+    free(missing - 1)
+    with pytest.raises(UserError, match=r"0\.2 MB are needed, 0\.2 MB are free"):
+        fetch(site, tmp_path)
+    free(missing + int(STORE_SHARE * len(archive)) - 1)
+    with pytest.raises(UserError, match=r"0\.7 MB are needed"):
+        download_store("cartpole", "rnd", tmp_path, url=site.url, patience=QUICK)
+    free(missing)
+    assert fetch(site, tmp_path).read_bytes() == archive
+
+
+@pytest.fixture
+def episodes_site(site, cartpole_zip):
+    """A server whose archive holds three real episodes."""
+    site.files = {"/cartpole/rnd.zip": cartpole_zip.read_bytes()}
+    return site
+
+
+def test_an_archive_becomes_a_store(episodes_site, cartpole_zip, tmp_path, capsys):
+    episodes_site.answers = [{"cut": 10_000}]
+    calls = []
+    store = download_store(
+        "cartpole", "rnd", tmp_path, url=episodes_site.url, patience=QUICK,
+        import_progress=lambda *call: calls.append(call),
+    )  # fmt: skip
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert store.path == tmp_path / "cartpole" / "rnd.h5"
+    assert store.source == "cartpole/rnd.zip"
+    assert store.fingerprint == import_archive(cartpole_zip, tmp_path / "other.h5", "cartpole").fingerprint
+    assert names(tmp_path / "cartpole") == ["rnd.h5", "rnd.zip"]
+    # Again, and the archive may go.
+    asked = len(episodes_site.requests)
+    main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
+    said = capsys.readouterr()
+    assert f"{store.path}\ndataset" in said.out
+    assert "rnd.zip: removed" in said.err
+    assert names(tmp_path / "cartpole") == ["rnd.h5"]
+    main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
+    assert "already exists, imported from cartpole/rnd.zip" in capsys.readouterr().err
+    assert len(episodes_site.requests) == asked
+
+
+def test_only_a_sound_store_replaces_its_archive(episodes_site, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command(episodes_site, tmp_path, "--delete-archive")[3:])
+    assert stop.value.code == 2
+    assert "--delete-archive: needs --import" in capsys.readouterr().err
+    assert episodes_site.requests == []
+
+    def again():
+        return download_store("cartpole", "rnd", tmp_path, url=episodes_site.url, patience=QUICK, delete_archive=True)
+
+    assert again().num_episodes == 3
+    assert names(tmp_path) == ["rnd.h5"]
+    path = fetch(episodes_site, tmp_path)
+    whole = path.with_suffix(".h5").read_bytes()
+    place = whole.index(EpisodeStore(path.with_suffix(".h5")).episode(1)["physics"].tobytes())
+    path.with_suffix(".h5").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+    with pytest.raises(UserError, match="episode 1 is damaged"):
+        again()
+    path.with_suffix(".h5").write_bytes(whole)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("buffer/episode_000007_1000.npz", b"one more")
+    with pytest.raises(UserError, match=r"is not the archive that .*rnd\.h5 was imported from. Archive kept"):
+        again()
+    assert names(tmp_path) == ["rnd.h5", "rnd.zip"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"subset": Subset("first", 2)}, "2 of 3 episodes.* control_aware"),
+        ({"relabelling": "exorl_compat"}, "exorl_compat"),
+    ],
+)
+def test_a_store_that_is_not_the_whole_archive_as_it_is_imported_here_is_left_alone(
+    how, said, episodes_site, cartpole_zip, tmp_path
+):
+    path = tmp_path / "cartpole" / "rnd.h5"
+    path.parent.mkdir()
+    import_archive(shutil.copy(cartpole_zip, path.with_suffix(".zip")), path, "cartpole", **how)
+    with pytest.raises(UserError, match=rf"rnd\.h5: holds .*{said} rewards, but this command imports all"):
+        download_store("cartpole", "rnd", tmp_path, url=episodes_site.url)
+    assert episodes_site.requests == []
+
+
+def test_a_store_of_other_data_is_left_alone(episodes_site, store, tmp_path):
+    path = tmp_path / "cartpole" / "rnd.h5"
+    path.parent.mkdir()
+    store.path.rename(path)
+    with pytest.raises(UserError, match=r"rnd\.h5: was imported from made/up\.zip .*, not from cartpole/rnd\.zip"):
+        download_store("cartpole", "rnd", tmp_path, url=episodes_site.url)
+    assert names(tmp_path) == ["rnd.h5"]
+
+
+def test_an_archive_that_cannot_be_imported_is_kept(site, tmp_path):
+    with pytest.raises(UserError, match="contains no episodes"):
+        download_store("cartpole", "rnd", tmp_path, url=site.url, patience=QUICK, delete_archive=True)
+    assert names(tmp_path) == ["rnd.zip"]

@@ -1,0 +1,309 @@
+"""An interrupted import resumes and writes the same bytes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+
+from ringrl.data import EpisodeStore, import_archive
+from ringrl.data.exorl import save_episode
+from ringrl.data.store.format import dataset_name
+from ringrl.data.store.writer import hidden_name
+from ringrl.errors import UserError
+
+EPISODES = 12
+REMAINS = [".a.h5.partial", ".a.h5.partial.journal"]
+
+
+def journal_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial.journal")
+
+
+def overwrite(path: Path, key: str, row: int, content: bytes) -> None:
+    """Change bytes of an array in an unfinished store."""
+    with h5py.File(path, "r") as file:
+        dataset = file[dataset_name(key)]
+        place = dataset.id.get_offset() + row * dataset.nbytes // dataset.shape[0]
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+@pytest.fixture(autouse=True)
+def same_day(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+
+
+@pytest.fixture
+def archive(tmp_path, cartpole_episodes) -> Path:
+    """A folder of twelve episodes: four times the same three."""
+    folder = tmp_path / "archive" / "buffer"
+    folder.mkdir(parents=True)
+    originals = list(cartpole_episodes.values())
+    for number in range(EPISODES):
+        save_episode(folder, number, originals[number % 3])
+    return folder
+
+
+@pytest.fixture
+def whole(tmp_path, archive) -> bytes:
+    """The store that an uninterrupted import writes."""
+    return import_archive(archive, tmp_path / "whole.h5", "cartpole", workers=1).path.read_bytes()
+
+
+@pytest.fixture
+def destination(tmp_path) -> Path:
+    (tmp_path / "stores").mkdir()
+    return tmp_path / "stores" / "a.h5"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stop_after(archive: Path, destination: Path, episodes: int, **options) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == episodes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_archive(archive, destination, "cartpole", workers=1, progress=stop, **options)
+    assert names(destination.parent) == REMAINS
+
+
+def garble(path: Path) -> None:
+    """Other content under the same name, size and time: whoever reads it notices."""
+    state = path.stat()
+    path.write_bytes(bytes(state.st_size))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(archive, destination, whole, workers):
+    calls = []
+    progress = lambda *call: calls.append(call)  # noqa: E731
+    import_archive(archive, destination, "cartpole", workers=workers, progress=progress)
+    assert destination.read_bytes() == whole
+    assert calls == [(done, EPISODES) for done in range(1, EPISODES + 1)]
+    assert names(destination.parent) == ["a.h5"]
+
+
+def test_finished_episodes_are_not_read_again(archive, destination, whole):
+    stop_after(archive, destination, 7)
+    for number in range(7):
+        garble(archive / f"episode_{number:06d}_1000.npz")
+    import_archive(archive, destination, "cartpole", workers=2)
+    assert destination.read_bytes() == whole
+    assert names(destination.parent) == ["a.h5"]
+
+
+def test_rows_that_did_not_reach_the_disk_are_imported_again(archive, destination, whole):
+    stop_after(archive, destination, 7)
+    overwrite(hidden_name(destination), "physics", 3 * 1001 + 1, bytes(100))
+    overwrite(hidden_name(destination), "reward/cartpole_swingup", 5 * 1001 + 500, b"lost")
+    import_archive(archive, destination, "cartpole")
+    assert destination.read_bytes() == whole
+
+
+@pytest.mark.parametrize("keep", [0, 10, 90, -1, -30, -500])
+def test_journal_cut_short(archive, destination, whole, keep):
+    stop_after(archive, destination, 7)
+    journal = journal_of(destination)
+    journal.write_bytes(journal.read_bytes()[:keep])
+    import_archive(archive, destination, "cartpole", workers=1)
+    assert destination.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]\n", b'{"identity": 3}\n', b"null\n{}\n"])
+def test_journal_of_something_else(archive, destination, whole, content):
+    stop_after(archive, destination, 7)
+    journal_of(destination).write_bytes(content)
+    import_archive(archive, destination, "cartpole", workers=1)
+    assert destination.read_bytes() == whole
+
+
+def test_another_import_starts_anew(tmp_path, archive, destination, cartpole_episodes):
+    stop_after(archive, destination, 7)
+    options = {"workers": 1, "relabelling": "exorl_compat"}
+    compatible = import_archive(archive, destination, "cartpole", **options)
+    expected = import_archive(archive, tmp_path / "b.h5", "cartpole", **options)
+    assert compatible.path.read_bytes() == expected.path.read_bytes()
+    destination.unlink()
+
+    stop_after(archive, destination, 7)
+    save_episode(archive, 0, cartpole_episodes[1_000_000])  # other content, at another time
+    other = import_archive(archive, destination, "cartpole", workers=1)
+    other.verify()
+    assert (other.episode(0)["physics"] == cartpole_episodes[1_000_000]["physics"]).all()
+
+
+def test_a_file_changed_meanwhile_is_read_again(archive, destination):
+    stop_after(archive, destination, 7)
+    changed = archive / "episode_000002_1000.npz"
+    changed.write_bytes(bytes(changed.stat().st_size))
+    with pytest.raises(UserError, match=r"episode_000002_1000\.npz cannot be read"):
+        import_archive(archive, destination, "cartpole", workers=1)
+
+
+def test_workers_of_a_killed_import_cannot_spoil_another(archive, destination):
+    stop_after(archive, destination, 7)
+    orphan = os.open(hidden_name(destination), os.O_RDWR)
+
+    def write_late(done: int, total: int) -> None:
+        os.pwrite(orphan, bytes(100_000), 10_000)
+
+    options = {"workers": 1, "relabelling": "exorl_compat"}
+    import_archive(archive, destination, "cartpole", progress=write_late, **options).verify()
+    os.close(orphan)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x89HDF"])
+def test_damaged_unfinished_store(archive, destination, whole, damage):
+    stop_after(archive, destination, 7)
+    with hidden_name(destination).open("r+b") as file:
+        file.write(damage + bytes(200))
+    import_archive(archive, destination, "cartpole", workers=1)
+    assert destination.read_bytes() == whole
+
+
+def test_stopped_between_the_last_byte_and_the_name(archive, destination, whole):
+    def keep_journal(done: int, total: int) -> None:
+        shutil.copy(journal_of(destination), destination.with_name("kept"))
+
+    import_archive(archive, destination, "cartpole", workers=1, progress=keep_journal)
+    destination.rename(hidden_name(destination))
+    destination.with_name("kept").rename(journal_of(destination))
+    stop_after(archive, destination, 7)
+    with pytest.raises(UserError, match="not an episode store"):
+        EpisodeStore(hidden_name(destination))
+    import_archive(archive, destination, "cartpole", workers=1)
+    assert destination.read_bytes() == whole
+
+
+def test_stopped_while_damaged_episodes_are_left_out(tmp_path, archive, destination, monkeypatch):
+    (archive / "episode_000002_1000.npz").write_bytes(b"damaged")
+    options = {"workers": 1, "on_damaged": "skip"}
+    expected = import_archive(archive, tmp_path / "expected.h5", "cartpole", **options).path.read_bytes()
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ringrl.data.exorl.importer.finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            import_archive(archive, destination, "cartpole", **options)
+    assert names(destination.parent) == [".a.h5.partial", ".a.h5.partial.compact", ".a.h5.partial.journal"]
+    for number in [0, 1, *range(3, EPISODES)]:
+        garble(archive / f"episode_{number:06d}_1000.npz")
+    import_archive(archive, destination, "cartpole", **options)
+    assert destination.read_bytes() == expected
+    assert names(destination.parent) == ["a.h5"]
+
+
+def test_two_imports_of_one_store(archive, destination, whole):
+    def second(done: int, total: int) -> None:
+        if done == 3:
+            with pytest.raises(UserError, match="another process is writing it"):
+                import_archive(archive, destination, "cartpole", workers=1)
+
+    import_archive(archive, destination, "cartpole", workers=1, progress=second)
+    assert destination.read_bytes() == whole
+
+
+# Whole processes
+
+
+IMPORT = """
+    import sys
+    from ringrl.cli import main
+
+    if __name__ == "__main__":
+        main(["data", "import", sys.argv[1], "--domain", "cartpole", "--output", sys.argv[2], *sys.argv[3:]])
+"""
+
+
+def start(tmp_path: Path, archive: Path, destination: Path, workers: int) -> subprocess.Popen:
+    (script := tmp_path / "script.py").write_text(textwrap.dedent(IMPORT))
+    arguments = [sys.executable, script, archive, destination, "--workers", str(workers)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_episodes(destination: Path, number: int, process: subprocess.Popen) -> None:
+    journal, deadline = journal_of(destination), time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") <= number:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def long_archive(archive) -> Path:
+    """Enough episodes that a process can be met in the middle of them."""
+    for number in range(EPISODES, 150):
+        (archive / f"episode_{number:06d}_1000.npz").hardlink_to(archive / f"episode_{number % 3:06d}_1000.npz")
+    return archive
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_process(tmp_path, long_archive, destination, workers):
+    process = start(tmp_path, long_archive, destination, workers)
+    wait_for_episodes(destination, 20, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert names(destination.parent) == sorted([*REMAINS, ".a.h5.lock"])
+    assert journal_of(destination).read_bytes().count(b"\n") < 150
+    with pytest.raises(UserError, match="not an episode store"):
+        EpisodeStore(hidden_name(destination))
+
+    expected = import_archive(long_archive, tmp_path / "whole.h5", "cartpole", workers=1)
+    again = start(tmp_path, long_archive, destination, 3 - workers)
+    said, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert "150 x 1000 steps" in said
+    assert destination.read_bytes() == expected.path.read_bytes()
+    assert names(destination.parent) == ["a.h5"]
+
+
+def test_interrupted_command(tmp_path, long_archive, destination):
+    process = start(tmp_path, long_archive, destination, 2)
+    wait_for_episodes(destination, 20, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "run the same command again" in errors
+    assert names(destination.parent) == REMAINS
+    import_archive(long_archive, destination, "cartpole").verify()
+
+
+DISK_FULL = """
+    import resource, sys
+    from ringrl.data import import_archive
+    from ringrl.errors import UserError
+
+    def fill(done, total):
+        if done == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+    try:
+        import_archive(sys.argv[1], sys.argv[2], "cartpole", workers=1, progress=fill)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_full_disk(archive, destination, whole):
+    arguments = [sys.executable, "-c", textwrap.dedent(DISK_FULL), archive, destination]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "a.h5: the disk, a quota or a limit on file size is full" in run.stdout
+    assert run.stdout.endswith("finished episodes are kept: run the same command again to resume\n")
+    assert names(destination.parent) == REMAINS
+    import_archive(archive, destination, "cartpole", workers=1)
+    assert destination.read_bytes() == whole

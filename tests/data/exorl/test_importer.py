@@ -1,0 +1,284 @@
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.data import EpisodeStore, import_archive
+from ringrl.data.exorl import save_episode
+from ringrl.data.exorl.importer import Subset
+from ringrl.data.relabel import relabel_all
+from ringrl.data.store.summary import describe
+from ringrl.envs import DOMAINS
+from ringrl.errors import UserError
+
+SHARED_ARCHIVES = {
+    "cartpole/ddpg": "cartpole_swingup",
+    "cheetah/ddpg": "cheetah_run",
+    "jaco/ddpg": "jaco_reach_top_left",
+    "walker/ddpg": "walker_walk",
+    "walker/rnd": "walker_stand",
+}
+
+
+@pytest.fixture(scope="session")
+def shared_stores(exorl_folder, tmp_path_factory) -> dict[str, EpisodeStore]:
+    """Every shared archive, imported."""
+    folder = tmp_path_factory.mktemp("stores")
+    return {
+        name: import_archive(exorl_folder / f"{name}.zip", folder / f"{name}.h5", name.split("/")[0])
+        for name in SHARED_ARCHIVES
+    }
+
+
+@pytest.mark.parametrize(("name", "task"), SHARED_ARCHIVES.items())
+def test_relabelled_rewards_equal_the_recorded_ones(shared_stores, name, task):
+    store = shared_stores[name]
+    assert store.recorded_task == task
+    recorded, relabelled = store.arrays["reward"][:, 0], store.arrays[f"reward/{task}"]
+    assert recorded.max() > 0.5
+    np.testing.assert_allclose(relabelled, recorded, rtol=0, atol=1e-5)
+    others = [other for other in store.tasks if not other.startswith("cartpole") and other != task]
+    assert all(np.abs(store.arrays[f"reward/{other}"] - recorded).max() > 0.1 for other in others)
+
+
+@pytest.mark.parametrize(
+    ("name", "episodes", "length", "quantiles"),
+    [
+        ("cartpole/ddpg", 100, 1000, (7, 118, 813, 837, 848)),
+        ("cheetah/ddpg", 100, 1000, (4, 66, 351, 468, 484)),
+        ("jaco/ddpg", 240, 250, (0, 0, 0, 172, 238)),
+        ("walker/ddpg", 100, 1000, (12, 101, 939, 982, 989)),
+        ("walker/rnd", 120, 1000, (73, 138, 289, 367, 412)),
+    ],
+)
+def test_shared_archives_arrive_whole(shared_stores, name, episodes, length, quantiles):
+    store = shared_stores[name]
+    assert store.num_episodes == episodes
+    assert (store.lengths == length).all()
+    found = np.quantile(store.returns(SHARED_ARCHIVES[name]), [0, 0.05, 0.5, 0.95, 1])
+    np.testing.assert_allclose(found, quantiles, atol=0.5)
+    store.verify()
+
+
+def test_an_import_holds_the_archive_in_order_and_relabelled(tmp_path, cartpole_zip, cartpole_episodes):
+    store = import_archive(cartpole_zip, tmp_path / "new" / "cartpole.h5", "cartpole")
+    assert store.path == tmp_path / "new" / "cartpole.h5"
+    assert store.tasks == DOMAINS["cartpole"].tasks
+    assert store.recorded_task == "cartpole_swingup"
+    assert store.source.endswith("/cartpole.zip")
+    for i, number in enumerate(sorted(cartpole_episodes)):
+        original, stored = cartpole_episodes[number], store.episode(i)
+        for key, array in original.items():
+            np.testing.assert_array_equal(stored[key], array, strict=True)
+        for task, reward in relabel_all("cartpole", original["physics"], original["action"]).items():
+            np.testing.assert_array_equal(stored[f"reward/{task}"], reward, strict=True)
+        np.testing.assert_allclose(stored["reward/cartpole_swingup"], original["reward"][:, 0], atol=1e-5)
+        np.testing.assert_allclose(store.returns("cartpole_swingup")[i], original["reward"].sum(), rtol=1e-5)
+
+
+def test_zip_and_folder_have_one_fingerprint(tmp_path, cartpole_zip, cartpole_folder):
+    stores = [
+        import_archive(source, tmp_path / f"{i}.h5", "cartpole")
+        for i, source in enumerate([cartpole_zip, cartpole_folder, cartpole_folder / "buffer"])
+    ]
+    assert len({store.fingerprint for store in stores}) == 1
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_progress_counts_the_episodes(tmp_path, cartpole_zip):
+    calls = []
+    import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", progress=lambda *call: calls.append(call))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("kind", ["of no task", "all zero"])
+def test_recorded_task_is_none_when_the_data_cannot_tell(tmp_path, cartpole_episodes, kind):
+    for number, episode in cartpole_episodes.items():
+        reward = np.linspace(0, 1, 1001, dtype=np.float32)[:, None] if kind == "of no task" else 0 * episode["reward"]
+        save_episode(tmp_path, number, episode | {"reward": reward})
+    assert import_archive(tmp_path, tmp_path / "a.h5", "cartpole").recorded_task is None
+
+
+def test_one_damaged_episode_ends_the_import_and_leaves_nothing(tmp_path, cartpole_folder):
+    shutil.copytree(cartpole_folder, tmp_path / "archive")
+    damaged = tmp_path / "archive" / "buffer" / "episode_1000002_1000.npz"
+    damaged.write_bytes(damaged.read_bytes()[:5_000])
+    (tmp_path / "stores").mkdir()
+    with pytest.raises(UserError, match=r"episode_1000002_1000\.npz cannot be read, it is damaged or cut short"):
+        import_archive(tmp_path / "archive", tmp_path / "stores" / "a.h5", "cartpole")
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_failed_overwriting_keeps_the_old_store(tmp_path, cartpole_zip):
+    path = tmp_path / "a.h5"
+    import_archive(cartpole_zip, path, "cartpole")
+    with pytest.raises(UserError, match="already exists"):
+        import_archive(cartpole_zip, path, "cartpole")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_archive(cartpole_zip, path, "cartpole", overwrite=True, progress=stop)
+    EpisodeStore(path).verify()
+    assert names(tmp_path) == [".a.h5.partial", ".a.h5.partial.journal", "a.h5"]
+
+
+def test_wrong_and_unknown_domain(tmp_path, cartpole_zip):
+    with pytest.raises(UserError, match="--domain cartpole"):
+        import_archive(cartpole_zip, tmp_path / "a.h5", "walker")
+    with pytest.raises(UserError, match=r"unknown domain 'cartpol'.*cartpole"):
+        import_archive(cartpole_zip, tmp_path / "a.h5", "cartpol")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def damaged_folder(tmp_path, cartpole_episodes) -> Path:
+    """Eight episodes; 2 is cut short, 3 holds a NaN, 5 lacks its physics, 7 has half the steps and says so."""
+    folder = tmp_path / "archive" / "buffer"
+    folder.mkdir(parents=True)
+    originals = list(cartpole_episodes.values())
+    for number in range(8):
+        episode = dict(originals[number % 3])
+        if number == 3:
+            episode["action"] = np.where(np.arange(1001)[:, None] == 17, np.float32(np.nan), episode["action"])
+        if number == 5:
+            del episode["physics"]
+        if number == 7:
+            episode = {key: array[:501] for key, array in episode.items()}
+        path = save_episode(folder, number, episode)
+        if number == 2:
+            path.write_bytes(path.read_bytes()[:3_000])
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damaged_episodes_are_left_out_if_wanted(tmp_path, damaged_folder, cartpole_episodes, workers):
+    store = import_archive(damaged_folder, tmp_path / "a.h5", "cartpole", on_damaged="skip", workers=workers)
+    store.verify()
+    originals = list(cartpole_episodes.values())
+    whole = [0, 1, 4, 6]
+    assert store.num_episodes == len(whole)
+    for i, number in enumerate(whole):
+        for key, array in originals[number % 3].items():
+            np.testing.assert_array_equal(store.episode(i)[key], array)
+    made = store.provenance
+    assert made.num_skipped == len(made.skipped) == 4
+    for number, reason in [(2, "cut short"), (3, "not finite in row 17"), (5, "lacks physics"), (7, "has 500 steps")]:
+        (said,) = [line for line in made.skipped if f"episode_{number:06d}_" in line]
+        assert reason in said
+        assert str(damaged_folder) not in said
+    assert made.subset == "all 8 episodes"
+    text = describe(store)
+    assert "4 damaged" in text
+    assert "not finite in row 17" in text
+
+    for number in (2, 3, 5):
+        (damaged_folder / f"episode_{number:06d}_1000.npz").unlink()
+    (damaged_folder / "episode_000007_500.npz").unlink()
+    clean = import_archive(damaged_folder, tmp_path / "clean.h5", "cartpole")
+    assert clean.fingerprint == store.fingerprint
+    assert describe(clean).count("none") == 1
+
+
+def test_where_all_are_damaged_there_is_nothing_to_import(tmp_path, cartpole_folder, damaged_folder):
+    for path in sorted(damaged_folder.iterdir())[:7]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"episode_000000_1000\.npz cannot be read.*all 8 episodes of this import"):
+        import_archive(damaged_folder, tmp_path / "stores" / "a.h5", "cartpole", on_damaged="skip")
+    with pytest.raises(
+        UserError, match=r"observation of shape \(1001, 5\), expected \(1001, 24\): that is --domain cart"
+    ):
+        import_archive(cartpole_folder, tmp_path / "stores" / "a.h5", "walker", on_damaged="skip")
+    assert names(tmp_path / "stores") == []
+
+
+def test_a_subset_holds_the_chosen_episodes_and_says_so(tmp_path, cartpole_zip, cartpole_episodes):
+    limits = Subset("last", max_transitions=2_500)
+    store = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", subset=limits)
+    assert store.provenance.subset == "2 of 3 episodes, the last ones"
+    for i, number in enumerate([1_000_000, 1_000_002]):
+        np.testing.assert_array_equal(store.episode(i)["physics"], cartpole_episodes[number]["physics"])
+    whole = import_archive(cartpole_zip, tmp_path / "b.h5", "cartpole")
+    assert whole.fingerprint != store.fingerprint
+
+
+def test_skills_are_passed_over(tmp_path, cartpole_folder, cartpole_episodes):
+    for number, episode in cartpole_episodes.items():
+        skill = np.tile(np.linspace(0, 1, 16, dtype=np.float32), (1001, 1))
+        save_episode(tmp_path, number, episode | {"skill": skill, "z": skill[:, :10]})
+    with_skills = import_archive(tmp_path, tmp_path / "a.h5", "cartpole")
+    assert with_skills.fingerprint == import_archive(cartpole_folder, tmp_path / "b.h5", "cartpole").fingerprint
+
+
+def test_the_originals_relabelling_is_another_dataset_of_the_same_content(tmp_path, cartpole_zip):
+    ours = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole")
+    theirs = import_archive(cartpole_zip, tmp_path / "b.h5", "cartpole", relabelling="exorl_compat")
+    assert theirs.fingerprint == ours.fingerprint
+    assert (ours.provenance.relabelling, theirs.provenance.relabelling) == ("control_aware", "exorl_compat")
+    assert theirs.recorded_task == ours.recorded_task == "cartpole_swingup"
+    assert "exorl_compat" in describe(theirs)
+    assert "exorl_compat" not in describe(ours)
+    dense, sparse = "cartpole_swingup", "cartpole_swingup_sparse"
+    assert (theirs.returns(dense) > ours.returns(dense)).all()
+    np.testing.assert_array_equal(theirs.returns(sparse), ours.returns(sparse))
+
+
+def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    made = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole").provenance
+    assert made.source.endswith("/cartpole.zip")
+    assert made.source_bytes == cartpole_zip.stat().st_size
+    assert made.created == "2023-11-14"
+    assert re.fullmatch(r"ringrl [0-9.]+, mujoco 3[0-9.]+", made.created_by)
+    of_folder = import_archive(cartpole_folder, tmp_path / "b.h5", "cartpole").provenance
+    assert of_folder.source_bytes == sum(path.stat().st_size for path in (cartpole_folder / "buffer").iterdir())
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    with pytest.raises(UserError, match="SOURCE_DATE_EPOCH: today is no number of seconds"):
+        import_archive(cartpole_zip, tmp_path / "c.h5", "cartpole")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    copied = tmp_path / "cartpole.zip"
+    with zipfile.ZipFile(cartpole_zip) as old, zipfile.ZipFile(copied, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content if "1000002" not in name else old.read(old.namelist()[0]))
+    other = import_archive(copied, tmp_path / "c.h5", "cartpole").provenance
+    assert len({made.source_sha256, of_folder.source_sha256, other.source_sha256}) == 3
+
+
+def test_number_of_workers_is_at_least_one(tmp_path, cartpole_zip):
+    with pytest.raises(UserError, match="--workers is 0"):
+        import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", workers=0)
+
+
+def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
+    """From the tenth episode to the last, the peak of resident memory must not follow the size of the store."""
+    (folder := tmp_path / "buffer").mkdir()
+    first = save_episode(folder, 0, cartpole_episodes[999_999])
+    for number in range(1, 150):
+        (folder / f"episode_{number}_1000.npz").hardlink_to(first)
+    child = """
+        import resource, sys
+        from ringrl.data import import_archive
+        peaks = []
+        import_archive(sys.argv[1], sys.argv[2], "cartpole", workers=1, progress=lambda done, total:
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        print(peaks[-1] - peaks[9])
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(child), folder, tmp_path / "a.h5"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    stored = Path(tmp_path / "a.h5").stat().st_size / 1024
+    assert int(run.stdout) < stored / 4

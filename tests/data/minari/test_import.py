@@ -1,0 +1,309 @@
+"""Minari datasets from elsewhere, made by the Minari library itself."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+
+from ringrl.config import TrainConfig
+from ringrl.data import EpisodeStore
+from ringrl.data.minari import export_minari, import_minari
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.store.summary import describe
+from ringrl.errors import UserError
+from ringrl.evaluation import Protocol, evaluate_policy
+from ringrl.training import load_policy, train
+
+minari = pytest.importorskip("minari", reason="Minari is not installed (pip install 'ringrl[minari]')")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Minari asks for authors, addresses and the like
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Minari's folder of datasets, empty."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    return tmp_path / "datasets"
+
+
+@pytest.fixture
+def pendulum() -> str:
+    """Three episodes of Pendulum-v1 of 30, 30 and 12 steps, collected by Minari."""
+    environment = minari.DataCollector(gymnasium.make("Pendulum-v1", max_episode_steps=30))
+    environment.action_space.seed(0)
+    for number, length in enumerate((30, 30, 12)):
+        environment.reset(seed=number)
+        for _ in range(length):
+            environment.step(environment.action_space.sample())
+    environment.create_dataset("pendulum/random-v0")
+    environment.close()
+    return "pendulum/random-v0"
+
+
+SPACE = Dict(
+    {"joints": Dict({"z": Box(-9, 9, (2, 3)), "a": Box(-9, 9, (2,), np.float64)}), "goal": Box(0, 99, (1,), np.int64)}
+)
+LENGTHS = (5, 3, 8)
+
+
+def made(name: str = "lab/arm-v3", observation_space: gymnasium.Space = SPACE, **changes) -> list:
+    """Writes a small dataset with Minari: episodes of 5, 3 and 8 steps, of which the second ended by itself."""
+    observation_space.seed(0)
+    action_space = changes.pop("action_space", Box(np.array([-2, 0]), np.array([2, 5]), dtype=np.float64))
+    action_space.seed(0)
+    random, buffers = np.random.default_rng(0), []
+    for number, length in enumerate(LENGTHS):
+        observations = [observation_space.sample() for _ in range(length + 1)]
+        last = np.arange(length) == length - 1
+        values = {
+            "observations": stacked(observations),
+            "actions": np.stack([action_space.sample() for _ in range(length)]),
+            "rewards": random.normal(size=length) * 100,
+            "terminations": last & (number == 1),
+            "truncations": last & (number != 1),
+            "infos": {"qpos": random.normal(size=(length + 1, 3)), "qvel": random.normal(size=(length + 1, 2))},
+        }
+        values |= {key: change(values[key]) for key, change in changes.items() if number == 2}
+        buffers.append(minari.data_collector.EpisodeBuffer(id=number, **values))
+    minari.create_dataset_from_buffers(name, buffers, observation_space=observation_space, action_space=action_space)
+    return buffers
+
+
+def stacked(rows: list) -> object:
+    if isinstance(rows[0], dict):
+        return {key: stacked([row[key] for row in rows]) for key in rows[0]}
+    return np.stack(rows)
+
+
+def test_any_dataset_becomes_a_store(tmp_path: Path) -> None:
+    made()
+    dataset, store = minari.load_dataset("lab/arm-v3"), import_minari("lab/arm-v3", tmp_path / "arm.h5")
+    assert (store.domain, store.tasks, store.recorded_task) == ("lab/arm-v3", ("lab_arm-v3",), "lab_arm-v3")
+    assert store.lengths.tolist() == list(LENGTHS)
+    for number, episode in enumerate(dataset):
+        rows, steps = store.episode(number), len(episode)
+        observation = [
+            {
+                "joints": {key: episode.observations["joints"][key][i] for key in "az"},
+                "goal": episode.observations["goal"][i],
+            }
+            for i in range(steps + 1)
+        ]
+        flat = np.stack([gymnasium.spaces.flatten(dataset.observation_space, row) for row in observation])
+        np.testing.assert_array_equal(rows["observation"], flat.astype(np.float32), strict=True)
+        low, high = np.array([-2, 0]), np.array([2, 5])
+        np.testing.assert_allclose(low + (rows["action"][1:] + 1) / 2 * (high - low), episode.actions, atol=1e-6)
+        np.testing.assert_array_equal(rows["reward"][1:, 0], episode.rewards.astype(np.float32))
+        np.testing.assert_array_equal(rows["reward"][:, 0], rows["reward/lab_arm-v3"])
+        np.testing.assert_array_equal(rows["discount"][1:, 0], 1 - episode.terminations)
+        np.testing.assert_array_equal(rows["physics"][:, :3], episode.infos["qpos"])
+        np.testing.assert_array_equal(rows["physics"][:, 3:], episode.infos["qvel"])
+        assert not rows["action"][0].any()
+        assert not rows["reward"][0].any()
+        assert rows["discount"][0] == 1
+    store.verify()
+    said = describe(store)
+    assert "1 terminated" in said
+    assert "scaled to [-1, 1] from [-2, 2], [0, 5]" in said
+    assert "Minari (lab/arm-v3)" in said
+
+
+def test_such_a_store_goes_through_minari_as_well(tmp_path: Path) -> None:
+    made()
+    store = import_minari("lab/arm-v3", tmp_path / "arm.h5")
+    export_minari(store, "again-v0")
+    ends = [
+        (bool(episode.terminations[-1]), bool(episode.truncations[-1])) for episode in minari.load_dataset("again-v0")
+    ]
+    assert ends == [(False, True), (True, False), (False, True)]
+    back = import_minari("again-v0", tmp_path / "back.h5")
+    assert back.fingerprint == store.fingerprint
+    np.testing.assert_array_equal(back.returns("lab_arm-v3"), store.returns("lab_arm-v3"))
+    back.verify()
+    assert back.facts == store.facts
+
+
+def test_it_trains_and_is_evaluated_elsewhere(pendulum: str, tmp_path: Path) -> None:
+    store = import_minari(pendulum, tmp_path / "pendulum.h5")
+    assert store.lengths.tolist() == [30, 30, 12]
+    assert np.abs(store.arrays["action"]).max() <= 1
+    assert "physics" not in store.arrays
+    scale = Normalisation.of(store)
+    assert scale.return_to_go(store.returns("pendulum_random-v0").min()) == -1
+    tiny = {
+        "data": store.path,
+        "task": "pendulum_random-v0",
+        "context": {"trajectories": 2},
+        "model": {"layers": 1, "width": 16, "token_set": "fused1"},
+        "optimiser": {"steps": 3, "batch_size": 2, "warmup_steps": 1},
+    }
+    actor_critic = {"hindsight": {"later": 0, "nearby": 0, "distance_cost": 0}}
+    for kind in ("transformer", "td3_bc"):
+        config = tiny | {"run": tmp_path / kind, "model": tiny["model"] | {"kind": kind}, "actor_critic": actor_critic}
+        run = train(TrainConfig.model_validate(config), quiet=True)
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert all(np.isfinite(value) for line in metrics for value in line.values() if isinstance(value, float))
+    run = tmp_path / "transformer"
+    with pytest.raises(UserError, match="no simulation for pendulum/random-v0, evaluate it in its own environment"):
+        evaluate_policy(load_policy(run), run, Protocol())
+
+
+@pytest.mark.parametrize(
+    ("spaces", "message"),
+    [
+        ({"action_space": Discrete(3)}, "has Discrete as its action_space: only a Box"),
+        ({"action_space": MultiBinary(3)}, "has MultiBinary as its action_space"),
+        ({"action_space": Box(-np.inf, 1, (2,))}, "its actions have no bounds"),
+        ({"observation_space": Box(0, 255, (32, 32, 3), np.uint8)}, r"has images in its obs.* \(32x32"),
+        ({"observation_space": Dict({"a": Box(0, 1), "b": Discrete(3)})}, "Discrete as its observation_space/b: only"),
+        ({"actions": lambda array: array * 3}, "is outside the bounds of the action space"),
+        ({"terminations": np.logical_not}, "episode 2 terminates before its last step .step 0."),
+        ({"rewards": lambda array: array * np.nan}, "episode 2 has a value in row 0 of rewards that is not finite"),
+        ({"rewards": lambda array: array * 1e300}, "episode 2 has a value in row 0 of rewards that is not finite"),
+        ({"rewards": lambda array: np.full(8, 3e38)}, "the return of episode 2 is too large for float32"),
+        ({"actions": lambda array: array[:-1]}, r"episode 2 has actions of shape \(7, 2\), expected \(8, 2\)"),
+        ({"rewards": lambda array: array[:, None]}, "episode 2 has no list of rewards"),
+        ({"rewards": lambda array: ["a"] * 8}, "episode 2 has rewards that are no numbers"),
+        ({"infos": lambda infos: None}, "episode 2 lacks infos/qpos"),
+        ({"infos": lambda infos: infos | {"qpos": infos["qpos"][:-1]}}, r"qpos of shape \(8, 3\), expected \(9, 3\)"),
+    ],
+)  # fmt: skip
+def test_what_no_store_can_hold_is_named(spaces: dict, message: str, tmp_path: Path) -> None:
+    made(**spaces)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        import_minari("lab/arm-v3", tmp_path / "arm.h5")
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def change_file(change: Callable[[h5py.File], None]) -> Callable[[Path], None]:
+    def apply(data: Path) -> None:
+        with h5py.File(data / "main_data.hdf5", "r+") as file:
+            change(file)
+
+    return apply
+
+
+def change_metadata(**values: object) -> Callable[[Path], None]:
+    def apply(data: Path) -> None:
+        metadata = json.loads((data / "metadata.json").read_text()) | values
+        (data / "metadata.json").write_text(json.dumps({key: value for key, value in metadata.items() if value != "-"}))
+
+    return apply
+
+
+def cut(data: Path) -> None:
+    whole = (data / "main_data.hdf5").read_bytes()
+    (data / "main_data.hdf5").write_bytes(whole[: len(whole) // 2])
+
+
+def replaced(name: str, make: Callable[[h5py.File], object]) -> Callable[[Path], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file[name] = make(file)
+
+    return change_file(change)
+
+
+def bomb(file: h5py.File) -> None:
+    del file["episode_1/rewards"]
+    file.create_dataset("episode_1/rewards", (10**13,), "f8", chunks=(1024,))
+
+
+def wide(file: h5py.File) -> None:
+    del file["episode_1/observations"]
+    file.create_dataset("episode_1/observations", (4, 2**18), "f4", chunks=(1, 1024), compression="gzip")
+
+
+WIDE = json.dumps({"type": "Box", "dtype": "float32", "shape": [2**20], "low": 0.0, "high": 1.0})
+ENDLESS = json.dumps({"type": "Box", "dtype": "float32", "shape": [10**12], "low": 0.0, "high": 1.0})
+SECRET = h5py.ExternalLink("secret.h5", "numbers")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "main_data.hdf5 cannot be read, it is missing, damaged or cut short"),
+        (lambda data: (data / "main_data.hdf5").unlink(), "main_data.hdf5 cannot be read, it is missing"),
+        (lambda data: (data / "metadata.json").write_text("{"), "metadata.json cannot be read"),
+        (lambda data: (data / "metadata.json").write_text("[" * 100_000), "metadata.json cannot be read"),
+        (change_metadata(total_episodes=4), "episode 3 lacks rewards"),
+        (change_metadata(total_episodes=0), "names no dataset with episodes"),
+        (change_metadata(total_episodes="3"), "names no dataset with episodes"),
+        (change_metadata(data_format="arrow"), "data format 'arrow', only hdf5 can be read"),
+        (change_metadata(dataset_id="../../arm-v0"), "'../../arm-v0' cannot name a dataset from another source"),
+        (change_metadata(dataset_id="walker"), "'walker' cannot name a dataset from another source"),
+        (change_metadata(observation_space="-"), "lacks the observation_space"),
+        (change_metadata(observation_space="{}"), "metadata.json cannot be read"),
+        (change_metadata(observation_space=ENDLESS), "has the shape .1000000000000. for its obs"),
+        (change_metadata(observation_space=WIDE.replace("float32", "object")), "has numbers of object in its obs"),
+        (change_metadata(ringrl=3), "under 'ringrl' is damaged"),
+        (change_metadata(ringrl={"domain": "walker"}), "under 'ringrl' is damaged"),
+        (change_file(bomb), "claims 80,000,000,000,000 bytes|expected .10000000000000"),
+        (replaced("episode_1/rewards", lambda file: SECRET), "episode 1 has a link in place of rewards"),
+        (replaced("episode_1", lambda file: h5py.SoftLink("/episode_0")), "a link in place of episode_1"),
+        (replaced("episode_1/rewards", lambda file: file["episode_1"]), "episode 1 has no list of rewards"),
+        (replaced("episode_0/observations/goal", lambda file: np.zeros((6, 2))), "goal of shape .6, 2., expec"),
+        (replaced("episode_0/observations/goal", lambda file: np.full((6, 1), np.nan)), "row 0 of observations"),
+    ],
+)  # fmt: skip
+def test_hostile_datasets_are_refused(
+    damage: Callable[[Path], object], message: str, tmp_path: Path, root: Path
+) -> None:
+    made()
+    with h5py.File(root / "lab/arm-v3/data/secret.h5", "w") as file:
+        file["numbers"] = np.zeros(3)
+    damage(root / "lab/arm-v3/data")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        import_minari(str(root / "lab/arm-v3"), tmp_path / "arm.h5")
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_array_may_not_swell(tmp_path: Path, root: Path) -> None:
+    made(observation_space=Box(-1, 1, (2**18,)))
+    change_file(wide)(root / "lab/arm-v3/data")
+    with pytest.raises(UserError, match="claims 4,194,304 bytes of observations, far more than it stores"):
+        import_minari("lab/arm-v3", tmp_path / "arm.h5")
+
+
+def test_arrays_in_other_files_are_not_read(tmp_path: Path, root: Path) -> None:
+    made()
+    data = root / "lab/arm-v3/data"
+    np.zeros(3).tofile(data / "numbers")
+    with h5py.File(data / "other.h5", "w") as file:
+        source = h5py.VirtualSource(file.create_dataset("numbers", data=np.zeros(3)))
+
+    def external(file: h5py.File) -> None:
+        file.create_dataset("episode_1/rewards", (3,), "f8", external=[(str(data / "numbers"), 0, 24)])
+
+    def virtual(file: h5py.File) -> None:
+        layout = h5py.VirtualLayout((3,), "f8")
+        layout[:] = source
+        file.create_virtual_dataset("episode_1/rewards", layout)
+
+    for elsewhere in (external, virtual):
+        change_file(lambda file: file.__delitem__("episode_1/rewards"))(data)
+        change_file(elsewhere)(data)
+        with pytest.raises(UserError, match="episode 1 stores rewards in other files"):
+            import_minari("lab/arm-v3", tmp_path / "arm.h5")
+
+
+def test_datasets_that_are_not_there(tmp_path: Path, jaco_store: EpisodeStore) -> None:
+    with pytest.raises(UserError, match=r"no/such-v0: neither a folder nor a dataset in .*--download"):
+        import_minari("no/such-v0", tmp_path / "a.h5")
+    with pytest.raises(UserError, match=r"is no Minari dataset, metadata\.json is missing"):
+        import_minari(str(tmp_path), tmp_path / "a.h5")
+    with pytest.raises(UserError, match="is no name of a Minari dataset"):
+        import_minari("../../no/such-v0", tmp_path / "a.h5")
+    shutil.copy(jaco_store.path, tmp_path / "a.h5")
+    with pytest.raises(UserError, match="already exists"):
+        import_minari("no/such-v0", tmp_path / "a.h5")

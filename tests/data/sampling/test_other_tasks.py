@@ -1,0 +1,87 @@
+"""Contexts of several tasks in turn: rewards, returns and order are those of each context's own task."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.config import ContextConfig, TrainConfig
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.sampling.sampler import ContextSampler
+from ringrl.data.store import EpisodeStore
+from ringrl.errors import UserError
+
+TASKS = ("cartpole_swingup", "cartpole_balance")
+LENGTH, EPISODES = 6, 5
+
+
+@pytest.fixture
+def store(tmp_path: Path, random_episode, write_store) -> EpisodeStore:
+    """Episodes whose observation is their number; what is best in one task is worst in the other."""
+    episodes = []
+    for number in range(EPISODES):
+        episode = random_episode("cartpole", LENGTH, number)
+        episode["observation"][:] = number
+        episode[f"reward/{TASKS[0]}"] = np.r_[0, np.full(LENGTH, 0.1 * (number + 1))].astype(np.float32)
+        episode[f"reward/{TASKS[1]}"] = np.r_[0, np.full(LENGTH, 0.9 - 0.1 * number)].astype(np.float32)
+        episodes.append(episode)
+    return write_store(tmp_path / "two.h5", "cartpole", episodes)
+
+
+def sampler(store: EpisodeStore, task: str = TASKS[0], batch_size: int = 6, **config: object) -> ContextSampler:
+    identity = Normalisation(np.zeros(5), np.ones(5), LENGTH)
+    return ContextSampler(store, task, ContextConfig(trajectories=3, **config), identity, batch_size, 0)
+
+
+def test_each_context_is_of_one_task_through_and_through(store: EpisodeStore) -> None:
+    several = sampler(store, other_tasks=TASKS[1:])
+    plan, batch = several.plan(0), several.batch(0)
+    assert set(plan.tasks) == set(TASKS), "both in six draws"
+    for row, task in enumerate(plan.tasks):
+        chosen = plan.episodes[row]
+        returns = store.returns(task)[chosen]
+        assert list(returns) == sorted(returns), "ascending in its own task"
+        assert plan.targets[row] == pytest.approx(returns.max())
+        rows = [slice(store.offsets[i] + 1, store.offsets[i + 1]) for i in chosen]
+        rewards = np.concatenate([store.arrays[f"reward/{task}"][span] for span in rows])
+        np.testing.assert_allclose(batch.reward[row], rewards, rtol=1e-6)
+        np.testing.assert_allclose(batch.previous.reward[row, LENGTH], rewards[LENGTH - 1], rtol=1e-6)
+        np.testing.assert_allclose(batch.previous.reward[row, 1:LENGTH], rewards[: LENGTH - 1], rtol=1e-6)
+        left = returns.max() - np.cumsum(rewards[-LENGTH:]) + rewards[-LENGTH:]
+        np.testing.assert_allclose(batch.return_to_go[row, -LENGTH:], left / LENGTH, rtol=1e-5)
+        np.testing.assert_array_equal(batch.completion[row, LENGTH - 1 :: LENGTH], [0, 0, 1])
+
+
+def test_all_tasks_are_alike_likely_and_any_part_reads_alike(store: EpisodeStore) -> None:
+    several = sampler(store, batch_size=400, other_tasks=TASKS[1:])
+    plan = several.plan(3)
+    assert abs((plan.tasks == TASKS[0]).mean() - 0.5) < 0.1
+    whole, times = several.read(plan, slice(None), np.arange(several.time)), np.array([17, 2, 3, 9])
+    part = several.read(plan, slice(5, 60), times)
+    np.testing.assert_array_equal(part.reward, np.asarray(whole.reward)[5:60][:, times])
+    np.testing.assert_array_equal(part.return_to_go, np.asarray(whole.return_to_go)[5:60][:, times])
+
+
+def test_strata_are_of_the_contexts_own_task(store: EpisodeStore) -> None:
+    several = sampler(store, other_tasks=TASKS[1:], sampling="return_stratified")
+    alone = sampler(store, TASKS[1], sampling="return_stratified")
+    np.testing.assert_array_equal(several._weights[TASKS[1]], alone._weights[TASKS[1]])
+
+
+def test_without_other_tasks_draws_are_what_they_were(store: EpisodeStore) -> None:
+    """Ascending in return is ascending in number, so what a seed drew before there were other tasks can be said."""
+    drawn = [np.sort(np.random.default_rng([0, 7, row]).choice(EPISODES, 3, replace=False)) for row in range(6)]
+    np.testing.assert_array_equal(sampler(store).plan(7).episodes, drawn)
+
+
+def test_mistakes_are_named(store: EpisodeStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rewards for task walker_walk"):
+        sampler(store, other_tasks=("walker_walk",))
+    run = {"data": store.path, "task": TASKS[0], "run": tmp_path / "run"}
+    for context, model, said in (
+        ({"other_tasks": [TASKS[0]]}, {}, "names a task twice"),
+        ({"other_tasks": [TASKS[1]], "best_fraction": 0.5}, {}, "best episodes differ between tasks; leave it at 1"),
+        ({"other_tasks": [TASKS[1]]}, {"kind": "behaviour_cloning"}, "no context that could identify"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            TrainConfig(**run, context=context, model=model)

@@ -1,0 +1,91 @@
+"""Merging stores: every episode as it was, in the order given, and no mixing of what does not belong together."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.cli import main
+from ringrl.data.store import EpisodeStore
+from ringrl.data.store.merge import merge_stores
+from ringrl.data.store.provenance import NAMED_SKIPPED
+from ringrl.data.store.writer import create_store
+from ringrl.errors import UserError
+
+
+@pytest.fixture
+def two(tmp_path: Path, random_episode, write_store) -> list[EpisodeStore]:
+    """Of three and two episodes."""
+    first = [random_episode("cartpole", 5, number) for number in range(3)]
+    second = [random_episode("cartpole", 7, number) for number in range(3, 5)]
+    return [write_store(tmp_path / f"{name}.h5", "cartpole", part) for name, part in (("a", first), ("b", second))]
+
+
+def test_all_episodes_come_over_in_order(two: list[EpisodeStore], tmp_path: Path) -> None:
+    told = []
+    merged = merge_stores([store.path for store in two], tmp_path / "c.h5", progress=lambda *step: told.append(step))
+    assert told[-1] == (5, 5)
+    merged.verify()
+    originals = [store.episode(index) for store in two for index in range(store.num_episodes)]
+    assert merged.num_episodes == len(originals)
+    for index, original in enumerate(originals):
+        for key, values in merged.episode(index).items():
+            np.testing.assert_array_equal(values, original[key], err_msg=key)
+    for task in merged.tasks:
+        np.testing.assert_array_equal(merged.returns(task), np.concatenate([store.returns(task) for store in two]))
+    assert merged.source == " + ".join(store.source for store in two)
+
+
+def test_the_command_merges_and_refuses_what_is_there(two, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(store.path) for store in two]
+    command = ["data", "merge", *paths, "--output", str(tmp_path / "c.h5")]
+    main(command)
+    assert "5 x 5 to 7 steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert "--overwrite" in capsys.readouterr().err
+    main([*command, "--overwrite"])
+
+
+def test_an_episode_that_is_in_two_stores_is_named(two, tmp_path: Path, random_episode, write_store) -> None:
+    """Else a context of distinct trajectories could hold it twice, and it would weigh double."""
+    overlapping = write_store(tmp_path / "d.h5", "cartpole", [random_episode("cartpole", 5, n) for n in (9, 1)])
+    with pytest.raises(UserError, match=r"d.h5: 1 of its .*episode 1 is episode 1 of .*a.h5") as refused:  # b between
+        merge_stores([*(store.path for store in two), overlapping.path], tmp_path / "c.h5")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_a_damaged_store_gets_no_new_checksums(two, tmp_path: Path) -> None:
+    path = two[1].path
+    whole = path.read_bytes()
+    place = whole.index(two[1].episode(1)["observation"].tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"b.h5: episode 1 is damaged"):
+        merge_stores([store.path for store in two], tmp_path / "c.h5")
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_a_merged_store_names_as_few_damaged_episodes_as_another(two, tmp_path: Path) -> None:
+    for store in two:
+        skipped = dataclasses.replace(store.provenance, num_skipped=9, skipped=("cut short",) * NAMED_SKIPPED)
+        with create_store(store.path, "cartpole", store.tasks, store.lengths, source=skipped, overwrite=True) as writer:
+            for index in range(store.num_episodes):
+                writer.append(store.episode(index))
+    made = merge_stores([store.path for store in two], tmp_path / "c.h5").provenance
+    assert (made.num_skipped, len(made.skipped)) == (18, NAMED_SKIPPED)
+
+
+def test_what_does_not_belong_together_is_refused(two, tmp_path: Path, random_episode, write_store) -> None:
+    walker = write_store(tmp_path / "w.h5", "walker", [random_episode("walker", 5, 0)])
+    first = two[0].path
+    for sources, said in (
+        ([first], "at least two"),
+        ([first, first], "3 of its episodes are in another store"),
+        ([first, walker.path], "Merge stores of one domain"),
+    ):
+        with pytest.raises(UserError, match=said):
+            merge_stores(sources, tmp_path / "c.h5")
+    assert not (tmp_path / "c.h5").exists()

@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.data.store import EpisodeStore
+from ringrl.data.store.format import recorded_arrays, reward_key
+from ringrl.data.store.summary import describe, summarise, to_json
+from ringrl.data.store.writer import create_store
+from ringrl.envs import DOMAINS
+
+
+def store_with_returns(path: Path, returns: list[float]) -> EpisodeStore:
+    """A jaco store of 10-step episodes with these returns for every task."""
+    domain = DOMAINS["jaco"]
+    with create_store(path, "jaco", domain.tasks, [10] * len(returns), source="jaco/rnd.zip") as writer:
+        for value in returns:
+            columns = recorded_arrays(domain).items()
+            episode = {key: np.zeros((11, column.width), column.dtype) for key, column in columns}
+            reward = np.full(11, value / 10, np.float32)
+            reward[0] = 0
+            writer.append(episode | {reward_key(task): reward for task in domain.tasks})
+        writer.recorded_task = "jaco_reach_top_left"
+    return EpisodeStore(path)
+
+
+@pytest.fixture
+def store(tmp_path) -> EpisodeStore:
+    return store_with_returns(tmp_path / "jaco.h5", [0.0, 0.0, 0.0, 2.0, 10.0])
+
+
+def test_summary_holds_the_facts(store):
+    summary = summarise(store, bins=5)
+    assert (summary.domain, summary.num_episodes, summary.shortest, summary.longest, summary.num_steps) == (
+        "jaco",
+        5,
+        10,
+        10,
+        50,
+    )
+    assert (summary.observation_size, summary.action_size, summary.physics_size) == (42, 9, 18)
+    assert summary.file_bytes == store.path.stat().st_size
+    assert summary.recorded_task == "jaco_reach_top_left"
+    (first, *_) = summary.returns
+    assert first.task == "jaco_reach_top_left"
+    assert first.counts == (3, 1, 0, 0, 1)
+    np.testing.assert_allclose(first.quantiles, [0, 0, 0, 0, 2, 8.4, 10], rtol=1e-6)
+    np.testing.assert_allclose(first.mean, 2.4, rtol=1e-6)
+
+
+def test_text_has_one_line_per_fact_and_task(store):
+    lines = describe(store, bins=5).splitlines()
+    assert max(map(len, lines)) <= 120 or len(str(store.path)) > 90
+    text = "\n".join(lines)
+    for fact in ["5 x 10 steps = 50 transitions", "jaco/rnd.zip", store.fingerprint, str(store.path)]:
+        assert fact in text
+    (row,) = [line for line in lines if line.startswith("jaco_reach_bottom_left")]
+    assert row.split()[1:9] == ["0.0", "0.0", "0.0", "0.0", "2.0", "8.4", "10.0", "2.4"]
+    assert row.endswith("  █▃  ▃")
+
+
+def test_json_holds_the_same_facts(store):
+    summary = json.loads(to_json(store, bins=5))
+    assert summary["num_episodes"] == 5
+    assert summary["provenance"]["source"] == "jaco/rnd.zip"
+    assert summary["returns"][0]["task"] == "jaco_reach_top_left"
+    assert summary["returns"][0]["counts"] == [3, 1, 0, 0, 1]
+    assert dict(zip(summary["quantile_levels"], summary["returns"][0]["quantiles"], strict=True))[
+        0.95
+    ] == pytest.approx(8.4)
+
+
+def test_equal_returns_are_one_bar(tmp_path):
+    text = describe(store_with_returns(tmp_path / "a.h5", [0.0, 0.0]))
+    assert text.splitlines()[-1].count("█") == 1
+
+
+def test_unknown_recorded_task_is_said(tmp_path, store):
+    with create_store(tmp_path / "a.h5", "jaco", DOMAINS["jaco"].tasks, store.lengths, source="x") as writer:
+        for i in range(5):
+            writer.append(store.episode(i))
+    assert "no single task" in describe(EpisodeStore(tmp_path / "a.h5"))
