@@ -1,15 +1,15 @@
-# Every target sets up .venv by itself: python3 >= 3.11 and make are all that is needed.
+# Every target creates .venv if needed. Requires make and Python >= 3.11.
 PYTHON ?= python3
 RUN := .venv/bin/
 
 .PHONY: install demo test faults lint docs lock clean
 
-install: .venv/ready  ## .venv alone
+install: .venv/ready  ## create .venv
 
-demo: .venv/ready  ## collect, train, evaluate, ablate, report: about ten minutes on two cores
+demo: .venv/ready  ## collect, train, evaluate, ablate and report in about ten minutes on two cores
 	$(RUN)ringrl demo
 
-test: .venv/ready  ## every test
+test: .venv/ready  ## all tests except the slow ones
 	$(RUN)python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 faults: .venv/ready  ## kill, starve and damage every command: about an hour; full disks need root or user namespaces
@@ -21,7 +21,7 @@ lint: .venv/ready  ## style and types
 	$(RUN)ruff format --check .
 	$(RUN)mypy
 
-docs: .venv/docs  ## the site, every link checked, in build/site
+docs: .venv/docs  ## the site in build/site, with every link checked
 	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict
 
 .venv/docs: .venv/ready

@@ -1,4 +1,4 @@
-"""Shared by all rooms: small real datasets."""
+"""Fixtures for all tests: small real datasets, fake SLURM commands, devices."""
 
 import os
 import signal
@@ -16,37 +16,37 @@ from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import save_episode
 from ringrl.envs import make
 
-# Programs are compiled once for all processes of a session: the first to come makes the folder, the others inherit it.
+# All processes of a session share one compilation cache: the first process creates the folder, the others inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="ringrl-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-# They run for moments, so most of their time would go to LLVM's optimisations, and to MLIR's way to LLVM.
+# Test programs run briefly, so compilation dominates. Skip LLVM's optimisations and the fusion emitters.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-SHORT_WAY = "--xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # later ones know no other way
-    SHORT_WAY += " --xla_cpu_use_fusion_emitters=false"
-if SHORT_WAY not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SHORT_WAY}".strip()
+FAST_COMPILATION = "--xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # later versions have no such flag
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+if FAST_COMPILATION not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
 jax.config.update("jax_disable_most_optimizations", True)
 
-# A busy machine is no failure.
+# Slow examples are no failures: the machine may be busy.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
-# Few but long tests: begun first, so that no process is left alone with them at the end.
+# Files with long tests start first, so that no process runs them alone at the end.
 LONGEST = (
     "training/test_distributed.py", "study/test_ablate.py", "training/test_mesh.py", "test_docs.py",
-    "training/test_checkpoints.py", "evaluation/test_session.py", "test_cli.py", "model/test_cache.py",
+    "training/test_checkpoints.py", "evaluation/test_evaluate.py", "test_cli.py", "model/test_cache.py",
     "training/test_resume.py", "study/test_cluster.py", "training/test_slurm.py", "planning/test_search.py",
     "collect/test_learner.py", "attention/test_mosaic_tpu.py", "attention/test_mosaic_gpu.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first; pytest-xdist keeps that order (--no-loadscope-reorder)."""
+    """Put the longest files first. pytest-xdist keeps the order (--no-loadscope-reorder)."""
     places = {name: place for place, name in enumerate(LONGEST)}
     folder = Path(__file__).parent
     items.sort(key=lambda item: places.get(item.path.relative_to(folder).as_posix(), len(places)))
@@ -54,26 +54,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For processes that a test starts: the host's devices, of which each asks for as many as it wants."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": SHORT_WAY}
+    """Return the environment of processes that a test starts. Each process chooses its number of host devices."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILATION}
 
 
 @pytest.fixture
 def optimised() -> Iterator[None]:
-    """Programs as users run them."""
+    """Compile with the optimisations that users get."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # in the background of a shell: processes under test are to heed it
+# A background job of a shell ignores SIGINT, but tested processes must receive it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def record_random_episodes(task: str, folder: Path, episodes: int) -> Path:
-    """Random actions in the real environment, written as an ExoRL folder."""
+    """Record random actions in the real environment as an ExoRL folder."""
     (folder / "buffer").mkdir(parents=True)
     environment = make(task, seed=0)
     random = np.random.default_rng(0)
@@ -105,14 +104,14 @@ def jaco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def jaco_store(jaco_folder: Path) -> EpisodeStore:
-    """The same episodes as a store."""
+    """The episodes of `jaco_folder` as a store."""
     return import_archive(jaco_folder, jaco_folder.with_suffix(".h5"), "jaco")
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands: an sbatch that keeps and counts what it is given and takes it as job 7, a sacct that says
-    the first two of its tasks run, and an srun that is never used."""
+    """A folder of fake commands: sbatch stores and counts scripts and returns job 7, sacct reports the first two tasks
+    as running, srun fails."""
     commands = tmp_path / "commands"
     commands.mkdir()
     states = "JobID|State|NodeList\\n7_0|RUNNING|a\\n7_1|RUNNING|a"
@@ -129,7 +128,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def eight_devices() -> Iterator[None]:
-    """Eight host devices for the tests of a module, and what there was before for those after it."""
+    """Eight host devices for the tests of a module. The previous number is restored after them."""
     if jax.local_device_count() >= 8:
         yield
         return

@@ -1,4 +1,4 @@
-"""What the scripts in benchmarks/ say of wrong arguments, and that their processes understand each other."""
+"""The scripts in benchmarks/ reject wrong arguments, and their worker processes return results."""
 
 import importlib
 import runpy
@@ -10,7 +10,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "said"),
+    ("script", "arguments", "expected"),
     [
         ("random_returns", ["walker_wlak"], "random_returns.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("collect", ["walker_wlak"], "collect.py: unknown task 'walker_wlak'; did you mean walker_walk"),
@@ -21,18 +21,22 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("train_gpu", [], "needs a GPU, JAX finds cpu"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_measured(
-    script: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_arguments_are_rejected(
+    script: str,
+    arguments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     main = runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name=script)["main"]
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
-def test_the_longest_context_is_compiled_and_trained_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_compile_and_train_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("longest_context")
     compiled, trained = (script.run_worker("ring", 1024, steps) for steps in (0, 1))

@@ -1,4 +1,4 @@
-"""What is installed is all that is in the package: no preset, model, template or script of the page is left behind."""
+"""The wheel contains every file of the package: presets, models, templates and scripts too."""
 
 import shutil
 import subprocess
@@ -13,15 +13,15 @@ SOURCES = ("envs", "data", "configs", "ringrl", "pyproject.toml", "MANIFEST.in",
 
 
 def build(what: str, folder: Path, destination: Path) -> Path:
-    """The archive that the build backend makes of a source tree, without fetching anything."""
+    """Build an archive of a source tree with the build backend, without network, and return its path."""
     command = [sys.executable, "-W", "error::UserWarning", "-c", BUILD, f"build_{what}", str(destination)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return max(destination.iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
 
-def test_the_wheel_of_the_sdist_holds_the_whole_package(tmp_path: Path) -> None:
-    """From a checkout, where ringrl/envs is a link, to an sdist, where it is a folder, to the wheel."""
+def test_the_wheel_of_the_sdist_contains_the_whole_package(tmp_path: Path) -> None:
+    """Build from a checkout (ringrl/envs is a link) an sdist (a folder), and from the sdist the wheel."""
     checkout, made = tmp_path / "checkout", tmp_path / "made"
     checkout.mkdir()
     made.mkdir()
@@ -39,7 +39,7 @@ def test_the_wheel_of_the_sdist_holds_the_whole_package(tmp_path: Path) -> None:
         (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         assert "License-Expression: Apache-2.0" in wheel.read(metadata).decode()
         assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
-    there = [path for name in ("ringrl", *SOURCES[:3]) for path in (checkout / name).rglob("*") if path.is_file()]
-    expected = {path.relative_to(checkout).as_posix() for path in there}
+    files = [path for name in ("ringrl", *SOURCES[:3]) for path in (checkout / name).rglob("*") if path.is_file()]
+    expected = {path.relative_to(checkout).as_posix() for path in files}
     expected = {name if name.startswith("ringrl/") else f"ringrl/{name}" for name in expected}
     assert packed == expected
