@@ -185,7 +185,7 @@ def test_ctrl_c_in_one_process_ends_all(hosts: Hosts, endless: TrainConfig) -> N
 def test_a_process_that_never_connects(hosts: Hosts, tiny: TrainConfig) -> None:
     hosts.start(tiny, 3, "--distributed.start-timeout=5", only=2)
     for index in (0, 1):
-        code, _, errors = hosts.end(index, timeout=MINUTE)
+        code, _, errors = hosts.end(index)
         assert code == 75
         assert re.search(r"^ringrl: not all 3 processes connected to 127.0.0.1:\d+ within 5 s; check that each", errors)
         assert errors.count("\n") == 1
@@ -225,7 +225,7 @@ def test_an_error_of_process_0_ends_all(hosts: Hosts, spread: TrainConfig) -> No
     spread.run.mkdir()
     (spread.run / "thesis.tex").write_text("years of work")
     hosts.start(spread, 2)
-    ends = [hosts.end(index, timeout=MINUTE) for index in (0, 1)]
+    ends = [hosts.end(index) for index in (0, 1)]
     assert [code for code, _, _ in ends] == [2, 2]
     assert ends[0][2].startswith(f"ringrl: {spread.run}: holds other files")
     assert ends[1][2].startswith(f"ringrl: process 0 of 2 stopped: {spread.run}: holds other files")
