@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     """Run one command and turn its errors into one line."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors that end in one line here
+    for name in ("absl", "asyncio"):  # orbax logs tracebacks of errors that end in one line here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if getattr(sys.unraisablehook, "func", None) is not _hide_tensorstore:
         sys.unraisablehook = functools.partial(_hide_tensorstore, sys.unraisablehook)
     try:

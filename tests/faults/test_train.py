@@ -72,7 +72,8 @@ def test_full_disk(material: Path, trained: Path, disk: Disk) -> None:
     for leave in (0, 2**16):  # the latter is enough for the configuration, but not for a checkpoint
         disk.fill_before([*command, "--resume"], leave).expect(2, "free some space|give another")
     moment = lambda: MOMENTS["between checkpoints"](disk.folder / "run")  # noqa: E731
-    disk.fill_during([*command, "--resume"], moment).expect(2, "free some space")
+    shutil.rmtree(disk.folder / "run")
+    disk.fill_during(command, moment).expect(2, "free some space")
     assert_resumes(command, disk.folder / "run", trained)
 
 
