@@ -1,27 +1,24 @@
-"""Is attention on a Hopper GPU right, and how fast is it beside its peers? One GPU, one table, under eight minutes.
+"""Correctness and speed of attention on one Hopper GPU, in less than eight minutes.
 
     python benchmarks/attention_gpu.py [--seconds 450] [--runs 5] [--json FILE]
 
-First every value and gradient against float64 on the host. Then rates in TFLOP/s of useful operations: 4 B H S^2 D
-forward, halved if causal, 2.5 times that backward (what is computed again does not count). A figure is the median of
-the runs. 32,768 tokens or one sequence at a time, 2,048 features in heads of 64 or 128, bfloat16. Peers:
-jax.nn.dot_product_attention with cuDNN, tokamax where it is installed, and this library's XLA kernel (short sequences
-only). In between, what a ring costs on top: eight calls over an eighth of the keys each, against one call.
+First, all values and gradients are compared with float64 on the host. Second, the overhead of a ring: eight calls over
+an eighth of the keys each, against one call. Third, rates in TFLOP/s of useful operations: 4 B H S^2 D forward, half of
+that if causal, 2.5 times that backward, without recomputation. Rates are medians over the runs, for 32,768 tokens or
+one sequence at a time, 2,048 features in heads of 64 or 128, bfloat16. Peers: jax.nn.dot_product_attention with cuDNN,
+tokamax if installed, and the XLA kernel of this library (short sequences only).
 """
 
-import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import positive
+from common import make_parser, positive, save_json
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial, by_token
 from ringrl.attention.kernels import mosaic_gpu, xla
@@ -33,11 +30,11 @@ LONGEST_FOR_XLA = 4_096
 RESULTS = ("o", "lse", "dq", "dk", "dv")
 NAMES = ("ours", "cudnn", "tokamax", "xla")
 RING = 8
-TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # of the largest value
+TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}  # relative to the largest value
 
 
 class Problem(NamedTuple):
-    """One attention call, as kernels take it, and a cotangent."""
+    """The inputs of a kernel, with a cotangent of the output."""
 
     inputs: Inputs
     do: jax.Array
@@ -45,34 +42,24 @@ class Problem(NamedTuple):
 
 
 def side(positions: np.ndarray, segment_ids: np.ndarray | None = None) -> Side:
-    """One context."""
+    """Return positions and segment ids of one context."""
     segment_ids = np.zeros_like(positions) if segment_ids is None else segment_ids
     return Side(*(jnp.asarray(x, jnp.int32)[None] for x in (positions, segment_ids)))
 
 
-def repeat_side(side: Side, batch: int) -> Side:
-    """The same for all contexts of a batch."""
-    return Side(*(jnp.tile(x, (batch, 1)) for x in side))
-
-
 def random_problem(shape: tuple[int, ...], keys: int, dtype: str, sides: tuple[Side, Side], rule: Rule) -> Problem:
-    """Random arrays for queries of (B, Hkv, G, S, D)."""
+    """Return random arrays for queries (B, Hkv, G, S, D), with the same sides in all contexts of the batch."""
     batch, kv_heads, groups, queries, head_dim = shape
     heads = batch * kv_heads
     shapes = (heads, groups * queries, head_dim), (heads, 2, keys, head_dim), (heads, groups * queries, head_dim)
-    draws = jax.random.split(jax.random.key(0), 3)
-    arrays = (
-        jax.random.normal(key, shape, jnp.float32).astype(dtype) for key, shape in zip(draws, shapes, strict=True)
-    )
-    q, kv, do = arrays
-    return Problem(Inputs(q, kv, *(repeat_side(x, batch) for x in sides)), do, Options(rule, head_dim**-0.5))
-
-
-# ---- correctness
+    draws = zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
+    q, kv, do = (jax.random.normal(key, shape, jnp.float32).astype(dtype) for key, shape in draws)
+    sides = tuple(Side(*(jnp.tile(x, (batch, 1)) for x in each)) for each in sides)
+    return Problem(Inputs(q, kv, *sides), do, Options(rule, head_dim**-0.5))
 
 
 def definition(problem: Problem, dlse: np.ndarray) -> dict[str, np.ndarray]:
-    """o, lse, dq, dk, dv in float64 on the host, from the weights of all rows of one key head at a time."""
+    """Return o, lse, dq, dk, dv in float64 on the host, one key head at a time."""
     inputs, scale = problem.inputs, problem.options.scale
     q, kv, do = (np.asarray(x.astype(jnp.float32), np.float64) for x in (inputs.q, inputs.kv, problem.do))
     masks = np.asarray(visible(problem.options.rule, inputs.queries, inputs.keys))
@@ -93,18 +80,18 @@ def definition(problem: Problem, dlse: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def poison(problem: Problem) -> None:
-    """Leave NaN in the memory that the next results are likely to get: what a kernel does not write shows."""
+    """Fill memory with NaN, which the next results are likely to reuse, to detect unwritten values."""
     shapes = [x.shape for x in (problem.inputs.q, problem.inputs.kv)] * 3
     jax.block_until_ready([jnp.full(shape, jnp.nan) for shape in shapes])
 
 
 def part_of_keys(inputs: Inputs, part: slice) -> Inputs:
-    """The same queries with fewer keys."""
+    """Return the inputs with a part of the keys."""
     return inputs._replace(kv=inputs.kv[:, :, part], keys=Side(*(x[:, part] for x in inputs.keys)))
 
 
 def largest_errors(problem: Problem) -> dict[str, float]:
-    """Of every result, in units of its largest value; infinite where blind rows or not finite values differ."""
+    """Return the error of each result relative to its largest value; infinity if non-finite values differ."""
     inputs, do, options = problem
     dlse = np.random.default_rng(1).normal(size=inputs.q.shape[:-1])
     expected = definition(problem, dlse)
@@ -125,7 +112,7 @@ def largest_errors(problem: Problem) -> dict[str, float]:
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over the largest value; -inf must be where it is expected."""
+    """Return the largest difference over the largest value; infinity if -inf or non-finite values differ."""
     infinite = np.isneginf(expected)
     if not np.array_equal(np.isneginf(found), infinite) or not np.isfinite(found[~infinite]).all():
         return float("inf")
@@ -134,7 +121,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def checks() -> Iterator[tuple[str, str, Problem]]:
-    """(name, dtype, problem): every mask, both dtypes and head sizes, two query heads to a key head, odd lengths."""
+    """Yield (name, dtype, problem): all masks, dtypes and head sizes, two query heads per key head, odd lengths."""
     queries, keys = np.arange(300, 1300), np.arange(1300)
     segments = np.repeat([4, 1, 7], [500, 450, 350])
     shuffled = np.random.default_rng(0).permutation(1300)
@@ -151,15 +138,12 @@ def checks() -> Iterator[tuple[str, str, Problem]]:
             dtype = ("bfloat16", "float16")[(number + head_dim // 64) % 2]
             shape = (2, 2, 2, len(queries), head_dim)
             yield f"{name} D{head_dim} {dtype}", dtype, random_problem(shape, len(keys), dtype, sides, rule)
-    # So many that every multiprocessor takes several cells of work.
+    # Long enough for several cells of work per multiprocessor.
     yield "long D128 bfloat16", "bfloat16", sequence(4_096, 128, is_causal=True, batch=1, heads=8)
 
 
-# ---- speed
-
-
 def seconds_per_call(run: Callable[[], Any], runs: int) -> float:
-    """Median; short calls are issued many at a time, so that the host is not what is measured."""
+    """Return the median seconds of a call. Short calls are issued in groups, so that the host is not the limit."""
     jax.block_until_ready(run())
     start = time.perf_counter()
     jax.block_until_ready(run())
@@ -173,7 +157,7 @@ def seconds_per_call(run: Callable[[], Any], runs: int) -> float:
 
 
 def kernel_passes(forward: Callable, backward: Callable, problem: Problem) -> tuple[Callable, Callable]:
-    """(forward, backward) of a kernel of this library; delta is part of its backward pass."""
+    """Return (forward, backward) of a kernel of this library; the backward pass includes delta."""
     inputs, do, options = problem
     forward = jax.jit(forward, static_argnums=1)
     o, lse = forward(inputs, options)
@@ -187,7 +171,7 @@ def kernel_passes(forward: Callable, backward: Callable, problem: Problem) -> tu
 
 
 def function_passes(attend: Callable, problem: Problem) -> tuple[Callable, Callable]:
-    """(forward, backward) of a function of q, k and v in (B, S, H, D)."""
+    """Return (forward, backward) of a function of q, k and v (B, S, H, D)."""
     inputs = problem.inputs
     shape = inputs.queries.positions.shape
     q, k, v, do = (by_token(x, *shape) for x in (inputs.q, inputs.kv[:, 0], inputs.kv[:, 1], problem.do))
@@ -197,28 +181,23 @@ def function_passes(attend: Callable, problem: Problem) -> tuple[Callable, Calla
     return lambda: forward(q, k, v), lambda: backward(pullback, do)
 
 
-def tokamax_attention(is_causal: bool) -> Callable:
-    """ImportError where it is not installed."""
-    import tokamax
-
-    return partial(tokamax.dot_product_attention, is_causal=is_causal)
-
-
 def passes(name: str, problem: Problem) -> tuple[Callable, Callable]:
-    """(forward, backward) of ours or of a peer."""
+    """Return (forward, backward) of one of NAMES. ImportError if tokamax is not installed."""
     is_causal = problem.options.rule.is_causal
     if name == "ours":
         return kernel_passes(mosaic_gpu.forward, mosaic_gpu.backward, problem)
     if name == "xla":
         return kernel_passes(xla.forward, xla.backward, problem)
     if name == "tokamax":
-        return function_passes(tokamax_attention(is_causal), problem)
+        import tokamax
+
+        return function_passes(partial(tokamax.dot_product_attention, is_causal=is_causal), problem)
     cudnn = partial(jax.nn.dot_product_attention, is_causal=is_causal, implementation="cudnn")
     return function_passes(cudnn, problem)
 
 
 def rates(name: str, problem: Problem, runs: int) -> dict[str, float | str]:
-    """TFLOP/s forward and backward, or why there are none: a peer that fails does not end the comparison."""
+    """Return TFLOP/s forward and backward, or the error of a peer."""
     inputs = problem.inputs
     operations = 4.0 * inputs.q.size * inputs.kv.shape[2]  # 4 B H S^2 D
     operations /= 2 if problem.options.rule.is_causal else 1
@@ -237,14 +216,14 @@ def rates(name: str, problem: Problem, runs: int) -> dict[str, float | str]:
 def sequence(
     tokens: int, head_dim: int, is_causal: bool, batch: int | None = None, heads: int | None = None
 ) -> Problem:
-    """Plain sequences; by default as many as are timed together."""
+    """Return a problem with plain sequences, by default with TOKENS tokens in total."""
     shape = (batch or max(1, TOKENS // tokens), heads or FEATURES // head_dim, 1, tokens, head_dim)
     places = (side(np.arange(tokens)),) * 2
     return random_problem(shape, tokens, "bfloat16", places, Rule(is_causal))
 
 
 def ring_overhead(head_dim: int, runs: int) -> dict[str, float]:
-    """Milliseconds of one call over all keys, and of eight over an eighth each, every one going on from the last."""
+    """Return milliseconds of one call over all keys, and of eight consecutive calls over an eighth each."""
     problem = sequence(TOKENS, head_dim, is_causal=True)
     whole = jax.jit(mosaic_gpu.forward, static_argnums=1)
     blocks = [
@@ -264,15 +243,12 @@ def ring_overhead(head_dim: int, runs: int) -> dict[str, float]:
     return {"whole_ms": seconds[0] * 1e3, "hops_ms": seconds[1] * 1e3, "overhead": seconds[1] / seconds[0] - 1}
 
 
-# ---- the program
-
-
 def check_all(out_of_time: Callable[[float], bool]) -> dict[str, dict[str, float]]:
-    """SystemExit if anything is wrong."""
+    """Print and return all errors. SystemExit if one exceeds the tolerance."""
     results = {}
     for name, dtype, problem in checks():
         if out_of_time(0.3):
-            print(f"{name:<28}not checked: out of time")
+            print(f"{name:<28}skipped: out of time")
             continue
         errors = results[name] = largest_errors(problem)
         print(f"{name:<28}" + "  ".join(f"{what} {error:.1e}" for what, error in errors.items()), flush=True)
@@ -282,7 +258,7 @@ def check_all(out_of_time: Callable[[float], bool]) -> dict[str, dict[str, float
 
 
 def time_all(out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, Any]]:
-    """The table of rates."""
+    """Print and return the table of rates."""
     rows = []
     print(f"\n{'TFLOP/s':<10}{'tokens':>8}{'D':>5}{'':>8}{'forward':>10}{'backward':>10}")
     for tokens, head_dim, is_causal, name in itertools.product(LENGTHS, (64, 128), (True, False), NAMES):
@@ -291,7 +267,7 @@ def time_all(out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, 
         mask = "causal" if is_causal else "full"
         label = f"{name:<10}{tokens:>8}{head_dim:>5}{mask:>8}"
         if out_of_time(0.9):
-            print(f"{label}   left out: out of time")
+            print(f"{label}   skipped: out of time")
             continue
         found = rates(name, sequence(tokens, head_dim, is_causal), runs)
         rows.append({"name": name, "tokens": tokens, "head_dim": head_dim, "mask": mask} | found)
@@ -301,11 +277,10 @@ def time_all(out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check, measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=450, help="sections that would go on beyond this are left out")
+    """Check, measure and print."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=450, help="time limit; the rest is skipped")
     parser.add_argument("--runs", type=positive, default=5)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if jax.default_backend() != "gpu":
         parser.error(f"needs a Hopper GPU, JAX finds {jax.devices()[0].device_kind}; on CPUs: attention_cpu.py")
@@ -328,8 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results["rates"] = time_all(out_of_time, options.runs)
     results["seconds"] = time.perf_counter() - start
     print(f"{results['seconds']:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+    save_json(results, options.json)
 
 
 if __name__ == "__main__":

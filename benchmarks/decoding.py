@@ -1,45 +1,27 @@
-"""How much faster is acting from a cache than encoding the context anew at every step, and what does the cache take?
+"""Speed and memory of acting with a key-value cache, against encoding the whole context at every step.
 
     python benchmarks/decoding.py [--task walker_walk] [--episodes 4] [--environments 10] [--token-set at5] [--runs 3]
                                   [--json FILE]
 
-An evaluation of `--episodes` in one context, from its steps: for each capacity that the cache goes through, the time of
-a step with the cache, and of a forward pass over the context as it is in the middle of that stretch, which is what an
-agent without a cache computes at every step. Medians over the runs, times the steps of the stretch, and the simulation
-with its rewards on top of both. Then, from the compiler, the memory of a step by devices among which one context of
-half a million tokens is divided.
+For each capacity of the cache during an evaluation of `--episodes`: the time of a step with the cache, and the time of
+a forward pass over half of the added tokens, as an agent without a cache needs at every step. The total adds the time
+of simulation and rewards. Then the memory of a step per device, for one context of 524,288 tokens over several devices.
 """
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from command_line import positive, told_in_one_line
-from host_devices import in_process
+from common import in_process, make_parser, median_seconds, one_line_errors, positive, save_json
 from random_data import random_context
 
 LONG, RINGS = 524_288, (1, 2, 4, 8)
-STEPS = 10  # of a run
-
-
-def median_seconds(work: Callable[[], Any], runs: int) -> float:
-    """Of `runs` calls after one that does not count; of one alone where it takes more than ten seconds."""
-    seconds = []
-    for _ in range(1 + runs):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-        if len(seconds) == 2 and seconds[-1] > 10:
-            break
-    return float(np.median(seconds[1:]))
+STEPS = 10  # per run
 
 
 def stretches(most: int) -> list[tuple[int, int]]:
-    """The cache's capacities for up to `most` tokens, and with how many tokens each begins to be used."""
+    """Return (capacity, first number of tokens) of each cache up to `most` tokens."""
     from ringrl.evaluation.actors import SMALLEST_CACHE
 
     found = [(min(SMALLEST_CACHE, most), 0)]
@@ -48,8 +30,18 @@ def stretches(most: int) -> list[tuple[int, int]]:
     return found
 
 
+def jitted_act(policy: Any) -> tuple[Any, Any, Any]:
+    """Return the policy's jitted `act`, which donates the cache, with its graph and state."""
+    import jax
+    from flax import nnx
+
+    graph, state = nnx.split(policy)
+    act = jax.jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments), donate_argnums=3)
+    return act, graph, state
+
+
 def compare(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds per step by stretch: from the cache and anew."""
+    """Measure seconds per step with and without the cache, by capacity."""
     import jax
     from flax import nnx
 
@@ -60,8 +52,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
     domain = domain_of(options.task)
     sizes = domain.observation_size, domain.action_size
     policy = make_policy(ModelConfig(token_set=options.token_set), *sizes, seed=0)
-    graph, state = nnx.split(policy)
-    act = jax.jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments), donate_argnums=3)
+    act, graph, state = jitted_act(policy)
     encode = jax.jit(lambda state, context: nnx.merge(graph, state).actions(context)[:, -1])
     step = random_context(options.environments, 1, *sizes)
     rows = []
@@ -73,19 +64,17 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
             memory = memory._replace(length=memory.length * 0 + begin)
             for _ in range(STEPS):
                 action, memory = act(state, step, step, memory)
-                np.asarray(action)  # the simulation waits for it
+                np.asarray(action)  # the simulation waits for the action
 
         middle = random_context(options.environments, (begin + capacity) // 2 // policy.tokens_per_step, *sizes)
-        rows.append(
-            {
-                "capacity": capacity,
-                "steps": (capacity - begin) / policy.tokens_per_step,
-                "cached": median_seconds(cached, options.runs) / STEPS,
-                "anew": median_seconds(lambda middle=middle: np.asarray(encode(state, middle)), options.runs),
-            }
-        )
+        row = {
+            "capacity": capacity,
+            "steps": (capacity - begin) / policy.tokens_per_step,
+            "cached": median_seconds(cached, options.runs) / STEPS,
+            "anew": median_seconds(lambda middle=middle: np.asarray(encode(state, middle)), options.runs),
+        }
+        rows.append(row)
         del memory
-        row = rows[-1]
         print(
             f"{row['capacity']:>9}{row['steps']:>8.0f}{1e3 * row['cached']:>12.2f}{1e3 * row['anew']:>12.1f}"
             f"{row['anew'] / row['cached']:>8.1f}",
@@ -95,7 +84,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def simulation_seconds(options: argparse.Namespace) -> float:
-    """Of one step of all environments."""
+    """Return the seconds of one step of all environments."""
     from ringrl.envs import make_vec
 
     environments = make_vec(options.task, options.environments, seed=0)
@@ -107,9 +96,8 @@ def simulation_seconds(options: argparse.Namespace) -> float:
 
 
 def memory_of(ring: int) -> dict[str, float]:
-    """MiB on one device: its part of the cache, and the scratch of a step (in a process with that many devices)."""
+    """Return the MiB per device of the cache and of the scratch memory of a step, on a ring of all devices."""
     import jax
-    from flax import nnx
     from jax.sharding import AxisType
 
     from ringrl.config import ModelConfig
@@ -119,46 +107,37 @@ def memory_of(ring: int) -> dict[str, float]:
 
     mesh = jax.make_mesh((1, 1, 1, ring), MESH_AXES, (AxisType.Auto,) * 4)
     policy = make_policy(ModelConfig(), OBSERVATION, ACTION, seed=0, parallel=Parallel(mesh))
-    graph, state = nnx.split(policy)
-    act = jax.jit(lambda state, *arguments: nnx.merge(graph, state).act(*arguments), donate_argnums=3)
-    memory = policy.reset(1, LONG)
-    step = random_context(1, 1)
+    act, _, state = jitted_act(policy)
+    memory, step = policy.reset(1, LONG), random_context(1, 1)
     scratch = act.lower(state, step, step, memory).compile().memory_analysis().temp_size_in_bytes
     cache = sum(x.addressable_shards[0].data.nbytes for x in (*memory.keys, *memory.values))
     return {"cache": cache / 2**20, "scratch": scratch / 2**20}
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure and print."""
+    parser = make_parser(__doc__)
     parser.add_argument("--task", default="walker_walk")
     parser.add_argument("--episodes", type=positive, default=4)
     parser.add_argument("--environments", type=positive, default=10)
     parser.add_argument("--token-set", default="at5")
     parser.add_argument("--runs", type=positive, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.worker:
-        print(json.dumps(memory_of(options.worker)))
-        return
     print(f"{options.task}, {options.episodes} episodes, {options.environments} environments, {options.token_set}")
     print(f"{'capacity':>9}{'steps':>8}{'cached ms':>12}{'anew ms':>12}{'ratio':>8}")
     rows, simulation = compare(options), simulation_seconds(options)
     steps = sum(row["steps"] for row in rows)
     total = {kind: sum(row["steps"] * (row[kind] + simulation) for row in rows) for kind in ("cached", "anew")}
     print(
-        f"evaluation of {steps:.0f} steps, {steps * simulation:.1f} s of them simulation: {total['cached']:.0f} s from "
-        f"the cache, {total['anew']:.0f} s anew: {total['anew'] / total['cached']:.1f} times faster"
+        f"evaluation of {steps:.0f} steps with {steps * simulation:.1f} s of simulation: {total['cached']:.0f} s with "
+        f"the cache, {total['anew']:.0f} s without: {total['anew'] / total['cached']:.1f} times faster"
     )
-    memory = {ring: in_process([__file__, "--worker", ring], ring, f"{ring} devices") for ring in RINGS}
     print(f"\none context of {LONG} tokens\n{'devices':>9}{'cache MiB':>12}{'scratch MiB':>13}")
+    memory = {ring: in_process(memory_of, ring, devices=ring) for ring in RINGS}
     for ring, found in memory.items():
         print(f"{ring:>9}{found['cache']:>12.1f}{found['scratch']:>13.1f}")
-    if options.json:
-        results = {"rows": rows, "simulation": simulation, "total": total, "memory": memory}
-        options.json.write_text(json.dumps(results, indent=1))
+    save_json({"rows": rows, "simulation": simulation, "total": total, "memory": memory}, options.json)
 
 
 if __name__ == "__main__":

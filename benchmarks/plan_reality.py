@@ -1,51 +1,45 @@
-"""Does a plan come true? Memory and time of a step as planned, and as measured, on eight host devices or one GPU.
+"""Planned against measured memory and time of a training step, on eight host devices or one GPU.
 
     python benchmarks/plan_reality.py [--machine cpu-8] [--model small] [--tokens 16384] [--layers 2] [--steps 3]
                                       [--json FILE]
     python benchmarks/plan_reality.py --machine 1xh200 --model 350m --tokens 131072      (on an H200; two minutes)
 
-What host devices do in a second is measured before and after every step, as `ringrl plan` does
-(ringrl/planning/probe.py), since others may use the machine meanwhile; the plan of a step is the mean of the two.
-Nothing of it is fitted to a step. Measured memory: of a GPU, the most that JAX's allocator held; of host devices, by
-how much the process's peak grew, and the compiler's figure for all eight beside it.
+The rates of host devices are measured before and after every step, as `ringrl plan` does, and the plan of a step is the
+mean of both; nothing is fitted to a step. Measured memory is the peak of JAX's allocator on a GPU. On host devices it
+is the growth of the process's peak, printed with the compiler's total.
 """
 
-import argparse
 import functools
-import json
 import resource
 import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
-from command_line import positive, told_in_one_line
+from common import make_parser, one_line_errors, positive, save_json
+from random_data import random_context
 
 from ringrl.model import make_agent, make_policy
-from ringrl.planning.closed_form import memory_of
-from ringrl.planning.machines import GIB, Machine, find_machine
-from ringrl.planning.probe import measured
+from ringrl.planning.machines import GIB, Machine, find_machine, measure_host
+from ringrl.planning.memory import memory_of
 from ringrl.planning.roofline import estimate
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload, find_model
 from ringrl.training.mesh import make_parallel
 
 
 def peak_bytes() -> float:
-    """Most memory held so far: by JAX on a GPU, by this process on a CPU."""
+    """Return the peak memory so far: of JAX's allocator on a GPU, of this process on a CPU."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
-    """Real steps on a batch of random numbers, and the plan before each of them."""
-    from random_data import random_context
-
+    """Run steps on a random batch, and plan before and after each."""
     is_cpu, config = jax.default_backend() == "cpu", workload.config
     if is_cpu:
-        measured(machine, config.model)  # its memory counts as there before
+        measure_host(machine, config.model)  # its memory must not count as growth
     before = peak_bytes() if is_cpu else 0.0
     parallel = make_parallel(config)
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, 0, parallel=parallel)
@@ -57,7 +51,7 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     memory = compiled.memory_analysis()
 
     def plan() -> float:
-        return estimate(workload, measured(machine, config.model) if is_cpu else machine).total
+        return estimate(workload, measure_host(machine, config.model) if is_cpu else machine).total
 
     compiled_before = peak_bytes() if is_cpu else 0.0
     plans = [plan()]
@@ -79,16 +73,15 @@ def run(workload: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     }
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Plan, run, compare and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Plan, run and compare."""
+    parser = make_parser(__doc__)
     parser.add_argument("--machine", default="cpu-8", help="cpu-8 or 1xh200")
     parser.add_argument("--model", default="small")
     parser.add_argument("--tokens", type=positive, default=16_384)
-    parser.add_argument("--layers", type=positive, default=2, help="of host devices; a GPU has the model's own")
+    parser.add_argument("--layers", type=positive, default=2, help="on host devices; a GPU uses the model's layers")
     parser.add_argument("--steps", type=positive, default=3)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     machine = find_machine(options.machine)
     workload = Workload(find_model(options.model), options.tokens).with_settings("optimiser", batch_size=1)
@@ -105,11 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     everything = real["compiled_bytes"] * machine.devices / GIB
     print(
         f"memory of all       compiled {everything:.3f} GiB, measured {real['grown_by_bytes'] / GIB:.3f} GiB, "
-        f"of it by the steps {real['grown_by_steps_bytes'] / GIB:.3f} GiB"
+        f"by the steps alone {real['grown_by_steps_bytes'] / GIB:.3f} GiB"
     )
-    print(f"seconds of a step   planned {real['planned_seconds']:.2f}, measured {real['seconds']:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(real | {"formula_bytes": formula}, indent=1))
+    print(f"seconds per step    planned {real['planned_seconds']:.2f}, measured {real['seconds']:.2f}")
+    save_json(real | {"formula_bytes": formula}, options.json)
 
 
 if __name__ == "__main__":

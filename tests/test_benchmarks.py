@@ -39,7 +39,7 @@ def test_wrong_arguments_are_rejected(
 def test_workers_compile_and_train_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("longest_context")
-    compiled, trained = (script.run_worker("ring", 1024, steps) for steps in (0, 1))
+    compiled, trained = (script.in_process(script.measure, "ring", 1024, steps, devices=8) for steps in (0, 1))
     assert set(compiled) == {"gib"}
     assert trained["gib"] == compiled["gib"] > 0
     assert trained["loss"] > 0

@@ -75,9 +75,8 @@ def plan(
     """
     import jax
 
-    from ringrl.planning.plan import Request, make_plan
-    from ringrl.planning.probe import measured
-    from ringrl.planning.words import as_json, describe
+    from ringrl.planning.machines import measure_host
+    from ringrl.planning.plan import as_json, describe, make_plan
     from ringrl.planning.workload import find_model, read_tokens
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is taken for planning
@@ -90,9 +89,11 @@ def plan(
     with Console(stderr=True).status("planning") as status:
         if where.device.platform == "cpu":
             _want_host_devices(where.devices)
-            where = measured(where, config.model)
-        request = Request(config, where, length, chosen, method, compilations, search)
-        made = make_plan(request, lambda line: status.update(line))
+            where = measure_host(where, config.model)
+        made = make_plan(
+            config, where, length, mesh=chosen, method=method, compilations=compilations, search=search,
+            notice=lambda line: status.update(line),
+        )  # fmt: skip
     print(describe(made))
     if json is not None:
         _write(json, json_module.dumps(as_json(made), indent=1))

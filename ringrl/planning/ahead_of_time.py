@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the training step for a machine that is not present, from array shapes alone."""
+"""Ahead-of-time compilation of the training step for a machine that is not present, and its schedule of transfers."""
 
 import functools
 import importlib.util
@@ -19,7 +19,6 @@ from ringrl.model.agents.agent import make_optimiser
 from ringrl.model.agents.imitation import abstract_state, make_train_step
 from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.planning.machines import Machine
-from ringrl.planning.schedule import Schedule, read_schedule
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload
 
 _EXHAUSTED = re.compile(r"\(([\d.]+)([KMG])\) exceeds available|Used ([\d.]+)([KMG]) of")
@@ -43,6 +42,31 @@ class Step(NamedTuple):
     function: Any  # jitted: state, batch -> state, metrics
     state: TrainState  # jax.ShapeDtypeStructs with shardings
     batch: Context
+
+
+class Schedule(NamedTuple):
+    """Transfers in the text of a program; a transfer in a loop counts once.
+
+    Integers (positions and segments, a few bytes per token) are ignored.
+    """
+
+    around_ring: int  # transfers in a loop with an attention kernel
+    around_ring_hidden: int  # of these, with an attention kernel between start and end
+    others: int  # other asynchronous transfers
+    others_hidden: int  # of these, with a kernel, a matrix product or a loop between start and end
+    waited_for: dict[str, int]  # synchronous transfers by kind
+
+    @property
+    def hides_the_ring(self) -> bool:
+        """Whether all transfers between neighbours are asynchronous."""
+        return "collective-permute" not in self.waited_for
+
+    def __str__(self) -> str:
+        waited = ", ".join(f"{number} {kind}" for kind, number in sorted(self.waited_for.items())) or "none"
+        return (
+            f"{self.around_ring_hidden} of {self.around_ring} ring transfers overlap with an attention kernel, "
+            f"{self.others_hidden} of {self.others} other transfers with computation; synchronous: {waited}"
+        )
 
 
 class Compiled(NamedTuple):
@@ -165,3 +189,43 @@ def _shortened(text: str) -> str:
 def fits(compiled: Compiled, machine: Machine) -> bool:
     """Whether the step compiled and its peak memory fits."""
     return compiled.refusal is None and compiled.total <= machine.device.memory
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?[\w.\-]+ \([^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+_START = re.compile(r"%?([\w.\-]+) = .* (collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)-start\(")
+_DONE = re.compile(r" (?:collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)-done\(.*?%?([\w.\-]+)\)")
+_WAITED = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
+_INTEGERS = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = \(?s32\[")
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[\w.]*|__gpu\$xla.gpu.triton)"')
+_WORK = re.compile(r" (?:while|convolution|dot)\(| fusion\(.*kind=kOutput")
+
+
+def read_schedule(text: str) -> Schedule:
+    """Parse the text of a compiled program with instructions in order of execution."""
+    ring, ring_hidden, others, others_hidden = 0, 0, 0, 0
+    waited: dict[str, int] = {}
+    for body in _COMPUTATION.findall(text):
+        lines = body.splitlines()
+        has_kernel = any(_KERNEL.search(line) for line in lines)
+        is_ring = has_kernel and not any(" while(" in line for line in lines)
+        for behind_kernel, behind_work in _intervals(lines):
+            if is_ring:
+                ring, ring_hidden = ring + 1, ring_hidden + behind_kernel
+            else:
+                others, others_hidden = others + 1, others_hidden + (behind_kernel or behind_work)
+        for kind in (found[1] for line in lines if (found := _WAITED.search(line)) and not _INTEGERS.match(line)):
+            waited[kind] = waited.get(kind, 0) + 1
+    return Schedule(ring, ring_hidden, others, others_hidden, waited)
+
+
+def _intervals(lines: list[str]) -> list[tuple[bool, bool]]:
+    """Return for each transfer of a computation whether a kernel and whether other work runs between start and end."""
+    open_since: dict[str, int] = {}
+    found = []
+    for index, line in enumerate(lines):
+        if (start := _START.search(line)) and not _INTEGERS.match(line):
+            open_since[start[1]] = index
+        elif (done := _DONE.search(line)) and done[1] in open_since:
+            between = lines[open_since.pop(done[1]) + 1 : index]
+            found.append((any(_KERNEL.search(x) for x in between), any(_WORK.search(x) for x in between)))
+    return found

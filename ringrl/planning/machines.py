@@ -1,14 +1,26 @@
-"""Machines: compute, memory and link rates per device, from the vendors' data sheets."""
+"""Machines: compute, memory and link rates per device, from data sheets or measured, and the attention kernel."""
 
 import dataclasses
 import difflib
 import math
+import os
 import re
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ringrl.attention import attention
+from ringrl.attention.kernels import kernel_named, native_to
+from ringrl.attention.mask import Options, Rule
 from ringrl.attention.strategy import LINKS
+from ringrl.config import ModelConfig
 from ringrl.errors import UserError
 
 GIB = 2.0**30
@@ -20,7 +32,7 @@ GPU_SHARE = 0.95  # usable share of a GPU's memory; JAX takes 0.75 unless XLA_PY
 class Device:
     """One device in JAX's sense: a TPU chip (for v3 one of its two cores), a GPU, or a host device."""
 
-    kind: str  # prefix of jax.devices()[0].device_kind
+    device_kind: str  # prefix of jax.devices()[0].device_kind
     platform: str  # "tpu" | "gpu" | "cpu"
     flops: float  # dense bfloat16 operations per second
     memory: float  # bytes available to a program
@@ -156,3 +168,71 @@ def custom_machine(devices: int, memory_gib: float, tera_flops: float, bandwidth
 def gib(number: float) -> str:
     """Format bytes in GiB, or in MiB below 0.1 GiB."""
     return f"{number / GIB:.2f} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.2f} MiB"
+
+
+def kernel_of(model: ModelConfig, device: Device) -> str:
+    """Return the kernel name (ringrl/attention/kernels); "xla" for vanilla and unsupported devices, dtypes or heads."""
+    if model.attention == "vanilla":
+        return "xla"
+    native, head_dim = native_to(device), model.width // model.heads
+    options = Options(Rule(is_causal=True), head_dim**-0.5)
+    reason = kernel_named(native).unsupported(jnp.dtype(model.dtype), head_dim, options)
+    return native if reason is None else "xla"
+
+
+# Sizes of the measurement. No training step is run, so the estimate of a step is not fitted to a step.
+ROWS, TOKENS, NUMBERS = 2048, 2048, 2**22
+PRODUCTS = 7  # matrix products of attention: two forward, five backward
+ROUNDS = 3
+
+
+def measure_host(machine: Machine, model: ModelConfig) -> Machine:
+    """Return a machine of host devices with this host's rates (measured in about two seconds) and memory.
+
+    A matrix product of the feed-forward layer, attention with gradients, and a copy run on all host devices at once, as
+    in a step. A single device would use the cores worse.
+    """
+    matrices, attended, moved = (rate / machine.devices for rate in _rates(model))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.devices
+    # A hop reads and writes.
+    device = dataclasses.replace(machine.device, flops=matrices, memory=memory, bandwidth=moved, link=moved / 2)
+    return dataclasses.replace(machine, device=device, measured=Attained(1.0, attended / matrices, 1.0, 1.0))
+
+
+def _rates(model: ModelConfig) -> tuple[float, float, float]:
+    """Return operations per second of a matrix product and of attention, and bytes per second, over all cores."""
+    dtype, hidden = jnp.dtype(model.dtype), model.feed_forward * model.width
+    head_dim = model.width // model.heads
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), shape).astype(dtype)
+
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        return jax.grad(lambda *x: attention(*x, is_causal=True).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    count = len(jax.local_devices(backend="cpu"))
+    product = _seconds(jnp.matmul, normal(count, ROWS, model.width), normal(count, model.width, hidden))
+    q, kv = normal(count, TOKENS, model.heads, head_dim), normal(count, TOKENS, model.kv_heads, head_dim)
+    attended = _seconds(gradients, q, kv, kv)
+    moved = _seconds(lambda x: x + 1, jnp.zeros((count, NUMBERS)))
+    one_product = TOKENS**2 * model.width  # over all heads, half of it due to the causal mask
+    work = (2 * ROWS * model.width * hidden, PRODUCTS * one_product, 8 * NUMBERS)
+    matrices, pairs, numbers = (
+        count * each / taken for each, taken in zip(work, (product, attended, moved), strict=True)
+    )
+    return matrices, pairs, numbers
+
+
+def _seconds(function: Callable[..., Any], *arguments: jax.Array) -> float:
+    """Return the median seconds of a function over all host devices, sharded along the arguments' first axis."""
+    mesh, axis = Mesh(np.array(jax.local_devices(backend="cpu")), ("device",)), PartitionSpec("device")
+    arguments = tuple(jax.device_put(x, NamedSharding(mesh, axis)) for x in arguments)
+    shared = jax.shard_map(function, mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False)
+    compiled = jax.jit(shared).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    taken = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)

@@ -1,4 +1,4 @@
-"""A plan: memory and time of one optimiser step on a machine, whether it fits, and the longest context."""
+"""A plan: memory and time of one optimiser step on a machine and the longest context, as text and as JSON."""
 
 import dataclasses
 import math
@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
-from ringrl.planning.advice import Advice, advise
+from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.ahead_of_time import Compiled, compile_step, devices_of, fits, why_not
-from ringrl.planning.closed_form import Memory, listed_tiles_fit, memory_of
-from ringrl.planning.machines import Machine
-from ringrl.planning.roofline import StepTime, estimate
-from ringrl.planning.search import Longest, best_meshes, find_longest
-from ringrl.planning.workload import Workload
+from ringrl.planning.machines import GPU_SHARE, Machine, gib, kernel_of
+from ringrl.planning.memory import Memory, listed_tiles_fit, memory_of
+from ringrl.planning.roofline import StepTime, attained_by, estimate
+from ringrl.planning.search import Advice, Longest, advise, best_meshes, find_longest
+from ringrl.planning.workload import Workload, format_tokens
 
-Notice = Callable[[str], None]
 CANDIDATES = 3  # meshes that a search compiles
 
 
@@ -51,64 +50,204 @@ class Plan:
         return self.total <= self.machine.device.memory and listed_tiles_fit(self.workload, self.machine)
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A planning request; with mesh None the plan chooses the mesh."""
+def make_plan(
+    config: TrainConfig,
+    machine: Machine,
+    tokens: int,
+    *,
+    mesh: MeshConfig | None = None,
+    method: Literal["compiler", "formula", "best"] = "best",
+    compilations: int = 0,
+    search: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Return the plan of one optimiser step.
 
-    config: TrainConfig
-    machine: Machine
-    tokens: int
-    mesh: MeshConfig | None = None
-    method: Literal["compiler", "formula", "best"] = "best"
-    compilations: int = 0  # at most, for the longest context
-    search: bool = False
-
-
-def make_plan(request: Request, notice: Notice = lambda _: None) -> Plan:
-    """Return the plan of a request; `notice` is called before every compilation.
+    Args:
+      config: the model and the number of contexts.
+      machine: the devices.
+      tokens: tokens per context.
+      mesh: None: the plan chooses the mesh.
+      method: "compiler" requires ahead-of-time compilation, "best" uses it if possible.
+      compilations: at most, for the longest context.
+      search: compile the best meshes instead of one.
+      notice: called before every compilation.
 
     Raises:
       UserError: the mesh or the tokens do not divide; method "compiler" without a compiler for the machine.
     """
-    began, machine = time.perf_counter(), request.machine
-    reason = "--method formula" if request.method == "formula" else why_not(machine)
-    devices = devices_of(machine) if reason is None or request.method == "compiler" else None
-    tried = [(each, _compile(each, machine, devices, notice) if devices else None) for each in _workloads(request)]
+    began = time.perf_counter()
+    reason = "--method formula" if method == "formula" else why_not(machine)
+    devices = devices_of(machine) if reason is None or method == "compiler" else None
+    tried: list[tuple[Workload, Compiled | None]] = []
+    for workload in _workloads(Workload(config, tokens), machine, mesh, search=search):
+        if devices:
+            notice(f"compiling {tokens} tokens on {workload.mesh_in_words}")
+        tried.append((workload, compile_step(workload, machine, devices) if devices else None))
     tried.sort(key=lambda each: each[1] is None or not fits(each[1], machine))
     workload, compiled = tried[0]
-    known = () if compiled is None else ((workload.tokens, compiled),)
-    longest = find_longest(workload, machine, devices, request.compilations, known, notice)
+    known = () if compiled is None else ((tokens, compiled),)
+    longest = find_longest(workload, machine, devices, compilations, known, notice)
     hops_hide = compiled is None or compiled.schedule is None or compiled.schedule.hides_the_ring
     plan = Plan(
         workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
-        estimate(workload, machine, hops_hide=hops_hide), longest, (), tuple(tried) if request.search else (), 0.0, 0.0,
+        estimate(workload, machine, hops_hide=hops_hide), longest, (), tuple(tried) if search else (), 0.0, 0.0,
     )  # fmt: skip
     advice = () if plan.fits else tuple(advise(workload, machine, plan.total))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     return dataclasses.replace(plan, advice=advice, seconds=time.perf_counter() - began, peak_memory=peak)
 
 
-def _workloads(request: Request) -> list[Workload]:
-    """Return the workload to plan, or the best meshes of a search."""
-    workload, machine = Workload(request.config, request.tokens), request.machine
-    if request.mesh is None:
-        if machine.devices == 1:
-            workload = workload.with_settings("mesh", data=1, fsdp=1, tensor=1, seq=1)
-            workload.check()
-            return [workload]
-        return best_meshes(workload, machine)[: CANDIDATES if request.search else 1]
-    if request.search:
+def _workloads(workload: Workload, machine: Machine, mesh: MeshConfig | None, *, search: bool) -> list[Workload]:
+    """Return the workload on the given or the best mesh, or on the best meshes of a search."""
+    if mesh is None and machine.devices > 1:
+        return best_meshes(workload, machine)[: CANDIDATES if search else 1]
+    if search and mesh is not None:
         raise UserError("--search: cannot be combined with --mesh; remove one of them")
-    if request.mesh.devices != machine.devices:
+    axes = dict.fromkeys(MESH_AXES, 1) if mesh is None else mesh.model_dump()
+    if mesh is not None and mesh.devices != machine.devices:
         raise UserError(
-            f"--mesh: data x fsdp x tensor x seq is {request.mesh.devices}, expected the {machine.devices} devices of "
+            f"--mesh: data x fsdp x tensor x seq is {mesh.devices}, expected the {machine.devices} devices of "
             f"{machine.name}"
         )
-    workload = workload.with_settings("mesh", **request.mesh.model_dump())
+    workload = workload.with_settings("mesh", **axes)
     workload.check()
     return [workload]
 
 
-def _compile(workload: Workload, machine: Machine, devices: list[Any], notice: Notice) -> Compiled:
-    notice(f"compiling {workload.tokens} tokens on {workload.mesh_in_words}")
-    return compile_step(workload, machine, devices)
+def describe(plan: Plan) -> str:
+    """Return the plan as text for a terminal."""
+    model, machine, config = plan.workload.model, plan.machine, plan.workload.config
+    device, compiled, share = machine.device, plan.compiled, ""
+    if device.platform == "gpu" and machine.network is not None:  # a known GPU, with more memory than JAX's default
+        share = f" (with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}; JAX's default is 0.75)"
+    method = f"from the formula: {plan.why_not_compiled}"
+    if compiled is not None:
+        method = f"from the compiler ({compiled.seconds:.0f} s); the formula gives {gib(plan.formula.total)}"
+    lines = [
+        f"{plan.workload.parameters.total / 1e9:.3g} billion parameters, {model.attention} attention, remat "
+        f"{model.remat}, {model.dtype}; {config.optimiser.batch_size} context(s) of {plan.workload.tokens} tokens",
+        f"{machine.name}: {machine.devices} x {device.device_kind}, {gib(device.memory)} each{share}; mesh "
+        f"{plan.workload.mesh_in_words}",
+        method,
+        "",
+        *_memory(plan),
+        "",
+        *_verdict(plan),
+        *_time(plan),
+    ]
+    if plan.candidates:
+        lines += ["", "meshes, best first:"]
+    for workload, found in plan.candidates:
+        result = "not compiled" if found is None else (found.refusal or gib(found.total))
+        lines.append(f"  {workload.mesh_in_words}: {result}")
+    lines.append(f"planned in {plan.seconds:.0f} s with {gib(plan.peak_memory)} on this machine")
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> list[str]:
+    formula, compiled = plan.formula, plan.compiled
+    rows = {"parameters": formula.parameters, "optimiser": formula.optimiser, "batch": formula.batch}
+    if compiled is not None:
+        rows = {"parameters": compiled.parameters, "optimiser": compiled.optimiser, "batch": compiled.batch}
+    if compiled is None or math.isnan(compiled.total):
+        rows |= {"gradients": formula.gradients, "activations": formula.activations, "scratch": formula.scratch}
+    else:
+        rows["activations"] = formula.activations
+        rows["gradients and scratch"] = compiled.total - sum(rows.values())
+    lines = [f"  {name:<24}{gib(value):>14}" for name, value in rows.items()]
+    share = plan.total / plan.machine.device.memory
+    return ["per device", *lines, f"  {'total':<24}{gib(plan.total):>14}  ({share:.0%} of the memory)"]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    limit = plan.machine.device.memory
+    if plan.fits:
+        lines = [f"fits, with {gib(limit - plan.total)} free"]
+    elif plan.total > limit:
+        lines = [f"does not fit: {gib(plan.total - limit)} too much per device"]
+    else:
+        refusal = plan.compiled.refusal if plan.compiled is not None else "too many tiles for the TPU kernel"
+        lines = [f"does not fit: {refusal}"]
+    for advice in plan.advice:
+        verdict = "enough" if advice.is_enough else "not enough"
+        lines.append(f"  {verdict}: {advice.change} ({gib(advice.total)} per device)")
+    longest = plan.longest
+    if longest.tokens == 0:
+        return [*lines, "no context fits on this mesh"]
+    how = "from the formula" + (", corrected by the compiler" if longest.compiled else "")
+    if longest.is_compiled:
+        how = "compiled" + (f"; {longest.too_long} does not fit" if longest.too_long else "; nothing longer was tried")
+    return [*lines, f"longest context that fits: {longest.tokens} tokens ({format_tokens(longest.tokens)}; {how})"]
+
+
+def _time(plan: Plan) -> list[str]:
+    time, tokens = plan.time, plan.workload.tokens * plan.workload.config.optimiser.batch_size
+    parts = {
+        "matrices": time.matrices,
+        "attention": time.attention,
+        "memory (overlaps)": time.memory,
+        "exposed ring": time.ring,
+        "exposed parameters": time.parameters,
+        "all-reduce": time.sums,
+    }
+    of = " of the measured rate" if plan.machine.measured else ""
+    lines = [
+        f"estimated step: {time.total:.3g} s, {tokens / time.total:.3g} tokens/s, {time.model_flops:.3g} operations, "
+        f"MFU {time.mfu:.0%}{of}",
+        "  " + ", ".join(f"{name} {value:.2g} s" for name, value in parts.items()),
+        f"  {_rates(plan)}",
+    ]
+    if plan.compiled is not None and plan.compiled.schedule is not None:
+        lines.append(f"  schedule: {plan.compiled.schedule}")
+    return lines
+
+
+def _rates(plan: Plan) -> str:
+    """Return the assumed or measured rates."""
+    device, attained = plan.machine.device, attained_by(plan.workload, plan.machine)
+    if plan.machine.measured:
+        each = device.flops / 1e9
+        return (
+            f"measured per device ({plan.machine.devices} at once): {each:.3g} GFLOP/s in a matrix product, "
+            f"{each * attained.attention:.3g} in attention, {device.bandwidth / 1e9:.2g} GB/s"
+        )
+    by = " (plain XLA, no kernel)" if kernel_of(plan.workload.model, device) == "xla" else ""
+    return (
+        f"assumed: {attained.matrices:.0%} of the bfloat16 peak in matrix products, {attained.attention:.0%} in "
+        f"attention{by}, {attained.memory:.0%} of the memory and {attained.links:.0%} of the link rate; not timed"
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return all numbers of the plan in bytes, seconds and tokens."""
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    compiled = None
+    if plan.compiled is not None:
+        schedule = None if plan.compiled.schedule is None else plan.compiled.schedule._asdict()
+        compiled = plan.compiled._asdict() | {"schedule": schedule, "total": number(plan.compiled.total)}
+    return {
+        "machine": dataclasses.asdict(plan.machine),
+        "model": plan.workload.model.model_dump(mode="json"),
+        "mesh": plan.workload.config.mesh.model_dump(mode="json"),
+        "contexts": plan.workload.config.optimiser.batch_size,
+        "tokens": plan.workload.tokens,
+        "method": "formula" if compiled is None else "compiler",
+        "why_not_compiled": plan.why_not_compiled,
+        "formula_bytes": dataclasses.asdict(plan.formula) | {"total": plan.formula.total},
+        "compiled": compiled,
+        "total_bytes": plan.total,
+        "fits": plan.fits,
+        "longest_tokens": plan.longest.tokens,
+        "longest_is_compiled": plan.longest.is_compiled,
+        "too_long_tokens": plan.longest.too_long,
+        "tried_bytes": {tokens: number(found.total) for tokens, found in plan.longest.compiled},
+        "advice": [dataclasses.asdict(each) for each in plan.advice],
+        "step": dataclasses.asdict(plan.time) | {"seconds": plan.time.total},
+        "assumed": attained_by(plan.workload, plan.machine)._asdict(),
+        "planning_seconds": plan.seconds,
+        "planning_peak_bytes": plan.peak_memory,
+    }

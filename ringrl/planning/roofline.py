@@ -9,8 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ringrl.planning.kernel import kernel_of
-from ringrl.planning.machines import Attained, Machine
+from ringrl.planning.machines import Attained, Machine, kernel_of
 from ringrl.planning.workload import Workload
 from ringrl.training.budget import forward_flops, step_flops
 

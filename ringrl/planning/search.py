@@ -1,15 +1,15 @@
-"""Search for the best mesh and the longest context, with the formula first and few compilations."""
+"""Search for the best mesh, the longest context, and changes that make a workload fit; the formula comes first."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ringrl.errors import UserError
-from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.ahead_of_time import Compiled, compile_step, fits
-from ringrl.planning.closed_form import listed_tiles_fit, longest_context, memory_of
-from ringrl.planning.machines import Machine
+from ringrl.planning.machines import MOST_DEVICES, Machine
+from ringrl.planning.memory import listed_tiles_fit, longest_context, memory_of
 from ringrl.planning.roofline import estimate
 from ringrl.planning.workload import Workload
 
@@ -28,23 +28,17 @@ class Longest:
 
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
     """Yield the workload on every mesh of `devices` devices that divides it."""
-    for mesh in factorisations(devices, len(MESH_AXES)):
-        candidate = workload.with_settings("mesh", **dict(zip(MESH_AXES, mesh, strict=True)))
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    for data, fsdp, tensor in itertools.product(divisors, repeat=3):
+        seq, rest = divmod(devices, data * fsdp * tensor)
+        if rest or not seq:
+            continue
+        candidate = workload.with_settings("mesh", data=data, fsdp=fsdp, tensor=tensor, seq=seq)
         try:
             candidate.check()
         except UserError:
             continue
         yield candidate
-
-
-def factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
-    """Yield all ordered factorisations of a number into `factors` factors."""
-    if factors == 1:
-        yield (number,)
-        return
-    for first in (size for size in range(1, number + 1) if number % size == 0):
-        for rest in factorisations(number // first, factors - 1):
-            yield first, *rest
 
 
 def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
@@ -136,3 +130,77 @@ def _next(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> i
         upper = bad if bad < 2**31 else int(good * (1 + 2 * CLOSE_ENOUGH))
         tokens = max((good + upper) // 2, good + step) // step * step
     return tokens if good < tokens < bad else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """A change and the resulting bytes per device."""
+
+    change: str
+    total: float
+    is_enough: bool
+
+
+def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
+    """Return changes that save memory, sufficient changes first.
+
+    `total` are the bytes per device of the plan, from the compiler if known. The formula's result of each change is
+    shifted by the formula's error for the plan.
+    """
+    platform, limit = machine.device.platform, machine.device.memory
+    off = total - memory_of(workload, platform).total
+
+    def judge(change: str, changed: Workload, saved: float = 0.0) -> Advice:
+        after = memory_of(changed, platform).total + off - saved
+        return Advice(change, after, after <= limit and listed_tiles_fit(changed, machine))
+
+    found, everything = [], workload
+    for change, section, values in _changes(workload):
+        found.append(judge(change, workload.with_settings(section, **values)))
+        everything = everything.with_settings(section, **values)
+    found = [advice for advice in found if advice.total < total or advice.is_enough]
+    if len(found) > 1 and not any(advice.is_enough for advice in found):
+        found.append(judge("all changes above", everything))
+    moments = memory_of(workload, platform).optimiser / 2
+    name = "optimiser moments in bfloat16, which RingRL does not support"
+    found.append(judge(name, workload, saved=moments))
+    if devices := _enough_devices(workload, machine, off):
+        needed, after = devices
+        change = f"{needed} devices, --mesh.seq {needed * workload.config.mesh.seq // workload.config.mesh.devices}"
+        found.append(Advice(change, after, True))
+    return sorted(found, key=lambda advice: (not advice.is_enough, advice.total))
+
+
+def _changes(workload: Workload) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (text, section of the configuration, settings) of changes that may save memory."""
+    model, mesh, optimiser = workload.model, workload.config.mesh, workload.config.optimiser
+    if model.remat == "none":
+        yield "--remat layers", "model", {"remat": "layers"}
+    if model.attention in ("vanilla", "memory_efficient"):
+        kind = "blockwise" if mesh.seq == 1 else "ring"
+        yield f"--attention {kind}", "model", {"attention": kind}
+    if model.dtype == "float32":
+        yield "model.dtype: bfloat16", "model", {"dtype": "bfloat16"}
+    block = max(512, model.block_tokens // 4)
+    if model.attention in ("blockwise", "ring") and block < min(model.block_tokens, workload.local_tokens):
+        yield f"--block-tokens {block}", "model", {"block_tokens": block}
+    if workload.local_contexts > 1:
+        parts = optimiser.accumulation * workload.local_contexts
+        yield f"optimiser.accumulation: {parts}", "optimiser", {"accumulation": parts}
+
+
+def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[int, float] | None:
+    """Return the smallest sufficient number of devices, scaled by a power of two along "seq", and its bytes."""
+    seq, devices = workload.config.mesh.seq, workload.config.mesh.devices
+    factor = 2
+    while devices * factor <= MOST_DEVICES:
+        longer = workload.with_settings("mesh", seq=seq * factor)
+        try:
+            longer.check()
+        except UserError:
+            return None
+        total = memory_of(longer, machine.device.platform).total + off / factor
+        if total <= machine.device.memory and listed_tiles_fit(longer, machine):
+            return devices * factor, total
+        factor *= 2
+    return None

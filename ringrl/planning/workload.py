@@ -157,7 +157,7 @@ def read_tokens(text: str) -> int:
     return int(tokens)
 
 
-def say_tokens(tokens: int) -> str:
+def format_tokens(tokens: int) -> str:
     """Format a number of tokens: 131072 -> 128k."""
     if tokens >= 2**20:
         return f"{tokens / 2**20:.4g}M"

@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from ringrl.planning.advice import advise
-from ringrl.planning.closed_form import memory_of
 from ringrl.planning.machines import GIB, find_machine
+from ringrl.planning.memory import memory_of
+from ringrl.planning.search import advise
 from ringrl.planning.workload import Workload, find_model
 
 MACHINE = find_machine("8xa100-40")

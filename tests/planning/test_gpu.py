@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.ahead_of_time import abstract_step
-from ringrl.planning.closed_form import memory_of
+from ringrl.planning.memory import memory_of
 from ringrl.planning.workload import Workload, find_model
 
 pytestmark = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 import pytest
 
-from ringrl.planning.schedule import read_schedule
+from ringrl.planning.ahead_of_time import read_schedule
 
 PROGRAM = """
 HloModule step, is_scheduled=true

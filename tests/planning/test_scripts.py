@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ringrl.planning.closed_form import memory_of
 from ringrl.planning.machines import find_machine
+from ringrl.planning.memory import memory_of
 from ringrl.planning.roofline import estimate
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def test_table_of_contexts_equals_the_page(load):
 
 def test_plan_reality_runs(load, monkeypatch, make):
     script, machine = load("plan_reality"), find_machine("cpu-1")
-    monkeypatch.setattr(script, "measured", lambda machine, model: machine)
+    monkeypatch.setattr(script, "measure_host", lambda machine, model: machine)
     workload = make(64, token_set="ring4", layers=1, width=16, attention="vanilla")
     found = script.run(workload, machine, 1)
     assert found["planned_seconds"] == pytest.approx(estimate(workload, machine).total)

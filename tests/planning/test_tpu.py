@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from ringrl.planning.ahead_of_time import compile_step, devices_of, fits
-from ringrl.planning.closed_form import memory_of
 from ringrl.planning.machines import find_machine
+from ringrl.planning.memory import memory_of
 from ringrl.planning.workload import Workload, find_model
 
 pytestmark = pytest.mark.skipif(
@@ -55,4 +55,4 @@ def test_tile_limit_is_reported():
 def test_topologies_have_the_devices_of_the_table(name, devices):
     found = devices_of(find_machine(name))
     assert len(found) == devices == find_machine(name).devices
-    assert found[0].device_kind == find_machine(name).device.kind
+    assert found[0].device_kind == find_machine(name).device.device_kind

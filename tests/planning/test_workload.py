@@ -4,7 +4,7 @@ import pytest
 from ringrl.errors import UserError
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.planning.ahead_of_time import abstract_step, bytes_per_device
-from ringrl.planning.workload import find_model, read_tokens, say_tokens
+from ringrl.planning.workload import find_model, format_tokens, read_tokens
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 
@@ -46,7 +46,7 @@ def test_abstract_step_allocates_nothing(make):
 @pytest.mark.parametrize(("text", "tokens"), [("32768", 32768), ("512k", 2**19), ("8M", 2**23), ("1.5m", 3 * 2**19)])
 def test_read_tokens(text, tokens):
     assert read_tokens(text) == tokens
-    assert read_tokens(say_tokens(tokens)) == tokens
+    assert read_tokens(format_tokens(tokens)) == tokens
 
 
 @pytest.mark.parametrize("text", ["", "0", "-8", "8G", "1.0001k", "4096M", "nan", "k"])

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 
 from ringrl.attention.kernels.mosaic_tpu_tiles import MAX_PAIRS, TILE_BITS
 from ringrl.attention.kernels.tuning import tpu_blocks
-from ringrl.planning.kernel import kernel_of
-from ringrl.planning.machines import Machine
+from ringrl.planning.machines import Machine, kernel_of
 from ringrl.planning.workload import MOST_TOKENS, Workload
 
 
@@ -75,6 +74,7 @@ KEPT_WIDTH, KEPT_HIDDEN = 7.1, 6.8
 def memory_of(workload: Workload, platform: str) -> Memory:
     """Return the memory of one step per device. GPUs count like TPUs."""
     model, count = workload.model, workload.parameters
+    summed = 1 if workload.config.optimiser.accumulation == 1 else 5 / 3  # accumulation sums into a separate buffer
     bytes_each = 2 if model.dtype == "bfloat16" else 4
     local = workload.local_contexts * workload.local_tokens
     heads = model.heads / workload.config.mesh.tensor
@@ -87,27 +87,21 @@ def memory_of(workload: Workload, platform: str) -> Memory:
         parameters=4 * count.device,
         optimiser=8 * count.device,
         batch=contexts * workload.local_tokens / workload.tokens_per_step * 45 * 4,
-        gradients=(4 + (2 if bytes_each == 2 else 0)) * count.device * _accumulated(workload),
+        gradients=(4 + (2 if bytes_each == 2 else 0)) * count.device * summed,
         activations=model.layers * local * kept_by_layer,
         scratch=_scratch(workload, platform, 4 if platform == "cpu" else bytes_each),  # CPUs compute in float32
     )
 
 
-def _accumulated(workload: Workload) -> float:
-    """Return the factor on gradients: accumulated parts of a batch are summed into a separate buffer."""
-    return 1 if workload.config.optimiser.accumulation == 1 else 5 / 3
-
-
-def _working(workload: Workload, platform: str) -> Working:
-    return WORKING["cpu" if platform == "cpu" else "tpu", workload.model.attention]
-
-
 def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
-    model, mesh, working = workload.model, workload.config.mesh, _working(workload, platform)
+    model, mesh = workload.model, workload.config.mesh
+    working = WORKING["cpu" if platform == "cpu" else "tpu", model.attention]
     contexts, tokens = workload.local_contexts, workload.local_tokens
     key_width = model.width * model.kv_heads / model.heads
     seen = tokens if model.attention == "ring" else workload.tokens  # keys on a device
-    key_width *= _padding(model.width // model.heads, platform) / mesh.tensor
+    head_dim = model.width // model.heads
+    # A TPU stores the features of a head in registers of 128.
+    key_width *= (math.ceil(head_dim / 128) * 128 / head_dim if platform == "tpu" else 1.0) / mesh.tensor
     attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
     attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
     blocks = math.ceil(tokens / model.block_tokens) if workload.is_in_blocks else 1
@@ -121,18 +115,13 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     return max(attention, feed_forward) + gathered
 
 
-def _padding(head_dim: int, platform: str) -> float:
-    """Return the padding factor of a head: a TPU stores its features in registers of 128."""
-    return math.ceil(head_dim / 128) * 128 / head_dim if platform == "tpu" else 1.0
-
-
 def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     """Whether the list of tile pairs of the TPU kernels is long enough; other kernels have no list."""
     model, contexts = workload.model, workload.local_contexts
     if kernel_of(model, machine.device) != "mosaic_tpu":
         return True
     keys = workload.local_tokens if model.attention == "ring" else workload.tokens
-    tile = tpu_blocks(model.width // model.heads, jnp.dtype(model.dtype), machine.device.kind)
+    tile = tpu_blocks(model.width // model.heads, jnp.dtype(model.dtype), machine.device.device_kind)
     query_tiles, key_tiles = math.ceil(workload.local_tokens / tile.rows), math.ceil(keys / tile.keys)
     return contexts * query_tiles * key_tiles <= MAX_PAIRS and max(query_tiles, key_tiles) <= 2**TILE_BITS
 

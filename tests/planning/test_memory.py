@@ -6,8 +6,8 @@ import pytest
 from hypothesis import strategies as st
 
 from ringrl.planning.ahead_of_time import compile_step
-from ringrl.planning.closed_form import listed_tiles_fit, longest_context, memory_of
 from ringrl.planning.machines import find_machine
+from ringrl.planning.memory import listed_tiles_fit, longest_context, memory_of
 from ringrl.planning.workload import Workload, find_model
 
 CASES = {

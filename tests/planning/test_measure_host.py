@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ringrl.planning import probe
-from ringrl.planning.machines import find_machine
+from ringrl.planning import machines
+from ringrl.planning.machines import find_machine, measure_host
 from ringrl.planning.roofline import attained_by, estimate
 from ringrl.planning.workload import Workload, find_model
 
@@ -15,15 +15,17 @@ pytestmark = pytest.mark.usefixtures("eight_devices")  # fixes the number of hos
 @pytest.fixture
 def small(monkeypatch):
     """Small products, since the test checks only the counts of operations."""
-    monkeypatch.setattr(probe, "ROWS", 256)
-    monkeypatch.setattr(probe, "TOKENS", 256)
-    monkeypatch.setattr(probe, "NUMBERS", 2**16)
-    monkeypatch.setattr(probe, "_seconds", lambda function, *arguments: (jax.eval_shape(function, *arguments), 0.5)[1])
+    monkeypatch.setattr(machines, "ROWS", 256)
+    monkeypatch.setattr(machines, "TOKENS", 256)
+    monkeypatch.setattr(machines, "NUMBERS", 2**16)
+    monkeypatch.setattr(
+        machines, "_seconds", lambda function, *arguments: (jax.eval_shape(function, *arguments), 0.5)[1]
+    )
     return find_model("small").model
 
 
 def test_rates_per_device(small):
-    machine = probe.measured(find_machine("cpu-8"), small)
+    machine = measure_host(find_machine("cpu-8"), small)
     width, count = small.width, len(jax.local_devices(backend="cpu"))  # all devices at once
     assert machine.device.flops == pytest.approx(count * 2 * 256 * width * 4 * width / 0.5 / 8)
     assert machine.device.bandwidth == pytest.approx(count * 2 * 4 * 2**16 / 0.5 / 8)
@@ -34,12 +36,12 @@ def test_rates_per_device(small):
 
 def test_memory_per_device(small):
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert probe.measured(find_machine("cpu-4"), small).device.memory == whole / 4
+    assert measure_host(find_machine("cpu-4"), small).device.memory == whole / 4
 
 
 def test_estimate_uses_measured_rates(small):
     workload = Workload(find_model("small"), 1024).with_settings("mesh", seq=8)
-    machine = probe.measured(find_machine("cpu-8"), small)
+    machine = measure_host(find_machine("cpu-8"), small)
     assert attained_by(workload, machine) == machine.measured
     slow = machine.device.flops
     assert estimate(workload, machine).mfu * slow == pytest.approx(
@@ -50,5 +52,5 @@ def test_estimate_uses_measured_rates(small):
 def test_seconds_exclude_compilation():
     x = jnp.ones((8, 8, 8))  # eight devices at most
     calls = []
-    assert probe._seconds(lambda x: (calls.append(1), x @ x)[1], x) > 0
+    assert machines._seconds(lambda x: (calls.append(1), x @ x)[1], x) > 0
     assert len(calls) == 1  # traced once
