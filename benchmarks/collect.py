@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from command_line import positive, told_in_one_line
+from common import one_line_errors, positive
 
 from ringrl.collect import PRESETS, collect, preset_episodes
 from ringrl.data.exorl import Archive
@@ -80,7 +80,7 @@ def measure_all(options: argparse.Namespace) -> None:
                 options.json.write_text(json.dumps(measured))
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from command_line import positive, told_in_one_line
+from common import one_line_errors, positive
 from random_data import write_random_store
 
 from ringrl.config import ContextConfig
@@ -43,7 +43,7 @@ def milliseconds(run: Callable[..., object], *arguments: object) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure. Print a table; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

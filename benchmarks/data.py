@@ -35,7 +35,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from command_line import positive, told_in_one_line
+from common import one_line_errors, positive
 
 TASKS = {
     "walker": "walker_walk",
@@ -342,7 +342,7 @@ def show(part: str, results: dict[str, Numbers]) -> None:
             print(f"  {what:<52}{number:>14,.3f}" if number > 1e-3 else f"  {what:<52}{number:>14.1e}", flush=True)
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,7 +23,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from command_line import positive, told_in_one_line
+from common import one_line_errors, positive
 
 from ringrl.envs import domain_of, make, make_vec
 
@@ -148,7 +148,7 @@ def row(task: str, runs: dict[str, list[dict[str, float]]]) -> str:
     )
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

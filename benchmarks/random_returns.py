@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from command_line import positive, told_in_one_line
+from common import one_line_errors, positive
 
 from ringrl.envs import TASKS, domain_of, make
 
@@ -41,7 +41,7 @@ def measure(tasks: Sequence[str], episodes: int, seeds: int) -> dict[str, list[l
     return measured
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -11,17 +11,14 @@ training loop in which no step runs, because it waits for a batch or for metrics
 import argparse
 import contextlib
 import functools
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from command_line import positive, told_in_one_line
-from host_devices import in_process
+from common import in_process, make_parser, one_line_errors, positive, save_json
 from random_data import write_random_store
 from rich.console import Console
 
@@ -39,6 +36,7 @@ from ringrl.training.metrics import MetricsLog, MetricsRecorder, progress_bar
 
 KINDS = {"one device": 1, "ring of 8": 8}
 TASK = "walker_walk"
+SIZES = {"trajectories": 4, "width": 256, "layers": 2, "steps": 6, "rounds": 3}
 
 
 def attention_rate(parallel: Parallel, tokens: int, heads: int, head_dim: int) -> Callable[[], float]:
@@ -106,15 +104,16 @@ class TrainingRun:
             return 1 - stepping / (time.perf_counter() - began)
 
 
-def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
+def measure(sizes: dict[str, int], devices: int) -> dict[str, float]:
     """Return all figures of one kind, measured in this process."""
+    options = argparse.Namespace(**sizes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_random_store(folder / "store.h5", 4 * options.trajectories)
         run = TrainingRun(options, devices, folder)
         rate = attention_rate(run.parallel, run.cost.tokens, options.width // 64, 64)
-        measure = lambda: (rate(), run.seconds_per_step(options.steps), run.share_of_waiting(options.steps))  # noqa: E731
-        rounds = [measure() for _ in range(options.rounds)]
+        figures = lambda: (rate(), run.seconds_per_step(options.steps), run.share_of_waiting(options.steps))  # noqa: E731
+        rounds = [figures() for _ in range(options.rounds)]
     rates, seconds, waiting = (list(column) for column in zip(*rounds, strict=True))
     steps = [run.cost.flops / x / 1e9 for x in seconds]
     return {
@@ -127,30 +126,24 @@ def worker(options: argparse.Namespace, devices: int) -> dict[str, float]:
     }
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each kind in a process of its own. Print a table; write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("trajectories", 4), ("width", 256), ("layers", 2), ("steps", 6), ("rounds", 3)):
+    """Measure each kind in a process of its own and print a table."""
+    parser = make_parser(__doc__)
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=positive, default=default)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.worker:
-        print(json.dumps(worker(options, KINDS[options.worker])))
-        return
+    sizes = {name: getattr(options, name) for name in SIZES}
     results = {}
     print(f"{'':<12}{'tokens':>8}{'attention':>12}{'step':>10}{'share':>8}{'s/step':>9}{'feed+log':>10}")
     for kind, devices in KINDS.items():
-        command = [__file__, *(arguments or sys.argv[1:]), "--worker", kind]
-        row = results[kind] = in_process(command, devices, kind)
+        row = results[kind] = in_process(measure, sizes, devices, devices=devices)
         print(
             f"{kind:<12}{row['tokens']:>8}{row['attention_gflops']:>12.1f}{row['step_gflops']:>10.1f}"
             f"{row['share']:>8.0%}{row['step_seconds']:>9.2f}{row['feed_and_log']:>10.1%}",
             flush=True,
         )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+    save_json(results, options.json)
 
 
 if __name__ == "__main__":

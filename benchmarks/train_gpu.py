@@ -20,7 +20,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from command_line import positive, told_in_one_line
+from common import one_line_errors, positive
 from jax.ad_checkpoint import checkpoint_name
 from random_data import random_context
 
@@ -74,7 +74,7 @@ def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array
     }
 
 
-@told_in_one_line
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure. Print a table; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

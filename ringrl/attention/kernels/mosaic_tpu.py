@@ -61,9 +61,7 @@ from ringrl.attention.kernels.mosaic_tpu_tiles import (
     LOG2_E,
     GridStep,
     Interpret,
-    Sides,
     TilePair,
-    Tiling,
     cost,
     cut_sides,
     logits,
@@ -234,74 +232,46 @@ def backward(
     do, lse, delta = cotangents
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # masked rows need any finite value
     cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)
-    part = _dq(inputs, options, cotangents, interpret)
-    return Gradients(part if dq is None else dq + part, _dkv(inputs, options, cotangents, interpret))
+    part = _gradients(inputs, options, cotangents, interpret, of_keys=False)
+    part = part if dq is None else dq + part
+    return Gradients(part, _gradients(inputs, options, cotangents, interpret, of_keys=True))
 
 
-def _cut(tiling: Tiling, sides: Sides, inputs: Inputs, cotangents: Cotangents) -> tuple[jax.Array, ...]:
-    """Return the inputs of both kernels in the order of Specs.backward."""
+def _gradients(
+    inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret, *, of_keys: bool
+) -> jax.Array:
+    """Return dq, or dk and dv, from a kernel that visits the pairs in order of query tiles or of key tiles."""
+    tiling = tiling_of(inputs, options)
+    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=of_keys)
+
+    def place(context, head, outer, inner, pairs) -> GridStep:  # type: ignore[no-untyped-def]
+        step, share = (outer, inner) if of_keys else (inner, outer)
+        pair = TilePair.at(pairs, context, step, tiling)
+        tiles = (pair.inner, pair.outer) if of_keys else (pair.outer, pair.inner)
+        return GridStep(context, head, share, *tiles)
+
+    specs = specs_of(tiling, place)
     queries = *map(tiling.cut_queries, (inputs.q, cotangents.do)), *map(tiling.cut_rows, cotangents[1:]), sides.queries
     kv = tiling.cut_keys(inputs.kv)
-    return *queries, kv, kv, sides.keys
-
-
-def _dq(inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret) -> jax.Array:
-    tiling = tiling_of(inputs, options)
-    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
-
-    def place(context, head, share, step, pairs) -> GridStep:  # type: ignore[no-untyped-def]
-        pair = TilePair.at(pairs, context, step, tiling)
-        return GridStep(context, head, share, pair.outer, pair.inner)
-
-    specs = specs_of(tiling, place)
-    arrays = _cut(tiling, sides, inputs, cotangents)
-    shape = shape_like(inputs.q, arrays[0].shape)
-    dq = pl.pallas_call(
-        partial(_dq_kernel, options=options, tiling=tiling),
+    arrays = *queries, kv, kv, sides.keys  # in the order of Specs.backward
+    shape = shape_like(inputs.q, (kv if of_keys else arrays[0]).shape)
+    sums = [(tiling.block_k, tiling.head_dim)] * 2 if of_keys else [(tiling.head_dim, tiling.rows)]
+    loops = (sides.steps, tiling.shares) if of_keys else (tiling.shares, sides.steps)
+    result = pl.pallas_call(
+        partial(_dkv_kernel if of_keys else _dq_kernel, options=options, tiling=tiling),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(tiling.batch, tiling.kv_heads, tiling.shares, sides.steps),
+            grid=(tiling.batch, tiling.kv_heads, *loops),
             in_specs=specs.backward,
-            out_specs=specs.queries,
-            scratch_shapes=[pltpu.VMEM((tiling.head_dim, tiling.rows), jnp.float32)],
+            out_specs=specs.keys_and_values if of_keys else specs.queries,
+            scratch_shapes=[pltpu.VMEM(sizes, jnp.float32) for sizes in sums],
         ),
         out_shape=shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary" if of_keys else "parallel", "arbitrary"),
         ),
-        cost_estimate=cost(tiling, 3, options, *arrays[:-2], shape),
+        cost_estimate=cost(tiling, 4 if of_keys else 3, options, *arrays[:-2], shape),
         interpret=interpret,
-        name="ring_attention_dq",
+        name="ring_attention_dkv" if of_keys else "ring_attention_dq",
     )(sides.pairs, *arrays)
-    return tiling.join_queries(dq)
-
-
-def _dkv(inputs: Inputs, options: Options, cotangents: Cotangents, interpret: Interpret) -> jax.Array:
-    tiling = tiling_of(inputs, options)
-    sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=True)
-
-    def place(context, head, step, share, pairs) -> GridStep:  # type: ignore[no-untyped-def]
-        pair = TilePair.at(pairs, context, step, tiling)
-        return GridStep(context, head, share, pair.inner, pair.outer)
-
-    specs = specs_of(tiling, place)
-    arrays = _cut(tiling, sides, inputs, cotangents)
-    shape = shape_like(inputs.q, arrays[5].shape)
-    dkv = pl.pallas_call(
-        partial(_dkv_kernel, options=options, tiling=tiling),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(tiling.batch, tiling.kv_heads, sides.steps, tiling.shares),
-            in_specs=specs.backward,
-            out_specs=specs.keys_and_values,
-            scratch_shapes=[pltpu.VMEM((tiling.block_k, tiling.head_dim), jnp.float32)] * 2,
-        ),
-        out_shape=shape,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        ),
-        cost_estimate=cost(tiling, 4, options, *arrays[:-2], shape),
-        interpret=interpret,
-        name="ring_attention_dkv",
-    )(sides.pairs, *arrays)
-    return tiling.join_keys(dkv)
+    return tiling.join_keys(result) if of_keys else tiling.join_queries(result)
