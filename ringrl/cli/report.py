@@ -1,4 +1,4 @@
-"""ringrl report: a page from results, or of the differences between two sets of them."""
+"""ringrl report: a page from results, or from the differences between two sets of results."""
 
 from pathlib import Path
 
@@ -14,24 +14,23 @@ def report(
     output: Path = Path("report"),
     compare: tuple[Path, Path] | None = None,
 ) -> None:
-    """Make a page from results: return against context length with intervals, figures and tables for a paper.
+    """Make a page from results: return against context length with intervals, charts and tables for a paper.
 
     Args:
-        results: results files (.jsonl), or folders that hold them.
+        results: results files (.jsonl), or folders that contain them.
         output: folder of the page, figures/, tables/ and videos/.
-        compare: two results files or folders, instead of `results`: what B returns more than A, and what differs.
+        compare: two results files or folders A and B, instead of `results`: the difference B less A of the returns,
+            and the settings that differ.
     """
     if compare is None and not results:
-        raise UserError("no results are named; say where they are, for example: ringrl report runs")
+        raise UserError("no results are given; name files or folders, for example: ringrl report runs")
     if compare is not None and results:
-        raise UserError(f"{results[0]}: is given besides --compare, which takes its two alone; leave one of them out")
-    if compare is not None:
-        from ringrl.study.report_compare import write_comparison
+        raise UserError(f"{results[0]}: cannot be combined with --compare A B; leave one of them out")
+    from ringrl.report import terminal_table, write_comparison, write_report
 
+    if compare is not None:
         page, shown = write_comparison([compare[0]], [compare[1]], output)
     else:
-        from ringrl.study.report import table, write_report
-
-        page, shown = write_report(results, output), table(results)
+        page, shown = write_report(results, output), terminal_table(results)
     Console().print(shown)
     print(page)

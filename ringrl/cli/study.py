@@ -55,10 +55,10 @@ def demo(*, output: Path = Path("demo")) -> None:
     Args:
         output: folder of all files of the demo; the same command resumes an interrupted demo.
     """
+    from ringrl.report import terminal_table, write_report
     from ringrl.study.demo import run_demo
-    from ringrl.study.report import table, write_report
 
     runs = run_demo(output, Console(stderr=True), command_line())
     page = write_report([runs], output / "report")
-    Console().print(table([runs]))
+    Console().print(terminal_table([runs]))
     print(page.absolute().as_uri())

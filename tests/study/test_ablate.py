@@ -19,10 +19,11 @@ from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.evaluation.records import read_records
+from ringrl.report.conclusion import starts_warning
+from ringrl.report.results import read_results
+from ringrl.report.tables import returns_table
 from ringrl.study.cells import attempt, cells, references, write
 from ringrl.study.plan import read_plan
-from ringrl.study.report_cells import gather
-from ringrl.study.report_starts import starts_warning
 from ringrl.study.runner import RunOptions, ablate, estimate
 from ringrl.training.run_folder import dataset_fingerprint
 
@@ -106,10 +107,13 @@ def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_r
     more = one | {"test_trajectories": [1, 2], "episodes": 4}
     assert finish_all(write_plan(jaco_store.path, **more), jaco_store) == ["random", "at_1_seed0"]
     assert (run / "metrics.jsonl").read_bytes() == metrics
-    grid = gather(read_records(run.parent).records)
-    found = {(cell.variant.method, cell.test, cell.episodes): len(cell.control) for cell in grid.cells}
-    assert found == {("random", 1, 4): 0, ("dt", 1, 4): 0, ("dt", 2, 4): 1}
-    assert starts_warning(grid) is None
+    results = read_results(run.parent)
+    table = returns_table(results)
+    policies = table[table["kind"] != "data"]
+    found = {(row["family"], row["test_trajectories"], row["episodes"]) for _, row in policies.iterrows()}
+    assert found == {("random", 1, 4), ("dt", 1, 4), ("dt", 2, 4)}
+    assert results.groupby(["family", "test_trajectories"])["matched"].any()["dt", 2]
+    assert starts_warning(results, table) is None
     settings = read_plan(write_plan(jaco_store.path)).settings
     wider = settings | {"model": settings["model"] | {"width": 32}}
     for changes, words in (

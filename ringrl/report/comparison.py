@@ -1,0 +1,282 @@
+"""Two sets of results compared: the differences of the returns, and the settings that differ."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import rich.table
+from rich import box
+from rich.markup import escape
+
+from ringrl.config import read_yaml
+from ringrl.errors import UserError
+from ringrl.evaluation.formatting import ABSENT, MINUS, number
+from ringrl.evaluation.statistics import Estimate
+from ringrl.report.charts import Chart, Drawing
+from ringrl.report.conclusion import caution, starts_of_cells
+from ringrl.report.page import Column, count, render, save_report, share, table_files
+from ringrl.report.provenance import facts, run_folder
+from ringrl.report.results import CELL, UNKNOWN_RUN, read_results
+from ringrl.report.tables import contrast, describe, returns_table, run_scores, scores_of, summarise
+from ringrl.training.run_folder import flat
+
+CHANGE, WINS = f"B {MINUS} A", "P(B > A)"
+_SAME_FOR_ALL = ("run", "seed", "data", "context.trajectories")  # settings that name a cell or a place
+_RECORDED = ("target_policy", "target_return", "data_fingerprint", "device", "steps_trained", "token_set", "train_task",
+             "prompt_trajectories", "cache_dtype")  # fmt: skip
+_MANY_PAIRS = 10  # from which a 95 % interval is likely to miss somewhere
+_MANY = 4  # values of one setting that are listed
+
+
+def _signed(value: float) -> str:
+    return number(value, sign=True)
+
+
+def _ends(name: str) -> tuple[str, str]:
+    return f"{name}, low", f"{name}, high"
+
+
+_COLUMNS = [
+    Column("Task"), Column("Method"),
+    Column("A", hint="interquartile mean over training seeds, 95 % interval", ends=_ends("A")),
+    Column("B", hint="as A", ends=_ends("B")),
+    Column(CHANGE, "", "difference of the interquartile means, 95 % interval", _signed, _ends(CHANGE)),
+    Column(WINS, "", "probability that a run of B beats a run of A; a tie counts half; absent for one seed", share,
+           _ends(WINS)),
+    Column("Seeds of A", form=count), Column("Seeds of B", form=count),
+]  # fmt: skip
+_SETTING_COLUMNS = [Column("Setting"), Column("A"), Column("B")]
+
+
+class Comparison(NamedTuple):
+    """What the page of a comparison shows."""
+
+    pairs: pd.DataFrame  # headings of _COLUMNS, "paired" and "same_starts"; one row per cell in both sets
+    only_a: list[str]  # cells without a counterpart
+    only_b: list[str]
+    settings: pd.DataFrame  # Setting, A, B; where the two differ
+    results: tuple[pd.DataFrame, pd.DataFrame]
+
+
+def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
+    """Match the cells of two sets of results and return their differences.
+
+    Cells match if task, method, settings and lengths are equal. The rest match if task, method and lengths are equal
+    and there is one such cell on either side; what else differs is listed with the settings. Results of the same
+    training runs are compared run by run.
+
+    Raises:
+        UserError: either set has no results, cannot be read, or they have no cell in common.
+    """
+    results = read_results(a), read_results(b)
+    tables = [_policies(side) for side in results]
+    matched = _match(*tables)
+    if not matched:
+        raise UserError(
+            f"{_names(a)} and {_names(b)} have no task, method and context length in common; give results that do"
+        )
+    runs, starts = [run_scores(side) for side in results], [starts_of_cells(side) for side in results]
+    rows = []
+    for one, other in matched:
+        cells = tables[0].loc[one], tables[1].loc[other]
+        same_starts = starts[0][tuple(cells[0][CELL])] == starts[1][tuple(cells[1][CELL])]
+        scores = [scores_of(side, cell) for side, cell in zip(runs, cells, strict=True)]
+        named = {"Task": cells[0]["task"], "Method": describe(cells[0])}
+        rows.append(named | _pair(*scores) | {"same_starts": same_starts})
+    only = [[f"{cell['task']}: {describe(cell)}" for index, cell in table.iterrows() if index not in taken]
+            for table, taken in zip(tables, zip(*matched, strict=True), strict=True)]  # fmt: skip
+    return Comparison(pd.DataFrame(rows), *only, _differences(*map(_settings, results)), results)
+
+
+def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, rich.table.Table]:
+    """Write the page of a comparison, its figure and its tables; return the page's path and a table for the terminal.
+
+    Raises:
+        UserError: as `compare`, or the folder cannot be written.
+    """
+    found = compare(a, b)
+    page = render(
+        "compare.html",
+        headline=headline(found.pairs),
+        cautions=cautions(found.pairs),
+        names=(_names(a), _names(b)),
+        chart=_chart(found.pairs),
+        columns=_COLUMNS,
+        found=found,
+        setting_columns=_SETTING_COLUMNS,
+        facts=[facts(side) for side in found.results],
+        date=max(side["created"].max() for side in found.results),
+    )
+    files = table_files("comparison", found.pairs, _COLUMNS) | table_files("settings", found.settings, _SETTING_COLUMNS)
+    return save_report(page, [_chart(found.pairs)], files, destination), _to_rich(found.pairs)
+
+
+def headline(pairs: pd.DataFrame) -> str:
+    """Return the conclusion in one sentence."""
+    judged, better, worse = len(_judged(pairs)), *(int((_clear(pairs) * sign > 0).sum()) for sign in (1, -1))
+    if not judged:
+        return "One training seed is too few to say which is better."
+    if not better and not worse:
+        return "B and A make no clear difference."
+    counts = [f"{'more' if more else 'less'} in {count}" for more, count in ((True, better), (False, worse)) if count]
+    return f"B returns {' and '.join(counts)} of {judged} comparison{'s' if judged > 1 else ''} than A."
+
+
+def cautions(pairs: pd.DataFrame) -> list[str]:
+    """Return what the clear differences may owe to few seeds, to their number, or to different starts."""
+    judged, clear = _judged(pairs), pairs[_clear(pairs) != 0]
+    found = [caution(zip(clear["runs"], clear["paired"], strict=True))]
+    if len(clear) and len(judged) >= _MANY_PAIRS:
+        found.append(
+            f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear if nothing differed."
+        )
+    unlike = [f"{row['Method']} on {row['Task']}" for _, row in pairs[~pairs["same_starts"]].iterrows()]
+    if unlike:
+        listed = ", ".join(unlike[:_MANY]) + (f" and {len(unlike) - _MANY} more" if len(unlike) > _MANY else "")
+        found.append(
+            f"A and B were not rolled out from the same starts: {listed}. Some starts are harder than others, so the "
+            "starts may explain a part of the differences."
+        )
+    return [sentence for sentence in found if sentence]
+
+
+def _judged(pairs: pd.DataFrame) -> pd.DataFrame:
+    return pairs[pairs[f"{CHANGE}, low"].notna()]
+
+
+def _clear(pairs: pd.DataFrame) -> pd.Series:
+    """1 if B clearly returns more, -1 if less, 0 if the interval contains zero or is absent."""
+    more, less = pairs[f"{CHANGE}, low"] > 0, pairs[f"{CHANGE}, high"] < 0
+    return more.astype(int) - less.astype(int)
+
+
+def _policies(results: pd.DataFrame) -> pd.DataFrame:
+    table = returns_table(results)
+    return table[table["kind"] != "data"]
+
+
+def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
+    """Pairs of row labels: cells equal in everything, then the only ones left of a task, method and lengths."""
+    matched: list[tuple[Any, Any]] = []
+    lengths = ["train_trajectories", "test_trajectories"]
+    for key in (["task", "variant", *lengths, "prompt_trajectories"], ["task", "family", *lengths]):
+        left = [table[~table.index.isin([pair[side] for pair in matched])] for side, table in enumerate((a, b))]
+        groups = [dict(list(table.groupby(key))) for table in left]
+        matched += [
+            (rows.index[0], groups[1][name].index[0])
+            for name, rows in groups[0].items()
+            if len(rows) == len(groups[1].get(name, ())) == 1
+        ]
+    return sorted(matched)
+
+
+def _pair(a: pd.Series, b: pd.Series) -> dict[str, Any]:
+    b = b.rename(index=lambda run: f"B {run}" if run.startswith(UNKNOWN_RUN) else run)  # never the runs of A
+    found, row = contrast([b], [a]), {}
+    estimates = {"A": summarise(a), "B": summarise(b), CHANGE: found.change}
+    if found.wins.interval:  # of one run each, B would beat A by chance
+        estimates[WINS] = found.wins
+    for name in ("A", "B", CHANGE, WINS):
+        row |= _with_ends(name, estimates.get(name))
+    return row | {"Seeds of A": estimates["A"].runs, "Seeds of B": estimates["B"].runs, "runs": found.change.runs,
+                  "paired": found.paired}  # fmt: skip
+
+
+def _with_ends(name: str, found: Estimate | None) -> dict[str, float]:
+    ends = (found.interval.low, found.interval.high) if found and found.interval else (np.nan, np.nan)
+    return {name: found.value if found else np.nan, f"{name}, low": ends[0], f"{name}, high": ends[1]}
+
+
+def _settings(results: pd.DataFrame) -> dict[str, set[str]]:
+    """Setting -> its values, from the runs' configurations where their folders were found and from the records."""
+    found: dict[str, set[str]] = defaultdict(set)
+    policies = results[results["kind"] != "data"]
+    trained = policies[policies["family"] != "random"]
+    for name in _RECORDED:
+        found[name] |= {_shown(value) for value in trained[name].dropna().unique()}
+    for versions in results["versions"].unique():
+        for library, version in json.loads(versions).items():
+            found[f"version of {library}"].add(version)
+    next_to_results = sorted({Path(source).parent for source in results.attrs["sources"]})
+    runs = policies[policies["checkpoint"].notna()].drop_duplicates(["task", "method", "checkpoint"])
+    for folder in {run_folder(row, next_to_results) for _, row in runs.iterrows()} - {None}:
+        for name, value in flat(read_yaml(Path(str(folder)) / "config.yaml")).items():
+            if name not in _SAME_FOR_ALL:
+                found[name].add(_shown(value))
+    streams = policies[policies["memory"]].groupby([*CELL, "seed"])["stream"].nunique()
+    found["streams per training seed"] = {str(count) for count in streams}
+    return {name: values for name, values in found.items() if values}
+
+
+def _differences(a: dict[str, set[str]], b: dict[str, set[str]]) -> pd.DataFrame:
+    rows = [
+        (name, _listed(a.get(name)), _listed(b.get(name))) for name in sorted({*a, *b}) if a.get(name) != b.get(name)
+    ]
+    return pd.DataFrame(rows, columns=["Setting", "A", "B"])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _listed(values: set[str] | None) -> str:
+    ordered = sorted(values or {ABSENT})
+    return ", ".join(ordered[:_MANY]) + (f" and {len(ordered) - _MANY} more" if len(ordered) > _MANY else "")
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def _to_rich(pairs: pd.DataFrame) -> rich.table.Table:
+    shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=0)
+    shown.add_column("Method")
+    for name in ("A", "B", f"{CHANGE}\n[95 %]", WINS):
+        shown.add_column(escape(name), justify="right", no_wrap=True)
+    for task, rows in pairs.groupby("Task", sort=False):
+        shown.add_section()
+        shown.add_row(f"[bold]{escape(str(task))}")
+        for _, row in rows.iterrows():
+            change, wins = _COLUMNS[4].line(row), _COLUMNS[5].text(row)
+            shown.add_row(escape(row["Method"]), number(row["A"]), number(row["B"]), escape(change), wins)
+    return shown
+
+
+def _chart(pairs: pd.DataFrame) -> Chart:
+    """The differences of each task, with their intervals."""
+    draw, panels = Drawing({}, pd.Series(), {}), []
+    for task, rows in pairs.groupby("Task", sort=False):
+        data = pd.DataFrame({
+            "method": rows["Method"], "value": rows[CHANGE], "low": rows[f"{CHANGE}, low"],
+            "high": rows[f"{CHANGE}, high"], "shown": [_COLUMNS[4].line(row) for _, row in rows.iterrows()],
+            "shade": np.where(_clear(rows) != 0, "var(--series-1)", "var(--muted)"),
+        })  # fmt: skip
+        y = alt.Y("method:N", title=None, sort=None, axis=alt.Axis(labelLimit=220, grid=True, offset=8))
+        base = draw.base(data).encode(y=y, color=alt.Color("shade:N", scale=None))
+        x = alt.X("value:Q", title="difference of the return per episode", scale=alt.Scale(zero=True))
+        tooltip = [alt.Tooltip("method:N"), alt.Tooltip("shown:N", title=CHANGE)]
+        zero = (
+            draw.base(pd.DataFrame({"zero": [0]})).mark_rule(color="var(--muted)", strokeDash=[3, 3]).encode(x="zero:Q")
+        )
+        ends = base.mark_rule(strokeWidth=6, opacity=0.3).encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q")
+        layers = [
+            zero,
+            ends.transform_filter("isValid(datum.low)"),
+            base.mark_point(filled=True, size=60).encode(x=x, tooltip=tooltip),
+        ]
+        description = "; ".join(f"{row['Method']}: {_COLUMNS[4].line(row)}" for _, row in rows.iterrows())
+        panels.append(draw.panel(str(task), layers, description, height=40 + 32 * len(rows)))
+    caption = (
+        "The difference of the interquartile means over training seeds, B less A, with its 95 % interval (bootstrap "
+        "over the seeds of both). If both have the same training runs, only these count, run by run. There is no clear "
+        "difference where the interval contains zero. A point without a bar has one seed on a side, so it has no "
+        "interval."
+    )
+    return Chart("difference", "B less A", caption, panels, [])

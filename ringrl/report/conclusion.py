@@ -1,0 +1,335 @@
+"""The sentences of a report: its conclusion, cautions and warnings, all computed from the tables."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import comb
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ringrl.evaluation.formatting import number
+from ringrl.evaluation.statistics import Estimate
+from ringrl.report.results import CELL, RUN, settings_of_any_length, usual_settings
+from ringrl.report.tables import (
+    Contrast,
+    context_label,
+    contrast,
+    describe,
+    ends_of_curve,
+    in_sentence,
+    levels,
+    middle,
+    prompt_returns,
+    run_scores,
+    scores_of,
+    summarise,
+)
+
+ENOUGH_ODDS = 20
+"""A difference that chance produces more often than once in so many times is worded with care."""
+_KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
+_ALIKE = 1.25  # ratio up to which budgets count as equal: steps are whole, and seconds vary
+_NAMED = 4  # names in a list of many
+
+
+def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Return one comparison per task and method, and one per method with prompts.
+
+    The longest context is compared with the shortest. If there is one length only, the rollout with memory is compared
+    with its control. Prompts: the longest with the shortest, from the same starts.
+
+    Columns: task, method, subject, compared, before, after, change, low, high, seeds, paired, kind ("helps", "hurts",
+    "unclear", "one seed" or "not compared") and sentence.
+    """
+    runs, paired, prompts = run_scores(results), run_scores(results, "paired"), prompt_returns(results)
+    rows = [
+        _verdict(runs, paired, group)
+        for _, group in table[table["length"].notna()].groupby(["task", "method"])
+    ]  # fmt: skip
+    key = ["task", "method", "train_trajectories", "test_trajectories"]
+    rows += [_prompt_verdict(group) for _, group in prompts.groupby(key)]
+    columns = ["task", "method", "subject", "compared", "before", "after", "change", "low", "high", "seeds", "paired"]
+    return pd.DataFrame(rows, columns=[*columns, "kind", "sentence"])
+
+
+def _verdict(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Any]:
+    shortest, longest = ends_of_curve(cells)
+    of_context = " of context" if longest["train_trajectories"] == longest["test_trajectories"] else ""
+    claim = f"On {longest['task']} the {longest['method']} returns {{}} {_when(longest)}{of_context}"
+    if shortest.name != longest.name:
+        found = contrast([scores_of(runs, longest)], [scores_of(runs, shortest)])
+        sentence = f"{claim.format(number(found.levels[0]))} and {number(found.levels[1])} {_when(shortest)}: "
+        sentence += _judge(found.change)
+        if pd.notna(longest["control"]) and longest["test_trajectories"] > 1:
+            sentence += f" With its memory reset before each episode it returns {number(longest['control'])}."
+        return _row(longest, "A longer context", _between(shortest, longest), found, sentence)
+    kept, reset = (scores_of(paired, longest, memory=memory) for memory in (True, False))
+    if longest["test_trajectories"] > 1 and len(kept):
+        gain = summarise(kept - reset.reindex(kept.index))
+        found = Contrast(gain, gain, (middle(kept), middle(reset)), paired=True)
+        sentence = f"{claim.format(number(middle(kept)))} and {number(middle(reset))} when its memory is reset before "
+        sentence += f"each episode: {_judge(gain)}"
+        return _row(
+            longest, "Memory across episodes", f"memory reset to kept, {context_label(longest)}", found, sentence
+        )
+    sentence = f"{claim.format(number(longest['iqm']))}. No other context length was measured."
+    return _row(longest, "Context", context_label(longest), None, sentence)
+
+
+def _prompt_verdict(runs: pd.DataFrame) -> dict[str, Any]:
+    few, many = runs["prompt_trajectories"].min(), runs["prompt_trajectories"].max()
+    sides = [runs[runs["prompt_trajectories"] == length].set_index("run")["value"] for length in (many, few)]
+    found, cell = contrast([sides[0]], [sides[1]]), runs.iloc[0]
+    sentence = (
+        f"On {cell['task']} the {cell['method']} trained on {cell['train_trajectories']} returns "
+        f"{number(found.levels[0])} after a prompt of {many} trajectories and {number(found.levels[1])} after {few}: "
+        f"{_judge(found.change)}"
+    )
+    compared = f"prompt of {few} to {many}, trained on {cell['train_trajectories']}"
+    return _row(cell, "A longer prompt", compared, found, sentence)
+
+
+def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None, sentence: str) -> dict[str, Any]:
+    row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
+    if found is None:
+        return row | {"after": cell["iqm"], "seeds": 0, "paired": False, "kind": "not compared", "sentence": sentence}
+    change, kind = found.change, "one seed"
+    if change.interval:
+        kind = "unclear" if 0 in change.interval else "helps" if change.value > 0 else "hurts"
+        row |= {"low": change.interval.low, "high": change.interval.high}
+    return row | {
+        "before": found.levels[1], "after": found.levels[0], "change": change.value, "seeds": change.runs,
+        "paired": found.paired, "kind": kind, "sentence": sentence,
+    }  # fmt: skip
+
+
+def headline(found: pd.DataFrame) -> str:
+    """Return the conclusion in one sentence."""
+    if found.empty:
+        return "No method with a context was measured."
+    judged = found[found["kind"].isin(["helps", "hurts", "unclear"])]
+    if judged.empty:
+        if (found["kind"] == "one seed").any():
+            return "One training seed is too few to say whether context helps."
+        return "Only one context length was measured."
+    subjects = judged["subject"].unique()
+    subject = subjects[0] if len(subjects) == 1 else "Context"
+    claims = []
+    for kind, bare in (("helps", "help"), ("hurts", "hurt")):
+        rows = judged[judged["kind"] == kind]
+        if len(rows):
+            careful = min(odds(seeds, paired) for seeds, paired in rows[["seeds", "paired"]].to_numpy()) < ENOUGH_ODDS
+            claim = f"seems to {bare}" if careful else kind
+            if len(judged) == 1:
+                return f"{subject} {claim}."
+            claims.append(
+                f"{claim} in {f'all {len(rows)}' if len(rows) == len(judged) else f'{len(rows)} of {len(judged)}'}"
+            )
+    return f"{subject} {' and '.join(claims)} comparisons." if claims else f"{subject} makes no clear difference."
+
+
+def odds(seeds: int, paired: bool) -> int:
+    """Return once in how many times chance alone orders the training runs as clearly as possible.
+
+    Paired: all n runs change in the same direction. Otherwise all runs of one group of n exceed the other group.
+    """
+    return 2 ** max(seeds - 1, 0) if paired else comb(2 * seeds, seeds) // 2
+
+
+def caution(clear: Iterable[tuple[int, bool]]) -> str | None:
+    """Return what so few training seeds can show, for the weakest of the clear differences; None if all have enough.
+
+    Args:
+        clear: training seeds, and whether the difference is paired, of each clear difference.
+    """
+    seeds, paired = min(clear, key=lambda one: odds(*one), default=(0, False))
+    if not seeds or odds(seeds, paired) >= ENOUGH_ODDS:
+        return None
+    chance = (
+        f"all {seeds} runs change in the same direction" if paired else f"two groups of {seeds} runs do not overlap"
+    )
+    return (
+        f"With {seeds} training seeds per point this result is preliminary. If nothing differed, chance would still "
+        f"make it that {chance} once in {odds(seeds, paired)} times, and bootstrap intervals of so few seeds are too "
+        "narrow."
+    )
+
+
+def verdict_caution(found: pd.DataFrame) -> str | None:
+    """Return the caution for the clear verdicts."""
+    clear = found[found["kind"].isin(["helps", "hurts"])]
+    return caution((int(seeds), bool(paired)) for seeds, paired in zip(clear["seeds"], clear["paired"], strict=True))
+
+
+def _when(cell: pd.Series) -> str:
+    train, test = int(cell["train_trajectories"]), int(cell["test_trajectories"])
+    return f"with {context_label(cell)}" if train == test else f"when trained on {train} and rolled out for {test}"
+
+
+def _between(shortest: pd.Series, longest: pd.Series) -> str:
+    train, test = (
+        [int(cell[name]) for cell in (shortest, longest)] for name in ("train_trajectories", "test_trajectories")
+    )
+    if test[0] == test[1]:
+        return f"trained on {train[0]} to {train[1]}, rolled out for {test[1]}"
+    if train[0] == train[1]:
+        return f"trained on {train[1]}, rolled out for {test[0]} to {test[1]}"
+    return f"{context_label(shortest)} to {context_label(longest)}"
+
+
+def _judge(change: Estimate) -> str:
+    size = number(change.value, sign=True)
+    if change.interval is None:
+        return f"{size}. One training seed gives no interval, so this may be chance."
+    ends = f"95 % interval {number(change.interval.low, sign=True)} to {number(change.interval.high, sign=True)}"
+    if 0 in change.interval:
+        return f"{size}, no clear difference ({ends}, {change.runs} training seeds)."
+    return f"{size} ({ends}, {change.runs} training seeds)."
+
+
+def notes(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+    """Return one paragraph per task: the returns of methods without context, and the change within a context."""
+    found, runs = [], run_scores(results)
+    for task, rows in table.groupby("task"):
+        parts = [
+            f"{in_sentence(cell['method'])} {number(cell['iqm'])}" for _, cell in levels(table, str(task)).iterrows()
+        ]
+        data = rows[rows["kind"] == "data"]["iqm"].tolist()
+        if data:
+            parts.append(f"the dataset's episodes {number(data[0])} on average, {number(data[1])} at best")
+        sentences = [f"For comparison on {task}: {', '.join(parts)}."] if parts else []
+        for method, cells in rows[rows["length"].notna()].groupby("method"):
+            longest = cells.sort_values(["test_trajectories", "train_trajectories"]).iloc[-1]
+            if longest["test_trajectories"] > 1:
+                sentences += _within_context(str(method), longest, runs)
+        found += [" ".join(sentences)] if sentences else []
+    return found
+
+
+def _within_context(method: str, cell: pd.Series, runs: pd.DataFrame) -> list[str]:
+    count, ends = int(cell["test_trajectories"]), [number(_none(cell[name])) for name in ("first", "last")]
+    sentences = [
+        f"The {method} returns {ends[0]} in the first and {ends[1]} in the last of {count} episodes in context."
+    ]
+    if pd.notna(cell["control"]):
+        reset = [number(_none(middle(scores_of(runs, cell, name, memory=False)))) for name in ("first", "last")]
+        sentences.append(f"From the same starts without memory it returns {reset[0]} and {reset[1]}.")
+        best = [number(_none(cell[name])) for name in ("best", "best_control")]
+        sentences.append(f"Its best of {count} episodes is {best[0]}, and {best[1]} without memory.")
+    return sentences
+
+
+def _none(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def starts_of_cells(results: pd.DataFrame) -> pd.Series:
+    """Return, for each cell, the distinct sets of starts of its training seeds."""
+    rows = results[results["memory"] & (results["kind"] != "data")]
+    return rows.groupby(RUN)["start"].agg(frozenset).groupby(CELL).agg(frozenset)
+
+
+def starts_facts(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+    """Return a line per task: its number of starts if all policies share them, otherwise which policy has which."""
+    groups = _starts_groups(results, table)
+    return [
+        f"{task}: {f'{_count(next(iter(found)))}, the same for all' if _alike(found) else _listed(found)}"
+        for task, found in groups.items()
+    ]
+
+
+def starts_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
+    """Return a warning if compared policies were rolled out from different starts; None if not."""
+    unlike = {task: found for task, found in _starts_groups(results, table).items() if not _alike(found)}
+    if not unlike:
+        return None
+    listed = "; ".join(f"on {task} {_listed(found)}" for task, found in unlike.items())
+    return (
+        f"Not all policies were rolled out from the same starts: {listed}. Some starts are harder than others, so the "
+        "starts may explain a part of the differences."
+    )
+
+
+Starts = frozenset[frozenset[str]]
+
+
+def _starts_groups(results: pd.DataFrame, table: pd.DataFrame) -> dict[str, dict[Starts, list[pd.Series]]]:
+    """Task -> starts -> policies; prompted rollouts, which have a chart of equal starts, are not among them."""
+    found: dict[str, dict[Starts, list[pd.Series]]] = defaultdict(lambda: defaultdict(list))
+    starts = starts_of_cells(results)
+    for _, cell in table[table["length"].notna() | (table["kind"] == "reference")].iterrows():
+        found[cell["task"]][starts[tuple(cell[CELL])]].append(cell)
+    return {
+        task: dict(sorted(groups.items(), key=lambda group: sorted(map(len, group[0]))))
+        for task, groups in found.items()
+    }
+
+
+def _alike(groups: dict[Starts, list[pd.Series]]) -> bool:
+    return len(frozenset().union(*groups)) <= 1
+
+
+def _listed(groups: dict[Starts, list[pd.Series]]) -> str:
+    parts = []
+    for starts, cells in groups.items():
+        more = f" and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
+        parts.append(f"{_count(starts)} for {', '.join(describe(cell) for cell in cells[:_NAMED])}{more}")
+    return ", ".join(parts)
+
+
+def _count(starts: Starts) -> str:
+    counts = sorted({len(one) for one in starts})
+    if len(starts) > 1:
+        return f"{' or '.join(map(str, counts))} starts, which differ by training seed,"
+    return f"{counts[0]} start{'s' if counts[0] > 1 else ''}"
+
+
+def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
+    """Return a warning if settings or budgets differ along a curve besides the context length; None if not."""
+    keys = pd.MultiIndex.from_frame(table.loc[table["length"].notna(), CELL])
+    rows = results[results["memory"] & pd.MultiIndex.from_frame(results[CELL]).isin(keys)]
+    unlike = [
+        f"{method} on {task}: {'; '.join(found)}"
+        for (task, method), group in rows.groupby(["task", "method"])
+        if (found := _unlike_settings(group) + _unlike_budgets(group))
+    ]
+    if not unlike:
+        return None
+    return (
+        f"Not only the context length differs along a curve. {'. '.join(unlike)}. These settings may explain a part of "
+        "the differences."
+    )
+
+
+def _unlike_settings(rows: pd.DataFrame) -> list[str]:
+    """Settings that are not equal at all lengths, with their values."""
+    of_length = {
+        length: settings_of_any_length(json.loads(group["settings"].iloc[-1]))
+        for length, group in rows.groupby("train_trajectories")
+    }
+    usual, found = usual_settings(), []
+    for name in sorted({name for settings in of_length.values() for name in settings}):
+        values: dict[str, list[str]] = defaultdict(list)
+        for length, settings in of_length.items():
+            values[settings.get(name, usual.get(name, ""))].append(str(length))
+        if len(values) > 1:
+            found.append(f"{name} " + ", ".join(f"{value} with {' and '.join(at)}" for value, at in values.items()))
+    return found
+
+
+def _unlike_budgets(rows: pd.DataFrame) -> list[str]:
+    """The steps of each length, if the lengths share no budget: neither steps nor data, tokens, FLOPs nor time."""
+    runs = rows[rows["steps"].notna()].groupby(RUN, as_index=False)[list(_KINDS)].first()
+    if runs.empty or any(_is_shared(runs[kind].to_numpy(np.float64)) for kind in _KINDS):
+        return []
+    parts = [
+        f"{' or '.join(f'{steps:,.0f}' for steps in sorted(group.unique()))} steps with {length}"
+        for length, group in runs.groupby("train_trajectories")["steps"]
+    ]
+    return [f"training of {', '.join(parts)}"]
+
+
+def _is_shared(amounts: Sequence[float] | np.ndarray) -> bool:
+    return not np.isnan(amounts).any() and max(amounts) <= _ALIKE * min(amounts)

@@ -1,0 +1,301 @@
+"""The page of a report: a self-contained HTML file, with its figures, tables and videos next to it."""
+
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import pandas as pd
+import rich.table
+import vl_convert
+from markupsafe import Markup
+from rich import box
+from rich.markup import escape
+
+from ringrl.errors import UserError
+from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number
+from ringrl.report import conclusion, provenance
+from ringrl.report.charts import PALETTE, Chart, all_charts, chart_files, page_spec, styles
+from ringrl.report.results import read_results
+from ringrl.report.tables import QUANTILES, RETURNS, data_table, improvement_table, returns_table, training_table
+
+PAGE = "index.html"
+FIGURES, TABLES = "figures", "tables"  # folders next to the page
+_LATEX = {MINUS: "$-$", ABSENT: "--", "\N{NO-BREAK SPACE}": "~"}
+
+Files = Mapping[str, bytes | Path]  # path in the report -> content, or the file to copy
+
+
+class Column(NamedTuple):
+    """A column of a displayed table: its name in the DataFrame, heading and hint, and how its values are written."""
+
+    name: str
+    heading: str = ""  # empty: the name
+    hint: str = ""
+    form: Callable[[Any], str] = decimal
+    ends: tuple[str, str] | None = None  # columns of an interval
+
+    def value(self, row: pd.Series) -> Any:
+        """The value that the table is sorted by; None if it is absent."""
+        return None if pd.isna(row[self.name]) else row[self.name]
+
+    def interval(self, row: pd.Series) -> str:
+        """The interval in brackets; empty if it is absent."""
+        ends = [row[name] for name in self.ends or ()]
+        return "" if pd.isna(ends).any() or not ends else f"[{self.form(ends[0])}, {self.form(ends[1])}]"
+
+    def text(self, row: pd.Series) -> str:
+        """The value; a dash if it is absent."""
+        value = self.value(row)
+        return ABSENT if value is None else value if isinstance(value, str) else self.form(value)
+
+    def line(self, row: pd.Series) -> str:
+        """The value and its interval."""
+        return f"{self.text(row)} {self.interval(row)}".strip()
+
+
+def count(value: float) -> str:
+    """Return a whole number as text."""
+    return f"{value:.0f}"
+
+
+def share(value: float) -> str:
+    """Return a probability as text."""
+    return f"{value:.2f}"
+
+
+def amount(value: float) -> str:
+    """Return a large number with an SI prefix."""
+    power = next((power for power in (15, 12, 9, 6, 3) if abs(value) >= 10**power), 0)
+    return f"{value / 10**power:.3g}{'kMGTP'[power // 3 - 1] if power else ''}"
+
+
+RETURN_COLUMNS = [
+    Column("method", "Method"),
+    Column("train_trajectories", "Trained on", "trajectories per training context", count),
+    Column("test_trajectories", "Rolled out", "episodes per rollout, n", count),
+    Column("prompt_trajectories", "Prompt", "dataset trajectories before the first episode", count),
+    Column("iqm", "IQM", "interquartile mean over training seeds of the mean return of all episodes, 95 % interval "
+           "(stratified bootstrap over training seeds; absent for one seed)", ends=("low", "high")),
+    Column("mean", "Mean", "mean over training seeds of the same"),
+    Column("control", "Control", "IQM of the same policy without memory"),
+    Column("first", "First", "first episode in the context"),
+    Column("last", "Last", "last episode in the context"),
+    Column("last_control", "Last, control", "the same episodes without memory"),
+    Column("best", "Best of n", "best episode of each context"),
+    Column("best_control", "Best of n, control", "best of n episodes of the same policy without memory"),
+    Column("score", "Score", "100 (G - random) / (reference - random), of the IQM"),
+    Column("seeds", "Seeds", "training seeds", count),
+    Column("episodes", "Episodes", "over all seeds", count),
+    Column("failed", "Failed", "episodes without a return, of the control too; no mean includes them", count),
+]  # fmt: skip
+IMPROVEMENT_COLUMNS = [
+    Column("first", "Method"), Column("second", "Over"), Column("tasks", "Tasks", form=count),
+    Column("probability", "Probability", "that a training run of the first beats a run of the second on the same task",
+           share, ("low", "high")),
+]  # fmt: skip
+TRAINING_COLUMNS = [
+    Column("task", "Task"), Column("method", "Method"), Column("train_trajectories", "Trained on", form=count),
+    Column("steps", "Steps", "of the optimiser", amount), Column("tokens", "Tokens", "seen in training", amount),
+    Column("flops", "FLOPs", "of the transformer blocks", amount), Column("seconds", "Seconds", form=amount),
+    Column("tokens_per_second", "Tokens per second", "median over the steps of a run, IQM over seeds", amount),
+    Column("peak_memory", "Memory (bytes)", "most that a device holds in a training step", amount),
+]  # fmt: skip
+
+
+def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
+    """Write the page into the folder `destination`, with figures/, tables/ and videos/; return the page's path.
+
+    Each file is written to a temporary place and renamed, the page last: a report that fails leaves the old one. Other
+    files in the folder are not touched.
+
+    Args:
+        results: results files, or folders that are searched for *.jsonl.
+        destination: folder of the report, created if it is missing.
+
+    Raises:
+        UserError: there are no results, a file cannot be read, one task has results from several datasets, or the
+            folder cannot be written.
+    """
+    read = read_results(results)
+    table, runs = returns_table(read), provenance.training_runs(read)
+    charts = all_charts(read, table, provenance.training_losses(runs))
+    verdicts, improvement = conclusion.verdicts(read, table), improvement_table(read, table)
+    training, videos = training_table(read, runs), provenance.videos(read)
+    warnings = [
+        conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
+        conclusion.verdict_caution(verdicts),
+    ]  # fmt: skip
+    facts = provenance.facts(read)
+    facts.insert(5, ("Starts", conclusion.starts_facts(read, table)))
+    columns, shown = (
+        _used(RETURN_COLUMNS, table),
+        table.assign(train_trajectories=table["train_trajectories"].replace(0, pd.NA)),
+    )
+    page = render(
+        "report.html",
+        headline=conclusion.headline(verdicts),
+        verdicts=verdicts.to_dict("records"),
+        warnings=[sentence for sentence in warnings if sentence],
+        tasks=sorted(table["task"].unique()),
+        date=read["created"].max(),
+        charts={chart.name: chart for chart in charts},
+        table=shown,
+        columns=columns,
+        notes=conclusion.notes(read, table),
+        improvement=improvement,
+        improvement_columns=IMPROVEMENT_COLUMNS,
+        training=training,
+        training_columns=_used(TRAINING_COLUMNS, training),
+        quantiles=QUANTILES,
+        data=data_table(read, table).to_dict("records"),
+        videos=videos,
+        missing=_missing(charts, videos),
+        facts=facts,
+        styles=styles(table),
+    )
+    files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
+    files |= table_files("comparisons", verdicts.drop(columns="sentence"), [])
+    files |= table_files("improvement", improvement, IMPROVEMENT_COLUMNS) if len(improvement) else {}
+    files |= table_files("training", training, TRAINING_COLUMNS) if len(training) else {}
+    return save_report(
+        page, charts, files | {target: path for one in videos for _, path, target in one["videos"]}, destination
+    )
+
+
+def terminal_table(results: Path | Sequence[Path]) -> rich.table.Table:
+    """Return the table of returns for a terminal of 80 columns.
+
+    Raises:
+        UserError: there are no results, or they cannot be read.
+    """
+    return to_rich(returns_table(read_results(results)))
+
+
+def to_rich(table: pd.DataFrame) -> rich.table.Table:
+    """Return the table of `returns_table` for a terminal: a part per task, intervals in brackets."""
+    shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=0)
+    shown.add_column("Method")  # shrinks if the terminal is narrow
+    names = ["Context", "Return\n[95 %]", "First", "Last", "Best of n\n(control)", "Seeds"]
+    has_failed = bool(table["failed"].any())
+    for name in names + ["Failed"] * has_failed:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for task, rows in table.groupby("task"):
+        shown.add_section()
+        shown.add_row(f"[bold]{escape(str(task))}")
+        for _, row in rows.replace({float("nan"): None}).iterrows():
+            lengths = dict.fromkeys(
+                count(row[name]) for name in ("train_trajectories", "test_trajectories") if row["train_trajectories"]
+            )
+            context = "/".join(lengths) + (
+                f" +{count(row['prompt_trajectories'])}" if row["prompt_trajectories"] else ""
+            )
+            interval = "" if row["low"] is None else f" [{number(row['low'])}, {number(row['high'])}]"
+            control = "" if row["best_control"] is None else f" ({number(row['best_control'])})"
+            shown.add_row(
+                escape(row["method"]), context or ABSENT, escape(number(row["iqm"]) + interval), number(row["first"]),
+                number(row["last"]), number(row["best"]) + control, count(row["seeds"]) if row["seeds"] else ABSENT,
+                *[count(row["failed"])] * has_failed,
+            )  # fmt: skip
+    return shown
+
+
+def table_files(name: str, table: pd.DataFrame, columns: Sequence[Column]) -> dict[str, bytes | Path]:
+    """Return a table as CSV at full precision, and its displayed columns as LaTeX (booktabs): path -> content."""
+    files: dict[str, bytes | Path] = {f"{TABLES}/{name}.csv": table.to_csv(index=False, lineterminator="\n").encode()}
+    if columns:
+        shown = pd.DataFrame([[column.line(row) for column in columns] for _, row in table.iterrows()],
+                             columns=[column.heading or column.name for column in columns])  # fmt: skip
+        is_text = [pd.api.types.is_string_dtype(table[column.name]) for column in columns]
+        alignment = "".join("l" if text else "r" for text in is_text)
+        latex = shown.to_latex(index=False, escape=True, column_format=alignment)
+        for sign, written in _LATEX.items():
+            latex = latex.replace(sign, written)
+        files[f"{TABLES}/{name}.tex"] = f"% needs \\usepackage{{booktabs}}\n{latex}".encode()
+    return files
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page made from its template."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ringrl.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "decimal": decimal,
+        "number": number,
+        "spec": _spec,
+        "none": lambda x: None if pd.isna(x) else x,
+    }
+    return environment.get_template(template).render(
+        palette=PALETTE, figures=FIGURES, tables=TABLES, vega=_vega(), **values
+    )  # fmt: skip
+
+
+def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path) -> Path:
+    """Write the figures and the other files of a report, the page last; return the page's path.
+
+    All files are written before the first one is renamed to its place.
+
+    Raises:
+        UserError: the folder cannot be written, or a file cannot be copied.
+    """
+    figures = {f"{FIGURES}/{name}": content for chart in charts for name, content in chart_files(chart).items()}
+    files = {**files, **figures, PAGE: page.encode()}
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=destination) as folder:
+            for name, content in files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(exist_ok=True)
+                if isinstance(content, bytes):
+                    path.write_bytes(content)
+                else:
+                    shutil.copyfile(content, path)
+            for name in files:
+                (destination / name).parent.mkdir(exist_ok=True)
+                (Path(folder) / name).replace(destination / name)
+    except OSError as error:
+        raise UserError(f"{destination}: cannot write the report ({error.strerror}); give another folder") from error
+    return destination / PAGE
+
+
+@functools.cache
+def _vega() -> Markup:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return Markup(script.replace("</script", "<\\/script"))
+
+
+def _spec(panel: Any) -> Markup:
+    return Markup(json.dumps(page_spec(panel)).replace("<", "\\u003c"))
+
+
+def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:
+    """The columns without those that hold nothing: absent everywhere, or no failure and no prompt."""
+    zero = ("failed", "prompt_trajectories")
+    return [
+        column for column in columns
+        if table[column.name].notna().any() and not (column.name in zero and not table[column.name].any())
+    ]  # fmt: skip
+
+
+def _missing(charts: Sequence[Chart], videos: Sequence[object]) -> list[str]:
+    """What the page could show and does not, and why."""
+    reasons = {
+        "return_by_cost": "Return against training cost needs two policies of a task with recorded cost, one of them "
+        "with a context (`ringrl evaluate` records it).",
+        "return_by_episode": "Return by episode needs rollouts of several episodes (`ringrl evaluate --episodes`).",
+        "return_by_prompt": "Return against prompt length needs rollouts with prompts of several lengths from the same "
+        "starts (`prompts` in a plan, or `ringrl evaluate --prompt-trajectories`).",
+        "performance_profiles": "Performance profiles and probabilities of improvement need two training seeds and a "
+        "method with a context.",
+        "learning_curves": "Learning curves need the run folders with their metrics.jsonl; none was found.",
+    }
+    names = {chart.name for chart in charts}
+    found = [reason for name, reason in reasons.items() if name not in names]
+    return found if videos else [*found, "There are no videos; `ringrl evaluate --video` makes them."]

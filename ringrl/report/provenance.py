@@ -1,0 +1,202 @@
+"""Where the results come from: commands, versions, run folders with their training logs, and videos."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pydantic
+
+from ringrl.config import TrainConfig, read_yaml
+from ringrl.errors import UserError
+from ringrl.evaluation.formatting import number
+from ringrl.evaluation.protocol import NO_TARGET
+from ringrl.evaluation.records import PROTOCOL, VIDEOS, configuration_hash, recipe
+from ringrl.report.results import CELL
+from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, describe
+
+POINTS = 50  # of a learning curve
+MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl
+VIDEO_LABELS = ("first", "median", "best")
+
+Fact = tuple[str, list[str]]  # a heading and its lines
+
+
+def facts(results: pd.DataFrame) -> list[Fact]:
+    """Return what is needed to judge or repeat the measurement; facts that no record holds are left out."""
+    policies = results[results["kind"] != "data"]
+    trained = policies[policies["steps_trained"].notna()]
+    found: list[Fact] = [
+        ("Evaluation protocol", [f"{PROTOCOL}: undiscounted returns of whole episodes, in dm_control"]),
+        ("Target return", _targets(policies)),
+        ("Training seeds", [_ranges(trained["seed"])]),
+        ("Environment seeds", [_ranges(seed for seeds in policies["start_seeds"] for seed in seeds)]),
+        ("Optimiser steps", [_ranges(trained["steps_trained"].astype(int))]),
+        ("Dataset (SHA-256)", _distinct(results["task"] + ": " + results["data_fingerprint"])),
+        ("Checkpoints", _distinct(results["checkpoint_hash"].str[:12])),
+        ("Versions", [_listed(json.loads(versions)) for versions in sorted(results["versions"].unique())]),
+        ("Commands", _distinct(results["command"])),
+        ("Statistics", [f"{RESAMPLES} bootstrap resamples, seed {BOOTSTRAP_SEED}"]),
+        ("Results files", _distinct(results.attrs["sources"])),
+        ("Left out", list(results.attrs["left_out"])),
+    ]
+    return [(name, [line for line in lines if line]) for name, lines in found if any(lines)]
+
+
+def _targets(policies: pd.DataFrame) -> list[str]:
+    lines = set()
+    for _, row in policies.drop_duplicates(["task", "target_return", "target_policy"]).iterrows():
+        has_target = pd.notna(row["target_return"])
+        policy = row["target_policy"] if pd.notna(row["target_policy"]) else None
+        if has_target or policy not in (None, NO_TARGET):
+            value = number(row["target_return"]) if has_target else "none"
+            lines.add(f"{row['task']}: {value} ({policy or 'given'})")
+    return sorted(lines)
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+
+
+def _distinct(values: Iterable[Any]) -> list[str]:
+    return sorted({value for value in values if isinstance(value, str)})
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """Distinct integers, with runs of them as "0 to 7"."""
+    runs: list[list[int]] = []
+    for value in sorted({int(value) for value in values}):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+
+
+def training_runs(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the training runs whose folders were found, one row per run folder.
+
+    Columns: task, method, train_trajectories, seed, folder, steps and losses (arrays, NaN where a loss was not finite),
+    tokens_per_second (median over steps) and peak_memory (bytes per device), NaN if the log has none.
+    """
+    next_to_results = sorted({Path(source).parent for source in results.attrs["sources"]})
+    rows: dict[Path, dict[str, Any]] = {}
+    with_run = results[results["checkpoint"].notna() & (results["kind"] != "data")]
+    for _, row in with_run.drop_duplicates(["task", "method", "checkpoint", "configuration_hash"]).iterrows():
+        folder = run_folder(row, next_to_results)
+        if folder is None or folder.resolve() in rows:
+            continue
+        entries = list(_entries(folder / "metrics.jsonl"))
+        if entries:
+            losses = np.array([entry.get("loss", np.nan) for entry in entries], np.float64)
+            speeds, memory = (
+                [entry[name] for entry in entries if np.isfinite(entry.get(name, np.nan))]
+                for name in ("tokens_per_second", MEMORY)
+            )
+            rows[folder.resolve()] = {
+                **{name: row[name] for name in ("task", "method", "train_trajectories", "seed")}, "folder": folder,
+                "steps": np.array([entry["step"] for entry in entries], np.float64),
+                "losses": np.where(np.isfinite(losses), losses, np.nan),
+                "tokens_per_second": float(np.median(speeds)) if speeds else np.nan,
+                "peak_memory": float(np.max(memory)) if memory else np.nan,
+            }  # fmt: skip
+    columns = ["task", "method", "train_trajectories", "seed", "folder", "steps", "losses"]
+    return pd.DataFrame(list(rows.values()), columns=[*columns, "tokens_per_second", "peak_memory"])
+
+
+def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
+    """Return learning curves of at most `points` points; each point is the mean of a stretch of steps.
+
+    Columns: task, method, train_trajectories, seed, run, step, loss, not_finite (steps left out of the run).
+    """
+    parts = []
+    for index, run in runs.iterrows():
+        finite = np.flatnonzero(np.isfinite(run["losses"]))
+        stretches = [part for part in np.array_split(finite, min(points, len(finite)) or 1) if len(part)]
+        part = pd.DataFrame({
+            "step": [run["steps"][part].mean() for part in stretches],
+            "loss": [run["losses"][part].mean() for part in stretches],
+        })  # fmt: skip
+        named = {name: run[name] for name in ("task", "method", "train_trajectories", "seed")}
+        parts.append(part.assign(**named, run=index, not_finite=len(run["losses"]) - len(finite)))
+    columns = ["task", "method", "train_trajectories", "seed", "run", "step", "loss", "not_finite"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def run_folder(row: pd.Series, next_to_results: Sequence[Path]) -> Path | None:
+    """Return the folder of a training run: next to its results, or the recorded path.
+
+    The configuration in the folder must be that of the run. An exact match is preferred; otherwise its settings, seed,
+    length and task must agree.
+    """
+    recorded = Path(str(row["checkpoint"]))
+    fitting = []
+    for folder in [*(place for place in next_to_results if place.name == recorded.name), recorded]:
+        try:
+            if (folder / "metrics.jsonl").is_file():
+                config = read_yaml(folder / "config.yaml")
+                if _is_of(config, row):
+                    return folder
+                fitting += [folder] if _fits(config, row) else []
+        except (UserError, OSError):
+            continue
+    return fitting[0] if fitting else None
+
+
+def _is_of(config: dict[str, Any], row: pd.Series) -> bool:
+    try:
+        return configuration_hash(TrainConfig.model_validate(config)) == row["configuration_hash"]
+    except pydantic.ValidationError:
+        return False
+
+
+def _fits(config: dict[str, Any], row: pd.Series) -> bool:
+    """Whether the configuration may be that of the run: a newer version or a moved dataset changes only the hash."""
+    settings = json.loads(row["settings"])
+    try:
+        if settings != {"settings": "unknown"} and settings != recipe(TrainConfig.model_validate(config)):
+            return False
+    except pydantic.ValidationError:
+        pass  # configurations of older versions are judged by the rest
+    context = config.get("context") if isinstance(config.get("context"), dict) else {}
+    length = context.get("trajectories")
+    train_task = row["train_task"] if isinstance(row["train_task"], str) else row["task"]
+    if train_task not in (config.get("task"), *(context.get("other_tasks") or ())):
+        return False
+    return config.get("seed", 0) == row["seed"] and length == (row["train_trajectories"] or length)
+
+
+def _entries(path: Path) -> Iterator[dict[str, float]]:
+    """The lines of metrics.jsonl; an incomplete line is left out."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int | float):
+            yield {name: value for name, value in entry.items() if isinstance(value, int | float)}
+
+
+def videos(results: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the videos that `ringrl evaluate --video` made, of each cell those of the lowest training seed filmed.
+
+    Keys: task, method, seed, videos: list of (label, source file, target relative to the page).
+    """
+    folders = [Path(source).with_suffix(VIDEOS) for source in results.attrs["sources"]]
+    found = []
+    named = results[results["videos"].notna() & results["evaluation"].notna()]
+    for _, cell in named.drop_duplicates([*CELL, "seed", "videos"]).sort_values([*CELL, "seed"]).groupby(CELL):
+        for _, row in cell.iterrows():
+            folder = next((place / row["videos"] for place in folders if (place / row["videos"]).is_dir()), None)
+            files = [] if folder is None else [(label, folder / f"{label}.mp4") for label in VIDEO_LABELS]
+            whole = [
+                (label, file, f"videos/{row['videos']}.{label}.mp4")
+                for label, file in files
+                if file.is_file() and file.stat().st_size  # an empty file is unfinished
+            ]
+            if whole:
+                found.append({"task": row["task"], "method": describe(row), "seed": row["seed"], "videos": whole})
+                break
+    return found

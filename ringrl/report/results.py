@@ -1,0 +1,311 @@
+"""Evaluation results as one pandas DataFrame, and the rules that decide which of them count."""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from ringrl.errors import UserError
+from ringrl.evaluation.formatting import all_digits
+from ringrl.evaluation.records import DATA, EvaluationRecord, default_recipe, evaluation_name, read_records
+from ringrl.methods import METHODS
+
+CELL = ["task", "method", "train_trajectories", "prompt_trajectories", "test_trajectories"]
+"""Columns that name one point of a chart: a method on a task at one context length."""
+UNKNOWN_RUN = "unknown run"
+"""Beginning of `run` for results without the hash of a checkpoint; these are never paired with other results."""
+RUN = [*CELL, "seed"]
+"""Columns that name one training run of a cell."""
+
+LENGTH_SETTINGS = ("optimiser.steps", "optimiser.batch_size")
+"""Settings that follow from the context length if the budget is fixed."""
+
+_TITLES = {name: method.title for name, method in METHODS.items()} | {
+    "td3+her": "TD3 with hindsight goals",
+    "td3+bc+her": "TD3+BC with hindsight goals",
+    DATA: "Dataset",
+}
+_COPIED = (
+    "task", "prompt_trajectories", "test_trajectories", "seed", "environment_seed", "prompt_seed", "token_set",
+    "device", "target_policy", "target_return", "train_task", "cache_dtype", "steps_trained", "checkpoint",
+    "checkpoint_hash", "configuration_hash", "data_fingerprint", "command", "created", "evaluation",
+)  # fmt: skip
+_BUDGET = ("steps", "timesteps", "tokens", "flops", "seconds", "devices")
+
+Settings = Mapping[str, str]
+
+
+def read_results(paths: Path | Sequence[Path]) -> pd.DataFrame:
+    """Return evaluation results as one table with a row per episode.
+
+    The rules that decide which results count are applied here:
+
+    - The newest of repeated measurements counts. All results of a training run come from the checkpoint that was
+      evaluated last.
+    - Runs of one method whose settings differ are different methods. Settings that follow from the context length
+      (steps, batch size) do not separate runs. A Decision Transformer is the one-trajectory point of an Agentic
+      Transformer if all other settings are equal.
+    - A control (memory reset before each episode) counts only if it covers the same seeds and starts as its rollout. An
+      episode that failed in either of the two counts in neither.
+
+    Columns:
+
+    - `task`; `method`, a name unique in the table; `kind`: "context", "reference" (method without context) or "data"
+      (episode of the dataset)
+    - `train_trajectories` per training context, 0 for methods without context; `test_trajectories`, episodes per
+      rollout; `prompt_trajectories`, dataset trajectories before the first episode
+    - `seed` of training; `memory`, False for the control; `stream`, the starts of the rollout; `episode`, from 1;
+      `start`, the start of this episode; `return`, NaN if the episode failed
+    - `counts`: whether reports include the episode; `paired`: whether the episode has a return with and without memory
+    - `run`: the training run, equal in all rows that share its checkpoint
+    - `steps`, `timesteps`, `tokens`, `flops`, `seconds`, `devices`: training cost
+    - `settings`: settings of the run that are not defaults, as JSON; `versions`, as JSON; and the fields of
+      `EvaluationRecord` of the same name.
+
+    `attrs["left_out"]` lists what was left out and why, `attrs["sources"]` the files.
+
+    Args:
+        paths: results files, or folders that are searched for *.jsonl.
+
+    Raises:
+        UserError: there are no results, a file cannot be read, or one task has results from several datasets.
+    """
+    read = read_records(paths)
+    if not read.records:
+        places = ", ".join(str(path) for path in ([paths] if isinstance(paths, Path) else paths)) or "an empty list"
+        raise UserError(f"no results in {places}; run `ringrl evaluate` first, or give the folder of its results")
+    results = tabulate(read.records)
+    results.attrs["sources"] = [str(path) for path in read.sources]
+    results.attrs["left_out"] += [f"{path.name}: the last line is incomplete" for path in read.half_written]
+    return results
+
+
+def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
+    """Return records as the table that `read_results` describes.
+
+    Raises:
+        UserError: one task has results from several datasets.
+    """
+    newest, displaced = _newest(records)
+    _check_datasets(newest)
+    variants = _variants(newest)
+    names = {variant: _name(variant, set(variants)) for variant in set(variants)}
+    rows = [
+        _row(record, variant, names[variant])
+        for record, variant in zip(newest, variants, strict=True)
+        if record.context or variant.kind == "context"  # without a context, the control repeats the rollout
+    ]
+    results = pd.DataFrame(rows).explode(["return", "episode", "start"], ignore_index=True)
+    results = results.astype({"return": "float64", "episode": "int64"})
+    results = _mark_pairs(results).sort_values([*RUN, "memory", "stream", "episode"], ignore_index=True)
+    results.attrs = {"left_out": _left_out(results, len(records) - len(newest), displaced, newest), "sources": []}
+    return results
+
+
+class _Variant(NamedTuple):
+    """What separates the methods of a report, apart from the lengths of contexts and prompts."""
+
+    method: str
+    kind: str
+    token_set: str = ""
+    target: str = ""
+    train_task: str = ""  # if it is not the task itself
+    cache: str = ""  # dtype of the key-value cache, if it is not the policy's
+    settings: tuple[tuple[str, str], ...] = ()  # settings that differ between runs of one task, method and length
+
+
+def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, Any]:
+    unknown = f"{UNKNOWN_RUN} {json.dumps([*variant, record.task, *_lengths(record)])}"
+    budget, starts = record.budget, [f"{seed}:{index}" for seed, index in record.starts]
+    has_name = record.evaluation and Path(evaluation_name(record)).name == evaluation_name(record)
+    return {column: getattr(record, column) for column in _COPIED} | {
+        "method": name,
+        "kind": variant.kind,
+        "variant": json.dumps(variant),
+        "family": variant.method,
+        "train_trajectories": (record.train_trajectories or 0) if variant.kind == "context" else 0,
+        "memory": record.context,
+        "run": f"{record.checkpoint_hash or unknown}#{record.seed}",
+        "stream": f"{record.prompt_seed}/{' '.join(starts)}",
+        "return": [float("nan") if value is None else value for value in record.returns],
+        "episode": list(range(1, 1 + record.test_trajectories)),
+        "start": starts,
+        "start_seeds": list(record.start_seeds or (record.environment_seed,)),
+        "settings": json.dumps(_settings(record)),
+        "versions": json.dumps(record.versions),
+        "videos": evaluation_name(record) if has_name else None,  # a name that leads out of the folder is ignored
+        **{column: getattr(budget, column, None) for column in _BUDGET},
+    }
+
+
+def _lengths(record: EvaluationRecord) -> tuple[int | None, ...]:
+    return record.train_trajectories, record.prompt_trajectories, record.test_trajectories
+
+
+def _mark_pairs(results: pd.DataFrame) -> pd.DataFrame:
+    """Add `paired` and `counts`."""
+    finite, cells, runs = results["return"].notna(), [results[name] for name in CELL], [results[name] for name in RUN]
+    streams = [*runs, results["stream"]]
+    sides = results["memory"].where(finite).groupby([*streams, results["episode"]]).transform("nunique")
+    paired = finite & sides.eq(2)
+    has_both = results["memory"].groupby(streams).transform("nunique").eq(2)
+    same_streams = has_both.groupby(cells).transform("all")
+    unpaired_run = results["memory"] & finite & ~paired.groupby(runs).transform("any")
+    matched = same_streams & ~unpaired_run.groupby(cells).transform("any")
+    counts = finite & paired.where(matched, results["memory"])
+    return results.assign(paired=paired, counts=counts, matched=matched)
+
+
+def _newest(records: Sequence[EvaluationRecord]) -> tuple[list[EvaluationRecord], int]:
+    """The newest record of each stream, and how many older ones came from another checkpoint."""
+    in_time = sorted(records, key=lambda record: record.created)
+    latest: dict[tuple[object, ...], EvaluationRecord] = {}
+    displaced = 0
+    for record in in_time:
+        older = latest.get(_identity(record))
+        displaced += older is not None and older.checkpoint_hash != record.checkpoint_hash
+        latest[_identity(record)] = record
+    checkpoint = {_training(record): record.checkpoint_hash for record in in_time}
+    kept = [record for record in latest.values() if checkpoint[_training(record)] == record.checkpoint_hash]
+    return kept, displaced + len(latest) - len(kept)
+
+
+def _training(record: EvaluationRecord) -> tuple[object, ...]:
+    """What identifies a training run."""
+    return (
+        record.train_task or record.task, record.method, record.token_set, record.train_trajectories, record.seed,
+        record.data_fingerprint, frozenset(_settings(record).items()),
+    )  # fmt: skip
+
+
+def _identity(record: EvaluationRecord) -> tuple[object, ...]:
+    """What identifies a stream of episodes."""
+    target = () if record.train_trajectories is None else (record.target_policy, record.target_return)
+    stream = record.test_trajectories, record.prompt_seed, record.context, record.environment_seed
+    return (*_training(record), record.task, record.prompt_trajectories, record.cache_dtype, target, *stream)
+
+
+def _check_datasets(records: Iterable[EvaluationRecord]) -> None:
+    fingerprints: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if record.data_fingerprint:
+            fingerprints[record.task].add(record.data_fingerprint)
+    for task, found in sorted(fingerprints.items()):
+        if len(found) > 1:
+            names = " and ".join(sorted(fingerprint[:12] for fingerprint in found))
+            raise UserError(f"{task}: the results come from different datasets ({names}); make one report for each")
+
+
+def _left_out(results: pd.DataFrame, superseded: int, displaced: int, records: Sequence[EvaluationRecord]) -> list[str]:
+    lines = []
+    if superseded:
+        other = f", {displaced} of them of another checkpoint" if displaced else ""
+        lines.append(f"{superseded} older records that were measured again later{other}")
+    control = results[~results["memory"] & ~results["matched"] & results["return"].notna()]
+    if unmatched := len(control.drop_duplicates([*RUN, "stream"])):
+        lines.append(f"{unmatched} control records whose rollouts are missing, or have other starts or training seeds")
+    if failed := sum(not record.finished for record in records):
+        lines.append(f"{failed} streams without a return: their first episode failed")
+    return lines
+
+
+def settings_of_any_length(settings: Settings) -> Settings:
+    """Return the settings without those that follow from the context length."""
+    return {name: value for name, value in settings.items() if name not in LENGTH_SETTINGS}
+
+
+def usual_settings() -> Settings:
+    """Return the value of each setting that a record does not name."""
+    return {**default_recipe(), "settings": "known"}
+
+
+def _settings(record: EvaluationRecord) -> Settings:
+    """The settings of the run that are not defaults; old records do not know theirs."""
+    if record.settings is None:
+        return {} if record.method in ("random", DATA) else {"settings": "unknown"}
+    return record.settings
+
+
+def _fixed(record: EvaluationRecord) -> frozenset[tuple[str, str]]:
+    return frozenset(settings_of_any_length(_settings(record)).items())
+
+
+def _variants(records: Sequence[EvaluationRecord]) -> list[_Variant]:
+    """The variant of each record. A Decision Transformer joins the Agentic Transformer that it is a point of."""
+    separating = _separating_settings(records)
+    own = [_variant(record, separating[record.task, _agentic(record.method)]) for record in records]
+    agentic = {
+        (record.task, variant, _fixed(record))
+        for record, variant in zip(records, own, strict=True)
+        if record.method.startswith("at")
+    }
+    found = []
+    for record, variant in zip(records, own, strict=True):
+        joined = variant._replace(method=_agentic(record.method))
+        is_point = record.train_trajectories == 1 and (record.task, joined, _fixed(record)) in agentic
+        found.append(joined if is_point else variant)
+    return found
+
+
+def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
+    known = {**usual_settings(), **_settings(record)} if separating else {}
+    settings = tuple((name, known.get(name, "")) for name in sorted(separating))
+    train_task = record.train_task or ""
+    if record.method == DATA:
+        return _Variant(DATA, "data")
+    if record.method in ("random", "bc") or record.train_trajectories is None:
+        return _Variant(record.method, "reference", train_task=train_task, settings=settings)
+    target = record.target_policy or ""
+    if record.target_return is not None and target in ("", "given"):
+        target = f"given {all_digits(record.target_return)}"
+    cache = record.cache_dtype or ""
+    return _Variant(record.method, "context", record.token_set or "", target, train_task, cache, settings)
+
+
+def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[str, str], set[str]]:
+    """Task and method -> settings that separate runs for which all else is equal.
+
+    Settings that follow from the length separate runs only if nothing else does.
+    """
+    groups: dict[tuple[object, ...], list[Settings]] = defaultdict(list)
+    for record in records:
+        family = record.task, _agentic(record.method)
+        place = *family, record.token_set, record.train_trajectories, record.train_task
+        groups[place].append(dict(_fixed(record)))
+        groups[(*place, _fixed(record))].append(_settings(record))
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for (task, method, *_), settings in groups.items():
+        names = {name for one in settings for name in one}
+        found[str(task), str(method)] |= {name for name in names if len({one.get(name) for one in settings}) > 1}
+    return found
+
+
+def _agentic(method: str) -> str:
+    """The method that a Decision Transformer is a point of: "at" for "dt", "at-2tasks" for "dt-2tasks"."""
+    return f"at{method.removeprefix('dt')}" if method == "dt" or method.startswith("dt-") else method
+
+
+def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:
+    """The name of a variant, with whatever separates it from others of its method."""
+    others = [other for other in all_variants if other.method == variant.method]
+    method, _, rest = variant.method.partition("-")
+    parts = [_TITLES.get(variant.method, variant.method)]
+    if rest.endswith("tasks"):
+        parts = [_TITLES.get(method, method), f"{rest.removesuffix('tasks')} tasks in turn"]
+    elif variant.method.startswith("bc-"):
+        parts = [_TITLES["bc"], f"best {rest}"]
+    if len({other.token_set for other in others}) > 1:
+        parts.append(variant.token_set or "no token set")
+    if len({other.target for other in others}) > 1:
+        parts.append(f"target {variant.target or 'unknown'}")
+    if variant.cache:
+        parts.append(f"cache in {variant.cache}")
+    if variant.train_task:
+        parts.append(f"trained on {variant.train_task}")
+    for setting, value in variant.settings:
+        if len({dict(other.settings).get(setting) for other in others}) > 1:
+            parts.append(f"{setting} {value}")
+    return ", ".join(parts)

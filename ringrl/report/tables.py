@@ -1,0 +1,410 @@
+"""Aggregates of the results: one row per training run, per point of a chart, per comparison."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ringrl.evaluation.scores import score_or_none
+from ringrl.evaluation.statistics import (
+    Estimate,
+    difference,
+    estimate,
+    interquartile_mean,
+    probability_of_improvement,
+)
+from ringrl.report.results import CELL, RUN
+
+BOOTSTRAP_SEED, RESAMPLES = 0, 2000
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of a dataset's returns
+METRICS = ["mean", "first", "last", "best"]
+RETURNS = [
+    *CELL, "mean", "iqm", "low", "high", "control", "first", "last", "last_control", "best", "best_control", "score",
+    "seeds", "episodes", "failed",
+]  # fmt: skip
+"""Columns of the table of returns."""
+
+
+class Contrast(NamedTuple):
+    """The difference between two cells of one task; if they share training runs, over the shared runs only."""
+
+    change: Estimate  # of the interquartile mean, the first less the second
+    wins: Estimate  # probability that a run of the first beats a run of the second
+    levels: tuple[float, float]  # interquartile means of these runs
+    paired: bool  # whether the two share training runs
+
+
+def summarise(*scores: Sequence[float] | np.ndarray | pd.Series, together: Sequence[int] | None = None) -> Estimate:
+    """Return the interquartile mean of training runs and its 95 % interval, from a fixed bootstrap seed.
+
+    Args:
+        scores: one score per training run, for each task.
+        together: a label per task; tasks of one label have the same training runs, in the same order.
+    """
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    strata = [np.asarray(runs, np.float64) for runs in scores]
+    return estimate(strata, generator=generator, together=together, resamples=RESAMPLES)
+
+
+def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
+    """Return the scores of each task and a label per task: tasks of one label have the same training runs.
+
+    Where training runs were measured in several tasks, only the runs measured in each of these tasks count there.
+
+    Args:
+        scores: per task, scores indexed by training run.
+    """
+    shared: dict[int, pd.Index] = {}
+    labels = []
+    for index, runs in enumerate(scores):
+        label = next((label for label, names in shared.items() if len(names.intersection(runs.index))), index)
+        names = shared.get(label, runs.index)
+        shared[label] = names[names.isin(runs.index)]
+        labels.append(label)
+    kept = [runs.loc[shared[label]] for runs, label in zip(scores, labels, strict=True)]
+    return [runs.to_numpy(np.float64) for runs in kept], labels
+
+
+def contrast(ours: Sequence[pd.Series], theirs: Sequence[pd.Series]) -> Contrast:
+    """Return the difference of the interquartile means and the probability that the first is better.
+
+    The bootstrap draws runs that are on both sides together, and all other runs independently.
+
+    Args:
+        ours, theirs: per task, scores indexed by training run.
+    """
+    runs, labels = strata([*ours, *theirs])
+    count = len(ours)
+    sides = runs[:count], runs[count:]
+    change, wins = (
+        statistic(
+            *sides, generator=np.random.default_rng(BOOTSTRAP_SEED), together=labels[:count],
+            baseline_together=labels[count:], resamples=RESAMPLES,
+        )
+        for statistic in (difference, probability_of_improvement)
+    )  # fmt: skip
+    levels = [float(interquartile_mean(np.concatenate(side))) for side in sides]
+    return Contrast(change, wins, (levels[0], levels[1]), bool(set(labels[:count]) & set(labels[count:])))
+
+
+def run_scores(results: pd.DataFrame, counted: str = "counts") -> pd.DataFrame:
+    """Return the scores of each training run: mean, first, last and best return, averaged over its streams.
+
+    The last episode of a stream that failed is missing; no earlier episode takes its place.
+
+    Args:
+        results: the table of `read_results`.
+        counted: the column that selects episodes: "counts", or "paired" for episodes with and without memory.
+    """
+    rows = results[results[counted] & (results["kind"] != "data")]
+    rows = rows.assign(
+        first=rows["return"].where(rows["episode"] == 1),
+        last=rows["return"].where(rows["episode"] == rows["test_trajectories"]),
+    )
+    streams = rows.groupby([*RUN, "memory", "stream"], as_index=False).agg(
+        mean=("return", "mean"), first=("first", "max"), last=("last", "max"), best=("return", "max"),
+        episodes=("return", "size"), run=("run", "first"), kind=("kind", "first"), variant=("variant", "first"),
+        family=("family", "first"),
+    )  # fmt: skip
+    means = {name: (name, "mean") for name in METRICS}
+    firsts = {name: (name, "first") for name in ("run", "kind", "variant", "family")}
+    runs = streams.groupby([*RUN, "memory"], as_index=False).agg(**means, episodes=("episodes", "sum"), **firsts)
+    return runs.set_index([*CELL, "memory"], drop=False).rename_axis([None] * (len(CELL) + 1)).sort_index(kind="stable")
+
+
+def scores_of(runs: pd.DataFrame, cell: Any, metric: str = "mean", *, memory: bool = True) -> pd.Series:
+    """Return the scores of one cell indexed by training run, ascending by seed; runs without the metric are absent.
+
+    Args:
+        runs: the table of `run_scores`.
+        cell: a row or mapping with the columns of CELL.
+        metric: "mean", "first", "last" or "best".
+        memory: False for the control.
+    """
+    key = (*(cell[name] for name in CELL), memory)
+    rows = runs.loc[[key]] if key in runs.index else runs.iloc[:0]
+    return rows.set_index("run")[metric].dropna()
+
+
+def middle(scores: pd.Series | np.ndarray) -> float:
+    """Return the interquartile mean; NaN if there are no scores."""
+    return float(interquartile_mean(np.asarray(scores, np.float64))) if len(scores) else float("nan")
+
+
+def returns_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per method, task and context length: the columns of RETURNS, "kind", "variant", "family" and
+    the place on a curve ("curve", "length").
+
+    Per task the methods without context come first, then the dataset, then the curves. NaN is not measured.
+    """
+    runs = run_scores(results)
+    failed = results[results["return"].isna()].groupby(CELL).size()
+    rows = [_return_row(runs, group.iloc[0], failed) for _, group in runs[runs["memory"]].groupby(CELL)]
+    for task, group in results[results["kind"] == "data"].groupby("task"):
+        returns = group["return"].dropna()
+        for name, value, episodes in (
+            ("Dataset, all episodes", returns.mean(), len(returns)), ("Dataset, best episode", returns.max(), 1),
+        ):  # fmt: skip
+            rows.append(
+                dict.fromkeys(RETURNS) | {
+                    "task": task, "method": name, "kind": "data", "variant": name, "family": "data", "mean": value,
+                    "iqm": value, "score": score_or_none(str(task), value), "episodes": episodes, "failed": 0,
+                }
+            )  # fmt: skip
+    table = pd.DataFrame(rows, columns=[*RETURNS, "kind", "variant", "family"])
+    counts = [*CELL[2:], "seeds", "episodes", "failed"]
+    table[counts] = table[counts].astype("float64").astype("Int64")
+    values = [name for name in RETURNS if name not in (*CELL, *counts)]
+    table[values] = table[values].astype("float64")
+    order = table["kind"].map({"reference": 0, "data": 1, "context": 2}), table["family"] != "random"
+    table = table.assign(order=order[0], last_family=order[1]).sort_values(
+        ["task", "order", "last_family", *CELL[1:]], ignore_index=True
+    )
+    return _place_on_curves(table.drop(columns=["order", "last_family"]))
+
+
+def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series) -> dict[str, Any]:
+    scores = {metric: scores_of(runs, cell, metric) for metric in METRICS}
+    # Without context the episodes of a stream are independent, and the first episode remembers none: its own control.
+    is_own = cell["kind"] == "reference" or cell["test_trajectories"] == 1
+    control = {metric: scores_of(runs, cell, metric, memory=is_own) for metric in METRICS}
+    found = summarise(scores["mean"])
+    return {name: cell[name] for name in [*CELL, "kind", "variant", "family"]} | {
+        "mean": scores["mean"].mean(),
+        "iqm": found.value,
+        "low": found.interval.low if found.interval else None,
+        "high": found.interval.high if found.interval else None,
+        "control": middle(control["mean"]),
+        "last_control": middle(control["last"]),
+        "best_control": middle(control["best"]),
+        **{metric: middle(scores[metric]) for metric in ("first", "last", "best")},
+        "score": score_or_none(cell["task"], found.value),
+        "seeds": found.runs,
+        "episodes": runs.loc[[(*cell[CELL], True)], "episodes"].sum(),
+        "failed": failed.get(tuple(cell[CELL]), 0),
+    }
+
+
+def _place_on_curves(table: pd.DataFrame) -> pd.DataFrame:
+    """Add "curve" and "length": the curve against context length that a row is a point of; NaN if it is on none.
+
+    If every training length has one rollout length, the curve is over training lengths. Otherwise each training length
+    has a curve over rollout lengths. Rollouts with a prompt, and the rollouts without one that they are compared with,
+    are points of the chart of prompts.
+    """
+    curve, length = pd.Series(None, table.index, dtype=object), pd.Series(np.nan, table.index)
+    on_curves = table[(table["kind"] == "context") & (table["prompt_trajectories"] == 0)]
+    prompted = table[table["prompt_trajectories"] > 0]
+    key = ["task", "method", "train_trajectories", "test_trajectories"]
+    compared = pd.MultiIndex.from_frame(on_curves[key]).isin(pd.MultiIndex.from_frame(prompted[key]))
+    on_curves = on_curves[~compared | (on_curves["train_trajectories"] == on_curves["test_trajectories"])]
+    for _, group in on_curves.groupby(["task", "method"]):
+        if group["train_trajectories"].is_unique:
+            curve[group.index], length[group.index] = "", group["train_trajectories"]
+        else:
+            curve[group.index] = [f"trained on {count:.0f}" for count in group["train_trajectories"]]
+            length[group.index] = group["test_trajectories"]
+    return table.assign(curve=curve, length=length)
+
+
+def levels(table: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Return the rows of a task without context, of each method the row of the most episodes."""
+    rows = table[(table["task"] == task) & (table["kind"] == "reference")]
+    return rows.loc[sorted(rows.groupby("method", sort=False)["episodes"].idxmax())]
+
+
+def improvement_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Return how often one method beats another, one row per pair: the longest context of each method against its
+    shortest, against every other method, and against every method without context.
+
+    Only cells with two or more training seeds take part. Columns: first, second, tasks, probability, low, high.
+    """
+    runs, sides = run_scores(results), contenders(table)
+    longest = [side for side in sides if side["longest"] and side["kind"] == "context"]
+    shortest = {side["method"]: side for side in sides if not side["longest"]}
+    pairs = [(one, shortest[one["method"]]) for one in longest if one["method"] in shortest]
+    pairs += [(one, other) for index, one in enumerate(longest) for other in longest[index + 1 :]]
+    pairs += [(one, other) for one in longest for other in sides if other["kind"] == "reference"]
+    rows = []
+    for ours, theirs in pairs:
+        tasks = [task for task in ours["cells"] if task in theirs["cells"]]
+        if tasks:
+            one, other = ([scores_of(runs, side["cells"][task]) for task in tasks] for side in (ours, theirs))
+            wins = contrast(one, other).wins
+            ends = (wins.interval.low, wins.interval.high) if wins.interval else (np.nan, np.nan)
+            rows.append((ours["name"], theirs["name"], len(tasks), wins.value, *ends))
+    return pd.DataFrame(rows, columns=["first", "second", "tasks", "probability", "low", "high"])
+
+
+def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Return normalised scores over all tasks, at the context lengths that every task has one curve through.
+
+    Columns: method, length, iqm, low, high, seeds.
+    """
+    runs, rows, points = run_scores(results), [], table[table["length"].notna()]
+    points = points[points.groupby(["task", "method"])["curve"].transform("nunique") == 1]
+    tasks = table.loc[table["length"].notna(), "task"].unique()
+    if len(tasks) < 2 or any(score_or_none(task, 0.0) is None for task in tasks):
+        points = points.iloc[:0]
+    for (method, length), cells in points.groupby(["method", "length"]):
+        if len(cells) == len(tasks) and set(cells["task"]) == set(tasks):
+            scores, together = strata([scores_of(runs, cell) for _, cell in cells.iterrows()])
+            normal = [
+                [score_or_none(task, run) for run in part] for task, part in zip(cells["task"], scores, strict=True)
+            ]
+            found = summarise(*normal, together=together)  # type: ignore[arg-type]
+            ends = (found.interval.low, found.interval.high) if found.interval else (np.nan, np.nan)
+            rows.append((method, length, found.value, *ends, found.runs))
+    return pd.DataFrame(rows, columns=["method", "length", "iqm", "low", "high", "seeds"])
+
+
+def contenders(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return each method at its longest and its shortest context, and each method without context.
+
+    Keys: name, method, kind, longest, and cells (task -> row of the table) with two or more training seeds.
+    """
+    found = []
+    for method, rows in table[table["length"].notna()].groupby("method"):
+        ends = {task: ends_of_curve(group) for task, group in rows.groupby("task")}
+        for longest in (True, False):
+            cells = {task: pair[longest] for task, pair in ends.items()}
+            if longest or any(pair[0].name != pair[1].name for pair in ends.values()):
+                labels = {context_label(cell) for cell in cells.values()}
+                label = labels.pop() if len(labels) == 1 else f"the {'longest' if longest else 'shortest'} context"
+                found.append((f"{method}, {label}", method, "context", longest, cells))
+    levels_of = pd.concat([levels(table, task) for task in table["task"].unique()])
+    for method, rows in levels_of.groupby("method"):
+        found.append((method, method, "reference", True, {row["task"]: row for _, row in rows.iterrows()}))
+    keys = ("name", "method", "kind", "longest", "cells")
+    several = [
+        dict(zip(keys, (*rest, {task: cell for task, cell in cells.items() if cell["seeds"] > 1}), strict=True))
+        for *rest, cells in found
+    ]
+    return [side for side in several if side["cells"]]
+
+
+def ends_of_curve(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Return the rows of the shortest and the longest context of one method on one task.
+
+    If training lengths have curves of their own, both are on the curve of the longest training length.
+    """
+    longest = rows[rows["curve"] == rows.loc[rows["train_trajectories"].idxmax(), "curve"]].sort_values("length")
+    return longest.iloc[0], longest.iloc[-1]
+
+
+def intervals(scores: pd.DataFrame, by: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """Return the interquartile mean of each group of training runs, with the columns iqm, low, high and seeds.
+
+    Args:
+        scores: one row per training run.
+        by: columns that name a group.
+        value: column of the score.
+    """
+    rows = []
+    for key, values in scores.groupby(list(by))[value]:
+        found = summarise(values)
+        ends = (found.interval.low, found.interval.high) if found.interval else (np.nan, np.nan)
+        rows.append((*key, found.value, *ends, found.runs))
+    return pd.DataFrame(rows, columns=[*by, "iqm", "low", "high", "seeds"])
+
+
+def episode_returns(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the interquartile mean return of each episode of a rollout, one row per cell, memory and episode."""
+    rows = results[results["counts"] & (results["kind"] == "context") & (results["prompt_trajectories"] == 0)]
+    runs = rows.groupby([*RUN, "memory", "episode"], as_index=False)["return"].mean()
+    return intervals(runs, [*CELL, "memory", "episode"], "return")
+
+
+def prompt_returns(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean return after prompts of each length, one row per cell, over starts common to all lengths.
+
+    Lengths are compared within one method, training length and rollout length. Starts that lack one of the lengths are
+    left out.
+    """
+    group = ["task", "method", "train_trajectories", "test_trajectories"]
+    rows = results[results["counts"] & results["memory"] & (results["kind"] == "context")]
+    several = rows.groupby(group)["prompt_trajectories"].transform("nunique")
+    lengths = rows.groupby([*group, "seed", "start"])["prompt_trajectories"].transform("nunique")
+    common = rows[(several > 1) & (lengths == several)]
+    streams = common.groupby([*RUN, "run", "stream"], as_index=False)["return"].mean()
+    return streams.groupby([*RUN, "run"], as_index=False).agg(value=("return", "mean"))
+
+
+def last_episodes(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the return of last episodes from equal starts, one row per method, context length and memory.
+
+    The starts of a task are those in which the contexts of the longest length end, for every method and seed. Contexts
+    of other lengths take part with their last episodes, methods without context with single episodes. A training seed
+    without a return from each of these starts is left out.
+    """
+    rows = results[(results["kind"] != "data") & (results["prompt_trajectories"] == 0) & results["return"].notna()]
+    length = rows["train_trajectories"].where(rows["kind"] == "context", 1)
+    last = rows[(length == rows["test_trajectories"]) & (rows["episode"] == rows["test_trajectories"])]
+    by = [*CELL, "memory", "kind", "starts"]
+    found = [pd.DataFrame(columns=[*by, "iqm", "low", "high", "seeds"])]
+    for _, group in last.groupby("task"):
+        context = group[(group["kind"] == "context") & group["memory"]]
+        longest = context[context["test_trajectories"] == context["test_trajectories"].max()]
+        sets = [set(starts) for _, starts in longest.groupby(RUN)["start"]]
+        starts = set.intersection(*sets) if sets else set()
+        if starts and longest["test_trajectories"].max() > 1:
+            runs = group[group["start"].isin(starts)].groupby([*RUN, "memory", "kind"], as_index=False)
+            means = runs.agg(value=("return", "mean"), starts=("start", "nunique"))
+            found.append(intervals(means[means["starts"] == len(starts)], by))
+    return pd.concat([part for part in found if len(part)] or found, ignore_index=True)
+
+
+def training_table(results: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the training cost, throughput and memory of each method and training length.
+
+    Args:
+        results: the table of `read_results`.
+        runs: the table of `provenance.training_runs`.
+    """
+    by = ["task", "method", "train_trajectories"]
+    costs = results[results["kind"] != "data"].groupby([*by, "seed"])[["steps", "tokens", "flops", "seconds"]].first()
+    means = costs.groupby(by).mean()
+    logs = runs.groupby(by).agg(
+        tokens_per_second=("tokens_per_second", lambda speeds: middle(speeds.dropna())),
+        peak_memory=("peak_memory", "max"),
+    )
+    table = means.join(logs, how="outer").astype("float64").dropna(how="all").reset_index()
+    return table.assign(train_trajectories=table["train_trajectories"].replace(0, np.nan))
+
+
+def data_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the distribution of each dataset's returns, and the share of its episodes below the best policy."""
+    rows = []
+    for task, group in results[results["kind"] == "data"].groupby("task"):
+        returns = group["return"].dropna().to_numpy()
+        policies = table[(table["task"] == task) & (table["kind"] != "data")]
+        best = policies.loc[policies["iqm"].idxmax()] if len(policies) else None
+        rows.append({
+            "task": task, "episodes": len(returns), "quantiles": np.quantile(returns, QUANTILES).tolist(),
+            "mean": float(returns.mean()), "best_method": None if best is None else describe(best),
+            "best_return": None if best is None else float(best["iqm"]),
+            "share_below": None if best is None else float((returns < best["iqm"]).mean()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def context_label(cell: Any) -> str:
+    """Return the context length in words: "4 trajectories", or both lengths if training and rollout differ."""
+    train, test = int(cell["train_trajectories"]), int(cell["test_trajectories"])
+    if train == test:
+        return f"{test} trajector{'y' if test == 1 else 'ies'}"
+    return f"trained on {train}, rolled out for {test}"
+
+
+def describe(cell: Any) -> str:
+    """Return the method, the context length and the prompt of a cell in words."""
+    if not cell["train_trajectories"] or np.isnan(cell["train_trajectories"]):
+        return str(cell["method"])
+    prompt = f", prompt of {cell['prompt_trajectories']:.0f}" if cell["prompt_trajectories"] else ""
+    return f"{cell['method']} ({context_label(cell)}{prompt})"
+
+
+def in_sentence(name: str) -> str:
+    """Return a method's name as it appears inside a sentence: "behaviour cloning", but "TD3+BC"."""
+    return name[:1].lower() + name[1:] if name[1:2].islower() else name

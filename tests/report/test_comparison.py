@@ -1,0 +1,164 @@
+"""Two sets of results compared."""
+
+import csv
+import io
+
+import pytest
+import yaml
+from rich.console import Console
+
+from ringrl.cli import main
+from ringrl.errors import UserError
+from ringrl.report.comparison import CHANGE, WINS, cautions, compare, headline, write_comparison
+
+
+def settings(found) -> list[tuple[str, str, str]]:
+    return list(found.settings.itertuples(index=False, name=None))
+
+
+def test_a_difference_by_hand(make_study, tmp_path):
+    a, b = make_study(tmp_path / "a", seeds=3), make_study(tmp_path / "b", seeds=3, level=450.0)
+    found = compare([a], [b])
+    assert found.pairs["Method"].tolist() == [
+        "Agentic Transformer (1 trajectory)", "Agentic Transformer (2 trajectories)",
+    ]  # fmt: skip
+    for _, pair in found.pairs.iterrows():
+        assert pair[CHANGE] == pytest.approx(50)
+        assert pair[WINS] == 1.0
+        assert 48 <= pair[f"{CHANGE}, low"] <= 50 <= pair[f"{CHANGE}, high"] <= 52
+    assert headline(found.pairs) == "B returns more in 2 of 2 comparisons than A."
+    assert headline(compare([b], [a]).pairs) == "B returns less in 2 of 2 comparisons than A."
+    assert headline(compare([a], [a]).pairs) == "B and A make no clear difference."
+
+
+def test_differences_that_chance_explains_are_reported(make_study, make_ablation, write_results, tmp_path):
+    a, b = make_study(tmp_path / "a", seeds=3), make_study(tmp_path / "b", seeds=3, level=450.0)
+    (few,) = cautions(compare([a], [b]).pairs)
+    assert "With 3 training seeds" in few
+    assert cautions(compare([a], [a]).pairs) == []
+    lengths = tuple(range(1, 21))
+    many = [write_results(make_ablation(step=step, lengths=lengths), f"{step}.jsonl") for step in (0.0, 9.0)]
+    assert cautions(compare(many[:1], many[1:]).pairs) == [
+        "Of 22 comparisons, about 1 would look clear if nothing differed."
+    ]
+
+
+def test_the_same_runs_prompted_are_compared_run_by_run(make_rollouts, write_results):
+    """Runs lie 100 apart; the prompt gains each of them 40."""
+    levels = {"bare": (0.0, {}), "prompted": (40.0, {"prompt_trajectories": 3, "prompt_seed": 0})}
+    bare, prompted = (
+        write_results(
+            [
+                record
+                for seed in range(4)
+                for record in make_rollouts(2, seed, 100.0 * seed + gain, checkpoint_hash=str(seed), **told)
+            ],
+            f"{name}.jsonl",
+        )
+        for name, (gain, told) in levels.items()
+    )
+    found = compare([bare], [prompted])
+    pair = found.pairs.iloc[0]
+    assert (pair["paired"], pair[CHANGE], pair[f"{CHANGE}, low"] > 0) == (True, pytest.approx(40), True)
+    (said,) = cautions(found.pairs)
+    assert "all 4 runs change in the same direction once in 8 times" in said
+
+
+def test_one_seed_has_no_interval_and_no_probability(make_study, tmp_path):
+    a, b = make_study(tmp_path / "a", seeds=1), make_study(tmp_path / "b", seeds=3, level=450.0)
+    page, _ = write_comparison([a], [b], tmp_path / "report")
+    read = list(csv.DictReader(io.StringIO((page.parent / "tables" / "comparison.csv").read_text())))
+    assert {row["P(B > A)"] for row in read} == {""}
+    assert all(row["B, low"] for row in read)
+    assert {row["A, low"] for row in read} == {""}
+    assert "One training seed is too few to say which is better." in page.read_text()
+
+
+def test_settings_that_differ(make_study, tmp_path):
+    a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", layers=3)
+    config = next(b.glob("*_at_1_seed0")) / "config.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"only": {"here": [1, 2]}}))
+    assert settings(compare([a], [b])) == [("model.layers", "1", "3"), ("only.here", "\N{EN DASH}", "[1, 2]")]
+    assert settings(compare([a], [a])) == []
+
+
+def test_what_the_records_hold_is_compared_too(make_rollouts, write_results):
+    a = write_results(make_rollouts(2, 0, 1.0), "a.jsonl")
+    b = write_results(make_rollouts(2, 0, 1.0, target_policy="0.9x", versions={"jax": "0.11"})[:1], "b.jsonl")
+    found = compare([a], [b])
+    assert len(found.pairs) == 1, "only the target differs, and there is one such cell on either side"
+    assert ("target_policy", "data_best", "0.9x") in settings(found)
+    assert ("version of jax", "0.10.2", "0.11") in settings(found)
+    assert ("streams per training seed", "2", "1") in settings(found)
+
+
+def test_cells_of_one_side_are_named(make_ablation, write_results):
+    a = write_results(make_ablation(lengths=(1, 2)), "a.jsonl")
+    b = write_results(make_ablation(lengths=(2, 4)), "b.jsonl")
+    found = compare([a], [b])
+    assert found.only_a == ["cartpole_swingup: Agentic Transformer (1 trajectory)"]
+    assert found.only_b == ["cartpole_swingup: Agentic Transformer (4 trajectories)"]
+    assert len(found.pairs) == 3
+
+
+def test_nothing_in_common_is_an_error(make_ablation, write_results, tmp_path):
+    a = write_results(make_ablation(), "a.jsonl")
+    b = write_results(make_ablation(task="walker_walk"), "b.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl and .*b\.jsonl have no task, method and context length in common"):
+        write_comparison([a], [b], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+    with pytest.raises(UserError, match=r"nowhere: no such file"):
+        compare([a], [tmp_path / "nowhere"])
+
+
+def test_the_page_its_files_and_the_terminal(make_study, tmp_path):
+    a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0, layers=2)
+    page, shown = write_comparison([a], [b], tmp_path / "report")
+    beside = {str(path.relative_to(page.parent)) for path in page.parent.rglob("*") if path.is_file()}
+    tables = {f"tables/{name}.{kind}" for name in ("comparison", "settings") for kind in ("csv", "tex")}
+    assert beside == {"index.html", *(f"figures/difference.{kind}" for kind in ("svg", "pdf", "png")), *tables}
+    text = page.read_text()
+    for expected in ("model.layers", str(a), str(b), "ringrl ablate plan.yaml", "+50.0"):
+        assert expected in text, expected
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(shown)
+    assert "+50.0 [+49.0, +51.0]" in printed.getvalue()
+
+
+def test_the_command_line(make_study, tmp_path, capsys):
+    a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0)
+    output = tmp_path / "report"
+    main(["report", "--compare", str(a), str(b), "--output", str(output)])
+    said = capsys.readouterr().out
+    assert "P(B > A)" in said
+    assert said.rstrip().endswith("index.html")
+    assert (output / "index.html").exists()
+
+
+def test_mistakes_on_the_command_line(make_study, tmp_path, capsys):
+    a = make_study(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"protocol": 9}\n')
+    for arguments, expected in (
+        ([str(a), "--compare", str(a), str(a)], "cannot be combined with --compare"),
+        (["--compare", str(a), str(tmp_path / "empty")], "no results in"),
+        (["--compare", str(a), str(other)], "other.jsonl, line 1: has evaluation protocol 9"),
+        ([str(a), str(other)], "other.jsonl, line 1: has evaluation protocol 9"),
+        ([], "name files or folders, for example: ringrl report runs"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", *arguments, "--output", str(tmp_path / "report")])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert expected in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_comparisons_across_other_starts_are_reported(make_rollouts, write_results):
+    a = write_results(make_rollouts(2, 0, 1.0), "a.jsonl")
+    elsewhere = [r.model_copy(update={"environment_seed": 9 + r.environment_seed}) for r in make_rollouts(2, 0, 1.0)]
+    b = write_results(elsewhere, "b.jsonl")
+    assert any("not rolled out from the same starts: Agentic" in said for said in cautions(compare([a], [b]).pairs))
+    assert cautions(compare([a], [a]).pairs) == []

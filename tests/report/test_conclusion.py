@@ -1,0 +1,295 @@
+"""The sentences at the top of the page say what the numbers say."""
+
+import pytest
+
+from ringrl.report.conclusion import (
+    headline,
+    notes,
+    settings_warning,
+    starts_facts,
+    starts_warning,
+    verdict_caution,
+    verdicts,
+)
+from ringrl.report.results import tabulate
+from ringrl.report.tables import returns_table
+from ringrl.training.budget import Budget
+
+
+class Summary:
+    """Conclusion of some records."""
+
+    def __init__(self, records) -> None:
+        results = tabulate(records)
+        table = returns_table(results)
+        found = verdicts(results, table)
+        self.headline, self.caution, self.notes = headline(found), verdict_caution(found), notes(results, table)
+        self.verdicts = found.to_dict("records")
+        self.warnings = starts_warning(results, table), settings_warning(results, table)
+        self.starts = starts_facts(results, table)
+
+
+def test_context_that_helps(make_ablation):
+    found = Summary(make_ablation(step=100))
+    assert found.headline == "A longer context helps."
+    assert found.caution is None
+    (verdict,) = found.verdicts
+    assert verdict["kind"] == "helps"
+    # n=4: 600 + 1 (streams) + 2 (middle seed) + 15 (gain over four episodes); n=1: 403
+    assert (verdict["before"], verdict["after"]) == (pytest.approx(403), pytest.approx(618))
+    assert "returns 618 with 4 trajectories of context and 403 with 1 trajectory: +215" in verdict["sentence"]
+    assert "5 training seeds" in verdict["sentence"]
+    assert "With its memory reset before each episode it returns 393." in verdict["sentence"]
+    (note,) = found.notes
+    assert "random policy 30.0, behaviour cloning 333, the dataset's episodes 400 on average, 800 at best." in note
+    assert "returns 603 in the first and 633 in the last of 4 episodes in context" in note
+    assert "From the same starts without memory it returns 393 and 393." in note
+    assert "best of 4 episodes is 633, and 393 without memory" in note
+
+
+def test_rolled_out_for_one_length_the_note_is_of_the_longest_trained(make_rollouts):
+    records = []
+    for seed in range(5):
+        for trained, level in ((1, 100.0), (4, 500.0)):
+            records += make_rollouts(4, seed, level + seed, gain=10.0, train_trajectories=trained)
+    found = Summary(records)
+    assert "returns 503 in the first and 533 in the last of 4 episodes in context" in found.notes[0]
+    (verdict,) = found.verdicts
+    expected = "returns 518 with 4 trajectories of context and 118 when trained on 1 and rolled out for 4: +400"
+    assert expected in verdict["sentence"]
+    assert verdict["compared"] == "trained on 1 to 4, rolled out for 4"
+
+
+def test_trained_on_one_length_the_rollouts_are_compared(make_rollouts):
+    records = []
+    for seed in range(5):
+        for rolled_out, level in ((2, 100.0), (8, 500.0)):
+            records += make_rollouts(rolled_out, seed, level + seed, train_trajectories=4)
+    (verdict,) = Summary(records).verdicts
+    assert "returns 503 when trained on 4 and rolled out for 8 and 103 when" in verdict["sentence"]
+    assert verdict["compared"] == "trained on 4, rolled out for 2 to 8"
+
+
+def test_where_the_same_runs_are_compared_so_are_their_levels(make_rollouts):
+    """A third seed, of the shorter rollouts alone, is no part of what the sentence compares."""
+    short = [r for seed, level in ((0, 100), (1, 200), (2, 900)) for r in rolled(make_rollouts, 1, seed, level)]
+    long = [r for seed, level in ((0, 150), (1, 250)) for r in rolled(make_rollouts, 4, seed, level)]
+    (verdict,) = Summary([*short, *long]).verdicts
+    assert (verdict["before"], verdict["after"], verdict["change"]) == (151, 201, pytest.approx(50))
+    assert (
+        "returns 201 with 4 trajectories of context and 151 when trained on 4 and rolled out for 1"
+        in verdict["sentence"]
+    )
+
+
+def rolled(make_rollouts, test: int, seed: int, level: float):
+    """A model of four that is rolled out for so many."""
+    changes = {"test_trajectories": test, "train_trajectories": 4, "checkpoint_hash": f"c{seed}"}
+    return make_rollouts(test, seed, level, **changes)
+
+
+def test_context_that_hurts(make_ablation):
+    found = Summary(make_ablation(step=-100))
+    assert found.headline == "A longer context hurts."
+    assert "−" in found.verdicts[0]["sentence"]  # noqa: RUF001 (a true minus sign)
+
+
+def test_no_difference(make_rollouts):
+    records = [record for n in (1, 2) for seed in range(5) for record in make_rollouts(n, seed, 100 + 10 * seed)]
+    found = Summary(records)
+    assert found.headline == "A longer context makes no clear difference."
+    assert "no clear difference" in found.verdicts[0]["sentence"]
+
+
+def test_few_seeds_are_worded_with_care(make_ablation):
+    found = Summary(make_ablation(seeds=3))
+    assert found.headline == "A longer context seems to help."
+    assert found.caution is not None
+    assert "preliminary" in found.caution
+    assert "once in 10 times" in found.caution  # 2 of (6 choose 3) = 20 orders
+    assert "once in 3 times" in str(Summary(make_ablation(seeds=2)).caution)
+
+
+def test_one_seed_has_no_interval(make_ablation):
+    found = Summary(make_ablation(seeds=1))
+    assert found.headline == "One training seed is too few to say whether context helps."
+    assert found.verdicts[0]["kind"] == "one seed"
+    assert "may be chance" in found.verdicts[0]["sentence"]
+    assert "interval +" not in found.verdicts[0]["sentence"]
+
+
+def test_few_seeds_of_the_same_runs_agree_sooner(make_rollouts):
+    """All gains of n runs have one sign by chance once in 2^(n - 1) times; two groups lie apart less often."""
+    for seeds, said in (
+        (3, "all 3 runs change in the same direction once in 4 times"),
+        (5, "once in 16 times"),
+        (6, None),
+    ):
+        records = [
+            record
+            for seed in range(seeds)
+            for context in (True, False)
+            for record in make_rollouts(4, seed, 500.0 + 20 * context + 100 * seed, context=context)
+        ]
+        found = Summary(records)
+        assert found.headline == f"Memory across episodes {'seems to help' if said else 'helps'}."
+        assert (found.caution is None) if said is None else (said in str(found.caution))
+
+
+def test_memory_is_told_from_the_starts_that_have_a_control(make_rollouts):
+    records = [record for seed in range(3) for record in make_rollouts(2, seed, 100)]
+    records += [record.model_copy(update={"context": False}) for record in records]
+    records += make_rollouts(2, 3, 900)
+    found = Summary(records)
+    assert (
+        "returns 101 with 2 trajectories of context and 101 when its memory is reset" in found.verdicts[0]["sentence"]
+    )
+    assert "without memory" not in "".join(found.notes)
+
+
+def test_one_length_is_judged_by_its_control(make_rollouts):
+    records = []
+    for seed in range(6):
+        records += make_rollouts(4, seed, 500 + 100 * seed) + make_rollouts(4, seed, 480 + 100 * seed, context=False)
+    found = Summary(records)
+    # Seeds lie 100 apart, the gain of each is 20: only the comparison paired by seed can see it.
+    assert found.headline == "Memory across episodes helps."
+    assert (
+        "returns 751 with 4 trajectories of context and 731 when its memory is reset" in found.verdicts[0]["sentence"]
+    )
+    assert "+20.0" in found.verdicts[0]["sentence"]
+
+
+def test_one_length_without_control(make_rollouts):
+    found = Summary([record for seed in range(3) for record in make_rollouts(4, seed, 500)])
+    assert found.headline == "Only one context length was measured."
+    assert found.verdicts[0]["kind"] == "not compared"
+
+
+def test_several_comparisons_are_counted(make_ablation):
+    found = Summary([*make_ablation(), *make_ablation(task="walker_walk", step=0)])
+    assert found.headline == "A longer context helps in all 2 comparisons."  # longer streams gain 10 per episode
+    flat = [record for record in make_ablation(task="walker_walk") if record.test_trajectories == 1]
+    longer = [record.model_copy(update={"train_trajectories": 2}) for record in flat if record.method == "at"]
+    found = Summary([*make_ablation(), *flat, *longer])
+    assert found.headline == "A longer context helps in 1 of 2 comparisons."
+
+
+def test_what_helps_here_and_hurts_there_is_said_of_both(make_ablation):
+    records = [
+        *make_ablation(),
+        *make_ablation(task="walker_walk", step=-100),
+        *make_ablation(task="walker_run", step=-90),
+    ]
+    assert Summary(records).headline == "A longer context helps in 1 of 3 and hurts in 2 of 3 comparisons."
+
+
+def test_references_alone(make_ablation):
+    records = [record for record in make_ablation() if record.method in ("random", "data")]
+    assert Summary(records).headline == "No method with a context was measured."
+
+
+def test_prompts_are_compared_run_by_run(make_rollouts):
+    """Runs differ by 100; the prompt raises each of them by 40."""
+    records = [
+        record
+        for seed in range(6)
+        for count, gain in ((0, 0.0), (3, 40.0))
+        for record in make_rollouts(
+            1, seed, 100.0 * seed + gain, train_trajectories=4, prompt_trajectories=count, checkpoint_hash=f"c{seed}"
+        )
+    ]
+    verdict = Summary(records).verdicts[-1]
+    assert (verdict["subject"], verdict["paired"], verdict["kind"]) == ("A longer prompt", True, "helps")
+    assert (verdict["change"], verdict["compared"]) == (pytest.approx(40), "prompt of 0 to 3, trained on 4")
+    assert "returns 291 after a prompt of 3 trajectories and 251 after 0: +40.0" in verdict["sentence"]
+
+
+def streams(make_rollouts, length: int, count: int, seed: int = 0, **changes):
+    """One run's streams; stream i of n episodes has the start seeds i n to i n + n - 1."""
+    pairs = [make_rollouts(length, seed, 100.0 + index, **changes) for index in range(-(-count // 2))]
+    records = [record for pair in pairs for record in pair][:count]
+    return [
+        record.model_copy(
+            update={
+                "environment_seed": index * length,
+                "start_seeds": tuple(range(index * length, (index + 1) * length)),
+            }
+        )
+        for index, record in enumerate(records)
+    ]
+
+
+def test_as_many_episodes_from_the_same_seeds_have_the_same_starts(make_rollouts):
+    records = [r for n in (1, 2, 4) for seed in range(2) for r in streams(make_rollouts, n, 8 // n, seed)]
+    records += streams(make_rollouts, 1, 8, method="random", train_trajectories=None, target_return=None)
+    found = Summary(records)
+    assert found.warnings[0] is None
+    assert found.starts == ["cartpole_swingup: 8 starts, the same for all"]
+
+
+def test_as_many_streams_of_other_lengths_have_other_starts(make_rollouts):
+    """A length of 1 from the starts that the streams of 4 begin with."""
+    found = Summary([r for n in (1, 4) for r in streams(make_rollouts, n, 5)])
+    said = "5 starts for Agentic Transformer (1 trajectory), 20 starts for Agentic Transformer (4 trajectories)"
+    assert found.starts == [f"cartpole_swingup: {said}"]
+    assert f"Not all policies were rolled out from the same starts: on cartpole_swingup {said}." in str(
+        found.warnings[0]
+    )
+
+
+def test_streams_without_start_seeds_start_elsewhere_from_the_second_episode(make_rollouts):
+    old = [make_rollouts(2, 0, 1.0)[0]]
+    new = streams(make_rollouts, 1, 2)
+    assert Summary([*old, *new]).warnings[0] is not None
+    assert Summary([*old, *(r.model_copy(update={"start_seeds": ()}) for r in new[:1])]).warnings[0] is not None
+    alone = [r.model_copy(update={"start_seeds": ()}) for r in new]
+    assert Summary([*alone, *streams(make_rollouts, 1, 2, train_trajectories=8)]).warnings[0] is None
+
+
+def test_training_seeds_with_other_starts_are_reported(make_rollouts):
+    found = Summary([*streams(make_rollouts, 1, 4), *streams(make_rollouts, 1, 2, seed=1)])
+    assert "2 or 4 starts, which differ by training seed, for" in str(found.warnings[0])
+
+
+def test_settings_that_differ_along_a_curve_are_reported(make_rollouts):
+    of_length = {1: {"optimiser.learning_rate": "0.1"}, 2: {}, 4: {"optimiser.steps": "9", "optimiser.batch_size": "3"}}
+    records = [
+        record
+        for length, settings in of_length.items()
+        for record in make_rollouts(length, 0, 100.0 * length, settings=settings)
+    ]
+    warning = str(Summary(records).warnings[1])
+    assert "Agentic Transformer on cartpole_swingup: optimiser.learning_rate 0.1 with 1, 0.001 with 2 and 4" in warning
+    assert "optimiser.steps" not in warning, "these follow from the length"
+
+
+@pytest.mark.parametrize(
+    ("alike", "said"),
+    [
+        ({}, "training of 100 steps with 1, 100,000 steps with 2"),
+        ({"timesteps": 7}, None),
+        ({"tokens": 7}, None),
+        ({"flops": 7.0}, None),
+        ({"seconds": 7.0}, None),
+        ({"steps": 100}, None),
+    ],
+)
+def test_lengths_that_share_no_budget_are_reported(alike, said, make_rollouts):
+    few = {"steps": 100, "batch_size": 1, "timesteps": 100, "tokens": 100, "flops": 1e6, "seconds": 1.0}
+    many = {"steps": 100_000, "batch_size": 1, "timesteps": 200_000, "tokens": 200_000, "flops": 1e9, "seconds": 900.0}
+    records = [
+        record
+        for length, budget in ((1, few), (2, many))
+        for record in make_rollouts(length, 0, 1.0, budget=Budget(**{**budget, **alike}))
+    ]
+    warning = Summary(records).warnings[1]
+    assert warning is None if said is None else said in str(warning)
+
+
+def test_equal_settings_are_not_reported(make_rollouts, make_ablation):
+    alike = [record for n in (1, 2) for record in make_rollouts(n, 0, 1.0, settings={"model.width": "64"})]
+    assert Summary(alike).warnings[1] is None
+    assert Summary(make_ablation()).warnings[1] is None
+    other_target = make_rollouts(4, 0, 1.0, settings={"model.width": "32"}, target_policy="0.9x")
+    assert Summary([*alike, *other_target]).warnings[1] is None, "that is a curve of its own"

@@ -1,0 +1,271 @@
+"""Aggregates by hand: intervals, comparisons, equal starts."""
+
+import numpy as np
+import pytest
+
+from ringrl.evaluation.scores import normalised_score
+from ringrl.report.provenance import training_runs
+from ringrl.report.results import read_results, tabulate
+from ringrl.report.tables import (
+    contenders,
+    contrast,
+    data_table,
+    improvement_table,
+    intervals,
+    last_episodes,
+    normalised_scores,
+    prompt_returns,
+    returns_table,
+    run_scores,
+    scores_of,
+    strata,
+    summarise,
+    training_table,
+)
+
+
+def table_of(records):
+    return returns_table(tabulate(records))
+
+
+def cell_scores(records) -> dict[tuple[str, float], object]:
+    """Scores by task and rollout length."""
+    results = tabulate(records)
+    table, runs = returns_table(results), run_scores(results)
+    return {(cell["task"], cell["test_trajectories"]): scores_of(runs, cell) for _, cell in table.iterrows()}
+
+
+def test_rows_by_hand(make_ablation):
+    table = table_of(make_ablation())
+    names = ["Random policy", "Behaviour cloning", "Dataset, all episodes", "Dataset, best episode"]
+    assert table["method"].tolist() == [*names, *["Agentic Transformer"] * 3]
+    row = table.iloc[-1]
+    assert row[["train_trajectories", "test_trajectories", "seeds", "episodes"]].tolist() == [4, 4, 5, 40]
+    values = {"mean": 618, "iqm": 618, "first": 603, "last": 633, "best": 633, "control": 393, "best_control": 393}
+    assert row[list(values)].to_dict() == pytest.approx(values)
+    assert 616 <= row["low"] < 618 < row["high"] <= 620
+    assert row["score"] == pytest.approx(float(normalised_score("cartpole_swingup", 618.0)))
+    everything, best = table.iloc[2], table.iloc[3]
+    assert (everything["mean"], everything["episodes"], best["mean"]) == (pytest.approx(400), 101, 800)
+    assert everything[["low", "seeds"]].isna().all()
+
+
+def test_interquartile_mean_differs_from_the_mean(make_rollouts):
+    records = [record for seed, level in enumerate([0, 100, 110, 900]) for record in make_rollouts(1, seed, level)]
+    row = table_of(records).iloc[0]
+    assert row[["mean", "iqm"]].tolist() == pytest.approx([278.5, 106])
+
+
+def test_a_single_episode_is_its_own_control(make_rollouts):
+    row = table_of(make_rollouts(1, 0, 100)).iloc[0]
+    assert row[["best", "best_control", "control", "iqm"]].tolist() == [101] * 4
+
+
+def test_the_mean_and_best_of_the_control_by_hand(make_rollouts):
+    row = table_of(make_rollouts(2, 0, 100, gain=10) + make_rollouts(2, 0, 50, gain=-20, context=False)).iloc[0]
+    assert row[["iqm", "best", "control", "last_control", "best_control"]].tolist() == [106, 111, 41, 31, 51]
+
+
+def test_one_seed_has_no_interval_anywhere(make_ablation):
+    results = tabulate(make_ablation(seeds=1))
+    table = returns_table(results)
+    assert table[["low", "high"]].isna().all(axis=None)
+    assert last_episodes(results)[["low", "high"]].isna().all(axis=None)
+    assert contenders(table) == []
+    assert improvement_table(results, table).empty
+
+
+def test_a_task_without_constants_has_no_score(make_rollouts):
+    assert table_of(make_rollouts(1, 0, 100, task="my_own_task"))["score"].isna().all()
+
+
+def test_the_place_of_the_best_policy_in_the_data(make_ablation):
+    results = tabulate(make_ablation())
+    row = data_table(results, returns_table(results)).iloc[0]
+    np.testing.assert_allclose(row["quantiles"], [0, 40, 200, 400, 600, 760, 800])
+    assert row["best_method"] == "Agentic Transformer (4 trajectories)"
+    assert row["share_below"] == pytest.approx(78 / 101)  # 0, 8, ..., 616 are below 618
+
+
+def test_estimates_are_the_same_every_time():
+    assert summarise([1.0, 2, 4, 8]) == summarise([1.0, 2, 4, 8])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_same_runs_are_compared_run_by_run(make_rollouts, same):
+    """Runs differ by 100 and each changes by 10: visible only if the same runs are compared."""
+    records = [
+        record
+        for length in (1, 4)
+        for seed in range(5)
+        for record in make_rollouts(
+            length, seed, 100.0 * seed + 10 * (length > 1), train_trajectories=4 if same else length,
+            checkpoint_hash=str(seed) if same else f"{seed} {length}",
+        )
+    ]  # fmt: skip
+    shorter, longer = cell_scores(records).values()
+    found = contrast([longer], [shorter])
+    assert found == contrast([longer], [shorter])
+    assert (found.paired, found.change.value, found.change.runs) == (same, pytest.approx(10), 5)
+    assert found.change.interval is not None
+    assert (0 in found.change.interval) is not same
+    # Of 25 pairs of runs the longer wins 15; drawn together, it never wins less than half.
+    assert found.wins.value == pytest.approx(15 / 25)
+    assert found.wins.interval is not None
+    assert (found.wins.interval.low > 0.5) is same
+
+
+def test_runs_of_unknown_checkpoints_are_never_the_same(make_rollouts):
+    records = [r for length in (1, 4) for r in make_rollouts(length, 0, 1, train_trajectories=4, checkpoint_hash=None)]
+    one, other = cell_scores(records).values()
+    assert not contrast([one], [other]).paired
+
+
+def test_a_run_measured_in_several_tasks_is_drawn_once(make_rollouts):
+    """Perfectly correlated tasks are no more evidence than one; tasks of other runs stay strata of their own."""
+    tasks = ("cartpole_swingup", "walker_walk", "cheetah_run")
+    hashes = [[f"{seed}" for seed in range(4)]] * 2 + [[f"other {seed}" for seed in range(4)]]
+    records = [
+        record
+        for task, names in zip(tasks, hashes, strict=True)
+        for seed in range(4)
+        for record in make_rollouts(2, seed, 10.0 * seed, task=task, checkpoint_hash=names[seed])
+    ]
+    swingup, walk, run = (cell_scores(records)[task, 2] for task in tasks)
+    one, same, apart = strata([swingup]), strata([swingup, walk]), strata([swingup, run, walk])
+    assert (one[1], same[1], apart[1]) == ([0], [0, 0], [0, 1, 0])
+    assert summarise(*same[0], together=same[1]) == summarise(*one[0])
+    incomplete = cell_scores([record for record in records if (record.task, record.seed) != ("walker_walk", 1)])
+    runs, _ = strata([incomplete[task, 2] for task in tasks[:2]])
+    assert [part.tolist() for part in runs] == [[1, 21, 31]] * 2, "a run that lacks a task counts in none"
+    unnamed = cell_scores([record.model_copy(update={"checkpoint_hash": None}) for record in records])
+    assert strata(list(unnamed.values()))[1] == [0, 1, 2]
+
+
+def improvements(records):
+    results = tabulate(records)
+    return improvement_table(results, returns_table(results))
+
+
+def test_the_probability_of_improvement_by_hand(make_rollouts):
+    """Of 3 x 3 pairs of runs, the longer context wins 6 and ties one."""
+    records = [record for seed, level in enumerate((1.0, 2.0, 3.0)) for record in make_rollouts(1, seed, level)]
+    records += [record for seed, level in enumerate((2.0, 4.0, 2.5)) for record in make_rollouts(4, seed, level)]
+    (row,) = improvements(records).to_dict("records")
+    assert row["first"] == "Agentic Transformer, 4 trajectories"
+    assert row["second"] == "Agentic Transformer, 1 trajectory"
+    assert row["probability"] == pytest.approx((1.5 + 3 + 2) / 9)
+    assert row["low"] < row["probability"] < row["high"]
+
+
+def test_a_rollout_of_one_episode_is_no_model_of_one_trajectory(make_rollouts):
+    records = [
+        record
+        for train, test, level in ((1, 1, 901.0), (1, 4, 881.0), (4, 1, 101.0), (4, 4, 501.0))
+        for seed in range(3)
+        for record in make_rollouts(
+            test, seed, level + seed, train_trajectories=train, checkpoint_hash=f"{train} {seed}"
+        )
+    ]
+    (row,) = improvements(records).to_dict("records")
+    assert row["first"] == "Agentic Transformer, 4 trajectories"
+    assert row["second"] == "Agentic Transformer, trained on 4, rolled out for 1"
+
+
+def test_every_method_with_a_context_meets_every_other(make_ablation, make_rollouts):
+    others = [record for seed in range(5) for record in make_rollouts(4, seed, 100.0, method="ad")]
+    table = improvements([*make_ablation(), *others])
+    agentic, distilled = "Agentic Transformer, 4 trajectories", "Algorithm Distillation, 4 trajectories"
+    pairs = {(row["first"], row["second"]) for _, row in table.iterrows()}
+    assert pairs == {
+        (agentic, "Agentic Transformer, 1 trajectory"), (agentic, distilled),
+        (agentic, "Behaviour cloning"), (agentic, "Random policy"),
+        (distilled, "Behaviour cloning"), (distilled, "Random policy"),
+    }  # fmt: skip
+
+
+def test_tasks_are_averaged_and_lengths_that_differ_are_named(make_ablation):
+    records = [*make_ablation(), *make_ablation(task="walker_walk", lengths=(1, 2), step=0.0)]
+    row = improvements(records).iloc[0]
+    assert row[["tasks", "first"]].tolist() == [2, "Agentic Transformer, the longest context"]
+    assert row["probability"] == pytest.approx(1.0)  # the second task gains 10 per episode
+
+
+def test_runs_measured_in_two_tasks_are_no_more_evidence_than_in_one(make_rollouts):
+    """In normalised scores over all tasks and in probabilities; the second task repeats the first one."""
+
+    def measured(tasks, shared):
+        return tabulate(
+            [
+                record
+                for task in tasks
+                for n in (1, 4)
+                for seed, level in enumerate((1.0, 9.0, 4.0, 12.0))
+                for record in make_rollouts(
+                    n, seed, level + n, task=task, checkpoint_hash=f"{n} {seed}" + ("" if shared else task)
+                )
+            ]
+        )
+
+    def width(table):
+        return (table["high"] - table["low"]).to_numpy()
+
+    tasks = ["cheetah_run", "cheetah_run_backward"]
+    both, apart, alone = measured(tasks, True), measured(tasks, False), measured(tasks[:1], True)
+    tables = [improvement_table(results, returns_table(results)) for results in (both, apart, alone)]
+    np.testing.assert_allclose(width(tables[0]), width(tables[2]))
+    assert (width(tables[1]) < width(tables[2])).all()
+    together, independent = (normalised_scores(results, returns_table(results)) for results in (both, apart))
+    assert together["length"].tolist() == [1, 4]
+    assert (width(together) > 1.1 * width(independent)).all()
+
+
+def seeded(records, starts):
+    """Streams from given starts: stream i has the start seeds of `starts[i]`."""
+    return [
+        record.model_copy(update={"environment_seed": seeds[0], "start_seeds": tuple(seeds), "returns": tuple(returns)})
+        for record, (seeds, returns) in zip(records, starts, strict=True)
+    ]
+
+
+def test_last_episodes_are_compared_from_equal_starts(make_rollouts):
+    """The return of an episode is its start: only the starts in which the longest contexts end count for all."""
+    records = []
+    for seed in range(2):
+        for length, streams in ((1, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]])):
+            pairs = [([*starts], [100.0 * length + start for start in starts]) for starts in streams]
+            made = [r for _ in range(-(-len(pairs) // 2)) for r in make_rollouts(length, seed, 0)]
+            records += seeded(made, pairs)
+        records += seeded(make_rollouts(2, seed, 0, context=False), [([0, 1], [10.0, 11.0]), ([2, 3], [12.0, 13.0])])
+    single = [r for _ in range(2) for r in make_rollouts(1, 0, 0, method="bc", train_trajectories=None)]
+    records += seeded(single, [([start], [50.0 + start]) for start in range(4)])
+    found = last_episodes(tabulate(records))
+    values = {(row["kind"], row["test_trajectories"], row["memory"]): row["iqm"] for _, row in found.iterrows()}
+    assert values == {
+        ("context", 1, True): 102.0, ("context", 2, True): 202.0, ("context", 2, False): 12.0,
+        ("reference", 1, True): 52.0,
+    }  # fmt: skip
+    assert set(found["starts"]) == {2}
+    lacking = [record for record in records if record.start_seeds != (3,) or record.method != "bc"]
+    assert set(last_episodes(tabulate(lacking))["kind"]) == {"context"}, "no start may be missing"
+
+
+def test_prompts_are_compared_from_common_starts(make_rollouts):
+    """Two draws of a prompt share four starts; without a prompt there is a fifth, easy one."""
+    values = {"train_trajectories": 4}
+    bare = [r for _ in range(3) for r in make_rollouts(1, 0, 0, **values)][:5]
+    records = seeded(bare, [([0], [1.0]), ([1], [2.0]), ([2], [3.0]), ([3], [4.0]), ([4], [900.0])])
+    for draw in range(2):
+        prompt = {"prompt_trajectories": 2, "prompt_seed": draw}
+        records += seeded(make_rollouts(1, 0, 0, **values, **prompt), [([2 * draw], [10.0]), ([2 * draw + 1], [20.0])])
+    found = intervals(prompt_returns(tabulate(records)), ["prompt_trajectories"])
+    assert found[["prompt_trajectories", "iqm"]].to_numpy().tolist() == [[0, 2.5], [2, 15.0]]
+
+
+def test_training_cost_by_hand(make_study, tmp_path):
+    results = read_results(make_study(tmp_path / "runs"))
+    table = training_table(results, training_runs(results))
+    assert table["train_trajectories"].tolist() == [1, 2]
+    assert table["flops"].tolist() == [1e12, 2e12]
+    assert table["tokens_per_second"].tolist() == [1000, 500]
+    assert table["peak_memory"].isna().all()
