@@ -273,7 +273,8 @@ def flags_of(name: str) -> set[str]:
     for part in name.split():
         app = app[part]
     arguments = app.assemble_argument_collection()
-    return {flag for argument in arguments for flag in (*argument.names, *argument.negatives)}
+    flags = [argument for argument in arguments if not argument.children]
+    return {name for argument in flags for name in (*argument.names, *argument.negatives)}
 
 
 def test_flags_named_in_the_text_exist() -> None:

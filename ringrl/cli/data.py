@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -41,27 +41,16 @@ def download(
 
     if delete_archive and not import_store:
         raise UserError("--delete-archive: needs --import, or nothing would be kept; add --import")
-    patience = Patience(timeout=timeout)
     with _bars() as (bar, notice):
-        fetching = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)
-        if not import_store:
-            path = download_archive(
-                domain, algorithm, output, url=url, patience=patience, progress=fetching, notice=notice
-            )
-            result = f"{path}; next: ringrl data import {path} --domain {domain}"
-        else:
-            store = download_store(
-                domain,
-                algorithm,
-                output,
-                delete_archive=delete_archive,
-                url=url,
-                patience=patience,
-                progress=fetching,
-                import_progress=bar("importing"),
-                notice=notice,
-            )
+        options: dict[str, Any] = {"url": url, "patience": Patience(timeout=timeout), "notice": notice}
+        options["progress"] = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)
+        if import_store:
+            options |= {"delete_archive": delete_archive, "import_progress": bar("importing")}
+            store = download_store(domain, algorithm, output, **options)
             result = f"{output / domain / algorithm}.h5\n{describe(store)}"
+        else:
+            path = download_archive(domain, algorithm, output, **options)
+            result = f"{path}; next: ringrl data import {path} --domain {domain}"
     print(result)
 
 
@@ -133,16 +122,9 @@ def import_(
     try:
         with _bars() as (bar, _):
             store = import_archive(
-                archive,
-                destination,
-                domain,
-                overwrite=overwrite,
-                progress=bar("importing"),
-                workers=workers,
-                relabelling=relabel,
-                subset=chosen,
-                on_damaged=on_damaged,
-            )
+                archive, destination, domain, overwrite=overwrite, workers=workers, relabelling=relabel, subset=chosen,
+                on_damaged=on_damaged, progress=bar("importing"),
+            )  # fmt: skip
     except KeyboardInterrupt:
         print("ringrl: run the same command again to resume the import", file=sys.stderr)
         raise

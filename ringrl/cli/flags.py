@@ -29,21 +29,21 @@ for _section in Section.__subclasses__():
 def check_flags(tokens: Sequence[str], arguments: cyclopts.ArgumentCollection) -> None:
     """Raise UserError listing missing, unknown, repeated and wrong flags. The parser alone stops at the first."""
     flags = [argument for argument in arguments if argument.parse and not argument.children]
-    missing = [argument.name for argument in flags if _is_missing(argument)]
-    wrong = [f"{_listed(missing)} {'are' if len(missing) > 1 else 'is'} needed"] if missing else []
+    missing = [argument.name for argument in flags if argument.required and not argument.has_tokens]
+    wrong = []
+    if missing:
+        listed = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+        wrong = [f"{listed} {'are' if len(missing) > 1 else 'is'} needed"]
     names = [name for argument in flags for name in argument.names if name.startswith("--")]
     for token in itertools.takewhile(lambda token: token != "--", tokens):
         name = token.partition("=")[0]
         if token.startswith("--") and not _is_flag(name, flags):
-            wrong.append(f"{name}: no such flag" + "".join(f"; did you mean {near}?" for near in _near(name, names)))
+            near = difflib.get_close_matches(name, names, n=1)
+            wrong.append(f"{name}: no such flag" + "".join(f"; did you mean {flag}?" for flag in near))
     for argument in flags:
         wrong.extend(_wrong_values(argument))
     if wrong:
         raise UserError("; ".join(wrong).replace("?;", "?"))
-
-
-def _is_missing(argument: cyclopts.Argument) -> bool:
-    return argument.required and not argument.has_tokens
 
 
 def _is_flag(name: str, flags: list[cyclopts.Argument]) -> bool:
@@ -52,14 +52,6 @@ def _is_flag(name: str, flags: list[cyclopts.Argument]) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _near(name: str, names: list[str]) -> list[str]:
-    return difflib.get_close_matches(name, names, n=1)
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _wrong_values(argument: cyclopts.Argument) -> Iterator[str]:

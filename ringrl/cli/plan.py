@@ -1,5 +1,6 @@
 """ringrl plan: memory and time of a training step on hardware that this machine lacks."""
 
+import contextlib
 import json as json_module
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,15 +89,20 @@ def plan(
         raise UserError(f"--compilations {compilations}: expected 0 or more")
     with Console(stderr=True).status("planning") as status:
         if where.device.platform == "cpu":
-            _want_host_devices(where.devices)
+            with contextlib.suppress(RuntimeError):  # JAX is initialised already; the plan reports its devices
+                jax.config.update("jax_num_cpu_devices", where.devices)
             where = measure_host(where, config.model)
         made = make_plan(
             config, where, length, mesh=chosen, method=method, compilations=compilations, search=search,
             notice=lambda line: status.update(line),
         )  # fmt: skip
     print(describe(made))
-    if json is not None:
-        _write(json, json_module.dumps(as_json(made), indent=1))
+    if json is None:
+        return
+    try:
+        write_whole(json, json_module.dumps(as_json(made), indent=1), alone=False)
+    except OSError as error:
+        raise UserError(f"--json {json}: cannot be written ({error.strerror})") from error
 
 
 def _machine(name: str, custom: Custom) -> "Machine":
@@ -118,20 +124,3 @@ def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | N
     if contexts is not None:
         values["optimiser"] |= {"batch_size": contexts}
     return TrainConfig.model_validate(values)
-
-
-def _want_host_devices(number: int) -> None:
-    """Request host devices, if JAX is not initialised yet."""
-    import jax
-
-    try:
-        jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError:
-        return  # already initialised; the plan reports the number of devices
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_whole(path, text, alone=False)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error
