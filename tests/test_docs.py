@@ -79,7 +79,7 @@ NOT_RUN = {
 PARSED = {
     "CHANGELOG.md": "names commands only",
     "CONTRIBUTING.md": "installs everything anew, and runs all tests",
-    "docs/collect.md": "ten million transitions; small collections: tests/data/test_collect.py",
+    "docs/collect.md": "ten million transitions; small collections: tests/collect/test_collection.py",
     "docs/data.md": "archives of gigabytes; small ones: tests/data, and docs/exorl.md",
     "docs/evaluation.md": "needs what an hour of training makes; a tiny run: tests/test_cli.py",
     "docs/faults.md": "an hour",
