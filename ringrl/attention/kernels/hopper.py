@@ -112,7 +112,7 @@ class WorkCell(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class WorkDivision:
     """The division of work over programs: `heads` of the owned side per context; a tile is visited `groups` times."""
 
     heads: int
@@ -211,7 +211,7 @@ class Feed(NamedTuple):
     sources: Callable[..., tuple[Ref, ...]]
 
 
-def produce(work: Work, visits: Visits, owned: Feed, *visited: Feed) -> None:
+def produce(work: WorkDivision, visits: Visits, owned: Feed, *visited: Feed) -> None:
     """Run the producer warpgroup, which copies owned tiles once per cell and visited tiles once per visit."""
 
     def cell(cell: WorkCell, fills: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -47,8 +47,8 @@ from ringrl.attention.kernels.hopper import (
     Ref,
     Visits,
     Warpgroup,
-    Work,
     WorkCell,
+    WorkDivision,
     across,
     by_query_head,
     by_warpgroup,
@@ -93,7 +93,7 @@ class _State(NamedTuple):
     total: jax.Array
 
 
-def _produce(work: Work, groups: int, operands: _Operands, visits: Visits, scratch: _Scratch) -> None:
+def _produce(work: WorkDivision, groups: int, operands: _Operands, visits: Visits, scratch: _Scratch) -> None:
     """Run the producer warpgroup."""
 
     def keys_or_values(which: int) -> Callable[..., tuple[Ref, ...]]:
@@ -118,7 +118,7 @@ def _fold(options: Options, state: _State, products: jax.Array, mask: jax.Array 
 
 
 def _consume(
-    work: Work,
+    work: WorkDivision,
     options: Options,
     unit: Warpgroup,
     operands: _Operands,
@@ -212,7 +212,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), visited)
     operands = _Operands(cut(q), kv, query_tiles, key_tiles, None if start is None else jax.tree.map(cut, start))
     plan = visits(options.rule, query_cells, key_tiles, own_queries=True)
-    work, unit = Work(inputs.kv_heads * inputs.groups), Warpgroup(interpret is not None)
+    work, unit = WorkDivision(inputs.kv_heads * inputs.groups), Warpgroup(interpret is not None)
     q_tile, kv_tile = (jax.ShapeDtypeStruct((rows, head_dim), q.dtype) for rows in (own, visited))
     slots = Buffer.of(stages, CONSUMERS, kv_tile)
     scratch = _Scratch(Buffer.of(CONSUMERS, 1, q_tile), slots, slots, plgpu.Barrier(num_arrivals=CONSUMERS))
@@ -264,7 +264,7 @@ def _logit_gradients(
 
 
 def _consume_queries(
-    work: Work,
+    work: WorkDivision,
     options: Options,
     unit: Warpgroup,
     operands: _BackwardOperands,
@@ -306,7 +306,7 @@ def _consume_queries(
 
 
 def _consume_keys(
-    work: Work,
+    work: WorkDivision,
     options: Options,
     unit: Warpgroup,
     operands: _BackwardOperands,
@@ -374,7 +374,7 @@ def _query_gradient(inputs: Inputs, cotangents: Cotangents, options: Options, in
     own, visited, stages = query_gradient_blocks(q.shape[-1], options)
     operands, queries, keys = _cut(inputs, cotangents, own, visited, own_queries=True)
     plan = visits(options.rule, queries, keys, own_queries=True)
-    work = Work(inputs.kv_heads * groups)
+    work = WorkDivision(inputs.kv_heads * groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
     scratch = _BackwardScratch(
         Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
@@ -404,7 +404,7 @@ def _key_gradients(inputs: Inputs, cotangents: Cotangents, options: Options, int
     own, visited, stages = key_gradient_blocks(q.shape[-1], options)
     operands, queries, keys = _cut(inputs, cotangents, visited, own, own_queries=False)
     plan = visits(options.rule, queries, keys, own_queries=False)
-    work = Work(inputs.kv_heads, groups)
+    work = WorkDivision(inputs.kv_heads, groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
     row_values = jax.ShapeDtypeStruct((visited,), jnp.float32)
     scratch = _BackwardScratch(
