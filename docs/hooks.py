@@ -1,4 +1,4 @@
-"""mkdocs hooks: copy the repository files that pages link to into the site.
+"""mkdocs hooks: copy the repository files that pages link to, and the report of the demo's results, into the site.
 
 Links to folders and to pages outside docs/ become plain text.
 """
@@ -37,6 +37,14 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"[{link[1]}]({posixpath.relpath(path, posixpath.dirname(page.file.src_uri) or '.')})"
 
     return _LINK.sub(inside, markdown)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Write the report of the demo's results into the site, as example/index.html."""
+    from ringrl.report import write_report
+
+    results = Path(config.docs_dir) / "results" / "demo.jsonl"
+    write_report(results, Path(config.site_dir) / "example")
 
 
 def _is_carried(path: Path) -> bool:
