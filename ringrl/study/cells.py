@@ -96,7 +96,8 @@ class Work:
             raise UserError(f"{error}; remove it if it is damaged") from error
         for name in sorted(self.about.keys() & known.keys() - {"test_trajectories", "prompts", "videos"}):
             was, now = known[name], self.about[name]
-            if was != now and not (name == "episodes" and now > was):
+            is_more = name == "episodes" and isinstance(was, int) and now > was
+            if was != now and not is_more:
                 raise UserError(f"{path}: {name} was {was}, the plan says {now}; give another output")
 
     def note_failure(self, why: str) -> str:
@@ -146,16 +147,15 @@ class Cell(Work):
         if trained.step < self.config.optimiser.steps:
             raise UserError(f"{self.folder}: training was stopped after step {trained.step}; --retry resumes it")
         compiled = compile_policy(trained, Protocol(), self.config.task)
-        make = partial(
-            policy_evaluation, trained, self.folder, command=command, compiled=compiled, variant=self.variant
-        )
+        own = {"command": command, "compiled": compiled, "variant": self.variant}
+        make = partial(policy_evaluation, trained, self.folder, **own)
         evaluations = [make(protocol, task=task) for task in self.tasks for protocol in self.protocols]
         evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
         for one in filter(self._is_filmed, evaluations):  # best.mp4 is written last; without it, all are made again
             evaluate_all([one], again=not (one.videos / "best.mp4").is_file(), video=True, progress=_Log())
 
     def _is_filmed(self, evaluation: Evaluation) -> bool:
-        return self.about["videos"] and not evaluation.protocol.prompt_trajectories
+        return bool(self.about["videos"]) and not evaluation.protocol.prompt_trajectories
 
     def of_steps(self, steps: int) -> "Cell":
         """Return the cell with another number of optimiser steps."""
