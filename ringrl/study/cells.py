@@ -183,10 +183,11 @@ class Reference(Work):
             evaluate_all([random_evaluation(task, Protocol(self.about["episodes"]), command=command, results=results)])
             return
         store = EpisodeStore(self.data)
-        found = {"data_fingerprint": dataset_fingerprint(store), "versions": library_versions()}
+        fingerprint, versions = dataset_fingerprint(store), library_versions()
+        records = data_records(task, store.returns(task), data_fingerprint=fingerprint, versions=versions)
         unfinished = results.with_suffix(".partial")
         unfinished.unlink(missing_ok=True)
-        append_records(unfinished, data_records(task, store.returns(task), **found))
+        append_records(unfinished, records)
         unfinished.replace(results)
 
 
@@ -195,9 +196,9 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
     found = []
     for task, data in plan.datasets.items():
         episodes = max(part.episodes for part in plan.whole if task in part.datasets)
-        random = {"kind": "random", "task": task, "episodes": episodes}
-        dataset = {"kind": "data", "task": task, "data": fingerprints.get(task)}
-        found += [Reference(plan.output / task / about["kind"], about, data) for about in (random, dataset)]
+        kinds: dict[str, dict[str, Any]] = {"random": {"episodes": episodes}, "data": {"data": fingerprints.get(task)}}
+        for kind, about in kinds.items():
+            found.append(Reference(plan.output / task / kind, {"kind": kind, "task": task, **about}, data))
     return found
 
 
