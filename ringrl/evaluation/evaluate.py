@@ -16,7 +16,7 @@ from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evalua
 from ringrl.evaluation.records import JOURNAL, EvaluationRecord, append_records, check_writable, read_records
 from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
-from ringrl.evaluation.video import VideoCandidates, VideoError, write_videos
+from ringrl.evaluation.video import EpisodeStates, VideoError, choose, write_videos
 from ringrl.training import TrainedPolicy
 
 
@@ -77,7 +77,6 @@ def roll_out(
     *,
     journal: EpisodeJournal | None = None,
     progress: EvaluationProgress | None = None,
-    candidates: VideoCandidates | None = None,
     groups: int | None = None,
 ) -> list[EvaluationRecord]:
     """Roll out an evaluation and return one record per stream, then one per control stream.
@@ -87,7 +86,6 @@ def roll_out(
       journal: finished episodes are read from it, new ones are added. On a CPU the result is bit-identical to that of
         an evaluation that was never interrupted.
       progress: callbacks.
-      candidates: collects the episodes of which videos may be made, those of the control excluded.
       groups: groups of environments that take turns. None: two with an accelerator, one without.
     """
     progress = progress or EvaluationProgress()
@@ -100,9 +98,7 @@ def roll_out(
     ]
     try:
         return [
-            record
-            for part in evaluation.parts
-            for record in _roll_out_part(evaluation, part, made, journal, progress, candidates)
+            record for part in evaluation.parts for record in _roll_out_part(evaluation, part, made, journal, progress)
         ]
     finally:
         for group in made:
@@ -150,19 +146,30 @@ def _evaluate(
 
 
 def _roll_out_and_append(evaluation: Evaluation, video: bool, progress: EvaluationProgress) -> list[EvaluationRecord]:
-    candidates = VideoCandidates(evaluation.protocol.episodes) if video else None
     with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
-        records = roll_out(evaluation, journal=journal, progress=progress, candidates=candidates)
+        records = roll_out(evaluation, journal=journal, progress=progress)
         append_records(evaluation.results, records)
+        shown = _episodes_to_show(records, journal) if video else {}
         journal.remove()
-    if candidates is not None:
-        paths = {evaluation.videos / f"{label}.mp4": episode for label, episode in candidates.chosen().items()}
+    if video:
         try:
-            written = write_videos(evaluation.template.task, paths)
+            episodes = {evaluation.videos / f"{label}.mp4": states for label, states in shown.items()}
+            written = write_videos(evaluation.template.task, episodes)
             progress.on_message(f"{', '.join(path.name for path in written)}: in {evaluation.videos}")
         except VideoError as error:
             progress.on_message(str(error))
     return records
+
+
+def _episodes_to_show(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> dict[str, EpisodeStates]:
+    """Read the first, the median and the best episode, those of the control excluded, by label."""
+    found = {}
+    returns = np.array([record.returns for record in records if record.context], np.float64)  # None becomes NaN
+    for label, (stream, index) in choose(returns).items():
+        episode = journal.episode("context", index)
+        if episode is not None:
+            found[label] = EpisodeStates(label, episode.physics[:, stream], episode.reward[:, stream])
+    return found
 
 
 def _roll_out_part(
@@ -171,7 +178,6 @@ def _roll_out_part(
     groups: Sequence[Group],
     journal: EpisodeJournal | None,
     progress: EvaluationProgress,
-    candidates: VideoCandidates | None,
 ) -> list[EvaluationRecord]:
     """Roll out the streams or the control. Each episode of the control is a rollout of its own."""
     seeds, n = evaluation.seeds, evaluation.protocol.episodes
@@ -182,8 +188,6 @@ def _roll_out_part(
     def keep(episode: EpisodeBatch) -> None:
         if journal is not None and len(done) >= len(recorded):
             journal.add(part, len(done), episode)
-        if candidates is not None and part == "context":
-            candidates.add(episode.physics, episode.reward)
         progress.on_episode(part, len(done), episode)
         done.append((episode.returns, episode.steps, episode.seconds))
 

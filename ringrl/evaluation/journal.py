@@ -47,9 +47,17 @@ class EpisodeJournal:
     def episodes(self, part: str, steps: int, streams: int) -> list[EpisodeBatch]:
         """Return the episodes of a part up to the first one that is missing, unreadable or of another shape."""
         found: list[EpisodeBatch] = []
-        while (episode := _read(self._file(part, len(found)), steps, streams)) is not None:
+        while (episode := self.episode(part, len(found))) is not None and _has_shape(episode, steps, streams):
             found.append(episode)
         return found
+
+    def episode(self, part: str, index: int) -> EpisodeBatch | None:
+        """Return an episode; None: its file is missing or unreadable."""
+        try:
+            with np.load(self._file(part, index), allow_pickle=False) as file:
+                return EpisodeBatch(**{name: file[name] for name in ARRAYS}, seconds=float(file["seconds"]))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return None
 
     def add(self, part: str, index: int, episode: EpisodeBatch) -> None:
         """Write an episode. Raises UserError if the folder cannot be written."""
@@ -104,17 +112,11 @@ class EpisodeJournal:
         )
 
 
-def _read(path: Path, steps: int, streams: int) -> EpisodeBatch | None:
-    """Read an episode. None: the file is missing or damaged, or an array has another dtype or shape."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS}
-            seconds = float(file["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return None
+def _has_shape(episode: EpisodeBatch, steps: int, streams: int) -> bool:
+    """Return whether each array has its dtype and its number of dimensions, steps and streams."""
     rows = {"observation": steps + 1, "action": steps, "reward": steps, "physics": steps + 1}
-    for name, array in arrays.items():
-        dimensions = 2 if name == "reward" else 3
+    for name in ARRAYS:
+        array, dimensions = getattr(episode, name), 2 if name == "reward" else 3
         if (array.dtype, array.ndim, array.shape[:2]) != (_TYPES[name], dimensions, (rows[name], streams)):
-            return None
-    return EpisodeBatch(**arrays, seconds=seconds)
+            return False
+    return True

@@ -4,6 +4,7 @@ A kill may leave a half-written last line, which is ignored.
 """
 
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -226,7 +227,7 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Several runs may share one file.
         with lock(path, "is appending results", wait=True), path.open("a+b", buffering=0) as file:
-            end = _remove_half_line(file.fileno())
+            end = _remove_half_line(file)
             try:
                 if os.write(file.fileno(), lines) < len(lines):
                     raise OSError(0, "only a part could be written; is the disk full?")
@@ -328,18 +329,13 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _remove_half_line(descriptor: int) -> int:
+def _remove_half_line(file: io.FileIO) -> int:
     """Make the file end with a whole line and return its size."""
-    size = os.fstat(descriptor).st_size
-    tail = b""
-    while len(tail) < size and b"\n" not in tail:  # from the end, in growing pieces
-        length = min(size, 2 * len(tail) + 4096)
-        tail = os.pread(descriptor, length, size - length)
-    tail = tail.rpartition(b"\n")[2]
-    if not tail:
-        return size
-    if _is_json(tail):
-        os.write(descriptor, b"\n")
-        return size + 1
-    os.ftruncate(descriptor, size - len(tail))
-    return size - len(tail)
+    file.seek(0)
+    content = file.read()
+    tail = content.rpartition(b"\n")[2]
+    if tail and _is_json(tail):  # only the newline is missing
+        file.write(b"\n")
+        return len(content) + 1
+    os.ftruncate(file.fileno(), len(content) - len(tail))
+    return len(content) - len(tail)

@@ -1,4 +1,4 @@
-"""Videos of an evaluation: keeping the states of the episodes that may be shown, and writing mp4 files.
+"""Videos of an evaluation: the choice of the episodes to show, and mp4 files.
 
 Nothing here imports MuJoCo or OpenGL. `ringrl.envs.render` renders in a process of its own, because MuJoCo chooses its
 OpenGL library on import, and a crash of a graphics driver must not end the evaluation.
@@ -48,63 +48,13 @@ def choose(returns: Float[np.ndarray, "environments episodes"]) -> dict[str, tup
     """
     environments = len(returns)
     in_time = returns.T.ravel()  # episode after episode
-    ranked = _ranked(in_time)
+    ranked = np.argsort(in_time, kind="stable")
+    ranked = ranked[np.isfinite(in_time[ranked])]
     chosen = {"first": 0}
     if len(ranked):
         best = ranked[in_time[ranked] == in_time[ranked[-1]]][0]
         chosen |= {"median": int(ranked[(len(ranked) - 1) // 2]), "best": int(best)}
     return {label: (index % environments, index // environments) for label, index in chosen.items()}
-
-
-class VideoCandidates:
-    """Keeps the states of the episodes that `choose` may still choose, while an evaluation runs.
-
-    An episode is dropped as soon as it can no longer become the median and is neither the first nor the best so far.
-    Memory: 4 (T + 1) (P + 1) bytes per episode, for at most half of all episodes plus two: 24 MB for 64 environments
-    with 10 walker episodes each.
-
-    Args:
-        episodes: per environment.
-    """
-
-    def __init__(self, episodes: int) -> None:
-        self._episodes = episodes
-        self._returns: list[np.ndarray] = []
-        self._kept: dict[tuple[int, int], EpisodeStates] = {}
-
-    def add(
-        self,
-        physics: Float[np.ndarray, "steps+1 environments physics"],
-        rewards: Float[np.ndarray, "steps environments"],
-    ) -> None:
-        """Add the next episode of all environments."""
-        episode = len(self._returns)
-        self._returns.append(rewards.sum(axis=0))
-        kept = self._may_be_chosen()
-        self._kept = {place: states for place, states in self._kept.items() if place in kept}
-        for environment, last in kept:
-            if last == episode:
-                states, earned = (x[:, environment].astype(np.float32) for x in (physics, rewards))
-                self._kept[environment, episode] = EpisodeStates("", states, earned)
-
-    def chosen(self) -> dict[str, EpisodeStates]:
-        """Return the first, the median and the best episode so far, by label; empty before the first episode."""
-        if not self._returns:
-            return {}
-        places = choose(np.stack(self._returns, axis=1))
-        return {label: self._kept[place]._replace(label=label) for label, place in places.items()}
-
-    def _may_be_chosen(self) -> set[tuple[int, int]]:
-        """Return (environment, episode) of the episodes that may be the first, the median or the best at the end."""
-        returns = np.stack(self._returns, axis=1)
-        environments, ended = returns.shape
-        ranked = _ranked(returns.T.ravel())
-        to_come = (self._episodes - ended) * environments
-        # Each episode to come raises the median's rank by a half, and an episode's rank by one or not at all.
-        highest = (len(ranked) + to_come - 1) // 2
-        middle = ranked[max(0, highest - to_come) : highest + 1]
-        places = {(int(index) % environments, int(index) // environments) for index in middle}
-        return places | set(choose(returns).values())
 
 
 def write_videos(
@@ -148,12 +98,6 @@ def write_videos(
         for hidden in partial:
             hidden.unlink(missing_ok=True)
     return list(episodes)
-
-
-def _ranked(returns: Float[np.ndarray, " episodes"]) -> np.ndarray:
-    """Return the indices of the finite returns, ascending by return; of equal ones the earlier first."""
-    ranked = np.argsort(returns, kind="stable")
-    return ranked[np.isfinite(returns[ranked])]
 
 
 def _packed(episodes: list[EpisodeStates]) -> bytes:

@@ -19,11 +19,13 @@ from ringrl.evaluation import (
     random_evaluation,
     read_records,
 )
+from ringrl.evaluation import evaluate as evaluate_module
 from ringrl.evaluation.evaluate import roll_out
 from ringrl.evaluation.journal import EpisodeJournal
 from ringrl.evaluation.protocol import Part
 from ringrl.evaluation.rollout import EpisodeBatch
 from ringrl.evaluation.scores import EvaluationSummary
+from ringrl.evaluation.video import EpisodeStates, choose
 from ringrl.training import load_policy
 
 TASKS = ("jaco_reach_top_left", "jaco_reach_top_right")
@@ -166,6 +168,24 @@ def test_videos(tmp_path: Path) -> None:
     again = Listener()
     evaluate_all([evaluation], video=True, progress=again)
     assert (again.steps, str(evaluation.videos) in again.messages[0]) == (0, True)
+
+
+def test_videos_show_the_first_the_median_and_the_best_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, EpisodeStates] = {}
+
+    def write_videos(task: str, episodes: dict[Path, EpisodeStates]) -> list[Path]:
+        shown.update({path.stem: states for path, states in episodes.items()})
+        return list(episodes)
+
+    monkeypatch.setattr(evaluate_module, "write_videos", write_videos)
+    (evaluation, _) = evaluations_in(tmp_path / "evaluation.jsonl", environments=2)
+    evaluate_all([evaluation], video=True)
+    returns = np.array(returns_in(evaluation.results))
+    places = choose(returns)
+    assert list(shown) == list(places) == ["first", "median", "best"]
+    for label, (stream, index) in places.items():
+        assert shown[label].rewards.sum() == pytest.approx(returns[stream, index])
+        assert (shown[label].label, shown[label].physics.shape) == (label, (251, 18))
 
 
 def test_without_opengl_the_evaluation_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,10 @@ import sys
 import imageio.v3
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ringrl.envs import DOMAINS, domain_of, make
 from ringrl.errors import UserError
-from ringrl.evaluation.video import EpisodeStates, VideoCandidates, VideoError, choose, write_videos
+from ringrl.evaluation.video import EpisodeStates, VideoError, choose, write_videos
 
 _WIDTH, _HEIGHT = 240, 180  # pixels
 _LINE = 14  # pixels, height of the text above and below
@@ -155,28 +153,3 @@ def test_choosing():
     assert choose(np.array([[np.nan, 2.0], [2.0, np.inf]])) == {"first": (0, 0), "median": (1, 0), "best": (1, 0)}
     assert choose(np.zeros((3, 1))) == {"first": (0, 0), "median": (1, 0), "best": (0, 0)}
     assert choose(np.full((2, 2), np.nan)) == {"first": (0, 0)}
-
-
-_RETURNS = st.one_of(st.integers(-2, 6).map(float), st.sampled_from([np.nan, np.inf]))
-
-
-@given(st.data(), st.integers(1, 5), st.integers(1, 6))
-def test_candidates_contain_every_episode_that_will_be_chosen(data, environments, episodes):
-    size = environments * episodes
-    returns = np.reshape(data.draw(st.lists(_RETURNS, min_size=size, max_size=size)), (environments, episodes))
-    candidates = VideoCandidates(episodes)
-    assert candidates.chosen() == {}
-    for episode in range(episodes):
-        name = 100.0 * np.arange(environments)[:, None] + episode  # identifies the episode
-        rewards = np.stack([np.full(environments, 1.0), returns[:, episode] - 1.0])
-        candidates.add(np.stack([name, name + 0.5, name + 0.75]), rewards)
-        chosen = choose(returns[:, : episode + 1])
-        found = candidates.chosen()
-        assert list(found) == list(chosen)
-        for label, (environment, place) in chosen.items():
-            expected = 100 * environment + place + np.array([[0], [0.5], [0.75]])
-            np.testing.assert_array_equal(found[label].physics, expected)
-            np.testing.assert_array_equal(found[label].rewards, [1.0, returns[environment, place] - 1.0])
-            assert found[label].label == label
-        assert len(candidates._kept) <= environments * episodes / 2 + 2.5
-    assert len(candidates._kept) == len(set(chosen.values()))
