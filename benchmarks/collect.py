@@ -1,9 +1,9 @@
-"""What do the methods of `ringrl data collect` return, and what do they cost? docs/collect.md's table comes from here.
+"""Returns and cost of the methods of `ringrl data collect`, for the table in docs/collect.md.
 
     python benchmarks/collect.py [--methods scripted td3 rnd] [--preset small | --episodes 60] [--json FILE] [task ...]
 
-Collects every task by every method, one collection after the other, and prints the returns of the episodes, how many
-minutes went by, and how many the processors worked (on a machine shared with others that says more).
+Collects every task with every method and prints the returns of the episodes, the minutes, and the processor minutes
+(which are more reliable on a shared machine).
 """
 
 import argparse
@@ -33,13 +33,13 @@ TASKS = (
 
 
 def processor_seconds() -> float:
-    """Seconds that this process and its finished children have kept processors busy."""
+    """Return the processor seconds of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def measure(task: str, method: str, episodes: int, seed: int) -> dict[str, object]:
-    """One collection, thrown away when its returns are known."""
+    """Return the returns and the cost of one collection, which is deleted."""
     domain = domain_of(task)
     column = domain.recorded_tasks(task).index(task)
     began, used = time.perf_counter(), processor_seconds()
@@ -60,7 +60,7 @@ def measure(task: str, method: str, episodes: int, seed: int) -> dict[str, objec
 
 
 def measure_all(options: argparse.Namespace) -> None:
-    """A row for each task and method, as they come."""
+    """Print a row per task and method."""
     print("| task | method | episodes | min | median | max | last tenth | minutes | processor minutes |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     measured = []
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
     parser.add_argument("--methods", nargs="+", default=["scripted", "td3", "rnd"], help="scripted, td3, rnd")
-    parser.add_argument("--preset", default="small", choices=PRESETS, help="how much to collect")
-    parser.add_argument("--episodes", type=positive, help="how many, in place of the preset's")
+    parser.add_argument("--preset", default="small", choices=PRESETS, help="number of transitions")
+    parser.add_argument("--episodes", type=positive, help="number of episodes, instead of the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write every return to this file")
     options = parser.parse_args(arguments)
