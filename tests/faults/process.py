@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 RINGRL = Path(sys.executable).with_name("ringrl")
-TIMEOUT = 180.0  # seconds
+TIMEOUT = 600.0  # seconds; a busy machine is no failure
 KILL, CTRL_C, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
 Moment = Callable[[], object]
 
