@@ -1,7 +1,7 @@
 """Commands and code of README and docs/ work.
 
-Every block of every page is looked at. Python and diffs are run; commands are read by the real command line, presets,
-tasks and machines included; whole pages are run on small data (EXECUTED), and for the others PARSED says why not.
+Python and diffs run. The real command line parses every command, with its presets, tasks and machines. The pages of
+EXECUTED run as a whole on small data. PARSED gives the reason why the other pages do not.
 """
 
 import json
@@ -37,9 +37,9 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if not path.name.startswith(".")
 )
-SOURCES = ("ringrl", "envs", "data", "configs", "benchmarks")  # what a clone needs to run
+SOURCES = ("ringrl", "envs", "data", "configs", "benchmarks")  # folders that commands need
 
-# Pages that are run from beginning to end, in a clone of their own.
+# Pages that run from beginning to end, each in its own clone.
 EXECUTED = (
     "README.md",
     "docs/adding_a_task.md",
@@ -48,7 +48,7 @@ EXECUTED = (
     "docs/own_model.md",
     "docs/quickstart.md",
 )
-# Appended to their commands, so that minutes become seconds.
+# Flags appended to commands, so that they take seconds.
 SMALLER = {
     "data collect": ["--episodes", "4", "--workers", "1"],
     "data import": ["--workers", "1"],
@@ -68,14 +68,14 @@ SHORTER = {
     },
     "docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64, 4, 2": "= 256, 64, 4, 1"},
 }
-# Of these pages, commands that are not run after all.
+# Commands that do not run.
 NOT_RUN = {
-    "data download": "gigabytes from a public server; the page's test begins with the store that it makes",
-    "pytest": "runs by itself",
-    "make": "installs everything anew",
-    "git": "clones what is here",
+    "data download": "gigabytes from a public server; the test starts from a small store",
+    "pytest": "the other tests",
+    "make": "installs everything",
+    "git": "clones this repository",
 }
-# Pages whose commands are parsed and not run.
+# Pages whose commands are parsed only, and why.
 PARSED = {
     "CHANGELOG.md": "names commands only",
     "CONTRIBUTING.md": "installs everything anew, and runs all tests",
@@ -92,7 +92,7 @@ PARSED = {
     "docs/adding_a_kernel.md": "GPUs and TPUs: tests/attention",
     "docs/adding_a_method.md": "names files only",
 }
-# Files that only the reader has, and what stands for them.
+# Files and names that only the reader has, and replacements for them.
 YOURS = {
     "runs/run/config.yaml": "run.yaml",
     "runs/walk/config.yaml": "run.yaml",
@@ -105,7 +105,7 @@ ANY_RUN = ["--data", "walker.h5", "--task", "walker_walk", "--run", "runs/walk"]
 
 
 class Block(NamedTuple):
-    """A fenced block of a page; `line` is where it begins."""
+    """A fenced block of a page, with its first line."""
 
     page: str
     line: int
@@ -114,7 +114,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    """All of them, by CommonMark's rule for fences at the margin."""
+    """Return the fenced blocks of a page by CommonMark's rule for fences at the margin."""
     found, text = [], (ROOT / page).read_text()
     for match in re.finditer(r"^(`{3,})([^\n`]*)\n(.*?)^\1$\n?", text, re.MULTILINE | re.DOTALL):
         found.append(Block(page, text.count("\n", 0, match.start()) + 1, match[2].strip(), match[3]))
@@ -122,11 +122,11 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each command of a shell block, without comments and what is set in the environment.
+    """Yield the words of each command of a shell block, without comments and environment variables.
 
-    What stands in `for NAME in VALUES; do ... done` comes once for every value.
+    Commands in `for NAME in VALUES; do ... done` are yielded once per value.
     """
-    if block.language not in ("", "sh", "bash") or block.text.startswith("#!"):  # a script that somebody is handed
+    if block.language not in ("", "sh", "bash") or block.text.startswith("#!"):  # a script, not commands to type
         return
     variable, values = "", [""]
     for line in block.text.replace("\\\n", " ").splitlines():
@@ -145,13 +145,13 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 def spans(page: str) -> list[str]:
-    """What stands between backticks in the text, outside of blocks."""
+    """Return the text between backticks outside of blocks."""
     text = re.sub(r"^(`{3,}).*?^\1$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-# A command in the text is complete if it has no words in capitals, no choices and nothing left out.
+# A command in the text is complete if it has no words in capitals, no choices and no ellipsis.
 INLINE = [
     (page, shlex.split(span))
     for page in PAGES
@@ -178,7 +178,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str
 
 
 def check_ringrl(words: list[str], parse: Callable[[list[str]], dict[str, Any]]) -> None:
-    """Its flags are read, and the names among their values are names of something."""
+    """Check that the flags parse, and that tasks, domains, models and machines exist."""
     name = next((name for name in cli.COMMANDS if words[: len(name.split())] == name.split()), "")
     given = parse(words)
     if "--help" in words:
@@ -206,16 +206,16 @@ def check_ringrl(words: list[str], parse: Callable[[list[str]], dict[str, Any]])
 
 
 def check_script(words: list[str]) -> None:
-    """The file is there, and knows the flags."""
+    """Check that the script exists and has the flags."""
     if words[0] in ("-c", "-m"):
         return
     text = (ROOT / words[0]).read_text()
     for flag in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
-        assert re.search(rf"{flag}(?![\w-])", text), f"{words[0]} knows no {flag}"
+        assert re.search(rf"{flag}(?![\w-])", text), f"{words[0]} has no {flag}"
 
 
 def check_pip(words: list[str]) -> None:
-    """The extras of RingRL that are named exist."""
+    """Check that the named extras of RingRL exist."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
         for named in re.findall(r"^(?:ringrl|\.)\[(.+)\]$", word):
@@ -238,11 +238,11 @@ def check(words: list[str], parse: Callable[[list[str]], dict[str, Any]]) -> Non
     elif program == "gcloud":  # whose own flags are not ours
         check(shlex.split(rest[rest.index("--command") + 1]), parse)
     else:
-        assert program in ("cd", "git", "apt-get"), f"{program}: no program that these pages know"
+        assert program in ("cd", "git", "apt-get"), f"{program}: an unknown program"
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_are_what_the_program_takes(page: str, parse: Callable[[list[str]], dict[str, Any]]) -> None:
+def test_commands_parse(page: str, parse: Callable[[list[str]], dict[str, Any]]) -> None:
     for of, words in COMMANDS:
         if of == page:
             try:
@@ -251,14 +251,14 @@ def test_commands_are_what_the_program_takes(page: str, parse: Callable[[list[st
                 pytest.fail(f"{shlex.join(words)}: {error}")
 
 
-def test_every_page_with_a_command_is_run_or_says_why_not() -> None:
+def test_every_page_with_a_command_is_executed_or_parsed() -> None:
     with_commands = {block.page for block in BLOCKS} | {page for page, _ in INLINE}
     assert with_commands <= {*EXECUTED, *PARSED}, "add the page to EXECUTED, or to PARSED with the reason"
     assert {*EXECUTED, *PARSED} <= set(PAGES)
     assert {block.page for block in BLOCKS if block.language in ("python", "diff")} <= set(EXECUTED)
 
 
-def test_blocks_are_of_known_languages() -> None:
+def test_blocks_have_known_languages() -> None:
     for block in BLOCKS:
         assert block.language in ("", "sh", "bash", "python", "diff", "yaml", "text"), f"{block.page}:{block.line}"
         if block.language == "yaml":
@@ -288,7 +288,7 @@ def test_flags_named_in_the_text_exist() -> None:
                 assert flag in known, f"{page}: no command has {flag}"
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_exist() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
@@ -314,7 +314,7 @@ for kind, what in json.loads(Path(sys.argv[1]).read_text()):
 
 
 def steps(block: Block) -> Iterator[tuple[str, Any]]:
-    """What is to be run of a block, made small."""
+    """Yield the steps of a block to run, made small."""
     if block.language == "python":
         text = block.text
         for long, short in SHORTER.get(block.page, {}).items():
@@ -335,7 +335,7 @@ def steps(block: Block) -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture(scope="module")
 def walker_store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    """What downloading walker/rnd leaves behind, with four episodes in it: rnd.zip and rnd.h5."""
+    """The files that a download of walker/rnd leaves, with four episodes: rnd.zip and rnd.h5."""
     folder = tmp_path_factory.mktemp("walker")
     collect("walker_walk", folder / "rnd", episodes=4, seed=0, workers=1)
     archive = shutil.make_archive(str(folder / "rnd"), "zip", folder / "rnd")
