@@ -1,22 +1,21 @@
-"""How fast is the data, beside the original's way? Relabelling, import, reading, batches, and memory.
+"""Speed and memory of the data: relabelling, import, reading and batches, compared with the original's code.
 
     python benchmarks/data.py [relabel import read batch memory] [--exorl FOLDER] [--episodes 200] [--runs 5]
                               [--batch 8x128] [--gigabytes 20] [--limit 2] [--folder FOLDER] [--json FILE]
 
-Every figure is the median of the runs. The peer runs in turn with ours in the same run, so that a busy machine slows
-both alike, and a ratio is the median over runs.
+Every figure is the median of the runs. Each run measures ours and the peer in turn, so that other load slows both
+equally. A ratio is the median over runs.
 
-relabel  Milliseconds per episode, beside ExoRL's loop over dm_control: `reset_context`, `set_state`, `get_reward` per
-         row, control zero, one task. (jaco: with our reading of where the hand is, which costs less than the
-         original's.) Seconds of this process, not of the clock: nothing waits here, and others may use the machine.
-         With --exorl, also the largest difference from the recorded reward over all episodes of every archive there.
-import   Walker episodes made here (ten recorded ones, over and over), milliseconds per episode with one process and
-         with one per core; beside numpy.load and ExoRL's loop for one task. Also what inflating alone takes: a floor.
-read     A random episode of a warm store, as views and copied, beside numpy.load of its npz and all its arrays.
-batch    ContextSampler.batch of contexts from a walker store, beside numpy.copy of the same bytes.
-memory   Random episodes and a batch out of a sparse store of many gigabytes, in a process whose private memory
-         (RLIMIT_DATA: all but mapped files) is limited. Pages of the mapped file come and go as the system likes; the
-         peak of both kinds is told.
+relabel  Milliseconds per episode, compared with ExoRL's loop over dm_control: `reset_context`, `set_state`,
+         `get_reward` per row, control zero, one task. (For jaco with our sensor of the hand, which costs less than the
+         original's.) Processor time. With --exorl, also the largest difference from the recorded reward over all
+         episodes of every archive.
+import   Milliseconds per walker episode (ten recorded ones, repeated) with one process and with one per core, compared
+         with numpy.load and ExoRL's loop for one task. Inflating alone is the lower bound.
+read     A random episode of a warm store, as views and copied, compared with numpy.load of its npz and all its arrays.
+batch    ContextSampler.batch of contexts from a walker store, compared with numpy.copy of the same bytes.
+memory   Random episodes and a batch of a sparse store of many gigabytes, in a process with limited private memory
+         (RLIMIT_DATA: all but mapped files), and the peak including pages of the mapped file.
 """
 
 import argparse
@@ -52,7 +51,7 @@ Numbers = dict[str, float]
 def in_turn(
     runs: int, clock: Callable[[], float] = time.perf_counter, **cases: Callable[[], object]
 ) -> dict[str, list[float]]:
-    """Seconds of each case, all of them once per run; one more run goes before."""
+    """Return the seconds of each case for every run, after one run that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(runs + 1):
         for name, case in cases.items():
@@ -64,12 +63,12 @@ def in_turn(
 
 
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> float:
-    """How many times as long the peer takes: the median over runs."""
+    """Return how many times as long the peer takes, the median over runs."""
     return statistics.median(p / o for p, o in zip(peer, ours, strict=True))
 
 
 def record(task: str, number: int) -> list[dict[str, np.ndarray]]:
-    """Episodes of the local collection's controller, with much noise."""
+    """Return episodes of the local collection's controller with much noise."""
     from ringrl.collect.controllers import recipe_of
     from ringrl.collect.record import EpisodePlan, record_episode
     from ringrl.envs import load_simulation
@@ -80,7 +79,7 @@ def record(task: str, number: int) -> list[dict[str, np.ndarray]]:
 
 
 def original_loop(task: str) -> Callable[[np.ndarray], list[float]]:
-    """ExoRL's relabelling of one episode's physics (T+1, P) for one task."""
+    """Return ExoRL's relabelling of one episode's physics (T+1, P) for one task."""
     from ringrl.envs import load_simulation
 
     if task.startswith("jaco"):
@@ -106,7 +105,7 @@ def original_loop(task: str) -> Callable[[np.ndarray], list[float]]:
 
 
 def relabelling(runs: int, exorl: Path | None) -> dict[str, Numbers]:
-    """One task and all tasks, beside the original's loop; parity with what was recorded."""
+    """Measure one task and all tasks, and the original's loop; compare with recorded rewards."""
     from ringrl.data.relabel import relabel, relabel_all
     from ringrl.envs import domain_of
 
@@ -135,7 +134,7 @@ def relabelling(runs: int, exorl: Path | None) -> dict[str, Numbers]:
 
 
 def parity(archive: Path) -> Numbers:
-    """The largest difference between relabelled and recorded reward, for the task that comes nearest."""
+    """Return the largest difference between relabelled and recorded reward, for the nearest task."""
     from ringrl.data.exorl import Archive
     from ringrl.data.relabel import relabel_all
     from ringrl.envs import domain_named
@@ -151,7 +150,7 @@ def parity(archive: Path) -> Numbers:
 
 
 def walker_archive(folder: Path, number: int) -> Path:
-    """A zip archive of so many walker episodes, packed as ExoRL packs them."""
+    """Write a zip archive of walker episodes, packed as ExoRL packs them."""
     from ringrl.data.exorl import save_episode
 
     contents = [save_episode(folder, i, episode).read_bytes() for i, episode in enumerate(record("walker_walk", 10))]
@@ -163,13 +162,13 @@ def walker_archive(folder: Path, number: int) -> Path:
 
 
 def load_npz(content: bytes) -> dict[str, np.ndarray]:
-    """All arrays of an episode's file, as the original loads them."""
+    """Load all arrays of an episode's file, as the original does."""
     with np.load(io.BytesIO(content), allow_pickle=False) as npz:
         return dict(npz)
 
 
 def importing(runs: int, folder: Path, number: int) -> dict[str, Numbers]:
-    """The import of walker episodes, beside loading and relabelling them in the original's way."""
+    """Measure the import of walker episodes, and loading and relabelling with the original's code."""
     from ringrl.cores import available_cores
     from ringrl.data import import_archive
 
@@ -210,12 +209,12 @@ def importing(runs: int, folder: Path, number: int) -> dict[str, Numbers]:
 
 
 def reading(runs: int, folder: Path) -> dict[str, Numbers]:
-    """A random episode of a warm store, beside numpy.load of its file."""
+    """Measure a random episode of a warm store, and numpy.load of its file."""
     from ringrl.data import import_archive
 
     archive = walker_archive(folder, 100)
     store = import_archive(archive, folder / "read.h5", "walker", workers=1)
-    store.verify()  # warms it
+    store.verify()  # warms the page cache
     with zipfile.ZipFile(archive) as opened:
         for index, name in enumerate(opened.namelist()):
             (folder / f"{index}.npz").write_bytes(opened.read(name))
@@ -259,7 +258,7 @@ def made_up_store(path: Path, episodes: int) -> None:
 
 
 def sampler(path: Path, batch: tuple[int, int]):  # type: ignore[no-untyped-def]
-    """Of contexts from a store whose observations need no measuring."""
+    """Return a sampler of contexts with given statistics."""
     from ringrl.config import ContextConfig
     from ringrl.data import EpisodeStore
     from ringrl.data.sampling.normalisation import Normalisation
@@ -273,7 +272,7 @@ def sampler(path: Path, batch: tuple[int, int]):  # type: ignore[no-untyped-def]
 
 
 def batches(runs: int, folder: Path, batch: tuple[int, int]) -> dict[str, Numbers]:
-    """A batch of contexts from a warm store with twice its episodes, beside a copy of the same bytes."""
+    """Measure a batch of contexts from a warm store with twice its episodes, and a copy of the same bytes."""
     import jax
 
     from ringrl.data.store.writer import create_store
@@ -287,7 +286,7 @@ def batches(runs: int, folder: Path, batch: tuple[int, int]) -> dict[str, Number
             rewards = random.random((len(tasks), 1001)).astype(np.float32)
             writer.append(episode | {f"reward/{task}": reward for task, reward in zip(tasks, rewards, strict=True)})
     contexts = sampler(path, batch)
-    contexts.store.verify()  # warms it
+    contexts.store.verify()  # warms the page cache
     leaves = jax.tree.leaves(contexts.batch(0))
     steps = iter(range(1, runs + 2))
     seconds = in_turn(runs, batch=lambda: contexts.batch(next(steps)), copy=lambda: [np.copy(leaf) for leaf in leaves])
@@ -304,7 +303,7 @@ def batches(runs: int, folder: Path, batch: tuple[int, int]) -> dict[str, Number
 
 
 def memory(folder: Path, gigabytes: float, limit: float, batch: tuple[int, int]) -> dict[str, Numbers]:
-    """Peaks of memory in a process of its own with limited private memory."""
+    """Measure the peak memory of a process with limited private memory."""
     path = folder / "sparse.h5"
     start = time.perf_counter()
     made_up_store(path, round(gigabytes * 1e9 / 288_288))
@@ -317,7 +316,7 @@ def memory(folder: Path, gigabytes: float, limit: float, batch: tuple[int, int])
 
 
 def read_with_limit(path: Path, limit: float, batch: tuple[int, int]) -> Numbers:
-    """Reads much of a store in this process, whose private memory is limited from now on."""
+    """Limit the private memory of this process and read much of a store."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), int(limit * 1e9)))
     contexts = sampler(path, batch)
     store, total = contexts.store, 0.0
@@ -335,7 +334,7 @@ def read_with_limit(path: Path, limit: float, batch: tuple[int, int]) -> Numbers
 
 
 def show(part: str, results: dict[str, Numbers]) -> None:
-    """A table of one part."""
+    """Print a table of one part."""
     for name, numbers in results.items():
         print(f"\n{part}: {name}")
         for what, number in numbers.items():

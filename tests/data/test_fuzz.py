@@ -1,4 +1,4 @@
-"""Five hundred damaged and hostile files: each is refused in one line, counted as skipped, or has lost nothing."""
+"""Five hundred damaged and hostile files: each is rejected in one line, counted as skipped, or read completely."""
 
 import json
 import subprocess

@@ -126,7 +126,7 @@ def test_the_order_of_states_does_not_matter():
     )
 
 
-def test_leaves_read_only_arrays_alone():
+def test_read_only_arrays_are_accepted():
     physics, action, _ = _roll_out("cheetah_run", steps=10)
     kept = physics.copy()
     physics.flags.writeable = action.flags.writeable = False

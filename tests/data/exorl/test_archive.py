@@ -66,7 +66,7 @@ def test_a_single_episode_is_read_without_the_others(cartpole_zip, cartpole_epis
         np.testing.assert_array_equal(archive.read(last)["physics"], cartpole_episodes[last.number]["physics"])
 
 
-def test_what_is_no_episode_is_passed_over(tmp_path, episode):
+def test_files_that_are_no_episodes_are_ignored(tmp_path, episode):
     others = {"README.md": b"x", "__MACOSX/buffer/._episode_000003_1000.npz": b"x", "buffer/.DS_Store": b"x"}
     assert len(read_all(zipped(tmp_path / "a.zip", {NAME: packed(episode), **others}))) == 1
 

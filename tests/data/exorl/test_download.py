@@ -55,7 +55,7 @@ def test_the_known_size_of_a_public_archive_is_required(site, archive, tmp_path)
     assert (tmp_path / "walker" / "rnd.zip").read_bytes() == archive
 
 
-def test_what_is_no_archive_is_not_kept(site, tmp_path):
+def test_a_download_that_is_no_archive_is_deleted(site, tmp_path):
     site.files[FILE] = b"<html>Please log in.</html>"
     with pytest.raises(UserError, match="not a zip archive"):
         fetch(site, tmp_path)
@@ -93,7 +93,7 @@ def command(site, folder: Path, *flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_is_stopped_goes_on_where_it_was(site, archive, tmp_path, capfd, blow):
+def test_a_stopped_download_resumes(site, archive, tmp_path, capfd, blow):
     site.answers = [{"cut": 123_456, "hangs": True}]
     with subprocess.Popen(command(site, tmp_path), text=True) as process:
         partial = tmp_path / "cartpole" / ".rnd.zip.partial"
@@ -152,7 +152,7 @@ SMALL_DISK = """
 """
 
 
-def test_a_disk_that_fills_up_keeps_what_arrived(site, archive, tmp_path):
+def test_received_bytes_are_kept_on_a_full_disk(site, archive, tmp_path):
     child = [sys.executable, "-c", textwrap.dedent(SMALL_DISK), site.url, str(tmp_path), "100000"]
     run = subprocess.run(child, capture_output=True, text=True, check=True)
     assert "rnd.zip: the disk, a quota or a limit on file size is full" in run.stdout
@@ -169,7 +169,7 @@ def test_a_file_too_large_for_the_disk_is_refused_before_its_first_byte(site, tm
     assert names(tmp_path) == []
 
 
-def test_room_for_the_store_is_asked_for_and_what_is_here_is_not(site, archive, tmp_path, monkeypatch):
+def test_space_for_the_store_is_required_without_the_received_bytes(site, archive, tmp_path, monkeypatch):
     site.answers = [{"cut": 100_000}]
     with pytest.raises(UserError, match="cut after"):
         fetch(site, tmp_path, patience=Patience(retries=0))
@@ -220,7 +220,7 @@ def test_an_archive_becomes_a_store(episodes_site, cartpole_zip, tmp_path, capsy
     assert len(episodes_site.requests) == asked
 
 
-def test_only_a_sound_store_replaces_its_archive(episodes_site, tmp_path, capsys):
+def test_the_archive_is_deleted_only_after_its_store_is_verified(episodes_site, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(command(episodes_site, tmp_path, "--delete-archive")[3:])
     assert stop.value.code == 2
@@ -253,9 +253,7 @@ def test_only_a_sound_store_replaces_its_archive(episodes_site, tmp_path, capsys
         ({"relabelling": "exorl_compat"}, "exorl_compat"),
     ],
 )
-def test_a_store_that_is_not_the_whole_archive_as_it_is_imported_here_is_left_alone(
-    how, said, episodes_site, cartpole_zip, tmp_path
-):
+def test_a_store_with_other_import_settings_is_kept(how, said, episodes_site, cartpole_zip, tmp_path):
     path = tmp_path / "cartpole" / "rnd.h5"
     path.parent.mkdir()
     import_archive(shutil.copy(cartpole_zip, path.with_suffix(".zip")), path, "cartpole", **how)
@@ -264,7 +262,7 @@ def test_a_store_that_is_not_the_whole_archive_as_it_is_imported_here_is_left_al
     assert episodes_site.requests == []
 
 
-def test_a_store_of_other_data_is_left_alone(episodes_site, store, tmp_path):
+def test_a_store_of_other_data_is_kept(episodes_site, store, tmp_path):
     path = tmp_path / "cartpole" / "rnd.h5"
     path.parent.mkdir()
     store.path.rename(path)

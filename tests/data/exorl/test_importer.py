@@ -66,7 +66,7 @@ def test_shared_archives_arrive_whole(shared_stores, name, episodes, length, qua
     store.verify()
 
 
-def test_an_import_holds_the_archive_in_order_and_relabelled(tmp_path, cartpole_zip, cartpole_episodes):
+def test_an_import_has_the_archive_in_order_and_relabelled(tmp_path, cartpole_zip, cartpole_episodes):
     store = import_archive(cartpole_zip, tmp_path / "new" / "cartpole.h5", "cartpole")
     assert store.path == tmp_path / "new" / "cartpole.h5"
     assert store.tasks == DOMAINS["cartpole"].tasks
@@ -162,7 +162,7 @@ def damaged_folder(tmp_path, cartpole_episodes) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_damaged_episodes_are_left_out_if_wanted(tmp_path, damaged_folder, cartpole_episodes, workers):
+def test_damaged_episodes_can_be_skipped(tmp_path, damaged_folder, cartpole_episodes, workers):
     store = import_archive(damaged_folder, tmp_path / "a.h5", "cartpole", on_damaged="skip", workers=workers)
     store.verify()
     originals = list(cartpole_episodes.values())
@@ -190,7 +190,7 @@ def test_damaged_episodes_are_left_out_if_wanted(tmp_path, damaged_folder, cartp
     assert describe(clean).count("none") == 1
 
 
-def test_where_all_are_damaged_there_is_nothing_to_import(tmp_path, cartpole_folder, damaged_folder):
+def test_an_archive_of_damaged_episodes_is_rejected(tmp_path, cartpole_folder, damaged_folder):
     for path in sorted(damaged_folder.iterdir())[:7]:
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"episode_000000_1000\.npz cannot be read.*all 8 episodes of this import"):
@@ -202,7 +202,7 @@ def test_where_all_are_damaged_there_is_nothing_to_import(tmp_path, cartpole_fol
     assert names(tmp_path / "stores") == []
 
 
-def test_a_subset_holds_the_chosen_episodes_and_says_so(tmp_path, cartpole_zip, cartpole_episodes):
+def test_a_subset_has_the_chosen_episodes_and_its_description(tmp_path, cartpole_zip, cartpole_episodes):
     limits = Subset("last", max_transitions=2_500)
     store = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", subset=limits)
     assert store.provenance.subset == "2 of 3 episodes, the last ones"
@@ -212,7 +212,7 @@ def test_a_subset_holds_the_chosen_episodes_and_says_so(tmp_path, cartpole_zip, 
     assert whole.fingerprint != store.fingerprint
 
 
-def test_skills_are_passed_over(tmp_path, cartpole_folder, cartpole_episodes):
+def test_skills_are_ignored(tmp_path, cartpole_folder, cartpole_episodes):
     for number, episode in cartpole_episodes.items():
         skill = np.tile(np.linspace(0, 1, 16, dtype=np.float32), (1001, 1))
         save_episode(tmp_path, number, episode | {"skill": skill, "z": skill[:, :10]})

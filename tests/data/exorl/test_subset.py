@@ -16,7 +16,7 @@ RULES = ["first", "last", "random", "spread"]
     max_transitions=st.none() | st.integers(50, 20_000),
     seed=st.integers(0, 2**32),
 )
-def test_a_subset_is_as_large_as_allowed_and_in_order(rule, episodes, max_episodes, max_transitions, seed):
+def test_a_subset_is_as_large_as_its_limits_and_in_order(rule, episodes, max_episodes, max_transitions, seed):
     chosen = Subset(rule, max_episodes, max_transitions, seed).choose(episodes, 50)
     assert len(chosen) == min(episodes, max_episodes or episodes, (max_transitions or 50 * episodes) // 50)
     assert (np.diff(chosen) > 0).all()
@@ -41,7 +41,7 @@ def test_every_episode_is_drawn_equally_often():
     assert 60 < counts.min() < 100 < counts.max() < 140
 
 
-def test_the_rule_in_words():
+def test_description_of_a_subset():
     assert Subset("spread", 10).describe(10, 10_000) == "10 of 10,000 episodes, at equal distances"
     assert Subset("random", 10, seed=3).describe(10, 240) == "10 of 240 episodes, at random (seed 3)"
     assert Subset("random", 500).describe(240, 240) == "all 240 episodes"

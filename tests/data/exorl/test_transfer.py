@@ -26,7 +26,7 @@ def fetch(site, folder: Path, **keywords) -> Path:
 
 @settings(max_examples=20)
 @given(cuts=st.lists(st.integers(0, 100_000), max_size=5), etags=st.booleans())
-def test_a_line_that_is_cut_anywhere_loses_no_byte_and_asks_for_none_twice(serving, archive, cuts, etags):
+def test_a_cut_line_loses_no_byte_and_requests_none_twice(serving, archive, cuts, etags):
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(files={FILE: archive}, etags=etags, answers=[{"cut": cut} for cut in cuts]) as site,
@@ -41,7 +41,7 @@ def test_a_line_that_is_cut_anywhere_loses_no_byte_and_asks_for_none_twice(servi
         assert site.ranges == starts[: len(site.requests)]
 
 
-def test_what_arrived_is_kept_when_the_retries_are_used_up(site, archive, tmp_path):
+def test_received_bytes_are_kept_after_the_last_retry(site, archive, tmp_path):
     site.answers = [{"cut": 1000} for _ in range(6)]
     said = []
     with pytest.raises(UserError, match=r"cut after 6,000 of .* run the same command again to resume") as error:
@@ -56,7 +56,7 @@ def test_what_arrived_is_kept_when_the_retries_are_used_up(site, archive, tmp_pa
     assert names(tmp_path) == ["rnd.zip"]
 
 
-def test_retries_are_counted_anew_after_progress_but_not_for_ever(serving, make_zip, tmp_path):
+def test_progress_resets_the_retries_but_not_for_ever(serving, make_zip, tmp_path):
     large = make_zip(4 * PROGRESS)
     patience = Patience(timeout=20, retries=1, pause=0)
     with serving(files={FILE: large}, answers=[{"cut": PROGRESS} for _ in range(4)]) as site:
@@ -103,7 +103,7 @@ def test_a_file_that_changed_on_the_server_starts_anew(site, make_zip, tmp_path,
         {"ETag": '"a\tb"', "Last-Modified": "é\x1b"},
     ],
 )
-def test_without_a_name_for_the_version_nothing_is_resumed(site, archive, tmp_path, headers):
+def test_without_a_validator_nothing_is_resumed(site, archive, tmp_path, headers):
     site.answers = [{"cut": 1000, "headers": headers}]
     assert fetch(site, tmp_path).read_bytes() == archive
     assert site.ranges == [None, None]
@@ -115,7 +115,7 @@ def test_a_server_that_ignores_ranges_starts_anew(site, archive, tmp_path):
     assert site.ranges == [None, "bytes=1000-"]
 
 
-def test_a_part_of_another_address_or_without_its_note_starts_anew(site, archive, tmp_path):
+def test_a_partial_file_of_another_address_or_without_its_record_starts_anew(site, archive, tmp_path):
     (folder := tmp_path / "cartpole").mkdir()
     etag = f'"{hashlib.sha256(archive).hexdigest()}"'
     note = {"url": site.url + FILE, "size": len(archive), "validator": etag}
@@ -151,7 +151,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_part_that_does_not_continue_what_is_here_is_refused(site, archive, tmp_path, kind):
+def test_a_range_that_does_not_continue_the_received_bytes_is_rejected(site, archive, tmp_path, kind):
     size = len(archive)
     headers = {
         name: value and value.format(last=size - 1, size=size, more=size + 1, one_more=size - 999)
@@ -166,7 +166,7 @@ def test_a_part_that_does_not_continue_what_is_here_is_refused(site, archive, tm
     assert site.ranges == [None, "bytes=1000-", "bytes=1000-"]
 
 
-def test_a_part_that_was_not_asked_for_is_refused(site, tmp_path):
+def test_an_unrequested_range_is_rejected(site, tmp_path):
     site.answers = [{"status": 206, "headers": {"Content-Range": "bytes 0-0/1"}}]
     with pytest.raises(UserError, match="unrequested part"):
         fetch(site, tmp_path)
@@ -240,7 +240,7 @@ def test_a_silent_server_is_a_cut_line(site, archive, tmp_path, cut):
     assert site.ranges == [None, "bytes=1000-" if cut else None]
 
 
-def test_a_server_that_is_not_there(serving, tmp_path):
+def test_an_unreachable_server(serving, tmp_path):
     with serving() as site:
         pass
     with pytest.raises(UserError, match=r"cannot be reached \(Connection refused\)"):

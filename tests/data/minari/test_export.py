@@ -67,7 +67,7 @@ def test_minari_opens_an_export(jaco_store: EpisodeStore, root: Path) -> None:
     assert dataset.sample_episodes(1)[0].rewards.shape == (250,)
 
 
-def test_an_export_comes_back_as_it_was(jaco_store: EpisodeStore, tmp_path: Path) -> None:
+def test_an_export_is_imported_unchanged(jaco_store: EpisodeStore, tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     other = "jaco_reach_bottom_right"
     export_minari(jaco_store, NAME, task=other, progress=lambda *numbers: done.append(numbers))
@@ -80,7 +80,9 @@ def test_an_export_comes_back_as_it_was(jaco_store: EpisodeStore, tmp_path: Path
     assert done[8:] == done[:8]
 
 
-def test_rewards_recorded_for_all_tasks_come_back(tmp_path: Path, write_store: Callable, random_episode) -> None:
+def test_rewards_recorded_for_all_tasks_are_imported_unchanged(
+    tmp_path: Path, write_store: Callable, random_episode
+) -> None:
     episodes = [random_episode("point_mass_maze", length, length) for length in (7, 3)]
     for episode in episodes:
         episode["action"][0], episode["discount"][:] = 0, 1
@@ -139,7 +141,7 @@ def test_bad_names(name: str, jaco_store: EpisodeStore, root: Path) -> None:
     assert not list(root.glob("**/*.hdf5"))
 
 
-def test_exports_that_cannot_be(jaco_store: EpisodeStore, store: EpisodeStore, root: Path) -> None:
+def test_impossible_exports(jaco_store: EpisodeStore, store: EpisodeStore, root: Path) -> None:
     with pytest.raises(UserError, match="has no rewards for walker_walk: choose jaco"):
         export_minari(jaco_store, NAME, task="walker_walk")
     with pytest.raises(UserError, match="episode 0 has an action in its reset row"):

@@ -53,7 +53,7 @@ LENGTHS = (5, 3, 8)
 
 
 def made(name: str = "lab/arm-v3", observation_space: gymnasium.Space = SPACE, **changes) -> list:
-    """Writes a small dataset with Minari: episodes of 5, 3 and 8 steps, of which the second ended by itself."""
+    """Writes a small dataset with Minari: episodes of 5, 3 and 8 steps, of which the second terminated."""
     observation_space.seed(0)
     action_space = changes.pop("action_space", Box(np.array([-2, 0]), np.array([2, 5]), dtype=np.float64))
     action_space.seed(0)
@@ -114,7 +114,7 @@ def test_any_dataset_becomes_a_store(tmp_path: Path) -> None:
     assert "Minari (lab/arm-v3)" in said
 
 
-def test_such_a_store_goes_through_minari_as_well(tmp_path: Path) -> None:
+def test_a_foreign_store_survives_export_and_import(tmp_path: Path) -> None:
     made()
     store = import_minari("lab/arm-v3", tmp_path / "arm.h5")
     export_minari(store, "again-v0")
@@ -129,7 +129,7 @@ def test_such_a_store_goes_through_minari_as_well(tmp_path: Path) -> None:
     assert back.facts == store.facts
 
 
-def test_it_trains_and_is_evaluated_elsewhere(pendulum: str, tmp_path: Path) -> None:
+def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> None:
     store = import_minari(pendulum, tmp_path / "pendulum.h5")
     assert store.lengths.tolist() == [30, 30, 12]
     assert np.abs(store.arrays["action"]).max() <= 1
@@ -174,7 +174,7 @@ def test_it_trains_and_is_evaluated_elsewhere(pendulum: str, tmp_path: Path) -> 
         ({"infos": lambda infos: infos | {"qpos": infos["qpos"][:-1]}}, r"qpos of shape \(8, 3\), expected \(9, 3\)"),
     ],
 )  # fmt: skip
-def test_what_no_store_can_hold_is_named(spaces: dict, message: str, tmp_path: Path) -> None:
+def test_unsupported_datasets_are_rejected_by_name(spaces: dict, message: str, tmp_path: Path) -> None:
     made(**spaces)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message) as error:
@@ -268,7 +268,7 @@ def test_hostile_datasets_are_refused(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_array_may_not_swell(tmp_path: Path, root: Path) -> None:
+def test_an_array_much_larger_than_its_stored_bytes_is_rejected(tmp_path: Path, root: Path) -> None:
     made(observation_space=Box(-1, 1, (2**18,)))
     change_file(wide)(root / "lab/arm-v3/data")
     with pytest.raises(UserError, match="claims 4,194,304 bytes of observations, far more than it stores"):
@@ -297,7 +297,7 @@ def test_arrays_in_other_files_are_not_read(tmp_path: Path, root: Path) -> None:
             import_minari("lab/arm-v3", tmp_path / "arm.h5")
 
 
-def test_datasets_that_are_not_there(tmp_path: Path, jaco_store: EpisodeStore) -> None:
+def test_missing_datasets(tmp_path: Path, jaco_store: EpisodeStore) -> None:
     with pytest.raises(UserError, match=r"no/such-v0: neither a folder nor a dataset in .*--download"):
         import_minari("no/such-v0", tmp_path / "a.h5")
     with pytest.raises(UserError, match=r"is no Minari dataset, metadata\.json is missing"):

@@ -1,4 +1,4 @@
-"""Any part of a batch, read by itself, equals that part of the whole batch; and nothing else of the store is read."""
+"""Any part of a batch equals that part of the whole batch, and reads no other rows of the store."""
 
 from collections.abc import Callable
 from typing import Any

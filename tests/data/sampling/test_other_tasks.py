@@ -33,7 +33,7 @@ def sampler(store: EpisodeStore, task: str = TASKS[0], batch_size: int = 6, **co
     return ContextSampler(store, task, ContextConfig(trajectories=3, **config), identity, batch_size, 0)
 
 
-def test_each_context_is_of_one_task_through_and_through(store: EpisodeStore) -> None:
+def test_each_context_has_one_task(store: EpisodeStore) -> None:
     several = sampler(store, other_tasks=TASKS[1:])
     plan, batch = several.plan(0), several.batch(0)
     assert set(plan.tasks) == set(TASKS), "both in six draws"
@@ -52,7 +52,7 @@ def test_each_context_is_of_one_task_through_and_through(store: EpisodeStore) ->
         np.testing.assert_array_equal(batch.completion[row, LENGTH - 1 :: LENGTH], [0, 0, 1])
 
 
-def test_all_tasks_are_alike_likely_and_any_part_reads_alike(store: EpisodeStore) -> None:
+def test_all_tasks_are_equally_likely_and_any_part_reads_equally(store: EpisodeStore) -> None:
     several = sampler(store, batch_size=400, other_tasks=TASKS[1:])
     plan = several.plan(3)
     assert abs((plan.tasks == TASKS[0]).mean() - 0.5) < 0.1
@@ -68,7 +68,7 @@ def test_strata_are_of_the_contexts_own_task(store: EpisodeStore) -> None:
     np.testing.assert_array_equal(several._weights[TASKS[1]], alone._weights[TASKS[1]])
 
 
-def test_without_other_tasks_draws_are_what_they_were(store: EpisodeStore) -> None:
+def test_draws_without_other_tasks_are_unchanged(store: EpisodeStore) -> None:
     """Ascending in return is ascending in number, so what a seed drew before there were other tasks can be said."""
     drawn = [np.sort(np.random.default_rng([0, 7, row]).choice(EPISODES, 3, replace=False)) for row in range(6)]
     np.testing.assert_array_equal(sampler(store).plan(7).episodes, drawn)

@@ -171,11 +171,11 @@ def test_best_fraction_keeps_the_best(golden: EpisodeStore) -> None:
 
 
 def test_mistakes_are_named(golden: EpisodeStore) -> None:
-    with pytest.raises(UserError, match="is a cartpole dataset and has no rewards for task walker_walk"):
+    with pytest.raises(UserError, match="no rewards for task walker_walk .domain cartpole.. Tasks: cartpole_balance"):
         ContextSampler(golden, "walker_walk", ContextConfig(), Normalisation.of(golden), 1, 0)
-    with pytest.raises(UserError, match=r"context\.trajectories: 5 do not fit the 4 eligible"):
+    with pytest.raises(UserError, match=r"context\.trajectories: 5 are more than the 4 eligible"):
         sampler(golden, trajectories=5)
-    with pytest.raises(UserError, match=r"3 do not fit the 2 .*raise .*context\.max_transitions"):
+    with pytest.raises(UserError, match=r"3 are more than the 2 .*raise .*context\.max_transitions"):
         sampler(golden, trajectories=3, max_transitions=8)
     with pytest.raises(UserError, match=r"context\.max_transitions: 2 is less than one episode .*\(3 steps\)"):
         sampler(golden, trajectories=1, max_transitions=2)
@@ -227,7 +227,7 @@ def test_the_best_of_a_fraction_and_a_whole_store_can_be_used_up(golden: Episode
         made = sampler(golden, trajectories=len(kept), best_fraction=fraction)
         assert made.eligible.tolist() == kept
         assert sorted(episode_numbers(made.batch(5))[0]) == kept
-    with pytest.raises(UserError, match=r"2 do not fit the 1 eligible.*raise context\.best_fraction"):
+    with pytest.raises(UserError, match=r"2 are more than the 1 eligible.*raise context\.best_fraction"):
         sampler(golden, trajectories=2, best_fraction=0.25)
 
 

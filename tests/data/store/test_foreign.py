@@ -37,7 +37,7 @@ LENGTHS = (6, 2, 5)
 
 
 def write(path: Path, domain: ForeignDomain = ARM) -> EpisodeStore:
-    """Episodes of random numbers with rewards around -50; the second ended by itself."""
+    """Episodes of random numbers with rewards around -50; the second terminated."""
     random = np.random.default_rng(0)
     source = Provenance("Minari (lab/arm-v3)", relabelling="recorded")
     with create_store(path, domain, domain.tasks, LENGTHS, source=source) as writer:
@@ -103,7 +103,7 @@ def test_large_rewards_come_to_order_one(store: EpisodeStore) -> None:
     np.testing.assert_allclose(batch.reward[0, : len(episode) - 1] * scale.reward_scale, episode[1:], rtol=1e-6)
 
 
-def test_rewards_of_nothing_are_left_alone(tmp_path: Path) -> None:
+def test_zero_rewards_are_not_scaled(tmp_path: Path) -> None:
     with create_store(tmp_path / "zero.h5", ARM, ARM.tasks, [2], source="x") as writer:
         rows = {key: np.zeros((3, column.width), column.dtype) for key, column in recorded_arrays(ARM).items()}
         writer.append(rows | {reward_key(TASK): np.zeros(3, np.float32)})
@@ -119,7 +119,7 @@ def test_exorl_rewards_are_not_scaled(jaco_store: EpisodeStore) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_nothing_is_worth_anything_after_an_episode_that_ended_by_itself(store: EpisodeStore, n: int) -> None:
+def test_the_discount_is_zero_after_termination(store: EpisodeStore, n: int) -> None:
     config = ActorCriticConfig.model_validate(
         {"n_step": n, "discount": 0.9, "hindsight": {"later": 0, "nearby": 0, "distance_cost": 0}}
     )
@@ -162,7 +162,7 @@ GOOD = json.loads(ARM.to_json())
         {"more": 1},
     ],
 )
-def test_facts_that_cannot_be_are_refused(change: dict, store: EpisodeStore) -> None:
+def test_impossible_facts_are_rejected(change: dict, store: EpisodeStore) -> None:
     text = json.dumps(GOOD | change)
     with pytest.raises((ValueError, TypeError, KeyError)):
         ForeignDomain.from_json(text)

@@ -68,7 +68,7 @@ def test_a_damaged_store_gets_no_new_checksums(two, tmp_path: Path) -> None:
     assert not (tmp_path / "c.h5").exists()
 
 
-def test_a_merged_store_names_as_few_damaged_episodes_as_another(two, tmp_path: Path) -> None:
+def test_a_merged_store_names_only_a_few_damaged_episodes(two, tmp_path: Path) -> None:
     for store in two:
         skipped = dataclasses.replace(store.provenance, num_skipped=9, skipped=("cut short",) * NAMED_SKIPPED)
         with create_store(store.path, "cartpole", store.tasks, store.lengths, source=skipped, overwrite=True) as writer:
@@ -78,7 +78,7 @@ def test_a_merged_store_names_as_few_damaged_episodes_as_another(two, tmp_path: 
     assert (made.num_skipped, len(made.skipped)) == (18, NAMED_SKIPPED)
 
 
-def test_what_does_not_belong_together_is_refused(two, tmp_path: Path, random_episode, write_store) -> None:
+def test_stores_that_do_not_fit_together_are_rejected(two, tmp_path: Path, random_episode, write_store) -> None:
     walker = write_store(tmp_path / "w.h5", "walker", [random_episode("walker", 5, 0)])
     first = two[0].path
     for sources, said in (

@@ -25,7 +25,7 @@ from ringrl.errors import UserError
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     seed=st.integers(0, 2**32),
 )
-def test_what_is_written_is_read(domain, lengths, seed, write_store, random_episode):
+def test_a_written_store_is_read_unchanged(domain, lengths, seed, write_store, random_episode):
     episodes = [random_episode(domain, length, seed + i) for i, length in enumerate(lengths)]
     with tempfile.TemporaryDirectory() as folder:
         store = write_store(Path(folder) / "store.h5", domain, episodes)

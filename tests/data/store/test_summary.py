@@ -76,7 +76,7 @@ def test_equal_returns_are_one_bar(tmp_path):
     assert text.splitlines()[-1].count("█") == 1
 
 
-def test_unknown_recorded_task_is_said(tmp_path, store):
+def test_an_unknown_recorded_task_is_reported(tmp_path, store):
     with create_store(tmp_path / "a.h5", "jaco", DOMAINS["jaco"].tasks, store.lengths, source="x") as writer:
         for i in range(5):
             writer.append(store.episode(i))

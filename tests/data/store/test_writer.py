@@ -15,7 +15,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_existing_store_is_kept_unless_told_otherwise(store, episodes, write_store):
+def test_an_existing_store_is_kept_unless_overwritten(store, episodes, write_store):
     with pytest.raises(UserError, match="already exists"):
         write_store(store.path, "cartpole", episodes[:1])
     assert EpisodeStore(store.path).num_episodes == 3
@@ -49,7 +49,7 @@ def test_announced_lengths_are_kept(tmp_path, episodes):
     assert names(tmp_path) == []
 
 
-def test_no_store_takes_another_s_place_that_nothing_could_open(store, episodes):
+def test_an_unreadable_store_does_not_replace_another(store, episodes):
     """A reader refuses texts of more than 64 KB."""
     with (
         pytest.raises(UserError, match="its provenance is longer than 65,536 characters"),
@@ -69,7 +69,7 @@ def test_two_writers_of_one_store(tmp_path, episodes, write_store):
     assert EpisodeStore(path).source == "first"
 
 
-def test_remains_of_a_killed_writer_are_taken_over(tmp_path, episodes, write_store):
+def test_files_of_a_killed_writer_are_replaced(tmp_path, episodes, write_store):
     (tmp_path / ".a.h5.partial").write_bytes(b"remains" * 100_000)
     write_store(tmp_path / "a.h5", "cartpole", episodes).verify()
     assert names(tmp_path) == ["a.h5"]
