@@ -171,7 +171,7 @@ def test_best_fraction_keeps_the_best(golden: EpisodeStore) -> None:
 
 
 def test_mistakes_are_named(golden: EpisodeStore) -> None:
-    with pytest.raises(UserError, match="no rewards for task walker_walk .domain cartpole.. Tasks: cartpole_balance"):
+    with pytest.raises(UserError, match=r"no rewards for task walker_walk .domain cartpole.. Tasks: cartpole_balance"):
         ContextSampler(golden, "walker_walk", ContextConfig(), Normalisation.of(golden), 1, 0)
     with pytest.raises(UserError, match=r"context\.trajectories: 5 are more than the 4 eligible"):
         sampler(golden, trajectories=5)
