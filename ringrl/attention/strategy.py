@@ -11,8 +11,10 @@ STRATEGIES = ("ring", "ulysses", "ulysses_ring", "all_gather", "auto")
 class DeviceKind(Protocol):
     """A jax.Device or a jax.sharding.AbstractDevice."""
 
-    platform: str
-    device_kind: str
+    @property
+    def platform(self) -> str: ...
+    @property
+    def device_kind(self) -> str: ...
 
 
 def device_of(x: jax.Array) -> DeviceKind:

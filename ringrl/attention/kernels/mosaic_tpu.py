@@ -75,9 +75,9 @@ from ringrl.attention.kernels.mosaic_tpu_tiles import (
 from ringrl.attention.mask import Options
 
 
-def _forward_kernel(
+def _forward_kernel(  # type: ignore[no-untyped-def]
     pairs, q, k, v, queries, keys, start_o, start_lse, o, lse, accumulator, maximum, total, *, options, tiling
-):  # type: ignore[no-untyped-def]
+):
     """Process one pair of tiles; arguments are references, `start_*` None without a start."""
     pair = TilePair.at(pairs, pl.program_id(0), pl.program_id(3), tiling)
 
