@@ -83,7 +83,13 @@ def collect(
         raise UserError(f"{task}: workers is {workers}, but method {method} learns in one process: leave workers out")
     destination = Path(destination)
     progress = progress or (lambda done, total: None)
-    description = {"task": task, "method": method, "episodes": episodes, "seed": seed, "ringrl": __version__}
+    description: dict[str, str | int] = {
+        "task": task,
+        "method": method,
+        "episodes": episodes,
+        "seed": seed,
+        "ringrl": __version__,
+    }
     with _new_folder(destination, description) as folder:
         if method == "scripted":
             workers = workers or available_cores()

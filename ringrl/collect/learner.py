@@ -86,7 +86,7 @@ class Learner:
         def one(state: LearnerState, batch: Transitions) -> tuple[LearnerState, None]:
             novelty = state.novelty
             if self._rnd is not None and novelty is not None:
-                novelty, bonus = self._rnd.update(novelty, batch.following)
+                novelty, bonus = self._rnd.update(novelty, jnp.asarray(batch.following))
                 batch = batch._replace(reward=bonus)
             return LearnerState(self._td3.update(state.td3, batch)[0], novelty), None
 
