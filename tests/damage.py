@@ -180,5 +180,5 @@ CELL: dict[str, Damage] = {
     "half a last line of metrics": _unfinished(lambda cell: append(cell / "metrics.jsonl", '{"st')),
     "newest checkpoint all zeros": _unfinished(lambda cell: write_zeros(cell / "checkpoints" / "60" / "state")),
     "cell gone": shutil.rmtree,
-    "cell.yaml cut short": _unfinished(lambda cell: cut(cell / "cell.yaml")),
+    "cell.yaml empty": _unfinished(lambda cell: cut(cell / "cell.yaml", 0)),
 }

@@ -92,7 +92,7 @@ def test_damaged_cell(material: Path, expected: Path, tmp_path: Path, kind: str)
     shutil.copytree(expected / "study", tmp_path / "study")
     damage.CELL[kind](cell(tmp_path, FIRST))
     command = ablate_command(material, tmp_path)
-    if kind == "cell.yaml cut short":
+    if kind == "cell.yaml empty":
         run([*command, "--retry"]).expect(2, "cell.yaml: .*; remove it")
         (cell(tmp_path, FIRST) / "cell.yaml").unlink()
     assert_completes(command, tmp_path, expected)
