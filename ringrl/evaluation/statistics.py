@@ -165,7 +165,8 @@ def performance_profile(
     thresholds = np.sort(np.asarray(thresholds, np.float64))
     # One row per threshold, so that the bootstrap resamples the same runs for all thresholds.
     above = [(np.asarray(runs, np.float64) > thresholds[:, None]).astype(np.float64) for runs in strata]
-    fractions, ends = _bootstrap(above, _pooled(np.mean), generator, resamples, together)
+    mean = _pooled(lambda scores, *, axis=-1: scores.mean(axis))
+    fractions, ends = _bootstrap(above, mean, generator, resamples, together)
     low, high = ends or (None, None)
     return Profile(thresholds, fractions, low, high, _count(strata, together))
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def write_videos(
         ) from None
     finally:
         for hidden in partial:
-            hidden.unlink(missing_ok=True)
+            with suppress(OSError):
+                hidden.unlink()
     return list(episodes)
 
 
