@@ -147,9 +147,12 @@ class Cell(Work):
         if trained.step < self.config.optimiser.steps:
             raise UserError(f"{self.folder}: training was stopped after step {trained.step}; --retry resumes it")
         compiled = compile_policy(trained, Protocol(), self.config.task)
-        own = {"command": command, "compiled": compiled, "variant": self.variant}
-        make = partial(policy_evaluation, trained, self.folder, **own)
-        evaluations = [make(protocol, task=task) for task in self.tasks for protocol in self.protocols]
+        own: dict[str, Any] = {"command": command, "compiled": compiled, "variant": self.variant}
+        evaluations = [
+            policy_evaluation(trained, self.folder, protocol, task=task, **own)
+            for task in self.tasks
+            for protocol in self.protocols
+        ]
         evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
         for one in filter(self._is_filmed, evaluations):  # best.mp4 is written last; without it, all are made again
             evaluate_all([one], again=not (one.videos / "best.mp4").is_file(), video=True, progress=_Log())
