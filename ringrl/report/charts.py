@@ -162,7 +162,7 @@ def _file_spec(panels: Sequence[Panel]) -> dict[str, Any]:
         "datasets": datasets, "params": panels[0].spec["params"], "config": _config(), "background": "white",
         "spacing": 30,
     }  # fmt: skip
-    text = json.dumps(spec)
+    text = json.dumps(spec, sort_keys=True)
     for name, (light, _) in PALETTE.items():
         text = text.replace(f"var(--{name})", light)
     return json.loads(text)
@@ -277,6 +277,10 @@ class Drawing(NamedTuple):
             shown = [number(value) for value in ends.values()]
             more = pd.DataFrame({"method": list(ends), "value": list(ends.values()), "shown": shown})
             data = pd.concat([data, more], ignore_index=True) if len(data) else more
+        return self.rules_of(data, y)
+
+    def rules_of(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
+        """A horizontal line per row."""
         layers = []
         for dash, rows in data.groupby(data["method"].map(lambda name: self.styles[name].dash)):
             rows = rows.dropna(axis=1, how="all")
@@ -287,19 +291,15 @@ class Drawing(NamedTuple):
 
 _TOOLTIPS = {
     "method": "method", "shown": "return", "interval": "95 % interval", "seeds": "training seeds", "seed": "seed",
-    "trajectories": "trajectories", "episode": "episode", "memory": "memory", "starts": "starts", "cost": "cost",
-    "step": "step", "fraction": "fraction of runs", "command": "command",
+    "trajectories": "trajectories", "episode": "episode", "memory": "memory", "starts": "starts", "step": "step",
+    "fraction": "fraction of runs", "command": "command",
 }  # fmt: skip
 _DRAWN = ("x", "value", "low", "high", "curve", "strength", "label", *_TOOLTIPS)
 
 
 def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
-    shown = [name for name in _TOOLTIPS if name in data and data[name].notna().any() and data[name].nunique() > 0]
-    return [
-        alt.Tooltip(f"{name}:N", title=_TOOLTIPS[name])
-        for name in shown
-        if name != "memory" or RESET in set(data[name])
-    ]
+    shown = [name for name in _TOOLTIPS if name in data and data[name].notna().any()]
+    return [alt.Tooltip(f"{name}:N", title=_TOOLTIPS[name]) for name in shown]
 
 
 def _opacity(strength: float | str) -> Any:
@@ -328,8 +328,8 @@ def _commands(commands: pd.Series) -> str | None:
     return None if not found else found[0] if len(found) == 1 else f"{found[0]} (and {len(found) - 1} more)"
 
 
-def _value_axis(title: str = "return per episode", name: str = "value") -> alt.Y:
-    return alt.Y(f"{name}:Q", title=title, scale=alt.Scale(zero=True))
+def _value_axis(title: str = "return per episode") -> alt.Y:
+    return alt.Y("value:Q", title=title, scale=alt.Scale(zero=True))
 
 
 def _length_axis(lengths: Sequence[float], title: str) -> alt.X:
@@ -523,11 +523,7 @@ def _last_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
             context, x=context["test_trajectories"], memory=[MEMORY if kept else RESET for kept in context["memory"]]
         )
         data.loc[data["memory"] == RESET, ["low", "high"]] = np.nan
-        levels = draw.rows(rows[rows["kind"] != "context"])
-        layers = draw.lines(data, x, y)
-        if len(levels):
-            rule = draw.base(levels).mark_rule(strokeWidth=1.5, strokeDash=list(_DASHES[0]))
-            layers.append(rule.encode(y=y, color=draw.colour(), opacity=_opacity(0.9), tooltip=_tooltips(levels)))
+        layers = [*draw.rules_of(draw.rows(rows[rows["kind"] != "context"]), y), *draw.lines(data, x, y)]
         panels.append(draw.panel(str(task), layers, f"Return on {task} of last episodes from equal starts."))
     caption = (
         "Last episodes of contexts of n trajectories, all from the starts in which the longest contexts end. Methods "
@@ -549,22 +545,15 @@ def _profile_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
         groups.insert(0, ("All tasks, normalised score", tasks, True))
     for title, of, is_score in groups:
         sides = [side for side in known if all(task in side["cells"] for task in of)]
-        drawn = {side["name"]: strata([scores_of(runs, side["cells"][task]) for task in of]) for side in sides}
-        if not drawn:
+        if not sides:
             continue
-        parts = []
-        for side in sides:
-            scores, together = drawn[side["name"]]
-            if is_score:
-                scores = [
-                    np.array([score_or_none(task, run) for run in part]) for task, part in zip(of, scores, strict=True)
-                ]
-            drawn[side["name"]] = scores, together
-        every = np.concatenate([part for scores, _ in drawn.values() for part in scores])
+        parts, drawn = [], [strata([scores_of(runs, side["cells"][task]) for task in of]) for side in sides]
+        if is_score:
+            drawn = [(list(map(_normalised, of, scores)), together) for scores, together in drawn]
+        every = np.concatenate([part for scores, _ in drawn for part in scores])
         margin = 0.04 * (np.ptp(every) or 1.0)
         thresholds = np.linspace(every.min() - margin, every.max() + margin, _THRESHOLDS)
-        for side in sides:
-            scores, together = drawn[side["name"]]
+        for side, (scores, together) in zip(sides, drawn, strict=True):
             generator = np.random.default_rng(BOOTSTRAP_SEED)
             found = performance_profile(scores, thresholds, generator=generator, together=together, resamples=RESAMPLES)
             parts.append(pd.DataFrame({
@@ -582,18 +571,14 @@ def _profile_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
     )
 
 
-def normal(task: str, scores: np.ndarray) -> np.ndarray:
-    """Normalised scores of a task that has constants."""
+def _normalised(task: str, scores: np.ndarray) -> np.ndarray:
     return np.array([score_or_none(task, score) for score in scores], np.float64)
 
 
 def _profile_panel(draw: Drawing, title: str, data: pd.DataFrame, is_score: bool) -> Panel:
-    data = data.round(4).assign(
-        fraction=[f"{value:.2f}" for value in data["value"]], shown=[number(x) for x in data["x"]]
-    )
-    x = alt.X(
-        "x:Q", title="normalised score" if is_score else "return per episode", scale=alt.Scale(nice=False, zero=False)
-    )
+    shown, fraction = [number(x) for x in data["x"]], [f"{value:.2f}" for value in data["value"]]
+    data, unit = data.round(4).assign(shown=shown, fraction=fraction), "return per episode"
+    x = alt.X("x:Q", title="normalised score" if is_score else unit, scale=alt.Scale(nice=False, zero=False))
     y = alt.Y("value:Q", title="fraction of runs above", scale=alt.Scale(domain=[0, 1]))
     base = draw.base(data).encode(x=x, color=draw.colour(), detail="curve:N")
     band = base.mark_area(interpolate="step-after").transform_filter("isValid(datum.low) && datum.strength == 1")
@@ -619,16 +604,7 @@ def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
         y = alt.Y("value:Q", title="loss (logarithmic)" if is_log else "loss", scale=scale)
         x = alt.X("x:Q", title="optimiser step", axis=alt.Axis(format="~s", tickCount=5))
         base = draw.base(data).encode(x=x, y=y, color=draw.colour(), detail="curve:N")
-        tooltips = [
-            alt.Tooltip(f"{name}:N", title=title)
-            for name, title in (
-                ("method", "method"),
-                ("trajectories", "trajectories"),
-                ("seed", "seed"),
-                ("step", "step"),
-                ("shown", "loss"),
-            )
-        ]
+        tooltips = [*_tooltips(data.drop(columns="shown")), alt.Tooltip("shown:N", title="loss")]
         layers = [
             base.mark_line(strokeWidth=1.5).encode(opacity=_opacity("strength")),
             base.mark_point(filled=True, size=50, opacity=0).encode(tooltip=tooltips),

@@ -272,7 +272,7 @@ def _vega() -> Markup:
 
 
 def _spec(panel: Any) -> Markup:
-    return Markup(json.dumps(page_spec(panel)).replace("<", "\\u003c"))
+    return Markup(json.dumps(page_spec(panel), sort_keys=True).replace("<", "\\u003c"))
 
 
 def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:

@@ -48,7 +48,8 @@ def ask(page: Path, folder: Path, function: str, *, width: int = 1280, scheme: i
         "</iframe>"
         f"<script>const frame = document.getElementById('page'); const timer = setInterval(() => {{"
         f"const page = frame.contentWindow; if (!page.document.body?.dataset.drawn) return; clearInterval(timer);"
-        f"document.body.dataset.answer = JSON.stringify(({function})(page)); }}, 50);</script></body>"
+        f"Promise.resolve(({function})(page)).then((answer) => {{"
+        f"document.body.dataset.answer = JSON.stringify(answer); }}); }}, 50);</script></body>"
     )
     done = subprocess.run(
         [
@@ -95,7 +96,8 @@ def test_light_and_dark(page, tmp_path):
 
 
 def test_a_click_sorts_isolates_and_selects(page, tmp_path):
-    question = """w => {
+    question = """async w => {
+        const redrawn = () => new Promise(resolve => w.setTimeout(resolve, 1000));
         const d = w.document, table = d.querySelector('#returns table');
         const click = (name) => {
           const heading = [...table.tHead.rows[0].cells].find(cell => cell.textContent === name);
@@ -107,8 +109,10 @@ def test_a_click_sorts_isolates_and_selects(page, tmp_path):
         const before = marks();
         const other = [...d.querySelectorAll('button.key')].find(b => b.textContent.trim() === 'Random policy');
         other.click();
+        await redrawn();
         const isolated = marks(), pressed = other.ariaPressed;
         other.click();
+        await redrawn();
         const select = d.querySelector('select.option');
         select.value = 'time';
         select.dispatchEvent(new w.Event('change'));
@@ -128,7 +132,10 @@ def test_a_click_sorts_isolates_and_selects(page, tmp_path):
 
 
 def test_videos_load_from_files(page, tmp_path):
-    question = "w => [...w.document.querySelectorAll('video')].map(v => [v.duration, v.videoWidth, v.error])"
+    question = """async w => {
+        const videos = [...w.document.querySelectorAll('video')];
+        await Promise.all(videos.map(v => v.readyState || new Promise(resolve => { v.onloadedmetadata = resolve; })));
+        return videos.map(v => [v.duration, v.videoWidth, v.error]); }"""
     assert ask(page, tmp_path, question) == [[1, 64, None]] * 6
 
 

@@ -36,7 +36,7 @@ const keys = [...document.querySelectorAll("button.key")];
 for (const button of keys) button.addEventListener("click", () => {
   isolated = isolated === button.dataset.method ? "" : button.dataset.method;
   for (const key of keys) key.ariaPressed = String(key.dataset.method === isolated);
-  for (const view of views) if (view.signal.length && "isolated" in view.getState().signals) view.signal("isolated", isolated).run();
+  for (const view of views) view.signal("isolated", isolated).run();
 });
 
 // The selector of a chart shows the panels of one option.

@@ -1,0 +1,89 @@
+"""What charts show."""
+
+import pandas as pd
+import pytest
+
+from ringrl.report.charts import SERIES, all_charts, styles
+from ringrl.report.provenance import training_losses, training_runs
+from ringrl.report.results import tabulate
+from ringrl.report.tables import returns_table
+
+
+def charts(records) -> dict:
+    results = tabulate(records)
+    losses = training_losses(training_runs(results))
+    return {chart.name: chart for chart in all_charts(results, returns_table(results), losses)}
+
+
+def points(panel) -> pd.DataFrame:
+    """All rows of a panel that have a point."""
+    names = {layer["data"]["name"] for layer in panel.spec["layer"] if layer["mark"]["type"] == "point"}
+    return pd.DataFrame([row for name in names for row in panel.spec["datasets"][name]])
+
+
+def test_every_method_has_its_own_style(make_rollouts):
+    """With more methods than colours, shapes and dashes differ."""
+    records = [record for index in range(12) for record in make_rollouts(1, 0, 1.0, method=f"method-{index}")]
+    for name in ("bc", "td3", "random"):
+        records += make_rollouts(1, 0, 1.0, method=name, train_trajectories=None)
+    found = list(styles(returns_table(tabulate(records))).values())
+    assert len(set(found)) == 17
+    assert [style.colour for style in found[: len(SERIES)]] == list(SERIES)
+    assert [bool(style.dash) for style in found] == [False] * 12 + [True] * 5
+
+
+def test_a_panel_per_task_and_one_over_all(make_ablation):
+    chart = charts([*make_ablation(seeds=2), *make_ablation(task="walker_walk", seeds=2)])["return_by_context"]
+    assert [panel.title for panel in chart.panels] == [
+        "All tasks, normalised score", "cartpole_swingup", "walker_walk"
+    ]  # fmt: skip
+    assert chart.methods == [
+        "Agentic Transformer", "Behaviour cloning", "Random policy", "dataset, mean", "dataset, best"
+    ]  # fmt: skip
+    assert chart.has_reset
+    assert "no interval" not in chart.caption
+    found = points(chart.panels[1])
+    kept = found[(found["memory"] == "with memory")].sort_values("x")
+    assert (kept["x"].tolist(), kept["value"].tolist()) == ([1, 2, 4], pytest.approx([401.5, 506.5, 616.5]))
+    assert len(found[found["seed"].notna()]) == 6, "a dot per seed"
+
+
+def test_a_caption_describes_only_what_the_chart_shows(make_ablation, make_rollouts):
+    everything = charts(make_ablation(seeds=2))["return_by_context"].caption
+    assert "Horizontal lines need no context. With one trajectory" in everything
+    alone = charts(make_rollouts(2, 0, 841.0))["return_by_context"].caption
+    assert "has no interval" in alone
+    assert "Horizontal lines" not in alone
+    assert "Decision Transformer" not in alone
+
+
+def test_the_cost_chart_has_an_option_per_measure(make_rollouts, make_budget):
+    assert "return_by_cost" not in charts(make_rollouts(2, 0, 1.0, budget=make_budget(2))), "one point is no chart"
+    records = [
+        record
+        for n in (1, 2, 4)
+        for seed in range(2)
+        for record in make_rollouts(n, seed, 100.0 * n, budget=make_budget(n, None if (n, seed) == (2, 1) else 600.0))
+    ]
+    records += make_rollouts(1, 0, 1.0, method="td3+bc", train_trajectories=None, budget=make_budget(1, 300.0))
+    chart = charts(records)["return_by_cost"]
+    assert chart.options == ["tokens", "FLOPs", "time"]
+    flops, time = (points(panel).sort_values("x") for panel in chart.panels[1:])
+    assert flops["x"].tolist() == [1e12, 1e12, 2e12, 4e12]
+    assert time["x"].tolist() == [5, 10, 10], "in minutes, without the point of the seed that has no time"
+    assert "TD3+BC" in set(time["method"])
+
+
+def test_profiles_fall_from_one_to_zero(make_ablation):
+    chart = charts(make_ablation(seeds=3))["performance_profiles"]
+    for _, profile in points(chart.panels[0]).groupby("curve"):
+        values = profile.sort_values("x")["value"].tolist()
+        assert values == sorted(values, reverse=True)
+        assert (values[0], values[-1]) == (1, 0)
+
+
+def test_episodes_are_shown_with_and_without_memory(make_ablation):
+    found = points(charts(make_ablation(seeds=2, lengths=(1, 4)))["return_by_episode"].panels[0]).sort_values("x")
+    kept, reset = (found[found["memory"].str.startswith(name)]["value"].tolist() for name in ("with", "memory reset"))
+    assert kept == pytest.approx([601.5 - 100, 511.5, 521.5, 531.5])
+    assert reset == pytest.approx([391.5] * 4)
