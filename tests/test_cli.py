@@ -224,7 +224,7 @@ def test_evaluation_of_every_task_of_a_domain(run: Path, tmp_path: Path, capsys:
     assert text.strip().endswith(str(output))
     before = output.read_bytes()
     main(command)
-    assert capsys.readouterr().out.count("holds this very evaluation already") == 4
+    assert capsys.readouterr().out.count("contains this evaluation; --again repeats it") == 4
     assert output.read_bytes() == before
 
 
