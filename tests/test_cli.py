@@ -251,7 +251,7 @@ def test_errors_of_evaluations(
         (["--tasks", "walker_walk"], "was trained on jaco and cannot act in task walker_walk"),
         (["--tasks", "jaco_reach_top_lift"], "did you mean jaco_reach_top_left"),
         (["--data", str(some), "--prompt-trajectories", "1"], f"{some}: is not the dataset that"),
-        (["--prompt-trajectories", "9"], "9 do not fit"),
+        (["--prompt-trajectories", "9"], "context.trajectories: 9 are more than the 8 eligible episodes"),
         (["--target", "good"], "--target"),
         (["--output", str(tmp_path)], "is not a results file; give a name that ends in .jsonl"),
         (["--output", str(tmp_path / "file" / "x.jsonl")], "results cannot be written"),
