@@ -45,7 +45,8 @@ def read_results(paths: Path | Sequence[Path]) -> pd.DataFrame:
 
     - The newest of repeated measurements counts. All results of a training run come from the checkpoint that was
       evaluated last.
-    - Runs of one method whose settings differ are different methods. Settings that follow from the context length
+    - A variant of an ablation plan is a method, with the variant's name in its own.
+    - Other runs of one method whose settings differ are different methods. Settings that follow from the context length
       (steps, batch size) do not separate runs. A Decision Transformer is the one-trajectory point of an Agentic
       Transformer if all other settings are equal.
     - A control (memory reset before each episode) counts only if it covers the same seeds and starts as its rollout. An
@@ -115,6 +116,7 @@ class _Variant(NamedTuple):
     train_task: str = ""  # if it is not the task itself
     cache: str = ""  # dtype of the key-value cache, if it is not the policy's
     settings: tuple[tuple[str, str], ...] = ()  # settings that differ between runs of one task, method and length
+    name: str = ""  # in an ablation plan
 
 
 def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _training(record: EvaluationRecord) -> tuple[object, ...]:
     """What identifies a training run."""
     return (
         record.train_task or record.task, record.method, record.token_set, record.train_trajectories, record.seed,
-        record.data_fingerprint, frozenset(_settings(record).items()),
+        record.data_fingerprint, record.variant, frozenset(_settings(record).items()),
     )  # fmt: skip
 
 
@@ -236,7 +238,7 @@ def _fixed(record: EvaluationRecord) -> frozenset[tuple[str, str]]:
 def _variants(records: Sequence[EvaluationRecord]) -> list[_Variant]:
     """The variant of each record. A Decision Transformer joins the Agentic Transformer that it is a point of."""
     separating = _separating_settings(records)
-    own = [_variant(record, separating[record.task, _agentic(record.method)]) for record in records]
+    own = [_variant(record, separating[_family(record)]) for record in records]
     agentic = {
         (record.task, variant, _fixed(record))
         for record, variant in zip(records, own, strict=True)
@@ -253,34 +255,37 @@ def _variants(records: Sequence[EvaluationRecord]) -> list[_Variant]:
 def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
     known = {**usual_settings(), **_settings(record)} if separating else {}
     settings = tuple((name, known.get(name, "")) for name in sorted(separating))
-    train_task = record.train_task or ""
+    train_task, name = record.train_task or "", record.variant or ""
     if record.method == DATA:
         return _Variant(DATA, "data")
     if record.method in ("random", "bc") or record.train_trajectories is None:
-        return _Variant(record.method, "reference", train_task=train_task, settings=settings)
+        return _Variant(record.method, "reference", train_task=train_task, settings=settings, name=name)
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {all_digits(record.target_return)}"
     cache = record.cache_dtype or ""
-    return _Variant(record.method, "context", record.token_set or "", target, train_task, cache, settings)
+    return _Variant(record.method, "context", record.token_set or "", target, train_task, cache, settings, name)
 
 
-def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[str, str], set[str]]:
-    """Task and method -> settings that separate runs for which all else is equal.
+def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[str, ...], set[str]]:
+    """Family -> settings that separate runs for which all else is equal.
 
     Settings that follow from the length separate runs only if nothing else does.
     """
     groups: dict[tuple[object, ...], list[Settings]] = defaultdict(list)
     for record in records:
-        family = record.task, _agentic(record.method)
-        place = *family, record.token_set, record.train_trajectories, record.train_task
+        place = _family(record), record.token_set, record.train_trajectories, record.train_task
         groups[place].append(dict(_fixed(record)))
         groups[(*place, _fixed(record))].append(_settings(record))
-    found: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for (task, method, *_), settings in groups.items():
+    found: dict[Any, set[str]] = defaultdict(set)
+    for (family, *_), settings in groups.items():
         names = {name for one in settings for name in one}
-        found[str(task), str(method)] |= {name for name in names if len({one.get(name) for one in settings}) > 1}
+        found[family] |= {name for name in names if len({one.get(name) for one in settings}) > 1}
     return found
+
+
+def _family(record: EvaluationRecord) -> tuple[str, ...]:
+    return record.task, _agentic(record.method), record.variant or ""
 
 
 def _agentic(method: str) -> str:
@@ -290,13 +295,15 @@ def _agentic(method: str) -> str:
 
 def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:
     """The name of a variant, with whatever separates it from others of its method."""
-    others = [other for other in all_variants if other.method == variant.method]
+    others = [other for other in all_variants if (other.method, other.name) == (variant.method, variant.name)]
     method, _, rest = variant.method.partition("-")
     parts = [_TITLES.get(variant.method, variant.method)]
     if rest.endswith("tasks"):
         parts = [_TITLES.get(method, method), f"{rest.removesuffix('tasks')} tasks in turn"]
     elif variant.method.startswith("bc-"):
         parts = [_TITLES["bc"], f"best {rest}"]
+    if variant.name:
+        parts.append(variant.name)
     if len({other.token_set for other in others}) > 1:
         parts.append(variant.token_set or "no token set")
     if len({other.target for other in others}) > 1:

@@ -368,6 +368,24 @@ def test_references_of_other_settings_are_separate(make_rollouts):
     }  # fmt: skip
 
 
+def test_a_variant_is_named_as_in_the_plan(make_rollouts):
+    """Next to the cells of the plan, at two lengths; the tokens are named only where one name has several."""
+    usual = [r for n in (2, 4) for r in make_rollouts(n, 0, 100.0 * n, settings={})]
+    values = {"settings": {"context.order": "random"}, "token_set": "dt3", "variant": "random order"}
+    named = [r for n in (2, 4) for r in make_rollouts(n, 0, 10.0 * n, **values)]
+    equal = make_rollouts(2, 0, 1.0, settings={}, variant="equal settings")
+    assert left_out([*usual, *named, *equal]) == ""
+    assert by_method([*usual, *named, *equal]) == {
+        "Agentic Transformer": [201, 401],
+        "Agentic Transformer, equal settings": [2],
+        "Agentic Transformer, random order": [21, 41],
+    }
+    other = make_rollouts(2, 0, 5.0, **(values | {"token_set": "at5"}))
+    assert "Agentic Transformer, random order, dt3" in by_method([*named, *other])
+    cloned = make_rollouts(1, 0, 1.0, method="bc", train_trajectories=None, variant="wide")
+    assert list(by_method(cloned)) == ["Behaviour cloning, wide"]
+
+
 def test_a_table_for_notebooks_has_plain_columns(make_ablation, write_results):
     results = read_results(write_results(make_ablation()))
     mean = results[results["counts"] & results["memory"]].groupby(["method", "train_trajectories"])["return"].mean()
