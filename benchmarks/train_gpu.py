@@ -49,7 +49,7 @@ def measure(config: TrainConfig, tokens: int, attention: Callable[..., jax.Array
     with mock.patch.object(transformer, "attention", attention):
         agent = make_agent(make, config)
         state = agent.init()
-        batch = jax.device_put(random_context(1, tokens // agent.tokens_per_step))
+        batch = jax.device_put(random_context(1, tokens // agent.policy(state.params).tokens_per_step))
         began = time.perf_counter()
         compiled = agent.update.lower(state, batch).compile()  # type: ignore[attr-defined]
         compile_seconds = time.perf_counter() - began

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,22 +37,18 @@ class Family:
     """Properties of a kind of model on which the rest of the project depends.
 
     Attributes:
-        agent: module of `ringrl.model.agents` with the policy and its training.
+        ignored: settings ("model.heads") and sections ("actor_critic.") that have no effect.
         has_context: the model sees a context of trajectories as tokens; otherwise it sees one observation at a time.
         source: batches that training draws, contexts of trajectories or single transitions.
         splits_batches: a batch may be computed in parts, by accumulation or on several devices.
         has_goal: the policy is conditioned on the task's goal position, where the task has one.
-        ignored: settings ("model.heads") and sections ("actor_critic.") that have no effect.
-        method: returns the name of the method that a configuration of this kind amounts to.
     """
 
-    agent: str
-    has_context: bool
-    source: Literal["contexts", "transitions"]
-    splits_batches: bool
-    has_goal: bool
     ignored: tuple[str, ...]
-    method: Callable[[TrainConfig], str]
+    has_context: bool = False
+    source: Literal["contexts", "transitions"] = "contexts"
+    splits_batches: bool = True
+    has_goal: bool = False
 
     def uses(self, setting: str) -> bool:
         """Return whether a setting such as "model.heads" has an effect on training."""
@@ -61,12 +57,7 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method.
-
-    Attributes:
-        title: full name.
-        settings: settings of `ringrl train`, nested as in YAML files, or None for a method without training.
-    """
+    """A method: its full name, and its settings as in YAML files, or None for a method without training."""
 
     title: str
     settings: Mapping[str, Any] | None
@@ -123,25 +114,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-def _transformer_method(config: TrainConfig) -> str:
-    context = config.context
-    if context.target == "none" and context.order == "history":
-        return "ad"
-    # A Decision Transformer has a target return. Without a target, one trajectory is a short Agentic Transformer.
-    return "dt" if context.trajectories == 1 and context.target != "none" else "at"
-
-
-def _cloning_method(config: TrainConfig) -> str:
-    percent = round(100 * config.context.best_fraction)
-    return "bc" if percent == 100 else f"bc-{percent}%"
-
-
-def _td3_method(config: TrainConfig) -> str:
-    hindsight = config.actor_critic.hindsight
-    name = "td3+bc" if config.actor_critic.behaviour_cloning else "td3"
-    return f"{name}+her" if hindsight.later or hindsight.nearby else name
-
-
 _TRANSFORMER_ONLY = tuple(
     f"model.{name}"
     for name in ("heads", "kv_heads", "feed_forward", "timestep_embedding", "trajectory_embedding", "rotary_base")
@@ -149,35 +121,16 @@ _TRANSFORMER_ONLY = tuple(
 
 FAMILIES: Mapping[Kind, Family] = MappingProxyType(
     {
-        "transformer": Family(
-            agent="imitation",
-            has_context=True,
-            source="contexts",
-            splits_batches=True,
-            has_goal=False,
-            ignored=("actor_critic.",),
-            method=_transformer_method,
-        ),
-        "behaviour_cloning": Family(
-            agent="imitation",
-            has_context=False,
-            source="contexts",
-            splits_batches=True,
-            has_goal=False,
-            ignored=("actor_critic.", *_TRANSFORMER_ONLY),
-            method=_cloning_method,
-        ),
+        "transformer": Family(ignored=("actor_critic.",), has_context=True),
+        "behaviour_cloning": Family(ignored=("actor_critic.", *_TRANSFORMER_ONLY)),
         "td3_bc": Family(
-            agent="td3",
-            has_context=False,
-            source="transitions",
-            splits_batches=False,
-            has_goal=True,
             ignored=(
                 *_TRANSFORMER_ONLY,
                 *(f"context.{name}" for name in ("trajectories", "order", "target", "sampling", "other_tasks")),
             ),
-            method=_td3_method,
+            source="transitions",
+            splits_batches=False,
+            has_goal=True,
         ),
     }
 )
@@ -189,7 +142,17 @@ def method_of(config: TrainConfig) -> str:
     Besides the names of METHODS there are "bc-50%" (and other fractions of the episodes), "td3+her" and "td3+bc+her"
     (hindsight goals), and a suffix such as "-4tasks" for runs on several tasks.
     """
-    name = config.model.family.method(config)
+    context, actor_critic = config.context, config.actor_critic
+    if config.model.kind == "td3_bc":
+        name = "td3+bc" if actor_critic.behaviour_cloning else "td3"
+        name += "+her" if actor_critic.hindsight.later or actor_critic.hindsight.nearby else ""
+    elif config.model.kind == "behaviour_cloning":
+        percent = round(100 * context.best_fraction)
+        name = "bc" if percent == 100 else f"bc-{percent}%"
+    elif context.target == "none":  # a Decision Transformer has a target return
+        name = "ad" if context.order == "history" else "at"
+    else:
+        name = "dt" if context.trajectories == 1 else "at"
     return f"{name}-{1 + len(config.context.other_tasks)}tasks" if config.context.other_tasks else name
 
 

@@ -26,7 +26,6 @@ from ringrl.envs import Domain, domain_of, load_simulation
 from ringrl.errors import UserError
 from ringrl.files import write_whole
 from ringrl.model import ActorCritic, TrainState
-from ringrl.model.agents.agent import with_params
 from ringrl.model.agents.td3 import EXORL, TD3
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Learner:
 
     def _act(self, state: TrainState, observation: Float[Array, "batch observation"]) -> Float[Array, "batch action"]:
         """Return the actions of the learned actor, without noise."""
-        policy = with_params(self._graph, state.params)
+        policy = nnx.merge(self._graph, state.params)
         return jnp.tanh(policy.actor(policy.inputs(observation, jnp.zeros((len(observation), 0)))))
 
     def _updates(self, state: LearnerState, batches: Transitions) -> LearnerState:

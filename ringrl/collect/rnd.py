@@ -8,7 +8,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ringrl.model.agents.agent import with_params
 from ringrl.model.agents.td3 import EXORL, MLP
 
 _SIZES = (256, 256, 64)  # hidden layers and outputs
@@ -69,7 +68,7 @@ class RND:
         """Return the mean squared error of the prediction, which is high for novel states."""
         x = (observation - state.observation.mean) / jnp.sqrt(state.observation.variance + 1e-6)
         x = jnp.clip(x, -_LARGEST_INPUT, _LARGEST_INPUT)
-        networks = (with_params(self._graph, p) for p in (predictor or state.predictor, state.target))
+        networks = (nnx.merge(self._graph, p) for p in (predictor or state.predictor, state.target))
         found, wanted = (network(x) for network in networks)
         return jnp.square(found - wanted).mean(-1)
 

@@ -20,7 +20,7 @@ AXES = (None, "time", None, None)
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of each layer, (Hkv * B, capacity, 1, D), and the number of tokens stored."""
+    """Rotated keys and values of each layer, and the number of tokens stored."""
 
     keys: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
     values: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
@@ -45,9 +45,9 @@ def empty_cache(
     """
     batch, capacity, kv_heads, head_dim = shape
     whole = (kv_heads * batch, round_up(capacity, parallel), 1, head_dim)
-    place = lambda *axes: None if parallel.mesh is None else parallel.sharding(*axes)  # noqa: E731
-    blank = lambda: tuple(jnp.zeros(whole, dtype, device=place(*AXES)) for _ in range(layers))  # noqa: E731
-    return KVCache(blank(), blank(), jnp.zeros((), jnp.int32, device=place()))
+    place = parallel.sharding(*AXES)
+    keys, values = (tuple(jnp.zeros(whole, dtype, device=place) for _ in range(layers)) for _ in range(2))
+    return KVCache(keys, values, jnp.zeros((), jnp.int32, device=parallel.sharding()))
 
 
 def grow(cache: KVCache, capacity: int, parallel: Parallel = ONE_DEVICE) -> KVCache:

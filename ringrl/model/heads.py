@@ -16,6 +16,9 @@ LOG_STD_RANGE = (-4.0, 1.0)
 BINS = 21  # per component, 0.1 apart
 _VALUES = np.linspace(-1, 1, BINS, dtype=np.float32)
 
+Features = Float[Array, "*batch width"]
+Actions = Float[Array, "*batch action"]
+
 
 class MSEHead(nnx.Module):
     """Mean action tanh(linear), trained by squared error."""
@@ -23,13 +26,11 @@ class MSEHead(nnx.Module):
     def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(width, action_size, rngs=rngs)
 
-    def loss(
-        self, features: Float[Array, "*batch width"], action: Float[Array, "*batch action"]
-    ) -> Float32[Array, "*batch"]:
+    def loss(self, features: Features, action: Actions) -> Float32[Array, "*batch"]:
         """Return the mean squared error over action components, (*batch,) float32."""
         return jnp.square(self.mode(features) - action).mean(-1)
 
-    def mode(self, features: Float[Array, "*batch width"]) -> Float32[Array, "*batch action"]:
+    def mode(self, features: Features) -> Float32[Array, "*batch action"]:
         """Return the most likely action, (*batch, action) float32."""
         return jnp.tanh(self.linear(features).astype(jnp.float32))
 
@@ -45,14 +46,12 @@ class GaussianHead(nnx.Module):
         low, high = LOG_STD_RANGE
         return jnp.tanh(mean), low + (high - low) * jax.nn.sigmoid(raw)
 
-    def loss(
-        self, features: Float[Array, "*batch width"], action: Float[Array, "*batch action"]
-    ) -> Float32[Array, "*batch"]:
+    def loss(self, features: Features, action: Actions) -> Float32[Array, "*batch"]:
         """Return the negative log-likelihood, averaged over action components, (*batch,) float32."""
         mean, log_std = self._parameters(features)
         return -jax.scipy.stats.norm.logpdf(action, mean, jnp.exp(log_std)).mean(-1)
 
-    def mode(self, features: Float[Array, "*batch width"]) -> Float32[Array, "*batch action"]:
+    def mode(self, features: Features) -> Float32[Array, "*batch action"]:
         """Return the most likely action, (*batch, action) float32."""
         return self._parameters(features)[0]
 
@@ -67,19 +66,16 @@ class BinsHead(nnx.Module):
     def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(width, action_size * BINS, rngs=rngs)
 
-    def _logits(self, features: jax.Array) -> jax.Array:
-        """Return logits (..., action, BINS)."""
+    def _logits(self, features: Features) -> Float32[Array, "*batch action bins"]:
         logits = self.linear(features).astype(jnp.float32)
         return logits.reshape(*logits.shape[:-1], -1, BINS)
 
-    def loss(
-        self, features: Float[Array, "*batch width"], action: Float[Array, "*batch action"]
-    ) -> Float32[Array, "*batch"]:
+    def loss(self, features: Features, action: Actions) -> Float32[Array, "*batch"]:
         """Return the cross-entropy, averaged over action components, (*batch,) float32."""
         share = jnp.maximum(0.0, 1 - jnp.abs(action[..., None] - _VALUES) * (BINS - 1) / 2)
         return -(share * jax.nn.log_softmax(self._logits(features))).sum(-1).mean(-1)
 
-    def mode(self, features: Float[Array, "*batch width"]) -> Float32[Array, "*batch action"]:
+    def mode(self, features: Features) -> Float32[Array, "*batch action"]:
         """Return the mean over the likeliest value and its two neighbours, (*batch, action) float32."""
         logits = self._logits(features)
         distance = jnp.abs(jnp.arange(BINS) - logits.argmax(-1, keepdims=True))

@@ -49,16 +49,15 @@ class Parallel:
         """Number of devices that share a context."""
         return 1 if self.mesh is None else self.mesh.shape[SEQUENCE_AXIS]
 
-    def sharding(self, *axes: str | None) -> NamedSharding:
-        """Return the sharding of an array with these axis names. None is an axis that is not split."""
-        assert self.mesh is not None
-        return NamedSharding(self.mesh, partition(*axes))
+    def sharding(self, *axes: str | None) -> NamedSharding | None:
+        """Return the sharding of an array with these axis names, None without a mesh. Axis None is not split."""
+        if self.mesh is None:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(*(SPLIT[axis] if axis else None for axis in axes)))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Return the array with a sharding constraint for XLA."""
-        if self.mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
     def parameter_shardings(self, parameters: Any) -> Any:
         """Return the shardings of a state of nnx.Param, from the axis names that `split` set."""
@@ -69,11 +68,6 @@ class Parallel:
 
 
 ONE_DEVICE = Parallel()
-
-
-def partition(*axes: str | None) -> PartitionSpec:
-    """Return the mesh axes of an array with these axis names."""
-    return PartitionSpec(*(SPLIT[axis] if axis is not None else None for axis in axes))
 
 
 def split(*axes: str | None, initialiser: Callable[..., Any] | None = None) -> Callable[..., Any]:

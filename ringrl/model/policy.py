@@ -1,17 +1,12 @@
 """Interface of policies: actions for a whole context, or step by step with a memory."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
 from ringrl.context import Context
-
-if TYPE_CHECKING:
-    from ringrl.model.agents.td3 import Goal
 
 
 class Policy(nnx.Module):
@@ -51,7 +46,3 @@ class Policy(nnx.Module):
           prefix: result of `prefill`.
         """
         return self.actions(current)[:, -1], memory
-
-    def with_goal(self, goal: Goal | None) -> Policy:
-        """Return the policy for another goal. Policies without a goal return themselves."""
-        return self

@@ -48,14 +48,6 @@ def _features(step: Context | Outcome, kind: str) -> jax.Array:
     return x[..., None] if x.ndim == 2 else x
 
 
-def _bias(kind: str, features: int) -> nnx.Initializer:
-    """Return a bias initialiser as large as one feature's weight.
-
-    Without a bias, the norm of a token made from a single number would keep only the sign of the number.
-    """
-    return nnx.initializers.zeros if kind == "fused" else nnx.initializers.normal(features**-0.5)
-
-
 class TokenEmbedding(nnx.Module):
     """Embedding of timesteps as tokens of the model's width.
 
@@ -70,12 +62,11 @@ class TokenEmbedding(nnx.Module):
         sizes |= {"return_to_go": 1, "reward": 1, "completion": 1}
         sizes["fused"] = sum(sizes.values())
         dtype = jnp.dtype(config.dtype)
-        self.linear = nnx.Dict(
-            {
-                kind: nnx.Linear(sizes[kind], config.width, dtype=dtype, bias_init=_bias(kind, sizes[kind]), rngs=rngs)
-                for kind in self.token_set.before + self.token_set.after
-            }
-        )
+        self.linear = nnx.Dict()
+        for kind in self.token_set.before + self.token_set.after:
+            # Without a bias, the norm of a token made from a single number would keep only the sign of the number.
+            bias = nnx.initializers.zeros if kind == "fused" else nnx.initializers.normal(sizes[kind] ** -0.5)
+            self.linear[kind] = nnx.Linear(sizes[kind], config.width, dtype=dtype, bias_init=bias, rngs=rngs)
         embed = lambda number: nnx.Embed(number, config.width, dtype=dtype, rngs=rngs)  # noqa: E731
         self.timestep = embed(self.MAX_TIMESTEPS) if config.timestep_embedding else None
         self.trajectory = embed(self.MAX_TRAJECTORIES) if config.trajectory_embedding else None

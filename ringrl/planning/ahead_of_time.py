@@ -2,9 +2,11 @@
 
 import functools
 import importlib.util
+import math
 import os
 import re
 import time
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +22,15 @@ from ringrl.model.agents.imitation import abstract_state, make_train_step
 from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.planning.machines import Machine
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload
+from ringrl.training.metrics import peak_memory
 
-_EXHAUSTED = re.compile(r"\(([\d.]+)([KMG])\) exceeds available|Used ([\d.]+)([KMG]) of")
+_EXHAUSTED = re.compile(
+    r"\((?P<beyond>[\d.]+)(?P<unit_beyond>[KMG])\) exceeds available|Used (?P<used>[\d.]+)(?P<unit>[KMG]) of"
+)
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 # Host code is never run. Without optimisation it compiles in half the time and takes the same memory.
-_UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-_WITHOUT = {"v3": "the TPU compiler no longer compiles bfloat16 kernels for v3"}
 
+_UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # Without these variables libtpu searches for a TPU, logs errors, and locks out other processes.
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -89,9 +93,8 @@ def why_not(machine: Machine) -> str | None:
         return None if have >= machine.devices else f"this process has {have} host devices; start it with {flag}"
     if machine.topology is None:
         return f"there is no ahead-of-time compiler for {machine.name} (GPUs and custom machines use the formula)"
-    generation = machine.topology.split(":")[0]
-    if generation in _WITHOUT:
-        return _WITHOUT[generation]
+    if machine.topology.startswith("v3:"):
+        return "the TPU compiler no longer compiles bfloat16 kernels for v3"
     if importlib.util.find_spec("libtpu") is None:
         return f'the TPU compiler is not installed; pip install "jax[tpu]=={jax.__version__}"'
     return None
@@ -115,75 +118,56 @@ def devices_of(machine: Machine) -> list[Any]:
 
 def abstract_step(workload: Workload, devices: list[Any]) -> Step:
     """Return the step of `ringrl train` on a mesh of these devices, without allocating memory."""
-    config = workload.config
-    mesh = config.mesh
+    config, mesh = workload.config, workload.config.mesh
     sizes = tuple(getattr(mesh, axis) for axis in MESH_AXES)
     made = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices])
     parallel = Parallel(made, mesh.layout)
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, config.seed, parallel=parallel)
     optimiser = make_optimiser(config.optimiser)
     graph, _ = nnx.split(nnx.eval_shape(make), nnx.Param)
-    state = abstract_state(make, optimiser, parallel)
     function = make_train_step(graph, optimiser, config.optimiser.accumulation)
-    return Step(function, state, _abstract_context(workload, parallel))
-
-
-def _abstract_context(workload: Workload, parallel: Parallel) -> Context:
-    shape = workload.config.optimiser.batch_size, workload.tokens // workload.tokens_per_step
+    shape = config.optimiser.batch_size, workload.tokens // workload.tokens_per_step
     sharding = parallel.sharding("batch", "time")
 
     def array(*features: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct((*shape, *features), dtype, sharding=sharding)
 
     integers = array(dtype=jnp.int32)
-    return Context(
+    batch = Context(
         observation=array(OBSERVATION), action=array(ACTION), reward=array(), return_to_go=array(), completion=array(),
         timestep=integers, trajectory=integers, position=integers, weight=array(),
         previous=Outcome(array(ACTION), array(), array()),
     )  # fmt: skip
+    return Step(function, abstract_state(make, optimiser, parallel), batch)
 
 
 def bytes_per_device(tree: Any) -> float:
     """Return the bytes per device of arrays with shardings."""
-
-    def one(x: Any) -> float:
-        shape = x.sharding.shard_shape(x.shape)
-        return float(jnp.dtype(x.dtype).itemsize) * functools.reduce(lambda a, b: a * b, shape, 1)
-
-    return sum(map(one, jax.tree.leaves(tree)))
+    return float(
+        sum(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    )
 
 
 def compile_step(workload: Workload, machine: Machine, devices: list[Any] | None = None) -> Compiled:
     """Compile a step for a machine, for the given devices or those of `devices_of`."""
     step = abstract_step(workload, devices_of(machine) if devices is None else devices)
-    state = step.state
+    state, is_host = step.state, machine.device.platform == "cpu"
     held = bytes_per_device(state.params), bytes_per_device(state.optimiser), bytes_per_device(step.batch)
     began = time.perf_counter()
     try:
-        options = _UNOPTIMISED if machine.device.platform == "cpu" else None
+        options = _UNOPTIMISED if is_host else None
         compiled = step.function.lower(state, step.batch).compile(compiler_options=options)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         text = " ".join(str(error).split())
-        return Compiled(*held, _said_to_take(text, sum(held)), _shortened(text), None, time.perf_counter() - began)
-    memory = compiled.memory_analysis()
-    if machine.device.platform == "cpu":
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        return Compiled(*held, total, None, None, time.perf_counter() - began)
-    # A TPU's temp_size also counts buffers that are never alive together. The peak is the memory need.
-    total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    return Compiled(*held, total, None, read_schedule(compiled.as_text()), time.perf_counter() - began)
-
-
-def _said_to_take(text: str, held: float) -> float:
-    """Return the bytes in the compiler's message, or nan without a number (an error of a kernel)."""
-    if found := _EXHAUSTED.search(text):
-        number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-        return float(number) * _UNITS[unit] + (held if found[1] else 0)
-    return float("nan")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 240 else f"{text[:237]}..."
+        total = float("nan")  # without a number in the message, as for an error of a kernel
+        if found := _EXHAUSTED.search(text):
+            total = float(found["used"] or found["beyond"]) * _UNITS[found["unit"] or found["unit_beyond"]]
+            total += sum(held) if found["beyond"] else 0.0
+        text = text if len(text) <= 240 else f"{text[:237]}..."
+        return Compiled(*held, total, text, None, time.perf_counter() - began)
+    total = peak_memory(compiled, machine.device.platform) or float("nan")
+    schedule = None if is_host else read_schedule(compiled.as_text())
+    return Compiled(*held, total, None, schedule, time.perf_counter() - began)
 
 
 def fits(compiled: Compiled, machine: Machine) -> bool:
@@ -203,7 +187,7 @@ _WORK = re.compile(r" (?:while|convolution|dot)\(| fusion\(.*kind=kOutput")
 def read_schedule(text: str) -> Schedule:
     """Parse the text of a compiled program with instructions in order of execution."""
     ring, ring_hidden, others, others_hidden = 0, 0, 0, 0
-    waited: dict[str, int] = {}
+    waited: Counter[str] = Counter()
     for body in _COMPUTATION.findall(text):
         lines = body.splitlines()
         has_kernel = any(_KERNEL.search(line) for line in lines)
@@ -213,9 +197,8 @@ def read_schedule(text: str) -> Schedule:
                 ring, ring_hidden = ring + 1, ring_hidden + behind_kernel
             else:
                 others, others_hidden = others + 1, others_hidden + (behind_kernel or behind_work)
-        for kind in (found[1] for line in lines if (found := _WAITED.search(line)) and not _INTEGERS.match(line)):
-            waited[kind] = waited.get(kind, 0) + 1
-    return Schedule(ring, ring_hidden, others, others_hidden, waited)
+        waited.update(found[1] for line in lines if (found := _WAITED.search(line)) and not _INTEGERS.match(line))
+    return Schedule(ring, ring_hidden, others, others_hidden, dict(waited))
 
 
 def _intervals(lines: list[str]) -> list[tuple[bool, bool]]:

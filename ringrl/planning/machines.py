@@ -25,7 +25,7 @@ from ringrl.errors import UserError
 
 GIB = 2.0**30
 MOST_DEVICES, MOST_HOST_DEVICES = 2**16, 64
-GPU_SHARE = 0.95  # usable share of a GPU's memory; JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+GPU_SHARE = 0.95  # of a GPU's memory, the rest for CUDA and NCCL; JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,29 +79,24 @@ class Machine:
         return self.devices > self.per_host > 0 and self.per_host % extent != 0
 
 
-def _tpu(kind: str, gib: float, bandwidth: float) -> Device:
-    link = LINKS[kind]
-    return Device(kind, "tpu", link.flops, gib * GIB, bandwidth * 1e9, link.bytes)
+def _device(kind: str, gib: float, bandwidth: float) -> Device:
+    link, is_gpu = LINKS[kind], kind.startswith("NVIDIA")
+    memory = (GPU_SHARE if is_gpu else 1.0) * gib * GIB
+    return Device(kind, "gpu" if is_gpu else "tpu", link.flops, memory, bandwidth * 1e9, link.bytes)
 
 
-def _gpu(kind: str, gib: float, bandwidth: float) -> Device:
-    # The memory that the driver reports, minus 5 % for CUDA, NCCL and fragmentation.
-    link = LINKS[kind]
-    return Device(kind, "gpu", link.flops, GPU_SHARE * gib * GIB, bandwidth * 1e9, link.bytes)
-
-
-# TPU memory is the compiler's limit for a program; for v3, which it no longer compiles for, the data sheet's value.
+# Memory of a TPU is the compiler's limit for a program (v3: by the data sheet), of a GPU what the driver reports.
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {
         "v3": Device("TPU v3", "tpu", 61.5e12, 16 * GIB, 450e9, 70e9),  # attention kernels do not compile for v3
-        "v4": _tpu("TPU v4", 30.75, 1228),
-        "v5e": _tpu("TPU v5 lite", 15.75, 819),
-        "v5p": _tpu("TPU v5", 95.74, 2765),
-        "v6e": _tpu("TPU v6 lite", 31.25, 1640),
-        "a100-40": _gpu("NVIDIA A100", 40, 1555),
-        "a100": _gpu("NVIDIA A100", 80, 2039),
-        "h100": _gpu("NVIDIA H100", 79.6, 3350),
-        "h200": _gpu("NVIDIA H200", 140.4, 4800),
+        "v4": _device("TPU v4", 30.75, 1228),
+        "v5e": _device("TPU v5 lite", 15.75, 819),
+        "v5p": _device("TPU v5", 95.74, 2765),
+        "v6e": _device("TPU v6 lite", 31.25, 1640),
+        "a100-40": _device("NVIDIA A100", 40, 1555),
+        "a100": _device("NVIDIA A100", 80, 2039),
+        "h100": _device("NVIDIA H100", 79.6, 3350),
+        "h200": _device("NVIDIA H200", 140.4, 4800),
     }
 )
 _NETWORK = MappingProxyType({"a100-40": 25e9, "a100": 25e9, "h100": 50e9, "h200": 50e9})  # a network card per GPU

@@ -14,6 +14,7 @@ and 2 b H s^2 for vanilla. a and k cover XLA's other buffers and are calibrated 
 (`WORKING`). The compiler's schedule changes with the size, so the factors are accurate to a few percent.
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -75,12 +76,12 @@ def memory_of(workload: Workload, platform: str) -> Memory:
     """Return the memory of one step per device. GPUs count like TPUs."""
     model, count = workload.model, workload.parameters
     summed = 1 if workload.config.optimiser.accumulation == 1 else 5 / 3  # accumulation sums into a separate buffer
-    bytes_each = 2 if model.dtype == "bfloat16" else 4
+    bytes_each, tensor = workload.itemsize, workload.config.mesh.tensor
     local = workload.local_contexts * workload.local_tokens
-    heads = model.heads / workload.config.mesh.tensor
+    heads = model.heads / tensor
     kept_by_layer = 2 * model.width * bytes_each + 4 * heads
     if model.remat == "none":
-        hidden = 0 if workload.is_in_blocks else KEPT_HIDDEN * model.feed_forward / workload.config.mesh.tensor
+        hidden = 0 if workload.is_in_blocks else KEPT_HIDDEN * model.feed_forward / tensor
         kept_by_layer += (KEPT_WIDTH + hidden) * model.width * bytes_each
     contexts = workload.local_contexts * workload.config.optimiser.accumulation
     return Memory(
@@ -126,22 +127,22 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     return contexts * query_tiles * key_tiles <= MAX_PAIRS and max(query_tiles, key_tiles) <= 2**TILE_BITS
 
 
+def fits_by_formula(workload: Workload, machine: Machine, surplus: float = 0.0) -> bool:
+    """Whether the formula's total and `surplus` bytes fit into a device, and the tiles into the kernel's list."""
+    total = memory_of(workload, machine.device.platform).total + surplus
+    return total <= machine.device.memory and listed_tiles_fit(workload, machine)
+
+
 def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) -> int:
     """Return the longest context that fits by the formula, in tokens that the mesh divides; 0 if none fits.
 
     `spare` bytes are subtracted from the memory (negative: added). The result is at most MOST_TOKENS, since positions
     are 32-bit.
     """
-    multiple, limit = workload.multiple, machine.device.memory - spare
+    multiple = workload.multiple
+    numbers = range(1, MOST_TOKENS // multiple + 1)
 
-    def too_long(number: int) -> bool:
-        longer = workload.with_tokens(number * multiple)
-        return memory_of(longer, machine.device.platform).total > limit or not listed_tiles_fit(longer, machine)
+    def is_too_long(number: int) -> bool:
+        return not fits_by_formula(workload.with_tokens(number * multiple), machine, spare)
 
-    if too_long(1):
-        return 0
-    low, high = 1, MOST_TOKENS // multiple + 1  # high is too long
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if too_long(middle) else (middle, high)
-    return low * multiple
+    return multiple * bisect.bisect_left(numbers, True, key=is_too_long)

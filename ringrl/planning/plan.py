@@ -12,7 +12,7 @@ from ringrl.errors import UserError
 from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.ahead_of_time import Compiled, compile_step, devices_of, fits, why_not
 from ringrl.planning.machines import GPU_SHARE, Machine, gib, kernel_of
-from ringrl.planning.memory import Memory, listed_tiles_fit, memory_of
+from ringrl.planning.memory import Memory, fits_by_formula, memory_of
 from ringrl.planning.roofline import StepTime, attained_by, estimate
 from ringrl.planning.search import Advice, Longest, advise, best_meshes, find_longest
 from ringrl.planning.workload import Workload, format_tokens
@@ -39,15 +39,16 @@ class Plan:
     @property
     def total(self) -> float:
         """Bytes per device from the compiler, else from the formula."""
-        has_figure = self.compiled is not None and not math.isnan(self.compiled.total)
-        return self.compiled.total if self.compiled is not None and has_figure else self.formula.total
+        if self.compiled is None or math.isnan(self.compiled.total):
+            return self.formula.total
+        return self.compiled.total
 
     @property
     def fits(self) -> bool:
         """Whether the step fits into the memory of each device."""
         if self.compiled is not None:
             return fits(self.compiled, self.machine)
-        return self.total <= self.machine.device.memory and listed_tiles_fit(self.workload, self.machine)
+        return fits_by_formula(self.workload, self.machine)
 
 
 def make_plan(
@@ -86,7 +87,7 @@ def make_plan(
         tried.append((workload, compile_step(workload, machine, devices) if devices else None))
     tried.sort(key=lambda each: each[1] is None or not fits(each[1], machine))
     workload, compiled = tried[0]
-    known = () if compiled is None else ((tokens, compiled),)
+    known = {} if compiled is None else {tokens: compiled}
     longest = find_longest(workload, machine, devices, compilations, known, notice)
     hops_hide = compiled is None or compiled.schedule is None or compiled.schedule.hides_the_ring
     plan = Plan(
@@ -244,7 +245,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "longest_tokens": plan.longest.tokens,
         "longest_is_compiled": plan.longest.is_compiled,
         "too_long_tokens": plan.longest.too_long,
-        "tried_bytes": {tokens: number(found.total) for tokens, found in plan.longest.compiled},
+        "tried_bytes": {tokens: number(found.total) for tokens, found in plan.longest.compiled.items()},
         "advice": [dataclasses.asdict(each) for each in plan.advice],
         "step": dataclasses.asdict(plan.time) | {"seconds": plan.time.total},
         "assumed": attained_by(plan.workload, plan.machine)._asdict(),

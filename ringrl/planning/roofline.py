@@ -49,12 +49,11 @@ def attained_by(workload: Workload, machine: Machine) -> Attained:
     device, model = machine.device, workload.model
     if device.platform == "cpu":
         return machine.measured or OF_HOST
-    has_kernel = kernel_of(model, device) != "xla"
     matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
     attention *= ATTAINED.attention
     if model.attention == "vanilla":  # jax.nn.dot_product_attention rounds like other products
         attention = WITHOUT_KERNEL
-    elif not has_kernel:
+    elif kernel_of(model, device) == "xla":
         attention = min(attention, WITHOUT_KERNEL)
     return ATTAINED._replace(matrices=matrices * ATTAINED.matrices, attention=attention)
 
@@ -96,16 +95,12 @@ def _again(workload: Workload, forward: float) -> float:
     With remat these are all but the last matrix product of a layer. Without remat it is the first matrix product of a
     feed-forward layer that is computed in blocks.
     """
-    model, mesh = workload.model, workload.config.mesh
-    local = _local(workload) / mesh.tensor
+    model = workload.model
+    local = _local(workload) / workload.config.mesh.tensor
     one_of_two = 2 * local * model.layers * model.feed_forward * model.width**2
     if model.remat == "layers":
         return forward - one_of_two
     return one_of_two if workload.is_in_blocks else 0.0
-
-
-def _size(workload: Workload) -> int:
-    return 2 if workload.model.dtype == "bfloat16" else 4
 
 
 def _local(workload: Workload) -> float:
@@ -117,8 +112,8 @@ def _local(workload: Workload) -> float:
 def _traffic(workload: Workload) -> float:
     """Return the bytes that a device reads and writes for state, gradients, gathered parameters and activations."""
     model, mesh, count = workload.model, workload.config.mesh, workload.parameters
-    gathered = 3 * model.layers * count.layer / mesh.tensor * _size(workload)
-    activations = _ACTIVATION_TRAFFIC * model.layers * _local(workload) * model.width / mesh.tensor * _size(workload)
+    gathered = 3 * model.layers * count.layer / mesh.tensor * workload.itemsize
+    activations = _ACTIVATION_TRAFFIC * model.layers * _local(workload) * model.width / mesh.tensor * workload.itemsize
     return (2 * 12 + 2 * 4) * count.device + workload.config.optimiser.accumulation * gathered + activations
 
 
@@ -132,7 +127,7 @@ def _exposed_hops(
     numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
     rate = machine.hop(mesh.seq) if model.attention == "ring" else machine.collective(mesh.seq)
     hops = (mesh.seq - 1) / (rate * attained.links)
-    sends = hops * numbers * _size(workload), hops * numbers * (_size(workload) + 4)
+    sends = hops * numbers * workload.itemsize, hops * numbers * (workload.itemsize + 4)
     if model.attention == "ring":
         return max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
     return sum(sends)  # gathered at once, before the kernel
@@ -143,7 +138,7 @@ def _gathering(workload: Workload, machine: Machine, attained: Attained) -> floa
     model, mesh, count = workload.model, workload.config.mesh, workload.parameters
     group = mesh.fsdp * mesh.seq
     passes = 3 * workload.config.optimiser.accumulation
-    carried = passes * model.layers * count.layer / mesh.tensor * _size(workload) * (group - 1) / group
+    carried = passes * model.layers * count.layer / mesh.tensor * workload.itemsize * (group - 1) / group
     ways = 2 if machine.device.platform == "tpu" else 1  # a torus has two directions
     rate = machine.collective(mesh.fsdp * mesh.tensor * mesh.seq, stride=mesh.tensor)
     return carried / (ways * rate * attained.links)
@@ -153,7 +148,7 @@ def _sums(workload: Workload, machine: Machine, attained: Attained) -> float:
     """Return the seconds of all-reduces of activations over "tensor" (six per layer) and gradients over "data"."""
     model, mesh = workload.model, workload.config.mesh
     apart = mesh.fsdp * mesh.tensor * mesh.seq  # stride of "data", the outermost axis
-    activations = 6 * model.layers * _local(workload) * model.width * _size(workload)
+    activations = 6 * model.layers * _local(workload) * model.width * workload.itemsize
     seconds = 2 * (mesh.tensor - 1) / mesh.tensor * activations / machine.collective(mesh.tensor * mesh.seq, mesh.seq)
     gradients = 4 * workload.parameters.device
     seconds += 2 * (mesh.data - 1) / mesh.data * gradients / machine.collective(mesh.devices, apart)

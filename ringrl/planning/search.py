@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ringrl.errors import UserError
 from ringrl.planning.ahead_of_time import Compiled, compile_step, fits
 from ringrl.planning.machines import MOST_DEVICES, Machine
-from ringrl.planning.memory import listed_tiles_fit, longest_context, memory_of
+from ringrl.planning.memory import fits_by_formula, longest_context, memory_of
 from ringrl.planning.roofline import estimate
 from ringrl.planning.workload import Workload
 
@@ -23,7 +24,7 @@ class Longest:
     tokens: int
     is_compiled: bool  # whether the compiler confirmed the length; else from the formula
     too_long: int | None  # shortest length that did not fit when compiled
-    compiled: tuple[tuple[int, Compiled], ...] = ()  # all compiled lengths
+    compiled: Mapping[int, Compiled]  # all compiled lengths, shortest first
 
 
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
@@ -45,9 +46,9 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
     """Return all meshes: first those that fit by the formula, then by estimated time. UserError if none divides."""
 
     def order(candidate: Workload) -> tuple[bool, float]:
-        total = memory_of(candidate, machine.device.platform).total
-        is_fitting = total <= machine.device.memory and listed_tiles_fit(candidate, machine)
-        return not is_fitting, estimate(candidate, machine).total if is_fitting else total
+        if fits_by_formula(candidate, machine):
+            return False, estimate(candidate, machine).total
+        return True, memory_of(candidate, machine.device.platform).total
 
     found = sorted(meshes(workload, machine.devices), key=order)
     if not found:
@@ -76,7 +77,7 @@ def find_longest(
     machine: Machine,
     devices: list[Any] | None,
     compilations: int,
-    known: tuple[tuple[int, Compiled], ...] = (),
+    known: Mapping[int, Compiled] = MappingProxyType({}),
     notice: Callable[[str], None] = lambda _: None,
 ) -> Longest:
     """Return the longest context that fits on this mesh.
@@ -86,21 +87,21 @@ def find_longest(
 
     Args:
       devices: devices to compile for; None: the formula alone.
-      compilations: maximum number of compilations besides `known` (tokens, result).
+      compilations: maximum number of compilations besides `known`.
+      known: tokens -> result of earlier compilations.
       notice: called before every compilation.
     """
     tried = dict(known)
     if devices is None or compilations == 0:
-        return Longest(_guess(workload, machine, tried), False, None, tuple(sorted(tried.items())))
+        return Longest(_guess(workload, machine, tried), False, None, tried)
     for _ in range(compilations):
         tokens = _next(workload, machine, tried)
         if tokens is None:
             break
         notice(f"compiling {tokens} tokens")
         tried[tokens] = compile_step(workload.with_tokens(tokens), machine, devices)
-    good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
-    bad = min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=None)
-    return Longest(good, True, bad, tuple(sorted(tried.items())))
+    good, bad = _bracket(machine, tried)
+    return Longest(good, True, bad, dict(sorted(tried.items())))
 
 
 def granule(workload: Workload) -> int:
@@ -118,11 +119,17 @@ def _guess(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> 
     return longest_context(workload, machine, spare=surplus)
 
 
+def _bracket(machine: Machine, tried: Mapping[int, Compiled]) -> tuple[int, int | None]:
+    """Return the longest compiled length that fits, or 0, and the shortest that does not, or None."""
+    good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
+    return good, min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=None)
+
+
 def _next(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> int | None:
     """Return the next length to compile, or None if the bracket is narrow enough."""
     step = granule(workload)
-    good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
-    bad = min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=2**31)
+    good, too_long = _bracket(machine, tried)
+    bad = too_long or 2**31
     if bad - good <= max(step, CLOSE_ENOUGH * good):
         return None
     tokens = _guess(workload, machine, tried) // step * step
@@ -147,12 +154,11 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     `total` are the bytes per device of the plan, from the compiler if known. The formula's result of each change is
     shifted by the formula's error for the plan.
     """
-    platform, limit = machine.device.platform, machine.device.memory
+    platform = machine.device.platform
     off = total - memory_of(workload, platform).total
 
-    def judge(change: str, changed: Workload, saved: float = 0.0) -> Advice:
-        after = memory_of(changed, platform).total + off - saved
-        return Advice(change, after, after <= limit and listed_tiles_fit(changed, machine))
+    def judge(change: str, changed: Workload) -> Advice:
+        return Advice(change, memory_of(changed, platform).total + off, fits_by_formula(changed, machine, off))
 
     found, everything = [], workload
     for change, section, values in _changes(workload):
@@ -161,9 +167,6 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     found = [advice for advice in found if advice.total < total or advice.is_enough]
     if len(found) > 1 and not any(advice.is_enough for advice in found):
         found.append(judge("all changes above", everything))
-    moments = memory_of(workload, platform).optimiser / 2
-    name = "optimiser moments in bfloat16, which RingRL does not support"
-    found.append(judge(name, workload, saved=moments))
     if devices := _enough_devices(workload, machine, off):
         needed, after = devices
         change = f"{needed} devices, --mesh.seq {needed * workload.config.mesh.seq // workload.config.mesh.devices}"
@@ -199,8 +202,7 @@ def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[i
             longer.check()
         except UserError:
             return None
-        total = memory_of(longer, machine.device.platform).total + off / factor
-        if total <= machine.device.memory and listed_tiles_fit(longer, machine):
-            return devices * factor, total
+        if fits_by_formula(longer, machine, off / factor):
+            return devices * factor, memory_of(longer, machine.device.platform).total + off / factor
         factor *= 2
     return None

@@ -58,6 +58,11 @@ class Workload:
         return TOKEN_SETS[self.model.token_set].size
 
     @property
+    def itemsize(self) -> int:
+        """Bytes per number of the computation."""
+        return 2 if self.model.dtype == "bfloat16" else 4
+
+    @property
     def multiple(self) -> int:
         """The unit of a context's length in tokens."""
         mesh = self.config.mesh

@@ -22,7 +22,7 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.files import json_digest
-from ringrl.model import Goal, Policy, TrainState, make_agent, make_policy
+from ringrl.model import ActorCritic, Goal, Policy, TrainState, make_agent, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.distributed import check_platform
 from ringrl.training.mesh import make_ring
@@ -203,9 +203,9 @@ class TrainedPolicy:
 
     def towards(self, task: str) -> Policy:
         """Return the policy for another task of its domain. If it has a goal, it is then that task's goal."""
-        if not self.info.config.model.family.has_goal:
-            return self.policy
-        return self.policy.with_goal(self.info.goal(task))
+        if isinstance(self.policy, ActorCritic):
+            return self.policy.with_goal(self.info.goal(task))
+        return self.policy
 
 
 def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:

@@ -265,10 +265,15 @@ def step_memory(step: Any, *arguments: Any) -> int | None:
 
     `step` is jitted and was called with arguments of these shapes before, so nothing is compiled or read.
     """
-    found = step.lower(*arguments).compile().memory_analysis()
+    return peak_memory(step.lower(*arguments).compile(), jax.devices()[0].platform)
+
+
+def peak_memory(compiled: Any, platform: str) -> int | None:
+    """Return the peak memory of a compiled program in bytes per device; None if the compiler does not count it."""
+    found = compiled.memory_analysis()
     if found is None:
         return None
-    if jax.devices()[0].platform == "cpu":  # its peak omits temporary buffers
+    if platform == "cpu":  # its peak omits temporary buffers; a TPU's temp_size counts some that do not coexist
         return int(found.argument_size_in_bytes + found.temp_size_in_bytes)
     return int(found.peak_memory_in_bytes + found.generated_code_size_in_bytes)
 

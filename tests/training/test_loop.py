@@ -16,7 +16,7 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
 from ringrl.errors import UserError
 from ringrl.model import make_policy
-from ringrl.model.agents.agent import make_optimiser, with_params
+from ringrl.model.agents.agent import make_optimiser
 from ringrl.model.agents.imitation import initial_state, make_train_step
 from ringrl.training import load_policy, read_info, train
 from ringrl.training.checkpoints import Checkpoints
@@ -81,7 +81,7 @@ def test_checkpoints_and_metrics_equal_a_plain_loop(tiny: TrainConfig, jaco_stor
     checkpoints.close()
     assert number == 6
     loaded, untrained = (jax.jit(p.actions)(sampler.batch(9)) for p in (load_policy(config.run).policy, untrained))
-    trained = with_params(nnx.split(policy, nnx.Param)[0], state.params)
+    trained = nnx.merge(nnx.split(policy, nnx.Param)[0], state.params)
     np.testing.assert_array_equal(loaded, jax.jit(trained.actions)(sampler.batch(9)))
     assert np.abs(loaded - untrained).max() > 1e-3
 

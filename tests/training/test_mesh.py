@@ -20,7 +20,6 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.model import make_agent, make_policy
-from ringrl.model.agents.agent import with_params
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training import train
 from ringrl.training.mesh import make_parallel
@@ -58,7 +57,7 @@ def loss_and_gradients(model: ModelConfig, parallel: Parallel, params: dict, bat
     graph, shapes = nnx.split(nnx.eval_shape(lambda: make_policy(model, 42, 9, seed=0, parallel=parallel)), nnx.Param)
     if parallel.mesh is not None:
         params = jax.device_put(params, parallel.parameter_shardings(shapes))
-    both = jax.value_and_grad(lambda params, batch: with_params(graph, params).loss(batch))
+    both = jax.value_and_grad(lambda params, batch: nnx.merge(graph, params).loss(batch))
     return jax.device_get(jax.jit(both, compiler_options=QUICK)(params, batch))
 
 

@@ -1,15 +1,12 @@
-"""Agents: each file contains a whole algorithm, its policy, losses and update.
-
-`Family.agent` in `ringrl.methods` names the file. The file defines `make_policy` and `make_agent`.
-"""
+"""Agents: each file contains a whole algorithm, its policy, losses and update."""
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from flax import nnx
 
 from ringrl.config import ModelConfig, TrainConfig
+from ringrl.model.agents import imitation, td3
 from ringrl.model.agents.agent import Agent, TrainState
 from ringrl.model.agents.td3 import Goal
 from ringrl.model.parallel import ONE_DEVICE, Parallel
@@ -28,24 +25,18 @@ def make_policy(
 ) -> Policy:
     """Return the configured policy with parameters drawn from the seed.
 
-    Args:
-      config: settings of the model.
-      observation_size: components of an observation.
-      action_size: components of an action.
-      seed: seed of the parameters.
-      goal: goal position of the task. Only families with `has_goal` use it.
-      parallel: mesh over which a policy with a context is sharded.
+    Only families with `has_goal` use the goal position of the task. `parallel` shards a policy with a context.
     """
-    module, rngs = _module(config), nnx.Rngs(params=seed)
-    policy: Policy = module.make_policy(config, observation_size, action_size, rngs, goal=goal, parallel=parallel)
-    return policy
+    rngs = nnx.Rngs(params=seed)
+    if config.kind == "td3_bc":
+        return td3.ActorCritic(config, observation_size, action_size, rngs, goal)
+    if config.kind == "behaviour_cloning":
+        return imitation.BehaviourCloning(config, observation_size, action_size, rngs)
+    return imitation.AgenticTransformer(config, observation_size, action_size, rngs, parallel)
 
 
-def make_agent(make_policy: Callable[[], Policy], config: TrainConfig, parallel: Parallel = ONE_DEVICE) -> Agent:
-    """Return the agent that trains the configured policy. On a mesh, the policy is created in shards."""
-    agent: Agent = _module(config.model).make_agent(make_policy, config, parallel)
-    return agent
-
-
-def _module(config: ModelConfig) -> Any:
-    return import_module(f"{__name__}.{config.family.agent}")
+def make_agent(make_policy: Callable[[], Any], config: TrainConfig, parallel: Parallel = ONE_DEVICE) -> Agent:
+    """Return the agent that trains the policy of `make_policy`. On a mesh, the policy is created in shards."""
+    if config.model.kind == "td3_bc":
+        return td3.make_agent(make_policy, config)
+    return imitation.make_agent(make_policy, config, parallel)

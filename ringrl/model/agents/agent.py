@@ -41,23 +41,16 @@ class Agent:
         update: jitted optimiser step on a batch (contexts or transitions, see `Family.source`) that donates the state.
             Metrics are scalars, among them loss, gradient_norm and skipped.
         graph: structure of the policy, without parameters.
-        tokens_per_step: tokens per timestep of a context.
     """
 
     init: Callable[[], TrainState]
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     graph: Any
-    tokens_per_step: int
 
     def policy(self, params: Any) -> Policy:
         """Return the policy with the parameters of a `TrainState`."""
-        policy: Policy = with_params(self.graph, params)
+        policy: Policy = nnx.merge(self.graph, params)
         return policy
-
-
-def with_params(graph: Any, params: Any) -> Any:
-    """Return the module of a graph definition with a nested dict of parameters."""
-    return nnx.merge(graph, params)
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
@@ -65,11 +58,10 @@ def learning_rate(config: OptimiserConfig) -> optax.Schedule:
 
     Steps count from 0. With any warm-up, the rate of the first step is zero.
     """
-    warmup = min(config.warmup_steps, config.steps - 1)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=warmup,
+        warmup_steps=min(config.warmup_steps, config.steps - 1),
         decay_steps=config.steps,
         end_value=config.learning_rate * config.final_learning_rate,
     )

@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Float32, Int32
 from ringrl.attention import layout_positions, pad_to_layout, to_layout
 from ringrl.config import ModelConfig, TrainConfig
 from ringrl.context import Context
-from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser, with_params
+from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser
 from ringrl.model.cache import KVCache
 from ringrl.model.heads import Head, make_head
-from ringrl.model.parallel import ONE_DEVICE, Parallel
+from ringrl.model.parallel import Parallel
 from ringrl.model.policy import Policy
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.model.transformer import Transformer
@@ -70,12 +70,7 @@ class AgenticTransformer(ImitationPolicy):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        observation_size: int,
-        action_size: int,
-        rngs: nnx.Rngs,
-        parallel: Parallel = ONE_DEVICE,
+        self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs, parallel: Parallel
     ) -> None:
         self.loss_on = config.loss_on
         self.embedding = TokenEmbedding(config, observation_size, action_size, rngs)
@@ -139,32 +134,19 @@ class BehaviourCloning(ImitationPolicy):
         return x
 
 
-def make_policy(
-    config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs, *, parallel: Parallel, goal: Any
-) -> ImitationPolicy:
-    """Return the transformer or the feed-forward policy. The goal is not used."""
-    if config.family.has_context:
-        return AgenticTransformer(config, observation_size, action_size, rngs, parallel)
-    return BehaviourCloning(config, observation_size, action_size, rngs)
-
-
 def make_agent(make_policy: Callable[[], ImitationPolicy], config: TrainConfig, parallel: Parallel) -> Agent:
     """Return the agent that minimises the imitation loss."""
-    shape = nnx.eval_shape(make_policy)
-    graph, _ = nnx.split(shape, nnx.Param)
+    graph, _ = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
     optimiser = make_optimiser(config.optimiser)
     return Agent(
         init=lambda: sharded_initial_state(make_policy, optimiser, parallel),
         update=make_train_step(graph, optimiser, config.optimiser.accumulation),
         graph=graph,
-        tokens_per_step=shape.tokens_per_step,
     )
 
 
 def make_train_step(
-    graph: Any,
-    optimiser: optax.GradientTransformation,
-    accumulation: int = 1,
+    graph: Any, optimiser: optax.GradientTransformation, accumulation: int = 1
 ) -> Callable[[TrainState, Context], tuple[TrainState, dict[str, jax.Array]]]:
     """Return a jitted step that donates the state. Metrics: loss, gradient_norm (before clipping) and skipped (0 or 1).
 
@@ -173,10 +155,10 @@ def make_train_step(
     """
 
     def loss_of(params: Any, part: Context, weight: jax.Array) -> jax.Array:
-        return with_params(graph, params).loss_sum(part) / weight
+        return nnx.merge(graph, params).loss_sum(part) / weight
 
     def train_step(state: TrainState, batch: Context) -> tuple[TrainState, dict[str, jax.Array]]:
-        weight = with_params(graph, state.params).loss_weight(batch)
+        weight = nnx.merge(graph, state.params).loss_weight(batch)
         value_and_grad = jax.value_and_grad(loss_of)
 
         def add(total: Any, part: Context) -> tuple[Any, None]:
@@ -217,20 +199,13 @@ def abstract_state(
     state = TrainState(params, jax.eval_shape(optimiser.init, params), jax.ShapeDtypeStruct((), jnp.int32))  # type: ignore[arg-type]
     if parallel.mesh is None:
         return state
-    of_params = parallel.parameter_shardings(parameters)
-    replicated = parallel.sharding()
-    of_optimiser = optax.tree.map_params(
-        optimiser,
-        lambda _, sharding: sharding,
-        state.optimiser,
-        of_params,
-        transform_non_params=lambda _: replicated,
-    )
-    shardings: Any = TrainState(of_params, of_optimiser, replicated)  # type: ignore[arg-type]
-    placed: TrainState = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
-    )
-    return placed
+    shardings, replicated = parallel.parameter_shardings(parameters), parallel.sharding()
+
+    def place(x: Any, sharding: Any = replicated) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    moments = optax.tree.map_params(optimiser, place, state.optimiser, shardings, transform_non_params=place)
+    return TrainState(jax.tree.map(place, params, shardings), moments, place(state.step))
 
 
 def sharded_initial_state(

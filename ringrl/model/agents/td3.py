@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Float32
 
 from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Context, Transitions
-from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser, with_params
-from ringrl.model.parallel import Parallel
+from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser
 from ringrl.model.policy import Policy
 
 COARSE, FINE = 5.0, 20.0  # per metre: goal offsets are of order one at 20 cm, and again at 5 cm
@@ -148,7 +147,7 @@ class ActorCritic(Policy):
         return jnp.tanh(self.target_actor(self.inputs(observation, goal)))
 
     def with_goal(self, goal: Goal | None) -> "ActorCritic":
-        """Return the policy for another goal."""
+        """Return the policy for another goal of its domain."""
         policy: ActorCritic = nnx.clone(self)
         policy.goal = goal
         return policy
@@ -193,10 +192,10 @@ class TD3:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         noise = settings.target_noise * jax.random.normal(key, batch.action.shape)
         noise = jnp.clip(noise, -settings.target_noise_clip, settings.target_noise_clip)
-        target = with_params(self.graph, params).target_value(batch, noise)
+        target = nnx.merge(self.graph, params).target_value(batch, noise)
 
         def loss_of(critics: Any) -> jax.Array:
-            return with_params(self.graph, params | {"critics": critics}).critic_loss(batch, target)
+            return nnx.merge(self.graph, params | {"critics": critics}).critic_loss(batch, target)
 
         loss, gradients = jax.value_and_grad(loss_of)(params["critics"])
         params, optimiser = self._apply("critics", gradients, params, state.optimiser)
@@ -213,7 +212,7 @@ class TD3:
 
     def _update_actor(self, params: Any, optimiser: Any, batch: Transitions) -> tuple[Any, Any]:
         def loss_of(actor: Any) -> jax.Array:
-            policy = with_params(self.graph, params | {"actor": actor})
+            policy = nnx.merge(self.graph, params | {"actor": actor})
             return policy.actor_loss(batch, self.settings.behaviour_cloning)
 
         params, optimiser = self._apply("actor", jax.grad(loss_of)(params["actor"]), params, optimiser)
@@ -227,26 +226,8 @@ class TD3:
         return params | {name: optax.apply_updates(params[name], updates)}, optimiser | {name: inner}
 
 
-def make_policy(
-    config: ModelConfig,
-    observation_size: int,
-    action_size: int,
-    rngs: nnx.Rngs,
-    *,
-    goal: Goal | None,
-    parallel: Parallel,
-) -> ActorCritic:
-    """Return the actor-critic for the goal. The mesh is not used."""
-    return ActorCritic(config, observation_size, action_size, rngs, goal)
-
-
-def make_agent(make_policy: Callable[[], ActorCritic], config: TrainConfig, parallel: Parallel) -> Agent:
+def make_agent(make_policy: Callable[[], ActorCritic], config: TrainConfig) -> Agent:
     """Return the agent that trains on one device with batches of transitions."""
     graph, _ = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
     td3 = TD3(graph, config.optimiser, config.actor_critic, config.seed)
-    return Agent(
-        init=lambda: td3.init(make_policy()),
-        update=jax.jit(td3.update, donate_argnums=0),
-        graph=graph,
-        tokens_per_step=1,
-    )
+    return Agent(lambda: td3.init(make_policy()), jax.jit(td3.update, donate_argnums=0), graph)

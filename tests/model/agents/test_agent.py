@@ -81,8 +81,8 @@ def test_acting_step_by_step_equals_actions_of_the_context(agent: Agent, context
     state, batch = agent.init(), contexts.batch(0)
     state, _ = agent.update(state, batch_for(state, contexts, 0))
     short = jax.tree.map(lambda x: x[:, :STEPS], batch)
-    expected = agent.policy(state.params).actions(short)
-    memory, previous = agent.policy(state.params).reset(STREAMS, STEPS * agent.tokens_per_step), None
+    policy, previous = agent.policy(state.params), None
+    expected, memory = policy.actions(short), policy.reset(STREAMS, STEPS * policy.tokens_per_step)
     act = jax.jit(lambda params, *arguments: agent.policy(params).act(*arguments))
     for t in range(STEPS):
         current = steps_of(short, t)
@@ -93,8 +93,8 @@ def test_acting_step_by_step_equals_actions_of_the_context(agent: Agent, context
 
 
 def test_tokens_per_step(agent: Agent) -> None:
-    is_transformer = isinstance(agent.policy(agent.init().params), AgenticTransformer)
-    assert agent.tokens_per_step == (5 if is_transformer else 1)
+    policy = agent.policy(agent.init().params)
+    assert policy.tokens_per_step == (5 if isinstance(policy, AgenticTransformer) else 1)
 
 
 DECAYED = {

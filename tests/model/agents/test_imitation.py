@@ -10,7 +10,7 @@ from flax import nnx
 from ringrl.config import ModelConfig, OptimiserConfig
 from ringrl.context import Context, Outcome
 from ringrl.model import make_policy
-from ringrl.model.agents.agent import learning_rate, make_optimiser, with_params
+from ringrl.model.agents.agent import learning_rate, make_optimiser
 from ringrl.model.agents.imitation import initial_state, make_train_step
 
 
@@ -58,7 +58,7 @@ def test_a_step_by_hand(batch):
     state = initial_state(policy, optimiser)
     before = jax.tree.map(np.array, state.params)
     graph, _ = nnx.split(policy, nnx.Param)
-    loss, gradients = jax.jit(jax.value_and_grad(lambda p: with_params(graph, p).loss(batch)))(state.params)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: nnx.merge(graph, p).loss(batch)))(state.params)
     norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradients)))
     assert norm > 2 * config.clip_norm, "there is something to clip"
     state, metrics = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)(state, batch)

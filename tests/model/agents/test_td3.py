@@ -12,7 +12,6 @@ from flax import nnx
 from ringrl.config import ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Context, Transitions
 from ringrl.model import ActorCritic, Goal, TrainState, make_policy
-from ringrl.model.agents.agent import with_params
 from ringrl.model.agents.td3 import EXORL, LEARNED, MLP, REBRAC, TD3, NetworkStyle
 
 OBSERVATION, ACTION, BATCH = 3, 2, 6
@@ -221,10 +220,10 @@ def test_critics_descend_towards_a_constant_target(step: Callable, number: int) 
     batch, graph = make_batch(0), td3.graph
     noise = np.clip(0.4 * jax.random.normal(jax.random.fold_in(jax.random.key(3), number), (128, 1)), -0.1, 0.1)
     assert (np.abs(noise) == np.float32(0.1)).any()
-    target = np.asarray(with_params(graph, state.params).target_value(batch, jnp.asarray(noise)))
+    target = np.asarray(nnx.merge(graph, state.params).target_value(batch, jnp.asarray(noise)))
     critics = state.params["critics"]
     gradients = jax.grad(
-        lambda critics: with_params(graph, state.params | {"critics": critics}).critic_loss(batch, jnp.asarray(target))
+        lambda critics: nnx.merge(graph, state.params | {"critics": critics}).critic_loss(batch, jnp.asarray(target))
     )(critics)
     updates, _ = td3.optimisers["critics"].update(gradients, state.optimiser["critics"], critics)
     expected = jax.tree.map(np.array, optax.apply_updates(critics, updates))
@@ -240,7 +239,7 @@ def test_actor_ascends_the_updated_critic(step: Callable) -> None:
     optimiser = jax.tree.map(jnp.copy, state.optimiser["actor"])
     after, _ = step(state, batch)
     gradients = jax.grad(
-        lambda actor: with_params(td3.graph, after.params | {"actor": actor}).actor_loss(
+        lambda actor: nnx.merge(td3.graph, after.params | {"actor": actor}).actor_loss(
             batch, NOISY.actor_critic.behaviour_cloning
         )
     )(actor)
@@ -272,7 +271,7 @@ def test_td3_finds_the_best_action_and_cloning_stays_near_the_data() -> None:
         step = jax.jit(td3.update, donate_argnums=0)
         for number in range(400):
             state, metrics = step(state, make_batch(number))
-        trained = with_params(td3.graph, state.params)
+        trained = nnx.merge(td3.graph, state.params)
         found[cloning] = np.tanh(trained.target_actor(jnp.asarray(batch.observation)))[:, 0]
         if not cloning:
             assert float(metrics["value"]) == pytest.approx(0.57 + 0.5 * 0.96 / (1 - 0.5), abs=0.2)
