@@ -9,7 +9,7 @@ from typing import Any
 from ringrl.config import SlurmConfig
 from ringrl.errors import UserError
 from ringrl.study.cells import Work, attempt_logged, write
-from ringrl.training.slurm import make_executor, submitting
+from ringrl.training.slurm import RequeuedJob, make_executor, submitting
 
 JOB = "job.txt"  # number of the cell's job, in its folder
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
@@ -89,7 +89,7 @@ def _why(work: Work, job: Any) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class CellJob:
+class CellJob(RequeuedJob):
     """Work of a job."""
 
     work: Work
@@ -97,9 +97,3 @@ class CellJob:
 
     def __call__(self) -> str | None:
         return attempt_logged(self.work, self.command)
-
-    def checkpoint(self) -> Any:
-        """Return the job that submitit queues when the time is up; the cell then resumes from its last checkpoint."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)

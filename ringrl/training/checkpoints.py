@@ -41,16 +41,14 @@ class RunInfo:
     domain: str
     data_fingerprint: str
     best_return: float  # highest return of the task in the data, the target return of a policy
-    versions: Mapping[str, str]
+    versions: dict[str, str]
     transitions: int  # steps of all episodes that may be drawn
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {
+        return vars(self) | {
             "config": self.config.model_dump(mode="json"),
             "normalisation": self.normalisation.to_json(),
-            "versions": dict(self.versions),
         }
 
     @classmethod
@@ -163,10 +161,14 @@ def _loss(metrics: dict[str, float]) -> float:
     return metrics["loss"]
 
 
+def saved_steps(run: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a run's folder, newest last."""
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal())
+
+
 def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
     """Return the step and the description of a run's newest (or given) checkpoint. Raise UserError if it has none."""
-    folder = run / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    folder, steps = run / "checkpoints", saved_steps(run)
     if not steps:
         raise UserError(f"{run}: holds no checkpoint; give the folder of a run made by `ringrl train --run`")
     if step is not None and step not in steps:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jax
+from jax._src.distributed import global_state  # neither the index nor the key-value store has a public name
 from jax.experimental import multihost_utils
 
 from ringrl.config import DistributedConfig
@@ -83,8 +84,6 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
 
 def place() -> tuple[int, int]:
     """Return this process's index and the number of processes, without initialising the devices."""
-    from jax._src.distributed import global_state  # neither these nor the key-value store have a public name
-
     return global_state.process_id, global_state.num_processes
 
 
@@ -168,7 +167,7 @@ class StopRequest:
 def stop_on_sigterm() -> Iterator[StopRequest]:
     """Turn SIGTERM (from `kill` or a scheduler) into a StopRequest inside the block, if the main thread runs it."""
     stop = StopRequest()
-    # JAX handles the signal itself once processes are connected; only the main thread can.
+    # JAX handles the signal itself once processes are connected. Only the main thread may set a handler.
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -226,6 +225,4 @@ def _is_from_the_runtime(error: BaseException | None) -> bool:
 
 
 def _client() -> Any:
-    from jax._src.distributed import global_state
-
     return global_state.client

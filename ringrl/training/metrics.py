@@ -10,8 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -103,31 +102,29 @@ def check_loggers(config: TrainConfig) -> None:
         raise UserError("--log wandb: needs wandb; install it with: pip install 'ringrl[wandb]'")
 
 
-class MetricsLog:
-    """metrics.jsonl of one run, resumed after `step`, and further writers of the same numbers.
+class MetricsLog(ExitStack):
+    """metrics.jsonl of one run, resumed after `step`, and further writers of the same numbers. Leaving it closes all.
 
     Damaged lines are dropped, and so are lines after `step`, whose work a kill has undone. `missing` is the number of
     steps up to `step` that have no line.
     """
 
     def __init__(self, run: Path, step: int, writers: Sequence[TensorBoardWriter | WandbWriter] = ()) -> None:
-        self._path = run / "metrics.jsonl"
-        kept = self._lines_until(step)
-        self.missing = step - len(kept)
-        write_whole(self._path, b"".join(kept))
-        self._file = self._path.open("a")
-        self._writers = writers
-
-    def _lines_until(self, step: int) -> list[bytes]:
-        kept = []
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
+        super().__init__()
+        path, kept = run / "metrics.jsonl", []
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] > step:
                     break
             except (ValueError, KeyError, TypeError):
                 continue  # damaged, or cut short by a kill
             kept.append(line + b"\n")
-        return kept
+        self.missing = step - len(kept)
+        write_whole(path, b"".join(kept))
+        self._writers = writers
+        for writer in writers:
+            self.callback(writer.close)
+        self._file = self.enter_context(path.open("a"))
 
     def write(self, entries: list[dict[str, float]]) -> None:
         """Append one line per entry, a dict of `step` and named numbers."""
@@ -137,15 +134,6 @@ class MetricsLog:
             numbers = {name: value for name, value in entry.items() if name != "step"}
             for writer in self._writers:
                 writer.write(int(entry["step"]), numbers)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with ExitStack() as stack:  # closes all, even if one meets a full disk
-            for writer in self._writers:
-                stack.callback(writer.close)
-            stack.callback(self._file.close)
 
 
 def open_log(config: TrainConfig, step: int) -> AbstractContextManager[MetricsLog | None]:
@@ -205,10 +193,10 @@ class MetricsRecorder:
         speed = self._speed((now - self._since) / len(values))
         if self.memory is not None:
             speed["peak_memory_bytes"] = self.memory
-        entries = []
+        entries: list[dict[str, float]] = []
         for step, metrics in values:
-            entry = {"step": step} | {name: float(value) for name, value in metrics.items()}
-            entries.append(entry | {"learning_rate": float(self._schedule(step - 1))} | speed)
+            numbers = {name: float(value) for name, value in metrics.items()}
+            entries.append({"step": step, **numbers, "learning_rate": float(self._schedule(step - 1)), **speed})
         if self._log is not None:
             self._log.write(entries)
         losses = [entry["loss"] for entry in entries if np.isfinite(entry["loss"])]

@@ -69,8 +69,18 @@ def make_executor(folder: Path, slurm: SlurmConfig, cluster: str, **own: object)
     return executor
 
 
+class RequeuedJob:
+    """A job that submitit queues again after its time limit. Subclasses do their work when called."""
+
+    def checkpoint(self) -> Any:
+        """Return the job that submitit queues after the time limit."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainJob:
+class TrainJob(RequeuedJob):
     """The work of each task of a job. It always resumes, because the job may have been stopped and queued again."""
 
     work: Callable[..., object]
@@ -87,9 +97,3 @@ class TrainJob:
             coordinator=f"{task.hostnames[0]}:{port}", processes=task.num_tasks, process=task.global_rank
         )
         run_supervised(partial(self.work, resume=True), config)
-
-    def checkpoint(self) -> Any:
-        """Return the job that submitit queues after the time limit."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)

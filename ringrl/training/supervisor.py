@@ -41,7 +41,9 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
     joined_of_child.close()
     try:
         with _forwarding_signals(child):
-            last = _read_last(messages)
+            end = b""
+            while chunk := os.read(messages.fileno(), KEPT):
+                end = (end + chunk)[-KEPT:]
             child.join()
     finally:
         child.kill()
@@ -52,6 +54,7 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
     code = child.exitcode or 0
     if code == 0:
         return int(index)
+    last = end.decode(errors="replace")
     line, code = _explain(code, last, index, count, config)
     if code not in (LOST, USER_ERROR, INTERRUPTED):
         sys.stderr.write(last)
@@ -80,14 +83,6 @@ def _explain(code: int, last: str, index: int | None, count: int | None, config:
         return f"{who} of {count} is lost; start all again, with --resume", LOST
     name = signal.Signals(-code).name
     return f"process {index} of {count} was ended by {name} (SIGKILL: often out of memory)", 128 - code
-
-
-def _read_last(messages: Connection) -> str:
-    """Return the end of the messages that arrive until the child closes the pipe."""
-    last = b""
-    while chunk := os.read(messages.fileno(), KEPT):
-        last = (last + chunk)[-KEPT:]
-    return last.decode(errors="replace")
 
 
 @contextmanager
