@@ -15,7 +15,7 @@ from ringrl.errors import UserError
 
 @contextmanager
 def worker_processes(
-    number: int, start: Callable[..., None], arguments: tuple[Any, ...], what: str
+    number: int, start: Callable[..., object], arguments: tuple[Any, ...], what: str
 ) -> Iterator[Executor]:
     """Give an executor of `number` processes, each of which first calls `start(*arguments)`.
 
@@ -38,7 +38,7 @@ def worker_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _start(start: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     start(*arguments)

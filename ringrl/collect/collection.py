@@ -46,7 +46,7 @@ def collect(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Record a dataset of a task in the ExoRL format: `destination/buffer/episode_{number}_{steps}.npz`.
+    """Record a dataset in the ExoRL format, `destination/buffer/episode_{number}_{steps}.npz`. Return `destination`.
 
     The episodes, in order of their numbers, are the history of a learner. "scripted" searches the parameters of the
     domain's scripted controller. "td3" learns a policy from scratch. "rnd" learns a policy that seeks novel states,
@@ -61,13 +61,9 @@ def collect(
         destination: folder to create. An empty folder may exist.
         episodes: number of episodes, at least 1.
         seed: seed of initial states, noise, search and learner, at least 0.
-        method: "scripted", "td3" or "rnd".
         workers: number of processes that record scripted episodes, by default one per available core. With more than
             one, a script must call this under `if __name__ == "__main__":`, because the processes import it.
         progress: see `Progress`.
-
-    Returns:
-        `destination`.
 
     Raises:
         UserError: unknown task or method, a number out of range, an existing destination or one that cannot be written,
@@ -83,14 +79,8 @@ def collect(
         raise UserError(f"{task}: workers is {workers}, but method {method} learns in one process: leave workers out")
     destination = Path(destination)
     progress = progress or (lambda done, total: None)
-    description: dict[str, str | int] = {
-        "task": task,
-        "method": method,
-        "episodes": episodes,
-        "seed": seed,
-        "ringrl": __version__,
-    }
-    with _new_folder(destination, description) as folder:
+    description = {"task": task, "method": method, "episodes": episodes, "seed": seed, "ringrl": __version__}
+    with _new_folder(destination, json.dumps(description, indent=2) + "\n") as folder:
         if method == "scripted":
             workers = workers or available_cores()
             search(task, folder, episodes=episodes, seed=seed, workers=workers, progress=progress)
@@ -102,7 +92,7 @@ def collect(
 
 
 @contextmanager
-def _new_folder(destination: Path, description: Mapping[str, str | int]) -> Iterator[Path]:
+def _new_folder(destination: Path, description: str) -> Iterator[Path]:
     """Give a hidden folder next to `destination`, which gets that name when the block ends well.
 
     If the block fails or the process is killed, finished episodes stay in the hidden folder's buffer/. The next call
@@ -134,13 +124,12 @@ def _new_folder(destination: Path, description: Mapping[str, str | int]) -> Iter
         raise UserError(f"{destination}: cannot be written ({reason}): free some space or choose another") from error
 
 
-def _describe(partial: Path, destination: Path, description: Mapping[str, str | int]) -> None:
+def _describe(partial: Path, destination: Path, description: str) -> None:
     """Write the description. Raise UserError if existing episodes were recorded with another description."""
     path = partial / _DESCRIPTION
-    text = json.dumps(description, indent=2) + "\n"
-    if any(partial.glob("buffer/*.npz")) and (not path.exists() or path.read_text("utf-8", "replace") != text):
+    if any(partial.glob("buffer/*.npz")) and (not path.exists() or path.read_text("utf-8", "replace") != description):
         raise UserError(
             f"{destination}: {partial} contains part of another collection (see its {_DESCRIPTION}): continue that "
             "collection, remove the folder or choose another name"
         )
-    path.write_text(text, "utf-8")
+    path.write_text(description, "utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,6 @@ from ringrl.errors import UserError
 from ringrl.files import write_whole
 from ringrl.model import ActorCritic, TrainState
 from ringrl.model.agents.td3 import EXORL, TD3
-
-if TYPE_CHECKING:
-    pass
 
 _ENVIRONMENTS = 4  # parallel episodes, which share one call of the actor
 _STRIDE = 25  # steps between rounds of updates; divides the episode length of every domain
@@ -56,7 +53,8 @@ class Learner:
 
     def __init__(self, domain: Domain, seed: int, *, is_reward_free: bool, width: int = 256) -> None:
         self._model = ModelConfig(kind="td3_bc", layers=2, width=width)
-        self._sizes, self._seed = (domain.observation_size, domain.action_size), _derived(seed)
+        self._sizes = (domain.observation_size, domain.action_size)
+        self._seed = int(np.random.default_rng((seed, 4)).integers(2**32))  # JAX needs a seed below 2^32
         # The novelty reward decreases while it is learned, so it is computed for single steps when they are sampled.
         n_step = 1 if is_reward_free else 3
         self.settings = ActorCriticConfig(n_step=n_step, behaviour_cloning=0.0, target_rate=0.01)
@@ -140,8 +138,7 @@ def _run(
 ) -> LearnerState:
     """Record parallel episodes from start to end, with updates in between, and return the learner after them."""
     random = np.random.default_rng((seed, 3, first))
-    _, steps, size = replay.action.shape
-    steps -= 1
+    steps, size = replay.action.shape[1] - 1, replay.action.shape[2]
     # Pink noise explores better than white or red noise (Eberhard et al. 2023, "Pink noise is all you need").
     noises = noise * np.stack([coloured_noise(random, steps, size, exponent=1.0) for _ in recordings], axis=1)
     for block in range(0, steps, _STRIDE):
@@ -156,14 +153,9 @@ def _run(
         replay.grow(first, len(recordings), block + _STRIDE)
         if replay.transitions > _WARM_UP:
             shape = (len(recordings) * _STRIDE // _TRANSITIONS_PER_UPDATE, _BATCH)
-            settings = learner.settings
-            state = learner.update(state, replay.sample(random, shape, settings.n_step, settings.discount))
+            batches = replay.sample(random, shape, learner.settings.n_step, learner.settings.discount)
+            state = learner.update(state, batches)
     return state
-
-
-def _derived(seed: int) -> int:
-    """Return a seed below 2^32, as JAX needs it."""
-    return int(np.random.default_rng((seed, 4)).integers(2**32))
 
 
 def _recall(folder: Path, domain: Domain, replay: Replay, column: int, done: int) -> None:

@@ -1,8 +1,9 @@
 """Collection with a scripted controller: a cross-entropy search over its parameters, with every episode kept."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ringrl.collect.controllers import recipe_of
 from ringrl.collect.record import EpisodePlan, record_episode
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import domain_of, load_simulation
+from ringrl.envs.simulation import Simulation
 from ringrl.processes import worker_processes
 
 _GENERATIONS = 40
@@ -78,14 +80,17 @@ def search(
     distribution = CrossEntropySearch.start(recipe.mean, recipe.deviation)
     generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
     returns: list[float] = []
-    with _recorders(task, folder / "buffer", min(workers, episodes)) as record_all:
+    record, workers = partial(_record, task, folder), min(workers, episodes)
+    several = worker_processes(workers, _simulation, (task,), "collection") if workers > 1 else nullcontext()
+    with several as pool:
         while len(returns) < episodes:
             first = len(returns)
             number = min(generation_size, episodes - first)
             parameters = distribution.propose(np.random.default_rng((seed, 1, first)), number)
             limits = np.interp(np.arange(first, first + number) / episodes, (0, 1), recipe.noise)
             plans = [EpisodePlan(first + i, seed, parameters[i], float(limits[i])) for i in range(number)]
-            recorded = iter(record_all([plan for plan in plans if plan.index not in finished]))
+            new = [plan for plan in plans if plan.index not in finished]
+            recorded = map(record, new) if pool is None else pool.map(record, new)
             for plan in plans:
                 returns.append(finished[plan.index] if plan.index in finished else next(recorded))
                 progress(len(returns), episodes)
@@ -96,47 +101,23 @@ def _finished_returns(task: str, folder: Path) -> dict[int, float]:
     """Return the returns, by number, of the episodes in the folder."""
     if not any(folder.glob("buffer/*.npz")):
         return {}
-    domain = domain_of(task)
-    column = domain.recorded_tasks(task).index(task)
-    with Archive(folder, domain) as archive:
-        rewards = {member.number: archive.read(member)["reward"][:, column] for member in archive.members}
-    return {number: float(reward.sum(dtype="float64")) for number, reward in rewards.items()}
+    with Archive(folder, domain_of(task)) as archive:
+        return {member.number: _return(task, archive.read(member)) for member in archive.members}
 
 
-class EpisodeRecorder:
-    """Recorder of scripted episodes of a task into a folder, with its own simulation."""
-
-    def __init__(self, task: str, folder: Path) -> None:
-        self._simulation = load_simulation(task)
-        self._column = domain_of(task).recorded_tasks(task).index(task)
-        self._recipe = recipe_of(task)
-        self._folder = folder
-
-    def __call__(self, plan: EpisodePlan) -> float:
-        """Record and save an episode, and return its return."""
-        episode = record_episode(self._simulation, self._recipe, plan)
-        save_episode(self._folder, plan.index, episode)
-        return float(episode["reward"][:, self._column].sum(dtype="float64"))
+def _record(task: str, folder: Path, plan: EpisodePlan) -> float:
+    """Record and save a scripted episode, and return its return."""
+    episode = record_episode(_simulation(task), recipe_of(task), plan)
+    save_episode(folder / "buffer", plan.index, episode)
+    return _return(task, episode)
 
 
-@contextmanager
-def _recorders(task: str, folder: Path, number: int) -> Iterator[Callable[[list[EpisodePlan]], Iterable[float]]]:
-    """Give a function that records plans in `number` processes and returns their returns in order."""
-    if number == 1:
-        recorder = EpisodeRecorder(task, folder)
-        yield lambda plans: map(recorder, plans)
-        return
-    with worker_processes(number, _start_worker, (task, folder), "collection") as pool:
-        yield lambda plans: pool.map(_record, plans)
+@lru_cache(maxsize=1)
+def _simulation(task: str) -> Simulation:
+    """Return the simulation that all episodes of this process share, since loading one is slow."""
+    return load_simulation(task)
 
 
-_recorder: EpisodeRecorder  # of a worker process
-
-
-def _start_worker(task: str, folder: Path) -> None:
-    global _recorder
-    _recorder = EpisodeRecorder(task, folder)
-
-
-def _record(plan: EpisodePlan) -> float:
-    return _recorder(plan)
+def _return(task: str, episode: Mapping[str, np.ndarray]) -> float:
+    column = domain_of(task).recorded_tasks(task).index(task)
+    return float(episode["reward"][:, column].sum(dtype="float64"))

@@ -65,9 +65,7 @@ def make_plan(
     """Return the plan of one optimiser step.
 
     Args:
-      config: the model and the number of contexts.
-      machine: the devices.
-      tokens: tokens per context.
+      config: the model and the number of contexts, of `tokens` each.
       mesh: None: the plan chooses the mesh.
       method: "compiler" requires ahead-of-time compilation, "best" uses it if possible.
       compilations: at most, for the longest context.
@@ -105,12 +103,12 @@ def _workloads(workload: Workload, machine: Machine, mesh: MeshConfig | None, *,
         return best_meshes(workload, machine)[: CANDIDATES if search else 1]
     if search and mesh is not None:
         raise UserError("--search: cannot be combined with --mesh; remove one of them")
-    axes = dict.fromkeys(MESH_AXES, 1) if mesh is None else mesh.model_dump()
     if mesh is not None and mesh.devices != machine.devices:
         raise UserError(
             f"--mesh: data x fsdp x tensor x seq is {mesh.devices}, expected the {machine.devices} devices of "
             f"{machine.name}"
         )
+    axes = dict.fromkeys(MESH_AXES, 1) if mesh is None else mesh.model_dump()
     workload = workload.with_settings("mesh", **axes)
     workload.check()
     return [workload]

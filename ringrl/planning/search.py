@@ -167,10 +167,8 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     found = [advice for advice in found if advice.total < total or advice.is_enough]
     if len(found) > 1 and not any(advice.is_enough for advice in found):
         found.append(judge("all changes above", everything))
-    if devices := _enough_devices(workload, machine, off):
-        needed, after = devices
-        change = f"{needed} devices, --mesh.seq {needed * workload.config.mesh.seq // workload.config.mesh.devices}"
-        found.append(Advice(change, after, True))
+    if more := _enough_devices(workload, machine, off):
+        found.append(more)
     return sorted(found, key=lambda advice: (not advice.is_enough, advice.total))
 
 
@@ -192,8 +190,8 @@ def _changes(workload: Workload) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"optimiser.accumulation: {parts}", "optimiser", {"accumulation": parts}
 
 
-def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[int, float] | None:
-    """Return the smallest sufficient number of devices, scaled by a power of two along "seq", and its bytes."""
+def _enough_devices(workload: Workload, machine: Machine, off: float) -> Advice | None:
+    """Return the smallest sufficient number of devices, scaled by a power of two along "seq"."""
     seq, devices = workload.config.mesh.seq, workload.config.mesh.devices
     factor = 2
     while devices * factor <= MOST_DEVICES:
@@ -203,6 +201,7 @@ def _enough_devices(workload: Workload, machine: Machine, off: float) -> tuple[i
         except UserError:
             return None
         if fits_by_formula(longer, machine, off / factor):
-            return devices * factor, memory_of(longer, machine.device.platform).total + off / factor
+            total = memory_of(longer, machine.device.platform).total + off / factor
+            return Advice(f"{devices * factor} devices, --mesh.seq {seq * factor}", total, True)
         factor *= 2
     return None

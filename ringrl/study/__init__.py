@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AblationPlan", "ablate", "read_plan"]
 
-_HOMES = {
-    "AblationPlan": "plan",
-    "ablate": "runner",
-    "read_plan": "plan",
-}
+_HOMES = {"AblationPlan": "plan", "ablate": "runner", "read_plan": "plan"}
 
 
 def __getattr__(name: str) -> Any:

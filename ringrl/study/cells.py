@@ -39,10 +39,11 @@ from ringrl.evaluation import (
 )
 from ringrl.evaluation.protocol import FIRST_SEED, compile_policy
 from ringrl.evaluation.records import append_records, data_records, library_versions
-from ringrl.files import write_whole
+from ringrl.files import write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import load_policy, train
+from ringrl.training.checkpoints import saved_steps
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
 EVALUATION = "evaluation.jsonl"
@@ -86,7 +87,7 @@ class Work:
         raise NotImplementedError
 
     def check(self) -> None:
-        """UserError if the folder belongs to other work. More to roll out, or videos, do not make it other work."""
+        """Raise UserError if the folder belongs to other work. More episodes, prompts or videos are the same work."""
         path = self.folder / CELL
         if not path.exists():
             return
@@ -101,9 +102,9 @@ class Work:
                 raise UserError(f"{path}: {name} was {was}, the plan says {now}; give another output")
 
     def note_failure(self, why: str) -> str:
-        """Write failed.txt; returns the reason as one line."""
+        """Write failed.txt, and return the reason as one line."""
         line = " ".join(why.split())
-        with suppress(UserError):  # a full disk, for example; the reason is still returned
+        with suppress(UserError):  # a full disk, for example
             write(self.folder / FAILED, line + "\n")
         return line
 
@@ -123,9 +124,7 @@ class Cell(Work):
     @property
     def steps_done(self) -> int:
         """Optimiser steps of the newest checkpoint."""
-        checkpoints = self.folder / "checkpoints"
-        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        return max(saved_steps(self.folder), default=0)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -133,7 +132,7 @@ class Cell(Work):
         return self.config.task, *self.config.context.other_tasks
 
     def check(self) -> None:
-        """As `Work.check`; also UserError if the training run has other settings."""
+        """Raise UserError as `Work.check` does, or if the training run has other settings."""
         if (self.folder / "config.yaml").exists():
             check_configuration(self.config)
         super().check()
@@ -188,10 +187,8 @@ class Reference(Work):
         store = EpisodeStore(self.data)
         fingerprint, versions = dataset_fingerprint(store), library_versions()
         records = data_records(task, store.returns(task), data_fingerprint=fingerprint, versions=versions)
-        unfinished = results.with_suffix(".partial")
-        unfinished.unlink(missing_ok=True)
-        append_records(unfinished, records)
-        unfinished.replace(results)
+        with write_aside(results) as unfinished:
+            append_records(unfinished, records)
 
 
 def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> list[Reference]:
@@ -229,7 +226,7 @@ def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType
 
 
 def _check_settings(where: str, plan: Mapping[str, Any], found: Sequence[Cell]) -> None:
-    """UserError for a setting that no cell has, since it would mislead the reader of the plan."""
+    """Raise UserError for a setting that no cell has, since it would mislead the reader of the plan."""
     groups = [("settings", plan.get("settings", {}), found)]
     for task, settings in plan.get("task_settings", {}).items():
         groups.append((f"task_settings: {task}", settings, [cell for cell in found if cell.config.task == task]))
@@ -303,8 +300,7 @@ def _cell(
         "seconds": plan.seconds if plan.budget == "time" else None,
         "data": fingerprint,
     }
-    if variant:
-        about["variant"] = variant
+    about |= {"variant": variant} if variant else {}
     protocols = [Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in tests]
     if plan.prompts and is_rolled_out and (prompts := _prompts(plan.prompts, plan.episodes, trajectories)):
         about["prompts"] = plan.prompts.model_dump(mode="json")
@@ -343,7 +339,7 @@ def _prompts(plan: PromptPlan, episodes: int, trajectories: int) -> list[Protoco
 
 
 def attempt_logged(work: Work, command: str | None) -> str | None:
-    """`attempt` in a process of its own, whose output goes to the cell's log from now on."""
+    """Do `attempt` in a process of its own, whose output goes to the cell's log from now on."""
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
         log = os.open(work.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -356,7 +352,7 @@ def attempt_logged(work: Work, command: str | None) -> str | None:
 
 
 def attempt(work: Work, command: str | None) -> str | None:
-    """Run a cell and write how it ended. Returns why it failed, or None; nothing is raised."""
+    """Run a cell and write how it ended. Return why it failed, or None. Nothing is raised."""
     began = time.perf_counter()
     try:
         write(work.folder / CELL, yaml.safe_dump(work.about, sort_keys=False))
@@ -373,7 +369,7 @@ def attempt(work: Work, command: str | None) -> str | None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and create its folder. UserError if the file cannot be written."""
+    """Write a file whole or not at all, and create its folder. Raise UserError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)

@@ -29,9 +29,8 @@ def run_on_cluster(
 
     Jobs continue when this process ends. The same command then waits for them and submits none twice.
 
-    Submitit's files and the output of the jobs are written to `folder`. Each job asks for the resources of `slurm`; up
-    to `workers` run at a time. `on_start` is called with the name of a cell whose job has started. `cluster` is
-    submitit's name of the cluster; "local" is this machine.
+    Submitit's files and the output of the jobs are written to `folder`. Up to `workers` jobs run at a time. `on_start`
+    is called with the name of a cell whose job has started. `cluster` is submitit's name, "local" for this machine.
 
     Raises:
       UserError: submitit or SLURM is missing, or the jobs are rejected.
@@ -75,17 +74,10 @@ def _follow(jobs: dict[Work, Any], on_start: Callable[[str], None]) -> Iterator[
                 on_start(work.name)
             if has_ended:
                 del waiting[work]
-                yield work, _why(work, job)
+                ended = f"job {job.job_id} ended with state {job.state}; see {job.paths.stderr}"
+                yield work, None if work.is_finished else work.failure or work.note_failure(ended)
         if waiting:
             time.sleep(_SECONDS)
-
-
-def _why(work: Work, job: Any) -> str | None:
-    """Return why a job that has ended did not finish its cell."""
-    if work.is_finished:
-        return None
-    ended = f"job {job.job_id} ended with state {job.state}; see {job.paths.stderr}"
-    return work.failure or work.note_failure(ended)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,8 +94,6 @@ class AblationPlan(Section):
     def _expand_short_form(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        if "environments" in values:
-            raise ValueError(f"environments: write episodes: {_old_episodes(values)} instead, the same starts")
         if not any(name in values for name in _SHORT):
             return values
         given = {name: values[name] for name in _SHORT if name in values}
@@ -178,12 +176,3 @@ def _part(name: str, own: Mapping[str, Any], changes: Mapping[str, Any]) -> Abla
     except ValueError as error:
         reason = one_line(error) if isinstance(error, pydantic.ValidationError) else error
         raise UserError(f"{name}: {reason}") from error
-
-
-def _old_episodes(values: Mapping[str, Any]) -> str:
-    """Return the episodes per cell of a plan that gives environments, the streams of its longest context."""
-    lengths = values.get("test_trajectories") or values.get("trajectories") or (1, 2, 4)
-    try:
-        return str(values["environments"] * math.lcm(*(lengths if values.get("methods", ("at",)) else ())))
-    except TypeError:
-        return "NUMBER"

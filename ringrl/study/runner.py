@@ -58,14 +58,14 @@ class Died(str):
 def ablate(
     plan: AblationPlan, console: Console, command: str | None = None, options: RunOptions | None = None
 ) -> list[Path]:
-    """Train and evaluate every cell that is not finished; returns the results files.
+    """Train and evaluate every cell that is not finished, and return the results files.
 
     An interrupted cell resumes from its last checkpoint or episode. A cell that fails stops no other. Random actions
     and the episodes of the dataset are recorded next to the cells.
 
     Raises:
-      UserError: settings that no run accepts, data that does not fit a task, or a folder of another plan; and, once
-        all other cells are finished, cells that failed.
+      UserError: settings that no run accepts, data that does not fit a task, a folder of another plan, or (after all
+        other cells) cells that failed.
     """
     options = options or RunOptions()
     everything, beside = _check(plan, options)
@@ -94,11 +94,7 @@ def ablate(
 
 
 def estimate(plan: AblationPlan, console: Console, options: RunOptions | None = None) -> None:
-    """Print the remaining cost of a plan without running it. Timings are kept for the run.
-
-    Raises:
-      UserError: as `ablate`.
-    """
+    """Print the remaining cost of a plan without running it. Timings are kept. Raise UserError as `ablate` does."""
     options = options or RunOptions()
     everything, beside = _check(plan, options)
     with _locked(plan.output):
@@ -111,7 +107,7 @@ def estimate(plan: AblationPlan, console: Console, options: RunOptions | None = 
 
 
 def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Reference]]:
-    """Return the plan's cells and references; UserError, before anything is written, if they cannot all be run."""
+    """Return the plan's cells and references. Write nothing. Raise UserError if one of them cannot be run."""
     if options.workers < 1:
         raise UserError(f"--workers: {options.workers} is too few, at least 1 is needed")
     cells(plan)
@@ -158,10 +154,8 @@ def _timed(
 def _time_new(cells: Sequence[Cell], output: Path, workers: int, timings: dict[str, Timing], console: Console) -> None:
     """Time all kinds of cells that have no timing yet, and add them to the file and to `timings`.
 
-    Every kind is timed only once: for the budget time, all seeds must have the same number of steps.
-
-    Raises:
-      UserError: a cell that cannot even start.
+    For the budget time, all seeds must have the same number of steps. Every kind is therefore timed only once. Raise
+    UserError for a cell that cannot start.
     """
     new = list({name: cell for cell in cells if (name := shape(cell)) not in timings}.values())
     if not new:
@@ -210,7 +204,7 @@ def _outcomes(
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Create the output folder and keep other ablations out of it; UserError if one is running."""
+    """Create the output folder and lock it. Raise UserError if another ablation is running in it."""
     with ExitStack() as held:
         try:
             held.enter_context(lock(output, "is running this ablation", file=output / ".lock"))
@@ -222,15 +216,13 @@ def _locked(output: Path) -> Iterator[None]:
 def run_all(
     tasks: Sequence[Callable[[], Any]], workers: int, compiled: Path, on_start: Callable[[int], None]
 ) -> Iterator[tuple[int, Any]]:
-    """Run tasks in worker processes, in their order; yields index and result of each when it ends, or `Died`.
+    """Start tasks in order in worker processes. Yield the index and the result (or `Died`) of each when it ends.
 
-    A process that dies takes its own task with it and no other. All processes end with the main process. Several
-    processes share out the cores. Tasks and results can be pickled.
+    A process that dies fails its own task only. All processes end with the main process, and divide the cores among
+    them. Tasks and results can be pickled.
 
     Args:
-      tasks: what is run.
-      workers: processes at a time.
-      compiled: folder in which all processes keep and find compiled programs.
+      compiled: folder of compiled programs, which all processes share.
       on_start: called with the index of a task that starts.
     """
     waiting = list(range(len(tasks)))
@@ -270,7 +262,7 @@ class _Worker:
 
     def start(self, index: int, task: Callable[[], Any]) -> None:
         self.index = index
-        with suppress(OSError):  # a dead process is noticed when it does not answer
+        with suppress(OSError):  # `end` reports a dead process
             self.pipe.send(task)
 
     def end(self) -> tuple[int, Any]:

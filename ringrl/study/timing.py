@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -54,14 +55,14 @@ class CellCost(NamedTuple):
 
 
 def shape(cell: Cell) -> str:
-    """Return a name shared by all cells that take equally long: they differ in seed, folder and steps only."""
+    """Return the name of the kind of a cell. Cells of a kind differ in seed, folder and steps only."""
     ignored = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
     config = cell.config.model_dump(mode="json", exclude={**ignored, "optimiser": {"steps": True}})
     return json_digest([config, [asdict(protocol) for protocol in cell.protocols]])[:16]
 
 
 def read_timings(output: Path) -> dict[str, Timing]:
-    """Read the timings of an ablation, by shape; UserError if the file is damaged."""
+    """Return the timings of an ablation, by shape. Raise UserError if the file is damaged."""
     path = output / TIMINGS
     if not path.exists():
         return {}
@@ -72,12 +73,12 @@ def read_timings(output: Path) -> dict[str, Timing]:
 
 
 def write_timings(output: Path, timings: Mapping[str, Timing]) -> None:
-    """Write the timings of an ablation; UserError if the file cannot be written."""
+    """Write the timings of an ablation. Raise UserError if the file cannot be written."""
     write(output / TIMINGS, json.dumps({name: timing.model_dump() for name, timing in timings.items()}, indent=1))
 
 
 def measure(cell: Cell) -> Timing | str:
-    """Time a few steps of a cell, in a temporary folder. Returns an error as text, to cross process borders."""
+    """Time a few steps of a cell, in a temporary folder. Return an error as text, to cross process borders."""
     try:
         return _measure(cell)
     except Exception as error:
@@ -99,7 +100,7 @@ def _measure(cell: Cell) -> Timing:
 
 
 def _rollout_seconds(task: str, protocol: Protocol, trained: TrainedPolicy) -> float:
-    """Seconds of all rollouts of a protocol, from a few actions with an empty and a full memory."""
+    """Return the seconds of all rollouts of a protocol, from a few actions with an empty and a full memory."""
     length, streams = domain_of(task).episode_length, protocol.environments
     steps, tokens = length * protocol.episodes, trained.policy.tokens_per_step
     simulate = _simulate(task, streams)
@@ -111,21 +112,21 @@ def _rollout_seconds(task: str, protocol: Protocol, trained: TrainedPolicy) -> f
 
 
 def _act(trained: TrainedPolicy, streams: int, first: int, last: int) -> float:
-    """Mean seconds per action while a memory fills from `first` to `last` tokens; its size doubles when it is full."""
+    """Return the mean seconds per action while a memory fills from `first` to `last` tokens and doubles when full."""
     full = _act_with(trained, streams, last)
     if last <= max(first, SMALLEST_CACHE):
         return full
     start = _act_with(trained, streams, max(first, SMALLEST_CACHE))
-    return start + (full - start) * 2 / 3  # the mean size: half of the time all of it, a quarter half, an eighth ...
+    return start + (full - start) * 2 / 3  # the memory has its last size half of the time, half of that a quarter ...
 
 
 def _act_with(trained: TrainedPolicy, streams: int, tokens: int) -> float:
-    """Seconds per action with a memory of this size, all of which takes part in the computation."""
+    """Return the seconds per action with a memory of this size."""
     info, (graph, params) = trained.info, nnx.split(trained.policy)
     builder = ContextBuilder(info.normalisation, 0.0)
     before = builder.first_outcome(streams, info.action_size)
     current = builder.step(0, 0, np.zeros((streams, info.observation_size)), np.zeros(streams), before)
-    # The memory is donated, as in a rollout, and so not copied.
+    # As in a rollout, the memory is donated instead of copied.
     act = jax.jit(lambda params, step, memory: nnx.merge(graph, params).act(step, step, memory), donate_argnums=2)
     memory = trained.policy.reset(streams, tokens)
 
@@ -138,14 +139,11 @@ def _act_with(trained: TrainedPolicy, streams: int, tokens: int) -> float:
 
 
 def _simulate(task: str, streams: int) -> float:
-    """Seconds per step of all environments together."""
-    environments = make_vec(task, streams, 0)
-    try:
+    """Return the seconds per step of all environments together."""
+    with closing(make_vec(task, streams, 0)) as environments:
         environments.reset()
         actions: Any = np.random.default_rng(0).uniform(-1, 1, environments.action_space.shape).astype(np.float32)
         return _median_seconds(lambda: environments.step(actions))
-    finally:
-        environments.close()
 
 
 def _median_seconds(action: Callable[[], object]) -> float:
@@ -158,7 +156,7 @@ def _median_seconds(action: Callable[[], object]) -> float:
 
 
 def cost(cell: Cell, timings: Mapping[str, Timing]) -> CellCost:
-    """Return the remaining cost of a cell; an evaluation that has begun counts as a whole one."""
+    """Return the remaining cost of a cell. A started evaluation counts whole."""
     config, length = cell.config, domain_of(cell.config.task).episode_length
     one, steps = step_cost(config, length), max(0, config.optimiser.steps - cell.steps_done)
     timing = timings.get(shape(cell))
@@ -173,7 +171,7 @@ def cost(cell: Cell, timings: Mapping[str, Timing]) -> CellCost:
 
 
 def cost_table(cells: Sequence[Cell], timings: Mapping[str, Timing], finished: int, workers: int) -> Table:
-    """Return a table of the remaining cost per kind of cell, and in all; `finished` cells are counted below it."""
+    """Return a table of the remaining cost per kind of cell, and in all. The caption counts the `finished` cells."""
     costs = [cost(cell, timings) for cell in cells]
     kinds: dict[str, dict[str, list[CellCost]]] = {}
     for cell, found in zip(cells, costs, strict=True):

@@ -218,23 +218,6 @@ def test_cells_of_plans_with_environments_are_still_finished(write_plan) -> None
     assert cell.is_finished
 
 
-@pytest.mark.parametrize(
-    ("changes", "episodes"),
-    [
-        ({"trajectories": [1, 2, 8]}, 3 * 8),
-        ({"trajectories": [2, 3]}, 3 * 6),
-        ({"trajectories": [1, 2, 4], "test_trajectories": [2]}, 3 * 2),
-        ({"trajectories": None}, 3 * 4),
-        ({"methods": []}, 3),
-    ],
-)
-def test_old_plans_are_told_their_episodes(write_plan, changes: dict, episodes: int) -> None:
-    path = write_plan(Path("x.h5"), episodes=None, environments=3, **changes)
-    with pytest.raises(UserError, match=f"environments: write episodes: {episodes} instead") as caught:
-        read_plan(path)
-    assert "\n" not in str(caught.value)
-
-
 def test_finished_training_costs_nothing(write_plan) -> None:
     (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings={"optimiser": {"steps": 30}}))
     timings = {shape(cell): Timing(start=5.0, step=2.0, evaluation=7.0)}
