@@ -26,11 +26,7 @@ _DESCRIPTION = "collection.json"
 
 
 def preset_episodes(preset: str, task: str) -> int:
-    """Return the number of a task's episodes in a preset.
-
-    Raises:
-        UserError: unknown preset or task.
-    """
+    """Return the number of a task's episodes in a preset. Raise UserError for an unknown preset or task."""
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}; presets are {', '.join(PRESETS)}")
     return PRESETS[preset] // domain_of(task).episode_length
@@ -54,7 +50,7 @@ def collect(
     of workers.
 
     The folder appears when the collection is complete. Until then, finished episodes are in the hidden folder
-    `.{name}.partial` next to it. The same call after an interruption continues there, to the same arrays.
+    `.{name}.partial` next to it. The same call after an interruption resumes there and gives the same arrays.
 
     Args:
         task: full task name, "walker_walk".
@@ -95,21 +91,16 @@ def collect(
 def _new_folder(destination: Path, description: str) -> Iterator[Path]:
     """Give a hidden folder next to `destination`, which gets that name when the block ends well.
 
-    If the block fails or the process is killed, finished episodes stay in the hidden folder's buffer/. The next call
-    with the same destination and description continues in that folder. A folder without episodes is deleted.
-
-    Raises:
-        UserError: `destination` exists and is not an empty folder, another process collects into it, the hidden folder
-            belongs to another collection, or the disk rejects a write.
+    If the block fails, the hidden folder stays for the next call (see `collect`), or is deleted if it has no episodes.
+    Raise UserError if `destination` exists and is not an empty folder, another process collects into it, the hidden
+    folder belongs to another collection, or the disk rejects a write.
     """
     destination = destination.resolve()
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         with lock(destination, "is collecting into it"):
             if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-                raise UserError(
-                    f"{destination}: already exists and is not an empty folder, remove it or choose another name"
-                )
+                raise UserError(f"{destination}: exists and is not an empty folder, remove it or choose another name")
             try:
                 (partial / "buffer").mkdir(parents=True, exist_ok=True)
                 _describe(partial, destination, description)

@@ -16,6 +16,9 @@ from ringrl.envs import domain_of
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
 
+ParameterVector = Float64[np.ndarray, " parameters"]
+"""Parameters of a controller, see `Recipe`."""
+
 Controller = Callable[[int], Float64[np.ndarray, " action"]]
 """Returns the action at a step of an episode, which may exceed [-1, 1]. It may read the state of the simulation."""
 
@@ -28,22 +31,18 @@ class Recipe:
         controller: returns the controller with these parameters for a simulation that was just reset.
         mean: initial mean of the parameters.
         deviation: initial standard deviation of the parameters.
-        noise: largest share of noise in an action, at the start and at the end of the collection. The share of an
-            episode is uniform between zero and this limit.
+        noise: largest share of noise in an action, at the start and at the end of the collection. The share of each
+            episode is uniform below this limit.
     """
 
-    controller: Callable[[Simulation, Float64[np.ndarray, " parameters"]], Controller]
-    mean: Float64[np.ndarray, " parameters"]
-    deviation: Float64[np.ndarray, " parameters"]
+    controller: Callable[[Simulation, ParameterVector], Controller]
+    mean: ParameterVector
+    deviation: ParameterVector
     noise: tuple[float, float]
 
 
 def recipe_of(task: str) -> Recipe:
-    """Return the recipe of a task's domain. It fits every task of the domain, because the search maximises the reward.
-
-    Raises:
-        UserError: unknown task.
-    """
+    """Return the recipe of a task's domain, which fits all tasks of the domain. Raise UserError for an unknown task."""
     recipes = {
         "walker": _sinusoid_recipe(action_size=6, frequency=1.0),
         "cheetah": _sinusoid_recipe(action_size=6, frequency=2.0),
@@ -70,7 +69,7 @@ def _sinusoid_recipe(action_size: int, frequency: float) -> Recipe:
     )
 
 
-def _sinusoid(action_size: int, simulation: Simulation, parameters: Float64[np.ndarray, " parameters"]) -> Controller:
+def _sinusoid(action_size: int, simulation: Simulation, parameters: ParameterVector) -> Controller:
     frequency = np.exp(parameters[0])
     amplitude, offset, phase = parameters[1:].reshape(3, action_size)
     domain = simulation.domain

@@ -102,10 +102,8 @@ def learn(
 ) -> None:
     """Record the history of a learner into `folder`/buffer.
 
-    The learner is saved after every few episodes. A call after a kill continues bit-identically.
-
-    Raises:
-        UserError: the saved learner is damaged, or an episode that it has learned from is missing or damaged.
+    The learner is saved after every few episodes. A call after a kill continues bit-identically. Raise UserError if the
+    saved learner, or an episode that it has learned from, is damaged or missing.
     """
     domain = domain_of(task)
     column = domain.recorded_tasks(task).index(task)

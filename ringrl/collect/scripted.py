@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from ringrl.collect.controllers import recipe_of
+from ringrl.collect.controllers import ParameterVector, recipe_of
 from ringrl.collect.record import EpisodePlan, record_episode
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import domain_of, load_simulation
@@ -37,15 +37,13 @@ class CrossEntropySearch:
         memory: parameters and returns of the last generations.
     """
 
-    mean: Float64[np.ndarray, " parameters"]
-    deviation: Float64[np.ndarray, " parameters"]
-    smallest: Float64[np.ndarray, " parameters"]
+    mean: ParameterVector
+    deviation: ParameterVector
+    smallest: ParameterVector
     memory: tuple[tuple[Float64[np.ndarray, "number parameters"], Float64[np.ndarray, " number"]], ...] = ()
 
     @classmethod
-    def start(
-        cls, mean: Float64[np.ndarray, " parameters"], deviation: Float64[np.ndarray, " parameters"]
-    ) -> "CrossEntropySearch":
+    def start(cls, mean: ParameterVector, deviation: ParameterVector) -> "CrossEntropySearch":
         """Return a search before its first generation."""
         return cls(mean, deviation, _SMALLEST_SHARE * deviation)
 
@@ -73,8 +71,7 @@ def search(
 ) -> None:
     """Record all episodes of a search into `folder`/buffer. Episodes in the folder are not recorded again.
 
-    Raises:
-        UserError: an episode in the folder is damaged, or a worker process died.
+    Raise UserError if an episode in the folder is damaged, or a worker process died.
     """
     recipe, finished = recipe_of(task), _finished_returns(task, folder)
     distribution = CrossEntropySearch.start(recipe.mean, recipe.deviation)

@@ -72,8 +72,8 @@ def make_plan(
       search: compile the best meshes instead of one.
       notice: called before every compilation.
 
-    Raises:
-      UserError: the mesh or the tokens do not divide; method "compiler" without a compiler for the machine.
+    Raise UserError if the mesh or the tokens do not divide, or there is no compiler for the machine but the method is
+    "compiler".
     """
     began = time.perf_counter()
     reason = "--method formula" if method == "formula" else why_not(machine)

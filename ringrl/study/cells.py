@@ -1,7 +1,7 @@
 """Cells of an ablation: training runs with their evaluations, each in a folder of its own.
 
-config.yaml       configuration of the training run (the folder is a run's folder, as `ringrl train` makes it)
-cell.yaml         what is rolled out afterwards
+config.yaml       configuration of the training run (the folder is also a run's folder of `ringrl train`)
+cell.yaml         description of the cell: its rollouts, budget and data
 evaluation.jsonl  results
 log.txt           output
 finished.json     written last
@@ -52,7 +52,7 @@ FINISHED, FAILED, LOG, CELL = "finished.json", "failed.txt", "log.txt", "cell.ya
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Work:
-    """A piece of an ablation that is done once, in a folder of its own: a cell or a reference."""
+    """A piece of an ablation with a folder of its own: a cell or a reference."""
 
     folder: Path
     about: Mapping[str, Any]  # written to cell.yaml and finished.json, to recognise the same work later
@@ -64,26 +64,26 @@ class Work:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the results exist and nothing is left to do."""
+        """Whether all results exist."""
         try:
             did = json.loads((self.folder / FINISHED).read_text())["did"]
             did.pop("environments", None)  # earlier versions stored the streams of the longest context too
             if did.get("videos"):
-                did["videos"] = self.about.get("videos")  # finished with videos, even if they are no longer wanted
+                did["videos"] = self.about.get("videos")  # videos that the plan no longer asks for do no harm
             return bool(did == self.about) and (self.folder / EVALUATION).stat().st_size > 0
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     @property
     def failure(self) -> str | None:
-        """Why the last attempt failed; None if it did not."""
+        """The reason why the last attempt failed, or None."""
         try:
             return (self.folder / FAILED).read_text().strip()
         except OSError:
             return None
 
     def run(self, command: str | None) -> None:
-        """Write the results, starting where an interruption stopped."""
+        """Write the results. Interrupted work resumes."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -128,7 +128,7 @@ class Cell(Work):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks that the policy is evaluated in: all that it was trained on."""
+        """The tasks of training, in all of which the policy is evaluated."""
         return self.config.task, *self.config.context.other_tasks
 
     def check(self) -> None:
@@ -138,7 +138,7 @@ class Cell(Work):
         super().check()
 
     def run(self, command: str | None) -> None:
-        """Train and evaluate, starting where an interruption stopped."""
+        """Train and evaluate. An interrupted run resumes."""
         if not (self.folder / "config.yaml").exists():
             write(self.folder / "config.yaml", to_yaml(self.config))
         train(self.config, resume=True)
@@ -153,7 +153,7 @@ class Cell(Work):
             for protocol in self.protocols
         ]
         evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
-        for one in filter(self._is_filmed, evaluations):  # best.mp4 is written last; without it, all are made again
+        for one in filter(self._is_filmed, evaluations):  # best.mp4 is the last video; without it, all are repeated
             evaluate_all([one], again=not (one.videos / "best.mp4").is_file(), video=True, progress=_Log())
 
     def _is_filmed(self, evaluation: Evaluation) -> bool:
@@ -174,7 +174,7 @@ class _Log(EvaluationProgress):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference(Work):
-    """Returns that the cells of a task are compared with: random actions, or the episodes of the dataset."""
+    """The returns of random actions or of the dataset's episodes, as a reference for the cells of a task."""
 
     data: Path
 
@@ -192,7 +192,7 @@ class Reference(Work):
 
 
 def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> list[Reference]:
-    """Return two references per task; `fingerprints` are those of the tasks' datasets, if known."""
+    """Return two references per task. `fingerprints`: task -> fingerprint of its dataset, if known."""
     found = []
     for task, data in plan.datasets.items():
         episodes = max(part.episodes for part in plan.whole if task in part.datasets)
@@ -205,15 +205,14 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
 def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> list[Cell]:
     """Return all cells of a plan, seed by seed, so that an interrupted ablation has whole comparisons.
 
-    Raises:
-      UserError: settings that no run accepts or that have no effect, or two parts that make the same cell.
+    Raise UserError for settings that no run accepts or that have no effect, or if two parts make the same cell.
     """
     parts = [list(_cells(part, fingerprints)) for part in plan.whole]
     found = [cell for part in parts for cell in part]
     name, count = Counter(cell.name for cell in found).most_common(1)[0]
     if count > 1:
         raise UserError(f"{name}: two parts of the plan make this cell; give one of them a variant")
-    # A setting is meant for the methods with a context, where the plan has any.
+    # A setting must have an effect on the methods with a context, if the plan has any.
     read = [
         [cell for cell in part if cell.folder.name.partition("_")[0] in whole.methods] or part
         for whole, part in zip(plan.whole, parts, strict=True)
@@ -247,7 +246,7 @@ def _has(config: TrainConfig, name: str, value: Any) -> bool:
         value = {part: value}
     try:
         return TrainConfig.model_validate(merged(config.model_dump(), value)) == config
-    except pydantic.ValidationError:  # does not even fit the settings of the method
+    except pydantic.ValidationError:  # contradicts the settings of the method
         return False
 
 
@@ -272,7 +271,7 @@ def _cell(
     trajectories: int,
     tokens: str | None = None,
 ) -> Cell:
-    is_rolled_out = method in plan.methods  # in contexts of several episodes
+    is_rolled_out = method in plan.methods  # other methods act in single episodes
     length = str(trajectories) if is_rolled_out else None
     slug = re.sub(r"[^\w.+=-]+", "-", variant) if variant else None
     name = "_".join(part for part in (method.replace("%", ""), length, tokens, slug) if part)
@@ -309,7 +308,7 @@ def _cell(
 
 
 def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
-    """Validate the settings of a run, with the batch size or the steps that the budget asks for."""
+    """Return the settings of a run, with the batch size or the steps of the budget."""
     config = TrainConfig.model_validate(settings)
     optimiser = {}
     if plan.budget != "steps" and config.model.family.source == "contexts":
@@ -359,7 +358,7 @@ def attempt(work: Work, command: str | None) -> str | None:
         work.run(command)
         finished = {"did": work.about, "seconds": time.perf_counter() - began}
         write(work.folder / FINISHED, json.dumps(finished) + "\n")
-    except Exception as error:  # whatever it is, the other cells continue
+    except Exception as error:  # the other cells continue
         with suppress(OSError):  # the log may be on a full disk
             traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -31,9 +31,7 @@ def run_on_cluster(
 
     Submitit's files and the output of the jobs are written to `folder`. Up to `workers` jobs run at a time. `on_start`
     is called with the name of a cell whose job has started. `cluster` is submitit's name, "local" for this machine.
-
-    Raises:
-      UserError: submitit or SLURM is missing, or the jobs are rejected.
+    Raise UserError if submitit or SLURM is missing or rejects the jobs.
     """
     if not todo:
         return

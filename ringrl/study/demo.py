@@ -21,13 +21,8 @@ SEED = 0
 def run_demo(output: Path, console: Console, command: str | None = None) -> Path:
     """Collect episodes, import them, train and evaluate every cell of the preset "demo".
 
-    All files are written to `output`; an interrupted demo keeps what it has finished.
-
-    Returns:
-      The folder of the results, output/runs.
-
-    Raises:
-      UserError: the folder contains other files or cannot be written.
+    Return the folder of the results, output/runs. The same call resumes an interrupted demo. Raise UserError if
+    `output` contains other files or cannot be written.
     """
     collected, store = output / "collected", output / "data.h5"
     if not collected.exists() and not store.exists() and _has_other_files(output):

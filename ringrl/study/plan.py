@@ -1,4 +1,4 @@
-"""The plan of an ablation: which settings are crossed, and which settings all cells share."""
+"""The plan of an ablation: the settings to cross, and the settings that all cells share."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _SHORT = ("data", "task", "tasks")
 
 
 class PromptPlan(Section):
-    """Prompts: dataset trajectories that a policy remembers before its first episode."""
+    """Prompts: dataset trajectories in the memory of a policy before its first episode."""
 
     trajectories: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     """Prompt lengths. A cell uses those shorter than its training context; 0 is an empty memory."""
@@ -41,7 +41,7 @@ class AblationPlan(Section):
     trajectories: tuple[int, ...] = Field((1, 2, 4), min_length=1)
     """Trajectories per training context."""
     test_trajectories: tuple[int, ...] = ()
-    """Episodes per context in evaluation, all of them for each trained context length. Default: as in training."""
+    """Episodes per context in evaluation. Every cell is evaluated with each number. Default: as in training."""
     token_sets: tuple[Literal["at5", "ring4", "dt3", "fused1"], ...] = ()
     """Tokens per timestep, for the methods with a context. Default: the token set of the settings."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0, 1, 2), min_length=1)
@@ -49,28 +49,27 @@ class AblationPlan(Section):
     baselines: tuple[Literal["bc", "bc-10%", "dt", "td3", "td3+bc"], ...] = ("bc",)
     """Methods without memory of other episodes, evaluated in single episodes."""
     budget: Budget = "tokens"
-    """What all cells of a task have in common. tokens: timesteps of data. steps: optimiser steps with the batch size of
-    the settings, so that longer contexts see more data. time: seconds of training, see `seconds`."""
+    """Training cost that all cells of a task share. tokens: timesteps of data. steps: optimiser steps with the batch
+    size of the settings (longer contexts then see more data). time: seconds of training, see `seconds`."""
     seconds: float = Field(60.0, gt=0)
-    """Training time per cell for the budget time. The number of steps is computed from steps timed before the first
-    cell starts, and then fixed, so that the learning rate schedule can end and the run can be resumed exactly."""
+    """Training time per cell for the budget time. Steps are timed before the first cell starts. The number of steps is
+    then fixed, so that the learning rate schedule can end and a run resumes exactly."""
     trajectories_per_batch: int = Field(8, ge=1)
-    """Trajectories per optimiser step for the budgets tokens and time: contexts of n trajectories come in batches of
-    trajectories_per_batch / n. td3 and td3+bc have batches of transitions; for the budget tokens they take as many
-    steps as they need to see as many timesteps."""
+    """Trajectories per optimiser step for the budgets tokens and time: a batch has trajectories_per_batch / n contexts
+    of n trajectories. td3 and td3+bc train on transitions. For the budget tokens, their number of steps follows from
+    the timesteps of the other methods."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of `ringrl train` for all cells, for example {model: {layers: 2}}. The settings of a method override
     them; settings without effect on any cell are rejected."""
     task_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Task -> settings that override those of all cells."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Name -> settings, which also override those of a method. Every cell is trained again with each of them, and the
-    report shows the name."""
+    """Name -> settings, which also override those of a method. Every cell is repeated with each variant. The report
+    shows the name."""
     variants_only: bool = False
     """Leave out the cells without a variant."""
     episodes: int = Field(40, ge=1)
-    """Episodes that each cell rolls out, from the same starts whatever the context length: contexts of n episodes come
-    in episodes / n streams."""
+    """Episodes per cell: episodes / n streams of contexts of n episodes. All context lengths share the same starts."""
     prompts: PromptPlan | None = None
     """Also roll out single episodes after prompts, for the methods with a context."""
     control: bool = True
@@ -147,12 +146,11 @@ class AblationPlan(Section):
 
 
 def read_plan(path: Path) -> AblationPlan:
-    """Read a plan file; UserError names the file and the wrong setting."""
+    """Return the plan of a file. Raise UserError with the file and the wrong setting."""
     values = read_yaml(path)
     if values.keys() <= TrainConfig.model_fields.keys() and not values.keys() <= {*AblationPlan.model_fields, *_SHORT}:
         raise UserError(
-            f"{path}: contains settings for `ringrl train --config`, not a plan; give a plan, which has such settings "
-            "under settings:"
+            f"{path}: contains settings for `ringrl train --config`, not a plan; in a plan they are under settings:"
         )
     try:
         return AblationPlan.model_validate(values)
@@ -161,7 +159,7 @@ def read_plan(path: Path) -> AblationPlan:
 
 
 def _part(name: str, own: Mapping[str, Any], changes: Mapping[str, Any]) -> AblationPlan:
-    """Return a part as a plan; UserError names the part if it is none."""
+    """Return a part as a plan of its own. Raise UserError with the part's name if it is not valid."""
     try:
         if wrong := [key for key in ("datasets", "data", "task", "output", "parts") if key in changes]:
             raise UserError(f"{wrong[0]} cannot differ between the parts of a plan; leave it out")

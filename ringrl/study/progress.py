@@ -15,12 +15,11 @@ _SHOWN = 3  # names of running cells
 class AblationProgress(Progress):
     """Context manager that shows how many cells are finished, running and failed, and the time left.
 
-    The time left follows the estimates, scaled by how long the finished cells really took.
+    The time left is the sum of the estimates, scaled by the real seconds of the finished cells.
 
     Args:
       estimates: name -> seconds of each cell to be run; None if it was not timed.
       workers: cells that run at once.
-      console: where the progress is shown.
     """
 
     def __init__(self, estimates: Mapping[str, float | None], workers: int, console: Console) -> None:
@@ -35,12 +34,12 @@ class AblationProgress(Progress):
         self._bar = self.add_task("", total=len(estimates))
 
     def begin(self, name: str) -> None:
-        """Called when a cell starts."""
+        """Show that a cell starts."""
         self._running[name] = time.perf_counter()
         self._show()
 
     def end(self, name: str, failure: str | None) -> None:
-        """Called when a cell ends, with the reason if it failed."""
+        """Show and print that a cell ends, with the reason if it failed."""
         seconds = time.perf_counter() - self._running.pop(name)
         estimate = self._left.pop(name)
         if failure is None:
@@ -56,7 +55,7 @@ class AblationProgress(Progress):
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated time left; None if nothing is known."""
+        """Estimated seconds left, or None without an estimate."""
         count = len(self._left)
         if self._finished:
             mean = self._taken / self._finished

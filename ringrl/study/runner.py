@@ -63,9 +63,8 @@ def ablate(
     An interrupted cell resumes from its last checkpoint or episode. A cell that fails stops no other. Random actions
     and the episodes of the dataset are recorded next to the cells.
 
-    Raises:
-      UserError: settings that no run accepts, data that does not fit a task, a folder of another plan, or (after all
-        other cells) cells that failed.
+    Raise UserError for settings that no run accepts, data that does not fit a task, a folder of another plan, or (after
+    all other cells) cells that failed.
     """
     options = options or RunOptions()
     everything, beside = _check(plan, options)

@@ -64,7 +64,7 @@ class RunInfo:
         return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal, parallel)
 
     def goal(self, task: str) -> Goal | None:
-        """Return the place that a task of the run's domain asks to reach, as a model sees it; None if there is none."""
+        """Return the goal of a task of the run's domain for normalised observations, or None if it has none."""
         space, normalisation = DOMAINS[self.domain].goals if self.domain in DOMAINS else None, self.normalisation
         if space is None:
             return None
@@ -204,14 +204,14 @@ class TrainedPolicy:
     parallel: Parallel = ONE_DEVICE  # divides its contexts
 
     def towards(self, task: str) -> Policy:
-        """Return the policy for another task of its domain. If it has a goal, it is then that task's goal."""
+        """Return the policy for another task of its domain, with the goal of that task if the policy has a goal."""
         if isinstance(self.policy, ActorCritic):
             return self.policy.with_goal(self.info.goal(task))
         return self.policy
 
 
 def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:
-    """Return the policy of a run's newest (or given) checkpoint. `mesh` divides its contexts.
+    """Return the policy of a run's newest (or given) checkpoint, whose contexts are divided over `mesh`.
 
     Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged.
     """

@@ -25,7 +25,7 @@ from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, Run
 from ringrl.training.distributed import stop_on_sigterm
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
-from ringrl.training.run_folder import check_dataset, claim_folder, dataset_fingerprint, flat
+from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat
 
 
 def train(
@@ -42,10 +42,9 @@ def train(
     gives bit-identical metrics. SIGTERM saves a checkpoint after the current step and ends the run.
 
     Args:
-      config: settings of the run.
       resume: continue from the newest checkpoint of `config.run`.
       profile: write a JAX trace of a few steps to the folder profile/ of the run.
-      console: console for progress and messages, by default on standard error.
+      console: by default on standard error.
       quiet: show no progress bar, and no message if a resumed run has no checkpoint.
 
     Raises:
@@ -74,7 +73,7 @@ def train(
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
     )
-    distributed.first_then_others(partial(claim_folder, info, resume), config.run / "config.yaml")
+    distributed.first_then_others(partial(claim_folder, config, resume), config.run / "config.yaml")
     checkpoints = Checkpoints(config.run, config.keep_checkpoints)
     try:
         console = console or Console(stderr=True, quiet=not distributed.is_first())
@@ -158,7 +157,11 @@ def _newest(
     for step in reversed(checkpoints.steps()):
         try:
             saved = read_info(info.config.run, step)[1]
-            check_dataset(info, saved)
+            if saved.data_fingerprint != info.data_fingerprint:
+                raise UserError(
+                    f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
+                    f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]})"
+                )
             found = checkpoints.restore(step, like), checkpoints.restore_iterator(step)
         except DamagedCheckpointError as error:
             damaged[step] = error

@@ -9,35 +9,33 @@ from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.files import write_whole
-from ringrl.training.checkpoints import RunInfo, read_info
+from ringrl.training.checkpoints import read_info
 
 MAY_CHANGE = ("data", "run", "keep_checkpoints", "log")  # settings that may differ when a run is resumed, and the mesh
 IF_DAMAGED = "if config.yaml is damaged, remove it, and the newest checkpoint's settings are used"
 
 
-def claim_folder(info: RunInfo, resume: bool) -> None:
+def claim_folder(config: TrainConfig, resume: bool) -> None:
     """Create the run's folder, or check that an existing folder holds the run to resume.
 
     Raise UserError if the folder holds a run (without `resume`), another run, or other files.
     """
-    config = info.config
     saved = config.run / "config.yaml"
-    if not saved.exists():
-        is_run = resume and (config.run / "checkpoints").is_dir()
-        if is_run:
-            check_configuration(config)
-        try:
-            config.run.mkdir(parents=True, exist_ok=True)
-            # A run that was killed before it wrote its configuration leaves hidden files only.
-            if not is_run and any(not path.name.startswith(".") for path in config.run.iterdir()):
-                raise UserError(f"{config.run}: holds other files and no run; give another --run")
-            write_whole(saved, to_yaml(config))
-        except OSError as error:
-            raise UserError(f"{config.run}: cannot be created ({error.strerror}); give another --run") from error
-        return
-    if not resume:
+    if saved.exists() and not resume:
         raise UserError(f"{config.run}: holds a run already; use --resume to resume it, or give another --run")
-    check_configuration(config)
+    is_run = saved.exists() or (resume and (config.run / "checkpoints").is_dir())
+    if is_run:
+        check_configuration(config)
+    if saved.exists():
+        return
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+        # A run that was killed before it wrote its configuration leaves hidden files only.
+        if not is_run and any(not path.name.startswith(".") for path in config.run.iterdir()):
+            raise UserError(f"{config.run}: holds other files and no run; give another --run")
+        write_whole(saved, to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{config.run}: cannot be created ({error.strerror}); give another --run") from error
 
 
 def saved_configuration(run: Path) -> TrainConfig:
@@ -75,15 +73,6 @@ def dataset_fingerprint(store: EpisodeStore) -> str:
     """Return the fingerprint of the recorded content, with the kind of relabelling if it is not the default."""
     relabelling = store.provenance.relabelling
     return store.fingerprint if relabelling == "control_aware" else f"{store.fingerprint} {relabelling}"
-
-
-def check_dataset(info: RunInfo, saved: RunInfo) -> None:
-    """Raise UserError if the dataset is not the one that the saved run was trained on."""
-    if saved.data_fingerprint != info.data_fingerprint:
-        raise UserError(
-            f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
-            f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]})"
-        )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
