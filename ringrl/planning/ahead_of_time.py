@@ -49,15 +49,12 @@ class Step(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Transfers in the text of a program; a transfer in a loop counts once.
-
-    Integers (positions and segments, a few bytes per token) are ignored.
-    """
+    """Numbers of transfers in a program. A transfer in a loop counts once. Transfers of integers are ignored."""
 
     around_ring: int  # transfers in a loop with an attention kernel
-    around_ring_hidden: int  # of these, with an attention kernel between start and end
+    around_ring_hidden: int  # of around_ring, with an attention kernel between start and end
     others: int  # other asynchronous transfers
-    others_hidden: int  # of these, with a kernel, a matrix product or a loop between start and end
+    others_hidden: int  # of others, with a kernel, a matrix product or a loop between start and end
     waited_for: dict[str, int]  # synchronous transfers by kind
 
     @property
@@ -79,7 +76,7 @@ class Compiled(NamedTuple):
     parameters: float  # bytes, from the shardings
     optimiser: float
     batch: float
-    total: float  # peak bytes; if compilation fails, the least need in the compiler's message
+    total: float  # peak bytes; if compilation fails, the bytes in the compiler's message or nan
     refusal: str | None  # error of the compiler or the kernel, None if compiled
     schedule: Schedule | None  # None if not compiled, or without asynchronous transfers
     seconds: float  # compilation time
@@ -101,7 +98,7 @@ def why_not(machine: Machine) -> str | None:
 
 
 def devices_of(machine: Machine) -> list[Any]:
-    """Return the devices of a TPU topology or this process's host devices. UserError with the reason of `why_not`."""
+    """Return the devices of a TPU topology, or host devices. Raise UserError if none can be compiled for."""
     if reason := why_not(machine):
         raise UserError(f"--machine {machine.name}: cannot compile: {reason}")
     if machine.topology is None:
@@ -159,7 +156,7 @@ def compile_step(workload: Workload, machine: Machine, devices: list[Any] | None
         compiled = step.function.lower(state, step.batch).compile(compiler_options=options)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         text = " ".join(str(error).split())
-        total = float("nan")  # without a number in the message, as for an error of a kernel
+        total = float("nan")  # errors of a kernel have no number
         if found := _EXHAUSTED.search(text):
             total = float(found["used"] or found["beyond"]) * _UNITS[found["unit"] or found["unit_beyond"]]
             total += sum(held) if found["beyond"] else 0.0

@@ -121,7 +121,7 @@ def known_machines() -> list[str]:
 def find_machine(name: str) -> Machine:
     """Return the machine of a name: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, or cpu-8 (host devices).
 
-    UserError with similar names for an unknown machine.
+    Raise UserError with similar names for an unknown machine.
     """
     lower = name.lower()
     if found := re.fullmatch(r"tpu-(v\w+)-(\d+)", lower):

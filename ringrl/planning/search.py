@@ -19,10 +19,10 @@ CLOSE_ENOUGH = 0.03  # between the longest context that fits and the shortest th
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """The longest context that fits; `tokens` is 0 if none fits."""
+    """The longest context that fits."""
 
-    tokens: int
-    is_compiled: bool  # whether the compiler confirmed the length; else from the formula
+    tokens: int  # 0 if no context fits
+    is_compiled: bool  # by the compiler; else by the formula
     too_long: int | None  # shortest length that did not fit when compiled
     compiled: Mapping[int, Compiled]  # all compiled lengths, shortest first
 
@@ -43,7 +43,7 @@ def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
 
 
 def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
-    """Return all meshes: first those that fit by the formula, then by estimated time. UserError if none divides."""
+    """Return all meshes: first those that fit by the formula, then by estimated time. Raise UserError for none."""
 
     def order(candidate: Workload) -> tuple[bool, float]:
         if fits_by_formula(candidate, machine):
@@ -82,8 +82,8 @@ def find_longest(
 ) -> Longest:
     """Return the longest context that fits on this mesh.
 
-    Without compilations the result is the formula's, corrected by the results in `known`. Close to the memory limit
-    the TPU compiler takes ten times as long as elsewhere.
+    Without compilations the result is the formula's, corrected by the results in `known`. Near the memory limit the
+    TPU compiler is ten times slower.
 
     Args:
       devices: devices to compile for; None: the formula alone.
@@ -151,8 +151,8 @@ class Advice:
 def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     """Return changes that save memory, sufficient changes first.
 
-    `total` are the bytes per device of the plan, from the compiler if known. The formula's result of each change is
-    shifted by the formula's error for the plan.
+    `total`: bytes per device of the plan, from the compiler if known. All results of the formula are shifted by the
+    formula's error for the plan.
     """
     platform = machine.device.platform
     off = total - memory_of(workload, platform).total

@@ -130,7 +130,7 @@ class Parameters:
 def find_model(name: str) -> TrainConfig:
     """Return the configuration of a shape ("7b"), a preset ("paper_350m") or a run (runs/walk, or its config.yaml).
 
-    UserError for other names, and for a model without context.
+    Raise UserError for other names, and for a model without context.
     """
     path = Path(name)
     if (path / "config.yaml").is_file():
@@ -154,7 +154,7 @@ def find_model(name: str) -> TrainConfig:
 
 
 def read_tokens(text: str) -> int:
-    """Parse a number of tokens such as 32768, 512k or 8M: k is 1024 and M is 1024 x 1024. UserError if invalid."""
+    """Return a number of tokens from text such as 32768, 512k (x 1024) or 8M (x 1024^2). Raise UserError if invalid."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
     tokens = float(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2].lower()] if found else 0
     if tokens < 1 or tokens != int(tokens) or tokens > MOST_TOKENS:

@@ -113,7 +113,7 @@ def test_an_existing_destination_is_kept_unless_it_is_empty(tmp_path):
     (taken / "precious").write_text("data")
     file.write_text("data")
     for destination in (taken, file):
-        with pytest.raises(UserError, match=f"{destination}: already exists"):
+        with pytest.raises(UserError, match=f"{destination}: exists and is not an empty folder"):
             collect(TASK, destination, episodes=1, seed=0, workers=1)
     assert (taken / "precious").read_text() == file.read_text() == "data"
     assert len(_contents(collect(TASK, empty, episodes=1, seed=0, workers=1))) == 1
