@@ -27,17 +27,13 @@ Controller = Callable[[int], Float64[np.ndarray, " action"]]
 class Recipe:
     """A family of controllers with a parameter vector, and the start of the search over this vector.
 
-    Attributes:
-        controller: returns the controller with these parameters for a simulation that was just reset.
-        mean: initial mean of the parameters.
-        deviation: initial standard deviation of the parameters.
-        noise: largest share of noise in an action, at the start and at the end of the collection. The share of each
-            episode is uniform below this limit.
+    `noise` is the largest share of noise in an action, at the start and at the end of the collection. The share of each
+    episode is uniform below this limit.
     """
 
-    controller: Callable[[Simulation, ParameterVector], Controller]
+    controller: Callable[[Simulation, ParameterVector], Controller]  # called after a reset of the simulation
     mean: ParameterVector
-    deviation: ParameterVector
+    deviation: ParameterVector  # standard deviation
     noise: tuple[float, float]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.collect.controllers import Recipe
+from ringrl.collect.controllers import ParameterVector, Recipe
 
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
@@ -37,17 +37,12 @@ def coloured_noise(
 
 
 class EpisodeRecording:
-    """An episode that is being recorded. The simulation must not be used elsewhere until the episode ends.
-
-    Attributes:
-        steps: number of steps taken.
-    """
+    """An episode that is being recorded, from the seed `start`. Until it ends, nothing else may use the simulation."""
 
     def __init__(self, simulation: Simulation, start: int) -> None:
-        """Start an episode from the seed `start`."""
         domain = simulation.domain
         rows = domain.episode_length + 1
-        self.steps = 0
+        self.steps = 0  # taken so far
         self._simulation = simulation
         self._tasks = domain.recorded_tasks(simulation.task)
         self._sensors: list[np.ndarray] = []
@@ -102,19 +97,12 @@ class EpisodeRecording:
 
 @dataclass(frozen=True)
 class EpisodePlan:
-    """All settings of a scripted episode. The same plan gives the same episode in any process.
+    """All settings of a scripted episode. The same plan gives the same episode in any process."""
 
-    Attributes:
-        index: number of the episode in the collection.
-        seed: seed of the collection.
-        parameters: parameters of the controller.
-        noise_limit: largest share of noise in the actions, in [0, 1].
-    """
-
-    index: int
-    seed: int
-    parameters: Float64[np.ndarray, " parameters"]
-    noise_limit: float
+    index: int  # number of the episode in the collection
+    seed: int  # of the collection
+    parameters: ParameterVector
+    noise_limit: float  # largest share of noise in the actions, in [0, 1]
 
 
 def record_episode(simulation: Simulation, recipe: Recipe, plan: EpisodePlan) -> dict[str, np.ndarray]:

@@ -29,17 +29,12 @@ class CrossEntropySearch:
     """A normal distribution over parameters that moves towards high returns.
 
     Rubinstein 1999, "The cross-entropy method for combinatorial and continuous optimization", with smoothed updates.
-
-    Attributes:
-        mean: mean of each parameter.
-        deviation: standard deviation of each parameter.
-        smallest: lower bound of the standard deviations.
-        memory: parameters and returns of the last generations.
     """
 
     mean: ParameterVector
-    deviation: ParameterVector
-    smallest: ParameterVector
+    deviation: ParameterVector  # standard deviation
+    smallest: ParameterVector  # lower bound of `deviation`
+    # Parameters and returns of the last generations.
     memory: tuple[tuple[Float64[np.ndarray, "number parameters"], Float64[np.ndarray, " number"]], ...] = ()
 
     @classmethod

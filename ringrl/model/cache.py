@@ -39,10 +39,7 @@ class KVCache(NamedTuple):
 def empty_cache(
     layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype, parallel: Parallel = ONE_DEVICE
 ) -> KVCache:
-    """Return an empty cache of `shape` (batch, capacity, kv_heads, head_dim) per layer.
-
-    The capacity is rounded up to a multiple of the ring size.
-    """
+    """Return an empty cache of `shape` (batch, capacity, kv_heads, head_dim) per layer (see `round_up`)."""
     batch, capacity, kv_heads, head_dim = shape
     whole = (kv_heads * batch, round_up(capacity, parallel), 1, head_dim)
     place = parallel.sharding(*AXES)

@@ -6,6 +6,7 @@ goal of a transition may be relabelled in hindsight (1707.01495, see `ringrl.dat
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -51,10 +52,8 @@ class MLP(nnx.Module):
     def __init__(self, sizes: Sequence[int], style: NetworkStyle, rngs: nnx.Rngs, dtype: str = "float32") -> None:
         *hidden, outputs = sizes
         normed = {"every": hidden[1:], "first": hidden[1:2], "none": []}[style.norm]
-        linear = [
-            nnx.Linear(a, b, kernel_init=style.hidden, dtype=jnp.dtype(dtype), rngs=rngs) for a, b in pairwise(hidden)
-        ]
-        self.layers = nnx.List(linear)
+        linear = partial(nnx.Linear, kernel_init=style.hidden, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.layers = nnx.List([linear(a, b) for a, b in pairwise(hidden)])
         self.norms = nnx.List([nnx.LayerNorm(size, use_bias=False, use_scale=False, rngs=rngs) for size in normed])
         self.last = nnx.Linear(hidden[-1], outputs, kernel_init=style.last, rngs=rngs)
         self.squashes_first = style.norm == "first"
