@@ -1,10 +1,14 @@
 """Collection with a scripted controller: a cross-entropy search over its parameters, with every episode kept."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64
@@ -13,8 +17,10 @@ from ringrl.collect.controllers import ParameterVector, recipe_of
 from ringrl.collect.record import EpisodePlan, record_episode
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import domain_of, load_simulation
-from ringrl.envs.simulation import Simulation
 from ringrl.processes import worker_processes
+
+if TYPE_CHECKING:
+    from ringrl.envs.simulation import Simulation
 
 _GENERATIONS = 40
 _SMALLEST_GENERATION = 10
@@ -38,7 +44,7 @@ class CrossEntropySearch:
     memory: tuple[tuple[Float64[np.ndarray, "number parameters"], Float64[np.ndarray, " number"]], ...] = ()
 
     @classmethod
-    def start(cls, mean: ParameterVector, deviation: ParameterVector) -> "CrossEntropySearch":
+    def start(cls, mean: ParameterVector, deviation: ParameterVector) -> CrossEntropySearch:
         """Return a search before its first generation."""
         return cls(mean, deviation, _SMALLEST_SHARE * deviation)
 
@@ -48,7 +54,7 @@ class CrossEntropySearch:
 
     def learn(
         self, parameters: Float64[np.ndarray, "number parameters"], returns: Float64[np.ndarray, " number"]
-    ) -> "CrossEntropySearch":
+    ) -> CrossEntropySearch:
         """Return the search after a generation. Equal returns change nothing but the memory."""
         memory = (*self.memory, (parameters, returns))[-_MEMORY:]
         tried, found = (np.concatenate(arrays) for arrays in zip(*memory, strict=True))
@@ -73,8 +79,10 @@ def search(
     generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
     returns: list[float] = []
     record, workers = partial(_record, task, folder), min(workers, episodes)
-    several = worker_processes(workers, _simulation, (task,), "collection") if workers > 1 else nullcontext()
-    with several as pool:
+    processes: AbstractContextManager[Executor | None] = nullcontext()
+    if workers > 1:
+        processes = worker_processes(workers, _simulation, (task,), "collection")
+    with processes as pool:
         while len(returns) < episodes:
             first = len(returns)
             number = min(generation_size, episodes - first)
