@@ -10,21 +10,9 @@ from ringrl.envs.simulation import Simulation, check_mujoco
 from ringrl.envs.vector import ExoRLVectorEnv, make_vec
 
 __all__ = [
-    "DOMAINS",
-    "TASKS",
-    "Camera",
-    "Domain",
-    "ExoRLEnv",
-    "ExoRLVectorEnv",
-    "GoalSpace",
-    "Simulation",
-    "domain_named",
-    "domain_of",
-    "load_simulation",
-    "make",
-    "make_vec",
-    "register_gymnasium",
-]
+    "DOMAINS", "TASKS", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "GoalSpace", "Simulation", "domain_named",
+    "domain_of", "load_simulation", "make", "make_vec", "register_gymnasium",
+]  # fmt: skip
 
 check_mujoco()
 register_gymnasium()

@@ -1,13 +1,10 @@
 """Cartpole: a pole on a cart. Tasks balance and swingup, each with a dense and a sparse reward (from dm_control)."""
 
-from typing import Any
-
 import numpy as np
 from dm_control.utils.rewards import tolerance
-from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.domain import Camera, Domain
-from ringrl.envs.simulation import Simulation, State
+from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
 
 _CART_RANGE = (-0.25, 0.25)  # metres
 _COSINE_RANGE = (0.995, 1.0)
@@ -32,36 +29,22 @@ class CartpoleSimulation(Simulation):
     domain = CARTPOLE
     refresh_calls = ("mj_kinematics",)
 
-    def build(self) -> Any:
-        from dm_control.suite import cartpole
-
-        return cartpole.Physics.from_xml_string(*cartpole.get_model_and_assets())
-
     def start(self, random: np.random.RandomState) -> None:
         from dm_control.suite import cartpole
 
         swing_up = self.task.startswith("cartpole_swingup")
         cartpole.Balance(swing_up=swing_up, sparse=False, random=random).initialize_episode(self.physics)
 
-    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+    def read_observation(self, data: State) -> Observations:
         """Return the position of the cart, cosine and sine of the pole's angle, and the velocities (2)."""
-        observation = np.empty((*data.qpos.shape[:-1], 5), np.float32)
-        observation[..., 0] = data.qpos[..., 0]
-        observation[..., 1:3] = data.xmat[..., _POLE, 8:1:-6]  # zz and xz
-        observation[..., 3:] = data.qvel
-        return observation
+        angle = data.xmat[..., _POLE, 8:1:-6]  # zz and xz
+        return np.concatenate((data.qpos[..., :1], angle, data.qvel), axis=-1, dtype=np.float32)
 
-    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
-        sensors = np.empty((*data.qpos.shape[:-1], 3))
-        sensors[..., 0] = data.qpos[..., 0]
-        sensors[..., 1] = data.xmat[..., _POLE, 8]
-        sensors[..., 2] = data.qvel[..., 1]
-        return sensors
+    def read_sensors(self, data: State) -> Sensors:
+        return np.concatenate((data.qpos[..., :1], data.xmat[..., _POLE, 8:], data.qvel[..., 1:]), axis=-1)
 
     @staticmethod
-    def reward(
-        task: str, sensors: Float64[np.ndarray, "*batch 3"], action: Float[np.ndarray, "*batch 1"]
-    ) -> Float64[np.ndarray, "*batch"]:
+    def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return the reward for an upright, centred pole; if dense, with small controls and velocities."""
         position, cosine, angular_velocity = np.moveaxis(sensors, -1, 0)
         if task.endswith("_sparse"):

@@ -1,13 +1,10 @@
 """Cheetah: half of a planar quadruped. Tasks run (from dm_control), run_backward, flip, flip_backward (from ExoRL)."""
 
-from typing import Any
-
 import numpy as np
 from dm_control.utils.rewards import tolerance
-from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.domain import Camera, Domain
-from ringrl.envs.simulation import Simulation, State
+from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
 
 _RUN_SPEED = 10.0  # metres per second
 _SPIN = 5.0  # kg m^2 / s
@@ -31,33 +28,20 @@ class CheetahSimulation(Simulation):
     domain = CHEETAH
     refresh_calls = ("mj_kinematics", "mj_comPos", "mj_comVel", "mj_subtreeVel")
 
-    def build(self) -> Any:
-        from dm_control.suite import cheetah
-
-        return cheetah.Physics.from_xml_string(*cheetah.get_model_and_assets())
-
     def start(self, random: np.random.RandomState) -> None:
         from dm_control.suite import cheetah
 
         cheetah.Cheetah(random=random).initialize_episode(self.physics)
 
-    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+    def read_observation(self, data: State) -> Observations:
         """Return the positions without the horizontal one (8), and the velocities (9)."""
-        observation = np.empty((*data.qpos.shape[:-1], 17), np.float32)
-        observation[..., :8] = data.qpos[..., 1:]
-        observation[..., 8:] = data.qvel
-        return observation
+        return np.concatenate((data.qpos[..., 1:], data.qvel), axis=-1, dtype=np.float32)
 
-    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 2"]:
-        sensors = np.empty((*data.qpos.shape[:-1], 2))
-        sensors[..., 0] = data.subtree_linvel[..., _TORSO, 0]
-        sensors[..., 1] = data.subtree_angmom[..., _TORSO, 1]
-        return sensors
+    def read_sensors(self, data: State) -> Sensors:
+        return np.concatenate((data.subtree_linvel[..., _TORSO, :1], data.subtree_angmom[..., _TORSO, 1:2]), axis=-1)
 
     @staticmethod
-    def reward(
-        task: str, sensors: Float64[np.ndarray, "*batch 2"], action: Float[np.ndarray, "*batch 6"]
-    ) -> Float64[np.ndarray, "*batch"]:
+    def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return the speed of running or of spinning as a fraction of the target, at most 1."""
         velocity, angular_momentum = np.moveaxis(sensors, -1, 0)
         achieved, wanted = (angular_momentum, _SPIN) if "flip" in task else (velocity, _RUN_SPEED)

@@ -74,11 +74,7 @@ class Domain:
 
     @property
     def reference_return(self) -> float:
-        """Return the upper bound of an episode's return, where normalised scores are 100.
-
-        Rewards per step are in [0, 1], so the bound is the number of steps. No policy reaches it exactly, since an
-        episode starts away from the goal, but it does not depend on the best agent known.
-        """
+        """Return the upper bound of an episode's return, where normalised scores are 100: 1 per step."""
         return float(self.episode_length)
 
     def recorded_tasks(self, task: str) -> tuple[str, ...]:

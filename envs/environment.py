@@ -18,8 +18,8 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """An ExoRL task: float32 observations in ExoRL's order, float32 actions in [-1, 1], reward in [0, 1] per step.
 
     Episodes are truncated after `domain.episode_length` steps and never terminate. `info["physics"]` is the float64
-    physics state (positions, velocities, activations) after a step or a reset, as ExoRL records it. The same seed in
-    the constructor or in `reset` gives the same episodes. `reset` without a seed continues the stream of starts.
+    physics state (positions, velocities, activations), as ExoRL records it. `reset` without a seed continues the
+    stream of starts.
 
     Attributes:
         task: full task name, "walker_walk".
@@ -75,12 +75,11 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not np.isfinite(action).all():
             raise UserError(f"{self.task}: the action of step {self._steps} is not finite: {action}")
         action = np.clip(action, -1.0, 1.0)
-        simulation = self._simulation
-        simulation.step(action)
+        self._simulation.step(action)
         self._steps += 1
-        reward = float(simulation.reward(self.task, simulation.sensors(), action))
+        reward = float(self._simulation.reward(self.task, self._simulation.sensors(), action))
         truncated = self._steps == self.domain.episode_length
-        return simulation.observation(), reward, False, truncated, {"physics": self.physics_state}
+        return self._simulation.observation(), reward, False, truncated, {"physics": self.physics_state}
 
 
 def observation_and_action_space(domain: Domain) -> tuple[Box, Box]:
@@ -106,7 +105,7 @@ def make(task: str, seed: int | None = None) -> ExoRLEnv:
 
     Args:
         task: one of `ringrl.envs.TASKS`.
-        seed: seed of the episodes' starts; None takes one from the operating system.
+        seed: seed of the episodes' starts. None: from the operating system.
 
     Raises:
         UserError: unknown task (the message lists similar names), or a seed outside 0 .. 2**32 - 1.

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 from dm_control.utils.rewards import tolerance
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float
 
 from ringrl.envs.domain import Camera, Domain, GoalSpace
-from ringrl.envs.simulation import Simulation, State
+from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
 
 _TARGET_RADIUS = 0.05  # metres
 _START_LOWER, _START_UPPER = (-0.2, -0.2, 0.02), (0.2, 0.2, 0.4)  # bounds of the hand's start, metres
-_ARM = slice(0, 6)  # joints of the arm; the joints of the fingers follow
+_ARM, _HAND = slice(0, 6), slice(6, 9)  # joints
 _TORQUES = slice(0, 18)  # the arm's six three-axis torque sensors
 _PINCH = slice(30, 33)  # in the observation: position of the pinch site
 
@@ -64,10 +64,7 @@ class JacoSimulation(Simulation):
         self._arm.attach(self._hand)
         arena.attach_offset(self._arm, offset=robots.ARM_OFFSET)
         self._place_hand = ToolCenterPointInitializer(
-            self._hand,
-            self._arm,
-            position=Uniform(_START_LOWER, _START_UPPER),
-            quaternion=workspaces.DOWN_QUATERNION,
+            self._hand, self._arm, Uniform(_START_LOWER, _START_UPPER), workspaces.DOWN_QUATERNION
         )
         target = workspaces.add_target_site(
             arena.mjcf_model.worldbody, radius=_TARGET_RADIUS, visible=True, rgba=constants.RED, name="target_site"
@@ -82,30 +79,23 @@ class JacoSimulation(Simulation):
         self._hand.set_grasp(self.physics, close_factors=random.uniform())
         self._place_hand(self.physics, random)
 
-    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+    def read_observation(self, data: State) -> Observations:
         """Return, of the arm, angles as sine and cosine (12), torques (6) and velocities (6); of the hand, angles (3)
         and velocities (3); of the pinch site, position (3) and rotation matrix (9). Torques x are sign(x) log(1 + |x|).
         """
         positions, velocities = data.qpos, data.qvel
         batch = positions.shape[:-1]
         torques = (data.sensordata[..., _TORQUES].reshape(*batch, 6, 3) * self._joint_axes).sum(axis=-1)
-        observation = np.empty((*batch, 42), np.float32)
-        observation[..., 0:12:2] = np.sin(positions[..., _ARM])
-        observation[..., 1:12:2] = np.cos(positions[..., _ARM])
-        observation[..., 12:18] = np.sign(torques) * np.log1p(np.abs(torques))
-        observation[..., 18:24] = velocities[..., _ARM]
-        observation[..., 24:27] = positions[..., 6:]
-        observation[..., 27:30] = velocities[..., 6:]
-        observation[..., _PINCH] = data.site_xpos[..., self._pinch_site, :]
-        observation[..., 33:] = data.site_xmat[..., self._pinch_site, :]
-        return observation
+        angles = np.stack((np.sin(positions[..., _ARM]), np.cos(positions[..., _ARM])), axis=-1).reshape(*batch, 12)
+        arm = angles, np.sign(torques) * np.log1p(np.abs(torques)), velocities[..., _ARM]
+        hand = positions[..., _HAND], velocities[..., _HAND]
+        pinch = data.site_xpos[..., self._pinch_site, :], data.site_xmat[..., self._pinch_site, :]
+        return np.concatenate((*arm, *hand, *pinch), axis=-1, dtype=np.float32)
 
-    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
+    def read_sensors(self, data: State) -> Sensors:
         return data.site_xpos[..., self._pinch_site, :].copy()
 
     @staticmethod
-    def reward(
-        task: str, sensors: Float64[np.ndarray, "*batch 3"], action: Float[np.ndarray, "*batch 9"]
-    ) -> Float64[np.ndarray, "*batch"]:
+    def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return the reward for reaching the task's goal; see `reach_reward`."""
         return reach_reward(sensors, np.array(_GOALS[task]))

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from dm_control.utils.rewards import tolerance
-from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.domain import Camera, Domain
-from ringrl.envs.simulation import Simulation, State
+from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
 
 _GOAL_RADIUS = 0.015  # metres
 _START_LOWER, _START_UPPER = (-0.29, 0.15), (-0.15, 0.29)  # corner of the top left room, metres
@@ -54,17 +53,15 @@ class PointMassMazeSimulation(Simulation):
     def start(self, random: np.random.RandomState) -> None:
         self.data.qpos[:] = random.uniform(_START_LOWER, _START_UPPER)
 
-    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+    def read_observation(self, data: State) -> Observations:
         """Return position (2) and velocity (2)."""
-        return np.concatenate((data.qpos, data.qvel), axis=-1, dtype=np.float32, casting="same_kind")
+        return np.concatenate((data.qpos, data.qvel), axis=-1, dtype=np.float32)
 
-    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
+    def read_sensors(self, data: State) -> Sensors:
         return data.xpos[..., _MASS, :].copy()
 
     @staticmethod
-    def reward(
-        task: str, sensors: Float64[np.ndarray, "*batch 3"], action: Float[np.ndarray, "*batch 2"]
-    ) -> Float64[np.ndarray, "*batch"]:
+    def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return 1 within 1.5 cm of the goal, falling to 0.1 at 3 cm; full controls cost a fifth."""
         distance = np.linalg.norm(sensors - np.array(GOALS[task]), axis=-1)
         near_goal = tolerance(distance, bounds=(0, _GOAL_RADIUS), margin=_GOAL_RADIUS)

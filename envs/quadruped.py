@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 from dm_control.utils.rewards import tolerance
-from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.domain import Camera, Domain
-from ringrl.envs.simulation import Simulation, State
+from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
 
 _SPEEDS = {"quadruped_walk": 0.5, "quadruped_run": 5.0}  # metres per second
 _JUMP_HEIGHT = 1.0  # metres
@@ -44,35 +43,24 @@ class QuadrupedSimulation(Simulation):
 
         quadruped.Move(desired_speed=0, random=random).initialize_episode(self.physics)
 
-    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+    def read_observation(self, data: State) -> Observations:
         """Return joint angles (16), joint velocities (16), activations of the actuators (12), velocity of the torso in
         its own frame (3), uprightness (1), acceleration and angular velocity of the torso (6), inverse hyperbolic sines
         of the forces and torques at the toes (24).
 
         Acceleration, forces and torques are those at the beginning of the last substep, where MuJoCo computes forces.
         """
+        joints = data.qpos[..., _HINGE_POSITIONS], data.qvel[..., _HINGE_VELOCITIES], data.act
         sensed = data.sensordata
-        observation = np.empty((*data.qpos.shape[:-1], 78), np.float32)
-        observation[..., :16] = data.qpos[..., _HINGE_POSITIONS]
-        observation[..., 16:32] = data.qvel[..., _HINGE_VELOCITIES]
-        observation[..., 32:44] = data.act
-        observation[..., 44:47] = sensed[..., _VELOCITY]
-        observation[..., 47] = data.xmat[..., _TORSO, 8]
-        observation[..., 48:54] = sensed[..., _INERTIAL]
-        observation[..., 54:] = np.arcsinh(sensed[..., _TOES])
-        return observation
+        torso = sensed[..., _VELOCITY], data.xmat[..., _TORSO, 8:], sensed[..., _INERTIAL]
+        return np.concatenate((*joints, *torso, np.arcsinh(sensed[..., _TOES])), axis=-1, dtype=np.float32)
 
-    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 3"]:
-        sensors = np.empty((*data.qpos.shape[:-1], 3))
-        sensors[..., 0] = data.xmat[..., _TORSO, 8]
-        sensors[..., 1] = data.sensordata[..., _VELOCITY][..., 0]
-        sensors[..., 2] = data.subtree_com[..., _TORSO, 2]
-        return sensors
+    def read_sensors(self, data: State) -> Sensors:
+        velocity = data.sensordata[..., _VELOCITY][..., :1]
+        return np.concatenate((data.xmat[..., _TORSO, 8:], velocity, data.subtree_com[..., _TORSO, 2:]), axis=-1)
 
     @staticmethod
-    def reward(
-        task: str, sensors: Float64[np.ndarray, "*batch 3"], action: Float[np.ndarray, "*batch 12"]
-    ) -> Float64[np.ndarray, "*batch"]:
+    def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return the reward for an upright torso, for the other tasks times the reward for moving forward or up."""
         uprightness, velocity, height = np.moveaxis(sensors, -1, 0)
         upright = tolerance(uprightness, bounds=(1, np.inf), margin=2, value_at_margin=0, sigmoid="linear")

@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Integer
+from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.domain import Domain
 from ringrl.errors import UserError
@@ -23,8 +23,11 @@ from ringrl.errors import UserError
 if TYPE_CHECKING:
     import mujoco
     from dm_control import mujoco as dm_mujoco
-    from dm_control.rl.control import PhysicsError
 
+Observations: TypeAlias = Float32[np.ndarray, "*batch observation"]
+Sensors: TypeAlias = Float64[np.ndarray, "*batch sensors"]
+Actions: TypeAlias = Float[np.ndarray, "*batch action"]
+Rewards: TypeAlias = Float64[np.ndarray, "*batch"]
 State: TypeAlias = "mujoco.MjData | StackedData"
 """One MuJoCo state, or several states stacked over a leading axis. Arrays read from it have the same leading axis."""
 
@@ -36,12 +39,9 @@ def is_compatible(version: str) -> bool:
 
 
 def check_mujoco() -> None:
-    """Check the installed MuJoCo version without importing MuJoCo.
+    """Raise UserError if the installed MuJoCo is not >=3.17,<4. Does not import MuJoCo.
 
     A plain `pip install dm_control` installs MuJoCo 4, with which dm_control 1.0 fails when it loads a model.
-
-    Raises:
-        UserError: MuJoCo is missing or not >=3.17,<4; the message contains the command to run.
     """
     fix = "run: pip install 'mujoco>=3.17,<4'"
     try:
@@ -86,9 +86,8 @@ def _import_mujoco() -> Any:
 class Simulation(ABC):
     """One MuJoCo model and its state, with the results of dm_control and without its overhead.
 
-    A simulation belongs to one thread. A subclass defines a domain: its facts (`domain`), the model (`build`), the
-    start of an episode (`start`), how a state is read (`read_observation`, `read_sensors`, `refresh_calls`) and the
-    rewards of all tasks (`reward`). Import dm_control inside `build` and `start`, so that importing the file is fast.
+    A simulation belongs to one thread. A subclass defines a domain, see docs/adding_a_domain.md. Import dm_control
+    inside `build` and `start`, so that importing the file is fast.
 
     Attributes:
         task: full task name.
@@ -116,27 +115,26 @@ class Simulation(ABC):
         lower, upper = self.model.actuator_ctrlrange.T
         self._control_center, self._control_radius = (upper + lower) / 2, (upper - lower) / 2
 
-    @abstractmethod
     def build(self) -> dm_mujoco.Physics:
-        """Compile the model of `self.task`."""
+        """Compile the model of `self.task`. By default it is dm_control's model with the name of the domain."""
+        suite = importlib.import_module(f"dm_control.suite.{self.domain.name}")
+        return suite.Physics.from_xml_string(*suite.get_model_and_assets())
 
     @abstractmethod
     def start(self, random: np.random.RandomState) -> None:
         """Set the state at the start of an episode, drawn from `random` exactly as dm_control does."""
 
     @abstractmethod
-    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+    def read_observation(self, data: State) -> Observations:
         """Return the observation of a state, in ExoRL's order."""
 
     @abstractmethod
-    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch sensors"]:
+    def read_sensors(self, data: State) -> Sensors:
         """Return the quantities from which the rewards are computed."""
 
     @staticmethod
     @abstractmethod
-    def reward(
-        task: str, sensors: Float64[np.ndarray, "*batch sensors"], action: Float[np.ndarray, "*batch action"]
-    ) -> Float64[np.ndarray, "*batch"]:
+    def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return the rewards of actions that led to states with these sensors."""
 
     def reset(self, random: np.random.RandomState) -> None:
@@ -152,9 +150,13 @@ class Simulation(ABC):
         """
         self.advance(self.data, self.controls(action))
         if self._warnings.any():
-            raise self.unstable(self._warnings)
+            from dm_control.rl.control import PhysicsError
 
-    def controls(self, action: Float[np.ndarray, "*batch action"]) -> Float64[np.ndarray, "*batch action"]:
+            counts = zip(self.mujoco.mjtWarning.__members__, self._warnings, strict=False)
+            names = ", ".join(name for name, count in counts if count)
+            raise PhysicsError(f"{self.task}: the simulation is unstable ({names})")
+
+    def controls(self, action: Actions) -> Float64[np.ndarray, "*batch action"]:
         """Convert actions in [-1, 1] to the actuators' units."""
         return self._control_center + self._control_radius * action
 
@@ -173,16 +175,9 @@ class Simulation(ABC):
         mujoco.mj_step1(model, data)
 
     def refresh(self) -> None:
-        """Compute what `sensors` reads from the physics state, and no more."""
+        """Call `refresh_calls` after `set_physics_state`, so that `sensors` reads the new state."""
         for name in self.refresh_calls:
             getattr(self.mujoco, name)(self.model, self.data)
-
-    def unstable(self, warnings: Integer[np.ndarray, " warnings"]) -> PhysicsError:
-        """Return the error to raise if MuJoCo has counted `warnings`."""
-        from dm_control.rl.control import PhysicsError
-
-        names = [name for name, count in zip(self.mujoco.mjtWarning.__members__, warnings, strict=False) if count]
-        return PhysicsError(f"{self.task}: the simulation is unstable ({', '.join(names)})")
 
     def observation(self) -> Float32[np.ndarray, " observation"]:
         """Return the observation of the current state, in ExoRL's order."""
@@ -196,10 +191,6 @@ class Simulation(ABC):
     def read_physics(data: State) -> Float64[np.ndarray, "*batch physics"]:
         """Return a copy of the positions, velocities and activations of a state."""
         return np.concatenate((data.qpos, data.qvel, data.act), axis=-1)
-
-    def copy_to(self, data: mujoco.MjData) -> None:
-        """Copy the whole MuJoCo state to another state of this model."""
-        self.mujoco.mj_copyData(data, self.model, self.data)
 
     def physics_state(self) -> Float64[np.ndarray, " physics"]:
         """Return a copy of the current positions, velocities and activations."""

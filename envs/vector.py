@@ -105,7 +105,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for index in np.flatnonzero(chosen):
             self._randoms[index] = streams[index] or self._randoms[index]
             self._simulation.reset(self._randoms[index])
-            self._simulation.copy_to(self._datas[index])
+            self._simulation.mujoco.mj_copyData(self._datas[index], self._simulation.model, self._simulation.data)
         self._steps[chosen], self._unstable[chosen] = 0, False
         self._stacked.renew()
         return self._observe(chosen)

@@ -1,13 +1,10 @@
 """Walker: a planar biped. Tasks stand, walk, run (from dm_control) and flip (from ExoRL)."""
 
-from typing import Any
-
 import numpy as np
 from dm_control.utils.rewards import tolerance
-from jaxtyping import Float, Float32, Float64
 
 from ringrl.envs.domain import Camera, Domain
-from ringrl.envs.simulation import Simulation, State
+from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
 
 _STAND_HEIGHT = 1.2  # metres
 _SPEEDS = {"walker_walk": 1.0, "walker_run": 8.0}  # metres per second
@@ -30,47 +27,31 @@ class WalkerSimulation(Simulation):
     domain = WALKER
     refresh_calls = ("mj_kinematics", "mj_comPos", "mj_comVel", "mj_subtreeVel")
 
-    def build(self) -> Any:
-        from dm_control.suite import walker
-
-        return walker.Physics.from_xml_string(*walker.get_model_and_assets())
-
     def start(self, random: np.random.RandomState) -> None:
         from dm_control.suite import walker
 
         walker.PlanarWalker(move_speed=0, random=random).initialize_episode(self.physics)
 
-    def read_observation(self, data: State) -> Float32[np.ndarray, "*batch observation"]:
+    def read_observation(self, data: State) -> Observations:
         """Return the orientation of every body in the plane (14), torso height (1), joint velocities (9)."""
-        batch = data.qpos.shape[:-1]
-        observation = np.empty((*batch, 24), np.float32)
-        observation[..., :14] = data.xmat[..., 1:, :3:2].reshape(*batch, 14)  # xx and xz
-        observation[..., 14] = data.xpos[..., _TORSO, 2]
-        observation[..., 15:] = data.qvel
-        return observation
+        orientations = data.xmat[..., 1:, :3:2].reshape(*data.qpos.shape[:-1], 14)  # xx and xz
+        return np.concatenate((orientations, data.xpos[..., _TORSO, 2:], data.qvel), axis=-1, dtype=np.float32)
 
-    def read_sensors(self, data: State) -> Float64[np.ndarray, "*batch 4"]:
-        sensors = np.empty((*data.qpos.shape[:-1], 4))
-        sensors[..., 0] = data.xpos[..., _TORSO, 2]
-        sensors[..., 1] = data.xmat[..., _TORSO, 8]
-        sensors[..., 2] = data.subtree_linvel[..., _TORSO, 0]
-        sensors[..., 3] = data.subtree_angmom[..., _TORSO, 1]
-        return sensors
+    def read_sensors(self, data: State) -> Sensors:
+        height, upright = data.xpos[..., _TORSO, 2:], data.xmat[..., _TORSO, 8:]
+        velocity, angular_momentum = data.subtree_linvel[..., _TORSO, :1], data.subtree_angmom[..., _TORSO, 1:2]
+        return np.concatenate((height, upright, velocity, angular_momentum), axis=-1)
 
     @staticmethod
-    def reward(
-        task: str, sensors: Float64[np.ndarray, "*batch 4"], action: Float[np.ndarray, "*batch 6"]
-    ) -> Float64[np.ndarray, "*batch"]:
+    def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return the reward for standing, for the other tasks times the reward for moving."""
-        height, upright, velocity, angular_momentum = np.moveaxis(sensors, -1, 0)
+        height, upright, velocity, spin = np.moveaxis(sensors, -1, 0)
         standing = tolerance(height, bounds=(_STAND_HEIGHT, np.inf), margin=_STAND_HEIGHT / 2)
         stand = (3 * standing + (1 + upright) / 2) / 4
         if task == "walker_stand":
             return stand
         if task == "walker_flip":
-            move = tolerance(
-                angular_momentum, bounds=(_SPIN, np.inf), margin=_SPIN, value_at_margin=0, sigmoid="linear"
-            )
+            move = tolerance(spin, bounds=(_SPIN, np.inf), margin=_SPIN, value_at_margin=0, sigmoid="linear")
         else:
             speed = _SPEEDS[task]
             move = tolerance(velocity, bounds=(speed, np.inf), margin=speed / 2, value_at_margin=0.5, sigmoid="linear")

@@ -57,14 +57,6 @@ def stream_scores(returns: Float[np.ndarray, "streams episodes"], metric: Metric
     return scores
 
 
-def matched_streams(stream: EvaluationRecord, control: EvaluationRecord) -> tuple[EvaluationRecord, EvaluationRecord]:
-    """Return a stream and its control without the episodes that failed in either of them."""
-    common = min(len(stream.finished), len(control.finished))
-    rest = (None,) * (len(stream.returns) - common)
-    first, second = (r.model_copy(update={"returns": r.returns[:common] + rest}) for r in (stream, control))
-    return first, second
-
-
 @dataclass(frozen=True)
 class EvaluationSummary:
     """The results of one evaluation. None: no stream finished the episode."""
@@ -146,12 +138,17 @@ def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:
 def _matched(
     streams: Sequence[EvaluationRecord], control: Sequence[EvaluationRecord]
 ) -> tuple[Sequence[EvaluationRecord], Sequence[EvaluationRecord]]:
-    """Match each stream with its control; returns both unchanged while the control is not complete."""
+    """Leave out episodes that failed in a stream or in its control. An incomplete control changes nothing."""
     controls = {record.environment_seed: record for record in control}
     if controls.keys() != {record.environment_seed for record in streams}:
         return streams, control
-    pairs = [matched_streams(record, controls[record.environment_seed]) for record in streams]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    matched: tuple[list[EvaluationRecord], list[EvaluationRecord]] = [], []
+    for pair in ((record, controls[record.environment_seed]) for record in streams):
+        common = min(len(record.finished) for record in pair)
+        for found, record in zip(matched, pair, strict=True):
+            returns = record.returns[:common] + (None,) * (len(record.returns) - common)
+            found.append(record.model_copy(update={"returns": returns}))
+    return matched
 
 
 def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:

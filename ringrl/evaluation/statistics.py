@@ -1,18 +1,15 @@
 """Statistics over few training runs: aggregates, comparisons and profiles, with stratified bootstrap intervals.
 
 After Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (rliable). A score is
-one number per training run (seed) and task. Scores are given as strata, one float array (runs,) per task; tasks may
-have different numbers of runs. The bootstrap resamples runs with replacement within each task and thus estimates how
-much the result would vary with other training seeds. Episodes of one run are averaged first and never resampled, since
-they are not independent evidence about training.
-
-A run that is scored in several tasks is resampled once for all of them: `together` gives these tasks the same label.
+one number per training run (seed) and task. Scores are given as strata, one float array (runs,) per task. The bootstrap
+resamples runs within each task, and so estimates how much the result would vary with other training seeds. Episodes of
+one run are averaged first and never resampled, since they are not independent evidence about training.
 
 Intervals have 95 % confidence (percentile method) and need two runs in every stratum. With fewer, the interval is None.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,18 +51,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Profile:
-    """The fraction of runs above each threshold, with pointwise intervals (None: too few runs).
+    """The fraction of runs above each threshold, with pointwise intervals (None: too few runs)."""
 
-    Attributes:
-        thresholds: scores (T,), ascending.
-        fractions: fraction of the runs of all tasks (T,), in [0, 1], decreasing.
-        low: lower ends of the intervals (T,).
-        high: upper ends of the intervals (T,).
-        runs: number of runs.
-    """
-
-    thresholds: Float64[np.ndarray, " thresholds"]
-    fractions: Float64[np.ndarray, " thresholds"]
+    thresholds: Float64[np.ndarray, " thresholds"]  # scores, ascending
+    fractions: Float64[np.ndarray, " thresholds"]  # of the runs of all tasks, in [0, 1]
     low: Float64[np.ndarray, " thresholds"] | None
     high: Float64[np.ndarray, " thresholds"] | None
     runs: int
@@ -90,8 +79,8 @@ def estimate(
         strata: scores of the runs of each task (runs,).
         aggregate: interquartile_mean, numpy.mean, numpy.median, ...
         generator: random generator of the resampling.
-        together: a label per task. Tasks with the same label have the same runs in the same order. None: all tasks have
-            different runs.
+        together: a label per task. Tasks with the same label have the same runs in the same order, which are resampled
+            together. None: all tasks have different runs.
         resamples: number of bootstrap resamples.
     """
     return _estimate(strata, _pooled(aggregate), generator, resamples, together)
@@ -197,7 +186,7 @@ def _compare(
     ours = [(0, task) for task in range(len(strata))] if together is None else together
     theirs = [(1, task) for task in range(len(baseline))] if baseline_together is None else baseline_together
     found = _estimate([*strata, *baseline], statistic, generator, resamples, [*ours, *theirs])
-    return Estimate(found.value, found.interval, min(_count(strata, together), _count(baseline, baseline_together)))
+    return replace(found, runs=min(_count(strata, together), _count(baseline, baseline_together)))
 
 
 def _estimate(
@@ -219,7 +208,7 @@ def _bootstrap(
     if not samples or any(sample.shape[-1] == 0 for sample in samples):
         raise ValueError("every task needs at least one run")
     value = statistic(*samples, axis=-1)
-    labels, sizes = _labels(samples, together), _sizes(samples, together)
+    labels, sizes = together or range(len(samples)), _sizes(samples, together)
     if min(sizes.values()) < 2:
         return value, None
 
@@ -230,27 +219,16 @@ def _bootstrap(
     # scipy resamples its samples independently, as the strata of Agarwal et al. It gets the indices of runs, so that
     # strata of the same runs are resampled together.
     found = scipy.stats.bootstrap(
-        [np.arange(size) for size in sizes.values()],
-        of_indices,
-        n_resamples=resamples,
-        vectorized=True,
-        axis=-1,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=generator,
-    ).confidence_interval
+        [np.arange(size) for size in sizes.values()], of_indices, n_resamples=resamples, vectorized=True, axis=-1,
+        confidence_level=CONFIDENCE, method="percentile", rng=generator,
+    ).confidence_interval  # fmt: skip
     return value, (found.low, found.high)
-
-
-def _labels(samples: Sequence[np.ndarray], together: Together) -> Sequence[Hashable]:
-    """Return the label of each sample."""
-    return range(len(samples)) if together is None else together
 
 
 def _sizes(samples: Sequence[np.ndarray], together: Together) -> dict[Hashable, int]:
     """Return the number of runs of each label."""
     found: dict[Hashable, int] = {}
-    for sample, label in zip(samples, _labels(samples, together), strict=True):
+    for sample, label in zip(samples, together or range(len(samples)), strict=True):
         if found.setdefault(label, sample.shape[-1]) != sample.shape[-1]:
             raise ValueError(f"{sample.shape[-1]} scores of {found[label]} runs that are drawn together")
     return found
