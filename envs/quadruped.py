@@ -11,7 +11,7 @@ from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simu
 _SPEEDS = {"quadruped_walk": 0.5, "quadruped_run": 5.0}  # metres per second
 _JUMP_HEIGHT = 1.0  # metres
 _TORSO = 1  # the first body after the world
-_HINGE_POSITIONS, _HINGE_VELOCITIES = slice(7, None), slice(6, None)  # after those of the free torso
+_HINGE_POSITIONS, _HINGE_VELOCITIES = slice(7, None), slice(6, None)  # after the free torso
 # In MuJoCo's sensor data: accelerometer and gyroscope, velocity of the torso, forces (12) and torques (12) at the toes.
 _INERTIAL, _VELOCITY, _TOES = slice(0, 6), slice(6, 9), slice(9, 33)
 

@@ -2,7 +2,7 @@
 
 MuJoCo chooses its OpenGL library when it is first imported, and a graphics driver may crash. Neither must affect the
 process that evaluates. Episodes are read as an .npz file from standard input. If rendering fails, one line on standard
-output says why.
+output gives the reason.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class EpisodeRenderer:
     MuJoCo must not have been imported in this process.
 
     Raises:
-        UserError: OpenGL cannot be used in the way that the environment variable MUJOCO_GL says.
+        UserError: the OpenGL backend in the environment variable MUJOCO_GL cannot be used.
     """
 
     def __init__(self, task: str, width: int, height: int) -> None:

@@ -210,5 +210,5 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 def make_vec(
     task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
 ) -> ExoRLVectorEnv:
-    """Make environments that step in lockstep; arguments and errors are those of `ExoRLVectorEnv`."""
+    """Make environments that step in lockstep; see `ExoRLVectorEnv` for arguments and errors."""
     return ExoRLVectorEnv(task, num_envs, seed, threads)

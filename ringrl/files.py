@@ -156,7 +156,7 @@ def reserve(path: Path, size: int) -> None:
 
 @contextmanager
 def explain_write_errors(path: Path, size: int | None = None) -> Iterator[None]:
-    """Turn an OSError while `path` is written into a UserError that says what to do. `size` are the bytes needed."""
+    """Turn an OSError while `path` is written into a UserError with advice. `size` is the number of bytes needed."""
     try:
         yield
     except OSError as error:

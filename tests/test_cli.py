@@ -30,7 +30,7 @@ TINY = [
 RINGRL = str(Path(sys.executable).with_name("ringrl"))
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def rejected(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command that must fail, and return the line it prints."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -117,9 +117,9 @@ def test_import_of_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     assert "4 of 8 episodes, at random (seed 3)" in text
     assert "exorl_compat" in text
-    assert "--max-episodes is 0" in refused([*command, "--overwrite", "--max-episodes", "0"], capsys)
-    assert "--subset" in refused([*command, "--overwrite", "--subset", "middle"], capsys)
-    assert "--seed: only with --subset random" in refused([*command, "--overwrite", "--seed", "1"], capsys)
+    assert "--max-episodes is 0" in rejected([*command, "--overwrite", "--max-episodes", "0"], capsys)
+    assert "--subset" in rejected([*command, "--overwrite", "--subset", "middle"], capsys)
+    assert "--seed: only with --subset random" in rejected([*command, "--overwrite", "--seed", "1"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,13 @@ def test_the_default_store_is_next_to_the_archive(
     (tmp_path / "run_v1.0" / "buffer").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "run_v1.0")
     monkeypatch.setattr("ringrl.data.import_archive", stop)
-    assert refused(["data", "import", archive, "--domain", "jaco"], capsys) == f"ringrl: to {Path(store).resolve()}"
+    assert rejected(["data", "import", archive, "--domain", "jaco"], capsys) == f"ringrl: to {Path(store).resolve()}"
 
 
 def test_an_error_of_the_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = str(tmp_path / ("x" * 300))
     for command in (["data", "info", long], ["data", "import", long, "--domain", "jaco"]):
-        assert f"{long}: File name too long" in refused(command, capsys)
+        assert f"{long}: File name too long" in rejected(command, capsys)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
@@ -258,19 +258,19 @@ def test_errors_of_evaluations(
         (["--output", str(tmp_path / "x.json")], "give a name that ends in .jsonl"),
     ):
         capsys.readouterr()
-        assert expected in refused([*base, *flags], capsys)
-    assert "needs a --checkpoint" in refused(["evaluate", "--tasks", "all-of-domain"], capsys)
-    assert "--checkpoint" in refused(["evaluate"], capsys)
-    assert "--prompt-seed: no prompt is drawn" in refused([*base, "--prompt-seed", "3"], capsys)
+        assert expected in rejected([*base, *flags], capsys)
+    assert "needs a --checkpoint" in rejected(["evaluate", "--tasks", "all-of-domain"], capsys)
+    assert "--checkpoint" in rejected(["evaluate"], capsys)
+    assert "--prompt-seed: no prompt is drawn" in rejected([*base, "--prompt-seed", "3"], capsys)
     random = ["evaluate", "--tasks", "jaco_reach_top_left", "--output", str(tmp_path / "random.jsonl")]
-    assert "--prompt-seed: has no effect on random actions" in refused([*random, "--prompt-seed", "3"], capsys)
-    assert refused([*random, "--seed", str(2**32)], capsys).startswith("ringrl: --seed: ")
+    assert "--prompt-seed: has no effect on random actions" in rejected([*random, "--prompt-seed", "3"], capsys)
+    assert rejected([*random, "--seed", str(2**32)], capsys).startswith("ringrl: --seed: ")
     assert not list(tmp_path.glob("random*")), "no journal"
 
 
 def test_an_unknown_command_lists_similar_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(["trian"], capsys) == "ringrl: no command 'trian'; did you mean train or plan? (see ringrl --help)"
-    assert "no command 'data imprt'; did you mean data import" in refused(["data", "imprt"], capsys)
+    assert rejected(["trian"], capsys) == "ringrl: no command 'trian'; did you mean train or plan? (see ringrl --help)"
+    assert "no command 'data imprt'; did you mean data import" in rejected(["data", "imprt"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -302,26 +302,26 @@ def test_a_wrong_flag_is_one_line(
     flags: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["train", "--data", "x", "--task", "y", "--run", str(tmp_path / "run")]
-    assert refused([*base, *flags.split()], capsys) == f"ringrl: {expected} (see ringrl train --help)"
+    assert rejected([*base, *flags.split()], capsys) == f"ringrl: {expected} (see ringrl train --help)"
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_flags_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "ringrl: --data, --task and --run are needed (" in refused(["train"], capsys)
-    line = refused(["train", "--dat=x", "--task", "y", "--run", "z"], capsys)
+    assert "ringrl: --data, --task and --run are needed (" in rejected(["train"], capsys)
+    line = rejected(["train", "--dat=x", "--task", "y", "--run", "z"], capsys)
     assert "ringrl: --data is needed; --dat: no such flag; did you mean --data? (" in line
-    assert "DOMAIN and ALGORITHM are needed (see ringrl data download" in refused(["data", "download"], capsys)
-    assert "--compare: needs 2 values (" in refused(["report", "--compare", "a"], capsys)
-    line = refused(["data", "import", "x.zip", "--max-episodes", "2.5", "--workers", "two"], capsys)
+    assert "DOMAIN and ALGORITHM are needed (see ringrl data download" in rejected(["data", "download"], capsys)
+    assert "--compare: needs 2 values (" in rejected(["report", "--compare", "a"], capsys)
+    line = rejected(["data", "import", "x.zip", "--max-episodes", "2.5", "--workers", "two"], capsys)
     assert "--workers: expected an integer, got 'two'; --max-episodes: expected an integer, got '2.5'" in line
 
 
 def test_a_flag_of_several_values_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--data", "x", "--task", "y", "--run", str(tmp_path / "run")]
     twice = ["--context.other_tasks", "a", "--context.other-tasks=b", "--seed", "1", "--seed", "2"]
-    assert "ringrl: --context.other-tasks: given twice; give all values" in refused([*train, *twice], capsys)
-    assert "--tasks: given twice" in refused(["evaluate", "--tasks", "a", "--task", "b"], capsys)
-    assert "--seed: Input should be" in refused([*train, "--seed", "1", "--seed", "-2"], capsys), "the last counts"
+    assert "ringrl: --context.other-tasks: given twice; give all values" in rejected([*train, *twice], capsys)
+    assert "--tasks: given twice" in rejected(["evaluate", "--tasks", "a", "--task", "b"], capsys)
+    assert "--seed: Input should be" in rejected([*train, "--seed", "1", "--seed", "-2"], capsys), "the last counts"
 
 
 def test_flags_without_effect_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,9 +329,9 @@ def test_flags_without_effect_are_rejected(tmp_path: Path, capsys: pytest.Captur
     plan.write_text(yaml.safe_dump({"data": "x", "task": "jaco_reach_top_left", "output": str(tmp_path / "runs")}))
     train = ["train", "--data", "x", "--task", "jaco_reach_top_left", "--run", str(tmp_path / "run")]
     for command in (train, ["ablate", str(plan)], ["ablate", str(plan), "--dry-run"]):
-        line = refused([*command, "--slurm.gpus-per-node", "1", "--slurm.restarts=3"], capsys)
+        line = rejected([*command, "--slurm.gpus-per-node", "1", "--slurm.restarts=3"], capsys)
         assert "--slurm.gpus-per-node, --slurm.restarts: used only with --launcher slurm" in line
-    line = refused([*train, "--launcher", "slurm", "--distributed.enabled", "on"], capsys)
+    line = rejected([*train, "--launcher", "slurm", "--distributed.enabled", "on"], capsys)
     assert "--distributed.enabled: not used with --launcher slurm" in line
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
@@ -350,14 +350,14 @@ def test_a_method_overrides_the_file_and_flags_override_the_method(
     assert (saved["model"]["timestep_embedding"], saved["model"]["layers"]) == (False, 1), "flags over the method"
 
     capsys.readouterr()
-    line = refused([*base, "--method=dt", "--context.trajectories=2", "--run", str(tmp_path / "other")], capsys)
+    line = rejected([*base, "--method=dt", "--context.trajectories=2", "--run", str(tmp_path / "other")], capsys)
     assert "--method dt: with the other settings the run is at" in line
-    assert "bc-10%" in refused([*base, "--method", "cloning"], capsys), "lists the methods"
+    assert "bc-10%" in rejected([*base, "--method", "cloning"], capsys), "lists the methods"
     shared.write_text(yaml.safe_dump({"context": {"max_transitions": 5000}}))
-    assert "needs consecutive episodes" in refused([*base, "--method", "ad"], capsys)
+    assert "needs consecutive episodes" in rejected([*base, "--method", "ad"], capsys)
     for section in (3, "transformer"):
         shared.write_text(yaml.safe_dump({"model": section}))
-        assert f"{shared}: model: expected settings by name" in refused([*base, "--method", "bc"], capsys)
+        assert f"{shared}: model: expected settings by name" in rejected([*base, "--method", "bc"], capsys)
     assert not (tmp_path / "other").exists()
 
 
@@ -373,22 +373,22 @@ def test_errors_of_files_name_the_file(
         ["ablate", str(missing)],
         ["train", "--config", str(missing)],
     ):
-        assert str(missing) in refused(arguments, capsys)
+        assert str(missing) in rejected(arguments, capsys)
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump({"data": str(missing), "task": "jaco_reach_top_left", "output": str(missing)}))
-    assert str(missing) in refused(["ablate", str(plan), "--dry-run"], capsys)
-    assert "--workers" in refused(["ablate", str(plan), "--workers", "0"], capsys)
+    assert str(missing) in rejected(["ablate", str(plan), "--dry-run"], capsys)
+    assert "--workers" in rejected(["ablate", str(plan), "--workers", "0"], capsys)
     plan.write_text(plan.read_text() + "settings: {model: 3}\n")
-    assert "model: expected settings by name" in refused(["ablate", str(plan), "--dry-run"], capsys)
+    assert "model: expected settings by name" in rejected(["ablate", str(plan), "--dry-run"], capsys)
     data = ["--data", str(jaco_store.path), "--run", str(missing)]
-    assert "walker_walk" in refused(["train", "--task", "walker_walk", *data], capsys)
-    assert "walker_walk" in refused(["evaluate", "--checkpoint", str(run), "--task", "walker_walk"], capsys)
-    assert "walker_walk" in refused(["evaluate", "--task", "walker_wlak"], capsys)
-    assert "at least 1" in refused(["evaluate", "--checkpoint", str(run), "--episodes", "0"], capsys)
-    assert str(run) in refused(["evaluate", "--checkpoint", str(run), "--step", "7"], capsys)
+    assert "walker_walk" in rejected(["train", "--task", "walker_walk", *data], capsys)
+    assert "walker_walk" in rejected(["evaluate", "--checkpoint", str(run), "--task", "walker_walk"], capsys)
+    assert "walker_walk" in rejected(["evaluate", "--task", "walker_wlak"], capsys)
+    assert "at least 1" in rejected(["evaluate", "--checkpoint", str(run), "--episodes", "0"], capsys)
+    assert str(run) in rejected(["evaluate", "--checkpoint", str(run), "--step", "7"], capsys)
     again = ["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--run", str(run), *TINY]
-    assert "--resume" in refused(again, capsys)
-    assert "model.width was 16, is 32" in refused([*again, "--model.width=32", "--resume"], capsys)
+    assert "--resume" in rejected(again, capsys)
+    assert "model.width was 16, is 32" in rejected([*again, "--model.width=32", "--resume"], capsys)
     assert not missing.exists()
 
 
@@ -425,12 +425,12 @@ def test_out_of_memory_is_one_line_and_no_damage(
     command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(store), "--workers", "1"]
     with monkeypatch.context() as patch:
         patch.setattr("numpy.lib.format.read_array_header_1_0", fail)
-        line = refused([*command, "--on-damaged", "skip"], capsys)
+        line = rejected([*command, "--on-damaged", "skip"], capsys)
         assert "not enough memory" in line
         assert "damaged" not in line, "no healthy episode is skipped"
     with monkeypatch.context() as patch:
         patch.setattr("h5py.File", fail)
-        assert "not enough memory" in refused(["data", "info", str(jaco_store.path)], capsys)
+        assert "not enough memory" in rejected(["data", "info", str(jaco_store.path)], capsys)
     main(command)
     assert len(EpisodeStore(store)) == 8
 

@@ -93,7 +93,7 @@ def download_store(
 
     An existing store is opened, and nothing is fetched. `delete_archive` removes the archive after the whole store has
     been read back and compared with its checksums. `import_progress` is called with (episodes done, episodes in all).
-    The other arguments are those of `download_archive`.
+    See `download_archive` for the other arguments.
 
     Raises:
         UserError: the errors of `download_archive` and `import_archive`, and an existing store of another dataset.

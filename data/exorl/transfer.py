@@ -35,7 +35,7 @@ REDIRECTS = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redi
 class Patience:
     """How long to wait for a server, and how often to try again."""
 
-    timeout: float = 30.0  # seconds that connecting may take, and that a read may stand still
+    timeout: float = 30.0  # seconds that a connection or a read may wait
     retries: int = 5  # failures in a row after which the transfer fails
     pause: float = 1.0  # seconds before the first retry; each further pause is twice as long
 
@@ -206,7 +206,7 @@ class Transfer:
         else:
             whole = self.known_size if announced is None else announced
             if whole is None:
-                self._refuse("does not say how long the file is")
+                self._refuse("sends no length of the file")
             if self.known_size not in (None, whole):
                 self._refuse(f"announces {whole:,} bytes, but this file has {self.known_size:,}")
             if received:

@@ -67,7 +67,7 @@ def import_minari(
 
 
 class _Origin(Protocol):
-    """Converts the episodes of a dataset to those of a store."""
+    """Converts episodes of a dataset to episodes of a store."""
 
     domain: Domain
     recorded_task: str | None

@@ -44,7 +44,7 @@ def check_id(name: str) -> None:
     try:
         parse(name)
     except (ValueError, TypeError) as error:  # TypeError: the version is missing
-        raise UserError(f"{name}: is no name of a Minari dataset, which look like exorl/walker-rnd-v0") from error
+        raise UserError(f"{name}: is not a name of a Minari dataset, such as exorl/walker-rnd-v0") from error
     if not name.isascii():
         raise UserError(f"{name}: use letters, digits, - and _ in the name of a dataset")
 
@@ -65,7 +65,7 @@ def locate(dataset: str, *, download: bool) -> Path:
         if (folder / METADATA).is_file():
             return folder
     if Path(dataset).is_dir():
-        raise UserError(f"{dataset}: is no Minari dataset, {METADATA} is missing: give the folder of one")
+        raise UserError(f"{dataset}: is not a Minari dataset, {METADATA} is missing: give another folder")
     check_id(dataset)
     folder = datasets_folder() / dataset / "data"
     if not folder.is_dir() and download:
@@ -181,7 +181,7 @@ class MinariEpisodes:
     def _array(self, index: int, keys: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
         dataset, name = self._node(index, keys), "/".join(keys)
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiub":
-            raise UserError(f"has {name} that are no numbers")
+            raise UserError(f"has {name} that are not numbers")
         if dataset.shape != shape:
             raise UserError(f"has {name} of shape {dataset.shape}, expected {shape}")
         settings = dataset.id.get_create_plist()
@@ -252,7 +252,7 @@ def _check_space(space: dict[str, Any], name: str) -> None:
     if kind == "Dict":
         for key, part in space["subspaces"].items():
             if not key or "/" in key or key == ".":
-                raise UserError(f"has {key!r} in its {name}, which is no name of an array")
+                raise UserError(f"has {key!r} in its {name}, which is not an array name")
             _check_space(part, f"{name}/{key}")
         return
     if kind != "Box":

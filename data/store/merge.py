@@ -59,18 +59,18 @@ def _check_alike(stores: Sequence[EpisodeStore]) -> None:
         raise UserError("nothing to merge: name at least two stores")
     first = stores[0]
     if isinstance(first.facts, ForeignDomain):
-        raise UserError(f"{first.path}: {first.domain} is none of ExoRL's domains. Only their stores can be merged")
+        raise UserError(f"{first.path}: {first.domain} is not an ExoRL domain; only ExoRL stores can be merged")
     seen = dict[bytes, tuple[Path, int]]()
     for store in stores:
         if store.domain != first.domain:
             raise UserError(
-                f"{store.path}: its domain is {store.domain}, that of {first.path} is {first.domain}. Merge stores of "
-                "one domain"
+                f"{store.path}: has domain {store.domain}, but {first.path} has {first.domain}; merge stores of one "
+                "domain"
             )
         if store.provenance.relabelling != first.provenance.relabelling:
             raise UserError(
-                f"{store.path}: its rewards are {store.provenance.relabelling}, those of {first.path} "
-                f"{first.provenance.relabelling}; import one of them again with --relabel"
+                f"{store.path}: has {store.provenance.relabelling} rewards, but {first.path} has "
+                f"{first.provenance.relabelling} rewards; import one of them again with --relabel"
             )
         own = {digest.tobytes(): (store.path, index) for index, digest in enumerate(store.recorded_digests)}
         if twice := [digest for digest in own if digest in seen]:

@@ -61,11 +61,11 @@ class Provenance:
         """Read the output of `to_json`. ValueError, KeyError or TypeError for anything else."""
         values = json.loads(text)
         if not isinstance(values["skipped"], list) or not all(isinstance(reason, str) for reason in values["skipped"]):
-            raise ValueError("skipped is no list of texts")
+            raise ValueError("skipped is not a list of strings")
         values["skipped"] = tuple(values["skipped"])
         provenance = cls(**values)
         if len(values) != len(dataclasses.fields(cls)) or min(provenance.num_skipped, provenance.source_bytes) < 0:
-            raise ValueError("no whole provenance")
+            raise ValueError("incomplete provenance")
         for field in dataclasses.fields(cls):
             default = field.default if field.default is not dataclasses.MISSING else ""
             if type(getattr(provenance, field.name)) is not type(default):
@@ -85,7 +85,7 @@ def _today() -> str:
     try:
         return time.strftime("%Y-%m-%d", time.gmtime(int(given) if given else None))
     except (ValueError, OverflowError, OSError) as error:
-        raise UserError(f"SOURCE_DATE_EPOCH: {given} is no number of seconds since 1970; unset it") from error
+        raise UserError(f"SOURCE_DATE_EPOCH: {given} is not a number of seconds since 1970; unset it") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +156,10 @@ class ForeignDomain(Domain):
         values = json.loads(text)
         for key, kind in _FACTS.items():
             if type(values[key]) is not kind:
-                raise ValueError(f"{key} is no {kind.__name__}")
+                raise ValueError(f"{key} is not a {kind.__name__}")
         for key in ("action_low", "action_high"):
             if not all(type(number) is float for number in values[key]):
-                raise ValueError(f"{key} is no list of numbers")
+                raise ValueError(f"{key} is not a list of numbers")
             values[key] = tuple(values[key])
         return cls.of(**values)
 

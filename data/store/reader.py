@@ -105,7 +105,7 @@ class EpisodeStore:
             if name != "episodes/offset"
         }
         if content_fingerprint(self.domain, self.lengths, self.recorded_digests) != self.fingerprint:
-            raise UserError("the fingerprint is not that of the content: import the archive again")
+            raise UserError("the fingerprint does not match the content: import the archive again")
         rows = int(self.offsets[-1])
         self.arrays = {
             key: mapped.view(dataset_name(key), layout.shape(key, rows), spec.dtype)
@@ -177,7 +177,7 @@ class EpisodeStore:
             quantiles = np.quantile(self.returns(task).astype(np.float64), RETURN_LEVELS)
             if not np.array_equal(quantiles, self.return_quantiles(task)):
                 raise UserError(
-                    f"{self.path}: the quantiles of {task} are not those of its returns: import the archive again"
+                    f"{self.path}: the quantiles of {task} do not match its returns: import the archive again"
                 )
 
     def _fault(self, index: int) -> str | None:
@@ -227,7 +227,7 @@ def _read_facts(file: h5py.File) -> Domain:
 
 def _checked_tasks(domain: Domain, tasks: object) -> tuple[str, ...]:
     if not isinstance(tasks, list) or not set(tasks) <= set(domain.tasks) or len(set(tasks)) < len(tasks):
-        raise UserError(f"the tasks {tasks} are not those of {domain.name}: import the archive again")
+        raise UserError(f"the tasks {tasks} differ from the tasks of {domain.name}: import the archive again")
     return tuple(tasks)
 
 

@@ -123,7 +123,7 @@ class StoreWriter:
 
 
 def create_file(partial: Path, layout: Layout) -> None:
-    """Create the HDF5 file of a store with room for all arrays, in place of any other file. Raises OSError.
+    """Create the HDF5 file of a store with space for all arrays, in place of any other file. Raises OSError.
 
     The new file is not the old one emptied: workers of a killed import may still write to the old one.
     """
@@ -245,8 +245,8 @@ def finish(
         attributes["facts"] = layout.domain.to_json()
     if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
         raise UserError(
-            f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: was it merged of too many stores "
-            "that were merged themselves? Merge the archives' own stores at once"
+            f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: merge the original stores "
+            "with one command, not stores that were merged before"
         )
     sync(partial)
     with h5py.File(partial, "r+", libver=("v110", "v110"), locking=False) as file:
@@ -257,7 +257,7 @@ def finish(
             file[f"return_quantiles/{task}"].attrs["levels"] = np.array(RETURN_LEVELS)
         file.attrs["format_version"] = FORMAT_VERSION
         for name, text in attributes.items():
-            # HDF5 keeps a checksum of texts of a fixed length, and none of those of variable length.
+            # HDF5 has checksums for strings of fixed length only.
             file.attrs[name] = np.bytes_(text.encode())
         file.attrs["format"] = np.bytes_(FORMAT.encode())
     sync(partial)

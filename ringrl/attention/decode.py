@@ -60,7 +60,7 @@ def decode_attention(
       k_cache, v_cache: (B, C, Hkv, D), filled up to `length` (`append_to_cache`). Slots beyond are ignored but must be
         finite. q is rounded to their dtype.
       length: tokens in the cache, including the new ones.
-      prefix: tokens before those of the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
+      prefix: tokens before the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap: as for `attention`.
       mesh: the devices of a sharded cache, whose capacity axis is striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.

@@ -40,7 +40,7 @@ def download(
     from ringrl.data.store.summary import describe
 
     if delete_archive and not import_store:
-        raise UserError("--delete-archive: needs --import, or nothing would be kept; add --import")
+        raise UserError("--delete-archive: would keep nothing without --import; add --import")
     with _bars() as (bar, notice):
         options: dict[str, Any] = {"url": url, "patience": Patience(timeout=timeout), "notice": notice}
         options["progress"] = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)

@@ -68,7 +68,7 @@ def train(
 
 
 def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:
-    """Add the settings of --config, and over them those of --method, where no flag sets them."""
+    """Add the settings of --config and --method, which flags override; --method overrides --config."""
     file, name = _value(arguments, "--config"), _value(arguments, "--method")
     values = read_yaml(Path(file)) if file else {}
     if name in METHODS:  # the parser rejects other names

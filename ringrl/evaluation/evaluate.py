@@ -32,7 +32,7 @@ def evaluate_policy(
 ) -> list[EvaluationRecord]:
     """Roll out a trained policy and return one record per stream, then one per control stream.
 
-    Nothing is written. Arguments and errors are those of `policy_evaluation`.
+    Nothing is written. See `policy_evaluation` for arguments and errors.
     """
     return roll_out(policy_evaluation(trained, run, protocol, task=task, data=data, command=command), progress=progress)
 
@@ -56,7 +56,7 @@ def evaluate_all(
     Args:
         evaluations: in this order.
         again: repeat finished evaluations.
-        video: write videos of the first, the median and the best episode. If that fails, a message says why.
+        video: write videos of the first, the median and the best episode. If that fails, a message gives the reason.
         progress: callbacks.
 
     Returns:
@@ -162,7 +162,7 @@ def _roll_out_and_append(evaluation: Evaluation, video: bool, progress: Evaluati
 
 
 def _episodes_to_show(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> dict[str, EpisodeStates]:
-    """Read the first, the median and the best episode, those of the control excluded, by label."""
+    """Read the first, median and best episode without the control, by label."""
     found = {}
     returns = np.array([record.returns for record in records if record.context], np.float64)  # None becomes NaN
     for label, (stream, index) in choose(returns).items():

@@ -181,7 +181,7 @@ class Evaluation:
 
     @property
     def steps(self) -> int:
-        """Return the number of environment steps, those of the control included."""
+        """Return the number of environment steps, including the control."""
         return self.seeds.size * self.normalisation.episode_length * len(self.parts)
 
     @property

@@ -80,7 +80,7 @@ class EvaluationSummary:
     scores_without_context: dict[str, float | None]
     failed: int  # episodes without a return
     failed_without_context: int
-    streams_left_out: int  # without any return, those of the control included
+    streams_left_out: int  # streams without any return, including the control
     steps_simulated: int
     wall_seconds: float
 

@@ -10,7 +10,7 @@ from ringrl.context import Context
 
 
 class Policy(nnx.Module):
-    """A policy. The methods here are those of a policy without memory, which acts on the current observation.
+    """A policy. The default methods implement a policy without memory, which acts on the current observation.
 
     A policy with memory overrides `tokens_per_step`, `reset`, `prefill` and `act`.
     """

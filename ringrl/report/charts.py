@@ -59,7 +59,7 @@ _CURVES = 4  # context lengths of one method in the chart of episodes
 _LOG_RATIO = 4  # an axis is logarithmic if its largest value is this many times the smallest
 _THRESHOLDS = 61
 _MEASURES = {
-    "tokens": ("tokens", "Tokens that the model processed in training, counted each time they were sampled."),
+    "tokens": ("tokens", "Tokens that the model processed in training, with repetitions."),
     "FLOPs": ("floating-point operations", "Multiplications and additions of the transformer blocks, forward and "
               "backward. Other models are not counted."),
     "time": ("", "Wall-clock time of training, with compilation and waiting for data."),
@@ -186,7 +186,7 @@ def _config() -> dict[str, Any]:
 
 
 class Drawing(NamedTuple):
-    """What the panels share."""
+    """Data, colours and axes that the panels of a report share."""
 
     styles: Mapping[str, Style]
     commands: pd.Series  # by CELL
@@ -411,9 +411,9 @@ def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Ch
     policies = table[table["length"].notna() | (table["kind"] == "reference")]
     for option, column in (("tokens", "tokens"), ("FLOPs", "flops"), ("time", "seconds")):
         runs = results.groupby(RUN, as_index=False)[column].first().dropna()
-        means = runs.groupby(CELL, as_index=False).agg(x=(column, "mean"), told=("seed", "nunique"))
+        means = runs.groupby(CELL, as_index=False).agg(x=(column, "mean"), known=("seed", "nunique"))
         rows = policies.merge(means, on=CELL)
-        rows = rows[(rows["told"] == rows["seeds"]) & (rows["x"] > 0)]
+        rows = rows[(rows["known"] == rows["seeds"]) & (rows["x"] > 0)]
         for task, cells in rows.groupby("task"):
             if len(cells) < 2 or not (cells["kind"] == "context").any():
                 continue
@@ -526,9 +526,8 @@ def _last_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
         layers = [*draw.rules_of(draw.rows(rows[rows["kind"] != "context"]), y), *draw.lines(data, x, y)]
         panels.append(draw.panel(str(task), layers, f"Return on {task} of last episodes from equal starts."))
     caption = (
-        "Last episodes of contexts of n trajectories, all from the starts in which the longest contexts end. Methods "
-        "without context play single episodes from these starts. Every point of a task has the same starts, so the "
-        "points can be compared."
+        "Last episodes of contexts of n trajectories, from the starts of the last episodes of the longest contexts. "
+        "Methods without context play single episodes from these starts. Every point of a task has the same starts."
     )
     return draw.chart("last_episodes", "Last episodes from equal starts", caption, panels, table["method"],
                       not table["memory"].astype(bool).all())  # fmt: skip
@@ -562,8 +561,8 @@ def _profile_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
             }))  # fmt: skip
         panels.append(_profile_panel(draw, title, pd.concat(parts, ignore_index=True), is_score))
     caption = (
-        "The fraction of training runs that return more than the value on the axis. A method whose line lies above "
-        "another line everywhere is better by any measure. Strong lines are the longest context, faint lines the "
+        "The fraction of training runs that return more than the value on the axis. A method whose line is above "
+        "another line everywhere is better by every measure. Strong lines are the longest context, faint lines the "
         "shortest. Bands are pointwise 95 % intervals (stratified bootstrap over seeds)."
     )
     return draw.chart(
@@ -611,8 +610,8 @@ def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
         ]
         panels.append(draw.panel(str(task), layers, f"Training loss on {task} by step."))
     caption = (
-        "Training loss against the optimiser step, one line per run. Each point is the mean of a stretch of steps. The "
-        "longer the context, the stronger the line. Losses of different methods measure different things, so compare "
+        "Training loss against the optimiser step, one line per run. Each point is a mean over consecutive steps. The "
+        "longer the context, the stronger the line. Losses of different methods are not comparable, so compare "
         "lines of one colour."
     )
     if lost := int(losses.drop_duplicates("run")["not_finite"].sum()):

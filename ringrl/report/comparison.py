@@ -120,7 +120,7 @@ def headline(pairs: pd.DataFrame) -> str:
     """Return the conclusion in one sentence."""
     judged, better, worse = len(_judged(pairs)), *(int((_clear(pairs) * sign > 0).sum()) for sign in (1, -1))
     if not judged:
-        return "One training seed is too few to say which is better."
+        return "One training seed cannot show which is better."
     if not better and not worse:
         return "B and A make no clear difference."
     counts = [f"{'more' if more else 'less'} in {count}" for more, count in ((True, better), (False, worse)) if count]
@@ -128,13 +128,11 @@ def headline(pairs: pd.DataFrame) -> str:
 
 
 def cautions(pairs: pd.DataFrame) -> list[str]:
-    """Return what the clear differences may owe to few seeds, to their number, or to different starts."""
+    """Return sentences about few seeds, many comparisons and different starts."""
     judged, clear = _judged(pairs), pairs[_clear(pairs) != 0]
     found = [caution(zip(clear["runs"], clear["paired"], strict=True))]
     if len(clear) and len(judged) >= _MANY_PAIRS:
-        found.append(
-            f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear if nothing differed."
-        )
+        found.append(f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear by chance alone.")
     unlike = [f"{row['Method']} on {row['Task']}" for _, row in pairs[~pairs["same_starts"]].iterrows()]
     if unlike:
         listed = ", ".join(unlike[:_MANY]) + (f" and {len(unlike) - _MANY} more" if len(unlike) > _MANY else "")
@@ -161,7 +159,7 @@ def _policies(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
-    """Pairs of row labels: cells equal in everything, then the only ones left of a task, method and lengths."""
+    """Return pairs of row labels: equal cells first, then cells that are unique for a task, method and lengths."""
     matched: list[tuple[Any, Any]] = []
     lengths = ["train_trajectories", "test_trajectories"]
     for key in (["task", "variant", *lengths, "prompt_trajectories"], ["task", "family", *lengths]):
@@ -179,7 +177,7 @@ def _pair(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     b = b.rename(index=lambda run: f"B {run}" if run.startswith(UNKNOWN_RUN) else run)  # never the runs of A
     found, row = contrast([b], [a]), {}
     estimates = {"A": summarise(a), "B": summarise(b), CHANGE: found.change}
-    if found.wins.interval:  # of one run each, B would beat A by chance
+    if found.wins.interval:  # with one run each, this would be chance
         estimates[WINS] = found.wins
     for name in ("A", "B", CHANGE, WINS):
         row |= _with_ends(name, estimates.get(name))
@@ -275,7 +273,7 @@ def _chart(pairs: pd.DataFrame) -> Chart:
         panels.append(draw.panel(str(task), layers, description, height=40 + 32 * len(rows)))
     caption = (
         "The difference of the interquartile means over training seeds, B less A, with its 95 % interval (bootstrap "
-        "over the seeds of both). If both have the same training runs, only these count, run by run. There is no clear "
+        "over the seeds of both). If A and B share training runs, only these count, run by run. There is no clear "
         "difference where the interval contains zero. A point without a bar has one seed on a side, so it has no "
         "interval."
     )

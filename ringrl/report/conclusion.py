@@ -28,7 +28,7 @@ from ringrl.report.tables import (
 )
 
 ENOUGH_ODDS = 20
-"""A difference that chance produces more often than once in so many times is worded with care."""
+"""Differences that chance produces more often than once in this many times are called preliminary."""
 _KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
 _ALIKE = 1.25  # ratio up to which budgets count as equal: steps are whole, and seconds vary
 _NAMED = 4  # names in a list of many
@@ -112,7 +112,7 @@ def headline(found: pd.DataFrame) -> str:
     judged = found[found["kind"].isin(["helps", "hurts", "unclear"])]
     if judged.empty:
         if (found["kind"] == "one seed").any():
-            return "One training seed is too few to say whether context helps."
+            return "One training seed cannot show whether context helps."
         return "Only one context length was measured."
     subjects = judged["subject"].unique()
     subject = subjects[0] if len(subjects) == 1 else "Context"
@@ -131,7 +131,7 @@ def headline(found: pd.DataFrame) -> str:
 
 
 def odds(seeds: int, paired: bool) -> int:
-    """Return once in how many times chance alone orders the training runs as clearly as possible.
+    """Return n such that chance alone orders the training runs perfectly once in n times.
 
     Paired: all n runs change in the same direction. Otherwise all runs of one group of n exceed the other group.
     """
@@ -139,7 +139,7 @@ def odds(seeds: int, paired: bool) -> int:
 
 
 def caution(clear: Iterable[tuple[int, bool]]) -> str | None:
-    """Return what so few training seeds can show, for the weakest of the clear differences; None if all have enough.
+    """Return a sentence about few training seeds, for the weakest clear difference; None if all have enough seeds.
 
     Args:
         clear: training seeds, and whether the difference is paired, of each clear difference.
@@ -151,9 +151,8 @@ def caution(clear: Iterable[tuple[int, bool]]) -> str | None:
         f"all {seeds} runs change in the same direction" if paired else f"two groups of {seeds} runs do not overlap"
     )
     return (
-        f"With {seeds} training seeds per point this result is preliminary. If nothing differed, chance would still "
-        f"make it that {chance} once in {odds(seeds, paired)} times, and bootstrap intervals of so few seeds are too "
-        "narrow."
+        f"With {seeds} training seeds per point this result is preliminary. Without any difference, {chance} by chance "
+        f"once in {odds(seeds, paired)} times. Bootstrap intervals of so few seeds are too narrow."
     )
 
 
@@ -232,7 +231,7 @@ def starts_of_cells(results: pd.DataFrame) -> pd.Series:
 
 
 def starts_facts(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
-    """Return a line per task: its number of starts if all policies share them, otherwise which policy has which."""
+    """Return a line per task: the number of starts, and for each policy if they differ between policies."""
     groups = _starts_groups(results, table)
     return [
         f"{task}: {f'{_count(next(iter(found)))}, the same for all' if _alike(found) else _listed(found)}"
@@ -256,7 +255,7 @@ Starts = frozenset[frozenset[str]]
 
 
 def _starts_groups(results: pd.DataFrame, table: pd.DataFrame) -> dict[str, dict[Starts, list[pd.Series]]]:
-    """Task -> starts -> policies; prompted rollouts, which have a chart of equal starts, are not among them."""
+    """Task -> starts -> policies, without prompted rollouts, whose chart has equal starts by construction."""
     found: dict[str, dict[Starts, list[pd.Series]]] = defaultdict(lambda: defaultdict(list))
     starts = starts_of_cells(results)
     for _, cell in table[table["length"].notna() | (table["kind"] == "reference")].iterrows():

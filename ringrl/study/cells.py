@@ -99,7 +99,7 @@ class Work:
             was, now = known[name], self.about[name]
             is_more = name == "episodes" and isinstance(was, int) and now > was
             if was != now and not is_more:
-                raise UserError(f"{path}: {name} was {was}, the plan says {now}; give another output")
+                raise UserError(f"{path}: {name} was {was}, but is {now} in the plan; give another output")
 
     def note_failure(self, why: str) -> str:
         """Write failed.txt, and return the reason as one line."""

@@ -62,7 +62,7 @@ class AblationPlan(Section):
     """Settings of `ringrl train` for all cells, for example {model: {layers: 2}}. The settings of a method override
     them; settings without effect on any cell are rejected."""
     task_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Task -> settings that override those of all cells."""
+    """Task -> settings that override the settings of all cells."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> settings, which also override those of a method. Every cell is repeated with each variant. The report
     shows the name."""

@@ -67,10 +67,10 @@ def ablate(
     all other cells) cells that failed.
     """
     options = options or RunOptions()
-    everything, beside = _check(plan, options)
+    everything, reference_work = _check(plan, options)
     with _locked(plan.output):
-        chosen, timings = _timed(plan, everything, beside, options, console)
-        work: list[Work] = [*beside, *chosen]
+        chosen, timings = _timed(plan, everything, reference_work, options, console)
+        work: list[Work] = [*reference_work, *chosen]
         todo = [one for one in work if not one.is_finished and (options.retry or one.failure is None)]
         for one in todo:
             one.forget_failure()
@@ -95,9 +95,9 @@ def ablate(
 def estimate(plan: AblationPlan, console: Console, options: RunOptions | None = None) -> None:
     """Print the remaining cost of a plan without running it. Timings are kept. Raise UserError as `ablate` does."""
     options = options or RunOptions()
-    everything, beside = _check(plan, options)
+    everything, reference_work = _check(plan, options)
     with _locked(plan.output):
-        chosen, timings = _timed(plan, everything, beside, options, Console(stderr=True))
+        chosen, timings = _timed(plan, everything, reference_work, options, Console(stderr=True))
     waiting = [cell for cell in chosen if not cell.is_finished]
     if waiting:
         console.print(cost_table(waiting, timings, len(chosen) - len(waiting), options.workers))
@@ -135,7 +135,7 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
 def _timed(
     plan: AblationPlan,
     everything: Sequence[Cell],
-    beside: Sequence[Reference],
+    reference_work: Sequence[Reference],
     options: RunOptions,
     console: Console,
 ) -> tuple[list[Cell], Mapping[str, Timing]]:
@@ -145,7 +145,7 @@ def _timed(
         waiting = [cell for cell in everything if not cell.is_finished]
         _time_new(waiting, plan.output, options.workers, timings, console)
     chosen = [_with_steps(cell, timings) for cell in everything]
-    for work in (*beside, *chosen):
+    for work in (*reference_work, *chosen):
         work.check()
     return chosen, timings
 

@@ -182,7 +182,7 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
         signal.signal(signal.SIGTERM, before)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a message for the user to standard error."""
     print(f"ringrl: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
@@ -201,7 +201,7 @@ def _end_with_the_others() -> None:
 def _end(what: str, code: int, line: str = "") -> NoReturn:
     """Print the line, report the failure to the other processes, and exit. JAX's own exit would wait for them."""
     if line:
-        say(line)
+        print_line(line)
     with contextlib.suppress(Exception):  # another process was first, or the service is lost
         _client().key_value_set(STOP, json.dumps({"process": place()[0], "what": what, "code": code}))
     _exit(code)
@@ -212,7 +212,7 @@ def _exit(code: int, last_line: str = "") -> NoReturn:
     if is_first():
         time.sleep(LINGER)
     if last_line:
-        say(last_line)
+        print_line(last_line)
     os._exit(code)
 
 

@@ -20,7 +20,7 @@ from ringrl.config import DistributedConfig
 from ringrl.errors import UserError
 from ringrl.processes import end_with_parent
 from ringrl.training import distributed
-from ringrl.training.distributed import INTERRUPTED, LOST, USER_ERROR, say
+from ringrl.training.distributed import INTERRUPTED, LOST, USER_ERROR, print_line
 
 KEPT = 16_384  # bytes of the child's last messages
 
@@ -59,7 +59,7 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
     if code not in (LOST, USER_ERROR, INTERRUPTED):
         sys.stderr.write(last)
     if line:
-        say(line)
+        print_line(line)
     raise SystemExit(code)
 
 
@@ -113,7 +113,7 @@ def _work(work: Callable[[], object], config: DistributedConfig, messages: Conne
     try:
         distributed.join(config)
     except UserError as error:
-        say(str(error))
+        print_line(str(error))
         os._exit(USER_ERROR)
     joined.send(distributed.place())
     distributed.run_to_the_end(work, config)

@@ -162,14 +162,14 @@ def test_hidden_tiles_are_not_read_and_copies_do_not_race(draw, oracle):
 def test_unsupported_arguments_are_named():
     options = Options(Rule(), 0.3)
     assert unsupported(jnp.bfloat16, 128, options) is None
-    refused = [
+    rejected = [
         ("float32", unsupported(jnp.float32, 64, options)),
         ("head_dim", unsupported(jnp.float16, 80, options)),
         ("scale", unsupported(jnp.float16, 64, Options(Rule(), -1.0))),
         ("block_q", unsupported(jnp.float16, 64, Options(Rule(), 1.0, None, 100))),
         ("block_k", unsupported(jnp.float16, 64, Options(Rule(), 1.0, None, None, 8))),
     ]
-    for name, reason in refused:
+    for name, reason in rejected:
         assert reason is not None
         assert name in reason
     q, side = jnp.zeros((1, 8, 64)), Side(*jnp.zeros((2, 1, 8), jnp.int32))

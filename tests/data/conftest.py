@@ -123,7 +123,7 @@ CARTPOLE_RND = "/cartpole/rnd.zip"
 
 @dataclass
 class Answer:
-    """How the server behaves for one request; as it should, unless told otherwise."""
+    """How the server behaves for one request; as it should, unless a test sets something else."""
 
     status: int | None = None  # answer with this and no file
     cut: int | None = None  # bytes of the body that are sent before the line is cut

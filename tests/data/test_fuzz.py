@@ -33,10 +33,10 @@ def test_fuzzed_files(tmp_path, what):
     assert len(tried) == 25 * SEEDS
     assert [case for case in tried if case["outcome"].startswith("fault")] == []
     for case in tried:
-        if case["outcome"] in ("refused", "found by verify"):
-            assert "fuzzed." in case["said"], case
-            assert case["said"].isprintable(), case
-            assert len(case["said"]) < 2_000, case
+        if case["outcome"] in ("rejected", "found by verify"):
+            assert "fuzzed." in case["message"], case
+            assert case["message"].isprintable(), case
+            assert len(case["message"]) < 2_000, case
         assert case["outcome"] != "same" or case["kind"] not in NEVER_THE_SAME[what], case
         assert case["outcome"] == "same" or case["kind"] not in ALWAYS_THE_SAME[what], case
     assert tried[-1]["kilobytes"] - tried[5]["kilobytes"] < 100_000, "no claim of a file may be believed with memory"

@@ -71,9 +71,9 @@ def test_longest_from_the_compiler(make):
     small = memory_of(workload.with_tokens(4096), "cpu").total
     machine = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=small))
     devices = jax.devices()[:8]
-    told: list[str] = []
-    longest = find_longest(workload, machine, devices, 2, notice=told.append)
-    assert len(told) == len(longest.compiled) == 2
+    known: list[str] = []
+    longest = find_longest(workload, machine, devices, 2, notice=known.append)
+    assert len(known) == len(longest.compiled) == 2
     results = dict(longest.compiled)
     assert longest.is_compiled
     assert longest.tokens % granule(workload) == 0

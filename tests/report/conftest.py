@@ -76,16 +76,16 @@ def study(
         for seed, length in ((seed, length) for seed in range(seeds) for length in (1, 2)):
             run = root / f"{task}_at_{length}_seed{seed}"
             run_folder(run, task, length, seed, layers)
-            told = {
+            fields = {
                 "task": task, "budget": budget(length), "checkpoint": str(run),
                 "data_fingerprint": (task.encode().hex() * 9)[:64],
                 "evaluation": f"{tasks.index(task)}{seed}{length}".ljust(64, "e"),
             }  # fmt: skip
-            records = rollouts(length, seed, level + 100.0 * length + seed, gain=10.0, **told)
+            records = rollouts(length, seed, level + 100.0 * length + seed, gain=10.0, **fields)
             if length > 1:
-                records += rollouts(length, seed, level - 10 + seed, context=False, **told)
+                records += rollouts(length, seed, level - 10 + seed, context=False, **fields)
             append_records(run / "evaluation.jsonl", records)
-            folder = run / "evaluation.videos" / f"{task}.{told['evaluation'][:12]}"
+            folder = run / "evaluation.videos" / f"{task}.{fields['evaluation'][:12]}"
             for label in ("first", "median", "best") if video else ():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{label}.mp4").write_bytes(video)

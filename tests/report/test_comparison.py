@@ -39,7 +39,7 @@ def test_differences_that_chance_explains_are_reported(make_study, make_ablation
     lengths = tuple(range(1, 21))
     many = [write_results(make_ablation(step=step, lengths=lengths), f"{step}.jsonl") for step in (0.0, 9.0)]
     assert cautions(compare(many[:1], many[1:]).pairs) == [
-        "Of 22 comparisons, about 1 would look clear if nothing differed."
+        "Of 22 comparisons, about 1 would look clear by chance alone."
     ]
 
 
@@ -51,17 +51,17 @@ def test_the_same_runs_prompted_are_compared_run_by_run(make_rollouts, write_res
             [
                 record
                 for seed in range(4)
-                for record in make_rollouts(2, seed, 100.0 * seed + gain, checkpoint_hash=str(seed), **told)
+                for record in make_rollouts(2, seed, 100.0 * seed + gain, checkpoint_hash=str(seed), **known)
             ],
             f"{name}.jsonl",
         )
-        for name, (gain, told) in levels.items()
+        for name, (gain, known) in levels.items()
     )
     found = compare([bare], [prompted])
     pair = found.pairs.iloc[0]
     assert (pair["paired"], pair[CHANGE], pair[f"{CHANGE}, low"] > 0) == (True, pytest.approx(40), True)
-    (said,) = cautions(found.pairs)
-    assert "all 4 runs change in the same direction once in 8 times" in said
+    (message,) = cautions(found.pairs)
+    assert "all 4 runs change in the same direction by chance once in 8 times" in message
 
 
 def test_one_seed_has_no_interval_and_no_probability(make_study, tmp_path):
@@ -71,7 +71,7 @@ def test_one_seed_has_no_interval_and_no_probability(make_study, tmp_path):
     assert {row["P(B > A)"] for row in read} == {""}
     assert all(row["B, low"] for row in read)
     assert {row["A, low"] for row in read} == {""}
-    assert "One training seed is too few to say which is better." in page.read_text()
+    assert "One training seed cannot show which is better." in page.read_text()
 
 
 def test_settings_that_differ(make_study, tmp_path):
@@ -114,9 +114,9 @@ def test_nothing_in_common_is_an_error(make_ablation, write_results, tmp_path):
 def test_the_page_its_files_and_the_terminal(make_study, tmp_path):
     a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0, layers=2)
     page, shown = write_comparison([a], [b], tmp_path / "report")
-    beside = {str(path.relative_to(page.parent)) for path in page.parent.rglob("*") if path.is_file()}
+    next_to_page = {str(path.relative_to(page.parent)) for path in page.parent.rglob("*") if path.is_file()}
     tables = {f"tables/{name}.{kind}" for name in ("comparison", "settings") for kind in ("csv", "tex")}
-    assert beside == {"index.html", *(f"figures/difference.{kind}" for kind in ("svg", "pdf", "png")), *tables}
+    assert next_to_page == {"index.html", *(f"figures/difference.{kind}" for kind in ("svg", "pdf", "png")), *tables}
     text = page.read_text()
     for expected in ("model.layers", str(a), str(b), "ringrl ablate plan.yaml", "+50.0"):
         assert expected in text, expected
@@ -129,9 +129,9 @@ def test_the_command_line(make_study, tmp_path, capsys):
     a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0)
     output = tmp_path / "report"
     main(["report", "--compare", str(a), str(b), "--output", str(output)])
-    said = capsys.readouterr().out
-    assert "P(B > A)" in said
-    assert said.rstrip().endswith("index.html")
+    message = capsys.readouterr().out
+    assert "P(B > A)" in message
+    assert message.rstrip().endswith("index.html")
     assert (output / "index.html").exists()
 
 
@@ -150,9 +150,9 @@ def test_mistakes_on_the_command_line(make_study, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(["report", *arguments, "--output", str(tmp_path / "report")])
         assert stop.value.code == 2
-        said = capsys.readouterr().err
-        assert expected in said
-        assert said.count("\n") == 1
+        message = capsys.readouterr().err
+        assert expected in message
+        assert message.count("\n") == 1
     assert not (tmp_path / "report").exists()
 
 
@@ -160,5 +160,7 @@ def test_comparisons_across_other_starts_are_reported(make_rollouts, write_resul
     a = write_results(make_rollouts(2, 0, 1.0), "a.jsonl")
     elsewhere = [r.model_copy(update={"environment_seed": 9 + r.environment_seed}) for r in make_rollouts(2, 0, 1.0)]
     b = write_results(elsewhere, "b.jsonl")
-    assert any("not rolled out from the same starts: Agentic" in said for said in cautions(compare([a], [b]).pairs))
+    assert any(
+        "not rolled out from the same starts: Agentic" in message for message in cautions(compare([a], [b]).pairs)
+    )
     assert cautions(compare([a], [a]).pairs) == []

@@ -1,4 +1,4 @@
-"""The sentences at the top of the page say what the numbers say."""
+"""The sentences at the top of the page follow from the numbers."""
 
 import pytest
 
@@ -112,16 +112,16 @@ def test_few_seeds_are_worded_with_care(make_ablation):
 
 def test_one_seed_has_no_interval(make_ablation):
     found = Summary(make_ablation(seeds=1))
-    assert found.headline == "One training seed is too few to say whether context helps."
+    assert found.headline == "One training seed cannot show whether context helps."
     assert found.verdicts[0]["kind"] == "one seed"
     assert "may be chance" in found.verdicts[0]["sentence"]
     assert "interval +" not in found.verdicts[0]["sentence"]
 
 
 def test_few_seeds_of_the_same_runs_agree_sooner(make_rollouts):
-    """All gains of n runs have one sign by chance once in 2^(n - 1) times; two groups lie apart less often."""
-    for seeds, said in (
-        (3, "all 3 runs change in the same direction once in 4 times"),
+    """All gains of n runs have one sign by chance once in 2^(n - 1) times; two groups are separated less often."""
+    for seeds, expected in (
+        (3, "all 3 runs change in the same direction by chance once in 4 times"),
         (5, "once in 16 times"),
         (6, None),
     ):
@@ -132,8 +132,8 @@ def test_few_seeds_of_the_same_runs_agree_sooner(make_rollouts):
             for record in make_rollouts(4, seed, 500.0 + 20 * context + 100 * seed, context=context)
         ]
         found = Summary(records)
-        assert found.headline == f"Memory across episodes {'seems to help' if said else 'helps'}."
-        assert (found.caution is None) if said is None else (said in str(found.caution))
+        assert found.headline == f"Memory across episodes {'seems to help' if expected else 'helps'}."
+        assert (found.caution is None) if expected is None else (expected in str(found.caution))
 
 
 def test_memory_is_told_from_the_starts_that_have_a_control(make_rollouts):
@@ -175,7 +175,7 @@ def test_several_comparisons_are_counted(make_ablation):
     assert found.headline == "A longer context helps in 1 of 2 comparisons."
 
 
-def test_what_helps_here_and_hurts_there_is_said_of_both(make_ablation):
+def test_helping_and_hurting_are_both_reported(make_ablation):
     records = [
         *make_ablation(),
         *make_ablation(task="walker_walk", step=-100),
@@ -231,9 +231,9 @@ def test_as_many_episodes_from_the_same_seeds_have_the_same_starts(make_rollouts
 def test_as_many_streams_of_other_lengths_have_other_starts(make_rollouts):
     """A length of 1 from the starts that the streams of 4 begin with."""
     found = Summary([r for n in (1, 4) for r in streams(make_rollouts, n, 5)])
-    said = "5 starts for Agentic Transformer (1 trajectory), 20 starts for Agentic Transformer (4 trajectories)"
-    assert found.starts == [f"cartpole_swingup: {said}"]
-    assert f"Not all policies were rolled out from the same starts: on cartpole_swingup {said}." in str(
+    expected = "5 starts for Agentic Transformer (1 trajectory), 20 starts for Agentic Transformer (4 trajectories)"
+    assert found.starts == [f"cartpole_swingup: {expected}"]
+    assert f"Not all policies were rolled out from the same starts: on cartpole_swingup {expected}." in str(
         found.warnings[0]
     )
 
@@ -265,7 +265,7 @@ def test_settings_that_differ_along_a_curve_are_reported(make_rollouts):
 
 
 @pytest.mark.parametrize(
-    ("alike", "said"),
+    ("alike", "expected"),
     [
         ({}, "training of 100 steps with 1, 100,000 steps with 2"),
         ({"timesteps": 7}, None),
@@ -275,7 +275,7 @@ def test_settings_that_differ_along_a_curve_are_reported(make_rollouts):
         ({"steps": 100}, None),
     ],
 )
-def test_lengths_that_share_no_budget_are_reported(alike, said, make_rollouts):
+def test_lengths_that_share_no_budget_are_reported(alike, expected, make_rollouts):
     few = {"steps": 100, "batch_size": 1, "timesteps": 100, "tokens": 100, "flops": 1e6, "seconds": 1.0}
     many = {"steps": 100_000, "batch_size": 1, "timesteps": 200_000, "tokens": 200_000, "flops": 1e9, "seconds": 900.0}
     records = [
@@ -284,7 +284,7 @@ def test_lengths_that_share_no_budget_are_reported(alike, said, make_rollouts):
         for record in make_rollouts(length, 0, 1.0, budget=Budget(**{**budget, **alike}))
     ]
     warning = Summary(records).warnings[1]
-    assert warning is None if said is None else said in str(warning)
+    assert warning is None if expected is None else expected in str(warning)
 
 
 def test_equal_settings_are_not_reported(make_rollouts, make_ablation):

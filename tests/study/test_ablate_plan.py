@@ -192,10 +192,10 @@ def test_finished_cells_are_recognised(write_plan) -> None:
         assert more.is_finished == (more.about == cell.about)
         more.check()
     for other, words in (
-        (make(seconds=90.0), r"cell\.yaml: seconds was 60\.0, the plan says 90\.0"),
-        (make("xyz"), r"cell\.yaml: data was abc, the plan says xyz"),
-        (make(episodes=2), "episodes was 4, the plan says 2"),
-        (make(control=False), "control was True, the plan says False"),
+        (make(seconds=90.0), r"cell\.yaml: seconds was 60\.0, but is 90\.0 in the plan"),
+        (make("xyz"), r"cell\.yaml: data was abc, but is xyz in the plan"),
+        (make(episodes=2), "episodes was 4, but is 2 in the plan"),
+        (make(control=False), "control was True, but is False in the plan"),
     ):
         assert not other.is_finished
         with pytest.raises(UserError, match=words):
@@ -236,7 +236,7 @@ def test_the_reference_belongs_to_one_dataset(write_plan) -> None:
     finish(data)
     assert data.is_finished
     (other,) = [r for r in references(plan, {"jaco_reach_top_left": "xyz"}) if r.about["kind"] == "data"]
-    with pytest.raises(UserError, match="data was abc, the plan says xyz"):
+    with pytest.raises(UserError, match="data was abc, but is xyz in the plan"):
         other.check()
 
 

@@ -66,10 +66,10 @@ def test_a_damaged_checkpoint_is_reported_and_training_uses_the_one_before(finis
     assert "\n" not in str(caught.value)
     del caught
     gc.collect()
-    said = io.StringIO()
-    train(finished, resume=True, quiet=True, console=Console(file=said))
-    assert f"{newest}: is damaged" in said.getvalue()
-    assert "moved to" in said.getvalue()
+    message = io.StringIO()
+    train(finished, resume=True, quiet=True, console=Console(file=message))
+    assert f"{newest}: is damaged" in message.getvalue()
+    assert "moved to" in message.getvalue()
     assert (finished.run / "damaged_checkpoint_14").is_dir()
     assert load_policy(finished.run).step == 14
     assert without_speed(metrics.read_text()) == without_speed(before), "steps 13 and 14 again, bit for bit"
@@ -118,9 +118,9 @@ def test_resuming_needs_the_state_of_the_batch_iterator(finished: TrainConfig, d
     newest = finished.run / "checkpoints" / "14"
     ITERATOR[damage](newest)
     assert load_policy(finished.run).step == 14, "evaluation does not need it"
-    said = io.StringIO()
-    train(finished, resume=True, quiet=True, console=Console(file=said))
-    assert f"{newest}: is damaged" in said.getvalue()
+    message = io.StringIO()
+    train(finished, resume=True, quiet=True, console=Console(file=message))
+    assert f"{newest}: is damaged" in message.getvalue()
 
 
 def test_the_description_of_a_checkpoint(finished: TrainConfig) -> None:
@@ -153,9 +153,9 @@ def test_a_full_disk_is_reported_and_the_run_resumes(tiny: TrainConfig) -> None:
     alone = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or files of other tests would be cut short
     done = subprocess.run(limited, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 2, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("ringrl: ")]
-    assert len(said) == 1
-    assert said[0].startswith(f"ringrl: {config.run}")
+    message = [line for line in done.stderr.splitlines() if line.startswith("ringrl: ")]
+    assert len(message) == 1
+    assert message[0].startswith(f"ringrl: {config.run}")
     assert train(config, resume=True, quiet=True) == config.run
     assert load_policy(config.run).step == 14
     assert sorted(p.name for p in (config.run / "checkpoints").iterdir()) == ["12", "14"]

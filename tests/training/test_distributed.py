@@ -123,18 +123,18 @@ def test_two_processes_equal_one_and_a_stopped_run_resumes(hosts: Hosts, spread:
     hosts.start(stopped, 2)
     wait_until(lambda: is_training(stopped), hosts)
     hosts.started[1].send_signal(signal.SIGTERM)
-    (code, output, errors), (other, silent, said) = hosts.end(0), hosts.end(1)
-    assert (code, other) == (0, 0), errors + said
+    (code, output, errors), (other, silent, reported) = hosts.end(0), hosts.end(1)
+    assert (code, other) == (0, 0), errors + reported
     assert "stopped by SIGTERM: checkpoint saved after step" in errors
     (step,) = [int(path.name) for path in (stopped.run / "checkpoints").iterdir()]
     assert [entry["step"] for entry in entries(stopped.run)] == list(range(1, step + 1))
     assert step < 40
 
     hosts.start(stopped, 2, "--resume")
-    (code, output, errors), (other, silent, said) = hosts.end(0), hosts.end(1)
-    assert (code, other) == (0, 0), errors + said
+    (code, output, errors), (other, silent, reported) = hosts.end(0), hosts.end(1)
+    assert (code, other) == (0, 0), errors + reported
     assert output == f"{stopped.run}; next: ringrl evaluate --checkpoint {stopped.run}\n"
-    assert (silent, said) == ("", ""), "process 0 prints for all"
+    assert (silent, reported) == ("", ""), "process 0 prints for all"
     assert len(list((stopped.run / "tensorboard").iterdir())) == 2, "one file per start"
     found = entries(stopped.run)
 

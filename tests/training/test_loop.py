@@ -161,12 +161,12 @@ def test_another_dataset_is_rejected_and_a_moved_one_is_not(
 
 def test_data_that_does_not_fit_is_rejected_before_any_file_is_written(tiny: TrainConfig) -> None:
     many = tiny.context.model_copy(update={"trajectories": 9})
-    for change, said in (
+    for change, message in (
         ({"task": "walker_walk"}, "walker_walk"),
         ({"data": tiny.data.with_name("missing.h5")}, "missing.h5"),
         ({"context": many}, "context.trajectories"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             train(tiny.model_copy(update=change), quiet=True)
     assert not tiny.run.exists()
 

@@ -30,10 +30,10 @@ def test_sigterm_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path) ->
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "stopped by SIGTERM: checkpoint saved after step" in said
-    assert f"{config.run}: no checkpoint yet; training starts at step 0\n" in said
+    output, message = process.communicate(timeout=60)
+    assert process.returncode == 0, message
+    assert "stopped by SIGTERM: checkpoint saved after step" in message
+    assert f"{config.run}: no checkpoint yet; training starts at step 0\n" in message
     step = read_info(config.run)[0]
     assert output == f"{config.run}: step {step} of 100000; next: ringrl train --config {file} --resume\n"
     written = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]

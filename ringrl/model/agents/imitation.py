@@ -50,7 +50,7 @@ class ImitationPolicy(Policy):
         return (loss * self._weights(context)).sum()
 
     def loss_weight(self, context: Context) -> Float32[Array, ""]:
-        """Return the number of steps in the loss: all steps, or those of the last trajectory of each context."""
+        """Return the number of steps in the loss: all steps, or the last trajectory of each context."""
         return self._weights(context).sum()
 
     def _weights(self, context: Context) -> Float32[Array, "batch time"]:

@@ -47,7 +47,7 @@ EXORL = NetworkStyle("first", nnx.initializers.orthogonal(2**0.5), nnx.initializ
 
 
 class MLP(nnx.Module):
-    """Feed-forward network with ReLU. `sizes` are those of inputs, hidden layers and outputs."""
+    """Feed-forward network with ReLU. `sizes`: inputs, hidden layers, outputs."""
 
     def __init__(self, sizes: Sequence[int], style: NetworkStyle, rngs: nnx.Rngs, dtype: str = "float32") -> None:
         *hidden, outputs = sizes

@@ -39,7 +39,7 @@ def read_all(path: Path) -> list[dict[str, np.ndarray]]:
 
 
 def refusal(path: Path) -> str:
-    """The one line with which the archive is refused."""
+    """The one line with which the archive is rejected."""
     with pytest.raises(UserError) as caught:
         read_all(path)
     message = str(caught.value)

@@ -30,7 +30,7 @@ def fetch(site, folder: Path, **keywords) -> Path:
 
 
 def test_an_archive_arrives_whole_and_only_once(site, archive, tmp_path):
-    calls, said = [], []
+    calls, message = [], []
     path = fetch(site, tmp_path, progress=lambda *call: calls.append(call))
     assert path == tmp_path / "cartpole" / "rnd.zip"
     assert path.read_bytes() == archive
@@ -38,9 +38,9 @@ def test_an_archive_arrives_whole_and_only_once(site, archive, tmp_path):
     assert calls[0] == (0, len(archive))
     assert calls[-1] == (len(archive), len(archive))
     assert calls == sorted(calls)
-    assert fetch(site, tmp_path, notice=said.append) == path
+    assert fetch(site, tmp_path, notice=message.append) == path
     assert len(site.requests) == 1
-    assert said == [f"{path}: already exists and is whole"]
+    assert message == [f"{path}: already exists and is whole"]
 
 
 def test_the_known_size_of_a_public_archive_is_required(site, archive, tmp_path):
@@ -108,9 +108,9 @@ def test_a_stopped_download_resumes(site, archive, tmp_path, capfd, blow):
     left = [] if blow == signal.SIGINT else [".rnd.zip.lock"]
     assert names(tmp_path) == [*left, ".rnd.zip.partial", ".rnd.zip.partial.json"]
     main(command(site, tmp_path)[3:])
-    said = capfd.readouterr().out
+    message = capfd.readouterr().out
     path = tmp_path / "cartpole" / "rnd.zip"
-    assert said == f"{path}; next: ringrl data import {path} --domain cartpole\n"
+    assert message == f"{path}; next: ringrl data import {path} --domain cartpole\n"
     assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(archive).digest()
     assert names(tmp_path) == ["rnd.zip"]
     assert site.ranges == [None, "bytes=123456-"]
@@ -211,9 +211,9 @@ def test_an_archive_becomes_a_store(episodes_site, cartpole_zip, tmp_path, capsy
     # Again, and the archive may go.
     asked = len(episodes_site.requests)
     main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
-    said = capsys.readouterr()
-    assert f"{store.path}\ndataset" in said.out
-    assert "rnd.zip: removed" in said.err
+    message = capsys.readouterr()
+    assert f"{store.path}\ndataset" in message.out
+    assert "rnd.zip: removed" in message.err
     assert names(tmp_path / "cartpole") == ["rnd.h5"]
     main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
     assert "already exists, imported from cartpole/rnd.zip" in capsys.readouterr().err
@@ -247,17 +247,17 @@ def test_the_archive_is_deleted_only_after_its_store_is_verified(episodes_site, 
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"subset": Subset("first", 2)}, "2 of 3 episodes.* control_aware"),
         ({"relabelling": "exorl_compat"}, "exorl_compat"),
     ],
 )
-def test_a_store_with_other_import_settings_is_kept(how, said, episodes_site, cartpole_zip, tmp_path):
+def test_a_store_with_other_import_settings_is_kept(how, message, episodes_site, cartpole_zip, tmp_path):
     path = tmp_path / "cartpole" / "rnd.h5"
     path.parent.mkdir()
     import_archive(shutil.copy(cartpole_zip, path.with_suffix(".zip")), path, "cartpole", **how)
-    with pytest.raises(UserError, match=rf"rnd\.h5: holds .*{said} rewards, but this command imports all"):
+    with pytest.raises(UserError, match=rf"rnd\.h5: holds .*{message} rewards, but this command imports all"):
         download_store("cartpole", "rnd", tmp_path, url=episodes_site.url)
     assert episodes_site.requests == []
 

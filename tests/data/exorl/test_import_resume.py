@@ -264,9 +264,9 @@ def test_killed_process(tmp_path, long_archive, destination, workers):
 
     expected = import_archive(long_archive, tmp_path / "whole.h5", "cartpole", workers=1)
     again = start(tmp_path, long_archive, destination, 3 - workers)
-    said, errors = again.communicate(timeout=120)
+    message, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
-    assert "150 x 1000 steps" in said
+    assert "150 x 1000 steps" in message
     assert destination.read_bytes() == expected.path.read_bytes()
     assert names(destination.parent) == ["a.h5"]
 

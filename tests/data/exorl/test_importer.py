@@ -174,9 +174,9 @@ def test_damaged_episodes_can_be_skipped(tmp_path, damaged_folder, cartpole_epis
     made = store.provenance
     assert made.num_skipped == len(made.skipped) == 4
     for number, reason in [(2, "cut short"), (3, "not finite in row 17"), (5, "lacks physics"), (7, "has 500 steps")]:
-        (said,) = [line for line in made.skipped if f"episode_{number:06d}_" in line]
-        assert reason in said
-        assert str(damaged_folder) not in said
+        (message,) = [line for line in made.skipped if f"episode_{number:06d}_" in line]
+        assert reason in message
+        assert str(damaged_folder) not in message
     assert made.subset == "all 8 episodes"
     text = describe(store)
     assert "4 damaged" in text
@@ -243,7 +243,7 @@ def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
     of_folder = import_archive(cartpole_folder, tmp_path / "b.h5", "cartpole").provenance
     assert of_folder.source_bytes == sum(path.stat().st_size for path in (cartpole_folder / "buffer").iterdir())
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
-    with pytest.raises(UserError, match="SOURCE_DATE_EPOCH: today is no number of seconds"):
+    with pytest.raises(UserError, match="SOURCE_DATE_EPOCH: today is not a number of seconds"):
         import_archive(cartpole_zip, tmp_path / "c.h5", "cartpole")
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     copied = tmp_path / "cartpole.zip"

@@ -43,13 +43,13 @@ def test_a_cut_line_loses_no_byte_and_requests_none_twice(serving, archive, cuts
 
 def test_received_bytes_are_kept_after_the_last_retry(site, archive, tmp_path):
     site.answers = [{"cut": 1000} for _ in range(6)]
-    said = []
+    message = []
     with pytest.raises(UserError, match=r"cut after 6,000 of .* run the same command again to resume") as error:
-        fetch(site, tmp_path, notice=said.append)
+        fetch(site, tmp_path, notice=message.append)
     assert "\n" not in str(error.value)
     assert str(tmp_path / "cartpole" / "rnd.zip") in str(error.value)
     assert len(site.requests) == 6
-    assert [line[-8:] for line in said] == [f"({i} of 5)" for i in range(1, 6)]
+    assert [line[-8:] for line in message] == [f"({i} of 5)" for i in range(1, 6)]
     assert names(tmp_path) == [".rnd.zip.partial", ".rnd.zip.partial.json"]
     assert fetch(site, tmp_path).read_bytes() == archive
     assert site.ranges[-1] == "bytes=6000-"
@@ -83,16 +83,16 @@ def test_a_file_that_changed_on_the_server_starts_anew(site, make_zip, tmp_path,
     site.etags = etags
     site.answers = [{"cut": 1000}, {"ignores_condition": forgets}]
     newer = make_zip(300_000, seed=1)
-    said = []
+    message = []
 
     def change(done: int, total: int) -> None:
         if done == 1000:
             site.files[FILE], site.date = newer, "Tue, 03 Jan 2006 15:04:05 GMT"
 
     assert len(newer) == len(site.files[FILE])
-    assert fetch(site, tmp_path, progress=change, notice=said.append).read_bytes() == newer
+    assert fetch(site, tmp_path, progress=change, notice=message.append).read_bytes() == newer
     assert site.ranges == [None, "bytes=1000-"] + [None] * forgets
-    assert "the file has changed on the server" in said[-1]
+    assert "the file has changed on the server" in message[-1]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_body_longer_than_the_known_size(site, archive, tmp_path):
 def test_a_body_of_unknown_length_is_refused(site, tmp_path):
     for length in (None, "-1", "many"):
         site.answers = [{"headers": {"Content-Length": length}}]
-        with pytest.raises(UserError, match="does not say how long the file is"):
+        with pytest.raises(UserError, match="sends no length of the file"):
             fetch(site, tmp_path)
     assert names(tmp_path) == []
 
@@ -233,10 +233,10 @@ def test_other_answers_are_refused_at_once(site, tmp_path, status):
 @pytest.mark.parametrize("cut", [0, 1000])
 def test_a_silent_server_is_a_cut_line(site, archive, tmp_path, cut):
     site.answers = [{"cut": cut, "hangs": True}]
-    said = []
-    path = fetch(site, tmp_path, patience=Patience(timeout=0.2, pause=0), notice=said.append)
+    message = []
+    path = fetch(site, tmp_path, patience=Patience(timeout=0.2, pause=0), notice=message.append)
     assert path.read_bytes() == archive
-    assert "no answer in time" in said[0]
+    assert "no answer in time" in message[0]
     assert site.ranges == [None, "bytes=1000-" if cut else None]
 
 

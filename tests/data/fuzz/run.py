@@ -28,10 +28,11 @@ SECONDS = 20
 
 def main(what: str, seeds: int, folder: Path) -> None:
     """Try so many cases of every kind."""
-    for kind, seed, outcome, said in (try_archives if what == "archives" else try_stores)(seeds, folder):
+    for kind, seed, outcome, message in (try_archives if what == "archives" else try_stores)(seeds, folder):
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(
-            json.dumps({"kind": kind, "seed": seed, "outcome": outcome, "said": said, "kilobytes": grown}), flush=True
+            json.dumps({"kind": kind, "seed": seed, "outcome": outcome, "message": message, "kilobytes": grown}),
+            flush=True,
         )
 
 
@@ -73,15 +74,15 @@ def try_archives(seeds: int, folder: Path) -> Iterator[tuple]:
                 source, place / "out" / "a.h5", "cartpole", workers=1, on_damaged="skip" if skip else "stop"
             )
             store.verify()
-            outcome, said = judge_import(store, list(good.values()), skip), "; ".join(store.provenance.skipped)
+            outcome, message = judge_import(store, list(good.values()), skip), "; ".join(store.provenance.skipped)
         except UserError as error:
             left = list((place / "out").iterdir()) if (place / "out").exists() else []
-            outcome, said = (f"fault: left {left}" if left else "refused"), str(error)
+            outcome, message = (f"fault: left {left}" if left else "rejected"), str(error)
         except Exception:
-            outcome, said = "fault: traceback", traceback.format_exc()
+            outcome, message = "fault: traceback", traceback.format_exc()
         if (place / "trap").exists() or Path("trap").exists():
             outcome = "fault: a pickle or a header was run"
-        yield kind.__name__, seed, outcome, said
+        yield kind.__name__, seed, outcome, message
 
 
 def judge_import(store: EpisodeStore, good: list, skip: bool) -> str:
@@ -109,17 +110,17 @@ def try_stores(seeds: int, folder: Path) -> Iterator[tuple]:
     for kind, seed, random, place in cases(stores.KINDS, seeds, folder):
         fuzzed = Path(shutil.copy(path, place / "fuzzed.h5"))
         kind(fuzzed, random)
-        outcome, said = "refused", ""
+        outcome, message = "rejected", ""
         try:
             store = EpisodeStore(fuzzed)
             outcome = "found by verify"
             store.verify()
             outcome = "same" if facts(store) == good else "fault: other content"
         except UserError as error:
-            said = str(error)
+            message = str(error)
         except Exception:
-            outcome, said = "fault: traceback", traceback.format_exc()
-        yield kind.__name__, seed, outcome, said
+            outcome, message = "fault: traceback", traceback.format_exc()
+        yield kind.__name__, seed, outcome, message
 
 
 def write_good_store(path: Path) -> None:

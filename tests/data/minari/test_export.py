@@ -136,7 +136,7 @@ def test_an_interrupted_export_leaves_nothing(jaco_store: EpisodeStore, root: Pa
 
 @pytest.mark.parametrize("name", ["", "jaco", "jaco-v", "../up-v0", "/etc/jaco-v0", "a b-v0", "jäco-v0", "jaco-v0/"])
 def test_bad_names(name: str, jaco_store: EpisodeStore, root: Path) -> None:
-    with pytest.raises(UserError, match=r"is no name of a Minari dataset|use letters, digits"):
+    with pytest.raises(UserError, match=r"is not a name of a Minari dataset|use letters, digits"):
         export_minari(jaco_store, name)
     assert not list(root.glob("**/*.hdf5"))
 

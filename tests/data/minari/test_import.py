@@ -108,10 +108,10 @@ def test_any_dataset_becomes_a_store(tmp_path: Path) -> None:
         assert not rows["reward"][0].any()
         assert rows["discount"][0] == 1
     store.verify()
-    said = describe(store)
-    assert "1 terminated" in said
-    assert "scaled to [-1, 1] from [-2, 2], [0, 5]" in said
-    assert "Minari (lab/arm-v3)" in said
+    reported = describe(store)
+    assert "1 terminated" in reported
+    assert "scaled to [-1, 1] from [-2, 2], [0, 5]" in reported
+    assert "Minari (lab/arm-v3)" in reported
 
 
 def test_a_foreign_store_survives_export_and_import(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> N
         ({"rewards": lambda array: np.full(8, 3e38)}, "the return of episode 2 is too large for float32"),
         ({"actions": lambda array: array[:-1]}, r"episode 2 has actions of shape \(7, 2\), expected \(8, 2\)"),
         ({"rewards": lambda array: array[:, None]}, "episode 2 has no list of rewards"),
-        ({"rewards": lambda array: ["a"] * 8}, "episode 2 has rewards that are no numbers"),
+        ({"rewards": lambda array: ["a"] * 8}, "episode 2 has rewards that are not numbers"),
         ({"infos": lambda infos: None}, "episode 2 lacks infos/qpos"),
         ({"infos": lambda infos: infos | {"qpos": infos["qpos"][:-1]}}, r"qpos of shape \(8, 3\), expected \(9, 3\)"),
     ],
@@ -300,9 +300,9 @@ def test_arrays_in_other_files_are_not_read(tmp_path: Path, root: Path) -> None:
 def test_missing_datasets(tmp_path: Path, jaco_store: EpisodeStore) -> None:
     with pytest.raises(UserError, match=r"no/such-v0: neither a folder nor a dataset in .*--download"):
         import_minari("no/such-v0", tmp_path / "a.h5")
-    with pytest.raises(UserError, match=r"is no Minari dataset, metadata\.json is missing"):
+    with pytest.raises(UserError, match=r"is not a Minari dataset, metadata\.json is missing"):
         import_minari(str(tmp_path), tmp_path / "a.h5")
-    with pytest.raises(UserError, match="is no name of a Minari dataset"):
+    with pytest.raises(UserError, match="is not a name of a Minari dataset"):
         import_minari("../../no/such-v0", tmp_path / "a.h5")
     shutil.copy(jaco_store.path, tmp_path / "a.h5")
     with pytest.raises(UserError, match="already exists"):

@@ -69,7 +69,7 @@ def test_strata_are_of_the_contexts_own_task(store: EpisodeStore) -> None:
 
 
 def test_draws_without_other_tasks_are_unchanged(store: EpisodeStore) -> None:
-    """Ascending in return is ascending in number, so what a seed drew before there were other tasks can be said."""
+    """Ascending in return is ascending in number, so what a seed drew before there were other tasks can be message."""
     drawn = [np.sort(np.random.default_rng([0, 7, row]).choice(EPISODES, 3, replace=False)) for row in range(6)]
     np.testing.assert_array_equal(sampler(store).plan(7).episodes, drawn)
 
@@ -78,10 +78,10 @@ def test_mistakes_are_named(store: EpisodeStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no rewards for task walker_walk"):
         sampler(store, other_tasks=("walker_walk",))
     run = {"data": store.path, "task": TASKS[0], "run": tmp_path / "run"}
-    for context, model, said in (
+    for context, model, message in (
         ({"other_tasks": [TASKS[0]]}, {}, "names a task twice"),
         ({"other_tasks": [TASKS[1]], "best_fraction": 0.5}, {}, "best episodes differ between tasks; leave it at 1"),
         ({"other_tasks": [TASKS[1]]}, {"kind": "behaviour_cloning"}, "no context that could identify"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             TrainConfig(**run, context=context, model=model)

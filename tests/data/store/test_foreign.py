@@ -74,15 +74,15 @@ def test_physics_is_kept_where_there_is_some(tmp_path: Path) -> None:
 
 
 def test_the_summary_reports_foreign_facts(store: EpisodeStore) -> None:
-    said = describe(store)
+    line = describe(store)
     for fact in (
         "scaled to [-1, 1] from [-2, 2], [0, 5]",
         "none in RingRL",
         "1 terminated (discount 0 there), 2 truncated; returns are undiscounted sums",
         "no, the rewards are the recorded ones, of any size",
     ):
-        assert fact in said
-    assert max(map(len, said.splitlines()[1:])) <= 120
+        assert fact in line
+    assert max(map(len, line.splitlines()[1:])) <= 120
     assert json.loads(to_json(store))["foreign"]["action_high"] == [2.0, 5.0]
 
 

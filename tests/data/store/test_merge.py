@@ -23,9 +23,9 @@ def two(tmp_path: Path, random_episode, write_store) -> list[EpisodeStore]:
 
 
 def test_all_episodes_come_over_in_order(two: list[EpisodeStore], tmp_path: Path) -> None:
-    told = []
-    merged = merge_stores([store.path for store in two], tmp_path / "c.h5", progress=lambda *step: told.append(step))
-    assert told[-1] == (5, 5)
+    known = []
+    merged = merge_stores([store.path for store in two], tmp_path / "c.h5", progress=lambda *step: known.append(step))
+    assert known[-1] == (5, 5)
     merged.verify()
     originals = [store.episode(index) for store in two for index in range(store.num_episodes)]
     assert merged.num_episodes == len(originals)
@@ -52,9 +52,9 @@ def test_the_command_merges_and_refuses_what_is_there(two, tmp_path: Path, capsy
 def test_an_episode_that_is_in_two_stores_is_named(two, tmp_path: Path, random_episode, write_store) -> None:
     """Else a context of distinct trajectories could hold it twice, and it would weigh double."""
     overlapping = write_store(tmp_path / "d.h5", "cartpole", [random_episode("cartpole", 5, n) for n in (9, 1)])
-    with pytest.raises(UserError, match=r"d.h5: 1 of its .*episode 1 is episode 1 of .*a.h5") as refused:  # b between
+    with pytest.raises(UserError, match=r"d.h5: 1 of its .*episode 1 is episode 1 of .*a.h5") as rejected:  # b between
         merge_stores([*(store.path for store in two), overlapping.path], tmp_path / "c.h5")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
     assert not (tmp_path / "c.h5").exists()
 
 
@@ -81,11 +81,11 @@ def test_a_merged_store_names_only_a_few_damaged_episodes(two, tmp_path: Path) -
 def test_stores_that_do_not_fit_together_are_rejected(two, tmp_path: Path, random_episode, write_store) -> None:
     walker = write_store(tmp_path / "w.h5", "walker", [random_episode("walker", 5, 0)])
     first = two[0].path
-    for sources, said in (
+    for sources, message in (
         ([first], "at least two"),
         ([first, first], "3 of its episodes are in another store"),
-        ([first, walker.path], "Merge stores of one domain"),
+        ([first, walker.path], "merge stores of one domain"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             merge_stores(sources, tmp_path / "c.h5")
     assert not (tmp_path / "c.h5").exists()

@@ -150,8 +150,8 @@ def changed(store: EpisodeStore, change) -> Path:
 
 def test_missing_file(tmp_path):
     assert "no such file" in refusal(tmp_path / "absent.h5")
-    said = refusal(tmp_path)
-    assert f"{tmp_path}: is a folder; import one of episodes (ringrl data import), or name the store's file" in said
+    line = refusal(tmp_path)
+    assert f"{tmp_path}: is a folder; import one of episodes (ringrl data import), or name the store's file" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"not hdf5 at all", b"\x89HDF\r\n\x1a\n" + bytes(500)])
@@ -330,7 +330,7 @@ def test_returns_and_quantiles_that_do_not_follow_from_the_rewards(store):
     task = "cartpole_balance"
     with pytest.raises(UserError, match=r"episode 1 is damaged \(its return of cartpole_balance is not the sum"):
         rewritten(store, f"returns/{task}", store.returns(task) + np.float32([0, 1, 0])).verify()
-    with pytest.raises(UserError, match="the quantiles of cartpole_balance are not those of its returns"):
+    with pytest.raises(UserError, match="the quantiles of cartpole_balance do not match its returns"):
         rewritten(store, f"return_quantiles/{task}", store.return_quantiles(task) + 1).verify()
 
 
