@@ -241,7 +241,7 @@ def test_a_length_that_the_data_cannot_fill_is_rejected_before_timing(write_plan
         jaco_store.path, trajectories=[1, count], trajectories_per_batch=count, episodes=count, baselines=[]
     )
     with pytest.raises(
-        UserError, match=rf"^jaco_reach_top_left/at_{count}_seed0: context\.trajectories: {count} do not"
+        UserError, match=rf"^jaco_reach_top_left/at_{count}_seed0: context\.trajectories: {count} are more than"
     ):
         estimate(read_plan(plan), Console(file=io.StringIO()))
     assert not read_plan(plan).output.exists()
