@@ -33,7 +33,8 @@ def train(
         settings: settings of the run.
         config: YAML file of settings. --method and other flags override it.
         method: method to train. Sets the settings that define the method; other flags override them.
-        resume: continue from the run's last checkpoint, on the same or on other devices.
+        resume: continue from the run's last checkpoint, on the same or on other devices. Without a checkpoint, training
+            starts at step 0.
         profile: write a JAX trace of steps 4 to 6 to RUN/profile/.
         distributed: several processes that train one run; start each with the same command.
         launcher: slurm submits the run to SLURM and returns, instead of training here.
