@@ -126,7 +126,7 @@ def _evaluate(
     video: bool,
     progress: EvaluationProgress,
 ) -> EvaluationSummary:
-    """Roll out an evaluation unless it is finished; adds the new records to `known`."""
+    """Roll out an evaluation unless it is finished; updates `known`, the records of its results file."""
     progress.on_begin(evaluation)
     finished = evaluation.is_finished(known)
     if finished and evaluation.journal.exists():
@@ -135,7 +135,8 @@ def _evaluate(
             if not again or journal.has(evaluation.parts[-1], evaluation.protocol.episodes - 1):
                 journal.remove()
     if again or not finished:
-        known += _roll_out_and_append(evaluation, video, progress)
+        _roll_out_and_append(evaluation, video, progress)
+        known[:] = read_records(evaluation.results).records  # other processes may have appended, too
     elif video:
         made = f"videos in {evaluation.videos}" if evaluation.videos.is_dir() else "no videos; --again makes them"
         progress.on_message(f"{evaluation.results}: contains this evaluation; {made}")
@@ -145,7 +146,7 @@ def _evaluate(
     return summary
 
 
-def _roll_out_and_append(evaluation: Evaluation, video: bool, progress: EvaluationProgress) -> list[EvaluationRecord]:
+def _roll_out_and_append(evaluation: Evaluation, video: bool, progress: EvaluationProgress) -> None:
     with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
         records = roll_out(evaluation, journal=journal, progress=progress)
         append_records(evaluation.results, records)
@@ -158,7 +159,6 @@ def _roll_out_and_append(evaluation: Evaluation, video: bool, progress: Evaluati
             progress.on_message(f"{', '.join(path.name for path in written)}: in {evaluation.videos}")
         except VideoError as error:
             progress.on_message(str(error))
-    return records
 
 
 def _episodes_to_show(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> dict[str, EpisodeStates]:

@@ -57,7 +57,9 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 def _verdict(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Any]:
     shortest, longest = ends_of_curve(cells)
     of_context = " of context" if longest["train_trajectories"] == longest["test_trajectories"] else ""
-    claim = f"On {longest['task']} the {longest['method']} returns {{}} {_when(longest)}{of_context}"
+    prompt = longest["prompt_trajectories"]
+    prompted = f", after a prompt of {prompt} trajector{'y' if prompt == 1 else 'ies'}," if prompt else ""
+    claim = f"On {longest['task']} the {longest['method']}{prompted} returns {{}} {_when(longest)}{of_context}"
     if shortest.name != longest.name:
         found = contrast([scores_of(runs, longest)], [scores_of(runs, shortest)])
         sentence = f"{claim.format(number(found.levels[0]))} and {number(found.levels[1])} {_when(shortest)}: "
@@ -108,7 +110,7 @@ def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None, s
 def headline(found: pd.DataFrame) -> str:
     """Return the conclusion in one sentence."""
     if found.empty:
-        return "No method with a context was measured."
+        return "No rollouts show whether context helps."
     judged = found[found["kind"].isin(["helps", "hurts", "unclear"])]
     if judged.empty:
         if (found["kind"] == "one seed").any():

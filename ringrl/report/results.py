@@ -93,7 +93,8 @@ def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
     newest, displaced = _newest(records)
     _check_datasets(newest)
     variants = _variants(newest)
-    names = {variant: _name(variant, set(variants)) for variant in set(variants)}
+    shown = {variant for record, variant in zip(newest, variants, strict=True) if record.context and record.finished}
+    names = {variant: _name(variant, {*shown, variant}) for variant in set(variants)}
     rows = [
         _row(record, variant, names[variant])
         for record, variant in zip(newest, variants, strict=True)

@@ -191,11 +191,13 @@ def _place_on_curves(table: pd.DataFrame) -> pd.DataFrame:
 
     If every training length has one rollout length, the curve is over training lengths. Otherwise each training length
     has a curve over rollout lengths. Rollouts with a prompt, and the rollouts without one that they are compared with,
-    are points of the chart of prompts.
+    are points of the chart of prompts. If all rollouts of a method on a task have prompts of one length, these are on the
+    curve.
     """
     curve, length = pd.Series(None, table.index, dtype=object), pd.Series(np.nan, table.index)
-    on_curves = table[(table["kind"] == "context") & (table["prompt_trajectories"] == 0)]
-    prompted = table[table["prompt_trajectories"] > 0]
+    is_alike = table.groupby(["task", "method"])["prompt_trajectories"].transform("nunique") == 1
+    on_curves = table[(table["kind"] == "context") & (is_alike | (table["prompt_trajectories"] == 0))]
+    prompted = table[~is_alike & (table["prompt_trajectories"] > 0)]
     key = ["task", "method", "train_trajectories", "test_trajectories"]
     compared = pd.MultiIndex.from_frame(on_curves[key]).isin(pd.MultiIndex.from_frame(prompted[key]))
     on_curves = on_curves[~compared | (on_curves["train_trajectories"] == on_curves["test_trajectories"])]
@@ -320,15 +322,15 @@ def prompt_returns(results: pd.DataFrame) -> pd.DataFrame:
     """Return the mean return after prompts of each length, one row per cell, over starts common to all lengths.
 
     Lengths are compared within one method, training length and rollout length. Starts that lack one of the lengths are
-    left out.
+    left out. A start counts once, however many prompts it follows.
     """
     group = ["task", "method", "train_trajectories", "test_trajectories"]
     rows = results[results["counts"] & results["memory"] & (results["kind"] == "context")]
     several = rows.groupby(group)["prompt_trajectories"].transform("nunique")
     lengths = rows.groupby([*group, "seed", "start"])["prompt_trajectories"].transform("nunique")
     common = rows[(several > 1) & (lengths == several)]
-    streams = common.groupby([*RUN, "run", "stream"], as_index=False)["return"].mean()
-    return streams.groupby([*RUN, "run"], as_index=False).agg(value=("return", "mean"))
+    starts = common.groupby([*RUN, "run", "start"], as_index=False)["return"].mean()
+    return starts.groupby([*RUN, "run"], as_index=False).agg(value=("return", "mean"))
 
 
 def last_episodes(results: pd.DataFrame) -> pd.DataFrame:
@@ -336,9 +338,10 @@ def last_episodes(results: pd.DataFrame) -> pd.DataFrame:
 
     The starts of a task are those in which the contexts of the longest length end, for every method and seed. Contexts
     of other lengths take part with their last episodes, methods without context with single episodes. A training seed
-    without a return from each of these starts is left out.
+    without a return from each of these starts is left out. As everywhere, an episode that failed with or without memory
+    counts in neither, and a control of other seeds or starts than its rollout does not count.
     """
-    rows = results[(results["kind"] != "data") & (results["prompt_trajectories"] == 0) & results["return"].notna()]
+    rows = results[results["counts"] & (results["kind"] != "data") & (results["prompt_trajectories"] == 0)]
     length = rows["train_trajectories"].where(rows["kind"] == "context", 1)
     last = rows[(length == rows["test_trajectories"]) & (rows["episode"] == rows["test_trajectories"])]
     by = [*CELL, "memory", "kind", "starts"]

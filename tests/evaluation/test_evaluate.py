@@ -98,6 +98,19 @@ def test_finished_evaluations_are_repeated_only_with_again(tmp_path: Path) -> No
     assert len(read_records(results).records) == 4, "another seed is another evaluation"
 
 
+def test_a_summary_has_what_another_process_appended_meanwhile(tmp_path: Path) -> None:
+    results = tmp_path / "evaluation.jsonl"
+    first, second = evaluations_in(results)
+
+    class Meanwhile(EvaluationProgress):
+        def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
+            if index == 0:
+                evaluate_all([second])
+
+    evaluate_all([first], progress=Meanwhile())
+    assert len(json.loads(results.with_suffix(".json").read_text())["evaluations"]) == 2
+
+
 def test_incomplete_results_are_completed(tmp_path: Path) -> None:
     """A kill while writing, or a line that a user removed."""
     results = tmp_path / "evaluation.jsonl"

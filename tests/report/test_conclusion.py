@@ -186,7 +186,19 @@ def test_helping_and_hurting_are_both_reported(make_ablation):
 
 def test_references_alone(make_ablation):
     records = [record for record in make_ablation() if record.method in ("random", "data")]
-    assert Summary(records).headline == "No method with a context was measured."
+    assert Summary(records).headline == "No rollouts show whether context helps."
+
+
+def test_rollouts_that_all_have_the_same_prompt_are_compared_by_context(make_rollouts):
+    prompt = {"prompt_trajectories": 2, "prompt_seed": 0}
+    records = [r for seed in range(5) for n in (2, 4) for r in make_rollouts(n, seed, 100.0 * n + seed, **prompt)]
+    found = Summary(records)
+    (verdict,) = found.verdicts
+    assert verdict["change"] == pytest.approx(200)
+    assert "the Agentic Transformer, after a prompt of 2 trajectories, returns 403 with" in verdict["sentence"]
+    assert found.headline == "A longer context helps."
+    unlike = [r for n in (2, 4) for r in make_rollouts(n, 0, 1.0, prompt_trajectories=n, prompt_seed=0)]
+    assert Summary(unlike).headline == "No rollouts show whether context helps."
 
 
 def test_prompts_are_compared_run_by_run(make_rollouts):

@@ -155,7 +155,7 @@ def test_no_results(tmp_path, action):
 def test_references_alone_make_a_page(write_results, make_ablation, tmp_path):
     records = [record for record in make_ablation() if record.method in ("random", "data")]
     text = write_report([write_results(records)], tmp_path / "report").read_text()
-    assert "No method with a context was measured." in text
+    assert "No rollouts show whether context helps." in text
     assert "Random policy" in text
     for reason in ("two policies of a task", "two training seeds", "run folders", "evaluate --video"):
         assert reason in text, reason

@@ -227,6 +227,15 @@ def test_names_separate_methods_only_where_needed(make_rollouts):
     assert list(by_method(best)) == ["Behaviour cloning, best 10%"]
 
 
+def test_methods_that_the_report_does_not_show_lengthen_no_name(make_rollouts):
+    """Only a control was measured with the other token set, and all rollouts to the other target failed."""
+    control = make_rollouts(1, 0, 1, token_set="dt3", context=False)
+    failed = [r.model_copy(update={"returns": (None,)}) for r in make_rollouts(1, 0, 1, target_policy="own")]
+    records = [*make_rollouts(1, 0, 1), *control, *failed]
+    assert list(by_method(records)) == ["Agentic Transformer"]
+    assert scores(records) == [[2]]
+
+
 def test_a_decision_transformer_is_the_first_point_of_the_agentic_one(make_rollouts):
     agentic = [record for length in (2, 4) for record in make_rollouts(length, 0, 1)]
     same = make_rollouts(1, 0, 1, method="dt")

@@ -250,6 +250,28 @@ def test_last_episodes_are_compared_from_equal_starts(make_rollouts):
     assert set(last_episodes(tabulate(lacking))["kind"]) == {"context"}, "no start may be missing"
 
 
+def test_last_episodes_of_a_control_have_the_seeds_of_the_rollout(make_rollouts):
+    """Memory changes nothing, but seeds differ: a control of one seed, or of a seed that failed, would look worse."""
+    with_memory = [r for seed in range(3) for r in make_rollouts(2, seed, 300.0 * seed)]
+    control = [record.model_copy(update={"context": False}) for record in with_memory]
+    found = last_episodes(tabulate([*with_memory, *control[:2]]))
+    assert (found["memory"].tolist(), found["seeds"].tolist()) == ([True], [3])
+    control[-1] = control[-1].model_copy(update={"returns": (602.0, None)})
+    found = last_episodes(tabulate([*with_memory, *control])).set_index("memory")
+    assert found.loc[True, "iqm"] == found.loc[False, "iqm"]
+    assert found["seeds"].tolist() == [3, 3]
+
+
+def test_a_start_counts_once_however_many_prompts_it_follows(make_rollouts):
+    """The return is 100 from one start and 900 from the other, with and without prompts."""
+    values = {"train_trajectories": 4}
+    records = seeded(make_rollouts(1, 0, 0, **values), [([0], [100.0]), ([1], [900.0])])
+    for draw, starts in enumerate(([0, 1], [0])):
+        made = make_rollouts(1, 0, 0, **values, prompt_trajectories=2, prompt_seed=draw)[: len(starts)]
+        records += seeded(made, [([start], [100.0 + 800.0 * start]) for start in starts])
+    assert prompt_returns(tabulate(records))["value"].tolist() == [500, 500]
+
+
 def test_prompts_are_compared_from_common_starts(make_rollouts):
     """Two draws of a prompt share four starts; without a prompt there is a fifth, easy one."""
     values = {"train_trajectories": 4}
