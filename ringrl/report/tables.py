@@ -191,8 +191,8 @@ def _place_on_curves(table: pd.DataFrame) -> pd.DataFrame:
 
     If every training length has one rollout length, the curve is over training lengths. Otherwise each training length
     has a curve over rollout lengths. Rollouts with a prompt, and the rollouts without one that they are compared with,
-    are points of the chart of prompts. If all rollouts of a method on a task have prompts of one length, these are on the
-    curve.
+    are points of the chart of prompts. If all rollouts of a method on a task have prompts of one length, these are on
+    the curve.
     """
     curve, length = pd.Series(None, table.index, dtype=object), pd.Series(np.nan, table.index)
     is_alike = table.groupby(["task", "method"])["prompt_trajectories"].transform("nunique") == 1
