@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from traceback import format_exception_only
-from typing import TYPE_CHECKING
 
 import imageio.v2
 import numpy as np
@@ -22,16 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 from ringrl.envs import Camera, Domain, domain_of, load_simulation
 from ringrl.errors import UserError
 
-if TYPE_CHECKING:
-    from mujoco import Renderer
-
-    from ringrl.envs import Simulation
-
 _TORSO = 1  # the first body after the world
 _LEAST_RATE = 25  # frames per second
 _SHADOWS = 1024  # pixels; with the models' 2048 a frame takes longer and looks the same
 _HAZE = (0.2, 0.29, 0.4, 1.0)  # RGBA of the sky at the horizon
-_BAND, _INK, _FAINT = (12, 18, 28), (255, 255, 255), (158, 176, 196)  # RGB
+_BAND, _INK, _FAINT = (12, 18, 28, 190), (255, 255, 255), (158, 176, 196)  # RGB(A)
 
 _Frame = UInt8[np.ndarray, "height width 3"]
 
@@ -48,7 +42,17 @@ class EpisodeRenderer:
     def __init__(self, task: str, width: int, height: int) -> None:
         self._task, self._domain = task, domain_of(task)
         self._camera = self._domain.camera or Camera(center=(0, 0, 0), distance=3)
-        self._simulation, self._renderer = _open_renderer(task, self._camera, width, height)
+        _check_opengl()
+        import mujoco
+
+        self._simulation = load_simulation(task)
+        model = self._simulation.model
+        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
+        model.vis.quality.shadowsize, model.vis.rgba.haze = _SHADOWS, _HAZE
+        if self._camera.follows:  # size 0 renders an infinite floor, as it is simulated
+            model.geom_size[model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, :2] = 0
+        self._renderer = mujoco.Renderer(model, height, width)
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # slow, and distracts
         self._line = max(14, height // 15)  # pixels of a line of text
         self._font = ImageFont.load_default(size=0.62 * self._line)
 
@@ -82,9 +86,10 @@ class EpisodeRenderer:
         image = Image.fromarray(frame)
         draw, line = ImageDraw.Draw(image, "RGBA"), self._line
         width, height = image.size
-        above, below, margin = line // 2, height - line // 2, line // 2
+        above = margin = line // 2
+        below = height - margin
         for top in (0, height - line):
-            draw.rectangle((0, top, width, top + line), fill=(*_BAND, 190))
+            draw.rectangle((0, top, width, top + line), fill=_BAND)
         for x, y, anchor, text, ink in (
             (margin, above, "lm", self._task, _INK),
             (width - margin, above, "rm", label, _FAINT),
@@ -97,8 +102,8 @@ class EpisodeRenderer:
         return np.asarray(image)
 
 
-def _open_renderer(task: str, camera: Camera, width: int, height: int) -> "tuple[Simulation, Renderer]":
-    choice = os.environ["MUJOCO_GL"]
+def _check_opengl() -> None:
+    """Import MuJoCo with the OpenGL library of the environment variable MUJOCO_GL, and open it once."""
     try:
         import mujoco
 
@@ -106,19 +111,9 @@ def _open_renderer(task: str, camera: Camera, width: int, height: int) -> "tuple
     except Exception as error:  # whatever the library and its driver raise
         reason = " ".join("".join(format_exception_only(error)).split())
         raise UserError(
-            f"no OpenGL to render with (MUJOCO_GL={choice}: {reason}); install one (Debian: apt install libegl1 "
-            "libgl1-mesa-dri) or choose another: MUJOCO_GL=egl, osmesa or glfw"
+            f"no OpenGL to render with (MUJOCO_GL={os.environ['MUJOCO_GL']}: {reason}); install one (Debian: apt "
+            "install libegl1 libgl1-mesa-dri) or choose another: MUJOCO_GL=egl, osmesa or glfw"
         ) from error
-    simulation = load_simulation(task)
-    visual = simulation.model.vis
-    visual.global_.offwidth, visual.global_.offheight = width, height
-    visual.quality.shadowsize = _SHADOWS
-    visual.rgba.haze = _HAZE
-    if camera.follows:  # size 0 renders an infinite floor, as it is simulated
-        simulation.model.geom_size[simulation.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, :2] = 0
-    renderer = mujoco.Renderer(simulation.model, height, width)
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # reflections on the floor are slow and distract
-    return simulation, renderer
 
 
 def _stride(domain: Domain) -> int:

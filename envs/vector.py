@@ -1,11 +1,9 @@
-"""Many environments of one task that step in lockstep, simulated by threads; each equals the single environment.
+"""Many environments of one task that step in lockstep, simulated by threads.
 
-MuJoCo's own thread pool, mujoco.rollout, returns neither the solver's warm start, without which a walker's states
-diverge from the single environment's within an episode, nor the positions of the bodies in the next state, from which
-observations and rewards are read.
+MuJoCo's own thread pool, mujoco.rollout, does not return the solver's warm start. Without it, a walker's states diverge
+from the single environment's within an episode.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -29,31 +27,23 @@ _Flags = Bool[np.ndarray, " environments"]
 
 
 class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """An ExoRL task in `num_envs` copies: environment i equals `ExoRLEnv` with its seed.
+    """An ExoRL task in `num_envs` copies. Environment i equals `ExoRLEnv` with the same seed.
 
-    States and observations are equal bit for bit, rewards up to the last digit of float64. The episodes of an
-    environment depend on its seed and its actions only, not on the number of environments or threads.
+    States and observations are equal bit for bit, rewards up to the last digit of float64. Episodes do not depend on
+    the number of environments or threads. An instance is not thread-safe.
 
     Actions and observations are float32 (num_envs, ...), rewards float64 (num_envs,). `info["physics"]` is the float64
     physics states (num_envs, P), and `info["_physics"]` (num_envs,) marks the new ones. Episodes are truncated after
-    `domain.episode_length` steps and never terminate. No environment is reset automatically
-    (`AutoresetMode.DISABLED`): `reset()` starts the next episodes, all at once.
+    `domain.episode_length` steps and never terminate. No environment is reset automatically.
 
-    If a simulation becomes unstable, its observations, rewards and physics are NaN until its next reset, and
-    `info["unstable"]` (num_envs,), present only then, marks it. The other environments are unaffected.
-
-    All environments share one model. Threads advance the states in parallel; observations and rewards are then computed
-    for all environments at once. An instance is not thread-safe.
-
-    Attributes:
-        task: full task name, "walker_walk".
-        domain: the facts about the task's domain.
+    If a simulation becomes unstable, its observations, rewards and physics are NaN until its next reset. Only then,
+    `info["unstable"]` (num_envs,) exists and marks it. The other environments are unaffected.
 
     Args:
+        task: full task name, "walker_walk".
         num_envs: number of environments.
-        seed: environment i has the seed `seed + i`, or entry i of a sequence; None takes one from the operating
-            system.
-        threads: threads that simulate, the caller's included; None: one per core that this process may use.
+        seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
+        threads: threads that simulate, the caller's included. None: one per core that this process may use.
 
     Raises:
         UserError: unknown task, fewer than one environment or thread, another number of seeds than of environments,
@@ -92,15 +82,18 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[_Observations, dict[str, Any]]:
         """Start an episode in every environment, or in those where `options["reset_mask"]` (num_envs,) is true.
 
-        A seed begins new streams of starts, of environment i from `seed + i` or from entry i of a sequence. An entry
-        None continues the environment's stream.
+        A seed begins new streams of starts, as in the constructor. An entry None continues the environment's stream.
 
         Raises:
             UserError: as the constructor, or a mask that is not one bool per environment.
             gymnasium.error.ClosedEnvironmentError: after `close`.
         """
         self._check_open()
-        chosen = self._mask(options)
+        mask = (options or {}).get("reset_mask")
+        chosen = np.ones(self.num_envs, bool) if mask is None else np.array(mask)
+        if chosen.shape != (self.num_envs,) or chosen.dtype != bool:
+            given = f"shape {chosen.shape} and type {chosen.dtype}, expected ({self.num_envs},) and bool"
+            raise UserError(f"{self.task}: options['reset_mask'] has {given}")
         streams = [None if number is None else random_stream(number) for number in self._seeds(seed)]
         for index in np.flatnonzero(chosen):
             self._randoms[index] = streams[index] or self._randoms[index]
@@ -142,23 +135,19 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _advance(self, controls: Float64[np.ndarray, "environments action"]) -> None:
         """Advance all stable environments. An idle thread takes the next one, so that a slow one delays no other."""
-        pending = deque(np.flatnonzero(~self._unstable).tolist())
-        futures = [self._pool.submit(self._work, pending, controls) for _ in range(self._helpers)] if self._pool else []
+        pending = iter(np.flatnonzero(~self._unstable).tolist())  # shared by the threads: next() on it is atomic
+
+        def work() -> None:
+            for index in pending:
+                self._simulation.advance(self._datas[index], controls[index])  # MuJoCo releases the GIL
+
+        futures = [self._pool.submit(work) for _ in range(self._helpers)] if self._pool else []
         try:
-            self._work(pending, controls)
+            work()
         finally:
             for future in futures:
                 if not future.cancel():  # a helper that has not started has nothing left to do
                     future.result()
-
-    def _work(self, pending: deque[int], controls: Float64[np.ndarray, "environments action"]) -> None:
-        advance, datas = self._simulation.advance, self._datas
-        while True:
-            try:
-                index = pending.popleft()
-            except IndexError:
-                return
-            advance(datas[index], controls[index])  # MuJoCo releases the GIL
 
     def _observe(self, fresh: _Flags) -> tuple[_Observations, dict[str, Any]]:
         observations = self._simulation.read_observation(self._stacked)
@@ -190,17 +179,6 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if len(seed) != self.num_envs:
             raise UserError(f"{self.task}: {len(seed)} seeds for {self.num_envs} environments; give one each")
         return list(seed)
-
-    def _mask(self, options: dict[str, Any] | None) -> _Flags:
-        """Return which environments are reset."""
-        mask = (options or {}).get("reset_mask")
-        if mask is None:
-            return np.ones(self.num_envs, bool)
-        mask = np.array(mask)
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            given = f"shape {mask.shape} and type {mask.dtype}, expected ({self.num_envs},) and bool"
-            raise UserError(f"{self.task}: options['reset_mask'] has {given}")
-        return mask
 
     def _check_open(self) -> None:
         if self.closed:

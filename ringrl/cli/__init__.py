@@ -31,12 +31,10 @@ COMMANDS = {  # module of this package and function
     "plan": "plan:plan",
     "demo": "study:demo",
 }
-DATA = "Download, import, describe, merge, collect and export datasets."
-HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. An error that the user can mend ends in one line and exit code 2."""
+    """Run one command. An error that the user can correct ends in one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks print as "?"
     try:
@@ -61,7 +59,11 @@ def _run(arguments: list[str]) -> None:
         print("ringrl: stopped; finished work is kept", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = _message(error)
+        import pydantic
+
+        from ringrl.config import one_line
+
+        message = one_line(error) if isinstance(error, pydantic.ValidationError) else user_message(error)
         if message is None:
             raise
         _fail(message)
@@ -81,11 +83,11 @@ def parse(arguments: list[str]) -> tuple[Callable[..., Any], inspect.BoundArgume
 
 def build_app(arguments: list[str]) -> cyclopts.App:
     """Return the commands. A command's module is imported when the command is used."""
-    is_listing = not {*arguments} - {"data", *HELP}
+    is_listing = not {*arguments} - {"data", "-h", "--help"}
     rules = cyclopts.Parameter(consume_multiple=True, allow_repeating=True, negative_iterable=(), negative_none=())
     check = functools.partial(_complete, arguments)
     app = cyclopts.App("ringrl", help=ringrl.__doc__, version=ringrl.__version__, default_parameter=rules, config=check)
-    data = cyclopts.App("data", help=DATA, sort_key=0)
+    data = cyclopts.App("data", help="Download, import, describe, merge, collect and export datasets.", sort_key=0)
     app.command(data)
     for order, (name, place) in enumerate(COMMANDS.items(), start=1):
         module, _, function = place.partition(":")
@@ -121,17 +123,6 @@ def _complete(
 def _help_of(arguments: list[str]) -> str:
     name = " ".join(arguments[:2] if arguments[:1] == ["data"] else arguments[:1])
     return f"ringrl {name} --help" if name in COMMANDS else "ringrl --help"
-
-
-def _message(error: Exception) -> str | None:
-    """Return the line to print for an error that the user can mend; None for any other."""
-    import pydantic
-
-    if isinstance(error, pydantic.ValidationError):
-        from ringrl.config import one_line
-
-        return one_line(error)
-    return user_message(error)
 
 
 def _hide_tensorstore(report: Callable[[Any], object], ignored: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
+from ringrl.cli.flags import reject_flags
 from ringrl.errors import UserError
 
 Report = Callable[[int, int | None], None]  # finished, in all
@@ -93,20 +94,20 @@ def import_(
         on_damaged: stop at the first damaged episode, or skip damaged episodes and list them in `ringrl data info`.
         download: let Minari download a dataset that is not on this machine.
     """
+    given = locals()
+    from ringrl.data.store.summary import describe
+
     if format == "minari":
-        archive_flags = {
-            "--domain": domain is not None,
-            "--workers": workers is not None,
-            "--relabel": relabel != "control_aware",
-            "--subset": subset != "first",
-            "--max-episodes": max_episodes is not None,
-            "--max-transitions": max_transitions is not None,
-            "--seed": seed != 0,
-            "--on-damaged": on_damaged != "stop",
-        }
-        if given := [flag for flag, is_given in archive_flags.items() if is_given]:
-            raise UserError(f"{', '.join(given)}: only for ExoRL archives; remove with --format minari")
-        return _import_minari(str(archive), output, overwrite, download)
+        used = {"archive", "format", "output", "overwrite", "download"}
+        reject_flags(import_, given, "only for ExoRL archives; remove with --format minari", used=used)
+        from ringrl.data.minari import import_minari
+
+        output = output or Path(f"{archive.resolve().name}.h5")
+        with _bars() as (bar, _):
+            progress = bar("importing")
+            store = import_minari(str(archive), output, overwrite=overwrite, download=download, progress=progress)
+        print(f"{output}\n{describe(store)}")
+        return
     if domain is None:
         raise UserError(f"--domain: give the domain of {archive} (walker, cheetah, cartpole, ...)")
     if download:
@@ -115,37 +116,22 @@ def import_(
         raise UserError("--seed: only with --subset random; remove it")
     from ringrl.data import import_archive
     from ringrl.data.exorl.importer import Subset
-    from ringrl.data.store.summary import describe
 
-    destination = output or _store_of(archive)
+    if output is None:
+        # A folder's name may contain dots.
+        named = archive if archive.name not in ("", "..") else archive.resolve()
+        output = named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
     chosen = Subset(subset, max_episodes, max_transitions, seed)
     try:
         with _bars() as (bar, _):
             store = import_archive(
-                archive, destination, domain, overwrite=overwrite, workers=workers, relabelling=relabel, subset=chosen,
+                archive, output, domain, overwrite=overwrite, workers=workers, relabelling=relabel, subset=chosen,
                 on_damaged=on_damaged, progress=bar("importing"),
             )  # fmt: skip
     except KeyboardInterrupt:
         print("ringrl: run the same command again to resume the import", file=sys.stderr)
         raise
-    print(f"{destination}\n{describe(store)}")
-    return None
-
-
-def _store_of(archive: Path) -> Path:
-    """Return the default store of an archive. A folder's name may contain dots."""
-    named = archive if archive.name not in ("", "..") else archive.resolve()
-    return named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
-
-
-def _import_minari(dataset: str, output: Path | None, overwrite: bool, download: bool) -> None:
-    from ringrl.data.minari import import_minari
-    from ringrl.data.store.summary import describe
-
-    destination = output or Path(f"{Path(dataset).resolve().name}.h5")
-    with _bars() as (bar, _):
-        store = import_minari(dataset, destination, overwrite=overwrite, download=download, progress=bar("importing"))
-    print(f"{destination}\n{describe(store)}")
+    print(f"{output}\n{describe(store)}")
 
 
 def export(
@@ -224,9 +210,8 @@ def collect(
 ) -> None:
     """Collect episodes of a task on this machine, in ExoRL's format.
 
-    The folder appears when all episodes are recorded. Until then finished episodes are in the hidden folder
-    .NAME.partial next to it, which can be imported. The same command resumes an interrupted collection and records the
-    same episodes.
+    The folder appears when all episodes are recorded. Until then, finished episodes are in the hidden folder
+    .NAME.partial next to it, which can be imported. The same command resumes an interrupted collection.
 
     Args:
         task: for example jaco_reach_top_left.

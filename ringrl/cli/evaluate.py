@@ -1,6 +1,5 @@
 """ringrl evaluate: rolls policies out in their tasks."""
 
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,16 +8,14 @@ import cyclopts
 from rich.console import Console
 from rich.table import Table
 
-from ringrl.cli.flags import command_line
+from ringrl.cli.flags import command_line, reject_flags
 from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 
 if TYPE_CHECKING:  # JAX and MuJoCo are imported by what runs, not by --help
-    from ringrl.evaluation import Evaluation, Protocol
     from ringrl.training import TrainedPolicy
 
 ALL_OF_DOMAIN = "all-of-domain"
-ONE_DEVICE = MeshConfig()
 _STEPS = (0, 1, 2, 5, 10, 20, 50, 100)  # first steps of the columns of --error-by-step
 
 
@@ -40,7 +37,7 @@ def evaluate(
     video: bool = False,
     error_by_step: bool = False,
     cache_dtype: Literal["float32", "bfloat16"] | None = None,
-    mesh: MeshConfig = ONE_DEVICE,
+    mesh: MeshConfig = MeshConfig(),
 ) -> None:
     """Roll policies out in dm_control. Each stream of episodes is a line of a results file, with a summary next to it.
 
@@ -68,93 +65,56 @@ def evaluate(
         cache_dtype: dtype of cached keys and values; by default the dtype that the policy computes in.
         mesh: devices over which the cache of each context is sharded (seq only).
     """
-    from ringrl.evaluation import Protocol, evaluate_all
+    given = locals()
+    from ringrl.envs import domain_named
+    from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
     from ringrl.evaluation.progress import ProgressTable, final_table
+    from ringrl.evaluation.protocol import compile_policy
     from ringrl.training import load_policy
 
-    if output is not None and output.suffix != ".jsonl":
-        raise UserError(f"--output: {output} is not a results file; give a name that ends in .jsonl")
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype)
-    given = {
-        "--target": target != "best",
-        "--prompt-trajectories": prompt_trajectories > 0,
-        "--prompt-seed": prompt_seed > 0,
-        "--cache-dtype": cache_dtype is not None,
-        "--control": control,
-        "--mesh": mesh.devices > 1,
-    }
     if error_by_step:
         if not checkpoint:
             raise UserError("--error-by-step: give the --checkpoint of a run too")
-        given |= {"--tasks": bool(tasks), "--output": output is not None, "--again": again, "--video": video}
-        given |= {"--episodes": episodes != 1, "--environments": environments != 10, "--seed": seed != 1_000_000}
-        _reject(given, "has no effect with --error-by-step; leave it out")
+        why = "has no effect with --error-by-step; leave it out"
+        reject_flags(evaluate, given, why, used={"checkpoint", "data", "step", "error_by_step"})
         for run in checkpoint:
             _print_error_by_step(load_policy(run, step), run, data)
         return
-    if checkpoint:
-        evaluations = [
-            evaluation
-            for run in checkpoint
-            for evaluation in _evaluations(load_policy(run, step, mesh), run, tasks, protocol, data, output)
+    evaluations: list[Evaluation] = []
+    command = command_line()
+    for run in checkpoint:
+        trained = load_policy(run, step, mesh)
+        own = trained.info.config.task
+        compiled = compile_policy(trained, protocol, own)
+        named: list[str] = []
+        for name in tasks or (own,):
+            named += domain_named(trained.info.domain).tasks if name == ALL_OF_DOMAIN else [name]
+        evaluations += [
+            policy_evaluation(
+                trained, run, protocol, task=task, data=data, command=command, results=output, compiled=compiled
+            )
+            for task in dict.fromkeys(named)
         ]
-    else:
-        given |= {"--data": data is not None, "--step": step is not None}
-        _reject(given, "has no effect on random actions; leave it out, or give a --checkpoint")
-        evaluations = _random_evaluations(tasks, protocol, output)
+    if not checkpoint:
+        why = "has no effect on random actions; leave it out, or give a --checkpoint"
+        used = {"checkpoint", "tasks", "episodes", "environments", "seed", "output", "again", "video"}
+        reject_flags(evaluate, given, why, used=used)
+        if ALL_OF_DOMAIN in tasks:
+            raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks instead")
+        if not tasks:
+            raise UserError("--checkpoint: give the folder of a run, or name --tasks alone to evaluate random actions")
+        results = output or Path("random.jsonl")
+        unique = dict.fromkeys(tasks)
+        evaluations = [random_evaluation(task, protocol, command=command, results=results) for task in unique]
     console = Console()
     with ProgressTable(evaluations, console) as progress:
         summaries = evaluate_all(evaluations, again=again, video=video, progress=progress)
     console.print(final_table(summaries))
     for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
         print(path)
-
-
-def _reject(given: dict[str, bool], why: str) -> None:
-    """Raise UserError for the first flag that is given."""
-    for flag in (name for name, is_given in given.items() if is_given):
-        raise UserError(f"{flag}: {why}")
-
-
-def _evaluations(
-    trained: "TrainedPolicy",
-    run: Path,
-    tasks: tuple[str, ...],
-    protocol: "Protocol",
-    data: Path | None,
-    output: Path | None,
-) -> "list[Evaluation]":
-    """Return the evaluations of one checkpoint."""
-    from ringrl.evaluation import policy_evaluation
-    from ringrl.evaluation.protocol import compile_policy
-
-    own = trained.info.config.task
-    make = partial(
-        policy_evaluation, trained, run, protocol, data=data, command=command_line(), results=output,
-        compiled=compile_policy(trained, protocol, own),
-    )  # fmt: skip
-    return [make(task=task) for task in _tasks(tasks, trained.info.domain) or [own]]
-
-
-def _random_evaluations(tasks: tuple[str, ...], protocol: "Protocol", output: Path | None) -> "list[Evaluation]":
-    from ringrl.evaluation import random_evaluation
-
-    if ALL_OF_DOMAIN in tasks:
-        raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks one by one")
-    if not tasks:
-        raise UserError("--checkpoint: give the folder of a run, or name --tasks alone to evaluate random actions")
-    results = output or Path("random.jsonl")
-    return [random_evaluation(task, protocol, command=command_line(), results=results) for task in _tasks(tasks, "")]
-
-
-def _tasks(names: tuple[str, ...], domain: str) -> list[str]:
-    """Return the named tasks, each once."""
-    from ringrl.envs import domain_named
-
-    everything = [task for name in names for task in (domain_named(domain).tasks if name == ALL_OF_DOMAIN else [name])]
-    return list(dict.fromkeys(everything))
 
 
 def _print_error_by_step(trained: "TrainedPolicy", run: Path, data: Path | None) -> None:

@@ -1,10 +1,11 @@
 """Checks of a command's flags, and one line for every usage error."""
 
 import difflib
+import inspect
 import itertools
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import cyclopts
 import pydantic
@@ -107,6 +108,21 @@ def given_flags(group: str, section: Section) -> str:
     default = type(section)()
     names = [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]
     return ", ".join(f"--{group}.{name.replace('_', '-')}" for name in names)
+
+
+def reject_flags(command: Callable[..., None], values: Mapping[str, object], why: str, *, used: set[str]) -> None:
+    """Raise UserError listing the flags of a command that are given although they are not used.
+
+    Args:
+        command: the function of the command.
+        values: the values of its parameters. A flag with its default value counts as not given.
+        why: what follows the flags in the message.
+        used: names of the parameters that are used.
+    """
+    parameters = inspect.signature(command).parameters.values()
+    given = [each.name for each in parameters if each.name not in used and values[each.name] != each.default]
+    if given:
+        raise UserError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: {why}")
 
 
 def check_launcher(launcher: str, slurm: SlurmConfig) -> None:

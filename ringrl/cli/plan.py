@@ -2,21 +2,15 @@
 
 import contextlib
 import json as json_module
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from ringrl.cli.flags import grouped
 from ringrl.config import MeshConfig, Section, TrainConfig
 from ringrl.errors import UserError
-from ringrl.files import write_whole
-
-if TYPE_CHECKING:
-    from ringrl.planning.machines import Machine
-
-CHOSEN = MeshConfig()  # one device means: choose the mesh
+from ringrl.files import explain_write_errors, write_whole
 
 
 @grouped
@@ -35,15 +29,12 @@ class Custom(Section):
     """Bandwidth to a neighbour, one way, in 10^9 bytes per second."""
 
 
-NO_NUMBERS = Custom()
-
-
 def plan(
     *,
     model: str,
     machine: str,
     tokens: str,
-    mesh: MeshConfig = CHOSEN,
+    mesh: MeshConfig = MeshConfig(),
     contexts: int | None = None,
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] | None = None,
     remat: Literal["none", "layers"] | None = None,
@@ -51,7 +42,7 @@ def plan(
     method: Literal["best", "compiler", "formula"] = "best",
     compilations: int = 0,
     search: bool = False,
-    custom: Custom = NO_NUMBERS,
+    custom: Custom = Custom(),
     json: Path | None = None,
 ) -> None:
     """Estimate the memory and time of a training step on a given machine.
@@ -76,14 +67,26 @@ def plan(
     """
     import jax
 
-    from ringrl.planning.machines import measure_host
+    from ringrl.planning.machines import custom_machine, find_machine, measure_host
     from ringrl.planning.plan import as_json, describe, make_plan
     from ringrl.planning.workload import find_model, read_tokens
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is taken for planning
+    values = find_model(model).model_dump()
     changes = {"attention": attention, "remat": remat, "block_tokens": block_tokens}
-    config = _changed(find_model(model), changes, contexts, mesh)
-    where, length = _machine(machine, custom), read_tokens(tokens)
+    values["model"] |= {name: value for name, value in changes.items() if value is not None}
+    if mesh.layout != MeshConfig().layout:  # a chosen mesh uses the layout too
+        values["mesh"] |= {"layout": mesh.layout}
+    if contexts is not None:
+        values["optimiser"] |= {"batch_size": contexts}
+    config = TrainConfig.model_validate(values)
+    if machine == "custom":
+        where = custom_machine(custom.devices, custom.memory, custom.tflops, custom.bandwidth, custom.link)
+    elif custom != Custom():
+        raise UserError(f"--custom: used only with --machine custom, but --machine is {machine}; remove one of them")
+    else:
+        where = find_machine(machine)
+    length = read_tokens(tokens)
     chosen = None if mesh.devices == 1 else mesh.model_copy(update={"layout": config.mesh.layout})
     if compilations < 0:
         raise UserError(f"--compilations {compilations}: expected 0 or more")
@@ -97,30 +100,6 @@ def plan(
             notice=lambda line: status.update(line),
         )  # fmt: skip
     print(describe(made))
-    if json is None:
-        return
-    try:
-        write_whole(json, json_module.dumps(as_json(made), indent=1), alone=False)
-    except OSError as error:
-        raise UserError(f"--json {json}: cannot be written ({error.strerror})") from error
-
-
-def _machine(name: str, custom: Custom) -> "Machine":
-    from ringrl.planning.machines import custom_machine, find_machine
-
-    if name == "custom":
-        return custom_machine(custom.devices, custom.memory, custom.tflops, custom.bandwidth, custom.link)
-    if custom != NO_NUMBERS:
-        raise UserError(f"--custom: used only with --machine custom, but --machine is {name}; remove one of them")
-    return find_machine(name)
-
-
-def _changed(config: TrainConfig, model: Mapping[str, object], contexts: int | None, mesh: MeshConfig) -> TrainConfig:
-    """Return the configuration with the flags' values, validated as a whole."""
-    values = config.model_dump()
-    values["model"] |= {name: value for name, value in model.items() if value is not None}
-    if mesh.layout != CHOSEN.layout:  # a chosen mesh uses the layout too
-        values["mesh"] |= {"layout": mesh.layout}
-    if contexts is not None:
-        values["optimiser"] |= {"batch_size": contexts}
-    return TrainConfig.model_validate(values)
+    if json is not None:
+        with explain_write_errors(json):
+            write_whole(json, json_module.dumps(as_json(made), indent=1), alone=False)

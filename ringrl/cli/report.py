@@ -8,11 +8,7 @@ from ringrl.errors import UserError
 
 
 def report(
-    results: tuple[Path, ...] = (),
-    /,
-    *,
-    output: Path = Path("report"),
-    compare: tuple[Path, Path] | None = None,
+    results: tuple[Path, ...] = (), /, *, output: Path = Path("report"), compare: tuple[Path, Path] | None = None
 ) -> None:
     """Make a page from results: return against context length with intervals, charts and tables for a paper.
 

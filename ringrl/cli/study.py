@@ -8,8 +8,6 @@ from rich.console import Console
 from ringrl.cli.flags import check_launcher, command_line
 from ringrl.config import SlurmConfig
 
-PLAIN_JOB = SlurmConfig()
-
 
 def ablate(
     plan: Path,
@@ -20,7 +18,7 @@ def ablate(
     retry: bool = False,
     untimed: bool = False,
     launcher: Literal["none", "slurm"] = "none",
-    slurm: SlurmConfig = PLAIN_JOB,
+    slurm: SlurmConfig = SlurmConfig(),
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x context lengths x seeds, and baselines.
 

@@ -13,8 +13,6 @@ from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig, merged, o
 from ringrl.errors import UserError
 from ringrl.methods import METHODS, MethodName, check_method
 
-ONE_PROCESS, DEFAULT_JOB = DistributedConfig(), SlurmConfig()
-
 
 def train(
     *,
@@ -23,9 +21,9 @@ def train(
     method: MethodName | None = None,
     resume: bool = False,
     profile: bool = False,
-    distributed: DistributedConfig = ONE_PROCESS,
+    distributed: DistributedConfig = DistributedConfig(),
     launcher: Literal["none", "slurm"] = "none",
-    slurm: SlurmConfig = DEFAULT_JOB,
+    slurm: SlurmConfig = SlurmConfig(),
 ) -> None:
     """Train a policy.
 

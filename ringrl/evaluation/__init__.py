@@ -6,14 +6,6 @@ from ringrl.evaluation.protocol import Evaluation, Protocol, policy_evaluation, 
 from ringrl.evaluation.records import EvaluationRecord, read_records
 
 __all__ = [
-    "Evaluation",
-    "EvaluationProgress",
-    "EvaluationRecord",
-    "Protocol",
-    "evaluate_all",
-    "evaluate_policy",
-    "evaluate_random",
-    "policy_evaluation",
-    "random_evaluation",
-    "read_records",
-]
+    "Evaluation", "EvaluationProgress", "EvaluationRecord", "Protocol", "evaluate_all", "evaluate_policy",
+    "evaluate_random", "policy_evaluation", "random_evaluation", "read_records",
+]  # fmt: skip

@@ -87,25 +87,23 @@ class PolicyActor:
         self._previous = finished
 
     def _grow_if_full(self, current: Context) -> None:
-        """Grow a full cache. After its second step, compile for the next capacity."""
+        """Double a full cache. After its second step, compile for the next capacity."""
         if not isinstance(self._memory, KVCache):
             return
         if self._tokens > self._memory.capacity:
-            self._memory = self._compiled.grow(self._memory, self._next_capacity())
+            self._memory = self._compiled.grow(self._memory, min(2 * self._memory.capacity, self._most_tokens))
         capacity = self._memory.capacity
         if self._previous is not None and self._prepared < capacity < self._most_tokens:
-            self._compiled.compile_next(current, self._prefix, self._memory, self._next_capacity())
+            following = min(2 * capacity, self._most_tokens)
+            self._compiled.compile_next(current, self._prefix, self._memory, following)
             self._prepared = capacity
-
-    def _next_capacity(self) -> int:
-        return min(2 * self._memory.capacity, self._most_tokens)
 
 
 class CompiledPolicy:
     """The compiled programs of a policy, shared by all its actors.
 
-    One program serves each number of environments and cache capacity. The next program is compiled in the background
-    while the current one runs.
+    Each number of environments and each cache capacity has its own program. The next program is compiled in the
+    background while the current one runs.
 
     Args:
       policy: its parameters are used as they are now.
@@ -118,12 +116,11 @@ class CompiledPolicy:
         self.policy, self._dtype = policy, cache_dtype
         self._prefill = jax.jit(lambda params, prompt: nnx.merge(graph, params).prefill(prompt, cache_dtype))
         self._grow = jax.jit(partial(grow, parallel=parallel), static_argnames="capacity")
-        self._act = jax.jit(
-            lambda params, previous, current, prefix, memory: nnx.merge(graph, params).act(
-                previous, current, memory, prefix
-            ),
-            donate_argnums=4,
-        )
+
+        def act(params: Any, previous: Context | None, current: Context, prefix: Any, memory: Any) -> Any:
+            return nnx.merge(graph, params).act(previous, current, memory, prefix)
+
+        self._act = jax.jit(act, donate_argnums=4)
         self._programs: dict[tuple[Hashable, ...], Future[Callable[..., Any]]] = {}
         self._prefilled: tuple[Context, Any] | None = None
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="ringrl-compile")

@@ -51,7 +51,7 @@ def evaluate_all(
 ) -> list[EvaluationSummary]:
     """Roll out each evaluation whose results file does not contain its records yet, and append them.
 
-    The summary next to each results file (.json) is updated after every evaluation.
+    The summary next to each results file (.json) is updated after every evaluation. Returns one summary per evaluation.
 
     Args:
         evaluations: in this order.
@@ -59,16 +59,12 @@ def evaluate_all(
         video: write videos of the first, the median and the best episode. If that fails, a message gives the reason.
         progress: callbacks.
 
-    Returns:
-        One summary per evaluation.
-
     Raises:
         UserError: a results file cannot be read or written, or another process runs the same evaluation.
     """
     progress = progress or EvaluationProgress()
-    known: dict[Path, list[EvaluationRecord]] = {}
-    for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
-        known[path] = _open_results(path, evaluations, progress)
+    paths = dict.fromkeys(evaluation.results for evaluation in evaluations)
+    known = {path: _open_results(path, evaluations, progress) for path in paths}
     return [_evaluate(one, known[one.results], again, video, progress) for one in evaluations]
 
 
@@ -82,7 +78,7 @@ def roll_out(
     """Roll out an evaluation and return one record per stream, then one per control stream.
 
     Args:
-      evaluation: what is rolled out.
+      evaluation: the streams and their policy.
       journal: finished episodes are read from it, new ones are added. On a CPU the result is bit-identical to that of
         an evaluation that was never interrupted.
       progress: callbacks.
@@ -97,9 +93,8 @@ def roll_out(
         for part in np.array_split(np.arange(len(seeds)), groups)
     ]
     try:
-        return [
-            record for part in evaluation.parts for record in _roll_out_part(evaluation, part, made, journal, progress)
-        ]
+        found = [_roll_out_part(evaluation, part, made, journal, progress) for part in evaluation.parts]
+        return [record for records in found for record in records]
     finally:
         for group in made:
             group.environments.close()
@@ -109,8 +104,8 @@ def _open_results(
     path: Path, evaluations: Sequence[Evaluation], progress: EvaluationProgress
 ) -> list[EvaluationRecord]:
     """Check that a results file can be written, and return its records."""
-    if path.suffix == ".json":
-        raise UserError(f"--output: {path} is the name of the summary; give a results file (.jsonl)")
+    if path.suffix != ".jsonl":
+        raise UserError(f"--output: {path} is not a results file; give a name that ends in .jsonl")
     check_writable(path)
     folder = path.with_suffix(JOURNAL)
     others = set(folder.iterdir() if folder.is_dir() else ()) - {evaluation.journal for evaluation in evaluations}
@@ -120,11 +115,7 @@ def _open_results(
 
 
 def _evaluate(
-    evaluation: Evaluation,
-    known: list[EvaluationRecord],
-    again: bool,
-    video: bool,
-    progress: EvaluationProgress,
+    evaluation: Evaluation, known: list[EvaluationRecord], again: bool, video: bool, progress: EvaluationProgress
 ) -> EvaluationSummary:
     """Roll out an evaluation unless it is finished; updates `known`, the records of its results file."""
     progress.on_begin(evaluation)
@@ -132,7 +123,7 @@ def _evaluate(
     if finished and evaluation.journal.exists():
         with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
             # A complete journal was left by a kill after the results had been written.
-            if not again or journal.has(evaluation.parts[-1], evaluation.protocol.episodes - 1):
+            if not again or journal.episode(evaluation.parts[-1], evaluation.protocol.episodes - 1):
                 journal.remove()
     if again or not finished:
         _roll_out_and_append(evaluation, video, progress)

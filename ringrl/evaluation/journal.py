@@ -23,9 +23,7 @@ _TYPES = {"observation": np.float32, "action": np.float32, "reward": np.float64,
 
 
 class EpisodeJournal:
-    """The finished episodes of one evaluation, numbered from 0 in each part ("context", "control").
-
-    A journal is locked while it is open.
+    """The finished episodes of one evaluation, numbered from 0 in each part. It is locked while it is open.
 
     Args:
         folder: folder of the journal, created if missing.
@@ -68,10 +66,6 @@ class EpisodeJournal:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def has(self, part: str, index: int) -> bool:
-        """Return whether the file of an episode exists."""
-        return self._file(part, index).exists()
-
     def remove(self) -> None:
         """Delete the journal, and its parent folder if that is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -107,9 +101,8 @@ class EpisodeJournal:
         return self.folder / f"{part}_{index:05}.npz"
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self.folder}: episodes cannot be written ({error.strerror}); free some space, or give another --output"
-        )
+        advice = "free some space, or give another --output"
+        return UserError(f"{self.folder}: episodes cannot be written ({error.strerror}); {advice}")
 
 
 def _has_shape(episode: EpisodeBatch, steps: int, streams: int) -> bool:

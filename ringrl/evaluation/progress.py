@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -78,9 +77,7 @@ class ProgressTable(EvaluationProgress):
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._console.is_terminal:
             self._live.transient = kind is None  # the table of an interrupted evaluation remains visible
             self._live.stop()

@@ -3,8 +3,8 @@
 A prompt is trajectories of the dataset that a policy remembers before its first episode.
 """
 
-import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,28 +22,8 @@ from ringrl.training.run_folder import dataset_fingerprint
 FIRST_DRAW = 2**64  # the sampler's step for the first draw; no training reaches this step
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """Dataset trajectories as one context.
-
-    Attributes:
-        context: (1, T, ...) in the order of time.
-        episodes: their indices in the store, in the order of the context.
-        returns: their returns in the task.
-    """
-
-    context: Context
-    episodes: tuple[int, ...]
-    returns: tuple[float, ...]
-
-
 def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
-    """Open the dataset that a run was trained on.
-
-    Args:
-      info: of the run.
-      run: folder of the run, for messages.
-      data: current path of the dataset. None: the path in the run's configuration.
+    """Open the dataset that a run was trained on, at `data` or else at the path in the run's configuration.
 
     Raises:
       UserError: the dataset cannot be read, or is another one.
@@ -63,16 +43,18 @@ def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
 
 def trained_returns(info: RunInfo, store: EpisodeStore, task: str) -> Float[np.ndarray, " episodes"]:
     """Return the returns in a task of the episodes that the run was trained on."""
-    context = info.config.context
-    own = info.config.task
-    chosen = eligible_episodes(store, own, info.config.seed, context.max_transitions, context.best_fraction)
+    config, context = info.config, info.config.context
+    chosen = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
     return store.returns(task)[chosen]
 
 
 def draw_prompt(
     info: RunInfo, store: EpisodeStore, task: str, trajectories: int, seed: int, target_return: float | None
-) -> Prompt:
+) -> tuple[Context, dict[str, Any]]:
     """Draw a prompt by the selection and order of the run's training contexts.
+
+    Returns the prompt as a context (1, T, ...) in the order of time, and the fields of an `EvaluationRecord` that
+    describe it.
 
     If the target of every trajectory in a training context is the best return, the target in the prompt is
     `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
@@ -96,7 +78,8 @@ def draw_prompt(
         plan = plan._replace(targets=targets, completes=returns[None] >= targets)
     steps = int(plan.starts[0, -1])
     context = read_contexts(store, info.normalisation, plan, np.arange(steps))
-    return Prompt(context, tuple(episodes.tolist()), tuple(returns.tolist()))
+    fields = {"prompt_episodes": tuple(episodes.tolist()), "prompt_returns": tuple(returns.tolist())}
+    return context, fields | {"prompt_trajectories": trajectories, "prompt_seed": seed}
 
 
 def imitation_error(
@@ -104,8 +87,8 @@ def imitation_error(
 ) -> Float[np.ndarray, "contexts trajectories steps"]:
     """Return the squared error of the policy's actions on contexts drawn as in training, averaged over components.
 
-    The policy sees everything before each step, as in training. An error that falls within the first steps of an
-    episode means that the episode itself identifies what to imitate, and that earlier trajectories add little.
+    An error that falls within the first steps of an episode means that the episode itself identifies what to imitate,
+    and that earlier trajectories add little.
 
     Args:
       trained: the policy.

@@ -17,7 +17,7 @@ from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor, CompiledPolicy, PolicyActor, RandomActor
 from ringrl.evaluation.formatting import all_digits
-from ringrl.evaluation.prompt import Prompt, draw_prompt, open_dataset, trained_returns
+from ringrl.evaluation.prompt import draw_prompt, open_dataset, trained_returns
 from ringrl.evaluation.records import (
     JOURNAL,
     VIDEOS,
@@ -49,8 +49,8 @@ class Protocol:
     A stream is n = `episodes` episodes, one after another in one context. Episode k of stream i (both from 0) starts
     from the environment seed `seed + i * n + k`. Protocols with the same total of episodes thus share their starts.
 
-    The control repeats the same episodes without memory of earlier ones: the policy's memory is cleared before each
-    episode, except for the prompt. With the control, best-of-n is compared with best-of-n.
+    The control repeats the same episodes, but clears the policy's memory before each one, except for the prompt. With
+    the control, best-of-n is compared with best-of-n.
 
     Attributes:
         environments: number of streams.
@@ -91,15 +91,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class TargetPolicy:
-    """A rule for the target return.
+    """A rule for the target return."""
 
-    Attributes:
-        kind: "given": the value itself; "factor": a multiple of the best return of the training data; "quantile": a
-            quantile of the returns of the training data.
-        value: return, factor or quantile.
-    """
-
-    kind: Literal["given", "factor", "quantile"]
+    kind: Literal["given", "factor", "quantile"]  # a return; a multiple of the data's best return; a quantile of them
     value: float
 
     @classmethod
@@ -240,7 +234,7 @@ def policy_evaluation(
         raise UserError(f"{run}: {info.domain} has no simulation; evaluate the policy in its own environment")
     if domain_of(task).name != info.domain:
         raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
-    target_return, target_policy, prompt = _target_and_prompt(trained, run, protocol, task, data)
+    target_return, target_policy, prompt, prompt_fields = _target_and_prompt(trained, run, protocol, task, data)
     has_context = config.model.family.has_context
     template = EvaluationRecord(
         task=task,
@@ -252,10 +246,6 @@ def policy_evaluation(
         seed=config.seed,
         target_return=target_return,
         target_policy=target_policy,
-        prompt_trajectories=0 if prompt is None else protocol.prompt_trajectories,
-        prompt_seed=None if prompt is None else protocol.prompt_seed,
-        prompt_episodes=() if prompt is None else prompt.episodes,
-        prompt_returns=() if prompt is None else prompt.returns,
         steps_trained=trained.step,
         checkpoint=str(run),
         checkpoint_hash=trained.parameter_hash,
@@ -265,23 +255,22 @@ def policy_evaluation(
         budget=budget(info, trained.step, run),
         cache_devices=trained.parallel.ring_size,
         cache_dtype=protocol.cache_dtype if has_context and protocol.cache_dtype != config.model.dtype else None,
+        **prompt_fields,
         **_common_fields(protocol, command),
     )
     if compiled is None or compiled.policy is not trained.towards(task):
         compiled = compile_policy(trained, protocol, task)
     policy, trajectories = compiled, config.context.trajectories
     # Clip here: `CompiledPolicy.prefill` recognises a prompt by its identity, and `rollout` would make copies.
-    context = None if prompt is None else clip_trajectories(prompt.context, trajectories)
-    template, decides = _with_hash(template, protocol)
-    return Evaluation(
-        template=template,
-        decides=decides,
+    prompt = None if prompt is None else clip_trajectories(prompt, trajectories)
+    return _evaluation(
+        template,
+        protocol,
         results=run / "evaluation.jsonl" if results is None else results,
-        protocol=protocol,
         normalisation=info.normalisation,
         make_actor=lambda first: PolicyActor(policy),
         trajectories=trajectories,
-        prompt=context,
+        prompt=prompt,
     )
 
 
@@ -297,16 +286,11 @@ def random_evaluation(
     """Return the evaluation of uniform random actions, which have no target, no prompt and no control."""
     domain = domain_of(task)
     protocol = replace(protocol, control=False, target="best", prompt_trajectories=0, prompt_seed=0)
-    common = _common_fields(protocol, command)
-    template, decides = _with_hash(
-        EvaluationRecord(task=task, method="random", target_policy=NO_TARGET, **common), protocol
-    )
     size, n = domain.observation_size, protocol.episodes
-    return Evaluation(
-        template=template,
-        decides=decides,
+    return _evaluation(
+        EvaluationRecord(task=task, method="random", target_policy=NO_TARGET, **_common_fields(protocol, command)),
+        protocol,
         results=results,
-        protocol=protocol,
         normalisation=Normalisation(np.zeros(size), np.ones(size), domain.episode_length),
         make_actor=lambda first: RandomActor(domain.action_size, protocol.seed + first * n, n),
     )
@@ -314,8 +298,8 @@ def random_evaluation(
 
 def _target_and_prompt(
     trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, data: Path | None
-) -> tuple[float | None, str, Prompt | None]:
-    """Return the target return, the name of its rule, and the prompt. The dataset is opened only if needed."""
+) -> tuple[float | None, str, Context | None, dict[str, Any]]:
+    """Return the target return, the name of its rule, the prompt and its fields. Opens the dataset only if needed."""
     info, config, rule = trained.info, trained.info.config, TargetPolicy.parse(protocol.target)
     count, has_context = protocol.prompt_trajectories, config.model.family.has_context
     for flag, value in (("--prompt-trajectories", count), ("--cache-dtype", protocol.cache_dtype)):
@@ -328,10 +312,10 @@ def _target_and_prompt(
     if has_target:
         # In the run's own task, the checkpoint contains the best return.
         target = rule.choose(np.array([info.best_return]) if store is None else trained_returns(info, store, task))
-    prompt = None
-    if count and store is not None:
-        prompt = draw_prompt(info, store, task, count, protocol.prompt_seed, target)
-    return target, rule.name if has_target else NO_TARGET, prompt
+    name = rule.name if has_target else NO_TARGET
+    if not count or store is None:
+        return target, name, None, {}
+    return target, name, *draw_prompt(info, store, task, count, protocol.prompt_seed, target)
 
 
 def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
@@ -345,8 +329,8 @@ def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
     }
 
 
-def _with_hash(template: EvaluationRecord, protocol: Protocol) -> tuple[EvaluationRecord, dict[str, Any]]:
-    """Return the template with the hash of everything that decides the result, and what was hashed."""
+def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -> Evaluation:
+    """Return an evaluation, with the hash of everything that decides the result in its template."""
     names = {"checkpoint", "command", "created", "returns", "budget", "variant"}
     decides = template.model_dump(mode="json", exclude=names)
     libraries = _SIMULATING | _COMPUTING
@@ -354,4 +338,5 @@ def _with_hash(template: EvaluationRecord, protocol: Protocol) -> tuple[Evaluati
         libraries, decides["device"] = _SIMULATING, None
     decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
     decides |= {"environments": protocol.environments, "control": protocol.control}
-    return template.model_copy(update={"evaluation": json_digest(decides)}), decides
+    template = template.model_copy(update={"evaluation": json_digest(decides)})
+    return Evaluation(template=template, decides=decides, protocol=protocol, **others)

@@ -154,10 +154,7 @@ class Results:
 
 
 def recipe(config: TrainConfig) -> dict[str, str]:
-    """Return the settings ("context.order" -> value) that differ from the defaults and have an effect on training.
-
-    Settings that a record states in another field, and settings that do not change the result, are left out.
-    """
+    """Return the settings ("context.order" -> value) that differ from the defaults and have an effect on training."""
     defaults, family = default_recipe(), config.model.family
     used = {name: text for name, text in _settings(config).items() if text != defaults[name] and family.uses(name)}
     if family.has_context:
@@ -204,23 +201,17 @@ def data_records(
     task: str, returns: Float[np.ndarray, " episodes"], *, data_fingerprint: str, versions: dict[str, str]
 ) -> list[EvaluationRecord]:
     """Return the dataset's own episodes as records of the method "data", one per episode."""
-    created = datetime.now(UTC)
+    common: dict[str, Any] = {"data_fingerprint": data_fingerprint, "versions": versions, "created": datetime.now(UTC)}
     return [
-        EvaluationRecord(
-            task=task, method=DATA, environment_seed=index, returns=(float(value),),
-            data_fingerprint=data_fingerprint, versions=versions, created=created,
-        )
+        EvaluationRecord(task=task, method=DATA, environment_seed=index, returns=(float(value),), **common)
         for index, value in enumerate(returns)
-    ]  # fmt: skip
+    ]
 
 
 def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
     """Append one line per record, all of them or none, and wait until they are on disk.
 
-    The folder is created if missing. A half-written last line is removed first.
-
-    Raises:
-        UserError: the file cannot be written. It is unchanged.
+    A half-written last line is removed first. Raises UserError if the file cannot be written; it is then unchanged.
     """
     lines = "".join(f"{record.model_dump_json()}\n" for record in records).encode()
     try:
@@ -240,11 +231,7 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Check that a results file can be written, without creating it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Raise UserError if a results file cannot be written. The file is not created."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         missing = not path.exists()
@@ -260,8 +247,7 @@ def read_records(paths: Path | Sequence[Path]) -> Results:
     """Read results files, and all results files in folders (see `find_results`).
 
     Raises:
-        UserError: a path does not exist, a line is not a record, or a line has another protocol version. The message
-            names file and line. A half-written last line is no error; it is reported in `Results.half_written`.
+        UserError: a path does not exist, or a line is not a record of this protocol. The message names file and line.
     """
     sources = find_results(paths)
     records: list[EvaluationRecord] = []

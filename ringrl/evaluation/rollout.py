@@ -6,11 +6,10 @@ actions of one group are computed on the accelerator while the other group is si
 
 import dataclasses
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import gymnasium
 import jax
@@ -44,16 +43,6 @@ class EpisodeBatch:
     def steps(self) -> Int64[np.ndarray, " streams"]:
         """Return the number of steps before each stream failed, or all steps."""
         return np.isfinite(self.reward).sum(axis=0)
-
-    def select(self, streams: slice) -> Self:
-        """Return the same episode of some streams."""
-        return dataclasses.replace(self, **{name: getattr(self, name)[:, streams] for name in ARRAYS})
-
-    @classmethod
-    def join(cls, parts: Sequence[Self], seconds: float) -> Self:
-        """Concatenate the streams of several groups."""
-        arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ARRAYS}
-        return cls(**arrays, seconds=seconds)
 
 
 ARRAYS = ("observation", "action", "reward", "physics")
@@ -100,6 +89,8 @@ def rollout(
     Raises:
       UserError: the episodes have another length than the data's, or the recorded episodes start in other states.
     """
+    if prompt is not None and trajectories is not None:
+        prompt = clip_trajectories(prompt, trajectories)
     builder = ContextBuilder(normalisation, target_return, trajectories, prompt)
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
     players = [
@@ -112,42 +103,30 @@ def rollout(
         player.start(episodes)
     returns = []
     for index in range(episodes):
-        known = recorded[index] if index < len(recorded) else None
-        if known is not None and not acts:
+        episode = recorded[index] if index < len(recorded) else None
+        if episode is not None and not acts:
             for player in players:
-                player.reset(index, known)
-            episode = known
+                player.reset(index, episode)
         else:
             began = time.perf_counter()
-            parts = _take_turns([player.play(index, known) for player in players])
-            episode = known or EpisodeBatch.join(parts, time.perf_counter() - began)
+            for _ in zip(*(player.play(index, episode) for player in players), strict=True):
+                pass  # zip resumes the players in turn
+            if episode is None:
+                arrays = {name: np.concatenate([player.arrays[name] for player in players], axis=1) for name in ARRAYS}
+                episode = EpisodeBatch(**arrays, seconds=time.perf_counter() - began)
         returns.append(episode.returns)
         on_episode(episode)
     return np.stack(returns, axis=1)
 
 
-def _take_turns(parts: Sequence[Generator[None, None, EpisodeBatch]]) -> list[EpisodeBatch]:
-    """Run the generators in turn, each up to its next yield, and return their results."""
-    returned: dict[int, EpisodeBatch] = {}
-    waiting = deque(enumerate(parts))
-    while waiting:
-        index, part = waiting.popleft()
-        try:
-            next(part)
-        except StopIteration as stop:
-            returned[index] = stop.value
-        else:
-            waiting.append((index, part))
-    return [returned[index] for index in range(len(parts))]
-
-
 class _Player:
-    """Plays the episodes of one group.
+    """Plays the episodes of one group, whose `streams` are a part of all streams.
 
-    Args:
-      streams: the group's streams among all streams.
-      seeds: one for each environment of the group and each episode.
+    Attributes:
+        arrays: the arrays of the last episode (see `EpisodeBatch`).
     """
+
+    arrays: dict[str, np.ndarray]
 
     def __init__(
         self, group: Group, builder: "ContextBuilder", streams: slice, seeds: Seeds, on_step: Callable[[int], None]
@@ -160,7 +139,7 @@ class _Player:
 
     def start(self, episodes: int) -> None:
         """Clear the actor's memory except for the prompt."""
-        self._actor.start(self._size, episodes * self._length, self._builder.clipped_prompt)
+        self._actor.start(self._size, episodes * self._length, self._builder.prompt)
         (action_size,) = self._environments.single_action_space.shape or (0,)
         self._previous = self._builder.first_outcome(self._size, action_size)
 
@@ -183,31 +162,30 @@ class _Player:
                 )
         return observation, physics
 
-    def play(self, index: int, recorded: EpisodeBatch | None) -> Generator[None, None, EpisodeBatch]:
+    def play(self, index: int, recorded: EpisodeBatch | None) -> Iterator[None]:
         """Play one episode. Yields after each action is requested and before its value is needed."""
-        builder, known = self._builder, None if recorded is None else recorded.select(self._streams)
+        builder, streams = self._builder, self._streams
         observation, physics = self.reset(index, recorded)
-        states, outcomes = [(observation, physics)], []
+        played: dict[str, list[np.ndarray]] = {"observation": [observation], "action": [], "reward": []}
+        played["physics"] = [physics]
         earned = np.zeros(self._size)
         for timestep in range(self._length):
             step = builder.step(index, timestep, observation, earned, self._previous)
             pending = self._actor.act(step)
             yield
-            if known is None:
+            if recorded is None:
                 action, reward, observation, physics = self._simulate(np.asarray(pending), timestep)
             else:
-                action, reward = known.action[timestep], known.reward[timestep]
-                observation, physics = known.observation[timestep + 1], known.physics[timestep + 1]
+                action, reward = recorded.action[timestep, streams], recorded.reward[timestep, streams]
+                observation, physics = (x[timestep + 1, streams] for x in (recorded.observation, recorded.physics))
                 self._failed = np.isnan(reward)
-            states.append((observation, physics))
-            outcomes.append((action, reward))
+            for name, value in zip(ARRAYS, (observation, action, reward, physics), strict=True):
+                played[name].append(value)
             action, reward = (np.nan_to_num(x, nan=0.0) for x in (action, reward))
             earned = earned + reward
             self._previous = builder.outcome(action, reward, earned, is_last=timestep == self._length - 1)
             self._actor.observe(step._replace(**self._previous._asdict()))
-        observations, physics_states = (np.stack(column) for column in zip(*states, strict=True))
-        actions, rewards = (np.stack(column) for column in zip(*outcomes, strict=True))
-        return EpisodeBatch(observations, actions, rewards, physics_states, seconds=0.0)
+        self.arrays = {name: np.stack(values) for name, values in played.items()}
 
     def _simulate(self, action: np.ndarray, timestep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return action, reward, next observation and physics of a step, NaN in streams that have failed."""
@@ -247,13 +225,6 @@ class ContextBuilder:
     target_return: float | None
     trajectories: int | None = None
     prompt: Context | None = None
-
-    @property
-    def clipped_prompt(self) -> Context | None:
-        """Return the prompt with clipped trajectory indices."""
-        if self.prompt is None or self.trajectories is None:
-            return self.prompt
-        return clip_trajectories(self.prompt, self.trajectories)
 
     def first_outcome(self, streams: int, action_size: int) -> Outcome:
         """Return the outcome before the first step: the last one of the prompt, or zeros."""

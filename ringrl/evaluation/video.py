@@ -27,15 +27,9 @@ class VideoError(UserError):
 
 
 class EpisodeStates(NamedTuple):
-    """An episode to be rendered.
+    """An episode to be rendered. The video ends before the first state that is not finite."""
 
-    Attributes:
-        label: text in every frame, "best".
-        physics: states 0 to T, (T + 1, P). The video ends before the first state that is not finite.
-        rewards: of the T steps.
-    """
-
-    label: str
+    label: str  # text in every frame, "best"
     physics: Float[np.ndarray, "steps+1 physics"]
     rewards: Float[np.ndarray, " steps"]
 
@@ -64,12 +58,7 @@ def write_videos(
     """Write each episode as an mp4 file at the speed of the simulated time, and return the paths.
 
     A file replaces an older one only when all files are whole. MUJOCO_GL selects the OpenGL library, on Linux EGL by
-    default. Without episodes, this only checks that rendering works.
-
-    Args:
-        task: task of the episodes, whose goal is shown.
-        episodes: by the path of their file.
-        width, height: of the frames in pixels; even numbers.
+    default. Without episodes, this only checks that rendering works. Frames are `width` x `height` pixels, both even.
 
     Raises:
         VideoError: OpenGL is missing, or a file cannot be written.
@@ -92,9 +81,8 @@ def write_videos(
         for hidden, path in partial.items():
             hidden.replace(path)
     except OSError as error:
-        raise VideoError(
-            f"no video: {error.filename2 or error.filename}: {error.strerror}; choose another folder"
-        ) from None
+        name = error.filename2 or error.filename
+        raise VideoError(f"no video: {name}: {error.strerror}; choose another folder") from None
     finally:
         for hidden in partial:
             with suppress(OSError):
