@@ -245,8 +245,7 @@ def reading(runs: int, folder: Path) -> dict[str, Numbers]:
 
 def made_up_store(path: Path, episodes: int) -> None:
     """Write a sparse walker store of zeros, which takes almost no disk."""
-    from ringrl.data.store.format import Layout
-    from ringrl.data.store.provenance import Provenance
+    from ringrl.data.store.format import Layout, Provenance
     from ringrl.data.store.writer import create_file, finish, hidden_name, record_of
     from ringrl.envs import domain_named
 

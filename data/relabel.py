@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from ringrl.data.store.provenance import Relabelling
+from ringrl.data.store.format import Relabelling
 from ringrl.envs import Domain, domain_named, domain_of
 from ringrl.errors import UserError
 
@@ -39,9 +39,7 @@ def relabel(
     Raises:
         UserError: unknown task, widths that are not the domain's, unequal lengths, or rows that are not finite.
     """
-    domain = domain_of(task)
-    _check(domain, physics, action)
-    return _rewards(task, _sensors(domain, physics), action)
+    return relabel_all(domain_of(task).name, physics, action)[task]
 
 
 def relabel_all(
@@ -52,39 +50,26 @@ def relabel_all(
 ) -> dict[str, Float32[np.ndarray, " time"]]:
     """Return the rewards of a recorded episode for every task of its domain, in one pass over the states.
 
-    Arguments and rows are those of `relabel`; the keys are the full task names. With `relabelling` "exorl_compat" the
-    rewards are those of ExoRL's own code with zero control: too high in the dense cartpole tasks and the maze, the same
-    in other tasks.
-
-    Raises:
-        UserError: unknown domain, and the errors of `relabel`.
+    Arguments, rows and errors are those of `relabel`; the keys are the full task names. With `relabelling`
+    "exorl_compat" the rewards are those of ExoRL's own code with zero control: too high in the dense cartpole tasks and
+    the maze, the same in other tasks.
     """
     facts = domain_named(domain)
     _check(facts, physics, action)
-    sensors = _sensors(facts, physics)
-    if relabelling == "exorl_compat":
-        action = np.zeros_like(action)
-    return {task: _rewards(task, sensors, action) for task in facts.tasks}
-
-
-def _rewards(
-    task: str, sensors: Float64[np.ndarray, "time sensors"], action: Float32[np.ndarray, "time action"]
-) -> Float32[np.ndarray, " time"]:
-    rewards = _simulation(domain_of(task)).reward(task, sensors, action).astype(np.float32)
-    rewards[0] = 0
-    return rewards
-
-
-def _sensors(domain: Domain, physics: Float64[np.ndarray, "time physics"]) -> Float64[np.ndarray, "time sensors"]:
-    """The sensors that the domain's rewards are computed from, for every state."""
-    simulation = _simulation(domain)
-    set_state, refresh, sensors = simulation.set_physics_state, simulation.refresh, simulation.sensors
+    simulation = _simulation(facts)
     rows = []
+    set_state, refresh, read = simulation.set_physics_state, simulation.refresh, simulation.sensors
     for state in physics:
         set_state(state)
         refresh()
-        rows.append(sensors())
-    return np.array(rows)
+        rows.append(read())
+    sensors = np.array(rows)
+    if relabelling == "exorl_compat":
+        action = np.zeros_like(action)
+    rewards = {task: simulation.reward(task, sensors, action).astype(np.float32) for task in facts.tasks}
+    for reward in rewards.values():
+        reward[0] = 0
+    return rewards
 
 
 def _simulation(domain: Domain) -> Simulation:

@@ -12,7 +12,7 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import eligible_episodes, subset
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import reward_key
-from ringrl.envs import DOMAINS, GoalSpace
+from ringrl.envs import GoalSpace
 from ringrl.errors import UserError
 
 FARTHEST = 1.0  # metres; distances are clipped here in `distance_cost`
@@ -29,7 +29,7 @@ def n_step_return(
 
 @dataclasses.dataclass(frozen=True)
 class TransitionSampler:
-    """Sampler of n-step transitions, uniform over the steps of the eligible episodes (see selection.py).
+    """Sampler of n-step transitions, uniform over the steps of the eligible episodes (see `eligible_episodes`).
 
     If the task has a goal position, a share of the transitions is relabelled with other goals (hindsight experience
     replay, 1707.01495): positions later in the same episode, or positions in the data near the task's goal. Rewards are
@@ -52,8 +52,7 @@ class TransitionSampler:
             raise UserError(
                 f"actor_critic.hindsight: {self.task} has no goal position; set later, nearby and distance_cost to 0"
             )
-        columns = set(range(self.store.observation_size)[self.goals.observation]) if self.goals else set()
-        if self.goals and columns & set(self.normalisation.ignored):
+        if self.goals and {*range(self.store.observation_size)[self.goals.observation]} & {*self.normalisation.ignored}:
             raise UserError(
                 f"ignored_observations: {self.task} needs the position that moves to the goal; "
                 f"keep {self.goals.observation.start} to {self.goals.observation.stop - 1}"
@@ -69,10 +68,10 @@ class TransitionSampler:
         """Transitions per batch."""
         return self.batch_size
 
-    @cached_property
+    @property
     def goals(self) -> GoalSpace | None:
         """Goal positions of the domain's tasks, or None if the domain has none or is not an ExoRL domain."""
-        return DOMAINS[self.store.domain].goals if self.store.domain in DOMAINS else None
+        return self.store.facts.goals
 
     def batch(self, step: int) -> Transitions:
         """Return the transitions of an optimiser step."""
@@ -126,7 +125,7 @@ class TransitionSampler:
             goal[nearby] = self._nearby[random.integers(len(self._nearby), size=int(nearby.sum()))]
         return goal
 
-    @cached_property
+    @property
     def _task_goal(self) -> Float32[np.ndarray, " goal"]:
         assert self.goals is not None
         return np.array(self.goals.goals[self.task], np.float32)

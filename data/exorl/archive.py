@@ -222,8 +222,10 @@ def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:
     """Check the paths of an archive and return its episodes, sorted by number."""
     members = []
     for path in paths:
-        _refuse_escape(path, source)
-        pure = PurePosixPath(path)
+        # zipfile keeps backslashes on POSIX, so both readings of a path must stay inside.
+        pure, windows = PurePosixPath(path), PureWindowsPath(path)
+        if windows.anchor or pure.is_absolute() or ".." in windows.parts:
+            raise UserError(f"{source}: the path {shown(path)} leads out of the archive: do not use this file")
         if pure.suffix != ".npz" or pure.name.startswith(".") or "__MACOSX" in pure.parts:
             continue  # notes, listings and files of file managers
         match = re.fullmatch(r"episode_([0-9]{1,12})_([0-9]{1,9})\.npz", pure.name)
@@ -234,18 +236,6 @@ def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:
         raise UserError(
             f"{source}: contains no episodes (buffer/episode_NUMBER_LENGTH.npz): is it a whole ExoRL archive?"
         )
-    _refuse_mixture(members, source)
-    return tuple(sorted(members))
-
-
-def _refuse_escape(path: str, source: Path) -> None:
-    # zipfile keeps backslashes on POSIX, so both readings of a path must stay inside.
-    windows = PureWindowsPath(path)
-    if windows.anchor or PurePosixPath(path).is_absolute() or ".." in windows.parts:
-        raise UserError(f"{source}: the path {shown(path)} leads out of the archive: do not use this file")
-
-
-def _refuse_mixture(members: Sequence[Member], source: Path) -> None:
     folders = sorted({str(PurePosixPath(member.path).parent) for member in members})
     if len(folders) > 1:
         raise UserError(
@@ -254,6 +244,7 @@ def _refuse_mixture(members: Sequence[Member], source: Path) -> None:
     number, count = Counter(member.number for member in members).most_common(1)[0]
     if count > 1:
         raise UserError(f"{source}: {count} files have the number {number}: remove all but one")
+    return tuple(sorted(members))
 
 
 def _refuse_oversized(size: int, limit: int, part: str = "") -> None:
@@ -321,23 +312,19 @@ def _likely_domain(key: str, shape: tuple[int, ...]) -> str:
 
 def _check_values(episode: Episode) -> None:
     for key, array in episode.items():
-        finite = np.isfinite(array).all(axis=1)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            raise UserError(f"has a value that is not finite in row {row} of {key}: remove the file or record it again")
-    if (episode["discount"] != 1).any():
-        row = int(np.argmax(episode["discount"][:, 0] != 1))
-        raise UserError(f"has a discount other than 1 in row {row}: ExoRL episodes never terminate, remove the file")
-    outside = np.abs(episode["action"]).max(axis=1) > 1 + ROUNDED
-    if outside.any():
-        raise UserError(f"has an action outside [-1, 1] in row {int(np.argmax(outside))}: scale the actions")
-    if episode["action"][0].any():
+        if len(rows := np.flatnonzero(~np.isfinite(array).all(axis=1))):
+            raise UserError(
+                f"has a value that is not finite in row {rows[0]} of {key}: remove the file or record it again"
+            )
+    if len(rows := np.flatnonzero(episode["discount"][:, 0] != 1)):
         raise UserError(
-            "has an action in row 0, which is the reset: row t must have the action and reward that led to state t, "
-            "shift them by one row"
+            f"has a discount other than 1 in row {rows[0]}: ExoRL episodes never terminate, remove the file"
         )
-    if episode["reward"][0].any():
-        raise UserError(
-            "has a reward in row 0, which is the reset: row t must have the reward of the action that led to state t; "
-            "shift them by one row, or if row 1 onwards is right, set row 0 to 0"
-        )
+    if len(rows := np.flatnonzero(np.abs(episode["action"]).max(axis=1) > 1 + ROUNDED)):
+        raise UserError(f"has an action outside [-1, 1] in row {rows[0]}: scale the actions")
+    for key in ("action", "reward"):
+        if episode[key][0].any():
+            raise UserError(
+                f"has {key} in row 0 other than 0: row 0 is the reset, and row t has the action and reward that led to "
+                "state t. Shift both by one row, or set them to 0 in row 0 if the other rows are right"
+            )

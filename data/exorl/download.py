@@ -27,6 +27,10 @@ Progress = Callable[[int, int], None]
 Notice = Callable[[str], None]
 
 
+def _ignore(*_: object) -> None:
+    """The progress and the notice of a caller who wants none."""
+
+
 def download_archive(
     domain: str,
     algorithm: str,
@@ -35,22 +39,15 @@ def download_archive(
     url: str = PUBLIC_ADDRESS,
     spare: float = 0.0,
     patience: Patience = PATIENT,
-    progress: Progress | None = None,
-    notice: Notice | None = None,
+    progress: Progress = _ignore,
+    notice: Notice = _ignore,
 ) -> Path:
     """Fetch `{url}/{domain}/{algorithm}.zip` to `{folder}/{domain}/{algorithm}.zip` and return that path.
 
     An interrupted download is resumed, and a whole archive is not fetched again.
 
-    Args:
-        domain: name of an ExoRL domain.
-        algorithm: one of ALGORITHMS.
-        folder: parent folder of all archives.
-        url: address of the server's folder.
-        spare: disk space needed next to the archive, in bytes per byte of it.
-        patience: timeouts and retries.
-        progress: is called with (bytes received, bytes in all).
-        notice: is called with one line about each other event.
+    `algorithm` is one of ALGORITHMS, and `folder` the parent folder of all archives. The other arguments are those of
+    `Transfer`.
 
     Raises:
         UserError: unknown names, a file of that name that is not the archive, and the errors of `Transfer.run`.
@@ -59,9 +56,17 @@ def download_archive(
     path = _archive_path(found, algorithm, folder)
     known_size = KNOWN_SIZES.get((found.name, algorithm))
     if path.exists():
-        _require_whole(path, known_size)
-        if notice is not None:
-            notice(f"{path}: already exists and is whole")
+        try:
+            _require_zip(path)
+        except UserError as error:
+            raise UserError(f"{error} (or move it away to download it again)") from error
+        size = path.stat().st_size
+        if known_size not in (None, size):
+            raise UserError(
+                f"{path}: has {size:,} bytes, the public archive {known_size:,}: move it away or choose another "
+                "--output"
+            )
+        notice(f"{path}: already exists and is whole")
         return path
     Transfer(
         f"{url.rstrip('/')}/{found.name}/{algorithm}.zip",
@@ -85,26 +90,23 @@ def download_store(
     delete_archive: bool = False,
     url: str = PUBLIC_ADDRESS,
     patience: Patience = PATIENT,
-    progress: Progress | None = None,
-    import_progress: Progress | None = None,
-    notice: Notice | None = None,
+    progress: Progress = _ignore,
+    import_progress: Progress = _ignore,
+    notice: Notice = _ignore,
 ) -> EpisodeStore:
     """Fetch an archive and import it, without unpacking, into `{folder}/{domain}/{algorithm}.h5`.
 
     An existing store is opened, and nothing is fetched. `delete_archive` removes the archive after the whole store has
     been read back and compared with its checksums. `import_progress` is called with (episodes done, episodes in all).
-    See `download_archive` for the other arguments.
-
-    Raises:
-        UserError: the errors of `download_archive` and `import_archive`, and an existing store of another dataset.
+    The other arguments are those of `download_archive`. Raises UserError as `download_archive` and `import_archive` do,
+    and for an existing store of another dataset.
     """
     found = domain_named(domain)
     archive = _archive_path(found, algorithm, folder)
     path = archive.with_suffix(".h5")
     if path.exists():
         store = _the_store_of(archive, path, found)
-        if notice is not None:
-            notice(f"{path}: already exists, imported from {store.source}")
+        notice(f"{path}: already exists, imported from {store.source}")
     else:
         download_archive(
             domain, algorithm, folder, url=url, spare=STORE_SHARE, patience=patience, progress=progress, notice=notice
@@ -112,8 +114,7 @@ def download_store(
         store = import_archive(archive, path, found.name, progress=import_progress)
     if delete_archive and archive.exists():
         _delete_archive(archive, store, found)
-        if notice is not None:
-            notice(f"{archive}: removed, its episodes are in {path}")
+        notice(f"{archive}: removed, its episodes are in {path}")
     return store
 
 
@@ -130,26 +131,14 @@ def _require_zip(path: Path) -> None:
     open_zip(path).close()
 
 
-def _require_whole(path: Path, known_size: int | None) -> None:
-    try:
-        _require_zip(path)
-    except UserError as error:
-        raise UserError(f"{error} (or move it away to download it again)") from error
-    size = path.stat().st_size
-    if known_size not in (None, size):
-        raise UserError(
-            f"{path}: has {size:,} bytes, the public archive {known_size:,}: move it away or choose another --output"
-        )
-
-
 def _the_store_of(archive: Path, path: Path, domain: Domain) -> EpisodeStore:
     store = EpisodeStore(path)
+    made = store.provenance
     if store.domain != domain.name or PurePosixPath(store.source).name != archive.name:
         raise UserError(
             f"{path}: was imported from {store.source} ({store.domain}), not from {domain.name}/{archive.name}: "
             "move it away or choose another --output"
         )
-    made = store.provenance
     if made.relabelling != "control_aware" or not made.subset.startswith("all "):
         raise UserError(
             f"{path}: holds {made.subset} with {made.relabelling} rewards, but this command imports all episodes with "
@@ -163,12 +152,8 @@ def _delete_archive(archive: Path, store: EpisodeStore, domain: Domain) -> None:
     store.verify()
     with Archive(archive, domain) as opened:
         episodes, listing = len(opened), opened.listing_sha256()
-    if listing != store.provenance.source_sha256:
+    if listing != store.provenance.source_sha256 or episodes != store.num_episodes:
         raise UserError(
-            f"{archive}: is not the archive that {store.path} was imported from. Archive kept, import it again"
-        )
-    if episodes != store.num_episodes:
-        raise UserError(
-            f"{archive}: has {episodes} episodes, {store.path} has {store.num_episodes}. Archive kept, import it again"
+            f"{archive}: {store.path} was not imported from all of its episodes. Archive kept, import it again"
         )
     archive.unlink()

@@ -11,9 +11,9 @@ import shutil
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 import urllib3
 
@@ -47,44 +47,23 @@ class Patience:
 PATIENT = Patience()
 
 
-@dataclass(frozen=True)
-class Version:
-    """One version of the file at one address."""
-
-    url: str
-    size: int  # bytes
-    validator: str | None  # strong ETag or Last-Modified; None if the server sent neither: it cannot be resumed
-
-
 class _Interrupted(Exception):
     """A failure that another try may mend."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A file to fetch from `url` to `path`, done by `run`.
-
-    Attributes:
-        url: http or https address.
-        path: the file to write.
-        check: is called with the whole file before it gets its name; raises UserError if the file is wrong.
-        known_size: size in bytes, where known.
-        spare: disk space needed next to the file, in bytes per byte of it.
-        advice: ends the error about a missing file.
-        patience: timeouts and retries.
-        progress: is called with (bytes received, bytes in all).
-        notice: is called with one line about each other event.
-    """
+    """A file to fetch from `url` (http or https) to `path`, done by `run`."""
 
     url: str
     path: Path
-    check: Callable[[Path], None]
-    known_size: int | None = None
-    spare: float = 0.0
-    advice: str = "check the address"
+    check: Callable[[Path], None]  # is called with the whole file before it gets its name; UserError if it is wrong
+    known_size: int | None = None  # bytes
+    spare: float = 0.0  # disk space needed next to the file, in bytes per byte of it
+    advice: str = "check the address"  # ends the error about a missing file
     patience: Patience = PATIENT
-    progress: Callable[[int, int], None] | None = None
-    notice: Callable[[str], None] | None = None
+    progress: Callable[[int, int], None] = lambda received, size: None  # bytes
+    notice: Callable[[str], None] = lambda event: None  # is called with one line about each other event
 
     def run(self) -> None:
         """Fetch the file or the rest of it. It appears at `path` whole or not at all. An existing file is kept.
@@ -103,8 +82,17 @@ class Transfer:
             if self.path.exists():  # finished by another process before this one had the lock
                 return
             try:
-                self._fetch()
-                self._finish()
+                self._receive_all()
+                sync(self._part)
+                try:
+                    self.check(self._part)
+                except UserError as error:
+                    self._discard()
+                    raise UserError(
+                        f"{self.url}: the file of the server is unusable and was removed: {error}"
+                    ) from error
+                self._part.replace(self.path)
+                sync(self.path.parent)
             finally:
                 if not self._received():
                     self._discard()
@@ -124,7 +112,7 @@ class Transfer:
         self._part.unlink(missing_ok=True)
         self._state.unlink(missing_ok=True)
 
-    def _fetch(self) -> None:
+    def _receive_all(self) -> None:
         """Try until the file is whole. UserError after too many failures in a row without progress."""
         best, failures = self._received(), 0
         while True:
@@ -141,40 +129,52 @@ class Transfer:
                         f"{self.path}: {reason} ({self.url}; {kept}): run the same command again to resume"
                     ) from reason
                 pause = min(self.patience.pause * 2 ** (failures - 1), LONGEST_PAUSE)
-                self._report(f"{reason}: trying again in {pause:.0f} s ({failures} of {self.patience.retries})")
+                self.notice(f"{reason}: trying again in {pause:.0f} s ({failures} of {self.patience.retries})")
                 time.sleep(pause)
 
     def _try_once(self) -> None:
         """Request the missing bytes. Raises _Interrupted for everything that another try may mend."""
-        version, received = _read_version(self._state), self._received()
-        if version and (version.url != self.url or self.known_size not in (None, version.size)):
-            version = None
-        if version and received == version.size:
+        size, validator = self._read_state()
+        if size and self._received() == size:
             return
-        if version is None or version.validator is None or received > version.size:
+        if validator is None or self._received() > size:
             self._discard()
-            version, received = None, 0
         headers = {"User-Agent": f"ringrl/{__version__}", "Accept-Encoding": "identity"}
-        if version and version.validator and received:
-            headers |= {"Range": f"bytes={received}-", "If-Range": version.validator}
-        with urllib3.PoolManager(timeout=self.patience.timeout) as pool:
-            response = self._open(pool, headers, received)
-            try:
-                end, version = self._expected(response, version, received)
-                with self._part.open("ab") as file:
-                    self._receive(response, file, end, version.size)
-            finally:
-                response.close()
+        if validator and (received := self._received()):
+            headers |= {"Range": f"bytes={received}-", "If-Range": validator}
+        with urllib3.PoolManager(timeout=self.patience.timeout) as pool, self._request(pool, headers) as response:
+            length = response.headers.get("Content-Length", "")
+            announced = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+            if response.status == 206:
+                self._check_rest(response, size, headers.get("If-Range", ""), announced)
+            else:
+                size = self._start_anew(response, announced)
+            needed = int(size * (1 + self.spare)) - self._received()
+            free = shutil.disk_usage(self.path.parent).free
+            if needed > free:
+                raise UserError(
+                    f"{self.path}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free in "
+                    f"{self.path.parent}: free some space or write elsewhere"
+                )
+            self._append(response, size)
 
-    def _open(self, pool: urllib3.PoolManager, headers: dict[str, str], received: int) -> urllib3.BaseHTTPResponse:
+    def _read_state(self) -> tuple[int, str | None]:
+        """Return size and validator of the file on the server, as recorded: (0, None) if it must start anew."""
+        try:
+            state = json.loads(self._state.read_bytes())
+            url, size, validator = state["url"], state["size"], state["validator"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, None
+        is_usable = url == self.url and type(size) is int and self.known_size in (None, size)
+        return (size, validator) if is_usable and isinstance(validator, str | None) else (0, None)
+
+    def _request(self, pool: urllib3.PoolManager, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         """Return an answer with status 200 or 206."""
         try:
             response = pool.request("GET", self.url, headers=headers, preload_content=False, retries=REDIRECTS)
-        except urllib3.exceptions.LocationValueError as error:  # the address itself was checked before
-            self._refuse(f"redirects in circles or to an address that is neither http nor https ({_one_line(error)})")
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
-            if isinstance(reason, urllib3.exceptions.ResponseError):
+            if isinstance(reason, urllib3.exceptions.ResponseError | urllib3.exceptions.LocationValueError):
                 self._refuse("redirects in circles or to an address that is neither http nor https")
             if isinstance(certificate := reason.__cause__, ssl.SSLCertVerificationError):
                 raise UserError(
@@ -185,7 +185,7 @@ class Transfer:
         status = _one_line(f"{response.status} {response.reason or ''}")
         if response.status in BUSY:
             raise _Interrupted(f"the server answers {status}")
-        if response.status == 416 and received:
+        if response.status == 416 and "Range" in headers:
             # The server has fewer bytes than were received: the file has changed, or its size was wrong.
             self._discard()
             raise _Interrupted("the server no longer has the rest of the file, starting anew")
@@ -195,87 +195,51 @@ class Transfer:
             self._refuse(f"answers {status} instead of the file")
         return response
 
-    def _expected(
-        self, response: urllib3.BaseHTTPResponse, version: Version | None, received: int
-    ) -> tuple[int, Version]:
-        """Return the size that the file will have after this answer, and its version. Prepare to append its bytes."""
-        length = response.headers.get("Content-Length", "")
-        announced = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-        if response.status == 206:
-            end, version = self._check_range(response, version, received, announced)
-        else:
-            whole = self.known_size if announced is None else announced
-            if whole is None:
-                self._refuse("sends no length of the file")
-            if self.known_size not in (None, whole):
-                self._refuse(f"announces {whole:,} bytes, but this file has {self.known_size:,}")
-            if received:
-                self._report("the file has changed on the server, or it cannot resume: starting anew")
-            self._discard()
-            end, version = whole, Version(self.url, whole, _validator(response))
-            write_whole(self._state, json.dumps(asdict(version)))
-        needed = int(version.size * (1 + self.spare)) - self._received()
-        free = shutil.disk_usage(self.path.parent).free
-        if needed > free:
-            raise UserError(
-                f"{self.path}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free in "
-                f"{self.path.parent}: free some space or write elsewhere"
-            )
-        return end, version
+    def _start_anew(self, response: urllib3.BaseHTTPResponse, announced: int | None) -> int:
+        """Prepare to receive the whole file. Return its size."""
+        size = self.known_size if announced is None else announced
+        if size is None:
+            self._refuse("sends no length of the file")
+        if self.known_size not in (None, size):
+            self._refuse(f"announces {size:,} bytes, but this file has {self.known_size:,}")
+        if self._received():
+            self.notice("the file has changed on the server, or it cannot resume: starting anew")
+        self._discard()
+        write_whole(self._state, json.dumps({"url": self.url, "size": size, "validator": _validator(response)}))
+        return size
 
-    def _check_range(
-        self, response: urllib3.BaseHTTPResponse, version: Version | None, received: int, length: int | None
-    ) -> tuple[int, Version]:
-        """Check that a partial answer continues the received bytes."""
-        content_range = response.headers.get("Content-Range", "nothing")
-        match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", content_range)
-        if version is None or version.validator is None or match is None:
-            self._refuse(f"sends an unrequested part of the file (Content-Range: {_one_line(content_range)})")
-        name = "ETag" if version.validator.startswith('"') else "Last-Modified"
-        if response.headers.get(name, version.validator) != version.validator:
+    def _check_rest(self, response: urllib3.BaseHTTPResponse, size: int, validator: str, announced: int | None) -> None:
+        """Check that a partial answer continues the received bytes of the version with this validator."""
+        name = "ETag" if validator.startswith('"') else "Last-Modified"
+        if validator and response.headers.get(name, validator) != validator:
             self._discard()
             raise _Interrupted("the file has changed on the server, starting anew")
-        start, end, size = int(match[1]), int(match[2]) + 1, int(match[3])
-        if start != received or size != version.size or not start < end <= size or length not in (None, end - start):
+        received, content_range = self._received(), response.headers.get("Content-Range", "nothing")
+        is_rest = content_range == f"bytes {received}-{size - 1}/{size}" and announced in (None, size - received)
+        if not validator or not is_rest:
             self._refuse(
-                f"sends other bytes than {received:,} to {version.size:,} "
-                f"(Content-Range: {_one_line(content_range)}, Content-Length: {length})"
+                f"sends other bytes than {received:,} to {size:,} "
+                f"(Content-Range: {_one_line(content_range)}, Content-Length: {announced})"
             )
-        return end, version
 
-    def _receive(self, response: urllib3.BaseHTTPResponse, file: BinaryIO, end: int, size: int) -> None:
-        """Append the body, after which the file must have `end` bytes, to the received ones."""
-        while True:
-            if self.progress is not None:
+    def _append(self, response: urllib3.BaseHTTPResponse, size: int) -> None:
+        """Append the body to the received bytes, after which the file must have `size` bytes."""
+        with self._part.open("ab") as file:
+            while True:
                 self.progress(file.tell(), size)
-            try:
-                chunk = response.read1(CHUNK, decode_content=False)
-            except urllib3.exceptions.HTTPError as error:
-                cut = f"the line was cut after {file.tell():,} of {size:,} bytes"
-                raise _Interrupted(f"{cut} ({_one_line(error)})") from error
-            if not chunk:
-                break
-            if file.tell() + len(chunk) > end:
-                self._discard()
-                self._refuse(f"sends more than the {end:,} bytes that it announced")
-            file.write(chunk)
-        if file.tell() < size:
-            raise _Interrupted(f"the line was cut after {file.tell():,} of {size:,} bytes")
-
-    def _finish(self) -> None:
-        sync(self._part)
-        try:
-            self.check(self._part)
-        except UserError as error:
-            self._discard()
-            raise UserError(f"{self.url}: the file of the server is unusable and was removed: {error}") from error
-        self._part.replace(self.path)
-        self._state.unlink(missing_ok=True)
-        sync(self.path.parent)
-
-    def _report(self, event: str) -> None:
-        if self.notice is not None:
-            self.notice(event)
+                try:
+                    chunk = response.read1(CHUNK, decode_content=False)
+                except urllib3.exceptions.HTTPError as error:
+                    cut = f"the line was cut after {file.tell():,} of {size:,} bytes"
+                    raise _Interrupted(f"{cut} ({_one_line(error)})") from error
+                if not chunk:
+                    break
+                if file.tell() + len(chunk) > size:
+                    self._discard()
+                    self._refuse(f"sends more than the {size:,} bytes that it announced")
+                file.write(chunk)
+            if file.tell() < size:
+                raise _Interrupted(f"the line was cut after {file.tell():,} of {size:,} bytes")
 
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(f"{self.url}: the server {what}: try again later or another address (--url)")
@@ -287,16 +251,6 @@ def _validator(response: urllib3.BaseHTTPResponse) -> str | None:
     if re.fullmatch(r'"[!#-~]*"', etag):
         return etag
     return date if re.fullmatch(r"[A-Za-z0-9 ,:+-]+", date) else None
-
-
-def _read_version(state: Path) -> Version | None:
-    """The recorded version of a partial file; None if the record is missing or damaged."""
-    try:
-        version = Version(**json.loads(state.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-    types = (version.url, str), (version.size, int), (version.validator, str | None)
-    return version if all(isinstance(value, kind) for value, kind in types) else None
 
 
 def _one_line(reason: object) -> str:

@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from ringrl.data.store.provenance import LARGEST_ROW
-from ringrl.errors import UserError
+from ringrl.data.store.format import LARGEST_ROW
+from ringrl.errors import UserError, brief
 
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
@@ -51,15 +51,13 @@ def check_id(name: str) -> None:
 
 def datasets_folder() -> Path:
     """Return Minari's folder of datasets: MINARI_DATASETS_PATH, or one in the user's home."""
-    folder: Path = minari_module("minari.storage").get_dataset_path()
-    return folder
+    return Path(minari_module("minari.storage").get_dataset_path())
 
 
 def locate(dataset: str, *, download: bool) -> Path:
     """Return the folder with the data of a dataset, given the dataset's folder or name.
 
-    Raises:
-        UserError: no such dataset, or it cannot be downloaded.
+    Raises UserError if the dataset is not found or cannot be downloaded.
     """
     for folder in (Path(dataset), Path(dataset) / "data"):
         if (folder / METADATA).is_file():
@@ -74,7 +72,7 @@ def locate(dataset: str, *, download: bool) -> Path:
         except ImportError as error:
             raise UserError(f"{dataset}: Minari cannot download ({error}): pip install 'ringrl[minari]'") from error
         except Exception as error:  # anything that the network, its libraries or the server raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = brief(error) or type(error).__name__
             raise UserError(f"{dataset}: Minari could not download it ({reason}): try again later") from error
     if not (folder / METADATA).is_file():
         raise UserError(
@@ -84,14 +82,7 @@ def locate(dataset: str, *, download: bool) -> Path:
     return folder
 
 
-class Description(NamedTuple):
-    """The checked metadata of a dataset."""
-
-    dataset_id: str
-    observation: tuple[tuple[tuple[str, ...], gymnasium.spaces.Box], ...]  # the keys and boxes of its space
-    action: gymnasium.spaces.Box
-    num_episodes: int
-    raw: dict[str, Any]  # all metadata, unchecked
+Boxes = tuple[tuple[tuple[str, ...], gymnasium.spaces.Box], ...]
 
 
 class Steps(NamedTuple):
@@ -113,18 +104,18 @@ class MinariEpisodes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with self._reading(METADATA):
-            self.description = _read_description(folder / METADATA)
+            self.metadata, self.observation, self.action = _read_metadata(folder / METADATA)
         self.size = (folder / EPISODES).stat().st_size if (folder / EPISODES).is_file() else 0
         with self._reading(EPISODES):
             # Without HDF5's file lock: network file systems often reject it, and nothing is written.
             self._file = h5py.File(folder / EPISODES, "r", locking=False)
         try:
-            ends = [self._end(index) for index in range(self.description.num_episodes)]
+            ends = [self._end(index) for index in range(self.metadata["total_episodes"])]
         except UserError:
-            self.close()
+            self._file.close()
             raise
         self.lengths = [length for length, _ in ends]
-        self.num_terminated = sum(is_terminated for _, is_terminated in ends)
+        self.terminated = [is_terminated for _, is_terminated in ends]
 
     def read(self, index: int) -> Steps:
         """Return one episode of finite numbers."""
@@ -132,15 +123,15 @@ class MinariEpisodes:
         with self._reading(f"episode {index}"):
             parts = [
                 self._array(index, ("observations", *keys), (length + 1, *box.shape)).reshape(length + 1, -1)
-                for keys, box in self.description.observation
+                for keys, box in self.observation
             ]
-            action = self._array(index, ("actions",), (length, *self.description.action.shape))
+            action = self._array(index, ("actions",), (length, *self.action.shape))
             reward = self._array(index, ("rewards",), (length,))
             return Steps(
                 observation=_finite("observations", np.concatenate(parts, axis=1), np.float32),
                 action=_finite("actions", action.reshape(length, -1), np.float64),
                 reward=_finite("rewards", reward, np.float32),
-                is_terminated=self._end(index)[1],
+                is_terminated=self.terminated[index],
             )
 
     def info(self, index: int, *keys: str, row: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -148,24 +139,19 @@ class MinariEpisodes:
         with self._reading(f"episode {index}"):
             return _finite(keys[-1], self._array(index, ("infos", *keys), (self.lengths[index] + 1, *row)), dtype)
 
-    def info_width(self, key: str) -> int | None:
-        """Return the width of that array in the first episode; None without an array of T+1 rows."""
+    def info_width(self, key: str) -> int:
+        """Return the width of that array in the first episode; 0 without an array of T+1 rows."""
         with self._reading("episode 0"):
-            infos = self._node(0, ("infos",), optional=True)
-            found = self._node(0, ("infos", key), optional=True) if isinstance(infos, h5py.Group) else None
+            found = self._node(0, ("infos", key), optional=True)
             if not isinstance(found, h5py.Dataset) or found.ndim != 2 or found.dtype.kind != "f":
-                return None
-            return int(found.shape[1]) if found.shape[0] == self.lengths[0] + 1 and found.shape[1] > 0 else None
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+                return 0
+            return int(found.shape[1]) if found.shape[0] == self.lengths[0] + 1 else 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()
 
     def _end(self, index: int) -> tuple[int, bool]:
         """The number of steps of an episode, and whether it terminated."""
@@ -209,14 +195,15 @@ class MinariEpisodes:
         except UserError as error:
             raise UserError(f"{self.folder}: {what} {error}, it cannot be imported") from error
         except Exception as error:  # HDF5, JSON and Gymnasium raise nearly anything when the bytes are damaged
-            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            reason = brief(error) or type(error).__name__
             raise UserError(
                 f"{self.folder}: {what} cannot be read, it is missing, damaged or cut short ({reason}): make or "
                 "download the dataset again"
             ) from error
 
 
-def _read_description(path: Path) -> Description:
+def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.Box]:
+    """Return all metadata, the keys and boxes of the observation space, and the action space."""
     with path.open("rb") as file:
         content = file.read(LARGEST_METADATA + 1)
     if len(content) > LARGEST_METADATA:
@@ -224,26 +211,24 @@ def _read_description(path: Path) -> Description:
     raw = json.loads(content)
     if raw["data_format"] != "hdf5":
         raise UserError(f"has the data format {str(raw['data_format'])[:20]!r}, only hdf5 can be read")
-    dataset_id, episodes = raw["dataset_id"], raw["total_episodes"]
-    if not isinstance(dataset_id, str) or type(episodes) is not int or episodes < 1:
+    episodes = raw["total_episodes"]
+    if not isinstance(raw["dataset_id"], str) or type(episodes) is not int or episodes < 1:
         raise UserError("names no dataset with episodes")
     # Without spaces in the metadata, Minari would run the environment that the dataset names.
-    observation, action = (_space(raw, f"{kind}_space") for kind in ("observation", "action"))
+    spaces = []
+    for name in ("observation_space", "action_space"):
+        if not isinstance(raw.get(name), str):
+            raise UserError(f"lacks the {name}")
+        serialised = json.loads(raw[name])
+        _check_space(serialised, name)
+        spaces.append(minari_module("minari.serialization").deserialize_space(serialised))
+        size = gymnasium.spaces.flatten_space(spaces[-1]).shape
+        if not size or not 1 <= size[0] <= LARGEST_ROW:
+            raise UserError(f"has {size} numbers in its {name}")
+    observation, action = spaces
     if not isinstance(action, gymnasium.spaces.Box):
         raise UserError("has actions of a Dict space, only a Box of numbers is supported")
-    return Description(dataset_id, tuple(_boxes(observation)), action, episodes, raw)
-
-
-def _space(metadata: dict[str, Any], name: str) -> gymnasium.Space:
-    if not isinstance(metadata.get(name), str):
-        raise UserError(f"lacks the {name}")
-    serialised = json.loads(metadata[name])
-    _check_space(serialised, name)
-    space: gymnasium.Space = minari_module("minari.serialization").deserialize_space(serialised)
-    size = gymnasium.spaces.flatten_space(space).shape
-    if not size or not 1 <= size[0] <= LARGEST_ROW:
-        raise UserError(f"has {size} numbers in its {name}")
-    return space
+    return raw, tuple(_boxes(observation)), action
 
 
 def _check_space(space: dict[str, Any], name: str) -> None:

@@ -42,22 +42,8 @@ def iterate_batches(source: BatchSource, steps: int) -> grain.DatasetIterator:
     `get_state` and `set_state` return and take the next step as plain JSON. The batches that follow are the same for
     any number of hosts.
     """
-    dataset = grain.MapDataset.source(_Steps(source, steps))
+    dataset = grain.MapDataset.range(steps).map(source.batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """A source as grain's random-access data, with one element per optimiser step."""
-
-    source: BatchSource
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, step: int) -> Any:
-        return self.source.batch(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +52,7 @@ class ShardedSampler:
 
     The time axis is in layout order and padded to a multiple that divides. Axes that the mesh lacks count as size one.
 
-    Raises:
-      UserError: a batch size that does not divide among the devices of the batch axes.
+    Raises UserError for a batch size that does not divide among the devices of the batch axes.
     """
 
     sampler: ContextSampler
@@ -106,7 +91,7 @@ class ShardedSampler:
         """Return the batch of an optimiser step as jax.Arrays. Every process of the mesh must call this."""
         plan, size = self.sampler.plan(step), (self.sampler.batch_size, len(self.times))
         indices = self.sharding.addressable_devices_indices_map(size).values()
-        own = {_begin(index): _part(index) for index in indices}  # once each, however many devices have copies
+        own = {_begin(index): index[:2] for index in indices if index}  # once each, however many devices have copies
         parts = [self.sampler.read(plan, rows, self.times[places]) for rows, places in own.values()]
 
         def spread(*arrays: np.ndarray) -> jax.Array:
@@ -118,14 +103,8 @@ class ShardedSampler:
         return spread_out
 
 
-def _part(index: tuple[slice, ...] | None) -> tuple[slice, slice]:
-    """The contexts and the places on the time axis of a device."""
-    assert index is not None
-    rows, places = index[:2]
-    return rows, places
-
-
 def _begin(index: tuple[slice, ...] | None) -> tuple[int, int]:
     """The first context and place of a device, which identify its part of the batch."""
-    rows, places = _part(index)
+    assert index is not None
+    rows, places = index[:2]
     return rows.start or 0, places.start or 0

@@ -8,8 +8,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.data.store.format import reward_key
-from ringrl.data.store.provenance import ForeignDomain
+from ringrl.data.store.format import ForeignDomain, reward_key
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.errors import UserError
 
@@ -18,23 +17,14 @@ SMALLEST_STD = 1e-3  # constant components stay near zero instead of being ampli
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """Statistics of a dataset that scale its numbers to order one.
-
-    Attributes:
-        mean: of each observation component (O,).
-        std: of each observation component (O,), at least SMALLEST_STD.
-        episode_length: steps of the longest episode.
-        ignored: observation components that are zero once normalised.
-        reward_scale: divisor of rewards; 1 in ExoRL, where rewards are in [0, 1].
-        return_scale: divisor of returns; None for the episode length, as in ExoRL.
-    """
+    """Statistics of a dataset that scale its numbers to order one."""
 
     mean: Float64[np.ndarray, " observation"]
-    std: Float64[np.ndarray, " observation"]
-    episode_length: int
-    ignored: tuple[int, ...] = ()
-    reward_scale: float = 1.0
-    return_scale: float | None = None
+    std: Float64[np.ndarray, " observation"]  # at least SMALLEST_STD
+    episode_length: int  # steps of the longest episode
+    ignored: tuple[int, ...] = ()  # observation components that are zero once normalised
+    reward_scale: float = 1.0  # divisor of rewards; 1 in ExoRL, where rewards are in [0, 1]
+    return_scale: float | None = None  # divisor of returns; None for the episode length, as in ExoRL
 
     @classmethod
     def of(cls, store: EpisodeStore, ignored: Sequence[int] = (), episodes: Iterable[int] | None = None) -> Self:
@@ -43,8 +33,7 @@ class Normalisation:
         The episode length is that of the store's longest episode. Outside ExoRL's domains, rewards and returns are
         divided by the largest absolute ones of the store.
 
-        Raises:
-          UserError: an ignored component that the observations do not have.
+        Raises UserError for an ignored component that the observations do not have.
         """
         for column in ignored:
             if not 0 <= column < store.observation_size:
@@ -90,27 +79,14 @@ class Normalisation:
         return x if self.reward_scale == 1 else (x / np.float64(self.reward_scale)).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain lists and numbers."""
-        return {
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-            "episode_length": self.episode_length,
-            "ignored": list(self.ignored),
-            "reward_scale": self.reward_scale,
-            "return_scale": self.return_scale,
-        }
+        """Return the fields as lists and numbers."""
+        return dataclasses.asdict(self) | {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Read the output of `to_json`."""
-        return cls(
-            np.asarray(values["mean"]),
-            np.asarray(values["std"]),
-            int(values["episode_length"]),
-            tuple(values["ignored"]),
-            values["reward_scale"],
-            values["return_scale"],
-        )
+        arrays = {"mean": np.asarray(values["mean"]), "std": np.asarray(values["std"])}
+        return cls(**values | arrays | {"ignored": tuple(values["ignored"])})
 
 
 def _scales(store: EpisodeStore) -> tuple[float, float | None]:

@@ -6,15 +6,21 @@ Then any part of it can be read.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int, Int64
 
 from ringrl.config import ContextConfig
-from ringrl.context import Context
-from ringrl.data.sampling.contexts import ContextPlan, read_contexts
+from ringrl.context import Context, Outcome
+from ringrl.cores import available_cores
 from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.store.format import reward_key
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.errors import UserError
 
@@ -29,8 +35,7 @@ def subset(store: EpisodeStore, seed: int, max_transitions: int | None) -> Episo
 
     Episodes are taken in seed-shuffled order, so a smaller cap is a subset of a larger one.
 
-    Raises:
-      UserError: fewer transitions than the longest episode has.
+    Raises UserError for fewer transitions than the longest episode has.
     """
     if max_transitions is None:
         return np.arange(store.num_episodes)
@@ -50,8 +55,7 @@ def eligible_episodes(
 ) -> Episodes:
     """Return the best fraction of `subset` by the returns of a task, in the order of collection.
 
-    Raises:
-      UserError: `max_transitions` below one episode, or a task that the store has no rewards for.
+    Raises UserError for `max_transitions` below one episode, or a task that the store has no rewards for.
     """
     episodes = subset(store, seed, max_transitions)
     returns = store.returns(task)[episodes]
@@ -64,8 +68,7 @@ def episodes_for_contexts(
 ) -> Episodes:
     """Return the episodes that contexts are drawn from, in the order of collection.
 
-    Raises:
-      UserError: a task that the store has no rewards for, or fewer episodes than one context holds.
+    Raises UserError for a task that the store has no rewards for, or fewer episodes than one context holds.
     """
     for name in (task, *config.other_tasks):
         if name not in store.tasks:
@@ -81,6 +84,16 @@ def episodes_for_contexts(
     return found
 
 
+class ContextPlan(NamedTuple):
+    """The trajectories of a batch of contexts: small, and the same on every host."""
+
+    tasks: np.ndarray  # names of the tasks whose rewards are read (batch,)
+    episodes: Int64[np.ndarray, "batch trajectories"]  # indices in the store, in the order of the context
+    targets: Float64[np.ndarray, "batch trajectories"]  # the first return-to-go of each; nan for zero throughout
+    completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each trajectory reaches its target
+    starts: Int64[np.ndarray, "batch trajectories_plus_1"]  # time of the first step of each, and of the padding
+
+
 @dataclasses.dataclass(frozen=True)
 class ContextSampler:
     """Draws batches of contexts from a store.
@@ -89,17 +102,9 @@ class ContextSampler:
     Every return-to-go starts from the best trajectory's return, R_t = R_0 - sum of rewards so far. The completion token
     is 1 on the last step of a trajectory that reaches the target.
 
-    Attributes:
-      store: the dataset.
-      task: the task whose rewards are read.
-      config: trajectories, order, sampling and target of a context.
-      normalisation: scales observations, rewards and returns.
-      batch_size: contexts in a batch.
-      seed: of all draws.
-      selected_by: the task whose returns `config.best_fraction` uses, by default `task`.
+    `selected_by` is the task whose returns `config.best_fraction` uses, by default `task`.
 
-    Raises:
-      UserError: a task without rewards, or too few episodes.
+    Raises UserError for a task without rewards, or too few episodes.
     """
 
     store: EpisodeStore
@@ -143,24 +148,16 @@ class ContextSampler:
         tasks, drawn = zip(*(self._draw(np.random.default_rng(stream)) for stream in streams), strict=True)
         episodes = np.stack(drawn)
         returns = np.stack([self._returns[task][chosen] for task, chosen in zip(tasks, drawn, strict=True)])
-        targets = self._targets(returns)
+        best = np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
+        targets = {"none": np.full_like(returns, np.nan), "own": returns, "best": best}[self.config.target]
         starts = np.zeros((len(episodes), self.config.trajectories + 1), np.int64)
         np.cumsum(self.store.lengths[episodes], axis=1, out=starts[:, 1:])
         return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts)
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given times in the given order (len(rows), len(times), ...).
-
-        Only the needed rows of the store are read. Times beyond a context's last step are padding.
-        """
+        """Return the given contexts of a plan at the given times (see `read_contexts`)."""
         part = ContextPlan(*(column[rows] for column in plan))
         return read_contexts(self.store, self.normalisation, part, times)
-
-    def _targets(self, returns: Float64[np.ndarray, "batch trajectories"]) -> Float64[np.ndarray, "batch trajectories"]:
-        """The target return of each trajectory, nan for none."""
-        if self.config.target == "none":
-            return np.full_like(returns, np.nan)
-        return returns if self.config.target == "own" else np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
 
     @cached_property
     def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
@@ -168,33 +165,161 @@ class ContextSampler:
 
     @cached_property
     def _weights(self) -> dict[str, Float64[np.ndarray, " episodes"] | None]:
-        return {task: self._weights_of(task) for task in self.tasks}
-
-    def _weights_of(self, task: str) -> Float64[np.ndarray, " episodes"] | None:
-        """The probability of each eligible episode for a task. None: uniform."""
+        """The probability of each eligible episode, for every task. None: uniform."""
         if self.config.sampling != "return_stratified":
-            return None
-        returns = self._returns[task][self.eligible]
-        edges = np.linspace(returns.min(), returns.max(), RETURN_RANGES + 1)[1:-1]
-        ranges = np.digitize(returns, edges)
-        weights = 1 / np.bincount(ranges, minlength=RETURN_RANGES)[ranges]
-        return weights / weights.sum()
+            return dict.fromkeys(self.tasks)
+        weights: dict[str, np.ndarray | None] = {}
+        for task in self.tasks:
+            returns = self._returns[task][self.eligible]
+            edges = np.linspace(returns.min(), returns.max(), RETURN_RANGES + 1)[1:-1]
+            ranges = np.digitize(returns, edges)
+            rarity = 1 / np.bincount(ranges, minlength=RETURN_RANGES)[ranges]
+            weights[task] = rarity / rarity.sum()
+        return weights
 
     def _draw(self, random: np.random.Generator) -> tuple[str, Episodes]:
         """The task of one context and its episodes, in order."""
         task = self.tasks[random.integers(len(self.tasks))] if self.config.other_tasks else self.task
-        return task, self._draw_episodes(task, random)
-
-    def _draw_episodes(self, task: str, random: np.random.Generator) -> Episodes:
         count = self.config.trajectories
         if self.config.sampling == "history_window":
             first = random.integers(len(self.eligible) - count + 1)
             chosen = random.permutation(self.eligible[first : first + count])
         else:
             chosen = random.choice(self.eligible, count, replace=False, p=self._weights[task])
-        if self.config.order == "random":
-            return chosen
         if self.config.order == "history":
-            return np.sort(chosen)
-        ascending = chosen[np.argsort(self._returns[task][chosen], kind="stable")]
-        return ascending if self.config.order == "ascending" else ascending[::-1]
+            chosen = np.sort(chosen)
+        elif self.config.order != "random":
+            ascending = chosen[np.argsort(self._returns[task][chosen], kind="stable")]
+            chosen = ascending if self.config.order == "ascending" else ascending[::-1]
+        return task, chosen
+
+
+class _Piece(NamedTuple):
+    """Evenly spaced steps of one trajectory, and their place in the batch."""
+
+    context: int
+    trajectory: int
+    place: int  # index of the first step on the time axis that is read
+    length: int
+    timestep: int  # of the first step, within the episode
+    stride: int  # timesteps between two steps
+
+
+def read_contexts(
+    store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: Int[np.ndarray, " time"]
+) -> Context:
+    """Return the given time steps of all contexts of a plan, in the given order. Times beyond a context are padding.
+
+    Only these steps' observations and actions are read, and the actions before them. Returns-to-go also need the
+    earlier rewards of each episode. Every number is the same in whatever rectangle it is read.
+
+    Raises ValueError for a time below 0.
+    """
+    if len(times) and times.min() < 0:
+        raise ValueError(f"times: expected no time below 0, got {times.min()}")
+    reader = _Reader(store, normalisation, plan, times)
+    pieces = list(_pieces(plan, times))
+    threads = available_cores()
+    with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
+        list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
+    return reader.out
+
+
+def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:
+    for place, first, stride, count in _runs(times):
+        # The run's j-th step is at first + j * stride; trajectory k has those from cuts[k] up to cuts[k + 1].
+        cuts = np.clip(-((first - plan.starts) // stride), 0, count)
+        context, trajectory = np.nonzero(np.diff(cuts, axis=1))
+        begin, end = cuts[context, trajectory], cuts[context, trajectory + 1]
+        timestep = first + begin * stride - plan.starts[context, trajectory]
+        strides = np.full_like(begin, stride)
+        columns = np.stack([context, trajectory, place + begin, end - begin, timestep, strides], axis=1)
+        yield from (_Piece(*values) for values in columns.tolist())
+
+
+def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Split times into evenly spaced runs (place, first time, stride, count). Every ring layout gives few of them."""
+    if len(times) == 0:
+        return
+    steps = np.diff(times)
+    stride = max(1, int(np.partition(steps, len(steps) // 2)[len(steps) // 2])) if len(steps) else 1
+    breaks = np.flatnonzero(steps != stride) + 1
+    for place, end in pairwise([0, *breaks.tolist(), len(times)]):
+        yield place, int(times[place]), stride, end - place
+
+
+class _Reader:
+    """Writes pieces of trajectories, which do not overlap, to the arrays of a batch."""
+
+    def __init__(self, store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: np.ndarray) -> None:
+        self._observation, self._action = store.arrays["observation"], store.arrays["action"]
+        self._rewards = [store.arrays[reward_key(task)] for task in plan.tasks.tolist()]
+        self._normalisation = normalisation
+        self._first_rows = store.offsets[:-1][plan.episodes].tolist()
+        self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
+        self._targets, self._completes = plan.targets.tolist(), plan.completes.tolist()
+        self.out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
+        self.out.position[:] = times
+
+    def read(self, pieces: Iterable[_Piece]) -> None:
+        """Copy the given pieces."""
+        for piece in pieces:
+            self._copy_steps(piece)
+            self._fill_in_returns(piece)
+            if piece.timestep == 0:
+                self._look_back(piece)
+
+    def _copy_steps(self, piece: _Piece) -> None:
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        row = self._first_rows[piece.context][piece.trajectory] + piece.timestep
+        span = (piece.length - 1) * piece.stride + 1
+        # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
+        state, outcome = slice(row, row + span, piece.stride), slice(row + 1, row + 1 + span, piece.stride)
+        out = self.out
+        self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
+        out.action[at] = self._action[outcome]
+        reward = self._rewards[piece.context]
+        out.reward[at] = self._normalisation.reward(reward[outcome])
+        out.previous.action[at] = self._action[state]
+        out.previous.reward[at] = self._normalisation.reward(reward[state])
+        out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
+        out.trajectory[at] = piece.trajectory
+        out.weight[at] = 1
+
+    def _fill_in_returns(self, piece: _Piece) -> None:
+        if math.isnan(self._targets[piece.context][piece.trajectory]):
+            return
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
+        end = piece.timestep + (piece.length - 1) * piece.stride + 1
+        earned = np.zeros(end)  # before each step
+        np.cumsum(self._rewards[piece.context][first + 1 : first + end], out=earned[1:])
+        left = self._targets[piece.context][piece.trajectory] - earned[piece.timestep :: piece.stride]
+        self.out.return_to_go[at] = self._normalisation.return_to_go(left)
+        place, rest = divmod(last - 1 - first - piece.timestep, piece.stride)
+        if rest == 0 and place < piece.length:  # the piece has the trajectory's last step
+            completes = self._completes[piece.context][piece.trajectory]
+            self.out.completion[piece.context, piece.place + place] = completes
+
+    def _look_back(self, piece: _Piece) -> None:
+        """Set the outcome before a trajectory's first step: that of the trajectory before, or zeros."""
+        context, place, previous = piece.context, piece.place, self.out.previous
+        if piece.trajectory == 0:
+            previous.action[context, place], previous.reward[context, place] = 0, 0
+            return
+        last = self._last_rows[context][piece.trajectory - 1]
+        previous.action[context, place] = self._action[last : last + 1][0]
+        previous.reward[context, place] = self._normalisation.reward(self._rewards[context][last : last + 1])[0]
+        previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
+
+
+def _blank(batch: int, time: int, observation_size: int, action_size: int) -> Context:
+    """Return a context of padding."""
+    sizes = {"observation": (observation_size,), "action": (action_size,)}
+    whole = ("timestep", "trajectory", "position")
+
+    def zeros(name: str) -> np.ndarray:
+        return np.zeros((batch, time, *sizes.get(name, ())), np.int32 if name in whole else np.float32)
+
+    previous = Outcome(*map(zeros, Outcome._fields))
+    return Context(*(previous if name == "previous" else zeros(name) for name in Context._fields))

@@ -1,7 +1,7 @@
 """The episode store: reading, writing, merging and describing one file of episodes."""
 
+from ringrl.data.store.format import ForeignDomain, Provenance
 from ringrl.data.store.merge import merge_stores
-from ringrl.data.store.provenance import ForeignDomain, Provenance
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store
 

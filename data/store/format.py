@@ -1,4 +1,4 @@
-"""The format of an episode store: its arrays, their names in the HDF5 file, and their checksums.
+"""The format of an episode store: its arrays, their names in the HDF5 file, their checksums, and their origin.
 
     /steps/{observation,action,reward,discount,physics}   (rows, width)   as recorded, all episodes end to end
     /rewards/{task}                                       (rows,) float32  relabelled, row 0 of every episode is 0
@@ -12,15 +12,24 @@ Every dataset is contiguous and uncompressed. Episodes from other sources may ha
 hold the domain, the tasks, the provenance and the fingerprint.
 """
 
+import dataclasses
 import hashlib
 import json
+import math
+import os
+import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Int64, UInt8
+from pydantic import TypeAdapter
 
-from ringrl.envs import Domain
+from ringrl import __version__
+from ringrl.envs import DOMAINS, Domain
+from ringrl.errors import UserError
 
 FORMAT = "ringrl episode store"
 FORMAT_VERSION = 2
@@ -28,6 +37,17 @@ RETURN_LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 DIGEST_BYTES = hashlib.sha256().digest_size
 LONGEST_TEXT = 2**16  # characters of an attribute
 ROUNDED = 1e-5  # rounding may move an action out of [-1, 1] by this much
+
+Relabelling = Literal["control_aware", "exorl_compat"]
+"""How rewards are computed: with the action that led to the state, or with a control of zero, as ExoRL's code does."""
+
+Rewards = Relabelling | Literal["recorded"]
+"""How a store got its rewards. Episodes from other sources keep the recorded ones."""
+
+NAMED_SKIPPED = 5  # a store names this many skipped episodes and counts the others
+LONGEST_NAME = 200
+LARGEST_ROW = 2**20  # numbers in an observation, an action or a physics state
+UNKNOWN = 0  # placeholder for facts that only a simulation has
 
 Episode = Mapping[str, np.ndarray]
 """Arrays of T+1 rows under the names of `recorded_arrays`; row t is (s_t, a_{t-1}, r_{t-1}), row 0 the reset."""
@@ -82,15 +102,14 @@ def episode_bytes(domain: Domain, length: int, *, relabelled: bool) -> int:
 class Layout:
     """The arrays of one store.
 
-    Attributes:
-        domain: the facts about the domain.
-        tasks: the tasks whose rewards are stored.
-        lengths: steps of each episode, (episodes,) int64.
-        starts: first row of each episode and the number of all rows, (episodes + 1,) int64.
-        arrays: every array over all rows: those of `recorded_arrays`, and "reward/{task}".
-
     Raises ValueError for no episodes, or an episode without steps.
     """
+
+    domain: Domain
+    tasks: tuple[str, ...]  # whose rewards are stored
+    lengths: Int64[np.ndarray, " episode"]  # steps of each episode
+    starts: Int64[np.ndarray, " episode_plus_1"]  # first row of each episode and the number of all rows
+    arrays: dict[str, ArraySpec]  # over all rows: those of `recorded_arrays`, and "reward/{task}"
 
     def __init__(self, domain: Domain, tasks: Sequence[str], lengths: Sequence[int] | np.ndarray) -> None:
         self.domain, self.tasks = domain, tuple(tasks)
@@ -138,3 +157,120 @@ def content_fingerprint(
     fingerprint = hashlib.sha256(json.dumps([domain, lengths.tolist()]).encode())
     fingerprint.update(np.ascontiguousarray(digests).data)
     return fingerprint.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """The origin of the episodes of a store and how they were processed."""
+
+    source: str  # the end of the archive's path, "walker/rnd.zip"
+    source_bytes: int = 0  # size of the zip file, or of all episode files of a folder
+    source_sha256: str = ""  # over the archive's list of episodes: path, size and, in a zip file, CRC of each
+    relabelling: Rewards = "control_aware"
+    subset: str = "all episodes"  # "10 of 240 episodes, the first ones"
+    num_skipped: int = 0  # damaged episodes that were left out
+    skipped: tuple[str, ...] = ()  # the first few of them, each with the reason
+    created: str = dataclasses.field(default_factory=lambda: _today())  # day of the import (UTC), "2026-11-21"
+    created_by: str = dataclasses.field(default_factory=lambda: software_versions())  # "ringrl 0.1.0, mujoco 3.17.0"
+
+    def to_json(self) -> str:
+        """Return one line of ASCII."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the output of `to_json`. ValueError or TypeError for anything else."""
+        if {*json.loads(text)} != {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError("incomplete provenance")
+        provenance = TypeAdapter(cls).validate_json(text, strict=True)
+        if min(provenance.num_skipped, provenance.source_bytes) < 0:
+            raise ValueError("a negative number in the provenance")
+        return provenance
+
+
+def software_versions() -> str:
+    """Return the versions of the software that determines the content of a store."""
+    return f"ringrl {__version__}, mujoco {version('mujoco')}"
+
+
+def _today() -> str:
+    """Return the present day, or that of the variable SOURCE_DATE_EPOCH."""
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        return time.strftime("%Y-%m-%d", time.gmtime(int(given) if given else None))
+    except (ValueError, OverflowError, OSError) as error:
+        raise UserError(f"SOURCE_DATE_EPOCH: {given} is not a number of seconds since 1970; unset it") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignDomain(Domain):
+    """The facts about a dataset from another source. Its one task has the recorded rewards.
+
+    Actions of the store are scaled to [-1, 1]. The environment takes low + (action + 1) / 2 * (high - low).
+    """
+
+    action_low: tuple[float, ...]  # the lowest action that the environment takes
+    action_high: tuple[float, ...]
+    num_terminated: int  # episodes; the others were truncated
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        *,
+        observation_size: int,
+        physics_size: int,
+        action_low: tuple[float, ...],
+        action_high: tuple[float, ...],
+        episode_length: int,
+        num_terminated: int,
+    ) -> Self:
+        """Return the domain of the dataset `name` with episodes of up to `episode_length` steps.
+
+        Raises ValueError for impossible facts.
+        """
+        if not re.fullmatch(rf"[A-Za-z0-9_-][A-Za-z0-9_/-]{{0,{LONGEST_NAME - 1}}}", name) or name in DOMAINS:
+            raise ValueError(f"{name!r} cannot name a dataset from another source")
+        if not 1 <= observation_size <= LARGEST_ROW or not 0 <= physics_size <= LARGEST_ROW:
+            raise ValueError(f"observations of {observation_size} numbers, physics of {physics_size}")
+        if not 1 <= len(action_low) == len(action_high) <= LARGEST_ROW:
+            raise ValueError(f"{len(action_low)} lowest and {len(action_high)} highest actions")
+        for low, high in zip(action_low, action_high, strict=True):
+            if not (low < high and math.isfinite(high - low)):
+                raise ValueError(f"actions from {low} to {high}")
+        if episode_length < 1 or num_terminated < 0:
+            raise ValueError(f"{num_terminated} terminated episodes of {episode_length} steps")
+        return cls(
+            name=name,
+            tasks=(name.replace("/", "_"),),
+            observation_size=observation_size,
+            action_size=len(action_low),
+            physics_size=physics_size,
+            records_all_tasks=False,
+            episode_length=episode_length,
+            control_timestep=UNKNOWN,
+            action_low=action_low,
+            action_high=action_high,
+            num_terminated=num_terminated,
+        )
+
+    def to_json(self) -> str:
+        """Return one line of ASCII."""
+        return json.dumps({name: getattr(self, name) for name in _FACTS})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the output of `to_json`. ValueError, KeyError or TypeError for anything else."""
+        values = json.loads(text)
+        for key, kind in _FACTS.items():
+            if type(values[key]) is not kind:
+                raise ValueError(f"{key} is not a {kind.__name__}")
+        for key in ("action_low", "action_high"):
+            if not all(type(number) is float for number in values[key]):
+                raise ValueError(f"{key} is not a list of numbers")
+            values[key] = tuple(values[key])
+        return cls.of(**values)
+
+
+_FACTS = {"name": str, "observation_size": int, "physics_size": int, "action_low": list, "action_high": list}
+_FACTS |= {"episode_length": int, "num_terminated": int}

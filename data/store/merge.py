@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ringrl.data.store.provenance import NAMED_SKIPPED, ForeignDomain, Provenance
+from ringrl.data.store.format import NAMED_SKIPPED, ForeignDomain, Provenance
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store
 from ringrl.errors import UserError
@@ -23,9 +23,8 @@ def merge_stores(
     `progress` is called with (episodes written, episodes in all).
 
     Raises:
-      UserError: fewer than two stores, a damaged one, or the same episodes twice; stores of several domains, or of one
-        that is not ExoRL's; rewards that were computed in different ways; a destination that exists (unless
-        `overwrite`).
+      UserError: fewer than two stores, a damaged one, the same episodes twice, several domains or one that is not
+        ExoRL's, rewards that were computed in different ways, or an existing destination without `overwrite`.
     """
     stores = [EpisodeStore(source) for source in sources]
     _check_alike(stores)

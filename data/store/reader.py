@@ -21,14 +21,15 @@ from ringrl.data.store.format import (
     FORMAT_VERSION,
     LONGEST_TEXT,
     RETURN_LEVELS,
+    ForeignDomain,
     Layout,
+    Provenance,
     content_fingerprint,
     dataset_name,
     episode_digest,
     reward_key,
     reward_task,
 )
-from ringrl.data.store.provenance import ForeignDomain, Provenance
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
 
@@ -48,10 +49,16 @@ class EpisodeStore:
     facts: Domain  # about the domain: a ForeignDomain from the file where the domain is none of ExoRL's
     tasks: tuple[str, ...]
     provenance: Provenance  # origin of the episodes and how they were processed
+    source: str  # origin of the episodes: "walker/rnd.zip"
     fingerprint: str  # sha256 of the recorded content: equal for equal episodes, however they were packed
     recorded_task: str | None  # the task whose reward was recorded, where one is known
+    num_episodes: int
+    num_steps: int  # transitions in all episodes
+    observation_size: int
+    action_size: int
     lengths: Int64[np.ndarray, " episode"]  # steps of each episode, its rows less one
     offsets: Int64[np.ndarray, " episode_plus_1"]
+    recorded_digests: UInt8[np.ndarray, "episode 32"]  # sha256 of the recorded arrays, equal for equal episodes
     arrays: Mapping[str, np.ndarray]  # every array over all rows: as recorded, and "reward/{task}"
 
     def __init__(self, path: str | Path) -> None:
@@ -81,12 +88,25 @@ class EpisodeStore:
         # Without HDF5's file lock: a finished store never changes, and network file systems often reject locks.
         with h5py.File(self.path, "r", locking=False) as file:
             _check_format(file)
-            self.facts = _read_facts(file)
-            self.domain = self.facts.name
-            self.tasks = _checked_tasks(self.facts, json.loads(_read_text(file, "tasks")))
+            self.domain = _read_text(file, "domain")
+            if "facts" in file.attrs:
+                self.facts = ForeignDomain.from_json(_read_text(file, "facts"))
+                if self.facts.name != self.domain:
+                    raise ValueError(f"facts about {self.facts.name}, not about {self.domain}")
+            else:
+                self.facts = domain_named(self.domain)
+            self.observation_size, self.action_size = self.facts.observation_size, self.facts.action_size
+            tasks = json.loads(_read_text(file, "tasks"))
+            if not isinstance(tasks, list) or not set(tasks) <= {*self.facts.tasks} or len({*tasks}) < len(tasks):
+                raise UserError(f"the tasks {tasks} differ from the tasks of {self.domain}: import the archive again")
+            self.tasks = tuple(tasks)
             self.provenance = Provenance.from_json(_read_text(file, "provenance"))
+            self.source = self.provenance.source
             self.fingerprint = _read_text(file, "fingerprint")
-            self.recorded_task = _checked_recorded_task(self.tasks, _read_text(file, "recorded_task"))
+            recorded_task = _read_text(file, "recorded_task")
+            if recorded_task not in (*tasks, "none"):
+                raise ValueError(f"recorded for {recorded_task}")
+            self.recorded_task = None if recorded_task == "none" else recorded_task
             mapped = _MappedArrays(file, self.path)
             self._map(mapped)
             mapped.refuse_overlap()
@@ -98,12 +118,14 @@ class EpisodeStore:
         if len(self.offsets) < 2 or self.offsets[0] != 0 or (np.diff(self.offsets) < 2).any():
             raise ValueError("no list of episodes")
         self.lengths = np.diff(self.offsets) - 1
+        self.num_episodes, self.num_steps = len(self.lengths), int(self.lengths.sum())
         layout = Layout(self.facts, self.tasks, self.lengths)
         self._small = {
             name: mapped.small(name, shape, dtype)
             for name, (shape, dtype) in layout.per_episode().items()
             if name != "episodes/offset"
         }
+        self.recorded_digests = self._small["episodes/recorded_sha256"]
         if content_fingerprint(self.domain, self.lengths, self.recorded_digests) != self.fingerprint:
             raise UserError("the fingerprint does not match the content: import the archive again")
         rows = int(self.offsets[-1])
@@ -111,36 +133,6 @@ class EpisodeStore:
             key: mapped.view(dataset_name(key), layout.shape(key, rows), spec.dtype)
             for key, spec in layout.arrays.items()
         }
-
-    @property
-    def recorded_digests(self) -> UInt8[np.ndarray, "episode 32"]:
-        """SHA-256 of the recorded arrays of each episode. Equal episodes have equal digests in every store."""
-        return self._small["episodes/recorded_sha256"]
-
-    @property
-    def source(self) -> str:
-        """Origin of the episodes, e.g. "walker/rnd.zip"."""
-        return self.provenance.source
-
-    @property
-    def num_episodes(self) -> int:
-        """Number of episodes."""
-        return len(self.offsets) - 1
-
-    @property
-    def num_steps(self) -> int:
-        """Number of transitions in all episodes."""
-        return int(self.lengths.sum())
-
-    @property
-    def observation_size(self) -> int:
-        """Numbers in an observation."""
-        return int(self.arrays["observation"].shape[1])
-
-    @property
-    def action_size(self) -> int:
-        """Numbers in an action."""
-        return int(self.arrays["action"].shape[1])
 
     def returns(self, task: str) -> Float32[np.ndarray, " episode"]:
         """Return the relabelled episode returns of a task. UserError for a task that the store does not have."""
@@ -182,10 +174,8 @@ class EpisodeStore:
 
     def _fault(self, index: int) -> str | None:
         rows = self.episode(index)
-        for kind, keys in (
-            ("recorded", [key for key in rows if not reward_task(key)]),
-            ("relabelled", [key for key in rows if reward_task(key)]),
-        ):
+        for kind in ("recorded", "relabelled"):
+            keys = [key for key in rows if bool(reward_task(key)) == (kind == "relabelled")]
             if episode_digest(rows, keys) != self._small[f"episodes/{kind}_sha256"][index].tobytes():
                 return f"the sha256 of its {kind} arrays differs"
         for task in self.tasks:
@@ -213,28 +203,6 @@ def _check_format(file: h5py.File) -> None:
             f"written in format {version} by {_read_text(file, 'created_by')}, this version reads format "
             f"{FORMAT_VERSION}: {what_to_do}"
         )
-
-
-def _read_facts(file: h5py.File) -> Domain:
-    name = _read_text(file, "domain")
-    if "facts" not in file.attrs:
-        return domain_named(name)
-    facts = ForeignDomain.from_json(_read_text(file, "facts"))
-    if facts.name != name:
-        raise ValueError(f"facts about {facts.name}, not about {name}")
-    return facts
-
-
-def _checked_tasks(domain: Domain, tasks: object) -> tuple[str, ...]:
-    if not isinstance(tasks, list) or not set(tasks) <= set(domain.tasks) or len(set(tasks)) < len(tasks):
-        raise UserError(f"the tasks {tasks} differ from the tasks of {domain.name}: import the archive again")
-    return tuple(tasks)
-
-
-def _checked_recorded_task(tasks: tuple[str, ...], task: str) -> str | None:
-    if task not in (*tasks, "none"):
-        raise ValueError(f"recorded for {task}")
-    return None if task == "none" else task
 
 
 def _read_text(node: h5py.Group | h5py.Dataset, name: str) -> str:
@@ -270,7 +238,16 @@ class _MappedArrays:
                 f"{name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}: the store is damaged or made "
                 "for another version of the domain, import the archive again"
             )
-        return self._bytes(dataset).view(dtype).reshape(shape)
+        settings = dataset.id.get_create_plist()
+        offset, size = dataset.id.get_offset(), dataset.nbytes
+        is_plain = settings.get_layout() == h5py.h5d.CONTIGUOUS and settings.get_external_count() == 0
+        if not is_plain or offset is None:
+            raise UserError(f"{name} is chunked, compressed or stored elsewhere: import the archive again")
+        if offset + size > len(self._mapped):
+            raise UserError(f"{name} goes beyond the end of the file, it is cut short: import the archive again")
+        self._taken.append((offset, offset + size, name))
+        # A plain array: slices of a memmap cost more.
+        return np.ndarray(shape, dtype, buffer=self._mapped, offset=offset)
 
     def small(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return a small array and compare it with its checksum. Episodes have checksums of their own."""
@@ -299,17 +276,3 @@ class _MappedArrays:
                 raise UserError(f"{name} is a link to elsewhere: import the archive again")
             node = node[step]
         return node
-
-    def _bytes(self, dataset: h5py.Dataset) -> np.ndarray:
-        settings = dataset.id.get_create_plist()
-        offset, size = dataset.id.get_offset(), dataset.nbytes
-        is_plain = settings.get_layout() == h5py.h5d.CONTIGUOUS and settings.get_external_count() == 0
-        if not is_plain or offset is None:
-            raise UserError(f"{dataset.name} is chunked, compressed or stored elsewhere: import the archive again")
-        if offset + size > len(self._mapped):
-            raise UserError(
-                f"{dataset.name} goes beyond the end of the file, it is cut short: import the archive again"
-            )
-        self._taken.append((offset, offset + size, str(dataset.name)))
-        # A plain array: slices of a memmap cost more.
-        return np.ndarray(size, np.uint8, buffer=self._mapped, offset=offset)

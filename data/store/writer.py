@@ -23,14 +23,15 @@ from ringrl.data.store.format import (
     LONGEST_TEXT,
     RETURN_LEVELS,
     Episode,
+    ForeignDomain,
     Layout,
+    Provenance,
     content_fingerprint,
     dataset_name,
     episode_digest,
     reward_key,
     reward_task,
 )
-from ringrl.data.store.provenance import ForeignDomain, Provenance
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, lock, reserve, sync
@@ -68,7 +69,7 @@ def create_store(
     *,
     source: str | Provenance,
     overwrite: bool = False,
-) -> Iterator["StoreWriter"]:
+) -> Iterator["UnfinishedStore"]:
     """Create a store for episodes of the given lengths (steps). It appears at `path` when the block ends well.
 
     `append` every episode in order, and set `recorded_task` before the end if it is known.
@@ -91,35 +92,14 @@ def create_store(
     with explain_write_errors(path), lock(path, "is writing it"):
         try:
             create_file(partial, layout)
-            with explain_write_errors(path, space_needed(partial)):
-                reserve(partial, space_needed(partial))
-            with UnfinishedStore(partial, layout) as unfinished:
-                writer = StoreWriter(unfinished)
+            reserve_space(partial, path)
+            with UnfinishedStore(partial, layout) as writer:
                 yield writer
             provenance = Provenance(source) if isinstance(source, str) else source
             finish(partial, path, layout, writer.records, writer.recorded_task, provenance)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-
-
-class StoreWriter:
-    """Appends the episodes of a new store."""
-
-    recorded_task: str | None = None
-
-    def __init__(self, store: "UnfinishedStore") -> None:
-        self.records: list[Record] = []
-        self._store = store
-
-    def append(self, episode: Episode) -> None:
-        """Write the next episode: the arrays that `EpisodeStore.episode` returns, with the announced length."""
-        self.records.append(self._store.write(len(self.records), episode))
-
-    def fingerprint(self) -> str:
-        """Return the store's fingerprint, once all episodes are written."""
-        recorded = _stacked([record.recorded for record in self.records])
-        return content_fingerprint(self._store.layout.domain.name, self._store.layout.lengths, recorded)
 
 
 def create_file(partial: Path, layout: Layout) -> None:
@@ -130,25 +110,35 @@ def create_file(partial: Path, layout: Layout) -> None:
     partial.unlink(missing_ok=True)
     # This generation of HDF5's format has checksums on its own bytes, so that damage there is noticed.
     with h5py.File(partial, "x", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=64) as file:
-        for name, (shape, dtype) in layout.per_episode().items():
-            _allocate(file, name, shape, dtype)
-        for key, spec in layout.arrays.items():
-            _allocate(file, dataset_name(key), layout.shape(key, int(layout.starts[-1])), spec.dtype)
+        rows = int(layout.starts[-1])
+        arrays = {dataset_name(key): (layout.shape(key, rows), spec.dtype) for key, spec in layout.arrays.items()}
+        for name, (shape, dtype) in (layout.per_episode() | arrays).items():
+            # Contiguous, with its place in the file at once, and not filled with zeros.
+            settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            file.create_dataset(name, shape=shape, dtype=dtype, dcpl=settings)
 
 
-def space_needed(partial: Path) -> int:
-    """Return the bytes to reserve for a created file: a little more than the finished store has."""
-    return partial.stat().st_size + ATTRIBUTES
+def reserve_space(partial: Path, path: Path) -> None:
+    """Reserve a little more disk than the finished store at `path` has. UserError if the disk is full."""
+    size = partial.stat().st_size + ATTRIBUTES
+    with explain_write_errors(path, size):
+        reserve(partial, size)
 
 
 class UnfinishedStore:
     """The rows of a file that `create_file` made. Several processes may have it open. Use it as a context manager.
 
-    Raises OSError or KeyError for a file that holds no store of this layout.
+    `records` are those of the appended episodes. Raises OSError or KeyError for a file that holds no store of this
+    layout.
     """
+
+    recorded_task: str | None = None
 
     def __init__(self, partial: Path, layout: Layout) -> None:
         self.layout = layout
+        self.records: list[Record] = []
         rows = int(layout.starts[-1])
         with h5py.File(partial, "r", locking=False) as file:
             if "format" in file.attrs:
@@ -158,6 +148,15 @@ class UnfinishedStore:
                 raise OSError(f"{partial} has another layout")
             self._offsets = {key: dataset.id.get_offset() for key, dataset in datasets.items()}
         self._descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+
+    def append(self, episode: Episode) -> None:
+        """Write the next episode: the arrays that `EpisodeStore.episode` returns, with the announced length."""
+        self.records.append(self.write(len(self.records), episode))
+
+    def fingerprint(self) -> str:
+        """Return the store's fingerprint, once all episodes are appended."""
+        recorded = _stacked([record.recorded for record in self.records])
+        return content_fingerprint(self.layout.domain.name, self.layout.lengths, recorded)
 
     def write(self, index: int, episode: Episode) -> Record:
         """Write the rows of an episode. Raises OSError, and ValueError for rows of another shape or dtype."""
@@ -175,12 +174,11 @@ class UnfinishedStore:
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Return the rows of an episode, zeros or old rows where none were written."""
         rows = int(self.layout.lengths[index]) + 1
-        return {
-            key: np.frombuffer(
-                os.pread(self._descriptor, rows * self.layout.row_bytes(key), self._place(key, index)), spec.dtype
-            ).reshape(self.layout.shape(key, rows))
-            for key, spec in self.layout.arrays.items()
-        }
+        episode = {}
+        for key, spec in self.layout.arrays.items():
+            content = os.pread(self._descriptor, rows * self.layout.row_bytes(key), self._place(key, index))
+            episode[key] = np.frombuffer(content, spec.dtype).reshape(self.layout.shape(key, rows))
+        return episode
 
     def first_physics(self) -> Float64[np.ndarray, "episodes physics"]:
         """Return the first physics state of every episode."""
@@ -263,14 +261,6 @@ def finish(
     sync(partial)
     partial.replace(path)
     sync(path.parent)
-
-
-def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Create a contiguous dataset that has its place in the file at once and is not filled with zeros."""
-    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    file.create_dataset(name, shape=shape, dtype=dtype, dcpl=settings)
 
 
 def _stacked(digests: Sequence[bytes]) -> np.ndarray:

@@ -12,8 +12,7 @@ from jaxtyping import Float
 
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
-from ringrl.data.sampling.contexts import read_contexts
-from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
+from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes, read_contexts
 from ringrl.errors import UserError
 from ringrl.training import TrainedPolicy
 from ringrl.training.checkpoints import RunInfo

@@ -19,12 +19,12 @@ from ringrl.data.store.format import recorded_arrays, reward_key
 from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS, make
 
-# Sorting by name would put the second before the first.
+# Sorted by name, the second number comes before the first.
 EPISODE_NUMBERS = (999_999, 1_000_000, 1_000_002)
 
 
 def _record_episode(task: str, seed: int) -> dict[str, np.ndarray]:
-    """One real episode of uniformly random actions, in ExoRL's rows."""
+    """Return a simulated episode of uniformly random actions in ExoRL's rows."""
     env = make(task, seed=seed)
     random = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
@@ -41,13 +41,13 @@ def _record_episode(task: str, seed: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def cartpole_episodes() -> dict[int, dict[str, np.ndarray]]:
-    """Three real cartpole_swingup episodes by number."""
+    """Three simulated cartpole_swingup episodes by number."""
     return {number: _record_episode("cartpole_swingup", seed) for seed, number in enumerate(EPISODE_NUMBERS)}
 
 
 @pytest.fixture(scope="session")
 def cartpole_folder(cartpole_episodes, tmp_path_factory) -> Path:
-    """A folder in ExoRL's layout that holds `cartpole_episodes`."""
+    """A folder in ExoRL's layout with `cartpole_episodes`."""
     folder = tmp_path_factory.mktemp("exorl") / "cartpole"
     (folder / "buffer").mkdir(parents=True)
     for number, episode in cartpole_episodes.items():
@@ -57,7 +57,7 @@ def cartpole_folder(cartpole_episodes, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cartpole_zip(cartpole_folder) -> Path:
-    """The same as a zip archive, its entries in the order of their names."""
+    """A zip archive of `cartpole_folder`. The entries are sorted by name."""
     path = cartpole_folder.parent / "cartpole.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted((cartpole_folder / "buffer").iterdir()):
@@ -67,7 +67,7 @@ def cartpole_zip(cartpole_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def exorl_folder() -> Path:
-    """The shared archives recorded with the original ExoRL environments."""
+    """The folder of shared archives, which were recorded with the original ExoRL environments."""
     beside_the_checkout = Path(__file__).resolve().parents[2].parent / "shared" / "exorl"
     folder = Path(os.environ.get("RINGRL_EXORL", beside_the_checkout))
     if not folder.is_dir():
@@ -77,7 +77,7 @@ def exorl_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def random_episode() -> Callable[[str, int, int], dict[str, np.ndarray]]:
-    """(domain, length, seed) -> an episode of random numbers of the domain's widths, with no physics behind it."""
+    """A function (domain, length, seed) -> episode of random numbers with the domain's widths, not simulated."""
 
     def make_episode(domain: str, length: int, seed: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng(seed)
@@ -93,7 +93,7 @@ def random_episode() -> Callable[[str, int, int], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def write_store() -> Callable[..., EpisodeStore]:
-    """(path, domain, episodes, **keywords of create_store) -> the store, with rewards for all tasks of the domain."""
+    """A function (path, domain, episodes, **keywords of create_store) -> store with rewards for all tasks."""
 
     def write(path: Path, domain: str, episodes: list[dict[str, np.ndarray]], **keywords) -> EpisodeStore:
         lengths = [len(episode["observation"]) - 1 for episode in episodes]
@@ -114,7 +114,7 @@ def episodes(random_episode) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture
 def store(tmp_path, episodes, write_store) -> EpisodeStore:
-    """A store of `episodes`."""
+    """A store with `episodes`."""
     return write_store(tmp_path / "cartpole.h5", "cartpole", episodes)
 
 
@@ -125,24 +125,24 @@ CARTPOLE_RND = "/cartpole/rnd.zip"
 class Answer:
     """How the server behaves for one request; as it should, unless a test sets something else."""
 
-    status: int | None = None  # answer with this and no file
-    cut: int | None = None  # bytes of the body that are sent before the line is cut
-    hangs: bool = False  # leave the line open, silent, instead of cutting it
+    status: int | None = None  # answer with this status and without the file
+    cut: int | None = None  # bytes of the body after which the connection is closed
+    hangs: bool = False  # send nothing more instead of closing the connection
     ignores_range: bool = False
     ignores_condition: bool = False
-    headers: dict[str, str | None] = field(default_factory=dict)  # None leaves one out
+    headers: dict[str, str | None] = field(default_factory=dict)  # None removes a header
     surplus: bytes = b""  # sent after the body
 
 
 @dataclass
 class Site:
-    """A real HTTP server. It uses up `answers`, the fields of one Answer each, and then behaves as it should."""
+    """An HTTP server. Each request takes one of `answers` (fields of `Answer`). Later requests have no faults."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     etags: bool = True
     date: str = "Mon, 02 Jan 2006 15:04:05 GMT"
     answers: list[dict] = field(default_factory=list)
-    requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header
     closing: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
@@ -209,13 +209,13 @@ def serve(**settings) -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def serving() -> Callable[..., contextlib.AbstractContextManager[Site]]:
-    """A context manager, given the fields of a Site, that runs one."""
+    """A function (**fields of Site) -> context manager that runs the server."""
     return serve
 
 
 @pytest.fixture(scope="session")
 def make_zip() -> Callable[..., bytes]:
-    """(size, seed) -> a readable zip archive of a few more than `size` random bytes."""
+    """A function (size, seed) -> zip archive with `size` random bytes."""
 
     def make(size: int, seed: int = 0) -> bytes:
         packed = io.BytesIO()
@@ -228,12 +228,12 @@ def make_zip() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def archive(make_zip) -> bytes:
-    """300 kB of a zip archive."""
+    """A zip archive of 300 kB."""
     return make_zip(300_000)
 
 
 @pytest.fixture
 def site(archive) -> Iterator[Site]:
-    """A server that has `archive` under the name of a public archive."""
+    """A server with `archive` at the address of a public archive."""
     with serve(files={CARTPOLE_RND: archive}) as site:
         yield site

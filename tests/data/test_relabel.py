@@ -21,7 +21,7 @@ _RECORDED = [
 
 
 def _roll_out(task, steps=120, seed=0):
-    """Physics, actions and rewards of an episode's beginning in ExoRL's rows, the actions random."""
+    """Return physics, random actions and rewards of the first steps of an episode in ExoRL's rows."""
     environment = make(task, seed)
     generator = np.random.RandomState(seed)
     _, info = environment.reset()
@@ -43,7 +43,7 @@ def test_equals_what_the_environment_rewards(task):
     assert relabelled[0] == 0
     np.testing.assert_allclose(relabelled, reward, atol=1e-7)
     unlucky = ("cartpole_swingup_sparse", "jaco_reach_top_left")
-    if task not in unlucky and not task.startswith("point_mass_maze"):  # random actions earn nothing there
+    if task not in unlucky and not task.startswith("point_mass_maze"):  # random actions have reward 0 there
         assert np.ptp(relabelled[1:]) > 0
 
 
@@ -71,10 +71,10 @@ def test_equals_what_exorl_recorded(archive, task, exorl_folder):
 
 @pytest.mark.parametrize("task", ["cartpole_swingup", "point_mass_maze_reach_top_left", "walker_walk"])
 def test_equals_exorls_own_loop_if_wanted(task):
-    """States set one by one, the control at zero, by dm_control itself."""
+    """Return dm_control's rewards of the states with a control of zero."""
     physics, action, _ = _roll_out(task, steps=30)
     if task.startswith("point_mass_maze"):
-        physics[:, :2] = -0.15, 0.155  # at the goal, where random actions do not lead
+        physics[:, :2] = -0.15, 0.155  # at the goal, which random actions do not reach
     simulation = load_simulation(task)
     rewards = [0.0]
     for state in physics[1:]:

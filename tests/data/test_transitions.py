@@ -153,7 +153,7 @@ def test_goals_have_the_configured_shares(jaco_store: EpisodeStore) -> None:
     assert 0 < outside.mean() <= 0.23, "only later goals may be outside the radius"
 
 
-def test_mistakes_are_named(store: EpisodeStore, jaco_store: EpisodeStore) -> None:
+def test_invalid_settings_are_rejected(store: EpisodeStore, jaco_store: EpisodeStore) -> None:
     with pytest.raises(UserError, match=r"actor_critic\.hindsight: cartpole_swingup has no goal position"):
         sampler(store, TASK, hindsight={"later": 0.5})
     with pytest.raises(UserError, match=r"hindsight\.radius: .* has no position within 0\.0001 m"):

@@ -112,7 +112,9 @@ def test_directory_that_lost_entries(tmp_path, cartpole_zip):
     content = bytearray(cartpole_zip.read_bytes())
     first = content.index(b"PK\x01\x02")
     (name_length,) = struct.unpack_from("<H", content, first + 28)
-    struct.pack_into("<H", content, first + 32, 46 + name_length)  # the next entry becomes the first one's comment
+    struct.pack_into(
+        "<H", content, first + 32, 46 + name_length
+    )  # the next entry becomes the comment of the first entry
     (tmp_path / "a.zip").write_bytes(content)
     assert "cut short" in refusal(tmp_path / "a.zip")
 
@@ -224,7 +226,7 @@ def test_actions_that_are_not_scaled(tmp_path, episode):
 
 
 def test_a_file_of_a_folder_that_is_linked_and_gone(tmp_path):
-    """No part of a dataset is left out because a disk is not there."""
+    """An episode on a missing disk is an error, not an omission."""
     (tmp_path / "buffer").mkdir()
     (tmp_path / NAME).symlink_to(tmp_path / "unmounted" / NAME)
     with Archive(tmp_path, CARTPOLE) as archive:

@@ -76,7 +76,7 @@ def test_a_file_that_the_server_does_not_give_out(site, tmp_path, status):
     assert names(tmp_path) == []
 
 
-def test_unknown_names_are_answered_with_near_ones(tmp_path):
+def test_errors_about_unknown_names_suggest_similar_names(tmp_path):
     with pytest.raises(UserError, match="did you mean walker"):
         download_archive("wakler", "rnd", tmp_path)
     with pytest.raises(UserError, match="did you mean icm_apt"):
@@ -129,8 +129,8 @@ def test_two_processes_at_once_fetch_one_archive(site, archive, tmp_path):
     assert names(tmp_path) == ["rnd.zip"]
 
 
-def test_the_archive_of_another_process_is_taken_as_it_is(site, archive, tmp_path):
-    """Finished between this process's look at the folder and its lock on the unfinished file."""
+def test_the_finished_archive_of_another_process_is_kept(site, archive, tmp_path):
+    """Another process finishes the archive before this process has the lock."""
     path = tmp_path / "a.zip"
     path.write_bytes(archive)
     Transfer(site.url + "/a.zip", path, lambda path: None).run()
@@ -162,7 +162,7 @@ def test_received_bytes_are_kept_on_a_full_disk(site, archive, tmp_path):
     assert site.ranges == [None, "bytes=100000-"]
 
 
-def test_a_file_too_large_for_the_disk_is_refused_before_its_first_byte(site, tmp_path):
+def test_a_file_too_large_for_the_disk_is_rejected_before_its_first_byte(site, tmp_path):
     site.answers = [{"headers": {"Content-Length": str(10**16)}, "cut": 0, "hangs": True}]
     with pytest.raises(UserError, match=r"10,000,000,000\.0 MB are needed, .* MB are free"):
         fetch(site, tmp_path)
@@ -191,7 +191,7 @@ def test_space_for_the_store_is_required_without_the_received_bytes(site, archiv
 
 @pytest.fixture
 def episodes_site(site, cartpole_zip):
-    """A server whose archive holds three real episodes."""
+    """A server with an archive of three simulated episodes."""
     site.files = {"/cartpole/rnd.zip": cartpole_zip.read_bytes()}
     return site
 
@@ -208,7 +208,7 @@ def test_an_archive_becomes_a_store(episodes_site, cartpole_zip, tmp_path, capsy
     assert store.source == "cartpole/rnd.zip"
     assert store.fingerprint == import_archive(cartpole_zip, tmp_path / "other.h5", "cartpole").fingerprint
     assert names(tmp_path / "cartpole") == ["rnd.h5", "rnd.zip"]
-    # Again, and the archive may go.
+    # The second call deletes the archive.
     asked = len(episodes_site.requests)
     main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
     message = capsys.readouterr()
@@ -241,7 +241,7 @@ def test_the_archive_is_deleted_only_after_its_store_is_verified(episodes_site, 
     path.with_suffix(".h5").write_bytes(whole)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("buffer/episode_000007_1000.npz", b"one more")
-    with pytest.raises(UserError, match=r"is not the archive that .*rnd\.h5 was imported from. Archive kept"):
+    with pytest.raises(UserError, match=r"rnd\.h5 was not imported from all of its episodes. Archive kept"):
         again()
     assert names(tmp_path) == ["rnd.h5", "rnd.zip"]
 

@@ -1,4 +1,4 @@
-"""An interrupted import resumes and writes the same bytes."""
+"""A resumed import writes the same bytes as an uninterrupted one."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def same_day(monkeypatch):
 
 @pytest.fixture
 def archive(tmp_path, cartpole_episodes) -> Path:
-    """A folder of twelve episodes: four times the same three."""
+    """A folder of twelve episodes: four copies of three episodes."""
     folder = tmp_path / "archive" / "buffer"
     folder.mkdir(parents=True)
     originals = list(cartpole_episodes.values())
@@ -54,7 +54,7 @@ def archive(tmp_path, cartpole_episodes) -> Path:
 
 @pytest.fixture
 def whole(tmp_path, archive) -> bytes:
-    """The store that an uninterrupted import writes."""
+    """The bytes of the store that an uninterrupted import writes."""
     return import_archive(archive, tmp_path / "whole.h5", "cartpole", workers=1).path.read_bytes()
 
 
@@ -79,7 +79,7 @@ def stop_after(archive: Path, destination: Path, episodes: int, **options) -> No
 
 
 def garble(path: Path) -> None:
-    """Other content under the same name, size and time: whoever reads it notices."""
+    """Replace a file by zeros of the same size and time, so that reading it fails."""
     state = path.stat()
     path.write_bytes(bytes(state.st_size))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -138,7 +138,7 @@ def test_another_import_starts_anew(tmp_path, archive, destination, cartpole_epi
     destination.unlink()
 
     stop_after(archive, destination, 7)
-    save_episode(archive, 0, cartpole_episodes[1_000_000])  # other content, at another time
+    save_episode(archive, 0, cartpole_episodes[1_000_000])  # changes content and time
     other = import_archive(archive, destination, "cartpole", workers=1)
     other.verify()
     assert (other.episode(0)["physics"] == cartpole_episodes[1_000_000]["physics"]).all()
@@ -245,7 +245,7 @@ def wait_for_episodes(destination: Path, number: int, process: subprocess.Popen)
 
 @pytest.fixture
 def long_archive(archive) -> Path:
-    """Enough episodes that a process can be met in the middle of them."""
+    """An archive of 150 episodes, so that a process can be stopped during the import."""
     for number in range(EPISODES, 150):
         (archive / f"episode_{number:06d}_1000.npz").hardlink_to(archive / f"episode_{number % 3:06d}_1000.npz")
     return archive

@@ -28,7 +28,7 @@ SHARED_ARCHIVES = {
 
 @pytest.fixture(scope="session")
 def shared_stores(exorl_folder, tmp_path_factory) -> dict[str, EpisodeStore]:
-    """Every shared archive, imported."""
+    """The stores of all shared archives."""
     folder = tmp_path_factory.mktemp("stores")
     return {
         name: import_archive(exorl_folder / f"{name}.zip", folder / f"{name}.h5", name.split("/")[0])
@@ -143,7 +143,7 @@ def test_wrong_and_unknown_domain(tmp_path, cartpole_zip):
 
 @pytest.fixture
 def damaged_folder(tmp_path, cartpole_episodes) -> Path:
-    """Eight episodes; 2 is cut short, 3 holds a NaN, 5 lacks its physics, 7 has half the steps and says so."""
+    """Eight episodes. 2 is cut short, 3 has a NaN, 5 has no physics, and 7 has half the steps by its name."""
     folder = tmp_path / "archive" / "buffer"
     folder.mkdir(parents=True)
     originals = list(cartpole_episodes.values())
@@ -261,7 +261,7 @@ def test_number_of_workers_is_at_least_one(tmp_path, cartpole_zip):
 
 
 def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
-    """From the tenth episode to the last, the peak of resident memory must not follow the size of the store."""
+    """The peak of resident memory does not grow with the number of episodes."""
     (folder := tmp_path / "buffer").mkdir()
     first = save_episode(folder, 0, cartpole_episodes[999_999])
     for number in range(1, 150):

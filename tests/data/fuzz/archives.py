@@ -1,5 +1,6 @@
-"""Archives that are damaged or hostile, made from a good one of two cartpole episodes. Every kind is a function
-`(folder, good, random) -> path` that makes one variant of its kind; `good` holds the episodes by file name.
+"""Damaged and hostile archives, made from a good archive of two cartpole episodes.
+
+Every kind is a function `(folder, good, random) -> path` that makes one variant. `good` has the episodes by file name.
 """
 
 import io
@@ -39,20 +40,20 @@ def members_of(good: Good) -> list[tuple[str | zipfile.ZipInfo, bytes]]:
 
 
 def with_last(folder: Path, good: Good, content: bytes) -> Path:
-    """An archive whose last episode has this content."""
+    """Write an archive whose last episode has the given bytes."""
     *others, (name, _) = members_of(good)
     return zipped(folder, [*others, (name, content)])
 
 
 def last_changed(folder: Path, good: Good, **arrays: np.ndarray) -> Path:
-    """An archive in whose last episode some arrays are replaced."""
+    """Write an archive with other arrays in its last episode."""
     return with_last(folder, good, packed(list(good.values())[-1] | arrays))
 
 
 def bit_flips(folder, good, random):
     path = zipped(folder, members_of(good), METHODS[random.integers(2)])
     content = bytearray(path.read_bytes())
-    # Half of them where the structure is: headers and the directories are a small part of the whole.
+    # Half of the changes are in headers and directories, which are a small part of the file.
     structure = [content.find(b"PK", start) for start in random.integers(len(content) - 4, size=20)]
     for _ in range(random.integers(1, 4)):
         near = int(random.choice(structure)) + int(random.integers(0, 80))
@@ -184,7 +185,7 @@ def nested_archives(folder, good, random):
 
 
 def overlapping_entries(folder, good, random):
-    """Many names for one content: the directory's entries all point to the same place."""
+    """All entries of the directory point to the same content."""
     path = zipped(folder, [*members_of(good), *((f"buffer/episode_{9 + i:06d}_1000.npz", b"") for i in range(4))])
     content = bytearray(path.read_bytes())
     entries = [i for i in range(len(content) - 4) if content[i : i + 4] == b"PK\x01\x02"][-(len(good) + 4) :]
@@ -196,7 +197,7 @@ def overlapping_entries(folder, good, random):
 
 
 def lying_sizes(folder, good, random):
-    """Another size, in the directory or in the episode's own, than the content has."""
+    """The directory of the archive or of an episode gives a wrong size."""
     size = int(random.choice([0, 1, 1000, 50_000, 2**20, 2**31 - 1, 2**32 - 1]))
     field = int(random.choice([20, 24]))
 
@@ -251,7 +252,7 @@ def other_methods(folder, good, random):
 
 
 def npy_headers(folder, good, random):
-    """Headers that are huge, of an unknown version, or no dictionary at all."""
+    """Array headers that are huge, have an unknown version or are no dictionary."""
     shape = "(1001, 5)"
     texts = (
         f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}" + " " * 50_000,
@@ -288,7 +289,7 @@ def strange_names(folder, good, random):
 
 
 def folders(folder, good, random):
-    """No zip file but a folder, with something in it that is no episode."""
+    """A folder in place of a zip file, with an entry that is no episode."""
     path = folder / "fuzzed.zip"
     path.mkdir()
     for name, content in members_of(good):
@@ -311,7 +312,7 @@ def folders(folder, good, random):
 
 
 def harmless(folder, good, random):
-    """Not damaged at all: other keys, arrays in another order, notes, another packing, something before the archive."""
+    """Good archives: more keys, another order of arrays, notes, another compression, bytes before the archive."""
     extra = {"skill": random.random((1001, 16)).astype(np.float32), "meta": np.array(["a"])}
     members = [(name, packed(extra | {k: np.asfortranarray(v) for k, v in a.items()})) for name, a in good.items()]
     path = zipped(folder, [("README.md", b"x"), *members, ("buffer/.DS_Store", b"x")], METHODS[random.integers(2)])

@@ -1,6 +1,6 @@
-"""Tries fuzzed archives or stores, in a process of its own: python run.py archives|stores SEEDS FOLDER.
+"""Read fuzzed archives or stores in a separate process: python run.py archives|stores SEEDS FOLDER.
 
-Prints one JSON object per case. A case that takes too long, or ends the process, ends the output.
+Prints one JSON object per case. The output ends at a case that takes too long or ends the process.
 """
 
 import faulthandler
@@ -37,7 +37,7 @@ def main(what: str, seeds: int, folder: Path) -> None:
 
 
 def good_episodes() -> archives.Good:
-    """Two episodes of numbers that relabelling can do with."""
+    """Return two episodes of random numbers that can be relabelled."""
     random, good = np.random.default_rng(0), {}
     for number in (0, 1):
         rows = {
@@ -52,7 +52,7 @@ def good_episodes() -> archives.Good:
 
 
 def cases(kinds: tuple, seeds: int, folder: Path) -> Iterator[tuple]:
-    """(kind, seed, its own random numbers, an empty folder), watched."""
+    """Yield (kind, seed, random generator, empty folder) of every case, with a time limit."""
     for number, kind in enumerate(kinds):
         for seed in range(seeds):
             faulthandler.dump_traceback_later(SECONDS, exit=True)
@@ -64,7 +64,7 @@ def cases(kinds: tuple, seeds: int, folder: Path) -> Iterator[tuple]:
 
 
 def try_archives(seeds: int, folder: Path) -> Iterator[tuple]:
-    """Import every archive. What is imported must be the good episodes, and what is missing must be counted."""
+    """Import every archive. The store must have only good episodes and count the skipped ones."""
     good = good_episodes()
     for kind, seed, random, place in cases(archives.KINDS, seeds, folder):
         source = kind(place, good, random)
@@ -86,7 +86,7 @@ def try_archives(seeds: int, folder: Path) -> Iterator[tuple]:
 
 
 def judge_import(store: EpisodeStore, good: list, skip: bool) -> str:
-    """Whether a store holds good episodes, in their order, and says how many are missing."""
+    """Return "same" or "skipped" for the good episodes in order, with missing ones counted, otherwise the fault."""
     found = []
     for index in range(store.num_episodes):
         rows = store.episode(index)
@@ -103,7 +103,7 @@ def judge_import(store: EpisodeStore, good: list, skip: bool) -> str:
 
 
 def try_stores(seeds: int, folder: Path) -> Iterator[tuple]:
-    """Open and verify every store. What passes must hold what the good one holds."""
+    """Open and verify every store. A store without an error must have the good content."""
     path = folder / "good.h5"
     write_good_store(path)
     good = facts(EpisodeStore(path))
@@ -137,7 +137,7 @@ def write_good_store(path: Path) -> None:
 
 
 def facts(store: EpisodeStore) -> dict:
-    """All that a store says."""
+    """Return all content of a store."""
     return {
         "arrays": {key: array.tobytes() for key, array in store.arrays.items()},
         "returns": {

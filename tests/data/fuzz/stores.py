@@ -1,5 +1,6 @@
-"""Stores that are damaged or hostile, made from a good one. Every kind is a function `(path, random) -> None` that
-changes a copy of the good store in place.
+"""Damaged and hostile stores, made from a good store.
+
+Every kind is a function `(path, random) -> None` that changes a copy of the good store in place.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ def bit_flips(path, random):
 
 
 def flips_in_the_description(path, random):
-    """Where no rows lie: the file's first kilobytes and its end."""
+    """Flip bytes outside the rows: in the first kilobytes of the file and at its end."""
     content = bytearray(path.read_bytes())
     with h5py.File(path) as file:
         taken = [(file[name].id.get_offset(), file[name].nbytes) for name in (*ROWS, "rewards/cartpole_swingup")]
@@ -101,7 +102,7 @@ def other_layouts(path, random):
 
 
 def compact_layout(path, random):
-    """Small enough to lie in the header itself, where nothing can be mapped."""
+    """Datasets in HDF5's compact layout, which cannot be mapped."""
 
     def create(file, name, values):
         settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -112,7 +113,7 @@ def compact_layout(path, random):
 
 
 def bombs(path, random):
-    """A few bytes that claim to be terabytes of numbers."""
+    """A few bytes with a header for terabytes of numbers."""
 
     def create(file, name, values):
         shape = (2**38, *values.shape[1:])
@@ -198,7 +199,7 @@ def groups_for_arrays(path, random):
 
 
 def other_offsets(path, random):
-    """Another list of episodes, with a checksum that fits and, half of the time, the fingerprint too."""
+    """Another list of episodes with its checksum and, in half of the cases, its fingerprint."""
     with h5py.File(path, "r+") as file:
         offsets = file["episodes/offset"][:]
         index = int(random.integers(len(offsets)))
@@ -215,7 +216,7 @@ def other_offsets(path, random):
 
 
 def other_numbers(path, random):
-    """Other rows, or other small arrays whose checksum does not fit."""
+    """Other rows, or other small arrays, with the old checksum."""
     with h5py.File(path, "r+") as file:
         dataset = file[_any(random)]
         values = dataset[:]
@@ -230,7 +231,7 @@ def _any(random) -> str:
 
 
 def rewritten(path, random):
-    """Copied by HDF5 into another file, in another generation of the format: other places, the same numbers."""
+    """A copy by HDF5 in another version of its format: other offsets, the same numbers."""
     other = Path(f"{path}.other")
     with h5py.File(path) as old, h5py.File(other, "w", libver="earliest") as new:
         for name in old:

@@ -1,4 +1,4 @@
-"""Stores as Minari datasets, opened by the Minari library itself, and back."""
+"""Exported Minari datasets, read by the Minari library and imported again."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import pytest
 
 from ringrl.cli import main
 from ringrl.data import EpisodeStore
-from ringrl.data.minari import export_minari, exporter, import_minari
+from ringrl.data.minari import convert, export_minari, import_minari
 from ringrl.data.store.format import recorded_arrays
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
@@ -24,13 +24,13 @@ TASK, NAME = "jaco_reach_top_left", "exorl/jaco-random-v0"
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Minari's folder of datasets, empty."""
+    """An empty folder for Minari's datasets."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
     return tmp_path / "datasets"
 
 
 def same_recorded(one: EpisodeStore, other: EpisodeStore) -> None:
-    """That two stores hold the same, bit for bit."""
+    """Check that two stores have the same content, bit for bit."""
     assert one.fingerprint == other.fingerprint
     assert one.lengths.tolist() == other.lengths.tolist()
     for key, array in one.arrays.items():
@@ -126,7 +126,7 @@ def test_an_interrupted_export_leaves_nothing(jaco_store: EpisodeStore, root: Pa
     with pytest.raises(KeyboardInterrupt):
         export_minari(jaco_store, NAME, progress=stop)
     assert list((root / "exorl").iterdir()) == []
-    remains = root / "exorl" / ".jaco-random-v0.tmp" / "data"  # as a kill would leave them
+    remains = root / "exorl" / ".jaco-random-v0.tmp" / "data"  # left by a killed export
     remains.mkdir(parents=True)
     (remains / "metadata.json").write_text("{}")
     export_minari(jaco_store, NAME)
@@ -169,7 +169,7 @@ def test_a_full_disk_shows_before_the_work(jaco_store: EpisodeStore, root: Path)
 def test_episodes_that_were_not_written_correctly_are_found(
     key: str, jaco_store: EpisodeStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = exporter._episodes
+    whole = convert._episodes
 
     def lossy(*arguments: object) -> Iterator:
         for number, buffer in enumerate(whole(*arguments)):
@@ -178,13 +178,13 @@ def test_episodes_that_were_not_written_correctly_are_found(
                     holder[key] = holder[key] + np.float32(1)
             yield buffer
 
-    monkeypatch.setattr(exporter, "_episodes", lossy)
+    monkeypatch.setattr(convert, "_episodes", lossy)
     with pytest.raises(UserError, match=f"{key if key != 'rewards' else TASK} of episode 5 was not written correctly"):
         export_minari(jaco_store, NAME)
     assert list((root / "exorl").iterdir()) == []
 
 
-def test_an_export_that_was_changed_is_refused(jaco_store: EpisodeStore, tmp_path: Path, root: Path) -> None:
+def test_an_export_that_was_changed_is_rejected(jaco_store: EpisodeStore, tmp_path: Path, root: Path) -> None:
     export_minari(jaco_store, NAME)
     with h5py.File(root / NAME / "data" / "main_data.hdf5", "r+") as file:
         file["episode_3/actions"][7, 2] += 1e-6

@@ -1,4 +1,4 @@
-"""Minari datasets from elsewhere, made by the Minari library itself."""
+"""Imports of Minari datasets that the Minari library wrote."""
 
 import json
 import shutil
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Minari asks for authors, ad
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Minari's folder of datasets, empty."""
+    """An empty folder for Minari's datasets."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
     return tmp_path / "datasets"
 
 
 @pytest.fixture
 def pendulum() -> str:
-    """Three episodes of Pendulum-v1 of 30, 30 and 12 steps, collected by Minari."""
+    """A dataset of three Pendulum-v1 episodes (30, 30 and 12 steps), collected with Minari."""
     environment = minari.DataCollector(gymnasium.make("Pendulum-v1", max_episode_steps=30))
     environment.action_space.seed(0)
     for number, length in enumerate((30, 30, 12)):
@@ -53,7 +53,7 @@ LENGTHS = (5, 3, 8)
 
 
 def made(name: str = "lab/arm-v3", observation_space: gymnasium.Space = SPACE, **changes) -> list:
-    """Writes a small dataset with Minari: episodes of 5, 3 and 8 steps, of which the second terminated."""
+    """A function that writes a Minari dataset: episodes of 5, 3 and 8 steps. The second episode terminates."""
     observation_space.seed(0)
     action_space = changes.pop("action_space", Box(np.array([-2, 0]), np.array([2, 5]), dtype=np.float64))
     action_space.seed(0)
@@ -150,7 +150,9 @@ def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> N
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert all(np.isfinite(value) for line in metrics for value in line.values() if isinstance(value, float))
     run = tmp_path / "transformer"
-    with pytest.raises(UserError, match="no simulation for pendulum/random-v0, evaluate it in its own environment"):
+    with pytest.raises(
+        UserError, match="pendulum/random-v0 has no simulation; evaluate the policy in its own environment"
+    ):
         evaluate_policy(load_policy(run), run, Protocol())
 
 
@@ -254,7 +256,7 @@ SECRET = h5py.ExternalLink("secret.h5", "numbers")
         (replaced("episode_0/observations/goal", lambda file: np.full((6, 1), np.nan)), "row 0 of observations"),
     ],
 )  # fmt: skip
-def test_hostile_datasets_are_refused(
+def test_hostile_datasets_are_rejected(
     damage: Callable[[Path], object], message: str, tmp_path: Path, root: Path
 ) -> None:
     made()

@@ -1,4 +1,4 @@
-"""Batches over a mesh of eight devices, in one process and in two: the same numbers, and no row read in vain."""
+"""Batches over a mesh of eight devices, in one and two processes: equal numbers, and no unneeded row is read."""
 
 import json
 import socket
@@ -22,9 +22,14 @@ TASK = "cartpole_swingup"
 LENGTHS = [6, 1, 9, 4, 9, 2, 9, 5]
 STEP = 3
 BATCH = 8
-# (data, fsdp, seq, tensor): all eight devices; with tensor 2, every part of a batch lies on two of them
+# (data, fsdp, seq, tensor) of eight devices; with tensor 2, two devices share every part of a batch
 MESHES = [(1, 1, 8, 1), (2, 1, 4, 1), (4, 1, 2, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
-PADDED = {8: 32, 4: 32, 2: 28, 1: 27}  # three trajectories of up to nine steps: 27, zigzag wants a multiple of 2 * seq
+PADDED = {
+    8: 32,
+    4: 32,
+    2: 28,
+    1: 27,
+}  # three trajectories of up to nine steps give 27; zigzag needs a multiple of 2 * seq
 
 PROGRAM = f"""
 import json, sys
@@ -81,7 +86,7 @@ np.savez(result, read=json.dumps(read), **values)
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory, random_episode, write_store) -> EpisodeStore:
-    """Episodes of several lengths and random numbers."""
+    """A store of random episodes with several lengths."""
     path = tmp_path_factory.mktemp("sharded") / "mixed.h5"
     return write_store(path, "cartpole", [random_episode("cartpole", n, i) for i, n in enumerate(LENGTHS)])
 
@@ -100,7 +105,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def results(request, mixed: EpisodeStore, tmp_path_factory, environment: dict[str, str]) -> list[dict[str, np.ndarray]]:
-    """What each process of a run holds of each batch, and which rows it read."""
+    """The parts of each batch that each process has, and the rows that it read."""
     folder, number = tmp_path_factory.mktemp("results"), request.param
     files = [folder / f"{index}.npz" for index in range(number)]
     port = str(free_port())
@@ -165,7 +170,7 @@ def test_each_process_reads_the_rows_of_its_own_devices(results, made, mixed, sh
                 row = first + int(t - starts[k])
                 observation.add(row)
                 action |= {row, row + 1}
-                reward |= set(range(first, row + 2))  # what was earned before
+                reward |= set(range(first, row + 2))  # sum of earlier rewards
                 if row == first and k > 0:
                     last = int(mixed.offsets[episodes[k - 1] + 1]) - 1
                     action.add(last)
@@ -176,7 +181,7 @@ def test_each_process_reads_the_rows_of_its_own_devices(results, made, mixed, sh
         assert set(read["action"]) == action
         assert set(read[f"reward/{TASK}"]) <= reward
         seen.append(read["observation"])
-    # A context holds a row once: each process reads each of its steps once, however many devices hold it.
+    # Each process reads each of its steps once, even if several devices share the step.
     steps = int(plan.starts[:, -1].sum())
     if shape[3] == 1:
         assert sum(map(len, seen)) == steps
@@ -186,7 +191,7 @@ def test_each_process_reads_the_rows_of_its_own_devices(results, made, mixed, sh
         assert all(0 < len(rows) < steps for rows in seen)
 
 
-def test_on_one_device_it_is_the_plain_batch(made):
+def test_one_device_has_the_plain_batch(made):
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "seq"))
     sharded = ShardedSampler(made, mesh)
     assert sharded.steps_per_batch == made.steps_per_batch
@@ -195,7 +200,7 @@ def test_on_one_device_it_is_the_plain_batch(made):
         np.testing.assert_array_equal(a, b, strict=True)
 
 
-def test_a_batch_that_does_not_divide_is_refused(made):
+def test_a_batch_that_does_not_divide_is_rejected(made):
     mesh = jax.sharding.AbstractMesh((3, 2), ("data", "seq"))
     with pytest.raises(UserError, match=r"optimiser\.batch_size: 8 contexts do not divide among 3 .* multiple of 3"):
         ShardedSampler(made, mesh)

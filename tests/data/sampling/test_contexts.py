@@ -1,4 +1,4 @@
-"""Any part of a batch equals that part of the whole batch, and reads no other rows of the store."""
+"""A part of a batch, read alone, equals that part of the whole batch, and only its rows are read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ PADDED = 32  # steps; contexts hold up to 27
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory, random_episode, write_store) -> EpisodeStore:
-    """Episodes of several lengths and random numbers."""
+    """A store of random episodes with several lengths."""
     path = tmp_path_factory.mktemp("contexts") / "mixed.h5"
     return write_store(path, "cartpole", [random_episode("cartpole", n, i) for i, n in enumerate(LENGTHS)])
 
@@ -59,7 +59,7 @@ def test_a_rectangle_equals_that_part_of_the_batch(made, step, first, past, time
 
 
 class Recorded:
-    """An array that remembers which of its rows were asked for."""
+    """An array that records the rows that are read."""
 
     def __init__(self, array: np.ndarray, rows: set[int]) -> None:
         self.array, self.rows, self.shape = array, rows, array.shape
@@ -71,7 +71,7 @@ class Recorded:
 
 @pytest.fixture
 def recording(mixed: EpisodeStore) -> Callable[[], dict[str, set[int]]]:
-    """Makes the store's arrays remember; returns what they remember. Undone by opening the store again."""
+    """Replace the store's arrays by recording ones, and return the recorded rows."""
     rows: dict[str, set[int]] = {key: set() for key in mixed.arrays}
     mixed.arrays = {key: Recorded(array, rows[key]) for key, array in mixed.arrays.items()}  # type: ignore[misc]
     yield lambda: rows
@@ -92,7 +92,7 @@ def test_only_the_rows_that_are_needed_are_read(mixed, made, recording, times):
         row = first + t - int(plan.starts[2, k])
         observation.add(row)
         before = row if row > first else int(mixed.offsets[plan.episodes[2, k - 1] + 1]) - 1 if k else None
-        action |= {row + 1, before, row} - {None}  # the row of a state holds the action before
+        action |= {row + 1, before, row} - {None}  # the row of a state has the action before the state
         reward |= {*range(first, row + 2), before} - {None}
     read = recording()
     assert read["observation"] == observation
@@ -102,6 +102,6 @@ def test_only_the_rows_that_are_needed_are_read(mixed, made, recording, times):
     assert observation or times == [28, 30]
 
 
-def test_times_before_the_first_are_refused(made):
+def test_times_before_the_first_are_rejected(made):
     with pytest.raises(ValueError, match="no time below 0, got -3"):
         made.read(made.plan(0), slice(None), np.array([2, -3]))

@@ -10,7 +10,7 @@ from ringrl.errors import UserError
 
 
 class Source:
-    """Batches that say which step they are of; steps from `broken` on cannot be read."""
+    """A source whose batch is the step number. Reading fails from step `broken` on."""
 
     steps_per_batch = 1
 
@@ -37,7 +37,7 @@ def test_every_step_comes_once_in_order():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, 19, 20])
-def test_it_goes_on_from_a_state_that_went_through_json(taken):
+def test_a_state_that_was_saved_as_json_resumes(taken):
     batches = iterate_batches(Source(), 20)
     assert steps(next(batches) for _ in range(taken)) == list(range(taken))
     state = json.loads(json.dumps(batches.get_state()))
@@ -48,12 +48,12 @@ def test_it_goes_on_from_a_state_that_went_through_json(taken):
     assert steps(resumed) == list(range(taken, 20)) == source.asked, "nothing that came before is made again"
 
 
-def test_a_state_beyond_the_last_step_is_refused():
+def test_a_state_beyond_the_last_step_is_rejected():
     with pytest.raises(IndexError):
         iterate_batches(Source(), 20).set_state({"next_index": 21})
 
 
-def test_it_reads_ahead_in_the_background_but_not_far():
+def test_a_few_batches_are_read_ahead_in_the_background():
     source = Source()
     batches = iterate_batches(source, 100)
     next(batches)
@@ -67,7 +67,7 @@ def test_it_reads_ahead_in_the_background_but_not_far():
     batches.close()
 
 
-def test_what_goes_wrong_in_the_background_is_raised_where_the_batch_is_used():
+def test_errors_in_the_background_are_raised_at_their_batch():
     batches = iterate_batches(Source(broken=2), 10)
     assert steps([next(batches), next(batches)]) == [0, 1]
     with pytest.raises(UserError, match="step 2: gone"):

@@ -1,4 +1,4 @@
-"""Contexts of several tasks in turn: rewards, returns and order are those of each context's own task."""
+"""Contexts of several tasks have the rewards, returns and order of their own task."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ LENGTH, EPISODES = 6, 5
 
 @pytest.fixture
 def store(tmp_path: Path, random_episode, write_store) -> EpisodeStore:
-    """Episodes whose observation is their number; what is best in one task is worst in the other."""
+    """A store whose observations are the episode number. The order of returns differs between the tasks."""
     episodes = []
     for number in range(EPISODES):
         episode = random_episode("cartpole", LENGTH, number)
@@ -62,7 +62,7 @@ def test_all_tasks_are_equally_likely_and_any_part_reads_equally(store: EpisodeS
     np.testing.assert_array_equal(part.return_to_go, np.asarray(whole.return_to_go)[5:60][:, times])
 
 
-def test_strata_are_of_the_contexts_own_task(store: EpisodeStore) -> None:
+def test_stratified_sampling_uses_the_returns_of_each_task(store: EpisodeStore) -> None:
     several = sampler(store, other_tasks=TASKS[1:], sampling="return_stratified")
     alone = sampler(store, TASKS[1], sampling="return_stratified")
     np.testing.assert_array_equal(several._weights[TASKS[1]], alone._weights[TASKS[1]])
@@ -74,7 +74,7 @@ def test_draws_without_other_tasks_are_unchanged(store: EpisodeStore) -> None:
     np.testing.assert_array_equal(sampler(store).plan(7).episodes, drawn)
 
 
-def test_mistakes_are_named(store: EpisodeStore, tmp_path: Path) -> None:
+def test_invalid_settings_are_rejected(store: EpisodeStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no rewards for task walker_walk"):
         sampler(store, other_tasks=("walker_walk",))
     run = {"data": store.path, "task": TASKS[0], "run": tmp_path / "run"}

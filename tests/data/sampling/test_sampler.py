@@ -17,7 +17,7 @@ LENGTH = 3
 
 
 def golden_episode(random_episode, number: int, rewards: list[float]) -> dict[str, np.ndarray]:
-    """Observation and action of row t are 100 * number + t; there is neither action nor reward before the first."""
+    """Return an episode with observation and action 100 * number + t in row t. Action and reward of row 0 are 0."""
     episode = random_episode("cartpole", len(rewards), number)
     rows = 100 * number + np.arange(len(rewards) + 1, dtype=np.float32)[:, None]
     episode["observation"][:] = rows
@@ -28,7 +28,7 @@ def golden_episode(random_episode, number: int, rewards: list[float]) -> dict[st
 
 @pytest.fixture
 def golden(tmp_path: Path, random_episode, write_store) -> EpisodeStore:
-    """Four hand-written episodes of three steps."""
+    """A store of four hand-written episodes of three steps."""
     episodes = [golden_episode(random_episode, number, rewards) for number, rewards in enumerate(REWARDS)]
     return write_store(tmp_path / "golden.h5", "cartpole", episodes)
 
@@ -39,7 +39,7 @@ def sampler(store: EpisodeStore, batch_size: int = 1, seed: int = 0, **config: o
 
 
 def episode_numbers(batch: Context) -> np.ndarray:
-    """Which episode of `golden` each trajectory of each context is, (batch, trajectories)."""
+    """Return the episode numbers of the trajectories of each context (batch, trajectories)."""
     return (np.asarray(batch.observation)[:, ::LENGTH, 0] // 100).astype(int)
 
 
@@ -47,7 +47,7 @@ def test_a_whole_context_written_by_hand(golden: EpisodeStore) -> None:
     batch = sampler(golden, trajectories=4).batch(0)
     expected = {
         "reward": [[0, 0.25, 0, 0, 0, 0.5, 0.5, 0.25, 0.25, 1, 1, 0]],
-        # ascending by return; every trajectory starts from the best one's return, 2, per step of the episode
+        # ascending by return; every return-to-go starts at the best return, 2, divided by the episode length
         "return_to_go": np.array([[2, 2, 1.75, 2, 2, 2, 2, 1.5, 1.25, 2, 1, 0]]) / LENGTH,
         "completion": [[0] * 11 + [1]],
         "timestep": [[0, 1, 2] * 4],
@@ -59,7 +59,7 @@ def test_a_whole_context_written_by_hand(golden: EpisodeStore) -> None:
     np.testing.assert_array_equal(batch.observation[0, :, 0], [300, 301, 302, 100, 101, 102, 0, 1, 2, 200, 201, 202])
     # the action of a step is on the next row of ExoRL's format
     np.testing.assert_array_equal(batch.action[0, :, 0], [301, 302, 303, 101, 102, 103, 1, 2, 3, 201, 202, 203])
-    # and the step before lies across the end of a trajectory
+    # the previous step of a first step is the last one of the trajectory before
     np.testing.assert_array_equal(batch.previous.action[0, :, 0], [0, 301, 302, 303, 101, 102, 103, 1, 2, 3, 201, 202])
     np.testing.assert_array_equal(batch.previous.reward, [[0, 0, 0.25, 0, 0, 0, 0.5, 0.5, 0.25, 0.25, 1, 1]])
     np.testing.assert_array_equal(batch.previous.completion, [[0] * 12])
@@ -74,8 +74,8 @@ def test_own_targets_start_from_each_trajectorys_return(golden: EpisodeStore) ->
     np.testing.assert_array_equal(batch.previous.completion[0], [0, 0, 0] + [1, 0, 0] * 3)
 
 
-def test_without_a_target_no_return_is_asked_for_and_nothing_completes(golden: EpisodeStore) -> None:
-    """Algorithm distillation: a learner's episodes as they came; whatever else a context holds stays as it is."""
+def test_without_a_target_returns_to_go_and_completions_are_zero(golden: EpisodeStore) -> None:
+    """Algorithm distillation orders episodes by collection. Other arrays of the context are unchanged."""
     history = {"trajectories": 3, "order": "history", "sampling": "history_window"}
     batch = sampler(golden, target="none", **history).batch(0)
     for zero in (batch.return_to_go, batch.completion, batch.previous.completion):
@@ -90,7 +90,7 @@ def test_without_a_target_no_return_is_asked_for_and_nothing_completes(golden: E
 
 
 def test_shorter_contexts_are_padded_at_the_end(tmp_path: Path, random_episode, write_store) -> None:
-    """Episodes of 3, 1 and 2 steps, all three as one context: six steps, and as many as three of the longest take."""
+    """One context of episodes of 3, 1 and 2 steps has six steps, padded to three times the longest episode."""
     rewards = [[0.5, 0.25, 0.25], [0.5], [0.0, 2.0]]  # returns 1, .5, 2
     store = write_store(
         tmp_path / "mixed.h5", "cartpole", [golden_episode(random_episode, *x) for x in enumerate(rewards)]
@@ -142,7 +142,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(golden: EpisodeStore) -> N
         again.batch(step)
     for a, b in zip(jax.tree.leaves(later), jax.tree.leaves(again.batch(7)), strict=True):
         np.testing.assert_array_equal(a, b)
-    for seed, step in ((0, 8), (1, 7), (1, 6), (7, 0)):  # nor do the steps of one seed return as those of another
+    for seed, step in ((0, 8), (1, 7), (1, 6), (7, 0)):  # other seeds and steps draw other episodes
         other = sampler(golden, 8, seed, trajectories=2).batch(step)
         assert episode_numbers(other).tolist() != episode_numbers(sampler(golden, 8, trajectories=2).batch(7)).tolist()
 
@@ -170,7 +170,7 @@ def test_best_fraction_keeps_the_best(golden: EpisodeStore) -> None:
     assert set(numbers.ravel()) == {0, 2}
 
 
-def test_mistakes_are_named(golden: EpisodeStore) -> None:
+def test_invalid_settings_are_rejected(golden: EpisodeStore) -> None:
     with pytest.raises(UserError, match=r"no rewards for task walker_walk .domain cartpole.. Tasks: cartpole_balance"):
         ContextSampler(golden, "walker_walk", ContextConfig(), Normalisation.of(golden), 1, 0)
     with pytest.raises(UserError, match=r"context\.trajectories: 5 are more than the 4 eligible"):
@@ -198,7 +198,7 @@ def test_contexts_of_a_batch_differ(golden: EpisodeStore) -> None:
 
 
 def test_stratified_sampling_by_hand(tmp_path: Path, random_episode, write_store) -> None:
-    """Returns 0, 0, 0, .31, 1: ranges of width .1, three of them filled; each is drawn a third of the time."""
+    """Returns 0, 0, 0, .31, 1 fill three ranges of width .1. Each range is drawn a third of the time."""
     episodes = []
     for number, value in enumerate([0, 0, 0, 0.31, 1]):
         episode = random_episode("cartpole", LENGTH, number)
@@ -222,7 +222,7 @@ def test_stratified_sampling_of_equal_returns_is_uniform(tmp_path: Path, random_
     np.testing.assert_allclose(np.bincount(numbers) / 4000, 1 / 4, atol=0.03)
 
 
-def test_the_best_of_a_fraction_and_a_whole_store_can_be_used_up(golden: EpisodeStore) -> None:
+def test_a_context_can_hold_all_eligible_episodes(golden: EpisodeStore) -> None:
     for fraction, kept in ((0.25, [2]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3]), (0.01, [2])):
         made = sampler(golden, trajectories=len(kept), best_fraction=fraction)
         assert made.eligible.tolist() == kept
@@ -256,7 +256,7 @@ def test_fixed_contexts_are_the_same_at_every_step(golden: EpisodeStore) -> None
 
 
 def test_real_episodes_line_up(jaco_store: EpisodeStore) -> None:
-    """In the real environment: the reward of a step follows from its own action's row, one row later in the store."""
+    """In the environment, the reward of a step is that of its action, one row later in the store."""
     task, episode = "jaco_reach_top_left", 3
     scale = Normalisation(np.zeros(42), np.ones(42), 250)
     config = ContextConfig(trajectories=8, order="history")

@@ -15,7 +15,7 @@ LENGTHS = [4, 9, 2, 9, 7, 1, 5, 3]  # 40 steps
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory, random_episode, write_store) -> EpisodeStore:
-    """Eight episodes of several lengths."""
+    """A store of eight episodes with several lengths."""
     path: Path = tmp_path_factory.mktemp("selection") / "mixed.h5"
     return write_store(path, "cartpole", [random_episode("cartpole", n, i) for i, n in enumerate(LENGTHS)])
 

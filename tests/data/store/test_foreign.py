@@ -1,4 +1,4 @@
-"""Stores of domains that nothing here simulates."""
+"""Stores of domains without a simulation in RingRL."""
 
 import dataclasses
 import json
@@ -16,8 +16,7 @@ from ringrl.config import ActorCriticConfig, ContextConfig
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.data.store import EpisodeStore
-from ringrl.data.store.format import recorded_arrays, reward_key
-from ringrl.data.store.provenance import ForeignDomain, Provenance
+from ringrl.data.store.format import ForeignDomain, Provenance, recorded_arrays, reward_key
 from ringrl.data.store.summary import describe, to_json
 from ringrl.data.store.writer import create_store
 from ringrl.data.transitions import TransitionSampler
@@ -37,7 +36,7 @@ LENGTHS = (6, 2, 5)
 
 
 def write(path: Path, domain: ForeignDomain = ARM) -> EpisodeStore:
-    """Episodes of random numbers with rewards around -50; the second terminated."""
+    """Random episodes with rewards around -50. The second episode terminates."""
     random = np.random.default_rng(0)
     source = Provenance("Minari (lab/arm-v3)", relabelling="recorded")
     with create_store(path, domain, domain.tasks, LENGTHS, source=source) as writer:
@@ -86,7 +85,7 @@ def test_the_summary_reports_foreign_facts(store: EpisodeStore) -> None:
     assert json.loads(to_json(store))["foreign"]["action_high"] == [2.0, 5.0]
 
 
-def test_large_rewards_come_to_order_one(store: EpisodeStore) -> None:
+def test_large_rewards_are_scaled_to_order_one(store: EpisodeStore) -> None:
     scale = Normalisation.of(store)
     rewards = [store.episode(i)[reward_key(TASK)] for i in range(len(store))]
     batch = ContextSampler(store, TASK, ContextConfig(trajectories=2), scale, 8, 0).batch(0)
@@ -178,7 +177,7 @@ def test_impossible_facts_are_rejected(change: dict, store: EpisodeStore) -> Non
         lambda x: st.lists(x) | st.dictionaries(st.sampled_from(sorted(GOOD)), x),
     )
 )
-def test_facts_of_any_kind_are_read_or_refused(values: object) -> None:
+def test_facts_of_any_kind_are_read_or_rejected(values: object) -> None:
     with pytest.raises((ValueError, TypeError, KeyError)):
         ForeignDomain.from_json(json.dumps(values))
 
@@ -192,7 +191,7 @@ def test_facts_of_any_kind_are_read_or_refused(values: object) -> None:
         ({"physics_size": 2}, "lacks steps/physics"),
     ],
 )
-def test_facts_that_do_not_fit_the_arrays_are_refused(change: dict, message: str, store: EpisodeStore) -> None:
+def test_facts_that_do_not_fit_the_arrays_are_rejected(change: dict, message: str, store: EpisodeStore) -> None:
     with h5py.File(store.path, "r+") as file:
         file.attrs["facts"] = np.bytes_(json.dumps(GOOD | change).encode())
     with pytest.raises(UserError, match=message):
@@ -207,7 +206,7 @@ def test_without_the_facts_the_domain_is_unknown(store: EpisodeStore) -> None:
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_without_minari_one_line_says_how_to_get_it(
+def test_without_minari_the_error_names_the_extra(
     command: str, store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ringrl.data.minari import export_minari, import_minari

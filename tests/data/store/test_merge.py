@@ -1,4 +1,4 @@
-"""Merging stores: every episode as it was, in the order given, and no mixing of what does not belong together."""
+"""A merged store has every episode unchanged and in order. Stores that do not match are rejected."""
 
 import dataclasses
 from pathlib import Path
@@ -8,15 +8,15 @@ import pytest
 
 from ringrl.cli import main
 from ringrl.data.store import EpisodeStore
+from ringrl.data.store.format import NAMED_SKIPPED
 from ringrl.data.store.merge import merge_stores
-from ringrl.data.store.provenance import NAMED_SKIPPED
 from ringrl.data.store.writer import create_store
 from ringrl.errors import UserError
 
 
 @pytest.fixture
 def two(tmp_path: Path, random_episode, write_store) -> list[EpisodeStore]:
-    """Of three and two episodes."""
+    """Two stores, of three and two episodes."""
     first = [random_episode("cartpole", 5, number) for number in range(3)]
     second = [random_episode("cartpole", 7, number) for number in range(3, 5)]
     return [write_store(tmp_path / f"{name}.h5", "cartpole", part) for name, part in (("a", first), ("b", second))]
@@ -37,7 +37,9 @@ def test_all_episodes_come_over_in_order(two: list[EpisodeStore], tmp_path: Path
     assert merged.source == " + ".join(store.source for store in two)
 
 
-def test_the_command_merges_and_refuses_what_is_there(two, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_merges_and_rejects_an_existing_store(
+    two, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = [str(store.path) for store in two]
     command = ["data", "merge", *paths, "--output", str(tmp_path / "c.h5")]
     main(command)
@@ -50,7 +52,7 @@ def test_the_command_merges_and_refuses_what_is_there(two, tmp_path: Path, capsy
 
 
 def test_an_episode_that_is_in_two_stores_is_named(two, tmp_path: Path, random_episode, write_store) -> None:
-    """Else a context of distinct trajectories could hold it twice, and it would weigh double."""
+    """Otherwise a context of distinct trajectories could contain an episode twice."""
     overlapping = write_store(tmp_path / "d.h5", "cartpole", [random_episode("cartpole", 5, n) for n in (9, 1)])
     with pytest.raises(UserError, match=r"d.h5: 1 of its .*episode 1 is episode 1 of .*a.h5") as rejected:  # b between
         merge_stores([*(store.path for store in two), overlapping.path], tmp_path / "c.h5")

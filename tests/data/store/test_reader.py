@@ -56,7 +56,7 @@ def test_description(store):
 
 def test_any_hdf5_reader_finds_the_arrays(store, episodes):
     with h5py.File(store.path) as file:
-        end_of_file = int.from_bytes(store.path.read_bytes()[28:36], "little")  # as HDF5's superblock has it
+        end_of_file = int.from_bytes(store.path.read_bytes()[28:36], "little")  # as in HDF5's superblock
         assert end_of_file == store.path.stat().st_size
         for name, key in [("steps/physics", "physics"), ("rewards/cartpole_balance", "reward/cartpole_balance")]:
             np.testing.assert_array_equal(file[name][:], np.concatenate([episode[key] for episode in episodes]))
@@ -120,14 +120,14 @@ def test_threads_read_the_same_store(store, episodes):
         list(pool.map(read, range(64)))
 
 
-def test_a_replaced_store_stays_readable_to_those_who_have_it_open(store, episodes, write_store):
+def test_an_open_store_stays_readable_after_its_replacement(store, episodes, write_store):
     before = store.episode(0)["physics"].copy()
     write_store(store.path, "cartpole", episodes[1:], overwrite=True)
     np.testing.assert_array_equal(store.episode(0)["physics"], before)
     assert EpisodeStore(store.path).num_episodes == 2
 
 
-# What is no store
+# Files that are not stores
 
 
 def refusal(path: Path) -> str:
@@ -140,7 +140,7 @@ def refusal(path: Path) -> str:
 
 
 def changed(store: EpisodeStore, change) -> Path:
-    """A copy of a store's file with a change made through HDF5."""
+    """Return a copy of a store, changed through HDF5."""
     path = store.path.with_name("changed.h5")
     shutil.copy(store.path, path)
     with h5py.File(path, "r+") as file:
@@ -160,7 +160,7 @@ def test_not_hdf5(tmp_path, content):
     assert "not an episode store, or damaged" in refusal(tmp_path / "a.h5")
 
 
-def test_an_archive_is_not_called_a_damaged_store(tmp_path):
+def test_an_archive_has_its_own_error(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("buffer/episode_0_250.npz", b"")
     assert "is an archive, not a store: import it (ringrl data import)" in refusal(tmp_path / "a.zip")
@@ -185,7 +185,7 @@ def test_newer_format(store):
     assert "update ringrl" in refusal(path)
 
 
-def test_format_of_before(store):
+def test_older_format(store):
     path = changed(store, lambda file: file.attrs.update({"format_version": 1, "created_by": "ringrl 0.0.1"}))
     assert "written in format 1 by ringrl 0.0.1" in refusal(path)
     assert "import the archive again" in refusal(path)
@@ -218,7 +218,7 @@ def test_missing_dataset(store, name):
 
 
 def replaced(store: EpisodeStore, name: str, create) -> Path:
-    """A copy of a store in which `create(file, name, values)` makes a dataset anew, with the checksum it had."""
+    """Return a copy of a store with a dataset replaced by `create(file, name, values)`. The checksum is kept."""
 
     def replace(file: h5py.File) -> None:
         values, checksum = file[name][:], file[name].attrs.get("sha256")
@@ -296,7 +296,7 @@ def test_dataset_of_another_shape(store, shape):
     "name",
     ["episodes/offset", "episodes/recorded_sha256", "returns/cartpole_balance", "return_quantiles/cartpole_balance"],
 )
-def test_damaged_numbers_are_noticed_at_once(store, name):
+def test_opening_finds_damaged_small_arrays(store, name):
     def damage(file: h5py.File) -> None:
         file[name][1] += 1
 
@@ -304,7 +304,7 @@ def test_damaged_numbers_are_noticed_at_once(store, name):
 
 
 @pytest.mark.parametrize("name", ["steps/physics", "rewards/cartpole_swingup"])
-def test_damaged_steps_are_noticed_by_verify(store, name):
+def test_verify_finds_damaged_steps(store, name):
     def damage(file: h5py.File) -> None:
         file[name][5] = 0.123
 
@@ -317,7 +317,7 @@ def test_damaged_steps_are_noticed_by_verify(store, name):
 
 
 def rewritten(store: EpisodeStore, name: str, values: np.ndarray) -> EpisodeStore:
-    """A copy of a store with other values in a small array, checksum and all."""
+    """Return a copy of a store with other values in a small array and their checksum."""
 
     def rewrite(file: h5py.File) -> None:
         file[name][...] = values
@@ -334,7 +334,7 @@ def test_returns_and_quantiles_that_do_not_follow_from_the_rewards(store):
         rewritten(store, f"return_quantiles/{task}", store.return_quantiles(task) + 1).verify()
 
 
-def test_every_damaged_byte_of_the_description_is_refused_or_harmless(tmp_path, store):
+def test_every_damaged_byte_of_the_description_is_rejected_or_harmless(tmp_path, store):
     content = store.path.read_bytes()
     random = np.random.default_rng(0)
     whole = [store.episode(i) for i in range(3)]

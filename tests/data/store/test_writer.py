@@ -50,7 +50,7 @@ def test_announced_lengths_are_kept(tmp_path, episodes):
 
 
 def test_an_unreadable_store_does_not_replace_another(store, episodes):
-    """A reader refuses texts of more than 64 KB."""
+    """The reader rejects texts of more than 64 KB."""
     with (
         pytest.raises(UserError, match="its provenance is longer than 65,536 characters"),
         create_store(store.path, "cartpole", [], [50], source="x" * 70_000, overwrite=True) as writer,
@@ -119,7 +119,7 @@ def test_limit_on_file_size(tmp_path, limit_before, limit_between):
 
 
 def test_full_disk(tmp_path):
-    """On a real file system of 2 MB, mounted where only the child process sees it."""
+    """The file system has 2 MB and is mounted for the child process only."""
     unshare = ["unshare", "--mount", "--map-root-user"]
     mount = f"mount -t tmpfs -o size=2m none '{tmp_path}'"
     try:

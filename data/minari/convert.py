@@ -1,0 +1,339 @@
+"""Importing a Minari dataset into an episode store, and exporting a store as a Minari dataset.
+
+Our own exports are restored exactly. Datasets of any other domain become stores of a `ForeignDomain`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from ringrl import __version__
+from ringrl.data.minari.reader import (
+    EXPORTED,
+    INFOS,
+    MinariEpisodes,
+    check_id,
+    datasets_folder,
+    locate,
+    minari_module,
+)
+from ringrl.data.relabel import relabel_all
+from ringrl.data.store import EpisodeStore
+from ringrl.data.store.format import (
+    ROUNDED,
+    Episode,
+    ForeignDomain,
+    Provenance,
+    episode_bytes,
+    recorded_arrays,
+    reward_key,
+    software_versions,
+)
+from ringrl.data.store.writer import create_store, refuse_taken
+from ringrl.envs import Domain, domain_named
+from ringrl.errors import UserError, brief
+from ringrl.files import explain_write_errors, lock, reserve, write_aside
+
+PHYSICS = (("physics",), ("qpos", "qvel"))  # infos that may hold the state of a simulation
+SPARE = 1.5  # HDF5's chunks are larger than an episode
+
+
+def import_minari(
+    dataset: str,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    download: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> EpisodeStore:
+    """Import a Minari dataset into a new episode store and open it.
+
+    An export of `export_minari` is restored with every recorded number bit-equal, and its rewards are computed again.
+    Any other dataset becomes a store of a domain with the dataset's name (see `ForeignDomain`): observations flattened
+    to float32, actions scaled to [-1, 1], recorded rewards under a task of the same name, discount 0 where an episode
+    terminated, and physics where the infos have "physics" or "qpos" and "qvel".
+
+    Args:
+        dataset: name of a dataset, or its folder.
+        destination: the store to write, instead of an existing one with `overwrite`.
+        download: let Minari download a missing dataset.
+        progress: is called with (episodes done, episodes in all).
+
+    Raises:
+        UserError: Minari or the dataset is missing; spaces other than Boxes of numbers (observations may be a Dict of
+            Boxes), images, actions without bounds; damage; an existing destination; a full disk.
+    """
+    minari_module()
+    destination = Path(destination)
+    refuse_taken(destination, overwrite=overwrite)
+    with MinariEpisodes(locate(dataset, download=download)) as episodes:
+        is_exported = EXPORTED in episodes.metadata
+        origin: Exported | _Foreign = Exported(episodes) if is_exported else _Foreign(episodes)
+        domain, total = origin.domain, len(episodes.lengths)
+        with create_store(
+            destination, domain, domain.tasks, episodes.lengths, source=origin.provenance, overwrite=overwrite
+        ) as writer:
+            writer.recorded_task = origin.recorded_task
+            for index in range(total):
+                writer.append(origin.episode(index))
+                if progress is not None:
+                    progress(index + 1, total)
+            if origin.fingerprint not in (None, writer.fingerprint()):
+                raise UserError(f"{episodes.folder}: its episodes are not the exported ones: export it again")
+    return EpisodeStore(destination)
+
+
+class Exported:
+    """A dataset that `export_minari` wrote. UserError for incomplete metadata.
+
+    `fingerprint` is the expected one of the content.
+    """
+
+    def __init__(self, episodes: MinariEpisodes) -> None:
+        self._episodes = episodes
+        try:
+            origin = episodes.metadata[EXPORTED]
+            self.recorded_task: str | None = origin["recorded_task"]
+            self.fingerprint: str | None = origin["fingerprint"]
+            facts = origin["facts"]
+            found = ForeignDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
+            made = Provenance.from_json(json.dumps(origin["provenance"]))
+            if self.recorded_task not in (*found.tasks, None) or not isinstance(self.fingerprint, str):
+                raise ValueError(f"recorded for {self.recorded_task}")
+            if (made.relabelling == "recorded") != isinstance(found, ForeignDomain):
+                raise ValueError(f"relabelling {made.relabelling}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{episodes.folder}: its metadata under {EXPORTED!r} is damaged ({brief(error)}): export it again"
+            ) from error
+        self.domain: Domain = found
+        self.provenance = dataclasses.replace(
+            made, source=f"{made.source} by way of Minari", created_by=software_versions()
+        )
+
+    def episode(self, index: int) -> Episode:
+        """Return all arrays of an episode."""
+        episode = self.recorded(index)
+        if self.provenance.relabelling == "recorded":
+            return episode | {reward_key(self.domain.tasks[0]): episode["reward"][:, 0]}
+        rewards = relabel_all(self.domain.name, episode["physics"], episode["action"], self.provenance.relabelling)
+        return episode | {reward_key(task): reward for task, reward in rewards.items()}
+
+    def recorded(self, index: int) -> dict[str, np.ndarray]:
+        """Return the recorded arrays of an episode."""
+        steps, info = self._episodes.read(index), self._episodes.info
+        episode = {"observation": steps.observation, "action": _with_reset(steps.action.astype(np.float32))}
+        for key, spec in recorded_arrays(self.domain).items():
+            if key not in episode:
+                episode[key] = info(index, INFOS[key], row=(spec.width,), dtype=spec.dtype.type)
+        return episode
+
+
+class _Foreign:
+    """Any other dataset."""
+
+    fingerprint = None
+
+    def __init__(self, episodes: MinariEpisodes) -> None:
+        self._episodes, name, bounds = episodes, episodes.metadata["dataset_id"], episodes.action
+        low, high = (bound.astype(np.float64).ravel() for bound in (bounds.low, bounds.high))
+        if not (np.isfinite(high - low).all() and (low < high).all()):
+            raise UserError(
+                f"{episodes.folder}: its actions have no bounds and cannot be scaled to [-1, 1]: give its action space "
+                "bounds"
+            )
+        self._center, self._radius = (high + low) / 2, (high - low) / 2
+        self._physics = _physics_of(episodes)
+        try:
+            found = ForeignDomain.of(
+                name,
+                observation_size=sum(int(np.prod(box.shape)) for _, box in episodes.observation),
+                physics_size=sum(self._physics.values()),
+                action_low=tuple(low.tolist()),
+                action_high=tuple(high.tolist()),
+                episode_length=max(episodes.lengths),
+                num_terminated=sum(episodes.terminated),
+            )
+        except ValueError as error:
+            raise UserError(f"{episodes.folder}: cannot be a store ({error}): rename the dataset") from error
+        self.domain: Domain = found
+        (self._task,) = found.tasks
+        self.recorded_task: str | None = self._task
+        self.provenance = Provenance(f"Minari ({name})", source_bytes=episodes.size, relabelling="recorded")
+
+    def episode(self, index: int) -> Episode:
+        steps = self._episodes.read(index)
+        discount = np.ones((len(steps.observation), 1), np.float32)
+        discount[-1] = not steps.is_terminated
+        action = (steps.action - self._center) / self._radius
+        if np.abs(action).max() > 1 + ROUNDED:
+            step = int(np.argmax(np.abs(action).max(axis=1)))
+            raise UserError(
+                f"{self._episodes.folder}: the action of step {step} of episode {index} is outside the bounds of the "
+                "action space: clip such actions or widen the bounds"
+            )
+        reward = _with_reset(steps.reward)
+        if abs(reward.sum(dtype=np.float64)) > np.finfo(np.float32).max:
+            raise UserError(f"{self._episodes.folder}: the return of episode {index} is too large for float32")
+        episode = {
+            "observation": steps.observation,
+            "action": _with_reset(np.clip(action, -1, 1).astype(np.float32)),
+            "reward": reward[:, None],
+            "discount": discount,
+            reward_key(self._task): reward,
+        }
+        if self._physics:
+            widths, info = self._physics.items(), self._episodes.info
+            parts = [info(index, key, row=(width,), dtype=np.float64) for key, width in widths]
+            episode["physics"] = np.concatenate(parts, axis=1)
+        return episode
+
+
+def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
+    """The infos that hold the state of the simulation, with their widths; none if the first episode has none."""
+    for keys in PHYSICS:
+        widths = {key: episodes.info_width(key) for key in keys}
+        if all(widths.values()):
+            return widths
+    return {}
+
+
+def _with_reset(steps: np.ndarray) -> np.ndarray:
+    """Prepend a row of zeros for the reset."""
+    return np.concatenate([np.zeros_like(steps[:1]), steps])
+
+
+def export_minari(
+    store: EpisodeStore,
+    name: str,
+    *,
+    task: str | None = None,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a store as the Minari dataset `name` with the rewards of one task, and return the dataset's folder.
+
+    An episode has T+1 observations, T actions and rewards, and truncations that are True at the last step (for
+    terminated episodes: terminations). Its infos hold the other arrays, T+1 rows each: physics, the rewards of the
+    other tasks, and reward and discount as recorded. The metadata holds the store's provenance.
+
+    An interrupted export leaves no dataset, and the next one of that name removes its files.
+
+    Args:
+        store: the store to export.
+        name: Minari's name of the dataset, "exorl/walker-rnd-v0".
+        task: the task whose rewards become the dataset's; None for the recorded task.
+        folder: parent folder of all datasets, as in MINARI_DATASETS_PATH; None for Minari's own.
+        progress: is called with (episodes done, episodes in all).
+
+    Raises UserError: Minari is missing, a bad name, an existing dataset, no such task, a full disk.
+    """
+    check_id(name)
+    task = store.recorded_task if task is None else task
+    if task is None:
+        raise UserError(
+            f"{store.path}: was recorded for no single task, choose one (--task {' or '.join(store.tasks)})"
+        )
+    store.returns(task)  # raises UserError if the store has no such task
+    root = datasets_folder() if folder is None else folder
+    target = root / name
+    if target.exists():
+        raise UserError(f"{target}: already exists, choose another --name or delete it (minari delete {name})")
+    with explain_write_errors(target), lock(target, "is writing it"), write_aside(target) as growing:
+        growing.mkdir()
+        # HDF5 continues, and may crash, when a write fails. So the space is checked before, and the content after.
+        length, ballast = store.num_steps // store.num_episodes + 1, growing / "ballast"
+        size = int(SPARE * store.num_episodes * episode_bytes(store.facts, length, relabelled=True))
+        with explain_write_errors(target, size):
+            reserve(ballast, size)
+        ballast.unlink(missing_ok=True)
+        _write(store, name, task, growing / "data", progress)
+        _compare(store, task, growing / "data", target)
+        # Minari lists only folders that are marked as namespaces.
+        for namespace in Path(name).parents[:-1]:
+            marker = root / namespace / minari_module("minari.namespace").NAMESPACE_METADATA_FILENAME
+            if not marker.exists():
+                marker.write_text("{}")
+    return target
+
+
+def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Callable[[int, int], None] | None) -> None:
+    data.mkdir()
+    storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
+        data.absolute(),  # Minari cannot compute the size of a relative path
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32),
+        action_space=gymnasium.spaces.Box(-1.0, 1.0, (store.action_size,), np.float32),
+        env_spec=None if isinstance(store.facts, ForeignDomain) else gymnasium.spec(f"ringrl/{task}-v0"),
+        data_format="hdf5",
+    )
+    storage.update_metadata(_metadata(store, name, task))
+    try:
+        storage.update_episodes(_episodes(store, task, progress))
+    except RuntimeError as error:  # HDF5 also raises these when it cannot write
+        raise OSError(str(error)) from error
+
+
+def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
+    made, foreign = store.provenance, store.facts if isinstance(store.facts, ForeignDomain) else None
+    described = f"{store.num_episodes:,} episodes of {store.domain} from {made.source}, with the rewards of {task}"
+    metadata: dict[str, Any] = {
+        "dataset_id": name,
+        "minari_version": minari_module().__version__,
+        "description": f"{described} (rewards: {made.relabelling}). Exported by ringrl {__version__}.",
+        EXPORTED: {
+            "ringrl_version": __version__,
+            "fingerprint": store.fingerprint,
+            "domain": store.domain,
+            "task": task,
+            "recorded_task": store.recorded_task,
+            "provenance": json.loads(made.to_json()),
+            "facts": json.loads(foreign.to_json()) if foreign else None,
+        },
+    }
+    if foreign is None:
+        metadata["requirements"] = [f"ringrl>={__version__}"]  # contains the environment
+    return metadata
+
+
+def _episodes(store: EpisodeStore, task: str, progress: Callable[[int, int], None] | None) -> Iterator[Any]:
+    """Yield Minari's episode buffers, views of the store."""
+    buffer = minari_module("minari.data_collector.episode_buffer").EpisodeBuffer
+    others = [other for other in store.tasks if other != task]
+    for index in range(store.num_episodes):
+        rows = store.episode(index)
+        if rows["action"][0].any():
+            raise UserError(f"{store.path}: episode {index} has an action in its reset row, which Minari cannot store")
+        steps = len(rows["action"]) - 1
+        is_last, is_terminated = np.arange(steps) == steps - 1, bool(rows["discount"][-1, 0] == 0)
+        infos: dict[str, Any] = {name: rows[key] for key, name in INFOS.items() if key in rows}
+        if others:
+            infos["rewards"] = {other: rows[reward_key(other)] for other in others}
+        yield buffer(
+            observations=rows["observation"],
+            actions=rows["action"][1:],
+            rewards=rows[reward_key(task)][1:],
+            terminations=is_last & is_terminated,
+            truncations=is_last & (not is_terminated),
+            infos=infos,
+        )
+        if progress is not None:
+            progress(index + 1, store.num_episodes)
+
+
+def _compare(store: EpisodeStore, task: str, data: Path, target: Path) -> None:
+    """Read the whole dataset. UserError if it differs from the store."""
+    with MinariEpisodes(data) as episodes:
+        exported = Exported(episodes)
+        for index in range(store.num_episodes):
+            rows, found = store.episode(index), exported.recorded(index)
+            found[reward_key(task)] = np.insert(episodes.read(index).reward, 0, rows[reward_key(task)][0])
+            for other in {*store.tasks} - {task}:
+                found[reward_key(other)] = episodes.info(index, "rewards", other, row=(), dtype=np.float32)
+            for key, array in rows.items():
+                if not np.array_equal(array, found[key]):
+                    raise UserError(f"{target}: {key} of episode {index} was not written correctly, export it again")
