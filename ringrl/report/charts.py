@@ -150,7 +150,8 @@ def chart_files(chart: Chart) -> dict[str, bytes]:
 
 
 def _file_spec(panels: Sequence[Panel]) -> dict[str, Any]:
-    views, datasets = [], {}
+    views: list[dict[str, Any]] = []
+    datasets: dict[str, Any] = {}
     for index, panel in enumerate(panels):
         names = {name: f"{name}_{index}" for name in panel.spec["datasets"]}
         datasets |= {names[name]: rows for name, rows in panel.spec["datasets"].items()}

@@ -88,9 +88,11 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
         scores = [scores_of(side, cell) for side, cell in zip(runs, cells, strict=True)]
         named = {"Task": cells[0]["task"], "Method": describe(cells[0])}
         rows.append(named | _pair(*scores) | {"same_starts": same_starts})
-    only = [[f"{cell['task']}: {describe(cell)}" for index, cell in table.iterrows() if index not in taken]
-            for table, taken in zip(tables, zip(*matched, strict=True), strict=True)]  # fmt: skip
-    return Comparison(pd.DataFrame(rows), *only, _differences(*map(_settings, results)), results)
+    only_a, only_b = [
+        [f"{cell['task']}: {describe(cell)}" for index, cell in table.iterrows() if index not in taken]
+        for table, taken in zip(tables, zip(*matched, strict=True), strict=True)
+    ]
+    return Comparison(pd.DataFrame(rows), only_a, only_b, _differences(*map(_settings, results)), results)
 
 
 def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, rich.table.Table]:
@@ -175,7 +177,8 @@ def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
 
 def _pair(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     b = b.rename(index=lambda run: f"B {run}" if run.startswith(UNKNOWN_RUN) else run)  # never the runs of A
-    found, row = contrast([b], [a]), {}
+    found = contrast([b], [a])
+    row: dict[str, Any] = {}
     estimates = {"A": summarise(a), "B": summarise(b), CHANGE: found.change}
     if found.wins.interval:  # with one run each, this would be chance
         estimates[WINS] = found.wins

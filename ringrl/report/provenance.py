@@ -160,7 +160,8 @@ def _fits(config: dict[str, Any], row: pd.Series) -> bool:
             return False
     except pydantic.ValidationError:
         pass  # configurations of older versions are judged by the rest
-    context = config.get("context") if isinstance(config.get("context"), dict) else {}
+    given = config.get("context")
+    context = given if isinstance(given, dict) else {}
     length = context.get("trajectories")
     train_task = row["train_task"] if isinstance(row["train_task"], str) else row["task"]
     if train_task not in (config.get("task"), *(context.get("other_tasks") or ())):

@@ -255,7 +255,7 @@ def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
             normal = [
                 [score_or_none(task, run) for run in part] for task, part in zip(cells["task"], scores, strict=True)
             ]
-            found = summarise(*normal, together=together)  # type: ignore[arg-type]
+            found = summarise(*normal, together=together)
             ends = (found.interval.low, found.interval.high) if found.interval else (np.nan, np.nan)
             rows.append((method, length, found.value, *ends, found.runs))
     return pd.DataFrame(rows, columns=["method", "length", "iqm", "low", "high", "seeds"])

@@ -152,9 +152,9 @@ def test_a_journal_with_other_settings_is_reported_and_unchanged(tmp_path: Path)
     assert (journal / "context_00000.npz").exists()
 
 
-@pytest.mark.parametrize("place", ["folder", "file/evaluation.jsonl"])
+@pytest.mark.parametrize("place", ["folder.jsonl", "file/evaluation.jsonl"])
 def test_unwritable_results_raise_before_any_rollout(tmp_path: Path, place: str) -> None:
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "file").write_text("")
     listener = Listener()
     with pytest.raises(UserError, match="cannot be written"):
