@@ -322,4 +322,4 @@ def _blank(batch: int, time: int, observation_size: int, action_size: int) -> Co
         return np.zeros((batch, time, *sizes.get(name, ())), np.int32 if name in whole else np.float32)
 
     previous = Outcome(*map(zeros, Outcome._fields))
-    return Context(*(previous if name == "previous" else zeros(name) for name in Context._fields))
+    return Context(**{name: zeros(name) for name in Context._fields if name != "previous"}, previous=previous)

@@ -1,6 +1,7 @@
 """Cells as jobs: the script for sbatch, and jobs run by submitit's local executor."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_jobs_on_this_machine_train_and_evaluate(write_plan, jaco_store: Episode
     """One of three fails."""
     plan = read_plan(write_plan(jaco_store.path, trajectories=[1], baselines=[]))
     blocked = plan.output / "jaco_reach_top_left" / "data"
-    (blocked / "evaluation.partial").mkdir(parents=True)
+    (blocked / "evaluation.jsonl" / "in the way").mkdir(parents=True)
     how = RunOptions(workers=3, slurm=SlurmConfig(minutes=10), cluster="local")
     with pytest.raises(UserError, match="1 of 3 failed"):
         ablate(plan, Console(quiet=True), "ringrl ablate plan.yaml", how)
@@ -87,6 +88,6 @@ def test_jobs_on_this_machine_train_and_evaluate(write_plan, jaco_store: Episode
     records = read_records(plan.output).records
     assert {record.method for record in records} == {"random", "dt"}
     assert {record.steps_trained for record in records if record.method == "dt"} == {3}
-    (blocked / "evaluation.partial").rmdir()
+    shutil.rmtree(blocked / "evaluation.jsonl")
     files = ablate(plan, Console(quiet=True), None, how._replace(retry=True))
     assert {record.method for record in read_records(files).records} == {"random", "data", "dt"}
