@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ringrl.collect.controllers import recipe_of
-from ringrl.collect.record import EpisodePlan, record_episode
+from ringrl.collect.record import EpisodePlan, record_episode, start_seed
 from ringrl.data.relabel import relabel, relabel_all
 from ringrl.envs import DOMAINS, TASKS, domain_of, load_simulation, make
 from ringrl.errors import UserError
@@ -100,7 +100,7 @@ def test_the_mazes_rewards_equal_those_of_its_way_to_the_goal(task):
     preferred = np.array([*(task == np.array(tasks)), 0.0])
     plan = EpisodePlan(0, seed=0, parameters=preferred, noise_limit=0.5)
     episode = record_episode(load_simulation(task), recipe_of(task), plan)
-    environment = make(task, plan.start_seed)
+    environment = make(task, start_seed(plan.seed, plan.index))
     environment.reset()
     rewards = [0.0, *(environment.step(action)[1] for action in episode["action"][1:])]
     assert sum(rewards) > 200
