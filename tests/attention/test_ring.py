@@ -224,7 +224,7 @@ def test_queries_without_visible_keys(draw, oracle):
     options, spec = Options(Rule(), HEAD_DIM**-0.5), PartitionSpec(None, "seq")
 
     def shard(q, k, v, queries, keys):
-        plan = make_ring("seq", local_length=q.shape[1], layout="contiguous", rule=options.rule)
+        plan = make_ring("seq", q.shape[1], "contiguous", options.rule, has_default_positions=True, bidirectional=False)
         return attend(q, k, v, queries, keys, options, plan)
 
     @partial(jax.jit, compiler_options=QUICK)

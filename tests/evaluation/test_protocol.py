@@ -280,7 +280,7 @@ def test_a_missing_dataset_raises_only_if_needed(
     moved = with_config(load_policy(run), data=tmp_path / "gone.h5")  # on the current devices
     (record,) = evaluate_policy(moved, run, Protocol(environments=1, target="q0.5"), data=elsewhere)
     assert record.target_return == np.median(jaco_store.returns(TASK))
-    with pytest.raises(UserError, match=r"--prompt-trajectories: .*9 do not fit the 8"):
+    with pytest.raises(UserError, match=r"--prompt-trajectories: .*9 are more than the 8"):
         policy_evaluation(moved, run, Protocol(prompt_trajectories=9), data=elsewhere)
 
 
