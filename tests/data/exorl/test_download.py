@@ -224,7 +224,7 @@ def test_the_archive_is_deleted_only_after_its_store_is_verified(episodes_site, 
     with pytest.raises(SystemExit) as stop:
         main(command(episodes_site, tmp_path, "--delete-archive")[3:])
     assert stop.value.code == 2
-    assert "--delete-archive: needs --import" in capsys.readouterr().err
+    assert "--delete-archive: would keep nothing without --import" in capsys.readouterr().err
     assert episodes_site.requests == []
 
     def again():
