@@ -17,8 +17,8 @@ from jax.sharding import AxisType
 from ringrl.context import Context, Outcome
 from ringrl.errors import UserError
 from ringrl.model import TrainState, make_policy
-from ringrl.model.agents.agent import make_optimiser
 from ringrl.model.agents.imitation import abstract_state, make_train_step
+from ringrl.model.optimiser import make_optimiser
 from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.planning.machines import Machine
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload

@@ -26,7 +26,7 @@ from ringrl.attention.strategy import link_of
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 from ringrl.files import write_whole
-from ringrl.model.agents.agent import learning_rate
+from ringrl.model.optimiser import learning_rate
 from ringrl.training.budget import StepCost
 
 FIRST_TRACED, LAST_TRACED = 4, 6  # steps since the start or resumption; earlier ones compile and warm up

@@ -1,4 +1,4 @@
-"""Interface of agents, and their optimiser.
+"""Interface of agents.
 
 state = agent.init()
 state, metrics = agent.update(state, batch)                     # batch: contexts or transitions
@@ -13,13 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from ringrl.config import OptimiserConfig
 from ringrl.model.policy import Policy
-
-DECAYED = ("kernel", "embedding")  # by name: the stacked biases of all layers are two-dimensional too
 
 Tree = TypeVar("Tree")
 
@@ -51,32 +47,6 @@ class Agent:
         """Return the policy with the parameters of a `TrainState`."""
         policy: Policy = nnx.merge(self.graph, params)
         return policy
-
-
-def learning_rate(config: OptimiserConfig) -> optax.Schedule:
-    """Return linear warm-up from zero to the peak, then cosine decay to the final fraction at step `config.steps`.
-
-    Steps count from 0. With any warm-up, the rate of the first step is zero.
-    """
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, config.steps - 1),
-        decay_steps=config.steps,
-        end_value=config.learning_rate * config.final_learning_rate,
-    )
-
-
-def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
-    """Return clipping by global norm, then AdamW with weight decay on matrices only (not on biases and norm scales)."""
-
-    def decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate(config), b2=config.beta2, weight_decay=config.weight_decay, mask=decayed),
-    )
 
 
 def accept(is_finite: jax.Array, new: Tree, old: Tree) -> Tree:

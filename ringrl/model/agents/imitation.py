@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Float32, Int32
 from ringrl.attention import layout_positions, pad_to_layout, to_layout
 from ringrl.config import ModelConfig, TrainConfig
 from ringrl.context import Context
-from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser
+from ringrl.model.agents.agent import Agent, TrainState, accept
 from ringrl.model.cache import KVCache
 from ringrl.model.heads import Head, make_head
+from ringrl.model.optimiser import make_optimiser
 from ringrl.model.parallel import Parallel
 from ringrl.model.policy import Policy
 from ringrl.model.tokens import TokenEmbedding

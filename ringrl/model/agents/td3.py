@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Float32
 
 from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Context, Transitions
-from ringrl.model.agents.agent import Agent, TrainState, accept, make_optimiser
+from ringrl.model.agents.agent import Agent, TrainState, accept
+from ringrl.model.optimiser import make_optimiser
 from ringrl.model.policy import Policy
 
 COARSE, FINE = 5.0, 20.0  # per metre: goal offsets are of order one at 20 cm, and again at 5 cm

@@ -3,20 +3,16 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 
-from ringrl.config import ContextConfig, ModelConfig, OptimiserConfig, TrainConfig
+from ringrl.config import ContextConfig, TrainConfig
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.data.transitions import TransitionSampler
 from ringrl.model import Agent, AgenticTransformer, TrainState, make_agent, make_policy
-from ringrl.model.agents.agent import make_optimiser
 
 TASK, STEPS = "jaco_reach_top_left", 6
 KINDS = ("transformer", "behaviour_cloning", "td3_bc")
@@ -95,28 +91,3 @@ def test_acting_step_by_step_equals_actions_of_the_context(agent: Agent, context
 def test_tokens_per_step(agent: Agent) -> None:
     policy = agent.policy(agent.init().params)
     assert policy.tokens_per_step == (5 if isinstance(policy, AgenticTransformer) else 1)
-
-
-DECAYED = {
-    "transformer": {"timestep_embedding": True, "trajectory_embedding": True, "width": 16},
-    "behaviour_cloning": {"width": 16},
-    "td3_bc": {"width": 16},
-}
-
-
-@pytest.mark.parametrize("kind", DECAYED)
-def test_weight_decay_applies_to_matrices_only(kind: str) -> None:
-    """Biases and norm scales of stacked blocks are two-dimensional too, but must not decay."""
-    config = ModelConfig.model_validate({"kind": kind, "layers": 2} | DECAYED[kind])
-    params = nnx.to_pure_dict(nnx.state(make_policy(config, 4, 3, 0), nnx.Param))
-    params = jax.tree.map(jnp.ones_like, params)
-    optimiser = make_optimiser(OptimiserConfig(steps=10, warmup_steps=0, learning_rate=0.1, weight_decay=0.5))
-    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
-    after = optax.apply_updates(params, updates)
-    changed = {
-        jax.tree_util.keystr(path): bool((x != 1).any()) for path, x in jax.tree_util.tree_leaves_with_path(after)
-    }
-    assert any(changed.values())
-    assert not all(changed.values())
-    for name, has_changed in changed.items():
-        assert has_changed == name.endswith(("['kernel']", "['embedding']")), name

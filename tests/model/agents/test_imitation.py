@@ -1,7 +1,6 @@
-"""Optimiser step by hand, and the learning rate schedule."""
+"""The training step, computed by hand."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,8 +9,8 @@ from flax import nnx
 from ringrl.config import ModelConfig, OptimiserConfig
 from ringrl.context import Context, Outcome
 from ringrl.model import make_policy
-from ringrl.model.agents.agent import learning_rate, make_optimiser
 from ringrl.model.agents.imitation import initial_state, make_train_step
+from ringrl.model.optimiser import make_optimiser
 
 
 @pytest.fixture
@@ -30,22 +29,6 @@ def batch() -> Context:
         previous=previous,
         **outcome._asdict(),
     )
-
-
-def test_warm_up_and_cosine():
-    schedule = learning_rate(OptimiserConfig(steps=110, warmup_steps=10, learning_rate=0.5, final_learning_rate=0.2))
-    steps = np.arange(111)
-    cosine = 0.1 + 0.4 * (1 + np.cos(np.pi * (steps - 10) / 100)) / 2
-    expected = np.where(steps < 10, 0.05 * steps, cosine)
-    np.testing.assert_allclose([schedule(step) for step in steps], expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 50), (2, 50), (1, 0), (50, 50)])
-def test_short_runs_have_a_schedule(steps, warmup):
-    schedule = learning_rate(OptimiserConfig(steps=steps, warmup_steps=warmup, learning_rate=1.0))
-    found = [float(schedule(step)) for step in range(steps)]
-    assert np.isfinite(found).all()
-    assert max(found) == pytest.approx(1.0), "the peak is reached"
 
 
 def test_a_step_by_hand(batch):
@@ -77,14 +60,6 @@ def test_a_step_by_hand(batch):
         for key in path:
             value = value[key.key]
         np.testing.assert_allclose(found, value, atol=2e-4, err_msg=jax.tree_util.keystr(path))
-
-
-def test_beta2_is_the_configured_one():
-    optimiser = make_optimiser(OptimiserConfig(beta2=0.5, clip_norm=1e9))
-    params = {"w": jnp.ones((2, 2))}
-    state = optimiser.init(params)
-    _, state = optimiser.update({"w": jnp.full((2, 2), 3.0)}, state, params)
-    np.testing.assert_allclose(optax.tree_utils.tree_get(state, "nu")["w"], 0.5 * 9)
 
 
 def test_state_is_donated_and_non_finite_steps_change_only_counts(batch):

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from ringrl.config import ModelConfig, OptimiserConfig
+from ringrl.model import make_policy
+from ringrl.model.optimiser import learning_rate, make_optimiser
+
+
+def test_warm_up_and_cosine():
+    schedule = learning_rate(OptimiserConfig(steps=110, warmup_steps=10, learning_rate=0.5, final_learning_rate=0.2))
+    steps = np.arange(111)
+    cosine = 0.1 + 0.4 * (1 + np.cos(np.pi * (steps - 10) / 100)) / 2
+    expected = np.where(steps < 10, 0.05 * steps, cosine)
+    np.testing.assert_allclose([schedule(step) for step in steps], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 50), (2, 50), (1, 0), (50, 50)])
+def test_short_runs_have_a_schedule(steps, warmup):
+    schedule = learning_rate(OptimiserConfig(steps=steps, warmup_steps=warmup, learning_rate=1.0))
+    found = [float(schedule(step)) for step in range(steps)]
+    assert np.isfinite(found).all()
+    assert max(found) == pytest.approx(1.0), "the peak is reached"
+
+
+def test_beta2_is_the_configured_one():
+    optimiser = make_optimiser(OptimiserConfig(beta2=0.5, clip_norm=1e9))
+    params = {"w": jnp.ones((2, 2))}
+    state = optimiser.init(params)
+    _, state = optimiser.update({"w": jnp.full((2, 2), 3.0)}, state, params)
+    np.testing.assert_allclose(optax.tree_utils.tree_get(state, "nu")["w"], 0.5 * 9)
+
+
+DECAYED = {
+    "transformer": {"timestep_embedding": True, "trajectory_embedding": True, "width": 16},
+    "behaviour_cloning": {"width": 16},
+    "td3_bc": {"width": 16},
+}
+
+
+@pytest.mark.parametrize("kind", DECAYED)
+def test_weight_decay_applies_to_matrices_only(kind: str) -> None:
+    """Biases and norm scales of stacked blocks are two-dimensional too, but must not decay."""
+    config = ModelConfig.model_validate({"kind": kind, "layers": 2} | DECAYED[kind])
+    params = nnx.to_pure_dict(nnx.state(make_policy(config, 4, 3, 0), nnx.Param))
+    params = jax.tree.map(jnp.ones_like, params)
+    optimiser = make_optimiser(OptimiserConfig(steps=10, warmup_steps=0, learning_rate=0.1, weight_decay=0.5))
+    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
+    after = optax.apply_updates(params, updates)
+    changed = {
+        jax.tree_util.keystr(path): bool((x != 1).any()) for path, x in jax.tree_util.tree_leaves_with_path(after)
+    }
+    assert any(changed.values())
+    assert not all(changed.values())
+    for name, has_changed in changed.items():
+        assert has_changed == name.endswith(("['kernel']", "['embedding']")), name
