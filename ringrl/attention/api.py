@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, Protocol, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 from ringrl.attention import arguments, kernels
 from ringrl.attention.arguments import Axes, axis_names
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
-from ringrl.attention.layout import LAYOUTS, check_length, shard_positions
+from ringrl.attention.layout import check_length, shard_positions
 from ringrl.attention.mask import Side
 from ringrl.attention.merge import AxisName, varying_like
 from ringrl.attention.ring import make_ring
@@ -21,17 +21,23 @@ from ringrl.attention.strategy import STRATEGIES, choose_strategy, device_of
 from ringrl.attention.ulysses import gather_heads, scatter_heads
 
 
-@overload
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[False] = ..., **options: object
-) -> jax.Array: ...
-@overload
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[True], **options: object
-) -> tuple[jax.Array, jax.Array]: ...
+class AttentionFunction(Protocol):
+    """Type of the functions below: with `return_residual=True` they also return the log-sum-exp."""
+
+    @overload
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[True], **options: Any
+    ) -> tuple[jax.Array, jax.Array]: ...
+    @overload
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array: ...
 
 
-def attention(  # type: ignore[misc]
+def _overloaded(function: Callable[..., Any]) -> AttentionFunction:
+    return cast(AttentionFunction, function)
+
+
+@_overloaded
+def attention(
     q: Float[Array, "batch tokens heads head_dim"],
     k: Float[Array, "batch tokens kv_heads head_dim"],
     v: Float[Array, "batch tokens kv_heads head_dim"],
@@ -74,35 +80,19 @@ def attention(  # type: ignore[misc]
     """
     arguments.check_arrays(q, k, v)
     arguments.check_not_sharded("q", q)
-    arguments.check_implementation(implementation)
-    batch, tokens, _, head_dim = q.shape
+    batch, tokens = q.shape[:2]
     side = Side(
         arguments.integers("positions", positions, batch, tokens, jnp.arange(tokens, dtype=jnp.int32)),
         arguments.integers("segment_ids", segment_ids, batch, tokens, jnp.zeros(tokens, jnp.int32)),
     )
-    options = arguments.options(
-        head_dim,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-    )
+    options = arguments.options(q, is_causal=is_causal, window=local_window_size, scale=scale, cap=logits_soft_cap)
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     o, lse = attend(q, k, v, side, side, options, LOCAL)
     return (o, lse) if return_residual else o
 
 
-@overload
+@_overloaded
 def ring_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[False] = ..., **keywords: object
-) -> jax.Array: ...
-@overload
-def ring_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[True], **keywords: object
-) -> tuple[jax.Array, jax.Array]: ...
-
-
-def ring_attention(  # type: ignore[misc]
     q: Float[Array, "batch tokens heads head_dim"],
     k: Float[Array, "batch tokens kv_heads head_dim"],
     v: Float[Array, "batch tokens kv_heads head_dim"],
@@ -148,13 +138,14 @@ def ring_attention(  # type: ignore[misc]
       ValueError: an invalid argument, named in the message, before tracing.
     """
     arguments.check_arrays(q, k, v)
-    arguments.check_choice("layout", layout, LAYOUTS)
     check_length("q", q.shape[1], layout, arguments.mesh_size(mesh, "axis_name", axis_name))
     if batch_axes is None and head_axes is None:
         batch_axes, head_axes = _axes_of(q, mesh, axis_name)
-    _check_divides(mesh, "batch_axes", batch_axes, q.shape[0], "contexts of the batch")
-    _check_divides(mesh, "head_axes", head_axes, k.shape[2], "key heads")
     batch, tokens = q.shape[:2]
+    for name, axes, amount in (("batch_axes", batch_axes, batch), ("head_axes", head_axes, k.shape[2])):
+        if amount % (devices := arguments.mesh_size(mesh, name, axes)):
+            kind = "contexts of the batch" if name == "batch_axes" else "key heads"
+            raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
     integers = {
         name: None if x is None else arguments.integers(name, x, batch, tokens, x)
         for name, x in (("segment_ids", segment_ids), ("positions", positions))
@@ -181,6 +172,7 @@ def ring_attention(  # type: ignore[misc]
     )(q, k, v, integers)
 
 
+@_overloaded
 def ring_attention_shard(
     q: Float[Array, "batch local_tokens heads head_dim"],
     k: Float[Array, "batch local_tokens kv_heads head_dim"],
@@ -219,23 +211,15 @@ def ring_attention_shard(
       ValueError: an invalid argument, named in the message.
     """
     arguments.check_arrays(q, k, v)
-    arguments.check_choice("layout", layout, LAYOUTS)
-    arguments.check_choice("strategy", strategy, STRATEGIES)
-    arguments.check_implementation(implementation)
-    options = arguments.options(
-        q.shape[3],
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-    )
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
+    options = arguments.options(q, is_causal=is_causal, window=local_window_size, scale=scale, cap=logits_soft_cap)
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     size = lax.axis_size(axis_name)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
     q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
     batch, tokens, heads, _ = q.shape
-    if layout == "zigzag" and size > 1 and tokens % 2:
-        raise ValueError(f"q: expected an even number of tokens per device with the zigzag layout, got {tokens}")
+    check_length("q", tokens * size, layout, size)
     default = shard_positions(layout, size, tokens, lax.axis_index(axis_name))
     side = Side(
         arguments.integers("positions", positions, batch, tokens, default),
@@ -275,12 +259,6 @@ def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, Ax
             f'axis_name: strategy "ulysses_ring" expects two mesh axes, (ring axis, Ulysses axis), got {axis_name!r}'
         )
     return axis_name
-
-
-def _check_divides(mesh: Mesh | AbstractMesh, name: str, axes: Axes, amount: int, what: str) -> None:
-    size = arguments.mesh_size(mesh, name, axes)
-    if amount % size:
-        raise ValueError(f"{name}: {amount} {what} do not divide evenly over the {size} devices of {axes!r}")
 
 
 def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh, axis_name: AxisName) -> tuple[Axes, ...]:

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
-from ringrl.attention import kernels
 from ringrl.attention.mask import Options, Rule
 
 WIDEST = 2**31 - 1  # largest window, since positions are int32
@@ -49,17 +48,6 @@ def check_not_sharded(name: str, x: jax.Array) -> None:
         raise ValueError(f"{name}: sharded as {spec} over explicit mesh axes; use ring_attention, or jax.shard_map")
 
 
-def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """Check that a value is one of the choices."""
-    if value not in (choices := tuple(choices)):
-        raise ValueError(f"{name}: {value!r} is unknown; use one of {choices}")
-
-
-def check_implementation(implementation: str | None) -> None:
-    """Check that the kernel exists."""
-    check_choice("implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
-
-
 def axis_names(axes: Axes) -> tuple[str, ...]:
     """Return the names of no, one or several mesh axes."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
@@ -96,16 +84,13 @@ def _check_range(name: str, x: Array) -> None:
 
 
 def options(
-    head_dim: int,
-    *,
-    is_causal: bool,
-    local_window_size: int | tuple[int, int] | None,
-    scale: float | None,
-    logits_soft_cap: float | None,
+    q: jax.Array, *, is_causal: bool, window: int | tuple[int, int] | None, scale: float | None, cap: float | None
 ) -> Options:
-    """Return the static options of a call."""
-    rule = Rule(is_causal, _window(local_window_size))
-    return Options(rule, head_dim**-0.5 if scale is None else float(scale), _soft_cap(logits_soft_cap))
+    """Return the static options of a call from `local_window_size`, `scale` and `logits_soft_cap`."""
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Options(Rule(is_causal, _window(window)), scale, None if cap is None else float(cap))
 
 
 def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -118,9 +103,3 @@ def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if left < 0 or right < 0:
         raise ValueError(f"local_window_size: expected sizes >= 0, got {size}")
     return min(left, WIDEST), min(right, WIDEST)
-
-
-def _soft_cap(cap: float | None) -> float | None:
-    if cap is not None and not 0 < cap < math.inf:
-        raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
-    return None if cap is None else float(cap)

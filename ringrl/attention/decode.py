@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
-from ringrl.attention.contract import Partial, precision_of
+from ringrl.attention.contract import Partial, by_head, by_token, precision_of
 from ringrl.attention.mask import Options, Rule, Side, visible
 from ringrl.attention.merge import AxisName, merge, merge_over
 
@@ -75,35 +75,31 @@ def decode_attention(
     _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
         _check_prefix(prefix, k_cache)
-    options = arguments.options(
-        q.shape[3],
-        is_causal=True,
-        local_window_size=local_window_size,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-    )
-    caches = [Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))]
+    options = arguments.options(q, is_causal=True, window=local_window_size, scale=scale, cap=logits_soft_cap)
+    cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))
     if prefix is not None:
-        caches.append(prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)))
+        prefix = prefix._replace(length=jnp.asarray(prefix.length, jnp.int32))
     if mesh is None:
-        return _over_caches(q, caches, 0, 1, options).o.astype(q.dtype)
+        return _over_caches(q, cache, prefix, 0, 1, options).o.astype(q.dtype)
     size, parts = _check_shards(mesh, axis_name, k_cache.shape[1]), arguments.mesh_size(mesh, "batch_axes", batch_axes)
     if prefix is not None:
         _check_shards(mesh, axis_name, prefix.k.shape[1])
         _check_parts(prefix.k.shape[0], parts)
 
-    def shard(q: jax.Array, caches: list[tuple[jax.Array, ...]]) -> jax.Array:
-        held, *shared = (Prefix(*cache) for cache in caches)
-        mine = [_of_part(prefix, lax.axis_index(batch_axes), parts) if parts > 1 else prefix for prefix in shared]
-        part = _over_caches(q, [held, *mine], lax.axis_index(axis_name), size, options)
+    def shard(q: jax.Array, cache: Prefix, prefix: Prefix | None) -> jax.Array:
+        if prefix is not None and parts > 1:
+            prefix = _of_part(prefix, lax.axis_index(batch_axes), parts)
+        part = _over_caches(q, cache, prefix, lax.axis_index(axis_name), size, options)
         return merge_over(part, axis_name).o.astype(q.dtype)
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
     own, shared = (PartitionSpec(axes, axis_name, head_axes) for axes in (batch_axes, None))
-    specs = [(spec, spec, PartitionSpec()) for spec in (own, shared)][: len(caches)]
-    return jax.shard_map(shard, mesh=mesh, in_specs=(replicated, specs), out_specs=replicated)(
-        q, [tuple(map(jnp.asarray, cache)) for cache in caches]
+    in_specs = (
+        replicated,
+        Prefix(own, own, PartitionSpec()),  # type: ignore[arg-type]
+        None if prefix is None else Prefix(shared, shared, PartitionSpec()),  # type: ignore[arg-type]
     )
+    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=replicated)(q, cache, prefix)
 
 
 def _check_parts(prefixes: int, parts: int) -> None:
@@ -145,19 +141,20 @@ def _check_count(name: str, count: jax.Array | int, least: int, most: int) -> No
         raise ValueError(f"{name}: expected {least} ... {most} tokens in the cache, got {known}")
 
 
-def _over_caches(q: jax.Array, caches: list[Prefix], index: jax.Array | int, size: int, options: Options) -> Partial:
-    """Attend to the slots of device `index` of `size`, in the contexts' own caches and in their prefix, if any."""
-    own, *prefixes = caches
-    begin = prefixes[0].length if prefixes else jnp.zeros((), jnp.int32)
+def _over_caches(
+    q: jax.Array, cache: Prefix, prefix: Prefix | None, index: jax.Array | int, size: int, options: Options
+) -> Partial:
+    """Attend to the slots of device `index` of `size`, in the contexts' own cache and in their prefix, if any."""
+    begin = jnp.zeros((), jnp.int32) if prefix is None else prefix.length
     batch, new, heads, head_dim = q.shape
-    queries = begin + own.length - new + jnp.arange(new, dtype=jnp.int32)
-    part = _over_cache(q, own, queries, begin, index, size, options)
-    for prefix in prefixes:
-        number = prefix.k.shape[0]
-        together = q.reshape(number, -1, heads, head_dim)
-        shared = _over_cache(together, prefix, jnp.tile(queries, batch // number), 0, index, size, options)
-        part = merge(part, Partial(*(x.reshape(y.shape) for x, y in zip(shared, part, strict=True))))
-    return part
+    queries = begin + cache.length - new + jnp.arange(new, dtype=jnp.int32)
+    part = _over_cache(q, cache, queries, begin, index, size, options)
+    if prefix is None:
+        return part
+    number = prefix.k.shape[0]
+    together = q.reshape(number, -1, heads, head_dim)
+    shared = _over_cache(together, prefix, jnp.tile(queries, batch // number), 0, index, size, options)
+    return merge(part, Partial(*(x.reshape(y.shape) for x, y in zip(shared, part, strict=True))))
 
 
 def _over_cache(
@@ -176,7 +173,7 @@ def _over_cache(
     batch, new, heads, head_dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
     # The queries of a key head are the rows of one matrix. With other orders XLA rearranges the cache at every step.
-    q = jnp.moveaxis(q.reshape(batch, new, kv_heads, -1, head_dim), 1, 3).reshape(batch, kv_heads, -1, head_dim)
+    q = by_head(q, kv_heads).reshape(batch, kv_heads, -1, head_dim)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (cache.k, cache.v))
     product = partial(jnp.einsum, precision=precision_of(k), preferred_element_type=jnp.float32)
     s = product("bhmd,bhkd->bhmk", q.astype(k.dtype), k) * options.scale
@@ -193,8 +190,7 @@ def _over_cache(
     total = p.sum(-1, keepdims=True)
     o = product("bhmk,bhkd->bhmd", p.astype(v.dtype), v)
     o, lse = o / jnp.where(total == 0, 1.0, total), (maximum + jnp.log(total))[..., 0]
-    by_query = lambda x: jnp.moveaxis(x.reshape(batch, kv_heads, -1, new, *x.shape[3:]), 3, 1)  # noqa: E731
-    return Partial(by_query(o).reshape(batch, new, heads, head_dim), by_query(lse).reshape(batch, new, heads))
+    return Partial(*(by_token(x.reshape(batch * kv_heads, *x.shape[2:]), batch, new) for x in (o, lse)))
 
 
 def append_to_cache(

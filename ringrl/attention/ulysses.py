@@ -14,21 +14,20 @@ from ringrl.attention.merge import AxisName
 _TOKENS, _HEADS = 1, 2
 
 
-def check_heads(heads: int, kv_heads: int, size: int) -> None:
-    """Raise ValueError if the heads cannot be divided over `size` devices."""
+def scatter_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, side: Side, axis_name: AxisName, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, Side]:
+    """Exchange some tokens of all heads for all tokens of some heads: (B, S/n, H, D) -> (B, S, H/n, D).
+
+    Raise ValueError if the heads cannot be divided over `size` devices.
+    """
+    heads, kv_heads = q.shape[_HEADS], k.shape[_HEADS]
     if heads % size:
         raise ValueError(f"q: {heads} heads do not divide over the {size} devices of a Ulysses axis")
     if kv_heads % size and size % kv_heads:
         raise ValueError(f"k: {kv_heads} heads are neither a multiple nor a divisor of the {size} devices (Ulysses)")
-
-
-def scatter_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, side: Side, axis_name: AxisName, size: int
-) -> tuple[jax.Array, jax.Array, jax.Array, Side]:
-    """Exchange some tokens of all heads for all tokens of some heads: (B, S/n, H, D) -> (B, S, H/n, D)."""
-    check_heads(q.shape[_HEADS], k.shape[_HEADS], size)
-    if k.shape[_HEADS] % size:  # fewer key heads than devices: several devices share one
-        k, v = (jnp.repeat(x, size // k.shape[_HEADS], axis=_HEADS) for x in (k, v))
+    if kv_heads % size:  # fewer key heads than devices: several devices share one
+        k, v = (jnp.repeat(x, size // kv_heads, axis=_HEADS) for x in (k, v))
     q = lax.all_to_all(q, axis_name, _HEADS, _TOKENS, tiled=True)
     k, v = lax.all_to_all(jnp.stack([k, v]), axis_name, _HEADS + 1, _TOKENS + 1, tiled=True)
     return q, k, v, Side(*lax.all_gather(jnp.stack(side), axis_name, axis=_TOKENS + 1, tiled=True))

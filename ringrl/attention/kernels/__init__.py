@@ -78,10 +78,12 @@ def native_to(device: DeviceKind) -> str:
 def with_kernel(options: Options, implementation: str | None, q: jax.Array, device: DeviceKind) -> Options:
     """Return `options` with the named kernel, or with the best kernel for the device and queries `q` (..., head_dim).
 
-    A named kernel that does not support the call raises ValueError. Without a name, calls that the device's kernel does
-    not support use "xla". The fallback is logged once, as is an accelerator without a kernel.
+    An unknown kernel, or a named kernel that does not support the call, raises ValueError. Without a name, calls that
+    the device's kernel does not support use "xla". The fallback is logged once, as is an accelerator without a kernel.
     """
     native = native_to(device)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation: {implementation!r} is unknown; use one of {(None, *IMPLEMENTATIONS)}")
     if implementation is not None and implementation not in (native, "xla"):
         raise ValueError(f"implementation: {implementation!r} does not run on {device.device_kind}; use {native!r}")
     chosen = implementation or native
