@@ -1,7 +1,8 @@
 """The charts of a report: Altair specifications, shown on the page and written as SVG, PDF and PNG."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import pandas as pd
 import vl_convert
 from altair.utils.schemapi import debug_mode
 
-from ringrl.evaluation.formatting import number
+from ringrl.evaluation.formatting import ABSENT, number
 from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import performance_profile
 from ringrl.report.results import CELL, RUN
@@ -23,6 +24,7 @@ from ringrl.report.tables import (
     intervals,
     last_episodes,
     levels,
+    normalised,
     normalised_scores,
     prompt_returns,
     run_scores,
@@ -64,6 +66,7 @@ _MEASURES = {
               "backward. Other models are not counted."),
     "time": ("", "Wall-clock time of training, with compilation and waiting for data."),
 }  # fmt: skip
+_UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))  # from these seconds on
 
 
 class Style(NamedTuple):
@@ -91,7 +94,7 @@ class Chart(NamedTuple):
     caption: str
     panels: list[Panel]
     methods: list[str]  # in the legend
-    has_reset: bool = False  # dashed lines are in it
+    has_reset: bool = False  # whether a line without memory is shown
 
     @property
     def options(self) -> list[str]:
@@ -107,8 +110,8 @@ def styles(table: pd.DataFrame) -> dict[str, Style]:
         dash = _DASHES[again] if kind == "reference" else ()
         found[method] = Style(SERIES[index % len(SERIES)], _SHAPES[again], dash)
     return found | {
-        "dataset, mean": Style("muted", "circle", (7, 3)),
-        "dataset, best": Style("muted", "circle", (1, 0)),
+        "Dataset, all episodes": Style("muted", "circle", (7, 3)),
+        "Dataset, best episode": Style("muted", "circle", (1, 0)),
     }
 
 
@@ -151,17 +154,13 @@ def chart_files(chart: Chart) -> dict[str, bytes]:
 
 def _file_spec(panels: Sequence[Panel]) -> dict[str, Any]:
     views: list[dict[str, Any]] = []
-    datasets: dict[str, Any] = {}
-    for index, panel in enumerate(panels):
-        names = {name: f"{name}_{index}" for name in panel.spec["datasets"]}
-        datasets |= {names[name]: rows for name, rows in panel.spec["datasets"].items()}
-        layers = [layer | {"data": {"name": names[layer["data"]["name"]]}} for layer in panel.spec["layer"]
-                  if layer["mark"].get("opacity") != 0]  # these only carry tooltips  # fmt: skip
+    for panel in panels:
+        layers = [layer for layer in panel.spec["layer"] if layer["mark"].get("opacity") != 0]  # these carry tooltips
         views.append({"layer": layers, "title": panel.title, "width": WIDTH, "height": panel.height})
     spec = {
         "$schema": alt.SCHEMA_URL, "concat": views, "columns": 2 if len(views) == 4 else min(3, len(views)),
-        "datasets": datasets, "params": panels[0].spec["params"], "config": _config(), "background": "white",
-        "spacing": 30,
+        "datasets": {name: rows for panel in panels for name, rows in panel.spec["datasets"].items()},
+        "params": panels[0].spec["params"], "config": _config(), "background": "white", "spacing": 30,
     }  # fmt: skip
     text = json.dumps(spec, sort_keys=True)
     for name, (light, _) in PALETTE.items():
@@ -191,17 +190,17 @@ class Drawing(NamedTuple):
 
     styles: Mapping[str, Style]
     commands: pd.Series  # by CELL
-    frames: dict[str, pd.DataFrame]  # data of the panel in progress, by name
+    frames: dict[str, pd.DataFrame]  # data of all panels, by name
 
-    def chart(
-        self, name: str, title: str, caption: str, panels: Sequence[Panel], methods: Iterable[str], reset: bool = False
-    ) -> Chart:
-        """A chart whose legend names the methods in the order of the colours."""
-        used = set(methods)
-        return Chart(name, title, caption, list(panels), [method for method in self.styles if method in used], reset)
+    def chart(self, name: str, title: str, caption: str, panels: list[Panel]) -> Chart:
+        """Return a chart. Its legend names the methods that it shows, in the order of the colours."""
+        rows = [row for panel in panels for data in panel.spec["datasets"].values() for row in data]
+        used = {row.get("method") for row in rows}
+        has_reset = any(row.get("memory") == RESET for row in rows)
+        return Chart(name, title, caption, panels, [method for method in self.styles if method in used], has_reset)
 
     def base(self, data: pd.DataFrame) -> alt.Chart:
-        """A chart of these rows, to be given a mark; the data is added to the specification once, by `panel`."""
+        """Return a chart of these rows without a mark. `panel` adds the rows to the specification."""
         name = next((name for name, frame in self.frames.items() if frame is data), f"rows{len(self.frames)}")
         self.frames[name] = data
         return alt.Chart(alt.NamedData(name=name))
@@ -209,79 +208,113 @@ class Drawing(NamedTuple):
     def panel(
         self, title: str, layers: Sequence[alt.Chart], description: str, option: str = "", height: int = HEIGHT
     ) -> Panel:
-        """The layers, made with `base`, as one panel; its parameter `isolated` is the method chosen in the legend."""
+        """Return layers made with `base` as one panel. Its parameter `isolated` is the method chosen in the legend."""
         specs = [layer.to_dict(validate=False) for layer in layers]
         for spec in specs:
             del spec["$schema"], spec["config"]
-        rows = {
-            name: json.loads(frame.to_json(orient="records", double_precision=6)) for name, frame in self.frames.items()
-        }
-        self.frames.clear()
+        names = sorted({spec["data"]["name"] for spec in specs})
+        rows = {name: json.loads(self.frames[name].to_json(orient="records", double_precision=6)) for name in names}
         params = [{"name": "isolated", "value": ""}]
         spec = {"description": description, "layer": specs, "datasets": rows, "params": params}
         return Panel(title, spec, option, height)
 
-    def rows(self, data: pd.DataFrame, **columns: Any) -> pd.DataFrame:
-        """Rows with value, low and high, and what tooltips show; the columns that no chart reads are dropped."""
-        data = data.assign(value=data["iqm"], curve="", strength=1.0, memory=MEMORY).assign(**columns)
+    def curves(
+        self,
+        rows: pd.DataFrame,
+        axis: Callable[[pd.Series], alt.X],
+        *,
+        y: alt.Y | None = None,
+        runs: pd.DataFrame | None = None,
+        option: str = "",
+        **marks: Any,
+    ) -> list[Panel]:
+        """Return a panel per task: a line per method, memory and curve, and a horizontal line per row without x.
+
+        Args:
+            rows: columns task, method, x and iqm, and optionally low, high, memory, curve, strength (opacity), label
+                and the columns of tooltips.
+            axis: returns the x axis for a column of values.
+            y: axis of the column "value". Default: the return per episode.
+            runs: training runs, drawn as small dots: columns task, method, x, value and seed.
+            option: value of the chart's selector.
+            marks: arguments of `lines`.
+        """
+        panels, y = [], y or alt.Y("value:Q", title="return per episode", scale=alt.Scale(zero=True))
+        for task, group in rows.groupby("task", sort=False):
+            if group["x"].isna().all():
+                continue
+            data = self.rows(group)
+            points = data[data["x"].notna()]
+            x = axis(points["x"])
+            layers = [*self.rules(data[data["x"].isna()], y), *self.lines(points, x, y, **marks)]
+            if runs is not None and (runs["task"] == task).any():
+                layers.append(self.dots(runs[runs["task"] == task], x, y))
+            panels.append(self.panel(str(task), layers, f"{task}: {y['title']} against {x['title']}.", option))
+        return panels
+
+    def rows(self, data: pd.DataFrame) -> pd.DataFrame:
+        """Return the columns that a chart reads. Missing columns get default values."""
         if set(CELL) <= set(data.columns):
             data = data.merge(self.commands, left_on=CELL, right_index=True, how="left")
             data = data.assign(trajectories=[_lengths(*lengths) for lengths in data[CELL[2:]].to_numpy()])
-        data = _with_texts(data).reindex(columns=[*_DRAWN])
-        return data.dropna(axis=1, how="all") if len(data) else data
+        defaults = {"low": np.nan, "high": np.nan, "curve": "", "strength": 1.0, "memory": True}
+        data = data.assign(value=data["iqm"], **{name: value for name, value in defaults.items() if name not in data})
+        ends = zip(data["low"], data["high"], strict=True)
+        texts = {
+            "shown": [number(value) for value in data["value"]],
+            "interval": [f"{number(low)} to {number(high)}" if pd.notna(low) else None for low, high in ends],
+        }
+        data = data.assign(**{name: text for name, text in texts.items() if name not in data})
+        data = data.assign(memory=data["memory"].map({True: MEMORY, False: RESET}))
+        return data.reindex(columns=[*_DRAWN]).dropna(axis=1, how="all").fillna({"interval": ABSENT})
 
     def colour(self) -> alt.Color:
-        """One colour per method, the same in all charts."""
+        """Return the colour of a method, the same in all charts."""
         shades = [f"var(--{style.colour})" for style in self.styles.values()]
         return alt.Color("method:N", title=None, scale=alt.Scale(domain=list(self.styles), range=shades))
 
-    def lines(self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, band: bool = False) -> list[alt.Chart]:
-        """A line per method, memory and curve; bars or a band for the intervals; points with tooltips.
+    def lines(
+        self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, band: bool = False, points: bool = True, step: bool = False
+    ) -> list[alt.Chart]:
+        """Return lines per method, memory and curve, bars or a band for intervals, points with tooltips, and labels.
 
         Args:
-            data: rows as `rows` returns them, with the column x.
+            data: rows as `rows` returns them.
             x, y: axes of the columns x and value.
             band: draw intervals as a band.
+            points: draw the points; False leaves only their tooltips.
+            step: draw lines as steps.
         """
-        shapes = alt.Scale(domain=list(self.styles), range=[style.shape for style in self.styles.values()])
-        dashes = alt.Scale(domain=[MEMORY, RESET], range=[[1, 0], [4, 3]])
+        how: dict[str, Any] = {"interpolate": "step-after"} if step else {}
         base = self.base(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
-        marks = base.mark_area() if band else base.mark_rule(strokeWidth=6)
-        ends = marks.encode(
-            y=alt.Y("low:Q", title=y["title"], scale=y["scale"]), y2="high:Q", opacity=_opacity(0.15 if band else 0.3)
-        )
-        line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(
-            y=y, strokeDash=alt.StrokeDash("memory:N", title=None, scale=dashes), opacity=_opacity("strength")
-        )
-        points = base.mark_point(filled=True, size=50).encode(
-            y=y, shape=alt.Shape("method:N", title=None, scale=shapes), opacity=_opacity("strength"),
-            tooltip=_tooltips(data),
-        )  # fmt: skip
-        has_ends = "low" in data and data["low"].notna().any()
-        return [ends.transform_filter("isValid(datum.low)"), line, points] if has_ends else [line, points]
+        line = base.mark_line(strokeWidth=2, strokeJoin="round", **how).encode(y=y, opacity=_opacity("strength"))
+        if data["memory"].nunique() > 1:
+            dashes = alt.Scale(domain=[MEMORY, RESET], range=[[1, 0], [4, 3]])
+            line = line.encode(strokeDash=alt.StrokeDash("memory:N", title=None, scale=dashes))
+        marks = base.mark_point(filled=True, size=50, opacity=alt.Undefined if points else 0)
+        marks = marks.encode(y=y, tooltip=_tooltips(data))
+        if points:
+            shapes = alt.Scale(domain=list(self.styles), range=[style.shape for style in self.styles.values()])
+            marks = marks.encode(shape=alt.Shape("method:N", title=None, scale=shapes), opacity=_opacity("strength"))
+        layers = [line, marks]
+        if "low" in data and data["low"].notna().any():
+            ends = base.mark_area(**how) if band else base.mark_rule(strokeWidth=6)
+            low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
+            ends = ends.encode(y=low, y2="high:Q", opacity=_opacity(0.15 if band else 0.3))
+            layers.insert(0, ends.transform_filter("isValid(datum.low)"))
+        if "label" in data:
+            text = base.mark_text(align="right", dx=-4, dy=-9).encode(y=y, text="label:N", opacity=_opacity(1.0))
+            layers.append(text.transform_filter("isValid(datum.label)"))
+        return layers
 
-    def dots(self, runs: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-        """A small dot per training seed, for rows with the columns method, x, value and seed."""
-        if runs.empty:
-            return []
-        data = runs.assign(shown=[number(value) for value in runs["value"]])
-        data = data[["method", "x", "value", "shown", "seed"]]
+    def dots(self, runs: pd.DataFrame, x: alt.X, y: alt.Y) -> alt.Chart:
+        """Return a small dot per training seed."""
+        data = runs[["method", "x", "value", "seed"]].assign(shown=[number(value) for value in runs["value"]])
         mark = self.base(data).mark_point(filled=True, size=10)
-        return [mark.encode(x=x, y=y, color=self.colour(), opacity=_opacity(0.6), tooltip=_tooltips(data))]
+        return mark.encode(x=x, y=y, color=self.colour(), opacity=_opacity(0.6), tooltip=_tooltips(data))
 
-    def rules(self, table: pd.DataFrame, results: pd.DataFrame, task: str, y: alt.Y) -> list[alt.Chart]:
-        """A horizontal line per method without context, and two for the dataset."""
-        data = self.rows(levels(table, task))
-        returns = results.loc[(results["task"] == task) & (results["kind"] == "data"), "return"].dropna()
-        if len(returns):
-            ends = {"dataset, mean": returns.mean(), "dataset, best": returns.max()}
-            shown = [number(value) for value in ends.values()]
-            more = pd.DataFrame({"method": list(ends), "value": list(ends.values()), "shown": shown})
-            data = pd.concat([data, more], ignore_index=True) if len(data) else more
-        return self.rules_of(data, y)
-
-    def rules_of(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
-        """A horizontal line per row."""
+    def rules(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
+        """Return a horizontal line per row."""
         layers = []
         for dash, rows in data.groupby(data["method"].map(lambda name: self.styles[name].dash)):
             rows = rows.dropna(axis=1, how="all")
@@ -291,34 +324,29 @@ class Drawing(NamedTuple):
 
 
 _TOOLTIPS = {
-    "method": "method", "shown": "return", "interval": "95 % interval", "seeds": "training seeds", "seed": "seed",
-    "trajectories": "trajectories", "episode": "episode", "memory": "memory", "starts": "starts", "step": "step",
-    "fraction": "fraction of runs", "command": "command",
+    "method": "method", "shown": "return", "loss": "loss", "interval": "95 % interval", "seeds": "training seeds",
+    "seed": "seed", "trajectories": "trajectories", "episode": "episode", "memory": "memory", "starts": "starts",
+    "step": "step", "fraction": "fraction of runs", "command": "command",
 }  # fmt: skip
 _DRAWN = ("x", "value", "low", "high", "curve", "strength", "label", *_TOOLTIPS)
 
 
 def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
     shown = [name for name in _TOOLTIPS if name in data and data[name].notna().any()]
+    if "memory" in shown and data["memory"].nunique() == 1:
+        shown.remove("memory")
     return [alt.Tooltip(f"{name}:N", title=_TOOLTIPS[name]) for name in shown]
 
 
-def _opacity(strength: float | str) -> Any:
-    """A constant or a column as opacity; methods other than the isolated one are faint."""
-    value = (
-        alt.value(strength) if isinstance(strength, float) else alt.Opacity(f"{strength}:Q", scale=None, legend=None)
-    )
-    return alt.condition("isolated == '' || datum.method == isolated", value, alt.value(0.06))
-
-
-def _with_texts(data: pd.DataFrame) -> pd.DataFrame:
-    ends = zip(data["low"], data["high"], strict=True)
-    text = [f"{number(low)} to {number(high)}" if pd.notna(low) else None for low, high in ends]
-    return data.assign(interval=text, shown=[number(value) for value in data["value"]])
+def _opacity(strength: float | str) -> alt.OpacityValue:
+    """Return a constant or a column as opacity. Methods other than the isolated one are faint."""
+    column = {"field": strength, "type": "quantitative", "scale": None, "legend": None}
+    value = {"value": strength} if isinstance(strength, float) else column
+    return alt.OpacityValue(0.06, condition={"test": "isolated == '' || datum.method == isolated", **value})
 
 
 def _lengths(train: float, prompt: float, test: float) -> str | None:
-    if not train:
+    if pd.isna(train) or not train:
         return None
     text = f"{train:.0f}" if train == test else f"trained on {train:.0f}, rolled out for {test:.0f}"
     return f"{text}, prompt of {prompt:.0f}" if prompt else text
@@ -329,12 +357,8 @@ def _commands(commands: pd.Series) -> str | None:
     return None if not found else found[0] if len(found) == 1 else f"{found[0]} (and {len(found) - 1} more)"
 
 
-def _value_axis(title: str = "return per episode") -> alt.Y:
-    return alt.Y("value:Q", title=title, scale=alt.Scale(zero=True))
-
-
-def _length_axis(lengths: Sequence[float], title: str) -> alt.X:
-    """Lengths on a logarithmic axis, or on one that also has a zero."""
+def _length_axis(title: str, lengths: pd.Series) -> alt.X:
+    """Return a logarithmic axis for lengths, extended to zero if a length is zero."""
     values = sorted({float(length) for length in lengths})
     if values[0] > 0:
         scale = alt.Scale(type="log", base=2, domain=[values[0] / 1.25, values[-1] * 1.25], nice=False)
@@ -343,14 +367,23 @@ def _length_axis(lengths: Sequence[float], title: str) -> alt.X:
     return alt.X("x:Q", title=title, scale=scale, axis=alt.Axis(values=values, format="d", labelOverlap=True))
 
 
-def _amount_axis(amounts: Sequence[float], title: str) -> alt.X:
-    """Amounts with SI prefixes, logarithmic if they span a large ratio."""
-    low, high = min(amounts), max(amounts)
+def _amount_axis(title: str, amounts: pd.Series) -> alt.X:
+    """Return an axis with SI prefixes, logarithmic if the amounts span a large ratio."""
+    low, high = amounts.min(), amounts.max()
     axis = alt.Axis(format="~s", tickCount=4, labelOverlap=True)
     if low > 0 and high / low >= _LOG_RATIO:
         scale = alt.Scale(type="log", domain=[low / 1.3, high * 1.3], nice=False)
         return alt.X("x:Q", title=f"{title} (logarithmic)", scale=scale, axis=axis)
-    return alt.X("x:Q", title=title, scale=alt.Scale(zero=True, domain=[0, 1.1 * high or 1], nice=False), axis=axis)
+    return alt.X("x:Q", title=title, scale=alt.Scale(domain=[0, 1.1 * high or 1], nice=False), axis=axis)
+
+
+def _score_axis(title: str, scores: pd.Series) -> alt.X:
+    return alt.X("x:Q", title=title, scale=alt.Scale(domain=[scores.min(), scores.max()], nice=False))
+
+
+def _episode_axis(episodes: pd.Series) -> alt.X:
+    scale = alt.Scale(domain=[0.8, episodes.max() + 0.2], nice=False)
+    return alt.X("x:Q", title="episode in the context", scale=scale, axis=alt.Axis(format="d", tickMinStep=1))
 
 
 def _one_seed(data: pd.DataFrame) -> str:
@@ -359,27 +392,24 @@ def _one_seed(data: pd.DataFrame) -> str:
 
 def _context_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
     """Return against context length: a panel per task, and normalised scores over all tasks."""
-    points, panels, y = table[table["length"].notna()], [], _value_axis()
+    common, points = normalised_scores(results, table), table[table["length"].notna()]
+    common = common.assign(task="All tasks, normalised score", x=common["length"])
+    score = alt.Y("value:Q", title="normalised score", scale=alt.Scale(zero=True))
+    panels = draw.curves(common, partial(_length_axis, "trajectories per context"), y=score)
     runs = run_scores(results)
-    common = normalised_scores(results, table)
-    if len(common):
-        x = _length_axis(common["length"], "trajectories per context")
-        data = draw.rows(common, x=common["length"])
-        layers = draw.lines(data, x, _value_axis("normalised score"))
-        panels.append(draw.panel("All tasks, normalised score", layers, "Normalised score by context length."))
-    for task, rows in points.groupby("task"):
-        by_test = (rows["curve"] != "").any()
-        x = _length_axis(rows["length"], "episodes per context" if by_test else "trajectories per context")
-        control = rows[rows["control"].notna() & (rows["test_trajectories"] > 1)]
-        control = control.assign(iqm=control["control"], low=np.nan, high=np.nan)
-        data = [draw.rows(rows, x=rows["length"]), draw.rows(control, x=control["length"], memory=RESET, strength=0.8)]
-        seeds = runs[runs["memory"]].merge(rows[rows["seeds"] > 1][[*CELL, "length"]], on=CELL)
-        seeds = seeds.rename(columns={"length": "x", "mean": "value"})
-        layers = [
-            *draw.rules(table, results, str(task), y), *draw.lines(pd.concat(data, ignore_index=True), x, y),
-            *draw.dots(seeds, x, y), *_curve_labels(draw, rows, x, y),
-        ]  # fmt: skip
-        panels.append(draw.panel(str(task), layers, f"Return on {task} by context length; see the table of returns."))
+    runs = runs[runs["memory"]].merge(points[points["seeds"] > 1][[*CELL, "length"]], on=CELL)
+    runs = runs.rename(columns={"length": "x", "mean": "value"})
+    for task, rows in table.groupby("task"):
+        rows = rows[rows["length"].notna() | (rows["kind"] == "data") | rows.index.isin(levels(table, str(task)).index)]
+        ends = rows.sort_values("length").drop_duplicates(["method", "curve"], keep="last").index
+        label = rows["curve"].where(rows.index.isin(ends) & (rows["curve"] != ""))
+        rows = rows.assign(x=rows["length"], memory=True, strength=1.0, label=label)
+        control = rows[rows["x"].notna() & rows["control"].notna() & (rows["test_trajectories"] > 1)]
+        absent = {"low": np.nan, "high": np.nan, "label": None}
+        control = control.assign(iqm=control["control"], memory=False, strength=0.8, **absent)
+        unit = "trajectories" if label.isna().all() else "episodes"
+        axis = partial(_length_axis, f"{unit} per context")
+        panels += draw.curves(pd.concat([rows, control]), axis, runs=runs)
     caption = (
         "Each point is the interquartile mean over training seeds of the mean return of all episodes. Bars are 95 % "
         f"intervals (stratified bootstrap over seeds), small dots are single seeds.{_one_seed(points)}"
@@ -388,235 +418,153 @@ def _context_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
         caption += " Horizontal lines need no context."
     if ((points["family"] == "at") & (points["train_trajectories"] == 1)).any():
         caption += " With one trajectory per context, the Agentic Transformer is a Decision Transformer."
-    has_reset = bool(points.loc[points["test_trajectories"] > 1, "control"].notna().any())
-    methods = [*points["method"], *_level_names(table)]
-    return draw.chart("return_by_context", "Return against context length", caption, panels, methods, has_reset)
-
-
-def _level_names(table: pd.DataFrame) -> list[str]:
-    data = ["dataset, mean", "dataset, best"] if (table["kind"] == "data").any() else []
-    return [*table.loc[table["kind"] == "reference", "method"], *data]
-
-
-def _curve_labels(draw: Drawing, rows: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """The training length at the end of each curve over rollout lengths."""
-    ends = rows[rows["curve"] != ""].sort_values("length").groupby(["method", "curve"]).tail(1)
-    data = draw.rows(ends, x=ends["length"], label=ends["curve"])
-    text = draw.base(data).mark_text(align="right", dy=-10).encode(x=x, y=y, text="label:N", opacity=_opacity(1.0))
-    return [text] if len(ends) else []
+    return draw.chart("return_by_context", "Return against context length", caption, panels)
 
 
 def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
     """Return against training cost; a selector chooses tokens, FLOPs or time."""
-    panels, captions, methods = [], [], []
-    policies = table[table["length"].notna() | (table["kind"] == "reference")]
+    panels, captions = [], []
+    policies = table[table["length"].notna() | (table["kind"] == "reference")].drop(columns="curve")
     for option, column in (("tokens", "tokens"), ("FLOPs", "flops"), ("time", "seconds")):
         runs = results.groupby(RUN, as_index=False)[column].first().dropna()
         means = runs.groupby(CELL, as_index=False).agg(x=(column, "mean"), known=("seed", "nunique"))
         rows = policies.merge(means, on=CELL)
         rows = rows[(rows["known"] == rows["seeds"]) & (rows["x"] > 0)]
-        for task, cells in rows.groupby("task"):
-            if len(cells) < 2 or not (cells["kind"] == "context").any():
-                continue
-            unit, axis = _unit(cells["x"].max()) if option == "time" else (1.0, _MEASURES[option][0])
-            data = draw.rows(cells, x=cells["x"] / unit)
-            data = data.assign(label=_labels(data["x"], data["value"], data.get("trajectories", data["method"])))
-            x = _amount_axis(list(data["x"]), axis)
-            y = _value_axis()
-            labels = draw.base(data).mark_text(align="left", dx=7, dy=-7).encode(
-                x=x, y=y, text="label:N", opacity=_opacity(1.0)
-            )  # fmt: skip
-            layers = [*draw.lines(data, x, y), labels.transform_filter("isValid(datum.label)")]
-            panels.append(draw.panel(str(task), layers, f"Return on {task} by training {option}.", option))
-            captions.append(_MEASURES[option][1])
-            methods += list(cells["method"])
+        rows = rows.assign(label=[f"{length:.0f}" if length else None for length in rows["train_trajectories"]])
+        for _, cells in rows.groupby("task"):
+            if len(cells) > 1 and (cells["kind"] == "context").any():
+                unit, (axis, explained) = 1.0, _MEASURES[option]
+                if option == "time":
+                    unit, axis = next((size, name) for least, size, name in _UNITS if cells["x"].max() >= least)
+                cells = cells.assign(x=cells["x"] / unit)
+                panels += draw.curves(cells, partial(_amount_axis, axis), option=option)
+                captions.append(explained)
     caption = (
         "The points of the first chart against the training cost of each policy (mean over seeds). A number next to a "
         f"point is its trajectories per context. {' '.join(dict.fromkeys(captions))}"
     )
-    return draw.chart("return_by_cost", "Return against training cost", caption, panels, methods)
-
-
-def _labels(x: pd.Series, y: pd.Series, labels: pd.Series) -> list[str | None]:
-    """The labels of points, without those that would cover another one."""
-    places = np.stack([np.log(x) / (np.ptp(np.log(x)) or 1.0), y / (y.max() or 1.0)], axis=1)
-    kept: list[int] = []
-    for index in np.argsort(-y.to_numpy()):
-        gaps = np.abs(places[kept] - places[index])
-        if pd.notna(labels.iloc[index]) and not (gaps < [0.12, 0.08]).all(axis=1).any():
-            kept.append(int(index))
-    return [labels.iloc[index] if index in kept else None for index in range(len(labels))]
-
-
-def _unit(seconds: float) -> tuple[float, str]:
-    return next((size, name) for least, size, name in _UNITS if seconds >= least)
-
-
-_UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
+    return draw.chart("return_by_cost", "Return against training cost", caption, panels)
 
 
 def _episode_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
     """Return of each episode of a rollout, with and without memory."""
-    table, panels = episode_returns(results), []
+    table = episode_returns(results).astype({"memory": bool})
     table = table[table["test_trajectories"] > 1]
-    for task, rows in table.groupby("task"):
-        kept = _CURVES if rows["method"].nunique() == 1 else 1
-        cells = rows[rows["memory"]].drop_duplicates(CELL).sort_values(["test_trajectories", "train_trajectories"])
-        cells = cells.groupby("method").tail(kept)
-        cells = cells.assign(rank=cells.groupby("method").cumcount(ascending=False))
-        rows = rows.merge(cells[[*CELL, "rank"]], on=CELL)
-        rows = rows[rows["memory"] | (rows["rank"] == 0)]
-        newest = rows["rank"] == 0
-        memory = rows["memory"].map({True: MEMORY, False: RESET})
-        curve = rows["train_trajectories"].astype(str) + "/" + rows["test_trajectories"].astype(str)
-        bars = newest & rows["memory"]
-        data = draw.rows(
-            rows.assign(low=rows["low"].where(bars), high=rows["high"].where(bars)), x=rows["episode"], curve=curve,
-            memory=memory, strength=np.where(newest, 1.0, 0.45),
-        )  # fmt: skip
-        longest = int(rows["episode"].max())
-        x = alt.X("x:Q", title="episode in the context", scale=alt.Scale(domain=[0.8, longest + 0.2], nice=False),
-                  axis=alt.Axis(values=_ticks(longest), format="d"))  # fmt: skip
-        layers = draw.lines(data, x, _value_axis(), band=longest > _POINTS_TO_MARK)
-        panels.append(draw.panel(str(task), layers, f"Return on {task} of each episode in a context, first to last."))
+    cells = table[table["memory"]].drop_duplicates(CELL).sort_values(["test_trajectories", "train_trajectories"])
+    cells = cells.assign(rank=cells.groupby(["task", "method"]).cumcount(ascending=False))
+    rows = table.merge(cells[[*CELL, "rank"]], on=CELL)
+    shown = rows.groupby("task")["method"].transform("nunique").map(lambda methods: _CURVES if methods == 1 else 1)
+    longest = rows["rank"] == 0
+    rows = rows.assign(
+        x=rows["episode"], strength=np.where(longest, 1.0, 0.45), curve=_curve(rows),
+        low=rows["low"].where(longest & rows["memory"]), high=rows["high"].where(longest & rows["memory"]),
+    )[(rows["rank"] < shown) & (rows["memory"] | longest)]  # fmt: skip
+    panels = draw.curves(rows, _episode_axis, band=len(rows) > 0 and rows["x"].max() > _POINTS_TO_MARK)
     caption = (
         "The same policy plays n episodes in a row and keeps them in its context. The dashed line is the same policy "
         "from the same starts with its memory reset before each episode. Episodes at different places have different "
         "starts, so compare the solid line with the dashed one: a policy that learns in context rises above it from "
         "left to right. Faint lines are shorter contexts."
     )
-    return draw.chart("return_by_episode", "Return by episode in the context", caption, panels, table["method"],
-                      not table["memory"].all())  # fmt: skip
+    return draw.chart("return_by_episode", "Return by episode in the context", caption, panels)
 
 
-def _ticks(longest: int) -> list[int]:
-    step = max(1, -(-longest // 8))
-    return sorted({1, *range(step, longest + 1, step)}) if step > 1 else list(range(1, longest + 1))
+def _curve(rows: pd.DataFrame) -> pd.Series:
+    return rows["train_trajectories"].astype(str) + "/" + rows["test_trajectories"].astype(str)
 
 
 def _prompt_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
     """Return after prompts of different lengths."""
-    runs, panels = prompt_returns(results), []
-    table = intervals(runs, CELL)
-    for task, rows in table.groupby("task"):
-        x, y = _length_axis(rows["prompt_trajectories"], "dataset trajectories before the episode"), _value_axis()
-        curve = rows["train_trajectories"].astype(str) + "/" + rows["test_trajectories"].astype(str)
-        longest = rows.groupby("method")["train_trajectories"].transform("max") == rows["train_trajectories"]
-        data = draw.rows(rows, x=rows["prompt_trajectories"], curve=curve, strength=np.where(longest, 1.0, 0.5))
-        seeds = runs[runs["task"] == task].assign(x=runs["prompt_trajectories"])
-        seeds = seeds[seeds.groupby(CELL)["seed"].transform("nunique") > 1]
-        layers = [*draw.lines(data, x, y), *draw.dots(seeds, x, y)]
-        panels.append(draw.panel(str(task), layers, f"Return on {task} by prompt length."))
+    runs = prompt_returns(results)
+    rows, runs = intervals(runs, CELL), runs.assign(x=runs["prompt_trajectories"])
+    runs = runs[runs.groupby(CELL)["seed"].transform("nunique") > 1]
+    longest = rows.groupby(["task", "method"])["train_trajectories"].transform("max") == rows["train_trajectories"]
+    rows = rows.assign(x=rows["prompt_trajectories"], curve=_curve(rows), strength=np.where(longest, 1.0, 0.5))
     caption = (
         "The same policies from the same starts, with more or fewer trajectories of the dataset in the context before "
-        f"the first episode. Faint lines are policies trained on shorter contexts.{_one_seed(table)}"
+        f"the first episode. Faint lines are policies trained on shorter contexts.{_one_seed(rows)}"
     )
-    return draw.chart("return_by_prompt", "Return against prompt length", caption, panels, table["method"])
+    axis = partial(_length_axis, "dataset trajectories before the episode")
+    panels = draw.curves(rows, axis, runs=runs)
+    return draw.chart("return_by_prompt", "Return against prompt length", caption, panels)
 
 
 def _last_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
     """Return of last episodes from equal starts."""
-    table, panels = last_episodes(results), []
-    for task, rows in table.groupby("task"):
-        context = rows[rows["kind"] == "context"]
-        x, y = _length_axis(context["test_trajectories"], "n, trajectories per context"), _value_axis()
-        data = draw.rows(
-            context, x=context["test_trajectories"], memory=[MEMORY if kept else RESET for kept in context["memory"]]
-        )
-        data.loc[data["memory"] == RESET, ["low", "high"]] = np.nan
-        layers = [*draw.rules_of(draw.rows(rows[rows["kind"] != "context"]), y), *draw.lines(data, x, y)]
-        panels.append(draw.panel(str(task), layers, f"Return on {task} of last episodes from equal starts."))
+    rows = last_episodes(results)
+    memory = rows["memory"].astype(bool)
+    rows = rows.assign(
+        x=rows["test_trajectories"].where(rows["kind"] == "context").astype("float64"),
+        memory=memory, low=rows["low"].where(memory), high=rows["high"].where(memory),
+    )  # fmt: skip
     caption = (
         "Last episodes of contexts of n trajectories, from the starts of the last episodes of the longest contexts. "
         "Methods without context play single episodes from these starts. Every point of a task has the same starts."
     )
-    return draw.chart("last_episodes", "Last episodes from equal starts", caption, panels, table["method"],
-                      not table["memory"].astype(bool).all())  # fmt: skip
+    panels = draw.curves(rows, partial(_length_axis, "n, trajectories per context"))
+    return draw.chart("last_episodes", "Last episodes from equal starts", caption, panels)
 
 
 def _profile_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
     """Performance profiles: the fraction of training runs above each return."""
     known, runs, panels = contenders(table), run_scores(results), []
     tasks = sorted({task for side in known for task in side["cells"]})
-    if not any(side["kind"] == "context" for side in known):
-        tasks = []
-    groups = [(task, [task], False) for task in tasks]
+    groups = [(task, [task], "return per episode") for task in tasks]
     if len(tasks) > 1 and all(score_or_none(task, 0.0) is not None for task in tasks):
-        groups.insert(0, ("All tasks, normalised score", tasks, True))
-    for title, of, is_score in groups:
+        groups.insert(0, ("All tasks, normalised score", tasks, "normalised score"))
+    y = alt.Y("value:Q", title="fraction of runs above", scale=alt.Scale(domain=[0, 1]))
+    for title, of, unit in groups if any(side["kind"] == "context" for side in known) else []:
         sides = [side for side in known if all(task in side["cells"] for task in of)]
         if not sides:
             continue
         parts, drawn = [], [strata([scores_of(runs, side["cells"][task]) for task in of]) for side in sides]
-        if is_score:
-            drawn = [(list(map(_normalised, of, scores)), together) for scores, together in drawn]
+        if unit == "normalised score":
+            drawn = [(list(map(normalised, of, scores)), together) for scores, together in drawn]
         every = np.concatenate([part for scores, _ in drawn for part in scores])
         margin = 0.04 * (np.ptp(every) or 1.0)
         thresholds = np.linspace(every.min() - margin, every.max() + margin, _THRESHOLDS)
         for side, (scores, together) in zip(sides, drawn, strict=True):
             generator = np.random.default_rng(BOOTSTRAP_SEED)
             found = performance_profile(scores, thresholds, generator=generator, together=together, resamples=RESAMPLES)
-            parts.append(pd.DataFrame({
-                "x": thresholds, "value": found.fractions, "low": found.low, "high": found.high, "seeds": found.runs,
-                "method": side["method"], "curve": side["name"], "strength": 1.0 if side["longest"] else 0.4,
-            }))  # fmt: skip
-        panels.append(_profile_panel(draw, title, pd.concat(parts, ignore_index=True), is_score))
+            longest = side["longest"]
+            part = pd.DataFrame({"x": thresholds, "iqm": found.fractions}).round(4)
+            parts.append(part.assign(
+                task=title, method=side["method"], curve=side["name"], strength=1.0 if longest else 0.4,
+                low=found.low if longest else np.nan, high=found.high if longest else np.nan, interval=None,
+                seeds=found.runs, shown=[number(x) for x in thresholds],
+                fraction=[f"{value:.2f}" for value in found.fractions],
+            ))  # fmt: skip
+        axis = partial(_score_axis, unit)
+        panels += draw.curves(pd.concat(parts, ignore_index=True), axis, y=y, band=True, points=False, step=True)
     caption = (
         "The fraction of training runs that return more than the value on the axis. A method whose line is above "
         "another line everywhere is better by every measure. Strong lines are the longest context, faint lines the "
         "shortest. Bands are pointwise 95 % intervals (stratified bootstrap over seeds)."
     )
-    return draw.chart(
-        "performance_profiles", "Performance profiles", caption, panels, [side["method"] for side in known]
-    )
-
-
-def _normalised(task: str, scores: np.ndarray) -> np.ndarray:
-    return np.array([score_or_none(task, score) for score in scores], np.float64)
-
-
-def _profile_panel(draw: Drawing, title: str, data: pd.DataFrame, is_score: bool) -> Panel:
-    shown, fraction = [number(x) for x in data["x"]], [f"{value:.2f}" for value in data["value"]]
-    data, unit = data.round(4).assign(shown=shown, fraction=fraction), "return per episode"
-    x = alt.X("x:Q", title="normalised score" if is_score else unit, scale=alt.Scale(nice=False, zero=False))
-    y = alt.Y("value:Q", title="fraction of runs above", scale=alt.Scale(domain=[0, 1]))
-    base = draw.base(data).encode(x=x, color=draw.colour(), detail="curve:N")
-    band = base.mark_area(interpolate="step-after").transform_filter("isValid(datum.low) && datum.strength == 1")
-    line = base.mark_line(interpolate="step-after", strokeWidth=2).encode(y=y, opacity=_opacity("strength"))
-    hover = base.mark_point(filled=True, size=60, opacity=0).encode(y=y, tooltip=_tooltips(data))
-    layers = [band.encode(y=alt.Y("low:Q", title=y["title"]), y2="high:Q", opacity=_opacity(0.12)), line, hover]
-    return draw.panel(title, layers, f"{title}: fraction of training runs above each value.")
+    return draw.chart("performance_profiles", "Performance profiles", caption, panels)
 
 
 def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
     """Training loss by step, a line per run."""
     panels = []
-    for task, rows in losses.groupby("task"):
+    x = alt.X("x:Q", title="optimiser step", axis=alt.Axis(format="~s", tickCount=5))
+    for _, rows in losses.groupby("task"):
         rank = rows.groupby("method")["train_trajectories"].rank(method="dense", pct=True)
-        data = rows.assign(
-            x=rows["step"], value=rows["loss"], curve=rows["run"], strength=0.25 + 0.6 * rank,
-            shown=[f"{loss:.4g}" for loss in rows["loss"]],
-            trajectories=rows["train_trajectories"].replace(0, None), step=rows["step"].round().astype(int),
-        )  # fmt: skip
-        data = data[["x", "value", "curve", "strength", "method", "shown", "trajectories", "seed", "step"]]
-        is_log = data["value"].min() > 0 and data["value"].max() > 20 * data["value"].min()
+        low, high = rows["loss"].min(), rows["loss"].max()
+        is_log = low > 0 and high > 20 * low
         scale = alt.Scale(type="log") if is_log else alt.Scale(zero=True)
         y = alt.Y("value:Q", title="loss (logarithmic)" if is_log else "loss", scale=scale)
-        x = alt.X("x:Q", title="optimiser step", axis=alt.Axis(format="~s", tickCount=5))
-        base = draw.base(data).encode(x=x, y=y, color=draw.colour(), detail="curve:N")
-        tooltips = [*_tooltips(data.drop(columns="shown")), alt.Tooltip("shown:N", title="loss")]
-        layers = [
-            base.mark_line(strokeWidth=1.5).encode(opacity=_opacity("strength")),
-            base.mark_point(filled=True, size=50, opacity=0).encode(tooltip=tooltips),
-        ]
-        panels.append(draw.panel(str(task), layers, f"Training loss on {task} by step."))
+        rows = rows.assign(
+            x=rows["step"], iqm=rows["loss"], curve=rows["run"], strength=0.25 + 0.6 * rank, shown=None, interval=None,
+            loss=[f"{loss:.4g}" for loss in rows["loss"]], step=rows["step"].round().astype(int),
+            trajectories=rows["train_trajectories"].replace(0, None),
+        )  # fmt: skip
+        panels += draw.curves(rows, lambda _: x, y=y, points=False)
     caption = (
         "Training loss against the optimiser step, one line per run. Each point is a mean over consecutive steps. The "
         "longer the context, the stronger the line. Losses of different methods are not comparable, so compare "
         "lines of one colour."
     )
     if lost := int(losses.drop_duplicates("run")["not_finite"].sum()):
-        caption += (
-            f" {lost} step{'s' if lost > 1 else ''} without a finite loss {'are' if lost > 1 else 'is'} left out."
-        )
-    return draw.chart("learning_curves", "Learning curves", caption, panels, losses["method"])
+        caption += f" Steps without a finite loss are left out ({lost})."
+    return draw.chart("learning_curves", "Learning curves", caption, panels)

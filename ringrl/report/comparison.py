@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,12 @@ from rich.markup import escape
 from ringrl.config import read_yaml
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import ABSENT, MINUS, number
-from ringrl.evaluation.statistics import Estimate
 from ringrl.report.charts import Chart, Drawing
 from ringrl.report.conclusion import caution, starts_of_cells
 from ringrl.report.page import Column, count, render, save_report, share, table_files
 from ringrl.report.provenance import facts, run_folder
 from ringrl.report.results import CELL, UNKNOWN_RUN, read_results
-from ringrl.report.tables import contrast, describe, returns_table, run_scores, scores_of, summarise
+from ringrl.report.tables import contrast, describe, ends, returns_table, run_scores, scores_of, summarise
 from ringrl.training.run_folder import flat
 
 CHANGE, WINS = f"B {MINUS} A", "P(B > A)"
@@ -33,10 +33,6 @@ _MANY_PAIRS = 10  # from which a 95 % interval is likely to miss somewhere
 _MANY = 4  # values of one setting that are listed
 
 
-def _signed(value: float) -> str:
-    return number(value, sign=True)
-
-
 def _ends(name: str) -> tuple[str, str]:
     return f"{name}, low", f"{name}, high"
 
@@ -45,7 +41,8 @@ _COLUMNS = [
     Column("Task"), Column("Method"),
     Column("A", hint="interquartile mean over training seeds, 95 % interval", ends=_ends("A")),
     Column("B", hint="as A", ends=_ends("B")),
-    Column(CHANGE, "", "difference of the interquartile means, 95 % interval", _signed, _ends(CHANGE)),
+    Column(CHANGE, "", "difference of the interquartile means, 95 % interval", partial(number, sign=True),
+           _ends(CHANGE)),
     Column(WINS, "", "probability that a run of B beats a run of A; a tie counts half; absent for one seed", share,
            _ends(WINS)),
     Column("Seeds of A", form=count), Column("Seeds of B", form=count),
@@ -54,7 +51,7 @@ _SETTING_COLUMNS = [Column("Setting"), Column("A"), Column("B")]
 
 
 class Comparison(NamedTuple):
-    """What the page of a comparison shows."""
+    """The matched cells of two sets of results, and their differences."""
 
     pairs: pd.DataFrame  # headings of _COLUMNS, "paired" and "same_starts"; one row per cell in both sets
     only_a: list[str]  # cells without a counterpart
@@ -66,15 +63,15 @@ class Comparison(NamedTuple):
 def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
     """Match the cells of two sets of results and return their differences.
 
-    Cells match if task, method, settings and lengths are equal. The rest match if task, method and lengths are equal
-    and there is one such cell on either side; what else differs is listed with the settings. Results of the same
-    training runs are compared run by run.
+    Cells match if task, method, settings and lengths are equal. Other cells match if task, method and lengths are equal
+    and each side has one such cell; the page lists their other differences. Results of the same training runs are
+    compared run by run.
 
     Raises:
         UserError: either set has no results, cannot be read, or they have no cell in common.
     """
     results = read_results(a), read_results(b)
-    tables = [_policies(side) for side in results]
+    tables = [returns_table(side).query("kind != 'data'") for side in results]
     matched = _match(*tables)
     if not matched:
         raise UserError(
@@ -102,12 +99,13 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
         UserError: as `compare`, or the folder cannot be written.
     """
     found = compare(a, b)
+    chart = _chart(found.pairs)
     page = render(
         "compare.html",
         headline=headline(found.pairs),
         cautions=cautions(found.pairs),
         names=(_names(a), _names(b)),
-        chart=_chart(found.pairs),
+        chart=chart,
         columns=_COLUMNS,
         found=found,
         setting_columns=_SETTING_COLUMNS,
@@ -115,7 +113,7 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
         date=max(side["created"].max() for side in found.results),
     )
     files = table_files("comparison", found.pairs, _COLUMNS) | table_files("settings", found.settings, _SETTING_COLUMNS)
-    return save_report(page, [_chart(found.pairs)], files, destination), _to_rich(found.pairs)
+    return save_report(page, [chart], files, destination), _to_rich(found.pairs)
 
 
 def headline(pairs: pd.DataFrame) -> str:
@@ -132,15 +130,14 @@ def headline(pairs: pd.DataFrame) -> str:
 def cautions(pairs: pd.DataFrame) -> list[str]:
     """Return sentences about few seeds, many comparisons and different starts."""
     judged, clear = _judged(pairs), pairs[_clear(pairs) != 0]
-    found = [caution(zip(clear["runs"], clear["paired"], strict=True))]
+    found = [caution(clear.rename(columns={"runs": "seeds"}))]
     if len(clear) and len(judged) >= _MANY_PAIRS:
         found.append(f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear by chance alone.")
     unlike = [f"{row['Method']} on {row['Task']}" for _, row in pairs[~pairs["same_starts"]].iterrows()]
     if unlike:
-        listed = ", ".join(unlike[:_MANY]) + (f" and {len(unlike) - _MANY} more" if len(unlike) > _MANY else "")
         found.append(
-            f"A and B were not rolled out from the same starts: {listed}. Some starts are harder than others, so the "
-            "starts may explain a part of the differences."
+            f"A and B were not rolled out from the same starts: {_listed(unlike)}. Some starts are harder than "
+            "others, so the starts may explain a part of the differences."
         )
     return [sentence for sentence in found if sentence]
 
@@ -150,14 +147,9 @@ def _judged(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _clear(pairs: pd.DataFrame) -> pd.Series:
-    """1 if B clearly returns more, -1 if less, 0 if the interval contains zero or is absent."""
+    """Return 1 if B clearly returns more, -1 if less, 0 if the interval contains zero or is absent."""
     more, less = pairs[f"{CHANGE}, low"] > 0, pairs[f"{CHANGE}, high"] < 0
     return more.astype(int) - less.astype(int)
-
-
-def _policies(results: pd.DataFrame) -> pd.DataFrame:
-    table = returns_table(results)
-    return table[table["kind"] != "data"]
 
 
 def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
@@ -179,22 +171,15 @@ def _pair(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     b = b.rename(index=lambda run: f"B {run}" if run.startswith(UNKNOWN_RUN) else run)  # never the runs of A
     found = contrast([b], [a])
     row: dict[str, Any] = {}
-    estimates = {"A": summarise(a), "B": summarise(b), CHANGE: found.change}
-    if found.wins.interval:  # with one run each, this would be chance
-        estimates[WINS] = found.wins
-    for name in ("A", "B", CHANGE, WINS):
-        row |= _with_ends(name, estimates.get(name))
-    return row | {"Seeds of A": estimates["A"].runs, "Seeds of B": estimates["B"].runs, "runs": found.change.runs,
-                  "paired": found.paired}  # fmt: skip
-
-
-def _with_ends(name: str, found: Estimate | None) -> dict[str, float]:
-    ends = (found.interval.low, found.interval.high) if found and found.interval else (np.nan, np.nan)
-    return {name: found.value if found else np.nan, f"{name}, low": ends[0], f"{name}, high": ends[1]}
+    for name, one in {"A": summarise(a), "B": summarise(b), CHANGE: found.change, WINS: found.wins}.items():
+        row |= {name: one.value, **dict(zip(_ends(name), ends(one), strict=True))}
+    if not found.wins.interval:  # with one run each, this would be chance
+        row[WINS] = np.nan
+    return row | {"Seeds of A": len(a), "Seeds of B": len(b), "runs": found.change.runs, "paired": found.paired}
 
 
 def _settings(results: pd.DataFrame) -> dict[str, set[str]]:
-    """Setting -> its values, from the runs' configurations where their folders were found and from the records."""
+    """Return the values of each setting, from the records and from the configurations of the run folders found."""
     found: dict[str, set[str]] = defaultdict(set)
     policies = results[results["kind"] != "data"]
     trained = policies[policies["family"] != "random"]
@@ -215,9 +200,8 @@ def _settings(results: pd.DataFrame) -> dict[str, set[str]]:
 
 
 def _differences(a: dict[str, set[str]], b: dict[str, set[str]]) -> pd.DataFrame:
-    rows = [
-        (name, _listed(a.get(name)), _listed(b.get(name))) for name in sorted({*a, *b}) if a.get(name) != b.get(name)
-    ]
+    unlike = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    rows = [(name, *(_listed(sorted(side.get(name, {ABSENT}))) for side in (a, b))) for name in unlike]
     return pd.DataFrame(rows, columns=["Setting", "A", "B"])
 
 
@@ -227,9 +211,8 @@ def _shown(value: object) -> str:
     return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def _listed(values: set[str] | None) -> str:
-    ordered = sorted(values or {ABSENT})
-    return ", ".join(ordered[:_MANY]) + (f" and {len(ordered) - _MANY} more" if len(ordered) > _MANY else "")
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MANY]) + (f" and {len(names) - _MANY} more" if len(names) > _MANY else "")
 
 
 def _names(paths: Sequence[Path]) -> str:
@@ -251,7 +234,7 @@ def _to_rich(pairs: pd.DataFrame) -> rich.table.Table:
 
 
 def _chart(pairs: pd.DataFrame) -> Chart:
-    """The differences of each task, with their intervals."""
+    """Return the chart of the differences on each task, with their intervals."""
     draw, panels = Drawing({}, pd.Series(), {}), []
     for task, rows in pairs.groupby("Task", sort=False):
         data = pd.DataFrame({
@@ -264,14 +247,11 @@ def _chart(pairs: pd.DataFrame) -> Chart:
         x = alt.X("value:Q", title="difference of the return per episode", scale=alt.Scale(zero=True))
         tooltip = [alt.Tooltip("method:N"), alt.Tooltip("shown:N", title=CHANGE)]
         zero = (
-            draw.base(pd.DataFrame({"zero": [0]})).mark_rule(color="var(--muted)", strokeDash=[3, 3]).encode(x="zero:Q")
+            draw.base(data).mark_rule(color="var(--muted)", strokeDash=[3, 3]).encode(x=alt.XDatum(0, title=x["title"]))
         )
-        ends = base.mark_rule(strokeWidth=6, opacity=0.3).encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q")
-        layers = [
-            zero,
-            ends.transform_filter("isValid(datum.low)"),
-            base.mark_point(filled=True, size=60).encode(x=x, tooltip=tooltip),
-        ]
+        bars = base.mark_rule(strokeWidth=6, opacity=0.3).encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q")
+        points = base.mark_point(filled=True, size=60).encode(x=x, tooltip=tooltip)
+        layers = [zero, bars.transform_filter("isValid(datum.low)"), points]
         description = "; ".join(f"{row['Method']}: {_COLUMNS[4].line(row)}" for _, row in rows.iterrows())
         panels.append(draw.panel(str(task), layers, description, height=40 + 32 * len(rows)))
     caption = (

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import comb
 from typing import Any
 
@@ -17,15 +17,14 @@ from ringrl.report.tables import (
     context_label,
     contrast,
     describe,
+    ends,
     ends_of_curve,
-    in_sentence,
-    levels,
     middle,
     prompt_returns,
     run_scores,
     scores_of,
     summarise,
-)
+)  # fmt: skip
 
 ENOUGH_ODDS = 20
 """Differences that chance produces more often than once in this many times are called preliminary."""
@@ -97,13 +96,12 @@ def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None, s
     row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
     if found is None:
         return row | {"after": cell["iqm"], "seeds": 0, "paired": False, "kind": "not compared", "sentence": sentence}
-    change, kind = found.change, "one seed"
+    (low, high), change, kind = ends(found.change), found.change, "one seed"
     if change.interval:
         kind = "unclear" if 0 in change.interval else "helps" if change.value > 0 else "hurts"
-        row |= {"low": change.interval.low, "high": change.interval.high}
     return row | {
-        "before": found.levels[1], "after": found.levels[0], "change": change.value, "seeds": change.runs,
-        "paired": found.paired, "kind": kind, "sentence": sentence,
+        "before": found.levels[1], "after": found.levels[0], "change": change.value, "low": low, "high": high,
+        "seeds": change.runs, "paired": found.paired, "kind": kind, "sentence": sentence,
     }  # fmt: skip
 
 
@@ -122,13 +120,10 @@ def headline(found: pd.DataFrame) -> str:
     for kind, bare in (("helps", "help"), ("hurts", "hurt")):
         rows = judged[judged["kind"] == kind]
         if len(rows):
-            careful = min(odds(seeds, paired) for seeds, paired in rows[["seeds", "paired"]].to_numpy()) < ENOUGH_ODDS
-            claim = f"seems to {bare}" if careful else kind
+            claim = f"seems to {bare}" if caution(rows) else kind
             if len(judged) == 1:
                 return f"{subject} {claim}."
-            claims.append(
-                f"{claim} in {f'all {len(rows)}' if len(rows) == len(judged) else f'{len(rows)} of {len(judged)}'}"
-            )
+            claims.append(f"{claim} in {'all' if len(rows) == len(judged) else f'{len(rows)} of'} {len(judged)}")
     return f"{subject} {' and '.join(claims)} comparisons." if claims else f"{subject} makes no clear difference."
 
 
@@ -140,28 +135,23 @@ def odds(seeds: int, paired: bool) -> int:
     return 2 ** max(seeds - 1, 0) if paired else comb(2 * seeds, seeds) // 2
 
 
-def caution(clear: Iterable[tuple[int, bool]]) -> str | None:
+def caution(clear: pd.DataFrame) -> str | None:
     """Return a sentence about few training seeds, for the weakest clear difference; None if all have enough seeds.
 
     Args:
-        clear: training seeds, and whether the difference is paired, of each clear difference.
+        clear: clear differences: columns seeds, and paired (whether both sides have the same training runs).
     """
-    seeds, paired = min(clear, key=lambda one: odds(*one), default=(0, False))
-    if not seeds or odds(seeds, paired) >= ENOUGH_ODDS:
+    pairs = [(int(seeds), bool(paired)) for seeds, paired in zip(clear["seeds"], clear["paired"], strict=True)]
+    times, (seeds, paired) = min(((odds(*pair), pair) for pair in pairs), default=(ENOUGH_ODDS, (0, False)))
+    if times >= ENOUGH_ODDS:
         return None
     chance = (
         f"all {seeds} runs change in the same direction" if paired else f"two groups of {seeds} runs do not overlap"
     )
     return (
         f"With {seeds} training seeds per point this result is preliminary. Without any difference, {chance} by chance "
-        f"once in {odds(seeds, paired)} times. Bootstrap intervals of so few seeds are too narrow."
+        f"once in {times} times. Bootstrap intervals of so few seeds are too narrow."
     )
-
-
-def verdict_caution(found: pd.DataFrame) -> str | None:
-    """Return the caution for the clear verdicts."""
-    clear = found[found["kind"].isin(["helps", "hurts"])]
-    return caution((int(seeds), bool(paired)) for seeds, paired in zip(clear["seeds"], clear["paired"], strict=True))
 
 
 def _when(cell: pd.Series) -> str:
@@ -190,42 +180,6 @@ def _judge(change: Estimate) -> str:
     return f"{size} ({ends}, {change.runs} training seeds)."
 
 
-def notes(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
-    """Return one paragraph per task: the returns of methods without context, and the change within a context."""
-    found, runs = [], run_scores(results)
-    for task, rows in table.groupby("task"):
-        parts = [
-            f"{in_sentence(cell['method'])} {number(cell['iqm'])}" for _, cell in levels(table, str(task)).iterrows()
-        ]
-        data = rows[rows["kind"] == "data"]["iqm"].tolist()
-        if data:
-            parts.append(f"the dataset's episodes {number(data[0])} on average, {number(data[1])} at best")
-        sentences = [f"For comparison on {task}: {', '.join(parts)}."] if parts else []
-        for method, cells in rows[rows["length"].notna()].groupby("method"):
-            longest = cells.sort_values(["test_trajectories", "train_trajectories"]).iloc[-1]
-            if longest["test_trajectories"] > 1:
-                sentences += _within_context(str(method), longest, runs)
-        found += [" ".join(sentences)] if sentences else []
-    return found
-
-
-def _within_context(method: str, cell: pd.Series, runs: pd.DataFrame) -> list[str]:
-    count, ends = int(cell["test_trajectories"]), [number(_none(cell[name])) for name in ("first", "last")]
-    sentences = [
-        f"The {method} returns {ends[0]} in the first and {ends[1]} in the last of {count} episodes in context."
-    ]
-    if pd.notna(cell["control"]):
-        reset = [number(_none(middle(scores_of(runs, cell, name, memory=False)))) for name in ("first", "last")]
-        sentences.append(f"From the same starts without memory it returns {reset[0]} and {reset[1]}.")
-        best = [number(_none(cell[name])) for name in ("best", "best_control")]
-        sentences.append(f"Its best of {count} episodes is {best[0]}, and {best[1]} without memory.")
-    return sentences
-
-
-def _none(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)
-
-
 def starts_of_cells(results: pd.DataFrame) -> pd.Series:
     """Return, for each cell, the distinct sets of starts of its training seeds."""
     rows = results[results["memory"] & (results["kind"] != "data")]
@@ -234,38 +188,35 @@ def starts_of_cells(results: pd.DataFrame) -> pd.Series:
 
 def starts_facts(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     """Return a line per task: the number of starts, and for each policy if they differ between policies."""
-    groups = _starts_groups(results, table)
     return [
-        f"{task}: {f'{_count(next(iter(found)))}, the same for all' if _alike(found) else _listed(found)}"
-        for task, found in groups.items()
+        f"{task}: {_listed(found)}{', the same for all' if _alike(found) else ''}"
+        for task, found in _starts_groups(results, table).items()
     ]
 
 
 def starts_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
     """Return a warning if compared policies were rolled out from different starts; None if not."""
-    unlike = {task: found for task, found in _starts_groups(results, table).items() if not _alike(found)}
+    unlike = [
+        f"on {task} {_listed(found)}" for task, found in _starts_groups(results, table).items() if not _alike(found)
+    ]
     if not unlike:
         return None
-    listed = "; ".join(f"on {task} {_listed(found)}" for task, found in unlike.items())
     return (
-        f"Not all policies were rolled out from the same starts: {listed}. Some starts are harder than others, so the "
-        "starts may explain a part of the differences."
+        f"Not all policies were rolled out from the same starts: {'; '.join(unlike)}. Some starts are harder than "
+        "others, so the starts may explain a part of the differences."
     )
 
 
-Starts = frozenset[frozenset[str]]
+Starts = frozenset[frozenset[str]]  # of each training seed
 
 
 def _starts_groups(results: pd.DataFrame, table: pd.DataFrame) -> dict[str, dict[Starts, list[pd.Series]]]:
-    """Task -> starts -> policies, without prompted rollouts, whose chart has equal starts by construction."""
+    """Return task -> starts -> policies. Prompted rollouts are left out, since their chart has equal starts."""
     found: dict[str, dict[Starts, list[pd.Series]]] = defaultdict(lambda: defaultdict(list))
     starts = starts_of_cells(results)
     for _, cell in table[table["length"].notna() | (table["kind"] == "reference")].iterrows():
         found[cell["task"]][starts[tuple(cell[CELL])]].append(cell)
-    return {
-        task: dict(sorted(groups.items(), key=lambda group: sorted(map(len, group[0]))))
-        for task, groups in found.items()
-    }
+    return {task: dict(sorted(of.items(), key=lambda group: sorted(map(len, group[0])))) for task, of in found.items()}
 
 
 def _alike(groups: dict[Starts, list[pd.Series]]) -> bool:
@@ -275,16 +226,14 @@ def _alike(groups: dict[Starts, list[pd.Series]]) -> bool:
 def _listed(groups: dict[Starts, list[pd.Series]]) -> str:
     parts = []
     for starts, cells in groups.items():
-        more = f" and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
-        parts.append(f"{_count(starts)} for {', '.join(describe(cell) for cell in cells[:_NAMED])}{more}")
+        counts = sorted({len(one) for one in starts})
+        part = f"{' or '.join(map(str, counts))} start{'s' if counts[-1] > 1 else ''}"
+        part += ", which differ by training seed," if len(starts) > 1 else ""
+        if not _alike(groups):
+            more = f" and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
+            part += f" for {', '.join(describe(cell) for cell in cells[:_NAMED])}{more}"
+        parts.append(part)
     return ", ".join(parts)
-
-
-def _count(starts: Starts) -> str:
-    counts = sorted({len(one) for one in starts})
-    if len(starts) > 1:
-        return f"{' or '.join(map(str, counts))} starts, which differ by training seed,"
-    return f"{counts[0]} start{'s' if counts[0] > 1 else ''}"
 
 
 def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
@@ -305,7 +254,7 @@ def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
 
 
 def _unlike_settings(rows: pd.DataFrame) -> list[str]:
-    """Settings that are not equal at all lengths, with their values."""
+    """Return the settings that are not equal at all lengths, with their values."""
     of_length = {
         length: settings_of_any_length(json.loads(group["settings"].iloc[-1]))
         for length, group in rows.groupby("train_trajectories")
@@ -321,7 +270,7 @@ def _unlike_settings(rows: pd.DataFrame) -> list[str]:
 
 
 def _unlike_budgets(rows: pd.DataFrame) -> list[str]:
-    """The steps of each length, if the lengths share no budget: neither steps nor data, tokens, FLOPs nor time."""
+    """Return the steps of each length if the lengths share no budget (steps, data, tokens, FLOPs or time)."""
     runs = rows[rows["steps"].notna()].groupby(RUN, as_index=False)[list(_KINDS)].first()
     if runs.empty or any(_is_shared(runs[kind].to_numpy(np.float64)) for kind in _KINDS):
         return []

@@ -31,7 +31,7 @@ Files = Mapping[str, bytes | Path]  # path in the report -> content, or the file
 
 
 class Column(NamedTuple):
-    """A column of a displayed table: its name in the DataFrame, heading and hint, and how its values are written."""
+    """A column of a displayed table: its name in the DataFrame, heading, hint and number format."""
 
     name: str
     heading: str = ""  # empty: the name
@@ -40,32 +40,25 @@ class Column(NamedTuple):
     ends: tuple[str, str] | None = None  # columns of an interval
 
     def value(self, row: pd.Series) -> Any:
-        """The value that the table is sorted by; None if it is absent."""
+        """Return the value that the table is sorted by; None if it is absent."""
         return None if pd.isna(row[self.name]) else row[self.name]
 
     def interval(self, row: pd.Series) -> str:
-        """The interval in brackets; empty if it is absent."""
+        """Return the interval in brackets; empty if it is absent."""
         ends = [row[name] for name in self.ends or ()]
         return "" if pd.isna(ends).any() or not ends else f"[{self.form(ends[0])}, {self.form(ends[1])}]"
 
     def text(self, row: pd.Series) -> str:
-        """The value; a dash if it is absent."""
+        """Return the value as text; a dash if it is absent."""
         value = self.value(row)
         return ABSENT if value is None else value if isinstance(value, str) else self.form(value)
 
     def line(self, row: pd.Series) -> str:
-        """The value and its interval."""
+        """Return the value and its interval as text."""
         return f"{self.text(row)} {self.interval(row)}".strip()
 
 
-def count(value: float) -> str:
-    """Return a whole number as text."""
-    return f"{value:.0f}"
-
-
-def share(value: float) -> str:
-    """Return a probability as text."""
-    return f"{value:.2f}"
+count, share = "{:.0f}".format, "{:.2f}".format  # whole numbers and probabilities as text
 
 
 def amount(value: float) -> str:
@@ -128,14 +121,12 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     training, videos = training_table(read, runs), provenance.videos(read)
     warnings = [
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
-        conclusion.verdict_caution(verdicts),
+        conclusion.caution(verdicts[verdicts["kind"].isin(["helps", "hurts"])]),
     ]  # fmt: skip
     facts = provenance.facts(read)
     facts.insert(5, ("Starts", conclusion.starts_facts(read, table)))
-    columns, shown = (
-        _used(RETURN_COLUMNS, table),
-        table.assign(train_trajectories=table["train_trajectories"].replace(0, pd.NA)),
-    )
+    shown = table.assign(train_trajectories=table["train_trajectories"].replace(0, pd.NA))
+    columns = _used(RETURN_COLUMNS, shown)
     page = render(
         "report.html",
         headline=conclusion.headline(verdicts),
@@ -146,7 +137,6 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         charts={chart.name: chart for chart in charts},
         table=shown,
         columns=columns,
-        notes=conclusion.notes(read, table),
         improvement=improvement,
         improvement_columns=IMPROVEMENT_COLUMNS,
         training=training,
@@ -188,12 +178,9 @@ def to_rich(table: pd.DataFrame) -> rich.table.Table:
         shown.add_section()
         shown.add_row(f"[bold]{escape(str(task))}")
         for _, row in rows.replace({float("nan"): None}).iterrows():
-            lengths = dict.fromkeys(
-                count(row[name]) for name in ("train_trajectories", "test_trajectories") if row["train_trajectories"]
-            )
-            context = "/".join(lengths) + (
-                f" +{count(row['prompt_trajectories'])}" if row["prompt_trajectories"] else ""
-            )
+            lengths = [row["train_trajectories"], row["test_trajectories"]] if row["train_trajectories"] else []
+            context = "/".join(dict.fromkeys(map(count, lengths)))
+            context += f" +{count(row['prompt_trajectories'])}" if row["prompt_trajectories"] else ""
             interval = "" if row["low"] is None else f" [{number(row['low'])}, {number(row['high'])}]"
             control = "" if row["best_control"] is None else f" ({number(row['best_control'])})"
             shown.add_row(
@@ -225,15 +212,10 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("ringrl.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {
-        "decimal": decimal,
-        "number": number,
-        "spec": _spec,
-        "none": lambda x: None if pd.isna(x) else x,
-    }
-    return environment.get_template(template).render(
-        palette=PALETTE, figures=FIGURES, tables=TABLES, vega=_vega(), **values
-    )  # fmt: skip
+    filters = {"decimal": decimal, "number": number, "spec": _spec, "none": lambda x: None if pd.isna(x) else x}
+    environment.filters |= filters
+    shared = {"palette": PALETTE, "figures": FIGURES, "tables": TABLES, "vega": _vega()}
+    return environment.get_template(template).render(shared | values)
 
 
 def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path) -> Path:
@@ -266,7 +248,7 @@ def save_report(page: str, charts: Sequence[Chart], files: Files, destination: P
 
 @functools.cache
 def _vega() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script."""
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return Markup(script.replace("</script", "<\\/script"))
 
@@ -276,7 +258,7 @@ def _spec(panel: Any) -> Markup:
 
 
 def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:
-    """The columns without those that hold nothing: absent everywhere, or no failure and no prompt."""
+    """Return the columns with a value. The columns of failures and prompts also need a value other than zero."""
     zero = ("failed", "prompt_trajectories")
     return [
         column for column in columns
@@ -285,7 +267,7 @@ def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:
 
 
 def _missing(charts: Sequence[Chart], videos: Sequence[object]) -> list[str]:
-    """What the page could show and does not, and why."""
+    """Return what each missing part of the page needs."""
     reasons = {
         "return_by_cost": "Return against training cost needs two policies of a task with recorded cost, one of them "
         "with a context (`ringrl evaluate` records it).",

@@ -1,7 +1,8 @@
-"""Where the results come from: commands, versions, run folders with their training logs, and videos."""
+"""Origin of the results: commands, versions, run folders with their training logs, and videos."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ from ringrl.config import TrainConfig, read_yaml
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import number
 from ringrl.evaluation.protocol import NO_TARGET
-from ringrl.evaluation.records import PROTOCOL, VIDEOS, configuration_hash, recipe
+from ringrl.evaluation.records import PROTOCOL, VIDEOS, recipe
 from ringrl.report.results import CELL
 from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, describe
 
 POINTS = 50  # of a learning curve
 MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl
 VIDEO_LABELS = ("first", "median", "best")
+_RUN = ["task", "method", "train_trajectories", "seed"]
 
 Fact = tuple[str, list[str]]  # a heading and its lines
 
 
 def facts(results: pd.DataFrame) -> list[Fact]:
-    """Return what is needed to judge or repeat the measurement; facts that no record holds are left out."""
+    """Return the conditions of the measurement, to judge or repeat it. Facts that no record has are left out."""
     policies = results[results["kind"] != "data"]
     trained = policies[policies["steps_trained"].notna()]
+    versions = sorted(results["versions"].unique())
     found: list[Fact] = [
         ("Evaluation protocol", [f"{PROTOCOL}: undiscounted returns of whole episodes, in dm_control"]),
         ("Target return", _targets(policies)),
@@ -36,7 +39,7 @@ def facts(results: pd.DataFrame) -> list[Fact]:
         ("Optimiser steps", [_ranges(trained["steps_trained"].astype(int))]),
         ("Dataset (SHA-256)", _distinct(results["task"] + ": " + results["data_fingerprint"])),
         ("Checkpoints", _distinct(results["checkpoint_hash"].str[:12])),
-        ("Versions", [_listed(json.loads(versions)) for versions in sorted(results["versions"].unique())]),
+        ("Versions", [", ".join(map(" ".join, sorted(json.loads(one).items()))) for one in versions]),
         ("Commands", _distinct(results["command"])),
         ("Statistics", [f"{RESAMPLES} bootstrap resamples, seed {BOOTSTRAP_SEED}"]),
         ("Results files", _distinct(results.attrs["sources"])),
@@ -56,16 +59,12 @@ def _targets(policies: pd.DataFrame) -> list[str]:
     return sorted(lines)
 
 
-def _listed(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-
-
 def _distinct(values: Iterable[Any]) -> list[str]:
     return sorted({value for value in values if isinstance(value, str)})
 
 
 def _ranges(values: Iterable[int]) -> str:
-    """Distinct integers, with runs of them as "0 to 7"."""
+    """Return distinct integers as text, consecutive ones as "0 to 7"."""
     runs: list[list[int]] = []
     for value in sorted({int(value) for value in values}):
         if runs and value == runs[-1][1] + 1:
@@ -96,14 +95,15 @@ def training_runs(results: pd.DataFrame) -> pd.DataFrame:
                 for name in ("tokens_per_second", MEMORY)
             )
             rows[folder.resolve()] = {
-                **{name: row[name] for name in ("task", "method", "train_trajectories", "seed")}, "folder": folder,
+                **row[_RUN], "folder": folder,
                 "steps": np.array([entry["step"] for entry in entries], np.float64),
                 "losses": np.where(np.isfinite(losses), losses, np.nan),
                 "tokens_per_second": float(np.median(speeds)) if speeds else np.nan,
                 "peak_memory": float(np.max(memory)) if memory else np.nan,
             }  # fmt: skip
-    columns = ["task", "method", "train_trajectories", "seed", "folder", "steps", "losses"]
-    return pd.DataFrame(list(rows.values()), columns=[*columns, "tokens_per_second", "peak_memory"])
+    return pd.DataFrame(
+        list(rows.values()), columns=[*_RUN, "folder", "steps", "losses", "tokens_per_second", "peak_memory"]
+    )
 
 
 def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
@@ -119,47 +119,32 @@ def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
             "step": [run["steps"][part].mean() for part in stretches],
             "loss": [run["losses"][part].mean() for part in stretches],
         })  # fmt: skip
-        named = {name: run[name] for name in ("task", "method", "train_trajectories", "seed")}
-        parts.append(part.assign(**named, run=index, not_finite=len(run["losses"]) - len(finite)))
-    columns = ["task", "method", "train_trajectories", "seed", "run", "step", "loss", "not_finite"]
+        parts.append(part.assign(**run[_RUN], run=index, not_finite=len(run["losses"]) - len(finite)))
+    columns = [*_RUN, "run", "step", "loss", "not_finite"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def run_folder(row: pd.Series, next_to_results: Sequence[Path]) -> Path | None:
     """Return the folder of a training run: next to its results, or the recorded path.
 
-    The configuration in the folder must be that of the run. An exact match is preferred; otherwise its settings, seed,
-    length and task must agree.
+    The configuration in the folder must have the settings, seed, length and task of the run.
     """
     recorded = Path(str(row["checkpoint"]))
-    fitting = []
     for folder in [*(place for place in next_to_results if place.name == recorded.name), recorded]:
         try:
-            if (folder / "metrics.jsonl").is_file():
-                config = read_yaml(folder / "config.yaml")
-                if _is_of(config, row):
-                    return folder
-                fitting += [folder] if _fits(config, row) else []
+            if (folder / "metrics.jsonl").is_file() and _fits(read_yaml(folder / "config.yaml"), row):
+                return folder
         except (UserError, OSError):
             continue
-    return fitting[0] if fitting else None
-
-
-def _is_of(config: dict[str, Any], row: pd.Series) -> bool:
-    try:
-        return configuration_hash(TrainConfig.model_validate(config)) == row["configuration_hash"]
-    except pydantic.ValidationError:
-        return False
+    return None
 
 
 def _fits(config: dict[str, Any], row: pd.Series) -> bool:
-    """Whether the configuration may be that of the run: a newer version or a moved dataset changes only the hash."""
+    """Whether a configuration may belong to a run. If this version rejects it, its settings are not compared."""
     settings = json.loads(row["settings"])
-    try:
+    with suppress(pydantic.ValidationError):
         if settings != {"settings": "unknown"} and settings != recipe(TrainConfig.model_validate(config)):
             return False
-    except pydantic.ValidationError:
-        pass  # configurations of older versions are judged by the rest
     given = config.get("context")
     context = given if isinstance(given, dict) else {}
     length = context.get("trajectories")
@@ -170,7 +155,7 @@ def _fits(config: dict[str, Any], row: pd.Series) -> bool:
 
 
 def _entries(path: Path) -> Iterator[dict[str, float]]:
-    """The lines of metrics.jsonl; an incomplete line is left out."""
+    """Yield the entries of metrics.jsonl. An incomplete line is left out."""
     for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
@@ -181,7 +166,7 @@ def _entries(path: Path) -> Iterator[dict[str, float]]:
 
 
 def videos(results: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the videos that `ringrl evaluate --video` made, of each cell those of the lowest training seed filmed.
+    """Return the videos that `ringrl evaluate --video` made: for each cell, of the lowest training seed with videos.
 
     Keys: task, method, seed, videos: list of (label, source file, target relative to the page).
     """

@@ -1,7 +1,7 @@
 """Evaluation results as one pandas DataFrame, and the rules that decide which of them count."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +95,9 @@ def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
     variants = _variants(newest)
     shown = {variant for record, variant in zip(newest, variants, strict=True) if record.context and record.finished}
     names = {variant: _name(variant, {*shown, variant}) for variant in set(variants)}
+    taken = Counter(names.values())
+    names |= {variant: f"{name} (variant {variant.name})"  # "at" with the token set dt3, and a variant named dt3
+              for variant, name in names.items() if variant.name and taken[name] > 1}  # fmt: skip
     rows = [
         _row(record, variant, names[variant])
         for record, variant in zip(newest, variants, strict=True)
@@ -108,7 +111,7 @@ def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
 
 
 class _Variant(NamedTuple):
-    """What separates the methods of a report, apart from the lengths of contexts and prompts."""
+    """The properties that separate the methods of a report, apart from the lengths of contexts and prompts."""
 
     method: str
     kind: str
@@ -149,7 +152,7 @@ def _lengths(record: EvaluationRecord) -> tuple[int | None, ...]:
 
 
 def _mark_pairs(results: pd.DataFrame) -> pd.DataFrame:
-    """Add `paired` and `counts`."""
+    """Add the columns `paired`, `counts` and `matched` (the control has the seeds and starts of its rollout)."""
     finite, cells, runs = results["return"].notna(), [results[name] for name in CELL], [results[name] for name in RUN]
     streams = [*runs, results["stream"]]
     sides = results["memory"].where(finite).groupby([*streams, results["episode"]]).transform("nunique")
@@ -163,7 +166,7 @@ def _mark_pairs(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def _newest(records: Sequence[EvaluationRecord]) -> tuple[list[EvaluationRecord], int]:
-    """The newest record of each stream, and how many older ones came from another checkpoint."""
+    """Return the newest record of each stream, and the number of older records from another checkpoint."""
     in_time = sorted(records, key=lambda record: record.created)
     latest: dict[tuple[object, ...], EvaluationRecord] = {}
     displaced = 0
@@ -177,7 +180,7 @@ def _newest(records: Sequence[EvaluationRecord]) -> tuple[list[EvaluationRecord]
 
 
 def _training(record: EvaluationRecord) -> tuple[object, ...]:
-    """What identifies a training run."""
+    """Return the properties that identify a training run."""
     return (
         record.train_task or record.task, record.method, record.token_set, record.train_trajectories, record.seed,
         record.data_fingerprint, record.variant, frozenset(_settings(record).items()),
@@ -185,7 +188,7 @@ def _training(record: EvaluationRecord) -> tuple[object, ...]:
 
 
 def _identity(record: EvaluationRecord) -> tuple[object, ...]:
-    """What identifies a stream of episodes."""
+    """Return the properties that identify a stream of episodes."""
     target = () if record.train_trajectories is None else (record.target_policy, record.target_return)
     stream = record.test_trajectories, record.prompt_seed, record.context, record.environment_seed
     return (*_training(record), record.task, record.prompt_trajectories, record.cache_dtype, target, *stream)
@@ -226,7 +229,7 @@ def usual_settings() -> Settings:
 
 
 def _settings(record: EvaluationRecord) -> Settings:
-    """The settings of the run that are not defaults; old records do not know theirs."""
+    """Return the settings of the run that are not defaults. Old records have none."""
     if record.settings is None:
         return {} if record.method in ("random", DATA) else {"settings": "unknown"}
     return record.settings
@@ -237,7 +240,7 @@ def _fixed(record: EvaluationRecord) -> frozenset[tuple[str, str]]:
 
 
 def _variants(records: Sequence[EvaluationRecord]) -> list[_Variant]:
-    """The variant of each record. A Decision Transformer joins the Agentic Transformer that it is a point of."""
+    """Return the variant of each record. A Decision Transformer gets the variant of its Agentic Transformer."""
     separating = _separating_settings(records)
     own = [_variant(record, separating[_family(record)]) for record in records]
     agentic = {
@@ -269,7 +272,7 @@ def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
 
 
 def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[str, ...], set[str]]:
-    """Family -> settings that separate runs for which all else is equal.
+    """Return family -> settings that separate runs which are otherwise equal.
 
     Settings that follow from the length separate runs only if nothing else does.
     """
@@ -290,12 +293,12 @@ def _family(record: EvaluationRecord) -> tuple[str, ...]:
 
 
 def _agentic(method: str) -> str:
-    """The method that a Decision Transformer is a point of: "at" for "dt", "at-2tasks" for "dt-2tasks"."""
+    """Return the method that a Decision Transformer is a point of: "at" for "dt", "at-2tasks" for "dt-2tasks"."""
     return f"at{method.removeprefix('dt')}" if method == "dt" or method.startswith("dt-") else method
 
 
 def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:
-    """The name of a variant, with whatever separates it from others of its method."""
+    """Return the name of a variant, with the properties that separate it from other variants of its method."""
     others = [other for other in all_variants if (other.method, other.name) == (variant.method, variant.name)]
     method, _, rest = variant.method.partition("-")
     parts = [_TITLES.get(variant.method, variant.method)]

@@ -36,15 +36,15 @@ class Contrast(NamedTuple):
 
 
 def summarise(*scores: Sequence[float] | np.ndarray | pd.Series, together: Sequence[int] | None = None) -> Estimate:
-    """Return the interquartile mean of training runs and its 95 % interval, from a fixed bootstrap seed.
-
-    Args:
-        scores: one score per training run, for each task.
-        together: a label per task; tasks of one label have the same training runs, in the same order.
-    """
+    """Return the interquartile mean of training runs of each task (runs,) and its 95 % interval; see `strata`."""
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     strata = [np.asarray(runs, np.float64) for runs in scores]
     return estimate(strata, generator=generator, together=together, resamples=RESAMPLES)
+
+
+def ends(found: Estimate) -> tuple[float, float]:
+    """Return the ends of the interval; NaN if there is none."""
+    return (found.interval.low, found.interval.high) if found.interval else (np.nan, np.nan)
 
 
 def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
@@ -123,8 +123,7 @@ def scores_of(runs: pd.DataFrame, cell: Any, metric: str = "mean", *, memory: bo
         memory: False for the control.
     """
     key = (*(cell[name] for name in CELL), memory)
-    rows = runs.loc[[key]] if key in runs.index else runs.iloc[:0]
-    return rows.set_index("run")[metric].dropna()
+    return runs.loc[key:key].set_index("run")[metric].dropna()  # a slice also of one row or none
 
 
 def middle(scores: pd.Series | np.ndarray) -> float:
@@ -146,22 +145,18 @@ def returns_table(results: pd.DataFrame) -> pd.DataFrame:
         for name, value, episodes in (
             ("Dataset, all episodes", returns.mean(), len(returns)), ("Dataset, best episode", returns.max(), 1),
         ):  # fmt: skip
-            rows.append(
-                dict.fromkeys(RETURNS) | {
-                    "task": task, "method": name, "kind": "data", "variant": name, "family": "data", "mean": value,
-                    "iqm": value, "score": score_or_none(str(task), value), "episodes": episodes, "failed": 0,
-                }
-            )  # fmt: skip
+            named = {"task": task, "method": name, "kind": "data", "variant": name, "family": "data"}
+            score = score_or_none(str(task), value)
+            rows.append(named | {"mean": value, "iqm": value, "score": score, "episodes": episodes, "failed": 0})
     table = pd.DataFrame(rows, columns=[*RETURNS, "kind", "variant", "family"])
     counts = [*CELL[2:], "seeds", "episodes", "failed"]
     table[counts] = table[counts].astype("float64").astype("Int64")
     values = [name for name in RETURNS if name not in (*CELL, *counts)]
     table[values] = table[values].astype("float64")
-    order = table["kind"].map({"reference": 0, "data": 1, "context": 2}), table["family"] != "random"
-    table = table.assign(order=order[0], last_family=order[1]).sort_values(
-        ["task", "order", "last_family", *CELL[1:]], ignore_index=True
-    )
-    return _place_on_curves(table.drop(columns=["order", "last_family"]))
+    order = table["kind"].map({"reference": 0, "data": 2, "context": 3})
+    order = order.where(table["family"] == "random", order + 1)
+    table = table.assign(order=order).sort_values(["task", "order", *CELL[1:]], ignore_index=True)
+    return _place_on_curves(table.drop(columns="order"))
 
 
 def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series) -> dict[str, Any]:
@@ -170,18 +165,19 @@ def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series) -> dict[
     is_own = cell["kind"] == "reference" or cell["test_trajectories"] == 1
     control = {metric: scores_of(runs, cell, metric, memory=is_own) for metric in METRICS}
     found = summarise(scores["mean"])
+    low, high = ends(found)
     return {name: cell[name] for name in [*CELL, "kind", "variant", "family"]} | {
         "mean": scores["mean"].mean(),
         "iqm": found.value,
-        "low": found.interval.low if found.interval else None,
-        "high": found.interval.high if found.interval else None,
+        "low": low,
+        "high": high,
         "control": middle(control["mean"]),
         "last_control": middle(control["last"]),
         "best_control": middle(control["best"]),
         **{metric: middle(scores[metric]) for metric in ("first", "last", "best")},
         "score": score_or_none(cell["task"], found.value),
         "seeds": found.runs,
-        "episodes": runs.loc[[(*cell[CELL], True)], "episodes"].sum(),
+        "episodes": scores_of(runs, cell, "episodes").sum(),
         "failed": failed.get(tuple(cell[CELL]), 0),
     }
 
@@ -234,8 +230,7 @@ def improvement_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
         if tasks:
             one, other = ([scores_of(runs, side["cells"][task]) for task in tasks] for side in (ours, theirs))
             wins = contrast(one, other).wins
-            ends = (wins.interval.low, wins.interval.high) if wins.interval else (np.nan, np.nan)
-            rows.append((ours["name"], theirs["name"], len(tasks), wins.value, *ends))
+            rows.append((ours["name"], theirs["name"], len(tasks), wins.value, *ends(wins)))
     return pd.DataFrame(rows, columns=["first", "second", "tasks", "probability", "low", "high"])
 
 
@@ -252,13 +247,14 @@ def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
     for (method, length), cells in points.groupby(["method", "length"]):
         if len(cells) == len(tasks) and set(cells["task"]) == set(tasks):
             scores, together = strata([scores_of(runs, cell) for _, cell in cells.iterrows()])
-            normal = [
-                [score_or_none(task, run) for run in part] for task, part in zip(cells["task"], scores, strict=True)
-            ]
-            found = summarise(*normal, together=together)
-            ends = (found.interval.low, found.interval.high) if found.interval else (np.nan, np.nan)
-            rows.append((method, length, found.value, *ends, found.runs))
+            found = summarise(*map(normalised, cells["task"], scores), together=together)
+            rows.append((method, length, found.value, *ends(found), found.runs))
     return pd.DataFrame(rows, columns=["method", "length", "iqm", "low", "high", "seeds"])
+
+
+def normalised(task: str, scores: np.ndarray) -> np.ndarray:
+    """Return the normalised scores of returns on a task."""
+    return np.array([score_or_none(task, score) for score in scores], np.float64)
 
 
 def contenders(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -266,24 +262,23 @@ def contenders(table: pd.DataFrame) -> list[dict[str, Any]]:
 
     Keys: name, method, kind, longest, and cells (task -> row of the table) with two or more training seeds.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for method, rows in table[table["length"].notna()].groupby("method"):
-        ends = {task: ends_of_curve(group) for task, group in rows.groupby("task")}
+        pairs = {task: ends_of_curve(group) for task, group in rows.groupby("task")}
         for longest in (True, False):
-            cells = {task: pair[longest] for task, pair in ends.items()}
-            if longest or any(pair[0].name != pair[1].name for pair in ends.values()):
+            cells = {task: pair[longest] for task, pair in pairs.items()}
+            if longest or any(pair[0].name != pair[1].name for pair in pairs.values()):
                 labels = {context_label(cell) for cell in cells.values()}
                 label = labels.pop() if len(labels) == 1 else f"the {'longest' if longest else 'shortest'} context"
-                found.append((f"{method}, {label}", method, "context", longest, cells))
-    levels_of = pd.concat([levels(table, task) for task in table["task"].unique()])
-    for method, rows in levels_of.groupby("method"):
-        found.append((method, method, "reference", True, {row["task"]: row for _, row in rows.iterrows()}))
-    keys = ("name", "method", "kind", "longest", "cells")
-    several = [
-        dict(zip(keys, (*rest, {task: cell for task, cell in cells.items() if cell["seeds"] > 1}), strict=True))
-        for *rest, cells in found
-    ]
-    return [side for side in several if side["cells"]]
+                name = f"{method}, {label}"
+                found.append({"name": name, "method": method, "kind": "context", "longest": longest, "cells": cells})
+    references = pd.concat([levels(table, task) for task in table["task"].unique()])
+    for method, rows in references.groupby("method"):
+        cells = {row["task"]: row for _, row in rows.iterrows()}
+        found.append({"name": method, "method": method, "kind": "reference", "longest": True, "cells": cells})
+    for side in found:
+        side["cells"] = {task: cell for task, cell in side["cells"].items() if cell["seeds"] > 1}
+    return [side for side in found if side["cells"]]
 
 
 def ends_of_curve(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
@@ -296,18 +291,11 @@ def ends_of_curve(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
 
 
 def intervals(scores: pd.DataFrame, by: Sequence[str], value: str = "value") -> pd.DataFrame:
-    """Return the interquartile mean of each group of training runs, with the columns iqm, low, high and seeds.
-
-    Args:
-        scores: one row per training run.
-        by: columns that name a group.
-        value: column of the score.
-    """
+    """Return the interquartile mean of the column `value` in each group of training runs: iqm, low, high and seeds."""
     rows = []
     for key, values in scores.groupby(list(by))[value]:
         found = summarise(values)
-        ends = (found.interval.low, found.interval.high) if found.interval else (np.nan, np.nan)
-        rows.append((*key, found.value, *ends, found.runs))
+        rows.append((*key, found.value, *ends(found), found.runs))
     return pd.DataFrame(rows, columns=[*by, "iqm", "low", "high", "seeds"])
 
 
@@ -359,12 +347,7 @@ def last_episodes(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_table(results: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the training cost, throughput and memory of each method and training length.
-
-    Args:
-        results: the table of `read_results`.
-        runs: the table of `provenance.training_runs`.
-    """
+    """Return the training cost, throughput and memory of each method and length, from `provenance.training_runs`."""
     by = ["task", "method", "train_trajectories"]
     costs = results[results["kind"] != "data"].groupby([*by, "seed"])[["steps", "tokens", "flops", "seconds"]].first()
     means = costs.groupby(by).mean()
@@ -406,8 +389,3 @@ def describe(cell: Any) -> str:
         return str(cell["method"])
     prompt = f", prompt of {cell['prompt_trajectories']:.0f}" if cell["prompt_trajectories"] else ""
     return f"{cell['method']} ({context_label(cell)}{prompt})"
-
-
-def in_sentence(name: str) -> str:
-    """Return a method's name as it appears inside a sentence: "behaviour cloning", but "TD3+BC"."""
-    return name[:1].lower() + name[1:] if name[1:2].islower() else name

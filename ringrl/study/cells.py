@@ -43,7 +43,6 @@ from ringrl.files import write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import load_policy, train
-from ringrl.training.checkpoints import saved_steps
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
 EVALUATION = "evaluation.jsonl"
@@ -122,13 +121,8 @@ class Cell(Work):
     variant: str | None = None
 
     @property
-    def steps_done(self) -> int:
-        """Optimiser steps of the newest checkpoint."""
-        return max(saved_steps(self.folder), default=0)
-
-    @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of training, in all of which the policy is evaluated."""
+        """The tasks of training. The policy is evaluated in each of them."""
         return self.config.task, *self.config.context.other_tasks
 
     def check(self) -> None:

@@ -64,8 +64,8 @@ class AblationPlan(Section):
     task_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Task -> settings that override the settings of all cells."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Name -> settings, which also override those of a method. Every cell is repeated with each variant. The report
-    shows the name."""
+    """Name -> settings, which override the settings of a method, too. Every cell is repeated with each variant. The
+    report shows the name."""
     variants_only: bool = False
     """Leave out the cells without a variant."""
     episodes: int = Field(40, ge=1)

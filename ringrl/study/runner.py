@@ -40,19 +40,19 @@ class RunOptions(NamedTuple):
     """How a plan is carried out."""
 
     workers: int = 1
-    """Cells at a time."""
+    """Cells that run at once."""
     retry: bool = False
     """Run failed cells again."""
     timing: bool = True
-    """First time a few steps of every kind of cell."""
+    """Time a few steps of every kind of cell before the first one starts."""
     slurm: SlurmConfig | None = None
     """Run the cells as SLURM jobs; None: in processes of this machine."""
     cluster: str = "slurm"
     """Cluster of submitit: "local" runs its jobs on this machine."""
 
 
-class Died(str):
-    """How a worker process died, in place of the result of its task."""
+class TaskError(str):
+    """The reason why a task failed or its process died, in place of a result."""
 
 
 def ablate(
@@ -198,7 +198,7 @@ def _outcomes(
         return
     tasks = [partial(attempt_logged, work, command) for work in todo]
     for index, why in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: on_start(todo[index].name)):
-        yield todo[index], todo[index].note_failure(why) if isinstance(why, Died) else why
+        yield todo[index], todo[index].note_failure(why) if isinstance(why, TaskError) else why
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def _locked(output: Path) -> Iterator[None]:
 def run_all(
     tasks: Sequence[Callable[[], Any]], workers: int, compiled: Path, on_start: Callable[[int], None]
 ) -> Iterator[tuple[int, Any]]:
-    """Start tasks in order in worker processes. Yield the index and the result (or `Died`) of each when it ends.
+    """Start tasks in order in worker processes. Yield the index and the result (or `TaskError`) of each when it ends.
 
     A process that dies fails its own task only. All processes end with the main process, and divide the cores among
     them. Tasks and results can be pickled.
@@ -273,10 +273,10 @@ class _Worker:
             self.process.join()
         code = self.process.exitcode or 0
         if code >= 0:
-            return index, Died(f"its process ended with code {code}")
+            return index, TaskError(f"its process ended with code {code}")
         name = signal.Signals(-code).name
         reason = " (often because memory ran out)" if name == "SIGKILL" else ""
-        return index, Died(f"its process was ended by {name}{reason}")
+        return index, TaskError(f"its process was ended by {name}{reason}")
 
 
 def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> None:
@@ -291,4 +291,8 @@ def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> N
     with suppress(EOFError):
         while True:
             task = pipe.recv()
-            pipe.send(task())
+            try:
+                result = task()
+            except Exception as error:
+                result = TaskError(" ".join(f"{type(error).__name__}: {error}".split()))
+            pipe.send(result)

@@ -27,6 +27,7 @@ from ringrl.files import json_digest
 from ringrl.study.cells import Cell, write
 from ringrl.training import TrainedPolicy, load_policy, train
 from ringrl.training.budget import step_cost
+from ringrl.training.checkpoints import saved_steps
 
 TIMINGS = "timing.json"
 STEPS = 6  # of the optimiser; the first includes compilation and is not counted
@@ -77,15 +78,8 @@ def write_timings(output: Path, timings: Mapping[str, Timing]) -> None:
     write(output / TIMINGS, json.dumps({name: timing.model_dump() for name, timing in timings.items()}, indent=1))
 
 
-def measure(cell: Cell) -> Timing | str:
-    """Time a few steps of a cell, in a temporary folder. Return an error as text, to cross process borders."""
-    try:
-        return _measure(cell)
-    except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _measure(cell: Cell) -> Timing:
+def measure(cell: Cell) -> Timing:
+    """Return the timing of a cell, from a few steps in a temporary folder."""
     short = cell.of_steps(STEPS).config
     with tempfile.TemporaryDirectory(prefix="ringrl-timing-") as folder:
         changes = {"run": Path(folder) / "run", "log": (), "log_every": 1, "checkpoint_every": STEPS}
@@ -158,7 +152,8 @@ def _median_seconds(action: Callable[[], object]) -> float:
 def cost(cell: Cell, timings: Mapping[str, Timing]) -> CellCost:
     """Return the remaining cost of a cell. A started evaluation counts whole."""
     config, length = cell.config, domain_of(cell.config.task).episode_length
-    one, steps = step_cost(config, length), max(0, config.optimiser.steps - cell.steps_done)
+    done = max(saved_steps(cell.folder), default=0)
+    one, steps = step_cost(config, length), max(0, config.optimiser.steps - done)
     timing = timings.get(shape(cell))
     episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in cell.protocols)
     return CellCost(

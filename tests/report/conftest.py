@@ -34,7 +34,7 @@ def rollouts(length: int, seed: int, level: float, *, gain: float = 0.0, **chang
 
 
 def ablation(task: str = TASK, seeds: int = 5, step: float = 100.0, lengths=(1, 2, 4)) -> list[EvaluationRecord]:
-    """Context lengths in turn, `step` apart; seeds 1 apart; a control without memory; references; a dataset."""
+    """Lengths that differ by `step`, seeds that differ by 1, a control without memory, references, a dataset."""
     records = []
     for seed in range(seeds):
         for index, length in enumerate(lengths):

@@ -38,7 +38,7 @@ def test_a_panel_per_task_and_one_over_all(make_ablation):
         "All tasks, normalised score", "cartpole_swingup", "walker_walk"
     ]  # fmt: skip
     assert chart.methods == [
-        "Agentic Transformer", "Behaviour cloning", "Random policy", "dataset, mean", "dataset, best"
+        "Agentic Transformer", "Behaviour cloning", "Random policy", "Dataset, all episodes", "Dataset, best episode"
     ]  # fmt: skip
     assert chart.has_reset
     assert "no interval" not in chart.caption
@@ -46,6 +46,14 @@ def test_a_panel_per_task_and_one_over_all(make_ablation):
     kept = found[(found["memory"] == "with memory")].sort_values("x")
     assert (kept["x"].tolist(), kept["value"].tolist()) == ([1, 2, 4], pytest.approx([401.5, 506.5, 616.5]))
     assert len(found[found["seed"].notna()]) == 6, "a dot per seed"
+
+
+def test_each_task_has_the_axis_of_its_curves(make_ablation, make_rollouts):
+    rolled_out = [record for test in (1, 4) for n in (2, 8)
+                  for record in make_rollouts(test, 0, 1.0, task="walker_run", train_trajectories=n)]  # fmt: skip
+    panels = charts([*make_ablation(seeds=2), *rolled_out])["return_by_context"].panels
+    titles = {panel.title: panel.spec["layer"][-1]["encoding"]["x"]["title"] for panel in panels}
+    assert titles == {"cartpole_swingup": "trajectories per context", "walker_run": "episodes per context"}
 
 
 def test_a_caption_describes_only_what_the_chart_shows(make_ablation, make_rollouts):

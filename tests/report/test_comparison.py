@@ -44,7 +44,7 @@ def test_differences_that_chance_explains_are_reported(make_study, make_ablation
 
 
 def test_the_same_runs_prompted_are_compared_run_by_run(make_rollouts, write_results):
-    """Runs lie 100 apart; the prompt gains each of them 40."""
+    """Runs differ by 100. The prompt raises each return by 40."""
     levels = {"bare": (0.0, {}), "prompted": (40.0, {"prompt_trajectories": 3, "prompt_seed": 0})}
     bare, prompted = (
         write_results(

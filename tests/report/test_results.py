@@ -236,6 +236,14 @@ def test_methods_that_the_report_does_not_show_lengthen_no_name(make_rollouts):
     assert scores(records) == [[2]]
 
 
+def test_methods_of_one_name_stay_apart(make_rollouts):
+    """A variant has the name of a token set of the plan."""
+    sets = [r for name in ("at5", "dt3") for r in make_rollouts(1, 0, 100, token_set=name)]
+    found = by_method([*sets, *make_rollouts(1, 0, 900, token_set="dt3", variant="dt3")])
+    title = "Agentic Transformer, "
+    assert found == {f"{title}at5": [101], f"{title}dt3": [101], f"{title}dt3 (variant dt3)": [901]}
+
+
 def test_a_decision_transformer_is_the_first_point_of_the_agentic_one(make_rollouts):
     agentic = [record for length in (2, 4) for record in make_rollouts(length, 0, 1)]
     same = make_rollouts(1, 0, 1, method="dt")

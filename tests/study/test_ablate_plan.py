@@ -123,7 +123,7 @@ def test_prompts_shorter_than_the_context_divide_the_starts(write_plan) -> None:
 
 
 def test_variants_change_one_setting_of_every_cell(write_plan) -> None:
-    """The settings of a variant override those of a method."""
+    """The settings of a variant override the settings of a method."""
     variants = {"as collected": {"context": {"order": "history"}}, "wide": {"model": {"width": 32}}}
     changes = {"trajectories": [2], "baselines": ["bc"], "variants": variants}
     found = {cell.folder.name: cell for cell in cells(plan_of(write_plan, **changes))}
