@@ -31,14 +31,14 @@ def write_whole(path: Path, content: str | bytes, *, alone: bool = True) -> None
 
 @contextmanager
 def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
-    """Give a hidden path next to `path` for a new file or folder. It is renamed to `path` when the block ends well.
+    """Yield a hidden path next to `path` for a new file or folder, and rename it to `path` when the block succeeds.
 
-    Everything is on disk before the rename. If the block fails, the hidden file or folder is deleted.
+    All content is on disk before the rename. If the block fails, the hidden file or folder is deleted.
 
     Args:
-      path: the final name. Its folder exists. An existing file is replaced; an existing folder must be empty.
+      path: the final name, in an existing folder. An existing file is replaced. An existing folder must be empty.
       alone: no other process writes the same file at the same time. A kill then leaves one hidden file, which the next
-        write replaces. Otherwise every process uses a hidden name of its own.
+        write replaces. Otherwise each process uses its own hidden name.
 
     Raises:
       OSError: the file system rejects a write.
@@ -98,7 +98,7 @@ def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLoc
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
-            # The file just created must not pass for the marker of a holder.
+            # Otherwise the soft lock would take the new file for the marker of a holder.
             file.unlink(missing_ok=True)
             file = file.with_name(f"{file.name}.soft")
             held = SoftFileLock(file, timeout=timeout, thread_local=False)
@@ -109,7 +109,7 @@ def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLoc
 
 
 def _holder(file: Path) -> str:
-    """The process in a lock file, " (process 12 on host)"; empty if it cannot be read."""
+    """Return the process named in a lock file, " (process 12 on host)", or "" if the file cannot be read."""
     try:
         process, host = file.read_text().splitlines()[:2]
     except (OSError, ValueError):
@@ -126,7 +126,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file or the list of files of a folder to the disk. Raises OSError for a file."""
+    """Flush a file or the list of files of a folder to the disk. Raises OSError for a file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,10 +138,7 @@ def sync(path: Path) -> None:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Allocate `size` bytes of disk for a file, where the system can: a full disk then shows before the work.
-
-    Raises OSError if the disk is full.
-    """
+    """Allocate `size` bytes of disk for a file if the system can. Raises OSError if the disk is full."""
     if not hasattr(os, "posix_fallocate"):
         return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -161,7 +158,8 @@ def explain_write_errors(path: Path, size: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            free = f"{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free in {path.parent}"
+            folder = next(folder for folder in path.absolute().parents if folder.exists())
+            free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}"
             needed = f"{size / 1e6:,.1f} MB are needed, " if size else ""
             raise UserError(
                 f"{path}: the disk, a quota or a limit on file size is full ({needed}{free}): "

@@ -254,7 +254,7 @@ def test_errors_of_evaluations(
         (["--prompt-trajectories", "9"], "context.trajectories: 9 are more than the 8 eligible episodes"),
         (["--target", "good"], "--target"),
         (["--output", str(tmp_path)], "is not a results file; give a name that ends in .jsonl"),
-        (["--output", str(tmp_path / "file" / "x.jsonl")], "results cannot be written"),
+        (["--output", str(tmp_path / "file" / "x.jsonl")], "x.jsonl: cannot be written"),
         (["--output", str(tmp_path / "x.json")], "give a name that ends in .jsonl"),
     ):
         capsys.readouterr()

@@ -1,7 +1,7 @@
 """Actors choose actions in a batch of environments: a trained policy with its key-value cache, or random actions.
 
-The tokens of each timestep enter the cache in one call. The cache doubles when it is full, so that few programs are
-compiled and short contexts stay cheap.
+The tokens of a timestep enter the cache in one call. A full cache doubles, so that few programs are compiled and short
+contexts stay cheap.
 """
 
 from collections.abc import Callable, Hashable
@@ -49,11 +49,9 @@ class RandomActor:
         self._action_size, self._seed, self._stride = action_size, seed, stride
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
-        """Restart the random streams."""
         self._randoms = [np.random.default_rng(self._seed + index * self._stride) for index in range(num_environments)]
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
-        """Return actions that are uniform in [-1, 1]."""
         return np.stack([random.uniform(-1, 1, self._action_size) for random in self._randoms]).astype(np.float32)
 
     def observe(self, finished: Context) -> None:

@@ -1,4 +1,4 @@
-"""Running evaluations: finished ones are not repeated, interrupted ones resume after their last finished episode."""
+"""Evaluations: finished ones are not repeated, and interrupted ones resume after the last finished episode."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime

@@ -1,7 +1,6 @@
 """The journal of an evaluation: its finished episodes on disk, from which an interrupted evaluation resumes.
 
-Each evaluation has a folder with one file of arrays per episode and about.json, which names the evaluation. Files are
-written under a temporary name and renamed, so a kill leaves whole files only.
+Each evaluation has a folder with one file of arrays per episode and about.json, which names the evaluation.
 """
 
 import io
@@ -17,7 +16,7 @@ import numpy as np
 
 from ringrl.errors import UserError
 from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch
-from ringrl.files import lock, write_whole
+from ringrl.files import explain_write_errors, lock, write_whole
 
 _TYPES = {"observation": np.float32, "action": np.float32, "reward": np.float64, "physics": np.float64}
 
@@ -36,11 +35,9 @@ class EpisodeJournal:
     def __init__(self, folder: Path, decides: Mapping[str, Any]) -> None:
         self.folder = folder
         self._lock = ExitStack()
-        try:
+        with explain_write_errors(folder):
             self._lock.enter_context(lock(folder, "is running the same evaluation", file=folder / "lock"))
             self._claim(json.loads(json.dumps(dict(decides))))
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def episodes(self, part: str, steps: int, streams: int) -> list[EpisodeBatch]:
         """Return the episodes of a part up to the first one that is missing, unreadable or of another shape."""
@@ -61,10 +58,8 @@ class EpisodeJournal:
         """Write an episode. Raises UserError if the folder cannot be written."""
         content = io.BytesIO()
         np.savez(content, **{name: getattr(episode, name) for name in ARRAYS}, seconds=np.float64(episode.seconds))
-        try:
+        with explain_write_errors(self.folder):
             write_whole(self._file(part, index), content.getvalue())
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def remove(self) -> None:
         """Delete the journal, and its parent folder if that is empty."""
@@ -74,7 +69,6 @@ class EpisodeJournal:
             self.folder.parent.rmdir()
 
     def close(self) -> None:
-        """Release the lock."""
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -99,10 +93,6 @@ class EpisodeJournal:
 
     def _file(self, part: str, index: int) -> Path:
         return self.folder / f"{part}_{index:05}.npz"
-
-    def _unwritable(self, error: OSError) -> UserError:
-        advice = "free some space, or give another --output"
-        return UserError(f"{self.folder}: episodes cannot be written ({error.strerror}); {advice}")
 
 
 def _has_shape(episode: EpisodeBatch, steps: int, streams: int) -> bool:

@@ -1,7 +1,4 @@
-"""What evaluation reads from a run's dataset: prompts, target returns, and the imitation error of its contexts.
-
-A prompt is trajectories of the dataset that a policy remembers before its first episode.
-"""
+"""Prompts: trajectories of the dataset in a policy's context before its first episode. Also the imitation error."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from jaxtyping import Float
 
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
-from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes, read_contexts
+from ringrl.data.sampling.sampler import ContextSampler, read_contexts
 from ringrl.errors import UserError
 from ringrl.training import TrainedPolicy
 from ringrl.training.checkpoints import RunInfo
@@ -40,20 +37,13 @@ def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
     return store
 
 
-def trained_returns(info: RunInfo, store: EpisodeStore, task: str) -> Float[np.ndarray, " episodes"]:
-    """Return the returns in a task of the episodes that the run was trained on."""
-    config, context = info.config, info.config.context
-    chosen = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
-    return store.returns(task)[chosen]
-
-
 def draw_prompt(
     info: RunInfo, store: EpisodeStore, task: str, trajectories: int, seed: int, target_return: float | None
 ) -> tuple[Context, dict[str, Any]]:
     """Draw a prompt by the selection and order of the run's training contexts.
 
     Returns the prompt as a context (1, T, ...) in the order of time, and the fields of an `EvaluationRecord` that
-    describe it.
+    describe it. Trajectory indices are clipped below the number of trajectories in a training context.
 
     If the target of every trajectory in a training context is the best return, the target in the prompt is
     `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
@@ -77,6 +67,7 @@ def draw_prompt(
         plan = plan._replace(targets=targets, completes=returns[None] >= targets)
     steps = int(plan.starts[0, -1])
     context = read_contexts(store, info.normalisation, plan, np.arange(steps))
+    context = context._replace(trajectory=np.minimum(context.trajectory, config.context.trajectories - 1))
     fields = {"prompt_episodes": tuple(episodes.tolist()), "prompt_returns": tuple(returns.tolist())}
     return context, fields | {"prompt_trajectories": trajectories, "prompt_seed": seed}
 
@@ -86,8 +77,8 @@ def imitation_error(
 ) -> Float[np.ndarray, "contexts trajectories steps"]:
     """Return the squared error of the policy's actions on contexts drawn as in training, averaged over components.
 
-    An error that falls within the first steps of an episode means that the episode itself identifies what to imitate,
-    and that earlier trajectories add little.
+    If the error falls within the first steps of an episode, the episode itself identifies the behaviour to imitate, and
+    earlier trajectories add little.
 
     Args:
       trained: the policy.

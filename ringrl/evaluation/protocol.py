@@ -1,23 +1,24 @@
-"""The evaluation protocol (initial states, targets, prompt, control) and the evaluations made from it."""
+"""The evaluation protocol (initial states, prompt, control) and the evaluations made from it.
 
-import math
+`ringrl.evaluation.target` chooses the target return.
+"""
+
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
 from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor, CompiledPolicy, PolicyActor, RandomActor
-from ringrl.evaluation.formatting import all_digits
-from ringrl.evaluation.prompt import draw_prompt, open_dataset, trained_returns
+from ringrl.evaluation.prompt import draw_prompt, open_dataset
 from ringrl.evaluation.records import (
     JOURNAL,
     VIDEOS,
@@ -27,7 +28,7 @@ from ringrl.evaluation.records import (
     library_versions,
     recipe,
 )
-from ringrl.evaluation.rollout import clip_trajectories
+from ringrl.evaluation.target import NO_TARGET, TargetPolicy, trained_returns
 from ringrl.files import json_digest
 from ringrl.methods import method_of
 from ringrl.training import TrainedPolicy
@@ -37,14 +38,13 @@ Part = Literal["context", "control"]
 
 FIRST_SEED = 1_000_000  # default of Protocol.seed
 SEEDS = 2**32  # NumPy's RandomState, which draws dm_control's starts, takes seeds below this number
-NO_TARGET = "none"  # target policy of methods without a target return
 # The libraries whose versions are part of an evaluation's hash.
 _SIMULATING, _COMPUTING = {"ringrl", "numpy", "mujoco", "dm_control"}, {"jax", "jaxlib", "flax"}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is rolled out, the same for every method.
+    """The settings of a rollout, the same for every method.
 
     A stream is n = `episodes` episodes, one after another in one context. Episode k of stream i (both from 0) starts
     from the environment seed `seed + i * n + k`. Protocols with the same total of episodes thus share their starts.
@@ -90,77 +90,17 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class TargetPolicy:
-    """A rule for the target return."""
-
-    kind: Literal["given", "factor", "quantile"]  # a return; a multiple of the data's best return; a quantile of them
-    value: float
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Parse "best", "0.9x" (of the best), "q0.75" (quantile) or a return.
-
-        Raises:
-          UserError: anything else.
-        """
-        text = text.strip().lower()
-        if text == "best":
-            return cls("factor", 1.0)
-        try:
-            if text.endswith("x"):
-                found = cls("factor", float(text[:-1]))
-            elif text.startswith("q"):
-                found = cls("quantile", float(text[1:]))
-            else:
-                found = cls("given", float(text))
-        except ValueError:
-            found = cls("given", math.nan)
-        if not math.isfinite(found.value) or (found.kind == "quantile" and not 0 <= found.value <= 1):
-            raise UserError(
-                f'--target: {text!r} is not a target; give "best", a return (800), "0.9x" (of the best) or "q0.75"'
-            )
-        return found
-
-    @property
-    def name(self) -> str:
-        """Return the name used in records: "data_best", "0.9x data_best", "data_quantile_0.75" or "given"."""
-        value = all_digits(self.value)
-        if self.kind == "quantile":
-            return f"data_quantile_{value}"
-        if self.kind == "factor":
-            return "data_best" if self.value == 1 else f"{value}x data_best"
-        return "given"
-
-    def choose(self, returns: Float[np.ndarray, " episodes"]) -> float:
-        """Return the target return, given the returns of the training data."""
-        if self.kind == "quantile":
-            return float(np.quantile(returns.astype(np.float64), self.value))
-        return self.value * float(returns.max()) if self.kind == "factor" else self.value
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """One evaluation. `policy_evaluation` and `random_evaluation` make it; nothing is rolled out yet.
+    """The settings of one evaluation, made by `policy_evaluation` or `random_evaluation`."""
 
-    Attributes:
-        template: record of a stream whose returns are still missing.
-        decides: everything that decides the result, as plain values; `template.evaluation` is its hash.
-        results: results file (.jsonl) to which the records are appended.
-        protocol: number of streams, episodes and so on.
-        normalisation: statistics of the policy's training data.
-        make_actor: makes the actor of a group of streams from the index of the first stream.
-        trajectories: trajectories per training context; trajectory indices are clipped below this number.
-        prompt: context (1, T, ...) before the first episode.
-    """
-
-    template: EvaluationRecord
-    decides: Mapping[str, Any]
-    results: Path
+    template: EvaluationRecord  # record of a stream, without the returns
+    decides: Mapping[str, Any]  # everything that decides the result, as plain values; `template.evaluation` is its hash
+    results: Path  # results file (.jsonl) to which the records are appended
     protocol: Protocol
-    normalisation: Normalisation
-    make_actor: Callable[[int], Actor]
-    trajectories: int = 1
-    prompt: Context | None = None
+    normalisation: Normalisation  # statistics of the policy's training data
+    make_actor: Callable[[int], Actor]  # returns the actor of a group of streams, given the index of its first stream
+    trajectories: int = 1  # per training context; trajectory indices of the episodes are clipped below this number
+    prompt: Context | None = None  # (1, T, ...) before the first episode
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -193,7 +133,7 @@ class Evaluation:
         return [record for record in records if record.evaluation == self.template.evaluation]
 
     def is_finished(self, records: Iterable[EvaluationRecord]) -> bool:
-        """Return whether the records contain every stream. A kill during writing may leave only the first ones."""
+        """Return whether the records contain every stream. A kill during writing may leave only the first streams."""
         expected = {(part == "context", first) for part in self.parts for first in self.seeds[:, 0].tolist()}
         return {(record.context, record.environment_seed) for record in self.own(records)} >= expected
 
@@ -217,8 +157,8 @@ def policy_evaluation(
       run: folder of its run.
       protocol: see `Protocol`.
       task: None: the task of the run.
-      data: path of the run's dataset if it has moved. The dataset is read for a prompt, for a target that is a
-        quantile, and in a task other than the run's unless the target is a number.
+      data: path of the run's dataset if it was moved. The dataset is read for a prompt, for a target that is a
+        quantile, and for another task than the run's unless the target is a number.
       command: command line, for the records.
       results: None: evaluation.jsonl in the run's folder.
       compiled: programs of the same policy, shared between tasks. None: compiled for this evaluation.
@@ -260,16 +200,14 @@ def policy_evaluation(
     )
     if compiled is None or compiled.policy is not trained.towards(task):
         compiled = compile_policy(trained, protocol, task)
-    policy, trajectories = compiled, config.context.trajectories
-    # Clip here: `CompiledPolicy.prefill` recognises a prompt by its identity, and `rollout` would make copies.
-    prompt = None if prompt is None else clip_trajectories(prompt, trajectories)
+    policy = compiled
     return _evaluation(
         template,
         protocol,
         results=run / "evaluation.jsonl" if results is None else results,
         normalisation=info.normalisation,
         make_actor=lambda first: PolicyActor(policy),
-        trajectories=trajectories,
+        trajectories=config.context.trajectories,
         prompt=prompt,
     )
 
@@ -306,12 +244,9 @@ def _target_and_prompt(
         if value and not has_context:
             raise UserError(f"{flag}: {run} has no context ({method_of(config)}); leave it out")
     has_target = has_context and config.context.target != NO_TARGET
-    reads_returns = has_target and (rule.kind == "quantile" or (task != config.task and rule.kind != "given"))
-    store = open_dataset(info, run, data) if count or reads_returns else None
-    target = None
-    if has_target:
-        # In the run's own task, the checkpoint contains the best return.
-        target = rule.choose(np.array([info.best_return]) if store is None else trained_returns(info, store, task))
+    needs_dataset = count or (has_target and rule.needs_dataset(info, task))
+    store = open_dataset(info, run, data) if needs_dataset else None
+    target = rule.choose(trained_returns(info, task, store)) if has_target else None
     name = rule.name if has_target else NO_TARGET
     if not count or store is None:
         return target, name, None, {}

@@ -3,6 +3,7 @@
 A kill may leave a half-written last line, which is ignored.
 """
 
+import errno
 import importlib.metadata
 import io
 import itertools
@@ -22,7 +23,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, Posit
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
-from ringrl.files import json_digest, lock
+from ringrl.files import explain_write_errors, json_digest, lock
 from ringrl.training.budget import Budget
 from ringrl.training.run_folder import flat
 
@@ -214,33 +215,30 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
     A half-written last line is removed first. Raises UserError if the file cannot be written; it is then unchanged.
     """
     lines = "".join(f"{record.model_dump_json()}\n" for record in records).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Several runs may share one file.
-        with lock(path, "is appending results", wait=True), path.open("a+b", buffering=0) as file:
-            end = _remove_half_line(file)
-            try:
-                if os.write(file.fileno(), lines) < len(lines):
-                    raise OSError(0, "only a part could be written; is the disk full?")
-                os.fsync(file.fileno())
-            except OSError:
-                os.ftruncate(file.fileno(), end)
-                raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot append results ({error.strerror}); give a file that can be written") from error
+    # Several runs may share one file.
+    with (
+        explain_write_errors(path),
+        lock(path, "is appending results", wait=True),
+        path.open("a+b", buffering=0) as file,
+    ):
+        end = _remove_half_line(file)
+        try:
+            if os.write(file.fileno(), lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
 
 
 def check_writable(path: Path) -> None:
     """Raise UserError if a results file cannot be written. The file is not created."""
-    try:
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        missing = not path.exists()
-        with path.open("ab"):
-            pass
-        if missing:
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
             path.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: results cannot be written ({error.strerror}); give another --output") from error
 
 
 def read_records(paths: Path | Sequence[Path]) -> Results:

@@ -80,8 +80,8 @@ def rollout(
       normalisation: statistics of the policy's training data.
       seeds: seed of the start of each episode; streams in the order of the groups.
       target_return: in units of the task's return. None: return-to-go and completion are zero.
-      trajectories: number of trajectories per training context; trajectory indices are clipped below this number.
-      prompt: context (1, T, ...) that all environments remember before the first step.
+      trajectories: trajectories per training context. Trajectory indices of the episodes are clipped below this number.
+      prompt: context (1, T, ...) in the memory of all environments before the first step.
       recorded: first episodes of an interrupted rollout. They are replayed to the actor and not simulated again.
       on_step: called with the number of environments after every simulated step of a group.
       on_episode: called with each finished episode, recorded episodes included.
@@ -89,8 +89,6 @@ def rollout(
     Raises:
       UserError: the episodes have another length than the data's, or the recorded episodes start in other states.
     """
-    if prompt is not None and trajectories is not None:
-        prompt = clip_trajectories(prompt, trajectories)
     builder = ContextBuilder(normalisation, target_return, trajectories, prompt)
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
     players = [
@@ -98,7 +96,7 @@ def rollout(
         for group, part in zip(groups, pairwise(ends), strict=True)
     ]
     episodes = seeds.shape[1]
-    acts = len(recorded) < episodes  # otherwise every episode is recorded and no memory is needed
+    acts = len(recorded) < episodes  # otherwise no actor needs its memory
     for player in players if acts else ():
         player.start(episodes)
     returns = []
@@ -120,13 +118,9 @@ def rollout(
 
 
 class _Player:
-    """Plays the episodes of one group, whose `streams` are a part of all streams.
+    """Plays the episodes of one group, whose `streams` are a part of all streams."""
 
-    Attributes:
-        arrays: the arrays of the last episode (see `EpisodeBatch`).
-    """
-
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]  # of the last episode (see `EpisodeBatch`)
 
     def __init__(
         self, group: Group, builder: "ContextBuilder", streams: slice, seeds: Seeds, on_step: Callable[[int], None]
@@ -212,19 +206,12 @@ class _Player:
 
 @dataclasses.dataclass(frozen=True)
 class ContextBuilder:
-    """Builds the policy's input at each step of a rollout, in the units and positions of its training contexts.
+    """Builds the policy's input at each step of a rollout, in the units and positions of its training contexts."""
 
-    Attributes:
-        normalisation: statistics of the policy's training data.
-        target_return: return-to-go at the start of every episode. None: return-to-go and completion are always zero.
-        trajectories: trajectory indices are clipped below this number.
-        prompt: context (1, T, ...) before the first step. Positions continue after its last step.
-    """
-
-    normalisation: Normalisation
-    target_return: float | None
-    trajectories: int | None = None
-    prompt: Context | None = None
+    normalisation: Normalisation  # statistics of the policy's training data
+    target_return: float | None  # at the start of every episode. None: return-to-go and completion are always zero
+    trajectories: int | None = None  # trajectory indices are clipped below this number
+    prompt: Context | None = None  # (1, T, ...) before the first step. Positions continue after its last step
 
     def first_outcome(self, streams: int, action_size: int) -> Outcome:
         """Return the outcome before the first step: the last one of the prompt, or zeros."""
@@ -272,10 +259,3 @@ class ContextBuilder:
             reached = earned >= self.target_return
         scaled = self.normalisation.reward(reward[:, None].astype(np.float32))
         return Outcome(action[:, None], scaled, reached[:, None].astype(np.float32))
-
-
-def clip_trajectories(context: Context, trajectories: int) -> Context:
-    """Clip the trajectory indices of a context (B, T, ...) below `trajectories`; unchanged if none is higher."""
-    if context.trajectory.max() < trajectories:
-        return context
-    return context._replace(trajectory=np.minimum(context.trajectory, trajectories - 1))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
-from ringrl.files import write_whole
+from ringrl.files import explain_write_errors, write_whole
 
 Metric = Literal["first", "last", "mean", "best"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -43,17 +43,14 @@ def score_or_none(task: str, value: float | None) -> float | None:
 def stream_scores(returns: Float[np.ndarray, "streams episodes"], metric: Metric) -> Float[np.ndarray, " streams"]:
     """Return the first, last, mean or best return of each stream ("best" is the AT paper's best-of-n).
 
-    Failed episodes (NaN) are left out. A stream that failed has no last episode. NaN: no episode is left.
+    Failed episodes (NaN) are left out. A stream that failed has no last episode. Without episodes the score is NaN.
     """
     scores = np.full(len(returns), np.nan)
     for index, row in enumerate(np.asarray(returns, np.float64)):
         finite = row[np.isfinite(row)]
-        if len(finite) and metric == "first":
-            scores[index] = finite[0]
-        elif len(finite) and metric != "last":
-            scores[index] = finite.mean() if metric == "mean" else finite.max()
-        elif metric == "last" and len(finite) == len(row):
-            scores[index] = finite[-1]
+        if len(finite) and (metric != "last" or len(finite) == len(row)):
+            values = {"first": finite[0], "last": finite[-1], "mean": finite.mean(), "best": finite.max()}
+            scores[index] = values[metric]
     return scores
 
 
@@ -78,7 +75,7 @@ class EvaluationSummary:
     metrics_without_context: dict[str, float | None]
     scores: dict[str, float | None]  # the metrics, normalised
     scores_without_context: dict[str, float | None]
-    failed: int  # episodes without a return
+    failed: int  # number of episodes without a return
     failed_without_context: int
     streams_left_out: int  # streams without any return, including the control
     steps_simulated: int
@@ -101,16 +98,10 @@ def summarise(records: Iterable[EvaluationRecord]) -> list[EvaluationSummary]:
 
 
 def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
-    """Write the summaries as JSON.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write the summaries as JSON. UserError if the file cannot be written."""
     values = {"protocol": PROTOCOL, "evaluations": [asdict(summary) for summary in summarise(records)]}
-    try:
+    with explain_write_errors(path):
         write_whole(path, json.dumps(values, indent=1) + "\n", alone=False)
-    except OSError as error:
-        raise UserError(f"{path}: the summary cannot be written ({error.strerror}); give another --output") from error
 
 
 def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:

@@ -3,14 +3,14 @@
 After Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (rliable). A score is
 one number per training run (seed) and task. Scores are given as strata, one float array (runs,) per task. The bootstrap
 resamples runs within each task, and so estimates how much the result would vary with other training seeds. Episodes of
-one run are averaged first and never resampled, since they are not independent evidence about training.
+one run are averaged first and never resampled, because they are not independent evidence about training.
 
 Intervals have 95 % confidence (percentile method) and need two runs in every stratum. With fewer, the interval is None.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import scipy.stats  # type: ignore[import-untyped]
@@ -21,12 +21,7 @@ CONFIDENCE = 0.95
 Runs = Float[np.ndarray, "runs"]
 Strata = Sequence[Runs]
 Together = Sequence[Hashable] | None  # a label per task; tasks with the same label have the same runs, in order
-
-
-class Aggregate(Protocol):
-    """A statistic of scores along one axis, with the signature of numpy's and scipy's."""
-
-    def __call__(self, scores: np.ndarray, *, axis: int = -1) -> Any: ...
+Aggregate = Callable[..., Any]  # a statistic of scores along an axis, with the signature of numpy.mean
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ def performance_profile(
     thresholds = np.sort(np.asarray(thresholds, np.float64))
     # One row per threshold, so that the bootstrap resamples the same runs for all thresholds.
     above = [(np.asarray(runs, np.float64) > thresholds[:, None]).astype(np.float64) for runs in strata]
-    mean = _pooled(lambda scores, *, axis=-1: scores.mean(axis))
+    mean = _pooled(lambda scores, axis: scores.mean(axis))
     fractions, ends = _bootstrap(above, mean, generator, resamples, together)
     low, high = ends or (None, None)
     return Profile(thresholds, fractions, low, high, _count(strata, together))

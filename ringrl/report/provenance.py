@@ -13,8 +13,8 @@ import pydantic
 from ringrl.config import TrainConfig, read_yaml
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import number
-from ringrl.evaluation.protocol import NO_TARGET
 from ringrl.evaluation.records import PROTOCOL, VIDEOS, recipe
+from ringrl.evaluation.target import NO_TARGET
 from ringrl.report.results import CELL
 from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, describe
 

@@ -16,8 +16,9 @@ from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random, policy
 from ringrl.evaluation import protocol as protocol_module
 from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.evaluate import roll_out
-from ringrl.evaluation.protocol import TargetPolicy, compile_policy
+from ringrl.evaluation.protocol import compile_policy
 from ringrl.evaluation.records import library_versions
+from ringrl.evaluation.scores import summarise
 from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.training import TrainedPolicy, load_policy
 from ringrl.training.budget import budget
@@ -313,6 +314,24 @@ def test_the_hash_of_an_evaluation_depends_on_everything_that_decides_it(
     assert hash_of() != base
 
 
+def test_at_and_dt_of_equal_parameters_seeds_and_starts_are_different_evaluations(
+    trained: TrainedPolicy, at_run: Path
+) -> None:
+    decision = with_config(trained, context={"trajectories": 1, "target": "own"})
+    at, dt = (policy_evaluation(policy, at_run, Protocol(2, target="10")) for policy in (trained, decision))
+    assert (at.template.method, dt.template.method) == ("at", "dt")
+    assert at.template.checkpoint_hash == dt.template.checkpoint_hash
+    np.testing.assert_array_equal(at.seeds, dt.seeds)
+    assert at.journal != dt.journal
+    records = [
+        evaluation.template.model_copy(update={"environment_seed": int(seed), "returns": (level,)})
+        for evaluation, level in ((at, 1.0), (dt, 2.0))
+        for seed in evaluation.seeds[:, 0]
+    ]
+    assert [(found.method, found.metrics["mean"]) for found in summarise(records)] == [("at", 1.0), ("dt", 2.0)]
+    assert (at.is_finished(records[:2]), at.is_finished(records[2:])) == (True, False)
+
+
 def test_random_actions_do_not_depend_on_other_streams() -> None:
     two = evaluate_random(TASK, Protocol(environments=2, episodes=2, seed=70))
     (alone,) = evaluate_random(TASK, Protocol(environments=1, episodes=2, seed=72))
@@ -334,33 +353,3 @@ def test_seeds_are_below_2_to_the_32() -> None:
     for seed in (2**32 - 5, 99999999999999999999):
         with pytest.raises(UserError, match=rf"^--seed: the episodes would start from seeds {seed} to {seed + 5}, "):
             Protocol(environments=3, episodes=2, seed=seed)
-
-
-RETURNS = np.array([10, 50, 20, 40, 30], np.float32)
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "chosen"),
-    [
-        ("best", "data_best", 50),
-        ("1x", "data_best", 50),
-        ("0.9x", "0.9x data_best", 45),
-        ("1.5X", "1.5x data_best", 75),
-        ("q0.75", "data_quantile_0.75", 40),
-        ("q0", "data_quantile_0", 10),
-        ("q0.33333333", "data_quantile_0.33333333", 70 / 3),
-        ("0.90000001x", "0.90000001x data_best", 45),
-        ("800", "given", 800),
-        ("-3.5", "given", -3.5),
-    ],
-)
-def test_policies(text, name, chosen):
-    policy = TargetPolicy.parse(text)
-    assert policy.name == name
-    assert policy.choose(RETURNS) == pytest.approx(chosen)
-
-
-@pytest.mark.parametrize("text", ["", "good", "q1.1", "q-0.1", "q", "x", "nan", "inf", "infx", "0.9 x y"])
-def test_other_targets_raise(text):
-    with pytest.raises(UserError, match="--target"):
-        TargetPolicy.parse(text)

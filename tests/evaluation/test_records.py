@@ -228,7 +228,7 @@ def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))  # a disk with 100 bytes left
-        with pytest.raises(UserError, match="cannot append results"):
+        with pytest.raises(UserError, match="is full"):
             append_records(path, [make_record(seed=2), make_record(seed=3)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -237,5 +237,5 @@ def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
 
 
 def test_a_folder_in_place_of_the_file_raises(tmp_path):
-    with pytest.raises(UserError, match="cannot append results"):
+    with pytest.raises(UserError, match="cannot be written"):
         append_records(tmp_path, [make_record()])

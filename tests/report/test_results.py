@@ -9,6 +9,7 @@ import pytest
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 from ringrl.evaluation.records import recipe
+from ringrl.methods import method_of
 from ringrl.report import read_results
 from ringrl.report.results import tabulate
 from ringrl.report.tables import episode_returns, levels, returns_table, run_scores, scores_of
@@ -348,6 +349,22 @@ def test_a_decision_transformer_of_other_settings_is_a_method_of_its_own(make_ro
         "Agentic Transformer": [101, 201, 401], "Decision Transformer": [8],
     }  # fmt: skip
     assert by_method([*agentic, *alone]) == {"Agentic Transformer": [201, 401], "Decision Transformer": [8]}
+
+
+@pytest.mark.parametrize(("trajectories", "target"), [(4, "best"), (1, "none")])
+def test_at_and_dt_with_equal_seeds_and_starts_are_two_runs(make_rollouts, trajectories, target):
+    """Both are evaluated on one episode. The hashes of their checkpoints are unknown."""
+    records = []
+    for level, context in ((100.0, {"trajectories": trajectories, "target": target}), (7.0, {"target": "own"})):
+        config = TrainConfig(data="a.h5", task="cartpole_swingup", run="a", context={"trajectories": 1} | context)
+        found = make_rollouts(1, 0, level, method=method_of(config), token_set="dt3", settings=recipe(config))
+        records += [record.model_copy(update={"train_trajectories": config.context.trajectories}) for record in found]
+    assert [record.method for record in records] == ["at", "at", "dt", "dt"]
+    results = tabulate(records)
+    assert results.attrs["left_out"] == []
+    assert results.groupby("run")["return"].apply(list).tolist() in ([[100, 102], [7, 9]], [[7, 9], [100, 102]])
+    assert sorted(scores(records)) == [[8], [101]]
+    assert len(by_method(records)) == 2
 
 
 def test_several_tasks_in_turn_have_a_curve_of_their_own(make_rollouts):
