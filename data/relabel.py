@@ -28,8 +28,8 @@ def relabel(
 ) -> Float32[np.ndarray, " time"]:
     """Return the rewards of a recorded episode for a task (T+1,) float32.
 
-    Row t follows ExoRL's convention: the reward of arriving in state `physics[t]` by `action[t]`, the action taken one
-    state before. Row 0 is the reset, with reward 0.
+    Row t follows ExoRL's convention: the reward of arriving in state `physics[t]` by `action[t]`, the action taken in
+    the state before. Row 0 is the reset, with reward 0.
 
     Args:
         task: full task name, "walker_walk", of the recorded domain.
@@ -50,9 +50,9 @@ def relabel_all(
 ) -> dict[str, Float32[np.ndarray, " time"]]:
     """Return the rewards of a recorded episode for every task of its domain, in one pass over the states.
 
-    Arguments, rows and errors are those of `relabel`; the keys are the full task names. With `relabelling`
-    "exorl_compat" the rewards are those of ExoRL's own code with zero control: too high in the dense cartpole tasks and
-    the maze, the same in other tasks.
+    Arguments, rows and errors are as in `relabel`. The keys are the full task names. With `relabelling` "exorl_compat",
+    rewards are computed with zero control, as in ExoRL's own code: too high in the dense cartpole tasks and the maze,
+    and equal in other tasks.
     """
     facts = domain_named(domain)
     _check(facts, physics, action)

@@ -17,14 +17,14 @@ from ringrl.errors import UserError
 def worker_processes(
     number: int, start: Callable[..., object], arguments: tuple[Any, ...], what: str
 ) -> Iterator[Executor]:
-    """Give an executor of `number` processes, each of which first calls `start(*arguments)`.
+    """Yield an executor of `number` processes. Each process first calls `start(*arguments)`.
 
-    When the block ends, work that has not begun is dropped and the processes end. `what` names the work in the error.
+    When the block ends, work that has not begun is cancelled and the processes end. `what` names the work in the error.
 
     Raises:
         UserError: a process died, from lack of memory or because it could not start.
     """
-    # Not forked: JAX's threads may hold locks.
+    # A forked process could inherit a lock that a thread of JAX holds.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(number, context, initializer=_start, initargs=(start, arguments))
     try:
@@ -45,7 +45,7 @@ def _start(start: Callable[..., object], arguments: tuple[Any, ...]) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait for the parent process to end, then exit. Run in a thread: a worker of a killed parent would not end."""
+    """Wait until the parent process ends, then exit. Run this in a thread: a killed parent then leaves no workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

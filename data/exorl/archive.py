@@ -1,7 +1,7 @@
-"""Reading archives in the ExoRL layout: a zip file or a folder of `buffer/episode_{number}_{length}.npz`.
+"""Archives in the ExoRL layout: a zip file or a folder of `buffer/episode_{number}_{length}.npz`.
 
-Nothing in an archive is trusted: no pickles, no path that leaves the archive, no size that the domain does not need.
-Episodes are read one at a time, directly from the zip; nothing is unpacked to disk.
+An archive may be hostile: pickles, paths that leave the archive, and sizes that do not fit the domain are rejected.
+Episodes are read one at a time, directly from the zip file.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from ringrl.envs import DOMAINS, Domain
 from ringrl.errors import UserError
 from ringrl.files import write_whole
 
-# Archives of skill-based algorithms (diayn, aps, smm) record a skill next to the five arrays that are read. A file of
-# more than this many times the domain's own size is not an episode.
+# Largest file of an episode, in multiples of the five arrays that are read. Archives of skill-based algorithms (diayn,
+# aps, smm) contain a skill, too.
 SIZE_ALLOWANCE = 8
 
 
@@ -42,7 +42,7 @@ class Archive:
     """The episodes of a zip file or folder in ExoRL's layout, in the order of their numbers.
 
     `members` lists them and `read(member)` returns one validated episode. Opening reads the list of names only. Use it
-    as a context manager. Raises UserError, naming archive and member, for anything but episodes of `domain`.
+    as a context manager. Raises UserError, naming archive and member, for files that are not episodes of `domain`.
     """
 
     def __init__(self, source: Path, domain: Domain) -> None:
@@ -122,7 +122,6 @@ class Archive:
         return len(self.members)
 
     def close(self) -> None:
-        """Close the zip file."""
         if self._zip is not None:
             self._zip.close()
 
@@ -133,7 +132,7 @@ class Archive:
         self.close()
 
     def _content(self, member: Member) -> bytes:
-        """Return the bytes of an episode's file after checking its size."""
+        """Return the bytes of an episode's file. Its size is checked before."""
         if self._zip is None:
             path = self._folder / member.path
             _refuse_oversized(path.stat().st_size, self._limit)
@@ -145,16 +144,13 @@ class Archive:
 
 
 def shown(path: str) -> str:
-    """Return a path of an archive in a form that fits a line of text and is harmless to a terminal."""
+    """Return untrusted text, such as a path of an archive, printable and shortened to 200 characters."""
     printable = path if path.isprintable() else ascii(path)
     return printable if len(printable) <= 200 else f"{printable[:100]}...{printable[-97:]}"
 
 
 def save_episode(folder: Path, number: int, episode: Episode) -> Path:
-    """Write one episode of T+1 rows as `folder/episode_{number}_{T}.npz` and return the path.
-
-    The file appears complete or not at all.
-    """
+    """Write one episode of T+1 rows as `folder/episode_{number}_{T}.npz`, whole or not at all. Return the path."""
     path = folder / f"episode_{number:06d}_{len(episode['observation']) - 1}.npz"
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **episode)
@@ -163,7 +159,7 @@ def save_episode(folder: Path, number: int, episode: Episode) -> Path:
 
 
 def open_zip(source: Path) -> zipfile.ZipFile:
-    """Open a zip archive. UserError if its list of names is not whole."""
+    """Open a zip archive. UserError if its list of names is damaged or cut short."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
     try:
@@ -177,7 +173,7 @@ def open_zip(source: Path) -> zipfile.ZipFile:
         raise UserError(f"{source}: cannot be opened ({error.strerror or error})") from error
     except MemoryError:
         raise
-    except Exception as error:  # a damaged directory of names: see Archive.read
+    except Exception as error:  # zipfile raises nearly anything when the bytes are damaged
         if h5py.is_hdf5(source):
             raise UserError(
                 f"{source}: is an HDF5 file, not a zip archive: a store needs no import (ringrl data info)"
@@ -188,7 +184,7 @@ def open_zip(source: Path) -> zipfile.ZipFile:
 
 
 def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Path) -> None:
-    """Check the names of all other entries: an entry with a damaged name may be an episode."""
+    """Reject an archive in which another entry has a damaged name, because the entry may be an episode."""
     for info in archive.infolist():
         if info.filename not in episodes:
             try:
@@ -204,10 +200,10 @@ def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Pat
 
 
 def _entries_promised(source: Path) -> int:
-    """Return the number of entries by the end record of a zip file, 0xFFFF for more. BadZipFile without such a record.
+    """Return the number of entries in the end record of a zip file (0xFFFF: more). BadZipFile without such a record.
 
-    zipfile searches for that record backwards. In an archive that was cut short it would find the record of the last
-    whole episode, which is a zip file too.
+    zipfile searches backwards for an end record. In an archive that was cut short, zipfile would find the end record of
+    the last whole episode, which is a zip file itself.
     """
     with source.open("rb") as file:
         file.seek(max(0, source.stat().st_size - 22 - 2**16))
@@ -222,7 +218,7 @@ def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:
     """Check the paths of an archive and return its episodes, sorted by number."""
     members = []
     for path in paths:
-        # zipfile keeps backslashes on POSIX, so both readings of a path must stay inside.
+        # zipfile keeps backslashes on POSIX, so the path must stay inside by the rules of POSIX and of Windows.
         pure, windows = PurePosixPath(path), PureWindowsPath(path)
         if windows.anchor or pure.is_absolute() or ".." in windows.parts:
             raise UserError(f"{source}: the path {shown(path)} leads out of the archive: do not use this file")
@@ -278,7 +274,7 @@ def _read_npz(content: bytes, columns: dict[str, ArraySpec], rows: int, limit: i
 
 
 def _read_npy(file: IO[bytes], size: int, key: str, spec: ArraySpec, rows: int) -> np.ndarray:
-    """Read one .npy of `size` bytes. The data is read only if the header announces the expected array."""
+    """Read one .npy file of `size` bytes. The header is checked before the data is read."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise UserError(f"has {key} in .npy version {version}: save it again with numpy.savez")
@@ -302,7 +298,7 @@ def _read_npy(file: IO[bytes], size: int, key: str, spec: ArraySpec, rows: int) 
 
 
 def _likely_domain(key: str, shape: tuple[int, ...]) -> str:
-    """Return the domains that have this width, as a hint."""
+    """Return the end of an error: the domains that have this width."""
     with contextlib.suppress(IndexError, KeyError):
         fitting = [name for name, domain in DOMAINS.items() if recorded_arrays(domain)[key].width == shape[1]]
         if fitting:

@@ -1,13 +1,12 @@
-"""Downloading the public ExoRL archives, and importing them into stores.
+"""Download of the public ExoRL archives, and their import into stores.
 
-`datasets/walker/rnd.zip` is the archive and `datasets/walker/rnd.h5` its store. A whole archive or store is never
-fetched or imported again.
+`datasets/walker/rnd.zip` is an archive and `datasets/walker/rnd.h5` its store. A whole archive is not downloaded again,
+and a store is not imported again.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 
 from ringrl.data.exorl.archive import Archive, open_zip
 from ringrl.data.exorl.importer import import_archive
@@ -18,9 +17,9 @@ from ringrl.errors import UserError
 
 PUBLIC_ADDRESS = "https://dl.fbaipublicfiles.com/exorl"
 ALGORITHMS = ("aps", "icm_apt", "diayn", "disagreement", "icm", "proto", "random", "rnd", "smm")
-KNOWN_SIZES: Mapping[tuple[str, str], int] = MappingProxyType({("walker", "rnd"): 2_585_461_986})  # bytes
-# Bytes of a store for each byte of its archive: 1.4 for cartpole, whose episodes compress best, 1.1 to 1.2 for the
-# others. A first guess: the import itself reserves the exact size.
+KNOWN_SIZES = {("walker", "rnd"): 2_585_461_986}  # bytes
+# Upper bound on the bytes of a store per byte of its archive: 1.4 for cartpole, 1.1 to 1.2 for other domains. The
+# import reserves the exact size.
 STORE_SHARE = 1.5
 
 Progress = Callable[[int, int], None]
@@ -28,7 +27,7 @@ Notice = Callable[[str], None]
 
 
 def _ignore(*_: object) -> None:
-    """The progress and the notice of a caller who wants none."""
+    """Ignore progress and notices."""
 
 
 def download_archive(
@@ -42,15 +41,13 @@ def download_archive(
     progress: Progress = _ignore,
     notice: Notice = _ignore,
 ) -> Path:
-    """Fetch `{url}/{domain}/{algorithm}.zip` to `{folder}/{domain}/{algorithm}.zip` and return that path.
+    """Download `{url}/{domain}/{algorithm}.zip` to `{folder}/{domain}/{algorithm}.zip` and return that path.
 
-    An interrupted download is resumed, and a whole archive is not fetched again.
-
-    `algorithm` is one of ALGORITHMS, and `folder` the parent folder of all archives. The other arguments are those of
-    `Transfer`.
+    An interrupted download resumes. An existing archive is kept. `algorithm` is one of ALGORITHMS. See `Transfer` for
+    the other arguments.
 
     Raises:
-        UserError: unknown names, a file of that name that is not the archive, and the errors of `Transfer.run`.
+        UserError: unknown names, another file in place of the archive, and the errors of `Transfer.run`.
     """
     found = domain_named(domain)
     path = _archive_path(found, algorithm, folder)
@@ -94,12 +91,14 @@ def download_store(
     import_progress: Progress = _ignore,
     notice: Notice = _ignore,
 ) -> EpisodeStore:
-    """Fetch an archive and import it, without unpacking, into `{folder}/{domain}/{algorithm}.h5`.
+    """Download an archive and import it, without unpacking, into `{folder}/{domain}/{algorithm}.h5`.
 
-    An existing store is opened, and nothing is fetched. `delete_archive` removes the archive after the whole store has
-    been read back and compared with its checksums. `import_progress` is called with (episodes done, episodes in all).
-    The other arguments are those of `download_archive`. Raises UserError as `download_archive` and `import_archive` do,
-    and for an existing store of another dataset.
+    An existing store is opened without a download. `delete_archive` deletes the archive after all bytes of the store
+    were compared with their checksums. `import_progress` is called with (finished episodes, total). See
+    `download_archive` for the other arguments.
+
+    Raises:
+        UserError: as `download_archive` and `import_archive`, and for an existing store of another dataset.
     """
     found = domain_named(domain)
     archive = _archive_path(found, algorithm, folder)
@@ -127,7 +126,7 @@ def _archive_path(domain: Domain, algorithm: str, folder: str | Path) -> Path:
 
 
 def _require_zip(path: Path) -> None:
-    """Read the end of the file only. The import reads every byte and compares it with its checksum."""
+    """Check the list of names only. The import compares all bytes with their checksums."""
     open_zip(path).close()
 
 
@@ -148,7 +147,7 @@ def _the_store_of(archive: Path, path: Path, domain: Domain) -> EpisodeStore:
 
 
 def _delete_archive(archive: Path, store: EpisodeStore, domain: Domain) -> None:
-    """Remove the archive if the store is whole and has all of its episodes."""
+    """Delete the archive if the store is whole and has all episodes of the archive."""
     store.verify()
     with Archive(archive, domain) as opened:
         episodes, listing = len(opened), opened.listing_sha256()

@@ -1,7 +1,7 @@
-"""Importing an ExoRL archive into an episode store in one pass: read, validate, relabel for every task, write.
+"""Import of an ExoRL archive into an episode store in one pass: read, validate, relabel for every task, write.
 
-Episodes are independent and each has its place in the file, so any number of processes can import side by side. A
-journal next to the unfinished file lists the finished episodes: the same command resumes after any interruption.
+Episodes are independent and their offsets in the file are fixed, so several processes can import in parallel. A journal
+next to the unfinished file lists the finished episodes. The same command resumes an interrupted import.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int64
 
 from ringrl.cores import available_cores
 from ringrl.data.exorl.archive import Archive, Member
-from ringrl.data.exorl.worker import Damaged, Imported, ImportJournal, ImportPlan, episode_importers
+from ringrl.data.exorl.worker import Imported, ImportJournal, ImportPlan, episode_importers
 from ringrl.data.store.format import FORMAT_VERSION, NAMED_SKIPPED, Layout, Provenance, Relabelling
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import (
@@ -39,15 +39,14 @@ EPISODES_PER_WORKER = 50  # fewer are not worth the start of a process
 
 @dataclass(frozen=True)
 class Subset:
-    """A number of episodes of an archive, chosen by a rule. The order of the archive is kept."""
+    """A rule that selects episodes of an archive. UserError for a limit below 1 or a negative seed."""
 
     rule: Literal["first", "last", "random", "spread"] = "first"  # random: without replacement; spread: equal distances
     max_episodes: int | None = None  # None: no limit
-    max_transitions: int | None = None  # limit on the steps of all episodes together
+    max_transitions: int | None = None  # limit on the sum of steps
     seed: int = 0  # of the random draw
 
     def __post_init__(self) -> None:
-        """UserError for a limit below 1 or a negative seed."""
         for flag, number in (("--max-episodes", self.max_episodes), ("--max-transitions", self.max_transitions)):
             if number is not None and number < 1:
                 raise UserError(f"{flag} is {number}, at least 1 is needed")
@@ -95,21 +94,20 @@ def import_archive(
     """Import a zip archive or folder in ExoRL's layout into a new episode store and open it.
 
     An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file and its journal next to `destination`. The
-    same call resumes it, and the store becomes the same, byte for byte. With `overwrite`, the old store stays until the
-    new one is whole.
+    same call resumes it and writes the same bytes. With `overwrite`, the old store stays until the new one is whole.
 
     Args:
         source: zip file or folder with buffer/episode_{number}_{steps}.npz.
         destination: the store to write.
         domain: name of the domain, "walker".
         overwrite: replace an existing store.
-        progress: is called with (episodes done, episodes in all).
-        workers: number of processes, without influence on the result. None: one per available core. With more than one,
-            a script must call this under `if __name__ == "__main__":`, because the processes import it.
+        progress: called with (finished episodes, total).
+        workers: number of processes; the result does not depend on it. None: one per available core. With more than
+            one, a script must call this under `if __name__ == "__main__":`, because the processes import the script.
         relabelling: see `ringrl.data.store.format.Relabelling`.
         subset: the episodes to import.
         on_damaged: "stop" at the first file that is not a whole episode of `domain`, or "skip" such files and record
-            their number and a few reasons.
+            their number and the first reasons.
 
     Raises:
         UserError: bad input, an existing destination, a full disk, a worker process that died.
@@ -130,7 +128,7 @@ def _plan(
 ) -> ImportPlan:
     with Archive(source, domain) as archive:
         chosen = subset.choose(len(archive), domain.episode_length)
-        members, misfits = list[Member](), list[Damaged]()
+        members, misfits = list[Member](), list[str]()
         for member in (archive.members[index] for index in chosen):
             try:
                 archive.check_length(member)
@@ -138,9 +136,9 @@ def _plan(
             except UserError as error:
                 if on_damaged == "stop":
                     raise
-                misfits.append(Damaged(str(error)))
+                misfits.append(str(error))
         if not members:
-            raise UserError(misfits[0].reason)
+            raise UserError(misfits[0])
         provenance = Provenance(
             source="/".join(source.resolve().parts[-2:]),
             source_bytes=archive.size(),
@@ -163,9 +161,9 @@ def _plan(
 
 @contextmanager
 def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
-    """Prepare the hidden file and give its journal: those of an interrupted import of the same plan, else new ones.
+    """Create the hidden file and its journal, or reuse those of an interrupted import of the same plan.
 
-    If the block fails, both stay as soon as the journal has an episode.
+    Yields the journal. If the block fails, both files are deleted unless the journal has an episode.
     """
     partial, path, _ = _hidden_files(plan.destination)
     journal = ImportJournal.resume(path, plan.identity) if _is_unfinished(partial, plan.layout) else None
@@ -188,7 +186,7 @@ def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
 
 
 def _hidden_files(destination: Path) -> tuple[Path, Path, Path]:
-    """The unfinished store, its journal, and its copy without damaged episodes."""
+    """Return the paths of the unfinished store, its journal, and its copy without damaged episodes."""
     partial = hidden_name(destination)
     return partial, partial.with_name(f"{partial.name}.journal"), partial.with_name(f"{partial.name}.compact")
 
@@ -212,32 +210,33 @@ def _import_episodes(
     workers: int | None,
     on_damaged: OnDamaged,
     progress: Callable[[int, int], None] | None,
-) -> list[Imported | Damaged]:
-    """Write every episode to the hidden file and the journal."""
-    total, outcomes = len(plan.members), list[Imported | Damaged]()
+) -> list[Imported | str]:
+    """Write every episode to the hidden file and the journal. Damaged episodes yield a line with the reason."""
+    total, outcomes = len(plan.members), list[Imported | str]()
     known = [journal.episodes.get(index) for index in range(total)]
     number = min(workers, total) if workers else min(available_cores(), -(-total // EPISODES_PER_WORKER))
     with episode_importers(plan, known, number) as results:
         for index, outcome in enumerate(results):
-            if isinstance(outcome, Damaged) and on_damaged == "stop":
+            if isinstance(outcome, Imported):
+                if outcome != known[index]:
+                    journal.add(index, outcome)
+            elif on_damaged == "stop":
                 _discard(plan.destination)
-                raise UserError(f"{outcome.reason} (or leave such episodes out: --on-damaged skip)")
-            if isinstance(outcome, Imported) and outcome != known[index]:
-                journal.add(index, outcome)
+                raise UserError(f"{outcome} (or leave such episodes out: --on-damaged skip)")
             outcomes.append(outcome)
             if progress is not None:
                 progress(len(outcomes), total)
     return outcomes
 
 
-def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Imported | Damaged]) -> None:
+def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Imported | str]) -> None:
     """Leave out the damaged episodes, and make the hidden file a store."""
     kept = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Imported)]
     imported = [outcome for outcome in outcomes if isinstance(outcome, Imported)]
-    damaged = [outcome for outcome in (*outcomes, *plan.misfits) if isinstance(outcome, Damaged)]
+    damaged = [outcome for outcome in (*outcomes, *plan.misfits) if isinstance(outcome, str)]
     if not kept:
         _discard(plan.destination)
-        raise UserError(f"{damaged[0].reason} (all {len(damaged)} episodes of this import are damaged)")
+        raise UserError(f"{damaged[0]} (all {len(damaged)} episodes of this import are damaged)")
     partial, layout = hidden_name(plan.destination), plan.layout
     if len(kept) < len(outcomes):
         partial, layout = _without_gaps(plan, kept)
@@ -247,7 +246,7 @@ def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Importe
         plan.provenance,
         created=journal.created,
         num_skipped=len(damaged),
-        skipped=tuple(outcome.reason.removeprefix(f"{plan.source}: ") for outcome in damaged[:NAMED_SKIPPED]),
+        skipped=tuple(reason.removeprefix(f"{plan.source}: ") for reason in damaged[:NAMED_SKIPPED]),
     )
     finish(partial, plan.destination, layout, [episode.record for episode in imported], task, provenance)
     _discard(plan.destination)
@@ -268,7 +267,7 @@ def _without_gaps(plan: ImportPlan, kept: Sequence[int]) -> tuple[Path, Layout]:
 def _recorded_task(
     domain: Domain, imported: Sequence[Imported], starts: Float64[np.ndarray, "episodes physics"]
 ) -> str | None:
-    """Return the one task that fits every episode; None if none fits, all are recorded, or the data cannot tell.
+    """Return the task whose rewards were recorded. None: no task or several fit, or rewards of all were recorded.
 
     `starts` are the first physics states of the episodes.
     """
@@ -277,7 +276,7 @@ def _recorded_task(
     candidates = [task for task in domain.tasks if all(task in episode.matches for episode in imported)]
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    # Cartpole's balance and swingup share their reward and differ only in the start. None is clearly nearer: no task.
+    # Cartpole's balance and swingup have the same reward and differ only in the start. The nearer start decides.
     distances = {}
     for task in candidates:
         env = make(task, seed=0)

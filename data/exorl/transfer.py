@@ -1,11 +1,13 @@
-"""Fetching one large file over HTTP, resumed after an interruption.
+"""Download of one large file over HTTP. An interrupted download resumes.
 
-The bytes grow in a hidden `.{name}.partial` in the same folder, and `.{name}.partial.json` records the version of the
-file on the server. The next request asks for the rest on the condition that the version is the same (If-Range);
-otherwise the file starts anew. What a server sends is checked against its own headers and the known size.
+Received bytes are appended to a hidden `.{name}.partial` in the same folder. `.{name}.partial.json` records the version
+of the file on the server. The next request asks for the rest if the version is the same (If-Range), and for the whole
+file otherwise. Every answer is checked against its own headers and the known size.
 """
 
+import errno
 import json
+import os
 import re
 import shutil
 import ssl
@@ -18,6 +20,7 @@ from typing import NoReturn
 import urllib3
 
 from ringrl import __version__
+from ringrl.data.exorl.archive import shown
 from ringrl.data.store.writer import hidden_name
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, lock, sync, write_whole
@@ -48,29 +51,31 @@ PATIENT = Patience()
 
 
 class _Interrupted(Exception):
-    """A failure that another try may mend."""
+    """A failure after which another try may succeed."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A file to fetch from `url` (http or https) to `path`, done by `run`."""
+    """A download from `url` (http or https) to `path`."""
 
     url: str
     path: Path
-    check: Callable[[Path], None]  # is called with the whole file before it gets its name; UserError if it is wrong
+    check: Callable[[Path], None]  # called with the whole file before it gets its name; raises UserError
     known_size: int | None = None  # bytes
     spare: float = 0.0  # disk space needed next to the file, in bytes per byte of it
     advice: str = "check the address"  # ends the error about a missing file
     patience: Patience = PATIENT
     progress: Callable[[int, int], None] = lambda received, size: None  # bytes
-    notice: Callable[[str], None] = lambda event: None  # is called with one line about each other event
+    notice: Callable[[str], None] = lambda event: None  # called with one line about each other event
 
     def run(self) -> None:
         """Fetch the file or the rest of it. It appears at `path` whole or not at all. An existing file is kept.
 
-        Raises UserError if the address is unusable, if the server does not have the file, contradicts itself or cannot
-        be reached, if another process fetches the same file, if the disk is full, and what `check` raises. Received
-        bytes are kept for the next run, unless they are wrong.
+        Received bytes are kept for the next run, unless they are wrong.
+
+        Raises:
+            UserError: the address is unusable, the server does not have the file, contradicts itself or cannot be
+                reached, another process fetches the same file, the disk is full, or `check` fails.
         """
         try:
             address = urllib3.util.parse_url(self.url)
@@ -133,14 +138,14 @@ class Transfer:
                 time.sleep(pause)
 
     def _try_once(self) -> None:
-        """Request the missing bytes. Raises _Interrupted for everything that another try may mend."""
+        """Request the missing bytes. Raises _Interrupted if another try may succeed."""
         size, validator = self._read_state()
         if size and self._received() == size:
             return
         if validator is None or self._received() > size:
             self._discard()
-        headers = {"User-Agent": f"ringrl/{__version__}", "Accept-Encoding": "identity"}
-        if validator and (received := self._received()):
+        headers, received = {"User-Agent": f"ringrl/{__version__}", "Accept-Encoding": "identity"}, self._received()
+        if validator and received:
             headers |= {"Range": f"bytes={received}-", "If-Range": validator}
         with urllib3.PoolManager(timeout=self.patience.timeout) as pool, self._request(pool, headers) as response:
             length = response.headers.get("Content-Length", "")
@@ -150,16 +155,13 @@ class Transfer:
             else:
                 size = self._start_anew(response, announced)
             needed = int(size * (1 + self.spare)) - self._received()
-            free = shutil.disk_usage(self.path.parent).free
-            if needed > free:
-                raise UserError(
-                    f"{self.path}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free in "
-                    f"{self.path.parent}: free some space or write elsewhere"
-                )
+            with explain_write_errors(self.path, needed):
+                if needed > shutil.disk_usage(self.path.parent).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._append(response, size)
 
     def _read_state(self) -> tuple[int, str | None]:
-        """Return size and validator of the file on the server, as recorded: (0, None) if it must start anew."""
+        """Return the recorded size and validator of the file on the server; (0, None) if it must start anew."""
         try:
             state = json.loads(self._state.read_bytes())
             url, size, validator = state["url"], state["size"], state["validator"]
@@ -175,14 +177,14 @@ class Transfer:
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, urllib3.exceptions.ResponseError | urllib3.exceptions.LocationValueError):
-                self._refuse("redirects in circles or to an address that is neither http nor https")
+                self._reject("redirects in circles or to an address that is neither http nor https")
             if isinstance(certificate := reason.__cause__, ssl.SSLCertVerificationError):
                 raise UserError(
                     f"{self.url}: the server's certificate is not trusted ({certificate.verify_message}): "
                     "check the address and this machine's clock and certificates"
                 ) from error
-            raise _Interrupted(f"the server cannot be reached ({_one_line(reason)})") from error
-        status = _one_line(f"{response.status} {response.reason or ''}")
+            raise _Interrupted(f"the server cannot be reached ({_cause(reason)})") from error
+        status = shown(f"{response.status} {response.reason or ''}".strip())
         if response.status in BUSY:
             raise _Interrupted(f"the server answers {status}")
         if response.status == 416 and "Range" in headers:
@@ -192,16 +194,16 @@ class Transfer:
         if response.status in MISSING:
             raise UserError(f"{self.url}: the server does not give out this file ({status}): {self.advice}")
         if response.status not in (200, 206):
-            self._refuse(f"answers {status} instead of the file")
+            self._reject(f"answers {status} instead of the file")
         return response
 
     def _start_anew(self, response: urllib3.BaseHTTPResponse, announced: int | None) -> int:
         """Prepare to receive the whole file. Return its size."""
         size = self.known_size if announced is None else announced
         if size is None:
-            self._refuse("sends no length of the file")
+            self._reject("sends no length of the file")
         if self.known_size not in (None, size):
-            self._refuse(f"announces {size:,} bytes, but this file has {self.known_size:,}")
+            self._reject(f"announces {size:,} bytes, but this file has {self.known_size:,}")
         if self._received():
             self.notice("the file has changed on the server, or it cannot resume: starting anew")
         self._discard()
@@ -217,52 +219,47 @@ class Transfer:
         received, content_range = self._received(), response.headers.get("Content-Range", "nothing")
         is_rest = content_range == f"bytes {received}-{size - 1}/{size}" and announced in (None, size - received)
         if not validator or not is_rest:
-            self._refuse(
+            self._reject(
                 f"sends other bytes than {received:,} to {size:,} "
-                f"(Content-Range: {_one_line(content_range)}, Content-Length: {announced})"
+                f"(Content-Range: {shown(content_range)}, Content-Length: {announced})"
             )
 
     def _append(self, response: urllib3.BaseHTTPResponse, size: int) -> None:
         """Append the body to the received bytes, after which the file must have `size` bytes."""
+        why = ""
         with self._part.open("ab") as file:
-            while True:
-                self.progress(file.tell(), size)
-                try:
-                    chunk = response.read1(CHUNK, decode_content=False)
-                except urllib3.exceptions.HTTPError as error:
-                    cut = f"the line was cut after {file.tell():,} of {size:,} bytes"
-                    raise _Interrupted(f"{cut} ({_one_line(error)})") from error
-                if not chunk:
-                    break
-                if file.tell() + len(chunk) > size:
-                    self._discard()
-                    self._refuse(f"sends more than the {size:,} bytes that it announced")
-                file.write(chunk)
+            self.progress(file.tell(), size)
+            try:
+                while chunk := response.read1(CHUNK, decode_content=False):
+                    if file.tell() + len(chunk) > size:
+                        self._discard()
+                        self._reject(f"sends more than the {size:,} bytes that it announced")
+                    file.write(chunk)
+                    self.progress(file.tell(), size)
+            except urllib3.exceptions.HTTPError as error:
+                why = f" ({_cause(error)})"
             if file.tell() < size:
-                raise _Interrupted(f"the line was cut after {file.tell():,} of {size:,} bytes")
+                raise _Interrupted(f"the connection was cut after {file.tell():,} of {size:,} bytes{why}")
 
-    def _refuse(self, what: str) -> NoReturn:
+    def _reject(self, what: str) -> NoReturn:
         raise UserError(f"{self.url}: the server {what}: try again later or another address (--url)")
 
 
 def _validator(response: urllib3.BaseHTTPResponse) -> str | None:
-    """The value for If-Range: a strong ETag (weak ones allow other bytes), else the date of the last change."""
+    """Return the value for If-Range: a strong ETag (weak ones allow other bytes), else the date of the last change."""
     etag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
     if re.fullmatch(r'"[!#-~]*"', etag):
         return etag
     return date if re.fullmatch(r"[A-Za-z0-9 ,:+-]+", date) else None
 
 
-def _one_line(reason: object) -> str:
-    """A short printable text for an error or for a text from a server."""
-    cause = reason
-    while isinstance(cause, BaseException):
-        if isinstance(cause, TimeoutError | urllib3.exceptions.TimeoutError) and not isinstance(
-            cause, urllib3.exceptions.NewConnectionError
-        ):
+def _cause(error: BaseException) -> str:
+    """Return the reason of a failed connection as a short printable text."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TimeoutError | urllib3.exceptions.TimeoutError):
             return "no answer in time"
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    text = str(reason) or type(reason).__name__
-    return "".join(character if character.isprintable() else " " for character in text)[:200].strip()
+    return shown(str(error) or type(error).__name__)

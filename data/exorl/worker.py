@@ -1,4 +1,4 @@
-"""The import of single episodes, in this process or in several, and the journal of the finished ones."""
+"""Import of single episodes, in this process or in several, and the journal of finished episodes."""
 
 import json
 import os
@@ -25,32 +25,22 @@ class Imported(NamedTuple):
     """An episode that has been written."""
 
     record: Record
-    matches: tuple[str, ...]  # the tasks whose rewards equal the recorded ones
+    matches: tuple[str, ...]  # tasks whose rewards equal the recorded rewards
     has_reward: bool  # whether any recorded reward is not zero
-
-
-class Damaged(NamedTuple):
-    """The reason, in one line, why an episode cannot be imported."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """Everything that determines the content of the store.
-
-    `misfits` are episodes of another length than the domain's, left out before the start. An interrupted import can be
-    resumed by an import with the same `identity`.
-    """
+    """Everything that determines the content of the store."""
 
     source: Path
     destination: Path
     members: tuple[Member, ...]
-    misfits: tuple[Damaged, ...]
+    misfits: tuple[str, ...]  # one line per episode that is left out because its length is not the domain's
     layout: Layout
     provenance: Provenance
     relabelling: Relabelling
-    identity: str
+    identity: str  # an import with the same identity resumes an interrupted import
 
 
 class EpisodeImporter:
@@ -61,10 +51,10 @@ class EpisodeImporter:
         self._archive = Archive(plan.source, plan.layout.domain)
         self._store = UnfinishedStore(hidden_name(plan.destination), plan.layout)
 
-    def __call__(self, index: int, known: Imported | None) -> Imported | Damaged:
-        """Import one episode, unless it is known from the journal and the store has its rows.
+    def __call__(self, index: int, known: Imported | None) -> Imported | str:
+        """Import one episode, unless the journal has it (`known`) and the store has its rows.
 
-        UserError if it cannot be written.
+        Returns a line with the reason if the episode is damaged. Raises UserError if it cannot be written.
         """
         plan = self._plan
         with explain_write_errors(plan.destination):
@@ -73,7 +63,7 @@ class EpisodeImporter:
             try:
                 episode = self._archive.read(plan.members[index])
             except UserError as error:
-                return Damaged(str(error))
+                return str(error)
             domain, physics, action = plan.layout.domain.name, episode["physics"], episode["action"]
             rewards = relabel_all(domain, physics, action, plan.relabelling)
             relabelled = {reward_key(name): reward for name, reward in rewards.items()}
@@ -85,7 +75,6 @@ class EpisodeImporter:
             return Imported(record, tuple(matches), bool(recorded.any()))
 
     def close(self) -> None:
-        """Close archive and store."""
         self._archive.close()
         self._store.close()
 
@@ -93,8 +82,8 @@ class EpisodeImporter:
 @contextmanager
 def episode_importers(
     plan: ImportPlan, known: Sequence[Imported | None], workers: int
-) -> Iterator[Iterator[Imported | Damaged]]:
-    """Give the outcome of each episode, in order. With one worker, this process does all the work.
+) -> Iterator[Iterator[Imported | str]]:
+    """Yield an iterator over the results of `EpisodeImporter`, in order. With one worker, no process is started.
 
     `known` are the entries of the journal. Raises UserError if a process died, or the store cannot be written.
     """
@@ -114,19 +103,19 @@ def _start_worker(plan: ImportPlan) -> None:
     _importer = EpisodeImporter(plan)
 
 
-def _import_episode(index: int, known: Imported | None) -> Imported | Damaged:
+def _import_episode(index: int, known: Imported | None) -> Imported | str:
     return _importer(index, known)
 
 
 class ImportJournal:
     """The finished episodes of an import, so that an interrupted import can resume. Raises OSError.
 
-    The file has one JSON list per line: first the import's identity and day, then one line per episode. The rows of an
-    episode in the journal may not have reached the disk: a resumed import compares them with the digests.
+    Each line of the file is a JSON list: first the identity and the day of the import, then one list per episode. The
+    rows of a journalled episode may be missing on the disk, so a resumed import compares them with the digests.
     """
 
     created: str  # day on which the import began
-    episodes: dict[int, Imported]  # the finished ones, by their numbers in the store
+    episodes: dict[int, Imported]  # by their numbers in the store
 
     def __init__(self, path: Path, created: str, episodes: dict[int, Imported]) -> None:
         self.created, self.episodes = created, episodes
@@ -154,7 +143,6 @@ class ImportJournal:
         return cls(path, created, dict(filter(None, map(_parse, lines))))
 
     def add(self, index: int, imported: Imported) -> None:
-        """Append a finished episode."""
         self.episodes[index] = imported
         (recorded, relabelled, returns), matches, has_reward = imported
         line = [index, recorded.hex(), relabelled.hex(), returns, matches, has_reward]
@@ -162,12 +150,11 @@ class ImportJournal:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
 def _parse(line: str) -> tuple[int, Imported] | None:
-    """An episode of the journal, None for a damaged line: that episode is imported again."""
+    """Return an episode of the journal. None: the line is damaged, and the episode is imported again."""
     try:
         index, recorded, relabelled, returns, matches, has_reward = json.loads(line)
         record = Record(bytes.fromhex(recorded), bytes.fromhex(relabelled), tuple(map(float, returns)))

@@ -1,4 +1,4 @@
-"""Importing and exporting Minari datasets. Needs the extra `minari`."""
+"""Import and export of Minari datasets. Needs the extra `minari`."""
 
 from ringrl.data.minari.convert import export_minari, import_minari
 

@@ -1,6 +1,6 @@
-"""Importing a Minari dataset into an episode store, and exporting a store as a Minari dataset.
+"""Import of a Minari dataset into an episode store, and export of a store as a Minari dataset.
 
-Our own exports are restored exactly. Datasets of any other domain become stores of a `ForeignDomain`.
+An exported store is restored exactly. Other datasets become stores of a `ForeignDomain`.
 """
 
 import dataclasses
@@ -60,9 +60,10 @@ def import_minari(
 
     Args:
         dataset: name of a dataset, or its folder.
-        destination: the store to write, instead of an existing one with `overwrite`.
+        destination: the store to write.
+        overwrite: replace an existing store.
         download: let Minari download a missing dataset.
-        progress: is called with (episodes done, episodes in all).
+        progress: called with (finished episodes, total).
 
     Raises:
         UserError: Minari or the dataset is missing; spaces other than Boxes of numbers (observations may be a Dict of
@@ -89,17 +90,14 @@ def import_minari(
 
 
 class Exported:
-    """A dataset that `export_minari` wrote. UserError for incomplete metadata.
-
-    `fingerprint` is the expected one of the content.
-    """
+    """A dataset written by `export_minari`. UserError for incomplete metadata."""
 
     def __init__(self, episodes: MinariEpisodes) -> None:
         self._episodes = episodes
         try:
             origin = episodes.metadata[EXPORTED]
             self.recorded_task: str | None = origin["recorded_task"]
-            self.fingerprint: str | None = origin["fingerprint"]
+            self.fingerprint: str | None = origin["fingerprint"]  # of the exported store
             facts = origin["facts"]
             found = ForeignDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
             made = Provenance.from_json(json.dumps(origin["provenance"]))
@@ -135,7 +133,7 @@ class Exported:
 
 
 class _Foreign:
-    """Any other dataset."""
+    """A dataset from another source."""
 
     fingerprint = None
 
@@ -195,7 +193,7 @@ class _Foreign:
 
 
 def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
-    """The infos that hold the state of the simulation, with their widths; none if the first episode has none."""
+    """Return the infos that contain the state of the simulation and their widths, by the first episode."""
     for keys in PHYSICS:
         widths = {key: episodes.info_width(key) for key in keys}
         if all(widths.values()):
@@ -229,9 +227,10 @@ def export_minari(
         name: Minari's name of the dataset, "exorl/walker-rnd-v0".
         task: the task whose rewards become the dataset's; None for the recorded task.
         folder: parent folder of all datasets, as in MINARI_DATASETS_PATH; None for Minari's own.
-        progress: is called with (episodes done, episodes in all).
+        progress: called with (finished episodes, total).
 
-    Raises UserError: Minari is missing, a bad name, an existing dataset, no such task, a full disk.
+    Raises:
+        UserError: Minari is missing, a bad name, an existing dataset, no such task, a full disk.
     """
     check_id(name)
     task = store.recorded_task if task is None else task
@@ -246,7 +245,7 @@ def export_minari(
         raise UserError(f"{target}: already exists, choose another --name or delete it (minari delete {name})")
     with explain_write_errors(target), lock(target, "is writing it"), write_aside(target) as growing:
         growing.mkdir()
-        # HDF5 continues, and may crash, when a write fails. So the space is checked before, and the content after.
+        # HDF5 continues, and may crash, when a write fails. The space is checked before and the content after.
         length, ballast = store.num_steps // store.num_episodes + 1, growing / "ballast"
         size = int(SPARE * store.num_episodes * episode_bytes(store.facts, length, relabelled=True))
         with explain_write_errors(target, size):
@@ -265,7 +264,7 @@ def export_minari(
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Callable[[int, int], None] | None) -> None:
     data.mkdir()
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
-        data.absolute(),  # Minari cannot compute the size of a relative path
+        data.absolute(),  # Minari fails for a relative path
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32),
         action_space=gymnasium.spaces.Box(-1.0, 1.0, (store.action_size,), np.float32),
         env_spec=None if isinstance(store.facts, ForeignDomain) else gymnasium.spec(f"ringrl/{task}-v0"),

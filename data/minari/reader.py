@@ -1,7 +1,7 @@
-"""Reading Minari datasets from any source, and access to the Minari library, which is an optional extra.
+"""Reader of Minari datasets from any source, and access to the Minari library, which is an optional extra.
 
-Minari's own reader starts the environment that the metadata names, follows links to other files and reads arrays of any
-size. This reader checks the metadata first and requires every array to have the shape that follows from it.
+A dataset may be hostile. Minari's own reader starts the environment that the metadata names, follows links to other
+files and reads arrays of any size. This reader checks the metadata first and rejects arrays of any other shape.
 """
 
 import importlib
@@ -24,10 +24,10 @@ from ringrl.errors import UserError, brief
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
 INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # of an export
-EXPORTED = "ringrl"  # the key of the metadata that holds the origin of an export
+EXPORTED = "ringrl"  # key of the metadata that contains the origin of an export
 LARGEST_METADATA = 2**24  # bytes
 MOST_COMPRESSED = 100  # times that an array may be larger than its stored bytes
-SMALL = 2**20  # bytes; the ratio does not matter for smaller arrays
+SMALL = 2**20  # bytes; smaller arrays may have any ratio
 
 
 def minari_module(name: str = "minari") -> ModuleType:
@@ -140,7 +140,7 @@ class MinariEpisodes:
             return _finite(keys[-1], self._array(index, ("infos", *keys), (self.lengths[index] + 1, *row)), dtype)
 
     def info_width(self, key: str) -> int:
-        """Return the width of that array in the first episode; 0 without an array of T+1 rows."""
+        """Return the width of an array of infos in the first episode, or 0 without an array (T+1, width) of floats."""
         with self._reading("episode 0"):
             found = self._node(0, ("infos", key), optional=True)
             if not isinstance(found, h5py.Dataset) or found.ndim != 2 or found.dtype.kind != "f":
@@ -154,7 +154,7 @@ class MinariEpisodes:
         self._file.close()
 
     def _end(self, index: int) -> tuple[int, bool]:
-        """The number of steps of an episode, and whether it terminated."""
+        """Return the number of steps of an episode, and whether the episode terminated."""
         with self._reading(f"episode {index}"):
             rewards = self._node(index, ("rewards",))
             if not isinstance(rewards, h5py.Dataset) or rewards.ndim != 1 or len(rewards) == 0:
@@ -214,7 +214,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.
     episodes = raw["total_episodes"]
     if not isinstance(raw["dataset_id"], str) or type(episodes) is not int or episodes < 1:
         raise UserError("names no dataset with episodes")
-    # Without spaces in the metadata, Minari would run the environment that the dataset names.
+    # If the metadata lacks the spaces, Minari runs the environment that the dataset names.
     spaces = []
     for name in ("observation_space", "action_space"):
         if not isinstance(raw.get(name), str):
@@ -232,7 +232,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.
 
 
 def _check_space(space: dict[str, Any], name: str) -> None:
-    """Raise UserError unless a store can hold a space, before the space is created."""
+    """Raise UserError unless a store can contain the values of a space. Called before the space is created."""
     kind = space["type"]
     if kind == "Dict":
         for key, part in space["subspaces"].items():
@@ -253,7 +253,7 @@ def _check_space(space: dict[str, Any], name: str) -> None:
 
 
 def _boxes(space: gymnasium.Space, *keys: str) -> Iterator[tuple[tuple[str, ...], gymnasium.spaces.Box]]:
-    """The keys and boxes of a space, in the order in which Gymnasium flattens them."""
+    """Yield the keys and boxes of a space, in the order in which Gymnasium flattens them."""
     if isinstance(space, gymnasium.spaces.Box):
         yield keys, space
     elif isinstance(space, gymnasium.spaces.Dict):

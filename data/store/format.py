@@ -1,15 +1,15 @@
-"""The format of an episode store: its arrays, their names in the HDF5 file, their checksums, and their origin.
+"""The format of an episode store: arrays, their names in the HDF5 file, checksums, and provenance.
 
     /steps/{observation,action,reward,discount,physics}   (rows, width)   as recorded, all episodes end to end
     /rewards/{task}                                       (rows,) float32  relabelled, row 0 of every episode is 0
     /returns/{task}                                       (episodes,) float32
     /return_quantiles/{task}                              (levels,) float64 of the returns, at RETURN_LEVELS
     /episodes/offset                                      (episodes + 1,) int64; episode i is rows offset[i]:offset[i+1]
-    /episodes/recorded_sha256                             (episodes, 32) uint8 over the recorded arrays of each
-    /episodes/relabelled_sha256                           (episodes, 32) uint8 over its rewards
+    /episodes/recorded_sha256                             (episodes, 32) uint8 over the recorded arrays of an episode
+    /episodes/relabelled_sha256                           (episodes, 32) uint8 over the rewards of an episode
 
-Every dataset is contiguous and uncompressed. Episodes from other sources may have no physics. The file's attributes
-hold the domain, the tasks, the provenance and the fingerprint.
+Every dataset is contiguous and uncompressed. Episodes from other sources may have no physics. The attributes of the
+file contain the domain, the tasks, the provenance and the fingerprint.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ LONGEST_TEXT = 2**16  # characters of an attribute
 ROUNDED = 1e-5  # rounding may move an action out of [-1, 1] by this much
 
 Relabelling = Literal["control_aware", "exorl_compat"]
-"""How rewards are computed: with the action that led to the state, or with a control of zero, as ExoRL's code does."""
+"""How rewards are computed: with the action that led to the state, or with zero control, as ExoRL's code does."""
 
 Rewards = Relabelling | Literal["recorded"]
-"""How a store got its rewards. Episodes from other sources keep the recorded ones."""
+"""Origin of a store's rewards. Episodes from other sources keep the recorded rewards."""
 
-NAMED_SKIPPED = 5  # a store names this many skipped episodes and counts the others
+NAMED_SKIPPED = 5  # number of skipped episodes that the provenance names
 LONGEST_NAME = 200
 LARGEST_ROW = 2**20  # numbers in an observation, an action or a physics state
 UNKNOWN = 0  # placeholder for facts that only a simulation has
@@ -61,10 +61,7 @@ class ArraySpec(NamedTuple):
 
 
 def recorded_arrays(domain: Domain) -> dict[str, ArraySpec]:
-    """Return the recorded arrays of a domain's episodes, in the order in which they are stored and hashed.
-
-    Physics is left out where the domain has none.
-    """
+    """Return the recorded arrays of a domain's episodes, in the order in which they are stored and hashed."""
     float32, float64 = np.dtype("<f4"), np.dtype("<f8")
     arrays = {
         "observation": ArraySpec(domain.observation_size, float32),
@@ -106,10 +103,10 @@ class Layout:
     """
 
     domain: Domain
-    tasks: tuple[str, ...]  # whose rewards are stored
+    tasks: tuple[str, ...]  # tasks with stored rewards
     lengths: Int64[np.ndarray, " episode"]  # steps of each episode
     starts: Int64[np.ndarray, " episode_plus_1"]  # first row of each episode and the number of all rows
-    arrays: dict[str, ArraySpec]  # over all rows: those of `recorded_arrays`, and "reward/{task}"
+    arrays: dict[str, ArraySpec]  # arrays over all rows: `recorded_arrays` and "reward/{task}"
 
     def __init__(self, domain: Domain, tasks: Sequence[str], lengths: Sequence[int] | np.ndarray) -> None:
         self.domain, self.tasks = domain, tuple(tasks)
@@ -120,7 +117,7 @@ class Layout:
         self.arrays = recorded_arrays(domain) | {reward_key(task): ArraySpec(1, np.dtype("<f4")) for task in self.tasks}
 
     def shape(self, key: str, rows: int) -> tuple[int, ...]:
-        """Return the shape of `rows` rows of an array: the reward of a task has no second axis."""
+        """Return the shape of `rows` rows of an array. The reward of a task has no second axis."""
         return (rows,) if reward_task(key) else (rows, self.arrays[key].width)
 
     def row_bytes(self, key: str) -> int:
@@ -152,7 +149,7 @@ def content_fingerprint(
 ) -> str:
     """Return the fingerprint of recorded content: sha256 over the domain, the lengths and every episode's digest.
 
-    Relabelled rewards are left out. They follow from the content, to a precision that depends on the machine.
+    Relabelled rewards are left out, because their last digits depend on the machine.
     """
     fingerprint = hashlib.sha256(json.dumps([domain, lengths.tolist()]).encode())
     fingerprint.update(np.ascontiguousarray(digests).data)
@@ -169,7 +166,7 @@ class Provenance:
     relabelling: Rewards = "control_aware"
     subset: str = "all episodes"  # "10 of 240 episodes, the first ones"
     num_skipped: int = 0  # damaged episodes that were left out
-    skipped: tuple[str, ...] = ()  # the first few of them, each with the reason
+    skipped: tuple[str, ...] = ()  # the reasons of the first NAMED_SKIPPED episodes
     created: str = dataclasses.field(default_factory=lambda: _today())  # day of the import (UTC), "2026-11-21"
     created_by: str = dataclasses.field(default_factory=lambda: software_versions())  # "ringrl 0.1.0, mujoco 3.17.0"
 
@@ -194,7 +191,7 @@ def software_versions() -> str:
 
 
 def _today() -> str:
-    """Return the present day, or that of the variable SOURCE_DATE_EPOCH."""
+    """Return the date of today, or of the variable SOURCE_DATE_EPOCH."""
     given = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         return time.strftime("%Y-%m-%d", time.gmtime(int(given) if given else None))
@@ -204,7 +201,7 @@ def _today() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ForeignDomain(Domain):
-    """The facts about a dataset from another source. Its one task has the recorded rewards.
+    """The facts about a dataset from another source. The only task has the recorded rewards.
 
     Actions of the store are scaled to [-1, 1]. The environment takes low + (action + 1) / 2 * (high - low).
     """
@@ -227,7 +224,7 @@ class ForeignDomain(Domain):
     ) -> Self:
         """Return the domain of the dataset `name` with episodes of up to `episode_length` steps.
 
-        Raises ValueError for impossible facts.
+        Raises ValueError for invalid facts.
         """
         if not re.fullmatch(rf"[A-Za-z0-9_-][A-Za-z0-9_/-]{{0,{LONGEST_NAME - 1}}}", name) or name in DOMAINS:
             raise ValueError(f"{name!r} cannot name a dataset from another source")

@@ -1,4 +1,4 @@
-"""Merging stores of one domain: a dataset of several learners, or of one learner for each of several tasks."""
+"""Merges of stores of one domain, for example of several learners or of several tasks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ def merge_stores(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EpisodeStore:
-    """Write all episodes of the stores, in the given order, as one store. It appears when it is whole.
+    """Write all episodes of the stores, in the given order, to one store. The file appears when it is whole.
 
-    `progress` is called with (episodes written, episodes in all).
+    `progress` is called with (written episodes, total).
 
     Raises:
       UserError: fewer than two stores, a damaged one, the same episodes twice, several domains or one that is not

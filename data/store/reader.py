@@ -1,7 +1,7 @@
 """The episode store: one HDF5 file per dataset, read through one memory map.
 
-HDF5 gives the place of an array in the file (`ringrl.data.store.format` lists the arrays). The array itself is a view
-of the mapped file, so that an episode costs a few slices and no copy. `ringrl.data.store.writer` writes these files.
+HDF5 returns the offset of each array in the file (`ringrl.data.store.format` lists the arrays). The array itself is a
+view of the mapped file, so that an episode costs a few slices and no copy. `ringrl.data.store.writer` writes the files.
 """
 
 import hashlib
@@ -38,20 +38,20 @@ class EpisodeStore:
     """A memory-mapped dataset of episodes, relabelled for every task of its domain.
 
     Opening reads the attributes and the returns and maps the file. `episode(i)` returns views of the map, so memory
-    does not grow with the size of the dataset. Any number of threads and processes may read one file, because a store
-    never changes once it has its name. A pickled store opens the file again where it is unpickled.
+    does not grow with the size of the dataset. Threads and processes may share one file, because a finished store never
+    changes. An unpickled store opens the file again.
 
     Raises UserError, naming the file, if the file is not a whole store of a known format and domain.
     """
 
     path: Path
     domain: str
-    facts: Domain  # about the domain: a ForeignDomain from the file where the domain is none of ExoRL's
+    facts: Domain  # a ForeignDomain if the domain is not an ExoRL domain
     tasks: tuple[str, ...]
     provenance: Provenance  # origin of the episodes and how they were processed
     source: str  # origin of the episodes: "walker/rnd.zip"
     fingerprint: str  # sha256 of the recorded content: equal for equal episodes, however they were packed
-    recorded_task: str | None  # the task whose reward was recorded, where one is known
+    recorded_task: str | None  # the task whose reward was recorded, if known
     num_episodes: int
     num_steps: int  # transitions in all episodes
     observation_size: int
@@ -113,7 +113,7 @@ class EpisodeStore:
         self._starts: list[int] = self.offsets.tolist()  # slicing by Python integers is faster
 
     def _map(self, mapped: "_MappedArrays") -> None:
-        """Map all arrays. Those with one entry per episode or task are compared with their checksums."""
+        """Map all arrays. Arrays with one entry per episode or task are compared with their checksums."""
         self.offsets = mapped.small("episodes/offset", (mapped.length("episodes/offset"),), np.dtype("<i8"))
         if len(self.offsets) < 2 or self.offsets[0] != 0 or (np.diff(self.offsets) < 2).any():
             raise ValueError("no list of episodes")
@@ -143,7 +143,7 @@ class EpisodeStore:
         return self._small[f"returns/{task}"]
 
     def return_quantiles(self, task: str) -> Float64[np.ndarray, " level"]:
-        """Return the quantiles of those returns at `ringrl.data.store.format.RETURN_LEVELS`. UserError as above."""
+        """Return the quantiles of the episode returns of a task at `ringrl.data.store.format.RETURN_LEVELS`."""
         self.returns(task)
         return self._small[f"return_quantiles/{task}"]
 
@@ -218,11 +218,10 @@ def _read_text(node: h5py.Group | h5py.Dataset, name: str) -> str:
 class _MappedArrays:
     """The arrays of an open HDF5 file as read-only views of its memory map, which outlive the file object.
 
-    The file may come from anywhere. HDF5 itself therefore reads no array: nothing is unpacked, filtered, assembled or
-    fetched from other files. Only a contiguous run of bytes inside this file is an array.
+    The file may be hostile. HDF5 itself therefore reads no array, and an array must be contiguous in this file.
 
     Raises UserError for datasets that are missing, linked, chunked, compressed, virtual or external, and for arrays
-    that share bytes; other errors of h5py and numpy for damaged files.
+    that share bytes. Damaged files raise other errors of h5py and numpy, too.
     """
 
     def __init__(self, file: h5py.File, path: Path) -> None:
@@ -250,7 +249,7 @@ class _MappedArrays:
         return np.ndarray(shape, dtype, buffer=self._mapped, offset=offset)
 
     def small(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Return a small array and compare it with its checksum. Episodes have checksums of their own."""
+        """Return a small array after comparing it with its checksum."""
         array = self.view(name, shape, dtype)
         if hashlib.sha256(array.data).hexdigest() != _read_text(self._file[name], "sha256"):
             raise UserError(f"{name} is damaged (its sha256 differs): import the archive again")

@@ -1,8 +1,8 @@
-"""Writing an episode store.
+"""Writers of an episode store.
 
-h5py creates the file with all of its datasets and closes it. The lengths of all episodes are known by then, so every
-row has its place, and rows are written there in any order and by several processes. The file has a hidden name until it
-is whole. Rows are written with `os.pwrite`, not through a memory map: a full disk is then an error and no SIGBUS.
+h5py creates the file with all datasets and closes it. The lengths of all episodes are known, so the offset of every row
+is known, and several processes can write rows in any order. The file has a hidden name until it is whole. Rows are
+written with `os.pwrite`: a full disk then raises an error, whereas a write through a memory map would end with SIGBUS.
 """
 
 import contextlib
@@ -70,13 +70,13 @@ def create_store(
     source: str | Provenance,
     overwrite: bool = False,
 ) -> Iterator["UnfinishedStore"]:
-    """Create a store for episodes of the given lengths (steps). It appears at `path` when the block ends well.
+    """Create a store for episodes of the given lengths (steps). The file appears at `path` when the block succeeds.
 
-    `append` every episode in order, and set `recorded_task` before the end if it is known.
+    In the block, `append` every episode in order, and set `recorded_task` if it is known.
 
     Args:
         path: the store's file.
-        domain: the name of an ExoRL domain, or the facts about another one.
+        domain: the name of an ExoRL domain, or the facts about another domain.
         tasks: the tasks whose rewards every episode has.
         lengths: steps of each episode.
         source: the origin of the episodes, as a name or in full.
@@ -103,17 +103,14 @@ def create_store(
 
 
 def create_file(partial: Path, layout: Layout) -> None:
-    """Create the HDF5 file of a store with space for all arrays, in place of any other file. Raises OSError.
-
-    The new file is not the old one emptied: workers of a killed import may still write to the old one.
-    """
-    partial.unlink(missing_ok=True)
-    # This generation of HDF5's format has checksums on its own bytes, so that damage there is noticed.
+    """Create the HDF5 file of a store with space for all arrays, and replace any older file. Raises OSError."""
+    partial.unlink(missing_ok=True)  # not emptied: workers of a killed import may still write to the old file
+    # This version of HDF5's format has checksums of its metadata, which reveal damage.
     with h5py.File(partial, "x", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=64) as file:
         rows = int(layout.starts[-1])
         arrays = {dataset_name(key): (layout.shape(key, rows), spec.dtype) for key, spec in layout.arrays.items()}
         for name, (shape, dtype) in (layout.per_episode() | arrays).items():
-            # Contiguous, with its place in the file at once, and not filled with zeros.
+            # Contiguous, with an offset in the file from the start, and not filled with zeros.
             settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -121,24 +118,23 @@ def create_file(partial: Path, layout: Layout) -> None:
 
 
 def reserve_space(partial: Path, path: Path) -> None:
-    """Reserve a little more disk than the finished store at `path` has. UserError if the disk is full."""
+    """Reserve the disk space of the finished store at `path`. UserError if the disk is full."""
     size = partial.stat().st_size + ATTRIBUTES
     with explain_write_errors(path, size):
         reserve(partial, size)
 
 
 class UnfinishedStore:
-    """The rows of a file that `create_file` made. Several processes may have it open. Use it as a context manager.
+    """The rows of a file made by `create_file`. Several processes may open the file. Use it as a context manager.
 
-    `records` are those of the appended episodes. Raises OSError or KeyError for a file that holds no store of this
-    layout.
+    Raises OSError or KeyError if the file is not an unfinished store of this layout.
     """
 
     recorded_task: str | None = None
 
     def __init__(self, partial: Path, layout: Layout) -> None:
         self.layout = layout
-        self.records: list[Record] = []
+        self.records: list[Record] = []  # of the appended episodes
         rows = int(layout.starts[-1])
         with h5py.File(partial, "r", locking=False) as file:
             if "format" in file.attrs:
@@ -150,11 +146,11 @@ class UnfinishedStore:
         self._descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
 
     def append(self, episode: Episode) -> None:
-        """Write the next episode: the arrays that `EpisodeStore.episode` returns, with the announced length."""
+        """Write the next episode, with the arrays of `EpisodeStore.episode` and the announced length."""
         self.records.append(self.write(len(self.records), episode))
 
     def fingerprint(self) -> str:
-        """Return the store's fingerprint, once all episodes are appended."""
+        """Return the store's fingerprint after all episodes were appended."""
         recorded = _stacked([record.recorded for record in self.records])
         return content_fingerprint(self.layout.domain.name, self.layout.lengths, recorded)
 
@@ -165,29 +161,28 @@ class UnfinishedStore:
             array, shape = np.ascontiguousarray(episode[key]), self.layout.shape(key, rows)
             if array.shape != shape or array.dtype != spec.dtype:
                 raise ValueError(f"{key} is {array.dtype} {array.shape}, the store expects {spec.dtype} {shape}")
-            view, place = array.data.cast("B"), self._place(key, index)
+            view, offset = array.data.cast("B"), self._offset(key, index)
             while view:
-                written = os.pwrite(self._descriptor, view, place)
-                view, place = view[written:], place + written
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
         return record_of(self.layout, episode)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """Return the rows of an episode, zeros or old rows where none were written."""
+        """Return the rows of an episode. Rows that were not written are zeros or rows of an older file."""
         rows = int(self.layout.lengths[index]) + 1
         episode = {}
         for key, spec in self.layout.arrays.items():
-            content = os.pread(self._descriptor, rows * self.layout.row_bytes(key), self._place(key, index))
+            content = os.pread(self._descriptor, rows * self.layout.row_bytes(key), self._offset(key, index))
             episode[key] = np.frombuffer(content, spec.dtype).reshape(self.layout.shape(key, rows))
         return episode
 
     def first_physics(self) -> Float64[np.ndarray, "episodes physics"]:
         """Return the first physics state of every episode."""
         size = self.layout.row_bytes("physics")
-        rows = [os.pread(self._descriptor, size, self._place("physics", i)) for i in range(len(self.layout.lengths))]
+        rows = [os.pread(self._descriptor, size, self._offset("physics", i)) for i in range(len(self.layout.lengths))]
         return np.frombuffer(b"".join(rows), np.float64).reshape(len(rows), -1)
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:
@@ -196,8 +191,8 @@ class UnfinishedStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _place(self, key: str, episode: int) -> int:
-        """The byte of the file at which the rows of an episode begin."""
+    def _offset(self, key: str, episode: int) -> int:
+        """Return the offset in the file of the first row of an episode, in bytes."""
         return int(self._offsets[key]) + int(self.layout.starts[episode]) * self.layout.row_bytes(key)
 
 
@@ -218,7 +213,10 @@ def finish(
     recorded_task: str | None,
     provenance: Provenance,
 ) -> None:
-    """Add everything but the rows to an unfinished store and rename it to `path`. Raises OSError and UserError."""
+    """Write returns, checksums and attributes of an unfinished store and rename it to `path`.
+
+    Raises OSError and UserError.
+    """
     if len(records) != len(layout.lengths):
         raise ValueError(f"{len(records)} of {len(layout.lengths)} announced episodes were written")
     recorded = _stacked([record.recorded for record in records])
@@ -255,7 +253,7 @@ def finish(
             file[f"return_quantiles/{task}"].attrs["levels"] = np.array(RETURN_LEVELS)
         file.attrs["format_version"] = FORMAT_VERSION
         for name, text in attributes.items():
-            # HDF5 has checksums for strings of fixed length only.
+            # HDF5 protects only strings of fixed length by checksums.
             file.attrs[name] = np.bytes_(text.encode())
         file.attrs["format"] = np.bytes_(FORMAT.encode())
     sync(partial)
