@@ -62,10 +62,10 @@ def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False
     """Hold an advisory lock. The lock is released when the block or the process ends.
 
     Args:
-      path: what is locked. The error names this path.
-      doing: what the holder does, for the error: "is writing it".
-      file: the lock file, by default `.{name}.lock` next to `path`. Its folder is created, and the file is deleted at
-        the end.
+      path: the locked file or folder, for the error.
+      doing: the action of the holder, for the error: "is writing it".
+      file: the lock file, by default `.{name}.lock` next to `path`. Its folder is created. The file is deleted at the
+        end.
       wait: wait for the holder instead of raising.
 
     Raises:

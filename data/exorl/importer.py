@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
 from ringrl.cores import available_cores
 from ringrl.data.exorl.archive import Archive, Member
@@ -161,7 +161,7 @@ def _plan(
 
 @contextmanager
 def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
-    """Create the hidden file and its journal, or reuse those of an interrupted import of the same plan.
+    """Create the hidden file and its journal, or reuse the files of an interrupted import of the same plan.
 
     Yields the journal. If the block fails, both files are deleted unless the journal has an episode.
     """
@@ -241,7 +241,7 @@ def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Importe
     if len(kept) < len(outcomes):
         partial, layout = _without_gaps(plan, kept)
     with UnfinishedStore(partial, layout) as store:
-        task = _recorded_task(layout.domain, imported, store.first_physics())
+        task = _recorded_task(store, imported)
     provenance = replace(
         plan.provenance,
         created=journal.created,
@@ -264,23 +264,20 @@ def _without_gaps(plan: ImportPlan, kept: Sequence[int]) -> tuple[Path, Layout]:
     return target, shorter
 
 
-def _recorded_task(
-    domain: Domain, imported: Sequence[Imported], starts: Float64[np.ndarray, "episodes physics"]
-) -> str | None:
-    """Return the task whose rewards were recorded. None: no task or several fit, or rewards of all were recorded.
-
-    `starts` are the first physics states of the episodes.
-    """
+def _recorded_task(store: UnfinishedStore, imported: Sequence[Imported]) -> str | None:
+    """Return the task whose rewards were recorded. None: no task or several fit, or rewards of all were recorded."""
+    domain = store.layout.domain
     if domain.records_all_tasks or not any(episode.has_reward for episode in imported):
         return None
     candidates = [task for task in domain.tasks if all(task in episode.matches for episode in imported)]
     if len(candidates) < 2:
         return candidates[0] if candidates else None
     # Cartpole's balance and swingup have the same reward and differ only in the start. The nearer start decides.
+    start = np.mean([store.read(index)["physics"][0] for index in range(len(imported))], axis=0)
     distances = {}
     for task in candidates:
         env = make(task, seed=0)
         own = np.stack([env.reset()[1]["physics"] for _ in range(8)])
-        distances[task] = float(np.linalg.norm(own.mean(axis=0) - starts.mean(axis=0)))
+        distances[task] = float(np.linalg.norm(own.mean(axis=0) - start))
     nearest, second = sorted(candidates, key=distances.__getitem__)[:2]
     return nearest if distances[nearest] < 0.5 * distances[second] else None

@@ -257,7 +257,8 @@ def _cause(error: BaseException) -> str:
     """Return the reason of a failed connection as a short printable text."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, TimeoutError | urllib3.exceptions.TimeoutError):
+        is_refused = isinstance(cause, urllib3.exceptions.NewConnectionError)  # a TimeoutError in urllib3
+        if isinstance(cause, TimeoutError | urllib3.exceptions.TimeoutError) and not is_refused:
             return "no answer in time"
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror

@@ -1,1 +1,1 @@
-"""Sampling batches from a store: contexts of trajectories, normalisation and sharding over a mesh."""
+"""Batches from a store: contexts of trajectories, normalisation and sharding over a mesh."""

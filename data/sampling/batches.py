@@ -1,4 +1,4 @@
-"""Batches of a run: contexts spread over a mesh of devices, and an iterator that reads ahead in the background.
+"""Batches of a run: contexts sharded over a mesh of devices, and an iterator that reads ahead in the background.
 
 Contexts are sharded over the mesh's batch axes. Their time steps, in the order of a ring's layout, are sharded over its
 sequence axis. Every process reads only the steps of its own devices, and steps that several devices share once.
@@ -22,7 +22,7 @@ from ringrl.context import Context
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 
-READ_AHEAD = 2  # batches that wait while one is used; one thread makes them and reads with many
+READ_AHEAD = 2  # batches that are prepared in advance
 
 
 class BatchSource(Protocol):
@@ -91,7 +91,7 @@ class ShardedSampler:
         """Return the batch of an optimiser step as jax.Arrays. Every process of the mesh must call this."""
         plan, size = self.sampler.plan(step), (self.sampler.batch_size, len(self.times))
         indices = self.sharding.addressable_devices_indices_map(size).values()
-        own = {_begin(index): index[:2] for index in indices if index}  # once each, however many devices have copies
+        own = {_begin(index): index[:2] for index in indices if index}  # once each, even if several devices have copies
         parts = [self.sampler.read(plan, rows, self.times[places]) for rows, places in own.values()]
 
         def spread(*arrays: np.ndarray) -> jax.Array:
@@ -104,7 +104,7 @@ class ShardedSampler:
 
 
 def _begin(index: tuple[slice, ...] | None) -> tuple[int, int]:
-    """The first context and place of a device, which identify its part of the batch."""
+    """Return the first context and place of a device, which identify its part of the batch."""
     assert index is not None
     rows, places = index[:2]
     return rows.start or 0, places.start or 0

@@ -88,7 +88,7 @@ class Normalisation:
 
 
 def _scales(store: EpisodeStore) -> tuple[float, float | None]:
-    """The divisors of the rewards and of the returns of a store."""
+    """Return the divisors of rewards and of returns."""
     if not isinstance(store.facts, ForeignDomain):
         return 1.0, None
     (task,) = store.facts.tasks

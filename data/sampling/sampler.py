@@ -1,8 +1,7 @@
 """Contexts for training: n trajectories of a store, ordered, relabelled to a target, as one long sequence.
 
-The batch of a step is a pure function of (seed, step), so a resumed run and every host see the same batches. A batch is
-planned first (which trajectories, in which order, with which target return), which is cheap and done on every host.
-Then any part of it can be read.
+The batch of a step is a pure function of (seed, step), so a resumed run and every host see the same batches. Every host
+first plans a batch: the trajectories, their order and their target returns. Then any part of the batch can be read.
 """
 
 import dataclasses
@@ -84,9 +83,9 @@ def episodes_for_contexts(
 class ContextPlan(NamedTuple):
     """The trajectories of a batch of contexts: small, and the same on every host."""
 
-    tasks: np.ndarray  # names of the tasks whose rewards are read (batch,)
+    tasks: np.ndarray  # name of the task whose rewards are read (batch,)
     episodes: Int64[np.ndarray, "batch trajectories"]  # indices in the store, in the order of the context
-    targets: Float64[np.ndarray, "batch trajectories"]  # the first return-to-go of each; nan for zero throughout
+    targets: Float64[np.ndarray, "batch trajectories"]  # the first return-to-go of each; NaN: all returns-to-go are 0
     completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each trajectory reaches its target
     starts: Int64[np.ndarray, "batch trajectories_plus_1"]  # time of the first step of each, and of the padding
 
@@ -152,9 +151,30 @@ class ContextSampler:
         return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts)
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given times (see `read_contexts`)."""
-        part = ContextPlan(*(column[rows] for column in plan))
-        return read_contexts(self.store, self.normalisation, part, times)
+        """Return the given contexts of a plan at the given times, in this order. Times beyond a context are padding.
+
+        Only the observations and actions of these steps and the actions before them are read. Returns-to-go also need
+        the earlier rewards of each episode. A step has the same numbers, whatever else is read with it.
+
+        Raises ValueError for a time below 0.
+        """
+        if len(times) and times.min() < 0:
+            raise ValueError(f"times: expected no time below 0, got {times.min()}")
+        plan = ContextPlan(*(column[rows] for column in plan))
+        out = _blank(len(plan.episodes), len(times), self.store.observation_size, self.store.action_size)
+        out.position[:] = times
+        places = np.argsort(times, kind="stable")
+        cuts = np.searchsorted(times[places], plan.starts)  # trajectory k of a context has places[cuts[k]:cuts[k + 1]]
+        parts = np.argwhere(np.diff(cuts, axis=1) > 0).tolist()  # (context, trajectory)
+
+        def read(context: int, trajectory: int) -> None:
+            own = places[cuts[context, trajectory] : cuts[context, trajectory + 1]]
+            timesteps = times[own] - plan.starts[context, trajectory]
+            self._read_trajectory(plan, out, (context, trajectory), own, timesteps)
+
+        with ThreadPoolExecutor(available_cores()) as pool:  # NumPy lets other threads run while it copies and computes
+            list(pool.map(lambda part: read(*part), parts))
+        return out
 
     @cached_property
     def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
@@ -162,7 +182,7 @@ class ContextSampler:
 
     @cached_property
     def _weights(self) -> dict[str, Float64[np.ndarray, " episodes"] | None]:
-        """The probability of each eligible episode, for every task. None: uniform."""
+        """Return the probability of each eligible episode for every task. None: uniform."""
         if self.config.sampling != "return_stratified":
             return dict.fromkeys(self.tasks)
         weights: dict[str, np.ndarray | None] = {}
@@ -175,7 +195,7 @@ class ContextSampler:
         return weights
 
     def _draw(self, random: np.random.Generator) -> tuple[str, Episodes]:
-        """The task of one context and its episodes, in order."""
+        """Return the task of one context and its episodes, in order."""
         task = self.tasks[random.integers(len(self.tasks))] if self.config.other_tasks else self.task
         count = self.config.trajectories
         if self.config.sampling == "history_window":
@@ -190,73 +210,43 @@ class ContextSampler:
             chosen = ascending if self.config.order == "ascending" else ascending[::-1]
         return task, chosen
 
-
-def read_contexts(
-    store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: Int[np.ndarray, " time"]
-) -> Context:
-    """Return the given time steps of all contexts of a plan, in the given order. Times beyond a context are padding.
-
-    Only the observations and actions of these steps and the actions before them are read. Returns-to-go also need the
-    earlier rewards of each episode. A step has the same numbers, whatever else is read with it.
-
-    Raises ValueError for a time below 0.
-    """
-    if len(times) and times.min() < 0:
-        raise ValueError(f"times: expected no time below 0, got {times.min()}")
-    out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
-    out.position[:] = times
-    places = np.argsort(times, kind="stable")
-    cuts = np.searchsorted(times[places], plan.starts)  # in every context, trajectory k has places[cuts[k]:cuts[k + 1]]
-    parts = np.argwhere(np.diff(cuts, axis=1) > 0).tolist()  # (context, trajectory)
-
-    def read(context: int, trajectory: int) -> None:
-        own = places[cuts[context, trajectory] : cuts[context, trajectory + 1]]
-        timesteps = times[own] - plan.starts[context, trajectory]
-        _read_trajectory(store, normalisation, plan, out, (context, trajectory), own, timesteps)
-
-    with ThreadPoolExecutor(available_cores()) as pool:  # NumPy lets other threads run while it copies and computes
-        list(pool.map(lambda part: read(*part), parts))
-    return out
-
-
-def _read_trajectory(
-    store: EpisodeStore,
-    normalisation: Normalisation,
-    plan: ContextPlan,
-    out: Context,
-    part: tuple[int, int],
-    places: Int[np.ndarray, " steps"],
-    timesteps: Int[np.ndarray, " steps"],
-) -> None:
-    """Write steps of one trajectory, ascending, to their places on the time axis. `part` is (context, trajectory)."""
-    context, trajectory = part
-    at, row = (context, _as_slice(places)), int(store.offsets[plan.episodes[part]])
-    # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
-    state, outcome = _as_slice(row + timesteps), _as_slice(row + 1 + timesteps)
-    observation, action = store.arrays["observation"], store.arrays["action"]
-    reward, previous = store.arrays[reward_key(plan.tasks[context])], out.previous
-    out.observation[at] = normalisation.observation(observation[state])
-    out.action[at], previous.action[at] = action[outcome], action[state]
-    out.reward[at], previous.reward[at] = (normalisation.reward(reward[rows]) for rows in (outcome, state))
-    out.timestep[at], out.trajectory[at], out.weight[at] = timesteps, trajectory, 1
-    target = plan.targets[part]
-    if not np.isnan(target):
-        earned = np.zeros(int(timesteps[-1]) + 1)  # before each step
-        np.cumsum(reward[row + 1 : row + len(earned)], out=earned[1:])
-        out.return_to_go[at] = normalisation.return_to_go(target - earned[timesteps])
-        is_last = timesteps == store.lengths[plan.episodes[part]] - 1
-        out.completion[context, places[is_last]] = plan.completes[part]
-    if timesteps[0] > 0:
-        return
-    # The outcome before the first step is the last one of the trajectory before, or zero.
-    first = context, places[timesteps == 0]
-    if trajectory == 0:
-        previous.action[first], previous.reward[first] = 0, 0
-    else:
-        end = int(store.offsets[plan.episodes[context, trajectory - 1] + 1])
-        last = slice(end - 1, end)
-        previous.action[first], previous.reward[first] = action[last], normalisation.reward(reward[last])
-        previous.completion[first] = plan.completes[context, trajectory - 1]
+    def _read_trajectory(
+        self,
+        plan: ContextPlan,
+        out: Context,
+        part: tuple[int, int],
+        places: Int[np.ndarray, " steps"],
+        timesteps: Int[np.ndarray, " steps"],
+    ) -> None:
+        """Write steps of a trajectory, ascending, to their places on the time axis. `part` is (context, trajectory)."""
+        (context, trajectory), store, normalisation = part, self.store, self.normalisation
+        at, row = (context, _as_slice(places)), int(store.offsets[plan.episodes[part]])
+        # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
+        state, outcome = _as_slice(row + timesteps), _as_slice(row + 1 + timesteps)
+        observation, action = store.arrays["observation"], store.arrays["action"]
+        reward, previous = store.arrays[reward_key(plan.tasks[context])], out.previous
+        out.observation[at] = normalisation.observation(observation[state])
+        out.action[at], previous.action[at] = action[outcome], action[state]
+        out.reward[at], previous.reward[at] = (normalisation.reward(reward[rows]) for rows in (outcome, state))
+        out.timestep[at], out.trajectory[at], out.weight[at] = timesteps, trajectory, 1
+        target = plan.targets[part]
+        if not np.isnan(target):
+            earned = np.zeros(int(timesteps[-1]) + 1)  # before each step
+            np.cumsum(reward[row + 1 : row + len(earned)], out=earned[1:])
+            out.return_to_go[at] = normalisation.return_to_go(target - earned[timesteps])
+            is_last = timesteps == store.lengths[plan.episodes[part]] - 1
+            out.completion[context, places[is_last]] = plan.completes[part]
+        if timesteps[0] > 0:
+            return
+        # The outcome before the first step is the last one of the trajectory before, or zero.
+        first = context, places[timesteps == 0]
+        if trajectory == 0:
+            previous.action[first], previous.reward[first] = 0, 0
+        else:
+            end = int(store.offsets[plan.episodes[context, trajectory - 1] + 1])
+            last = slice(end - 1, end)
+            previous.action[first], previous.reward[first] = action[last], normalisation.reward(reward[last])
+            previous.completion[first] = plan.completes[context, trajectory - 1]
 
 
 def _as_slice(indices: Int[np.ndarray, " indices"]) -> slice | np.ndarray:

@@ -45,7 +45,7 @@ Rewards = Relabelling | Literal["recorded"]
 """Origin of a store's rewards. Episodes from other sources keep the recorded rewards."""
 
 NAMED_SKIPPED = 5  # number of skipped episodes that the provenance names
-LONGEST_NAME = 200
+LONGEST_NAME = 200  # characters of the name of a dataset from another source
 LARGEST_ROW = 2**20  # numbers in an observation, an action or a physics state
 UNKNOWN = 0  # placeholder for facts that only a simulation has
 

@@ -15,7 +15,6 @@ from typing import NamedTuple, Self
 
 import h5py
 import numpy as np
-from jaxtyping import Float64
 
 from ringrl.data.store.format import (
     FORMAT,
@@ -175,12 +174,6 @@ class UnfinishedStore:
             content = os.pread(self._descriptor, rows * self.layout.row_bytes(key), self._offset(key, index))
             episode[key] = np.frombuffer(content, spec.dtype).reshape(self.layout.shape(key, rows))
         return episode
-
-    def first_physics(self) -> Float64[np.ndarray, "episodes physics"]:
-        """Return the first physics state of every episode."""
-        size = self.layout.row_bytes("physics")
-        rows = [os.pread(self._descriptor, size, self._offset("physics", i)) for i in range(len(self.layout.lengths))]
-        return np.frombuffer(b"".join(rows), np.float64).reshape(len(rows), -1)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -81,7 +81,7 @@ class PolicyActor:
         return action
 
     def observe(self, finished: Context) -> None:
-        """Keep the step, whose tokens enter the cache with those of the next step."""
+        """Keep the step. Its tokens enter the cache together with the tokens of the next step."""
         self._previous = finished
 
     def _grow_if_full(self, current: Context) -> None:

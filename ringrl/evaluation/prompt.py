@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
-from ringrl.data.sampling.sampler import ContextSampler, read_contexts
+from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.training import TrainedPolicy
 from ringrl.training.checkpoints import RunInfo
@@ -66,7 +66,7 @@ def draw_prompt(
         targets = np.full_like(plan.targets, target_return)
         plan = plan._replace(targets=targets, completes=returns[None] >= targets)
     steps = int(plan.starts[0, -1])
-    context = read_contexts(store, info.normalisation, plan, np.arange(steps))
+    context = sampler.read(plan, slice(None), np.arange(steps))
     context = context._replace(trajectory=np.minimum(context.trajectory, config.context.trajectories - 1))
     fields = {"prompt_episodes": tuple(episodes.tolist()), "prompt_returns": tuple(returns.tolist())}
     return context, fields | {"prompt_trajectories": trajectories, "prompt_seed": seed}

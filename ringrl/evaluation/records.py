@@ -33,7 +33,7 @@ JOURNAL, VIDEOS = ".journal", ".videos"  # suffixes of folders next to a results
 DATA = "data"  # method of the dataset's own episodes
 
 _LIBRARIES = ("ringrl", "jax", "jaxlib", "flax", "optax", "numpy", "dm_control", "mujoco", "gymnasium")
-# Settings that do not change what is learned, and settings that a record states in another field.
+# Settings without an effect on the learned parameters, and settings in another field of a record.
 _NOT_IN_RECIPE = (
     "data", "task", "run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "log",
     "model.token_set", "model.attention", "model.block_tokens", "model.remat", "optimiser.accumulation",
