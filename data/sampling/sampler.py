@@ -252,7 +252,7 @@ class ContextSampler:
 def _as_slice(indices: Int[np.ndarray, " indices"]) -> slice | np.ndarray:
     """Return ascending, evenly spaced indices as a slice, which reads faster, and other indices unchanged."""
     stride = int(indices[1] - indices[0]) if len(indices) > 1 else 1
-    is_even = stride > 0 and (np.diff(indices) == stride).all()
+    is_even = stride > 0 and (indices[1:] - indices[:-1] == stride).all()  # np.diff is several times as slow
     return slice(int(indices[0]), int(indices[-1]) + 1, stride) if is_even else indices
 
 
