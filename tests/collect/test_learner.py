@@ -20,6 +20,15 @@ TASK = "cartpole_swingup"
 WIDTH = 64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """A quarter of the computation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringrl.collect.learner._TRANSITIONS_PER_UPDATE", 5)
+        patch.setattr("ringrl.collect.learner._BATCH", 128)
+        yield
+
+
 def _learn(folder: Path, episodes: int, *, task: str = TASK, progress=None, **changes) -> list[dict[str, np.ndarray]]:
     (folder / "buffer").mkdir(parents=True, exist_ok=True)
     keywords = {"seed": 0, "is_reward_free": False, "width": WIDTH} | changes
