@@ -1,16 +1,20 @@
 """Every setting of RingRL, as frozen and validated models. Presets are YAML files in configs/."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 import yaml
 from pydantic import Field
 
 from ringrl.errors import UserError
+from ringrl.files import expanded
 from ringrl.methods import FAMILIES, Family, Kind
+
+FilePath = Annotated[Path, pydantic.BeforeValidator(lambda path: expanded(path) if isinstance(path, str) else path)]
 
 
 class Section(pydantic.BaseModel):
@@ -26,7 +30,17 @@ class Section(pydantic.BaseModel):
                 near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
                 advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(cls.model_fields)}"
                 raise ValueError(f"there is no setting {name}; {advice}")
+            if isinstance(values[name], bool) and cls.model_fields[name].annotation is not bool:
+                raise ValueError(f"{name}: expected a value, got {str(values[name]).lower()}")
         return values
+
+    @pydantic.model_validator(mode="after")
+    def _check_range(self) -> Self:
+        for name in type(self).model_fields:
+            value, most = getattr(self, name), 2 ** (32 if name == "seed" else 31) - 1
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{name}: {value} is too large; give at most {most}")
+        return self
 
 
 class ContextConfig(Section):
@@ -192,7 +206,8 @@ class OptimiserConfig(Section):
     accumulation: int = Field(1, ge=1)
     """Parts of a batch that are computed one after the other. More save memory. Must divide the batch."""
     skipped_steps: int = Field(5, ge=0)
-    """Consecutive steps with non-finite loss or gradients before the run stops. Such steps change no parameter."""
+    """Consecutive steps with non-finite loss, gradients or new parameters before the run stops. Such steps change no
+    parameter."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float = Field(0.0, ge=0)
@@ -216,11 +231,11 @@ class OptimiserConfig(Section):
 class TrainConfig(Section):
     """One training run."""
 
-    data: Path
+    data: FilePath
     """Dataset: a RingRL store (.h5), written by `ringrl data import`."""
     task: str
     """Task whose reward is used, for example walker_walk."""
-    run: Path
+    run: FilePath
     """Folder of the run: configuration, metrics, checkpoints, evaluations."""
     seed: int = Field(0, ge=0, lt=2**32)  # JAX's keys keep only 32 bits
     """Seed of the initial parameters and of the order of the data."""
@@ -316,19 +331,35 @@ class SlurmConfig(Section):
     """Shell lines that run first, for example "module load cuda"."""
 
 
-_MESSAGES = {  # by pydantic's error type; for all others, pydantic's own message
-    "tuple_type": "give a list, for example [1, 2]",
-    "model_type": "give settings by name, for example {name: value}",
-    "missing": "is required",
+_EXPECTED = {  # by pydantic's error type; for all others, pydantic's own message
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "finite_number": "a finite number",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text (put it in quotes)",
+    "path_type": "a path (put it in quotes)",
+    "tuple_type": "a list, for example [1, 2]",
+    "model_type": "settings by name, for example {{name: value}}",
+    "literal_error": "{expected}",
 }
 
 
 def problems(error: pydantic.ValidationError) -> list[tuple[str, str]]:
     """Return pairs of a setting's name and its error message. The name is empty if several settings are involved."""
-    return [
-        (".".join(map(str, p["loc"])), _MESSAGES.get(p["type"], p["msg"].removeprefix("Value error, ")))
-        for p in error.errors()
-    ]
+    return [(".".join(map(str, p["loc"])), _message(p)) for p in error.errors()]
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    kind = problem["type"]
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind].format(**problem.get('ctx', {}))}, got {str(problem['input'])[:100]!r}"
+    return "is required" if kind == "missing" else str(problem["msg"]).removeprefix("Value error, ")
 
 
 def one_line(error: pydantic.ValidationError) -> str:
@@ -336,8 +367,16 @@ def one_line(error: pydantic.ValidationError) -> str:
     return "; ".join(f"{name}: {message}" if name else message for name, message in problems(error))
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A loader that rejects duplicate keys. PyYAML would silently keep the last one."""
+_WHOLE, _END = "# every setting, up to the last line", "# end"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and words (1e6 is a number; 010, 1:30 and yes are not 8, 90 and true), and no dates.
+
+    Duplicate keys are errors. PyYAML would silently keep the last one.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -346,14 +385,32 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _tag, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("int", "[-+]?[0-9]{1,300}|0x[0-9a-fA-F]{1,300}", "-+0123456789"),
+    ("float", _NUMBER, "-+0123456789."),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda _, node: int(node.value, 16 if node.value.startswith("0x") else 10)
+)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raise UserError if the file is missing, empty, not YAML or not a mapping."""
     try:
-        values = yaml.load(path.read_text(), _UniqueKeyLoader)
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, AttributeError, LookupError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if text.startswith(_WHOLE) and not text.rstrip().endswith(_END):
+        raise UserError(
+            f"{path}: is cut short (its last line, {_END}, is missing); restore it, or remove its first line"
+        )
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {'is empty' if values is None else 'is not a mapping'}; give settings by name")
     return dict(values)
@@ -376,5 +433,5 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = ""
 
 
 def to_yaml(section: Section) -> str:
-    """Return the settings as YAML, in the order of the fields."""
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
+    """Return the settings as YAML, in the order of the fields. The last line shows that the text is whole."""
+    return f"{_WHOLE}\n{yaml.safe_dump(section.model_dump(mode='json'), sort_keys=False)}{_END}\n"

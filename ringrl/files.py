@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,23 @@ if TYPE_CHECKING:
 
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` and `$NAME` replaced, as a shell would. An existing path stays as it is.
+
+    Raises:
+      UserError: a variable is not set, or a home folder is not known.
+    """
+    if Path(path).exists():
+        return Path(path)
+    try:
+        text = os.path.expandvars(Path(path).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}; write the path out") from error
+    if missing := re.search(r"\$\w+|\$\{\w+\}", text):
+        raise UserError(f"{path}: the variable {missing[0]} is not set; set it, or write the path out")
+    return Path(text)
 
 
 def write_whole(path: Path, content: str | bytes, *, alone: bool = True) -> None:
@@ -167,6 +186,24 @@ def explain_write_errors(path: Path, size: int | None = None) -> Iterator[None]:
             ) from error
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({reason}): check the folder or choose another") from error
+
+
+CRC = ', "crc32": "'
+
+
+def with_crc(line: str) -> str:
+    """Return the text of a JSON object with a checksum of the text as its last member."""
+    return f'{line[:-1]}{CRC}{zlib.crc32(line.encode()):08x}"}}'
+
+
+def without_crc(line: str) -> str:
+    """Return the text that `with_crc` was given, or a line without a checksum. Raises ValueError if it has changed."""
+    head, found, _ = line.rpartition(CRC)
+    if not found:
+        return line
+    if with_crc(head + "}") != line:
+        raise ValueError("its checksum differs")
+    return head + "}"
 
 
 def json_digest(values: Any) -> str:

@@ -16,6 +16,8 @@ import cyclopts
 
 import ringrl
 from ringrl.errors import UserError, user_message
+from ringrl.files import expanded
+from ringrl.signals import Stopped, handled, stop
 
 COMMANDS = {  # module of this package and function
     "data download": "data:download",
@@ -32,11 +34,18 @@ COMMANDS = {  # module of this package and function
     "demo": "study:demo",
 }
 
+# Settings of the user's account under which JAX would compute other numbers, or stop.
+JAX_DEFAULTS = {
+    "JAX_ENABLE_X64": "0", "JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow",
+}  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error that the user can correct ends in one line and exit code 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks print as "?"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks print as "?"
+    os.environ.update(JAX_DEFAULTS)
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except OSError:
@@ -53,11 +62,12 @@ def _run(arguments: list[str]) -> None:
     if getattr(sys.unraisablehook, "func", None) is not _hide_tensorstore:
         sys.unraisablehook = functools.partial(_hide_tensorstore, sys.unraisablehook)
     try:
-        command, bound = parse(arguments)
-        command(*bound.args, **bound.kwargs)
-    except KeyboardInterrupt:
+        with handled(stop):
+            command, bound = parse(arguments)
+            command(*bound.args, **bound.kwargs)
+    except KeyboardInterrupt as error:
         print("ringrl: stopped; finished work is kept", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (error.number if isinstance(error, Stopped) else signal.SIGINT))
     except Exception as error:
         import pydantic
 
@@ -72,13 +82,28 @@ def _run(arguments: list[str]) -> None:
 def parse(arguments: list[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Return the function of a command and its arguments; raise UserError for a usage error."""
     arguments = [*arguments[:-1], "--help"] if arguments[-1:] == ["help"] and len(arguments) < 3 else arguments
+    if arguments[:1] == ["train"]:
+        arguments = [_with_value(*pair) for pair in zip(arguments, [*arguments[1:], "--"], strict=True)]
     try:
         command, bound, _ = build_app(arguments).parse_args(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         from ringrl.cli.flags import usage_line
 
         raise UserError(f"{usage_line(error)} (see {_help_of(arguments)})") from error
+    bound.arguments |= {name: _expanded(value) for name, value in bound.arguments.items()}
     return command, bound
+
+
+def _expanded(value: Any) -> Any:
+    """Return the value of a flag with `~` and `$NAME` replaced if it holds paths."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    return expanded(value) if isinstance(value, Path) else value
+
+
+def _with_value(token: str, after: str) -> str:
+    """Give --resume without a value an empty one, which the parser needs."""
+    return "--resume=" if token == "--resume" and after.startswith("--") else token
 
 
 def build_app(arguments: list[str]) -> cyclopts.App:
@@ -99,7 +124,7 @@ def build_app(arguments: list[str]) -> cyclopts.App:
 
 def _summary(module: str, function: str) -> str:
     """Return the first line of a command's docstring without the import, which would take most of --help's time."""
-    source = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
+    source = ast.parse(Path(__file__).with_name(f"{module}.py").read_text("utf-8"))
     (found,) = (node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == function)
     return str(ast.get_docstring(found)).splitlines()[0]
 

@@ -1,5 +1,7 @@
 """ringrl train: train one policy."""
 
+import shlex
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +13,7 @@ from cyclopts.config import Dict
 from ringrl.cli.flags import check_launcher, command_line, given_flags
 from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig, merged, one_line, read_yaml
 from ringrl.errors import UserError
+from ringrl.files import expanded
 from ringrl.methods import METHODS, MethodName, check_method
 
 
@@ -19,7 +22,8 @@ def train(
     settings: Annotated[TrainConfig, cyclopts.Parameter(name="*")],
     config: Path | None = None,
     method: MethodName | None = None,
-    resume: bool = False,
+    resume: str | None = None,
+    resume_or_start: bool = False,
     profile: bool = False,
     distributed: DistributedConfig = DistributedConfig(),
     launcher: Literal["none", "slurm"] = "none",
@@ -31,8 +35,9 @@ def train(
         settings: settings of the run.
         config: YAML file of settings. --method and other flags override it.
         method: method to train. Sets the settings that define the method; other flags override them.
-        resume: continue from the run's last checkpoint, on the same or on other devices. Without a checkpoint, training
-            starts at step 0.
+        resume: folder of a run to continue from its last checkpoint, with its own settings, on the same or on other
+            devices. Without a value: the folder of --run, or that of --config if it is a run's own.
+        resume_or_start: resume the run in --run if there is one, else start it. For jobs that are started again.
         profile: write a JAX trace of steps 4 to 6 to RUN/profile/.
         distributed: several processes that train one run; start each with the same command.
         launcher: slurm submits the run to SLURM and returns, instead of training here.
@@ -50,26 +55,33 @@ def train(
     if method is not None:
         check_method(settings, method)
     run, work = settings.run, partial(train_run, settings, profile=profile)
+    is_resumed = resume is not None or resume_or_start
     if launcher == "slurm":
-        job, logs = submit(work, settings.run, slurm, resume)
+        job, logs = submit(work, run, slurm, is_resumed)
         print(f"job {job}; output: {logs}")
         return
     if not is_wanted(distributed):
-        work(resume=resume)
-    elif run_supervised(partial(work, resume=resume), distributed) != 0:
+        work(resume=is_resumed)
+    elif run_supervised(partial(work, resume=is_resumed), distributed) != 0:
         return  # process 0 reports
     step, steps = read_info(run)[0], settings.optimiser.steps
     if step < steps:  # a signal stopped it
-        command = command_line() if resume else f"{command_line()} --resume"
-        print(f"{run}: step {step} of {steps}; next: {command}")
+        print(f"{run}: step {step} of {steps}; next: {command_line()}{'' if is_resumed else ' --resume'}")
     else:
-        print(f"{run}; next: ringrl evaluate --checkpoint {run}")
+        print(f"{run}; next: ringrl evaluate --checkpoint {shlex.quote(str(run))}")
 
 
 def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:
-    """Add the settings of --config and --method, which flags override; --method overrides --config."""
+    """Add the settings of the resumed run, of --config and of --method. Each overrides those before, and flags all.
+
+    Raise UserError if a file cannot be used, or if there is no run to resume.
+    """
     file, name = _value(arguments, "--config"), _value(arguments, "--method")
-    values = read_yaml(Path(file)) if file else {}
+    values = read_yaml(expanded(file)) if file else {}
+    if (run := _resumed_run(arguments, file, values)) is not None:
+        from ringrl.training.run_folder import saved_configuration
+
+        values = merged(saved_configuration(run).model_dump(mode="json"), values | {"run": str(run)})
     if name in METHODS:  # the parser rejects other names
         try:
             values = merged(values, METHODS[name].settings or {})
@@ -81,6 +93,29 @@ def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclop
     except pydantic.ValidationError as error:
         raise UserError(f"{file or '--method'}: {one_line(error)}") from error
     Dict({"train": values}, source=file or f"--method {name}")(app, commands, arguments)
+
+
+def _resumed_run(arguments: cyclopts.ArgumentCollection, file: str, values: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the run to resume; None if a run starts. Raise UserError if there is none to resume."""
+    is_asked, is_optional = bool(arguments["--resume"].tokens), bool(arguments["--resume-or-start"].tokens)
+    if not is_asked and not is_optional:
+        return None
+    from ringrl.training.run_folder import holds_run
+
+    given, run = _value(arguments, "--resume"), _value(arguments, "--run")
+    if given and run and Path(given) != Path(run):
+        raise UserError(f"--run {run}: is not the run to resume, {given}; remove one of them")
+    own = expanded(file).parent if Path(file).name == "config.yaml" else None
+    is_own = own is not None and holds_run(own)
+    named = given or run or (own if is_own else values.get("run"))
+    if not named:
+        raise UserError("--resume: give the folder of a run")
+    folder = expanded(named)
+    if holds_run(folder):
+        return folder
+    if is_optional:
+        return None
+    raise UserError(f"{folder}: holds no run to resume; give the folder of one, or remove --resume to start a run")
 
 
 def _value(arguments: cyclopts.ArgumentCollection, flag: str) -> str:

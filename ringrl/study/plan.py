@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from ringrl.config import Section, TrainConfig, merged, one_line, read_yaml
+from ringrl.config import FilePath, Section, TrainConfig, merged, one_line, read_yaml
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
@@ -32,9 +32,9 @@ class AblationPlan(Section):
     replaces `datasets`.
     """
 
-    datasets: dict[str, Path] = Field(min_length=1)
+    datasets: dict[str, FilePath] = Field(min_length=1)
     """Task -> dataset (a RingRL store, .h5)."""
-    output: Path
+    output: FilePath
     """Folder of the results: a folder per task, and in it a folder per cell."""
     methods: tuple[Literal["at", "ad"], ...] = ("at",)
     """Methods with a context, each trained with every number of trajectories."""
