@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ringrl.errors import UserError
+from ringrl.signals import STOPPING, ignore
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def worker_processes(
 
 
 def _start(start: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends the workers
+    ignore((signal.SIGINT, *STOPPING))  # they end the main process, which ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     start(*arguments)
 

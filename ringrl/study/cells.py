@@ -77,7 +77,7 @@ class Work:
     def failure(self) -> str | None:
         """The reason why the last attempt failed, or None."""
         try:
-            return (self.folder / FAILED).read_text().strip()
+            return (self.folder / FAILED).read_text("utf-8").strip()
         except OSError:
             return None
 

@@ -26,6 +26,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.video import write_videos
 from ringrl.files import lock
 from ringrl.processes import end_with_parent
+from ringrl.signals import STOPPING, ignore
 from ringrl.study.cells import EVALUATION, LOG, Cell, Reference, Work, attempt_logged, cells, references
 from ringrl.study.cluster import run_on_cluster
 from ringrl.study.plan import AblationPlan
@@ -280,7 +281,7 @@ class _Worker:
 
 
 def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends the workers
+    ignore((signal.SIGINT, *STOPPING))  # they reach the main process, which ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)

@@ -1,33 +1,37 @@
 """Checkpoints: all state that resuming or evaluating a run needs, as arrays and JSON with checksums (no pickles)."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pydantic
 from jaxtyping import UInt32
-from orbax.checkpoint import checkpoint_managers as policies
 
 from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
-from ringrl.files import json_digest
+from ringrl.files import json_digest, remove
 from ringrl.model import ActorCritic, Goal, Policy, TrainState, make_agent, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.distributed import check_platform
 from ringrl.training.mesh import make_ring
 
 CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
+PARTS = ("info/metadata", "iterator/metadata", "state/_METADATA", "state/manifest.ocdbt")
+DELETED = ".deleted-"
+PATTERN = re.compile(r"[][*?\\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,72 +85,138 @@ class DamagedCheckpointError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Orbax writes each under another name and renames it, so none is incomplete.
+    """The checkpoints of one run. Each is written under another name and renamed, so none is incomplete.
 
-    The newest `keep` checkpoints (all, if None) and the one of lowest loss are kept.
+    The newest `keep` checkpoints (all, if None) and the one of lowest loss are kept. Reading changes no file, so a run
+    may be read-only.
     """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
         self.folder = run / "checkpoints"
-        best = policies.BestN(get_metric_fn=_loss, reverse=True, n=1)
-        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-        self._manager = ocp.CheckpointManager(
-            self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(  # without best_fn, a resumed run would not know earlier losses
-                preservation_policy=kept, best_fn=_loss, best_mode="min", enable_async_checkpointing=True
-            ),
-        )
+        self._keep, self._is_verified = keep, False
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._alias = ExitStack()
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, newest last."""
-        return sorted(self._manager.all_steps())
+        return saved_steps(self.folder.parent)
 
     def set_aside(self, step: int) -> Path:
         """Move a checkpoint out of the folder and return its new path."""
         aside = self.folder.parent / f"damaged_checkpoint_{step}"
         if jax.process_index() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             (self.folder / str(step)).rename(aside)
-        self._manager.reload()
         return aside
 
     def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float | None) -> None:
-        """Write the state, the state of the batch iterator and the recent mean loss, in the background."""
-        arrays = ocp.args.StandardSave(state._asdict())
-        values = ocp.args.JsonSave(with_checksum(info.to_json() | {ARRAY_CHECKSUMS: array_checksums(state)}))
-        items = ocp.args.Composite(state=arrays, info=values, iterator=ocp.args.JsonSave(with_checksum(iterator)))
+        """Write the state, the state of the batch iterator and the recent mean loss, in the background.
+
+        The first checkpoint is read back. Raise UserError if it or an earlier one could not be written.
+        """
+        step, checksums = int(state.step), array_checksums(state)
+        values = {
+            "info": info.to_json() | {ARRAY_CHECKSUMS: checksums},
+            "iterator": iterator,
+            "metrics": {"loss": loss},
+        }
+        items: dict[str, Any] = {name: ocp.args.JsonSave(with_checksum(value)) for name, value in values.items()}
+        self.wait()
         with self._naming_failures():
-            self._manager.save(int(state.step), args=items, metrics=None if loss is None else {"loss": loss})
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state_item = ocp.args.StandardSave(state._asdict())
+            self._orbax.save(self._root / str(step), args=ocp.args.Composite(state=state_item, **items))
+        if not self._is_verified:
+            self.wait()
+            self._verify(step, state, checksums)
+            self._is_verified = True
+
+    def _verify(self, step: int, state: TrainState, checksums: list[int]) -> None:
+        """Raise UserError if the checkpoint that was just written cannot be read.
+
+        Several processes compare no arrays: a second copy of the state might not fit on their devices.
+        """
+        try:
+            for item in ("info", "iterator", "metrics"):
+                _read_json(self.folder / str(step), item)
+            if jax.process_count() == 1:
+                like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), state._asdict())
+                found = TrainState(**self._read(step, like))
+                if [_checksum(array) for array in jax.tree.leaves(found)] != checksums:
+                    raise ValueError("its arrays are not those that were saved")
+            elif not (self.folder / str(step) / "state" / "manifest.ocdbt").exists():
+                raise ValueError("its arrays are missing")
+        except Exception as error:
+            raise UserError(
+                f"{self.folder / str(step)}: was written, but cannot be read back ({brief(error)}); "
+                "give a --run on another file system"
+            ) from error
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of a checkpoint, with the shapes and shardings of `like`."""
         path, abstract = self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        how = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        checksums = _read_json(path, "info").get(ARRAY_CHECKSUMS)
         try:
-            state = TrainState(**self._manager.restore(step, args=how)["state"])
+            state = TrainState(**self._read(step, abstract))
         except Exception as error:  # orbax raises bare Exceptions for unreadable arrays
             raise _unreadable(path, error) from error
-        if _read_json(path, "info").get(ARRAY_CHECKSUMS) != array_checksums(state):
+        if checksums != array_checksums(state):
             raise _unreadable(path, ValueError("its arrays are not those that were saved"))
         return state
+
+    def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        arrays: dict[str, Any] = self._orbax.restore(self._root / str(step), args=args)["state"]
+        return arrays
 
     def restore_iterator(self, step: int) -> dict[str, Any]:
         """Return the state of the batch iterator in a checkpoint."""
         return _read_json(self.folder / str(step), "iterator")
 
     def wait(self) -> None:
-        """Wait until everything is written. Raise UserError if that failed."""
+        """Wait until everything is written, then delete what is not kept. Raise UserError if that failed."""
         with self._naming_failures():
-            self._manager.wait_until_finished()
+            self._orbax.wait_until_finished()
+            self._prune()
 
     def close(self) -> None:
         """Wait as `wait` does, then release the folder."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._orbax.close()
+            self._alias.close()
 
-    @contextlib.contextmanager
+    @cached_property
+    def _root(self) -> Path:
+        """The absolute path of the folder for orbax, which would take [ ] * ? and \\ for a pattern."""
+        folder = self.folder.absolute()
+        if not PATTERN.search(str(folder)):
+            return folder
+        link = Path(self._alias.enter_context(TemporaryDirectory(prefix="ringrl-"))) / "checkpoints"
+        link.symlink_to(folder)
+        return link
+
+    def _prune(self) -> None:
+        """Delete checkpoints that are not kept, and what a killed process has left.
+
+        A checkpoint is renamed before it is deleted: a kill in the middle leaves no half of it under its name.
+        """
+        if self._keep is None or jax.process_index() != 0 or not self.folder.is_dir():
+            return
+        steps = self.steps()
+        losses = {step: metrics["loss"] for step in steps if (metrics := _saved_metrics(self.folder / str(step)))}
+        finite = {step: loss for step, loss in losses.items() if loss is not None}
+        # One without a loss is kept, to diagnose a failed run.
+        kept = {*steps[-self._keep :], *sorted(finite, key=lambda step: finite[step])[:1], *(losses.keys() - finite)}
+        for step in steps:
+            if step not in kept:
+                (self.folder / str(step)).rename(self.folder / f"{DELETED}{step}")
+        for path in self.folder.iterdir():
+            if path.name.startswith(DELETED) or ".orbax-checkpoint-tmp" in path.name:
+                remove(path)
+
+    @contextmanager
     def _naming_failures(self) -> Iterator[None]:
         try:
             yield
@@ -157,8 +227,19 @@ class Checkpoints:
             ) from None
 
 
-def _loss(metrics: dict[str, float]) -> float:
-    return metrics["loss"]
+def _saved_metrics(checkpoint: Path) -> dict[str, float | None] | None:
+    """Return the metrics of a checkpoint; None if they cannot be read or other parts of it are missing."""
+    if not all((checkpoint / part).exists() for part in PARTS):
+        return None
+    try:
+        return _read_json(checkpoint, "metrics")
+    except UserError:
+        pass
+    try:  # as written before checkpoints had a checksum for them
+        loss = json.loads((checkpoint / "metrics" / "metrics").read_text())["loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {"loss": loss} if isinstance(loss, float) else None
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -253,6 +334,12 @@ def _sums(arrays: list[jax.Array]) -> list[UInt32[jax.Array, ""]]:
     words = [jnp.dtype(f"uint{min(8 * array.dtype.itemsize, 32)}") for array in arrays]
     bits = map(jax.lax.bitcast_convert_type, arrays, words)
     return [array.astype(jnp.uint32).sum(dtype=jnp.uint32) for array in bits]
+
+
+def _checksum(array: np.ndarray[Any, Any]) -> int:
+    """Return the same checksum of an array in host memory."""
+    array = np.ascontiguousarray(array)
+    return int(array.reshape(-1).view(f"uint{min(8 * array.dtype.itemsize, 32)}").sum(dtype=np.uint32))
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:

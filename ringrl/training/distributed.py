@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from ringrl.config import DistributedConfig
 from ringrl.errors import UserError, brief, user_message
+from ringrl.signals import handled
 
 WAIT_MS = 600_000  # longest wait for a slow process; a lost one is detected earlier
 LINGER = 2.0  # seconds that process 0, which runs the service, waits until the others have read the last message
@@ -34,7 +35,13 @@ def is_wanted(config: DistributedConfig) -> bool:
     """Return whether this process is one of several. Uses no network, so that a plain run never waits."""
     if config.enabled != "auto":
         return config.enabled == "on"
-    return config.coordinator is not None or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # set by srun
+    return config.coordinator is not None or tasks_of_srun() > 1
+
+
+def tasks_of_srun() -> int:
+    """Return the number of tasks that srun says it has started; 1 outside SLURM."""
+    count = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(count) if count.isdecimal() else 1
 
 
 def join(config: DistributedConfig) -> None:
@@ -154,8 +161,9 @@ def agree(name: str, settings: Mapping[str, object]) -> None:
 
 
 class StopRequest:
-    """Whether SIGTERM has asked the run to stop. The run then finishes its step and saves."""
+    """Whether a signal has asked the run to stop. The run then finishes its step and saves."""
 
+    signal = "SIGTERM"
     is_set = False
 
     def after(self, step: int) -> bool:
@@ -164,22 +172,18 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Turn SIGTERM (from `kill` or a scheduler) into a StopRequest inside the block, if the main thread runs it."""
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn a signal to stop (from `kill`, a closing terminal or a scheduler) into a StopRequest inside the block."""
     stop = StopRequest()
-    # JAX handles the signal itself once processes are connected. Only the main thread may set a handler.
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    if jax.process_count() > 1:  # JAX handles SIGTERM itself, and the supervisor sends no other
         yield stop
         return
 
     def set_stop(number: int, frame: FrameType | None) -> None:
-        stop.is_set = True
+        stop.signal, stop.is_set = signal.Signals(number).name, True
 
-    before = signal.signal(signal.SIGTERM, set_stop)
-    try:
+    with handled(set_stop):
         yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def print_line(line: str) -> None:

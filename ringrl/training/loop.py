@@ -1,6 +1,6 @@
 """Training loop. A resumed run is bit-identical to an uninterrupted one."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +22,10 @@ from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
 from ringrl.training.budget import step_cost
 from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, RunInfo, read_info
-from ringrl.training.distributed import stop_on_sigterm
+from ringrl.training.distributed import stop_on_signal
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
-from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat
+from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat, run_lock
 
 
 def train(
@@ -39,7 +39,8 @@ def train(
     """Train a policy and return the folder of the run.
 
     Batches depend on (seed, step) only and checkpoints hold the whole state. A run that is killed and resumed therefore
-    gives bit-identical metrics. SIGTERM saves a checkpoint after the current step and ends the run.
+    gives bit-identical metrics. A signal to stop (SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) saves a checkpoint after the
+    current step and ends the run.
 
     Args:
       resume: continue from the newest checkpoint of `config.run`.
@@ -73,20 +74,21 @@ def train(
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
     )
-    distributed.first_then_others(partial(claim_folder, config, resume), config.run / "config.yaml")
-    checkpoints = Checkpoints(config.run, config.keep_checkpoints)
-    try:
-        console = console or Console(stderr=True, quiet=not distributed.is_first())
-        if resume and not checkpoints.steps() and not quiet:
-            console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
-        profiler = StepProfiler(config.run / "profile" if profile else None)
-        _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
-    except OSError as error:
-        raise UserError(
-            f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
-        ) from error
-    finally:
-        checkpoints.close()
+    with run_lock(config.run) if distributed.is_first() else nullcontext():
+        distributed.first_then_others(partial(claim_folder, config, resume), config.run / "config.yaml")
+        checkpoints = Checkpoints(config.run, config.keep_checkpoints)
+        try:
+            console = console or Console(stderr=True, quiet=not distributed.is_first())
+            if resume and not checkpoints.steps() and not quiet:
+                console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
+            profiler = StepProfiler(config.run / "profile" if profile else None)
+            _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
+        except OSError as error:
+            raise UserError(
+                f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
+            ) from error
+        finally:
+            checkpoints.close()
     return config.run
 
 
@@ -119,7 +121,7 @@ def _run_steps(
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
-    with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_sigterm() as stop:
+    with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_signal() as stop:
         if log is not None and log.missing:
             what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"
             console.print(f"{config.run / 'metrics.jsonl'}: {what}", soft_wrap=True)
@@ -139,7 +141,8 @@ def _run_steps(
                 raise recorder.failure
             if is_last:
                 checkpoints.wait()
-                console.print(f"stopped by SIGTERM: checkpoint saved after step {step}; continue with --resume")
+                saved = f"stopped by {stop.signal}: checkpoint saved after step {step}"
+                console.print(f"{saved}; continue with --resume", soft_wrap=True)
                 return
 
 

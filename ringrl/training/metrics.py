@@ -8,7 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from tensorboardX.record_writer import RecordWriter
 from ringrl.attention.strategy import link_of
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
-from ringrl.files import write_whole
+from ringrl.files import with_crc, without_crc, write_whole
 from ringrl.model.optimiser import learning_rate
 from ringrl.training.budget import StepCost
 
+SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
 FIRST_TRACED, LAST_TRACED = 4, 6  # steps since the start or resumption; earlier ones compile and warm up
 
 
@@ -113,12 +114,9 @@ class MetricsLog(ExitStack):
         super().__init__()
         path, kept = run / "metrics.jsonl", []
         for line in path.read_bytes().splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                continue  # damaged, or cut short by a kill
-            kept.append(line + b"\n")
+            with suppress(ValueError, KeyError, TypeError):  # damaged, or cut short by a kill
+                if json.loads(without_crc(line.decode()))["step"] <= step:
+                    kept.append(line + b"\n")
         self.missing = step - len(kept)
         write_whole(path, b"".join(kept))
         self._writers = writers
@@ -127,8 +125,10 @@ class MetricsLog(ExitStack):
         self._file = self.enter_context(path.open("a"))
 
     def write(self, entries: list[dict[str, float]]) -> None:
-        """Append one line per entry, a dict of `step` and named numbers."""
-        self._file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        """Append one line per entry, a dict of `step` and named numbers. A number that is not finite is null."""
+        # JSON has no NaN.
+        rows = [{name: value if np.isfinite(value) else None for name, value in entry.items()} for entry in entries]
+        self._file.write("".join(with_crc(json.dumps(row)) + "\n" for row in rows))
         self._file.flush()
         for entry in entries:
             numbers = {name: value for name, value in entry.items() if name != "step"}
@@ -180,7 +180,7 @@ class MetricsRecorder:
         self._task: TaskID | None = None
         self._skipped_in_a_row = 0
         self._waiting: list[tuple[int, dict[str, jax.Array]]] = []
-        self._since = time.perf_counter()
+        self._since, self._next_line = time.perf_counter(), 0.0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Buffer the metrics of one step."""
@@ -225,6 +225,14 @@ class MetricsRecorder:
         if self._task is None:
             self._task = self._progress.add_task("training", total=self._config.optimiser.steps, loss=loss, speed=text)
         self._progress.update(self._task, completed=step, loss=loss, speed=text)
+        self._print_line(f"step {step} of {self._config.optimiser.steps}  loss {loss:.4f}  {text}")
+
+    def _print_line(self, line: str) -> None:
+        """Print the progress from time to time where no bar can show it, in the log of a job for example."""
+        now = time.perf_counter()
+        if not self._progress.disable and not self._progress.console.is_terminal and now >= self._next_line:
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            self._progress.console.print(line, soft_wrap=True)
 
     def _report_skipped(self, entries: list[dict[str, float]]) -> None:
         allowed = self._config.optimiser.skipped_steps
@@ -233,10 +241,10 @@ class MetricsRecorder:
             if not self._skipped_in_a_row:
                 continue
             where = f"step {entry['step']:.0f} (batch {entry['step'] - 1:.0f} of seed {self._config.seed})"
-            self._progress.console.print(f"{where} skipped: its loss or gradients are not finite")
+            self._progress.console.print(f"{where} skipped: its loss, gradients or new parameters are not finite")
             if self._skipped_in_a_row > allowed and self.failure is None:
                 self.failure = UserError(
-                    f"{self._config.run}: loss or gradients of {where} are not finite, as in the {allowed} steps "
+                    f"{self._config.run}: {where} gave numbers that are not finite, as did the {allowed} steps "
                     "before; none changed the parameters; start a new --run with a lower optimiser.learning_rate"
                 )
 

@@ -1,5 +1,7 @@
 """The folder of a run. It belongs to one configuration and one dataset."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,32 @@ import pydantic
 from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
-from ringrl.files import write_whole
-from ringrl.training.checkpoints import read_info
+from ringrl.files import lock, write_whole
+from ringrl.training.checkpoints import DamagedCheckpointError, read_info, saved_steps
 
 MAY_CHANGE = ("data", "run", "keep_checkpoints", "log")  # settings that may differ when a run is resumed, and the mesh
-IF_DAMAGED = "if config.yaml is damaged, remove it, and the newest checkpoint's settings are used"
+
+
+def holds_run(run: Path) -> bool:
+    """Return whether a folder holds a run that took a step. A run that failed before its first step leaves its name."""
+    log = run / "metrics.jsonl"
+    return bool(saved_steps(run)) or (log.is_file() and log.stat().st_size > 0)
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is created. Raise UserError if another process trains in it."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(run, "trains in it", file=run / ".lock"))
+        except OSError as error:
+            raise UserError(f"{run}: cannot be created ({error.strerror}); give another --run") from error
+        try:
+            yield
+        finally:
+            held.close()
+            with suppress(OSError):  # holds files
+                run.rmdir()
 
 
 def claim_folder(config: TrainConfig, resume: bool) -> None:
@@ -20,18 +43,18 @@ def claim_folder(config: TrainConfig, resume: bool) -> None:
 
     Raise UserError if the folder holds a run (without `resume`), another run, or other files.
     """
-    saved = config.run / "config.yaml"
-    if saved.exists() and not resume:
+    saved, is_run = config.run / "config.yaml", holds_run(config.run)
+    if is_run and not resume:
         raise UserError(f"{config.run}: holds a run already; use --resume to resume it, or give another --run")
-    is_run = saved.exists() or (resume and (config.run / "checkpoints").is_dir())
     if is_run:
         check_configuration(config)
-    if saved.exists():
-        return
+        if saved.exists():
+            return
     try:
         config.run.mkdir(parents=True, exist_ok=True)
         # A run that was killed before it wrote its configuration leaves hidden files only.
-        if not is_run and any(not path.name.startswith(".") for path in config.run.iterdir()):
+        is_free = is_run or saved.exists() or all(path.name.startswith(".") for path in config.run.iterdir())
+        if not is_free:
             raise UserError(f"{config.run}: holds other files and no run; give another --run")
         write_whole(saved, to_yaml(config))
     except OSError as error:
@@ -39,18 +62,21 @@ def claim_folder(config: TrainConfig, resume: bool) -> None:
 
 
 def saved_configuration(run: Path) -> TrainConfig:
-    """Return the settings in config.yaml, or else in the newest checkpoint. Raise UserError if they cannot be read."""
+    """Return the settings of a run: those of its newest readable checkpoint, else of config.yaml.
+
+    Raise UserError if neither can be read.
+    """
+    for step in reversed(saved_steps(run)):
+        with suppress(DamagedCheckpointError):  # training reports it
+            return read_info(run, step)[1].config
     saved = run / "config.yaml"
-    if not saved.exists():
-        return read_info(run)[1].config
     try:
         return TrainConfig.model_validate(read_yaml(saved))
     except pydantic.ValidationError as error:
-        raise UserError(
-            f"{saved}: does not fit this version ({one_line(error)}); start a new --run, or {IF_DAMAGED}"
-        ) from error
+        why = f"{saved}: does not fit this version ({one_line(error)})"
     except UserError as error:
-        raise UserError(f"{error}; start a new --run, or {IF_DAMAGED}") from error
+        why = str(error)
+    raise UserError(f"{why}, and no checkpoint with the settings can be read; start a new --run")
 
 
 def check_configuration(config: TrainConfig) -> None:
@@ -64,8 +90,7 @@ def check_configuration(config: TrainConfig) -> None:
     ]
     if changed:
         raise UserError(
-            f"{config.run}: the run began with other settings ({'; '.join(changed)}); give the same, or another --run; "
-            f"{IF_DAMAGED}"
+            f"{config.run}: the run began with other settings ({'; '.join(changed)}); give the same, or another --run"
         )
 
 

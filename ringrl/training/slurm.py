@@ -11,6 +11,7 @@ from typing import Any
 
 from ringrl.config import DistributedConfig, SlurmConfig
 from ringrl.errors import UserError, brief
+from ringrl.training.run_folder import holds_run
 from ringrl.training.supervisor import run_supervised
 
 FIRST_PORT, PORTS = 49_152, 16_384  # the dynamic ports
@@ -25,7 +26,7 @@ def submit(
     (without `resume`).
     """
     with submitting():
-        if not resume and (run / "config.yaml").exists():
+        if not resume and holds_run(run):
             raise UserError(f"{run}: holds a run already; use --resume to resume it, or give another --run")
         folder = run.absolute().with_name(f"{run.name}.slurm")
         executor = make_executor(folder, slurm, cluster, name=run.name)

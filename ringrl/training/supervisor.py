@@ -19,9 +19,11 @@ from types import FrameType
 from ringrl.config import DistributedConfig
 from ringrl.errors import UserError
 from ringrl.processes import end_with_parent
+from ringrl.signals import STOPPING, handled, ignore
 from ringrl.training import distributed
 from ringrl.training.distributed import INTERRUPTED, LOST, USER_ERROR, print_line
 
+ALONE = "--distributed.enabled off"
 KEPT = 16_384  # bytes of the child's last messages
 
 
@@ -33,6 +35,9 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
         process is lost or never connected (start all again, with --resume); 130, interrupted; 1, a bug, with its
         traceback; 128 + n, signal n ended this process.
     """
+    if config.enabled == "auto" and config.coordinator is None and os.environ.get("SLURM_PROCID", "0") == "0":
+        count = distributed.tasks_of_srun()
+        print_line(f"srun started {count} tasks, waiting until all train; to train in this one alone: {ALONE}")
     context = multiprocessing.get_context("spawn")
     (messages, messages_of_child), (joined, joined_of_child) = context.Pipe(duplex=False), context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(work, config, messages_of_child, joined_of_child))
@@ -71,7 +76,7 @@ def _explain(code: int, last: str, index: int | None, count: int | None, config:
         address = config.coordinator or "the coordinator"
         return (
             f"not all {config.processes or ''} processes connected to {address} within {config.start_timeout} s; check "
-            "that each was started and can reach it, or raise --distributed.start-timeout",
+            f"that each was started and can reach it, raise --distributed.start-timeout, or train alone: {ALONE}",
             LOST,
         )
     if code == -signal.SIGABRT and "oordination service" in last:
@@ -87,25 +92,21 @@ def _explain(code: int, last: str, index: int | None, count: int | None, config:
 
 @contextmanager
 def _forwarding_signals(child: SpawnProcess) -> Iterator[None]:
-    """Forward SIGINT and SIGTERM to the child, which then ends in order."""
+    """Forward SIGINT, and as SIGTERM every other signal to stop, to the child, which then ends in order."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         if child.pid is not None:
-            os.kill(child.pid, number)
+            os.kill(child.pid, number if number == signal.SIGINT else signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(forward, (signal.SIGINT, *STOPPING)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _work(work: Callable[[], object], config: DistributedConfig, messages: Connection, joined: Connection) -> None:
     """Run in the child."""
     os.setsid()  # a terminal's signals then arrive once, forwarded
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell would have it ignored
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM's signal to the parent to queue the job again
+    ignore((signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))  # SLURM sends them to all; the parent decides
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     for number in (1, 2):  # from here on, only C++ writes to these
         os.dup2(messages.fileno(), number)

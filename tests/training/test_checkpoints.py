@@ -4,12 +4,14 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,7 +79,10 @@ def test_a_damaged_checkpoint_is_reported_and_training_uses_the_one_before(finis
 
 def without_speed(metrics: str) -> list[dict]:
     entries = map(json.loads, metrics.splitlines())
-    return [{name: value for name, value in entry.items() if "per_second" not in name} for entry in entries]
+    return [
+        {name: value for name, value in entry.items() if "per_second" not in name and name != "crc32"}
+        for entry in entries
+    ]
 
 
 def test_without_a_readable_checkpoint_nothing_is_changed(finished: TrainConfig) -> None:
@@ -93,7 +98,7 @@ def test_a_temporary_error_is_not_damage(finished: TrainConfig, monkeypatch) -> 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", refuse)
+    monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.restore", refuse)
     with pytest.raises(UserError, match=r"cannot be read now and is not changed"):
         train(finished, resume=True, quiet=True)
     assert (finished.run / "checkpoints" / "14").is_dir()
@@ -111,6 +116,77 @@ def test_the_newest_checkpoints_and_that_of_lowest_loss_are_kept(finished, tmp_p
         if step % sitting == 0:
             checkpoints.close()
     assert Checkpoints(tmp_path).steps() == [2, 3, 5, 6], "one without a loss is kept too, to diagnose a failed run"
+
+
+def test_a_deletion_that_a_kill_interrupts_leaves_no_half_checkpoint(finished: TrainConfig, monkeypatch) -> None:
+    info, checkpoints = read_info(finished.run)[1], Checkpoints(finished.run, keep=1)
+    state = TrainState({"w": jnp.ones(3)}, (), jnp.array(15))
+
+    def killed(path: Path) -> None:
+        next(path.rglob("*metadata")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ringrl.training.checkpoints.remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(state, info, {}, 9.0)
+    assert all(read_info(finished.run, step) for step in checkpoints.steps())
+    assert any(path.name.startswith(".deleted-") for path in checkpoints.folder.iterdir())
+    Checkpoints(finished.run, keep=1).close()
+    assert all(path.name.isdecimal() for path in checkpoints.folder.iterdir())
+
+
+@pytest.mark.parametrize("half", ["metrics", "state", "all"])
+def test_an_old_checkpoint_that_is_half_deleted_is_removed(finished: TrainConfig, half: str) -> None:
+    """Earlier versions left such folders when they were killed."""
+    folder = finished.run / "checkpoints"
+    old = folder / "2"
+    shutil.copytree(folder / "12", old)
+    for item in ("metrics", "state") if half == "all" else (half,):
+        shutil.rmtree(old / item)
+    shutil.copytree(folder / "12", folder / "3.orbax-checkpoint-tmp")
+    shutil.rmtree(folder / "14")
+    train(finished, resume=True, quiet=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["12", "14"]
+
+
+@pytest.mark.parametrize("content", ["", '{"loss": 0.', '{"lass": 0.5}', "[]", '{"loss": "x"}'])
+@pytest.mark.parametrize("file", ["metadata", "metrics"])
+def test_damaged_metrics_of_any_checkpoint_stop_nothing(finished: TrainConfig, content: str, file: str) -> None:
+    folder = finished.run / "checkpoints"
+    (folder / "12" / "metrics" / "metadata").unlink()
+    (folder / "12" / "metrics" / file).write_text(content)
+    assert load_policy(finished.run).step == 14
+    shutil.rmtree(folder / "14")
+    train(finished, resume=True, quiet=True)
+    assert load_policy(finished.run).step == 14
+
+
+def test_losses_of_older_checkpoints_are_read(finished: TrainConfig) -> None:
+    """They have the loss in another file, without a checksum."""
+    for step, loss in ((12, 0.25), (14, 0.5)):
+        folder = finished.run / "checkpoints" / str(step) / "metrics"
+        (folder / "metadata").unlink()
+        (folder / "metrics").write_text(json.dumps({"loss": loss}))
+    Checkpoints(finished.run, keep=1).close()
+    assert Checkpoints(finished.run).steps() == [12, 14]
+    (finished.run / "checkpoints" / "12" / "metrics" / "metrics").write_text('{"loss": 0.75}')
+    Checkpoints(finished.run, keep=1).close()
+    assert Checkpoints(finished.run).steps() == [14]
+
+
+def test_a_checkpoint_that_cannot_be_read_back_stops_the_run(tiny: TrainConfig, monkeypatch) -> None:
+    """Such a run used to end with exit code 0."""
+    wait = ocp.AsyncCheckpointer.wait_until_finished
+
+    def lose_the_arrays(self: ocp.AsyncCheckpointer) -> None:
+        wait(self)
+        for manifest in tiny.run.glob("checkpoints/*/state/manifest.ocdbt"):
+            manifest.unlink()
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", lose_the_arrays)
+    with pytest.raises(UserError, match=r"checkpoints/4: was written, but cannot be read back"):
+        train(tiny, quiet=True)
 
 
 @pytest.mark.parametrize("damage", ITERATOR)

@@ -10,6 +10,7 @@ from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
+from ringrl.files import with_crc
 from ringrl.training import train
 from ringrl.training.metrics import MetricsLog, TensorBoardWriter, peak_flops, step_memory
 from tests.damage import METRICS_TAIL
@@ -54,6 +55,25 @@ def test_a_damaged_line_is_dropped_alone_and_counted(tmp_path, damage):
     (tmp_path / "metrics.jsonl").unlink()
     with MetricsLog(tmp_path, 3) as log:
         assert log.missing == 3
+
+
+def test_a_changed_line_is_dropped_alone(tmp_path):
+    """One wrong digit of a step number used to drop every later line."""
+    with MetricsLog(tmp_path, 0) as log:
+        log.write([line(step) for step in range(1, 5)])
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    for was, now in (('"step": 2', '"step": 9'), ('"step": 2', '"step": 1'), ("0.25", "0.75")):
+        (tmp_path / "metrics.jsonl").write_text(whole.replace(was, now))
+        with MetricsLog(tmp_path, 4) as log:
+            assert log.missing == 1
+        kept = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert kept == [1, 3, 4]
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write([{"step": 1, "loss": float("nan")}])
+    assert (tmp_path / "metrics.jsonl").read_text() == with_crc('{"step": 1, "loss": null}') + "\n"
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

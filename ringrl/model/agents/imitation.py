@@ -172,7 +172,7 @@ def make_train_step(
             (loss, gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulation))
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params, norm = optax.apply_updates(state.params, updates), optax.tree.norm(gradients)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         params, optimiser_state = accept(is_finite, (params, optimiser_state), (state.params, state.optimiser))
         metrics = {"loss": loss, "gradient_norm": norm, "skipped": 1 - is_finite}
         return TrainState(params, optimiser_state, state.step + 1), metrics

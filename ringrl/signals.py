@@ -1,0 +1,56 @@
+"""Signals that ask a command to stop: from a user, a closing terminal or a scheduler."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal other than SIGINT has stopped the command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise Stopped."""
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def handled(handler: Handler, signals: tuple[int, ...] = STOPPING) -> Iterator[None]:
+    """Call `handler` for these signals inside the block, if the main thread runs it.
+
+    An ignored SIGHUP stays ignored (nohup), and handlers of other libraries stay (submitit's for SIGUSR2).
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+        before = {number: old for number in signals if _may_replace(number, old := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def ignore(signals: tuple[int, ...] = STOPPING) -> None:
+    """Ignore these signals in this process: a worker ends with the process that started it."""
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _may_replace(number: int, handler: object) -> bool:
+    if handler is signal.SIG_IGN:
+        return number != signal.SIGHUP
+    own = ("ringrl.", "signal", "_signal")
+    return handler is signal.SIG_DFL or (callable(handler) and str(handler.__module__).startswith(own))

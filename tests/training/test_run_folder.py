@@ -1,0 +1,153 @@
+"""A run's folder: copied, moved, linked, locked, edited and refused runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringrl.cli import main
+from ringrl.config import TrainConfig, read_yaml, to_yaml
+from ringrl.errors import UserError
+from ringrl.training import load_policy, read_info, train
+from ringrl.training.checkpoints import saved_steps
+from ringrl.training.run_folder import run_lock
+from tests.damage import cut
+
+
+def as_preempted(run: Path) -> None:
+    """Make a finished run look as if it was killed after step 12."""
+    shutil.rmtree(run / "checkpoints" / "14")
+
+
+def rejected(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    line = capsys.readouterr().err
+    assert (stop.value.code, line.count("\n")) == (2, 1), line
+    return line
+
+
+@pytest.mark.parametrize("arguments", ["--resume {}", "--config {}/config.yaml --resume", "--run {} --resume-or-start"])
+def test_a_copy_resumes_in_its_own_folder(finished: TrainConfig, tmp_path: Path, arguments: str) -> None:
+    as_preempted(finished.run)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.run, copy)
+    main(["train", *arguments.format(copy).split()])
+    assert (saved_steps(copy)[-1], saved_steps(finished.run)[-1]) == (14, 12)
+
+
+def test_a_moved_and_a_linked_run_resume_with_their_own_settings(finished: TrainConfig, tmp_path: Path) -> None:
+    expected = load_policy(finished.run).parameter_hash
+    as_preempted(finished.run)
+    moved = finished.run.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(moved)
+    (moved / "config.yaml").unlink()  # the checkpoint holds the settings
+    main(["train", "--resume", str(tmp_path / "link"), "--keep-checkpoints", "1"])
+    assert load_policy(moved).parameter_hash == expected
+    assert not finished.run.exists()
+
+
+def test_a_read_only_run_is_read(finished: TrainConfig) -> None:
+    before = load_policy(finished.run).parameter_hash
+    folders = [finished.run, *(path for path in finished.run.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    code = "import sys; from pathlib import Path; from ringrl.training import load_policy; "
+    code += "print(load_policy(Path(sys.argv[1])).parameter_hash)"
+    command = [sys.executable, "-c", code, finished.run]
+    if os.getuid() == 0:  # root could write anywhere
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for folder in folders:
+        folder.chmod(0o755)
+    assert done.stdout.strip() == before, done.stderr
+
+
+def test_resuming_needs_a_run(finished: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("nothing", "."):
+        assert "holds no run to resume" in rejected(["train", "--resume", str(tmp_path / name)], capsys)
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(finished.model_copy(update={"run": tmp_path / "gone"})))
+    assert "holds no run to resume" in rejected(["train", "--config", str(config), "--resume"], capsys)
+    assert not (tmp_path / "gone").exists()
+    assert "is not the run to resume" in rejected(["train", "--resume", "a", "--run", "b"], capsys)
+    assert "give the folder of a run" in rejected(["train", "--resume"], capsys)
+
+
+def test_an_edited_configuration_is_compared_with_the_checkpoint(finished: TrainConfig, capsys) -> None:
+    saved = finished.run / "config.yaml"
+    whole = saved.read_text()
+    for setting, was, now in (("learning_rate", "0.001", "0.5"), ("width", "16", "32")):
+        saved.write_text(whole.replace(f"{setting}: {was}", f"{setting}: {now}"))
+        line = rejected(["train", "--config", str(saved), "--resume"], capsys)
+        assert f"{setting} was {was}, is {now}" in line
+        assert "damaged" not in line
+    assert saved_steps(finished.run) == saved_steps(finished.run)
+
+
+def test_a_configuration_that_is_cut_short_is_rejected(finished: TrainConfig, tmp_path: Path, capsys) -> None:
+    saved = finished.run / "config.yaml"
+    cut(saved, 0.9)
+    assert "is cut short" in rejected(["train", "--config", str(saved), "--run", str(tmp_path / "new")], capsys)
+    with pytest.raises(UserError, match="is cut short"):
+        read_yaml(saved)
+
+
+def test_one_process_trains_in_a_folder(finished: TrainConfig, tmp_path: Path) -> None:
+    as_preempted(finished.run)
+    with (
+        run_lock(finished.run),
+        pytest.raises(UserError, match=rf"run: another process trains in it \(process {os.getpid()} on "),
+    ):
+        train(finished, resume=True, quiet=True)
+    train(finished, resume=True, quiet=True)
+    code = "import os, sys; from pathlib import Path; from ringrl.training.run_folder import run_lock; "
+    code += "held = run_lock(Path(sys.argv[1])); held.__enter__(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code, finished.run], check=False)
+    assert (finished.run / ".lock").exists()
+    train(finished, resume=True, quiet=True)
+    assert not (finished.run / ".lock").exists(), "the lock of a process that is gone is taken over"
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_its_name(tiny: TrainConfig, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ringrl.training.loop.make_agent", fail)
+        with pytest.raises(MemoryError):
+            train(tiny, quiet=True)
+    wider = tiny.model_copy(update={"model": tiny.model.model_copy(update={"width": 32})})
+    train(wider, quiet=True)
+    assert read_info(tiny.run)[1].config.model.width == 32
+    assert TrainConfig.model_validate(read_yaml(tiny.run / "config.yaml")) == wider
+
+
+@pytest.mark.parametrize("name", ["[2026] thesis", "back\\slash", "what?*"])
+def test_a_path_may_hold_the_characters_of_a_pattern(tiny: TrainConfig, tmp_path: Path, name: str) -> None:
+    config = tiny.model_copy(update={"run": tmp_path / name / "run"})
+    train(config, quiet=True)
+    expected = load_policy(config.run).parameter_hash
+    as_preempted(config.run)
+    train(config, resume=True, quiet=True)
+    moved = config.run.rename(tmp_path / "moved")
+    assert load_policy(moved).parameter_hash == expected
+
+
+def test_home_and_variables_in_paths(tiny: TrainConfig, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    values = json.loads(tiny.model_dump_json())
+    for text, folder in (("~/runs/x", tmp_path / "home/runs/x"), ("${SCRATCH}/y", tmp_path / "scratch/y")):
+        assert TrainConfig.model_validate(values | {"run": text}).run == folder
+    monkeypatch.delenv("SCRATCH")
+    assert "$SCRATCH is not set" in rejected(["train", "--resume=$SCRATCH/y"], capsys)
+    file = tmp_path / "home" / "c.yaml"
+    file.parent.mkdir()
+    file.write_text(to_yaml(tiny))
+    main(["train", "--config=~/c.yaml", "--run=~/z"])
+    assert saved_steps(tmp_path / "home" / "z") == [12, 14]
