@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Float32
 
 from ringrl.attention.mask import Side
 
+LOG2_E = 1.4426950408889634  # kernels take powers of two
+
 
 class Inputs(NamedTuple):
     """Queries, keys and values, with the positions and segment ids (batch, tokens) of both sides."""

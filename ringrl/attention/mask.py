@@ -5,6 +5,7 @@ keys, the minima and maxima of both decide whether the tile is skipped, computed
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ class Options:
     """Static options of one attention call, as every kernel takes them.
 
     `scale` multiplies the logits before the optional soft cap. The kernel chooses its tile sizes if `block_q` and
-    `block_k` are None. `implementation` names the kernel (kernels/__init__.py); `is_asked_for` forbids a fallback.
+    `block_k` are None. `implementation` names the kernel (kernels/__init__.py); `is_explicit`
+    (named by the caller) forbids a fallback.
     """
 
     rule: Rule
@@ -37,7 +39,7 @@ class Options:
     block_q: int | None = None
     block_k: int | None = None
     implementation: str = "xla"
-    is_asked_for: bool = True
+    is_explicit: bool = True
 
 
 class Side(NamedTuple):
@@ -87,6 +89,19 @@ def classify(rule: Rule, queries: Side, keys: Side) -> TileKind:
         some &= (q_low - k_high <= left) & (q_high - k_low >= -right)
         every &= (q_high - k_low <= left) & (q_low - k_high >= -right)
     return TileKind(some.any(), every.all())
+
+
+def classify_pairs(rule: Rule, queries: Side, keys: Side) -> TileKind:
+    """Classify all pairs of tiles (tiles, ..., tokens) of both sides: two arrays (query_tiles, key_tiles) bool."""
+    of_one_tile = jax.vmap(partial(classify, rule), in_axes=(None, 0))
+    kinds: TileKind = jax.vmap(of_one_tile, in_axes=(0, None))(queries, keys)
+    return kinds
+
+
+def tile_side(side: Side, size: int, segment_id: int) -> Side:
+    """Reshape (B, S) -> (B, tiles, size), padded as in `pad_side`."""
+    padded = pad_side(side, -(-side.positions.shape[1] // size) * size, segment_id)
+    return Side(*(x.reshape(x.shape[0], -1, size) for x in padded))
 
 
 def pad_side(side: Side, size: int, segment_id: int) -> Side:

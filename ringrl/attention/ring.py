@@ -63,9 +63,9 @@ class Ring:
             blocks, sends = self._start(leg, number, inputs)
 
             def attend(total: Partial, blocks: list[KeyBlock], leg=leg) -> Partial:  # type: ignore[no-untyped-def]
-                starts = _deal(leg, total, inputs.kv_heads)
-                met = zip(_meet(leg, inputs, blocks), starts, strict=True)
-                return _collect([kernels.forward(share, options, start) for share, start in met], inputs)
+                starts = _split_heads(leg, total, inputs.kv_heads)
+                met = zip(_kernel_inputs(leg, inputs, blocks), starts, strict=True)
+                return _join_heads([kernels.forward(share, options, start) for share, start in met], inputs)
 
             def hop(carry, _, leg=leg, attend=attend):  # type: ignore[no-untyped-def]
                 total, blocks = carry
@@ -79,15 +79,15 @@ class Ring:
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
         """Return gradients. dq stays on its device; the gradients of a block follow it and return to its device."""
         dq = varying_like(inputs.q, jnp.zeros(inputs.q.shape, jnp.float32))
-        come_home = []
+        returned = []
         for number, leg in enumerate(self.legs):
             blocks, sends = self._start(leg, number, inputs)
 
             def gradients(dq: jax.Array, blocks: list[KeyBlock], leg=leg):  # type: ignore[no-untyped-def]
-                known = _deal(leg, (cotangents, dq), inputs.kv_heads)
-                met = zip(_meet(leg, inputs, blocks), known, strict=True)
+                known = _split_heads(leg, (cotangents, dq), inputs.kv_heads)
+                met = zip(_kernel_inputs(leg, inputs, blocks), known, strict=True)
                 parts = [kernels.backward(share, options, *one) for share, one in met]
-                return _collect([part.dq for part in parts], inputs), [part.dkv for part in parts]
+                return _join_heads([part.dq for part in parts], inputs), [part.dkv for part in parts]
 
             def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]
                 dq, dblocks, blocks = carry
@@ -102,14 +102,14 @@ class Ring:
             (dq, dblocks, blocks), _ = lax.scan(hop, (dq, start, blocks), None, length=sends)
             dblocks = self._send(leg, dblocks) if sends else dblocks
             dq, dblocks_part = gradients(dq, blocks)
-            home = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
-            come_home.append(_collect(self._send(home, _add(dblocks, dblocks_part)), inputs))
-        return Gradients(dq, sum(come_home[1:], start=come_home[0]))
+            back = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
+            returned.append(_join_heads(self._send(back, _add(dblocks, dblocks_part)), inputs))
+        return Gradients(dq, sum(returned[1:], start=returned[0]))
 
     def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[KeyBlock], int]:
         """Return the first blocks of a leg and its number of sends."""
         side = jnp.stack(inputs.keys)
-        blocks = [KeyBlock(kv, side) for kv in _deal(leg, inputs.kv, inputs.kv_heads)]
+        blocks = [KeyBlock(kv, side) for kv in _split_heads(leg, inputs.kv, inputs.kv_heads)]
         return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
 
     def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
@@ -133,13 +133,13 @@ def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
     return listed, places.transpose([listed.index(axis) for axis in axes]).ravel().tolist()
 
 
-def _meet(leg: Leg, inputs: Inputs, blocks: list[KeyBlock]) -> list[Inputs]:
+def _kernel_inputs(leg: Leg, inputs: Inputs, blocks: list[KeyBlock]) -> list[Inputs]:
     """Return the inputs of the kernel for each share of the heads: its queries with the current block."""
-    shares = zip(_deal(leg, inputs.q, inputs.kv_heads), blocks, strict=True)
+    shares = zip(_split_heads(leg, inputs.q, inputs.kv_heads), blocks, strict=True)
     return [inputs._replace(q=q, kv=block.kv, keys=Side(*block.side)) for q, block in shares]
 
 
-def _deal(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:
+def _split_heads(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:
     """Split arrays (B * Hkv, ...) by heads into one share for each direction of a leg."""
     if len(leg.shifts) == 1:
         return [tree]
@@ -151,8 +151,8 @@ def _deal(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:
     return [jax.tree.map(partial(share, way=way), tree) for way in range(len(leg.shifts))]
 
 
-def _collect(parts: list[Tree], inputs: Inputs) -> Tree:
-    """Invert `_deal`."""
+def _join_heads(parts: list[Tree], inputs: Inputs) -> Tree:
+    """Invert `_split_heads`."""
     if len(parts) == 1:
         return parts[0]
     batch = inputs.queries.positions.shape[0]

@@ -77,14 +77,14 @@ MUTATIONS = {
     ),
     "gradients_do_not_come_home": Mutation(
         "ring.py",
-        "self._send(home, _add(dblocks, dblocks_part))",
+        "self._send(back, _add(dblocks, dblocks_part))",
         "_add(dblocks, dblocks_part)",
     ),
     "gradients_sent_the_wrong_way_home": Mutation("ring.py", "shifts=tuple(-leg.hops", "shifts=tuple(leg.hops"),
     "gradients_of_the_last_leg_only": Mutation(
         "ring.py",
-        "sum(come_home[1:], start=come_home[0])",
-        "come_home[-1]",
+        "sum(returned[1:], start=returned[0])",
+        "returned[-1]",
     ),
     "query_gradients_of_the_last_hop_only": Mutation(
         "ring.py",
@@ -93,13 +93,13 @@ MUTATIONS = {
     ),
     "positions_stay_behind": Mutation(
         "ring.py",
-        "met = zip(_meet(leg, inputs, blocks), starts, strict=True)",
-        "met = zip([x._replace(keys=inputs.keys) for x in _meet(leg, inputs, blocks)], starts, strict=True)",
+        "met = zip(_kernel_inputs(leg, inputs, blocks), starts, strict=True)",
+        "met = zip([x._replace(keys=inputs.keys) for x in _kernel_inputs(leg, inputs, blocks)], starts, strict=True)",
     ),
     "positions_stay_behind_in_backward": Mutation(
         "ring.py",
-        "met = zip(_meet(leg, inputs, blocks), known, strict=True)",
-        "met = zip([x._replace(keys=inputs.keys) for x in _meet(leg, inputs, blocks)], known, strict=True)",
+        "met = zip(_kernel_inputs(leg, inputs, blocks), known, strict=True)",
+        "met = zip([x._replace(keys=inputs.keys) for x in _kernel_inputs(leg, inputs, blocks)], known, strict=True)",
     ),
     "what_was_seen_before_is_forgotten": Mutation("ring.py", "options, start)", "options)"),
     "wrong_device_s_positions": Mutation(

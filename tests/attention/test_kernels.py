@@ -32,7 +32,7 @@ def queries(dtype: str = "bfloat16", head_dim: int = 128) -> jax.Array:
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet() -> None:
-    kernels._say_once.cache_clear()
+    kernels._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(

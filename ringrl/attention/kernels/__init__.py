@@ -60,9 +60,9 @@ def backward(inputs: Inputs, options: Options, cotangents: Cotangents, dq: jax.A
 def _kernel(inputs: Inputs, options: Options) -> Kernel:
     """Return the kernel of `options`, or "xla" if the inputs are too long and the user named no kernel."""
     kernel = kernel_named(options.implementation)
-    if options.is_asked_for or (reason := kernel.too_many(inputs, options)) is None:
+    if options.is_explicit or (reason := kernel.too_many(inputs, options)) is None:
         return kernel
-    _say_once(f"attention falls back to plain XLA: {reason}")
+    _warn_once(f"attention falls back to plain XLA: {reason}")
     return kernel_named("xla")
 
 
@@ -93,11 +93,11 @@ def with_kernel(options: Options, implementation: str | None, q: jax.Array, devi
     if reason is None and implementation is None and chosen == "xla" and device.platform != "cpu":
         reason = f"there is no kernel for {device.device_kind}"
     if reason is not None:
-        _say_once(f"attention falls back to plain XLA: {reason}")
+        _warn_once(f"attention falls back to plain XLA: {reason}")
         chosen = "xla"
-    return dataclasses.replace(options, implementation=chosen, is_asked_for=implementation is not None)
+    return dataclasses.replace(options, implementation=chosen, is_explicit=implementation is not None)
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logging.getLogger("ringrl.attention").warning(message)

@@ -20,11 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from ringrl.attention.contract import Inputs
+from ringrl.attention.contract import LOG2_E, Inputs
 from ringrl.attention.kernels.tuning import forward_blocks, key_gradient_blocks, query_gradient_blocks
-from ringrl.attention.mask import Options, Rule, Side, classify, may_see, pad_side
+from ringrl.attention.mask import Options, Rule, Side, classify_pairs, may_see
 
-LOG2_E = math.log2(math.e)
 CONSUMERS = 2
 PROGRAMS = 132  # multiprocessors of an H100 or H200; other numbers are correct but less balanced
 Ref = Any  # Pallas has no public type for references
@@ -68,13 +67,6 @@ class Visits(NamedTuple):
     work: Int32[Array, " batch*cells"]  # batch * cells + cell, longest first, so that programs finish together
 
 
-def tile_side(side: Side, size: int, padding: int) -> Side:
-    """Reshape (B, S) -> (B, tiles, size), padded with tokens that match no segment."""
-    length = side.positions.shape[1]
-    padded = pad_side(side, length + -length % size, padding)
-    return Side(*(x.reshape(x.shape[0], -1, size) for x in padded))
-
-
 def tile_array(x: jax.Array, size: int, multiple: int = 1) -> jax.Array:
     """Reshape (heads, S, ...) -> (heads, tiles, size, ...), padded with zeros to a multiple of whole tiles."""
     amount = [(0, 0)] * x.ndim
@@ -89,9 +81,7 @@ def untile(x: jax.Array, length: int, shape: tuple[int, ...]) -> jax.Array:
 
 def visits(rule: Rule, queries: Side, keys: Side, *, own_queries: bool) -> Visits:
     """List the visits from minima and maxima of positions and segments, for sides (B, cells or tiles, tokens)."""
-    queries, keys = (Side(*(x[:, :, None] for x in side)) for side in (queries, keys))
-    of_query = jax.vmap(partial(classify, rule), in_axes=(None, 0))
-    kinds = jax.vmap(jax.vmap(of_query, in_axes=(0, None)))(queries, keys)
+    kinds = jax.vmap(partial(classify_pairs, rule))(queries, keys)
     some, every = kinds if own_queries else (jnp.swapaxes(x, 1, 2) for x in kinds)
     tiles = some.shape[2]
     rank = jnp.where(every, 0, jnp.where(some, 1, 2))

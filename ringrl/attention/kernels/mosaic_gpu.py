@@ -38,10 +38,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial
 from ringrl.attention.kernels.hopper import (
     CONSUMERS,
-    LOG2_E,
     Buffer,
     Feed,
     Ref,
@@ -57,23 +56,41 @@ from ringrl.attention.kernels.hopper import (
     require_supported,
     tile_array,
     tile_mask,
-    tile_side,
     untile,
     visits,
 )
 from ringrl.attention.kernels.tuning import forward_blocks, key_gradient_blocks, query_gradient_blocks
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, tile_side
 from ringrl.attention.merge import varying_like
 
 
 class _Operands(NamedTuple):
-    """Arrays in device memory: heads counted over the batch, sequences in tiles."""
+    """Arrays in device memory, in tiles of `own` or `visited` tokens; heads counted over the batch."""
 
-    q: Ref  # (heads, tiles, own, D)
-    kv: Ref  # (2 * kv_heads, tiles, visited, D): keys and values of each head in turn
-    queries: Side  # (B, tiles, own)
-    keys: Side  # (B, tiles, visited)
-    start: Partial | None  # (heads, tiles, own, D) and (heads, tiles, own)
+    q: Ref  # (heads, tiles, tokens, D)
+    by_query: Any  # in tiles as q: the start of the forward pass (or None), the cotangents of the backward pass
+    kv: Ref  # (2 * kv_heads, tiles, tokens, D): keys and values of each head in turn
+    queries: Side  # (B, tiles, tokens)
+    keys: Side
+
+
+def _cut(
+    inputs: Inputs, by_query: Any, query_tile: int, key_tile: int, *, own_queries: bool
+) -> tuple[_Operands, Side, Side]:
+    """Return all arrays in tiles, and both sides in cells (owned) or tiles (visited)."""
+    per_query_cell, per_key_cell = (CONSUMERS, 1) if own_queries else (1, CONSUMERS)
+    queries = tile_side(inputs.queries, per_query_cell * query_tile, PADDING_QUERY)
+    keys = tile_side(inputs.keys, per_key_cell * key_tile, PADDING_KEY)
+    query_tiles, key_tiles = (
+        Side(*(x.reshape(x.shape[0], -1, size) for x in side))
+        for side, size in ((queries, query_tile), (keys, key_tile))
+    )
+
+    def cut(x: jax.Array) -> jax.Array:
+        return tile_array(by_query_head(x, inputs), query_tile, per_query_cell)
+
+    kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), key_tile, per_key_cell)
+    return _Operands(cut(inputs.q), jax.tree.map(cut, by_query), kv, query_tiles, key_tiles), queries, keys
 
 
 class _Scratch(NamedTuple):
@@ -158,7 +175,7 @@ def _consume(
     def cell(cell: WorkCell, fills: jax.Array) -> jax.Array:
         tile = CONSUMERS * cell.number + me
         queries = unit.side(operands.queries, cell.batch, tile, 1)
-        state = _begin(unit, operands.start, cell.head, tile, q.shape)
+        state = _begin(unit, operands.by_query, cell.head, tile, q.shape)
         plgpu.barrier_wait(scratch.q.ready.at[me])
         pl.when(me == 1)(turn)  # offsets the consumers by half a visit
         state = lax.fori_loop(0, cell.full, partial(visit, cell, None, fills), state)
@@ -200,18 +217,10 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     (`hopper.unsupported`).
     """
     require_supported(inputs, options)
-    q, (batch, tokens), head_dim = inputs.q, inputs.queries.positions.shape, inputs.q.shape[-1]
+    q, tokens, head_dim = inputs.q, inputs.queries.positions.shape[1], inputs.q.shape[-1]
     own, visited, stages = forward_blocks(head_dim, options)
-    query_cells = tile_side(inputs.queries, CONSUMERS * own, PADDING_QUERY)
-    key_tiles = tile_side(inputs.keys, visited, PADDING_KEY)
-    query_tiles = Side(*(x.reshape(batch, -1, own) for x in query_cells))
-
-    def cut(x: jax.Array) -> jax.Array:
-        return tile_array(by_query_head(x, inputs), own, CONSUMERS)
-
-    kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), visited)
-    operands = _Operands(cut(q), kv, query_tiles, key_tiles, None if start is None else jax.tree.map(cut, start))
-    plan = visits(options.rule, query_cells, key_tiles, own_queries=True)
+    operands, queries, keys = _cut(inputs, start, own, visited, own_queries=True)
+    plan = visits(options.rule, queries, keys, own_queries=True)
     work, unit = WorkDivision(inputs.kv_heads * inputs.groups), Warpgroup(interpret is not None)
     q_tile, kv_tile = (jax.ShapeDtypeStruct((rows, head_dim), q.dtype) for rows in (own, visited))
     slots = Buffer.of(stages, CONSUMERS, kv_tile)
@@ -224,18 +233,6 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     outputs = [jax.ShapeDtypeStruct(operands.q.shape[: 4 - i], jnp.float32) for i in range(2)]
     o, lse = work.launch(body, operands, plan, outputs, scratch, interpret)
     return varying_like(q, Partial(untile(o, tokens, q.shape), untile(lse, tokens, q.shape[:2])))
-
-
-class _BackwardOperands(NamedTuple):
-    """Arrays in device memory, in tiles of `own` or `visited` tokens; heads counted over the batch."""
-
-    q: Ref  # (heads, tiles, tokens, D)
-    do: Ref
-    lse: Ref  # (heads, tiles, tokens), in units of log 2
-    delta: Ref
-    kv: Ref  # (2 * kv_heads, tiles, tokens, D): keys and values of each head in turn
-    queries: Side  # (B, tiles, tokens)
-    keys: Side
 
 
 class _BackwardScratch(NamedTuple):
@@ -267,7 +264,7 @@ def _consume_queries(
     work: WorkDivision,
     options: Options,
     unit: Warpgroup,
-    operands: _BackwardOperands,
+    operands: _Operands,
     visits: Visits,
     outputs: tuple[Ref, ...],
     scratch: _BackwardScratch,
@@ -279,7 +276,7 @@ def _consume_queries(
     def cell(cell: WorkCell, fills: jax.Array) -> jax.Array:
         tile = CONSUMERS * cell.number + me
         queries = unit.side(operands.queries, cell.batch, tile, 1)
-        lse, delta = (unit.vector(x.at[cell.head, tile], 1) for x in (operands.lse, operands.delta))
+        lse, delta = (unit.vector(x.at[cell.head, tile], 1) for x in operands.by_query[1:])
         plgpu.barrier_wait(scratch.owned.ready.at[me])
 
         def visit(is_full: bool, i: jax.Array, dq: jax.Array) -> jax.Array:
@@ -309,7 +306,7 @@ def _consume_keys(
     work: WorkDivision,
     options: Options,
     unit: Warpgroup,
-    operands: _BackwardOperands,
+    operands: _Operands,
     visits: Visits,
     outputs: tuple[Ref, ...],
     scratch: _BackwardScratch,
@@ -350,85 +347,51 @@ def _consume_keys(
     work.for_each_cell(visits, cell, jnp.int32(0))
 
 
-def _cut(
-    inputs: Inputs, cotangents: Cotangents, query_tile: int, key_tile: int, *, own_queries: bool
-) -> tuple[_BackwardOperands, Side, Side]:
-    """Return all arrays in tiles, and both sides in cells (owned) or tiles (visited)."""
-    per_query_cell, per_key_cell = (CONSUMERS, 1) if own_queries else (1, CONSUMERS)
-    queries = tile_side(inputs.queries, per_query_cell * query_tile, PADDING_QUERY)
-    keys = tile_side(inputs.keys, per_key_cell * key_tile, PADDING_KEY)
-    query_tiles, key_tiles = (
-        Side(*(x.reshape(x.shape[0], -1, size) for x in side))
-        for side, size in ((queries, query_tile), (keys, key_tile))
-    )
-    q, do, lse, delta = (
-        tile_array(by_query_head(x, inputs), query_tile, per_query_cell) for x in (inputs.q, *cotangents)
-    )
-    kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), key_tile, per_key_cell)
-    return _BackwardOperands(q, do, lse, delta, kv, query_tiles, key_tiles), queries, keys
-
-
-def _query_gradient(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any) -> jax.Array:
-    """Return dq, from a kernel that owns queries and visits keys."""
+def _gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any, *, of_keys: bool) -> jax.Array:
+    """Return dq from a kernel that owns queries and visits keys, or dk and dv from a kernel that owns keys and visits
+    the queries of all heads that share them.
+    """
     q, groups = inputs.q, inputs.groups
-    own, visited, stages = query_gradient_blocks(q.shape[-1], options)
-    operands, queries, keys = _cut(inputs, cotangents, own, visited, own_queries=True)
-    plan = visits(options.rule, queries, keys, own_queries=True)
-    work = WorkDivision(inputs.kv_heads * groups)
+    own, visited, stages = (key_gradient_blocks if of_keys else query_gradient_blocks)(q.shape[-1], options)
+    blocks = (visited, own) if of_keys else (own, visited)
+    operands, queries, keys = _cut(inputs, cotangents, *blocks, own_queries=not of_keys)
+    plan = visits(options.rule, queries, keys, own_queries=not of_keys)
+    work = WorkDivision(inputs.kv_heads, groups) if of_keys else WorkDivision(inputs.kv_heads * groups)
     owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
+    row_values = [jax.ShapeDtypeStruct((visited,), jnp.float32)] * (2 if of_keys else 0)
     scratch = _BackwardScratch(
         Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
-        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile),
+        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile, *row_values),
     )
 
-    def body(operands: _BackwardOperands, visits: Visits, outputs: tuple[Ref, ...], scratch: _BackwardScratch) -> None:
-        def keys_of(head: jax.Array, tile: jax.Array, _: jax.Array) -> tuple[Ref, ...]:
-            k = 2 * lax.div(head, jnp.int32(groups))
-            return operands.kv.at[k, tile], operands.kv.at[k + 1, tile]
-
-        owned = Feed(scratch.owned, lambda head, tile: (operands.q.at[head, tile], operands.do.at[head, tile]))
-        unit = Warpgroup(interpret is not None)
-        by_warpgroup(
-            partial(produce, work, visits, owned, Feed(scratch.visited, keys_of)),
-            partial(_consume_queries, work, options, unit, operands, visits, outputs, scratch),
-        )
-
-    outputs = [jax.ShapeDtypeStruct(operands.q.shape, jnp.float32)]
-    (dq,) = work.launch(body, operands, plan, outputs, scratch, interpret)
-    return untile(dq, inputs.queries.positions.shape[1], q.shape)
-
-
-def _key_gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any) -> jax.Array:
-    """Return dk and dv, from a kernel that owns keys and visits the queries of all heads that share them."""
-    q, groups = inputs.q, inputs.groups
-    own, visited, stages = key_gradient_blocks(q.shape[-1], options)
-    operands, queries, keys = _cut(inputs, cotangents, visited, own, own_queries=False)
-    plan = visits(options.rule, queries, keys, own_queries=False)
-    work = WorkDivision(inputs.kv_heads, groups)
-    owned_tile, visited_tile = (jax.ShapeDtypeStruct((rows, q.shape[-1]), q.dtype) for rows in (own, visited))
-    row_values = jax.ShapeDtypeStruct((visited,), jnp.float32)
-    scratch = _BackwardScratch(
-        Buffer.of(CONSUMERS, 1, owned_tile, owned_tile),
-        Buffer.of(stages, CONSUMERS, visited_tile, visited_tile, row_values, row_values),
-    )
-
-    def body(operands: _BackwardOperands, visits: Visits, outputs: tuple[Ref, ...], scratch: _BackwardScratch) -> None:
-        def queries_of(kv_head: jax.Array, tile: jax.Array, group: jax.Array) -> tuple[Ref, ...]:
-            head = kv_head * groups + group
-            return tuple(x.at[head, tile] for x in (operands.q, operands.do, operands.lse, operands.delta))
+    def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, ...], scratch: _BackwardScratch) -> None:
+        do, lse, delta = operands.by_query
 
         def keys_of(kv_head: jax.Array, tile: jax.Array) -> tuple[Ref, ...]:
-            return operands.kv.at[2 * kv_head, tile], operands.kv.at[2 * kv_head + 1, tile]
+            k = 2 * kv_head
+            return operands.kv.at[k, tile], operands.kv.at[k + 1, tile]
 
-        unit = Warpgroup(interpret is not None)
+        def queries_of(kv_head: jax.Array, tile: jax.Array, group: jax.Array) -> tuple[Ref, ...]:
+            head = kv_head * groups + group
+            return tuple(x.at[head, tile] for x in (operands.q, do, lse, delta))
+
+        if of_keys:
+            feeds = Feed(scratch.owned, keys_of), Feed(scratch.visited, queries_of)
+        else:
+            feeds = (
+                Feed(scratch.owned, lambda head, tile: (operands.q.at[head, tile], do.at[head, tile])),
+                Feed(scratch.visited, lambda head, tile, _: keys_of(lax.div(head, jnp.int32(groups)), tile)),
+            )
+        consume, unit = _consume_keys if of_keys else _consume_queries, Warpgroup(interpret is not None)
         by_warpgroup(
-            partial(produce, work, visits, Feed(scratch.owned, keys_of), Feed(scratch.visited, queries_of)),
-            partial(_consume_keys, work, options, unit, operands, visits, outputs, scratch),
+            partial(produce, work, visits, *feeds),
+            partial(consume, work, options, unit, operands, visits, outputs, scratch),
         )
 
-    outputs = [jax.ShapeDtypeStruct(operands.kv.shape, jnp.float32)]
-    (dkv,) = work.launch(body, operands, plan, outputs, scratch, interpret)
-    return untile(dkv, inputs.kv.shape[2], inputs.kv.shape)
+    like, length = (inputs.kv, inputs.kv.shape[2]) if of_keys else (q, inputs.queries.positions.shape[1])
+    outputs = [jax.ShapeDtypeStruct((operands.kv if of_keys else operands.q).shape, jnp.float32)]
+    (found,) = work.launch(body, operands, plan, outputs, scratch, interpret)
+    return untile(found, length, like.shape)
 
 
 def backward(
@@ -448,6 +411,5 @@ def backward(
     do, lse, delta = cotangents
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # masked rows need any finite value
     cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)
-    dq_part = _query_gradient(inputs, cotangents, options, interpret)
-    dkv = _key_gradients(inputs, cotangents, options, interpret)
+    dq_part, dkv = (_gradients(inputs, cotangents, options, interpret, of_keys=of_keys) for of_keys in (False, True))
     return varying_like(inputs.q, Gradients(dq_part if dq is None else dq + dq_part, dkv))

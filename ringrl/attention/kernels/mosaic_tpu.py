@@ -56,10 +56,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial
 from ringrl.attention.kernels.mosaic_tpu_tiles import (
-    LOG2_E,
-    GridStep,
     Interpret,
     TilePair,
     cost,
@@ -121,20 +119,13 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     q = inputs.q
     tiling = tiling_of(inputs, options)
     sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
-
-    def place(context, head, share, step, pairs) -> GridStep:  # type: ignore[no-untyped-def]
-        pair = TilePair.at(pairs, context, step, tiling)
-        return GridStep(context, head, share, pair.outer, pair.inner)
-
-    specs = specs_of(tiling, place)
+    specs = specs_of(tiling)
     kv = tiling.cut_keys(inputs.kv)
     arrays = tiling.cut_queries(q), kv, kv, sides.queries, sides.keys
     started = (None, None) if start is None else (tiling.cut_queries(start.o), tiling.cut_rows(start.lse, -jnp.inf))
     started_specs = (None, None) if start is None else (specs.queries, specs.rows)
-    shapes = [
-        shape_like(q, arrays[0].shape),
-        shape_like(q, (*arrays[0].shape[:3], tiling.query_tiles, 1, tiling.rows)),
-    ]
+    row_shape = (*arrays[0].shape[:3], tiling.query_tiles, 1, tiling.rows)
+    shapes = [shape_like(q, arrays[0].shape), shape_like(q, row_shape)]
     o, lse = pl.pallas_call(
         partial(_forward_kernel, options=options, tiling=tiling),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -142,16 +133,10 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
             grid=(tiling.batch, tiling.kv_heads, tiling.shares, sides.steps),
             in_specs=[specs.queries, specs.keys, specs.values, specs.query_side, specs.key_side, *started_specs],
             out_specs=[specs.queries, specs.rows],
-            scratch_shapes=[
-                pltpu.VMEM((tiling.head_dim, tiling.rows), jnp.float32),
-                pltpu.VMEM((1, tiling.rows), jnp.float32),
-                pltpu.VMEM((1, tiling.rows), jnp.float32),
-            ],
+            scratch_shapes=[pltpu.VMEM((size, tiling.rows), jnp.float32) for size in (tiling.head_dim, 1, 1)],
         ),
         out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=cost(tiling, 2, options, arrays[0], kv, *shapes),
         interpret=interpret,
         name="ring_attention_forward",
@@ -243,17 +228,10 @@ def _gradients(
     """Return dq, or dk and dv, from a kernel that visits the pairs in order of query tiles or of key tiles."""
     tiling = tiling_of(inputs, options)
     sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=of_keys)
-
-    def place(context, head, outer, inner, pairs) -> GridStep:  # type: ignore[no-untyped-def]
-        step, share = (outer, inner) if of_keys else (inner, outer)
-        pair = TilePair.at(pairs, context, step, tiling)
-        tiles = (pair.inner, pair.outer) if of_keys else (pair.outer, pair.inner)
-        return GridStep(context, head, share, *tiles)
-
-    specs = specs_of(tiling, place)
+    specs = specs_of(tiling, by_key=of_keys)
     queries = *map(tiling.cut_queries, (inputs.q, cotangents.do)), *map(tiling.cut_rows, cotangents[1:]), sides.queries
     kv = tiling.cut_keys(inputs.kv)
-    arrays = *queries, kv, kv, sides.keys  # in the order of Specs.backward
+    arrays = *queries, kv, kv, sides.keys
     shape = shape_like(inputs.q, (kv if of_keys else arrays[0]).shape)
     sums = [(tiling.block_k, tiling.head_dim)] * 2 if of_keys else [(tiling.head_dim, tiling.rows)]
     loops = (sides.steps, tiling.shares) if of_keys else (tiling.shares, sides.steps)
@@ -262,7 +240,14 @@ def _gradients(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiling.batch, tiling.kv_heads, *loops),
-            in_specs=specs.backward,
+            in_specs=[
+                *[specs.queries] * 2,
+                *[specs.rows] * 2,
+                specs.query_side,
+                specs.keys,
+                specs.values,
+                specs.key_side,
+            ],
             out_specs=specs.keys_and_values if of_keys else specs.queries,
             scratch_shapes=[pltpu.VMEM(sizes, jnp.float32) for sizes in sums],
         ),

@@ -15,6 +15,7 @@ grid of a kernel is as long as its list: a skipped pair costs no step, no copy a
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from ringrl.attention.contract import Inputs, precision_of
+from ringrl.attention.contract import LOG2_E, Inputs, precision_of
 from ringrl.attention.kernels.tuning import tpu_blocks
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Side, classify, may_see, pad_side
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Side, classify_pairs, may_see, tile_side
 from ringrl.attention.strategy import device_of
 
-LOG2_E = 1.4426950408889634
 LANES = 128
 TILE_BITS = 13  # bits of a tile index in the list of pairs
 MAX_PAIRS = 2**17  # entries of the list, 32 bits each: half of the scalar memory on every TPU generation
@@ -226,32 +226,13 @@ class Sides(NamedTuple):
 
 def cut_sides(rule: Rule, queries: Side, keys: Side, tiling: Tiling, *, by_key: bool = False) -> Sides:
     """Divide both sides into tiles and list the pairs, in order of query tiles or (`by_key`) of key tiles."""
-    query_tiles = _side_tiles(queries, tiling.query_tiles, tiling.block_q, PADDING_QUERY)
-    key_tiles = _side_tiles(keys, tiling.key_tiles, tiling.block_k, PADDING_KEY)
-
-    def kind(query_tile: Side, key_tile: Side):  # type: ignore[no-untyped-def]
-        return classify(rule, Side(*(x[None] for x in query_tile)), Side(*(x[None] for x in key_tile)))
-
-    kinds = jax.vmap(jax.vmap(jax.vmap(kind, (None, 0)), (0, None)))(query_tiles, key_tiles)
+    query_tiles = tile_side(queries, tiling.block_q, PADDING_QUERY)
+    key_tiles = tile_side(keys, tiling.block_k, PADDING_KEY)
+    kinds = jax.vmap(partial(classify_pairs, rule))(query_tiles, key_tiles)
     some, every = (jnp.swapaxes(x, 1, 2) if by_key else x for x in kinds)
     pairs, steps = pack_pairs(some, every)
     rows = jnp.tile(jnp.stack(query_tiles, axis=2), tiling.groups)
     return Sides(rows, jnp.stack(key_tiles, axis=2), pairs, steps)
-
-
-def _side_tiles(side: Side, tiles: int, block: int, padding: int) -> Side:
-    """Reshape positions and segment ids to (batch, tiles, block)."""
-    return Side(*(x.reshape(x.shape[0], tiles, block) for x in pad_side(side, tiles * block, padding)))
-
-
-class GridStep(NamedTuple):
-    """Indices of a step of the grid."""
-
-    batch: jax.Array
-    head: jax.Array
-    share: jax.Array
-    query: jax.Array
-    key: jax.Array
 
 
 class Specs(NamedTuple):
@@ -265,27 +246,29 @@ class Specs(NamedTuple):
     query_side: pl.BlockSpec
     key_side: pl.BlockSpec
 
-    @property
-    def backward(self) -> list[pl.BlockSpec]:
-        """Specifications of the backward kernels' inputs, in order."""
-        return [self.queries] * 2 + [self.rows] * 2 + [self.query_side, self.keys, self.values, self.key_side]
 
-
-def specs_of(tiling: Tiling, place: Callable[..., GridStep]) -> Specs:
-    """Return the block specifications. `place` maps grid indices and the list of pairs to the GridStep."""
-
-    def spec(shape: tuple[int | None, ...], index: Callable[[GridStep], tuple]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *grid: index(place(*grid)))
-
+def specs_of(tiling: Tiling, *, by_key: bool = False) -> Specs:
+    """Return the block specifications for the grid of a list in order of query tiles or (`by_key`) of key tiles."""
     t = tiling
+
+    def spec(shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        def at(context, head, outer, inner, pairs):  # type: ignore[no-untyped-def]
+            step, share = (outer, inner) if by_key else (inner, outer)
+            pair = TilePair.at(pairs, context, step, t)
+            query, key = (pair.inner, pair.outer) if by_key else (pair.outer, pair.inner)
+            return index(context, head, share, query, key)
+
+        return pl.BlockSpec(shape, at)
+
+    # b, h, s, q, k: context, key head, share of its query heads, tile of queries, tile of keys.
     return Specs(
-        spec((None, None, None, t.groups, t.block_q, t.head_dim), lambda p: (p.batch, p.head, p.share, 0, p.query, 0)),
-        spec((None, None, None, t.block_k, t.head_dim), lambda p: (p.batch, p.head, 0, p.key, 0)),
-        spec((None, None, None, t.block_k, t.head_dim), lambda p: (p.batch, p.head, 1, p.key, 0)),
-        spec((None, None, 2, t.block_k, t.head_dim), lambda p: (p.batch, p.head, 0, p.key, 0)),
-        spec((None, None, None, None, 1, t.rows), lambda p: (p.batch, p.head, p.share, p.query, 0, 0)),
-        spec((None, None, 2, t.rows), lambda p: (p.batch, p.query, 0, 0)),
-        spec((None, None, 2, t.block_k), lambda p: (p.batch, p.key, 0, 0)),
+        spec((None, None, None, t.groups, t.block_q, t.head_dim), lambda b, h, s, q, k: (b, h, s, 0, q, 0)),
+        spec((None, None, None, t.block_k, t.head_dim), lambda b, h, s, q, k: (b, h, 0, k, 0)),
+        spec((None, None, None, t.block_k, t.head_dim), lambda b, h, s, q, k: (b, h, 1, k, 0)),
+        spec((None, None, 2, t.block_k, t.head_dim), lambda b, h, s, q, k: (b, h, 0, k, 0)),
+        spec((None, None, None, None, 1, t.rows), lambda b, h, s, q, k: (b, h, s, q, 0, 0)),
+        spec((None, None, 2, t.rows), lambda b, h, s, q, k: (b, q, 0, 0)),
+        spec((None, None, 2, t.block_k), lambda b, h, s, q, k: (b, k, 0, 0)),
     )
 
 

@@ -19,12 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, precision_of
+from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial, precision_of
 from ringrl.attention.kernels.tuning import XlaBlocks, xla_blocks
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, classify, pad_side, visible
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, classify_pairs, pad_side, visible
 from ringrl.attention.merge import nothing_seen, varying_like
 
-LOG2_E = 1.4426950408889634
 Tree = TypeVar("Tree")
 
 
@@ -93,8 +92,7 @@ def _head_tiles(options: Options, blocks: XlaBlocks, queries: Side, keys: Side) 
     """List the visits from minima and maxima of positions and segments."""
     queries = Side(*(_tiles(x, -1, blocks.queries) for x in queries))
     keys = Side(*(_tiles(x, -1, blocks.keys) for x in keys))
-    of_row = jax.vmap(partial(classify, options.rule), in_axes=(None, 0))
-    some, every = jax.vmap(of_row, in_axes=(0, None))(queries, keys)
+    some, every = classify_pairs(options.rule, queries, keys)
     order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
     return HeadTiles(queries, keys, order, every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32))
 
