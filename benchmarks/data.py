@@ -70,12 +70,12 @@ def ratio(peer: Sequence[float], ours: Sequence[float]) -> float:
 def record(task: str, number: int) -> list[dict[str, np.ndarray]]:
     """Return episodes of the local collection's controller with much noise."""
     from ringrl.collect.controllers import recipe_of
-    from ringrl.collect.record import EpisodePlan, record_episode
+    from ringrl.collect.record import record_episode
     from ringrl.envs import load_simulation
 
     simulation, recipe = load_simulation(task), recipe_of(task)
-    plans = (EpisodePlan(index, 0, recipe.mean, 1.0) for index in range(number))
-    return [record_episode(simulation, recipe, plan) for plan in plans]
+    settings = {"seed": 0, "noise_limit": 1.0}
+    return [record_episode(simulation, recipe, recipe.mean, index=index, **settings) for index in range(number)]
 
 
 def original_loop(task: str) -> Callable[[np.ndarray], list[float]]:

@@ -89,7 +89,7 @@ def collect(
 
 @contextmanager
 def _new_folder(destination: Path, description: str) -> Iterator[Path]:
-    """Give a hidden folder next to `destination`, which gets that name when the block ends well.
+    """Yield a hidden folder next to `destination`, which gets this name if the block succeeds.
 
     If the block fails, the hidden folder stays for the next call (see `collect`), or is deleted if it has no episodes.
     Raise UserError if `destination` exists and is not an empty folder, another process collects into it, the hidden
@@ -103,7 +103,7 @@ def _new_folder(destination: Path, description: str) -> Iterator[Path]:
                 raise UserError(f"{destination}: exists and is not an empty folder, remove it or choose another name")
             try:
                 (partial / "buffer").mkdir(parents=True, exist_ok=True)
-                _describe(partial, destination, description)
+                _write_description(partial, destination, description)
                 yield partial
             except BaseException:
                 if not any(partial.glob("buffer/*.npz")):
@@ -115,7 +115,7 @@ def _new_folder(destination: Path, description: str) -> Iterator[Path]:
         raise UserError(f"{destination}: cannot be written ({reason}): free some space or choose another") from error
 
 
-def _describe(partial: Path, destination: Path, description: str) -> None:
+def _write_description(partial: Path, destination: Path, description: str) -> None:
     """Write the description. Raise UserError if existing episodes were recorded with another description."""
     path = partial / _DESCRIPTION
     if any(partial.glob("buffer/*.npz")) and (not path.exists() or path.read_text("utf-8", "replace") != description):

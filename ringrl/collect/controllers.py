@@ -52,7 +52,7 @@ def recipe_of(task: str) -> Recipe:
 
 
 def _sinusoid_recipe(action_size: int, frequency: float) -> Recipe:
-    """Open-loop sinusoids: a common frequency (Hz), and an amplitude, an offset and a phase per actuator."""
+    """Return sinusoids with a common frequency (Hz), and an amplitude, an offset and a phase per actuator."""
 
     def parameters(log_frequency: float, amplitude: float, offset: float, phase: float) -> Float64[np.ndarray, " p"]:
         return np.concatenate(([log_frequency], np.repeat((amplitude, offset, phase), action_size)))
@@ -84,7 +84,7 @@ _UPRIGHT_COSINE = 0.8  # the regulator acts above this cosine of the pole angle
 
 
 def _swing_up(simulation: Simulation, parameters: Float64[np.ndarray, " 8"]) -> Controller:
-    """Swing-up by energy control (Åström and Furuta 2000), then linear feedback.
+    """Swing up by energy control (Åström and Furuta 2000), then linear feedback.
 
     Parameters: logarithms of seven gains relative to good gains, and a shift of `_UPRIGHT_COSINE`.
     """
@@ -120,7 +120,7 @@ _SWING_UP = Recipe(
 _ARM = 6  # joints and actuators of the arm; three of the fingers follow
 _DAMPING = 0.1  # metres per radian: slows the arm down near a singularity
 _PINCH_SITE = "jaco_arm/jaco_hand/pinchsite"
-_MIRRORS = np.array([(1, 1, 1), (-1, 1, 1), (1, -1, 1), (-1, -1, 1)])  # of the task's own target, which is first
+_MIRRORS = np.array([(1, 1, 1), (-1, 1, 1), (1, -1, 1), (-1, -1, 1)])  # targets relative to the task's own
 
 
 def _reach(simulation: Simulation, parameters: Float64[np.ndarray, " 6"]) -> Controller:

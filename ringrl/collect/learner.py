@@ -103,19 +103,19 @@ def learn(
     """Record the history of a learner into `folder`/buffer.
 
     The learner is saved after every few episodes. A call after a kill continues bit-identically. Raise UserError if the
-    saved learner, or an episode that it has learned from, is damaged or missing.
+    saved learner or one of its episodes is damaged or missing.
     """
     domain = domain_of(task)
-    column = domain.recorded_tasks(task).index(task)
-    learner, replay = Learner(domain, seed, is_reward_free=is_reward_free, width=width), Replay(domain, episodes)
+    learner = Learner(domain, seed, is_reward_free=is_reward_free, width=width)
+    replay = Replay(domain, episodes, domain.recorded_tasks(task).index(task))
     simulations = [load_simulation(task) for _ in range(min(_ENVIRONMENTS, episodes))]
     done, state = _saved(folder, learner.init())
-    _recall(folder, domain, replay, column, done)
+    _recall(folder, domain, replay, done)
     while done < episodes:
         starts = [start_seed(seed, number) for number in range(done, min(done + len(simulations), episodes))]
         recordings = [EpisodeRecording(*each) for each in zip(simulations, starts, strict=False)]
         noise = np.interp(done / episodes, (0, _NOISE_DECAY), _NOISE)
-        state = _run(recordings, learner, state, replay, column, done, float(noise), seed)
+        state = _run(recordings, learner, state, replay, done, float(noise), (seed, 3, done))
         for recording in recordings:
             save_episode(folder / "buffer", done, recording.episode())
             done += 1
@@ -125,17 +125,11 @@ def learn(
 
 
 def _run(
-    recordings: list[EpisodeRecording],
-    learner: Learner,
-    state: LearnerState,
-    replay: Replay,
-    column: int,
-    first: int,
-    noise: float,
-    seed: int,
-) -> LearnerState:
+    recordings: list[EpisodeRecording], learner: Learner, state: LearnerState, replay: Replay, first: int,
+    noise: float, seed: tuple[int, ...],
+) -> LearnerState:  # fmt: skip
     """Record parallel episodes from start to end, with updates in between, and return the learner after them."""
-    random = np.random.default_rng((seed, 3, first))
+    random = np.random.default_rng(seed)
     steps, size = replay.action.shape[1] - 1, replay.action.shape[2]
     # Pink noise explores better than white or red noise (Eberhard et al. 2023, "Pink noise is all you need").
     noises = noise * np.stack([coloured_noise(random, steps, size, exponent=1.0) for _ in recordings], axis=1)
@@ -147,7 +141,7 @@ def _run(
                 recording.step(action)
         for number, recording in enumerate(recordings, start=first):
             recording.score()
-            replay.put(number, recording.episode(), column)
+            replay.put(number, recording.episode())
         replay.grow(first, len(recordings), block + _STRIDE)
         if replay.transitions > _WARM_UP:
             shape = (len(recordings) * _STRIDE // _TRANSITIONS_PER_UPDATE, _BATCH)
@@ -156,8 +150,8 @@ def _run(
     return state
 
 
-def _recall(folder: Path, domain: Domain, replay: Replay, column: int, done: int) -> None:
-    """Fill the replay memory with the episodes that the saved learner has learned from."""
+def _recall(folder: Path, domain: Domain, replay: Replay, done: int) -> None:
+    """Fill the replay memory with the episodes of the saved learner."""
     if done == 0:
         return
     with Archive(folder, domain) as archive:
@@ -165,7 +159,7 @@ def _recall(folder: Path, domain: Domain, replay: Replay, column: int, done: int
         if [member.number for member in members] != list(range(done)):
             raise UserError(f"{folder}: one of the first {done} episodes is missing: remove the folder and start again")
         for member in members:
-            replay.put(member.number, archive.read(member), column)
+            replay.put(member.number, archive.read(member))
 
 
 def _save(folder: Path, done: int, state: LearnerState) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,24 +94,20 @@ class EpisodeRecording:
         self._physics[self.steps] = self._simulation.physics_state()
 
 
-@dataclass(frozen=True)
-class EpisodePlan:
-    """All settings of a scripted episode. The same plan gives the same episode in any process."""
+def record_episode(
+    simulation: Simulation, recipe: Recipe, parameters: ParameterVector, *, seed: int, index: int, noise_limit: float
+) -> dict[str, np.ndarray]:
+    """Run episode `index` of the collection `seed` and return its arrays, see `EpisodeRecording.episode`.
 
-    index: int  # number of the episode in the collection
-    seed: int  # of the collection
-    parameters: ParameterVector
-    noise_limit: float  # largest share of noise in the actions, in [0, 1]
-
-
-def record_episode(simulation: Simulation, recipe: Recipe, plan: EpisodePlan) -> dict[str, np.ndarray]:
-    """Run an episode of a controller and return its arrays, see `EpisodeRecording.episode`."""
+    The same arguments give the same episode in any process. `noise_limit` is the largest share of noise in the actions,
+    in [0, 1].
+    """
     domain = simulation.domain
-    random = np.random.default_rng((plan.seed, 0, plan.index))
-    recording = EpisodeRecording(simulation, start_seed(plan.seed, plan.index))
-    share = random.uniform(0, plan.noise_limit)
+    random = np.random.default_rng((seed, 0, index))
+    recording = EpisodeRecording(simulation, start_seed(seed, index))
+    share = random.uniform(0, noise_limit)
     noise = share * coloured_noise(random, domain.episode_length, domain.action_size, exponent=random.uniform(0, 2))
-    controller = recipe.controller(simulation, plan.parameters)
+    controller = recipe.controller(simulation, parameters)
     for step in range(domain.episode_length):
         recording.step((1 - share) * np.clip(controller(step), -1, 1) + noise[step])
     recording.score()

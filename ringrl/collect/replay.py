@@ -11,20 +11,15 @@ from ringrl.envs import Domain
 class Replay:
     """Episodes in ExoRL's rows, in order of their numbers. The last few episodes grow in parallel.
 
-    Episodes never terminate, so every state may be followed by a value.
-
-    Attributes:
-        observation: (episodes, T+1, O) float32.
-        action: (episodes, T+1, A) float32. Row t is the action that led to state t, row 0 is unused.
-        reward: (episodes, T+1) float32, rewards of the learned task in the same rows.
+    Episodes never terminate, so every state may be followed by a value. `column`: the learned task among the rewards.
     """
 
-    def __init__(self, domain: Domain, episodes: int) -> None:
-        self._steps = domain.episode_length
+    def __init__(self, domain: Domain, episodes: int, column: int) -> None:
+        self._steps, self._column = domain.episode_length, column
         rows = (episodes, self._steps + 1)
         self.observation = np.zeros((*rows, domain.observation_size), np.float32)
-        self.action = np.zeros((*rows, domain.action_size), np.float32)
-        self.reward = np.zeros(rows, np.float32)
+        self.action = np.zeros((*rows, domain.action_size), np.float32)  # row t led to state t, row 0 is unused
+        self.reward = np.zeros(rows, np.float32)  # of the learned task, in the same rows
         self._first, self._growing, self._grown = 0, 0, 0
 
     @property
@@ -36,10 +31,10 @@ class Replay:
         """Set the filled part: all episodes before `first`, and `steps` steps of the next `number` episodes."""
         self._first, self._growing, self._grown = first, number, steps
 
-    def put(self, number: int, episode: Episode, column: int) -> None:
-        """Store an episode, or its rows so far. `column` is that of the learned reward."""
+    def put(self, number: int, episode: Episode) -> None:
+        """Store an episode, or its rows so far."""
         self.observation[number], self.action[number] = episode["observation"], episode["action"]
-        self.reward[number] = episode["reward"][:, column]
+        self.reward[number] = episode["reward"][:, self._column]
 
     def sample(self, random: np.random.Generator, shape: tuple[int, ...], n_step: int, discount: float) -> Transitions:
         """Return uniform n-step transitions, arrays (*shape, ...) float32. n shrinks at the last row of an episode."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from ringrl.collect.controllers import ParameterVector, recipe_of
-from ringrl.collect.record import EpisodePlan, record_episode
+from ringrl.collect.record import record_episode
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import domain_of, load_simulation
 from ringrl.processes import worker_processes
@@ -30,23 +29,16 @@ _LEARNING_RATE = 0.6
 _SMALLEST_SHARE = 0.1  # of the initial standard deviation, so that the search keeps exploring
 
 
-@dataclass(frozen=True)
 class CrossEntropySearch:
     """A normal distribution over parameters that moves towards high returns.
 
     Rubinstein 1999, "The cross-entropy method for combinatorial and continuous optimization", with smoothed updates.
     """
 
-    mean: ParameterVector
-    deviation: ParameterVector  # standard deviation
-    smallest: ParameterVector  # lower bound of `deviation`
-    # Parameters and returns of the last generations.
-    memory: tuple[tuple[Float64[np.ndarray, "number parameters"], Float64[np.ndarray, " number"]], ...] = ()
-
-    @classmethod
-    def start(cls, mean: ParameterVector, deviation: ParameterVector) -> CrossEntropySearch:
-        """Return a search before its first generation."""
-        return cls(mean, deviation, _SMALLEST_SHARE * deviation)
+    def __init__(self, mean: ParameterVector, deviation: ParameterVector) -> None:
+        self.mean, self.deviation = mean, deviation
+        self._smallest = _SMALLEST_SHARE * deviation
+        self._memory: list[tuple[np.ndarray, np.ndarray]] = []  # parameters and returns of the last generations
 
     def propose(self, random: np.random.Generator, number: int) -> Float64[np.ndarray, "number parameters"]:
         """Return parameters to try next."""
@@ -54,17 +46,16 @@ class CrossEntropySearch:
 
     def learn(
         self, parameters: Float64[np.ndarray, "number parameters"], returns: Float64[np.ndarray, " number"]
-    ) -> CrossEntropySearch:
-        """Return the search after a generation. Equal returns change nothing but the memory."""
-        memory = (*self.memory, (parameters, returns))[-_MEMORY:]
-        tried, found = (np.concatenate(arrays) for arrays in zip(*memory, strict=True))
+    ) -> None:
+        """Update the distribution after a generation. Equal returns change nothing but the memory."""
+        self._memory = [*self._memory, (parameters, returns)][-_MEMORY:]
+        tried, found = (np.concatenate(arrays) for arrays in zip(*self._memory, strict=True))
         if found.min() == found.max():
-            return CrossEntropySearch(self.mean, self.deviation, self.smallest, memory)
-        number = max(2, round(_ELITE_SHARE * len(found)))
-        elite = tried[np.argsort(-found, kind="stable")[:number]]
-        mean = self.mean + _LEARNING_RATE * (elite.mean(0) - self.mean)
+            return
+        elite = tried[np.argsort(-found, kind="stable")[: max(2, round(_ELITE_SHARE * len(found)))]]
+        self.mean = self.mean + _LEARNING_RATE * (elite.mean(0) - self.mean)
         deviation = self.deviation + _LEARNING_RATE * (elite.std(0) - self.deviation)
-        return CrossEntropySearch(mean, np.maximum(deviation, self.smallest), self.smallest, memory)
+        self.deviation = np.maximum(deviation, self._smallest)
 
 
 def search(
@@ -75,10 +66,10 @@ def search(
     Raise UserError if an episode in the folder is damaged, or a worker process died.
     """
     recipe, finished = recipe_of(task), _finished_returns(task, folder)
-    distribution = CrossEntropySearch.start(recipe.mean, recipe.deviation)
+    distribution = CrossEntropySearch(recipe.mean, recipe.deviation)
     generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
     returns: list[float] = []
-    record, workers = partial(_record, task, folder), min(workers, episodes)
+    record, workers = partial(_record, task, folder, seed), min(workers, episodes)
     processes: AbstractContextManager[Executor | None] = nullcontext()
     if workers > 1:
         processes = worker_processes(workers, _simulation, (task,), "collection")
@@ -88,13 +79,13 @@ def search(
             number = min(generation_size, episodes - first)
             parameters = distribution.propose(np.random.default_rng((seed, 1, first)), number)
             limits = np.interp(np.arange(first, first + number) / episodes, (0, 1), recipe.noise)
-            plans = [EpisodePlan(first + i, seed, parameters[i], float(limits[i])) for i in range(number)]
-            new = [plan for plan in plans if plan.index not in finished]
-            recorded = map(record, new) if pool is None else pool.map(record, new)
-            for plan in plans:
-                returns.append(finished[plan.index] if plan.index in finished else next(recorded))
+            new = [index for index in range(first, first + number) if index not in finished]
+            arguments = new, [parameters[index - first] for index in new], [limits[index - first] for index in new]
+            recorded = map(record, *arguments) if pool is None else pool.map(record, *arguments)
+            for index in range(first, first + number):
+                returns.append(finished[index] if index in finished else next(recorded))
                 progress(len(returns), episodes)
-            distribution = distribution.learn(parameters, np.array(returns[first:]))
+            distribution.learn(parameters, np.array(returns[first:]))
 
 
 def _finished_returns(task: str, folder: Path) -> dict[int, float]:
@@ -105,10 +96,11 @@ def _finished_returns(task: str, folder: Path) -> dict[int, float]:
         return {member.number: _return(task, archive.read(member)) for member in archive.members}
 
 
-def _record(task: str, folder: Path, plan: EpisodePlan) -> float:
+def _record(task: str, folder: Path, seed: int, index: int, parameters: ParameterVector, noise_limit: float) -> float:
     """Record and save a scripted episode, and return its return."""
-    episode = record_episode(_simulation(task), recipe_of(task), plan)
-    save_episode(folder / "buffer", plan.index, episode)
+    simulation, recipe = _simulation(task), recipe_of(task)
+    episode = record_episode(simulation, recipe, parameters, seed=seed, index=index, noise_limit=noise_limit)
+    save_episode(folder / "buffer", index, episode)
     return _return(task, episode)
 
 

@@ -15,14 +15,14 @@ DOMAIN = dataclasses.replace(DOMAINS["cartpole"], episode_length=LENGTH)
 def _replay(episodes: int, seed: int = 0) -> tuple[Replay, list[dict[str, np.ndarray]]]:
     """Return a replay whose observations contain the numbers of episode and row."""
     random = np.random.default_rng(seed)
-    replay, recorded = Replay(DOMAIN, episodes), []
+    replay, recorded = Replay(DOMAIN, episodes, column=1), []
     for number in range(episodes):
         observation = np.zeros((LENGTH + 1, 5), np.float32)
         observation[:, 0], observation[:, 1] = number, np.arange(LENGTH + 1)
         action = random.uniform(-1, 1, (LENGTH + 1, 1)).astype(np.float32)
         reward = random.random((LENGTH + 1, 2)).astype(np.float32)
         recorded.append({"observation": observation, "action": action, "reward": reward})
-        replay.put(number, recorded[-1], column=1)
+        replay.put(number, recorded[-1])
     return replay, recorded
 
 

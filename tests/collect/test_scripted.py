@@ -3,22 +3,21 @@ import pytest
 from dm_control import suite
 
 from ringrl.collect.controllers import recipe_of
-from ringrl.collect.record import EpisodePlan, coloured_noise, record_episode, start_seed
+from ringrl.collect.record import coloured_noise, record_episode, start_seed
 from ringrl.collect.scripted import CrossEntropySearch
 from ringrl.data import relabel
 from ringrl.envs import TASKS, domain_of, load_simulation, make
 
 
-def _record(task: str, index: int = 0, noise_limit: float = 0.2) -> tuple[EpisodePlan, dict[str, np.ndarray]]:
+def _record(task: str) -> dict[str, np.ndarray]:
     recipe = recipe_of(task)
-    plan = EpisodePlan(index, seed=3, parameters=recipe.mean, noise_limit=noise_limit)
-    return plan, record_episode(load_simulation(task), recipe, plan)
+    return record_episode(load_simulation(task), recipe, recipe.mean, seed=3, index=0, noise_limit=0.2)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_replayed_actions_give_the_recorded_episode(task):
-    plan, episode = _record(task)
-    env = make(task, start_seed(plan.seed, plan.index))
+    episode = _record(task)
+    env = make(task, start_seed(3, 0))
     observation, info = env.reset()
     replayed = [(observation, info["physics"], 0.0)]
     for action in episode["action"][1:]:
@@ -35,8 +34,8 @@ def test_replayed_actions_give_the_recorded_episode(task):
 
 @pytest.mark.parametrize("task", ["walker_walk", "cheetah_run", "cartpole_swingup"])
 def test_dm_control_gives_the_recorded_episode(task):
-    plan, episode = _record(task)
-    env = suite.load(*task.split("_"), task_kwargs={"random": np.random.RandomState(start_seed(plan.seed, plan.index))})
+    episode = _record(task)
+    env = suite.load(*task.split("_"), task_kwargs={"random": np.random.RandomState(start_seed(3, 0))})
     env.reset()
     np.testing.assert_array_equal(env.physics.get_state(), episode["physics"][0])
     for row, action in enumerate(episode["action"][1:], start=1):
@@ -50,10 +49,10 @@ def test_dm_control_gives_the_recorded_episode(task):
 def test_an_episode_does_not_depend_on_earlier_episodes():
     task = "jaco_reach_top_left"
     recipe, simulation = recipe_of(task), load_simulation(task)
-    plan = EpisodePlan(1, 3, recipe.mean, 0.2)
-    record_episode(simulation, recipe, EpisodePlan(0, 3, recipe.mean, 0.2))
-    second = record_episode(simulation, recipe, plan)
-    alone = record_episode(load_simulation(task), recipe, plan)
+    settings = {"seed": 3, "noise_limit": 0.2}
+    record_episode(simulation, recipe, recipe.mean, index=0, **settings)
+    second = record_episode(simulation, recipe, recipe.mean, index=1, **settings)
+    alone = record_episode(load_simulation(task), recipe, recipe.mean, index=1, **settings)
     for key, array in alone.items():
         np.testing.assert_array_equal(second[key], array)
 
@@ -64,7 +63,7 @@ def test_the_arm_reaches_the_preferred_target(task):
     returns = []
     for preferred in range(4):
         parameters = np.array([*(preferred == np.arange(4)), 1.0, 0.0])
-        episode = record_episode(simulation, recipe, EpisodePlan(0, 0, parameters, noise_limit=0))
+        episode = record_episode(simulation, recipe, parameters, seed=0, index=0, noise_limit=0)
         returns.append(episode["reward"].sum())
     assert returns[0] > 150  # the task's own target comes first
     assert max(returns[1:]) < 0.5 * returns[0]
@@ -75,7 +74,7 @@ def test_the_mass_reaches_the_preferred_goal(preferred):
     task = domain_of("point_mass_maze_reach_top_left").tasks[preferred]
     recipe, simulation = recipe_of(task), load_simulation(task)
     parameters = np.array([*(preferred == np.arange(4)), 0.0])
-    returns = record_episode(simulation, recipe, EpisodePlan(0, 0, parameters, noise_limit=0))["reward"].sum(axis=0)
+    returns = record_episode(simulation, recipe, parameters, seed=0, index=0, noise_limit=0)["reward"].sum(axis=0)
     assert returns[preferred] > 400
     assert np.delete(returns, preferred).max() < 0.2 * returns[preferred]
 
@@ -89,8 +88,9 @@ def test_good_gains_solve_cartpole_and_noise_lowers_the_return(task, least):
     recipe, simulation = recipe_of(task), load_simulation(task)
 
     def mean_return(noise_limit: float) -> float:
-        plans = [EpisodePlan(index, 0, np.zeros(8), noise_limit) for index in range(4)]
-        return np.mean([record_episode(simulation, recipe, plan)["reward"].sum() for plan in plans])
+        settings = {"parameters": np.zeros(8), "seed": 0, "noise_limit": noise_limit}
+        episodes = [record_episode(simulation, recipe, index=index, **settings) for index in range(4)]
+        return np.mean([episode["reward"].sum() for episode in episodes])
 
     assert mean_return(0) > least
     assert mean_return(1) < 0.8 * mean_return(0)
@@ -118,16 +118,16 @@ def test_noise_has_the_requested_spectrum_and_unit_variance(exponent):
 
 def test_the_search_finds_a_maximum():
     top = np.array([1.0, -0.5, 0.3])
-    search = CrossEntropySearch.start(np.zeros(3), np.ones(3))
+    search = CrossEntropySearch(np.zeros(3), np.ones(3))
     for generation in range(25):
         tried = search.propose(np.random.default_rng(generation), 20)
-        search = search.learn(tried, -np.square(tried - top).sum(axis=1))
+        search.learn(tried, -np.square(tried - top).sum(axis=1))
     np.testing.assert_allclose(search.mean, top, atol=0.1)
     np.testing.assert_allclose(search.deviation, 0.1)  # the lower bound
 
 
 def test_equal_returns_do_not_change_the_search():
-    search = CrossEntropySearch.start(np.zeros(3), np.ones(3))
-    after = search.learn(search.propose(np.random.default_rng(0), 10), np.zeros(10))
-    np.testing.assert_array_equal(after.mean, search.mean)
-    np.testing.assert_array_equal(after.deviation, search.deviation)
+    search = CrossEntropySearch(np.zeros(3), np.ones(3))
+    search.learn(search.propose(np.random.default_rng(0), 10), np.zeros(10))
+    np.testing.assert_array_equal(search.mean, np.zeros(3))
+    np.testing.assert_array_equal(search.deviation, np.ones(3))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ringrl.collect.controllers import recipe_of
-from ringrl.collect.record import EpisodePlan, record_episode, start_seed
+from ringrl.collect.record import record_episode, start_seed
 from ringrl.data.relabel import relabel, relabel_all
 from ringrl.envs import DOMAINS, TASKS, domain_of, load_simulation, make
 from ringrl.errors import UserError
@@ -98,9 +98,8 @@ def test_the_control_counts_in_the_dense_cartpole_reward():
 def test_the_mazes_rewards_equal_those_of_its_way_to_the_goal(task):
     tasks = DOMAINS["point_mass_maze"].tasks
     preferred = np.array([*(task == np.array(tasks)), 0.0])
-    plan = EpisodePlan(0, seed=0, parameters=preferred, noise_limit=0.5)
-    episode = record_episode(load_simulation(task), recipe_of(task), plan)
-    environment = make(task, start_seed(plan.seed, plan.index))
+    episode = record_episode(load_simulation(task), recipe_of(task), preferred, seed=0, index=0, noise_limit=0.5)
+    environment = make(task, start_seed(0, 0))
     environment.reset()
     rewards = [0.0, *(environment.step(action)[1] for action in episode["action"][1:])]
     assert sum(rewards) > 200
