@@ -37,7 +37,7 @@ class Policy(nnx.Module):
     ) -> tuple[Float32[Array, "batch action"], Any]:
         """Return the action of the next step and the new memory.
 
-        The action equals that of `actions` on the prefix and all steps so far.
+        `actions` returns the same action for the prefix and all steps so far.
 
         Args:
           previous: finished previous step, or None if the memory is empty (a prefix needs no previous step).

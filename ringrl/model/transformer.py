@@ -219,7 +219,7 @@ class Transformer(nnx.Module):
         Args:
           x, positions: as for `__call__`; on a mesh in the order of its layout, which permutes whole timesteps.
           length: number of tokens without the padding at the end.
-          dtype: dtype of the cache, by default that of the computation.
+          dtype: dtype of the cache, by default the computation's.
         """
         graph, parameters = nnx.split(self.blocks)
         kept, in_time = self.dtype if dtype is None else dtype, jnp.argsort(positions.reshape(-1))

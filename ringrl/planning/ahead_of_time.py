@@ -29,7 +29,6 @@ _EXHAUSTED = re.compile(
 )
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 # Host code is never run. Without optimisation it compiles in half the time and takes the same memory.
-
 _UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # Without these variables libtpu searches for a TPU, logs errors, and locks out other processes.
 _ALONE = {
@@ -146,7 +145,7 @@ def bytes_per_device(tree: Any) -> float:
 
 
 def compile_step(workload: Workload, machine: Machine, devices: list[Any] | None = None) -> Compiled:
-    """Compile a step for a machine, for the given devices or those of `devices_of`."""
+    """Compile a step for a machine. `devices`: by default the result of `devices_of`."""
     step = abstract_step(workload, devices_of(machine) if devices is None else devices)
     state, is_host = step.state, machine.device.platform == "cpu"
     held = bytes_per_device(state.params), bytes_per_device(state.optimiser), bytes_per_device(step.batch)

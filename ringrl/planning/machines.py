@@ -63,20 +63,17 @@ class Machine:
 
     def hop(self, ring: int) -> float:
         """Return bytes per second of the slowest hop in rings of `ring` neighbouring devices."""
-        return min(self.device.link, self.network) if self._crosses(ring) and self.network else self.device.link
+        return self.collective(ring, stride=self.per_host)
 
     def collective(self, extent: int, stride: int = 1) -> float:
         """Return bytes per second and device of a collective over every `stride`-th of `extent` neighbouring devices.
 
         Between hosts the traffic uses the network cards of all participating devices of a host.
         """
-        if not self._crosses(extent) or self.network is None:
+        is_in_hosts = not self.devices > self.per_host > 0 or self.per_host % extent == 0
+        if is_in_hosts or self.network is None:
             return self.device.link
         return min(self.device.link, self.network * max(1, self.per_host // stride))
-
-    def _crosses(self, extent: int) -> bool:
-        """Whether some group of `extent` neighbours spans several hosts."""
-        return self.devices > self.per_host > 0 and self.per_host % extent != 0
 
 
 def _device(kind: str, gib: float, bandwidth: float) -> Device:
@@ -211,11 +208,11 @@ def _rates(model: ModelConfig) -> tuple[float, float, float]:
     attended = _seconds(gradients, q, kv, kv)
     moved = _seconds(lambda x: x + 1, jnp.zeros((count, NUMBERS)))
     one_product = TOKENS**2 * model.width  # over all heads, half of it due to the causal mask
-    work = (2 * ROWS * model.width * hidden, PRODUCTS * one_product, 8 * NUMBERS)
-    matrices, pairs, numbers = (
-        count * each / taken for each, taken in zip(work, (product, attended, moved), strict=True)
+    return (
+        count * 2 * ROWS * model.width * hidden / product,
+        count * PRODUCTS * one_product / attended,
+        count * 8 * NUMBERS / moved,
     )
-    return matrices, pairs, numbers
 
 
 def _seconds(function: Callable[..., Any], *arguments: jax.Array) -> float:
@@ -225,9 +222,9 @@ def _seconds(function: Callable[..., Any], *arguments: jax.Array) -> float:
     shared = jax.shard_map(function, mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False)
     compiled = jax.jit(shared).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
-    taken = []
+    seconds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)

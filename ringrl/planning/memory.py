@@ -127,22 +127,21 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     return contexts * query_tiles * key_tiles <= MAX_PAIRS and max(query_tiles, key_tiles) <= 2**TILE_BITS
 
 
-def fits_by_formula(workload: Workload, machine: Machine, surplus: float = 0.0) -> bool:
-    """Whether the formula's total and `surplus` bytes fit into a device, and the tiles into the kernel's list."""
-    total = memory_of(workload, machine.device.platform).total + surplus
+def fits_by_formula(workload: Workload, machine: Machine, extra: float = 0.0) -> bool:
+    """Whether the formula's total and `extra` bytes fit into a device, and the tiles into the kernel's list."""
+    total = memory_of(workload, machine.device.platform).total + extra
     return total <= machine.device.memory and listed_tiles_fit(workload, machine)
 
 
-def longest_context(workload: Workload, machine: Machine, spare: float = 0.0) -> int:
+def longest_context(workload: Workload, machine: Machine, extra: float = 0.0) -> int:
     """Return the longest context that fits by the formula, in tokens that the mesh divides; 0 if none fits.
 
-    `spare` bytes are subtracted from the memory (negative: added). The result is at most MOST_TOKENS, since positions
-    are 32-bit.
+    `extra` bytes are added to the formula's total. The result is at most MOST_TOKENS, since positions are 32-bit.
     """
     multiple = workload.multiple
     numbers = range(1, MOST_TOKENS // multiple + 1)
 
     def is_too_long(number: int) -> bool:
-        return not fits_by_formula(workload.with_tokens(number * multiple), machine, spare)
+        return not fits_by_formula(workload.with_tokens(number * multiple), machine, extra)
 
     return multiple * bisect.bisect_left(numbers, True, key=is_too_long)

@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal
 
 from ringrl.config import MeshConfig, TrainConfig
@@ -22,7 +23,7 @@ CANDIDATES = 3  # meshes that a search compiles
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Memory, time, longest context and advice for a workload on a machine."""
+    """Memory, time and longest context of a workload on a machine."""
 
     workload: Workload
     machine: Machine
@@ -31,7 +32,6 @@ class Plan:
     why_not_compiled: str | None
     time: StepTime
     longest: Longest
-    advice: tuple[Advice, ...]
     candidates: tuple[tuple[Workload, Compiled | None], ...]  # meshes of a search, best first
     seconds: float  # planning time
     peak_memory: float  # peak bytes of this process
@@ -50,6 +50,11 @@ class Plan:
             return fits(self.compiled, self.machine)
         return fits_by_formula(self.workload, self.machine)
 
+    @cached_property
+    def advice(self) -> list[Advice]:
+        """Changes that save memory, if the step does not fit."""
+        return [] if self.fits else advise(self.workload, self.machine, self.total)
+
 
 def make_plan(
     config: TrainConfig,
@@ -66,14 +71,13 @@ def make_plan(
 
     Args:
       config: the model and the number of contexts, of `tokens` each.
-      mesh: None: the plan chooses the mesh.
+      mesh: device mesh. None: the fastest mesh by estimate that fits.
       method: "compiler" requires ahead-of-time compilation, "best" uses it if possible.
-      compilations: at most, for the longest context.
+      compilations: maximum number of compilations to find the longest context.
       search: compile the best meshes instead of one.
       notice: called before every compilation.
 
-    Raise UserError if the mesh or the tokens do not divide, or there is no compiler for the machine but the method is
-    "compiler".
+    Raise UserError if the mesh or the tokens do not divide, or if the method is "compiler" and the machine has none.
     """
     began = time.perf_counter()
     reason = "--method formula" if method == "formula" else why_not(machine)
@@ -88,13 +92,11 @@ def make_plan(
     known = {} if compiled is None else {tokens: compiled}
     longest = find_longest(workload, machine, devices, compilations, known, notice)
     hops_hide = compiled is None or compiled.schedule is None or compiled.schedule.hides_the_ring
-    plan = Plan(
+    return Plan(
         workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
-        estimate(workload, machine, hops_hide=hops_hide), longest, (), tuple(tried) if search else (), 0.0, 0.0,
+        estimate(workload, machine, hops_hide=hops_hide), longest, tuple(tried) if search else (),
+        time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
     )  # fmt: skip
-    advice = () if plan.fits else tuple(advise(workload, machine, plan.total))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return dataclasses.replace(plan, advice=advice, seconds=time.perf_counter() - began, peak_memory=peak)
 
 
 def _workloads(workload: Workload, machine: Machine, mesh: MeshConfig | None, *, search: bool) -> list[Workload]:

@@ -115,8 +115,8 @@ def _guess(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> 
     if not counted:
         return longest_context(workload, machine)
     nearest = min(counted, key=lambda tokens: abs(counted[tokens] - machine.device.memory))
-    surplus = counted[nearest] - memory_of(workload.with_tokens(nearest), machine.device.platform).total
-    return longest_context(workload, machine, spare=surplus)
+    extra = counted[nearest] - memory_of(workload.with_tokens(nearest), machine.device.platform).total
+    return longest_context(workload, machine, extra=extra)
 
 
 def _bracket(machine: Machine, tried: Mapping[int, Compiled]) -> tuple[int, int | None]:
@@ -155,10 +155,10 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     formula's error for the plan.
     """
     platform = machine.device.platform
-    off = total - memory_of(workload, platform).total
+    extra = total - memory_of(workload, platform).total
 
     def judge(change: str, changed: Workload) -> Advice:
-        return Advice(change, memory_of(changed, platform).total + off, fits_by_formula(changed, machine, off))
+        return Advice(change, memory_of(changed, platform).total + extra, fits_by_formula(changed, machine, extra))
 
     found, everything = [], workload
     for change, section, values in _changes(workload):
@@ -167,7 +167,7 @@ def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     found = [advice for advice in found if advice.total < total or advice.is_enough]
     if len(found) > 1 and not any(advice.is_enough for advice in found):
         found.append(judge("all changes above", everything))
-    if more := _enough_devices(workload, machine, off):
+    if more := _enough_devices(workload, machine, extra):
         found.append(more)
     return sorted(found, key=lambda advice: (not advice.is_enough, advice.total))
 
@@ -190,7 +190,7 @@ def _changes(workload: Workload) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"optimiser.accumulation: {parts}", "optimiser", {"accumulation": parts}
 
 
-def _enough_devices(workload: Workload, machine: Machine, off: float) -> Advice | None:
+def _enough_devices(workload: Workload, machine: Machine, extra: float) -> Advice | None:
     """Return the smallest sufficient number of devices, scaled by a power of two along "seq"."""
     seq, devices = workload.config.mesh.seq, workload.config.mesh.devices
     factor = 2
@@ -200,8 +200,8 @@ def _enough_devices(workload: Workload, machine: Machine, off: float) -> Advice 
             longer.check()
         except UserError:
             return None
-        if fits_by_formula(longer, machine, off / factor):
-            total = memory_of(longer, machine.device.platform).total + off / factor
+        if fits_by_formula(longer, machine, extra / factor):
+            total = memory_of(longer, machine.device.platform).total + extra / factor
             return Advice(f"{devices * factor} devices, --mesh.seq {seq * factor}", total, True)
         factor *= 2
     return None

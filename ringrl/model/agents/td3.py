@@ -31,14 +31,12 @@ class NetworkStyle(NamedTuple):
 
     norm: "every": layer normalisation before the ReLU of each hidden layer. "first": layer normalisation and tanh in
         the first hidden layer only. "none": no normalisation.
-    hidden, last: initialisers of the weights of hidden layers and of the last layer.
-    largest_input: observations are clipped to this magnitude.
     """
 
     norm: Literal["every", "first", "none"]
-    hidden: nnx.Initializer
-    last: nnx.Initializer
-    largest_input: float
+    hidden: nnx.Initializer  # of the weights of hidden layers
+    last: nnx.Initializer  # of the weights of the last layer
+    largest_input: float  # observations are clipped to this magnitude
 
 
 # Layer normalisation of every layer keeps values bounded on actions that the data lacks (ReBRAC, 2305.09836).
@@ -71,18 +69,11 @@ class MLP(nnx.Module):
 
 @dataclass(frozen=True)
 class Goal:
-    """Goal position of a task, and the location of the moving position in a normalised observation.
+    """Goal position of a task, and the location of the moving position in a normalised observation."""
 
-    Attributes:
-        place: goal position, metres.
-        columns: columns of the observation with the moving position.
-        mean: mean of these columns in the data, metres.
-        std: standard deviation of these columns in the data, metres.
-    """
-
-    place: tuple[float, ...]
-    columns: tuple[int, ...]
-    mean: tuple[float, ...]
+    place: tuple[float, ...]  # goal position, metres
+    columns: tuple[int, ...]  # columns of the observation with the moving position
+    mean: tuple[float, ...]  # of these columns in the data, metres
     std: tuple[float, ...]
 
     def position(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
@@ -161,9 +152,9 @@ def _values(
 
 
 class TD3:
-    """Update rule of TD3. A behaviour cloning weight of zero is TD3, a positive one TD3+BC.
+    """Update rule of TD3 for the structure `graph` of an `ActorCritic`. `seed`: noise on target actions.
 
-    `graph` is the structure of an `ActorCritic`, and `seed` that of the noise on target actions.
+    A behaviour cloning weight of zero is TD3, a positive weight TD3+BC.
     """
 
     def __init__(self, graph: Any, optimiser: OptimiserConfig, settings: ActorCriticConfig, seed: int) -> None:
