@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32
 
 from ringrl.envs.domain import Domain
 from ringrl.envs.registry import domain_of, load_simulation
@@ -39,11 +39,6 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._steps: int | None = None
         self.observation_space, self.action_space = observation_and_action_space(self.domain)
 
-    @property
-    def physics_state(self) -> Float64[np.ndarray, " physics"]:
-        """Return a copy of the current positions, velocities and activations."""
-        return self._simulation.physics_state()
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Observation, dict[str, Any]]:
@@ -57,7 +52,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         self._simulation.reset(self._random)
         self._steps = 0
-        return self._simulation.observation(), {"physics": self.physics_state}
+        return self._simulation.observation(), {"physics": self._simulation.physics_state()}
 
     def step(self, action: Float[np.ndarray, " action"]) -> tuple[_Observation, float, bool, bool, dict[str, Any]]:
         """Hold an action, clipped to [-1, 1], for one control timestep.
@@ -79,7 +74,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._steps += 1
         reward = float(self._simulation.reward(self.task, self._simulation.sensors(), action))
         truncated = self._steps == self.domain.episode_length
-        return self._simulation.observation(), reward, False, truncated, {"physics": self.physics_state}
+        return self._simulation.observation(), reward, False, truncated, {"physics": self._simulation.physics_state()}
 
 
 def observation_and_action_space(domain: Domain) -> tuple[Box, Box]:
