@@ -1,10 +1,14 @@
 """Presets are valid and have the size that they name; settings are validated."""
 
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pydantic
 import pytest
 
-from ringrl.config import TrainConfig, merged, read_yaml
+from ringrl.config import Section, TrainConfig, merged, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.study.cells import cells
@@ -91,3 +95,54 @@ def test_an_empty_file_is_reported_as_empty(tmp_path: Path) -> None:
     file.write_text("# nothing\n")
     with pytest.raises(UserError, match=r"empty\.yaml: is empty; give settings by name"):
         read_yaml(file)
+
+
+def integers(section: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the names of all settings that are integers."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from integers(field.annotation, (*prefix, name))
+        elif int in (field.annotation, *typing.get_args(field.annotation)):
+            yield (*prefix, name)
+
+
+@pytest.mark.parametrize("names", list(integers(TrainConfig)), ids=".".join)
+@pytest.mark.parametrize("value", [10**20, 2**32, True])
+def test_an_integer_too_large_for_the_arrays_of_a_run_is_an_error(names: tuple[str, ...], value: int) -> None:
+    values: Any = value
+    for name in reversed(names):
+        values = {name: values}
+    with pytest.raises(pydantic.ValidationError, match=names[-1]):
+        TrainConfig.model_validate(REQUIRED | values)
+
+
+YAML = {
+    "1e6": 1e6, "010": 10, "-3": -3, "0x1F": 31, ".5": 0.5, "1.": 1.0, "1:30": "1:30", "yes": "yes", "true": True,
+    "2026-13-45": "2026-13-45", "2026-01-01": "2026-01-01", "~": None, "": None, "1_000": "1_000", "0x_": "0x_",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_numbers_and_words_in_yaml_mean_what_they_look_like(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"a: {text}")
+    assert read_yaml(tmp_path / "c.yaml") == {"a": YAML[text]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!int abc",
+        "!!int ''",
+        "!!bool maybe",
+        "!!timestamp foo",
+        "!!float x",
+        "[" * 3000 + "]" * 3000,
+        "&x [*x",
+        "\x00",
+    ],
+)
+def test_values_that_are_not_yaml_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"a: {text}")
+    with pytest.raises(UserError, match=r"c\.yaml: is not YAML") as caught:
+        read_yaml(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)

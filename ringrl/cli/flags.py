@@ -67,6 +67,8 @@ def _wrong_values(argument: cyclopts.Argument) -> Iterator[str]:
             yield f"{flag}: no choice {token.value!r}; choose one of {', '.join(choices)}"
         elif kind in KINDS and not _is_number(kind, token.value):
             yield f"{flag}: expected {KINDS[kind]}, got {token.value!r}"
+        elif kind is int and int(token.value) > (most := 2 ** (63 if flag.endswith("seed") else 31) - 1):
+            yield f"{flag}: expected at most {most}, got {token.value!r}"
 
 
 def _is_number(kind: type, value: str) -> bool:
