@@ -168,6 +168,9 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str
     for name in SOURCES:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "run.yaml").write_text("data: walker.h5\ntask: walker_walk\nrun: runs/walk\n")
+    (tmp_path / "runs/at").mkdir(parents=True)  # to resume
+    (tmp_path / "runs/at/config.yaml").write_text("data: walker.h5\ntask: walker_walk\nrun: runs/at\n")
+    (tmp_path / "runs/at/metrics.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)
 
     def run(words: list[str]) -> dict[str, Any]:
