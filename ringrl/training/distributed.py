@@ -61,10 +61,10 @@ def join(config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=config.heartbeat_timeout,
         )
     except Exception as error:  # each kind of cluster raises its own exception
-        flag = f"coordinator {config.coordinator}" if is_given else "enabled on"
+        flag = f"coordinator {config.coordinator}" if is_given else f"enabled {config.enabled}"
         raise UserError(
             f"--distributed.{flag}: the processes cannot connect ({brief(error)}); "
-            "give --distributed.coordinator HOST:PORT, processes and process"
+            "give --distributed.coordinator HOST:PORT, processes and process, or train alone: --distributed.enabled off"
         ) from error
 
 
