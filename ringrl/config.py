@@ -14,7 +14,9 @@ from ringrl.errors import UserError
 from ringrl.files import expanded
 from ringrl.methods import FAMILIES, Family, Kind
 
-FilePath = Annotated[Path, pydantic.BeforeValidator(lambda path: expanded(path) if isinstance(path, str) else path)]
+FilePath = Annotated[
+    Path, pydantic.BeforeValidator(lambda path: str(expanded(path)) if isinstance(path, str) else path)
+]
 
 
 class Section(pydantic.BaseModel):

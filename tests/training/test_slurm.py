@@ -47,7 +47,7 @@ def test_rejected_jobs(tiny: TrainConfig, cluster: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="srun"):
         submit(partial(train, tiny), tiny.run, SlurmConfig(), resume=False)
     tiny.run.mkdir()
-    (tiny.run / "config.yaml").touch()
+    (tiny.run / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="use --resume"):
         submit(partial(train, tiny), tiny.run, SlurmConfig(), resume=False)
 
