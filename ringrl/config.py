@@ -24,6 +24,9 @@ class Section(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    largest: ClassVar[int] = 2**31 - 1
+    """Of any integer but the seed: the limit of the step counter and of array sizes."""
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
@@ -39,7 +42,7 @@ class Section(pydantic.BaseModel):
     @pydantic.model_validator(mode="after")
     def _check_range(self) -> Self:
         for name in type(self).model_fields:
-            value, most = getattr(self, name), 2 ** (32 if name == "seed" else 31) - 1
+            value, most = getattr(self, name), 2**32 - 1 if name == "seed" else self.largest
             if isinstance(value, int) and value > most:
                 raise ValueError(f"{name}: {value} is too large; give at most {most}")
         return self

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from ringrl.training.checkpoints import RunInfo
 
 class Budget(Section):
     """Training cost of a checkpoint, counted from the first step of its run."""
+
+    largest: ClassVar[int] = 2**63 - 1
 
     steps: int = Field(ge=0)
     """Optimiser steps."""

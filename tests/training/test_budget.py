@@ -11,7 +11,7 @@ from flax import nnx
 from ringrl.config import ModelConfig, TrainConfig, merged
 from ringrl.model.transformer import Transformer
 from ringrl.training import read_info, train
-from ringrl.training.budget import budget, forward_flops, step_flops
+from ringrl.training.budget import Budget, budget, forward_flops, step_flops
 
 CONFIG = ModelConfig(layers=3, width=64, heads=4, kv_heads=4)
 
@@ -95,3 +95,8 @@ def test_seconds_are_unknown_if_the_log_is_incomplete(finished: TrainConfig) -> 
     assert budget(info, step, finished.run).seconds == whole, "a line of a later step, cut short by a kill, is ignored"
     log.unlink()
     assert budget(info, step, finished.run).seconds is None
+
+
+def test_a_budget_may_be_larger_than_a_setting() -> None:
+    large = Budget(steps=10, batch_size=4, timesteps=2**40, tokens=2**42)
+    assert Budget.model_validate_json(large.model_dump_json()) == large
