@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import socket
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+UNREADABLE = {
+    (errno.EACCES, errno.EPERM): "ask its owner for the permission",
+    (errno.EMFILE, errno.ENFILE): "close other files or raise the limit (ulimit -n)",
+    (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN): "try again when the file system answers",
+}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -39,6 +46,11 @@ def expanded(path: str | Path) -> Path:
     return Path(text)
 
 
+def linked(path: Path) -> Path:
+    """Return the file or folder that a link leads to, also if it does not exist yet. Other paths are returned as is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write_whole(path: Path, content: str | bytes, *, alone: bool = True) -> None:
     """Write a file whole, or leave the old file unchanged. See `write_aside` for `alone` and errors.
 
@@ -56,12 +68,14 @@ def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
 
     Args:
       path: the final name, in an existing folder. An existing file is replaced. An existing folder must be empty.
+        A link stays, and the file or folder that it leads to is written.
       alone: no other process writes the same file at the same time. A kill then leaves one hidden file, which the next
         write replaces. Otherwise each process uses its own hidden name.
 
     Raises:
       OSError: the file system rejects a write.
     """
+    path = linked(path)
     temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
     try:
         remove(temporary)  # left by a killed process
@@ -80,6 +94,9 @@ def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
 def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False) -> Iterator[None]:
     """Hold an advisory lock. The lock is released when the block or the process ends.
 
+    A file system without such locks holds a marker file instead, and standard error reports it once. The marker of a
+    killed process of this machine is replaced. The marker of a killed process of another machine must be deleted.
+
     Args:
       path: the locked file or folder, for the error.
       doing: the action of the holder, for the error: "is writing it".
@@ -91,7 +108,7 @@ def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False
       UserError: another process or thread holds the lock.
       OSError: the lock file cannot be created.
     """
-    file = file or path.with_name(f".{path.name}.lock")
+    file = file or linked(path).with_name(f".{linked(path).name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     held = _acquire(path, doing, file, -1 if wait else 0)
     own = file.stat() if file.exists() else None
@@ -108,6 +125,7 @@ def lock(path: Path, doing: str, *, file: Path | None = None, wait: bool = False
 def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLock":
     from filelock import FileLock, SoftFileLock, Timeout  # slow to import
 
+    remedy = "wait for it"
     held: BaseFileLock = FileLock(file, timeout=timeout, thread_local=False, fallback_to_soft=False)
     try:
         try:
@@ -120,11 +138,18 @@ def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLoc
             # Otherwise the soft lock would take the new file for the marker of a holder.
             file.unlink(missing_ok=True)
             file = file.with_name(f"{file.name}.soft")
+            _report_markers(str(error.strerror))
+            remedy = f"wait for it, or delete {file} if that process was killed"
             held = SoftFileLock(file, timeout=timeout, thread_local=False)
             held.acquire()
     except Timeout:
-        raise UserError(f"{path}: another process {doing}{_holder(file)}; wait for it") from None
+        raise UserError(f"{path}: another process {doing}{_holder(file)}; {remedy}") from None
     return held
+
+
+@cache
+def _report_markers(reason: str) -> None:
+    print(f"ringrl: the file system has no file locks ({reason}); files *lock.soft replace them", file=sys.stderr)
 
 
 def _holder(file: Path) -> str:
@@ -186,6 +211,25 @@ def explain_write_errors(path: Path, size: int | None = None) -> Iterator[None]:
             ) from error
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({reason}): check the folder or choose another") from error
+
+
+def system_failure(path: Path, error: BaseException) -> UserError | None:
+    """Return the error for a file that the system does not let this process read; None if the file may be damaged.
+
+    Raises MemoryError if the system has no memory left.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "memory allocation failed" in str(error):
+        raise MemoryError(*error.args) from error
+    if "file is already open for" in str(error):  # HDF5 marks a file while a program may write to it
+        return UserError(
+            f"{path}: is open for writing in another program, or was when that program was killed: close the file "
+            "there, or run h5clear -s on it (HDF5's tools)"
+        )
+    for numbers, advice in UNREADABLE.items():
+        if number is not None and number in numbers:
+            return UserError(f"{path}: cannot be read ({os.strerror(number)}): {advice}")
+    return None
 
 
 CRC = ', "crc32": "'

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import resource
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ringrl.errors import UserError
-from ringrl.files import lock, write_aside, write_whole
+from ringrl.files import lock, system_failure, write_aside, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -130,7 +131,8 @@ def test_one_holder_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
             with pytest.raises(UserError) as error, lock(path, "is writing it"):
                 pytest.fail("two holders")
             holder = f"process {os.getpid()} on {socket.gethostname()}"
-            assert str(error.value) == f"{path}: another process is writing it ({holder}); wait for it"
+            remedy = "" if flock else f", or delete {path.parent}/.store.h5.lock.soft if that process was killed"
+            assert str(error.value) == f"{path}: another process is writing it ({holder}); wait for it{remedy}"
             with lock(tmp_path / "folder" / "other.h5", "is writing it"):
                 pass
         assert list(path.parent.iterdir()) == []
@@ -179,3 +181,62 @@ def test_a_lock_file_of_the_next_holder_is_kept(tmp_path: Path) -> None:
             pass
         file.touch()
     assert file.exists()
+
+
+def test_marker_files_replace_missing_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, marker = tmp_path / "store.h5", tmp_path / ".store.h5.lock.soft"
+    code = (
+        f"import errno, fcntl\ndef fail(*_): raise OSError(errno.ENOSYS, 'no such call')\nfcntl.flock = fail\n{HOLDER}"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        assert capfd.readouterr().err.count("no file locks (no such call)") == 1
+        monkeypatch.setattr(fcntl, "flock", no_flock)
+        with pytest.raises(UserError, match=f"process {process.pid} on .*delete .*soft"), lock(path, "is writing it"):
+            pytest.fail("two holders")
+        process.kill()
+    assert marker.exists()
+    for _ in range(2):
+        with lock(path, "is writing it"):
+            assert marker.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_target_is_written_and_locked(tmp_path: Path, exists: bool) -> None:
+    target, link = tmp_path / "scratch" / "file", tmp_path / "link"
+    target.parent.mkdir()
+    if exists:
+        target.write_text("old")
+    link.symlink_to("scratch/file")
+    with lock(target, "is writing it"), pytest.raises(UserError), lock(link, "is writing it"):
+        pytest.fail("two holders")
+    write_whole(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.EMFILE, "Unable to synchronously open file (errno = 24)"), "Too many open files.*ulimit -n"),
+        (PermissionError(errno.EACCES, "denied"), "ask its owner"),
+        (OSError(errno.ESTALE, "stale"), "try again"),
+        (OSError("file is already open for write (may use <h5clear file>)"), "open for writing in another .*h5clear"),
+    ],
+)
+def test_failures_of_the_system_are_not_called_damage(error: OSError, advice: str) -> None:
+    failure = system_failure(Path("a.h5"), error)
+    assert failure
+    assert re.match(rf"a\.h5: .*{advice}", str(failure))
+
+
+def test_missing_memory_is_not_called_damage() -> None:
+    with pytest.raises(MemoryError):
+        system_failure(Path("a.h5"), OSError(errno.ENOMEM, "mmap"))
+    assert system_failure(Path("a.h5"), OSError("truncated file")) is None
+    assert system_failure(Path("a.h5"), OSError(errno.EIO, "bad sector")) is None

@@ -30,7 +30,7 @@ from ringrl.data.store.writer import (
 )
 from ringrl.envs import Domain, domain_named, make
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, lock
+from ringrl.files import explain_write_errors, linked, lock, system_failure
 
 OnDamaged = Literal["stop", "skip"]
 
@@ -98,7 +98,7 @@ def import_archive(
 
     Args:
         source: zip file or folder with buffer/episode_{number}_{steps}.npz.
-        destination: the store to write.
+        destination: the store to write. A link stays, and the file that it leads to is written.
         domain: name of the domain, "walker".
         overwrite: replace an existing store.
         progress: called with (finished episodes, total).
@@ -114,7 +114,7 @@ def import_archive(
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, at least 1 is needed")
-    destination = Path(destination)
+    destination = linked(Path(destination))
     plan = _plan(Path(source), destination, domain_named(domain), relabelling, subset, on_damaged)
     refuse_taken(destination, overwrite=overwrite)
     with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as journal:
@@ -199,7 +199,9 @@ def _discard(destination: Path) -> None:
 def _is_unfinished(partial: Path, layout: Layout) -> bool:
     try:
         UnfinishedStore(partial, layout).close()
-    except Exception:  # HDF5 raises nearly anything when the bytes are damaged
+    except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
+        if failure := system_failure(partial, error):
+            raise failure from error
         return False
     return True
 

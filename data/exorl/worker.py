@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ringrl.data.exorl.archive import Archive, Member
+from ringrl.data.exorl.archive import Archive, Member, UnreadableError
 from ringrl.data.relabel import relabel_all
 from ringrl.data.store.format import Layout, Provenance, Relabelling, reward_key
 from ringrl.data.store.writer import Record, UnfinishedStore, hidden_name, record_of
@@ -62,6 +62,8 @@ class EpisodeImporter:
                 return known
             try:
                 episode = self._archive.read(plan.members[index])
+            except UnreadableError:
+                raise
             except UserError as error:
                 return str(error)
             domain, physics, action = plan.layout.domain.name, episode["physics"], episode["action"]

@@ -37,7 +37,7 @@ from ringrl.data.store.format import (
 from ringrl.data.store.writer import create_store, refuse_taken
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError, brief
-from ringrl.files import explain_write_errors, lock, reserve, write_aside
+from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
 
 PHYSICS = (("physics",), ("qpos", "qvel"))  # infos that may hold the state of a simulation
 SPARE = 1.5  # HDF5's chunks are larger than an episode
@@ -70,7 +70,7 @@ def import_minari(
             Boxes), images, actions without bounds; damage; an existing destination; a full disk.
     """
     minari_module()
-    destination = Path(destination)
+    destination = linked(Path(destination))
     refuse_taken(destination, overwrite=overwrite)
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
         is_exported = EXPORTED in episodes.metadata

@@ -20,6 +20,7 @@ from jaxtyping import Float32, Float64
 
 from ringrl.data.store.format import LARGEST_ROW
 from ringrl.errors import UserError, brief
+from ringrl.files import system_failure
 
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
@@ -195,6 +196,8 @@ class MinariEpisodes:
         except UserError as error:
             raise UserError(f"{self.folder}: {what} {error}, it cannot be imported") from error
         except Exception as error:  # HDF5, JSON and Gymnasium raise nearly anything when the bytes are damaged
+            if failure := system_failure(self.folder, error):
+                raise failure from error
             reason = brief(error) or type(error).__name__
             raise UserError(
                 f"{self.folder}: {what} cannot be read, it is missing, damaged or cut short ({reason}): make or "

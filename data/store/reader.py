@@ -32,6 +32,7 @@ from ringrl.data.store.format import (
 )
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
+from ringrl.files import system_failure
 
 
 class EpisodeStore:
@@ -73,11 +74,11 @@ class EpisodeStore:
             self._open()
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        except MemoryError:
-            raise  # not caused by the file
-        except PermissionError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): ask its owner for the permission") from error
         except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
+            if failure := system_failure(Path(path), error):
+                raise failure from error
+            if "truncated file" in str(error):
+                raise UserError(f"{path}: is cut short: copy the file again, or import the archive again") from error
             if zipfile.is_zipfile(self.path):
                 raise UserError(f"{path}: is an archive, not a store: import it (ringrl data import)") from error
             raise UserError(

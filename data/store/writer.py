@@ -33,7 +33,7 @@ from ringrl.data.store.format import (
 )
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, lock, reserve, sync
+from ringrl.files import explain_write_errors, linked, lock, reserve, sync
 
 ATTRIBUTES = 2**19  # bytes that the attributes need at most
 
@@ -74,7 +74,7 @@ def create_store(
     In the block, `append` every episode in order, and set `recorded_task` if it is known.
 
     Args:
-        path: the store's file.
+        path: the store's file. A link stays, and the file that it leads to is written.
         domain: the name of an ExoRL domain, or the facts about another domain.
         tasks: the tasks whose rewards every episode has.
         lengths: steps of each episode.
@@ -84,7 +84,7 @@ def create_store(
     Raises:
         UserError: the path exists, another process writes it, or the disk or a quota is full.
     """
-    path = Path(path)
+    path = linked(Path(path))
     layout = Layout(domain_named(domain) if isinstance(domain, str) else domain, tasks, lengths)
     refuse_taken(path, overwrite=overwrite)
     partial = hidden_name(path)

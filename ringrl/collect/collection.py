@@ -12,7 +12,7 @@ from ringrl.collect.scripted import search
 from ringrl.cores import available_cores
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.files import lock
+from ringrl.files import linked, lock
 
 METHODS = ("scripted", "td3", "rnd")
 
@@ -95,7 +95,7 @@ def _new_folder(destination: Path, description: str) -> Iterator[Path]:
     Raise UserError if `destination` exists and is not an empty folder, another process collects into it, the hidden
     folder belongs to another collection, or the disk rejects a write.
     """
-    destination = destination.resolve()
+    destination = linked(destination.absolute())
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         with lock(destination, "is collecting into it"):

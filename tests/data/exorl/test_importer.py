@@ -1,3 +1,4 @@
+import errno
 import re
 import shutil
 import subprocess
@@ -282,3 +283,13 @@ def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
     )
     stored = Path(tmp_path / "a.h5").stat().st_size / 1024
     assert int(run.stdout) < stored / 4
+
+
+def test_an_episode_that_the_system_cannot_open_is_not_skipped(tmp_path, cartpole_folder, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EMFILE, "no more")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=r"Too many open files\): close other files or raise the limit"):
+        import_archive(cartpole_folder, tmp_path / "a.h5", "cartpole", on_damaged="skip", workers=1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 import hashlib
 import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -351,3 +353,9 @@ def test_every_damaged_byte_of_the_description_is_rejected_or_harmless(tmp_path,
             for i, episode in enumerate(whole):
                 for key, array in other.episode(i).items():
                     np.testing.assert_array_equal(array, episode[key])
+
+
+def test_a_store_that_another_program_has_open_is_not_called_damaged(store):
+    code = "import h5py, os, sys; file = h5py.File(sys.argv[1], 'a'); os._exit(1)"  # a notebook that was killed
+    subprocess.run([sys.executable, "-c", code, store.path], check=False)
+    assert "is open for writing in another program" in refusal(store.path)
