@@ -442,3 +442,16 @@ def test_only_errors_of_tensorstore_threads_are_hidden(monkeypatch: pytest.Monke
     for text in ("Event loop is closed", "another"):
         sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))  # type: ignore[arg-type]
     assert reports == ["another"]
+
+
+def test_without_a_terminal_data_commands_print_lines(
+    jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--workers", "1", "--output"]
+    main([*command, str(tmp_path / "a.h5")])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("ringrl.cli.data.SECONDS_BETWEEN_LINES", 0)
+    main([*command, str(tmp_path / "b.h5")])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("importing: 1/")
+    assert lines[-1].endswith(f"{len(lines)}/{len(lines)} episodes")

@@ -6,12 +6,14 @@ and a store is not imported again.
 
 import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ringrl.data.exorl.archive import Archive, open_zip
 from ringrl.data.exorl.importer import import_archive
 from ringrl.data.exorl.transfer import PATIENT, Patience, Transfer
 from ringrl.data.store import EpisodeStore
+from ringrl.data.store.writer import finished_store
 from ringrl.envs import DOMAINS, Domain, domain_named
 from ringrl.errors import UserError
 
@@ -52,6 +54,17 @@ def download_archive(
     found = domain_named(domain)
     path = _archive_path(found, algorithm, folder)
     known_size = KNOWN_SIZES.get((found.name, algorithm))
+    transfer = Transfer(
+        f"{url.rstrip('/')}/{found.name}/{algorithm}.zip",
+        path,
+        check=_require_zip,
+        known_size=known_size,
+        spare=spare,
+        advice=f"known are {', '.join(DOMAINS)} with {', '.join(ALGORITHMS)}, check --url",
+        patience=patience,
+        progress=progress,
+        notice=notice,
+    )
     if path.exists():
         try:
             _require_zip(path)
@@ -63,19 +76,11 @@ def download_archive(
                 f"{path}: has {size:,} bytes, the public archive {known_size:,}: move it away or choose another "
                 "--output"
             )
+        with suppress(UserError):
+            transfer.run()  # deletes what a kill left
         notice(f"{path}: already exists and is whole")
         return path
-    Transfer(
-        f"{url.rstrip('/')}/{found.name}/{algorithm}.zip",
-        path,
-        check=_require_zip,
-        known_size=known_size,
-        spare=spare,
-        advice=f"known are {', '.join(DOMAINS)} with {', '.join(ALGORITHMS)}, check --url",
-        patience=patience,
-        progress=progress,
-        notice=notice,
-    ).run()
+    transfer.run()
     return path
 
 
@@ -105,6 +110,7 @@ def download_store(
     path = archive.with_suffix(".h5")
     if path.exists():
         store = _the_store_of(archive, path, found)
+        finished_store(path, store.provenance)  # deletes what a kill left
         notice(f"{path}: already exists, imported from {store.source}")
     else:
         download_archive(

@@ -24,6 +24,8 @@ from ringrl.data.store.writer import (
     UnfinishedStore,
     create_file,
     finish,
+    finished_store,
+    hidden_files,
     hidden_name,
     refuse_taken,
     reserve_space,
@@ -94,7 +96,9 @@ def import_archive(
     """Import a zip archive or folder in ExoRL's layout into a new episode store and open it.
 
     An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file and its journal next to `destination`. The
-    same call resumes it and writes the same bytes. With `overwrite`, the old store stays until the new one is whole.
+    same call resumes it and writes the same bytes. With
+    `overwrite`, the old store stays until the new one is whole. Without, an existing store is opened if the same call
+    would write it.
 
     Args:
         source: zip file or folder with buffer/episode_{number}_{steps}.npz.
@@ -110,12 +114,14 @@ def import_archive(
             their number and the first reasons.
 
     Raises:
-        UserError: bad input, an existing destination, a full disk, a worker process that died.
+        UserError: bad input, another existing destination, a full disk, a worker process that died.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, at least 1 is needed")
     destination = linked(Path(destination))
     plan = _plan(Path(source), destination, domain_named(domain), relabelling, subset, on_damaged)
+    if not overwrite and (store := _finished_before(plan, on_damaged)):
+        return store
     refuse_taken(destination, overwrite=overwrite)
     with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as journal:
         outcomes = _import_episodes(plan, journal, workers, on_damaged, progress)
@@ -146,7 +152,8 @@ def _plan(
             relabelling=relabelling,
             subset=subset.describe(len(chosen), len(archive)),
         )
-        facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), members, archive.stamps()]
+        stamps = archive.stamps()
+        facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), members, stamps]
     return ImportPlan(
         source=source,
         destination=destination,
@@ -155,8 +162,17 @@ def _plan(
         layout=Layout(domain, domain.tasks, [member.length for member in members]),
         provenance=provenance,
         relabelling=relabelling,
+        changed=max(stamp for _, _, stamp in stamps) if source.is_dir() else 0,
         identity=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
     )
+
+
+def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | None:
+    """Return the existing store if it is the result of this plan."""
+    store = finished_store(plan.destination, plan.provenance, may_skip=on_damaged == "skip")
+    if store is None or store.domain != plan.layout.domain.name or store.path.stat().st_mtime_ns < plan.changed:
+        return None
+    return store if store.num_episodes + store.provenance.num_skipped == len(plan.members + plan.misfits) else None
 
 
 @contextmanager
@@ -165,7 +181,7 @@ def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
 
     Yields the journal. If the block fails, both files are deleted unless the journal has an episode.
     """
-    partial, path, _ = _hidden_files(plan.destination)
+    partial, path, _ = hidden_files(plan.destination)
     journal = ImportJournal.resume(path, plan.identity) if _is_unfinished(partial, plan.layout) else None
     if journal is None:
         path.unlink(missing_ok=True)
@@ -185,14 +201,8 @@ def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
         journal.close()
 
 
-def _hidden_files(destination: Path) -> tuple[Path, Path, Path]:
-    """Return the paths of the unfinished store, its journal, and its copy without damaged episodes."""
-    partial = hidden_name(destination)
-    return partial, partial.with_name(f"{partial.name}.journal"), partial.with_name(f"{partial.name}.compact")
-
-
 def _discard(destination: Path) -> None:
-    for path in _hidden_files(destination):
+    for path in hidden_files(destination):
         path.unlink(missing_ok=True)
 
 
@@ -257,7 +267,7 @@ def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Importe
 def _without_gaps(plan: ImportPlan, kept: Sequence[int]) -> tuple[Path, Layout]:
     """Copy the kept episodes to a second hidden file. The first one stays until the store is whole."""
     shorter = Layout(plan.layout.domain, plan.layout.tasks, plan.layout.lengths[kept])
-    partial, _, target = _hidden_files(plan.destination)
+    partial, _, target = hidden_files(plan.destination)
     create_file(target, shorter)
     reserve_space(target, plan.destination)
     with UnfinishedStore(partial, plan.layout) as old, UnfinishedStore(target, shorter) as new:

@@ -40,6 +40,7 @@ class ImportPlan:
     layout: Layout
     provenance: Provenance
     relabelling: Relabelling
+    changed: int  # time of the last change of an episode of a folder, in ns
     identity: str  # an import with the same identity resumes an interrupted import
 
 

@@ -6,6 +6,7 @@ An exported store is restored exactly. Other datasets become stores of a `Foreig
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from ringrl.data.store.format import (
     ROUNDED,
     Episode,
     ForeignDomain,
+    Layout,
     Provenance,
+    content_fingerprint,
     episode_bytes,
     recorded_arrays,
     reward_key,
     software_versions,
 )
-from ringrl.data.store.writer import create_store, refuse_taken
+from ringrl.data.store.writer import create_store, finished_store, record_of
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError, brief
 from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
@@ -67,15 +70,18 @@ def import_minari(
 
     Raises:
         UserError: Minari or the dataset is missing; spaces other than Boxes of numbers (observations may be a Dict of
-            Boxes), images, actions without bounds; damage; an existing destination; a full disk.
+            Boxes), images, actions without bounds; damage; another existing destination; a full disk.
     """
     minari_module()
     destination = linked(Path(destination))
-    refuse_taken(destination, overwrite=overwrite)
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
         is_exported = EXPORTED in episodes.metadata
         origin: Exported | _Foreign = Exported(episodes) if is_exported else _Foreign(episodes)
         domain, total = origin.domain, len(episodes.lengths)
+        if not overwrite and destination.is_file():
+            fingerprint = origin.fingerprint or _fingerprint(origin, episodes.lengths)
+            if store := finished_store(destination, origin.provenance, fingerprint):
+                return store
         with create_store(
             destination, domain, domain.tasks, episodes.lengths, source=origin.provenance, overwrite=overwrite
         ) as writer:
@@ -87,6 +93,12 @@ def import_minari(
             if origin.fingerprint not in (None, writer.fingerprint()):
                 raise UserError(f"{episodes.folder}: its episodes are not the exported ones: export it again")
     return EpisodeStore(destination)
+
+
+def _fingerprint(origin: "_Foreign", lengths: list[int]) -> str:
+    layout = Layout(origin.domain, origin.domain.tasks, lengths)
+    digests = [record_of(layout, origin.episode(index)).recorded for index in range(len(lengths))]
+    return content_fingerprint(origin.domain.name, layout.lengths, np.frombuffer(b"".join(digests), np.uint8))
 
 
 class Exported:
@@ -220,7 +232,8 @@ def export_minari(
     terminated episodes: terminations). Its infos hold the other arrays, T+1 rows each: physics, the rewards of the
     other tasks, and reward and discount as recorded. The metadata holds the store's provenance.
 
-    An interrupted export leaves no dataset, and the next one of that name removes its files.
+    An interrupted export leaves no dataset, and the next one of that name removes its files. An existing dataset
+    that the same call would write is kept.
 
     Args:
         store: the store to export.
@@ -230,7 +243,7 @@ def export_minari(
         progress: called with (finished episodes, total).
 
     Raises:
-        UserError: Minari is missing, a bad name, an existing dataset, no such task, a full disk.
+        UserError: Minari is missing, a bad name, another existing dataset, no such task, a full disk.
     """
     check_id(name)
     task = store.recorded_task if task is None else task
@@ -241,6 +254,10 @@ def export_minari(
     store.returns(task)  # raises UserError if the store has no such task
     root = datasets_folder() if folder is None else folder
     target = root / name
+    if _is_export(target / "data", store, name, task):
+        with suppress(OSError, UserError), lock(target, "is writing it"):
+            return target  # a kill may have left the lock file, which is deleted here
+        return target
     if target.exists():
         raise UserError(f"{target}: already exists, choose another --name or delete it (minari delete {name})")
     with explain_write_errors(target), lock(target, "is writing it"), write_aside(target) as growing:
@@ -259,6 +276,16 @@ def export_minari(
             if not marker.exists():
                 marker.write_text("{}")
     return target
+
+
+def _is_export(data: Path, store: EpisodeStore, name: str, task: str) -> bool:
+    """Return whether an existing dataset is the export of this store, name and task."""
+    try:
+        with MinariEpisodes(data) as episodes:
+            same: bool = episodes.metadata.get(EXPORTED) == _metadata(store, name, task)[EXPORTED]
+            return same and episodes.lengths == store.lengths.tolist()
+    except UserError:
+        return False
 
 
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Callable[[int, int], None] | None) -> None:

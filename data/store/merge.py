@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ringrl.data.store.format import NAMED_SKIPPED, ForeignDomain, Provenance
+from ringrl.data.store.format import NAMED_SKIPPED, ForeignDomain, Provenance, content_fingerprint
 from ringrl.data.store.reader import EpisodeStore
-from ringrl.data.store.writer import create_store
+from ringrl.data.store.writer import create_store, finished_store
 from ringrl.errors import UserError
 
 
@@ -16,50 +16,68 @@ def merge_stores(
     destination: Path,
     *,
     overwrite: bool = False,
+    drop_duplicates: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> EpisodeStore:
     """Write all episodes of the stores, in the given order, to one store. The file appears when it is whole.
 
-    `progress` is called with (written episodes, total).
+    An existing store that the same call would write is opened.
+
+    Args:
+      sources: the stores to merge.
+      destination: the store to write.
+      overwrite: replace an existing store.
+      drop_duplicates: leave out episodes that an earlier store has, instead of raising an error.
+      progress: called with (written episodes, total).
 
     Raises:
       UserError: fewer than two stores, a damaged one, the same episodes twice, several domains or one that is not
-        ExoRL's, rewards that were computed in different ways, or an existing destination without `overwrite`.
+        ExoRL's, rewards that were computed in different ways, or another existing destination without `overwrite`.
     """
     stores = [EpisodeStore(source) for source in sources]
-    _check_alike(stores)
+    kept = _kept_episodes(stores, drop_duplicates=drop_duplicates)
     for store in stores:
         store.verify()  # otherwise damaged episodes would get new checksums
-    first, total = stores[0], sum(store.num_episodes for store in stores)
+    first, total = stores[0], sum(map(len, kept))
     provenance = Provenance(
         source=" + ".join(store.provenance.source for store in stores),
         source_bytes=sum(store.provenance.source_bytes for store in stores),
         relabelling=first.provenance.relabelling,
-        subset="; ".join(store.provenance.subset for store in stores),
+        subset="; ".join(map(_subset, stores, kept)),
         num_skipped=sum(store.provenance.num_skipped for store in stores),
         skipped=tuple(reason for store in stores for reason in store.provenance.skipped)[:NAMED_SKIPPED],
     )
-    lengths = np.concatenate([store.lengths for store in stores])
+    lengths = np.concatenate([store.lengths[own] for store, own in zip(stores, kept, strict=True)])
+    digests = np.concatenate([store.recorded_digests[own] for store, own in zip(stores, kept, strict=True)])
+    fingerprint = content_fingerprint(first.domain, lengths, digests)
+    if not overwrite and (merged := finished_store(destination, provenance, fingerprint)):
+        return merged
     with create_store(
         destination, first.domain, first.tasks, lengths, source=provenance, overwrite=overwrite
     ) as writer:
         if len({store.recorded_task for store in stores}) == 1:
             writer.recorded_task = first.recorded_task
-        for store in stores:
-            for index in range(store.num_episodes):
+        for store, own in zip(stores, kept, strict=True):
+            for index in own:
                 writer.append(store.episode(index))
                 if progress is not None:
                     progress(len(writer.records), total)
     return EpisodeStore(destination)
 
 
-def _check_alike(stores: Sequence[EpisodeStore]) -> None:
+def _subset(store: EpisodeStore, kept: Sequence[int]) -> str:
+    dropped = store.num_episodes - len(kept)
+    return store.provenance.subset + (f" less {dropped:,} of an earlier store" if dropped else "")
+
+
+def _kept_episodes(stores: Sequence[EpisodeStore], *, drop_duplicates: bool) -> list[list[int]]:
+    """Check that the stores match. Return the numbers of the episodes to write, for each store."""
     if len(stores) < 2:
         raise UserError("nothing to merge: name at least two stores")
     first = stores[0]
     if isinstance(first.facts, ForeignDomain):
         raise UserError(f"{first.path}: {first.domain} is not an ExoRL domain; only ExoRL stores can be merged")
-    seen = dict[bytes, tuple[Path, int]]()
+    seen, kept = dict[bytes, tuple[Path, int]](), list[list[int]]()
     for store in stores:
         if store.domain != first.domain:
             raise UserError(
@@ -71,11 +89,16 @@ def _check_alike(stores: Sequence[EpisodeStore]) -> None:
                 f"{store.path}: has {store.provenance.relabelling} rewards, but {first.path} has "
                 f"{first.provenance.relabelling} rewards; import one of them again with --relabel"
             )
-        own = {digest.tobytes(): (store.path, index) for index, digest in enumerate(store.recorded_digests)}
-        if twice := [digest for digest in own if digest in seen]:
+        digests = [digest.tobytes() for digest in store.recorded_digests]
+        own = {digest: (store.path, index) for index, digest in enumerate(digests)}
+        kept.append([index for index, digest in enumerate(digests) if digest not in seen])
+        twice = [digest for digest in own if digest in seen]
+        if twice and not drop_duplicates:
             where, index = seen[twice[0]]
             raise UserError(
                 f"{store.path}: {len(twice)} of its episodes are in another store, too (episode {own[twice[0]][1]} is "
-                f"episode {index} of {where}); merge stores without common episodes"
+                f"episode {index} of {where}); merge stores without common episodes, or leave "
+                "them out (--drop-duplicates)"
             )
-        seen |= own
+        seen = own | seen
+    return kept

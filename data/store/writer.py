@@ -6,6 +6,7 @@ written with `os.pwrite`: a full disk then raises an error, whereas a write thro
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,9 +32,10 @@ from ringrl.data.store.format import (
     reward_key,
     reward_task,
 )
+from ringrl.data.store.reader import EpisodeStore
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, linked, lock, reserve, sync
+from ringrl.files import explain_write_errors, linked, lock, remove, reserve, sync
 
 ATTRIBUTES = 2**19  # bytes that the attributes need at most
 
@@ -51,12 +53,47 @@ def hidden_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def hidden_files(path: Path) -> tuple[Path, Path, Path]:
+    """Return the paths of the unfinished store at `path`, its journal, and its copy without damaged episodes."""
+    partial = hidden_name(path)
+    return partial, partial.with_name(f"{partial.name}.journal"), partial.with_name(f"{partial.name}.compact")
+
+
 def refuse_taken(path: Path, *, overwrite: bool) -> None:
     """Raise UserError if no store may be written at `path`."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder, name the store's file")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: already exists, choose another name or overwrite it (--overwrite)")
+
+
+def finished_store(
+    path: Path, provenance: Provenance, fingerprint: str | None = None, *, may_skip: bool = False
+) -> EpisodeStore | None:
+    """Return the store at `path` if a command wrote it before that would write the same again, None otherwise.
+
+    What a kill left next to the store is deleted.
+
+    Args:
+        path: the store's file.
+        provenance: the origin that the command would write. Another day is the same origin.
+        fingerprint: the recorded content that the command would write, if it is known.
+        may_skip: the store may have left out damaged episodes.
+    """
+    try:
+        store = EpisodeStore(path)
+    except UserError:
+        return None
+    made = store.provenance
+    expected = dataclasses.replace(provenance, created=made.created)
+    if may_skip:
+        expected = dataclasses.replace(expected, num_skipped=made.num_skipped, skipped=made.skipped)
+    if made != expected or fingerprint not in (None, store.fingerprint):
+        return None
+    with contextlib.suppress(OSError, UserError), lock(path, "is writing it"):
+        for left in hidden_files(path):
+            remove(left)
+    return store
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from ringrl.cli.flags import reject_flags
 from ringrl.errors import UserError
+
+SECONDS_BETWEEN_LINES = 30.0
 
 Report = Callable[[int, int | None], None]  # finished, in all
 
@@ -103,7 +106,7 @@ def import_(
         from ringrl.data.minari import import_minari
 
         output = output or Path(f"{archive.resolve().name}.h5")
-        with _bars() as (bar, _):
+        with _bars(output) as (bar, _):
             progress = bar("importing")
             store = import_minari(str(archive), output, overwrite=overwrite, download=download, progress=progress)
         print(f"{output}\n{describe(store)}")
@@ -123,7 +126,7 @@ def import_(
         output = named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
     chosen = Subset(subset, max_episodes, max_transitions, seed)
     try:
-        with _bars() as (bar, _):
+        with _bars(output) as (bar, _):
             store = import_archive(
                 archive, output, domain, overwrite=overwrite, workers=workers, relabelling=relabel, subset=chosen,
                 on_damaged=on_damaged, progress=bar("importing"),
@@ -154,27 +157,31 @@ def export(
     """
     from ringrl.data import EpisodeStore
     from ringrl.data.minari import export_minari
+    from ringrl.data.minari.reader import datasets_folder
 
     opened = EpisodeStore(store)
-    with _bars() as (bar, _):
+    with _bars(datasets_folder() / name if output is None else output / name) as (bar, _):
         folder = export_minari(opened, name, task=task, folder=output, progress=bar("exporting"))
     root = f"MINARI_DATASETS_PATH={output} " if output else ""
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
 
 
-def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False) -> None:
+def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False, drop_duplicates: bool = False) -> None:
     """Merge stores of one domain into one. Episodes keep the given order.
 
     Args:
         stores: RingRL stores (.h5), at least two.
         output: store to write.
         overwrite: replace an existing store.
+        drop_duplicates: leave out episodes that an earlier store has. Collections with equal seeds begin alike.
     """
     from ringrl.data.store.merge import merge_stores
     from ringrl.data.store.summary import describe
 
-    with _bars() as (bar, _):
-        store = merge_stores(stores, output, overwrite=overwrite, progress=bar("merging"))
+    with _bars(output) as (bar, _):
+        store = merge_stores(
+            stores, output, overwrite=overwrite, drop_duplicates=drop_duplicates, progress=bar("merging")
+        )
     print(f"{output}\n{describe(store)}")
 
 
@@ -230,7 +237,7 @@ def collect(
     from ringrl.envs import domain_of
 
     episodes = preset_episodes(preset, task) if episodes is None else episodes
-    with _bars() as (bar, _):
+    with _bars(output) as (bar, _):
         collect_episodes(
             task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=bar("collecting")
         )
@@ -238,11 +245,16 @@ def collect(
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
-    """Yield a function that adds a progress bar and a function that prints a line above the bars, both on stderr."""
+def _bars(output: Path | None = None) -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
+    """Yield a function that adds a progress bar and a function that prints a line above the bars, both on stderr.
+
+    Without a terminal, a bar is a line every SECONDS_BETWEEN_LINES. If the block leaves an existing `output` unchanged,
+    a line says so.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    before, line_at = _state(output), time.monotonic() + SECONDS_BETWEEN_LINES
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn()
     # Without a terminal, bars would leave an empty line.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -251,9 +263,23 @@ def _bars() -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
             bar = progress.add_task(name, total=None, visible=False, amount="")  # visible once work begins
 
             def report(done: int, total: int | None) -> None:
+                nonlocal line_at
                 amount = f"{done / scale:,.0f}{f'/{total / scale:,.0f}' if total else ''} {unit}"
                 progress.update(bar, completed=done, total=total, visible=True, amount=amount)
+                if progress.disable and time.monotonic() >= line_at:
+                    line_at = time.monotonic() + SECONDS_BETWEEN_LINES
+                    print(f"{name}: {amount}", file=sys.stderr, flush=True)
 
             return report
 
         yield add, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if output and before and before == _state(output):
+        print(f"{output}: is the result of this command already, nothing was written", file=sys.stderr)
+
+
+def _state(path: Path | None) -> tuple[int, int] | None:
+    try:
+        state = (path or Path()).stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns

@@ -12,7 +12,7 @@ from ringrl.collect.scripted import search
 from ringrl.cores import available_cores
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.files import linked, lock
+from ringrl.files import explain_write_errors, linked, lock, sync
 
 METHODS = ("scripted", "td3", "rnd")
 
@@ -50,7 +50,8 @@ def collect(
     of workers.
 
     The folder appears when the collection is complete. Until then, finished episodes are in the hidden folder
-    `.{name}.partial` next to it. The same call after an interruption resumes there and gives the same arrays.
+    `.{name}.partial` next to it. The same call after an interruption resumes there and gives the same arrays. After the
+    end the same call changes nothing.
 
     Args:
         task: full task name, "walker_walk".
@@ -76,7 +77,9 @@ def collect(
     destination = Path(destination)
     progress = progress or (lambda done, total: None)
     description = {"task": task, "method": method, "episodes": episodes, "seed": seed, "ringrl": __version__}
-    with _new_folder(destination, json.dumps(description, indent=2) + "\n") as folder:
+    with _new_folder(destination, json.dumps(description, indent=2) + "\n", episodes) as folder:
+        if folder is None:
+            return destination
         if method == "scripted":
             workers = workers or available_cores()
             search(task, folder, episodes=episodes, seed=seed, workers=workers, progress=progress)
@@ -88,31 +91,37 @@ def collect(
 
 
 @contextmanager
-def _new_folder(destination: Path, description: str) -> Iterator[Path]:
-    """Yield a hidden folder next to `destination`, which gets this name if the block succeeds.
+def _new_folder(destination: Path, description: str, episodes: int) -> Iterator[Path | None]:
+    """Yield a hidden folder next to `destination`, which gets that name when the block succeeds.
 
+    Yields None if `destination` is the finished collection of this description.
     If the block fails, the hidden folder stays for the next call (see `collect`), or is deleted if it has no episodes.
     Raise UserError if `destination` exists and is not an empty folder, another process collects into it, the hidden
     folder belongs to another collection, or the disk rejects a write.
     """
     destination = linked(destination.absolute())
     partial = destination.with_name(f".{destination.name}.partial")
-    try:
-        with lock(destination, "is collecting into it"):
-            if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-                raise UserError(f"{destination}: exists and is not an empty folder, remove it or choose another name")
-            try:
-                (partial / "buffer").mkdir(parents=True, exist_ok=True)
-                _write_description(partial, destination, description)
-                yield partial
-            except BaseException:
-                if not any(partial.glob("buffer/*.npz")):
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            partial.replace(destination)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{destination}: cannot be written ({reason}): free some space or choose another") from error
+    with explain_write_errors(destination), lock(destination, "is collecting into it"):
+        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+            path = destination / _DESCRIPTION
+            is_same = path.is_file() and path.read_text("utf-8", "replace") == description
+            if is_same and len([*destination.glob("buffer/*.npz")]) == episodes:
+                yield None
+                return
+            raise UserError(
+                f"{destination}: exists and is neither an empty folder nor this collection, remove it or choose "
+                "another name"
+            )
+        try:
+            (partial / "buffer").mkdir(parents=True, exist_ok=True)
+            _write_description(partial, destination, description)
+            yield partial
+        except BaseException:
+            if not any(partial.glob("buffer/*.npz")):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        partial.replace(destination)
+        sync(destination.parent)
 
 
 def _write_description(partial: Path, destination: Path, description: str) -> None:

@@ -113,7 +113,7 @@ def test_an_existing_destination_is_kept_unless_it_is_empty(tmp_path):
     (taken / "precious").write_text("data")
     file.write_text("data")
     for destination in (taken, file):
-        with pytest.raises(UserError, match=f"{destination}: exists and is not an empty folder"):
+        with pytest.raises(UserError, match=f"{destination}: exists and is neither an empty folder nor"):
             collect(TASK, destination, episodes=1, seed=0, workers=1)
     assert (taken / "precious").read_text() == file.read_text() == "data"
     assert len(_contents(collect(TASK, empty, episodes=1, seed=0, workers=1))) == 1
@@ -138,6 +138,19 @@ def test_an_interrupted_collection_continues_to_the_same_episodes(tmp_path, work
     assert all((tmp_path / "new" / "buffer" / name).stat().st_mtime_ns == time for name, time in times.items())
     assert _same(tmp_path / "new", collect(TASK, tmp_path / "whole", **arguments))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
+
+
+def test_a_finished_collection_is_kept(tmp_path):
+    collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    (tmp_path / ".new.lock").touch()  # left by a kill after the rename
+    assert collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1) == tmp_path / "new"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    with pytest.raises(UserError, match="nor this collection"):
+        collect(TASK, tmp_path / "new", episodes=2, seed=1, workers=1)
+    next(tmp_path.glob("new/buffer/*")).unlink()
+    with pytest.raises(UserError, match="nor this collection"):
+        collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1)
 
 
 def test_a_collection_does_not_continue_another_one(tmp_path):
@@ -194,7 +207,7 @@ def test_a_full_disk_leaves_no_files(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(UserError, match=r"new: cannot be written \(File too large\): free some space"):
+        with pytest.raises(UserError, match=r"new: the disk, a quota or a limit on file size is full .*: free"):
             collect(TASK, tmp_path / "new", episodes=2, seed=0, workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -102,10 +102,10 @@ def test_a_stopped_download_resumes(site, archive, tmp_path, capfd, blow):
         with pytest.raises(UserError, match="another process is writing it"):
             fetch(site, tmp_path)
         process.send_signal(blow)
-        assert process.wait(30) == (130 if blow == signal.SIGINT else -blow)
+        assert process.wait(30) == (-blow if blow == signal.SIGKILL else 128 + blow)
     if blow == signal.SIGINT:
         assert capfd.readouterr().err == "ringrl: stopped; finished work is kept\n"
-    left = [] if blow == signal.SIGINT else [".rnd.zip.lock"]
+    left = [".rnd.zip.lock"] if blow == signal.SIGKILL else []
     assert names(tmp_path) == [*left, ".rnd.zip.partial", ".rnd.zip.partial.json"]
     main(command(site, tmp_path)[3:])
     message = capfd.readouterr().out

@@ -104,6 +104,12 @@ def test_the_commands(jaco_store: EpisodeStore, tmp_path: Path, monkeypatch, cap
     main(["data", "import", f"elsewhere/{NAME}", "--format", "minari"])
     same_recorded(jaco_store, EpisodeStore(tmp_path / "jaco-random-v0.h5"))
     assert jaco_store.fingerprint in capsys.readouterr().out
+    main(["data", "export", str(jaco_store.path), "--format", "minari", "--name", NAME, "--output", "elsewhere"])
+    main(["data", "import", f"elsewhere/{NAME}", "--format", "minari"])
+    assert capsys.readouterr().err.count("is the result of this command already") == 2
+    with pytest.raises(UserError, match="already exists, choose another --name"):
+        export_minari(jaco_store, NAME, task="jaco_reach_top_right", folder=tmp_path / "elsewhere")
+    (tmp_path / "jaco-random-v0.h5").write_bytes(b"other")
     wrong = {
         ("--format", "minari", "--domain", "jaco", "--seed", "3"): "--domain, --seed: only for ExoRL archives",
         ("--format", "minari"): "already exists",

@@ -37,15 +37,21 @@ def test_all_episodes_come_over_in_order(two: list[EpisodeStore], tmp_path: Path
     assert merged.source == " + ".join(store.source for store in two)
 
 
-def test_the_command_merges_and_rejects_an_existing_store(
+def test_the_command_keeps_its_result_and_rejects_another_store(
     two, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [str(store.path) for store in two]
     command = ["data", "merge", *paths, "--output", str(tmp_path / "c.h5")]
     main(command)
     assert "5 x 5 to 7 steps" in capsys.readouterr().out
+    before, remains = (tmp_path / "c.h5").read_bytes(), tmp_path / ".c.h5.lock"
+    remains.touch()  # left by a kill after the rename
+    main(command)
+    assert "is the result of this command already" in capsys.readouterr().err
+    assert (tmp_path / "c.h5").read_bytes() == before
+    assert not remains.exists()
     with pytest.raises(SystemExit) as stopped:
-        main(command)
+        main(["data", "merge", *reversed(paths), "--output", str(tmp_path / "c.h5")])
     assert stopped.value.code == 2
     assert "--overwrite" in capsys.readouterr().err
     main([*command, "--overwrite"])
@@ -58,6 +64,11 @@ def test_an_episode_that_is_in_two_stores_is_named(two, tmp_path: Path, random_e
         merge_stores([*(store.path for store in two), overlapping.path], tmp_path / "c.h5")
     assert "\n" not in str(rejected.value)
     assert not (tmp_path / "c.h5").exists()
+    merged = merge_stores([*(store.path for store in two), overlapping.path], tmp_path / "c.h5", drop_duplicates=True)
+    merged.verify()
+    assert merged.num_episodes == 6
+    np.testing.assert_array_equal(merged.episode(5)["physics"], overlapping.episode(0)["physics"])
+    assert merged.provenance.subset.endswith("less 1 of an earlier store")
 
 
 def test_a_damaged_store_gets_no_new_checksums(two, tmp_path: Path) -> None:
