@@ -30,6 +30,11 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
+def printable(text: str) -> str:
+    """Return text with control characters, which may change a terminal, as escapes (`\\x1b`)."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
 def brief(error: BaseException) -> str:
-    """Return the first 300 characters of an error's message, without line breaks."""
-    return " ".join(str(error).split())[:300]
+    """Return the first 300 characters of an error's message, printable and without line breaks."""
+    return printable(" ".join(str(error).split())[:300])

@@ -455,3 +455,9 @@ def test_without_a_terminal_data_commands_print_lines(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("importing: 1/")
     assert lines[-1].endswith(f"{len(lines)}/{len(lines)} episodes")
+
+
+def test_terminal_escapes_in_errors_are_printed_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = rejected(["data", "info", str(tmp_path / "\x1b[31m.h5")], capsys)
+    assert "\x1b" not in line
+    assert r"\x1b[31m.h5: no such file" in line

@@ -9,6 +9,7 @@ def test_brief_is_one_short_line() -> None:
     assert brief(ValueError("one\n  two\tthree ")) == "one two three"
     assert brief(MemoryError()) == ""
     assert brief(RuntimeError("x" * 301)) == "x" * 300
+    assert brief(ValueError("\x1b[31mred ü\x07")) == r"\x1b[31mred ü\x07"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import io
 import json
 import math
 import re
+import stat
 import textwrap
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import IO, NamedTuple, Self
 
 import h5py
@@ -22,12 +23,13 @@ import numpy as np
 
 from ringrl.data.store.format import ROUNDED, ArraySpec, Episode, episode_bytes, recorded_arrays
 from ringrl.envs import DOMAINS, Domain
-from ringrl.errors import UserError
+from ringrl.errors import UserError, printable
 from ringrl.files import system_failure, write_whole
 
 # Largest file of an episode, in multiples of the five arrays that are read. Archives of skill-based algorithms (diayn,
 # aps, smm) contain a skill, too.
 SIZE_ALLOWANCE = 8
+METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}  # of compression in zip files
 
 
 class UnreadableError(UserError):
@@ -69,6 +71,8 @@ class Archive:
             self.members = _episodes_among(paths, self.source)
             if self._zip is not None:
                 _refuse_lost_names(self._zip, {member.path for member in self.members}, self.source)
+                if sum(self._zip.getinfo(member.path).compress_size for member in self.members) > self.size():
+                    raise UserError(f"{self.source}: its episodes overlap: it is damaged or a zip bomb, remove it")
         except UserError:
             self.close()
             raise
@@ -142,18 +146,21 @@ class Archive:
         """Return the bytes of an episode's file. Its size is checked before."""
         if self._zip is None:
             path = self._folder / member.path
-            _refuse_oversized(path.stat().st_size, self._limit)
+            state = path.stat()
+            if not stat.S_ISREG(state.st_mode):
+                raise UserError("is not a regular file: remove it")  # reading a pipe or device may never end
+            _refuse_oversized(state.st_size, self._limit)
             return path.read_bytes()
         info = self._zip.getinfo(member.path)
         _refuse_oversized(info.file_size, self._limit)
-        _refuse_strange_entry(info)
+        _refuse_strange_entry(info, "unpack the archive and import the folder")
         return self._zip.read(info)  # zipfile never reads beyond the declared size
 
 
 def shown(path: str) -> str:
     """Return untrusted text, such as a path of an archive, printable and shortened to 200 characters."""
-    printable = path if path.isprintable() else ascii(path)
-    return printable if len(printable) <= 200 else f"{printable[:100]}...{printable[-97:]}"
+    text = printable(path)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-97:]}"
 
 
 def save_episode(folder: Path, number: int, episode: Episode) -> Path:
@@ -169,10 +176,13 @@ def open_zip(source: Path) -> zipfile.ZipFile:
     """Open a zip archive. UserError if its list of names is damaged or cut short."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
+    if not source.is_file():
+        raise UserError(f"{source}: is neither a file nor a folder, give an ExoRL zip archive or a folder of episodes")
     try:
         listed = _entries_promised(source)
         archive = zipfile.ZipFile(source)
-        if listed not in (len(archive.namelist()), 0xFFFF):
+        # Without zip64 records (macOS), the end record has the number of entries modulo 65,536.
+        if listed not in (len(archive.namelist()) % 2**16, 0xFFFF):
             archive.close()
             raise zipfile.BadZipFile
         return archive
@@ -183,7 +193,8 @@ def open_zip(source: Path) -> zipfile.ZipFile:
     except Exception as error:  # zipfile raises nearly anything when the bytes are damaged
         if h5py.is_hdf5(source):
             raise UserError(
-                f"{source}: is an HDF5 file, not a zip archive: a store needs no import (ringrl data info)"
+                f"{source}: is an HDF5 file, not an ExoRL archive: a store of ringrl needs no import, and other HDF5 "
+                "files (D4RL) must be Minari datasets (--format minari)"
             ) from error
         raise UserError(
             f"{source}: not a zip archive, or cut short: download it again or give a folder of episodes"
@@ -207,7 +218,7 @@ def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Pat
 
 
 def _entries_promised(source: Path) -> int:
-    """Return the number of entries in the end record of a zip file (0xFFFF: more). BadZipFile without such a record.
+    """Return the number of entries in the end record of a zip file (0xFFFF: any). BadZipFile without such a record.
 
     zipfile searches backwards for an end record. In an archive that was cut short, zipfile would find the end record of
     the last whole episode, which is a zip file itself.
@@ -225,13 +236,13 @@ def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:
     """Check the paths of an archive and return its episodes, sorted by number."""
     members = []
     for path in paths:
-        # zipfile keeps backslashes on POSIX, so the path must stay inside by the rules of POSIX and of Windows.
-        pure, windows = PurePosixPath(path), PureWindowsPath(path)
-        if windows.anchor or pure.is_absolute() or ".." in windows.parts:
+        # Some programs write backslashes, which zipfile keeps. Windows paths have separators of both kinds.
+        pure = PureWindowsPath(path)
+        if pure.anchor or ".." in pure.parts:
             raise UserError(f"{source}: the path {shown(path)} leads out of the archive: do not use this file")
         if pure.suffix != ".npz" or pure.name.startswith(".") or "__MACOSX" in pure.parts:
             continue  # notes, listings and files of file managers
-        match = re.fullmatch(r"episode_([0-9]{1,12})_([0-9]{1,9})\.npz", pure.name)
+        match = re.fullmatch(r"(?:episode|[0-9]{8}T[0-9]{6})_([0-9]{1,12})_([0-9]{1,9})\.npz", pure.name)
         if match is None:
             raise UserError(f"{source}: {shown(path)} is not named episode_NUMBER_LENGTH.npz: rename or remove it")
         members.append(Member(int(match[1]), int(match[2]), path))
@@ -239,7 +250,7 @@ def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:
         raise UserError(
             f"{source}: contains no episodes (buffer/episode_NUMBER_LENGTH.npz): is it a whole ExoRL archive?"
         )
-    folders = sorted({str(PurePosixPath(member.path).parent) for member in members})
+    folders = sorted({str(PureWindowsPath(member.path).parent) for member in members})
     if len(folders) > 1:
         raise UserError(
             f"{source}: has episodes in {shown(folders[0])} and in {shown(folders[1])}: import one folder at a time"
@@ -257,23 +268,31 @@ def _refuse_oversized(size: int, limit: int, part: str = "") -> None:
         )
 
 
-def _refuse_strange_entry(info: zipfile.ZipInfo) -> None:
+def _refuse_strange_entry(info: zipfile.ZipInfo, advice: str) -> None:
     # Other methods can expand a few bytes to gigabytes inside the decompressor, before any limit applies.
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 0x1:
-        raise UserError("is encrypted or compressed by another method than numpy's: save it again with numpy.savez")
+    if info.flag_bits & 0x1:
+        raise UserError(f"is encrypted: {advice}")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = METHODS.get(info.compress_type, f"method {info.compress_type}")
+        raise UserError(f"is compressed with {method}, only Deflate can be read: {advice}")
 
 
 def _read_npz(content: bytes, columns: dict[str, ArraySpec], rows: int, limit: int) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(content)) as npz:
         names = npz.namelist()
         if missing := [key for key in columns if f"{key}.npy" not in names]:
+            if missing == ["physics"]:
+                raise UserError(
+                    "lacks physics, from which rewards are computed (URLB records none): record it with ExoRL's code, "
+                    "or make a Minari dataset of it and keep its rewards (--format minari)"
+                )
             raise UserError(f"lacks {', '.join(missing)}: it is not an episode with ExoRL's keys {', '.join(columns)}")
         episode = {}
         for key, spec in columns.items():
             info = npz.getinfo(f"{key}.npy")
             if names.count(info.filename) > 1:
                 raise UserError(f"has {key} more than once: it is damaged, remove it")
-            _refuse_strange_entry(info)
+            _refuse_strange_entry(info, "save it again with numpy.savez")
             _refuse_oversized(info.file_size, limit, f" of {key}")
             with npz.open(info) as file:
                 episode[key] = _read_npy(file, info.file_size, key, spec, rows)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 from jaxtyping import Int64
 
 from ringrl.cores import available_cores
-from ringrl.data.exorl.archive import Archive, Member
+from ringrl.data.exorl.archive import Archive, Member, UnreadableError
 from ringrl.data.exorl.worker import Imported, ImportJournal, ImportPlan, episode_importers
 from ringrl.data.store.format import FORMAT_VERSION, NAMED_SKIPPED, Layout, Provenance, Relabelling
 from ringrl.data.store.reader import EpisodeStore
@@ -123,7 +123,7 @@ def import_archive(
     if not overwrite and (store := _finished_before(plan, on_damaged)):
         return store
     refuse_taken(destination, overwrite=overwrite)
-    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as journal:
+    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan, on_damaged) as journal:
         outcomes = _import_episodes(plan, journal, workers, on_damaged, progress)
         _finish(plan, journal, outcomes)
     return EpisodeStore(destination)
@@ -167,6 +167,31 @@ def _plan(
     )
 
 
+def _require_episode(plan: ImportPlan, on_damaged: OnDamaged) -> None:
+    """Read episodes until one is whole, before disk space is reserved for all: the archive may have only names."""
+    damaged = list[str]()
+    with Archive(plan.source, plan.layout.domain) as archive:
+        for member in plan.members:
+            try:
+                archive.read(member)
+                return
+            except UnreadableError:
+                raise
+            except UserError as error:
+                damaged.append(str(error))
+                _stop_at(damaged[0], on_damaged)
+    _refuse_all([*damaged, *plan.misfits])
+
+
+def _stop_at(damage: str, on_damaged: OnDamaged) -> None:
+    if on_damaged == "stop":
+        raise UserError(f"{damage} (or leave such episodes out: --on-damaged skip)")
+
+
+def _refuse_all(damaged: Sequence[str]) -> NoReturn:
+    raise UserError(f"{damaged[0]} (all {len(damaged)} episodes of this import are damaged)")
+
+
 def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | None:
     """Return the existing store if it is the result of this plan."""
     store = finished_store(plan.destination, plan.provenance, may_skip=on_damaged == "skip")
@@ -176,7 +201,7 @@ def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | 
 
 
 @contextmanager
-def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
+def _resumable(plan: ImportPlan, on_damaged: OnDamaged) -> Iterator[ImportJournal]:
     """Create the hidden file and its journal, or reuse the files of an interrupted import of the same plan.
 
     Yields the journal. If the block fails, both files are deleted unless the journal has an episode.
@@ -185,6 +210,7 @@ def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
     journal = ImportJournal.resume(path, plan.identity) if _is_unfinished(partial, plan.layout) else None
     if journal is None:
         path.unlink(missing_ok=True)
+        _require_episode(plan, on_damaged)
         create_file(partial, plan.layout)
         journal = ImportJournal.begin(path, plan.identity, plan.provenance.created)
     try:
@@ -234,7 +260,7 @@ def _import_episodes(
                     journal.add(index, outcome)
             elif on_damaged == "stop":
                 _discard(plan.destination)
-                raise UserError(f"{outcome} (or leave such episodes out: --on-damaged skip)")
+                _stop_at(outcome, on_damaged)
             outcomes.append(outcome)
             if progress is not None:
                 progress(len(outcomes), total)
@@ -248,7 +274,7 @@ def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Importe
     damaged = [outcome for outcome in (*outcomes, *plan.misfits) if isinstance(outcome, str)]
     if not kept:
         _discard(plan.destination)
-        raise UserError(f"{damaged[0]} (all {len(damaged)} episodes of this import are damaged)")
+        _refuse_all(damaged)
     partial, layout = hidden_name(plan.destination), plan.layout
     if len(kept) < len(outcomes):
         partial, layout = _without_gaps(plan, kept)

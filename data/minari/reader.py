@@ -65,6 +65,8 @@ def locate(dataset: str, *, download: bool) -> Path:
             return folder
     if Path(dataset).is_dir():
         raise UserError(f"{dataset}: is not a Minari dataset, {METADATA} is missing: give another folder")
+    if Path(dataset).is_file():
+        raise UserError(f"{dataset}: is a file: give a Minari dataset's name, or the folder with its {METADATA}")
     check_id(dataset)
     folder = datasets_folder() / dataset / "data"
     if not folder.is_dir() and download:
@@ -106,8 +108,10 @@ class MinariEpisodes:
         self.folder = folder
         with self._reading(METADATA):
             self.metadata, self.observation, self.action = _read_metadata(folder / METADATA)
-        self.size = (folder / EPISODES).stat().st_size if (folder / EPISODES).is_file() else 0
         with self._reading(EPISODES):
+            if not (folder / EPISODES).is_file():
+                raise FileNotFoundError(f"no file {EPISODES}")
+            self.size = (folder / EPISODES).stat().st_size
             # Without HDF5's file lock: network file systems often reject it, and nothing is written.
             self._file = h5py.File(folder / EPISODES, "r", locking=False)
         try:

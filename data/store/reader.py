@@ -196,7 +196,10 @@ class EpisodeStore:
 
 def _check_format(file: h5py.File) -> None:
     if "format" not in file.attrs or _read_text(file, "format") != FORMAT:
-        raise UserError("an HDF5 file, but not an episode store: import an archive first (ringrl data import)")
+        raise UserError(
+            "an HDF5 file, but not an episode store of ringrl, and other HDF5 files (D4RL) cannot be imported: give a "
+            "store, or import the data as a Minari dataset (ringrl data import --format minari)"
+        )
     version = int(file.attrs["format_version"])
     if version != FORMAT_VERSION:
         what_to_do = "update ringrl" if version > FORMAT_VERSION else "import the archive again"

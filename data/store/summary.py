@@ -8,6 +8,7 @@ import numpy as np
 
 from ringrl.data.store.format import RETURN_LEVELS, ForeignDomain
 from ringrl.data.store.reader import EpisodeStore
+from ringrl.errors import printable
 
 BARS = " ▁▂▃▄▅▆▇█"
 RELABELLED = {
@@ -73,7 +74,7 @@ def describe(store: EpisodeStore, bins: int = 24) -> str:
     lines = [f"{name:<13} {fact}" for name, fact in facts.items()]
     after = list(facts).index("skipped") + 1
     lines[after:after] = [f"{'':<13} {reason}" for reason in made.skipped]
-    return "\n".join([*lines, "", *_returns_table(summarise(store, bins)["returns"])])
+    return "\n".join([*map(printable, lines), "", *_returns_table(summarise(store, bins)["returns"])])
 
 
 def to_json(store: EpisodeStore, bins: int = 24) -> str:

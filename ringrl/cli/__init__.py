@@ -15,7 +15,7 @@ from typing import Any
 import cyclopts
 
 import ringrl
-from ringrl.errors import UserError, user_message
+from ringrl.errors import UserError, printable, user_message
 from ringrl.files import expanded
 from ringrl.signals import Stopped, handled, stop
 
@@ -168,5 +168,5 @@ def _flush(last: str) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"ringrl: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ringrl: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_not_a_zip(tmp_path, content):
 
 def test_a_store_is_not_called_an_archive_cut_short(tmp_path):
     h5py.File(tmp_path / "a.h5", "w").close()
-    assert "is an HDF5 file, not a zip archive: a store needs no import" in refusal(tmp_path / "a.h5")
+    assert "is an HDF5 file, not an ExoRL archive: a store of ringrl needs no import" in refusal(tmp_path / "a.h5")
 
 
 def test_zip_cut_short(tmp_path, cartpole_zip):
@@ -307,21 +308,79 @@ def test_array_that_claims_to_be_huge(tmp_path, episode):
     assert "observation of shape" in refusal(zipped(tmp_path / "a.zip", {NAME: content.getvalue()}))
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_other_compression(tmp_path, episode, method):
-    assert "another method" in refusal(zipped(tmp_path / "a.zip", {NAME: packed(episode)}, method))
+def marked(path: Path, place: int, value: int) -> Path:
+    """Overwrite two bytes of an entry in the list of a zip file."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<H", content, content.rindex(b"PK\x01\x02") + place, value)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(9, "Deflate64"), (12, "bzip2"), (14, "LZMA"), (93, "Zstandard"), (77, "method 77")]
+)
+def test_other_compression(tmp_path, episode, method, name):
+    path = marked(zipped(tmp_path / "a.zip", {NAME: packed(episode)}), 10, method)
+    assert f"is compressed with {name}, only Deflate can be read: unpack the archive" in refusal(path)
 
 
 def test_encrypted_entry(tmp_path, episode):
-    path = zipped(tmp_path / "a.zip", {NAME: packed(episode)})
-    content = bytearray(path.read_bytes())
-    directory = content.rindex(b"PK\x01\x02")
-    struct.pack_into("<H", content, directory + 8, 1)
-    path.write_bytes(content)
-    assert "encrypted" in refusal(path)
+    path = marked(zipped(tmp_path / "a.zip", {NAME: packed(episode)}), 8, 1)
+    assert "is encrypted: unpack the archive and import the folder" in refusal(path)
 
 
 def test_oversized_file_in_a_folder(tmp_path):
     with (tmp_path / "episode_000003_1000.npz").open("wb") as file:
         file.truncate(100_000_000)
     assert "far more than an episode" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", None])
+def test_pipes_and_devices_are_not_read(tmp_path, target):
+    """Reading them would never end. The archive itself may be one, too."""
+    path = tmp_path / "folder" / "episode_000003_1000.npz"
+    path.parent.mkdir()
+    path.symlink_to(target) if target else os.mkfifo(path)
+    assert "episode_000003_1000.npz is not a regular file: remove it" in refusal(path.parent)
+    assert "is neither a file nor a folder" in refusal(path)
+
+
+def test_names_with_backslashes(tmp_path, episode):
+    (read,) = read_all(zipped(tmp_path / "a.zip", {NAME.replace("/", "\\"): packed(episode)}))
+    np.testing.assert_array_equal(read["physics"], episode["physics"])
+
+
+def test_names_of_urlb(tmp_path, episode):
+    name = "buffer/20210801T123456_3_1000.npz"
+    (read,) = read_all(zipped(tmp_path / "a.zip", {name: packed(episode)}))
+    np.testing.assert_array_equal(read["physics"], episode["physics"])
+    del episode["physics"]
+    message = refusal(zipped(tmp_path / "b.zip", {name: packed(episode)}))
+    assert "lacks physics, from which rewards are computed (URLB records none)" in message
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_number_of_entries_without_zip64_records(tmp_path, episode, lost):
+    """macOS writes the number of entries modulo 65,536."""
+    others = {f"__MACOSX/{number}": b"" for number in range(2**16)}
+    path = zipped(tmp_path / "a.zip", {NAME: packed(episode)} | others)
+    content = path.read_bytes()
+    end = content.rindex(b"PK\x06\x06")
+    size, start = struct.unpack_from("<QQ", content, end + 40)
+    record = struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, 1 + lost, 1 + lost, size, start, 0)
+    path.write_bytes(content[:end] + record)
+    if lost:
+        assert "cut short" in refusal(path)
+    else:
+        assert len(read_all(path)) == 1
+
+
+def test_entries_that_share_bytes(tmp_path, episode):
+    """A small archive could claim a store of any size."""
+    path = zipped(tmp_path / "a.zip", {NAME: packed(episode)})
+    content = path.read_bytes()
+    start = content.rindex(b"PK\x01\x02")
+    entry, end = content[start : content.rindex(b"PK\x05\x06")], bytearray(content[-22:])
+    struct.pack_into("<HHL", end, 8, 2, 2, 2 * len(entry))
+    path.write_bytes(content[:start] + entry + entry.replace(b"_000003_", b"_000004_") + end)
+    assert "its episodes overlap" in refusal(path)

@@ -314,3 +314,15 @@ def test_an_episode_that_the_system_cannot_open_is_not_skipped(tmp_path, cartpol
     with pytest.raises(UserError, match=r"Too many open files\): close other files or raise the limit"):
         import_archive(cartpole_folder, tmp_path / "a.h5", "cartpole", on_damaged="skip", workers=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("on_damaged", ["stop", "skip"])
+def test_no_space_is_reserved_before_an_episode_is_whole(tmp_path, on_damaged, monkeypatch):
+    """60,000 false names would reserve 4.8 GB."""
+    monkeypatch.setattr("ringrl.data.exorl.importer.create_file", lambda *_: pytest.fail("created"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(60):
+            archive.writestr(f"buffer/episode_{number}_1000.npz", b"x")
+    with pytest.raises(UserError, match=r"episode_0_1000\.npz cannot be read.*(--on-damaged skip|all 60 episodes)"):
+        import_archive(tmp_path / "a.zip", tmp_path / "a.h5", "cartpole", on_damaged=on_damaged)
+    assert names(tmp_path) == ["a.zip"]

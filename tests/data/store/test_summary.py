@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -76,3 +77,13 @@ def test_an_unknown_recorded_task_is_reported(tmp_path, store):
         for i in range(5):
             writer.append(store.episode(i))
     assert "no single task" in describe(EpisodeStore(tmp_path / "a.h5"))
+
+
+def test_terminal_escapes_are_printed_as_text(tmp_path, store):
+    hostile = dataclasses.replace(store.provenance, source="\x1b]0;owned\x07\n", subset="\x1b[2J", skipped=("\x9b31m",))
+    with create_store(tmp_path / "b.h5", "jaco", store.tasks, store.lengths, source=hostile) as writer:
+        for index in range(store.num_episodes):
+            writer.append(store.episode(index))
+    text = describe(EpisodeStore(tmp_path / "b.h5"))
+    assert all(line.isprintable() for line in text.splitlines())
+    assert r"\x1b]0;owned\x07\n" in text
