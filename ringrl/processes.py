@@ -3,14 +3,17 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from typing import Any
 
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief, user_message
 from ringrl.signals import STOPPING, ignore
 
 
@@ -23,26 +26,59 @@ def worker_processes(
     When the block ends, work that has not begun is cancelled and the processes end. `what` names the work in the error.
 
     Raises:
-        UserError: a process died, from lack of memory or because it could not start.
+        UserError: the processes could not start, or one died from lack of memory.
     """
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if script and getattr(main, "__spec__", None) is None and not Path(script).exists():
+        raise UserError(
+            f"worker processes of the {what} cannot start, because they import the script, and {script} is no file: "
+            "save the script to a file, or use one worker (--workers 1)"
+        )
     # A forked process could inherit a lock that a thread of JAX holds.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(number, context, initializer=_start, initargs=(start, arguments))
+    pool = None
     try:
+        try:
+            reports = context.SimpleQueue()
+            pool = ProcessPoolExecutor(number, context, initializer=_start, initargs=(reports, start, arguments))
+            for _ in range(number):
+                pool.submit(int)  # starts a process
+        except OSError as error:
+            raise UserError(
+                f"worker processes of the {what} cannot start ({error.strerror or error}): check /dev/shm, ulimit -n "
+                "and ulimit -u, or use one worker (--workers 1)"
+            ) from error
         yield pool
     except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker process of the {what} died: use fewer if memory is short (--workers 1 starts none), "
-            f"and in a script of your own start the {what} under `if __name__ == '__main__':`"
-        ) from error
+        raise UserError(_cause_of_death(reports, what)) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
-def _start(start: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _cause_of_death(reports: "SimpleQueue[str]", what: str) -> str:
+    """Return the error about a dead worker process. Each process has reported its start, "" or a failure."""
+    if reports.empty():
+        return (
+            f"a worker process of the {what} could not start: start the {what} under `if __name__ == '__main__':` in a "
+            "script of your own, or use one worker (--workers 1)"
+        )
+    while not reports.empty():
+        if failure := reports.get():
+            return f"a worker process of the {what} could not start: {failure}"
+    return f"a worker process of the {what} died: use fewer if memory is short (--workers 1 starts none)"
+
+
+def _start(reports: "SimpleQueue[str]", start: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     ignore((signal.SIGINT, *STOPPING))  # they end the main process, which ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
-    start(*arguments)
+    try:
+        start(*arguments)
+    except Exception as error:
+        reports.put(user_message(error) or f"{type(error).__name__}: {brief(error)}")
+        os._exit(1)
+    reports.put("")
 
 
 def end_with_parent() -> None:

@@ -461,3 +461,10 @@ def test_terminal_escapes_in_errors_are_printed_as_text(tmp_path: Path, capsys: 
     line = rejected(["data", "info", str(tmp_path / "\x1b[31m.h5")], capsys)
     assert "\x1b" not in line
     assert r"\x1b[31m.h5: no such file" in line
+
+
+def test_workers_start_next_to_a_module_of_pythons_name(jaco_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "signal.py").write_text("")
+    command = [RINGRL, "data", "import", str(jaco_folder), "--domain", "jaco", "--output", "a.h5", "--workers", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

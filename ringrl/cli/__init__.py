@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks print as "?"
     os.environ.update(JAX_DEFAULTS)
+    # Processes of a command would import a signal.py of the current folder instead of Python's.
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except OSError:

@@ -1,0 +1,63 @@
+"""Errors of worker processes name their cause."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from ringrl.errors import UserError
+from ringrl.processes import worker_processes
+
+SCRIPT = """
+from ringrl.processes import worker_processes
+
+with worker_processes(2, print, (), "import") as pool:
+    print(list(pool.map(abs, [-1, -2])))
+"""
+
+
+def run(arguments: list[str | Path], content: str) -> tuple[str, str]:
+    """Return the output and the last line of the errors of a Python process."""
+    done = subprocess.run(
+        [sys.executable, *arguments], input=content, capture_output=True, text=True, check=False, timeout=120
+    )
+    return done.stdout, done.stderr.strip().split("\n")[-1]
+
+
+def test_a_script_from_standard_input() -> None:
+    assert "import cannot start, because they import the script, and <stdin> is no file" in run(["-"], SCRIPT)[1]
+
+
+def test_a_script_without_its_guard(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    assert "could not start: start the import under `if __name__ ==" in run([tmp_path / "script.py"], "")[1]
+    guarded = SCRIPT.replace("\nwith", "\nif __name__ == '__main__':\n  with").replace("    print", "      print")
+    (tmp_path / "script.py").write_text(guarded)
+    assert "[1, 2]" in run([tmp_path / "script.py"], "")[0]
+
+
+def fail(number: int) -> NoReturn:
+    raise OSError(number, os.strerror(number), "a.h5")
+
+
+def test_a_failure_of_the_start_is_reported() -> None:
+    with (
+        pytest.raises(UserError, match=r"process of the import could not start: a\.h5: Too many open files"),
+        worker_processes(1, fail, (errno.EMFILE,), "import") as pool,
+    ):
+        list(pool.map(abs, [1]))
+
+
+@pytest.mark.parametrize("name", ["ProcessPoolExecutor", "ProcessPoolExecutor.submit"])
+def test_missing_shared_memory_or_processes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def full(*arguments: object, **keywords: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"ringrl.processes.{name}", full)
+    expected = r"cannot start \(No space left on device\): check /dev/shm.*--workers 1"
+    with pytest.raises(UserError, match=expected), worker_processes(2, print, (), "import"):
+        pytest.fail("started")
