@@ -95,7 +95,7 @@ def import_minari(
     return EpisodeStore(destination)
 
 
-def _fingerprint(origin: "_Foreign", lengths: list[int]) -> str:
+def _fingerprint(origin: "Exported | _Foreign", lengths: list[int]) -> str:
     layout = Layout(origin.domain, origin.domain.tasks, lengths)
     digests = [record_of(layout, origin.episode(index)).recorded for index in range(len(lengths))]
     return content_fingerprint(origin.domain.name, layout.lengths, np.frombuffer(b"".join(digests), np.uint8))
