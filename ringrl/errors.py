@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class UnreadableError(UserError):
+    """A file that the system does not let this process read. The file need not be damaged."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether Python, NumPy or XLA ran out of memory. Such an error does not mean that a file is damaged."""
     if isinstance(error, SystemError):  # raised when JAX's device_put runs out of memory without setting an exception

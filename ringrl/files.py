@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringrl.errors import UserError
+from ringrl.errors import UnreadableError, UserError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -213,23 +213,19 @@ def explain_write_errors(path: Path, size: int | None = None) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({reason}): check the folder or choose another") from error
 
 
-def system_failure(path: Path, error: BaseException) -> UserError | None:
-    """Return the error for a file that the system does not let this process read; None if the file may be damaged.
-
-    Raises MemoryError if the system has no memory left.
-    """
+def raise_unreadable(path: Path | str, error: Exception) -> None:
+    """Raise UnreadableError, or MemoryError, unless an error of reading a file may come from a damaged file."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "memory allocation failed" in str(error):
         raise MemoryError(*error.args) from error
     if "file is already open for" in str(error):  # HDF5 marks a file while a program may write to it
-        return UserError(
+        raise UnreadableError(
             f"{path}: is open for writing in another program, or was when that program was killed: close the file "
             "there, or run h5clear -s on it (HDF5's tools)"
-        )
+        ) from error
     for numbers, advice in UNREADABLE.items():
         if number is not None and number in numbers:
-            return UserError(f"{path}: cannot be read ({os.strerror(number)}): {advice}")
-    return None
+            raise UnreadableError(f"{path}: cannot be read ({os.strerror(number)}): {advice}") from error
 
 
 CRC = ', "crc32": "'

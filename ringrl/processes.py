@@ -3,14 +3,12 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.queues import SimpleQueue
-from pathlib import Path
 from typing import Any
 
 from ringrl.errors import UserError, brief, user_message
@@ -28,13 +26,6 @@ def worker_processes(
     Raises:
         UserError: the processes could not start, or one died from lack of memory.
     """
-    main = sys.modules["__main__"]
-    script = getattr(main, "__file__", None)
-    if script and getattr(main, "__spec__", None) is None and not Path(script).exists():
-        raise UserError(
-            f"worker processes of the {what} cannot start, because they import the script, and {script} is no file: "
-            "save the script to a file, or use one worker (--workers 1)"
-        )
     # A forked process could inherit a lock that a thread of JAX holds.
     context = multiprocessing.get_context("spawn")
     pool = None
@@ -61,8 +52,8 @@ def _cause_of_death(reports: "SimpleQueue[str]", what: str) -> str:
     """Return the error about a dead worker process. Each process has reported its start, "" or a failure."""
     if reports.empty():
         return (
-            f"a worker process of the {what} could not start: start the {what} under `if __name__ == '__main__':` in a "
-            "script of your own, or use one worker (--workers 1)"
+            f"a worker process of the {what} could not import your script: save the script as a file and start the "
+            f"{what} under `if __name__ == '__main__':`, or use one worker (--workers 1)"
         )
     while not reports.empty():
         if failure := reports.get():

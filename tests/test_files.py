@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import re
 import resource
 import signal
 import socket
@@ -14,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ringrl.errors import UserError
-from ringrl.files import lock, system_failure, write_aside, write_whole
+from ringrl.errors import UnreadableError, UserError
+from ringrl.files import lock, raise_unreadable, write_aside, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -230,13 +229,12 @@ def test_a_link_stays_and_its_target_is_written_and_locked(tmp_path: Path, exist
     ],
 )
 def test_failures_of_the_system_are_not_called_damage(error: OSError, advice: str) -> None:
-    failure = system_failure(Path("a.h5"), error)
-    assert failure
-    assert re.match(rf"a\.h5: .*{advice}", str(failure))
+    with pytest.raises(UnreadableError, match=rf"a\.h5: .*{advice}"):
+        raise_unreadable("a.h5", error)
 
 
 def test_missing_memory_is_not_called_damage() -> None:
     with pytest.raises(MemoryError):
-        system_failure(Path("a.h5"), OSError(errno.ENOMEM, "mmap"))
-    assert system_failure(Path("a.h5"), OSError("truncated file")) is None
-    assert system_failure(Path("a.h5"), OSError(errno.EIO, "bad sector")) is None
+        raise_unreadable("a.h5", OSError(errno.ENOMEM, "mmap"))
+    raise_unreadable("a.h5", OSError("truncated file"))
+    raise_unreadable("a.h5", OSError(errno.EIO, "bad sector"))

@@ -24,16 +24,12 @@ import numpy as np
 from ringrl.data.store.format import ROUNDED, ArraySpec, Episode, episode_bytes, recorded_arrays
 from ringrl.envs import DOMAINS, Domain
 from ringrl.errors import UserError, printable
-from ringrl.files import system_failure, write_whole
+from ringrl.files import raise_unreadable, write_whole
 
 # Largest file of an episode, in multiples of the five arrays that are read. Archives of skill-based algorithms (diayn,
 # aps, smm) contain a skill, too.
 SIZE_ALLOWANCE = 8
 METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}  # of compression in zip files
-
-
-class UnreadableError(UserError):
-    """An episode that the system does not let this process read. The episode need not be damaged."""
 
 
 class Member(NamedTuple):
@@ -78,10 +74,7 @@ class Archive:
             raise
 
     def read(self, member: Member) -> dict[str, np.ndarray]:
-        """Return one episode as read-only arrays of T+1 rows with the widths and dtypes of `recorded_arrays`.
-
-        Raises UserError for a damaged episode, and UnreadableError if the system does not let this process read.
-        """
+        """Return one episode as read-only arrays of T+1 rows with the widths and dtypes of `recorded_arrays`."""
         self.check_length(member)
         try:
             episode = _read_npz(self._content(member), self._columns, member.length + 1, self._limit)
@@ -89,8 +82,7 @@ class Archive:
         except UserError as error:
             raise UserError(f"{self.source}: {shown(member.path)} {error}") from error
         except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
-            if failure := system_failure(self.source, error):
-                raise UnreadableError(f"{failure} ({shown(member.path)})") from error
+            raise_unreadable(f"{self.source}: {shown(member.path)}", error)
             reason = textwrap.shorten(shown(str(error)) or type(error).__name__, 100, placeholder=" ...")
             raise UserError(
                 f"{self.source}: {shown(member.path)} cannot be read, it is damaged or cut short ({reason}): "

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
 
 from ringrl.cores import available_cores
-from ringrl.data.exorl.archive import Archive, Member, UnreadableError
+from ringrl.data.exorl.archive import Archive, Member
 from ringrl.data.exorl.worker import Imported, ImportJournal, ImportPlan, episode_importers
 from ringrl.data.store.format import FORMAT_VERSION, NAMED_SKIPPED, Layout, Provenance, Relabelling
 from ringrl.data.store.reader import EpisodeStore
@@ -32,7 +32,7 @@ from ringrl.data.store.writer import (
 )
 from ringrl.envs import Domain, domain_named, make
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, linked, lock, system_failure
+from ringrl.files import explain_write_errors, linked, lock, raise_unreadable
 
 OnDamaged = Literal["stop", "skip"]
 
@@ -96,9 +96,8 @@ def import_archive(
     """Import a zip archive or folder in ExoRL's layout into a new episode store and open it.
 
     An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file and its journal next to `destination`. The
-    same call resumes it and writes the same bytes. With
-    `overwrite`, the old store stays until the new one is whole. Without, an existing store is opened if the same call
-    would write it.
+    same call resumes it and writes the same bytes. With `overwrite`, the old store stays until the new one is whole.
+    Without, an existing store is opened if the same call would write it.
 
     Args:
         source: zip file or folder with buffer/episode_{number}_{steps}.npz.
@@ -123,7 +122,7 @@ def import_archive(
     if not overwrite and (store := _finished_before(plan, on_damaged)):
         return store
     refuse_taken(destination, overwrite=overwrite)
-    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan, on_damaged) as journal:
+    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as journal:
         outcomes = _import_episodes(plan, journal, workers, on_damaged, progress)
         _finish(plan, journal, outcomes)
     return EpisodeStore(destination)
@@ -167,31 +166,6 @@ def _plan(
     )
 
 
-def _require_episode(plan: ImportPlan, on_damaged: OnDamaged) -> None:
-    """Read episodes until one is whole, before disk space is reserved for all: the archive may have only names."""
-    damaged = list[str]()
-    with Archive(plan.source, plan.layout.domain) as archive:
-        for member in plan.members:
-            try:
-                archive.read(member)
-                return
-            except UnreadableError:
-                raise
-            except UserError as error:
-                damaged.append(str(error))
-                _stop_at(damaged[0], on_damaged)
-    _refuse_all([*damaged, *plan.misfits])
-
-
-def _stop_at(damage: str, on_damaged: OnDamaged) -> None:
-    if on_damaged == "stop":
-        raise UserError(f"{damage} (or leave such episodes out: --on-damaged skip)")
-
-
-def _refuse_all(damaged: Sequence[str]) -> NoReturn:
-    raise UserError(f"{damaged[0]} (all {len(damaged)} episodes of this import are damaged)")
-
-
 def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | None:
     """Return the existing store if it is the result of this plan."""
     store = finished_store(plan.destination, plan.provenance, may_skip=on_damaged == "skip")
@@ -201,7 +175,7 @@ def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | 
 
 
 @contextmanager
-def _resumable(plan: ImportPlan, on_damaged: OnDamaged) -> Iterator[ImportJournal]:
+def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
     """Create the hidden file and its journal, or reuse the files of an interrupted import of the same plan.
 
     Yields the journal. If the block fails, both files are deleted unless the journal has an episode.
@@ -210,11 +184,9 @@ def _resumable(plan: ImportPlan, on_damaged: OnDamaged) -> Iterator[ImportJourna
     journal = ImportJournal.resume(path, plan.identity) if _is_unfinished(partial, plan.layout) else None
     if journal is None:
         path.unlink(missing_ok=True)
-        _require_episode(plan, on_damaged)
         create_file(partial, plan.layout)
         journal = ImportJournal.begin(path, plan.identity, plan.provenance.created)
     try:
-        reserve_space(partial, plan.destination)
         with explain_write_errors(plan.destination):
             yield journal
     except BaseException as error:
@@ -236,8 +208,7 @@ def _is_unfinished(partial: Path, layout: Layout) -> bool:
     try:
         UnfinishedStore(partial, layout).close()
     except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
-        if failure := system_failure(partial, error):
-            raise failure from error
+        raise_unreadable(partial, error)
         return False
     return True
 
@@ -250,17 +221,20 @@ def _import_episodes(
     progress: Callable[[int, int], None] | None,
 ) -> list[Imported | str]:
     """Write every episode to the hidden file and the journal. Damaged episodes yield a line with the reason."""
-    total, outcomes = len(plan.members), list[Imported | str]()
+    total, outcomes, is_reserved = len(plan.members), list[Imported | str](), False
     known = [journal.episodes.get(index) for index in range(total)]
     number = min(workers, total) if workers else min(available_cores(), -(-total // EPISODES_PER_WORKER))
     with episode_importers(plan, known, number) as results:
         for index, outcome in enumerate(results):
             if isinstance(outcome, Imported):
+                if not is_reserved:  # not earlier: an archive of false names would reserve any amount
+                    reserve_space(hidden_name(plan.destination), plan.destination)
+                    is_reserved = True
                 if outcome != known[index]:
                     journal.add(index, outcome)
             elif on_damaged == "stop":
                 _discard(plan.destination)
-                _stop_at(outcome, on_damaged)
+                raise UserError(f"{outcome} (or leave such episodes out: --on-damaged skip)")
             outcomes.append(outcome)
             if progress is not None:
                 progress(len(outcomes), total)
@@ -274,7 +248,7 @@ def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Importe
     damaged = [outcome for outcome in (*outcomes, *plan.misfits) if isinstance(outcome, str)]
     if not kept:
         _discard(plan.destination)
-        _refuse_all(damaged)
+        raise UserError(f"{damaged[0]} (all {len(damaged)} episodes of this import are damaged)")
     partial, layout = hidden_name(plan.destination), plan.layout
     if len(kept) < len(outcomes):
         partial, layout = _without_gaps(plan, kept)

@@ -10,11 +10,11 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ringrl.data.exorl.archive import Archive, Member, UnreadableError
+from ringrl.data.exorl.archive import Archive, Member
 from ringrl.data.relabel import relabel_all
 from ringrl.data.store.format import Layout, Provenance, Relabelling, reward_key
 from ringrl.data.store.writer import Record, UnfinishedStore, hidden_name, record_of
-from ringrl.errors import UserError
+from ringrl.errors import UnreadableError, UserError
 from ringrl.files import explain_write_errors
 from ringrl.processes import worker_processes
 

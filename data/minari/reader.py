@@ -20,7 +20,7 @@ from jaxtyping import Float32, Float64
 
 from ringrl.data.store.format import LARGEST_ROW
 from ringrl.errors import UserError, brief
-from ringrl.files import system_failure
+from ringrl.files import raise_unreadable
 
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
@@ -200,8 +200,7 @@ class MinariEpisodes:
         except UserError as error:
             raise UserError(f"{self.folder}: {what} {error}, it cannot be imported") from error
         except Exception as error:  # HDF5, JSON and Gymnasium raise nearly anything when the bytes are damaged
-            if failure := system_failure(self.folder, error):
-                raise failure from error
+            raise_unreadable(self.folder, error)
             reason = brief(error) or type(error).__name__
             raise UserError(
                 f"{self.folder}: {what} cannot be read, it is missing, damaged or cut short ({reason}): make or "

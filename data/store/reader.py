@@ -32,7 +32,7 @@ from ringrl.data.store.format import (
 )
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
-from ringrl.files import system_failure
+from ringrl.files import raise_unreadable
 
 
 class EpisodeStore:
@@ -75,8 +75,7 @@ class EpisodeStore:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
-            if failure := system_failure(Path(path), error):
-                raise failure from error
+            raise_unreadable(path, error)
             if "truncated file" in str(error):
                 raise UserError(f"{path}: is cut short: copy the file again, or import the archive again") from error
             if zipfile.is_zipfile(self.path):

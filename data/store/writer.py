@@ -70,15 +70,9 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
 def finished_store(
     path: Path, provenance: Provenance, fingerprint: str | None = None, *, may_skip: bool = False
 ) -> EpisodeStore | None:
-    """Return the store at `path` if a command wrote it before that would write the same again, None otherwise.
+    """Return the store at `path` if it has this origin (on any day) and content (None: any), None otherwise.
 
-    What a kill left next to the store is deleted.
-
-    Args:
-        path: the store's file.
-        provenance: the origin that the command would write. Another day is the same origin.
-        fingerprint: the recorded content that the command would write, if it is known.
-        may_skip: the store may have left out damaged episodes.
+    With `may_skip`, the store may have left out damaged episodes. What a kill left next to the store is deleted.
     """
     try:
         store = EpisodeStore(path)

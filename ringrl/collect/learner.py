@@ -24,7 +24,7 @@ from ringrl.context import Transitions
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import Domain, domain_of, load_simulation
 from ringrl.errors import UserError
-from ringrl.files import system_failure, write_whole
+from ringrl.files import raise_unreadable, write_whole
 from ringrl.model import ActorCritic, TrainState
 from ringrl.model.agents.td3 import EXORL, TD3
 
@@ -181,6 +181,5 @@ def _saved(folder: Path, state: LearnerState) -> tuple[int, LearnerState]:
                 raise ValueError("the arrays of another learner")
             return int(file["episodes"]), jax.tree.unflatten(structure, saved)
     except Exception as error:  # NumPy and zipfile raise nearly any exception for damaged bytes
-        if failure := system_failure(path, error):
-            raise failure from error
+        raise_unreadable(path, error)
         raise UserError(f"{path}: is damaged; remove it to start the collection again") from error
