@@ -59,15 +59,16 @@ class ContextConfig(Section):
     """Start of each return-to-go: the best return in the context, or the trajectory's own return. With none,
     return-to-go and completion are zero (algorithm distillation)."""
     sampling: Literal["uniform", "return_stratified", "history_window", "fixed"] = "uniform"
-    """How trajectories are drawn: uniformly; evenly from ten equal ranges of return; consecutive episodes of the
-    history (algorithm distillation, with order history); or fixed: one uniform draw that every step repeats."""
+    """How trajectories are drawn. uniform: all equally likely. return_stratified: evenly from ten equal ranges of
+    return. history_window: consecutive episodes (algorithm distillation, with order history). fixed: one uniform draw
+    that every step repeats."""
     other_tasks: tuple[str, ...] = ()
-    """Further tasks to train on. Each context holds one task, drawn uniformly from these and the run's own; only its
-    rewards and returns identify the task."""
+    """Further tasks to train on. Each context has the rewards of one task, drawn uniformly from these and the run's.
+    Only rewards and returns identify the task to the model."""
     max_transitions: int | None = Field(None, ge=1)
     """Cap on transitions. Whole episodes are taken in seed-shuffled order; a smaller cap is a subset of a larger."""
     best_fraction: float = Field(1.0, gt=0, le=1)
-    """Fraction of these episodes to keep, highest returns first (0.1 with behaviour cloning is BC-10%)."""
+    """Fraction of the remaining episodes to keep, highest returns first (0.1 with behaviour cloning is BC-10%)."""
 
     @pydantic.model_validator(mode="after")
     def _check_history(self) -> Self:
@@ -106,7 +107,7 @@ class ModelConfig(Section):
     """How attention is computed; the result is the same. vanilla: all logits at once. memory_efficient: in tiles.
     blockwise: the feed-forward layer in blocks, too. ring: keys circulate between devices instead of being gathered."""
     block_tokens: int = Field(4096, ge=1)
-    """Tokens per device in one block of the feed-forward layer (attention blockwise or ring). Fewer save memory."""
+    """Tokens per device in a block of the feed-forward layer (blockwise and ring only). Smaller blocks save memory."""
     remat: Literal["none", "layers"] = "none"
     """Rematerialisation in the backward pass. layers: recompute each layer except its attention. Memory then holds
     little more than each layer's input, for about a quarter more matrix work."""
@@ -128,19 +129,19 @@ class ModelConfig(Section):
     def _check_heads(self) -> Self:
         has_heads = self.family.has_context
         if has_heads and (self.width % self.heads or (self.width // self.heads) % 2):
-            raise ValueError(f"heads: {self.heads} heads do not split a width of {self.width} into even parts")
+            raise ValueError(f"heads: width {self.width} over {self.heads} heads must give an even integer per head")
         if has_heads and self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads: {self.kv_heads} do not divide {self.heads} heads")
+            raise ValueError(f"kv_heads: {self.kv_heads} must divide the {self.heads} query heads")
         return self
 
 
 class HindsightConfig(Section):
-    """Hindsight relabelling (1707.01495): transitions scored for other goals. For tasks that reach a place."""
+    """Hindsight relabelling (1707.01495) of transitions with other goals. For tasks that reach a place."""
 
     later: float = Field(0.0, ge=0, le=1)
     """Share of transitions whose goal is a place that the same episode reaches later."""
     steps_ahead: float = Field(10.0, ge=1, le=1e6)
-    """Mean distance to that later place, in steps (geometric distribution, cut at the episode's end)."""
+    """Mean distance to the later place, in steps (geometric distribution, cut at the episode's end)."""
     nearby: float = Field(0.0, ge=0, le=1)
     """Share of transitions whose goal is any place in the data within `radius` of the task's goal."""
     radius: float = Field(0.25, gt=0)
@@ -161,7 +162,7 @@ class ActorCriticConfig(Section):
     discount: float = Field(0.99, ge=0, lt=1)
     """Discount of rewards, per step."""
     n_step: int = Field(1, ge=1)
-    """Rewards summed before bootstrapping; fewer at the end of an episode, which is a truncation."""
+    """Rewards summed before bootstrapping; fewer at the end of an episode, which counts as a truncation."""
     behaviour_cloning: float = Field(0.4, ge=0)
     """Weight of the squared distance to the data's action, relative to a value scaled to one (1 / alpha in the paper).
     0 is TD3 without imitation."""
@@ -172,7 +173,7 @@ class ActorCriticConfig(Section):
     target_noise: float = Field(0.2, ge=0)
     """Standard deviation of the noise on target actions; actions are in [-1, 1]."""
     target_noise_clip: float = Field(0.5, ge=0)
-    """Largest magnitude of that noise."""
+    """Largest magnitude of the target noise."""
     hindsight: HindsightConfig = HindsightConfig()
     """Hindsight goals."""
 
@@ -209,7 +210,7 @@ class OptimiserConfig(Section):
     batch_size: int = Field(4, ge=1)
     """Contexts per step (transitions per step for td3_bc)."""
     accumulation: int = Field(1, ge=1)
-    """Parts of a batch that are computed one after the other. More save memory. Must divide the batch."""
+    """Parts of a batch that are computed one after the other. More parts save memory. Must divide the batch."""
     skipped_steps: int = Field(5, ge=0)
     """Consecutive steps with non-finite loss, gradients or new parameters before the run stops. Such steps change no
     parameter."""
@@ -218,7 +219,7 @@ class OptimiserConfig(Section):
     final_learning_rate: float = Field(0.0, ge=0)
     """Learning rate at the end of the decay (one step after the last), as a fraction of the peak."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up. The first of them has a learning rate of zero."""
+    """Steps of linear warm-up. The first step has a learning rate of zero."""
     weight_decay: float = Field(1e-2, ge=0)
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = Field(1.0, gt=0)
@@ -247,7 +248,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints. A killed run repeats at most this many."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints to keep, besides the one of lowest loss."""
+    """Newest checkpoints to keep, in addition to the one of lowest loss."""
     log_every: int = Field(10, ge=1)
     """Steps between writes of metrics.jsonl, which has one line per step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -283,7 +284,7 @@ class DistributedConfig(Section):
     """Several processes that train one run together. Not saved with the run."""
 
     enabled: Literal["auto", "on", "off"] = "auto"
-    """auto: on if a coordinator is given or srun started several tasks. on: also let JAX detect Kubernetes, Cloud TPU
+    """auto: on if a coordinator is given or srun started several tasks. on: JAX also detects Kubernetes, Cloud TPU
     or MPI. off: one process."""
     coordinator: str | None = None
     """Address HOST:PORT of process 0, reachable from all processes."""

@@ -135,7 +135,7 @@ def _acquire(path: Path, doing: str, file: Path, timeout: float) -> "BaseFileLoc
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
-            # Otherwise the soft lock would take the new file for the marker of a holder.
+            # Otherwise the soft lock would mistake the new file for the marker of a holder.
             file.unlink(missing_ok=True)
             file = file.with_name(f"{file.name}.soft")
             _report_markers(str(error.strerror))
@@ -237,7 +237,7 @@ def with_crc(line: str) -> str:
 
 
 def without_crc(line: str) -> str:
-    """Return the text that `with_crc` was given, or a line without a checksum. Raises ValueError if it has changed."""
+    """Return a line without its checksum, if it has one. Raises ValueError if the text has changed."""
     head, found, _ = line.rpartition(CRC)
     if not found:
         return line

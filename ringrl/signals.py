@@ -13,7 +13,7 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal other than SIGINT has stopped the command."""
+    """An interruption by a signal other than SIGINT."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -29,10 +29,10 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
 def handled(handler: Handler, signals: tuple[int, ...] = STOPPING) -> Iterator[None]:
     """Call `handler` for these signals inside the block, if the main thread runs it.
 
-    An ignored SIGHUP stays ignored (nohup), and handlers of other libraries stay (submitit's for SIGUSR2).
+    A SIGHUP that is ignored stays ignored (nohup). Handlers of other libraries are kept (submitit's for SIGUSR2).
     """
     before = {}
-    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+    if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
         before = {number: old for number in signals if _may_replace(number, old := signal.getsignal(number))}
     for number in before:
         signal.signal(number, handler)

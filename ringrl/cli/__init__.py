@@ -34,7 +34,7 @@ COMMANDS = {  # module of this package and function
     "demo": "study:demo",
 }
 
-# Settings of the user's account under which JAX would compute other numbers, or stop.
+# JAX's defaults, for environment variables that would otherwise change its results or make it fail.
 JAX_DEFAULTS = {
     "JAX_ENABLE_X64": "0", "JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow",
 }  # fmt: skip
@@ -104,7 +104,7 @@ def _expanded(value: Any) -> Any:
 
 
 def _with_value(token: str, after: str) -> str:
-    """Give --resume without a value an empty one, which the parser needs."""
+    """Return the token; --resume without a value gets an empty one, which the parser needs."""
     return "--resume=" if token == "--resume" and after.startswith("--") else token
 
 
@@ -125,7 +125,7 @@ def build_app(arguments: list[str]) -> cyclopts.App:
 
 
 def _summary(module: str, function: str) -> str:
-    """Return the first line of a command's docstring without the import, which would take most of --help's time."""
+    """Return the first line of a command's docstring. Importing the module would take most of --help's time."""
     source = ast.parse(Path(__file__).with_name(f"{module}.py").read_text("utf-8"))
     (found,) = (node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == function)
     return str(ast.get_docstring(found)).splitlines()[0]
@@ -153,7 +153,7 @@ def _help_of(arguments: list[str]) -> str:
 
 
 def _hide_tensorstore(report: Callable[[Any], object], ignored: Any) -> None:
-    """Report an unraisable exception, except those of tensorstore's threads after orbax stopped on a failed write."""
+    """Report an unraisable exception, unless it is tensorstore's after orbax stopped on a failed write."""
     if str(ignored.exc_value) != "Event loop is closed":
         report(ignored)
 

@@ -90,7 +90,7 @@ def import_(
         workers: processes. Default: one per available core. The result does not depend on the number.
         relabel: control_aware computes the reward of a state with the action that led to it. exorl_compat uses zero
             control, as ExoRL's own code does (too high in dense cartpole and the maze).
-        subset: episodes to take if --max-episodes or --max-transitions exclude some.
+        subset: which episodes to take if --max-episodes or --max-transitions exclude some.
         max_episodes: maximum number of episodes.
         max_transitions: maximum number of steps.
         seed: seed of the random subset.
@@ -226,8 +226,8 @@ def collect(
         method: scripted searches the parameters of a scripted controller, td3 learns a policy, rnd learns to visit new
             states (random network distillation). The recorded reward is the task's for every method.
         preset: transitions. tiny: 10,000 (seconds; td3 and rnd up to a minute). small: 200,000 (scripted a minute, td3
-            and rnd 10 to 20). exorl_like: 10,000,000 as in ExoRL's archives (scripted an hour; td3 and rnd more than
-            half a day on one core and up to 4 GB of memory).
+            and rnd 10 to 20 minutes). exorl_like: 10,000,000 as in ExoRL's archives (scripted an hour; td3 and rnd more
+            than half a day on one core and up to 4 GB of memory).
         episodes: number of episodes, instead of the preset's.
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only). Default: one per available core.

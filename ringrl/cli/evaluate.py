@@ -12,7 +12,7 @@ from ringrl.cli.flags import command_line, reject_flags
 from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 
-if TYPE_CHECKING:  # JAX and MuJoCo are imported by what runs, not by --help
+if TYPE_CHECKING:  # --help must not import JAX and MuJoCo, which are slow
     from ringrl.training import TrainedPolicy
 
 ALL_OF_DOMAIN = "all-of-domain"
@@ -39,12 +39,12 @@ def evaluate(
     cache_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig = MeshConfig(),
 ) -> None:
-    """Roll policies out in dm_control. Each stream of episodes is a line of a results file, with a summary next to it.
+    """Roll policies out in dm_control. Write a results file with one line per stream of episodes, and a summary.
 
     After an interruption the same command resumes. Finished evaluations are not repeated.
 
     Args:
-        checkpoint: folders of runs made by `ringrl train`; without any, uniform random actions in --tasks.
+        checkpoint: folders of runs made by `ringrl train`. Without one, uniform random actions are taken in --tasks.
         tasks: tasks to act in, or all-of-domain; by default the task of each checkpoint.
         episodes: episodes per stream, one after another in one context.
         environments: streams, rolled out in lockstep.
@@ -52,7 +52,7 @@ def evaluate(
         target: target return: best (of the training data), a return in units of the task (800), a multiple of the best
             (0.9x), or a quantile of the data's returns (q0.75); methods without a target return ignore it.
         prompt_trajectories: trajectories of the training data in the context before the first episode.
-        prompt_seed: seed with which the prompt is drawn.
+        prompt_seed: seed of the random draw of the prompt.
         data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and
             --error-by-step).
         control: also roll out the same episodes with the memory cleared before each (the prompt stays).
@@ -105,7 +105,7 @@ def evaluate(
         if ALL_OF_DOMAIN in tasks:
             raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks instead")
         if not tasks:
-            raise UserError("--checkpoint: give the folder of a run, or name --tasks alone to evaluate random actions")
+            raise UserError("--checkpoint: give the folder of a run, or give only --tasks to evaluate random actions")
         results = output or Path("random.jsonl")
         unique = dict.fromkeys(tasks)
         evaluations = [random_evaluation(task, protocol, command=command, results=results) for task in unique]

@@ -64,7 +64,7 @@ def _wrong_values(argument: cyclopts.Argument) -> Iterator[str]:
     for token in given:
         flag, choices, kind = token.keyword or argument.name, argument.get_choices(), argument.resolved_hint
         if choices and token.value not in choices:
-            yield f"{flag}: no choice {token.value!r}; choose one of {', '.join(choices)}"
+            yield f"{flag}: unknown value {token.value!r}; choose one of {', '.join(choices)}"
         elif kind in KINDS and not _is_number(kind, token.value):
             yield f"{flag}: expected {KINDS[kind]}, got {token.value!r}"
         elif kind is int and int(token.value) > (most := 2 ** (63 if flag.endswith("seed") else 31) - 1):
@@ -113,13 +113,13 @@ def given_flags(group: str, section: Section) -> str:
 
 
 def reject_flags(command: Callable[..., None], values: Mapping[str, object], why: str, *, used: set[str]) -> None:
-    """Raise UserError listing the flags of a command that are given although they are not used.
+    """Raise UserError listing the given flags that have no effect.
 
     Args:
         command: the function of the command.
         values: the values of its parameters. A flag with its default value counts as not given.
-        why: what follows the flags in the message.
-        used: names of the parameters that are used.
+        why: the text after the flags in the message.
+        used: names of the parameters that have an effect.
     """
     parameters = inspect.signature(command).parameters.values()
     given = [each.name for each in parameters if each.name not in used and values[each.name] != each.default]

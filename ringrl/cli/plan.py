@@ -20,13 +20,13 @@ class Custom(Section):
     devices: int = 8
     """Number of devices."""
     memory: float = 0.0
-    """Memory of a device that a program may use, in GiB."""
+    """Memory per device that a program may use, in GiB."""
     tflops: float = 0.0
     """bfloat16 speed of a device, in 10^12 operations per second."""
     bandwidth: float = 0.0
     """Memory bandwidth of a device, in 10^9 bytes per second."""
     link: float = 0.0
-    """Bandwidth to a neighbour, one way, in 10^9 bytes per second."""
+    """Bandwidth to a neighbouring device, one way, in 10^9 bytes per second."""
 
 
 def plan(
@@ -52,7 +52,7 @@ def plan(
         machine: tpu-v4-512 (v3, v4 and v5p count cores), tpu-v5e-256 (v5e and v6e count chips), 8xa100 (80 GB; any
             number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or custom.
         tokens: tokens of a context, for example 32768, 512k or 8M (k is 1024, M is 1024 x 1024).
-        mesh: devices along each axis. Default: the fastest mesh by estimate among those that fit.
+        mesh: devices along each axis. Default: the fastest mesh that fits, by estimate.
         contexts: contexts per step. Default: the configuration's.
         attention: kind of attention. Default: the configuration's.
         remat: what the backward pass recomputes. Default: the configuration's.
@@ -63,7 +63,7 @@ def plan(
             limit. 0 uses the formula, corrected by the compiler's figure for --tokens.
         search: compile the best three meshes instead of the best one.
         custom: numbers of the machine for --machine custom.
-        json: file to which all results are also written as JSON.
+        json: also write all results to this file, as JSON.
     """
     import jax
 
@@ -71,7 +71,7 @@ def plan(
     from ringrl.planning.plan import as_json, describe, make_plan
     from ringrl.planning.workload import find_model, read_tokens
 
-    jax.config.update("jax_platforms", "cpu")  # no accelerator is taken for planning
+    jax.config.update("jax_platforms", "cpu")  # planning must not occupy an accelerator
     values = find_model(model).model_dump()
     changes = {"attention": attention, "remat": remat, "block_tokens": block_tokens}
     values["model"] |= {name: value for name, value in changes.items() if value is not None}

@@ -28,9 +28,9 @@ def ablate(
         plan: YAML file, for example configs/study_example.yaml.
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
-        retry: run failed cells again; interrupted cells are resumed in any case.
-        untimed: do not time a few steps of every kind of cell first; the remaining time is then unknown.
-        launcher: slurm: run every cell as a job, not on this machine.
+        retry: run failed cells again. Interrupted cells resume without this flag.
+        untimed: skip the timing of a few steps of every kind of cell. The remaining time is then unknown.
+        launcher: slurm runs every cell as a job instead of on this machine.
         slurm: resources of each job; a cell is one process.
     """
     from ringrl.study.plan import read_plan

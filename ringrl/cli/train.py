@@ -35,11 +35,11 @@ def train(
         settings: settings of the run.
         config: YAML file of settings. --method and other flags override it.
         method: method to train. Sets the settings that define the method; other flags override them.
-        resume: folder of a run to continue from its last checkpoint, with its own settings, on the same or on other
-            devices. Without a value: the folder of --run, or that of --config if it is a run's own.
-        resume_or_start: resume the run in --run if there is one, else start it. For jobs that are started again.
+        resume: folder of a run. Continues the run from its newest checkpoint, with its own settings, on the same or on
+            other devices. Without a value: the folder of --run, or the folder of a run's own config.yaml in --config.
+        resume_or_start: resume the run in --run if there is one, else start it. For jobs that a scheduler restarts.
         profile: write a JAX trace of steps 4 to 6 to RUN/profile/.
-        distributed: several processes that train one run; start each with the same command.
+        distributed: several processes that train one run together.
         launcher: slurm submits the run to SLURM and returns, instead of training here.
         slurm: resources of the SLURM job.
     """
@@ -72,7 +72,9 @@ def train(
 
 
 def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:
-    """Add the settings of the resumed run, of --config and of --method. Each overrides those before, and flags all.
+    """Add the settings of the resumed run, of --config and of --method, if flags do not override them.
+
+    Later settings in this list override earlier ones.
 
     Raise UserError if a file cannot be used, or if there is no run to resume.
     """
@@ -104,7 +106,7 @@ def _resumed_run(arguments: cyclopts.ArgumentCollection, file: str, values: Mapp
 
     given, run = _value(arguments, "--resume"), _value(arguments, "--run")
     if given and run and Path(given) != Path(run):
-        raise UserError(f"--run {run}: is not the run to resume, {given}; remove one of them")
+        raise UserError(f"--run {run}: differs from --resume {given}; remove one of them")
     own = expanded(file).parent if Path(file).name == "config.yaml" else None
     is_own = own is not None and holds_run(own)
     named = given or run or (own if is_own else values.get("run"))

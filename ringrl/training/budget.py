@@ -56,8 +56,8 @@ def forward_flops(config: ModelConfig, tokens: int) -> float:
 
     Per layer of width h with as many key heads as query heads and a feed-forward layer four times as wide, this is
     24 S h^2 for the matrices (2310.01889, appendix D) and 2 S^2 h for attention. The paper counts 4 S^2 h, but a causal
-    mask hides half of the logits. Token embeddings, action head, softmax and norms are not counted, and neither is what
-    remat recomputes.
+    mask hides half of the logits. Token embeddings, action head, softmax and norms are not counted, nor is
+    the recomputation by remat.
     """
     width = config.width
     key_value = width * config.kv_heads // config.heads

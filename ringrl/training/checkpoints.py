@@ -85,7 +85,7 @@ class DamagedCheckpointError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Each is written under another name and renamed, so none is incomplete.
+    """The checkpoints of one run. Each is written under a temporary name and then renamed, so none is incomplete.
 
     The newest `keep` checkpoints (all, if None) and the one of lowest loss are kept. Reading changes no file, so a run
     may be read-only.
@@ -143,7 +143,7 @@ class Checkpoints:
                 like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), state._asdict())
                 found = TrainState(**self._read(step, like))
                 if [_checksum(array) for array in jax.tree.leaves(found)] != checksums:
-                    raise ValueError("its arrays are not those that were saved")
+                    raise ValueError("its arrays differ from the saved ones")
             elif not (self.folder / str(step) / "state" / "manifest.ocdbt").exists():
                 raise ValueError("its arrays are missing")
         except Exception as error:
@@ -161,7 +161,7 @@ class Checkpoints:
         except Exception as error:  # orbax raises bare Exceptions for unreadable arrays
             raise _unreadable(path, error) from error
         if checksums != array_checksums(state):
-            raise _unreadable(path, ValueError("its arrays are not those that were saved"))
+            raise _unreadable(path, ValueError("its arrays differ from the saved ones"))
         return state
 
     def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Checkpoints:
         return _read_json(self.folder / str(step), "iterator")
 
     def wait(self) -> None:
-        """Wait until everything is written, then delete what is not kept. Raise UserError if that failed."""
+        """Wait until everything is written, then delete old checkpoints. Raise UserError if either fails."""
         with self._naming_failures():
             self._orbax.wait_until_finished()
             self._prune()
@@ -189,7 +189,7 @@ class Checkpoints:
 
     @cached_property
     def _root(self) -> Path:
-        """The absolute path of the folder for orbax, which would take [ ] * ? and \\ for a pattern."""
+        """The absolute path of the folder for orbax, which would read [ ] * ? and \\ as a pattern."""
         folder = self.folder.absolute()
         if not PATTERN.search(str(folder)):
             return folder
@@ -198,16 +198,16 @@ class Checkpoints:
         return link
 
     def _prune(self) -> None:
-        """Delete checkpoints that are not kept, and what a killed process has left.
+        """Delete checkpoints that are not kept, and leftovers of killed processes.
 
-        A checkpoint is renamed before it is deleted: a kill in the middle leaves no half of it under its name.
+        A checkpoint is renamed before it is deleted, so a kill leaves no partial checkpoint under its name.
         """
         if self._keep is None or jax.process_index() != 0 or not self.folder.is_dir():
             return
         steps = self.steps()
         losses = {step: metrics["loss"] for step in steps if (metrics := _saved_metrics(self.folder / str(step)))}
         finite = {step: loss for step, loss in losses.items() if loss is not None}
-        # One without a loss is kept, to diagnose a failed run.
+        # Checkpoints without a loss are kept, to diagnose a failed run.
         kept = {*steps[-self._keep :], *sorted(finite, key=lambda step: finite[step])[:1], *(losses.keys() - finite)}
         for step in steps:
             if step not in kept:
@@ -235,7 +235,7 @@ def _saved_metrics(checkpoint: Path) -> dict[str, float | None] | None:
         return _read_json(checkpoint, "metrics")
     except UserError:
         pass
-    try:  # as written before checkpoints had a checksum for them
+    try:  # older checkpoints have metrics without a checksum
         loss = json.loads((checkpoint / "metrics" / "metrics").read_text())["loss"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -267,7 +267,7 @@ def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
 
 
 def _read_json(checkpoint: Path, item: str) -> dict[str, Any]:
-    """Return the JSON of an item of a checkpoint. Raise UserError if it is not what was saved."""
+    """Return the JSON of an item of a checkpoint. Raise UserError if it cannot be read or has changed."""
     try:
         return without_checksum(json.loads((checkpoint / item / "metadata").read_text()))
     except (OSError, ValueError, AttributeError) as error:
@@ -313,7 +313,7 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     """Return the error of an unreadable checkpoint: damaged, or only unreadable at the moment."""
     is_missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None and not is_missing):
-        return UserError(f"{checkpoint}: cannot be read now and is not changed ({brief(error)})")
+        return UserError(f"{checkpoint}: cannot be read now and is not changed ({brief(error)}); try again later")
     return DamagedCheckpointError(f"{checkpoint}: is damaged ({brief(error)}); remove it to use an older one")
 
 
@@ -321,7 +321,7 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
 
 
 def array_checksums(tree: Any) -> list[int]:
-    """Return one checksum per array of a tree, in the order of its leaves. Any single changed value changes it.
+    """Return one checksum per array of a tree, in the order of its leaves. Changing one value changes a checksum.
 
     A checksum is the sum of the array's 32-bit (or shorter) words modulo 2^32. It does not depend on the sharding and
     is computed on the devices that hold the array.

@@ -39,7 +39,7 @@ def is_wanted(config: DistributedConfig) -> bool:
 
 
 def tasks_of_srun() -> int:
-    """Return the number of tasks that srun says it has started; 1 outside SLURM."""
+    """Return the number of tasks that srun started; 1 outside SLURM."""
     count = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(count) if count.isdecimal() else 1
 
@@ -137,7 +137,7 @@ def first_then_others(work: Callable[[], object], visible: Path) -> None:
     deadline = time.monotonic() + 30  # network file systems may show the file late
     while not visible.exists():
         if time.monotonic() > deadline:
-            raise UserError(f"{visible}: process 0 made it, but it is not visible here; give a --run all hosts share")
+            raise UserError(f"{visible}: process 0 wrote it, but it is missing here; give a --run that all hosts share")
         time.sleep(0.5)
 
 
@@ -161,7 +161,7 @@ def agree(name: str, settings: Mapping[str, object]) -> None:
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop. The run then finishes its step and saves."""
+    """A request by a signal to stop the run, which then finishes its step and saves."""
 
     signal = "SIGTERM"
     is_set = False

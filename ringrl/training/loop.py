@@ -163,7 +163,8 @@ def _newest(
             if saved.data_fingerprint != info.data_fingerprint:
                 raise UserError(
                     f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
-                    f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]})"
+                    f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]}); "
+                    "give that dataset with --data, or start a new --run"
                 )
             found = checkpoints.restore(step, like), checkpoints.restore_iterator(step)
         except DamagedCheckpointError as error:

@@ -13,7 +13,7 @@ from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 def make_parallel(config: TrainConfig) -> Parallel:
     """Return the mesh of a run, with its axes on the fastest links that JAX finds.
 
-    Raise UserError for too many devices, or an axis that does not divide what it splits.
+    Raise UserError for too many devices, or an axis that does not divide the batch or the model.
     """
     mesh = config.mesh
     if mesh.devices == 1 and jax.process_count() == 1:
@@ -27,7 +27,7 @@ def make_parallel(config: TrainConfig) -> Parallel:
     if mesh.devices < len(devices) and jax.process_count() > 1:
         raise UserError(
             f"mesh: {shape} is {mesh.devices} devices, but the {jax.process_count()} processes have {len(devices)}; "
-            "a run over several processes must use all"
+            "a run over several processes must use all of them"
         )
     made: Mesh = jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices]
@@ -49,10 +49,10 @@ def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:
 
 
 def check_divides(config: TrainConfig) -> None:
-    """Raise UserError if an axis of the mesh does not divide what it splits."""
+    """Raise UserError if an axis of the mesh does not divide the batch or the model."""
     mesh, model, optimiser = config.mesh, config.model, config.optimiser
     if not model.family.splits_batches:
-        raise UserError(f"mesh: {model.kind} trains on one device; leave --mesh at 1, or choose another model.kind")
+        raise UserError(f"mesh: {model.kind} trains on one device; leave all axes at 1, or choose another model.kind")
     part = optimiser.batch_size // optimiser.accumulation
     hidden = model.feed_forward * model.width
     needs = [

@@ -104,9 +104,9 @@ def check_loggers(config: TrainConfig) -> None:
 
 
 class MetricsLog(ExitStack):
-    """metrics.jsonl of one run, resumed after `step`, and further writers of the same numbers. Leaving it closes all.
+    """metrics.jsonl of one run, resumed after `step`, and further writers of the same numbers. Exiting closes all.
 
-    Damaged lines are dropped, and so are lines after `step`, whose work a kill has undone. `missing` is the number of
+    Damaged lines are dropped, and lines after `step`, whose work a kill has undone. `missing` is the number of
     steps up to `step` that have no line.
     """
 

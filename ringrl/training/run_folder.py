@@ -13,11 +13,11 @@ from ringrl.errors import UserError
 from ringrl.files import lock, write_whole
 from ringrl.training.checkpoints import DamagedCheckpointError, read_info, saved_steps
 
-MAY_CHANGE = ("data", "run", "keep_checkpoints", "log")  # settings that may differ when a run is resumed, and the mesh
+MAY_CHANGE = ("data", "run", "keep_checkpoints", "log")  # when a run is resumed; the mesh may change too
 
 
 def holds_run(run: Path) -> bool:
-    """Return whether a folder holds a run that took a step. A run that failed before its first step leaves its name."""
+    """Return whether a folder holds a run with at least one step. A run that failed before does not count."""
     log = run / "metrics.jsonl"
     return bool(saved_steps(run)) or (log.is_file() and log.stat().st_size > 0)
 

@@ -36,7 +36,7 @@ def submit(
 
 @contextmanager
 def submitting() -> Iterator[Any]:
-    """Yield the module submitit. Raise UserError if it is not installed, or it or SLURM fails inside the block."""
+    """Yield the module submitit. Raise UserError if it is missing, or if submitit or SLURM fails inside the block."""
     try:
         import submitit
     except ImportError:

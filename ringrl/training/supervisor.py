@@ -37,7 +37,7 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
     """
     if config.enabled == "auto" and config.coordinator is None and os.environ.get("SLURM_PROCID", "0") == "0":
         count = distributed.tasks_of_srun()
-        print_line(f"srun started {count} tasks, waiting until all train; to train in this one alone: {ALONE}")
+        print_line(f"srun started {count} tasks, waiting for all to connect; to train in this one alone: {ALONE}")
     context = multiprocessing.get_context("spawn")
     (messages, messages_of_child), (joined, joined_of_child) = context.Pipe(duplex=False), context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(work, config, messages_of_child, joined_of_child))
@@ -105,7 +105,7 @@ def _forwarding_signals(child: SpawnProcess) -> Iterator[None]:
 def _work(work: Callable[[], object], config: DistributedConfig, messages: Connection, joined: Connection) -> None:
     """Run in the child."""
     os.setsid()  # a terminal's signals then arrive once, forwarded
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell would have it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background processes with SIGINT ignored
     ignore((signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))  # SLURM sends them to all; the parent decides
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     for number in (1, 2):  # from here on, only C++ writes to these

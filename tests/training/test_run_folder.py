@@ -74,7 +74,7 @@ def test_resuming_needs_a_run(finished: TrainConfig, tmp_path: Path, capsys: pyt
     config.write_text(to_yaml(finished.model_copy(update={"run": tmp_path / "gone"})))
     assert "holds no run to resume" in rejected(["train", "--config", str(config), "--resume"], capsys)
     assert not (tmp_path / "gone").exists()
-    assert "is not the run to resume" in rejected(["train", "--resume", "a", "--run", "b"], capsys)
+    assert "--run b: differs from --resume a" in rejected(["train", "--resume", "a", "--run", "b"], capsys)
     assert "give the folder of a run" in rejected(["train", "--resume"], capsys)
 
 
