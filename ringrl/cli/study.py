@@ -48,7 +48,7 @@ def ablate(
 
 
 def demo(*, output: Path = Path("demo")) -> None:
-    """Collect, train, evaluate, ablate and report for one task, in a few minutes on two cores.
+    """Collect, train, evaluate, ablate and report for one task, in about ten minutes on two cores.
 
     Args:
         output: folder of all files of the demo; the same command resumes an interrupted demo.
