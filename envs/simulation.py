@@ -115,6 +115,10 @@ class Simulation(ABC):
         lower, upper = self.model.actuator_ctrlrange.T
         self._control_center, self._control_radius = (upper + lower) / 2, (upper - lower) / 2
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by compiling the model again: views of C memory cannot be copied."""
+        return _restored, (type(self), self.task, self.data)
+
     def build(self) -> dm_mujoco.Physics:
         """Compile the model of `self.task`. By default it is dm_control's model with the name of the domain."""
         suite = importlib.import_module(f"dm_control.suite.{self.domain.name}")
@@ -199,6 +203,12 @@ class Simulation(ABC):
     def set_physics_state(self, physics: Float64[np.ndarray, " physics"]) -> None:
         """Set the positions, velocities and activations. Nothing that depends on them is recomputed."""
         self.mujoco.mj_setState(self.model, self.data, physics, int(self.mujoco.mjtState.mjSTATE_PHYSICS))
+
+
+def _restored(kind: type[Simulation], task: str, data: mujoco.MjData) -> Simulation:
+    simulation = kind(task)
+    simulation.mujoco.mj_copyData(simulation.data, simulation.model, data)
+    return simulation
 
 
 class StackedData:

@@ -66,16 +66,27 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._randoms = [random_stream(number) for number in self._seeds(seed)]
         self._simulation = load_simulation(task)
         self._datas = [copy(self._simulation.data) for _ in range(num_envs)]
-        self._stacked = StackedData(self._datas)
-        self._warnings = [data.warning.number[None] for data in self._datas]  # views, see Simulation
         self._steps = np.full(num_envs, self.domain.episode_length)
         self._unstable: _Flags = np.zeros(num_envs, bool)
         self._helpers = min(threads, num_envs) - 1  # the caller's thread works too
-        if self._helpers:
-            self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix=f"ringrl-{task}")
+        self._connect()
         self.single_observation_space, self.single_action_space = observation_and_action_space(self.domain)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def _connect(self) -> None:
+        """Start the threads, and make the views of the states (see `Simulation`)."""
+        self._stacked = StackedData(self._datas)
+        self._warnings = [data.warning.number[None] for data in self._datas]
+        if self._helpers and not self.closed:
+            self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix=f"ringrl-{self.task}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_stacked", "_warnings", "_pool")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _pool=None)
+        self._connect()
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None

@@ -1,8 +1,12 @@
+import copy
+import pickle
+
 import gymnasium
 import numpy as np
 import pytest
 
-from ringrl.envs import DOMAINS, TASKS, load_simulation, make
+from ringrl.envs import DOMAINS, TASKS, load_simulation, make, make_vec
+from ringrl.envs.vector import ExoRLVectorEnv
 from ringrl.errors import UserError
 
 _FIRST_TASKS = [domain.tasks[0] for domain in DOMAINS.values()]
@@ -122,6 +126,34 @@ def test_an_unstable_simulation_raises_until_its_reset():
         simulation.step(np.zeros(6))
     simulation.reset(np.random.RandomState(0))
     simulation.step(np.zeros(6))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("made", [make, lambda task, seed: make_vec(task, 2, seed)])
+@pytest.mark.parametrize("task", ["walker_walk", "jaco_reach_top_left"])
+def test_a_copy_continues_the_episode_and_notices_an_unstable_simulation(task, made, copied):
+    environment = made(task, seed=0)
+    environment.reset()
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, *environment.action_space.shape))
+    for action in actions[:3]:
+        environment.step(action)
+    other = copied(environment)
+    for action in actions[3:]:
+        one, two = environment.step(action), other.step(action)
+        np.testing.assert_array_equal(one[0], two[0])
+        np.testing.assert_array_equal(one[1], two[1])
+    np.testing.assert_array_equal(environment.reset()[0], other.reset()[0])
+    from dm_control.rl.control import PhysicsError
+
+    if isinstance(other, ExoRLVectorEnv):
+        other._datas[1].qvel[:] = 1e15
+        assert other.step(actions[0])[4]["unstable"].tolist() == [False, True]
+        other.close()
+        environment.close()
+    else:
+        other._simulation.data.qvel[:] = 1e15
+        with pytest.raises(PhysicsError, match="unstable"):
+            other.step(actions[0])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, "three"])
