@@ -13,7 +13,14 @@ from ringrl.errors import UserError
 from ringrl.evaluation.journal import EpisodeJournal
 from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evaluation, random_evaluation
-from ringrl.evaluation.records import JOURNAL, EvaluationRecord, append_records, check_writable, read_records
+from ringrl.evaluation.records import (
+    JOURNAL,
+    EvaluationRecord,
+    append_records,
+    check_writable,
+    read_records,
+    remove_damaged_lines,
+)
 from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
 from ringrl.evaluation.video import EpisodeStates, VideoError, choose, write_videos
@@ -111,7 +118,14 @@ def _open_results(
     others = set(folder.iterdir() if folder.is_dir() else ()) - {evaluation.journal for evaluation in evaluations}
     for other in sorted(journal for journal in others if journal.is_dir()):
         progress.on_message(f"{other}: interrupted evaluation with other settings; left unchanged")
-    return list(read_records(path).records) if path.exists() else []
+    if not path.exists():
+        return []
+    known = read_records(path)
+    for note in known.notes:
+        progress.on_message(f"{note}; missing results are measured again")
+    if known.notes:
+        remove_damaged_lines(path)
+    return list(known.records)
 
 
 def _evaluate(
@@ -127,10 +141,10 @@ def _evaluate(
                 journal.remove()
     if again or not finished:
         _roll_out_and_append(evaluation, video, progress)
-        known[:] = read_records(evaluation.results).records  # other processes may have appended, too
     elif video:
         made = f"videos in {evaluation.videos}" if evaluation.videos.is_dir() else "no videos; --again makes them"
         progress.on_message(f"{evaluation.results}: contains this evaluation; {made}")
+    known[:] = read_records(evaluation.results).records  # other processes may have appended, too
     write_summary(evaluation.results.with_suffix(".json"), known)
     (summary,) = summarise(evaluation.own(known))
     progress.on_finish(evaluation, summary, rolled_out=again or not finished)

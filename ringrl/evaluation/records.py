@@ -1,6 +1,6 @@
-"""Evaluation results on disk: one JSON line per stream of episodes; files are only appended to.
+"""Evaluation results on disk: one JSON line with a checksum per stream of episodes.
 
-A kill may leave a half-written last line, which is ignored.
+A damaged or half-written line is left out and reported. Lines without a checksum, of older versions, are read too.
 """
 
 import errno
@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, Posit
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, json_digest, lock
+from ringrl.files import explain_write_errors, json_digest, lock, with_crc, without_crc, write_whole
 from ringrl.training.budget import Budget
 from ringrl.training.run_folder import flat
 
@@ -151,7 +152,7 @@ class Results:
 
     records: tuple[EvaluationRecord, ...]
     sources: tuple[Path, ...]  # every file that was read, in order
-    half_written: tuple[Path, ...]  # files whose half-written last line was ignored
+    notes: tuple[str, ...]  # what was left out or counted once, one sentence each
 
 
 def recipe(config: TrainConfig) -> dict[str, str]:
@@ -214,7 +215,8 @@ def append_records(path: Path, records: Iterable[EvaluationRecord]) -> None:
 
     A half-written last line is removed first. Raises UserError if the file cannot be written; it is then unchanged.
     """
-    lines = "".join(f"{record.model_dump_json()}\n" for record in records).encode()
+    lines = "".join(f"{with_crc(record.model_dump_json())}\n" for record in records).encode()
+    path = path.resolve()  # one lock for all links to a file
     # Several runs may share one file.
     with (
         explain_write_errors(path),
@@ -244,50 +246,113 @@ def check_writable(path: Path) -> None:
 def read_records(paths: Path | Sequence[Path]) -> Results:
     """Read results files, and all results files in folders (see `find_results`).
 
+    A record that several files contain, for example the files of a run and of its copy, is returned once.
+
     Raises:
-        UserError: a path does not exist, or a line is not a record of this protocol. The message names file and line.
+        UserError: a path does not exist, or a whole line is not a record of this protocol. The message names the line.
     """
-    sources = find_results(paths)
+    notes: list[str] = []
+    sources = find_results(paths, notes)
     records: list[EvaluationRecord] = []
-    half_written = []
+    origin: dict[str, Path] = {}  # text of a record -> first file
+    copies: Counter[tuple[Path, Path]] = Counter()
     for path in sources:
         try:
-            *lines, tail = path.read_bytes().split(b"\n")
+            content = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); give a results file (.jsonl)") from error
-        if _is_json(tail):
-            lines.append(tail)
-        elif tail.strip():
-            half_written.append(path)
-        records += [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    return Results(tuple(records), tuple(sources), tuple(half_written))
+        if content.strip() and b'"protocol"' not in content and not content.startswith(b"{"):
+            raise UserError(f"{path}: is not a results file; give results of `ringrl evaluate` (.jsonl)")
+        damaged = []
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            if (text := _whole(line)) is None or (record := _parse(text, line, f"{path}, line {number}")) is None:
+                damaged.append(str(number))
+            elif (first := origin.setdefault(text, path)) != path:
+                copies[path, first] += 1
+            else:
+                records.append(record)
+        if damaged:
+            more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+            notes.append(f"{path}, line {', '.join(damaged[:10])}{more}: damaged or cut short, left out")
+    if copies:
+        (path, first), number = next(iter(copies.items()))
+        more = f", and {copies.total() - number} in other files" if len(copies) > 1 else ""
+        notes.append(f"{number} results of {path} are also in {first}{more}: counted once")
+    return Results(tuple(records), tuple(sources), tuple(notes))
 
 
-def find_results(paths: Path | Sequence[Path]) -> list[Path]:
+def remove_damaged_lines(path: Path) -> None:
+    """Remove what `read_records` reports as damaged, so that it is measured again. UserError if this fails."""
+    path = path.resolve()
+    with explain_write_errors(path), lock(path, "is appending results", wait=True):
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+        kept = [line for line in lines if (text := _whole(line)) is not None and _parse(text, line, str(path))]
+        if len(kept) < len(lines):
+            write_whole(path, b"".join(line + b"\n" for line in kept))
+
+
+def find_results(paths: Path | Sequence[Path], notes: list[str] | None = None) -> list[Path]:
     """Return each results file once: files as given, and *.jsonl in folders and below, except training's metrics.jsonl.
 
+    Links are followed. Hidden files and folders (".name") are left out. A sentence about each file or folder that
+    cannot be read, and about linked folders that were found before, is added to `notes`.
+
     Raises:
-        UserError: a path does not exist.
+        UserError: a path does not exist, or is neither a file nor a folder.
     """
     found: dict[Path, Path] = {}
+    notes = [] if notes is None else notes
     for path in [paths] if isinstance(paths, Path) else paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder; give results files (.jsonl) or folders that contain them")
-        inside = path.rglob("*.jsonl") if path.is_dir() else [path]
-        for file in sorted(inside):
-            if not path.is_dir() or (file.is_file() and file.name != "metrics.jsonl"):
-                found.setdefault(file.resolve(), file)
+        if not path.is_dir() and not path.is_file():
+            what = "is not a regular file" if path.exists() else "no such file or folder"
+            raise UserError(f"{path}: {what}; give results files (.jsonl) or folders that contain them")
+        for file in sorted(_results_below(path, notes)) if path.is_dir() else [path]:
+            if (first := found.setdefault(file.resolve(), file)) != file:
+                notes.append(f"{file} is also {first}: counted once")
     return list(found.values())
 
 
-def _parse(line: bytes, path: Path, number: int) -> EvaluationRecord:
-    where = f"{path}, line {number}"
+def _results_below(folder: Path, notes: list[str]) -> list[Path]:
+    found: list[Path] = []
+    seen: dict[str, str] = {}  # real path of a folder -> path under which it was found
+
+    def skip(error: OSError) -> None:
+        notes.append(f"{error.filename}: cannot be read ({error.strerror}), left out")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=skip):
+        if (first := seen.setdefault(os.path.realpath(place), place)) != place:
+            folders.clear()
+            notes.append(f"{place} is a link to {first}: counted once")
+            continue
+        # Links come last, so that a folder inside is found under its own name.
+        folders[:] = sorted(
+            (name for name in folders if not name.startswith(".")),
+            key=lambda name: (Path(place, name).is_symlink(), name),
+        )
+        for file in (Path(place, name) for name in files):
+            if file.suffix == ".jsonl" and file.name != "metrics.jsonl" and not file.name.startswith("."):
+                if file.is_file():
+                    found.append(file)
+                else:
+                    notes.append(f"{file}: is a link to nothing, or no regular file, left out")
+    return found
+
+
+def _whole(line: bytes) -> str | None:
+    """Return the JSON text of a line; None if the line is damaged. A proper prefix of a JSON object is never JSON."""
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        if number == 1 and not line.startswith(b"{"):
-            raise UserError(f"{path}: is not a results file; give results of `ringrl evaluate` (.jsonl)") from error
-        raise UserError(f"{where}: is not JSON; remove the line or the file") from error
+        text = without_crc(line.decode())
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return text
+
+
+def _parse(text: str, line: bytes, where: str) -> EvaluationRecord | None:
+    """Return the record of a line; None for invalid values without a checksum, which damage may have changed."""
+    values = json.loads(text)
     protocol = values.get("protocol") if isinstance(values, dict) else None
     if protocol is None:
         raise UserError(f"{where}: is not an evaluation record (it has no protocol); give results of `ringrl evaluate`")
@@ -297,20 +362,13 @@ def _parse(line: bytes, path: Path, number: int) -> EvaluationRecord:
             "or leave the file out"
         )
     try:
-        return EvaluationRecord.model_validate_json(line)
+        return EvaluationRecord.model_validate_json(text)
     except pydantic.ValidationError as error:
+        if len(text) == len(line.decode()):
+            return None
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "record"
         raise UserError(f"{where}: {field}: {first['msg']}; remove the line or evaluate again") from error
-
-
-def _is_json(line: bytes) -> bool:
-    """Return whether a line is whole. A proper prefix of a JSON object is never JSON."""
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _remove_half_line(file: io.FileIO) -> int:
@@ -318,7 +376,7 @@ def _remove_half_line(file: io.FileIO) -> int:
     file.seek(0)
     content = file.read()
     tail = content.rpartition(b"\n")[2]
-    if tail and _is_json(tail):  # only the newline is missing
+    if tail and _whole(tail) is not None:  # only the newline is missing
         file.write(b"\n")
         return len(content) + 1
     os.ftruncate(file.fileno(), len(content) - len(tail))

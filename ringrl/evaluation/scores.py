@@ -1,6 +1,5 @@
 """Scores: normalised returns, one number per stream, and the summary of an evaluation."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import pydantic_core
 from jaxtyping import Float
 
 from ringrl.envs import domain_of
@@ -98,10 +98,10 @@ def summarise(records: Iterable[EvaluationRecord]) -> list[EvaluationSummary]:
 
 
 def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
-    """Write the summaries as JSON. UserError if the file cannot be written."""
+    """Write the summaries as JSON; a number that is not finite is null. UserError if the file cannot be written."""
     values = {"protocol": PROTOCOL, "evaluations": [asdict(summary) for summary in summarise(records)]}
     with explain_write_errors(path):
-        write_whole(path, json.dumps(values, indent=1) + "\n", alone=False)
+        write_whole(path, pydantic_core.to_json(values, indent=1, inf_nan_mode="null") + b"\n", alone=False)
 
 
 def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:

@@ -15,6 +15,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.formatting import number
 from ringrl.evaluation.records import PROTOCOL, VIDEOS, recipe
 from ringrl.evaluation.target import NO_TARGET
+from ringrl.files import without_crc
 from ringrl.report.results import CELL
 from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, describe
 
@@ -155,10 +156,10 @@ def _fits(config: dict[str, Any], row: pd.Series) -> bool:
 
 
 def _entries(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the entries of metrics.jsonl. An incomplete line is left out."""
-    for line in path.read_text(errors="replace").splitlines():
+    """Yield the entries of metrics.jsonl. A damaged line is left out."""
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = json.loads(without_crc(line))
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int | float):

@@ -80,7 +80,7 @@ def read_results(paths: Path | Sequence[Path]) -> pd.DataFrame:
         raise UserError(f"no results in {places}; run `ringrl evaluate` first, or give the folder of its results")
     results = tabulate(read.records)
     results.attrs["sources"] = [str(path) for path in read.sources]
-    results.attrs["left_out"] += [f"{path.name}: the last line is incomplete" for path in read.half_written]
+    results.attrs["left_out"] += read.notes
     return results
 
 

@@ -38,7 +38,7 @@ from ringrl.evaluation import (
     random_evaluation,
 )
 from ringrl.evaluation.protocol import FIRST_SEED, compile_policy
-from ringrl.evaluation.records import append_records, data_records, library_versions
+from ringrl.evaluation.records import append_records, data_records, library_versions, read_records
 from ringrl.files import write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
@@ -63,14 +63,15 @@ class Work:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all results exist."""
+        """Whether all results exist, undamaged."""
         try:
             did = json.loads((self.folder / FINISHED).read_text())["did"]
             did.pop("environments", None)  # earlier versions stored the streams of the longest context too
             if did.get("videos"):
                 did["videos"] = self.about.get("videos")  # videos that the plan no longer asks for do no harm
-            return bool(did == self.about) and (self.folder / EVALUATION).stat().st_size > 0
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            results = read_records(self.folder / EVALUATION)
+            return bool(did == self.about and results.records and not results.notes)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
             return False
 
     @property

@@ -123,6 +123,26 @@ def test_incomplete_results_are_completed(tmp_path: Path) -> None:
     assert len(read_records(results).records) == 5
 
 
+def test_a_damaged_line_is_reported_and_measured_again(tmp_path: Path) -> None:
+    results, link = tmp_path / "evaluation.jsonl", tmp_path / "link" / "evaluation.jsonl"
+    evaluate_all(evaluations_in(results))
+    whole = returns_in(results)
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text(lines[0].replace('"seed":0', '"seed":1') + lines[1])
+    link.parent.mkdir()
+    link.symlink_to(results)
+    listener = Listener()
+    evaluate_all(evaluations_in(link), progress=listener)
+    assert [text for text in listener.messages if "damaged" in text] == [
+        f"{link}, line 1: damaged or cut short, left out; missing results are measured again"
+    ]
+    assert link.is_symlink()
+    assert returns_in(results) == whole[::-1]
+    assert listener.heard[:4] == [f"begin {TASKS[0]}", 0, 1, True]
+    evaluate_all(evaluations_in(link), progress=(listener := Listener()))
+    assert not any("damaged" in text for text in listener.messages)
+
+
 def test_a_journal_of_finished_results_is_removed_and_not_read(tmp_path: Path) -> None:
     results = tmp_path / "evaluation.jsonl"
     (evaluation, _) = evaluations_in(results)

@@ -1,8 +1,9 @@
-"""The results format: round trips, half-written lines, and errors that name the file and line."""
+"""The results format: round trips, damaged lines, searched folders, and errors that name the file and line."""
 
-import json
 import multiprocessing
+import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from ringrl.evaluation.records import (
     find_results,
     library_versions,
     read_records,
+    remove_damaged_lines,
 )
+from ringrl.files import with_crc, without_crc
 
 
 def make_record(**changes) -> EvaluationRecord:
@@ -39,7 +42,7 @@ def test_round_trip(tmp_path):
     results = read_records(path)
     assert results.records == (first, second, third)
     assert results.sources == (path,)
-    assert results.half_written == ()
+    assert results.notes == ()
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -67,13 +70,10 @@ def test_starts_are_identified():
     assert make_record(start_seeds=()).starts == ((5, 0), (5, 1)), "both from one stream of starts"
 
 
-def test_json_that_is_too_deep_raises(tmp_path):
+def test_json_that_is_too_deep_is_damaged(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"protocol": ' + "[" * 200_000 + "\n")
-    with pytest.raises(UserError, match="line 1: is not JSON"):
-        read_records(path)
-    path.write_text("[" * 200_000)
-    assert read_records(path).half_written == (path,)
+    assert read_records(path).notes == (f"{path}, line 1: damaged or cut short, left out",)
 
 
 def test_failed_episodes_are_marked_and_counted(tmp_path):
@@ -125,10 +125,10 @@ def test_a_half_written_last_line_is_ignored_and_reported(tmp_path):
         path.write_bytes(whole[:cut])
         results = read_records(path)
         assert [record.seed for record in results.records] == [1]
-        assert results.half_written == (path,)
+        assert results.notes == (f"{path}, line 2: damaged or cut short, left out",)
     path.write_bytes(whole[:-1])  # only the newline is missing, so the record is whole
     assert len(read_records(path).records) == 2
-    assert read_records(path).half_written == ()
+    assert read_records(path).notes == ()
 
 
 @pytest.mark.parametrize("kept", [1, 30, -1])
@@ -152,12 +152,10 @@ def test_appending_removes_a_long_half_written_line(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"protocol": 1, "task": "wal', "line 2: is not JSON"),
         ("[1, 2]", "line 2: is not an evaluation record"),
         ('{"loss": 0.5, "step": 3}', "line 2: is not an evaluation record"),
         ('{"protocol": 7, "anything": 1}', "line 2: has evaluation protocol 7.*protocol 1 only"),
-        ('{"protocol": 1, "task": "walker_walk"}', "line 2: method: Field required"),
-        (json.dumps({**json.loads(make_record().model_dump_json()), "returns": [1]}), "line 2: record: .*1 returns"),
+        (with_crc('{"protocol": 1, "task": "walker_walk"}'), "line 2: method: Field required"),
     ],
 )
 def test_an_invalid_line_raises(tmp_path, line, message):
@@ -168,6 +166,41 @@ def test_an_invalid_line_raises(tmp_path, line, message):
         read_records(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_damaged_line_costs_that_line_only(tmp_path, sealed):
+    path = tmp_path / "results.jsonl"
+    append_records(path, [make_record(seed=seed) for seed in range(3)])
+    lines = [line if sealed else without_crc(line) for line in path.read_text().splitlines()]
+    broken = [lines[1].replace("2.25", "2.35"), lines[1].replace('"crc32"', '"crc33"')] if sealed else []
+    for line in (*broken, lines[1][:-9], lines[1].replace('"returns"', '"retorns"'), lines[1][:50] + "\xff"):
+        path.write_text("\n".join([lines[0], line, lines[2], ""]), "latin-1")
+        found = read_records(path)
+        assert [record.seed for record in found.records] == [0, 2]
+        assert found.notes == (f"{path}, line 2: damaged or cut short, left out",)
+    remove_damaged_lines(path)
+    assert path.read_text().splitlines() == [lines[0], lines[2]]
+
+
+def test_links_are_followed_and_copies_count_once(tmp_path):
+    study, run = tmp_path / "study", tmp_path / "scratch" / "run"
+    append_records(run / "evaluation.jsonl", [make_record()])
+    append_records(study / "own" / "evaluation.jsonl", [make_record(seed=2)])
+    shutil.copytree(run, study / ".hidden")
+    os.mkfifo(study / "pipe.jsonl")
+    (study / "linked").symlink_to(run)
+    (study / "own" / "loop").symlink_to(study)
+    shutil.copytree(run, study / "run copied")
+    found = read_records(study)
+    assert sorted(record.seed for record in found.records) == [1, 2]
+    assert found.notes == (
+        f"{study}/pipe.jsonl: is a link to nothing, or no regular file, left out",
+        f"{study}/own/loop is a link to {study}: counted once",
+        f"1 results of {study}/run copied/evaluation.jsonl are also in {study}/linked/evaluation.jsonl: counted once",
+    )
+    with pytest.raises(UserError, match=r"pipe\.jsonl: is not a regular file"):
+        read_records(study / "pipe.jsonl")
 
 
 def test_a_binary_file_raises(tmp_path):

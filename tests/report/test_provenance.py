@@ -9,6 +9,7 @@ import yaml
 
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.evaluation.records import append_records, configuration_hash, recipe
+from ringrl.files import with_crc, without_crc
 from ringrl.report.provenance import MEMORY, POINTS, facts, training_losses, training_runs, videos
 from ringrl.report.results import read_results
 
@@ -100,12 +101,20 @@ def test_without_run_folders_there_are_no_losses(make_study, tmp_path):
     assert training_losses(runs_of(root)).empty
 
 
+def test_a_damaged_line_of_a_log_is_left_out(make_study, tmp_path):
+    root = make_study(tmp_path / "runs", seeds=1)
+    (run, *_) = runs_of(root)["folder"]
+    lines = [with_crc(json.dumps({"step": step, "loss": 0.25})) for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], lines[1].replace("0.25", "0.35"), lines[2]]))
+    np.testing.assert_array_equal(runs_of(root).set_index("folder").loc[run, "steps"], [1, 3])
+
+
 def test_one_run_of_several_rollouts_counts_once(make_study, tmp_path):
     root = make_study(tmp_path / "runs", seeds=1)
     run = next(root.glob("*_at_2_seed0"))
-    text = (run / "evaluation.jsonl").read_text()
+    text = without_crc((run / "evaluation.jsonl").read_text().splitlines()[0])
     (run / "longer.jsonl").write_text(
-        text.replace('"test_trajectories":2', '"test_trajectories":3').replace("],", ",1.0],", 1).splitlines()[0] + "\n"
+        text.replace('"test_trajectories":2', '"test_trajectories":3').replace("],", ",1.0],", 1) + "\n"
     )
     shutil.copytree(run, root / "copy" / run.name)
     assert set(read_results([root])["test_trajectories"]) == {1, 2, 3}
@@ -120,7 +129,7 @@ def test_facts_by_hand(make_study, tmp_path):
     assert found["Training seeds"] == ["0 to 1"]
     assert found["Versions"] == ["jax 0.10.2"]
     assert found["Commands"] == ["ringrl ablate plan.yaml"]
-    assert found["Left out"] == ["broken.jsonl: the last line is incomplete"]
+    assert found["Left out"] == [f"{root}/broken.jsonl, line 1: damaged or cut short, left out"]
 
 
 def test_videos_of_each_cell_are_of_the_lowest_seed(make_study, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -11,6 +12,7 @@ from ringrl.config import merged, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED, Protocol
+from ringrl.evaluation.records import append_records, data_records
 from ringrl.methods import method_of
 from ringrl.study.cells import cells, references, write
 from ringrl.study.plan import AblationPlan, read_plan
@@ -171,7 +173,8 @@ def test_videos_are_of_the_lowest_seed(write_plan) -> None:
 def finish(work) -> None:
     """Leave the files of a finished cell."""
     write(work.folder / "cell.yaml", yaml.safe_dump(work.about))
-    write(work.folder / "evaluation.jsonl", "{}")
+    write(work.folder / "evaluation.jsonl", "")
+    append_records(work.folder / "evaluation.jsonl", data_records("x", np.ones(1), data_fingerprint="", versions={}))
     write(work.folder / "finished.json", json.dumps({"did": work.about}))
 
 
@@ -200,8 +203,10 @@ def test_finished_cells_are_recognised(write_plan) -> None:
         assert not other.is_finished
         with pytest.raises(UserError, match=words):
             other.check()
-    (cell.folder / "evaluation.jsonl").write_text("")
-    assert not cell.is_finished
+    whole = (cell.folder / "evaluation.jsonl").read_text()
+    for damaged in ("", whole.replace("1.0", "2.0")):
+        (cell.folder / "evaluation.jsonl").write_text(damaged)
+        assert not cell.is_finished
     finish(filmed)
     assert filmed.is_finished
     assert cell.is_finished, "with videos that are not wanted"
