@@ -93,15 +93,15 @@ class ModelConfig(Section):
     21 values per component). mse averages over modes; choose bins if the data is multi-modal."""
     loss_on: Literal["all", "last"] = "all"
     """Trajectories that the loss imitates: all, or the last of the context (the best one, with order ascending)."""
-    layers: int = Field(3, ge=1)
+    layers: int = Field(3, ge=1, le=2**16)
     """Transformer blocks (hidden layers of a feed-forward policy)."""
-    width: int = Field(128, ge=8)
+    width: int = Field(128, ge=8, le=2**20)
     """Features per token (units per hidden layer of a feed-forward policy)."""
     heads: int = Field(2, ge=1)
     """Query heads. Must divide the width."""
     kv_heads: int = Field(1, ge=1)
     """Key and value heads. Must divide the query heads; fewer make the key-value cache smaller."""
-    feed_forward: int = Field(4, ge=1)
+    feed_forward: int = Field(4, ge=1, le=2**10)
     """Width of the feed-forward layer, as a multiple of the width."""
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] = "ring"
     """How attention is computed; the result is the same. vanilla: all logits at once. memory_efficient: in tiles.
