@@ -20,7 +20,7 @@ def ablate(
     launcher: Literal["none", "slurm"] = "none",
     slurm: SlurmConfig = SlurmConfig(),
 ) -> None:
-    """Train and evaluate all cells of a plan: tasks x context lengths x seeds, and baselines.
+    """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
     The cost is printed first. The same command resumes an interrupted ablation and repeats nothing.
 

@@ -1,7 +1,5 @@
 """The device mesh of a run, and the checks that a model and a batch divide over it."""
 
-import math
-
 import jax
 from jax.sharding import AxisType, Mesh
 
@@ -57,7 +55,8 @@ def check_divides(config: TrainConfig) -> None:
     hidden = model.feed_forward * model.width
     needs = [
         ("mesh.data x mesh.fsdp", mesh.data * mesh.fsdp, part, "contexts of a batch (or of its accumulated part)"),
-        ("mesh.tensor", mesh.tensor, math.gcd(model.heads, model.kv_heads), "heads (query and key heads alike)"),
+        ("mesh.tensor", mesh.tensor, model.heads, "query heads"),
+        ("mesh.tensor", mesh.tensor, model.kv_heads, "key heads"),
         ("mesh.tensor", mesh.tensor, hidden, "units of the feed-forward layer"),
         ("mesh.fsdp x mesh.seq", mesh.fsdp * mesh.seq, model.width, "features of the model's width"),
     ]
