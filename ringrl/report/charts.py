@@ -62,8 +62,8 @@ _LOG_RATIO = 4  # an axis is logarithmic if its largest value is this many times
 _THRESHOLDS = 61
 _MEASURES = {
     "tokens": ("tokens", "Tokens: processed in training, with repetitions."),
-    "FLOPs": ("floating-point operations", "FLOPs: multiplications and additions of the transformer blocks, forward and "
-              "backward. Other models are not counted."),
+    "FLOPs": ("floating-point operations", "FLOPs: multiplications and additions of the transformer blocks, forward "
+              "and backward. Other models are not counted."),
     "time": ("", "Time: of training, with compilation and waiting for data."),
 }  # fmt: skip
 _UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))  # from these seconds on

@@ -115,7 +115,7 @@ def test_parameters_and_optimiser_state_are_sharded(params):
     [
         ((1, 1, 1, 16), {}, "mesh: data 1 x fsdp 1 x tensor 1 x seq 16 is 16 devices, but JAX has 8 (cpu)"),
         ((3, 1, 1, 1), {}, "mesh.data x mesh.fsdp: 8 contexts"),
-        ((1, 1, 3, 1), {}, "mesh.tensor: 8 heads"),
+        ((1, 1, 3, 1), {}, "mesh.tensor: 8 query heads"),
         ((1, 1, 1, 6), {}, "mesh.fsdp x mesh.seq: 32 features"),
         ((2, 1, 1, 1), {"model": {"kind": "td3_bc"}}, "td3_bc trains on one device"),
         ((8, 1, 1, 1), {"optimiser": {"batch_size": 8, "accumulation": 2}}, "mesh.data x mesh.fsdp: 4 contexts"),
