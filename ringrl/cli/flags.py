@@ -28,7 +28,7 @@ for _section in Section.__subclasses__():
 
 
 def check_flags(tokens: Sequence[str], arguments: cyclopts.ArgumentCollection) -> None:
-    """Raise UserError listing missing, unknown and wrong flags, and lists given twice. The parser stops at the first."""
+    """Raise UserError listing missing, unknown and wrong flags, and lists given twice, not only the first."""
     flags = [argument for argument in arguments if argument.parse and not argument.children]
     missing = [argument.name for argument in flags if argument.required and not argument.has_tokens]
     wrong = []
