@@ -10,7 +10,7 @@ import numpy as np
 
 from ringrl.envs import make_vec
 from ringrl.errors import UserError
-from ringrl.evaluation.journal import EpisodeJournal
+from ringrl.evaluation.journal import EpisodeJournal, sweep
 from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evaluation, random_evaluation
 from ringrl.evaluation.records import (
@@ -115,6 +115,7 @@ def _open_results(
         raise UserError(f"--output: {path} is not a results file; give a name that ends in .jsonl")
     check_writable(path)
     folder = path.with_suffix(JOURNAL)
+    sweep(folder)
     others = set(folder.iterdir() if folder.is_dir() else ()) - {evaluation.journal for evaluation in evaluations}
     for other in sorted(journal for journal in others if journal.is_dir()):
         progress.on_message(f"{other}: interrupted evaluation with other settings; left unchanged")

@@ -5,7 +5,6 @@ Each evaluation has a folder with one file of arrays per episode and about.json,
 
 import io
 import json
-import shutil
 import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -16,8 +15,9 @@ import numpy as np
 
 from ringrl.errors import UserError
 from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch
-from ringrl.files import explain_write_errors, lock, write_whole
+from ringrl.files import explain_write_errors, lock, remove, write_whole
 
+GONE = ".removed"  # suffix of a journal that is being deleted
 _TYPES = {"observation": np.float32, "action": np.float32, "reward": np.float64, "physics": np.float64}
 
 
@@ -62,8 +62,12 @@ class EpisodeJournal:
             write_whole(self._file(part, index), content.getvalue())
 
     def remove(self) -> None:
-        """Delete the journal, and its parent folder if that is empty."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the journal, and its parent folder if that is empty. A kill leaves a folder for `sweep`."""
+        gone = self.folder.with_name(f".{self.folder.name}{GONE}")
+        with suppress(OSError):
+            remove(gone)
+            self.folder.rename(gone)
+            remove(gone)
         self.close()
         with suppress(OSError):  # the parent contains other journals
             self.folder.parent.rmdir()
@@ -93,6 +97,15 @@ class EpisodeJournal:
 
     def _file(self, part: str, index: int) -> Path:
         return self.folder / f"{part}_{index:05}.npz"
+
+
+def sweep(folder: Path) -> None:
+    """Delete the journals in a folder whose removal was interrupted."""
+    for gone in folder.glob(f".*{GONE}"):
+        with suppress(OSError):  # another process deletes it
+            remove(gone)
+    with suppress(OSError):  # missing, or not empty
+        folder.rmdir()
 
 
 def _has_shape(episode: EpisodeBatch, steps: int, streams: int) -> bool:

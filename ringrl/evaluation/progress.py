@@ -14,10 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ringrl.errors import printable
 from ringrl.evaluation.formatting import ABSENT, duration, number
 from ringrl.evaluation.protocol import Evaluation, Part
 from ringrl.evaluation.rollout import EpisodeBatch
 from ringrl.evaluation.scores import EvaluationSummary, finite_mean
+
+SILENCE = 30.0  # seconds without a line, if the output is no terminal
 
 
 class EvaluationProgress:
@@ -70,6 +73,7 @@ class ProgressTable(EvaluationProgress):
     def __init__(self, evaluations: Sequence[Evaluation], console: Console) -> None:
         self._rows = [_Row(evaluation) for evaluation in evaluations]
         self._console = console
+        self._said = time.perf_counter()
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -91,6 +95,10 @@ class ProgressTable(EvaluationProgress):
     def on_step(self, streams: int) -> None:
         self._row.simulated += streams
         self._row.current_steps += streams
+        if not self._console.is_terminal and time.perf_counter() - self._said > SILENCE:
+            row = self._row
+            steps = f"{row.finished_steps + row.current_steps:,} of {row.evaluation.steps:,} steps"
+            self.on_message(f"{_name(row.evaluation)}: {steps}, {row.rate:.0f} steps/s, {row.left} left")
 
     def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
         row = self._row
@@ -114,7 +122,8 @@ class ProgressTable(EvaluationProgress):
             self.on_message(f"{_name(evaluation)}: {evaluation.results} contains this evaluation; --again repeats it")
 
     def on_message(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+        self._said = time.perf_counter()
+        self._console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
     def table(self) -> Table:
         """Return the table of the current state."""

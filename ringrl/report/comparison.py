@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 import rich.table
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 
 from ringrl.config import read_yaml
-from ringrl.errors import UserError
+from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, number
 from ringrl.report.charts import Chart, Drawing
 from ringrl.report.conclusion import caution, starts_of_cells
-from ringrl.report.page import Column, count, render, save_report, share, table_files
+from ringrl.report.page import Column, count, render, save_report, share, table_files, with_notes
 from ringrl.report.provenance import facts, run_folder
 from ringrl.report.results import CELL, UNKNOWN_RUN, read_results
 from ringrl.report.tables import contrast, describe, ends, returns_table, run_scores, scores_of, summarise
@@ -92,7 +93,7 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
     return Comparison(pd.DataFrame(rows), only_a, only_b, _differences(*map(_settings, results)), results)
 
 
-def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, rich.table.Table]:
+def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, Group]:
     """Write the page of a comparison, its figure and its tables; return the page's path and a table for the terminal.
 
     Raises:
@@ -113,7 +114,8 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
         date=max(side["created"].max() for side in found.results),
     )
     files = table_files("comparison", found.pairs, _COLUMNS) | table_files("settings", found.settings, _SETTING_COLUMNS)
-    return save_report(page, [chart], files, destination), _to_rich(found.pairs)
+    shown = with_notes(_to_rich(found.pairs), *found.results)
+    return save_report(page, [chart], files, destination), shown
 
 
 def headline(pairs: pd.DataFrame) -> str:
@@ -226,10 +228,10 @@ def _to_rich(pairs: pd.DataFrame) -> rich.table.Table:
         shown.add_column(escape(name), justify="right", no_wrap=True)
     for task, rows in pairs.groupby("Task", sort=False):
         shown.add_section()
-        shown.add_row(f"[bold]{escape(str(task))}")
+        shown.add_row(f"[bold]{escape(printable(str(task)))}")
         for _, row in rows.iterrows():
             change, wins = _COLUMNS[4].line(row), _COLUMNS[5].text(row)
-            shown.add_row(escape(row["Method"]), number(row["A"]), number(row["B"]), escape(change), wins)
+            shown.add_row(escape(printable(row["Method"])), number(row["A"]), number(row["B"]), escape(change), wins)
     return shown
 
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +13,13 @@ import rich.table
 import vl_convert
 from markupsafe import Markup
 from rich import box
+from rich.console import Group
 from rich.markup import escape
+from rich.text import Text
 
-from ringrl.errors import UserError
+from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number
+from ringrl.files import lock, remove
 from ringrl.report import conclusion, provenance
 from ringrl.report.charts import PALETTE, Chart, all_charts, chart_files, page_spec, styles
 from ringrl.report.results import read_results
@@ -157,13 +159,20 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     )
 
 
-def terminal_table(results: Path | Sequence[Path]) -> rich.table.Table:
-    """Return the table of returns for a terminal of 80 columns.
+def terminal_table(results: Path | Sequence[Path]) -> Group:
+    """Return the table of returns for a terminal of 80 columns, and lines that say what was left out.
 
     Raises:
         UserError: there are no results, or they cannot be read.
     """
-    return to_rich(returns_table(read_results(results)))
+    read = read_results(results)
+    return with_notes(to_rich(returns_table(read)), read)
+
+
+def with_notes(table: rich.table.Table, *results: pd.DataFrame) -> Group:
+    """Return a table for the terminal, and a line for each reason why `read_results` left something out."""
+    lines = [printable(line) for one in results for line in one.attrs["left_out"]]
+    return Group(table, *(Text(line, no_wrap=True, overflow="ignore") for line in lines))
 
 
 def to_rich(table: pd.DataFrame) -> rich.table.Table:
@@ -176,7 +185,7 @@ def to_rich(table: pd.DataFrame) -> rich.table.Table:
         shown.add_column(name, justify="right", no_wrap=True)
     for task, rows in table.groupby("task"):
         shown.add_section()
-        shown.add_row(f"[bold]{escape(str(task))}")
+        shown.add_row(f"[bold]{escape(printable(str(task)))}")
         for _, row in rows.replace({float("nan"): None}).iterrows():
             lengths = [row["train_trajectories"], row["test_trajectories"]] if row["train_trajectories"] else []
             context = "/".join(dict.fromkeys(map(count, lengths)))
@@ -184,9 +193,9 @@ def to_rich(table: pd.DataFrame) -> rich.table.Table:
             interval = "" if row["low"] is None else f" [{number(row['low'])}, {number(row['high'])}]"
             control = "" if row["best_control"] is None else f" ({number(row['best_control'])})"
             shown.add_row(
-                escape(row["method"]), context or ABSENT, escape(number(row["iqm"]) + interval), number(row["first"]),
-                number(row["last"]), number(row["best"]) + control, count(row["seeds"]) if row["seeds"] else ABSENT,
-                *[count(row["failed"])] * has_failed,
+                escape(printable(row["method"])), context or ABSENT, escape(number(row["iqm"]) + interval),
+                number(row["first"]), number(row["last"]), number(row["best"]) + control,
+                count(row["seeds"]) if row["seeds"] else ABSENT, *[count(row["failed"])] * has_failed,
             )  # fmt: skip
     return shown
 
@@ -230,17 +239,22 @@ def save_report(page: str, charts: Sequence[Chart], files: Files, destination: P
     files = {**files, **figures, PAGE: page.encode()}
     try:
         destination.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".report-", dir=destination) as folder:
-            for name, content in files.items():
-                path = Path(folder) / name
-                path.parent.mkdir(exist_ok=True)
-                if isinstance(content, bytes):
-                    path.write_bytes(content)
-                else:
-                    shutil.copyfile(content, path)
-            for name in files:
-                (destination / name).parent.mkdir(exist_ok=True)
-                (Path(folder) / name).replace(destination / name)
+        folder = destination / ".report.tmp"
+        with lock(destination, "is writing this report", file=destination / ".report.lock"):
+            try:
+                remove(folder)  # left by a killed process
+                for name, content in files.items():
+                    path = folder / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if isinstance(content, bytes):
+                        path.write_bytes(content)
+                    else:
+                        shutil.copyfile(content, path)
+                for name in files:
+                    (destination / name).parent.mkdir(exist_ok=True)
+                    (folder / name).replace(destination / name)
+            finally:
+                remove(folder)
     except OSError as error:
         raise UserError(f"{destination}: cannot write the report ({error.strerror}); give another folder") from error
     return destination / PAGE
@@ -254,7 +268,8 @@ def _vega() -> Markup:
 
 
 def _spec(panel: Any) -> Markup:
-    return Markup(json.dumps(page_spec(panel), sort_keys=True).replace("<", "\\u003c"))
+    strict = json.loads(json.dumps(page_spec(panel)), parse_constant=lambda name: None)  # JSON has no NaN or Infinity
+    return Markup(json.dumps(strict, sort_keys=True).replace("<", "\\u003c"))
 
 
 def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:

@@ -1,5 +1,6 @@
 """Progress of an ablation in the terminal: a moving line, or plain lines elsewhere."""
 
+import threading
 import time
 from collections.abc import Mapping
 
@@ -8,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ringrl.evaluation.formatting import duration
+from ringrl.evaluation.progress import SILENCE
 
 _SHOWN = 3  # names of running cells
 
@@ -32,16 +34,30 @@ class AblationProgress(Progress):
         self._estimated = self._taken = 0.0  # seconds of the finished cells
         self._finished = self._failed = 0
         self._bar = self.add_task("", total=len(estimates))
+        self._guard, self._stopped = threading.Lock(), threading.Event()
+
+    def start(self) -> None:
+        """Show the progress. Without a terminal, a thread prints a line every now and then."""
+        super().start()
+        if not self.console.is_terminal:
+            threading.Thread(target=self._say, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the progress."""
+        self._stopped.set()
+        super().stop()
 
     def begin(self, name: str) -> None:
         """Show that a cell starts."""
-        self._running[name] = time.perf_counter()
+        with self._guard:
+            self._running[name] = time.perf_counter()
         self._show()
 
     def end(self, name: str, failure: str | None) -> None:
         """Show and print that a cell ends, with the reason if it failed."""
-        seconds = time.perf_counter() - self._running.pop(name)
-        estimate = self._left.pop(name)
+        with self._guard:
+            seconds = time.perf_counter() - self._running.pop(name)
+            estimate = self._left.pop(name)
         if failure is None:
             self._finished += 1
             self._taken += seconds
@@ -75,7 +91,15 @@ class AblationProgress(Progress):
         counts = f"{self._finished} finished, {running} running, {self._failed} failed, {waiting} waiting"
         return counts if left is None else f"{counts}, {duration(left)} left"
 
-    def _show(self) -> None:
+    def _line(self) -> str:
         names = ", ".join(list(self._running)[:_SHOWN]) + (" ..." if len(self._running) > _SHOWN else "")
-        line = f"{self._state()}: {names}" if names else self._state()
-        self.update(self._bar, completed=self._finished + self._failed, description=escape(line))
+        return f"{self._state()}: {names}" if names else self._state()
+
+    def _say(self) -> None:
+        while not self._stopped.wait(SILENCE):
+            with self._guard:
+                line = self._line()
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def _show(self) -> None:
+        self.update(self._bar, completed=self._finished + self._failed, description=escape(self._line()))

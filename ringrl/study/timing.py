@@ -23,7 +23,7 @@ from ringrl.evaluation.actors import SMALLEST_CACHE
 from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.protocol import Protocol
 from ringrl.evaluation.rollout import ContextBuilder
-from ringrl.files import json_digest
+from ringrl.files import json_digest, with_crc, without_crc
 from ringrl.study.cells import Cell, write
 from ringrl.training import TrainedPolicy, load_policy, train
 from ringrl.training.budget import step_cost
@@ -68,14 +68,15 @@ def read_timings(output: Path) -> dict[str, Timing]:
     if not path.exists():
         return {}
     try:
-        return {name: Timing.model_validate(value) for name, value in json.loads(path.read_text()).items()}
+        return {name: Timing.model_validate(value) for name, value in json.loads(without_crc(path.read_text())).items()}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: is damaged; remove it, and the cells will be timed again") from error
 
 
 def write_timings(output: Path, timings: Mapping[str, Timing]) -> None:
     """Write the timings of an ablation. Raise UserError if the file cannot be written."""
-    write(output / TIMINGS, json.dumps({name: timing.model_dump() for name, timing in timings.items()}, indent=1))
+    text = json.dumps({name: timing.model_dump() for name, timing in timings.items()}, indent=1)
+    write(output / TIMINGS, with_crc(text))
 
 
 def measure(cell: Cell) -> Timing:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ringrl.errors import UserError
-from ringrl.evaluation.journal import EpisodeJournal
+from ringrl.evaluation.journal import EpisodeJournal, sweep
 from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch
 
 ABOUT = {"task": "walker_walk", "seeds": (1, 2)}
@@ -89,6 +89,18 @@ def test_about_names_the_evaluation(folder):
     EpisodeJournal(folder, ABOUT).close()
     assert json.loads((folder / "about.json").read_text()) == {"task": "walker_walk", "seeds": [1, 2]}
     assert not list(folder.glob("*.tmp"))
+
+
+def test_an_interrupted_removal_is_swept(folder, monkeypatch):
+    """The journal is renamed first, so that no later evaluation reads the half that is left."""
+    with EpisodeJournal(folder, ABOUT) as journal, monkeypatch.context() as patch:
+        journal.add("context", 0, episode(0))
+        patch.setattr("shutil.rmtree", lambda path: (path / "about.json").unlink())
+        journal.remove()
+    assert not folder.exists()
+    assert len(list(folder.parent.iterdir())) == 1
+    sweep(folder.parent)
+    assert not folder.parent.exists()
 
 
 def test_one_writer_at_a_time(folder):

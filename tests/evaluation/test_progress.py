@@ -38,6 +38,20 @@ def found(evaluation: Evaluation, returns: tuple[float | None, ...]) -> list[Eva
     return [evaluation.template.model_copy(update={"returns": returns, "environment_seed": seed}) for seed in range(2)]
 
 
+def test_without_a_terminal_a_long_episode_prints_lines(
+    evaluations: list[Evaluation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, clock = io.StringIO(), iter(range(0, 100_000, 10))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    with ProgressTable(evaluations, Console(file=text, width=100)) as progress:
+        progress.on_begin(evaluations[0])
+        for _ in range(20):
+            progress.on_step(2)
+    lines = text.getvalue().splitlines()
+    assert len(lines) >= 4
+    assert "of 1,500 steps" in lines[0]
+
+
 def test_the_table_fills_in_as_episodes_end(evaluations: list[Evaluation]) -> None:
     text = io.StringIO()
     progress = ProgressTable(evaluations, Console(file=text, width=100, force_terminal=True))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ringrl.errors import UserError
 from ringrl.report import terminal_table, write_report
-from ringrl.report.page import Column, save_report, table_files, to_rich
+from ringrl.report.page import Column, _spec, save_report, table_files, to_rich
 from ringrl.report.results import tabulate
 from ringrl.report.tables import returns_table
 
@@ -202,6 +202,27 @@ def test_the_terminal_table_fits_80_columns(make_ablation):
     assert "…" not in text.getvalue()
     assert text.getvalue().count("618 [617, 620]") == 2
     assert "633 (393)" in text.getvalue()
+
+
+def test_damage_and_names_that_change_a_terminal_are_shown(make_study, tmp_path):
+    root = make_study(tmp_path / "runs")
+    (root / "a\x1b[2Jb.jsonl").write_text('{"protocol": 1, "ta')
+    text = io.StringIO()
+    Console(file=text, width=200).print(terminal_table(root))
+    assert r"a\x1b[2Jb.jsonl, line 1: damaged or cut short" in text.getvalue()
+    assert "\x1b" not in text.getvalue()
+
+
+def test_numbers_that_are_not_finite_are_null_on_the_page(monkeypatch):
+    monkeypatch.setattr("ringrl.report.page.page_spec", lambda panel: {"a": float("nan"), "b": [float("inf"), "NaN"]})
+    assert _spec(None) == '{"a": null, "b": [null, "NaN"]}'
+
+
+def test_a_killed_report_leaves_nothing_to_the_next(make_study, tmp_path):
+    (tmp_path / "report" / ".report.tmp").mkdir(parents=True)
+    (tmp_path / "report" / ".report.tmp" / "half").write_text("")
+    save_report("page", [], {"tables/a.csv": b"a"}, tmp_path / "report")
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.html", "tables"]
 
 
 def test_brackets_in_a_name_are_no_markup(make_rollouts):

@@ -25,6 +25,7 @@ from ringrl.report.tables import returns_table
 from ringrl.study.cells import attempt, cells, references, write
 from ringrl.study.plan import read_plan
 from ringrl.study.runner import RunOptions, ablate, estimate
+from ringrl.study.timing import read_timings
 from ringrl.training.run_folder import dataset_fingerprint
 
 QUICK = RunOptions(workers=2, timing=False)
@@ -215,12 +216,12 @@ def test_a_dry_run_prints_the_cost_and_the_budget_time_sets_the_steps(
     shown = capsys.readouterr().out
     runs = read_plan(plan).output
     assert not list(runs.rglob("config.yaml"))
-    timings = json.loads((runs / "timing.json").read_text())
+    timings = read_timings(runs)
     (timing,) = timings.values()
     rows = rows_of(shown)
     _, number, steps, tokens, _, simulated, _ = rows["at_2"]
     assert int(number) == 2
-    assert int(steps.replace(",", "")) == max(1, int(0.5 / timing["step"]))
+    assert int(steps.replace(",", "")) == max(1, int(0.5 / timing.step))
     assert int(tokens.replace(",", "")) == int(steps.replace(",", "")) * 2 * 250
     assert int(simulated.replace(",", "")) == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
     assert "with 2 at a time" in shown

@@ -13,10 +13,11 @@ from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED, Protocol
 from ringrl.evaluation.records import append_records, data_records
+from ringrl.files import without_crc
 from ringrl.methods import method_of
 from ringrl.study.cells import cells, references, write
 from ringrl.study.plan import AblationPlan, read_plan
-from ringrl.study.timing import Timing, cost, shape
+from ringrl.study.timing import Timing, cost, read_timings, shape, write_timings
 
 BASELINES = ("bc", "bc-10%", "dt", "td3", "td3+bc")
 
@@ -221,6 +222,20 @@ def test_cells_of_plans_with_environments_are_still_finished(write_plan) -> None
     write(cell.folder / "finished.json", json.dumps({"did": old}))
     cell.check()
     assert cell.is_finished
+
+
+def test_a_changed_digit_of_a_timing_is_noticed(tmp_path) -> None:
+    """With the budget time, it would change the number of training steps."""
+    timings = {"shape": Timing(start=5.0, step=2.0, evaluation=7.0)}
+    write_timings(tmp_path, timings)
+    assert read_timings(tmp_path) == timings
+    path = tmp_path / "timing.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("2.0", "3.0"))
+    with pytest.raises(UserError, match="is damaged"):
+        read_timings(tmp_path)
+    path.write_text(without_crc(whole))  # of an older version
+    assert read_timings(tmp_path) == timings
 
 
 def test_finished_training_costs_nothing(write_plan) -> None:
