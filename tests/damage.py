@@ -158,7 +158,7 @@ def _halve_last_line(path: Path) -> None:
     rewrite(path, lambda lines: [*lines[:-1], lines[-1][:100]])
 
 
-# Damage to a results file, which has a summary next to it. Only the last needs the user.
+# Damage to a results file, which has a summary next to it.
 RESULTS: dict[str, Damage] = {
     "half a last line": _halve_last_line,
     "last line gone": lambda path: rewrite(path, lambda lines: lines[:-1]),

@@ -82,11 +82,7 @@ def test_damaged_results(trained: Path, expected: Path, tmp_path: Path, kind: st
     for name in ("results.jsonl", "results.json"):
         shutil.copy(expected / name, tmp_path)
     damage.RESULTS[kind](tmp_path / "results.jsonl")
-    command = evaluate_command(trained, tmp_path)
-    if kind == "a line that is not JSON":
-        run(command).expect(2, "line 1: .*JSON.* remove")
-        (tmp_path / "results.jsonl").unlink()
-    assert_completes(command, tmp_path, expected)
+    assert_completes(evaluate_command(trained, tmp_path), tmp_path, expected)
 
 
 @pytest.mark.parametrize("kind", ["zeros", "arrays cut short", "a digit of the description", "description gone"])
