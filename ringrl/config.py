@@ -207,7 +207,7 @@ class OptimiserConfig(Section):
 
     steps: int = Field(1000, ge=1)
     """Optimiser steps of the whole run."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(4, ge=1, le=2**20)
     """Contexts per step (transitions per step for td3_bc)."""
     accumulation: int = Field(1, ge=1)
     """Parts of a batch that are computed one after the other. More parts save memory. Must divide the batch."""

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from ringrl.config import DistributedConfig
 from ringrl.errors import UserError, brief, user_message
-from ringrl.signals import handled
+from ringrl.signals import Stopped, handled
 
 WAIT_MS = 600_000  # longest wait for a slow process; a lost one is detected earlier
 LINGER = 2.0  # seconds that process 0, which runs the service, waits until the others have read the last message
@@ -180,6 +180,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         return
 
     def set_stop(number: int, frame: FrameType | None) -> None:
+        if stop.is_set:  # twice: the step takes too long
+            raise Stopped(number)
         stop.signal, stop.is_set = signal.Signals(number).name, True
 
     with handled(set_stop):
