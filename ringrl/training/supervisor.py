@@ -36,8 +36,8 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
         traceback; 128 + n, signal n ended this process.
     """
     if config.enabled == "auto" and config.coordinator is None and os.environ.get("SLURM_PROCID", "0") == "0":
-        count = distributed.tasks_of_srun()
-        print_line(f"srun started {count} tasks, waiting for all to connect; to train in this one alone: {ALONE}")
+        tasks = distributed.tasks_of_srun()
+        print_line(f"srun started {tasks} tasks, waiting for all to connect; to train in this one alone: {ALONE}")
     context = multiprocessing.get_context("spawn")
     (messages, messages_of_child), (joined, joined_of_child) = context.Pipe(duplex=False), context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(work, config, messages_of_child, joined_of_child))
