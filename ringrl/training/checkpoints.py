@@ -184,7 +184,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            with self._naming_failures():  # a failed write may be reported here again
+                self._orbax.close()
             self._alias.close()
 
     @cached_property

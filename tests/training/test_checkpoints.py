@@ -162,6 +162,17 @@ def test_damaged_metrics_of_any_checkpoint_stop_nothing(finished: TrainConfig, c
     assert load_policy(finished.run).step == 14
 
 
+def test_a_full_disk_that_shows_at_the_end_is_one_line(tiny: TrainConfig, monkeypatch) -> None:
+    """Orbax may raise the error of a background write again when it is closed."""
+
+    def fail(self: ocp.AsyncCheckpointer) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "close", fail)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):
+        train(tiny, quiet=True)
+
+
 def test_losses_of_older_checkpoints_are_read(finished: TrainConfig) -> None:
     """They have the loss in another file, without a checksum."""
     for step, loss in ((12, 0.25), (14, 0.5)):
