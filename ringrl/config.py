@@ -389,15 +389,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that a reader of YAML 1.1 or 1.2 would take for something else: a run named 08 or 1e6."""
+
+
 _Loader.yaml_implicit_resolvers = {}  # without YAML 1.1's
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _tag, _pattern, _first in (
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("merge", "<<", "<"),
     ("null", "~|null|Null|NULL|", ("~", "n", "N", "")),
     ("int", "[-+]?[0-9]{1,300}|0x[0-9a-fA-F]{1,300}", "-+0123456789"),
     ("float", _NUMBER, "-+0123456789."),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    for _either in (_Loader, _Dumper):
+        _either.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 _Loader.add_constructor(
     "tag:yaml.org,2002:int", lambda _, node: int(node.value, 16 if node.value.startswith("0x") else 10)
 )
@@ -410,7 +416,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(text, _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, AttributeError, LookupError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, AttributeError, LookupError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if text.startswith(_WHOLE) and not text.rstrip().endswith(_END):
         raise UserError(
@@ -439,4 +445,4 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = ""
 
 def to_yaml(section: Section) -> str:
     """Return the settings as YAML, in the order of the fields. The last line shows that the text is whole."""
-    return f"{_WHOLE}\n{yaml.safe_dump(section.model_dump(mode='json'), sort_keys=False)}{_END}\n"
+    return f"{_WHOLE}\n{yaml.dump(section.model_dump(mode='json'), Dumper=_Dumper, sort_keys=False)}{_END}\n"

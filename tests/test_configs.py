@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from ringrl.config import Section, TrainConfig, merged, read_yaml
+from ringrl.config import Section, TrainConfig, merged, read_yaml, to_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.study.cells import cells
@@ -128,6 +128,18 @@ def test_numbers_and_words_in_yaml_mean_what_they_look_like(tmp_path: Path, text
     assert read_yaml(tmp_path / "c.yaml") == {"a": YAML[text]}
 
 
+def test_yaml_merges_anchors(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: &a {b: 1, c: 2}\nd: {<<: *a, c: 3}")
+    assert read_yaml(tmp_path / "c.yaml")["d"] == {"b": 1, "c": 3}
+
+
+@pytest.mark.parametrize("name", [*YAML, "08", "<<", "1e-5", "0b1", "on", "null", "é", "a: b", "#"])
+def test_text_in_saved_settings_stays_text(tmp_path: Path, name: str) -> None:
+    config = TrainConfig.model_validate(REQUIRED | {"task": name, "run": Path(name or "x")})
+    (tmp_path / "c.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert TrainConfig.model_validate(read_yaml(tmp_path / "c.yaml") | {"run": config.run}) == config
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -136,6 +148,7 @@ def test_numbers_and_words_in_yaml_mean_what_they_look_like(tmp_path: Path, text
         "!!bool maybe",
         "!!timestamp foo",
         "!!float x",
+        "!!map [1]",
         "[" * 3000 + "]" * 3000,
         "&x [*x",
         "\x00",

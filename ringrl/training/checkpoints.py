@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +58,8 @@ class RunInfo:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunInfo":
         """Return the description that `to_json` wrote."""
-        config = TrainConfig.model_validate(values["config"])
+        paths = {name: Path(values["config"][name]) for name in ("data", "run")}  # a `$` in them is not expanded again
+        config = TrainConfig.model_validate(values["config"] | paths)
         return cls(**values | {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])})
 
     def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
@@ -134,8 +135,11 @@ class Checkpoints:
     def _verify(self, step: int, state: TrainState, checksums: list[int]) -> None:
         """Raise UserError if the checkpoint that was just written cannot be read.
 
-        Several processes compare no arrays: a second copy of the state might not fit on their devices.
+        Several processes compare no arrays: a second copy of the state might not fit on their devices. Only the first,
+        which renamed the checkpoint, reads it: network file systems may show it late to the others.
         """
+        if jax.process_index() != 0:
+            return
         try:
             for item in ("info", "iterator", "metrics"):
                 _read_json(self.folder / str(step), item)
@@ -147,6 +151,8 @@ class Checkpoints:
             elif not (self.folder / str(step) / "state" / "manifest.ocdbt").exists():
                 raise ValueError("its arrays are missing")
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"{self.folder / str(step)}: was written, but cannot be read back ({brief(error)}); "
                 "give a --run on another file system"
@@ -297,13 +303,17 @@ def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = No
 
     Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged.
     """
-    step, info = read_info(run, step)
+    given, (step, info) = step, read_info(run, step)
     check_platform()
     parallel = ONE_DEVICE if mesh is None else make_ring(info.config, mesh)
     agent = make_agent(partial(info.make_policy, parallel), info.config, parallel)
-    checkpoints = Checkpoints(run)
-    state = checkpoints.restore(step, agent.init())
-    checkpoints.close()
+    with closing(Checkpoints(run)) as checkpoints:
+        try:
+            state = checkpoints.restore(step, agent.init())
+        except DamagedCheckpointError:
+            if given is None and step not in checkpoints.steps():  # training has replaced it by a newer one
+                return load_policy(run, mesh=mesh)
+            raise
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):
         digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())
@@ -311,10 +321,12 @@ def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = No
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:
-    """Return the error of an unreadable checkpoint: damaged, or only unreadable at the moment."""
+    """Return the error of an unreadable checkpoint: damaged, removed, or only unreadable at the moment."""
     is_missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None and not is_missing):
         return UserError(f"{checkpoint}: cannot be read now and is not changed ({brief(error)}); try again later")
+    if not checkpoint.exists():
+        return DamagedCheckpointError(f"{checkpoint}: was removed while it was read, by training perhaps; try again")
     return DamagedCheckpointError(f"{checkpoint}: is damaged ({brief(error)}); remove it to use an older one")
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import gc
 import io
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from ringrl.config import TrainConfig, to_yaml
 from ringrl.errors import UserError
 from ringrl.model import TrainState
 from ringrl.training import load_policy, read_info, train
-from ringrl.training.checkpoints import Checkpoints, array_checksums, with_checksum, without_checksum
+from ringrl.training.checkpoints import Checkpoints, RunInfo, array_checksums, with_checksum, without_checksum
 from tests.damage import CHECKPOINT, ITERATOR, arrays, write_zeros
 
 
@@ -198,6 +200,47 @@ def test_a_checkpoint_that_cannot_be_read_back_stops_the_run(tiny: TrainConfig, 
     monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", lose_the_arrays)
     with pytest.raises(UserError, match=r"checkpoints/4: was written, but cannot be read back"):
         train(tiny, quiet=True)
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_read_back_is_named(tiny: TrainConfig, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "restore", fail)
+    with pytest.raises(MemoryError):
+        train(tiny, quiet=True)
+
+
+def test_only_the_first_of_several_processes_reads_a_new_checkpoint_back(tmp_path: Path, monkeypatch) -> None:
+    """A network file system may show a renamed folder late to the others."""
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    for index in (1, 0):
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        with pytest.raises(UserError, match="cannot be read back") if index == 0 else nullcontext():
+            checkpoints._verify(4, None, [])
+
+
+def test_a_checkpoint_that_training_replaces_while_it_is_read_gives_the_newest(finished, monkeypatch) -> None:
+    restore, path = Checkpoints.restore, finished.run / "checkpoints" / "14"
+
+    def prune_first(self: Checkpoints, step: int, like: TrainState) -> TrainState:
+        if step == 14:
+            shutil.rmtree(path, ignore_errors=True)
+        return restore(self, step, like)
+
+    monkeypatch.setattr(Checkpoints, "restore", prune_first)
+    copy = shutil.copytree(path, finished.run / "copy")
+    assert load_policy(finished.run).step == 12
+    shutil.move(copy, path)
+    with pytest.raises(UserError, match=r"14: was removed while it was read"):
+        load_policy(finished.run, 14)
+
+
+def test_a_dollar_in_a_saved_path_is_not_expanded(finished: TrainConfig) -> None:
+    info = read_info(finished.run)[1]
+    moved = info.config.model_copy(update={"data": Path("my$data/c.h5")})
+    assert RunInfo.from_json(dataclasses.replace(info, config=moved).to_json()).config == moved
 
 
 @pytest.mark.parametrize("damage", ITERATOR)
