@@ -11,6 +11,7 @@ import json
 import math
 import re
 import stat
+import struct
 import textwrap
 import zipfile
 from collections import Counter
@@ -216,12 +217,17 @@ def _entries_promised(source: Path) -> int:
     the last whole episode, which is a zip file itself.
     """
     with source.open("rb") as file:
-        file.seek(max(0, source.stat().st_size - 22 - 2**16))
+        start = max(0, source.stat().st_size - 22 - 2**16)
+        file.seek(start)
         tail = file.read()
     end = tail.rfind(b"PK\x05\x06")
-    if end < 0 or len(tail) - end < 22 or len(tail) - end - 22 != int.from_bytes(tail[end + 20 : end + 22], "little"):
+    if end < 0 or len(tail) - end < 22:
         raise zipfile.BadZipFile
-    return int.from_bytes(tail[end + 10 : end + 12], "little")
+    entries, size, offset, comment = struct.unpack_from("<HLLH", tail, end + 10)
+    # Bytes may follow the record of a whole archive. The list of an episode would not begin where its record says.
+    if len(tail) - end - 22 != comment and start + end != offset + size:
+        raise zipfile.BadZipFile
+    return int(entries)
 
 
 def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:

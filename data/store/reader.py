@@ -6,6 +6,7 @@ view of the mapped file, so that an episode costs a few slices and no copy. `rin
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ class EpisodeStore:
     arrays: Mapping[str, np.ndarray]  # every array over all rows: as recorded, and "reward/{task}"
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).resolve()
+        self.path = Path(os.path.realpath(path))  # unlike Path.resolve also for a link to itself
         if self.path.is_dir():
             raise UserError(
                 f"{path}: is a folder; import one of episodes (ringrl data import), or name the store's file (.h5)"

@@ -350,6 +350,13 @@ def test_names_with_backslashes(tmp_path, episode):
     np.testing.assert_array_equal(read["physics"], episode["physics"])
 
 
+@pytest.mark.parametrize("more", [b"\r\n", bytes(1000)])
+def test_bytes_after_the_end(tmp_path, episode, more):
+    path = zipped(tmp_path / "a.zip", {NAME: packed(episode)})
+    path.write_bytes(path.read_bytes() + more)
+    assert len(read_all(path)) == 1
+
+
 def test_names_of_urlb(tmp_path, episode):
     name = "buffer/20210801T123456_3_1000.npz"
     (read,) = read_all(zipped(tmp_path / "a.zip", {name: packed(episode)}))

@@ -152,6 +152,8 @@ def changed(store: EpisodeStore, change) -> Path:
 
 def test_missing_file(tmp_path):
     assert "no such file" in refusal(tmp_path / "absent.h5")
+    (tmp_path / "loop.h5").symlink_to("loop.h5")
+    assert "no such file" in refusal(tmp_path / "loop.h5")
     line = refusal(tmp_path)
     assert f"{tmp_path}: is a folder; import one of episodes (ringrl data import), or name the store's file" in line
 
