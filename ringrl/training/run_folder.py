@@ -27,6 +27,7 @@ def run_lock(run: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which is created. Raise UserError if another process trains in it."""
     with ExitStack() as held:
         try:
+            run.resolve().mkdir(parents=True, exist_ok=True)  # the target of a link, if nothing is there yet
             held.enter_context(lock(run, "trains in it", file=run / ".lock"))
         except OSError as error:
             raise UserError(f"{run}: cannot be created ({error.strerror}); give another --run") from error

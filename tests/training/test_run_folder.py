@@ -51,6 +51,13 @@ def test_a_moved_and_a_linked_run_resume_with_their_own_settings(finished: Train
     assert not finished.run.exists()
 
 
+def test_a_run_may_be_a_link_to_a_folder_that_is_not_there_yet(tiny: TrainConfig, tmp_path: Path) -> None:
+    tiny.run.symlink_to(tmp_path / "scratch" / "run")
+    train(tiny, quiet=True)
+    assert saved_steps(tmp_path / "scratch" / "run") == [12, 14]
+    assert tiny.run.is_symlink()
+
+
 def test_a_read_only_run_is_read(finished: TrainConfig) -> None:
     before = load_policy(finished.run).parameter_hash
     folders = [finished.run, *(path for path in finished.run.rglob("*") if path.is_dir())]
