@@ -237,7 +237,7 @@ def test_out_of_memory_is_reported_at_once_and_is_not_a_lost_process(hosts: Host
         "--distributed.processes=1",
         "--distributed.process=0",
     ]
-    hosts.start(changed(tiny, model={"width": 10**12}), 1, *where, "--distributed.heartbeat-timeout=100", devices=1)
+    hosts.start(changed(tiny, model={"width": 2**20}), 1, *where, "--distributed.heartbeat-timeout=100", devices=1)
     code, _, errors = hosts.end(0, timeout=MINUTE)
     assert (code, errors.count("ringrl: not enough memory (")) == (2, 1), errors
     assert "Traceback" not in errors
