@@ -17,7 +17,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether Python, NumPy or XLA ran out of memory. Such an error does not mean that a file is damaged."""
     if isinstance(error, SystemError):  # raised when JAX's device_put runs out of memory without setting an exception
         return "without exception set" in str(error)
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    # XLA says INTERNAL when a computation that it has dispatched runs out.
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
+    )
 
 
 def user_message(error: BaseException) -> str | None:

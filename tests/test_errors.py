@@ -17,6 +17,7 @@ def test_brief_is_one_short_line() -> None:
     [
         MemoryError(),
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 4398046511104 bytes."),
         SystemError("error return without exception set"),
     ],
 )
