@@ -43,6 +43,7 @@ def test_a_signal_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path, n
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from ringrl.cli import main; main()", *arguments]
+    command = ["env", "--default-signal=HUP", *command]  # nohup, under which the tests may run, ignores it
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
