@@ -450,7 +450,7 @@ def test_without_a_terminal_data_commands_print_lines(
     command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--workers", "1", "--output"]
     main([*command, str(tmp_path / "a.h5")])
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("ringrl.cli.data.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("ringrl.pace.SECONDS", 0)
     main([*command, str(tmp_path / "b.h5")])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("importing: 1/")

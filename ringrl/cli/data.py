@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,8 +11,7 @@ from rich.console import Console
 
 from ringrl.cli.flags import reject_flags
 from ringrl.errors import UserError
-
-SECONDS_BETWEEN_LINES = 30.0
+from ringrl.pace import Pace
 
 Report = Callable[[int, int | None], None]  # finished, in all
 
@@ -248,13 +246,13 @@ def collect(
 def _bars(output: Path | None = None) -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
     """Yield a function that adds a progress bar and a function that prints a line above the bars, both on stderr.
 
-    Without a terminal, a bar is a line every SECONDS_BETWEEN_LINES. If the block leaves an existing `output` unchanged,
+    Without a terminal, a bar is a line from time to time. If the block leaves an existing `output` unchanged,
     a line says so.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    before, line_at = _state(output), time.monotonic() + SECONDS_BETWEEN_LINES
+    before, pace = _state(output), Pace()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn()
     # Without a terminal, bars would leave an empty line.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -263,11 +261,9 @@ def _bars(output: Path | None = None) -> Iterator[tuple[Callable[..., Report], C
             bar = progress.add_task(name, total=None, visible=False, amount="")  # visible once work begins
 
             def report(done: int, total: int | None) -> None:
-                nonlocal line_at
                 amount = f"{done / scale:,.0f}{f'/{total / scale:,.0f}' if total else ''} {unit}"
                 progress.update(bar, completed=done, total=total, visible=True, amount=amount)
-                if progress.disable and time.monotonic() >= line_at:
-                    line_at = time.monotonic() + SECONDS_BETWEEN_LINES
+                if progress.disable and pace.is_due():
                     print(f"{name}: {amount}", file=sys.stderr, flush=True)
 
             return report

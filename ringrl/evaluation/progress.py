@@ -19,8 +19,7 @@ from ringrl.evaluation.formatting import ABSENT, duration, number
 from ringrl.evaluation.protocol import Evaluation, Part
 from ringrl.evaluation.rollout import EpisodeBatch
 from ringrl.evaluation.scores import EvaluationSummary, finite_mean
-
-SILENCE = 30.0  # seconds without a line, if the output is no terminal
+from ringrl.pace import Pace
 
 
 class EvaluationProgress:
@@ -73,7 +72,7 @@ class ProgressTable(EvaluationProgress):
     def __init__(self, evaluations: Sequence[Evaluation], console: Console) -> None:
         self._rows = [_Row(evaluation) for evaluation in evaluations]
         self._console = console
-        self._said = time.perf_counter()
+        self._pace = Pace()
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -95,7 +94,7 @@ class ProgressTable(EvaluationProgress):
     def on_step(self, streams: int) -> None:
         self._row.simulated += streams
         self._row.current_steps += streams
-        if not self._console.is_terminal and time.perf_counter() - self._said > SILENCE:
+        if not self._console.is_terminal and self._pace.is_due():
             row = self._row
             steps = f"{row.finished_steps + row.current_steps:,} of {row.evaluation.steps:,} steps"
             self.on_message(f"{_name(row.evaluation)}: {steps}, {row.rate:.0f} steps/s, {row.left} left")
@@ -122,7 +121,7 @@ class ProgressTable(EvaluationProgress):
             self.on_message(f"{_name(evaluation)}: {evaluation.results} contains this evaluation; --again repeats it")
 
     def on_message(self, text: str) -> None:
-        self._said = time.perf_counter()
+        self._pace.restart()
         self._console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
     def table(self) -> Table:

@@ -18,8 +18,8 @@ from rich.markup import escape
 from ringrl.config import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, number
-from ringrl.report.charts import Chart, Drawing
 from ringrl.report.conclusion import caution, starts_of_cells
+from ringrl.report.drawing import Chart, Drawing
 from ringrl.report.page import Column, count, render, save_report, share, table_files, with_notes
 from ringrl.report.provenance import facts, run_folder
 from ringrl.report.results import CELL, UNKNOWN_RUN, read_results

@@ -21,7 +21,8 @@ from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number
 from ringrl.files import lock, remove
 from ringrl.report import conclusion, provenance
-from ringrl.report.charts import PALETTE, Chart, all_charts, chart_files, page_spec, styles
+from ringrl.report.charts import all_charts
+from ringrl.report.drawing import PALETTE, Chart, chart_files, page_spec, styles
 from ringrl.report.results import read_results
 from ringrl.report.tables import QUANTILES, RETURNS, data_table, improvement_table, returns_table, training_table
 

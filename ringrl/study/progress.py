@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ringrl import pace
 from ringrl.evaluation.formatting import duration
-from ringrl.evaluation.progress import SILENCE
 
 _SHOWN = 3  # names of running cells
 
@@ -96,7 +96,7 @@ class AblationProgress(Progress):
         return f"{self._state()}: {names}" if names else self._state()
 
     def _say(self) -> None:
-        while not self._stopped.wait(SILENCE):
+        while not self._stopped.wait(pace.SECONDS):
             with self._guard:
                 line = self._line()
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -27,9 +27,9 @@ from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 from ringrl.files import with_crc, without_crc, write_whole
 from ringrl.model.optimiser import learning_rate
+from ringrl.pace import Pace
 from ringrl.training.budget import StepCost
 
-SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
 FIRST_TRACED, LAST_TRACED = 4, 6  # steps since the start or resumption; earlier ones compile and warm up
 
 
@@ -180,7 +180,7 @@ class MetricsRecorder:
         self._task: TaskID | None = None
         self._skipped_in_a_row = 0
         self._waiting: list[tuple[int, dict[str, jax.Array]]] = []
-        self._since, self._next_line = time.perf_counter(), 0.0
+        self._since, self._pace = time.perf_counter(), Pace(at_once=True)
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Buffer the metrics of one step."""
@@ -229,9 +229,7 @@ class MetricsRecorder:
 
     def _print_line(self, line: str) -> None:
         """Print the progress from time to time where no bar can show it, in the log of a job for example."""
-        now = time.perf_counter()
-        if not self._progress.disable and not self._progress.console.is_terminal and now >= self._next_line:
-            self._next_line = now + SECONDS_BETWEEN_LINES
+        if not self._progress.disable and not self._progress.console.is_terminal and self._pace.is_due():
             self._progress.console.print(line, soft_wrap=True)
 
     def _report_skipped(self, entries: list[dict[str, float]]) -> None:

@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from ringrl.report.charts import SERIES, all_charts, styles
+from ringrl.report.charts import all_charts
+from ringrl.report.drawing import SERIES, styles
 from ringrl.report.provenance import training_losses, training_runs
 from ringrl.report.results import tabulate
 from ringrl.report.tables import returns_table

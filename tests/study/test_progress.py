@@ -10,7 +10,7 @@ from ringrl.study.progress import AblationProgress
 
 
 def test_a_line_is_printed_while_a_cell_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ringrl.study.progress.SILENCE", 0.01)
+    monkeypatch.setattr("ringrl.pace.SECONDS", 0.01)
     text = io.StringIO()
     with AblationProgress({"walker_walk/bc_seed0": None}, 1, Console(file=text)) as progress:
         progress.begin("walker_walk/bc_seed0")

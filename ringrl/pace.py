@@ -1,0 +1,26 @@
+"""The pace of progress lines where no bar can be shown, in the log of a job for example."""
+
+import time
+
+SECONDS = 30.0  # between two lines
+
+
+class Pace:
+    """Tells when the next line is due.
+
+    Args:
+        at_once: the first line is due now, not after `SECONDS`.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self._next = time.perf_counter() + (0 if at_once else SECONDS)
+
+    def is_due(self) -> bool:
+        """Return whether a line is due. The next is due `SECONDS` later."""
+        if due := time.perf_counter() >= self._next:
+            self.restart()
+        return due
+
+    def restart(self) -> None:
+        """Count again from now."""
+        self._next = time.perf_counter() + SECONDS

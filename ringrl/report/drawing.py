@@ -1,0 +1,304 @@
+"""How charts are drawn: Altair specifications, shown on the page and written as SVG, PDF and PNG."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import vl_convert
+
+from ringrl.evaluation.formatting import ABSENT, number
+from ringrl.report.results import CELL
+
+PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "paper": ("#fdfdfc", "#14161a"),
+        "ink": ("#1c2128", "#e6e8eb"),
+        "muted": ("#646b76", "#9aa2ad"),
+        "line": ("#e3e5e8", "#2a2f37"),
+        "series-1": ("#2458c5", "#7ea8ff"),
+        "series-2": ("#c2541b", "#f39a63"),
+        "series-3": ("#19806a", "#50c8ab"),
+        "series-4": ("#8447b3", "#c79bea"),
+        "series-5": ("#b0335b", "#f28cac"),
+        "series-6": ("#7a6914", "#d9c45c"),
+        "series-7": ("#0f7ea3", "#62c5e8"),
+        "series-8": ("#8a5a3c", "#d3a583"),
+        "series-9": ("#4d7d1f", "#a3d16b"),
+        "series-10": ("#5b5f97", "#abafe6"),
+    }
+)
+"""Colours by name: light, dark. The page uses CSS variables of these names, the files the light colours."""
+SERIES = tuple(name for name in PALETTE if name.startswith("series"))
+MEMORY, RESET = "with memory", "memory reset before each episode"
+FONT = "Inter, system-ui, Liberation Sans, Arial, sans-serif"
+WIDTH, HEIGHT = 380, 250  # of a panel in a file, pixels
+_SHAPES, _DASHES = ("circle", "square", "triangle-up", "diamond"), ((2, 3), (6, 3), (1, 4), (6, 3, 1, 3))
+
+
+class Style(NamedTuple):
+    """How a method is drawn."""
+
+    colour: str  # name in PALETTE
+    shape: str  # of points
+    dash: tuple[int, ...]  # of horizontal lines; empty for methods with curves
+
+
+class Panel(NamedTuple):
+    """One drawing of a chart."""
+
+    title: str
+    spec: dict[str, Any]  # Vega-Lite, with CSS variables as colours
+    option: str = ""  # value of the chart's selector at which the panel is shown
+    height: int = HEIGHT  # pixels
+
+
+class Chart(NamedTuple):
+    """A figure: several panels with one caption."""
+
+    name: str  # of its files, without suffix
+    title: str
+    caption: str
+    panels: list[Panel]
+    methods: list[str]  # in the legend
+    has_reset: bool = False  # whether a line without memory is shown
+
+    @property
+    def options(self) -> list[str]:
+        """Values of the selector; empty if there is none."""
+        return [option for option in dict.fromkeys(panel.option for panel in self.panels) if option]
+
+
+def styles(table: pd.DataFrame) -> dict[str, Style]:
+    """Return the colour of each method, the same in all charts; where colours repeat, shapes and dashes differ."""
+    policies, found = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method"), {}
+    for index, (method, kind) in enumerate(zip(policies["method"], policies["kind"], strict=True)):
+        again = index // len(SERIES) % len(_SHAPES)
+        dash = _DASHES[again] if kind == "reference" else ()
+        found[method] = Style(SERIES[index % len(SERIES)], _SHAPES[again], dash)
+    return found | {
+        "Dataset, all episodes": Style("muted", "circle", (7, 3)),
+        "Dataset, best episode": Style("muted", "circle", (1, 0)),
+    }
+
+
+def page_spec(panel: Panel) -> dict[str, Any]:
+    """Return the Vega-Lite specification of a panel for the page, which has the legend in HTML."""
+    config = _config() | {"legend": {"disable": True}}
+    size = {"width": "container", "height": panel.height, "autosize": {"type": "fit-x", "contains": "padding"}}
+    return {"$schema": alt.SCHEMA_URL, **panel.spec, **size, "config": config, "background": None}
+
+
+def chart_files(chart: Chart) -> dict[str, bytes]:
+    """Return the chart for a paper, with light colours and a legend, as SVG, PDF and PNG: file name -> content."""
+    files = {}
+    for option in chart.options or [""]:
+        name = f"{chart.name}_{option.lower()}" if option else chart.name
+        svg = vl_convert.vegalite_to_svg(_file_spec([panel for panel in chart.panels if panel.option == option]))
+        files[f"{name}.svg"] = svg.encode()
+        files[f"{name}.pdf"] = vl_convert.svg_to_pdf(svg)
+        files[f"{name}.png"] = vl_convert.svg_to_png(svg, scale=2)
+    return files
+
+
+def _file_spec(panels: Sequence[Panel]) -> dict[str, Any]:
+    views: list[dict[str, Any]] = []
+    for panel in panels:
+        layers = [layer for layer in panel.spec["layer"] if layer["mark"].get("opacity") != 0]  # these carry tooltips
+        views.append({"layer": layers, "title": panel.title, "width": WIDTH, "height": panel.height})
+    spec = {
+        "$schema": alt.SCHEMA_URL, "concat": views, "columns": 2 if len(views) == 4 else min(3, len(views)),
+        "datasets": {name: rows for panel in panels for name, rows in panel.spec["datasets"].items()},
+        "params": panels[0].spec["params"], "config": _config(), "background": "white", "spacing": 30,
+    }  # fmt: skip
+    text = json.dumps(spec, sort_keys=True)
+    for name, (light, _) in PALETTE.items():
+        text = text.replace(f"var(--{name})", light)
+    return json.loads(text)
+
+
+def _config() -> dict[str, Any]:
+    ink, muted, line = (f"var(--{name})" for name in ("ink", "muted", "line"))
+    quiet = {"labelColor": muted, "titleColor": muted, "titleFontWeight": "normal", "ticks": False, "labelPadding": 6}
+    return {
+        "font": FONT,
+        "view": {"stroke": None},
+        "axis": quiet | {"labelFontSize": 12, "titleFontSize": 12, "gridColor": line, "domainColor": line},
+        "axisX": {"grid": False, "titlePadding": 8, "labelFlush": False},
+        "axisY": {"domain": False, "titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -34,
+                  "titleY": -12, "tickCount": 5},
+        "legend": {"orient": "bottom", "columns": 2, "labelLimit": 400, "labelColor": ink, "labelFontSize": 12,
+                   "title": None, "symbolStrokeWidth": 2},
+        "title": {"anchor": "start", "color": ink, "fontSize": 13, "offset": 22},
+        "text": {"fill": muted},
+    }  # fmt: skip
+
+
+class Drawing(NamedTuple):
+    """Data, colours and axes that the panels of a report share."""
+
+    styles: Mapping[str, Style]
+    commands: pd.Series  # by CELL
+    frames: dict[str, pd.DataFrame]  # data of all panels, by name
+
+    def chart(self, name: str, title: str, caption: str, panels: list[Panel]) -> Chart:
+        """Return a chart. Its legend names the methods that it shows, in the order of the colours."""
+        rows = [row for panel in panels for data in panel.spec["datasets"].values() for row in data]
+        used = {row.get("method") for row in rows}
+        has_reset = any(row.get("memory") == RESET for row in rows)
+        return Chart(name, title, caption, panels, [method for method in self.styles if method in used], has_reset)
+
+    def base(self, data: pd.DataFrame) -> alt.Chart:
+        """Return a chart of these rows without a mark. `panel` adds the rows to the specification."""
+        name = next((name for name, frame in self.frames.items() if frame is data), f"rows{len(self.frames)}")
+        self.frames[name] = data
+        return alt.Chart(alt.NamedData(name=name))
+
+    def panel(
+        self, title: str, layers: Sequence[alt.Chart], description: str, option: str = "", height: int = HEIGHT
+    ) -> Panel:
+        """Return layers made with `base` as one panel. Its parameter `isolated` is the method chosen in the legend."""
+        specs = [layer.to_dict(validate=False) for layer in layers]
+        for spec in specs:
+            del spec["$schema"], spec["config"]
+        names = sorted({spec["data"]["name"] for spec in specs})
+        rows = {name: json.loads(self.frames[name].to_json(orient="records", double_precision=6)) for name in names}
+        params = [{"name": "isolated", "value": ""}]
+        spec = {"description": description, "layer": specs, "datasets": rows, "params": params}
+        return Panel(title, spec, option, height)
+
+    def curves(
+        self,
+        rows: pd.DataFrame,
+        axis: Callable[[pd.Series], alt.X],
+        *,
+        y: alt.Y | None = None,
+        runs: pd.DataFrame | None = None,
+        option: str = "",
+        **marks: Any,
+    ) -> list[Panel]:
+        """Return a panel per task: a line per method, memory and curve, and a horizontal line per row without x.
+
+        Args:
+            rows: columns task, method, x and iqm, and optionally low, high, memory, curve, strength (opacity), label
+                and the columns of tooltips.
+            axis: returns the x axis for a column of values.
+            y: axis of the column "value". Default: the return per episode.
+            runs: training runs, drawn as small dots: columns task, method, x, value and seed.
+            option: value of the chart's selector.
+            marks: arguments of `lines`.
+        """
+        panels, y = [], y or alt.Y("value:Q", title="return per episode", scale=alt.Scale(zero=True))
+        for task, group in rows.groupby("task", sort=False):
+            if group["x"].isna().all():
+                continue
+            data = self.rows(group)
+            points = data[data["x"].notna()]
+            x = axis(points["x"])
+            layers = [*self.rules(data[data["x"].isna()], y), *self.lines(points, x, y, **marks)]
+            if runs is not None and (runs["task"] == task).any():
+                layers.append(self.dots(runs[runs["task"] == task], x, y))
+            panels.append(self.panel(str(task), layers, f"{task}: {y['title']} against {x['title']}.", option))
+        return panels
+
+    def rows(self, data: pd.DataFrame) -> pd.DataFrame:
+        """Return the columns that a chart reads. Missing columns get default values."""
+        if set(CELL) <= set(data.columns):
+            data = data.merge(self.commands, left_on=CELL, right_index=True, how="left")
+            data = data.assign(trajectories=[_lengths(*lengths) for lengths in data[CELL[2:]].to_numpy()])
+        defaults = {"low": np.nan, "high": np.nan, "curve": "", "strength": 1.0, "memory": True}
+        data = data.assign(value=data["iqm"], **{name: value for name, value in defaults.items() if name not in data})
+        ends = zip(data["low"], data["high"], strict=True)
+        texts = {
+            "shown": [number(value) for value in data["value"]],
+            "interval": [f"{number(low)} to {number(high)}" if pd.notna(low) else None for low, high in ends],
+        }
+        data = data.assign(**{name: text for name, text in texts.items() if name not in data})
+        data = data.assign(memory=data["memory"].map({True: MEMORY, False: RESET}))
+        return data.reindex(columns=[*_DRAWN]).dropna(axis=1, how="all").fillna({"interval": ABSENT})
+
+    def colour(self) -> alt.Color:
+        """Return the colour of a method, the same in all charts."""
+        shades = [f"var(--{style.colour})" for style in self.styles.values()]
+        return alt.Color("method:N", title=None, scale=alt.Scale(domain=list(self.styles), range=shades))
+
+    def lines(
+        self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, band: bool = False, points: bool = True, step: bool = False
+    ) -> list[alt.Chart]:
+        """Return lines per method, memory and curve, bars or a band for intervals, points with tooltips, and labels.
+
+        Args:
+            data: rows as `rows` returns them.
+            x, y: axes of the columns x and value.
+            band: draw intervals as a band.
+            points: draw the points; False leaves only their tooltips.
+            step: draw lines as steps.
+        """
+        how: dict[str, Any] = {"interpolate": "step-after"} if step else {}
+        base = self.base(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
+        line = base.mark_line(strokeWidth=2, strokeJoin="round", **how).encode(y=y, opacity=_opacity("strength"))
+        if data["memory"].nunique() > 1:
+            dashes = alt.Scale(domain=[MEMORY, RESET], range=[[1, 0], [4, 3]])
+            line = line.encode(strokeDash=alt.StrokeDash("memory:N", title=None, scale=dashes))
+        marks = base.mark_point(filled=True, size=50, opacity=alt.Undefined if points else 0)
+        marks = marks.encode(y=y, tooltip=_tooltips(data))
+        if points:
+            shapes = alt.Scale(domain=list(self.styles), range=[style.shape for style in self.styles.values()])
+            marks = marks.encode(shape=alt.Shape("method:N", title=None, scale=shapes), opacity=_opacity("strength"))
+        layers = [line, marks]
+        if "low" in data and data["low"].notna().any():
+            ends = base.mark_area(**how) if band else base.mark_rule(strokeWidth=6)
+            low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
+            ends = ends.encode(y=low, y2="high:Q", opacity=_opacity(0.15 if band else 0.3))
+            layers.insert(0, ends.transform_filter("isValid(datum.low)"))
+        if "label" in data:
+            text = base.mark_text(align="right", dx=-4, dy=-9).encode(y=y, text="label:N", opacity=_opacity(1.0))
+            layers.append(text.transform_filter("isValid(datum.label)"))
+        return layers
+
+    def dots(self, runs: pd.DataFrame, x: alt.X, y: alt.Y) -> alt.Chart:
+        """Return a small dot per training seed."""
+        data = runs[["method", "x", "value", "seed"]].assign(shown=[number(value) for value in runs["value"]])
+        mark = self.base(data).mark_point(filled=True, size=10)
+        return mark.encode(x=x, y=y, color=self.colour(), opacity=_opacity(0.6), tooltip=_tooltips(data))
+
+    def rules(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
+        """Return a horizontal line per row."""
+        layers = []
+        for dash, rows in data.groupby(data["method"].map(lambda name: self.styles[name].dash)):
+            rows = rows.dropna(axis=1, how="all")
+            mark = self.base(rows).mark_rule(strokeWidth=1.5, strokeDash=list(dash))
+            layers.append(mark.encode(y=y, color=self.colour(), opacity=_opacity(0.9), tooltip=_tooltips(rows)))
+        return layers
+
+
+_TOOLTIPS = {
+    "method": "method", "shown": "return", "loss": "loss", "interval": "95 % interval", "seeds": "training seeds",
+    "seed": "seed", "trajectories": "trajectories", "episode": "episode", "memory": "memory", "starts": "starts",
+    "step": "step", "fraction": "fraction of runs", "command": "command",
+}  # fmt: skip
+_DRAWN = ("x", "value", "low", "high", "curve", "strength", "label", *_TOOLTIPS)
+
+
+def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
+    shown = [name for name in _TOOLTIPS if name in data and data[name].notna().any()]
+    if "memory" in shown and data["memory"].nunique() == 1:
+        shown.remove("memory")
+    return [alt.Tooltip(f"{name}:N", title=_TOOLTIPS[name]) for name in shown]
+
+
+def _opacity(strength: float | str) -> alt.OpacityValue:
+    """Return a constant or a column as opacity. Methods other than the isolated one are faint."""
+    column = {"field": strength, "type": "quantitative", "scale": None, "legend": None}
+    value = {"value": strength} if isinstance(strength, float) else column
+    return alt.OpacityValue(0.06, condition={"test": "isolated == '' || datum.method == isolated", **value})
+
+
+def _lengths(train: float, prompt: float, test: float) -> str | None:
+    if pd.isna(train) or not train:
+        return None
+    text = f"{train:.0f}" if train == test else f"trained on {train:.0f}, rolled out for {test:.0f}"
+    return f"{text}, prompt of {prompt:.0f}" if prompt else text
