@@ -11,6 +11,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -162,6 +163,14 @@ def test_damaged_metrics_of_any_checkpoint_stop_nothing(finished: TrainConfig, c
     shutil.rmtree(folder / "14")
     train(finished, resume=True, quiet=True)
     assert load_policy(finished.run).step == 14
+
+
+def test_arrays_that_are_read_back_changed_stop_the_run(tiny: TrainConfig, monkeypatch) -> None:
+    read = Checkpoints._read
+    changed = lambda self, *args: jax.tree.map(lambda x: x + 1, read(self, *args))  # noqa: E731
+    monkeypatch.setattr(Checkpoints, "_read", changed)
+    with pytest.raises(UserError, match=r"4: was written, but cannot be read back \(its arrays differ"):
+        train(tiny, quiet=True)
 
 
 def test_a_full_disk_that_shows_at_the_end_is_one_line(tiny: TrainConfig, monkeypatch) -> None:

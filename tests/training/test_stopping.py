@@ -59,9 +59,12 @@ def test_a_signal_stops_any_command_in_order(tmp_path: Path, name: str) -> None:
     assert message.splitlines()[-1] == "ringrl: stopped; finished work is kept"
 
 
-def test_a_run_that_diverges_stops_with_a_checkpoint_of_the_last_good_parameters(tiny: TrainConfig) -> None:
+@pytest.mark.parametrize("rate", [1e30, 1e300], ids=["infinite loss", "infinite parameters after a finite loss"])
+def test_a_run_that_diverges_stops_with_a_checkpoint_of_the_last_good_parameters(
+    tiny: TrainConfig, rate: float
+) -> None:
     wild = tiny.optimiser.model_copy(
-        update={"learning_rate": 1e30, "warmup_steps": 0, "weight_decay": 0, "skipped_steps": 3}
+        update={"learning_rate": rate, "warmup_steps": 0, "weight_decay": 0, "skipped_steps": 3}
     )
     config = tiny.model_copy(update={"optimiser": wild, "checkpoint_every": 100, "log_every": 1})
     with pytest.raises(UserError, match=r"as did the 3 steps before; .* start a new --run with a lower optim"):
