@@ -1,12 +1,16 @@
 """Contexts for training: n trajectories of a store, ordered, relabelled to a target, as one long sequence.
 
-The batch of a step is a pure function of (seed, step), so a resumed run and every host see the same batches. Every host
-first plans a batch: the trajectories, their order and their target returns. Then any part of the batch can be read.
+The batch of a step is a pure function of (seed, step), so a resumed run and every host see the same batches. A batch is
+planned first (which trajectories, in which order, with which target return), which is cheap and done on every host.
+Then any part of it can be read.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -83,9 +87,9 @@ def episodes_for_contexts(
 class ContextPlan(NamedTuple):
     """The trajectories of a batch of contexts: small, and the same on every host."""
 
-    tasks: np.ndarray  # name of the task whose rewards are read (batch,)
+    tasks: np.ndarray  # names of the tasks whose rewards are read (batch,)
     episodes: Int64[np.ndarray, "batch trajectories"]  # indices in the store, in the order of the context
-    targets: Float64[np.ndarray, "batch trajectories"]  # the first return-to-go of each; NaN: all returns-to-go are 0
+    targets: Float64[np.ndarray, "batch trajectories"]  # first return-to-go of each trajectory; nan if all are zero
     completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each trajectory reaches its target
     starts: Int64[np.ndarray, "batch trajectories_plus_1"]  # time of the first step of each, and of the padding
 
@@ -151,30 +155,9 @@ class ContextSampler:
         return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts)
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given times, in this order. Times beyond a context are padding.
-
-        Only the observations and actions of these steps and the actions before them are read. Returns-to-go also need
-        the earlier rewards of each episode. A step has the same numbers, whatever else is read with it.
-
-        Raises ValueError for a time below 0.
-        """
-        if len(times) and times.min() < 0:
-            raise ValueError(f"times: expected no time below 0, got {times.min()}")
-        plan = ContextPlan(*(column[rows] for column in plan))
-        out = _blank(len(plan.episodes), len(times), self.store.observation_size, self.store.action_size)
-        out.position[:] = times
-        places = np.argsort(times, kind="stable")
-        cuts = np.searchsorted(times[places], plan.starts)  # trajectory k of a context has places[cuts[k]:cuts[k + 1]]
-        parts = np.argwhere(np.diff(cuts, axis=1) > 0).tolist()  # (context, trajectory)
-
-        def read(context: int, trajectory: int) -> None:
-            own = places[cuts[context, trajectory] : cuts[context, trajectory + 1]]
-            timesteps = times[own] - plan.starts[context, trajectory]
-            self._read_trajectory(plan, out, (context, trajectory), own, timesteps)
-
-        with ThreadPoolExecutor(available_cores()) as pool:  # NumPy lets other threads run while it copies and computes
-            list(pool.map(lambda part: read(*part), parts))
-        return out
+        """Return the given contexts of a plan at the given times (see `read_contexts`)."""
+        part = ContextPlan(*(column[rows] for column in plan))
+        return read_contexts(self.store, self.normalisation, part, times)
 
     @cached_property
     def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
@@ -182,7 +165,7 @@ class ContextSampler:
 
     @cached_property
     def _weights(self) -> dict[str, Float64[np.ndarray, " episodes"] | None]:
-        """Return the probability of each eligible episode for every task. None: uniform."""
+        """Return the probability of each eligible episode, for every task; None if it is uniform."""
         if self.config.sampling != "return_stratified":
             return dict.fromkeys(self.tasks)
         weights: dict[str, np.ndarray | None] = {}
@@ -210,50 +193,124 @@ class ContextSampler:
             chosen = ascending if self.config.order == "ascending" else ascending[::-1]
         return task, chosen
 
-    def _read_trajectory(
-        self,
-        plan: ContextPlan,
-        out: Context,
-        part: tuple[int, int],
-        places: Int[np.ndarray, " steps"],
-        timesteps: Int[np.ndarray, " steps"],
-    ) -> None:
-        """Write steps of a trajectory, ascending, to their places on the time axis. `part` is (context, trajectory)."""
-        (context, trajectory), store, normalisation = part, self.store, self.normalisation
-        at, row = (context, _as_slice(places)), int(store.offsets[plan.episodes[part]])
+
+class _Piece(NamedTuple):
+    """Evenly spaced steps of one trajectory, and their place in the batch."""
+
+    context: int
+    trajectory: int
+    place: int  # index of the first step on the time axis that is read
+    length: int
+    timestep: int  # of the first step, within the episode
+    stride: int  # timesteps between two steps
+
+
+def read_contexts(
+    store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: Int[np.ndarray, " time"]
+) -> Context:
+    """Return the given time steps of all contexts of a plan, in the given order. Times beyond a context are padding.
+
+    Only these steps' observations and actions are read, and the actions before them. Returns-to-go also need the
+    earlier rewards of each episode. Every number is the same in whatever rectangle it is read.
+
+    Raises ValueError for a time below 0.
+    """
+    if len(times) and times.min() < 0:
+        raise ValueError(f"times: expected no time below 0, got {times.min()}")
+    reader = _Reader(store, normalisation, plan, times)
+    pieces = list(_pieces(plan, times))
+    threads = available_cores()
+    with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
+        list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
+    return reader.out
+
+
+def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:
+    for place, first, stride, count in _runs(times):
+        # The run's j-th step is at first + j * stride; trajectory k has those from cuts[k] up to cuts[k + 1].
+        cuts = np.clip(-((first - plan.starts) // stride), 0, count)
+        context, trajectory = np.nonzero(np.diff(cuts, axis=1))
+        begin, end = cuts[context, trajectory], cuts[context, trajectory + 1]
+        timestep = first + begin * stride - plan.starts[context, trajectory]
+        strides = np.full_like(begin, stride)
+        columns = np.stack([context, trajectory, place + begin, end - begin, timestep, strides], axis=1)
+        yield from (_Piece(*values) for values in columns.tolist())
+
+
+def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Split times into evenly spaced runs (place, first time, stride, count). Every ring layout gives few of them."""
+    if len(times) == 0:
+        return
+    steps = np.diff(times)
+    stride = max(1, int(np.partition(steps, len(steps) // 2)[len(steps) // 2])) if len(steps) else 1
+    breaks = np.flatnonzero(steps != stride) + 1
+    for place, end in pairwise([0, *breaks.tolist(), len(times)]):
+        yield place, int(times[place]), stride, end - place
+
+
+class _Reader:
+    """Writes pieces of trajectories, which do not overlap, to the arrays of a batch."""
+
+    def __init__(self, store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: np.ndarray) -> None:
+        self._observation, self._action = store.arrays["observation"], store.arrays["action"]
+        self._rewards = [store.arrays[reward_key(task)] for task in plan.tasks.tolist()]
+        self._normalisation = normalisation
+        self._first_rows = store.offsets[:-1][plan.episodes].tolist()
+        self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
+        self._targets, self._completes = plan.targets.tolist(), plan.completes.tolist()
+        self.out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
+        self.out.position[:] = times
+
+    def read(self, pieces: Iterable[_Piece]) -> None:
+        """Copy the given pieces."""
+        for piece in pieces:
+            self._copy_steps(piece)
+            self._fill_in_returns(piece)
+            if piece.timestep == 0:
+                self._look_back(piece)
+
+    def _copy_steps(self, piece: _Piece) -> None:
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        row = self._first_rows[piece.context][piece.trajectory] + piece.timestep
+        span = (piece.length - 1) * piece.stride + 1
         # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
-        state, outcome = _as_slice(row + timesteps), _as_slice(row + 1 + timesteps)
-        observation, action = store.arrays["observation"], store.arrays["action"]
-        reward, previous = store.arrays[reward_key(plan.tasks[context])], out.previous
-        out.observation[at] = normalisation.observation(observation[state])
-        out.action[at], previous.action[at] = action[outcome], action[state]
-        out.reward[at], previous.reward[at] = (normalisation.reward(reward[rows]) for rows in (outcome, state))
-        out.timestep[at], out.trajectory[at], out.weight[at] = timesteps, trajectory, 1
-        target = plan.targets[part]
-        if not np.isnan(target):
-            earned = np.zeros(int(timesteps[-1]) + 1)  # before each step
-            np.cumsum(reward[row + 1 : row + len(earned)], out=earned[1:])
-            out.return_to_go[at] = normalisation.return_to_go(target - earned[timesteps])
-            is_last = timesteps == store.lengths[plan.episodes[part]] - 1
-            out.completion[context, places[is_last]] = plan.completes[part]
-        if timesteps[0] > 0:
+        state, outcome = slice(row, row + span, piece.stride), slice(row + 1, row + 1 + span, piece.stride)
+        out = self.out
+        self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
+        out.action[at] = self._action[outcome]
+        reward = self._rewards[piece.context]
+        out.reward[at] = self._normalisation.reward(reward[outcome])
+        out.previous.action[at] = self._action[state]
+        out.previous.reward[at] = self._normalisation.reward(reward[state])
+        out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
+        out.trajectory[at] = piece.trajectory
+        out.weight[at] = 1
+
+    def _fill_in_returns(self, piece: _Piece) -> None:
+        if math.isnan(self._targets[piece.context][piece.trajectory]):
             return
-        # The outcome before the first step is the last one of the trajectory before, or zero.
-        first = context, places[timesteps == 0]
-        if trajectory == 0:
-            previous.action[first], previous.reward[first] = 0, 0
-        else:
-            end = int(store.offsets[plan.episodes[context, trajectory - 1] + 1])
-            last = slice(end - 1, end)
-            previous.action[first], previous.reward[first] = action[last], normalisation.reward(reward[last])
-            previous.completion[first] = plan.completes[context, trajectory - 1]
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
+        end = piece.timestep + (piece.length - 1) * piece.stride + 1
+        earned = np.zeros(end)  # before each step
+        np.cumsum(self._rewards[piece.context][first + 1 : first + end], out=earned[1:])
+        left = self._targets[piece.context][piece.trajectory] - earned[piece.timestep :: piece.stride]
+        self.out.return_to_go[at] = self._normalisation.return_to_go(left)
+        place, rest = divmod(last - 1 - first - piece.timestep, piece.stride)
+        if rest == 0 and place < piece.length:  # the piece has the trajectory's last step
+            completes = self._completes[piece.context][piece.trajectory]
+            self.out.completion[piece.context, piece.place + place] = completes
 
-
-def _as_slice(indices: Int[np.ndarray, " indices"]) -> slice | np.ndarray:
-    """Return ascending, evenly spaced indices as a slice, which reads faster, and other indices unchanged."""
-    stride = int(indices[1] - indices[0]) if len(indices) > 1 else 1
-    is_even = stride > 0 and (indices[1:] - indices[:-1] == stride).all()  # np.diff is several times as slow
-    return slice(int(indices[0]), int(indices[-1]) + 1, stride) if is_even else indices
+    def _look_back(self, piece: _Piece) -> None:
+        """Set the outcome before a trajectory's first step: the previous trajectory's last outcome, or zeros."""
+        context, place, previous = piece.context, piece.place, self.out.previous
+        if piece.trajectory == 0:
+            previous.action[context, place], previous.reward[context, place] = 0, 0
+            return
+        last = self._last_rows[context][piece.trajectory - 1]
+        previous.action[context, place] = self._action[last : last + 1][0]
+        previous.reward[context, place] = self._normalisation.reward(self._rewards[context][last : last + 1])[0]
+        previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
 
 
 def _blank(batch: int, time: int, observation_size: int, action_size: int) -> Context:

@@ -56,7 +56,8 @@ class Recorded:
     def __init__(self, key):
         self.key, self.shape = key, arrays[key].shape
     def __getitem__(self, part):
-        rows.setdefault(self.key, []).extend(np.arange(len(arrays[self.key]))[part].tolist())
+        assert isinstance(part, slice)
+        rows.setdefault(self.key, []).extend(range(len(arrays[self.key]))[part])
         return arrays[self.key][part]
 
 store.arrays = {{key: Recorded(key) for key in arrays}}

@@ -64,8 +64,8 @@ class Recorded:
     def __init__(self, array: np.ndarray, rows: set[int]) -> None:
         self.array, self.rows, self.shape = array, rows, array.shape
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        self.rows.update(np.arange(len(self.array))[rows].tolist())
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.rows.update(range(len(self.array))[rows])
         return self.array[rows]
 
 
