@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32, Int
 from ringrl.config import ActorCriticConfig
 from ringrl.context import Transitions
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import eligible_episodes, subset
+from ringrl.data.sampling.sampler import NONE, Episodes, eligible_episodes, subset
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import reward_key
 from ringrl.envs import GoalSpace
@@ -44,6 +44,7 @@ class TransitionSampler:
     seed: int
     best_fraction: float = 1.0
     max_transitions: int | None = None
+    excluded: Episodes = dataclasses.field(default_factory=NONE.copy)  # never drawn
 
     def __post_init__(self) -> None:
         self.store.returns(self.task)  # a UserError if the store has no such task
@@ -103,7 +104,8 @@ class TransitionSampler:
 
     @cached_property
     def _episodes(self) -> Int[np.ndarray, " episodes"]:
-        return eligible_episodes(self.store, self.task, self.seed, self.max_transitions, self.best_fraction)
+        selection = self.max_transitions, self.best_fraction, self.excluded
+        return eligible_episodes(self.store, self.task, self.seed, *selection)
 
     @cached_property
     def _steps_before(self) -> Int[np.ndarray, " episodes_plus_1"]:
@@ -139,7 +141,7 @@ class TransitionSampler:
     @cached_property
     def _nearby(self) -> Float32[np.ndarray, "positions goal"]:
         offsets = self.store.offsets
-        episodes = subset(self.store, self.seed, self.max_transitions)
+        episodes = subset(self.store, self.seed, self.max_transitions, self.excluded)
         positions = np.concatenate([self._positions[offsets[i] : offsets[i + 1]] for i in episodes])
         distance = np.linalg.norm(positions - self._task_goal, axis=-1)
         return positions[distance < self.config.hindsight.radius]

@@ -255,6 +255,11 @@ class TrainConfig(Section):
     """Additional loggers. wandb writes offline to the run's folder, unless WANDB_MODE is set."""
     ignored_observations: tuple[int, ...] = ()
     """Components of the observation, counted from 0, that the model does not see."""
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the episodes to hold out of training, with the same returns as the others. The loss on them is
+    reported, and the best checkpoint has the lowest."""
+    validate_every: int = Field(100, ge=1)
+    """Steps between measurements of the held-out loss. It is also measured at every checkpoint."""
     context: ContextConfig = ContextConfig()
     """Contexts (td3_bc uses only max_transitions and best_fraction)."""
     model: ModelConfig = ModelConfig()
@@ -265,6 +270,11 @@ class TrainConfig(Section):
     """TD3+BC."""
     mesh: MeshConfig = MeshConfig()
     """Devices."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that contexts are drawn for."""
+        return self.task, *self.context.other_tasks
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -277,6 +287,11 @@ class TrainConfig(Section):
             raise ValueError(f"context.other_tasks: {kind} has no context that could identify the task")
         if others and self.context.best_fraction < 1:
             raise ValueError("context.best_fraction: the best episodes differ between tasks; leave it at 1")
+        if self.validation_fraction and self.context.sampling == "history_window" and family.has_context:
+            raise ValueError(
+                "validation_fraction: history_window needs consecutive episodes, but held-out episodes leave gaps; "
+                "leave it out"
+            )
         return self
 
 

@@ -27,11 +27,17 @@ class Normalisation:
     return_scale: float | None = None  # divisor of returns; None for the episode length, as in ExoRL
 
     @classmethod
-    def of(cls, store: EpisodeStore, ignored: Sequence[int] = (), episodes: Iterable[int] | None = None) -> Self:
+    def of(
+        cls,
+        store: EpisodeStore,
+        ignored: Sequence[int] = (),
+        episodes: Iterable[int] | None = None,
+        held_out: Sequence[int] | np.ndarray = (),
+    ) -> Self:
         """Measure all or the given episodes of a store in one pass, with one episode in memory at a time.
 
         The episode length is that of the store's longest episode. Outside ExoRL's domains, rewards and returns are
-        divided by the largest absolute ones of the store.
+        divided by the largest absolute ones of the store, apart from the held-out episodes.
 
         Raises UserError for an ignored component that the observations do not have.
         """
@@ -54,7 +60,7 @@ class Normalisation:
             squares += ones[:n] @ np.square(double[:n], out=double[:n])
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return cls(mean, np.maximum(std, SMALLEST_STD), length, tuple(ignored), *_scales(store))
+        return cls(mean, np.maximum(std, SMALLEST_STD), length, tuple(ignored), *_scales(store, held_out))
 
     @cached_property
     def _shift_and_scale(self) -> tuple[Float32[np.ndarray, " observation"], Float32[np.ndarray, " observation"]]:
@@ -89,10 +95,14 @@ class Normalisation:
         return cls(**values | arrays | {"ignored": tuple(values["ignored"])})
 
 
-def _scales(store: EpisodeStore) -> tuple[float, float | None]:
+def _scales(store: EpisodeStore, held_out: Sequence[int] | np.ndarray) -> tuple[float, float | None]:
     """Return the divisors of rewards and of returns."""
     if not isinstance(store.facts, ForeignDomain):
         return 1.0, None
     (task,) = store.facts.tasks
-    rewards, returns = store.arrays[reward_key(task)], store.returns(task)
+    kept = ~np.isin(np.arange(store.num_episodes), held_out)
+    rewards, returns = (
+        store.arrays[reward_key(task)][np.repeat(kept, np.diff(store.offsets))],
+        store.returns(task)[kept],
+    )
     return float(max(rewards.max(), -rewards.min())) or 1.0, float(np.abs(returns).max()) or 1.0

@@ -28,17 +28,18 @@ Episodes = Int[np.ndarray, " episodes"]
 
 RETURN_RANGES = 10  # of `return_stratified`
 SUBSET = 1  # the random stream of `subset` under a seed
+NONE: Episodes = np.empty(0, np.int64)
 
 
-def subset(store: EpisodeStore, seed: int, max_transitions: int | None) -> Episodes:
+def subset(store: EpisodeStore, seed: int, max_transitions: int | None, excluded: Episodes = NONE) -> Episodes:
     """Return whole episodes of at most `max_transitions` steps together (None: all), in the order of collection.
 
-    Episodes are taken in seed-shuffled order, so a smaller cap is a subset of a larger one.
+    Episodes are taken in seed-shuffled order, so a smaller cap is a subset of a larger one. `excluded` ones never are.
 
     Raises UserError for fewer transitions than the longest episode has.
     """
     if max_transitions is None:
-        return np.arange(store.num_episodes)
+        return np.setdiff1d(np.arange(store.num_episodes), excluded)
     longest = int(store.lengths.max())
     if max_transitions < longest:
         raise UserError(
@@ -46,25 +47,36 @@ def subset(store: EpisodeStore, seed: int, max_transitions: int | None) -> Episo
             "raise it"
         )
     order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SUBSET,))).permutation(store.num_episodes)
+    order = order[~np.isin(order, excluded)]
     count = np.searchsorted(np.cumsum(store.lengths[order]), max_transitions, side="right")
     return np.sort(order[:count])
 
 
 def eligible_episodes(
-    store: EpisodeStore, task: str, seed: int, max_transitions: int | None = None, best_fraction: float = 1.0
+    store: EpisodeStore,
+    task: str,
+    seed: int,
+    max_transitions: int | None = None,
+    best_fraction: float = 1.0,
+    excluded: Episodes = NONE,
 ) -> Episodes:
     """Return the best fraction of `subset` by the returns of a task, in the order of collection.
 
     Raises UserError for `max_transitions` below one episode, or a task that the store has no rewards for.
     """
-    episodes = subset(store, seed, max_transitions)
+    episodes = subset(store, seed, max_transitions, excluded)
     returns = store.returns(task)[episodes]
     count = max(1, round(best_fraction * len(episodes)))
     return episodes[np.sort(np.argsort(returns, kind="stable")[len(returns) - count :])]
 
 
 def episodes_for_contexts(
-    store: EpisodeStore, task: str, config: ContextConfig, seed: int, selected_by: str | None = None
+    store: EpisodeStore,
+    task: str,
+    config: ContextConfig,
+    seed: int,
+    selected_by: str | None = None,
+    excluded: Episodes = NONE,
 ) -> Episodes:
     """Return the episodes that contexts are drawn from, in the order of collection.
 
@@ -75,7 +87,7 @@ def episodes_for_contexts(
             raise UserError(
                 f"{store.path}: no rewards for task {name} (domain {store.domain}). Tasks: {', '.join(store.tasks)}"
             )
-    found = eligible_episodes(store, selected_by or task, seed, config.max_transitions, config.best_fraction)
+    found = eligible_episodes(store, selected_by or task, seed, config.max_transitions, config.best_fraction, excluded)
     if config.trajectories > len(found):
         raise UserError(
             f"context.trajectories: {config.trajectories} are more than the {len(found)} eligible episodes of "
@@ -102,7 +114,8 @@ class ContextSampler:
     Every return-to-go starts from the best trajectory's return, R_t = R_0 - sum of rewards so far. The completion token
     is 1 on the last step of a trajectory that reaches the target.
 
-    `selected_by` is the task whose returns `config.best_fraction` uses, by default `task`.
+    `selected_by` is the task whose returns `config.best_fraction` uses, by default `task`. `excluded` episodes are
+    never drawn.
 
     Raises UserError for a task without rewards, or too few episodes.
     """
@@ -114,6 +127,7 @@ class ContextSampler:
     batch_size: int
     seed: int
     selected_by: str | None = None
+    excluded: Episodes = dataclasses.field(default_factory=NONE.copy)
 
     def __post_init__(self) -> None:
         self.eligible  # noqa: B018  raises UserError if contexts cannot be drawn
@@ -126,7 +140,7 @@ class ContextSampler:
     @cached_property
     def eligible(self) -> Episodes:
         """Episodes that may be drawn, in the order of collection."""
-        return episodes_for_contexts(self.store, self.task, self.config, self.seed, self.selected_by)
+        return episodes_for_contexts(self.store, self.task, self.config, self.seed, self.selected_by, self.excluded)
 
     @property
     def time(self) -> int:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
+from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.training import TrainedPolicy
@@ -55,8 +56,11 @@ def draw_prompt(
     drawn = config.context.model_copy(update={"trajectories": trajectories, "other_tasks": ()})
     if drawn.sampling == "fixed":  # the same trajectories at every step
         drawn = drawn.model_copy(update={"sampling": "uniform"})
+    excluded = held_out(store, config)
     try:
-        sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, selected_by=config.task)
+        sampler = ContextSampler(
+            store, task, drawn, info.normalisation, 1, config.seed, selected_by=config.task, excluded=excluded
+        )
     except UserError as error:
         raise UserError(f"--prompt-trajectories: {error}") from error
     plan = sampler.plan(FIRST_DRAW + seed)
@@ -96,7 +100,9 @@ def imitation_error(
     if len(np.unique(store.lengths)) > 1:
         raise UserError(f"{store.path}: episodes differ in length, so that their steps cannot be averaged")
     size = config.optimiser.batch_size
-    sampler = ContextSampler(store, config.task, config.context, trained.info.normalisation, size, config.seed)
+    excluded = held_out(store, config)
+    source = config.task, config.context, trained.info.normalisation
+    sampler = ContextSampler(store, *source, size, config.seed, excluded=excluded)
     actions, found = jax.jit(trained.policy.actions), []
     for number in range(batches):
         batch = sampler.batch(FIRST_DRAW + number)

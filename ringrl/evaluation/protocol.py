@@ -182,7 +182,7 @@ def policy_evaluation(
         variant=variant,
         token_set=config.model.token_set if has_context else None,
         train_trajectories=config.context.trajectories if has_context else None,
-        train_task=None if task in (config.task, *config.context.other_tasks) else config.task,
+        train_task=None if task in config.tasks else config.task,
         seed=config.seed,
         target_return=target_return,
         target_policy=target_policy,

@@ -36,7 +36,7 @@ DATA = "data"  # method of the dataset's own episodes
 _LIBRARIES = ("ringrl", "jax", "jaxlib", "flax", "optax", "numpy", "dm_control", "mujoco", "gymnasium")
 # Settings without an effect on the learned parameters, and settings in another field of a record.
 _NOT_IN_RECIPE = (
-    "data", "task", "run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "log",
+    "data", "task", "run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "log", "validate_every",
     "model.token_set", "model.attention", "model.block_tokens", "model.remat", "optimiser.accumulation",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ringrl.data import EpisodeStore
+from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.sampler import eligible_episodes
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import all_digits
@@ -73,5 +74,7 @@ def trained_returns(info: RunInfo, task: str, store: EpisodeStore | None) -> Flo
     if store is None:
         return np.array([info.best_return])
     config, context = info.config, info.config.context
-    chosen = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
+    excluded = held_out(store, config)
+    selection = context.max_transitions, context.best_fraction, excluded
+    chosen = eligible_episodes(store, config.task, config.seed, *selection)
     return store.returns(task)[chosen]

@@ -124,7 +124,7 @@ class Cell(Work):
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks of training. The policy is evaluated in each of them."""
-        return self.config.task, *self.config.context.other_tasks
+        return self.config.tasks
 
     def check(self) -> None:
         """Raise UserError as `Work.check` does, or if the training run has other settings."""

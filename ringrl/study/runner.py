@@ -20,6 +20,7 @@ from rich.console import Console
 from ringrl.config import SlurmConfig
 from ringrl.cores import available_cores
 from ringrl.data import EpisodeStore
+from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.sampler import episodes_for_contexts
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
@@ -122,7 +123,8 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
     for cell in everything:
         config = cell.config
         try:
-            episodes_for_contexts(stores[config.task], config.task, config.context, config.seed)
+            excluded = held_out(stores[config.task], config)
+            episodes_for_contexts(stores[config.task], config.task, config.context, config.seed, excluded=excluded)
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from error
     if not options.timing and any(part.budget == "time" for part in plan.whole):

@@ -13,8 +13,9 @@ from rich.progress import Progress
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.batches import BatchSource, ShardedSampler, iterate_batches
+from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
+from ringrl.data.sampling.sampler import ContextSampler, Episodes, eligible_episodes
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.model import TrainState, make_agent
@@ -59,10 +60,12 @@ def train(
     store, context = EpisodeStore(config.data), config.context
     data_fingerprint = dataset_fingerprint(store)
     distributed.agree("data", {"fingerprint of the data": data_fingerprint})
-    episodes = eligible_episodes(store, config.task, config.seed, context.max_transitions, context.best_fraction)
-    normalisation = Normalisation.of(store, config.ignored_observations, episodes)
+    excluded = held_out(store, config)
+    selection = context.max_transitions, context.best_fraction, excluded
+    episodes = eligible_episodes(store, config.task, config.seed, *selection)
+    normalisation = Normalisation.of(store, config.ignored_observations, episodes, excluded)
     parallel = make_parallel(config)
-    source = _make_source(store, config, normalisation, parallel)
+    source = _make_source(store, config, normalisation, parallel, excluded)
     info = RunInfo(
         config=config,
         normalisation=normalisation,
@@ -93,16 +96,16 @@ def train(
 
 
 def _make_source(
-    store: EpisodeStore, config: TrainConfig, normalisation: Normalisation, parallel: Parallel
+    store: EpisodeStore, config: TrainConfig, normalisation: Normalisation, parallel: Parallel, excluded: Episodes
 ) -> BatchSource:
     """Return the sampler of the batches that the configured family of models needs."""
     size, seed, context = config.optimiser.batch_size, config.seed, config.context
     if config.model.family.source == "transitions":
         return TransitionSampler(
             store, config.task, config.actor_critic, normalisation, size, seed,
-            best_fraction=context.best_fraction, max_transitions=context.max_transitions,
+            best_fraction=context.best_fraction, max_transitions=context.max_transitions, excluded=excluded,
         )  # fmt: skip
-    sampler = ContextSampler(store, config.task, context, normalisation, size, seed)
+    sampler = ContextSampler(store, config.task, context, normalisation, size, seed, excluded=excluded)
     return sampler if parallel.mesh is None else ShardedSampler(sampler, parallel.mesh, parallel.layout)
 
 

@@ -1,0 +1,68 @@
+"""Episodes that a run holds out of training, to measure its loss on them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ringrl.config import TrainConfig
+from ringrl.data.sampling.sampler import NONE, Episodes, eligible_episodes
+from ringrl.data.store.reader import EpisodeStore
+from ringrl.errors import UserError
+
+HELD_OUT = 2  # the random stream of `held_out_episodes` under a seed
+
+
+def held_out_episodes(store: EpisodeStore, tasks: Sequence[str], seed: int, fraction: float) -> Episodes:
+    """Return a fraction of a store's episodes with returns like those of all, in the order of collection.
+
+    The tasks share the held-out episodes, because one episode serves every task with other rewards. To stratify by all
+    returns, the episodes are put in an order with similar returns side by side: halved at the median return of the
+    first task, each half at its median return of the second, and so on in turn (one task: in the order of return).
+    Equal blocks of this order each give one episode, drawn by the seed.
+    """
+    count = round(fraction * store.num_episodes)
+    if count == 0:
+        return NONE
+    ordered = _ordered([store.returns(task) for task in tasks], np.arange(store.num_episodes))
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(HELD_OUT,)))
+    return np.sort([random.choice(block) for block in np.array_split(ordered, count)])
+
+
+def _ordered(returns: Sequence[np.ndarray], episodes: Episodes) -> Episodes:
+    """Sort episodes by the returns of the first task, then each half by those of the second, and so on."""
+    if len(episodes) < 2:
+        return episodes
+    episodes = episodes[np.argsort(returns[0][episodes], kind="stable")]
+    following, half = [*returns[1:], returns[0]], len(episodes) // 2
+    return np.concatenate([_ordered(following, episodes[:half]), _ordered(following, episodes[half:])])
+
+
+def held_out(store: EpisodeStore, config: TrainConfig) -> Episodes:
+    """Return the episodes that a run never trains on.
+
+    `context.best_fraction` applies to these and to the other episodes separately, `context.max_transitions` to the
+    others only. Runs that differ in them hold out the same episodes.
+
+    Raises UserError if fewer are held out, or left, than one context holds.
+    """
+    if config.validation_fraction == 0:
+        return NONE
+    found = held_out_episodes(store, config.tasks, config.seed, config.validation_fraction)
+    context = config.context
+    least = context.trajectories if config.model.family.source == "contexts" else 1
+    for what, excluded, cap, advice in (
+        ("holds out", all_but(store, found), None, "raise"),
+        ("leaves", found, context.max_transitions, "lower"),
+    ):
+        count = len(eligible_episodes(store, config.task, config.seed, cap, context.best_fraction, excluded))
+        if count < least:
+            raise UserError(
+                f"validation_fraction: {config.validation_fraction:g} {what} {count} eligible episodes of "
+                f"{store.path}, and one context needs {least}; {advice} it"
+            )
+    return found
+
+
+def all_but(store: EpisodeStore, episodes: Episodes) -> Episodes:
+    """Return the other episodes of a store."""
+    return np.setdiff1d(np.arange(store.num_episodes), episodes)
