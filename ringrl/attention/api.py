@@ -14,7 +14,6 @@ from ringrl.attention import arguments, kernels
 from ringrl.attention.arguments import Axes, axis_names
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
 from ringrl.attention.layout import check_length, shard_positions
-from ringrl.attention.mask import Side
 from ringrl.attention.merge import AxisName, varying_like
 from ringrl.attention.ring import make_ring
 from ringrl.attention.strategy import STRATEGIES, choose_strategy, device_of
@@ -44,6 +43,7 @@ def attention(
     *,
     is_causal: bool = True,
     local_window_size: int | tuple[int, int] | None = None,
+    global_prefix: Int[Array, "*batch tokens"] | None = None,
     segment_ids: Int[Array, "*batch tokens"] | None = None,
     positions: Int[Array, "*batch tokens"] | None = None,
     scale: float | None = None,
@@ -62,6 +62,9 @@ def attention(
       k, v: keys and values (B, S, Hkv, D) in q's dtype; Hkv divides H (grouped-query attention).
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
+      global_prefix: (B, S) or (S,) integers, one for each query: the window does not hide keys at positions below it.
+        The causal mask and the segments still do. For documents in a row, the start of each query's own document
+        gives all earlier documents and a window of its own. With a window (-1, 0) only the prefix is visible.
       segment_ids: (B, S) or (S,) integers >= 0; a query sees keys of its own segment only.
       positions: (B, S) or (S,) integers, less than 2**31 apart; by default 0 ... S-1. Only the mask uses them;
         rotary embeddings are up to the caller.
@@ -81,13 +84,18 @@ def attention(
     arguments.check_arrays(q, k, v)
     arguments.check_not_sharded("q", q)
     batch, tokens = q.shape[:2]
-    side = Side(
-        arguments.integers("positions", positions, batch, tokens, jnp.arange(tokens, dtype=jnp.int32)),
-        arguments.integers("segment_ids", segment_ids, batch, tokens, jnp.zeros(tokens, jnp.int32)),
+    default = jnp.arange(tokens, dtype=jnp.int32)
+    queries = arguments.query_side(batch, default, positions, segment_ids, global_prefix)
+    options = arguments.options(
+        q,
+        is_causal=is_causal,
+        window=local_window_size,
+        scale=scale,
+        cap=logits_soft_cap,
+        has_prefix=global_prefix is not None,
     )
-    options = arguments.options(q, is_causal=is_causal, window=local_window_size, scale=scale, cap=logits_soft_cap)
     options = kernels.with_kernel(options, implementation, q, device_of(q))
-    o, lse = attend(q, k, v, side, side, options, LOCAL)
+    o, lse = attend(q, k, v, queries, queries._replace(prefix=None), options, LOCAL)
     return (o, lse) if return_residual else o
 
 
@@ -106,6 +114,7 @@ def ring_attention(
     head_axes: Axes = None,
     is_causal: bool = True,
     local_window_size: int | tuple[int, int] | None = None,
+    global_prefix: Int[Array, "*batch tokens"] | None = None,
     segment_ids: Int[Array, "*batch tokens"] | None = None,
     positions: Int[Array, "*batch tokens"] | None = None,
     scale: float | None = None,
@@ -128,8 +137,8 @@ def ring_attention(
       batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
         concrete array on this mesh, they are taken from q's sharding.
       strategy, bidirectional: as for `ring_attention_shard`.
-      is_causal, local_window_size, segment_ids, positions, scale, logits_soft_cap, implementation, return_residual: as
-        for `attention`, but `positions` are `layout_positions` by default.
+      is_causal, local_window_size, global_prefix, segment_ids, positions, scale, logits_soft_cap, implementation,
+        return_residual: as for `attention`, but `positions` are `layout_positions` by default.
 
     Returns:
       As `attention`, sharded like q.
@@ -148,7 +157,7 @@ def ring_attention(
             raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
     integers = {
         name: None if x is None else arguments.integers(name, x, batch, tokens, x)
-        for name, x in (("segment_ids", segment_ids), ("positions", positions))
+        for name, x in (("segment_ids", segment_ids), ("positions", positions), ("global_prefix", global_prefix))
     }
     shard = partial(
         ring_attention_shard,
@@ -184,6 +193,7 @@ def ring_attention_shard(
     bidirectional: bool = False,
     is_causal: bool = True,
     local_window_size: int | tuple[int, int] | None = None,
+    global_prefix: Int[Array, "*batch local_tokens"] | None = None,
     segment_ids: Int[Array, "*batch local_tokens"] | None = None,
     positions: Int[Array, "*batch local_tokens"] | None = None,
     scale: float | None = None,
@@ -194,7 +204,7 @@ def ring_attention_shard(
     """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
     Args:
-      q, k, v, segment_ids, positions: this device's tokens, in layout order.
+      q, k, v, segment_ids, positions, global_prefix: this device's tokens, in layout order.
       axis_name, layout: as for `ring_attention`.
       strategy: "ring": keys and values travel, memory is constant in the ring size; "ulysses": all-to-all from tokens
         to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device; "auto":
@@ -202,7 +212,7 @@ def ring_attention_shard(
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
         Used by "ring" and "ulysses_ring". A window that needs few hops takes the shorter way for all heads.
       is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
-        contiguous chunks and default positions, a window reduces the number of hops.
+        contiguous chunks, default positions and no global prefix, a window reduces the number of hops.
 
     Returns:
       As `attention`, for this device's queries.
@@ -213,7 +223,14 @@ def ring_attention_shard(
     arguments.check_arrays(q, k, v)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
-    options = arguments.options(q, is_causal=is_causal, window=local_window_size, scale=scale, cap=logits_soft_cap)
+    options = arguments.options(
+        q,
+        is_causal=is_causal,
+        window=local_window_size,
+        scale=scale,
+        cap=logits_soft_cap,
+        has_prefix=global_prefix is not None,
+    )
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     size = lax.axis_size(axis_name)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
@@ -221,11 +238,7 @@ def ring_attention_shard(
     batch, tokens, heads, _ = q.shape
     check_length("q", tokens * size, layout, size)
     default = shard_positions(layout, size, tokens, lax.axis_index(axis_name))
-    side = Side(
-        arguments.integers("positions", positions, batch, tokens, default),
-        arguments.integers("segment_ids", segment_ids, batch, tokens, jnp.zeros(tokens, jnp.int32)),
-    )
-    side = varying_like(q, side)
+    queries = varying_like(q, arguments.query_side(batch, default, positions, segment_ids, global_prefix))
     if strategy == "auto":
         kind = device_of(q).device_kind
         strategy = choose_strategy(
@@ -233,16 +246,16 @@ def ring_attention_shard(
         ).strategy
     ring_axis, ulysses_axis = _split_axes(strategy, axis_name)
     if ulysses_axis is not None:
-        q, k, v, side = scatter_heads(q, k, v, side, ulysses_axis, lax.axis_size(ulysses_axis))
+        q, k, v, queries = scatter_heads(q, k, v, queries, ulysses_axis, lax.axis_size(ulysses_axis))
     exchange: Exchange = LOCAL
     if strategy == "all_gather":
         exchange = AllGather(axis_name)
     elif ring_axis is not None and lax.axis_size(ring_axis) > 1:
         if bidirectional and k.shape[2] % 2:
             raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
-        is_default = positions is None
-        exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_default, bidirectional=bidirectional)
-    o, lse = attend(q, k, v, side, side, options, exchange)
+        is_plain = positions is None and global_prefix is None
+        exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_plain, bidirectional=bidirectional)
+    o, lse = attend(q, k, v, queries, queries._replace(prefix=None), options, exchange)
     if ulysses_axis is not None:
         o, lse = gather_heads(o, lse, ulysses_axis)
     return (o, lse) if return_residual else o

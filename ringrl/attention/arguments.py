@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
-from ringrl.attention.mask import Options, Rule
+from ringrl.attention.mask import Options, Rule, Side
 
 WIDEST = 2**31 - 1  # largest window, since positions are int32
 
@@ -73,6 +73,23 @@ def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: j
     return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
 
 
+def query_side(
+    batch: int,
+    default_positions: Int32[Array, " tokens"],
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    global_prefix: jax.Array | None,
+) -> Side:
+    """Return the integers of the queries. The keys have the same ones, without the global prefix."""
+    tokens = len(default_positions)
+    zeros = jnp.zeros(tokens, jnp.int32)
+    return Side(
+        integers("positions", positions, batch, tokens, default_positions),
+        integers("segment_ids", segment_ids, batch, tokens, zeros),
+        None if global_prefix is None else integers("global_prefix", global_prefix, batch, tokens, zeros),
+    )
+
+
 def _check_range(name: str, x: Array) -> None:
     """Check that integers fit in 32 bits. Traced arrays and arrays on other hosts cannot be checked."""
     unknown = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable)
@@ -84,22 +101,31 @@ def _check_range(name: str, x: Array) -> None:
 
 
 def options(
-    q: jax.Array, *, is_causal: bool, window: int | tuple[int, int] | None, scale: float | None, cap: float | None
+    q: jax.Array,
+    *,
+    is_causal: bool,
+    window: int | tuple[int, int] | None,
+    scale: float | None,
+    cap: float | None,
+    has_prefix: bool = False,
 ) -> Options:
     """Return the static options of a call from `local_window_size`, `scale` and `logits_soft_cap`."""
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Options(Rule(is_causal, _window(window)), scale, None if cap is None else float(cap))
+    if has_prefix and window is None:
+        raise ValueError("global_prefix: without a window every key is visible already; give local_window_size, too")
+    rule = Rule(is_causal, _window(window, -1 if has_prefix else 0))
+    return Options(rule, scale, None if cap is None else float(cap))
 
 
-def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _window(size: int | tuple[int, int] | None, least: int) -> tuple[int, int] | None:
     if size is None:
         return None
     try:
         left, right = (operator.index(n) for n in (size if isinstance(size, tuple | list) else (size, size)))
     except (TypeError, ValueError):
         raise ValueError(f"local_window_size: expected one or two whole numbers, got {size!r}") from None
-    if left < 0 or right < 0:
+    if left < least or right < 0:
         raise ValueError(f"local_window_size: expected sizes >= 0, got {size}")
     return min(left, WIDEST), min(right, WIDEST)

@@ -59,7 +59,7 @@ class AllGather:
         def gather(x: jax.Array) -> jax.Array:
             return lax.all_gather(x, self.axis_name, axis=2, tiled=True)
 
-        return inputs._replace(kv=gather(inputs.kv), keys=Side(*gather(jnp.stack(inputs.keys))))
+        return inputs._replace(kv=gather(inputs.kv), keys=Side(*gather(inputs.keys.stacked())))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

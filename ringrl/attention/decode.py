@@ -9,6 +9,7 @@ logits of all contexts that share it.
 """
 
 import operator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
 from ringrl.attention.contract import Partial, by_head, by_token, precision_of
-from ringrl.attention.mask import Options, Rule, Side, visible
+from ringrl.attention.mask import Options, Side, visible
 from ringrl.attention.merge import AxisName, merge, merge_over
 
 UNSEEN = jnp.iinfo(jnp.int32).max  # position of an empty slot: the causal rule hides it
@@ -46,6 +47,8 @@ def decode_attention(
     length: Int[Array, ""] | int,
     prefix: Prefix | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    global_prefix: Int[Array, "*batch new_tokens"] | None = None,
+    position_of: Callable[[jax.Array], jax.Array] = lambda token: token,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     mesh: Mesh | AbstractMesh | None = None,
@@ -62,6 +65,9 @@ def decode_attention(
       length: tokens in the cache, including the new ones.
       prefix: tokens before the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap: as for `attention`.
+      global_prefix: (B, N) or (N,), as for `attention`.
+      position_of: increasing function from a token's index, counted from the first token of the prefix, to its position
+        in the mask. `local_window_size` and `global_prefix` are in units of these positions.
       mesh: the devices of a sharded cache, whose capacity axis is striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
 
@@ -75,21 +81,32 @@ def decode_attention(
     _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
         _check_prefix(prefix, k_cache)
-    options = arguments.options(q, is_causal=True, window=local_window_size, scale=scale, cap=logits_soft_cap)
+    options = arguments.options(
+        q,
+        is_causal=True,
+        window=local_window_size,
+        scale=scale,
+        cap=logits_soft_cap,
+        has_prefix=global_prefix is not None,
+    )
+    if global_prefix is not None:
+        batch, new = q.shape[:2]
+        global_prefix = arguments.integers("global_prefix", global_prefix, batch, new, jnp.zeros(new, jnp.int32))
     cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))
     if prefix is not None:
         prefix = prefix._replace(length=jnp.asarray(prefix.length, jnp.int32))
     if mesh is None:
-        return _over_caches(q, cache, prefix, 0, 1, options).o.astype(q.dtype)
+        return _over_caches(q, cache, prefix, global_prefix, 0, 1, options, position_of).o.astype(q.dtype)
     size, parts = _check_shards(mesh, axis_name, k_cache.shape[1]), arguments.mesh_size(mesh, "batch_axes", batch_axes)
     if prefix is not None:
         _check_shards(mesh, axis_name, prefix.k.shape[1])
         _check_parts(prefix.k.shape[0], parts)
 
-    def shard(q: jax.Array, cache: Prefix, prefix: Prefix | None) -> jax.Array:
+    def shard(q: jax.Array, cache: Prefix, prefix: Prefix | None, global_prefix: jax.Array | None) -> jax.Array:
         if prefix is not None and parts > 1:
             prefix = _of_part(prefix, lax.axis_index(batch_axes), parts)
-        part = _over_caches(q, cache, prefix, lax.axis_index(axis_name), size, options)
+        index = lax.axis_index(axis_name)
+        part = _over_caches(q, cache, prefix, global_prefix, index, size, options, position_of)
         return merge_over(part, axis_name).o.astype(q.dtype)
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
@@ -98,8 +115,9 @@ def decode_attention(
         replicated,
         Prefix(own, own, PartitionSpec()),  # type: ignore[arg-type]
         None if prefix is None else Prefix(shared, shared, PartitionSpec()),  # type: ignore[arg-type]
+        None if global_prefix is None else PartitionSpec(batch_axes),
     )
-    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=replicated)(q, cache, prefix)
+    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=replicated)(q, cache, prefix, global_prefix)
 
 
 def _check_parts(prefixes: int, parts: int) -> None:
@@ -142,33 +160,44 @@ def _check_count(name: str, count: jax.Array | int, least: int, most: int) -> No
 
 
 def _over_caches(
-    q: jax.Array, cache: Prefix, prefix: Prefix | None, index: jax.Array | int, size: int, options: Options
+    q: jax.Array,
+    cache: Prefix,
+    prefix: Prefix | None,
+    global_prefix: jax.Array | None,
+    index: jax.Array | int,
+    size: int,
+    options: Options,
+    position_of: Callable[[jax.Array], jax.Array],
 ) -> Partial:
     """Attend to the slots of device `index` of `size`, in the contexts' own cache and in their prefix, if any."""
-    begin = jnp.zeros((), jnp.int32) if prefix is None else prefix.length
+    begin = jnp.zeros((), jnp.int32) if prefix is None else jnp.asarray(prefix.length)
     batch, new, heads, head_dim = q.shape
-    queries = begin + cache.length - new + jnp.arange(new, dtype=jnp.int32)
-    part = _over_cache(q, cache, queries, begin, index, size, options)
+    token = begin + cache.length - new + jnp.arange(new, dtype=jnp.int32)
+    # One row for all contexts, unless the contexts differ.
+    queries = Side(position_of(token)[None], jnp.zeros((1, new), jnp.int32), global_prefix)
+    part = _over_cache(q, cache, queries, begin, index, size, options, position_of)
     if prefix is None:
         return part
     number = prefix.k.shape[0]
     together = q.reshape(number, -1, heads, head_dim)
-    shared = _over_cache(together, prefix, jnp.tile(queries, batch // number), 0, index, size, options)
+    queries = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, new)).reshape(number, -1), queries)
+    shared = _over_cache(together, prefix, queries, jnp.int32(0), index, size, options, position_of)
     return merge(part, Partial(*(x.reshape(y.shape) for x, y in zip(shared, part, strict=True))))
 
 
 def _over_cache(
     q: jax.Array,
     cache: Prefix,
-    queries: jax.Array,
-    begin: jax.Array | int,
+    queries: Side,
+    begin: jax.Array,
     index: jax.Array | int,
     size: int,
     options: Options,
+    position_of: Callable[[jax.Array], jax.Array],
 ) -> Partial:
     """Attend to the slots of device `index` of `size`: o (B, N, H, D) and lse (B, N, H).
 
-    `queries` (N,) are the positions of the queries, and `begin` is the position of the cache's first token.
+    `begin` is the index of the cache's first token.
     """
     batch, new, heads, head_dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
@@ -179,11 +208,9 @@ def _over_cache(
     s = product("bhmd,bhkd->bhmk", q.astype(k.dtype), k) * options.scale
     if options.logits_soft_cap is not None:
         s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
-    segment = jnp.zeros((1, 1), jnp.int32)
     token = jnp.arange(capacity, dtype=jnp.int32) * size + index
-    keys = Side(jnp.where(token < cache.length, begin + token, UNSEEN)[None], segment)
-    rule = Rule(is_causal=True, window=options.rule.window)
-    seen = jnp.tile(visible(rule, Side(queries[None], segment), keys)[0], (heads // kv_heads, 1))
+    keys = Side(jnp.where(token < cache.length, position_of(begin + token), UNSEEN)[None], jnp.zeros((1, 1), jnp.int32))
+    seen = jnp.tile(visible(options.rule, queries, keys), (1, heads // kv_heads, 1))[:, None]
     s = jnp.where(seen, s, -jnp.inf)
     maximum = s.max(-1, keepdims=True)
     p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may have no token yet

@@ -1,7 +1,10 @@
 """The mask rule and the static options of a call. A query sees a key if position, window and segment allow it.
 
-Positions and segment ids are O(S) integers that travel with the arrays. No S x S mask exists. For a tile of queries and
-keys, the minima and maxima of both decide whether the tile is skipped, computed without a mask, or masked.
+    position of the key   0 1 2 3 4 5 6 7 8     local window of 2 tokens to the left, and a global prefix:
+    query at 7            x x x . . x x x .     this query's prefix ends at position 3
+
+Positions, segment ids and prefixes are O(S) integers that travel with the arrays. No S x S mask exists. For a tile of
+queries and keys, the minima and maxima of both decide whether the tile is skipped, computed without a mask, or masked.
 """
 
 import dataclasses
@@ -18,7 +21,10 @@ PADDING_QUERY, PADDING_KEY = -(2**31), -(2**31) + 1
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The static part of the mask. With a window (left, right), a query at p sees keys in [p - left, p + right]."""
+    """The static part of the mask.
+
+    With a window (left, right), a query at p sees keys in [p - left, p + right], and the keys of its global prefix.
+    """
 
     is_causal: bool = True
     window: tuple[int, int] | None = None
@@ -43,10 +49,18 @@ class Options:
 
 
 class Side(NamedTuple):
-    """Positions and segment ids of the queries or of the keys, (B, S) int32; kernels also take one context (S,)."""
+    """Positions and segment ids of the queries or of the keys, (B, S) int32; kernels also take one context (S,).
+
+    Queries may have a global prefix: the window does not hide keys at positions below it.
+    """
 
     positions: Int32[Array, "*batch tokens"]
     segment_ids: Int32[Array, "*batch tokens"]
+    prefix: Int32[Array, "*batch tokens"] | None = None
+
+    def stacked(self) -> Int32[Array, "arrays *batch tokens"]:
+        """Return the arrays as one, which `Side(*stacked)` inverts."""
+        return jnp.stack([x for x in self if x is not None])
 
 
 def may_see(rule: Rule, queries: Side, keys: Side) -> jax.Array:
@@ -57,13 +71,15 @@ def may_see(rule: Rule, queries: Side, keys: Side) -> jax.Array:
         allowed &= ahead >= 0
     if rule.window is not None:
         left, right = rule.window
-        allowed &= (ahead <= left) & (ahead >= -right)  # this order cannot overflow int32 with a wide window
+        near = (ahead <= left) & (ahead >= -right)  # this order cannot overflow int32 with a wide window
+        allowed &= near if queries.prefix is None else near | (keys.positions < queries.prefix)
     return allowed
 
 
 def visible(rule: Rule, queries: Side, keys: Side) -> Bool[Array, "*batch queries keys"]:
     """Apply the rule to every pair of a tile of queries and a tile of keys."""
-    return may_see(rule, Side(*(x[..., :, None] for x in queries)), Side(*(x[..., None, :] for x in keys)))
+    rows, columns = jax.tree.map(lambda x: x[..., :, None], queries), jax.tree.map(lambda x: x[..., None, :], keys)
+    return may_see(rule, rows, columns)
 
 
 class TileKind(NamedTuple):
@@ -86,8 +102,12 @@ def classify(rule: Rule, queries: Side, keys: Side) -> TileKind:
         every &= k_high <= q_low
     if rule.window is not None:
         left, right = rule.window
-        some &= (q_low - k_high <= left) & (q_high - k_low >= -right)
-        every &= (q_high - k_low <= left) & (q_low - k_high >= -right)
+        some_near = (q_low - k_high <= left) & (q_high - k_low >= -right)
+        every_near = (q_high - k_low <= left) & (q_low - k_high >= -right)
+        if queries.prefix is not None:
+            some_near |= k_low < queries.prefix.max(-1)
+            every_near |= k_high < queries.prefix.min(-1)
+        some, every = some & some_near, every & every_near
     return TileKind(some.any(), every.all())
 
 
@@ -101,12 +121,11 @@ def classify_pairs(rule: Rule, queries: Side, keys: Side) -> TileKind:
 def tile_side(side: Side, size: int, segment_id: int) -> Side:
     """Reshape (B, S) -> (B, tiles, size), padded as in `pad_side`."""
     padded = pad_side(side, -(-side.positions.shape[1] // size) * size, segment_id)
-    return Side(*(x.reshape(x.shape[0], -1, size) for x in padded))
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), padded)
 
 
 def pad_side(side: Side, size: int, segment_id: int) -> Side:
     """Pad to `size` tokens with tokens that match no segment. Positions repeat the last one to keep tiles tight."""
     amount = [(0, 0)] * (side.positions.ndim - 1) + [(0, size - side.positions.shape[-1])]
-    return Side(
-        jnp.pad(side.positions, amount, mode="edge"), jnp.pad(side.segment_ids, amount, constant_values=segment_id)
-    )
+    padded: Side = jax.tree.map(lambda x: jnp.pad(x, amount, mode="edge"), side)
+    return padded._replace(segment_ids=jnp.pad(side.segment_ids, amount, constant_values=segment_id))

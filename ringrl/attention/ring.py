@@ -108,7 +108,7 @@ class Ring:
 
     def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[KeyBlock], int]:
         """Return the first blocks of a leg and its number of sends."""
-        side = jnp.stack(inputs.keys)
+        side = inputs.keys.stacked()
         blocks = [KeyBlock(kv, side) for kv in _split_heads(leg, inputs.kv, inputs.kv_heads)]
         return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
 
@@ -169,16 +169,17 @@ def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
 
 
 def make_ring(
-    axis_name: AxisName, local_length: int, layout: str, rule: Rule, has_default_positions: bool, *, bidirectional: bool
+    axis_name: AxisName, local_length: int, layout: str, rule: Rule, is_plain_window: bool, *, bidirectional: bool
 ) -> Ring:
     """Return the ring with the hops that the mask needs: n - 1, or fewer with a window on contiguous chunks.
 
     With chunks of c tokens, a window (left, right) covers ceil(left / c) chunks before a device's own chunk and
-    ceil(right / c) chunks after it. With other layouts or custom positions any device may hold visible keys.
+    ceil(right / c) chunks after it. With other layouts, custom positions or a global prefix (not `is_plain_window`),
+    any device may hold visible keys.
     """
     size = lax.axis_size(axis_name)
     around = Ring(axis_name, size, (Leg(size - 1, (1, -1) if bidirectional else (1,)),))
-    if rule.window is None or layout != "contiguous" or not has_default_positions:
+    if rule.window is None or layout != "contiguous" or not is_plain_window:
         return around
     before = math.ceil(rule.window[0] / local_length)
     after = 0 if rule.is_causal else math.ceil(rule.window[1] / local_length)

@@ -30,7 +30,7 @@ def scatter_heads(
         k, v = (jnp.repeat(x, size // kv_heads, axis=_HEADS) for x in (k, v))
     q = lax.all_to_all(q, axis_name, _HEADS, _TOKENS, tiled=True)
     k, v = lax.all_to_all(jnp.stack([k, v]), axis_name, _HEADS + 1, _TOKENS + 1, tiled=True)
-    return q, k, v, Side(*lax.all_gather(jnp.stack(side), axis_name, axis=_TOKENS + 1, tiled=True))
+    return q, k, v, Side(*lax.all_gather(side.stacked(), axis_name, axis=_TOKENS + 1, tiled=True))
 
 
 def gather_heads(o: jax.Array, lse: jax.Array, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:

@@ -264,8 +264,9 @@ class Warpgroup:
         return self.load(ref, plgpu.Layout.WGMMA.reduce(axis))
 
     def side(self, side: Side, batch: jax.Array, tile: jax.Array, axis: int) -> Side:
-        """Load positions and segments of one tile, each as `vector` does."""
-        return Side(*(self.vector(x.at[batch, tile], axis) for x in side))
+        """Load the integers of one tile, each as `vector` does."""
+        loaded: Side = jax.tree.map(lambda x: self.vector(x.at[batch, tile], axis), side)
+        return loaded
 
     def product(self, a: Ref, b: Ref, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
         """Return a (i, c) x b (j, c) -> (i, j), both in shared memory; `meanwhile` runs before the wait for it."""
@@ -329,7 +330,6 @@ def logits(options: Options, products: jax.Array) -> tuple[jax.Array, float, jax
 
 def tile_mask(rule: Rule, queries: Side, keys: Side, shape: tuple[int, ...], *, query_axis: int = 0) -> jax.Array:
     """Apply the mask rule to a tile, from vectors in registers."""
-    sides = (
-        Side(*(across(x, shape, axis) for x in side)) for side, axis in ((queries, query_axis), (keys, 1 - query_axis))
-    )
-    return may_see(rule, *sides)
+    rows = jax.tree.map(lambda x: across(x, shape, query_axis), queries)
+    columns = jax.tree.map(lambda x: across(x, shape, 1 - query_axis), keys)
+    return may_see(rule, rows, columns)

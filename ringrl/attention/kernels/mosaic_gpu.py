@@ -82,7 +82,7 @@ def _cut(
     queries = tile_side(inputs.queries, per_query_cell * query_tile, PADDING_QUERY)
     keys = tile_side(inputs.keys, per_key_cell * key_tile, PADDING_KEY)
     query_tiles, key_tiles = (
-        Side(*(x.reshape(x.shape[0], -1, size) for x in side))
+        jax.tree.map(lambda x, size=size: x.reshape(x.shape[0], -1, size), side)
         for side, size in ((queries, query_tile), (keys, key_tile))
     )
 

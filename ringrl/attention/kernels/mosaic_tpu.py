@@ -119,7 +119,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     q = inputs.q
     tiling = tiling_of(inputs, options)
     sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling)
-    specs = specs_of(tiling)
+    specs = specs_of(tiling, sides)
     kv = tiling.cut_keys(inputs.kv)
     arrays = tiling.cut_queries(q), kv, kv, sides.queries, sides.keys
     started = (None, None) if start is None else (tiling.cut_queries(start.o), tiling.cut_rows(start.lse, -jnp.inf))
@@ -228,7 +228,7 @@ def _gradients(
     """Return dq, or dk and dv, from a kernel that visits the pairs in order of query tiles or of key tiles."""
     tiling = tiling_of(inputs, options)
     sides = cut_sides(options.rule, inputs.queries, inputs.keys, tiling, by_key=of_keys)
-    specs = specs_of(tiling, by_key=of_keys)
+    specs = specs_of(tiling, sides, by_key=of_keys)
     queries = *map(tiling.cut_queries, (inputs.q, cotangents.do)), *map(tiling.cut_rows, cotangents[1:]), sides.queries
     kv = tiling.cut_keys(inputs.kv)
     arrays = *queries, kv, kv, sides.keys

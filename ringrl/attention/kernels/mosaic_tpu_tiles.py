@@ -216,9 +216,9 @@ def pack_pairs(
 
 
 class Sides(NamedTuple):
-    """Positions and segment ids per tile, and the list of pairs of tiles to visit."""
+    """Positions, segment ids and global prefixes (if any) per tile, and the list of pairs of tiles to visit."""
 
-    queries: Int32[Array, "batch query_tiles 2 rows"]
+    queries: Int32[Array, "batch query_tiles arrays rows"]
     keys: Int32[Array, "batch key_tiles 2 block_k"]
     pairs: Int32[Array, " batch_pairs"]
     steps: Int32[Array, ""]
@@ -231,8 +231,8 @@ def cut_sides(rule: Rule, queries: Side, keys: Side, tiling: Tiling, *, by_key: 
     kinds = jax.vmap(partial(classify_pairs, rule))(query_tiles, key_tiles)
     some, every = (jnp.swapaxes(x, 1, 2) if by_key else x for x in kinds)
     pairs, steps = pack_pairs(some, every)
-    rows = jnp.tile(jnp.stack(query_tiles, axis=2), tiling.groups)
-    return Sides(rows, jnp.stack(key_tiles, axis=2), pairs, steps)
+    rows, columns = (jnp.moveaxis(side.stacked(), 0, 2) for side in (query_tiles, key_tiles))
+    return Sides(jnp.tile(rows, tiling.groups), columns, pairs, steps)
 
 
 class Specs(NamedTuple):
@@ -247,7 +247,7 @@ class Specs(NamedTuple):
     key_side: pl.BlockSpec
 
 
-def specs_of(tiling: Tiling, *, by_key: bool = False) -> Specs:
+def specs_of(tiling: Tiling, sides: Sides, *, by_key: bool = False) -> Specs:
     """Return the block specifications for the grid of a list in order of query tiles or (`by_key`) of key tiles."""
     t = tiling
 
@@ -267,7 +267,7 @@ def specs_of(tiling: Tiling, *, by_key: bool = False) -> Specs:
         spec((None, None, None, t.block_k, t.head_dim), lambda b, h, s, q, k: (b, h, 1, k, 0)),
         spec((None, None, 2, t.block_k, t.head_dim), lambda b, h, s, q, k: (b, h, 0, k, 0)),
         spec((None, None, None, None, 1, t.rows), lambda b, h, s, q, k: (b, h, s, q, 0, 0)),
-        spec((None, None, 2, t.rows), lambda b, h, s, q, k: (b, q, 0, 0)),
+        spec((None, None, sides.queries.shape[2], t.rows), lambda b, h, s, q, k: (b, q, 0, 0)),
         spec((None, None, 2, t.block_k), lambda b, h, s, q, k: (b, k, 0, 0)),
     )
 
@@ -289,9 +289,9 @@ def logits(options: Options, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax
 
 
 def tile_mask(rule: Rule, queries: jax.Array, keys: jax.Array) -> Bool[Array, "block_k rows"]:
-    """Apply the mask rule to a tile, from its positions and segment ids: (2, rows) and (2, block_k)."""
+    """Apply the mask rule to a tile: from `Side.stacked` (2 or 3, rows) of the queries and (2, block_k) of the keys."""
     columns = keys.T
-    return may_see(rule, Side(queries[:1], queries[1:]), Side(columns[:, :1], columns[:, 1:]))
+    return may_see(rule, Side(*jnp.split(queries, len(queries))), Side(columns[:, :1], columns[:, 1:]))
 
 
 def visit(pair: TilePair, mask: Callable[[], jax.Array], compute: Callable[[jax.Array | None], None]) -> None:

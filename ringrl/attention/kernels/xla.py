@@ -79,7 +79,7 @@ def _forward_tile(options: Options, scaling: Scaling, q, carry, k_transposed, v,
 
 
 class HeadTiles(NamedTuple):
-    """Positions and segment ids (tiles, ..., block) of some heads, and the key tiles that each query tile visits."""
+    """Sides (tiles, ..., block) of some heads, and the key tiles that each query tile visits."""
 
     queries: Side
     keys: Side
@@ -90,8 +90,8 @@ class HeadTiles(NamedTuple):
 
 def _head_tiles(options: Options, blocks: XlaBlocks, queries: Side, keys: Side) -> HeadTiles:
     """List the visits from minima and maxima of positions and segments."""
-    queries = Side(*(_tiles(x, -1, blocks.queries) for x in queries))
-    keys = Side(*(_tiles(x, -1, blocks.keys) for x in keys))
+    queries = jax.tree.map(lambda x: _tiles(x, -1, blocks.queries), queries)
+    keys = jax.tree.map(lambda x: _tiles(x, -1, blocks.keys), keys)
     some, every = classify_pairs(options.rule, queries, keys)
     order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
     return HeadTiles(queries, keys, order, every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32))
@@ -106,7 +106,9 @@ def _visit_all(options: Options, tiles: HeadTiles, i: jax.Array, visit: Callable
 
     def partly(step: jax.Array, carry: Tree) -> Tree:
         j = _at(order, step)
-        queries, keys = (Side(*(_at(x, n) for x in side)) for side, n in ((tiles.queries, i), (tiles.keys, j)))
+        queries, keys = (
+            jax.tree.map(lambda x, n=n: _at(x, n), side) for side, n in ((tiles.queries, i), (tiles.keys, j))
+        )
         return visit(carry, j, visible(options.rule, queries, keys))
 
     return lax.fori_loop(full, visible_ones, partly, lax.fori_loop(0, full, fully, start))
@@ -162,7 +164,7 @@ def _forward_head(options: Options, blocks: XlaBlocks, head: jax.Array, inputs: 
     """Return `seen`, updated with these keys for the queries at one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
-    tiles = _head_tiles(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
+    tiles = _head_tiles(options, blocks, *jax.tree.map(lambda x: _at(x, head), inputs[2:]))
 
     def query_tile(i: jax.Array, seen: Partial) -> Partial:
         place, row = TileSlice(head, i, blocks.queries), TileSlice(head, i, blocks.queries, axis=-1)
@@ -187,7 +189,7 @@ def _backward_head(
     """Return `sums` plus the gradients of one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
-    tiles = _head_tiles(options, blocks, *(Side(*(_at(x, head) for x in side)) for side in inputs[2:]))
+    tiles = _head_tiles(options, blocks, *jax.tree.map(lambda x: _at(x, head), inputs[2:]))
 
     def query_tile(i: jax.Array, sums: Gradients) -> Gradients:
         place, row = TileSlice(head, i, blocks.queries), TileSlice(head, i, blocks.queries, axis=-1)
