@@ -35,5 +35,6 @@ def random_context(contexts: int, steps: int, observation: int = OBSERVATION, ac
     return Context(
         observation=normal(observation), action=actions, reward=normal(), return_to_go=normal(), completion=nothing,
         timestep=position % STEPS_PER_EPISODE, trajectory=position // STEPS_PER_EPISODE, position=position,
-        weight=np.ones((contexts, steps), np.float32), previous=Outcome(actions, normal(), nothing),
+        start=position - position % STEPS_PER_EPISODE, weight=np.ones((contexts, steps), np.float32),
+        previous=Outcome(actions, normal(), nothing),
     )  # fmt: skip

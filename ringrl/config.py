@@ -80,6 +80,17 @@ class ContextConfig(Section):
         return self
 
 
+def _none(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return () if value is None else value if isinstance(value, list | tuple) else (value,)
+
+
+Window = Annotated[Annotated[int, Field(ge=0)] | None, pydantic.BeforeValidator(_none)]
+
+
 class ModelConfig(Section):
     """The network that maps a context to actions."""
 
@@ -115,6 +126,13 @@ class ModelConfig(Section):
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False
     """Add a learned embedding of the trajectory's index in the context."""
+    episode_window: Annotated[tuple[Window, ...], pydantic.BeforeValidator(_as_tuple)] = ()
+    """Steps of its own episode that a step sees, itself included; it always sees all earlier trajectories. One value,
+    or one for each layer. none: the whole episode so far; 0: earlier trajectories alone."""
+    past_actions: Literal["on", "off"] = "on"
+    """Whether the model sees the actions of earlier steps. Imitators tend to repeat their last action."""
+    past_rewards: Literal["on", "off"] = "on"
+    """Whether the model sees the rewards of earlier steps. Returns-to-go still show them, except with target none."""
     rotary_base: float = Field(10_000.0, gt=1)
     """RoPE base. The slowest pair has a period of about 6 x base tokens; raise it for longer contexts (2310.05209)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -124,6 +142,19 @@ class ModelConfig(Section):
     def family(self) -> Family:
         """Properties of this kind of model."""
         return FAMILIES[self.kind]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The episode window of each layer."""
+        return self.episode_window if len(self.episode_window) > 1 else (self.episode_window or (None,)) * self.layers
+
+    @pydantic.model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if len(self.episode_window) > 1 and len(self.episode_window) != self.layers:
+            raise ValueError(
+                f"episode_window: {len(self.episode_window)} values for {self.layers} layers; give one or all"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_heads(self) -> Self:

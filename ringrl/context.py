@@ -37,6 +37,7 @@ class Context(NamedTuple):
     timestep: Int32[Array, "batch time"]  # within the episode, from 0
     trajectory: Int32[Array, "batch time"]  # index of the trajectory in the context, from 0
     position: Int32[Array, "batch time"]  # index of the step in the context, from 0
+    start: Int32[Array, "batch time"]  # position of the first step of its trajectory
     weight: Float32[Array, "batch time"]  # weight in the loss: 1 for a step of the data, 0 for padding
     previous: Outcome  # outcome of the previous step in the context, zeros at the first step
 

@@ -116,7 +116,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 _TRANSFORMER_ONLY = tuple(
     f"model.{name}"
-    for name in ("heads", "kv_heads", "feed_forward", "timestep_embedding", "trajectory_embedding", "rotary_base")
+    for name in (
+        "heads",
+        "kv_heads",
+        "feed_forward",
+        "timestep_embedding",
+        "trajectory_embedding",
+        "rotary_base",
+        "episode_window",
+        "past_actions",
+        "past_rewards",
+    )
 )
 
 FAMILIES: Mapping[Kind, Family] = MappingProxyType(

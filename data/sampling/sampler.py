@@ -271,7 +271,7 @@ class _Reader:
         self._normalisation = normalisation
         self._first_rows = store.offsets[:-1][plan.episodes].tolist()
         self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
-        self._targets, self._completes = plan.targets.tolist(), plan.completes.tolist()
+        self._targets, self._completes, self._starts = (x.tolist() for x in (plan.targets, plan.completes, plan.starts))
         self.out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
         self.out.position[:] = times
 
@@ -297,7 +297,7 @@ class _Reader:
         out.previous.action[at] = self._action[state]
         out.previous.reward[at] = self._normalisation.reward(reward[state])
         out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
-        out.trajectory[at] = piece.trajectory
+        out.trajectory[at], out.start[at] = piece.trajectory, self._starts[piece.context][piece.trajectory]
         out.weight[at] = 1
 
     def _fill_in_returns(self, piece: _Piece) -> None:
@@ -330,7 +330,7 @@ class _Reader:
 def _blank(batch: int, time: int, observation_size: int, action_size: int) -> Context:
     """Return a context of padding."""
     sizes = {"observation": (observation_size,), "action": (action_size,)}
-    whole = ("timestep", "trajectory", "position")
+    whole = ("timestep", "trajectory", "position", "start")
 
     def zeros(name: str) -> np.ndarray:
         return np.zeros((batch, time, *sizes.get(name, ())), np.int32 if name in whole else np.float32)

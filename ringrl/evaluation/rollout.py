@@ -236,6 +236,7 @@ class ContextBuilder:
         steps, trajectories = 0, 0
         if self.prompt is not None:
             steps, trajectories = (int(x[0, -1]) + 1 for x in (self.prompt.position, self.prompt.trajectory))
+        start = steps + episode * self.normalisation.episode_length
         index = trajectories + episode
         index = index if self.trajectories is None else min(index, self.trajectories - 1)
         constant = partial(np.full, (len(observation), 1))
@@ -246,7 +247,8 @@ class ContextBuilder:
             return_to_go=self.normalisation.return_to_go(left)[:, None],
             timestep=constant(timestep, dtype=np.int32),
             trajectory=constant(index, dtype=np.int32),
-            position=constant(steps + episode * self.normalisation.episode_length + timestep, dtype=np.int32),
+            position=constant(start + timestep, dtype=np.int32),
+            start=constant(start, dtype=np.int32),
             weight=constant(1, dtype=np.float32),
             previous=previous,
             **unknown._asdict(),

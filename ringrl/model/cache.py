@@ -8,7 +8,7 @@ are the contexts that share a prefix.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -70,12 +70,16 @@ def attend(
     length: Int32[Array, ""],
     prefix: Prefix | None,
     parallel: Parallel,
+    **mask: Any,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
-    """Attend from the newest tokens to a layer's cache of `length` tokens and to the prefix before it."""
+    """Attend from the newest tokens to a layer's cache of `length` tokens and to the prefix before it.
+
+    `mask`: options of `decode_attention`.
+    """
     batch, new, heads, head_dim = q.shape
     kv_heads = keys.shape[0] // batch
     q = _heads_first(q, kv_heads)
-    o = decode_attention(q, keys, values, length=length, prefix=prefix, mesh=parallel.mesh)
+    o = decode_attention(q, keys, values, length=length, prefix=prefix, mesh=parallel.mesh, **mask)
     return jnp.moveaxis(o.reshape(kv_heads, batch, new, -1, head_dim), 0, 2).reshape(batch, new, heads, head_dim)
 
 

@@ -58,6 +58,8 @@ class TokenEmbedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs) -> None:
         self.token_set = TOKEN_SETS[config.token_set]
+        hides = {"action": config.past_actions == "off", "reward": config.past_rewards == "off"}
+        self.hidden = tuple(kind for kind, is_hidden in hides.items() if is_hidden)
         sizes = {"observation": observation_size, "action": action_size}
         sizes |= {"return_to_go": 1, "reward": 1, "completion": 1}
         sizes["fused"] = sum(sizes.values())
@@ -90,19 +92,23 @@ class TokenEmbedding(nnx.Module):
     def _before(self, step: Context) -> jax.Array:
         if self.token_set.before == ("fused",):
             parts = [_features(step, kind) for kind in ("return_to_go", "observation")]
-            parts += [_features(step.previous, kind) for kind in Outcome._fields]
+            parts += [self._outcome(step.previous, kind) for kind in Outcome._fields]
             tokens = [self.linear["fused"](jnp.concatenate(parts, axis=-1))]
         else:
             tokens = [self.linear[kind](_features(step, kind)) for kind in self.token_set.before]
         return self._place(jnp.stack(tokens, axis=2), step)
 
     def _after(self, step: Context) -> jax.Array:
-        tokens = [self.linear[kind](_features(step, kind)) for kind in self.token_set.after]
+        tokens = [self.linear[kind](self._outcome(step, kind)) for kind in self.token_set.after]
         if not tokens:
             batch, time = step.reward.shape
             width = next(iter(self.linear.values())).out_features
             return jnp.zeros((batch, time, 0, width), jnp.float32)
         return self._place(jnp.stack(tokens, axis=2), step)
+
+    def _outcome(self, step: Context | Outcome, kind: str) -> jax.Array:
+        features = _features(step, kind)
+        return jnp.zeros_like(features) if kind in self.hidden else features
 
     def _place(self, tokens: jax.Array, step: Context) -> jax.Array:
         """Add the embeddings of timestep and trajectory, if they are configured."""

@@ -1,7 +1,10 @@
 """Pre-norm transformer with rotary positions and grouped-query attention, for contexts and cached decoding."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from ringrl.attention import Prefix, attention, ring_attention
 from ringrl.config import SEQUENCE_AXIS, ModelConfig
 from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
 from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
+from ringrl.model.tokens import TOKEN_SETS
 
 ROTARY_BLOCK = 1024  # tokens
 SAVED = "ring_attention"  # checkpoint_name of the attention outputs: remat keeps them and never repeats the ring
@@ -36,6 +40,41 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+class Place(NamedTuple):
+    """Where tokens are in their context."""
+
+    positions: Int32[Array, "*batch tokens"]  # index of each token
+    starts: Int32[Array, "*batch tokens"]  # index of the first token of its trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeWindow:
+    """The mask of a layer in which a token sees the last `steps` steps of its own trajectory and all earlier ones.
+
+    A step has several tokens, and a window counts positions. With 2k - 1 positions for the k tokens of a step, one
+    window covers the same whole steps for all of the k tokens:
+
+        tokens of three steps (k = 3)     0 1 2 . . 5 6 7 . . 10 11 12
+        window of two steps, 7 to the left      5 6 7 . . 10 11 12
+    """
+
+    steps: int | None
+    tokens_per_step: int
+
+    def position_of(self, token: jax.Array) -> jax.Array:
+        """Return the position in the mask of a token of the context."""
+        if self.steps is None:
+            return token
+        return token + token // self.tokens_per_step * (self.tokens_per_step - 1)
+
+    def options(self, starts: jax.Array) -> dict[str, Any]:
+        """Return the options of attention for queries whose trajectories begin at the tokens `starts`."""
+        if self.steps is None:
+            return {}
+        left = (self.steps - 1) * (2 * self.tokens_per_step - 1) + self.tokens_per_step - 1 if self.steps else -1
+        return {"local_window_size": (min(left, 2**31 - 1), 0), "global_prefix": self.position_of(starts)}
+
+
 class Attention(nnx.Module):
     """Causal self-attention."""
 
@@ -57,18 +96,20 @@ class Attention(nnx.Module):
         q, k, v = (self.parallel.constrain(y, "batch", time, "heads", None) for y in (q, k, values))
         return q, k, v
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self, x: jax.Array, place: Place, window: EpisodeWindow
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return the output (B, S, W), and the keys and values."""
-        q, k, v = self._project(x, positions)
-        return self.out(self._attend(q, k, v, positions)), (k, v)
+        q, k, v = self._project(x, place.positions)
+        return self.out(self._attend(q, k, v, place, window)), (k, v)
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place, window: EpisodeWindow) -> jax.Array:
         if self.kind == "vanilla":
-            seen = positions[..., None, :, None] >= positions[..., None, None, :]
-            return jax.nn.dot_product_attention(q, k, v, mask=jnp.broadcast_to(seen, (1, *seen.shape)[-4:]))
+            return _vanilla(q, k, v, place, window)
         mesh, layout = self.parallel.mesh, self.parallel.layout
+        positions, mask = window.position_of(place.positions), window.options(place.starts)
         if mesh is None:
-            return attention(q, k, v, is_causal=True, positions=positions)
+            return attention(q, k, v, is_causal=True, positions=positions, **mask)
         return ring_attention(
             q, k, v,
             mesh=mesh,
@@ -79,18 +120,40 @@ class Attention(nnx.Module):
             head_axes=SPLIT["heads"],
             is_causal=True,
             # The layout permutes steps, not tokens. Only "striped" then differs from the layout of tokens.
-            positions=positions if layout == "striped" else None,
+            positions=positions if layout == "striped" or mask else None,
+            **mask,
         )  # fmt: skip
 
     def decode(
-        self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array, prefix: Prefix | None
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        length: jax.Array,
+        prefix: Prefix | None,
+        starts: jax.Array,
+        window: EpisodeWindow,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attend from new tokens to the prefix, the cache and themselves. Return the output and the longer cache."""
         begin = length if prefix is None else prefix.length + length
         q, k, v = self._project(x, begin + jnp.arange(x.shape[1]), time=None)
         keys, values = append(keys, k, length, self.parallel), append(values, v, length, self.parallel)
-        o = attend(q, keys, values, length + x.shape[1], prefix, self.parallel)
+        mask = window.options(starts)
+        o = attend(q, keys, values, length + x.shape[1], prefix, self.parallel, **mask, position_of=window.position_of)
         return self.out(o), keys, values
+
+
+def _vanilla(q: jax.Array, k: jax.Array, v: jax.Array, place: Place, window: EpisodeWindow) -> jax.Array:
+    """Compute attention with a whole mask. A query without a visible key gives 0."""
+    position, start = (x[..., None] for x in place)
+    other = place.positions[..., None, :]
+    seen = position >= other
+    if window.steps is not None:
+        step, other_step = (x // window.tokens_per_step for x in (position, other))
+        seen &= (step - other_step < window.steps) | (other < start)
+    seen = jnp.broadcast_to(seen, (q.shape[0], *seen.shape[-2:]))
+    o = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
+    return jnp.where(seen.any(-1)[..., None, None], o, 0)
 
 
 class FeedForward(nnx.Module):
@@ -119,9 +182,11 @@ class TransformerBlock(nnx.Module):
         self.is_blockwise = config.attention in ("blockwise", "ring")
         self.block_tokens, self.parallel = config.block_tokens, parallel
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self, x: jax.Array, place: Place, window: EpisodeWindow
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return the output, and the keys and values of the attention."""
-        y, keys_and_values = self.attention(self.attention_norm(x), positions)
+        y, keys_and_values = self.attention(self.attention_norm(x), place, window)
         x = self.parallel.constrain(x + y, "batch", "time", None)
         if self.is_blockwise:
             return _in_blocks(self._feed_forward, x, self.block_tokens, self.parallel), keys_and_values
@@ -130,11 +195,9 @@ class TransformerBlock(nnx.Module):
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         return x + self.feed_forward(self.feed_forward_norm(x))
 
-    def decode(
-        self, x: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array, prefix: Prefix | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Apply the block to new tokens after a cache. Return the output and the longer cache."""
-        y, keys, values = self.attention.decode(self.attention_norm(x), keys, values, length, prefix)
+    def decode(self, x: jax.Array, *cache_and_mask: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Apply the block to new tokens, see `Attention.decode`. Return the output and the longer cache."""
+        y, keys, values = self.attention.decode(self.attention_norm(x), *cache_and_mask)
         return self._feed_forward(x + y), keys, values
 
 
@@ -178,6 +241,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
         self.layers, self.dtype, self.remat = config.layers, jnp.dtype(config.dtype), config.remat
+        size = TOKEN_SETS[config.token_set].size
+        self.windows = tuple(EpisodeWindow(steps, size) for steps in config.windows)
         self.cache_shape = (config.kv_heads, config.width // config.heads)
         make = nnx.vmap(
             lambda rngs: TransformerBlock(config, rngs, parallel), transform_metadata={nnx.PARTITION_NAME: "layers"}
@@ -187,20 +252,39 @@ class Transformer(nnx.Module):
         self.parallel = parallel
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], positions: Int32[Array, "*batch tokens"] | None = None
+        self, x: Float[Array, "batch tokens width"], place: Place | None = None
     ) -> Float[Array, "batch tokens width"]:
-        """Return the features of all tokens (B, S, W) float32. `positions`: context indices, default 0 to S-1."""
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32) if positions is None else positions
+        """Return the features of all tokens (B, S, W) float32. Without `place`, one trajectory in order."""
+        if place is None:
+            place = Place(jnp.arange(x.shape[1], dtype=jnp.int32), jnp.zeros(x.shape[1], jnp.int32))
+        x, _ = self._scan(x, place, "batch", lambda keys_and_values: None)
+        return self.norm(x.astype(jnp.float32))
+
+    def _scan(self, x: jax.Array, place: Place, batch: str | None, keep: Callable[..., Any]) -> tuple[jax.Array, Any]:
+        """Apply all layers. Return the output, and `keep` of the keys and values of each layer."""
         graph, parameters = nnx.split(self.blocks)
 
-        def layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, parameters)(x, positions)[0], None
+        def layer(window: EpisodeWindow, x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, Any]:
+            x, keys_and_values = nnx.merge(graph, parameters)(x, place, window)
+            return x, keep(keys_and_values)
 
         if self.remat == "layers":
-            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
-        x = self.parallel.constrain(x.astype(self.dtype), "batch", "time", None)
-        x, _ = jax.lax.scan(layer, x, parameters)
-        return self.norm(x.astype(jnp.float32))
+            policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+            layer = jax.checkpoint(layer, policy=policy, static_argnums=0)
+        x, kept = self.parallel.constrain(x.astype(self.dtype), batch, "time", None), []
+        for window, part in self._equal_windows(parameters):
+            x, of_part = jax.lax.scan(partial(layer, window), x, part)
+            kept.append(of_part)
+        return x, kept[0] if len(kept) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+    def _equal_windows(self, parameters: nnx.State) -> Iterator[tuple[EpisodeWindow, nnx.State]]:
+        """Split the layers into runs with the same window, since a scan compiles one block."""
+        if len(set(self.windows)) == 1:
+            yield self.windows[0], parameters
+            return
+        for window, run in groupby(range(self.layers), key=self.windows.__getitem__):
+            layers = np.array(list(run))
+            yield window, jax.tree.map(lambda x, layers=layers: x[layers[0] : layers[-1] + 1], parameters)
 
     def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
         """Return an empty cache for `batch` contexts of `capacity` tokens. dtype: by default the computation's."""
@@ -210,40 +294,42 @@ class Transformer(nnx.Module):
     def prefill(
         self,
         x: Float[Array, "1 tokens width"],
-        positions: Int32[Array, "*batch tokens"],
+        place: Place,
         length: int,
         dtype: jnp.dtype | None = None,
     ) -> KVCache:
         """Return the cache of one whole context, to be used as the shared prefix of a batch of contexts.
 
         Args:
-          x, positions: as for `__call__`; on a mesh in the order of its layout, which permutes whole timesteps.
+          x, place: as for `__call__`; on a mesh in the order of its layout, which permutes whole timesteps.
           length: number of tokens without the padding at the end.
           dtype: dtype of the cache, by default the computation's.
         """
-        graph, parameters = nnx.split(self.blocks)
-        kept, in_time = self.dtype if dtype is None else dtype, jnp.argsort(positions.reshape(-1))
-
-        def layer(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, list[jax.Array]]:
-            x, held = nnx.merge(graph, parameters)(x, positions)
-            return x, [as_prefix(y[:, in_time], kept, self.parallel) for y in held]
-
-        x = self.parallel.constrain(x.astype(self.dtype), None, "time", None)
-        _, held = jax.lax.scan(layer, x, parameters)
+        kept, in_time = self.dtype if dtype is None else dtype, jnp.argsort(place.positions.reshape(-1))
+        keep = lambda held: [as_prefix(y[:, in_time], kept, self.parallel) for y in held]  # noqa: E731
+        _, held = self._scan(x, place, None, keep)
         keys, values = (tuple(y[index] for index in range(self.layers)) for y in held)
         return KVCache(keys, values, self.parallel.constrain(jnp.asarray(length, jnp.int32)))
 
     def decode(
-        self, x: Float[Array, "batch new_tokens width"], cache: KVCache, prefix: KVCache | None = None
+        self,
+        x: Float[Array, "batch new_tokens width"],
+        cache: KVCache,
+        prefix: KVCache | None = None,
+        starts: Int32[Array, " new_tokens"] | None = None,
     ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
-        """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens."""
+        """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens.
+
+        `starts`: as in `Place`, by default 0. The prefix counts.
+        """
         x = x.astype(self.dtype)
+        starts = jnp.zeros(x.shape[1], jnp.int32) if starts is None else starts
         graph, parameters = nnx.split(self.blocks)
         all_keys, all_values = [], []
         for index, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             block = nnx.merge(graph, jax.tree.map(lambda stacked, index=index: stacked[index], parameters))
             before = None if prefix is None else prefix.prefix(index)
-            x, keys, values = block.decode(x, keys, values, cache.length, before)
+            x, keys, values = block.decode(x, keys, values, cache.length, before, starts, self.windows[index])
             all_keys.append(keys)
             all_values.append(values)
         x = self.norm(x.astype(jnp.float32))

@@ -131,7 +131,7 @@ def abstract_step(workload: Workload, devices: list[Any]) -> Step:
     integers = array(dtype=jnp.int32)
     batch = Context(
         observation=array(OBSERVATION), action=array(ACTION), reward=array(), return_to_go=array(), completion=array(),
-        timestep=integers, trajectory=integers, position=integers, weight=array(),
+        timestep=integers, trajectory=integers, position=integers, start=integers, weight=array(),
         previous=Outcome(array(ACTION), array(), array()),
     )  # fmt: skip
     return Step(function, abstract_state(make, optimiser, parallel), batch)

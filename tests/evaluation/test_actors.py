@@ -1,5 +1,7 @@
 """Actors: few compiled programs, compiled ahead, growing caches, and prompts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,9 @@ from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 OBSERVATION, ACTION = 3, 2
 
 
-def policy(**settings: object) -> Policy:
-    config = {"layers": 1, "width": 16, "heads": 2, "token_set": "at5"} | settings
+def policy(**settings: Any) -> Policy:
+    layers = max(1, len(settings.get("episode_window", ())))
+    config = {"layers": layers, "width": 16, "heads": 2, "token_set": "at5"} | settings
     return make_policy(ModelConfig.model_validate(config), OBSERVATION, ACTION, seed=0)
 
 
@@ -28,7 +31,16 @@ def contexts(batch: int, time: int) -> Context:
     index = np.tile(np.arange(time, dtype=np.int32), (batch, 1))
     weight = np.ones((batch, time), np.float32)
     return Context(
-        normal(OBSERVATION), *outcome[:2], normal(), outcome.completion, index, 0 * index, index, weight, previous
+        normal(OBSERVATION),
+        *outcome[:2],
+        normal(),
+        outcome.completion,
+        index,
+        0 * index,
+        index,
+        0 * index,
+        weight,
+        previous,
     )
 
 
@@ -51,8 +63,9 @@ def small_cache(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 16, 17])
-def test_actions_on_either_side_of_every_capacity(steps, small_cache):
-    made, context = policy(), contexts(2, steps)
+@pytest.mark.parametrize("windows", [[], [3, 1], [0, None]])
+def test_actions_on_either_side_of_every_capacity(steps, windows, small_cache):
+    made, context = policy(episode_window=windows), contexts(2, steps)
     np.testing.assert_allclose(
         replayed(PolicyActor(CompiledPolicy(made)), context), made.actions(context), rtol=1e-5, atol=1e-5
     )
@@ -80,10 +93,10 @@ def test_capacities_that_are_not_reached_are_not_compiled(small_cache):
     assert len(compiled) == 4, "first step, 10 tokens, 20 tokens, and the next capacity"
 
 
-@pytest.mark.parametrize("token_set", ["at5", "fused1"])
-def test_a_prompt_is_shared_by_all_environments(token_set, small_cache):
+@pytest.mark.parametrize(("token_set", "windows"), [("at5", []), ("fused1", []), ("ring4", [3, 1])])
+def test_a_prompt_is_shared_by_all_environments(token_set, windows, small_cache):
     """Three contexts share six steps, the prompt, whose cache has one row; five steps follow."""
-    made, whole = policy(token_set=token_set), contexts(3, 11)
+    made, whole = policy(token_set=token_set, episode_window=windows), contexts(3, 11)
     for x in jax.tree.leaves(whole):
         x[:, :6] = x[:1, :6]
     for before, x in zip(whole.previous, (whole.action, whole.reward, whole.completion), strict=True):

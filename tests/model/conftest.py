@@ -48,6 +48,7 @@ def context() -> Callable[..., Context]:
             timestep=index % length,
             trajectory=index // length,
             position=index,
+            start=index - index % length,
             weight=np.ones((batch, time), np.float32),
             previous=before(outcome),
             **outcome._asdict(),

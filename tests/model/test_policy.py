@@ -30,6 +30,39 @@ def test_action_dependencies(token_set, policy, context, changed, quick):
             assert ((difference[first:] > 0) == (name in shown)).all(), f"{name} of step {t}"
 
 
+@pytest.mark.parametrize("attention", ["vanilla", "ring"])
+@pytest.mark.parametrize("token_set", TOKEN_SETS)
+def test_episode_window(token_set, attention, policy, context, changed, quick):
+    """An action depends on the window of its own trajectory, once more for each layer, and on all earlier ones."""
+    steps, length = 10, 4
+    whole = context(steps, length=length)
+    for windows in ([0], [1], [2], [3], [None], [9], [1, 1], [2, 2], [0, 3], [1, None]):
+        made = policy(token_set=token_set, attention=attention, layers=len(windows), episode_window=windows)
+        graph, state = nnx.split(made)
+        run = quick(lambda context, graph=graph, state=state: nnx.merge(graph, state).actions(context))
+        before = np.asarray(run(whole))
+        reach = sum(steps if window is None else max(window - 1, 0) for window in windows)
+        for u in range(steps):
+            difference = np.abs(np.asarray(run(changed(whole, "observation", u))) - before).max((0, 2))
+            t = np.arange(steps)
+            is_earlier, is_near = (
+                u // length < t // length,
+                (t - u >= 0) & (t - u <= reach) & (u // length == t // length),
+            )
+            np.testing.assert_array_equal(difference > 0, is_earlier | is_near, err_msg=f"{windows}, step {u}")
+
+
+@pytest.mark.parametrize("token_set", TOKEN_SETS)
+def test_hidden_inputs(token_set, policy, context, changed, quick):
+    whole = context(STEPS)
+    for setting, name in (("past_actions", "action"), ("past_rewards", "reward")):
+        graph, state = nnx.split(policy(token_set=token_set, **{setting: "off"}))
+        run = quick(lambda context, graph=graph, state=state: nnx.merge(graph, state).actions(context))
+        before = np.asarray(run(whole))
+        np.testing.assert_array_equal(run(changed(whole, name, 1)), before)
+        assert (np.asarray(run(changed(whole, "observation", 1))) != before).any()
+
+
 @pytest.mark.parametrize("head", ["mse", "gaussian", "bins"])
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
 def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, quick):
@@ -77,7 +110,8 @@ def test_padding_changes_neither_loss_nor_actions(kind, loss_on, policy, context
 def test_permuted_steps_give_the_same_loss_and_actions(token_set, layout, policy, context, quick):
     """Positions define the time order of permuted steps."""
     whole = context(8, length=3)
-    graph, state = nnx.split(policy(token_set=token_set, loss_on="last", timestep_embedding=True))
+    settings = {"loss_on": "last", "timestep_embedding": True, "episode_window": [2, None]}
+    graph, state = nnx.split(policy(token_set=token_set, **settings))
     run = quick(lambda c: (nnx.merge(graph, state).loss(c), nnx.merge(graph, state).actions(c)))
     loss, found = run(whole)
     moved_loss, moved = run(jax.tree.map(lambda x: to_layout(x, layout, 4), whole))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from ringrl.attention import layout_positions, pad_to_layout, to_layout
 from ringrl.config import ModelConfig, TrainConfig
@@ -24,7 +24,7 @@ from ringrl.model.optimiser import make_optimiser
 from ringrl.model.parallel import Parallel
 from ringrl.model.policy import Policy
 from ringrl.model.tokens import TokenEmbedding
-from ringrl.model.transformer import Transformer
+from ringrl.model.transformer import Place, Transformer
 
 
 class ImitationPolicy(Policy):
@@ -86,13 +86,14 @@ class AgenticTransformer(ImitationPolicy):
     def features(self, context: Context) -> Float[Array, "batch time width"]:
         """Return the features of each state token."""
         token_set = self.embedding.token_set
-        x = self.transformer(self.embedding(context), self._positions(context))
+        x = self.transformer(self.embedding(context), self._place(context))
         return x.reshape(*context.position.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
 
-    def _positions(self, context: Context) -> Int32[Array, "batch tokens"]:
+    def _place(self, context: Context) -> Place:
         size = self.tokens_per_step
         positions = size * jnp.asarray(context.position)[..., None] + jnp.arange(size)
-        return positions.reshape(len(positions), -1)
+        starts = jnp.repeat(size * jnp.asarray(context.start), size, axis=1)
+        return Place(positions.reshape(starts.shape), starts)
 
     def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
         """Return an empty cache for `batch` contexts of `capacity` tokens. dtype: by default the computation's."""
@@ -105,14 +106,19 @@ class AgenticTransformer(ImitationPolicy):
         context = jax.tree.map(lambda x: to_layout(pad_to_layout(x, layout, devices), layout, devices), context)
         position = layout_positions(layout, context.position.shape[1], devices)
         context = context._replace(position=position[None])  # the padding needs positions too
-        tokens, positions = self.embedding(context), self._positions(context)
-        return self.transformer.prefill(tokens, positions, steps * self.tokens_per_step, dtype)
+        tokens, place = self.embedding(context), self._place(context)
+        return self.transformer.prefill(tokens, place, steps * self.tokens_per_step, dtype)
 
     def act(
         self, previous: Context | None, current: Context, memory: KVCache, prefix: KVCache | None = None
     ) -> tuple[Float32[Array, "batch action"], KVCache]:
         """Return the action of the next step and the longer cache. See `Policy.act`."""
-        x, memory = self.transformer.decode(self.embedding.decode(previous, current), memory, prefix)
+        before, after = len(self.embedding.token_set.before), len(self.embedding.token_set.after)
+        steps = [(current, before)] if previous is None else [(previous, after), (current, before)]
+        # All contexts of the batch are at the same step of the same episode.
+        starts = jnp.concatenate([jnp.full(size, jnp.asarray(step.start)[0, 0]) for step, size in steps])
+        tokens = self.embedding.decode(previous, current)
+        x, memory = self.transformer.decode(tokens, memory, prefix, self.tokens_per_step * starts)
         return self.head.mode(x[:, -1]), memory
 
 

@@ -25,6 +25,7 @@ def batch() -> Context:
         timestep=index,
         trajectory=index * 0,
         position=index,
+        start=index * 0,
         weight=np.ones((2, 5), np.float32),
         previous=previous,
         **outcome._asdict(),
@@ -95,7 +96,7 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch(loss_on, parts):
     actions = np.tanh(normal(4, 6, 2))
     previous = Outcome(np.zeros_like(actions), np.zeros((4, 6), np.float32), np.zeros((4, 6), np.float32))
     others = (normal(4, 6) for _ in range(3))
-    batch = Context(normal(4, 6, 3), actions, *others, index, index // 2, index, weight, previous)
+    batch = Context(normal(4, 6, 3), actions, *others, index, index // 2, index, index * 0, weight, previous)
     optimiser = optax.sgd(1.0)
     found = []
     for accumulation in (1, parts):
