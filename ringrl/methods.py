@@ -167,13 +167,17 @@ def method_of(config: TrainConfig) -> str:
 
 
 def check_method(config: TrainConfig, name: MethodName) -> None:
-    """Raise UserError if the settings amount to another method. Fractions of episodes and hindsight are allowed."""
+    """Raise UserError if the settings amount to another method. Fractions of episodes and hindsight are allowed.
+
+    An Agentic Transformer of one trajectory is allowed too. Results call it dt, since the best return is then its own.
+    """
     found = method_of(config)
     if name in ("at", "dt") and config.context.sampling == "history_window":
         raise UserError(
             f"--method {name}: context.sampling history_window belongs to ad; choose another, or --method ad"
         )
-    if _family(found) != _family(name):
+    is_shortest = name == "at" and _family(found) == "dt" and config.context.target == "best"
+    if _family(found) != _family(name) and not is_shortest:
         raise UserError(
             f"--method {name}: with the other settings the run is {found} (context.trajectories "
             f"{config.context.trajectories}, context.target {config.context.target}, model.kind {config.model.kind}, "

@@ -82,6 +82,7 @@ def test_token_sets_of_the_agentic_transformer_are_free(token_set: str) -> None:
         ("td3+bc", {"actor_critic": {"hindsight": {"nearby": 0.5}}}, "td3+bc+her"),
         ("ad", {"context": {"trajectories": 1}}, "ad"),
         ("at", {"context": {"target": "none"}}, "at"),
+        ("at", {"context": {"trajectories": 1}}, "dt"),  # the shortest context of an ablation
         ("at", {"context": {"target": "none", "trajectories": 1}}, "at"),
     ],
 )
@@ -95,7 +96,7 @@ def test_names_beyond_the_table(name: MethodName, changes: dict, called: str) ->
 @pytest.mark.parametrize(
     ("name", "changes", "called"),
     [
-        ("at", {"context": {"trajectories": 1}}, "dt"),
+        ("at", {"context": {"trajectories": 1, "target": "own"}}, "dt"),
         ("dt", {"context": {"trajectories": 3}}, "at"),
         ("dt", {"context": {"target": "none"}}, "at"),
         ("ad", {"context": {"target": "best"}}, "at"),
