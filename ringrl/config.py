@@ -68,7 +68,27 @@ class ContextConfig(Section):
     max_transitions: int | None = Field(None, ge=1)
     """Cap on transitions. Whole episodes are taken in seed-shuffled order; a smaller cap is a subset of a larger."""
     best_fraction: float = Field(1.0, gt=0, le=1)
-    """Fraction of the remaining episodes to keep, highest returns first (0.1 with behaviour cloning is BC-10%)."""
+    """Fraction of the remaining episodes to keep, highest returns first (0.1 with behaviour cloning is BC-10%). With
+    several tasks, each task keeps the best episodes by its own returns."""
+    history_stride: int = Field(1, ge=1)
+    """With sampling history_window: take every k-th episode. A context then spans a longer part of the history."""
+    segment_steps: int | None = Field(None, ge=1)
+    """Steps of each trajectory: a segment of an episode instead of the whole. Contexts of many segments are short."""
+    segment_start_share: float = Field(0.5, ge=0, le=1)
+    """Share of segments that begin with their episode. The others begin anywhere, with the return-to-go of there."""
+    first_steps: int = Field(20, ge=1)
+    """First steps of each trajectory that `first_steps_weight` applies to."""
+    first_steps_weight: float = Field(1.0, gt=0)
+    """Weight of these steps in the loss; other steps have weight 1. ICRT (2408.15980) uses 50."""
+
+    @property
+    def window(self) -> int:
+        """Episodes from the first to the last of a history window."""
+        return (self.trajectories - 1) * self.history_stride + 1
+
+    def steps(self, episode_length: int) -> int:
+        """Return the steps of a context of episodes of the given length, or of segments of them."""
+        return self.trajectories * (self.segment_steps or episode_length)
 
     @pydantic.model_validator(mode="after")
     def _check_history(self) -> Self:
@@ -316,8 +336,6 @@ class TrainConfig(Section):
             raise ValueError("context.other_tasks: names a task twice, or the run's own task")
         if others and not family.has_context:
             raise ValueError(f"context.other_tasks: {kind} has no context that could identify the task")
-        if others and self.context.best_fraction < 1:
-            raise ValueError("context.best_fraction: the best episodes differ between tasks; leave it at 1")
         if self.validation_fraction and self.context.sampling == "history_window" and family.has_context:
             raise ValueError(
                 "validation_fraction: history_window needs consecutive episodes, but held-out episodes leave gaps; "

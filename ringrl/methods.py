@@ -129,6 +129,9 @@ _TRANSFORMER_ONLY = tuple(
     )
 )
 
+_CONTEXTS_ONLY = ("trajectories", "order", "target", "sampling", "other_tasks", "history_stride", "segment_steps",
+                  "segment_start_share", "first_steps", "first_steps_weight")  # fmt: skip
+
 FAMILIES: Mapping[Kind, Family] = MappingProxyType(
     {
         "transformer": Family(ignored=("actor_critic.",), has_context=True),
@@ -136,7 +139,7 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
         "td3_bc": Family(
             ignored=(
                 *_TRANSFORMER_ONLY,
-                *(f"context.{name}" for name in ("trajectories", "order", "target", "sampling", "other_tasks")),
+                *(f"context.{name}" for name in _CONTEXTS_ONLY),
             ),
             source="transitions",
             splits_batches=False,

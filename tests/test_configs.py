@@ -52,6 +52,12 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"optimiser": {"accumulation": 2}, "model": {"kind": "td3_bc"}}, "td3_bc computes a batch in one part"),
         ({"context": {"sampling": "history_window", "max_transitions": 5000}}, "needs consecutive episodes"),
         ({"context": {"sampling": "history_window", "best_fraction": 0.5}}, "needs consecutive episodes"),
+        ({"context": {"segment_start_share": 1.1}}, "less than or equal to 1"),
+        ({"context": {"segment_start_share": -0.1}}, "greater than or equal to 0"),
+        ({"context": {"segment_steps": 0}}, "greater than or equal to 1"),
+        ({"context": {"history_stride": 0}}, "greater than or equal to 1"),
+        ({"context": {"first_steps": 0}}, "greater than or equal to 1"),
+        ({"context": {"first_steps_weight": 0}}, "greater than 0"),
         ({"optimiser": {"stepz": 3}}, "there is no setting stepz; did you mean steps\\?"),
         (
             {"actor_critic": {"hindsight": {"xyz": 3}}},

@@ -70,29 +70,47 @@ def eligible_episodes(
     return episodes[np.sort(np.argsort(returns, kind="stable")[len(returns) - count :])]
 
 
-def episodes_for_contexts(
-    store: EpisodeStore,
-    task: str,
-    config: ContextConfig,
-    seed: int,
-    selected_by: str | None = None,
-    excluded: Episodes = NONE,
-) -> Episodes:
-    """Return the episodes that contexts are drawn from, in the order of collection.
+def eligible_by_task(
+    store: EpisodeStore, task: str, config: ContextConfig, seed: int, excluded: Episodes = NONE
+) -> dict[str, Episodes]:
+    """Return the `eligible_episodes` of each task of a run: those with the highest returns in that task.
 
-    Raises UserError for a task that the store has no rewards for, or fewer episodes than one context holds.
+    Raises UserError for a task that the store has no rewards for, or `max_transitions` below one episode.
     """
     for name in (task, *config.other_tasks):
         if name not in store.tasks:
             raise UserError(
                 f"{store.path}: no rewards for task {name} (domain {store.domain}). Tasks: {', '.join(store.tasks)}"
             )
-    found = eligible_episodes(store, selected_by or task, seed, config.max_transitions, config.best_fraction, excluded)
-    if config.trajectories > len(found):
-        raise UserError(
-            f"context.trajectories: {config.trajectories} are more than the {len(found)} eligible episodes of "
-            f"{store.path}; lower it, or raise context.best_fraction or context.max_transitions where they are set"
-        )
+    limits = seed, config.max_transitions, config.best_fraction, excluded
+    return {name: eligible_episodes(store, name, *limits) for name in (task, *config.other_tasks)}
+
+
+def episodes_for_contexts(
+    store: EpisodeStore, task: str, config: ContextConfig, seed: int, excluded: Episodes = NONE
+) -> dict[str, Episodes]:
+    """Return the episodes that the contexts of each task are drawn from, in the order of collection.
+
+    Raises UserError as `eligible_by_task` does, or if one context needs more or longer episodes than a task has.
+    """
+    found = eligible_by_task(store, task, config, seed, excluded)
+    for episodes in found.values():
+        count, least = len(episodes), config.segment_steps or 1
+        if config.trajectories > count:
+            raise UserError(
+                f"context.trajectories: {config.trajectories} are more than the {count} eligible episodes of "
+                f"{store.path}; lower it, or raise context.best_fraction or context.max_transitions where they are set"
+            )
+        if config.sampling == "history_window" and config.window > count:
+            raise UserError(
+                f"context.history_stride: {config.trajectories} episodes at a stride of {config.history_stride} span "
+                f"{config.window} episodes, and {store.path} has {count}; lower the stride or context.trajectories"
+            )
+        if (shortest := int(store.lengths[episodes].min())) < least:
+            raise UserError(
+                f"context.segment_steps: {config.segment_steps} is longer than the shortest eligible episode of "
+                f"{store.path} ({shortest} steps); lower it"
+            )
     return found
 
 
@@ -101,9 +119,10 @@ class ContextPlan(NamedTuple):
 
     tasks: np.ndarray  # names of the tasks whose rewards are read (batch,)
     episodes: Int64[np.ndarray, "batch trajectories"]  # indices in the store, in the order of the context
-    targets: Float64[np.ndarray, "batch trajectories"]  # first return-to-go of each trajectory; nan if all are zero
-    completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each trajectory reaches its target
+    targets: Float64[np.ndarray, "batch trajectories"]  # return-to-go at the start of each episode; nan if all are zero
+    completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each episode reaches its target
     starts: Int64[np.ndarray, "batch trajectories_plus_1"]  # time of the first step of each, and of the padding
+    first_timesteps: Int64[np.ndarray, "batch trajectories"]  # of each trajectory, within its episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +133,10 @@ class ContextSampler:
     Every return-to-go starts from the best trajectory's return, R_t = R_0 - sum of rewards so far. The completion token
     is 1 on the last step of a trajectory that reaches the target.
 
-    `selected_by` is the task whose returns `config.best_fraction` uses, by default `task`. `excluded` episodes are
-    never drawn.
+    A context belongs to one task and holds eligible episodes of that task. With `config.segment_steps`, its
+    trajectories are segments of episodes. `excluded` episodes are never drawn.
 
-    Raises UserError for a task without rewards, or too few episodes.
+    Raises UserError for a task without rewards, or too few or too short episodes.
     """
 
     store: EpisodeStore
@@ -126,7 +145,6 @@ class ContextSampler:
     normalisation: Normalisation
     batch_size: int
     seed: int
-    selected_by: str | None = None
     excluded: Episodes = dataclasses.field(default_factory=NONE.copy)
 
     def __post_init__(self) -> None:
@@ -138,14 +156,15 @@ class ContextSampler:
         return (self.task, *self.config.other_tasks)
 
     @cached_property
-    def eligible(self) -> Episodes:
-        """Episodes that may be drawn, in the order of collection."""
-        return episodes_for_contexts(self.store, self.task, self.config, self.seed, self.selected_by, self.excluded)
+    def eligible(self) -> dict[str, Episodes]:
+        """Episodes that may be drawn for each task, in the order of collection."""
+        return episodes_for_contexts(self.store, self.task, self.config, self.seed, self.excluded)
 
     @property
     def time(self) -> int:
         """Steps of the longest possible context. Shorter contexts are padded to it."""
-        return self.config.trajectories * int(self.store.lengths[self.eligible].max())
+        longest = max(int(self.store.lengths[episodes].max()) for episodes in self.eligible.values())
+        return self.config.steps(longest)
 
     @property
     def steps_per_batch(self) -> int:
@@ -159,19 +178,21 @@ class ContextSampler:
     def plan(self, step: int) -> ContextPlan:
         """Return the trajectories of the batch of an optimiser step."""
         streams = ([self.seed, 0 if self.config.sampling == "fixed" else step, i] for i in range(self.batch_size))
-        tasks, drawn = zip(*(self._draw(np.random.default_rng(stream)) for stream in streams), strict=True)
+        tasks, drawn, first = zip(*(self._draw(np.random.default_rng(stream)) for stream in streams), strict=True)
         episodes = np.stack(drawn)
         returns = np.stack([self._returns[task][chosen] for task, chosen in zip(tasks, drawn, strict=True)])
         best = np.broadcast_to(returns.max(1, keepdims=True), returns.shape)
         targets = {"none": np.full_like(returns, np.nan), "own": returns, "best": best}[self.config.target]
         starts = np.zeros((len(episodes), self.config.trajectories + 1), np.int64)
-        np.cumsum(self.store.lengths[episodes], axis=1, out=starts[:, 1:])
-        return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts)
+        steps = self.config.segment_steps
+        lengths = self.store.lengths[episodes] if steps is None else np.full_like(episodes, steps)
+        np.cumsum(lengths, axis=1, out=starts[:, 1:])
+        return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
         """Return the given contexts of a plan at the given times (see `read_contexts`)."""
         part = ContextPlan(*(column[rows] for column in plan))
-        return read_contexts(self.store, self.normalisation, part, times)
+        return read_contexts(self.store, self.normalisation, part, times, self.config)
 
     @cached_property
     def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
@@ -184,28 +205,31 @@ class ContextSampler:
             return dict.fromkeys(self.tasks)
         weights: dict[str, np.ndarray | None] = {}
         for task in self.tasks:
-            returns = self._returns[task][self.eligible]
+            returns = self._returns[task][self.eligible[task]]
             edges = np.linspace(returns.min(), returns.max(), RETURN_RANGES + 1)[1:-1]
             ranges = np.digitize(returns, edges)
             rarity = 1 / np.bincount(ranges, minlength=RETURN_RANGES)[ranges]
             weights[task] = rarity / rarity.sum()
         return weights
 
-    def _draw(self, random: np.random.Generator) -> tuple[str, Episodes]:
-        """Return the task of one context and its episodes, in order."""
+    def _draw(self, random: np.random.Generator) -> tuple[str, Episodes, Int64[np.ndarray, " trajectories"]]:
+        """Return the task of one context, its episodes in order, and the first timestep of each trajectory."""
         task = self.tasks[random.integers(len(self.tasks))] if self.config.other_tasks else self.task
-        count = self.config.trajectories
+        count, eligible = self.config.trajectories, self.eligible[task]
         if self.config.sampling == "history_window":
-            first = random.integers(len(self.eligible) - count + 1)
-            chosen = random.permutation(self.eligible[first : first + count])
+            first = random.integers(len(eligible) - self.config.window + 1)
+            chosen = random.permutation(eligible[first : first + self.config.window : self.config.history_stride])
         else:
-            chosen = random.choice(self.eligible, count, replace=False, p=self._weights[task])
+            chosen = random.choice(eligible, count, replace=False, p=self._weights[task])
         if self.config.order == "history":
             chosen = np.sort(chosen)
         elif self.config.order != "random":
             ascending = chosen[np.argsort(self._returns[task][chosen], kind="stable")]
             chosen = ascending if self.config.order == "ascending" else ascending[::-1]
-        return task, chosen
+        if self.config.segment_steps is None:
+            return task, chosen, np.zeros(count, np.int64)
+        anywhere = random.integers(self.store.lengths[chosen] - self.config.segment_steps + 1)
+        return task, chosen, np.where(random.random(count) < self.config.segment_start_share, 0, anywhere)
 
 
 class _Piece(NamedTuple):
@@ -220,7 +244,11 @@ class _Piece(NamedTuple):
 
 
 def read_contexts(
-    store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: Int[np.ndarray, " time"]
+    store: EpisodeStore,
+    normalisation: Normalisation,
+    plan: ContextPlan,
+    times: Int[np.ndarray, " time"],
+    config: ContextConfig,
 ) -> Context:
     """Return the given time steps of all contexts of a plan, in the given order. Times beyond a context are padding.
 
@@ -231,7 +259,7 @@ def read_contexts(
     """
     if len(times) and times.min() < 0:
         raise ValueError(f"times: expected no time below 0, got {times.min()}")
-    reader = _Reader(store, normalisation, plan, times)
+    reader = _Reader(store, normalisation, plan, times, config)
     pieces = list(_pieces(plan, times))
     threads = available_cores()
     with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
@@ -246,6 +274,7 @@ def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:
         context, trajectory = np.nonzero(np.diff(cuts, axis=1))
         begin, end = cuts[context, trajectory], cuts[context, trajectory + 1]
         timestep = first + begin * stride - plan.starts[context, trajectory]
+        timestep += plan.first_timesteps[context, trajectory]
         strides = np.full_like(begin, stride)
         columns = np.stack([context, trajectory, place + begin, end - begin, timestep, strides], axis=1)
         yield from (_Piece(*values) for values in columns.tolist())
@@ -265,13 +294,21 @@ def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
 class _Reader:
     """Writes pieces of trajectories, which do not overlap, to the arrays of a batch."""
 
-    def __init__(self, store: EpisodeStore, normalisation: Normalisation, plan: ContextPlan, times: np.ndarray) -> None:
+    def __init__(
+        self,
+        store: EpisodeStore,
+        normalisation: Normalisation,
+        plan: ContextPlan,
+        times: np.ndarray,
+        config: ContextConfig,
+    ) -> None:
         self._observation, self._action = store.arrays["observation"], store.arrays["action"]
         self._rewards = [store.arrays[reward_key(task)] for task in plan.tasks.tolist()]
         self._normalisation = normalisation
         self._first_rows = store.offsets[:-1][plan.episodes].tolist()
         self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
         self._targets, self._completes, self._starts = (x.tolist() for x in (plan.targets, plan.completes, plan.starts))
+        self._first_timesteps, self._config = plan.first_timesteps.tolist(), config
         self.out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
         self.out.position[:] = times
 
@@ -280,7 +317,7 @@ class _Reader:
         for piece in pieces:
             self._copy_steps(piece)
             self._fill_in_returns(piece)
-            if piece.timestep == 0:
+            if piece.timestep == self._first_timesteps[piece.context][piece.trajectory]:
                 self._look_back(piece)
 
     def _copy_steps(self, piece: _Piece) -> None:
@@ -299,6 +336,8 @@ class _Reader:
         out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
         out.trajectory[at], out.start[at] = piece.trajectory, self._starts[piece.context][piece.trajectory]
         out.weight[at] = 1
+        past = self._first_timesteps[piece.context][piece.trajectory] + self._config.first_steps
+        out.weight[at][: max(0, -((piece.timestep - past) // piece.stride))] = self._config.first_steps_weight
 
     def _fill_in_returns(self, piece: _Piece) -> None:
         if math.isnan(self._targets[piece.context][piece.trajectory]):
@@ -316,9 +355,12 @@ class _Reader:
             self.out.completion[piece.context, piece.place + place] = completes
 
     def _look_back(self, piece: _Piece) -> None:
-        """Set the outcome before a trajectory's first step: the previous trajectory's last outcome, or zeros."""
+        """Set the outcome before a trajectory's first step: the previous trajectory's last outcome, or zeros.
+
+        Segments do not follow each other in time, so it is zero before each of them.
+        """
         context, place, previous = piece.context, piece.place, self.out.previous
-        if piece.trajectory == 0:
+        if piece.trajectory == 0 or self._config.segment_steps is not None:
             previous.action[context, place], previous.reward[context, place] = 0, 0
             return
         last = self._last_rows[context][piece.trajectory - 1]

@@ -41,7 +41,7 @@ def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
 def draw_prompt(
     info: RunInfo, store: EpisodeStore, task: str, trajectories: int, seed: int, target_return: float | None
 ) -> tuple[Context, dict[str, Any]]:
-    """Draw a prompt by the selection and order of the run's training contexts.
+    """Draw a prompt by the selection and order of the run's training contexts: segments if it was trained on segments.
 
     Returns the prompt as a context (1, T, ...) in the order of time, and the fields of an `EvaluationRecord` that
     describe it. Trajectory indices are clipped below the number of trajectories in a training context.
@@ -58,9 +58,7 @@ def draw_prompt(
         drawn = drawn.model_copy(update={"sampling": "uniform"})
     excluded = held_out(store, config)
     try:
-        sampler = ContextSampler(
-            store, task, drawn, info.normalisation, 1, config.seed, selected_by=config.task, excluded=excluded
-        )
+        sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, excluded=excluded)
     except UserError as error:
         raise UserError(f"--prompt-trajectories: {error}") from error
     plan = sampler.plan(FIRST_DRAW + seed)
@@ -97,7 +95,7 @@ def imitation_error(
     if not config.model.family.has_context:
         raise UserError(f"{run}: {config.model.kind} has no context; give the run of a transformer")
     store = open_dataset(trained.info, run, data)
-    if len(np.unique(store.lengths)) > 1:
+    if len(np.unique(store.lengths)) > 1 and config.context.segment_steps is None:
         raise UserError(f"{store.path}: episodes differ in length, so that their steps cannot be averaged")
     size = config.optimiser.batch_size
     excluded = held_out(store, config)

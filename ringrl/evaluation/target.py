@@ -67,14 +67,13 @@ class TargetPolicy:
 
 
 def trained_returns(info: RunInfo, task: str, store: EpisodeStore | None) -> Float[np.ndarray, " episodes"]:
-    """Return the returns in a task of the episodes that the run was trained on.
+    """Return the returns in a task of the task's own eligible episodes, as training selects them for this task.
 
     Without the store, return the best of them in the run's own task, which the checkpoint contains.
     """
     if store is None:
         return np.array([info.best_return])
     config, context = info.config, info.config.context
-    excluded = held_out(store, config)
-    selection = context.max_transitions, context.best_fraction, excluded
-    chosen = eligible_episodes(store, config.task, config.seed, *selection)
+    selection = context.max_transitions, context.best_fraction, held_out(store, config)
+    chosen = eligible_episodes(store, task, config.seed, *selection)
     return store.returns(task)[chosen]

@@ -309,7 +309,7 @@ def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
     if plan.budget != "steps" and config.model.family.source == "contexts":
         optimiser = {"batch_size": plan.trajectories_per_batch // config.context.trajectories}
     elif plan.budget == "tokens":  # as many timesteps in batches of transitions
-        length = domain_of(config.task).episode_length
+        length = config.context.segment_steps or domain_of(config.task).episode_length
         timesteps = config.optimiser.steps * plan.trajectories_per_batch * length
         optimiser = {"steps": max(1, timesteps // config.optimiser.batch_size)}
     return TrainConfig.model_validate(merged(settings, {"optimiser": optimiser}))

@@ -99,7 +99,7 @@ def _rollout_seconds(task: str, protocol: Protocol, trained: TrainedPolicy) -> f
     length, streams = domain_of(task).episode_length, protocol.environments
     steps, tokens = length * protocol.episodes, trained.policy.tokens_per_step
     simulate = _simulate(task, streams)
-    prompt = protocol.prompt_trajectories * length * tokens
+    prompt = protocol.prompt_trajectories * (trained.info.config.context.segment_steps or length) * tokens
     total = steps * (simulate + _act(trained, streams, prompt, prompt + steps * tokens))
     if protocol.control:
         total += steps * (simulate + _act(trained, streams, 0, length * tokens))

@@ -45,7 +45,7 @@ class StepCost(NamedTuple):
 def step_cost(config: TrainConfig, episode_length: int) -> StepCost:
     """Return the cost of one optimiser step on data whose episodes have this many steps."""
     batch_size, family = config.optimiser.batch_size, config.model.family
-    per_row = 1 if family.source == "transitions" else config.context.trajectories * episode_length
+    per_row = 1 if family.source == "transitions" else config.context.steps(episode_length)
     tokens_per_row = per_row * (TOKEN_SETS[config.model.token_set].size if family.has_context else 1)
     flops = step_flops(config.model, tokens_per_row, batch_size)
     return StepCost(batch_size * per_row, batch_size * tokens_per_row, flops)

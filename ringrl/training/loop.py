@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -15,7 +16,7 @@ from ringrl.data import EpisodeStore
 from ringrl.data.sampling.batches import BatchSource, ShardedSampler, iterate_batches
 from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import ContextSampler, Episodes, eligible_episodes
+from ringrl.data.sampling.sampler import ContextSampler, Episodes, eligible_by_task
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 from ringrl.model import TrainState, make_agent
@@ -61,8 +62,8 @@ def train(
     data_fingerprint = dataset_fingerprint(store)
     distributed.agree("data", {"fingerprint of the data": data_fingerprint})
     excluded = held_out(store, config)
-    selection = context.max_transitions, context.best_fraction, excluded
-    episodes = eligible_episodes(store, config.task, config.seed, *selection)
+    eligible = eligible_by_task(store, config.task, context, config.seed, excluded)
+    episodes = np.unique(np.concatenate(list(eligible.values())))
     normalisation = Normalisation.of(store, config.ignored_observations, episodes, excluded)
     parallel = make_parallel(config)
     source = _make_source(store, config, normalisation, parallel, excluded)
@@ -73,7 +74,7 @@ def train(
         action_size=store.action_size,
         domain=store.domain,
         data_fingerprint=data_fingerprint,
-        best_return=float(store.returns(config.task)[episodes].max()),
+        best_return=float(store.returns(config.task)[eligible[config.task]].max()),
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
     )

@@ -254,15 +254,35 @@ def test_prompts_differ_where_all_training_contexts_are_the_same(trained: Traine
     assert len({policy_evaluation(fixed, at_run, protocol).template.prompt_episodes for protocol in drawn}) > 2
 
 
-def test_in_another_task_prompts_and_targets_use_the_episodes_of_the_training(
+def test_in_another_task_prompts_and_targets_use_the_best_episodes_of_that_task(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     best_two = with_config(trained, context={"best_fraction": 0.25})
-    chosen = np.sort(np.argsort(jaco_store.returns(TASK))[-2:])
-    assert set(chosen) != set(np.argsort(jaco_store.returns(OTHER))[-2:]), "the other task has other best episodes"
+    chosen = np.sort(np.argsort(jaco_store.returns(OTHER))[-2:])
+    assert set(chosen) != set(np.argsort(jaco_store.returns(TASK))[-2:]), "the other task has other best episodes"
     template = policy_evaluation(best_two, at_run, Protocol(prompt_trajectories=2), task=OTHER).template
     assert sorted(template.prompt_episodes) == chosen.tolist()
     assert template.target_return == jaco_store.returns(OTHER)[chosen].max()
+    target = policy_evaluation(best_two, at_run, Protocol(target="q0"), task=OTHER).template.target_return
+    assert target == jaco_store.returns(OTHER)[chosen].min()
+
+
+def test_a_prompt_of_a_run_on_segments_has_segments(
+    trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
+) -> None:
+    segments = with_config(trained, context={"segment_steps": 50})
+    evaluation = policy_evaluation(segments, at_run, Protocol(prompt_trajectories=5, target="3"))
+    prompt = evaluation.prompt
+    assert prompt is not None
+    assert prompt.reward.shape == (1, 250)
+    firsts = prompt.timestep[0, ::50].tolist()
+    assert len(set(firsts)) > 1
+    for place, (number, first) in enumerate(zip(evaluation.template.prompt_episodes, firsts, strict=True)):
+        rows, steps = jaco_store.episode(number), slice(50 * place, 50 * place + 50)
+        np.testing.assert_array_equal(prompt.timestep[0, steps], np.arange(first, first + 50))
+        np.testing.assert_array_equal(prompt.action[0, steps], rows["action"][first + 1 : first + 51])
+        earned = rows[f"reward/{TASK}"][1 : first + 1].astype(np.float64).sum()
+        assert prompt.return_to_go[0, steps.start] == pytest.approx((3 - earned) / 250, rel=1e-5)
 
 
 def test_a_missing_dataset_raises_only_if_needed(

@@ -11,7 +11,7 @@ from flax import nnx
 from ringrl.config import ModelConfig, TrainConfig, merged
 from ringrl.model.transformer import Transformer
 from ringrl.training import read_info, train
-from ringrl.training.budget import Budget, budget, forward_flops, step_flops
+from ringrl.training.budget import Budget, budget, forward_flops, step_cost, step_flops
 
 CONFIG = ModelConfig(layers=3, width=64, heads=4, kv_heads=4)
 
@@ -65,6 +65,13 @@ def test_tokens_follow_the_token_set_and_the_step(finished_run: Path) -> None:
     other = type(info)(**vars(info) | {"config": info.config.model_copy(update={"model": model})})
     assert budget(other, step).tokens == 5 * late.tokens
     assert budget(other, step).timesteps == late.timesteps
+
+
+def test_segments_cost_their_own_steps(tiny: TrainConfig) -> None:
+    context = tiny.context.model_copy(update={"segment_steps": 20})
+    cost = step_cost(tiny.model_copy(update={"context": context}), 250)
+    assert cost.timesteps == tiny.optimiser.batch_size * context.trajectories * 20
+    assert cost.tokens == step_cost(tiny, 20).tokens
 
 
 @pytest.mark.parametrize(("kind", "row"), [("behaviour_cloning", 2 * 250), ("td3_bc", 1)])

@@ -105,6 +105,22 @@ def test_a_run_on_part_of_the_data_uses_no_other_episodes(
     assert np.abs(info.normalisation.mean - Normalisation.of(jaco_store).mean).max() > 1e-3
 
 
+def test_statistics_of_several_tasks_are_of_all_their_best_episodes(
+    tiny: TrainConfig, jaco_store: EpisodeStore
+) -> None:
+    other = "jaco_reach_bottom_right"
+    context = tiny.context.model_copy(update={"other_tasks": (other,), "best_fraction": 0.25})
+    optimiser = tiny.optimiser.model_copy(update={"steps": 2})
+    train(tiny.model_copy(update={"context": context, "optimiser": optimiser}), quiet=True)
+    _, info = read_info(tiny.run)
+    used = sorted({int(i) for task in (tiny.task, other) for i in np.argsort(jaco_store.returns(task))[-2:]})
+    assert 2 < len(used) < 8, "the tasks have different best episodes"
+    assert info.transitions == 250 * len(used)
+    assert info.best_return == jaco_store.returns(tiny.task).max()
+    rows = np.concatenate([jaco_store.episode(i)["observation"] for i in used]).astype(np.float64)
+    np.testing.assert_allclose(info.normalisation.mean, rows.mean(0), rtol=1e-6, atol=1e-9)
+
+
 def test_an_existing_run_is_not_overwritten(finished: TrainConfig) -> None:
     with pytest.raises(UserError, match="use --resume") as caught:
         train(finished, quiet=True)

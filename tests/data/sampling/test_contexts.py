@@ -34,6 +34,21 @@ def made(mixed: EpisodeStore) -> ContextSampler:
     return ContextSampler(mixed, TASK, config, Normalisation.of(mixed, [2]), 4, 0)
 
 
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory, random_episode, write_store) -> ContextSampler:
+    """A sampler of segments of four steps, the first two with a larger weight."""
+    episodes = [random_episode("cartpole", n, i) for i, n in enumerate([6, 5, 9, 4, 9, 7])]
+    store = write_store(tmp_path_factory.mktemp("contexts") / "segments.h5", "cartpole", episodes)
+    config = ContextConfig(trajectories=3, order="random", segment_steps=4, first_steps=2, first_steps_weight=50)
+    return ContextSampler(store, TASK, config, Normalisation.of(store), 4, 0)
+
+
+@pytest.fixture(scope="module", params=["made", "segments"])
+def either(request: pytest.FixtureRequest) -> ContextSampler:
+    """A sampler of whole episodes, or of segments."""
+    return request.getfixturevalue(request.param)
+
+
 def assert_part(found: Context, whole: Context, rows: slice, times: Any) -> None:
     expected = jax.tree.map(lambda x: x[rows][:, times], whole)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
@@ -51,11 +66,11 @@ times_of_any_kind = st.one_of(
 
 @settings(max_examples=150)
 @given(step=st.integers(0, 5), first=st.integers(0, 4), past=st.integers(0, 4), times=times_of_any_kind)
-def test_a_rectangle_equals_that_part_of_the_batch(made, step, first, past, times):
-    plan, rows = made.plan(step), slice(first, past)
-    whole = made.read(plan, slice(None), np.arange(PADDED))
-    assert_part(made.batch(step), whole, slice(None), slice(0, made.time))
-    assert_part(made.read(plan, rows, times), whole, rows, times)
+def test_a_rectangle_equals_that_part_of_the_batch(either, step, first, past, times):
+    plan, rows = either.plan(step), slice(first, past)
+    whole = either.read(plan, slice(None), np.arange(PADDED))
+    assert_part(either.batch(step), whole, slice(None), slice(0, either.time))
+    assert_part(either.read(plan, rows, times), whole, rows, times)
 
 
 class Recorded:

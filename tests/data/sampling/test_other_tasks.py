@@ -7,7 +7,7 @@ import pytest
 
 from ringrl.config import ContextConfig, TrainConfig
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import ContextSampler
+from ringrl.data.sampling.sampler import ContextSampler, subset
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
 
@@ -68,6 +68,23 @@ def test_stratified_sampling_uses_the_returns_of_each_task(store: EpisodeStore) 
     np.testing.assert_array_equal(several._weights[TASKS[1]], alone._weights[TASKS[1]])
 
 
+def test_each_task_keeps_its_own_best_episodes(store: EpisodeStore) -> None:
+    several = sampler(store, batch_size=100, other_tasks=TASKS[1:], best_fraction=0.6, sampling="return_stratified")
+    assert {task: found.tolist() for task, found in several.eligible.items()} == {
+        TASKS[0]: [2, 3, 4],  # returns grow with the number of the episode in this task, and fall in the other
+        TASKS[1]: [0, 1, 2],
+    }
+    plan = several.plan(0)
+    assert {(str(task), tuple(row)) for task, row in zip(plan.tasks, plan.episodes.tolist(), strict=True)} == {
+        (TASKS[0], (2, 3, 4)),
+        (TASKS[1], (2, 1, 0)),
+    }
+    limited = sampler(store, other_tasks=TASKS[1:], max_transitions=4 * LENGTH, best_fraction=0.75)
+    first, second = limited.eligible.values()
+    shared = subset(store, 0, 4 * LENGTH)
+    assert (first.tolist(), second.tolist()) == (shared[1:].tolist(), shared[:-1].tolist())
+
+
 def test_draws_without_other_tasks_are_unchanged(store: EpisodeStore) -> None:
     """Ascending in return is ascending in number, so what a seed drew before there were other tasks can be message."""
     drawn = [np.sort(np.random.default_rng([0, 7, row]).choice(EPISODES, 3, replace=False)) for row in range(6)]
@@ -80,7 +97,6 @@ def test_invalid_settings_are_rejected(store: EpisodeStore, tmp_path: Path) -> N
     run = {"data": store.path, "task": TASKS[0], "run": tmp_path / "run"}
     for context, model, message in (
         ({"other_tasks": [TASKS[0]]}, {}, "names a task twice"),
-        ({"other_tasks": [TASKS[1]], "best_fraction": 0.5}, {}, "best episodes differ between tasks; leave it at 1"),
         ({"other_tasks": [TASKS[1]]}, {"kind": "behaviour_cloning"}, "no context that could identify"),
     ):
         with pytest.raises(ValueError, match=message):

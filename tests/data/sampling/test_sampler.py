@@ -225,7 +225,7 @@ def test_stratified_sampling_of_equal_returns_is_uniform(tmp_path: Path, random_
 def test_a_context_can_hold_all_eligible_episodes(golden: EpisodeStore) -> None:
     for fraction, kept in ((0.25, [2]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3]), (0.01, [2])):
         made = sampler(golden, trajectories=len(kept), best_fraction=fraction)
-        assert made.eligible.tolist() == kept
+        assert made.eligible[TASK].tolist() == kept
         assert sorted(episode_numbers(made.batch(5))[0]) == kept
     with pytest.raises(UserError, match=r"2 are more than the 1 eligible.*raise context\.best_fraction"):
         sampler(golden, trajectories=2, best_fraction=0.25)
@@ -241,6 +241,25 @@ def test_a_history_window_holds_consecutive_episodes(golden: EpisodeStore) -> No
     assert {tuple(row) for row in by_return.tolist()} == {(1, 0), (1, 2), (3, 2)}
     shuffled = episode_numbers(sampler(golden, 50, order="random", **settings).batch(0))
     assert len({tuple(row) for row in shuffled.tolist()}) == 6
+
+
+def test_a_history_stride_leaves_episodes_out(golden: EpisodeStore) -> None:
+    settings = {"trajectories": 2, "order": "history", "sampling": "history_window"}
+    windows = episode_numbers(sampler(golden, 1000, history_stride=2, **settings).batch(0))
+    found, counts = np.unique(windows, axis=0, return_counts=True)
+    assert found.tolist() == [[0, 2], [1, 3]]
+    assert counts.min() > 400
+    assert episode_numbers(sampler(golden, history_stride=3, **settings).batch(0)).tolist() == [[0, 3]]
+    with pytest.raises(UserError, match=r"history_stride: 2 episodes at a stride of 4 span 5 episodes, and .* has 4"):
+        sampler(golden, history_stride=4, **settings)
+    sampler(golden, trajectories=2, history_stride=4)  # without an effect
+
+
+def test_the_first_steps_have_their_weight(golden: EpisodeStore) -> None:
+    batch = sampler(golden, trajectories=3, first_steps=2, first_steps_weight=50).batch(0)
+    np.testing.assert_array_equal(batch.weight, [[50, 50, 1] * 3])
+    every = sampler(golden, trajectories=3, first_steps=20, first_steps_weight=0.5).batch(0)
+    np.testing.assert_array_equal(every.weight, [[0.5] * 9])
 
 
 def test_fixed_contexts_are_the_same_at_every_step(golden: EpisodeStore) -> None:
