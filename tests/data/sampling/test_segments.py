@@ -54,6 +54,7 @@ def slowly(made: ContextSampler, plan: ContextPlan, row: int) -> dict[str, list]
                 "timestep": t,
                 "trajectory": k,
                 "position": len(steps.get("position", ())),
+                "start": k * made.config.segment_steps,
                 "weight": made.config.first_steps_weight if t - first < made.config.first_steps else 1,
                 "previous.action": np.zeros_like(episode["action"][0]) if t == first else episode["action"][t],
                 "previous.reward": 0 if t == first else reward[t - 1],
