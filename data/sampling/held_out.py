@@ -1,11 +1,12 @@
 """Episodes that a run holds out of training, to measure its loss on them."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from ringrl.config import TrainConfig
-from ringrl.data.sampling.sampler import NONE, Episodes, eligible_episodes
+from ringrl.data.sampling.sampler import NONE, ContextPlan, ContextSampler, Episodes, eligible_episodes
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.errors import UserError
 
@@ -66,3 +67,34 @@ def held_out(store: EpisodeStore, config: TrainConfig) -> Episodes:
 def all_but(store: EpisodeStore, episodes: Episodes) -> Episodes:
     """Return the other episodes of a store."""
     return np.setdiff1d(np.arange(store.num_episodes), episodes)
+
+
+class WrongPromptSampler(ContextSampler):
+    """Draws the contexts of `ContextSampler`, but with another task in all trajectories but the last.
+
+    The earlier trajectories are drawn and ordered for the next of the run's tasks, and have its rewards and returns.
+    They never repeat the episode of the last trajectory, which would contain its actions.
+    """
+
+    def plan(self, step: int) -> ContextPlan:
+        """Return the trajectories of the batch of an optimiser step."""
+        right, following = super().plan(step), dict(zip(self.tasks, (*self.tasks[1:], self.task), strict=True))
+        plans = {task: _by_trajectory(self._alone(task).plan(step)) for task in self.tasks}
+        rows = []
+        for row, own in enumerate(zip(*_by_trajectory(right), strict=True)):
+            other = plans[following[right.tasks[row]]]
+            places = np.flatnonzero(other.episodes[row] != right.episodes[row, -1])[: self.config.trajectories - 1]
+            rows.append([np.append(theirs[row, places], ours[-1]) for theirs, ours in zip(other, own, strict=True)])
+        joined = ContextPlan(*map(np.stack, zip(*rows, strict=True)))
+        return joined._replace(starts=np.pad(np.cumsum(joined.starts, axis=1), ((0, 0), (1, 0))))
+
+    def _alone(self, task: str) -> ContextSampler:
+        """Return the sampler of contexts of one task."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ContextSampler(**values | {"task": task, "config": self.config.model_copy(update={"other_tasks": ()})})
+
+
+def _by_trajectory(plan: ContextPlan) -> ContextPlan:
+    """Return a plan whose columns are all (batch, trajectories): the task and, in place of the start, the length."""
+    tasks = np.broadcast_to(plan.tasks[:, None], plan.episodes.shape)
+    return plan._replace(tasks=tasks, starts=np.diff(plan.starts, axis=1))

@@ -117,7 +117,7 @@ def episodes_for_contexts(
 class ContextPlan(NamedTuple):
     """The trajectories of a batch of contexts: small, and the same on every host."""
 
-    tasks: np.ndarray  # names of the tasks whose rewards are read (batch,)
+    tasks: np.ndarray  # names of the tasks whose rewards are read (batch,), or of each trajectory (batch, trajectories)
     episodes: Int64[np.ndarray, "batch trajectories"]  # indices in the store, in the order of the context
     targets: Float64[np.ndarray, "batch trajectories"]  # return-to-go at the start of each episode; nan if all are zero
     completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each episode reaches its target
@@ -303,7 +303,8 @@ class _Reader:
         config: ContextConfig,
     ) -> None:
         self._observation, self._action = store.arrays["observation"], store.arrays["action"]
-        self._rewards = [store.arrays[reward_key(task)] for task in plan.tasks.tolist()]
+        tasks = np.broadcast_to(plan.tasks.reshape(len(plan.tasks), -1), plan.episodes.shape).tolist()
+        self._rewards = [[store.arrays[reward_key(task)] for task in row] for row in tasks]
         self._normalisation = normalisation
         self._first_rows = store.offsets[:-1][plan.episodes].tolist()
         self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
@@ -329,7 +330,7 @@ class _Reader:
         out = self.out
         self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
         out.action[at] = self._action[outcome]
-        reward = self._rewards[piece.context]
+        reward = self._rewards[piece.context][piece.trajectory]
         out.reward[at] = self._normalisation.reward(reward[outcome])
         out.previous.action[at] = self._action[state]
         out.previous.reward[at] = self._normalisation.reward(reward[state])
@@ -346,7 +347,7 @@ class _Reader:
         first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
         end = piece.timestep + (piece.length - 1) * piece.stride + 1
         earned = np.zeros(end)  # before each step
-        np.cumsum(self._rewards[piece.context][first + 1 : first + end], out=earned[1:])
+        np.cumsum(self._rewards[piece.context][piece.trajectory][first + 1 : first + end], out=earned[1:])
         left = self._targets[piece.context][piece.trajectory] - earned[piece.timestep :: piece.stride]
         self.out.return_to_go[at] = self._normalisation.return_to_go(left)
         place, rest = divmod(last - 1 - first - piece.timestep, piece.stride)
@@ -365,7 +366,9 @@ class _Reader:
             return
         last = self._last_rows[context][piece.trajectory - 1]
         previous.action[context, place] = self._action[last : last + 1][0]
-        previous.reward[context, place] = self._normalisation.reward(self._rewards[context][last : last + 1])[0]
+        previous.reward[context, place] = self._normalisation.reward(
+            self._rewards[context][piece.trajectory - 1][last : last + 1]
+        )[0]
         previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
 
 

@@ -32,6 +32,7 @@ def evaluate(
     data: Path | None = None,
     control: bool = False,
     step: int | None = None,
+    checkpoint_kind: Literal["last", "best"] = "last",
     output: Path | None = None,
     again: bool = False,
     video: bool = False,
@@ -56,7 +57,9 @@ def evaluate(
         data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and
             --error-by-step).
         control: also roll out the same episodes with the memory cleared before each (the prompt stays).
-        step: step of the checkpoint; by default the newest.
+        step: step of the checkpoint, instead of --checkpoint-kind.
+        checkpoint_kind: last, the newest checkpoint, or best, the one of lowest loss on held-out episodes (of lowest
+            training loss in runs without them).
         output: results file (.jsonl); by default evaluation.jsonl in each run's folder.
         again: repeat finished evaluations.
         video: also write the first, the median and the best episode as mp4, into a folder next to the results file.
@@ -74,19 +77,21 @@ def evaluate(
 
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
+    if step is not None and checkpoint_kind != "last":
+        raise UserError("--checkpoint-kind: --step names the checkpoint already; give one of them")
     protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype)
     if error_by_step:
         if not checkpoint:
             raise UserError("--error-by-step: give the --checkpoint of a run too")
         why = "has no effect with --error-by-step; leave it out"
-        reject_flags(evaluate, given, why, used={"checkpoint", "data", "step", "error_by_step"})
+        reject_flags(evaluate, given, why, used={"checkpoint", "data", "step", "checkpoint_kind", "error_by_step"})
         for run in checkpoint:
-            _print_error_by_step(load_policy(run, step), run, data)
+            _print_error_by_step(load_policy(run, step, kind=checkpoint_kind), run, data)
         return
     evaluations: list[Evaluation] = []
     command = command_line()
     for run in checkpoint:
-        trained = load_policy(run, step, mesh)
+        trained = load_policy(run, step, mesh, checkpoint_kind)
         own = trained.info.config.task
         compiled = compile_policy(trained, protocol, own)
         named: list[str] = []

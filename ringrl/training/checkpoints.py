@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from ringrl.training.mesh import make_ring
 CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
 PARTS = ("info/metadata", "iterator/metadata", "state/_METADATA", "state/manifest.ocdbt")
 DELETED = ".deleted-"
+CheckpointKind = Literal["last", "best"]
 PATTERN = re.compile(r"[][*?\\]")
 
 
@@ -88,8 +89,8 @@ class DamagedCheckpointError(UserError):
 class Checkpoints:
     """The checkpoints of one run. Each is written under a temporary name and then renamed, so none is incomplete.
 
-    The newest `keep` checkpoints (all, if None) and the one of lowest loss are kept. Reading changes no file, so a run
-    may be read-only.
+    The newest `keep` checkpoints (all, if None) and the best (see `best_step`) are kept. Reading changes no file, so a
+    run may be read-only.
     """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
@@ -110,16 +111,24 @@ class Checkpoints:
             (self.folder / str(step)).rename(aside)
         return aside
 
-    def save(self, state: TrainState, info: RunInfo, iterator: dict[str, Any], loss: float | None) -> None:
-        """Write the state, the state of the batch iterator and the recent mean loss, in the background.
+    def save(
+        self,
+        state: TrainState,
+        info: RunInfo,
+        iterator: dict[str, Any],
+        loss: float | None,
+        validation_loss: float | None = None,
+    ) -> None:
+        """Write the state, that of the batch iterator, the recent mean loss and the held-out one, in the background.
 
         The first checkpoint is read back. Raise UserError if it or an earlier one could not be written.
         """
         step, checksums = int(state.step), array_checksums(state)
+        is_known = validation_loss is not None and np.isfinite(validation_loss)
         values = {
             "info": info.to_json() | {ARRAY_CHECKSUMS: checksums},
             "iterator": iterator,
-            "metrics": {"loss": loss},
+            "metrics": {"loss": loss} | ({"validation_loss": validation_loss} if is_known else {}),
         }
         items: dict[str, Any] = {name: ocp.args.JsonSave(with_checksum(value)) for name, value in values.items()}
         self.wait()
@@ -212,10 +221,10 @@ class Checkpoints:
         if self._keep is None or jax.process_index() != 0 or not self.folder.is_dir():
             return
         steps = self.steps()
-        losses = {step: metrics["loss"] for step in steps if (metrics := _saved_metrics(self.folder / str(step)))}
-        finite = {step: loss for step, loss in losses.items() if loss is not None}
+        known = {step: metrics for step in steps if (metrics := _saved_metrics(self.folder / str(step)))}
         # Checkpoints without a loss are kept, to diagnose a failed run.
-        kept = {*steps[-self._keep :], *sorted(finite, key=lambda step: finite[step])[:1], *(losses.keys() - finite)}
+        failed = {step for step, metrics in known.items() if metrics["loss"] is None}
+        kept = {*steps[-self._keep :], best_step(self.folder.parent), *failed}
         for step in steps:
             if step not in kept:
                 (self.folder / str(step)).rename(self.folder / f"{DELETED}{step}")
@@ -252,6 +261,19 @@ def _saved_metrics(checkpoint: Path) -> dict[str, float | None] | None:
 def saved_steps(run: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a run's folder, newest last."""
     return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal())
+
+
+def best_step(run: Path) -> int | None:
+    """Return the step of a run's best checkpoint; None if no checkpoint has a loss.
+
+    The best has the lowest held-out loss. Without held-out episodes, it has the lowest training loss.
+    """
+    known = {step: _saved_metrics(run / "checkpoints" / str(step)) or {} for step in saved_steps(run)}
+    for name in ("validation_loss", "loss"):
+        losses = {step: loss for step, metrics in known.items() if (loss := metrics.get(name)) is not None}
+        if losses:
+            return min(losses, key=losses.__getitem__)
+    return None
 
 
 def read_info(run: Path, step: int | None = None) -> tuple[int, RunInfo]:
@@ -298,12 +320,21 @@ class TrainedPolicy:
         return self.policy
 
 
-def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = None) -> TrainedPolicy:
-    """Return the policy of a run's newest (or given) checkpoint, whose contexts are divided over `mesh`.
+def load_policy(
+    run: Path, step: int | None = None, mesh: MeshConfig | None = None, kind: CheckpointKind = "last"
+) -> TrainedPolicy:
+    """Return the policy of a run's newest, best or given checkpoint, whose contexts are divided over `mesh`.
 
-    Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged.
+    `kind` counts if no step is given. See `best_step` for the best.
+
+    Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged, or if no
+    checkpoint has a loss by which it could be the best.
     """
     given, (step, info) = step, read_info(run, step)
+    if given is None and kind == "best":
+        if (best := best_step(run)) is None:
+            raise UserError(f"{run}: no checkpoint has a finite loss, so none is the best; evaluate the last")
+        step, info = read_info(run, best)
     check_platform()
     parallel = ONE_DEVICE if mesh is None else make_ring(info.config, mesh)
     agent = make_agent(partial(info.make_policy, parallel), info.config, parallel)
@@ -312,7 +343,7 @@ def load_policy(run: Path, step: int | None = None, mesh: MeshConfig | None = No
             state = checkpoints.restore(step, agent.init())
         except DamagedCheckpointError:
             if given is None and step not in checkpoints.steps():  # training has replaced it by a newer one
-                return load_policy(run, mesh=mesh)
+                return load_policy(run, mesh=mesh, kind=kind)
             raise
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):

@@ -1,5 +1,6 @@
 """Training loop. A resumed run is bit-identical to an uninterrupted one."""
 
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from importlib.metadata import version
@@ -13,11 +14,10 @@ from rich.progress import Progress
 
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
-from ringrl.data.sampling.batches import BatchSource, ShardedSampler, iterate_batches
+from ringrl.data.sampling.batches import BatchSource, iterate_batches
 from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import ContextSampler, Episodes, eligible_by_task
-from ringrl.data.transitions import TransitionSampler
+from ringrl.data.sampling.sampler import eligible_by_task
 from ringrl.errors import UserError
 from ringrl.model import TrainState, make_agent
 from ringrl.model.parallel import Parallel
@@ -28,6 +28,8 @@ from ringrl.training.distributed import stop_on_signal
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
 from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat, run_lock
+from ringrl.training.sources import held_out_sources, make_source
+from ringrl.training.validation import Validation
 
 
 def train(
@@ -66,7 +68,8 @@ def train(
     episodes = np.unique(np.concatenate(list(eligible.values())))
     normalisation = Normalisation.of(store, config.ignored_observations, episodes, excluded)
     parallel = make_parallel(config)
-    source = _make_source(store, config, normalisation, parallel, excluded)
+    sources = [make_source(store, config, normalisation, parallel, excluded)]
+    sources += held_out_sources(store, config, normalisation, parallel, excluded)
     info = RunInfo(
         config=config,
         normalisation=normalisation,
@@ -86,7 +89,7 @@ def train(
             if resume and not checkpoints.steps() and not quiet:
                 console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
             profiler = StepProfiler(config.run / "profile" if profile else None)
-            _run_steps(info, source, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
+            _run_steps(info, sources, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
         except OSError as error:
             raise UserError(
                 f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
@@ -96,29 +99,16 @@ def train(
     return config.run
 
 
-def _make_source(
-    store: EpisodeStore, config: TrainConfig, normalisation: Normalisation, parallel: Parallel, excluded: Episodes
-) -> BatchSource:
-    """Return the sampler of the batches that the configured family of models needs."""
-    size, seed, context = config.optimiser.batch_size, config.seed, config.context
-    if config.model.family.source == "transitions":
-        return TransitionSampler(
-            store, config.task, config.actor_critic, normalisation, size, seed,
-            best_fraction=context.best_fraction, max_transitions=context.max_transitions, excluded=excluded,
-        )  # fmt: skip
-    sampler = ContextSampler(store, config.task, context, normalisation, size, seed, excluded=excluded)
-    return sampler if parallel.mesh is None else ShardedSampler(sampler, parallel.mesh, parallel.layout)
-
-
 def _run_steps(
     info: RunInfo,
-    source: BatchSource,
+    sources: Sequence[BatchSource],
     parallel: Parallel,
     checkpoints: Checkpoints,
     progress: Progress,
     profiler: StepProfiler,
 ) -> None:
-    config, console = info.config, progress.console
+    """Take the steps that are left. `sources`: the batches of training, then those of `held_out_sources`."""
+    config, console, (source, *held_out_batches) = info.config, progress.console, sources
     agent = make_agent(partial(info.make_policy, parallel), config, parallel)
     batches = iterate_batches(source, config.optimiser.steps)
     state, iterator = _newest(info, agent.init(), checkpoints, console)
@@ -129,18 +119,23 @@ def _run_steps(
         if log is not None and log.missing:
             what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"
             console.print(f"{config.run / 'metrics.jsonl'}: {what}", soft_wrap=True)
-        recorder = MetricsRecorder(config, step_cost(config, info.normalisation.episode_length), log, progress)
+        length = info.normalisation.episode_length
+        recorder = MetricsRecorder(config, step_cost(config, length), log, progress)
+        validate = Validation(config, agent.graph, held_out_batches, length, parallel)
         for step, batch in enumerate(batches, start + 1):
             profiler.before(step - start, state)
             state, metrics = agent.update(state, batch)
             if step == start + 1:  # the step has just been compiled
                 recorder.memory = step_memory(agent.update, state, batch)
-            recorder.add(step, metrics)
+            is_planned = step % config.checkpoint_every == 0 or step == config.optimiser.steps
+            is_due = held_out_batches and (is_planned or step % config.validate_every == 0)
+            validation = validate(state.params) if is_due else {}
+            recorder.add(step, metrics | validation)
             is_last = stop.after(step)
-            is_checkpoint = is_last or step % config.checkpoint_every == 0 or step == config.optimiser.steps
+            is_checkpoint = is_last or is_planned
             loss = recorder.flush() if is_checkpoint or step % config.log_every == 0 else None
             if is_checkpoint or recorder.failure:
-                checkpoints.save(state, info, batches.get_state(), loss)
+                checkpoints.save(state, info, batches.get_state(), loss, validation.get("validation_loss"))
             if recorder.failure:
                 raise recorder.failure
             if is_last:

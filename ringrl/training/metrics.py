@@ -124,16 +124,25 @@ class MetricsLog(ExitStack):
             self.callback(writer.close)
         self._file = self.enter_context(path.open("a"))
 
-    def write(self, entries: list[dict[str, float]]) -> None:
-        """Append one line per entry, a dict of `step` and named numbers. A number that is not finite is null."""
-        # JSON has no NaN.
-        rows = [{name: value if np.isfinite(value) else None for name, value in entry.items()} for entry in entries]
+    def write(self, entries: list[dict[str, Any]]) -> None:
+        """Append one line per entry, a dict of `step` and named numbers. A number that is not finite is null.
+
+        Lists of numbers are written to the file only.
+        """
+        rows = [{name: _finite(value) for name, value in entry.items()} for entry in entries]
         self._file.write("".join(with_crc(json.dumps(row)) + "\n" for row in rows))
         self._file.flush()
         for entry in entries:
-            numbers = {name: value for name, value in entry.items() if name != "step"}
+            numbers = {name: value for name, value in entry.items() if not (name == "step" or isinstance(value, list))}
             for writer in self._writers:
                 writer.write(int(entry["step"]), numbers)
+
+
+def _finite(value: Any) -> Any:
+    """Return a number or a list of them with None, which JSON has, for NaN and infinity, which it lacks."""
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return value if np.isfinite(value) else None
 
 
 def open_log(config: TrainConfig, step: int) -> AbstractContextManager[MetricsLog | None]:
@@ -152,7 +161,7 @@ def progress_bar(console: Console, disable: bool) -> Progress:
         TextColumn("[bold]{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[loss]}"),
         # The minimum width keeps the time readable in a narrow terminal.
         rich.progress.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("left  {task.fields[speed]}", table_column=Column(no_wrap=True)),
@@ -179,10 +188,11 @@ class MetricsRecorder:
         self._schedule = jax.jit(learning_rate(config.optimiser))
         self._task: TaskID | None = None
         self._skipped_in_a_row = 0
-        self._waiting: list[tuple[int, dict[str, jax.Array]]] = []
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._held_out: float | None = None  # last loss on held-out episodes
         self._since, self._pace = time.perf_counter(), Pace(at_once=True)
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Buffer the metrics of one step."""
         self._waiting.append((step, metrics))
 
@@ -193,9 +203,10 @@ class MetricsRecorder:
         speed = self._speed((now - self._since) / len(values))
         if self.memory is not None:
             speed["peak_memory_bytes"] = self.memory
-        entries: list[dict[str, float]] = []
+        entries: list[dict[str, Any]] = []
         for step, metrics in values:
-            numbers = {name: float(value) for name, value in metrics.items()}
+            numbers = {name: np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
+            self._held_out = numbers.get("validation_loss", self._held_out)
             entries.append({"step": step, **numbers, "learning_rate": float(self._schedule(step - 1)), **speed})
         if self._log is not None:
             self._log.write(entries)
@@ -216,23 +227,26 @@ class MetricsRecorder:
         return speed
 
     def _show(self, step: int, loss: float | None, speed: dict[str, float]) -> None:
-        loss = np.nan if loss is None else loss
+        losses = f"loss {np.nan if loss is None else loss:.4f}"
+        losses += "" if self._held_out is None else f"  held out {self._held_out:.4f}"
         text = f"{speed['tokens_per_second']:,.0f} tokens/s"
         if "model_flops_per_second" in speed:
             text += f"  {speed['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
         if "mfu" in speed:
             text += f"  MFU {speed['mfu']:.1%}"
         if self._task is None:
-            self._task = self._progress.add_task("training", total=self._config.optimiser.steps, loss=loss, speed=text)
-        self._progress.update(self._task, completed=step, loss=loss, speed=text)
-        self._print_line(f"step {step} of {self._config.optimiser.steps}  loss {loss:.4f}  {text}")
+            self._task = self._progress.add_task(
+                "training", total=self._config.optimiser.steps, loss=losses, speed=text
+            )
+        self._progress.update(self._task, completed=step, loss=losses, speed=text)
+        self._print_line(f"step {step} of {self._config.optimiser.steps}  {losses}  {text}")
 
     def _print_line(self, line: str) -> None:
         """Print the progress from time to time where no bar can show it, in the log of a job for example."""
         if not self._progress.disable and not self._progress.console.is_terminal and self._pace.is_due():
             self._progress.console.print(line, soft_wrap=True)
 
-    def _report_skipped(self, entries: list[dict[str, float]]) -> None:
+    def _report_skipped(self, entries: list[dict[str, Any]]) -> None:
         allowed = self._config.optimiser.skipped_steps
         for entry in entries:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if entry.get("skipped") else 0

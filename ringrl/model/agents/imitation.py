@@ -47,8 +47,11 @@ class ImitationPolicy(Policy):
 
     def loss_sum(self, context: Context) -> Float32[Array, ""]:
         """Return the imitation loss, summed over the steps in the loss."""
-        loss = self.head.loss(self.features(context), jnp.asarray(context.action))
-        return (loss * self._weights(context)).sum()
+        return (self.losses(context) * self._weights(context)).sum()
+
+    def losses(self, context: Context) -> Float32[Array, "batch time"]:
+        """Return the imitation loss of every step, padding included."""
+        return self.head.loss(self.features(context), jnp.asarray(context.action))
 
     def loss_weight(self, context: Context) -> Float32[Array, ""]:
         """Return the number of steps in the loss: all steps, or the last trajectory of each context."""

@@ -130,6 +130,11 @@ class ActorCritic(Policy):
         scale = jax.lax.stop_gradient(jnp.abs(value).mean()) + 1e-3
         return -value.mean() / scale + behaviour_cloning * jnp.square(action - batch.action).mean()
 
+    def imitation_error(self, batch: Transitions) -> Float32[Array, ""]:
+        """Return the squared distance of the actor's actions to the data, averaged over components."""
+        x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+        return jnp.square(jnp.tanh(self.actor(x)) - batch.action).mean()
+
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
         """Return the action at every step for the task's goal."""
         observation = jnp.asarray(context.observation)

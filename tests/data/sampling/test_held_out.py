@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ringrl.config import ActorCriticConfig, ContextConfig, HindsightConfig, TrainConfig
-from ringrl.data.sampling.held_out import all_but, held_out, held_out_episodes
+from ringrl.data.sampling.held_out import WrongPromptSampler, all_but, held_out, held_out_episodes
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
 from ringrl.data.store import EpisodeStore
@@ -138,3 +138,29 @@ def test_impossible_settings_are_errors(store: EpisodeStore) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             config(store, **changes)
+
+
+def test_wrong_prompts_are_of_the_next_task_and_end_with_the_right_trajectory(store: EpisodeStore) -> None:
+    scale = Normalisation(np.zeros(5), np.ones(5), STEPS)
+    config = ContextConfig(trajectories=3, other_tasks=TASKS[1:])
+    excluded = np.arange(5, EPISODES)  # five episodes, so that prompts often draw the episode of the last trajectory
+    right, wrong = (
+        kind(store, TASKS[0], config, scale, 200, 0, excluded=excluded) for kind in (ContextSampler, WrongPromptSampler)
+    )
+    plan, own, other = right.plan(7), right.batch(7), wrong.batch(7)
+    assert set(plan.tasks) == set(TASKS)
+    last, repeated = slice(2 * STEPS, None), 0
+    for name in ("observation", "action", "reward", "return_to_go", "completion", "timestep", "trajectory", "position"):
+        np.testing.assert_array_equal(getattr(other, name)[:, last], getattr(own, name)[:, last], err_msg=name)
+    for row, task in enumerate(plan.tasks):
+        following = TASKS[(TASKS.index(task) + 1) % 3]
+        numbers = other.observation[row, ::STEPS, 0].astype(int)
+        assert len(set(numbers)) == 3
+        repeated += set(numbers[:2]) <= set(plan.episodes[row])
+        first, second = (store.returns(following)[i] for i in numbers[:2])
+        assert first < second, "ascending in the wrong task"
+        for place, number in enumerate(numbers[:2]):
+            rewards = store.episode(number)[f"reward/{following}"][1:]
+            np.testing.assert_array_equal(other.reward[row, place * STEPS : (place + 1) * STEPS], rewards)
+        np.testing.assert_array_equal(other.previous.reward[row, 2 * STEPS], rewards[-1])
+    assert repeated < 200, "the episodes are drawn for the wrong task"
