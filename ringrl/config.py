@@ -299,7 +299,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints. A killed run repeats at most this many."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints to keep, in addition to the one of lowest loss."""
+    """Newest checkpoints to keep, in addition to the best (of lowest held-out loss, else of lowest training loss)."""
     log_every: int = Field(10, ge=1)
     """Steps between writes of metrics.jsonl, which has one line per step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)

@@ -10,7 +10,7 @@ from altair.utils.schemapi import debug_mode
 from ringrl.evaluation.formatting import number
 from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import performance_profile
-from ringrl.report.drawing import Chart, Drawing, styles
+from ringrl.report.drawing import HELD_OUT, TRAINING, Chart, Drawing, styles
 from ringrl.report.results import CELL, RUN
 from ringrl.report.tables import (
     BOOTSTRAP_SEED,
@@ -47,7 +47,7 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame)
     Args:
         results: the table of `read_results`.
         table: the table of `returns_table`.
-        losses: training losses, as `provenance.training_losses` returns them.
+        losses: training and held-out losses, as `provenance.training_losses` returns them.
     """
     draw = Drawing(styles(table), results.groupby(CELL)["command"].agg(_commands).rename("command"), {})
     with debug_mode(False):  # validating each of some hundred marks takes longer than all the rest
@@ -252,7 +252,7 @@ def _profile_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
 
 
 def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
-    """Training loss by step, a line per run."""
+    """Training and held-out loss by step, a line of each per run."""
     panels = []
     x = alt.X("x:Q", title="optimiser step", axis=alt.Axis(format="~s", tickCount=5))
     for _, rows in losses.groupby("task"):
@@ -265,6 +265,7 @@ def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
             x=rows["step"], iqm=rows["loss"], curve=rows["run"], strength=0.25 + 0.6 * rank, shown=None, interval=None,
             loss=[f"{loss:.4g}" for loss in rows["loss"]], step=rows["step"].round().astype(int),
             trajectories=rows["train_trajectories"].replace(0, None),
+            memory=rows["held_out"].map({False: TRAINING, True: HELD_OUT}),
         )  # fmt: skip
         panels += draw.curves(rows, lambda _: x, y=y, points=False)
     caption = (
@@ -272,6 +273,8 @@ def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
         "longer the context, the stronger the line. Losses of different methods are not comparable, so compare "
         "lines of one colour."
     )
+    if losses["held_out"].any():
+        caption += " Dashed lines are the loss on episodes that training never sees."
     if lost := int(losses.drop_duplicates("run")["not_finite"].sum()):
         caption += f" Steps without a finite loss are left out ({lost})."
     return draw.chart("learning_curves", "Learning curves", caption, panels)

@@ -31,6 +31,7 @@ ENOUGH_ODDS = 20
 _KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
 _ALIKE = 1.25  # ratio up to which budgets count as equal: steps are whole, and seconds vary
 _NAMED = 4  # names in a list of many
+_RISE = 0.05  # least rise of a held-out loss that counts, as a fraction of the fall of the training loss
 
 
 def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
@@ -234,6 +235,30 @@ def _listed(groups: dict[Starts, list[pd.Series]]) -> str:
             part += f" for {', '.join(describe(cell) for cell in cells[:_NAMED])}{more}"
         parts.append(part)
     return ", ".join(parts)
+
+
+def overfitting_warning(losses: pd.DataFrame) -> str | None:
+    """Return a warning if the held-out loss of runs rises while their training loss falls; None if not."""
+    found, total = [], 0
+    for _, run in losses.sort_values("step").groupby("run"):
+        training, held_out = run[~run["held_out"]], run[run["held_out"]]
+        if training.empty or held_out.empty:
+            continue
+        total += 1
+        lowest, last = held_out.loc[held_out["loss"].idxmin()], training["loss"].iloc[-1]
+        fall = training["loss"].iloc[0] - last
+        falls = last < np.interp(lowest["step"], training["step"], training["loss"])
+        if falls and held_out["loss"].iloc[-1] - lowest["loss"] > _RISE * fall:
+            found.append((lowest["step"], f"{run['method'].iloc[0]} on {run['task'].iloc[0]}"))
+    if not found:
+        return None
+    names = sorted({name for _, name in found})
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"In {len(found)} of {total} runs with held-out episodes, their loss rises while the training loss falls, at "
+        f"the earliest after step {min(step for step, _ in found):.0f} ({', '.join(names[:_NAMED])}{more}); "
+        "`ringrl evaluate --checkpoint-kind best` evaluates the step of the lowest held-out loss."
+    )
 
 
 def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:

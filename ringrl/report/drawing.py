@@ -34,6 +34,8 @@ PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Colours by name: light, dark. The page uses CSS variables of these names, the files the light colours."""
 SERIES = tuple(name for name in PALETTE if name.startswith("series"))
 MEMORY, RESET = "with memory", "memory reset before each episode"
+TRAINING, HELD_OUT = "training", "held-out episodes"
+_DASHED = {RESET: MEMORY, HELD_OUT: TRAINING}  # what a dashed line shows -> what its solid line shows
 FONT = "Inter, system-ui, Liberation Sans, Arial, sans-serif"
 WIDTH, HEIGHT = 380, 250  # of a panel in a file, pixels
 _SHAPES, _DASHES = ("circle", "square", "triangle-up", "diamond"), ((2, 3), (6, 3), (1, 4), (6, 3, 1, 3))
@@ -64,7 +66,7 @@ class Chart(NamedTuple):
     caption: str
     panels: list[Panel]
     methods: list[str]  # in the legend
-    has_reset: bool = False  # whether a line without memory is shown
+    dashed: str = ""  # what dashed lines show; empty if there are none
 
     @property
     def options(self) -> list[str]:
@@ -148,8 +150,8 @@ class Drawing(NamedTuple):
         """Return a chart. Its legend names the methods that it shows, in the order of the colours."""
         rows = [row for panel in panels for data in panel.spec["datasets"].values() for row in data]
         used = {row.get("method") for row in rows}
-        has_reset = any(row.get("memory") == RESET for row in rows)
-        return Chart(name, title, caption, panels, [method for method in self.styles if method in used], has_reset)
+        dashed = next((row["memory"] for row in rows if row.get("memory") in _DASHED), "")
+        return Chart(name, title, caption, panels, [method for method in self.styles if method in used], dashed)
 
     def base(self, data: pd.DataFrame) -> alt.Chart:
         """Return a chart of these rows without a mark. `panel` adds the rows to the specification."""
@@ -217,7 +219,7 @@ class Drawing(NamedTuple):
             "interval": [f"{number(low)} to {number(high)}" if pd.notna(low) else None for low, high in ends],
         }
         data = data.assign(**{name: text for name, text in texts.items() if name not in data})
-        data = data.assign(memory=data["memory"].map({True: MEMORY, False: RESET}))
+        data = data.assign(memory=data["memory"].map(lambda value: {True: MEMORY, False: RESET}.get(value, value)))
         return data.reindex(columns=[*_DRAWN]).dropna(axis=1, how="all").fillna({"interval": ABSENT})
 
     def colour(self) -> alt.Color:
@@ -241,7 +243,8 @@ class Drawing(NamedTuple):
         base = self.base(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
         line = base.mark_line(strokeWidth=2, strokeJoin="round", **how).encode(y=y, opacity=_opacity("strength"))
         if data["memory"].nunique() > 1:
-            dashes = alt.Scale(domain=[MEMORY, RESET], range=[[1, 0], [4, 3]])
+            dashed = next(name for name in _DASHED if (data["memory"] == name).any())
+            dashes = alt.Scale(domain=[_DASHED[dashed], dashed], range=[[1, 0], [4, 3]])
             line = line.encode(strokeDash=alt.StrokeDash("memory:N", title=None, scale=dashes))
         marks = base.mark_point(filled=True, size=50, opacity=alt.Undefined if points else 0)
         marks = marks.encode(y=y, tooltip=_tooltips(data))
@@ -285,7 +288,7 @@ _DRAWN = ("x", "value", "low", "high", "curve", "strength", "label", *_TOOLTIPS)
 
 def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
     shown = [name for name in _TOOLTIPS if name in data and data[name].notna().any()]
-    if "memory" in shown and data["memory"].nunique() == 1:
+    if "memory" in shown and (data["memory"].nunique() == 1 or (data["memory"] == HELD_OUT).any()):
         shown.remove("memory")
     return [alt.Tooltip(f"{name}:N", title=_TOOLTIPS[name]) for name in shown]
 

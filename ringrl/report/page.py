@@ -119,11 +119,13 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     """
     read = read_results(results)
     table, runs = returns_table(read), provenance.training_runs(read)
-    charts = all_charts(read, table, provenance.training_losses(runs))
+    losses = provenance.training_losses(runs)
+    charts = all_charts(read, table, losses)
     verdicts, improvement = conclusion.verdicts(read, table), improvement_table(read, table)
     training, videos = training_table(read, runs), provenance.videos(read)
     warnings = [
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
+        conclusion.overfitting_warning(losses),
         conclusion.caution(verdicts[verdicts["kind"].isin(["helps", "hurts"])]),
     ]  # fmt: skip
     facts = provenance.facts(read)

@@ -78,8 +78,8 @@ def _ranges(values: Iterable[int]) -> str:
 def training_runs(results: pd.DataFrame) -> pd.DataFrame:
     """Return the training runs whose folders were found, one row per run folder.
 
-    Columns: task, method, train_trajectories, seed, folder, steps and losses (arrays, NaN where a loss was not finite),
-    tokens_per_second (median over steps) and peak_memory (bytes per device), NaN if the log has none.
+    Columns: task, method, train_trajectories, seed, folder, steps, losses and held_out (arrays, NaN where a loss is not
+    finite or absent), tokens_per_second (median over steps) and peak_memory (bytes per device), NaN if there is none.
     """
     next_to_results = sorted({Path(source).parent for source in results.attrs["sources"]})
     rows: dict[Path, dict[str, Any]] = {}
@@ -90,7 +90,10 @@ def training_runs(results: pd.DataFrame) -> pd.DataFrame:
             continue
         entries = list(_entries(folder / "metrics.jsonl"))
         if entries:
-            losses = np.array([entry.get("loss", np.nan) for entry in entries], np.float64)
+            losses, held_out = (
+                np.array([entry.get(name, np.nan) for entry in entries], np.float64)
+                for name in ("loss", "validation_loss")
+            )
             speeds, memory = (
                 [entry[name] for entry in entries if np.isfinite(entry.get(name, np.nan))]
                 for name in ("tokens_per_second", MEMORY)
@@ -99,30 +102,36 @@ def training_runs(results: pd.DataFrame) -> pd.DataFrame:
                 **row[_RUN], "folder": folder,
                 "steps": np.array([entry["step"] for entry in entries], np.float64),
                 "losses": np.where(np.isfinite(losses), losses, np.nan),
+                "held_out": np.where(np.isfinite(held_out), held_out, np.nan),
                 "tokens_per_second": float(np.median(speeds)) if speeds else np.nan,
                 "peak_memory": float(np.max(memory)) if memory else np.nan,
             }  # fmt: skip
     return pd.DataFrame(
-        list(rows.values()), columns=[*_RUN, "folder", "steps", "losses", "tokens_per_second", "peak_memory"]
+        list(rows.values()),
+        columns=[*_RUN, "folder", "steps", "losses", "held_out", "tokens_per_second", "peak_memory"],
     )
 
 
 def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
     """Return learning curves of at most `points` points; each point is the mean of a stretch of steps.
 
-    Columns: task, method, train_trajectories, seed, run, step, loss, not_finite (steps left out of the run).
+    Columns: task, method, train_trajectories, seed, run, held_out (whether the loss is of held-out episodes), step,
+    loss and not_finite (training steps left out of the run).
     """
     parts = []
     for index, run in runs.iterrows():
-        finite = np.flatnonzero(np.isfinite(run["losses"]))
-        stretches = [part for part in np.array_split(finite, min(points, len(finite)) or 1) if len(part)]
-        part = pd.DataFrame({
-            "step": [run["steps"][part].mean() for part in stretches],
-            "loss": [run["losses"][part].mean() for part in stretches],
-        })  # fmt: skip
-        parts.append(part.assign(**run[_RUN], run=index, not_finite=len(run["losses"]) - len(finite)))
-    columns = [*_RUN, "run", "step", "loss", "not_finite"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+        not_finite = int(np.isnan(run["losses"]).sum())
+        for held_out, losses in enumerate([run["losses"], run["held_out"]]):
+            finite = np.flatnonzero(np.isfinite(losses))
+            stretches = [part for part in np.array_split(finite, min(points, len(finite)) or 1) if len(part)]
+            part = pd.DataFrame({
+                "step": [run["steps"][part].mean() for part in stretches],
+                "loss": [losses[part].mean() for part in stretches],
+            })  # fmt: skip
+            parts.append(part.assign(**run[_RUN], run=index, held_out=bool(held_out), not_finite=not_finite))
+    columns = [*_RUN, "run", "held_out", "step", "loss", "not_finite"]
+    found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return found.astype({"held_out": bool})
 
 
 def run_folder(row: pd.Series, next_to_results: Sequence[Path]) -> Path | None:

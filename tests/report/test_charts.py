@@ -1,12 +1,16 @@
 """What charts show."""
 
+import json
+
 import pandas as pd
 import pytest
 
 from ringrl.report.charts import all_charts
+from ringrl.report.conclusion import overfitting_warning
 from ringrl.report.drawing import SERIES, styles
+from ringrl.report.page import write_report
 from ringrl.report.provenance import training_losses, training_runs
-from ringrl.report.results import tabulate
+from ringrl.report.results import read_results, tabulate
 from ringrl.report.tables import returns_table
 
 
@@ -41,7 +45,7 @@ def test_a_panel_per_task_and_one_over_all(make_ablation):
     assert chart.methods == [
         "Agentic Transformer", "Behaviour cloning", "Random policy", "Dataset, all episodes", "Dataset, best episode"
     ]  # fmt: skip
-    assert chart.has_reset
+    assert chart.dashed == "memory reset before each episode"
     assert "no interval" not in chart.caption
     found = points(chart.panels[1])
     kept = found[(found["memory"] == "with memory")].sort_values("x")
@@ -81,6 +85,58 @@ def test_the_cost_chart_has_an_option_per_measure(make_rollouts, make_budget):
     assert flops["x"].tolist() == [1e12, 1e12, 2e12, 4e12]
     assert time["x"].tolist() == [5, 10, 10], "in minutes, without the point of the seed that has no time"
     assert "TD3+BC" in set(time["method"])
+
+
+def test_held_out_losses_are_dashed_lines_next_to_the_training_losses(make_study, tmp_path):
+    root = make_study(tmp_path / "runs", seeds=1)
+    results = read_results([root])
+    assert all_charts(results, returns_table(results), training_losses(training_runs(results)))[-1].dashed == ""
+    add_held_out(root, lambda step: 1.0 if step < 50 else 2.0)
+    losses = training_losses(training_runs(results))
+    chart = all_charts(results, returns_table(results), losses)[-1]
+    assert (chart.name, chart.dashed) == ("learning_curves", "held-out episodes")
+    assert "training never sees" in chart.caption
+    found = points(chart.panels[0])
+    held_out = found[found["memory"] == "held-out episodes"]
+    assert sorted(set(zip(held_out["x"], held_out["value"], strict=True))) == [
+        (20, 1.0), (40, 1.0), (60, 2.0), (80, 2.0), (100, 2.0)
+    ]  # fmt: skip
+    assert len(found[found["memory"] == "training"]) == 2 * 50
+    (line,) = (layer for layer in chart.panels[0].spec["layer"] if layer["mark"]["type"] == "line")
+    assert line["encoding"]["strokeDash"]["scale"]["domain"] == ["training", "held-out episodes"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "rises"),
+    [
+        (lambda step: 0.5 + abs(step - 40) / 100, True),
+        (lambda step: 0.5 + step / 100, True),
+        (lambda step: 1 / step, False),
+        (lambda step: 0.5 + abs(step - 40) / 10_000, False),
+    ],
+    ids=["falls, then rises", "rises", "falls", "noise"],
+)
+def test_a_held_out_loss_that_rises_is_named_in_one_sentence(make_study, tmp_path, loss, rises):
+    root = make_study(tmp_path / "runs", seeds=2)
+    assert overfitting_warning(training_losses(training_runs(read_results([root])))) is None
+    add_held_out(root, loss, "*_at_2_seed1")
+    warning = overfitting_warning(training_losses(training_runs(read_results([root]))))
+    assert (warning is not None) == rises
+    if rises:
+        lowest = min(range(20, 101, 20), key=loss)
+        assert "In 1 of 1 runs with held-out episodes, their loss rises" in warning
+        assert f"after step {lowest} (Agentic Transformer on cartpole_swingup)" in warning
+    page = write_report([root], tmp_path / "page").read_text()
+    assert ("their loss rises while the training loss falls" in page) == rises
+
+
+def add_held_out(root, loss, runs="*_at_*"):
+    """Add a held-out loss to every 20th line of the logs."""
+    for log in root.glob(f"{runs}/metrics.jsonl"):
+        *lines, cut = log.read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        entries = [one | ({"validation_loss": loss(one["step"])} if one["step"] % 20 == 0 else {}) for one in entries]
+        log.write_text("".join(json.dumps(one) + "\n" for one in entries) + cut)
 
 
 def test_profiles_fall_from_one_to_zero(make_ablation):
