@@ -303,8 +303,9 @@ class _Reader:
         config: ContextConfig,
     ) -> None:
         self._observation, self._action = store.arrays["observation"], store.arrays["action"]
-        tasks = np.broadcast_to(plan.tasks.reshape(len(plan.tasks), -1), plan.episodes.shape).tolist()
-        self._rewards = [[store.arrays[reward_key(task)] for task in row] for row in tasks]
+        tasks = plan.tasks if plan.tasks.ndim == 2 else plan.tasks[:, None]
+        tasks = np.broadcast_to(tasks, plan.episodes.shape)
+        self._rewards = [[store.arrays[reward_key(task)] for task in row] for row in tasks.tolist()]
         self._normalisation = normalisation
         self._first_rows = store.offsets[:-1][plan.episodes].tolist()
         self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
