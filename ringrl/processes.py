@@ -42,6 +42,8 @@ def worker_processes(
             ) from error
         yield pool
     except BrokenProcessPool as error:
+        for process in multiprocessing.active_children():
+            process.kill()  # the executor waits for the others, which ignore its SIGTERM
         raise UserError(_cause_of_death(reports, what)) from error
     finally:
         if pool is not None:

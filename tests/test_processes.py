@@ -2,8 +2,10 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,6 +55,23 @@ def test_a_failure_of_the_start_is_reported() -> None:
         worker_processes(1, fail, (errno.EMFILE,), "import") as pool,
     ):
         list(pool.map(abs, [1]))
+
+
+def die_or_wait(number: int) -> None:
+    if number == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_killed_process_ends_the_others() -> None:
+    """More work than the executor's queue holds."""
+    began = time.monotonic()
+    with (
+        pytest.raises(UserError, match="a worker process of the import died"),
+        worker_processes(2, print, (), "import") as pool,
+    ):
+        list(pool.map(die_or_wait, range(20)))
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("name", ["ProcessPoolExecutor", "ProcessPoolExecutor.submit"])
