@@ -25,8 +25,6 @@ from ringrl.attention.contract import Partial, by_head, by_token, precision_of
 from ringrl.attention.mask import Options, Side, visible
 from ringrl.attention.merge import AxisName, merge, merge_over
 
-UNSEEN = jnp.iinfo(jnp.int32).max  # position of an empty slot: the causal rule hides it
-
 
 class Prefix(NamedTuple):
     """Tokens that precede the contexts of a batch. Each of P prefixes is shared by B / P consecutive contexts.
@@ -209,7 +207,8 @@ def _over_cache(
     if options.logits_soft_cap is not None:
         s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
     token = jnp.arange(capacity, dtype=jnp.int32) * size + index
-    keys = Side(jnp.where(token < cache.length, position_of(begin + token), UNSEEN)[None], jnp.zeros((1, 1), jnp.int32))
+    is_empty = (token >= cache.length).astype(jnp.int32)  # empty slots are a segment that no query sees
+    keys = Side(position_of(begin + token)[None], is_empty[None])
     seen = jnp.tile(visible(options.rule, queries, keys), (1, heads // kv_heads, 1))[:, None]
     s = jnp.where(seen, s, -jnp.inf)
     maximum = s.max(-1, keepdims=True)

@@ -102,11 +102,13 @@ def classify(rule: Rule, queries: Side, keys: Side) -> TileKind:
         every &= k_high <= q_low
     if rule.window is not None:
         left, right = rule.window
-        some_near = (q_low - k_high <= left) & (q_high - k_low >= -right)
+        some_near = (q_low - k_high <= left) & (q_high - k_low >= -right) & (-left <= right)
         every_near = (q_high - k_low <= left) & (q_low - k_high >= -right)
         if queries.prefix is not None:
-            some_near |= k_low < queries.prefix.max(-1)
-            every_near |= k_high < queries.prefix.min(-1)
+            least, most = queries.prefix.min(-1), queries.prefix.max(-1)
+            some_near |= k_low < most
+            # Every query sees the keys below `least`, so that the window must reach the others only.
+            every_near = (k_high < least) | (q_high - jnp.maximum(k_low, least) <= left) & (q_low - k_high >= -right)
         some, every = some & some_near, every & every_near
     return TileKind(some.any(), every.all())
 
