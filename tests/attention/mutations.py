@@ -109,7 +109,17 @@ MUTATIONS = {
     ),
     "cotangent_of_the_log_sum_exp_dropped": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1)"),
     "cotangent_of_the_log_sum_exp_with_the_wrong_sign": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1) + dlse"),
-    "positions_and_segments_swapped": Mutation("ring.py", "jnp.stack(inputs.keys)", "jnp.stack(inputs.keys[::-1])"),
+    "positions_and_segments_swapped": Mutation("ring.py", "inputs.keys.stacked()", "inputs.keys.stacked()[::-1]"),
+    "prefix_does_not_reach_other_devices": Mutation(
+        "api.py", "positions is None and global_prefix is None", "positions is None"
+    ),
+    "prefix_is_not_gathered": Mutation("ulysses.py", "all_gather(side.stacked(),", "all_gather(side.stacked()[:2],"),
+    "prefix_includes_its_end": Mutation(
+        "mask.py", "keys.positions < queries.prefix)", "keys.positions <= queries.prefix)"
+    ),
+    "tiles_of_the_longest_prefix_skipped": Mutation("mask.py", "k_low < most", "k_low < least"),
+    "tiles_of_the_shortest_prefix_not_masked": Mutation("mask.py", "(k_high < least)", "(k_high < most)"),
+    "window_begins_at_the_longest_prefix": Mutation("mask.py", "maximum(k_low, least)", "maximum(k_low, most)"),
 }
 
 

@@ -28,6 +28,7 @@ class Mask(NamedTuple):
     rule: Rule
     positions: np.ndarray
     segment_ids: np.ndarray
+    global_prefix: np.ndarray | None = None
 
 
 def _masks() -> dict[str, Mask]:
@@ -37,6 +38,8 @@ def _masks() -> dict[str, Mask]:
     restarting = np.stack([np.concatenate([np.arange(n) for n in (32, 1, 14, 6)]), np.arange(TOKENS)])
     shuffled = np.stack([np.random.default_rng(row).permutation(TOKENS) for row in range(BATCH)])
     zigzag = np.tile(np.concatenate([np.arange(13), np.arange(39, 53), np.arange(13, 39)]), (BATCH, 1))
+    starts = np.stack([np.repeat([0, 32, 33, 47], [32, 1, 14, 6]), np.repeat([0, 33, 43], [33, 10, 10])])
+    arbitrary = np.random.default_rng(2).integers(-5, TOKENS, (BATCH, TOKENS))
     return {
         "causal": Mask(Rule(), in_order, one),
         "full": Mask(Rule(is_causal=False), in_order, one),
@@ -48,19 +51,34 @@ def _masks() -> dict[str, Mask]:
         "zigzag_positions": Mask(Rule(), zigzag, one),
         "repeated_negative_positions": Mask(Rule(), in_order // 3 - 20, one),
         "everything": Mask(Rule(window=(25, 0)), restarting, packed),
+        "window_and_prefix": Mask(Rule(window=(4, 0)), in_order, one, starts),
+        "everything_and_prefix": Mask(Rule(False, (4, 1)), shuffled, packed, arbitrary),
+        "prefix_without_window": Mask(Rule(window=(-1, 0)), in_order, packed, starts),
     }
 
 
 MASKS = _masks()
-EXTRA = ("causal_window", "everything")  # tried with grouped queries only
+EXTRA = (
+    "causal_window",
+    "everything",
+    "everything_and_prefix",
+    "prefix_without_window",
+)  # tried with grouped queries only
 
 
 @partial(jax.jit, static_argnums=7, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
-def attend(q, k, v, do, dlse, positions, segment_ids, options):
+def attend(q, k, v, do, dlse, queries, keys, options):
     """Return the values of NAMES."""
-    side = Side(positions, segment_ids)
-    values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, side, side, options, LOCAL), q, k, v)
+    queries, keys = Side(*queries), Side(*keys)
+    values, backward = jax.vjp(lambda *qkv: local_attention(*qkv, queries, keys, options, LOCAL), q, k, v)
     return *values, *backward((do, dlse))
+
+
+def sides_of(mask: str) -> tuple[Rule, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Return the rule, and the integers of queries and keys."""
+    rule, positions, segment_ids, prefix = MASKS[mask]
+    keys = positions, segment_ids
+    return rule, keys if prefix is None else (*keys, prefix), keys
 
 
 def assert_close(got: jax.Array, expected: np.ndarray, tolerance: float, what: str) -> None:
@@ -69,7 +87,7 @@ def assert_close(got: jax.Array, expected: np.ndarray, tolerance: float, what: s
     assert got.shape == expected.shape, what
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected), err_msg=what)
     seen = ~np.isneginf(expected)
-    error = np.abs(got - expected, where=seen, out=np.zeros_like(got)).max()
+    error = np.abs(np.subtract(got, expected, where=seen, out=np.zeros_like(got))).max()
     assert error <= tolerance * np.abs(expected[seen]).max(), f"{what}: error {error}"
 
 
@@ -79,13 +97,13 @@ def assert_close(got: jax.Array, expected: np.ndarray, tolerance: float, what: s
     [(mask, heads) for mask in MASKS for heads in HEADS if heads == "GQA" or mask not in EXTRA],
 )
 def test_values_and_gradients_equal_the_definition(mask, heads, cap, draw, oracle):
-    rule, *side = MASKS[mask]
+    rule, queries, keys = sides_of(mask)
     arrays = draw(BATCH, TOKENS, *HEADS[heads], HEAD_DIM, seed=len(mask))
     options = Options(rule, 0.4, cap, BLOCK_Q, BLOCK_K)
     for cotangent, (of_output, of_lse) in COTANGENTS.items():
         now = arrays | {"do": arrays["do"] * of_output, "dlse": arrays["dlse"] * of_lse}
-        got = attend(*(now[name] for name in ("q", "k", "v", "do", "dlse")), *side, options)
-        expected = oracle(now, side, side, rule, scale=0.4, logits_soft_cap=cap)
+        got = attend(*(now[name] for name in ("q", "k", "v", "do", "dlse")), queries, keys, options)
+        expected = oracle(now, queries, keys, rule, scale=0.4, logits_soft_cap=cap)
         for name, value in zip(NAMES, got, strict=True):
             assert value.dtype == jnp.float32
             assert_close(value, expected[name], 1e-5, f"{name} with the cotangent of {cotangent}")
@@ -93,14 +111,18 @@ def test_values_and_gradients_equal_the_definition(mask, heads, cap, draw, oracl
 
 def test_masks_cover_all_kinds_of_tiles():
     met = {}
-    for name, (rule, *sides) in MASKS.items():
+    for name in MASKS:
+        rule, *sides = sides_of(name)
         queries, keys = (
-            [Side(*(jnp.asarray(x[:, i : i + block]) for x in sides)) for i in range(0, TOKENS, block)]
-            for block in (BLOCK_Q, BLOCK_K)
+            [Side(*(jnp.asarray(x[:, i : i + block]) for x in side)) for i in range(0, TOKENS, block)]
+            for side, block in zip(sides, (BLOCK_Q, BLOCK_K), strict=True)
         )
         kinds = [classify(rule, q, k) for q, k in itertools.product(queries, keys)]
         met[name] = {"skip" if not kind.any_visible else "full" if kind.all_visible else "partial" for kind in kinds}
-    for name in ("causal", "window", "causal_window", "packed", "zigzag_positions", "repeated_negative_positions"):
+    for name in (
+        "causal", "window", "causal_window", "packed", "zigzag_positions", "repeated_negative_positions",
+        "window_and_prefix",
+    ):  # fmt: skip
         assert met[name] == {"skip", "full", "partial"}, name
     assert met["full"] == {"full"}
     assert "partial" in met["shuffled_positions"]
@@ -139,6 +161,10 @@ def test_defaults(draw, oracle, quick):
     two_sided = attention(q, k, v, is_causal=False, local_window_size=(5, 2), logits_soft_cap=2.0, scale=0.7)
     expected = oracle(arrays, side, side, Rule(False, (5, 2)), logits_soft_cap=2.0, scale=0.7)
     assert_close(two_sided, expected["o"], 1e-5, "options")
+    starts = np.repeat([0, 10], [10, 11])
+    prefixed = attention(q, k, v, local_window_size=2, global_prefix=starts)
+    expected = oracle(arrays, (*side, np.tile(starts, (2, 1))), side, Rule(True, (2, 2)))
+    assert_close(prefixed, expected["o"], 1e-5, "global prefix")
     segments = np.repeat([0, 3], [10, 11])
     packed = attention(q, k, v, segment_ids=segments, positions=order[0][::-1])
     side = order[:, ::-1], np.tile(segments, (2, 1))
@@ -148,11 +174,11 @@ def test_defaults(draw, oracle, quick):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, draw, oracle):
-    rule, *side = MASKS["packed"]
+    rule, *side, _ = MASKS["packed"]
     arrays = {k: np.asarray(jnp.asarray(x, dtype), np.float32) for k, x in draw(BATCH, TOKENS, 4, 2, HEAD_DIM).items()}
     expected = oracle(arrays, side, side, rule)
     given = [jnp.asarray(arrays[name], dtype) for name in ("q", "k", "v", "do")]
-    got = attend(*given, arrays["dlse"], *side, Options(rule, HEAD_DIM**-0.5, None, BLOCK_Q, BLOCK_K))
+    got = attend(*given, arrays["dlse"], side, side, Options(rule, HEAD_DIM**-0.5, None, BLOCK_Q, BLOCK_K))
     for name, value in zip(NAMES, got, strict=True):
         assert value.dtype == (jnp.float32 if name == "lse" else jnp.dtype(dtype))
         tolerance = 1e-5 if name == "lse" else 3 * float(jnp.finfo(dtype).eps)

@@ -90,6 +90,50 @@ def test_prefixes_with_a_sharded_batch(prefixes, parts, eight_devices, draw):
     np.testing.assert_allclose(got, decode_attention(*given, length=4, prefix=before), rtol=1e-5, atol=1e-5)
 
 
+def positions_with_gaps(token: jax.Array) -> jax.Array:
+    """Return -7 -6 -5, -2 -1 0, 3 4 5 ...: a step of five positions has three tokens. The first are negative."""
+    return token + token // 3 * 2 - 7
+
+
+# Positions where the prefixes of the queries end, different in each context. Context 3 has no prefix.
+ENDS = np.stack([np.repeat([-7, -2], [5, 6]), np.arange(-7, 4), np.repeat([-7, 3], [9, 2]), np.full(11, -9)])
+MASKED = {"position_of": positions_with_gaps, "logits_soft_cap": 2.0}
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (4, 0)])
+@pytest.mark.parametrize("shared", [0, 6], ids=lambda tokens: f"prefix-{tokens}")
+def test_global_prefix_and_positions(shared, window, draw):
+    """Two shared prefixes or none. Empty slots stay hidden when positions are negative."""
+    q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
+    for x in (q, k, v):
+        x[1, :shared], x[3, :shared] = x[0, :shared], x[2, :shared]
+    positions = positions_with_gaps(np.arange(TOKENS))
+    options = {"local_window_size": window, "logits_soft_cap": 2.0}
+    whole = jax.jit(partial(attention, **options))(q, k, v, positions=positions, global_prefix=ENDS)
+    before = Prefix(filled(k[::2], shared, 1e30), filled(v[::2], shared, -1e30), shared) if shared else None
+    decode = jax.jit(partial(decode_attention, **MASKED, local_window_size=window))
+    for new in (1, 3):
+        for length in range(new, TOKENS - shared + 1):
+            caches = filled(k[:, shared:], length, 1e30), filled(v[:, shared:], length, -1e30)
+            tokens = slice(shared + length - new, shared + length)
+            got = decode(q[:, tokens], *caches, length=length, prefix=before, global_prefix=ENDS[:, tokens])
+            np.testing.assert_allclose(got, whole[:, tokens], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ends", [ENDS, ENDS[1]], ids=["each_context", "all_contexts"])
+def test_global_prefix_with_sharded_caches(ends, eight_devices, draw):
+    q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
+    before = Prefix(k[:2, :6], v[:2, :6], 6)
+    given, options = (q[:, 8:10], k[:, 6:10], v[:, 6:10]), MASKED | {"local_window_size": (1, 0)}
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "seq"))
+    striped = [to_layout(x, "striped", 2) for x in given[1:]]
+    shared = Prefix(*(to_layout(x, "striped", 2) for x in before[:2]), 6)
+    decode = jax.jit(partial(decode_attention, mesh=mesh, batch_axes="data", **options))
+    got = decode(given[0], *striped, length=4, prefix=shared, global_prefix=ends[..., 8:10])
+    expected = decode_attention(*given, length=4, prefix=before, global_prefix=ends[..., 8:10], **options)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_prefixes_across_shards_of_the_batch_raise(eight_devices, draw):
     q, k, v = (draw(6, TOKENS, 4, 2, 8)[name] for name in "qkv")
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("data", "seq"))
@@ -148,6 +192,15 @@ def test_invalid_arguments_are_named(draw):
     for prefix in (k[:1, :, :1], k[:0]), (k[:1], v[:1, ..., :4]):
         with pytest.raises(ValueError, match=r"^prefix: expected \(P, tokens, 2, 8\)"):
             decode_attention(q, k, v, length=TOKENS, prefix=Prefix(*prefix, 3))
+    for name, window, ends in (
+        ("global_prefix", None, np.zeros(TOKENS, int)),
+        ("global_prefix", 2, np.zeros(TOKENS)),
+        ("global_prefix", 2, np.zeros((2, TOKENS), int)),
+        ("local_window_size", (-2, 0), np.zeros(TOKENS, int)),
+        ("local_window_size", (-1, 0), None),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            decode_attention(q, k, v, length=TOKENS, local_window_size=window, global_prefix=ends)
     for name, given, length in wrong:
         with pytest.raises(ValueError, match=f"^{name}: "):
             decode_attention(*given, length=length)

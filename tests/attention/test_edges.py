@@ -108,6 +108,27 @@ def test_hidden_tiles_are_not_read(draw):
         assert np.isnan(dirty[:, 32:]).all()
 
 
+def test_tiles_between_prefix_and_window_are_not_read(draw):
+    """NaN in a tile that the window hides does not spread; NaN in a tile of the prefix does."""
+    arrays = draw(1, 64, 2, 2, 8)
+    options = Options(Rule(True, (4, 0)), 0.3, None, 16, 16)
+    keys = side(np.arange(64)[None], np.zeros((1, 64)))
+    queries = keys._replace(prefix=jnp.full((1, 64), 16, jnp.int32))
+    poisoned = {name: arrays[name].copy() for name in ("k", "v")}
+    for name in ("k", "v"):
+        poisoned[name][:, 16:32] = np.nan
+    run = jax.jit(lambda q, k, v: local_attention(q, k, v, queries, keys, options, LOCAL))
+    q, k, v = (arrays[name] for name in NAMES)
+    for clean, dirty in zip(run(q, k, v), run(q, poisoned["k"], poisoned["v"]), strict=True):
+        for unaffected in (slice(16), slice(48, 64)):
+            np.testing.assert_array_equal(clean[:, unaffected], dirty[:, unaffected])
+        assert np.isnan(dirty[:, 16:36]).all(), "the window shows the poisoned keys"
+    early = [x.copy() for x in (k, v)]
+    for x in early:
+        x[:, :16] = np.nan
+    assert np.isnan(run(q, *early)[0]).all()
+
+
 def test_large_logits_do_not_overflow(draw):
     arrays = draw(1, 24, 2, 2, 8)
     arrays |= {name: arrays[name] * 3e4 for name in ("q", "k")}
@@ -180,6 +201,15 @@ def test_invalid_arguments_are_named(draw):
         ("local_window_size", {"local_window_size": (2, -1)}),
         ("local_window_size", {"local_window_size": (1, 2, 3)}),
         ("local_window_size", {"local_window_size": 1.5}),
+        ("local_window_size", {"local_window_size": (-1, 0)}),
+        ("local_window_size", {"local_window_size": (-2, 0), "global_prefix": jnp.zeros(6, int)}),
+        ("local_window_size", {"local_window_size": (0, -1), "global_prefix": jnp.zeros(6, int)}),
+        ("local_window_size", {"local_window_size": -1, "global_prefix": jnp.zeros(6, int)}),
+        ("global_prefix", {"global_prefix": jnp.zeros(6, int)}),
+        ("global_prefix", {"local_window_size": 2, "global_prefix": jnp.zeros(6)}),
+        ("global_prefix", {"local_window_size": 2, "global_prefix": jnp.zeros(5, int)}),
+        ("global_prefix", {"local_window_size": 2, "global_prefix": jnp.zeros((3, 6), int)}),
+        ("global_prefix", {"local_window_size": 2, "global_prefix": np.array([0, 0, 0, 2**31, 0, 0])}),
         ("logits_soft_cap", {"logits_soft_cap": 0.0}),
         ("logits_soft_cap", {"logits_soft_cap": float("nan")}),
         ("logits_soft_cap", {"logits_soft_cap": float("inf")}),

@@ -32,9 +32,9 @@ PLAIN = Rule(is_causal=False)
 
 
 def sides(*arrays: np.ndarray) -> tuple[Side, Side]:
-    """Return (queries, keys) from their positions and segments."""
-    q_positions, q_segments, k_positions, k_segments = (jnp.asarray(x, jnp.int32) for x in arrays)
-    return Side(q_positions, q_segments), Side(k_positions, k_segments)
+    """Return (queries, keys) from their positions and segments, and the queries' global prefixes if given."""
+    q_positions, q_segments, k_positions, k_segments, *prefix = (jnp.asarray(x, jnp.int32) for x in arrays)
+    return Side(q_positions, q_segments, *prefix), Side(k_positions, k_segments)
 
 
 def places(queries: int, keys: int, kinds: tuple[str, ...]) -> tuple[np.ndarray, ...]:
@@ -61,8 +61,8 @@ class Case:
         rounded = {name: np.asarray(jnp.asarray(x, dtype), np.float32) for name, x in arrays.items() if name != "dlse"}
         expected = oracle(
             rounded | {"dlse": arrays["dlse"]},
-            where[:2],
-            where[2:],
+            where[:2] + where[4:],
+            where[2:4],
             options.rule,
             scale=options.scale,
             logits_soft_cap=options.logits_soft_cap,
@@ -74,7 +74,7 @@ class Case:
 
     def forward(self, start: Partial | None = None, keys: slice = slice(None), **interpreted: Any) -> Partial:
         """Run the forward kernel over some of the keys."""
-        side = Side(*(x[:, keys] for x in self.inputs.keys))
+        side = jax.tree.map(lambda x: x[:, keys], self.inputs.keys)
         inputs = self.inputs._replace(kv=self.inputs.kv[:, :, keys], keys=side)
         parameters = interpreter.InterpretGPUParams(**interpreted)
         run = partial(mosaic_gpu.forward, options=self.options, interpret=parameters)
@@ -118,6 +118,11 @@ CASES = {
     # Two query heads per key head; lengths that no tile divides, S != K.
     "causal": (with_blind_queries(places(100, 150, ("packed", "shuffled", "zigzag"))), "bfloat16", Rule()),
     "window": (places(140, 70, ("in_order",)), "float16", Rule(is_causal=False, window=(40, 20))),
+    "prefix": (
+        (*places(140, 140, ("in_order", "packed")), np.stack([np.repeat([0, 30, 110], [30, 80, 30])] * 2)),
+        "bfloat16",
+        Rule(window=(9, 0)),
+    ),
 }
 
 

@@ -56,7 +56,9 @@ def gpus_are_of_cuda() -> Iterator[None]:
         yield
 
 
-def compile_ring_step(devices: int, options: Options, shape: tuple[int, ...], keys: int, dtype: str) -> str:
+def compile_ring_step(
+    devices: int, options: Options, shape: tuple[int, ...], keys: int, dtype: str, *, has_prefix: bool = False
+) -> str:
     """Compile two hops of a forward pass and one backward step (B, Hkv, G, S, D) for H200s."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{devices}")
     mesh = Mesh(np.array(topology.devices), ("seq",))
@@ -73,28 +75,33 @@ def compile_ring_step(devices: int, options: Options, shape: tuple[int, ...], ke
 
     q = argument("rows", dtype, batch * kv_heads, groups * queries, head_dim)
     kv = argument("kv", dtype, batch * kv_heads, 2, keys, head_dim)
-    sides = (Side(*[argument("rows", "int32", batch, tokens)] * 2) for tokens in (queries, keys))
+    queries, keys = (Side(*[argument("rows", "int32", batch, tokens)] * 2) for tokens in (queries, keys))
+    queries = queries._replace(prefix=queries.positions if has_prefix else None)
     rows = SPECS["rows"]
     run = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(Inputs(rows, SPECS["kv"], Side(rows, rows), Side(rows, rows)), rows),
+        in_specs=(Inputs(rows, SPECS["kv"], rows, rows), rows),
         out_specs=(Partial(rows, rows), Gradients(rows, SPECS["kv"])),
     )
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     abstract = AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(abstract):
-        traced = jax.jit(run).trace(Inputs(q, kv, *sides), q)
+        traced = jax.jit(run).trace(Inputs(q, kv, queries, keys), q)
         return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rule", [Rule(), Rule(is_causal=False, window=(500, 100))], ids=["causal", "window"])
-def test_compiles(rule, dtype, head_dim):
+@pytest.mark.parametrize(
+    ("rule", "has_prefix"),
+    [(Rule(), False), (Rule(is_causal=False, window=(500, 100)), False), (Rule(window=(20, 0)), True)],
+    ids=["causal", "window", "prefix"],
+)
+def test_compiles(rule, has_prefix, dtype, head_dim):
     """Odd lengths, S != K, two query heads per key head, a different soft cap per dtype."""
     options = Options(rule, head_dim**-0.5, 30.0 if dtype == "float16" else None)
-    text = compile_ring_step(1, options, (2, 2, 2, 777, head_dim), 1100, dtype)
+    text = compile_ring_step(1, options, (2, 2, 2, 777, head_dim), 1100, dtype, has_prefix=has_prefix)
     assert text.count('custom_call_target="mosaic_gpu') == 4
 
 

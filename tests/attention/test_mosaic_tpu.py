@@ -20,7 +20,7 @@ NAMES = ("o", "lse", "dq", "dk", "dv")
 GIVEN = ("q", "k", "v", "do", "dlse")
 SCALE = 0.3
 QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
-Where = tuple[np.ndarray, np.ndarray]  # positions and segment ids, (B, S)
+Where = tuple[np.ndarray, ...]  # positions, segment ids and (of some queries) global prefixes, (B, S)
 
 
 def in_kernel_shapes(arrays: dict, kv_heads: int) -> dict:
@@ -69,6 +69,7 @@ QUERIES, KEYS = 300, 200
 ZERO = np.zeros((2, 300), int)
 RANDOM = np.random.default_rng(0).permutation(300)
 PACKED = np.stack([np.repeat([0, 1, 2], [90, 130, 80]), np.repeat([5, 2, 5], [150, 100, 50])])
+STARTS = np.stack([np.repeat([0, 90, 220], [90, 130, 80]), np.repeat([0, 150, 250], [150, 100, 50])])
 MASKS = {
     "full": (Rule(False), (order(300), ZERO), (order(200), ZERO[:, :200])),
     "causal": (Rule(), (order(300), ZERO), (order(200, 40), ZERO[:, :200])),
@@ -77,13 +78,15 @@ MASKS = {
     "window_both_ways": (Rule(False, (60, 33)), (order(300), ZERO), (order(200, 150), ZERO[:, :200])),
     "segments": (Rule(), (order(300), PACKED), (order(200), PACKED[:, :200])),
     "shuffled": (Rule(False, (120, 40)), (np.stack([RANDOM] * 2), PACKED), (order(200), PACKED[:, 50:250])),
+    "prefix": (Rule(True, (20, 0)), (order(300), ZERO, STARTS), (order(200), ZERO[:, :200])),
+    "prefix_only": (Rule(False, (-1, 0)), (np.stack([RANDOM] * 2), PACKED, STARTS), (order(200), PACKED[:, :200])),
 }
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
 CASES = [
     (mask, tuple(HEADS)[(i + j) % 3], (None, 1.5)[(i // 2 + j) % 2], ("float32", "bfloat16")[(i + j) % 2])
     for i, mask in enumerate(MASKS)
     for j in range(2)
-    if j == 0 or mask in ("causal", "segments", "shuffled")
+    if j == 0 or mask in ("causal", "segments", "shuffled", "prefix")
 ]
 
 

@@ -24,10 +24,11 @@ pytestmark = pytest.mark.skipif(
 
 TOPOLOGIES = ("v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2")
 KERNELS = {"forward": 1, "backward": 2}
-SETTINGS = {  # per head_dim: rule, soft cap, query heads per key head, tokens
-    64: (Rule(False, (700, 90)), 30.0, 1, 1500),
-    128: (Rule(True), None, 8, 2048),
-    256: (Rule(False), 20.0, 2, 2048),
+SETTINGS = {  # head_dim, rule, soft cap, query heads per key head, tokens, whether queries have a global prefix
+    "window": (64, Rule(False, (700, 90)), 30.0, 1, 1500, False),
+    "causal": (128, Rule(True), None, 8, 2048, False),
+    "full": (256, Rule(False), 20.0, 2, 2048, False),
+    "prefix": (128, Rule(True, (20, 0)), None, 8, 2048, True),
 }
 
 
@@ -36,8 +37,10 @@ def no_question_to_a_metadata_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 
-def compile_for(topology: str, head_dim: int, dtype: str, options: Options, groups: int, tokens: int) -> Iterator[str]:
+def compile_for(topology: str, dtype: str, setting: str) -> Iterator[str]:
     """Return the compiled text of forward and backward pass inside shard_map with check_vma."""
+    head_dim, rule, cap, groups, tokens, has_prefix = SETTINGS[setting]
+    options = Options(rule, head_dim**-0.5, cap)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     assert (devices[0].device_kind == "TPU v6 lite") == topology.startswith("v6e"), "tuning.py names v6e so"
     mesh, spec = Mesh(np.array(devices[:2]), ("data",)), PartitionSpec("data")
@@ -45,7 +48,9 @@ def compile_for(topology: str, head_dim: int, dtype: str, options: Options, grou
     def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    queries, keys = (Side(*[array(2, n, dtype="int32")] * 2) for n in (tokens, tokens + 128))
+    integers = (array(2, tokens, dtype="int32"), array(2, tokens + 128, dtype="int32"))
+    queries, keys = (Side(x, x) for x in integers)
+    queries = queries._replace(prefix=integers[0] if has_prefix else None)
     inputs = Inputs(array(4, groups * tokens, head_dim), array(4, 2, tokens + 128, head_dim), queries, keys)
     seen = Partial(array(*inputs.q.shape, dtype="float32"), array(*inputs.q.shape[:2], dtype="float32"))
     forward = partial(mosaic_tpu.forward, options=options)
@@ -60,10 +65,8 @@ def compile_for(topology: str, head_dim: int, dtype: str, options: Options, grou
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_kernels_compile(topology, head_dim, dtype):
-    rule, cap, groups, tokens = SETTINGS[head_dim]
-    options = Options(rule, head_dim**-0.5, cap)
-    texts = list(compile_for(topology, head_dim, dtype, options, groups, tokens))
+def test_kernels_compile(topology, setting, dtype):
+    texts = list(compile_for(topology, dtype, setting))
     assert [text.count('custom_call_target="tpu_custom_call"') for text in texts] == list(KERNELS.values())

@@ -1,4 +1,4 @@
-"""Three mutations of mutations.py are detected, and all mutations still apply to the code."""
+"""Four mutations of mutations.py are detected, and all mutations still apply to the code."""
 
 import importlib.util
 from pathlib import Path
@@ -19,8 +19,11 @@ def mutations() -> ModuleType:
 
 @pytest.mark.parametrize(
     "name",
-    ["gradients_do_not_come_home", "cotangent_of_the_log_sum_exp_dropped", "positions_stay_behind_in_backward"],
-)
+    [
+        "gradients_do_not_come_home", "cotangent_of_the_log_sum_exp_dropped", "positions_stay_behind_in_backward",
+        "tiles_of_the_shortest_prefix_not_masked",
+    ],
+)  # fmt: skip
 def test_mutation_is_detected(name, mutations):
     assert mutations.notice(name, mutations.load("test_ring"), mutations.load("conftest"))
 

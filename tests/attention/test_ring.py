@@ -39,11 +39,13 @@ SAVED = jax.checkpoint_policies.save_only_these_names("ring_attention")
 IN_ORDER = np.tile(np.arange(TOKENS), (BATCH, 1))
 PACKED = np.stack([np.repeat([0, 1, 2], [21, 1, 26]), np.repeat([5, 2, 5], [33, 10, 5])])
 SHUFFLED = np.stack([np.random.default_rng(row).permutation(TOKENS) for row in range(BATCH)])
+STARTS = np.stack([np.repeat([0, 10, 45], [10, 35, 3]), np.repeat([0, 38], [38, 10])])  # of each query's document
 MASKS = {
     "causal": {},
     "window": {"is_causal": False, "local_window_size": (9, 5)},
     "packed": {"segment_ids": PACKED},
     "full": {"is_causal": False},
+    "prefix": {"local_window_size": (3, 0), "global_prefix": STARTS, "segment_ids": PACKED},
 }
 CASES = [
     (ring, layout, mask, tuple(HEADS)[(a + b + c) % 3], (None, 1.5)[(a + b + c // 2) % 2])
@@ -62,7 +64,8 @@ def mesh_of(**axes: int) -> Mesh:
 
 def through_the_ring(function: Callable, arrays: dict, mesh: Mesh, ring: int, layout: str, **keywords) -> dict:
     """Return the values of NAMES, computed in layout order and permuted back."""
-    integers = {name: keywords.pop(name) for name in ("segment_ids", "positions") if name in keywords}
+    names = ("segment_ids", "positions", "global_prefix")
+    integers = {name: keywords.pop(name) for name in names if name in keywords}
 
     @partial(jax.jit, compiler_options=QUICK)
     def run(arrays, integers):
@@ -88,7 +91,8 @@ def expect(oracle: Callable, arrays: dict, **keywords) -> dict:
     """Return the definition's values for keywords of ring_attention."""
     side = keywords.get("positions", IN_ORDER), keywords.get("segment_ids", np.zeros_like(IN_ORDER))
     rule = Rule(keywords.get("is_causal", True), keywords.get("local_window_size"))
-    return oracle(arrays, side, side, rule, logits_soft_cap=keywords.get("logits_soft_cap"))
+    queries = (*side, keywords["global_prefix"]) if "global_prefix" in keywords else side
+    return oracle(arrays, queries, side, rule, logits_soft_cap=keywords.get("logits_soft_cap"))
 
 
 def check(draw, oracle, mesh, ring, layout, heads="GQA", function=ring_attention, setup=None, **keywords) -> None:
@@ -119,7 +123,18 @@ def test_custom_positions(layout, draw, oracle):
     check(draw, oracle, mesh_of(seq=4), 4, layout, **keywords)
 
 
-@pytest.mark.parametrize(("layout", "mask"), [("zigzag", "causal"), ("contiguous", "window"), ("striped", "packed")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arbitrary_prefixes(layout, draw, oracle):
+    """Prefixes that end before and after the query, and a window that shows nothing."""
+    prefix = np.random.default_rng(2).integers(1, TOKENS, (BATCH, TOKENS))
+    keywords = {"global_prefix": prefix, "positions": SHUFFLED, "is_causal": False, "local_window_size": (-1, 0)}
+    check(draw, oracle, mesh_of(seq=4), 4, layout, logits_soft_cap=1.5, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mask"),
+    [("zigzag", "causal"), ("contiguous", "window"), ("striped", "packed"), ("contiguous", "prefix")],
+)
 def test_bidirectional(layout, mask, draw, oracle):
     check(draw, oracle, mesh_of(seq=8), 8, layout, setup={"bidirectional": True}, **MASKS[mask])
 
@@ -153,7 +168,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("mask", ["packed", "window"])
+@pytest.mark.parametrize("mask", ["packed", "window", "prefix"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategies(name, mask, draw, oracle):
     axes, layout, setup = STRATEGIES[name]
@@ -224,7 +239,7 @@ def test_queries_without_visible_keys(draw, oracle):
     options, spec = Options(Rule(), HEAD_DIM**-0.5), PartitionSpec(None, "seq")
 
     def shard(q, k, v, queries, keys):
-        plan = make_ring("seq", q.shape[1], "contiguous", options.rule, has_default_positions=True, bidirectional=False)
+        plan = make_ring("seq", q.shape[1], "contiguous", options.rule, is_plain_window=True, bidirectional=False)
         return attend(q, k, v, queries, keys, options, plan)
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -299,6 +314,7 @@ def qkv(draw) -> Iterator[tuple[np.ndarray, ...]]:
         ("contiguous", {"local_window_size": (13, 6), "is_causal": False}, 4),
         ("contiguous", {"local_window_size": 48}, 7),
         ("contiguous", {"local_window_size": 6, "positions": SHUFFLED}, 7),
+        ("contiguous", {"local_window_size": 6, "global_prefix": STARTS}, 7),
         ("zigzag", {"local_window_size": 6}, 7),
         ("striped", {"local_window_size": 6}, 7),
         ("contiguous", {}, 7),
@@ -373,6 +389,8 @@ def test_shard_inside_a_user_shard_map(draw, oracle):
 RUNS = {
     "zigzag": (4, "zigzag", {"segment_ids": PACKED, "is_causal": False}),
     "window": (8, "contiguous", {"is_causal": False, "local_window_size": (9, 5)}),
+    "prefix": (3, "contiguous", {"local_window_size": (3, 0), "global_prefix": STARTS}),
+    "prefix_ulysses": (2, "zigzag", {"local_window_size": (3, 0), "global_prefix": STARTS, "strategy": "ulysses"}),
 }
 
 
