@@ -29,6 +29,9 @@ def evaluate(
     target: Annotated[str, cyclopts.Parameter(alias="--target-return")] = "best",
     prompt_trajectories: int = 0,
     prompt_seed: int = 0,
+    prompt_task: str | None = None,
+    prompt_rewards: Literal["kept", "zero"] = "kept",
+    prompt_order: Literal["kept", "shuffled"] = "kept",
     data: Path | None = None,
     control: bool = False,
     step: int | None = None,
@@ -54,6 +57,9 @@ def evaluate(
             (0.9x), or a quantile of the data's returns (q0.75); methods without a target return ignore it.
         prompt_trajectories: trajectories of the training data in the context before the first episode.
         prompt_seed: seed of the random draw of the prompt.
+        prompt_task: draw the prompt from another task of the dataset, as a control.
+        prompt_rewards: zero shows a prompt without rewards, as a control.
+        prompt_order: shuffled puts the prompt's trajectories in random order, as a control.
         data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and
             --error-by-step).
         control: also roll out the same episodes with the memory cleared before each (the prompt stays).
@@ -79,7 +85,10 @@ def evaluate(
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     if step is not None and checkpoint_kind != "last":
         raise UserError("--checkpoint-kind: --step names the checkpoint already; give one of them")
-    protocol = Protocol(environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype)
+    protocol = Protocol(
+        environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype,
+        prompt_task, prompt_rewards, prompt_order,
+    )  # fmt: skip
     if error_by_step:
         if not checkpoint:
             raise UserError("--error-by-step: give the --checkpoint of a run too")

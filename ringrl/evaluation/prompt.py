@@ -39,7 +39,15 @@ def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
 
 
 def draw_prompt(
-    info: RunInfo, store: EpisodeStore, task: str, trajectories: int, seed: int, target_return: float | None
+    info: RunInfo,
+    store: EpisodeStore,
+    task: str,
+    trajectories: int,
+    seed: int,
+    target_return: float | None,
+    *,
+    has_rewards: bool = True,
+    is_shuffled: bool = False,
 ) -> tuple[Context, dict[str, Any]]:
     """Draw a prompt by the selection and order of the run's training contexts: segments if it was trained on segments.
 
@@ -49,6 +57,9 @@ def draw_prompt(
     If the target of every trajectory in a training context is the best return, the target in the prompt is
     `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
 
+    `has_rewards` and `is_shuffled` make the controls of `Protocol`. Without rewards, returns-to-go stay at the target
+    and no trajectory completes.
+
     Raises:
       UserError: the dataset has fewer trajectories.
     """
@@ -56,6 +67,8 @@ def draw_prompt(
     drawn = config.context.model_copy(update={"trajectories": trajectories, "other_tasks": ()})
     if drawn.sampling == "fixed":  # the same trajectories at every step
         drawn = drawn.model_copy(update={"sampling": "uniform"})
+    if is_shuffled:
+        drawn = drawn.model_copy(update={"order": "random"})
     excluded = held_out(store, config)
     try:
         sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, excluded=excluded)
@@ -69,6 +82,15 @@ def draw_prompt(
         plan = plan._replace(targets=targets, completes=returns[None] >= targets)
     steps = int(plan.starts[0, -1])
     context = sampler.read(plan, slice(None), np.arange(steps))
+    if not has_rewards:
+        targets = np.nan_to_num(plan.targets[:, context.trajectory[0]])
+        none = np.zeros_like(context.reward)
+        context = context._replace(
+            reward=none,
+            completion=none,
+            return_to_go=info.normalisation.return_to_go(targets),
+            previous=context.previous._replace(reward=none, completion=none),
+        )
     context = context._replace(trajectory=np.minimum(context.trajectory, config.context.trajectories - 1))
     fields = {"prompt_episodes": tuple(episodes.tolist()), "prompt_returns": tuple(returns.tolist())}
     return context, fields | {"prompt_trajectories": trajectories, "prompt_seed": seed}

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,9 @@ class Protocol:
         control: also roll out the control.
         prompt_trajectories: dataset trajectories in the context before the first episode.
         prompt_seed: seed with which the prompt is drawn.
+        prompt_task: as a control, draw a prompt of another task of the dataset, with that task's rewards.
+        prompt_rewards: "zero", as a control, shows a prompt whose rewards are all zero.
+        prompt_order: "shuffled", as a control, puts the prompt's trajectories in random order.
         cache_dtype: dtype of cached keys and values. None: the dtype that the policy computes in.
 
     Raises:
@@ -74,6 +77,9 @@ class Protocol:
     prompt_trajectories: int = 0
     prompt_seed: int = 0
     cache_dtype: str | None = None
+    prompt_task: str | None = None
+    prompt_rewards: Literal["kept", "zero"] = "kept"
+    prompt_order: Literal["kept", "shuffled"] = "kept"
 
     def __post_init__(self) -> None:
         least = {"environments": 1, "episodes": 1, "seed": 0, "prompt_trajectories": 0, "prompt_seed": 0}
@@ -86,7 +92,17 @@ class Protocol:
                 f"--seed: the episodes would start from seeds {self.seed} to {last}, seeds must be below {SEEDS}; "
                 "give a lower one, or fewer episodes"
             )
+        if self.prompt_control and not self.prompt_trajectories:
+            raise UserError(f"prompt ({self.prompt_control}): no prompt is drawn; give --prompt-trajectories, too")
         TargetPolicy.parse(self.target)
+
+    @property
+    def prompt_control(self) -> str | None:
+        """Return what the prompt was changed to, in words, or None."""
+        changes = [f"of {self.prompt_task}" if self.prompt_task else ""]
+        changes += ["zero rewards" if self.prompt_rewards == "zero" else ""]
+        changes += ["shuffled" if self.prompt_order == "shuffled" else ""]
+        return ", ".join(filter(None, changes)) or None
 
 
 @dataclass(frozen=True)
@@ -223,7 +239,8 @@ def random_evaluation(
 ) -> Evaluation:
     """Return the evaluation of uniform random actions, which have no target, no prompt and no control."""
     domain = domain_of(task)
-    protocol = replace(protocol, control=False, target="best", prompt_trajectories=0, prompt_seed=0)
+    own: dict[str, Any] = {field.name: field.default for field in fields(Protocol) if field.name.startswith("prompt")}
+    protocol = replace(protocol, control=False, target="best", **own)
     size, n = domain.observation_size, protocol.episodes
     return _evaluation(
         EvaluationRecord(task=task, method="random", target_policy=NO_TARGET, **_common_fields(protocol, command)),
@@ -250,7 +267,17 @@ def _target_and_prompt(
     name = rule.name if has_target else NO_TARGET
     if not count or store is None:
         return target, name, None, {}
-    return target, name, *draw_prompt(info, store, task, count, protocol.prompt_seed, target)
+    prompt, drawn = draw_prompt(
+        info,
+        store,
+        protocol.prompt_task or task,
+        count,
+        protocol.prompt_seed,
+        target,
+        has_rewards=protocol.prompt_rewards == "kept",
+        is_shuffled=protocol.prompt_order == "shuffled",
+    )
+    return target, name, prompt, drawn | {"prompt_control": protocol.prompt_control}
 
 
 def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:

@@ -79,6 +79,8 @@ class EvaluationRecord(pydantic.BaseModel):
     """Dataset trajectories in the context before the first episode."""
     prompt_seed: NonNegativeInt | None = None
     """Seed with which the prompt was drawn, together with the seed of the training run."""
+    prompt_control: str | None = None
+    """The prompt as a control: of another task, without rewards, or in random order. None: as in training."""
     prompt_episodes: tuple[NonNegativeInt, ...] = ()
     """Indices of the prompt's episodes in the dataset, in order."""
     prompt_returns: tuple[FiniteFloat, ...] = ()

@@ -119,6 +119,7 @@ class _Variant(NamedTuple):
     target: str = ""
     train_task: str = ""  # if it is not the task itself
     cache: str = ""  # dtype of the key-value cache, if it is not the policy's
+    prompt: str = ""  # how the prompt was changed as a control
     settings: tuple[tuple[str, str], ...] = ()  # settings that differ between runs of one task, method and length
     name: str = ""  # in an ablation plan
 
@@ -190,7 +191,13 @@ def _training(record: EvaluationRecord) -> tuple[object, ...]:
 def _identity(record: EvaluationRecord) -> tuple[object, ...]:
     """Return the properties that identify a stream of episodes."""
     target = () if record.train_trajectories is None else (record.target_policy, record.target_return)
-    stream = record.test_trajectories, record.prompt_seed, record.context, record.environment_seed
+    stream = (
+        record.test_trajectories,
+        record.prompt_seed,
+        record.prompt_control,
+        record.context,
+        record.environment_seed,
+    )
     return (*_training(record), record.task, record.prompt_trajectories, record.cache_dtype, target, *stream)
 
 
@@ -267,8 +274,10 @@ def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {all_digits(record.target_return)}"
-    cache = record.cache_dtype or ""
-    return _Variant(record.method, "context", record.token_set or "", target, train_task, cache, settings, name)
+    return _Variant(
+        record.method, "context", record.token_set or "", target, train_task, record.cache_dtype or "",
+        record.prompt_control or "", settings, name,
+    )  # fmt: skip
 
 
 def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[str, ...], set[str]]:
@@ -314,6 +323,8 @@ def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:
         parts.append(f"target {variant.target or 'unknown'}")
     if variant.cache:
         parts.append(f"cache in {variant.cache}")
+    if variant.prompt:
+        parts.append(f"prompt {variant.prompt}")
     if variant.train_task:
         parts.append(f"trained on {variant.train_task}")
     for setting, value in variant.settings:

@@ -296,7 +296,7 @@ def _cell(
     }
     about |= {"variant": variant} if variant else {}
     protocols = [Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in tests]
-    if plan.prompts and is_rolled_out and (prompts := _prompts(plan.prompts, plan.episodes, trajectories)):
+    if plan.prompts and is_rolled_out and (prompts := _prompts(plan.prompts, task, plan.episodes, trajectories)):
         about["prompts"] = plan.prompts.model_dump(mode="json")
         protocols += [protocol for protocol in prompts if protocol not in protocols]
     return Cell(folder, about, config, tuple(protocols), variant)
@@ -315,18 +315,24 @@ def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate(merged(settings, {"optimiser": optimiser}))
 
 
-def _prompts(plan: PromptPlan, episodes: int, trajectories: int) -> list[Protocol]:
+def _prompts(plan: PromptPlan, task: str, episodes: int, trajectories: int) -> list[Protocol]:
     """Return the rollouts of single episodes after prompts shorter than the training context.
 
     The draws of a prompt length divide the starts between them, so that every length has the same starts.
     """
     share, found = episodes // plan.draws, []
+    changes: list[dict[str, Any]] = [{}]
+    for control in plan.controls:
+        known = {"zero rewards": {"prompt_rewards": "zero"}, "shuffled": {"prompt_order": "shuffled"}}
+        if control != task:
+            changes.append(known.get(control, {"prompt_task": control}))
     for length in sorted(set(plan.trajectories)):
         if length == 0:
             found.append(Protocol(episodes))
         elif length < trajectories:
             found += [
-                Protocol(share, seed=FIRST_SEED + draw * share, prompt_trajectories=length, prompt_seed=draw)
+                Protocol(share, seed=FIRST_SEED + draw * share, prompt_trajectories=length, prompt_seed=draw, **change)
+                for change in changes
                 for draw in range(plan.draws)
             ]
     return found

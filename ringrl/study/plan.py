@@ -23,6 +23,8 @@ class PromptPlan(Section):
     """Prompt lengths. A cell uses those shorter than its training context; 0 is an empty memory."""
     draws: int = Field(5, ge=1)
     """Different prompts of each length, which share the plan's episodes equally."""
+    controls: tuple[str, ...] = ()
+    """Also roll out changed prompts: of another task (its name), `zero rewards` or `shuffled`."""
 
 
 class AblationPlan(Section):

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,14 @@ from ringrl.config import MeshConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
-from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random, policy_evaluation, random_evaluation
+from ringrl.evaluation import (
+    Evaluation,
+    Protocol,
+    evaluate_policy,
+    evaluate_random,
+    policy_evaluation,
+    random_evaluation,
+)
 from ringrl.evaluation import protocol as protocol_module
 from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.evaluate import roll_out
@@ -232,6 +240,36 @@ def test_a_prompt_equals_a_context_of_the_sampler(
     expected = sampler.batch(2**64)
     for name in ("observation", "action", "return_to_go", "completion", "trajectory"):
         np.testing.assert_array_equal(getattr(evaluation.prompt, name), getattr(expected, name), err_msg=name)
+
+
+def test_prompts_as_controls(trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore) -> None:
+    """The same episodes in another order or without rewards, and the episodes and rewards of another task."""
+
+    def drawn(**control: Any) -> Evaluation:
+        return policy_evaluation(trained, at_run, Protocol(prompt_trajectories=3, target="2", **control))
+
+    other = OTHER
+    kept, zero, shuffled, wrong = (
+        drawn(**control)
+        for control in ({}, {"prompt_rewards": "zero"}, {"prompt_order": "shuffled"}, {"prompt_task": other})
+    )
+    names = [one.template.prompt_control for one in (kept, zero, shuffled, wrong)]
+    assert names == [None, "zero rewards", "shuffled", f"of {other}"]
+    assert len({one.template.evaluation for one in (kept, zero, shuffled, wrong)}) == 4
+    for one, context in (("same", kept.prompt), ("zero", zero.prompt)):
+        assert context is not None
+        assert (np.asarray(context.reward) != 0).any() == (one == "same")
+        np.testing.assert_array_equal(context.observation, kept.prompt.observation)
+    for context in (zero.prompt, zero.prompt.previous):
+        assert not np.asarray(context.reward).any()
+        assert not np.asarray(context.completion).any()
+    np.testing.assert_allclose(zero.prompt.return_to_go, 2 / 250, rtol=1e-6)
+    episodes = [list(one.template.prompt_episodes) for one in (kept, shuffled, wrong)]
+    assert sorted(episodes[1]) == sorted(episodes[0])
+    rewards = jaco_store.episode(episodes[2][0])[f"reward/{other}"][1:]
+    np.testing.assert_allclose(wrong.prompt.reward[0, :250], rewards, rtol=1e-6)
+    with pytest.raises(UserError, match="no prompt is drawn"):
+        Protocol(prompt_order="shuffled")
 
 
 def test_prompts_are_not_contexts_of_the_training(
