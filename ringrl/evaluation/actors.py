@@ -97,6 +97,35 @@ class PolicyActor:
             self._prepared = capacity
 
 
+class SegmentActor:
+    """A policy trained on segments. It sees the prompt and the last steps of the live episode, as one more segment."""
+
+    def __init__(self, compiled: "CompiledPolicy", segment_steps: int) -> None:
+        self._compiled, self._length = compiled, segment_steps
+
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
+        """Forget the last episode, and compute the prompt's cache once for all environments."""
+        self._prefix = None if prompt is None else self._compiled.prefill(prompt)
+        self._steps: list[Context] = []
+
+    def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
+        """Return the action at the last step of the segment. Padding at its end is not seen."""
+        if int(current.timestep[0, 0]) == 0:
+            self._steps = []
+        steps = [*self._steps, current]
+        segment = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *steps)
+        first = jax.tree.map(np.array, segment.previous)
+        for x in first:
+            x[:, 0] = 0  # training segments begin with an empty outcome
+        segment = segment._replace(previous=first)
+        pad = lambda x: np.pad(x, [(0, 0), (0, self._length - len(steps)), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
+        return self._compiled.act_after(self._prefix, jax.tree.map(pad, segment), len(steps) - 1)
+
+    def observe(self, finished: Context) -> None:
+        """Keep the step, and forget the first one if the next segment would be too long."""
+        self._steps = [*self._steps, finished][-(self._length - 1) :] if self._length > 1 else []
+
+
 class CompiledPolicy:
     """The compiled programs of a policy, shared by all its actors.
 
@@ -119,6 +148,12 @@ class CompiledPolicy:
             return nnx.merge(graph, params).act(previous, current, memory, prefix)
 
         self._act = jax.jit(act, donate_argnums=4)
+        self.act_after = partial(
+            jax.jit(
+                lambda params, prefix, segment, step: nnx.merge(graph, params).actions_after(prefix, segment)[:, step]
+            ),
+            self._params,
+        )
         self._programs: dict[tuple[Hashable, ...], Future[Callable[..., Any]]] = {}
         self._prefilled: tuple[Context, Any] | None = None
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="ringrl-compile")

@@ -17,7 +17,7 @@ from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation.actors import Actor, CompiledPolicy, PolicyActor, RandomActor
+from ringrl.evaluation.actors import Actor, CompiledPolicy, PolicyActor, RandomActor, SegmentActor
 from ringrl.evaluation.prompt import draw_prompt, open_dataset
 from ringrl.evaluation.records import (
     JOURNAL,
@@ -190,6 +190,11 @@ def policy_evaluation(
         raise UserError(f"{run}: {info.domain} has no simulation; evaluate the policy in its own environment")
     if domain_of(task).name != info.domain:
         raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
+    if protocol.episodes > 1 and config.context.segment_steps and config.model.family.has_context:
+        raise UserError(
+            f"--episodes {protocol.episodes}: {run} was trained on segments and remembers the prompt and "
+            f"{config.context.segment_steps} steps of the live episode, not earlier episodes; give --episodes 1"
+        )
     target_return, target_policy, prompt, prompt_fields = _target_and_prompt(trained, run, protocol, task, data)
     has_context = config.model.family.has_context
     template = EvaluationRecord(
@@ -216,13 +221,13 @@ def policy_evaluation(
     )
     if compiled is None or compiled.policy is not trained.towards(task):
         compiled = compile_policy(trained, protocol, task)
-    policy = compiled
+    policy, segment_steps = compiled, config.context.segment_steps if has_context else None
     return _evaluation(
         template,
         protocol,
         results=run / "evaluation.jsonl" if results is None else results,
         normalisation=info.normalisation,
-        make_actor=lambda first: PolicyActor(policy),
+        make_actor=lambda first: SegmentActor(policy, segment_steps) if segment_steps else PolicyActor(policy),
         trajectories=config.context.trajectories,
         prompt=prompt,
     )

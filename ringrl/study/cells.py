@@ -284,7 +284,8 @@ def _cell(
         raise UserError(
             f"{task}, {name}: settings, task_settings or variants of the plan: {one_line(error)}"
         ) from error
-    tests = (plan.test_trajectories or (trajectories,)) if is_rolled_out else (1,)
+    remembers = is_rolled_out and config.context.segment_steps is None
+    tests = (plan.test_trajectories or (trajectories,)) if remembers else (1,)
     about: dict[str, Any] = {
         "task": task,
         "test_trajectories": list(tests),

@@ -10,7 +10,7 @@ import pytest
 from ringrl.config import ModelConfig
 from ringrl.context import Context, Outcome
 from ringrl.evaluation import actors
-from ringrl.evaluation.actors import CompiledPolicy, PolicyActor
+from ringrl.evaluation.actors import CompiledPolicy, PolicyActor, SegmentActor
 from ringrl.model import Policy, make_policy
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
@@ -139,3 +139,21 @@ def test_growing_over_a_mesh(small_cache, eight_devices):
     prompt = jax.tree.map(lambda x: x[:1, :6], context)
     found = replayed(PolicyActor(CompiledPolicy(divided, parallel=parallel)), live, prompt)
     np.testing.assert_allclose(found, one.actions(context)[:, 6:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("token_set", ["ring4", "fused1"])
+def test_a_policy_of_segments_sees_the_prompt_and_the_last_steps(token_set):
+    """Every action equals the one of a whole context that ends with the segment."""
+    made, whole, length = policy(token_set=token_set, layers=2), contexts(2, 12), 3
+    prompt, live = (jax.tree.map(lambda x, part=part: x[part], whole) for part in (np.s_[:1, :6], np.s_[:, 6:]))
+    live = live._replace(timestep=live.position - 6, start=0 * live.start + 6)
+    actor = SegmentActor(CompiledPolicy(made), length)
+    found = replayed(actor, live, prompt)
+    for t in range(6):
+        segment = jax.tree.map(lambda x, t=t: np.array(x[:, max(0, t - length + 1) : t + 1]), live)
+        for x in segment.previous:
+            x[:, 0] = 0
+        both = jax.tree.map(lambda a, b: np.concatenate([np.repeat(a, 2, axis=0), b], axis=1), prompt, segment)
+        both = both._replace(position=np.tile(np.arange(both.reward.shape[1], dtype=np.int32), (2, 1)))
+        np.testing.assert_allclose(found[:, t], made.actions(both)[:, -1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(replayed(actor, live, prompt), found)
