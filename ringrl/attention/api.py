@@ -62,9 +62,9 @@ def attention(
       k, v: keys and values (B, S, Hkv, D) in q's dtype; Hkv divides H (grouped-query attention).
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
-      global_prefix: (B, S) or (S,) integers, one for each query: the window does not hide keys at positions below it.
-        The causal mask and the segments still do. For documents in a row, the start of each query's own document
-        gives all earlier documents and a window of its own. With a window (-1, 0) only the prefix is visible.
+      global_prefix: (B, S) or (S,) positions, one for each query. The window does not hide keys before this position,
+        but the causal mask and the segments do. For documents in a row, pass the start of each query's own document:
+        the query then sees all earlier documents and a window of its own. A window (-1, 0) shows only the prefix.
       segment_ids: (B, S) or (S,) integers >= 0; a query sees keys of its own segment only.
       positions: (B, S) or (S,) integers, less than 2**31 apart; by default 0 ... S-1. Only the mask uses them;
         rotary embeddings are up to the caller.
