@@ -39,6 +39,8 @@ def user_message(error: BaseException) -> str | None:
 
 def printable(text: str) -> str:
     """Return text with control characters, which may change a terminal, as escapes (`\\x1b`)."""
+    if text.isprintable():  # fast
+        return text
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 

@@ -59,10 +59,11 @@ def _verdict(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> d
     of_context = " of context" if longest["train_trajectories"] == longest["test_trajectories"] else ""
     prompt = longest["prompt_trajectories"]
     prompted = f", after a prompt of {prompt} trajector{'y' if prompt == 1 else 'ies'}," if prompt else ""
-    claim = f"On {longest['task']} the {longest['method']}{prompted} returns {{}} {_when(longest)}{of_context}"
+    claim = f"On {longest['task']} the {longest['method']}{prompted} returns"
+    where = f"{_when(longest)}{of_context}"
     if shortest.name != longest.name:
         found = contrast([scores_of(runs, longest)], [scores_of(runs, shortest)])
-        sentence = f"{claim.format(number(found.levels[0]))} and {number(found.levels[1])} {_when(shortest)}: "
+        sentence = f"{claim} {number(found.levels[0])} {where} and {number(found.levels[1])} {_when(shortest)}: "
         sentence += _judge(found.change)
         if pd.notna(longest["control"]) and longest["test_trajectories"] > 1:
             sentence += f" With its memory reset before each episode it returns {number(longest['control'])}."
@@ -71,12 +72,12 @@ def _verdict(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> d
     if longest["test_trajectories"] > 1 and len(kept):
         gain = summarise(kept - reset.reindex(kept.index))
         found = Contrast(gain, gain, (middle(kept), middle(reset)), paired=True)
-        sentence = f"{claim.format(number(middle(kept)))} and {number(middle(reset))} when its memory is reset before "
-        sentence += f"each episode: {_judge(gain)}"
+        sentence = f"{claim} {number(middle(kept))} {where} and {number(middle(reset))} when its memory is reset "
+        sentence += f"before each episode: {_judge(gain)}"
         return _row(
             longest, "Memory across episodes", f"memory reset to kept, {context_label(longest)}", found, sentence
         )
-    sentence = f"{claim.format(number(longest['iqm']))}. No other context length was measured."
+    sentence = f"{claim} {number(longest['iqm'])} {where}. No other context length was measured."
     return _row(longest, "Context", context_label(longest), None, sentence)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pydantic
 
 from ringrl.config import TrainConfig, read_yaml
-from ringrl.errors import UserError
+from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import number
 from ringrl.evaluation.records import PROTOCOL, VIDEOS, recipe
 from ringrl.evaluation.target import NO_TARGET
@@ -46,7 +46,7 @@ def facts(results: pd.DataFrame) -> list[Fact]:
         ("Results files", _distinct(results.attrs["sources"])),
         ("Left out", list(results.attrs["left_out"])),
     ]
-    return [(name, [line for line in lines if line]) for name, lines in found if any(lines)]
+    return [(name, [printable(line) for line in lines if line]) for name, lines in found if any(lines)]
 
 
 def _targets(policies: pd.DataFrame) -> list[str]:

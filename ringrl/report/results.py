@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ringrl.errors import UserError
+from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import all_digits
 from ringrl.evaluation.records import DATA, EvaluationRecord, default_recipe, evaluation_name, read_records
 from ringrl.methods import METHODS
@@ -128,7 +128,7 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
     unknown = f"{UNKNOWN_RUN} {json.dumps([*variant, record.task, *_lengths(record)])}"
     budget, starts = record.budget, [f"{seed}:{index}" for seed, index in record.starts]
     has_name = record.evaluation and Path(evaluation_name(record)).name == evaluation_name(record)
-    return {column: getattr(record, column) for column in _COPIED} | {
+    return {column: _shown(column, getattr(record, column)) for column in _COPIED} | {
         "method": name,
         "kind": variant.kind,
         "variant": json.dumps(variant),
@@ -146,6 +146,11 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
         "videos": evaluation_name(record) if has_name else None,  # a name that leads out of the folder is ignored
         **{column: getattr(budget, column, None) for column in _BUDGET},
     }
+
+
+def _shown(column: str, value: Any) -> Any:
+    """Return a value with printable text: a control character would end the process that draws the charts."""
+    return printable(value) if isinstance(value, str) and column != "checkpoint" else value  # a path is not shown
 
 
 def _lengths(record: EvaluationRecord) -> tuple[int | None, ...]:
@@ -330,4 +335,4 @@ def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:
     for setting, value in variant.settings:
         if len({dict(other.settings).get(setting) for other in others}) > 1:
             parts.append(f"{setting} {value}")
-    return ", ".join(parts)
+    return printable(", ".join(parts))

@@ -92,14 +92,20 @@ class _Checker(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.scripts: list[dict[str, str]] = []
 
     def handle_starttag(self, tag, attrs):
-        self.ids += [value for name, value in attrs if name == "id"]
+        self.handle_startendtag(tag, attrs)
         if tag not in self.void:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
         self.ids += [value for name, value in attrs if name == "id"]
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.scripts += [dict(attrs)] if tag == "script" else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -112,15 +118,39 @@ def test_the_page_is_well_formed(full):
     assert len(checker.ids) == len(set(checker.ids))
 
 
-def test_names_are_text_not_markup(write_results, make_rollouts, tmp_path):
-    name = "</script><script>alert(1)</script> & $x_1$"
-    records = [record for n in (1, 2) for record in make_rollouts(n, 0, 100, task=name, method=name)]
-    text = write_report([write_results(records)], tmp_path / "report").read_text()
-    assert "<script>alert" not in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x_1$" in text
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("</script><script>alert(1)</script> & $x_1$", "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x_1$"),
+        ("\"' onclick='alert(1)' x=\"", "&#34;&#39; onclick=&#39;alert(1)&#39; x=&#34;"),
+        ("<img src=x onerror=alert(1)>-->", "&lt;img src=x onerror=alert(1)&gt;--&gt;"),
+        ("a\x00b\x1b[2Jc\x85\uffff", "a\\x00b\\x1b[2Jc\\x85\\uffff"),
+        ("{x} {{ 7 * 7 }} {% raw %} %s", "{x} {{ 7 * 7 }} {% raw %} %s"),
+        ("x" * 300, "x" * 300),
+    ],
+)
+def test_names_are_text_not_markup(name, shown, write_results, make_rollouts, tmp_path):
+    fields = dict.fromkeys(("task", "method", "variant", "command", "checkpoint", "target_policy", "device"), name)
+    records = [
+        record
+        for n, seed in ((1, 0), (2, 0), (1, 1), (2, 1))
+        for record in make_rollouts(n, seed, 100, **fields, settings={name: name}, versions={name: name})
+    ]
+    page = write_report([write_results(records)], tmp_path / "report")
+    text = page.read_text()
+    checker = _Checker()
+    checker.feed(text)
+    assert checker.open == []
+    assert shown in text
+    assert checker.scripts == [{"type": "application/json"}] * (len(checker.scripts) - 2) + [{"type": "module"}] * 2
+    assert not {attribute for attribute in checker.attributes if attribute.startswith("on")} | checker.tags & {"img"}
+    assert not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\uffff]", re.sub("<script.*?</script>", "", text, flags=re.DOTALL)
+    )
     for figure in (tmp_path / "report" / "figures").glob("*.svg"):
         xml.etree.ElementTree.parse(figure)
-    assert r"\& \$x\_1\$" in (tmp_path / "report" / "tables" / "returns.tex").read_text()
+    latex = (tmp_path / "report" / "tables" / "returns.tex").read_text()
+    assert ("$x" in name) == (r"\& \$x\_1\$" in latex)
 
 
 def test_a_failed_report_leaves_the_old_one(report, tmp_path):
