@@ -36,23 +36,30 @@ def check_flags(tokens: Sequence[str], arguments: cyclopts.ArgumentCollection) -
         listed = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
         wrong = [f"{listed} {'are' if len(missing) > 1 else 'is'} needed"]
     names = [name for argument in flags for name in argument.names if name.startswith("--")]
-    for token in itertools.takewhile(lambda token: token != "--", tokens):
-        name = token.partition("=")[0]
-        if token.startswith("--") and not _is_flag(name, flags):
+    before = dict[str, str]()
+    for index, token in enumerate(itertools.takewhile(lambda token: token != "--", tokens)):
+        name, sign, value = token.partition("=")
+        if not token.startswith("--"):
+            continue
+        if (found := _flag(name, flags)) is None:
             near = difflib.get_close_matches(name, names, n=1)
             wrong.append(f"{name}: no such flag" + "".join(f"; did you mean {flag}?" for flag in near))
+            continue
+        count, is_list = found.token_count()
+        value = value if sign else " ".join(tokens[index + 1 : index + 1 + count]) or name
+        if not is_list and before.setdefault(found.name, value) != value:  # the parser keeps the last one only
+            wrong.append(f"{found.name} is given twice: {before[found.name]} and {value}; keep one")
     for argument in flags:
         wrong.extend(_wrong_values(argument))
     if wrong:
         raise UserError("; ".join(wrong).replace("?;", "?"))
 
 
-def _is_flag(name: str, flags: list[cyclopts.Argument]) -> bool:
+def _flag(name: str, flags: list[cyclopts.Argument]) -> cyclopts.Argument | None:
     try:
-        cyclopts.ArgumentCollection(flags).match(name)
+        return cyclopts.ArgumentCollection(flags).match(name)[0]
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _wrong_values(argument: cyclopts.Argument) -> Iterator[str]:
