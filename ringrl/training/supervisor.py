@@ -41,17 +41,13 @@ def run_supervised(work: Callable[[], object], config: DistributedConfig) -> int
     context = multiprocessing.get_context("spawn")
     (messages, messages_of_child), (joined, joined_of_child) = context.Pipe(duplex=False), context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(work, config, messages_of_child, joined_of_child))
-    child.start()
-    messages_of_child.close()
-    joined_of_child.close()
-    try:
-        with _forwarding_signals(child):
-            end = b""
-            while chunk := os.read(messages.fileno(), KEPT):
-                end = (end + chunk)[-KEPT:]
-            child.join()
-    finally:
-        child.kill()
+    with _started(child):
+        messages_of_child.close()
+        joined_of_child.close()
+        end = b""
+        while chunk := os.read(messages.fileno(), KEPT):
+            end = (end + chunk)[-KEPT:]
+        child.join()
     try:
         index, count = joined.recv()
     except EOFError:
@@ -87,19 +83,32 @@ def _explain(code: int, last: str, index: int | None, count: int | None, config:
             who = "process 0, the coordinator," if index else "another process"
         return f"{who} of {count} is lost; start all again, with --resume", LOST
     name = signal.Signals(-code).name
-    return f"process {index} of {count} was ended by {name} (SIGKILL: often out of memory)", 128 - code
+    who = "the training process" if index is None else f"process {index} of {count}"
+    return f"{who} was ended by {name} (SIGKILL: often out of memory)", 128 - code
 
 
 @contextmanager
-def _forwarding_signals(child: SpawnProcess) -> Iterator[None]:
-    """Forward SIGINT, and as SIGTERM every other signal to stop, to the child, which then ends in order."""
+def _started(child: SpawnProcess) -> Iterator[None]:
+    """Start the child, and kill it at the end of the block.
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        if child.pid is not None:
+    Forward SIGINT, and as SIGTERM every other signal to stop, to the child, which then ends in order.
+    """
+    early = list[int]()  # signals that arrive before the child has an id
+
+    def forward(number: int, frame: FrameType | None = None) -> None:
+        if child.pid is None:
+            early.append(number)
+        else:
             os.kill(child.pid, number if number == signal.SIGINT else signal.SIGTERM)
 
     with handled(forward, (signal.SIGINT, *STOPPING)):
-        yield
+        child.start()
+        try:
+            for number in early:
+                forward(number)
+            yield
+        finally:
+            child.kill()
 
 
 def _work(work: Callable[[], object], config: DistributedConfig, messages: Connection, joined: Connection) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from ringrl.data import EpisodeStore, import_archive
 from ringrl.errors import UserError
 from ringrl.training import train
 from ringrl.training.distributed import is_wanted
+from ringrl.training.supervisor import _started
 
 HEARTBEAT = 8  # seconds
 MINUTE = 60.0
@@ -115,6 +117,20 @@ def wait_until(condition: Callable[[], object], hosts: Hosts) -> None:
 def is_training(config: TrainConfig) -> bool:
     file = config.run / "metrics.jsonl"
     return file.exists() and b"\n" in file.read_bytes()
+
+
+def test_a_signal_that_arrives_before_the_child_has_an_id_is_forwarded() -> None:
+    class Child:
+        pid: int | None = None
+
+        def start(self) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            self.process = subprocess.Popen(["sleep", "60"])
+            self.pid, self.kill = self.process.pid, self.process.kill
+
+    child: Any = Child()
+    with _started(child):
+        assert child.process.wait(30) == -signal.SIGTERM
 
 
 def test_two_processes_equal_one_and_a_stopped_run_resumes(hosts: Hosts, spread: TrainConfig, tmp_path: Path) -> None:
