@@ -106,19 +106,19 @@ def check_loggers(config: TrainConfig) -> None:
 class MetricsLog(ExitStack):
     """metrics.jsonl of one run, resumed after `step`, and further writers of the same numbers. Exiting closes all.
 
-    Damaged lines are dropped, and lines after `step`, whose work a kill has undone. `missing` is the number of
-    steps up to `step` that have no line.
+    Damaged and doubled lines are dropped, and lines after `step`, whose work a kill has undone. `missing` is the number
+    of steps up to `step` that have no line.
     """
 
     def __init__(self, run: Path, step: int, writers: Sequence[TensorBoardWriter | WandbWriter] = ()) -> None:
         super().__init__()
-        path, kept = run / "metrics.jsonl", []
+        path, kept = run / "metrics.jsonl", dict[int, bytes]()
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError, KeyError, TypeError):  # damaged, or cut short by a kill
-                if json.loads(without_crc(line.decode()))["step"] <= step:
-                    kept.append(line + b"\n")
+                if (at := json.loads(without_crc(line.decode()))["step"]) <= step:
+                    kept[at] = line + b"\n"
         self.missing = step - len(kept)
-        write_whole(path, b"".join(kept))
+        write_whole(path, b"".join(kept.values()))
         self._writers = writers
         for writer in writers:
             self.callback(writer.close)

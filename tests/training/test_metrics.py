@@ -57,6 +57,15 @@ def test_a_damaged_line_is_dropped_alone_and_counted(tmp_path, damage):
         assert log.missing == 3
 
 
+def test_doubled_lines_count_once(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write([line(step) for step in (1, 2, 2, 1, 3)])
+    with MetricsLog(tmp_path, 4) as log:
+        assert log.missing == 1
+    kept = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [1, 2, 3]
+
+
 def test_a_changed_line_is_dropped_alone(tmp_path):
     """One wrong digit of a step number used to drop every later line."""
     with MetricsLog(tmp_path, 0) as log:
