@@ -115,6 +115,7 @@ def _run_steps(
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
+    progress.disable |= start >= config.optimiser.steps  # a finished run: without a terminal, it prints an empty line
     with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_signal() as stop:
         if log is not None and log.missing:
             what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"

@@ -1,5 +1,6 @@
 """A run that is killed with SIGKILL and resumed is bit-identical to an uninterrupted run."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ringrl.config import TrainConfig, to_yaml
 from ringrl.errors import UserError
@@ -73,7 +75,9 @@ def test_killed_at_four_moments_and_resumed_is_bit_identical(tiny: TrainConfig, 
 
 def test_resuming_a_finished_run_changes_nothing(finished: TrainConfig) -> None:
     before, policy = (finished.run / "metrics.jsonl").read_bytes(), load_policy(finished.run)
-    train(finished, resume=True, quiet=True)
+    log = io.StringIO()
+    train(finished, resume=True, console=Console(file=log))
+    assert log.getvalue() == ""
     assert (finished.run / "metrics.jsonl").read_bytes() == before
     assert load_policy(finished.run).parameter_hash == policy.parameter_hash
 
