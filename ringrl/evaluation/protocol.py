@@ -85,7 +85,8 @@ class Protocol:
         least = {"environments": 1, "episodes": 1, "seed": 0, "prompt_trajectories": 0, "prompt_seed": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
-                raise UserError(f"{name}: {getattr(self, name)} is too small; give at least {minimum}")
+                flag = name.replace("_", "-")
+                raise UserError(f"{name}: {getattr(self, name)} is too small; give at least {minimum} (--{flag})")
         last = self.seed + self.environments * self.episodes - 1
         if last >= SEEDS:
             raise UserError(

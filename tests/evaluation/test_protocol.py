@@ -400,9 +400,11 @@ def test_random_actions_do_not_depend_on_other_streams() -> None:
 
 @pytest.mark.parametrize("name", ["environments", "episodes"])
 def test_numbers_that_are_too_small_raise(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: 0 is too small"):
+    with pytest.raises(UserError, match=f"^{name}: 0 is too small; give at least 1 \\(--{name}\\)$"):
         Protocol(**{name: 0})
-    with pytest.raises(UserError, match="prompt_trajectories: -1 is too small"):
+    with pytest.raises(
+        UserError, match=r"prompt_trajectories: -1 is too small; give at least 0 \(--prompt-trajectories\)"
+    ):
         Protocol(prompt_trajectories=-1)
 
 
