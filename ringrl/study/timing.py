@@ -1,7 +1,6 @@
 """The cost of the cells of an ablation, from timed steps of each cell that differs in more than seed and steps."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -23,7 +22,7 @@ from ringrl.evaluation.actors import SMALLEST_CACHE
 from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.protocol import Protocol
 from ringrl.evaluation.rollout import ContextBuilder
-from ringrl.files import json_digest, with_crc, without_crc
+from ringrl.files import json_digest, temporary_folder, with_crc, without_crc
 from ringrl.study.cells import Cell, write
 from ringrl.training import TrainedPolicy, load_policy, train
 from ringrl.training.budget import step_cost
@@ -82,8 +81,8 @@ def write_timings(output: Path, timings: Mapping[str, Timing]) -> None:
 def measure(cell: Cell) -> Timing:
     """Return the timing of a cell, from a few steps in a temporary folder."""
     short = cell.of_steps(STEPS).config
-    with tempfile.TemporaryDirectory(prefix="ringrl-timing-") as folder:
-        changes = {"run": Path(folder) / "run", "log": (), "log_every": 1, "checkpoint_every": STEPS}
+    with temporary_folder() as folder:
+        changes = {"run": folder / "run", "log": (), "log_every": 1, "checkpoint_every": STEPS}
         began = time.perf_counter()
         run = train(short.model_copy(update=changes), quiet=True)
         whole = time.perf_counter() - began
