@@ -327,6 +327,12 @@ class TrainConfig(Section):
         """The tasks that contexts are drawn for."""
         return self.task, *self.context.other_tasks
 
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> Self:
+        """Return the settings that a run saved. A `~` or `$` in their paths is not expanded again."""
+        paths = {name: Path(path) for name in ("data", "run") if isinstance(path := values.get(name), str)}
+        return cls.model_validate({**values, **paths})
+
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> Self:
         others, kind, family = self.context.other_tasks, self.model.kind, self.model.family
@@ -507,6 +513,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = ""
     return whole
 
 
-def to_yaml(section: Section) -> str:
-    """Return the settings as YAML, in the order of the fields. The last line shows that the text is whole."""
-    return f"{_WHOLE}\n{yaml.dump(section.model_dump(mode='json'), Dumper=_Dumper, sort_keys=False)}{_END}\n"
+def to_yaml(settings: Section | Mapping[str, Any]) -> str:
+    """Return settings as YAML, in their own order. The last line shows that the text is whole."""
+    values = settings.model_dump(mode="json") if isinstance(settings, Section) else dict(settings)
+    return f"{_WHOLE}\n{yaml.dump(values, Dumper=_Dumper, sort_keys=False)}{_END}\n"

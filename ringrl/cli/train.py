@@ -83,7 +83,8 @@ def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclop
     if (run := _resumed_run(arguments, file, values)) is not None:
         from ringrl.training.run_folder import saved_configuration
 
-        values = merged(saved_configuration(run).model_dump(mode="json"), values | {"run": str(run)})
+        saved = saved_configuration(run)
+        values = merged(saved.model_dump(mode="json") | {"data": saved.data}, values | {"run": run})
     if name in METHODS:  # the parser rejects other names
         try:
             values = merged(values, METHODS[name].settings or {})
@@ -95,6 +96,10 @@ def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclop
     except pydantic.ValidationError as error:
         raise UserError(f"{file or '--method'}: {one_line(error)}") from error
     Dict({"train": values}, source=file or f"--method {name}")(app, commands, arguments)
+    for flag in ("data", "run"):  # the text of a saved path would be expanded again
+        if isinstance(path := values.get(flag), Path):
+            tokens = arguments[f"--{flag}"].tokens
+            tokens[:] = [t if t.source == "cli" else t.evolve(implicit_value=path) for t in tokens]
 
 
 def _resumed_run(arguments: cyclopts.ArgumentCollection, file: str, values: Mapping[str, Any]) -> Path | None:

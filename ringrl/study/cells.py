@@ -23,7 +23,6 @@ from types import MappingProxyType
 from typing import Any
 
 import pydantic
-import yaml
 
 from ringrl.config import TrainConfig, merged, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
@@ -39,10 +38,11 @@ from ringrl.evaluation import (
 )
 from ringrl.evaluation.protocol import FIRST_SEED, compile_policy
 from ringrl.evaluation.records import append_records, data_records, library_versions, read_records
-from ringrl.files import write_aside, write_whole
+from ringrl.files import with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import load_policy, train
+from ringrl.training.checkpoints import CHECKSUM, with_checksum, without_checksum
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
 EVALUATION = "evaluation.jsonl"
@@ -65,7 +65,7 @@ class Work:
     def is_finished(self) -> bool:
         """Whether all results exist, undamaged."""
         try:
-            did = json.loads((self.folder / FINISHED).read_text())["did"]
+            did = json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["did"]
             did.pop("environments", None)  # earlier versions stored the streams of the longest context too
             if did.get("videos"):
                 did["videos"] = self.about.get("videos")  # videos that the plan no longer asks for do no harm
@@ -93,8 +93,12 @@ class Work:
             return
         try:
             known = read_yaml(path)
+            if CHECKSUM in known:  # earlier versions wrote none
+                known = without_checksum(known)
         except UserError as error:
             raise UserError(f"{error}; remove it if it is damaged") from error
+        except ValueError as error:
+            raise UserError(f"{path}: was edited or damaged ({error}); remove it if the plan is unchanged") from error
         for name in sorted(self.about.keys() & known.keys() - {"test_trajectories", "prompts", "videos"}):
             was, now = known[name], self.about[name]
             is_more = name == "episodes" and isinstance(was, int) and now > was
@@ -356,10 +360,10 @@ def attempt(work: Work, command: str | None) -> str | None:
     """Run a cell and write how it ended. Return why it failed, or None. Nothing is raised."""
     began = time.perf_counter()
     try:
-        write(work.folder / CELL, yaml.safe_dump(work.about, sort_keys=False))
+        write(work.folder / CELL, to_yaml(with_checksum(work.about)))
         work.run(command)
         finished = {"did": work.about, "seconds": time.perf_counter() - began}
-        write(work.folder / FINISHED, json.dumps(finished) + "\n")
+        write(work.folder / FINISHED, with_crc(json.dumps(finished)) + "\n")
     except Exception as error:  # the other cells continue
         with suppress(OSError):  # the log may be on a full disk
             traceback.print_exc()

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import jax
@@ -22,7 +21,7 @@ from ringrl.config import MeshConfig, TrainConfig, one_line
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
-from ringrl.files import json_digest, remove
+from ringrl.files import json_digest, remove, temporary_folder
 from ringrl.model import ActorCritic, Goal, Policy, TrainState, make_agent, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.distributed import check_platform
@@ -59,8 +58,7 @@ class RunInfo:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunInfo":
         """Return the description that `to_json` wrote."""
-        paths = {name: Path(values["config"][name]) for name in ("data", "run")}  # a `$` in them is not expanded again
-        config = TrainConfig.model_validate(values["config"] | paths)
+        config = TrainConfig.from_saved(values["config"])
         return cls(**values | {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])})
 
     def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
@@ -209,7 +207,7 @@ class Checkpoints:
         folder = self.folder.absolute()
         if not PATTERN.search(str(folder)):
             return folder
-        link = Path(self._alias.enter_context(TemporaryDirectory(prefix="ringrl-"))) / "checkpoints"
+        link = self._alias.enter_context(temporary_folder()) / "checkpoints"
         link.symlink_to(folder)
         return link
 

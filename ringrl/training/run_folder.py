@@ -72,7 +72,7 @@ def saved_configuration(run: Path) -> TrainConfig:
             return read_info(run, step)[1].config
     saved = run / "config.yaml"
     try:
-        return TrainConfig.model_validate(read_yaml(saved))
+        return TrainConfig.from_saved(read_yaml(saved))
     except pydantic.ValidationError as error:
         why = f"{saved}: does not fit this version ({one_line(error)})"
     except UserError as error:

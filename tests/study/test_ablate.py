@@ -186,6 +186,9 @@ def test_killed_processes_are_resumed(write_plan, jaco_store: EpisodeStore) -> N
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     is_begun = lambda seed: len(list((runs / f"at_1_seed{seed}" / "checkpoints").glob("[0-9]*"))) > 1  # noqa: E731
     wait_for(lambda: is_begun(0))
+    busy = rf"{read_plan(plan).output}: another process is running this ablation \(process {process.pid} on .*; wait"
+    with pytest.raises(UserError, match=busy):
+        ablate(read_plan(plan), Console(file=io.StringIO()))
     (worker,) = [child for child in children(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: is_begun(1))
@@ -194,12 +197,15 @@ def test_killed_processes_are_resumed(write_plan, jaco_store: EpisodeStore) -> N
     _, output = process.communicate()
     assert "at_1_seed0: failed: its process was ended by SIGKILL" in output
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    lock = read_plan(plan).output / ".lock"
+    assert lock.exists(), "left by the killed process"
     logs = [runs / f"at_1_seed{seed}" / "metrics.jsonl" for seed in (0, 1)]
     first_steps = [log.read_text().splitlines()[0] for log in logs]
     assert all(len(log.read_text().splitlines()) < 120 for log in logs)
 
     output, error = output_of(plan, QUICK._replace(workers=1, retry=True))
     assert (output.count("finished in"), error) == (2, None)
+    assert not lock.exists()
     for log, first in zip(logs, first_steps, strict=True):
         lines = log.read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 121))

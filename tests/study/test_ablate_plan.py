@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ringrl.evaluation.protocol import FIRST_SEED, Protocol
 from ringrl.evaluation.records import append_records, data_records
 from ringrl.files import without_crc
 from ringrl.methods import method_of
-from ringrl.study.cells import cells, references, write
+from ringrl.study.cells import Cell, attempt, cells, references, write
 from ringrl.study.plan import AblationPlan, read_plan
 from ringrl.study.timing import Timing, cost, read_timings, shape, write_timings
 
@@ -211,6 +212,36 @@ def test_finished_cells_are_recognised(write_plan) -> None:
     finish(filmed)
     assert filmed.is_finished
     assert cell.is_finished, "with videos that are not wanted"
+
+
+def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cell, "run", lambda self, command: None)
+    variants = {"variants": {"NAME": {"model": {"loss_on": "last"}}}, "variants_only": True}
+    plan = write_plan(Path("x.h5"), trajectories=[2], baselines=[], **variants)
+    plan.write_text(plan.read_text().replace("NAME", "'08'"))  # a number to other readers of YAML
+    (cell,) = cells(read_plan(plan))
+    assert attempt(cell, None) is None
+    cell.check()
+    path = cell.folder / "cell.yaml"
+    whole = path.read_text()
+    for damaged, words in (
+        (
+            whole.replace("episodes: 4", "episodes: 2"),
+            "was edited or damaged (its checksum differs); remove it if the plan is unchanged",
+        ),
+        (whole[: whole.index("data:")], "is cut short"),
+        ("", "is empty"),
+    ):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=rf"^{re.escape(f'{path}: {words}')}.*") as error:
+            cell.check()
+        assert "; remove it if" in str(error.value)
+    write(cell.folder / "evaluation.jsonl", "")
+    append_records(cell.folder / "evaluation.jsonl", data_records("x", np.ones(1), data_fingerprint="", versions={}))
+    assert cell.is_finished
+    finished = cell.folder / "finished.json"
+    finished.write_text(finished.read_text().replace('"seconds": ', '"seconds": 1'))
+    assert not cell.is_finished
 
 
 def test_cells_of_plans_with_environments_are_still_finished(write_plan) -> None:

@@ -145,6 +145,24 @@ def test_a_path_may_hold_the_characters_of_a_pattern(tiny: TrainConfig, tmp_path
     assert load_policy(moved).parameter_hash == expected
 
 
+def test_a_dollar_in_the_paths_of_a_run_is_not_expanded(tiny: TrainConfig, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Also if nothing is there any more, so that the path cannot be recognised."""
+    monkeypatch.setenv("X", "elsewhere")
+    folder = tmp_path / "$X"
+    folder.mkdir()
+    data = folder / "data.h5"
+    data.hardlink_to(tiny.data)
+    config = tiny.model_copy(update={"data": data, "run": folder / "run"})
+    train(config, quiet=True)
+    data.unlink()
+    for name in ("checkpoint", "config.yaml"):
+        if name == "config.yaml":
+            shutil.rmtree(config.run / "checkpoints")
+        assert f"{data}: no such file" in rejected(["train", "--resume", str(config.run)], capsys)
+    main(["train", "--resume", str(config.run), "--data", str(tiny.data)])
+    assert saved_steps(config.run) == [12, 14]
+
+
 def test_home_and_variables_in_paths(tiny: TrainConfig, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
