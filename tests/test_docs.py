@@ -48,7 +48,7 @@ EXECUTED = (
     "docs/own_model.md",
     "docs/quickstart.md",
 )
-# Flags appended to commands, so that they take seconds.
+# Flags of commands, so that they take seconds.
 SMALLER = {
     "data collect": ["--episodes", "4", "--workers", "1"],
     "data import": ["--workers", "1"],
@@ -144,6 +144,15 @@ def commands(block: Block) -> Iterator[list[str]]:
                 yield [Path(words[0]).name, *words[1:]]
 
 
+def without(words: list[str], flags: list[str]) -> list[str]:
+    """Return the words of a command without the flags, of one value each, that others will set."""
+    kept, names = list[str](), {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+    for before, word in zip(["", *words], words, strict=False):
+        if before not in names and word.partition("=")[0] not in names:
+            kept.append(word)
+    return kept
+
+
 def spans(page: str) -> list[str]:
     """Return the text between backticks outside of blocks."""
     text = re.sub(r"^(`{3,}).*?^\1$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -174,7 +183,9 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str
     monkeypatch.chdir(tmp_path)
 
     def run(words: list[str]) -> dict[str, Any]:
-        full = [part for word in words for part in (ANY_RUN if word == "..." else [YOURS.get(word, word)])]
+        full = [
+            part for word in words for part in (without(ANY_RUN, words) if word == "..." else [YOURS.get(word, word)])
+        ]
         return dict(cli.parse(full)[1].arguments)
 
     return run
@@ -330,7 +341,8 @@ def steps(block: Block) -> Iterator[tuple[str, Any]]:
             continue
         if program == "ringrl":
             small = TINY_TRANSFORMER if name == "train" and "--method" not in rest else []
-            yield "ringrl", [*rest, *SMALLER.get(name, []), *small]
+            small = [*without(SMALLER.get(name, []), small), *small]
+            yield "ringrl", [*without(rest, small), *small]
         else:
             assert program == "python", f"{block.page}:{block.line}: cannot run {program}"
             yield "script", [*rest, *SMALLER.get(Path(rest[0]).name, [])]
