@@ -135,7 +135,8 @@ def test_a_signal_that_arrives_before_the_child_has_an_id_is_forwarded() -> None
 
 def test_two_processes_equal_one_and_a_stopped_run_resumes(hosts: Hosts, spread: TrainConfig, tmp_path: Path) -> None:
     """A SIGTERM to one process stops both, which save. They resume and are compared with one process."""
-    stopped = changed(spread, optimiser={"steps": 40}, checkpoint_every=1000)
+    held_out = {"validation_fraction": 0.25, "validate_every": 15}
+    stopped = changed(spread, optimiser={"steps": 40}, checkpoint_every=1000, **held_out)
     hosts.start(stopped, 2)
     wait_until(lambda: is_training(stopped), hosts)
     hosts.started[1].send_signal(signal.SIGTERM)
@@ -161,6 +162,9 @@ def test_two_processes_equal_one_and_a_stopped_run_resumes(hosts: Hosts, spread:
     assert [entry["step"] for entry in found] == [entry["step"] for entry in expected] == list(range(1, 41))
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose([e[name] for e in found], [e[name] for e in expected], rtol=1e-5)
+    losses = [{e["step"]: e["validation_loss"] for e in run if "validation_loss" in e} for run in (found, expected)]
+    assert list(losses[0]) == list(losses[1]) == [15, 30, 40]
+    np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-5)
     assert expected[0]["loss"] != pytest.approx(expected[-1]["loss"], rel=1e-3)
 
 
