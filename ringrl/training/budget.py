@@ -47,27 +47,32 @@ def step_cost(config: TrainConfig, episode_length: int) -> StepCost:
     batch_size, family = config.optimiser.batch_size, config.model.family
     per_row = 1 if family.source == "transitions" else config.context.steps(episode_length)
     tokens_per_row = per_row * (TOKEN_SETS[config.model.token_set].size if family.has_context else 1)
-    flops = step_flops(config.model, tokens_per_row, batch_size)
+    flops = step_flops(config.model, tokens_per_row, batch_size, config.context.trajectories)
     return StepCost(batch_size * per_row, batch_size * tokens_per_row, flops)
 
 
-def forward_flops(config: ModelConfig, tokens: int) -> float:
+def forward_flops(config: ModelConfig, tokens: int, trajectories: int = 1) -> float:
     """Return the floating point operations of the transformer blocks over one context of S = `tokens`.
 
+    The context consists of equally long trajectories, which matters where an episode window hides keys.
+
     Per layer of width h with as many key heads as query heads and a feed-forward layer four times as wide, this is
-    24 S h^2 for the matrices (2310.01889, appendix D) and 2 S^2 h for attention. The paper counts 4 S^2 h, but a causal
-    mask hides half of the logits. Token embeddings, action head, softmax and norms are not counted, nor is
+    24 S h^2 for the matrices (2310.01889, appendix D) and 4 h for each visible pair of tokens. The paper counts S^2
+    pairs, but a causal mask hides half of them. Token embeddings, action head, softmax and norms are not counted, nor is
     the recomputation by remat.
     """
     width = config.width
     key_value = width * config.kv_heads // config.heads
     matrices = 2 * width * (2 * width + 2 * key_value + 2 * config.feed_forward * width)
-    return float(config.layers * tokens * (matrices + 2 * tokens * width))
+    own, size = tokens / trajectories, TOKEN_SETS[config.token_set].size
+    seen = [own if steps is None else min(own, steps * size) for steps in config.windows]
+    pairs = sum(trajectories * (window * own - window**2 / 2) + (tokens**2 - tokens * own) / 2 for window in seen)
+    return float(config.layers * tokens * matrices + 4 * width * pairs)
 
 
-def step_flops(config: ModelConfig, tokens: int, contexts: int) -> float | None:
+def step_flops(config: ModelConfig, tokens: int, contexts: int, trajectories: int = 1) -> float | None:
     """Return the operations of one optimiser step: forward and twice as much backward. None without a context."""
-    return 3 * contexts * forward_flops(config, tokens) if config.family.has_context else None
+    return 3 * contexts * forward_flops(config, tokens, trajectories) if config.family.has_context else None
 
 
 def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:

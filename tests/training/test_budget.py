@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -25,6 +26,18 @@ def test_flops_equal_the_formula_of_the_paper():
 def test_flops_with_fewer_key_heads_and_another_feed_forward_width():
     config = CONFIG.model_copy(update={"kv_heads": 1, "feed_forward": 2})
     assert forward_flops(config, 10) == 3 * 10 * (2 * 64 * (64 + 2 * 16 + 64) + 2 * 2 * 64 * 128 + 2 * 10 * 64)
+
+
+@pytest.mark.parametrize("window", [0, 30, 100, 500, None])
+def test_flops_of_an_episode_window(window):
+    """Counted from the mask of four trajectories of 200 steps of one token."""
+    step = np.arange(800)
+    query, key = step[:, None], step[None]
+    near = query - key < (800 if window is None else window)
+    pairs = ((key <= query) & (near | (key < query // 200 * 200))).sum()
+    config = CONFIG.model_copy(update={"token_set": "fused1", "episode_window": () if window is None else (window,)})
+    attention = forward_flops(config, 800, 4) - 3 * 24 * 800 * config.width**2
+    assert attention == pytest.approx(3 * 4 * config.width * pairs, rel=0.01)
 
 
 def test_flops_are_unknown_for_a_model_without_a_context():
