@@ -81,13 +81,14 @@ def test_a_changed_line_is_dropped_alone(tmp_path):
 
 def test_a_number_that_is_not_finite_is_null(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
-        log.write([{"step": 1, "loss": float("nan")}])
-    assert (tmp_path / "metrics.jsonl").read_text() == with_crc('{"step": 1, "loss": null}') + "\n"
+        log.write([{"step": 1, "loss": float("nan"), "parts": [1.5, float("nan")]}])
+    expected = with_crc('{"step": 1, "loss": null, "parts": [1.5, null]}') + "\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == expected
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
     with MetricsLog(tmp_path, 0, [TensorBoardWriter(tmp_path, 0)]) as log:
-        log.write([line(1), line(2)])
+        log.write([line(1) | {"parts": [1.0, 2.0]}, line(2)])
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, place, found = file.read_bytes(), 0, []
     while place < len(data):  # records: length (8), checksum (4), event, checksum (4)

@@ -1,5 +1,6 @@
 """The loss on held-out episodes, by hand, on meshes, after a resumption, and in the choice of the best checkpoint."""
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
@@ -102,10 +104,11 @@ def test_behaviour_cloning_has_no_places(tiny: TrainConfig, jaco_store: EpisodeS
 
 
 def test_a_run_reports_the_losses_of_its_policy(tiny: TrainConfig, jaco_store: EpisodeStore) -> None:
-    config = with_held_out(tiny)
-    train(config, quiet=True)
+    config, output = with_held_out(tiny), io.StringIO()
+    train(config, console=Console(file=output, width=200))
     found = validations(config.run)
     assert list(found) == [4, 5, 8, 10, 12, 14]
+    assert f"held out {found[14]['validation_loss']:.4f}" in output.getvalue(), "in the last line"
     scale = read_info(config.run)[1].normalisation
     (source,) = held_out_sources(jaco_store, config, scale, ONE_DEVICE, held_out(jaco_store, config))
     for step in (12, 14):

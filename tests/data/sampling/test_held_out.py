@@ -164,3 +164,15 @@ def test_wrong_prompts_are_of_the_next_task_and_end_with_the_right_trajectory(st
             np.testing.assert_array_equal(other.reward[row, place * STEPS : (place + 1) * STEPS], rewards)
         np.testing.assert_array_equal(other.previous.reward[row, 2 * STEPS], rewards[-1])
     assert repeated < 200, "the episodes are drawn for the wrong task"
+
+
+def test_wrong_prompts_of_segments_end_with_the_right_segment(store: EpisodeStore) -> None:
+    scale = Normalisation(np.zeros(5), np.ones(5), STEPS)
+    config = ContextConfig(trajectories=3, other_tasks=TASKS[1:], segment_steps=2, segment_start_share=0)
+    right, wrong = (
+        kind(store, TASKS[0], config, scale, 40, 0).batch(1) for kind in (ContextSampler, WrongPromptSampler)
+    )
+    for name in ("observation", "reward", "return_to_go", "timestep", "start", "weight"):
+        np.testing.assert_array_equal(getattr(wrong, name)[:, 4:], getattr(right, name)[:, 4:], err_msg=name)
+    assert set(wrong.timestep[:, ::2].ravel()) == {0, 1}, "segments begin anywhere"
+    assert (wrong.observation[:, :4] != right.observation[:, :4]).any((1, 2)).all()
