@@ -13,7 +13,7 @@ from ringrl.attention.layout import length_multiple
 from ringrl.config import ModelConfig, TrainConfig, one_line, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
-from ringrl.model.heads import BINS
+from ringrl.model.heads import BINS, COMPONENTS
 from ringrl.model.parallel import MESH_AXES
 from ringrl.model.tokens import TOKEN_SETS, TokenEmbedding
 from ringrl.training.mesh import check_divides
@@ -119,7 +119,8 @@ class Parameters:
         tokens = sum((sizes.get(kind, 1) + 1) * width for kind in kinds.before + kinds.after)
         tokens += TokenEmbedding.MAX_TIMESTEPS * width * model.timestep_embedding
         tokens += TokenEmbedding.MAX_TRAJECTORIES * width * model.trajectory_embedding
-        actions = ACTION * {"mse": 1, "gaussian": 2, "bins": BINS}[model.action_head]
+        mixture = COMPONENTS * (2 * ACTION + 1)
+        actions = {"mse": ACTION, "gaussian": 2 * ACTION, "mixture": mixture, "bins": ACTION * BINS}[model.action_head]
         whole = tokens + width + actions * (width + 1) + 2 * width * model.layers
         embed = mesh.fsdp * mesh.seq
         split = model.layers * (matrices / (embed * mesh.tensor) + hidden / mesh.tensor + width / embed)

@@ -58,8 +58,8 @@ def forward_flops(config: ModelConfig, tokens: int, trajectories: int = 1) -> fl
 
     Per layer of width h with as many key heads as query heads and a feed-forward layer four times as wide, this is
     24 S h^2 for the matrices (2310.01889, appendix D) and 4 h for each visible pair of tokens. The paper counts S^2
-    pairs, but a causal mask hides half of them. Token embeddings, action head, softmax and norms are not counted, nor is
-    the recomputation by remat.
+    pairs, but a causal mask hides half of them. Token embeddings, action head, softmax and norms are not counted, nor
+    is the recomputation by remat.
     """
     width = config.width
     key_value = width * config.kv_heads // config.heads
