@@ -150,6 +150,7 @@ class Cell(Work):
             policy_evaluation(trained, self.folder, protocol, task=task, **own)
             for task in self.tasks
             for protocol in self.protocols
+            if protocol.prompt_task != task  # the control is a prompt of another task
         ]
         evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
         for one in filter(self._is_filmed, evaluations):  # best.mp4 is the last video; without it, all are repeated
@@ -301,7 +302,10 @@ def _cell(
     }
     about |= {"variant": variant} if variant else {}
     protocols = [Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in tests]
-    if plan.prompts and is_rolled_out and (prompts := _prompts(plan.prompts, task, plan.episodes, trajectories)):
+    prompts = (
+        _prompts(plan.prompts, config.tasks, plan.episodes, trajectories) if plan.prompts and is_rolled_out else []
+    )
+    if plan.prompts and prompts:
         about["prompts"] = plan.prompts.model_dump(mode="json")
         protocols += [protocol for protocol in prompts if protocol not in protocols]
     return Cell(folder, about, config, tuple(protocols), variant)
@@ -320,17 +324,15 @@ def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate(merged(settings, {"optimiser": optimiser}))
 
 
-def _prompts(plan: PromptPlan, task: str, episodes: int, trajectories: int) -> list[Protocol]:
+def _prompts(plan: PromptPlan, tasks: Sequence[str], episodes: int, trajectories: int) -> list[Protocol]:
     """Return the rollouts of single episodes after prompts shorter than the training context.
 
     The draws of a prompt length divide the starts between them, so that every length has the same starts.
     """
     share, found = episodes // plan.draws, []
-    changes: list[dict[str, Any]] = [{}]
-    for control in plan.controls:
-        known = {"zero rewards": {"prompt_rewards": "zero"}, "shuffled": {"prompt_order": "shuffled"}}
-        if control != task:
-            changes.append(known.get(control, {"prompt_task": control}))
+    known = {name: {"prompt_task": name} for name in tasks} if len(tasks) > 1 else {}
+    known |= {"zero rewards": {"prompt_rewards": "zero"}, "shuffled": {"prompt_order": "shuffled"}}
+    changes: list[dict[str, Any]] = [{}, *(known[control] for control in plan.controls if control in known)]
     for length in sorted(set(plan.trajectories)):
         if length == 0:
             found.append(Protocol(episodes))

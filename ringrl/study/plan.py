@@ -24,7 +24,14 @@ class PromptPlan(Section):
     draws: int = Field(5, ge=1)
     """Different prompts of each length, which share the plan's episodes equally."""
     controls: tuple[str, ...] = ()
-    """Also roll out changed prompts: of another task (its name), `zero rewards` or `shuffled`."""
+    """Also roll out changed prompts: of another task that the cell was trained on, `zero rewards` or `shuffled`."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_controls(self) -> Self:
+        for control in self.controls:
+            if control not in ("zero rewards", "shuffled"):
+                domain_of(control)  # raises for an unknown task
+        return self
 
 
 class AblationPlan(Section):

@@ -126,6 +126,21 @@ def test_prompts_shorter_than_the_context_divide_the_starts(write_plan) -> None:
     }  # fmt: skip
 
 
+def test_prompts_as_controls(write_plan) -> None:
+    """Every prompt again: shuffled, and of each other task that the cell was trained on."""
+    own, other, foreign = "jaco_reach_top_left", "jaco_reach_top_right", "walker_walk"
+    prompts = {"trajectories": [0, 1], "draws": 1, "controls": ["shuffled", own, other, foreign]}
+    for others, changed in (
+        ([], [{"prompt_order": "shuffled"}]),
+        ([other], [{"prompt_order": "shuffled"}, {"prompt_task": own}, {"prompt_task": other}]),
+    ):
+        settings = {"context": {"other_tasks": others}}
+        changes = {"trajectories": [2], "baselines": [], "prompts": prompts, "settings": settings}
+        (cell,) = cells(plan_of(write_plan, task=own, **changes))
+        expected = [Protocol(4, seed=FIRST_SEED, prompt_trajectories=1, **change) for change in ({}, *changed)]
+        assert [p for p in cell.protocols if p.prompt_trajectories] == expected
+
+
 def test_variants_change_one_setting_of_every_cell(write_plan) -> None:
     """The settings of a variant override the settings of a method."""
     variants = {"as collected": {"context": {"order": "history"}}, "wide": {"model": {"width": 32}}}
@@ -344,6 +359,7 @@ def test_the_example_has_the_cells_of_its_first_line() -> None:
         ({"episodes": 3}, "episodes: 3 cannot be divided into contexts of 1, 2 episodes; give a multiple of 2"),
         ({"prompts": {"trajectories": [0, 1]}}, "2 episodes and 5 prompts; give a multiple of 10"),
         ({"prompts": {"trajectories": [-1]}}, r"prompts\.trajectories\.0: expected at least 0"),
+        ({"prompts": {"trajectories": [1], "controls": ["shufled"]}}, "shufled"),
         ({"variants_only": True}, "variants_only: there are no variants"),
         ({"parts": [{"tasks": ["walker_walk"]}]}, r"parts\.0: tasks: \['walker_walk'\] is not a list of tasks"),
         ({"parts": [{}, {"output": "x"}]}, r"parts\.1: output cannot differ between the parts"),
