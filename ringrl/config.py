@@ -73,13 +73,13 @@ class ContextConfig(Section):
     history_stride: int = Field(1, ge=1)
     """With sampling history_window: take every k-th episode. A context then spans a longer part of the history."""
     segment_steps: int | None = Field(None, ge=1)
-    """Steps of each trajectory: a segment of an episode instead of the whole. Contexts of many segments are short."""
+    """Steps of each trajectory, if trajectories are segments of episodes. A short context then holds many of them."""
     segment_start_share: float = Field(0.5, ge=0, le=1)
-    """Share of segments that begin with their episode. The others begin anywhere, with the return-to-go of there."""
+    """Share of segments that begin with their episode. The others begin anywhere, with their own return-to-go."""
     first_steps: int = Field(20, ge=1)
-    """First steps of each trajectory that `first_steps_weight` applies to."""
+    """Number of steps that `first_steps_weight` applies to."""
     first_steps_weight: float = Field(1.0, gt=0)
-    """Weight of these steps in the loss; other steps have weight 1. ICRT (2408.15980) uses 50."""
+    """Loss weight of the first steps of each trajectory; others have 1. ICRT (2408.15980) uses 50."""
 
     @property
     def window(self) -> int:
@@ -148,7 +148,7 @@ class ModelConfig(Section):
     """Add a learned embedding of the trajectory's index in the context."""
     episode_window: Annotated[tuple[Window, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     """Steps of its own episode that a step sees, itself included; it always sees all earlier trajectories. One value,
-    or one for each layer. none: the whole episode so far; 0: earlier trajectories alone."""
+    or one for each layer. none: the whole episode so far; 0: earlier trajectories only."""
     past_actions: Literal["on", "off"] = "on"
     """Whether the model sees the actions of earlier steps. Imitators tend to repeat their last action."""
     past_rewards: Literal["on", "off"] = "on"
@@ -172,7 +172,7 @@ class ModelConfig(Section):
     def _check_windows(self) -> Self:
         if len(self.episode_window) > 1 and len(self.episode_window) != self.layers:
             raise ValueError(
-                f"episode_window: {len(self.episode_window)} values for {self.layers} layers; give one or all"
+                f"episode_window: {len(self.episode_window)} values for {self.layers} layers; give 1 or {self.layers}"
             )
         return self
 
@@ -299,7 +299,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints. A killed run repeats at most this many."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints to keep, in addition to the best (of lowest held-out loss, else of lowest training loss)."""
+    """Newest checkpoints to keep, besides the best (lowest held-out loss; without one, lowest training loss)."""
     log_every: int = Field(10, ge=1)
     """Steps between writes of metrics.jsonl, which has one line per step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -307,10 +307,10 @@ class TrainConfig(Section):
     ignored_observations: tuple[int, ...] = ()
     """Components of the observation, counted from 0, that the model does not see."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the episodes to hold out of training, with the same returns as the others. The loss on them is
-    reported, and the best checkpoint has the lowest."""
+    """Fraction of the episodes to hold out of training, with returns like those of the others. The held-out
+    loss is reported and selects the best checkpoint."""
     validate_every: int = Field(100, ge=1)
-    """Steps between measurements of the held-out loss. It is also measured at every checkpoint."""
+    """Steps between measurements of the held-out loss. It is also measured at planned checkpoints."""
     context: ContextConfig = ContextConfig()
     """Contexts (td3_bc uses only max_transitions and best_fraction)."""
     model: ModelConfig = ModelConfig()
@@ -344,7 +344,7 @@ class TrainConfig(Section):
             raise ValueError(f"context.other_tasks: {kind} has no context that could identify the task")
         if self.validation_fraction and self.context.sampling == "history_window" and family.has_context:
             raise ValueError(
-                "validation_fraction: history_window needs consecutive episodes, but held-out episodes leave gaps; "
+                "validation_fraction: history_window needs consecutive episodes, but held-out episodes make gaps; "
                 "leave it out"
             )
         return self

@@ -172,7 +172,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a new folder for temporary files, and delete those that killed processes of this machine have left."""
+    """Yield a new folder for temporary files, and delete those that killed processes on this machine have left."""
     prefix = f"ringrl-{socket.gethostname()}-"
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
         process = path.name.removeprefix(prefix).partition("-")[0]

@@ -172,7 +172,7 @@ def method_of(config: TrainConfig) -> str:
 def check_method(config: TrainConfig, name: MethodName) -> None:
     """Raise UserError if the settings amount to another method. Fractions of episodes and hindsight are allowed.
 
-    An Agentic Transformer of one trajectory is allowed too. Results call it dt, since the best return is then its own.
+    An Agentic Transformer of one trajectory, whose best return is its own, is allowed too. Results call it dt.
     """
     found = method_of(config)
     if name in ("at", "dt") and config.context.sampling == "history_window":

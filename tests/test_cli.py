@@ -263,7 +263,7 @@ def test_errors_of_evaluations(
     assert "--checkpoint" in rejected(["evaluate"], capsys)
     assert "--prompt-seed: no prompt is drawn" in rejected([*base, "--prompt-seed", "3"], capsys)
     both = ["--step", "12", "--checkpoint-kind", "best"]
-    assert "--checkpoint-kind: --step names the checkpoint already" in rejected([*base, *both], capsys)
+    assert "--checkpoint-kind: --step already selects the checkpoint" in rejected([*base, *both], capsys)
     random = ["evaluate", "--tasks", "jaco_reach_top_left", "--output", str(tmp_path / "random.jsonl")]
     assert "--prompt-seed: has no effect on random actions" in rejected([*random, "--prompt-seed", "3"], capsys)
     assert rejected([*random, "--seed", str(2**32)], capsys).startswith("ringrl: --seed: ")

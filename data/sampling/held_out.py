@@ -14,12 +14,12 @@ HELD_OUT = 2  # the random stream of `held_out_episodes` under a seed
 
 
 def held_out_episodes(store: EpisodeStore, tasks: Sequence[str], seed: int, fraction: float) -> Episodes:
-    """Return a fraction of a store's episodes with returns like those of all, in the order of collection.
+    """Return a fraction of a store's episodes, whose returns are like those of all, in the order of collection.
 
-    The tasks share the held-out episodes, because one episode serves every task with other rewards. To stratify by all
-    returns, the episodes are put in an order with similar returns side by side: halved at the median return of the
-    first task, each half at its median return of the second, and so on in turn (one task: in the order of return).
-    Equal blocks of this order each give one episode, drawn by the seed.
+    The tasks share the held-out episodes, because every episode has rewards for all tasks. Episodes are sorted so that
+    neighbours have similar returns: halved at the median return of the first task, each half at its median return of
+    the second, and so on in turn. With one task, this is the order of return. The seed draws one episode from each
+    block of equal size.
     """
     count = round(fraction * store.num_episodes)
     if count == 0:
@@ -42,9 +42,9 @@ def held_out(store: EpisodeStore, config: TrainConfig) -> Episodes:
     """Return the episodes that a run never trains on.
 
     `context.best_fraction` applies to these and to the other episodes separately, `context.max_transitions` to the
-    others only. Runs that differ in them hold out the same episodes.
+    others only. Runs that differ only in these settings hold out the same episodes.
 
-    Raises UserError if fewer are held out, or left, than one context holds.
+    Raises UserError if fewer are held out, or left, than one context needs.
     """
     if config.validation_fraction == 0:
         return NONE
@@ -70,10 +70,10 @@ def all_but(store: EpisodeStore, episodes: Episodes) -> Episodes:
 
 
 class WrongPromptSampler(ContextSampler):
-    """Draws the contexts of `ContextSampler`, but with another task in all trajectories but the last.
+    """A `ContextSampler` whose trajectories, except the last, belong to another task.
 
     The earlier trajectories are drawn and ordered for the next of the run's tasks, and have its rewards and returns.
-    They never repeat the episode of the last trajectory, which would contain its actions.
+    They never include the episode of the last trajectory, which would reveal its actions.
     """
 
     def plan(self, step: int) -> ContextPlan:
@@ -95,6 +95,6 @@ class WrongPromptSampler(ContextSampler):
 
 
 def _by_trajectory(plan: ContextPlan) -> ContextPlan:
-    """Return a plan whose columns are all (batch, trajectories): the task and, in place of the start, the length."""
+    """Return a plan with columns (batch, trajectories): a task each, and lengths instead of starts."""
     tasks = np.broadcast_to(plan.tasks[:, None], plan.episodes.shape)
     return plan._replace(tasks=tasks, starts=np.diff(plan.starts, axis=1))

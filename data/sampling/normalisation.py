@@ -37,7 +37,7 @@ class Normalisation:
         """Measure all or the given episodes of a store in one pass, with one episode in memory at a time.
 
         The episode length is that of the store's longest episode. Outside ExoRL's domains, rewards and returns are
-        divided by the largest absolute ones of the store, apart from the held-out episodes.
+        divided by the largest absolute values of the episodes that are not held out.
 
         Raises UserError for an ignored component that the observations do not have.
         """

@@ -34,7 +34,7 @@ NONE: Episodes = np.empty(0, np.int64)
 def subset(store: EpisodeStore, seed: int, max_transitions: int | None, excluded: Episodes = NONE) -> Episodes:
     """Return whole episodes of at most `max_transitions` steps together (None: all), in the order of collection.
 
-    Episodes are taken in seed-shuffled order, so a smaller cap is a subset of a larger one. `excluded` ones never are.
+    Episodes are taken in seed-shuffled order, without `excluded`. A smaller cap gives a subset of a larger one.
 
     Raises UserError for fewer transitions than the longest episode has.
     """
@@ -117,7 +117,7 @@ def episodes_for_contexts(
 class ContextPlan(NamedTuple):
     """The trajectories of a batch of contexts: small, and the same on every host."""
 
-    tasks: np.ndarray  # names of the tasks whose rewards are read (batch,), or of each trajectory (batch, trajectories)
+    tasks: np.ndarray  # names of tasks: of each context (batch,) or trajectory (batch, trajectories)
     episodes: Int64[np.ndarray, "batch trajectories"]  # indices in the store, in the order of the context
     targets: Float64[np.ndarray, "batch trajectories"]  # return-to-go at the start of each episode; nan if all are zero
     completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each episode reaches its target
@@ -359,7 +359,7 @@ class _Reader:
     def _look_back(self, piece: _Piece) -> None:
         """Set the outcome before a trajectory's first step: the previous trajectory's last outcome, or zeros.
 
-        Segments do not follow each other in time, so it is zero before each of them.
+        Segments do not follow each other in time, so every segment begins with zeros.
         """
         context, place, previous = piece.context, piece.place, self.out.previous
         if piece.trajectory == 0 or self._config.segment_steps is not None:

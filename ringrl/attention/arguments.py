@@ -80,7 +80,7 @@ def query_side(
     segment_ids: jax.Array | None,
     global_prefix: jax.Array | None,
 ) -> Side:
-    """Return the integers of the queries. The keys have the same ones, without the global prefix."""
+    """Return the integers of the queries. The keys have the same integers, without the prefix."""
     tokens = len(default_positions)
     zeros = jnp.zeros(tokens, jnp.int32)
     return Side(
@@ -114,7 +114,7 @@ def options(
         raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if has_prefix and window is None:
-        raise ValueError("global_prefix: without a window every key is visible already; give local_window_size, too")
+        raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")
     rule = Rule(is_causal, _window(window, -1 if has_prefix else 0))
     return Options(rule, scale, None if cap is None else float(cap))
 
@@ -127,5 +127,5 @@ def _window(size: int | tuple[int, int] | None, least: int) -> tuple[int, int] |
     except (TypeError, ValueError):
         raise ValueError(f"local_window_size: expected one or two whole numbers, got {size!r}") from None
     if left < least or right < 0:
-        raise ValueError(f"local_window_size: expected sizes >= 0, got {size}")
+        raise ValueError(f"local_window_size: expected left >= {least} and right >= 0, got {size}")
     return min(left, WIDEST), min(right, WIDEST)

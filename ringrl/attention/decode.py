@@ -171,7 +171,7 @@ def _over_caches(
     begin = jnp.zeros((), jnp.int32) if prefix is None else jnp.asarray(prefix.length)
     batch, new, heads, head_dim = q.shape
     token = begin + cache.length - new + jnp.arange(new, dtype=jnp.int32)
-    # One row for all contexts, unless the contexts differ.
+    # One row for all contexts. Only the global prefix may differ.
     queries = Side(position_of(token)[None], jnp.zeros((1, new), jnp.int32), global_prefix)
     part = _over_cache(q, cache, queries, begin, index, size, options, position_of)
     if prefix is None:

@@ -59,7 +59,7 @@ class Side(NamedTuple):
     prefix: Int32[Array, "*batch tokens"] | None = None
 
     def stacked(self) -> Int32[Array, "arrays *batch tokens"]:
-        """Return the arrays as one, which `Side(*stacked)` inverts."""
+        """Stack the arrays into one. `Side(*stacked)` is the inverse."""
         return jnp.stack([x for x in self if x is not None])
 
 
@@ -107,7 +107,7 @@ def classify(rule: Rule, queries: Side, keys: Side) -> TileKind:
         if queries.prefix is not None:
             least, most = queries.prefix.min(-1), queries.prefix.max(-1)
             some_near |= k_low < most
-            # Every query sees the keys below `least`, so that the window must reach the others only.
+            # Every query sees the keys below `least`, so the window must reach only the others.
             every_near = (k_high < least) | (q_high - jnp.maximum(k_low, least) <= left) & (q_low - k_high >= -right)
         some, every = some & some_near, every & every_near
     return TileKind(some.any(), every.all())

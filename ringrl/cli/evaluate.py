@@ -58,14 +58,14 @@ def evaluate(
         prompt_trajectories: trajectories of the training data in the context before the first episode.
         prompt_seed: seed of the random draw of the prompt.
         prompt_task: draw the prompt from another task of the dataset, as a control.
-        prompt_rewards: zero shows a prompt without rewards, as a control.
+        prompt_rewards: zero hides the rewards of the prompt, as a control.
         prompt_order: shuffled puts the prompt's trajectories in random order, as a control.
         data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and
             --error-by-step).
         control: also roll out the same episodes with the memory cleared before each (the prompt stays).
         step: step of the checkpoint, instead of --checkpoint-kind.
-        checkpoint_kind: last, the newest checkpoint, or best, the one of lowest loss on held-out episodes (of lowest
-            training loss in runs without them).
+        checkpoint_kind: last (newest) or best (lowest loss on held-out episodes; in runs without them, lowest training
+            loss).
         output: results file (.jsonl); by default evaluation.jsonl in each run's folder.
         again: repeat finished evaluations.
         video: also write the first, the median and the best episode as mp4, into a folder next to the results file.
@@ -84,7 +84,7 @@ def evaluate(
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     if step is not None and checkpoint_kind != "last":
-        raise UserError("--checkpoint-kind: --step names the checkpoint already; give one of them")
+        raise UserError("--checkpoint-kind: --step already selects the checkpoint; give only one")
     protocol = Protocol(
         environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype,
         prompt_task, prompt_rewards, prompt_order,

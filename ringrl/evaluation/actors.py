@@ -116,7 +116,7 @@ class SegmentActor:
         segment = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *steps)
         first = jax.tree.map(np.array, segment.previous)
         for x in first:
-            x[:, 0] = 0  # training segments begin with an empty outcome
+            x[:, 0] = 0  # as in training segments
         segment = segment._replace(previous=first)
         pad = lambda x: np.pad(x, [(0, 0), (0, self._length - len(steps)), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
         return self._compiled.act_after(self._prefix, jax.tree.map(pad, segment), len(steps) - 1)

@@ -49,7 +49,7 @@ def draw_prompt(
     has_rewards: bool = True,
     is_shuffled: bool = False,
 ) -> tuple[Context, dict[str, Any]]:
-    """Draw a prompt by the selection and order of the run's training contexts: segments if it was trained on segments.
+    """Draw a prompt, selected and ordered as in training. A run trained on segments has prompts of segments.
 
     Returns the prompt as a context (1, T, ...) in the order of time, and the fields of an `EvaluationRecord` that
     describe it. Trajectory indices are clipped below the number of trajectories in a training context.
@@ -57,7 +57,7 @@ def draw_prompt(
     If the target of every trajectory in a training context is the best return, the target in the prompt is
     `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
 
-    `has_rewards` and `is_shuffled` make the controls of `Protocol`. Without rewards, returns-to-go stay at the target
+    `has_rewards` and `is_shuffled` are the controls of `Protocol`. Without rewards, returns-to-go stay at the target
     and no trajectory completes.
 
     Raises:
@@ -118,7 +118,7 @@ def imitation_error(
         raise UserError(f"{run}: {config.model.kind} has no context; give the run of a transformer")
     store = open_dataset(trained.info, run, data)
     if len(np.unique(store.lengths)) > 1 and config.context.segment_steps is None:
-        raise UserError(f"{store.path}: episodes differ in length, so that their steps cannot be averaged")
+        raise UserError(f"{store.path}: episodes differ in length, so their steps cannot be averaged")
     size = config.optimiser.batch_size
     excluded = held_out(store, config)
     source = config.task, config.context, trained.info.normalisation

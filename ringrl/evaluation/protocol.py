@@ -60,7 +60,7 @@ class Protocol:
         control: also roll out the control.
         prompt_trajectories: dataset trajectories in the context before the first episode.
         prompt_seed: seed with which the prompt is drawn.
-        prompt_task: as a control, draw a prompt of another task of the dataset, with that task's rewards.
+        prompt_task: as a control, draws the prompt from another task of the dataset, with its rewards.
         prompt_rewards: "zero", as a control, shows a prompt whose rewards are all zero.
         prompt_order: "shuffled", as a control, puts the prompt's trajectories in random order.
         cache_dtype: dtype of cached keys and values. None: the dtype that the policy computes in.
@@ -99,7 +99,7 @@ class Protocol:
 
     @property
     def prompt_control(self) -> str | None:
-        """Return what the prompt was changed to, in words, or None."""
+        """The change to the prompt, in words. None: no change."""
         changes = [f"of {self.prompt_task}" if self.prompt_task else ""]
         changes += ["zero rewards" if self.prompt_rewards == "zero" else ""]
         changes += ["shuffled" if self.prompt_order == "shuffled" else ""]

@@ -67,7 +67,7 @@ class TargetPolicy:
 
 
 def trained_returns(info: RunInfo, task: str, store: EpisodeStore | None) -> Float[np.ndarray, " episodes"]:
-    """Return the returns in a task of the task's own eligible episodes, as training selects them for this task.
+    """Return the returns, in a task, of the episodes that training would select for this task.
 
     Without the store, return the best of them in the run's own task, which the checkpoint contains.
     """

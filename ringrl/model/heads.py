@@ -40,7 +40,7 @@ class MSEHead(nnx.Module):
 
 
 class GaussianHead(nnx.Module):
-    """Mixture of diagonal Gaussians, or one. Means are tanh(linear), standard deviations depend on the state."""
+    """A diagonal Gaussian, or a mixture of several. Means are tanh(linear), standard deviations depend on the state."""
 
     def __init__(self, width: int, action_size: int, rngs: nnx.Rngs, components: int = 1) -> None:
         self.components, self.action_size = components, action_size
@@ -63,7 +63,7 @@ class GaussianHead(nnx.Module):
         return -jax.nn.logsumexp(weights + density, axis=-1) / self.action_size
 
     def mode(self, features: Features) -> Float32[Array, "*batch action"]:
-        """Return the mean of the component of the largest weight, (*batch, action) float32."""
+        """Return the mean of the component with the largest weight, (*batch, action) float32."""
         mean, _, weights = self._parameters(features)
         return jnp.take_along_axis(mean, weights.argmax(-1)[..., None, None], axis=-2)[..., 0, :]
 

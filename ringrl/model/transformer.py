@@ -41,7 +41,7 @@ def rotate(
 
 
 class Place(NamedTuple):
-    """Where tokens are in their context."""
+    """The places of tokens in their context."""
 
     positions: Int32[Array, "*batch tokens"]  # index of each token
     starts: Int32[Array, "*batch tokens"]  # index of the first token of its trajectory
@@ -52,7 +52,7 @@ class EpisodeWindow:
     """The mask of a layer in which a token sees the last `steps` steps of its own trajectory and all earlier ones.
 
     A step has several tokens, and a window counts positions. With 2k - 1 positions for the k tokens of a step, one
-    window covers the same whole steps for all of the k tokens:
+    window covers the same whole steps for each of the k tokens:
 
         tokens of three steps (k = 3)     0 1 2 . . 5 6 7 . . 10 11 12
         window of two steps, 7 to the left      5 6 7 . . 10 11 12
@@ -254,7 +254,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch tokens width"], place: Place | None = None
     ) -> Float[Array, "batch tokens width"]:
-        """Return the features of all tokens (B, S, W) float32. Without `place`, one trajectory in order."""
+        """Return the features of all tokens (B, S, W) float32. Without `place`: one trajectory in order."""
         if place is None:
             place = Place(jnp.arange(x.shape[1], dtype=jnp.int32), jnp.zeros(x.shape[1], jnp.int32))
         x, _ = self._scan(x, place, "batch", lambda keys_and_values: None)
@@ -320,7 +320,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
         """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens.
 
-        `starts`: as in `Place`, by default 0. The prefix counts.
+        `starts`: as in `Place`, counted from the start of the prefix. Default: 0.
         """
         x = x.astype(self.dtype)
         starts = jnp.zeros(x.shape[1], jnp.int32) if starts is None else starts

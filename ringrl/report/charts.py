@@ -252,7 +252,7 @@ def _profile_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
 
 
 def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
-    """Training and held-out loss by step, a line of each per run."""
+    """Training and held-out loss by step, one line of each per run."""
     panels = []
     x = alt.X("x:Q", title="optimiser step", axis=alt.Axis(format="~s", tickCount=5))
     for _, rows in losses.groupby("task"):

@@ -256,9 +256,9 @@ def overfitting_warning(losses: pd.DataFrame) -> str | None:
     names = sorted({name for _, name in found})
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (
-        f"In {len(found)} of {total} runs with held-out episodes, their loss rises while the training loss falls, at "
-        f"the earliest after step {min(step for step, _ in found):.0f} ({', '.join(names[:_NAMED])}{more}); "
-        "`ringrl evaluate --checkpoint-kind best` evaluates the step of the lowest held-out loss."
+        f"In {len(found)} of {total} runs with held-out episodes, the held-out loss rises while the training loss "
+        f"falls, at the earliest after step {min(step for step, _ in found):.0f} ({', '.join(names[:_NAMED])}{more}); "
+        "`ringrl evaluate --checkpoint-kind best` evaluates the checkpoint of lowest held-out loss."
     )
 
 

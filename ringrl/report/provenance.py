@@ -116,7 +116,7 @@ def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
     """Return learning curves of at most `points` points; each point is the mean of a stretch of steps.
 
     Columns: task, method, train_trajectories, seed, run, held_out (whether the loss is of held-out episodes), step,
-    loss and not_finite (training steps left out of the run).
+    loss and not_finite (number of training steps without a finite loss).
     """
     parts = []
     for index, run in runs.iterrows():

@@ -149,7 +149,7 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
 
 
 def _shown(column: str, value: Any) -> Any:
-    """Return a value with printable text: a control character would end the process that draws the charts."""
+    """Return a value with printable text: control characters crash the process that draws the charts."""
     return printable(value) if isinstance(value, str) and column != "checkpoint" else value  # a path is not shown
 
 

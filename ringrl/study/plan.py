@@ -24,7 +24,7 @@ class PromptPlan(Section):
     draws: int = Field(5, ge=1)
     """Different prompts of each length, which share the plan's episodes equally."""
     controls: tuple[str, ...] = ()
-    """Also roll out changed prompts: of another task that the cell was trained on, `zero rewards` or `shuffled`."""
+    """Prompts to roll out as controls: the name of another training task, `zero rewards` or `shuffled`."""
 
     @pydantic.model_validator(mode="after")
     def _check_controls(self) -> Self:

@@ -117,7 +117,7 @@ class Checkpoints:
         loss: float | None,
         validation_loss: float | None = None,
     ) -> None:
-        """Write the state, that of the batch iterator, the recent mean loss and the held-out one, in the background.
+        """Write the states of training and of the batch iterator, and the recent losses, in the background.
 
         The first checkpoint is read back. Raise UserError if it or an earlier one could not be written.
         """
@@ -323,10 +323,10 @@ def load_policy(
 ) -> TrainedPolicy:
     """Return the policy of a run's newest, best or given checkpoint, whose contexts are divided over `mesh`.
 
-    `kind` counts if no step is given. See `best_step` for the best.
+    `kind` is used if no step is given. `best_step` defines the best.
 
-    Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged, or if no
-    checkpoint has a loss by which it could be the best.
+    Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged, or if the
+    best is requested and no checkpoint has a finite loss.
     """
     given, (step, info) = step, read_info(run, step)
     if given is None and kind == "best":

@@ -107,7 +107,7 @@ def _run_steps(
     progress: Progress,
     profiler: StepProfiler,
 ) -> None:
-    """Take the steps that are left. `sources`: the batches of training, then those of `held_out_sources`."""
+    """Take the remaining steps. `sources`: the batches of training, then those of `held_out_sources`."""
     config, console, (source, *held_out_batches) = info.config, progress.console, sources
     agent = make_agent(partial(info.make_policy, parallel), config, parallel)
     batches = iterate_batches(source, config.optimiser.steps)
@@ -115,7 +115,7 @@ def _run_steps(
     if iterator is not None:
         batches.set_state(iterator)
     start = int(state.step)
-    progress.disable |= start >= config.optimiser.steps  # a finished run: without a terminal, it prints an empty line
+    progress.disable |= start >= config.optimiser.steps  # else a finished run prints an empty line in a log
     with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_signal() as stop:
         if log is not None and log.missing:
             what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"

@@ -106,7 +106,7 @@ def check_loggers(config: TrainConfig) -> None:
 class MetricsLog(ExitStack):
     """metrics.jsonl of one run, resumed after `step`, and further writers of the same numbers. Exiting closes all.
 
-    Damaged and doubled lines are dropped, and lines after `step`, whose work a kill has undone. `missing` is the number
+    Damaged lines, duplicates and lines after `step`, whose work a kill has undone, are dropped. `missing` is the number
     of steps up to `step` that have no line.
     """
 
@@ -139,7 +139,7 @@ class MetricsLog(ExitStack):
 
 
 def _finite(value: Any) -> Any:
-    """Return a number or a list of them with None, which JSON has, for NaN and infinity, which it lacks."""
+    """Return a number, or a list of numbers, with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, list):
         return [_finite(one) for one in value]
     return value if np.isfinite(value) else None

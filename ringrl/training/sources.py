@@ -1,4 +1,4 @@
-"""The batches of a run: for training, and of held-out episodes."""
+"""The batches of a run, for training and from held-out episodes."""
 
 from ringrl.config import HindsightConfig, TrainConfig
 from ringrl.data import EpisodeStore
@@ -34,7 +34,7 @@ def held_out_sources(
 ) -> tuple[BatchSource, ...]:
     """Return the sampler of held-out batches, and one with prompts of a wrong task if the run has several tasks.
 
-    Their batches have the size of a part of training's (see `optimiser.accumulation`), and no hindsight goals.
+    Batches are as large as one part of a training batch (see `optimiser.accumulation`), without hindsight goals.
     """
     if len(held_out) == 0:
         return ()

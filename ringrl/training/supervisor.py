@@ -91,7 +91,7 @@ def _explain(code: int, last: str, index: int | None, count: int | None, config:
 def _started(child: SpawnProcess) -> Iterator[None]:
     """Start the child, and kill it at the end of the block.
 
-    Forward SIGINT, and as SIGTERM every other signal to stop, to the child, which then ends in order.
+    The child receives SIGINT as it is and every other stop signal as SIGTERM. It then ends in order.
     """
     early = list[int]()  # signals that arrive before the child has an id
 

@@ -18,12 +18,12 @@ from ringrl.model.agents.imitation import ImitationPolicy
 from ringrl.model.parallel import Parallel
 
 BATCHES = 4  # of the run's batch size
-PARTS = 10  # of an episode, in which the loss is reported
+PARTS = 10  # of an episode; the loss of each is reported
 FIRST_BATCH = 2**80  # step of the first batch; neither training nor prompts reach this step
 
 
 class Validation:
-    """Measures the loss of a structure `graph` of policies on held-out batches. A pure function of the parameters.
+    """The loss on held-out batches of a policy with structure `graph`, as a pure function of its parameters.
 
     `sources` are those of `held_out_sources`.
     """
@@ -44,7 +44,7 @@ class Validation:
         - validation_loss: the training loss, on held-out episodes (td3_bc: the squared error of the actor's actions)
         - validation_loss_by_part: in ten equal parts of the longest episode; nan where there are no steps
         - validation_loss_by_trajectory: by place of the trajectory in the context, if the model has a context
-        - validation_gap: the loss of the last trajectory after trajectories of a wrong task, minus `by_trajectory`'s
+        - validation_gap: the loss of the last trajectory after those of a wrong task, minus its loss after its own
         """
         sums, *wrong = (self._total(source, params) for source in self._sources)
         family, model = self._config.model.family, self._config.model

@@ -124,10 +124,10 @@ def test_a_held_out_loss_that_rises_is_named_in_one_sentence(make_study, tmp_pat
     assert (warning is not None) == rises
     if rises:
         lowest = min(range(20, 101, 20), key=loss)
-        assert "In 1 of 1 runs with held-out episodes, their loss rises" in warning
+        assert "In 1 of 1 runs with held-out episodes, the held-out loss rises" in warning
         assert f"after step {lowest} (Agentic Transformer on cartpole_swingup)" in warning
     page = write_report([root], tmp_path / "page").read_text()
-    assert ("their loss rises while the training loss falls" in page) == rises
+    assert ("the held-out loss rises while the training loss falls" in page) == rises
 
 
 def add_held_out(root, loss, runs="*_at_*"):

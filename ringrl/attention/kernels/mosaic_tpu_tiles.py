@@ -289,7 +289,7 @@ def logits(options: Options, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax
 
 
 def tile_mask(rule: Rule, queries: jax.Array, keys: jax.Array) -> Bool[Array, "block_k rows"]:
-    """Apply the mask rule to a tile: from `Side.stacked` (2 or 3, rows) of the queries and (2, block_k) of the keys."""
+    """Apply the mask rule to a tile, given `Side.stacked` of queries (2 or 3, rows) and of keys (2, block_k)."""
     columns = keys.T
     return may_see(rule, Side(*jnp.split(queries, len(queries))), Side(columns[:, :1], columns[:, 1:]))
 

@@ -131,7 +131,7 @@ class ActorCritic(Policy):
         return -value.mean() / scale + behaviour_cloning * jnp.square(action - batch.action).mean()
 
     def imitation_error(self, batch: Transitions) -> Float32[Array, ""]:
-        """Return the squared distance of the actor's actions to the data, averaged over components."""
+        """Return the mean squared error of the actor's actions, over batch and components."""
         x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
         return jnp.square(jnp.tanh(self.actor(x)) - batch.action).mean()
 
