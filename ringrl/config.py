@@ -97,6 +97,8 @@ class ContextConfig(Section):
                 "sampling: history_window needs consecutive episodes, but best_fraction and max_transitions remove "
                 "some; leave both out (`ringrl data import --subset first` shortens a history)"
             )
+        if self.history_stride > 1 and self.sampling != "history_window":
+            raise ValueError(f"history_stride: has no effect with sampling {self.sampling}; use history_window")
         return self
 
 

@@ -66,7 +66,7 @@ class Method:
 # Two hidden layers of 256 units, as in the TD3+BC paper.
 _FEED_FORWARD = {"layers": 2, "width": 256}
 _CLONING = {"kind": "behaviour_cloning", **_FEED_FORWARD}
-_ALONE = {"trajectories": 1, "other_tasks": []}
+_ALONE = {"trajectories": 1, "other_tasks": [], "segment_steps": None, "first_steps_weight": 1.0}
 _TD3 = {
     "model": {"kind": "td3_bc", "dtype": "float32", "remat": "none", **_FEED_FORWARD},
     "context": {"other_tasks": []},

@@ -148,12 +148,12 @@ class CompiledPolicy:
             return nnx.merge(graph, params).act(previous, current, memory, prefix)
 
         self._act = jax.jit(act, donate_argnums=4)
-        self.act_after = partial(
-            jax.jit(
-                lambda params, prefix, segment, step: nnx.merge(graph, params).actions_after(prefix, segment)[:, step]
-            ),
-            self._params,
-        )
+
+        def act_after(params: Any, prefix: Any, segment: Context, step: jax.Array) -> jax.Array:
+            actions: jax.Array = nnx.merge(graph, params).actions_after(prefix, segment, cache_dtype)
+            return actions[:, step]
+
+        self.act_after = partial(jax.jit(act_after), self._params)
         self._programs: dict[tuple[Hashable, ...], Future[Callable[..., Any]]] = {}
         self._prefilled: tuple[Context, Any] | None = None
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="ringrl-compile")

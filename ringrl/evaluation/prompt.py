@@ -10,7 +10,7 @@ from jaxtyping import Float
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.held_out import held_out
-from ringrl.data.sampling.sampler import ContextSampler
+from ringrl.data.sampling.sampler import ContextPlan, ContextSampler
 from ringrl.errors import UserError
 from ringrl.training import TrainedPolicy
 from ringrl.training.checkpoints import RunInfo
@@ -57,8 +57,8 @@ def draw_prompt(
     If the target of every trajectory in a training context is the best return, the target in the prompt is
     `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
 
-    `has_rewards` and `is_shuffled` are the controls of `Protocol`. Without rewards, returns-to-go stay at the target
-    and no trajectory completes.
+    `has_rewards` and `is_shuffled` are the controls of `Protocol`. Without rewards, every return-to-go is the
+    target of the live episodes, and no trajectory completes.
 
     Raises:
       UserError: the dataset has fewer trajectories.
@@ -67,14 +67,14 @@ def draw_prompt(
     drawn = config.context.model_copy(update={"trajectories": trajectories, "other_tasks": ()})
     if drawn.sampling == "fixed":  # the same trajectories at every step
         drawn = drawn.model_copy(update={"sampling": "uniform"})
-    if is_shuffled:
-        drawn = drawn.model_copy(update={"order": "random"})
     excluded = held_out(store, config)
     try:
         sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, excluded=excluded)
     except UserError as error:
         raise UserError(f"--prompt-trajectories: {error}") from error
     plan = sampler.plan(FIRST_DRAW + seed)
+    if is_shuffled:
+        plan = _shuffled(plan, np.random.default_rng([seed, trajectories]))
     (episodes,) = plan.episodes
     returns = store.returns(task)[episodes].astype(np.float64)
     if config.context.target == "best" and target_return is not None:
@@ -83,17 +83,28 @@ def draw_prompt(
     steps = int(plan.starts[0, -1])
     context = sampler.read(plan, slice(None), np.arange(steps))
     if not has_rewards:
-        targets = np.nan_to_num(plan.targets[:, context.trajectory[0]])
         none = np.zeros_like(context.reward)
         context = context._replace(
             reward=none,
             completion=none,
-            return_to_go=info.normalisation.return_to_go(targets),
+            return_to_go=info.normalisation.return_to_go(none + (target_return or 0.0)),
             previous=context.previous._replace(reward=none, completion=none),
         )
     context = context._replace(trajectory=np.minimum(context.trajectory, config.context.trajectories - 1))
     fields = {"prompt_episodes": tuple(episodes.tolist()), "prompt_returns": tuple(returns.tolist())}
     return context, fields | {"prompt_trajectories": trajectories, "prompt_seed": seed}
+
+
+def _shuffled(plan: ContextPlan, generator: np.random.Generator) -> ContextPlan:
+    """Return the plan of one context with its trajectories in another order."""
+    count = plan.episodes.shape[1]
+    order = np.arange(count)
+    while (order == np.arange(count)).all():
+        order = generator.permutation(count)
+    lengths = np.diff(plan.starts, axis=1)[:, order]
+    columns = ("episodes", "targets", "completes", "first_timesteps")
+    moved = {name: getattr(plan, name)[:, order] for name in columns}
+    return plan._replace(**moved, starts=np.concatenate([[[0]], np.cumsum(lengths, axis=1)], axis=1))
 
 
 def imitation_error(

@@ -273,6 +273,11 @@ def _target_and_prompt(
     name = rule.name if has_target else NO_TARGET
     if not count or store is None:
         return target, name, None, {}
+    if protocol.prompt_task == task:
+        raise UserError(f"--prompt-task {task}: is the task itself; name another task, or leave it out")
+    order = config.context.order
+    if protocol.prompt_order == "shuffled" and (count == 1 or order == "random"):
+        raise UserError(f"--prompt-order shuffled: changes nothing for {count} in {order} order; leave it out")
     prompt, drawn = draw_prompt(
         info,
         store,

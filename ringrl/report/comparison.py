@@ -29,7 +29,7 @@ from ringrl.training.run_folder import flat
 CHANGE, WINS = f"B {MINUS} A", "P(B > A)"
 _SAME_FOR_ALL = ("run", "seed", "data", "context.trajectories")  # settings that name a cell or a place
 _RECORDED = ("target_policy", "target_return", "data_fingerprint", "device", "steps_trained", "token_set", "train_task",
-             "prompt_trajectories", "cache_dtype")  # fmt: skip
+             "prompt_trajectories", "prompt_control", "cache_dtype")  # fmt: skip
 _MANY_PAIRS = 10  # from which a 95 % interval is likely to miss somewhere
 _MANY = 4  # values of one setting that are listed
 
@@ -158,7 +158,7 @@ def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
     """Return pairs of row labels: equal cells first, then cells that are unique for a task, method and lengths."""
     matched: list[tuple[Any, Any]] = []
     lengths = ["train_trajectories", "test_trajectories"]
-    for key in (["task", "variant", *lengths, "prompt_trajectories"], ["task", "family", *lengths]):
+    for key in (["task", "variant", *lengths, "prompt_trajectories"], ["task", "family", "kind", *lengths]):
         left = [table[~table.index.isin([pair[side] for pair in matched])] for side, table in enumerate((a, b))]
         groups = [dict(list(table.groupby(key))) for table in left]
         matched += [

@@ -43,7 +43,8 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     Columns: task, method, subject, compared, before, after, change, low, high, seeds, paired, kind ("helps", "hurts",
     "unclear", "one seed" or "not compared") and sentence.
     """
-    runs, paired, prompts = run_scores(results), run_scores(results, "paired"), prompt_returns(results)
+    runs, paired = run_scores(results), run_scores(results, "paired")
+    prompts = prompt_returns(results[results["kind"] == "context"])
     rows = [
         _verdict(runs, paired, group)
         for _, group in table[table["length"].notna()].groupby(["task", "method"])

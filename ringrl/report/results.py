@@ -20,6 +20,9 @@ UNKNOWN_RUN = "unknown run"
 RUN = [*CELL, "seed"]
 """Columns that name one training run of a cell."""
 
+CONTEXT_KINDS = ("context", "prompt control")
+"""Values of "kind" with a context. A prompt control is a rollout after a changed prompt, and no point of a curve."""
+
 LENGTH_SETTINGS = ("optimiser.steps", "optimiser.batch_size")
 """Settings that follow from the context length if the budget is fixed."""
 
@@ -29,8 +32,8 @@ _TITLES = {name: method.title for name, method in METHODS.items()} | {
     DATA: "Dataset",
 }
 _COPIED = (
-    "task", "prompt_trajectories", "test_trajectories", "seed", "environment_seed", "prompt_seed", "token_set",
-    "device", "target_policy", "target_return", "train_task", "cache_dtype", "steps_trained", "checkpoint",
+    "task", "prompt_trajectories", "prompt_control", "test_trajectories", "seed", "environment_seed", "prompt_seed",
+    "token_set", "device", "target_policy", "target_return", "train_task", "cache_dtype", "steps_trained", "checkpoint",
     "checkpoint_hash", "configuration_hash", "data_fingerprint", "command", "created", "evaluation",
 )  # fmt: skip
 _BUDGET = ("steps", "timesteps", "tokens", "flops", "seconds", "devices")
@@ -101,7 +104,7 @@ def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
     rows = [
         _row(record, variant, names[variant])
         for record, variant in zip(newest, variants, strict=True)
-        if record.context or variant.kind == "context"  # without a context, the control repeats the rollout
+        if record.context or variant.kind in CONTEXT_KINDS  # without a context, the control repeats the rollout
     ]
     results = pd.DataFrame(rows).explode(["return", "episode", "start"], ignore_index=True)
     results = results.astype({"return": "float64", "episode": "int64"})
@@ -133,7 +136,7 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
         "kind": variant.kind,
         "variant": json.dumps(variant),
         "family": variant.method,
-        "train_trajectories": (record.train_trajectories or 0) if variant.kind == "context" else 0,
+        "train_trajectories": (record.train_trajectories or 0) if variant.kind in CONTEXT_KINDS else 0,
         "memory": record.context,
         "run": f"{record.checkpoint_hash or unknown}#{record.seed}",
         "stream": f"{record.prompt_seed}/{' '.join(starts)}",
@@ -279,8 +282,9 @@ def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {all_digits(record.target_return)}"
+    kind = "prompt control" if record.prompt_control else "context"
     return _Variant(
-        record.method, "context", record.token_set or "", target, train_task, record.cache_dtype or "",
+        record.method, kind, record.token_set or "", target, train_task, record.cache_dtype or "",
         record.prompt_control or "", settings, name,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from ringrl.evaluation.statistics import (
     interquartile_mean,
     probability_of_improvement,
 )
-from ringrl.report.results import CELL, RUN
+from ringrl.report.results import CELL, CONTEXT_KINDS, RUN
 
 BOOTSTRAP_SEED, RESAMPLES = 0, 2000
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of a dataset's returns
@@ -153,7 +153,7 @@ def returns_table(results: pd.DataFrame) -> pd.DataFrame:
     table[counts] = table[counts].astype("float64").astype("Int64")
     values = [name for name in RETURNS if name not in (*CELL, *counts)]
     table[values] = table[values].astype("float64")
-    order = table["kind"].map({"reference": 0, "data": 2, "context": 3})
+    order = table["kind"].map({"reference": 0, "data": 2, "context": 3, "prompt control": 4})
     order = order.where(table["family"] == "random", order + 1)
     table = table.assign(order=order).sort_values(["task", "order", *CELL[1:]], ignore_index=True)
     return _place_on_curves(table.drop(columns="order"))
@@ -313,7 +313,7 @@ def prompt_returns(results: pd.DataFrame) -> pd.DataFrame:
     left out. A start counts once, however many prompts it follows.
     """
     group = ["task", "method", "train_trajectories", "test_trajectories"]
-    rows = results[results["counts"] & results["memory"] & (results["kind"] == "context")]
+    rows = results[results["counts"] & results["memory"] & results["kind"].isin(CONTEXT_KINDS)]
     several = rows.groupby(group)["prompt_trajectories"].transform("nunique")
     lengths = rows.groupby([*group, "seed", "start"])["prompt_trajectories"].transform("nunique")
     common = rows[(several > 1) & (lengths == several)]
@@ -349,7 +349,11 @@ def last_episodes(results: pd.DataFrame) -> pd.DataFrame:
 def training_table(results: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the training cost, throughput and memory of each method and length, from `provenance.training_runs`."""
     by = ["task", "method", "train_trajectories"]
-    costs = results[results["kind"] != "data"].groupby([*by, "seed"])[["steps", "tokens", "flops", "seconds"]].first()
+    costs = (
+        results[~results["kind"].isin(["data", "prompt control"])]
+        .groupby([*by, "seed"])[["steps", "tokens", "flops", "seconds"]]
+        .first()
+    )
     means = costs.groupby(by).mean()
     logs = runs.groupby(by).agg(
         tokens_per_second=("tokens_per_second", lambda speeds: middle(speeds.dropna())),

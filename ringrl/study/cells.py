@@ -220,6 +220,10 @@ def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType
     _check_settings("", plan.model_dump(), [cell for part in read for cell in part])
     for number, (changes, part) in enumerate(zip(plan.parts, read[1:], strict=True)):
         _check_settings(f"parts.{number}: ", changes, part)
+    trained = {task for cell in found for task in cell.tasks if len(cell.tasks) > 1}
+    for control in (name for part in plan.whole if part.prompts for name in part.prompts.controls):
+        if control not in ("zero rewards", "shuffled", *trained):
+            raise UserError(f"prompts.controls: no cell is trained on {control} and another task; leave it out")
     seeds = list(dict.fromkeys(seed for part in plan.whole for seed in part.seeds))
     return sorted(found, key=lambda cell: seeds.index(cell.config.seed))
 
@@ -340,6 +344,7 @@ def _prompts(plan: PromptPlan, tasks: Sequence[str], episodes: int, trajectories
             found += [
                 Protocol(share, seed=FIRST_SEED + draw * share, prompt_trajectories=length, prompt_seed=draw, **change)
                 for change in changes
+                if length > 1 or "prompt_order" not in change  # one trajectory has no order
                 for draw in range(plan.draws)
             ]
     return found

@@ -51,10 +51,10 @@ def step_cost(config: TrainConfig, episode_length: int) -> StepCost:
     return StepCost(batch_size * per_row, batch_size * tokens_per_row, flops)
 
 
-def forward_flops(config: ModelConfig, tokens: int, trajectories: int = 1) -> float:
+def forward_flops(config: ModelConfig, tokens: int, trajectories: int | None = None) -> float:
     """Return the floating point operations of the transformer blocks over one context of S = `tokens`.
 
-    The context consists of equally long trajectories, which matters where an episode window hides keys.
+    Keys that an episode window hides are counted unless the number of (equally long) trajectories is given.
 
     Per layer of width h with as many key heads as query heads and a feed-forward layer four times as wide, this is
     24 S h^2 for the matrices (2310.01889, appendix D) and 4 h for each visible pair of tokens. The paper counts S^2
@@ -64,13 +64,15 @@ def forward_flops(config: ModelConfig, tokens: int, trajectories: int = 1) -> fl
     width = config.width
     key_value = width * config.kv_heads // config.heads
     matrices = 2 * width * (2 * width + 2 * key_value + 2 * config.feed_forward * width)
-    own, size = tokens / trajectories, TOKEN_SETS[config.token_set].size
-    seen = [own if steps is None else min(own, steps * size) for steps in config.windows]
-    pairs = sum(trajectories * (window * own - window**2 / 2) + (tokens**2 - tokens * own) / 2 for window in seen)
+    pairs = config.layers * tokens**2 / 2
+    if trajectories is not None:
+        own, size = tokens / trajectories, TOKEN_SETS[config.token_set].size
+        seen = [own if steps is None else min(own, steps * size) for steps in config.windows]
+        pairs = sum(trajectories * (window * own - window**2 / 2) + (tokens**2 - tokens * own) / 2 for window in seen)
     return float(config.layers * tokens * matrices + 4 * width * pairs)
 
 
-def step_flops(config: ModelConfig, tokens: int, contexts: int, trajectories: int = 1) -> float | None:
+def step_flops(config: ModelConfig, tokens: int, contexts: int, trajectories: int | None = None) -> float | None:
     """Return the operations of one optimiser step: forward and twice as much backward. None without a context."""
     return 3 * contexts * forward_flops(config, tokens, trajectories) if config.family.has_context else None
 

@@ -265,11 +265,19 @@ def test_prompts_as_controls(trained: TrainedPolicy, at_run: Path, jaco_store: E
         assert not np.asarray(context.completion).any()
     np.testing.assert_allclose(zero.prompt.return_to_go, 2 / 250, rtol=1e-6)
     episodes = [list(one.template.prompt_episodes) for one in (kept, shuffled, wrong)]
-    assert sorted(episodes[1]) == sorted(episodes[0])
+    assert sorted(episodes[1]) == sorted(episodes[0]) != episodes[1]
+    moved = [episodes[0].index(number) for number in episodes[1]]
+    for name in ("observation", "action", "reward", "return_to_go", "completion", "timestep"):
+        parts = np.asarray(getattr(kept.prompt, name))[0].reshape(3, 250, -1)
+        np.testing.assert_array_equal(np.asarray(getattr(shuffled.prompt, name))[0].reshape(3, 250, -1), parts[moved])
     rewards = jaco_store.episode(episodes[2][0])[f"reward/{other}"][1:]
     np.testing.assert_allclose(wrong.prompt.reward[0, :250], rewards, rtol=1e-6)
     with pytest.raises(UserError, match="no prompt is drawn"):
         Protocol(prompt_order="shuffled")
+    with pytest.raises(UserError, match="is the task itself"):
+        drawn(prompt_task=TASK)
+    with pytest.raises(UserError, match="changes nothing for 1"):
+        policy_evaluation(trained, at_run, Protocol(prompt_trajectories=1, prompt_order="shuffled"))
 
 
 def test_prompts_are_not_contexts_of_the_training(

@@ -207,6 +207,20 @@ def test_prompts_are_compared_run_by_run(make_rollouts):
     assert (verdict["subject"], verdict["paired"], verdict["kind"]) == ("A longer prompt", True, "helps")
     assert (verdict["change"], verdict["compared"]) == (pytest.approx(40), "prompt of 0 to 3, trained on 4")
     assert "returns 291 after a prompt of 3 trajectories and 251 after 0: +40.0" in verdict["sentence"]
+    changed = {"train_trajectories": 4, "prompt_control": "zero rewards"}
+    controls = [
+        record
+        for seed in range(6)
+        for count, gain in ((1, 0.0), (3, -70.0))
+        for record in make_rollouts(
+            1, seed, 100.0 * seed + gain, prompt_trajectories=count, checkpoint_hash=f"c{seed}", **changed
+        )
+    ]
+    both = Summary([*records, *controls])
+    assert (both.headline, len(both.verdicts)) == (Summary(records).headline, len(Summary(records).verdicts))
+    results = tabulate([*records, *controls])
+    assert "Agentic Transformer, prompt zero rewards" in set(results["method"])
+    assert returns_table(results).set_index("kind").loc["prompt control", "length"].isna().all()
 
 
 def streams(make_rollouts, length: int, count: int, seed: int = 0, **changes):

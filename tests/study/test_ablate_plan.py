@@ -128,17 +128,17 @@ def test_prompts_shorter_than_the_context_divide_the_starts(write_plan) -> None:
 
 def test_prompts_as_controls(write_plan) -> None:
     """Every prompt again: shuffled, and of each other task that the cell was trained on."""
-    own, other, foreign = "jaco_reach_top_left", "jaco_reach_top_right", "walker_walk"
-    prompts = {"trajectories": [0, 1], "draws": 1, "controls": ["shuffled", own, other, foreign]}
-    for others, changed in (
-        ([], [{"prompt_order": "shuffled"}]),
-        ([other], [{"prompt_order": "shuffled"}, {"prompt_task": own}, {"prompt_task": other}]),
-    ):
-        settings = {"context": {"other_tasks": others}}
-        changes = {"trajectories": [2], "baselines": [], "prompts": prompts, "settings": settings}
-        (cell,) = cells(plan_of(write_plan, task=own, **changes))
-        expected = [Protocol(4, seed=FIRST_SEED, prompt_trajectories=1, **change) for change in ({}, *changed)]
-        assert [p for p in cell.protocols if p.prompt_trajectories] == expected
+    own, other = "jaco_reach_top_left", "jaco_reach_top_right"
+    prompts = {"trajectories": [0, 1, 2], "draws": 1, "controls": ["shuffled", own, other]}
+    changes = {"task": own, "trajectories": [4], "trajectories_per_batch": 4, "baselines": [], "prompts": prompts}
+    (cell,) = cells(plan_of(write_plan, settings={"context": {"other_tasks": [other]}}, **changes))
+    changed = [{}, {"prompt_task": own}, {"prompt_task": other}]
+    one = [Protocol(4, prompt_trajectories=1, **change) for change in changed]
+    changed.insert(1, {"prompt_order": "shuffled"})
+    two = [Protocol(4, prompt_trajectories=2, **change) for change in changed]
+    assert [p for p in cell.protocols if p.prompt_trajectories] == [*one, *two]
+    with pytest.raises(UserError, match=f"no cell is trained on {own} and another task"):
+        cells(plan_of(write_plan, **changes))
 
 
 def test_variants_change_one_setting_of_every_cell(write_plan) -> None:

@@ -124,11 +124,13 @@ class AgenticTransformer(ImitationPolicy):
         x, memory = self.transformer.decode(tokens, memory, prefix, self.tokens_per_step * starts)
         return self.head.mode(x[:, -1]), memory
 
-    def actions_after(self, prefix: KVCache | None, segment: Context) -> Float32[Array, "batch time action"]:
+    def actions_after(
+        self, prefix: KVCache | None, segment: Context, dtype: jnp.dtype | None = None
+    ) -> Float32[Array, "batch time action"]:
         """Return the action at every step of a segment (B, T, ...) that follows a prefix."""
         token_set = self.embedding.token_set
         tokens = self.embedding(segment)
-        memory = self.transformer.empty_cache(len(tokens), tokens.shape[1])
+        memory = self.transformer.empty_cache(len(tokens), tokens.shape[1], dtype)
         starts = token_set.size * jnp.repeat(jnp.asarray(segment.start)[0], token_set.size)
         x, _ = self.transformer.decode(tokens, memory, prefix, starts)
         x = x.reshape(*segment.reward.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
