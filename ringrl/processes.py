@@ -54,8 +54,9 @@ def _cause_of_death(reports: "SimpleQueue[str]", what: str) -> str:
     """Return the error about a dead worker process. Each process has reported its start, "" or a failure."""
     if reports.empty():
         return (
-            f"a worker process of the {what} could not import your script: save the script as a file and start the "
-            f"{what} under `if __name__ == '__main__':`, or use one worker (--workers 1)"
+            f"a worker process of the {what} ended at its start: memory is short, or it could not import your script. "
+            f"Use one worker (--workers 1), or save the script as a file and start the {what} under "
+            "`if __name__ == '__main__':`"
         )
     while not reports.empty():
         if failure := reports.get():
