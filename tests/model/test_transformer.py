@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from flax import nnx
 
 from ringrl.config import ModelConfig
-from ringrl.model.transformer import Attention, Transformer, TransformerBlock, rotate
+from ringrl.model.transformer import Attention, EpisodeWindow, Place, Transformer, TransformerBlock, rotate
 
 CONFIG = ModelConfig(layers=2, width=16, heads=4, kv_heads=2)
 
@@ -102,7 +104,8 @@ def test_attention_layer_by_hand():
     for t, h in np.ndindex(5, 4):
         weights = np.exp(k[: t + 1, h // 2] @ q[t, h] / 2)
         rows[t, h] = weights @ v[: t + 1, h // 2] / weights.sum()
-    found = layer(x, jnp.arange(5))[0][0]
+    place = Place(jnp.arange(5), jnp.zeros(5, int))
+    found = layer(x, place, EpisodeWindow(None, 4))[0][0]
     np.testing.assert_allclose(found, rows.reshape(5, 16) @ out.reshape(16, 16), rtol=1e-4, atol=1e-5)
 
 
@@ -110,7 +113,7 @@ def test_attention_layer_by_hand():
 def test_parameters_and_features_are_float32_for_every_dtype(dtype):
     made = Transformer(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made, nnx.Param))} == {jnp.dtype(jnp.float32)}
-    x, positions = jnp.ones((1, 3, 16), dtype), jnp.arange(3)
+    x, place = jnp.ones((1, 3, 16), dtype), Place(jnp.arange(3), jnp.zeros(3, int))
     block = TransformerBlock(CONFIG.model_copy(update={"dtype": dtype}), nnx.Rngs(params=0))
     assert jax.eval_shape(made.__call__, x).dtype == jnp.float32
-    assert jax.eval_shape(block.__call__, x, positions)[0].dtype == jnp.dtype(dtype)
+    assert jax.eval_shape(partial(block.__call__, window=EpisodeWindow(None, 4)), x, place)[0].dtype == jnp.dtype(dtype)
