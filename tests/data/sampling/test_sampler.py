@@ -252,7 +252,8 @@ def test_a_history_stride_leaves_episodes_out(golden: EpisodeStore) -> None:
     assert episode_numbers(sampler(golden, history_stride=3, **settings).batch(0)).tolist() == [[0, 3]]
     with pytest.raises(UserError, match=r"history_stride: 2 episodes at a stride of 4 span 5 episodes, and .* has 4"):
         sampler(golden, history_stride=4, **settings)
-    sampler(golden, trajectories=2, history_stride=4)  # without an effect
+    with pytest.raises(ValueError, match="history_stride: has no effect with sampling uniform"):
+        sampler(golden, trajectories=2, history_stride=4)
 
 
 def test_the_first_steps_have_their_weight(golden: EpisodeStore) -> None:
