@@ -45,7 +45,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     def script(arguments: Sequence[str] | None = None) -> None:
         import pydantic  # attention_cpu.py also runs without RingRL
 
-        from ringrl.config import one_line
+        from ringrl.config_files import one_line
         from ringrl.errors import UserError
 
         try:

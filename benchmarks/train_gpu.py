@@ -24,7 +24,8 @@ from common import one_line_errors, positive
 from jax.ad_checkpoint import checkpoint_name
 from random_data import random_context
 
-from ringrl.config import TrainConfig, read_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import read_yaml
 from ringrl.configs import preset
 from ringrl.model import make_agent, make_policy, transformer
 from ringrl.planning.workload import ACTION, OBSERVATION

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from ringrl.cli import COMMANDS, main, parse
-from ringrl.config import TrainConfig, merged, read_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import merged, read_yaml
 from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.envs import DOMAINS

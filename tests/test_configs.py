@@ -8,7 +8,8 @@ from typing import Any
 import pydantic
 import pytest
 
-from ringrl.config import Section, TrainConfig, merged, read_yaml, to_yaml
+from ringrl.config import Section, TrainConfig
+from ringrl.config_files import merged, read_yaml, to_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.study.cells import cells

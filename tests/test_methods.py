@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ringrl.config import TrainConfig, merged, read_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import merged, read_yaml
 from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError

@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> None:
     except Exception as error:
         import pydantic
 
-        from ringrl.config import one_line
+        from ringrl.config_files import one_line
 
         message = one_line(error) if isinstance(error, pydantic.ValidationError) else user_message(error)
         if message is None:

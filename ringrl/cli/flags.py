@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import cyclopts
 import pydantic
 
-from ringrl.config import Section, SlurmConfig, TrainConfig, problems
+from ringrl.config import Section, SlurmConfig, TrainConfig
+from ringrl.config_files import problems
 from ringrl.errors import UserError
 
 KINDS = {int: "an integer", float: "a number"}

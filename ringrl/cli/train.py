@@ -11,7 +11,8 @@ import pydantic
 from cyclopts.config import Dict
 
 from ringrl.cli.flags import check_launcher, command_line, given_flags
-from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig, merged, one_line, read_yaml
+from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
+from ringrl.config_files import merged, one_line, read_yaml
 from ringrl.errors import UserError
 from ringrl.files import expanded
 from ringrl.methods import METHODS, MethodName, check_method

@@ -10,7 +10,8 @@ from typing import Any
 import pydantic
 
 from ringrl.attention.layout import length_multiple
-from ringrl.config import ModelConfig, TrainConfig, one_line, read_yaml
+from ringrl.config import ModelConfig, TrainConfig
+from ringrl.config_files import one_line, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.model.heads import BINS, COMPONENTS

@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Group
 from rich.markup import escape
 
-from ringrl.config import read_yaml
+from ringrl.config_files import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, number
 from ringrl.report.conclusion import caution, starts_of_cells

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pydantic
 
-from ringrl.config import TrainConfig, read_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import number
 from ringrl.evaluation.records import PROTOCOL, VIDEOS, recipe

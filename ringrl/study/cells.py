@@ -24,7 +24,8 @@ from typing import Any
 
 import pydantic
 
-from ringrl.config import TrainConfig, merged, one_line, read_yaml, to_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import merged, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of
 from ringrl.errors import UserError

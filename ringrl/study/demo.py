@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ringrl.collect import collect
-from ringrl.config import read_yaml
+from ringrl.config_files import read_yaml
 from ringrl.configs import preset
 from ringrl.cores import available_cores
 from ringrl.data import import_archive

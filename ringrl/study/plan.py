@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from ringrl.config import FilePath, Section, TrainConfig, merged, one_line, read_yaml
+from ringrl.config import FilePath, Section, TrainConfig
+from ringrl.config_files import merged, one_line, read_yaml
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 

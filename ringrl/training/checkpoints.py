@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 import pydantic
 from jaxtyping import UInt32
 
-from ringrl.config import MeshConfig, TrainConfig, one_line
+from ringrl.config import MeshConfig, TrainConfig
+from ringrl.config_files import one_line
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory

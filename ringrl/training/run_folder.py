@@ -7,7 +7,8 @@ from typing import Any
 
 import pydantic
 
-from ringrl.config import TrainConfig, one_line, read_yaml, to_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.files import lock, write_whole

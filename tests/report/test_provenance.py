@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from ringrl.config import TrainConfig, to_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import to_yaml
 from ringrl.evaluation.records import append_records, configuration_hash, recipe
 from ringrl.files import with_crc, without_crc
 from ringrl.report.provenance import MEMORY, POINTS, facts, training_losses, training_runs, videos

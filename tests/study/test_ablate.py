@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from ringrl.cli import main
-from ringrl.config import to_yaml
+from ringrl.config_files import to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ringrl.config import merged, read_yaml
+from ringrl.config_files import merged, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED, Protocol

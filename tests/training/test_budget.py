@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ringrl.config import ModelConfig, TrainConfig, merged
+from ringrl.config import ModelConfig, TrainConfig
+from ringrl.config_files import merged
 from ringrl.model.transformer import Transformer
 from ringrl.training import read_info, train
 from ringrl.training.budget import Budget, budget, forward_flops, step_cost, step_flops

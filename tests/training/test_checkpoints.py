@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ringrl.config import TrainConfig, to_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
 from ringrl.model import TrainState
 from ringrl.training import load_policy, read_info, train

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from ringrl.collect import collect
-from ringrl.config import TrainConfig, read_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import read_yaml
 from ringrl.data import EpisodeStore
 from ringrl.data.exorl.importer import import_archive
 from ringrl.data.sampling.normalisation import Normalisation

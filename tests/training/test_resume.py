@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ringrl.config import TrainConfig, to_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
 from ringrl.training import load_policy, train
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ringrl.cli import main
-from ringrl.config import TrainConfig, read_yaml, to_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import read_yaml, to_yaml
 from ringrl.errors import UserError
 from ringrl.training import load_policy, read_info, train
 from ringrl.training.checkpoints import saved_steps

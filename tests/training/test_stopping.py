@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ringrl.config import TrainConfig, to_yaml
+from ringrl.config import TrainConfig
+from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
 from ringrl.training import load_policy, read_info, train
 

@@ -1,0 +1,123 @@
+"""Settings as text: YAML files, and validation errors as one line."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from ringrl.config import Section
+from ringrl.errors import UserError
+
+_EXPECTED = {  # by pydantic's error type; for all others, pydantic's own message
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "finite_number": "a finite number",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text (put it in quotes)",
+    "path_type": "a path (put it in quotes)",
+    "tuple_type": "a list, for example [1, 2]",
+    "model_type": "settings by name, for example {{name: value}}",
+    "literal_error": "{expected}",
+}
+
+
+def problems(error: pydantic.ValidationError) -> list[tuple[str, str]]:
+    """Return pairs of a setting's name and its error message. The name is empty if several settings are involved."""
+    return [(".".join(map(str, p["loc"])), _message(p)) for p in error.errors()]
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    kind = problem["type"]
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind].format(**problem.get('ctx', {}))}, got {str(problem['input'])[:100]!r}"
+    return "is required" if kind == "missing" else str(problem["msg"]).removeprefix("Value error, ")
+
+
+def one_line(error: pydantic.ValidationError) -> str:
+    """Return all error messages as one line."""
+    return "; ".join(f"{name}: {message}" if name else message for name, message in problems(error))
+
+
+_WHOLE, _END = "# every setting, up to the last line", "# end"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and words (1e6 is a number; 010, 1:30 and yes are not 8, 90 and true), and no dates.
+
+    Duplicate keys are errors. PyYAML would silently keep the last one.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice[0]}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that a reader of YAML 1.1 or 1.2 would take for something else: a run named 08 or 1e6."""
+
+
+_Loader.yaml_implicit_resolvers = {}  # without YAML 1.1's
+_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _tag, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("merge", "<<", "<"),
+    ("null", "~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("int", "[-+]?[0-9]{1,300}|0x[0-9a-fA-F]{1,300}", "-+0123456789"),
+    ("float", _NUMBER, "-+0123456789."),
+):
+    for _either in (_Loader, _Dumper):
+        _either.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda _, node: int(node.value, 16 if node.value.startswith("0x") else 10)
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raise UserError if the file is missing, empty, not YAML or not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, AttributeError, LookupError) as error:
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if text.startswith(_WHOLE) and not text.rstrip().endswith(_END):
+        raise UserError(
+            f"{path}: is cut short (its last line, {_END}, is missing); restore it, or remove its first line"
+        )
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: {'is empty' if values is None else 'is not a mapping'}; give settings by name")
+    return dict(values)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Return nested settings in which the values of `above` replace those of `below`.
+
+    Raise UserError, with `section` before the name, if `below` has a plain value where `above` has a section.
+    """
+    whole = dict(below)
+    for name, value in above.items():
+        if isinstance(value, Mapping):
+            under = whole.get(name)
+            if not isinstance(under, Mapping | None):
+                raise UserError(f"{section}{name}: expected settings by name, got {under!r}")
+            value = merged(under or {}, value, f"{section}{name}.")
+        whole[name] = value
+    return whole
+
+
+def to_yaml(settings: Section | Mapping[str, Any]) -> str:
+    """Return settings as YAML, in their own order. The last line shows that the text is whole."""
+    values = settings.model_dump(mode="json") if isinstance(settings, Section) else dict(settings)
+    return f"{_WHOLE}\n{yaml.dump(values, Dumper=_Dumper, sort_keys=False)}{_END}\n"
