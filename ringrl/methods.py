@@ -66,10 +66,12 @@ class Method:
 # Two hidden layers of 256 units, as in the TD3+BC paper.
 _FEED_FORWARD = {"layers": 2, "width": 256}
 _CLONING = {"kind": "behaviour_cloning", **_FEED_FORWARD}
-_ALONE = {"trajectories": 1, "other_tasks": [], "segment_steps": None, "first_steps_weight": 1.0}
+_ALONE = {
+    "trajectories": 1, "other_tasks": [], "segment_steps": None, "first_steps_weight": 1.0, "history_stride": 1,
+}  # fmt: skip
 _TD3 = {
     "model": {"kind": "td3_bc", "dtype": "float32", "remat": "none", **_FEED_FORWARD},
-    "context": {"other_tasks": []},
+    "context": {"other_tasks": [], "history_stride": 1},
     # Adam as in the papers: constant learning rate, no weight decay, practically no clipping.
     "optimiser": {
         "batch_size": 256, "accumulation": 1, "learning_rate": 3e-4, "final_learning_rate": 1.0, "warmup_steps": 0,
@@ -93,12 +95,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Decision Transformer",
             {
                 "model": {"kind": "transformer", "token_set": "dt3", "timestep_embedding": True},
-                "context": {"trajectories": 1, "target": "own"},
+                "context": {"trajectories": 1, "target": "own", "history_stride": 1},
             },
         ),
         "at": Method(
             "Agentic Transformer",
-            {"model": {"kind": "transformer"}, "context": {"order": "ascending", "target": "best"}},
+            {
+                "model": {"kind": "transformer"},
+                "context": {"order": "ascending", "target": "best", "history_stride": 1},
+            },
         ),
         "ad": Method(
             "Algorithm Distillation",

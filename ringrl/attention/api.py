@@ -86,14 +86,7 @@ def attention(
     batch, tokens = q.shape[:2]
     default = jnp.arange(tokens, dtype=jnp.int32)
     queries = arguments.query_side(batch, default, positions, segment_ids, global_prefix)
-    options = arguments.options(
-        q,
-        is_causal=is_causal,
-        window=local_window_size,
-        scale=scale,
-        cap=logits_soft_cap,
-        has_prefix=global_prefix is not None,
-    )
+    options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     o, lse = attend(q, k, v, queries, queries._replace(prefix=None), options, LOCAL)
     return (o, lse) if return_residual else o
@@ -223,14 +216,7 @@ def ring_attention_shard(
     arguments.check_arrays(q, k, v)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
-    options = arguments.options(
-        q,
-        is_causal=is_causal,
-        window=local_window_size,
-        scale=scale,
-        cap=logits_soft_cap,
-        has_prefix=global_prefix is not None,
-    )
+    options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     size = lax.axis_size(axis_name)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.

@@ -102,20 +102,20 @@ def _check_range(name: str, x: Array) -> None:
 
 def options(
     q: jax.Array,
-    *,
-    is_causal: bool,
     window: int | tuple[int, int] | None,
+    prefix: jax.Array | None,
     scale: float | None,
     cap: float | None,
-    has_prefix: bool = False,
+    *,
+    is_causal: bool,
 ) -> Options:
-    """Return the static options of a call from `local_window_size`, `scale` and `logits_soft_cap`."""
+    """Return the static options of a call from its arguments. `prefix` is only compared with None."""
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if has_prefix and window is None:
+    if prefix is not None and window is None:
         raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")
-    rule = Rule(is_causal, _window(window, -1 if has_prefix else 0))
+    rule = Rule(is_causal, _window(window, 0 if prefix is None else -1))
     return Options(rule, scale, None if cap is None else float(cap))
 
 

@@ -79,14 +79,7 @@ def decode_attention(
     _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
         _check_prefix(prefix, k_cache)
-    options = arguments.options(
-        q,
-        is_causal=True,
-        window=local_window_size,
-        scale=scale,
-        cap=logits_soft_cap,
-        has_prefix=global_prefix is not None,
-    )
+    options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=True)
     if global_prefix is not None:
         batch, new = q.shape[:2]
         global_prefix = arguments.integers("global_prefix", global_prefix, batch, new, jnp.zeros(new, jnp.int32))

@@ -141,6 +141,15 @@ def test_prompts_as_controls(write_plan) -> None:
         cells(plan_of(write_plan, **changes))
 
 
+def test_only_algorithm_distillation_has_a_stride_in_its_history(write_plan) -> None:
+    settings = {"context": {"history_stride": 2, "segment_steps": 50}}
+    baselines = ["bc", "bc-10%", "dt", "td3+bc"]
+    found = cells(plan_of(write_plan, methods=["at", "ad"], trajectories=[2], baselines=baselines, settings=settings))
+    contexts = {cell.folder.name: cell.config.context for cell in found}
+    assert [name for name, context in contexts.items() if context.history_stride == 2] == ["ad_2_seed0"]
+    assert {name for name, context in contexts.items() if context.segment_steps is None} >= {"bc_seed0", "bc-10_seed0"}
+
+
 def test_variants_change_one_setting_of_every_cell(write_plan) -> None:
     """The settings of a variant override the settings of a method."""
     variants = {"as collected": {"context": {"order": "history"}}, "wide": {"model": {"width": 32}}}
