@@ -56,13 +56,18 @@ def test_a_failure_of_the_start_is_reported() -> None:
 
 
 KILLED = """
-import os, signal, time
+import os, pathlib, signal, time
 from ringrl.processes import worker_processes
 
+waiting = pathlib.Path(__file__).with_name("waiting")
+
 def die_or_wait(number):
-    if number == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    if number:
+        waiting.touch()
+        time.sleep(60)
+    while not waiting.exists():  # the other process has started
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
     with worker_processes(2, print, (), "import") as pool:

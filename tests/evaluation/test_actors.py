@@ -36,9 +36,9 @@ def contexts(batch: int, time: int) -> Context:
         normal(),
         outcome.completion,
         index,
-        0 * index,
+        index // 4,
         index,
-        0 * index,
+        index - index % 4,
         weight,
         previous,
     )
@@ -157,3 +157,6 @@ def test_a_policy_of_segments_sees_the_prompt_and_the_last_steps(token_set):
         both = both._replace(position=np.tile(np.arange(both.reward.shape[1], dtype=np.int32), (2, 1)))
         np.testing.assert_allclose(found[:, t], made.actions(both)[:, -1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(replayed(actor, live, prompt), found)
+    rounded = replayed(SegmentActor(CompiledPolicy(made, jnp.bfloat16), length), live)
+    exact = replayed(SegmentActor(CompiledPolicy(made), length), live)
+    assert 0 < np.abs(rounded - exact).max() < 0.1

@@ -270,6 +270,13 @@ def test_prompts_as_controls(trained: TrainedPolicy, at_run: Path, jaco_store: E
     for name in ("observation", "action", "reward", "return_to_go", "completion", "timestep"):
         parts = np.asarray(getattr(kept.prompt, name))[0].reshape(3, 250, -1)
         np.testing.assert_array_equal(np.asarray(getattr(shuffled.prompt, name))[0].reshape(3, 250, -1), parts[moved])
+    segments = with_config(trained, context={"segment_steps": 5, "segment_start_share": 0.0})
+    of_segments = (
+        policy_evaluation(segments, at_run, Protocol(prompt_trajectories=8, prompt_order=order)).prompt
+        for order in ("kept", "shuffled")
+    )
+    first, second = (np.asarray(context.observation)[0].reshape(8, -1) for context in of_segments)
+    assert sorted(map(tuple, first)) == sorted(map(tuple, second)), "the same steps of each episode"
     rewards = jaco_store.episode(episodes[2][0])[f"reward/{other}"][1:]
     np.testing.assert_allclose(wrong.prompt.reward[0, :250], rewards, rtol=1e-6)
     with pytest.raises(UserError, match="no prompt is drawn"):

@@ -64,6 +64,16 @@ def test_the_same_runs_prompted_are_compared_run_by_run(make_rollouts, write_res
     assert "all 4 runs change in the same direction by chance once in 8 times" in message
 
 
+def test_a_prompt_is_not_compared_with_its_control(make_rollouts, write_results):
+    same = {"prompt_trajectories": 3, "prompt_seed": 0, "checkpoint_hash": "c"}
+    a, b = (
+        write_results([r for seed in range(4) for r in make_rollouts(2, seed, 100.0, **same, **more)], f"{name}.jsonl")
+        for name, more in {"a": {}, "b": {"prompt_control": "shuffled"}}.items()
+    )
+    with pytest.raises(UserError):
+        compare([a], [b])
+
+
 def test_one_seed_has_no_interval_and_no_probability(make_study, tmp_path):
     a, b = make_study(tmp_path / "a", seeds=1), make_study(tmp_path / "b", seeds=3, level=450.0)
     page, _ = write_comparison([a], [b], tmp_path / "report")

@@ -131,26 +131,29 @@ def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_r
 
 
 def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(write_plan, jaco_store: EpisodeStore) -> None:
-    other = "jaco_reach_top_right"
+    own, other = "jaco_reach_top_left", "jaco_reach_top_right"
     settings = {
         "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 2},
         "context": {"other_tasks": [other]},
     }  # fmt: skip
-    prompts = {"trajectories": [0, 1], "draws": 2}
+    prompts = {"trajectories": [0, 1], "draws": 2, "controls": [own, other]}
     changes = {"trajectories": [2], "test_trajectories": [1], "baselines": [], "episodes": 2, "prompts": prompts}
     variants = {"variants": {"last only": {"model": {"loss_on": "last"}}}, "variants_only": True}
     plan = write_plan(jaco_store.path, **changes, **variants, settings=settings)
     assert finish_all(plan, jaco_store) == ["random", "data", "at_2_last-only_seed0"]
     records = read_records(read_plan(plan).output / "jaco_reach_top_left" / "at_2_last-only_seed0").records
     assert {r.variant for r in records} == {"last only"}
+    controls = [r for r in records if r.prompt_control]
+    assert {(r.task, r.prompt_control) for r in controls} == {(own, f"of {other}"), (other, f"of {own}")}
+    records = [r for r in records if not r.prompt_control]
     found = {(r.task, r.prompt_trajectories): {} for r in records}
     for r in records:
         found[r.task, r.prompt_trajectories][r.start_seeds] = (r.prompt_seed, r.returns)
-    assert found.keys() == {(task, length) for task in ("jaco_reach_top_left", other) for length in (0, 1)}
+    assert found.keys() == {(task, length) for task in (own, other) for length in (0, 1)}
     assert {frozenset(starts) for starts in found.values()} == {frozenset({(FIRST_SEED,), (FIRST_SEED + 1,)})}
-    prompted = found["jaco_reach_top_left", 1]
+    prompted = found[own, 1]
     assert [prompted[(FIRST_SEED + draw,)][0] for draw in (0, 1)] == [0, 1]
-    assert [value for _, value in prompted.values()] != [value for _, value in found["jaco_reach_top_left", 0].values()]
+    assert [value for _, value in prompted.values()] != [value for _, value in found[own, 0].values()]
 
 
 def children(process: int) -> list[int]:
