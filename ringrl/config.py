@@ -61,7 +61,7 @@ class ContextConfig(Section):
     that every step repeats."""
     other_tasks: tuple[str, ...] = ()
     """Further tasks to train on. Each context has the rewards of one task, drawn uniformly from these and the run's.
-    Only rewards and returns identify the task to the model."""
+    Only the trajectories in the context identify the task to the model."""
     max_transitions: int | None = Field(None, ge=1)
     """Cap on transitions. Whole episodes are taken in seed-shuffled order; a smaller cap is a subset of a larger."""
     best_fraction: float = Field(1.0, gt=0, le=1)

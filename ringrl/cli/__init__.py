@@ -111,7 +111,10 @@ def _with_value(token: str, after: str) -> str:
 def build_app(arguments: list[str]) -> cyclopts.App:
     """Return the commands. A command's module is imported when the command is used."""
     is_listing = not {*arguments} - {"data", "-h", "--help"}
-    rules = cyclopts.Parameter(consume_multiple=True, allow_repeating=True, negative_iterable=(), negative_none=())
+    rules = cyclopts.Parameter(
+        consume_multiple=True, allow_repeating=True, negative_iterable=(), negative_none=(),
+        show_default=lambda value: "none" if value == () else value,
+    )  # fmt: skip
     check = functools.partial(_complete, arguments)
     app = cyclopts.App("ringrl", help=ringrl.__doc__, version=ringrl.__version__, default_parameter=rules, config=check)
     data = cyclopts.App("data", help="Download, import, describe, merge, collect and export datasets.", sort_key=0)

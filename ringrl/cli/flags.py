@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +103,8 @@ def usage_line(error: cyclopts.CycloptsError) -> str:
     if isinstance(cause, pydantic.ValidationError) and argument:
         section = argument.name.strip("-*")
         named = [(".".join(filter(None, (section, name))).replace("_", "-"), text) for name, text in problems(cause)]
-        return "; ".join(f"--{flag}: {text}" if flag else text for flag, text in named)
+        # Without the place of a value in a list, "--model.episode-window.0".
+        return "; ".join(f"--{re.sub(r'[.][0-9]+$', '', flag)}: {text}" if flag else text for flag, text in named)
     if isinstance(error, cyclopts.UnusedCliTokensError | cyclopts.UnknownOptionError) and error.unused_tokens:
         return f"{error.unused_tokens[0]}: unexpected argument; remove it"
     return str(error)

@@ -275,9 +275,8 @@ def _target_and_prompt(
         return target, name, None, {}
     if protocol.prompt_task == task:
         raise UserError(f"--prompt-task {task}: is the task itself; name another task, or leave it out")
-    order = config.context.order
-    if protocol.prompt_order == "shuffled" and (count == 1 or order == "random"):
-        raise UserError(f"--prompt-order shuffled: changes nothing for {count} in {order} order; leave it out")
+    if protocol.prompt_order == "shuffled" and (count == 1 or config.context.order == "random"):
+        raise UserError("--prompt-order shuffled: has no effect on one trajectory or on a random order; leave it out")
     prompt, drawn = draw_prompt(
         info,
         store,

@@ -283,7 +283,7 @@ def test_prompts_as_controls(trained: TrainedPolicy, at_run: Path, jaco_store: E
         Protocol(prompt_order="shuffled")
     with pytest.raises(UserError, match="is the task itself"):
         drawn(prompt_task=TASK)
-    with pytest.raises(UserError, match="changes nothing for 1"):
+    with pytest.raises(UserError, match="no effect on one trajectory"):
         policy_evaluation(trained, at_run, Protocol(prompt_trajectories=1, prompt_order="shuffled"))
 
 
