@@ -8,10 +8,11 @@ import difflib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ringrl.data.exorl.archive import Archive, open_zip
 from ringrl.data.exorl.importer import import_archive
-from ringrl.data.exorl.transfer import PATIENT, Patience, Transfer
+from ringrl.data.exorl.transfer import Transfer
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.writer import finished_store
 from ringrl.envs import DOMAINS, Domain, domain_named
@@ -39,7 +40,8 @@ def download_archive(
     *,
     url: str = PUBLIC_ADDRESS,
     spare: float = 0.0,
-    patience: Patience = PATIENT,
+    timeout: float = 30.0,
+    pause: float = 1.0,
     progress: Progress = _ignore,
     notice: Notice = _ignore,
 ) -> Path:
@@ -61,7 +63,8 @@ def download_archive(
         known_size=known_size,
         spare=spare,
         advice=f"known are {', '.join(DOMAINS)} with {', '.join(ALGORITHMS)}, check --url",
-        patience=patience,
+        timeout=timeout,
+        pause=pause,
         progress=progress,
         notice=notice,
     )
@@ -91,7 +94,8 @@ def download_store(
     *,
     delete_archive: bool = False,
     url: str = PUBLIC_ADDRESS,
-    patience: Patience = PATIENT,
+    timeout: float = 30.0,
+    pause: float = 1.0,
     progress: Progress = _ignore,
     import_progress: Progress = _ignore,
     notice: Notice = _ignore,
@@ -113,9 +117,8 @@ def download_store(
         finished_store(path, store.provenance)  # deletes what a kill left
         notice(f"{path}: already exists, imported from {store.source}")
     else:
-        download_archive(
-            domain, algorithm, folder, url=url, spare=STORE_SHARE, patience=patience, progress=progress, notice=notice
-        )
+        options: dict[str, Any] = {"timeout": timeout, "pause": pause, "progress": progress, "notice": notice}
+        download_archive(domain, algorithm, folder, url=url, spare=STORE_SHARE, **options)
         store = import_archive(archive, path, found.name, progress=import_progress)
     if delete_archive and archive.exists():
         _delete_archive(archive, store, found)

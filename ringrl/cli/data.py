@@ -38,13 +38,13 @@ def download(
         url: address that contains DOMAIN/ALGORITHM.zip (http or https).
         timeout: seconds without data from the server before the request is repeated.
     """
-    from ringrl.data.exorl.download import Patience, download_archive, download_store
+    from ringrl.data.exorl.download import download_archive, download_store
     from ringrl.data.store.summary import describe
 
     if delete_archive and not import_store:
         raise UserError("--delete-archive: would keep nothing without --import; add --import")
     with _bars() as (bar, notice):
-        options: dict[str, Any] = {"url": url, "patience": Patience(timeout=timeout), "notice": notice}
+        options: dict[str, Any] = {"url": url, "timeout": timeout, "notice": notice}
         options["progress"] = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)
         if import_store:
             options |= {"delete_archive": delete_archive, "import_progress": bar("importing")}

@@ -14,10 +14,10 @@ from ringrl.cli import main
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl.download import ALGORITHMS, KNOWN_SIZES, STORE_SHARE, download_archive, download_store
 from ringrl.data.exorl.importer import Subset
-from ringrl.data.exorl.transfer import Patience, Transfer
+from ringrl.data.exorl.transfer import Transfer
 from ringrl.errors import UserError
 
-QUICK = Patience(timeout=20, retries=5, pause=0)
+QUICK = {"timeout": 20, "pause": 0}
 FILE = "/cartpole/rnd.zip"
 
 
@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
 
 
 def fetch(site, folder: Path, **keywords) -> Path:
-    return download_archive("cartpole", "rnd", folder, **{"url": site.url, "patience": QUICK} | keywords)
+    return download_archive("cartpole", "rnd", folder, **{"url": site.url} | QUICK | keywords)
 
 
 def test_an_archive_arrives_whole_and_only_once(site, archive, tmp_path):
@@ -46,8 +46,8 @@ def test_an_archive_arrives_whole_and_only_once(site, archive, tmp_path):
 def test_the_known_size_of_a_public_archive_is_required(site, archive, tmp_path):
     assert KNOWN_SIZES["walker", "rnd"] == 2_585_461_986
     site.files["/walker/rnd.zip"] = archive
-    with pytest.raises(UserError, match=f"announces {len(archive):,} bytes, but this file has 2,585,461,986"):
-        download_archive("walker", "rnd", tmp_path, url=site.url, patience=QUICK)
+    with pytest.raises(UserError, match=f"announces {len(archive):,} bytes, and the file has 2,585,461,986"):
+        download_archive("walker", "rnd", tmp_path, url=site.url, **QUICK)
     assert names(tmp_path) == []
     (tmp_path / "walker" / "rnd.zip").write_bytes(archive)
     with pytest.raises(UserError, match=r"rnd\.zip: has .* bytes, the public archive 2,585,461,986"):
@@ -84,7 +84,7 @@ def test_errors_about_unknown_names_suggest_similar_names(tmp_path):
     with pytest.raises(UserError, match="there are aps, icm_apt, diayn"):
         download_store("walker", "../ddpg", tmp_path)
     with pytest.raises(UserError, match="--timeout"):
-        Patience(timeout=float("nan"))
+        download_archive("cartpole", "rnd", tmp_path, timeout=float("nan"))
 
 
 def command(site, folder: Path, *flags: str) -> list[str]:
@@ -170,9 +170,9 @@ def test_a_file_too_large_for_the_disk_is_rejected_before_its_first_byte(site, t
 
 
 def test_space_for_the_store_is_required_without_the_received_bytes(site, archive, tmp_path, monkeypatch):
-    site.answers = [{"cut": 100_000}]
-    with pytest.raises(UserError, match="cut after"):
-        fetch(site, tmp_path, patience=Patience(retries=0))
+    site.answers = [{"cut": 100_000}] + [{"status": 503}] * 5
+    with pytest.raises(UserError, match="100,000 bytes are kept"):
+        fetch(site, tmp_path)
     missing = len(archive) - 100_000
     usage = shutil.disk_usage(tmp_path)
 
@@ -184,7 +184,7 @@ def test_space_for_the_store_is_required_without_the_received_bytes(site, archiv
         fetch(site, tmp_path)
     free(missing + int(STORE_SHARE * len(archive)) - 1)
     with pytest.raises(UserError, match=r"0\.7 MB are needed"):
-        download_store("cartpole", "rnd", tmp_path, url=site.url, patience=QUICK)
+        download_store("cartpole", "rnd", tmp_path, url=site.url, **QUICK)
     free(missing)
     assert fetch(site, tmp_path).read_bytes() == archive
 
@@ -200,7 +200,7 @@ def test_an_archive_becomes_a_store(episodes_site, cartpole_zip, tmp_path, capsy
     episodes_site.answers = [{"cut": 10_000}]
     calls = []
     store = download_store(
-        "cartpole", "rnd", tmp_path, url=episodes_site.url, patience=QUICK,
+        "cartpole", "rnd", tmp_path, url=episodes_site.url, **QUICK,
         import_progress=lambda *call: calls.append(call),
     )  # fmt: skip
     assert calls == [(1, 3), (2, 3), (3, 3)]
@@ -228,7 +228,7 @@ def test_the_archive_is_deleted_only_after_its_store_is_verified(episodes_site, 
     assert episodes_site.requests == []
 
     def again():
-        return download_store("cartpole", "rnd", tmp_path, url=episodes_site.url, patience=QUICK, delete_archive=True)
+        return download_store("cartpole", "rnd", tmp_path, url=episodes_site.url, **QUICK, delete_archive=True)
 
     assert again().num_episodes == 3
     assert names(tmp_path) == ["rnd.h5"]
@@ -273,5 +273,5 @@ def test_a_store_of_other_data_is_kept(episodes_site, store, tmp_path):
 
 def test_an_archive_that_cannot_be_imported_is_kept(site, tmp_path):
     with pytest.raises(UserError, match="contains no episodes"):
-        download_store("cartpole", "rnd", tmp_path, url=site.url, patience=QUICK, delete_archive=True)
+        download_store("cartpole", "rnd", tmp_path, url=site.url, **QUICK, delete_archive=True)
     assert names(tmp_path) == ["rnd.zip"]
