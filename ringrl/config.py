@@ -44,6 +44,11 @@ class Section(pydantic.BaseModel):
                 raise ValueError(f"{name}: {value} is too large; give at most {most}")
         return self
 
+    def _check_unused(self, name: str, reason: str) -> None:
+        """Raise an error if a setting differs from its default although it has no effect."""
+        if getattr(self, name) != type(self).model_fields[name].default:
+            raise ValueError(f"{name}: has no effect {reason}")
+
 
 class ContextConfig(Section):
     """How trajectories are combined into one context."""
@@ -88,14 +93,18 @@ class ContextConfig(Section):
         return self.trajectories * (self.segment_steps or episode_length)
 
     @pydantic.model_validator(mode="after")
-    def _check_history(self) -> Self:
+    def _check_sampling(self) -> Self:
         if self.sampling == "history_window" and (self.best_fraction < 1 or self.max_transitions is not None):
             raise ValueError(
                 "sampling: history_window needs consecutive episodes, but best_fraction and max_transitions remove "
                 "some; leave both out (`ringrl data import --subset first` shortens a history)"
             )
-        if self.history_stride > 1 and self.sampling != "history_window":
-            raise ValueError(f"history_stride: has no effect with sampling {self.sampling}; use history_window")
+        if self.sampling != "history_window":
+            self._check_unused("history_stride", f"with sampling {self.sampling}; use history_window")
+        if self.segment_steps is None:
+            self._check_unused("segment_start_share", "without segments; set segment_steps, too")
+        if self.first_steps_weight == 1:
+            self._check_unused("first_steps", "with first_steps_weight 1; change the weight, too")
         return self
 
 
@@ -168,11 +177,13 @@ class ModelConfig(Section):
         return self.episode_window if len(self.episode_window) > 1 else (self.episode_window or (None,)) * self.layers
 
     @pydantic.model_validator(mode="after")
-    def _check_windows(self) -> Self:
+    def _check_inputs(self) -> Self:
         if len(self.episode_window) > 1 and len(self.episode_window) != self.layers:
             raise ValueError(
                 f"episode_window: {len(self.episode_window)} values for {self.layers} layers; give 1 or {self.layers}"
             )
+        if self.token_set == "dt3" and self.family.uses("model.past_rewards"):
+            self._check_unused("past_rewards", "with token_set dt3, which has no rewards; leave it on")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -346,6 +357,8 @@ class TrainConfig(Section):
                 "validation_fraction: history_window needs consecutive episodes, but held-out episodes make gaps; "
                 "leave it out"
             )
+        if not self.validation_fraction:
+            self._check_unused("validate_every", "without held-out episodes; set validation_fraction, too")
         return self
 
 

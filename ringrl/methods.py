@@ -67,7 +67,8 @@ class Method:
 _FEED_FORWARD = {"layers": 2, "width": 256}
 _CLONING = {"kind": "behaviour_cloning", **_FEED_FORWARD}
 _ALONE = {
-    "trajectories": 1, "other_tasks": [], "segment_steps": None, "first_steps_weight": 1.0, "history_stride": 1,
+    "trajectories": 1, "other_tasks": [], "segment_steps": None, "segment_start_share": 0.5, "first_steps": 20,
+    "first_steps_weight": 1.0, "history_stride": 1,
 }  # fmt: skip
 _TD3 = {
     "model": {"kind": "td3_bc", "dtype": "float32", "remat": "none", **_FEED_FORWARD},
@@ -94,7 +95,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "dt": Method(
             "Decision Transformer",
             {
-                "model": {"kind": "transformer", "token_set": "dt3", "timestep_embedding": True},
+                "model": {"kind": "transformer", "token_set": "dt3", "timestep_embedding": True, "past_rewards": "on"},
                 "context": {"trajectories": 1, "target": "own", "history_stride": 1},
             },
         ),

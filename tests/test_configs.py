@@ -57,6 +57,10 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"context": {"segment_start_share": -0.1}}, "greater than or equal to 0"),
         ({"context": {"segment_steps": 0}}, "greater than or equal to 1"),
         ({"context": {"history_stride": 0}}, "greater than or equal to 1"),
+        ({"context": {"segment_start_share": 0.2}}, "segment_start_share: has no effect without segments"),
+        ({"context": {"first_steps": 5}}, "first_steps: has no effect with first_steps_weight 1"),
+        ({"model": {"past_rewards": "off", "token_set": "dt3"}}, "past_rewards: has no effect with token_set dt3"),
+        ({"validate_every": 5}, "validate_every: has no effect without held-out episodes; set validation_fraction"),
         ({"context": {"first_steps": 0}}, "greater than or equal to 1"),
         ({"context": {"first_steps_weight": 0}}, "greater than 0"),
         ({"optimiser": {"stepz": 3}}, "there is no setting stepz; did you mean steps\\?"),
@@ -70,6 +74,19 @@ def test_training_presets_are_valid(name: str) -> None:
 def test_incompatible_settings_are_errors(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TrainConfig.model_validate(REQUIRED | settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"context": {"segment_start_share": 0.2, "segment_steps": 9, "first_steps": 5, "first_steps_weight": 50}},
+        {"context": {"segment_start_share": 0.5, "first_steps": 20}, "validate_every": 100},  # defaults
+        {"model": {"past_rewards": "off"}, "validate_every": 5, "validation_fraction": 0.1},
+        {"model": {"past_rewards": "off", "token_set": "dt3", "kind": "behaviour_cloning"}},  # uses neither
+    ],
+)
+def test_settings_with_an_effect_are_accepted(settings: dict) -> None:
+    TrainConfig.model_validate(REQUIRED | settings)
 
 
 def test_settings_are_merged() -> None:

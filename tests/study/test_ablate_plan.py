@@ -141,8 +141,11 @@ def test_prompts_as_controls(write_plan) -> None:
         cells(plan_of(write_plan, **changes))
 
 
-def test_only_algorithm_distillation_has_a_stride_in_its_history(write_plan) -> None:
-    settings = {"context": {"history_stride": 2, "segment_steps": 50}}
+def test_methods_leave_out_settings_without_effect(write_plan) -> None:
+    """Only algorithm distillation has a stride in its history. Methods without a context have no segments."""
+    context = {"history_stride": 2, "segment_steps": 50, "segment_start_share": 0.2}
+    context |= {"first_steps": 5, "first_steps_weight": 50}
+    settings = {"context": context, "model": {"past_rewards": "off"}}
     baselines = ["bc", "bc-10%", "dt", "td3+bc"]
     found = cells(plan_of(write_plan, methods=["at", "ad"], trajectories=[2], baselines=baselines, settings=settings))
     contexts = {cell.folder.name: cell.config.context for cell in found}
