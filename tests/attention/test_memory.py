@@ -1,5 +1,7 @@
 """Scratch memory per device against the size of the ring."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,21 +15,27 @@ pytestmark = pytest.mark.usefixtures("eight_devices", "optimised")
 LOCAL_TOKENS = 512
 
 
-def scratch_bytes(ring: int, strategy: str) -> int:
-    """Return the scratch memory of forward and backward pass per device, from the compiler."""
+def scratch_bytes(ring: int, strategy: str, window: int | None = None) -> int:
+    """Return the scratch memory of forward and backward pass per device, from the compiler.
+
+    With a window, queries also see a global prefix.
+    """
     mesh = Mesh(np.array(jax.devices()[:ring]), ("seq",))
     sharding = NamedSharding(mesh, PartitionSpec(None, "seq"))
     q = jax.ShapeDtypeStruct((1, ring * LOCAL_TOKENS, 2, 64), jnp.float32, sharding=sharding)
+    ends = None if window is None else jax.ShapeDtypeStruct(q.shape[:2], jnp.int32, sharding=sharding)
+    attend = partial(ring_attention, mesh=mesh, strategy=strategy, local_window_size=window)
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return ring_attention(q, k, v, mesh=mesh, strategy=strategy).sum()
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array | None) -> jax.Array:
+        return attend(q, k, v, global_prefix=ends).sum()
 
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, q, q).compile()
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, q, q, ends).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_scratch_memory_is_constant_in_the_ring_size():
-    two, eight = (scratch_bytes(ring, "ring") for ring in (2, 8))
+@pytest.mark.parametrize("window", [None, 20])
+def test_scratch_memory_is_constant_in_the_ring_size(window):
+    two, eight = (scratch_bytes(ring, "ring", window) for ring in (2, 8))
     assert two > 2 * LOCAL_TOKENS * 2 * 64 * 4, "at least keys and values of one block"
     assert abs(eight - two) <= 0.05 * two
 

@@ -5,6 +5,7 @@ Needs libtpu in jax's version (`pip install "jax[tpu]"`); skipped without it.
 
 import importlib.util
 import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -54,18 +55,25 @@ def loops_that_send(text: str, implementation: str) -> list[list[str]]:
     return [steps for steps in (steps_of(x, implementation) for x in inner) if "send" in steps]
 
 
-def compile_for(topology: str, implementation: str = "mosaic_tpu") -> Program:
-    """Compile forward and backward pass of a causal zigzag bfloat16 ring over all chips of a topology."""
+def compile_for(topology: str, implementation: str = "mosaic_tpu", window: int | None = None) -> Program:
+    """Compile forward and backward pass of a causal zigzag bfloat16 ring over all chips of a topology.
+
+    With a window, queries also see a global prefix.
+    """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices), ("seq",))
     shape = 1, LOCAL_TOKENS * len(devices), HEADS, HEAD_DIM
-    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "seq")))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "seq"))
+    q, ends = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding), None
+    if window is not None:
+        ends = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=sharding)
+    attend = partial(ring_attention, mesh=mesh, implementation=implementation, local_window_size=window)
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple:
-        o, backward = jax.vjp(lambda *qkv: ring_attention(*qkv, mesh=mesh, implementation=implementation), q, k, v)
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, ends: jax.Array | None) -> tuple:
+        o, backward = jax.vjp(partial(attend, global_prefix=ends), q, k, v)
         return o, backward(do)
 
-    compiled = jax.jit(run).lower(q, q, q, q).compile()
+    compiled = jax.jit(run).lower(q, q, q, q, ends).compile()
     text = compiled.as_text()
     assert "is_scheduled=true" in text
     return Program(loops_that_send(text, implementation), text, compiled.memory_analysis().temp_size_in_bytes)
@@ -78,13 +86,13 @@ def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch, optimised: None) -> None:
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(("implementation", "window"), [("xla", None), ("mosaic_tpu", None), ("mosaic_tpu", 20)])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_kernels_run_during_sends(topology, implementation):
+def test_kernels_run_during_sends(topology, implementation, window):
     """In both loops all sends start before the last kernel (backward may have two), some before the first kernel, and
     all receives follow the last kernel. Nothing is gathered.
     """
-    program = compile_for(topology, implementation)
+    program = compile_for(topology, implementation, window)
     forward, backward = sorted(program.loops, key=len)
     for steps, arrays in ((forward, 1), (backward, 2)):
         kernels = [i for i, step in enumerate(steps) if step == "kernel"]

@@ -1,5 +1,7 @@
 """Attention under jit, grad, vmap and remat, and its memory."""
 
+from functools import partial
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -83,15 +85,23 @@ def test_remat_that_saves_the_name_computes_attention_once(qkv):
     assert nothing > plain
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": False, "local_window_size": 300, "logits_soft_cap": 5.0}])
-def test_scratch_memory_is_linear_in_the_length(options, quick):
+@pytest.mark.parametrize(
+    ("integers", "options"),
+    [
+        ("segment_ids", {}),
+        ("segment_ids", {"is_causal": False, "local_window_size": 300, "logits_soft_cap": 5.0}),
+        ("global_prefix", {"local_window_size": 20}),
+    ],
+)
+def test_scratch_memory_is_linear_in_the_length(integers, options, quick):
     def scratch(tokens: int) -> int:
         q = jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32)
         k = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
         ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
         def run(q, k, v, ids):
-            return jax.grad(lambda *x: attention(*x, segment_ids=ids, **options).sum(), argnums=(0, 1, 2))(q, k, v)
+            attend = partial(attention, **{integers: ids}, **options)
+            return jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))(q, k, v)
 
         return quick(run).lower(q, k, k, ids).compile().memory_analysis().temp_size_in_bytes
 
