@@ -321,6 +321,9 @@ class TrainConfig(Section):
     loss is reported and selects the best checkpoint."""
     validate_every: int = Field(100, ge=1)
     """Steps between measurements of the held-out loss. It is also measured at planned checkpoints."""
+    stop_after: int | None = Field(None, ge=1)
+    """End the run after this many measurements in a row without a new lowest held-out loss; optimiser.steps is the
+    limit. td3_bc ignores this setting: its held-out loss measures imitation, which it does not minimise."""
     context: ContextConfig = ContextConfig()
     """Contexts (td3_bc uses only max_transitions and best_fraction)."""
     model: ModelConfig = ModelConfig()
@@ -336,6 +339,11 @@ class TrainConfig(Section):
     def tasks(self) -> tuple[str, ...]:
         """The tasks that contexts are drawn for."""
         return self.task, *self.context.other_tasks
+
+    @property
+    def patience(self) -> int | None:
+        """`stop_after`, if the kind of model uses it."""
+        return self.stop_after if self.model.family.uses("stop_after") else None
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> Self:
@@ -357,8 +365,8 @@ class TrainConfig(Section):
                 "validation_fraction: history_window needs consecutive episodes, but held-out episodes make gaps; "
                 "leave it out"
             )
-        if not self.validation_fraction:
-            self._check_unused("validate_every", "without held-out episodes; set validation_fraction, too")
+        for name in ("validate_every", "stop_after") if not self.validation_fraction else ():
+            self._check_unused(name, "without held-out episodes; set validation_fraction, too")
         return self
 
 

@@ -146,6 +146,7 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
             ignored=(
                 *_TRANSFORMER_ONLY,
                 *(f"context.{name}" for name in _CONTEXTS_ONLY),
+                "stop_after",
             ),
             source="transitions",
             splits_batches=False,

@@ -46,6 +46,7 @@ def train(
     """
     from ringrl.training import read_info
     from ringrl.training import train as train_run
+    from ringrl.training.checkpoints import EarlyStopping
     from ringrl.training.distributed import is_wanted
     from ringrl.training.slurm import submit
     from ringrl.training.supervisor import run_supervised
@@ -66,7 +67,7 @@ def train(
     elif run_supervised(partial(work, resume=is_resumed), distributed) != 0:
         return  # process 0 reports
     step, steps = read_info(run)[0], settings.optimiser.steps
-    if step < steps:  # a signal stopped it
+    if step < steps and not EarlyStopping.saved(run, step).has_converged(settings):  # a signal stopped it
         print(f"{run}: step {step} of {steps}; next: {command_line()}{'' if is_resumed else ' --resume'}")
     else:
         print(f"{run}; next: ringrl evaluate --checkpoint {shlex.quote(str(run))}")

@@ -43,7 +43,7 @@ from ringrl.files import with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import load_policy, train
-from ringrl.training.checkpoints import CHECKSUM, with_checksum, without_checksum
+from ringrl.training.checkpoints import CHECKSUM, EarlyStopping, with_checksum, without_checksum
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
 EVALUATION = "evaluation.jsonl"
@@ -143,7 +143,8 @@ class Cell(Work):
             write(self.folder / "config.yaml", to_yaml(self.config))
         train(self.config, resume=True)
         trained = load_policy(self.folder)
-        if trained.step < self.config.optimiser.steps:
+        has_converged = EarlyStopping.saved(self.folder, trained.step).has_converged(self.config)
+        if trained.step < self.config.optimiser.steps and not has_converged:
             raise UserError(f"{self.folder}: training was stopped after step {trained.step}; --retry resumes it")
         compiled = compile_policy(trained, Protocol(), self.config.task)
         own: dict[str, Any] = {"command": command, "compiled": compiled, "variant": self.variant}

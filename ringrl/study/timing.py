@@ -26,7 +26,7 @@ from ringrl.files import json_digest, temporary_folder, with_crc, without_crc
 from ringrl.study.cells import Cell, write
 from ringrl.training import TrainedPolicy, load_policy, train
 from ringrl.training.budget import step_cost
-from ringrl.training.checkpoints import saved_steps
+from ringrl.training.checkpoints import EarlyStopping, saved_steps
 
 TIMINGS = "timing.json"
 STEPS = 6  # of the optimiser; the first includes compilation and is not counted
@@ -82,7 +82,7 @@ def measure(cell: Cell) -> Timing:
     """Return the timing of a cell, from a few steps in a temporary folder."""
     short = cell.of_steps(STEPS).config
     with temporary_folder() as folder:
-        changes = {"run": folder / "run", "log": (), "log_every": 1, "checkpoint_every": STEPS}
+        changes = {"run": folder / "run", "log": (), "log_every": 1, "checkpoint_every": STEPS, "stop_after": None}
         began = time.perf_counter()
         run = train(short.model_copy(update=changes), quiet=True)
         whole = time.perf_counter() - began
@@ -153,7 +153,8 @@ def cost(cell: Cell, timings: Mapping[str, Timing]) -> CellCost:
     """Return the remaining cost of a cell. A started evaluation counts whole."""
     config, length = cell.config, domain_of(cell.config.task).episode_length
     done = max(saved_steps(cell.folder), default=0)
-    one, steps = step_cost(config, length), max(0, config.optimiser.steps - done)
+    has_converged = EarlyStopping.saved(cell.folder, done).has_converged(config)
+    one, steps = step_cost(config, length), 0 if has_converged else max(0, config.optimiser.steps - done)
     timing = timings.get(shape(cell))
     episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in cell.protocols)
     return CellCost(

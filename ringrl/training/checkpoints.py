@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,27 @@ class RunInfo:
         )
 
 
+class EarlyStopping(NamedTuple):
+    """How long the held-out loss has not fallen. Saved in the checkpoints of runs with `stop_after`."""
+
+    lowest: float | None = None
+    since: int = 0  # measurements in a row without a new lowest loss
+
+    def after(self, loss: float) -> "EarlyStopping":
+        """Return the state after a measurement of the held-out loss, which may not be finite."""
+        is_lowest = np.isfinite(loss) and (self.lowest is None or loss < self.lowest)
+        return EarlyStopping(loss) if is_lowest else self._replace(since=self.since + 1)
+
+    def has_converged(self, config: TrainConfig) -> bool:
+        """Return whether a run ends for this reason."""
+        return config.patience is not None and self.since >= config.patience
+
+    @classmethod
+    def saved(cls, run: Path, step: int) -> "EarlyStopping":
+        """Return the state in a checkpoint."""
+        return cls(*(_saved_metrics(run / "checkpoints" / str(step)) or {}).get("early_stopping", ()))
+
+
 class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read, now or later."""
 
@@ -117,6 +138,7 @@ class Checkpoints:
         iterator: dict[str, Any],
         loss: float | None,
         validation_loss: float | None = None,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         """Write the states of training and of the batch iterator, and the recent losses, in the background.
 
@@ -127,7 +149,9 @@ class Checkpoints:
         values = {
             "info": info.to_json() | {ARRAY_CHECKSUMS: checksums},
             "iterator": iterator,
-            "metrics": {"loss": loss} | ({"validation_loss": validation_loss} if is_known else {}),
+            "metrics": {"loss": loss}
+            | ({"validation_loss": validation_loss} if is_known else {})
+            | ({"early_stopping": early_stopping} if info.config.patience else {}),
         }
         items: dict[str, Any] = {name: ocp.args.JsonSave(with_checksum(value)) for name, value in values.items()}
         self.wait()
@@ -242,7 +266,7 @@ class Checkpoints:
             ) from None
 
 
-def _saved_metrics(checkpoint: Path) -> dict[str, float | None] | None:
+def _saved_metrics(checkpoint: Path) -> dict[str, Any] | None:
     """Return the metrics of a checkpoint; None if they cannot be read or other parts of it are missing."""
     if not all((checkpoint / part).exists() for part in PARTS):
         return None

@@ -23,7 +23,7 @@ from ringrl.model import TrainState, make_agent
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
 from ringrl.training.budget import step_cost
-from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, RunInfo, read_info
+from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, EarlyStopping, RunInfo, read_info
 from ringrl.training.distributed import stop_on_signal
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
@@ -110,12 +110,14 @@ def _run_steps(
     """Take the remaining steps. `sources`: the batches of training, then those of `held_out_sources`."""
     config, console, (source, *held_out_batches) = info.config, progress.console, sources
     agent = make_agent(partial(info.make_policy, parallel), config, parallel)
-    batches = iterate_batches(source, config.optimiser.steps)
     state, iterator = _newest(info, agent.init(), checkpoints, console)
+    start = int(state.step)
+    early_stopping = EarlyStopping.saved(config.run, start)
+    end = start if early_stopping.has_converged(config) else config.optimiser.steps
+    batches = iterate_batches(source, end)
     if iterator is not None:
         batches.set_state(iterator)
-    start = int(state.step)
-    progress.disable |= start >= config.optimiser.steps  # else a finished run prints an empty line in a log
+    progress.disable |= start >= end  # else a finished run prints an empty line in a log
     with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_signal() as stop:
         if log is not None and log.missing:
             what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"
@@ -131,18 +133,26 @@ def _run_steps(
             is_planned = step % config.checkpoint_every == 0 or step == config.optimiser.steps
             is_due = held_out_batches and (is_planned or step % config.validate_every == 0)
             validation = validate(state.params) if is_due else {}
+            if validation and config.patience:
+                early_stopping = early_stopping.after(validation["validation_loss"])
+                validation["validations_without_fall"] = early_stopping.since
             recorder.add(step, metrics | validation)
-            is_last = stop.after(step)
+            has_converged = early_stopping.has_converged(config)
+            is_last = stop.after(step) or has_converged
             is_checkpoint = is_last or is_planned
             loss = recorder.flush() if is_checkpoint or step % config.log_every == 0 else None
             if is_checkpoint or recorder.failure:
-                checkpoints.save(state, info, batches.get_state(), loss, validation.get("validation_loss"))
+                held_out_loss = validation.get("validation_loss")
+                checkpoints.save(state, info, batches.get_state(), loss, held_out_loss, early_stopping)
             if recorder.failure:
                 raise recorder.failure
             if is_last:
                 checkpoints.wait()
-                saved = f"stopped by {stop.signal}: checkpoint saved after step {step}"
-                console.print(f"{saved}; continue with --resume", soft_wrap=True)
+                saved = f"stopped by {stop.signal}: checkpoint saved after step {step}; continue with --resume"
+                if has_converged:
+                    last = "validation" if config.patience == 1 else f"{config.patience} validations"
+                    saved = f"stopped at step {step}: validation loss has not fallen in the last {last}"
+                console.print(saved, soft_wrap=True)
                 return
 
 

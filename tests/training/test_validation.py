@@ -25,7 +25,7 @@ from ringrl.model import make_agent, make_policy
 from ringrl.model.agents.imitation import ImitationPolicy
 from ringrl.model.parallel import ONE_DEVICE
 from ringrl.training import load_policy, read_info, train
-from ringrl.training.checkpoints import Checkpoints, best_step
+from ringrl.training.checkpoints import Checkpoints, EarlyStopping, best_step
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder
 from ringrl.training.sources import held_out_sources
@@ -197,6 +197,53 @@ def test_the_best_checkpoint_has_the_lowest_held_out_loss(tiny: TrainConfig, tmp
     assert Checkpoints(config.run).steps() == sorted({best, 13, 14})
     assert load_policy(config.run, kind="best").step == best
     assert load_policy(config.run).step == 14
+
+
+def test_a_run_ends_when_the_held_out_loss_stops_falling(tiny: TrainConfig) -> None:
+    changes = {"checkpoint_every": 2, "validate_every": 2, "optimiser": {"learning_rate": 0.05, "steps": 30}}
+    whole = with_held_out(tiny, **changes)
+    train(whole, quiet=True)
+    lowest, count = np.inf, 0
+    for step, fields in validations(whole.run).items():
+        end, loss = step, fields["validation_loss"]
+        lowest, count = min(lowest, loss), count + 1 if loss >= lowest else 0
+        if count == 2:
+            break
+    assert 6 <= end < 30
+    config, output = with_held_out(tiny, run=tiny.run.with_name("ends"), stop_after=2, **changes), io.StringIO()
+    train(config, console=Console(file=output, width=200))
+    assert f"stopped at step {end}: validation loss has not fallen in the last 2 validations\n" in output.getvalue()
+    expected = entries(config.run)
+    without_counts = [{key: x for key, x in one.items() if key != "validations_without_fall"} for one in expected]
+    assert without_counts == entries(whole.run)[:end]
+    assert expected[-1]["validations_without_fall"] == 2
+    before = {path: path.read_bytes() for path in (config.run / "checkpoints").rglob("*") if path.is_file()}
+    train(config, resume=True, quiet=True)
+    assert {path: path.read_bytes() for path in before} == before, "a finished run"
+    shutil.rmtree(config.run / "checkpoints" / str(end))
+    assert EarlyStopping.saved(config.run, end - 2).since == 1, "the loss had not fallen at the checkpoint before"
+    train(config, resume=True, quiet=True)  # as if the run was killed after that checkpoint
+    assert entries(config.run) == expected
+    assert read_info(config.run)[0] == end
+
+
+@given(st.lists(st.floats(width=16), max_size=12))
+def test_when_a_loss_has_not_fallen(losses: list[float]) -> None:
+    stopping = EarlyStopping()
+    for loss in losses:
+        stopping = EarlyStopping(*json.loads(json.dumps(stopping.after(loss), allow_nan=False)))
+    finite = [loss if np.isfinite(loss) else np.inf for loss in losses]
+    since = len(losses) - 1 - int(np.argmin(finite)) if np.isfinite(finite).any() else len(losses)
+    assert stopping.since == since
+
+
+def test_stop_after_is_for_held_out_losses_that_training_minimises(tiny: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="stop_after: has no effect without held-out episodes; set validation_fract"):
+        TrainConfig.model_validate(tiny.model_dump() | {"stop_after": 1})
+    assert with_held_out(tiny, stop_after=1).patience == 1
+    td3 = with_held_out(tiny, model={"kind": "td3_bc"}, stop_after=1, validate_every=1, optimiser={"learning_rate": 1})
+    train(td3, quiet=True)
+    assert read_info(td3.run)[0] == 14
 
 
 @given(st.lists(st.tuples(*[st.one_of(st.none(), st.floats(0, 9))] * 2), min_size=1, max_size=6))
