@@ -214,7 +214,7 @@ def policy_evaluation(
         configuration_hash=configuration_hash(config),
         data_fingerprint=info.data_fingerprint,
         settings=recipe(config),
-        budget=budget(info, trained.step, run),
+        budget=budget(info, trained.steps_taken, run),
         cache_devices=trained.parallel.ring_size,
         cache_dtype=protocol.cache_dtype if has_context and protocol.cache_dtype != config.model.dtype else None,
         **prompt_fields,

@@ -298,8 +298,8 @@ def _unlike_settings(rows: pd.DataFrame) -> list[str]:
 
 def _unlike_budgets(rows: pd.DataFrame) -> list[str]:
     """Return the steps of each length if the lengths share no budget (steps, data, tokens, FLOPs or time)."""
-    runs = rows[rows["steps"].notna()].groupby(RUN, as_index=False)[list(_KINDS)].first()
-    if runs.empty or any(_is_shared(runs[kind].to_numpy(np.float64)) for kind in _KINDS):
+    runs = rows[rows["steps"].notna()].groupby(RUN, as_index=False)[["converged", *_KINDS]].first()
+    if runs["converged"].all() or any(_is_shared(runs[kind].to_numpy(np.float64)) for kind in _KINDS):
         return []
     parts = [
         f"{' or '.join(f'{steps:,.0f}' for steps in sorted(group.unique()))} steps with {length}"

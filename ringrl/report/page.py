@@ -96,7 +96,10 @@ IMPROVEMENT_COLUMNS = [
 ]  # fmt: skip
 TRAINING_COLUMNS = [
     Column("task", "Task"), Column("method", "Method"), Column("train_trajectories", "Trained on", form=count),
-    Column("steps", "Steps", "of the optimiser", amount), Column("tokens", "Tokens", "seen in training", amount),
+    Column("steps", "Steps", "of the optimiser", amount),
+    Column("steps_trained", "Checkpoint", "steps of the evaluated checkpoint, if it is not the last", amount),
+    Column("converged", "Converged", "share of runs that ended because the held-out loss no longer fell", share),
+    Column("tokens", "Tokens", "seen in training", amount),
     Column("flops", "FLOPs", "of the transformer blocks", amount), Column("seconds", "Seconds", form=amount),
     Column("tokens_per_second", "Tokens per second", "median over the steps of a run, IQM over seeds", amount),
     Column("peak_memory", "Memory (bytes)", "most that a device holds in a training step", amount),
@@ -276,8 +279,8 @@ def _spec(panel: Any) -> Markup:
 
 
 def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:
-    """Return the columns with a value. The columns of failures and prompts also need a value other than zero."""
-    zero = ("failed", "prompt_trajectories")
+    """Return the columns with a value. Those of failures, prompts and convergence need a value other than zero."""
+    zero = ("failed", "prompt_trajectories", "converged")
     return [
         column for column in columns
         if table[column.name].notna().any() and not (column.name in zero and not table[column.name].any())

@@ -36,7 +36,7 @@ _COPIED = (
     "token_set", "device", "target_policy", "target_return", "train_task", "cache_dtype", "steps_trained", "checkpoint",
     "checkpoint_hash", "configuration_hash", "data_fingerprint", "command", "created", "evaluation",
 )  # fmt: skip
-_BUDGET = ("steps", "timesteps", "tokens", "flops", "seconds", "devices")
+_BUDGET = ("steps", "converged", "timesteps", "tokens", "flops", "seconds", "devices")
 
 Settings = Mapping[str, str]
 
@@ -65,7 +65,7 @@ def read_results(paths: Path | Sequence[Path]) -> pd.DataFrame:
       `start`, the start of this episode; `return`, NaN if the episode failed
     - `counts`: whether reports include the episode; `paired`: whether the episode has a return with and without memory
     - `run`: the training run, equal in all rows that share its checkpoint
-    - `steps`, `timesteps`, `tokens`, `flops`, `seconds`, `devices`: training cost
+    - `steps`, `converged`, `timesteps`, `tokens`, `flops`, `seconds`, `devices`: training cost (see `Budget`)
     - `settings`: settings of the run that are not defaults, as JSON; `versions`, as JSON; and the fields of
       `EvaluationRecord` of the same name.
 

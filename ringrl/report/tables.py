@@ -347,14 +347,18 @@ def last_episodes(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_table(results: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the training cost, throughput and memory of each method and length, from `provenance.training_runs`."""
+    """Return the training cost, throughput and memory of each method and length, from `provenance.training_runs`.
+
+    The steps of the evaluated checkpoints are NaN if these are the last ones.
+    """
     by = ["task", "method", "train_trajectories"]
     costs = (
         results[~results["kind"].isin(["data", "prompt control"])]
-        .groupby([*by, "seed"])[["steps", "tokens", "flops", "seconds"]]
+        .groupby([*by, "seed"])[["steps", "steps_trained", "converged", "tokens", "flops", "seconds"]]
         .first()
     )
-    means = costs.groupby(by).mean()
+    means = costs.astype("float64").groupby(by).mean()
+    means["steps_trained"] = means["steps_trained"].where(means["steps_trained"] < means["steps"])
     logs = runs.groupby(by).agg(
         tokens_per_second=("tokens_per_second", lambda speeds: middle(speeds.dropna())),
         peak_memory=("peak_memory", "max"),

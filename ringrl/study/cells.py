@@ -88,7 +88,10 @@ class Work:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise UserError if the folder belongs to other work. More episodes, prompts or videos are the same work."""
+        """Raise UserError if the folder belongs to other work.
+
+        More episodes, prompts or videos, or the best checkpoint after the last one, are the same work.
+        """
         path = self.folder / CELL
         if not path.exists():
             return
@@ -100,8 +103,9 @@ class Work:
             raise UserError(f"{error}; remove it if it is damaged") from error
         except ValueError as error:
             raise UserError(f"{path}: was edited or damaged ({error}); remove it if the plan is unchanged") from error
-        for name in sorted(self.about.keys() & known.keys() - {"test_trajectories", "prompts", "videos"}):
-            was, now = known[name], self.about[name]
+        about = {"checkpoint": "last", **self.about}
+        for name in sorted(about.keys() & known.keys() - {"test_trajectories", "prompts", "videos"}):
+            was, now = known[name], about[name]
             is_more = name == "episodes" and isinstance(was, int) and now > was
             if was != now and not is_more:
                 raise UserError(f"{path}: {name} was {was}, but is {now} in the plan; give another output")
@@ -142,10 +146,11 @@ class Cell(Work):
         if not (self.folder / "config.yaml").exists():
             write(self.folder / "config.yaml", to_yaml(self.config))
         train(self.config, resume=True)
-        trained = load_policy(self.folder)
-        has_converged = EarlyStopping.saved(self.folder, trained.step).has_converged(self.config)
-        if trained.step < self.config.optimiser.steps and not has_converged:
-            raise UserError(f"{self.folder}: training was stopped after step {trained.step}; --retry resumes it")
+        trained = load_policy(self.folder, kind=self.about.get("checkpoint", "last"))
+        steps = trained.steps_taken
+        has_converged = EarlyStopping.saved(self.folder, steps).has_converged(self.config)
+        if steps < self.config.optimiser.steps and not has_converged:
+            raise UserError(f"{self.folder}: training was stopped after step {steps}; --retry resumes it")
         compiled = compile_policy(trained, Protocol(), self.config.task)
         own: dict[str, Any] = {"command": command, "compiled": compiled, "variant": self.variant}
         evaluations = [
@@ -307,6 +312,12 @@ def _cell(
         "data": fingerprint,
     }
     about |= {"variant": variant} if variant else {}
+    if plan.checkpoint == "best" and config.model.family.source == "contexts":
+        about["checkpoint"] = "best"
+        if not config.validation_fraction:
+            raise UserError(
+                f"{task}, {name}: checkpoint: best needs held-out episodes; set validation_fraction in the settings"
+            )
     protocols = [Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in tests]
     prompts = (
         _prompts(plan.prompts, config.tasks, plan.episodes, trajectories) if plan.prompts and is_rolled_out else []

@@ -82,6 +82,9 @@ class AblationPlan(Section):
     """Episodes per cell: episodes / n streams of contexts of n episodes. All context lengths share the same starts."""
     prompts: PromptPlan | None = None
     """Also roll out single episodes after prompts, for the methods with a context."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Checkpoint to evaluate. best: lowest held-out loss, which needs validation_fraction in the settings. td3 and
+    td3+bc use the last in any case, since their held-out loss measures imitation, not what they maximise."""
     control: bool = True
     """Also roll out every context without memory between its episodes (the matched best-of-n control)."""
     videos: bool = False

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ringrl.config import ModelConfig, Section, TrainConfig
 from ringrl.model.tokens import TOKEN_SETS
-from ringrl.training.checkpoints import RunInfo
+from ringrl.training.checkpoints import EarlyStopping, RunInfo
 
 
 class Budget(Section):
@@ -17,7 +17,9 @@ class Budget(Section):
     largest: ClassVar[int] = 2**63 - 1
 
     steps: int = Field(ge=0)
-    """Optimiser steps."""
+    """Optimiser steps, with those after the best checkpoint if that one was chosen."""
+    converged: bool = False
+    """Whether training ended because the held-out loss no longer fell (see `TrainConfig.stop_after`)."""
     batch_size: int = Field(ge=1)
     """Contexts per step (transitions per step for td3_bc)."""
     timesteps: int = Field(ge=0)
@@ -83,6 +85,7 @@ def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:
     cost = step_cost(config, info.normalisation.episode_length)
     return Budget(
         steps=step,
+        converged=run is not None and EarlyStopping.saved(run, step).has_converged(config),
         batch_size=config.optimiser.batch_size,
         timesteps=step * cost.timesteps,
         transitions=info.transitions,

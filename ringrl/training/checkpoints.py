@@ -334,6 +334,7 @@ class TrainedPolicy:
     info: RunInfo
     step: int
     parameter_hash: str  # sha256 of the parameters
+    steps_taken: int  # optimiser steps that training took, with those after the best checkpoint
     parallel: Parallel = ONE_DEVICE  # divides its contexts
 
     def towards(self, task: str) -> Policy:
@@ -354,6 +355,7 @@ def load_policy(
     best is requested and no checkpoint has a finite loss.
     """
     given, (step, info) = step, read_info(run, step)
+    steps_taken = step
     if given is None and kind == "best":
         if (best := best_step(run)) is None:
             raise UserError(f"{run}: no checkpoint has a finite loss, so none is the best; evaluate the last")
@@ -371,7 +373,7 @@ def load_policy(
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):
         digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())
-    return TrainedPolicy(agent.policy(state.params), info, step, digest.hexdigest(), parallel)
+    return TrainedPolicy(agent.policy(state.params), info, step, digest.hexdigest(), steps_taken, parallel)
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:

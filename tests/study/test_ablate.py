@@ -20,8 +20,9 @@ from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.evaluation.records import read_records
 from ringrl.report.conclusion import starts_warning
+from ringrl.report.provenance import training_runs
 from ringrl.report.results import read_results
-from ringrl.report.tables import returns_table
+from ringrl.report.tables import returns_table, training_table
 from ringrl.study.cells import attempt, cells, references, write
 from ringrl.study.plan import read_plan
 from ringrl.study.runner import RunOptions, ablate, estimate
@@ -128,6 +129,41 @@ def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_r
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     output, error = output_of(write_plan(jaco_store.path, **more, videos=True), QUICK)
     assert str(error).startswith("no video: "), "before anything is run"
+
+
+def test_the_checkpoint_of_the_lowest_held_out_loss_is_evaluated(write_plan, jaco_store: EpisodeStore) -> None:
+    changes = {
+        "trajectories": [1], "baselines": ["td3"], "episodes": 1, "control": False, "budget": "steps",
+        "settings": {
+            "model": {"layers": 1, "width": 16, "token_set": "fused1"},
+            "optimiser": {"steps": 40, "learning_rate": 0.1},
+            "validation_fraction": 0.375, "validate_every": 2, "checkpoint_every": 2, "stop_after": 2,
+        },
+    }  # fmt: skip
+    plan = write_plan(jaco_store.path, **changes)
+    assert finish_all(plan, jaco_store) == ["random", "data", "td3_seed0", "at_1_seed0"]
+    run = read_plan(plan).output / "jaco_reach_top_left" / "at_1_seed0"
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
+    best, end = min(losses, key=losses.__getitem__), len(entries)
+    assert best < end < 40
+    (last,) = read_records(run).records
+    plan = write_plan(jaco_store.path, **changes, checkpoint="best")
+    assert finish_all(plan, jaco_store) == ["at_1_seed0"], "td3 has no such loss"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == end, "not trained again"
+    record = read_records(run).records[-1]
+    assert (last.steps_trained, record.steps_trained) == (end, best)
+    assert record.checkpoint_hash != last.checkpoint_hash
+    (td3,) = read_records(run.parent / "td3_seed0").records
+    assert last.budget == record.budget, "the steps after the best checkpoint count"
+    assert (record.budget.steps, record.budget.converged, td3.budget.converged) == (end, True, False)
+    assert td3.steps_trained == 40
+    results = read_results(run.parent)
+    table = training_table(results, training_runs(results)).set_index("train_trajectories")
+    assert table.loc[1, ["steps", "steps_trained", "converged"]].tolist() == [end, best, 1]
+    (cell,) = (cell for cell in cells(read_plan(write_plan(jaco_store.path, **changes))) if cell.folder == run)
+    with pytest.raises(UserError, match="checkpoint was best, but is last in the plan"):
+        cell.check()
 
 
 def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(write_plan, jaco_store: EpisodeStore) -> None:

@@ -387,6 +387,11 @@ def test_errors_in_plans_name_the_key(write_plan, changes: dict[str, object], wo
     assert "\n" not in str(caught.value)
 
 
+def test_the_best_checkpoint_needs_held_out_episodes(write_plan) -> None:
+    with pytest.raises(UserError, match="at_1: checkpoint: best needs held-out episodes; set validation_fraction in"):
+        cells(plan_of(write_plan, baselines=[], checkpoint="best"))
+
+
 def test_errors_in_settings_name_the_setting(write_plan) -> None:
     plan = plan_of(write_plan, settings=merged({}, {"model": {"layers": 0}}))
     with pytest.raises(UserError, match=r"model\.layers"):
