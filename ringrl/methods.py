@@ -2,7 +2,7 @@
 
 random    uniform actions; nothing is trained
 bc        behaviour cloning: a feed-forward policy imitates all actions of the data
-bc-10%    behaviour cloning on the best tenth of the episodes
+bc-10%    behaviour cloning on the best tenth of the episodes; also bc-25% and bc-50%
 dt        Decision Transformer (2106.01345): one trajectory, conditioned on its own return-to-go
 at        Agentic Transformer (2305.16554): several trajectories, ascending by return, conditioned on the best return
 ad        Algorithm Distillation (2210.14215): several trajectories in the order of collection, no target return
@@ -25,7 +25,7 @@ from ringrl.errors import UserError
 if TYPE_CHECKING:
     from ringrl.config import TrainConfig
 
-MethodName = Literal["bc", "bc-10%", "dt", "at", "ad", "td3", "td3+bc"]
+MethodName = Literal["bc", "bc-10%", "bc-25%", "bc-50%", "dt", "at", "ad", "td3", "td3+bc"]
 """Methods that are trained."""
 
 Kind = Literal["transformer", "behaviour_cloning", "td3_bc"]
@@ -65,7 +65,6 @@ class Method:
 
 # Two hidden layers of 256 units, as in the TD3+BC paper.
 _FEED_FORWARD = {"layers": 2, "width": 256}
-_CLONING = {"kind": "behaviour_cloning", **_FEED_FORWARD}
 _ALONE = {
     "trajectories": 1, "other_tasks": [], "segment_steps": None, "segment_start_share": 0.5, "first_steps": 20,
     "first_steps_weight": 1.0, "history_stride": 1,
@@ -80,18 +79,22 @@ _TD3 = {
     },
 }  # fmt: skip
 
+
+def _cloning(title: str, **context: Any) -> Method:
+    model = {"kind": "behaviour_cloning", **_FEED_FORWARD}
+    return Method(title, {"model": model, "context": _ALONE | context, "optimiser": {"batch_size": 16}})
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "random": Method("Random policy", None),
-        "bc": Method("Behaviour cloning", {"model": _CLONING, "context": _ALONE, "optimiser": {"batch_size": 16}}),
-        "bc-10%": Method(
-            "Behaviour cloning, best 10%",
-            {
-                "model": _CLONING,
-                "context": _ALONE | {"sampling": "uniform", "best_fraction": 0.1},
-                "optimiser": {"batch_size": 16},
-            },
-        ),
+        "bc": _cloning("Behaviour cloning"),
+        **{
+            f"bc-{percent}%": _cloning(
+                f"Behaviour cloning, best {percent}%", sampling="uniform", best_fraction=percent / 100
+            )
+            for percent in (10, 25, 50)
+        },
         "dt": Method(
             "Decision Transformer",
             {
@@ -159,7 +162,7 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
 def method_of(config: TrainConfig) -> str:
     """Return the method's name for a run's settings, as it appears in results.
 
-    Besides the names of METHODS there are "bc-50%" (and other fractions of the episodes), "td3+her" and "td3+bc+her"
+    Besides the names of METHODS there are "bc-30%" (and other fractions of the episodes), "td3+her" and "td3+bc+her"
     (hindsight goals), and a suffix such as "-4tasks" for runs on several tasks.
     """
     context, actor_critic = config.context, config.actor_critic

@@ -15,7 +15,10 @@ from tests.test_cli import rejected
         ("--zzz --model.layer=3", "--zzz: no such flag; --model.layer: no such flag; did you mean --model.layers?"),
         ("--model 3", "--model: no such flag; did you mean --model.kind?"),
         ("--model.heads 3", "--model: heads: width 128 over 3 heads must give an even integer per head"),
-        ("--method foo", "--method: unknown value 'foo'; choose one of bc, bc-10%, dt, at, ad, td3, td3+bc"),
+        (
+            "--method foo",
+            "--method: unknown value 'foo'; choose one of bc, bc-10%, bc-25%, bc-50%, dt, at, ad, td3, td3+bc",
+        ),
         ("--launcher foo", "--launcher: unknown value 'foo'; choose one of none, slurm"),
         ("--log wandb foo", "--log: unknown value 'foo'; choose one of tensorboard, wandb"),
         ("--optimiser.steps", "--optimiser.steps: needs a value"),

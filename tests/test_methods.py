@@ -120,7 +120,8 @@ def test_settings_follow_the_papers() -> None:
     assert (context.order, context.sampling, context.target) == ("history", "history_window", "none")
     assert (config_of("dt").context.trajectories, config_of("dt").context.target) == (1, "own")
     assert (model.token_set, model.timestep_embedding) == ("dt3", True)
-    assert config_of("bc-10%").context.best_fraction == 0.1
+    fractions = [config_of(name).context.best_fraction for name in ("bc", "bc-10%", "bc-25%", "bc-50%")]
+    assert fractions == [1, 0.1, 0.25, 0.5]
     assert config_of("td3").actor_critic.behaviour_cloning == 0
     assert config_of("td3+bc").actor_critic.behaviour_cloning == pytest.approx(1 / 2.5)
     at = config_of("at").context

@@ -56,7 +56,7 @@ class AblationPlan(Section):
     """Tokens per timestep, for the methods with a context. Default: the token set of the settings."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0, 1, 2), min_length=1)
     """Training seeds, below 2**32: JAX ignores higher bits."""
-    baselines: tuple[Literal["bc", "bc-10%", "dt", "td3", "td3+bc"], ...] = ("bc",)
+    baselines: tuple[Literal["bc", "bc-10%", "bc-25%", "bc-50%", "dt", "td3", "td3+bc"], ...] = ("bc",)
     """Methods without memory of other episodes, evaluated in single episodes."""
     budget: Budget = "tokens"
     """Training cost that all cells of a task share. tokens: timesteps of data. steps: optimiser steps with the batch

@@ -20,7 +20,7 @@ from ringrl.study.cells import Cell, attempt, cells, references, write
 from ringrl.study.plan import AblationPlan, read_plan
 from ringrl.study.timing import Timing, cost, read_timings, shape, write_timings
 
-BASELINES = ("bc", "bc-10%", "dt", "td3", "td3+bc")
+BASELINES = ("bc", "bc-10%", "bc-25%", "bc-50%", "dt", "td3", "td3+bc")
 
 
 def plan_of(write_plan, **changes) -> AblationPlan:
@@ -52,7 +52,8 @@ def test_all_methods_see_equal_numbers_of_timesteps(write_plan) -> None:
     plan = plan_of(write_plan, **changes, trajectories_per_batch=8, settings=settings)
     found = {cell.folder.name: cell.config for cell in cells(plan)}
     assert {name: method_of(config) for name, config in found.items()} == {
-        "bc_seed5": "bc-50%", "bc-10_seed5": "bc-10%", "dt_seed5": "dt", "td3_seed5": "td3", "td3+bc_seed5": "td3+bc",
+        "bc_seed5": "bc-50%", "bc-10_seed5": "bc-10%", "bc-25_seed5": "bc-25%", "bc-50_seed5": "bc-50%",
+        "dt_seed5": "dt", "td3_seed5": "td3", "td3+bc_seed5": "td3+bc",
         "at_2_seed5": "at", "at_4_seed5": "at", "ad_2_seed5": "ad", "ad_4_seed5": "ad",
     }  # fmt: skip
     for config in found.values():
@@ -167,6 +168,16 @@ def test_variants_change_one_setting_of_every_cell(write_plan) -> None:
         assert cell.config == type(base).model_validate(merged(base.model_dump(), change | {"run": cell.folder}))
     only = plan_of(write_plan, **changes, variants_only=True)
     assert [cell.folder.name for cell in cells(only)] == list(found)[2:]
+
+
+def test_a_decision_transformer_of_twenty_steps(write_plan) -> None:
+    variants = {"20 steps": {"context": {"segment_steps": 20, "segment_start_share": 0}}}
+    part = {"methods": [], "baselines": ["dt"], "budget": "steps", "variants_only": True, "variants": variants}
+    found = {cell.folder.name: cell for cell in cells(plan_of(write_plan, baselines=["dt"], parts=[part]))}
+    context = found["dt_20-steps_seed0"].config.context
+    assert (context.steps(250), context.segment_start_share, context.target) == (20, 0, "own")
+    assert found["dt_seed0"].config.context.steps(250) == 250
+    assert len(found) == 4
 
 
 def test_parts_override_keys_of_the_plan_and_merge_settings(write_plan) -> None:
@@ -358,7 +369,7 @@ def test_the_example_has_the_cells_of_its_first_line() -> None:
         ({"seeds": 3}, "seeds: expected a list"),
         ({"unknown": 1}, "there is no setting unknown; choose from datasets, output"),
         ({"baseline": ["bc"]}, "there is no setting baseline; did you mean baselines"),
-        ({"baselines": ["at"]}, r"baselines\.0: .*'bc', 'bc-10%', 'dt', 'td3' or 'td3\+bc'"),
+        ({"baselines": ["at"]}, r"baselines\.0: .*'bc', 'bc-10%', 'bc-25%', 'bc-50%', 'dt', 'td3' or 'td3\+bc'"),
         ({"methods": ["dt"]}, r"methods\.0: .*'at' or 'ad'"),
         ({"methods": [], "baselines": []}, "name at least one"),
         ({"budget": "money"}, "budget: .*'tokens', 'steps' or 'time'"),
