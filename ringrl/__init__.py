@@ -1,3 +1,22 @@
 """RingRL: long-context sequence modelling for offline reinforcement learning in JAX."""
 
+import importlib
+from types import ModuleType
+
 __version__ = "0.1.0"
+
+_PACKAGES = (
+    "attention", "collect", "config", "configs", "data", "envs", "evaluation", "model", "planning", "report", "study",
+    "training",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a package when it is first used, so that `import ringrl` is quick and `ringrl.envs` works."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"ringrl.{name}")
+    raise AttributeError(f"module 'ringrl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *_PACKAGES]

@@ -13,9 +13,9 @@ from ringrl.config_files import merged, read_yaml
 from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
-from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random
+from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random, load_policy
 from ringrl.methods import METHODS, MethodName, check_method, method_of
-from ringrl.training import load_policy, train
+from ringrl.training import train
 
 REQUIRED = {"data": "unused", "task": "jaco_reach_top_left", "run": "unused"}
 TRAINED = get_args(MethodName)
@@ -144,7 +144,7 @@ def test_every_method_trains_and_evaluates(name: str, trained: Callable[[str], P
     run = trained(name)
     policy = load_policy(run)
     before = jax.tree.leaves(policy.info.make_policy())
-    records = evaluate_policy(policy, run, Protocol(environments=2))
+    records = evaluate_policy(policy, Protocol(environments=2))
     assert [record.method for record in records] == [name] * 2
     for record in records:
         assert record.steps_trained == 3

@@ -13,7 +13,7 @@ from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 
 if TYPE_CHECKING:  # --help must not import JAX and MuJoCo, which are slow
-    from ringrl.training import TrainedPolicy
+    from ringrl.evaluation.policy import TrainedPolicy
 
 ALL_OF_DOMAIN = "all-of-domain"
 _STEPS = (0, 1, 2, 5, 10, 20, 50, 100)  # first steps of the columns of --error-by-step
@@ -77,9 +77,9 @@ def evaluate(
     given = locals()
     from ringrl.envs import domain_named
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
+    from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressTable, final_table
     from ringrl.evaluation.protocol import compile_policy
-    from ringrl.training import load_policy
 
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
@@ -95,7 +95,7 @@ def evaluate(
         why = "has no effect with --error-by-step; leave it out"
         reject_flags(evaluate, given, why, used={"checkpoint", "data", "step", "checkpoint_kind", "error_by_step"})
         for run in checkpoint:
-            _print_error_by_step(load_policy(run, step, kind=checkpoint_kind), run, data)
+            _print_error_by_step(load_policy(run, step, kind=checkpoint_kind), data)
         return
     evaluations: list[Evaluation] = []
     command = command_line()
@@ -108,7 +108,7 @@ def evaluate(
             named += domain_named(trained.info.domain).tasks if name == ALL_OF_DOMAIN else [name]
         evaluations += [
             policy_evaluation(
-                trained, run, protocol, task=task, data=data, command=command, results=output, compiled=compiled
+                trained, protocol, task=task, data=data, command=command, results=output, compiled=compiled
             )
             for task in dict.fromkeys(named)
         ]
@@ -131,12 +131,12 @@ def evaluate(
         print(path)
 
 
-def _print_error_by_step(trained: "TrainedPolicy", run: Path, data: Path | None) -> None:
+def _print_error_by_step(trained: "TrainedPolicy", data: Path | None) -> None:
     from ringrl.evaluation.prompt import imitation_error
 
-    errors = imitation_error(trained, run, data).mean(0)  # (trajectories, steps)
+    errors = imitation_error(trained, data).mean(0)  # (trajectories, steps)
     edges = [*(edge for edge in _STEPS if edge < errors.shape[-1]), errors.shape[-1]]
-    table = Table(title=f"{run}: squared error of actions, by step of the episode", title_justify="left")
+    table = Table(title=f"{trained.run}: squared error of actions, by step of the episode", title_justify="left")
     table.add_column("Trajectory", justify="right")
     for first, end in pairwise(edges):
         table.add_column(str(first) if end == first + 1 else f"{first}-{end - 1}", justify="right")

@@ -1,11 +1,13 @@
 """Evaluation: rollouts by one protocol for all methods, records of their results, and statistics."""
 
 from ringrl.evaluation.evaluate import evaluate_all, evaluate_policy, evaluate_random
+from ringrl.evaluation.player import Player
+from ringrl.evaluation.policy import TrainedPolicy, load_policy
 from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.protocol import Evaluation, Protocol, policy_evaluation, random_evaluation
 from ringrl.evaluation.records import EvaluationRecord, read_records
 
 __all__ = [
-    "Evaluation", "EvaluationProgress", "EvaluationRecord", "Protocol", "evaluate_all", "evaluate_policy",
-    "evaluate_random", "policy_evaluation", "random_evaluation", "read_records",
+    "Evaluation", "EvaluationProgress", "EvaluationRecord", "Player", "Protocol", "TrainedPolicy", "evaluate_all",
+    "evaluate_policy", "evaluate_random", "load_policy", "policy_evaluation", "random_evaluation", "read_records",
 ]  # fmt: skip

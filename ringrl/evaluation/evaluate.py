@@ -11,6 +11,7 @@ import numpy as np
 from ringrl.envs import make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.journal import EpisodeJournal, sweep
+from ringrl.evaluation.policy import TrainedPolicy
 from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evaluation, random_evaluation
 from ringrl.evaluation.records import (
@@ -24,12 +25,10 @@ from ringrl.evaluation.records import (
 from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
 from ringrl.evaluation.video import EpisodeStates, VideoError, choose, write_videos
-from ringrl.training import TrainedPolicy
 
 
 def evaluate_policy(
     trained: TrainedPolicy,
-    run: Path,
     protocol: Protocol,
     *,
     task: str | None = None,
@@ -41,7 +40,7 @@ def evaluate_policy(
 
     Nothing is written. See `policy_evaluation` for arguments and errors.
     """
-    return roll_out(policy_evaluation(trained, run, protocol, task=task, data=data, command=command), progress=progress)
+    return roll_out(policy_evaluation(trained, protocol, task=task, data=data, command=command), progress=progress)
 
 
 def evaluate_random(task: str, protocol: Protocol, *, command: str | None = None) -> list[EvaluationRecord]:

@@ -1,7 +1,7 @@
 """Prompts: trajectories of the dataset in a policy's context before its first episode. Also the imitation error."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -12,9 +12,11 @@ from ringrl.data import EpisodeStore
 from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.sampler import ContextPlan, ContextSampler
 from ringrl.errors import UserError
-from ringrl.training import TrainedPolicy
 from ringrl.training.checkpoints import RunInfo
 from ringrl.training.run_folder import dataset_fingerprint
+
+if TYPE_CHECKING:
+    from ringrl.evaluation.policy import TrainedPolicy
 
 FIRST_DRAW = 2**64  # the sampler's step for the first draw; no training reaches this step
 
@@ -108,7 +110,7 @@ def _shuffled(plan: ContextPlan, generator: np.random.Generator) -> ContextPlan:
 
 
 def imitation_error(
-    trained: TrainedPolicy, run: Path, data: Path | None = None, *, batches: int = 16
+    trained: "TrainedPolicy", data: Path | None = None, *, batches: int = 16
 ) -> Float[np.ndarray, "contexts trajectories steps"]:
     """Return the squared error of the policy's actions on contexts drawn as in training, averaged over components.
 
@@ -117,14 +119,13 @@ def imitation_error(
 
     Args:
       trained: the policy.
-      run: folder of its run.
       data: current path of its dataset. None: the path in the run's configuration.
       batches: number of batches of the run's batch size.
 
     Raises:
       UserError: the method has no context, the dataset is missing or another one, or its episodes differ in length.
     """
-    config = trained.info.config
+    config, run = trained.info.config, trained.run
     if not config.model.family.has_context:
         raise UserError(f"{run}: {config.model.kind} has no context; give the run of a transformer")
     store = open_dataset(trained.info, run, data)

@@ -6,13 +6,14 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64
 
+from ringrl.config import TrainConfig
 from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of
@@ -31,8 +32,10 @@ from ringrl.evaluation.records import (
 from ringrl.evaluation.target import NO_TARGET, TargetPolicy, trained_returns
 from ringrl.files import json_digest
 from ringrl.methods import method_of
-from ringrl.training import TrainedPolicy
 from ringrl.training.budget import budget
+
+if TYPE_CHECKING:
+    from ringrl.evaluation.policy import TrainedPolicy
 
 Part = Literal["context", "control"]
 
@@ -156,8 +159,7 @@ class Evaluation:
 
 
 def policy_evaluation(
-    trained: TrainedPolicy,
-    run: Path,
+    trained: "TrainedPolicy",
     protocol: Protocol,
     *,
     task: str | None = None,
@@ -171,7 +173,6 @@ def policy_evaluation(
 
     Args:
       trained: the policy.
-      run: folder of its run.
       protocol: see `Protocol`.
       task: None: the task of the run.
       data: path of the run's dataset if it was moved. The dataset is read for a prompt, for a target that is a
@@ -185,7 +186,7 @@ def policy_evaluation(
       UserError: the task belongs to another domain than the checkpoint, or the domain has no simulation; a prompt or
         cache dtype is given for a method without a context; the dataset is missing or is another one.
     """
-    info, config = trained.info, trained.info.config
+    run, info, config = trained.run, trained.info, trained.info.config
     task = config.task if task is None else task
     if info.domain not in DOMAINS:
         raise UserError(f"{run}: {info.domain} has no simulation; evaluate the policy in its own environment")
@@ -196,7 +197,7 @@ def policy_evaluation(
             f"--episodes {protocol.episodes}: {run} was trained on segments and remembers the prompt and "
             f"{config.context.segment_steps} steps of the live episode, not earlier episodes; give --episodes 1"
         )
-    target_return, target_policy, prompt, prompt_fields = _target_and_prompt(trained, run, protocol, task, data)
+    target_return, target_policy, prompt, prompt_fields = target_and_prompt(trained, protocol, task, data)
     has_context = config.model.family.has_context
     template = EvaluationRecord(
         task=task,
@@ -222,22 +223,28 @@ def policy_evaluation(
     )
     if compiled is None or compiled.policy is not trained.towards(task):
         compiled = compile_policy(trained, protocol, task)
-    policy, segment_steps = compiled, config.context.segment_steps if has_context else None
+    policy = compiled
     return _evaluation(
         template,
         protocol,
         results=run / "evaluation.jsonl" if results is None else results,
         normalisation=info.normalisation,
-        make_actor=lambda first: SegmentActor(policy, segment_steps) if segment_steps else PolicyActor(policy),
+        make_actor=lambda first: make_actor(policy, config),
         trajectories=config.context.trajectories,
         prompt=prompt,
     )
 
 
-def compile_policy(trained: TrainedPolicy, protocol: Protocol, task: str) -> CompiledPolicy:
+def compile_policy(trained: "TrainedPolicy", protocol: Protocol, task: str) -> CompiledPolicy:
     """Return the programs of a policy. The tasks of its domain share them, unless the policy depends on the goal."""
     dtype = None if protocol.cache_dtype is None else jnp.dtype(protocol.cache_dtype)
     return CompiledPolicy(trained.towards(task), dtype, trained.parallel)
+
+
+def make_actor(compiled: CompiledPolicy, config: TrainConfig) -> Actor:
+    """Return an actor for a policy: segments of episodes or whole contexts, as in its training."""
+    segment_steps = config.context.segment_steps if config.model.family.has_context else None
+    return SegmentActor(compiled, segment_steps) if segment_steps else PolicyActor(compiled)
 
 
 def random_evaluation(
@@ -257,11 +264,12 @@ def random_evaluation(
     )
 
 
-def _target_and_prompt(
-    trained: TrainedPolicy, run: Path, protocol: Protocol, task: str, data: Path | None
+def target_and_prompt(
+    trained: "TrainedPolicy", protocol: Protocol, task: str, data: Path | None
 ) -> tuple[float | None, str, Context | None, dict[str, Any]]:
     """Return the target return, the name of its rule, the prompt and its fields. Opens the dataset only if needed."""
-    info, config, rule = trained.info, trained.info.config, TargetPolicy.parse(protocol.target)
+    run, info, config = trained.run, trained.info, trained.info.config
+    rule = TargetPolicy.parse(protocol.target)
     count, has_context = protocol.prompt_trajectories, config.model.family.has_context
     for flag, value in (("--prompt-trajectories", count), ("--cache-dtype", protocol.cache_dtype)):
         if value and not has_context:

@@ -164,7 +164,7 @@ class _Player:
         played["physics"] = [physics]
         earned = np.zeros(self._size)
         for timestep in range(self._length):
-            step = builder.step(index, timestep, observation, earned, self._previous)
+            step = builder.step(index, timestep, observation, earned, self._previous, first=index * self._length)
             pending = self._actor.act(step)
             yield
             if recorded is None:
@@ -222,7 +222,14 @@ class ContextBuilder:
         return Outcome(*(np.repeat(x, streams, axis=0) for x in last))
 
     def step(
-        self, episode: int, timestep: int, observation: np.ndarray, earned: np.ndarray, previous: Outcome
+        self,
+        episode: int,
+        timestep: int,
+        observation: np.ndarray,
+        earned: np.ndarray,
+        previous: Outcome,
+        *,
+        first: int,
     ) -> Context:
         """Return one timestep (B, 1, ...) whose action, reward and completion are still zero.
 
@@ -232,11 +239,12 @@ class ContextBuilder:
           observation: (B, observation); NaN becomes zero.
           earned: (B,) rewards of this episode so far.
           previous: outcome of the step before.
+          first: steps of all earlier live episodes.
         """
         steps, trajectories = 0, 0
         if self.prompt is not None:
             steps, trajectories = (int(x[0, -1]) + 1 for x in (self.prompt.position, self.prompt.trajectory))
-        start = steps + episode * self.normalisation.episode_length
+        start = steps + first
         index = trajectories + episode
         index = index if self.trajectories is None else min(index, self.trajectories - 1)
         constant = partial(np.full, (len(observation), 1))

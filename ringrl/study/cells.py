@@ -37,12 +37,13 @@ from ringrl.evaluation import (
     policy_evaluation,
     random_evaluation,
 )
+from ringrl.evaluation.policy import load_policy
 from ringrl.evaluation.protocol import FIRST_SEED, compile_policy
 from ringrl.evaluation.records import append_records, data_records, library_versions, read_records
 from ringrl.files import with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
-from ringrl.training import load_policy, train
+from ringrl.training import train
 from ringrl.training.checkpoints import CHECKSUM, EarlyStopping, with_checksum, without_checksum
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
@@ -154,7 +155,7 @@ class Cell(Work):
         compiled = compile_policy(trained, Protocol(), self.config.task)
         own: dict[str, Any] = {"command": command, "compiled": compiled, "variant": self.variant}
         evaluations = [
-            policy_evaluation(trained, self.folder, protocol, task=task, **own)
+            policy_evaluation(trained, protocol, task=task, **own)
             for task in self.tasks
             for protocol in self.protocols
             if protocol.prompt_task != task  # the control is a prompt of another task

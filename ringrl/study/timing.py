@@ -20,11 +20,12 @@ from ringrl.envs import domain_of, make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE
 from ringrl.evaluation.formatting import ABSENT, duration
+from ringrl.evaluation.policy import TrainedPolicy, load_policy
 from ringrl.evaluation.protocol import Protocol
 from ringrl.evaluation.rollout import ContextBuilder
 from ringrl.files import json_digest, temporary_folder, with_crc, without_crc
 from ringrl.study.cells import Cell, write
-from ringrl.training import TrainedPolicy, load_policy, train
+from ringrl.training import train
 from ringrl.training.budget import step_cost
 from ringrl.training.checkpoints import EarlyStopping, saved_steps
 
@@ -119,7 +120,7 @@ def _act_with(trained: TrainedPolicy, streams: int, tokens: int) -> float:
     info, (graph, params) = trained.info, nnx.split(trained.policy)
     builder = ContextBuilder(info.normalisation, 0.0)
     before = builder.first_outcome(streams, info.action_size)
-    current = builder.step(0, 0, np.zeros((streams, info.observation_size)), np.zeros(streams), before)
+    current = builder.step(0, 0, np.zeros((streams, info.observation_size)), np.zeros(streams), before, first=0)
     # As in a rollout, the memory is donated instead of copied.
     act = jax.jit(lambda params, step, memory: nnx.merge(graph, params).act(step, step, memory), donate_argnums=2)
     memory = trained.policy.reset(streams, tokens)

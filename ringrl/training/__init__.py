@@ -1,6 +1,6 @@
 """Training: mesh, optimiser, step, loop and checkpoints."""
 
-from ringrl.training.checkpoints import TrainedPolicy, load_policy, read_info
+from ringrl.training.checkpoints import read_info
 from ringrl.training.loop import train
 
-__all__ = ["TrainedPolicy", "load_policy", "read_info", "train"]
+__all__ = ["read_info", "train"]

@@ -1,12 +1,11 @@
 """Checkpoints: all state that resuming or evaluating a run needs, as arrays and JSON with checksums (no pickles)."""
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from functools import cached_property, partial
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,16 +16,14 @@ import orbax.checkpoint as ocp
 import pydantic
 from jaxtyping import UInt32
 
-from ringrl.config import MeshConfig, TrainConfig
+from ringrl.config import TrainConfig
 from ringrl.config_files import one_line
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.files import json_digest, remove, temporary_folder
-from ringrl.model import ActorCritic, Goal, Policy, TrainState, make_agent, make_policy
+from ringrl.model import Goal, Policy, TrainState, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
-from ringrl.training.distributed import check_platform
-from ringrl.training.mesh import make_ring
 
 CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
 PARTS = ("info/metadata", "iterator/metadata", "state/_METADATA", "state/manifest.ocdbt")
@@ -324,56 +321,6 @@ def _read_json(checkpoint: Path, item: str) -> dict[str, Any]:
         return without_checksum(json.loads((checkpoint / item / "metadata").read_text()))
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(checkpoint, error) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedPolicy:
-    """A policy with its trained parameters."""
-
-    policy: Policy
-    info: RunInfo
-    step: int
-    parameter_hash: str  # sha256 of the parameters
-    steps_taken: int  # optimiser steps that training took, with those after the best checkpoint
-    parallel: Parallel = ONE_DEVICE  # divides its contexts
-
-    def towards(self, task: str) -> Policy:
-        """Return the policy for another task of its domain, with the goal of that task if the policy has a goal."""
-        if isinstance(self.policy, ActorCritic):
-            return self.policy.with_goal(self.info.goal(task))
-        return self.policy
-
-
-def load_policy(
-    run: Path, step: int | None = None, mesh: MeshConfig | None = None, kind: CheckpointKind = "last"
-) -> TrainedPolicy:
-    """Return the policy of a run's newest, best or given checkpoint, whose contexts are divided over `mesh`.
-
-    `kind` is used if no step is given. `best_step` defines the best.
-
-    Raise UserError as `read_info`, `make_ring` and `check_platform` do, or if the arrays are damaged, or if the
-    best is requested and no checkpoint has a finite loss.
-    """
-    given, (step, info) = step, read_info(run, step)
-    steps_taken = step
-    if given is None and kind == "best":
-        if (best := best_step(run)) is None:
-            raise UserError(f"{run}: no checkpoint has a finite loss, so none is the best; evaluate the last")
-        step, info = read_info(run, best)
-    check_platform()
-    parallel = ONE_DEVICE if mesh is None else make_ring(info.config, mesh)
-    agent = make_agent(partial(info.make_policy, parallel), info.config, parallel)
-    with closing(Checkpoints(run)) as checkpoints:
-        try:
-            state = checkpoints.restore(step, agent.init())
-        except DamagedCheckpointError:
-            if given is None and step not in checkpoints.steps():  # training has replaced it by a newer one
-                return load_policy(run, mesh=mesh, kind=kind)
-            raise
-    digest = hashlib.sha256()
-    for path, array in jax.tree_util.tree_leaves_with_path(state.params):
-        digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())
-    return TrainedPolicy(agent.policy(state.params), info, step, digest.hexdigest(), steps_taken, parallel)
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:

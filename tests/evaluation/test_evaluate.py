@@ -15,6 +15,7 @@ from ringrl.evaluation import (
     EvaluationRecord,
     Protocol,
     evaluate_all,
+    load_policy,
     policy_evaluation,
     random_evaluation,
     read_records,
@@ -26,7 +27,6 @@ from ringrl.evaluation.protocol import Part
 from ringrl.evaluation.rollout import EpisodeBatch
 from ringrl.evaluation.scores import EvaluationSummary
 from ringrl.evaluation.video import EpisodeStates, choose
-from ringrl.training import load_policy
 
 TASKS = ("jaco_reach_top_left", "jaco_reach_top_right")
 EPISODES = 2
@@ -253,7 +253,7 @@ class Counter(EvaluationProgress):
 @pytest.fixture(scope="module")
 def evaluation(at_run: Path) -> Evaluation:
     protocol = Protocol(environments=STREAMS, episodes=EPISODES, control=True, prompt_trajectories=1)
-    return policy_evaluation(load_policy(at_run), at_run, protocol)
+    return policy_evaluation(load_policy(at_run), protocol)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from ringrl.cli import main
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
+from ringrl.evaluation import load_policy
 from ringrl.evaluation.prompt import FIRST_DRAW, imitation_error
-from ringrl.training import load_policy
 
 
 def test_the_mean_error_is_the_loss(at_run: Path, jaco_store: EpisodeStore) -> None:
@@ -19,7 +19,7 @@ def test_the_mean_error_is_the_loss(at_run: Path, jaco_store: EpisodeStore) -> N
     config = trained.info.config
     sampler = ContextSampler(jaco_store, config.task, config.context, trained.info.normalisation, 2, config.seed)
     losses = [float(trained.policy.loss(sampler.batch(FIRST_DRAW + number))) for number in range(2)]
-    found = imitation_error(trained, at_run, batches=2)
+    found = imitation_error(trained, batches=2)
     assert found.shape == (4, 3, 250)
     np.testing.assert_allclose(found.reshape(2, -1).mean(1), losses, rtol=1e-5)
 
@@ -30,7 +30,7 @@ def test_the_command_prints_a_row_per_trajectory(at_run: Path, capsys: pytest.Ca
     (header,) = [line for line in lines if "Traj" in line]
     assert all(steps in header for steps in (" 0 ", " 1 ", "2-4", "100-249"))
     rows = [line.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split() for line in lines]
-    errors = imitation_error(load_policy(at_run), at_run).mean(0)
+    errors = imitation_error(load_policy(at_run)).mean(0)
     found = {row[0]: row[1:] for row in rows if row and row[0] in ("1", "2", "3")}
     for number, error in enumerate(errors, start=1):
         assert found[str(number)][2] == f"{error[2:5].mean():.3f}"
@@ -41,4 +41,4 @@ def test_the_command_prints_a_row_per_trajectory(at_run: Path, capsys: pytest.Ca
 def test_a_method_without_a_context_raises(make_run: Callable[..., Path]) -> None:
     run = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
     with pytest.raises(UserError, match="behaviour_cloning has no context"):
-        imitation_error(load_policy(run), run)
+        imitation_error(load_policy(run))

@@ -16,8 +16,10 @@ from ringrl.errors import UserError
 from ringrl.evaluation import (
     Evaluation,
     Protocol,
+    TrainedPolicy,
     evaluate_policy,
     evaluate_random,
+    load_policy,
     policy_evaluation,
     random_evaluation,
 )
@@ -28,7 +30,6 @@ from ringrl.evaluation.protocol import compile_policy
 from ringrl.evaluation.records import library_versions
 from ringrl.evaluation.scores import summarise
 from ringrl.model.parallel import MESH_AXES, Parallel
-from ringrl.training import TrainedPolicy, load_policy
 from ringrl.training.budget import budget
 
 TASK, OTHER = "jaco_reach_top_left", "jaco_reach_bottom_right"
@@ -54,18 +55,18 @@ def test_an_actor_critic_is_rolled_out_under_its_method(
 ) -> None:
     model = {"kind": "td3_bc", "layers": 1, "width": 16}
     run = make_run(model=model, actor_critic={"hindsight": {"later": later}})
-    (record,) = evaluate_policy(load_policy(run), run, Protocol(environments=1))
+    (record,) = evaluate_policy(load_policy(run), Protocol(environments=1))
     assert record.method == method
     assert (record.token_set, record.train_trajectories, record.steps_trained) == (None, None, 2)
     assert (record.target_return, record.target_policy) == (None, "none")
     assert 0 <= record.returns[0] <= 250
     with pytest.raises(UserError, match=r"has no context \(td3\+bc"):
-        policy_evaluation(load_policy(run), run, Protocol(prompt_trajectories=1))
+        policy_evaluation(load_policy(run), Protocol(prompt_trajectories=1))
 
 
 def test_behaviour_cloning_has_no_target(make_run: Callable[..., Path]) -> None:
     run = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
-    evaluation = policy_evaluation(load_policy(run), run, Protocol(target="q0.5"))
+    evaluation = policy_evaluation(load_policy(run), Protocol(target="q0.5"))
     assert (evaluation.template.method, evaluation.template.target_policy, evaluation.template.target_return) == (
         "bc",
         "none",
@@ -75,27 +76,23 @@ def test_behaviour_cloning_has_no_target(make_run: Callable[..., Path]) -> None:
 
 def test_records_state_the_training_cost(trained: TrainedPolicy, at_run: Path) -> None:
     """The cost is not part of the hash, since the log of a run may be missing."""
-    template = policy_evaluation(trained, at_run, Protocol()).template
+    template = policy_evaluation(trained, Protocol()).template
     assert template.budget == budget(trained.info, trained.step, at_run)
     assert template.budget.tokens > 0
-    elsewhere = policy_evaluation(trained, at_run / "nowhere", Protocol()).template
+    elsewhere = policy_evaluation(dataclasses.replace(trained, run=at_run / "nowhere"), Protocol()).template
     assert (elsewhere.budget.seconds, elsewhere.evaluation) == (None, template.evaluation)
 
 
 def test_tasks_of_a_policy_share_its_programs(trained: TrainedPolicy, at_run: Path) -> None:
     compiled = compile_policy(trained, Protocol(), TASK)
-    evaluations = [
-        policy_evaluation(trained, at_run, Protocol(), task=task, compiled=compiled) for task in (TASK, OTHER)
-    ]
+    evaluations = [policy_evaluation(trained, Protocol(), task=task, compiled=compiled) for task in (TASK, OTHER)]
     for evaluation in evaluations:
         roll_out(evaluation)
         assert len(compiled) == 2, "one for the first step, one for the others"
 
 
 def test_a_bfloat16_cache_is_recorded_and_rounds(trained: TrainedPolicy, at_run: Path) -> None:
-    exact, rounded = (
-        policy_evaluation(trained, at_run, Protocol(1, cache_dtype=dtype)) for dtype in (None, "bfloat16")
-    )
+    exact, rounded = (policy_evaluation(trained, Protocol(1, cache_dtype=dtype)) for dtype in (None, "bfloat16"))
     assert (exact.template.cache_dtype, rounded.template.cache_dtype) == (None, "bfloat16")
     assert exact.template.evaluation != rounded.template.evaluation
     assert roll_out(exact)[0].returns != roll_out(rounded)[0].returns
@@ -108,8 +105,7 @@ def test_contexts_divided_over_eight_devices(
     divided = load_policy(at_run, mesh=MeshConfig(seq=8))
     assert divided.parameter_hash == trained.parameter_hash
     evaluations = [
-        policy_evaluation(policy, at_run, Protocol(1, prompt_trajectories=1))
-        for policy in (load_policy(at_run), divided)
+        policy_evaluation(policy, Protocol(1, prompt_trajectories=1)) for policy in (load_policy(at_run), divided)
     ]
     actors = [evaluation.make_actor(0) for evaluation in evaluations]
     steps = jax.tree.map(lambda x: x[:, :20], evaluations[0].prompt)
@@ -147,7 +143,7 @@ def test_targets_are_those_of_the_task_and_recorded(
     policy: str,
     expected: Callable,
 ) -> None:
-    template = policy_evaluation(trained, at_run, Protocol(target=target), task=task).template
+    template = policy_evaluation(trained, Protocol(target=target), task=task).template
     assert template.target_policy == policy
     assert template.target_return == pytest.approx(float(expected(jaco_store.returns(task))))
     assert template.train_task == (None if task == TASK else TASK)
@@ -156,7 +152,7 @@ def test_targets_are_those_of_the_task_and_recorded(
 def test_other_tasks_of_the_run_were_trained_on(trained: TrainedPolicy, at_run: Path) -> None:
     several = with_config(trained, context={"other_tasks": (OTHER,)})
     tasks = (TASK, OTHER, "jaco_reach_top_right")
-    evaluations = [policy_evaluation(several, at_run, Protocol(target="3"), task=task) for task in tasks]
+    evaluations = [policy_evaluation(several, Protocol(target="3"), task=task) for task in tasks]
     assert [evaluation.template.train_task for evaluation in evaluations] == [None, None, TASK]
 
 
@@ -164,7 +160,7 @@ def test_targets_use_the_episodes_of_the_training(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     best_two = with_config(trained, context={"best_fraction": 0.25})
-    target = policy_evaluation(best_two, at_run, Protocol(target="q0")).template.target_return
+    target = policy_evaluation(best_two, Protocol(target="q0")).template.target_return
     assert target == sorted(jaco_store.returns(TASK).tolist())[-2]
 
 
@@ -172,7 +168,7 @@ def test_a_prompt_is_drawn_as_training_contexts_are(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     protocol = Protocol(environments=2, prompt_trajectories=3, prompt_seed=4, target="0.5x")
-    evaluation = policy_evaluation(trained, at_run, protocol)
+    evaluation = policy_evaluation(trained, protocol)
     template, returns = evaluation.template, jaco_store.returns(TASK)
     assert (template.prompt_trajectories, template.prompt_seed, len(set(template.prompt_episodes))) == (3, 4, 3)
     assert template.prompt_returns == tuple(returns[list(template.prompt_episodes)].tolist())
@@ -191,16 +187,14 @@ def test_a_prompt_is_drawn_as_training_contexts_are(
         reached = returns[number] >= template.target_return
         assert context.completion[0, steps.stop - 1] == reached
     drawn = (Protocol(prompt_trajectories=3, prompt_seed=seed) for seed in range(6))
-    assert len({policy_evaluation(trained, at_run, protocol).template.prompt_episodes for protocol in drawn}) > 2
+    assert len({policy_evaluation(trained, protocol).template.prompt_episodes for protocol in drawn}) > 2
 
 
 def test_a_prompt_longer_than_the_training_contexts_is_computed_once(
     at_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once for the streams, each episode of the control, and each group."""
-    evaluation = policy_evaluation(
-        load_policy(at_run), at_run, Protocol(2, 2, control=True, prompt_trajectories=4, target="3")
-    )
+    evaluation = policy_evaluation(load_policy(at_run), Protocol(2, 2, control=True, prompt_trajectories=4, target="3"))
     assert evaluation.prompt is not None
     np.testing.assert_array_equal(evaluation.prompt.trajectory[0, ::250], [0, 1, 2, 2])
     prompts, prefill = [], CompiledPolicy.prefill
@@ -215,7 +209,7 @@ def test_a_prompt_has_the_order_and_targets_of_the_run(
     trained: TrainedPolicy, at_run: Path, order: str, target: str
 ) -> None:
     changed = with_config(trained, context={"order": order, "target": target})
-    evaluation = policy_evaluation(changed, at_run, Protocol(prompt_trajectories=4))
+    evaluation = policy_evaluation(changed, Protocol(prompt_trajectories=4))
     returns = list(evaluation.template.prompt_returns)
     if order == "descending":
         assert returns == sorted(returns, reverse=True)
@@ -232,9 +226,9 @@ def test_a_prompt_equals_a_context_of_the_sampler(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     """With the target of a training context, a prompt is identical to one."""
-    evaluation = policy_evaluation(trained, at_run, Protocol(prompt_trajectories=3))
+    evaluation = policy_evaluation(trained, Protocol(prompt_trajectories=3))
     best = f"{max(evaluation.template.prompt_returns)!r}"
-    evaluation = policy_evaluation(trained, at_run, Protocol(prompt_trajectories=3, target=best))
+    evaluation = policy_evaluation(trained, Protocol(prompt_trajectories=3, target=best))
     info = trained.info
     sampler = ContextSampler(jaco_store, TASK, info.config.context, info.normalisation, 1, info.config.seed)
     expected = sampler.batch(2**64)
@@ -246,7 +240,7 @@ def test_prompts_as_controls(trained: TrainedPolicy, at_run: Path, jaco_store: E
     """The same episodes in another order or without rewards, and the episodes and rewards of another task."""
 
     def drawn(**control: Any) -> Evaluation:
-        return policy_evaluation(trained, at_run, Protocol(prompt_trajectories=3, target="2", **control))
+        return policy_evaluation(trained, Protocol(prompt_trajectories=3, target="2", **control))
 
     other = OTHER
     kept, zero, shuffled, wrong = (
@@ -272,7 +266,7 @@ def test_prompts_as_controls(trained: TrainedPolicy, at_run: Path, jaco_store: E
         np.testing.assert_array_equal(np.asarray(getattr(shuffled.prompt, name))[0].reshape(3, 250, -1), parts[moved])
     segments = with_config(trained, context={"segment_steps": 5, "segment_start_share": 0.0})
     of_segments = (
-        policy_evaluation(segments, at_run, Protocol(prompt_trajectories=8, prompt_order=order)).prompt
+        policy_evaluation(segments, Protocol(prompt_trajectories=8, prompt_order=order)).prompt
         for order in ("kept", "shuffled")
     )
     first, second = (np.asarray(context.observation)[0].reshape(8, -1) for context in of_segments)
@@ -284,7 +278,7 @@ def test_prompts_as_controls(trained: TrainedPolicy, at_run: Path, jaco_store: E
     with pytest.raises(UserError, match="is the task itself"):
         drawn(prompt_task=TASK)
     with pytest.raises(UserError, match="no effect on one trajectory"):
-        policy_evaluation(trained, at_run, Protocol(prompt_trajectories=1, prompt_order="shuffled"))
+        policy_evaluation(trained, Protocol(prompt_trajectories=1, prompt_order="shuffled"))
 
 
 def test_prompts_are_not_contexts_of_the_training(
@@ -295,16 +289,14 @@ def test_prompts_are_not_contexts_of_the_training(
     info = random.info
     sampler = ContextSampler(jaco_store, TASK, info.config.context, info.normalisation, 6, info.config.seed)
     for seed in range(4):
-        prompt = policy_evaluation(
-            random, at_run, Protocol(prompt_trajectories=4, prompt_seed=seed)
-        ).template.prompt_episodes
+        prompt = policy_evaluation(random, Protocol(prompt_trajectories=4, prompt_seed=seed)).template.prompt_episodes
         assert prompt not in {tuple(row) for row in sampler.plan(seed).episodes.tolist()}
 
 
 def test_prompts_differ_where_all_training_contexts_are_the_same(trained: TrainedPolicy, at_run: Path) -> None:
     fixed = with_config(trained, context={"sampling": "fixed"})
     drawn = (Protocol(prompt_trajectories=3, prompt_seed=seed) for seed in range(6))
-    assert len({policy_evaluation(fixed, at_run, protocol).template.prompt_episodes for protocol in drawn}) > 2
+    assert len({policy_evaluation(fixed, protocol).template.prompt_episodes for protocol in drawn}) > 2
 
 
 def test_in_another_task_prompts_and_targets_use_the_best_episodes_of_that_task(
@@ -313,10 +305,10 @@ def test_in_another_task_prompts_and_targets_use_the_best_episodes_of_that_task(
     best_two = with_config(trained, context={"best_fraction": 0.25})
     chosen = np.sort(np.argsort(jaco_store.returns(OTHER))[-2:])
     assert set(chosen) != set(np.argsort(jaco_store.returns(TASK))[-2:]), "the other task has other best episodes"
-    template = policy_evaluation(best_two, at_run, Protocol(prompt_trajectories=2), task=OTHER).template
+    template = policy_evaluation(best_two, Protocol(prompt_trajectories=2), task=OTHER).template
     assert sorted(template.prompt_episodes) == chosen.tolist()
     assert template.target_return == jaco_store.returns(OTHER)[chosen].max()
-    target = policy_evaluation(best_two, at_run, Protocol(target="q0"), task=OTHER).template.target_return
+    target = policy_evaluation(best_two, Protocol(target="q0"), task=OTHER).template.target_return
     assert target == jaco_store.returns(OTHER)[chosen].min()
 
 
@@ -324,7 +316,7 @@ def test_a_prompt_of_a_run_on_segments_has_segments(
     trained: TrainedPolicy, at_run: Path, jaco_store: EpisodeStore
 ) -> None:
     segments = with_config(trained, context={"segment_steps": 50})
-    evaluation = policy_evaluation(segments, at_run, Protocol(prompt_trajectories=5, target="3"))
+    evaluation = policy_evaluation(segments, Protocol(prompt_trajectories=5, target="3"))
     prompt = evaluation.prompt
     assert prompt is not None
     assert prompt.reward.shape == (1, 250)
@@ -344,18 +336,18 @@ def test_a_missing_dataset_raises_only_if_needed(
     elsewhere = tmp_path / "elsewhere.h5"
     elsewhere.write_bytes(jaco_store.path.read_bytes())
     moved, run = with_config(trained, data=tmp_path / "gone.h5"), at_run
-    policy_evaluation(moved, run, Protocol())
-    policy_evaluation(moved, run, Protocol(target="3"), task=OTHER)
+    policy_evaluation(moved, Protocol())
+    policy_evaluation(moved, Protocol(target="3"), task=OTHER)
     needs = [(Protocol(target="q0.5"), TASK), (Protocol(prompt_trajectories=1), TASK), (Protocol(), OTHER)]
     for protocol, task in needs:
         with pytest.raises(UserError, match="is missing; give its path with --data"):
-            policy_evaluation(moved, run, protocol, task=task)
-        policy_evaluation(moved, run, protocol, task=task, data=elsewhere)
+            policy_evaluation(moved, protocol, task=task)
+        policy_evaluation(moved, protocol, task=task, data=elsewhere)
     moved = with_config(load_policy(run), data=tmp_path / "gone.h5")  # on the current devices
-    (record,) = evaluate_policy(moved, run, Protocol(environments=1, target="q0.5"), data=elsewhere)
+    (record,) = evaluate_policy(moved, Protocol(environments=1, target="q0.5"), data=elsewhere)
     assert record.target_return == np.median(jaco_store.returns(TASK))
     with pytest.raises(UserError, match=r"--prompt-trajectories: .*9 are more than the 8"):
-        policy_evaluation(moved, run, Protocol(prompt_trajectories=9), data=elsewhere)
+        policy_evaluation(moved, Protocol(prompt_trajectories=9), data=elsewhere)
 
 
 def test_the_hash_of_an_evaluation_depends_on_everything_that_decides_it(
@@ -363,7 +355,8 @@ def test_the_hash_of_an_evaluation_depends_on_everything_that_decides_it(
 ) -> None:
     def hash_of(task: str = TASK, run: Path = at_run, command: str = "", **changes: object) -> str:
         protocol = Protocol(**({"environments": 2, "target": "10"} | changes))
-        return str(policy_evaluation(trained, run, protocol, task=task, command=command).template.evaluation)
+        moved = dataclasses.replace(trained, run=run)
+        return str(policy_evaluation(moved, protocol, task=task, command=command).template.evaluation)
 
     base = hash_of()
     assert hash_of(command="typed otherwise", run=tmp_path / "moved") == base
@@ -375,7 +368,7 @@ def test_the_hash_of_an_evaluation_depends_on_everything_that_decides_it(
     changes = {"step": 1, "parameter_hash": "another", "parallel": Parallel(jax.make_mesh((1, 1, 1, 1), MESH_AXES))}
     for name, value in changes.items():
         changed = dataclasses.replace(trained, **{name: value})
-        found = policy_evaluation(changed, at_run, Protocol(2, target="10")).template.evaluation
+        found = policy_evaluation(changed, Protocol(2, target="10")).template.evaluation
         assert (found == base) is (name == "parallel"), "a ring of one is one device"
     monkeypatch.setattr(Parallel, "ring_size", 2)
     assert hash_of() != base
@@ -391,7 +384,7 @@ def test_at_and_dt_of_equal_parameters_seeds_and_starts_are_different_evaluation
     trained: TrainedPolicy, at_run: Path
 ) -> None:
     decision = with_config(trained, context={"trajectories": 1, "target": "own"})
-    at, dt = (policy_evaluation(policy, at_run, Protocol(2, target="10")) for policy in (trained, decision))
+    at, dt = (policy_evaluation(policy, Protocol(2, target="10")) for policy in (trained, decision))
     assert (at.template.method, dt.template.method) == ("at", "dt")
     assert at.template.checkpoint_hash == dt.template.checkpoint_hash
     np.testing.assert_array_equal(at.seeds, dt.seeds)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringrl.training import load_policy
+from ringrl.evaluation import load_policy
 from tests import damage
 from tests.faults.conftest import Disk, train_command
 from tests.faults.process import CTRL_C, KILL, TERM, Ended, during, lines, run, stop

@@ -23,8 +23,9 @@ from rich.console import Console
 from ringrl.config import TrainConfig
 from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
+from ringrl.evaluation import load_policy
 from ringrl.model import TrainState
-from ringrl.training import load_policy, read_info, train
+from ringrl.training import read_info, train
 from ringrl.training.checkpoints import Checkpoints, RunInfo, array_checksums, with_checksum, without_checksum
 from tests.damage import CHECKPOINT, ITERATOR, arrays, write_zeros
 

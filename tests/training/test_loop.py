@@ -15,10 +15,11 @@ from ringrl.data.exorl.importer import import_archive
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler, eligible_episodes
 from ringrl.errors import UserError
+from ringrl.evaluation import load_policy
 from ringrl.model import make_policy
 from ringrl.model.agents.imitation import initial_state, make_train_step
 from ringrl.model.optimiser import make_optimiser
-from ringrl.training import load_policy, read_info, train
+from ringrl.training import read_info, train
 from ringrl.training.checkpoints import Checkpoints, with_checksum, without_checksum
 
 

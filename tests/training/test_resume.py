@@ -13,7 +13,8 @@ from rich.console import Console
 from ringrl.config import TrainConfig
 from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
-from ringrl.training import load_policy, train
+from ringrl.evaluation import load_policy
+from ringrl.training import train
 
 EXACT = ("step", "loss", "gradient_norm", "learning_rate")  # tokens_per_second is the clock's
 

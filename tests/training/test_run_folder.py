@@ -13,7 +13,8 @@ from ringrl.cli import main
 from ringrl.config import TrainConfig
 from ringrl.config_files import read_yaml, to_yaml
 from ringrl.errors import UserError
-from ringrl.training import load_policy, read_info, train
+from ringrl.evaluation import load_policy
+from ringrl.training import read_info, train
 from ringrl.training.checkpoints import saved_steps
 from ringrl.training.run_folder import run_lock
 from tests.damage import cut

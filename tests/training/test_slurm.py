@@ -12,7 +12,8 @@ import pytest
 
 from ringrl.config import SlurmConfig, TrainConfig
 from ringrl.errors import UserError
-from ringrl.training import load_policy, train
+from ringrl.evaluation import load_policy
+from ringrl.training import train
 from ringrl.training.slurm import submit
 
 needs_submitit = pytest.mark.skipif(

@@ -15,7 +15,8 @@ from flax import nnx
 from ringrl.config import TrainConfig
 from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
-from ringrl.training import load_policy, read_info, train
+from ringrl.evaluation import load_policy
+from ringrl.training import read_info, train
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])

@@ -21,10 +21,11 @@ from ringrl.data.sampling.held_out import all_but, held_out
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
+from ringrl.evaluation import load_policy
 from ringrl.model import make_agent, make_policy
 from ringrl.model.agents.imitation import ImitationPolicy
 from ringrl.model.parallel import ONE_DEVICE
-from ringrl.training import load_policy, read_info, train
+from ringrl.training import read_info, train
 from ringrl.training.checkpoints import Checkpoints, EarlyStopping, best_step
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder

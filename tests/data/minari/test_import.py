@@ -15,8 +15,8 @@ from ringrl.data.minari import export_minari, import_minari
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.store.summary import describe
 from ringrl.errors import UserError
-from ringrl.evaluation import Protocol, evaluate_policy
-from ringrl.training import load_policy, train
+from ringrl.evaluation import Protocol, evaluate_policy, load_policy
+from ringrl.training import train
 
 minari = pytest.importorskip("minari", reason="Minari is not installed (pip install 'ringrl[minari]')")
 
@@ -151,7 +151,7 @@ def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> N
     with pytest.raises(
         UserError, match="pendulum/random-v0 has no simulation; evaluate the policy in its own environment"
     ):
-        evaluate_policy(load_policy(run), run, Protocol())
+        evaluate_policy(load_policy(run), Protocol())
 
 
 @pytest.mark.parametrize(

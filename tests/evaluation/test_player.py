@@ -1,0 +1,108 @@
+"""A player must act as a rollout does, whoever holds the loop."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringrl.envs import make, make_vec
+from ringrl.errors import UserError
+from ringrl.evaluation import Protocol, evaluate_policy, load_policy, player
+
+RUNS = {
+    "at": {},
+    "at with a window": {"model": {"layers": 1, "width": 16, "token_set": "at5", "episode_window": 3}},
+    "segments": {"context": {"trajectories": 3, "segment_steps": 8}},
+    "bc": {"model": {"kind": "behaviour_cloning", "layers": 1, "width": 16}, "context": {"trajectories": 1}},
+}
+
+
+def play(player, environment, seeds: list[list[int]]) -> list[np.ndarray]:
+    """Return the returns of episodes, one array over the environments each."""
+    returns = []
+    for seed in seeds:
+        observation, _ = environment.reset(seed=seed)
+        earned, ended = 0.0, False
+        while not ended:
+            observation, reward, terminated, truncated, _ = environment.step(player.act(observation))
+            player.observe(reward, terminated, truncated)
+            earned, ended = earned + reward, bool(np.all(truncated))
+        returns.append(earned)
+    return returns
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_player_equals_a_rollout(kind: str, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(make_run(**RUNS[kind]))
+    episodes = 1 if kind == "segments" else 2
+    prompt = None if kind == "bc" else 2
+    protocol = Protocol(2, episodes, target="7", prompt_trajectories=prompt or 0, prompt_seed=3)
+    monkeypatch.setattr(player, "_ENDLESS", 250 * episodes)  # a memory of the same shape rounds alike
+    expected = np.array([record.returns for record in evaluate_policy(policy, protocol)])
+    one = policy.player(target=7, prompt=prompt, prompt_seed=3, batch=2)
+    seeds = (protocol.seed + np.arange(2 * episodes).reshape(2, episodes)).T.tolist()
+    environment = make_vec("jaco_reach_top_left", 2)
+    for _ in range(2):  # nothing is left after `clear`
+        one.clear()
+        np.testing.assert_array_equal(np.stack(play(one, environment, seeds), axis=1), expected)
+
+
+def test_one_environment_without_a_batch_axis(at_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(str(at_run))
+    environment = make("jaco_reach_top_left")
+    (record,) = evaluate_policy(policy, Protocol(1, 2))
+    monkeypatch.setattr(player, "_ENDLESS", 500)
+    found = play(policy.player(), environment, [1_000_000, 1_000_001])
+    np.testing.assert_allclose(found, record.returns, rtol=1e-6)
+    assert re.fullmatch(r"TrainedPolicy\(at, n=3, jaco_reach_top_left, step 2, \d\d,\d{3} parameters\)", repr(policy))
+
+
+def test_an_episode_that_ends_early(at_run: Path) -> None:
+    """Positions go on without a gap, the return-to-go starts again, and the memory stays."""
+    seen = []
+    one = load_policy(at_run).player(target=5.0)
+    act = one._actor.act
+    one._actor.act = lambda step: (seen.append(step), act(step))[1]
+    for steps in (3, 2):
+        for step in range(steps):
+            one.act(np.zeros(42))
+            one.observe(1.0, terminated=step == steps - 1)
+    one.act(np.zeros(42))
+    assert [int(step.position[0, 0]) for step in seen] == [0, 1, 2, 3, 4, 5]
+    assert [int(step.start[0, 0]) for step in seen] == [0, 0, 0, 3, 3, 5]
+    assert [int(step.timestep[0, 0]) for step in seen] == [0, 1, 2, 0, 1, 0]
+    assert [int(step.trajectory[0, 0]) for step in seen] == [0, 0, 0, 1, 1, 2]
+    left = [float(step.return_to_go[0, 0]) for step in seen]
+    np.testing.assert_allclose(np.array(left) / left[0], [1, 0.8, 0.6, 1, 0.8, 1], rtol=1e-6)
+    assert float(seen[3].previous.completion[0, 0]) == 0.0
+
+
+def test_errors_of_a_loop(at_run: Path) -> None:
+    policy = load_policy(at_run)
+    one = policy.player(batch=2)
+    observation = np.zeros((2, 42))
+    with pytest.raises(UserError, match=r"observation: has shape \(42,\), expected \(2, 42\)"):
+        one.act(observation[0])
+    with pytest.raises(UserError, match=r"call act\(observation\) first"):
+        one.observe(1.0)
+    one.act(observation)
+    with pytest.raises(UserError, match=r"call observe\(reward\) first"):
+        one.act(observation)
+    with pytest.raises(UserError, match=r"reward: \[nan, nan\] is not finite"):
+        one.observe(np.nan)
+    with pytest.raises(UserError, match="one player per environment"):
+        one.observe([1.0, 1.0], terminated=[True, False])
+    one.observe([1.0, 2.0])
+    for _ in range(249):
+        one.act(observation)
+        one.observe(0.0)
+    with pytest.raises(UserError, match=r"have 250 steps; call reset_episode\(\)"):
+        one.act(observation)
+    one.reset_episode()
+    one.act(observation)
+    with pytest.raises(UserError, match="--target"):
+        policy.player(target="much")
+    with pytest.raises(UserError, match="environments: 0 is too small"):
+        policy.player(batch=0)
