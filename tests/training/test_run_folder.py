@@ -65,7 +65,7 @@ def test_a_read_only_run_is_read(finished: TrainConfig) -> None:
     folders = [finished.run, *(path for path in finished.run.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
-    code = "import sys; from pathlib import Path; from ringrl.training import load_policy; "
+    code = "import sys; from pathlib import Path; from ringrl.evaluation import load_policy; "
     code += "print(load_policy(Path(sys.argv[1])).parameter_hash)"
     command = [sys.executable, "-c", code, finished.run]
     if os.getuid() == 0:  # root could write anywhere
