@@ -19,6 +19,11 @@ def number(value: float | None, *, sign: bool = False) -> str:
     return f"{value:{'+' if sign and value else ''}.{0 if abs(value) >= 99.95 else 1}f}".replace("-", MINUS)
 
 
+def p_value(value: float) -> str:
+    """Format a p-value."""
+    return "below 0.001" if value < 0.0005 else f"{value:.3f}"
+
+
 def all_digits(value: float) -> str:
     """Format a number for a name, so that different numbers have different names."""
     return np.format_float_positional(value, trim="-")

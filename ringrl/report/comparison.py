@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +17,27 @@ from rich.markup import escape
 from ringrl.config_files import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, number
-from ringrl.report.conclusion import caution, starts_of_cells
+from ringrl.report.conclusion import judge, measured, starts_of_cells, with_shortcomings
 from ringrl.report.drawing import Chart, Drawing
-from ringrl.report.page import Column, count, render, save_report, share, table_files, with_notes
+from ringrl.report.page import (
+    DIFFERENCE_COLUMNS,
+    Column,
+    count,
+    render,
+    save_report,
+    share,
+    table_files,
+    with_notes,
+)
 from ringrl.report.provenance import facts, run_folder
 from ringrl.report.results import CELL, UNKNOWN_RUN, read_results
-from ringrl.report.tables import contrast, describe, ends, returns_table, run_scores, scores_of, summarise
+from ringrl.report.tables import beats_random, contrast, describe, ends, returns_table, run_scores, scores_of, summarise
 from ringrl.training.run_folder import flat
 
 CHANGE, WINS = f"B {MINUS} A", "P(B > A)"
 _SAME_FOR_ALL = ("run", "seed", "data", "context.trajectories")  # settings that name a cell or a place
 _RECORDED = ("target_policy", "target_return", "data_fingerprint", "device", "steps_trained", "token_set", "train_task",
              "prompt_trajectories", "prompt_control", "cache_dtype")  # fmt: skip
-_MANY_PAIRS = 10  # from which a 95 % interval is likely to miss somewhere
 _MANY = 4  # values of one setting that are listed
 
 
@@ -38,14 +45,14 @@ def _ends(name: str) -> tuple[str, str]:
     return f"{name}, low", f"{name}, high"
 
 
+_WINS = Column(WINS, "", "probability that a run of B beats a run of A; a tie counts half; absent for one seed", share,
+               _ends(WINS))  # fmt: skip
 _COLUMNS = [
     Column("Task"), Column("Method"),
     Column("A", hint="interquartile mean over training seeds, 95 % interval", ends=_ends("A")),
     Column("B", hint="as A", ends=_ends("B")),
-    Column(CHANGE, "", "difference of the interquartile means, 95 % interval", partial(number, sign=True),
-           _ends(CHANGE)),
-    Column(WINS, "", "probability that a run of B beats a run of A; a tie counts half; absent for one seed", share,
-           _ends(WINS)),
+    DIFFERENCE_COLUMNS[0]._replace(heading=CHANGE), *DIFFERENCE_COLUMNS[1:],
+    _WINS,
     Column("Seeds of A", form=count), Column("Seeds of B", form=count),
 ]  # fmt: skip
 _SETTING_COLUMNS = [Column("Setting"), Column("A"), Column("B")]
@@ -54,11 +61,12 @@ _SETTING_COLUMNS = [Column("Setting"), Column("A"), Column("B")]
 class Comparison(NamedTuple):
     """The matched cells of two sets of results, and their differences."""
 
-    pairs: pd.DataFrame  # headings of _COLUMNS, "paired" and "same_starts"; one row per cell in both sets
+    pairs: pd.DataFrame  # columns of _COLUMNS and `conclusion.judge`, "same_starts"; one row per cell in both sets
     only_a: list[str]  # cells without a counterpart
     only_b: list[str]
     settings: pd.DataFrame  # Setting, A, B; where the two differ
     results: tuple[pd.DataFrame, pd.DataFrame]
+    has_policy: bool  # whether a policy clearly beats the random policy
 
 
 def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
@@ -72,7 +80,8 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
         UserError: either set has no results, cannot be read, or they have no cell in common.
     """
     results = read_results(a), read_results(b)
-    tables = [returns_table(side).query("kind != 'data'") for side in results]
+    whole = [returns_table(side) for side in results]
+    tables = [table.query("kind != 'data' and family != 'random'") for table in whole]  # nothing was trained
     matched = _match(*tables)
     if not matched:
         raise UserError(
@@ -90,7 +99,8 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
         [f"{cell['task']}: {describe(cell)}" for index, cell in table.iterrows() if index not in taken]
         for table, taken in zip(tables, zip(*matched, strict=True), strict=True)
     ]
-    return Comparison(pd.DataFrame(rows), only_a, only_b, _differences(*map(_settings, results)), results)
+    settings, has_policy = _differences(*map(_settings, results)), any(map(beats_random, results, whole))
+    return Comparison(judge(pd.DataFrame(rows)), only_a, only_b, settings, results, has_policy)
 
 
 def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, Group]:
@@ -103,7 +113,7 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
     chart = _chart(found.pairs)
     page = render(
         "compare.html",
-        headline=headline(found.pairs),
+        headline=headline(found),
         cautions=cautions(found.pairs),
         names=(_names(a), _names(b)),
         chart=chart,
@@ -114,44 +124,31 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
         date=max(side["created"].max() for side in found.results),
     )
     files = table_files("comparison", found.pairs, _COLUMNS) | table_files("settings", found.settings, _SETTING_COLUMNS)
-    shown = with_notes(_to_rich(found.pairs), *found.results)
+    shown = Group(with_notes(_to_rich(found.pairs), *found.results), headline(found))
     return save_report(page, [chart], files, destination), shown
 
 
-def headline(pairs: pd.DataFrame) -> str:
+def headline(found: Comparison) -> str:
     """Return the conclusion in one sentence."""
-    judged, better, worse = len(_judged(pairs)), *(int((_clear(pairs) * sign > 0).sum()) for sign in (1, -1))
-    if not judged:
-        return "One training seed cannot show which is better."
-    if not better and not worse:
-        return "B and A make no clear difference."
-    counts = [f"{'more' if more else 'less'} in {count}" for more, count in ((True, better), (False, worse)) if count]
-    return f"B returns {' and '.join(counts)} of {judged} comparison{'s' if judged > 1 else ''} than A."
+    verdicts, claims = found.pairs["verdict"], []
+    for verdict, claim in (("higher", "more"), ("lower", "less")):
+        if number_of := int((verdicts == verdict).sum()):
+            claims.append(f"{claim} in {number_of}")
+    plural = "s" if len(verdicts) > 1 else ""
+    answer = f"B returns {' and '.join(claims)} of {len(verdicts)} comparison{plural} than A."
+    answer = answer if claims else "It is not resolved which is better."
+    return with_shortcomings(answer, "which is better", found.pairs, found.has_policy)
 
 
 def cautions(pairs: pd.DataFrame) -> list[str]:
-    """Return sentences about few seeds, many comparisons and different starts."""
-    judged, clear = _judged(pairs), pairs[_clear(pairs) != 0]
-    found = [caution(clear.rename(columns={"runs": "seeds"}))]
-    if len(clear) and len(judged) >= _MANY_PAIRS:
-        found.append(f"Of {len(judged)} comparisons, about {len(judged) / 20:.0f} would look clear by chance alone.")
+    """Return sentences about different starts."""
     unlike = [f"{row['Method']} on {row['Task']}" for _, row in pairs[~pairs["same_starts"]].iterrows()]
-    if unlike:
-        found.append(
-            f"A and B were not rolled out from the same starts: {_listed(unlike)}. Some starts are harder than "
-            "others, so the starts may explain a part of the differences."
-        )
-    return [sentence for sentence in found if sentence]
-
-
-def _judged(pairs: pd.DataFrame) -> pd.DataFrame:
-    return pairs[pairs[f"{CHANGE}, low"].notna()]
-
-
-def _clear(pairs: pd.DataFrame) -> pd.Series:
-    """Return 1 if B clearly returns more, -1 if less, 0 if the interval contains zero or is absent."""
-    more, less = pairs[f"{CHANGE}, low"] > 0, pairs[f"{CHANGE}, high"] < 0
-    return more.astype(int) - less.astype(int)
+    if not unlike:
+        return []
+    return [
+        f"A and B were not rolled out from the same starts: {_listed(unlike)}. Some starts are harder than "
+        "others, so the starts may explain a part of the differences."
+    ]
 
 
 def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
@@ -171,13 +168,13 @@ def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
 
 def _pair(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     b = b.rename(index=lambda run: f"B {run}" if run.startswith(UNKNOWN_RUN) else run)  # never the runs of A
-    found = contrast([b], [a])
+    found = contrast(b, a)
     row: dict[str, Any] = {}
-    for name, one in {"A": summarise(a), "B": summarise(b), CHANGE: found.change, WINS: found.wins}.items():
+    for name, one in {"A": summarise(a), "B": summarise(b), WINS: found.wins}.items():
         row |= {name: one.value, **dict(zip(_ends(name), ends(one), strict=True))}
     if not found.wins.interval:  # with one run each, this would be chance
         row[WINS] = np.nan
-    return row | {"Seeds of A": len(a), "Seeds of B": len(b), "runs": found.change.runs, "paired": found.paired}
+    return row | {"Seeds of A": len(a), "Seeds of B": len(b), **measured(found)}
 
 
 def _settings(results: pd.DataFrame) -> dict[str, set[str]]:
@@ -230,7 +227,7 @@ def _to_rich(pairs: pd.DataFrame) -> rich.table.Table:
         shown.add_section()
         shown.add_row(f"[bold]{escape(printable(str(task)))}")
         for _, row in rows.iterrows():
-            change, wins = _COLUMNS[4].line(row), _COLUMNS[5].text(row)
+            change, wins = _COLUMNS[4].line(row), _WINS.text(row)
             shown.add_row(escape(printable(row["Method"])), number(row["A"]), number(row["B"]), escape(change), wins)
     return shown
 
@@ -240,9 +237,9 @@ def _chart(pairs: pd.DataFrame) -> Chart:
     draw, panels = Drawing({}, pd.Series(), {}), []
     for task, rows in pairs.groupby("Task", sort=False):
         data = pd.DataFrame({
-            "method": rows["Method"], "value": rows[CHANGE], "low": rows[f"{CHANGE}, low"],
-            "high": rows[f"{CHANGE}, high"], "shown": [_COLUMNS[4].line(row) for _, row in rows.iterrows()],
-            "shade": np.where(_clear(rows) != 0, "var(--series-1)", "var(--muted)"),
+            "method": rows["Method"], "value": rows["change"], "low": rows["low"], "high": rows["high"],
+            "shown": [_COLUMNS[4].line(row) for _, row in rows.iterrows()],
+            "shade": np.where(rows["verdict"] != "not resolved", "var(--series-1)", "var(--muted)"),
         })  # fmt: skip
         y = alt.Y("method:N", title=None, sort=None, axis=alt.Axis(labelLimit=220, grid=True, offset=8))
         base = draw.base(data).encode(y=y, color=alt.Color("shade:N", scale=None))
@@ -258,8 +255,7 @@ def _chart(pairs: pd.DataFrame) -> Chart:
         panels.append(draw.panel(str(task), layers, description, height=40 + 32 * len(rows)))
     caption = (
         "The difference of the interquartile means over training seeds, B less A, with its 95 % interval (bootstrap "
-        "over the seeds of both). If A and B share training runs, only these count, run by run. There is no clear "
-        "difference where the interval contains zero. A point without a bar has one seed on a side, so it has no "
-        "interval."
+        "over the seeds of both). If A and B share training runs, only these count, run by run. Grey differences are "
+        "not resolved. A point without a bar has one seed on a side, so it has no interval."
     )
     return Chart("difference", "B less A", caption, panels, [])

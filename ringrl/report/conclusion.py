@@ -3,14 +3,13 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from math import comb
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ringrl.evaluation.formatting import number
-from ringrl.evaluation.statistics import Estimate
+from ringrl.evaluation.formatting import number, p_value
+from ringrl.evaluation.statistics import LEVEL, holm
 from ringrl.report.results import CELL, RUN, settings_of_any_length, usual_settings
 from ringrl.report.tables import (
     Contrast,
@@ -19,15 +18,13 @@ from ringrl.report.tables import (
     describe,
     ends,
     ends_of_curve,
-    middle,
     prompt_returns,
     run_scores,
     scores_of,
-    summarise,
 )  # fmt: skip
 
-ENOUGH_ODDS = 20
-"""Differences that chance produces more often than once in this many times are called preliminary."""
+ENOUGH_SEEDS = 4
+"""Training seeds a side from which a comparison may name a direction."""
 _KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
 _ALIKE = 1.25  # ratio up to which budgets count as equal: steps are whole, and seconds vary
 _NAMED = 4  # names in a list of many
@@ -40,22 +37,64 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     The longest context is compared with the shortest. If there is one length only, the rollout with memory is compared
     with its control. Prompts: the longest with the shortest, from the same starts.
 
-    Columns: task, method, subject, compared, before, after, change, low, high, seeds, paired, kind ("helps", "hurts",
-    "unclear", "one seed" or "not compared") and sentence.
+    Columns: task, method, subject, compared, before, after, the columns of `measured` and `judge`, and sentence.
     """
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])
     rows = [
-        _verdict(runs, paired, group)
+        _compare(runs, paired, group)
         for _, group in table[table["length"].notna()].groupby(["task", "method"])
     ]  # fmt: skip
     key = ["task", "method", "train_trajectories", "test_trajectories"]
-    rows += [_prompt_verdict(group) for _, group in prompts.groupby(key)]
-    columns = ["task", "method", "subject", "compared", "before", "after", "change", "low", "high", "seeds", "paired"]
-    return pd.DataFrame(rows, columns=[*columns, "kind", "sentence"])
+    rows += [_compare_prompts(group) for _, group in prompts.groupby(key)]
+    columns = ["task", "method", "subject", "compared", "before", "after", *_MEASURED, "sentence"]
+    found = judge(pd.DataFrame(rows, columns=columns))
+    found["sentence"] += [in_words(row) for _, row in found.iterrows()]
+    return found
 
 
-def _verdict(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Any]:
+_MEASURED = ["change", "low", "high", "detectable", "p", "seeds", "paired"]
+
+
+def measured(found: Contrast) -> dict[str, Any]:
+    """Return a difference: change, low, high, detectable (NaN: one seed), p, seeds (of the smaller side) and paired."""
+    (low, high), test = ends(found.change), found.test
+    # The test is of means, so it is no evidence where the interquartile means have the opposite order.
+    p = np.nan if test is None else test.p_value if test.difference * found.change.value > 0 else 1.0
+    detectable = test.detectable if test else np.nan
+    values = (found.change.value, low, high, detectable, p, found.change.runs, found.paired)
+    return dict(zip(_MEASURED, values, strict=True))
+
+
+def judge(table: pd.DataFrame) -> pd.DataFrame:
+    """Add p_holm, corrected for all comparisons of the table, and the verdict.
+
+    The verdict is "higher" or "lower" if there are enough seeds, the corrected p-value is below LEVEL and the interval
+    excludes zero. Otherwise it is "not resolved", or "not compared" without a difference.
+    """
+    p_holm = holm(table["p"].to_numpy(np.float64))
+    counts = (table["seeds"] >= ENOUGH_SEEDS) & (p_holm < LEVEL)
+    cases = [table["change"].isna(), counts & (table["low"] > 0), counts & (table["high"] < 0)]
+    verdict = np.select(cases, ["not compared", "higher", "lower"], "not resolved")
+    return table.assign(p_holm=p_holm, verdict=verdict)
+
+
+def in_words(row: pd.Series) -> str:
+    """Return the difference and the verdict of a row of `judge`; empty if nothing was compared."""
+    if row["verdict"] == "not compared":
+        return ""
+    change, low, high = (number(row[name], sign=True) for name in ("change", "low", "high"))
+    if row["seeds"] < 2:
+        return f"{change}, not resolved: one training seed has no interval."
+    seeds, p = f"{row['seeds']:.0f}", p_value(row["p_holm"])
+    found = f"{change} (95 % interval {low} to {high}, corrected p {p}, {seeds} training seeds)"
+    if row["verdict"] != "not resolved":
+        return f"{found}."
+    alone = " on its own" if row["p"] < LEVEL <= row["p_holm"] else ""
+    return f"{found}, not resolved: {seeds} seeds could have shown a difference of {number(row['detectable'])}{alone}."
+
+
+def _compare(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Any]:
     shortest, longest = ends_of_curve(cells)
     of_context = " of context" if longest["train_trajectories"] == longest["test_trajectories"] else ""
     prompt = longest["prompt_trajectories"]
@@ -63,33 +102,28 @@ def _verdict(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> d
     claim = f"On {longest['task']} the {longest['method']}{prompted} returns"
     where = f"{_when(longest)}{of_context}"
     if shortest.name != longest.name:
-        found = contrast([scores_of(runs, longest)], [scores_of(runs, shortest)])
-        sentence = f"{claim} {number(found.levels[0])} {where} and {number(found.levels[1])} {_when(shortest)}: "
-        sentence += _judge(found.change)
+        found = contrast(scores_of(runs, longest), scores_of(runs, shortest))
         if pd.notna(longest["control"]) and longest["test_trajectories"] > 1:
-            sentence += f" With its memory reset before each episode it returns {number(longest['control'])}."
+            where += f" ({number(longest['control'])} with its memory reset before each episode)"
+        sentence = f"{claim} {number(found.levels[0])} {where} and {number(found.levels[1])} {_when(shortest)}: "
         return _row(longest, "A longer context", _between(shortest, longest), found, sentence)
     kept, reset = (scores_of(paired, longest, memory=memory) for memory in (True, False))
     if longest["test_trajectories"] > 1 and len(kept):
-        gain = summarise(kept - reset.reindex(kept.index))
-        found = Contrast(gain, gain, (middle(kept), middle(reset)), paired=True)
-        sentence = f"{claim} {number(middle(kept))} {where} and {number(middle(reset))} when its memory is reset "
-        sentence += f"before each episode: {_judge(gain)}"
-        return _row(
-            longest, "Memory across episodes", f"memory reset to kept, {context_label(longest)}", found, sentence
-        )
+        found = contrast(kept, reset)
+        sentence = f"{claim} {number(found.levels[0])} {where} and {number(found.levels[1])} when its memory is reset "
+        compared = f"memory reset to kept, {context_label(longest)}"
+        return _row(longest, "Memory across episodes", compared, found, f"{sentence}before each episode: ")
     sentence = f"{claim} {number(longest['iqm'])} {where}. No other context length was measured."
     return _row(longest, "Context", context_label(longest), None, sentence)
 
 
-def _prompt_verdict(runs: pd.DataFrame) -> dict[str, Any]:
+def _compare_prompts(runs: pd.DataFrame) -> dict[str, Any]:
     few, many = runs["prompt_trajectories"].min(), runs["prompt_trajectories"].max()
     sides = [runs[runs["prompt_trajectories"] == length].set_index("run")["value"] for length in (many, few)]
-    found, cell = contrast([sides[0]], [sides[1]]), runs.iloc[0]
+    found, cell = contrast(*sides), runs.iloc[0]
     sentence = (
         f"On {cell['task']} the {cell['method']} trained on {cell['train_trajectories']} returns "
         f"{number(found.levels[0])} after a prompt of {many} trajectories and {number(found.levels[1])} after {few}: "
-        f"{_judge(found.change)}"
     )
     compared = f"prompt of {few} to {many}, trained on {cell['train_trajectories']}"
     return _row(cell, "A longer prompt", compared, found, sentence)
@@ -98,63 +132,39 @@ def _prompt_verdict(runs: pd.DataFrame) -> dict[str, Any]:
 def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None, sentence: str) -> dict[str, Any]:
     row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
     if found is None:
-        return row | {"after": cell["iqm"], "seeds": 0, "paired": False, "kind": "not compared", "sentence": sentence}
-    (low, high), change, kind = ends(found.change), found.change, "one seed"
-    if change.interval:
-        kind = "unclear" if 0 in change.interval else "helps" if change.value > 0 else "hurts"
-    return row | {
-        "before": found.levels[1], "after": found.levels[0], "change": change.value, "low": low, "high": high,
-        "seeds": change.runs, "paired": found.paired, "kind": kind, "sentence": sentence,
-    }  # fmt: skip
+        return row | {"after": cell["iqm"], "seeds": 0, "paired": False, "sentence": sentence}
+    return row | {"before": found.levels[1], "after": found.levels[0], **measured(found), "sentence": sentence}
 
 
-def headline(found: pd.DataFrame) -> str:
-    """Return the conclusion in one sentence."""
+def headline(found: pd.DataFrame, has_policy: bool) -> str:
+    """Return the conclusion in one sentence, from `verdicts` and `beats_random`."""
     if found.empty:
         return "No rollouts show whether context helps."
-    judged = found[found["kind"].isin(["helps", "hurts", "unclear"])]
-    if judged.empty:
-        if (found["kind"] == "one seed").any():
-            return "One training seed cannot show whether context helps."
+    compared = found[found["verdict"] != "not compared"]
+    if compared.empty:
         return "Only one context length was measured."
-    subjects = judged["subject"].unique()
+    subjects = compared["subject"].unique()
     subject = subjects[0] if len(subjects) == 1 else "Context"
+    question = f"whether {subject[0].lower()}{subject[1:]} helps"
     claims = []
-    for kind, bare in (("helps", "help"), ("hurts", "hurt")):
-        rows = judged[judged["kind"] == kind]
-        if len(rows):
-            claim = f"seems to {bare}" if caution(rows) else kind
-            if len(judged) == 1:
-                return f"{subject} {claim}."
-            claims.append(f"{claim} in {'all' if len(rows) == len(judged) else f'{len(rows)} of'} {len(judged)}")
-    return f"{subject} {' and '.join(claims)} comparisons." if claims else f"{subject} makes no clear difference."
+    for verdict, claim in (("higher", "helps"), ("lower", "hurts")):
+        if rows := int((compared["verdict"] == verdict).sum()):
+            part = f" in {'all' if rows == len(compared) else f'{rows} of'} {len(compared)}"
+            claims.append(claim + part if len(compared) > 1 else claim)
+    plural = " comparisons" if len(compared) > 1 else ""
+    answer = f"{subject} {' and '.join(claims)}{plural}." if claims else f"It is not resolved {question}."
+    return with_shortcomings(answer, question, compared, has_policy)
 
 
-def odds(seeds: int, paired: bool) -> int:
-    """Return n such that chance alone orders the training runs perfectly once in n times.
-
-    Paired: all n runs change in the same direction. Otherwise all runs of one group of n exceed the other group.
-    """
-    return 2 ** max(seeds - 1, 0) if paired else comb(2 * seeds, seeds) // 2
-
-
-def caution(clear: pd.DataFrame) -> str | None:
-    """Return a sentence about few training seeds, for the weakest clear difference; None if all have enough seeds.
-
-    Args:
-        clear: clear differences: columns seeds, and paired (whether both sides have the same training runs).
-    """
-    pairs = [(int(seeds), bool(paired)) for seeds, paired in zip(clear["seeds"], clear["paired"], strict=True)]
-    times, (seeds, paired) = min(((odds(*pair), pair) for pair in pairs), default=(ENOUGH_ODDS, (0, False)))
-    if times >= ENOUGH_ODDS:
-        return None
-    chance = (
-        f"all {seeds} runs change in the same direction" if paired else f"two groups of {seeds} runs do not overlap"
-    )
-    return (
-        f"With {seeds} training seeds per point this result is preliminary. Without any difference, {chance} by chance "
-        f"once in {times} times. Bootstrap intervals of so few seeds are too narrow."
-    )
+def with_shortcomings(answer: str, question: str, compared: pd.DataFrame, has_policy: bool) -> str:
+    """Return a headline that first says whether seeds are too few or no policy beats the random policy."""
+    few = int((compared["seeds"] < ENOUGH_SEEDS).sum())
+    if few == len(compared):
+        return f"Fewer than {ENOUGH_SEEDS} training seeds a side cannot show {question}."
+    if not has_policy:
+        return f"No policy clearly beats the random policy, so these results cannot show {question}."
+    has = f"{few} of {len(compared)} comparisons {'has' if few == 1 else 'have'}"
+    return f"{has} fewer than {ENOUGH_SEEDS} training seeds a side. {answer}" if few else answer
 
 
 def _when(cell: pd.Series) -> str:
@@ -171,16 +181,6 @@ def _between(shortest: pd.Series, longest: pd.Series) -> str:
     if train[0] == train[1]:
         return f"trained on {train[1]}, rolled out for {test[0]} to {test[1]}"
     return f"{context_label(shortest)} to {context_label(longest)}"
-
-
-def _judge(change: Estimate) -> str:
-    size = number(change.value, sign=True)
-    if change.interval is None:
-        return f"{size}. One training seed gives no interval, so this may be chance."
-    ends = f"95 % interval {number(change.interval.low, sign=True)} to {number(change.interval.high, sign=True)}"
-    if 0 in change.interval:
-        return f"{size}, no clear difference ({ends}, {change.runs} training seeds)."
-    return f"{size} ({ends}, {change.runs} training seeds)."
 
 
 def starts_of_cells(results: pd.DataFrame) -> pd.Series:

@@ -1,9 +1,9 @@
 """The page of a report: a self-contained HTML file, with its figures, tables and videos next to it."""
 
-import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,21 @@ from rich.markup import escape
 from rich.text import Text
 
 from ringrl.errors import UserError, printable
-from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number
+from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number, p_value
 from ringrl.files import lock, remove
 from ringrl.report import conclusion, provenance
 from ringrl.report.charts import all_charts
 from ringrl.report.drawing import PALETTE, Chart, chart_files, page_spec, styles
 from ringrl.report.results import read_results
-from ringrl.report.tables import QUANTILES, RETURNS, data_table, improvement_table, returns_table, training_table
+from ringrl.report.tables import (
+    QUANTILES,
+    RETURNS,
+    beats_random,
+    data_table,
+    improvement_table,
+    returns_table,
+    training_table,
+)
 
 PAGE = "index.html"
 FIGURES, TABLES = "figures", "tables"  # folders next to the page
@@ -89,6 +97,20 @@ RETURN_COLUMNS = [
     Column("episodes", "Episodes", "over all seeds", count),
     Column("failed", "Failed", "episodes without a return, of the control too; no mean includes them", count),
 ]  # fmt: skip
+DIFFERENCE_COLUMNS = [
+    Column("change", "Difference", "of the interquartile means, 95 % interval", partial(number, sign=True),
+           ("low", "high")),
+    Column("detectable", "Smallest resolvable", "difference that these seeds could have shown, in this comparison "
+           "alone, with 80 % power at 5 %, two-sided", number),
+    Column("p", "p", "two-sided t-test of the means over training seeds", p_value),
+    Column("p_holm", "p, corrected", "for all comparisons of the table (Holm)", p_value),
+    Column("verdict", "Verdict", "higher or lower: corrected p below 0.05, an interval without zero, and four seeds"),
+]  # fmt: skip
+COMPARISON_COLUMNS = [
+    Column("task", "Task"), Column("method", "Method"), Column("compared", "Compared"), Column("before", "Before"),
+    Column("after", "After"), *DIFFERENCE_COLUMNS,
+    Column("seeds", "Seeds", "training seeds of the smaller side", count),
+]  # fmt: skip
 IMPROVEMENT_COLUMNS = [
     Column("first", "Method"), Column("second", "Over"), Column("tasks", "Tasks", form=count),
     Column("probability", "Probability", "that a training run of the first beats a run of the second on the same task",
@@ -129,7 +151,6 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     warnings = [
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
         conclusion.overfitting_warning(losses),
-        conclusion.caution(verdicts[verdicts["kind"].isin(["helps", "hurts"])]),
     ]  # fmt: skip
     facts = provenance.facts(read)
     facts.insert(5, ("Starts", conclusion.starts_facts(read, table)))
@@ -137,8 +158,9 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     columns = _used(RETURN_COLUMNS, shown)
     page = render(
         "report.html",
-        headline=conclusion.headline(verdicts),
-        verdicts=verdicts.to_dict("records"),
+        headline=conclusion.headline(verdicts, beats_random(read, table)),
+        verdicts=verdicts,
+        comparison_columns=COMPARISON_COLUMNS,
         warnings=[sentence for sentence in warnings if sentence],
         tasks=sorted(table["task"].unique()),
         date=read["created"].max(),
@@ -157,7 +179,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         styles=styles(table),
     )
     files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
-    files |= table_files("comparisons", verdicts.drop(columns="sentence"), [])
+    files |= table_files("comparisons", verdicts.drop(columns="sentence"), COMPARISON_COLUMNS) if len(verdicts) else {}
     files |= table_files("improvement", improvement, IMPROVEMENT_COLUMNS) if len(improvement) else {}
     files |= table_files("training", training, TRAINING_COLUMNS) if len(training) else {}
     return save_report(
@@ -266,7 +288,7 @@ def save_report(page: str, charts: Sequence[Chart], files: Files, destination: P
     return destination / PAGE
 
 
-@functools.cache
+@cache
 def _vega() -> Markup:
     """Return Vega, Vega-Lite and Vega-Embed as one script."""
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

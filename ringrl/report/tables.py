@@ -8,10 +8,13 @@ import pandas as pd
 
 from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import (
+    LEVEL,
     Estimate,
+    MeanTest,
     difference,
     estimate,
     interquartile_mean,
+    mean_test,
     probability_of_improvement,
 )
 from ringrl.report.results import CELL, CONTEXT_KINDS, RUN
@@ -27,12 +30,13 @@ RETURNS = [
 
 
 class Contrast(NamedTuple):
-    """The difference between two cells of one task; if they share training runs, over the shared runs only."""
+    """The difference between two cells; if they share training runs, over the shared runs only."""
 
     change: Estimate  # of the interquartile mean, the first less the second
     wins: Estimate  # probability that a run of the first beats a run of the second
     levels: tuple[float, float]  # interquartile means of these runs
-    paired: bool  # whether the two share training runs
+    paired: bool  # whether the two have the same training runs or seeds
+    test: MeanTest | None = None  # of the means; None for several tasks and for one seed
 
 
 def summarise(*scores: Sequence[float] | np.ndarray | pd.Series, together: Sequence[int] | None = None) -> Estimate:
@@ -66,7 +70,7 @@ def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
     return [runs.to_numpy(np.float64) for runs in kept], labels
 
 
-def contrast(ours: Sequence[pd.Series], theirs: Sequence[pd.Series]) -> Contrast:
+def contrast_tasks(ours: Sequence[pd.Series], theirs: Sequence[pd.Series]) -> Contrast:
     """Return the difference of the interquartile means and the probability that the first is better.
 
     The bootstrap draws runs that are on both sides together, and all other runs independently.
@@ -86,6 +90,18 @@ def contrast(ours: Sequence[pd.Series], theirs: Sequence[pd.Series]) -> Contrast
     )  # fmt: skip
     levels = [float(interquartile_mean(np.concatenate(side))) for side in sides]
     return Contrast(change, wins, (levels[0], levels[1]), bool(set(labels[:count]) & set(labels[count:])))
+
+
+def contrast(ours: pd.Series, theirs: pd.Series) -> Contrast:
+    """Return the contrast of two cells of one task with its test; if both have the same seeds, seed by seed.
+
+    Runs of one seed are a pair, because a seed selects the training data and the held-out episodes.
+    """
+    by_seed = [runs.rename(index=lambda run: run.rpartition("#")[2]) for runs in (ours, theirs)]
+    if set(by_seed[0].index) == set(by_seed[1].index):
+        ours, theirs = by_seed
+    found, (sides, _) = contrast_tasks([ours], [theirs]), strata([ours, theirs])
+    return found._replace(test=mean_test(sides[0], sides[1], paired=found.paired))
 
 
 def run_scores(results: pd.DataFrame, counted: str = "counts") -> pd.DataFrame:
@@ -212,6 +228,22 @@ def levels(table: pd.DataFrame, task: str) -> pd.DataFrame:
     return rows.loc[sorted(rows.groupby("method", sort=False)["episodes"].idxmax())]
 
 
+def beats_random(results: pd.DataFrame, table: pd.DataFrame) -> bool:
+    """Return whether some policy clearly beats the random policy; True if no random policy was measured.
+
+    A policy does if the p-value of its runs against the return of the random policy, times the number of policies, is
+    below LEVEL. The random policy has no training runs, so its return counts as known.
+    """
+    runs, known = run_scores(results), table[table["family"] == "random"].groupby("task")["iqm"].first()
+    is_policy = table["task"].isin(known.index) & ~table["family"].isin(["random", "data"])
+    p_values = []
+    for _, cell in table[is_policy].iterrows():
+        scores = scores_of(runs, cell).to_numpy(np.float64)
+        test = mean_test(scores, np.full_like(scores, known[cell["task"]]), paired=True)
+        p_values.append(test.p_value if test and test.difference > 0 else 1.0)
+    return known.empty or min(p_values, default=1.0) * len(p_values) < LEVEL
+
+
 def improvement_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Return how often one method beats another, one row per pair: the longest context of each method against its
     shortest, against every other method, and against every method without context.
@@ -229,7 +261,7 @@ def improvement_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
         tasks = [task for task in ours["cells"] if task in theirs["cells"]]
         if tasks:
             one, other = ([scores_of(runs, side["cells"][task]) for task in tasks] for side in (ours, theirs))
-            wins = contrast(one, other).wins
+            wins = contrast_tasks(one, other).wins
             rows.append((ours["name"], theirs["name"], len(tasks), wins.value, *ends(wins)))
     return pd.DataFrame(rows, columns=["first", "second", "tasks", "probability", "low", "high"])
 

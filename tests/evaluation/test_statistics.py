@@ -1,16 +1,20 @@
 """The statistics against results by hand, by brute force, and from rliable."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
+import scipy.stats  # type: ignore[import-untyped]
 
 from ringrl.evaluation.statistics import (
     Estimate,
     Interval,
     difference,
     estimate,
+    holm,
     interquartile_mean,
+    mean_test,
     performance_profile,
     probability_of_improvement,
 )
@@ -266,3 +270,47 @@ class TestAgainstRliable:
         assert found.high is not None
         one_run = 1 / SCORES.size + 1e-9  # bands move by whole runs
         np.testing.assert_allclose([found.low, found.high], bands["a"], atol=one_run)
+
+
+def test_t_tests_agree_with_scipy():
+    random = np.random.default_rng(0)
+    ours, theirs = random.normal(size=(2, 6))
+    for paired, scipy_test in ((True, scipy.stats.ttest_rel), (False, partial(scipy.stats.ttest_ind, equal_var=False))):
+        found, expected = mean_test(ours, theirs, paired=paired), scipy_test(ours, theirs)
+        assert (found.difference, found.p_value) == pytest.approx((ours.mean() - theirs.mean(), expected.pvalue))
+        low, high = expected.confidence_interval(0.95)
+        multiple = 1 + scipy.stats.t.ppf(0.8, expected.df) / scipy.stats.t.ppf(0.975, expected.df)
+        assert found.detectable == pytest.approx(multiple * (high - low) / 2)
+    assert mean_test(ours[:1], theirs, paired=False) is None
+    assert mean_test(ours[:1], theirs[:1], paired=True) is None
+
+
+@pytest.mark.parametrize(("paired", "runs"), [(False, 5), (True, 6)])
+def test_a_detectable_difference_is_found_four_times_in_five(paired, runs):
+    """The detectable difference, squared and averaged over samples, is found in 80 % of them; no difference in 5 %."""
+    random = np.random.default_rng(1)
+    pairs = random.normal(size=(1500, 2, runs))
+    size = np.sqrt(np.mean([mean_test(*pair, paired=paired).detectable ** 2 for pair in pairs]))
+    for shift, expected in ((size, 0.8), (0.0, 0.05)):
+        found = [mean_test(ours + shift, theirs, paired=paired).p_value < 0.05 for ours, theirs in pairs]
+        assert np.mean(found) == pytest.approx(expected, abs=0.03)
+
+
+def test_equal_runs_are_no_evidence_and_equal_differences_are():
+    runs = np.array([0.1, 0.2, 0.3])
+    assert mean_test(runs, runs * 3 / 3 + 1e-16, paired=True).p_value > 0.9
+    assert mean_test(runs + 5, runs, paired=True).p_value < 1e-6
+
+
+def test_holm_by_hand():
+    found = holm(np.array([0.03, 0.001, np.nan, 0.02, 0.9]))
+    assert found[[0, 1, 3, 4]].tolist() == pytest.approx([0.06, 0.004, 0.06, 0.9])
+    assert np.isnan(found[2])
+    assert holm(np.array([0.6, 0.7])).tolist() == [1.0, 1.0]
+
+
+def test_holm_rarely_finds_a_difference_in_a_table_without_any():
+    """The chance of any corrected p-value below 5 % is at most 5 %, for dependent tests too."""
+    random = np.random.default_rng(2)
+    tables = scipy.stats.norm.sf(random.normal(size=(4000, 8)) * 0.7 + random.normal(size=(4000, 1)) * 0.7)
+    assert np.mean([holm(table).min() < 0.05 for table in tables]) < 0.055

@@ -1,17 +1,19 @@
 """The sentences at the top of the page follow from the numbers."""
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from ringrl.report.conclusion import (
-    caution,
     headline,
+    judge,
     settings_warning,
     starts_facts,
     starts_warning,
     verdicts,
 )
 from ringrl.report.results import tabulate
-from ringrl.report.tables import returns_table
+from ringrl.report.tables import beats_random, returns_table
 from ringrl.training.budget import Budget
 
 
@@ -22,7 +24,7 @@ class Summary:
         results = tabulate(records)
         table = returns_table(results)
         found = verdicts(results, table)
-        self.headline, self.caution = headline(found), caution(found[found["kind"].isin(["helps", "hurts"])])
+        self.headline = headline(found, beats_random(results, table))
         self.verdicts = found.to_dict("records")
         self.warnings = starts_warning(results, table), settings_warning(results, table)
         self.starts = starts_facts(results, table)
@@ -31,14 +33,15 @@ class Summary:
 def test_context_that_helps(make_ablation):
     found = Summary(make_ablation(step=100))
     assert found.headline == "A longer context helps."
-    assert found.caution is None
     (verdict,) = found.verdicts
-    assert verdict["kind"] == "helps"
+    assert verdict["verdict"] == "higher"
     # n=4: 600 + 1 (streams) + 2 (middle seed) + 15 (gain over four episodes); n=1: 403
     assert (verdict["before"], verdict["after"]) == (pytest.approx(403), pytest.approx(618))
-    assert "returns 618 with 4 trajectories of context and 403 with 1 trajectory: +215" in verdict["sentence"]
-    assert "5 training seeds" in verdict["sentence"]
-    assert "With its memory reset before each episode it returns 393." in verdict["sentence"]
+    assert verdict["sentence"] == (
+        "On cartpole_swingup the Agentic Transformer returns 618 with 4 trajectories of context (393 with its memory "
+        "reset before each episode) and 403 with 1 trajectory: +215 (95 % interval +215 to +215, corrected p below "
+        "0.001, 5 training seeds)."
+    )
 
 
 def test_rolled_out_for_one_length_the_training_lengths_are_compared(make_rollouts):
@@ -87,46 +90,82 @@ def test_context_that_hurts(make_ablation):
     assert "−" in found.verdicts[0]["sentence"]  # noqa: RUF001 (a true minus sign)
 
 
-def test_no_difference(make_rollouts):
-    records = [record for n in (1, 2) for seed in range(5) for record in make_rollouts(n, seed, 100 + 10 * seed)]
-    found = Summary(records)
-    assert found.headline == "A longer context makes no clear difference."
-    assert "no clear difference" in found.verdicts[0]["sentence"]
+def noisy(make_rollouts, gain: float, seeds: int, **changes):
+    """Two lengths: the longer one returns `gain` more, give or take 20 by seed."""
+    return [
+        record
+        for seed in range(seeds)
+        for length in (1, 2)
+        for record in make_rollouts(length, seed, 300 + (length == 2) * (gain + 20 * (-1) ** seed), **changes)
+    ]
 
 
-def test_few_seeds_are_worded_with_care(make_ablation):
-    found = Summary(make_ablation(seeds=3))
-    assert found.headline == "A longer context seems to help."
-    assert found.caution is not None
-    assert "preliminary" in found.caution
-    assert "once in 10 times" in found.caution  # 2 of (6 choose 3) = 20 orders
-    assert "once in 3 times" in str(Summary(make_ablation(seeds=2)).caution)
+def test_a_difference_within_the_noise_is_not_resolved(make_rollouts):
+    found = Summary(noisy(make_rollouts, 5, 6))
+    assert found.headline == "It is not resolved whether a longer context helps."
+    (verdict,) = found.verdicts
+    # The standard deviation of six differences of +-20 is 20 sqrt(6 / 5), so the standard error is 8.94; 2.571 + 0.920.
+    assert (verdict["verdict"], verdict["detectable"]) == ("not resolved", pytest.approx(31.2, abs=0.05))
+    assert verdict["sentence"].endswith(
+        "6 training seeds), not resolved: 6 seeds could have shown a difference of 31.2."
+    )
 
 
-def test_one_seed_has_no_interval(make_ablation):
-    found = Summary(make_ablation(seeds=1))
-    assert found.headline == "One training seed cannot show whether context helps."
-    assert found.verdicts[0]["kind"] == "one seed"
-    assert "may be chance" in found.verdicts[0]["sentence"]
-    assert "interval +" not in found.verdicts[0]["sentence"]
+def test_a_difference_beyond_the_noise_has_a_direction(make_rollouts):
+    assert Summary(noisy(make_rollouts, 60, 6)).headline == "A longer context helps."
+    assert Summary(noisy(make_rollouts, -60, 6)).headline == "A longer context hurts."
 
 
-def test_few_seeds_of_the_same_runs_agree_sooner(make_rollouts):
-    """All gains of n runs have one sign by chance once in 2^(n - 1) times; two groups are separated less often."""
-    for seeds, expected in (
-        (3, "all 3 runs change in the same direction by chance once in 4 times"),
-        (5, "once in 16 times"),
-        (6, None),
-    ):
-        records = [
-            record
-            for seed in range(seeds)
-            for context in (True, False)
-            for record in make_rollouts(4, seed, 500.0 + 20 * context + 100 * seed, context=context)
-        ]
-        found = Summary(records)
-        assert found.headline == f"Memory across episodes {'seems to help' if expected else 'helps'}."
-        assert (found.caution is None) if expected is None else (expected in str(found.caution))
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+@pytest.mark.parametrize("step", [-100, 100])
+def test_fewer_than_four_seeds_never_have_a_direction(seeds, step, make_ablation):
+    found = Summary(make_ablation(seeds=seeds, step=step))
+    assert found.headline == "Fewer than 4 training seeds a side cannot show whether a longer context helps."
+    (verdict,) = found.verdicts
+    assert verdict["verdict"] == "not resolved"
+    assert not any(word in verdict["sentence"] for word in ("helps", "hurts", "higher", "lower"))
+    assert (
+        ("one training seed has no interval" in verdict["sentence"]) == (seeds == 1) == np.isnan(verdict["detectable"])
+    )
+
+
+def test_few_seeds_of_some_comparisons_are_named_first(make_ablation):
+    found = Summary([*make_ablation(), *make_ablation(task="walker_walk", seeds=3, step=-100)])
+    assert found.headline == (
+        "1 of 2 comparisons has fewer than 4 training seeds a side. A longer context helps in 1 of 2 comparisons."
+    )
+
+
+def test_without_a_policy_that_beats_random_there_is_no_direction(make_ablation, make_rollouts):
+    records = [r for r in make_ablation() if r.method not in ("random", "bc")]
+    random = {"method": "random", "train_trajectories": None, "target_return": None, "target_policy": None}
+    assert Summary(records).headline == "A longer context helps."
+    low, high = (make_rollouts(1, 0, level, **random) for level in (401.0, 900.0))
+    assert Summary([*records, *low]).headline == "A longer context helps."
+    assert Summary([*records, *high]).headline == (
+        "No policy clearly beats the random policy, so these results cannot show whether a longer context helps."
+    )
+
+
+def test_the_whole_table_is_corrected():
+    """A p-value of 0.02 counts alone, and not as the larger of three."""
+    row = {"change": 50.0, "low": 10.0, "high": 90.0, "seeds": 5, "p": 0.02}
+    assert judge(pd.DataFrame([row]))["verdict"].tolist() == ["higher"]
+    found = judge(pd.DataFrame([row, row | {"p": 0.9}, row | {"p": 0.001}, row | {"p": np.nan, "change": np.nan}]))
+    assert found["p_holm"].tolist()[:3] == pytest.approx([0.04, 0.9, 0.003])
+    assert found["verdict"].tolist() == ["higher", "not resolved", "higher", "not compared"]
+    assert judge(pd.DataFrame([row] * 3))["verdict"].tolist() == ["not resolved"] * 3
+    across_zero = judge(pd.DataFrame([row | {"low": -1.0}]))
+    assert across_zero["verdict"].tolist() == ["not resolved"], "the interval must exclude zero too"
+
+
+def test_equal_seeds_are_compared_seed_by_seed(make_rollouts):
+    """Seeds differ by 100 and the longer context returns 20 more for each, which only pairs can show."""
+    records = [r for s in range(5) for n in (1, 2) for r in make_rollouts(n, s, 100.0 * s + 20 * n)]
+    (verdict,) = Summary(records).verdicts
+    assert (verdict["paired"], verdict["verdict"], verdict["change"]) == (True, "higher", pytest.approx(20))
+    (verdict,) = Summary([*records, *make_rollouts(2, 5, 300.0)]).verdicts
+    assert (verdict["paired"], verdict["verdict"], verdict["seeds"]) == (False, "not resolved", 5)
 
 
 def test_memory_is_told_from_the_starts_that_have_a_control(make_rollouts):
@@ -155,7 +194,7 @@ def test_one_length_is_judged_by_its_control(make_rollouts):
 def test_one_length_without_control(make_rollouts):
     found = Summary([record for seed in range(3) for record in make_rollouts(4, seed, 500)])
     assert found.headline == "Only one context length was measured."
-    assert found.verdicts[0]["kind"] == "not compared"
+    assert found.verdicts[0]["verdict"] == "not compared"
 
 
 def test_several_comparisons_are_counted(make_ablation):
@@ -204,7 +243,7 @@ def test_prompts_are_compared_run_by_run(make_rollouts):
         )
     ]
     verdict = Summary(records).verdicts[-1]
-    assert (verdict["subject"], verdict["paired"], verdict["kind"]) == ("A longer prompt", True, "helps")
+    assert (verdict["subject"], verdict["paired"], verdict["verdict"]) == ("A longer prompt", True, "higher")
     assert (verdict["change"], verdict["compared"]) == (pytest.approx(40), "prompt of 0 to 3, trained on 4")
     assert "returns 291 after a prompt of 3 trajectories and 251 after 0: +40.0" in verdict["sentence"]
     changed = {"train_trajectories": 4, "prompt_control": "zero rewards"}

@@ -8,7 +8,7 @@ from ringrl.report.provenance import training_runs
 from ringrl.report.results import read_results, tabulate
 from ringrl.report.tables import (
     contenders,
-    contrast,
+    contrast_tasks,
     data_table,
     improvement_table,
     intervals,
@@ -104,8 +104,8 @@ def test_the_same_runs_are_compared_run_by_run(make_rollouts, same):
         )
     ]  # fmt: skip
     shorter, longer = cell_scores(records).values()
-    found = contrast([longer], [shorter])
-    assert found == contrast([longer], [shorter])
+    found = contrast_tasks([longer], [shorter])
+    assert found == contrast_tasks([longer], [shorter])
     assert (found.paired, found.change.value, found.change.runs) == (same, pytest.approx(10), 5)
     assert found.change.interval is not None
     assert (0 in found.change.interval) is not same
@@ -118,7 +118,7 @@ def test_the_same_runs_are_compared_run_by_run(make_rollouts, same):
 def test_runs_of_unknown_checkpoints_are_never_the_same(make_rollouts):
     records = [r for length in (1, 4) for r in make_rollouts(length, 0, 1, train_trajectories=4, checkpoint_hash=None)]
     one, other = cell_scores(records).values()
-    assert not contrast([one], [other]).paired
+    assert not contrast_tasks([one], [other]).paired
 
 
 def test_a_run_measured_in_several_tasks_is_drawn_once(make_rollouts):
