@@ -1,6 +1,7 @@
 """Methods and the families of models that implement them.
 
 random    uniform actions; nothing is trained
+copy      the action of the prompt's step with the nearest observation; nothing is trained
 bc        behaviour cloning: a feed-forward policy imitates all actions of the data
 bc-10%    behaviour cloning on the best tenth of the episodes; also bc-25% and bc-50%
 dt        Decision Transformer (2106.01345): one trajectory, conditioned on its own return-to-go
@@ -88,6 +89,7 @@ def _cloning(title: str, **context: Any) -> Method:
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "random": Method("Random policy", None),
+        "copy": Method("Nearest step of the prompt", None),
         "bc": _cloning("Behaviour cloning"),
         **{
             f"bc-{percent}%": _cloning(

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Float32
+from scipy.spatial import KDTree  # type: ignore[import-untyped]
 
 from ringrl.context import Array, Context
 from ringrl.model import KVCache, Policy, grow
@@ -53,6 +54,20 @@ class RandomActor:
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         return np.stack([random.uniform(-1, 1, self._action_size) for random in self._randoms]).astype(np.float32)
+
+    def observe(self, finished: Context) -> None:
+        """Do nothing."""
+
+
+class CopyActor:
+    """Copies the action of the prompt's step with the nearest normalised observation (Euclidean distance)."""
+
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
+        assert prompt is not None
+        self._observations, self._actions = KDTree(prompt.observation[0]), np.asarray(prompt.action[0])
+
+    def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
+        return self._actions[self._observations.query(current.observation[:, 0])[1]]
 
     def observe(self, finished: Context) -> None:
         """Do nothing."""

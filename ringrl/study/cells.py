@@ -38,7 +38,7 @@ from ringrl.evaluation import (
     random_evaluation,
 )
 from ringrl.evaluation.policy import load_policy
-from ringrl.evaluation.protocol import FIRST_SEED, compile_policy
+from ringrl.evaluation.protocol import FIRST_SEED, compile_policy, copy_evaluation
 from ringrl.evaluation.records import append_records, data_records, library_versions, read_records
 from ringrl.files import with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
@@ -136,6 +136,12 @@ class Cell(Work):
         """The tasks of training. The policy is evaluated in each of them."""
         return self.config.tasks
 
+    @property
+    def copied(self) -> tuple[Protocol, ...]:
+        """The rollouts that are repeated with a policy that copies the prompt."""
+        has_copy = "copy" in self.about.get("prompt_baselines", ())
+        return tuple(one for one in self.protocols if has_copy and one.prompt_trajectories and not one.prompt_control)
+
     def check(self) -> None:
         """Raise UserError as `Work.check` does, or if the training run has other settings."""
         if (self.folder / "config.yaml").exists():
@@ -160,6 +166,7 @@ class Cell(Work):
             for protocol in self.protocols
             if protocol.prompt_task != task  # the control is a prompt of another task
         ]
+        evaluations += [copy_evaluation(one) for one in evaluations if one.protocol in self.copied]
         evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
         for one in filter(self._is_filmed, evaluations):  # best.mp4 is the last video; without it, all are repeated
             evaluate_all([one], again=not (one.videos / "best.mp4").is_file(), video=True, progress=_Log())
@@ -324,7 +331,10 @@ def _cell(
         _prompts(plan.prompts, config.tasks, plan.episodes, trajectories) if plan.prompts and is_rolled_out else []
     )
     if plan.prompts and prompts:
-        about["prompts"] = plan.prompts.model_dump(mode="json")
+        about["prompts"] = plan.prompts.model_dump(mode="json", exclude={"baselines"})
+        is_first = method == plan.methods[0] and tokens == (plan.token_sets or (None,))[0]
+        if plan.prompts.baselines and is_first and trajectories == max(plan.trajectories):  # others have fewer prompts
+            about["prompt_baselines"] = list(plan.prompts.baselines)
         protocols += [protocol for protocol in prompts if protocol not in protocols]
     return Cell(folder, about, config, tuple(protocols), variant)
 

@@ -26,6 +26,9 @@ class PromptPlan(Section):
     """Different prompts of each length, which share the plan's episodes equally."""
     controls: tuple[str, ...] = ()
     """Prompts to roll out as controls: the name of another training task, `zero rewards` or `shuffled`."""
+    baselines: tuple[Literal["copy"], ...] = ()
+    """copy: also roll out the action of the prompt's step with the nearest observation, after the prompts of the cells
+    with the longest context."""
 
     @pydantic.model_validator(mode="after")
     def _check_controls(self) -> Self:

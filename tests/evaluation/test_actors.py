@@ -10,7 +10,7 @@ import pytest
 from ringrl.config import ModelConfig
 from ringrl.context import Context, Outcome
 from ringrl.evaluation import actors
-from ringrl.evaluation.actors import CompiledPolicy, PolicyActor, SegmentActor
+from ringrl.evaluation.actors import Actor, CompiledPolicy, CopyActor, PolicyActor, SegmentActor
 from ringrl.model import Policy, make_policy
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
@@ -44,7 +44,7 @@ def contexts(batch: int, time: int) -> Context:
     )
 
 
-def replayed(actor: PolicyActor, context: Context, prompt: Context | None = None) -> np.ndarray:
+def replayed(actor: Actor, context: Context, prompt: Context | None = None) -> np.ndarray:
     """Return actions (B, T, A) on a given context."""
     batch, time = context.reward.shape
     actor.start(batch, time, prompt)
@@ -54,6 +54,15 @@ def replayed(actor: PolicyActor, context: Context, prompt: Context | None = None
         actions.append(np.asarray(actor.act(step)))
         actor.observe(step)
     return np.stack(actions, axis=1)
+
+
+def test_the_nearest_step_of_the_prompt_is_copied() -> None:
+    prompt, live = contexts(1, 12), contexts(5, 3)
+    expected = [
+        [prompt.action[0, np.square(prompt.observation[0] - now).sum(-1).argmin()] for now in row]
+        for row in live.observation
+    ]
+    np.testing.assert_array_equal(replayed(CopyActor(), live, prompt), expected)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from ringrl.evaluation import (
 from ringrl.evaluation import protocol as protocol_module
 from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.evaluate import roll_out
-from ringrl.evaluation.protocol import compile_policy
+from ringrl.evaluation.protocol import compile_policy, copy_evaluation
 from ringrl.evaluation.records import library_versions
 from ringrl.evaluation.scores import summarise
 from ringrl.model.parallel import MESH_AXES, Parallel
@@ -202,6 +202,23 @@ def test_a_prompt_longer_than_the_training_contexts_is_computed_once(
     roll_out(evaluation, groups=2)
     assert len(prompts) == 6
     assert all(prompt is prompts[0] for prompt in prompts)
+
+
+def test_copying_a_prompt_repeats_an_episode_from_the_same_start(
+    trained: TrainedPolicy, jaco_store: EpisodeStore
+) -> None:
+    """The dataset's first episode began from environment seed 0."""
+    evaluation = policy_evaluation(trained, Protocol(2, seed=0, prompt_trajectories=8))
+    (first, second), by_policy = (roll_out(one) for one in (copy_evaluation(evaluation), evaluation))
+    returns = jaco_store.returns(TASK)
+    assert first.returns[0] == pytest.approx(returns[0], abs=1e-3)
+    assert abs(second.returns[0] - returns[0]) > 1e-3
+    assert first.prompt_episodes == by_policy[0].prompt_episodes
+    assert (first.method, first.settings) == ("copy", {})
+    assert first.evaluation != by_policy[0].evaluation
+    assert first.checkpoint_hash is first.train_trajectories is first.budget is None
+    with pytest.raises(UserError, match="--policy copy: there is no prompt to copy; give --prompt-trajectories"):
+        copy_evaluation(policy_evaluation(trained, Protocol()))
 
 
 @pytest.mark.parametrize(("order", "target"), [("descending", "own"), ("history", "best")])

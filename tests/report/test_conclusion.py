@@ -13,7 +13,7 @@ from ringrl.report.conclusion import (
     verdicts,
 )
 from ringrl.report.results import tabulate
-from ringrl.report.tables import beats_random, returns_table
+from ringrl.report.tables import beats_random, prompt_returns, returns_table
 from ringrl.training.budget import Budget
 
 
@@ -232,7 +232,14 @@ def test_rollouts_that_all_have_the_same_prompt_are_compared_by_context(make_rol
     assert Summary(unlike).headline == "No rollouts show whether context helps."
 
 
-def test_prompts_are_compared_run_by_run(make_rollouts):
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"train_trajectories": 4, "prompt_control": "zero rewards"}, "Agentic Transformer, prompt zero rewards"),
+        ({"method": "copy", "train_trajectories": None, "settings": {}}, "Nearest step of the prompt"),
+    ],
+)
+def test_prompts_are_compared_run_by_run(make_rollouts, changed, name):
     """Runs differ by 100; the prompt raises each of them by 40."""
     records = [
         record
@@ -246,7 +253,6 @@ def test_prompts_are_compared_run_by_run(make_rollouts):
     assert (verdict["subject"], verdict["paired"], verdict["verdict"]) == ("A longer prompt", True, "higher")
     assert (verdict["change"], verdict["compared"]) == (pytest.approx(40), "prompt of 0 to 3, trained on 4")
     assert "returns 291 after a prompt of 3 trajectories and 251 after 0: +40.0" in verdict["sentence"]
-    changed = {"train_trajectories": 4, "prompt_control": "zero rewards"}
     controls = [
         record
         for seed in range(6)
@@ -258,7 +264,7 @@ def test_prompts_are_compared_run_by_run(make_rollouts):
     both = Summary([*records, *controls])
     assert (both.headline, len(both.verdicts)) == (Summary(records).headline, len(Summary(records).verdicts))
     results = tabulate([*records, *controls])
-    assert "Agentic Transformer, prompt zero rewards" in set(results["method"])
+    assert set(prompt_returns(results)["method"]) == {"Agentic Transformer", name}
     assert returns_table(results).set_index("kind").loc["prompt control", "length"].isna().all()
 
 

@@ -127,6 +127,24 @@ def test_prompts_shorter_than_the_context_divide_the_starts(write_plan) -> None:
     }  # fmt: skip
 
 
+def test_prompts_are_copied_once(write_plan) -> None:
+    prompts = {"trajectories": [0, 1, 2], "draws": 2, "controls": ["shuffled"]}
+    changes = {"trajectories": [2, 4], "trajectories_per_batch": 4, "token_sets": ["ring4", "fused1"], "episodes": 4}
+
+    def make(**more) -> dict[str, Cell]:
+        return {c.folder.name: c for c in cells(plan_of(write_plan, **changes, prompts=prompts | more))}
+
+    plain, found = make(), make(baselines=["copy"])
+    longest = found["at_4_ring4_seed0"]
+    assert longest.copied == tuple(p for p in longest.protocols if p.prompt_trajectories and p.prompt_order == "kept")
+    assert [p.prompt_trajectories for p in longest.copied] == [1, 1, 2, 2]
+    assert longest.about == plain["at_4_ring4_seed0"].about | {"prompt_baselines": ["copy"]}
+    assert cost(longest, {}).simulated == cost(plain["at_4_ring4_seed0"], {}).simulated + 8 * 250
+    for name in plain.keys() - {"at_4_ring4_seed0"}:
+        assert found[name].about == plain[name].about, "finished cells of older plans remain finished"
+        assert not found[name].copied
+
+
 def test_prompts_as_controls(write_plan) -> None:
     """Every prompt again: shuffled, and of each other task that the cell was trained on."""
     own, other = "jaco_reach_top_left", "jaco_reach_top_right"
