@@ -168,6 +168,17 @@ def probability_of_improvement(
     return _compare(strata, baseline, wins, generator, resamples, together, baseline_together)
 
 
+def rank_correlation(x: Runs, y: Runs, *, generator: np.random.Generator, resamples: int = 2000) -> Estimate:
+    """Return Spearman's correlation of two numbers per run and its bootstrap interval; 0 if one of them is constant."""
+
+    def spearman(*samples: np.ndarray, axis: int = -1) -> Any:
+        ranks = [scipy.stats.rankdata(sample, axis=axis) for sample in samples]
+        one, other = (rank - rank.mean(axis, keepdims=True) for rank in ranks)
+        return (one * other).sum(axis) / np.maximum(np.sqrt((one**2).sum(axis) * (other**2).sum(axis)), 1e-9)
+
+    return _estimate([x, y], spearman, generator, resamples, [0, 0])
+
+
 def performance_profile(
     strata: Strata,
     thresholds: Float[np.ndarray, " thresholds"],

@@ -41,20 +41,21 @@ _MEASURES = {
 _UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))  # from these seconds on
 
 
-def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame) -> list[Chart]:
+def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame, held_out: pd.DataFrame) -> list[Chart]:
     """Return the charts that the results are sufficient for.
 
     Args:
         results: the table of `read_results`.
         table: the table of `returns_table`.
         losses: training and held-out losses, as `provenance.training_losses` returns them.
+        held_out: held-out losses and returns, as `held_out.loss_points` returns them.
     """
     draw = Drawing(styles(table), results.groupby(CELL)["command"].agg(_commands).rename("command"), {})
     with debug_mode(False):  # validating each of some hundred marks takes longer than all the rest
         charts = [
             _context_chart(draw, results, table), _cost_chart(draw, results, table), _episode_chart(draw, results),
             _prompt_chart(draw, results), _last_chart(draw, results), _profile_chart(draw, results, table),
-            _loss_chart(draw, losses),
+            _loss_chart(draw, losses), _held_out_chart(draw, held_out),
         ]  # fmt: skip
     return [chart for chart in charts if chart.panels]
 
@@ -278,3 +279,20 @@ def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
     if lost := int(losses.drop_duplicates("run")["not_finite"].sum()):
         caption += f" Steps without a finite loss are left out ({lost})."
     return draw.chart("learning_curves", "Learning curves", caption, panels)
+
+
+def _held_out_chart(draw: Drawing, points: pd.DataFrame) -> Chart:
+    """Return against held-out loss, a dot per run."""
+    panels, y = [], alt.Y("value:Q", title="return per episode", scale=alt.Scale(zero=True))
+    for task, rows in points.groupby("task"):
+        x = alt.X("x:Q", title="held-out loss", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+        rows = rows.assign(
+            x=rows["loss"], loss=[f"{loss:.4g}" for loss in rows["loss"]],
+            trajectories=[f"{length:.0f}" if length else None for length in rows["train_trajectories"]],
+        )  # fmt: skip
+        panels.append(draw.panel(str(task), [draw.dots(rows, x, y, 40)], f"{task}: return against held-out loss."))
+    caption = (
+        "One dot per training run: the loss of the evaluated policy on episodes that training never sees, against its "
+        "return per episode. Losses of different action heads are in different panels."
+    )
+    return draw.chart("return_by_loss", "Return against held-out loss", caption, panels)

@@ -262,10 +262,11 @@ class Drawing(NamedTuple):
             layers.append(text.transform_filter("isValid(datum.label)"))
         return layers
 
-    def dots(self, runs: pd.DataFrame, x: alt.X, y: alt.Y) -> alt.Chart:
+    def dots(self, runs: pd.DataFrame, x: alt.X, y: alt.Y, size: int = 10) -> alt.Chart:
         """Return a small dot per training seed."""
-        data = runs[["method", "x", "value", "seed"]].assign(shown=[number(value) for value in runs["value"]])
-        mark = self.base(data).mark_point(filled=True, size=10)
+        data = runs[[name for name in ("method", "x", "value", "seed", "loss", "trajectories") if name in runs]]
+        data = data.assign(shown=[number(value) for value in runs["value"]])
+        mark = self.base(data).mark_point(filled=True, size=size)
         return mark.encode(x=x, y=y, color=self.colour(), opacity=_opacity(0.6), tooltip=_tooltips(data))
 
     def rules(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:

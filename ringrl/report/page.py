@@ -23,6 +23,7 @@ from ringrl.files import lock, remove
 from ringrl.report import conclusion, provenance
 from ringrl.report.charts import all_charts
 from ringrl.report.drawing import PALETTE, Chart, chart_files, page_spec, styles
+from ringrl.report.held_out import ENOUGH_RUNS, loss_correlations, loss_points, loss_sentence
 from ringrl.report.results import read_results
 from ringrl.report.tables import (
     QUANTILES,
@@ -116,6 +117,13 @@ IMPROVEMENT_COLUMNS = [
     Column("probability", "Probability", "that a training run of the first beats a run of the second on the same task",
            share, ("low", "high")),
 ]  # fmt: skip
+CORRELATION_COLUMNS = [
+    Column("task", "Task"), Column("runs", "Runs", form=count),
+    Column("correlation", "Correlation", "Spearman's rank correlation of held-out loss and return, 95 % interval "
+           "(bootstrap over runs); negative if a lower loss goes with a higher return", share, ("low", "high")),
+    Column("settings", "Settings", "methods and context lengths", count),
+    Column("between", "Between settings", "correlation of the means of the settings; absent below three", share),
+]  # fmt: skip
 TRAINING_COLUMNS = [
     Column("task", "Task"), Column("method", "Method"), Column("train_trajectories", "Trained on", form=count),
     Column("steps", "Steps", "of the optimiser", amount),
@@ -145,7 +153,9 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     read = read_results(results)
     table, runs = returns_table(read), provenance.training_runs(read)
     losses = provenance.training_losses(runs)
-    charts = all_charts(read, table, losses)
+    held_out = loss_points(read, table, runs)
+    correlations = loss_correlations(held_out)
+    charts = all_charts(read, table, losses, held_out)
     verdicts, improvement = conclusion.verdicts(read, table), improvement_table(read, table)
     training, videos = training_table(read, runs), provenance.videos(read)
     warnings = [
@@ -169,6 +179,9 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         columns=columns,
         improvement=improvement,
         improvement_columns=IMPROVEMENT_COLUMNS,
+        correlations=correlations,
+        correlation_columns=CORRELATION_COLUMNS,
+        loss_sentence=loss_sentence(correlations),
         training=training,
         training_columns=_used(TRAINING_COLUMNS, training),
         quantiles=QUANTILES,
@@ -181,6 +194,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
     files |= table_files("comparisons", verdicts.drop(columns="sentence"), COMPARISON_COLUMNS) if len(verdicts) else {}
     files |= table_files("improvement", improvement, IMPROVEMENT_COLUMNS) if len(improvement) else {}
+    files |= table_files("held_out_loss", correlations, CORRELATION_COLUMNS) if len(correlations) else {}
     files |= table_files("training", training, TRAINING_COLUMNS) if len(training) else {}
     return save_report(
         page, charts, files | {target: path for one in videos for _, path, target in one["videos"]}, destination
@@ -320,6 +334,8 @@ def _missing(charts: Sequence[Chart], videos: Sequence[object]) -> list[str]:
         "performance_profiles": "Performance profiles and probabilities of improvement need two training seeds and a "
         "method with a context.",
         "learning_curves": "Learning curves need the run folders with their metrics.jsonl; none was found.",
+        "return_by_loss": "Return against held-out loss needs run folders with a held-out loss "
+        f"(`--validation-fraction`), and {ENOUGH_RUNS} runs of a task for a correlation.",
     }
     names = {chart.name for chart in charts}
     found = [reason for name, reason in reasons.items() if name not in names]

@@ -17,6 +17,7 @@ from ringrl.evaluation.statistics import (
     mean_test,
     performance_profile,
     probability_of_improvement,
+    rank_correlation,
 )
 
 
@@ -314,3 +315,14 @@ def test_holm_rarely_finds_a_difference_in_a_table_without_any():
     random = np.random.default_rng(2)
     tables = scipy.stats.norm.sf(random.normal(size=(4000, 8)) * 0.7 + random.normal(size=(4000, 1)) * 0.7)
     assert np.mean([holm(table).min() < 0.05 for table in tables]) < 0.055
+
+
+def test_rank_correlations_agree_with_scipy():
+    random = np.random.default_rng(3)
+    x = random.integers(0, 6, size=12).astype(np.float64)  # with ties
+    y = x + random.normal(size=12)
+    found = rank_correlation(x, y, generator=generator())
+    assert found.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert found.interval.low < found.value < found.interval.high
+    assert rank_correlation(np.exp(x), y**3, generator=generator()) == found, "only ranks count"
+    assert rank_correlation(x, np.ones(12), generator=generator()).value == 0

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats  # type: ignore[import-untyped]
 
 from ringrl.report.charts import all_charts
 from ringrl.report.conclusion import overfitting_warning
 from ringrl.report.drawing import SERIES, styles
+from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.page import write_report
 from ringrl.report.provenance import training_losses, training_runs
 from ringrl.report.results import read_results, tabulate
@@ -15,9 +18,13 @@ from ringrl.report.tables import returns_table
 
 
 def charts(records) -> dict:
-    results = tabulate(records)
-    losses = training_losses(training_runs(results))
-    return {chart.name: chart for chart in all_charts(results, returns_table(results), losses)}
+    return charts_of(tabulate(records))
+
+
+def charts_of(results) -> dict:
+    runs, table = training_runs(results), returns_table(results)
+    losses, held_out = training_losses(runs), loss_points(results, table, runs)
+    return {chart.name: chart for chart in all_charts(results, table, losses, held_out)}
 
 
 def points(panel) -> pd.DataFrame:
@@ -90,11 +97,10 @@ def test_the_cost_chart_has_an_option_per_measure(make_rollouts, make_budget):
 def test_held_out_losses_are_dashed_lines_next_to_the_training_losses(make_study, tmp_path):
     root = make_study(tmp_path / "runs", seeds=1)
     results = read_results([root])
-    assert all_charts(results, returns_table(results), training_losses(training_runs(results)))[-1].dashed == ""
+    assert charts_of(results)["learning_curves"].dashed == ""
     add_held_out(root, lambda step: 1.0 if step < 50 else 2.0)
-    losses = training_losses(training_runs(results))
-    chart = all_charts(results, returns_table(results), losses)[-1]
-    assert (chart.name, chart.dashed) == ("learning_curves", "held-out episodes")
+    chart = charts_of(results)["learning_curves"]
+    assert chart.dashed == "held-out episodes"
     assert "training never sees" in chart.caption
     found = points(chart.panels[0])
     held_out = found[found["memory"] == "held-out episodes"]
@@ -128,6 +134,55 @@ def test_a_held_out_loss_that_rises_is_named_in_one_sentence(make_study, tmp_pat
         assert f"after step {lowest} (Agentic Transformer on cartpole_swingup)" in warning
     page = write_report([root], tmp_path / "page").read_text()
     assert ("the held-out loss rises while the training loss falls" in page) == rises
+
+
+def test_held_out_loss_against_return(make_study, tmp_path):
+    """Seed s of length n returns 100 n + s more. Its held-out loss falls with the length and rises with the seed."""
+    root = make_study(tmp_path / "runs", seeds=3, tasks=("cartpole_swingup", "walker_walk"))
+    for length, seed in ((length, seed) for length in (1, 2) for seed in range(3)):
+        if seed < 2 or length == 2:
+            level = 1 / length + 0.01 * seed
+            add_held_out(root, lambda step, level=level: level + 1 / step, f"cartpole*_at_{length}_seed{seed}")
+        if length == 1 or seed == 0:
+            add_held_out(root, lambda step, seed=seed: 9.0 + seed, f"walker*_at_{length}_seed{seed}")
+    results = read_results([root])
+    found = loss_points(results, returns_table(results), training_runs(results))
+    swingup = found[found["task"] == "cartpole_swingup"].sort_values(["train_trajectories", "seed"])
+    assert swingup["loss"].tolist() == pytest.approx([1.01, 1.02, 0.51, 0.52, 0.53]), "the last loss of each run"
+    (row,) = loss_correlations(found).to_dict("records")
+    assert (row["task"], row["runs"], row["settings"]) == ("cartpole_swingup", 5, 2), "four runs are too few"
+    expected = scipy.stats.spearmanr(swingup["loss"], swingup["value"]).statistic
+    assert (row["correlation"], row["low"] <= expected <= row["high"]) == (pytest.approx(expected), True)
+    assert np.isnan(row["between"]), "two settings are too few"
+    assert found["value"].max() == 608.0  # 400 + 100 n + seed, 1 for the streams and 5 for the gain of 10
+    early = results.assign(steps_trained=50)
+    until = loss_points(early, returns_table(early), training_runs(results)).query("task == 'cartpole_swingup'")
+    assert until["loss"].min() == pytest.approx(0.5 + 1 / 40), "of the evaluated checkpoint"
+    chart = charts_of(results)["return_by_loss"]
+    assert [(panel.title, len(points(panel))) for panel in chart.panels] == [
+        ("cartpole_swingup", 5),
+        ("walker_walk", 4),
+    ]
+    page = write_report([root], tmp_path / "page")
+    assert f"Held-out loss predicts return on {int(row['high'] < 0)} of 1 task." in page.read_text()
+    assert (page.parent / "tables" / "held_out_loss.csv").read_text().startswith("task,runs,correlation")
+
+
+def test_correlations_by_hand():
+    """Within each setting a lower loss goes with a lower return; between settings with a higher one."""
+    rows = [
+        ("walker_walk", f"at {k}", 1, seed, 10.0 - k + 0.1 * seed, 100.0 * k + seed)
+        for k in range(4)
+        for seed in range(3)
+    ]
+    found = pd.DataFrame(rows, columns=["task", "method", "train_trajectories", "seed", "loss", "value"])
+    (row,) = loss_correlations(found).to_dict("records")
+    assert (row["settings"], row["between"]) == (4, -1.0)
+    assert -1 < row["correlation"] < -0.5
+    assert row["high"] < 0
+    assert loss_sentence(loss_correlations(found)) == "Held-out loss predicts return on 1 of 1 task."
+    both = pd.concat([found, found.assign(task="walker_run", value=-found["value"])])
+    assert loss_sentence(loss_correlations(both)) == "Held-out loss predicts return on 1 of 2 tasks."
 
 
 def add_held_out(root, loss, runs="*_at_*"):
