@@ -117,6 +117,13 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any], section: str = ""
     return whole
 
 
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """Return the settings {model: {layers: 2}} for the name model.layers and the value 2."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
 def to_yaml(settings: Section | Mapping[str, Any]) -> str:
     """Return settings as YAML, in their own order. The last line shows that the text is whole."""
     values = settings.model_dump(mode="json") if isinstance(settings, Section) else dict(settings)

@@ -25,7 +25,7 @@ from typing import Any
 import pydantic
 
 from ringrl.config import TrainConfig
-from ringrl.config_files import merged, one_line, read_yaml, to_yaml
+from ringrl.config_files import merged, nested, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
@@ -261,10 +261,8 @@ def _check_settings(where: str, plan: Mapping[str, Any], found: Sequence[Cell]) 
 
 
 def _has(config: TrainConfig, name: str, value: Any) -> bool:
-    for part in reversed(name.split(".")):
-        value = {part: value}
     try:
-        return TrainConfig.model_validate(merged(config.model_dump(), value)) == config
+        return TrainConfig.model_validate(merged(config.model_dump(), nested(name, value))) == config
     except pydantic.ValidationError:  # contradicts the settings of the method
         return False
 

@@ -1,5 +1,6 @@
 """The plan of an ablation: the settings to cross, and the settings that all cells share."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import pydantic
 from pydantic import Field
 
 from ringrl.config import FilePath, Section, TrainConfig
-from ringrl.config_files import merged, one_line, read_yaml
+from ringrl.config_files import merged, nested, one_line, read_yaml
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
@@ -79,6 +80,9 @@ class AblationPlan(Section):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> settings, which override the settings of a method, too. Every cell is repeated with each variant. The
     report shows the name."""
+    sweep: dict[str, Any] = Field(default_factory=dict)
+    """Setting -> values, for example {optimiser.learning_rate: [0.001, 0.003], model.layers: [1, 2]}. Every combination
+    becomes a variant."""
     variants_only: bool = False
     """Leave out the cells without a variant."""
     episodes: int = Field(40, ge=1)
@@ -109,6 +113,10 @@ class AblationPlan(Section):
     def _expand_short_form(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        if values.get("sweep"):
+            if values.get("variants"):
+                raise ValueError("sweep: makes variants of its own; leave variants out, or put them into a part")
+            values = {**values, "variants": _combinations(values["sweep"]), "sweep": {}}
         if not any(name in values for name in _SHORT):
             return values
         given = {name: values[name] for name in _SHORT if name in values}
@@ -174,6 +182,24 @@ def read_plan(path: Path) -> AblationPlan:
         raise UserError(f"{path}: {one_line(error)}") from error
 
 
+def _combinations(sweep: Any) -> dict[str, dict[str, Any]]:
+    """Return the variants of a sweep: "learning rate 0.001, layers 2" -> settings."""
+    if not isinstance(sweep, Mapping) or not all(isinstance(values, list) and values for values in sweep.values()):
+        raise ValueError(
+            "sweep: give a list of values for each setting, as in {optimiser.learning_rate: [0.001, 0.003]}"
+        )
+    found = {}
+    for values in itertools.product(*sweep.values()):
+        words, settings = [], dict[str, Any]()
+        for name, value in zip(map(str, sweep), values, strict=True):
+            words.append(f"{name.rpartition('.')[2].replace('_', ' ')} {'none' if value is None else value}")
+            settings = merged(settings, nested(name, value))
+        found[", ".join(words)] = settings
+    if len(found) < math.prod(map(len, sweep.values())):
+        raise ValueError("sweep: contains a value twice")
+    return found
+
+
 def _part(name: str, own: Mapping[str, Any], changes: Mapping[str, Any]) -> AblationPlan:
     """Return a part as a plan of its own. Raise UserError with the part's name if it is not valid."""
     try:
@@ -183,7 +209,7 @@ def _part(name: str, own: Mapping[str, Any], changes: Mapping[str, Any]) -> Abla
         tasks = changes.get("tasks", list(own["datasets"]))
         if not isinstance(tasks, list | tuple) or not tasks or not set(tasks) <= set(own["datasets"]):
             raise UserError(f"tasks: {tasks} is not a list of tasks of the plan ({', '.join(own['datasets'])})")
-        values["variants"] = changes.get("variants", own["variants"])
+        values["variants"] = changes.get("variants", {} if "sweep" in changes else own["variants"])
         for key in ("datasets", "task_settings"):
             values[key] = {task: value for task, value in values[key].items() if task in tasks}
         return AblationPlan.model_validate(values)

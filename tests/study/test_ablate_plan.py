@@ -198,6 +198,25 @@ def test_a_decision_transformer_of_twenty_steps(write_plan) -> None:
     assert len(found) == 4
 
 
+def test_a_sweep_makes_a_variant_of_every_combination(write_plan) -> None:
+    sweep = {"optimiser.learning_rate": [0.001, 0.003], "model.episode_window": [5, None, [1, 20]]}
+    layers = {"settings": {"model": {"layers": 2}}, "baselines": [], "trajectories": [1], "variants_only": True}
+    part = {"trajectories": [2], "sweep": {"model.width": [32]}}
+    found = {cell.variant: cell for cell in cells(plan_of(write_plan, **layers, sweep=sweep, parts=[part]))}
+    assert {name: (c.config.optimiser.learning_rate, c.config.model.episode_window) for name, c in found.items()} == {
+        "learning rate 0.001, episode window 5": (0.001, (5,)),
+        "learning rate 0.001, episode window none": (0.001, ()),
+        "learning rate 0.001, episode window [1, 20]": (0.001, (1, 20)),
+        "learning rate 0.003, episode window 5": (0.003, (5,)),
+        "learning rate 0.003, episode window none": (0.003, ()),
+        "learning rate 0.003, episode window [1, 20]": (0.003, (1, 20)),
+        "width 32": (0.001, ()),
+    }
+    assert found["learning rate 0.001, episode window [1, 20]"].folder.name.startswith("at_1_learning-rate-0.001-epis")
+    with pytest.raises(UserError, match="optimiser: there is no setting learning_rat; did you mean learning_rate"):
+        cells(plan_of(write_plan, sweep={"optimiser.learning_rat": [1]}))
+
+
 def test_parts_override_keys_of_the_plan_and_merge_settings(write_plan) -> None:
     tasks = ["jaco_reach_top_left", "jaco_reach_top_right"]
     part = {
@@ -404,6 +423,12 @@ def test_the_example_has_the_cells_of_its_first_line() -> None:
         ({"variants_only": True}, "variants_only: there are no variants"),
         ({"parts": [{"tasks": ["walker_walk"]}]}, r"parts\.0: tasks: \['walker_walk'\] is not a list of tasks"),
         ({"parts": [{}, {"output": "x"}]}, r"parts\.1: output cannot differ between the parts"),
+        ({"sweep": {"model.layers": 2}}, r"sweep: give a list of values for each setting, as in \{optimiser"),
+        ({"sweep": {"seed": [1, 1]}}, "sweep: contains a value twice"),
+        (
+            {"sweep": {"model.layers": [1]}, "variants": {"x": {}}},
+            "sweep: makes variants of its own; leave variants out",
+        ),
         ({"parts": [{"seed": 1}]}, r"parts\.0: there is no setting seed; did you mean seeds"),
         ({"parts": [{"settings": 3}]}, r"parts\.0: settings"),
     ],
