@@ -1,6 +1,6 @@
 """Returns and cost of the methods of `ringrl data collect`, for the table in docs/collect.md.
 
-    python benchmarks/collect.py [--methods scripted td3 rnd] [--preset small | --episodes 60] [--json FILE] [task ...]
+    python benchmarks/collect.py [--methods scripted td3] [--preset small | --episodes 60] [--json FILE] [task ...]
 
 Collects every task with every method and prints the returns of the episodes, the minutes, and the processor minutes
 (which are more reliable on a shared machine).
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
-    parser.add_argument("--methods", nargs="+", default=["scripted", "td3", "rnd"], help="scripted, td3, rnd")
+    parser.add_argument("--methods", nargs="+", default=["scripted", "td3"], help="scripted, td3")
     parser.add_argument("--preset", default="small", choices=PRESETS, help="number of transitions")
     parser.add_argument("--episodes", type=positive, help="number of episodes, instead of the preset's")
     parser.add_argument("--seed", type=int, default=0)

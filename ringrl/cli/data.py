@@ -207,7 +207,7 @@ def collect(
     /,
     *,
     output: Path,
-    method: Literal["scripted", "td3", "rnd"] = "scripted",
+    method: Literal["scripted", "td3"] = "scripted",
     preset: Literal["tiny", "small", "exorl_like"] = "small",
     episodes: int | None = None,
     seed: int = 0,
@@ -221,11 +221,10 @@ def collect(
     Args:
         task: for example jaco_reach_top_left.
         output: folder to create. Episodes are written to OUTPUT/buffer/.
-        method: scripted searches the parameters of a scripted controller, td3 learns a policy, rnd learns to visit new
-            states (random network distillation). The recorded reward is the task's for every method.
-        preset: transitions. tiny: 10,000 (seconds; td3 and rnd up to a minute). small: 200,000 (scripted 1 to
-            4 minutes, td3 and rnd 10 to 20). exorl_like: 10,000,000 as in ExoRL's archives (scripted an hour; td3 and
-            rnd more than half a day on one core and up to 4 GB of memory).
+        method: scripted searches the parameters of a scripted controller, td3 learns a policy.
+        preset: transitions. tiny: 10,000 (seconds; td3 up to a minute). small: 200,000 (scripted 1 to 4 minutes, td3 10
+            to 20). exorl_like: 10,000,000 as in ExoRL's archives (scripted an hour; td3 more than half a day on one
+            core and up to 4 GB of memory).
         episodes: number of episodes, instead of the preset's.
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only). Default: one per available core.

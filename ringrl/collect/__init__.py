@@ -1,7 +1,7 @@
 """Collection of datasets in the ExoRL format on this machine.
 
 A dataset is the history of a learner, from poor episodes to good ones: a cross-entropy search over the parameters of a
-scripted controller, TD3 with the task's reward, or TD3 with a reward for novel states (random network distillation).
+scripted controller, or TD3.
 """
 
 from ringrl.collect.collection import PRESETS, Progress, collect, preset_episodes

@@ -14,7 +14,7 @@ from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, sync
 
-METHODS = ("scripted", "td3", "rnd")
+METHODS = ("scripted", "td3")
 
 PRESETS: Mapping[str, int] = MappingProxyType({"tiny": 10_000, "small": 200_000, "exorl_like": 10_000_000})
 """Number of transitions to collect. ExoRL's archives have ten million each."""
@@ -45,9 +45,8 @@ def collect(
     """Record a dataset in the ExoRL format, `destination/buffer/episode_{number}_{steps}.npz`. Return `destination`.
 
     The episodes, in order of their numbers, are the history of a learner. "scripted" searches the parameters of the
-    domain's scripted controller. "td3" learns a policy from scratch. "rnd" learns a policy that seeks novel states,
-    but the recorded reward is the task's. The same arguments give the same arrays on the same machine, for any number
-    of workers.
+    domain's scripted controller. "td3" learns a policy from scratch. The same arguments give the same arrays on the
+    same machine, for any number of workers.
 
     The folder appears when the collection is complete. Until then, finished episodes are in the hidden folder
     `.{name}.partial` next to it. The same call after an interruption resumes there and gives the same arrays. After the
@@ -86,7 +85,7 @@ def collect(
         else:
             from ringrl.collect.learner import learn  # imports JAX, which is slow
 
-            learn(task, folder, episodes=episodes, seed=seed, is_reward_free=method == "rnd", progress=progress)
+            learn(task, folder, episodes=episodes, seed=seed, progress=progress)
     return destination
 
 

@@ -1,14 +1,10 @@
-"""Collection with a learner: TD3 explores, learns from its replay memory, and every episode is kept.
-
-The learner maximises the task's reward, or a reward for novel states (random network distillation).
-"""
+"""Collection with a learner: TD3 explores, learns from its replay memory, and every episode is kept."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +14,6 @@ from jaxtyping import Array, Float
 
 from ringrl.collect.record import EpisodeRecording, coloured_noise, start_seed
 from ringrl.collect.replay import Replay
-from ringrl.collect.rnd import RND, RndState
 from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig
 from ringrl.context import Transitions
 from ringrl.data.exorl import Archive, save_episode
@@ -41,33 +36,22 @@ _ADAM = OptimiserConfig(
 )
 
 
-class LearnerState(NamedTuple):
-    """State of TD3, and of the novelty reward if the learner uses one."""
-
-    td3: TrainState
-    novelty: RndState | None
-
-
 class Learner:
-    """TD3 with ExoRL's networks. What it learns is in `LearnerState`."""
+    """TD3 with ExoRL's networks. What it learns is in `TrainState`."""
 
-    def __init__(self, domain: Domain, seed: int, *, is_reward_free: bool, width: int = 256) -> None:
+    def __init__(self, domain: Domain, seed: int, *, width: int = 256) -> None:
         self._model = ModelConfig(kind="td3_bc", layers=2, width=width)
         self._sizes = (domain.observation_size, domain.action_size)
         self._seed = int(np.random.default_rng((seed, 4)).integers(2**32))  # JAX needs a seed below 2^32
-        # The novelty reward decreases while it is learned, so it is computed for single steps when they are sampled.
-        n_step = 1 if is_reward_free else 3
-        self.settings = ActorCriticConfig(n_step=n_step, behaviour_cloning=0.0, target_rate=0.01)
+        self.settings = ActorCriticConfig(n_step=3, behaviour_cloning=0.0, target_rate=0.01)
         self._graph = nnx.split(nnx.eval_shape(lambda: self._policy(nnx.Rngs(params=0))), nnx.Param)[0]
         self._td3 = TD3(self._graph, _ADAM, self.settings, self._seed)
-        self._rnd = RND(domain.observation_size) if is_reward_free else None
         self.update = jax.jit(self._updates, donate_argnums=0)
         self.act = jax.jit(self._act)
 
-    def init(self) -> LearnerState:
+    def init(self) -> TrainState:
         """Return the state before the first update."""
-        rngs = nnx.Rngs(params=self._seed)
-        return LearnerState(self._td3.init(self._policy(rngs)), self._rnd.init(rngs) if self._rnd else None)
+        return self._td3.init(self._policy(nnx.Rngs(params=self._seed)))
 
     def _policy(self, rngs: nnx.Rngs) -> ActorCritic:
         return ActorCritic(self._model, *self._sizes, rngs, style=EXORL)
@@ -77,17 +61,9 @@ class Learner:
         policy = nnx.merge(self._graph, state.params)
         return jnp.tanh(policy.actor(policy.inputs(observation, jnp.zeros((len(observation), 0)))))
 
-    def _updates(self, state: LearnerState, batches: Transitions) -> LearnerState:
+    def _updates(self, state: TrainState, batches: Transitions) -> TrainState:
         """Make an update per batch (number, batch, ...)."""
-
-        def one(state: LearnerState, batch: Transitions) -> tuple[LearnerState, None]:
-            novelty = state.novelty
-            if self._rnd is not None and novelty is not None:
-                novelty, bonus = self._rnd.update(novelty, jnp.asarray(batch.following))
-                batch = batch._replace(reward=bonus)
-            return LearnerState(self._td3.update(state.td3, batch)[0], novelty), None
-
-        return jax.lax.scan(one, state, batches)[0]
+        return jax.lax.scan(lambda state, batch: (self._td3.update(state, batch)[0], None), state, batches)[0]
 
 
 def learn(
@@ -96,7 +72,6 @@ def learn(
     *,
     episodes: int,
     seed: int,
-    is_reward_free: bool,
     progress: Callable[[int, int], None],
     width: int = 256,
 ) -> None:
@@ -106,7 +81,7 @@ def learn(
     saved learner or one of its episodes is damaged or missing.
     """
     domain = domain_of(task)
-    learner = Learner(domain, seed, is_reward_free=is_reward_free, width=width)
+    learner = Learner(domain, seed, width=width)
     replay = Replay(domain, episodes, domain.recorded_tasks(task).index(task))
     simulations = [load_simulation(task) for _ in range(min(_ENVIRONMENTS, episodes))]
     done, state = _saved(folder, learner.init())
@@ -125,9 +100,9 @@ def learn(
 
 
 def _run(
-    recordings: list[EpisodeRecording], learner: Learner, state: LearnerState, replay: Replay, first: int,
+    recordings: list[EpisodeRecording], learner: Learner, state: TrainState, replay: Replay, first: int,
     noise: float, seed: tuple[int, ...],
-) -> LearnerState:  # fmt: skip
+) -> TrainState:  # fmt: skip
     """Record parallel episodes from start to end, with updates in between, and return the learner after them."""
     random = np.random.default_rng(seed)
     steps, size = replay.action.shape[1] - 1, replay.action.shape[2]
@@ -136,7 +111,7 @@ def _run(
     for block in range(0, steps, _STRIDE):
         for step in range(block, block + _STRIDE):
             observation = np.stack([recording.observation for recording in recordings])
-            actions = np.asarray(learner.act(state.td3, observation)) + noises[step]
+            actions = np.asarray(learner.act(state, observation)) + noises[step]
             for recording, action in zip(recordings, actions, strict=True):
                 recording.step(action)
         for number, recording in enumerate(recordings, start=first):
@@ -162,13 +137,13 @@ def _recall(folder: Path, domain: Domain, replay: Replay, done: int) -> None:
             replay.put(member.number, archive.read(member))
 
 
-def _save(folder: Path, done: int, state: LearnerState) -> None:
+def _save(folder: Path, done: int, state: TrainState) -> None:
     content = io.BytesIO()
     np.savez(content, *map(np.asarray, jax.tree.leaves(state)), episodes=done)
     write_whole(folder / _CHECKPOINT, content.getvalue())
 
 
-def _saved(folder: Path, state: LearnerState) -> tuple[int, LearnerState]:
+def _saved(folder: Path, state: TrainState) -> tuple[int, TrainState]:
     """Return the number of episodes and the state at the last save, or zero and `state` if there is none."""
     path = folder / _CHECKPOINT
     if not path.exists():

@@ -30,10 +30,10 @@ class NetworkStyle(NamedTuple):
     """Normalisation and initial weights of an MLP.
 
     norm: "every": layer normalisation before the ReLU of each hidden layer. "first": layer normalisation and tanh in
-        the first hidden layer only. "none": no normalisation.
+        the first hidden layer only.
     """
 
-    norm: Literal["every", "first", "none"]
+    norm: Literal["every", "first"]
     hidden: nnx.Initializer  # of the weights of hidden layers
     last: nnx.Initializer  # of the weights of the last layer
     largest_input: float  # observations are clipped to this magnitude
@@ -50,7 +50,7 @@ class MLP(nnx.Module):
 
     def __init__(self, sizes: Sequence[int], style: NetworkStyle, rngs: nnx.Rngs, dtype: str = "float32") -> None:
         *hidden, outputs = sizes
-        normed = {"every": hidden[1:], "first": hidden[1:2], "none": []}[style.norm]
+        normed = hidden[1:] if style.norm == "every" else hidden[1:2]
         linear = partial(nnx.Linear, kernel_init=style.hidden, dtype=jnp.dtype(dtype), rngs=rngs)
         self.layers = nnx.List([linear(a, b) for a, b in pairwise(hidden)])
         self.norms = nnx.List([nnx.LayerNorm(size, use_bias=False, use_scale=False, rngs=rngs) for size in normed])
