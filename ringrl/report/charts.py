@@ -10,8 +10,8 @@ from altair.utils.schemapi import debug_mode
 from ringrl.evaluation.formatting import number
 from ringrl.evaluation.scores import score_or_none
 from ringrl.evaluation.statistics import performance_profile
-from ringrl.report.drawing import HELD_OUT, TRAINING, Chart, Drawing, styles
-from ringrl.report.results import CELL, RUN
+from ringrl.report.drawing import HELD_OUT, TRAINING, Chart, Drawing, Panel, styles
+from ringrl.report.results import CELL, LENGTH_SETTINGS, RUN
 from ringrl.report.tables import (
     BOOTSTRAP_SEED,
     RESAMPLES,
@@ -23,6 +23,7 @@ from ringrl.report.tables import (
     normalised,
     normalised_scores,
     prompt_returns,
+    recorded_runs,
     run_scores,
     scores_of,
     strata,
@@ -55,7 +56,7 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
         charts = [
             _context_chart(draw, results, table), _cost_chart(draw, results, table), _episode_chart(draw, results),
             _prompt_chart(draw, results), _last_chart(draw, results), _profile_chart(draw, results, table),
-            _loss_chart(draw, losses), _held_out_chart(draw, held_out),
+            _loss_chart(draw, losses), _held_out_chart(draw, held_out), _map_chart(draw, results, table),
         ]  # fmt: skip
     return [chart for chart in charts if chart.panels]
 
@@ -296,3 +297,43 @@ def _held_out_chart(draw: Drawing, points: pd.DataFrame) -> Chart:
         "return per episode. Losses of different action heads are in different panels."
     )
     return draw.chart("return_by_loss", "Return against held-out loss", caption, panels)
+
+
+def _map_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
+    """Mean return for each pair of values, where the runs of one method differ in two settings.
+
+    The context length is the second setting if only one other varies. Otherwise each length has a panel.
+    """
+    panels, length = [], "context.trajectories"
+    for (task, _), runs in recorded_runs(results, table).groupby(["task", "family"]):
+        known = pd.DataFrame(runs["settings"].tolist()).drop(columns=[*LENGTH_SETTINGS, "settings"]).fillna("")
+        known = known.assign(**{length: runs["train_trajectories"].astype(str).tolist()})
+        varied = [name for name in known if known[name].nunique() > 1]
+        by = [name for name in varied if len(varied) != 3 or name != length]
+        known = known.assign(value=runs["mean"].tolist(), seed=runs["seed"].tolist())
+        if len(by) != 2 or known.duplicated([*by, length, "seed"]).any():  # the same settings, evaluated in two ways
+            continue
+        for trained, rows in known.groupby(length) if length not in by else [("", known)]:
+            title = f"{task}, {trained} trajectories per context" if length in varied and trained else str(task)
+            panels.append(_map_panel(draw, title, rows, by))
+    caption = (
+        "The mean return over training seeds, where the runs of a method differ in two settings. Stronger colours are "
+        "higher returns."
+    )
+    return draw.chart("return_by_settings", "Return by two settings", caption, panels)
+
+
+def _map_panel(draw: Drawing, title: str, rows: pd.DataFrame, by: list[str]) -> Panel:
+    seeds = [f"{seed}: {number(value)}" for seed, value in zip(rows["seed"], rows["value"], strict=True)]
+    data = rows.assign(seeds=seeds).groupby(by, as_index=False).agg({"value": "mean", "seeds": ", ".join})
+    data.columns = pd.Index(["x", "y", "value", "seeds"])  # names with a dot are paths in Vega
+    strength = 0.1 + 0.5 * (data["value"] - data["value"].min()) / (np.ptp(data["value"]) or 1.0)
+    data = data.assign(strength=strength, shown=[number(value) for value in data["value"]])
+    orders = [sorted(set(data[axis]), key=lambda value: (len(value), value)) for axis in "xy"]  # 2 before 16
+    x, y = alt.X("x:N", title=by[0], sort=orders[0]), alt.Y("y:N", title=by[1], sort=orders[1])
+    named = {"x": by[0], "y": by[1], "shown": "mean return", "seeds": "seeds"}
+    tooltip = [alt.Tooltip(f"{name}:N", title=text) for name, text in named.items()]
+    base = draw.base(data).encode(x=x, y=y, tooltip=tooltip)
+    tiles = base.mark_rect(color="var(--series-1)").encode(opacity=alt.Opacity("strength:Q", scale=None, legend=None))
+    layers = [tiles, base.mark_text(color="var(--ink)", fontSize=13).encode(text="shown:N")]
+    return draw.panel(title, layers, f"{title}: return by {by[0]} and {by[1]}.", height=60 + 50 * len(orders[1]))

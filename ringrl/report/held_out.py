@@ -1,13 +1,11 @@
 """Held-out loss against return: whether the loss on held-out episodes predicts the return of a policy."""
 
-import json
-
 import numpy as np
 import pandas as pd
 
 from ringrl.evaluation.statistics import Estimate, rank_correlation
-from ringrl.report.results import CELL, RUN, usual_settings
-from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, ends, run_scores
+from ringrl.report.results import usual_settings
+from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, ends, recorded_runs
 
 ENOUGH_RUNS, ENOUGH_SETTINGS = 5, 3
 """Runs and settings from which they are correlated."""
@@ -26,16 +24,12 @@ def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) 
         table: the table of `returns_table`.
         runs: the table of `provenance.training_runs`.
     """
-    cells = table.loc[table["length"].notna() | (table["kind"] == "reference"), CELL]
-    recorded = results.groupby(RUN)[["steps_trained", "settings"]].first().reset_index()
-    scores = run_scores(results).query("memory").reset_index(drop=True)
-    known = scores.merge(cells, on=CELL).merge(recorded, on=RUN).sort_values("test_trajectories")
-    known = known.drop_duplicates(_KEY, keep="last").merge(runs[[*_KEY, "steps", "held_out"]], on=_KEY)
+    known = recorded_runs(results, table).merge(runs[[*_KEY, "steps", "held_out"]], on=_KEY)
     usual, found = usual_settings()["model.action_head"], []
     for _, run in known.iterrows():
         until = np.inf if pd.isna(run["steps_trained"]) else run["steps_trained"]
         losses = run["held_out"][np.isfinite(run["held_out"]) & (run["steps"] <= until)]
-        head = json.loads(run["settings"]).get("model.action_head", usual)
+        head = run["settings"]["model.action_head"]
         task = run["task"] if head == usual else f"{run['task']}, {head} head"
         if len(losses):
             found.append((task, *run[_KEY[1:]], losses[-1], run["mean"]))

@@ -239,7 +239,7 @@ def settings_of_any_length(settings: Settings) -> Settings:
     return {name: value for name, value in settings.items() if name not in LENGTH_SETTINGS}
 
 
-def usual_settings() -> Settings:
+def usual_settings() -> dict[str, str]:
     """Return the value of each setting that a record does not name."""
     return {**default_recipe(), "settings": "known"}
 

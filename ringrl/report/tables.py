@@ -1,5 +1,6 @@
 """Aggregates of the results: one row per training run, per point of a chart, per comparison."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ringrl.evaluation.statistics import (
     mean_test,
     probability_of_improvement,
 )
-from ringrl.report.results import CELL, CONTEXT_KINDS, RUN
+from ringrl.report.results import CELL, CONTEXT_KINDS, RUN, usual_settings
 
 BOOTSTRAP_SEED, RESAMPLES = 0, 2000
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of a dataset's returns
@@ -140,6 +141,19 @@ def scores_of(runs: pd.DataFrame, cell: Any, metric: str = "mean", *, memory: bo
     """
     key = (*(cell[name] for name in CELL), memory)
     return runs.loc[key:key].set_index("run")[metric].dropna()  # a slice also of one row or none
+
+
+def recorded_runs(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per training run, from its longest rollout, with its steps and settings.
+
+    Columns: as `run_scores`, steps_trained, and settings (name -> value, defaults included).
+    """
+    cells = table.loc[table["length"].notna() | (table["kind"] == "reference"), CELL]
+    recorded = results.groupby(RUN)[["steps_trained", "settings"]].first().reset_index()
+    scores = run_scores(results).query("memory").reset_index(drop=True)
+    found = scores.merge(cells, on=CELL).merge(recorded, on=RUN).sort_values("test_trajectories")
+    found["settings"] = [usual_settings() | json.loads(settings) for settings in found["settings"]]
+    return found.drop_duplicates(["task", "method", "train_trajectories", "seed"], keep="last")
 
 
 def middle(scores: pd.Series | np.ndarray) -> float:

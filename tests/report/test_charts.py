@@ -185,6 +185,52 @@ def test_correlations_by_hand():
     assert loss_sentence(loss_correlations(both)) == "Held-out loss predicts return on 1 of 2 tasks."
 
 
+def tiles(panel) -> dict:
+    (data,) = panel.spec["datasets"].values()
+    return {(row["x"], row["y"]): (row["value"], row["seeds"]) for row in data}
+
+
+def grid(make_rollouts, lengths, windows=("[]", "[20]"), actions=("on", "off"), seeds=2):
+    """Runs of two settings; the default of a setting is not recorded."""
+    return [
+        record
+        for length in lengths
+        for seed in range(seeds)
+        for index, (window, action) in enumerate((window, action) for window in windows for action in actions)
+        for record in make_rollouts(
+            length, seed, 100.0 * index + 10 * length + seed, variant=f"{window} {action}",
+            settings={"model.episode_window": window} | ({"model.past_actions": action} if action == "off" else {}),
+        )
+    ]  # fmt: skip
+
+
+def test_two_settings_that_vary_make_a_map(make_rollouts):
+    (panel,) = charts(grid(make_rollouts, [2]))["return_by_settings"].panels
+    assert tiles(panel) == {
+        ("[]", "on"): (21.5, "0: 21.0, 1: 22.0"), ("[]", "off"): (121.5, "0: 121, 1: 122"),
+        ("[20]", "on"): (221.5, "0: 221, 1: 222"), ("[20]", "off"): (321.5, "0: 321, 1: 322"),
+    }  # fmt: skip
+    x, y = (panel.spec["layer"][0]["encoding"][axis] for axis in "xy")
+    assert [x["title"], y["title"], x["sort"]] == ["model.episode_window", "model.past_actions", ["[]", "[20]"]]
+
+
+def test_the_context_length_is_a_setting_of_a_map(make_rollouts):
+    (panel,) = charts(grid(make_rollouts, [1, 4], actions=["on"]))["return_by_settings"].panels
+    assert set(tiles(panel)) == {(length, window) for window in ("[]", "[20]") for length in "14"}
+    both = charts(grid(make_rollouts, [1, 4]))["return_by_settings"].panels
+    assert [panel.title for panel in both] == [
+        f"cartpole_swingup, {length} trajectories per context" for length in (1, 4)
+    ]
+    assert tiles(both[1])["[20]", "off"][0] == 341.5
+
+
+def test_other_numbers_of_settings_make_no_map(make_rollouts, make_ablation):
+    assert "return_by_settings" not in charts(make_ablation(seeds=2)), "only the length varies"
+    assert "return_by_settings" not in charts(grid(make_rollouts, [2], actions=["on"]))
+    third = [r.model_copy(update={"settings": {**r.settings, "model.width": "8"}}) for r in grid(make_rollouts, [2])]
+    assert "return_by_settings" not in charts([*grid(make_rollouts, [2]), *third])
+
+
 def add_held_out(root, loss, runs="*_at_*"):
     """Add a held-out loss to every 20th line of the logs."""
     for log in root.glob(f"{runs}/metrics.jsonl"):
