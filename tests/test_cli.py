@@ -238,6 +238,19 @@ def test_evaluation_of_several_checkpoints(run: Path, tmp_path: Path) -> None:
         line = json.loads((folder / "evaluation.jsonl").read_text().splitlines()[-1])
         assert (line["task"], line["train_task"], line["target_return"]) == (tasks[1], "jaco_reach_top_left", 5)
         assert line["checkpoint"] == str(folder)
+    copy = [
+        "--prompt-trajectories",
+        "1",
+        "--policy",
+        "copy",
+        "--environments",
+        "1",
+        "--output",
+        str(tmp_path / "c.jsonl"),
+    ]
+    main(["evaluate", "--checkpoint", str(run), *copy])
+    (line,) = map(json.loads, (tmp_path / "c.jsonl").read_text().splitlines())
+    assert (line["method"], line["prompt_trajectories"], line["checkpoint"]) == ("copy", 1, None)
 
 
 def test_errors_of_evaluations(
