@@ -314,7 +314,7 @@ def _map_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Cha
         if len(by) != 2 or known.duplicated([*by, length, "seed"]).any():  # the same settings, evaluated in two ways
             continue
         for trained, rows in known.groupby(length) if length not in by else [("", known)]:
-            title = f"{task}, {trained} trajectories per context" if length in varied and trained else str(task)
+            title = f"{task}, contexts of {trained}" if length in varied and trained else str(task)
             panels.append(_map_panel(draw, title, rows, by))
     caption = (
         "The mean return over training seeds, where the runs of a method differ in two settings. Stronger colours are "
@@ -330,7 +330,10 @@ def _map_panel(draw: Drawing, title: str, rows: pd.DataFrame, by: list[str]) -> 
     strength = 0.1 + 0.5 * (data["value"] - data["value"].min()) / (np.ptp(data["value"]) or 1.0)
     data = data.assign(strength=strength, shown=[number(value) for value in data["value"]])
     orders = [sorted(set(data[axis]), key=lambda value: (len(value), value)) for axis in "xy"]  # 2 before 16
-    x, y = alt.X("x:N", title=by[0], sort=orders[0]), alt.Y("y:N", title=by[1], sort=orders[1])
+    x, y = (
+        alt.X("x:N", title=by[0], sort=orders[0], axis=alt.Axis(labelAngle=0)),
+        alt.Y("y:N", title=by[1], sort=orders[1]),
+    )
     named = {"x": by[0], "y": by[1], "shown": "mean return", "seeds": "seeds"}
     tooltip = [alt.Tooltip(f"{name}:N", title=text) for name, text in named.items()]
     base = draw.base(data).encode(x=x, y=y, tooltip=tooltip)

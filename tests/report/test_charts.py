@@ -218,9 +218,7 @@ def test_the_context_length_is_a_setting_of_a_map(make_rollouts):
     (panel,) = charts(grid(make_rollouts, [1, 4], actions=["on"]))["return_by_settings"].panels
     assert set(tiles(panel)) == {(length, window) for window in ("[]", "[20]") for length in "14"}
     both = charts(grid(make_rollouts, [1, 4]))["return_by_settings"].panels
-    assert [panel.title for panel in both] == [
-        f"cartpole_swingup, {length} trajectories per context" for length in (1, 4)
-    ]
+    assert [panel.title for panel in both] == [f"cartpole_swingup, contexts of {length}" for length in (1, 4)]
     assert tiles(both[1])["[20]", "off"][0] == 341.5
 
 
