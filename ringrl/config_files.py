@@ -11,22 +11,11 @@ import yaml
 from ringrl.config import Section
 from ringrl.errors import UserError
 
-_EXPECTED = {  # by pydantic's error type; for all others, pydantic's own message
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "more than {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "less than {lt}",
-    "finite_number": "a finite number",
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "float_parsing": "a number",
+_EXPECTED = {  # by pydantic's error type, where its own message uses Python's names
     "string_type": "text (put it in quotes)",
     "path_type": "a path (put it in quotes)",
     "tuple_type": "a list, for example [1, 2]",
-    "model_type": "settings by name, for example {{name: value}}",
-    "literal_error": "{expected}",
+    "model_type": "settings by name, for example {name: value}",
 }
 
 
@@ -36,10 +25,13 @@ def problems(error: pydantic.ValidationError) -> list[tuple[str, str]]:
 
 
 def _message(problem: Mapping[str, Any]) -> str:
-    kind = problem["type"]
-    if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind].format(**problem.get('ctx', {}))}, got {str(problem['input'])[:100]!r}"
-    return "is required" if kind == "missing" else str(problem["msg"]).removeprefix("Value error, ")
+    kind, message = problem["type"], str(problem["msg"])
+    if kind == "missing":
+        return "is required"
+    if kind in _EXPECTED or message.startswith("Input should be "):
+        expected = _EXPECTED.get(kind, message.removeprefix("Input should be "))
+        return f"expected {expected}, got {str(problem['input'])[:100]!r}"
+    return message.removeprefix("Value error, ")
 
 
 def one_line(error: pydantic.ValidationError) -> str:

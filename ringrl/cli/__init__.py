@@ -112,11 +112,12 @@ def build_app(arguments: list[str]) -> cyclopts.App:
     """Return the commands. A command's module is imported when the command is used."""
     is_listing = not {*arguments} - {"data", "-h", "--help"}
     rules = cyclopts.Parameter(
-        consume_multiple=True, allow_repeating=True, negative_iterable=(), negative_none=(),
+        consume_multiple=True, allow_repeating=False, negative_iterable=(), negative_none=(), validator=_check_size,
         show_default=lambda value: "none" if value == () else value,
     )  # fmt: skip
-    check = functools.partial(_complete, arguments)
-    app = cyclopts.App("ringrl", help=ringrl.__doc__, version=ringrl.__version__, default_parameter=rules, config=check)
+    app = cyclopts.App(
+        "ringrl", help=ringrl.__doc__, version=ringrl.__version__, default_parameter=rules, config=_complete
+    )
     data = cyclopts.App("data", help="Download, import, describe, merge, collect and export datasets.", sort_key=0)
     app.command(data)
     for order, (name, place) in enumerate(COMMANDS.items(), start=1):
@@ -134,20 +135,18 @@ def _summary(module: str, function: str) -> str:
     return str(ast.get_docstring(found)).splitlines()[0]
 
 
-def _complete(
-    tokens: list[str], app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection
-) -> None:
-    """Add the settings of --config and --method to the flags, then check the flags; called by the parser."""
-    from ringrl.cli.flags import check_flags
+def _check_size(_: object, value: object) -> None:
+    """Raise ValueError for an integer that arrays and counters cannot hold. Seeds have limits of their own."""
+    if isinstance(value, int) and value >= 2**63:
+        raise ValueError(f"expected less than 2^63, got {value}")
 
+
+def _complete(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:
+    """Add the settings of --config and --method to the flags of `ringrl train`; called by the parser."""
     if commands == ("train",):
         from ringrl.cli.train import add_settings
 
         add_settings(app, commands, arguments)
-    try:
-        check_flags(tokens[len(commands) :], arguments)
-    except UserError as error:
-        raise UserError(f"{error} (see {_help_of(tokens)})") from error
 
 
 def _help_of(arguments: list[str]) -> str:

@@ -2,11 +2,10 @@
 
 import difflib
 import inspect
-import itertools
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import cyclopts
 import pydantic
@@ -14,8 +13,6 @@ import pydantic
 from ringrl.config import Section, SlurmConfig, TrainConfig
 from ringrl.config_files import problems
 from ringrl.errors import UserError
-
-KINDS = {int: "an integer", float: "a number"}
 
 
 def grouped(section: type[Section]) -> type[Section]:
@@ -27,65 +24,6 @@ def grouped(section: type[Section]) -> type[Section]:
 for _section in Section.__subclasses__():
     if _section is not TrainConfig:
         grouped(_section)
-
-
-def check_flags(tokens: Sequence[str], arguments: cyclopts.ArgumentCollection) -> None:
-    """Raise UserError listing missing, unknown and wrong flags, and lists given twice, not only the first."""
-    flags = [argument for argument in arguments if argument.parse and not argument.children]
-    missing = [argument.name for argument in flags if argument.required and not argument.has_tokens]
-    wrong = []
-    if missing:
-        listed = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
-        wrong = [f"{listed} {'are' if len(missing) > 1 else 'is'} needed"]
-    names = [name for argument in flags for name in argument.names if name.startswith("--")]
-    before = dict[str, str]()
-    for index, token in enumerate(itertools.takewhile(lambda token: token != "--", tokens)):
-        name, sign, value = token.partition("=")
-        if not token.startswith("--"):
-            continue
-        if (found := _flag(name, flags)) is None:
-            near = difflib.get_close_matches(name, names, n=1)
-            wrong.append(f"{name}: no such flag" + "".join(f"; did you mean {flag}?" for flag in near))
-            continue
-        count, is_list = found.token_count()
-        value = value if sign else " ".join(tokens[index + 1 : index + 1 + count]) or name
-        if not is_list and before.setdefault(found.name, value) != value:  # the parser keeps the last one only
-            wrong.append(f"{found.name} is given twice: {before[found.name]} and {value}; keep one")
-    for argument in flags:
-        wrong.extend(_wrong_values(argument))
-    if wrong:
-        raise UserError("; ".join(wrong).replace("?;", "?"))
-
-
-def _flag(name: str, flags: list[cyclopts.Argument]) -> cyclopts.Argument | None:
-    try:
-        return cyclopts.ArgumentCollection(flags).match(name)[0]
-    except ValueError:
-        return None
-
-
-def _wrong_values(argument: cyclopts.Argument) -> Iterator[str]:
-    """Yield what is wrong with the values of one flag."""
-    given = [token for token in argument.tokens if token.source == "cli" and token.implicit_value is cyclopts.UNSET]
-    if sum(token.index == 0 for token in given) > 1 and given[0].keyword:
-        flag = argument.name
-        yield f"{flag}: given twice; give all values after one flag: {flag} A B"
-    for token in given:
-        flag, choices, kind = token.keyword or argument.name, argument.get_choices(), argument.resolved_hint
-        if choices and token.value not in choices:
-            yield f"{flag}: unknown value {token.value!r}; choose one of {', '.join(choices)}"
-        elif kind in KINDS and not _is_number(kind, token.value):
-            yield f"{flag}: expected {KINDS[kind]}, got {token.value!r}"
-        elif kind is int and int(token.value) > (most := 2 ** (63 if flag.endswith("seed") else 31) - 1):
-            yield f"{flag}: expected at most {most}, got {token.value!r}"
-
-
-def _is_number(kind: type, value: str) -> bool:
-    try:
-        kind(value)
-    except ValueError:
-        return False
-    return True
 
 
 def usage_line(error: cyclopts.CycloptsError) -> str:
