@@ -6,6 +6,9 @@ Contexts have 4 trajectories x 1000 steps x 4 tokens = 16,000 tokens, on one hos
 Medians over rounds, in GFLOP/s: attention alone (forward and gradients, 7 B H S^2 D for a causal mask) and the whole
 optimiser step (ringrl/training/budget.py). Recomputed work is not counted. The last column is the share of time of a
 training loop in which no step runs, because it waits for a batch or for metrics to be written.
+
+Then, the time of a step with `episode_window: 20` relative to a step that sees its whole episode, in contexts of 8
+trajectories, one token per timestep, one layer of 64 features. Both run in turn; the ratio is a median over rounds.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from ringrl.training.metrics import MetricsLog, MetricsRecorder, progress_bar
 KINDS = {"one device": 1, "ring of 8": 8}
 TASK = "walker_walk"
 SIZES = {"trajectories": 4, "width": 256, "layers": 2, "steps": 6, "rounds": 3}
+WINDOWED, WINDOW = {"trajectories": 8, "width": 64, "layers": 1}, 20
 
 
 def attention_rate(parallel: Parallel, tokens: int, heads: int, head_dim: int) -> Callable[[], float]:
@@ -59,9 +63,9 @@ def attention_rate(parallel: Parallel, tokens: int, heads: int, head_dim: int) -
 class TrainingRun:
     """The parts of a training run on a store of random numbers."""
 
-    def __init__(self, options: argparse.Namespace, devices: int, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace, devices: int, folder: Path, **model: object) -> None:
         heads = options.width // 64
-        model = {"layers": options.layers, "width": options.width, "heads": heads, "kv_heads": heads}
+        model |= {"layers": options.layers, "width": options.width, "heads": heads, "kv_heads": heads}
         values = {"data": folder / "store.h5", "task": TASK, "run": folder / f"run{devices}", "model": model}
         values |= {"context": {"trajectories": options.trajectories}, "mesh": {"seq": devices}}
         self.config = config = TrainConfig.model_validate(values | {"optimiser": {"batch_size": 1, "steps": 1000}})
@@ -126,6 +130,19 @@ def measure(sizes: dict[str, int], devices: int) -> dict[str, float]:
     }
 
 
+def measure_window(sizes: dict[str, int], window: int) -> dict[str, float]:
+    """Return the seconds per step without and with a window, and the ratio, measured in this process."""
+    options = argparse.Namespace(**sizes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_random_store(folder / "store.h5", 2 * options.trajectories)
+        runs = [TrainingRun(options, 1, folder, token_set="fused1", episode_window=steps) for steps in (None, window)]
+        rounds = [[run.seconds_per_step(options.steps) for run in runs] for _ in range(options.rounds)]
+    whole, windowed = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median(b / a for a, b in rounds)
+    return {"tokens": runs[0].cost.tokens, "whole_seconds": whole, "window_seconds": windowed, "ratio": ratio}
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each kind in a process of its own and print a table."""
@@ -143,6 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['share']:>8.0%}{row['step_seconds']:>9.2f}{row['feed_and_log']:>10.1%}",
             flush=True,
         )
+    row = results["window"] = in_process(measure_window, sizes | WINDOWED, WINDOW, devices=1)
+    print(f"{'':<12}{'tokens':>8}{'whole episode':>15}{f'window of {WINDOW}':>15}{'ratio':>8}   s/step")
+    print(
+        f"{'window':<12}{row['tokens']:>8}{row['whole_seconds']:>15.2f}{row['window_seconds']:>15.2f}{row['ratio']:>8.2f}"
+    )
     save_json(results, options.json)
 
 
