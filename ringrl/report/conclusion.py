@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pandas as pd
 
 from ringrl.evaluation.formatting import number, p_value
 from ringrl.evaluation.statistics import LEVEL, holm
+from ringrl.methods import METHODS
 from ringrl.report.results import CELL, RUN, settings_of_any_length, usual_settings
 from ringrl.report.tables import (
     Contrast,
@@ -18,11 +19,14 @@ from ringrl.report.tables import (
     describe,
     ends,
     ends_of_curve,
+    levels,
     prompt_returns,
     run_scores,
     scores_of,
 )  # fmt: skip
 
+RIVAL = "Another method"
+"""Subject of the comparisons between methods."""
 ENOUGH_SEEDS = 4
 """Training seeds a side from which a comparison may name a direction."""
 _KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
@@ -32,10 +36,11 @@ _RISE = 0.05  # least rise of a held-out loss that counts, as a fraction of the 
 
 
 def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Return one comparison per task and method, and one per method with prompts.
+    """Return the comparisons of a report, one per row.
 
-    The longest context is compared with the shortest. If there is one length only, the rollout with memory is compared
-    with its control. Prompts: the longest with the shortest, from the same starts.
+    Per task and method: the longest context with the shortest, or if there is one length only, the rollout with memory
+    with its control. The longest context with each trained method without context, and with the same length of the
+    method whose variant it is. Prompts: the longest with the shortest, from the same starts.
 
     Columns: task, method, subject, compared, before, after, the columns of `measured` and `judge`, and sentence.
     """
@@ -45,6 +50,7 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         _compare(runs, paired, group)
         for _, group in table[table["length"].notna()].groupby(["task", "method"])
     ]  # fmt: skip
+    rows += [_compare_methods(runs, cell, other) for cell, other in _rivals(table)]
     key = ["task", "method", "train_trajectories", "test_trajectories"]
     rows += [_compare_prompts(group) for _, group in prompts.groupby(key)]
     columns = ["task", "method", "subject", "compared", "before", "after", *_MEASURED, "sentence"]
@@ -117,6 +123,28 @@ def _compare(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> d
     return _row(longest, "Context", context_label(longest), None, sentence)
 
 
+def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
+    """Yield the longest context of each method with each cell that it is compared with, task by task."""
+    for (task, method), group in table[table["length"].notna()].groupby(["task", "method"]):
+        cell, others = ends_of_curve(group)[1], levels(table, task)
+        for _, other in others[~others["family"].isin(["random", "data"])].iterrows():
+            yield cell, other
+        lengths = ["train_trajectories", "test_trajectories", "prompt_trajectories"]
+        same = table[(table["task"] == task) & (table[lengths] == cell[lengths]).all(axis=1)]
+        base = METHODS[cell["family"]].title if cell["family"] in METHODS else method
+        for _, other in same[(same["method"] == base) & (base != method)].iterrows():
+            yield cell, other
+
+
+def _compare_methods(runs: pd.DataFrame, cell: pd.Series, other: pd.Series) -> dict[str, Any]:
+    found = contrast(scores_of(runs, cell), scores_of(runs, other))
+    sentence = (
+        f"On {cell['task']} the {cell['method']} returns {number(found.levels[0])} {_when(cell)}, and "
+        f"{other['method']} {number(found.levels[1])}: "
+    )
+    return _row(cell, RIVAL, f"{other['method']} to {context_label(cell)}", found, sentence)
+
+
 def _compare_prompts(runs: pd.DataFrame) -> dict[str, Any]:
     few, many = runs["prompt_trajectories"].min(), runs["prompt_trajectories"].max()
     sides = [runs[runs["prompt_trajectories"] == length].set_index("run")["value"] for length in (many, few)]
@@ -138,6 +166,7 @@ def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None, s
 
 def headline(found: pd.DataFrame, has_policy: bool) -> str:
     """Return the conclusion in one sentence, from `verdicts` and `beats_random`."""
+    found = found[found["subject"] != RIVAL]
     if found.empty:
         return "No rollouts show whether context helps."
     compared = found[found["verdict"] != "not compared"]
@@ -154,6 +183,17 @@ def headline(found: pd.DataFrame, has_policy: bool) -> str:
     plural = " comparisons" if len(compared) > 1 else ""
     answer = f"{subject} {' and '.join(claims)}{plural}." if claims else f"It is not resolved {question}."
     return with_shortcomings(answer, question, compared, has_policy)
+
+
+def against_rivals(found: pd.DataFrame) -> str:
+    """Return on how many tasks a policy with context beats all that `verdicts` compares it with; empty if unknown."""
+    rivals = found[found["subject"] == RIVAL]
+    if not (rivals["seeds"] >= ENOUGH_SEEDS).any():
+        return ""
+    wins = (rivals["verdict"] == "higher").groupby([rivals["task"], rivals["method"]]).all().groupby("task").any()
+    where = wins.index[0] if len(wins) == 1 else f"{wins.sum()} of {len(wins)} tasks"
+    does = "returns" if wins.any() else "does not return"
+    return f"A policy with context {does} more than every method that it is compared with on {where}."
 
 
 def with_shortcomings(answer: str, question: str, compared: pd.DataFrame, has_policy: bool) -> str:

@@ -169,6 +169,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     page = render(
         "report.html",
         headline=conclusion.headline(verdicts, beats_random(read, table)),
+        against_rivals=conclusion.against_rivals(verdicts),
         verdicts=verdicts,
         comparison_columns=COMPARISON_COLUMNS,
         warnings=[sentence for sentence in warnings if sentence],

@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 
 from ringrl.report.conclusion import (
+    RIVAL,
+    against_rivals,
     headline,
     judge,
     settings_warning,
@@ -25,7 +27,8 @@ class Summary:
         table = returns_table(results)
         found = verdicts(results, table)
         self.headline = headline(found, beats_random(results, table))
-        self.verdicts = found.to_dict("records")
+        self.verdicts = found[found["subject"] != RIVAL].to_dict("records")
+        self.rivals, self.against_rivals = found[found["subject"] == RIVAL], against_rivals(found)
         self.warnings = starts_warning(results, table), settings_warning(results, table)
         self.starts = starts_facts(results, table)
 
@@ -41,6 +44,30 @@ def test_context_that_helps(make_ablation):
         "On cartpole_swingup the Agentic Transformer returns 618 with 4 trajectories of context (393 with its memory "
         "reset before each episode) and 403 with 1 trajectory: +215 (95 % interval +215 to +215, corrected p below "
         "0.001, 5 training seeds)."
+    )
+
+
+@pytest.mark.parametrize(("level", "answer"), [(300.0, "returns"), (395.0, "does not return")])
+def test_a_context_is_compared_with_methods_without_one(make_rollouts, level: float, answer: str):
+    """Noise of 20 between seeds; the control of a variant is the method without it."""
+    records = []
+    for seed, (noise, other) in enumerate(((-20, 15), (10, -15), (0, 20), (20, 0), (-10, -20))):
+        settings = {"variant": "window", "settings": {"model.episode_window": "20"}}
+        records += make_rollouts(4, seed, 400.0 + noise, **settings)
+        records += make_rollouts(4, seed, 390.0 - noise)
+        reference = {"method": "bc", "token_set": None, "train_trajectories": None, "target_return": None}
+        records += make_rollouts(1, seed, level + other, **reference)
+    found = Summary(records)
+    rivals = found.rivals.set_index(["method", "compared"])["verdict"].to_dict()
+    base, variant = "Agentic Transformer", "Agentic Transformer, window"
+    expected = "higher" if level == 300 else "not resolved"
+    assert rivals == {
+        (base, "Behaviour cloning to 4 trajectories"): expected,
+        (variant, "Behaviour cloning to 4 trajectories"): expected,
+        (variant, "Agentic Transformer to 4 trajectories"): "not resolved",
+    }
+    assert found.against_rivals == (
+        f"A policy with context {answer} more than every method that it is compared with on cartpole_swingup."
     )
 
 
