@@ -5,6 +5,7 @@ import json as json_module
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
 from rich.console import Console
 
 from ringrl.cli.flags import grouped
@@ -17,15 +18,15 @@ from ringrl.files import explain_write_errors, write_whole
 class Custom(Section):
     """A machine described by numbers (--machine custom)."""
 
-    devices: int = 8
+    devices: int = Field(8, ge=1, le=2**16)
     """Number of devices."""
-    memory: float = 0.0
+    memory: float = Field(gt=0)
     """Memory per device that a program may use, in GiB."""
-    tflops: float = 0.0
+    tflops: float = Field(gt=0)
     """bfloat16 speed of a device, in 10^12 operations per second."""
-    bandwidth: float = 0.0
+    bandwidth: float = Field(gt=0)
     """Memory bandwidth of a device, in 10^9 bytes per second."""
-    link: float = 0.0
+    link: float = Field(gt=0)
     """Bandwidth to a neighbouring device, one way, in 10^9 bytes per second."""
 
 
@@ -42,7 +43,7 @@ def plan(
     method: Literal["best", "compiler", "formula"] = "best",
     compilations: int = 0,
     search: bool = False,
-    custom: Custom = Custom(),
+    custom: Custom | None = None,
     json: Path | None = None,
 ) -> None:
     """Estimate the memory and time of a training step on a given machine.
@@ -81,8 +82,12 @@ def plan(
         values["optimiser"] |= {"batch_size": contexts}
     config = TrainConfig.model_validate(values)
     if machine == "custom":
+        if custom is None:
+            raise UserError(
+                "--machine custom: give --custom.memory, --custom.tflops, --custom.bandwidth and --custom.link"
+            )
         where = custom_machine(custom.devices, custom.memory, custom.tflops, custom.bandwidth, custom.link)
-    elif custom != Custom():
+    elif custom is not None:
         raise UserError(f"--custom: used only with --machine custom, but --machine is {machine}; remove one of them")
     else:
         where = find_machine(machine)

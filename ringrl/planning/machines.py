@@ -1,7 +1,6 @@
 """Machines: compute, memory and link rates per device, from data sheets or measured, and the attention kernel."""
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -105,20 +104,12 @@ _V3 = {8: "2x2", 32: "4x4", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32"
 SLICES: Mapping[str, Mapping[int, str]] = MappingProxyType(
     {"v3": _V3, "v4": _CUBES, "v5p": _CUBES, "v5e": _SQUARES, "v6e": _SQUARES}
 )
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-def known_machines() -> list[str]:
-    """Return example names for `find_machine`, which accepts any number of GPUs and host devices."""
-    tpus = [f"tpu-{generation}-{size}" for generation, slices in SLICES.items() for size in slices]
-    gpus = [f"{count}x{name}" for name in _NETWORK for count in COUNTS]
-    return [*tpus, *gpus, *(f"cpu-{count}" for count in COUNTS if count <= MOST_HOST_DEVICES)]
 
 
 def find_machine(name: str) -> Machine:
     """Return the machine of a name: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, or cpu-8 (host devices).
 
-    Raise UserError with similar names for an unknown machine.
+    Raise UserError for an unknown machine.
     """
     lower = name.lower()
     if found := re.fullmatch(r"tpu-(v\w+)-(\d+)", lower):
@@ -132,27 +123,15 @@ def find_machine(name: str) -> Machine:
         return Machine(lower, DEVICES[found[2]], int(found[1]), None, _NETWORK[found[2]], _GPUS_PER_HOST)
     if (found := re.fullmatch(r"cpu-(\d+)", lower)) and 0 < int(found[1]) <= MOST_HOST_DEVICES:
         return Machine(lower, Device("cpu", "cpu", 200e9, 16 * GIB, 20e9, 10e9), int(found[1]))
-    near = difflib.get_close_matches(lower, known_machines(), n=3, cutoff=0.5) or ["tpu-v4-512", "8xa100"]
+    sizes = "; ".join(f"tpu-{generation}-{'|'.join(map(str, slices))}" for generation, slices in SLICES.items())
     raise UserError(
-        f"--machine {name}: unknown; did you mean {' or '.join(near)}? For other machines use --machine custom with "
-        "--custom.devices, --custom.memory, --custom.tflops, --custom.bandwidth and --custom.link"
+        f"--machine {name}: unknown; choose {sizes}; a number of GPUs x {'|'.join(_NETWORK)}, such as 8xa100; cpu-8 "
+        f"(up to {MOST_HOST_DEVICES}); or custom"
     )
 
 
 def custom_machine(devices: int, memory_gib: float, tera_flops: float, bandwidth: float, link: float) -> Machine:
     """Return a custom machine. Per device: GiB, 10^12 bfloat16 operations per second, 10^9 bytes per second."""
-    numbers = {
-        "--custom.devices": devices,
-        "--custom.memory": memory_gib,
-        "--custom.tflops": tera_flops,
-        "--custom.bandwidth": bandwidth,
-        "--custom.link": link,
-    }
-    for flag, value in numbers.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{flag}: a custom machine needs a number above 0, got {value:g}")
-    if devices > MOST_DEVICES:
-        raise UserError(f"--custom.devices {devices}: at most {MOST_DEVICES} devices are supported")
     device = Device("custom", "gpu", tera_flops * 1e12, memory_gib * GIB, bandwidth * 1e9, link * 1e9)
     return Machine("custom", device, devices)
 

@@ -52,24 +52,13 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
 
     found = sorted(meshes(workload, machine.devices), key=order)
     if not found:
-        raise UserError(_no_mesh(workload, machine))
+        contexts, multiple = workload.config.optimiser.batch_size, 2 * workload.tokens_per_step * machine.devices
+        raise UserError(
+            f"--machine {machine.name}: no mesh of {machine.devices} devices divides {contexts} contexts of "
+            f"{workload.tokens} tokens, {workload.model.heads} heads and a width of {workload.model.width}; use "
+            f"--tokens a multiple of {multiple}, other --contexts, or another number of devices"
+        )
     return found
-
-
-def _no_mesh(workload: Workload, machine: Machine) -> str:
-    """Return an error message with changes that give a mesh."""
-    devices, contexts = machine.devices, workload.config.optimiser.batch_size
-    multiple, parts = 2 * workload.tokens_per_step * devices, workload.config.optimiser.accumulation
-    changes = {
-        f"--tokens a multiple of {multiple}": workload.with_tokens(multiple),
-        f"--contexts {devices * parts}": workload.with_settings("optimiser", batch_size=devices * parts),
-    }
-    ways = [change for change, changed in changes.items() if any(True for _ in meshes(changed, devices))]
-    return (
-        f"--machine {machine.name}: no mesh of {devices} devices divides {contexts} contexts of {workload.tokens} "
-        f"tokens, {workload.model.heads} heads and a width of {workload.model.width}; use "
-        + " or ".join([*ways, "another number of devices"])
-    )
 
 
 def find_longest(

@@ -1,27 +1,29 @@
 """The workload of a plan: a run's configuration with its mesh, and the tokens per context."""
 
 import dataclasses
-import difflib
+import math
 import re
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import pydantic
+from flax import nnx
 
 from ringrl.attention.layout import length_multiple
 from ringrl.config import ModelConfig, TrainConfig
 from ringrl.config_files import one_line, read_yaml
 from ringrl.configs import preset
 from ringrl.errors import UserError
-from ringrl.model.heads import BINS, COMPONENTS
+from ringrl.model import make_policy
 from ringrl.model.parallel import MESH_AXES
-from ringrl.model.tokens import TOKEN_SETS, TokenEmbedding
+from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.mesh import check_divides
 
 OBSERVATION, ACTION = 24, 6  # sizes of the walker; other domains change the memory by less than 0.1 %
 MOST_TOKENS = 2**31 - 1  # per context, since positions are 32-bit
-SHAPES = ("3b", "7b", "13b", "30b", "350m")
+SHAPES = {"350m": "paper_350m", "3b": "shape_3b", "7b": "shape_7b", "13b": "shape_13b", "30b": "shape_30b"}  # presets
 _UNUSED = {"data": "unused", "task": "unused", "run": "unused"}
 
 
@@ -110,23 +112,23 @@ class Parameters:
 
     @classmethod
     def of(cls, workload: Workload) -> "Parameters":
-        """Count the parameters from the shapes in ringrl/model, without creating the model."""
+        """Count the parameters of the model. Those outside the layers are not divided among devices."""
         model, mesh = workload.model, workload.config.mesh
         width, hidden = model.width, model.feed_forward * model.width
         key_value = 2 * width * width * model.kv_heads // model.heads
         matrices = 2 * width * width + key_value + 2 * width * hidden
-        kinds = TOKEN_SETS[model.token_set]
-        sizes = {"observation": OBSERVATION, "action": ACTION, "fused": OBSERVATION + ACTION + 3}
-        tokens = sum((sizes.get(kind, 1) + 1) * width for kind in kinds.before + kinds.after)
-        tokens += TokenEmbedding.MAX_TIMESTEPS * width * model.timestep_embedding
-        tokens += TokenEmbedding.MAX_TRAJECTORIES * width * model.trajectory_embedding
-        mixture = COMPONENTS * (2 * ACTION + 1)
-        actions = {"mse": ACTION, "gaussian": 2 * ACTION, "mixture": mixture, "bins": ACTION * BINS}[model.action_head]
-        whole = tokens + width + actions * (width + 1) + 2 * width * model.layers
+        total = _count(model)
+        whole = total - model.layers * (matrices + hidden + width)
         embed = mesh.fsdp * mesh.seq
         split = model.layers * (matrices / (embed * mesh.tensor) + hidden / mesh.tensor + width / embed)
-        total = whole + model.layers * (matrices + hidden + width)
         return cls(total, matrices, whole + split)
+
+
+@cache
+def _count(model: ModelConfig) -> int:
+    """Return the number of parameters of a model, which is not allocated."""
+    policy = nnx.eval_shape(partial(make_policy, model, OBSERVATION, ACTION, 0))
+    return sum(math.prod(array.shape) for array in jax.tree.leaves(nnx.state(policy, nnx.Param)))
 
 
 def find_model(name: str) -> TrainConfig:
@@ -138,14 +140,7 @@ def find_model(name: str) -> TrainConfig:
     if (path / "config.yaml").is_file():
         path /= "config.yaml"
     if path.suffix not in (".yaml", ".yml"):
-        folder = preset("tiny").parent
-        known = sorted(file.stem for file in folder.glob("*.yaml") if "model" in read_yaml(file))
-        aliases = {shape: "paper_350m" if shape == "350m" else f"shape_{shape}" for shape in SHAPES}
-        wanted = aliases.get(name.lower(), name)
-        if wanted not in known:
-            near = difflib.get_close_matches(name.lower(), [*SHAPES, *known], n=3, cutoff=0.4) or ["7b"]
-            raise UserError(f"--model {name}: unknown; did you mean {' or '.join(near)}, or a run's folder?")
-        path = preset(wanted)
+        path = preset(SHAPES.get(name.lower(), name))
     try:
         config = TrainConfig.model_validate(_UNUSED | read_yaml(path))
     except pydantic.ValidationError as error:

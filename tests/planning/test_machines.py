@@ -5,14 +5,7 @@ import pytest
 
 from ringrl.attention.strategy import link_of
 from ringrl.errors import UserError
-from ringrl.planning.machines import GIB, SLICES, custom_machine, find_machine, gib, known_machines
-
-
-@pytest.mark.parametrize("name", known_machines())
-def test_known_machines_are_found(name):
-    machine = find_machine(name.upper())
-    assert machine.name == name
-    assert machine.devices >= 1
+from ringrl.planning.machines import GIB, SLICES, custom_machine, find_machine, gib
 
 
 @pytest.mark.parametrize(
@@ -37,6 +30,7 @@ def test_topologies_have_the_named_number_of_chips():
     for generation, slices in SLICES.items():
         for size, topology in slices.items():
             chips = math.prod(int(side) for side in topology.split("x"))
+            assert find_machine(f"TPU-{generation}-{size}").topology == f"{generation}:{topology}"
             assert chips == (size if generation in ("v5e", "v6e") else size // 2)
 
 
@@ -66,8 +60,8 @@ def test_collective_over_hosts_uses_all_network_cards():
 
 
 @pytest.mark.parametrize("name", ["tpu-v4-500", "8xb200", "0xa100", "99999999xa100", "cpu-0", "tpu", "", "8x"])
-def test_unknown_machines_raise_with_suggestions(name):
-    with pytest.raises(UserError, match=r"did you mean .*--custom\.memory"):
+def test_unknown_machines_raise_with_all_names(name):
+    with pytest.raises(UserError, match=r"tpu-v3-8|32|128.*8xa100; cpu-8.*or custom"):
         find_machine(name)
 
 
@@ -75,20 +69,6 @@ def test_custom_machine():
     machine = custom_machine(4, 24, 100, 900, 32)
     assert (machine.devices, machine.device.memory, machine.device.flops) == (4, 24 * GIB, 1e14)
     assert (machine.device.bandwidth, machine.device.link, machine.topology) == (9e11, 3.2e10, None)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "flag"),
-    [
-        ((4, 0, 1, 1, 1), "memory"),
-        ((0, 1, 1, 1, 1), "devices"),
-        ((1, 1, math.nan, 1, 1), "tflops"),
-        ((10**9, 1, 1, 1, 1), "devices"),
-    ],
-)
-def test_invalid_numbers_raise(numbers, flag):
-    with pytest.raises(UserError, match=f"--custom.{flag}"):
-        custom_machine(*numbers)
 
 
 def test_format_bytes():

@@ -7,6 +7,8 @@ from ringrl.cli import main
 from ringrl.planning.ahead_of_time import why_not
 from ringrl.planning.machines import find_machine
 
+CUSTOM = "--custom.memory 24 --custom.tflops 80 --custom.bandwidth 900 --custom.link 32"
+
 
 def plan(*arguments):
     main(["plan", *arguments])
@@ -82,17 +84,15 @@ def test_too_many_host_devices(capsys):
 
 
 def test_custom_machine(capsys):
-    numbers = {"devices": "4", "memory": "24", "tflops": "80", "bandwidth": "900", "link": "32"}
-    flags = [part for name, value in numbers.items() for part in (f"--custom.{name}", value)]
-    plan("--model", "350m", "--machine", "custom", "--tokens", "64k", *flags)
+    plan("--model", "350m", "--machine", "custom", "--tokens", "64k", "--custom.devices", "4", *CUSTOM.split())
     assert "custom: 4 x custom, 24.00 GiB each; mesh seq 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model 7c --machine 8xa100 --tokens 8M", "--model 7c: unknown"),
-        ("--model 7b --machine tpu-v4-500 --tokens 8M", "did you mean tpu-v4-512"),
+        ("--model 7c --machine 8xa100 --tokens 8M", "no preset '7c'"),
+        ("--model 7b --machine tpu-v4-500 --tokens 8M", "tpu-v4-8|16|32"),
         ("--model 7b --machine 8xa100 --tokens 8G", "--tokens 8G"),
         ("--model 7b --machine 8xa100 --tokens 1000 --mesh.seq 8", "nearest is 1024"),
         ("--model 7b --machine 8xa100 --tokens 1001", "no mesh of 8 devices"),
@@ -104,7 +104,9 @@ def test_custom_machine(capsys):
         ("--model jaco_reach --machine 8xa100 --tokens 8M", "has no context"),
         ("--model 7b --machine 8xa100 --tokens 8k --json /nowhere/plan.json", "/nowhere/plan.json: cannot be written"),
         ("--model 7b --machine 8xa100 --tokens 8k --contexts 0", "batch_size"),
-        ("--model 7b --machine 8xa100 --tokens 8k --custom.memory 40", "--machine is 8xa100"),
+        ("--model 7b --machine 8xa100 --tokens 8k --custom.memory 40", "custom.tflops"),
+        (f"--model 7b --machine 8xa100 --tokens 8k {CUSTOM}", "--machine is 8xa100"),
+        (f"--model 7b --machine custom --tokens 8k {CUSTOM} --custom.devices 0", "custom.devices: expected"),
         ("--model 7b --machine tpu-v4-16 --tokens 8k --compilations -1", "--compilations -1"),
         ("--model 7b --machine 8xa100", "--tokens"),
     ],

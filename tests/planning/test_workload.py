@@ -79,9 +79,9 @@ def test_find_model(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("7c", "did you mean 7b"),
+        ("7c", "no preset .*shape_7b"),
         ("jaco_reach", "td3_bc has no context"),
-        ("demo", "unknown"),  # an ablation plan
+        ("demo", "there is no setting"),  # an ablation plan
         ("none.yaml", "cannot be read"),
     ],
 )
