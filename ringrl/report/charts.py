@@ -54,9 +54,10 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
     draw = Drawing(styles(table), results.groupby(CELL)["command"].agg(_commands).rename("command"), {})
     with debug_mode(False):  # validating each of some hundred marks takes longer than all the rest
         charts = [
-            _context_chart(draw, results, table), _cost_chart(draw, results, table), _episode_chart(draw, results),
-            _prompt_chart(draw, results), _last_chart(draw, results), _profile_chart(draw, results, table),
-            _loss_chart(draw, losses), _held_out_chart(draw, held_out), _map_chart(draw, results, table),
+            _context_chart(draw, results, table), _cost_chart(draw, results, table),
+            _episode_chart(draw, results, table), _prompt_chart(draw, results), _last_chart(draw, results),
+            _profile_chart(draw, results, table), _loss_chart(draw, losses), _held_out_chart(draw, held_out),
+            _map_chart(draw, results, table),
         ]  # fmt: skip
     return [chart for chart in charts if chart.panels]
 
@@ -155,25 +156,28 @@ def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Ch
     return draw.chart("return_by_cost", "Return against training cost", caption, panels)
 
 
-def _episode_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
+def _episode_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
     """Return of each episode of a rollout, with and without memory."""
-    table = episode_returns(results).astype({"memory": bool})
-    table = table[table["test_trajectories"] > 1]
-    cells = table[table["memory"]].drop_duplicates(CELL).sort_values(["test_trajectories", "train_trajectories"])
+    returns = episode_returns(results).astype({"memory": bool})
+    returns = returns[returns["test_trajectories"] > 1]
+    cells = returns[returns["memory"]].drop_duplicates(CELL).sort_values(["test_trajectories", "train_trajectories"])
     cells = cells.assign(rank=cells.groupby(["task", "method"]).cumcount(ascending=False))
-    rows = table.merge(cells[[*CELL, "rank"]], on=CELL)
+    rows = returns.merge(cells[[*CELL, "rank"]], on=CELL)
     shown = rows.groupby("task")["method"].transform("nunique").map(lambda methods: _CURVES if methods == 1 else 1)
     longest = rows["rank"] == 0
     rows = rows.assign(
         x=rows["episode"], strength=np.where(longest, 1.0, 0.45), curve=_curve(rows),
         low=rows["low"].where(longest & rows["memory"]), high=rows["high"].where(longest & rows["memory"]),
     )[(rows["rank"] < shown) & (rows["memory"] | longest)]  # fmt: skip
+    rest = [table[(table["task"] == task) & (table["kind"] == "data")] for task in rows["task"].unique()]
+    rest += [levels(table, task) for task in rows["task"].unique()]
+    rows = pd.concat([rows, *(one.assign(memory=True, strength=1.0, curve="", x=np.nan) for one in rest)])
     panels = draw.curves(rows, _episode_axis, band=len(rows) > 0 and rows["x"].max() > _POINTS_TO_MARK)
     caption = (
         "The same policy plays n episodes in a row and keeps them in its context. The dashed line is the same policy "
         "from the same starts with its memory reset before each episode. Episodes at different places have different "
         "starts, so compare the solid line with the dashed one: a policy that learns in context rises above it from "
-        "left to right. Faint lines are shorter contexts."
+        "left to right. Faint lines are shorter contexts. Horizontal lines need no context."
     )
     return draw.chart("return_by_episode", "Return by episode in the context", caption, panels)
 

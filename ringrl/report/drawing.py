@@ -99,17 +99,21 @@ def chart_files(chart: Chart) -> dict[str, bytes]:
     files = {}
     for option in chart.options or [""]:
         name = f"{chart.name}_{option.lower()}" if option else chart.name
-        svg = vl_convert.vegalite_to_svg(_file_spec([panel for panel in chart.panels if panel.option == option]))
+        panels = [panel for panel in chart.panels if panel.option == option]
+        svg = vl_convert.vegalite_to_svg(_file_spec(panels, chart.methods))
         files[f"{name}.svg"] = svg.encode()
         files[f"{name}.pdf"] = vl_convert.svg_to_pdf(svg)
         files[f"{name}.png"] = vl_convert.svg_to_png(svg, scale=2)
     return files
 
 
-def _file_spec(panels: Sequence[Panel]) -> dict[str, Any]:
+def _file_spec(panels: Sequence[Panel], methods: Sequence[str]) -> dict[str, Any]:
     views: list[dict[str, Any]] = []
     for panel in panels:
         layers = [layer for layer in panel.spec["layer"] if layer["mark"].get("opacity") != 0]  # these carry tooltips
+        for layer in layers:
+            for channel in {"color", "shape"} & layer["encoding"].keys():
+                layer["encoding"][channel]["legend"] = {"values": list(methods)}
         views.append({"layer": layers, "title": panel.title, "width": WIDTH, "height": panel.height})
     spec = {
         "$schema": alt.SCHEMA_URL, "concat": views, "columns": 2 if len(views) == 4 else min(3, len(views)),
@@ -133,7 +137,7 @@ def _config() -> dict[str, Any]:
         "axisY": {"domain": False, "titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -34,
                   "titleY": -12, "tickCount": 5},
         "legend": {"orient": "bottom", "columns": 2, "labelLimit": 400, "labelColor": ink, "labelFontSize": 12,
-                   "title": None, "symbolStrokeWidth": 2},
+                   "title": None, "symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolStrokeColor": muted},
         "title": {"anchor": "start", "color": ink, "fontSize": 13, "offset": 22},
         "text": {"fill": muted},
     }  # fmt: skip
