@@ -4,12 +4,14 @@ A damaged or half-written line is left out and reported. Lines without a checksu
 """
 
 import errno
+import gzip
 import importlib.metadata
 import io
 import itertools
 import json
 import os
 import platform
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from jaxtyping import Float
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from ringrl.config import TrainConfig
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief
 from ringrl.files import explain_write_errors, json_digest, lock, with_crc, without_crc, write_whole
 from ringrl.training.budget import Budget
 from ringrl.training.run_folder import flat
@@ -261,9 +263,9 @@ def read_records(paths: Path | Sequence[Path]) -> Results:
     copies: Counter[tuple[Path, Path]] = Counter()
     for path in sources:
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); give a results file (.jsonl)") from error
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read ({brief(error)}); give a results file (.jsonl)") from error
         if content.strip() and b'"protocol"' not in content and not content.startswith(b"{"):
             raise UserError(f"{path}: is not a results file; give results of `ringrl evaluate` (.jsonl)")
         damaged = []
@@ -297,7 +299,9 @@ def remove_damaged_lines(path: Path) -> None:
 
 
 def find_results(paths: Path | Sequence[Path], notes: list[str] | None = None) -> list[Path]:
-    """Return each results file once: files as given, and *.jsonl in folders and below, except training's metrics.jsonl.
+    """Return each results file once: files as given, and *.jsonl and *.jsonl.gz in folders and below.
+
+    Training's metrics.jsonl is left out.
 
     Links are followed. Hidden files and folders (".name") are left out. A sentence about each file or folder that
     cannot be read, and about linked folders that were found before, is added to `notes`.
@@ -335,7 +339,11 @@ def _results_below(folder: Path, notes: list[str]) -> list[Path]:
             key=lambda name: (Path(place, name).is_symlink(), name),
         )
         for file in (Path(place, name) for name in files):
-            if file.suffix == ".jsonl" and file.name != "metrics.jsonl" and not file.name.startswith("."):
+            if (
+                file.name.endswith((".jsonl", ".jsonl.gz"))
+                and file.name != "metrics.jsonl"
+                and not file.name.startswith(".")
+            ):
                 if file.is_file():
                     found.append(file)
                 else:

@@ -1,5 +1,6 @@
 """The results format: round trips, damaged lines, searched folders, and errors that name the file and line."""
 
+import gzip
 import multiprocessing
 import os
 import resource
@@ -201,6 +202,19 @@ def test_links_are_followed_and_copies_count_once(tmp_path):
     )
     with pytest.raises(UserError, match=r"pipe\.jsonl: is not a regular file"):
         read_records(study / "pipe.jsonl")
+
+
+def test_compressed_results(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_records(path, [make_record(), make_record(seed=2)])
+    packed = tmp_path / "packed" / "results.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_records(packed.parent).records == read_records(path).records
+    for damaged in (packed.read_bytes()[:-20], b"no gzip", packed.read_bytes().replace(b"\x00", b"\x01")):
+        packed.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"results.jsonl.gz: cannot be read \(.+\)"):
+            read_records(packed)
 
 
 def test_a_binary_file_raises(tmp_path):
