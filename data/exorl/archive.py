@@ -12,7 +12,6 @@ import math
 import re
 import stat
 import struct
-import textwrap
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,14 +22,13 @@ import h5py
 import numpy as np
 
 from ringrl.data.store.format import ROUNDED, ArraySpec, Episode, episode_bytes, recorded_arrays
-from ringrl.envs import DOMAINS, Domain
-from ringrl.errors import UserError, printable
+from ringrl.envs import Domain
+from ringrl.errors import UserError, brief, printable
 from ringrl.files import raise_unreadable, write_whole
 
 # Largest file of an episode, in multiples of the five arrays that are read. Archives of skill-based algorithms (diayn,
 # aps, smm) contain a skill, too.
 SIZE_ALLOWANCE = 8
-METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}  # of compression in zip files
 
 
 class Member(NamedTuple):
@@ -57,10 +55,7 @@ class Archive:
         if self.source.is_dir():
             buffer = self.source / "buffer"
             self._folder = buffer if buffer.is_dir() else self.source
-            try:
-                paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
-            except OSError as error:
-                raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
+            paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
         else:
             self._zip = open_zip(self.source)
             paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
@@ -84,7 +79,7 @@ class Archive:
             raise UserError(f"{self.source}: {shown(member.path)} {error}") from error
         except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
             raise_unreadable(f"{self.source}: {shown(member.path)}", error)
-            reason = textwrap.shorten(shown(str(error)) or type(error).__name__, 100, placeholder=" ...")
+            reason = brief(error) or type(error).__name__
             raise UserError(
                 f"{self.source}: {shown(member.path)} cannot be read, it is damaged or cut short ({reason}): "
                 "download or record it again"
@@ -102,10 +97,7 @@ class Archive:
     def stamps(self) -> list[tuple[str, int, int]]:
         """Return path, size in bytes, and CRC (in a folder: time of the last change) of each episode."""
         if self._zip is None:
-            try:
-                states = [(self._folder / member.path).stat() for member in self.members]
-            except OSError as error:
-                raise UserError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+            states = [(self._folder / member.path).stat() for member in self.members]
             return [(m.path, state.st_size, state.st_mtime_ns) for m, state in zip(self.members, states, strict=True)]
         infos = [self._zip.getinfo(member.path) for member in self.members]
         return [(info.filename, info.file_size, info.CRC) for info in infos]
@@ -179,9 +171,7 @@ def open_zip(source: Path) -> zipfile.ZipFile:
             archive.close()
             raise zipfile.BadZipFile
         return archive
-    except OSError as error:
-        raise UserError(f"{source}: cannot be opened ({error.strerror or error})") from error
-    except MemoryError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # zipfile raises nearly anything when the bytes are damaged
         if h5py.is_hdf5(source):
@@ -271,20 +261,17 @@ def _refuse_strange_entry(info: zipfile.ZipInfo, advice: str) -> None:
     if info.flag_bits & 0x1:
         raise UserError(f"is encrypted: {advice}")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        method = METHODS.get(info.compress_type, f"method {info.compress_type}")
-        raise UserError(f"is compressed with {method}, only Deflate can be read: {advice}")
+        raise UserError(f"is compressed with method {info.compress_type}, only Deflate can be read: {advice}")
 
 
 def _read_npz(content: bytes, columns: dict[str, ArraySpec], rows: int, limit: int) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(content)) as npz:
         names = npz.namelist()
         if missing := [key for key in columns if f"{key}.npy" not in names]:
-            if missing == ["physics"]:
-                raise UserError(
-                    "lacks physics, from which rewards are computed (URLB records none): record it with ExoRL's code, "
-                    "or make a Minari dataset of it and keep its rewards (--format minari)"
-                )
-            raise UserError(f"lacks {', '.join(missing)}: it is not an episode with ExoRL's keys {', '.join(columns)}")
+            raise UserError(
+                f"lacks {', '.join(missing)}: it is not an episode with ExoRL's keys {', '.join(columns)} (URLB "
+                "records no physics, from which rewards are computed: make a Minari dataset of it, --format minari)"
+            )
         episode = {}
         for key, spec in columns.items():
             info = npz.getinfo(f"{key}.npy")
@@ -306,28 +293,14 @@ def _read_npy(file: IO[bytes], size: int, key: str, spec: ArraySpec, rows: int) 
     shape, is_fortran_order, dtype = read_header(file)
     if dtype != spec.dtype:
         raise UserError(f"has {key} as {dtype}, expected {spec.dtype}: is it an ExoRL episode?")
-    if len(shape) == 2 and shape[0] != rows:
-        raise UserError(
-            f"has {shape[0]} rows of {key}, expected {rows} (the length in the name plus the reset row): "
-            "the file is inconsistent, remove it"
-        )
     if shape != (rows, spec.width):
-        raise UserError(f"has {key} of shape {shape}, expected {(rows, spec.width)}{_likely_domain(key, shape)}")
+        raise UserError(f"has {key} of shape {shape}, expected {(rows, spec.width)}: is it the right --domain?")
     expected = math.prod(shape) * dtype.itemsize
     announced = size - file.tell()
     if announced != expected:
         raise UserError(f"claims {announced:,} bytes of {key}, expected {expected:,}: it is damaged, remove it")
     data = np.frombuffer(file.read(), dtype)
     return data.reshape(shape, order="F" if is_fortran_order else "C")
-
-
-def _likely_domain(key: str, shape: tuple[int, ...]) -> str:
-    """Return the end of an error: the domains that have this width."""
-    with contextlib.suppress(IndexError, KeyError):
-        fitting = [name for name, domain in DOMAINS.items() if recorded_arrays(domain)[key].width == shape[1]]
-        if fitting:
-            return f": that is --domain {' or '.join(fitting)}"
-    return ": is it the right --domain?"
 
 
 def _check_values(episode: Episode) -> None:

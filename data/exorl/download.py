@@ -4,9 +4,7 @@
 and a store is not imported again.
 """
 
-import difflib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,12 +13,11 @@ from ringrl.data.exorl.importer import import_archive
 from ringrl.data.exorl.transfer import Transfer
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.writer import finished_store
-from ringrl.envs import DOMAINS, Domain, domain_named
+from ringrl.envs import domain_named
 from ringrl.errors import UserError
 
 PUBLIC_ADDRESS = "https://dl.fbaipublicfiles.com/exorl"
 ALGORITHMS = ("aps", "icm_apt", "diayn", "disagreement", "icm", "proto", "random", "rnd", "smm")
-KNOWN_SIZES = {("walker", "rnd"): 2_585_461_986}  # bytes
 # Upper bound on the bytes of a store per byte of its archive: 1.4 for cartpole, 1.1 to 1.2 for other domains. The
 # import reserves the exact size.
 STORE_SHARE = 1.5
@@ -53,37 +50,14 @@ def download_archive(
     Raises:
         UserError: unknown names, another file in place of the archive, and the errors of `Transfer.run`.
     """
-    found = domain_named(domain)
-    path = _archive_path(found, algorithm, folder)
-    known_size = KNOWN_SIZES.get((found.name, algorithm))
-    transfer = Transfer(
-        f"{url.rstrip('/')}/{found.name}/{algorithm}.zip",
-        path,
-        check=_require_zip,
-        known_size=known_size,
-        spare=spare,
-        advice=f"known are {', '.join(DOMAINS)} with {', '.join(ALGORITHMS)}, check --url",
-        timeout=timeout,
-        pause=pause,
-        progress=progress,
-        notice=notice,
-    )
+    path = _archive_path(domain, algorithm, folder)
+    address = f"{url.rstrip('/')}/{domain}/{algorithm}.zip"
+    transfer = Transfer(address, path, spare, timeout, pause, progress, notice)
     if path.exists():
-        try:
-            _require_zip(path)
-        except UserError as error:
-            raise UserError(f"{error} (or move it away to download it again)") from error
-        size = path.stat().st_size
-        if known_size not in (None, size):
-            raise UserError(
-                f"{path}: has {size:,} bytes, the public archive {known_size:,}: move it away or choose another "
-                "--output"
-            )
-        with suppress(UserError):
-            transfer.run()  # deletes what a kill left
+        open_zip(path).close()
         notice(f"{path}: already exists and is whole")
-        return path
-    transfer.run()
+    else:
+        transfer.run()
     return path
 
 
@@ -109,42 +83,34 @@ def download_store(
     Raises:
         UserError: as `download_archive` and `import_archive`, and for an existing store of another dataset.
     """
-    found = domain_named(domain)
-    archive = _archive_path(found, algorithm, folder)
+    archive = _archive_path(domain, algorithm, folder)
     path = archive.with_suffix(".h5")
     if path.exists():
-        store = _the_store_of(archive, path, found)
+        store = _the_store_of(archive, path, domain)
         finished_store(path, store.provenance)  # deletes what a kill left
         notice(f"{path}: already exists, imported from {store.source}")
     else:
         options: dict[str, Any] = {"timeout": timeout, "pause": pause, "progress": progress, "notice": notice}
         download_archive(domain, algorithm, folder, url=url, spare=STORE_SHARE, **options)
-        store = import_archive(archive, path, found.name, progress=import_progress)
+        store = import_archive(archive, path, domain, progress=import_progress)
     if delete_archive and archive.exists():
-        _delete_archive(archive, store, found)
+        _delete_archive(archive, store)
         notice(f"{archive}: removed, its episodes are in {path}")
     return store
 
 
-def _archive_path(domain: Domain, algorithm: str, folder: str | Path) -> Path:
+def _archive_path(domain: str, algorithm: str, folder: str | Path) -> Path:
     if algorithm not in ALGORITHMS:
-        near = difflib.get_close_matches(algorithm.lower(), ALGORITHMS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ALGORITHMS)}"
-        raise UserError(f"unknown algorithm {algorithm!r}; {hint}")
-    return Path(folder) / domain.name / f"{algorithm}.zip"
+        raise UserError(f"unknown algorithm {algorithm!r}; there are {', '.join(ALGORITHMS)}")
+    return Path(folder) / domain_named(domain).name / f"{algorithm}.zip"
 
 
-def _require_zip(path: Path) -> None:
-    """Check the list of names only. The import compares all bytes with their checksums."""
-    open_zip(path).close()
-
-
-def _the_store_of(archive: Path, path: Path, domain: Domain) -> EpisodeStore:
+def _the_store_of(archive: Path, path: Path, domain: str) -> EpisodeStore:
     store = EpisodeStore(path)
     made = store.provenance
-    if store.domain != domain.name or PurePosixPath(store.source).name != archive.name:
+    if store.domain != domain or PurePosixPath(store.source).name != archive.name:
         raise UserError(
-            f"{path}: was imported from {store.source} ({store.domain}), not from {domain.name}/{archive.name}: "
+            f"{path}: was imported from {store.source} ({store.domain}), not from {domain}/{archive.name}: "
             "move it away or choose another --output"
         )
     if made.relabelling != "control_aware" or not made.subset.startswith("all "):
@@ -155,10 +121,10 @@ def _the_store_of(archive: Path, path: Path, domain: Domain) -> EpisodeStore:
     return store
 
 
-def _delete_archive(archive: Path, store: EpisodeStore, domain: Domain) -> None:
+def _delete_archive(archive: Path, store: EpisodeStore) -> None:
     """Delete the archive if the store is whole and has all episodes of the archive."""
     store.verify()
-    with Archive(archive, domain) as opened:
+    with Archive(archive, store.facts) as opened:
         episodes, listing = len(opened), opened.listing_sha256()
     if listing != store.provenance.source_sha256 or episodes != store.num_episodes:
         raise UserError(

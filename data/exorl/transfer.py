@@ -1,4 +1,4 @@
-"""Download of one large file over HTTP. An interrupted download resumes.
+"""Download of one archive over HTTP. An interrupted download resumes.
 
 Received bytes are appended to a hidden `.{name}.partial` in the same folder. `.{name}.partial.json` records the version
 of the file on the server. The next request asks for the rest if the version is the same (If-Range), and for the whole
@@ -19,7 +19,7 @@ from pathlib import Path
 import urllib3
 
 from ringrl import __version__
-from ringrl.data.exorl.archive import shown
+from ringrl.data.exorl.archive import open_zip, shown
 from ringrl.data.store.writer import hidden_name
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, lock, sync, write_whole
@@ -38,14 +38,11 @@ class _Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Transfer:
-    """A download from `url` (http or https) to `path`."""
+    """A download of a zip archive from `url` (http or https) to `path`."""
 
     url: str
     path: Path
-    check: Callable[[Path], None]  # called with the whole file before it gets its name; raises UserError
-    known_size: int | None = None  # bytes
     spare: float = 0.0  # disk space needed next to the file, in bytes per byte of it
-    advice: str = "check the address"  # ends the error about a missing file
     timeout: float = 30.0  # seconds that a connection or a read may wait
     pause: float = 1.0  # seconds before the first retry; each further pause is twice as long
     progress: Callable[[int, int], None] = lambda received, size: None  # bytes
@@ -64,7 +61,7 @@ class Transfer:
 
         Raises:
             UserError: the server does not have the file, contradicts itself or cannot be reached, another process
-                fetches the same file, the disk is full, or `check` fails.
+                fetches the same file, the disk is full, or the file is not a whole zip archive.
         """
         with explain_write_errors(self.path), lock(self.path, "is writing it"):
             if self.path.exists():  # finished by another process before this one had the lock
@@ -73,7 +70,7 @@ class Transfer:
                 self._receive_all()
                 sync(self._part)
                 try:
-                    self.check(self._part)
+                    open_zip(self._part).close()  # the import compares all bytes with their checksums
                 except UserError as error:
                     self._discard()
                     raise UserError(
@@ -150,8 +147,8 @@ class Transfer:
             url, size, validator = state["url"], state["size"], state["validator"]
         except (OSError, ValueError, KeyError, TypeError):
             return 0, None
-        is_usable = url == self.url and type(size) is int and self.known_size in (None, size)
-        return (size, validator) if is_usable and isinstance(validator, str | None) else (0, None)
+        is_usable = url == self.url and type(size) is int and isinstance(validator, str | None)
+        return (size, validator) if is_usable else (0, None)
 
     def _check_answer(self, response: urllib3.BaseHTTPResponse, size: int, validator: str | None) -> int:
         """Return the size of the whole file, and prepare to append the answer's body to the received bytes."""
@@ -167,14 +164,14 @@ class Transfer:
             self._discard()
             raise _Interrupted("the server cannot send the rest of the file, starting anew")
         if response.status != 200:
-            raise UserError(f"{self.url}: the server does not give out this file ({status}): {self.advice}")
-        length = headers.get("Content-Length", "")
-        size = int(length) if re.fullmatch("[0-9]{1,18}", length) else self.known_size or 0
-        if not size or self.known_size not in (None, size):
-            expected = f"{self.known_size:,}" if self.known_size else "more than 0"
             raise UserError(
-                f"{self.url}: the server announces {size:,} bytes, and the file has {expected}: check --url"
+                f"{self.url}: the server does not give out this file ({status}): check the domain, the algorithm and "
+                "--url (not every pair has an archive)"
             )
+        length = headers.get("Content-Length", "")
+        if not re.fullmatch("[1-9][0-9]{0,17}", length):
+            raise UserError(f"{self.url}: the server does not announce the size of the file: check --url")
+        size = int(length)
         if received:
             self.notice("the file has changed on the server, or it cannot resume: starting anew")
         self._discard()

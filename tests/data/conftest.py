@@ -131,7 +131,6 @@ class Answer:
     ignores_range: bool = False
     ignores_condition: bool = False
     headers: dict[str, str | None] = field(default_factory=dict)  # None removes a header
-    surplus: bytes = b""  # sent after the body
 
 
 @dataclass
@@ -176,7 +175,7 @@ class Site:
             if value is not None:
                 handler.send_header(name, value)
         handler.end_headers()
-        handler.wfile.write((body + answer.surplus)[: answer.cut])
+        handler.wfile.write(body[: answer.cut])
         handler.wfile.flush()
         if answer.hangs:
             self.closing.wait(60)

@@ -12,7 +12,7 @@ import pytest
 
 from ringrl.cli import main
 from ringrl.data import EpisodeStore, import_archive
-from ringrl.data.exorl.download import ALGORITHMS, KNOWN_SIZES, STORE_SHARE, download_archive, download_store
+from ringrl.data.exorl.download import STORE_SHARE, download_archive, download_store
 from ringrl.data.exorl.importer import Subset
 from ringrl.data.exorl.transfer import Transfer
 from ringrl.errors import UserError
@@ -43,18 +43,6 @@ def test_an_archive_arrives_whole_and_only_once(site, archive, tmp_path):
     assert message == [f"{path}: already exists and is whole"]
 
 
-def test_the_known_size_of_a_public_archive_is_required(site, archive, tmp_path):
-    assert KNOWN_SIZES["walker", "rnd"] == 2_585_461_986
-    site.files["/walker/rnd.zip"] = archive
-    with pytest.raises(UserError, match=f"announces {len(archive):,} bytes, and the file has 2,585,461,986"):
-        download_archive("walker", "rnd", tmp_path, url=site.url, **QUICK)
-    assert names(tmp_path) == []
-    (tmp_path / "walker" / "rnd.zip").write_bytes(archive)
-    with pytest.raises(UserError, match=r"rnd\.zip: has .* bytes, the public archive 2,585,461,986"):
-        download_archive("walker", "rnd", tmp_path, url=site.url)
-    assert (tmp_path / "walker" / "rnd.zip").read_bytes() == archive
-
-
 def test_a_download_that_is_no_archive_is_deleted(site, tmp_path):
     site.files[FILE] = b"<html>Please log in.</html>"
     with pytest.raises(UserError, match="not a zip archive"):
@@ -69,18 +57,15 @@ def test_a_download_that_is_no_archive_is_deleted(site, tmp_path):
 @pytest.mark.parametrize("status", [403, 404, 410])
 def test_a_file_that_the_server_does_not_give_out(site, tmp_path, status):
     site.answers = [{"status": status}]
-    with pytest.raises(UserError, match=rf"does not give out this file \({status}") as error:
+    with pytest.raises(UserError, match=rf"cartpole/rnd.zip: the server does not give out this file \({status}.*--url"):
         fetch(site, tmp_path)
-    assert all(name in str(error.value) for name in ("cartpole", *ALGORITHMS))
     assert len(site.requests) == 1
     assert names(tmp_path) == []
 
 
-def test_errors_about_unknown_names_suggest_similar_names(tmp_path):
+def test_errors_about_unknown_names_list_known_names(tmp_path):
     with pytest.raises(UserError, match="did you mean walker"):
         download_archive("wakler", "rnd", tmp_path)
-    with pytest.raises(UserError, match="did you mean icm_apt"):
-        download_archive("walker", "icm_atp", tmp_path)
     with pytest.raises(UserError, match="there are aps, icm_apt, diayn"):
         download_store("walker", "../ddpg", tmp_path)
     with pytest.raises(UserError, match="--timeout"):
@@ -133,7 +118,7 @@ def test_the_finished_archive_of_another_process_is_kept(site, archive, tmp_path
     """Another process finishes the archive before this process has the lock."""
     path = tmp_path / "a.zip"
     path.write_bytes(archive)
-    Transfer(site.url + "/a.zip", path, lambda path: None).run()
+    Transfer(site.url + "/a.zip", path).run()
     assert site.requests == []
     assert names(tmp_path) == ["a.zip"]
 

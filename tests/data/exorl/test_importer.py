@@ -156,7 +156,7 @@ def test_a_finished_import_is_kept(tmp_path, request, kind):
 
 
 def test_wrong_and_unknown_domain(tmp_path, cartpole_zip):
-    with pytest.raises(UserError, match="--domain cartpole"):
+    with pytest.raises(UserError, match="is it the right --domain"):
         import_archive(cartpole_zip, tmp_path / "a.h5", "walker")
     with pytest.raises(UserError, match=r"unknown domain 'cartpol'.*cartpole"):
         import_archive(cartpole_zip, tmp_path / "a.h5", "cartpol")
@@ -218,7 +218,7 @@ def test_an_archive_of_damaged_episodes_is_rejected(tmp_path, cartpole_folder, d
     with pytest.raises(UserError, match=r"episode_000000_1000\.npz cannot be read.*all 8 episodes of this import"):
         import_archive(damaged_folder, tmp_path / "stores" / "a.h5", "cartpole", on_damaged="skip")
     with pytest.raises(
-        UserError, match=r"observation of shape \(1001, 5\), expected \(1001, 24\): that is --domain cart"
+        UserError, match=r"observation of shape \(1001, 5\), expected \(1001, 24\): is it the right --domain"
     ):
         import_archive(cartpole_folder, tmp_path / "stores" / "a.h5", "walker", on_damaged="skip")
     assert names(tmp_path / "stores") == []
