@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
 
 from ringrl.context import Context, Outcome
 from ringrl.errors import UserError
 from ringrl.model import TrainState, make_policy
 from ringrl.model.agents.imitation import abstract_state, make_train_step
 from ringrl.model.optimiser import make_optimiser
-from ringrl.model.parallel import MESH_AXES, Parallel
 from ringrl.planning.machines import Machine
 from ringrl.planning.workload import ACTION, OBSERVATION, Workload
+from ringrl.training.mesh import parallel_over
 from ringrl.training.metrics import peak_memory
 
 _EXHAUSTED = re.compile(
@@ -114,10 +113,7 @@ def devices_of(machine: Machine) -> list[Any]:
 
 def abstract_step(workload: Workload, devices: list[Any]) -> Step:
     """Return the step of `ringrl train` on a mesh of these devices, without allocating memory."""
-    config, mesh = workload.config, workload.config.mesh
-    sizes = tuple(getattr(mesh, axis) for axis in MESH_AXES)
-    made = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices])
-    parallel = Parallel(made, mesh.layout)
+    config, parallel = workload.config, parallel_over(workload.config.mesh, devices)
     make = functools.partial(make_policy, config.model, OBSERVATION, ACTION, config.seed, parallel=parallel)
     optimiser = make_optimiser(config.optimiser)
     graph, _ = nnx.split(nnx.eval_shape(make), nnx.Param)

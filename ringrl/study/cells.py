@@ -40,7 +40,7 @@ from ringrl.evaluation import (
 from ringrl.evaluation.policy import load_policy
 from ringrl.evaluation.protocol import FIRST_SEED, compile_policy, copy_evaluation
 from ringrl.evaluation.records import append_records, data_records, library_versions, read_records
-from ringrl.files import with_crc, without_crc, write_aside, write_whole
+from ringrl.files import explain_write_errors, with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import train
@@ -404,8 +404,6 @@ def attempt(work: Work, command: str | None) -> str | None:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all, and create its folder. Raise UserError if the file cannot be written."""
-    try:
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space, then do it again") from error

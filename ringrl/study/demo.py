@@ -25,7 +25,9 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
     `output` contains other files or cannot be written.
     """
     collected, store = output / "collected", output / "data.h5"
-    if not collected.exists() and not store.exists() and _has_other_files(output):
+    # An unfinished collection is hidden.
+    has_files = output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir())
+    if has_files and not collected.exists() and not store.exists():
         raise UserError(f"{output}: contains other files; give another --output")
     settings = read_yaml(preset("demo"))
     plan = AblationPlan.model_validate(settings | {"data": store, "output": output / "runs"})
@@ -38,11 +40,3 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
         import_archive(collected, store, domain_of(task).name)
     ablate(plan, console, command, RunOptions(workers=min(2, available_cores()), timing=False))
     return plan.output
-
-
-def _has_other_files(output: Path) -> bool:
-    """Whether the folder has files. Hidden ones do not count: an unfinished collection is hidden."""
-    try:
-        return output.exists() and any(not path.name.startswith(".") for path in output.iterdir())
-    except OSError as error:
-        raise UserError(f"{output}: cannot be used ({error.strerror}); give another --output") from error

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,7 +25,7 @@ from ringrl.data.sampling.sampler import episodes_for_contexts
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation.video import write_videos
-from ringrl.files import lock
+from ringrl.files import explain_write_errors, lock
 from ringrl.processes import end_with_parent
 from ringrl.signals import STOPPING, ignore
 from ringrl.study.cells import EVALUATION, LOG, Cell, Reference, Work, attempt_logged, cells, references
@@ -207,11 +207,7 @@ def _outcomes(
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Create the output folder and lock it. Raise UserError if another ablation is running in it."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(lock(output, "is running this ablation", file=output / ".lock"))
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written ({error.strerror}); give another output") from error
+    with explain_write_errors(output), lock(output, "is running this ablation", file=output / ".lock"):
         yield
 
 

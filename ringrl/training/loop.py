@@ -19,6 +19,7 @@ from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import eligible_by_task
 from ringrl.errors import UserError
+from ringrl.files import explain_write_errors
 from ringrl.model import TrainState, make_agent
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
@@ -81,7 +82,7 @@ def train(
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
     )
-    with run_lock(config.run) if distributed.is_first() else nullcontext():
+    with explain_write_errors(config.run), run_lock(config.run) if distributed.is_first() else nullcontext():
         distributed.first_then_others(partial(claim_folder, config, resume), config.run / "config.yaml")
         checkpoints = Checkpoints(config.run, config.keep_checkpoints)
         try:
@@ -90,10 +91,6 @@ def train(
                 console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
             profiler = StepProfiler(config.run / "profile" if profile else None)
             _run_steps(info, sources, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
-        except OSError as error:
-            raise UserError(
-                f"{config.run}: cannot be written ({error.strerror or error}); free some space, then use --resume"
-            ) from error
         finally:
             checkpoints.close()
     return config.run

@@ -1,7 +1,10 @@
 """The device mesh of a run, and the checks that a model and a batch divide over it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
 
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
@@ -18,8 +21,7 @@ def make_parallel(config: TrainConfig) -> Parallel:
         return ONE_DEVICE
     check_divides(config)
     devices = jax.devices()
-    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    shape = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES)
     if mesh.devices > len(devices):
         raise UserError(f"mesh: {shape} is {mesh.devices} devices, but JAX has {len(devices)} ({devices[0].platform})")
     if mesh.devices < len(devices) and jax.process_count() > 1:
@@ -27,9 +29,13 @@ def make_parallel(config: TrainConfig) -> Parallel:
             f"mesh: {shape} is {mesh.devices} devices, but the {jax.process_count()} processes have {len(devices)}; "
             "a run over several processes must use all of them"
         )
-    made: Mesh = jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices]
-    )
+    return parallel_over(mesh, devices)
+
+
+def parallel_over(mesh: MeshConfig, devices: Sequence[Any]) -> Parallel:
+    """Return a mesh of the first of these devices."""
+    sizes = tuple(getattr(mesh, axis) for axis in MESH_AXES)
+    made = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices])
     return Parallel(made, mesh.layout)
 
 

@@ -1,7 +1,7 @@
 """The folder of a run. It belongs to one configuration and one dataset."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +26,31 @@ def holds_run(run: Path) -> bool:
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which is created. Raise UserError if another process trains in it."""
-    with ExitStack() as held:
-        try:
-            run.resolve().mkdir(parents=True, exist_ok=True)  # the target of a link, if nothing is there yet
-            held.enter_context(lock(run, "trains in it", file=run / ".lock"))
-        except OSError as error:
-            raise UserError(f"{run}: cannot be created ({error.strerror}); give another --run") from error
-        try:
+    run.resolve().mkdir(parents=True, exist_ok=True)  # the target of a link, if nothing is there yet
+    try:
+        with lock(run, "trains in it", file=run / ".lock"):
             yield
-        finally:
-            held.close()
-            with suppress(OSError):  # holds files
-                run.rmdir()
+    finally:
+        with suppress(OSError):  # holds files
+            run.rmdir()
 
 
 def claim_folder(config: TrainConfig, resume: bool) -> None:
-    """Create the run's folder, or check that an existing folder holds the run to resume.
+    """Write config.yaml into a run's folder, or check that the folder holds the run to resume.
 
     Raise UserError if the folder holds a run (without `resume`), another run, or other files.
     """
-    saved, is_run = config.run / "config.yaml", holds_run(config.run)
-    if is_run and not resume:
-        raise UserError(f"{config.run}: holds a run already; use --resume to resume it, or give another --run")
-    if is_run:
+    saved = config.run / "config.yaml"
+    if holds_run(config.run):
+        if not resume:
+            raise UserError(f"{config.run}: holds a run already; use --resume to resume it, or give another --run")
         check_configuration(config)
         if saved.exists():
             return
-    try:
-        config.run.mkdir(parents=True, exist_ok=True)
-        # A run that was killed before it wrote its configuration leaves hidden files only.
-        is_free = is_run or saved.exists() or all(path.name.startswith(".") for path in config.run.iterdir())
-        if not is_free:
-            raise UserError(f"{config.run}: holds other files and no run; give another --run")
-        write_whole(saved, to_yaml(config))
-    except OSError as error:
-        raise UserError(f"{config.run}: cannot be created ({error.strerror}); give another --run") from error
+    # A run that was killed before it wrote its configuration leaves hidden files only.
+    elif not saved.exists() and any(not path.name.startswith(".") for path in config.run.iterdir()):
+        raise UserError(f"{config.run}: holds other files and no run; give another --run")
+    write_whole(saved, to_yaml(config))
 
 
 def saved_configuration(run: Path) -> TrainConfig:
