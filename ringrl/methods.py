@@ -125,34 +125,22 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-_TRANSFORMER_ONLY = tuple(
-    f"model.{name}"
-    for name in (
-        "heads",
-        "kv_heads",
-        "feed_forward",
-        "timestep_embedding",
-        "trajectory_embedding",
-        "rotary_base",
-        "episode_window",
-        "past_actions",
-        "past_rewards",
-    )
-)
-
-_CONTEXTS_ONLY = ("trajectories", "order", "target", "sampling", "other_tasks", "history_stride", "segment_steps",
-                  "segment_start_share", "first_steps", "first_steps_weight")  # fmt: skip
+_TRANSFORMER_ONLY = (
+    "model.heads", "model.kv_heads", "model.feed_forward", "model.timestep_embedding", "model.trajectory_embedding",
+    "model.rotary_base", "model.episode_window", "model.past_actions", "model.past_rewards",
+)  # fmt: skip
+_CONTEXTS_ONLY = (
+    "context.trajectories", "context.order", "context.target", "context.sampling", "context.other_tasks",
+    "context.history_stride", "context.segment_steps", "context.segment_start_share", "context.first_steps",
+    "context.first_steps_weight",
+)  # fmt: skip
 
 FAMILIES: Mapping[Kind, Family] = MappingProxyType(
     {
         "transformer": Family(ignored=("actor_critic.",), has_context=True),
         "behaviour_cloning": Family(ignored=("actor_critic.", *_TRANSFORMER_ONLY)),
         "td3_bc": Family(
-            ignored=(
-                *_TRANSFORMER_ONLY,
-                *(f"context.{name}" for name in _CONTEXTS_ONLY),
-                "stop_after",
-            ),
+            ignored=(*_TRANSFORMER_ONLY, *_CONTEXTS_ONLY, "stop_after"),
             source="transitions",
             splits_batches=False,
             has_goal=True,

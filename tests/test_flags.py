@@ -22,8 +22,8 @@ from tests.test_cli import rejected
         ),
         ("--launcher foo", 'Invalid value "foo" for --launcher. Choose from: "none", "slurm".'),
         ("--log wandb foo", "--log: expected 'tensorboard' or 'wandb', got 'foo'"),
-        ("--optimiser.steps", "--optimiser.steps: needs a value"),
-        ("--optimiser.steps --resume", "--optimiser.steps: needs a value"),
+        ("--optimiser.steps", 'Command "train" parameter --optimiser.steps requires an argument.'),
+        ("--optimiser.steps --resume", 'Command "train" parameter --optimiser.steps requires an argument.'),
         (
             "--optimiser.steps many",
             "--optimiser.steps: expected a valid integer, unable to parse string as an integer, got 'many'",
@@ -65,9 +65,9 @@ def test_a_wrong_flag_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("train", "--data: needs a value (see ringrl train --help)"),
-        ("data download", "DOMAIN: needs a value (see ringrl data download --help)"),
-        ("report --compare a", "--compare: needs 2 values ("),
+        ("train", "parameter --data requires an argument. (see ringrl train --help)"),
+        ("data download", "parameter DOMAIN requires an argument. (see ringrl data download --help)"),
+        ("report --compare a", "parameter --compare requires 2 positional arguments. Only got 1."),
         ("report --compare a b --compare a c", "--compare specified multiple times"),
         ("evaluate --tasks a --task b", "--task specified multiple times"),
         ("evaluate --control --no-control", "--no-control specified multiple times"),

@@ -1,6 +1,5 @@
 """Checks of a command's flags, and one line for every usage error."""
 
-import difflib
 import inspect
 import re
 import shlex
@@ -29,22 +28,11 @@ for _section in Section.__subclasses__():
 def usage_line(error: cyclopts.CycloptsError) -> str:
     """Return what is wrong and where, for an error of the parser."""
     argument, cause = error.argument, error.__cause__
-    if isinstance(error, cyclopts.UnknownCommandError) and error.app and error.unused_tokens:
-        names = [name for name in error.app if not name.startswith("-")]
-        near = difflib.get_close_matches(error.unused_tokens[0], names, n=3, cutoff=0.4) or names
-        prefix = " ".join((*(error.command_chain or ()), ""))
-        choices = " or ".join(prefix + name for name in near)
-        return f"no command {prefix + error.unused_tokens[0]!r}; did you mean {choices}?"
-    if isinstance(error, cyclopts.MissingArgumentError) and argument:
-        count, _ = argument.token_count()
-        return f"{error.keyword or argument.name}: needs {f'{count} values' if count > 1 else 'a value'}"
     if isinstance(cause, pydantic.ValidationError) and argument:
         section = argument.name.strip("-*")
         named = [(".".join(filter(None, (section, name))).replace("_", "-"), text) for name, text in problems(cause)]
         # Without the place of a value in a list, "--model.episode-window.0".
         return "; ".join(f"--{re.sub(r'[.][0-9]+$', '', flag)}: {text}" if flag else text for flag, text in named)
-    if isinstance(error, cyclopts.UnusedCliTokensError | cyclopts.UnknownOptionError) and error.unused_tokens:
-        return f"{error.unused_tokens[0]}: unexpected argument; remove it"
     return str(error)
 
 

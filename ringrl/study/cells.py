@@ -44,7 +44,7 @@ from ringrl.files import explain_write_errors, with_crc, without_crc, write_asid
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import train
-from ringrl.training.checkpoints import CHECKSUM, EarlyStopping, with_checksum, without_checksum
+from ringrl.training.checkpoints import EarlyStopping, with_checksum, without_checksum
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
 EVALUATION = "evaluation.jsonl"
@@ -68,7 +68,6 @@ class Work:
         """Whether all results exist, undamaged."""
         try:
             did = json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["did"]
-            did.pop("environments", None)  # earlier versions stored the streams of the longest context too
             if did.get("videos"):
                 did["videos"] = self.about.get("videos")  # videos that the plan no longer asks for do no harm
             results = read_records(self.folder / EVALUATION)
@@ -97,9 +96,7 @@ class Work:
         if not path.exists():
             return
         try:
-            known = read_yaml(path)
-            if CHECKSUM in known:  # earlier versions wrote none
-                known = without_checksum(known)
+            known = without_checksum(read_yaml(path))
         except UserError as error:
             raise UserError(f"{error}; remove it if it is damaged") from error
         except ValueError as error:

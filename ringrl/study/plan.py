@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from ringrl.config import FilePath, Section, TrainConfig
+from ringrl.config import FilePath, Section
 from ringrl.config_files import merged, nested, one_line, read_yaml
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
@@ -171,13 +171,8 @@ class AblationPlan(Section):
 
 def read_plan(path: Path) -> AblationPlan:
     """Return the plan of a file. Raise UserError with the file and the wrong setting."""
-    values = read_yaml(path)
-    if values.keys() <= TrainConfig.model_fields.keys() and not values.keys() <= {*AblationPlan.model_fields, *_SHORT}:
-        raise UserError(
-            f"{path}: contains settings for `ringrl train --config`, not a plan; in a plan they are under settings:"
-        )
     try:
-        return AblationPlan.model_validate(values)
+        return AblationPlan.model_validate(read_yaml(path))
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
 

@@ -60,8 +60,9 @@ class AblationProgress(Progress):
             estimate = self._left.pop(name)
         if failure is None:
             self._finished += 1
-            self._taken += seconds
-            self._estimated += seconds if estimate is None else estimate
+            if estimate:
+                self._taken += seconds
+                self._estimated += estimate
         else:
             self._failed += 1
         self._show()
@@ -71,19 +72,14 @@ class AblationProgress(Progress):
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds left, or None without an estimate."""
-        count = len(self._left)
-        if self._finished:
-            mean = self._taken / self._finished
-            factor = self._taken / max(self._estimated, 1e-9)
-            whole = sum(mean if estimate is None else factor * estimate for estimate in self._left.values())
-        elif count and None not in self._left.values():
-            whole = sum(estimate or 0.0 for estimate in self._left.values())
-        else:
-            return 0.0 if not count else None
+        """Estimated seconds left, or None if a cell was not timed."""
+        estimates = [estimate for estimate in self._left.values() if estimate is not None]
+        if len(estimates) < len(self._left):
+            return None
+        factor = self._taken / self._estimated if self._estimated else 1.0
         now = time.perf_counter()
         begun = sum(now - since for since in self._running.values())
-        return max(0.0, whole - begun) / max(1, min(self._workers, count))
+        return max(0.0, factor * sum(estimates) - begun) / max(1, min(self._workers, len(estimates)))
 
     def _state(self) -> str:
         running, left = len(self._running), self.seconds_left

@@ -80,7 +80,7 @@ def ablate(
         if waiting:
             finished = sum(cell.is_finished for cell in chosen)
             console.print(cost_table(waiting, timings, finished, options.workers))
-        estimates = {one.name: cost(one, timings).seconds if isinstance(one, Cell) else None for one in todo}
+        estimates = {one.name: cost(one, timings).seconds if isinstance(one, Cell) else 0.0 for one in todo}
         failed = {one: why for one in work if (why := one.failure) is not None}
         with AblationProgress(estimates, options.workers, console) as progress:
             for one, why in _outcomes(plan, todo, options, command, progress.begin):

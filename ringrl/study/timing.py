@@ -18,7 +18,6 @@ from rich.table import Table
 from ringrl.config import Section
 from ringrl.envs import domain_of, make_vec
 from ringrl.errors import UserError
-from ringrl.evaluation.actors import SMALLEST_CACHE
 from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.policy import TrainedPolicy, load_policy
 from ringrl.evaluation.protocol import Protocol
@@ -95,27 +94,19 @@ def measure(cell: Cell) -> Timing:
 
 
 def _rollout_seconds(task: str, protocol: Protocol, trained: TrainedPolicy) -> float:
-    """Return the seconds of all rollouts of a protocol, from a few actions with an empty and a full memory."""
+    """Return the seconds of all rollouts of a protocol, from a few actions with a memory of average size."""
     length, streams = domain_of(task).episode_length, protocol.environments
     steps, tokens = length * protocol.episodes, trained.policy.tokens_per_step
     simulate = _simulate(task, streams)
     prompt = protocol.prompt_trajectories * (trained.info.config.context.segment_steps or length) * tokens
-    total = steps * (simulate + _act(trained, streams, prompt, prompt + steps * tokens))
+    # A full memory doubles, so it has its last size half of the time, and two thirds of that size on average.
+    total = steps * (simulate + _act(trained, streams, prompt + steps * tokens * 2 // 3))
     if protocol.control:
-        total += steps * (simulate + _act(trained, streams, 0, length * tokens))
+        total += steps * (simulate + _act(trained, streams, length * tokens * 2 // 3))
     return total
 
 
-def _act(trained: TrainedPolicy, streams: int, first: int, last: int) -> float:
-    """Return the mean seconds per action while a memory fills from `first` to `last` tokens and doubles when full."""
-    full = _act_with(trained, streams, last)
-    if last <= max(first, SMALLEST_CACHE):
-        return full
-    start = _act_with(trained, streams, max(first, SMALLEST_CACHE))
-    return start + (full - start) * 2 / 3  # the memory has its last size half of the time, half of that a quarter ...
-
-
-def _act_with(trained: TrainedPolicy, streams: int, tokens: int) -> float:
+def _act(trained: TrainedPolicy, streams: int, tokens: int) -> float:
     """Return the seconds per action with a memory of this size."""
     info, (graph, params) = trained.info, nnx.split(trained.policy)
     builder = ContextBuilder(info.normalisation, 0.0)
