@@ -44,24 +44,15 @@ def worker_processes(
     except BrokenProcessPool as error:
         for process in multiprocessing.active_children():
             process.kill()  # the executor waits for the others, which ignore its SIGTERM
-        raise UserError(_cause_of_death(reports, what)) from error
+        if not reports.empty():
+            raise UserError(f"a worker process of the {what} could not start: {reports.get()}") from error
+        raise UserError(
+            f"a worker process of the {what} died: memory is short, or it could not import your script. Use one worker "
+            f"(--workers 1), or save the script as a file and start the {what} under `if __name__ == '__main__':`"
+        ) from error
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-
-
-def _cause_of_death(reports: "SimpleQueue[str]", what: str) -> str:
-    """Return the error about a dead worker process. Each process has reported its start, "" or a failure."""
-    if reports.empty():
-        return (
-            f"a worker process of the {what} ended at its start: memory is short, or it could not import your script. "
-            f"Use one worker (--workers 1), or save the script as a file and start the {what} under "
-            "`if __name__ == '__main__':`"
-        )
-    while not reports.empty():
-        if failure := reports.get():
-            return f"a worker process of the {what} could not start: {failure}"
-    return f"a worker process of the {what} died: use fewer if memory is short (--workers 1 starts none)"
 
 
 def _start(reports: "SimpleQueue[str]", start: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -72,7 +63,6 @@ def _start(reports: "SimpleQueue[str]", start: Callable[..., object], arguments:
     except Exception as error:
         reports.put(user_message(error) or f"{type(error).__name__}: {brief(error)}")
         os._exit(1)
-    reports.put("")
 
 
 def end_with_parent() -> None:

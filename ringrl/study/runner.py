@@ -58,7 +58,7 @@ class TaskError(str):
 
 
 def ablate(
-    plan: AblationPlan, console: Console, command: str | None = None, options: RunOptions | None = None
+    plan: AblationPlan, console: Console, command: str | None = None, options: RunOptions = RunOptions()
 ) -> list[Path]:
     """Train and evaluate every cell that is not finished, and return the results files.
 
@@ -68,7 +68,6 @@ def ablate(
     Raise UserError for settings that no run accepts, data that does not fit a task, a folder of another plan, or (after
     all other cells) cells that failed.
     """
-    options = options or RunOptions()
     everything, reference_work = _check(plan, options)
     with _locked(plan.output):
         chosen, timings = _timed(plan, everything, reference_work, options, console)
@@ -94,9 +93,8 @@ def ablate(
     return [one.folder / EVALUATION for one in work]
 
 
-def estimate(plan: AblationPlan, console: Console, options: RunOptions | None = None) -> None:
+def estimate(plan: AblationPlan, console: Console, options: RunOptions = RunOptions()) -> None:
     """Print the remaining cost of a plan without running it. Timings are kept. Raise UserError as `ablate` does."""
-    options = options or RunOptions()
     everything, reference_work = _check(plan, options)
     with _locked(plan.output):
         chosen, timings = _timed(plan, everything, reference_work, options, Console(stderr=True))
@@ -145,8 +143,7 @@ def _timed(
     """Return the cells, with their steps if the budget is time, and all timings. Checks the folders."""
     timings = read_timings(plan.output)
     if options.slurm is None and options.timing:  # otherwise the cells run on another machine than this one
-        waiting = [cell for cell in everything if not cell.is_finished]
-        _time_new(waiting, plan.output, options.workers, timings, console)
+        _time_new(everything, plan.output, options.workers, timings, console)
     chosen = [_with_steps(cell, timings) for cell in everything]
     for work in (*reference_work, *chosen):
         work.check()
@@ -159,7 +156,8 @@ def _time_new(cells: Sequence[Cell], output: Path, workers: int, timings: dict[s
     For the budget time, all seeds must have the same number of steps. Every kind is therefore timed only once. Raise
     UserError for a cell that cannot start.
     """
-    new = list({name: cell for cell in cells if (name := shape(cell)) not in timings}.values())
+    waiting = [cell for cell in cells if not cell.is_finished]
+    new = list({name: cell for cell in waiting if (name := shape(cell)) not in timings}.values())
     if not new:
         return
     console.print(f"timing a few steps of {len(new)} kinds of cells")
@@ -270,12 +268,7 @@ class _Worker:
             return index, self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-        code = self.process.exitcode or 0
-        if code >= 0:
-            return index, TaskError(f"its process ended with code {code}")
-        name = signal.Signals(-code).name
-        reason = " (often because memory ran out)" if name == "SIGKILL" else ""
-        return index, TaskError(f"its process was ended by {name}{reason}")
+        return index, TaskError(f"its process ended with code {self.process.exitcode} (-9: often out of memory)")
 
 
 def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> None:

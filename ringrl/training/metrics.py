@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import rich.progress
 from rich.console import Console
-from rich.progress import Progress, TaskID, TextColumn
+from rich.progress import Progress, TextColumn
 from rich.table import Column
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -186,7 +186,7 @@ class MetricsRecorder:
         self._config, self._cost, self._log, self._progress = config, cost, log, progress
         self._peak_flops = peak_flops(config.mesh.devices)
         self._schedule = jax.jit(learning_rate(config.optimiser))
-        self._task: TaskID | None = None
+        self._task = progress.add_task("training", total=config.optimiser.steps, loss="", speed="")
         self._skipped_in_a_row = 0
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._held_out: float | None = None  # last loss on held-out episodes
@@ -234,16 +234,10 @@ class MetricsRecorder:
             text += f"  {speed['model_flops_per_second'] / 1e9:,.1f} GFLOP/s"
         if "mfu" in speed:
             text += f"  MFU {speed['mfu']:.1%}"
-        if self._task is None:
-            self._task = self._progress.add_task(
-                "training", total=self._config.optimiser.steps, loss=losses, speed=text
-            )
         self._progress.update(self._task, completed=step, loss=losses, speed=text)
-        self._print_line(f"step {step} of {self._config.optimiser.steps}  {losses}  {text}")
-
-    def _print_line(self, line: str) -> None:
-        """Print the progress from time to time where no bar can show it, in the log of a job for example."""
+        # In the log of a job, for example, no bar can show the progress.
         if not self._progress.disable and not self._progress.console.is_terminal and self._pace.is_due():
+            line = f"step {step} of {self._config.optimiser.steps}  {losses}  {text}"
             self._progress.console.print(line, soft_wrap=True)
 
     def _report_skipped(self, entries: list[dict[str, Any]]) -> None:

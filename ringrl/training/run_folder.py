@@ -64,11 +64,9 @@ def saved_configuration(run: Path) -> TrainConfig:
     saved = run / "config.yaml"
     try:
         return TrainConfig.from_saved(read_yaml(saved))
-    except pydantic.ValidationError as error:
-        why = f"{saved}: does not fit this version ({one_line(error)})"
-    except UserError as error:
-        why = str(error)
-    raise UserError(f"{why}, and no checkpoint with the settings can be read; start a new --run")
+    except ValueError as error:
+        why = one_line(error) if isinstance(error, pydantic.ValidationError) else error
+        raise UserError(f"{saved}: no checkpoint can be read, nor this file ({why}); start a new --run") from error
 
 
 def check_configuration(config: TrainConfig) -> None:
