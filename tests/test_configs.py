@@ -27,7 +27,7 @@ BILLIONS = {
 }
 
 
-@pytest.mark.parametrize(("name", "count"), [("results", 234), ("hidden_task", 60), ("episode_window", 250)])
+@pytest.mark.parametrize(("name", "count"), [("results", 234), ("hidden_task", 60), ("episode_window", 270)])
 def test_plans_have_cells_with_valid_settings(name: str, count: int) -> None:
     assert len(cells(read_plan(preset(name)))) == count
 
