@@ -82,7 +82,7 @@ class WrongPromptSampler(ContextSampler):
         plans = {task: _by_trajectory(self._alone(task).plan(step)) for task in self.tasks}
         rows = []
         for row, own in enumerate(zip(*_by_trajectory(right), strict=True)):
-            other = plans[following[right.tasks[row, -1]]]
+            other = plans[following[right.tasks[row]]]
             places = np.flatnonzero(other.episodes[row] != right.episodes[row, -1])[: self.config.trajectories - 1]
             rows.append([np.append(theirs[row, places], ours[-1]) for theirs, ours in zip(other, own, strict=True)])
         joined = ContextPlan(*map(np.stack, zip(*rows, strict=True)))
@@ -95,5 +95,6 @@ class WrongPromptSampler(ContextSampler):
 
 
 def _by_trajectory(plan: ContextPlan) -> ContextPlan:
-    """Return a plan with columns (batch, trajectories): lengths instead of starts."""
-    return plan._replace(starts=np.diff(plan.starts, axis=1))
+    """Return a plan with columns (batch, trajectories): a task each, and lengths instead of starts."""
+    tasks = np.broadcast_to(plan.tasks[:, None], plan.episodes.shape)
+    return plan._replace(tasks=tasks, starts=np.diff(plan.starts, axis=1))

@@ -68,10 +68,12 @@ class Normalisation:
         scale[list(self.ignored)] = 0
         return self.mean.astype(np.float32), scale.astype(np.float32)
 
-    def observation(self, x: Float[np.ndarray, "*batch observation"]) -> Float32[np.ndarray, "*batch observation"]:
-        """Return normalised observations."""
+    def observation(
+        self, x: Float[np.ndarray, "*batch observation"], out: np.ndarray | None = None
+    ) -> Float32[np.ndarray, "*batch observation"]:
+        """Return normalised observations, written to `out` if given."""
         shift, scale = self._shift_and_scale
-        normalised = np.subtract(x, shift, dtype=np.float32, casting="same_kind")
+        normalised = np.subtract(x, shift, out=out, dtype=np.float32, casting="same_kind")
         return np.multiply(normalised, scale, out=normalised)
 
     def return_to_go(self, x: np.ndarray | float) -> Float32[np.ndarray, "*batch"]:

@@ -6,13 +6,13 @@ Then any part of it can be read.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
-from operator import itemgetter
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
@@ -117,7 +117,7 @@ def episodes_for_contexts(
 class ContextPlan(NamedTuple):
     """The trajectories of a batch of contexts: small, and the same on every host."""
 
-    tasks: np.ndarray  # names of the tasks of the trajectories (batch, trajectories)
+    tasks: np.ndarray  # names of tasks: of each context (batch,) or trajectory (batch, trajectories)
     episodes: Int64[np.ndarray, "batch trajectories"]  # indices in the store, in the order of the context
     targets: Float64[np.ndarray, "batch trajectories"]  # return-to-go at the start of each episode; nan if all are zero
     completes: Bool[np.ndarray, "batch trajectories"]  # whether the return of each episode reaches its target
@@ -187,75 +187,12 @@ class ContextSampler:
         steps = self.config.segment_steps
         lengths = self.store.lengths[episodes] if steps is None else np.full_like(episodes, steps)
         np.cumsum(lengths, axis=1, out=starts[:, 1:])
-        names = np.broadcast_to(np.array(tasks)[:, None], episodes.shape)
-        return ContextPlan(names, episodes, targets, returns >= targets, starts, np.stack(first))
+        return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given times, in the given order.
-
-        Times beyond a context are padding. Only these steps' observations and actions are read, and the actions before
-        them. Returns-to-go also need the earlier rewards of each episode. Every number is the same in whatever
-        rectangle it is read.
-        """
+        """Return the given contexts of a plan at the given times (see `read_contexts`)."""
         part = ContextPlan(*(column[rows] for column in plan))
-        count = len(part.episodes)
-        out = _blank(count, len(times), self.store.observation_size, self.store.action_size)
-        out.position[:] = times
-        contexts = [jax.tree.map(itemgetter(index), (out, part)) for index in range(count)]
-        with ThreadPoolExecutor(available_cores()) as pool:  # NumPy lets other threads run while it copies and computes
-            list(pool.map(lambda context: self._fill(*context, times), contexts))
-        return out
-
-    def _fill(self, out: Context, plan: ContextPlan, times: np.ndarray) -> None:
-        """Write one context of a plan, every array (trajectories,), to arrays of zeros (time, ...)."""
-        trajectory = np.searchsorted(plan.starts, times, side="right") - 1
-        places = np.flatnonzero(trajectory < len(plan.episodes))  # other places are padding
-        trajectory = trajectory[places]
-        first, start = plan.first_timesteps[trajectory], plan.starts[trajectory]
-        timestep = times[places] - start + first
-        # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
-        row = self.store.offsets[plan.episodes][trajectory] + timestep
-        observation, action = self.store.arrays["observation"], self.store.arrays["action"]
-        last = self.store.offsets[plan.episodes + 1] - 1
-
-        def rewards(rows: np.ndarray, trajectory: np.ndarray) -> np.ndarray:
-            found = np.empty(len(rows), np.float32)
-            for task in {*plan.tasks.tolist()}:
-                own = (plan.tasks == task)[trajectory]
-                found[own] = self.store.arrays[reward_key(task)][rows[own]]
-            return self.normalisation.reward(found)
-
-        out.observation[places] = self.normalisation.observation(observation[row])
-        out.action[places] = action[row + 1]
-        out.reward[places] = rewards(row + 1, trajectory)
-        out.timestep[places], out.trajectory[places], out.start[places] = timestep, trajectory, start
-        out.weight[places] = np.where(timestep < first + self.config.first_steps, self.config.first_steps_weight, 1)
-        if self.config.target != "none":
-            out.return_to_go[places] = self._returns_to_go(plan, trajectory, timestep)
-            out.completion[places] = plan.completes[trajectory] & (row + 1 == last[trajectory])
-        # The first step of a trajectory follows the last step of the trajectory before, a segment follows no step.
-        is_first = timestep == first
-        follows = ~is_first | (trajectory > 0) & (self.config.segment_steps is None)
-        places, trajectory, row, is_first = places[follows], trajectory[follows], row[follows], is_first[follows]
-        trajectory = trajectory - is_first
-        row = np.where(is_first, last[trajectory], row)
-        out.previous.action[places] = action[row]
-        out.previous.reward[places] = rewards(row, trajectory)
-        out.previous.completion[places] = plan.completes[trajectory] & is_first
-
-    def _returns_to_go(self, plan: ContextPlan, trajectory: np.ndarray, timestep: np.ndarray) -> np.ndarray:
-        """Return the returns-to-go of steps of a context, given their trajectories and timesteps."""
-        left = np.empty(len(timestep))
-        order = np.argsort(trajectory, kind="stable")
-        cuts = np.searchsorted(trajectory[order], np.arange(len(plan.episodes) + 1))
-        for k, (begin, end) in enumerate(pairwise(cuts.tolist())):
-            if begin < end:
-                own = order[begin:end]
-                reward, first_row = self.store.arrays[reward_key(plan.tasks[k])], self.store.offsets[plan.episodes[k]]
-                earned = np.zeros(timestep[own].max() + 1)  # before each step
-                np.cumsum(reward[first_row + 1 : first_row + len(earned)], out=earned[1:])
-                left[own] = plan.targets[k] - earned[timestep[own]]
-        return self.normalisation.return_to_go(left)
+        return read_contexts(self.store, self.normalisation, part, times, self.config)
 
     @cached_property
     def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
@@ -293,6 +230,147 @@ class ContextSampler:
             return task, chosen, np.zeros(count, np.int64)
         anywhere = random.integers(self.store.lengths[chosen] - self.config.segment_steps + 1)
         return task, chosen, np.where(random.random(count) < self.config.segment_start_share, 0, anywhere)
+
+
+class _Piece(NamedTuple):
+    """Evenly spaced steps of one trajectory, and their place in the batch."""
+
+    context: int
+    trajectory: int
+    place: int  # index of the first step on the time axis that is read
+    length: int
+    timestep: int  # of the first step, within the episode
+    stride: int  # timesteps between two steps
+
+
+def read_contexts(
+    store: EpisodeStore,
+    normalisation: Normalisation,
+    plan: ContextPlan,
+    times: Int[np.ndarray, " time"],
+    config: ContextConfig,
+) -> Context:
+    """Return the given time steps of all contexts of a plan, in the given order. Times beyond a context are padding.
+
+    Only these steps' observations and actions are read, and the actions before them. Returns-to-go also need the
+    earlier rewards of each episode. Every number is the same in whatever rectangle it is read.
+
+    Raises ValueError for a time below 0.
+    """
+    if len(times) and times.min() < 0:
+        raise ValueError(f"times: expected no time below 0, got {times.min()}")
+    reader = _Reader(store, normalisation, plan, times, config)
+    pieces = list(_pieces(plan, times))
+    threads = available_cores()
+    with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
+        list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
+    return reader.out
+
+
+def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:
+    for place, first, stride, count in _runs(times):
+        # The run's j-th step is at first + j * stride; trajectory k has those from cuts[k] up to cuts[k + 1].
+        cuts = np.clip(-((first - plan.starts) // stride), 0, count)
+        context, trajectory = np.nonzero(np.diff(cuts, axis=1))
+        begin, end = cuts[context, trajectory], cuts[context, trajectory + 1]
+        timestep = first + begin * stride - plan.starts[context, trajectory]
+        timestep += plan.first_timesteps[context, trajectory]
+        strides = np.full_like(begin, stride)
+        columns = np.stack([context, trajectory, place + begin, end - begin, timestep, strides], axis=1)
+        yield from (_Piece(*values) for values in columns.tolist())
+
+
+def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Split times into evenly spaced runs (place, first time, stride, count). Every ring layout gives few of them."""
+    if len(times) == 0:
+        return
+    steps = np.diff(times)
+    stride = max(1, int(np.partition(steps, len(steps) // 2)[len(steps) // 2])) if len(steps) else 1
+    breaks = np.flatnonzero(steps != stride) + 1
+    for place, end in pairwise([0, *breaks.tolist(), len(times)]):
+        yield place, int(times[place]), stride, end - place
+
+
+class _Reader:
+    """Writes pieces of trajectories, which do not overlap, to the arrays of a batch."""
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        normalisation: Normalisation,
+        plan: ContextPlan,
+        times: np.ndarray,
+        config: ContextConfig,
+    ) -> None:
+        self._observation, self._action = store.arrays["observation"], store.arrays["action"]
+        tasks = plan.tasks if plan.tasks.ndim == 2 else plan.tasks[:, None]
+        tasks = np.broadcast_to(tasks, plan.episodes.shape)
+        self._rewards = [[store.arrays[reward_key(task)] for task in row] for row in tasks.tolist()]
+        self._normalisation = normalisation
+        self._first_rows = store.offsets[:-1][plan.episodes].tolist()
+        self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
+        self._targets, self._completes, self._starts = (x.tolist() for x in (plan.targets, plan.completes, plan.starts))
+        self._first_timesteps, self._config = plan.first_timesteps.tolist(), config
+        self.out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
+        self.out.position[:] = times
+
+    def read(self, pieces: Iterable[_Piece]) -> None:
+        """Copy the given pieces."""
+        for piece in pieces:
+            self._copy_steps(piece)
+            self._fill_in_returns(piece)
+            if piece.timestep == self._first_timesteps[piece.context][piece.trajectory]:
+                self._look_back(piece)
+
+    def _copy_steps(self, piece: _Piece) -> None:
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        row = self._first_rows[piece.context][piece.trajectory] + piece.timestep
+        span = (piece.length - 1) * piece.stride + 1
+        # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
+        state, outcome = slice(row, row + span, piece.stride), slice(row + 1, row + 1 + span, piece.stride)
+        out = self.out
+        self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
+        out.action[at] = self._action[outcome]
+        reward = self._rewards[piece.context][piece.trajectory]
+        out.reward[at] = self._normalisation.reward(reward[outcome])
+        out.previous.action[at] = self._action[state]
+        out.previous.reward[at] = self._normalisation.reward(reward[state])
+        out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
+        out.trajectory[at], out.start[at] = piece.trajectory, self._starts[piece.context][piece.trajectory]
+        out.weight[at] = 1
+        past = self._first_timesteps[piece.context][piece.trajectory] + self._config.first_steps
+        out.weight[at][: max(0, -((piece.timestep - past) // piece.stride))] = self._config.first_steps_weight
+
+    def _fill_in_returns(self, piece: _Piece) -> None:
+        if math.isnan(self._targets[piece.context][piece.trajectory]):
+            return
+        at = piece.context, slice(piece.place, piece.place + piece.length)
+        first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
+        end = piece.timestep + (piece.length - 1) * piece.stride + 1
+        earned = np.zeros(end)  # before each step
+        np.cumsum(self._rewards[piece.context][piece.trajectory][first + 1 : first + end], out=earned[1:])
+        left = self._targets[piece.context][piece.trajectory] - earned[piece.timestep :: piece.stride]
+        self.out.return_to_go[at] = self._normalisation.return_to_go(left)
+        place, rest = divmod(last - 1 - first - piece.timestep, piece.stride)
+        if rest == 0 and place < piece.length:  # the piece has the trajectory's last step
+            completes = self._completes[piece.context][piece.trajectory]
+            self.out.completion[piece.context, piece.place + place] = completes
+
+    def _look_back(self, piece: _Piece) -> None:
+        """Set the outcome before a trajectory's first step: the previous trajectory's last outcome, or zeros.
+
+        Segments do not follow each other in time, so every segment begins with zeros.
+        """
+        context, place, previous = piece.context, piece.place, self.out.previous
+        if piece.trajectory == 0 or self._config.segment_steps is not None:
+            previous.action[context, place], previous.reward[context, place] = 0, 0
+            return
+        last = self._last_rows[context][piece.trajectory - 1]
+        previous.action[context, place] = self._action[last : last + 1][0]
+        previous.reward[context, place] = self._normalisation.reward(
+            self._rewards[context][piece.trajectory - 1][last : last + 1]
+        )[0]
+        previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
 
 
 def _blank(batch: int, time: int, observation_size: int, action_size: int) -> Context:

@@ -56,7 +56,8 @@ class Recorded:
     def __init__(self, key):
         self.key, self.shape = key, arrays[key].shape
     def __getitem__(self, part):
-        rows.setdefault(self.key, []).extend(np.arange(len(arrays[self.key]))[part].tolist())
+        assert isinstance(part, slice)
+        rows.setdefault(self.key, []).extend(range(len(arrays[self.key]))[part])
         return arrays[self.key][part]
 
 store.arrays = {{key: Recorded(key) for key in arrays}}
@@ -168,7 +169,7 @@ def test_each_process_reads_the_rows_of_its_own_devices(results, made, mixed, sh
                 first = int(mixed.offsets[episodes[k]])
                 row = first + int(t - starts[k])
                 observation.add(row)
-                action |= {row + 1} if row == first else {row, row + 1}
+                action |= {row, row + 1}
                 reward |= set(range(first, row + 2))  # sum of earlier rewards
                 if row == first and k > 0:
                     last = int(mixed.offsets[episodes[k - 1] + 1]) - 1

@@ -79,8 +79,8 @@ class Recorded:
     def __init__(self, array: np.ndarray, rows: set[int]) -> None:
         self.array, self.rows, self.shape = array, rows, array.shape
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        self.rows.update(np.arange(len(self.array))[rows].tolist())
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.rows.update(range(len(self.array))[rows])
         return self.array[rows]
 
 
@@ -107,7 +107,7 @@ def test_only_the_rows_that_are_needed_are_read(mixed, made, recording, times):
         row = first + t - int(plan.starts[2, k])
         observation.add(row)
         before = row if row > first else int(mixed.offsets[plan.episodes[2, k - 1] + 1]) - 1 if k else None
-        action |= {row + 1, before} - {None}  # the row of a state has the action before the state
+        action |= {row + 1, before, row} - {None}  # the row of a state has the action before the state
         reward |= {*range(first, row + 2), before} - {None}
     read = recording()
     assert read["observation"] == observation
@@ -115,3 +115,8 @@ def test_only_the_rows_that_are_needed_are_read(mixed, made, recording, times):
     assert read[f"reward/{TASK}"] <= reward
     assert {key for key, rows in read.items() if rows} <= {"observation", "action", f"reward/{TASK}"}
     assert observation or times == [28, 30]
+
+
+def test_times_before_the_first_are_rejected(made):
+    with pytest.raises(ValueError, match="no time below 0, got -3"):
+        made.read(made.plan(0), slice(None), np.array([2, -3]))

@@ -148,11 +148,11 @@ def test_wrong_prompts_are_of_the_next_task_and_end_with_the_right_trajectory(st
         kind(store, TASKS[0], config, scale, 200, 0, excluded=excluded) for kind in (ContextSampler, WrongPromptSampler)
     )
     plan, own, other = right.plan(7), right.batch(7), wrong.batch(7)
-    assert {*plan.tasks.flat} == set(TASKS)
+    assert set(plan.tasks) == set(TASKS)
     last, repeated = slice(2 * STEPS, None), 0
     for name in ("observation", "action", "reward", "return_to_go", "completion", "timestep", "trajectory", "position"):
         np.testing.assert_array_equal(getattr(other, name)[:, last], getattr(own, name)[:, last], err_msg=name)
-    for row, task in enumerate(plan.tasks[:, -1]):
+    for row, task in enumerate(plan.tasks):
         following = TASKS[(TASKS.index(task) + 1) % 3]
         numbers = other.observation[row, ::STEPS, 0].astype(int)
         assert len(set(numbers)) == 3

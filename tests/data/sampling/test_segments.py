@@ -37,7 +37,7 @@ def slowly(made: ContextSampler, plan: ContextPlan, row: int) -> dict[str, list]
     """Return the columns of one context, step by step in float64."""
     steps: dict[str, list] = {}
     episodes = [made.store.episode(int(number)) for number in plan.episodes[row]]
-    rewards = [episode[f"reward/{plan.tasks[row, 0]}"].astype(np.float64)[1:] for episode in episodes]
+    rewards = [episode[f"reward/{plan.tasks[row]}"].astype(np.float64)[1:] for episode in episodes]
     best = max(sum(reward) for reward in rewards)
     scale = made.normalisation
     for k, (episode, reward) in enumerate(zip(episodes, rewards, strict=True)):
@@ -86,7 +86,7 @@ def test_a_context_of_segments_equals_a_slow_construction(store: EpisodeStore, c
             for part in name.split("."):
                 found = getattr(found, part)
             np.testing.assert_allclose(found[row], values, rtol=1e-5, atol=1e-6, err_msg=name)
-        returns = store.returns(plan.tasks[row, 0])[plan.episodes[row]]
+        returns = store.returns(plan.tasks[row])[plan.episodes[row]]
         assert made.config.order == "random" or list(returns) == sorted(returns)
     ends = made.config.target != "none" and made.config.segment_start_share < 1  # some segments end with their episode
     assert batch.completion.any() == ends
