@@ -127,9 +127,9 @@ class ModelConfig(Section):
     token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
     """Tokens per timestep: at5 (return-to-go, state, action, reward, completion), ring4 (return-to-go, state, action,
     reward), dt3 (return-to-go, state, action), fused1 (all in one token: the shortest context)."""
-    action_head: Literal["mse", "gaussian", "mixture", "bins"] = "mse"
-    """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width), mixture (the likeliest of 5
-    Gaussians) or bins (the likeliest of 21 values per component). mse and gaussian average over modes."""
+    action_head: Literal["mse", "gaussian", "bins"] = "mse"
+    """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (the likeliest of 21
+    values per component). mse and gaussian average over modes."""
     loss_on: Literal["all", "last"] = "all"
     """Trajectories that the loss imitates: all, or the last of the context (the best one, with order ascending)."""
     layers: int = Field(3, ge=1, le=2**16)

@@ -1,11 +1,8 @@
 """Action heads: a loss on actions and a most likely action, from a feature vector.
 
 Actions are in [-1, 1]. `mse` averages the modes of multi-modal data. `gaussian` averages them with a learned width.
-`mixture` keeps the modes of the whole action apart, and `bins` those of each component.
+`bins` keeps the modes of each action component apart.
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +14,6 @@ from ringrl.config import ModelConfig
 
 LOG_STD_RANGE = (-4.0, 1.0)
 BINS = 21  # per component, 0.1 apart
-COMPONENTS = 5  # of a mixture
 _VALUES = np.linspace(-1, 1, BINS, dtype=np.float32)
 
 Features = Float[Array, "*batch width"]
@@ -40,32 +36,24 @@ class MSEHead(nnx.Module):
 
 
 class GaussianHead(nnx.Module):
-    """A diagonal Gaussian, or a mixture of several. Means are tanh(linear), standard deviations depend on the state."""
+    """Diagonal Gaussian with mean tanh(linear) and a state-dependent standard deviation."""
 
-    def __init__(self, width: int, action_size: int, rngs: nnx.Rngs, components: int = 1) -> None:
-        self.components, self.action_size = components, action_size
-        self.linear = nnx.Linear(width, components * (2 * action_size + (components > 1)), rngs=rngs)
+    def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(width, 2 * action_size, rngs=rngs)
 
-    def _parameters(self, features: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return means and log standard deviations (..., components, action), and log weights (..., components)."""
-        out, size = self.linear(features).astype(jnp.float32), self.components * self.action_size
-        mean, raw = (
-            x.reshape(*x.shape[:-1], -1, self.action_size) for x in (out[..., :size], out[..., size : 2 * size])
-        )
+    def _parameters(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, raw = jnp.split(self.linear(features).astype(jnp.float32), 2, axis=-1)
         low, high = LOG_STD_RANGE
-        weights = out[..., 2 * size :] if self.components > 1 else jnp.zeros((*out.shape[:-1], 1))
-        return jnp.tanh(mean), low + (high - low) * jax.nn.sigmoid(raw), jax.nn.log_softmax(weights)
+        return jnp.tanh(mean), low + (high - low) * jax.nn.sigmoid(raw)
 
     def loss(self, features: Features, action: Actions) -> Float32[Array, "*batch"]:
         """Return the negative log-likelihood, averaged over action components, (*batch,) float32."""
-        mean, log_std, weights = self._parameters(features)
-        density = jax.scipy.stats.norm.logpdf(action[..., None, :], mean, jnp.exp(log_std)).sum(-1)
-        return -jax.nn.logsumexp(weights + density, axis=-1) / self.action_size
+        mean, log_std = self._parameters(features)
+        return -jax.scipy.stats.norm.logpdf(action, mean, jnp.exp(log_std)).mean(-1)
 
     def mode(self, features: Features) -> Float32[Array, "*batch action"]:
-        """Return the mean of the component with the largest weight, (*batch, action) float32."""
-        mean, _, weights = self._parameters(features)
-        return jnp.take_along_axis(mean, weights.argmax(-1)[..., None, None], axis=-2)[..., 0, :]
+        """Return the most likely action, (*batch, action) float32."""
+        return self._parameters(features)[0]
 
 
 class BinsHead(nnx.Module):
@@ -99,8 +87,5 @@ Head = MSEHead | GaussianHead | BinsHead
 
 def make_head(config: ModelConfig, action_size: int, rngs: nnx.Rngs) -> Head:
     """Return the action head that the configuration names."""
-    mixture = partial(GaussianHead, components=COMPONENTS)
-    kinds: dict[str, Callable[..., Head]] = {
-        "mse": MSEHead, "gaussian": GaussianHead, "mixture": mixture, "bins": BinsHead,
-    }  # fmt: skip
+    kinds: dict[str, type[Head]] = {"mse": MSEHead, "gaussian": GaussianHead, "bins": BinsHead}
     return kinds[config.action_head](config.width, action_size, rngs)
