@@ -55,7 +55,10 @@ class Archive:
         if self.source.is_dir():
             buffer = self.source / "buffer"
             self._folder = buffer if buffer.is_dir() else self.source
-            paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
+            try:
+                paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
+            except OSError as error:
+                raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
         else:
             self._zip = open_zip(self.source)
             paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
@@ -97,7 +100,10 @@ class Archive:
     def stamps(self) -> list[tuple[str, int, int]]:
         """Return path, size in bytes, and CRC (in a folder: time of the last change) of each episode."""
         if self._zip is None:
-            states = [(self._folder / member.path).stat() for member in self.members]
+            try:
+                states = [(self._folder / member.path).stat() for member in self.members]
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
             return [(m.path, state.st_size, state.st_mtime_ns) for m, state in zip(self.members, states, strict=True)]
         infos = [self._zip.getinfo(member.path) for member in self.members]
         return [(info.filename, info.file_size, info.CRC) for info in infos]
@@ -171,7 +177,9 @@ def open_zip(source: Path) -> zipfile.ZipFile:
             archive.close()
             raise zipfile.BadZipFile
         return archive
-    except (OSError, MemoryError):
+    except OSError as error:
+        raise UserError(f"{source}: cannot be opened ({error.strerror or brief(error)})") from error
+    except MemoryError:
         raise
     except Exception as error:  # zipfile raises nearly anything when the bytes are damaged
         if h5py.is_hdf5(source):

@@ -204,10 +204,9 @@ def test_a_prompt_longer_than_the_training_contexts_is_computed_once(
     assert all(prompt is prompts[0] for prompt in prompts)
 
 
-def test_copying_a_prompt_repeats_an_episode_from_the_same_start(
-    trained: TrainedPolicy, jaco_store: EpisodeStore
-) -> None:
+def test_copying_a_prompt_repeats_an_episode_from_the_same_start(at_run: Path, jaco_store: EpisodeStore) -> None:
     """The dataset's first episode began from environment seed 0."""
+    trained = load_policy(at_run)  # on the current devices
     evaluation = policy_evaluation(trained, Protocol(2, seed=0, prompt_trajectories=8))
     (first, second), by_policy = (roll_out(one) for one in (copy_evaluation(evaluation), evaluation))
     returns = jaco_store.returns(TASK)
