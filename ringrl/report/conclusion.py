@@ -191,7 +191,7 @@ def against_rivals(found: pd.DataFrame) -> str:
     if not (rivals["seeds"] >= ENOUGH_SEEDS).any():
         return ""
     wins = (rivals["verdict"] == "higher").groupby([rivals["task"], rivals["method"]]).all().groupby("task").any()
-    where = wins.index[0] if len(wins) == 1 else f"{wins.sum()} of {len(wins)} tasks"
+    where = wins.index[0] if len(wins) == 1 else f"{wins.sum() if wins.any() else 'any'} of {len(wins)} tasks"
     does = "returns" if wins.any() else "does not return"
     return f"A policy with context {does} more than every method that it is compared with on {where}."
 
