@@ -31,8 +31,8 @@ class AblationProgress(Progress):
         )
         self._left, self._workers = dict(estimates), workers
         self._running: dict[str, float] = {}
-        self._estimated = self._taken = 0.0  # seconds of the finished cells
-        self._finished = self._failed = 0
+        self._finished = self._failed = self._timed = 0
+        self._estimated = self._taken = 0.0  # seconds of the finished cells that take time
         self._bar = self.add_task("", total=len(estimates))
         self._guard, self._stopped = threading.Lock(), threading.Event()
 
@@ -60,9 +60,10 @@ class AblationProgress(Progress):
             estimate = self._left.pop(name)
         if failure is None:
             self._finished += 1
-            if estimate:
+            if estimate != 0.0:
+                self._timed += 1
                 self._taken += seconds
-                self._estimated += estimate
+                self._estimated += seconds if estimate is None else estimate
         else:
             self._failed += 1
         self._show()
@@ -72,14 +73,15 @@ class AblationProgress(Progress):
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds left, or None if a cell was not timed."""
-        estimates = [estimate for estimate in self._left.values() if estimate is not None]
-        if len(estimates) < len(self._left):
+        """Estimated seconds left: a cell without an estimate takes the mean of the finished ones. None before these."""
+        if not self._timed and None in self._left.values():
             return None
+        mean = self._taken / max(1, self._timed)
         factor = self._taken / self._estimated if self._estimated else 1.0
+        whole = sum(mean if estimate is None else factor * estimate for estimate in self._left.values())
         now = time.perf_counter()
         begun = sum(now - since for since in self._running.values())
-        return max(0.0, factor * sum(estimates) - begun) / max(1, min(self._workers, len(estimates)))
+        return max(0.0, whole - begun) / max(1, min(self._workers, len(self._left)))
 
     def _state(self) -> str:
         running, left = len(self._running), self.seconds_left

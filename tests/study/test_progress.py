@@ -19,3 +19,19 @@ def test_a_line_is_printed_while_a_cell_runs(monkeypatch: pytest.MonkeyPatch) ->
             assert time.monotonic() < end
             time.sleep(0.01)
     assert "0 finished, 1 running, 0 failed, 0 waiting: walker_walk/bc_seed0" in text.getvalue()
+
+
+def test_cells_without_an_estimate_take_the_mean_of_the_finished_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("ringrl.study.progress.time.perf_counter", lambda: now[0])
+    progress = AblationProgress({"random": 0.0, "a": None, "b": None, "c": 30.0}, 1, Console(file=io.StringIO()))
+    for name, seconds in (("random", 1.0), ("a", 10.0)):
+        progress.begin(name)
+        assert progress.seconds_left is None
+        now[0] += seconds
+        progress.end(name, None)
+    assert progress.seconds_left == 10 + 30
+    progress.begin("c")
+    now[0] += 50
+    progress.end("c", None)
+    assert progress.seconds_left == 30, "the mean of a and c"
