@@ -57,13 +57,17 @@ def test_a_context_is_compared_with_methods_without_one(make_rollouts, level: fl
         records += make_rollouts(4, seed, 390.0 - noise)
         reference = {"method": "bc", "token_set": None, "train_trajectories": None, "target_return": None}
         records += make_rollouts(1, seed, level + other, **reference)
+        records += make_rollouts(1, seed, 300.0 + other, **reference | {"method": "td3"})
+    records += make_rollouts(1, 0, 5.0, **reference | {"method": "random"})
     found = Summary(records)
     rivals = found.rivals.set_index(["method", "compared"])["verdict"].to_dict()
     base, variant = "Agentic Transformer", "Agentic Transformer, window"
     expected = "higher" if level == 300 else "not resolved"
     assert rivals == {
         (base, "Behaviour cloning to 4 trajectories"): expected,
+        (base, "TD3 to 4 trajectories"): "higher",
         (variant, "Behaviour cloning to 4 trajectories"): expected,
+        (variant, "TD3 to 4 trajectories"): "higher",
         (variant, "Agentic Transformer to 4 trajectories"): "not resolved",
     }
     assert found.against_rivals == (
