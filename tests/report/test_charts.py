@@ -9,7 +9,7 @@ import scipy.stats  # type: ignore[import-untyped]
 
 from ringrl.report.charts import all_charts
 from ringrl.report.conclusion import overfitting_warning
-from ringrl.report.drawing import SERIES, styles
+from ringrl.report.drawing import SERIES, chart_files, styles
 from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.page import write_report
 from ringrl.report.provenance import training_losses, training_runs
@@ -244,6 +244,22 @@ def test_profiles_fall_from_one_to_zero(make_ablation):
         values = profile.sort_values("x")["value"].tolist()
         assert values == sorted(values, reverse=True)
         assert (values[0], values[-1]) == (1, 0)
+
+
+def test_episodes_are_shown_beside_methods_without_context(make_ablation):
+    chart = charts(make_ablation(seeds=2))["return_by_episode"]
+    spec = chart.panels[0].spec
+    names = {layer["data"]["name"] for layer in spec["layer"] if layer["mark"]["type"] == "rule"}
+    lines = {row["method"] for name in names for row in spec["datasets"][name] if "x" not in row}
+    assert lines == {"Behaviour cloning", "Random policy", "Dataset, all episodes", "Dataset, best episode"}
+    assert {*chart.methods} == {"Agentic Transformer", *lines}
+
+
+def test_legends_of_files_name_only_what_is_drawn(make_ablation):
+    chart = charts(make_ablation(seeds=2))["return_by_episode"]._replace(methods=["TD3", "Random policy"])
+    svg = chart_files(chart)["return_by_episode.svg"].decode()
+    assert "Random policy</text>" in svg
+    assert "Behaviour cloning</text>" not in svg
 
 
 def test_episodes_are_shown_with_and_without_memory(make_ablation):
