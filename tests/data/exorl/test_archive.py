@@ -233,7 +233,7 @@ def test_a_file_of_a_folder_that_is_linked_and_gone(tmp_path):
     (tmp_path / NAME).symlink_to(tmp_path / "unmounted" / NAME)
     with Archive(tmp_path, CARTPOLE) as archive:
         assert len(archive) == 1
-        with pytest.raises(FileNotFoundError, match=NAME):
+        with pytest.raises(UserError, match=f"{NAME}: cannot be read"):
             archive.stamps()
 
 
