@@ -128,8 +128,10 @@ class ModelConfig(Section):
     """Tokens per timestep: at5 (return-to-go, state, action, reward, completion), ring4 (return-to-go, state, action,
     reward), dt3 (return-to-go, state, action), fused1 (all in one token: the shortest context)."""
     action_head: Literal["mse", "gaussian", "bins"] = "mse"
-    """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (the likeliest of 21
-    values per component). mse and gaussian average over modes."""
+    """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (21 values per
+    component). mse and gaussian average over modes."""
+    action_choice: Literal["mode", "mean"] = "mode"
+    """Action taken from bins: the likeliest values (mode) or the mean. Training is the same."""
     loss_on: Literal["all", "last"] = "all"
     """Trajectories that the loss imitates: all, or the last of the context (the best one, with order ascending)."""
     layers: int = Field(3, ge=1, le=2**16)
@@ -184,6 +186,8 @@ class ModelConfig(Section):
             )
         if self.token_set == "dt3" and self.family.uses("model.past_rewards"):
             self._check_unused("past_rewards", "with token_set dt3, which has no rewards; leave it on")
+        if self.action_head != "bins" and self.family.uses("model.action_choice"):
+            self._check_unused("action_choice", f"with action_head {self.action_head}; use bins")
         return self
 
     @pydantic.model_validator(mode="after")

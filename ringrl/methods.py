@@ -140,7 +140,7 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
         "transformer": Family(ignored=("actor_critic.",), has_context=True),
         "behaviour_cloning": Family(ignored=("actor_critic.", *_TRANSFORMER_ONLY)),
         "td3_bc": Family(
-            ignored=(*_TRANSFORMER_ONLY, *_CONTEXTS_ONLY, "stop_after"),
+            ignored=(*_TRANSFORMER_ONLY, *_CONTEXTS_ONLY, "model.action_head", "model.action_choice", "stop_after"),
             source="transitions",
             splits_batches=False,
             has_goal=True,

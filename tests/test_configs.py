@@ -60,6 +60,7 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"context": {"segment_start_share": 0.2}}, "segment_start_share: has no effect without segments"),
         ({"context": {"first_steps": 5}}, "first_steps: has no effect with first_steps_weight 1"),
         ({"model": {"past_rewards": "off", "token_set": "dt3"}}, "past_rewards: has no effect with token_set dt3"),
+        ({"model": {"action_choice": "mean"}}, "action_choice: has no effect with action_head mse; use bins"),
         ({"validate_every": 5}, "validate_every: has no effect without held-out episodes; set validation_fraction"),
         ({"context": {"first_steps": 0}}, "greater than or equal to 1"),
         ({"context": {"first_steps_weight": 0}}, "greater than 0"),
@@ -83,6 +84,8 @@ def test_incompatible_settings_are_errors(settings: dict, words: str) -> None:
         {"context": {"segment_start_share": 0.5, "first_steps": 20}, "validate_every": 100},  # defaults
         {"model": {"past_rewards": "off"}, "validate_every": 5, "validation_fraction": 0.1},
         {"model": {"past_rewards": "off", "token_set": "dt3", "kind": "behaviour_cloning"}},  # uses neither
+        {"model": {"action_choice": "mean", "kind": "td3_bc"}},
+        {"model": {"action_choice": "mean", "action_head": "bins", "kind": "behaviour_cloning"}},
     ],
 )
 def test_settings_with_an_effect_are_accepted(settings: dict) -> None:

@@ -1,8 +1,10 @@
-"""Action heads: a loss on actions and a most likely action, from a feature vector.
+"""Action heads: a loss on actions and the action to take, from a feature vector.
 
 Actions are in [-1, 1]. `mse` averages the modes of multi-modal data. `gaussian` averages them with a learned width.
-`bins` keeps the modes of each action component apart.
+`bins` keeps the modes of each action component apart, and takes the highest one or the mean.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +30,10 @@ class MSEHead(nnx.Module):
 
     def loss(self, features: Features, action: Actions) -> Float32[Array, "*batch"]:
         """Return the mean squared error over action components, (*batch,) float32."""
-        return jnp.square(self.mode(features) - action).mean(-1)
+        return jnp.square(self.action(features) - action).mean(-1)
 
-    def mode(self, features: Features) -> Float32[Array, "*batch action"]:
-        """Return the most likely action, (*batch, action) float32."""
+    def action(self, features: Features) -> Float32[Array, "*batch action"]:
+        """Return the mean action, (*batch, action) float32."""
         return jnp.tanh(self.linear(features).astype(jnp.float32))
 
 
@@ -51,8 +53,8 @@ class GaussianHead(nnx.Module):
         mean, log_std = self._parameters(features)
         return -jax.scipy.stats.norm.logpdf(action, mean, jnp.exp(log_std)).mean(-1)
 
-    def mode(self, features: Features) -> Float32[Array, "*batch action"]:
-        """Return the most likely action, (*batch, action) float32."""
+    def action(self, features: Features) -> Float32[Array, "*batch action"]:
+        """Return the mean action, (*batch, action) float32."""
         return self._parameters(features)[0]
 
 
@@ -63,8 +65,9 @@ class BinsHead(nnx.Module):
     of MuZero (1911.08265).
     """
 
-    def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, action_size: int, rngs: nnx.Rngs, choice: Literal["mode", "mean"] = "mode") -> None:
         self.linear = nnx.Linear(width, action_size * BINS, rngs=rngs)
+        self.reach = 1 if choice == "mode" else BINS
 
     def _logits(self, features: Features) -> Float32[Array, "*batch action bins"]:
         logits = self.linear(features).astype(jnp.float32)
@@ -75,11 +78,14 @@ class BinsHead(nnx.Module):
         share = jnp.maximum(0.0, 1 - jnp.abs(action[..., None] - _VALUES) * (BINS - 1) / 2)
         return -(share * jax.nn.log_softmax(self._logits(features))).sum(-1).mean(-1)
 
-    def mode(self, features: Features) -> Float32[Array, "*batch action"]:
-        """Return the mean over the likeliest value and its two neighbours, (*batch, action) float32."""
+    def action(self, features: Features) -> Float32[Array, "*batch action"]:
+        """Return the mean over the likeliest value and its two neighbours (mode) or all values (mean).
+
+        (*batch, action) float32.
+        """
         logits = self._logits(features)
         distance = jnp.abs(jnp.arange(BINS) - logits.argmax(-1, keepdims=True))
-        return jnp.sum(jax.nn.softmax(jnp.where(distance <= 1, logits, -jnp.inf)) * _VALUES, axis=-1)
+        return jnp.sum(jax.nn.softmax(jnp.where(distance <= self.reach, logits, -jnp.inf)) * _VALUES, axis=-1)
 
 
 Head = MSEHead | GaussianHead | BinsHead
@@ -87,5 +93,8 @@ Head = MSEHead | GaussianHead | BinsHead
 
 def make_head(config: ModelConfig, action_size: int, rngs: nnx.Rngs) -> Head:
     """Return the action head that the configuration names."""
-    kinds: dict[str, type[Head]] = {"mse": MSEHead, "gaussian": GaussianHead, "bins": BinsHead}
-    return kinds[config.action_head](config.width, action_size, rngs)
+    if config.action_head == "mse":
+        return MSEHead(config.width, action_size, rngs)
+    if config.action_head == "gaussian":
+        return GaussianHead(config.width, action_size, rngs)
+    return BinsHead(config.width, action_size, rngs, config.action_choice)

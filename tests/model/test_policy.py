@@ -127,7 +127,7 @@ def test_mean_squared_error_by_hand():
     x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     action = np.random.default_rng(1).uniform(-1, 1, (3, 2)).astype(np.float32)
     mean = np.tanh(x @ np.asarray(head.linear.kernel[...]) + np.asarray(head.linear.bias[...]))
-    np.testing.assert_allclose(head.mode(x), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(head.action(x), mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(head.loss(x, action), ((mean - action) ** 2).mean(-1), rtol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_gaussian_by_hand():
     low, high = LOG_STD_RANGE
     mean, std = np.tanh(out[:, :2]), np.exp(low + (high - low) / (1 + np.exp(-out[:, 2:])))
     density = np.exp(-((action - mean) ** 2) / (2 * std**2)) / (std * np.sqrt(2 * np.pi))
-    np.testing.assert_allclose(head.mode(x), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(head.action(x), mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(head.loss(x, action), -np.log(density).mean(-1), rtol=1e-4)
     huge = 1e4 * np.ones((1, 4), np.float32)
     assert np.isfinite(head.loss(huge, action[:1])).all()
@@ -164,8 +164,12 @@ def test_bins_by_hand():
         best = logits[i, j].argmax()
         near = slice(max(best - 1, 0), best + 2)
         share = np.exp(log_share[i, j, near])
-        mode = np.asarray(head.mode(x.astype(np.float32)))[i, j]
+        mode = np.asarray(head.action(x.astype(np.float32)))[i, j]
         np.testing.assert_allclose(mode, (share * values[near]).sum() / share.sum(), rtol=1e-4, atol=1e-6)
+    mean_head = BinsHead(4, 2, nnx.Rngs(params=0), "mean")
+    nnx.update(mean_head, nnx.state(head))
+    mean = (np.exp(log_share) * values).sum(-1)
+    np.testing.assert_allclose(mean_head.action(x.astype(np.float32)), mean, rtol=1e-4, atol=1e-6)
     assert np.isfinite(head.loss(1e4 * np.ones((1, 4), np.float32), action[:1])).all()
 
 
@@ -173,14 +177,15 @@ def test_bins_choose_a_mode_where_squared_error_averages():
     """Actions of bimodal data without informative features."""
     sides = np.tile([[-0.8], [-0.8], [-0.8], [0.7], [0.7]], (8, 1)).astype(np.float32)
     x, found = np.ones((len(sides), 4), np.float32), {}
-    for kind in (MSEHead, BinsHead):
-        graph, state = nnx.split(kind(4, 1, nnx.Rngs(params=0)))
+    for kind, *choice in ((MSEHead,), (BinsHead, "mode"), (BinsHead, "mean")):
+        graph, state = nnx.split(kind(4, 1, nnx.Rngs(params=0), *choice))
         step = jax.jit(jax.grad(lambda s, graph=graph: nnx.merge(graph, s).loss(x, sides).mean()))
         for _ in range(300):
             state = jax.tree.map(lambda p, g: p - 0.1 * g, state, step(state))
-        found[kind] = float(nnx.merge(graph, state).mode(x[:1])[0, 0])
-    assert found[MSEHead] == pytest.approx(-0.2, abs=0.02)
-    assert found[BinsHead] == pytest.approx(-0.8, abs=0.05)
+        found[kind, *choice] = float(nnx.merge(graph, state).action(x[:1])[0, 0])
+    assert found[MSEHead,] == pytest.approx(-0.2, abs=0.02)
+    assert found[BinsHead, "mode"] == pytest.approx(-0.8, abs=0.05)
+    assert found[BinsHead, "mean"] == pytest.approx(-0.2, abs=0.02)
 
 
 def test_behaviour_cloning_uses_the_observation_only(policy, context, changed):

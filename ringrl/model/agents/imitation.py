@@ -39,7 +39,7 @@ class ImitationPolicy(Policy):
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
         """Return the action at every step, given the context up to that step."""
-        return self.head.mode(self.features(context))
+        return self.head.action(self.features(context))
 
     def loss(self, context: Context) -> Float32[Array, ""]:
         """Return the mean imitation loss of the context's actions."""
@@ -122,7 +122,7 @@ class AgenticTransformer(ImitationPolicy):
         starts = jnp.concatenate([jnp.full(size, jnp.asarray(step.start)[0, 0]) for step, size in steps])
         tokens = self.embedding.decode(previous, current)
         x, memory = self.transformer.decode(tokens, memory, prefix, self.tokens_per_step * starts)
-        return self.head.mode(x[:, -1]), memory
+        return self.head.action(x[:, -1]), memory
 
     def actions_after(
         self, prefix: KVCache | None, segment: Context, dtype: jnp.dtype | None = None
@@ -134,7 +134,7 @@ class AgenticTransformer(ImitationPolicy):
         starts = token_set.size * jnp.repeat(jnp.asarray(segment.start)[0], token_set.size)
         x, _ = self.transformer.decode(tokens, memory, prefix, starts)
         x = x.reshape(*segment.reward.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
-        return self.head.mode(x)
+        return self.head.action(x)
 
 
 class BehaviourCloning(ImitationPolicy):
