@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -168,29 +167,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Yield a new folder for temporary files, and delete those that killed processes on this machine have left."""
-    prefix = f"ringrl-{socket.gethostname()}-"
-    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
-        process = path.name.removeprefix(prefix).partition("-")[0]
-        if process.isdecimal() and not _is_running(int(process)):
-            with suppress(OSError):  # the folder of another user
-                remove(path)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
-        yield Path(folder)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def sync(path: Path) -> None:

@@ -1,8 +1,16 @@
-"""The pace of progress lines where no bar can be shown, in the log of a job for example."""
+"""Progress of long work, and the pace of its lines where no bar can be shown, in the log of a job for example."""
 
 import time
+from collections.abc import Callable
 
 SECONDS = 30.0  # between two lines
+
+Progress = Callable[[int, int], None]
+"""Called with the number of finished items and the number of all items."""
+
+
+def no_progress(finished: int, total: int) -> None:
+    """Ignore progress."""
 
 
 class Pace:

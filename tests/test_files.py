@@ -8,14 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
 from ringrl.errors import UnreadableError, UserError
-from ringrl.files import lock, raise_unreadable, temporary_folder, write_aside, write_whole
+from ringrl.files import lock, raise_unreadable, write_aside, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -239,23 +238,3 @@ def test_missing_memory_is_not_called_damage() -> None:
         raise_unreadable("a.h5", OSError(errno.ENOMEM, "mmap"))
     raise_unreadable("a.h5", OSError("truncated file"))
     raise_unreadable("a.h5", OSError(errno.EIO, "bad sector"))
-
-
-def test_temporary_folders_of_killed_processes_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "precious").write_text("")
-    kill = "import os; from ringrl.files import temporary_folder as new\n"
-    kill += "with new() as path: (path / 'link').symlink_to(os.environ['TMPDIR']); os._exit(9)"
-    subprocess.run([sys.executable, "-c", kill], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False)
-    (left,) = tmp_path.glob("ringrl-*")
-    number = left.name.removesuffix(left.name.rpartition("-")[2])
-    others = [
-        tmp_path / name for name in (f"ringrl-other{number}x", "ringrl-notes", f"ringrl-{socket.gethostname()}-1-x")
-    ]
-    for other in others:
-        other.mkdir()
-    with temporary_folder() as first, temporary_folder() as second:
-        assert first != second
-        assert not left.exists()
-        assert sorted(tmp_path.iterdir()) == sorted([first, second, *others, tmp_path / "precious"])
-    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "precious"])

@@ -14,7 +14,7 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import IO, NamedTuple, Self
 
@@ -116,12 +116,6 @@ class Archive:
         """Return the sha256 over path, size and, in a zip file, CRC of each episode."""
         stamps = [(path, size, 0 if self._zip is None else stamp) for path, size, stamp in self.stamps()]
         return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return map(self.read, self.members)
-
-    def __len__(self) -> int:
-        return len(self.members)
 
     def close(self) -> None:
         if self._zip is not None:

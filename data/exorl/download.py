@@ -15,19 +15,13 @@ from ringrl.data.store import EpisodeStore
 from ringrl.data.store.writer import finished_store
 from ringrl.envs import domain_named
 from ringrl.errors import UserError
+from ringrl.pace import Progress, no_progress
 
 PUBLIC_ADDRESS = "https://dl.fbaipublicfiles.com/exorl"
 ALGORITHMS = ("aps", "icm_apt", "diayn", "disagreement", "icm", "proto", "random", "rnd", "smm")
 # Upper bound on the bytes of a store per byte of its archive: 1.4 for cartpole, 1.1 to 1.2 for other domains. The
 # import reserves the exact size.
 STORE_SHARE = 1.5
-
-Progress = Callable[[int, int], None]
-Notice = Callable[[str], None]
-
-
-def _ignore(*_: object) -> None:
-    """Ignore progress and notices."""
 
 
 def download_archive(
@@ -39,8 +33,8 @@ def download_archive(
     spare: float = 0.0,
     timeout: float = 30.0,
     pause: float = 1.0,
-    progress: Progress = _ignore,
-    notice: Notice = _ignore,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = lambda event: None,
 ) -> Path:
     """Download `{url}/{domain}/{algorithm}.zip` to `{folder}/{domain}/{algorithm}.zip` and return that path.
 
@@ -70,9 +64,9 @@ def download_store(
     url: str = PUBLIC_ADDRESS,
     timeout: float = 30.0,
     pause: float = 1.0,
-    progress: Progress = _ignore,
-    import_progress: Progress = _ignore,
-    notice: Notice = _ignore,
+    progress: Progress = no_progress,
+    import_progress: Progress = no_progress,
+    notice: Callable[[str], None] = lambda event: None,
 ) -> EpisodeStore:
     """Download an archive and import it, without unpacking, into `{folder}/{domain}/{algorithm}.h5`.
 
@@ -125,7 +119,7 @@ def _delete_archive(archive: Path, store: EpisodeStore) -> None:
     """Delete the archive if the store is whole and has all episodes of the archive."""
     store.verify()
     with Archive(archive, store.facts) as opened:
-        episodes, listing = len(opened), opened.listing_sha256()
+        episodes, listing = len(opened.members), opened.listing_sha256()
     if listing != store.provenance.source_sha256 or episodes != store.num_episodes:
         raise UserError(
             f"{archive}: {store.path} was not imported from all of its episodes. Archive kept, import it again"

@@ -6,7 +6,7 @@ next to the unfinished file lists the finished episodes. The same command resume
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from ringrl.data.store.writer import (
 from ringrl.envs import Domain, domain_named, make
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, raise_unreadable
+from ringrl.pace import Progress, no_progress
 
 OnDamaged = Literal["stop", "skip"]
 
@@ -87,7 +88,7 @@ def import_archive(
     domain: str,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
     workers: int | None = None,
     relabelling: Relabelling = "control_aware",
     subset: Subset = ALL,
@@ -132,7 +133,7 @@ def _plan(
     source: Path, destination: Path, domain: Domain, relabelling: Relabelling, subset: Subset, on_damaged: OnDamaged
 ) -> ImportPlan:
     with Archive(source, domain) as archive:
-        chosen = subset.choose(len(archive), domain.episode_length)
+        chosen = subset.choose(len(archive.members), domain.episode_length)
         members, misfits = list[Member](), list[str]()
         for member in (archive.members[index] for index in chosen):
             try:
@@ -149,7 +150,7 @@ def _plan(
             source_bytes=archive.size(),
             source_sha256=archive.listing_sha256(),
             relabelling=relabelling,
-            subset=subset.describe(len(chosen), len(archive)),
+            subset=subset.describe(len(chosen), len(archive.members)),
         )
         stamps = archive.stamps()
         facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), members, stamps]
@@ -218,7 +219,7 @@ def _import_episodes(
     journal: ImportJournal,
     workers: int | None,
     on_damaged: OnDamaged,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> list[Imported | str]:
     """Write every episode to the hidden file and the journal. Damaged episodes yield a line with the reason."""
     total, outcomes, is_reserved = len(plan.members), list[Imported | str](), False
@@ -236,8 +237,7 @@ def _import_episodes(
                 _discard(plan.destination)
                 raise UserError(f"{outcome} (or leave such episodes out: --on-damaged skip)")
             outcomes.append(outcome)
-            if progress is not None:
-                progress(len(outcomes), total)
+            progress(len(outcomes), total)
     return outcomes
 
 

@@ -23,6 +23,7 @@ from ringrl.data.exorl.archive import open_zip, shown
 from ringrl.data.store.writer import hidden_name
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, lock, sync, write_whole
+from ringrl.pace import Progress, no_progress
 
 CHUNK = 2**18  # bytes of one read
 PROGRESS = 2**20  # bytes after which earlier failures no longer count
@@ -45,7 +46,7 @@ class Transfer:
     spare: float = 0.0  # disk space needed next to the file, in bytes per byte of it
     timeout: float = 30.0  # seconds that a connection or a read may wait
     pause: float = 1.0  # seconds before the first retry; each further pause is twice as long
-    progress: Callable[[int, int], None] = lambda received, size: None  # bytes
+    progress: Progress = no_progress  # in bytes
     notice: Callable[[str], None] = lambda event: None  # called with one line about each other event
 
     def __post_init__(self) -> None:

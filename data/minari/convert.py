@@ -5,15 +5,17 @@ An exported store is restored exactly. Other datasets become stores of a `Foreig
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
+import pydantic
 
 from ringrl import __version__
+from ringrl.config_files import one_line
 from ringrl.data.minari.reader import (
     EXPORTED,
     INFOS,
@@ -29,6 +31,7 @@ from ringrl.data.store.format import (
     ROUNDED,
     Episode,
     ForeignDomain,
+    ForeignFacts,
     Layout,
     Provenance,
     content_fingerprint,
@@ -41,6 +44,7 @@ from ringrl.data.store.writer import create_store, finished_store, record_of
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError, brief
 from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
+from ringrl.pace import Progress, no_progress
 
 PHYSICS = (("physics",), ("qpos", "qvel"))  # infos that may hold the state of a simulation
 SPARE = 1.5  # HDF5's chunks are larger than an episode
@@ -52,7 +56,7 @@ def import_minari(
     *,
     overwrite: bool = False,
     download: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> EpisodeStore:
     """Import a Minari dataset into a new episode store and open it.
 
@@ -88,8 +92,7 @@ def import_minari(
             writer.recorded_task = origin.recorded_task
             for index in range(total):
                 writer.append(origin.episode(index))
-                if progress is not None:
-                    progress(index + 1, total)
+                progress(index + 1, total)
             if origin.fingerprint not in (None, writer.fingerprint()):
                 raise UserError(f"{episodes.folder}: its episodes are not the exported ones: export it again")
     return EpisodeStore(destination)
@@ -160,8 +163,8 @@ class _Foreign:
         self._center, self._radius = (high + low) / 2, (high - low) / 2
         self._physics = _physics_of(episodes)
         try:
-            found = ForeignDomain.of(
-                name,
+            facts = ForeignFacts(
+                name=name,
                 observation_size=sum(int(np.prod(box.shape)) for _, box in episodes.observation),
                 physics_size=sum(self._physics.values()),
                 action_low=tuple(low.tolist()),
@@ -169,10 +172,10 @@ class _Foreign:
                 episode_length=max(episodes.lengths),
                 num_terminated=sum(episodes.terminated),
             )
-        except ValueError as error:
-            raise UserError(f"{episodes.folder}: cannot be a store ({error}): rename the dataset") from error
-        self.domain: Domain = found
-        (self._task,) = found.tasks
+        except pydantic.ValidationError as error:
+            raise UserError(f"{episodes.folder}: cannot be a store ({one_line(error)}): rename the dataset") from error
+        self.domain: Domain = ForeignDomain.of(facts)
+        (self._task,) = self.domain.tasks
         self.recorded_task: str | None = self._task
         self.provenance = Provenance(f"Minari ({name})", source_bytes=episodes.size, relabelling="recorded")
 
@@ -224,7 +227,7 @@ def export_minari(
     *,
     task: str | None = None,
     folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write a store as the Minari dataset `name` with the rewards of one task, and return the dataset's folder.
 
@@ -288,7 +291,7 @@ def _is_export(data: Path, store: EpisodeStore, name: str, task: str) -> bool:
         return False
 
 
-def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Callable[[int, int], None] | None) -> None:
+def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Progress) -> None:
     data.mkdir()
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
         data.absolute(),  # Minari fails for a relative path
@@ -326,7 +329,7 @@ def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
     return metadata
 
 
-def _episodes(store: EpisodeStore, task: str, progress: Callable[[int, int], None] | None) -> Iterator[Any]:
+def _episodes(store: EpisodeStore, task: str, progress: Progress) -> Iterator[Any]:
     """Yield Minari's episode buffers, views of the store."""
     buffer = minari_module("minari.data_collector.episode_buffer").EpisodeBuffer
     others = [other for other in store.tasks if other != task]
@@ -347,8 +350,7 @@ def _episodes(store: EpisodeStore, task: str, progress: Callable[[int, int], Non
             truncations=is_last & (not is_terminated),
             infos=infos,
         )
-        if progress is not None:
-            progress(index + 1, store.num_episodes)
+        progress(index + 1, store.num_episodes)
 
 
 def _compare(store: EpisodeStore, task: str, data: Path, target: Path) -> None:

@@ -21,11 +21,12 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
+import pydantic
 from jaxtyping import Int64, UInt8
-from pydantic import TypeAdapter
+from pydantic import Field
 
 from ringrl import __version__
 from ringrl.envs import DOMAINS, Domain
@@ -45,7 +46,6 @@ Rewards = Relabelling | Literal["recorded"]
 """Origin of a store's rewards. Episodes from other sources keep the recorded rewards."""
 
 NAMED_SKIPPED = 5  # number of skipped episodes that the provenance names
-LONGEST_NAME = 200  # characters of the name of a dataset from another source
 LARGEST_ROW = 2**20  # numbers in an observation, an action or a physics state
 UNKNOWN = 0  # placeholder for facts that only a simulation has
 
@@ -179,7 +179,7 @@ class Provenance:
         """Read the output of `to_json`. ValueError or TypeError for anything else."""
         if {*json.loads(text)} != {field.name for field in dataclasses.fields(cls)}:
             raise ValueError("incomplete provenance")
-        provenance = TypeAdapter(cls).validate_json(text, strict=True)
+        provenance = pydantic.TypeAdapter(cls).validate_json(text, strict=True)
         if min(provenance.num_skipped, provenance.source_bytes) < 0:
             raise ValueError("a negative number in the provenance")
         return provenance
@@ -199,6 +199,27 @@ def _today() -> str:
         raise UserError(f"SOURCE_DATE_EPOCH: {given} is not a number of seconds since 1970; unset it") from error
 
 
+class ForeignFacts(pydantic.BaseModel, frozen=True, strict=True, extra="forbid"):
+    """The stored facts about a dataset from another source."""
+
+    name: str
+    observation_size: Annotated[int, Field(ge=1, le=LARGEST_ROW)]
+    physics_size: Annotated[int, Field(ge=0, le=LARGEST_ROW)]
+    action_low: Annotated[tuple[float, ...], Field(min_length=1, max_length=LARGEST_ROW)]
+    action_high: tuple[float, ...]
+    episode_length: Annotated[int, Field(ge=1)]  # of the longest episode
+    num_terminated: Annotated[int, Field(ge=0)]
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_/-]{0,199}", self.name) or self.name in DOMAINS:
+            raise ValueError(f"{self.name!r} cannot name a dataset from another source")
+        for low, high in zip(self.action_low, self.action_high, strict=True):
+            if not (low < high and math.isfinite(high - low)):
+                raise ValueError(f"actions from {low} to {high}")
+        return self
+
+
 @dataclasses.dataclass(frozen=True)
 class ForeignDomain(Domain):
     """The facts about a dataset from another source. The only task has the recorded rewards.
@@ -211,63 +232,20 @@ class ForeignDomain(Domain):
     num_terminated: int  # episodes; the others were truncated
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        *,
-        observation_size: int,
-        physics_size: int,
-        action_low: tuple[float, ...],
-        action_high: tuple[float, ...],
-        episode_length: int,
-        num_terminated: int,
-    ) -> Self:
-        """Return the domain of the dataset `name` with episodes of up to `episode_length` steps.
-
-        Raises ValueError for invalid facts.
-        """
-        if not re.fullmatch(rf"[A-Za-z0-9_-][A-Za-z0-9_/-]{{0,{LONGEST_NAME - 1}}}", name) or name in DOMAINS:
-            raise ValueError(f"{name!r} cannot name a dataset from another source")
-        if not 1 <= observation_size <= LARGEST_ROW or not 0 <= physics_size <= LARGEST_ROW:
-            raise ValueError(f"observations of {observation_size} numbers, physics of {physics_size}")
-        if not 1 <= len(action_low) == len(action_high) <= LARGEST_ROW:
-            raise ValueError(f"{len(action_low)} lowest and {len(action_high)} highest actions")
-        for low, high in zip(action_low, action_high, strict=True):
-            if not (low < high and math.isfinite(high - low)):
-                raise ValueError(f"actions from {low} to {high}")
-        if episode_length < 1 or num_terminated < 0:
-            raise ValueError(f"{num_terminated} terminated episodes of {episode_length} steps")
+    def of(cls, facts: ForeignFacts) -> Self:
+        """Return the domain of a dataset."""
         return cls(
-            name=name,
-            tasks=(name.replace("/", "_"),),
-            observation_size=observation_size,
-            action_size=len(action_low),
-            physics_size=physics_size,
-            records_all_tasks=False,
-            episode_length=episode_length,
+            tasks=(facts.name.replace("/", "_"),),
+            action_size=len(facts.action_low),
             control_timestep=UNKNOWN,
-            action_low=action_low,
-            action_high=action_high,
-            num_terminated=num_terminated,
+            **facts.model_dump(),
         )
 
     def to_json(self) -> str:
         """Return one line of ASCII."""
-        return json.dumps({name: getattr(self, name) for name in _FACTS})
+        return json.dumps({name: getattr(self, name) for name in ForeignFacts.model_fields})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the output of `to_json`. ValueError, KeyError or TypeError for anything else."""
-        values = json.loads(text)
-        for key, kind in _FACTS.items():
-            if type(values[key]) is not kind:
-                raise ValueError(f"{key} is not a {kind.__name__}")
-        for key in ("action_low", "action_high"):
-            if not all(type(number) is float for number in values[key]):
-                raise ValueError(f"{key} is not a list of numbers")
-            values[key] = tuple(values[key])
-        return cls.of(**values)
-
-
-_FACTS = {"name": str, "observation_size": int, "physics_size": int, "action_low": list, "action_high": list}
-_FACTS |= {"episode_length": int, "num_terminated": int}
+        """Read the output of `to_json`. ValueError for anything else."""
+        return cls.of(ForeignFacts.model_validate_json(text))

@@ -1,6 +1,6 @@
 """Merges of stores of one domain, for example of several learners or of several tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from ringrl.data.store.format import NAMED_SKIPPED, ForeignDomain, Provenance, c
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store, finished_store
 from ringrl.errors import UserError
+from ringrl.pace import Progress, no_progress
 
 
 def merge_stores(
@@ -17,7 +18,7 @@ def merge_stores(
     *,
     overwrite: bool = False,
     drop_duplicates: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> EpisodeStore:
     """Write all episodes of the stores, in the given order, to one store. The file appears when it is whole.
 
@@ -60,8 +61,7 @@ def merge_stores(
         for store, own in zip(stores, kept, strict=True):
             for index in own:
                 writer.append(store.episode(index))
-                if progress is not None:
-                    progress(len(writer.records), total)
+                progress(len(writer.records), total)
     return EpisodeStore(destination)
 
 

@@ -11,6 +11,7 @@ from ringrl.data.store.reader import EpisodeStore
 from ringrl.errors import printable
 
 BARS = " ▁▂▃▄▅▆▇█"
+BINS = 24
 RELABELLED = {
     "control_aware": "with the action that led to each state",
     "exorl_compat": "with a control of zero, as ExoRL's own code does (exorl_compat)",
@@ -18,10 +19,10 @@ RELABELLED = {
 }
 
 
-def summarise(store: EpisodeStore, bins: int = 24) -> dict[str, Any]:
+def summarise(store: EpisodeStore) -> dict[str, Any]:
     """Return the facts about a store in JSON's types. Reads the attributes and returns only, never the steps.
 
-    "returns" has one entry per task: the quantiles at RETURN_LEVELS, the mean, and the numbers of episodes in `bins`
+    "returns" has one entry per task: the quantiles at RETURN_LEVELS, the mean, and the numbers of episodes in BINS
     equal bins from the lowest return to the highest. "foreign" is None for ExoRL's domains.
     """
     returns = {task: store.returns(task).astype(np.float64) for task in store.tasks}
@@ -44,7 +45,7 @@ def summarise(store: EpisodeStore, bins: int = 24) -> dict[str, Any]:
                 "task": task,
                 "quantiles": store.return_quantiles(task).tolist(),
                 "mean": float(values.mean()),
-                "counts": np.histogram(values, bins=bins)[0].tolist(),  # equal returns fill one bin
+                "counts": np.histogram(values, bins=BINS)[0].tolist(),  # equal returns fill one bin
             }
             for task, values in returns.items()
         ],
@@ -52,7 +53,7 @@ def summarise(store: EpisodeStore, bins: int = 24) -> dict[str, Any]:
     }
 
 
-def describe(store: EpisodeStore, bins: int = 24) -> str:
+def describe(store: EpisodeStore) -> str:
     """Return the summary as plain text of at most 120 columns: one fact per line and one line of returns per task."""
     shortest, longest, made = int(store.lengths.min()), int(store.lengths.max()), store.provenance
     length = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
@@ -74,12 +75,12 @@ def describe(store: EpisodeStore, bins: int = 24) -> str:
     lines = [f"{name:<13} {fact}" for name, fact in facts.items()]
     after = list(facts).index("skipped") + 1
     lines[after:after] = [f"{'':<13} {reason}" for reason in made.skipped]
-    return "\n".join([*map(printable, lines), "", *_returns_table(summarise(store, bins)["returns"])])
+    return "\n".join([*map(printable, lines), "", *_returns_table(summarise(store)["returns"])])
 
 
-def to_json(store: EpisodeStore, bins: int = 24) -> str:
+def to_json(store: EpisodeStore) -> str:
     """Return the summary as JSON, with the levels of the quantiles and the whole sha256 of the list of episodes."""
-    return json.dumps(summarise(store, bins) | {"quantile_levels": RETURN_LEVELS}, indent=1)
+    return json.dumps(summarise(store) | {"quantile_levels": RETURN_LEVELS}, indent=1)
 
 
 def _foreign_facts(domain: ForeignDomain, episodes: int) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -13,14 +13,12 @@ from ringrl.cores import available_cores
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, sync
+from ringrl.pace import Progress, no_progress
 
 METHODS = ("scripted", "td3")
 
 PRESETS: Mapping[str, int] = MappingProxyType({"tiny": 10_000, "small": 200_000, "exorl_like": 10_000_000})
 """Number of transitions to collect. ExoRL's archives have ten million each."""
-
-Progress = Callable[[int, int], None]
-"""Called after every episode with the number of recorded episodes and the number of all episodes."""
 
 _DESCRIPTION = "collection.json"
 
@@ -40,7 +38,7 @@ def collect(
     seed: int,
     method: str = "scripted",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Record a dataset in the ExoRL format, `destination/buffer/episode_{number}_{steps}.npz`. Return `destination`.
 
@@ -59,7 +57,7 @@ def collect(
         seed: seed of initial states, noise, search and learner, at least 0.
         workers: number of processes that record scripted episodes, by default one per available core. With more than
             one, a script must call this under `if __name__ == "__main__":`, because the processes import it.
-        progress: see `Progress`.
+        progress: called with (recorded episodes, total).
 
     Raises:
         UserError: unknown task or method, a number out of range, an existing destination or one that cannot be written,
@@ -74,7 +72,6 @@ def collect(
     if method != "scripted" and workers not in (None, 1):
         raise UserError(f"{task}: workers is {workers}, but method {method} learns in one process: leave workers out")
     destination = Path(destination)
-    progress = progress or (lambda done, total: None)
     description = {"task": task, "method": method, "episodes": episodes, "seed": seed, "ringrl": __version__}
     with _new_folder(destination, json.dumps(description, indent=2) + "\n", episodes) as folder:
         if folder is None:
@@ -100,20 +97,28 @@ def _new_folder(destination: Path, description: str, episodes: int) -> Iterator[
     """
     destination = linked(destination.absolute())
     partial = destination.with_name(f".{destination.name}.partial")
+
+    def is_same(folder: Path) -> bool:
+        path = folder / _DESCRIPTION
+        return path.is_file() and path.read_text("utf-8", "replace") == description
+
     with explain_write_errors(destination), lock(destination, "is collecting into it"):
         if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-            path = destination / _DESCRIPTION
-            is_same = path.is_file() and path.read_text("utf-8", "replace") == description
-            if is_same and len([*destination.glob("buffer/*.npz")]) == episodes:
+            if is_same(destination) and len([*destination.glob("buffer/*.npz")]) == episodes:
                 yield None
                 return
             raise UserError(
                 f"{destination}: exists and is neither an empty folder nor this collection, remove it or choose "
                 "another name"
             )
+        if any(partial.glob("buffer/*.npz")) and not is_same(partial):
+            raise UserError(
+                f"{destination}: {partial} contains part of another collection (see its {_DESCRIPTION}): continue that "
+                "collection, remove the folder or choose another name"
+            )
         try:
             (partial / "buffer").mkdir(parents=True, exist_ok=True)
-            _write_description(partial, destination, description)
+            (partial / _DESCRIPTION).write_text(description, "utf-8")
             yield partial
         except BaseException:
             if not any(partial.glob("buffer/*.npz")):
@@ -121,14 +126,3 @@ def _new_folder(destination: Path, description: str, episodes: int) -> Iterator[
             raise
         partial.replace(destination)
         sync(destination.parent)
-
-
-def _write_description(partial: Path, destination: Path, description: str) -> None:
-    """Write the description. Raise UserError if existing episodes were recorded with another description."""
-    path = partial / _DESCRIPTION
-    if any(partial.glob("buffer/*.npz")) and (not path.exists() or path.read_text("utf-8", "replace") != description):
-        raise UserError(
-            f"{destination}: {partial} contains part of another collection (see its {_DESCRIPTION}): continue that "
-            "collection, remove the folder or choose another name"
-        )
-    path.write_text(description, "utf-8")

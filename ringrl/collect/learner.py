@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +21,7 @@ from ringrl.errors import UserError
 from ringrl.files import raise_unreadable, write_whole
 from ringrl.model import ActorCritic, TrainState
 from ringrl.model.agents.td3 import EXORL, TD3
+from ringrl.pace import Progress
 
 _ENVIRONMENTS = 4  # parallel episodes, which share one call of the actor
 _STRIDE = 25  # steps between rounds of updates; divides the episode length of every domain
@@ -72,7 +72,7 @@ def learn(
     *,
     episodes: int,
     seed: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     width: int = 256,
 ) -> None:
     """Record the history of a learner into `folder`/buffer.
@@ -116,8 +116,7 @@ def _run(
                 recording.step(action)
         for number, recording in enumerate(recordings, start=first):
             recording.score()
-            replay.put(number, recording.episode())
-        replay.grow(first, len(recordings), block + _STRIDE)
+            replay.put(number, recording.episode(), recording.steps)
         if replay.transitions > _WARM_UP:
             shape = (len(recordings) * _STRIDE // _TRANSITIONS_PER_UPDATE, _BATCH)
             batches = replay.sample(random, shape, learner.settings.n_step, learner.settings.discount)
@@ -134,7 +133,7 @@ def _recall(folder: Path, domain: Domain, replay: Replay, done: int) -> None:
         if [member.number for member in members] != list(range(done)):
             raise UserError(f"{folder}: one of the first {done} episodes is missing: remove the folder and start again")
         for member in members:
-            replay.put(member.number, archive.read(member))
+            replay.put(member.number, archive.read(member), member.length)
 
 
 def _save(folder: Path, done: int, state: TrainState) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from ringrl.collect.controllers import ParameterVector, recipe_of
 from ringrl.collect.record import record_episode
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import domain_of, load_simulation
+from ringrl.pace import Progress
 from ringrl.processes import worker_processes
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ class CrossEntropySearch:
         self.deviation = np.maximum(deviation, self._smallest)
 
 
-def search(
-    task: str, folder: Path, *, episodes: int, seed: int, workers: int, progress: Callable[[int, int], None]
-) -> None:
+def search(task: str, folder: Path, *, episodes: int, seed: int, workers: int, progress: Progress) -> None:
     """Record all episodes of a search into `folder`/buffer. Episodes in the folder are not recorded again.
 
     Raise UserError if an episode in the folder is damaged, or a worker process died.
@@ -70,10 +68,7 @@ def search(
     generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
     returns: list[float] = []
     record, workers = partial(_record, task, folder, seed), min(workers, episodes)
-    processes: AbstractContextManager[Executor | None] = nullcontext()
-    if workers > 1:
-        processes = worker_processes(workers, _simulation, (task,), "collection")
-    with processes as pool:
+    with worker_processes(workers, _simulation, (task,), "collection") if workers > 1 else nullcontext() as pool:
         while len(returns) < episodes:
             first = len(returns)
             number = min(generation_size, episodes - first)
@@ -81,7 +76,7 @@ def search(
             limits = np.interp(np.arange(first, first + number) / episodes, (0, 1), recipe.noise)
             new = [index for index in range(first, first + number) if index not in finished]
             arguments = new, [parameters[index - first] for index in new], [limits[index - first] for index in new]
-            recorded = map(record, *arguments) if pool is None else pool.map(record, *arguments)
+            recorded = pool.map(record, *arguments) if pool else map(record, *arguments)
             for index in range(first, first + number):
                 returns.append(finished[index] if index in finished else next(recorded))
                 progress(len(returns), episodes)

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.policy import TrainedPolicy, load_policy
 from ringrl.evaluation.protocol import Protocol
 from ringrl.evaluation.rollout import ContextBuilder
-from ringrl.files import json_digest, temporary_folder, with_crc, without_crc
+from ringrl.files import json_digest, with_crc, without_crc
 from ringrl.study.cells import Cell, write
 from ringrl.training import train
 from ringrl.training.budget import step_cost
@@ -81,8 +82,14 @@ def write_timings(output: Path, timings: Mapping[str, Timing]) -> None:
 def measure(cell: Cell) -> Timing:
     """Return the timing of a cell, from a few steps in a temporary folder."""
     short = cell.of_steps(STEPS).config
-    with temporary_folder() as folder:
-        changes = {"run": folder / "run", "log": (), "log_every": 1, "checkpoint_every": STEPS, "stop_after": None}
+    with TemporaryDirectory(prefix="ringrl-") as folder:
+        changes = {
+            "run": Path(folder) / "run",
+            "log": (),
+            "log_every": 1,
+            "checkpoint_every": STEPS,
+            "stop_after": None,
+        }
         began = time.perf_counter()
         run = train(short.model_copy(update=changes), quiet=True)
         whole = time.perf_counter() - began

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from ringrl.config_files import one_line
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
-from ringrl.files import json_digest, remove, temporary_folder
+from ringrl.files import json_digest, remove
 from ringrl.model import Goal, Policy, TrainState, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 
@@ -229,7 +230,7 @@ class Checkpoints:
         folder = self.folder.absolute()
         if not PATTERN.search(str(folder)):
             return folder
-        link = self._alias.enter_context(temporary_folder()) / "checkpoints"
+        link = Path(self._alias.enter_context(TemporaryDirectory(prefix="ringrl-"))) / "checkpoints"
         link.symlink_to(folder)
         return link
 

@@ -20,7 +20,7 @@ TASK = "cartpole_swingup"
 
 def _contents(folder: Path) -> list[dict[str, np.ndarray]]:
     with Archive(folder, DOMAINS["cartpole"]) as archive:
-        return list(archive)
+        return [archive.read(member) for member in archive.members]
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -34,7 +34,7 @@ def _learn(folder: Path, episodes: int, *, task: str = TASK, progress=None, **ch
     keywords = {"seed": 0, "width": WIDTH} | changes
     learn(task, folder, episodes=episodes, progress=progress or (lambda done, total: None), **keywords)
     with Archive(folder, domain_of(task)) as archive:
-        return list(archive)
+        return [archive.read(member) for member in archive.members]
 
 
 def _assert_same(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> None:

@@ -12,17 +12,17 @@ LENGTH = 7
 DOMAIN = dataclasses.replace(DOMAINS["cartpole"], episode_length=LENGTH)
 
 
-def _replay(episodes: int, seed: int = 0) -> tuple[Replay, list[dict[str, np.ndarray]]]:
-    """Return a replay whose observations contain the numbers of episode and row."""
-    random = np.random.default_rng(seed)
-    replay, recorded = Replay(DOMAIN, episodes, column=1), []
-    for number in range(episodes):
+def _replay(steps: list[int]) -> tuple[Replay, list[dict[str, np.ndarray]]]:
+    """Return a replay of episodes with these steps. The observations contain the numbers of episode and row."""
+    random = np.random.default_rng(0)
+    replay, recorded = Replay(DOMAIN, len(steps) + 1, column=1), []
+    for number in range(len(steps)):
         observation = np.zeros((LENGTH + 1, 5), np.float32)
         observation[:, 0], observation[:, 1] = number, np.arange(LENGTH + 1)
         action = random.uniform(-1, 1, (LENGTH + 1, 1)).astype(np.float32)
         reward = random.random((LENGTH + 1, 2)).astype(np.float32)
         recorded.append({"observation": observation, "action": action, "reward": reward})
-        replay.put(number, recorded[-1])
+        replay.put(number, recorded[-1], steps[number])
     return replay, recorded
 
 
@@ -37,8 +37,7 @@ def _replay(episodes: int, seed: int = 0) -> tuple[Replay, list[dict[str, np.nda
 def test_samples_are_n_step_transitions_of_the_filled_part(whole, growing, grown, steps, discount):
     if whole == 0 and growing * grown == 0:
         return
-    replay, recorded = _replay(whole + growing)
-    replay.grow(whole, growing, grown)
+    replay, recorded = _replay([LENGTH] * whole + [grown] * growing)
     batch = replay.sample(np.random.default_rng(0), (3, 40), steps, discount)
     assert batch.observation.shape == batch.following.shape == (3, 40, 5)
     assert batch.action.shape == (3, 40, 1)
@@ -58,8 +57,7 @@ def test_samples_are_n_step_transitions_of_the_filled_part(whole, growing, grown
 
 
 def test_every_transition_is_drawn_equally_often():
-    replay, _ = _replay(4)
-    replay.grow(2, 2, 3)
+    replay, _ = _replay([LENGTH, LENGTH, 3, 3])
     assert replay.transitions == 2 * LENGTH + 2 * 3
     batch = replay.sample(np.random.default_rng(0), (40_000,), 1, 0.99)
     drawn = np.zeros((4, LENGTH))

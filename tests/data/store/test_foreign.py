@@ -16,20 +16,22 @@ from ringrl.config import ActorCriticConfig, ContextConfig
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.data.store import EpisodeStore
-from ringrl.data.store.format import ForeignDomain, Provenance, recorded_arrays, reward_key
+from ringrl.data.store.format import ForeignDomain, ForeignFacts, Provenance, recorded_arrays, reward_key
 from ringrl.data.store.summary import describe, to_json
 from ringrl.data.store.writer import create_store
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 
 ARM = ForeignDomain.of(
-    "lab/arm-v3",
-    observation_size=4,
-    physics_size=0,
-    action_low=(-2.0, 0.0),
-    action_high=(2.0, 5.0),
-    episode_length=6,
-    num_terminated=1,
+    ForeignFacts(
+        name="lab/arm-v3",
+        observation_size=4,
+        physics_size=0,
+        action_low=(-2.0, 0.0),
+        action_high=(2.0, 5.0),
+        episode_length=6,
+        num_terminated=1,
+    )
 )
 TASK = "lab_arm-v3"
 LENGTHS = (6, 2, 5)
