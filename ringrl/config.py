@@ -179,7 +179,7 @@ class ModelConfig(Section):
         return self.episode_window if len(self.episode_window) > 1 else (self.episode_window or (None,)) * self.layers
 
     @pydantic.model_validator(mode="after")
-    def _check_inputs(self) -> Self:
+    def _check_combinations(self) -> Self:
         if len(self.episode_window) > 1 and len(self.episode_window) != self.layers:
             raise ValueError(
                 f"episode_window: {len(self.episode_window)} values for {self.layers} layers; give 1 or {self.layers}"
@@ -188,10 +188,6 @@ class ModelConfig(Section):
             self._check_unused("past_rewards", "with token_set dt3, which has no rewards; leave it on")
         if self.action_head != "bins" and self.family.uses("model.action_choice"):
             self._check_unused("action_choice", f"with action_head {self.action_head}; use bins")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _check_heads(self) -> Self:
         has_heads = self.family.has_context
         if has_heads and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ValueError(f"heads: width {self.width} over {self.heads} heads must give an even integer per head")

@@ -86,38 +86,30 @@ def _cloning(title: str, **context: Any) -> Method:
     return Method(title, {"model": model, "context": _ALONE | context, "optimiser": {"batch_size": 16}})
 
 
+def _best_cloning(percent: int) -> Method:
+    return _cloning(f"Behaviour cloning, best {percent}%", sampling="uniform", best_fraction=percent / 100)
+
+
+def _transformer(title: str, *, model: Mapping[str, Any] = MappingProxyType({}), **context: Any) -> Method:
+    return Method(title, {"model": {"kind": "transformer", **model}, "context": context})
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "random": Method("Random policy", None),
         "copy": Method("Nearest step of the prompt", None),
         "bc": _cloning("Behaviour cloning"),
-        **{
-            f"bc-{percent}%": _cloning(
-                f"Behaviour cloning, best {percent}%", sampling="uniform", best_fraction=percent / 100
-            )
-            for percent in (10, 25, 50)
-        },
-        "dt": Method(
+        **{f"bc-{percent}%": _best_cloning(percent) for percent in (10, 25, 50)},
+        "dt": _transformer(
             "Decision Transformer",
-            {
-                "model": {"kind": "transformer", "token_set": "dt3", "timestep_embedding": True, "past_rewards": "on"},
-                "context": {"trajectories": 1, "target": "own", "history_stride": 1},
-            },
+            trajectories=1,
+            target="own",
+            history_stride=1,
+            model={"token_set": "dt3", "timestep_embedding": True, "past_rewards": "on"},
         ),
-        "at": Method(
-            "Agentic Transformer",
-            {
-                "model": {"kind": "transformer"},
-                "context": {"order": "ascending", "target": "best", "history_stride": 1},
-            },
-        ),
-        "ad": Method(
-            "Algorithm Distillation",
-            {
-                "model": {"kind": "transformer"},
-                # best_fraction would leave gaps in the history.
-                "context": {"order": "history", "sampling": "history_window", "target": "none", "best_fraction": 1.0},
-            },
+        "at": _transformer("Agentic Transformer", order="ascending", target="best", history_stride=1),
+        "ad": _transformer(  # best_fraction would leave gaps in the history
+            "Algorithm Distillation", order="history", sampling="history_window", target="none", best_fraction=1.0
         ),
         "td3": Method("TD3", _TD3 | {"actor_critic": {"behaviour_cloning": 0.0}}),
         "td3+bc": Method("TD3+BC", _TD3 | {"actor_critic": {"behaviour_cloning": 0.4}}),

@@ -1,8 +1,8 @@
 """Cells as jobs of a cluster, through submitit: one array with a job per cell, queued again when its time is up."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def run_on_cluster(
             one_process = {"nodes": 1, "tasks_per_node": 1, "slurm_array_parallelism": workers}
             executor = make_executor(folder.absolute(), slurm, cluster, name=folder.parent.name, **one_process)
             with executor.batch():
-                submitted = [executor.submit(CellJob(work, command)) for work in new]
+                submitted = [executor.submit(RequeuedJob(partial(attempt_logged, work, command))) for work in new]
             for work, job in zip(new, submitted, strict=True):
                 write(work.folder / JOB, f"{job.job_id}\n")
                 jobs[work] = job
@@ -76,14 +76,3 @@ def _follow(jobs: dict[Work, Any], on_start: Callable[[str], None]) -> Iterator[
                 yield work, None if work.is_finished else work.failure or work.note_failure(ended)
         if waiting:
             time.sleep(_SECONDS)
-
-
-@dataclasses.dataclass(frozen=True)
-class CellJob(RequeuedJob):
-    """Work of a job."""
-
-    work: Work
-    command: str | None
-
-    def __call__(self) -> str | None:
-        return attempt_logged(self.work, self.command)

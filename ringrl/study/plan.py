@@ -31,13 +31,6 @@ class PromptPlan(Section):
     """copy: also roll out the action of the prompt's step with the nearest observation, after the prompts of the cells
     with the longest context."""
 
-    @pydantic.model_validator(mode="after")
-    def _check_controls(self) -> Self:
-        for control in self.controls:
-            if control not in ("zero rewards", "shuffled"):
-                domain_of(control)  # raises for an unknown task
-        return self
-
 
 class AblationPlan(Section):
     """Tasks x methods x context lengths x token sets x variants x seeds, and baselines.
@@ -52,9 +45,9 @@ class AblationPlan(Section):
     """Folder of the results: a folder per task, and in it a folder per cell."""
     methods: tuple[Literal["at", "ad"], ...] = ("at",)
     """Methods with a context, each trained with every number of trajectories."""
-    trajectories: tuple[int, ...] = Field((1, 2, 4), min_length=1)
+    trajectories: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4), min_length=1)
     """Trajectories per training context."""
-    test_trajectories: tuple[int, ...] = ()
+    test_trajectories: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Episodes per context in evaluation. Every cell is evaluated with each number. Default: as in training."""
     token_sets: tuple[Literal["at5", "ring4", "dt3", "fused1"], ...] = ()
     """Tokens per timestep, for the methods with a context. Default: the token set of the settings."""
@@ -138,9 +131,6 @@ class AblationPlan(Section):
             raise ValueError("methods and baselines are both empty; name at least one")
         if self.variants_only and not self.variants:
             raise ValueError("variants_only: there are no variants; name at least one")
-        for count in (*self.trajectories, *self.test_trajectories):
-            if count < 1:
-                raise ValueError(f"{count} trajectories are too few, at least 1 is needed")
         for count in self.trajectories if self.methods else ():
             if self.budget != "steps" and self.trajectories_per_batch % count:
                 raise ValueError(f"{count} does not divide the {self.trajectories_per_batch} trajectories_per_batch")

@@ -30,7 +30,7 @@ def submit(
             raise UserError(f"{run}: holds a run already; use --resume to resume it, or give another --run")
         folder = run.absolute().with_name(f"{run.name}.slurm")
         executor = make_executor(folder, slurm, cluster, name=run.name)
-        job = executor.submit(TrainJob(work, slurm.gpus_per_node > 0))
+        job = executor.submit(RequeuedJob(partial(_train_task, work, slurm.gpus_per_node > 0)))
     return job.job_id, folder
 
 
@@ -70,8 +70,14 @@ def make_executor(folder: Path, slurm: SlurmConfig, cluster: str, **own: object)
     return executor
 
 
+@dataclasses.dataclass(frozen=True)
 class RequeuedJob:
-    """A job that submitit queues again after its time limit. Subclasses do their work when called."""
+    """Work that submitit queues again after its time limit."""
+
+    work: Callable[[], object]
+
+    def __call__(self) -> object:
+        return self.work()
 
     def checkpoint(self) -> Any:
         """Return the job that submitit queues after the time limit."""
@@ -80,21 +86,15 @@ class RequeuedJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainJob(RequeuedJob):
-    """The work of each task of a job. It always resumes, because the job may have been stopped and queued again."""
+def _train_task(work: Callable[..., object], has_gpus: bool) -> None:
+    """Do the work of one task of a job. It always resumes, because the job may have been stopped and queued again."""
+    import submitit
 
-    work: Callable[..., object]
-    has_gpus: bool
-
-    def __call__(self) -> None:
-        import submitit
-
-        task = submitit.JobEnvironment()
-        port = FIRST_PORT + int(task.raw_job_id) % PORTS  # differs between jobs on the same node
-        if self.has_gpus:
-            os.environ["JAX_LOCAL_DEVICE_IDS"] = str(task.local_rank)
-        config = DistributedConfig(
-            coordinator=f"{task.hostnames[0]}:{port}", processes=task.num_tasks, process=task.global_rank
-        )
-        run_supervised(partial(self.work, resume=True), config)
+    task = submitit.JobEnvironment()
+    port = FIRST_PORT + int(task.raw_job_id) % PORTS  # differs between jobs on the same node
+    if has_gpus:
+        os.environ["JAX_LOCAL_DEVICE_IDS"] = str(task.local_rank)
+    config = DistributedConfig(
+        coordinator=f"{task.hostnames[0]}:{port}", processes=task.num_tasks, process=task.global_rank
+    )
+    run_supervised(partial(work, resume=True), config)

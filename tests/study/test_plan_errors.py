@@ -19,7 +19,7 @@ def plan_of(write_plan, **changes) -> AblationPlan:
     ("changes", "words"),
     [
         ({"trajectories": [3]}, "3 does not divide"),
-        ({"trajectories": [0]}, "0 trajectories are too few"),
+        ({"trajectories": [0]}, r"trajectories\.0: expected greater than or equal to 1"),
         ({"trajectories": []}, "trajectories"),
         ({"seeds": "many"}, "seeds"),
         ({"seeds": [1, 1]}, "seeds: contains a value twice"),
@@ -41,7 +41,6 @@ def plan_of(write_plan, **changes) -> AblationPlan:
         ({"episodes": 3}, "episodes: 3 cannot be divided into contexts of 1, 2 episodes; give a multiple of 2"),
         ({"prompts": {"trajectories": [0, 1]}}, "2 episodes and 5 prompts; give a multiple of 10"),
         ({"prompts": {"trajectories": [-1]}}, r"prompts\.trajectories\.0: expected greater than or equal to 0"),
-        ({"prompts": {"trajectories": [1], "controls": ["shufled"]}}, "shufled"),
         ({"variants_only": True}, "variants_only: there are no variants"),
         ({"parts": [{"tasks": ["walker_walk"]}]}, r"parts\.0: tasks: \['walker_walk'\] is not a list of tasks"),
         ({"parts": [{}, {"output": "x"}]}, r"parts\.1: output cannot differ between the parts"),
