@@ -10,6 +10,7 @@ per cell; cells that FILE contains are not compiled again. The table without com
 """
 
 import json
+import math
 import resource
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,6 @@ from common import make_parser, save_json
 from ringrl.planning.ahead_of_time import compile_step, devices_of, fits
 from ringrl.planning.machines import GIB, find_machine
 from ringrl.planning.memory import longest_context, memory_of
-from ringrl.planning.search import granule
 from ringrl.planning.workload import Workload, find_model, format_tokens
 
 KINDS = ("vanilla", "memory_efficient", "blockwise", "ring")
@@ -52,7 +52,8 @@ def workload_of(model: str, machine: str, kind: str) -> Workload:
 def compile_at(workload: Workload, machine: str, tokens: int) -> dict[str, Any]:
     """Compile a length and compare it with the formula."""
     where = find_machine(machine)
-    planned = workload.with_tokens(tokens // granule(workload) * granule(workload))
+    granule = math.lcm(workload.multiple, 256 * workload.config.mesh.seq)  # whole tiles on each device
+    planned = workload.with_tokens(tokens // granule * granule)
     found = compile_step(planned, where, devices_of(where))
     result = {
         "tokens": planned.tokens,

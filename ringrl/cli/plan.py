@@ -41,8 +41,6 @@ def plan(
     remat: Literal["none", "layers"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",
-    compilations: int = 0,
-    search: bool = False,
     custom: Custom | None = None,
     json: Path | None = None,
 ) -> None:
@@ -60,9 +58,6 @@ def plan(
         block_tokens: tokens that a feed-forward layer processes at a time. Default: the configuration's.
         method: compiler compiles ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in
             minutes. formula uses the closed form only, in a second. best uses the compiler where possible.
-        compilations: maximum number of compilations to find the longest context; each may take ten minutes near the
-            limit. 0 uses the formula, corrected by the compiler's figure for --tokens.
-        search: compile the best three meshes instead of the best one.
         custom: numbers of the machine for --machine custom.
         json: also write all results to this file, as JSON.
     """
@@ -93,17 +88,12 @@ def plan(
         where = find_machine(machine)
     length = read_tokens(tokens)
     chosen = None if mesh.devices == 1 else mesh.model_copy(update={"layout": config.mesh.layout})
-    if compilations < 0:
-        raise UserError(f"--compilations {compilations}: expected 0 or more")
     with Console(stderr=True).status("planning") as status:
         if where.device.platform == "cpu":
             with contextlib.suppress(RuntimeError):  # JAX is initialised already; the plan reports its devices
                 jax.config.update("jax_num_cpu_devices", where.devices)
             where = measure_host(where, config.model)
-        made = make_plan(
-            config, where, length, mesh=chosen, method=method, compilations=compilations, search=search,
-            notice=lambda line: status.update(line),
-        )  # fmt: skip
+        made = make_plan(config, where, length, mesh=chosen, method=method, notice=lambda line: status.update(line))
     print(describe(made))
     if json is not None:
         with explain_write_errors(json):

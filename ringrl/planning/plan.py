@@ -13,12 +13,10 @@ from ringrl.errors import UserError
 from ringrl.model.parallel import MESH_AXES
 from ringrl.planning.ahead_of_time import Compiled, compile_step, devices_of, fits, why_not
 from ringrl.planning.machines import GPU_SHARE, Machine, gib, kernel_of
-from ringrl.planning.memory import Memory, fits_by_formula, memory_of
+from ringrl.planning.memory import Memory, fits_by_formula, longest_context, memory_of
 from ringrl.planning.roofline import StepTime, attained_by, estimate
-from ringrl.planning.search import Advice, Longest, advise, best_meshes, find_longest
+from ringrl.planning.search import Advice, advise, best_meshes
 from ringrl.planning.workload import Workload, format_tokens
-
-CANDIDATES = 3  # meshes that a search compiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +29,6 @@ class Plan:
     compiled: Compiled | None
     why_not_compiled: str | None
     time: StepTime
-    longest: Longest
-    candidates: tuple[tuple[Workload, Compiled | None], ...]  # meshes of a search, best first
     seconds: float  # planning time
     peak_memory: float  # peak bytes of this process
 
@@ -51,6 +47,11 @@ class Plan:
         return fits_by_formula(self.workload, self.machine)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest context that fits on this mesh, by the formula plus its error for the plan; 0: none."""
+        return longest_context(self.workload, self.machine, extra=self.total - self.formula.total)
+
+    @cached_property
     def advice(self) -> list[Advice]:
         """Changes that save memory, if the step does not fit."""
         return [] if self.fits else advise(self.workload, self.machine, self.total)
@@ -63,8 +64,6 @@ def make_plan(
     *,
     mesh: MeshConfig | None = None,
     method: Literal["compiler", "formula", "best"] = "best",
-    compilations: int = 0,
-    search: bool = False,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Return the plan of one optimiser step.
@@ -73,38 +72,29 @@ def make_plan(
       config: the model and the number of contexts, of `tokens` each.
       mesh: device mesh. None: the fastest mesh by estimate that fits.
       method: "compiler" requires ahead-of-time compilation, "best" uses it if possible.
-      compilations: maximum number of compilations to find the longest context.
-      search: compile the best meshes instead of one.
-      notice: called before every compilation.
+      notice: called before the compilation.
 
     Raise UserError if the mesh or the tokens do not divide, or if the method is "compiler" and the machine has none.
     """
     began = time.perf_counter()
     reason = "--method formula" if method == "formula" else why_not(machine)
     devices = devices_of(machine) if reason is None or method == "compiler" else None
-    tried: list[tuple[Workload, Compiled | None]] = []
-    for workload in _workloads(Workload(config, tokens), machine, mesh, search=search):
-        if devices:
-            notice(f"compiling {tokens} tokens on {workload.mesh_in_words}")
-        tried.append((workload, compile_step(workload, machine, devices) if devices else None))
-    tried.sort(key=lambda each: each[1] is None or not fits(each[1], machine))
-    workload, compiled = tried[0]
-    known = {} if compiled is None else {tokens: compiled}
-    longest = find_longest(workload, machine, devices, compilations, known, notice)
+    workload, compiled = _on_mesh(Workload(config, tokens), machine, mesh), None
+    if devices:
+        notice(f"compiling {tokens} tokens on {workload.mesh_in_words}")
+        compiled = compile_step(workload, machine, devices)
     hops_hide = compiled is None or compiled.schedule is None or compiled.schedule.hides_the_ring
     return Plan(
         workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
-        estimate(workload, machine, hops_hide=hops_hide), longest, tuple(tried) if search else (),
+        estimate(workload, machine, hops_hide=hops_hide),
         time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
     )  # fmt: skip
 
 
-def _workloads(workload: Workload, machine: Machine, mesh: MeshConfig | None, *, search: bool) -> list[Workload]:
-    """Return the workload on the given or the best mesh, or on the best meshes of a search."""
+def _on_mesh(workload: Workload, machine: Machine, mesh: MeshConfig | None) -> Workload:
+    """Return the workload on the given or the best mesh."""
     if mesh is None and machine.devices > 1:
-        return best_meshes(workload, machine)[: CANDIDATES if search else 1]
-    if search and mesh is not None:
-        raise UserError("--search: cannot be combined with --mesh; remove one of them")
+        return best_meshes(workload, machine)[0]
     if mesh is not None and mesh.devices != machine.devices:
         raise UserError(
             f"--mesh: data x fsdp x tensor x seq is {mesh.devices}, expected the {machine.devices} devices of "
@@ -113,7 +103,7 @@ def _workloads(workload: Workload, machine: Machine, mesh: MeshConfig | None, *,
     axes = dict.fromkeys(MESH_AXES, 1) if mesh is None else mesh.model_dump()
     workload = workload.with_settings("mesh", **axes)
     workload.check()
-    return [workload]
+    return workload
 
 
 def describe(plan: Plan) -> str:
@@ -136,13 +126,8 @@ def describe(plan: Plan) -> str:
         "",
         *_verdict(plan),
         *_time(plan),
+        f"planned in {plan.seconds:.0f} s with {gib(plan.peak_memory)} on this machine",
     ]
-    if plan.candidates:
-        lines += ["", "meshes, best first:"]
-    for workload, found in plan.candidates:
-        result = "not compiled" if found is None else (found.refusal or gib(found.total))
-        lines.append(f"  {workload.mesh_in_words}: {result}")
-    lines.append(f"planned in {plan.seconds:.0f} s with {gib(plan.peak_memory)} on this machine")
     return "\n".join(lines)
 
 
@@ -173,13 +158,10 @@ def _verdict(plan: Plan) -> list[str]:
     for advice in plan.advice:
         verdict = "enough" if advice.is_enough else "not enough"
         lines.append(f"  {verdict}: {advice.change} ({gib(advice.total)} per device)")
-    longest = plan.longest
-    if longest.tokens == 0:
+    if plan.longest == 0:
         return [*lines, "no context fits on this mesh"]
-    how = "from the formula" + (", corrected by the compiler" if longest.compiled else "")
-    if longest.is_compiled:
-        how = "compiled" + (f"; {longest.too_long} does not fit" if longest.too_long else "; nothing longer was tried")
-    return [*lines, f"longest context that fits: {longest.tokens} tokens ({format_tokens(longest.tokens)}; {how})"]
+    how = "from the formula" + ("" if plan.compiled is None else ", corrected by the compiler")
+    return [*lines, f"longest context that fits: {plan.longest} tokens ({format_tokens(plan.longest)}; {how})"]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -242,10 +224,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compiled": compiled,
         "total_bytes": plan.total,
         "fits": plan.fits,
-        "longest_tokens": plan.longest.tokens,
-        "longest_is_compiled": plan.longest.is_compiled,
-        "too_long_tokens": plan.longest.too_long,
-        "tried_bytes": {tokens: number(found.total) for tokens, found in plan.longest.compiled.items()},
+        "longest_tokens": plan.longest,
         "advice": [dataclasses.asdict(each) for each in plan.advice],
         "step": dataclasses.asdict(plan.time) | {"seconds": plan.time.total},
         "assumed": attained_by(plan.workload, plan.machine)._asdict(),

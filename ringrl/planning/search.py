@@ -1,30 +1,15 @@
-"""Search for the best mesh, the longest context, and changes that make a workload fit; the formula comes first."""
+"""Search by the formula for the best mesh, and for changes that make a workload fit."""
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any
 
 from ringrl.errors import UserError
-from ringrl.planning.ahead_of_time import Compiled, compile_step, fits
 from ringrl.planning.machines import MOST_DEVICES, Machine
-from ringrl.planning.memory import fits_by_formula, longest_context, memory_of
+from ringrl.planning.memory import fits_by_formula, memory_of
 from ringrl.planning.roofline import estimate
 from ringrl.planning.workload import Workload
-
-CLOSE_ENOUGH = 0.03  # between the longest context that fits and the shortest that does not
-
-
-@dataclasses.dataclass(frozen=True)
-class Longest:
-    """The longest context that fits."""
-
-    tokens: int  # 0 if no context fits
-    is_compiled: bool  # by the compiler; else by the formula
-    too_long: int | None  # shortest length that did not fit when compiled
-    compiled: Mapping[int, Compiled]  # all compiled lengths, shortest first
 
 
 def meshes(workload: Workload, devices: int) -> Iterator[Workload]:
@@ -59,73 +44,6 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
             f"--tokens a multiple of {multiple}, other --contexts, or another number of devices"
         )
     return found
-
-
-def find_longest(
-    workload: Workload,
-    machine: Machine,
-    devices: list[Any] | None,
-    compilations: int,
-    known: Mapping[int, Compiled] = MappingProxyType({}),
-    notice: Callable[[str], None] = lambda _: None,
-) -> Longest:
-    """Return the longest context that fits on this mesh.
-
-    Without compilations the result is the formula's, corrected by the results in `known`. Near the memory limit the
-    TPU compiler is ten times slower.
-
-    Args:
-      devices: devices to compile for; None: the formula alone.
-      compilations: maximum number of compilations besides `known`.
-      known: tokens -> result of earlier compilations.
-      notice: called before every compilation.
-    """
-    tried = dict(known)
-    if devices is None or compilations == 0:
-        return Longest(_guess(workload, machine, tried), False, None, tried)
-    for _ in range(compilations):
-        tokens = _next(workload, machine, tried)
-        if tokens is None:
-            break
-        notice(f"compiling {tokens} tokens")
-        tried[tokens] = compile_step(workload.with_tokens(tokens), machine, devices)
-    good, bad = _bracket(machine, tried)
-    return Longest(good, True, bad, dict(sorted(tried.items())))
-
-
-def granule(workload: Workload) -> int:
-    """Return the unit of compiled lengths: whole tiles on each device."""
-    return math.lcm(workload.multiple, 256 * workload.config.mesh.seq)
-
-
-def _guess(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> int:
-    """Return the longest context by the formula, corrected by the compiled total nearest to the memory limit."""
-    counted = {tokens: found.total for tokens, found in tried.items() if not math.isnan(found.total)}
-    if not counted:
-        return longest_context(workload, machine)
-    nearest = min(counted, key=lambda tokens: abs(counted[tokens] - machine.device.memory))
-    extra = counted[nearest] - memory_of(workload.with_tokens(nearest), machine.device.platform).total
-    return longest_context(workload, machine, extra=extra)
-
-
-def _bracket(machine: Machine, tried: Mapping[int, Compiled]) -> tuple[int, int | None]:
-    """Return the longest compiled length that fits, or 0, and the shortest that does not, or None."""
-    good = max((tokens for tokens, found in tried.items() if fits(found, machine)), default=0)
-    return good, min((tokens for tokens, found in tried.items() if not fits(found, machine)), default=None)
-
-
-def _next(workload: Workload, machine: Machine, tried: dict[int, Compiled]) -> int | None:
-    """Return the next length to compile, or None if the bracket is narrow enough."""
-    step = granule(workload)
-    good, too_long = _bracket(machine, tried)
-    bad = too_long or 2**31
-    if bad - good <= max(step, CLOSE_ENOUGH * good):
-        return None
-    tokens = _guess(workload, machine, tried) // step * step
-    if not good < tokens < bad:  # bisect, or try a little beyond the longest that fits
-        upper = bad if bad < 2**31 else int(good * (1 + 2 * CLOSE_ENOUGH))
-        tokens = max((good + upper) // 2, good + step) // step * step
-    return tokens if good < tokens < bad else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,10 @@
-import dataclasses
-import math
-
-import jax
 import pytest
 
 from ringrl.errors import UserError
-from ringrl.planning.ahead_of_time import fits
 from ringrl.planning.machines import find_machine
-from ringrl.planning.memory import longest_context, memory_of
+from ringrl.planning.memory import memory_of
 from ringrl.planning.roofline import estimate
-from ringrl.planning.search import best_meshes, find_longest, granule, meshes
+from ringrl.planning.search import best_meshes, meshes
 from ringrl.planning.workload import Workload, find_model
 
 
@@ -57,37 +52,3 @@ def test_meshes_are_all_factorisations(devices, number):
     """With 64 contexts, heads and units, every product of four axes divides."""
     workload = shape("7b", 2**20, contexts=64).with_settings("model", heads=64, kv_heads=64)
     assert len({repr(each.config.mesh) for each in meshes(workload, devices)}) == number
-
-
-def test_longest_from_the_formula():
-    workload, machine = shape("7b", 2**14).with_settings("mesh", seq=8), find_machine("8xa100")
-    longest = find_longest(workload, machine, None, 3)
-    assert (longest.tokens, longest.is_compiled) == (longest_context(workload, machine), False)
-
-
-@pytest.mark.usefixtures("eight_devices")
-def test_longest_from_the_compiler(make):
-    """With a small memory, the longest length fits and the too long length does not."""
-    machine = find_machine("cpu-8")
-    workload = make(2048, {"seq": 8}, layers=1, attention="vanilla")  # compiles fastest
-    small = memory_of(workload.with_tokens(4096), "cpu").total
-    machine = dataclasses.replace(machine, device=dataclasses.replace(machine.device, memory=small))
-    devices = jax.devices()[:8]
-    known: list[str] = []
-    longest = find_longest(workload, machine, devices, 2, notice=known.append)
-    assert len(known) == len(longest.compiled) == 2
-    results = dict(longest.compiled)
-    assert longest.is_compiled
-    assert longest.tokens % granule(workload) == 0
-    assert fits(results[longest.tokens], machine)
-    assert longest.too_long is not None
-    assert not fits(results[longest.too_long], machine)
-    assert longest.tokens < longest.too_long <= 2 * longest.tokens
-    corrected = find_longest(workload, machine, devices, 0, longest.compiled)
-    assert not corrected.is_compiled
-    assert longest.tokens <= corrected.tokens < longest.too_long
-
-
-def test_granule_is_whole_tiles_per_device():
-    workload = shape("7b", 64).with_settings("mesh", seq=8)
-    assert granule(workload) == math.lcm(64, 8 * 256)
