@@ -43,7 +43,6 @@ class Transfer:
 
     url: str
     path: Path
-    spare: float = 0.0  # disk space needed next to the file, in bytes per byte of it
     timeout: float = 30.0  # seconds that a connection or a read may wait
     pause: float = 1.0  # seconds before the first retry; each further pause is twice as long
     progress: Progress = no_progress  # in bytes
@@ -135,7 +134,7 @@ class Transfer:
             pool.request("GET", self.url, headers=headers, preload_content=False, retries=redirects) as response,
         ):
             size = self._check_answer(response, size, validator)
-            needed = int(size * (1 + self.spare)) - self._received()
+            needed = size - self._received()
             with explain_write_errors(self.path, needed):
                 if needed > shutil.disk_usage(self.path.parent).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

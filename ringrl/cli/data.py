@@ -4,9 +4,8 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from cyclopts import Parameter
 from rich.console import Console
 
 from ringrl.cli.flags import reject_flags
@@ -22,8 +21,6 @@ def download(
     /,
     *,
     output: Path = Path("datasets"),
-    import_store: Annotated[bool, Parameter(name="--import")] = False,
-    delete_archive: bool = False,
     url: str = "https://dl.fbaipublicfiles.com/exorl",
     timeout: float = 30.0,
 ) -> None:
@@ -33,27 +30,15 @@ def download(
         domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze.
         algorithm: aps, icm_apt, diayn, disagreement, icm, proto, random, rnd or smm.
         output: folder. The archive is written to OUTPUT/DOMAIN/ALGORITHM.zip.
-        import_store: also import the archive into OUTPUT/DOMAIN/ALGORITHM.h5, relabelled for all tasks of the domain.
-        delete_archive: with --import, delete the archive after the store is written and verified.
         url: address that contains DOMAIN/ALGORITHM.zip (http or https).
         timeout: seconds without data from the server before the request is repeated.
     """
-    from ringrl.data.exorl.download import download_archive, download_store
-    from ringrl.data.store.summary import describe
+    from ringrl.data.exorl.download import download_archive
 
-    if delete_archive and not import_store:
-        raise UserError("--delete-archive: would keep nothing without --import; add --import")
     with _bars() as (bar, notice):
-        options: dict[str, Any] = {"url": url, "timeout": timeout, "notice": notice}
-        options["progress"] = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)
-        if import_store:
-            options |= {"delete_archive": delete_archive, "import_progress": bar("importing")}
-            store = download_store(domain, algorithm, output, **options)
-            result = f"{output / domain / algorithm}.h5\n{describe(store)}"
-        else:
-            path = download_archive(domain, algorithm, output, **options)
-            result = f"{path}; next: ringrl data import {path} --domain {domain}"
-    print(result)
+        progress = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)
+        path = download_archive(domain, algorithm, output, url=url, timeout=timeout, progress=progress, notice=notice)
+    print(f"{path}; next: ringrl data import {path} --domain {domain}")
 
 
 def import_(

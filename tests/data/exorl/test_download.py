@@ -5,15 +5,13 @@ import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from ringrl.cli import main
-from ringrl.data import EpisodeStore, import_archive
-from ringrl.data.exorl.download import STORE_SHARE, download_archive, download_store
-from ringrl.data.exorl.importer import Subset
+from ringrl.data import import_archive
+from ringrl.data.exorl.download import download_archive
 from ringrl.data.exorl.transfer import Transfer
 from ringrl.errors import UserError
 
@@ -67,7 +65,7 @@ def test_errors_about_unknown_names_list_known_names(tmp_path):
     with pytest.raises(UserError, match="did you mean walker"):
         download_archive("wakler", "rnd", tmp_path)
     with pytest.raises(UserError, match="there are aps, icm_apt, diayn"):
-        download_store("walker", "../ddpg", tmp_path)
+        download_archive("walker", "../ddpg", tmp_path)
     with pytest.raises(UserError, match="--timeout"):
         download_archive("cartpole", "rnd", tmp_path, timeout=float("nan"))
 
@@ -154,7 +152,7 @@ def test_a_file_too_large_for_the_disk_is_rejected_before_its_first_byte(site, t
     assert names(tmp_path) == []
 
 
-def test_space_for_the_store_is_required_without_the_received_bytes(site, archive, tmp_path, monkeypatch):
+def test_space_is_required_without_the_received_bytes(site, archive, tmp_path, monkeypatch):
     site.answers = [{"cut": 100_000}] + [{"status": 503}] * 5
     with pytest.raises(UserError, match="100,000 bytes are kept"):
         fetch(site, tmp_path)
@@ -167,96 +165,12 @@ def test_space_for_the_store_is_required_without_the_received_bytes(site, archiv
     free(missing - 1)
     with pytest.raises(UserError, match=r"0\.2 MB are needed, 0\.2 MB are free"):
         fetch(site, tmp_path)
-    free(missing + int(STORE_SHARE * len(archive)) - 1)
-    with pytest.raises(UserError, match=r"0\.7 MB are needed"):
-        download_store("cartpole", "rnd", tmp_path, url=site.url, **QUICK)
     free(missing)
     assert fetch(site, tmp_path).read_bytes() == archive
 
 
-@pytest.fixture
-def episodes_site(site, cartpole_zip):
-    """A server with an archive of three simulated episodes."""
-    site.files = {"/cartpole/rnd.zip": cartpole_zip.read_bytes()}
-    return site
-
-
-def test_an_archive_becomes_a_store(episodes_site, cartpole_zip, tmp_path, capsys):
-    episodes_site.answers = [{"cut": 10_000}]
-    calls = []
-    store = download_store(
-        "cartpole", "rnd", tmp_path, url=episodes_site.url, **QUICK,
-        import_progress=lambda *call: calls.append(call),
-    )  # fmt: skip
-    assert calls == [(1, 3), (2, 3), (3, 3)]
-    assert store.path == tmp_path / "cartpole" / "rnd.h5"
-    assert store.source == "cartpole/rnd.zip"
-    assert store.fingerprint == import_archive(cartpole_zip, tmp_path / "other.h5", "cartpole").fingerprint
-    assert names(tmp_path / "cartpole") == ["rnd.h5", "rnd.zip"]
-    # The second call deletes the archive.
-    asked = len(episodes_site.requests)
-    main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
-    message = capsys.readouterr()
-    assert f"{store.path}\ndataset" in message.out
-    assert "rnd.zip: removed" in message.err
-    assert names(tmp_path / "cartpole") == ["rnd.h5"]
-    main(command(episodes_site, tmp_path, "--import", "--delete-archive")[3:])
-    assert "already exists, imported from cartpole/rnd.zip" in capsys.readouterr().err
-    assert len(episodes_site.requests) == asked
-
-
-def test_the_archive_is_deleted_only_after_its_store_is_verified(episodes_site, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(command(episodes_site, tmp_path, "--delete-archive")[3:])
-    assert stop.value.code == 2
-    assert "--delete-archive: would keep nothing without --import" in capsys.readouterr().err
-    assert episodes_site.requests == []
-
-    def again():
-        return download_store("cartpole", "rnd", tmp_path, url=episodes_site.url, **QUICK, delete_archive=True)
-
-    assert again().num_episodes == 3
-    assert names(tmp_path) == ["rnd.h5"]
-    path = fetch(episodes_site, tmp_path)
-    whole = path.with_suffix(".h5").read_bytes()
-    place = whole.index(EpisodeStore(path.with_suffix(".h5")).episode(1)["physics"].tobytes())
-    path.with_suffix(".h5").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
-    with pytest.raises(UserError, match="episode 1 is damaged"):
-        again()
-    path.with_suffix(".h5").write_bytes(whole)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("buffer/episode_000007_1000.npz", b"one more")
-    with pytest.raises(UserError, match=r"rnd\.h5 was not imported from all of its episodes. Archive kept"):
-        again()
-    assert names(tmp_path) == ["rnd.h5", "rnd.zip"]
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"subset": Subset("first", 2)}, "2 of 3 episodes.* control_aware"),
-        ({"relabelling": "exorl_compat"}, "exorl_compat"),
-    ],
-)
-def test_a_store_with_other_import_settings_is_kept(how, message, episodes_site, cartpole_zip, tmp_path):
-    path = tmp_path / "cartpole" / "rnd.h5"
-    path.parent.mkdir()
-    import_archive(shutil.copy(cartpole_zip, path.with_suffix(".zip")), path, "cartpole", **how)
-    with pytest.raises(UserError, match=rf"rnd\.h5: holds .*{message} rewards, but this command imports all"):
-        download_store("cartpole", "rnd", tmp_path, url=episodes_site.url)
-    assert episodes_site.requests == []
-
-
-def test_a_store_of_other_data_is_kept(episodes_site, store, tmp_path):
-    path = tmp_path / "cartpole" / "rnd.h5"
-    path.parent.mkdir()
-    store.path.rename(path)
-    with pytest.raises(UserError, match=r"rnd\.h5: was imported from made/up\.zip .*, not from cartpole/rnd\.zip"):
-        download_store("cartpole", "rnd", tmp_path, url=episodes_site.url)
-    assert names(tmp_path) == ["rnd.h5"]
-
-
 def test_an_archive_that_cannot_be_imported_is_kept(site, tmp_path):
+    path = fetch(site, tmp_path)
     with pytest.raises(UserError, match="contains no episodes"):
-        download_store("cartpole", "rnd", tmp_path, url=site.url, **QUICK, delete_archive=True)
+        import_archive(path, path.with_suffix(".h5"), "cartpole")
     assert names(tmp_path) == ["rnd.zip"]
