@@ -68,6 +68,7 @@ class Work:
         """Whether all results exist, undamaged."""
         try:
             did = json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["did"]
+            did.pop("seconds", None)  # of cells that older versions finished
             if did.get("videos"):
                 did["videos"] = self.about.get("videos")  # videos that the plan no longer asks for do no harm
             results = read_records(self.folder / EVALUATION)
@@ -170,11 +171,6 @@ class Cell(Work):
 
     def _is_filmed(self, evaluation: Evaluation) -> bool:
         return bool(self.about["videos"]) and not evaluation.protocol.prompt_trajectories
-
-    def of_steps(self, steps: int) -> "Cell":
-        """Return the cell with another number of optimiser steps."""
-        optimiser = self.config.optimiser.model_copy(update={"steps": steps})
-        return dataclasses.replace(self, config=self.config.model_copy(update={"optimiser": optimiser}))
 
 
 class _Log(EvaluationProgress):
@@ -311,7 +307,6 @@ def _cell(
         "episodes": plan.episodes,
         "control": plan.control,
         "videos": plan.videos and seed == min(plan.seeds),
-        "seconds": plan.seconds if plan.budget == "time" else None,
         "data": fingerprint,
     }
     about |= {"variant": variant} if variant else {}
@@ -338,7 +333,7 @@ def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
     """Return the settings of a run, with the batch size or the steps of the budget."""
     config = TrainConfig.model_validate(settings)
     optimiser = {}
-    if plan.budget != "steps" and config.model.family.source == "contexts":
+    if plan.budget == "tokens" and config.model.family.source == "contexts":
         optimiser = {"batch_size": plan.trajectories_per_batch // config.context.trajectories}
     elif plan.budget == "tokens":  # as many timesteps in batches of transitions
         length = config.context.segment_steps or domain_of(config.task).episode_length

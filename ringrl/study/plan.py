@@ -14,7 +14,7 @@ from ringrl.config_files import merged, nested, one_line, read_yaml
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
-Budget = Literal["tokens", "steps", "time"]
+Budget = Literal["tokens", "steps"]
 _SHORT = ("data", "task", "tasks")
 
 
@@ -57,14 +57,11 @@ class AblationPlan(Section):
     """Methods without memory of other episodes, evaluated in single episodes."""
     budget: Budget = "tokens"
     """Training cost that all cells of a task share. tokens: timesteps of data. steps: optimiser steps with the batch
-    size of the settings (longer contexts then see more data). time: seconds of training, see `seconds`."""
-    seconds: float = Field(60.0, gt=0)
-    """Training time per cell for the budget time. Steps are timed before the first cell starts. The number of steps is
-    then fixed, so that the learning rate schedule can end and a run resumes exactly."""
+    size of the settings (longer contexts then see more data)."""
     trajectories_per_batch: int = Field(8, ge=1)
-    """Trajectories per optimiser step for the budgets tokens and time: a batch has trajectories_per_batch / n contexts
-    of n trajectories. td3 and td3+bc train on transitions. For the budget tokens, their number of steps follows from
-    the timesteps of the other methods."""
+    """Trajectories per optimiser step for the budget tokens: a batch has trajectories_per_batch / n contexts of n
+    trajectories. td3 and td3+bc train on transitions, and their number of steps follows from the timesteps of the other
+    methods."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of `ringrl train` for all cells, for example {model: {layers: 2}}. The settings of a method override
     them; settings without effect on any cell are rejected."""
@@ -132,7 +129,7 @@ class AblationPlan(Section):
         if self.variants_only and not self.variants:
             raise ValueError("variants_only: there are no variants; name at least one")
         for count in self.trajectories if self.methods else ():
-            if self.budget != "steps" and self.trajectories_per_batch % count:
+            if self.budget == "tokens" and self.trajectories_per_batch % count:
                 raise ValueError(f"{count} does not divide the {self.trajectories_per_batch} trajectories_per_batch")
         return self
 

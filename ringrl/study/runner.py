@@ -33,7 +33,7 @@ from ringrl.study.cluster import run_on_cluster
 from ringrl.study.plan import AblationPlan
 from ringrl.study.progress import AblationProgress
 from ringrl.study.timing import Timing, cost, cost_table, measure, read_timings, shape, write_timings
-from ringrl.training.run_folder import dataset_fingerprint, saved_configuration
+from ringrl.training.run_folder import dataset_fingerprint
 
 COMPILED = ".compiled"  # compiled programs, which all seeds share
 
@@ -70,14 +70,14 @@ def ablate(
     """
     everything, reference_work = _check(plan, options)
     with _locked(plan.output):
-        chosen, timings = _timed(plan, everything, reference_work, options, console)
-        work: list[Work] = [*reference_work, *chosen]
+        work: list[Work] = [*reference_work, *everything]
+        timings = _timed(plan, work, options, console)
         todo = [one for one in work if not one.is_finished and (options.retry or one.failure is None)]
         for one in todo:
             one.forget_failure()
         waiting = [cell for cell in todo if isinstance(cell, Cell)]
         if waiting:
-            finished = sum(cell.is_finished for cell in chosen)
+            finished = sum(cell.is_finished for cell in everything)
             console.print(cost_table(waiting, timings, finished, options.workers))
         estimates = {one.name: cost(one, timings).seconds if isinstance(one, Cell) else 0.0 for one in todo}
         failed = {one: why for one in work if (why := one.failure) is not None}
@@ -97,12 +97,12 @@ def estimate(plan: AblationPlan, console: Console, options: RunOptions = RunOpti
     """Print the remaining cost of a plan without running it. Timings are kept. Raise UserError as `ablate` does."""
     everything, reference_work = _check(plan, options)
     with _locked(plan.output):
-        chosen, timings = _timed(plan, everything, reference_work, options, Console(stderr=True))
-    waiting = [cell for cell in chosen if not cell.is_finished]
+        timings = _timed(plan, [*reference_work, *everything], options, Console(stderr=True))
+    waiting = [cell for cell in everything if not cell.is_finished]
     if waiting:
-        console.print(cost_table(waiting, timings, len(chosen) - len(waiting), options.workers))
+        console.print(cost_table(waiting, timings, len(everything) - len(waiting), options.workers))
     else:
-        console.print(f"all {len(chosen)} cells are finished")
+        console.print(f"all {len(everything)} cells are finished")
 
 
 def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Reference]]:
@@ -125,64 +125,35 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
             episodes_for_contexts(stores[config.task], config.task, config.context, config.seed, excluded=excluded)
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from error
-    if not options.timing and any(part.budget == "time" for part in plan.whole):
-        raise UserError("--untimed: the budget time needs timed steps; leave it out")
     if options.slurm is None:
         for task in {cell.config.task for cell in everything if cell.about["videos"]}:
             write_videos(task, {})  # none, but this fails if videos cannot be made
     return everything, references(plan, fingerprints)
 
 
-def _timed(
-    plan: AblationPlan,
-    everything: Sequence[Cell],
-    reference_work: Sequence[Reference],
-    options: RunOptions,
-    console: Console,
-) -> tuple[list[Cell], Mapping[str, Timing]]:
-    """Return the cells, with their steps if the budget is time, and all timings. Checks the folders."""
-    timings = read_timings(plan.output)
-    if options.slurm is None and options.timing:  # otherwise the cells run on another machine than this one
-        _time_new(everything, plan.output, options.workers, timings, console)
-    chosen = [_with_steps(cell, timings) for cell in everything]
-    for work in (*reference_work, *chosen):
-        work.check()
-    return chosen, timings
+def _timed(plan: AblationPlan, work: Sequence[Work], options: RunOptions, console: Console) -> Mapping[str, Timing]:
+    """Check the folders, time all kinds of cells that have no timing yet, and return all timings.
 
-
-def _time_new(cells: Sequence[Cell], output: Path, workers: int, timings: dict[str, Timing], console: Console) -> None:
-    """Time all kinds of cells that have no timing yet, and add them to the file and to `timings`.
-
-    For the budget time, all seeds must have the same number of steps. Every kind is therefore timed only once. Raise
-    UserError for a cell that cannot start.
+    Raise UserError for a cell that cannot start.
     """
-    waiting = [cell for cell in cells if not cell.is_finished]
+    for one in work:
+        one.check()
+    timings = read_timings(plan.output)
+    if options.slurm is not None or not options.timing:  # the cells run on another machine than this one
+        return timings
+    waiting = [one for one in work if isinstance(one, Cell) and not one.is_finished]
     new = list({name: cell for cell in waiting if (name := shape(cell)) not in timings}.values())
-    if not new:
-        return
-    console.print(f"timing a few steps of {len(new)} kinds of cells")
+    if new:
+        console.print(f"timing a few steps of {len(new)} kinds of cells")
     tasks = [partial(measure, cell) for cell in new]
-    for index, found in run_all(tasks, workers, output / COMPILED, lambda index: None):
+    for index, found in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: None):
         cell = new[index]
         if not isinstance(found, Timing):
             raise UserError(f"{cell.name}: cannot be trained or evaluated: {found}")
         timings[shape(cell)] = found
         console.print(f"timed {cell.name}", soft_wrap=True, markup=False, highlight=False)
-        write_timings(output, timings)
-
-
-def _with_steps(cell: Cell, timings: Mapping[str, Timing]) -> Cell:
-    """Return the cell with as many steps as its time allows, or with its own steps once it has begun."""
-    if cell.about["seconds"] is None:
-        return cell
-    if (cell.folder / "config.yaml").exists():
-        return cell.of_steps(saved_configuration(cell.folder).optimiser.steps)
-    if (timing := timings.get(shape(cell))) is None:
-        raise UserError(
-            f"{cell.name}: the budget time needs steps timed where the cells run; run `ringrl ablate` with --dry-run "
-            "on such a machine first"
-        )
-    return cell.of_steps(max(1, int(cell.about["seconds"] / timing.step)))
+        write_timings(plan.output, timings)
+    return timings
 
 
 def _outcomes(

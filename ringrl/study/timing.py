@@ -81,7 +81,7 @@ def write_timings(output: Path, timings: Mapping[str, Timing]) -> None:
 
 def measure(cell: Cell) -> Timing:
     """Return the timing of a cell, from a few steps in a temporary folder."""
-    short = cell.of_steps(STEPS).config
+    optimiser = cell.config.optimiser.model_copy(update={"steps": STEPS})
     with TemporaryDirectory(prefix="ringrl-") as folder:
         changes = {
             "run": Path(folder) / "run",
@@ -89,9 +89,10 @@ def measure(cell: Cell) -> Timing:
             "log_every": 1,
             "checkpoint_every": STEPS,
             "stop_after": None,
+            "optimiser": optimiser,
         }
         began = time.perf_counter()
-        run = train(short.model_copy(update=changes), quiet=True)
+        run = train(cell.config.model_copy(update=changes), quiet=True)
         whole = time.perf_counter() - began
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         step = median(1 / entry["steps_per_second"] for entry in entries[1:])

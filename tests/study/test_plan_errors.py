@@ -31,7 +31,7 @@ def plan_of(write_plan, **changes) -> AblationPlan:
         ({"baselines": ["at"]}, r"baselines\.0: .*'bc', 'bc-10%', 'bc-25%', 'bc-50%', 'dt', 'td3' or 'td3\+bc'"),
         ({"methods": ["dt"]}, r"methods\.0: .*'at' or 'ad'"),
         ({"methods": [], "baselines": []}, "name at least one"),
-        ({"budget": "money"}, "budget: .*'tokens', 'steps' or 'time'"),
+        ({"budget": "money"}, "budget: .*'tokens' or 'steps'"),
         ({"task": "walker_wlak"}, "walker_walk"),
         ({"tasks": ["walker_walk"]}, "data with task, or data with tasks"),
         ({"data": None}, "give datasets"),
