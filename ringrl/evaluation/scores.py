@@ -40,6 +40,14 @@ def score_or_none(task: str, value: float | None) -> float | None:
         return None
 
 
+def random_return(task: str) -> float | None:
+    """Return the mean return of random actions in a task; None if the domain has no such constant."""
+    try:
+        return domain_of(task).random_returns.get(task)
+    except UserError:
+        return None
+
+
 def stream_scores(returns: Float[np.ndarray, "streams episodes"], metric: Metric) -> Float[np.ndarray, " streams"]:
     """Return the first, last, mean or best return of each stream ("best" is the AT paper's best-of-n).
 

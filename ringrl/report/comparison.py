@@ -17,7 +17,7 @@ from rich.markup import escape
 from ringrl.config_files import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, number
-from ringrl.report.conclusion import judge, measured, starts_of_cells, with_shortcomings
+from ringrl.report.conclusion import claimed, judge, measured, starts_of_cells, with_shortcomings
 from ringrl.report.drawing import Chart, Drawing
 from ringrl.report.page import (
     DIFFERENCE_COLUMNS,
@@ -31,7 +31,16 @@ from ringrl.report.page import (
 )
 from ringrl.report.provenance import facts, run_folder
 from ringrl.report.results import CELL, UNKNOWN_RUN, read_results
-from ringrl.report.tables import beats_random, contrast, describe, ends, returns_table, run_scores, scores_of, summarise
+from ringrl.report.tables import (
+    contrast,
+    describe,
+    ends,
+    returns_table,
+    run_scores,
+    scores_of,
+    summarise,
+    tasks_like_random,
+)
 from ringrl.training.run_folder import flat
 
 CHANGE, WINS = f"B {MINUS} A", "P(B > A)"
@@ -66,7 +75,7 @@ class Comparison(NamedTuple):
     only_b: list[str]
     settings: pd.DataFrame  # Setting, A, B; where the two differ
     results: tuple[pd.DataFrame, pd.DataFrame]
-    has_policy: bool  # whether a policy clearly beats the random policy
+    like_random: list[str]  # tasks in which no policy clearly beats the random policy
 
 
 def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
@@ -99,8 +108,9 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
         [f"{cell['task']}: {describe(cell)}" for index, cell in table.iterrows() if index not in taken]
         for table, taken in zip(tables, zip(*matched, strict=True), strict=True)
     ]
-    settings, has_policy = _differences(*map(_settings, results)), any(map(beats_random, results, whole))
-    return Comparison(judge(pd.DataFrame(rows)), only_a, only_b, settings, results, has_policy)
+    like_random = set.intersection(*(set(tasks_like_random(*side)) for side in zip(results, whole, strict=True)))
+    settings = _differences(*map(_settings, results))
+    return Comparison(judge(pd.DataFrame(rows)), only_a, only_b, settings, results, sorted(like_random))
 
 
 def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, Group]:
@@ -130,14 +140,14 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
 
 def headline(found: Comparison) -> str:
     """Return the conclusion in one sentence."""
-    verdicts, claims = found.pairs["verdict"], []
+    pairs, claims = found.pairs.rename(columns={"Task": "task"}), []
     for verdict, claim in (("higher", "more"), ("lower", "less")):
-        if number_of := int((verdicts == verdict).sum()):
+        if number_of := claimed(pairs, verdict, found.like_random):
             claims.append(f"{claim} in {number_of}")
-    plural = "s" if len(verdicts) > 1 else ""
-    answer = f"B returns {' and '.join(claims)} of {len(verdicts)} comparison{plural} than A."
+    plural = "s" if len(pairs) > 1 else ""
+    answer = f"B returns {' and '.join(claims)} of {len(pairs)} comparison{plural} than A."
     answer = answer if claims else "It is not resolved which is better."
-    return with_shortcomings(answer, "which is better", found.pairs, found.has_policy)
+    return with_shortcomings(answer, "which is better", pairs, found.like_random)
 
 
 def cautions(pairs: pd.DataFrame) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ringrl.evaluation.formatting import number, p_value
 from ringrl.evaluation.statistics import LEVEL, holm
 from ringrl.methods import METHODS
 from ringrl.report.results import CELL, RUN, settings_of_any_length, usual_settings
@@ -42,7 +41,8 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     with its control. The longest context with each trained method without context, and with the same length of the
     method whose variant it is. Prompts: the longest with the shortest, from the same starts.
 
-    Columns: task, method, subject, compared, before, after, the columns of `measured` and `judge`, and sentence.
+    The largest difference comes first. Columns: task, method, subject, compared, before, after, and the columns of
+    `measured` and `judge`.
     """
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])
@@ -53,10 +53,7 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     rows += [_compare_methods(runs, cell, other) for cell, other in _rivals(table)]
     key = ["task", "method", "train_trajectories", "test_trajectories"]
     rows += [_compare_prompts(group) for _, group in prompts.groupby(key)]
-    columns = ["task", "method", "subject", "compared", "before", "after", *_MEASURED, "sentence"]
-    found = judge(pd.DataFrame(rows, columns=columns))
-    found["sentence"] += [in_words(row) for _, row in found.iterrows()]
-    return found
+    return judge(pd.DataFrame(rows, columns=["task", "method", "subject", "compared", "before", "after", *_MEASURED]))
 
 
 _MEASURED = ["change", "low", "high", "detectable", "p", "seeds", "paired"]
@@ -73,7 +70,7 @@ def measured(found: Contrast) -> dict[str, Any]:
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
-    """Add p_holm, corrected for all comparisons of the table, and the verdict.
+    """Add p_holm, corrected for all comparisons of the table, and the verdict. Sort by the size of the difference.
 
     The verdict is "higher" or "lower" if there are enough seeds, the corrected p-value is below LEVEL and the interval
     excludes zero. Otherwise it is "not resolved", or "not compared" without a difference.
@@ -82,45 +79,20 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     counts = (table["seeds"] >= ENOUGH_SEEDS) & (p_holm < LEVEL)
     cases = [table["change"].isna(), counts & (table["low"] > 0), counts & (table["high"] < 0)]
     verdict = np.select(cases, ["not compared", "higher", "lower"], "not resolved")
-    return table.assign(p_holm=p_holm, verdict=verdict)
-
-
-def in_words(row: pd.Series) -> str:
-    """Return the difference and the verdict of a row of `judge`; empty if nothing was compared."""
-    if row["verdict"] == "not compared":
-        return ""
-    change, low, high = (number(row[name], sign=True) for name in ("change", "low", "high"))
-    if row["seeds"] < 2:
-        return f"{change}, not resolved: one training seed has no interval."
-    seeds, p = f"{row['seeds']:.0f}", p_value(row["p_holm"])
-    found = f"{change} (95 % interval {low} to {high}, corrected p {p}, {seeds} training seeds)"
-    if row["verdict"] != "not resolved":
-        return f"{found}."
-    alone = " on its own" if row["p"] < LEVEL <= row["p_holm"] else ""
-    return f"{found}, not resolved: {seeds} seeds could have shown a difference of {number(row['detectable'])}{alone}."
+    table = table.assign(p_holm=p_holm, verdict=verdict)
+    return table.sort_values("change", key=np.abs, ascending=False, kind="stable", ignore_index=True)
 
 
 def _compare(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Any]:
     shortest, longest = ends_of_curve(cells)
-    of_context = " of context" if longest["train_trajectories"] == longest["test_trajectories"] else ""
-    prompt = longest["prompt_trajectories"]
-    prompted = f", after a prompt of {prompt} trajector{'y' if prompt == 1 else 'ies'}," if prompt else ""
-    claim = f"On {longest['task']} the {longest['method']}{prompted} returns"
-    where = f"{_when(longest)}{of_context}"
     if shortest.name != longest.name:
         found = contrast(scores_of(runs, longest), scores_of(runs, shortest))
-        if pd.notna(longest["control"]) and longest["test_trajectories"] > 1:
-            where += f" ({number(longest['control'])} with its memory reset before each episode)"
-        sentence = f"{claim} {number(found.levels[0])} {where} and {number(found.levels[1])} {_when(shortest)}: "
-        return _row(longest, "A longer context", _between(shortest, longest), found, sentence)
+        return _row(longest, "A longer context", _between(shortest, longest), found)
     kept, reset = (scores_of(paired, longest, memory=memory) for memory in (True, False))
     if longest["test_trajectories"] > 1 and len(kept):
-        found = contrast(kept, reset)
-        sentence = f"{claim} {number(found.levels[0])} {where} and {number(found.levels[1])} when its memory is reset "
         compared = f"memory reset to kept, {context_label(longest)}"
-        return _row(longest, "Memory across episodes", compared, found, f"{sentence}before each episode: ")
-    sentence = f"{claim} {number(longest['iqm'])} {where}. No other context length was measured."
-    return _row(longest, "Context", context_label(longest), None, sentence)
+        return _row(longest, "Memory across episodes", compared, contrast(kept, reset))
+    return _row(longest, "Context", context_label(longest), None)
 
 
 def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
@@ -138,34 +110,26 @@ def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
 
 def _compare_methods(runs: pd.DataFrame, cell: pd.Series, other: pd.Series) -> dict[str, Any]:
     found = contrast(scores_of(runs, cell), scores_of(runs, other))
-    sentence = (
-        f"On {cell['task']} the {cell['method']} returns {number(found.levels[0])} {_when(cell)}, and "
-        f"{other['method']} {number(found.levels[1])}: "
-    )
-    return _row(cell, RIVAL, f"{other['method']} to {context_label(cell)}", found, sentence)
+    return _row(cell, RIVAL, f"{other['method']} to {context_label(cell)}", found)
 
 
 def _compare_prompts(runs: pd.DataFrame) -> dict[str, Any]:
     few, many = runs["prompt_trajectories"].min(), runs["prompt_trajectories"].max()
     sides = [runs[runs["prompt_trajectories"] == length].set_index("run")["value"] for length in (many, few)]
-    found, cell = contrast(*sides), runs.iloc[0]
-    sentence = (
-        f"On {cell['task']} the {cell['method']} trained on {cell['train_trajectories']} returns "
-        f"{number(found.levels[0])} after a prompt of {many} trajectories and {number(found.levels[1])} after {few}: "
-    )
+    cell = runs.iloc[0]
     compared = f"prompt of {few} to {many}, trained on {cell['train_trajectories']}"
-    return _row(cell, "A longer prompt", compared, found, sentence)
+    return _row(cell, "A longer prompt", compared, contrast(*sides))
 
 
-def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None, sentence: str) -> dict[str, Any]:
+def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None) -> dict[str, Any]:
     row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
     if found is None:
-        return row | {"after": cell["iqm"], "seeds": 0, "paired": False, "sentence": sentence}
-    return row | {"before": found.levels[1], "after": found.levels[0], **measured(found), "sentence": sentence}
+        return row | {"after": cell["iqm"], "seeds": 0, "paired": False}
+    return row | {"before": found.levels[1], "after": found.levels[0], **measured(found)}
 
 
-def headline(found: pd.DataFrame, has_policy: bool) -> str:
-    """Return the conclusion in one sentence, from `verdicts` and `beats_random`."""
+def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:
+    """Return the conclusion in one sentence, from `verdicts` and `tasks_like_random`."""
     found = found[found["subject"] != RIVAL]
     if found.empty:
         return "No rollouts show whether context helps."
@@ -174,42 +138,45 @@ def headline(found: pd.DataFrame, has_policy: bool) -> str:
         return "Only one context length was measured."
     subjects = compared["subject"].unique()
     subject = subjects[0] if len(subjects) == 1 else "Context"
-    question = f"whether {subject[0].lower()}{subject[1:]} helps"
-    claims = []
+    question, claims = f"whether {subject[0].lower()}{subject[1:]} helps", []
     for verdict, claim in (("higher", "helps"), ("lower", "hurts")):
-        if rows := int((compared["verdict"] == verdict).sum()):
+        if rows := claimed(compared, verdict, like_random):
             part = f" in {'all' if rows == len(compared) else f'{rows} of'} {len(compared)}"
             claims.append(claim + part if len(compared) > 1 else claim)
     plural = " comparisons" if len(compared) > 1 else ""
     answer = f"{subject} {' and '.join(claims)}{plural}." if claims else f"It is not resolved {question}."
-    return with_shortcomings(answer, question, compared, has_policy)
+    return with_shortcomings(answer, question, compared, like_random)
 
 
-def against_rivals(found: pd.DataFrame) -> str:
-    """Return on how many tasks a policy with context beats all that `verdicts` compares it with; empty if unknown."""
-    rivals = found[found["subject"] == RIVAL]
+def against_rivals(found: pd.DataFrame, like_random: Sequence[str]) -> str:
+    """Return where a policy with context clearly beats all that `verdicts` compares it with; empty if unknown."""
+    rivals = found[(found["subject"] == RIVAL) & ~found["task"].isin(like_random)]
     if not (rivals["seeds"] >= ENOUGH_SEEDS).any():
         return ""
     wins = (rivals["verdict"] == "higher").groupby([rivals["task"], rivals["method"]]).all().groupby("task").any()
-    where = wins.index[0] if len(wins) == 1 else f"{wins.sum() if wins.any() else 'any'} of {len(wins)} tasks"
-    does = "returns" if wins.any() else "does not return"
-    return f"A policy with context {does} more than every method that it is compared with on {where}."
+    where = wins.index[0] if len(wins) == 1 else f"{wins.sum() or 'any'} of {len(wins)} tasks"
+    who = "A" if wins.any() else "No"
+    return f"{who} policy with context clearly returns more than every method that it is compared with on {where}."
 
 
-def with_shortcomings(answer: str, question: str, compared: pd.DataFrame, has_policy: bool) -> str:
-    """Return a headline that first says whether seeds are too few or no policy beats the random policy."""
-    few = int((compared["seeds"] < ENOUGH_SEEDS).sum())
-    if few == len(compared):
+def claimed(compared: pd.DataFrame, verdict: str, like_random: Sequence[str]) -> int:
+    """Return the number of comparisons with a verdict, on tasks where some policy clearly beats the random policy."""
+    return int(((compared["verdict"] == verdict) & ~compared["task"].isin(like_random)).sum())
+
+
+def with_shortcomings(answer: str, question: str, compared: pd.DataFrame, like_random: Sequence[str]) -> str:
+    """Return a headline that first says where seeds are too few or no policy beats the random policy."""
+    few = compared["seeds"] < ENOUGH_SEEDS
+    like = compared["task"].isin(like_random) & ~few
+    if few.all():
         return f"Fewer than {ENOUGH_SEEDS} training seeds a side cannot show {question}."
-    if not has_policy:
-        return f"No policy clearly beats the random policy, so these results cannot show {question}."
-    has = f"{few} of {len(compared)} comparisons {'has' if few == 1 else 'have'}"
-    return f"{has} fewer than {ENOUGH_SEEDS} training seeds a side. {answer}" if few else answer
-
-
-def _when(cell: pd.Series) -> str:
-    train, test = int(cell["train_trajectories"]), int(cell["test_trajectories"])
-    return f"with {context_label(cell)}" if train == test else f"when trained on {train} and rolled out for {test}"
+    has = f"{few.sum()} of {len(few)} comparisons {'has' if few.sum() == 1 else 'have'}"
+    first = f"{has} fewer than {ENOUGH_SEEDS} training seeds a side. " if few.any() else ""
+    if (few | like).all():
+        return f"{first}No policy clearly beats the random policy, so these results cannot show {question}."
+    if like.any():
+        first += f"No policy clearly beats the random policy on {', '.join(sorted(set(compared['task'][like])))}. "
+    return first + answer
 
 
 def _between(shortest: pd.Series, longest: pd.Series) -> str:

@@ -28,10 +28,10 @@ from ringrl.report.results import read_results
 from ringrl.report.tables import (
     QUANTILES,
     RETURNS,
-    beats_random,
     data_table,
     improvement_table,
     returns_table,
+    tasks_like_random,
     training_table,
 )
 
@@ -157,6 +157,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     correlations = loss_correlations(held_out)
     charts = all_charts(read, table, losses, held_out)
     verdicts, improvement = conclusion.verdicts(read, table), improvement_table(read, table)
+    like_random = tasks_like_random(read, table)
     training, videos = training_table(read, runs), provenance.videos(read)
     warnings = [
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
@@ -168,8 +169,8 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     columns = _used(RETURN_COLUMNS, shown)
     page = render(
         "report.html",
-        headline=conclusion.headline(verdicts, beats_random(read, table)),
-        against_rivals=conclusion.against_rivals(verdicts),
+        headline=conclusion.headline(verdicts, like_random),
+        against_rivals=conclusion.against_rivals(verdicts, like_random),
         verdicts=verdicts,
         comparison_columns=COMPARISON_COLUMNS,
         warnings=[sentence for sentence in warnings if sentence],
@@ -193,7 +194,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         styles=styles(table),
     )
     files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
-    files |= table_files("comparisons", verdicts.drop(columns="sentence"), COMPARISON_COLUMNS) if len(verdicts) else {}
+    files |= table_files("comparisons", verdicts, COMPARISON_COLUMNS) if len(verdicts) else {}
     files |= table_files("improvement", improvement, IMPROVEMENT_COLUMNS) if len(improvement) else {}
     files |= table_files("held_out_loss", correlations, CORRELATION_COLUMNS) if len(correlations) else {}
     files |= table_files("training", training, TRAINING_COLUMNS) if len(training) else {}

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ringrl.evaluation.scores import score_or_none
+from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.evaluation.statistics import (
     LEVEL,
     Estimate,
     MeanTest,
     difference,
     estimate,
+    holm,
     interquartile_mean,
     mean_test,
     probability_of_improvement,
@@ -242,20 +243,23 @@ def levels(table: pd.DataFrame, task: str) -> pd.DataFrame:
     return rows.loc[sorted(rows.groupby("method", sort=False)["episodes"].idxmax())]
 
 
-def beats_random(results: pd.DataFrame, table: pd.DataFrame) -> bool:
-    """Return whether some policy clearly beats the random policy; True if no random policy was measured.
+def tasks_like_random(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+    """Return the tasks in which no policy clearly beats the random policy.
 
-    A policy does if the p-value of its runs against the return of the random policy, times the number of policies, is
-    below LEVEL. The random policy has no training runs, so its return counts as known.
+    A policy does if the p-value of its runs against the return of the random policy, corrected for all policies (Holm),
+    is below LEVEL. The random policy has no training runs, so its return counts as known. If it was not measured, the
+    constant of the domain counts. Tasks without either are left out.
     """
-    runs, known = run_scores(results), table[table["family"] == "random"].groupby("task")["iqm"].first()
-    is_policy = table["task"].isin(known.index) & ~table["family"].isin(["random", "data"])
-    p_values = []
-    for _, cell in table[is_policy].iterrows():
+    runs, measured = run_scores(results), table[table["family"] == "random"].dropna(subset="iqm").groupby("task")["iqm"]
+    policies = table[table["kind"].isin(["context", "reference"]) & (table["family"] != "random")]
+    known = {task: random_return(task) for task in policies["task"]} | measured.first().to_dict()
+    policies, p_values = policies[policies["task"].map(known).notna()], []
+    for _, cell in policies.iterrows():
         scores = scores_of(runs, cell).to_numpy(np.float64)
         test = mean_test(scores, np.full_like(scores, known[cell["task"]]), paired=True)
         p_values.append(test.p_value if test and test.difference > 0 else 1.0)
-    return known.empty or min(p_values, default=1.0) * len(p_values) < LEVEL
+    clear = policies["task"][holm(np.array(p_values)) < LEVEL]
+    return sorted({*policies["task"]} - {*clear})
 
 
 def improvement_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def test_no_direction_where_no_policy_beats_random(make_ablation, write_results)
     assert headline(compare(*paths)) == (
         "No policy clearly beats the random policy, so these results cannot show which is better."
     )
-    assert headline(compare(*paths)._replace(has_policy=True)) == "B returns more in 2 of 4 comparisons than A."
+    assert headline(compare(*paths)._replace(like_random=[])) == "B returns more in 2 of 4 comparisons than A."
 
 
 def test_the_same_runs_prompted_are_compared_run_by_run(make_rollouts, write_results):

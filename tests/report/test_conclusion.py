@@ -15,7 +15,7 @@ from ringrl.report.conclusion import (
     verdicts,
 )
 from ringrl.report.results import tabulate
-from ringrl.report.tables import beats_random, prompt_returns, returns_table
+from ringrl.report.tables import prompt_returns, returns_table, tasks_like_random
 from ringrl.training.budget import Budget
 
 
@@ -26,9 +26,10 @@ class Summary:
         results = tabulate(records)
         table = returns_table(results)
         found = verdicts(results, table)
-        self.headline = headline(found, beats_random(results, table))
+        self.like_random = tasks_like_random(results, table)
+        self.headline = headline(found, self.like_random)
         self.verdicts = found[found["subject"] != RIVAL].to_dict("records")
-        self.rivals, self.against_rivals = found[found["subject"] == RIVAL], against_rivals(found)
+        self.rivals, self.against_rivals = found[found["subject"] == RIVAL], against_rivals(found, self.like_random)
         self.warnings = starts_warning(results, table), settings_warning(results, table)
         self.starts = starts_facts(results, table)
 
@@ -40,14 +41,11 @@ def test_context_that_helps(make_ablation):
     assert verdict["verdict"] == "higher"
     # n=4: 600 + 1 (streams) + 2 (middle seed) + 15 (gain over four episodes); n=1: 403
     assert (verdict["before"], verdict["after"]) == (pytest.approx(403), pytest.approx(618))
-    assert verdict["sentence"] == (
-        "On cartpole_swingup the Agentic Transformer returns 618 with 4 trajectories of context (393 with its memory "
-        "reset before each episode) and 403 with 1 trajectory: +215 (95 % interval +215 to +215, corrected p below "
-        "0.001, 5 training seeds)."
-    )
+    assert (verdict["compared"], verdict["seeds"]) == ("1 trajectory to 4 trajectories", 5)
+    assert [verdict[name] for name in ("change", "low", "high")] == pytest.approx([215] * 3)
 
 
-@pytest.mark.parametrize(("level", "answer"), [(300.0, "returns"), (395.0, "does not return")])
+@pytest.mark.parametrize(("level", "answer"), [(300.0, "A policy"), (395.0, "No policy")])
 def test_a_context_is_compared_with_methods_without_one(make_rollouts, level: float, answer: str):
     """Noise of 20 between seeds; the control of a variant is the method without it."""
     records = []
@@ -71,8 +69,10 @@ def test_a_context_is_compared_with_methods_without_one(make_rollouts, level: fl
         (variant, "Agentic Transformer to 4 trajectories"): "not resolved",
     }
     assert found.against_rivals == (
-        f"A policy with context {answer} more than every method that it is compared with on cartpole_swingup."
+        f"{answer} with context clearly returns more than every method that it is compared with on cartpole_swingup."
     )
+    changes = found.rivals["change"].abs().tolist()
+    assert changes == sorted(changes, reverse=True), "the largest difference comes first"
 
 
 def test_rolled_out_for_one_length_the_training_lengths_are_compared(make_rollouts):
@@ -82,8 +82,7 @@ def test_rolled_out_for_one_length_the_training_lengths_are_compared(make_rollou
             records += make_rollouts(4, seed, level + seed, gain=10.0, train_trajectories=trained)
     found = Summary(records)
     (verdict,) = found.verdicts
-    expected = "returns 518 with 4 trajectories of context and 118 when trained on 1 and rolled out for 4: +400"
-    assert expected in verdict["sentence"]
+    assert (verdict["before"], verdict["after"]) == (pytest.approx(118), pytest.approx(518))
     assert verdict["compared"] == "trained on 1 to 4, rolled out for 4"
 
 
@@ -93,20 +92,17 @@ def test_trained_on_one_length_the_rollouts_are_compared(make_rollouts):
         for rolled_out, level in ((2, 100.0), (8, 500.0)):
             records += make_rollouts(rolled_out, seed, level + seed, train_trajectories=4)
     (verdict,) = Summary(records).verdicts
-    assert "returns 503 when trained on 4 and rolled out for 8 and 103 when" in verdict["sentence"]
+    assert (verdict["before"], verdict["after"]) == (pytest.approx(103), pytest.approx(503))
     assert verdict["compared"] == "trained on 4, rolled out for 2 to 8"
 
 
 def test_where_the_same_runs_are_compared_so_are_their_levels(make_rollouts):
-    """A third seed, of the shorter rollouts alone, is no part of what the sentence compares."""
+    """A third seed, of the shorter rollouts alone, is no part of the comparison."""
     short = [r for seed, level in ((0, 100), (1, 200), (2, 900)) for r in rolled(make_rollouts, 1, seed, level)]
     long = [r for seed, level in ((0, 150), (1, 250)) for r in rolled(make_rollouts, 4, seed, level)]
     (verdict,) = Summary([*short, *long]).verdicts
     assert (verdict["before"], verdict["after"], verdict["change"]) == (151, 201, pytest.approx(50))
-    assert (
-        "returns 201 with 4 trajectories of context and 151 when trained on 4 and rolled out for 1"
-        in verdict["sentence"]
-    )
+    assert verdict["compared"] == "trained on 4, rolled out for 1 to 4"
 
 
 def rolled(make_rollouts, test: int, seed: int, level: float):
@@ -118,7 +114,7 @@ def rolled(make_rollouts, test: int, seed: int, level: float):
 def test_context_that_hurts(make_ablation):
     found = Summary(make_ablation(step=-100))
     assert found.headline == "A longer context hurts."
-    assert "−" in found.verdicts[0]["sentence"]  # noqa: RUF001 (a true minus sign)
+    assert found.verdicts[0]["change"] < 0
 
 
 def noisy(make_rollouts, gain: float, seeds: int, **changes):
@@ -137,9 +133,6 @@ def test_a_difference_within_the_noise_is_not_resolved(make_rollouts):
     (verdict,) = found.verdicts
     # The standard deviation of six differences of +-20 is 20 sqrt(6 / 5), so the standard error is 8.94; 2.571 + 0.920.
     assert (verdict["verdict"], verdict["detectable"]) == ("not resolved", pytest.approx(31.2, abs=0.05))
-    assert verdict["sentence"].endswith(
-        "6 training seeds), not resolved: 6 seeds could have shown a difference of 31.2."
-    )
 
 
 def test_a_difference_beyond_the_noise_has_a_direction(make_rollouts):
@@ -154,10 +147,7 @@ def test_fewer_than_four_seeds_never_have_a_direction(seeds, step, make_ablation
     assert found.headline == "Fewer than 4 training seeds a side cannot show whether a longer context helps."
     (verdict,) = found.verdicts
     assert verdict["verdict"] == "not resolved"
-    assert not any(word in verdict["sentence"] for word in ("helps", "hurts", "higher", "lower"))
-    assert (
-        ("one training seed has no interval" in verdict["sentence"]) == (seeds == 1) == np.isnan(verdict["detectable"])
-    )
+    assert np.isnan([verdict["low"], verdict["detectable"]]).tolist() == [seeds == 1] * 2
 
 
 def test_few_seeds_of_some_comparisons_are_named_first(make_ablation):
@@ -176,15 +166,38 @@ def test_without_a_policy_that_beats_random_there_is_no_direction(make_ablation,
     assert Summary([*records, *high]).headline == (
         "No policy clearly beats the random policy, so these results cannot show whether a longer context helps."
     )
+    weak = [r.model_copy(update={"returns": tuple(x / 100 for x in r.returns)}) for r in records if r.method == "at"]
+    assert Summary(weak).like_random == ["cartpole_swingup"], "known without a measurement: 15 to 20"
+
+
+def test_only_tasks_with_a_policy_that_beats_random_count(make_ablation):
+    """A longer context helps on both tasks, and the cloned policy loses on both; on one all are worse than random."""
+    records = [*make_ablation(), *make_ablation(task="walker_walk")]
+    raised = [
+        record.model_copy(update={"returns": (2000.0,)})
+        if (record.task, record.method) == ("walker_walk", "random") else record
+        for record in records
+    ]  # fmt: skip
+    found = Summary(raised)
+    assert found.headline == (
+        "No policy clearly beats the random policy on walker_walk. A longer context helps in 1 of 2 comparisons."
+    )
+    assert found.against_rivals.endswith("compared with on cartpole_swingup.")
+    everywhere = [r.model_copy(update={"returns": (2000.0,)}) if r.method == "random" else r for r in records]
+    assert Summary(everywhere).against_rivals == ""
+    assert Summary(records).headline == "A longer context helps in all 2 comparisons."
 
 
 def test_the_whole_table_is_corrected():
     """A p-value of 0.02 counts alone, and not as the larger of three."""
     row = {"change": 50.0, "low": 10.0, "high": 90.0, "seeds": 5, "p": 0.02}
     assert judge(pd.DataFrame([row]))["verdict"].tolist() == ["higher"]
-    found = judge(pd.DataFrame([row, row | {"p": 0.9}, row | {"p": 0.001}, row | {"p": np.nan, "change": np.nan}]))
-    assert found["p_holm"].tolist()[:3] == pytest.approx([0.04, 0.9, 0.003])
-    assert found["verdict"].tolist() == ["higher", "not resolved", "higher", "not compared"]
+    none = {"p": np.nan, "change": np.nan}
+    lower = {"p": 0.001, "change": -60.0, "low": -90.0, "high": -9.0}
+    found = judge(pd.DataFrame([row | none, row, row | {"p": 0.9}, row | lower]))
+    assert found["change"].tolist()[:3] == [-60, 50, 50], "the largest difference first, whatever its sign"
+    assert found["p_holm"].tolist()[:3] == pytest.approx([0.003, 0.04, 0.9])
+    assert found["verdict"].tolist() == ["lower", "higher", "not resolved", "not compared"]
     assert judge(pd.DataFrame([row] * 3))["verdict"].tolist() == ["not resolved"] * 3
     across_zero = judge(pd.DataFrame([row | {"low": -1.0}]))
     assert across_zero["verdict"].tolist() == ["not resolved"], "the interval must exclude zero too"
@@ -204,9 +217,7 @@ def test_memory_is_told_from_the_starts_that_have_a_control(make_rollouts):
     records += [record.model_copy(update={"context": False}) for record in records]
     records += make_rollouts(2, 3, 900)
     found = Summary(records)
-    assert (
-        "returns 101 with 2 trajectories of context and 101 when its memory is reset" in found.verdicts[0]["sentence"]
-    )
+    assert (found.verdicts[0]["before"], found.verdicts[0]["after"]) == (101, 101)
 
 
 def test_one_length_is_judged_by_its_control(make_rollouts):
@@ -216,10 +227,9 @@ def test_one_length_is_judged_by_its_control(make_rollouts):
     found = Summary(records)
     # Seeds differ by 100 and the gain of each is 20, so only a comparison paired by seed can find it.
     assert found.headline == "Memory across episodes helps."
-    assert (
-        "returns 751 with 4 trajectories of context and 731 when its memory is reset" in found.verdicts[0]["sentence"]
-    )
-    assert "+20.0" in found.verdicts[0]["sentence"]
+    (verdict,) = found.verdicts
+    assert (verdict["compared"], verdict["change"]) == ("memory reset to kept, 4 trajectories", pytest.approx(20))
+    assert (verdict["before"], verdict["after"]) == (731, 751)
 
 
 def test_one_length_without_control(make_rollouts):
@@ -257,7 +267,6 @@ def test_rollouts_that_all_have_the_same_prompt_are_compared_by_context(make_rol
     found = Summary(records)
     (verdict,) = found.verdicts
     assert verdict["change"] == pytest.approx(200)
-    assert "the Agentic Transformer, after a prompt of 2 trajectories, returns 403 with" in verdict["sentence"]
     assert found.headline == "A longer context helps."
     unlike = [r for n in (2, 4) for r in make_rollouts(n, 0, 1.0, prompt_trajectories=n, prompt_seed=0)]
     assert Summary(unlike).headline == "No rollouts show whether context helps."
@@ -283,7 +292,7 @@ def test_prompts_are_compared_run_by_run(make_rollouts, changed, name):
     verdict = Summary(records).verdicts[-1]
     assert (verdict["subject"], verdict["paired"], verdict["verdict"]) == ("A longer prompt", True, "higher")
     assert (verdict["change"], verdict["compared"]) == (pytest.approx(40), "prompt of 0 to 3, trained on 4")
-    assert "returns 291 after a prompt of 3 trajectories and 251 after 0: +40.0" in verdict["sentence"]
+    assert (verdict["before"], verdict["after"]) == (251, 291)
     controls = [
         record
         for seed in range(6)
