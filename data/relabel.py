@@ -8,6 +8,7 @@ quantities that the rewards need, and the reward functions run once over all sta
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +40,7 @@ def relabel(
     Raises:
         UserError: unknown task, widths that are not the domain's, unequal lengths, or rows that are not finite.
     """
-    return relabel_all(domain_of(task).name, physics, action)[task]
+    return relabel_all(domain_of(task).name, physics, action, tasks=(task,))[task]
 
 
 def relabel_all(
@@ -47,12 +48,13 @@ def relabel_all(
     physics: Float64[np.ndarray, "time physics"],
     action: Float32[np.ndarray, "time action"],
     relabelling: Relabelling = "control_aware",
+    tasks: Sequence[str] | None = None,
 ) -> dict[str, Float32[np.ndarray, " time"]]:
-    """Return the rewards of a recorded episode for every task of its domain, in one pass over the states.
+    """Return the rewards of a recorded episode for several tasks of its domain, in one pass over the states.
 
-    Arguments, rows and errors are as in `relabel`. The keys are the full task names. With `relabelling` "exorl_compat",
-    rewards are computed with zero control, as in ExoRL's own code: too high in the dense cartpole tasks and the maze,
-    and equal in other tasks.
+    Arguments, rows and errors are as in `relabel`. The keys are the full task names, by default all of the domain. With
+    `relabelling` "exorl_compat", rewards are computed with zero control, as in ExoRL's own code: too high in the dense
+    cartpole tasks and the maze, and equal in other tasks.
     """
     facts = domain_named(domain)
     _check(facts, physics, action)
@@ -66,7 +68,7 @@ def relabel_all(
     sensors = np.array(rows)
     if relabelling == "exorl_compat":
         action = np.zeros_like(action)
-    rewards = {task: simulation.reward(task, sensors, action).astype(np.float32) for task in facts.tasks}
+    rewards = {task: simulation.reward(task, sensors, action).astype(np.float32) for task in tasks or facts.tasks}
     for reward in rewards.values():
         reward[0] = 0
     return rewards

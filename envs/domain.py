@@ -56,6 +56,7 @@ class Domain:
         records_all_tasks: whether archives record the rewards of all tasks, one column each, instead of one task's.
         random_returns: full task name -> mean return of uniform random actions, by benchmarks/random_returns.py with
             dm_control 1.0.50 and MuJoCo 3.17.0. Normalised scores are 0 there.
+        has_more: returns whether a name is a task beyond `tasks`, for tasks with numbers in their names.
         camera: the camera of videos.
         goals: the goal positions; None if the tasks' rewards depend on more than a position.
     """
@@ -69,6 +70,7 @@ class Domain:
     control_timestep: float
     records_all_tasks: bool = field(default=False, kw_only=True)
     random_returns: Mapping[str, float] = field(default_factory=dict, kw_only=True, hash=False)
+    has_more: Callable[[str], bool] | None = field(default=None, kw_only=True)
     camera: Camera | None = field(default=None, kw_only=True)
     goals: GoalSpace | None = field(default=None, kw_only=True, hash=False)
 
@@ -76,6 +78,10 @@ class Domain:
     def reference_return(self) -> float:
         """Return the upper bound of an episode's return, where normalised scores are 100: 1 per step."""
         return float(self.episode_length)
+
+    def has_task(self, name: str) -> bool:
+        """Return whether the domain has this task. Raises UserError for a goal that cannot be reached."""
+        return name in self.tasks or (self.has_more is not None and self.has_more(name))
 
     def recorded_tasks(self, task: str) -> tuple[str, ...]:
         """Return the tasks whose rewards an archive of `task` records, one per column of its float32 reward."""

@@ -3,6 +3,7 @@
 ExoRL draws the starts from NumPy's global generator. Here they depend on the seed, as in every other domain.
 """
 
+import re
 from importlib import resources
 from typing import Any
 
@@ -11,6 +12,7 @@ from dm_control.utils.rewards import tolerance
 
 from ringrl.envs.domain import Camera, Domain
 from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
+from ringrl.errors import UserError
 
 _GOAL_RADIUS = 0.015  # metres
 _START_LOWER, _START_UPPER = (-0.29, 0.15), (-0.15, 0.29)  # corner of the top left room, metres
@@ -24,6 +26,33 @@ GOALS = {
 }
 """Full task name -> goal position, metres."""
 
+_ANY_GOAL = re.compile(r"point_mass_maze_reach\((-?\d*\.?\d+),(-?\d*\.?\d+)\)")
+_ROOMS = (0.03, 0.28)  # distance of a goal from both axes, metres
+
+
+def goal_of(task: str) -> tuple[float, float, float] | None:
+    """Return the goal position of a task in metres, None for another name.
+
+    Besides the four tasks of ExoRL there is one for every place in the rooms: "point_mass_maze_reach(-0.1,0.25)".
+
+    Raises:
+        UserError: the place is not in a room.
+    """
+    if task in GOALS:
+        return GOALS[task]
+    match = _ANY_GOAL.fullmatch(task)
+    if match is None:
+        return None
+    x, y = map(float, match.groups())
+    if not all(_ROOMS[0] <= abs(distance) <= _ROOMS[1] for distance in (x, y)):
+        raise UserError(f"{task}: is not in a room; choose places {_ROOMS[0]} to {_ROOMS[1]} m from both axes")
+    return x, y, 0.01
+
+
+def _is_goal(task: str) -> bool:
+    return goal_of(task) is not None
+
+
 POINT_MASS_MAZE = Domain(
     name="point_mass_maze",
     tasks=tuple(GOALS),
@@ -31,6 +60,7 @@ POINT_MASS_MAZE = Domain(
     records_all_tasks=True,
     # 10 seeds x 100 episodes: standard error at most 11 % (only starts near the goal of the same room reach it).
     random_returns=dict(zip(GOALS, (22.9, 0.0, 0.0, 0.0), strict=True)),
+    has_more=_is_goal,
     camera=Camera(center=(0, 0, 0), distance=0.86, elevation=-90),
 )  # fmt: skip
 
@@ -47,7 +77,7 @@ class PointMassMazeSimulation(Simulation):
 
         model = (resources.files("ringrl.envs") / "point_mass_maze.xml").read_text(encoding="utf-8")
         physics = dm_mujoco.Physics.from_xml_string(model, common.ASSETS)
-        physics.named.model.site_pos["goal"] = GOALS[self.task]
+        physics.named.model.site_pos["goal"] = goal_of(self.task)
         return physics
 
     def start(self, random: np.random.RandomState) -> None:
@@ -63,7 +93,7 @@ class PointMassMazeSimulation(Simulation):
     @staticmethod
     def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
         """Return 1 within 1.5 cm of the goal, falling to 0.1 at 3 cm; full controls cost a fifth."""
-        distance = np.linalg.norm(sensors - np.array(GOALS[task]), axis=-1)
+        distance = np.linalg.norm(sensors - np.array(goal_of(task)), axis=-1)
         near_goal = tolerance(distance, bounds=(0, _GOAL_RADIUS), margin=_GOAL_RADIUS)
         control = np.asarray(action, np.float64)
         control_reward = tolerance(control, margin=1, value_at_margin=0, sigmoid="quadratic").mean(axis=-1)

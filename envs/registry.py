@@ -46,7 +46,7 @@ def domain_of(task: str) -> Domain:
         UserError: no domain has the task; the message lists similar names.
     """
     for domain in DOMAINS.values():
-        if task in domain.tasks:
+        if domain.has_task(task):
             return domain
     raise UserError(f"unknown task {task!r}; {_suggestion(task, TASKS)}")
 

@@ -93,6 +93,7 @@ def import_archive(
     relabelling: Relabelling = "control_aware",
     subset: Subset = ALL,
     on_damaged: OnDamaged = "stop",
+    tasks: Sequence[str] | None = None,
 ) -> EpisodeStore:
     """Import a zip archive or folder in ExoRL's layout into a new episode store and open it.
 
@@ -112,6 +113,7 @@ def import_archive(
         subset: the episodes to import.
         on_damaged: "stop" at the first file that is not a whole episode of `domain`, or "skip" such files and record
             their number and the first reasons.
+        tasks: full task names, whose rewards are computed and stored. None: all of the domain.
 
     Raises:
         UserError: bad input, another existing destination, a full disk, a worker process that died.
@@ -119,7 +121,11 @@ def import_archive(
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, at least 1 is needed")
     destination = linked(Path(destination))
-    plan = _plan(Path(source), destination, domain_named(domain), relabelling, subset, on_damaged)
+    facts = domain_named(domain)
+    tasks = tuple(dict.fromkeys(tasks or facts.tasks))
+    if unknown := [task for task in tasks if not facts.has_task(task)]:
+        raise UserError(f"--tasks: {unknown[0]} is not a task of {domain}; choose from {', '.join(facts.tasks)}")
+    plan = _plan(Path(source), destination, facts, tasks, relabelling, subset, on_damaged)
     if not overwrite and (store := _finished_before(plan, on_damaged)):
         return store
     refuse_taken(destination, overwrite=overwrite)
@@ -130,7 +136,13 @@ def import_archive(
 
 
 def _plan(
-    source: Path, destination: Path, domain: Domain, relabelling: Relabelling, subset: Subset, on_damaged: OnDamaged
+    source: Path,
+    destination: Path,
+    domain: Domain,
+    tasks: tuple[str, ...],
+    relabelling: Relabelling,
+    subset: Subset,
+    on_damaged: OnDamaged,
 ) -> ImportPlan:
     with Archive(source, domain) as archive:
         chosen = subset.choose(len(archive.members), domain.episode_length)
@@ -153,13 +165,13 @@ def _plan(
             subset=subset.describe(len(chosen), len(archive.members)),
         )
         stamps = archive.stamps()
-        facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), members, stamps]
+        facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), members, stamps, tasks]
     return ImportPlan(
         source=source,
         destination=destination,
         members=tuple(members),
         misfits=tuple(misfits),
-        layout=Layout(domain, domain.tasks, [member.length for member in members]),
+        layout=Layout(domain, tasks, [member.length for member in members]),
         provenance=provenance,
         relabelling=relabelling,
         changed=max(stamp for _, _, stamp in stamps) if source.is_dir() else 0,
@@ -170,7 +182,9 @@ def _plan(
 def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | None:
     """Return the existing store if it is the result of this plan."""
     store = finished_store(plan.destination, plan.provenance, may_skip=on_damaged == "skip")
-    if store is None or store.domain != plan.layout.domain.name or store.path.stat().st_mtime_ns < plan.changed:
+    if store is None or (store.domain, store.tasks) != (plan.layout.domain.name, plan.layout.tasks):
+        return None
+    if store.path.stat().st_mtime_ns < plan.changed:
         return None
     return store if store.num_episodes + store.provenance.num_skipped == len(plan.members + plan.misfits) else None
 

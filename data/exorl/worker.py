@@ -68,11 +68,12 @@ class EpisodeImporter:
             except UserError as error:
                 return str(error)
             domain, physics, action = plan.layout.domain.name, episode["physics"], episode["action"]
-            rewards = relabel_all(domain, physics, action, plan.relabelling)
+            rewards = relabel_all(domain, physics, action, plan.relabelling, plan.layout.tasks)
             relabelled = {reward_key(name): reward for name, reward in rewards.items()}
             record = self._store.write(index, episode | relabelled)
             if plan.relabelling != "control_aware":
-                rewards = relabel_all(domain, physics, action)  # recorded rewards depend on the control
+                # Recorded rewards depend on the control.
+                rewards = relabel_all(domain, physics, action, tasks=plan.layout.tasks)
             recorded = episode["reward"]
             matches = [name for name, reward in rewards.items() if np.abs(reward - recorded[:, 0]).max() <= SAME_REWARD]
             return Imported(record, tuple(matches), bool(recorded.any()))

@@ -98,7 +98,7 @@ class EpisodeStore:
                 self.facts = domain_named(self.domain)
             self.observation_size, self.action_size = self.facts.observation_size, self.facts.action_size
             tasks = json.loads(_read_text(file, "tasks"))
-            if not isinstance(tasks, list) or not set(tasks) <= {*self.facts.tasks} or len({*tasks}) < len(tasks):
+            if not isinstance(tasks, list) or not all(map(self.facts.has_task, tasks)) or len({*tasks}) < len(tasks):
                 raise UserError(f"the tasks {tasks} differ from the tasks of {self.domain}: import the archive again")
             self.tasks = tuple(tasks)
             self.provenance = Provenance.from_json(_read_text(file, "provenance"))

@@ -56,6 +56,7 @@ def import_(
     max_transitions: int | None = None,
     seed: int = 0,
     on_damaged: Literal["stop", "skip"] = "stop",
+    tasks: tuple[str, ...] = (),
     download: bool = False,
 ) -> None:
     """Import an ExoRL archive or a Minari dataset into an episode store.
@@ -78,6 +79,8 @@ def import_(
         max_transitions: maximum number of steps.
         seed: seed of the random subset.
         on_damaged: stop at the first damaged episode, or skip damaged episodes and list them in `ringrl data info`.
+        tasks: tasks to compute rewards for, for example "point_mass_maze_reach(-0.1,0.25)", a goal anywhere in a room
+            of the maze. Default: all tasks of the domain.
         download: let Minari download a dataset that is not on this machine.
     """
     given = locals()
@@ -112,7 +115,7 @@ def import_(
         with _bars(output) as (bar, _):
             store = import_archive(
                 archive, output, domain, overwrite=overwrite, workers=workers, relabelling=relabel, subset=chosen,
-                on_damaged=on_damaged, progress=bar("importing"),
+                on_damaged=on_damaged, tasks=tasks, progress=bar("importing"),
             )  # fmt: skip
     except KeyboardInterrupt:
         print("ringrl: run the same command again to resume the import", file=sys.stderr)

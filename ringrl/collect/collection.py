@@ -66,6 +66,8 @@ def collect(
     domain_of(task)
     if method not in METHODS:
         raise UserError(f"no method {method!r}; methods are {', '.join(METHODS)}")
+    if method != "scripted" and task not in domain_of(task).tasks:
+        raise UserError(f"{task}: method {method} does not record this task: use scripted, or collect another task")
     for name, number, least in (("episodes", episodes, 1), ("seed", seed, 0), ("workers", workers, 1)):
         if number is not None and number < least:
             raise UserError(f"{task}: {name} is {number}, but must be at least {least}")

@@ -156,7 +156,7 @@ _REACH = Recipe(_reach, np.zeros(6), np.array((1.0, 1.0, 1.0, 1.0, 1.0, 0.3)), n
 
 # Positions of passages, metres. Episodes start in the top left room. The right passage leads to the bottom right room.
 _TOP, _LEFT, _RIGHT = (0.0, 0.24), (-0.24, 0.0), (0.24, 0.0)
-_WAYS = (  # waypoints of each task, the goal last
+_WAYS = (  # waypoints of each of ExoRL's tasks, the goal last
     ((-0.15, 0.15),),
     (_TOP, (0.15, 0.15)),
     (_LEFT, (-0.15, -0.15)),
@@ -167,9 +167,16 @@ _GAIN = 40.0  # action per metre
 
 
 def _walk(simulation: Simulation, parameters: Float64[np.ndarray, " 5"]) -> Controller:
-    """Move along waypoints. Parameters: a preference for each of four goals (the highest wins), and the log gain."""
+    """Move along waypoints. Parameters: a preference for each of four goals (the highest wins), and the log gain.
+
+    A task with a goal of its own has no choice of goal.
+    """
     data = simulation.data
-    ahead = list(np.array(_WAYS[int(np.argmax(parameters[:4]))]))
+    *passages, goal = _WAYS[int(np.argmax(parameters[:4]))]
+    if simulation.task not in simulation.domain.tasks:
+        goal = simulation.physics.named.model.site_pos["goal"][:2]
+        *passages, _ = next(way for way in _WAYS if (np.sign(way[-1]) == np.sign(goal)).all())
+    ahead = list(np.array([*passages, goal]))
     gain = _GAIN * np.exp(parameters[4])
 
     def act(step: int) -> Float64[np.ndarray, " 2"]:

@@ -13,6 +13,7 @@ from jaxtyping import Float64
 
 from ringrl.collect.controllers import ParameterVector, recipe_of
 from ringrl.collect.record import record_episode
+from ringrl.data import relabel
 from ringrl.data.exorl import Archive, save_episode
 from ringrl.envs import domain_of, load_simulation
 from ringrl.pace import Progress
@@ -106,5 +107,9 @@ def _simulation(task: str) -> Simulation:
 
 
 def _return(task: str, episode: Mapping[str, np.ndarray]) -> float:
-    column = domain_of(task).recorded_tasks(task).index(task)
-    return float(episode["reward"][:, column].sum(dtype="float64"))
+    tasks = domain_of(task).recorded_tasks(task)
+    if task in tasks:
+        reward = episode["reward"][:, tasks.index(task)]
+    else:
+        reward = relabel(task, episode["physics"], episode["action"])
+    return float(reward.sum(dtype="float64"))

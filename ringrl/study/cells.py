@@ -131,8 +131,8 @@ class Cell(Work):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of training. The policy is evaluated in each of them."""
-        return self.config.tasks
+        """The tasks that the policy is evaluated in: those of its training, and the plan's test tasks."""
+        return tuple(dict.fromkeys((*self.config.tasks, *self.about.get("test_tasks", ()))))
 
     @property
     def copied(self) -> tuple[Protocol, ...]:
@@ -228,7 +228,7 @@ def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType
     _check_settings("", plan.model_dump(), [cell for part in read for cell in part])
     for number, (changes, part) in enumerate(zip(plan.parts, read[1:], strict=True)):
         _check_settings(f"parts.{number}: ", changes, part)
-    trained = {task for cell in found for task in cell.tasks if len(cell.tasks) > 1}
+    trained = {task for cell in found for task in cell.config.tasks if cell.config.context.other_tasks}
     for control in (name for part in plan.whole if part.prompts for name in part.prompts.controls):
         if control not in ("zero rewards", "shuffled", *trained):
             raise UserError(f"prompts.controls: no cell is trained on {control} and another task; leave it out")
@@ -310,6 +310,8 @@ def _cell(
         "data": fingerprint,
     }
     about |= {"variant": variant} if variant else {}
+    own_domain = [name for name in plan.test_tasks if domain_of(name) is domain_of(task)]
+    about |= {"test_tasks": own_domain} if own_domain else {}
     if plan.checkpoint == "best" and config.model.family.source == "contexts":
         about["checkpoint"] = "best"
         if not config.validation_fraction:

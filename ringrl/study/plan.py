@@ -49,6 +49,8 @@ class AblationPlan(Section):
     """Trajectories per training context."""
     test_trajectories: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Episodes per context in evaluation. Every cell is evaluated with each number. Default: as in training."""
+    test_tasks: tuple[str, ...] = ()
+    """More tasks to evaluate in, besides those of the training: every cell of their domain."""
     token_sets: tuple[Literal["at5", "ring4", "dt3", "fused1"], ...] = ()
     """Tokens per timestep, for the methods with a context. Default: the token set of the settings."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0, 1, 2), min_length=1)
@@ -120,7 +122,7 @@ class AblationPlan(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        for name in ("methods", "trajectories", "test_trajectories", "token_sets", "seeds", "baselines"):
+        for name in ("methods", "trajectories", "test_trajectories", "test_tasks", "token_sets", "seeds", "baselines"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: contains a value twice")
@@ -147,7 +149,7 @@ class AblationPlan(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_tasks_and_parts(self) -> Self:
-        for task in self.datasets:
+        for task in (*self.datasets, *self.test_tasks):
             domain_of(task)
         for task in self.task_settings:
             if task not in self.datasets:

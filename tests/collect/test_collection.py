@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ringrl.collect import collect, preset_episodes
-from ringrl.data import import_archive
+from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import Archive
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
@@ -62,6 +62,25 @@ def test_a_collection_in_the_maze_records_all_tasks_and_can_be_imported(tmp_path
     assert store.episode(0)["reward"].shape == (1001, 4)
     for column, task in enumerate(tasks):
         np.testing.assert_allclose(store.arrays["reward"][:, column], store.arrays[f"reward/{task}"], atol=1e-7)
+
+
+def test_a_collection_with_a_goal_of_its_own_reaches_it_and_is_relabelled_for_chosen_tasks(tmp_path):
+    own, elsewhere = "point_mass_maze_reach(0.2,-0.08)", "point_mass_maze_reach(-0.2,0.08)"
+    folder = collect(own, tmp_path / "maze", episodes=6, seed=0, workers=1)
+    tasks = (own, elsewhere, "point_mass_maze_reach_bottom_right")
+    store = import_archive(folder, tmp_path / "maze.h5", "point_mass_maze", tasks=tasks)
+    assert store.tasks == EpisodeStore(store.path).tasks == tasks
+    assert store.episode(0)["reward"].shape == (1001, 4)
+    returns = np.array([store.returns(task) for task in tasks])
+    assert (returns[0] > 200).sum() >= 3
+    assert (returns[1] < 1e-6).all()
+    assert import_archive(folder, store.path, "point_mass_maze", tasks=tasks).path == store.path
+    with pytest.raises(UserError, match="exists"):
+        import_archive(folder, store.path, "point_mass_maze", tasks=tasks[:2])
+    with pytest.raises(UserError, match="walker_walk is not a task of point_mass_maze"):
+        import_archive(folder, tmp_path / "b.h5", "point_mass_maze", tasks=("walker_walk",))
+    with pytest.raises(UserError, match="method td3 does not record this task: use scripted"):
+        collect(own, tmp_path / "td3", episodes=2, seed=0, method="td3")
 
 
 def test_returns_improve(collected):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from dm_control.utils.rewards import tolerance
 
-from ringrl.envs import DOMAINS, load_simulation, make
+from ringrl.data import relabel
+from ringrl.envs import DOMAINS, TASKS, domain_of, load_simulation, make, make_vec
+from ringrl.errors import UserError
 
 _GOALS = {
     "point_mass_maze_reach_top_left": (-0.15, 0.15, 0.01),
@@ -149,3 +151,39 @@ def test_rewards_at_known_points(task):
     action = np.array([[0, 0], [0, 0], [0, 0], [1, 0], [1, -1]], np.float32)
     rewards = PointMassMazeSimulation.reward(task, sensors, action)
     np.testing.assert_allclose(rewards, [1, 1, 0.1, 0.9, 0.8], atol=1e-6)
+
+
+def test_a_goal_anywhere_in_a_room_is_a_task():
+    task, goal = "point_mass_maze_reach(0.2,-0.08)", (0.2, -0.08, 0.01)
+    assert domain_of(task) is DOMAINS["point_mass_maze"]
+    assert task not in TASKS
+    simulation = load_simulation(task)
+    np.testing.assert_array_equal(simulation.physics.named.model.site_pos["goal"], goal)
+    sensors = np.array(goal) + np.array([[0, 0, 0], [0, 0.03, 0], [0, 0.09, 0], [0, 0, 0]])
+    action = np.array([[0, 0], [0, 0], [0, 0], [1, -1]], np.float32)
+    np.testing.assert_allclose(simulation.reward(task, sensors, action), [1, 0.1, 0, 0.8], atol=1e-6)
+    env = make(task, seed=3)
+    vector = make_vec(task, 1, seed=3)
+    np.testing.assert_array_equal(env.reset()[0], vector.reset()[0][0])
+
+
+def test_the_place_of_an_exorl_task_has_its_rewards():
+    random = np.random.default_rng(0)
+    physics = random.uniform(-0.2, 0.2, (500, 4))
+    physics[::2, :2] = np.array((0.15, -0.15)) + random.normal(size=(250, 2)) * 0.015
+    action = random.uniform(-1, 1, (500, 2)).astype(np.float32)
+    known = relabel("point_mass_maze_reach_bottom_right", physics, action)
+    np.testing.assert_array_equal(relabel("point_mass_maze_reach(0.15,-0.15)", physics, action), known)
+    assert (known > 0).sum() > 50
+
+
+@pytest.mark.parametrize("place", ["0.2,0", "0.29,0.1", "-0.02,0.1", "1,1"])
+def test_a_goal_in_a_wall_or_a_passage_is_refused(place):
+    with pytest.raises(UserError, match=r"is not in a room; choose places 0\.03 to 0\.28 m from both axes"):
+        make(f"point_mass_maze_reach({place})")
+
+
+@pytest.mark.parametrize("name", ["point_mass_maze_reach(0.1)", "point_mass_maze_reach(a,b)", "walker_reach(0.1,0.1)"])
+def test_names_that_are_no_goal_are_unknown(name):
+    with pytest.raises(UserError, match="unknown task"):
+        make(name)

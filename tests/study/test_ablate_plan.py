@@ -159,6 +159,16 @@ def test_prompts_as_controls(write_plan) -> None:
         cells(plan_of(write_plan, **changes))
 
 
+def test_tasks_that_are_not_trained_on_are_evaluated(write_plan) -> None:
+    own, more = "jaco_reach_top_left", ["jaco_reach_top_right", "jaco_reach_top_left", "walker_walk"]
+    found = cells(plan_of(write_plan, task=own, trajectories=[2], test_tasks=more))
+    for cell in found:
+        assert cell.config.tasks == (own,)
+        assert cell.tasks == (own, more[0])
+        assert cell.about["test_tasks"] == more[:2]
+    assert "test_tasks" not in cells(plan_of(write_plan, task=own, trajectories=[2]))[0].about
+
+
 def test_methods_leave_out_settings_without_effect(write_plan) -> None:
     """Only algorithm distillation has a stride in its history. Methods without a context have no segments."""
     context = {"history_stride": 2, "segment_steps": 50, "segment_start_share": 0.2}
