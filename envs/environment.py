@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 
 from ringrl.envs.domain import Domain
 from ringrl.envs.registry import domain_of, load_simulation
@@ -19,21 +19,25 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     Episodes are truncated after `domain.episode_length` steps and never terminate. `info["physics"]` is the float64
     physics state (positions, velocities, activations), as ExoRL records it. `reset` without a seed continues the
-    stream of starts.
+    stream of starts. With `render_mode="rgb_array"`, `render` returns images.
 
     Attributes:
         task: full task name, "walker_walk".
         domain: the facts about the task's domain.
 
     Raises:
-        UserError: unknown task, or a seed outside 0 .. 2**32 - 1.
+        UserError: unknown task, another render mode, or a seed outside 0 .. 2**32 - 1.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own form)
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (Gymnasium's own form)
 
-    def __init__(self, task: str, seed: int | None = None) -> None:
+    def __init__(self, task: str, seed: int | None = None, render_mode: str | None = None) -> None:
         self.task = task
         self.domain = domain_of(task)
+        if render_mode not in (None, "rgb_array"):
+            raise UserError(f"{task}: render_mode is {render_mode!r}, it must be 'rgb_array' or None")
+        self.render_mode = render_mode
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.domain.control_timestep)}
         self._random = random_stream(seed)
         self._simulation = load_simulation(task)
         self._steps: int | None = None
@@ -76,6 +80,20 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         truncated = self._steps == self.domain.episode_length
         return self._simulation.observation(), reward, False, truncated, {"physics": self._simulation.physics_state()}
 
+    def render(self) -> UInt8[np.ndarray, "height width 3"]:
+        """Return an image of the current state (360, 480, 3). The simulation does not change.
+
+        The environment variable MUJOCO_GL selects the OpenGL library, by default EGL on Linux.
+
+        Raises:
+            UserError: the environment was made without a render mode, or there is no OpenGL.
+        """
+        if self.render_mode is None:
+            raise UserError(f"{self.task}: cannot render; make the environment with render_mode='rgb_array'")
+        from ringrl.envs.render import shared_renderer  # imports OpenGL
+
+        return shared_renderer(self.task).scene(self._simulation.physics_state())
+
 
 def observation_and_action_space(domain: Domain) -> tuple[Box, Box]:
     """Return the spaces of one environment."""
@@ -95,14 +113,16 @@ def random_stream(seed: int | None) -> np.random.RandomState:
         raise UserError(f"the seed is {seed!r}, it must be an integer in 0 .. 2**32 - 1") from None
 
 
-def make(task: str, seed: int | None = None) -> ExoRLEnv:
+def make(task: str, seed: int | None = None, render_mode: str | None = None) -> ExoRLEnv:
     """Make the environment of a task such as "walker_walk".
 
     Args:
         task: one of `ringrl.envs.TASKS`.
         seed: seed of the episodes' starts. None: from the operating system.
+        render_mode: "rgb_array" if `render` shall return images.
 
     Raises:
-        UserError: unknown task (the message lists similar names), or a seed outside 0 .. 2**32 - 1.
+        UserError: unknown task (the message lists similar names), another render mode, or a seed outside
+            0 .. 2**32 - 1.
     """
-    return ExoRLEnv(task, seed)
+    return ExoRLEnv(task, seed, render_mode)

@@ -1,15 +1,17 @@
-"""Rendering of episodes as mp4 files, in a process of its own: `python -m ringrl.envs.render`.
+"""Rendering of states, and of episodes as mp4 files in a process of its own: `python -m ringrl.envs.render`.
 
-MuJoCo chooses its OpenGL library when it is first imported, and a graphics driver may crash. Neither must affect the
-process that evaluates. Episodes are read as an .npz file from standard input. If rendering fails, one line on standard
-output gives the reason.
+A graphics driver may crash, which must not affect the process that evaluates. Episodes are read as an .npz file from
+standard input. If rendering fails, one line on standard output gives the reason.
 """
 
+import atexit
 import contextlib
+import importlib
 import io
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from traceback import format_exception_only
 
@@ -18,9 +20,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from ringrl.envs import Camera, Domain, domain_of, load_simulation
+from ringrl.envs.domain import Camera, Domain
+from ringrl.envs.registry import domain_of, load_simulation
+from ringrl.envs.simulation import mujoco_gl
 from ringrl.errors import UserError
 
+WIDTH, HEIGHT = 480, 360  # pixels, by default
 _TORSO = 1  # the first body after the world
 _LEAST_RATE = 25  # frames per second
 _SHADOWS = 1024  # pixels; with the models' 2048 a frame takes longer and looks the same
@@ -31,21 +36,19 @@ _Frame = UInt8[np.ndarray, "height width 3"]
 
 
 class EpisodeRenderer:
-    """Renders the states of one task, with a caption.
-
-    MuJoCo must not have been imported in this process.
+    """Renders the states of one task, with a simulation of its own.
 
     Raises:
         UserError: the OpenGL backend in the environment variable MUJOCO_GL cannot be used.
     """
 
-    def __init__(self, task: str, width: int, height: int) -> None:
+    def __init__(self, task: str, width: int = WIDTH, height: int = HEIGHT) -> None:
         self._task, self._domain = task, domain_of(task)
         self._camera = self._domain.camera or Camera(center=(0, 0, 0), distance=3)
-        _check_opengl()
+        self._simulation = load_simulation(task)
+        _load_opengl()
         import mujoco
 
-        self._simulation = load_simulation(task)
         model = self._simulation.model
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         model.vis.quality.shadowsize, model.vis.rgba.haze = _SHADOWS, _HAZE
@@ -57,7 +60,7 @@ class EpisodeRenderer:
         self._font = ImageFont.load_default(size=0.62 * self._line)
 
     def close(self) -> None:
-        """Release OpenGL, which must happen before the process ends."""
+        """Release OpenGL."""
         self._renderer.close()
 
     def frames(
@@ -66,9 +69,10 @@ class EpisodeRenderer:
         """Yield the frames of an episode: the states that `_stride` selects, and the last one."""
         returns = np.concatenate(([0.0], np.cumsum(rewards, dtype=np.float64)))
         for step in [*range(0, len(rewards), _stride(self._domain)), len(rewards)]:
-            yield self._caption(self._scene(physics[step]), label, step, returns[step])
+            yield self._caption(self.scene(physics[step]), label, step, returns[step])
 
-    def _scene(self, physics: Float[np.ndarray, " physics"]) -> _Frame:
+    def scene(self, physics: Float[np.ndarray, " physics"]) -> _Frame:
+        """Return the frame of a state, without a caption."""
         import mujoco
 
         simulation, view = self._simulation, self._camera
@@ -102,17 +106,33 @@ class EpisodeRenderer:
         return np.asarray(image)
 
 
-def _check_opengl() -> None:
-    """Import MuJoCo with the OpenGL library of the environment variable MUJOCO_GL, and open it once."""
+@cache
+def shared_renderer(task: str) -> EpisodeRenderer:
+    """Return the renderer of a task that all environments of this process share until it ends.
+
+    A renderer of each environment could not be closed: MuJoCo frees objects in the OpenGL context that is current.
+    """
+    renderer = EpisodeRenderer(task)
+    atexit.register(renderer.close)  # before EGL's own exit, after which closing fails
+    return renderer
+
+
+def _load_opengl() -> None:
+    """Load the OpenGL library of the environment variable MUJOCO_GL, by default EGL on Linux, and open it once."""
+    chosen = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "glfw")  # EGL needs no display
     try:
         import mujoco
+        from mujoco.rendering.classic import gl_context
 
+        # MuJoCo chooses the library when it is imported, and a simulation has imported it without any.
+        with mujoco_gl(chosen):
+            importlib.reload(gl_context)
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 1, 1).close()
     except Exception as error:  # whatever the library and its driver raise
         reason = " ".join("".join(format_exception_only(error)).split())
         raise UserError(
-            f"no OpenGL to render with (MUJOCO_GL={os.environ['MUJOCO_GL']}: {reason}); install one (Debian: apt "
-            "install libegl1 libgl1-mesa-dri) or choose another: MUJOCO_GL=egl, osmesa or glfw"
+            f"no OpenGL to render with (MUJOCO_GL={chosen}: {reason}); install one (Debian: apt install libegl1 "
+            "libgl1-mesa-dri) or choose another: MUJOCO_GL=egl, osmesa or glfw"
         ) from error
 
 

@@ -65,21 +65,28 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _import_mujoco() -> Any:
-    """Import MuJoCo and dm_control without letting them choose an OpenGL library, and return the mujoco module.
-
-    Simulation needs no OpenGL. Without a display the choice costs time and prints warnings, and a library in MUJOCO_GL
-    that is not installed raises. To render in the same process, import mujoco before the first simulation.
-    """
+@contextmanager
+def mujoco_gl(library: str) -> Iterator[None]:
+    """Set the environment variable MUJOCO_GL, the OpenGL library that MuJoCo chooses on import, for a while."""
     chosen = os.environ.get("MUJOCO_GL")
-    os.environ["MUJOCO_GL"] = "disabled"
+    os.environ["MUJOCO_GL"] = library
     try:
-        mujoco = importlib.import_module("mujoco")
-        importlib.import_module("dm_control.mujoco")
+        yield
     finally:
         del os.environ["MUJOCO_GL"]
         if chosen is not None:
             os.environ["MUJOCO_GL"] = chosen
+
+
+def _import_mujoco() -> Any:
+    """Import MuJoCo and dm_control without letting them choose an OpenGL library, and return the mujoco module.
+
+    Simulation needs no OpenGL. Without a display the choice costs time and prints warnings, and a library in MUJOCO_GL
+    that is not installed raises.
+    """
+    with mujoco_gl("disabled"):
+        mujoco = importlib.import_module("mujoco")
+        importlib.import_module("dm_control.mujoco")
     return mujoco
 
 

@@ -1,7 +1,7 @@
 """Videos of an evaluation: the choice of the episodes to show, and mp4 files.
 
-Nothing here imports MuJoCo or OpenGL. `ringrl.envs.render` renders in a process of its own, because MuJoCo chooses its
-OpenGL library on import, and a crash of a graphics driver must not end the evaluation.
+Nothing here imports MuJoCo or OpenGL. `ringrl.envs.render` renders in a process of its own, because a crash of a
+graphics driver must not end the evaluation.
 """
 
 import io
@@ -18,8 +18,6 @@ from jaxtyping import Float
 
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-
-_OPENGL = "egl" if sys.platform == "linux" else "glfw"  # default of MUJOCO_GL; EGL needs no display
 
 
 class VideoError(UserError):
@@ -70,7 +68,7 @@ def write_videos(
     command = [sys.executable, "-P", "-m", "ringrl.envs.render", task, str(width), str(height)]
     command += [str(path.absolute()) for path in partial]
     modules = os.pathsep.join(filter(None, sys.path))  # same modules as in this process, not from the working folder
-    environment = {"MUJOCO_GL": _OPENGL} | os.environ | {"PYTHONPATH": modules}
+    environment = os.environ | {"PYTHONPATH": modules}
     try:
         for path in episodes:
             path.parent.mkdir(parents=True, exist_ok=True)
