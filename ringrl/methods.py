@@ -2,6 +2,7 @@
 
 random    uniform actions; nothing is trained
 copy      the action of the prompt's step with the nearest observation; nothing is trained
+clone     behaviour cloning of the prompt alone, trained during the evaluation
 bc        behaviour cloning: a feed-forward policy imitates all actions of the data
 bc-10%    behaviour cloning on the best tenth of the episodes; also bc-25% and bc-50%
 dt        Decision Transformer (2106.01345): one trajectory, conditioned on its own return-to-go
@@ -98,6 +99,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "random": Method("Random policy", None),
         "copy": Method("Nearest step of the prompt", None),
+        "clone": Method("Cloning of the prompt", None),
         "bc": _cloning("Behaviour cloning"),
         **{f"bc-{percent}%": _best_cloning(percent) for percent in (10, 25, 50)},
         "dt": _transformer(

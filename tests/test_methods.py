@@ -35,7 +35,7 @@ def config_of(name: str, *shared: dict) -> TrainConfig:
 
 def test_the_table_contains_all_trained_methods_and_random() -> None:
     assert {name for name, method in METHODS.items() if method.settings is not None} == set(TRAINED)
-    assert set(METHODS) == {*TRAINED, "random", "copy"}
+    assert set(METHODS) == {*TRAINED, "random", "copy", "clone"}
     with pytest.raises(TypeError):
         METHODS["new"] = METHODS["bc"]  # type: ignore[index]
 

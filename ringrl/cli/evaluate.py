@@ -32,7 +32,7 @@ def evaluate(
     prompt_task: str | None = None,
     prompt_rewards: Literal["kept", "zero"] = "kept",
     prompt_order: Literal["kept", "shuffled"] = "kept",
-    policy: Literal["trained", "copy"] = "trained",
+    policy: Literal["trained", "copy", "clone"] = "trained",
     data: Path | None = None,
     control: bool = False,
     step: int | None = None,
@@ -61,8 +61,8 @@ def evaluate(
         prompt_task: draw the prompt from another task of the dataset, as a control.
         prompt_rewards: zero hides the rewards of the prompt, as a control.
         prompt_order: shuffled puts the prompt's trajectories in random order, as a control.
-        policy: copy rolls out a baseline instead: each action is that of the prompt's step with the nearest normalised
-            observation.
+        policy: a baseline instead of the trained policy. copy: each action is that of the prompt's step with the
+            nearest normalised observation. clone: a feed-forward network trained on the prompt alone.
         data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and
             --error-by-step).
         control: also roll out the same episodes with the memory cleared before each (the prompt stays).
@@ -82,7 +82,7 @@ def evaluate(
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
     from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressTable, final_table
-    from ringrl.evaluation.protocol import compile_policy, copy_evaluation
+    from ringrl.evaluation.protocol import compile_policy, prompt_only_evaluation
 
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
@@ -115,8 +115,8 @@ def evaluate(
             )
             for task in dict.fromkeys(named)
         ]
-    if policy == "copy":
-        evaluations = [copy_evaluation(evaluation) for evaluation in evaluations]
+    if policy != "trained":
+        evaluations = [prompt_only_evaluation(evaluation, policy) for evaluation in evaluations]
     if not checkpoint:
         why = "has no effect on random actions; leave it out, or give a --checkpoint"
         used = {"checkpoint", "tasks", "episodes", "environments", "seed", "output", "again", "video"}

@@ -12,13 +12,16 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Float32
 from scipy.spatial import KDTree  # type: ignore[import-untyped]
 
+from ringrl.config import ModelConfig
 from ringrl.context import Array, Context
 from ringrl.model import KVCache, Policy, grow
+from ringrl.model.agents.imitation import BehaviourCloning
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 
 SMALLEST_CACHE = 512  # tokens
@@ -68,6 +71,35 @@ class CopyActor:
 
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         return self._actions[self._observations.query(current.observation[:, 0])[1]]
+
+    def observe(self, finished: Context) -> None:
+        """Do nothing."""
+
+
+class CloneActor:
+    """Behaviour cloning of the prompt alone: 1,000 steps of Adam on 256 of its timesteps each."""
+
+    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
+        """Train a new network on the prompt."""
+        assert prompt is not None
+        config = ModelConfig(kind="behaviour_cloning", layers=2, width=256)
+        policy = BehaviourCloning(config, prompt.observation.shape[-1], prompt.action.shape[-1], nnx.Rngs(params=0))
+        graph, params = nnx.split(policy)
+        optimiser = optax.adam(1e-3)
+
+        def step(state: tuple[Any, Any], rows: jax.Array) -> tuple[tuple[Any, Any], None]:
+            params, moments = state
+            batch = jax.tree.map(lambda x: jnp.asarray(x)[:, rows], prompt)
+            gradient = jax.grad(lambda params: nnx.merge(graph, params).loss(batch))(params)
+            updates, moments = optimiser.update(gradient, moments)
+            return (optax.apply_updates(params, updates), moments), None
+
+        rows = np.random.default_rng(0).integers(prompt.observation.shape[1], size=(1000, 256))
+        (params, _), _ = jax.jit(partial(jax.lax.scan, step))((params, optimiser.init(params)), rows)
+        self._actions = jax.jit(lambda context: nnx.merge(graph, params).actions(context))
+
+    def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
+        return self._actions(current)[:, 0]
 
     def observe(self, finished: Context) -> None:
         """Do nothing."""

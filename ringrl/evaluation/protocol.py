@@ -18,10 +18,17 @@ from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS, domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation.actors import Actor, CompiledPolicy, CopyActor, PolicyActor, RandomActor, SegmentActor
+from ringrl.evaluation.actors import (
+    Actor,
+    CloneActor,
+    CompiledPolicy,
+    CopyActor,
+    PolicyActor,
+    RandomActor,
+    SegmentActor,
+)
 from ringrl.evaluation.prompt import draw_prompt, open_dataset
 from ringrl.evaluation.records import (
-    COPY,
     JOURNAL,
     VIDEOS,
     EvaluationRecord,
@@ -265,22 +272,22 @@ def random_evaluation(
     )
 
 
-def copy_evaluation(evaluation: Evaluation) -> Evaluation:
-    """Return the rollouts of an evaluation with a policy that copies the prompt (see `CopyActor`).
+def prompt_only_evaluation(evaluation: Evaluation, method: Literal["copy", "clone"]) -> Evaluation:
+    """Return the rollouts of an evaluation with a policy made of the prompt alone, see `CopyActor` and `CloneActor`.
 
     Raise UserError if there is no prompt.
     """
     if evaluation.prompt is None:
-        raise UserError("--policy copy: there is no prompt to copy; give --prompt-trajectories, too")
+        raise UserError(f"--policy {method}: there is no prompt to {method}; give --prompt-trajectories, too")
     trained = ("token_set", "train_trajectories", "target_return", "steps_trained", "checkpoint", "checkpoint_hash",
                "budget", "cache_dtype")  # fmt: skip
-    own = {"method": COPY, "target_policy": NO_TARGET, "settings": {}, "cache_devices": 1}
+    own = {"method": method, "target_policy": NO_TARGET, "settings": {}, "cache_devices": 1}
     return _evaluation(
         evaluation.template.model_copy(update=dict.fromkeys(trained) | own),
         evaluation.protocol,
         results=evaluation.results,
         normalisation=evaluation.normalisation,
-        make_actor=lambda first: CopyActor(),
+        make_actor=lambda first: CopyActor() if method == "copy" else CloneActor(),
         prompt=evaluation.prompt,
     )
 
@@ -335,7 +342,7 @@ def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -
     names = {"checkpoint", "command", "created", "returns", "budget", "variant"}
     decides = template.model_dump(mode="json", exclude=names)
     libraries = _SIMULATING | _COMPUTING
-    if template.method in ("random", COPY):  # no policy is computed
+    if template.method in ("random", "copy"):  # no policy is computed
         libraries, decides["device"] = _SIMULATING, None
     decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
     decides |= {"environments": protocol.environments, "control": protocol.control}

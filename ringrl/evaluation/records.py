@@ -34,7 +34,7 @@ from ringrl.training.run_folder import flat
 PROTOCOL: Literal[1] = 1
 JOURNAL, VIDEOS = ".journal", ".videos"  # suffixes of folders next to a results file, with one folder per evaluation
 DATA = "data"  # method of the dataset's own episodes
-COPY = "copy"  # method that copies the nearest step of its prompt
+PROMPT_ONLY = ("copy", "clone")  # methods that are made of a prompt alone
 
 _LIBRARIES = ("ringrl", "jax", "jaxlib", "flax", "optax", "numpy", "dm_control", "mujoco", "gymnasium")
 # Settings without an effect on the learned parameters, and settings in another field of a record.
@@ -54,7 +54,7 @@ class EvaluationRecord(pydantic.BaseModel):
     task: str = Field(min_length=1)
     """Full task name, "walker_walk"."""
     method: str = Field(min_length=1)
-    """"random", "bc", "td3+bc", "at", "dt", ..., "copy", or "data" for the episodes of the dataset itself."""
+    """"random", "bc", "td3+bc", "at", "dt", ..., "copy", "clone", or "data" for the episodes of the dataset itself."""
     variant: str | None = None
     """Name of the settings in an ablation plan; None: those that all its cells share."""
     token_set: str | None = None

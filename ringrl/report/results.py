@@ -10,7 +10,7 @@ import pandas as pd
 
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import all_digits
-from ringrl.evaluation.records import COPY, DATA, EvaluationRecord, default_recipe, evaluation_name, read_records
+from ringrl.evaluation.records import DATA, PROMPT_ONLY, EvaluationRecord, default_recipe, evaluation_name, read_records
 from ringrl.methods import METHODS
 
 CELL = ["task", "method", "train_trajectories", "prompt_trajectories", "test_trajectories"]
@@ -278,12 +278,12 @@ def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
     train_task, name = record.train_task or "", record.variant or ""
     if record.method == DATA:
         return _Variant(DATA, "data")
-    if record.method in ("random", "bc") or (record.train_trajectories is None and record.method != COPY):
+    if record.method in ("random", "bc") or (record.train_trajectories is None and record.method not in PROMPT_ONLY):
         return _Variant(record.method, "reference", train_task=train_task, settings=settings, name=name)
     target = record.target_policy or ""
     if record.target_return is not None and target in ("", "given"):
         target = f"given {all_digits(record.target_return)}"
-    kind = "prompt control" if record.prompt_control or record.method == COPY else "context"
+    kind = "prompt control" if record.prompt_control or record.method in PROMPT_ONLY else "context"
     return _Variant(
         record.method, kind, record.token_set or "", target, train_task, record.cache_dtype or "",
         record.prompt_control or "", settings, name,

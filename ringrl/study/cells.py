@@ -9,6 +9,7 @@ failed.txt        why the last attempt failed, in one line
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -38,7 +39,7 @@ from ringrl.evaluation import (
     random_evaluation,
 )
 from ringrl.evaluation.policy import load_policy
-from ringrl.evaluation.protocol import FIRST_SEED, compile_policy, copy_evaluation
+from ringrl.evaluation.protocol import FIRST_SEED, compile_policy, prompt_only_evaluation
 from ringrl.evaluation.records import append_records, data_records, library_versions, read_records
 from ringrl.files import explain_write_errors, with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
@@ -135,10 +136,10 @@ class Cell(Work):
         return tuple(dict.fromkeys((*self.config.tasks, *self.about.get("test_tasks", ()))))
 
     @property
-    def copied(self) -> tuple[Protocol, ...]:
-        """The rollouts that are repeated with a policy that copies the prompt."""
-        has_copy = "copy" in self.about.get("prompt_baselines", ())
-        return tuple(one for one in self.protocols if has_copy and one.prompt_trajectories and not one.prompt_control)
+    def prompt_only(self) -> tuple[tuple[Literal["copy", "clone"], Protocol], ...]:
+        """The baselines made of the prompt alone, and the rollouts that are repeated with them."""
+        prompted = [one for one in self.protocols if one.prompt_trajectories and not one.prompt_control]
+        return tuple(itertools.product(self.about.get("prompt_baselines", ()), prompted))
 
     def check(self) -> None:
         """Raise UserError as `Work.check` does, or if the training run has other settings."""
@@ -164,7 +165,12 @@ class Cell(Work):
             for protocol in self.protocols
             if protocol.prompt_task != task  # the control is a prompt of another task
         ]
-        evaluations += [copy_evaluation(one) for one in evaluations if one.protocol in self.copied]
+        evaluations += [
+            prompt_only_evaluation(one, baseline)
+            for baseline, protocol in self.prompt_only
+            for one in evaluations
+            if one.protocol == protocol
+        ]
         evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
         for one in filter(self._is_filmed, evaluations):  # best.mp4 is the last video; without it, all are repeated
             evaluate_all([one], again=not (one.videos / "best.mp4").is_file(), video=True, progress=_Log())

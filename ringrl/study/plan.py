@@ -27,9 +27,9 @@ class PromptPlan(Section):
     """Different prompts of each length, which share the plan's episodes equally."""
     controls: tuple[str, ...] = ()
     """Prompts to roll out as controls: the name of another training task, `zero rewards` or `shuffled`."""
-    baselines: tuple[Literal["copy"], ...] = ()
-    """copy: also roll out the action of the prompt's step with the nearest observation, after the prompts of the cells
-    with the longest context."""
+    baselines: tuple[Literal["copy", "clone"], ...] = ()
+    """Policies made of the prompt alone, after the prompts of the cells with the longest context. copy: the action of
+    the prompt's step with the nearest observation. clone: a feed-forward network trained on the prompt."""
 
 
 class AblationPlan(Section):

@@ -156,7 +156,8 @@ def cost(cell: Cell, timings: Mapping[str, Timing]) -> CellCost:
     has_converged = EarlyStopping.saved(cell.folder, done).has_converged(config)
     one, steps = step_cost(config, length), 0 if has_converged else max(0, config.optimiser.steps - done)
     timing = timings.get(shape(cell))
-    episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in (*cell.protocols, *cell.copied))
+    rollouts = (*cell.protocols, *(protocol for _, protocol in cell.prompt_only))
+    episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in rollouts)
     return CellCost(
         steps=steps,
         tokens=steps * one.tokens,

@@ -10,7 +10,7 @@ import pytest
 from ringrl.config import ModelConfig
 from ringrl.context import Context, Outcome
 from ringrl.evaluation import actors
-from ringrl.evaluation.actors import Actor, CompiledPolicy, CopyActor, PolicyActor, SegmentActor
+from ringrl.evaluation.actors import Actor, CloneActor, CompiledPolicy, CopyActor, PolicyActor, SegmentActor
 from ringrl.model import Policy, make_policy
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
@@ -63,6 +63,16 @@ def test_the_nearest_step_of_the_prompt_is_copied() -> None:
         for row in live.observation
     ]
     np.testing.assert_array_equal(replayed(CopyActor(), live, prompt), expected)
+
+
+def test_the_prompt_is_cloned() -> None:
+    """Actions of the prompt that depend on the observation are learned, and other observations are interpolated."""
+    prompt, live = contexts(1, 300), contexts(5, 3)
+    rule = lambda x: np.tanh(x[..., :1] - 0.5 * x[..., 1:2]).repeat(prompt.action.shape[-1], -1)  # noqa: E731
+    learned = replayed(CloneActor(), live, prompt._replace(action=rule(prompt.observation).astype(np.float32)))
+    assert np.sqrt(np.square(learned - rule(live.observation)).mean()) < 0.2 < rule(live.observation).std()
+    opposite = replayed(CloneActor(), live, prompt._replace(action=-rule(prompt.observation).astype(np.float32)))
+    assert np.corrcoef(learned.ravel(), opposite.ravel())[0, 1] < -0.9
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from ringrl.evaluation import (
 from ringrl.evaluation import protocol as protocol_module
 from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.evaluate import roll_out
-from ringrl.evaluation.protocol import compile_policy, copy_evaluation
+from ringrl.evaluation.protocol import compile_policy, prompt_only_evaluation
 from ringrl.evaluation.records import library_versions
 from ringrl.evaluation.scores import summarise
 from ringrl.model.parallel import MESH_AXES, Parallel
@@ -208,7 +208,7 @@ def test_copying_a_prompt_repeats_an_episode_from_the_same_start(at_run: Path, j
     """The dataset's first episode began from environment seed 0."""
     trained = load_policy(at_run)  # on the current devices
     evaluation = policy_evaluation(trained, Protocol(2, seed=0, prompt_trajectories=8))
-    (first, second), by_policy = (roll_out(one) for one in (copy_evaluation(evaluation), evaluation))
+    (first, second), by_policy = (roll_out(one) for one in (prompt_only_evaluation(evaluation, "copy"), evaluation))
     returns = jaco_store.returns(TASK)
     assert first.returns[0] == pytest.approx(returns[0], abs=1e-3)
     assert abs(second.returns[0] - returns[0]) > 1e-3
@@ -217,7 +217,7 @@ def test_copying_a_prompt_repeats_an_episode_from_the_same_start(at_run: Path, j
     assert first.evaluation != by_policy[0].evaluation
     assert first.checkpoint_hash is first.train_trajectories is first.budget is None
     with pytest.raises(UserError, match="--policy copy: there is no prompt to copy; give --prompt-trajectories"):
-        copy_evaluation(policy_evaluation(trained, Protocol()))
+        prompt_only_evaluation(policy_evaluation(trained, Protocol()), "copy")
 
 
 @pytest.mark.parametrize(("order", "target"), [("descending", "own"), ("history", "best")])

@@ -171,7 +171,7 @@ def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(write_plan, jac
         "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 2},
         "context": {"other_tasks": [other]},
     }  # fmt: skip
-    prompts = {"trajectories": [0, 1], "draws": 2, "controls": [own, other], "baselines": ["copy"]}
+    prompts = {"trajectories": [0, 1], "draws": 2, "controls": [own, other], "baselines": ["copy", "clone"]}
     changes = {"trajectories": [2], "test_trajectories": [1], "baselines": [], "episodes": 2, "prompts": prompts}
     variants = {"variants": {"last only": {"model": {"loss_on": "last"}}}, "variants_only": True}
     plan = write_plan(jaco_store.path, **changes, **variants, settings=settings)
@@ -179,11 +179,12 @@ def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(write_plan, jac
     records = read_records(read_plan(plan).output / "jaco_reach_top_left" / "at_2_last-only_seed0").records
     assert {r.variant for r in records} == {"last only"}
     drawn = lambda r: (r.task, r.prompt_seed, r.start_seeds, r.prompt_episodes)  # noqa: E731
-    copied = [r for r in records if r.method == "copy"]
-    records = [r for r in records if r.method != "copy"]
+    copied, cloned = ([r for r in records if r.method == name] for name in ("copy", "clone"))
+    records = [r for r in records if r.method not in ("copy", "clone")]
     prompted = {drawn(r) for r in records if r.prompt_trajectories and not r.prompt_control}
     assert len(copied) == len(prompted) == 4
-    assert {drawn(r) for r in copied} == prompted
+    assert {drawn(r) for r in copied} == {drawn(r) for r in cloned} == prompted
+    assert [r.returns for r in copied] != [r.returns for r in cloned]
     controls = [r for r in records if r.prompt_control]
     assert {(r.task, r.prompt_control) for r in controls} == {(own, f"of {other}"), (other, f"of {own}")}
     records = [r for r in records if not r.prompt_control]

@@ -135,13 +135,16 @@ def test_prompts_are_copied_once(write_plan) -> None:
 
     plain, found = make(), make(baselines=["copy"])
     longest = found["at_4_ring4_seed0"]
-    assert longest.copied == tuple(p for p in longest.protocols if p.prompt_trajectories and p.prompt_order == "kept")
-    assert [p.prompt_trajectories for p in longest.copied] == [1, 1, 2, 2]
+    prompted = [p for p in longest.protocols if p.prompt_trajectories and p.prompt_order == "kept"]
+    assert longest.prompt_only == tuple(("copy", p) for p in prompted)
+    assert [p.prompt_trajectories for p in prompted] == [1, 1, 2, 2]
     assert longest.about == plain["at_4_ring4_seed0"].about | {"prompt_baselines": ["copy"]}
-    assert cost(longest, {}).simulated == cost(plain["at_4_ring4_seed0"], {}).simulated + 8 * 250
+    simulated = cost(plain["at_4_ring4_seed0"], {}).simulated
+    assert cost(longest, {}).simulated == simulated + 8 * 250
+    assert cost(make(baselines=["copy", "clone"])["at_4_ring4_seed0"], {}).simulated == simulated + 16 * 250
     for name in plain.keys() - {"at_4_ring4_seed0"}:
         assert found[name].about == plain[name].about, "finished cells of older plans remain finished"
-        assert not found[name].copied
+        assert not found[name].prompt_only
 
 
 def test_prompts_as_controls(write_plan) -> None:
