@@ -13,6 +13,7 @@ def ablate(
     plan: Path,
     /,
     *,
+    folder: Path = Path(),
     dry_run: bool = False,
     workers: int = 1,
     retry: bool = False,
@@ -26,6 +27,8 @@ def ablate(
 
     Args:
         plan: YAML file, for example configs/study_example.yaml.
+        folder: folder of the plan's datasets and of its output. Default: the working directory. With another folder, the
+            same plan runs on other datasets of the same names.
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
         retry: run failed cells again. Interrupted cells resume without this flag.
@@ -38,7 +41,7 @@ def ablate(
     from ringrl.study.runner import ablate as run_plan
 
     check_launcher(launcher, slurm)
-    chosen = read_plan(plan)
+    chosen = read_plan(plan).inside(folder)
     options = RunOptions(workers, retry, not untimed, slurm if launcher == "slurm" else None)
     if dry_run:
         estimate(chosen, Console(), options)

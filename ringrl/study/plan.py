@@ -100,6 +100,11 @@ class AblationPlan(Section):
         parts = (_part(f"parts.{number}", own, changes) for number, changes in enumerate(self.parts))
         return self.model_copy(update={"parts": ()}), *parts
 
+    def inside(self, folder: Path) -> Self:
+        """Return the plan with its relative paths in a folder."""
+        datasets = {task: folder / path for task, path in self.datasets.items()}
+        return self.model_copy(update={"datasets": datasets, "output": folder / self.output})
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _expand_short_form(cls, values: Any) -> Any:

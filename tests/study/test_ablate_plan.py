@@ -162,6 +162,14 @@ def test_prompts_as_controls(write_plan) -> None:
         cells(plan_of(write_plan, **changes))
 
 
+def test_a_plan_in_another_folder(write_plan, tmp_path) -> None:
+    part = {"seeds": [7]}
+    plan = plan_of(write_plan, data="jaco.h5", output="results", parts=[part]).inside(tmp_path / "public")
+    assert {cell.config.data for cell in cells(plan)} == {tmp_path / "public" / "jaco.h5"}
+    assert {cell.folder.parent.parent for cell in cells(plan)} == {tmp_path / "public" / "results"}
+    assert plan_of(write_plan, output="/results").inside(tmp_path).output == Path("/results")
+
+
 def test_tasks_that_are_not_trained_on_are_evaluated(write_plan) -> None:
     own, more = "jaco_reach_top_left", ["jaco_reach_top_right", "jaco_reach_top_left", "walker_walk"]
     found = cells(plan_of(write_plan, task=own, trajectories=[2], test_tasks=more))
