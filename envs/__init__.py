@@ -14,5 +14,10 @@ __all__ = [
     "domain_of", "load_simulation", "make", "make_vec", "register_gymnasium",
 ]  # fmt: skip
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 check_mujoco()
 register_gymnasium()

@@ -43,6 +43,10 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._steps: int | None = None
         self.observation_space, self.action_space = observation_and_action_space(self.domain)
 
+    def __repr__(self) -> str:
+        sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
+        return f"ExoRLEnv({self.task}, {sizes}, {self.domain.episode_length} steps)"
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Observation, dict[str, Any]]:

@@ -74,6 +74,10 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
+    def __repr__(self) -> str:
+        sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
+        return f"ExoRLVectorEnv({self.task}, {sizes}, {self.domain.episode_length} steps)"
+
     def _connect(self) -> None:
         """Start the threads, and make the views of the states (see `Simulation`)."""
         self._stacked = StackedData(self._datas)

@@ -6,8 +6,8 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _PACKAGES = (
-    "attention", "collect", "config", "configs", "data", "envs", "evaluation", "model", "planning", "report", "study",
-    "training",
+    "attention", "collect", "config", "config_files", "configs", "context", "data", "envs", "errors", "evaluation",
+    "methods", "model", "planning", "report", "study", "training",
 )  # fmt: skip
 
 

@@ -1,6 +1,10 @@
 """The packages form layers, and no import cycle exists."""
 
 import ast
+import importlib
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -70,3 +74,19 @@ def test_packages_import_only_packages_of_lower_layers(imports: dict[str, set[st
 
 def package_of(name: str) -> str:
     return (*name.split("."), "")[1]
+
+
+def test_completion_lists_public_names_and_imports_nothing() -> None:
+    script = "import sys, ringrl; print(*dir(ringrl)); print(*(name for name in sys.modules if name[:6] == 'ringrl'))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    listed, loaded = (line.split() for line in done.stdout.splitlines())
+    assert loaded == ["ringrl"]
+    assert all(importlib.import_module(f"ringrl.{name}") is getattr(ringrl, name) for name in listed[1:])
+    pages = "".join(page.read_text() for page in [ROOT.parent / "README.md", *(ROOT.parent / "docs").rglob("*.md")])
+    assert {*re.findall(r"^(?:from|:::) ringrl[.](\w+)", pages, re.MULTILINE)} <= {*listed}
+    for name in ("envs", "evaluation"):
+        package = getattr(ringrl, name)
+        assert dir(package) == sorted(package.__all__)
+        assert all(hasattr(package, public) for public in package.__all__)
+        named = re.findall(rf"^from ringrl[.]{name} import (.+)$", pages, re.MULTILINE)
+        assert {public for names in named for public in names.split(", ")} <= {*dir(package)}

@@ -4,10 +4,16 @@ from ringrl.evaluation.evaluate import evaluate_all, evaluate_policy, evaluate_r
 from ringrl.evaluation.player import Player
 from ringrl.evaluation.policy import TrainedPolicy, load_policy
 from ringrl.evaluation.progress import EvaluationProgress
+from ringrl.evaluation.prompt import imitation_error
 from ringrl.evaluation.protocol import Evaluation, Protocol, policy_evaluation, random_evaluation
 from ringrl.evaluation.records import EvaluationRecord, read_records
 
 __all__ = [
     "Evaluation", "EvaluationProgress", "EvaluationRecord", "Player", "Protocol", "TrainedPolicy", "evaluate_all",
-    "evaluate_policy", "evaluate_random", "load_policy", "policy_evaluation", "random_evaluation", "read_records",
+    "evaluate_policy", "evaluate_random", "imitation_error", "load_policy", "policy_evaluation", "random_evaluation",
+    "read_records",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

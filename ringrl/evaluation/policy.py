@@ -14,7 +14,6 @@ from flax import nnx
 from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 from ringrl.evaluation.player import Player
-from ringrl.methods import method_of
 from ringrl.model import ActorCritic, Policy, make_agent
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.checkpoints import (
@@ -53,10 +52,8 @@ class TrainedPolicy:
 
     def __repr__(self) -> str:
         """Return one line: method, context length, task, step and size."""
-        config = self.info.config
         size = sum(x.size for x in jax.tree.leaves(nnx.state(self.policy, nnx.Param)))
-        length = f"n={config.context.trajectories}, " if config.model.family.has_context else ""
-        return f"TrainedPolicy({method_of(config)}, {length}{config.task}, step {self.step}, {size:,} parameters)"
+        return f"TrainedPolicy({self.info.title}, step {self.step}, {size:,} parameters)"
 
 
 def load_policy(

@@ -133,6 +133,17 @@ class EvaluationRecord(pydantic.BaseModel):
             raise ValueError("a return after an episode that failed")
         return self
 
+    def __repr__(self) -> str:
+        """Return one line: method, context length, task, training seed and returns."""
+        length = f"n={self.train_trajectories}, " if self.train_trajectories else ""
+        memory = "" if self.context else ", without memory"
+        mean = f"mean return {np.mean(self.finished):.4g}" if self.finished else "no return"
+        episodes = f"{len(self.finished)} of {len(self.returns)}" if self.failed else len(self.returns)
+        about = f"{self.method}, {length}{self.task}, seed {self.seed}{memory}"
+        return f"EvaluationRecord({about}, {mean} in {episodes} episode{'s' * (len(self.returns) != 1)})"
+
+    __str__ = __repr__
+
     @property
     def finished(self) -> tuple[float, ...]:
         """Return the returns up to the first failed episode."""

@@ -1,11 +1,11 @@
 """The report: evaluation results as one DataFrame, and the page, charts and tables made from it.
 
-`read_results` reads results into a pandas DataFrame, for notebooks too. `write_report` makes the page, and
-`write_comparison` the page of the differences between two sets of results.
+`read_results` reads results into a pandas DataFrame, and `tabulate` converts records. `write_report` makes the page,
+and `write_comparison` the page of the differences between two sets of results.
 """
 
 from ringrl.report.comparison import write_comparison
 from ringrl.report.page import terminal_table, write_report
-from ringrl.report.results import read_results
+from ringrl.report.results import read_results, tabulate
 
-__all__ = ["read_results", "terminal_table", "write_comparison", "write_report"]
+__all__ = ["read_results", "tabulate", "terminal_table", "write_comparison", "write_report"]

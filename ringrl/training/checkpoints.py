@@ -23,6 +23,7 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.files import json_digest, remove
+from ringrl.methods import method_of
 from ringrl.model import Goal, Policy, TrainState, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 
@@ -33,7 +34,7 @@ CheckpointKind = Literal["last", "best"]
 PATTERN = re.compile(r"[][*?\\]")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RunInfo:
     """The description of a run in its checkpoints: everything but the arrays."""
 
@@ -46,6 +47,17 @@ class RunInfo:
     best_return: float  # highest return of the task in the data, the target return of a policy
     versions: dict[str, str]
     transitions: int  # steps of all episodes that may be drawn
+
+    @property
+    def title(self) -> str:
+        """Method, context length and task: "at, n=4, walker_walk"."""
+        config = self.config
+        length = f"n={config.context.trajectories}, " if config.model.family.has_context else ""
+        return f"{method_of(config)}, {length}{config.task}"
+
+    def __repr__(self) -> str:
+        """Return one line: title, and size and best return of the data."""
+        return f"RunInfo({self.title}, {self.transitions:,} transitions, best return {self.best_return:.4g})"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

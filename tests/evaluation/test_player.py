@@ -57,6 +57,11 @@ def test_one_environment_without_a_batch_axis(at_run: Path, monkeypatch: pytest.
     found = play(policy.player(), environment, [1_000_000, 1_000_001])
     np.testing.assert_allclose(found, record.returns, rtol=1e-6)
     assert re.fullmatch(r"TrainedPolicy\(at, n=3, jaco_reach_top_left, step 2, \d\d,\d{3} parameters\)", repr(policy))
+    found = f"RunInfo(at, n=3, jaco_reach_top_left, 2,000 transitions, best return {policy.info.best_return:.4g})"
+    assert repr(policy.info) == found
+    assert repr(environment) == "ExoRLEnv(jaco_reach_top_left, observation (42,), action (9,), 250 steps)"
+    found = "ExoRLVectorEnv(walker_run, observation (2, 24), action (2, 6), 1000 steps)"
+    assert repr(make_vec("walker_run", 2)) == found
 
 
 def test_an_episode_that_ends_early(at_run: Path) -> None:
