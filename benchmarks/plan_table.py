@@ -61,7 +61,7 @@ def compile_at(workload: Workload, machine: str, tokens: int) -> dict[str, Any]:
         "formula_gib": memory_of(planned, where.device.platform).total / GIB,
         "fits": fits(found, where),
         "refusal": found.refusal,
-        "schedule": str(found.schedule),
+        "waits_for_hops": found.waits_for_hops,
         "seconds": found.seconds,
         "process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

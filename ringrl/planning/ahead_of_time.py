@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the training step for a machine that is not present, and its schedule of transfers."""
+"""Ahead-of-time compilation of the training step for a machine that is not present."""
 
 import functools
 import importlib.util
@@ -6,7 +6,6 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -46,28 +45,6 @@ class Step(NamedTuple):
     batch: Context
 
 
-class Schedule(NamedTuple):
-    """Numbers of transfers in a program. A transfer in a loop counts once. Transfers of integers are ignored."""
-
-    around_ring: int  # transfers in a loop with an attention kernel
-    around_ring_hidden: int  # of around_ring, with an attention kernel between start and end
-    others: int  # other asynchronous transfers
-    others_hidden: int  # of others, with a kernel, a matrix product or a loop between start and end
-    waited_for: dict[str, int]  # synchronous transfers by kind
-
-    @property
-    def hides_the_ring(self) -> bool:
-        """Whether all transfers between neighbours are asynchronous."""
-        return "collective-permute" not in self.waited_for
-
-    def __str__(self) -> str:
-        waited = ", ".join(f"{number} {kind}" for kind, number in sorted(self.waited_for.items())) or "none"
-        return (
-            f"{self.around_ring_hidden} of {self.around_ring} ring transfers overlap with an attention kernel, "
-            f"{self.others_hidden} of {self.others} other transfers with computation; synchronous: {waited}"
-        )
-
-
 class Compiled(NamedTuple):
     """The result of compiling a step, per device."""
 
@@ -76,7 +53,7 @@ class Compiled(NamedTuple):
     batch: float
     total: float  # peak bytes; if compilation fails, the bytes in the compiler's message or nan
     refusal: str | None  # error of the compiler or the kernel, None if compiled
-    schedule: Schedule | None  # None if not compiled, or without asynchronous transfers
+    waits_for_hops: bool  # whether the ring's transfers are synchronous
     seconds: float  # compilation time
 
 
@@ -156,10 +133,10 @@ def compile_step(workload: Workload, machine: Machine, devices: list[Any] | None
             total = float(found["used"] or found["beyond"]) * _UNITS[found["unit"] or found["unit_beyond"]]
             total += sum(held) if found["beyond"] else 0.0
         text = text if len(text) <= 240 else f"{text[:237]}..."
-        return Compiled(*held, total, text, None, time.perf_counter() - began)
+        return Compiled(*held, total, text, False, time.perf_counter() - began)
     total = peak_memory(compiled, machine.device.platform) or float("nan")
-    schedule = None if is_host else read_schedule(compiled.as_text())
-    return Compiled(*held, total, None, schedule, time.perf_counter() - began)
+    waits = not is_host and waits_for_hops(compiled.as_text())
+    return Compiled(*held, total, None, waits, time.perf_counter() - began)
 
 
 def fits(compiled: Compiled, machine: Machine) -> bool:
@@ -167,40 +144,9 @@ def fits(compiled: Compiled, machine: Machine) -> bool:
     return compiled.refusal is None and compiled.total <= machine.device.memory
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?[\w.\-]+ \([^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
-_START = re.compile(r"%?([\w.\-]+) = .* (collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)-start\(")
-_DONE = re.compile(r" (?:collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)-done\(.*?%?([\w.\-]+)\)")
-_WAITED = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
 _INTEGERS = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = \(?s32\[")
-_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[\w.]*|__gpu\$xla.gpu.triton)"')
-_WORK = re.compile(r" (?:while|convolution|dot)\(| fusion\(.*kind=kOutput")
 
 
-def read_schedule(text: str) -> Schedule:
-    """Parse the text of a compiled program with instructions in order of execution."""
-    ring, ring_hidden, others, others_hidden = 0, 0, 0, 0
-    waited: Counter[str] = Counter()
-    for body in _COMPUTATION.findall(text):
-        lines = body.splitlines()
-        has_kernel = any(_KERNEL.search(line) for line in lines)
-        is_ring = has_kernel and not any(" while(" in line for line in lines)
-        for behind_kernel, behind_work in _intervals(lines):
-            if is_ring:
-                ring, ring_hidden = ring + 1, ring_hidden + behind_kernel
-            else:
-                others, others_hidden = others + 1, others_hidden + (behind_kernel or behind_work)
-        waited.update(found[1] for line in lines if (found := _WAITED.search(line)) and not _INTEGERS.match(line))
-    return Schedule(ring, ring_hidden, others, others_hidden, dict(waited))
-
-
-def _intervals(lines: list[str]) -> list[tuple[bool, bool]]:
-    """Return for each transfer of a computation whether a kernel and whether other work runs between start and end."""
-    open_since: dict[str, int] = {}
-    found = []
-    for index, line in enumerate(lines):
-        if (start := _START.search(line)) and not _INTEGERS.match(line):
-            open_since[start[1]] = index
-        elif (done := _DONE.search(line)) and done[1] in open_since:
-            between = lines[open_since.pop(done[1]) + 1 : index]
-            found.append((any(_KERNEL.search(x) for x in between), any(_WORK.search(x) for x in between)))
-    return found
+def waits_for_hops(text: str) -> bool:
+    """Return whether a compiled program sends keys or values synchronously. Transfers of integers do not count."""
+    return any(" collective-permute(" in line and not _INTEGERS.match(line) for line in text.splitlines())

@@ -83,7 +83,7 @@ def make_plan(
     if devices:
         notice(f"compiling {tokens} tokens on {workload.mesh_in_words}")
         compiled = compile_step(workload, machine, devices)
-    hops_hide = compiled is None or compiled.schedule is None or compiled.schedule.hides_the_ring
+    hops_hide = compiled is None or not compiled.waits_for_hops
     return Plan(
         workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
         estimate(workload, machine, hops_hide=hops_hide),
@@ -170,20 +170,17 @@ def _time(plan: Plan) -> list[str]:
         "matrices": time.matrices,
         "attention": time.attention,
         "memory (overlaps)": time.memory,
-        "exposed ring": time.ring,
+        "exposed ring (synchronous)" if plan.compiled and plan.compiled.waits_for_hops else "exposed ring": time.ring,
         "exposed parameters": time.parameters,
         "all-reduce": time.sums,
     }
     of = " of the measured rate" if plan.machine.measured else ""
-    lines = [
+    return [
         f"estimated step: {time.total:.3g} s, {tokens / time.total:.3g} tokens/s, {time.model_flops:.3g} operations, "
         f"MFU {time.mfu:.0%}{of}",
         "  " + ", ".join(f"{name} {value:.2g} s" for name, value in parts.items()),
         f"  {_rates(plan)}",
     ]
-    if plan.compiled is not None and plan.compiled.schedule is not None:
-        lines.append(f"  schedule: {plan.compiled.schedule}")
-    return lines
 
 
 def _rates(plan: Plan) -> str:
@@ -210,8 +207,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
     compiled = None
     if plan.compiled is not None:
-        schedule = None if plan.compiled.schedule is None else plan.compiled.schedule._asdict()
-        compiled = plan.compiled._asdict() | {"schedule": schedule, "total": number(plan.compiled.total)}
+        compiled = plan.compiled._asdict() | {"total": number(plan.compiled.total)}
     return {
         "machine": dataclasses.asdict(plan.machine),
         "model": plan.workload.model.model_dump(mode="json"),

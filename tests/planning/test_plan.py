@@ -62,7 +62,7 @@ def test_longest_context_is_corrected_by_the_compiled_total():
     """Bytes that the formula misses shorten the context like a smaller memory."""
     machine, missed = find_machine("8xa100"), 8 * GIB
     made = make_plan(find_model("7b"), machine, 2**17, method="formula")
-    compiled = Compiled(0.0, 0.0, 0.0, made.formula.total + missed, None, None, 0.0)
+    compiled = Compiled(0.0, 0.0, 0.0, made.formula.total + missed, None, False, 0.0)
     device = dataclasses.replace(machine.device, memory=machine.device.memory - missed)
     smaller = dataclasses.replace(made, machine=dataclasses.replace(machine, device=device))
     assert 0 < dataclasses.replace(made, compiled=compiled).longest == smaller.longest < made.longest

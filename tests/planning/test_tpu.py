@@ -8,10 +8,12 @@ import importlib.util
 import jax
 import pytest
 
-from ringrl.planning.ahead_of_time import compile_step, devices_of, fits
+from ringrl.planning import ahead_of_time
+from ringrl.planning.ahead_of_time import compile_step, devices_of, fits, waits_for_hops
 from ringrl.planning.machines import find_machine
 from ringrl.planning.memory import memory_of
 from ringrl.planning.workload import Workload, find_model
+from tests.planning.schedule import read_schedule
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -25,13 +27,16 @@ def seven_billion(local_tokens, devices, layers=4):
 
 
 @pytest.mark.parametrize("name", ["tpu-v4-16", "tpu-v5p-16", "tpu-v5e-8", "tpu-v6e-8"])
-def test_formula_is_within_10_percent_and_transfers_hide(name):
+def test_formula_is_within_10_percent_and_transfers_hide(name, monkeypatch):
     machine, workload = find_machine(name), seven_billion(8192, 8)
+    texts = []
+    monkeypatch.setattr(ahead_of_time, "waits_for_hops", lambda text: texts.append(text) or waits_for_hops(text))
     compiled = compile_step(workload, machine)
     assert fits(compiled, machine)
     assert memory_of(workload, "tpu").total == pytest.approx(compiled.total, rel=0.1)
-    assert compiled.schedule is not None
-    assert compiled.schedule.around_ring == compiled.schedule.around_ring_hidden == 3
+    assert not compiled.waits_for_hops
+    schedule = read_schedule(texts[0])
+    assert schedule.around_ring == schedule.around_ring_hidden == 3
 
 
 @pytest.mark.parametrize("name", ["tpu-v4-16", "tpu-v5e-8"])
