@@ -1,22 +1,16 @@
 """ringrl evaluate: rolls policies out in their tasks."""
 
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import cyclopts
 from rich.console import Console
-from rich.table import Table
 
 from ringrl.cli.flags import command_line, reject_flags
 from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 
-if TYPE_CHECKING:  # --help must not import JAX and MuJoCo, which are slow
-    from ringrl.evaluation.policy import TrainedPolicy
-
 ALL_OF_DOMAIN = "all-of-domain"
-_STEPS = (0, 1, 2, 5, 10, 20, 50, 100)  # first steps of the columns of --error-by-step
 
 
 def evaluate(
@@ -40,7 +34,6 @@ def evaluate(
     output: Path | None = None,
     again: bool = False,
     video: bool = False,
-    error_by_step: bool = False,
     cache_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig = MeshConfig(),
 ) -> None:
@@ -63,8 +56,7 @@ def evaluate(
         prompt_order: shuffled puts the prompt's trajectories in random order, as a control.
         policy: a baseline instead of the trained policy. copy: each action is that of the prompt's step with the
             nearest normalised observation. clone: a feed-forward network trained on the prompt alone.
-        data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and
-            --error-by-step).
+        data: path of the training data if it has moved (read for a prompt, a quantile, and another task's best).
         control: also roll out the same episodes with the memory cleared before each (the prompt stays).
         step: step of the checkpoint, instead of --checkpoint-kind.
         checkpoint_kind: last (newest) or best (lowest loss on held-out episodes; in runs without them, lowest training
@@ -72,8 +64,6 @@ def evaluate(
         output: results file (.jsonl); by default evaluation.jsonl in each run's folder.
         again: repeat finished evaluations.
         video: also write the first, the median and the best episode as mp4, into a folder next to the results file.
-        error_by_step: instead of rolling out, print the squared error of the policy's actions on contexts of its
-            training data, by trajectory of the context and step of the episode.
         cache_dtype: dtype of cached keys and values; by default the dtype that the policy computes in.
         mesh: devices over which the cache of each context is sharded (seq only).
     """
@@ -92,14 +82,6 @@ def evaluate(
         environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype,
         prompt_task, prompt_rewards, prompt_order,
     )  # fmt: skip
-    if error_by_step:
-        if not checkpoint:
-            raise UserError("--error-by-step: give the --checkpoint of a run too")
-        why = "has no effect with --error-by-step; leave it out"
-        reject_flags(evaluate, given, why, used={"checkpoint", "data", "step", "checkpoint_kind", "error_by_step"})
-        for run in checkpoint:
-            _print_error_by_step(load_policy(run, step, kind=checkpoint_kind), data)
-        return
     evaluations: list[Evaluation] = []
     command = command_line()
     for run in checkpoint:
@@ -134,17 +116,3 @@ def evaluate(
     console.print(final_table(summaries))
     for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
         print(path)
-
-
-def _print_error_by_step(trained: "TrainedPolicy", data: Path | None) -> None:
-    from ringrl.evaluation.prompt import imitation_error
-
-    errors = imitation_error(trained, data).mean(0)  # (trajectories, steps)
-    edges = [*(edge for edge in _STEPS if edge < errors.shape[-1]), errors.shape[-1]]
-    table = Table(title=f"{trained.run}: squared error of actions, by step of the episode", title_justify="left")
-    table.add_column("Trajectory", justify="right")
-    for first, end in pairwise(edges):
-        table.add_column(str(first) if end == first + 1 else f"{first}-{end - 1}", justify="right")
-    for number, row in enumerate(errors, start=1):
-        table.add_row(str(number), *(f"{row[first:end].mean():.3f}" for first, end in pairwise(edges)))
-    Console().print(table)

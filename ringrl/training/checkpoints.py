@@ -283,12 +283,7 @@ def _saved_metrics(checkpoint: Path) -> dict[str, Any] | None:
     try:
         return _read_json(checkpoint, "metrics")
     except UserError:
-        pass
-    try:  # older checkpoints have metrics without a checksum
-        loss = json.loads((checkpoint / "metrics" / "metrics").read_text())["loss"]
-    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return {"loss": loss} if isinstance(loss, float) else None
 
 
 def saved_steps(run: Path) -> list[int]:

@@ -186,19 +186,6 @@ def test_a_full_disk_that_shows_at_the_end_is_one_line(tiny: TrainConfig, monkey
         train(tiny, quiet=True)
 
 
-def test_losses_of_older_checkpoints_are_read(finished: TrainConfig) -> None:
-    """They have the loss in another file, without a checksum."""
-    for step, loss in ((12, 0.25), (14, 0.5)):
-        folder = finished.run / "checkpoints" / str(step) / "metrics"
-        (folder / "metadata").unlink()
-        (folder / "metrics").write_text(json.dumps({"loss": loss}))
-    Checkpoints(finished.run, keep=1).close()
-    assert Checkpoints(finished.run).steps() == [12, 14]
-    (finished.run / "checkpoints" / "12" / "metrics" / "metrics").write_text('{"loss": 0.75}')
-    Checkpoints(finished.run, keep=1).close()
-    assert Checkpoints(finished.run).steps() == [14]
-
-
 def test_a_checkpoint_that_cannot_be_read_back_stops_the_run(tiny: TrainConfig, monkeypatch) -> None:
     """Such a run used to end with exit code 0."""
     wait = ocp.AsyncCheckpointer.wait_until_finished
