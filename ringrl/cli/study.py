@@ -27,8 +27,8 @@ def ablate(
 
     Args:
         plan: YAML file, for example configs/study_example.yaml.
-        folder: folder of the plan's datasets and of its output. Default: the working directory. With another folder, the
-            same plan runs on other datasets of the same names.
+        folder: folder of the plan's datasets and of its output. Default: the working directory. With another folder,
+            the same plan runs on other datasets of the same names.
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
         retry: run failed cells again. Interrupted cells resume without this flag.
