@@ -1,15 +1,26 @@
-"""Presets: YAML files of settings, found by name."""
+"""Presets: YAML files of settings, found by name. They are part of the installed package."""
 
 from pathlib import Path
 
 from ringrl.errors import UserError
 
 
+def settings_file(given: str | Path) -> Path:
+    """Return the path of a settings file. A name without suffix that is no file, such as "tiny", is a preset's.
+
+    Raises:
+        UserError: there is no preset of this name.
+    """
+    path = Path(given)
+    is_name = len(path.parts) == 1 and not path.suffix and (path.is_dir() or not path.exists())
+    return preset(path.name) if is_name else path
+
+
 def preset(name: str) -> Path:
-    """The file of a preset such as "demo"; UserError lists what there is."""
+    """Return the file of a preset such as "demo". Raise UserError with the known names if there is none."""
     folder = Path(__file__).parent
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f"no preset {name!r}; there are {known}")
+        raise UserError(f"no preset {name!r} (and no such file); there are {known}")
     return path

@@ -21,6 +21,7 @@ from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
+from ringrl.study.plan import read_plan
 
 TINY = [
     "--model.layers=1", "--model.width=16", "--model.token-set=fused1", "--context.trajectories=2",
@@ -86,6 +87,24 @@ def test_a_file_gives_its_settings(name: str, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
     _, bound = parse(["train", "--config", str(tmp_path / "settings.yaml")])
     assert bound.arguments["settings"] == TrainConfig.model_validate(values)
+
+
+def test_presets_are_found_by_name_unless_a_file_has_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--data", "x", "--task", "walker_walk", "--run", "y", "--config"]
+    (tmp_path / "tiny").mkdir()
+    expected = read_yaml(preset("tiny")) | {"data": "x", "task": "walker_walk", "run": "y"}
+    assert parse([*command, "tiny"])[1].arguments["settings"] == TrainConfig.model_validate(expected)
+    (tmp_path / "small").write_text("seed: 7")
+    assert parse([*command, "small"])[1].arguments["settings"].seed == 7
+    assert read_plan("study_example") == read_plan(preset("study_example"))
+    for line in (rejected([*command, "tinny"], capsys), rejected(["ablate", "tinny"], capsys)):
+        assert line.startswith("ringrl: no preset 'tinny' (and no such file); there are cartpole_swingup, demo, ")
+        assert "tiny" in line.split("there are")[1]
+    for missing in ("tiny.yaml", "configs/tiny"):
+        assert f"{missing}: cannot be read" in rejected([*command, missing], capsys)
 
 
 def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def ablate(
     The cost is printed first. The same command resumes an interrupted ablation and repeats nothing.
 
     Args:
-        plan: YAML file, for example configs/study_example.yaml.
+        plan: YAML file, or the name of a preset, for example study_example.
         folder: folder of the plan's datasets and of its output. Default: the working directory. With another folder,
             the same plan runs on other datasets of the same names.
         dry_run: print the cost and stop.

@@ -13,6 +13,7 @@ from cyclopts.config import Dict
 from ringrl.cli.flags import check_launcher, command_line, given_flags
 from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
 from ringrl.config_files import merged, one_line, read_yaml
+from ringrl.configs import settings_file
 from ringrl.errors import UserError
 from ringrl.files import expanded
 from ringrl.methods import METHODS, MethodName, check_method
@@ -34,7 +35,7 @@ def train(
 
     Args:
         settings: settings of the run.
-        config: YAML file of settings. --method and other flags override it.
+        config: YAML file of settings, or the name of a preset (tiny, small, ...). --method and other flags override it.
         method: method to train. Sets the settings that define the method; other flags override them.
         resume: folder of a run. Continues the run from its newest checkpoint, with its own settings, on the same or on
             other devices. Without a value: the folder of --run, or the folder of a run's own config.yaml in --config.
@@ -81,7 +82,7 @@ def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclop
     Raise UserError if a file cannot be used, or if there is no run to resume.
     """
     file, name = _value(arguments, "--config"), _value(arguments, "--method")
-    values = read_yaml(expanded(file)) if file else {}
+    values = read_yaml(settings_file(expanded(file))) if file else {}
     if (run := _resumed_run(arguments, file, values)) is not None:
         from ringrl.training.run_folder import saved_configuration
 

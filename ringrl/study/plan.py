@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ringrl.config import FilePath, Section
 from ringrl.config_files import merged, nested, one_line, read_yaml
+from ringrl.configs import settings_file
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 
@@ -163,10 +164,10 @@ class AblationPlan(Section):
         return self
 
 
-def read_plan(path: Path) -> AblationPlan:
-    """Return the plan of a file. Raise UserError with the file and the wrong setting."""
+def read_plan(path: str | Path) -> AblationPlan:
+    """Return the plan of a file or a preset. Raise UserError with the file and the wrong setting."""
     try:
-        return AblationPlan.model_validate(read_yaml(path))
+        return AblationPlan.model_validate(read_yaml(settings_file(path)))
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
 
