@@ -17,13 +17,13 @@ def ablate(
     dry_run: bool = False,
     workers: int = 1,
     retry: bool = False,
-    untimed: bool = False,
     launcher: Literal["none", "slurm"] = "none",
     slurm: SlurmConfig = SlurmConfig(),
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
-    The cost is printed first. The same command resumes an interrupted ablation and repeats nothing.
+    The cost is printed first, with a rough time that becomes better with every finished cell. The same command resumes
+    an interrupted ablation and repeats nothing.
 
     Args:
         plan: YAML file, or the name of a preset, for example study_example.
@@ -32,7 +32,6 @@ def ablate(
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
         retry: run failed cells again. Interrupted cells resume without this flag.
-        untimed: skip the timing of a few steps of every kind of cell. The remaining time is then unknown.
         launcher: slurm runs every cell as a job instead of on this machine.
         slurm: resources of each job; a cell is one process.
     """
@@ -42,7 +41,7 @@ def ablate(
 
     check_launcher(launcher, slurm)
     chosen = read_plan(plan).inside(folder)
-    options = RunOptions(workers, retry, not untimed, slurm if launcher == "slurm" else None)
+    options = RunOptions(workers, retry, slurm if launcher == "slurm" else None)
     if dry_run:
         estimate(chosen, Console(), options)
         return

@@ -78,6 +78,14 @@ class Work:
             return False
 
     @property
+    def seconds(self) -> float | None:
+        """Seconds that the finished work took; None if it is unfinished or the file is damaged."""
+        try:
+            return float(json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
     def failure(self) -> str | None:
         """The reason why the last attempt failed, or None."""
         try:

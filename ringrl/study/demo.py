@@ -38,5 +38,5 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
     if not store.exists():
         console.print("[bold]importing and relabelling the episodes")
         import_archive(collected, store, domain_of(task).name)
-    ablate(plan, console, command, RunOptions(workers=min(2, available_cores()), timing=False))
+    ablate(plan, console, command, RunOptions(workers=min(2, available_cores())))
     return plan.output

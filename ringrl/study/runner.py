@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -30,9 +30,9 @@ from ringrl.processes import end_with_parent
 from ringrl.signals import STOPPING, ignore
 from ringrl.study.cells import EVALUATION, LOG, Cell, Reference, Work, attempt_logged, cells, references
 from ringrl.study.cluster import run_on_cluster
+from ringrl.study.cost import cost_table, estimates
 from ringrl.study.plan import AblationPlan
 from ringrl.study.progress import AblationProgress
-from ringrl.study.timing import Timing, cost, cost_table, measure, read_timings, shape, write_timings
 from ringrl.training.run_folder import dataset_fingerprint
 
 COMPILED = ".compiled"  # compiled programs, which all seeds share
@@ -45,8 +45,6 @@ class RunOptions(NamedTuple):
     """Cells that run at once."""
     retry: bool = False
     """Run failed cells again."""
-    timing: bool = True
-    """Time a few steps of every kind of cell before the first one starts."""
     slurm: SlurmConfig | None = None
     """Run the cells as SLURM jobs; None: in processes of this machine."""
     cluster: str = "slurm"
@@ -71,17 +69,18 @@ def ablate(
     everything, reference_work = _check(plan, options)
     with _locked(plan.output):
         work: list[Work] = [*reference_work, *everything]
-        timings = _timed(plan, work, options, console)
+        for one in work:
+            one.check()
         todo = [one for one in work if not one.is_finished and (options.retry or one.failure is None)]
         for one in todo:
             one.forget_failure()
+        costs = estimates(everything, options.workers, is_here=options.slurm is None)
         waiting = [cell for cell in todo if isinstance(cell, Cell)]
         if waiting:
-            finished = sum(cell.is_finished for cell in everything)
-            console.print(cost_table(waiting, timings, finished, options.workers))
-        estimates = {one.name: cost(one, timings).seconds if isinstance(one, Cell) else 0.0 for one in todo}
+            console.print(cost_table(waiting, costs, len(everything) - len(costs), options.workers))
+        expected = {one.name: costs[one.name].seconds if isinstance(one, Cell) else 0.0 for one in todo}
         failed = {one: why for one in work if (why := one.failure) is not None}
-        with AblationProgress(estimates, options.workers, console) as progress:
+        with AblationProgress(expected, options.workers, console) as progress:
             for one, why in _outcomes(plan, todo, options, command, progress.begin):
                 progress.end(one.name, why)
                 if why is not None:
@@ -94,13 +93,14 @@ def ablate(
 
 
 def estimate(plan: AblationPlan, console: Console, options: RunOptions = RunOptions()) -> None:
-    """Print the remaining cost of a plan without running it. Timings are kept. Raise UserError as `ablate` does."""
+    """Print the remaining cost of a plan without running it, in seconds. Raise UserError as `ablate` does."""
     everything, reference_work = _check(plan, options)
-    with _locked(plan.output):
-        timings = _timed(plan, [*reference_work, *everything], options, Console(stderr=True))
-    waiting = [cell for cell in everything if not cell.is_finished]
+    for one in (*reference_work, *everything):
+        one.check()
+    costs = estimates(everything, options.workers, is_here=options.slurm is None)
+    waiting = [cell for cell in everything if cell.name in costs]
     if waiting:
-        console.print(cost_table(waiting, timings, len(everything) - len(waiting), options.workers))
+        console.print(cost_table(waiting, costs, len(everything) - len(waiting), options.workers))
     else:
         console.print(f"all {len(everything)} cells are finished")
 
@@ -129,31 +129,6 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
         for task in {cell.config.task for cell in everything if cell.about["videos"]}:
             write_videos(task, {})  # none, but this fails if videos cannot be made
     return everything, references(plan, fingerprints)
-
-
-def _timed(plan: AblationPlan, work: Sequence[Work], options: RunOptions, console: Console) -> Mapping[str, Timing]:
-    """Check the folders, time all kinds of cells that have no timing yet, and return all timings.
-
-    Raise UserError for a cell that cannot start.
-    """
-    for one in work:
-        one.check()
-    timings = read_timings(plan.output)
-    if options.slurm is not None or not options.timing:  # the cells run on another machine than this one
-        return timings
-    waiting = [one for one in work if isinstance(one, Cell) and not one.is_finished]
-    new = list({name: cell for cell in waiting if (name := shape(cell)) not in timings}.values())
-    if new:
-        console.print(f"timing a few steps of {len(new)} kinds of cells")
-    tasks = [partial(measure, cell) for cell in new]
-    for index, found in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: None):
-        cell = new[index]
-        if not isinstance(found, Timing):
-            raise UserError(f"{cell.name}: cannot be trained or evaluated: {found}")
-        timings[shape(cell)] = found
-        console.print(f"timed {cell.name}", soft_wrap=True, markup=False, highlight=False)
-        write_timings(plan.output, timings)
-    return timings
 
 
 def _outcomes(

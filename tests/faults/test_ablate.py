@@ -30,7 +30,7 @@ PLAN = {
 def ablate_command(material: Path, folder: Path) -> list[str]:
     paths = {"data": str(material / "jaco.h5"), "output": str(folder / "study")}
     (folder / "plan.yaml").write_text(yaml.safe_dump(paths | PLAN))
-    return ["ablate", str(folder / "plan.yaml"), "--untimed"]
+    return ["ablate", str(folder / "plan.yaml")]
 
 
 def cell(folder: Path, name: str) -> Path:

@@ -12,11 +12,10 @@ from ringrl.configs import preset
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED, Protocol
 from ringrl.evaluation.records import append_records, data_records
-from ringrl.files import without_crc
 from ringrl.methods import method_of
 from ringrl.study.cells import Cell, attempt, cells, references, write
+from ringrl.study.cost import cost, estimates
 from ringrl.study.plan import AblationPlan, read_plan
-from ringrl.study.timing import Timing, cost, read_timings, shape, write_timings
 from ringrl.training.checkpoints import with_checksum
 
 BASELINES = ("bc", "bc-10%", "bc-25%", "bc-50%", "dt", "td3", "td3+bc")
@@ -139,9 +138,9 @@ def test_prompts_are_copied_once(write_plan) -> None:
     assert longest.prompt_only == tuple(("copy", p) for p in prompted)
     assert [p.prompt_trajectories for p in prompted] == [1, 1, 2, 2]
     assert longest.about == plain["at_4_ring4_seed0"].about | {"prompt_baselines": ["copy"]}
-    simulated = cost(plain["at_4_ring4_seed0"], {}).simulated
-    assert cost(longest, {}).simulated == simulated + 8 * 250
-    assert cost(make(baselines=["copy", "clone"])["at_4_ring4_seed0"], {}).simulated == simulated + 16 * 250
+    simulated = cost(plain["at_4_ring4_seed0"]).simulated
+    assert cost(longest).simulated == simulated + 8 * 250
+    assert cost(make(baselines=["copy", "clone"])["at_4_ring4_seed0"]).simulated == simulated + 16 * 250
     for name in plain.keys() - {"at_4_ring4_seed0"}:
         assert found[name].about == plain[name].about, "finished cells of older plans remain finished"
         assert not found[name].prompt_only
@@ -267,12 +266,12 @@ def test_videos_are_of_the_lowest_seed(write_plan) -> None:
     assert filmed == {"bc_seed2", "at_1_seed2", "at_2_seed2"}
 
 
-def finish(work) -> None:
+def finish(work, seconds: float = 1.0) -> None:
     """Leave the files of a finished cell."""
     write(work.folder / "cell.yaml", to_yaml(with_checksum(work.about)))
     write(work.folder / "evaluation.jsonl", "")
     append_records(work.folder / "evaluation.jsonl", data_records("x", np.ones(1), data_fingerprint="", versions={}))
-    write(work.folder / "finished.json", json.dumps({"did": work.about}))
+    write(work.folder / "finished.json", json.dumps({"did": work.about, "seconds": seconds}))
 
 
 def test_finished_cells_are_recognised(write_plan) -> None:
@@ -341,29 +340,32 @@ def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pyt
     assert not cell.is_finished
 
 
-def test_a_changed_digit_of_a_timing_is_noticed(tmp_path) -> None:
-    timings = {"shape": Timing(start=5.0, step=2.0, evaluation=7.0)}
-    write_timings(tmp_path, timings)
-    assert read_timings(tmp_path) == timings
-    path = tmp_path / "timing.json"
-    whole = path.read_text()
-    path.write_text(whole.replace("2.0", "3.0"))
-    with pytest.raises(UserError, match="is damaged"):
-        read_timings(tmp_path)
-    path.write_text(without_crc(whole))  # of an older version
-    assert read_timings(tmp_path) == timings
-
-
 def test_finished_training_costs_nothing(write_plan) -> None:
     (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings={"optimiser": {"steps": 30}}))
-    timings = {shape(cell): Timing(start=5.0, step=2.0, evaluation=7.0)}
-    whole = cost(cell, timings)
-    assert (whole.steps, whole.tokens, whole.seconds) == (30, 30 * 2 * 250 * 4, 5 + 60 + 7)
+    whole = cost(cell)
+    assert (whole.steps, whole.tokens) == (30, 30 * 2 * 250 * 4)
     assert whole.simulated == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
     for name in ("10", "20", "25.orbax-checkpoint-tmp"):
         (cell.folder / "checkpoints" / name).mkdir(parents=True)
-    rest = cost(cell, timings)
-    assert (rest.steps, rest.simulated, rest.seconds) == (10, whole.simulated, 5 + 20 + 7)
+    rest = cost(cell)
+    assert (rest.steps, rest.simulated) == (10, whole.simulated)
+
+
+def test_the_time_of_a_kind_is_known_from_its_finished_cells(write_plan) -> None:
+    found = cells(plan_of(write_plan, trajectories=[2], seeds=[0, 1, 2], settings={"optimiser": {"steps": 30}}))
+    by_name = {cell.folder.name: cell for cell in found}
+    rough = estimates(found, 1)
+    assert rough.keys() == {cell.name for cell in found}
+    assert all(1 < one.seconds < 100 for one in rough.values())
+    away = estimates(found, 1, is_here=False)
+    assert {one.seconds for one in away.values()} == {None}
+    for name, seconds in (("at_2_seed0", 40.0), ("at_2_seed1", 60.0)):
+        finish(by_name[name], seconds)
+    (by_name["at_2_seed2"].folder / "checkpoints" / "15").mkdir(parents=True)
+    now = {name.rpartition("/")[2]: one.seconds for name, one in estimates(found, 1).items()}
+    assert now.keys() == {"at_2_seed2", "bc_seed0", "bc_seed1", "bc_seed2"}
+    assert now["at_2_seed2"] == 25, "half of the steps are done"
+    assert estimates(found, 1, is_here=False)["jaco_reach_top_left/bc_seed0"].seconds is None
 
 
 def test_the_reference_belongs_to_one_dataset(write_plan) -> None:

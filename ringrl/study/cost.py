@@ -1,0 +1,190 @@
+"""The cost of the cells of an ablation: counts, and an estimate of the time.
+
+The time of a kind of cell is the time that finished cells of this kind took. Before the first one, it is a rough
+estimate from the speed of this machine, measured in a second.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from ringrl.envs import domain_of, make_vec
+from ringrl.evaluation.formatting import ABSENT, duration
+from ringrl.evaluation.protocol import Protocol
+from ringrl.files import json_digest
+from ringrl.model.tokens import TOKEN_SETS
+from ringrl.study.cells import Cell
+from ringrl.training.budget import step_cost
+from ringrl.training.checkpoints import EarlyStopping, saved_steps
+
+# Small models on a CPU reach a third of a matrix product's speed. A step of a feed-forward policy takes about 10 ms.
+_SHARE_OF_PEAK, _LEAST_STEP, _START = 1 / 3, 0.01, 10.0
+_READ_SPEED = 5e9  # bytes of the key-value cache per second, each read once per action
+_ACT = 5e-4  # seconds per action of a batch, besides reading the cache
+
+
+class CellCost(NamedTuple):
+    """Remaining cost of a cell, or of several cells."""
+
+    steps: int  # optimiser steps
+    tokens: int  # seen by the model in training
+    flops: float  # of the transformer blocks in training; 0 for other models
+    simulated: int  # environment steps of the evaluation
+    seconds: float | None = None  # training and evaluation; None: unknown
+
+
+class Speed(NamedTuple):
+    """Speed of this machine."""
+
+    flops: float  # of a matrix product, per second
+    simulation: Mapping[str, float]  # task -> seconds per environment step
+
+    @classmethod
+    def measure(cls, tasks: Iterable[str]) -> "Speed":
+        """Return the speed of this machine in these tasks."""
+        size = 1024
+        x = jnp.ones((size, size))
+        product = jax.jit(lambda x: x @ x)
+        seconds = _median_seconds(lambda: jax.block_until_ready(product(x)), 5)
+        return cls(2 * size**3 / seconds, {task: _seconds_per_step(task) for task in tasks})
+
+
+def _seconds_per_step(task: str, streams: int = 8) -> float:
+    with closing(make_vec(task, streams, 0)) as environments:
+        environments.reset()
+        actions: Any = np.random.default_rng(0).uniform(-1, 1, environments.action_space.shape).astype(np.float32)
+        return _median_seconds(lambda: environments.step(actions), 20) / streams
+
+
+def _median_seconds(action: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times + 2):
+        began = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds[2:])
+
+
+def estimates(cells: Sequence[Cell], workers: int, *, is_here: bool = True) -> dict[str, CellCost]:
+    """Return the remaining cost of every unfinished cell, by name.
+
+    Args:
+        cells: all cells of a plan. The time of those that are finished is known.
+        workers: cells that run at once on this machine.
+        is_here: whether the cells run on this machine. Otherwise only the time of finished kinds is known.
+    """
+    known = defaultdict[str, list[float]](list)
+    for cell in cells:
+        if (seconds := cell.seconds) is not None:
+            known[_kind(cell)].append(seconds)
+    waiting = [cell for cell in cells if not cell.is_finished]
+    unknown = {task for cell in waiting if _kind(cell) not in known for task in cell.tasks}
+    speed = Speed.measure(unknown) if unknown and is_here else None
+    found = {}
+    for cell in waiting:
+        one, seconds = cost(cell), None
+        if kind := known.get(_kind(cell)):
+            # Training takes most of the time.
+            seconds = mean(kind) * max(0.1, one.steps / cell.config.optimiser.steps)
+        elif speed is not None:
+            seconds = _rough_seconds(cell, one, speed, workers)
+        found[cell.name] = one._replace(seconds=seconds)
+    return found
+
+
+def _kind(cell: Cell) -> str:
+    """Return the name of the kind of a cell. Cells of a kind differ in seed, folder and logging only."""
+    ignored = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
+    return json_digest([cell.config.model_dump(mode="json", exclude=ignored), [asdict(one) for one in cell.protocols]])
+
+
+def _rough_seconds(cell: Cell, one: CellCost, speed: Speed, workers: int) -> float:
+    """Return a rough estimate, right within a factor of about three."""
+    training = max(one.flops * workers / (speed.flops * _SHARE_OF_PEAK), one.steps * _LEAST_STEP)
+    model, length = cell.config.model, domain_of(cell.config.task).episode_length
+    context = cell.config.context
+    has_cache = model.family.has_context and context.segment_steps is None
+    per_token = 8 * model.layers * model.width * model.kv_heads / model.heads  # bytes of keys and values
+    per_step = per_token * TOKEN_SETS[model.token_set].size if has_cache else 0.0
+    acting = 0.0
+    for protocol in _rollouts(cell):
+        for episodes in (protocol.episodes, *([1] if protocol.control else [])):
+            # The memory grows and is half full on average.
+            cache = per_step * length * (episodes / 2 + protocol.prompt_trajectories)
+            acting += length * protocol.episodes * (_ACT + protocol.environments * cache / _READ_SPEED)
+    simulating = sum(speed.simulation[task] for task in cell.tasks) / len(cell.tasks) * one.simulated
+    return _START + training + len(cell.tasks) * acting + simulating
+
+
+def _rollouts(cell: Cell) -> list[Protocol]:
+    return [*cell.protocols, *(protocol for _, protocol in cell.prompt_only)]
+
+
+def cost(cell: Cell) -> CellCost:
+    """Return the remaining cost of a cell, without the time. A started evaluation counts whole."""
+    config, length = cell.config, domain_of(cell.config.task).episode_length
+    done = max(saved_steps(cell.folder), default=0)
+    has_converged = EarlyStopping.saved(cell.folder, done).has_converged(config)
+    one, steps = step_cost(config, length), 0 if has_converged else max(0, config.optimiser.steps - done)
+    episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in _rollouts(cell))
+    return CellCost(
+        steps=steps,
+        tokens=steps * one.tokens,
+        flops=steps * (one.flops or 0.0),
+        simulated=length * episodes * len(cell.tasks),
+    )
+
+
+def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: int, workers: int) -> Table:
+    """Return a table of the remaining cost per kind of cell, and in all. The caption counts the `finished` cells."""
+    kinds: dict[str, dict[str, list[CellCost]]] = {}
+    for cell in cells:
+        kind = cell.folder.name.rpartition("_seed")[0]
+        kinds.setdefault(cell.config.task, {}).setdefault(kind, []).append(costs[cell.name])
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("Cell", "Number", "Steps", "Tokens", "TFLOP", "Simulated", "Time each"):
+        shown.add_column(name, justify="left" if name == "Cell" else "right", no_wrap=name != "Cell")
+    for task, groups in kinds.items():
+        shown.add_section()
+        shown.add_row(f"[bold]{task}")
+        for kind, group in groups.items():
+            shown.add_row(kind, str(len(group)), *_numbers(group[0]))
+    shown.add_section()
+    whole = _total([costs[cell.name] for cell in cells])
+    shown.add_row("in all", str(len(cells)), *_numbers(whole))
+    if whole.seconds is not None:
+        at_once = min(workers, len(cells))
+        shown.caption = f"very roughly {duration(whole.seconds / at_once)} with {at_once} at a time"
+        shown.caption += ", and the videos" if any(cell.about["videos"] for cell in cells) else ""
+        shown.caption += f"; {finished} more are finished" if finished else ""
+    return shown
+
+
+def _total(costs: Iterable[CellCost]) -> CellCost:
+    steps, tokens, flops, simulated, seconds = zip(*costs, strict=True)
+    known = [value for value in seconds if value is not None]
+    return CellCost(sum(steps), sum(tokens), sum(flops), sum(simulated), sum(known) if known else None)
+
+
+def _numbers(found: CellCost) -> list[str]:
+    return [
+        _short(found.steps),
+        _short(found.tokens),
+        f"{found.flops / 1e12:,.3g}" if found.flops else ABSENT,
+        _short(found.simulated),
+        duration(found.seconds),
+    ]
+
+
+def _short(number: int) -> str:
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f}M"
