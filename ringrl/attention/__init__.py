@@ -3,6 +3,7 @@
 from ringrl.attention.api import as_attention_fn, attention, ring_attention, ring_attention_shard
 from ringrl.attention.decode import Prefix, append_to_cache, decode_attention, grow_cache
 from ringrl.attention.layout import LAYOUTS, from_layout, layout_positions, pad_to_layout, shard_positions, to_layout
+from ringrl.attention.strategy import choose_strategy
 
 __all__ = [
     "LAYOUTS",
@@ -10,6 +11,7 @@ __all__ = [
     "append_to_cache",
     "as_attention_fn",
     "attention",
+    "choose_strategy",
     "decode_attention",
     "from_layout",
     "grow_cache",

@@ -16,7 +16,7 @@ from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
 from ringrl.attention.layout import check_length, shard_positions
 from ringrl.attention.merge import AxisName, varying_like
 from ringrl.attention.ring import make_ring
-from ringrl.attention.strategy import STRATEGIES, device_of
+from ringrl.attention.strategy import STRATEGIES, choose_strategy, device_of
 from ringrl.attention.ulysses import gather_heads, scatter_heads
 
 
@@ -102,6 +102,7 @@ def ring_attention(
     axis_name: AxisName = "seq",
     layout: str = "zigzag",
     strategy: str = "ring",
+    bidirectional: bool = False,
     batch_axes: Axes = None,
     head_axes: Axes = None,
     is_causal: bool = True,
@@ -128,7 +129,7 @@ def ring_attention(
       layout: "contiguous" | "striped" | "zigzag": the order of the tokens.
       batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
         concrete array on this mesh, they are taken from q's sharding.
-      strategy: as for `ring_attention_shard`.
+      strategy, bidirectional: as for `ring_attention_shard`.
       is_causal, local_window_size, global_prefix, segment_ids, positions, scale, logits_soft_cap, implementation,
         return_residual: as for `attention`, but `positions` are `layout_positions` by default.
 
@@ -156,6 +157,7 @@ def ring_attention(
         axis_name=axis_name,
         layout=layout,
         strategy=strategy,
+        bidirectional=bidirectional,
         is_causal=is_causal,
         local_window_size=local_window_size,
         scale=scale,
@@ -181,6 +183,7 @@ def ring_attention_shard(
     axis_name: AxisName = "seq",
     layout: str = "zigzag",
     strategy: str = "ring",
+    bidirectional: bool = False,
     is_causal: bool = True,
     local_window_size: int | tuple[int, int] | None = None,
     global_prefix: Int[Array, "*batch local_tokens"] | None = None,
@@ -197,7 +200,10 @@ def ring_attention_shard(
       q, k, v, segment_ids, positions, global_prefix: this device's tokens, in layout order.
       axis_name, layout: as for `ring_attention`.
       strategy: "ring": keys and values travel, memory is constant in the ring size; "ulysses": all-to-all from tokens
-        to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device.
+        to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device; "auto":
+        the result of `choose_strategy`.
+      bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
+        Used by "ring" and "ulysses_ring". A window that needs few hops takes the shorter way for all heads.
       is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
         contiguous chunks, default positions and no global prefix, a window reduces the number of hops.
 
@@ -215,10 +221,15 @@ def ring_attention_shard(
     size = lax.axis_size(axis_name)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
     q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
-    batch, tokens = q.shape[:2]
+    batch, tokens, heads, _ = q.shape
     check_length("q", tokens * size, layout, size)
     default = shard_positions(layout, size, tokens, lax.axis_index(axis_name))
     queries = varying_like(q, arguments.query_side(batch, default, positions, segment_ids, global_prefix))
+    if strategy == "auto":
+        kind = device_of(q).device_kind
+        strategy = choose_strategy(
+            tokens, size, heads, k.shape[2], device_kind=kind, itemsize=k.dtype.itemsize, is_causal=is_causal
+        ).strategy
     ring_axis, ulysses_axis = _split_axes(strategy, axis_name)
     if ulysses_axis is not None:
         q, k, v, queries = scatter_heads(q, k, v, queries, ulysses_axis, lax.axis_size(ulysses_axis))
@@ -226,8 +237,10 @@ def ring_attention_shard(
     if strategy == "all_gather":
         exchange = AllGather(axis_name)
     elif ring_axis is not None and lax.axis_size(ring_axis) > 1:
+        if bidirectional and k.shape[2] % 2:
+            raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
         is_plain = positions is None and global_prefix is None
-        exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_plain_window=is_plain)
+        exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_plain, bidirectional=bidirectional)
     o, lse = attend(q, k, v, queries, queries._replace(prefix=None), options, exchange)
     if ulysses_axis is not None:
         o, lse = gather_heads(o, lse, ulysses_axis)

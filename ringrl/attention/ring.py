@@ -13,6 +13,7 @@ generation with memory constant in the ring size.
 
 import dataclasses
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,10 +30,12 @@ from ringrl.attention.merge import AxisName, Tree, nothing_seen, varying_like
 
 @dataclasses.dataclass(frozen=True)
 class Leg:
-    """Hops in one direction: a shift of +1 sends to the next device, -1 to the previous one."""
+    """Hops in fixed directions. Each of `shifts` gets an equal share of the heads: +1 sends to the next device, -1 to
+    the previous one.
+    """
 
     hops: int
-    shift: int = 1
+    shifts: tuple[int, ...] = (1,)
 
 
 class KeyBlock(NamedTuple):
@@ -56,59 +59,70 @@ class Ring:
     def forward(self, inputs: Inputs, options: Options) -> Partial:
         """Return attention over the blocks of all devices on the legs."""
         total = nothing_seen(inputs.q)
-
-        def attend(total: Partial, block: KeyBlock) -> Partial:
-            return kernels.forward(_met(inputs, block), options, total)
-
         for number, leg in enumerate(self.legs):
-            block, sends = self._start(leg, number, inputs)
+            blocks, sends = self._start(leg, number, inputs)
 
-            def hop(carry, _, leg=leg):  # type: ignore[no-untyped-def]
-                total, block = carry
-                arriving = self._send(block, leg.shift)
-                return lax.optimization_barrier((attend(total, block), arriving)), None
+            def attend(total: Partial, blocks: list[KeyBlock], leg=leg) -> Partial:  # type: ignore[no-untyped-def]
+                starts = _split_heads(leg, total, inputs.kv_heads)
+                met = zip(_kernel_inputs(leg, inputs, blocks), starts, strict=True)
+                return _join_heads([kernels.forward(share, options, start) for share, start in met], inputs)
 
-            (total, block), _ = lax.scan(hop, (total, block), None, length=sends)
-            total = attend(total, block)
+            def hop(carry, _, leg=leg, attend=attend):  # type: ignore[no-untyped-def]
+                total, blocks = carry
+                arriving = self._send(leg, blocks)
+                return lax.optimization_barrier((attend(total, blocks), arriving)), None
+
+            (total, blocks), _ = lax.scan(hop, (total, blocks), None, length=sends)
+            total = attend(total, blocks)
         return total
 
     def backward(self, inputs: Inputs, options: Options, cotangents: Cotangents) -> Gradients:
         """Return gradients. dq stays on its device; the gradients of a block follow it and return to its device."""
         dq = varying_like(inputs.q, jnp.zeros(inputs.q.shape, jnp.float32))
         returned = []
-
-        def gradients(dq: jax.Array, block: KeyBlock) -> Gradients:
-            return kernels.backward(_met(inputs, block), options, cotangents, dq)
-
         for number, leg in enumerate(self.legs):
-            block, sends = self._start(leg, number, inputs)
+            blocks, sends = self._start(leg, number, inputs)
 
-            def hop(carry, _, leg=leg):  # type: ignore[no-untyped-def]
-                dq, dkv, block = carry
-                arriving = self._send(block, leg.shift)
+            def gradients(dq: jax.Array, blocks: list[KeyBlock], leg=leg):  # type: ignore[no-untyped-def]
+                known = _split_heads(leg, (cotangents, dq), inputs.kv_heads)
+                met = zip(_kernel_inputs(leg, inputs, blocks), known, strict=True)
+                parts = [kernels.backward(share, options, *one) for share, one in met]
+                return _join_heads([part.dq for part in parts], inputs), [part.dkv for part in parts]
+
+            def hop(carry, _, leg=leg, gradients=gradients):  # type: ignore[no-untyped-def]
+                dq, dblocks, blocks = carry
+                arriving = self._send(leg, blocks)
                 # The gradients so far of this block are sent now, so that the kernel hides the transfer.
-                dkv = self._send(dkv, leg.shift)
-                (dq, part), arriving, dkv = lax.optimization_barrier((gradients(dq, block), arriving, dkv))
-                return (dq, dkv + part, arriving), None
+                dblocks = self._send(leg, dblocks)
+                tied = lax.optimization_barrier((*gradients(dq, blocks), arriving, dblocks))
+                dq, dblocks_part, arriving, dblocks = tied
+                return (dq, _add(dblocks, dblocks_part), arriving), None
 
-            start = varying_like(inputs.q, jnp.zeros(block.kv.shape, jnp.float32))
-            (dq, dkv, block), _ = lax.scan(hop, (dq, start, block), None, length=sends)
-            dkv = self._send(dkv, leg.shift) if sends else dkv
-            dq, part = gradients(dq, block)
-            returned.append(self._send(dkv + part, -leg.hops * leg.shift))
+            start = varying_like(inputs.q, [jnp.zeros(block.kv.shape, jnp.float32) for block in blocks])
+            (dq, dblocks, blocks), _ = lax.scan(hop, (dq, start, blocks), None, length=sends)
+            dblocks = self._send(leg, dblocks) if sends else dblocks
+            dq, dblocks_part = gradients(dq, blocks)
+            back = dataclasses.replace(leg, shifts=tuple(-leg.hops * shift for shift in leg.shifts))
+            returned.append(_join_heads(self._send(back, _add(dblocks, dblocks_part)), inputs))
         return Gradients(dq, sum(returned[1:], start=returned[0]))
 
-    def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[KeyBlock, int]:
-        """Return the first block of a leg and its number of sends."""
-        block = KeyBlock(inputs.kv, inputs.keys.stacked())
-        return (self._send(block, leg.shift), leg.hops - 1) if number else (block, leg.hops)
+    def _start(self, leg: Leg, number: int, inputs: Inputs) -> tuple[list[KeyBlock], int]:
+        """Return the first blocks of a leg and its number of sends."""
+        side = inputs.keys.stacked()
+        blocks = [KeyBlock(kv, side) for kv in _split_heads(leg, inputs.kv, inputs.kv_heads)]
+        return (self._send(leg, blocks), leg.hops - 1) if number else (blocks, leg.hops)
 
-    def _send(self, tree: Tree, shift: int) -> Tree:
-        """Send arrays to the device `shift` places further."""
+    def _send(self, leg: Leg, blocks):  # type: ignore[no-untyped-def]
+        """Send each share of the heads one hop in its direction."""
         axes, index = _in_order_of_mesh(self.axis_name)
-        pairs = [(index[i], index[(i + shift) % self.size]) for i in range(self.size)]
-        sent: Tree = jax.tree.map(lambda x: lax.ppermute(x, axes, pairs), tree)
-        return sent
+
+        def permute(x: jax.Array, shift: int) -> jax.Array:
+            return lax.ppermute(x, axes, [(index[i], index[(i + shift) % self.size]) for i in range(self.size)])
+
+        return [
+            jax.tree.map(lambda x, shift=shift: permute(x, shift), block)
+            for block, shift in zip(blocks, leg.shifts, strict=True)
+        ]
 
 
 def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
@@ -119,12 +133,44 @@ def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
     return listed, places.transpose([listed.index(axis) for axis in axes]).ravel().tolist()
 
 
-def _met(inputs: Inputs, block: KeyBlock) -> Inputs:
-    """Return the inputs of the kernel: this device's queries with the current block."""
-    return inputs._replace(kv=block.kv, keys=Side(*block.side))
+def _kernel_inputs(leg: Leg, inputs: Inputs, blocks: list[KeyBlock]) -> list[Inputs]:
+    """Return the inputs of the kernel for each share of the heads: its queries with the current block."""
+    shares = zip(_split_heads(leg, inputs.q, inputs.kv_heads), blocks, strict=True)
+    return [inputs._replace(q=q, kv=block.kv, keys=Side(*block.side)) for q, block in shares]
 
 
-def make_ring(axis_name: AxisName, local_length: int, layout: str, rule: Rule, *, is_plain_window: bool) -> Ring:
+def _split_heads(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:
+    """Split arrays (B * Hkv, ...) by heads into one share for each direction of a leg."""
+    if len(leg.shifts) == 1:
+        return [tree]
+
+    def share(x: jax.Array, way: int) -> jax.Array:
+        heads = x.reshape(-1, kv_heads, *x.shape[1:])
+        return jnp.split(heads, len(leg.shifts), axis=1)[way].reshape(-1, *x.shape[1:])
+
+    return [jax.tree.map(partial(share, way=way), tree) for way in range(len(leg.shifts))]
+
+
+def _join_heads(parts: list[Tree], inputs: Inputs) -> Tree:
+    """Invert `_split_heads`."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = inputs.queries.positions.shape[0]
+
+    def together(*shares: jax.Array) -> jax.Array:
+        heads = [x.reshape(batch, -1, *x.shape[1:]) for x in shares]
+        return jnp.concatenate(heads, axis=1).reshape(-1, *shares[0].shape[1:])
+
+    return jax.tree.map(together, *parts)
+
+
+def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def make_ring(
+    axis_name: AxisName, local_length: int, layout: str, rule: Rule, is_plain_window: bool, *, bidirectional: bool
+) -> Ring:
     """Return the ring with the hops that the mask needs: n - 1, or fewer with a window on contiguous chunks.
 
     With chunks of c tokens, a window (left, right) covers ceil(left / c) chunks before a device's own chunk and
@@ -132,11 +178,11 @@ def make_ring(axis_name: AxisName, local_length: int, layout: str, rule: Rule, *
     any device may hold visible keys.
     """
     size = lax.axis_size(axis_name)
-    around = Ring(axis_name, size, (Leg(size - 1),))
+    around = Ring(axis_name, size, (Leg(size - 1, (1, -1) if bidirectional else (1,)),))
     if rule.window is None or layout != "contiguous" or not is_plain_window:
         return around
     before = math.ceil(rule.window[0] / local_length)
     after = 0 if rule.is_causal else math.ceil(rule.window[1] / local_length)
     if before + after >= size - 1:
         return around
-    return Ring(axis_name, size, (Leg(before), Leg(after, -1)) if after else (Leg(before),))
+    return Ring(axis_name, size, (Leg(before), Leg(after, (-1,))) if after else (Leg(before),))

@@ -1,11 +1,11 @@
-"""The names of the strategies, the device of a computation, and the speed of its links."""
+"""The device of a computation, link speeds, and the choice between ring, Ulysses and all-gather."""
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
-STRATEGIES = ("ring", "ulysses", "ulysses_ring", "all_gather")
+STRATEGIES = ("ring", "ulysses", "ulysses_ring", "all_gather", "auto")
 
 
 class DeviceKind(Protocol):
@@ -33,23 +33,31 @@ class Link:
 
     flops: float  # dense bfloat16 floating point operations per second
     bytes: float  # bytes per second to a neighbour, one way
+    all_to_all: float  # rate of an all-to-all as a share of `bytes`: 1 behind a switch, less on a torus
 
 
 # From the vendors' data sheets. Attention is assumed to reach half of the peak.
 LINKS = {
-    "TPU v4": Link(275e12, 50e9),
-    "TPU v5p": Link(459e12, 100e9),
-    "TPU v5": Link(459e12, 100e9),  # libtpu's name for a v5p; most generations have two names
-    "TPU v5 lite": Link(197e12, 50e9),
-    "TPU v5e": Link(197e12, 50e9),
-    "TPU v6 lite": Link(918e12, 100e9),
-    "TPU v6e": Link(918e12, 100e9),
-    "NVIDIA A100": Link(312e12, 300e9),
-    "NVIDIA H100": Link(989e12, 450e9),
-    "NVIDIA H200": Link(989e12, 450e9),
-    "cpu": Link(200e9, 10e9),
+    "TPU v4": Link(275e12, 50e9, 0.25),
+    "TPU v5p": Link(459e12, 100e9, 0.25),
+    "TPU v5": Link(459e12, 100e9, 0.25),  # libtpu's name for a v5p; most generations have two names
+    "TPU v5 lite": Link(197e12, 50e9, 0.25),
+    "TPU v5e": Link(197e12, 50e9, 0.25),
+    "TPU v6 lite": Link(918e12, 100e9, 0.25),
+    "TPU v6e": Link(918e12, 100e9, 0.25),
+    "NVIDIA A100": Link(312e12, 300e9, 1.0),
+    "NVIDIA H100": Link(989e12, 450e9, 1.0),
+    "NVIDIA H200": Link(989e12, 450e9, 1.0),
+    "cpu": Link(200e9, 10e9, 1.0),
 }
 _ATTAINED = 0.5
+
+
+class Choice(NamedTuple):
+    """A strategy and its reason in one sentence."""
+
+    strategy: str
+    reason: str
 
 
 def link_of(device_kind: str) -> Link | None:
@@ -66,3 +74,42 @@ def hiding_length(link: Link, heads: int, kv_heads: int, itemsize: int, *, is_ca
     """
     work = 2.0 if is_causal else 4.0
     return 2 * kv_heads * itemsize * link.flops * _ATTAINED / (work * heads * link.bytes)
+
+
+def choose_strategy(
+    local_length: int,
+    ring_size: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    device_kind: str,
+    itemsize: int = 2,
+    is_causal: bool = True,
+) -> Choice:
+    """Return the strategy of "auto" with its reason.
+
+    Args:
+      local_length: tokens per device.
+      ring_size: devices along the sequence.
+      heads, kv_heads: heads on each device, after any sharding of heads.
+      device_kind: for example jax.devices()[0].device_kind.
+      itemsize: bytes per value of k.
+      is_causal: whether the mask skips half of the work.
+    """
+    if ring_size == 1:
+        return Choice("ring", "the sequence is on one device")
+    link = link_of(device_kind)
+    if link is None:
+        return Choice("ring", f"the link speed of {device_kind!r} is unknown, and the ring needs the least memory")
+    needed = hiding_length(link, heads, kv_heads, itemsize, is_causal=is_causal)
+    if local_length >= needed:
+        return Choice("ring", f"{local_length} tokens per device hide a hop ({device_kind}: {needed:.0f} or more)")
+    too_short = f"{local_length} tokens per device do not hide a hop ({device_kind}: {needed:.0f} or more)"
+    # Exposed time to receive n - 1 blocks of K and V, or (n-1)/n of q, k, v and o.
+    ring_time = (ring_size - 1) * 2 * kv_heads / link.bytes
+    repeated = max(kv_heads, ring_size)
+    ulysses_time = (ring_size - 1) / ring_size * (2 * heads + 2 * repeated) / (link.bytes * link.all_to_all)
+    fits = heads % ring_size == 0 and (kv_heads % ring_size == 0 or ring_size % kv_heads == 0)
+    if fits and ulysses_time < ring_time:
+        return Choice("ulysses", f"{too_short} and {heads} heads divide over {ring_size} devices")
+    return Choice("all_gather", f"{too_short}; one all-gather has one latency instead of {ring_size - 1}")

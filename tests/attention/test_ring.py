@@ -131,6 +131,14 @@ def test_arbitrary_prefixes(layout, draw, oracle):
     check(draw, oracle, mesh_of(seq=4), 4, layout, logits_soft_cap=1.5, **keywords)
 
 
+@pytest.mark.parametrize(
+    ("layout", "mask"),
+    [("zigzag", "causal"), ("contiguous", "window"), ("striped", "packed"), ("contiguous", "prefix")],
+)
+def test_bidirectional(layout, mask, draw, oracle):
+    check(draw, oracle, mesh_of(seq=8), 8, layout, setup={"bidirectional": True}, **MASKS[mask])
+
+
 MESHES = {
     "tuple_of_axes": ({"a": 2, "b": 4}, 8, {"axis_name": ("a", "b")}),
     "tuple_of_axes_in_another_order": ({"a": 2, "b": 4}, 8, {"axis_name": ("b", "a")}),
@@ -156,6 +164,7 @@ STRATEGIES = {
     "ulysses_shared_key_heads": ({"seq": 4}, "striped", {"strategy": "ulysses"}),
     "ulysses_ring": ({"seq": 4, "heads": 2}, "zigzag", {"strategy": "ulysses_ring", "axis_name": ("seq", "heads")}),
     "all_gather": ({"seq": 4}, "zigzag", {"strategy": "all_gather"}),
+    "auto": ({"seq": 4}, "contiguous", {"strategy": "auto"}),
 }
 
 
@@ -230,7 +239,7 @@ def test_queries_without_visible_keys(draw, oracle):
     options, spec = Options(Rule(), HEAD_DIM**-0.5), PartitionSpec(None, "seq")
 
     def shard(q, k, v, queries, keys):
-        plan = make_ring("seq", q.shape[1], "contiguous", options.rule, is_plain_window=True)
+        plan = make_ring("seq", q.shape[1], "contiguous", options.rule, is_plain_window=True, bidirectional=False)
         return attend(q, k, v, queries, keys, options, plan)
 
     @partial(jax.jit, compiler_options=QUICK)

@@ -1,4 +1,4 @@
-"""The links of devices, and errors of ring_attention."""
+"""The choice of strategy with its reason, and errors of ring_attention."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,26 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from ringrl.attention import ring_attention
+from ringrl.attention import choose_strategy, ring_attention
 from ringrl.attention.strategy import LINKS, hiding_length, link_of
+
+
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 1)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_ring_is_chosen_from_some_length_on(kind, heads, kv_heads, is_causal):
+    link = LINKS[kind]
+    lengths = [2**n for n in range(24)]
+    chosen = [
+        choose_strategy(n, 8, heads, kv_heads, device_kind=kind, is_causal=is_causal).strategy == "ring"
+        for n in lengths
+    ]
+    assert chosen == sorted(chosen)
+    assert not chosen[0]
+    assert chosen[-1]
+    hop = 2 * lengths[chosen.index(True)] * kv_heads * 2 / link.bytes  # seconds per value of head_dim, bfloat16
+    work = (2 if is_causal else 4) * lengths[chosen.index(True)] ** 2 * heads / (link.flops / 2)
+    assert hop <= work < 2 * hop, "the first that hides a hop, among powers of two"
 
 
 def test_hiding_length():
@@ -18,6 +36,23 @@ def test_hiding_length():
     assert hiding_length(link, 8, 8, 2, is_causal=False) == pytest.approx(causal / 2)
     assert hiding_length(link, 8, 2, 2, is_causal=True) == pytest.approx(causal / 4)
     assert hiding_length(link, 8, 8, 4, is_causal=True) == pytest.approx(causal * 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "strategy", "reason"),
+    [
+        ((64, 1, 8, 8), "TPU v4", "ring", "one device"),
+        ((10**6, 8, 8, 8), "TPU v4", "ring", "hide a hop"),
+        ((64, 8, 8, 8), "NVIDIA H100 80GB HBM3", "ulysses", "8 heads divide over 8 devices"),
+        ((64, 8, 6, 6), "NVIDIA H100 80GB HBM3", "all_gather", "do not hide a hop"),
+        ((64, 8, 16, 1), "TPU v4", "all_gather", "do not hide a hop"),
+        ((64, 8, 8, 8), "Abacus 3000", "ring", "the link speed of 'Abacus 3000' is unknown"),
+    ],
+)
+def test_choices_and_reasons(arguments, kind, strategy, reason):
+    choice = choose_strategy(*arguments, device_kind=kind)
+    assert choice.strategy == strategy
+    assert reason in choice.reason
 
 
 def test_device_kinds_match_by_prefix():
@@ -49,6 +84,7 @@ def call(tokens: int = 16, heads: int = 4, kv_heads: int = 4, ring: int = 4, **k
         ({"strategy": "ulysses", "heads": 6, "kv_heads": 6}, "q: 6 heads"),
         ({"strategy": "ulysses", "heads": 12, "kv_heads": 3}, "k: 3 heads"),
         ({"strategy": "ulysses_ring"}, "axis_name: "),
+        ({"bidirectional": True, "heads": 3, "kv_heads": 3}, "bidirectional: "),
         ({"positions": np.arange(12)}, "positions: expected shape"),
         ({"segment_ids": np.zeros((3, 16), int)}, "segment_ids: expected shape"),
         ({"positions": np.arange(16.0)}, "positions: expected integers"),
