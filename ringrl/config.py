@@ -264,7 +264,7 @@ class MeshConfig(Section):
 
 
 class OptimiserConfig(Section):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and decay."""
 
     steps: int = Field(1000, ge=1)
     """Optimiser steps of the whole run."""
@@ -277,6 +277,9 @@ class OptimiserConfig(Section):
     parameter."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
+    schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    """Learning rate after the warm-up: cosine decay, constant, linear decay, or wsd (warm-up, stable, decay;
+    2404.06395): constant, then linear decay over the last fifth of the steps."""
     final_learning_rate: float = Field(0.0, ge=0)
     """Learning rate at the end of the decay (one step after the last), as a fraction of the peak."""
     warmup_steps: int = Field(50, ge=0)
@@ -289,9 +292,11 @@ class OptimiserConfig(Section):
     """Decay rate of the squared gradients."""
 
     @pydantic.model_validator(mode="after")
-    def _check_accumulation(self) -> Self:
+    def _check_values(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation: {self.accumulation} parts do not divide a batch of {self.batch_size}")
+        if self.schedule == "constant" and self.final_learning_rate != 1:  # which --method td3 sets
+            self._check_unused("final_learning_rate", "with schedule constant; use cosine, linear or wsd")
         return self
 
 

@@ -50,6 +50,10 @@ def test_training_presets_are_valid(name: str) -> None:
     ("settings", "words"),
     [
         ({"optimiser": {"batch_size": 4, "accumulation": 3}}, "3 parts do not divide a batch of 4"),
+        (
+            {"optimiser": {"schedule": "constant", "final_learning_rate": 0.1}},
+            "final_learning_rate: has no effect with schedule constant; use cosine, linear or wsd",
+        ),
         ({"optimiser": {"accumulation": 2}, "model": {"kind": "td3_bc"}}, "td3_bc computes a batch in one part"),
         ({"context": {"sampling": "history_window", "max_transitions": 5000}}, "needs consecutive episodes"),
         ({"context": {"sampling": "history_window", "best_fraction": 0.5}}, "needs consecutive episodes"),
@@ -85,6 +89,8 @@ def test_incompatible_settings_are_errors(settings: dict, words: str) -> None:
         {"model": {"past_rewards": "off"}, "validate_every": 5, "validation_fraction": 0.1},
         {"model": {"past_rewards": "off", "token_set": "dt3", "kind": "behaviour_cloning"}},  # uses neither
         {"model": {"action_choice": "mean", "kind": "td3_bc"}},
+        {"optimiser": {"schedule": "constant", "final_learning_rate": 1.0}},  # with --method td3
+        {"optimiser": {"schedule": "wsd", "final_learning_rate": 0.1}},
         {"model": {"action_choice": "mean", "action_head": "bins", "kind": "behaviour_cloning"}},
     ],
 )

@@ -1,4 +1,4 @@
-"""Optimiser of all agents: AdamW with clipped gradients, linear warm-up and cosine decay of the learning rate."""
+"""Optimiser of all agents: AdamW with clipped gradients, and a schedule of the learning rate with linear warm-up."""
 
 from typing import Any
 
@@ -11,16 +11,18 @@ DECAYED = ("kernel", "embedding")  # by name: the stacked biases of all layers a
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
-    """Return linear warm-up from zero to the peak, then cosine decay to the final fraction at step `config.steps`.
+    """Return linear warm-up from zero to the peak, then decay to the final fraction at step `config.steps`.
 
     Steps count from 0. With any warm-up, the rate of the first step is zero.
     """
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, config.steps - 1),
-        decay_steps=config.steps,
-        end_value=config.learning_rate * config.final_learning_rate,
+    peak, steps = config.learning_rate, config.steps
+    final, warmup = peak * config.final_learning_rate, min(config.warmup_steps, steps - 1)
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, final)
+    start = {"constant": steps, "linear": warmup, "wsd": max(warmup, steps * 4 // 5)}[config.schedule]
+    decay = optax.linear_schedule(peak, final, steps - start)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), decay], [warmup, start]
     )
 
 

@@ -18,9 +18,41 @@ def test_warm_up_and_cosine():
     np.testing.assert_allclose([schedule(step) for step in steps], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_the_default_is_cosine_bit_for_bit():
+    config = OptimiserConfig(steps=300, learning_rate=3e-3, final_learning_rate=0.1)
+    steps = np.arange(301)
+    expected = jax.vmap(optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, 300, 3e-3 * 0.1))(steps)
+    np.testing.assert_array_equal(jax.vmap(learning_rate(config))(steps), expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "corners"),  # between which the learning rate is linear
+    [
+        ("constant", {0: 0.0, 10: 0.5, 110: 0.5}),
+        ("linear", {0: 0.0, 10: 0.5, 110: 0.1}),
+        ("wsd", {0: 0.0, 10: 0.5, 88: 0.5, 110: 0.1}),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_schedules_are_linear_between_their_corners(schedule, corners, warmup):
+    final = {} if schedule == "constant" else {"final_learning_rate": 0.2}
+    config = OptimiserConfig(steps=110, warmup_steps=warmup, learning_rate=0.5, schedule=schedule, **final)
+    if not warmup:
+        corners = {0: 0.5} | {step: rate for step, rate in corners.items() if step > 10}
+    expected = np.interp(np.arange(111), list(corners), list(corners.values()))
+    found = [learning_rate(config)(step) for step in range(111)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_decay_of_wsd_waits_for_the_end_of_a_long_warm_up():
+    schedule = learning_rate(OptimiserConfig(steps=100, warmup_steps=90, learning_rate=1.0, schedule="wsd"))
+    np.testing.assert_allclose([schedule(80), schedule(90), schedule(95)], [80 / 90, 1, 0.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant", "linear", "wsd"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 50), (2, 50), (1, 0), (50, 50)])
-def test_short_runs_have_a_schedule(steps, warmup):
-    schedule = learning_rate(OptimiserConfig(steps=steps, warmup_steps=warmup, learning_rate=1.0))
+def test_short_runs_have_a_schedule(steps, warmup, kind):
+    schedule = learning_rate(OptimiserConfig(steps=steps, warmup_steps=warmup, learning_rate=1.0, schedule=kind))
     found = [float(schedule(step)) for step in range(steps)]
     assert np.isfinite(found).all()
     assert max(found) == pytest.approx(1.0), "the peak is reached"
