@@ -8,7 +8,7 @@ MINUS = "\N{MINUS SIGN}"
 
 def decimal(value: float | None) -> str:
     """Format a return for a table, with one decimal; a dash for None."""
-    return ABSENT if value is None else f"{value:.1f}".replace("-", MINUS)
+    return ABSENT if value is None else f"{value if abs(value) >= 0.05 else 0.0:.1f}".replace("-", MINUS)
 
 
 def number(value: float | None, *, sign: bool = False) -> str:

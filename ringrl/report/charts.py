@@ -32,7 +32,9 @@ from ringrl.report.tables import (
 _POINTS_TO_MARK = 16  # a longer curve has a band instead of bars
 _CURVES = 4  # context lengths of one method in the chart of episodes
 _LOG_RATIO = 4  # an axis is logarithmic if its largest value is this many times the smallest
+_SAME_COST = 1.05  # ratio up to which costs are no axis
 _THRESHOLDS = 61
+ZOOMED = "(zoomed: the axis does not start at zero)"
 _MEASURES = {
     "tokens": ("tokens", "Tokens: processed in training, with repetitions."),
     "FLOPs": ("floating-point operations", "FLOPs: multiplications and additions of the transformer blocks, forward "
@@ -43,7 +45,7 @@ _UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "secon
 
 
 def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame, held_out: pd.DataFrame) -> list[Chart]:
-    """Return the charts that the results are sufficient for.
+    """Return the charts that the results are sufficient for, in the order of the page.
 
     Args:
         results: the table of `read_results`.
@@ -54,12 +56,13 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
     draw = Drawing(styles(table), results.groupby(CELL)["command"].agg(_commands).rename("command"), {})
     with debug_mode(False):  # validating each of some hundred marks takes longer than all the rest
         charts = [
-            _context_chart(draw, results, table), _cost_chart(draw, results, table),
-            _episode_chart(draw, results, table), _prompt_chart(draw, results), _last_chart(draw, results),
+            _context_chart(draw, results, table), _episode_chart(draw, results, table), _prompt_chart(draw, results),
+            _last_chart(draw, results), _cost_chart(draw, results, table), _map_chart(draw, results, table),
             _profile_chart(draw, results, table), _loss_chart(draw, losses), _held_out_chart(draw, held_out),
-            _map_chart(draw, results, table),
         ]  # fmt: skip
-    return [chart for chart in charts if chart.panels]
+    # Curves of one point show less than their episodes do.
+    is_flat = table.groupby(["task", "method", "curve"])["length"].nunique().max() == 1
+    return [chart for chart in charts[int(is_flat and bool(charts[1].panels)) :] if chart.panels]
 
 
 def _commands(commands: pd.Series) -> str | None:
@@ -68,12 +71,13 @@ def _commands(commands: pd.Series) -> str | None:
 
 
 def _length_axis(title: str, lengths: pd.Series) -> alt.X:
-    """Return a logarithmic axis for lengths, extended to zero if a length is zero."""
+    """Return a logarithmic axis for lengths, extended to zero if a length is zero. Its ticks are the lengths."""
     values = sorted({float(length) for length in lengths})
     if values[0] > 0:
         scale = alt.Scale(type="log", base=2, domain=[values[0] / 1.25, values[-1] * 1.25], nice=False)
     else:
         scale = alt.Scale(type="symlog", constant=1, domain=[0, values[-1] * 1.25], nice=False)
+    title = title if len(values) == 1 else f"{title} (logarithmic)"
     return alt.X("x:Q", title=title, scale=scale, axis=alt.Axis(values=values, format="d", labelOverlap=True))
 
 
@@ -88,7 +92,8 @@ def _amount_axis(title: str, amounts: pd.Series) -> alt.X:
 
 
 def _score_axis(title: str, scores: pd.Series) -> alt.X:
-    return alt.X("x:Q", title=title, scale=alt.Scale(domain=[scores.min(), scores.max()], nice=False))
+    scale = alt.Scale(domain=[scores.min(), scores.max()], nice=False)
+    return alt.X("x:Q", title=f"{title} {ZOOMED}", scale=scale, axis=alt.Axis(tickCount=6))
 
 
 def _episode_axis(episodes: pd.Series) -> alt.X:
@@ -142,7 +147,8 @@ def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Ch
         rows = rows[(rows["known"] == rows["seeds"]) & (rows["x"] > 0)]
         rows = rows.assign(label=[f"{length:.0f}" if length else None for length in rows["train_trajectories"]])
         for _, cells in rows.groupby("task"):
-            if len(cells) > 1 and (cells["kind"] == "context").any():
+            has_costs = cells["x"].max() > _SAME_COST * cells["x"].min()
+            if has_costs and (cells["kind"] == "context").any():
                 unit, (axis, explained) = 1.0, _MEASURES[option]
                 if option == "time":
                     unit, axis = next((size, name) for least, size, name in _UNITS if cells["x"].max() >= least)
@@ -150,8 +156,8 @@ def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Ch
                 panels += draw.curves(cells, partial(_amount_axis, axis), option=option)
                 captions.append(explained)
     caption = (
-        "The points of the first chart against the training cost of each policy (mean over seeds). A number next to a "
-        f"point is its trajectories per context. {' '.join(dict.fromkeys(captions))}"
+        "The mean return against the training cost of each policy (mean over seeds). A number next to a point is its "
+        f"trajectories per context, where there is room. {' '.join(dict.fromkeys(captions))}"
     )
     return draw.chart("return_by_cost", "Return against training cost", caption, panels)
 
@@ -290,7 +296,7 @@ def _held_out_chart(draw: Drawing, points: pd.DataFrame) -> Chart:
     """Return against held-out loss, a dot per run."""
     panels, y = [], alt.Y("value:Q", title="return per episode", scale=alt.Scale(zero=True))
     for task, rows in points.groupby("task"):
-        x = alt.X("x:Q", title="held-out loss", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+        x = alt.X("x:Q", title=f"held-out loss {ZOOMED}", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
         rows = rows.assign(
             x=rows["loss"], loss=[f"{loss:.4g}" for loss in rows["loss"]],
             trajectories=[f"{length:.0f}" if length else None for length in rows["train_trajectories"]],
@@ -321,8 +327,8 @@ def _map_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Cha
             title = f"{task}, contexts of {trained}" if length in varied and trained else str(task)
             panels.append(_map_panel(draw, title, rows, by))
     caption = (
-        "The mean return over training seeds, where the runs of a method differ in two settings. Stronger colours are "
-        "higher returns."
+        "The mean return over training seeds, where the runs of a method differ in two settings. The darker "
+        "a tile, the higher its return among those of the panel."
     )
     return draw.chart("return_by_settings", "Return by two settings", caption, panels)
 
@@ -335,12 +341,12 @@ def _map_panel(draw: Drawing, title: str, rows: pd.DataFrame, by: list[str]) -> 
     data = data.assign(strength=strength, shown=[number(value) for value in data["value"]])
     orders = [sorted(set(data[axis]), key=lambda value: (len(value), value)) for axis in "xy"]  # 2 before 16
     x, y = (
-        alt.X("x:N", title=by[0], sort=orders[0], axis=alt.Axis(labelAngle=0)),
+        alt.X("x:N", title=by[0], sort=orders[0], axis=alt.Axis(labelAngle=0, labelLimit=270 // len(orders[0]))),
         alt.Y("y:N", title=by[1], sort=orders[1]),
     )
     named = {"x": by[0], "y": by[1], "shown": "mean return", "seeds": "seeds"}
     tooltip = [alt.Tooltip(f"{name}:N", title=text) for name, text in named.items()]
     base = draw.base(data).encode(x=x, y=y, tooltip=tooltip)
-    tiles = base.mark_rect(color="var(--series-1)").encode(opacity=alt.Opacity("strength:Q", scale=None, legend=None))
+    tiles = base.mark_rect(color="var(--muted)").encode(opacity=alt.Opacity("strength:Q", scale=None, legend=None))
     layers = [tiles, base.mark_text(color="var(--ink)", fontSize=13).encode(text="shown:N")]
     return draw.panel(title, layers, f"{title}: return by {by[0]} and {by[1]}.", height=60 + 50 * len(orders[1]))

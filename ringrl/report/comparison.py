@@ -249,7 +249,7 @@ def _chart(pairs: pd.DataFrame) -> Chart:
         data = pd.DataFrame({
             "method": rows["Method"], "value": rows["change"], "low": rows["low"], "high": rows["high"],
             "shown": [_COLUMNS[4].line(row) for _, row in rows.iterrows()],
-            "shade": np.where(rows["verdict"] != "not resolved", "var(--series-1)", "var(--muted)"),
+            "shade": np.where(rows["verdict"] != "not resolved", "var(--ink)", "var(--muted)"),
         })  # fmt: skip
         y = alt.Y("method:N", title=None, sort=None, axis=alt.Axis(labelLimit=220, grid=True, offset=8))
         base = draw.base(data).encode(y=y, color=alt.Color("shade:N", scale=None))

@@ -141,7 +141,8 @@ def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:
     question, claims = f"whether {subject[0].lower()}{subject[1:]} helps", []
     for verdict, claim in (("higher", "helps"), ("lower", "hurts")):
         if rows := claimed(compared, verdict, like_random):
-            part = f" in {'all' if rows == len(compared) else f'{rows} of'} {len(compared)}"
+            every = "both" if rows == 2 else f"all {rows}"
+            part = f" in {every if rows == len(compared) else f'{rows} of {len(compared)}'}"
             claims.append(claim + part if len(compared) > 1 else claim)
     plural = " comparisons" if len(compared) > 1 else ""
     answer = f"{subject} {' and '.join(claims)}{plural}." if claims else f"It is not resolved {question}."

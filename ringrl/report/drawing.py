@@ -1,6 +1,8 @@
 """How charts are drawn: Altair specifications, shown on the page and written as SVG, PDF and PNG."""
 
 import json
+import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ import pandas as pd
 import vl_convert
 
 from ringrl.evaluation.formatting import ABSENT, number
+from ringrl.methods import METHODS
 from ringrl.report.results import CELL
 
 PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -29,10 +32,21 @@ PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
         "series-8": ("#8a5a3c", "#d3a583"),
         "series-9": ("#4d7d1f", "#a3d16b"),
         "series-10": ("#5b5f97", "#abafe6"),
+        "series-11": ("#c026a3", "#f27fdc"),
+        "series-12": ("#b3261e", "#ff8a80"),
+        "series-13": ("#00838f", "#4dd0e1"),
+        "series-14": ("#a16207", "#f2b84b"),
+        "series-15": ("#3f6212", "#bef264"),
+        "series-16": ("#4338ca", "#a5a0ff"),
+        "series-17": ("#be5a8a", "#ffb3d1"),
+        "series-18": ("#57534e", "#c9c2bb"),
     }
 )
-"""Colours by name: light, dark. The page uses CSS variables of these names, the files the light colours."""
-SERIES = tuple(name for name in PALETTE if name.startswith("series"))
+"""Colours by name: light, dark. The page uses CSS variables of these names, files the light colours (SVG: both)."""
+# The owners of series-1, series-2, ...
+_OWNERS = ["at", "bc", "td3+bc", "bc-10%", "dt", "random", "td3", "bc-50%", "ad", "bc-25%"]
+_OWN = {METHODS[name].title: f"series-{index}" for index, name in enumerate(_OWNERS, start=1)}
+_SHARED = tuple(name for name in PALETTE if name.startswith("series") and name not in _OWN.values())
 MEMORY, RESET = "with memory", "memory reset before each episode"
 TRAINING, HELD_OUT = "training", "held-out episodes"
 _DASHED = {RESET: MEMORY, HELD_OUT: TRAINING}  # what a dashed line shows -> what its solid line shows
@@ -75,16 +89,27 @@ class Chart(NamedTuple):
 
 
 def styles(table: pd.DataFrame) -> dict[str, Style]:
-    """Return the colour of each method, the same in all charts; where colours repeat, shapes and dashes differ."""
+    """Return how each method is drawn, the same in all charts; where colours repeat, shapes and dashes differ.
+
+    A method of METHODS has one colour in all reports. A variant has the shared colour that its name hashes to, or the
+    next one if another variant has this colour.
+    """
     policies, found = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method"), {}
-    for index, (method, kind) in enumerate(zip(policies["method"], policies["kind"], strict=True)):
-        again = index // len(SERIES) % len(_SHAPES)
-        dash = _DASHES[again] if kind == "reference" else ()
-        found[method] = Style(SERIES[index % len(SERIES)], _SHAPES[again], dash)
+    uses: Counter[str] = Counter()
+    for method, kind in zip(policies["method"], policies["kind"], strict=True):
+        first = zlib.crc32(method.encode()) % len(_SHARED)
+        colour = _OWN.get(method) or min(_SHARED[first:] + _SHARED[:first], key=lambda name: uses[name])
+        again = uses[colour] % len(_SHAPES)
+        uses[colour] += 1
+        found[method] = Style(colour, _SHAPES[again], _DASHES[again] if kind == "reference" else ())
     return found | {
         "Dataset, all episodes": Style("muted", "circle", (7, 3)),
-        "Dataset, best episode": Style("muted", "circle", (1, 0)),
+        "Dataset, best episode": Style("ink", "circle", (1, 0)),
     }
+
+
+_DARK = "".join(f'[{key}="{light}"]{{{key}:{dark}}}' for light, dark in PALETTE.values() for key in ("fill", "stroke"))
+_DARK = f"<style>@media screen and (prefers-color-scheme:dark){{{_DARK}}}</style>"
 
 
 def page_spec(panel: Panel) -> dict[str, Any]:
@@ -95,13 +120,13 @@ def page_spec(panel: Panel) -> dict[str, Any]:
 
 
 def chart_files(chart: Chart) -> dict[str, bytes]:
-    """Return the chart for a paper, with light colours and a legend, as SVG, PDF and PNG: file name -> content."""
+    """Return the chart for a paper, with a legend, as SVG (light and dark), PDF and PNG: file name -> content."""
     files = {}
     for option in chart.options or [""]:
         name = f"{chart.name}_{option.lower()}" if option else chart.name
         panels = [panel for panel in chart.panels if panel.option == option]
         svg = vl_convert.vegalite_to_svg(_file_spec(panels, chart.methods))
-        files[f"{name}.svg"] = svg.encode()
+        files[f"{name}.svg"] = svg.replace(">", f">{_DARK}", 1).encode()
         files[f"{name}.pdf"] = vl_convert.svg_to_pdf(svg)
         files[f"{name}.png"] = vl_convert.svg_to_png(svg, scale=2)
     return files
@@ -118,7 +143,7 @@ def _file_spec(panels: Sequence[Panel], methods: Sequence[str]) -> dict[str, Any
     spec = {
         "$schema": alt.SCHEMA_URL, "concat": views, "columns": 2 if len(views) == 4 else min(3, len(views)),
         "datasets": {name: rows for panel in panels for name, rows in panel.spec["datasets"].items()},
-        "params": panels[0].spec["params"], "config": _config(), "background": "white", "spacing": 30,
+        "params": panels[0].spec["params"], "config": _config(), "background": "var(--paper)", "spacing": 30,
     }  # fmt: skip
     text = json.dumps(spec, sort_keys=True)
     for name, (light, _) in PALETTE.items():
@@ -136,8 +161,10 @@ def _config() -> dict[str, Any]:
         "axisX": {"grid": False, "titlePadding": 8, "labelFlush": False},
         "axisY": {"domain": False, "titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -34,
                   "titleY": -12, "tickCount": 5},
-        "legend": {"orient": "bottom", "columns": 2, "labelLimit": 400, "labelColor": ink, "labelFontSize": 12,
-                   "title": None, "symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolStrokeColor": muted},
+        # Columns are far apart, because a browser's font may be wider than the one measured here.
+        "legend": {"orient": "bottom", "columns": 2, "columnPadding": 60, "labelLimit": 400, "labelColor": ink,
+                   "labelFontSize": 12, "title": None, "symbolStrokeWidth": 2, "symbolOpacity": 1,
+                   "symbolStrokeColor": muted, "layout": {"bottom": {"direction": "vertical", "anchor": "start"}}},
         "title": {"anchor": "start", "color": ink, "fontSize": 13, "offset": 22},
         "text": {"fill": muted},
     }  # fmt: skip
@@ -204,6 +231,8 @@ class Drawing(NamedTuple):
             data = self.rows(group)
             points = data[data["x"].notna()]
             x = axis(points["x"])
+            if "label" in points:
+                points = points.assign(label=_legible(points, x["scale"]))
             layers = [*self.rules(data[data["x"].isna()], y), *self.lines(points, x, y, **marks)]
             if runs is not None and (runs["task"] == task).any():
                 layers.append(self.dots(runs[runs["task"] == task], x, y))
@@ -274,12 +303,13 @@ class Drawing(NamedTuple):
         return mark.encode(x=x, y=y, color=self.colour(), opacity=_opacity(0.6), tooltip=_tooltips(data))
 
     def rules(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
-        """Return a horizontal line per row."""
+        """Return a horizontal line per row, within a wider one that is not seen and has the tooltips."""
         layers = []
         for dash, rows in data.groupby(data["method"].map(lambda name: self.styles[name].dash)):
             rows = rows.dropna(axis=1, how="all")
-            mark = self.base(rows).mark_rule(strokeWidth=1.5, strokeDash=list(dash))
-            layers.append(mark.encode(y=y, color=self.colour(), opacity=_opacity(0.9), tooltip=_tooltips(rows)))
+            base = self.base(rows).encode(y=y, color=self.colour())
+            layers.append(base.mark_rule(strokeWidth=1.5, strokeDash=list(dash)).encode(opacity=_opacity(0.9)))
+            layers.append(base.mark_rule(strokeWidth=9, opacity=0).encode(tooltip=_tooltips(rows)))
         return layers
 
 
@@ -296,6 +326,18 @@ def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
     if "memory" in shown and (data["memory"].nunique() == 1 or (data["memory"] == HELD_OUT).any()):
         shown.remove("memory")
     return [alt.Tooltip(f"{name}:N", title=_TOOLTIPS[name]) for name in shown]
+
+
+def _legible(points: pd.DataFrame, scale: alt.Scale) -> pd.Series:
+    """Return the labels that do not overlap on a panel of 300 pixels; of labels that do, the last row's."""
+    place = {"log": np.log, "symlog": np.log1p}.get(scale.to_dict().get("type"), np.asarray)
+    x = pd.Series(place(points["x"]), points.index) / np.ptp(place(scale["domain"]))
+    y, kept = points["value"] / (points["value"].max() or 1.0), []
+    for index, label in points["label"].dropna()[::-1].items():
+        width = 0.01 + 0.022 * max(map(len, [label, *points["label"][kept]]))
+        if all(abs(x[index] - x[other]) > width or abs(y[index] - y[other]) > 0.07 for other in kept):
+            kept.append(index)
+    return points["label"].where(points.index.isin(kept))
 
 
 def _opacity(strength: float | str) -> alt.OpacityValue:

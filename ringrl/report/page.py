@@ -1,6 +1,7 @@
 """The page of a report: a self-contained HTML file, with its figures, tables and videos next to it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -23,7 +24,7 @@ from ringrl.files import lock, remove
 from ringrl.report import conclusion, provenance
 from ringrl.report.charts import all_charts
 from ringrl.report.drawing import PALETTE, Chart, chart_files, page_spec, styles
-from ringrl.report.held_out import ENOUGH_RUNS, loss_correlations, loss_points, loss_sentence
+from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.results import read_results
 from ringrl.report.tables import (
     QUANTILES,
@@ -101,11 +102,11 @@ RETURN_COLUMNS = [
 DIFFERENCE_COLUMNS = [
     Column("change", "Difference", "of the interquartile means, 95 % interval", partial(number, sign=True),
            ("low", "high")),
+    Column("verdict", "Verdict", "higher or lower: corrected p below 0.05, an interval without zero, and four seeds"),
     Column("detectable", "Smallest resolvable", "difference that these seeds could have shown, in this comparison "
            "alone, with 80 % power at 5 %, two-sided", number),
-    Column("p", "p", "two-sided t-test of the means over training seeds", p_value),
-    Column("p_holm", "p, corrected", "for all comparisons of the table (Holm)", p_value),
-    Column("verdict", "Verdict", "higher or lower: corrected p below 0.05, an interval without zero, and four seeds"),
+    Column("p_holm", "p, corrected", "two-sided t-test of the means over training seeds, corrected for all comparisons "
+           "of the table (Holm)", p_value),
 ]  # fmt: skip
 COMPARISON_COLUMNS = [
     Column("task", "Task"), Column("method", "Method"), Column("compared", "Compared"), Column("before", "Before"),
@@ -134,6 +135,12 @@ TRAINING_COLUMNS = [
     Column("tokens_per_second", "Tokens per second", "median over the steps of a run, IQM over seeds", amount),
     Column("peak_memory", "Memory (bytes)", "most that a device holds in a training step", amount),
 ]  # fmt: skip
+DATA_COLUMNS = [
+    Column("task", "Task"), Column("episodes", "Episodes", form=count),
+    *map(Column, QUANTILES), Column("mean", "Mean"),
+    Column("best_method", "Best policy", "by interquartile mean"), Column("best_return", "Its return"),
+    Column("share_below", "Above", "share of the dataset's episodes that return less than the policy", share),
+]  # fmt: skip
 
 
 def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
@@ -157,7 +164,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     correlations = loss_correlations(held_out)
     charts = all_charts(read, table, losses, held_out)
     verdicts, improvement = conclusion.verdicts(read, table), improvement_table(read, table)
-    like_random = tasks_like_random(read, table)
+    data, like_random = data_table(read, table), tasks_like_random(read, table)
     training, videos = training_table(read, runs), provenance.videos(read)
     warnings = [
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
@@ -176,7 +183,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         warnings=[sentence for sentence in warnings if sentence],
         tasks=sorted(table["task"].unique()),
         date=read["created"].max(),
-        charts={chart.name: chart for chart in charts},
+        charts=charts,
         table=shown,
         columns=columns,
         improvement=improvement,
@@ -186,10 +193,9 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         loss_sentence=loss_sentence(correlations),
         training=training,
         training_columns=_used(TRAINING_COLUMNS, training),
-        quantiles=QUANTILES,
-        data=data_table(read, table).to_dict("records"),
+        data=data,
+        data_columns=DATA_COLUMNS,
         videos=videos,
-        missing=_missing(charts, videos),
         facts=facts,
         styles=styles(table),
     )
@@ -197,6 +203,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     files |= table_files("comparisons", verdicts, COMPARISON_COLUMNS) if len(verdicts) else {}
     files |= table_files("improvement", improvement, IMPROVEMENT_COLUMNS) if len(improvement) else {}
     files |= table_files("held_out_loss", correlations, CORRELATION_COLUMNS) if len(correlations) else {}
+    files |= table_files("data", data, DATA_COLUMNS) if len(data) else {}
     files |= table_files("training", training, TRAINING_COLUMNS) if len(training) else {}
     return save_report(
         page, charts, files | {target: path for one in videos for _, path, target in one["videos"]}, destination
@@ -265,7 +272,7 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("ringrl.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    filters = {"decimal": decimal, "number": number, "spec": _spec, "none": lambda x: None if pd.isna(x) else x}
+    filters = {"decimal": decimal, "number": number, "spec": _spec, "contents": _contents}
     environment.filters |= filters
     shared = {"palette": PALETTE, "figures": FIGURES, "tables": TABLES, "vega": _vega()}
     return environment.get_template(template).render(shared | values)
@@ -311,6 +318,11 @@ def _vega() -> Markup:
     return Markup(script.replace("</script", "<\\/script"))
 
 
+def _contents(page: str) -> list[tuple[str, str]]:
+    """Return the id and the heading of each section, in the order of the page."""
+    return re.findall(r'<section id="(\w+)">(?:\s|<div[^>]*>)*<h2>(.*?)</h2>', page)
+
+
 def _spec(panel: Any) -> Markup:
     strict = json.loads(json.dumps(page_spec(panel)), parse_constant=lambda name: None)  # JSON has no NaN or Infinity
     return Markup(json.dumps(strict, sort_keys=True).replace("<", "\\u003c"))
@@ -323,22 +335,3 @@ def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:
         column for column in columns
         if table[column.name].notna().any() and not (column.name in zero and not table[column.name].any())
     ]  # fmt: skip
-
-
-def _missing(charts: Sequence[Chart], videos: Sequence[object]) -> list[str]:
-    """Return what each missing part of the page needs."""
-    reasons = {
-        "return_by_cost": "Return against training cost needs two policies of a task with recorded cost, one of them "
-        "with a context (`ringrl evaluate` records it).",
-        "return_by_episode": "Return by episode needs rollouts of several episodes (`ringrl evaluate --episodes`).",
-        "return_by_prompt": "Return against prompt length needs rollouts with prompts of several lengths from the same "
-        "starts (`prompts` in a plan, or `ringrl evaluate --prompt-trajectories`).",
-        "performance_profiles": "Performance profiles and probabilities of improvement need two training seeds and a "
-        "method with a context.",
-        "learning_curves": "Learning curves need the run folders with their metrics.jsonl; none was found.",
-        "return_by_loss": "Return against held-out loss needs run folders with a held-out loss "
-        f"(`--validation-fraction`), and {ENOUGH_RUNS} runs of a task for a correlation.",
-    }
-    names = {chart.name for chart in charts}
-    found = [reason for name, reason in reasons.items() if name not in names]
-    return found if videos else [*found, "There are no videos; `ringrl evaluate --video` makes them."]

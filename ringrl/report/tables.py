@@ -22,7 +22,7 @@ from ringrl.evaluation.statistics import (
 from ringrl.report.results import CELL, CONTEXT_KINDS, RUN, usual_settings
 
 BOOTSTRAP_SEED, RESAMPLES = 0, 2000
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of a dataset's returns
+QUANTILES = {"Least": 0.0, "5 %": 0.05, "25 %": 0.25, "Median": 0.5, "75 %": 0.75, "95 %": 0.95, "Best": 1.0}
 METRICS = ["mean", "first", "last", "best"]
 RETURNS = [
     *CELL, "mean", "iqm", "low", "high", "control", "first", "last", "last_control", "best", "best_control", "score",
@@ -425,7 +425,8 @@ def data_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         policies = table[(table["task"] == task) & (table["kind"] != "data")]
         best = policies.loc[policies["iqm"].idxmax()] if len(policies) else None
         rows.append({
-            "task": task, "episodes": len(returns), "quantiles": np.quantile(returns, QUANTILES).tolist(),
+            "task": task, "episodes": len(returns),
+            **{name: np.quantile(returns, level) for name, level in QUANTILES.items()},
             "mean": float(returns.mean()), "best_method": None if best is None else describe(best),
             "best_return": None if best is None else float(best["iqm"]),
             "share_below": None if best is None else float((returns < best["iqm"]).mean()),

@@ -67,7 +67,7 @@ def test_every_chart_is_drawn(page, tmp_path):
         [...s.querySelectorAll('figure:not([hidden]) svg')].map(g => g.querySelectorAll('path, text').length)])"""
     charts = ask(page, tmp_path, question)
     assert [name for name, _ in charts] == [
-        "return_by_context", "return_by_cost", "return_by_episode", "last_episodes", "performance_profiles",
+        "return_by_context", "return_by_episode", "last_episodes", "return_by_cost", "performance_profiles",
         "learning_curves",
     ]  # fmt: skip
     assert all(counts and min(counts) > 10 for _, counts in charts)
@@ -83,6 +83,17 @@ def test_the_page_fits_its_width(page, tmp_path, width):
     assert scroll <= width
     assert all(width * 0.2 < drawn < width for drawn in widths)
     assert min(heights) > 9  # CSS pixels from ascent to descent
+
+
+def test_tables_scroll_within_their_boxes_and_the_first_chart_is_as_wide_as_they_are(page, tmp_path):
+    question = """w => [...w.document.querySelectorAll('#comparisons .scroll, #returns .scroll')].map(box => [
+        w.getComputedStyle(box).overflowX, box.scrollWidth, box.clientWidth, box.getBoundingClientRect().right]).concat(
+        [[w.document.querySelector('.chart').clientWidth]])"""
+    *boxes, (chart,) = ask(page, tmp_path, question)
+    assert chart == boxes[0][2]
+    *phone, _ = ask(page, tmp_path, question, width=390)
+    assert all(scrolls == "auto" and right <= 390 for scrolls, _, _, right in phone)
+    assert all(inner > seen for _, inner, seen, _ in phone)
 
 
 def test_light_and_dark(page, tmp_path):

@@ -1,7 +1,9 @@
 """What charts show."""
 
 import json
+import re
 
+import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ import scipy.stats  # type: ignore[import-untyped]
 
 from ringrl.report.charts import all_charts
 from ringrl.report.conclusion import overfitting_warning
-from ringrl.report.drawing import SERIES, chart_files, styles
+from ringrl.report.drawing import PALETTE, _legible, chart_files, styles
 from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.page import write_report
 from ringrl.report.provenance import training_losses, training_runs
@@ -33,15 +35,27 @@ def points(panel) -> pd.DataFrame:
     return pd.DataFrame([row for name in names for row in panel.spec["datasets"][name]])
 
 
+def styles_of(make_rollouts, *names: str, variants: tuple[str, ...] = ()) -> dict:
+    records = [r for name in names for r in make_rollouts(1, 0, 1.0, method=name, train_trajectories=None)]
+    records += [r for name in variants for r in make_rollouts(1, 0, 1.0, variant=name)]
+    return styles(returns_table(tabulate(records)))
+
+
 def test_every_method_has_its_own_style(make_rollouts):
-    """With more methods than colours, shapes and dashes differ."""
-    records = [record for index in range(12) for record in make_rollouts(1, 0, 1.0, method=f"method-{index}")]
-    for name in ("bc", "td3", "random"):
-        records += make_rollouts(1, 0, 1.0, method=name, train_trajectories=None)
-    found = list(styles(returns_table(tabulate(records))).values())
-    assert len(set(found)) == 17
-    assert [style.colour for style in found[: len(SERIES)]] == list(SERIES)
-    assert [bool(style.dash) for style in found] == [False] * 12 + [True] * 5
+    """With more variants than colours, shapes and dashes differ."""
+    found = styles_of(make_rollouts, "bc", "td3", "random", variants=tuple(f"v{index}" for index in range(12)))
+    assert len(set(found.values())) == 17
+    assert len({style.colour for name, style in found.items() if name.startswith("Agentic")}) == 8
+    assert [bool(style.dash) for style in found.values()] == [False] * 12 + [True] * 5
+
+
+def test_a_method_has_one_colour_whatever_else_is_drawn(make_rollouts):
+    names = ("bc", "td3", "random", "bc-10%", "td3+bc")
+    alone = [styles_of(make_rollouts, name) for name in names] + [styles_of(make_rollouts, variants=("wide",))]
+    together = styles_of(make_rollouts, *names, variants=("wide",))
+    assert together == {method: style for found in alone for method, style in found.items()} | together
+    assert {name: found[name] for found in alone for name in found} == together
+    assert len({style.colour for style in together.values()}) == 8
 
 
 def test_a_panel_per_task_and_one_over_all(make_ablation):
@@ -65,13 +79,16 @@ def test_each_task_has_the_axis_of_its_curves(make_ablation, make_rollouts):
                   for record in make_rollouts(test, 0, 1.0, task="walker_run", train_trajectories=n)]  # fmt: skip
     panels = charts([*make_ablation(seeds=2), *rolled_out])["return_by_context"].panels
     titles = {panel.title: panel.spec["layer"][-1]["encoding"]["x"]["title"] for panel in panels}
-    assert titles == {"cartpole_swingup": "trajectories per context", "walker_run": "episodes per context"}
+    assert titles == {
+        name: f"{unit} per context (logarithmic)"
+        for name, unit in (("cartpole_swingup", "trajectories"), ("walker_run", "episodes"))
+    }
 
 
 def test_a_caption_describes_only_what_the_chart_shows(make_ablation, make_rollouts):
     everything = charts(make_ablation(seeds=2))["return_by_context"].caption
     assert "Horizontal lines need no context. With one trajectory" in everything
-    alone = charts(make_rollouts(2, 0, 841.0))["return_by_context"].caption
+    alone = charts(make_rollouts(1, 0, 841.0, train_trajectories=2))["return_by_context"].caption
     assert "has no interval" in alone
     assert "Horizontal lines" not in alone
     assert "Decision Transformer" not in alone
@@ -87,8 +104,8 @@ def test_the_cost_chart_has_an_option_per_measure(make_rollouts, make_budget):
     ]
     records += make_rollouts(1, 0, 1.0, method="td3+bc", train_trajectories=None, budget=make_budget(1, 300.0))
     chart = charts(records)["return_by_cost"]
-    assert chart.options == ["tokens", "FLOPs", "time"]
-    flops, time = (points(panel).sort_values("x") for panel in chart.panels[1:])
+    assert chart.options == ["FLOPs", "time"], "all have seen as many tokens"
+    flops, time = (points(panel).sort_values("x") for panel in chart.panels)
     assert flops["x"].tolist() == [1e12, 1e12, 2e12, 4e12]
     assert time["x"].tolist() == [5, 10, 10], "in minutes, without the point of the seed that has no time"
     assert "TD3+BC" in set(time["method"])
@@ -260,6 +277,68 @@ def test_legends_of_files_name_only_what_is_drawn(make_ablation):
     svg = chart_files(chart)["return_by_episode.svg"].decode()
     assert "Random policy</text>" in svg
     assert "Behaviour cloning</text>" not in svg
+
+
+def test_files_have_the_dark_colours_too(make_ablation):
+    """An image follows the reader's colour scheme, so each colour of the file needs a dark one."""
+    chart = charts(make_ablation(seeds=2))["return_by_episode"]
+    svg = chart_files(chart)["return_by_episode.svg"].decode()
+    style, drawing = svg.split("</style>")
+    assert "prefers-color-scheme:dark" in style
+    drawn = set(re.findall(r'(fill|stroke)="(#\w+|white|black)"', drawing))
+    light = {colour for colour, _ in PALETTE.values()}
+    assert {colour for _, colour in drawn} - light == set()
+    for kind, colour in drawn:
+        dark = next(dark for one, dark in PALETTE.values() if one == colour)
+        assert f'[{kind}="{colour}"]{{{kind}:{dark}}}' in style
+
+
+def test_axes_start_at_zero_or_say_that_they_do_not(make_ablation, make_rollouts, make_budget):
+    extra = [r for n in (1, 2) for r in make_rollouts(n, 9, 1.0, budget=make_budget(n, 60.0 * n), task="walker_run")]
+    found = charts([*make_ablation(seeds=2), *extra])
+    assert len(found) >= 4
+    for chart in found.values():
+        for panel in chart.panels:
+            for layer in panel.spec["layer"]:
+                for axis in {"x", "y"} & layer["encoding"].keys():
+                    one = layer["encoding"][axis]
+                    scale = one["scale"]
+                    starts_at_zero = scale.get("zero") or scale.get("domain", [1])[0] == 0
+                    is_marked = "(logarithmic)" in one["title"] or "(zoomed" in one["title"]
+                    is_counted = (
+                        one["title"] == "episode in the context" or len(one.get("axis", {}).get("values", [])) == 1
+                    )
+                    assert starts_at_zero or is_marked or is_counted, (chart.name, one)
+
+
+def test_labels_do_not_overlap():
+    data = {"x": [1.0, 1.05, 2.0, 8.0], "value": [700.0, 710.0, 700.0, 705.0], "label": ["1", "2", "4", "8"]}
+    scale = alt.Scale(type="log", domain=[1, 8])
+    assert _legible(pd.DataFrame(data), scale).dropna().tolist() == ["2", "4", "8"], "1 and 2 are in one place"
+    apart = pd.DataFrame(data | {"value": [100.0, 710.0, 700.0, 705.0]})
+    assert _legible(apart, scale).dropna().tolist() == ["1", "2", "4", "8"]
+    words = pd.DataFrame(data | {"label": ["trained on 2", None, "trained on 4", "trained on 8"]})
+    assert _legible(words, alt.Scale(domain=[0, 8])).dropna().tolist() == ["trained on 4", "trained on 8"]
+
+
+def test_charts_that_show_nothing_are_left_out(make_ablation, make_rollouts, make_budget):
+    one_length = [r for r in make_ablation(seeds=2) if r.train_trajectories in (None, 4)]
+    assert "return_by_context" not in charts(one_length), "the episodes show more than one point"
+    assert next(iter(charts(one_length))) == "return_by_episode"
+    assert next(iter(charts(make_ablation(seeds=2)))) == "return_by_context"
+    equal = [r for n in (1, 2) for r in make_rollouts(n, 0, 1.0, budget=make_budget(1, 60.0))]
+    assert "return_by_cost" not in charts(equal), "all policies cost as much"
+
+
+def test_every_line_has_a_tooltip_near_it(make_ablation):
+    panel = charts(make_ablation(seeds=2))["return_by_episode"].panels[0]
+    rules = [
+        layer for layer in panel.spec["layer"] if layer["mark"]["type"] == "rule" and "y2" not in layer["encoding"]
+    ]
+    wide = [layer for layer in rules if layer["mark"].get("opacity") == 0]
+    assert {layer["mark"]["strokeWidth"] for layer in wide} == {9}
+    assert {layer["data"]["name"] for layer in wide} == {layer["data"]["name"] for layer in rules}
+    assert all(layer["encoding"]["tooltip"] for layer in wide)
 
 
 def test_episodes_are_shown_with_and_without_memory(make_ablation):

@@ -185,7 +185,7 @@ def test_only_tasks_with_a_policy_that_beats_random_count(make_ablation):
     assert found.against_rivals.endswith("compared with on cartpole_swingup.")
     everywhere = [r.model_copy(update={"returns": (2000.0,)}) if r.method == "random" else r for r in records]
     assert Summary(everywhere).against_rivals == ""
-    assert Summary(records).headline == "A longer context helps in all 2 comparisons."
+    assert Summary(records).headline == "A longer context helps in both comparisons."
 
 
 def test_the_whole_table_is_corrected():
@@ -240,7 +240,7 @@ def test_one_length_without_control(make_rollouts):
 
 def test_several_comparisons_are_counted(make_ablation):
     found = Summary([*make_ablation(), *make_ablation(task="walker_walk", step=0)])
-    assert found.headline == "A longer context helps in all 2 comparisons."  # longer streams gain 10 per episode
+    assert found.headline == "A longer context helps in both comparisons."  # longer streams gain 10 per episode
     flat = [record for record in make_ablation(task="walker_walk") if record.test_trajectories == 1]
     longer = [record.model_copy(update={"train_trajectories": 2}) for record in flat if record.method == "at"]
     found = Summary([*make_ablation(), *flat, *longer])
