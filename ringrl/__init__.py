@@ -1,7 +1,7 @@
 """RingRL: long-context sequence modelling for offline reinforcement learning in JAX."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -11,12 +11,14 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """Import a package when it is first used, so that `import ringrl` is quick and `ringrl.envs` works."""
+    if name == "train":
+        return importlib.import_module("ringrl.training").train
     if name in _PACKAGES:
         return importlib.import_module(f"ringrl.{name}")
     raise AttributeError(f"module 'ringrl' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return ["__version__", *_PACKAGES]
+    return ["__version__", "train", *_PACKAGES]

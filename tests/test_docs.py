@@ -1,7 +1,7 @@
 """Commands and code of README and docs/ work.
 
-Python and diffs run. The real command line parses every command, with its presets, tasks and machines. The pages of
-EXECUTED run as a whole on small data. PARSED gives the reason why the other pages do not.
+The notebook, Python and diffs run. The real command line parses every command, with its presets, tasks and machines.
+The pages of EXECUTED run as a whole on small data. PARSED gives the reason why the other pages do not.
 """
 
 import json
@@ -375,4 +375,17 @@ def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path) -> Non
         text=True,
         check=False,
     )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "docs/notebooks/act.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells), "outputs are not stored"
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for long, short in {"episodes=20": "episodes=2", '"steps": 60': '"steps": 2', "range(3)": "range(1)"}.items():
+        assert long in code
+        code = code.replace(long, short)
+    code += "\nassert chart.to_dict()['encoding'].keys() == {'x', 'y'} and 0 < returns[0] < 1000\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

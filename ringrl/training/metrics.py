@@ -155,9 +155,17 @@ def open_log(config: TrainConfig, step: int) -> AbstractContextManager[MetricsLo
     return MetricsLog(config.run, step, writers)
 
 
+class _ProgressBar(Progress):
+    """A bar in terminals. In a notebook, `MetricsRecorder` shows a line instead: rich's bar needs ipywidgets there."""
+
+    def start(self) -> None:
+        if not self.console.is_jupyter:
+            super().start()
+
+
 def progress_bar(console: Console, disable: bool) -> Progress:
     """Return a progress bar with steps, loss, time left and speed."""
-    return Progress(
+    return _ProgressBar(
         TextColumn("[bold]{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
@@ -190,6 +198,7 @@ class MetricsRecorder:
         self._skipped_in_a_row = 0
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._held_out: float | None = None  # last loss on held-out episodes
+        self._in_place: Any = None  # line of a notebook
         self._since, self._pace = time.perf_counter(), Pace(at_once=True)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
@@ -235,10 +244,20 @@ class MetricsRecorder:
         if "mfu" in speed:
             text += f"  MFU {speed['mfu']:.1%}"
         self._progress.update(self._task, completed=step, loss=losses, speed=text)
-        # In the log of a job, for example, no bar can show the progress.
-        if not self._progress.disable and not self._progress.console.is_terminal and self._pace.is_due():
-            line = f"step {step} of {self._config.optimiser.steps}  {losses}  {text}"
-            self._progress.console.print(line, soft_wrap=True)
+        console = self._progress.console
+        if self._progress.disable or console.is_terminal:
+            return
+        line = f"step {step} of {self._config.optimiser.steps}  {losses}  {text}"
+        if console.is_jupyter:
+            from IPython.display import display
+
+            shown = {"text/plain": line}
+            if self._in_place is None:
+                self._in_place = display(shown, raw=True, display_id=True)
+            else:
+                self._in_place.update(shown, raw=True)
+        elif self._pace.is_due():  # in the log of a job, for example
+            console.print(line, soft_wrap=True)
 
     def _report_skipped(self, entries: list[dict[str, Any]]) -> None:
         allowed = self._config.optimiser.skipped_steps

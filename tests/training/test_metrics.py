@@ -2,17 +2,28 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
 from ringrl.files import with_crc, without_crc
 from ringrl.training import train
-from ringrl.training.metrics import MetricsLog, TensorBoardWriter, peak_flops, step_memory
+from ringrl.training.budget import StepCost
+from ringrl.training.metrics import (
+    MetricsLog,
+    MetricsRecorder,
+    TensorBoardWriter,
+    peak_flops,
+    progress_bar,
+    step_memory,
+)
 from tests.damage import METRICS_TAIL
 
 
@@ -167,3 +178,26 @@ def test_step_memory_is_known_without_tracing_again() -> None:
     assert found is not None
     assert x.nbytes < found <= 5 * x.nbytes, "the arguments and temporary buffers"
     assert len(traced) == 1
+
+
+def test_a_notebook_shows_one_line_that_changes(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Rich's own bar would warn that it needs ipywidgets."""
+    shown: list[str] = []
+
+    def display(text: dict[str, str], *, raw: bool, display_id: bool) -> SimpleNamespace:
+        shown.append(text["text/plain"])
+        return SimpleNamespace(update=lambda text, raw: shown.__setitem__(-1, text["text/plain"]))
+
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    config = TrainConfig(data=Path("x"), task="walker_walk", run=Path("y"))
+    for quiet in (False, True):
+        with progress_bar(Console(force_jupyter=True), quiet) as bar:
+            recorder = MetricsRecorder(config, StepCost(100, 100, None), None, bar)
+            for step in (1, 2):
+                recorder.add(step, {"loss": 0.5 / step})
+                recorder.flush()
+    assert [line.partition(" tokens")[0].rpartition("  ")[0] for line in shown] == ["step 2 of 1000  loss 0.2500"]
+    assert not list(recwarn)
