@@ -159,22 +159,30 @@ def method_of(config: TrainConfig) -> str:
     elif context.target == "none":  # a Decision Transformer has a target return
         name = "ad" if context.order == "history" else "at"
     else:
-        name = "dt" if context.trajectories == 1 else "at"
+        name = "dt" if context.trajectories == 1 and context.target == "own" else "at"
     return f"{name}-{1 + len(config.context.other_tasks)}tasks" if config.context.other_tasks else name
 
 
-def check_method(config: TrainConfig, name: MethodName) -> None:
-    """Raise UserError if the settings amount to another method. Fractions of episodes and hindsight are allowed.
+def title_of(name: str, trajectories: int | None = None) -> str:
+    """Return the full name of a method of results, such as "Agentic Transformer, 1 trajectory"."""
+    method, _, rest = name.removesuffix("+her").partition("-")
+    title = METHODS[method].title if method in METHODS else name
+    if rest.endswith("tasks"):
+        title += f", {rest.removesuffix('tasks')} tasks in turn" if method in METHODS else ""
+    elif rest:
+        title = f"{title}, best {rest}" if method == "bc" else name
+    title += " with hindsight goals" if name.endswith("+her") and method in METHODS else ""
+    return f"{title}, {trajectories} trajector{'y' if trajectories == 1 else 'ies'}" if trajectories else title
 
-    An Agentic Transformer of one trajectory, whose best return is its own, is allowed too. Results call it dt.
-    """
+
+def check_method(config: TrainConfig, name: MethodName) -> None:
+    """Raise UserError if the settings amount to another method. Fractions of episodes and hindsight are allowed."""
     found = method_of(config)
     if name in ("at", "dt") and config.context.sampling == "history_window":
         raise UserError(
             f"--method {name}: context.sampling history_window belongs to ad; choose another, or --method ad"
         )
-    is_shortest = name == "at" and _family(found) == "dt" and config.context.target == "best"
-    if _family(found) != _family(name) and not is_shortest:
+    if _family(found) != _family(name):
         raise UserError(
             f"--method {name}: with the other settings the run is {found} (context.trajectories "
             f"{config.context.trajectories}, context.target {config.context.target}, model.kind {config.model.kind}, "

@@ -21,6 +21,7 @@ from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
+from ringrl.evaluation.formatting import number
 from ringrl.study.plan import read_plan
 
 TINY = [
@@ -122,6 +123,11 @@ def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.C
     assert saved["model"]["layers"] == 1, "a flag wins over the preset"
     assert saved["task"] == "jaco_reach_top_left", "the preset wins over the default"
     main(["evaluate", "--checkpoint", str(folder), "--environments", "2", "--episodes", "2", "--control"])
+    text = capsys.readouterr().out
+    (known,) = [line.split()[3] for line in text.splitlines() if "Dataset, all episodes" in line]
+    assert known == number(EpisodeStore(store).returns("jaco_reach_top_left").mean())
+    assert folder.name in text
+    assert "Random policy" in text
     lines = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert [line["context"] for line in lines] == [True, True, False, False]
     random = tmp_path / "random.jsonl"

@@ -14,7 +14,7 @@ from ringrl.configs import preset
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation import Protocol, evaluate_policy, evaluate_random, load_policy
-from ringrl.methods import METHODS, MethodName, check_method, method_of
+from ringrl.methods import METHODS, MethodName, check_method, method_of, title_of
 from ringrl.training import train
 
 REQUIRED = {"data": "unused", "task": "jaco_reach_top_left", "run": "unused"}
@@ -83,7 +83,7 @@ def test_token_sets_of_the_agentic_transformer_are_free(token_set: str) -> None:
         ("td3+bc", {"actor_critic": {"hindsight": {"nearby": 0.5}}}, "td3+bc+her"),
         ("ad", {"context": {"trajectories": 1}}, "ad"),
         ("at", {"context": {"target": "none"}}, "at"),
-        ("at", {"context": {"trajectories": 1}}, "dt"),  # the shortest context of an ablation
+        ("at", {"context": {"trajectories": 1}}, "at"),  # the shortest context of an ablation
         ("at", {"context": {"target": "none", "trajectories": 1}}, "at"),
     ],
 )
@@ -102,7 +102,8 @@ def test_names_beyond_the_table(name: MethodName, changes: dict, called: str) ->
         ("dt", {"context": {"target": "none"}}, "at"),
         ("ad", {"context": {"target": "best"}}, "at"),
         ("ad", {"context": {"order": "ascending"}}, "at"),
-        ("bc", {"model": {"kind": "transformer"}}, "dt"),
+        ("bc", {"model": {"kind": "transformer"}}, "at"),
+        ("dt", {"context": {"target": "best"}}, "at"),
         ("td3", {"actor_critic": {"behaviour_cloning": 0.1}}, r"td3\+bc"),
         ("td3+bc", {"actor_critic": {"behaviour_cloning": 0}}, "td3"),
     ],
@@ -156,3 +157,19 @@ def test_every_method_trains_and_evaluates(name: str, trained: Callable[[str], P
 def test_random_actions_are_evaluated() -> None:
     records = evaluate_random(REQUIRED["task"], Protocol(environments=2))
     assert [record.method for record in records] == ["random"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "trajectories", "title"),
+    [
+        ("at", 1, "Agentic Transformer, 1 trajectory"),
+        ("dt", 1, "Decision Transformer, 1 trajectory"),
+        ("at-4tasks", 2, "Agentic Transformer, 4 tasks in turn, 2 trajectories"),
+        ("bc-30%", None, "Behaviour cloning, best 30%"),
+        ("bc-10%", None, METHODS["bc-10%"].title),
+        ("td3+bc+her", None, "TD3+BC with hindsight goals"),
+        ("my-own", None, "my-own"),
+    ],
+)
+def test_titles(name: str, trajectories: int | None, title: str) -> None:
+    assert title_of(name, trajectories) == title

@@ -1,5 +1,6 @@
 """ringrl evaluate: rolls policies out in their tasks."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,6 +73,7 @@ def evaluate(
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
     from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressTable, final_table
+    from ringrl.evaluation.prompt import open_dataset
     from ringrl.evaluation.protocol import compile_policy, prompt_only_evaluation
 
     if checkpoint and prompt_seed and not prompt_trajectories:
@@ -83,6 +85,7 @@ def evaluate(
         prompt_task, prompt_rewards, prompt_order,
     )  # fmt: skip
     evaluations: list[Evaluation] = []
+    data_means: dict[str, float] = {}
     command = command_line()
     for run in checkpoint:
         trained = load_policy(run, step, mesh, checkpoint_kind)
@@ -97,6 +100,9 @@ def evaluate(
             )
             for task in dict.fromkeys(named)
         ]
+        with suppress(UserError):  # the dataset may be elsewhere
+            store = open_dataset(trained.info, run, data)
+            data_means |= {task: float(store.returns(task).mean()) for task in named}
     if policy != "trained":
         evaluations = [prompt_only_evaluation(evaluation, policy) for evaluation in evaluations]
     if not checkpoint:
@@ -113,6 +119,6 @@ def evaluate(
     console = Console()
     with ProgressTable(evaluations, console) as progress:
         summaries = evaluate_all(evaluations, again=again, video=video, progress=progress)
-    console.print(final_table(summaries))
+    console.print(final_table(summaries, data_means))
     for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
         print(path)

@@ -15,8 +15,8 @@ def report(
     Args:
         results: results files (.jsonl), or folders that contain them.
         output: folder of the page, figures/, tables/ and videos/.
-        compare: two results files or folders A and B, instead of `results`. The page shows the difference of returns
-            B - A and the settings that differ.
+        compare: two results files or folders A and B, instead of `results`. The page comparison.html shows the
+            difference of returns B - A and the settings that differ.
     """
     if compare is None and not results:
         raise UserError("no results are given; name files or folders, for example: ringrl report runs")

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -18,7 +19,8 @@ from ringrl.errors import printable
 from ringrl.evaluation.formatting import ABSENT, duration, number
 from ringrl.evaluation.protocol import Evaluation, Part
 from ringrl.evaluation.rollout import EpisodeBatch
-from ringrl.evaluation.scores import EvaluationSummary, finite_mean
+from ringrl.evaluation.scores import EvaluationSummary, finite_mean, random_return, score_or_none
+from ringrl.methods import title_of
 from ringrl.pace import Pace
 
 
@@ -135,7 +137,7 @@ class ProgressTable(EvaluationProgress):
             template, running = row.evaluation.template, row.state == "running"
             shown.add_row(
                 escape(template.task),
-                escape(template.method),
+                escape(title_of(template.method, template.train_trajectories)),
                 " ".join(number(value) for value in row.returns.get("context", [])) or row.state,
                 f"{sum(map(len, row.returns.values()))}/{template.test_trajectories * len(row.evaluation.parts)}",
                 str(row.failed) if row.failed else ABSENT,
@@ -145,32 +147,43 @@ class ProgressTable(EvaluationProgress):
         return shown
 
 
-def final_table(summaries: Sequence[EvaluationSummary]) -> Group:
-    """Return one table per task: mean returns over the streams, with normalised scores in brackets."""
+def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str, float] | None = None) -> Group:
+    """Return one table per task: mean returns over the streams, with normalised scores in brackets.
+
+    Args:
+        summaries: of evaluations, those of a task together.
+        data_means: task -> mean return of the training data, where known.
+    """
     tables = [
-        _task_table(task, list(group)) for task, group in itertools.groupby(summaries, lambda summary: summary.task)
+        _task_table(task, list(group), (data_means or {}).get(task))
+        for task, group in itertools.groupby(summaries, lambda summary: summary.task)
     ]
     legend = (
         "Means over streams; normalised scores in brackets. Episodes: streams x n, one after another in a context. "
-        "Without context: best of n in the control, whose memory is cleared before each episode."
+        "No memory: the mean of the control, whose memory is cleared before each episode."
     )
     return Group(*tables, Text(legend, style="dim"))
 
 
-def _task_table(task: str, summaries: Sequence[EvaluationSummary]) -> Table:
+def _task_table(task: str, summaries: Sequence[EvaluationSummary], data_mean: float | None) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, padding=0, title=escape(task), title_justify="left", title_style="bold")
-    shown.add_column("Method", min_width=12, overflow="fold")
-    for name in ("Episodes", "First", "Last", "Mean", "Best of n", "Without\ncontext", "Failed"):
+    shown.add_column("Policy", min_width=20, overflow="fold")
+    for name in ("Target", "Episodes", "Mean", "Last", "No memory", "Failed"):
         shown.add_column(name, justify="right", no_wrap=True, min_width=8)  # aligns the columns of several tasks
     for summary in summaries:
         failed = summary.failed + summary.failed_without_context
+        names = [Path(summary.checkpoint).name] if summary.checkpoint else []
         shown.add_row(
-            escape(summary.method),
+            escape("\n".join(map(printable, [*names, title_of(summary.method, summary.train_trajectories)]))),
+            number(summary.target_return),
             f"{summary.streams} x {summary.episodes}",
-            *(_with_score(summary.metrics, summary.scores, name) for name in ("first", "last", "mean", "best")),
-            _with_score(summary.metrics_without_context, summary.scores_without_context, "best"),
+            *(_with_score(summary.metrics, summary.scores, name) for name in ("mean", "last")),
+            _with_score(summary.metrics_without_context, summary.scores_without_context, "mean"),
             str(failed) if failed else ABSENT,
         )
+    for name, value in ((title_of("random"), random_return(task)), ("Dataset, all episodes", data_mean)):
+        if value is not None:
+            shown.add_row(name, "", "", _with_score({"mean": value}, {"mean": score_or_none(task, value)}, "mean"))
     return shown
 
 
@@ -180,4 +193,5 @@ def _with_score(metrics: Mapping[str, float | None], scores: Mapping[str, float 
 
 
 def _name(evaluation: Evaluation) -> str:
-    return f"{evaluation.template.task}, {evaluation.template.method}"
+    template = evaluation.template
+    return f"{template.task}, {title_of(template.method, template.train_trajectories)}"

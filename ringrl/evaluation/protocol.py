@@ -344,6 +344,9 @@ def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -
     libraries = _SIMULATING | _COMPUTING
     if template.method in ("random", "copy"):  # no policy is computed
         libraries, decides["device"] = _SIMULATING, None
+    is_one = template.train_trajectories == 1 and (template.settings or {}).get("context.target") != "none"
+    if template.method.startswith("at") and is_one:  # as such evaluations were called, which thus remain finished
+        decides["method"] = f"dt{template.method.removeprefix('at')}"
     decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
     decides |= {"environments": protocol.environments, "control": protocol.control}
     template = template.model_copy(update={"evaluation": json_digest(decides)})

@@ -69,6 +69,7 @@ class EvaluationSummary:
     evaluation: str  # SHA-256, as in its records
     task: str
     method: str
+    train_trajectories: int | None  # per training context
     checkpoint: str | None
     steps_trained: int | None
     seed: int  # of the training run
@@ -91,8 +92,8 @@ class EvaluationSummary:
 
 
 _SHARED_FIELDS = (
-    "evaluation", "task", "method", "checkpoint", "steps_trained", "seed", "target_policy", "target_return",
-    "prompt_trajectories",
+    "evaluation", "task", "method", "train_trajectories", "checkpoint", "steps_trained", "seed", "target_policy",
+    "target_return", "prompt_trajectories",
 )  # fmt: skip
 
 

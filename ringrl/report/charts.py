@@ -131,8 +131,6 @@ def _context_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
     )
     if (table["kind"] != "context").any():
         caption += " Horizontal lines need no context."
-    if ((points["family"] == "at") & (points["train_trajectories"] == 1)).any():
-        caption += " With one trajectory per context, the Agentic Transformer is a Decision Transformer."
     return draw.chart("return_by_context", "Return against context length", caption, panels)
 
 

@@ -43,6 +43,7 @@ from ringrl.report.tables import (
 )
 from ringrl.training.run_folder import flat
 
+COMPARISON = "comparison.html"  # next to the page of a report in the same folder
 CHANGE, WINS = f"B {MINUS} A", "P(B > A)"
 _SAME_FOR_ALL = ("run", "seed", "data", "context.trajectories")  # settings that name a cell or a place
 _RECORDED = ("target_policy", "target_return", "data_fingerprint", "device", "steps_trained", "token_set", "train_task",
@@ -135,7 +136,7 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
     )
     files = table_files("comparison", found.pairs, _COLUMNS) | table_files("settings", found.settings, _SETTING_COLUMNS)
     shown = Group(with_notes(_to_rich(found.pairs), *found.results), headline(found))
-    return save_report(page, [chart], files, destination), shown
+    return save_report(page, [chart], files, destination, COMPARISON), shown
 
 
 def headline(found: Comparison) -> str:

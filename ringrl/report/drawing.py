@@ -330,9 +330,9 @@ def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
 
 def _legible(points: pd.DataFrame, scale: alt.Scale) -> pd.Series:
     """Return the labels that do not overlap on a panel of 300 pixels; of labels that do, the last row's."""
-    place = {"log": np.log, "symlog": np.log1p}.get(scale.to_dict().get("type"), np.asarray)
+    place = {"log": np.log, "symlog": np.log1p}.get(str(scale.to_dict().get("type")), np.asarray)
     x = pd.Series(place(points["x"]), points.index) / np.ptp(place(scale["domain"]))
-    y, kept = points["value"] / (points["value"].max() or 1.0), []
+    y, kept = points["value"] / (points["value"].max() or 1.0), list[Any]()
     for index, label in points["label"].dropna()[::-1].items():
         width = 0.01 + 0.022 * max(map(len, [label, *points["label"][kept]]))
         if all(abs(x[index] - x[other]) > width or abs(y[index] - y[other]) > 0.07 for other in kept):

@@ -278,8 +278,8 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(shared | values)
 
 
-def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path) -> Path:
-    """Write the figures and the other files of a report, the page last; return the page's path.
+def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path, name: str = PAGE) -> Path:
+    """Write the figures and the other files of a report, the page (`name`) last; return the page's path.
 
     All files are written before the first one is renamed to its place.
 
@@ -287,28 +287,28 @@ def save_report(page: str, charts: Sequence[Chart], files: Files, destination: P
         UserError: the folder cannot be written, or a file cannot be copied.
     """
     figures = {f"{FIGURES}/{name}": content for chart in charts for name, content in chart_files(chart).items()}
-    files = {**files, **figures, PAGE: page.encode()}
+    files = {**files, **figures, name: page.encode()}
     try:
         destination.mkdir(parents=True, exist_ok=True)
         folder = destination / ".report.tmp"
         with lock(destination, "is writing this report", file=destination / ".report.lock"):
             try:
                 remove(folder)  # left by a killed process
-                for name, content in files.items():
-                    path = folder / name
+                for file, content in files.items():
+                    path = folder / file
                     path.parent.mkdir(parents=True, exist_ok=True)
                     if isinstance(content, bytes):
                         path.write_bytes(content)
                     else:
                         shutil.copyfile(content, path)
-                for name in files:
-                    (destination / name).parent.mkdir(exist_ok=True)
-                    (folder / name).replace(destination / name)
+                for file in files:
+                    (destination / file).parent.mkdir(exist_ok=True)
+                    (folder / file).replace(destination / file)
             finally:
                 remove(folder)
     except OSError as error:
         raise UserError(f"{destination}: cannot write the report ({error.strerror}); give another folder") from error
-    return destination / PAGE
+    return destination / name
 
 
 @cache

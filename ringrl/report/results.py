@@ -11,7 +11,7 @@ import pandas as pd
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import all_digits
 from ringrl.evaluation.records import DATA, PROMPT_ONLY, EvaluationRecord, default_recipe, evaluation_name, read_records
-from ringrl.methods import METHODS
+from ringrl.methods import title_of
 
 CELL = ["task", "method", "train_trajectories", "prompt_trajectories", "test_trajectories"]
 """Columns that name one point of a chart: a method on a task at one context length."""
@@ -27,11 +27,6 @@ point of a curve."""
 LENGTH_SETTINGS = ("optimiser.steps", "optimiser.batch_size")
 """Settings that follow from the context length if the budget is fixed."""
 
-_TITLES = {name: method.title for name, method in METHODS.items()} | {
-    "td3+her": "TD3 with hindsight goals",
-    "td3+bc+her": "TD3+BC with hindsight goals",
-    DATA: "Dataset",
-}
 _COPIED = (
     "task", "prompt_trajectories", "prompt_control", "test_trajectories", "seed", "environment_seed", "prompt_seed",
     "token_set", "device", "target_policy", "target_return", "train_task", "cache_dtype", "steps_trained", "checkpoint",
@@ -319,12 +314,7 @@ def _agentic(method: str) -> str:
 def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:
     """Return the name of a variant, with the properties that separate it from other variants of its method."""
     others = [other for other in all_variants if (other.method, other.name) == (variant.method, variant.name)]
-    method, _, rest = variant.method.partition("-")
-    parts = [_TITLES.get(variant.method, variant.method)]
-    if rest.endswith("tasks"):
-        parts = [_TITLES.get(method, method), f"{rest.removesuffix('tasks')} tasks in turn"]
-    elif variant.method.startswith("bc-"):
-        parts = [_TITLES["bc"], f"best {rest}"]
+    parts = ["Dataset" if variant.method == DATA else title_of(variant.method)]
     if variant.name:
         parts.append(variant.name)
     if len({other.token_set for other in others}) > 1:

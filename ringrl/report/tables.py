@@ -447,4 +447,4 @@ def describe(cell: Any) -> str:
     if not cell["train_trajectories"] or np.isnan(cell["train_trajectories"]):
         return str(cell["method"])
     prompt = f", prompt of {cell['prompt_trajectories']:.0f}" if cell["prompt_trajectories"] else ""
-    return f"{cell['method']} ({context_label(cell)}{prompt})"
+    return f"{cell['method']}, {context_label(cell)}{prompt}"

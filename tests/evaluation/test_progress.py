@@ -84,7 +84,7 @@ def test_plain_lines_without_a_terminal(evaluations: list[Evaluation]) -> None:
         (summary,) = summarise(found(evaluations[0], (1.0, 2.0, 3.0)))
         progress.on_finish(evaluations[0], summary, rolled_out=False)
     first, second, third = text.getvalue().splitlines()
-    assert first.startswith("jaco_reach_top_left, random: episode 1 of 3: mean return 200.0 of 2 streams, ")
+    assert first.startswith("jaco_reach_top_left, Random policy: episode 1 of 3: mean return 200.0 of 2 streams, ")
     assert "episode 3 of 3 of the control: every stream failed" in second
     assert "evaluation.jsonl contains this evaluation; --again repeats it" in third
     assert "\x1b" not in text.getvalue()
@@ -104,29 +104,21 @@ def test_an_interruption_prints_how_to_resume(evaluations: list[Evaluation]) -> 
 
 
 def test_the_final_table_fits_80_columns(evaluations: list[Evaluation]) -> None:
+    about = {"method": "at", "train_trajectories": 1, "checkpoint": "runs/one", "target_return": 150.0}
     records = [
-        record.model_copy(update={"context": context, "method": "at"})
+        record.model_copy(update={"context": context, **about})
         for evaluation in evaluations
         for context, returns in ((True, (120.0, None, None)), (False, (510.0, 620.0, 730.0)))
         for record in found(evaluation, returns)
-    ]
-    text = shown(final_table(summarise(records)), width=80)
+    ]  # fmt: skip
+    text = shown(final_table(summarise(records), {TASKS[0]: 90.0}), width=80)
     assert "…" not in text
     assert all(task in text for task in TASKS)
-    (line,) = [row for row in text.splitlines() if row.strip().startswith("at") and "(9)" in row]
-    assert line.split() == [
-        "at",
-        "2",
-        "x",
-        "3",
-        "120",
-        "(9)",
-        "\N{EN DASH}",
-        "120",
-        "(9)",
-        "120",
-        "(9)",
-        "510",  # the episodes that failed in the streams are left out
-        "(49)",
-        "4",
-    ]
+    assert "Agentic" in text
+    assert text.count("Random policy") == len(TASKS)
+    (data,) = [row.split() for row in text.splitlines() if "Dataset, all episodes" in row]
+    assert data[3] == "90.0"
+    # The episodes that failed in the streams are left out of the control.
+    (line,) = [row for row in text.splitlines() if row.strip().startswith("one") and "(9)" in row]
+    expected = ["one", "150", "2", "x", "3", "120", "(9)", "\N{EN DASH}", "510", "(49)", "4"]
+    assert line.split() == expected

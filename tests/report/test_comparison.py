@@ -20,7 +20,7 @@ def test_a_difference_by_hand(make_study, tmp_path):
     a, b = make_study(tmp_path / "a", seeds=4), make_study(tmp_path / "b", seeds=4, level=450.0)
     found = compare([a], [b])
     assert found.pairs["Method"].tolist() == [
-        "Agentic Transformer (1 trajectory)", "Agentic Transformer (2 trajectories)",
+        "Agentic Transformer, 1 trajectory", "Agentic Transformer, 2 trajectories",
     ]  # fmt: skip
     for _, pair in found.pairs.iterrows():
         assert [pair["change"], pair["low"], pair["high"]] == pytest.approx([50, 50, 50])
@@ -110,8 +110,8 @@ def test_cells_of_one_side_are_named(make_ablation, write_results):
     a = write_results(make_ablation(lengths=(1, 2)), "a.jsonl")
     b = write_results(make_ablation(lengths=(2, 4)), "b.jsonl")
     found = compare([a], [b])
-    assert found.only_a == ["cartpole_swingup: Agentic Transformer (1 trajectory)"]
-    assert found.only_b == ["cartpole_swingup: Agentic Transformer (4 trajectories)"]
+    assert found.only_a == ["cartpole_swingup: Agentic Transformer, 1 trajectory"]
+    assert found.only_b == ["cartpole_swingup: Agentic Transformer, 4 trajectories"]
     assert len(found.pairs) == 2, "the random policy has nothing to compare"
 
 
@@ -130,7 +130,11 @@ def test_the_page_its_files_and_the_terminal(make_study, tmp_path):
     page, shown = write_comparison([a], [b], tmp_path / "report")
     next_to_page = {str(path.relative_to(page.parent)) for path in page.parent.rglob("*") if path.is_file()}
     tables = {f"tables/{name}.{kind}" for name in ("comparison", "settings") for kind in ("csv", "tex")}
-    assert next_to_page == {"index.html", *(f"figures/difference.{kind}" for kind in ("svg", "pdf", "png")), *tables}
+    assert next_to_page == {
+        "comparison.html",
+        *(f"figures/difference.{kind}" for kind in ("svg", "pdf", "png")),
+        *tables,
+    }
     text = page.read_text()
     for expected in ("model.layers", str(a), str(b), "ringrl ablate plan.yaml", "+50.0"):
         assert expected in text, expected
@@ -142,11 +146,14 @@ def test_the_page_its_files_and_the_terminal(make_study, tmp_path):
 def test_the_command_line(make_study, tmp_path, capsys):
     a, b = make_study(tmp_path / "a"), make_study(tmp_path / "b", level=450.0)
     output = tmp_path / "report"
+    output.mkdir()
+    (output / "index.html").write_text("the report of A")
     main(["report", "--compare", str(a), str(b), "--output", str(output)])
     message = capsys.readouterr().out
     assert "P(B > A)" in message
-    assert message.rstrip().endswith("index.html")
-    assert (output / "index.html").exists()
+    assert message.rstrip().endswith("comparison.html")
+    assert (output / "comparison.html").exists()
+    assert (output / "index.html").read_text() == "the report of A"
 
 
 def test_mistakes_on_the_command_line(make_study, tmp_path, capsys):

@@ -334,7 +334,7 @@ def test_as_many_episodes_from_the_same_seeds_have_the_same_starts(make_rollouts
 def test_as_many_streams_of_other_lengths_have_other_starts(make_rollouts):
     """A length of 1 from the starts that the streams of 4 begin with."""
     found = Summary([r for n in (1, 4) for r in streams(make_rollouts, n, 5)])
-    expected = "5 starts for Agentic Transformer (1 trajectory), 20 starts for Agentic Transformer (4 trajectories)"
+    expected = "5 starts for Agentic Transformer, 1 trajectory, 20 starts for Agentic Transformer, 4 trajectories"
     assert found.starts == [f"cartpole_swingup: {expected}"]
     assert f"Not all policies were rolled out from the same starts: on cartpole_swingup {expected}." in str(
         found.warnings[0]

@@ -136,7 +136,7 @@ def test_facts_by_hand(make_study, tmp_path):
 def test_videos_of_each_cell_are_of_the_lowest_seed(make_study, tmp_path):
     found = videos(read_results([make_study(tmp_path / "runs", video=b"film")]))
     assert [(reel["method"], reel["seed"]) for reel in found] == [
-        ("Agentic Transformer (1 trajectory)", 0), ("Agentic Transformer (2 trajectories)", 0),
+        ("Agentic Transformer, 1 trajectory", 0), ("Agentic Transformer, 2 trajectories", 0),
     ]  # fmt: skip
     assert [label for label, _, _ in found[0]["videos"]] == ["first", "median", "best"]
     assert found[0]["videos"][0][2] == "videos/cartpole_swingup.001eeeeeeeee.first.mp4"

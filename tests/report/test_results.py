@@ -8,7 +8,7 @@ import pytest
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
-from ringrl.evaluation.records import recipe
+from ringrl.evaluation.records import read_records, recipe
 from ringrl.methods import method_of
 from ringrl.report import read_results
 from ringrl.report.results import tabulate
@@ -253,6 +253,19 @@ def test_a_decision_transformer_is_the_first_point_of_the_agentic_one(make_rollo
     other = make_rollouts(1, 0, 1, method="dt", token_set="dt3")
     assert set(returns_table(tabulate([*agentic, *other]))["family"]) == {"at", "dt"}
     assert set(returns_table(tabulate(same))["family"]) == {"dt"}
+
+
+def test_old_files_call_an_agentic_transformer_of_one_trajectory_by_its_name(make_rollouts, write_results):
+    """Recorded as dt, by commands that named it so; dt with its own return as the target remains dt."""
+    old = make_rollouts(1, 0, 1.0, method="dt", settings={})
+    own = make_rollouts(1, 0, 1.0, method="dt", token_set="dt3", settings={"context.target": "own"})
+    tasks = make_rollouts(1, 0, 1.0, method="dt-2tasks", settings={})
+    unknown = make_rollouts(1, 3, 1.0, method="dt", token_set="dt3")
+    read = read_results(write_results([*old, *own, *tasks, *unknown]))
+    assert set(read["family"]) == {"at", "dt", "at-2tasks"}
+    assert set(read.loc[read["token_set"] == "dt3", "family"]) == {"dt"}
+    new = [record.model_copy(update={"method": "at"}) for record in old]
+    assert left_out(read_records(write_results([*old, *new], "both.jsonl")).records) != "", "one measurement, twice"
 
 
 def test_given_targets_are_separate_methods(make_rollouts):

@@ -84,7 +84,7 @@ def test_the_place_of_the_best_policy_in_the_data(make_ablation):
     results = tabulate(make_ablation())
     row = data_table(results, returns_table(results)).iloc[0]
     np.testing.assert_allclose(row[list(QUANTILES)].astype(float), [0, 40, 200, 400, 600, 760, 800])
-    assert row["best_method"] == "Agentic Transformer (4 trajectories)"
+    assert row["best_method"] == "Agentic Transformer, 4 trajectories"
     assert row["share_below"] == pytest.approx(78 / 101)  # 0, 8, ..., 616 are below 618
 
 

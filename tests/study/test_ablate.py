@@ -75,14 +75,15 @@ def test_a_failed_cell_stops_no_other_and_is_retried_on_request(write_plan, jaco
 
 def _results_are_whole(files: list[Path], store: EpisodeStore) -> None:
     records = read_records(files).records
-    counts = {name: sum(record.method == name for record in records) for name in ("random", "data", "dt", "at")}
-    assert counts == {"random": 4, "data": 8, "dt": 4, "at": 4}
-    for policies in (("random",), ("dt",), ("at",)):
-        starts = [record.starts for record in records if record.method in policies and record.context]
+    counts = {name: sum(record.method == name for record in records) for name in ("random", "data", "at")}
+    assert counts == {"random": 4, "data": 8, "at": 8}
+    for policy, length in (("random", None), ("at", 1), ("at", 2)):
+        own = [r for r in records if (r.method, r.train_trajectories) == (policy, length)]
+        starts = [record.starts for record in own if record.context]
         assert sorted(start for one in starts for start in one) == [(FIRST_SEED + index, 0) for index in range(4)]
     returns = store.returns("jaco_reach_top_left")
     assert [record.returns[0] for record in records if record.method == "data"] == pytest.approx(returns.tolist())
-    contexts = [(record.context, record.test_trajectories) for record in records if record.method == "at"]
+    contexts = [(record.context, record.test_trajectories) for record in own]
     assert contexts == [(True, 2)] * 2 + [(False, 2)] * 2
     assert {record.target_return for record in records if record.method == "at"} == {float(np.max(returns))}
 
@@ -111,8 +112,8 @@ def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_r
     table = returns_table(results)
     policies = table[table["kind"] != "data"]
     found = {(row["family"], row["test_trajectories"], row["episodes"]) for _, row in policies.iterrows()}
-    assert found == {("random", 1, 4), ("dt", 1, 4), ("dt", 2, 4)}
-    assert results.groupby(["family", "test_trajectories"])["matched"].any()["dt", 2]
+    assert found == {("random", 1, 4), ("at", 1, 4), ("at", 2, 4)}
+    assert results.groupby(["family", "test_trajectories"])["matched"].any()["at", 2]
     assert starts_warning(results, table) is None
     settings = read_plan(write_plan(jaco_store.path)).settings
     wider = settings | {"model": settings["model"] | {"width": 32}}

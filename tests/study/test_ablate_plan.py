@@ -38,7 +38,7 @@ def test_cells_cross_lengths_seeds_and_baselines_at_equal_tokens(write_plan) -> 
     assert [cell.config.seed for cell in found] == [0] * 4 + [1] * 4
     names = ["bc_seed0", "at_1_seed0", "at_2_seed0", "at_4_seed0"]
     assert [cell.name for cell in found[:4]] == [f"jaco_reach_top_left/{name}" for name in names]
-    assert [method_of(cell.config) for cell in found[:4]] == ["bc", "dt", "at", "at"]
+    assert [method_of(cell.config) for cell in found[:4]] == ["bc", "at", "at", "at"]
     assert [[p.episodes for p in cell.protocols] for cell in found[:4]] == [[1], [1], [2], [4]]
     assert [[p.control for p in cell.protocols] for cell in found[:4]] == [[False], [False], [True], [True]]
 

@@ -86,8 +86,8 @@ def test_jobs_on_this_machine_train_and_evaluate(write_plan, jaco_store: Episode
         ablate(plan, Console(quiet=True), "ringrl ablate plan.yaml", how)
     assert "Error" in (blocked / "failed.txt").read_text()
     records = read_records(plan.output).records
-    assert {record.method for record in records} == {"random", "dt"}
-    assert {record.steps_trained for record in records if record.method == "dt"} == {3}
+    assert {record.method for record in records} == {"random", "at"}
+    assert {record.steps_trained for record in records if record.method == "at"} == {3}
     shutil.rmtree(blocked / "evaluation.jsonl")
     files = ablate(plan, Console(quiet=True), None, how._replace(retry=True))
-    assert {record.method for record in read_records(files).records} == {"random", "data", "dt"}
+    assert {record.method for record in read_records(files).records} == {"random", "data", "at"}
