@@ -214,13 +214,20 @@ class Reference(Work):
 
 
 def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType({})) -> list[Reference]:
-    """Return two references per task. `fingerprints`: task -> fingerprint of its dataset, if known."""
+    """Return two references for every task that a cell acts in. `fingerprints`: task -> fingerprint of its dataset.
+
+    A task without a dataset of its own in the plan has the dataset of the first cell that acts in it.
+    """
+    sources = {task: task for task in plan.datasets}
+    for cell in cells(plan):
+        sources |= {task: cell.config.task for task in cell.tasks if task not in sources}
     found = []
-    for task, data in plan.datasets.items():
-        episodes = max(part.episodes for part in plan.whole if task in part.datasets)
-        kinds: dict[str, dict[str, Any]] = {"random": {"episodes": episodes}, "data": {"data": fingerprints.get(task)}}
+    for task, source in sources.items():
+        episodes = max(part.episodes for part in plan.whole if source in part.datasets)
+        kinds = {"random": {"episodes": episodes}, "data": {"data": fingerprints.get(source)}}
         for kind, about in kinds.items():
-            found.append(Reference(plan.output / task / kind, {"kind": kind, "task": task, **about}, data))
+            folder = plan.output / task / kind
+            found.append(Reference(folder, {"kind": kind, "task": task, **about}, plan.datasets[source]))
     return found
 
 

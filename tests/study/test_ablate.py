@@ -175,7 +175,7 @@ def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(write_plan, jac
     changes = {"trajectories": [2], "test_trajectories": [1], "baselines": [], "episodes": 2, "prompts": prompts}
     variants = {"variants": {"last only": {"model": {"loss_on": "last"}}}, "variants_only": True}
     plan = write_plan(jaco_store.path, **changes, **variants, settings=settings)
-    assert finish_all(plan, jaco_store) == ["random", "data", "at_2_last-only_seed0"]
+    assert finish_all(plan, jaco_store) == ["random", "data"] * 2 + ["at_2_last-only_seed0"]
     records = read_records(read_plan(plan).output / "jaco_reach_top_left" / "at_2_last-only_seed0").records
     assert {r.variant for r in records} == {"last only"}
     drawn = lambda r: (r.task, r.prompt_seed, r.start_seeds, r.prompt_episodes)  # noqa: E731

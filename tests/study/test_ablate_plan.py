@@ -169,6 +169,16 @@ def test_a_plan_in_another_folder(write_plan, tmp_path) -> None:
     assert plan_of(write_plan, output="/results").inside(tmp_path).output == Path("/results")
 
 
+def test_every_task_has_references(write_plan) -> None:
+    own, other, third = (f"jaco_reach_{place}" for place in ("top_left", "top_right", "bottom_left"))
+    plan = plan_of(
+        write_plan, task=own, trajectories=[2], test_tasks=[third], settings={"context": {"other_tasks": [other]}}
+    )
+    found = [(one.about["task"], one.about["kind"], one.about.get("data")) for one in references(plan, {own: "abc"})]
+    kinds = [("random", None), ("data", "abc")]
+    assert sorted(found, key=str) == sorted([(task, *kind) for task in (own, other, third) for kind in kinds], key=str)
+
+
 def test_tasks_that_are_not_trained_on_are_evaluated(write_plan) -> None:
     own, more = "jaco_reach_top_left", ["jaco_reach_top_right", "jaco_reach_top_left", "walker_walk"]
     found = cells(plan_of(write_plan, task=own, trajectories=[2], test_tasks=more))
