@@ -43,7 +43,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     """Write the report of the demo's results into the site, as example/index.html."""
     from ringrl.report import write_report
 
-    results = Path(config.docs_dir) / "results" / "demo.jsonl"
+    results = Path(config.docs_dir) / "results" / "demo.jsonl.gz"
     write_report(results, Path(config.site_dir) / "example")
 
 

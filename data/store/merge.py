@@ -44,7 +44,7 @@ def merge_stores(
         source=" + ".join(store.provenance.source for store in stores),
         source_bytes=sum(store.provenance.source_bytes for store in stores),
         relabelling=first.provenance.relabelling,
-        subset="; ".join(map(_subset, stores, kept)),
+        subset="; ".join(dict.fromkeys(map(_subset, stores, kept))),
         num_skipped=sum(store.provenance.num_skipped for store in stores),
         skipped=tuple(reason for store in stores for reason in store.provenance.skipped)[:NAMED_SKIPPED],
     )

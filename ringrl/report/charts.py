@@ -1,5 +1,6 @@
 """The charts of a report."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import altair as alt
@@ -56,8 +57,9 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
     draw = Drawing(styles(table), results.groupby(CELL)["command"].agg(_commands).rename("command"), {})
     with debug_mode(False):  # validating each of some hundred marks takes longer than all the rest
         charts = [
-            _context_chart(draw, results, table), _episode_chart(draw, results, table), _prompt_chart(draw, results),
-            _last_chart(draw, results), _cost_chart(draw, results, table), _map_chart(draw, results, table),
+            _context_chart(draw, results, table), _episode_chart(draw, results, table),
+            _prompt_chart(draw, results, table), _last_chart(draw, results), _cost_chart(draw, results, table),
+            _map_chart(draw, results, table),
             _profile_chart(draw, results, table), _loss_chart(draw, losses), _held_out_chart(draw, held_out),
         ]  # fmt: skip
     # Curves of one point show less than their episodes do.
@@ -173,9 +175,7 @@ def _episode_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
         x=rows["episode"], strength=np.where(longest, 1.0, 0.45), curve=_curve(rows),
         low=rows["low"].where(longest & rows["memory"]), high=rows["high"].where(longest & rows["memory"]),
     )[(rows["rank"] < shown) & (rows["memory"] | longest)]  # fmt: skip
-    rest = [table[(table["task"] == task) & (table["kind"] == "data")] for task in rows["task"].unique()]
-    rest += [levels(table, task) for task in rows["task"].unique()]
-    rows = pd.concat([rows, *(one.assign(memory=True, strength=1.0, curve="", x=np.nan) for one in rest)])
+    rows = pd.concat([rows, *_without_context(table, rows["task"].unique())])
     panels = draw.curves(rows, _episode_axis, band=len(rows) > 0 and rows["x"].max() > _POINTS_TO_MARK)
     caption = (
         "The same policy plays n episodes in a row and keeps them in its context. The dashed line is the same policy "
@@ -186,11 +186,18 @@ def _episode_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
     return draw.chart("return_by_episode", "Return by episode in the context", caption, panels)
 
 
+def _without_context(table: pd.DataFrame, tasks: Iterable[str]) -> list[pd.DataFrame]:
+    """Return the rows of horizontal lines: the data and the methods without context."""
+    found = [table[(table["task"] == task) & (table["kind"] == "data")] for task in tasks]
+    found += [levels(table, task) for task in tasks]
+    return [rows.assign(memory=True, strength=1.0, curve="", x=np.nan) for rows in found]
+
+
 def _curve(rows: pd.DataFrame) -> pd.Series:
     return rows["train_trajectories"].astype(str) + "/" + rows["test_trajectories"].astype(str)
 
 
-def _prompt_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
+def _prompt_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
     """Return after prompts of different lengths."""
     runs = prompt_returns(results)
     rows, runs = intervals(runs, CELL), runs.assign(x=runs["prompt_trajectories"])
@@ -199,8 +206,10 @@ def _prompt_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
     rows = rows.assign(x=rows["prompt_trajectories"], curve=_curve(rows), strength=np.where(longest, 1.0, 0.5))
     caption = (
         "The same policies from the same starts, with more or fewer trajectories of the dataset in the context before "
-        f"the first episode. Faint lines are policies trained on shorter contexts.{_one_seed(rows)}"
+        "the first episode. Faint lines are policies trained on shorter contexts. Horizontal lines need no context."
+        f"{_one_seed(rows)}"
     )
+    rows = pd.concat([rows, *_without_context(table, rows["task"].unique())])
     axis = partial(_length_axis, "dataset trajectories before the episode")
     panels = draw.curves(rows, axis, runs=runs)
     return draw.chart("return_by_prompt", "Return against prompt length", caption, panels)

@@ -224,7 +224,10 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
     found = []
     for task, source in sources.items():
         episodes = max(part.episodes for part in plan.whole if source in part.datasets)
-        kinds = {"random": {"episodes": episodes}, "data": {"data": fingerprints.get(source)}}
+        kinds: dict[str, dict[str, Any]] = {
+            "random": {"episodes": episodes},
+            "data": {"data": fingerprints.get(source)},
+        }
         for kind, about in kinds.items():
             folder = plan.output / task / kind
             found.append(Reference(folder, {"kind": kind, "task": task, **about}, plan.datasets[source]))

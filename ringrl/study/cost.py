@@ -24,7 +24,7 @@ from ringrl.evaluation.protocol import Protocol
 from ringrl.files import json_digest
 from ringrl.model.tokens import TOKEN_SETS
 from ringrl.study.cells import Cell
-from ringrl.training.budget import step_cost
+from ringrl.training.budget import forward_flops, step_cost
 from ringrl.training.checkpoints import EarlyStopping, saved_steps
 
 # Small models on a CPU reach a third of a matrix product's speed. A step of a feed-forward policy takes about 10 ms.
@@ -110,18 +110,20 @@ def _kind(cell: Cell) -> str:
 
 def _rough_seconds(cell: Cell, one: CellCost, speed: Speed, workers: int) -> float:
     """Return a rough estimate, right within a factor of about three."""
-    training = max(one.flops * workers / (speed.flops * _SHARE_OF_PEAK), one.steps * _LEAST_STEP)
+    seconds_per_flop = workers / (speed.flops * _SHARE_OF_PEAK)
+    training = max(one.flops * seconds_per_flop, one.steps * _LEAST_STEP)
     model, length = cell.config.model, domain_of(cell.config.task).episode_length
-    context = cell.config.context
-    has_cache = model.family.has_context and context.segment_steps is None
+    segment, tokens = cell.config.context.segment_steps, TOKEN_SETS[model.token_set].size
     per_token = 8 * model.layers * model.width * model.kv_heads / model.heads  # bytes of keys and values
-    per_step = per_token * TOKEN_SETS[model.token_set].size if has_cache else 0.0
+    per_step = per_token * tokens if model.family.has_context and segment is None else 0.0
+    # A policy of segments computes the whole live segment at every step.
+    again = forward_flops(model, segment * tokens) * seconds_per_flop if model.family.has_context and segment else 0.0
     acting = 0.0
     for protocol in _rollouts(cell):
         for episodes in (protocol.episodes, *([1] if protocol.control else [])):
             # The memory grows and is half full on average.
             cache = per_step * length * (episodes / 2 + protocol.prompt_trajectories)
-            acting += length * protocol.episodes * (_ACT + protocol.environments * cache / _READ_SPEED)
+            acting += length * protocol.episodes * (_ACT + protocol.environments * (again + cache / _READ_SPEED))
     simulating = sum(speed.simulation[task] for task in cell.tasks) / len(cell.tasks) * one.simulated
     return _START + training + len(cell.tasks) * acting + simulating
 

@@ -9,13 +9,15 @@ from ringrl.config_files import read_yaml
 from ringrl.configs import preset
 from ringrl.cores import available_cores
 from ringrl.data import import_archive
+from ringrl.data.exorl.importer import Subset
+from ringrl.data.store.merge import merge_stores
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.study.plan import AblationPlan
 from ringrl.study.runner import RunOptions, ablate
 
-EPISODES = 200
-SEED = 0
+EPISODES = 100  # of each task
+KEPT = 60  # the last ones, in which the scripted controller has found the goal
 
 
 def run_demo(output: Path, console: Console, command: str | None = None) -> Path:
@@ -31,12 +33,15 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
         raise UserError(f"{output}: contains other files; give another --output")
     settings = read_yaml(preset("demo"))
     plan = AblationPlan.model_validate(settings | {"data": store, "output": output / "runs"})
-    (task,) = plan.datasets
-    if not collected.exists():
-        console.print(f"[bold]collecting {EPISODES} episodes of {task}")
-        collect(task, collected, episodes=EPISODES, seed=SEED)
+    (own,) = plan.datasets
     if not store.exists():
-        console.print("[bold]importing and relabelling the episodes")
-        import_archive(collected, store, domain_of(task).name)
+        parts = []
+        for seed, task in enumerate((own, *settings["settings"]["context"]["other_tasks"])):
+            console.print(f"[bold]collecting {EPISODES} episodes of {task}")
+            collect(task, collected / task, episodes=EPISODES, seed=seed)
+            subset = Subset("last", max_episodes=KEPT)
+            parts.append(collected / f"{task}.h5")
+            import_archive(collected / task, parts[-1], domain_of(task).name, subset=subset, workers=1)
+        merge_stores(parts, store)
     ablate(plan, console, command, RunOptions(workers=min(2, available_cores())))
     return plan.output

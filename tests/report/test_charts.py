@@ -262,8 +262,15 @@ def test_profiles_fall_from_one_to_zero(make_ablation):
         assert (values[0], values[-1]) == (1, 0)
 
 
-def test_episodes_are_shown_beside_methods_without_context(make_ablation):
-    chart = charts(make_ablation(seeds=2))["return_by_episode"]
+@pytest.mark.parametrize("name", ["return_by_episode", "return_by_prompt"])
+def test_context_is_shown_beside_methods_without_context(make_ablation, make_rollouts, name):
+    prompted = [
+        record
+        for seed in (0, 1)
+        for length in (0, 1, 3)
+        for record in make_rollouts(1, seed, 500.0 + length, train_trajectories=4, prompt_trajectories=length)
+    ]
+    chart = charts([*make_ablation(seeds=2), *(prompted if name == "return_by_prompt" else [])])[name]
     spec = chart.panels[0].spec
     names = {layer["data"]["name"] for layer in spec["layer"] if layer["mark"]["type"] == "rule"}
     lines = {row["method"] for name in names for row in spec["datasets"][name] if "x" not in row}

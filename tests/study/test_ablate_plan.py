@@ -394,19 +394,20 @@ def test_several_tasks_of_one_dataset(write_plan) -> None:
 
 
 def test_the_demos_cells() -> None:
-    """The README and docs/results.md show their returns."""
+    """The quick start shows their returns."""
     plan = AblationPlan.model_validate(read_yaml(preset("demo")) | {"data": "x.h5", "output": "runs"})
     found = cells(plan)
-    names = ["bc", "at_1", "at_2", "at_4"]
+    names = ["at_8_no-target", "bc-10"]
     assert [cell.folder.name for cell in found] == [f"{name}_seed{seed}" for seed in (0, 1) for name in names]
-    cloning, *transformers = (cell.config for cell in found[:4])
+    transformer, cloning = (cell.config for cell in found[:2])
     assert (cloning.model.kind, cloning.model.layers, cloning.model.width) == ("behaviour_cloning", 2, 256)
-    assert [config.optimiser.batch_size for config in (cloning, *transformers)] == [4, 4, 2, 1]
-    for config in (cloning, *transformers):
-        context, optimiser = config.context, config.optimiser
-        assert (context.order, context.target, context.sampling) == ("ascending", "best", "uniform")
-        assert (context.best_fraction, optimiser.steps, optimiser.learning_rate) == (0.5, 400, 0.003)
-    assert {(c.model.token_set, c.model.layers, c.model.width) for c in transformers} == {("fused1", 1, 64)}
+    assert (cloning.context.other_tasks, cloning.context.best_fraction) == ((), 0.1)
+    tasks = ("point_mass_maze_reach_top_right", "point_mass_maze_reach_bottom_left")
+    assert transformer.tasks == tasks
+    context = transformer.context
+    assert (context.trajectories, context.segment_steps, context.best_fraction, context.target) == (8, 32, 0.4, "none")
+    prompts = {(p.prompt_trajectories, p.prompt_task) for p in found[0].protocols}
+    assert prompts == {(0, None), *((length, task) for length in (1, 7) for task in (None, *tasks))}
 
 
 def test_the_example_has_the_cells_of_its_first_line() -> None:

@@ -30,10 +30,10 @@ def _begin(output: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
 def test_an_interrupted_collection_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _begin(tmp_path / "demo", monkeypatch, after=2)
-    before = sorted(tmp_path.glob("demo/*/buffer/*.npz"))
+    before = sorted(tmp_path.glob("demo/collected/.*/buffer/*.npz"))
     assert len(before) == 2
     _begin(tmp_path / "demo", monkeypatch, after=3)
-    assert sorted(tmp_path.glob("demo/*/buffer/*.npz"))[:2] == before
+    assert sorted(tmp_path.glob("demo/collected/.*/buffer/*.npz"))[:2] == before
 
 
 def test_folders_with_other_files_are_rejected(tmp_path: Path) -> None:
