@@ -203,7 +203,8 @@ def _prompt_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> 
     rows, runs = intervals(runs, CELL), runs.assign(x=runs["prompt_trajectories"])
     runs = runs[runs.groupby(CELL)["seed"].transform("nunique") > 1]
     longest = rows.groupby(["task", "method"])["train_trajectories"].transform("max") == rows["train_trajectories"]
-    rows = rows.assign(x=rows["prompt_trajectories"], curve=_curve(rows), strength=np.where(longest, 1.0, 0.5))
+    strength = np.where(longest, 1.0, 0.5)
+    rows = rows.assign(x=rows["prompt_trajectories"], curve=_curve(rows), memory=True, strength=strength)
     caption = (
         "The same policies from the same starts, with more or fewer trajectories of the dataset in the context before "
         "the first episode. Faint lines are policies trained on shorter contexts. Horizontal lines need no context."

@@ -262,6 +262,17 @@ def test_profiles_fall_from_one_to_zero(make_ablation):
         assert (values[0], values[-1]) == (1, 0)
 
 
+def test_prompts_of_a_task_without_references_are_drawn_beside_a_task_with_them(make_ablation, make_rollouts):
+    prompted = [
+        record
+        for task in ("walker_walk", "walker_run")
+        for seed in (0, 1)
+        for length in (0, 1)
+        for record in make_rollouts(1, seed, 500.0, train_trajectories=4, prompt_trajectories=length, task=task)
+    ]
+    assert len(charts([*make_ablation(seeds=2), *prompted])["return_by_prompt"].panels) == 2
+
+
 @pytest.mark.parametrize("name", ["return_by_episode", "return_by_prompt"])
 def test_context_is_shown_beside_methods_without_context(make_ablation, make_rollouts, name):
     prompted = [
