@@ -130,8 +130,9 @@ def ring_attention(
       batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
         concrete array on this mesh, they are taken from q's sharding.
       strategy, bidirectional: as for `ring_attention_shard`.
-      is_causal, local_window_size, global_prefix, segment_ids, positions, scale, logits_soft_cap, implementation,
-        return_residual: as for `attention`, but `positions` are `layout_positions` by default.
+      is_causal, local_window_size, global_prefix, segment_ids, scale: as for `attention`.
+      logits_soft_cap, implementation, return_residual: as for `attention`.
+      positions: as for `attention`; by default `layout_positions`.
 
     Returns:
       As `attention`, sharded like q.
