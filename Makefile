@@ -6,7 +6,7 @@ RUN := .venv/bin/
 
 install: .venv/ready  ## create .venv
 
-demo: .venv/ready  ## collect, train, evaluate, ablate and report in about six minutes on two cores
+demo: .venv/ready  ## collect, train, evaluate, ablate and report in about four minutes on two cores
 	$(RUN)ringrl demo
 
 test: .venv/ready  ## all tests except the slow ones

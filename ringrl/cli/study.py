@@ -50,7 +50,7 @@ def ablate(
 
 
 def demo(*, output: Path = Path("demo")) -> None:
-    """Collect, train, evaluate, ablate and report for a maze with a hidden goal, in about six minutes on two cores.
+    """Collect, train, evaluate, ablate and report for a maze with a hidden goal, in about four minutes on two cores.
 
     Args:
         output: folder of all files of the demo; the same command resumes an interrupted demo.
