@@ -274,6 +274,15 @@ def test_a_dry_run_prints_the_cost(write_plan, jaco_store: EpisodeStore, capsys:
     assert "with 2 at a time" in shown
 
 
+def test_a_dry_run_leaves_accelerators_alone(write_plan, jaco_store: EpisodeStore) -> None:
+    """Worker processes need their memory. An unknown platform fails as soon as JAX looks for devices."""
+    command = [str(COMMAND), "ablate", str(write_plan(jaco_store.path)), "--dry-run"]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "none"}, capture_output=True, text=True, check=True
+    )
+    assert "very roughly" in done.stdout
+
+
 def test_a_length_that_the_data_cannot_fill_is_rejected_at_once(write_plan, jaco_store: EpisodeStore) -> None:
     count = jaco_store.num_episodes + 1
     plan = write_plan(
