@@ -102,7 +102,7 @@ def evaluate(
         ]
         with suppress(UserError):  # the dataset may be elsewhere
             store = open_dataset(trained.info, run, data)
-            data_means |= {task: float(store.returns(task).mean()) for task in named}
+            data_means |= {task: float(store.returns(task).mean()) for task in store.tasks if task in named}
     if policy != "trained":
         evaluations = [prompt_only_evaluation(evaluation, policy) for evaluation in evaluations]
     if not checkpoint:

@@ -181,7 +181,8 @@ def _task_table(task: str, summaries: Sequence[EvaluationSummary], data_mean: fl
             _with_score(summary.metrics_without_context, summary.scores_without_context, "mean"),
             str(failed) if failed else ABSENT,
         )
-    for name, value in ((title_of("random"), random_return(task)), ("Dataset, all episodes", data_mean)):
+    known = None if any(summary.method == "random" for summary in summaries) else random_return(task)
+    for name, value in ((title_of("random"), known), ("Dataset, all episodes", data_mean)):
         if value is not None:
             shown.add_row(name, "", "", _with_score({"mean": value}, {"mean": score_or_none(task, value)}, "mean"))
     return shown

@@ -272,8 +272,7 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("ringrl.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    filters = {"decimal": decimal, "number": number, "spec": _spec, "contents": _contents}
-    environment.filters |= filters
+    environment.filters |= {"spec": _spec, "contents": _contents}
     shared = {"palette": PALETTE, "figures": FIGURES, "tables": TABLES, "vega": _vega()}
     return environment.get_template(template).render(shared | values)
 

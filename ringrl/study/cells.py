@@ -79,7 +79,7 @@ class Work:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that the finished work took; None if it is unfinished or the file is damaged."""
+        """Seconds that the finished work took; None if it is unfinished or was resumed, or the file is damaged."""
         try:
             return float(json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -100,7 +100,7 @@ class Work:
     def check(self) -> None:
         """Raise UserError if the folder belongs to other work.
 
-        More episodes, prompts or videos, or the best checkpoint after the last one, are the same work.
+        More episodes, prompts, test tasks or videos, or the best checkpoint after the last one, are the same work.
         """
         path = self.folder / CELL
         if not path.exists():
@@ -112,7 +112,8 @@ class Work:
         except ValueError as error:
             raise UserError(f"{path}: was edited or damaged ({error}); remove it if the plan is unchanged") from error
         about = {"checkpoint": "last", **self.about}
-        for name in sorted(about.keys() & known.keys() - {"test_trajectories", "prompts", "videos"}):
+        extensible = {"test_trajectories", "test_tasks", "prompts", "prompt_baselines", "videos"}
+        for name in sorted(about.keys() & known.keys() - extensible):
             was, now = known[name], about[name]
             is_more = name == "episodes" and isinstance(was, int) and now > was
             if was != now and not is_more:
@@ -407,9 +408,10 @@ def attempt(work: Work, command: str | None) -> str | None:
     """Run a cell and write how it ended. Return why it failed, or None. Nothing is raised."""
     began = time.perf_counter()
     try:
+        is_resumed = (work.folder / CELL).exists()  # then the whole time is not known
         write(work.folder / CELL, to_yaml(with_checksum(work.about)))
         work.run(command)
-        finished = {"did": work.about, "seconds": time.perf_counter() - began}
+        finished = {"did": work.about, "seconds": None if is_resumed else time.perf_counter() - began}
         write(work.folder / FINISHED, with_crc(json.dumps(finished)) + "\n")
     except Exception as error:  # the other cells continue
         with suppress(OSError):  # the log may be on a full disk

@@ -25,8 +25,9 @@ from ringrl.study.cells import Cell
 from ringrl.training.budget import forward_flops, step_cost
 from ringrl.training.checkpoints import EarlyStopping, saved_steps
 
-# Small models on a CPU reach a third of a matrix product's speed. A step of a feed-forward policy takes about 10 ms.
-_SHARE_OF_PEAK, _LEAST_STEP, _START = 1 / 3, 0.01, 10.0
+_SHARE_OF_PEAK = 1 / 3  # speed of small models on a CPU, as a share of a matrix product's
+_LEAST_STEP = 0.01  # seconds of an optimiser step; those of a feed-forward policy take about as long
+_START = 10.0  # seconds of a cell before and after its steps: reading data, compiling, saving
 _READ_SPEED = 5e9  # bytes of the key-value cache per second, each read once per action
 _ACT = 5e-4  # seconds per action of a batch, besides reading the cache
 
@@ -80,21 +81,22 @@ def estimates(cells: Sequence[Cell], workers: int, *, is_here: bool = True) -> d
         workers: cells that run at once on this machine.
         is_here: whether the cells run on this machine. Otherwise only the time of finished kinds is known.
     """
-    known = defaultdict[str, list[float]](list)
+    known, waiting = defaultdict[str, list[float]](list), list[Cell]()
     for cell in cells:
-        if (seconds := cell.seconds) is not None:
+        if not cell.is_finished:
+            waiting.append(cell)
+        elif (seconds := cell.seconds) is not None:
             known[_kind(cell)].append(seconds)
-    waiting = [cell for cell in cells if not cell.is_finished]
     unknown = {task for cell in waiting if _kind(cell) not in known for task in cell.tasks}
     speed = Speed.measure(unknown) if unknown and is_here else None
     found = {}
     for cell in waiting:
         one, seconds = cost(cell), None
         if kind := known.get(_kind(cell)):
-            # Training takes most of the time.
+            # Training takes most of the time, and the evaluation at least a tenth.
             seconds = mean(kind) * max(0.1, one.steps / cell.config.optimiser.steps)
         elif speed is not None:
-            seconds = _rough_seconds(cell, one, speed, workers)
+            seconds = _rough_seconds(cell, one, speed, min(workers, len(waiting)))
         found[cell.name] = one._replace(seconds=seconds)
     return found
 
@@ -102,7 +104,8 @@ def estimates(cells: Sequence[Cell], workers: int, *, is_here: bool = True) -> d
 def _kind(cell: Cell) -> str:
     """Return the name of the kind of a cell. Cells of a kind differ in seed, folder and logging only."""
     ignored = dict.fromkeys(("seed", "run", "checkpoint_every", "log_every", "log"), True)
-    return json_digest([cell.config.model_dump(mode="json", exclude=ignored), [asdict(one) for one in cell.protocols]])
+    config = cell.config.model_dump(mode="json", exclude=ignored)
+    return json_digest([config, cell.tasks, [asdict(protocol) for protocol in _rollouts(cell)]])
 
 
 def _rough_seconds(cell: Cell, one: CellCost, speed: Speed, workers: int) -> float:
@@ -171,8 +174,7 @@ def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: i
 
 def _total(costs: Iterable[CellCost]) -> CellCost:
     steps, tokens, flops, simulated, seconds = zip(*costs, strict=True)
-    known = [value for value in seconds if value is not None]
-    return CellCost(sum(steps), sum(tokens), sum(flops), sum(simulated), sum(known) if known else None)
+    return CellCost(sum(steps), sum(tokens), sum(flops), sum(simulated), None if None in seconds else sum(seconds))
 
 
 def _numbers(found: CellCost) -> list[str]:

@@ -20,7 +20,7 @@ class AblationProgress(Progress):
     The time left is the sum of the estimates, scaled by the real seconds of the finished cells.
 
     Args:
-      estimates: name -> seconds of each cell to be run; None if it was not timed.
+      estimates: name -> seconds of each cell to be run; None if unknown.
       workers: cells that run at once.
     """
 

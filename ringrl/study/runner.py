@@ -93,7 +93,7 @@ def ablate(
 
 
 def estimate(plan: AblationPlan, console: Console, options: RunOptions = RunOptions()) -> None:
-    """Print the remaining cost of a plan without running it, in seconds. Raise UserError as `ablate` does."""
+    """Print the remaining cost of a plan without running it, within seconds. Raise UserError as `ablate` does."""
     everything, reference_work = _check(plan, options)
     for one in (*reference_work, *everything):
         one.check()

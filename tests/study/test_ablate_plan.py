@@ -14,7 +14,7 @@ from ringrl.evaluation.protocol import FIRST_SEED, Protocol
 from ringrl.evaluation.records import append_records, data_records
 from ringrl.methods import method_of
 from ringrl.study.cells import Cell, attempt, cells, references, write
-from ringrl.study.cost import cost, estimates
+from ringrl.study.cost import cost, cost_table, estimates
 from ringrl.study.plan import AblationPlan, read_plan
 from ringrl.training.checkpoints import with_checksum
 
@@ -320,6 +320,20 @@ def test_finished_cells_are_recognised(write_plan) -> None:
     assert cell.is_finished, "with videos that are not wanted"
 
 
+def test_tasks_and_baselines_can_be_added_to_a_finished_cell(write_plan) -> None:
+    places = ["jaco_reach_top_right", "jaco_reach_bottom_left"]
+    prompts = {"trajectories": [0, 1], "draws": 2}
+
+    def make(tasks: list[str], baselines: list[str]) -> Cell:
+        changes = {"test_tasks": tasks, "prompts": prompts | {"baselines": baselines}}
+        return cells(plan_of(write_plan, trajectories=[2], baselines=[], **changes))[0]
+
+    finish(make(places[:1], ["copy"]))
+    for more in (make(places, ["copy"]), make(places[:1], ["copy", "clone"])):
+        more.check()
+        assert not more.is_finished
+
+
 def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cell, "run", lambda self, command: None)
     variants = {"variants": {"NAME": {"model": {"loss_on": "last"}}}, "variants_only": True}
@@ -361,6 +375,15 @@ def test_finished_training_costs_nothing(write_plan) -> None:
     assert (rest.steps, rest.simulated) == (10, whole.simulated)
 
 
+def test_only_the_time_of_whole_attempts_is_known(write_plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[]))
+    monkeypatch.setattr(Cell, "run", lambda self, command: None)
+    assert attempt(cell, None) is None
+    assert cell.seconds is not None
+    assert attempt(cell, None) is None
+    assert cell.seconds is None, "the seconds of the first attempt are missing"
+
+
 def test_the_time_of_a_kind_is_known_from_its_finished_cells(write_plan) -> None:
     found = cells(plan_of(write_plan, trajectories=[2], seeds=[0, 1, 2], settings={"optimiser": {"steps": 30}}))
     by_name = {cell.folder.name: cell for cell in found}
@@ -372,10 +395,15 @@ def test_the_time_of_a_kind_is_known_from_its_finished_cells(write_plan) -> None
     for name, seconds in (("at_2_seed0", 40.0), ("at_2_seed1", 60.0)):
         finish(by_name[name], seconds)
     (by_name["at_2_seed2"].folder / "checkpoints" / "15").mkdir(parents=True)
+    more = cells(plan_of(write_plan, trajectories=[2], episodes=8, settings={"optimiser": {"steps": 30}}))
+    assert {one.seconds for one in estimates(more, 1, is_here=False).values()} == {None}, "these have more to do"
     now = {name.rpartition("/")[2]: one.seconds for name, one in estimates(found, 1).items()}
     assert now.keys() == {"at_2_seed2", "bc_seed0", "bc_seed1", "bc_seed2"}
     assert now["at_2_seed2"] == 25, "half of the steps are done"
-    assert estimates(found, 1, is_here=False)["jaco_reach_top_left/bc_seed0"].seconds is None
+    partly = estimates(found, 1, is_here=False)
+    assert partly["jaco_reach_top_left/bc_seed0"].seconds is None
+    unfinished = [cell for cell in found if cell.name in partly]
+    assert cost_table(unfinished, partly, 2, 1).caption is None, "the sum is unknown"
 
 
 def test_the_reference_belongs_to_one_dataset(write_plan) -> None:
