@@ -260,7 +260,7 @@ def check_writable(path: Path) -> None:
             path.unlink()
 
 
-def read_records(paths: str | Path | Sequence[Path]) -> Results:
+def read_records(paths: str | Path | Sequence[str | Path]) -> Results:
     """Read results files, and all results files in folders (see `find_results`).
 
     A record that several files contain, for example the files of a run and of its copy, is returned once.
@@ -310,7 +310,7 @@ def remove_damaged_lines(path: Path) -> None:
             write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
-def find_results(paths: str | Path | Sequence[Path], notes: list[str] | None = None) -> list[Path]:
+def find_results(paths: str | Path | Sequence[str | Path], notes: list[str] | None = None) -> list[Path]:
     """Return each results file once: files as given, and *.jsonl and *.jsonl.gz in folders and below.
 
     Training's metrics.jsonl is left out.
@@ -323,7 +323,7 @@ def find_results(paths: str | Path | Sequence[Path], notes: list[str] | None = N
     """
     found: dict[Path, Path] = {}
     notes = [] if notes is None else notes
-    for path in [Path(paths)] if isinstance(paths, str | Path) else paths:
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if not path.is_dir() and not path.is_file():
             what = "is not a regular file" if path.exists() else "no such file or folder"
             raise UserError(f"{path}: {what}; give results files (.jsonl) or folders that contain them")

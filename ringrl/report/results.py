@@ -37,7 +37,7 @@ _BUDGET = ("steps", "converged", "timesteps", "tokens", "flops", "seconds", "dev
 Settings = Mapping[str, str]
 
 
-def read_results(paths: str | Path | Sequence[Path]) -> pd.DataFrame:
+def read_results(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     """Return evaluation results as one table with a row per episode.
 
     The rules that decide which results count are applied here:

@@ -221,7 +221,7 @@ def test_compressed_results(tmp_path):
     packed = tmp_path / "packed" / "results.jsonl.gz"
     packed.parent.mkdir()
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert read_records(packed.parent).records == read_records(str(path)).records
+    assert read_records(packed.parent).records == read_records(str(path)).records == read_records([str(path)]).records
     for damaged in (packed.read_bytes()[:-20], b"no gzip", packed.read_bytes().replace(b"\x00", b"\x01")):
         packed.write_bytes(damaged)
         with pytest.raises(UserError, match=r"results.jsonl.gz: cannot be read \(.+\)"):
