@@ -160,7 +160,7 @@ def _verdict(plan: Plan) -> list[str]:
         lines.append(f"  {verdict}: {advice.change} ({gib(advice.total)} per device)")
     if plan.longest == 0:
         return [*lines, "no context fits on this mesh"]
-    how = "from the formula" + ("" if plan.compiled is None else ", corrected by the compiler")
+    how = "from the formula" + ("" if plan.total == plan.formula.total else ", corrected by the compiler")
     return [*lines, f"longest context that fits: {plan.longest} tokens ({format_tokens(plan.longest)}; {how})"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from ringrl.cli import main
 from ringrl.planning.ahead_of_time import Compiled, why_not
 from ringrl.planning.machines import GIB, find_machine
-from ringrl.planning.plan import make_plan
+from ringrl.planning.plan import describe, make_plan
 from ringrl.planning.workload import find_model
 
 CUSTOM = "--custom.memory 24 --custom.tflops 80 --custom.bandwidth 900 --custom.link 32"
@@ -66,6 +66,9 @@ def test_longest_context_is_corrected_by_the_compiled_total():
     device = dataclasses.replace(machine.device, memory=machine.device.memory - missed)
     smaller = dataclasses.replace(made, machine=dataclasses.replace(machine, device=device))
     assert 0 < dataclasses.replace(made, compiled=compiled).longest == smaller.longest < made.longest
+    refused = compiled._replace(total=float("nan"), refusal="no kernel")
+    assert "corrected by the compiler" in describe(dataclasses.replace(made, compiled=compiled))
+    assert "corrected by the compiler" not in describe(dataclasses.replace(made, compiled=refused))
 
 
 def test_chosen_mesh_has_the_requested_layout(tmp_path):
