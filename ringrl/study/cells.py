@@ -257,6 +257,9 @@ def cells(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProxyType
     for control in (name for part in plan.whole if part.prompts for name in part.prompts.controls):
         if control not in ("zero rewards", "shuffled", *trained):
             raise UserError(f"prompts.controls: no cell is trained on {control} and another task; leave it out")
+    for name in (name for part in plan.whole for name in part.test_tasks):
+        if not any(name in cell.tasks for cell in found):
+            raise UserError(f"test_tasks: the plan has no dataset for {name}; leave it out")
     seeds = list(dict.fromkeys(seed for part in plan.whole for seed in part.seeds))
     return sorted(found, key=lambda cell: seeds.index(cell.config.seed))
 

@@ -180,13 +180,21 @@ def test_every_task_has_references(write_plan) -> None:
 
 
 def test_tasks_that_are_not_trained_on_are_evaluated(write_plan) -> None:
-    own, more = "jaco_reach_top_left", ["jaco_reach_top_right", "jaco_reach_top_left", "walker_walk"]
+    own, more = "jaco_reach_top_left", ["jaco_reach_top_right", "jaco_reach_top_left"]
     found = cells(plan_of(write_plan, task=own, trajectories=[2], test_tasks=more))
     for cell in found:
         assert cell.config.tasks == (own,)
         assert cell.tasks == (own, more[0])
         assert cell.about["test_tasks"] == more[:2]
     assert "test_tasks" not in cells(plan_of(write_plan, task=own, trajectories=[2]))[0].about
+    two = {"data": None, "task": None, "datasets": {own: "jaco.h5", "walker_walk": "walker.h5"}}
+    found = cells(plan_of(write_plan, **two, trajectories=[2], test_tasks=more[:1]))
+    assert {(cell.config.task, cell.tasks) for cell in found} == {
+        (own, (own, more[0])),
+        ("walker_walk", ("walker_walk",)),
+    }
+    with pytest.raises(UserError, match="test_tasks: the plan has no dataset for walker_walk; leave it out"):
+        cells(plan_of(write_plan, task=own, test_tasks=["walker_walk"]))
 
 
 def test_methods_leave_out_settings_without_effect(write_plan) -> None:
