@@ -6,10 +6,10 @@ from ringrl.errors import UserError
 
 
 def settings_file(given: str | Path) -> Path:
-    """Return the path of a settings file. A name without suffix that is no file, such as "tiny", is a preset's.
+    """Return the path of a settings file. A name without suffix, such as "tiny", is a preset if no such file exists.
 
     Raises:
-        UserError: there is no preset of this name.
+        UserError: no preset has this name.
     """
     path = Path(given)
     is_name = len(path.parts) == 1 and not path.suffix and (path.is_dir() or not path.exists())
@@ -17,10 +17,10 @@ def settings_file(given: str | Path) -> Path:
 
 
 def preset(name: str) -> Path:
-    """Return the file of a preset such as "demo". Raise UserError with the known names if there is none."""
+    """Return the file of a preset such as "demo". Raise UserError with the known names for another name."""
     folder = Path(__file__).parent
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f"no preset {name!r} (and no such file); there are {known}")
+        raise UserError(f"no preset {name!r} and no such file; presets: {known}")
     return path

@@ -52,9 +52,9 @@ def relabel_all(
 ) -> dict[str, Float32[np.ndarray, " time"]]:
     """Return the rewards of a recorded episode for several tasks of its domain, in one pass over the states.
 
-    Arguments, rows and errors are as in `relabel`. The keys are the full task names, by default all of the domain. With
-    `relabelling` "exorl_compat", rewards are computed with zero control, as in ExoRL's own code: too high in the dense
-    cartpole tasks and the maze, and equal in other tasks.
+    Arguments, rows and errors are as in `relabel`. The keys are full task names, by default all tasks of the domain.
+    `relabelling` "exorl_compat" computes rewards with zero control, as ExoRL's own code does. These rewards are too
+    high in the dense cartpole tasks and the maze, and equal in other tasks.
     """
     facts = domain_named(domain)
     _check(facts, physics, action)

@@ -56,7 +56,7 @@ class Domain:
         records_all_tasks: whether archives record the rewards of all tasks, one column each, instead of one task's.
         random_returns: full task name -> mean return of uniform random actions, by benchmarks/random_returns.py with
             dm_control 1.0.50 and MuJoCo 3.17.0. Normalised scores are 0 there.
-        has_more: returns whether a name is a task beyond `tasks`, for tasks with numbers in their names.
+        has_more: returns whether a name that is not in `tasks` is a task, too, such as a task with numbers in its name.
         camera: the camera of videos.
         goals: the goal positions; None if the tasks' rewards depend on more than a position.
     """

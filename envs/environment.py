@@ -90,7 +90,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         The environment variable MUJOCO_GL selects the OpenGL library, by default EGL on Linux.
 
         Raises:
-            UserError: the environment was made without a render mode, or there is no OpenGL.
+            UserError: the environment was made without a render mode, or no OpenGL library works.
         """
         if self.render_mode is None:
             raise UserError(f"{self.task}: cannot render; make the environment with render_mode='rgb_array'")
@@ -123,7 +123,7 @@ def make(task: str, seed: int | None = None, render_mode: str | None = None) -> 
     Args:
         task: one of `ringrl.envs.TASKS`.
         seed: seed of the episodes' starts. None: from the operating system.
-        render_mode: "rgb_array" if `render` shall return images.
+        render_mode: "rgb_array": `render` returns images. None: no rendering.
 
     Raises:
         UserError: unknown task (the message lists similar names), another render mode, or a seed outside

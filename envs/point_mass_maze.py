@@ -33,10 +33,10 @@ _ROOMS = (0.03, 0.28)  # distance of a goal from both axes, metres
 def goal_of(task: str) -> tuple[float, float, float] | None:
     """Return the goal position of a task in metres, None for another name.
 
-    Besides the four tasks of ExoRL there is one for every place in the rooms: "point_mass_maze_reach(-0.1,0.25)".
+    Tasks are ExoRL's four and one for every place in the rooms, such as "point_mass_maze_reach(-0.1,0.25)".
 
     Raises:
-        UserError: the place is not in a room.
+        UserError: the goal is not in a room.
     """
     if task in GOALS:
         return GOALS[task]
@@ -45,7 +45,9 @@ def goal_of(task: str) -> tuple[float, float, float] | None:
         return None
     x, y = map(float, match.groups())
     if not all(_ROOMS[0] <= abs(distance) <= _ROOMS[1] for distance in (x, y)):
-        raise UserError(f"{task}: is not in a room; choose places {_ROOMS[0]} to {_ROOMS[1]} m from both axes")
+        raise UserError(
+            f"{task}: the goal is not in a room; choose a place {_ROOMS[0]} to {_ROOMS[1]} m from both axes"
+        )
     return x, y, 0.01
 
 

@@ -1,4 +1,4 @@
-"""Rendering of states, and of episodes as mp4 files in a process of its own: `python -m ringrl.envs.render`.
+"""Rendering of states as images, and of episodes as mp4 files in another process: `python -m ringrl.envs.render`.
 
 A graphics driver may crash, which must not affect the process that evaluates. Episodes are read as an .npz file from
 standard input. If rendering fails, one line on standard output gives the reason.
@@ -36,7 +36,7 @@ _Frame = UInt8[np.ndarray, "height width 3"]
 
 
 class EpisodeRenderer:
-    """Renders the states of one task, with a simulation of its own.
+    """A renderer of the states of one task, with its own simulation.
 
     Raises:
         UserError: the OpenGL backend in the environment variable MUJOCO_GL cannot be used.
@@ -110,7 +110,7 @@ class EpisodeRenderer:
 def shared_renderer(task: str) -> EpisodeRenderer:
     """Return the renderer of a task that all environments of this process share until it ends.
 
-    A renderer of each environment could not be closed: MuJoCo frees objects in the OpenGL context that is current.
+    Separate renderers could not be closed safely: MuJoCo frees the objects of the current OpenGL context.
     """
     renderer = EpisodeRenderer(task)
     atexit.register(renderer.close)  # before EGL's own exit, after which closing fails
@@ -124,7 +124,7 @@ def _load_opengl() -> None:
         import mujoco
         from mujoco.rendering.classic import gl_context
 
-        # MuJoCo chooses the library when it is imported, and a simulation has imported it without any.
+        # MuJoCo chooses the library on import, and a simulation has imported MuJoCo without a library.
         with mujoco_gl(chosen):
             importlib.reload(gl_context)
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 1, 1).close()

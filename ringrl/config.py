@@ -131,7 +131,7 @@ class ModelConfig(Section):
     """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (21 values per
     component). mse and gaussian average over modes."""
     action_choice: Literal["mode", "mean"] = "mode"
-    """Action taken from bins: the likeliest values (mode) or the mean. Training is the same."""
+    """Action that the head bins takes: the likeliest values (mode) or the mean. Training does not depend on this."""
     loss_on: Literal["all", "last"] = "all"
     """Trajectories that the loss imitates: all, or the last of the context (the best one, with order ascending)."""
     layers: int = Field(3, ge=1, le=2**16)
@@ -314,7 +314,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints. A killed run repeats at most this many."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints to keep, besides the best (lowest held-out loss; without one, lowest training loss)."""
+    """Newest checkpoints to keep, in addition to the best (lowest held-out loss; without one, lowest training loss)."""
     log_every: int = Field(10, ge=1)
     """Steps between writes of metrics.jsonl, which has one line per step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)

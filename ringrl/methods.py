@@ -146,8 +146,8 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
 def method_of(config: TrainConfig) -> str:
     """Return the method's name for a run's settings, as it appears in results.
 
-    Besides the names of METHODS there are "bc-30%" (and other fractions of the episodes), "td3+her" and "td3+bc+her"
-    (hindsight goals), and a suffix such as "-4tasks" for runs on several tasks.
+    Names that METHODS lacks: "bc-30%" (and other fractions of the episodes), "td3+her" and "td3+bc+her" (hindsight
+    goals), and names with a suffix such as "-4tasks" for runs on several tasks.
     """
     context, actor_critic = config.context, config.actor_critic
     if config.model.kind == "td3_bc":

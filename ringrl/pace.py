@@ -1,4 +1,4 @@
-"""Progress of long work, and the pace of its lines where no bar can be shown, in the log of a job for example."""
+"""Progress of long work, and the pace of progress lines where no bar is possible, for example in the log of a job."""
 
 import time
 from collections.abc import Callable

@@ -33,7 +33,7 @@ def download_archive(
         UserError: unknown names, another file in place of the archive, and the errors of `Transfer.run`.
     """
     if algorithm not in ALGORITHMS:
-        raise UserError(f"unknown algorithm {algorithm!r}; there are {', '.join(ALGORITHMS)}")
+        raise UserError(f"unknown algorithm {algorithm!r}; algorithms: {', '.join(ALGORITHMS)}")
     path = Path(folder) / domain_named(domain).name / f"{algorithm}.zip"
     address = f"{url.rstrip('/')}/{domain}/{algorithm}.zip"
     transfer = Transfer(address, path, timeout, pause, progress, notice)

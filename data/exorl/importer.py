@@ -113,7 +113,7 @@ def import_archive(
         subset: the episodes to import.
         on_damaged: "stop" at the first file that is not a whole episode of `domain`, or "skip" such files and record
             their number and the first reasons.
-        tasks: full task names, whose rewards are computed and stored. None: all of the domain.
+        tasks: full names of the tasks to compute rewards for. None: all tasks of the domain.
 
     Raises:
         UserError: bad input, another existing destination, a full disk, a worker process that died.

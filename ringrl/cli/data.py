@@ -79,8 +79,8 @@ def import_(
         max_transitions: maximum number of steps.
         seed: seed of the random subset.
         on_damaged: stop at the first damaged episode, or skip damaged episodes and list them in `ringrl data info`.
-        tasks: tasks to compute rewards for, for example "point_mass_maze_reach(-0.1,0.25)", a goal anywhere in a room
-            of the maze. Default: all tasks of the domain.
+        tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
+            possible, for example "point_mass_maze_reach(-0.1,0.25)".
         download: let Minari download a dataset that is not on this machine.
     """
     given = locals()

@@ -57,7 +57,7 @@ def evaluate(
         prompt_order: shuffled puts the prompt's trajectories in random order, as a control.
         policy: a baseline instead of the trained policy. copy: each action is that of the prompt's step with the
             nearest normalised observation. clone: a feed-forward network trained on the prompt alone.
-        data: path of the training data if it has moved (read for a prompt, a quantile, and another task's best).
+        data: path of the training data if it has moved (read for a prompt, a quantile, another task's best, and means).
         control: also roll out the same episodes with the memory cleared before each (the prompt stays).
         step: step of the checkpoint, instead of --checkpoint-kind.
         checkpoint_kind: last (newest) or best (lowest loss on held-out episodes; in runs without them, lowest training
@@ -100,7 +100,7 @@ def evaluate(
             )
             for task in dict.fromkeys(named)
         ]
-        with suppress(UserError):  # the dataset may be elsewhere
+        with suppress(UserError):  # a missing dataset only leaves its row out
             store = open_dataset(trained.info, run, data)
             data_means |= {task: float(store.returns(task).mean()) for task in store.tasks if task in named}
     if policy != "trained":

@@ -13,7 +13,7 @@ def report(
     """Make a page from results: return against context length with intervals, charts and tables for a paper.
 
     Args:
-        results: results files (.jsonl), or folders that contain them.
+        results: results files (.jsonl or .jsonl.gz), or folders that contain them.
         output: folder of the page, figures/, tables/ and videos/.
         compare: two results files or folders A and B, instead of `results`. The page comparison.html shows the
             difference of returns B - A and the settings that differ.

@@ -22,13 +22,13 @@ def ablate(
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
-    The cost is printed first, with a rough time that becomes better with every finished cell. The same command resumes
+    The cost and a rough time are printed first. Every finished cell makes the time more exact. The same command resumes
     an interrupted ablation and repeats nothing.
 
     Args:
         plan: YAML file, or the name of a preset, for example study_example.
-        folder: folder of the plan's datasets and of its output. Default: the working directory. With another folder,
-            the same plan runs on other datasets of the same names.
+        folder: folder of the plan's datasets and of its output, for example to run the same plan on other datasets of
+            the same names. Default: the working directory.
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
         retry: run failed cells again. Interrupted cells resume without this flag.

@@ -169,7 +169,7 @@ _GAIN = 40.0  # action per metre
 def _walk(simulation: Simulation, parameters: Float64[np.ndarray, " 5"]) -> Controller:
     """Move along waypoints. Parameters: a preference for each of four goals (the highest wins), and the log gain.
 
-    A task with a goal of its own has no choice of goal.
+    In a task other than ExoRL's four, the goal is that of the task.
     """
     data = simulation.data
     *passages, goal = _WAYS[int(np.argmax(parameters[:4]))]

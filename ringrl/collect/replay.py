@@ -9,7 +9,7 @@ from ringrl.envs import Domain
 
 
 class Replay:
-    """Episodes in ExoRL's rows, by their numbers. An episode may be incomplete.
+    """Episodes in ExoRL's rows, by number. An episode may be incomplete.
 
     Episodes never terminate, so every state may be followed by a value. `column`: the learned task among the rewards.
     """
@@ -28,7 +28,7 @@ class Replay:
         return int(self._steps.sum())
 
     def put(self, number: int, episode: Episode, steps: int) -> None:
-        """Store an episode, of which `steps` steps are recorded."""
+        """Store an episode with `steps` recorded steps, which may be fewer than it has rows."""
         self.observation[number], self.action[number] = episode["observation"], episode["action"]
         self.reward[number] = episode["reward"][:, self._column]
         self._steps[number] = steps

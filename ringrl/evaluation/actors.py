@@ -77,7 +77,7 @@ class CopyActor:
 
 
 class CloneActor:
-    """Behaviour cloning of the prompt alone: 1,000 steps of Adam on 256 of its timesteps each."""
+    """Behaviour cloning of the prompt alone: 1,000 steps of Adam with batches of 256 timesteps."""
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
         """Train a new network on the prompt."""

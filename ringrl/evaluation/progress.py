@@ -151,8 +151,8 @@ def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str,
     """Return one table per task: mean returns over the streams, with normalised scores in brackets.
 
     Args:
-        summaries: of evaluations, those of a task together.
-        data_means: task -> mean return of the training data, where known.
+        summaries: evaluations, grouped by task.
+        data_means: task -> mean return of the training data. Tasks without a known mean are absent.
     """
     tables = [
         _task_table(task, list(group), (data_means or {}).get(task))

@@ -273,12 +273,12 @@ def random_evaluation(
 
 
 def prompt_only_evaluation(evaluation: Evaluation, method: Literal["copy", "clone"]) -> Evaluation:
-    """Return the rollouts of an evaluation with a policy made of the prompt alone, see `CopyActor` and `CloneActor`.
+    """Return an evaluation with the same rollouts by a policy made of the prompt alone: `CopyActor` or `CloneActor`.
 
     Raise UserError if there is no prompt.
     """
     if evaluation.prompt is None:
-        raise UserError(f"--policy {method}: there is no prompt to {method}; give --prompt-trajectories, too")
+        raise UserError(f"--policy {method}: there is no prompt; give --prompt-trajectories, too")
     trained = ("token_set", "train_trajectories", "target_return", "steps_trained", "checkpoint", "checkpoint_hash",
                "budget", "cache_dtype")  # fmt: skip
     own = {"method": method, "target_policy": NO_TARGET, "settings": {}, "cache_devices": 1}
@@ -345,7 +345,7 @@ def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -
     if template.method in ("random", "copy"):  # no policy is computed
         libraries, decides["device"] = _SIMULATING, None
     is_one = template.train_trajectories == 1 and (template.settings or {}).get("context.target") != "none"
-    if template.method.startswith("at") and is_one:  # as such evaluations were called, which thus remain finished
+    if template.method.startswith("at") and is_one:  # the old name, so that evaluations under it are not repeated
         decides["method"] = f"dt{template.method.removeprefix('at')}"
     decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
     decides |= {"environments": protocol.environments, "control": protocol.control}

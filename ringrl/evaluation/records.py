@@ -395,7 +395,7 @@ def _parse(text: str, line: bytes, where: str) -> EvaluationRecord | None:
 
 
 def _with_own_name(record: EvaluationRecord) -> EvaluationRecord:
-    """Return the record with the method's present name: an Agentic Transformer of one trajectory was once called dt."""
+    """Return the record with the current name of its method. Old files call an "at" of one trajectory "dt"."""
     unknown = {"context.target": "own" if record.token_set == "dt3" else "best"}
     target = (unknown if record.settings is None else record.settings).get("context.target", "best")
     if re.fullmatch(r"dt(-\d+tasks)?", record.method) and target != "own":

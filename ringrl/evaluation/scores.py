@@ -41,7 +41,7 @@ def score_or_none(task: str, value: float | None) -> float | None:
 
 
 def random_return(task: str) -> float | None:
-    """Return the mean return of random actions in a task; None if the domain has no such constant."""
+    """Return the mean return of random actions in a task, a constant of the domain; None if it is unknown."""
     try:
         return domain_of(task).random_returns.get(task)
     except UserError:

@@ -1,6 +1,6 @@
 """Videos of an evaluation: the choice of the episodes to show, and mp4 files.
 
-Nothing here imports MuJoCo or OpenGL. `ringrl.envs.render` renders in a process of its own, because a crash of a
+This module imports neither MuJoCo nor OpenGL. `ringrl.envs.render` renders in another process, because a crash of a
 graphics driver must not end the evaluation.
 """
 

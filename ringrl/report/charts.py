@@ -55,14 +55,14 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
         held_out: held-out losses and returns, as `held_out.loss_points` returns them.
     """
     draw = Drawing(styles(table), results.groupby(CELL)["command"].agg(_commands).rename("command"), {})
-    with debug_mode(False):  # validating each of some hundred marks takes longer than all the rest
+    with debug_mode(False):  # validating hundreds of marks would take most of the time
         charts = [
             _context_chart(draw, results, table), _episode_chart(draw, results, table),
             _prompt_chart(draw, results, table), _last_chart(draw, results), _cost_chart(draw, results, table),
             _map_chart(draw, results, table),
             _profile_chart(draw, results, table), _loss_chart(draw, losses), _held_out_chart(draw, held_out),
         ]  # fmt: skip
-    # Curves of one point show less than their episodes do.
+    # With one length, the chart of episodes shows more than curves of one point.
     is_flat = table.groupby(["task", "method", "curve"])["length"].nunique().max() == 1
     return [chart for chart in charts[int(is_flat and bool(charts[1].panels)) :] if chart.panels]
 
@@ -156,8 +156,8 @@ def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Ch
                 panels += draw.curves(cells, partial(_amount_axis, axis), option=option)
                 captions.append(explained)
     caption = (
-        "The mean return against the training cost of each policy (mean over seeds). A number next to a point is its "
-        f"trajectories per context, where there is room. {' '.join(dict.fromkeys(captions))}"
+        "The mean return against the training cost of each policy (mean over seeds). Numbers next to points, "
+        f"where they fit, are trajectories per context. {' '.join(dict.fromkeys(captions))}"
     )
     return draw.chart("return_by_cost", "Return against training cost", caption, panels)
 
@@ -180,8 +180,8 @@ def _episode_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
     caption = (
         "The same policy plays n episodes in a row and keeps them in its context. The dashed line is the same policy "
         "from the same starts with its memory reset before each episode. Episodes at different places have different "
-        "starts, so compare the solid line with the dashed one: a policy that learns in context rises above it from "
-        "left to right. Faint lines are shorter contexts. Horizontal lines need no context."
+        "starts, so compare the solid line with the dashed line. If a policy learns in context, the solid line rises "
+        "above the dashed line from left to right. Faint lines are shorter contexts. Horizontal lines need no context."
     )
     return draw.chart("return_by_episode", "Return by episode in the context", caption, panels)
 
@@ -290,7 +290,7 @@ def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:
         panels += draw.curves(rows, lambda _: x, y=y, points=False)
     caption = (
         "Training loss against the optimiser step, one line per run. Each point is a mean over consecutive steps. The "
-        "longer the context, the stronger the line. Losses of different methods are not comparable, so compare "
+        "longer the context, the stronger the line. Losses of different methods are not comparable, so compare only "
         "lines of one colour."
     )
     if losses["held_out"].any():
@@ -311,8 +311,8 @@ def _held_out_chart(draw: Drawing, points: pd.DataFrame) -> Chart:
         )  # fmt: skip
         panels.append(draw.panel(str(task), [draw.dots(rows, x, y, 40)], f"{task}: return against held-out loss."))
     caption = (
-        "One dot per training run: the loss of the evaluated policy on episodes that training never sees, against its "
-        "return per episode. Losses of different action heads are in different panels."
+        "One dot per training run: the return per episode of the evaluated policy, against its loss on episodes that "
+        "training never sees. Losses of different action heads are in different panels."
     )
     return draw.chart("return_by_loss", "Return against held-out loss", caption, panels)
 
@@ -335,8 +335,8 @@ def _map_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Cha
             title = f"{task}, contexts of {trained}" if length in varied and trained else str(task)
             panels.append(_map_panel(draw, title, rows, by))
     caption = (
-        "The mean return over training seeds, where the runs of a method differ in two settings. The darker "
-        "a tile, the higher its return among those of the panel."
+        "The mean return over training seeds, where the runs of a method differ in two settings. Darker tiles "
+        "have higher returns in their panel."
     )
     return draw.chart("return_by_settings", "Return by two settings", caption, panels)
 

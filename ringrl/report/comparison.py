@@ -55,7 +55,7 @@ def _ends(name: str) -> tuple[str, str]:
     return f"{name}, low", f"{name}, high"
 
 
-_WINS = Column(WINS, "", "probability that a run of B beats a run of A; a tie counts half; absent for one seed", share,
+_WINS = Column(WINS, "", "probability that a run of B beats a run of A (a tie counts half); absent for one seed", share,
                _ends(WINS))  # fmt: skip
 _COLUMNS = [
     Column("Task"), Column("Method"),
@@ -266,7 +266,7 @@ def _chart(pairs: pd.DataFrame) -> Chart:
         panels.append(draw.panel(str(task), layers, description, height=40 + 32 * len(rows)))
     caption = (
         "The difference of the interquartile means over training seeds, B less A, with its 95 % interval (bootstrap "
-        "over the seeds of both). If A and B share training runs, only these count, run by run. Grey differences are "
-        "not resolved. A point without a bar has one seed on a side, so it has no interval."
+        "over the seeds of both). If A and B share training runs, only the shared runs are compared, run by run. Grey "
+        "differences are not resolved. A point without a bar has one seed on a side, so it has no interval."
     )
     return Chart("difference", "B less A", caption, panels, [])

@@ -27,7 +27,7 @@ from ringrl.report.tables import (
 RIVAL = "Another method"
 """Subject of the comparisons between methods."""
 ENOUGH_SEEDS = 4
-"""Training seeds a side from which a comparison may name a direction."""
+"""Least number of training seeds a side for a verdict of higher or lower."""
 _KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
 _ALIKE = 1.25  # ratio up to which budgets count as equal: steps are whole, and seconds vary
 _NAMED = 4  # names in a list of many
@@ -37,9 +37,9 @@ _RISE = 0.05  # least rise of a held-out loss that counts, as a fraction of the 
 def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Return the comparisons of a report, one per row.
 
-    Per task and method: the longest context with the shortest, or if there is one length only, the rollout with memory
-    with its control. The longest context with each trained method without context, and with the same length of the
-    method whose variant it is. Prompts: the longest with the shortest, from the same starts.
+    For each task and method, the longest context is compared with the shortest, with each trained method without
+    context, and with the same length of the method whose variant it is. A method with one length is compared with its
+    control instead of the shortest. The longest prompt is compared with the shortest, from the same starts.
 
     The largest difference comes first. Columns: task, method, subject, compared, before, after, and the columns of
     `measured` and `judge`.
@@ -150,7 +150,7 @@ def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:
 
 
 def against_rivals(found: pd.DataFrame, like_random: Sequence[str]) -> str:
-    """Return where a policy with context clearly beats all that `verdicts` compares it with; empty if unknown."""
+    """Return on which tasks a policy with context clearly beats all methods it is compared with; empty if unknown."""
     rivals = found[(found["subject"] == RIVAL) & ~found["task"].isin(like_random)]
     if not (rivals["seeds"] >= ENOUGH_SEEDS).any():
         return ""
@@ -266,13 +266,13 @@ def overfitting_warning(losses: pd.DataFrame) -> str | None:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (
         f"In {len(found)} of {total} runs with held-out episodes, the held-out loss rises while the training loss "
-        f"falls, at the earliest after step {min(step for step, _ in found):.0f} ({', '.join(names[:_NAMED])}{more}); "
-        "`ringrl evaluate --checkpoint-kind best` evaluates the checkpoint of lowest held-out loss."
+        f"falls, at the earliest after step {min(step for step, _ in found):.0f} ({', '.join(names[:_NAMED])}{more}). "
+        "Use `ringrl evaluate --checkpoint-kind best` to evaluate the checkpoint of lowest held-out loss."
     )
 
 
 def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
-    """Return a warning if settings or budgets differ along a curve besides the context length; None if not."""
+    """Return a warning if not only the context length but also settings or budgets differ along a curve; else None."""
     keys = pd.MultiIndex.from_frame(table.loc[table["length"].notna(), CELL])
     rows = results[results["memory"] & pd.MultiIndex.from_frame(results[CELL]).isin(keys)]
     unlike = [

@@ -43,7 +43,7 @@ PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 """Colours by name: light, dark. The page uses CSS variables of these names, files the light colours (SVG: both)."""
-# The owners of series-1, series-2, ...
+# The methods that have the colours series-1, series-2, ...
 _OWNERS = ["at", "bc", "td3+bc", "bc-10%", "dt", "random", "td3", "bc-50%", "ad", "bc-25%"]
 _OWN = {METHODS[name].title: f"series-{index}" for index, name in enumerate(_OWNERS, start=1)}
 _SHARED = tuple(name for name in PALETTE if name.startswith("series") and name not in _OWN.values())
@@ -303,7 +303,7 @@ class Drawing(NamedTuple):
         return mark.encode(x=x, y=y, color=self.colour(), opacity=_opacity(0.6), tooltip=_tooltips(data))
 
     def rules(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
-        """Return a horizontal line per row, within a wider one that is not seen and has the tooltips."""
+        """Return a horizontal line per row, within a wider, invisible line that has the tooltips."""
         layers = []
         for dash, rows in data.groupby(data["method"].map(lambda name: self.styles[name].dash)):
             rows = rows.dropna(axis=1, how="all")

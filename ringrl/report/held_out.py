@@ -8,7 +8,7 @@ from ringrl.report.results import usual_settings
 from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, ends, recorded_runs
 
 ENOUGH_RUNS, ENOUGH_SETTINGS = 5, 3
-"""Runs and settings from which they are correlated."""
+"""Least numbers of runs and of settings for a correlation."""
 _KEY = ["task", "method", "train_trajectories", "seed"]
 _COLUMNS = ["task", "runs", "correlation", "low", "high", "settings", "between"]
 

@@ -87,22 +87,22 @@ RETURN_COLUMNS = [
     Column("prompt_trajectories", "Prompt", "dataset trajectories before the first episode", count),
     Column("iqm", "IQM", "interquartile mean over training seeds of the mean return of all episodes, 95 % interval "
            "(stratified bootstrap over training seeds; absent for one seed)", ends=("low", "high")),
-    Column("mean", "Mean", "mean over training seeds of the same"),
+    Column("mean", "Mean", "mean over training seeds of the mean return of all episodes"),
     Column("control", "Control", "IQM of the same policy without memory"),
     Column("first", "First", "first episode in the context"),
     Column("last", "Last", "last episode in the context"),
     Column("last_control", "Last, control", "the same episodes without memory"),
     Column("best", "Best of n", "best episode of each context"),
     Column("best_control", "Best of n, control", "best of n episodes of the same policy without memory"),
-    Column("score", "Score", "100 (G - random) / (reference - random), of the IQM"),
+    Column("score", "Score", "100 (IQM - random) / (highest possible return - random)"),
     Column("seeds", "Seeds", "training seeds", count),
     Column("episodes", "Episodes", "over all seeds", count),
-    Column("failed", "Failed", "episodes without a return, of the control too; no mean includes them", count),
+    Column("failed", "Failed", "episodes without a return, with or without memory; no mean includes them", count),
 ]  # fmt: skip
 DIFFERENCE_COLUMNS = [
     Column("change", "Difference", "of the interquartile means, 95 % interval", partial(number, sign=True),
            ("low", "high")),
-    Column("verdict", "Verdict", "higher or lower: corrected p below 0.05, an interval without zero, and four seeds"),
+    Column("verdict", "Verdict", "higher or lower: four seeds a side, corrected p below 0.05, interval without zero"),
     Column("detectable", "Smallest resolvable", "difference that these seeds could have shown, in this comparison "
            "alone, with 80 % power at 5 %, two-sided", number),
     Column("p_holm", "p, corrected", "two-sided t-test of the means over training seeds, corrected for all comparisons "
@@ -133,7 +133,7 @@ TRAINING_COLUMNS = [
     Column("tokens", "Tokens", "seen in training", amount),
     Column("flops", "FLOPs", "of the transformer blocks", amount), Column("seconds", "Seconds", form=amount),
     Column("tokens_per_second", "Tokens per second", "median over the steps of a run, IQM over seeds", amount),
-    Column("peak_memory", "Memory (bytes)", "most that a device holds in a training step", amount),
+    Column("peak_memory", "Memory (bytes)", "peak per device in a training step", amount),
 ]  # fmt: skip
 DATA_COLUMNS = [
     Column("task", "Task"), Column("episodes", "Episodes", form=count),
@@ -146,11 +146,11 @@ DATA_COLUMNS = [
 def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     """Write the page into the folder `destination`, with figures/, tables/ and videos/; return the page's path.
 
-    Each file is written to a temporary place and renamed, the page last: a report that fails leaves the old one. Other
-    files in the folder are not touched.
+    All files are written to a temporary folder and then renamed, the page last, so a failed report leaves the old one.
+    Other files in the folder are not touched.
 
     Args:
-        results: results files, or folders that are searched for *.jsonl.
+        results: results files, or folders that are searched for *.jsonl and *.jsonl.gz.
         destination: folder of the report, created if it is missing.
 
     Raises:
@@ -328,7 +328,7 @@ def _spec(panel: Any) -> Markup:
 
 
 def _used(columns: Sequence[Column], table: pd.DataFrame) -> list[Column]:
-    """Return the columns with a value. Those of failures, prompts and convergence need a value other than zero."""
+    """Return the columns with a value. Columns of failures, prompts and convergence need a value other than zero."""
     zero = ("failed", "prompt_trajectories", "converged")
     return [
         column for column in columns

@@ -21,8 +21,8 @@ RUN = [*CELL, "seed"]
 """Columns that name one training run of a cell."""
 
 CONTEXT_KINDS = ("context", "prompt control")
-"""Values of "kind" with a context. A prompt control is a rollout after a changed prompt, or copies the prompt; it is no
-point of a curve."""
+"""Values of "kind" with a context. A prompt control is a rollout after a changed prompt, or of a baseline made of the
+prompt alone. It is not a point of a curve."""
 
 LENGTH_SETTINGS = ("optimiser.steps", "optimiser.batch_size")
 """Settings that follow from the context length if the budget is fixed."""
@@ -44,7 +44,7 @@ def read_results(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
 
     - The newest of repeated measurements counts. All results of a training run come from the checkpoint that was
       evaluated last.
-    - A variant of an ablation plan is a method, with the variant's name in its own.
+    - A variant of an ablation plan is a separate method, whose name includes the variant's name.
     - Other runs of one method whose settings differ are different methods. Settings that follow from the context length
       (steps, batch size) do not separate runs. A Decision Transformer is the one-trajectory point of an Agentic
       Transformer if all other settings are equal.
@@ -68,7 +68,7 @@ def read_results(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     `attrs["left_out"]` lists what was left out and why, `attrs["sources"]` the files.
 
     Args:
-        paths: results files, or folders that are searched for *.jsonl.
+        paths: results files, or folders that are searched for *.jsonl and *.jsonl.gz.
 
     Raises:
         UserError: there are no results, a file cannot be read, or one task has results from several datasets.

@@ -246,9 +246,9 @@ def levels(table: pd.DataFrame, task: str) -> pd.DataFrame:
 def tasks_like_random(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     """Return the tasks in which no policy clearly beats the random policy.
 
-    A policy does if the p-value of its runs against the return of the random policy, corrected for all policies (Holm),
-    is below LEVEL. The random policy has no training runs, so its return counts as known. If it was not measured, the
-    constant of the domain counts. Tasks without either are left out.
+    A policy clearly beats it if the p-value of its runs against the random policy's return, corrected for all policies
+    (Holm), is below LEVEL. The random policy has no training runs, so its return counts as exact: the measured return,
+    or else the domain's constant. Tasks without either are left out.
     """
     runs, measured = run_scores(results), table[table["family"] == "random"].dropna(subset="iqm").groupby("task")["iqm"]
     policies = table[table["kind"].isin(["context", "reference"]) & (table["family"] != "random")]

@@ -1,7 +1,7 @@
 """The cost of the cells of an ablation: counts, and an estimate of the time.
 
-The time of a kind of cell is the time that finished cells of this kind took. Before the first one, it is a rough
-estimate from the speed of this machine, measured in a second.
+The estimate for a kind of cell is the mean time of its finished cells. Before the first one has finished, it is a rough
+estimate from the speed of this machine, which is measured in a second.
 """
 
 import time
@@ -29,7 +29,7 @@ _SHARE_OF_PEAK = 1 / 3  # speed of small models on a CPU, as a share of a matrix
 _LEAST_STEP = 0.01  # seconds of an optimiser step; those of a feed-forward policy take about as long
 _START = 10.0  # seconds of a cell before and after its steps: reading data, compiling, saving
 _READ_SPEED = 5e9  # bytes of the key-value cache per second, each read once per action
-_ACT = 5e-4  # seconds per action of a batch, besides reading the cache
+_ACT = 5e-4  # seconds per action of a batch, without reading the cache
 
 
 class CellCost(NamedTuple):
@@ -50,7 +50,7 @@ class Speed(NamedTuple):
 
     @classmethod
     def measure(cls, tasks: Iterable[str]) -> "Speed":
-        """Return the speed of this machine in these tasks. An accelerator is left alone: the cells need its memory."""
+        """Return the speed of the cores in these tasks. Accelerators are not used: the cells need their memory."""
         size = 1024
         x = np.ones((size, size), np.float32)
         seconds = _median_seconds(lambda: x @ x, 5)
@@ -77,9 +77,9 @@ def estimates(cells: Sequence[Cell], workers: int, *, is_here: bool = True) -> d
     """Return the remaining cost of every unfinished cell, by name.
 
     Args:
-        cells: all cells of a plan. The time of those that are finished is known.
-        workers: cells that run at once on this machine.
-        is_here: whether the cells run on this machine. Otherwise only the time of finished kinds is known.
+        cells: all cells of a plan. Finished cells give the time of their kind.
+        workers: cells that run at the same time on this machine.
+        is_here: whether the cells run on this machine. If not, only kinds with a finished cell have a time.
     """
     known, waiting = defaultdict[str, list[float]](list), list[Cell]()
     for cell in cells:
@@ -133,7 +133,7 @@ def _rollouts(cell: Cell) -> list[Protocol]:
 
 
 def cost(cell: Cell) -> CellCost:
-    """Return the remaining cost of a cell, without the time. A started evaluation counts whole."""
+    """Return the remaining cost of a cell, without the time. A started evaluation counts in full."""
     config, length = cell.config, domain_of(cell.config.task).episode_length
     done = max(saved_steps(cell.folder), default=0)
     has_converged = EarlyStopping.saved(cell.folder, done).has_converged(config)
@@ -148,7 +148,7 @@ def cost(cell: Cell) -> CellCost:
 
 
 def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: int, workers: int) -> Table:
-    """Return a table of the remaining cost per kind of cell, and in all. The caption counts the `finished` cells."""
+    """Return a table of the remaining cost per kind of cell and in total. The caption counts the `finished` cells."""
     kinds: dict[str, dict[str, list[CellCost]]] = {}
     for cell in cells:
         kind = cell.folder.name.rpartition("_seed")[0]
@@ -163,12 +163,12 @@ def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: i
             shown.add_row(kind, str(len(group)), *_numbers(group[0]))
     shown.add_section()
     whole = _total([costs[cell.name] for cell in cells])
-    shown.add_row("in all", str(len(cells)), *_numbers(whole))
+    shown.add_row("total", str(len(cells)), *_numbers(whole))
     if whole.seconds is not None:
         at_once = min(workers, len(cells))
         shown.caption = f"very roughly {duration(whole.seconds / at_once)} with {at_once} at a time"
-        shown.caption += ", and the videos" if any(cell.about["videos"] for cell in cells) else ""
-        shown.caption += f"; {finished} more are finished" if finished else ""
+        shown.caption += ", without videos" if any(cell.about["videos"] for cell in cells) else ""
+        shown.caption += f"; {finished} other cells are finished" if finished else ""
     return shown
 
 

@@ -29,7 +29,7 @@ class PromptPlan(Section):
     controls: tuple[str, ...] = ()
     """Prompts to roll out as controls: the name of another training task, `zero rewards` or `shuffled`."""
     baselines: tuple[Literal["copy", "clone"], ...] = ()
-    """Policies made of the prompt alone, after the prompts of the cells with the longest context. copy: the action of
+    """Baselines made of the prompt alone, for the prompts of the cells with the longest context. copy: the action of
     the prompt's step with the nearest observation. clone: a feed-forward network trained on the prompt."""
 
 
@@ -51,7 +51,7 @@ class AblationPlan(Section):
     test_trajectories: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Episodes per context in evaluation. Every cell is evaluated with each number. Default: as in training."""
     test_tasks: tuple[str, ...] = ()
-    """More tasks to evaluate in, besides those of the training: every cell of their domain."""
+    """More tasks to evaluate in. Every cell is also evaluated in those of its own domain."""
     token_sets: tuple[Literal["at5", "ring4", "dt3", "fused1"], ...] = ()
     """Tokens per timestep, for the methods with a context. Default: the token set of the settings."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0, 1, 2), min_length=1)

@@ -179,7 +179,7 @@ def test_the_place_of_an_exorl_task_has_its_rewards():
 
 @pytest.mark.parametrize("place", ["0.2,0", "0.29,0.1", "-0.02,0.1", "1,1"])
 def test_a_goal_in_a_wall_or_a_passage_is_refused(place):
-    with pytest.raises(UserError, match=r"is not in a room; choose places 0\.03 to 0\.28 m from both axes"):
+    with pytest.raises(UserError, match=r"is not in a room; choose a place 0\.03 to 0\.28 m from both axes"):
         make(f"point_mass_maze_reach({place})")
 
 

@@ -216,7 +216,7 @@ def test_copying_a_prompt_repeats_an_episode_from_the_same_start(at_run: Path, j
     assert (first.method, first.settings) == ("copy", {})
     assert first.evaluation != by_policy[0].evaluation
     assert first.checkpoint_hash is first.train_trajectories is first.budget is None
-    with pytest.raises(UserError, match="--policy copy: there is no prompt to copy; give --prompt-trajectories"):
+    with pytest.raises(UserError, match="--policy copy: there is no prompt; give --prompt-trajectories"):
         prompt_only_evaluation(policy_evaluation(trained, Protocol()), "copy")
 
 

@@ -64,7 +64,7 @@ def test_a_file_that_the_server_does_not_give_out(site, tmp_path, status):
 def test_errors_about_unknown_names_list_known_names(tmp_path):
     with pytest.raises(UserError, match="did you mean walker"):
         download_archive("wakler", "rnd", tmp_path)
-    with pytest.raises(UserError, match="there are aps, icm_apt, diayn"):
+    with pytest.raises(UserError, match="algorithms: aps, icm_apt, diayn"):
         download_archive("walker", "../ddpg", tmp_path)
     with pytest.raises(UserError, match="--timeout"):
         download_archive("cartpole", "rnd", tmp_path, timeout=float("nan"))
