@@ -33,7 +33,7 @@ from ringrl.report.tables import (
 _POINTS_TO_MARK = 16  # a longer curve has a band instead of bars
 _CURVES = 4  # context lengths of one method in the chart of episodes
 _LOG_RATIO = 4  # an axis is logarithmic if its largest value is this many times the smallest
-_SAME_COST = 1.05  # ratio up to which costs are no axis
+_SAME_COST = 1.05  # ratio of costs above which a panel is drawn
 _THRESHOLDS = 61
 ZOOMED = "(zoomed: the axis does not start at zero)"
 _MEASURES = {

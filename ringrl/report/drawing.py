@@ -329,7 +329,7 @@ def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
 
 
 def _legible(points: pd.DataFrame, scale: alt.Scale) -> pd.Series:
-    """Return the labels that do not overlap on a panel of 300 pixels; of labels that do, the last row's."""
+    """Return the labels that do not overlap on a panel of 300 pixels; of overlapping labels, that of the last row."""
     place = {"log": np.log, "symlog": np.log1p}.get(str(scale.to_dict().get("type")), np.asarray)
     x = pd.Series(place(points["x"]), points.index) / np.ptp(place(scale["domain"]))
     y, kept = points["value"] / (points["value"].max() or 1.0), list[Any]()

@@ -26,7 +26,7 @@ from ringrl.training.budget import forward_flops, step_cost
 from ringrl.training.checkpoints import EarlyStopping, saved_steps
 
 _SHARE_OF_PEAK = 1 / 3  # speed of small models on a CPU, as a share of a matrix product's
-_LEAST_STEP = 0.01  # seconds of an optimiser step; those of a feed-forward policy take about as long
+_LEAST_STEP = 0.01  # seconds of an optimiser step, at least; steps of a feed-forward policy take about this time
 _START = 10.0  # seconds of a cell before and after its steps: reading data, compiling, saving
 _READ_SPEED = 5e9  # bytes of the key-value cache per second, each read once per action
 _ACT = 5e-4  # seconds per action of a batch, without reading the cache

@@ -73,7 +73,7 @@ class AblationProgress(Progress):
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds left: a cell without an estimate takes the mean of the finished ones. None before these."""
+        """Estimated seconds left: a cell without an estimate takes the mean of finished ones. None before the first."""
         if not self._timed and None in self._left.values():
             return None
         mean = self._taken / max(1, self._timed)
