@@ -65,6 +65,7 @@ SHORTER = {
         "Protocol()": "Protocol(environments=1)",
         "4096": "256",
     },
+    "docs/quickstart.md": {'"demo/runs"': repr(str(ROOT / "docs/results/demo.jsonl.gz"))},
     "docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64, 4, 2": "= 256, 64, 4, 1"},
 }
 # Commands that do not run.
