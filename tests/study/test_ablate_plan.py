@@ -14,9 +14,10 @@ from ringrl.evaluation.protocol import FIRST_SEED, Protocol
 from ringrl.evaluation.records import append_records, data_records
 from ringrl.methods import method_of
 from ringrl.study.cells import Cell, attempt, cells, references, write
-from ringrl.study.cost import cost, cost_table, estimates
+from ringrl.study.cost import Speed, cost, cost_table, estimates
 from ringrl.study.plan import AblationPlan, read_plan
-from ringrl.training.checkpoints import with_checksum
+from ringrl.training.budget import forward_flops
+from ringrl.training.checkpoints import EarlyStopping, with_checksum
 
 BASELINES = ("bc", "bc-10%", "bc-25%", "bc-50%", "dt", "td3", "td3+bc")
 
@@ -179,6 +180,16 @@ def test_every_task_has_references(write_plan) -> None:
     assert sorted(found, key=str) == sorted([(task, *kind) for task in (own, other, third) for kind in kinds], key=str)
 
 
+def test_references_of_test_tasks_use_the_first_dataset_of_their_domain(write_plan) -> None:
+    files = {"walker_walk": "w.h5", "jaco_reach_top_left": "a.h5", "jaco_reach_top_right": "b.h5"}
+    fingerprints = {task: f"of {file}" for task, file in files.items()}
+    test_tasks = ["jaco_reach_bottom_left", "walker_run"]
+    plan = plan_of(write_plan, data=None, task=None, datasets=files, trajectories=[2], test_tasks=test_tasks)
+    found = {(one.about["task"], str(one.data), one.about.get("data")) for one in references(plan, fingerprints)}
+    expected = files | {"jaco_reach_bottom_left": "a.h5", "walker_run": "w.h5"}
+    assert found == {(task, file, of) for task, file in expected.items() for of in (None, f"of {file}")}
+
+
 def test_tasks_that_are_not_trained_on_are_evaluated(write_plan) -> None:
     own, more = "jaco_reach_top_left", ["jaco_reach_top_right", "jaco_reach_top_left"]
     found = cells(plan_of(write_plan, task=own, trajectories=[2], test_tasks=more))
@@ -186,6 +197,7 @@ def test_tasks_that_are_not_trained_on_are_evaluated(write_plan) -> None:
         assert cell.config.tasks == (own,)
         assert cell.tasks == (own, more[0])
         assert cell.about["test_tasks"] == more[:2]
+        assert cost(cell).simulated == (2 * 4 if "at" in cell.folder.name else 4) * 250 * 2, "both tasks, control"
     assert "test_tasks" not in cells(plan_of(write_plan, task=own, trajectories=[2]))[0].about
     two = {"data": None, "task": None, "datasets": {own: "jaco.h5", "walker_walk": "walker.h5"}}
     found = cells(plan_of(write_plan, **two, trajectories=[2], test_tasks=more[:1]))
@@ -368,8 +380,12 @@ def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pyt
     append_records(cell.folder / "evaluation.jsonl", data_records("x", np.ones(1), data_fingerprint="", versions={}))
     assert cell.is_finished
     finished = cell.folder / "finished.json"
-    finished.write_text(finished.read_text().replace('"seconds": ', '"seconds": 1'))
-    assert not cell.is_finished
+    assert cell.seconds is not None
+    whole = finished.read_text()
+    for damaged in (whole.replace('"seconds": ', '"seconds": 1'), whole[:-9], "", "[]\n"):
+        finished.write_text(damaged)
+        assert not cell.is_finished
+        assert cell.seconds is None
 
 
 def test_finished_training_costs_nothing(write_plan) -> None:
@@ -392,6 +408,17 @@ def test_only_the_time_of_whole_attempts_is_known(write_plan, monkeypatch: pytes
     assert cell.seconds is None, "the seconds of the first attempt are missing"
 
 
+def test_converged_training_costs_nothing(write_plan, monkeypatch) -> None:
+    stopping = {"validation_fraction": 0.5, "validate_every": 2, "checkpoint_every": 2, "stop_after": 2}
+    settings = {"optimiser": {"steps": 30}, **stopping}
+    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings=settings))
+    (cell.folder / "checkpoints" / "10").mkdir(parents=True)
+    assert cost(cell).steps == 20
+    saved = {(cell.folder, 10): EarlyStopping(1.0, cell.config.patience)}
+    monkeypatch.setattr(EarlyStopping, "saved", lambda run, step: saved[run, step])
+    assert (cost(cell).steps, cost(cell).tokens) == (0, 0)
+
+
 def test_the_time_of_a_kind_is_known_from_its_finished_cells(write_plan) -> None:
     found = cells(plan_of(write_plan, trajectories=[2], seeds=[0, 1, 2], settings={"optimiser": {"steps": 30}}))
     by_name = {cell.folder.name: cell for cell in found}
@@ -408,10 +435,35 @@ def test_the_time_of_a_kind_is_known_from_its_finished_cells(write_plan) -> None
     now = {name.rpartition("/")[2]: one.seconds for name, one in estimates(found, 1).items()}
     assert now.keys() == {"at_2_seed2", "bc_seed0", "bc_seed1", "bc_seed2"}
     assert now["at_2_seed2"] == 25, "half of the steps are done"
-    partly = estimates(found, 1, is_here=False)
-    assert partly["jaco_reach_top_left/bc_seed0"].seconds is None
-    unfinished = [cell for cell in found if cell.name in partly]
-    assert cost_table(unfinished, partly, 2, 1).caption is None, "the sum is unknown"
+    (by_name["at_2_seed2"].folder / "checkpoints" / "30").mkdir()
+    away = estimates(found, 1, is_here=False)
+    assert away["jaco_reach_top_left/at_2_seed2"].seconds == pytest.approx(5), "a tenth for the evaluation"
+    assert away["jaco_reach_top_left/bc_seed0"].seconds is None
+    waiting = [cell for cell in found if not cell.is_finished]
+    assert cost_table(waiting, away, 2, 2).caption is None, "the time of bc is not known"
+    finish(by_name["bc_seed0"], 7200.0)
+    waiting.remove(by_name["bc_seed0"])
+    caption = cost_table(waiting, estimates(found, 2), 3, 2).caption
+    assert caption == "very roughly 2:00:02 with 2 at a time; 3 other cells are finished"
+    longer = plan_of(write_plan, trajectories=[2], episodes=8, seeds=[3], settings={"optimiser": {"steps": 30}})
+    more = estimates([*found, *cells(longer)], 1, is_here=False)
+    assert more["jaco_reach_top_left/at_2_seed3"].seconds is None, "twice as many episodes take longer"
+
+
+def test_a_rough_time_counts_the_cells_at_once_and_the_whole_segment_of_every_step(write_plan, monkeypatch) -> None:
+    flops = 1e6  # per second: slow, and nothing else takes time
+    monkeypatch.setattr(Speed, "measure", lambda tasks: Speed(flops, dict.fromkeys(tasks, 0.0)))
+    settings = {"model": {"layers": 1, "width": 16, "token_set": "ring4"}, "context": {"segment_steps": 20}}
+    changes = {"trajectories": [2], "baselines": [], "seeds": [0, 1], "settings": settings}
+
+    def rough(episodes: int, workers: int) -> float:
+        found = cells(plan_of(write_plan, **changes, episodes=episodes))
+        return estimates(found, workers)[found[0].name].seconds
+
+    cell = cells(plan_of(write_plan, **changes))[0]
+    again = 3 * forward_flops(cell.config.model, 20 * 4) / flops
+    assert rough(8, 1) - rough(4, 1) == pytest.approx(4 * 250 * again)
+    assert rough(4, 2) - rough(4, 1) == pytest.approx(3 * cost(cell).flops / flops + 4 * 250 * again)
 
 
 def test_the_reference_belongs_to_one_dataset(write_plan) -> None:

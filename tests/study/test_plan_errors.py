@@ -33,6 +33,8 @@ def plan_of(write_plan, **changes) -> AblationPlan:
         ({"methods": [], "baselines": []}, "name at least one"),
         ({"budget": "money"}, "budget: .*'tokens' or 'steps'"),
         ({"task": "walker_wlak"}, "walker_walk"),
+        ({"test_tasks": ["walker_wlak"]}, "walker_walk"),
+        ({"test_tasks": ["walker_walk", "walker_walk"]}, "test_tasks: contains a value twice"),
         ({"tasks": ["walker_walk"]}, "data with task, or data with tasks"),
         ({"data": None}, "give datasets"),
         ({"datasets": {"walker_walk": "x.h5"}}, "give datasets"),
