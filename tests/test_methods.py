@@ -169,6 +169,7 @@ def test_random_actions_are_evaluated() -> None:
         ("bc-10%", None, METHODS["bc-10%"].title),
         ("td3+bc+her", None, "TD3+BC with hindsight goals"),
         ("my-own", None, "my-own"),
+        ("my-2tasks", None, "my-2tasks"),
     ],
 )
 def test_titles(name: str, trajectories: int | None, title: str) -> None:

@@ -4,7 +4,7 @@ from dm_control import suite
 
 from ringrl.collect.controllers import recipe_of
 from ringrl.collect.record import coloured_noise, record_episode, start_seed
-from ringrl.collect.scripted import CrossEntropySearch
+from ringrl.collect.scripted import CrossEntropySearch, _return
 from ringrl.data import relabel
 from ringrl.envs import TASKS, domain_of, load_simulation, make
 
@@ -77,6 +77,15 @@ def test_the_mass_reaches_the_preferred_goal(preferred):
     returns = record_episode(simulation, recipe, parameters, seed=0, index=0, noise_limit=0)["reward"].sum(axis=0)
     assert returns[preferred] > 400
     assert np.delete(returns, preferred).max() < 0.2 * returns[preferred]
+
+
+@pytest.mark.parametrize("place", ["-0.2,0.05", "0.1,0.1", "-0.1,-0.1", "0.1,-0.1"])
+def test_the_mass_takes_the_way_to_a_goal_of_its_own(place):
+    task, tasks = f"point_mass_maze_reach({place})", domain_of("point_mass_maze_reach_top_left").tasks
+    episode = record_episode(load_simulation(task), recipe_of(task), np.zeros(5), seed=0, index=0, noise_limit=0)
+    returns = [relabel(one, episode["physics"], episode["action"]).sum() for one in (task, *tasks)]
+    assert returns[0] > 400
+    assert [_return(one, episode) for one in (task, *tasks)] == pytest.approx(returns), "what the search maximises"
 
 
 @pytest.mark.parametrize(

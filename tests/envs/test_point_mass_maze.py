@@ -183,7 +183,9 @@ def test_a_goal_in_a_wall_or_a_passage_is_refused(place):
         make(f"point_mass_maze_reach({place})")
 
 
-@pytest.mark.parametrize("name", ["point_mass_maze_reach(0.1)", "point_mass_maze_reach(a,b)", "walker_reach(0.1,0.1)"])
+@pytest.mark.parametrize(
+    "name", [*(f"point_mass_maze_reach{x}" for x in ("(0.1)", "(a,b)", "(0.1,0.1)x")), "walker_reach(0.1,0.1)"]
+)
 def test_names_that_are_no_goal_are_unknown(name):
     with pytest.raises(UserError, match="unknown task"):
         make(name)

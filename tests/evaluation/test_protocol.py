@@ -396,6 +396,22 @@ def test_the_hash_of_an_evaluation_depends_on_everything_that_decides_it(
     assert hash_of() != base
 
 
+def test_only_policies_that_are_computed_depend_on_their_libraries(
+    trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluations() -> dict[str, Evaluation]:
+        prompted = policy_evaluation(trained, Protocol(2, prompt_trajectories=1))
+        alone = {method: prompt_only_evaluation(prompted, method) for method in ("copy", "clone")}
+        return {"at": prompted, "random": random_evaluation(TASK, Protocol(2)), **alone}
+
+    before = evaluations()
+    assert {name for name, one in before.items() if one.decides["device"]} == {"at", "clone"}
+    monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"jax": "other"})
+    after = evaluations()
+    changed = {name for name in before if before[name].template.evaluation != after[name].template.evaluation}
+    assert changed - {"copy"} == {"at", "clone"}  # copy repeats an evaluation of the policy, whose hash it contains
+
+
 def test_at_and_dt_of_equal_parameters_seeds_and_starts_are_different_evaluations(
     trained: TrainedPolicy, at_run: Path
 ) -> None:

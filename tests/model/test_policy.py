@@ -7,7 +7,7 @@ from flax import nnx
 from ringrl.attention import to_layout
 from ringrl.config import ModelConfig
 from ringrl.model import TOKEN_SETS, make_policy
-from ringrl.model.heads import BINS, LOG_STD_RANGE, BinsHead, GaussianHead, MSEHead
+from ringrl.model.heads import BINS, LOG_STD_RANGE, BinsHead, GaussianHead, MSEHead, make_head
 
 STEPS = 6
 KNOWN_LATER = ("action", "reward", "completion")  # the action of step t must not depend on these values of step t
@@ -186,6 +186,16 @@ def test_bins_choose_a_mode_where_squared_error_averages():
     assert found[MSEHead,] == pytest.approx(-0.2, abs=0.02)
     assert found[BinsHead, "mode"] == pytest.approx(-0.8, abs=0.05)
     assert found[BinsHead, "mean"] == pytest.approx(-0.2, abs=0.02)
+
+
+def test_the_settings_choose_the_action_of_bins():
+    x = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    chosen = {}
+    for choice in ("mode", "mean"):
+        made = make_head(ModelConfig(width=16, action_head="bins", action_choice=choice), 2, nnx.Rngs(params=0))
+        chosen[choice] = made.action(x)
+        np.testing.assert_array_equal(chosen[choice], BinsHead(16, 2, nnx.Rngs(params=0), choice).action(x))
+    assert np.abs(chosen["mode"] - chosen["mean"]).max() > 0.1
 
 
 def test_behaviour_cloning_uses_the_observation_only(policy, context, changed):

@@ -130,12 +130,12 @@ def test_journal_of_something_else(archive, destination, whole, content):
 
 
 def test_another_import_starts_anew(tmp_path, archive, destination, cartpole_episodes):
-    stop_after(archive, destination, 7)
-    options = {"workers": 1, "relabelling": "exorl_compat"}
-    compatible = import_archive(archive, destination, "cartpole", **options)
-    expected = import_archive(archive, tmp_path / "b.h5", "cartpole", **options)
-    assert compatible.path.read_bytes() == expected.path.read_bytes()
-    destination.unlink()
+    for name, options in (("b", {"relabelling": "exorl_compat"}), ("c", {"tasks": ["cartpole_swingup"]})):
+        stop_after(archive, destination, 7)
+        other = import_archive(archive, destination, "cartpole", workers=1, **options)
+        expected = import_archive(archive, tmp_path / f"{name}.h5", "cartpole", workers=1, **options)
+        assert other.path.read_bytes() == expected.path.read_bytes()
+        destination.unlink()
 
     stop_after(archive, destination, 7)
     save_episode(archive, 0, cartpole_episodes[1_000_000])  # changes content and time
