@@ -26,7 +26,7 @@ GOALS = {
 }
 """Full task name -> goal position, metres."""
 
-_ANY_GOAL = re.compile(r"point_mass_maze_reach\((-?\d*\.?\d+),(-?\d*\.?\d+)\)")
+_ANY_GOAL = re.compile(r"point_mass_maze_reach\((-?\d*\.?\d+),(-?\d*\.?\d+)\)")  # x and y
 _ROOMS = (0.03, 0.28)  # distance of a goal from both axes, metres
 
 
@@ -36,13 +36,15 @@ def goal_of(task: str) -> tuple[float, float, float] | None:
     Tasks are ExoRL's four and one for every place in the rooms, such as "point_mass_maze_reach(-0.1,0.25)".
 
     Raises:
-        UserError: the goal is not in a room.
+        UserError: the goal is not in a room, or not written as in this example.
     """
     if task in GOALS:
         return GOALS[task]
+    if not task.startswith("point_mass_maze_reach("):
+        return None
     match = _ANY_GOAL.fullmatch(task)
     if match is None:
-        return None
+        raise UserError(f"{task}: write x and y in metres, without spaces, as in point_mass_maze_reach(-0.1,0.25)")
     x, y = map(float, match.groups())
     if not all(_ROOMS[0] <= abs(distance) <= _ROOMS[1] for distance in (x, y)):
         raise UserError(

@@ -80,7 +80,7 @@ def import_(
         seed: seed of the random subset.
         on_damaged: stop at the first damaged episode, or skip damaged episodes and list them in `ringrl data info`.
         tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
-            possible, for example "point_mass_maze_reach(-0.1,0.25)".
+            possible, for example "point_mass_maze_reach(-0.1,0.25)" (metres).
         download: let Minari download a dataset that is not on this machine.
     """
     given = locals()
@@ -207,7 +207,7 @@ def collect(
     .NAME.partial next to it, which can be imported. The same command resumes an interrupted collection.
 
     Args:
-        task: for example jaco_reach_top_left.
+        task: for example jaco_reach_top_left, or "point_mass_maze_reach(-0.1,0.25)" for a goal in metres.
         output: folder to create. Episodes are written to OUTPUT/buffer/.
         method: scripted searches the parameters of a scripted controller, td3 learns a policy.
         preset: transitions. tiny: 10,000 (seconds; td3 up to a minute). small: 200,000 (scripted 1 to 4 minutes, td3 10
@@ -226,7 +226,9 @@ def collect(
         collect_episodes(
             task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=bar("collecting")
         )
-    print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {domain_of(task).name}")
+    domain = domain_of(task)
+    tasks = "" if task in domain.tasks else f' --tasks "{task}"'
+    print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {domain.name}{tasks}")
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
     For each task and method, the longest context is compared with the shortest, with each trained method without
     context, and with the same length of the method whose variant it is. A method with one length is compared with its
-    control instead of the shortest. The longest prompt is compared with the shortest, from the same starts.
+    control instead of the shortest. The longest prompt is compared with the shortest, from the same starts, and with
+    the controls of its length: changed prompts, and policies made of the prompt alone.
 
     The largest difference comes first. Columns: task, method, subject, compared, before, after, and the columns of
     `measured` and `judge`.
@@ -96,7 +97,7 @@ def _compare(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> d
 
 
 def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
-    """Yield the longest context of each method with each cell that it is compared with, task by task."""
+    """Yield the longest context of each method, and its longest prompt, with each cell that it is compared with."""
     for (task, method), group in table[table["length"].notna()].groupby(["task", "method"]):
         cell, others = ends_of_curve(group)[1], levels(table, task)
         for _, other in others[~others["family"].isin(["random", "data"])].iterrows():
@@ -106,11 +107,19 @@ def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
         base = METHODS[cell["family"]].title if cell["family"] in METHODS else method
         for _, other in same[(same["method"] == base) & (base != method)].iterrows():
             yield cell, other
+    prompted = table[(table["kind"] == "context") & (table["prompt_trajectories"] > 0)]
+    for (task, _), group in prompted.groupby(["task", "method"]):
+        cell = group.sort_values(["train_trajectories", "prompt_trajectories"]).iloc[-1]
+        controls = table[(table["task"] == task) & (table["kind"] == "prompt control")]
+        controls = controls[controls["train_trajectories"].isin([0, cell["train_trajectories"]])]  # 0: the prompt alone
+        for _, other in controls[controls["prompt_trajectories"] == cell["prompt_trajectories"]].iterrows():
+            yield cell, other
 
 
 def _compare_methods(runs: pd.DataFrame, cell: pd.Series, other: pd.Series) -> dict[str, Any]:
     found = contrast(scores_of(runs, cell), scores_of(runs, other))
-    return _row(cell, RIVAL, f"{other['method']} to {context_label(cell)}", found)
+    prompt = f" after a prompt of {cell['prompt_trajectories']:.0f}" if cell["prompt_trajectories"] else ""
+    return _row(cell, RIVAL, f"{other['method']} to {context_label(cell)}{prompt}", found)
 
 
 def _compare_prompts(runs: pd.DataFrame) -> dict[str, Any]:

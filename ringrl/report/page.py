@@ -229,7 +229,7 @@ def with_notes(table: rich.table.Table, *results: pd.DataFrame) -> Group:
 def to_rich(table: pd.DataFrame) -> rich.table.Table:
     """Return the table of `returns_table` for a terminal: a part per task, intervals in brackets."""
     shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=0)
-    shown.add_column("Method")  # shrinks if the terminal is narrow
+    shown.add_column("Method", overflow="fold")  # shrinks if the terminal is narrow
     names = ["Context", "Return\n[95 %]", "First", "Last", "Best of n\n(control)", "Seeds"]
     has_failed = bool(table["failed"].any())
     for name in names + ["Failed"] * has_failed:

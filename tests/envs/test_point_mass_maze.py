@@ -183,9 +183,13 @@ def test_a_goal_in_a_wall_or_a_passage_is_refused(place):
         make(f"point_mass_maze_reach({place})")
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"point_mass_maze_reach{x}" for x in ("(0.1)", "(a,b)", "(0.1,0.1)x")), "walker_reach(0.1,0.1)"]
-)
+@pytest.mark.parametrize("goal", ["(0.1)", "(a,b)", "(0.1,0.1)x", "(0.1, 0.2)", "(nan,0.1)", "(0.1;0.2)"])
+def test_the_form_of_a_goal_is_shown(goal):
+    with pytest.raises(UserError, match=r"write x and y in metres, without spaces, as in .*\(-0\.1,0\.25\)"):
+        make(f"point_mass_maze_reach{goal}")
+
+
+@pytest.mark.parametrize("name", ["point_mass_maze_reach", "walker_reach(0.1,0.1)"])
 def test_names_that_are_no_goal_are_unknown(name):
     with pytest.raises(UserError, match="unknown task"):
         make(name)

@@ -303,6 +303,10 @@ def test_prompts_are_compared_run_by_run(make_rollouts, changed, name):
     ]
     both = Summary([*records, *controls])
     assert (both.headline, len(both.verdicts)) == (Summary(records).headline, len(Summary(records).verdicts))
+    assert Summary(records).rivals.empty
+    (rival,) = both.rivals.to_dict("records")  # after the longest prompt only
+    assert rival["compared"] == f"{name} to trained on 4, rolled out for 1 after a prompt of 3"
+    assert (rival["change"], rival["seeds"], rival["paired"]) == (pytest.approx(110), 6, True)
     results = tabulate([*records, *controls])
     assert set(prompt_returns(results)["method"]) == {"Agentic Transformer", name}
     assert returns_table(results).set_index("kind").loc["prompt control", "length"].isna().all()
