@@ -273,6 +273,20 @@ def test_prompts_of_a_task_without_references_are_drawn_beside_a_task_with_them(
     assert len(charts([*make_ablation(seeds=2), *prompted])["return_by_prompt"].panels) == 2
 
 
+def test_prompts_of_shorter_contexts_are_faint_and_single_seeds_have_no_dots(make_rollouts):
+    prompted = [
+        record
+        for trained, seeds in ((2, 1), (4, 2))
+        for seed in range(seeds)
+        for length in (0, 1)
+        for record in make_rollouts(1, seed, 500.0, train_trajectories=trained, prompt_trajectories=length)
+    ]
+    found = points(charts(prompted)["return_by_prompt"].panels[0])
+    lines, dots = found[found["seed"].isna()], found[found["seed"].notna()]
+    assert dict(zip(lines["curve"], lines["strength"], strict=True)) == {"2/1": 0.5, "4/1": 1.0}
+    assert sorted(zip(dots["x"], dots["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
 @pytest.mark.parametrize("name", ["return_by_episode", "return_by_prompt"])
 def test_context_is_shown_beside_methods_without_context(make_ablation, make_rollouts, name):
     prompted = [

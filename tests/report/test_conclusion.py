@@ -148,13 +148,17 @@ def test_fewer_than_four_seeds_never_have_a_direction(seeds, step, make_ablation
     (verdict,) = found.verdicts
     assert verdict["verdict"] == "not resolved"
     assert np.isnan([verdict["low"], verdict["detectable"]]).tolist() == [seeds == 1] * 2
+    assert found.against_rivals == ""
 
 
 def test_few_seeds_of_some_comparisons_are_named_first(make_ablation):
-    found = Summary([*make_ablation(), *make_ablation(task="walker_walk", seeds=3, step=-100)])
-    assert found.headline == (
-        "1 of 2 comparisons has fewer than 4 training seeds a side. A longer context helps in 1 of 2 comparisons."
-    )
+    records = [*make_ablation(), *make_ablation(task="walker_walk", seeds=3, step=-100)]
+    good = [r.model_copy(update={"returns": (2000.0,)}) if r.method == "random" and r.task == "walker_walk" else r
+            for r in records]  # fmt: skip
+    for found in (Summary(records), Summary(good)):
+        assert found.headline == (
+            "1 of 2 comparisons has fewer than 4 training seeds a side. A longer context helps in 1 of 2 comparisons."
+        )
 
 
 def test_without_a_policy_that_beats_random_there_is_no_direction(make_ablation, make_rollouts):
@@ -168,6 +172,19 @@ def test_without_a_policy_that_beats_random_there_is_no_direction(make_ablation,
     )
     weak = [r.model_copy(update={"returns": tuple(x / 100 for x in r.returns)}) for r in records if r.method == "at"]
     assert Summary(weak).like_random == ["cartpole_swingup"], "known without a measurement: 15 to 20"
+
+
+def test_one_of_many_policies_does_not_beat_random_by_chance(make_rollouts):
+    random = {"method": "random", "train_trajectories": None, "target_return": None, "target_policy": None}
+    levels = {"lucky": (0.2, 1.5, 2.2, 0.6, 2.5), **{f"v{k}": (-2.0, -1.0, 0.1, 1.0, 2.0) for k in range(8)}}
+    records = make_rollouts(1, 0, 0.0, **random) + [
+        record
+        for name, of in levels.items()
+        for seed, level in enumerate(of)
+        for record in make_rollouts(1, seed, level, variant=name)
+    ]
+    assert Summary([r for r in records if r.variant in (None, "lucky")]).like_random == []
+    assert Summary(records).like_random == ["cartpole_swingup"]
 
 
 def test_only_tasks_with_a_policy_that_beats_random_count(make_ablation):

@@ -14,6 +14,7 @@ from ringrl.report.tables import (
     improvement_table,
     intervals,
     last_episodes,
+    levels,
     normalised_scores,
     prompt_returns,
     returns_table,
@@ -157,6 +158,13 @@ def test_the_probability_of_improvement_by_hand(make_rollouts):
     assert row["second"] == "Agentic Transformer, 1 trajectory"
     assert row["probability"] == pytest.approx((1.5 + 3 + 2) / 9)
     assert row["low"] < row["probability"] < row["high"]
+
+
+def test_the_level_of_a_method_is_its_row_of_the_most_episodes(make_rollouts):
+    fields = {"method": "bc", "train_trajectories": None, "token_set": None}
+    records = [r for length in (1, 4, 2) for r in make_rollouts(length, 0, 100.0 * length, **fields)]
+    (found,) = levels(table_of(records), "cartpole_swingup").to_dict("records")
+    assert (found["test_trajectories"], found["episodes"], found["iqm"]) == (4, 8, 401)
 
 
 def test_a_rollout_of_one_episode_is_no_model_of_one_trajectory(make_rollouts):
