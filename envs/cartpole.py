@@ -9,6 +9,8 @@ from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simu
 _CART_RANGE = (-0.25, 0.25)  # metres
 _COSINE_RANGE = (0.995, 1.0)
 _POLE = 2  # world, cart, pole
+_DENSE = "The pole is upright, the cart is near the centre, and the control and the speed of the pole are small."
+_SPARSE = "1 if the pole is within 5.7 degrees of upright and the cart within 25 cm of the centre, else 0."
 
 CARTPOLE = Domain(
     name="cartpole",
@@ -20,6 +22,13 @@ CARTPOLE = Domain(
         "cartpole_swingup_sparse": 0.0,
     },
     camera=Camera(center=(0, 0, 0.95), distance=3.9, elevation=-5),
+    observation={"position of the cart, m": 1, "cosine and sine of the pole's angle": 2, "velocities": 2},
+    rewards={
+        "cartpole_balance": f"{_DENSE} The pole starts upright.",
+        "cartpole_balance_sparse": f"{_SPARSE} The pole starts upright.",
+        "cartpole_swingup": f"{_DENSE} The pole starts hanging down.",
+        "cartpole_swingup_sparse": f"{_SPARSE} The pole starts hanging down.",
+    },
 )  # fmt: skip
 
 
@@ -36,7 +45,6 @@ class CartpoleSimulation(Simulation):
         cartpole.Balance(swing_up=swing_up, sparse=False, random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Observations:
-        """Return the position of the cart, cosine and sine of the pole's angle, and the velocities (2)."""
         angle = data.xmat[..., _POLE, 8:1:-6]  # zz and xz
         return np.concatenate((data.qpos[..., :1], angle, data.qvel), axis=-1, dtype=np.float32)
 

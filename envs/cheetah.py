@@ -19,6 +19,13 @@ CHEETAH = Domain(
         "cheetah_run": 3.8, "cheetah_run_backward": 20.3, "cheetah_flip": 152.5, "cheetah_flip_backward": 148.0,
     },
     camera=Camera(center=(0, 0, 0.5), distance=2.8, follows=1),
+    observation={"positions without the horizontal one": 8, "velocities": 9},
+    rewards={
+        "cheetah_run": "Speed forward as a fraction of 10 m/s, at most 1.",
+        "cheetah_run_backward": "Speed backward as a fraction of 10 m/s, at most 1.",
+        "cheetah_flip": "Angular momentum forward as a fraction of 5 kg m²/s, at most 1.",
+        "cheetah_flip_backward": "Angular momentum backward as a fraction of 5 kg m²/s, at most 1.",
+    },
 )  # fmt: skip
 
 
@@ -34,7 +41,6 @@ class CheetahSimulation(Simulation):
         cheetah.Cheetah(random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Observations:
-        """Return the positions without the horizontal one (8), and the velocities (9)."""
         return np.concatenate((data.qpos[..., 1:], data.qvel), axis=-1, dtype=np.float32)
 
     def read_sensors(self, data: State) -> Sensors:

@@ -58,6 +58,8 @@ class Domain:
             dm_control 1.0.50 and MuJoCo 3.17.0. Normalised scores are 0 there.
         has_more: returns whether a name that is not in `tasks` is a task, too, such as a task with numbers in its name.
         camera: the camera of videos.
+        observation: quantity -> width, in the order of the observation.
+        rewards: full task name -> the reward of a step in one or two sentences.
         goals: the goal positions; None if the tasks' rewards depend on more than a position.
     """
 
@@ -72,6 +74,8 @@ class Domain:
     random_returns: Mapping[str, float] = field(default_factory=dict, kw_only=True, hash=False)
     has_more: Callable[[str], bool] | None = field(default=None, kw_only=True)
     camera: Camera | None = field(default=None, kw_only=True)
+    observation: Mapping[str, int] = field(default_factory=dict, kw_only=True, hash=False)
+    rewards: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
     goals: GoalSpace | None = field(default=None, kw_only=True, hash=False)
 
     @property

@@ -42,6 +42,15 @@ JACO = Domain(
     # 10 seeds x 100 episodes: standard error at most 8 %.
     random_returns=dict(zip(_GOALS, (11.6, 10.6, 12.3, 13.1), strict=True)),
     camera=Camera(center=(0, 0.12, 0.2), distance=1.25, azimuth=110, elevation=-35),
+    observation={
+        "arm: sine and cosine of the angles": 12, "arm: torques x, as sign(x) log(1 + |x|)": 6, "arm: velocities": 6,
+        "hand: angles": 3, "hand: velocities": 3,
+        "point between the fingers: position, m": 3, "point between the fingers: rotation matrix": 9,
+    },
+    rewards={
+        task: f"1 if the point between the fingers is within 5 cm of the goal ({goal[0]}, {goal[1]}) m. 0.1 at 10 cm."
+        for task, goal in _GOALS.items()
+    },
     goals=GoalSpace(_GOALS, observation=_PINCH, reward=reach_reward),
 )  # fmt: skip
 
@@ -80,9 +89,6 @@ class JacoSimulation(Simulation):
         self._place_hand(self.physics, random)
 
     def read_observation(self, data: State) -> Observations:
-        """Return, of the arm, angles as sine and cosine (12), torques (6) and velocities (6); of the hand, angles (3)
-        and velocities (3); of the pinch site, position (3) and rotation matrix (9). Torques x are sign(x) log(1 + |x|).
-        """
         positions, velocities = data.qpos, data.qvel
         batch = positions.shape[:-1]
         torques = (data.sensordata[..., _TORQUES].reshape(*batch, 6, 3) * self._joint_axes).sum(axis=-1)

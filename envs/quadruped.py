@@ -24,6 +24,17 @@ QUADRUPED = Domain(
         "quadruped_stand": 258.6, "quadruped_walk": 128.8, "quadruped_run": 129.3, "quadruped_jump": 192.9,
     },
     camera=Camera(center=(0, 0, 0.6), distance=4.5, azimuth=115, elevation=-22, follows=2),
+    observation={
+        "joint angles": 16, "joint velocities": 16, "activations of the actuators": 12,
+        "velocity of the torso in its own frame, m/s": 3, "uprightness of the torso": 1,
+        "acceleration and angular velocity of the torso": 6, "forces and torques at the toes, as arcsinh": 24,
+    },
+    rewards={
+        "quadruped_stand": "1 if the torso is upright, 0 if it is upside down.",
+        "quadruped_walk": "The reward for standing times a factor for speed: 0.5 at rest, 1 at 0.5 m/s forward.",
+        "quadruped_run": "The reward for standing times a factor for speed: 0.5 at rest, 1 at 5 m/s forward.",
+        "quadruped_jump": "The reward for standing times a factor for the height of the centre of mass: 1 at 1 m.",
+    },
 )  # fmt: skip
 
 
@@ -44,9 +55,7 @@ class QuadrupedSimulation(Simulation):
         quadruped.Move(desired_speed=0, random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Observations:
-        """Return joint angles (16), joint velocities (16), activations of the actuators (12), velocity of the torso in
-        its own frame (3), uprightness (1), acceleration and angular velocity of the torso (6), inverse hyperbolic sines
-        of the forces and torques at the toes (24).
+        """Return the observation.
 
         Acceleration, forces and torques are those at the beginning of the last substep, where MuJoCo computes forces.
         """

@@ -18,6 +18,13 @@ WALKER = Domain(
     # 5 seeds x 20 episodes: standard error at most 2 %.
     random_returns={"walker_stand": 129.9, "walker_walk": 32.7, "walker_run": 23.1, "walker_flip": 50.3},
     camera=Camera(center=(0, 0, 0.85), distance=3.2, follows=1),
+    observation={"orientation of every body in the plane": 14, "height of the torso, m": 1, "joint velocities": 9},
+    rewards={
+        "walker_stand": "The torso is upright and high. 1 at a height of 1.2 m or more.",
+        "walker_walk": "The reward for standing times a factor for speed: 1/6 at rest, 1 at 1 m/s forward.",
+        "walker_run": "The reward for standing times a factor for speed: 1/6 at rest, 1 at 8 m/s forward.",
+        "walker_flip": "The reward for standing times a factor for a forward spin: 1/6 at rest, 1 at 5 kg m²/s.",
+    },
 )  # fmt: skip
 
 
@@ -33,7 +40,6 @@ class WalkerSimulation(Simulation):
         walker.PlanarWalker(move_speed=0, random=random).initialize_episode(self.physics)
 
     def read_observation(self, data: State) -> Observations:
-        """Return the orientation of every body in the plane (14), torso height (1), joint velocities (9)."""
         orientations = data.xmat[..., 1:, :3:2].reshape(*data.qpos.shape[:-1], 14)  # xx and xz
         return np.concatenate((orientations, data.xpos[..., _TORSO, 2:], data.qvel), axis=-1, dtype=np.float32)
 

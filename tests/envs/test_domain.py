@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from dm_control import manipulation, suite
 
 from ringrl.envs import DOMAINS, TASKS, domain_named, domain_of, load_simulation
 from ringrl.errors import UserError
@@ -35,6 +36,30 @@ def test_every_domain_has_a_camera_and_the_random_returns_of_its_tasks():
     for domain in DOMAINS.values():
         assert domain.camera is not None
         assert set(domain.random_returns) == set(domain.tasks)
+
+
+def test_every_task_has_a_reward_in_words_and_every_observation_its_parts():
+    for domain in DOMAINS.values():
+        assert tuple(domain.rewards) == domain.tasks
+        assert sum(domain.observation.values()) == domain.observation_size
+
+
+@pytest.mark.parametrize(
+    ("domain", "load"),
+    [
+        ("walker", lambda: suite.load("walker", "walk")),
+        ("cheetah", lambda: suite.load("cheetah", "run")),
+        ("cartpole", lambda: suite.load("cartpole", "balance")),
+        ("quadruped", lambda: suite.load("quadruped", "walk")),
+        ("jaco", lambda: manipulation.load("reach_site_features")),
+    ],
+)
+def test_parts_of_observations_end_where_those_of_dm_control_end(domain, load):
+    specification = load().observation_spec()
+    widths = [np.prod(spec.shape, dtype=int) for name, spec in specification.items() if name != "target_position"]
+    ends = np.cumsum(list(DOMAINS[domain].observation.values()))
+    assert sum(widths) == ends[-1]
+    assert {*np.cumsum(widths)} <= {*ends}
 
 
 def test_only_the_maze_records_all_its_tasks_at_once():
