@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/
 
-.PHONY: install demo test faults lint docs lock clean
+.PHONY: install demo test faults lint docs docs-serve lock clean
 
 install: .venv/ready  ## create .venv
 
@@ -23,6 +23,9 @@ lint: .venv/ready  ## style and types
 
 docs: .venv/docs  ## the site in build/site, with every link checked
 	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict
+
+docs-serve: .venv/docs  ## the site on http://127.0.0.1:8000, built again after every change
+	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs serve
 
 .venv/docs: .venv/ready
 	$(RUN)pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[docs]'

@@ -47,6 +47,8 @@ EXECUTED = (
     "docs/own_model.md",
     "docs/quickstart.md",
 )
+# Pages whose Python runs in one process, in this order.
+REFERENCE = tuple(f"docs/reference/{name}.md" for name in ("attention", "envs", "data", "training", "evaluation"))
 # Flags of commands, so that they take seconds.
 SMALLER = {
     "data collect": ["--episodes", "4", "--workers", "1"],
@@ -65,6 +67,7 @@ SHORTER = {
         "Protocol()": "Protocol(environments=1)",
         "4096": "256",
     },
+    "docs/reference/training.md": {'"steps": 20': '"steps": 2'},
     "docs/quickstart.md": {'"demo/runs"': repr(str(ROOT / "docs/results/demo.jsonl.gz"))},
     "docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64, 4, 2": "= 256, 64, 4, 1"},
 }
@@ -243,7 +246,7 @@ def check(words: list[str], parse: Callable[[list[str]], dict[str, Any]]) -> Non
     elif program.startswith("python"):
         check_script(rest)
     elif program == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= set(targets)
     elif program == "pip":
         check_pip(rest)
@@ -267,9 +270,9 @@ def test_commands_parse(page: str, parse: Callable[[list[str]], dict[str, Any]])
 
 def test_every_page_with_a_command_is_executed_or_parsed() -> None:
     with_commands = {block.page for block in BLOCKS} | {page for page, _ in INLINE}
-    assert with_commands <= {*EXECUTED, *PARSED}, "add the page to EXECUTED, or to PARSED with the reason"
+    assert with_commands <= {*EXECUTED, *REFERENCE, *PARSED}, "add the page to EXECUTED, or to PARSED with the reason"
     assert {*EXECUTED, *PARSED} <= set(PAGES)
-    assert {block.page for block in BLOCKS if block.language in ("python", "diff")} <= set(EXECUTED)
+    assert {block.page for block in BLOCKS if block.language in ("python", "diff")} <= {*EXECUTED, *REFERENCE}
 
 
 def test_blocks_have_known_languages() -> None:
@@ -366,7 +369,17 @@ def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path) -> Non
         if block.language == "diff":
             apply = ["git", "apply", "-"]
             subprocess.run(apply, input=block.text, text=True, cwd=tmp_path, check=True)
-    (tmp_path / "steps.json").write_text(json.dumps([step for block in blocks(page) for step in steps(block)]))
+    run([step for block in blocks(page) for step in steps(block)], tmp_path)
+
+
+def test_examples_of_the_reference_run(tmp_path: Path) -> None:
+    (tmp_path / "ringrl").symlink_to(ROOT / "ringrl")
+    run([step for page in REFERENCE for block in blocks(page) for step in steps(block)], tmp_path)
+
+
+def run(program: list[tuple[str, Any]], tmp_path: Path) -> None:
+    """Run steps in one process in the folder."""
+    (tmp_path / "steps.json").write_text(json.dumps(program))
     (tmp_path / "driver.py").write_text(DRIVER)
     done = subprocess.run(
         [sys.executable, "driver.py", "steps.json"],
