@@ -1,6 +1,7 @@
 """mkdocs hook: write a page per task and their overview, from the facts in ringrl.envs."""
 
 import importlib
+import re
 from itertools import accumulate
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -24,7 +25,7 @@ PAGE = """\
 
 {picture}
 
-{about}.
+{about}
 
 | Property | Value |
 |---|---|
@@ -50,7 +51,8 @@ from ringrl.envs import make
 
 environment = make("{task}", seed=0, render_mode="rgb_array")
 observation, info = environment.reset()
-observation, reward, terminated, truncated, info = environment.step(environment.action_space.sample())
+action = environment.action_space.sample()
+observation, reward, terminated, truncated, info = environment.step(action)
 image = environment.render()
 ```
 """
@@ -79,12 +81,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def _page(domain: Domain, task: str, picture: str) -> str:
     ends = list(accumulate(domain.observation.values()))
     parts = zip(domain.observation.items(), ends, strict=True)
-    about = importlib.import_module(f"ringrl.envs.{domain.name}").__doc__.partition(": ")[2].partition(". ")[0]
+    first = re.search(r": (.*?\.)\s", f"{importlib.import_module(f'ringrl.envs.{domain.name}').__doc__} ", re.DOTALL)
+    about = " ".join(first[1].split())
     return PAGE.format(
         task=task,
         picture=picture,
         domain=domain,
-        about=" ".join(about.removesuffix(".").split()).capitalize(),
+        about=about[0].upper() + about[1:],
         reward=domain.rewards.get(task, ""),
         random=_random(domain, task),
         reference=domain.reference_return,

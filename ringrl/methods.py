@@ -1,15 +1,15 @@
 """Methods and the families of models that implement them.
 
-random    uniform actions; nothing is trained
-copy      the action of the prompt's step with the nearest observation; nothing is trained
-clone     behaviour cloning of the prompt alone, trained during the evaluation
-bc        behaviour cloning: a feed-forward policy imitates all actions of the data
-bc-10%    behaviour cloning on the best tenth of the episodes; also bc-25% and bc-50%
-dt        Decision Transformer (2106.01345): one trajectory, conditioned on its own return-to-go
-at        Agentic Transformer (2305.16554): several trajectories, ascending by return, conditioned on the best return
-ad        Algorithm Distillation (2210.14215): several trajectories in the order of collection, no target return
-td3       TD3 (1802.09477) on a fixed dataset: the policy maximises a learned value, without imitation
-td3+bc    TD3 with a behaviour cloning term (2106.06860)
+    random  uniform actions; nothing is trained
+    copy    the action of the prompt's step with the nearest observation; nothing is trained
+    clone   behaviour cloning of the prompt alone, trained during the evaluation
+    bc      behaviour cloning: a feed-forward policy imitates all actions of the data
+    bc-10%  behaviour cloning on the best tenth of the episodes; also bc-25% and bc-50%
+    dt      Decision Transformer (2106.01345): one trajectory, conditioned on its own return-to-go
+    at      Agentic Transformer (2305.16554): several trajectories, ascending by return, conditioned on the best return
+    ad      Algorithm Distillation (2210.14215): several trajectories in the order of collection, no target return
+    td3     TD3 (1802.09477) on a fixed dataset: the policy maximises a learned value, without imitation
+    td3+bc  TD3 with a behaviour cloning term (2106.06860)
 
 A new method is an entry of METHODS, and of FAMILIES if no existing family implements it.
 """
