@@ -1,33 +1,35 @@
-"""Rendering of states as images, and of episodes as mp4 files in another process: `python -m ringrl.envs.render`.
+"""Rendering of states as images, and of episodes as videos in another process: `python -m ringrl.envs.render`.
 
-A graphics driver may crash, which must not affect the process that evaluates. Episodes are read as an .npz file from
+A graphics driver may crash, which must not affect the process that evaluates. That process pickles the episodes to
 standard input. If rendering fails, one line on standard output gives the reason.
 """
 
 import atexit
 import contextlib
 import importlib
-import io
 import os
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import chain, zip_longest
 from pathlib import Path
 from traceback import format_exception_only
+from typing import Any
 
-import imageio.v2
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
 
-from ringrl.envs.domain import Camera, Domain
+from ringrl.envs.domain import Camera
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.envs.simulation import mujoco_gl
 from ringrl.errors import UserError
 
 WIDTH, HEIGHT = 480, 360  # pixels, by default
 _TORSO = 1  # the first body after the world
-_LEAST_RATE = 25  # frames per second
+_LEAST_RATES = {".mp4": 25, ".gif": 10, ".apng": 10}  # frames per second; images do not compress motion
+_PILLOW = {".gif": "GIF", ".apng": "PNG"}  # names of formats
+_COLOURS = 64  # of a GIF
 _SHADOWS = 1024  # pixels; with the models' 2048 a frame takes longer and looks the same
 _HAZE = (0.2, 0.29, 0.4, 1.0)  # RGBA of the sky at the horizon
 _BAND, _INK, _FAINT = (12, 18, 28, 190), (255, 255, 255), (158, 176, 196)  # RGB(A)
@@ -57,18 +59,21 @@ class EpisodeRenderer:
         self._renderer = mujoco.Renderer(model, height, width)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # slow, and distracts
         self._line = max(14, height // 15)  # pixels of a line of text
-        self._font = ImageFont.load_default(size=0.62 * self._line)
 
     def close(self) -> None:
         """Release OpenGL."""
         self._renderer.close()
 
     def frames(
-        self, label: str, physics: Float[np.ndarray, "steps+1 physics"], rewards: Float[np.ndarray, " steps"]
+        self,
+        stride: int,
+        label: str,
+        physics: Float[np.ndarray, "time_plus_1 physics"],
+        rewards: Float[np.ndarray, " time"],
     ) -> Iterator[_Frame]:
-        """Yield the frames of an episode: the states that `_stride` selects, and the last one."""
+        """Yield the frames of an episode: every state number `stride`, and the last one."""
         returns = np.concatenate(([0.0], np.cumsum(rewards, dtype=np.float64)))
-        for step in [*range(0, len(rewards), _stride(self._domain)), len(rewards)]:
+        for step in [*range(0, len(rewards), stride), len(rewards)]:
             yield self._caption(self.scene(physics[step]), label, step, returns[step])
 
     def scene(self, physics: Float[np.ndarray, " physics"]) -> _Frame:
@@ -87,6 +92,8 @@ class EpisodeRenderer:
 
     def _caption(self, frame: _Frame, label: str, step: int, earned: float) -> _Frame:
         """Draw task and label at the top, step and return so far at the bottom."""
+        from PIL import Image, ImageDraw
+
         image = Image.fromarray(frame)
         draw, line = ImageDraw.Draw(image, "RGBA"), self._line
         width, height = image.size
@@ -102,7 +109,7 @@ class EpisodeRenderer:
             (width - margin - 5.5 * line, below, "lm", "return", _FAINT),
             (width - margin, below, "rm", f"{earned:.1f}", _INK),
         ):
-            draw.text((x, y), text, fill=ink, anchor=anchor, font=self._font)
+            draw.text((x, y), text, fill=ink, anchor=anchor, font=_font(0.62 * line))
         return np.asarray(image)
 
 
@@ -136,25 +143,54 @@ def _load_opengl() -> None:
         ) from error
 
 
-def _stride(domain: Domain) -> int:
-    """Return the number of steps between frames: the largest with at least 25 frames per second."""
-    return max(1, int(1 / (_LEAST_RATE * domain.control_timestep) + 1e-9))
+@cache
+def _font(size: float) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _clips(renderer: EpisodeRenderer, clips: Iterable[list[Any]], stride: int, pause: int) -> Iterator[_Frame]:
+    """Yield clips one after another, with the episodes of a clip next to each other and a pause after each clip."""
+    for clip in clips:
+        last: list[_Frame] = []
+        for panels in zip_longest(*(renderer.frames(stride, *episode) for episode in clip)):
+            last = [old if new is None else new for old, new in zip_longest(last, panels)]
+            yield np.concatenate(last, axis=1)
+        yield from [np.concatenate(last, axis=1)] * (pause * (len(clip) > 1))
+
+
+def _write(path: Path, frames: Iterator[_Frame], rate: float) -> None:
+    """Write frames as the format that the file's name ends in: mp4, gif or apng."""
+    if path.suffix == ".mp4":
+        import imageio.v2
+
+        settings = {"fps": rate, "quality": 7, "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
+        with imageio.v2.get_writer(path, format="FFMPEG", **settings) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+        return
+    from PIL import Image
+
+    first = Image.fromarray(next(frames))
+    pictures: Iterator[Image.Image] = chain([first], map(Image.fromarray, frames))
+    if path.suffix == ".gif":  # one palette and no dithering, so that what does not move is not stored again
+        palette = first.quantize(_COLOURS)
+        pictures = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    start, *others = pictures
+    start.save(path, _PILLOW[path.suffix], save_all=True, append_images=others, duration=1000 / rate, loop=0)
 
 
 def main(arguments: list[str]) -> None:
-    """Render the episodes on standard input. Arguments: task, width, height, and the file of each episode."""
-    task, width, height, *paths = arguments
-    with np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False) as archive:
-        packed = dict(archive)
-    domain = domain_of(task)
-    rate = 1 / (_stride(domain) * domain.control_timestep)
-    settings = {"fps": rate, "quality": 7, "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
+    """Render the videos on standard input. Arguments: task, width, height, speed, and the file of each video."""
+    task, width, height, speed, *paths = arguments
+    step = domain_of(task).control_timestep
     with contextlib.closing(EpisodeRenderer(task, int(width), int(height))) as renderer:
-        for index, path in enumerate(paths):
-            label, physics, rewards = (packed[f"{index} {name}"] for name in ("label", "physics", "rewards"))
-            with imageio.v2.get_writer(Path(path), format="FFMPEG", **settings) as writer:
-                for frame in renderer.frames(str(label), physics, rewards):
-                    writer.append_data(frame)
+        for path, clips in zip(map(Path, paths), pickle.load(sys.stdin.buffer), strict=True):
+            # The largest stride with the least rate, at this speed.
+            stride = max(1, int(int(speed) / (_LEAST_RATES[path.suffix] * step) + 1e-9))
+            rate = int(speed) / (stride * step)
+            _write(path, _clips(renderer, clips, stride, round(rate)), rate)
 
 
 if __name__ == "__main__":

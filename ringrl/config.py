@@ -283,7 +283,7 @@ class OptimiserConfig(Section):
     final_learning_rate: float = Field(0.0, ge=0)
     """Learning rate at the end of the decay (one step after the last), as a fraction of the peak."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up. The first step has a learning rate of zero."""
+    """Steps of linear warm-up, at most optimiser.steps - 1. The first step has a learning rate of zero."""
     weight_decay: float = Field(1e-2, ge=0)
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = Field(1.0, gt=0)
@@ -328,7 +328,8 @@ class TrainConfig(Section):
     """Steps between measurements of the held-out loss. It is also measured at planned checkpoints."""
     stop_after: int | None = Field(None, ge=1)
     """End the run after this many measurements in a row without a new lowest held-out loss; optimiser.steps is the
-    limit. td3_bc ignores this setting: its held-out loss measures imitation, which it does not minimise."""
+    limit, at which the learning rate has decayed: a run that ends earlier keeps a higher one, unless the schedule is
+    constant. td3_bc ignores this setting: its held-out loss measures imitation, which it does not minimise."""
     context: ContextConfig = ContextConfig()
     """Contexts (td3_bc uses only max_transitions and best_fraction)."""
     model: ModelConfig = ModelConfig()

@@ -1,5 +1,7 @@
 """Errors that a user can correct, and their one-line messages."""
 
+from importlib.util import find_spec
+
 
 class UserError(ValueError):
     """An error that the user can correct.
@@ -11,6 +13,13 @@ class UserError(ValueError):
 
 class UnreadableError(UserError):
     """A file that the system does not let this process read. The file need not be damaged."""
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raise UserError if a module of an optional dependency is missing. `what` needs the modules: a flag or a name."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise UserError(f"{what}: needs {module}; install it with: pip install 'ringrl[{extra}]'")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -366,6 +366,11 @@ def test_errors_of_files_name_the_file(
     assert "walker_walk" in rejected(["evaluate", "--task", "walker_wlak"], capsys)
     assert "at least 1" in rejected(["evaluate", "--checkpoint", str(run), "--episodes", "0"], capsys)
     assert str(run) in rejected(["evaluate", "--checkpoint", str(run), "--step", "7"], capsys)
+    for flags in (["--side-by-side"], ["--video", "--side-by-side", "--episodes=2"], ["--video", "--video-speed=0"]):
+        assert flags[-1].split("=")[0] in rejected(["evaluate", "--checkpoint", str(run), *flags], capsys)
+    assert rejected(["data", "import", str(run), "--domain", "jaco", "--workers=0"], capsys).startswith(
+        "--workers: 0 is"
+    )
     again = ["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--run", str(run), *TINY]
     assert "--resume" in rejected(again, capsys)
     assert "seed was 0, is 1" in rejected([*again, "--seed=1", "--resume"], capsys)

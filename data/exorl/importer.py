@@ -52,7 +52,7 @@ class Subset:
     def __post_init__(self) -> None:
         for flag, number in (("--max-episodes", self.max_episodes), ("--max-transitions", self.max_transitions)):
             if number is not None and number < 1:
-                raise UserError(f"{flag} is {number}, at least 1 is needed")
+                raise UserError(f"{flag}: {number} is too small; give at least 1")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}, it must not be negative")
 
@@ -119,7 +119,7 @@ def import_archive(
         UserError: bad input, another existing destination, a full disk, a worker process that died.
     """
     if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}, at least 1 is needed")
+        raise UserError(f"--workers: {workers} is too small; give at least 1")
     destination = linked(Path(destination))
     facts = domain_named(domain)
     tasks = tuple(dict.fromkeys(tasks or facts.tasks))

@@ -35,6 +35,9 @@ def evaluate(
     output: Path | None = None,
     again: bool = False,
     video: bool = False,
+    side_by_side: bool = False,
+    video_format: Literal["mp4", "gif", "apng"] = "mp4",
+    video_speed: int = 1,
     cache_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig = MeshConfig(),
 ) -> None:
@@ -64,7 +67,11 @@ def evaluate(
             loss).
         output: results file (.jsonl); by default evaluation.jsonl in each run's folder.
         again: repeat finished evaluations.
-        video: also write the first, the median and the best episode as mp4, into a folder next to the results file.
+        video: also write videos of the first, the median and the best episode, into a folder next to the results file.
+        side_by_side: with --video, write one video instead: the first, the middle and the last episode of the context
+            of median return, next to the --control.
+        video_format: format of the videos. gif and apng have 10 to 13 frames per second.
+        video_speed: speed of the videos as a multiple of the simulated time.
         cache_dtype: dtype of cached keys and values; by default the dtype that the policy computes in.
         mesh: devices over which the cache of each context is sharded (seq only).
     """
@@ -75,11 +82,21 @@ def evaluate(
     from ringrl.evaluation.progress import ProgressTable, final_table
     from ringrl.evaluation.prompt import open_dataset
     from ringrl.evaluation.protocol import compile_policy, prompt_only_evaluation
+    from ringrl.evaluation.video import VideoOptions, check_video
+
+    if video:
+        check_video()
 
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     if step is not None and checkpoint_kind != "last":
         raise UserError("--checkpoint-kind: --step already selects the checkpoint; give only one")
+    if (side_by_side or video_format != "mp4" or video_speed != 1) and not video:
+        raise UserError("--side-by-side, --video-format, --video-speed: describe a video; give --video too")
+    if video_speed < 1:
+        raise UserError(f"--video-speed: {video_speed} is too small; give at least 1")
+    if side_by_side and not (control and episodes > 1):
+        raise UserError("--side-by-side: compares episodes with the control; give --control and --episodes 2 or more")
     protocol = Protocol(
         environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype,
         prompt_task, prompt_rewards, prompt_order,
@@ -107,7 +124,7 @@ def evaluate(
         evaluations = [prompt_only_evaluation(evaluation, policy) for evaluation in evaluations]
     if not checkpoint:
         why = "has no effect on random actions; leave it out, or give a --checkpoint"
-        used = {"checkpoint", "tasks", "episodes", "environments", "seed", "output", "again", "video"}
+        used = {"checkpoint", "tasks", "episodes", "environments", "seed", "output", "again", "video"}  # fmt: skip
         reject_flags(evaluate, given, why, used=used)
         if ALL_OF_DOMAIN in tasks:
             raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks instead")
@@ -116,9 +133,10 @@ def evaluate(
         results = output or Path("random.jsonl")
         unique = dict.fromkeys(tasks)
         evaluations = [random_evaluation(task, protocol, command=command, results=results) for task in unique]
+    options = VideoOptions(side_by_side, video_format, video_speed) if video else False
     console = Console()
     with ProgressTable(evaluations, console) as progress:
-        summaries = evaluate_all(evaluations, again=again, video=video, progress=progress)
+        summaries = evaluate_all(evaluations, again=again, video=options, progress=progress)
     console.print(final_table(summaries, data_means))
     for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
         print(path)

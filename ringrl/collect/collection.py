@@ -70,7 +70,7 @@ def collect(
         raise UserError(f"{task}: method {method} does not record this task: use scripted, or collect another task")
     for name, number, least in (("episodes", episodes, 1), ("seed", seed, 0), ("workers", workers, 1)):
         if number is not None and number < least:
-            raise UserError(f"{task}: {name} is {number}, but must be at least {least}")
+            raise UserError(f"--{name}: {number} is too small; give at least {least}")
     if method != "scripted" and workers not in (None, 1):
         raise UserError(f"{task}: workers is {workers}, but method {method} learns in one process: leave workers out")
     destination = Path(destination)

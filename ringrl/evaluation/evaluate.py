@@ -24,7 +24,7 @@ from ringrl.evaluation.records import (
 )
 from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
-from ringrl.evaluation.video import EpisodeStates, VideoError, choose, write_videos
+from ringrl.evaluation.video import EpisodeStates, VideoError, VideoOptions, check_video, choose, write_videos
 
 
 def evaluate_policy(
@@ -52,7 +52,7 @@ def evaluate_all(
     evaluations: Sequence[Evaluation],
     *,
     again: bool = False,
-    video: bool = False,
+    video: bool | VideoOptions = False,
     progress: EvaluationProgress | None = None,
 ) -> list[EvaluationSummary]:
     """Roll out each evaluation whose results file does not contain its records yet, and append them.
@@ -62,16 +62,21 @@ def evaluate_all(
     Args:
         evaluations: in this order.
         again: repeat finished evaluations.
-        video: write videos of the first, the median and the best episode. If that fails, a message gives the reason.
+        video: write videos, True: of the first, the median and the best episode. If that fails, a message gives the
+            reason.
         progress: callbacks.
 
     Raises:
-        UserError: a results file cannot be read or written, or another process runs the same evaluation.
+        UserError: a results file cannot be read or written, or another process runs the same evaluation,
+            or a package is missing that writes videos.
     """
+    options = VideoOptions() if video is True else video or None
+    if options:
+        check_video()
     progress = progress or EvaluationProgress()
     paths = dict.fromkeys(evaluation.results for evaluation in evaluations)
     known = {path: _open_results(path, evaluations, progress) for path in paths}
-    return [_evaluate(one, known[one.results], again, video, progress) for one in evaluations]
+    return [_evaluate(one, known[one.results], again, options, progress) for one in evaluations]
 
 
 def roll_out(
@@ -129,7 +134,11 @@ def _open_results(
 
 
 def _evaluate(
-    evaluation: Evaluation, known: list[EvaluationRecord], again: bool, video: bool, progress: EvaluationProgress
+    evaluation: Evaluation,
+    known: list[EvaluationRecord],
+    again: bool,
+    video: VideoOptions | None,
+    progress: EvaluationProgress,
 ) -> EvaluationSummary:
     """Roll out an evaluation unless it is finished; updates `known`, the records of its results file."""
     progress.on_begin(evaluation)
@@ -142,7 +151,8 @@ def _evaluate(
     if again or not finished:
         _roll_out_and_append(evaluation, video, progress)
     elif video:
-        made = f"videos in {evaluation.videos}" if evaluation.videos.is_dir() else "no videos; --again makes them"
+        found = (evaluation.videos / video.files[-1]).is_file()
+        made = f"videos in {evaluation.videos}" if found else "no such videos; --again makes them"
         progress.on_message(f"{evaluation.results}: contains this evaluation; {made}")
     known[:] = read_records(evaluation.results).records  # other processes may have appended, too
     write_summary(evaluation.results.with_suffix(".json"), known)
@@ -151,30 +161,55 @@ def _evaluate(
     return summary
 
 
-def _roll_out_and_append(evaluation: Evaluation, video: bool, progress: EvaluationProgress) -> None:
+def _roll_out_and_append(evaluation: Evaluation, video: VideoOptions | None, progress: EvaluationProgress) -> None:
     with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
         records = roll_out(evaluation, journal=journal, progress=progress)
         append_records(evaluation.results, records)
-        shown = _episodes_to_show(records, journal) if video else {}
+        show = _side_by_side if video and video.side_by_side else _episodes_to_show
+        shown = show(records, journal) if video else {}
         journal.remove()
     if video:
         try:
-            episodes = {evaluation.videos / f"{label}.mp4": states for label, states in shown.items()}
-            written = write_videos(evaluation.template.task, episodes)
+            videos = {evaluation.videos / f"{label}.{video.format}": one for label, one in shown.items()}
+            written = write_videos(evaluation.template.task, videos, speed=video.speed)
             progress.on_message(f"{', '.join(path.name for path in written)}: in {evaluation.videos}")
         except VideoError as error:
             progress.on_message(str(error))
 
 
-def _episodes_to_show(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> dict[str, EpisodeStates]:
-    """Read the first, median and best episode without the control, by label."""
-    found = {}
-    returns = np.array([record.returns for record in records if record.context], np.float64)  # None becomes NaN
+_Shown = dict[str, EpisodeStates | Sequence[Sequence[EpisodeStates]]]  # by label
+
+
+def _episodes_to_show(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> _Shown:
+    """Read the first, median and best episode without the control."""
+    found: _Shown = {}
+    returns = _returns(records)
     for label, (stream, index) in choose(returns).items():
         episode = journal.episode("context", index)
         if episode is not None:
             found[label] = EpisodeStates(label, episode.physics[:, stream], episode.reward[:, stream])
     return found
+
+
+def _side_by_side(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> _Shown:
+    """Read the first, the middle and the last episode of the context of median mean return, next to the control."""
+    returns, clips = _returns(records), []
+    n = returns.shape[1]
+    stream, _ = choose(returns.mean(axis=1, keepdims=True)).get("median", (0, 0))
+    for index in sorted({0, n // 2, n - 1}):
+        clips.append(
+            [
+                EpisodeStates(f"{memory}, episode {index + 1} of {n}", one.physics[:, stream], one.reward[:, stream])
+                for part, memory in (("context", "with memory"), ("control", "memory cleared"))
+                if (one := journal.episode(part, index)) is not None
+            ]
+        )
+    return {"side_by_side": clips}
+
+
+def _returns(records: Sequence[EvaluationRecord]) -> np.ndarray:
+    """Return the returns (streams, episodes) without the control. None becomes NaN."""
+    return np.array([record.returns for record in records if record.context], np.float64)
 
 
 def _roll_out_part(

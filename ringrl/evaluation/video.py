@@ -1,27 +1,41 @@
-"""Videos of an evaluation: the choice of the episodes to show, and mp4 files.
+"""Videos of an evaluation: the choice of the episodes to show, and their files.
 
 This module imports neither MuJoCo nor OpenGL. `ringrl.envs.render` renders in another process, because a crash of a
 graphics driver must not end the evaluation.
 """
 
-import io
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from ringrl.envs import domain_of
-from ringrl.errors import UserError
+from ringrl.errors import UserError, require
 
 
 class VideoError(UserError):
     """A video could not be written. The results of the evaluation are complete without it."""
+
+
+class VideoOptions(NamedTuple):
+    """The videos of an evaluation."""
+
+    side_by_side: bool = False  # instead of single episodes, one context next to its control
+    format: Literal["mp4", "gif", "apng"] = "mp4"
+    speed: int = 1  # multiple of the simulated time
+
+    @property
+    def files(self) -> list[str]:
+        """Return the names of the files."""
+        labels = ["side_by_side"] if self.side_by_side else ["first", "median", "best"]
+        return [f"{label}.{self.format}" for label in labels]
 
 
 class EpisodeStates(NamedTuple):
@@ -50,29 +64,43 @@ def choose(returns: Float[np.ndarray, "environments episodes"]) -> dict[str, tup
     return {label: (index % environments, index // environments) for label, index in chosen.items()}
 
 
-def write_videos(
-    task: str, episodes: Mapping[Path, EpisodeStates], *, width: int = 480, height: int = 360
-) -> list[Path]:
-    """Write each episode as an mp4 file at the speed of the simulated time, and return the paths.
+def check_video() -> None:
+    """Raise UserError if a package is missing that writes videos."""
+    require("video", "video", "imageio", "imageio_ffmpeg")
 
-    A file replaces an older one only when all files are whole. MUJOCO_GL selects the OpenGL library, on Linux EGL by
-    default. Without episodes, this only checks that rendering works. Frames are `width` x `height` pixels, both even.
+
+def write_videos(
+    task: str,
+    videos: Mapping[Path, EpisodeStates | Sequence[Sequence[EpisodeStates]]],
+    *,
+    width: int = 480,
+    height: int = 360,
+    speed: int = 1,
+) -> list[Path]:
+    """Write videos at a multiple of the speed of the simulated time, and return the paths.
+
+    A video shows an episode, or groups of episodes: one group after another, with its episodes next to each other. An
+    episode has `width` x `height` pixels, both even. The name of a file ends in .mp4, .gif or .apng. A file replaces
+    an older one only when all files are whole. MUJOCO_GL selects the OpenGL library, on Linux EGL by default. Without
+    videos, this only checks that rendering works.
 
     Raises:
         VideoError: OpenGL is missing, or a file cannot be written.
-        UserError: the task is unknown.
+        UserError: the task is unknown, or a package is missing.
     """
     domain_of(task)
-    # The hidden names end in .mp4, which selects the encoder.
-    partial = {path.with_name(f".{path.name}.partial.mp4"): path for path in episodes}
-    command = [sys.executable, "-P", "-m", "ringrl.envs.render", task, str(width), str(height)]
+    check_video()
+    # The end of the hidden names selects the encoder.
+    partial = {path.with_name(f".{path.name}.partial{path.suffix}"): path for path in videos}
+    command = [sys.executable, "-P", "-m", "ringrl.envs.render", task, str(width), str(height), str(speed)]
     command += [str(path.absolute()) for path in partial]
     modules = os.pathsep.join(filter(None, sys.path))  # same modules as in this process, not from the working folder
     environment = os.environ | {"PYTHONPATH": modules}
     try:
-        for path in episodes:
+        for path in videos:
             path.parent.mkdir(parents=True, exist_ok=True)
-        packed = _packed(list(episodes.values()))
+        clips = [[[one]] if isinstance(one, EpisodeStates) else one for one in videos.values()]
+        packed = pickle.dumps([[[_finite(episode) for episode in clip] for clip in video] for video in clips])
         result = subprocess.run(command, input=packed, capture_output=True, env=environment, check=False)
         if result.returncode:
             raise VideoError(f"no video: {_reason(result)}")
@@ -85,20 +113,14 @@ def write_videos(
         for hidden in partial:
             with suppress(OSError):
                 hidden.unlink()
-    return list(episodes)
+    return list(videos)
 
 
-def _packed(episodes: list[EpisodeStates]) -> bytes:
-    """Pack episodes, up to their first state that is not finite, as an .npz file."""
-    arrays: dict[str, Any] = {}
-    for index, (label, physics, rewards) in enumerate(episodes):
-        broken = ~np.isfinite(physics).all(axis=1)
-        states = int(broken.argmax()) if broken.any() else len(physics)
-        cut = {"label": label, "physics": physics[:states], "rewards": rewards[: max(0, states - 1)]}
-        arrays |= {f"{index} {name}": np.asarray(value) for name, value in cut.items()}
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
+def _finite(episode: EpisodeStates) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return an episode up to its first state that is not finite."""
+    broken = ~np.isfinite(episode.physics).all(axis=1)
+    states = int(broken.argmax()) if broken.any() else len(episode.physics)
+    return episode.label, episode.physics[:states], episode.rewards[: max(0, states - 1)]
 
 
 def _reason(result: "subprocess.CompletedProcess[bytes]") -> str:

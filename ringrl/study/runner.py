@@ -108,7 +108,7 @@ def estimate(plan: AblationPlan, console: Console, options: RunOptions = RunOpti
 def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Reference]]:
     """Return the plan's cells and references. Write nothing. Raise UserError if one of them cannot be run."""
     if options.workers < 1:
-        raise UserError(f"--workers: {options.workers} is too few, at least 1 is needed")
+        raise UserError(f"--workers: {options.workers} is too small; give at least 1")
     cells(plan)
     stores, fingerprints = {}, {}
     for task, data in plan.datasets.items():

@@ -57,6 +57,10 @@ def train(
       UserError: the run exists (without `resume`), its configuration or dataset differs, the data does not fit the
         task, or the disk is full.
     """
+    if not isinstance(config, TrainConfig):
+        raise UserError(
+            f"train: {config!r} is not a TrainConfig; make one: ringrl.config.TrainConfig(data=..., task=...)"
+        )
     settings = flat(config.model_dump(mode="json", exclude={"data"}))  # the path may differ between hosts
     check_loggers(config)
     distributed.check_connected()

@@ -1,7 +1,6 @@
 """Metrics of a run: metrics.jsonl (one line per step), TensorBoard, Weights & Biases, the progress bar, and traces."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import secrets
@@ -24,7 +23,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from ringrl.attention.strategy import link_of
 from ringrl.config import TrainConfig
-from ringrl.errors import UserError
+from ringrl.errors import UserError, require
 from ringrl.files import with_crc, without_crc, write_whole
 from ringrl.model.optimiser import learning_rate
 from ringrl.pace import Pace
@@ -99,8 +98,8 @@ class WandbWriter:
 
 def check_loggers(config: TrainConfig) -> None:
     """Raise UserError if a configured logger is not installed."""
-    if "wandb" in config.log and importlib.util.find_spec("wandb") is None:
-        raise UserError("--log wandb: needs wandb; install it with: pip install 'ringrl[wandb]'")
+    if "wandb" in config.log:
+        require("--log wandb", "wandb", "wandb")
 
 
 class MetricsLog(ExitStack):

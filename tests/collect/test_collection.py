@@ -111,9 +111,9 @@ def test_progress_is_called_after_every_episode(tmp_path):
     ("changes", "message"),
     [
         ({"task": "cartpole_swingupp"}, "cartpole_swingup"),
-        ({"episodes": 0}, "episodes is 0, but must be at least 1"),
-        ({"seed": -1}, "seed is -1, but must be at least 0"),
-        ({"workers": 0}, "workers is 0, but must be at least 1"),
+        ({"episodes": 0}, "--episodes: 0 is too small; give at least 1"),
+        ({"seed": -1}, "--seed: -1 is too small; give at least 0"),
+        ({"workers": 0}, "--workers: 0 is too small; give at least 1"),
         ({"method": "ddpg"}, "no method 'ddpg'; methods are scripted, td3"),
         ({"method": "td3", "workers": 2}, "workers is 2, but method td3 learns in one process"),
     ],

@@ -26,7 +26,7 @@ from ringrl.evaluation.journal import EpisodeJournal
 from ringrl.evaluation.protocol import Part
 from ringrl.evaluation.rollout import EpisodeBatch
 from ringrl.evaluation.scores import EvaluationSummary
-from ringrl.evaluation.video import EpisodeStates, choose
+from ringrl.evaluation.video import EpisodeStates, VideoOptions, choose
 
 TASKS = ("jaco_reach_top_left", "jaco_reach_top_right")
 EPISODES = 2
@@ -206,7 +206,8 @@ def test_videos(tmp_path: Path) -> None:
 def test_videos_show_the_first_the_median_and_the_best_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[str, EpisodeStates] = {}
 
-    def write_videos(task: str, episodes: dict[Path, EpisodeStates]) -> list[Path]:
+    def write_videos(task: str, episodes: dict[Path, EpisodeStates], *, speed: int) -> list[Path]:
+        assert speed == 1
         shown.update({path.stem: states for path, states in episodes.items()})
         return list(episodes)
 
@@ -219,6 +220,34 @@ def test_videos_show_the_first_the_median_and_the_best_episode(tmp_path: Path, m
     for label, (stream, index) in places.items():
         assert shown[label].rewards.sum() == pytest.approx(returns[stream, index])
         assert (shown[label].label, shown[label].physics.shape) == (label, (251, 18))
+
+
+def test_side_by_side_shows_the_median_context_next_to_its_control(
+    tmp_path: Path, at_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[Path, list[list[EpisodeStates]]] = {}
+    speeds = []
+
+    def write_videos(task: str, videos: dict[Path, list[list[EpisodeStates]]], *, speed: int) -> list[Path]:
+        shown.update(videos)
+        speeds.append(speed)
+        return list(videos)
+
+    monkeypatch.setattr(evaluate_module, "write_videos", write_videos)
+    protocol, results = Protocol(2, 3, control=True), tmp_path / "evaluation.jsonl"
+    evaluation = policy_evaluation(load_policy(at_run), protocol, results=results)
+    evaluate_all([evaluation], video=VideoOptions(side_by_side=True, format="gif", speed=3))
+    (path,), (clips,) = shown, shown.values()
+    assert (path, speeds) == (evaluation.videos / "side_by_side.gif", [3])
+    returns = np.array(returns_in(results))
+    contexts, controls = returns[:2], returns[2:]
+    stream = contexts.mean(axis=1).argmin()  # the lower of two
+    for clip, index in zip(clips, (0, 1, 2), strict=True):
+        assert [one.label for one in clip] == [
+            f"{memory}, episode {index + 1} of 3" for memory in ("with memory", "memory cleared")
+        ]
+        expected = [contexts[stream, index], controls[stream, index]]
+        assert [one.rewards.sum() for one in clip] == pytest.approx(expected)
 
 
 def test_without_opengl_the_evaluation_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,11 @@ import sys
 import imageio.v3
 import numpy as np
 import pytest
+from PIL import Image
 
 from ringrl.envs import DOMAINS, domain_of, make
 from ringrl.errors import UserError
+from ringrl.evaluation import Protocol, evaluate_all, random_evaluation
 from ringrl.evaluation.video import EpisodeStates, VideoError, choose, write_videos
 
 _WIDTH, _HEIGHT = 240, 180  # pixels
@@ -140,6 +142,50 @@ def test_an_older_video_stays_when_a_new_one_fails(tmp_path, monkeypatch, opengl
         write_videos("cartpole_swingup", {path / "best.mp4": episode})
     with pytest.raises(UserError, match="unknown task"):
         write_videos("cartpole_dance", {path: episode})
+
+
+def test_episodes_are_shown_next_to_and_after_each_other(tmp_path, opengl):
+    task = "cartpole_swingup"
+    width, height = 96, 72
+    long, short = _episode(task, 50), _episode(task, 20, "short")
+    files = {
+        tmp_path / "single.apng": long,
+        tmp_path / "both.apng": [[long, short], [short, long]],
+        tmp_path / "both.gif": [[long, short], [short, long]],
+    }
+    write_videos(task, files, width=width, height=height, speed=2)
+    single, both, gif = (imageio.v3.imread(path, plugin="pillow").astype(int)[..., :3] for path in files)
+    assert single.shape == (4, height, width, 3)  # states 0, 20, 40 and 50
+    images = [Image.open(path) for path in (tmp_path / "both.apng", tmp_path / "both.gif")]
+    for image in images:
+        durations = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            durations.append(image.info["duration"])
+        assert (image.info["loop"], durations) == (0, [100, 100, 100, 1100] * 2)  # each clip ends with a second of rest
+    left, right = both[:, :, :width], both[:, :, width:]
+    assert np.array_equal(left[:4], single)
+    assert np.array_equal(right[4:], single)
+    assert np.array_equal(right[1], right[3])  # the shorter episode stays at its end
+    assert not np.array_equal(right[0], right[1])
+    assert np.abs(gif - both).mean() < 4
+
+
+@pytest.mark.parametrize("module", ["imageio", "imageio_ffmpeg"])
+def test_a_missing_package_is_named_before_anything_is_rolled_out(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = rf"video: needs {module}; install it with: pip install 'ringrl\[video\]'"
+    with pytest.raises(UserError, match=line):
+        write_videos("cartpole_swingup", {})
+    evaluation = random_evaluation("cartpole_swingup", Protocol(), results=tmp_path / "random.jsonl")
+    with pytest.raises(UserError, match=line):
+        evaluate_all([evaluation], video=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_need_no_package_for_videos():
+    code = "import sys; sys.modules |= dict.fromkeys(['imageio', 'imageio_ffmpeg', 'PIL']); import ringrl.envs.render"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_evaluating_process_does_not_import_mujoco():

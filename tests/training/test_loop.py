@@ -38,6 +38,12 @@ def exact(run: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.parametrize("config", ["tiny", Path("configs/tiny.yaml"), {}])
+def test_only_a_configuration_is_trained(config: object) -> None:
+    with pytest.raises(UserError, match=r"^train: .* is not a TrainConfig; make one.*$"):
+        train(config)
+
+
 @pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
 def test_loss_falls_and_all_files_are_written(tiny: TrainConfig, kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "collected"
