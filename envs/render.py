@@ -29,7 +29,7 @@ WIDTH, HEIGHT = 480, 360  # pixels, by default
 _TORSO = 1  # the first body after the world
 _LEAST_RATES = {".mp4": 25, ".gif": 10, ".apng": 10}  # frames per second; images do not compress motion
 _PILLOW = {".gif": "GIF", ".apng": "PNG"}  # names of formats
-_COLOURS = 64  # of a GIF
+_COLOURS = 128  # of a GIF
 _SHADOWS = 1024  # pixels; with the models' 2048 a frame takes longer and looks the same
 _HAZE = (0.2, 0.29, 0.4, 1.0)  # RGBA of the sky at the horizon
 _BAND, _INK, _FAINT = (12, 18, 28, 190), (255, 255, 255), (158, 176, 196)  # RGB(A)
@@ -175,7 +175,7 @@ def _write(path: Path, frames: Iterator[_Frame], rate: float) -> None:
     first = Image.fromarray(next(frames))
     pictures: Iterator[Image.Image] = chain([first], map(Image.fromarray, frames))
     if path.suffix == ".gif":  # one palette and no dithering, so that what does not move is not stored again
-        palette = first.quantize(_COLOURS)
+        palette = first.quantize(_COLOURS, Image.Quantize.FASTOCTREE)
         pictures = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     start, *others = pictures
     start.save(path, _PILLOW[path.suffix], save_all=True, append_images=others, duration=1000 / rate, loop=0)

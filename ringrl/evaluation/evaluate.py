@@ -171,7 +171,7 @@ def _roll_out_and_append(evaluation: Evaluation, video: VideoOptions | None, pro
     if video:
         try:
             videos = {evaluation.videos / f"{label}.{video.format}": one for label, one in shown.items()}
-            written = write_videos(evaluation.template.task, videos, speed=video.speed)
+            written = write_videos(evaluation.template.task, videos, speed=video.speed, **video.size)
             progress.on_message(f"{', '.join(path.name for path in written)}: in {evaluation.videos}")
         except VideoError as error:
             progress.on_message(str(error))

@@ -37,6 +37,11 @@ class VideoOptions(NamedTuple):
         labels = ["side_by_side"] if self.side_by_side else ["first", "median", "best"]
         return [f"{label}.{self.format}" for label in labels]
 
+    @property
+    def size(self) -> dict[str, int]:
+        """Return width and height of an episode in pixels. Images are smaller, because they compress less."""
+        return {"width": 480, "height": 360} if self.format == "mp4" else {"width": 320, "height": 240}
+
 
 class EpisodeStates(NamedTuple):
     """An episode to be rendered. The video ends before the first state that is not finite."""

@@ -206,8 +206,10 @@ def test_videos(tmp_path: Path) -> None:
 def test_videos_show_the_first_the_median_and_the_best_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[str, EpisodeStates] = {}
 
-    def write_videos(task: str, episodes: dict[Path, EpisodeStates], *, speed: int) -> list[Path]:
-        assert speed == 1
+    def write_videos(
+        task: str, episodes: dict[Path, EpisodeStates], *, speed: int, width: int, height: int
+    ) -> list[Path]:
+        assert (speed, width, height) == (1, 480, 360)
         shown.update({path.stem: states for path, states in episodes.items()})
         return list(episodes)
 
@@ -228,7 +230,9 @@ def test_side_by_side_shows_the_median_context_next_to_its_control(
     shown: dict[Path, list[list[EpisodeStates]]] = {}
     speeds = []
 
-    def write_videos(task: str, videos: dict[Path, list[list[EpisodeStates]]], *, speed: int) -> list[Path]:
+    def write_videos(
+        task: str, videos: dict[Path, list[list[EpisodeStates]]], *, speed: int, **size: int
+    ) -> list[Path]:
         shown.update(videos)
         speeds.append(speed)
         return list(videos)

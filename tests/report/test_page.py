@@ -296,6 +296,16 @@ def test_a_table_as_csv_and_latex_by_hand():
     ]
 
 
+@pytest.mark.parametrize("module", ["pandas", "altair", "vl_convert", "jinja2"])
+def test_a_missing_package_is_named_before_any_work(module, tmp_path):
+    code = f"import sys; sys.modules[{module!r}] = None; from ringrl.cli import main; main(sys.argv[1:])"
+    for command in (["report", str(tmp_path)], ["demo", "--output", str(tmp_path / "demo")]):
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+        line = f"ringrl: report: needs {module}; install it with: pip install 'ringrl[report]'"
+        assert (done.returncode, done.stderr.splitlines()) == (2, [line])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_and_the_package_import_nothing_of_the_report():
     code = (
         "import ringrl, sys, contextlib\n"
