@@ -7,11 +7,12 @@ from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.prompt import imitation_error
 from ringrl.evaluation.protocol import Evaluation, Protocol, policy_evaluation, random_evaluation
 from ringrl.evaluation.records import EvaluationRecord, read_records
+from ringrl.evaluation.video import VideoOptions
 
 __all__ = [
-    "Evaluation", "EvaluationProgress", "EvaluationRecord", "Player", "Protocol", "TrainedPolicy", "evaluate_all",
-    "evaluate_policy", "evaluate_random", "imitation_error", "load_policy", "policy_evaluation", "random_evaluation",
-    "read_records",
+    "Evaluation", "EvaluationProgress", "EvaluationRecord", "Player", "Protocol", "TrainedPolicy", "VideoOptions",
+    "evaluate_all", "evaluate_policy", "evaluate_random", "imitation_error", "load_policy", "policy_evaluation",
+    "random_evaluation", "read_records",
 ]  # fmt: skip
 
 
