@@ -95,6 +95,8 @@ def write_videos(
     """
     domain_of(task)
     check_video()
+    if bad := [path for path in videos if path.suffix not in (".mp4", ".gif", ".apng")]:
+        raise UserError(f"{bad[0]}: unknown video format; give a name that ends in .mp4, .gif or .apng")
     # The end of the hidden names selects the encoder.
     partial = {path.with_name(f".{path.name}.partial{path.suffix}"): path for path in videos}
     command = [sys.executable, "-P", "-m", "ringrl.envs.render", task, str(width), str(height), str(speed)]

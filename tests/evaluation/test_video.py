@@ -134,12 +134,15 @@ def test_an_older_video_stays_when_a_new_one_fails(tmp_path, monkeypatch, opengl
         write_videos("cartpole_swingup", {path: episode})
     assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "older")]
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(VideoError, match=r"no video: .*folder: Is a directory; choose another folder"):
-        write_videos("cartpole_swingup", {tmp_path / "folder": episode})
-    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "folder"]
+    folder = tmp_path / "folder.mp4"
+    folder.mkdir()
+    with pytest.raises(VideoError, match=r"no video: .*folder[.]mp4: Is a directory; choose another folder"):
+        write_videos("cartpole_swingup", {folder: episode})
+    assert sorted(tmp_path.iterdir()) == [path, folder]
     with pytest.raises(VideoError, match=r"no video: .*best\.mp4: .*; choose another folder"):
         write_videos("cartpole_swingup", {path / "best.mp4": episode})
+    with pytest.raises(UserError, match=r"best[.]avi: unknown video format; give a name that ends in [.]mp4, "):
+        write_videos("cartpole_swingup", {path.with_suffix(".avi"): episode})
     with pytest.raises(UserError, match="unknown task"):
         write_videos("cartpole_dance", {path: episode})
 
