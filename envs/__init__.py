@@ -3,15 +3,25 @@
 `import ringrl.envs` imports neither dm_control's physics nor MuJoCo nor OpenGL; the first environment does.
 """
 
-from ringrl.envs.domain import Camera, Domain, GoalSpace
+from ringrl.envs.domain import Camera, Domain, ForeignDomain, GoalSpace
 from ringrl.envs.environment import ExoRLEnv, make
+from ringrl.envs.foreign import (
+    ForeignEnv,
+    ForeignVectorEnv,
+    check_foreign,
+    foreign_domain,
+    foreign_spec,
+    foreign_task,
+    is_foreign,
+)
 from ringrl.envs.registry import DOMAINS, TASKS, domain_named, domain_of, load_simulation, register_gymnasium
 from ringrl.envs.simulation import Simulation, check_mujoco
 from ringrl.envs.vector import ExoRLVectorEnv, make_vec
 
 __all__ = [
-    "DOMAINS", "TASKS", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "GoalSpace", "Simulation", "domain_named",
-    "domain_of", "load_simulation", "make", "make_vec", "register_gymnasium",
+    "DOMAINS", "TASKS", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain", "ForeignEnv",
+    "ForeignVectorEnv", "GoalSpace", "Simulation", "check_foreign", "domain_named", "domain_of", "foreign_domain",
+    "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec", "register_gymnasium",
 ]  # fmt: skip
 
 

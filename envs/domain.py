@@ -90,3 +90,20 @@ class Domain:
     def recorded_tasks(self, task: str) -> tuple[str, ...]:
         """Return the tasks whose rewards an archive of `task` records, one per column of its float32 reward."""
         return self.tasks if self.records_all_tasks else (task,)
+
+
+@dataclass(frozen=True)
+class ForeignDomain(Domain):
+    """The facts about an environment of another package, or about a dataset from another source.
+
+    Attributes:
+        action_low: the lowest action that the environment takes. RingRL scales actions to [-1, 1]. The environment
+            takes low + (action + 1) / 2 * (high - low).
+        action_high: the highest action.
+        is_discrete: whether an action is one of `action_size` choices. Data has 1 for the choice and 0 for the others,
+            and the environment takes the choice with the largest number. The bounds are the first and last choice.
+    """
+
+    action_low: tuple[float, ...] = field(kw_only=True)
+    action_high: tuple[float, ...] = field(kw_only=True)
+    is_discrete: bool = field(default=False, kw_only=True)

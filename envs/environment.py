@@ -8,6 +8,7 @@ from gymnasium.spaces import Box
 from jaxtyping import Float, Float32, UInt8
 
 from ringrl.envs.domain import Domain
+from ringrl.envs.foreign import ForeignEnv, is_foreign
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.errors import UserError
 
@@ -117,16 +118,16 @@ def random_stream(seed: int | None) -> np.random.RandomState:
         raise UserError(f"the seed is {seed!r}, it must be an integer in 0 .. 2**32 - 1") from None
 
 
-def make(task: str, seed: int | None = None, render_mode: str | None = None) -> ExoRLEnv:
-    """Make the environment of a task such as "walker_walk".
+def make(task: str, seed: int | None = None, render_mode: str | None = None) -> ExoRLEnv | ForeignEnv:
+    """Make the environment of a task such as "walker_walk" or "gymnasium:Hopper-v5".
 
     Args:
-        task: one of `ringrl.envs.TASKS`.
+        task: one of `ringrl.envs.TASKS`, or "gymnasium:" and the id of a registered environment.
         seed: seed of the episodes' starts. None: from the operating system.
         render_mode: "rgb_array": `render` returns images. None: no rendering.
 
     Raises:
-        UserError: unknown task (the message lists similar names), another render mode, or a seed outside
-            0 .. 2**32 - 1.
+        UserError: unknown task (the message lists similar names), another render mode, a seed outside
+            0 .. 2**32 - 1, or as `ForeignEnv`.
     """
-    return ExoRLEnv(task, seed, render_mode)
+    return ForeignEnv(task, seed, render_mode) if is_foreign(task) else ExoRLEnv(task, seed, render_mode)

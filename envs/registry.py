@@ -12,6 +12,7 @@ import gymnasium
 from ringrl.envs.cartpole import CartpoleSimulation
 from ringrl.envs.cheetah import CheetahSimulation
 from ringrl.envs.domain import Domain
+from ringrl.envs.foreign import foreign_domain, is_foreign
 from ringrl.envs.jaco import JacoSimulation
 from ringrl.envs.point_mass_maze import PointMassMazeSimulation
 from ringrl.envs.quadruped import QuadrupedSimulation
@@ -29,22 +30,26 @@ TASKS: tuple[str, ...] = tuple(task for domain in DOMAINS.values() for task in d
 
 
 def domain_named(name: str) -> Domain:
-    """Return the domain of this name.
+    """Return the domain of this name: "walker", or "gymnasium:Hopper-v5" for an environment of another package.
 
     Raises:
         UserError: there is none; the message lists similar names.
     """
+    if is_foreign(name):
+        return foreign_domain(name)
     if name not in DOMAINS:
         raise UserError(f"unknown domain {name!r}; {_suggestion(name, DOMAINS)}")
     return DOMAINS[name]
 
 
 def domain_of(task: str) -> Domain:
-    """Return the domain of a task such as "walker_walk".
+    """Return the domain of a task such as "walker_walk" or "gymnasium:Hopper-v5".
 
     Raises:
         UserError: no domain has the task; the message lists similar names.
     """
+    if is_foreign(task):
+        return foreign_domain(task)
     for domain in DOMAINS.values():
         if domain.has_task(task):
             return domain

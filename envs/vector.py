@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float32, Float64
 
 from ringrl.cores import available_cores
 from ringrl.envs.environment import observation_and_action_space, random_stream
+from ringrl.envs.foreign import ForeignVectorEnv, is_foreign
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.envs.simulation import StackedData
 from ringrl.errors import UserError
@@ -202,6 +203,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 def make_vec(
     task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
-) -> ExoRLVectorEnv:
-    """Make environments that step in lockstep; see `ExoRLVectorEnv` for arguments and errors."""
-    return ExoRLVectorEnv(task, num_envs, seed, threads)
+) -> ExoRLVectorEnv | ForeignVectorEnv:
+    """Make environments that step in lockstep; see `ExoRLVectorEnv` and `ForeignVectorEnv`."""
+    kind = ForeignVectorEnv if is_foreign(task) else ExoRLVectorEnv
+    return kind(task, num_envs, seed, threads)

@@ -127,9 +127,9 @@ class ModelConfig(Section):
     token_set: Literal["at5", "ring4", "dt3", "fused1"] = "ring4"
     """Tokens per timestep: at5 (return-to-go, state, action, reward, completion), ring4 (return-to-go, state, action,
     reward), dt3 (return-to-go, state, action), fused1 (all in one token: the shortest context)."""
-    action_head: Literal["mse", "gaussian", "bins"] = "mse"
+    action_head: Literal["mse", "gaussian", "bins", "categorical"] = "mse"
     """Distribution of actions: mse (mean, tanh), gaussian (mean and state-dependent width) or bins (21 values per
-    component). mse and gaussian average over modes."""
+    component). mse and gaussian average over modes. categorical: for actions that are choices."""
     action_choice: Literal["mode", "mean"] = "mode"
     """Action that the head bins takes: the likeliest values (mode) or the mean. Training does not depend on this."""
     loss_on: Literal["all", "last"] = "all"

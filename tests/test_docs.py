@@ -44,6 +44,7 @@ EXECUTED = (
     "docs/adding_a_task.md",
     "docs/attention.md",
     "docs/exorl.md",
+    "docs/own_data.md",
     "docs/own_model.md",
     "docs/quickstart.md",
 )
@@ -68,6 +69,14 @@ SHORTER = {
         "4096": "256",
     },
     "docs/reference/training.md": {'"steps": 20': '"steps": 2'},
+    "docs/own_data.md": {
+        "range(200)": "range(8)",
+        "steps: 2000": "steps: 2",
+        "[0, 1, 2, 3, 4]": "[0]",
+        "[1, 4]": "[2]",
+        "[bc, bc-10%, td3+bc]": "[bc]",
+        "settings: {": "episodes: 2\nsettings: {",
+    },
     "docs/quickstart.md": {'"demo/runs"': repr(str(ROOT / "docs/results/demo.jsonl.gz"))},
     "docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64, 4, 2": "= 256, 64, 4, 1"},
 }
@@ -162,6 +171,7 @@ def spans(page: str) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
 
 
+NAMED = re.compile(r"# (\w+\.yaml)\n")  # the first line of a block that is a file
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 # A command in the text is complete if it has no words in capitals, no choices and no ellipsis.
 INLINE = [
@@ -179,6 +189,9 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str
     """Return a function that parses a command of `ringrl` without running it, and returns the values of its flags."""
     for name in SOURCES:
         (tmp_path / name).symlink_to(ROOT / name)
+    for block in BLOCKS:
+        if named := NAMED.match(block.text):
+            (tmp_path / named[1]).write_text(block.text)
     (tmp_path / "run.yaml").write_text("data: walker.h5\ntask: walker_walk\nrun: runs/walk\n")
     (tmp_path / "runs/at").mkdir(parents=True)  # to resume
     (tmp_path / "runs/at/config.yaml").write_text("data: walker.h5\ntask: walker_walk\nrun: runs/at\n")
@@ -315,36 +328,41 @@ DRIVER = """
 import json, runpy, sys
 from pathlib import Path
 
-names = {"__name__": "__main__"}
-for kind, what in json.loads(Path(sys.argv[1]).read_text()):
-    print("#", kind, what if kind != "python" else "")
-    if kind == "ringrl":
-        from ringrl.cli import main
-        main(what)
-    elif kind == "python":
-        exec(compile(what, "block", "exec"), names)
-    else:
-        sys.argv = what
-        sys.path.insert(0, str(Path(what[0]).parent))  # as Python does for a script
-        runpy.run_path(what[0], run_name="__main__")
+if __name__ == "__main__":  # processes of a study import this file again
+    names = {"__name__": "__main__"}
+    for kind, what in json.loads(Path(sys.argv[1]).read_text()):
+        print("#", kind, what if kind != "python" else "")
+        if kind == "ringrl":
+            from ringrl.cli import main
+            main(what)
+        elif kind == "python":
+            exec(compile(what, "block", "exec"), names)
+        else:
+            sys.argv = what
+            sys.path.insert(0, str(Path(what[0]).parent))  # as Python does for a script
+            runpy.run_path(what[0], run_name="__main__")
 """
+
+
+def shorter(block: Block) -> str:
+    text = block.text
+    for long, short in SHORTER.get(block.page, {}).items():
+        assert long in (ROOT / block.page).read_text()
+        text = text.replace(long, short)
+    return text
 
 
 def steps(block: Block) -> Iterator[tuple[str, Any]]:
     """Yield the steps of a block to run, made small."""
     if block.language == "python":
-        text = block.text
-        for long, short in SHORTER.get(block.page, {}).items():
-            assert long in (ROOT / block.page).read_text()
-            text = text.replace(long, short)
-        yield "python", text
+        yield "python", shorter(block)
     for program, *rest in commands(block):
         name = next((name for name in cli.COMMANDS if rest[: len(name.split())] == name.split()), "")
         if name in NOT_RUN or program in NOT_RUN:
             continue
         if program == "ringrl":
             small = TINY_TRANSFORMER if name == "train" and "--method" not in rest else []
-            small = [*without(SMALLER.get(name, []), small), *small]
+            small = [*without([] if "--format" in rest else SMALLER.get(name, []), small), *small]
             yield "ringrl", [*without(rest, small), *small]
         else:
             assert program == "python", f"{block.page}:{block.line}: cannot run {program}"
@@ -366,6 +384,8 @@ def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path) -> Non
     (tmp_path / "datasets" / "walker").mkdir(parents=True)
     shutil.copy(walker_archive, tmp_path / "datasets" / "walker")
     for block in blocks(page):
+        if named := NAMED.match(block.text):
+            (tmp_path / named[1]).write_text(shorter(block))
         if block.language == "diff":
             apply = ["git", "apply", "-"]
             subprocess.run(apply, input=block.text, text=True, cwd=tmp_path, check=True)
@@ -384,7 +404,12 @@ def run(program: list[tuple[str, Any]], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "driver.py", "steps.json"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(tmp_path),
+            "JAX_PLATFORMS": "cpu",
+            "MINARI_DATASETS_PATH": str(tmp_path / "minari"),
+        },
         capture_output=True,
         text=True,
         check=False,

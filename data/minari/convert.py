@@ -1,6 +1,6 @@
 """Import of a Minari dataset into an episode store, and export of a store as a Minari dataset.
 
-An exported store is restored exactly. Other datasets become stores of a `ForeignDomain`.
+An exported store is restored exactly. Other datasets become stores of a `StoredDomain`.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import pydantic
 
 from ringrl import __version__
-from ringrl.config_files import one_line
+from ringrl.data.foreign import Actions, as_episode, stored_domain, with_reset
 from ringrl.data.minari.reader import (
     EXPORTED,
     INFOS,
+    SCALED,
     MinariEpisodes,
     check_id,
     datasets_folder,
@@ -28,12 +28,10 @@ from ringrl.data.minari.reader import (
 from ringrl.data.relabel import relabel_all
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import (
-    ROUNDED,
     Episode,
-    ForeignDomain,
-    ForeignFacts,
     Layout,
     Provenance,
+    StoredDomain,
     content_fingerprint,
     episode_bytes,
     recorded_arrays,
@@ -41,7 +39,7 @@ from ringrl.data.store.format import (
     software_versions,
 )
 from ringrl.data.store.writer import create_store, finished_store, record_of
-from ringrl.envs import Domain, domain_named
+from ringrl.envs import Domain, domain_named, foreign_spec, is_foreign
 from ringrl.errors import UserError, brief
 from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
@@ -54,6 +52,7 @@ def import_minari(
     dataset: str,
     destination: str | Path,
     *,
+    environment: str | None = None,
     overwrite: bool = False,
     download: bool = False,
     progress: Progress = no_progress,
@@ -61,26 +60,29 @@ def import_minari(
     """Import a Minari dataset into a new episode store and open it.
 
     An export of `export_minari` is restored with every recorded number bit-equal, and its rewards are computed again.
-    Any other dataset becomes a store of a domain with the dataset's name (see `ForeignDomain`): observations flattened
-    to float32, actions scaled to [-1, 1], recorded rewards under a task of the same name, discount 0 where an episode
-    terminated, and physics where the infos have "physics" or "qpos" and "qvel".
+    Any other dataset becomes a store of its environment, or of a domain with the dataset's name if the environment is
+    unknown (see `StoredDomain`): observations flattened to float32, actions scaled to [-1, 1] or one of several
+    choices, recorded rewards under a task of the same name, discount 0 where an episode terminated, and physics where
+    the infos have "physics" or "qpos" and "qvel".
 
     Args:
         dataset: name of a dataset, or its folder.
         destination: the store to write.
+        environment: "gymnasium:Hopper-v5". None: the one that the dataset names.
         overwrite: replace an existing store.
         download: let Minari download a missing dataset.
         progress: called with (finished episodes, total).
 
     Raises:
-        UserError: Minari or the dataset is missing; spaces other than Boxes of numbers (observations may be a Dict of
-            Boxes), images, actions without bounds; damage; another existing destination; a full disk.
+        UserError: Minari or the dataset is missing; observations other than Boxes of numbers or a Dict or Tuple of
+            them; actions other than Box or Discrete, or without bounds; damage; another existing destination; a full
+            disk.
     """
     minari_module()
     destination = linked(Path(destination))
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
         is_exported = EXPORTED in episodes.metadata
-        origin: Exported | _Foreign = Exported(episodes) if is_exported else _Foreign(episodes)
+        origin: Exported | _Foreign = Exported(episodes) if is_exported else _Foreign(episodes, environment)
         domain, total = origin.domain, len(episodes.lengths)
         if not overwrite and destination.is_file():
             fingerprint = origin.fingerprint or _fingerprint(origin, episodes.lengths)
@@ -114,11 +116,11 @@ class Exported:
             self.recorded_task: str | None = origin["recorded_task"]
             self.fingerprint: str | None = origin["fingerprint"]  # of the exported store
             facts = origin["facts"]
-            found = ForeignDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
+            found = StoredDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
             made = Provenance.from_json(json.dumps(origin["provenance"]))
             if self.recorded_task not in (*found.tasks, None) or not isinstance(self.fingerprint, str):
                 raise ValueError(f"recorded for {self.recorded_task}")
-            if (made.relabelling == "recorded") != isinstance(found, ForeignDomain):
+            if (made.relabelling == "recorded") != isinstance(found, StoredDomain):
                 raise ValueError(f"relabelling {made.relabelling}")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -140,7 +142,11 @@ class Exported:
     def recorded(self, index: int) -> dict[str, np.ndarray]:
         """Return the recorded arrays of an episode."""
         steps, info = self._episodes.read(index), self._episodes.info
-        episode = {"observation": steps.observation, "action": _with_reset(steps.action.astype(np.float32))}
+        episode = {"observation": steps.observation}
+        if isinstance(self.domain, StoredDomain):
+            episode["action"] = info(index, SCALED, row=(self.domain.action_size,), dtype=np.float32)
+        else:
+            episode["action"] = with_reset(steps.action.astype(np.float32))
         for key, spec in recorded_arrays(self.domain).items():
             if key not in episode:
                 episode[key] = info(index, INFOS[key], row=(spec.width,), dtype=spec.dtype.type)
@@ -152,59 +158,44 @@ class _Foreign:
 
     fingerprint = None
 
-    def __init__(self, episodes: MinariEpisodes) -> None:
-        self._episodes, name, bounds = episodes, episodes.metadata["dataset_id"], episodes.action
-        low, high = (bound.astype(np.float64).ravel() for bound in (bounds.low, bounds.high))
-        if not (np.isfinite(high - low).all() and (low < high).all()):
-            raise UserError(
-                f"{episodes.folder}: its actions have no bounds and cannot be scaled to [-1, 1]: give its action space "
-                "bounds"
-            )
-        self._center, self._radius = (high + low) / 2, (high - low) / 2
+    def __init__(self, episodes: MinariEpisodes, environment: str | None) -> None:
+        self._episodes, name = episodes, episodes.metadata["dataset_id"]
         self._physics = _physics_of(episodes)
-        try:
-            facts = ForeignFacts(
-                name=name,
-                observation_size=sum(int(np.prod(box.shape)) for _, box in episodes.observation),
-                physics_size=sum(self._physics.values()),
-                action_low=tuple(low.tolist()),
-                action_high=tuple(high.tolist()),
-                episode_length=max(episodes.lengths),
-                num_terminated=sum(episodes.terminated),
-            )
-        except pydantic.ValidationError as error:
-            raise UserError(f"{episodes.folder}: cannot be a store ({one_line(error)}): rename the dataset") from error
-        self.domain: Domain = ForeignDomain.of(facts)
-        (self._task,) = self.domain.tasks
-        self.recorded_task: str | None = self._task
+        self.domain: Domain = stored_domain(
+            environment or episodes.environment() or name,
+            episodes.folder,
+            _actions_of(episodes),
+            sum(int(np.prod(box.shape)) for _, box in episodes.observation),
+            episodes.lengths,
+            sum(episodes.terminated),
+            sum(self._physics.values()),
+        )
+        (self.recorded_task,) = self.domain.tasks
         self.provenance = Provenance(f"Minari ({name})", source_bytes=episodes.size, relabelling="recorded")
 
     def episode(self, index: int) -> Episode:
         steps = self._episodes.read(index)
-        discount = np.ones((len(steps.observation), 1), np.float32)
-        discount[-1] = not steps.is_terminated
-        action = (steps.action - self._center) / self._radius
-        if np.abs(action).max() > 1 + ROUNDED:
-            step = int(np.argmax(np.abs(action).max(axis=1)))
-            raise UserError(
-                f"{self._episodes.folder}: the action of step {step} of episode {index} is outside the bounds of the "
-                "action space: clip such actions or widen the bounds"
-            )
-        reward = _with_reset(steps.reward)
-        if abs(reward.sum(dtype=np.float64)) > np.finfo(np.float32).max:
-            raise UserError(f"{self._episodes.folder}: the return of episode {index} is too large for float32")
-        episode = {
-            "observation": steps.observation,
-            "action": _with_reset(np.clip(action, -1, 1).astype(np.float32)),
-            "reward": reward[:, None],
-            "discount": discount,
-            reward_key(self._task): reward,
-        }
         if self._physics:
             widths, info = self._physics.items(), self._episodes.info
             parts = [info(index, key, row=(width,), dtype=np.float64) for key, width in widths]
-            episode["physics"] = np.concatenate(parts, axis=1)
-        return episode
+            steps = steps._replace(physics=np.concatenate(parts, axis=1))
+        assert isinstance(self.domain, StoredDomain)
+        return as_episode(self.domain, steps, f"{self._episodes.folder}, episode {index}")
+
+
+def _actions_of(episodes: MinariEpisodes) -> Actions:
+    """Return the action space of a dataset."""
+    space = episodes.action
+    if isinstance(space, gymnasium.spaces.Discrete):
+        first, last = float(space.start), float(space.start + space.n - 1)
+        return Actions((first,) * int(space.n), (last,) * int(space.n), is_discrete=True)
+    low, high = (bound.astype(np.float64).ravel() for bound in (space.low, space.high))
+    if not (np.isfinite(high - low).all() and (low < high).all()):
+        raise UserError(
+            f"{episodes.folder}: its actions have no bounds and cannot be scaled to [-1, 1]: give its action space "
+            "bounds"
+        )
+    return Actions(tuple(low.tolist()), tuple(high.tolist()))
 
 
 def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
@@ -214,11 +205,6 @@ def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
         if all(widths.values()):
             return widths
     return {}
-
-
-def _with_reset(steps: np.ndarray) -> np.ndarray:
-    """Prepend a row of zeros for the reset."""
-    return np.concatenate([np.zeros_like(steps[:1]), steps])
 
 
 def export_minari(
@@ -296,8 +282,8 @@ def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Prog
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
         data.absolute(),  # Minari fails for a relative path
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32),
-        action_space=gymnasium.spaces.Box(-1.0, 1.0, (store.action_size,), np.float32),
-        env_spec=None if isinstance(store.facts, ForeignDomain) else gymnasium.spec(f"ringrl/{task}-v0"),
+        action_space=_action_space(store.facts),
+        env_spec=foreign_spec(task) if is_foreign(task) else gymnasium.registry.get(f"ringrl/{task}-v0"),
         data_format="hdf5",
     )
     storage.update_metadata(_metadata(store, name, task))
@@ -307,8 +293,27 @@ def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Prog
         raise OSError(str(error)) from error
 
 
+def _action_space(domain: Domain) -> gymnasium.Space:
+    """Return the action space of an exported dataset: that of the environment."""
+    if not isinstance(domain, StoredDomain):
+        return gymnasium.spaces.Box(-1.0, 1.0, (domain.action_size,), np.float32)
+    if domain.is_discrete:
+        return gymnasium.spaces.Discrete(domain.action_size, start=int(domain.action_low[0]))
+    return gymnasium.spaces.Box(np.array(domain.action_low, np.float32), np.array(domain.action_high, np.float32))
+
+
+def _actions(domain: Domain, scaled: np.ndarray) -> np.ndarray:
+    """Return actions of a store as the environment takes them."""
+    if not isinstance(domain, StoredDomain):
+        return scaled
+    low, high = np.array(domain.action_low), np.array(domain.action_high)
+    if domain.is_discrete:
+        return scaled.argmax(1) + int(low[0])
+    return np.clip((high + low) / 2 + scaled * ((high - low) / 2), low, high).astype(np.float32)
+
+
 def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
-    made, foreign = store.provenance, store.facts if isinstance(store.facts, ForeignDomain) else None
+    made, foreign = store.provenance, store.facts if isinstance(store.facts, StoredDomain) else None
     described = f"{store.num_episodes:,} episodes of {store.domain} from {made.source}, with the rewards of {task}"
     metadata: dict[str, Any] = {
         "dataset_id": name,
@@ -340,11 +345,13 @@ def _episodes(store: EpisodeStore, task: str, progress: Progress) -> Iterator[An
         steps = len(rows["action"]) - 1
         is_last, is_terminated = np.arange(steps) == steps - 1, bool(rows["discount"][-1, 0] == 0)
         infos: dict[str, Any] = {name: rows[key] for key, name in INFOS.items() if key in rows}
+        if isinstance(store.facts, StoredDomain):
+            infos[SCALED] = rows["action"]
         if others:
             infos["rewards"] = {other: rows[reward_key(other)] for other in others}
         yield buffer(
             observations=rows["observation"],
-            actions=rows["action"][1:],
+            actions=_actions(store.facts, rows["action"][1:]),
             rewards=rows[reward_key(task)][1:],
             terminations=is_last & is_terminated,
             truncations=is_last & (not is_terminated),

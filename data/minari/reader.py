@@ -11,24 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import gymnasium
 import h5py
 import numpy as np
-from jaxtyping import Float32, Float64
 
+from ringrl.data.foreign import MOST_COMPRESSED, SMALL, Steps
 from ringrl.data.store.format import LARGEST_ROW
+from ringrl.envs import foreign_task
 from ringrl.errors import UserError, brief
 from ringrl.files import raise_unreadable
 
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
 INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # of an export
+SCALED = "scaled_action"  # infos of an export from another source: actions as RingRL stores them
 EXPORTED = "ringrl"  # key of the metadata that contains the origin of an export
 LARGEST_METADATA = 2**24  # bytes
-MOST_COMPRESSED = 100  # times that an array may be larger than its stored bytes
-SMALL = 2**20  # bytes; smaller arrays may have any ratio
 
 
 def minari_module(name: str = "minari") -> ModuleType:
@@ -88,15 +88,6 @@ def locate(dataset: str, *, download: bool) -> Path:
 Boxes = tuple[tuple[tuple[str, ...], gymnasium.spaces.Box], ...]
 
 
-class Steps(NamedTuple):
-    """An episode of T steps."""
-
-    observation: Float32[np.ndarray, "time_plus_1 observation"]
-    action: Float64[np.ndarray, "time action"]
-    reward: Float32[np.ndarray, " time"]
-    is_terminated: bool
-
-
 class MinariEpisodes:
     """The episodes of a dataset, read one at a time. Use it as a context manager.
 
@@ -130,7 +121,7 @@ class MinariEpisodes:
                 self._array(index, ("observations", *keys), (length + 1, *box.shape)).reshape(length + 1, -1)
                 for keys, box in self.observation
             ]
-            action = self._array(index, ("actions",), (length, *self.action.shape))
+            action = self._array(index, ("actions",), (length, *(self.action.shape or ())))
             reward = self._array(index, ("rewards",), (length,))
             return Steps(
                 observation=_finite("observations", np.concatenate(parts, axis=1), np.float32),
@@ -138,6 +129,20 @@ class MinariEpisodes:
                 reward=_finite("rewards", reward, np.float32),
                 is_terminated=self.terminated[index],
             )
+
+    def environment(self) -> str | None:
+        """Return the name of the environment that the metadata names, None without one or with wrappers around it."""
+        with self._reading("its environment"):
+            given = self.metadata.get("env_spec")
+            spec = json.loads(given) if isinstance(given, str) else given
+            if not spec or spec.get("additional_wrappers"):
+                return None
+            arguments, limit = dict(spec.get("kwargs") or {}), spec.get("max_episode_steps")
+            installed = gymnasium.registry.get(spec["id"])
+            if installed is not None and limit is not None and limit != installed.max_episode_steps:
+                arguments["max_episode_steps"] = limit
+            arguments.pop("render_mode", None)
+            return foreign_task(spec["id"], arguments)
 
     def info(self, index: int, *keys: str, row: tuple[int, ...], dtype: type) -> np.ndarray:
         """Return an array of an episode's infos, (T+1, *row) of this dtype."""
@@ -208,7 +213,7 @@ class MinariEpisodes:
             ) from error
 
 
-def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.Box]:
+def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.Box | gymnasium.spaces.Discrete]:
     """Return all metadata, the keys and boxes of the observation space, and the action space."""
     with path.open("rb") as file:
         content = file.read(LARGEST_METADATA + 1)
@@ -232,22 +237,27 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.
         if not size or not 1 <= size[0] <= LARGEST_ROW:
             raise UserError(f"has {size} numbers in its {name}")
     observation, action = spaces
-    if not isinstance(action, gymnasium.spaces.Box):
-        raise UserError("has actions of a Dict space, only a Box of numbers is supported")
+    if not isinstance(action, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+        raise UserError("has actions of a Dict or Tuple space, only a Box of numbers and Discrete are supported")
     return raw, tuple(_boxes(observation)), action
 
 
 def _check_space(space: dict[str, Any], name: str) -> None:
     """Raise UserError unless a store can contain the values of a space. Called before the space is created."""
     kind = space["type"]
-    if kind == "Dict":
-        for key, part in space["subspaces"].items():
+    if kind == "Discrete" and name == "action_space":
+        if not 1 <= int(space["n"]) <= LARGEST_ROW:
+            raise UserError(f"has {space['n']} choices in its {name}")
+        return
+    if kind in ("Dict", "Tuple"):
+        parts = space["subspaces"]
+        for key, part in parts.items() if kind == "Dict" else ((f"_index_{i}", one) for i, one in enumerate(parts)):
             if not key or "/" in key or key == ".":
                 raise UserError(f"has {key!r} in its {name}, which is not an array name")
             _check_space(part, f"{name}/{key}")
         return
     if kind != "Box":
-        supported = "a Box of numbers" + (" or a Dict of Boxes" if "observation" in name else "")
+        supported = "a Box of numbers" + (" or a Dict or Tuple of Boxes" if "observation" in name else " or Discrete")
         raise UserError(f"has {str(kind)[:20]} as its {name}: only {supported} is supported")
     shape, dtype = space["shape"], np.dtype(space["dtype"])
     if not all(type(side) is int and side >= 1 for side in shape) or math.prod(shape) > LARGEST_ROW:
@@ -265,6 +275,9 @@ def _boxes(space: gymnasium.Space, *keys: str) -> Iterator[tuple[tuple[str, ...]
     elif isinstance(space, gymnasium.spaces.Dict):
         for key, part in space.spaces.items():
             yield from _boxes(part, *keys, key)
+    elif isinstance(space, gymnasium.spaces.Tuple):
+        for index, part in enumerate(space.spaces):
+            yield from _boxes(part, *keys, f"_index_{index}")
 
 
 def _finite(name: str, array: np.ndarray, dtype: type) -> np.ndarray:

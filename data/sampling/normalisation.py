@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from ringrl.data.store.format import ForeignDomain, reward_key
+from ringrl.data.store.format import StoredDomain, reward_key
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.errors import UserError
 
@@ -97,7 +97,7 @@ class Normalisation:
 
 def _scales(store: EpisodeStore, held_out: Sequence[int] | np.ndarray) -> tuple[float, float | None]:
     """Return the divisors of rewards and of returns."""
-    if not isinstance(store.facts, ForeignDomain):
+    if not isinstance(store.facts, StoredDomain):
         return 1.0, None
     (task,) = store.facts.tasks
     kept = ~np.isin(np.arange(store.num_episodes), held_out)

@@ -29,7 +29,7 @@ from jaxtyping import Int64, UInt8
 from pydantic import Field
 
 from ringrl import __version__
-from ringrl.envs import DOMAINS, Domain
+from ringrl.envs import DOMAINS, Domain, ForeignDomain, check_foreign, is_foreign
 from ringrl.errors import UserError
 
 FORMAT = "ringrl episode store"
@@ -207,35 +207,36 @@ class ForeignFacts(pydantic.BaseModel, frozen=True, strict=True, extra="forbid")
     physics_size: Annotated[int, Field(ge=0, le=LARGEST_ROW)]
     action_low: Annotated[tuple[float, ...], Field(min_length=1, max_length=LARGEST_ROW)]
     action_high: tuple[float, ...]
+    is_discrete: bool = False
     episode_length: Annotated[int, Field(ge=1)]  # of the longest episode
     num_terminated: Annotated[int, Field(ge=0)]
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_/-]{0,199}", self.name) or self.name in DOMAINS:
+        if is_foreign(self.name):
+            check_foreign(self.name)
+        elif not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_/-]{0,199}", self.name) or self.name in DOMAINS:
             raise ValueError(f"{self.name!r} cannot name a dataset from another source")
         for low, high in zip(self.action_low, self.action_high, strict=True):
-            if not (low < high and math.isfinite(high - low)):
+            if not ((low < high or self.is_discrete) and math.isfinite(high - low)):
                 raise ValueError(f"actions from {low} to {high}")
         return self
 
 
 @dataclasses.dataclass(frozen=True)
-class ForeignDomain(Domain):
+class StoredDomain(ForeignDomain):
     """The facts about a dataset from another source. The only task has the recorded rewards.
 
-    Actions of the store are scaled to [-1, 1]. The environment takes low + (action + 1) / 2 * (high - low).
+    The name is that of its environment, "gymnasium:Hopper-v5", or the dataset's if the environment is unknown.
     """
 
-    action_low: tuple[float, ...]  # the lowest action that the environment takes
-    action_high: tuple[float, ...]
-    num_terminated: int  # episodes; the others were truncated
+    num_terminated: int = dataclasses.field(kw_only=True)  # episodes; the others were truncated
 
     @classmethod
     def of(cls, facts: ForeignFacts) -> Self:
         """Return the domain of a dataset."""
         return cls(
-            tasks=(facts.name.replace("/", "_"),),
+            tasks=(facts.name if is_foreign(facts.name) else facts.name.replace("/", "_"),),
             action_size=len(facts.action_low),
             control_timestep=UNKNOWN,
             **facts.model_dump(),
@@ -248,4 +249,7 @@ class ForeignDomain(Domain):
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read the output of `to_json`. ValueError for anything else."""
-        return cls.of(ForeignFacts.model_validate_json(text))
+        try:
+            return cls.of(ForeignFacts.model_validate_json(text))
+        except UserError as error:
+            raise ValueError(str(error)) from error

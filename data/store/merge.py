@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ringrl.data.store.format import NAMED_SKIPPED, ForeignDomain, Provenance, content_fingerprint
+from ringrl.data.store.format import NAMED_SKIPPED, Provenance, StoredDomain, content_fingerprint
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store, finished_store
 from ringrl.errors import UserError
@@ -75,7 +75,7 @@ def _kept_episodes(stores: Sequence[EpisodeStore], *, drop_duplicates: bool) -> 
     if len(stores) < 2:
         raise UserError("nothing to merge: name at least two stores")
     first = stores[0]
-    if isinstance(first.facts, ForeignDomain):
+    if isinstance(first.facts, StoredDomain):
         raise UserError(f"{first.path}: {first.domain} is not an ExoRL domain; only ExoRL stores can be merged")
     seen, kept = dict[bytes, tuple[Path, int]](), list[list[int]]()
     for store in stores:

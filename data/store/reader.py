@@ -22,9 +22,9 @@ from ringrl.data.store.format import (
     FORMAT_VERSION,
     LONGEST_TEXT,
     RETURN_LEVELS,
-    ForeignDomain,
     Layout,
     Provenance,
+    StoredDomain,
     content_fingerprint,
     dataset_name,
     episode_digest,
@@ -48,7 +48,7 @@ class EpisodeStore:
 
     path: Path
     domain: str
-    facts: Domain  # a ForeignDomain if the domain is not an ExoRL domain
+    facts: Domain  # a StoredDomain if the domain is not an ExoRL domain
     tasks: tuple[str, ...]
     provenance: Provenance  # origin of the episodes and how they were processed
     source: str  # origin of the episodes: "walker/rnd.zip"
@@ -91,7 +91,7 @@ class EpisodeStore:
             _check_format(file)
             self.domain = _read_text(file, "domain")
             if "facts" in file.attrs:
-                self.facts = ForeignDomain.from_json(_read_text(file, "facts"))
+                self.facts = StoredDomain.from_json(_read_text(file, "facts"))
                 if self.facts.name != self.domain:
                     raise ValueError(f"facts about {self.facts.name}, not about {self.domain}")
             else:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ringrl.data.store.format import RETURN_LEVELS, ForeignDomain
+from ringrl.data.store.format import RETURN_LEVELS, StoredDomain
 from ringrl.data.store.reader import EpisodeStore
+from ringrl.envs import is_foreign
 from ringrl.errors import printable
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -49,7 +50,7 @@ def summarise(store: EpisodeStore) -> dict[str, Any]:
             }
             for task, values in returns.items()
         ],
-        "foreign": dataclasses.asdict(store.facts) if isinstance(store.facts, ForeignDomain) else None,
+        "foreign": dataclasses.asdict(store.facts) if isinstance(store.facts, StoredDomain) else None,
     }
 
 
@@ -63,7 +64,7 @@ def describe(store: EpisodeStore) -> str:
         "domain": f"{store.domain}: observation {store.observation_size}, action {store.action_size}, "
         f"physics {store.facts.physics_size}",
         "episodes": f"{store.num_episodes:,} x {length} steps = {store.num_steps:,} transitions",
-        **(_foreign_facts(store.facts, store.num_episodes) if isinstance(store.facts, ForeignDomain) else {}),
+        **(_foreign_facts(store.facts, store.num_episodes) if isinstance(store.facts, StoredDomain) else {}),
         "source": made.source + (size if made.source_sha256 else ""),
         "subset": made.subset,
         "skipped": f"{made.num_skipped:,} damaged" if made.num_skipped else "none",
@@ -83,13 +84,17 @@ def to_json(store: EpisodeStore) -> str:
     return json.dumps(summarise(store) | {"quantile_levels": RETURN_LEVELS}, indent=1)
 
 
-def _foreign_facts(domain: ForeignDomain, episodes: int) -> dict[str, str]:
+def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
     limits = zip(domain.action_low, domain.action_high, strict=True)
     bounds = list(dict.fromkeys(f"[{low:g}, {high:g}]" for low, high in limits))
-    scaled = f"scaled to [-1, 1] from {', '.join(bounds[:4])}{', ...' if len(bounds) > 4 else ''}"
+    actions = f"scaled to [-1, 1] from {', '.join(bounds[:4])}{', ...' if len(bounds) > 4 else ''}"
+    if domain.is_discrete:
+        actions = f"one of {domain.action_size} choices"
+    elif bounds == ["[-1, 1]"]:
+        actions = "as recorded, in [-1, 1]"
     return {
-        "simulation": "none in RingRL: evaluate in the dataset's own environment",
-        "actions": "as recorded, in [-1, 1]" if bounds == ["[-1, 1]"] else scaled,
+        "environment": domain.name if is_foreign(domain.name) else "unknown: name one to evaluate in (--environment)",
+        "actions": actions,
         "ends": f"{domain.num_terminated:,} terminated (discount 0 there), {episodes - domain.num_terminated:,} "
         "truncated; returns are undiscounted sums",
     }

@@ -23,9 +23,9 @@ from ringrl.data.store.format import (
     LONGEST_TEXT,
     RETURN_LEVELS,
     Episode,
-    ForeignDomain,
     Layout,
     Provenance,
+    StoredDomain,
     content_fingerprint,
     dataset_name,
     episode_digest,
@@ -261,7 +261,7 @@ def finish(
         "provenance": provenance.to_json(),
         "fingerprint": content_fingerprint(layout.domain.name, layout.lengths, recorded),
     }
-    if isinstance(layout.domain, ForeignDomain):
+    if isinstance(layout.domain, StoredDomain):
         attributes["facts"] = layout.domain.to_json()
     if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
         raise UserError(

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -46,7 +46,8 @@ def import_(
     /,
     *,
     domain: str | None = None,
-    format: Literal["exorl", "minari"] = "exorl",
+    format: Literal["exorl", "minari", "npz", "hdf5"] = "exorl",
+    environment: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -59,17 +60,21 @@ def import_(
     tasks: tuple[str, ...] = (),
     download: bool = False,
 ) -> None:
-    """Import an ExoRL archive or a Minari dataset into an episode store.
+    """Import an ExoRL archive, a Minari dataset or your own episodes into an episode store.
 
     An archive (zip or folder) is relabelled for all tasks of its domain. The same command resumes an interrupted
-    import. A Minari dataset keeps its recorded rewards, unless `ringrl data export` wrote it, and accepts only the
-    flags --output, --overwrite and --download.
+    import. Other formats keep their recorded rewards (unless `ringrl data export` wrote them) and accept only the flags
+    --environment, --output, --overwrite and --download.
 
     Args:
-        archive: zip file or folder with buffer/episode_{index}_{length}.npz, or a Minari dataset's name or folder.
+        archive: zip file or folder with buffer/episode_{index}_{length}.npz; a Minari dataset's name or folder; a
+            folder of npz files; or a flat HDF5 file.
         domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze. Required for an ExoRL archive.
-        format: format of ARCHIVE.
-        output: store to write. Default: the archive's name with suffix .h5 (Minari: in the working directory).
+        format: format of ARCHIVE. npz: a file per episode with observation, action, reward and, if known, terminated.
+            hdf5: all steps in observations, actions, rewards, terminals and timeouts, as in D4RL.
+        environment: Gymnasium environment of the data, for example Hopper-v5. Default: the one that a Minari dataset
+            names.
+        output: store to write. Default: the archive's name with suffix .h5 (other formats: in the working directory).
         overwrite: replace an existing store.
         workers: processes. Default: one per available core. The result does not depend on the number.
         relabel: control_aware computes the reward of a state with the action that led to it. exorl_compat uses zero
@@ -86,17 +91,26 @@ def import_(
     given = locals()
     from ringrl.data.store.summary import describe
 
-    if format == "minari":
-        used = {"archive", "format", "output", "overwrite", "download"}
-        reject_flags(import_, given, "only for ExoRL archives; remove with --format minari", used=used)
+    if format != "exorl":
+        used = {"archive", "format", "environment", "output", "overwrite", *(["download"] * (format == "minari"))}
+        reject_flags(import_, given, f"has no effect with --format {format}; remove it", used=used)
+        from ringrl.data.foreign import import_episodes
         from ringrl.data.minari import import_minari
+        from ringrl.envs import foreign_task
 
-        output = output or Path(f"{archive.resolve().name}.h5")
+        name = archive.resolve().stem if format == "hdf5" else archive.resolve().name
+        output = output or Path(f"{name}.h5")
+        task = foreign_task(environment) if environment else None
         with _bars(output) as (bar, _):
-            progress = bar("importing")
-            store = import_minari(str(archive), output, overwrite=overwrite, download=download, progress=progress)
+            options: dict[str, Any] = {"environment": task, "overwrite": overwrite, "progress": bar("importing")}
+            if format == "minari":
+                store = import_minari(str(archive), output, download=download, **options)
+            else:
+                store = import_episodes(archive, output, format, **options)
         print(f"{output}\n{describe(store)}")
         return
+    if environment:
+        raise UserError("--environment: ExoRL archives have a --domain instead; leave it out, or give another --format")
     if domain is None:
         raise UserError(f"--domain: give the domain of {archive} (walker, cheetah, cartpole, ...)")
     if download:

@@ -18,6 +18,7 @@ def evaluate(
     *,
     checkpoint: tuple[Path, ...] = (),
     tasks: Annotated[tuple[str, ...], cyclopts.Parameter(alias="--task")] = (),
+    environment: str | None = None,
     episodes: int = 1,
     environments: int = 10,
     seed: int = 1_000_000,
@@ -41,13 +42,14 @@ def evaluate(
     cache_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig = MeshConfig(),
 ) -> None:
-    """Roll policies out in dm_control. Write a results file with one line per stream of episodes, and a summary.
+    """Roll policies out. Write a results file with one line per stream of episodes, and a summary.
 
     After an interruption the same command resumes. Finished evaluations are not repeated.
 
     Args:
         checkpoint: folders of runs made by `ringrl train`. Without one, uniform random actions are taken in --tasks.
         tasks: tasks to act in, or all-of-domain; by default the task of each checkpoint.
+        environment: Gymnasium environment to act in, instead of --tasks, for example Hopper-v5.
         episodes: episodes per stream, one after another in one context.
         environments: streams, rolled out in lockstep.
         seed: episode k of stream i starts from environment seed + i * episodes + k.
@@ -76,7 +78,7 @@ def evaluate(
         mesh: devices over which the cache of each context is sharded (seq only).
     """
     given = locals()
-    from ringrl.envs import domain_named
+    from ringrl.envs import domain_named, foreign_task, is_foreign
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
     from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressTable, final_table
@@ -87,6 +89,10 @@ def evaluate(
     if video:
         check_video()
 
+    if environment is not None:
+        if tasks:
+            raise UserError("--environment: --tasks already says where to act; give only one")
+        tasks = (foreign_task(environment),)
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     if step is not None and checkpoint_kind != "last":
@@ -124,7 +130,7 @@ def evaluate(
         evaluations = [prompt_only_evaluation(evaluation, policy) for evaluation in evaluations]
     if not checkpoint:
         why = "has no effect on random actions; leave it out, or give a --checkpoint"
-        used = {"checkpoint", "tasks", "episodes", "environments", "seed", "output", "again", "video"}  # fmt: skip
+        used = {"checkpoint", "tasks", "environment", "episodes", "environments", "seed", "output", "again", "video"}
         reject_flags(evaluate, given, why, used=used)
         if ALL_OF_DOMAIN in tasks:
             raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks instead")
@@ -133,6 +139,11 @@ def evaluate(
         results = output or Path("random.jsonl")
         unique = dict.fromkeys(tasks)
         evaluations = [random_evaluation(task, protocol, command=command, results=results) for task in unique]
+    if video and (foreign := [one.template.task for one in evaluations if is_foreign(one.template.task)]):
+        raise UserError(
+            f"--video: {foreign[0]} is drawn by its own package; leave it out, and record a player of the policy with "
+            "Gymnasium's RecordVideo"
+        )
     options = VideoOptions(side_by_side, video_format, video_speed) if video else False
     console = Console()
     with ProgressTable(evaluations, console) as progress:

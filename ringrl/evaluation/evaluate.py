@@ -221,15 +221,15 @@ def _roll_out_part(
 ) -> list[EvaluationRecord]:
     """Roll out the streams or the control. Each episode of the control is a rollout of its own."""
     seeds, n = evaluation.seeds, evaluation.protocol.episodes
-    size = evaluation.normalisation.episode_length, len(seeds)
-    recorded = [] if journal is None else journal.episodes(part, *size)[:n]
-    done: list[tuple[np.ndarray, np.ndarray, float]] = []  # returns and steps (streams,), seconds
+    steps = evaluation.normalisation.episode_length if evaluation.most_steps is None else None
+    recorded = [] if journal is None else journal.episodes(part, steps, len(seeds))[:n]
+    done: list[EpisodeBatch] = []
 
     def keep(episode: EpisodeBatch) -> None:
         if journal is not None and len(done) >= len(recorded):
             journal.add(part, len(done), episode)
         progress.on_episode(part, len(done), episode)
-        done.append((episode.returns, episode.steps, episode.seconds))
+        done.append(episode)
 
     run = partial(
         rollout,
@@ -238,6 +238,7 @@ def _roll_out_part(
         target_return=evaluation.template.target_return,
         trajectories=evaluation.trajectories,
         prompt=evaluation.prompt,
+        most_steps=evaluation.most_steps,
         on_step=progress.on_step,
         on_episode=keep,
     )
@@ -246,16 +247,18 @@ def _roll_out_part(
     else:
         for index in range(n):
             run(seeds=seeds[:, index : index + 1], recorded=recorded[index : index + 1])
-    returns, steps, seconds = zip(*done, strict=True)
-    return _records(evaluation, part, np.stack(returns, axis=1), np.stack(steps, axis=1), sum(seconds))
+    return _records(evaluation, part, done)
 
 
-def _records(
-    evaluation: Evaluation, part: Part, returns: np.ndarray, steps: np.ndarray, seconds: float
-) -> list[EvaluationRecord]:
-    """Return one record per stream from returns and steps (streams, episodes)."""
+def _records(evaluation: Evaluation, part: Part, episodes: Sequence[EpisodeBatch]) -> list[EvaluationRecord]:
+    """Return one record per stream."""
+    returns, steps, lengths, terminated = (
+        np.stack([getattr(episode, name) for episode in episodes], axis=1)
+        for name in ("returns", "steps", "length", "terminated")
+    )
     failed = np.logical_or.accumulate(np.isnan(returns), axis=1)  # a stream of the control ends at its first failure
     before = np.pad(~failed, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+    ends = evaluation.most_steps is not None
     return [
         EvaluationRecord.model_validate(
             dict(evaluation.template)
@@ -264,8 +267,10 @@ def _records(
                 "environment_seed": seeds[0],
                 "start_seeds": seeds,
                 "returns": tuple(None if bad else float(value) for value, bad in zip(row, failed[index], strict=True)),
+                "lengths": tuple(lengths[index].tolist()) if ends else (),
+                "terminated": tuple(terminated[index].tolist()) if ends else (),
                 "steps_simulated": int(steps[index] @ before[index]),
-                "wall_seconds": seconds,
+                "wall_seconds": sum(episode.seconds for episode in episodes),
                 "created": datetime.now(UTC),
             }
         )

@@ -8,6 +8,7 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike
 
 from ringrl.context import Context
+from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import Protocol, compile_policy, make_actor, target_and_prompt
 from ringrl.evaluation.rollout import ContextBuilder
@@ -22,7 +23,7 @@ class Player:
     """Acts in environments with the policy's spaces and remembers what it has seen.
 
     Observations, actions and rewards are in the environment's units. The player keeps return-to-go, completion and
-    positions itself. All environments of a batch start and end their episodes together. The memory grows until `clear`.
+    positions itself. The episodes of a batch may end at different steps. The memory grows until `clear`.
 
         player = load_policy("runs/at").player()
         observation, _ = environment.reset()
@@ -65,13 +66,15 @@ class Player:
         self._builder = ContextBuilder(info.normalisation, goal, config.context.trajectories, shown)
         self._actor = make_actor(compile_policy(trained, protocol, task), config)
         self._batch, self._observation_size, self._action_size = batch, info.observation_size, info.action_size
+        self._length = info.normalisation.episode_length if info.domain in DOMAINS else None  # None: may differ
+        self._is_segmented = config.model.family.has_context and config.context.segment_steps is not None
         self.clear()
 
     def clear(self) -> None:
         """Forget everything but the prompt, and start an episode."""
         self._actor.start(self._batch, _ENDLESS, self._builder.prompt)
         self._previous = self._builder.first_outcome(self._batch, self._action_size)
-        self._episode, self._first, self._timestep = 0, 0, 0
+        self._episode, self._first, self._timestep = (np.zeros(self._batch, np.int64) for _ in range(3))
         self._earned = np.zeros(self._batch)
         self._pending: tuple[Context, np.ndarray] | None = None  # the last step, whose reward is unknown
 
@@ -87,8 +90,8 @@ class Player:
             raise UserError(f"observation: has shape {given.shape}, expected {shape}")
         if self._pending is not None:
             raise UserError("act: the reward of the last action is unknown; call observe(reward) first")
-        length = self._builder.normalisation.episode_length
-        if self._timestep >= length:
+        length = self._length
+        if length is not None and (self._timestep >= length).any():
             raise UserError(
                 f"act: episodes of the training data have {length} steps; call reset_episode(), or pass truncated=True "
                 "to observe"
@@ -111,20 +114,23 @@ class Player:
         rewards = np.broadcast_to(np.asarray(reward, np.float64), self._batch)
         if not np.isfinite(rewards).all():
             raise UserError(f"reward: {rewards.tolist()} is not finite")
-        ends = np.broadcast_to(np.logical_or(terminated, truncated), self._batch)
-        if ends.any() != ends.all():
-            raise UserError("observe: only some episodes of the batch end; use one player per environment")
+        ends = np.array(np.broadcast_to(np.logical_or(terminated, truncated), self._batch))
+        if self._is_segmented and ends.any() != ends.all():
+            raise UserError("observe: a policy of segments ends all episodes of a batch together; use one player each")
         step, action = self._pending
         self._earned = self._earned + rewards
-        is_last = bool(ends.all()) or self._timestep + 1 == self._builder.normalisation.episode_length
+        is_last = ends if self._length is None else ends | (self._timestep + 1 == self._length)
         self._previous = self._builder.outcome(action, rewards, self._earned, is_last)
         self._actor.observe(step._replace(**self._previous._asdict()))
         self._timestep, self._pending = self._timestep + 1, None
-        if ends.all():
-            self.reset_episode()
+        self._start_next(ends)
 
     def reset_episode(self) -> None:
         """Start the next episode, and keep the memory of all earlier ones. Does nothing before a first step."""
-        if self._timestep:
-            self._episode, self._first = self._episode + 1, self._first + self._timestep
-        self._timestep, self._earned, self._pending = 0, np.zeros(self._batch), None
+        self._pending = None
+        self._start_next(self._timestep > 0)
+
+    def _start_next(self, ends: np.ndarray) -> None:
+        """Start the next episode where the last one has ended."""
+        self._episode, self._first = self._episode + ends, self._first + np.where(ends, self._timestep, 0)
+        self._timestep, self._earned = (np.where(ends, 0, x) for x in (self._timestep, self._earned))

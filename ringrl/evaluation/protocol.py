@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from ringrl.config import TrainConfig
 from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.envs import DOMAINS, domain_of
+from ringrl.envs import DOMAINS, ForeignDomain, domain_of, is_foreign
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import (
     Actor,
@@ -41,6 +41,7 @@ from ringrl.evaluation.target import NO_TARGET, TargetPolicy, trained_returns
 from ringrl.files import json_digest
 from ringrl.methods import method_of
 from ringrl.training.budget import budget
+from ringrl.training.checkpoints import RunInfo
 
 if TYPE_CHECKING:
     from ringrl.evaluation.policy import TrainedPolicy
@@ -131,6 +132,11 @@ class Evaluation:
     prompt: Context | None = None  # (1, T, ...) before the first episode
 
     @property
+    def most_steps(self) -> int | None:
+        """Return the limit of steps per episode, if episodes may end earlier. None: all are as long as the data's."""
+        return domain_of(self.template.task).episode_length if is_foreign(self.template.task) else None
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """Return the parts that are rolled out, in order."""
         return ("context", "control") if self.protocol.control else ("context",)
@@ -143,8 +149,8 @@ class Evaluation:
 
     @property
     def steps(self) -> int:
-        """Return the number of environment steps, including the control."""
-        return self.seeds.size * self.normalisation.episode_length * len(self.parts)
+        """Return the number of environment steps (at most, if episodes end early), including the control."""
+        return self.seeds.size * (self.most_steps or self.normalisation.episode_length) * len(self.parts)
 
     @property
     def journal(self) -> Path:
@@ -191,21 +197,19 @@ def policy_evaluation(
       variant: name of the run's settings in an ablation plan, for the records.
 
     Raises:
-      UserError: the task belongs to another domain than the checkpoint, or the domain has no simulation; a prompt or
+      UserError: the task belongs to another domain than the checkpoint, or has other spaces; a prompt or
         cache dtype is given for a method without a context; the dataset is missing or is another one.
     """
     run, info, config = trained.run, trained.info, trained.info.config
     task = config.task if task is None else task
-    if info.domain not in DOMAINS:
-        raise UserError(f"{run}: {info.domain} has no simulation; evaluate the policy in its own environment")
-    if domain_of(task).name != info.domain:
-        raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
+    _check_environment(run, info, task)
     if protocol.episodes > 1 and config.context.segment_steps and config.model.family.has_context:
         raise UserError(
             f"--episodes {protocol.episodes}: {run} was trained on segments and remembers the prompt and "
             f"{config.context.segment_steps} steps of the live episode, not earlier episodes; give --episodes 1"
         )
-    target_return, target_policy, prompt, prompt_fields = target_and_prompt(trained, protocol, task, data)
+    data_task = config.task if is_foreign(task) else task  # another version of an environment has no data
+    target_return, target_policy, prompt, prompt_fields = target_and_prompt(trained, protocol, data_task, data)
     has_context = config.model.family.has_context
     template = EvaluationRecord(
         task=task,
@@ -241,6 +245,25 @@ def policy_evaluation(
         trajectories=config.context.trajectories,
         prompt=prompt,
     )
+
+
+def _check_environment(run: Path, info: RunInfo, task: str) -> None:
+    """Raise UserError unless the environment of a task has the spaces of a run's data."""
+    if info.domain not in DOMAINS and not is_foreign(info.domain) and not is_foreign(task):
+        raise UserError(f"{run}: {info.domain} names no environment; give one with the same spaces (--environment)")
+    domain = domain_of(task)
+    if domain.name == info.domain and not isinstance(domain, ForeignDomain):
+        return
+    if not isinstance(domain, ForeignDomain) or info.domain in DOMAINS:
+        raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
+    own = info.observation_size, info.action_size
+    if own != (domain.observation_size, domain.action_size):
+        found = f"{domain.observation_size} and {domain.action_size}"
+        raise UserError(
+            f"{task}: observations and actions have {found} numbers, those of {run} have {own[0]} and {own[1]}"
+        )
+    if info.actions is not None and info.actions != (domain.action_low, domain.action_high, domain.is_discrete):
+        raise UserError(f"{task}: its actions have other bounds than those of the data of {run}")
 
 
 def compile_policy(trained: "TrainedPolicy", protocol: Protocol, task: str) -> CompiledPolicy:
@@ -339,7 +362,7 @@ def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
 
 def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -> Evaluation:
     """Return an evaluation, with the hash of everything that decides the result in its template."""
-    names = {"checkpoint", "command", "created", "returns", "budget", "variant"}
+    names = {"checkpoint", "command", "created", "returns", "lengths", "terminated", "budget", "variant"}
     decides = template.model_dump(mode="json", exclude=names)
     libraries = _SIMULATING | _COMPUTING
     if template.method in ("random", "copy"):  # no policy is computed

@@ -73,6 +73,10 @@ class EvaluationRecord(pydantic.BaseModel):
     returns: tuple[FiniteFloat | None, ...]
     """Undiscounted return of episodes 1..n; None from the first failed episode on (a number that is not finite, or an
     unstable simulation)."""
+    lengths: tuple[NonNegativeInt, ...] = ()
+    """Steps of each episode. Empty: all episodes have the task's length."""
+    terminated: tuple[bool, ...] = ()
+    """Whether each episode terminated; the others were truncated. Empty: all were truncated."""
     start_seeds: tuple[NonNegativeInt, ...] = ()
     """Environment seed of each episode. Empty: all starts were drawn one after another from `environment_seed`."""
     target_return: FiniteFloat | None = None
@@ -128,8 +132,9 @@ class EvaluationRecord(pydantic.BaseModel):
     def _check_numbers_of_episodes(self) -> Self:
         if len(self.returns) != self.test_trajectories:
             raise ValueError(f"{len(self.returns)} returns for test_trajectories={self.test_trajectories}")
-        if self.start_seeds and len(self.start_seeds) != self.test_trajectories:
-            raise ValueError(f"{len(self.start_seeds)} start_seeds for test_trajectories={self.test_trajectories}")
+        for name in ("start_seeds", "lengths", "terminated"):
+            if len(getattr(self, name)) not in (0, self.test_trajectories):
+                raise ValueError(f"{len(getattr(self, name))} {name} for test_trajectories={self.test_trajectories}")
         if any(value is not None for value in self.returns[len(self.finished) :]):
             raise ValueError("a return after an episode that failed")
         return self
@@ -200,9 +205,14 @@ def _settings(config: TrainConfig) -> dict[str, str]:
     }
 
 
+def folder_name(task: str) -> str:
+    """Return the name of a folder for a task. Names of Gymnasium environments may have a namespace and a slash."""
+    return task.replace("/", "_")
+
+
 def evaluation_name(record: EvaluationRecord) -> str:
     """Return the name of an evaluation's folders. Do not trust the name of a record made elsewhere as a path."""
-    return f"{record.task}.{str(record.evaluation)[:12]}"
+    return f"{folder_name(record.task)}.{str(record.evaluation)[:12]}"
 
 
 def library_versions() -> dict[str, str]:

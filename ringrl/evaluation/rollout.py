@@ -7,14 +7,13 @@ actions of one group are computed on the accelerator while the other group is si
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import gymnasium
 import jax
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from ringrl.context import Context, Outcome
 from ringrl.data.sampling.normalisation import Normalisation
@@ -26,13 +25,18 @@ Seeds = Int64[np.ndarray, "streams episodes"]
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeBatch:
-    """One episode in each of B streams, step by step. A stream that has failed contains NaN from then on."""
+    """One episode in each of B streams, step by step. A stream that has failed contains NaN from then on.
+
+    The arrays are as long as the longest of the episodes. After the end of a shorter one, rewards are 0.
+    """
 
     observation: Float32[np.ndarray, "time_plus_1 streams observation"]  # action t is chosen in row t
     action: Float32[np.ndarray, "time streams action"]
     reward: Float64[np.ndarray, "time streams"]
     physics: Float64[np.ndarray, "time_plus_1 streams physics"]  # no columns if the environment reports no physics
-    seconds: float  # wall time, including the time spent waiting for the policy
+    length: Int64[np.ndarray, " streams"]  # steps of each episode
+    terminated: Bool[np.ndarray, " streams"]  # the others were truncated
+    seconds: float  # wall time since the episode before, including the time spent waiting for the policy
 
     @property
     def returns(self) -> Float64[np.ndarray, " streams"]:
@@ -42,10 +46,10 @@ class EpisodeBatch:
     @property
     def steps(self) -> Int64[np.ndarray, " streams"]:
         """Return the number of steps before each stream failed, or all steps."""
-        return np.isfinite(self.reward).sum(axis=0)
+        return (np.isfinite(self.reward) & (np.arange(len(self.reward))[:, None] < self.length)).sum(axis=0)
 
 
-ARRAYS = ("observation", "action", "reward", "physics")
+ARRAYS = ("observation", "action", "reward", "physics", "length", "terminated")
 
 
 class Group(NamedTuple):
@@ -63,6 +67,7 @@ def rollout(
     target_return: float | None,
     trajectories: int | None = None,
     prompt: Context | None = None,
+    most_steps: int | None = None,
     recorded: Sequence[EpisodeBatch] = (),
     on_step: Callable[[int], None] = lambda streams: None,
     on_episode: Callable[[EpisodeBatch], None] = lambda episode: None,
@@ -71,6 +76,8 @@ def rollout(
 
     The return-to-go of every episode starts at `target_return` (chain of hindsight) and falls by the rewards earned.
     The completion token is 1 on the last step of an episode whose return reached the target.
+
+    When the episode of a stream ends, its next episode begins at once. No stream waits for another.
 
     An observation or reward that is not finite ends its stream: that episode and all later episodes of the stream have
     no return. From then on the actor receives zeros for the stream. The other streams are unaffected.
@@ -82,120 +89,225 @@ def rollout(
       target_return: in units of the task's return. None: return-to-go and completion are zero.
       trajectories: trajectories per training context. Trajectory indices of the episodes are clipped below this number.
       prompt: context (1, T, ...) in the memory of all environments before the first step.
+      most_steps: the environments' limit, if episodes end early. None: every episode is as long as the data's.
       recorded: first episodes of an interrupted rollout. They are replayed to the actor and not simulated again.
       on_step: called with the number of environments after every simulated step of a group.
-      on_episode: called with each finished episode, recorded episodes included.
+      on_episode: called with each episode when all streams have finished it, recorded episodes included.
 
     Raises:
       UserError: the episodes have another length than the data's, or the recorded episodes start in other states.
     """
     builder = ContextBuilder(normalisation, target_return, trajectories, prompt)
+    episodes = _Episodes(seeds, recorded, most_steps or normalisation.episode_length, on_episode)
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
     players = [
-        _Player(group, builder, slice(*part), seeds[slice(*part)], on_step)
+        _Player(group, builder, slice(*part), episodes, most_steps is None, on_step)
         for group, part in zip(groups, pairwise(ends), strict=True)
     ]
-    episodes = seeds.shape[1]
-    acts = len(recorded) < episodes  # otherwise no actor needs its memory
-    for player in players if acts else ():
-        player.start(episodes)
-    returns = []
-    for index in range(episodes):
-        episode = recorded[index] if index < len(recorded) else None
-        if episode is not None and not acts:
+    if len(recorded) < seeds.shape[1]:
+        for _ in zip_longest(*(player.play() for player in players)):
+            pass  # resumes the players in turn
+    else:  # no actor needs its memory
+        for index in range(seeds.shape[1]):
             for player in players:
-                player.reset(index, episode)
+                player.check(index)
+            on_episode(recorded[index])
+    return np.stack([*(episode.returns for episode in recorded), *episodes.returns][: seeds.shape[1]], axis=1)
+
+
+class _Episodes:
+    """The episodes of all streams: recorded ones, and those that are being played. Reports each when it is finished."""
+
+    def __init__(
+        self,
+        seeds: Seeds,
+        recorded: Sequence[EpisodeBatch],
+        most_steps: int,
+        on_episode: Callable[[EpisodeBatch], None],
+    ) -> None:
+        self.seeds, self.recorded, self.most_steps = seeds, recorded, most_steps
+        self.returns: list[np.ndarray] = []  # of each episode that was played
+        self._on_episode, self._began = on_episode, time.perf_counter()
+        self._played: dict[int, dict[str, np.ndarray]] = {}
+        self._index = np.zeros(len(seeds), np.int64)  # of the current episode of each stream
+        self._reported = 0
+
+    def keep(self, streams: np.ndarray, index: np.ndarray, row: np.ndarray, **values: np.ndarray) -> None:
+        """Keep rows of arrays of episodes that are being played: stream, index of the episode and row, one of each."""
+        for number in set(index.tolist()) - set(range(len(self.recorded))):
+            chosen = index == number
+            for name, value in values.items():
+                self._array(number, name, value)[row[chosen], streams[chosen]] = value[chosen]
+
+    def end(self, streams: np.ndarray, length: np.ndarray, terminated: np.ndarray) -> None:
+        """Note that the current episodes of some streams have ended, and report those that all have finished."""
+        for stream, steps, is_terminated in zip(streams, length, terminated, strict=True):
+            if (number := int(self._index[stream])) >= len(self.recorded):
+                played = self._played[number]
+                played.setdefault("length", np.zeros(len(self.seeds), np.int64))[stream] = steps
+                played.setdefault("terminated", np.zeros(len(self.seeds), bool))[stream] = is_terminated
+        self._index[streams] += 1
+        while self._reported < self._index.min():
+            self._report()
+
+    def _report(self) -> None:
+        number, now = self._reported, time.perf_counter()
+        if number < len(self.recorded):
+            episode = self.recorded[number]
         else:
-            began = time.perf_counter()
-            for _ in zip(*(player.play(index, episode) for player in players), strict=True):
-                pass  # zip resumes the players in turn
-            if episode is None:
-                arrays = {name: np.concatenate([player.arrays[name] for player in players], axis=1) for name in ARRAYS}
-                episode = EpisodeBatch(**arrays, seconds=time.perf_counter() - began)
-        returns.append(episode.returns)
-        on_episode(episode)
-    return np.stack(returns, axis=1)
+            arrays = self._played.pop(number)
+            longest = int(arrays["length"].max())
+            for name in ("observation", "action", "reward", "physics"):
+                arrays[name] = arrays[name][: longest + (name in ("observation", "physics"))]
+            episode = EpisodeBatch(**arrays, seconds=now - self._began)
+            self.returns.append(episode.returns)
+        self._reported, self._began = number + 1, now
+        self._on_episode(episode)
+
+    def _array(self, number: int, name: str, like: np.ndarray) -> np.ndarray:
+        played = self._played.setdefault(number, {})
+        if name not in played:
+            rows = self.most_steps + (name in ("observation", "physics"))
+            played[name] = np.zeros((rows, len(self.seeds), *like.shape[1:]), like.dtype)
+        return played[name]
 
 
 class _Player:
     """Plays the episodes of one group, whose `streams` are a part of all streams."""
 
-    arrays: dict[str, np.ndarray]  # of the last episode (see `EpisodeBatch`)
-
     def __init__(
-        self, group: Group, builder: "ContextBuilder", streams: slice, seeds: Seeds, on_step: Callable[[int], None]
+        self,
+        group: Group,
+        builder: "ContextBuilder",
+        streams: slice,
+        episodes: _Episodes,
+        is_fixed: bool,
+        on_step: Callable[[int], None],
     ) -> None:
         self._actor, self._environments = group
-        self._builder, self._streams, self._seeds, self._on_step = builder, streams, seeds, on_step
-        self._size = self._environments.num_envs
+        self._builder, self._episodes, self._on_step = builder, episodes, on_step
+        self._size, self._streams = self._environments.num_envs, np.arange(streams.start, streams.stop)
         self._failed = np.zeros(self._size, bool)
-        self._length = builder.normalisation.episode_length
+        self._is_fixed = is_fixed  # whether all episodes are as long as the data's
 
-    def start(self, episodes: int) -> None:
-        """Clear the actor's memory except for the prompt."""
-        self._actor.start(self._size, episodes * self._length, self._builder.prompt)
+    def check(self, index: int) -> None:
+        """Start an episode of each environment and compare its first observation with the recorded one."""
+        self._reset(np.ones(self._size, bool), np.full(self._size, index))
+
+    def play(self) -> Iterator[None]:
+        """Play all episodes. Yields after each action is requested and before its value is needed."""
+        builder, total = self._builder, self._episodes.seeds.shape[1]
+        self._actor.start(self._size, total * self._episodes.most_steps, builder.prompt)
         (action_size,) = self._environments.single_action_space.shape or (0,)
-        self._previous = self._builder.first_outcome(self._size, action_size)
-
-    def reset(self, index: int, recorded: EpisodeBatch | None) -> tuple[np.ndarray, np.ndarray]:
-        """Start the next episode of each environment and return observations (B, O) and physics (B, P).
-
-        Raises:
-          UserError: the recorded episode starts in another state.
-        """
-        observation, info = self._environments.reset(seed=self._seeds[:, index].tolist())
-        self._failed = self._failed | ~np.isfinite(observation).all(axis=1)
-        observation, physics = self._with_failures(observation, info)
-        if recorded is not None:
-            expected = recorded.observation[0, self._streams]
-            same = (observation == expected).all(axis=1) | np.isnan(expected).any(axis=1) | self._failed
-            if not same.all():
-                raise UserError(
-                    f"episode {index + 1}: the recorded episode starts in another state; "
-                    "remove the journal of this evaluation"
-                )
-        return observation, physics
-
-    def play(self, index: int, recorded: EpisodeBatch | None) -> Iterator[None]:
-        """Play one episode. Yields after each action is requested and before its value is needed."""
-        builder, streams = self._builder, self._streams
-        observation, physics = self.reset(index, recorded)
-        played: dict[str, list[np.ndarray]] = {"observation": [observation], "action": [], "reward": []}
-        played["physics"] = [physics]
-        earned = np.zeros(self._size)
-        for timestep in range(self._length):
-            step = builder.step(index, timestep, observation, earned, self._previous, first=index * self._length)
+        previous = builder.first_outcome(self._size, action_size)
+        index, timestep, first = (np.zeros(self._size, np.int64) for _ in range(3))
+        earned, playing = np.zeros(self._size), np.ones(self._size, bool)
+        observation, physics = self._reset(playing, index)
+        while playing.any():
+            step = builder.step(np.minimum(index, total - 1), timestep, observation, earned, previous, first=first)
             pending = self._actor.act(step)
             yield
-            if recorded is None:
-                action, reward, observation, physics = self._simulate(np.asarray(pending), timestep)
-            else:
-                action, reward = recorded.action[timestep, streams], recorded.reward[timestep, streams]
-                observation, physics = (x[timestep + 1, streams] for x in (recorded.observation, recorded.physics))
-                self._failed = np.isnan(reward)
-            for name, value in zip(ARRAYS, (observation, action, reward, physics), strict=True):
-                played[name].append(value)
+            action, reward, observation, physics, terminated, ended = self._step(pending, index, timestep, playing)
+            rows = np.flatnonzero(playing)
+            where = self._streams[rows], index[rows]
+            self._episodes.keep(*where, timestep[rows], action=action[rows], reward=reward[rows])
+            self._episodes.keep(*where, timestep[rows] + 1, observation=observation[rows], physics=physics[rows])
             action, reward = (np.nan_to_num(x, nan=0.0) for x in (action, reward))
             earned = earned + reward
-            self._previous = builder.outcome(action, reward, earned, is_last=timestep == self._length - 1)
-            self._actor.observe(step._replace(**self._previous._asdict()))
-        self.arrays = {name: np.stack(values) for name, values in played.items()}
+            previous = builder.outcome(action, reward, earned, ended)
+            self._actor.observe(step._replace(**previous._asdict()))
+            timestep = timestep + playing
+            ended &= playing
+            if ended.any():
+                self._episodes.end(self._streams[ended], timestep[ended], terminated[ended])
+                index[ended] += 1
+                playing = index < total
+                starts = ended & playing
+                first[starts] += timestep[starts]
+                timestep[starts], earned[starts] = 0, 0.0
+                if starts.any():
+                    fresh = self._reset(starts, index)
+                    observation, physics = (
+                        np.where(starts[:, None], new, old)
+                        for new, old in zip(fresh, (observation, physics), strict=True)
+                    )
 
-    def _simulate(self, action: np.ndarray, timestep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return action, reward, next observation and physics of a step, NaN in streams that have failed."""
+    def _reset(self, chosen: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Start the next episode of the chosen environments. Returns observations (B, O) and physics (B, P).
+
+        Raises:
+          UserError: a recorded episode starts in another state.
+        """
+        seeds = [
+            self._episodes.seeds[s, i] if c else None for s, i, c in zip(self._streams, index, chosen, strict=True)
+        ]
+        seeds = [None if seed is None else int(seed) for seed in seeds]
+        options = None if chosen.all() else {"reset_mask": chosen}
+        observation, info = self._environments.reset(seed=seeds, options=options)  # type: ignore[arg-type]
+        self._failed = self._failed | (chosen & ~np.isfinite(observation).all(axis=1))
+        observation, physics = self._with_failures(observation, info)
+        for row in np.flatnonzero(chosen & (index < len(self._episodes.recorded)) & ~self._failed):
+            expected = self._episodes.recorded[index[row]].observation[0, self._streams[row]]
+            if not (np.array_equal(observation[row], expected) or np.isnan(expected).any()):
+                raise UserError(
+                    f"episode {index[row] + 1}: the recorded episode starts in another state; "
+                    "remove the journal of this evaluation"
+                )
+        rows = np.flatnonzero(chosen)
+        self._episodes.keep(
+            self._streams[rows],
+            index[rows],
+            np.zeros_like(rows),
+            observation=observation[rows],
+            physics=physics[rows],
+        )
+        return observation, physics
+
+    def _step(
+        self, pending: Any, index: np.ndarray, timestep: np.ndarray, playing: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Return action, reward, next observation, physics, and whether the episodes terminated and ended.
+
+        Recorded episodes are read. The others are simulated.
+        """
+        replayed = playing & (index < len(self._episodes.recorded))
+        if not (playing & ~replayed).any():
+            recorded = self._episodes.recorded[0]
+            shapes = (recorded.action.shape[2], None, recorded.observation.shape[2], recorded.physics.shape[2])
+            types = (np.float32, np.float64, np.float32, np.float64)
+            found = [
+                np.zeros((self._size, width) if width is not None else self._size, kind)
+                for width, kind in zip(shapes, types, strict=True)
+            ]
+            terminated, ended = np.zeros(self._size, bool), np.zeros(self._size, bool)
+        else:
+            *found, terminated, ended = self._simulate(np.asarray(pending), timestep, playing & ~replayed)
+        for row in np.flatnonzero(replayed):
+            episode, stream, t = self._episodes.recorded[index[row]], self._streams[row], timestep[row]
+            values = (episode.action[t], episode.reward[t], episode.observation[t + 1], episode.physics[t + 1])
+            for array, value in zip(found, values, strict=True):
+                array[row] = value[stream]
+            ended[row] = t + 1 == episode.length[stream]
+            terminated[row] = ended[row] and episode.terminated[stream]
+            self._failed[row] = np.isnan(episode.reward[t, stream])
+        return *found, terminated, ended
+
+    def _simulate(self, action: np.ndarray, timestep: np.ndarray, simulated: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the same for a step of the environments, with NaN in streams that have failed."""
         action = np.where(self._failed[:, None], np.float32(0), action)
-        observation, reward, _, truncated, info = self._environments.step(action)
-        if truncated.any() != (timestep == self._length - 1):
-            ends = "end" if truncated.any() else "do not end"
+        observation, reward, terminated, truncated, info = self._environments.step(action)
+        ended = terminated | truncated
+        if self._is_fixed and (ended != (timestep == self._episodes.most_steps - 1))[simulated].any():
+            ends = "end" if ended.any() else "do not end"
             raise UserError(
-                f"environment: episodes {ends} after {timestep + 1} steps, episodes of the data end after "
-                f"{self._length}; train on data of whole episodes"
+                f"environment: episodes {ends} after {timestep[simulated].max() + 1} steps, episodes of the data end "
+                f"after {self._episodes.most_steps}; train on data of whole episodes"
             )
         action = np.where(self._failed[:, None], np.float32(np.nan), action)
-        self._failed = self._failed | ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward))
+        self._failed = self._failed | (simulated & ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward)))
         observation, physics = self._with_failures(observation, info)
-        self._on_step(self._size)
-        return action, np.where(self._failed, np.nan, reward), observation, physics
+        self._on_step(int(simulated.sum()))
+        return action, np.where(self._failed, np.nan, reward), observation, physics, terminated, ended
 
     def _with_failures(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Return observation and physics, NaN in streams that have failed."""
@@ -223,49 +335,51 @@ class ContextBuilder:
 
     def step(
         self,
-        episode: int,
-        timestep: int,
+        episode: np.ndarray,
+        timestep: np.ndarray,
         observation: np.ndarray,
         earned: np.ndarray,
         previous: Outcome,
         *,
-        first: int,
+        first: np.ndarray,
     ) -> Context:
         """Return one timestep (B, 1, ...) whose action, reward and completion are still zero.
 
         Args:
-          episode: index of the live episode.
-          timestep: within the episode.
+          episode: (B,) index of the live episode.
+          timestep: (B,) within the episode.
           observation: (B, observation); NaN becomes zero.
           earned: (B,) rewards of this episode so far.
           previous: outcome of the step before.
-          first: steps of all earlier live episodes.
+          first: (B,) steps of all earlier live episodes.
         """
         steps, trajectories = 0, 0
         if self.prompt is not None:
             steps, trajectories = (int(x[0, -1]) + 1 for x in (self.prompt.position, self.prompt.trajectory))
         start = steps + first
         index = trajectories + episode
-        index = index if self.trajectories is None else min(index, self.trajectories - 1)
-        constant = partial(np.full, (len(observation), 1))
+        index = index if self.trajectories is None else np.minimum(index, self.trajectories - 1)
         left = np.zeros_like(earned) if self.target_return is None else self.target_return - earned
         unknown = jax.tree.map(np.zeros_like, previous)
         return Context(
             observation=np.nan_to_num(self.normalisation.observation(observation), nan=0.0)[:, None],
             return_to_go=self.normalisation.return_to_go(left)[:, None],
-            timestep=constant(timestep, dtype=np.int32),
-            trajectory=constant(index, dtype=np.int32),
-            position=constant(start + timestep, dtype=np.int32),
-            start=constant(start, dtype=np.int32),
-            weight=constant(1, dtype=np.float32),
+            timestep=timestep[:, None].astype(np.int32),
+            trajectory=index[:, None].astype(np.int32),
+            position=(start + timestep)[:, None].astype(np.int32),
+            start=start[:, None].astype(np.int32),
+            weight=np.ones((len(observation), 1), np.float32),
             previous=previous,
             **unknown._asdict(),
         )
 
-    def outcome(self, action: np.ndarray, reward: np.ndarray, earned: np.ndarray, is_last: bool) -> Outcome:
-        """Return the outcome of a step: action (B, action), reward (B,), rewards of the episode up to it (B,)."""
-        reached = np.zeros(len(earned), bool)
-        if is_last and self.target_return is not None:
-            reached = earned >= self.target_return
+    def outcome(self, action: np.ndarray, reward: np.ndarray, earned: np.ndarray, is_last: np.ndarray) -> Outcome:
+        """Return the outcome of a step: action (B, action), reward (B,), rewards of the episode up to it (B,).
+
+        `is_last` (B,) marks the last step of an episode.
+        """
+        reached = (
+            np.zeros(len(earned), bool) if self.target_return is None else is_last & (earned >= self.target_return)
+        )
         scaled = self.normalisation.reward(reward[:, None].astype(np.float32))
         return Outcome(action[:, None], scaled, reached[:, None].astype(np.float32))

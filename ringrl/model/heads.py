@@ -1,6 +1,7 @@
 """Action heads: a loss on actions and the action to take, from a feature vector.
 
-Actions are in [-1, 1]. `mse` averages the modes of multi-modal data. `gaussian` averages them with a learned width.
+Actions are in [-1, 1], or choices for `categorical`. `mse` averages the modes of multi-modal data. `gaussian` averages
+them with a learned width.
 `bins` keeps the modes of each action component apart, and takes the highest one or the mean.
 """
 
@@ -88,7 +89,22 @@ class BinsHead(nnx.Module):
         return jnp.sum(jax.nn.softmax(jnp.where(distance <= self.reach, logits, -jnp.inf)) * _VALUES, axis=-1)
 
 
-Head = MSEHead | GaussianHead | BinsHead
+class CategoricalHead(nnx.Module):
+    """Categorical distribution over the choices of a discrete action, which has 1 for the choice and 0 elsewhere."""
+
+    def __init__(self, width: int, action_size: int, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(width, action_size, rngs=rngs)
+
+    def loss(self, features: Features, action: Actions) -> Float32[Array, "*batch"]:
+        """Return the cross-entropy, (*batch,) float32."""
+        return -(action * jax.nn.log_softmax(self.linear(features).astype(jnp.float32))).sum(-1)
+
+    def action(self, features: Features) -> Float32[Array, "*batch action"]:
+        """Return the likeliest choice, (*batch, action) float32: 1 for the choice, 0 elsewhere."""
+        return jax.nn.one_hot(self.linear(features).argmax(-1), self.linear.out_features)
+
+
+Head = MSEHead | GaussianHead | BinsHead | CategoricalHead
 
 
 def make_head(config: ModelConfig, action_size: int, rngs: nnx.Rngs) -> Head:
@@ -97,4 +113,6 @@ def make_head(config: ModelConfig, action_size: int, rngs: nnx.Rngs) -> Head:
         return MSEHead(config.width, action_size, rngs)
     if config.action_head == "gaussian":
         return GaussianHead(config.width, action_size, rngs)
+    if config.action_head == "categorical":
+        return CategoricalHead(config.width, action_size, rngs)
     return BinsHead(config.width, action_size, rngs, config.action_choice)

@@ -316,7 +316,7 @@ class Transformer(nnx.Module):
         x: Float[Array, "batch new_tokens width"],
         cache: KVCache,
         prefix: KVCache | None = None,
-        starts: Int32[Array, " new_tokens"] | None = None,
+        starts: Int32[Array, "*batch new_tokens"] | None = None,
     ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
         """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens.
 

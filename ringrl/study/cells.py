@@ -40,7 +40,7 @@ from ringrl.evaluation import (
 )
 from ringrl.evaluation.policy import load_policy
 from ringrl.evaluation.protocol import FIRST_SEED, compile_policy, prompt_only_evaluation
-from ringrl.evaluation.records import append_records, data_records, library_versions, read_records
+from ringrl.evaluation.records import append_records, data_records, folder_name, library_versions, read_records
 from ringrl.files import explain_write_errors, with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
@@ -230,7 +230,7 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
             "data": {"data": fingerprints.get(source)},
         }
         for kind, about in kinds.items():
-            folder = plan.output / task / kind
+            folder = plan.output / folder_name(task) / kind
             found.append(Reference(folder, {"kind": kind, "task": task, **about}, plan.datasets[source]))
     return found
 
@@ -313,7 +313,7 @@ def _cell(
     length = str(trajectories) if is_rolled_out else None
     slug = re.sub(r"[^\w.+=-]+", "-", variant) if variant else None
     name = "_".join(part for part in (method.replace("%", ""), length, tokens, slug) if part)
-    folder = plan.output / task / f"{name}_seed{seed}"
+    folder = plan.output / folder_name(task) / f"{name}_seed{seed}"
     own: dict[str, Any] = {"data": plan.datasets[task], "task": task, "run": folder, "seed": seed}
     own["context"] = {"trajectories": trajectories}
     if tokens is not None:

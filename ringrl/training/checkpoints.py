@@ -47,6 +47,7 @@ class RunInfo:
     best_return: float  # highest return of the task in the data, the target return of a policy
     versions: dict[str, str]
     transitions: int  # steps of all episodes that may be drawn
+    actions: tuple[tuple[float, ...], tuple[float, ...], bool] | None = None  # bounds, is discrete; None in ExoRL
 
     @property
     def title(self) -> str:
@@ -70,7 +71,10 @@ class RunInfo:
     def from_json(cls, values: dict[str, Any]) -> "RunInfo":
         """Return the description that `to_json` wrote."""
         config = TrainConfig.from_saved(values["config"])
-        return cls(**values | {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])})
+        own = {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])}
+        if actions := values.get("actions"):
+            own["actions"] = (tuple(actions[0]), tuple(actions[1]), actions[2])
+        return cls(**values | own)
 
     def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
         """Return the run's policy with its initial parameters."""

@@ -18,6 +18,7 @@ from ringrl.data.sampling.batches import BatchSource, iterate_batches
 from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import eligible_by_task
+from ringrl.envs import ForeignDomain
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors
 from ringrl.model import TrainState, make_agent
@@ -66,6 +67,8 @@ def train(
     distributed.check_connected()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
+    facts = store.facts if isinstance(store.facts, ForeignDomain) else None
+    _check_actions(config, facts is not None and facts.is_discrete)
     data_fingerprint = dataset_fingerprint(store)
     distributed.agree("data", {"fingerprint of the data": data_fingerprint})
     excluded = held_out(store, config)
@@ -85,6 +88,7 @@ def train(
         best_return=float(store.returns(config.task)[eligible[config.task]].max()),
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
+        actions=None if facts is None else (facts.action_low, facts.action_high, facts.is_discrete),
     )
     with explain_write_errors(config.run), run_lock(config.run) if distributed.is_first() else nullcontext():
         distributed.first_then_others(partial(claim_folder, config, resume), config.run / "config.yaml")
@@ -98,6 +102,16 @@ def train(
         finally:
             checkpoints.close()
     return config.run
+
+
+def _check_actions(config: TrainConfig, is_discrete: bool) -> None:
+    """Raise UserError unless the model chooses among actions if and only if the data does."""
+    has_choices = config.model.action_head == "categorical"
+    if is_discrete and config.model.family.source == "transitions":
+        raise UserError(f"{config.data}: its actions are choices, which {config.model.kind} cannot learn; use bc or at")
+    if is_discrete != has_choices:
+        kind, heads = ("choices", "categorical") if is_discrete else ("numbers", "mse, gaussian or bins")
+        raise UserError(f"model.action_head: the actions of {config.data} are {kind}; use {heads}")
 
 
 def _run_steps(

@@ -22,6 +22,8 @@ def episode(seed: int = 0, steps: int = 5, streams: int = 3) -> EpisodeBatch:
         action=random.normal(size=(steps, streams, 2)).astype(np.float32),
         reward=reward,
         physics=random.normal(size=(steps + 1, streams, 6)),
+        length=np.full(streams, steps),
+        terminated=np.zeros(streams, bool),
         seconds=1.5,
     )
 

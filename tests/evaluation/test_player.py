@@ -85,6 +85,25 @@ def test_an_episode_that_ends_early(at_run: Path) -> None:
     assert completions == [0, 0, 0, 1, 0, 0], "the first episode reached its target of 5"
 
 
+def test_episodes_of_a_batch_may_end_at_different_steps(at_run: Path) -> None:
+    policy, random, actions = load_policy(at_run), np.random.default_rng(0), []
+    observations, rewards = random.normal(size=(12, 2, 42)).astype(np.float32), random.uniform(size=(12, 2))
+    ends = np.array([[2, 6], [4, 5]]).T  # steps after which the episodes of each environment end
+    for streams in ([0, 1], [0], [1]):
+        one = policy.player(batch=len(streams))
+        found = []
+        for step in range(12):
+            found.append(one.act(observations[step, streams]).copy())
+            one.observe(rewards[step, streams], terminated=[step in ends[:, stream] for stream in streams])
+        actions.append(np.stack(found, axis=1))
+    np.testing.assert_allclose(actions[0], np.concatenate(actions[1:]), rtol=1e-5, atol=1e-5)
+    together = policy.player(batch=2)
+    for step in range(5):
+        moved = together.act(observations[step])
+        together.observe(rewards[step])
+    assert np.abs(moved - actions[0][:, 4]).max() > 1e-6, "an end has an effect"
+
+
 def test_errors_of_a_loop(at_run: Path) -> None:
     policy = load_policy(at_run)
     one = policy.player(batch=2)
@@ -98,8 +117,6 @@ def test_errors_of_a_loop(at_run: Path) -> None:
         one.act(observation)
     with pytest.raises(UserError, match=r"reward: \[nan, nan\] is not finite"):
         one.observe(np.nan)
-    with pytest.raises(UserError, match="one player per environment"):
-        one.observe([1.0, 1.0], terminated=[True, False])
     one.observe([1.0, 2.0])
     for _ in range(249):
         one.act(observation)

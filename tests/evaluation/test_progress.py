@@ -19,7 +19,8 @@ def episode(*returns: float) -> EpisodeBatch:
     steps, streams = 250, len(returns)
     reward = np.tile(np.array(returns) / steps, (steps, 1))
     nothing = np.zeros((steps + 1, streams, 0))
-    return EpisodeBatch(nothing.astype(np.float32), nothing[1:].astype(np.float32), reward, nothing, 1.0)
+    ends = np.full(streams, steps), np.zeros(streams, bool)
+    return EpisodeBatch(nothing.astype(np.float32), nothing[1:].astype(np.float32), reward, nothing, *ends, 1.0)
 
 
 @pytest.fixture

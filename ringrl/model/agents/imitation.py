@@ -118,8 +118,7 @@ class AgenticTransformer(ImitationPolicy):
         """Return the action of the next step and the longer cache. See `Policy.act`."""
         before, after = len(self.embedding.token_set.before), len(self.embedding.token_set.after)
         steps = [(current, before)] if previous is None else [(previous, after), (current, before)]
-        # All contexts of the batch are at the same step of the same episode.
-        starts = jnp.concatenate([jnp.full(size, jnp.asarray(step.start)[0, 0]) for step, size in steps])
+        starts = jnp.concatenate([jnp.repeat(jnp.asarray(step.start), size, axis=1) for step, size in steps], axis=1)
         tokens = self.embedding.decode(previous, current)
         x, memory = self.transformer.decode(tokens, memory, prefix, self.tokens_per_step * starts)
         return self.head.action(x[:, -1]), memory

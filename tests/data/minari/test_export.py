@@ -111,7 +111,14 @@ def test_the_commands(jaco_store: EpisodeStore, tmp_path: Path, monkeypatch, cap
         export_minari(jaco_store, NAME, task="jaco_reach_top_right", folder=tmp_path / "elsewhere")
     (tmp_path / "jaco-random-v0.h5").write_bytes(b"other")
     wrong = {
-        ("--format", "minari", "--domain", "jaco", "--seed", "3"): "--domain, --seed: only for ExoRL archives",
+        (
+            "--format",
+            "minari",
+            "--domain",
+            "jaco",
+            "--seed",
+            "3",
+        ): "--domain, --seed: has no effect with --format minari",
         ("--format", "minari"): "already exists",
         (): "--domain: give the domain",
         ("--domain", "jaco", "--download"): "--download: only with --format minari",

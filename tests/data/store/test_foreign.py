@@ -16,13 +16,13 @@ from ringrl.config import ActorCriticConfig, ContextConfig
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.data.store import EpisodeStore
-from ringrl.data.store.format import ForeignDomain, ForeignFacts, Provenance, recorded_arrays, reward_key
+from ringrl.data.store.format import ForeignFacts, Provenance, StoredDomain, recorded_arrays, reward_key
 from ringrl.data.store.summary import describe, to_json
 from ringrl.data.store.writer import create_store
 from ringrl.data.transitions import TransitionSampler
 from ringrl.errors import UserError
 
-ARM = ForeignDomain.of(
+ARM = StoredDomain.of(
     ForeignFacts(
         name="lab/arm-v3",
         observation_size=4,
@@ -37,7 +37,7 @@ TASK = "lab_arm-v3"
 LENGTHS = (6, 2, 5)
 
 
-def write(path: Path, domain: ForeignDomain = ARM) -> EpisodeStore:
+def write(path: Path, domain: StoredDomain = ARM) -> EpisodeStore:
     """Random episodes with rewards around -50. The second episode terminates."""
     random = np.random.default_rng(0)
     source = Provenance("Minari (lab/arm-v3)", relabelling="recorded")
@@ -78,7 +78,7 @@ def test_the_summary_reports_foreign_facts(store: EpisodeStore) -> None:
     line = describe(store)
     for fact in (
         "scaled to [-1, 1] from [-2, 2], [0, 5]",
-        "none in RingRL",
+        "unknown: name one to evaluate in",
         "1 terminated (discount 0 there), 2 truncated; returns are undiscounted sums",
         "no, the rewards are the recorded ones, of any size",
     ):
@@ -166,7 +166,7 @@ GOOD = json.loads(ARM.to_json())
 def test_impossible_facts_are_rejected(change: dict, store: EpisodeStore) -> None:
     text = json.dumps(GOOD | change)
     with pytest.raises((ValueError, TypeError, KeyError)):
-        ForeignDomain.from_json(text)
+        StoredDomain.from_json(text)
     with h5py.File(store.path, "r+") as file:
         file.attrs["facts"] = np.bytes_(text.encode())
     with pytest.raises(UserError, match="not an episode store, or damaged"):
@@ -181,7 +181,7 @@ def test_impossible_facts_are_rejected(change: dict, store: EpisodeStore) -> Non
 )
 def test_facts_of_any_kind_are_read_or_rejected(values: object) -> None:
     with pytest.raises((ValueError, TypeError, KeyError)):
-        ForeignDomain.from_json(json.dumps(values))
+        StoredDomain.from_json(json.dumps(values))
 
 
 @pytest.mark.parametrize(

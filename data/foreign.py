@@ -1,0 +1,308 @@
+"""Episodes of any source as a store: arrays, folders of npz files, and flat HDF5 files as D4RL's."""
+
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import h5py
+import numpy as np
+import pydantic
+from jaxtyping import Float32, Float64
+
+from ringrl.config_files import one_line
+from ringrl.data.store.format import ROUNDED, Episode, ForeignFacts, Provenance, StoredDomain, reward_key
+from ringrl.data.store.reader import EpisodeStore
+from ringrl.data.store.writer import create_store
+from ringrl.envs import foreign_domain
+from ringrl.errors import UserError, brief
+from ringrl.files import raise_unreadable
+from ringrl.pace import Progress, no_progress
+
+MOST_COMPRESSED, SMALL = 100, 2**20  # a compressed file may be this many times, or bytes, larger than it looks
+_NAMES = {
+    "observation": ("observation", "observations"),
+    "action": ("action", "actions"),
+    "reward": ("reward", "rewards"),
+    "terminated": ("terminated", "terminal", "terminals", "terminations"),
+}
+
+
+class Steps(NamedTuple):
+    """An episode of T steps, with actions as the environment takes them."""
+
+    observation: Float32[np.ndarray, "time_plus_1 observation"]
+    action: Float64[np.ndarray, "time action"]  # one column if actions are choices
+    reward: Float32[np.ndarray, " time"]
+    is_terminated: bool
+    physics: Float64[np.ndarray, "time_plus_1 physics"] | None = None
+
+
+class Actions(NamedTuple):
+    """The actions of an environment: lowest and highest, or first and last choice for each of the choices."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    is_discrete: bool = False
+
+
+def stored_domain(
+    name: str, where: object, actions: Actions, observation_size: int, lengths: Sequence[int], num_terminated: int,
+    physics_size: int = 0,
+) -> StoredDomain:  # fmt: skip
+    """Return the facts about a dataset. UserError, which names `where`, if it cannot be a store."""
+    try:
+        facts = ForeignFacts(
+            name=name,
+            observation_size=observation_size,
+            physics_size=physics_size,
+            action_low=actions.low,
+            action_high=actions.high,
+            is_discrete=actions.is_discrete,
+            episode_length=max(lengths),
+            num_terminated=num_terminated,
+        )
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: cannot be a store ({one_line(error)}): rename the dataset") from error
+    return StoredDomain.of(facts)
+
+
+def as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
+    """Return the arrays of an episode in a store: row t is (s_t, a_{t-1}, r_{t-1}), actions in [-1, 1] or choices.
+
+    UserError, which names `where`, for an action outside the bounds, or a return too large for float32.
+    """
+    low, high = (np.array(bound) for bound in (domain.action_low, domain.action_high))
+    if domain.is_discrete:
+        choice = steps.action[:, 0] - low[0]
+        outside = (choice != np.round(choice)) | (choice < 0) | (choice >= len(low))
+        action = (choice[:, None] == np.arange(len(low))).astype(np.float64)
+    else:
+        action = (steps.action - (high + low) / 2) / ((high - low) / 2)
+        outside = np.abs(action).max(axis=1) > 1 + ROUNDED
+    if outside.any():
+        raise UserError(
+            f"{where}: the action of step {int(outside.argmax())} is outside the action space: clip such actions, or "
+            "give another action space"
+        )
+    discount = np.ones((len(steps.observation), 1), np.float32)
+    discount[-1] = not steps.is_terminated
+    reward = with_reset(steps.reward)
+    if abs(reward.sum(dtype=np.float64)) > np.finfo(np.float32).max:
+        raise UserError(f"{where}: the return is too large for float32")
+    episode = {
+        "observation": steps.observation,
+        "action": with_reset(np.clip(action, -1, 1).astype(np.float32)),
+        "reward": reward[:, None],
+        "discount": discount,
+        reward_key(domain.tasks[0]): reward,
+    }
+    return episode if steps.physics is None else episode | {"physics": steps.physics}
+
+
+def with_reset(steps: np.ndarray) -> np.ndarray:
+    """Prepend a row of zeros for the reset."""
+    return np.concatenate([np.zeros_like(steps[:1]), steps])
+
+
+def write_episodes(
+    path: str | Path,
+    episodes: Iterable[Mapping[str, Any]],
+    *,
+    environment: str | None = None,
+    source: str = "arrays",
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> EpisodeStore:
+    """Write your own episodes to a new store and open it.
+
+    Args:
+        path: the file to write.
+        episodes: each a mapping with observation (T+1, ...) or (T, ...), action (T, ...) as the environment takes it,
+            reward (T,), and terminated (T,) or a bool (default: False). Of T observations, the last stands twice.
+            Choices are integers (T,).
+        environment: the Gymnasium environment of the episodes, "gymnasium:Hopper-v5", whose bounds scale the actions.
+            None: actions are in [-1, 1], and the store has the file's name.
+        source: the origin of the episodes, for the store's description and for errors.
+        overwrite: replace an existing store.
+        progress: called with (finished episodes, total).
+
+    Raises:
+        UserError: arrays of other shapes, numbers that are not finite, no such environment or one with other spaces, an
+            existing file, a full disk.
+    """
+    path = Path(path)
+    steps = [_steps(episode, f"{source}, episode {index}") for index, episode in enumerate(episodes)]
+    if not steps:
+        raise UserError(f"{source}: has no episodes")
+    domain = _domain(environment, path, steps, source)
+    converted = [as_episode(domain, one, f"{source}, episode {index}") for index, one in enumerate(steps)]
+    made = Provenance(source, relabelling="recorded")
+    lengths = [len(one.reward) for one in steps]
+    with create_store(path, domain, domain.tasks, lengths, source=made, overwrite=overwrite) as writer:
+        (writer.recorded_task,) = domain.tasks
+        for index, episode in enumerate(converted):
+            writer.append(episode)
+            progress(index + 1, len(converted))
+    return EpisodeStore(path)
+
+
+def import_episodes(
+    path: Path,
+    destination: Path,
+    format: Literal["npz", "hdf5"],
+    *,
+    environment: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> EpisodeStore:
+    """Import a folder of npz files, one per episode, or a flat HDF5 file of all steps, into a new store and open it.
+
+    Arrays are observation, action and reward, and terminated if known (or their plurals, or terminals). Without a
+    further observation, the last one stands twice. A flat file also has timeouts; without them, episodes end after the
+    environment's limit of steps.
+
+    Raises:
+        UserError: no environment of that name, other spaces, no or damaged episodes, a taken destination, a full disk.
+    """
+    limit = foreign_domain(environment).episode_length if environment else None
+    read: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "npz": lambda: [_npz(file) for file in _numbered(path)],
+        "hdf5": lambda: _flat(path, limit),
+    }
+    try:
+        episodes = read[format]()
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        raise_unreadable(path, error)
+        raise UserError(f"{path}: cannot be read as {format} ({brief(error) or type(error).__name__})") from error
+    return write_episodes(
+        destination, episodes, environment=environment, source=path.name, overwrite=overwrite, progress=progress
+    )
+
+
+def _steps(episode: Mapping[str, Any], where: str) -> Steps:
+    """Check the arrays of an episode."""
+    found = {}
+    for name, names in _NAMES.items():
+        given = [episode[key] for key in names if key in episode]
+        if given:
+            found[name] = np.asarray(given[0])
+        elif name != "terminated":
+            raise UserError(f"{where}: has no array {name}")
+    reward = found["reward"].reshape(-1)
+    observation, action = (x.reshape(len(x), -1) if x.ndim else x for x in (found["observation"], found["action"]))
+    for name, array in (("observation", observation), ("action", action), ("reward", reward)):
+        if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+            raise UserError(f"{where}: {name} has values that are not finite numbers")
+    length, terminated = len(reward), np.asarray(found.get("terminated", False)).reshape(-1)
+    if not length or len(action) != length or len(observation) not in (length, length + 1):
+        shapes = f"{len(observation)} observations, {len(action)} actions and {length} rewards"
+        raise UserError(f"{where}: has {shapes}; expected T + 1 (or T), T and T, with T at least 1")
+    if found["observation"].dtype == np.uint8 and found["observation"].ndim > 2:
+        raise UserError(f"{where}: has images, which are not supported")
+    if len(observation) == length:
+        observation = np.concatenate([observation, observation[-1:]])
+    if terminated[:-1].any():
+        raise UserError(f"{where}: terminates before its last step (step {int(terminated.argmax())})")
+    with np.errstate(over="ignore"):
+        observation, reward = observation.astype(np.float32), reward.astype(np.float32)
+    return Steps(observation, action.astype(np.float64), reward, bool(terminated[-1]))
+
+
+def _domain(environment: str | None, path: Path, steps: Sequence[Steps], source: str) -> StoredDomain:
+    """Return the facts about the episodes, with the action space of the environment, or [-1, 1]."""
+    sizes = {(one.observation.shape[1], one.action.shape[1]) for one in steps}
+    if len(sizes) > 1:
+        raise UserError(f"{source}: its episodes have observations or actions of different sizes: {sorted(sizes)}")
+    ((observation_size, action_size),) = sizes
+    if environment is None:
+        highest = max(float(np.abs(one.action).max()) for one in steps)
+        if highest > 1 + ROUNDED:
+            raise UserError(
+                f"{source}: its actions reach {highest:g} and are scaled to [-1, 1] by the bounds of the environment: "
+                "name it (--environment)"
+            )
+        actions = Actions((-1.0,) * action_size, (1.0,) * action_size)
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem) or "episodes"
+    else:
+        made, name = foreign_domain(environment), environment
+        actions = Actions(made.action_low, made.action_high, made.is_discrete)
+        columns = 1 if made.is_discrete else made.action_size
+        if (observation_size, action_size) != (made.observation_size, columns):
+            raise UserError(
+                f"{source}: observations and actions have {observation_size} and {action_size} numbers, those of "
+                f"{environment} have {made.observation_size} and {columns}: name the environment of the data"
+            )
+    lengths, terminated = [len(one.reward) for one in steps], sum(one.is_terminated for one in steps)
+    return stored_domain(name, source, actions, observation_size, lengths, terminated)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Return the npz files of a folder, by the numbers in their names."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; give a folder of npz files, one per episode")
+    parts = lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)]  # noqa: E731
+    files = sorted(folder.glob("*.npz"), key=parts)
+    if not files:
+        raise UserError(f"{folder}: has no npz files")
+    return files
+
+
+def _npz(path: Path) -> dict[str, Any]:
+    """Read an npz file, without pickles and not larger than it may be."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > SMALL + MOST_COMPRESSED * path.stat().st_size:
+            raise UserError(f"{path}: claims {size:,} bytes, far more than it stores")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name in sum(_NAMES.values(), ())}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read, it is damaged or no npz file ({brief(error)})") from error
+
+
+def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    """Read a flat file: observations, actions, rewards, terminals, and timeouts or next_observations if it has them."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with h5py.File(path, "r", locking=False) as file:
+        wanted = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+        arrays = {name: _plain(file, name, path) for name in wanted if name in file}
+    if missing := [name for name in wanted[:4] if name not in arrays]:
+        raise UserError(f"{path}: has no array {missing[0]}; a flat file has {', '.join(wanted[:4])} and timeouts")
+    rows = len(arrays["rewards"])
+    if other := [name for name, array in arrays.items() if len(array) != rows]:
+        raise UserError(f"{path}: has {len(arrays[other[0]])} {other[0]} and {rows} rewards")
+    terminals = arrays["terminals"].astype(bool).reshape(-1)
+    if "timeouts" not in arrays and limit is None:
+        raise UserError(f"{path}: has no timeouts; name its environment, whose limit of steps is used (--environment)")
+    ends = terminals | arrays["timeouts"].astype(bool).reshape(-1) if "timeouts" in arrays else terminals.copy()
+    episodes, first = [], 0
+    for row in range(rows):
+        if ends[row] or row == rows - 1 or (limit is not None and row + 1 - first == limit):
+            part = slice(first, row + 1)
+            observation = arrays["observations"][part]
+            if "next_observations" in arrays:
+                observation = np.concatenate([observation, arrays["next_observations"][row : row + 1]])
+            episodes.append({
+                "observation": observation, "action": arrays["actions"][part], "reward": arrays["rewards"][part],
+                "terminated": terminals[part],
+            })  # fmt: skip
+            first = row + 1
+    return episodes
+
+
+def _plain(file: h5py.File, name: str, path: Path) -> np.ndarray:
+    """Read an array of numbers that is stored in the file itself."""
+    link, dataset = file.get(name, getlink=True), file[name]
+    settings = dataset.id.get_create_plist() if isinstance(dataset, h5py.Dataset) else None
+    if settings is None or not isinstance(link, h5py.HardLink) or dataset.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {name} is not an array of numbers")
+    if settings.get_layout() == h5py.h5d.VIRTUAL or settings.get_external_count():
+        raise UserError(f"{path}: {name} is stored in other files")
+    if dataset.nbytes > SMALL + MOST_COMPRESSED * dataset.id.get_storage_size():
+        raise UserError(f"{path}: {name} claims {dataset.nbytes:,} bytes, far more than it stores")
+    return np.asarray(dataset[()])

@@ -1,0 +1,326 @@
+"""Tasks of other packages: every environment that is registered with Gymnasium, such as "gymnasium:HalfCheetah-v5".
+
+Arguments of the environment are part of the name: "gymnasium:Hopper-v5(max_episode_steps=500)". Nothing else can be
+named, so that a dataset can start only environments of installed packages.
+"""
+
+import ast
+import copy
+import functools
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from jaxtyping import Bool, Float, Float32, Float64
+
+from ringrl.cores import available_cores
+from ringrl.envs.domain import ForeignDomain
+from ringrl.errors import UserError, brief
+
+PREFIX = "gymnasium:"
+_NAME = re.compile(r"gymnasium:((?:[\w-]+/)?[\w.-]+)(?:\((.*)\))?")
+_REFUSED = {"render_mode", "vectorization_mode", "disable_env_checker"}
+
+
+def is_foreign(task: str) -> bool:
+    """Return whether a name is that of a Gymnasium environment."""
+    return task.startswith(PREFIX)
+
+
+def foreign_task(identifier: str, arguments: Mapping[str, Any] | None = None) -> str:
+    """Return the name of the task in a Gymnasium environment, given its id (or its name) and arguments.
+
+    Raises:
+        UserError: an id with a module, or an argument that is not a plain value.
+    """
+    identifier = identifier.removeprefix(PREFIX)
+    written = ",".join(f"{key}={value!r}" for key, value in sorted((arguments or {}).items()))
+    task = f"{PREFIX}{identifier}({written})" if written else f"{PREFIX}{identifier}"
+    check_foreign(task)
+    return task
+
+
+def check_foreign(task: str) -> None:
+    """Raise UserError unless a name is that of a Gymnasium environment, installed or not."""
+    _parse(task)
+
+
+def foreign_spec(task: str) -> gymnasium.envs.registration.EnvSpec | None:
+    """Return Gymnasium's specification of an environment; None if it is not installed."""
+    identifier, arguments = _parse(task)
+    if identifier not in gymnasium.registry:
+        return None
+    spec = copy.deepcopy(gymnasium.spec(identifier))
+    spec.max_episode_steps = arguments.pop("max_episode_steps", spec.max_episode_steps)
+    spec.kwargs = spec.kwargs | arguments
+    return spec
+
+
+@functools.cache
+def foreign_domain(task: str) -> ForeignDomain:
+    """Return the domain of a Gymnasium environment, which has one task. Makes the environment once.
+
+    Raises:
+        UserError: as `ForeignEnv`.
+    """
+    environment = ForeignEnv(task)
+    environment.close()
+    return environment.domain
+
+
+class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A Gymnasium environment with flat float32 observations and actions in [-1, 1].
+
+    Observations of a Dict or Tuple of Boxes are concatenated, as `gymnasium.spaces.flatten` does. Actions of a Box are
+    scaled to its bounds. Of a discrete space, the largest of the action's numbers chooses.
+
+    Attributes:
+        task: "gymnasium:Hopper-v5".
+        domain: sizes, bounds and the step limit.
+
+    Raises:
+        UserError: no such environment is installed, it has no step limit, or its spaces are not supported.
+    """
+
+    def __init__(self, task: str, seed: int | None = None, render_mode: str | None = None) -> None:
+        self.task, self._seed = task, seed
+        identifier, arguments = _parse(task)
+        self._environment = _made(task, identifier, arguments, render_mode)
+        limit = self._environment.spec.max_episode_steps if self._environment.spec else None
+        if limit is None:
+            raise UserError(f"{task}: has no step limit; add one: {identifier}(max_episode_steps=1000)")
+        self.domain = _domain(task, self._environment, limit)
+        self.render_mode, self.metadata = render_mode, self._environment.metadata
+        self.observation_space = spaces.Box(-np.inf, np.inf, (self.domain.observation_size,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (self.domain.action_size,), np.float32)
+        self._center = (np.array(self.domain.action_high) + self.domain.action_low) / 2
+        self._radius = (np.array(self.domain.action_high) - self.domain.action_low) / 2
+
+    def __repr__(self) -> str:
+        sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
+        return f"ForeignEnv({self.task}, {sizes}, at most {self.domain.episode_length} steps)"
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float32[np.ndarray, " observation"], dict[str, Any]]:
+        """Start an episode. A seed begins a new stream of starts."""
+        seed, self._seed = self._seed if seed is None else seed, None
+        observation, info = self._environment.reset(seed=seed, options=options)
+        return self._flat(observation), info
+
+    def step(
+        self, action: Float[np.ndarray, " action"]
+    ) -> tuple[Float32[np.ndarray, " observation"], float, bool, bool, dict[str, Any]]:
+        """Apply an action, clipped to [-1, 1].
+
+        Raises:
+            UserError: the action has another shape than the action space, or is not finite.
+        """
+        action = np.asarray(action)
+        if action.shape != self.action_space.shape or not np.isfinite(action).all():
+            raise UserError(f"{self.task}: the action {action} must be {self.action_space.shape} finite numbers")
+        inner = self._environment.action_space
+        if isinstance(inner, spaces.Box):
+            scaled = self._center + np.clip(action, -1.0, 1.0).astype(np.float64) * self._radius
+            taken: Any = np.clip(scaled.reshape(inner.shape), inner.low, inner.high).astype(inner.dtype)
+        else:
+            taken = int(self.domain.action_low[0]) + int(action.argmax())
+        observation, reward, terminated, truncated, info = self._environment.step(taken)
+        return self._flat(observation), float(reward), bool(terminated), bool(truncated), info
+
+    def render(self) -> Any:
+        """Return an image, as the environment makes it."""
+        return self._environment.render()
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._environment.close()
+
+    def _flat(self, observation: Any) -> Float32[np.ndarray, " observation"]:
+        return np.asarray(spaces.flatten(self._environment.observation_space, observation), np.float32)
+
+
+class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """A Gymnasium environment in `num_envs` copies, stepped by threads. Copy i equals `ForeignEnv` with the same seed.
+
+    No environment is reset automatically: after the end of its episode, an environment stays at its last observation
+    until its next reset. An environment that raises an exception is truncated, with NaN as observation and reward. The
+    others are unaffected.
+
+    Args:
+        task: "gymnasium:Hopper-v5".
+        num_envs: number of environments.
+        seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
+        threads: threads that step, the caller's included. None: one per core that this process may use.
+
+    Raises:
+        UserError: as `ForeignEnv`, or fewer than one environment.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(
+        self, task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
+    ) -> None:
+        if num_envs < 1:
+            raise UserError(f"{task}: num_envs is {num_envs}, at least 1 is needed")
+        self.task, self.num_envs = task, num_envs
+        self._environments = [ForeignEnv(task, number) for number in _seeds(seed, num_envs)]
+        self.domain = self._environments[0].domain
+        self.single_observation_space = self._environments[0].observation_space
+        self.single_action_space = self._environments[0].action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._observations = np.zeros((num_envs, self.domain.observation_size), np.float32)
+        self._playing = np.zeros(num_envs, bool)
+        self._threads = min(available_cores() if threads is None else threads, num_envs)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ringrl-foreign")
+
+    def __repr__(self) -> str:
+        sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
+        return f"ForeignVectorEnv({self.task}, {sizes}, at most {self.domain.episode_length} steps)"
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float32[np.ndarray, "environments observation"], dict[str, Any]]:
+        """Start an episode in every environment, or in those where `options["reset_mask"]` (num_envs,) is true."""
+        mask = (options or {}).get("reset_mask")
+        chosen = np.ones(self.num_envs, bool) if mask is None else np.asarray(mask, bool)
+        seeds = _seeds(seed, self.num_envs)
+
+        def start(index: int) -> None:
+            self._observations[index], _ = self._environments[index].reset(seed=seeds[index])
+
+        failed = self._each(np.flatnonzero(chosen), start)
+        self._playing = (self._playing | chosen) & ~failed
+        return self._observations.copy(), {}
+
+    def step(
+        self, actions: Float[np.ndarray, "environments action"]
+    ) -> tuple[
+        Float32[np.ndarray, "environments observation"],
+        Float64[np.ndarray, " environments"],
+        Bool[np.ndarray, " environments"],
+        Bool[np.ndarray, " environments"],
+        dict[str, Any],
+    ]:
+        """Apply an action in each environment whose episode has not ended. Others are truncated, with reward NaN."""
+        rewards, terminated, truncated = np.full(self.num_envs, np.nan), np.zeros(self.num_envs, bool), ~self._playing
+
+        def advance(index: int) -> None:
+            found = self._environments[index].step(actions[index])
+            self._observations[index], rewards[index], terminated[index], truncated[index], _ = found
+
+        failed = self._each(np.flatnonzero(self._playing), advance)
+        rewards[failed], truncated[failed] = np.nan, True
+        self._playing = self._playing & ~(terminated | truncated | failed)
+        return self._observations.copy(), rewards, terminated, truncated, {}
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the threads and close the environments."""
+        self._pool.shutdown()
+        for environment in self._environments:
+            environment.close()
+
+    def _each(self, indices: np.ndarray, work: Any) -> Bool[np.ndarray, " environments"]:
+        """Do some work for each environment, and return which environments raised an exception."""
+        failed = np.zeros(self.num_envs, bool)
+        pending = iter(indices.tolist())  # shared by the threads: next() on it is atomic
+
+        def run() -> None:
+            for index in pending:
+                try:
+                    work(index)
+                except UserError:
+                    raise
+                except Exception:  # an environment may raise anything
+                    failed[index], self._observations[index] = True, np.nan
+
+        for future in [self._pool.submit(run) for _ in range(self._threads)]:
+            future.result()
+        return failed
+
+
+def _parse(task: str) -> tuple[str, dict[str, Any]]:
+    """Return the id and the arguments of an environment."""
+    match = _NAME.fullmatch(task)
+    expected = 'write it like "gymnasium:Hopper-v5" or "gymnasium:Hopper-v5(max_episode_steps=500)"'
+    if match is None:
+        raise UserError(f"{task}: is not the name of a Gymnasium environment; {expected}")
+    identifier, written = match.groups()
+    try:
+        call = ast.parse(f"_({written or ''})", mode="eval").body
+        is_plain = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+        if not isinstance(call, ast.Call) or not is_plain or any(part.arg is None for part in call.keywords):
+            raise ValueError("arguments need names")
+        arguments = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise UserError(f"{task}: its arguments are not plain values; {expected}") from error
+    if refused := sorted(_REFUSED & {*arguments}):
+        raise UserError(f"{task}: {refused[0]} is not a part of a task; leave it out")
+    return identifier, arguments
+
+
+def _made(task: str, identifier: str, arguments: dict[str, Any], render_mode: str | None) -> gymnasium.Env:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of newer versions, which are other tasks
+            return gymnasium.make(identifier, render_mode=render_mode, **arguments)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise UserError(
+            f"{task}: no installed package has this environment ({brief(error)}); install the package, or choose "
+            "another environment with the same spaces (--environment)"
+        ) from error
+    except Exception as error:  # anything that an environment raises
+        raise UserError(f"{task}: cannot be made ({brief(error) or type(error).__name__})") from error
+
+
+def _domain(task: str, environment: gymnasium.Env, limit: int) -> ForeignDomain:
+    inner = environment.action_space
+    if isinstance(inner, spaces.Box):
+        low, high = (np.asarray(bound, np.float64).ravel() for bound in (inner.low, inner.high))
+        if not (np.isfinite(high - low).all() and (low < high).all()):
+            raise UserError(f"{task}: its actions have no bounds and cannot be scaled to [-1, 1]")
+    elif isinstance(inner, spaces.Discrete):
+        low, high = np.full(int(inner.n), float(inner.start)), np.full(int(inner.n), float(inner.start + inner.n - 1))
+    else:
+        raise UserError(f"{task}: its actions are a {type(inner).__name__}; only Box and Discrete are supported")
+    return ForeignDomain(
+        name=task,
+        tasks=(task,),
+        observation_size=_flat_size(task, environment.observation_space),
+        action_size=len(low),
+        physics_size=0,
+        episode_length=limit,
+        control_timestep=float(getattr(environment.unwrapped, "dt", 0.0) or 0.0),
+        action_low=tuple(low.tolist()),
+        action_high=tuple(high.tolist()),
+        is_discrete=isinstance(inner, spaces.Discrete),
+    )
+
+
+def _flat_size(task: str, space: gymnasium.Space) -> int:
+    """Return the number of numbers in an observation."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+        return sum(_flat_size(task, part) for part in parts)
+    if not isinstance(space, spaces.Box):
+        raise UserError(f"{task}: has {type(space).__name__} observations; only Boxes of numbers are supported")
+    if space.dtype == np.uint8 and len(space.shape) >= 2:
+        raise UserError(f"{task}: observes images, which are not supported; choose a version that observes states")
+    return math.prod(space.shape)
+
+
+def _seeds(seed: int | Sequence[int | None] | None, number: int) -> list[int | None]:
+    """Return one seed or None per environment."""
+    if seed is None:
+        return [None] * number
+    return [int(seed) + index for index in range(number)] if isinstance(seed, int | np.integer) else list(seed)

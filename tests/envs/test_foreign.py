@@ -1,0 +1,173 @@
+"""Environments of other packages equal Gymnasium's own, and copies do not depend on each other."""
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from ringrl.envs import domain_of, foreign_spec, foreign_task, make, make_vec
+from ringrl.errors import UserError
+
+HOPPER, POLE, PENDULUM = "gymnasium:Hopper-v5", "gymnasium:CartPole-v1", "gymnasium:Pendulum-v1(max_episode_steps=7)"
+
+
+class Parts(gymnasium.Env):
+    """Observations in parts, three choices that begin at 4, and exceptions on demand."""
+
+    observation_space = spaces.Dict(
+        {"b": spaces.Box(-1, 1, (2, 2)), "a": spaces.Tuple((spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, ())))}
+    )
+    action_space = spaces.Discrete(3, start=4)
+
+    def __init__(self, fails: str = "never", render_mode: None = None) -> None:
+        self.fails = fails
+
+    def _observation(self) -> dict:
+        return {"b": np.full((2, 2), self.steps / 10, np.float32), "a": (np.zeros(1, np.float32), np.float32(0.5))}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.last = 0, self.np_random.integers(2, 6)
+        if self.fails == "reset":
+            raise RuntimeError("broken")
+        return self._observation(), {}
+
+    def step(self, action):
+        assert action in (4, 5, 6)
+        self.steps += 1
+        if self.fails == "step" and self.steps == 2:
+            raise RuntimeError("broken")
+        return self._observation(), float(action), self.steps == self.last, False, {}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    for name, entry, limit in (
+        ("Parts-v0", Parts, 9),
+        ("Endless-v0", Parts, None),
+        ("Images-v0", lambda render_mode=None: _with(observation_space=spaces.Box(0, 255, (8, 8, 3), np.uint8)), 5),
+        ("Unbounded-v0", lambda render_mode=None: _with(action_space=spaces.Box(-np.inf, 1, (2,))), 5),
+        ("Many-v0", lambda render_mode=None: _with(action_space=spaces.MultiBinary(3)), 5),
+    ):
+        gymnasium.register(name, entry, max_episode_steps=limit, disable_env_checker=True, order_enforce=False)
+    yield
+    for name in ("Parts-v0", "Endless-v0", "Images-v0", "Unbounded-v0", "Many-v0"):
+        del gymnasium.registry[name]
+
+
+def _with(**changed: gymnasium.Space) -> Parts:
+    environment = Parts()
+    vars(environment).update(changed)
+    return environment
+
+
+def test_an_environment_equals_gymnasiums():
+    own, other = make(PENDULUM, seed=3), gymnasium.make("Pendulum-v1", max_episode_steps=7)
+    assert own.action_space == spaces.Box(-1, 1, (1,))
+    found, (expected, _) = own.reset()[0], other.reset(seed=3)
+    random = np.random.default_rng(0)
+    for step in range(7):
+        np.testing.assert_array_equal(found, expected, strict=True)
+        action = random.uniform(-1, 1, 1).astype(np.float32)
+        found, reward, terminated, truncated, _ = own.step(action)
+        expected, *rest, _ = other.step(2 * action)
+        assert [reward, terminated, truncated] == rest
+        assert truncated == (step == 6)
+
+
+def test_the_largest_number_chooses_a_discrete_action():
+    domain, environment = domain_of("gymnasium:Parts-v0"), make("gymnasium:Parts-v0", seed=0)
+    assert (domain.action_size, domain.is_discrete, domain.episode_length) == (3, True, 9)
+    observation, _ = environment.reset()
+    assert observation.tolist() == [0, 0.5, 0, 0, 0, 0], "in the order of gymnasium.spaces.flatten"
+    rewards = [environment.step(np.array(action))[1] for action in ([0.1, 0, -1], [-1, -0.2, -0.1])]
+    assert rewards == [4, 6]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_copies_equal_single_environments_to_their_ends(threads):
+    seeds, actions = [5, 3, 8], np.random.default_rng(1).uniform(-1, 1, (60, 3, 3))
+    vector, singles = make_vec(HOPPER, 3, seeds, threads), [make(HOPPER, seed) for seed in seeds]
+    observations, _ = vector.reset()
+    np.testing.assert_array_equal(observations, [single.reset()[0] for single in singles])
+    playing, lengths = [True] * 3, [0] * 3
+    for step in range(60):
+        observations, rewards, terminated, truncated, _ = vector.step(actions[step])
+        for index in np.flatnonzero(playing):
+            observation, reward, ends, late, _ = singles[index].step(actions[step, index])
+            np.testing.assert_array_equal(observations[index], observation)
+            assert (rewards[index], terminated[index], truncated[index]) == (reward, ends, late)
+            playing[index], lengths[index] = not ends, step + 1
+        if not any(playing):
+            break
+    assert len(set(lengths)) > 1, "episodes end at different steps"
+    assert np.isnan(rewards[np.argmin(lengths)]), "an episode that has ended gives no reward"
+    vector.reset(seed=[None, 7, None], options={"reset_mask": np.array([False, True, False])})
+    observations, rewards, _, truncated, _ = vector.step(actions[0])
+    np.testing.assert_array_equal(truncated, [True, False, True])
+    again = make(HOPPER)
+    again.reset(seed=7)
+    np.testing.assert_array_equal(observations[1], again.step(actions[0, 1])[0])
+    vector.close()
+
+
+@pytest.mark.parametrize("fails", ["step", "reset"])
+def test_an_exception_ends_only_its_own_episode(fails):
+    vector = make_vec("gymnasium:Parts-v0", 3, [0, 1, 2])
+    vector._environments[1]._environment.unwrapped.fails = fails
+    observations, _ = vector.reset()
+    assert np.isnan(observations[1]).all() == (fails == "reset")
+    for _ in range(2):
+        observations, rewards, _, truncated, _ = vector.step(np.zeros((3, 3)))
+    assert np.isnan(observations[1]).all()
+    assert np.isnan(rewards).tolist() == [False, True, False]
+    assert truncated.tolist() == [False, True, False]
+    vector.close()
+
+
+def test_arguments_are_a_part_of_the_name():
+    task = foreign_task("Hopper-v5", {"max_episode_steps": 50, "healthy_reward": 0.5})
+    assert task == "gymnasium:Hopper-v5(healthy_reward=0.5,max_episode_steps=50)"
+    assert domain_of(task).episode_length == 50
+    assert make(task)._environment.unwrapped._healthy_reward == 0.5
+    spec = foreign_spec(task)
+    assert (spec.id, spec.max_episode_steps, spec.kwargs) == ("Hopper-v5", 50, {"healthy_reward": 0.5})
+    assert gymnasium.spec("Hopper-v5").max_episode_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Nope-v0", "no installed package has this environment .*Did you mean"),
+        ("Hopper-v99", "no installed package has this environment"),
+        ("ALE/Pong-v5", "no installed package has this environment"),
+        ("os:Hopper-v5", "is not the name of a Gymnasium environment"),
+        ("../Hopper-v5", "is not the name of a Gymnasium environment"),
+        ("Hopper-v5(open('a'))", "its arguments are not plain values"),
+        ("Hopper-v5(x=open('a'))", "its arguments are not plain values"),
+        ("Hopper-v5(**{'x': 1})", "its arguments are not plain values"),
+        ("Hopper-v5(x=1)(y=2)", "its arguments are not plain values"),
+        ("Hopper-v5(render_mode='human')", "render_mode is not a part of a task"),
+        ("Hopper-v5(unknown=1)", "cannot be made .*unexpected keyword"),
+        ("FrozenLake-v1", "Discrete observations; only Boxes of numbers"),
+        ("Endless-v0", r"has no step limit; add one: Endless-v0\(max_episode_steps=1000\)"),
+        ("Images-v0", "observes images"),
+        ("Unbounded-v0", "its actions have no bounds"),
+        ("Many-v0", "its actions are a MultiBinary"),
+    ],
+)
+def test_what_cannot_be_an_environment_is_refused_in_one_line(name, message):
+    for build in (make, domain_of, lambda task: make_vec(task, 2)):
+        with pytest.raises(UserError, match=message) as error:
+            build(f"gymnasium:{name}")
+        assert "\n" not in str(error.value)
+
+
+def test_wrong_actions_are_refused():
+    environment = make(POLE, seed=0)
+    environment.reset()
+    for action in (np.zeros(3), np.array([np.nan, 0]), 1):
+        with pytest.raises(UserError, match=r"must be \(2,\) finite numbers"):
+            environment.step(action)
+    with pytest.raises(UserError, match="at least 1 is needed"):
+        make_vec(POLE, 0)

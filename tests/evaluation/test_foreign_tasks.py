@@ -1,0 +1,155 @@
+"""Policies trained on episodes of other packages' environments act in them: discrete actions, early ends, errors."""
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+from ringrl.config import TrainConfig
+from ringrl.data import write_episodes
+from ringrl.errors import UserError
+from ringrl.evaluation import Protocol, evaluate_all, evaluate_policy, load_policy, policy_evaluation, read_records
+from ringrl.evaluation.progress import EvaluationProgress
+from ringrl.training import train
+
+POLE = "gymnasium:CartPole-v1(max_episode_steps=40)"
+MODEL = {"layers": 1, "width": 16, "token_set": "fused1", "action_head": "categorical"}
+
+
+def record(name: str, number: int = 6) -> list[dict[str, object]]:
+    environment, episodes = gymnasium.make(name), []
+    environment.action_space.seed(0)
+    for seed in range(number):
+        observations, actions, rewards, ended = [environment.reset(seed=seed)[0]], [], [], False
+        while not ended:
+            actions.append(environment.action_space.sample())
+            observation, reward, terminated, truncated, _ = environment.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+            ended = terminated or truncated
+        episodes.append({"observation": observations, "action": actions, "reward": rewards, "terminated": terminated})
+    environment.close()
+    return episodes
+
+
+@pytest.fixture(scope="module")
+def pole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pole")
+    write_episodes(folder / "pole.h5", record("CartPole-v1"), environment=POLE)
+    return folder
+
+
+def configured(folder: Path, **changes: object) -> TrainConfig:
+    values = {
+        "data": folder / "pole.h5", "task": POLE, "run": folder / "run", "model": MODEL,
+        "context": {"trajectories": 2}, "optimiser": {"steps": 2, "batch_size": 2},
+    }  # fmt: skip
+    return TrainConfig.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def run(pole: Path) -> Path:
+    return train(configured(pole), quiet=True)
+
+
+def test_records_have_the_length_and_the_end_of_each_episode(run):
+    records = evaluate_policy(load_policy(run), Protocol(environments=3, episodes=3, control=True))
+    assert len(records) == 6
+    for each in records:
+        assert each.returns == each.lengths, "one reward per step"
+        assert all(ended == (length < 40) for ended, length in zip(each.terminated, each.lengths, strict=True))
+        assert each.steps_simulated == sum(each.lengths)
+    assert len({each.lengths for each in records}) > 1
+    alone = evaluate_policy(load_policy(run), Protocol(environments=1, episodes=3))
+    assert alone[0].returns == records[0].returns, "the other streams have no effect"
+
+
+def test_an_interrupted_evaluation_resumes(run, tmp_path):
+    class Interrupt(EvaluationProgress):
+        def on_episode(self, part, index, episode):
+            if index == 1:
+                raise KeyboardInterrupt
+
+    def evaluation(name: str):
+        return policy_evaluation(load_policy(run), Protocol(environments=3, episodes=3), results=tmp_path / name)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all([evaluation("a.jsonl")], progress=Interrupt())
+    assert list((tmp_path / "a.journal").glob("*/*.npz"))
+    evaluate_all([evaluation("a.jsonl")])
+    evaluate_all([evaluation("b.jsonl")])
+    one, other = ([(r.returns, r.lengths, r.terminated) for r in read_records(tmp_path / name).records]
+                  for name in ("a.jsonl", "b.jsonl"))  # fmt: skip
+    assert one == other
+
+
+def test_a_player_acts_in_the_environment(run):
+    environment, player = gymnasium.make("CartPole-v1", max_episode_steps=40), load_policy(run).player()
+    (expected,) = evaluate_policy(load_policy(run), Protocol(environments=1, episodes=2))
+    for seed, length in zip(expected.start_seeds, expected.lengths, strict=True):
+        observation, _ = environment.reset(seed=seed)
+        for step in range(length):
+            action = player.act(observation)
+            assert sorted(action.tolist()) == [0, 1]
+            observation, reward, terminated, truncated, _ = environment.step(int(action.argmax()))
+            player.observe(reward, terminated, truncated)
+            assert (terminated or truncated) == (step == length - 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("gymnasium:Hopper-v5", "have 11 and 3 numbers, those of .* have 4 and 2"),
+        ("walker_walk", "was trained on gymnasium:CartPole-v1.* and cannot act in task walker_walk"),
+        ("gymnasium:Nope-v0", "no installed package has this environment"),
+    ],
+)
+def test_other_environments_are_refused(task, message, run):
+    with pytest.raises(UserError, match=message):
+        policy_evaluation(load_policy(run), Protocol(), task=task)
+
+
+def test_other_bounds_of_actions_are_refused(tmp_path):
+    write_episodes(tmp_path / "pole.h5", record("Pendulum-v1", 2), environment="gymnasium:Pendulum-v1")
+    config = configured(tmp_path, task="gymnasium:Pendulum-v1", model=MODEL | {"action_head": "mse"})
+    trained = load_policy(train(config, quiet=True))
+    gymnasium.register("Wide-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=5)
+    gymnasium.registry["Wide-v0"].entry_point = _wide
+    with pytest.raises(UserError, match="its actions have other bounds than those of the data"):
+        policy_evaluation(trained, Protocol(), task="gymnasium:Wide-v0")
+    del gymnasium.registry["Wide-v0"]
+
+
+def _wide(**arguments: object) -> gymnasium.Env:
+    from gymnasium.envs.classic_control import PendulumEnv
+
+    environment = PendulumEnv()
+    environment.action_space = gymnasium.spaces.Box(-3, 3, (1,))
+    return environment
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (MODEL | {"action_head": "mse"}, "are choices; use categorical"),
+        ({"kind": "td3_bc", "width": 16}, "its actions are choices, which td3_bc cannot learn"),
+    ],
+)
+def test_choices_need_their_head(model, message, pole, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(configured(pole, run=tmp_path / "run", model=model), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_categorical_loss_is_the_cross_entropy():
+    from flax import nnx
+
+    from ringrl.model.heads import CategoricalHead
+
+    head, random = CategoricalHead(5, 3, nnx.Rngs(0)), np.random.default_rng(0)
+    features, choice = random.normal(size=(7, 5)).astype(np.float32), random.integers(3, size=7)
+    logits = features.astype(np.float64) @ np.asarray(head.linear.kernel[...], np.float64)
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(7), choice]
+    np.testing.assert_allclose(head.loss(features, np.eye(3, dtype=np.float32)[choice]), expected, rtol=1e-5)
+    np.testing.assert_array_equal(head.action(features), np.eye(3)[logits.argmax(1)])
