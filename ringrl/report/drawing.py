@@ -51,6 +51,7 @@ MEMORY, RESET = "with memory", "memory reset before each episode"
 TRAINING, HELD_OUT = "training", "held-out episodes"
 _DASHED = {RESET: MEMORY, HELD_OUT: TRAINING}  # what a dashed line shows -> what its solid line shows
 FONT = "Inter, system-ui, Liberation Sans, Arial, sans-serif"
+ALIKE = 100  # distance of two colours, in RGB from 0 to 255
 WIDTH, HEIGHT = 380, 250  # of a panel in a file, pixels
 _SHAPES, _DASHES = ("circle", "square", "triangle-up", "diamond"), ((2, 3), (6, 3), (1, 4), (6, 3, 1, 3))
 
@@ -92,13 +93,14 @@ def styles(table: pd.DataFrame) -> dict[str, Style]:
     """Return how each method is drawn, the same in all charts; where colours repeat, shapes and dashes differ.
 
     A method of METHODS has one colour in all reports. A variant has the shared colour that its name hashes to, or the
-    next one if another variant has this colour.
+    next one if another variant has this colour or one like it.
     """
     policies, found = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method"), {}
     uses: Counter[str] = Counter()
     for method, kind in zip(policies["method"], policies["kind"], strict=True):
         first = zlib.crc32(method.encode()) % len(_SHARED)
-        colour = _OWN.get(method) or min(_SHARED[first:] + _SHARED[:first], key=lambda name: uses[name])
+        shared = _SHARED[first:] + _SHARED[:first]
+        colour = _OWN.get(method) or min(shared, key=lambda name: (uses[name], any(_are_alike(name, x) for x in uses)))
         again = uses[colour] % len(_SHAPES)
         uses[colour] += 1
         found[method] = Style(colour, _SHAPES[again], _DASHES[again] if kind == "reference" else ())
@@ -106,6 +108,12 @@ def styles(table: pd.DataFrame) -> dict[str, Style]:
         "Dataset, all episodes": Style("muted", "circle", (7, 3)),
         "Dataset, best episode": Style("ink", "circle", (1, 0)),
     }
+
+
+def _are_alike(one: str, other: str) -> bool:
+    """Return whether two colours are hard to tell apart."""
+    rgb = [bytes.fromhex(PALETTE[name][0][1:]) for name in (one, other)]
+    return sum((a - b) ** 2 for a, b in zip(*rgb, strict=True)) < ALIKE**2
 
 
 _DARK = "".join(f'[{key}="{light}"]{{{key}:{dark}}}' for light, dark in PALETTE.values() for key in ("fill", "stroke"))
@@ -145,6 +153,8 @@ def _file_spec(panels: Sequence[Panel], methods: Sequence[str]) -> dict[str, Any
         "datasets": {name: rows for panel in panels for name, rows in panel.spec["datasets"].items()},
         "params": panels[0].spec["params"], "config": _config(), "background": "var(--paper)", "spacing": 30,
     }  # fmt: skip
+    if max(map(len, methods), default=0) > 50:
+        spec["config"]["legend"] |= {"columns": 1, "labelLimit": 2 * WIDTH}
     text = json.dumps(spec, sort_keys=True)
     for name, (light, _) in PALETTE.items():
         text = text.replace(f"var(--{name})", light)
