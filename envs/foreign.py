@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium
@@ -26,6 +27,15 @@ from ringrl.envs.domain import ForeignDomain
 from ringrl.errors import UserError, brief
 
 PREFIX = "gymnasium:"
+# Mean returns of random actions and of an expert, for normalised scores as in D4RL (2004.07219, `d4rl.infos`).
+_D4RL: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3),
+        "Ant": (-325.6, 3879.7), "AdroitHandPen": (96.262799, 3076.833102),
+        "AdroitHandHammer": (-274.856578, 12794.134825), "AdroitHandDoor": (-56.512833, 2880.569309),
+        "AdroitHandRelocate": (-6.425911, 4233.877798),
+    }
+)  # fmt: skip
 _NAME = re.compile(r"gymnasium:((?:[\w-]+/)?[\w.-]+)(?:\((.*)\))?")
 _REFUSED = {"render_mode", "vectorization_mode", "disable_env_checker"}
 
@@ -293,8 +303,12 @@ def _domain(task: str, environment: gymnasium.Env, limit: int) -> ForeignDomain:
         low, high = np.full(int(inner.n), float(inner.start)), np.full(int(inner.n), float(inner.start + inner.n - 1))
     else:
         raise UserError(f"{task}: its actions are a {type(inner).__name__}; only Box and Discrete are supported")
+    identifier, arguments = _parse(task)
+    random, expert = _D4RL.get(re.sub(r"-v\d+$", "", identifier), (None, None)) if not arguments else (None, None)
     return ForeignDomain(
         name=task,
+        random_returns={} if random is None else {task: random},
+        expert_return=expert,
         tasks=(task,),
         observation_size=_flat_size(task, environment.observation_space),
         action_size=len(low),

@@ -171,3 +171,12 @@ def test_wrong_actions_are_refused():
             environment.step(action)
     with pytest.raises(UserError, match="at least 1 is needed"):
         make_vec(POLE, 0)
+
+
+def test_scores_of_known_environments_are_d4rls():
+    from ringrl.evaluation.scores import normalised_score, score_or_none
+
+    np.testing.assert_allclose(normalised_score("gymnasium:Hopper-v5", [-20.272305, 3234.3]), [0, 100], atol=1e-12)
+    np.testing.assert_allclose(normalised_score("gymnasium:HalfCheetah-v4", 4770.335), 40.6802, atol=1e-4)
+    assert score_or_none("gymnasium:Hopper-v5(max_episode_steps=50)", 1.0) is None, "another task"
+    assert score_or_none(POLE, 1.0) is None
