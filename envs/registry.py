@@ -30,13 +30,11 @@ TASKS: tuple[str, ...] = tuple(task for domain in DOMAINS.values() for task in d
 
 
 def domain_named(name: str) -> Domain:
-    """Return the domain of this name: "walker", or "gymnasium:Hopper-v5" for an environment of another package.
+    """Return the ExoRL domain of this name.
 
     Raises:
         UserError: there is none; the message lists similar names.
     """
-    if is_foreign(name):
-        return foreign_domain(name)
     if name not in DOMAINS:
         raise UserError(f"unknown domain {name!r}; {_suggestion(name, DOMAINS)}")
     return DOMAINS[name]
@@ -60,8 +58,10 @@ def load_simulation(task: str) -> Simulation:
     """Compile the model of a task, in about 0.1 s. The first call imports MuJoCo and dm_control.
 
     Raises:
-        UserError: unknown task.
+        UserError: unknown task, or a task of another package.
     """
+    if is_foreign(task):
+        raise UserError(f"{task}: is simulated by another package; record it with Minari's DataCollector")
     domain = domain_of(task)
     (simulation,) = (one for one in _SIMULATIONS if one.domain is domain)
     return simulation(task)

@@ -78,7 +78,7 @@ def evaluate(
         mesh: devices over which the cache of each context is sharded (seq only).
     """
     given = locals()
-    from ringrl.envs import domain_named, foreign_task, is_foreign
+    from ringrl.envs import domain_of, foreign_task, is_foreign
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
     from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressTable, final_table
@@ -116,7 +116,7 @@ def evaluate(
         compiled = compile_policy(trained, protocol, own)
         named: list[str] = []
         for name in tasks or (own,):
-            named += domain_named(trained.info.domain).tasks if name == ALL_OF_DOMAIN else [name]
+            named += domain_of(own).tasks if name == ALL_OF_DOMAIN else [name]
         evaluations += [
             policy_evaluation(
                 trained, protocol, task=task, data=data, command=command, results=output, compiled=compiled

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ringrl import __version__
 from ringrl.collect.scripted import search
 from ringrl.cores import available_cores
-from ringrl.envs import domain_of
+from ringrl.envs import domain_of, is_foreign
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, sync
 from ringrl.pace import Progress, no_progress
@@ -63,6 +63,8 @@ def collect(
         UserError: unknown task or method, a number out of range, an existing destination or one that cannot be written,
             or a worker process that died.
     """
+    if is_foreign(task):
+        raise UserError(f"{task}: only tasks of RingRL are collected; record others with Minari's DataCollector")
     domain_of(task)
     if method not in METHODS:
         raise UserError(f"no method {method!r}; methods are {', '.join(METHODS)}")

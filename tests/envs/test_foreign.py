@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from ringrl.envs import domain_of, foreign_spec, foreign_task, make, make_vec
+from ringrl.collect import collect
+from ringrl.envs import domain_named, domain_of, foreign_spec, foreign_task, load_simulation, make, make_vec
 from ringrl.errors import UserError
 
 HOPPER, POLE, PENDULUM = "gymnasium:Hopper-v5", "gymnasium:CartPole-v1", "gymnasium:Pendulum-v1(max_episode_steps=7)"
@@ -180,3 +181,13 @@ def test_scores_of_known_environments_are_d4rls():
     np.testing.assert_allclose(normalised_score("gymnasium:HalfCheetah-v4", 4770.335), 40.6802, atol=1e-4)
     assert score_or_none("gymnasium:Hopper-v5(max_episode_steps=50)", 1.0) is None, "another task"
     assert score_or_none(POLE, 1.0) is None
+
+
+def test_what_needs_a_simulation_of_ringrl_says_so(tmp_path):
+    with pytest.raises(UserError, match="record it with Minari's DataCollector"):
+        load_simulation(HOPPER)
+    with pytest.raises(UserError, match="record others with Minari's DataCollector"):
+        collect(HOPPER, tmp_path / "hops", episodes=1, seed=0, method="td3")
+    with pytest.raises(UserError, match="unknown domain"):
+        domain_named(HOPPER)
+    assert not list(tmp_path.iterdir())
