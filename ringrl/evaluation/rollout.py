@@ -20,6 +20,7 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import Actor
 
+FIRST_ROWS = 1024  # of the arrays of an episode that is being played
 Seeds = Int64[np.ndarray, "streams episodes"]
 
 
@@ -137,7 +138,8 @@ class _Episodes:
         for number in set(index.tolist()) - set(range(len(self.recorded))):
             chosen = index == number
             for name, value in values.items():
-                self._array(number, name, value)[row[chosen], streams[chosen]] = value[chosen]
+                array = self._array(number, name, value, int(row[chosen].max()) + 1)
+                array[row[chosen], streams[chosen]] = value[chosen]
 
     def end(self, streams: np.ndarray, length: np.ndarray, terminated: np.ndarray) -> None:
         """Note that the current episodes of some streams have ended, and report those that all have finished."""
@@ -164,12 +166,14 @@ class _Episodes:
         self._reported, self._began = number + 1, now
         self._on_episode(episode)
 
-    def _array(self, number: int, name: str, like: np.ndarray) -> np.ndarray:
+    def _array(self, number: int, name: str, like: np.ndarray, rows: int) -> np.ndarray:
+        """Return an array of an episode. It grows to at least `rows`, since episodes may end long before the limit."""
         played = self._played.setdefault(number, {})
-        if name not in played:
-            rows = self.most_steps + (name in ("observation", "physics"))
-            played[name] = np.zeros((rows, len(self.seeds), *like.shape[1:]), like.dtype)
-        return played[name]
+        array = played.get(name, np.zeros((0, len(self.seeds), *like.shape[1:]), like.dtype))
+        if rows > len(array):
+            more = np.zeros((max(FIRST_ROWS, len(array)), *array.shape[1:]), array.dtype)
+            played[name] = array = np.concatenate([array, more])
+        return array
 
 
 class _Player:

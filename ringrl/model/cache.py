@@ -79,6 +79,8 @@ def attend(
     batch, new, heads, head_dim = q.shape
     kv_heads = keys.shape[0] // batch
     q = _heads_first(q, kv_heads)
+    if "global_prefix" in mask:
+        mask["global_prefix"] = jnp.tile(jnp.broadcast_to(mask["global_prefix"], (batch, new)), (kv_heads, 1))
     o = decode_attention(q, keys, values, length=length, prefix=prefix, mesh=parallel.mesh, **mask)
     return jnp.moveaxis(o.reshape(kv_heads, batch, new, -1, head_dim), 0, 2).reshape(batch, new, heads, head_dim)
 

@@ -455,6 +455,15 @@ def test_streams_whose_episodes_end_early_equal_plain_loops(sizes):
     assert len({tuple(episode.length) for episode in played}) > 1
 
 
+def test_memory_does_not_grow_with_the_limit_of_steps(monkeypatch):
+    whole, episodes, _ = play([ragged(3)], episodes=4, most_steps=6)
+    monkeypatch.setattr("ringrl.evaluation.rollout.FIRST_ROWS", 2)
+    returns, again, _ = play([ragged(3)], episodes=4, most_steps=10**15)
+    np.testing.assert_array_equal(returns, whole)
+    for one, other in zip(again, episodes, strict=True):
+        assert_same([getattr(one, name) for name in ARRAYS], [getattr(other, name) for name in ARRAYS])
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_episodes_of_different_lengths_are_replayed(count):
     whole, episodes, _ = play([ragged(3)], episodes=4, most_steps=6)
@@ -465,7 +474,9 @@ def test_episodes_of_different_lengths_are_replayed(count):
         assert_same([getattr(one, name) for name in ARRAYS], [getattr(other, name) for name in ARRAYS])
 
 
-@pytest.mark.parametrize("settings", [{"token_set": "at5"}, {"token_set": "fused1", "episode_window": (2,)}])
+@pytest.mark.parametrize(
+    "settings", [{"token_set": "at5"}, {"token_set": "fused1", "episode_window": (2,), "heads": 4, "kv_heads": 2}]
+)
 def test_actions_in_episodes_of_different_lengths_equal_the_full_forward_pass(settings):
     policy = tiny(trajectory_embedding=True, **settings)
     recorder = RecordingActor(PolicyActor(CompiledPolicy(policy)))
