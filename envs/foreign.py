@@ -64,9 +64,9 @@ def check_foreign(task: str) -> None:
 
 
 def foreign_spec(task: str) -> gymnasium.envs.registration.EnvSpec | None:
-    """Return Gymnasium's specification of an environment; None if it is not installed."""
+    """Return Gymnasium's specification of an environment; None if it is not installed, or cannot be written as JSON."""
     identifier, arguments = _parse(task)
-    if identifier not in gymnasium.registry:
+    if identifier not in gymnasium.registry or callable(gymnasium.spec(identifier).entry_point):
         return None
     spec = copy.deepcopy(gymnasium.spec(identifier))
     spec.max_episode_steps = arguments.pop("max_episode_steps", spec.max_episode_steps)
@@ -89,8 +89,8 @@ def foreign_domain(task: str) -> ForeignDomain:
 class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """A Gymnasium environment with flat float32 observations and actions in [-1, 1].
 
-    Observations of a Dict or Tuple of Boxes are concatenated, as `gymnasium.spaces.flatten` does. Actions of a Box are
-    scaled to its bounds. Of a discrete space, the largest of the action's numbers chooses.
+    Observations of a Dict (sorted by key) or Tuple of Boxes are concatenated, as `gymnasium.spaces.flatten` does.
+    Actions of a Box are scaled to its bounds. Of a discrete space, the largest of the action's numbers chooses.
 
     Attributes:
         task: "gymnasium:Hopper-v5".
@@ -108,6 +108,7 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if limit is None:
             raise UserError(f"{task}: has no step limit; add one: {identifier}(max_episode_steps=1000)")
         self.domain = _domain(task, self._environment, limit)
+        self._space = _by_key(self._environment.observation_space)
         self.render_mode, self.metadata = render_mode, self._environment.metadata
         self.observation_space = spaces.Box(-np.inf, np.inf, (self.domain.observation_size,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (self.domain.action_size,), np.float32)
@@ -140,6 +141,7 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         inner = self._environment.action_space
         if isinstance(inner, spaces.Box):
             scaled = self._center + np.clip(action, -1.0, 1.0).astype(np.float64) * self._radius
+            scaled = scaled if inner.dtype.kind == "f" else np.rint(scaled)
             taken: Any = np.clip(scaled.reshape(inner.shape), inner.low, inner.high).astype(inner.dtype)
         else:
             taken = int(self.domain.action_low[0]) + int(action.argmax())
@@ -155,7 +157,7 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._environment.close()
 
     def _flat(self, observation: Any) -> Float32[np.ndarray, " observation"]:
-        return np.asarray(spaces.flatten(self._environment.observation_space, observation), np.float32)
+        return np.asarray(spaces.flatten(self._space, observation), np.float32)
 
 
 class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -274,6 +276,9 @@ def _parse(task: str) -> tuple[str, dict[str, Any]]:
         arguments = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(f"{task}: its arguments are not plain values; {expected}") from error
+    limit = arguments.get("max_episode_steps", 1)
+    if type(limit) is not int or not 1 <= limit < 2**31:  # -1 would remove the environment's own limit
+        raise UserError(f"{task}: max_episode_steps is {limit!r}; give a whole number of at least 1")
     if refused := sorted(_REFUSED & {*arguments}):
         raise UserError(f"{task}: {refused[0]} is not a part of a task; leave it out")
     return identifier, arguments
@@ -319,6 +324,13 @@ def _domain(task: str, environment: gymnasium.Env, limit: int) -> ForeignDomain:
         action_high=tuple(high.tolist()),
         is_discrete=isinstance(inner, spaces.Discrete),
     )
+
+
+def _by_key(space: gymnasium.Space) -> gymnasium.Space:
+    """Return an observation space with the parts of each Dict sorted by key, as in a Minari dataset."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _by_key(part) for key, part in space.spaces.items()})
+    return spaces.Tuple(map(_by_key, space.spaces)) if isinstance(space, spaces.Tuple) else space
 
 
 def _flat_size(task: str, space: gymnasium.Space) -> int:

@@ -39,7 +39,7 @@ from ringrl.data.store.format import (
     software_versions,
 )
 from ringrl.data.store.writer import create_store, finished_store, record_of
-from ringrl.envs import Domain, domain_named, foreign_spec, is_foreign
+from ringrl.envs import Domain, domain_named, foreign_domain, foreign_spec, is_foreign
 from ringrl.errors import UserError, brief
 from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
@@ -160,12 +160,18 @@ class _Foreign:
 
     def __init__(self, episodes: MinariEpisodes, environment: str | None) -> None:
         self._episodes, name = episodes, episodes.metadata["dataset_id"]
-        self._physics = _physics_of(episodes)
+        self._physics, actions = _physics_of(episodes), _actions_of(episodes)
+        observation_size = sum(int(np.prod(box.shape)) for _, box in episodes.observation)
+        made = foreign_domain(environment) if environment else None
+        if made and (observation_size, *actions) != (
+            made.observation_size, made.action_low, made.action_high, made.is_discrete
+        ):  # fmt: skip
+            raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
         self.domain: Domain = stored_domain(
             environment or episodes.environment() or name,
             episodes.folder,
-            _actions_of(episodes),
-            sum(int(np.prod(box.shape)) for _, box in episodes.observation),
+            actions,
+            observation_size,
             episodes.lengths,
             sum(episodes.terminated),
             sum(self._physics.values()),

@@ -4,6 +4,7 @@ A dataset may be hostile. Minari's own reader starts the environment that the me
 files and reads arrays of any size. This reader checks the metadata first and rejects arrays of any other shape.
 """
 
+import ast
 import importlib
 import json
 import math
@@ -131,7 +132,7 @@ class MinariEpisodes:
             )
 
     def environment(self) -> str | None:
-        """Return the name of the environment that the metadata names, None without one or with wrappers around it."""
+        """Return the name of the environment that the metadata names, None without one, or with wrappers or paths."""
         with self._reading("its environment"):
             given = self.metadata.get("env_spec")
             spec = json.loads(given) if isinstance(given, str) else given
@@ -142,7 +143,10 @@ class MinariEpisodes:
             if installed is not None and limit is not None and limit != installed.max_episode_steps:
                 arguments["max_episode_steps"] = limit
             arguments.pop("render_mode", None)
-            return foreign_task(spec["id"], arguments)
+            task = foreign_task(spec["id"], arguments)
+            texts = [node.value for node in ast.walk(ast.parse(repr(arguments))) if isinstance(node, ast.Constant)]
+            # A dataset must not choose the files or modules that an environment reads.
+            return None if any({*"/\\:"} & {*str(text)} for text in texts) else task
 
     def info(self, index: int, *keys: str, row: tuple[int, ...], dtype: type) -> np.ndarray:
         """Return an array of an episode's infos, (T+1, *row) of this dtype."""

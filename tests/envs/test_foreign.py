@@ -85,6 +85,28 @@ def test_the_largest_number_chooses_a_discrete_action():
     assert rewards == [4, 6]
 
 
+def test_parts_of_observations_are_sorted_by_key_as_in_a_minari_dataset():
+    space = spaces.Dict(b=Parts.observation_space["b"], a=Parts.observation_space["a"])
+    assert [*space] == ["b", "a"], "keyword arguments are not sorted by Gymnasium"
+    gymnasium.registry["Images-v0"].entry_point = lambda render_mode=None: _with(observation_space=space)
+    found, expected = (make(f"gymnasium:{name}", seed=0).reset()[0] for name in ("Images-v0", "Parts-v0"))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_whole_numbers_survive_the_scaling_of_actions():
+    taken = []
+    space = spaces.Box(0, 10, (1,), np.int64)
+    gymnasium.registry["Many-v0"].entry_point = lambda render_mode=None: _with(
+        action_space=space, step=lambda action: (taken.append(int(action[0])), make_parts()[0])[1]
+    )
+    make_parts = lambda: (({"b": np.zeros((2, 2)), "a": (np.zeros(1), 0.0)}, 0.0, False, False, {}),)  # noqa: E731
+    environment = make("gymnasium:Many-v0", seed=0)
+    environment.reset()
+    for choice in range(11):
+        environment.step(np.array([(choice - 5) / 5], np.float32))
+    assert taken == [*range(11)]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_copies_equal_single_environments_to_their_ends(threads):
     seeds, actions = [5, 3, 8], np.random.default_rng(1).uniform(-1, 1, (60, 3, 3))
@@ -151,6 +173,8 @@ def test_arguments_are_a_part_of_the_name():
         ("Hopper-v5(render_mode='human')", "render_mode is not a part of a task"),
         ("Hopper-v5(unknown=1)", "cannot be made .*unexpected keyword"),
         ("FrozenLake-v1", "Discrete observations; only Boxes of numbers"),
+        ("Hopper-v5(max_episode_steps=-1)", "max_episode_steps is -1; give a whole number of at least 1"),
+        ("Hopper-v5(max_episode_steps=2.5)", "max_episode_steps is 2.5"),
         ("Endless-v0", r"has no step limit; add one: Endless-v0\(max_episode_steps=1000\)"),
         ("Images-v0", "observes images"),
         ("Unbounded-v0", "its actions have no bounds"),

@@ -128,6 +128,16 @@ def test_a_foreign_store_survives_export_and_import(tmp_path: Path) -> None:
     assert back.facts == store.facts
 
 
+def test_a_dataset_chooses_no_files_and_no_other_spaces(pendulum: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has other observations or actions than gymnasium:Hopper-v5"):
+        import_minari(pendulum, tmp_path / "hopper.h5", environment="gymnasium:Hopper-v5")
+    path = root / pendulum / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    spec = json.loads(metadata["env_spec"]) | {"kwargs": {"xml_file": ["/a.xml"]}}
+    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+    assert import_minari(pendulum, tmp_path / "pendulum.h5").domain == pendulum
+
+
 def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> None:
     store = import_minari(pendulum, tmp_path / "pendulum.h5")
     assert store.lengths.tolist() == [30, 30, 12]
