@@ -192,24 +192,27 @@ def _steps(episode: Mapping[str, Any], where: str) -> Steps:
             found[name] = np.asarray(given[0])
         elif name != "terminated":
             raise UserError(f"{where}: has no array {name}")
-    reward = found["reward"].reshape(-1)
-    observation, action = (x.reshape(len(x), -1) if x.ndim else x for x in (found["observation"], found["action"]))
-    for name, array in (("observation", observation), ("action", action), ("reward", reward)):
-        if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
-            raise UserError(f"{where}: {name} has values that are not finite numbers")
-    length, terminated = len(reward), np.asarray(found.get("terminated", False)).reshape(-1)
-    if not length or len(action) != length or len(observation) not in (length, length + 1):
+    reward, terminated = found["reward"].reshape(-1), np.asarray(found.get("terminated", False)).reshape(-1)
+    observation, action = (np.atleast_1d(found[name]) for name in ("observation", "action"))
+    length = len(reward)
+    sizes = len(observation) - length in (0, 1), len(action) == length, len(terminated) in (1, length)
+    if not (length and all(sizes)):
         shapes = f"{len(observation)} observations, {len(action)} actions and {length} rewards"
         raise UserError(f"{where}: has {shapes}; expected T + 1 (or T), T and T, with T at least 1")
+    observation, action = observation.reshape(len(observation), -1), action.reshape(length, -1)
+    for name, array, kind in (("observation", observation, "f4"), ("action", action, "f8"), ("reward", reward, "f4")):
+        with np.errstate(over="ignore"):
+            if array.dtype.kind not in "fiub" or not np.isfinite(array.astype(kind)).all():
+                raise UserError(f"{where}: {name} has values that are not finite numbers")
     if found["observation"].dtype == np.uint8 and found["observation"].ndim > 2:
         raise UserError(f"{where}: has images, which are not supported")
     if len(observation) == length:
         observation = np.concatenate([observation, observation[-1:]])
     if terminated[:-1].any():
         raise UserError(f"{where}: terminates before its last step (step {int(terminated.argmax())})")
-    with np.errstate(over="ignore"):
-        observation, reward = observation.astype(np.float32), reward.astype(np.float32)
-    return Steps(observation, action.astype(np.float64), reward, bool(terminated[-1]))
+    return Steps(
+        observation.astype(np.float32), action.astype(np.float64), reward.astype(np.float32), bool(terminated[-1])
+    )
 
 
 def _domain(environment: str | None, path: Path, steps: Sequence[Steps], source: str) -> StoredDomain:
@@ -280,6 +283,7 @@ def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
     if "timeouts" not in arrays and limit is None:
         raise UserError(f"{path}: has no timeouts; name its environment, whose limit of steps is used (--environment)")
     ends = terminals | arrays["timeouts"].astype(bool).reshape(-1) if "timeouts" in arrays else terminals.copy()
+    limit = None if "timeouts" in arrays else limit
     episodes, first = [], 0
     for row in range(rows):
         if ends[row] or row == rows - 1 or (limit is not None and row + 1 - first == limit):

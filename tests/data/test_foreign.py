@@ -91,7 +91,7 @@ def test_a_folder_of_npz_files_in_the_order_of_their_numbers(plural, tmp_path, c
     assert HOPPER in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("parts", ["all", "no next", "no timeouts"])
+@pytest.mark.parametrize("parts", ["all", "no next", "no timeouts", "lower limit"])
 def test_a_flat_file(parts, tmp_path):
     episodes = recorded("Hopper-v5", 5)
     joined = {
@@ -103,7 +103,8 @@ def test_a_flat_file(parts, tmp_path):
     }
     last = np.concatenate([np.arange(len(e["reward"])) == len(e["reward"]) - 1 for e in episodes])
     joined["timeouts"] = last & ~joined["terminals"]
-    task = "gymnasium:Hopper-v5(max_episode_steps=30)"
+    limit = 5 if parts == "lower limit" else 30  # timeouts say where episodes end
+    task = f"gymnasium:Hopper-v5(max_episode_steps={limit})"
     for name in {"no next": ["next_observations"], "no timeouts": ["timeouts"]}.get(parts, []):
         del joined[name]
     with h5py.File(tmp_path / "flat.hdf5", "w") as file:
@@ -128,6 +129,11 @@ def bad(**changes: object) -> list[dict[str, np.ndarray]]:
         ({"reward": None}, None, "episode 0: has no array reward"),
         ({"action": np.zeros((2, 3))}, None, "2 actions and"),
         ({"reward": np.zeros(0)}, None, "with T at least 1"),
+        ({name: np.zeros((0, 3)) for name in ("observation", "action", "reward")}, None, "with T at least 1"),
+        ({"observation": np.float64(5)}, None, "has 1 observations"),
+        ({"terminated": np.zeros(0, bool)}, None, "expected T . 1"),
+        ({"terminated": lambda x: np.append(x, [False, True])}, None, "expected T . 1"),
+        ({"observation": lambda x: x + 1e300}, None, "observation has values that are not finite"),
         ({"reward": lambda x: x * np.nan}, None, "reward has values that are not finite"),
         ({"action": lambda x: x.astype(str)}, None, "action has values that are not finite numbers"),
         ({"terminated": lambda x: ~x}, None, "terminates before its last step .step 0."),
