@@ -206,8 +206,9 @@ def _settings(config: TrainConfig) -> dict[str, str]:
 
 
 def folder_name(task: str) -> str:
-    """Return the name of a folder for a task. Names of Gymnasium environments may have a namespace and a slash."""
-    return task.replace("/", "_")
+    """Return the name of a folder for a task. Names of Gymnasium environments may have a slash and long arguments."""
+    name = task.replace("/", "_")
+    return name if len(name) <= 100 else f"{name[:80]}_{json_digest(task)[:12]}"
 
 
 def evaluation_name(record: EvaluationRecord) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pydantic_core
 from jaxtyping import Float
 
-from ringrl.envs import domain_of
+from ringrl.envs import domain_of, is_foreign
 from ringrl.errors import UserError
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
 from ringrl.files import explain_write_errors, write_whole
@@ -25,8 +25,8 @@ def normalised_score(task: str, returns: Float[np.ndarray, "..."] | float) -> Fl
     Raises:
         UserError: the task is unknown, or its random return has not been measured.
     """
-    domain = domain_of(task)
-    if task not in domain.random_returns:
+    domain = None if is_foreign(task) else domain_of(task)  # a name in a results file must not start an environment
+    if domain is None or task not in domain.random_returns:
         raise UserError(f"{task}: has no random return; measure it with benchmarks/random_returns.py")
     random = domain.random_returns[task]
     return 100 * (np.asarray(returns) - random) / (domain.reference_return - random)
@@ -43,7 +43,7 @@ def score_or_none(task: str, value: float | None) -> float | None:
 def random_return(task: str) -> float | None:
     """Return the mean return of random actions in a task, a constant of the domain; None if it is unknown."""
     try:
-        return domain_of(task).random_returns.get(task)
+        return None if is_foreign(task) else domain_of(task).random_returns.get(task)
     except UserError:
         return None
 

@@ -28,7 +28,7 @@ import pydantic
 from ringrl.config import TrainConfig
 from ringrl.config_files import merged, nested, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
-from ringrl.envs import domain_of
+from ringrl.envs import domain_of, is_foreign
 from ringrl.errors import UserError
 from ringrl.evaluation import (
     Evaluation,
@@ -366,10 +366,17 @@ def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
     if plan.budget == "tokens" and config.model.family.source == "contexts":
         optimiser = {"batch_size": plan.trajectories_per_batch // config.context.trajectories}
     elif plan.budget == "tokens":  # as many timesteps in batches of transitions
-        length = config.context.segment_steps or domain_of(config.task).episode_length
+        length = config.context.segment_steps or longest_episode(config)
         timesteps = config.optimiser.steps * plan.trajectories_per_batch * length
         optimiser = {"steps": max(1, timesteps // config.optimiser.batch_size)}
     return TrainConfig.model_validate(merged(settings, {"optimiser": optimiser}))
+
+
+def longest_episode(config: TrainConfig) -> int:
+    """Return the steps of the longest episode of a run's data. ExoRL's episodes are as long as their domain's."""
+    if is_foreign(config.task):
+        return int(EpisodeStore(config.data).lengths.max())
+    return domain_of(config.task).episode_length
 
 
 def _prompts(plan: PromptPlan, tasks: Sequence[str], episodes: int, trajectories: int) -> list[Protocol]:

@@ -21,7 +21,7 @@ from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.protocol import Protocol
 from ringrl.files import json_digest
 from ringrl.model.tokens import TOKEN_SETS
-from ringrl.study.cells import Cell
+from ringrl.study.cells import Cell, longest_episode
 from ringrl.training.budget import forward_flops, step_cost
 from ringrl.training.checkpoints import EarlyStopping, saved_steps
 
@@ -137,7 +137,8 @@ def cost(cell: Cell) -> CellCost:
     config, length = cell.config, domain_of(cell.config.task).episode_length
     done = max(saved_steps(cell.folder), default=0)
     has_converged = EarlyStopping.saved(cell.folder, done).has_converged(config)
-    one, steps = step_cost(config, length), 0 if has_converged else max(0, config.optimiser.steps - done)
+    one = step_cost(config, longest_episode(config))
+    steps = 0 if has_converged else max(0, config.optimiser.steps - done)
     episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in _rollouts(cell))
     return CellCost(
         steps=steps,

@@ -33,6 +33,7 @@ from ringrl.study.cluster import run_on_cluster
 from ringrl.study.cost import cost_table, estimates
 from ringrl.study.plan import AblationPlan
 from ringrl.study.progress import AblationProgress
+from ringrl.training.loop import check_actions
 from ringrl.training.run_folder import dataset_fingerprint
 
 COMPILED = ".compiled"  # compiled programs, which all seeds share
@@ -121,6 +122,7 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
     for cell in everything:
         config = cell.config
         try:
+            check_actions(config, stores[config.task].facts)
             excluded = held_out(stores[config.task], config)
             episodes_for_contexts(stores[config.task], config.task, config.context, config.seed, excluded=excluded)
         except UserError as error:

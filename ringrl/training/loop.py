@@ -18,7 +18,7 @@ from ringrl.data.sampling.batches import BatchSource, iterate_batches
 from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import eligible_by_task
-from ringrl.envs import ForeignDomain
+from ringrl.envs import Domain, ForeignDomain
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors
 from ringrl.model import TrainState, make_agent
@@ -68,7 +68,7 @@ def train(
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context
     facts = store.facts if isinstance(store.facts, ForeignDomain) else None
-    _check_actions(config, facts is not None and facts.is_discrete)
+    check_actions(config, store.facts)
     data_fingerprint = dataset_fingerprint(store)
     distributed.agree("data", {"fingerprint of the data": data_fingerprint})
     excluded = held_out(store, config)
@@ -104,8 +104,9 @@ def train(
     return config.run
 
 
-def _check_actions(config: TrainConfig, is_discrete: bool) -> None:
+def check_actions(config: TrainConfig, facts: Domain) -> None:
     """Raise UserError unless the model chooses among actions if and only if the data does."""
+    is_discrete = isinstance(facts, ForeignDomain) and facts.is_discrete
     has_choices = config.model.action_head == "categorical"
     if is_discrete and config.model.family.source == "transitions":
         raise UserError(f"{config.data}: its actions are choices, which {config.model.kind} cannot learn; use bc or at")

@@ -5,12 +5,18 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ringrl.config import TrainConfig
-from ringrl.data import write_episodes
+from ringrl.data import EpisodeStore, write_episodes
 from ringrl.errors import UserError
 from ringrl.evaluation import Protocol, evaluate_all, evaluate_policy, load_policy, policy_evaluation, read_records
 from ringrl.evaluation.progress import EvaluationProgress
+from ringrl.evaluation.records import folder_name
+from ringrl.evaluation.scores import random_return, score_or_none
+from ringrl.study.cells import cells
+from ringrl.study.plan import AblationPlan
+from ringrl.study.runner import estimate
 from ringrl.training import train
 
 POLE = "gymnasium:CartPole-v1(max_episode_steps=40)"
@@ -140,6 +146,33 @@ def test_choices_need_their_head(model, message, pole, tmp_path):
     with pytest.raises(UserError, match=message):
         train(configured(pole, run=tmp_path / "run", model=model), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_study_has_the_datas_lengths_and_checks_actions_first(pole, tmp_path):
+    values = {
+        "data": str(pole / "pole.h5"), "task": POLE, "output": str(tmp_path / "study"), "methods": ["at"], "seeds": [0],
+        "trajectories": [1, 2], "trajectories_per_batch": 2, "baselines": ["td3+bc"], "episodes": 2,
+        "settings": {"optimiser": {"steps": 30}},
+    }  # fmt: skip
+    longest = int(EpisodeStore(pole / "pole.h5").lengths.max())
+    assert longest != 40, "the limit of the environment"
+    (td3,) = (c.config for c in cells(AblationPlan.model_validate(values)) if c.config.model.kind == "td3_bc")
+    assert td3.optimiser.steps == 30 * 2 * longest // td3.optimiser.batch_size
+    for plan, message in (
+        (values, "td3.bc_seed0: .* which td3_bc cannot learn"),
+        (values | {"baselines": []}, "at_1_seed0: model.action_head: .* are choices; use categorical"),
+    ):
+        with pytest.raises(UserError, match=message):
+            estimate(AblationPlan.model_validate(plan), Console(quiet=True))
+    long = f"gymnasium:Maze-v0(maze_map={[[1] * 99]})"
+    assert len(folder_name(long)) <= 100
+    assert folder_name(long) != folder_name(long.replace("99", "98").replace("1]]", "0]]"))
+
+
+def test_scores_start_no_environment(monkeypatch):
+    monkeypatch.setattr(gymnasium, "make", lambda *_, **__: pytest.fail("a name in a results file was started"))
+    assert score_or_none("gymnasium:CartPole-v1(max_episode_steps=41)", 1.0) is None
+    assert random_return("gymnasium:CartPole-v1(max_episode_steps=41)") is None
 
 
 def test_the_categorical_loss_is_the_cross_entropy():
