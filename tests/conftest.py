@@ -1,10 +1,12 @@
 """Fixtures for all tests: small real datasets, fake SLURM commands, devices."""
 
+import dataclasses
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -15,6 +17,7 @@ from jax.extend.backend import clear_backends
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import save_episode
 from ringrl.envs import make
+from ringrl.training import loop
 
 # All processes of a session share one compilation cache: the first process creates the folder, the others inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -64,6 +67,23 @@ def optimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def training_steps() -> Iterator[None]:
+    """Trace the training step of equal settings once, not once per run. The last 20 are kept."""
+    make_agent, steps = loop.make_agent, dict[Any, Any]()
+
+    def shared(make_policy: Any, config: Any, parallel: Any) -> Any:
+        agent = make_agent(make_policy, config, parallel)
+        key = agent.graph, config.model_dump_json(exclude={"run", "data"}), parallel, jax.devices()[0]
+        if key not in steps and len(steps) == 20:
+            steps.pop(next(iter(steps)))
+        return dataclasses.replace(agent, update=steps.setdefault(key, agent.update))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_agent", shared)
+        yield
 
 
 # A background job of a shell ignores SIGINT, but tested processes must receive it.

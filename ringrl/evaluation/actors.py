@@ -25,6 +25,7 @@ from ringrl.model.agents.imitation import BehaviourCloning
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 
 SMALLEST_CACHE = 512  # tokens
+CLONE_STEPS = 1000
 
 
 class Actor(Protocol):
@@ -77,7 +78,7 @@ class CopyActor:
 
 
 class CloneActor:
-    """Behaviour cloning of the prompt alone: 1,000 steps of Adam with batches of 256 timesteps."""
+    """Behaviour cloning of the prompt alone: CLONE_STEPS steps of Adam with batches of 256 timesteps."""
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
         """Train a new network on the prompt."""
@@ -94,7 +95,7 @@ class CloneActor:
             updates, moments = optimiser.update(gradient, moments)
             return (optax.apply_updates(params, updates), moments), None
 
-        rows = np.random.default_rng(0).integers(prompt.observation.shape[1], size=(1000, 256))
+        rows = np.random.default_rng(0).integers(prompt.observation.shape[1], size=(CLONE_STEPS, 256))
         (params, _), _ = jax.jit(partial(jax.lax.scan, step))((params, optimiser.init(params)), rows)
         self._actions = jax.jit(lambda context: nnx.merge(graph, params).actions(context))
 

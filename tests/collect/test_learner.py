@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import shutil
@@ -22,10 +23,11 @@ WIDTH = 64
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """A quarter of the computation."""
+    """A quarter of the computation, and one compilation of equal learners."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ringrl.collect.learner._TRANSITIONS_PER_UPDATE", 5)
         patch.setattr("ringrl.collect.learner._BATCH", 128)
+        patch.setattr("ringrl.collect.learner.Learner", functools.cache(Learner))
         yield
 
 

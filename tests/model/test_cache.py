@@ -166,17 +166,17 @@ def test_cache_kept_in_bfloat16_under_float32_computation(policy, context, actio
 
 
 @pytest.mark.parametrize(
-    ("token_set", "layout"),
-    [("at5", "zigzag"), ("fused1", "contiguous"), ("dt3", "striped")],
+    ("token_set", "layout", "capacity"),
+    [("at5", "zigzag", 16), ("fused1", "contiguous", 8), ("dt3", "striped", 8)],
 )
-def test_sharded_cache_equals_one_device(token_set, layout, policy, context, actions, quick, eight_devices):
+def test_sharded_cache_equals_one_device(token_set, layout, capacity, policy, context, actions, quick, eight_devices):
     """Each of eight devices holds an eighth of prompt and cache."""
     mesh = jax.make_mesh((1, 1, 1, 8), MESH_AXES, (AxisType.Auto,) * 4)
     parallel = Parallel(mesh, layout)
-    one = policy(token_set=token_set)
+    one = policy(token_set=token_set, layers=1)
     whole = alike(context(PROMPT + 4, batch=2))
-    sharded = policy(parallel=parallel, token_set=token_set)
-    found, prefix = lengthened(sharded, whole, 8, quick, parallel)
+    sharded = policy(parallel=parallel, token_set=token_set, layers=1)
+    found, prefix = lengthened(sharded, whole, capacity, quick, parallel)
     np.testing.assert_allclose(found, actions(one, whole)[:, PROMPT:], rtol=1e-5, atol=1e-5)
     memory = sharded.reset(2, 4096)
     for cache in (memory, prefix):

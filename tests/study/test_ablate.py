@@ -165,7 +165,10 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_evaluated(write_plan, jac
         cell.check()
 
 
-def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(write_plan, jaco_store: EpisodeStore) -> None:
+def test_prompts_have_the_starts_of_single_episodes_in_all_tasks(
+    write_plan, jaco_store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringrl.evaluation.actors.CLONE_STEPS", 20)  # clones learn in evaluation/test_actors.py
     own, other = "jaco_reach_top_left", "jaco_reach_top_right"
     settings = {
         "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 2},
