@@ -120,7 +120,7 @@ def write_episodes(
     Args:
         path: the file to write.
         episodes: each a mapping with observation (T+1, ...) or (T, ...), action (T, ...) as the environment takes it,
-            reward (T,), and terminated (T,) or a bool (default: False). Of T observations, the last stands twice.
+            reward (T,), and terminated (T,) or a bool (default: False). Of T observations, the last is repeated.
             Choices are integers (T,).
         environment: the Gymnasium environment of the episodes, "gymnasium:Hopper-v5", whose bounds scale the actions.
             None: actions are in [-1, 1], and the store has the file's name.
@@ -160,7 +160,7 @@ def import_episodes(
     """Import a folder of npz files, one per episode, or a flat HDF5 file of all steps, into a new store and open it.
 
     Arrays are observation, action and reward, and terminated if known (or their plurals, or terminals). Without a
-    further observation, the last one stands twice. A flat file also has timeouts; without them, episodes end after the
+    further observation, the last one is repeated. A flat file also has timeouts; without them, episodes end after the
     environment's limit of steps.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ringrl.envs import domain_of
+from ringrl.envs import domain_of, is_foreign
 from ringrl.errors import UserError, require
 
 
@@ -91,8 +91,10 @@ def write_videos(
 
     Raises:
         VideoError: OpenGL is missing, or a file cannot be written.
-        UserError: the task is unknown, or a package is missing.
+        UserError: the task is unknown or another package's, or a package is missing.
     """
+    if is_foreign(task):
+        raise UserError(f"{task}: is drawn by its own package; leave videos out")
     domain_of(task)
     check_video()
     if bad := [path for path in videos if path.suffix not in (".mp4", ".gif", ".apng")]:

@@ -156,7 +156,7 @@ def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: i
         kinds.setdefault(cell.config.task, {}).setdefault(kind, []).append(costs[cell.name])
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("Cell", "Number", "Steps", "Tokens", "TFLOP", "Simulated", "Time each"):
-        shown.add_column(name, justify="left" if name == "Cell" else "right", no_wrap=name != "Cell")
+        shown.add_column(name, justify="left" if name == "Cell" else "right", no_wrap=name != "Cell", overflow="fold")
     for task, groups in kinds.items():
         shown.add_section()
         shown.add_row(f"[bold]{task}")
