@@ -140,6 +140,9 @@ class MinariEpisodes:
                 return None
             arguments, limit = dict(spec.get("kwargs") or {}), spec.get("max_episode_steps")
             installed = gymnasium.registry.get(spec["id"])
+            for key, value in installed.kwargs.items() if installed else ():  # a maze, which would make a long name
+                if key in arguments and repr(arguments[key]) == repr(value):
+                    del arguments[key]
             if installed is not None and limit is not None and limit != installed.max_episode_steps:
                 arguments["max_episode_steps"] = limit
             arguments.pop("render_mode", None)

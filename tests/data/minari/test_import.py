@@ -128,12 +128,20 @@ def test_a_foreign_store_survives_export_and_import(tmp_path: Path) -> None:
     assert back.facts == store.facts
 
 
-def test_a_dataset_chooses_no_files_and_no_other_spaces(pendulum: str, root: Path, tmp_path: Path) -> None:
+def test_the_environment_of_a_dataset_has_its_own_arguments_but_no_files(
+    pendulum: str, root: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="has other observations or actions than gymnasium:Hopper-v5"):
         import_minari(pendulum, tmp_path / "hopper.h5", environment="gymnasium:Hopper-v5")
+    gymnasium.register("Moon-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=30, kwargs={"g": 1.6})
     path = root / pendulum / "data" / "metadata.json"
     metadata = json.loads(path.read_text())
-    spec = json.loads(metadata["env_spec"]) | {"kwargs": {"xml_file": ["/a.xml"]}}
+    spec = gymnasium.make("Moon-v0").spec.to_json()
+    path.write_text(json.dumps(metadata | {"env_spec": spec}))
+    assert import_minari(pendulum, tmp_path / "moon.h5").domain == "gymnasium:Moon-v0"
+    del gymnasium.registry["Moon-v0"]
+    assert import_minari(pendulum, tmp_path / "far.h5").domain == "gymnasium:Moon-v0(g=1.6)"
+    spec = json.loads(spec) | {"kwargs": {"xml_file": ["/a.xml"]}}
     path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
     assert import_minari(pendulum, tmp_path / "pendulum.h5").domain == pendulum
 
