@@ -34,7 +34,7 @@ def facts(results: pd.DataFrame) -> list[Fact]:
     trained = policies[policies["steps_trained"].notna()]
     versions = sorted(results["versions"].unique())
     found: list[Fact] = [
-        ("Evaluation protocol", [f"{PROTOCOL}: undiscounted returns of whole episodes, in dm_control"]),
+        ("Evaluation protocol", [f"{PROTOCOL}: undiscounted returns of whole episodes"]),
         ("Target return", _targets(policies)),
         ("Training seeds", [_ranges(trained["seed"])]),
         ("Environment seeds", [_ranges(seed for seeds in policies["start_seeds"] for seed in seeds)]),

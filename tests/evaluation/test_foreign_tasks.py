@@ -10,7 +10,15 @@ from rich.console import Console
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore, write_episodes
 from ringrl.errors import UserError
-from ringrl.evaluation import Protocol, evaluate_all, evaluate_policy, load_policy, policy_evaluation, read_records
+from ringrl.evaluation import (
+    Protocol,
+    evaluate_all,
+    evaluate_policy,
+    load_policy,
+    policy_evaluation,
+    random_evaluation,
+    read_records,
+)
 from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.records import folder_name
 from ringrl.evaluation.scores import random_return, score_or_none
@@ -69,6 +77,11 @@ def test_records_have_the_length_and_the_end_of_each_episode(run):
     assert len({each.lengths for each in records}) > 1
     alone = evaluate_policy(load_policy(run), Protocol(environments=1, episodes=3))
     assert alone[0].returns == records[0].returns, "the other streams have no effect"
+
+
+@pytest.mark.parametrize(("task", "decides"), [(POLE, True), ("walker_walk", False)])
+def test_the_version_of_gymnasium_decides_results_in_its_environments(task, decides):
+    assert ("gymnasium" in random_evaluation(task, Protocol()).decides["versions"]) == decides
 
 
 def test_an_interrupted_evaluation_resumes(run, tmp_path):
