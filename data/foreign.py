@@ -273,7 +273,7 @@ def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such file")
     with h5py.File(path, "r", locking=False) as file:
         wanted = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-        arrays = {name: _plain(file, name, path) for name in wanted if name in file}
+        arrays = {name: _plain(file, name, path) for name in wanted if file.get(name, getlink=True)}
     if missing := [name for name in wanted[:4] if name not in arrays]:
         raise UserError(f"{path}: has no array {missing[0]}; a flat file has {', '.join(wanted[:4])} and timeouts")
     rows = len(arrays["rewards"])
@@ -301,10 +301,10 @@ def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
 
 def _plain(file: h5py.File, name: str, path: Path) -> np.ndarray:
     """Read an array of numbers that is stored in the file itself."""
-    link, dataset = file.get(name, getlink=True), file[name]
-    settings = dataset.id.get_create_plist() if isinstance(dataset, h5py.Dataset) else None
-    if settings is None or not isinstance(link, h5py.HardLink) or dataset.dtype.kind not in "fiub":
+    dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None  # opens no other file
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiub":
         raise UserError(f"{path}: {name} is not an array of numbers")
+    settings = dataset.id.get_create_plist()
     if settings.get_layout() == h5py.h5d.VIRTUAL or settings.get_external_count():
         raise UserError(f"{path}: {name} is stored in other files")
     if dataset.nbytes > SMALL + MOST_COMPRESSED * dataset.id.get_storage_size():

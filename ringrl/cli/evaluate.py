@@ -141,8 +141,8 @@ def evaluate(
         evaluations = [random_evaluation(task, protocol, command=command, results=results) for task in unique]
     if video and (foreign := [one.template.task for one in evaluations if is_foreign(one.template.task)]):
         raise UserError(
-            f"--video: {foreign[0]} is drawn by its own package; leave it out, and record a player of the policy with "
-            "Gymnasium's RecordVideo"
+            f"--video: {foreign[0]} is drawn by its own package; leave it out, and record a player of the policy in "
+            "ringrl.envs.make(task, render_mode='rgb_array') with Gymnasium's RecordVideo"
         )
     options = VideoOptions(side_by_side, video_format, video_speed) if video else False
     console = Console()

@@ -22,8 +22,9 @@ _ENDLESS = 2**30  # steps for which a memory may grow
 class Player:
     """Acts in environments with the policy's spaces and remembers what it has seen.
 
-    Observations, actions and rewards are in the environment's units. The player keeps return-to-go, completion and
-    positions itself. The episodes of a batch may end at different steps. The memory grows until `clear`.
+    Observations and rewards are in the environment's units. Actions are in [-1, 1], as the environments of
+    `ringrl.envs.make` take them, with a number for each choice if actions are discrete. The player keeps return-to-go,
+    completion and positions itself. The episodes of a batch may end at different steps. The memory grows until `clear`.
 
         player = load_policy("runs/at").player()
         observation, _ = environment.reset()
@@ -107,7 +108,8 @@ class Player:
         """Remember the reward of the last action. An end, by termination or truncation, starts the next episode.
 
         Raises:
-            UserError: no action waits for its reward, a reward is not finite, or only some episodes of the batch end.
+            UserError: no action waits for its reward, a reward is not finite, or some episodes of a policy of segments
+                end before others.
         """
         if self._pending is None:
             raise UserError("observe: there is no action without a reward; call act(observation) first")

@@ -184,5 +184,5 @@ def test_bad_files_are_named(tmp_path):
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         file["observations"] = file["actions"] = file["terminals"] = np.zeros((3, 1))
         file["rewards"] = h5py.ExternalLink("other.h5", "rewards")
-    with pytest.raises(UserError, match=r"flat\.h5"):
+    with pytest.raises(UserError, match=r"flat\.h5: rewards is not an array of numbers"):
         import_episodes(tmp_path / "flat.h5", tmp_path / "a.h5", "hdf5")
