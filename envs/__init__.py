@@ -9,6 +9,7 @@ from ringrl.envs.foreign import (
     ForeignEnv,
     ForeignVectorEnv,
     check_foreign,
+    d4rl_returns,
     foreign_domain,
     foreign_spec,
     foreign_task,
@@ -20,8 +21,9 @@ from ringrl.envs.vector import ExoRLVectorEnv, make_vec
 
 __all__ = [
     "DOMAINS", "TASKS", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain", "ForeignEnv",
-    "ForeignVectorEnv", "GoalSpace", "Simulation", "check_foreign", "domain_named", "domain_of", "foreign_domain",
-    "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec", "register_gymnasium",
+    "ForeignVectorEnv", "GoalSpace", "Simulation", "check_foreign", "d4rl_returns", "domain_named", "domain_of",
+    "foreign_domain", "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec",
+    "register_gymnasium",
 ]  # fmt: skip
 
 

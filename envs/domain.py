@@ -1,6 +1,5 @@
 """The facts about a domain. Nothing here imports MuJoCo."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -103,15 +102,8 @@ class ForeignDomain(Domain):
         action_high: the highest action.
         is_discrete: whether an action is one of `action_size` choices. Data has 1 for the choice and 0 for the others,
             and the environment takes the choice with the largest number. The bounds are the first and last choice.
-        expert_return: return of an expert, for normalised scores. None: there are no normalised scores.
     """
 
     action_low: tuple[float, ...] = field(kw_only=True)
     action_high: tuple[float, ...] = field(kw_only=True)
     is_discrete: bool = field(default=False, kw_only=True)
-    expert_return: float | None = field(default=None, kw_only=True)
-
-    @property
-    def reference_return(self) -> float:
-        """Return the return of an expert, where normalised scores are 100; NaN if it is unknown."""
-        return math.nan if self.expert_return is None else self.expert_return

@@ -74,6 +74,12 @@ def foreign_spec(task: str) -> gymnasium.envs.registration.EnvSpec | None:
     return spec
 
 
+def d4rl_returns(task: str) -> tuple[float, float] | tuple[None, None]:
+    """Return the mean returns of random actions and of an expert in D4RL; None for environments that D4RL lacks."""
+    identifier, arguments = _parse(task)
+    return (None, None) if arguments else _D4RL.get(re.sub(r"-v\d+$", "", identifier), (None, None))
+
+
 @functools.cache
 def foreign_domain(task: str) -> ForeignDomain:
     """Return the domain of a Gymnasium environment, which has one task. Makes the environment once.
@@ -288,11 +294,12 @@ def _made(task: str, identifier: str, arguments: dict[str, Any], render_mode: st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of newer versions, which are other tasks
-            return gymnasium.make(identifier, render_mode=render_mode, **arguments)
+            options = arguments if render_mode is None else arguments | {"render_mode": render_mode}
+            return gymnasium.make(identifier, **options)
     except gymnasium.error.UnregisteredEnv as error:
         raise UserError(
-            f"{task}: no installed package has this environment ({brief(error)}); install the package, or choose "
-            "another environment with the same spaces (--environment)"
+            f"{task}: no installed package has this environment ({brief(error)}); install the package, name the module "
+            "that registers it (--environment MODULE:NAME), or choose another environment with the same spaces"
         ) from error
     except Exception as error:  # anything that an environment raises
         raise UserError(f"{task}: cannot be made ({brief(error) or type(error).__name__})") from error
@@ -308,12 +315,8 @@ def _domain(task: str, environment: gymnasium.Env, limit: int) -> ForeignDomain:
         low, high = np.full(int(inner.n), float(inner.start)), np.full(int(inner.n), float(inner.start + inner.n - 1))
     else:
         raise UserError(f"{task}: its actions are a {type(inner).__name__}; only Box and Discrete are supported")
-    identifier, arguments = _parse(task)
-    random, expert = _D4RL.get(re.sub(r"-v\d+$", "", identifier), (None, None)) if not arguments else (None, None)
     return ForeignDomain(
         name=task,
-        random_returns={} if random is None else {task: random},
-        expert_return=expert,
         tasks=(task,),
         observation_size=_flat_size(task, environment.observation_space),
         action_size=len(low),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ringrl.cli.flags import reject_flags
+from ringrl.cli.flags import environment_task, reject_flags
 from ringrl.errors import UserError
 from ringrl.pace import Pace
 
@@ -96,11 +96,10 @@ def import_(
         reject_flags(import_, given, f"has no effect with --format {format}; remove it", used=used)
         from ringrl.data.foreign import import_episodes
         from ringrl.data.minari import import_minari
-        from ringrl.envs import foreign_task
 
         name = archive.resolve().stem if format == "hdf5" else archive.resolve().name
         output = output or Path(f"{name}.h5")
-        task = foreign_task(environment) if environment else None
+        task = environment_task(environment) if environment else None
         with _bars(output) as (bar, _):
             options: dict[str, Any] = {"environment": task, "overwrite": overwrite, "progress": bar("importing")}
             if format == "minari":

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import cyclopts
 from rich.console import Console
 
-from ringrl.cli.flags import command_line, reject_flags
+from ringrl.cli.flags import command_line, environment_task, reject_flags
 from ringrl.config import MeshConfig
 from ringrl.errors import UserError
 
@@ -49,7 +49,8 @@ def evaluate(
     Args:
         checkpoint: folders of runs made by `ringrl train`. Without one, uniform random actions are taken in --tasks.
         tasks: tasks to act in, or all-of-domain; by default the task of each checkpoint.
-        environment: Gymnasium environment to act in, instead of --tasks, for example Hopper-v5.
+        environment: Gymnasium environment to act in, instead of --tasks: Hopper-v5, or myenv:Point-v0 for one that the
+            module myenv registers.
         episodes: episodes per stream, one after another in one context.
         environments: streams, rolled out in lockstep.
         seed: episode k of stream i starts from environment seed + i * episodes + k.
@@ -78,7 +79,7 @@ def evaluate(
         mesh: devices over which the cache of each context is sharded (seq only).
     """
     given = locals()
-    from ringrl.envs import domain_of, foreign_task, is_foreign
+    from ringrl.envs import domain_of, is_foreign
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
     from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressTable, final_table
@@ -92,7 +93,7 @@ def evaluate(
     if environment is not None:
         if tasks:
             raise UserError("--environment: --tasks already says where to act; give only one")
-        tasks = (foreign_task(environment),)
+        tasks = (environment_task(environment),)
     if checkpoint and prompt_seed and not prompt_trajectories:
         raise UserError("--prompt-seed: no prompt is drawn; give --prompt-trajectories too, or leave it out")
     if step is not None and checkpoint_kind != "last":

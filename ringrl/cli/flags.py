@@ -1,17 +1,19 @@
 """Checks of a command's flags, and one line for every usage error."""
 
+import importlib
 import inspect
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import cyclopts
 import pydantic
 
 from ringrl.config import Section, SlurmConfig, TrainConfig
 from ringrl.config_files import problems
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief
 
 
 def grouped(section: type[Section]) -> type[Section]:
@@ -39,6 +41,29 @@ def usage_line(error: cyclopts.CycloptsError) -> str:
 def command_line() -> str:
     """Return the running command as a user would type it."""
     return shlex.join(["ringrl", *sys.argv[1:]])
+
+
+def environment_task(text: str) -> str:
+    """Return the task of a Gymnasium environment that a user names: "Hopper-v5", or "module:Name-v0".
+
+    A module is imported first, from the working folder, too, so that it can register the environment.
+
+    Raises:
+        UserError: the module cannot be imported, or the name is not that of an environment.
+    """
+    from ringrl.envs import foreign_task
+
+    text = text.removeprefix("gymnasium:")
+    if named := re.fullmatch(r"([\w.]+):(.+)", text):
+        module, text = named.groups()
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a module may raise anything
+            raise UserError(f"--environment: {module} cannot be imported ({brief(error)})") from error
+        finally:
+            sys.path.pop(0)
+    return foreign_task(text)
 
 
 def given_flags(group: str, section: Section) -> str:

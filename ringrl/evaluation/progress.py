@@ -158,10 +158,12 @@ def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str,
         _task_table(task, list(group), (data_means or {}).get(task))
         for task, group in itertools.groupby(summaries, lambda summary: summary.task)
     ]
-    legend = (
-        "Means over streams; normalised scores in brackets. Episodes: streams x n, one after another in a context. "
-        "No memory: the mean of the control, whose memory is cleared before each episode."
-    )
+    legend = "Means over streams"
+    if any(score is not None for summary in summaries for score in summary.scores.values()):
+        legend += "; normalised scores in brackets"
+    legend += ". Episodes: streams x n, one after another in a context."
+    if any(summary.metrics_without_context for summary in summaries):
+        legend += " No memory: the mean of the control, whose memory is cleared before each episode."
     return Group(*tables, Text(legend, style="dim"))
 
 
@@ -173,8 +175,12 @@ def _task_table(task: str, summaries: Sequence[EvaluationSummary], data_mean: fl
     for summary in summaries:
         failed = summary.failed + summary.failed_without_context
         names = [Path(summary.checkpoint).name] if summary.checkpoint else []
+        names.append(title_of(summary.method, summary.train_trajectories))
+        if summary.prompt_trajectories:
+            control = f" ({summary.prompt_control})" if summary.prompt_control else ""
+            names.append(f"after a prompt of {summary.prompt_trajectories}{control}")
         shown.add_row(
-            escape("\n".join(map(printable, [*names, title_of(summary.method, summary.train_trajectories)]))),
+            escape("\n".join(map(printable, names))),
             number(summary.target_return),
             f"{summary.streams} x {summary.episodes}",
             *(_with_score(summary.metrics, summary.scores, name) for name in ("mean", "last")),

@@ -10,7 +10,7 @@ import numpy as np
 import pydantic_core
 from jaxtyping import Float
 
-from ringrl.envs import domain_of, is_foreign
+from ringrl.envs import d4rl_returns, domain_of, is_foreign
 from ringrl.errors import UserError
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
 from ringrl.files import explain_write_errors, write_whole
@@ -20,16 +20,16 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def normalised_score(task: str, returns: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
-    """Return 100 * (G - G_random) / (G_reference - G_random) elementwise; see `ringrl.envs.Domain` for the constants.
+    """Return 100 * (G - G_random) / (G_reference - G_random) elementwise; see `ringrl.envs` for the constants.
 
     Raises:
         UserError: the task is unknown, or its random return has not been measured.
     """
-    domain = None if is_foreign(task) else domain_of(task)  # a name in a results file must not start an environment
-    if domain is None or task not in domain.random_returns:
+    random = random_return(task)
+    reference = d4rl_returns(task)[1] if is_foreign(task) else domain_of(task).reference_return
+    if random is None or reference is None:
         raise UserError(f"{task}: has no random return; measure it with benchmarks/random_returns.py")
-    random = domain.random_returns[task]
-    return 100 * (np.asarray(returns) - random) / (domain.reference_return - random)
+    return 100 * (np.asarray(returns) - random) / (reference - random)
 
 
 def score_or_none(task: str, value: float | None) -> float | None:
@@ -43,7 +43,8 @@ def score_or_none(task: str, value: float | None) -> float | None:
 def random_return(task: str) -> float | None:
     """Return the mean return of random actions in a task, a constant of the domain; None if it is unknown."""
     try:
-        return None if is_foreign(task) else domain_of(task).random_returns.get(task)
+        # A name in a results file must not start an environment.
+        return d4rl_returns(task)[0] if is_foreign(task) else domain_of(task).random_returns.get(task)
     except UserError:
         return None
 
@@ -76,6 +77,7 @@ class EvaluationSummary:
     target_policy: str | None
     target_return: float | None
     prompt_trajectories: int
+    prompt_control: str | None
     streams: int
     episodes: int  # of each stream, n
     returns: tuple[float | None, ...]  # of each episode: mean over the streams that finished it, and whose control did
@@ -93,7 +95,7 @@ class EvaluationSummary:
 
 _SHARED_FIELDS = (
     "evaluation", "task", "method", "train_trajectories", "checkpoint", "steps_trained", "seed", "target_policy",
-    "target_return", "prompt_trajectories",
+    "target_return", "prompt_trajectories", "prompt_control",
 )  # fmt: skip
 
 

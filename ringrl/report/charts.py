@@ -100,7 +100,8 @@ def _score_axis(title: str, scores: pd.Series) -> alt.X:
 
 def _episode_axis(episodes: pd.Series) -> alt.X:
     scale = alt.Scale(domain=[0.8, episodes.max() + 0.2], nice=False)
-    return alt.X("x:Q", title="episode in the context", scale=scale, axis=alt.Axis(format="d", tickMinStep=1))
+    ticks = list(range(1, int(episodes.max()) + 1, 1 + int(episodes.max()) // 12))
+    return alt.X("x:Q", title="episode in the context", scale=scale, axis=alt.Axis(format="d", values=ticks))
 
 
 def _one_seed(data: pd.DataFrame) -> str:

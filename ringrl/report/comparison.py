@@ -95,7 +95,8 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
     matched = _match(*tables)
     if not matched:
         raise UserError(
-            f"{_names(a)} and {_names(b)} have no task, method and context length in common; give results that do"
+            f"{_names(a)} and {_names(b)} have no task, method and context length in common; "
+            f"A has {_cells(tables[0])}, B has {_cells(tables[1])}; give results that match"
         )
     runs, starts = [run_scores(side) for side in results], [starts_of_cells(side) for side in results]
     rows = []
@@ -223,6 +224,12 @@ def _shown(value: object) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MANY]) + (f" and {len(names) - _MANY} more" if len(names) > _MANY else "")
+
+
+def _cells(table: pd.DataFrame) -> str:
+    """Return what a set of results contains, as text."""
+    shown = [f"{row['task']}, {describe(row)}" for _, row in table.iterrows()]
+    return " and ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def _names(paths: Sequence[Path]) -> str:

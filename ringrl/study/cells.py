@@ -275,9 +275,10 @@ def _check_settings(where: str, plan: Mapping[str, Any], found: Sequence[Cell]) 
         for name, value in flat(settings).items():
             # The budget may compute the steps of a cell from the steps of the plan.
             if name != "optimiser.steps" and not any(_has(cell.config, name, value) for cell in chosen):
+                instead = "use trajectories_per_batch" if name == "optimiser.batch_size" else "leave it out"
                 raise UserError(
                     f"{where}{group}: {name}: has no effect, since the plan itself or its methods set it otherwise; "
-                    "leave it out"
+                    f"{instead}"
                 )
 
 

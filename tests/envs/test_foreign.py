@@ -1,10 +1,13 @@
 """Environments of other packages equal Gymnasium's own, and copies do not depend on each other."""
 
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+from ringrl.cli.flags import environment_task
 from ringrl.collect import collect
 from ringrl.envs import domain_named, domain_of, foreign_spec, foreign_task, load_simulation, make, make_vec
 from ringrl.errors import UserError
@@ -215,3 +218,27 @@ def test_what_needs_a_simulation_of_ringrl_says_so(tmp_path):
     with pytest.raises(UserError, match="unknown domain"):
         domain_named(HOPPER)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_user_may_name_the_module_that_registers_an_environment(tmp_path, monkeypatch):
+    (tmp_path / "myenv.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=5)\n"
+    )
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert environment_task("myenv:Mine-v0") == environment_task("gymnasium:myenv:Mine-v0") == "gymnasium:Mine-v0"
+    assert domain_of("gymnasium:Mine-v0").episode_length == 5
+    for name, message in (("broken", "division by zero"), ("absent", "No module named 'absent'")):
+        with pytest.raises(UserError, match=f"--environment: {name} cannot be imported .*{message}"):
+            environment_task(f"{name}:Mine-v0")
+    assert sys.path == before
+    assert environment_task("Hopper-v5(max_episode_steps=5)") == "gymnasium:Hopper-v5(max_episode_steps=5)"
+    del gymnasium.registry["Mine-v0"]
+
+
+def test_an_environment_need_not_know_render_modes():
+    gymnasium.register("Bare-v0", lambda: Parts(), max_episode_steps=3, disable_env_checker=True)
+    assert make("gymnasium:Bare-v0").domain.episode_length == 3
+    del gymnasium.registry["Bare-v0"]
