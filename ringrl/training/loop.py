@@ -133,7 +133,7 @@ def _run_steps(
     batches = iterate_batches(source, end)
     if iterator is not None:
         batches.set_state(iterator)
-    if start:
+    if start and not progress.disable:
         what = "has finished" if start >= end else f"resumes at step {start} of {config.optimiser.steps}"
         console.print(f"{config.run}: {what}", soft_wrap=True)
     progress.disable |= start >= end  # else a finished run prints an empty line in a log
