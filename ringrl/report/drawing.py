@@ -1,9 +1,10 @@
 """How charts are drawn: Altair specifications, shown on the page and written as SVG, PDF and PNG."""
 
 import json
+import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ MEMORY, RESET = "with memory", "memory reset before each episode"
 TRAINING, HELD_OUT = "training", "held-out episodes"
 _DASHED = {RESET: MEMORY, HELD_OUT: TRAINING}  # what a dashed line shows -> what its solid line shows
 FONT = "Inter, system-ui, Liberation Sans, Arial, sans-serif"
-ALIKE = 100  # distance of two colours, in RGB from 0 to 255
+DISTINCT = 100.0  # distance of two colours that are easy to tell apart, in RGB from 0 to 255
 WIDTH, HEIGHT = 380, 250  # of a panel in a file, pixels
 _SHAPES, _DASHES = ("circle", "square", "triangle-up", "diamond"), ((2, 3), (6, 3), (1, 4), (6, 3, 1, 3))
 
@@ -93,14 +94,14 @@ def styles(table: pd.DataFrame) -> dict[str, Style]:
     """Return how each method is drawn, the same in all charts; where colours repeat, shapes and dashes differ.
 
     A method of METHODS has one colour in all reports. A variant has the shared colour that its name hashes to, or the
-    next one if another variant has this colour or one like it.
+    next one if another method has this colour or one like it.
     """
     policies, found = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method"), {}
     uses: Counter[str] = Counter()
     for method, kind in zip(policies["method"], policies["kind"], strict=True):
         first = zlib.crc32(method.encode()) % len(_SHARED)
         shared = _SHARED[first:] + _SHARED[:first]
-        colour = _OWN.get(method) or min(shared, key=lambda name: (uses[name], any(_are_alike(name, x) for x in uses)))
+        colour = _OWN.get(method) or min(shared, key=lambda name: (uses[name], -_distance(name, uses)))
         again = uses[colour] % len(_SHAPES)
         uses[colour] += 1
         found[method] = Style(colour, _SHAPES[again], _DASHES[again] if kind == "reference" else ())
@@ -110,10 +111,10 @@ def styles(table: pd.DataFrame) -> dict[str, Style]:
     }
 
 
-def _are_alike(one: str, other: str) -> bool:
-    """Return whether two colours are hard to tell apart."""
-    rgb = [bytes.fromhex(PALETTE[name][0][1:]) for name in (one, other)]
-    return sum((a - b) ** 2 for a, b in zip(*rgb, strict=True)) < ALIKE**2
+def _distance(name: str, others: Iterable[str]) -> float:
+    """Return the distance of a colour to the nearest of others, at most DISTINCT."""
+    rgb = {each: bytes.fromhex(PALETTE[each][0][1:]) for each in (name, *others)}
+    return min([DISTINCT, *(math.dist(rgb[name], rgb[other]) for other in others)])
 
 
 _DARK = "".join(f'[{key}="{light}"]{{{key}:{dark}}}' for light, dark in PALETTE.values() for key in ("fill", "stroke"))
