@@ -145,7 +145,7 @@ def test_import_of_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     assert "4 of 8 episodes, at random (seed 3)" in text
     assert "exorl_compat" in text
-    assert "--max-episodes is 0" in rejected([*command, "--overwrite", "--max-episodes", "0"], capsys)
+    assert "--max-episodes: 0 is too small" in rejected([*command, "--overwrite", "--max-episodes", "0"], capsys)
     assert "--subset" in rejected([*command, "--overwrite", "--subset", "middle"], capsys)
     assert "--seed: only with --subset random" in rejected([*command, "--overwrite", "--seed", "1"], capsys)
 

@@ -411,7 +411,7 @@ class Ragged(gymnasium.Env):
 
 def ragged(number: int) -> gymnasium.vector.VectorEnv:
     if "Ragged-v0" not in gymnasium.registry:
-        gymnasium.register("Ragged-v0", lambda render_mode: Ragged(), max_episode_steps=6, disable_env_checker=True)
+        gymnasium.register("Ragged-v0", lambda: Ragged(), max_episode_steps=6, disable_env_checker=True)
     return make_vec("gymnasium:Ragged-v0", number)
 
 

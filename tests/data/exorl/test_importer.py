@@ -278,7 +278,7 @@ def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
 
 
 def test_number_of_workers_is_at_least_one(tmp_path, cartpole_zip):
-    with pytest.raises(UserError, match="--workers is 0"):
+    with pytest.raises(UserError, match="--workers: 0 is too small"):
         import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", workers=0)
 
 

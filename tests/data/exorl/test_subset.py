@@ -50,8 +50,8 @@ def test_description_of_a_subset():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_episodes": 0}, "--max-episodes is 0"),
-        ({"max_transitions": -1}, "--max-transitions is -1"),
+        ({"max_episodes": 0}, "--max-episodes: 0 is too small"),
+        ({"max_transitions": -1}, "--max-transitions: -1 is too small"),
         ({"seed": -1}, "--seed is -1"),
         ({"max_transitions": 49}, "--max-transitions is 49, less than one episode of 50 steps"),
     ],
