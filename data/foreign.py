@@ -304,9 +304,17 @@ def _plain(file: h5py.File, name: str, path: Path) -> np.ndarray:
     dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None  # opens no other file
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiub":
         raise UserError(f"{path}: {name} is not an array of numbers")
+    try:
+        return read_plain(dataset, name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_plain(dataset: h5py.Dataset, name: str) -> np.ndarray:
+    """Read an array. UserError, which does not name the file, for one in other files, or of unlikely compression."""
     settings = dataset.id.get_create_plist()
     if settings.get_layout() == h5py.h5d.VIRTUAL or settings.get_external_count():
-        raise UserError(f"{path}: {name} is stored in other files")
+        raise UserError(f"stores {name} in other files")
     if dataset.nbytes > SMALL + MOST_COMPRESSED * dataset.id.get_storage_size():
-        raise UserError(f"{path}: {name} claims {dataset.nbytes:,} bytes, far more than it stores")
+        raise UserError(f"claims {dataset.nbytes:,} bytes of {name}, far more than it stores")
     return np.asarray(dataset[()])

@@ -7,7 +7,6 @@ from ringrl.envs.domain import Camera, Domain, ForeignDomain, GoalSpace
 from ringrl.envs.environment import ExoRLEnv, make
 from ringrl.envs.foreign import (
     ForeignEnv,
-    ForeignVectorEnv,
     check_foreign,
     d4rl_returns,
     foreign_domain,
@@ -17,7 +16,7 @@ from ringrl.envs.foreign import (
 )
 from ringrl.envs.registry import DOMAINS, TASKS, domain_named, domain_of, load_simulation, register_gymnasium
 from ringrl.envs.simulation import Simulation, check_mujoco
-from ringrl.envs.vector import ExoRLVectorEnv, make_vec
+from ringrl.envs.vector import ExoRLVectorEnv, ForeignVectorEnv, make_vec
 
 __all__ = [
     "DOMAINS", "TASKS", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain", "ForeignEnv",

@@ -10,19 +10,15 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Float, Float32
 
-from ringrl.cores import available_cores
 from ringrl.envs.domain import ForeignDomain
 from ringrl.errors import UserError, brief
 
@@ -166,107 +162,6 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.asarray(spaces.flatten(self._space, observation), np.float32)
 
 
-class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """A Gymnasium environment in `num_envs` copies, stepped by threads. Copy i equals `ForeignEnv` with the same seed.
-
-    No environment is reset automatically: after the end of its episode, an environment stays at its last observation
-    until its next reset. An environment that raises an exception is truncated, with NaN as observation and reward. The
-    others are unaffected.
-
-    Args:
-        task: "gymnasium:Hopper-v5".
-        num_envs: number of environments.
-        seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
-        threads: threads that step, the caller's included. None: one per core that this process may use.
-
-    Raises:
-        UserError: as `ForeignEnv`, or fewer than one environment.
-    """
-
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
-
-    def __init__(
-        self, task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
-    ) -> None:
-        if num_envs < 1:
-            raise UserError(f"{task}: num_envs is {num_envs}, at least 1 is needed")
-        self.task, self.num_envs = task, num_envs
-        self._environments = [ForeignEnv(task, number) for number in _seeds(seed, num_envs)]
-        self.domain = self._environments[0].domain
-        self.single_observation_space = self._environments[0].observation_space
-        self.single_action_space = self._environments[0].action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._observations = np.zeros((num_envs, self.domain.observation_size), np.float32)
-        self._playing = np.zeros(num_envs, bool)
-        self._threads = min(available_cores() if threads is None else threads, num_envs)
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ringrl-foreign")
-
-    def __repr__(self) -> str:
-        sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
-        return f"ForeignVectorEnv({self.task}, {sizes}, at most {self.domain.episode_length} steps)"
-
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Float32[np.ndarray, "environments observation"], dict[str, Any]]:
-        """Start an episode in every environment, or in those where `options["reset_mask"]` (num_envs,) is true."""
-        mask = (options or {}).get("reset_mask")
-        chosen = np.ones(self.num_envs, bool) if mask is None else np.asarray(mask, bool)
-        seeds = _seeds(seed, self.num_envs)
-
-        def start(index: int) -> None:
-            self._observations[index], _ = self._environments[index].reset(seed=seeds[index])
-
-        failed = self._each(np.flatnonzero(chosen), start)
-        self._playing = (self._playing | chosen) & ~failed
-        return self._observations.copy(), {}
-
-    def step(
-        self, actions: Float[np.ndarray, "environments action"]
-    ) -> tuple[
-        Float32[np.ndarray, "environments observation"],
-        Float64[np.ndarray, " environments"],
-        Bool[np.ndarray, " environments"],
-        Bool[np.ndarray, " environments"],
-        dict[str, Any],
-    ]:
-        """Apply an action in each environment whose episode has not ended. Others are truncated, with reward NaN."""
-        rewards, terminated, truncated = np.full(self.num_envs, np.nan), np.zeros(self.num_envs, bool), ~self._playing
-
-        def advance(index: int) -> None:
-            found = self._environments[index].step(actions[index])
-            self._observations[index], rewards[index], terminated[index], truncated[index], _ = found
-
-        failed = self._each(np.flatnonzero(self._playing), advance)
-        rewards[failed], truncated[failed] = np.nan, True
-        self._playing = self._playing & ~(terminated | truncated | failed)
-        return self._observations.copy(), rewards, terminated, truncated, {}
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """End the threads and close the environments."""
-        self._pool.shutdown()
-        for environment in self._environments:
-            environment.close()
-
-    def _each(self, indices: np.ndarray, work: Any) -> Bool[np.ndarray, " environments"]:
-        """Do some work for each environment, and return which environments raised an exception."""
-        failed = np.zeros(self.num_envs, bool)
-        pending = iter(indices.tolist())  # shared by the threads: next() on it is atomic
-
-        def run() -> None:
-            for index in pending:
-                try:
-                    work(index)
-                except UserError:
-                    raise
-                except Exception:  # an environment may raise anything
-                    failed[index], self._observations[index] = True, np.nan
-
-        for future in [self._pool.submit(run) for _ in range(self._threads)]:
-            future.result()
-        return failed
-
-
 def _parse(task: str) -> tuple[str, dict[str, Any]]:
     """Return the id and the arguments of an environment."""
     match = _NAME.fullmatch(task)
@@ -346,10 +241,3 @@ def _flat_size(task: str, space: gymnasium.Space) -> int:
     if space.dtype == np.uint8 and len(space.shape) >= 2:
         raise UserError(f"{task}: observes images, which are not supported; choose a version that observes states")
     return math.prod(space.shape)
-
-
-def _seeds(seed: int | Sequence[int | None] | None, number: int) -> list[int | None]:
-    """Return one seed or None per environment."""
-    if seed is None:
-        return [None] * number
-    return [int(seed) + index for index in range(number)] if isinstance(seed, int | np.integer) else list(seed)

@@ -4,7 +4,7 @@ MuJoCo's own thread pool, mujoco.rollout, does not return the solver's warm star
 from the single environment's within an episode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from numbers import Integral
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float32, Float64
 
 from ringrl.cores import available_cores
 from ringrl.envs.environment import observation_and_action_space, random_stream
-from ringrl.envs.foreign import ForeignVectorEnv, is_foreign
+from ringrl.envs.foreign import ForeignEnv, is_foreign
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.envs.simulation import StackedData
 from ringrl.errors import UserError
@@ -59,12 +59,9 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._pool: ThreadPoolExecutor | None = None
         self.task = task
         self.domain = domain_of(task)
-        threads = available_cores() if threads is None else threads
-        for name, number in (("num_envs", num_envs), ("threads", threads)):
-            if number < 1:
-                raise UserError(f"{task}: {name} is {number}, at least 1 is needed")
+        threads = _checked_threads(task, num_envs, threads)
         self.num_envs = num_envs
-        self._randoms = [random_stream(number) for number in self._seeds(seed)]
+        self._randoms = [random_stream(number) for number in _seeds(task, seed, num_envs)]
         self._simulation = load_simulation(task)
         self._datas = [copy(self._simulation.data) for _ in range(num_envs)]
         self._steps = np.full(num_envs, self.domain.episode_length)
@@ -110,7 +107,9 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if chosen.shape != (self.num_envs,) or chosen.dtype != bool:
             given = f"shape {chosen.shape} and type {chosen.dtype}, expected ({self.num_envs},) and bool"
             raise UserError(f"{self.task}: options['reset_mask'] has {given}")
-        streams = [None if number is None else random_stream(number) for number in self._seeds(seed)]
+        streams = [
+            None if number is None else random_stream(number) for number in _seeds(self.task, seed, self.num_envs)
+        ]
         for index in np.flatnonzero(chosen):
             self._randoms[index] = streams[index] or self._randoms[index]
             self._simulation.reset(self._randoms[index])
@@ -150,20 +149,12 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._pool.shutdown()
 
     def _advance(self, controls: Float64[np.ndarray, "environments action"]) -> None:
-        """Advance all stable environments. An idle thread takes the next one, so that a slow one delays no other."""
-        pending = iter(np.flatnonzero(~self._unstable).tolist())  # shared by the threads: next() on it is atomic
+        """Advance all stable environments."""
 
-        def work() -> None:
-            for index in pending:
-                self._simulation.advance(self._datas[index], controls[index])  # MuJoCo releases the GIL
+        def advance(index: int) -> None:
+            self._simulation.advance(self._datas[index], controls[index])  # MuJoCo releases the GIL
 
-        futures = [self._pool.submit(work) for _ in range(self._helpers)] if self._pool else []
-        try:
-            work()
-        finally:
-            for future in futures:
-                if not future.cancel():  # a helper that has not started has nothing left to do
-                    future.result()
+        _share(self._pool, self._helpers, np.flatnonzero(~self._unstable), advance)
 
     def _observe(self, fresh: _Flags) -> tuple[_Observations, dict[str, Any]]:
         observations = self._simulation.read_observation(self._stacked)
@@ -184,21 +175,140 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise UserError(f"{self.task}: the action of {where} is not finite: {actions[index]}")
         return np.clip(actions, -1.0, 1.0)
 
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[Any]:
-        """Return one seed or None per environment."""
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, Integral):
-            return [int(seed) + index for index in range(self.num_envs)]
-        if not isinstance(seed, list | tuple | np.ndarray):
-            raise UserError(f"{self.task}: the seed is {seed!r}, it must be an integer or one per environment")
-        if len(seed) != self.num_envs:
-            raise UserError(f"{self.task}: {len(seed)} seeds for {self.num_envs} environments; give one each")
-        return list(seed)
-
     def _check_open(self) -> None:
         if self.closed:
             raise gymnasium.error.ClosedEnvironmentError(f"{self.task}: the environments are closed")
+
+
+class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """A Gymnasium environment in `num_envs` copies, stepped by threads. Copy i equals `ForeignEnv` with the same seed.
+
+    No environment is reset automatically: after the end of its episode, an environment stays at its last observation
+    until its next reset. An environment that raises an exception is truncated, with NaN as observation and reward. The
+    others are unaffected.
+
+    Args:
+        task: "gymnasium:Hopper-v5".
+        num_envs: number of environments.
+        seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
+        threads: threads that step, the caller's included. None: one per core that this process may use.
+
+    Raises:
+        UserError: as `ForeignEnv`, fewer than one environment or thread, or another number of seeds.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(
+        self, task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
+    ) -> None:
+        threads = _checked_threads(task, num_envs, threads)
+        self.task, self.num_envs = task, num_envs
+        self._environments = [ForeignEnv(task, number) for number in _seeds(task, seed, num_envs)]
+        self.domain = self._environments[0].domain
+        self.single_observation_space = self._environments[0].observation_space
+        self.single_action_space = self._environments[0].action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._observations = np.zeros((num_envs, self.domain.observation_size), np.float32)
+        self._playing = np.zeros(num_envs, bool)
+        self._helpers = min(threads, num_envs) - 1  # the caller's thread works too
+        self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix="ringrl-foreign") if self._helpers else None
+
+    def __repr__(self) -> str:
+        sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
+        return f"ForeignVectorEnv({self.task}, {sizes}, at most {self.domain.episode_length} steps)"
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[_Observations, dict[str, Any]]:
+        """Start an episode in every environment, or in those where `options["reset_mask"]` (num_envs,) is true."""
+        mask = (options or {}).get("reset_mask")
+        chosen = np.ones(self.num_envs, bool) if mask is None else np.asarray(mask, bool)
+        seeds = _seeds(self.task, seed, self.num_envs)
+
+        def start(index: int) -> None:
+            self._observations[index], _ = self._environments[index].reset(seed=seeds[index])
+
+        failed = self._each(np.flatnonzero(chosen), start)
+        self._playing = (self._playing | chosen) & ~failed
+        return self._observations.copy(), {}
+
+    def step(
+        self, actions: Float[np.ndarray, "environments action"]
+    ) -> tuple[_Observations, Float64[np.ndarray, " environments"], _Flags, _Flags, dict[str, Any]]:
+        """Apply an action in each environment whose episode has not ended. Others are truncated, with reward NaN."""
+        rewards, terminated, truncated = np.full(self.num_envs, np.nan), np.zeros(self.num_envs, bool), ~self._playing
+
+        def advance(index: int) -> None:
+            found = self._environments[index].step(actions[index])
+            self._observations[index], rewards[index], terminated[index], truncated[index], _ = found
+
+        failed = self._each(np.flatnonzero(self._playing), advance)
+        rewards[failed], truncated[failed] = np.nan, True
+        self._playing = self._playing & ~(terminated | truncated | failed)
+        return self._observations.copy(), rewards, terminated, truncated, {}
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the threads and close the environments."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        for environment in self._environments:
+            environment.close()
+
+    def _each(self, indices: np.ndarray, work: Callable[[int], None]) -> _Flags:
+        """Do some work for each environment, and return which environments raised an exception."""
+        failed = np.zeros(self.num_envs, bool)
+
+        def attempt(index: int) -> None:
+            try:
+                work(index)
+            except UserError:
+                raise
+            except Exception:  # an environment may raise anything
+                failed[index], self._observations[index] = True, np.nan
+
+        _share(self._pool, self._helpers, indices, attempt)
+        return failed
+
+
+def _checked_threads(task: str, num_envs: int, threads: int | None) -> int:
+    """Return the number of threads. UserError for fewer than one environment or thread."""
+    threads = available_cores() if threads is None else threads
+    for name, number in (("num_envs", num_envs), ("threads", threads)):
+        if number < 1:
+            raise UserError(f"{task}: {name} is {number}, at least 1 is needed")
+    return threads
+
+
+def _seeds(task: str, seed: int | Sequence[int | None] | None, num_envs: int) -> list[Any]:
+    """Return one seed or None per environment."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, Integral):
+        return [int(seed) + index for index in range(num_envs)]
+    if not isinstance(seed, list | tuple | np.ndarray):
+        raise UserError(f"{task}: the seed is {seed!r}, it must be an integer or one per environment")
+    if len(seed) != num_envs:
+        raise UserError(f"{task}: {len(seed)} seeds for {num_envs} environments; give one each")
+    return list(seed)
+
+
+def _share(pool: ThreadPoolExecutor | None, helpers: int, indices: np.ndarray, work: Callable[[int], None]) -> None:
+    """Do some work for each index. An idle thread takes the next index, so that a slow one delays no other."""
+    pending = iter(indices.tolist())  # shared by the threads: next() on it is atomic
+
+    def run() -> None:
+        for index in pending:
+            work(index)
+
+    futures = [pool.submit(run) for _ in range(helpers)] if pool else []
+    try:
+        run()
+    finally:
+        for future in futures:
+            if not future.cancel():  # a helper that has not started has nothing left to do
+                future.result()
 
 
 def make_vec(

@@ -167,7 +167,7 @@ class _Foreign:
             made.observation_size, made.action_low, made.action_high, made.is_discrete
         ):  # fmt: skip
             raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
-        self.domain: Domain = stored_domain(
+        self.domain = stored_domain(
             environment or episodes.environment() or name,
             episodes.folder,
             actions,
@@ -185,7 +185,6 @@ class _Foreign:
             widths, info = self._physics.items(), self._episodes.info
             parts = [info(index, key, row=(width,), dtype=np.float64) for key, width in widths]
             steps = steps._replace(physics=np.concatenate(parts, axis=1))
-        assert isinstance(self.domain, StoredDomain)
         return as_episode(self.domain, steps, f"{self._episodes.folder}, episode {index}")
 
 

@@ -18,7 +18,7 @@ import gymnasium
 import h5py
 import numpy as np
 
-from ringrl.data.foreign import MOST_COMPRESSED, SMALL, Steps
+from ringrl.data.foreign import Steps, read_plain
 from ringrl.data.store.format import LARGEST_ROW
 from ringrl.envs import foreign_task
 from ringrl.errors import UserError, brief
@@ -187,12 +187,7 @@ class MinariEpisodes:
             raise UserError(f"has {name} that are not numbers")
         if dataset.shape != shape:
             raise UserError(f"has {name} of shape {dataset.shape}, expected {shape}")
-        settings = dataset.id.get_create_plist()
-        if settings.get_layout() == h5py.h5d.VIRTUAL or settings.get_external_count():
-            raise UserError(f"stores {name} in other files")
-        if dataset.nbytes > SMALL + MOST_COMPRESSED * dataset.id.get_storage_size():
-            raise UserError(f"claims {dataset.nbytes:,} bytes of {name}, far more than it stores")
-        return np.asarray(dataset[()])
+        return read_plain(dataset, name)
 
     def _node(self, index: int, keys: tuple[str, ...], *, optional: bool = False) -> h5py.Group | h5py.Dataset | None:
         node = self._file

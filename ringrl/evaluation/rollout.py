@@ -211,7 +211,13 @@ class _Player:
             step = builder.step(np.minimum(index, total - 1), timestep, observation, earned, previous, first=first)
             pending = self._actor.act(step)
             yield
-            action, reward, observation, physics, terminated, ended = self._step(pending, index, timestep, playing)
+            replayed = playing & (index < len(self._episodes.recorded))
+            if (simulated := playing & ~replayed).any():
+                found = self._simulate(np.asarray(pending), timestep, simulated)
+            else:  # only as many rows as there are environments: recorded steps replace them
+                none = np.zeros(self._size, bool)
+                found = np.array(previous.action[:, 0]), np.zeros(self._size), observation, physics, none, none.copy()
+            action, reward, observation, physics, terminated, ended = self._replay(found, replayed, index, timestep)
             rows = np.flatnonzero(playing)
             where = self._streams[rows], index[rows]
             self._episodes.keep(*where, timestep[rows], action=action[rows], reward=reward[rows])
@@ -242,10 +248,9 @@ class _Player:
         Raises:
           UserError: a recorded episode starts in another state.
         """
-        seeds = [
-            self._episodes.seeds[s, i] if c else None for s, i, c in zip(self._streams, index, chosen, strict=True)
-        ]
-        seeds = [None if seed is None else int(seed) for seed in seeds]
+        seeds: list[int | None] = [None] * self._size
+        for row in np.flatnonzero(chosen):
+            seeds[row] = int(self._episodes.seeds[self._streams[row], index[row]])
         options = None if chosen.all() else {"reset_mask": chosen}
         observation, info = self._environments.reset(seed=seeds, options=options)  # type: ignore[arg-type]
         self._failed = self._failed | (chosen & ~np.isfinite(observation).all(axis=1))
@@ -267,37 +272,25 @@ class _Player:
         )
         return observation, physics
 
-    def _step(
-        self, pending: Any, index: np.ndarray, timestep: np.ndarray, playing: np.ndarray
+    def _replay(
+        self, found: tuple[np.ndarray, ...], replayed: np.ndarray, index: np.ndarray, timestep: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """Return action, reward, next observation, physics, and whether the episodes terminated and ended.
-
-        Recorded episodes are read. The others are simulated.
-        """
-        replayed = playing & (index < len(self._episodes.recorded))
-        if not (playing & ~replayed).any():
-            recorded = self._episodes.recorded[0]
-            shapes = (recorded.action.shape[2], None, recorded.observation.shape[2], recorded.physics.shape[2])
-            types = (np.float32, np.float64, np.float32, np.float64)
-            found = [
-                np.zeros((self._size, width) if width is not None else self._size, kind)
-                for width, kind in zip(shapes, types, strict=True)
-            ]
-            terminated, ended = np.zeros(self._size, bool), np.zeros(self._size, bool)
-        else:
-            *found, terminated, ended = self._simulate(np.asarray(pending), timestep, playing & ~replayed)
+        """Return the result of `_simulate` with recorded steps where environments replay an episode."""
+        action, reward, observation, physics, terminated, ended = found
         for row in np.flatnonzero(replayed):
             episode, stream, t = self._episodes.recorded[index[row]], self._streams[row], timestep[row]
-            values = (episode.action[t], episode.reward[t], episode.observation[t + 1], episode.physics[t + 1])
-            for array, value in zip(found, values, strict=True):
-                array[row] = value[stream]
+            action[row], reward[row] = episode.action[t, stream], episode.reward[t, stream]
+            observation[row], physics[row] = episode.observation[t + 1, stream], episode.physics[t + 1, stream]
             ended[row] = t + 1 == episode.length[stream]
             terminated[row] = ended[row] and episode.terminated[stream]
-            self._failed[row] = np.isnan(episode.reward[t, stream])
-        return *found, terminated, ended
+            self._failed[row] = np.isnan(reward[row])
+        return found
 
     def _simulate(self, action: np.ndarray, timestep: np.ndarray, simulated: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return the same for a step of the environments, with NaN in streams that have failed."""
+        """Return action, reward, next observation, physics, and whether the episodes terminated and ended.
+
+        The values of streams that have failed are NaN.
+        """
         action = np.where(self._failed[:, None], np.float32(0), action)
         observation, reward, terminated, truncated, info = self._environments.step(action)
         ended = terminated | truncated
@@ -382,8 +375,8 @@ class ContextBuilder:
 
         `is_last` (B,) marks the last step of an episode.
         """
-        reached = (
-            np.zeros(len(earned), bool) if self.target_return is None else is_last & (earned >= self.target_return)
-        )
+        reached = np.zeros(len(earned), bool)
+        if self.target_return is not None:
+            reached = is_last & (earned >= self.target_return)
         scaled = self.normalisation.reward(reward[:, None].astype(np.float32))
         return Outcome(action[:, None], scaled, reached[:, None].astype(np.float32))
