@@ -406,6 +406,7 @@ def test_only_policies_that_are_computed_depend_on_their_libraries(
 
     before = evaluations()
     assert {name for name, one in before.items() if one.decides["device"]} == {"at", "clone"}
+    assert all({"lengths", "terminated"}.isdisjoint(one.decides) for one in before.values()), "results decide nothing"
     monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"jax": "other"})
     after = evaluations()
     changed = {name for name in before if before[name].template.evaluation != after[name].template.evaluation}

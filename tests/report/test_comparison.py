@@ -118,7 +118,8 @@ def test_cells_of_one_side_are_named(make_ablation, write_results):
 def test_nothing_in_common_is_an_error(make_ablation, write_results, tmp_path):
     a = write_results(make_ablation(), "a.jsonl")
     b = write_results(make_ablation(task="walker_walk"), "b.jsonl")
-    with pytest.raises(UserError, match=r"a\.jsonl and .*b\.jsonl have no task, method and context length in common"):
+    common = r"a\.jsonl and .*b\.jsonl have no task, method and context length in common"
+    with pytest.raises(UserError, match=rf"{common}; A has cartpole_.* and 1 more, B has walker_.* and 1 more;"):
         write_comparison([a], [b], tmp_path / "report")
     assert not (tmp_path / "report").exists()
     with pytest.raises(UserError, match=r"nowhere: no such file"):

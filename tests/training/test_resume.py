@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -84,6 +85,13 @@ def test_resuming_a_finished_run_changes_nothing(finished: TrainConfig) -> None:
     assert log.getvalue().replace("\n", "") == f"{finished.run}: has finished"
     assert (finished.run / "metrics.jsonl").read_bytes() == before
     assert load_policy(finished.run).parameter_hash == policy.parameter_hash
+
+
+def test_a_resumed_run_says_where_it_goes_on(finished: TrainConfig) -> None:
+    shutil.rmtree(finished.run / "checkpoints" / "14")
+    log = io.StringIO()
+    train(finished, resume=True, console=Console(file=log, width=200))
+    assert log.getvalue().splitlines()[0] == f"{finished.run}: resumes at step 12 of 14"
 
 
 def test_a_run_is_repeatable_and_depends_on_its_seed(tiny: TrainConfig, finished_run: Path, tmp_path) -> None:

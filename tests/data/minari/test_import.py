@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def pendulum() -> str:
     """A dataset of three Pendulum-v1 episodes (30, 30 and 12 steps), collected with Minari."""
-    environment = minari.DataCollector(gymnasium.make("Pendulum-v1", max_episode_steps=30))
+    environment = minari.DataCollector(gymnasium.make("Pendulum-v1", max_episode_steps=30, render_mode="rgb_array"))
     environment.action_space.seed(0)
     for number, length in enumerate((30, 30, 12)):
         environment.reset(seed=number)
