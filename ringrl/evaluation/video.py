@@ -71,7 +71,7 @@ def choose(returns: Float[np.ndarray, "environments episodes"]) -> dict[str, tup
 
 def check_video() -> None:
     """Raise UserError if a package is missing that writes videos."""
-    require("video", "video", "imageio", "imageio_ffmpeg")
+    require("video", "video", "imageio_ffmpeg")
 
 
 def write_videos(
