@@ -6,7 +6,6 @@ An exported store is restored exactly. Other datasets become stores of a `Stored
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,17 @@ from ringrl.data.relabel import relabel_all
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import (
     Episode,
-    Layout,
     Provenance,
     StoredDomain,
-    content_fingerprint,
     episode_bytes,
     recorded_arrays,
     reward_key,
     software_versions,
 )
-from ringrl.data.store.writer import create_store, finished_store, record_of
+from ringrl.data.store.writer import create_store
 from ringrl.envs import Domain, domain_named, foreign_domain, foreign_spec, is_foreign
 from ringrl.errors import UserError, brief
-from ringrl.files import explain_write_errors, linked, lock, reserve, write_aside
+from ringrl.files import explain_write_errors, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
 
 PHYSICS = (("physics",), ("qpos", "qvel"))  # infos that may hold the state of a simulation
@@ -79,15 +76,11 @@ def import_minari(
             disk.
     """
     minari_module()
-    destination = linked(Path(destination))
+    destination = Path(destination)
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
         is_exported = EXPORTED in episodes.metadata
-        origin: Exported | _Foreign = Exported(episodes) if is_exported else _Foreign(episodes, environment)
+        origin: _Exported | _Foreign = _Exported(episodes) if is_exported else _Foreign(episodes, environment)
         domain, total = origin.domain, len(episodes.lengths)
-        if not overwrite and destination.is_file():
-            fingerprint = origin.fingerprint or _fingerprint(origin, episodes.lengths)
-            if store := finished_store(destination, origin.provenance, fingerprint):
-                return store
         with create_store(
             destination, domain, domain.tasks, episodes.lengths, source=origin.provenance, overwrite=overwrite
         ) as writer:
@@ -100,13 +93,7 @@ def import_minari(
     return EpisodeStore(destination)
 
 
-def _fingerprint(origin: "Exported | _Foreign", lengths: list[int]) -> str:
-    layout = Layout(origin.domain, origin.domain.tasks, lengths)
-    digests = [record_of(layout, origin.episode(index)).recorded for index in range(len(lengths))]
-    return content_fingerprint(origin.domain.name, layout.lengths, np.frombuffer(b"".join(digests), np.uint8))
-
-
-class Exported:
+class _Exported:
     """A dataset written by `export_minari`. UserError for incomplete metadata."""
 
     def __init__(self, episodes: MinariEpisodes) -> None:
@@ -133,14 +120,6 @@ class Exported:
 
     def episode(self, index: int) -> Episode:
         """Return all arrays of an episode."""
-        episode = self.recorded(index)
-        if self.provenance.relabelling == "recorded":
-            return episode | {reward_key(self.domain.tasks[0]): episode["reward"][:, 0]}
-        rewards = relabel_all(self.domain.name, episode["physics"], episode["action"], self.provenance.relabelling)
-        return episode | {reward_key(task): reward for task, reward in rewards.items()}
-
-    def recorded(self, index: int) -> dict[str, np.ndarray]:
-        """Return the recorded arrays of an episode."""
         steps, info = self._episodes.read(index), self._episodes.info
         episode = {"observation": steps.observation}
         if isinstance(self.domain, StoredDomain):
@@ -150,7 +129,10 @@ class Exported:
         for key, spec in recorded_arrays(self.domain).items():
             if key not in episode:
                 episode[key] = info(index, INFOS[key], row=(spec.width,), dtype=spec.dtype.type)
-        return episode
+        if self.provenance.relabelling == "recorded":
+            return episode | {reward_key(self.domain.tasks[0]): episode["reward"][:, 0]}
+        rewards = relabel_all(self.domain.name, episode["physics"], episode["action"], self.provenance.relabelling)
+        return episode | {reward_key(task): reward for task, reward in rewards.items()}
 
 
 class _Foreign:
@@ -226,8 +208,7 @@ def export_minari(
     terminated episodes: terminations). Its infos hold the other arrays, T+1 rows each: physics, the rewards of the
     other tasks, and reward and discount as recorded. The metadata holds the store's provenance.
 
-    An interrupted export leaves no dataset, and the next one of that name removes its files. An existing dataset
-    that the same call would write is kept.
+    An interrupted export leaves no dataset, and the next one of that name removes its files.
 
     Args:
         store: the store to export.
@@ -237,7 +218,7 @@ def export_minari(
         progress: called with (finished episodes, total).
 
     Raises:
-        UserError: Minari is missing, a bad name, another existing dataset, no such task, a full disk.
+        UserError: Minari is missing, a bad name, an existing dataset, no such task, a full disk.
     """
     check_id(name)
     task = store.recorded_task if task is None else task
@@ -248,38 +229,26 @@ def export_minari(
     store.returns(task)  # raises UserError if the store has no such task
     root = datasets_folder() if folder is None else folder
     target = root / name
-    if _is_export(target / "data", store, name, task):
-        with suppress(OSError, UserError), lock(target, "is writing it"):
-            return target  # a kill may have left the lock file, which is deleted here
-        return target
     if target.exists():
         raise UserError(f"{target}: already exists, choose another --name or delete it (minari delete {name})")
     with explain_write_errors(target), lock(target, "is writing it"), write_aside(target) as growing:
         growing.mkdir()
-        # HDF5 continues, and may crash, when a write fails. The space is checked before and the content after.
-        length, ballast = store.num_steps // store.num_episodes + 1, growing / "ballast"
+        # HDF5 may crash when the disk is full, so the space is checked before.
+        length, space = store.num_steps // store.num_episodes + 1, growing / "space"
         size = int(SPARE * store.num_episodes * episode_bytes(store.facts, length, relabelled=True))
         with explain_write_errors(target, size):
-            reserve(ballast, size)
-        ballast.unlink(missing_ok=True)
+            reserve(space, size)
+        space.unlink(missing_ok=True)
         _write(store, name, task, growing / "data", progress)
-        _compare(store, task, growing / "data", target)
+        with MinariEpisodes(growing / "data") as written:
+            if written.lengths != store.lengths.tolist():
+                raise UserError(f"{target}: was not written correctly, export it again")
         # Minari lists only folders that are marked as namespaces.
         for namespace in Path(name).parents[:-1]:
             marker = root / namespace / minari_module("minari.namespace").NAMESPACE_METADATA_FILENAME
             if not marker.exists():
                 marker.write_text("{}")
     return target
-
-
-def _is_export(data: Path, store: EpisodeStore, name: str, task: str) -> bool:
-    """Return whether an existing dataset is the export of this store, name and task."""
-    try:
-        with MinariEpisodes(data) as episodes:
-            same: bool = episodes.metadata.get(EXPORTED) == _metadata(store, name, task)[EXPORTED]
-            return same and episodes.lengths == store.lengths.tolist()
-    except UserError:
-        return False
 
 
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Progress) -> None:
@@ -363,17 +332,3 @@ def _episodes(store: EpisodeStore, task: str, progress: Progress) -> Iterator[An
             infos=infos,
         )
         progress(index + 1, store.num_episodes)
-
-
-def _compare(store: EpisodeStore, task: str, data: Path, target: Path) -> None:
-    """Read the whole dataset. UserError if it differs from the store."""
-    with MinariEpisodes(data) as episodes:
-        exported = Exported(episodes)
-        for index in range(store.num_episodes):
-            rows, found = store.episode(index), exported.recorded(index)
-            found[reward_key(task)] = np.insert(episodes.read(index).reward, 0, rows[reward_key(task)][0])
-            for other in {*store.tasks} - {task}:
-                found[reward_key(other)] = episodes.info(index, "rewards", other, row=(), dtype=np.float32)
-            for key, array in rows.items():
-                if not np.array_equal(array, found[key]):
-                    raise UserError(f"{target}: {key} of episode {index} was not written correctly, export it again")

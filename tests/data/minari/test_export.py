@@ -1,7 +1,7 @@
 """Exported Minari datasets, read by the Minari library and imported again."""
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -10,7 +10,7 @@ import pytest
 
 from ringrl.cli import main
 from ringrl.data import EpisodeStore
-from ringrl.data.minari import convert, export_minari, import_minari
+from ringrl.data.minari import export_minari, import_minari
 from ringrl.data.store.format import recorded_arrays
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
@@ -104,9 +104,6 @@ def test_the_commands(jaco_store: EpisodeStore, tmp_path: Path, monkeypatch, cap
     main(["data", "import", f"elsewhere/{NAME}", "--format", "minari"])
     same_recorded(jaco_store, EpisodeStore(tmp_path / "jaco-random-v0.h5"))
     assert jaco_store.fingerprint in capsys.readouterr().out
-    main(["data", "export", str(jaco_store.path), "--format", "minari", "--name", NAME, "--output", "elsewhere"])
-    main(["data", "import", f"elsewhere/{NAME}", "--format", "minari"])
-    assert capsys.readouterr().err.count("is the result of this command already") == 2
     with pytest.raises(UserError, match="already exists, choose another --name"):
         export_minari(jaco_store, NAME, task="jaco_reach_top_right", folder=tmp_path / "elsewhere")
     (tmp_path / "jaco-random-v0.h5").write_bytes(b"other")
@@ -175,25 +172,6 @@ def test_a_full_disk_shows_before_the_work(jaco_store: EpisodeStore, root: Path)
             export_minari(jaco_store, NAME, progress=lambda done, total: pytest.fail("has begun"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list((root / "exorl").iterdir()) == []
-
-
-@pytest.mark.parametrize("key", ["rewards", "physics", "jaco_reach_bottom_left"])
-def test_episodes_that_were_not_written_correctly_are_found(
-    key: str, jaco_store: EpisodeStore, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = convert._episodes
-
-    def lossy(*arguments: object) -> Iterator:
-        for number, buffer in enumerate(whole(*arguments)):
-            for holder in (buffer.__dict__, buffer.infos, buffer.infos["rewards"]):
-                if isinstance(holder.get(key), np.ndarray) and number == 5:
-                    holder[key] = holder[key] + np.float32(1)
-            yield buffer
-
-    monkeypatch.setattr(convert, "_episodes", lossy)
-    with pytest.raises(UserError, match=f"{key if key != 'rewards' else TASK} of episode 5 was not written correctly"):
-        export_minari(jaco_store, NAME)
     assert list((root / "exorl").iterdir()) == []
 
 
