@@ -124,10 +124,6 @@ DOWNLOAD: dict[str, Damage] = {
 
 # Damage to an incomplete import, given the path of its part; the journal next to it lists the finished episodes.
 IMPORT: dict[str, Damage] = {
-    "journal with half a last line": lambda part: append(_sibling(part, "journal"), '{"episode": 99, "rec'),
-    "journal cut short": lambda part: cut(_sibling(part, "journal")),
-    "journal with a flipped bit": lambda part: flip(_sibling(part, "journal")),
-    "journal gone": lambda part: _sibling(part, "journal").unlink(),
     "part cut short": lambda part: cut(part, 0.1),
     "part with a flipped bit": lambda part: flip_in_place(part, 0.2),
     "part gone": Path.unlink,

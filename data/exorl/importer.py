@@ -1,7 +1,7 @@
 """Import of an ExoRL archive into an episode store in one pass: read, validate, relabel for every task, write.
 
-Episodes are independent and their offsets in the file are fixed, so several processes can import in parallel. A journal
-next to the unfinished file lists the finished episodes. The same command resumes an interrupted import.
+Episodes are independent and their offsets in the file are fixed, so several processes can import in parallel. The
+unfinished file has the digest of each finished episode. The same command resumes an interrupted import.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from jaxtyping import Int64
 
 from ringrl.cores import available_cores
 from ringrl.data.exorl.archive import Archive, Member
-from ringrl.data.exorl.worker import Imported, ImportJournal, ImportPlan, episode_importers
+from ringrl.data.exorl.worker import Imported, ImportPlan, episode_importers
 from ringrl.data.store.format import FORMAT_VERSION, NAMED_SKIPPED, Layout, Provenance, Relabelling
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import (
@@ -97,9 +97,9 @@ def import_archive(
 ) -> EpisodeStore:
     """Import a zip archive or folder in ExoRL's layout into a new episode store and open it.
 
-    An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file and its journal next to `destination`. The
-    same call resumes it and writes the same bytes. With `overwrite`, the old store stays until the new one is whole.
-    Without, an existing store is opened if the same call would write it.
+    An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file next to `destination`. The same call resumes
+    it and writes the same bytes. With `overwrite`, the old store stays until the new one is whole. Without, an existing
+    store is opened if the same call would write it.
 
     Args:
         source: zip file or folder with buffer/episode_{number}_{steps}.npz.
@@ -129,9 +129,8 @@ def import_archive(
     if not overwrite and (store := _finished_before(plan, on_damaged)):
         return store
     refuse_taken(destination, overwrite=overwrite)
-    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as journal:
-        outcomes = _import_episodes(plan, journal, workers, on_damaged, progress)
-        _finish(plan, journal, outcomes)
+    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan):
+        _finish(plan, _import_episodes(plan, workers, on_damaged, progress))
     return EpisodeStore(destination)
 
 
@@ -190,28 +189,33 @@ def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | 
 
 
 @contextmanager
-def _resumable(plan: ImportPlan) -> Iterator[ImportJournal]:
-    """Create the hidden file and its journal, or reuse the files of an interrupted import of the same plan.
+def _resumable(plan: ImportPlan) -> Iterator[None]:
+    """Create the hidden file, or reuse the file of an interrupted import of the same plan.
 
-    Yields the journal. If the block fails, both files are deleted unless the journal has an episode.
+    If the block fails, the file is deleted unless it has a finished episode.
     """
-    partial, path, _ = hidden_files(plan.destination)
-    journal = ImportJournal.resume(path, plan.identity) if _is_unfinished(partial, plan.layout) else None
-    if journal is None:
-        path.unlink(missing_ok=True)
-        create_file(partial, plan.layout)
-        journal = ImportJournal.begin(path, plan.identity, plan.provenance.created)
+    if not _has_episodes(plan):
+        create_file(hidden_name(plan.destination), plan.layout, plan.identity)
     try:
         with explain_write_errors(plan.destination):
-            yield journal
+            yield
     except BaseException as error:
-        if not journal.episodes:
+        if not _has_episodes(plan):
             _discard(plan.destination)
-        elif isinstance(error, UserError) and path.exists():
+        elif isinstance(error, UserError):
             raise UserError(f"{error}; finished episodes are kept: run the same command again to resume") from error
         raise
-    finally:
-        journal.close()
+
+
+def _has_episodes(plan: ImportPlan) -> bool:
+    """Return whether the hidden file is of this plan and has a finished episode."""
+    partial = hidden_name(plan.destination)
+    try:
+        with UnfinishedStore(partial, plan.layout, plan.identity) as store:
+            return any(map(store.finished, range(len(plan.members))))
+    except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
+        raise_unreadable(partial, error)
+        return False
 
 
 def _discard(destination: Path) -> None:
@@ -219,34 +223,18 @@ def _discard(destination: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_unfinished(partial: Path, layout: Layout) -> bool:
-    try:
-        UnfinishedStore(partial, layout).close()
-    except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
-        raise_unreadable(partial, error)
-        return False
-    return True
-
-
 def _import_episodes(
-    plan: ImportPlan,
-    journal: ImportJournal,
-    workers: int | None,
-    on_damaged: OnDamaged,
-    progress: Progress,
+    plan: ImportPlan, workers: int | None, on_damaged: OnDamaged, progress: Progress
 ) -> list[Imported | str]:
-    """Write every episode to the hidden file and the journal. Damaged episodes yield a line with the reason."""
+    """Write every episode to the hidden file. Damaged episodes yield a line with the reason."""
     total, outcomes, is_reserved = len(plan.members), list[Imported | str](), False
-    known = [journal.episodes.get(index) for index in range(total)]
     number = min(workers, total) if workers else min(available_cores(), -(-total // EPISODES_PER_WORKER))
-    with episode_importers(plan, known, number) as results:
-        for index, outcome in enumerate(results):
+    with episode_importers(plan, number) as results:
+        for outcome in results:
             if isinstance(outcome, Imported):
                 if not is_reserved:  # not earlier: an archive of false names would reserve any amount
                     reserve_space(hidden_name(plan.destination), plan.destination)
                     is_reserved = True
-                if outcome != known[index]:
-                    journal.add(index, outcome)
             elif on_damaged == "stop":
                 _discard(plan.destination)
                 raise UserError(f"{outcome} (or leave such episodes out: --on-damaged skip)")
@@ -255,7 +243,7 @@ def _import_episodes(
     return outcomes
 
 
-def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Imported | str]) -> None:
+def _finish(plan: ImportPlan, outcomes: Sequence[Imported | str]) -> None:
     """Leave out the damaged episodes, and make the hidden file a store."""
     kept = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Imported)]
     imported = [outcome for outcome in outcomes if isinstance(outcome, Imported)]
@@ -266,11 +254,10 @@ def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Importe
     partial, layout = hidden_name(plan.destination), plan.layout
     if len(kept) < len(outcomes):
         partial, layout = _without_gaps(plan, kept)
-    with UnfinishedStore(partial, layout) as store:
+    with UnfinishedStore(partial, layout, plan.identity) as store:
         task = _recorded_task(store, imported)
     provenance = replace(
         plan.provenance,
-        created=journal.created,
         num_skipped=len(damaged),
         skipped=tuple(reason.removeprefix(f"{plan.source}: ") for reason in damaged[:NAMED_SKIPPED]),
     )
@@ -281,10 +268,13 @@ def _finish(plan: ImportPlan, journal: ImportJournal, outcomes: Sequence[Importe
 def _without_gaps(plan: ImportPlan, kept: Sequence[int]) -> tuple[Path, Layout]:
     """Copy the kept episodes to a second hidden file. The first one stays until the store is whole."""
     shorter = Layout(plan.layout.domain, plan.layout.tasks, plan.layout.lengths[kept])
-    partial, _, target = hidden_files(plan.destination)
-    create_file(target, shorter)
+    partial, target = hidden_files(plan.destination)
+    create_file(target, shorter, plan.identity)
     reserve_space(target, plan.destination)
-    with UnfinishedStore(partial, plan.layout) as old, UnfinishedStore(target, shorter) as new:
+    with (
+        UnfinishedStore(partial, plan.layout, plan.identity) as old,
+        UnfinishedStore(target, shorter, plan.identity) as new,
+    ):
         for place, index in enumerate(kept):
             new.write(place, old.read(index))
     return target, shorter

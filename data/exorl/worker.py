@@ -1,19 +1,17 @@
-"""Import of single episodes, in this process or in several, and the journal of finished episodes."""
+"""Import of single episodes, in this process or in several."""
 
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
 from ringrl.data.exorl.archive import Archive, Member
 from ringrl.data.relabel import relabel_all
-from ringrl.data.store.format import Layout, Provenance, Relabelling, reward_key
-from ringrl.data.store.writer import Record, UnfinishedStore, hidden_name, record_of
+from ringrl.data.store.format import Episode, Layout, Provenance, Relabelling, reward_key
+from ringrl.data.store.writer import Record, UnfinishedStore, hidden_name
 from ringrl.errors import UnreadableError, UserError
 from ringrl.files import explain_write_errors
 from ringrl.processes import worker_processes
@@ -50,33 +48,39 @@ class EpisodeImporter:
     def __init__(self, plan: ImportPlan) -> None:
         self._plan = plan
         self._archive = Archive(plan.source, plan.layout.domain)
-        self._store = UnfinishedStore(hidden_name(plan.destination), plan.layout)
+        self._store = UnfinishedStore(hidden_name(plan.destination), plan.layout, plan.identity)
 
-    def __call__(self, index: int, known: Imported | None) -> Imported | str:
-        """Import one episode, unless the journal has it (`known`) and the store has its rows.
+    def __call__(self, index: int) -> Imported | str:
+        """Import one episode, unless an interrupted import has written it.
 
         Returns a line with the reason if the episode is damaged. Raises UserError if it cannot be written.
         """
-        plan = self._plan
-        with explain_write_errors(plan.destination):
-            if known and record_of(plan.layout, self._store.read(index)) == known.record:
-                return known
-            try:
-                episode = self._archive.read(plan.members[index])
-            except UnreadableError:
-                raise
-            except UserError as error:
-                return str(error)
-            domain, physics, action = plan.layout.domain.name, episode["physics"], episode["action"]
-            rewards = relabel_all(domain, physics, action, plan.relabelling, plan.layout.tasks)
-            relabelled = {reward_key(name): reward for name, reward in rewards.items()}
-            record = self._store.write(index, episode | relabelled)
-            if plan.relabelling != "control_aware":
-                # Recorded rewards depend on the control.
-                rewards = relabel_all(domain, physics, action, tasks=plan.layout.tasks)
-            recorded = episode["reward"]
-            matches = [name for name, reward in rewards.items() if np.abs(reward - recorded[:, 0]).max() <= SAME_REWARD]
-            return Imported(record, tuple(matches), bool(recorded.any()))
+        with explain_write_errors(self._plan.destination):
+            record = self._store.finished(index)
+            if record:
+                episode: Episode = self._store.read(index)
+            else:
+                try:
+                    recorded = self._archive.read(self._plan.members[index])
+                except UnreadableError:
+                    raise
+                except UserError as error:
+                    return str(error)
+                rewards = self._rewards(recorded, self._plan.relabelling)
+                episode = recorded | {reward_key(task): reward for task, reward in rewards.items()}
+                record = self._store.write(index, episode)
+            return Imported(record, self._matches(episode), bool(episode["reward"].any()))
+
+    def _rewards(self, episode: Episode, relabelling: Relabelling) -> dict[str, np.ndarray]:
+        layout = self._plan.layout
+        return relabel_all(layout.domain.name, episode["physics"], episode["action"], relabelling, layout.tasks)
+
+    def _matches(self, episode: Episode) -> tuple[str, ...]:
+        rewards = {task: episode[reward_key(task)] for task in self._plan.layout.tasks}
+        if self._plan.relabelling != "control_aware":  # recorded rewards depend on the control
+            rewards = self._rewards(episode, "control_aware")
+        recorded = episode["reward"]
+        return tuple(task for task, reward in rewards.items() if np.abs(reward - recorded[:, 0]).max() <= SAME_REWARD)
 
     def close(self) -> None:
         self._archive.close()
@@ -84,19 +88,18 @@ class EpisodeImporter:
 
 
 @contextmanager
-def episode_importers(
-    plan: ImportPlan, known: Sequence[Imported | None], workers: int
-) -> Iterator[Iterator[Imported | str]]:
+def episode_importers(plan: ImportPlan, workers: int) -> Iterator[Iterator[Imported | str]]:
     """Yield an iterator over the results of `EpisodeImporter`, in order. With one worker, no process is started.
 
-    `known` are the entries of the journal. Raises UserError if a process died, or the store cannot be written.
+    Raises UserError if a process died, or the store cannot be written.
     """
+    indices = range(len(plan.members))
     if workers == 1:
         with closing(EpisodeImporter(plan)) as importer:
-            yield map(importer, range(len(known)), known)
+            yield map(importer, indices)
     else:
         with worker_processes(workers, _start_worker, (plan,), "import") as pool:
-            yield pool.map(_import_episode, range(len(known)), known)
+            yield pool.map(_import_episode, indices)
 
 
 _importer: EpisodeImporter  # of a worker process
@@ -107,61 +110,5 @@ def _start_worker(plan: ImportPlan) -> None:
     _importer = EpisodeImporter(plan)
 
 
-def _import_episode(index: int, known: Imported | None) -> Imported | str:
-    return _importer(index, known)
-
-
-class ImportJournal:
-    """The finished episodes of an import, so that an interrupted import can resume. Raises OSError.
-
-    Each line of the file is a JSON list: first the identity and the day of the import, then one list per episode. The
-    rows of a journalled episode may be missing on the disk, so a resumed import compares them with the digests.
-    """
-
-    created: str  # day on which the import began
-    episodes: dict[int, Imported]  # by their numbers in the store
-
-    def __init__(self, path: Path, created: str, episodes: dict[int, Imported]) -> None:
-        self.created, self.episodes = created, episodes
-        self._file = path.open("a", encoding="ascii")
-
-    @classmethod
-    def begin(cls, path: Path, identity: str, created: str) -> Self:
-        """Create a journal in place of any other."""
-        path.write_text(f"{json.dumps([identity, created])}\n", encoding="ascii")
-        return cls(path, created, {})
-
-    @classmethod
-    def resume(cls, path: Path, identity: str) -> Self | None:
-        """Open the journal at `path` if it has this identity, None otherwise."""
-        try:
-            content = path.read_bytes()
-            end = content.rfind(b"\n") + 1  # the last line may be cut off
-            head, *lines = content[:end].decode("ascii").splitlines()
-            found, created = json.loads(head)
-            if found != identity or not isinstance(created, str):
-                return None
-            os.truncate(path, end)
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
-        return cls(path, created, dict(filter(None, map(_parse, lines))))
-
-    def add(self, index: int, imported: Imported) -> None:
-        self.episodes[index] = imported
-        (recorded, relabelled, returns), matches, has_reward = imported
-        line = [index, recorded.hex(), relabelled.hex(), returns, matches, has_reward]
-        self._file.write(f"{json.dumps(line)}\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _parse(line: str) -> tuple[int, Imported] | None:
-    """Return an episode of the journal. None: the line is damaged, and the episode is imported again."""
-    try:
-        index, recorded, relabelled, returns, matches, has_reward = json.loads(line)
-        record = Record(bytes.fromhex(recorded), bytes.fromhex(relabelled), tuple(map(float, returns)))
-        return int(index), Imported(record, tuple(matches), bool(has_reward))
-    except (ValueError, TypeError):
-        return None
+def _import_episode(index: int) -> Imported | str:
+    return _importer(index)

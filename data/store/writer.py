@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 
 from ringrl.data.store.format import (
+    DIGEST_BYTES,
     FORMAT,
     FORMAT_VERSION,
     LONGEST_TEXT,
@@ -38,6 +39,7 @@ from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, remove, reserve, sync
 
 ATTRIBUTES = 2**19  # bytes that the attributes need at most
+DIGESTS = ("episodes/recorded_sha256", "episodes/relabelled_sha256")
 
 
 class Record(NamedTuple):
@@ -53,10 +55,10 @@ def hidden_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def hidden_files(path: Path) -> tuple[Path, Path, Path]:
-    """Return the paths of the unfinished store at `path`, its journal, and its copy without damaged episodes."""
+def hidden_files(path: Path) -> tuple[Path, Path]:
+    """Return the paths of the unfinished store at `path` and of its copy without damaged episodes."""
     partial = hidden_name(path)
-    return partial, partial.with_name(f"{partial.name}.journal"), partial.with_name(f"{partial.name}.compact")
+    return partial, partial.with_name(f"{partial.name}.compact")
 
 
 def refuse_taken(path: Path, *, overwrite: bool) -> None:
@@ -132,8 +134,11 @@ def create_store(
             raise
 
 
-def create_file(partial: Path, layout: Layout) -> None:
-    """Create the HDF5 file of a store with space for all arrays, and replace any older file. Raises OSError."""
+def create_file(partial: Path, layout: Layout, identity: str = "") -> None:
+    """Create the HDF5 file of a store with space for all arrays, and replace any older file. Raises OSError.
+
+    An `UnfinishedStore` must have the same `identity`, which determines the content.
+    """
     partial.unlink(missing_ok=True)  # not emptied: workers of a killed import may still write to the old file
     # This version of HDF5's format has checksums of its metadata, which reveal damage.
     with h5py.File(partial, "x", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=64) as file:
@@ -145,6 +150,7 @@ def create_file(partial: Path, layout: Layout) -> None:
             settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
             file.create_dataset(name, shape=shape, dtype=dtype, dcpl=settings)
+        file.attrs["identity"] = np.bytes_(identity)
 
 
 def reserve_space(partial: Path, path: Path) -> None:
@@ -162,17 +168,14 @@ class UnfinishedStore:
 
     recorded_task: str | None = None
 
-    def __init__(self, partial: Path, layout: Layout) -> None:
+    def __init__(self, partial: Path, layout: Layout, identity: str = "") -> None:
         self.layout = layout
         self.records: list[Record] = []  # of the appended episodes
-        rows = int(layout.starts[-1])
         with h5py.File(partial, "r", locking=False) as file:
-            if "format" in file.attrs:
-                raise OSError(f"{partial} is finished")
-            datasets = {key: file[dataset_name(key)] for key in layout.arrays}
-            if any(dataset.shape != layout.shape(key, rows) for key, dataset in datasets.items()):
-                raise OSError(f"{partial} has another layout")
-            self._offsets = {key: dataset.id.get_offset() for key, dataset in datasets.items()}
+            if file.attrs["identity"].decode() != identity:
+                raise OSError(f"{partial} has other episodes")
+            self._offsets = {key: file[dataset_name(key)].id.get_offset() for key in layout.arrays}
+            self._digests = [file[name].id.get_offset() for name in DIGESTS]
         self._descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
 
     def append(self, episode: Episode) -> None:
@@ -195,7 +198,18 @@ class UnfinishedStore:
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
-        return record_of(self.layout, episode)
+        record = record_of(self.layout, episode)
+        for digest, start in zip(record[:2], self._digests, strict=True):
+            os.pwrite(self._descriptor, digest, start + index * DIGEST_BYTES)
+        return record
+
+    def finished(self, index: int) -> Record | None:
+        """Return the record of an episode whose rows have the digests in the file, None for any other."""
+        digests = [os.pread(self._descriptor, DIGEST_BYTES, start + index * DIGEST_BYTES) for start in self._digests]
+        if not any(digests[0]):  # not written
+            return None
+        record = record_of(self.layout, self.read(index))
+        return record if [*record[:2]] == digests else None
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Return the rows of an episode. Rows that were not written are zeros or rows of an older file."""
@@ -244,11 +258,8 @@ def finish(
     if len(records) != len(layout.lengths):
         raise ValueError(f"{len(records)} of {len(layout.lengths)} announced episodes were written")
     recorded = _stacked([record.recorded for record in records])
-    arrays = {
-        "episodes/offset": layout.starts,
-        "episodes/recorded_sha256": recorded,
-        "episodes/relabelled_sha256": _stacked([record.relabelled for record in records]),
-    }
+    digests = recorded, _stacked([record.relabelled for record in records])
+    arrays = {"episodes/offset": layout.starts} | dict(zip(DIGESTS, digests, strict=True))
     for column, task in enumerate(layout.tasks):
         returns = np.array([record.returns[column] for record in records], np.float32)
         arrays[f"returns/{task}"] = returns
@@ -276,6 +287,7 @@ def finish(
         for task in layout.tasks:
             file[f"return_quantiles/{task}"].attrs["levels"] = np.array(RETURN_LEVELS)
         file.attrs["format_version"] = FORMAT_VERSION
+        del file.attrs["identity"]
         for name, text in attributes.items():
             # HDF5 protects only strings of fixed length by checksums.
             file.attrs[name] = np.bytes_(text.encode())

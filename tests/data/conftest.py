@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -37,6 +38,13 @@ def _record_episode(task: str, seed: int) -> dict[str, np.ndarray]:
     keys = ("observation", "action", "reward", "discount", "physics")
     arrays = {key: np.stack([np.asarray(row[i]) for row in rows]) for i, key in enumerate(keys)}
     return {key: array.astype(np.float64 if key == "physics" else np.float32) for key, array in arrays.items()}
+
+
+def finished_episodes(partial: Path) -> int:
+    """Return the number of episodes that an unfinished store has, 0 while the file is created."""
+    with contextlib.suppress(OSError, KeyError), h5py.File(partial, "r", locking=False) as file:
+        return int(file["episodes/recorded_sha256"][:].any(axis=1).sum())
+    return 0
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests import damage
-from tests.data.conftest import Site, serve
+from tests.data.conftest import Site, finished_episodes, serve
 from tests.faults.conftest import COPIES, DOMAIN, RECORDED, Disk
-from tests.faults.process import CTRL_C, KILL, TERM, during, lines, names, run, stop
+from tests.faults.process import CTRL_C, KILL, TERM, during, names, run, stop
 
 pytestmark = pytest.mark.slow
 EPISODES = RECORDED * COPIES
@@ -88,7 +88,7 @@ class Import:
         self.command = ["data", "import", *paths, "--workers=2"]
 
     def after(self, episodes: int) -> Callable[[], bool]:
-        return lambda: self.part.exists() and lines(self.part.with_name(f"{self.part.name}.journal")) >= episodes
+        return lambda: self.part.exists() and finished_episodes(self.part) >= episodes
 
     def assert_completes(self, expected: "Import", *flags: str) -> None:
         run([*self.command, *flags]).expect(0)

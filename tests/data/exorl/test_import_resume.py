@@ -1,7 +1,6 @@
 """A resumed import writes the same bytes as an uninterrupted one."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +16,10 @@ from ringrl.data.exorl import save_episode
 from ringrl.data.store.format import dataset_name
 from ringrl.data.store.writer import hidden_name
 from ringrl.errors import UserError
+from tests.data.conftest import finished_episodes
 
 EPISODES = 12
-REMAINS = [".a.h5.partial", ".a.h5.partial.journal"]
-
-
-def journal_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial.journal")
+REMAINS = [".a.h5.partial"]
 
 
 def overwrite(path: Path, key: str, row: int, content: bytes) -> None:
@@ -112,23 +108,6 @@ def test_rows_that_did_not_reach_the_disk_are_imported_again(archive, destinatio
     assert destination.read_bytes() == whole
 
 
-@pytest.mark.parametrize("keep", [0, 10, 90, -1, -30, -500])
-def test_journal_cut_short(archive, destination, whole, keep):
-    stop_after(archive, destination, 7)
-    journal = journal_of(destination)
-    journal.write_bytes(journal.read_bytes()[:keep])
-    import_archive(archive, destination, "cartpole", workers=1)
-    assert destination.read_bytes() == whole
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]\n", b'{"identity": 3}\n', b"null\n{}\n"])
-def test_journal_of_something_else(archive, destination, whole, content):
-    stop_after(archive, destination, 7)
-    journal_of(destination).write_bytes(content)
-    import_archive(archive, destination, "cartpole", workers=1)
-    assert destination.read_bytes() == whole
-
-
 def test_another_import_starts_anew(tmp_path, archive, destination, cartpole_episodes):
     for name, options in (("b", {"relabelling": "exorl_compat"}), ("c", {"tasks": ["cartpole_swingup"]})):
         stop_after(archive, destination, 7)
@@ -174,12 +153,8 @@ def test_damaged_unfinished_store(archive, destination, whole, damage):
 
 
 def test_stopped_between_the_last_byte_and_the_name(archive, destination, whole):
-    def keep_journal(done: int, total: int) -> None:
-        shutil.copy(journal_of(destination), destination.with_name("kept"))
-
-    import_archive(archive, destination, "cartpole", workers=1, progress=keep_journal)
+    import_archive(archive, destination, "cartpole", workers=1)
     destination.rename(hidden_name(destination))
-    destination.with_name("kept").rename(journal_of(destination))
     stop_after(archive, destination, 7)
     with pytest.raises(UserError, match="not an episode store"):
         EpisodeStore(hidden_name(destination))
@@ -199,7 +174,7 @@ def test_stopped_while_damaged_episodes_are_left_out(tmp_path, archive, destinat
         patched.setattr("ringrl.data.exorl.importer.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             import_archive(archive, destination, "cartpole", **options)
-    assert names(destination.parent) == [".a.h5.partial", ".a.h5.partial.compact", ".a.h5.partial.journal"]
+    assert names(destination.parent) == [".a.h5.partial", ".a.h5.partial.compact"]
     for number in [0, 1, *range(3, EPISODES)]:
         garble(archive / f"episode_{number:06d}_1000.npz")
     import_archive(archive, destination, "cartpole", **options)
@@ -236,8 +211,8 @@ def start(tmp_path: Path, archive: Path, destination: Path, workers: int) -> sub
 
 
 def wait_for_episodes(destination: Path, number: int, process: subprocess.Popen) -> None:
-    journal, deadline = journal_of(destination), time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") <= number:
+    deadline = time.monotonic() + 120
+    while finished_episodes(hidden_name(destination)) < number:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.002)
@@ -258,7 +233,7 @@ def test_killed_process(tmp_path, long_archive, destination, workers):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert names(destination.parent) == sorted([*REMAINS, ".a.h5.lock"])
-    assert journal_of(destination).read_bytes().count(b"\n") < 150
+    assert finished_episodes(hidden_name(destination)) < 150
     with pytest.raises(UserError, match="not an episode store"):
         EpisodeStore(hidden_name(destination))
 

@@ -131,17 +131,17 @@ def test_failed_overwriting_keeps_the_old_store(tmp_path, cartpole_zip):
     with pytest.raises(KeyboardInterrupt):
         import_archive(cartpole_zip, path, "cartpole", overwrite=True, progress=stop)
     EpisodeStore(path).verify()
-    assert names(tmp_path) == [".a.h5.partial", ".a.h5.partial.journal", "a.h5"]
+    assert names(tmp_path) == [".a.h5.partial", "a.h5"]
 
 
 @pytest.mark.parametrize("kind", ["cartpole_zip", "cartpole_folder"])
 def test_a_finished_import_is_kept(tmp_path, request, kind):
-    """A kill after the rename may leave the journal and the lock."""
+    """A kill after the rename may leave a copy and the lock."""
     source, path = tmp_path / "copy", tmp_path / "stores" / "a.h5"
     original = request.getfixturevalue(kind)
     (shutil.copytree if original.is_dir() else shutil.copy)(original, source)
     before = import_archive(source, path, "cartpole").path.read_bytes()
-    for remains in (".a.h5.partial.journal", ".a.h5.partial.compact", ".a.h5.lock"):
+    for remains in (".a.h5.partial.compact", ".a.h5.lock"):
         (path.parent / remains).touch()
     import_archive(source, path, "cartpole", on_damaged="skip", progress=lambda *_: pytest.fail("imported again"))
     assert path.read_bytes() == before
