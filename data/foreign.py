@@ -12,15 +12,15 @@ import pydantic
 from jaxtyping import Float32, Float64
 
 from ringrl.config_files import one_line
+from ringrl.data.hdf5 import MOST_COMPRESSED, SMALL, read_plain
 from ringrl.data.store.format import ROUNDED, Episode, ForeignFacts, Provenance, StoredDomain, reward_key
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store
-from ringrl.envs import foreign_domain
+from ringrl.envs import Actions, foreign_domain
 from ringrl.errors import UserError, brief
 from ringrl.files import raise_unreadable
 from ringrl.pace import Progress, no_progress
 
-MOST_COMPRESSED, SMALL = 100, 2**20  # a compressed file may be this many times, or bytes, larger than it looks
 _NAMES = {
     "observation": ("observation", "observations"),
     "action": ("action", "actions"),
@@ -37,14 +37,6 @@ class Steps(NamedTuple):
     reward: Float32[np.ndarray, " time"]
     is_terminated: bool
     physics: Float64[np.ndarray, "time_plus_1 physics"] | None = None
-
-
-class Actions(NamedTuple):
-    """The actions of an environment: lowest and highest, or first and last choice for each of the choices."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    is_discrete: bool = False
 
 
 def stored_domain(
@@ -183,36 +175,51 @@ def import_episodes(
     )
 
 
+def checked_steps(observation: np.ndarray, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray) -> Steps:
+    """Return an episode of T steps from arrays (T+1, ...), (T, ...), (T,) and (T,) or (1,).
+
+    UserError, which does not name the episode, for arrays of other lengths, or values that are not finite.
+    """
+    length = len(reward)
+    if not length or (len(observation), len(action)) != (length + 1, length) or len(terminated) not in (1, length):
+        shapes = f"{len(observation)} observations, {len(action)} actions and {length} rewards"
+        raise UserError(f"has {shapes}; expected T + 1 (or T), T and T, with T at least 1")
+    if terminated[:-1].any():
+        raise UserError(f"terminates before its last step (step {int(terminated.argmax())})")
+    return Steps(
+        finite("observations", observation, np.float32).reshape(length + 1, -1),
+        finite("actions", action, np.float64).reshape(length, -1),
+        finite("rewards", reward, np.float32),
+        bool(terminated[-1]),
+    )
+
+
+def finite(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
+    """Return an array in another type. UserError, which does not name the episode, for values that are not finite."""
+    if array.dtype.kind not in "fiub":
+        raise UserError(f"has {name} that are not numbers")
+    with np.errstate(over="ignore"):
+        converted: np.ndarray = array.astype(dtype)
+    if not (rows := np.isfinite(converted).reshape(len(converted), -1).all(axis=1)).all():
+        raise UserError(f"has a value in row {int(np.argmin(rows))} of {name} that is not finite")
+    return converted
+
+
 def _steps(episode: Mapping[str, Any], where: str) -> Steps:
     """Check the arrays of an episode."""
-    found = {}
-    for name, names in _NAMES.items():
-        given = [episode[key] for key in names if key in episode]
-        if given:
-            found[name] = np.asarray(given[0])
-        elif name != "terminated":
-            raise UserError(f"{where}: has no array {name}")
-    reward, terminated = found["reward"].reshape(-1), np.asarray(found.get("terminated", False)).reshape(-1)
-    observation, action = (np.atleast_1d(found[name]) for name in ("observation", "action"))
-    length = len(reward)
-    sizes = len(observation) - length in (0, 1), len(action) == length, len(terminated) in (1, length)
-    if not (length and all(sizes)):
-        shapes = f"{len(observation)} observations, {len(action)} actions and {length} rewards"
-        raise UserError(f"{where}: has {shapes}; expected T + 1 (or T), T and T, with T at least 1")
-    observation, action = observation.reshape(len(observation), -1), action.reshape(length, -1)
-    for name, array, kind in (("observation", observation, "f4"), ("action", action, "f8"), ("reward", reward, "f4")):
-        with np.errstate(over="ignore"):
-            if array.dtype.kind not in "fiub" or not np.isfinite(array.astype(kind)).all():
-                raise UserError(f"{where}: {name} has values that are not finite numbers")
-    if found["observation"].dtype == np.uint8 and found["observation"].ndim > 2:
+    found = {name: np.asarray(episode[key]) for name, keys in _NAMES.items() for key in keys if key in episode}
+    if missing := [name for name in ("observation", "action", "reward") if name not in found]:
+        raise UserError(f"{where}: has no array {missing[0]}")
+    observation, action = np.atleast_1d(found["observation"]), np.atleast_1d(found["action"])
+    reward, terminated = found["reward"].reshape(-1), found.get("terminated", np.zeros(1, bool)).reshape(-1)
+    if observation.dtype == np.uint8 and observation.ndim > 2:
         raise UserError(f"{where}: has images, which are not supported")
-    if len(observation) == length:
+    if len(observation) == len(reward):
         observation = np.concatenate([observation, observation[-1:]])
-    if terminated[:-1].any():
-        raise UserError(f"{where}: terminates before its last step (step {int(terminated.argmax())})")
-    return Steps(
-        observation.astype(np.float32), action.astype(np.float64), reward.astype(np.float32), bool(terminated[-1])
-    )
+    try:
+        return checked_steps(observation, action, reward, terminated)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _domain(environment: str | None, path: Path, steps: Sequence[Steps], source: str) -> StoredDomain:
@@ -271,9 +278,12 @@ def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
     """Read a flat file: observations, actions, rewards, terminals, and timeouts or next_observations if it has them."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    with h5py.File(path, "r", locking=False) as file:
-        wanted = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-        arrays = {name: _plain(file, name, path) for name in wanted if file.get(name, getlink=True)}
+    wanted = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            arrays = {name: read_plain(file, name) for name in wanted if file.get(name, getlink=True)}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if missing := [name for name in wanted[:4] if name not in arrays]:
         raise UserError(f"{path}: has no array {missing[0]}; a flat file has {', '.join(wanted[:4])} and timeouts")
     rows = len(arrays["rewards"])
@@ -297,24 +307,3 @@ def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
             })  # fmt: skip
             first = row + 1
     return episodes
-
-
-def _plain(file: h5py.File, name: str, path: Path) -> np.ndarray:
-    """Read an array of numbers that is stored in the file itself."""
-    dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None  # opens no other file
-    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiub":
-        raise UserError(f"{path}: {name} is not an array of numbers")
-    try:
-        return read_plain(dataset, name)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def read_plain(dataset: h5py.Dataset, name: str) -> np.ndarray:
-    """Read an array. UserError, which does not name the file, for one in other files, or of unlikely compression."""
-    settings = dataset.id.get_create_plist()
-    if settings.get_layout() == h5py.h5d.VIRTUAL or settings.get_external_count():
-        raise UserError(f"stores {name} in other files")
-    if dataset.nbytes > SMALL + MOST_COMPRESSED * dataset.id.get_storage_size():
-        raise UserError(f"claims {dataset.nbytes:,} bytes of {name}, far more than it stores")
-    return np.asarray(dataset[()])

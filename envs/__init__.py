@@ -6,7 +6,9 @@
 from ringrl.envs.domain import Camera, Domain, ForeignDomain, GoalSpace
 from ringrl.envs.environment import ExoRLEnv, make
 from ringrl.envs.foreign import (
+    Actions,
     ForeignEnv,
+    actions_of,
     check_foreign,
     d4rl_returns,
     foreign_domain,
@@ -19,9 +21,9 @@ from ringrl.envs.simulation import Simulation, check_mujoco
 from ringrl.envs.vector import ExoRLVectorEnv, ForeignVectorEnv, make_vec
 
 __all__ = [
-    "DOMAINS", "TASKS", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain", "ForeignEnv",
-    "ForeignVectorEnv", "GoalSpace", "Simulation", "check_foreign", "d4rl_returns", "domain_named", "domain_of",
-    "foreign_domain", "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec",
+    "DOMAINS", "TASKS", "Actions", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain", "ForeignEnv",
+    "ForeignVectorEnv", "GoalSpace", "Simulation", "actions_of", "check_foreign", "d4rl_returns", "domain_named",
+    "domain_of", "foreign_domain", "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec",
     "register_gymnasium",
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -74,6 +74,27 @@ def d4rl_returns(task: str) -> tuple[float, float] | tuple[None, None]:
     """Return the mean returns of random actions and of an expert in D4RL; None for environments that D4RL lacks."""
     identifier, arguments = _parse(task)
     return (None, None) if arguments else _D4RL.get(re.sub(r"-v\d+$", "", identifier), (None, None))
+
+
+class Actions(NamedTuple):
+    """The actions of an environment: lowest and highest, or first and last choice for each of the choices."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    is_discrete: bool = False
+
+
+def actions_of(space: gymnasium.Space, where: object) -> Actions:
+    """Return the bounds of an action space. UserError, which names `where`, unless it is a bounded Box or Discrete."""
+    if isinstance(space, spaces.Discrete):
+        first, last = float(space.start), float(space.start + space.n - 1)
+        return Actions((first,) * int(space.n), (last,) * int(space.n), is_discrete=True)
+    if not isinstance(space, spaces.Box):
+        raise UserError(f"{where}: its actions are a {type(space).__name__}; only Box and Discrete are supported")
+    low, high = (np.asarray(bound, np.float64).ravel() for bound in (space.low, space.high))
+    if not (np.isfinite(high - low).all() and (low < high).all()):
+        raise UserError(f"{where}: its actions have no bounds and cannot be scaled to [-1, 1]")
+    return Actions(tuple(low.tolist()), tuple(high.tolist()))
 
 
 @functools.cache
@@ -201,26 +222,18 @@ def _made(task: str, identifier: str, arguments: dict[str, Any], render_mode: st
 
 
 def _domain(task: str, environment: gymnasium.Env, limit: int) -> ForeignDomain:
-    inner = environment.action_space
-    if isinstance(inner, spaces.Box):
-        low, high = (np.asarray(bound, np.float64).ravel() for bound in (inner.low, inner.high))
-        if not (np.isfinite(high - low).all() and (low < high).all()):
-            raise UserError(f"{task}: its actions have no bounds and cannot be scaled to [-1, 1]")
-    elif isinstance(inner, spaces.Discrete):
-        low, high = np.full(int(inner.n), float(inner.start)), np.full(int(inner.n), float(inner.start + inner.n - 1))
-    else:
-        raise UserError(f"{task}: its actions are a {type(inner).__name__}; only Box and Discrete are supported")
+    actions = actions_of(environment.action_space, task)
     return ForeignDomain(
         name=task,
         tasks=(task,),
         observation_size=_flat_size(task, environment.observation_space),
-        action_size=len(low),
+        action_size=len(actions.low),
         physics_size=0,
         episode_length=limit,
         control_timestep=float(getattr(environment.unwrapped, "dt", 0.0) or 0.0),
-        action_low=tuple(low.tolist()),
-        action_high=tuple(high.tolist()),
-        is_discrete=isinstance(inner, spaces.Discrete),
+        action_low=actions.low,
+        action_high=actions.high,
+        is_discrete=actions.is_discrete,
     )
 
 

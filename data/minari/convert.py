@@ -5,6 +5,7 @@ An exported store is restored exactly. Other datasets become stores of a `Stored
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from ringrl import __version__
-from ringrl.data.foreign import Actions, as_episode, stored_domain, with_reset
+from ringrl.data.foreign import as_episode, stored_domain, with_reset
 from ringrl.data.minari.reader import (
     EXPORTED,
     INFOS,
@@ -36,7 +37,7 @@ from ringrl.data.store.format import (
     software_versions,
 )
 from ringrl.data.store.writer import create_store
-from ringrl.envs import Domain, domain_named, foreign_domain, foreign_spec, is_foreign
+from ringrl.envs import Domain, actions_of, domain_named, foreign_domain, foreign_spec, is_foreign
 from ringrl.errors import UserError, brief
 from ringrl.files import explain_write_errors, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
@@ -123,12 +124,12 @@ class _Exported:
         steps, info = self._episodes.read(index), self._episodes.info
         episode = {"observation": steps.observation}
         if isinstance(self.domain, StoredDomain):
-            episode["action"] = info(index, SCALED, row=(self.domain.action_size,), dtype=np.float32)
+            episode["action"] = info(index, SCALED, self.domain.action_size, np.float32)
         else:
             episode["action"] = with_reset(steps.action.astype(np.float32))
         for key, spec in recorded_arrays(self.domain).items():
             if key not in episode:
-                episode[key] = info(index, INFOS[key], row=(spec.width,), dtype=spec.dtype.type)
+                episode[key] = info(index, INFOS[key], spec.width, spec.dtype.type)
         if self.provenance.relabelling == "recorded":
             return episode | {reward_key(self.domain.tasks[0]): episode["reward"][:, 0]}
         rewards = relabel_all(self.domain.name, episode["physics"], episode["action"], self.provenance.relabelling)
@@ -142,8 +143,8 @@ class _Foreign:
 
     def __init__(self, episodes: MinariEpisodes, environment: str | None) -> None:
         self._episodes, name = episodes, episodes.metadata["dataset_id"]
-        self._physics, actions = _physics_of(episodes), _actions_of(episodes)
-        observation_size = sum(int(np.prod(box.shape)) for _, box in episodes.observation)
+        self._physics, actions = _physics_of(episodes), actions_of(episodes.action, episodes.folder)
+        observation_size = sum(math.prod(shape) for _, shape in episodes.observation)
         made = foreign_domain(environment) if environment else None
         if made and (observation_size, *actions) != (
             made.observation_size, made.action_low, made.action_high, made.is_discrete
@@ -155,7 +156,7 @@ class _Foreign:
             actions,
             observation_size,
             episodes.lengths,
-            sum(episodes.terminated),
+            episodes.num_terminated,
             sum(self._physics.values()),
         )
         (self.recorded_task,) = self.domain.tasks
@@ -165,24 +166,9 @@ class _Foreign:
         steps = self._episodes.read(index)
         if self._physics:
             widths, info = self._physics.items(), self._episodes.info
-            parts = [info(index, key, row=(width,), dtype=np.float64) for key, width in widths]
+            parts = [info(index, key, width, np.float64) for key, width in widths]
             steps = steps._replace(physics=np.concatenate(parts, axis=1))
         return as_episode(self.domain, steps, f"{self._episodes.folder}, episode {index}")
-
-
-def _actions_of(episodes: MinariEpisodes) -> Actions:
-    """Return the action space of a dataset."""
-    space = episodes.action
-    if isinstance(space, gymnasium.spaces.Discrete):
-        first, last = float(space.start), float(space.start + space.n - 1)
-        return Actions((first,) * int(space.n), (last,) * int(space.n), is_discrete=True)
-    low, high = (bound.astype(np.float64).ravel() for bound in (space.low, space.high))
-    if not (np.isfinite(high - low).all() and (low < high).all()):
-        raise UserError(
-            f"{episodes.folder}: its actions have no bounds and cannot be scaled to [-1, 1]: give its action space "
-            "bounds"
-        )
-    return Actions(tuple(low.tolist()), tuple(high.tolist()))
 
 
 def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:

@@ -18,7 +18,8 @@ import gymnasium
 import h5py
 import numpy as np
 
-from ringrl.data.foreign import Steps, read_plain
+from ringrl.data.foreign import Steps, checked_steps, finite
+from ringrl.data.hdf5 import plain_dataset, read_plain
 from ringrl.data.store.format import LARGEST_ROW
 from ringrl.envs import foreign_task
 from ringrl.errors import UserError, brief
@@ -86,7 +87,8 @@ def locate(dataset: str, *, download: bool) -> Path:
     return folder
 
 
-Boxes = tuple[tuple[tuple[str, ...], gymnasium.spaces.Box], ...]
+Arrays = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of the arrays of an observation: "observations/joints" (3,), in their order."""
 
 
 class MinariEpisodes:
@@ -112,23 +114,18 @@ class MinariEpisodes:
             self._file.close()
             raise
         self.lengths = [length for length, _ in ends]
-        self.terminated = [is_terminated for _, is_terminated in ends]
+        self.num_terminated = sum(is_terminated for _, is_terminated in ends)
 
     def read(self, index: int) -> Steps:
         """Return one episode of finite numbers."""
         length = self.lengths[index]
         with self._reading(f"episode {index}"):
-            parts = [
-                self._array(index, ("observations", *keys), (length + 1, *box.shape)).reshape(length + 1, -1)
-                for keys, box in self.observation
-            ]
-            action = self._array(index, ("actions",), (length, *(self.action.shape or ())))
-            reward = self._array(index, ("rewards",), (length,))
-            return Steps(
-                observation=_finite("observations", np.concatenate(parts, axis=1), np.float32),
-                action=_finite("actions", action.reshape(length, -1), np.float64),
-                reward=_finite("rewards", reward, np.float32),
-                is_terminated=self.terminated[index],
+            parts = [self._array(index, name, (length + 1, *shape)) for name, shape in self.observation]
+            return checked_steps(
+                np.concatenate([part.reshape(length + 1, -1) for part in parts], axis=1),
+                self._array(index, "actions", (length, *(self.action.shape or ()))),
+                self._array(index, "rewards", (length,)),
+                self._array(index, "terminations", (length,)),
             )
 
     def environment(self) -> str | None:
@@ -151,18 +148,21 @@ class MinariEpisodes:
             # A dataset must not choose the files or modules that an environment reads.
             return None if any({*"/\\:"} & {*str(text)} for text in texts) else task
 
-    def info(self, index: int, *keys: str, row: tuple[int, ...], dtype: type) -> np.ndarray:
-        """Return an array of an episode's infos, (T+1, *row) of this dtype."""
+    def info(self, index: int, name: str, width: int, dtype: type) -> np.ndarray:
+        """Return an array of an episode's infos, (T+1, width) of this dtype."""
         with self._reading(f"episode {index}"):
-            return _finite(keys[-1], self._array(index, ("infos", *keys), (self.lengths[index] + 1, *row)), dtype)
+            array = self._array(index, f"infos/{name}", (self.lengths[index] + 1, width))
+            return finite(name, array, dtype)
 
-    def info_width(self, key: str) -> int:
+    def info_width(self, name: str) -> int:
         """Return the width of an array of infos in the first episode, or 0 without an array (T+1, width) of floats."""
         with self._reading("episode 0"):
-            found = self._node(0, ("infos", key), optional=True)
-            if not isinstance(found, h5py.Dataset) or found.ndim != 2 or found.dtype.kind != "f":
+            try:
+                found = plain_dataset(self._file, f"episode_0/infos/{name}")
+            except UserError:
                 return 0
-            return int(found.shape[1]) if found.shape[0] == self.lengths[0] + 1 else 0
+            is_physics = found.ndim == 2 and found.dtype.kind == "f" and len(found) == self.lengths[0] + 1
+            return int(found.shape[1]) if is_physics else 0
 
     def __enter__(self) -> Self:
         return self
@@ -173,32 +173,13 @@ class MinariEpisodes:
     def _end(self, index: int) -> tuple[int, bool]:
         """Return the number of steps of an episode, and whether the episode terminated."""
         with self._reading(f"episode {index}"):
-            rewards = self._node(index, ("rewards",))
-            if not isinstance(rewards, h5py.Dataset) or rewards.ndim != 1 or len(rewards) == 0:
+            rewards = plain_dataset(self._file, f"episode_{index}/rewards")
+            if rewards.ndim != 1 or len(rewards) == 0:
                 raise UserError("has no list of rewards, one for each step")
-            terminations = self._array(index, ("terminations",), rewards.shape)
-            if terminations[:-1].any():
-                raise UserError(f"terminates before its last step (step {int(np.argmax(terminations))})")
-            return len(terminations), bool(terminations[-1])
+            return len(rewards), bool(self._array(index, "terminations", rewards.shape)[-1])
 
-    def _array(self, index: int, keys: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-        dataset, name = self._node(index, keys), "/".join(keys)
-        if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiub":
-            raise UserError(f"has {name} that are not numbers")
-        if dataset.shape != shape:
-            raise UserError(f"has {name} of shape {dataset.shape}, expected {shape}")
-        return read_plain(dataset, name)
-
-    def _node(self, index: int, keys: tuple[str, ...], *, optional: bool = False) -> h5py.Group | h5py.Dataset | None:
-        node = self._file
-        for key in (f"episode_{index}", *keys):
-            link = node.get(key, getlink=True) if isinstance(node, h5py.Group) else None
-            if link is None and optional:
-                return None
-            if not isinstance(link, h5py.HardLink):
-                raise UserError(f"lacks {'/'.join(keys)}" if link is None else f"has a link in place of {key}")
-            node = node[key]
-        return node
+    def _array(self, index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return read_plain(self._file, f"episode_{index}/{name}", shape)
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -215,8 +196,8 @@ class MinariEpisodes:
             ) from error
 
 
-def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.Box | gymnasium.spaces.Discrete]:
-    """Return all metadata, the keys and boxes of the observation space, and the action space."""
+def _read_metadata(path: Path) -> tuple[dict[str, Any], Arrays, gymnasium.spaces.Box | gymnasium.spaces.Discrete]:
+    """Return all metadata, the arrays of an observation, and the action space."""
     with path.open("rb") as file:
         content = file.read(LARGEST_METADATA + 1)
     if len(content) > LARGEST_METADATA:
@@ -228,64 +209,45 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], Boxes, gymnasium.spaces.
     if not isinstance(raw["dataset_id"], str) or type(episodes) is not int or episodes < 1:
         raise UserError("names no dataset with episodes")
     # If the metadata lacks the spaces, Minari runs the environment that the dataset names.
-    spaces = []
     for name in ("observation_space", "action_space"):
         if not isinstance(raw.get(name), str):
             raise UserError(f"lacks the {name}")
-        serialised = json.loads(raw[name])
-        _check_space(serialised, name)
-        spaces.append(minari_module("minari.serialization").deserialize_space(serialised))
-        size = gymnasium.spaces.flatten_space(spaces[-1]).shape
-        if not size or not 1 <= size[0] <= LARGEST_ROW:
-            raise UserError(f"has {size} numbers in its {name}")
-    observation, action = spaces
-    if not isinstance(action, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
-        raise UserError("has actions of a Dict or Tuple space, only a Box of numbers and Discrete are supported")
-    return raw, tuple(_boxes(observation)), action
+    observation, action = json.loads(raw["observation_space"]), json.loads(raw["action_space"])
+    arrays = tuple(_arrays(observation, "observations"))
+    if not 1 <= sum(math.prod(shape) for _, shape in arrays) <= LARGEST_ROW:
+        raise UserError("has no observations, or too large ones")
+    # Checked before Minari makes the space.
+    if action["type"] == "Discrete":
+        if not 1 <= int(action["n"]) <= LARGEST_ROW:
+            raise UserError(f"has {action['n']} choices of actions")
+    elif action["type"] == "Box":
+        tuple(_arrays(action, "actions"))
+    else:
+        raise UserError(f"has {str(action['type'])[:20]} actions: only a Box of numbers and Discrete are supported")
+    return raw, arrays, minari_module("minari.serialization").deserialize_space(action)
 
 
-def _check_space(space: dict[str, Any], name: str) -> None:
-    """Raise UserError unless a store can contain the values of a space. Called before the space is created."""
+def _arrays(space: dict[str, Any], name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of the arrays of a serialised space, in the order in which Gymnasium flattens them.
+
+    Raises UserError unless a store can contain the values.
+    """
     kind = space["type"]
-    if kind == "Discrete" and name == "action_space":
-        if not 1 <= int(space["n"]) <= LARGEST_ROW:
-            raise UserError(f"has {space['n']} choices in its {name}")
-        return
     if kind in ("Dict", "Tuple"):
         parts = space["subspaces"]
-        for key, part in parts.items() if kind == "Dict" else ((f"_index_{i}", one) for i, one in enumerate(parts)):
+        named = sorted(parts.items()) if kind == "Dict" else [(f"_index_{i}", part) for i, part in enumerate(parts)]
+        for key, part in named:
             if not key or "/" in key or key == ".":
                 raise UserError(f"has {key!r} in its {name}, which is not an array name")
-            _check_space(part, f"{name}/{key}")
+            yield from _arrays(part, f"{name}/{key}")
         return
     if kind != "Box":
-        supported = "a Box of numbers" + (" or a Dict or Tuple of Boxes" if "observation" in name else " or Discrete")
-        raise UserError(f"has {str(kind)[:20]} as its {name}: only {supported} is supported")
+        raise UserError(f"has {str(kind)[:20]} {name}: only a Box of numbers, or a Dict or Tuple of Boxes is supported")
     shape, dtype = space["shape"], np.dtype(space["dtype"])
     if not all(type(side) is int and side >= 1 for side in shape) or math.prod(shape) > LARGEST_ROW:
-        raise UserError(f"has the shape {str(shape)[:40]} for its {name}")
+        raise UserError(f"has {name} of shape {str(shape)[:40]}")
     if dtype.kind not in "fiub":
-        raise UserError(f"has numbers of {dtype} in its {name}")
+        raise UserError(f"has {name} that are not numbers ({dtype})")
     if dtype == np.uint8 and len(shape) >= 2:
-        raise UserError(f"has images in its {name} ({'x'.join(map(str, shape))} bytes), which are not supported")
-
-
-def _boxes(space: gymnasium.Space, *keys: str) -> Iterator[tuple[tuple[str, ...], gymnasium.spaces.Box]]:
-    """Yield the keys and boxes of a space, in the order in which Gymnasium flattens them."""
-    if isinstance(space, gymnasium.spaces.Box):
-        yield keys, space
-    elif isinstance(space, gymnasium.spaces.Dict):
-        for key, part in space.spaces.items():
-            yield from _boxes(part, *keys, key)
-    elif isinstance(space, gymnasium.spaces.Tuple):
-        for index, part in enumerate(space.spaces):
-            yield from _boxes(part, *keys, f"_index_{index}")
-
-
-def _finite(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        converted: np.ndarray = array.astype(dtype)
-    if not np.isfinite(converted).all():
-        step = int(np.argmin(np.isfinite(converted).reshape(len(converted), -1).all(axis=1)))
-        raise UserError(f"has a value in row {step} of {name} that is not finite")
-    return converted
+        raise UserError(f"has images as {name} ({'x'.join(map(str, shape))} bytes), which are not supported")
+    yield name, tuple(shape)

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt8
 
+from ringrl.data.hdf5 import plain_dataset
 from ringrl.data.store.format import (
     FORMAT,
     FORMAT_VERSION,
@@ -241,11 +242,9 @@ class _MappedArrays:
                 f"{name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}: the store is damaged or made "
                 "for another version of the domain, import the archive again"
             )
-        settings = dataset.id.get_create_plist()
         offset, size = dataset.id.get_offset(), dataset.nbytes
-        is_plain = settings.get_layout() == h5py.h5d.CONTIGUOUS and settings.get_external_count() == 0
-        if not is_plain or offset is None:
-            raise UserError(f"{name} is chunked, compressed or stored elsewhere: import the archive again")
+        if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS or offset is None:
+            raise UserError(f"{name} is chunked or compressed: import the archive again")
         if offset + size > len(self._mapped):
             raise UserError(f"{name} goes beyond the end of the file, it is cut short: import the archive again")
         self._taken.append((offset, offset + size, name))
@@ -270,12 +269,7 @@ class _MappedArrays:
                 raise UserError(f"{first} and {second} share bytes: import the archive again")
 
     def _dataset(self, name: str) -> h5py.Dataset:
-        node: h5py.Group = self._file
-        for step in name.split("/"):
-            link = node.get(step, getlink=True)
-            if link is None:
-                raise UserError(f"lacks {name}, it is damaged: import the archive again")
-            if not isinstance(link, h5py.HardLink):
-                raise UserError(f"{name} is a link to elsewhere: import the archive again")
-            node = node[step]
-        return node
+        try:
+            return plain_dataset(self._file, name)
+        except UserError as error:
+            raise UserError(f"{error}, it is damaged: import the archive again") from error

@@ -133,9 +133,9 @@ def bad(**changes: object) -> list[dict[str, np.ndarray]]:
         ({"observation": np.float64(5)}, None, "has 1 observations"),
         ({"terminated": np.zeros(0, bool)}, None, "expected T . 1"),
         ({"terminated": lambda x: np.append(x, [False, True])}, None, "expected T . 1"),
-        ({"observation": lambda x: x + 1e300}, None, "observation has values that are not finite"),
-        ({"reward": lambda x: x * np.nan}, None, "reward has values that are not finite"),
-        ({"action": lambda x: x.astype(str)}, None, "action has values that are not finite numbers"),
+        ({"observation": lambda x: x + 1e300}, None, "has a value in row 0 of observations that is not finite"),
+        ({"reward": lambda x: x * np.nan}, None, "has a value in row 0 of rewards that is not finite"),
+        ({"action": lambda x: x.astype(str)}, None, "has actions that are not numbers"),
         ({"terminated": lambda x: ~x}, None, "terminates before its last step .step 0."),
         ({"action": lambda x: 3 * x}, None, r"its actions reach .* name it \(--environment\)"),
         ({"action": lambda x: 3 * x}, HOPPER, "the action of step 0 is outside the action space"),
@@ -184,5 +184,5 @@ def test_bad_files_are_named(tmp_path):
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         file["observations"] = file["actions"] = file["terminals"] = np.zeros((3, 1))
         file["rewards"] = h5py.ExternalLink("other.h5", "rewards")
-    with pytest.raises(UserError, match=r"flat\.h5: rewards is not an array of numbers"):
+    with pytest.raises(UserError, match=r"flat\.h5: has a link in place of rewards"):
         import_episodes(tmp_path / "flat.h5", tmp_path / "a.h5", "hdf5")
