@@ -180,12 +180,11 @@ def _plan(
 
 def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | None:
     """Return the existing store if it is the result of this plan."""
-    store = finished_store(plan.destination, plan.provenance, may_skip=on_damaged == "skip")
+    store = finished_store(plan.destination, plan.provenance)
     if store is None or (store.domain, store.tasks) != (plan.layout.domain.name, plan.layout.tasks):
         return None
-    if store.path.stat().st_mtime_ns < plan.changed:
-        return None
-    return store if store.num_episodes + store.provenance.num_skipped == len(plan.members + plan.misfits) else None
+    is_older = store.path.stat().st_mtime_ns < plan.changed
+    return None if is_older or (store.provenance.num_skipped and on_damaged == "stop") else store
 
 
 @contextmanager

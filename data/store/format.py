@@ -3,7 +3,6 @@
     /steps/{observation,action,reward,discount,physics}   (rows, width)   as recorded, all episodes end to end
     /rewards/{task}                                       (rows,) float32  relabelled, row 0 of every episode is 0
     /returns/{task}                                       (episodes,) float32
-    /return_quantiles/{task}                              (levels,) float64 of the returns, at RETURN_LEVELS
     /episodes/offset                                      (episodes + 1,) int64; episode i is rows offset[i]:offset[i+1]
     /episodes/recorded_sha256                             (episodes, 32) uint8 over the recorded arrays of an episode
     /episodes/relabelled_sha256                           (episodes, 32) uint8 over the rewards of an episode
@@ -125,14 +124,13 @@ class Layout:
         return self.arrays[key].width * self.arrays[key].dtype.itemsize
 
     def per_episode(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return the shape and dtype of every dataset that has an entry per episode or per task, by its name."""
+        """Return the shape and dtype of every dataset that has an entry per episode, by its name."""
         episodes = len(self.lengths)
         return {
             "episodes/offset": ((episodes + 1,), np.dtype("<i8")),
             "episodes/recorded_sha256": ((episodes, DIGEST_BYTES), np.dtype("u1")),
             "episodes/relabelled_sha256": ((episodes, DIGEST_BYTES), np.dtype("u1")),
             **{f"returns/{task}": ((episodes,), np.dtype("<f4")) for task in self.tasks},
-            **{f"return_quantiles/{task}": ((len(RETURN_LEVELS),), np.dtype("<f8")) for task in self.tasks},
         }
 
 

@@ -50,8 +50,8 @@ def merge_stores(
     )
     lengths = np.concatenate([store.lengths[own] for store, own in zip(stores, kept, strict=True)])
     digests = np.concatenate([store.recorded_digests[own] for store, own in zip(stores, kept, strict=True)])
-    fingerprint = content_fingerprint(first.domain, lengths, digests)
-    if not overwrite and (merged := finished_store(destination, provenance, fingerprint)):
+    merged = None if overwrite else finished_store(destination, provenance)
+    if merged and merged.fingerprint == content_fingerprint(first.domain, lengths, digests):
         return merged
     with create_store(
         destination, first.domain, first.tasks, lengths, source=provenance, overwrite=overwrite

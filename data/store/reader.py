@@ -10,7 +10,6 @@ import os
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -111,7 +110,6 @@ class EpisodeStore:
             self.recorded_task = None if recorded_task == "none" else recorded_task
             mapped = _MappedArrays(file, self.path)
             self._map(mapped)
-            mapped.refuse_overlap()
         self._starts: list[int] = self.offsets.tolist()  # slicing by Python integers is faster
 
     def _map(self, mapped: "_MappedArrays") -> None:
@@ -146,8 +144,7 @@ class EpisodeStore:
 
     def return_quantiles(self, task: str) -> Float64[np.ndarray, " level"]:
         """Return the quantiles of the episode returns of a task at `ringrl.data.store.format.RETURN_LEVELS`."""
-        self.returns(task)
-        return self._small[f"return_quantiles/{task}"]
+        return np.quantile(self.returns(task).astype(np.float64), RETURN_LEVELS)
 
     def episode(self, index: int) -> dict[str, np.ndarray]:
         """Return an episode as read-only views of T+1 rows, row t being (s_t, a_{t-1}, r_{t-1}) and row 0 the reset.
@@ -167,12 +164,6 @@ class EpisodeStore:
             for index, fault in enumerate(threads.map(self._fault, range(self.num_episodes))):
                 if fault:
                     raise UserError(f"{self.path}: episode {index} is damaged ({fault}): import the archive again")
-        for task in self.tasks:
-            quantiles = np.quantile(self.returns(task).astype(np.float64), RETURN_LEVELS)
-            if not np.array_equal(quantiles, self.return_quantiles(task)):
-                raise UserError(
-                    f"{self.path}: the quantiles of {task} do not match its returns: import the archive again"
-                )
 
     def _fault(self, index: int) -> str | None:
         rows = self.episode(index)
@@ -225,14 +216,13 @@ class _MappedArrays:
 
     The file may be hostile. HDF5 itself therefore reads no array, and an array must be contiguous in this file.
 
-    Raises UserError for datasets that are missing, linked, chunked, compressed, virtual or external, and for arrays
-    that share bytes. Damaged files raise other errors of h5py and numpy, too.
+    Raises UserError for datasets that are missing, linked, chunked, compressed, virtual or external. Damaged files
+    raise other errors of h5py and numpy, too.
     """
 
     def __init__(self, file: h5py.File, path: Path) -> None:
         self._file = file
         self._mapped = np.memmap(path, dtype=np.uint8, mode="r")
-        self._taken: list[tuple[int, int, str]] = []
 
     def view(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return an array without reading it. UserError for another shape or dtype."""
@@ -242,12 +232,11 @@ class _MappedArrays:
                 f"{name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}: the store is damaged or made "
                 "for another version of the domain, import the archive again"
             )
-        offset, size = dataset.id.get_offset(), dataset.nbytes
+        offset = dataset.id.get_offset()
         if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS or offset is None:
             raise UserError(f"{name} is chunked or compressed: import the archive again")
-        if offset + size > len(self._mapped):
+        if offset + dataset.nbytes > len(self._mapped):
             raise UserError(f"{name} goes beyond the end of the file, it is cut short: import the archive again")
-        self._taken.append((offset, offset + size, name))
         # A plain array: slices of a memmap cost more.
         return np.ndarray(shape, dtype, buffer=self._mapped, offset=offset)
 
@@ -261,12 +250,6 @@ class _MappedArrays:
     def length(self, name: str) -> int:
         """Return the number of rows of an array."""
         return int(self._dataset(name).shape[0])
-
-    def refuse_overlap(self) -> None:
-        """Raise UserError if two of the arrays returned so far share bytes."""
-        for (_, end, first), (start, _, second) in pairwise(sorted(self._taken)):
-            if start < end:
-                raise UserError(f"{first} and {second} share bytes: import the archive again")
 
     def _dataset(self, name: str) -> h5py.Dataset:
         try:

@@ -22,7 +22,6 @@ from ringrl.data.store.format import (
     FORMAT,
     FORMAT_VERSION,
     LONGEST_TEXT,
-    RETURN_LEVELS,
     Episode,
     Layout,
     Provenance,
@@ -69,22 +68,18 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path}: already exists, choose another name or overwrite it (--overwrite)")
 
 
-def finished_store(
-    path: Path, provenance: Provenance, fingerprint: str | None = None, *, may_skip: bool = False
-) -> EpisodeStore | None:
-    """Return the store at `path` if it has this origin (on any day) and content (None: any), None otherwise.
+def finished_store(path: Path, provenance: Provenance) -> EpisodeStore | None:
+    """Return the store at `path` if it has this origin, on any day and with any skipped episodes, None otherwise.
 
-    With `may_skip`, the store may have left out damaged episodes. What a kill left next to the store is deleted.
+    What a kill left next to the store is deleted.
     """
     try:
         store = EpisodeStore(path)
     except UserError:
         return None
     made = store.provenance
-    expected = dataclasses.replace(provenance, created=made.created)
-    if may_skip:
-        expected = dataclasses.replace(expected, num_skipped=made.num_skipped, skipped=made.skipped)
-    if made != expected or fingerprint not in (None, store.fingerprint):
+    same = {"created": made.created, "num_skipped": made.num_skipped, "skipped": made.skipped}
+    if made != dataclasses.replace(provenance, **same):
         return None
     with contextlib.suppress(OSError, UserError), lock(path, "is writing it"):
         for left in hidden_files(path):
@@ -261,9 +256,7 @@ def finish(
     digests = recorded, _stacked([record.relabelled for record in records])
     arrays = {"episodes/offset": layout.starts} | dict(zip(DIGESTS, digests, strict=True))
     for column, task in enumerate(layout.tasks):
-        returns = np.array([record.returns[column] for record in records], np.float32)
-        arrays[f"returns/{task}"] = returns
-        arrays[f"return_quantiles/{task}"] = np.quantile(returns.astype(np.float64), RETURN_LEVELS)
+        arrays[f"returns/{task}"] = np.array([record.returns[column] for record in records], np.float32)
     attributes = {
         "created_by": provenance.created_by,
         "domain": layout.domain.name,
@@ -284,8 +277,6 @@ def finish(
         for name, array in arrays.items():
             file[name][...] = array
             file[name].attrs["sha256"] = np.bytes_(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
-        for task in layout.tasks:
-            file[f"return_quantiles/{task}"].attrs["levels"] = np.array(RETURN_LEVELS)
         file.attrs["format_version"] = FORMAT_VERSION
         del file.attrs["identity"]
         for name, text in attributes.items():

@@ -17,7 +17,6 @@ ROWS = ("steps/observation", "steps/action", "steps/reward", "steps/discount", "
 REWARDS = ("rewards/cartpole_balance", "rewards/cartpole_swingup_sparse")
 SMALL = (
     "episodes/offset", "episodes/recorded_sha256", "episodes/relabelled_sha256", "returns/cartpole_swingup",
-    "return_quantiles/cartpole_swingup",
 )  # fmt: skip
 
 

@@ -62,7 +62,6 @@ def test_any_hdf5_reader_finds_the_arrays(store, episodes):
         assert end_of_file == store.path.stat().st_size
         for name, key in [("steps/physics", "physics"), ("rewards/cartpole_balance", "reward/cartpole_balance")]:
             np.testing.assert_array_equal(file[name][:], np.concatenate([episode[key] for episode in episodes]))
-        assert file["return_quantiles/cartpole_balance"].attrs["levels"].tolist() == list(RETURN_LEVELS)
         assert file.attrs["domain"] == b"cartpole"
 
 
@@ -274,13 +273,6 @@ def test_links_are_not_followed(store, link):
     )
 
 
-def test_one_array_under_two_names(store):
-    def create(file: h5py.File, name: str, values: np.ndarray) -> None:
-        file[name] = file["rewards/cartpole_balance"]
-
-    assert "share bytes" in refusal(replaced(store, "rewards/cartpole_swingup", create))
-
-
 @pytest.mark.parametrize("dtype", ["f8", ">f4", "i4", "O"])
 def test_dataset_of_another_dtype(store, dtype):
     def create(file: h5py.File, name: str, values: np.ndarray) -> None:
@@ -301,7 +293,7 @@ def test_dataset_of_another_shape(store, shape):
 
 @pytest.mark.parametrize(
     "name",
-    ["episodes/offset", "episodes/recorded_sha256", "returns/cartpole_balance", "return_quantiles/cartpole_balance"],
+    ["episodes/offset", "episodes/recorded_sha256", "returns/cartpole_balance"],
 )
 def test_opening_finds_damaged_small_arrays(store, name):
     def damage(file: h5py.File) -> None:
@@ -333,12 +325,10 @@ def rewritten(store: EpisodeStore, name: str, values: np.ndarray) -> EpisodeStor
     return EpisodeStore(changed(store, rewrite))
 
 
-def test_returns_and_quantiles_that_do_not_follow_from_the_rewards(store):
+def test_returns_that_do_not_follow_from_the_rewards(store):
     task = "cartpole_balance"
     with pytest.raises(UserError, match=r"episode 1 is damaged \(its return of cartpole_balance is not the sum"):
         rewritten(store, f"returns/{task}", store.returns(task) + np.float32([0, 1, 0])).verify()
-    with pytest.raises(UserError, match="the quantiles of cartpole_balance do not match its returns"):
-        rewritten(store, f"return_quantiles/{task}", store.return_quantiles(task) + 1).verify()
 
 
 def test_every_damaged_byte_of_the_description_is_rejected_or_harmless(tmp_path, store):
