@@ -11,7 +11,6 @@ import json
 import math
 import re
 import stat
-import struct
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -164,10 +163,11 @@ def open_zip(source: Path) -> zipfile.ZipFile:
     if not source.is_file():
         raise UserError(f"{source}: is neither a file nor a folder, give an ExoRL zip archive or a folder of episodes")
     try:
-        listed = _entries_promised(source)
         archive = zipfile.ZipFile(source)
-        # Without zip64 records (macOS), the end record has the number of entries modulo 65,536.
-        if listed not in (len(archive.namelist()) % 2**16, 0xFFFF):
+        # In an archive that was cut short, zipfile finds the list of its last whole episode, which is a zip file, too.
+        with source.open("rb") as file:
+            begins_with_entry = file.read(4) == b"PK\x03\x04"
+        if begins_with_entry and min((info.header_offset for info in archive.infolist()), default=0) > 0:
             archive.close()
             raise zipfile.BadZipFile
         return archive
@@ -200,26 +200,6 @@ def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Pat
                     f"{source}: the entry {shown(info.filename)} is damaged, and may have been an episode: "
                     "download it again"
                 ) from error
-
-
-def _entries_promised(source: Path) -> int:
-    """Return the number of entries in the end record of a zip file (0xFFFF: any). BadZipFile without such a record.
-
-    zipfile searches backwards for an end record. In an archive that was cut short, zipfile would find the end record of
-    the last whole episode, which is a zip file itself.
-    """
-    with source.open("rb") as file:
-        start = max(0, source.stat().st_size - 22 - 2**16)
-        file.seek(start)
-        tail = file.read()
-    end = tail.rfind(b"PK\x05\x06")
-    if end < 0 or len(tail) - end < 22:
-        raise zipfile.BadZipFile
-    entries, size, offset, comment = struct.unpack_from("<HLLH", tail, end + 10)
-    # Bytes may follow the record of a whole archive. The list of an episode would not begin where its record says.
-    if len(tail) - end - 22 != comment and start + end != offset + size:
-        raise zipfile.BadZipFile
-    return int(entries)
 
 
 def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:

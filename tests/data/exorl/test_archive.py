@@ -104,20 +104,9 @@ def test_a_store_is_not_called_an_archive_cut_short(tmp_path):
 def test_zip_cut_short(tmp_path, cartpole_zip):
     content = cartpole_zip.read_bytes()
     end_of_an_episode = content.index(b"PK\x05\x06") + 22
-    for length, reason in [(len(content) // 2, "cut short"), (end_of_an_episode, "a whole ExoRL archive")]:
+    for length in (len(content) // 2, end_of_an_episode, len(content) - 1):
         (tmp_path / "a.zip").write_bytes(content[:length])
-        assert reason in refusal(tmp_path / "a.zip")
-
-
-def test_directory_that_lost_entries(tmp_path, cartpole_zip):
-    content = bytearray(cartpole_zip.read_bytes())
-    first = content.index(b"PK\x01\x02")
-    (name_length,) = struct.unpack_from("<H", content, first + 28)
-    struct.pack_into(
-        "<H", content, first + 32, 46 + name_length
-    )  # the next entry becomes the comment of the first entry
-    (tmp_path / "a.zip").write_bytes(content)
-    assert "cut short" in refusal(tmp_path / "a.zip")
+        assert "cut short" in refusal(tmp_path / "a.zip")
 
 
 def test_zip_with_a_comment(tmp_path, cartpole_zip):
@@ -366,20 +355,16 @@ def test_names_of_urlb(tmp_path, episode):
     assert "URLB records no physics, from which rewards are computed" in message
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_the_number_of_entries_without_zip64_records(tmp_path, episode, lost):
+def test_the_number_of_entries_without_zip64_records(tmp_path, episode):
     """macOS writes the number of entries modulo 65,536."""
     others = {f"__MACOSX/{number}": b"" for number in range(2**16)}
     path = zipped(tmp_path / "a.zip", {NAME: packed(episode)} | others)
     content = path.read_bytes()
     end = content.rindex(b"PK\x06\x06")
     size, start = struct.unpack_from("<QQ", content, end + 40)
-    record = struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, 1 + lost, 1 + lost, size, start, 0)
+    record = struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, 1, 1, size, start, 0)
     path.write_bytes(content[:end] + record)
-    if lost:
-        assert "cut short" in refusal(path)
-    else:
-        assert len(read_all(path)) == 1
+    assert len(read_all(path)) == 1
 
 
 def test_entries_that_share_bytes(tmp_path, episode):
