@@ -36,19 +36,17 @@ class Steps(NamedTuple):
     action: Float64[np.ndarray, "time action"]  # one column if actions are choices
     reward: Float32[np.ndarray, " time"]
     is_terminated: bool
-    physics: Float64[np.ndarray, "time_plus_1 physics"] | None = None
 
 
 def stored_domain(
-    name: str, where: object, actions: Actions, observation_size: int, lengths: Sequence[int], num_terminated: int,
-    physics_size: int = 0,
-) -> StoredDomain:  # fmt: skip
+    name: str, where: object, actions: Actions, observation_size: int, lengths: Sequence[int], num_terminated: int
+) -> StoredDomain:
     """Return the facts about a dataset. UserError, which names `where`, if it cannot be a store."""
     try:
         facts = ForeignFacts(
             name=name,
             observation_size=observation_size,
-            physics_size=physics_size,
+            physics_size=0,
             action_low=actions.low,
             action_high=actions.high,
             is_discrete=actions.is_discrete,
@@ -60,7 +58,7 @@ def stored_domain(
     return StoredDomain.of(facts)
 
 
-def as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
+def _as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
     """Return the arrays of an episode in a store: row t is (s_t, a_{t-1}, r_{t-1}), actions in [-1, 1] or choices.
 
     UserError, which names `where`, for an action outside the bounds, or a return too large for float32.
@@ -83,19 +81,38 @@ def as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
     reward = with_reset(steps.reward)
     if abs(reward.sum(dtype=np.float64)) > np.finfo(np.float32).max:
         raise UserError(f"{where}: the return is too large for float32")
-    episode = {
+    return {
         "observation": steps.observation,
         "action": with_reset(np.clip(action, -1, 1).astype(np.float32)),
         "reward": reward[:, None],
         "discount": discount,
         reward_key(domain.tasks[0]): reward,
     }
-    return episode if steps.physics is None else episode | {"physics": steps.physics}
 
 
 def with_reset(steps: np.ndarray) -> np.ndarray:
     """Prepend a row of zeros for the reset."""
     return np.concatenate([np.zeros_like(steps[:1]), steps])
+
+
+def write_steps(
+    path: Path,
+    domain: StoredDomain,
+    episodes: Iterable[Steps],
+    lengths: Sequence[int],
+    source: Provenance,
+    where: str,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> EpisodeStore:
+    """Write episodes of the given lengths to a new store and open it. Errors about actions name `where`."""
+    with create_store(path, domain, domain.tasks, lengths, source=source, overwrite=overwrite) as writer:
+        (writer.recorded_task,) = domain.tasks
+        for index, steps in enumerate(episodes):
+            writer.append(_as_episode(domain, steps, f"{where}, episode {index}"))
+            progress(index + 1, len(lengths))
+    return EpisodeStore(path)
 
 
 def write_episodes(
@@ -129,15 +146,8 @@ def write_episodes(
     if not steps:
         raise UserError(f"{source}: has no episodes")
     domain = _domain(environment, path, steps, source)
-    converted = [as_episode(domain, one, f"{source}, episode {index}") for index, one in enumerate(steps)]
-    made = Provenance(source, relabelling="recorded")
-    lengths = [len(one.reward) for one in steps]
-    with create_store(path, domain, domain.tasks, lengths, source=made, overwrite=overwrite) as writer:
-        (writer.recorded_task,) = domain.tasks
-        for index, episode in enumerate(converted):
-            writer.append(episode)
-            progress(index + 1, len(converted))
-    return EpisodeStore(path)
+    lengths, made = [len(one.reward) for one in steps], Provenance(source, relabelling="recorded")
+    return write_steps(path, domain, steps, lengths, made, source, overwrite=overwrite, progress=progress)
 
 
 def import_episodes(

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from ringrl import __version__
-from ringrl.data.foreign import as_episode, stored_domain, with_reset
+from ringrl.data.foreign import stored_domain, with_reset, write_steps
 from ringrl.data.minari.reader import (
     EXPORTED,
     INFOS,
@@ -30,6 +30,7 @@ from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import (
     Episode,
     Provenance,
+    Rewards,
     StoredDomain,
     episode_bytes,
     recorded_arrays,
@@ -42,7 +43,6 @@ from ringrl.errors import UserError, brief
 from ringrl.files import explain_write_errors, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
 
-PHYSICS = (("physics",), ("qpos", "qvel"))  # infos that may hold the state of a simulation
 SPARE = 1.5  # HDF5's chunks are larger than an episode
 
 
@@ -60,8 +60,7 @@ def import_minari(
     An export of `export_minari` is restored with every recorded number bit-equal, and its rewards are computed again.
     Any other dataset becomes a store of its environment, or of a domain with the dataset's name if the environment is
     unknown (see `StoredDomain`): observations flattened to float32, actions scaled to [-1, 1] or one of several
-    choices, recorded rewards under a task of the same name, discount 0 where an episode terminated, and physics where
-    the infos have "physics" or "qpos" and "qvel".
+    choices, recorded rewards under a task of the same name, and discount 0 where an episode terminated.
 
     Args:
         dataset: name of a dataset, or its folder.
@@ -77,107 +76,80 @@ def import_minari(
             disk.
     """
     minari_module()
-    destination = Path(destination)
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
-        is_exported = EXPORTED in episodes.metadata
-        origin: _Exported | _Foreign = _Exported(episodes) if is_exported else _Foreign(episodes, environment)
-        domain, total = origin.domain, len(episodes.lengths)
-        with create_store(
-            destination, domain, domain.tasks, episodes.lengths, source=origin.provenance, overwrite=overwrite
-        ) as writer:
-            writer.recorded_task = origin.recorded_task
-            for index in range(total):
-                writer.append(origin.episode(index))
-                progress(index + 1, total)
-            if origin.fingerprint not in (None, writer.fingerprint()):
-                raise UserError(f"{episodes.folder}: its episodes are not the exported ones: export it again")
+        if EXPORTED in episodes.metadata:
+            return _import_exported(episodes, Path(destination), overwrite=overwrite, progress=progress)
+        domain = _domain(episodes, environment)
+        source = f"Minari ({episodes.metadata['dataset_id']})"
+        return write_steps(
+            Path(destination),
+            domain,
+            map(episodes.read, range(len(episodes.lengths))),
+            episodes.lengths,
+            Provenance(source, source_bytes=episodes.size, relabelling="recorded"),
+            str(episodes.folder),
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def _domain(episodes: MinariEpisodes, environment: str | None) -> StoredDomain:
+    """Return the facts about a dataset from another source."""
+    actions = actions_of(episodes.action, episodes.folder)
+    observation_size = sum(math.prod(shape) for _, shape in episodes.observation)
+    made = foreign_domain(environment) if environment else None
+    if made and (observation_size, *actions) != (
+        made.observation_size, made.action_low, made.action_high, made.is_discrete
+    ):  # fmt: skip
+        raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
+    name = environment or episodes.environment() or episodes.metadata["dataset_id"]
+    return stored_domain(name, episodes.folder, actions, observation_size, episodes.lengths, episodes.num_terminated)
+
+
+def _import_exported(
+    episodes: MinariEpisodes, destination: Path, *, overwrite: bool, progress: Progress
+) -> EpisodeStore:
+    """Write the store that `export_minari` exported."""
+    try:
+        origin = episodes.metadata[EXPORTED]
+        recorded_task, fingerprint, facts = origin["recorded_task"], origin["fingerprint"], origin["facts"]
+        domain = StoredDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
+        made = Provenance.from_json(json.dumps(origin["provenance"]))
+        if recorded_task not in (*domain.tasks, None):
+            raise ValueError(f"recorded for {recorded_task}")
+        if (made.relabelling == "recorded") != isinstance(domain, StoredDomain):
+            raise ValueError(f"relabelling {made.relabelling}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{episodes.folder}: its metadata under {EXPORTED!r} is damaged ({brief(error)}): export it again"
+        ) from error
+    source = dataclasses.replace(made, source=f"{made.source} by way of Minari", created_by=software_versions())
+    lengths = episodes.lengths
+    with create_store(destination, domain, domain.tasks, lengths, source=source, overwrite=overwrite) as writer:
+        writer.recorded_task = recorded_task
+        for index in range(len(lengths)):
+            writer.append(_exported_episode(episodes, index, domain, made.relabelling))
+            progress(index + 1, len(lengths))
+        if writer.fingerprint() != fingerprint:
+            raise UserError(f"{episodes.folder}: its episodes are not the exported ones: export it again")
     return EpisodeStore(destination)
 
 
-class _Exported:
-    """A dataset written by `export_minari`. UserError for incomplete metadata."""
-
-    def __init__(self, episodes: MinariEpisodes) -> None:
-        self._episodes = episodes
-        try:
-            origin = episodes.metadata[EXPORTED]
-            self.recorded_task: str | None = origin["recorded_task"]
-            self.fingerprint: str | None = origin["fingerprint"]  # of the exported store
-            facts = origin["facts"]
-            found = StoredDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
-            made = Provenance.from_json(json.dumps(origin["provenance"]))
-            if self.recorded_task not in (*found.tasks, None) or not isinstance(self.fingerprint, str):
-                raise ValueError(f"recorded for {self.recorded_task}")
-            if (made.relabelling == "recorded") != isinstance(found, StoredDomain):
-                raise ValueError(f"relabelling {made.relabelling}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{episodes.folder}: its metadata under {EXPORTED!r} is damaged ({brief(error)}): export it again"
-            ) from error
-        self.domain: Domain = found
-        self.provenance = dataclasses.replace(
-            made, source=f"{made.source} by way of Minari", created_by=software_versions()
-        )
-
-    def episode(self, index: int) -> Episode:
-        """Return all arrays of an episode."""
-        steps, info = self._episodes.read(index), self._episodes.info
-        episode = {"observation": steps.observation}
-        if isinstance(self.domain, StoredDomain):
-            episode["action"] = info(index, SCALED, self.domain.action_size, np.float32)
-        else:
-            episode["action"] = with_reset(steps.action.astype(np.float32))
-        for key, spec in recorded_arrays(self.domain).items():
-            if key not in episode:
-                episode[key] = info(index, INFOS[key], spec.width, spec.dtype.type)
-        if self.provenance.relabelling == "recorded":
-            return episode | {reward_key(self.domain.tasks[0]): episode["reward"][:, 0]}
-        rewards = relabel_all(self.domain.name, episode["physics"], episode["action"], self.provenance.relabelling)
-        return episode | {reward_key(task): reward for task, reward in rewards.items()}
-
-
-class _Foreign:
-    """A dataset from another source."""
-
-    fingerprint = None
-
-    def __init__(self, episodes: MinariEpisodes, environment: str | None) -> None:
-        self._episodes, name = episodes, episodes.metadata["dataset_id"]
-        self._physics, actions = _physics_of(episodes), actions_of(episodes.action, episodes.folder)
-        observation_size = sum(math.prod(shape) for _, shape in episodes.observation)
-        made = foreign_domain(environment) if environment else None
-        if made and (observation_size, *actions) != (
-            made.observation_size, made.action_low, made.action_high, made.is_discrete
-        ):  # fmt: skip
-            raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
-        self.domain = stored_domain(
-            environment or episodes.environment() or name,
-            episodes.folder,
-            actions,
-            observation_size,
-            episodes.lengths,
-            episodes.num_terminated,
-            sum(self._physics.values()),
-        )
-        (self.recorded_task,) = self.domain.tasks
-        self.provenance = Provenance(f"Minari ({name})", source_bytes=episodes.size, relabelling="recorded")
-
-    def episode(self, index: int) -> Episode:
-        steps = self._episodes.read(index)
-        if self._physics:
-            widths, info = self._physics.items(), self._episodes.info
-            parts = [info(index, key, width, np.float64) for key, width in widths]
-            steps = steps._replace(physics=np.concatenate(parts, axis=1))
-        return as_episode(self.domain, steps, f"{self._episodes.folder}, episode {index}")
-
-
-def _physics_of(episodes: MinariEpisodes) -> dict[str, int]:
-    """Return the infos that contain the state of the simulation and their widths, by the first episode."""
-    for keys in PHYSICS:
-        widths = {key: episodes.info_width(key) for key in keys}
-        if all(widths.values()):
-            return widths
-    return {}
+def _exported_episode(episodes: MinariEpisodes, index: int, domain: Domain, relabelling: Rewards) -> Episode:
+    """Return the arrays of an episode that `export_minari` exported."""
+    steps = episodes.read(index)
+    episode = {"observation": steps.observation}
+    if isinstance(domain, StoredDomain):
+        episode["action"] = episodes.info(index, SCALED, domain.action_size, np.float32)
+    else:
+        episode["action"] = with_reset(steps.action.astype(np.float32))
+    for key, spec in recorded_arrays(domain).items():
+        if key not in episode:
+            episode[key] = episodes.info(index, INFOS[key], spec.width, spec.dtype.type)
+    if relabelling == "recorded":
+        return episode | {reward_key(domain.tasks[0]): episode["reward"][:, 0]}
+    rewards = relabel_all(domain.name, episode["physics"], episode["action"], relabelling)
+    return episode | {reward_key(task): reward for task, reward in rewards.items()}
 
 
 def export_minari(

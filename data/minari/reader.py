@@ -154,16 +154,6 @@ class MinariEpisodes:
             array = self._array(index, f"infos/{name}", (self.lengths[index] + 1, width))
             return finite(name, array, dtype)
 
-    def info_width(self, name: str) -> int:
-        """Return the width of an array of infos in the first episode, or 0 without an array (T+1, width) of floats."""
-        with self._reading("episode 0"):
-            try:
-                found = plain_dataset(self._file, f"episode_0/infos/{name}")
-            except UserError:
-                return 0
-            is_physics = found.ndim == 2 and found.dtype.kind == "f" and len(found) == self.lengths[0] + 1
-            return int(found.shape[1]) if is_physics else 0
-
     def __enter__(self) -> Self:
         return self
 

@@ -78,8 +78,8 @@ def finished_store(path: Path, provenance: Provenance) -> EpisodeStore | None:
     except UserError:
         return None
     made = store.provenance
-    same = {"created": made.created, "num_skipped": made.num_skipped, "skipped": made.skipped}
-    if made != dataclasses.replace(provenance, **same):
+    expected = dataclasses.replace(provenance, created=made.created, num_skipped=made.num_skipped, skipped=made.skipped)
+    if made != expected:
         return None
     with contextlib.suppress(OSError, UserError), lock(path, "is writing it"):
         for left in hidden_files(path):

@@ -66,7 +66,6 @@ def made(name: str = "lab/arm-v3", observation_space: gymnasium.Space = SPACE, *
             "rewards": random.normal(size=length) * 100,
             "terminations": last & (number == 1),
             "truncations": last & (number != 1),
-            "infos": {"qpos": random.normal(size=(length + 1, 3)), "qvel": random.normal(size=(length + 1, 2))},
         }
         values |= {key: change(values[key]) for key, change in changes.items() if number == 2}
         buffers.append(minari.data_collector.EpisodeBuffer(id=number, **values))
@@ -101,8 +100,6 @@ def test_any_dataset_becomes_a_store(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows["reward"][1:, 0], episode.rewards.astype(np.float32))
         np.testing.assert_array_equal(rows["reward"][:, 0], rows["reward/lab_arm-v3"])
         np.testing.assert_array_equal(rows["discount"][1:, 0], 1 - episode.terminations)
-        np.testing.assert_array_equal(rows["physics"][:, :3], episode.infos["qpos"])
-        np.testing.assert_array_equal(rows["physics"][:, 3:], episode.infos["qvel"])
         assert not rows["action"][0].any()
         assert not rows["reward"][0].any()
         assert rows["discount"][0] == 1
@@ -187,8 +184,6 @@ def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> N
         ({"actions": lambda array: array[:-1]}, r"episode_2/actions of shape \(7, 2\), expected \(8, 2\)"),
         ({"rewards": lambda array: array[:, None]}, "episode 2 has no list of rewards"),
         ({"rewards": lambda array: ["a"] * 8}, "episode 2 has episode_2/rewards that are not numbers"),
-        ({"infos": lambda infos: None}, "episode 2 lacks episode_2/infos/qpos"),
-        ({"infos": lambda infos: infos | {"qpos": infos["qpos"][:-1]}}, r"qpos of shape \(8, 3\), expected \(9, 3\)"),
     ],
 )  # fmt: skip
 def test_unsupported_datasets_are_rejected_by_name(spaces: dict, message: str, tmp_path: Path) -> None:
