@@ -1,8 +1,10 @@
 """Fixtures for all tests: small real datasets, fake SLURM commands, devices."""
 
 import dataclasses
+import gc
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,13 @@ if jax.__version_info__ < (0, 11):  # later versions have no such flag
 if FAST_COMPILATION not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
 jax.config.update("jax_disable_most_optimizations", True)
+# Processes that tests start keep bytecode: imports from source take three times as long.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# Tracing creates many objects that live long: collect them rarely, and store no source lines with their operations.
+gc.set_threshold(100_000, 50, 100)
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Slow examples are no failures: the machine may be busy.
 hypothesis.settings.register_profile("patient", deadline=None)

@@ -1,11 +1,13 @@
 """Actors: few compiled programs, compiled ahead, growing caches, and prompts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ringrl.config import ModelConfig
 from ringrl.context import Context, Outcome
@@ -21,6 +23,13 @@ def policy(**settings: Any) -> Policy:
     layers = max(1, len(settings.get("episode_window", ())))
     config = {"layers": layers, "width": 16, "heads": 2, "token_set": "at5"} | settings
     return make_policy(ModelConfig.model_validate(config), OBSERVATION, ACTION, seed=0)
+
+
+def full_pass(made: Policy) -> Callable[[Context], jax.Array]:
+    """Return the compiled function from a context to the actions (B, T, A) of a policy."""
+    graph, state = nnx.split(made)
+    run = jax.jit(lambda state, context: nnx.merge(graph, state).actions(context))
+    return lambda context: run(state, context)
 
 
 def contexts(batch: int, time: int) -> Context:
@@ -85,13 +94,13 @@ def small_cache(monkeypatch) -> None:
     monkeypatch.setattr(actors, "SMALLEST_CACHE", 10)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4, 5, 16, 17])
 @pytest.mark.parametrize("windows", [[], [3, 1], [0, None]])
-def test_actions_on_either_side_of_every_capacity(steps, windows, small_cache):
-    made, context = policy(episode_window=windows), contexts(2, steps)
-    np.testing.assert_allclose(
-        replayed(PolicyActor(CompiledPolicy(made)), context), made.actions(context), rtol=1e-5, atol=1e-5
-    )
+def test_actions_on_either_side_of_every_capacity(windows, small_cache):
+    made, whole = policy(episode_window=windows), contexts(2, 17)
+    compiled, expected = CompiledPolicy(made), full_pass(made)(whole)
+    for steps in (2, 3, 4, 5, 16, 17):
+        found = replayed(PolicyActor(compiled), jax.tree.map(lambda x, steps=steps: x[:, :steps], whole))
+        np.testing.assert_allclose(found, expected[:, :steps], rtol=1e-5, atol=1e-5)
 
 
 def test_one_program_per_capacity_and_one_for_the_first_step(small_cache):
@@ -127,7 +136,7 @@ def test_a_prompt_is_shared_by_all_environments(token_set, windows, small_cache)
     prompt, live = (jax.tree.map(lambda x, part=part: x[part], whole) for part in (np.s_[:1, :6], np.s_[:, 6:]))
     actor = PolicyActor(CompiledPolicy(made))
     found = replayed(actor, live, prompt)
-    np.testing.assert_allclose(found, made.actions(whole)[:, 6:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, full_pass(made)(whole)[:, 6:], rtol=1e-5, atol=1e-5)
     assert actor._prefix.keys[0].shape[0] == 1
     assert np.abs(found - replayed(actor, live)).max() > 1e-3, "the prompt changes the actions"
     np.testing.assert_array_equal(replayed(actor, live, prompt), found)
@@ -138,7 +147,7 @@ def test_a_bfloat16_cache():
     actor = PolicyActor(CompiledPolicy(made, jnp.dtype(jnp.bfloat16)))
     found = replayed(actor, context)
     assert actor._memory.keys[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(found, made.actions(context), atol=0.03)
+    np.testing.assert_allclose(found, full_pass(made)(context), atol=0.03)
 
 
 def test_behaviour_cloning_ignores_a_prompt():
@@ -161,7 +170,7 @@ def test_growing_over_a_mesh(small_cache, eight_devices):
     live = jax.tree.map(lambda x: x[:, 6:], context)
     prompt = jax.tree.map(lambda x: x[:1, :6], context)
     found = replayed(PolicyActor(CompiledPolicy(divided, parallel=parallel)), live, prompt)
-    np.testing.assert_allclose(found, one.actions(context)[:, 6:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, full_pass(one)(context)[:, 6:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("token_set", ["ring4", "fused1"])
@@ -170,7 +179,8 @@ def test_a_policy_of_segments_sees_the_prompt_and_the_last_steps(token_set):
     made, whole, length = policy(token_set=token_set, layers=2), contexts(2, 12), 3
     prompt, live = (jax.tree.map(lambda x, part=part: x[part], whole) for part in (np.s_[:1, :6], np.s_[:, 6:]))
     live = live._replace(timestep=live.position - 6, start=0 * live.start + 6)
-    actor = SegmentActor(CompiledPolicy(made), length)
+    compiled, expected = CompiledPolicy(made), full_pass(made)
+    actor = SegmentActor(compiled, length)
     found = replayed(actor, live, prompt)
     for t in range(6):
         segment = jax.tree.map(lambda x, t=t: np.array(x[:, max(0, t - length + 1) : t + 1]), live)
@@ -178,8 +188,8 @@ def test_a_policy_of_segments_sees_the_prompt_and_the_last_steps(token_set):
             x[:, 0] = 0
         both = jax.tree.map(lambda a, b: np.concatenate([np.repeat(a, 2, axis=0), b], axis=1), prompt, segment)
         both = both._replace(position=np.tile(np.arange(both.reward.shape[1], dtype=np.int32), (2, 1)))
-        np.testing.assert_allclose(found[:, t], made.actions(both)[:, -1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[:, t], expected(both)[:, -1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(replayed(actor, live, prompt), found)
     rounded = replayed(SegmentActor(CompiledPolicy(made, jnp.bfloat16), length), live)
-    exact = replayed(SegmentActor(CompiledPolicy(made), length), live)
+    exact = replayed(SegmentActor(compiled, length), live)
     assert 0 < np.abs(rounded - exact).max() < 0.1
