@@ -1,6 +1,7 @@
 """Fixtures for all tests: small real datasets, fake SLURM commands, devices."""
 
 import dataclasses
+import functools
 import gc
 import os
 import signal
@@ -12,13 +13,18 @@ from typing import Any
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.backend import clear_backends
 
+from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import save_episode
 from ringrl.envs import make
+from ringrl.evaluation import policy
+from ringrl.model import Agent
+from ringrl.model.parallel import Parallel
 from ringrl.training import loop
 
 # All processes of a session share one compilation cache: the first process creates the folder, the others inherit it.
@@ -79,19 +85,26 @@ def optimised() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def training_steps() -> Iterator[None]:
-    """Trace the training step of equal settings once, not once per run. The last 20 are kept."""
-    make_agent, steps = loop.make_agent, dict[Any, Any]()
+def agents() -> Iterator[None]:
+    """Make agents of equal settings once, not once per run and evaluation: tracing them takes seconds. Keep 30."""
+    make_agent, made = loop.make_agent, dict[Any, Agent]()
 
-    def shared(make_policy: Any, config: Any, parallel: Any) -> Any:
-        agent = make_agent(make_policy, config, parallel)
-        key = agent.graph, config.model_dump_json(exclude={"run", "data"}), parallel, jax.devices()[0]
-        if key not in steps and len(steps) == 20:
-            steps.pop(next(iter(steps)))
-        return dataclasses.replace(agent, update=steps.setdefault(key, agent.update))
+    def shared(make_policy: Any, config: TrainConfig, parallel: Parallel) -> Agent:
+        info = make_policy.func.__self__
+        given = config.model_dump_json(exclude={"run", "data"}), str(info.normalisation.to_json()), info.actions
+        key = *given, info.observation_size, info.action_size, parallel, jax.devices()[0]
+        if key not in made:
+            if len(made) == 30:
+                made.pop(next(iter(made)))
+            agent = make_agent(make_policy, config, parallel)
+            init = functools.cache(agent.init)  # training donates its state, so each run needs a copy
+            is_one = parallel.mesh is None
+            made[key] = dataclasses.replace(agent, init=lambda: jax.tree.map(jnp.copy, init())) if is_one else agent
+        return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_agent", shared)
+        patch.setattr(policy, "make_agent", shared)
         yield
 
 

@@ -4,9 +4,11 @@ The notebook, Python and diffs run. The real command line parses every command, 
 The pages of EXECUTED run as a whole on small data. PARSED gives the reason why the other pages do not.
 """
 
+import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -48,12 +50,15 @@ EXECUTED = (
     "docs/own_model.md",
     "docs/quickstart.md",
 )
-# Pages whose Python runs in one process, in this order.
+# Pages that change the code, the number of devices or the datasets' folder run in processes of their own.
+ALONE = ("docs/adding_a_task.md", "docs/own_data.md", "docs/own_model.md")
+# Pages whose Python runs as one program, in this order.
 REFERENCE = tuple(f"docs/reference/{name}.md" for name in ("attention", "envs", "data", "training", "evaluation"))
 # Flags of commands, so that they take seconds.
 SMALLER = {
     "data collect": ["--episodes", "4", "--workers", "1"],
     "data import": ["--workers", "1"],
+    "ablate": ["--workers", "1"],
     "train": ["--optimiser.steps", "2", "--optimiser.batch-size", "1"],
     "evaluate": ["--environments", "1", "--episodes", "1"],
     "random_returns.py": ["--episodes", "1", "--seeds", "2"],
@@ -62,6 +67,7 @@ TINY_TRANSFORMER = [
     "--context.trajectories=2", "--model.token-set=fused1", "--model.layers=1", "--model.width=16",
     "--model.heads=1", "--model.kv-heads=1",
 ]  # fmt: skip
+TINY_METHOD = ["--model.layers=1", "--model.width=16"]
 SHORTER = {
     "README.md": {
         "train(config)": "train(config.model_copy(update={'optimiser': type(config.optimiser)(steps=2)}))",
@@ -75,9 +81,12 @@ SHORTER = {
         "[0, 1, 2, 3, 4]": "[0]",
         "[1, 4]": "[2]",
         "[bc, bc-10%, td3+bc]": "[bc]",
-        "settings: {": "episodes: 2\nsettings: {",
+        "settings: {": "episodes: 2\nsettings: {model: {layers: 1, width: 16}, ",
     },
-    "docs/quickstart.md": {'"demo/runs"': repr(str(ROOT / "docs/results/demo.jsonl.gz"))},
+    "docs/quickstart.md": {
+        '"demo/runs"': repr(str(ROOT / "docs/results/demo.jsonl.gz")),
+        "range(3)": "range(1)",
+    },
     "docs/own_model.md": {"STEPS = 100": "STEPS = 2", "= 2048, 64, 4, 2": "= 256, 64, 4, 1"},
 }
 # Commands that do not run.
@@ -324,26 +333,6 @@ def test_links_exist() -> None:
             assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
-DRIVER = """
-import json, runpy, sys
-from pathlib import Path
-
-if __name__ == "__main__":  # processes of a study import this file again
-    names = {"__name__": "__main__"}
-    for kind, what in json.loads(Path(sys.argv[1]).read_text()):
-        print("#", kind, what if kind != "python" else "")
-        if kind == "ringrl":
-            from ringrl.cli import main
-            main(what)
-        elif kind == "python":
-            exec(compile(what, "block", "exec"), names)
-        else:
-            sys.argv = what
-            sys.path.insert(0, str(Path(what[0]).parent))  # as Python does for a script
-            runpy.run_path(what[0], run_name="__main__")
-"""
-
-
 def shorter(block: Block) -> str:
     text = block.text
     for long, short in SHORTER.get(block.page, {}).items():
@@ -361,7 +350,7 @@ def steps(block: Block) -> Iterator[tuple[str, Any]]:
         if name in NOT_RUN or program in NOT_RUN:
             continue
         if program == "ringrl":
-            small = TINY_TRANSFORMER if name == "train" and "--method" not in rest else []
+            small = (TINY_METHOD if "--method" in rest else TINY_TRANSFORMER) if name == "train" else []
             small = [*without([] if "--format" in rest else SMALLER.get(name, []), small), *small]
             yield "ringrl", [*without(rest, small), *small]
         else:
@@ -378,7 +367,7 @@ def walker_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", EXECUTED)
-def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path) -> None:
+def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SOURCES:
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "datasets" / "walker").mkdir(parents=True)
@@ -389,35 +378,59 @@ def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path) -> Non
         if block.language == "diff":
             apply = ["git", "apply", "-"]
             subprocess.run(apply, input=block.text, text=True, cwd=tmp_path, check=True)
-    run([step for block in blocks(page) for step in steps(block)], tmp_path)
+    program = [step for block in blocks(page) for step in steps(block)]
+    monkeypatch.chdir(tmp_path)
+    if page in ALONE:
+        run_alone(program, tmp_path)
+    else:
+        run(program)
 
 
-def test_examples_of_the_reference_run(tmp_path: Path) -> None:
-    (tmp_path / "ringrl").symlink_to(ROOT / "ringrl")
-    run([step for page in REFERENCE for block in blocks(page) for step in steps(block)], tmp_path)
+def test_examples_of_the_reference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run([step for page in REFERENCE for block in blocks(page) for step in steps(block)])
 
 
-def run(program: list[tuple[str, Any]], tmp_path: Path) -> None:
-    """Run steps in one process in the folder."""
+def run(program: list[tuple[str, Any]]) -> None:
+    """Run the steps of a page in the working directory. The Python blocks share their names."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for kind, what in program:
+        print("#", kind, what if kind != "python" else "")
+        if kind == "ringrl":
+            cli.main(what)
+        elif kind == "python":
+            exec(compile(what, "block", "exec"), names)
+        else:
+            sys.argv = what
+            sys.path.insert(0, str(Path(what[0]).parent))  # as Python does for a script
+            runpy.run_path(what[0], run_name="__main__")
+
+
+DRIVER = f"""
+import json, runpy, sys
+from pathlib import Path
+from typing import Any
+
+from ringrl import cli
+
+{inspect.getsource(run)}
+if __name__ == "__main__":  # processes of a study import this file again
+    run(json.loads(Path("steps.json").read_text()))
+"""
+
+
+def run_alone(program: list[tuple[str, Any]], tmp_path: Path) -> None:
+    """Run the steps of a page in a process of its own, with the code in the folder."""
     (tmp_path / "steps.json").write_text(json.dumps(program))
     (tmp_path / "driver.py").write_text(DRIVER)
+    own = {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu", "MINARI_DATASETS_PATH": str(tmp_path / "minari")}
     done = subprocess.run(
-        [sys.executable, "driver.py", "steps.json"],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(tmp_path),
-            "JAX_PLATFORMS": "cpu",
-            "MINARI_DATASETS_PATH": str(tmp_path / "minari"),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "driver.py"], env=os.environ | own, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def test_the_notebook_runs(tmp_path: Path) -> None:
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = json.loads((ROOT / "docs/notebooks/act.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells), "outputs are not stored"
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
@@ -425,6 +438,5 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
         assert long in code
         code = code.replace(long, short)
     code += "\nassert chart.to_dict()['encoding'].keys() == {'x', 'y'} and 0 < returns[0] < 1000\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run([("python", code)])

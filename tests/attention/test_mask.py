@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,12 +107,12 @@ def test_any_segment_id_is_a_segment(draw, quick):
         np.testing.assert_allclose(got, attend(q, k, v), rtol=1e-6, atol=1e-6, err_msg=str(segment))
 
 
-def test_oracle_equals_the_definition(draw):
+def test_oracle_equals_the_definition(draw, oracle):
     arrays = draw(2, 6, 4, 2, 3)
     q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
     positions, segments = np.array([[3, 1, 2, 9, 0, 5]] * 2), np.array([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 4]])
-    rule, both = Rule(True, (4, 0)), Side(jnp.asarray(positions), jnp.asarray(segments))
-    o, lse = reference_attention(q, k, v, both, both, rule=rule, scale=0.3, logits_soft_cap=2.0)
+    rule, sides = Rule(True, (4, 0)), (positions, segments)
+    o, lse, *_ = oracle(arrays, sides, sides, rule, scale=0.3, logits_soft_cap=2.0).values()
     for b, i, h in np.ndindex(2, 6, 4):
         query = (positions[b, i], segments[b, i])
         weights = np.array(
@@ -125,3 +126,21 @@ def test_oracle_equals_the_definition(draw):
         assert weights.sum() > 0
         np.testing.assert_allclose(o[b, i, h], weights @ v[b, :, h // 2] / weights.sum(), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(lse[b, i, h], np.log(weights.sum()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_gradients_of_the_oracle_equal_those_of_jax(cap, draw, oracle):
+    """With queries that see nothing."""
+    arrays = draw(2, 9, 4, 2, 3)
+    keys = np.tile(np.arange(9), (2, 1)), np.repeat([[0, 1]], [5, 4], axis=1).repeat(2, axis=0)
+    queries = keys[0], np.where(keys[0] == 6, 7, keys[1])
+    found = oracle(arrays, queries, keys, Rule(), logits_soft_cap=cap)
+    assert np.isneginf(found["lse"][:, 6]).all()
+    with jax.enable_x64(True):
+        q, k, v, do, dlse = (jnp.asarray(arrays[name], jnp.float64) for name in ("q", "k", "v", "do", "dlse"))
+        sides = [Side(*map(jnp.asarray, side)) for side in (queries, keys)]
+        attend = lambda *qkv: reference_attention(*qkv, *sides, rule=Rule(), scale=3**-0.5, logits_soft_cap=cap)  # noqa: E731
+        values, backward = jax.vjp(attend, q, k, v)
+        expected = [np.asarray(x) for x in (*values, *backward((do, dlse)))]
+    for x, other in zip(found.values(), expected, strict=True):
+        np.testing.assert_allclose(x, other, rtol=1e-10, atol=1e-12)

@@ -275,12 +275,11 @@ def test_bfloat16_error_does_not_grow_with_the_ring(draw, oracle):
     half = {name: x if name == "dlse" else jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
     expected = expect(oracle, {name: np.asarray(x, np.float32) for name, x in half.items()})
     found = [
-        errors(through_the_ring(ring_attention, half, mesh_of(seq=ring), ring, "zigzag"), expected)
-        for ring in (1, 2, 4, 8)
+        errors(through_the_ring(ring_attention, half, mesh_of(seq=ring), ring, "zigzag"), expected) for ring in (1, 8)
     ]
     for name in NAMES:
         assert found[0][name] <= 3 * float(jnp.finfo(jnp.bfloat16).eps)
-        assert max(error[name] for error in found[1:]) <= 1.5 * found[0][name] + 1e-6, name
+        assert found[1][name] <= 1.5 * found[0][name] + 1e-6, name
 
 
 def sends(function: Callable, *arguments) -> int:

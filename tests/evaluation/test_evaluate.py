@@ -185,12 +185,12 @@ def test_unwritable_results_raise_before_any_rollout(tmp_path: Path, place: str)
 def test_videos(tmp_path: Path) -> None:
     """Next to the results, after an interruption too. Finished evaluations are not rolled out for videos."""
     results = tmp_path / "evaluation.jsonl"
-    protocol = Protocol(environments=2, episodes=EPISODES)
+    protocol, fast = Protocol(environments=2, episodes=EPISODES), VideoOptions(speed=50)
     evaluation = random_evaluation("cartpole_swingup", protocol, results=results)
     listener = Listener(after=1)
     with pytest.raises(KeyboardInterrupt):
         evaluate_all([evaluation], progress=listener)
-    evaluate_all([evaluation], video=True, progress=listener)
+    evaluate_all([evaluation], video=fast, progress=listener)
     (message,) = listener.messages
     if message.startswith("no video"):
         assert "OpenGL" in message
@@ -199,7 +199,7 @@ def test_videos(tmp_path: Path) -> None:
     assert message == f"first.mp4, median.mp4, best.mp4: in {evaluation.videos}"
     assert sorted(path.name for path in evaluation.videos.iterdir()) == ["best.mp4", "first.mp4", "median.mp4"]
     again = Listener()
-    evaluate_all([evaluation], video=True, progress=again)
+    evaluate_all([evaluation], video=fast, progress=again)
     assert (again.steps, str(evaluation.videos) in again.messages[0]) == (0, True)
 
 
