@@ -91,8 +91,9 @@ def agents() -> Iterator[None]:
 
     def shared(make_policy: Any, config: TrainConfig, parallel: Parallel) -> Agent:
         info = make_policy.func.__self__
-        given = config.model_dump_json(exclude={"run", "data"}), str(info.normalisation.to_json()), info.actions
-        key = *given, info.observation_size, info.action_size, parallel, jax.devices()[0]
+        settings = config.model_dump_json(include={"task", "seed", "model", "optimiser", "actor_critic"})
+        data = str(info.normalisation.to_json()), info.observation_size, info.action_size, info.actions
+        key = settings, *data, parallel, jax.devices()[0]
         if key not in made:
             if len(made) == 30:
                 made.pop(next(iter(made)))
