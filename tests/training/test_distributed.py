@@ -40,11 +40,13 @@ class Hosts:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment, self.started = folder, environment, []
 
-    def start(self, config: TrainConfig, count: int, *flags: str, only: int | None = None, **own: list[str]) -> None:
+    def start(
+        self, config: TrainConfig, count: int, *flags: str, devices: int = 2, only: int | None = None, **own: list[str]
+    ) -> None:
         """Start `count` processes (or the first `only`) with flags for all, and one=[...] for process 1."""
         file = self.folder / "command.yaml"
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        xla = f"{self.environment['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+        xla = f"{self.environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         environment = self.environment | {"XLA_FLAGS": xla}
         command = [sys.executable, "-c", "from ringrl.cli import main; main()", "train", "--config", str(file), *flags]
         place = f"127.0.0.1:{free_port()}"
@@ -94,10 +96,9 @@ def spread(tiny: TrainConfig) -> TrainConfig:
 
 
 @pytest.fixture
-def endless(tiny: TrainConfig) -> TrainConfig:
-    """A run on four devices that ends only if it is stopped."""
-    never = {"optimiser": {"steps": 1_000_000, "batch_size": 4}, "checkpoint_every": 1_000_000}
-    return changed(tiny, mesh={"data": 4}, model={"attention": "vanilla"}, context={"trajectories": 1}, **never)
+def endless(spread: TrainConfig) -> TrainConfig:
+    """A run that ends only if it is stopped."""
+    return changed(spread, optimiser={"steps": 1_000_000}, checkpoint_every=1_000_000)
 
 
 def entries(run: Path) -> list[dict[str, float]]:
@@ -132,7 +133,6 @@ def test_a_signal_that_arrives_before_the_child_has_an_id_is_forwarded() -> None
         assert child.process.wait(30) == -signal.SIGTERM
 
 
-@pytest.mark.usefixtures("eight_devices")
 def test_two_processes_equal_one_and_a_stopped_run_resumes(hosts: Hosts, spread: TrainConfig, tmp_path: Path) -> None:
     """A SIGTERM to one process stops both, which save. They resume and are compared with one process."""
     held_out = {"validation_fraction": 0.25, "validate_every": 15}
@@ -156,7 +156,8 @@ def test_two_processes_equal_one_and_a_stopped_run_resumes(hosts: Hosts, spread:
     found = entries(stopped.run)
 
     alone = changed(stopped, run=tmp_path / "alone")
-    train(alone, quiet=True)
+    hosts.start(alone, 1, devices=4)
+    assert hosts.end(0)[0] == 0
     expected = entries(alone.run)
     assert [entry["step"] for entry in found] == [entry["step"] for entry in expected] == list(range(1, 41))
     for name in ("loss", "gradient_norm"):
@@ -256,9 +257,12 @@ def test_an_error_of_process_0_ends_all(hosts: Hosts, spread: TrainConfig) -> No
 
 
 def test_out_of_memory_is_reported_at_once_and_is_not_a_lost_process(hosts: Hosts, tiny: TrainConfig) -> None:
-    where = [f"--distributed.coordinator=127.0.0.1:{free_port()}", "--distributed.processes=1"]
-    where += ["--distributed.process=0", "--distributed.heartbeat-timeout=100"]
-    hosts.start(changed(tiny, model={"width": 2**19}), 1, *where)  # a square matrix of the width is a terabyte
+    where = [
+        f"--distributed.coordinator=127.0.0.1:{free_port()}",
+        "--distributed.processes=1",
+        "--distributed.process=0",
+    ]
+    hosts.start(changed(tiny, model={"width": 2**19}), 1, *where, "--distributed.heartbeat-timeout=100", devices=1)
     code, _, errors = hosts.end(0, timeout=MINUTE)
     assert (code, errors.count("ringrl: not enough memory (")) == (2, 1), errors
     assert "Traceback" not in errors
