@@ -292,7 +292,7 @@ def batches(runs: int, folder: Path, batch: tuple[int, int]) -> dict[str, Number
     beyond = [b - c for b, c in zip(seconds["batch"], seconds["copy"], strict=True)]
     return {
         f"{batch[0]} x {batch[1]} episodes": {
-            "steps": contexts.steps_per_batch,
+            "steps": contexts.batch_size * contexts.time,
             "megabytes": sum(leaf.nbytes for leaf in leaves) / 1e6,
             "batch, ms": 1e3 * statistics.median(seconds["batch"]),
             "numpy.copy of the same bytes, ms": 1e3 * statistics.median(seconds["copy"]),

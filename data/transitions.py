@@ -65,11 +65,6 @@ class TransitionSampler:
             )
 
     @property
-    def steps_per_batch(self) -> int:
-        """Transitions per batch."""
-        return self.batch_size
-
-    @property
     def goals(self) -> GoalSpace | None:
         """Goal positions of the domain's tasks, or None if the domain has none or is not an ExoRL domain."""
         return self.store.facts.goals

@@ -28,10 +28,6 @@ READ_AHEAD = 2  # batches that are prepared in advance
 class BatchSource(Protocol):
     """A sampler. The batch of a step is a pure function of the step."""
 
-    @property
-    def steps_per_batch(self) -> int:
-        """Timesteps in a batch."""
-
     def batch(self, step: int) -> Any:
         """Return the batch of an optimiser step."""
 
@@ -74,11 +70,6 @@ class ShardedSampler:
         multiple = length_multiple(self.layout, ring_size)
         length = math.ceil(self.sampler.time / multiple) * multiple
         return np.asarray(layout_positions(self.layout, length, ring_size))
-
-    @property
-    def steps_per_batch(self) -> int:
-        """Timesteps in a batch, padding included."""
-        return self.sampler.batch_size * len(self.times)
 
     @cached_property
     def sharding(self) -> NamedSharding:

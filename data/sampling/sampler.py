@@ -166,11 +166,6 @@ class ContextSampler:
         longest = max(int(self.store.lengths[episodes].max()) for episodes in self.eligible.values())
         return self.config.steps(longest)
 
-    @property
-    def steps_per_batch(self) -> int:
-        """Timesteps in a batch, padding included."""
-        return self.batch_size * self.time
-
     def batch(self, step: int) -> Context:
         """Return the batch of an optimiser step in the order of time, every array (batch_size, time, ...)."""
         return self.read(self.plan(step), slice(None), np.arange(self.time))
@@ -190,9 +185,21 @@ class ContextSampler:
         return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given times (see `read_contexts`)."""
+        """Return the given contexts of a plan at the given times, in this order. Times beyond a context are padding.
+
+        Only these steps' observations and actions are read, and the actions before them. Returns-to-go also need the
+        earlier rewards of each episode. Every number is the same in whatever rectangle it is read.
+
+        Raises ValueError for a time below 0.
+        """
+        if len(times) and times.min() < 0:
+            raise ValueError(f"times: expected no time below 0, got {times.min()}")
         part = ContextPlan(*(column[rows] for column in plan))
-        return read_contexts(self.store, self.normalisation, part, times, self.config)
+        reader = _Reader(self.store, self.normalisation, part, times, self.config)
+        pieces, threads = list(_pieces(part, times)), available_cores()
+        with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
+            list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
+        return reader.out
 
     @cached_property
     def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
@@ -241,30 +248,6 @@ class _Piece(NamedTuple):
     length: int
     timestep: int  # of the first step, within the episode
     stride: int  # timesteps between two steps
-
-
-def read_contexts(
-    store: EpisodeStore,
-    normalisation: Normalisation,
-    plan: ContextPlan,
-    times: Int[np.ndarray, " time"],
-    config: ContextConfig,
-) -> Context:
-    """Return the given time steps of all contexts of a plan, in the given order. Times beyond a context are padding.
-
-    Only these steps' observations and actions are read, and the actions before them. Returns-to-go also need the
-    earlier rewards of each episode. Every number is the same in whatever rectangle it is read.
-
-    Raises ValueError for a time below 0.
-    """
-    if len(times) and times.min() < 0:
-        raise ValueError(f"times: expected no time below 0, got {times.min()}")
-    reader = _Reader(store, normalisation, plan, times, config)
-    pieces = list(_pieces(plan, times))
-    threads = available_cores()
-    with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
-        list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
-    return reader.out
 
 
 def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:

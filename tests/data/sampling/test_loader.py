@@ -12,8 +12,6 @@ from ringrl.errors import UserError
 class Source:
     """A source whose batch is the step number. Reading fails from step `broken` on."""
 
-    steps_per_batch = 1
-
     def __init__(self, broken: int = 1_000) -> None:
         self.asked: list[int] = []
         self.threads: set[int] = set()
