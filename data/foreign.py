@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +17,8 @@ from ringrl.data.store.format import ROUNDED, Episode, ForeignFacts, Provenance,
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store
 from ringrl.envs import Actions, foreign_domain
-from ringrl.errors import UserError, brief
-from ringrl.files import raise_unreadable
+from ringrl.errors import UserError
+from ringrl.files import explain_read_errors
 from ringrl.pace import Progress, no_progress
 
 _NAMES = {
@@ -169,17 +169,8 @@ def import_episodes(
         UserError: no environment of that name, other spaces, no or damaged episodes, a taken destination, a full disk.
     """
     limit = foreign_domain(environment).episode_length if environment else None
-    read: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "npz": lambda: [_npz(file) for file in _numbered(path)],
-        "hdf5": lambda: _flat(path, limit),
-    }
-    try:
-        episodes = read[format]()
-    except UserError:
-        raise
-    except Exception as error:  # damaged files raise nearly anything
-        raise_unreadable(path, error)
-        raise UserError(f"{path}: cannot be read as {format} ({brief(error) or type(error).__name__})") from error
+    with explain_read_errors(f"{path}:", f"check that it is {format}"):
+        episodes = [_npz(file) for file in _numbered(path)] if format == "npz" else _flat(path, limit)
     return write_episodes(
         destination, episodes, environment=environment, source=path.name, overwrite=overwrite, progress=progress
     )
@@ -263,45 +254,40 @@ def _domain(environment: str | None, path: Path, steps: Sequence[Steps], source:
 def _numbered(folder: Path) -> list[Path]:
     """Return the npz files of a folder, by the numbers in their names."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: is no folder; give a folder of npz files, one per episode")
+        raise UserError("is no folder; give a folder of npz files, one per episode")
     parts = lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)]  # noqa: E731
     files = sorted(folder.glob("*.npz"), key=parts)
     if not files:
-        raise UserError(f"{folder}: has no npz files")
+        raise UserError("has no npz files")
     return files
 
 
 def _npz(path: Path) -> dict[str, Any]:
     """Read an npz file, without pickles and not larger than it may be."""
-    try:
+    with explain_read_errors(path.name, "remove it or record it again"):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > SMALL + MOST_COMPRESSED * path.stat().st_size:
-            raise UserError(f"{path}: claims {size:,} bytes, far more than it stores")
+            raise UserError(f"claims {size:,} bytes, far more than it stores")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in sum(_NAMES.values(), ())}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read, it is damaged or no npz file ({brief(error)})") from error
 
 
 def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:
     """Read a flat file: observations, actions, rewards, terminals, and timeouts or next_observations if it has them."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError("is no file")
     wanted = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            arrays = {name: read_plain(file, name) for name in wanted if file.get(name, getlink=True)}
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    with h5py.File(path, "r", locking=False) as file:
+        arrays = {name: read_plain(file, name) for name in wanted if file.get(name, getlink=True)}
     if missing := [name for name in wanted[:4] if name not in arrays]:
-        raise UserError(f"{path}: has no array {missing[0]}; a flat file has {', '.join(wanted[:4])} and timeouts")
+        raise UserError(f"has no array {missing[0]}; a flat file has {', '.join(wanted[:4])} and timeouts")
     rows = len(arrays["rewards"])
     if other := [name for name, array in arrays.items() if len(array) != rows]:
-        raise UserError(f"{path}: has {len(arrays[other[0]])} {other[0]} and {rows} rewards")
+        raise UserError(f"has {len(arrays[other[0]])} {other[0]} and {rows} rewards")
     terminals = arrays["terminals"].astype(bool).reshape(-1)
     if "timeouts" not in arrays and limit is None:
-        raise UserError(f"{path}: has no timeouts; name its environment, whose limit of steps is used (--environment)")
+        raise UserError("has no timeouts; name its environment, whose limit of steps is used (--environment)")
     ends = terminals | arrays["timeouts"].astype(bool).reshape(-1) if "timeouts" in arrays else terminals.copy()
     limit = None if "timeouts" in arrays else limit
     episodes, first = [], 0

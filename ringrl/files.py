@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringrl.errors import UnreadableError, UserError
+from ringrl.errors import UnreadableError, UserError, brief
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -211,6 +211,19 @@ def explain_write_errors(path: Path, size: int | None = None) -> Iterator[None]:
             ) from error
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({reason}): check the folder or choose another") from error
+
+
+@contextmanager
+def explain_read_errors(where: str, advice: str) -> Iterator[None]:
+    """Turn every error while a file from others is read into a UserError that begins with `where`."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{where} {error}") from error
+    except Exception as error:  # libraries raise nearly anything for damaged bytes
+        raise_unreadable(where.removesuffix(":"), error)
+        reason = brief(error) or type(error).__name__
+        raise UserError(f"{where} cannot be read, it is missing, damaged or cut short ({reason}): {advice}") from error
 
 
 def raise_unreadable(path: Path | str, error: Exception) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from ringrl.data.store.format import ROUNDED, ArraySpec, Episode, episode_bytes, recorded_arrays
 from ringrl.envs import Domain
 from ringrl.errors import UserError, brief, printable
-from ringrl.files import raise_unreadable, write_whole
+from ringrl.files import explain_read_errors, write_whole
 
 # Largest file of an episode, in multiples of the five arrays that are read. Archives of skill-based algorithms (diayn,
 # aps, smm) contain a skill, too.
@@ -74,18 +74,9 @@ class Archive:
     def read(self, member: Member) -> dict[str, np.ndarray]:
         """Return one episode as read-only arrays of T+1 rows with the widths and dtypes of `recorded_arrays`."""
         self.check_length(member)
-        try:
+        with explain_read_errors(f"{self.source}: {shown(member.path)}", "download or record it again"):
             episode = _read_npz(self._content(member), self._columns, member.length + 1, self._limit)
             _check_values(episode)
-        except UserError as error:
-            raise UserError(f"{self.source}: {shown(member.path)} {error}") from error
-        except Exception as error:  # zipfile, zlib and numpy raise nearly anything when the bytes are damaged
-            raise_unreadable(f"{self.source}: {shown(member.path)}", error)
-            reason = brief(error) or type(error).__name__
-            raise UserError(
-                f"{self.source}: {shown(member.path)} cannot be read, it is damaged or cut short ({reason}): "
-                "download or record it again"
-            ) from error
         return episode
 
     def check_length(self, member: Member) -> None:

@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -23,7 +23,7 @@ from ringrl.data.hdf5 import plain_dataset, read_plain
 from ringrl.data.store.format import LARGEST_ROW
 from ringrl.envs import foreign_task
 from ringrl.errors import UserError, brief
-from ringrl.files import raise_unreadable
+from ringrl.files import explain_read_errors
 
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
@@ -171,19 +171,8 @@ class MinariEpisodes:
     def _array(self, index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return read_plain(self._file, f"episode_{index}/{name}", shape)
 
-    @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"{self.folder}: {what} {error}, it cannot be imported") from error
-        except Exception as error:  # HDF5, JSON and Gymnasium raise nearly anything when the bytes are damaged
-            raise_unreadable(self.folder, error)
-            reason = brief(error) or type(error).__name__
-            raise UserError(
-                f"{self.folder}: {what} cannot be read, it is missing, damaged or cut short ({reason}): make or "
-                "download the dataset again"
-            ) from error
+    def _reading(self, what: str) -> AbstractContextManager[None]:
+        return explain_read_errors(f"{self.folder}: {what}", "make or download the dataset again")
 
 
 def _read_metadata(path: Path) -> tuple[dict[str, Any], Arrays, gymnasium.spaces.Box | gymnasium.spaces.Discrete]:

@@ -168,15 +168,15 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="has no npz files"):
         import_episodes(folder, tmp_path / "a.h5", "npz")
     np.savez(folder / "0.npz", observation=np.array([{"a": 1}], object), action=np.zeros(1), reward=np.zeros(1))
-    with pytest.raises(UserError, match=r"0\.npz: cannot be read"):
+    with pytest.raises(UserError, match=r"0\.npz cannot be read"):
         import_episodes(folder, tmp_path / "a.h5", "npz")  # a pickle
     np.savez_compressed(folder / "0.npz", observation=np.zeros((10**7, 1)), action=np.zeros((1, 1)), reward=np.zeros(1))
     with pytest.raises(UserError, match="far more than it stores"):
         import_episodes(folder, tmp_path / "a.h5", "npz")
     (folder / "0.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"0\.npz: cannot be read"):
+    with pytest.raises(UserError, match=r"0\.npz cannot be read"):
         import_episodes(folder, tmp_path / "a.h5", "npz")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is no file"):
         import_episodes(folder, tmp_path / "a.h5", "hdf5")
     (tmp_path / "flat.h5").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"flat\.h5: .*cannot be read"):
