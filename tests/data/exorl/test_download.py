@@ -11,8 +11,7 @@ import pytest
 
 from ringrl.cli import main
 from ringrl.data import import_archive
-from ringrl.data.exorl.download import download_archive
-from ringrl.data.exorl.transfer import Transfer
+from ringrl.data.exorl.download import Transfer, download_archive
 from ringrl.errors import UserError
 
 QUICK = {"timeout": 20, "pause": 0}

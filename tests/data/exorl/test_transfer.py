@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringrl.data.exorl import transfer
-from ringrl.data.exorl.download import download_archive
-from ringrl.data.exorl.transfer import PROGRESS
+from ringrl.data.exorl import download
+from ringrl.data.exorl.download import PROGRESS, download_archive
 from ringrl.errors import UserError
 
 QUICK = {"timeout": 20, "pause": 0}
@@ -58,7 +57,7 @@ def test_received_bytes_are_kept_after_the_last_retry(site, archive, tmp_path):
 
 
 def test_progress_resets_the_retries(serving, make_zip, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "RETRIES", 1)
+    monkeypatch.setattr(download, "RETRIES", 1)
     large = make_zip(4 * PROGRESS)
     with serving(files={FILE: large}, answers=[{"cut": PROGRESS} for _ in range(4)]) as site:
         assert fetch(site, tmp_path / "a").read_bytes() == large
