@@ -22,7 +22,7 @@ import numpy as np
 
 from ringrl.data.store.format import ROUNDED, ArraySpec, Episode, episode_bytes, recorded_arrays
 from ringrl.envs import Domain
-from ringrl.errors import UserError, brief, printable
+from ringrl.errors import UserError, printable
 from ringrl.files import explain_read_errors, write_whole
 
 # Largest file of an episode, in multiples of the five arrays that are read. Archives of skill-based algorithms (diayn,
@@ -149,48 +149,32 @@ def save_episode(folder: Path, number: int, episode: Episode) -> Path:
 
 def open_zip(source: Path) -> zipfile.ZipFile:
     """Open a zip archive. UserError if its list of names is damaged or cut short."""
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder, give an ExoRL zip archive or a folder of episodes")
     if not source.is_file():
-        raise UserError(f"{source}: is neither a file nor a folder, give an ExoRL zip archive or a folder of episodes")
-    try:
+        what = "is neither a file nor a folder" if source.exists() else "no such file or folder"
+        raise UserError(f"{source}: {what}, give an ExoRL zip archive or a folder of episodes")
+    with explain_read_errors(f"{source}:", "give a whole zip archive or a folder of episodes"):
+        if h5py.is_hdf5(source):
+            raise UserError(
+                "is an HDF5 file, not an ExoRL archive: a store of ringrl needs no import, and other flat files (D4RL) "
+                "need --format hdf5"
+            )
         archive = zipfile.ZipFile(source)
         # In an archive that was cut short, zipfile finds the list of its last whole episode, which is a zip file, too.
         with source.open("rb") as file:
             begins_with_entry = file.read(4) == b"PK\x03\x04"
         if begins_with_entry and min((info.header_offset for info in archive.infolist()), default=0) > 0:
             archive.close()
-            raise zipfile.BadZipFile
-        return archive
-    except OSError as error:
-        raise UserError(f"{source}: cannot be opened ({error.strerror or brief(error)})") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # zipfile raises nearly anything when the bytes are damaged
-        if h5py.is_hdf5(source):
-            raise UserError(
-                f"{source}: is an HDF5 file, not an ExoRL archive: a store of ringrl needs no import, and other HDF5 "
-                "files (D4RL) must be Minari datasets (--format minari)"
-            ) from error
-        raise UserError(
-            f"{source}: not a zip archive, or cut short: download it again or give a folder of episodes"
-        ) from error
+            raise zipfile.BadZipFile("the list of names is missing")
+    return archive
 
 
 def _refuse_lost_names(archive: zipfile.ZipFile, episodes: set[str], source: Path) -> None:
     """Reject an archive in which another entry has a damaged name, because the entry may be an episode."""
     for info in archive.infolist():
         if info.filename not in episodes:
-            try:
-                with contextlib.suppress(RuntimeError):  # encrypted, or another method
-                    archive.open(info).close()
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise UserError(
-                    f"{source}: the entry {shown(info.filename)} is damaged, and may have been an episode: "
-                    "download it again"
-                ) from error
+            entry, advice = f"{source}: {shown(info.filename)}", "it may have been an episode, download it again"
+            with explain_read_errors(entry, advice), contextlib.suppress(RuntimeError):  # encrypted, or another method
+                archive.open(info).close()
 
 
 def _episodes_among(paths: Sequence[str], source: Path) -> tuple[Member, ...]:

@@ -189,8 +189,8 @@ class EpisodeStore:
 def _check_format(file: h5py.File) -> None:
     if "format" not in file.attrs or _read_text(file, "format") != FORMAT:
         raise UserError(
-            "an HDF5 file, but not an episode store of ringrl, and other HDF5 files (D4RL) cannot be imported: give a "
-            "store, or import the data as a Minari dataset (ringrl data import --format minari)"
+            "an HDF5 file, but not an episode store of ringrl: give a store, or import a flat file such as D4RL's "
+            "(ringrl data import --format hdf5)"
         )
     version = int(file.attrs["format_version"])
     if version != FORMAT_VERSION:

@@ -93,7 +93,7 @@ def test_missing_source(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a zip archive", b"PK\x03\x04" + bytes(100)])
 def test_not_a_zip(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
-    assert "not a zip archive" in refusal(tmp_path / "a.zip")
+    assert "cut short" in refusal(tmp_path / "a.zip")
 
 
 def test_a_store_is_not_called_an_archive_cut_short(tmp_path):
@@ -121,7 +121,7 @@ def test_episode_whose_name_was_damaged(tmp_path, cartpole_zip):
     content = bytearray(cartpole_zip.read_bytes())
     content[content.rindex(b".npz")] = ord("_")  # in the list of names at the end
     (tmp_path / "a.zip").write_bytes(content)
-    assert "episode_999999_1000_npz is damaged, and may have been an episode" in refusal(tmp_path / "a.zip")
+    assert "episode_999999_1000_npz cannot be read" in refusal(tmp_path / "a.zip")
 
 
 def test_empty_archive(tmp_path):

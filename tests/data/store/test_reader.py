@@ -172,9 +172,7 @@ def test_an_archive_has_its_own_error(tmp_path):
 def test_foreign_hdf5(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["observations"] = np.zeros(3)
-    assert "not an episode store of ringrl, and other HDF5 files (D4RL) cannot be imported" in refusal(
-        tmp_path / "a.h5"
-    )
+    assert "not an episode store of ringrl: give a store, or import a flat file" in refusal(tmp_path / "a.h5")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99, 0.99999])
