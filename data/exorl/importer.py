@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from ringrl.cores import available_cores
-from ringrl.data.exorl.archive import Archive, Member
+from ringrl.data.exorl.archive import Archive
 from ringrl.data.exorl.worker import Imported, ImportPlan, episode_importers
 from ringrl.data.store.format import FORMAT_VERSION, NAMED_SKIPPED, Layout, Provenance, Relabelling
 from ringrl.data.store.reader import EpisodeStore
@@ -145,17 +145,9 @@ def _plan(
 ) -> ImportPlan:
     with Archive(source, domain) as archive:
         chosen = subset.choose(len(archive.members), domain.episode_length)
-        members, misfits = list[Member](), list[str]()
-        for member in (archive.members[index] for index in chosen):
-            try:
-                archive.check_length(member)
-                members.append(member)
-            except UserError as error:
-                if on_damaged == "stop":
-                    raise
-                misfits.append(str(error))
-        if not members:
-            raise UserError(misfits[0])
+        members = tuple(archive.members[index] for index in chosen)
+        for member in members if on_damaged == "stop" else ():
+            archive.check_length(member)
         provenance = Provenance(
             source="/".join(source.resolve().parts[-2:]),
             source_bytes=archive.size(),
@@ -168,9 +160,8 @@ def _plan(
     return ImportPlan(
         source=source,
         destination=destination,
-        members=tuple(members),
-        misfits=tuple(misfits),
-        layout=Layout(domain, tasks, [member.length for member in members]),
+        members=members,
+        layout=Layout(domain, tasks, [domain.episode_length] * len(members)),
         provenance=provenance,
         relabelling=relabelling,
         changed=max(stamp for _, _, stamp in stamps) if source.is_dir() else 0,
@@ -246,7 +237,7 @@ def _finish(plan: ImportPlan, outcomes: Sequence[Imported | str]) -> None:
     """Leave out the damaged episodes, and make the hidden file a store."""
     kept = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Imported)]
     imported = [outcome for outcome in outcomes if isinstance(outcome, Imported)]
-    damaged = [outcome for outcome in (*outcomes, *plan.misfits) if isinstance(outcome, str)]
+    damaged = [outcome for outcome in outcomes if isinstance(outcome, str)]
     if not kept:
         _discard(plan.destination)
         raise UserError(f"{damaged[0]} (all {len(damaged)} episodes of this import are damaged)")

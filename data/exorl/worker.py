@@ -34,7 +34,6 @@ class ImportPlan:
     source: Path
     destination: Path
     members: tuple[Member, ...]
-    misfits: tuple[str, ...]  # one line per episode that is left out because its length is not the domain's
     layout: Layout
     provenance: Provenance
     relabelling: Relabelling

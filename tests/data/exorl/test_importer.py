@@ -114,7 +114,7 @@ def test_one_damaged_episode_ends_the_import_and_leaves_nothing(tmp_path, cartpo
     damaged = tmp_path / "archive" / "buffer" / "episode_1000002_1000.npz"
     damaged.write_bytes(damaged.read_bytes()[:5_000])
     (tmp_path / "stores").mkdir()
-    with pytest.raises(UserError, match=r"episode_1000002_1000\.npz cannot be read, it is damaged or cut short"):
+    with pytest.raises(UserError, match=r"episode_1000002_1000\.npz cannot be read, it is missing, damaged or cut"):
         import_archive(tmp_path / "archive", tmp_path / "stores" / "a.h5", "cartpole")
     assert list((tmp_path / "stores").iterdir()) == []
 
