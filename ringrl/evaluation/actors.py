@@ -198,8 +198,8 @@ class CompiledPolicy:
         self._act = jax.jit(act, donate_argnums=4)
 
         def act_after(params: Any, prefix: Any, segment: Context, step: jax.Array) -> jax.Array:
-            actions: jax.Array = nnx.merge(graph, params).actions_after(prefix, segment, cache_dtype)
-            return actions[:, step]
+            action: jax.Array = nnx.merge(graph, params).action_after(prefix, segment, step, cache_dtype)
+            return action
 
         self.act_after = partial(jax.jit(act_after), self._params)
         self._programs: dict[tuple[Hashable, ...], Future[Callable[..., Any]]] = {}

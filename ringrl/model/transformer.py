@@ -133,14 +133,26 @@ class Attention(nnx.Module):
         prefix: Prefix | None,
         starts: jax.Array,
         window: EpisodeWindow,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attend from new tokens to the prefix, the cache and themselves. Return the output and the longer cache."""
+        """Attend from new tokens to the prefix, the cache and themselves. Return the output and the longer cache.
+
+        `only`: index of the one new token whose output is returned.
+        """
         begin = length if prefix is None else prefix.length + length
         q, k, v = self._project(x, begin + jnp.arange(x.shape[1]), time=None)
         keys, values = append(keys, k, length, self.parallel), append(values, v, length, self.parallel)
+        seen = length + x.shape[1]
+        if only is not None:
+            q, starts, seen = _token(q, only), _token(starts, only, axis=-1), length + only + 1
         mask = window.options(starts)
-        o = attend(q, keys, values, length + x.shape[1], prefix, self.parallel, **mask, position_of=window.position_of)
+        o = attend(q, keys, values, seen, prefix, self.parallel, **mask, position_of=window.position_of)
         return self.out(o), keys, values
+
+
+def _token(x: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
+    """Return one token of a sequence. The axis stays."""
+    return jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
 
 
 def _vanilla(q: jax.Array, k: jax.Array, v: jax.Array, place: Place, window: EpisodeWindow) -> jax.Array:
@@ -195,9 +207,12 @@ class TransformerBlock(nnx.Module):
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         return x + self.feed_forward(self.feed_forward_norm(x))
 
-    def decode(self, x: jax.Array, *cache_and_mask: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def decode(
+        self, x: jax.Array, *cache_and_mask: Any, only: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Apply the block to new tokens, see `Attention.decode`. Return the output and the longer cache."""
-        y, keys, values = self.attention.decode(self.attention_norm(x), *cache_and_mask)
+        y, keys, values = self.attention.decode(self.attention_norm(x), *cache_and_mask, only=only)
+        x = x if only is None else _token(x, only)
         return self._feed_forward(x + y), keys, values
 
 
@@ -317,20 +332,26 @@ class Transformer(nnx.Module):
         cache: KVCache,
         prefix: KVCache | None = None,
         starts: Int32[Array, "*batch new_tokens"] | None = None,
+        only: jax.Array | None = None,
     ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
         """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens.
 
-        `starts`: as in `Place`, counted from the start of the prefix. Default: 0.
+        Args:
+          x: new tokens.
+          cache, prefix: keys and values of the tokens before them.
+          starts: as in `Place`, counted from the start of the prefix. Default: 0.
+          only: index of one new token. The features are then (batch, 1, width), and the last layer has one query.
         """
-        x = x.astype(self.dtype)
-        starts = jnp.zeros(x.shape[1], jnp.int32) if starts is None else starts
+        x, new = x.astype(self.dtype), x.shape[1]
+        starts = jnp.zeros(new, jnp.int32) if starts is None else starts
         graph, parameters = nnx.split(self.blocks)
         all_keys, all_values = [], []
         for index, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             block = nnx.merge(graph, jax.tree.map(lambda stacked, index=index: stacked[index], parameters))
             before = None if prefix is None else prefix.prefix(index)
-            x, keys, values = block.decode(x, keys, values, cache.length, before, starts, self.windows[index])
+            last = only if index == self.layers - 1 else None
+            x, keys, values = block.decode(x, keys, values, cache.length, before, starts, self.windows[index], only=last)
             all_keys.append(keys)
             all_values.append(values)
         x = self.norm(x.astype(jnp.float32))
-        return x, KVCache(tuple(all_keys), tuple(all_values), cache.length + x.shape[1])
+        return x, KVCache(tuple(all_keys), tuple(all_values), cache.length + new)

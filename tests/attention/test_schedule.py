@@ -82,7 +82,7 @@ def compile_for(topology: str, implementation: str = "mosaic_tpu", window: int |
 @pytest.fixture(autouse=True)
 def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch, optimised: None) -> None:
     """Use the XLA kernel's TPU tiles on any platform, without queries to a metadata server."""
-    monkeypatch.setattr(xla, "xla_blocks", lambda heads: XlaBlocks(512, 512, heads))
+    monkeypatch.setattr(xla, "xla_blocks", lambda heads, *lengths: XlaBlocks(512, 512, heads))
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 

@@ -16,18 +16,28 @@ class XlaBlocks(NamedTuple):
     heads: int
 
 
-def xla_blocks(heads: int) -> XlaBlocks:
-    """Return tile sizes for a number of key heads (over the whole batch) on the platform of this process.
+def xla_blocks(heads: int, queries: int, keys: int) -> XlaBlocks:
+    """Return tile sizes for key heads (over the whole batch) and lengths on the platform of this process.
 
     Several host devices share the cores of a CPU: small tiles and one head at a time stay in the cache. A single device
-    uses all cores, and only larger products are spread over them.
+    uses all cores, and only larger products are spread over them. Tiles on a CPU divide the sequence evenly, and
+    sequences below 2,000 tokens into at least four: padding and hidden halves of tiles would cost more than products.
     """
     if jax.default_backend() != "cpu":
         return XlaBlocks(512, 512, heads)
     if jax.local_device_count() > 1:
-        return XlaBlocks(256, 128, 1)
+        return XlaBlocks(_even(queries, 256), _even(keys, 128), 1)
     together = next(n for n in (4, 3, 2, 1) if heads % n == 0)
-    return XlaBlocks(512, 512, together) if together > 1 else XlaBlocks(256, 512, 1)
+    most = XlaBlocks(512, 512, together) if together > 1 else XlaBlocks(256, 512, 1)
+    of_queries, of_keys = (
+        _even(length, min(limit, max(128, -(-length // 4)))) for length, limit in ((queries, most[0]), (keys, most[1]))
+    )
+    return XlaBlocks(of_queries, of_keys, together)
+
+
+def _even(length: int, most: int) -> int:
+    """Return the size, a multiple of 8, of the fewest equal tiles of at most about `most` that hold `length`."""
+    return -(-length // (-(-length // most) * 8)) * 8
 
 
 SHARED_MEMORY = 220 * 1024  # bytes for tiles on Hopper, of the 227 KiB per program

@@ -236,7 +236,7 @@ def _each_head(run: Callable, heads: int, arguments: tuple, results: Tree) -> Tr
 def _blocks(options: Options, inputs: Inputs) -> XlaBlocks:
     """Return tile sizes no longer than the (8-aligned) sequence, so that short sequences need little padding."""
     rows, keys = inputs.q.shape[1], inputs.kv.shape[2]
-    blocks = xla_blocks(len(inputs.q))
+    blocks = xla_blocks(len(inputs.q), rows // inputs.groups, keys)
     return XlaBlocks(
         min(options.block_q or blocks.queries, -(-rows // 8) * 8),
         min(options.block_k or blocks.keys, -(-keys // 8) * 8),

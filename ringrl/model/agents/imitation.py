@@ -123,17 +123,17 @@ class AgenticTransformer(ImitationPolicy):
         x, memory = self.transformer.decode(tokens, memory, prefix, self.tokens_per_step * starts)
         return self.head.action(x[:, -1]), memory
 
-    def actions_after(
-        self, prefix: KVCache | None, segment: Context, dtype: jnp.dtype | None = None
-    ) -> Float32[Array, "batch time action"]:
-        """Return the action at every step of a segment (B, T, ...) that follows a prefix."""
+    def action_after(
+        self, prefix: KVCache | None, segment: Context, step: jax.Array, dtype: jnp.dtype | None = None
+    ) -> Float32[Array, "batch action"]:
+        """Return the action at one step of a segment (B, T, ...) that follows a prefix. Later steps are not seen."""
         token_set = self.embedding.token_set
         tokens = self.embedding(segment)
         memory = self.transformer.empty_cache(len(tokens), tokens.shape[1], dtype)
         starts = token_set.size * jnp.repeat(jnp.asarray(segment.start)[0], token_set.size)
-        x, _ = self.transformer.decode(tokens, memory, prefix, starts)
-        x = x.reshape(*segment.reward.shape, token_set.size, -1)[:, :, len(token_set.before) - 1]
-        return self.head.action(x)
+        only = token_set.size * step + len(token_set.before) - 1
+        x, _ = self.transformer.decode(tokens, memory, prefix, starts, only)
+        return self.head.action(x[:, 0])
 
 
 class BehaviourCloning(ImitationPolicy):
