@@ -128,8 +128,13 @@ class Player:
         self._start_next(ends)
 
     def reset_episode(self) -> None:
-        """Start the next episode, and keep the memory of all earlier ones. Does nothing before a first step."""
-        self._pending = None
+        """Start the next episode, and keep the memory of all earlier ones. Does nothing before a first step.
+
+        Raises:
+            UserError: the last action's reward is unknown.
+        """
+        if self._pending is not None:
+            raise UserError("reset_episode: the reward of the last action is unknown; call observe(reward) or clear()")
         self._start_next(self._timestep > 0)
 
     def _start_next(self, ends: np.ndarray) -> None:

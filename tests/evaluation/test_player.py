@@ -125,6 +125,8 @@ def test_errors_of_a_loop(at_run: Path) -> None:
         one.act(observation)
     one.reset_episode()
     one.act(observation)
+    with pytest.raises(UserError, match=r"reset_episode: the reward of the last action is unknown"):
+        one.reset_episode()
     with pytest.raises(UserError, match="--target"):
         policy.player(target="much")
     with pytest.raises(UserError, match="environments: 0 is too small"):
