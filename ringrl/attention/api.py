@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments, kernels
-from ringrl.attention.arguments import Axes, axis_names
+from ringrl.attention.arguments import Axes, Tokens, axis_names
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
 from ringrl.attention.layout import check_length, shard_positions
 from ringrl.attention.merge import AxisName, varying_like
@@ -38,20 +38,30 @@ def _overloaded(function: Callable[..., Any]) -> AttentionFunction:
 @_overloaded
 def attention(
     q: Float[Array, "batch tokens heads head_dim"],
-    k: Float[Array, "batch tokens kv_heads head_dim"],
-    v: Float[Array, "batch tokens kv_heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
     *,
     is_causal: bool = True,
     local_window_size: int | tuple[int, int] | None = None,
     global_prefix: Int[Array, "*batch tokens"] | None = None,
     segment_ids: Int[Array, "*batch tokens"] | None = None,
+    key_segment_ids: Int[Array, "*batch keys"] | None = None,
     positions: Int[Array, "*batch tokens"] | None = None,
-    scale: float | None = None,
+    key_positions: Int[Array, "*batch keys"] | None = None,
+    query_seq_lengths: Int[Array, " batch"] | None = None,
+    key_value_seq_lengths: Int[Array, " batch"] | None = None,
+    scale: float | Float[Array, ""] | None = None,
     logits_soft_cap: float | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
-    """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S) memory.
+    """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S + T) memory.
+
+    Queries may be fewer than keys. By default, they have the last positions:
+
+        positions of the keys    0 1 2 3 4 5      causal, S = 2 queries and T = 6 keys
+        query at position 4      x x x x x .
+        query at position 5      x x x x x x
 
     Output and log-sum-exp carry the checkpoint name "ring_attention". A remat policy such as
     jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
@@ -59,16 +69,20 @@ def attention(
     Args:
       q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, also under the mask.
         Gradients lose precision for logits above 1e4, where the log-sum-exp is accurate to 1e-3 only.
-      k, v: keys and values (B, S, Hkv, D) in q's dtype; Hkv divides H (grouped-query attention).
+      k, v: keys and values (B, T, Hkv, D) in q's dtype; Hkv divides H (grouped-query attention).
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
       global_prefix: (B, S) or (S,) positions, one for each query. The window does not hide keys before this position,
         but the causal mask and the segments do. For documents in a row, pass the start of each query's own document:
         the query then sees all earlier documents and a window of its own. A window (-1, 0) shows only the prefix.
-      segment_ids: (B, S) or (S,) integers >= 0; a query sees keys of its own segment only.
-      positions: (B, S) or (S,) integers, less than 2**31 apart; by default 0 ... S-1. Only the mask uses them;
-        rotary embeddings are up to the caller.
-      scale: factor on the logits, 1/sqrt(D) by default.
+      segment_ids, key_segment_ids: (B, S) or (S,), and (B, T) or (T,) integers >= 0; a query sees keys of its own
+        segment only. If S = T, keys have the segments of the queries by default.
+      positions, key_positions: likewise, less than 2**31 apart; by default T - S ... T-1 and 0 ... T-1. If S = T, keys
+        have the positions of the queries by default. Only the mask uses them; rotary embeddings are up to the caller.
+      query_seq_lengths, key_value_seq_lengths: (B,) tokens of each context; the others are padding, which sees nothing
+        and is not seen. Default positions do not depend on them.
+      scale: factor on the logits, 1/sqrt(D) by default. An array () may be traced and has a gradient; q is multiplied
+        by it and rounded to its dtype.
       logits_soft_cap: logits become cap * tanh(logits / cap).
       implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
         head_dim 64 or 128) and "xla" (tiled attention in plain XLA) elsewhere. A fallback on an accelerator is logged.
@@ -83,20 +97,24 @@ def attention(
     """
     arguments.check_arrays(q, k, v)
     arguments.check_not_sharded("q", q)
-    batch, tokens = q.shape[:2]
-    default = jnp.arange(tokens, dtype=jnp.int32)
-    queries = arguments.query_side(batch, default, positions, segment_ids, global_prefix)
+    (batch, tokens), keys = q.shape[:2], k.shape[1]
+    known = Tokens(
+        positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
+    ).checked(batch, tokens, keys)
+    places = jnp.arange(tokens, dtype=jnp.int32), jnp.arange(keys, dtype=jnp.int32)
+    sides = known.sides(batch, *places, keys - tokens)
+    q, scale = arguments.traced_scale(q, scale)
     options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
     options = kernels.with_kernel(options, implementation, q, device_of(q))
-    o, lse = attend(q, k, v, queries, queries._replace(prefix=None), options, LOCAL)
+    o, lse = attend(q, k, v, *sides, options, LOCAL)
     return (o, lse) if return_residual else o
 
 
 @_overloaded
 def ring_attention(
     q: Float[Array, "batch tokens heads head_dim"],
-    k: Float[Array, "batch tokens kv_heads head_dim"],
-    v: Float[Array, "batch tokens kv_heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
     *,
     mesh: Mesh | AbstractMesh,
     axis_name: AxisName = "seq",
@@ -109,20 +127,24 @@ def ring_attention(
     local_window_size: int | tuple[int, int] | None = None,
     global_prefix: Int[Array, "*batch tokens"] | None = None,
     segment_ids: Int[Array, "*batch tokens"] | None = None,
+    key_segment_ids: Int[Array, "*batch keys"] | None = None,
     positions: Int[Array, "*batch tokens"] | None = None,
-    scale: float | None = None,
+    key_positions: Int[Array, "*batch keys"] | None = None,
+    query_seq_lengths: Int[Array, " batch"] | None = None,
+    key_value_seq_lengths: Int[Array, " batch"] | None = None,
+    scale: float | Float[Array, ""] | None = None,
     logits_soft_cap: float | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute `attention`, exact to rounding, of global arrays whose sequence axis is sharded over a mesh axis.
 
-    All arrays, `positions` and `segment_ids` are in layout order (`to_layout`, once per batch, not per layer). The
+    All arrays with an axis of tokens are in layout order (`to_layout`, once per batch, not per layer). The
     function works under jit, grad, vmap, remat and scan. Output and log-sum-exp carry the checkpoint name
     "ring_attention".
 
     Args:
-      q, k, v: as for `attention`; the sequence divides into the layout's chunks.
+      q, k, v: as for `attention`; the lengths of queries and keys divide into the layout's chunks.
       mesh: the devices.
       axis_name: the mesh axis of the sequence. A tuple of axes is one long ring, the last axis fastest; for
         "ulysses_ring" it is (ring axis, Ulysses axis).
@@ -130,9 +152,9 @@ def ring_attention(
       batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
         concrete array on this mesh, they are taken from q's sharding.
       strategy, bidirectional: as for `ring_attention_shard`.
-      is_causal, local_window_size, global_prefix, segment_ids, scale: as for `attention`.
-      logits_soft_cap, implementation, return_residual: as for `attention`.
-      positions: as for `attention`; by default `layout_positions`.
+      is_causal, local_window_size, global_prefix, segment_ids, key_segment_ids, scale: as for `attention`.
+      query_seq_lengths, key_value_seq_lengths, logits_soft_cap, implementation, return_residual: as for `attention`.
+      positions, key_positions: as for `attention`; by default `layout_positions`, for queries plus T - S.
 
     Returns:
       As `attention`, sharded like q.
@@ -141,18 +163,19 @@ def ring_attention(
       ValueError: an invalid argument, named in the message, before tracing.
     """
     arguments.check_arrays(q, k, v)
-    check_length("q", q.shape[1], layout, arguments.mesh_size(mesh, "axis_name", axis_name))
+    ring_size = arguments.mesh_size(mesh, "axis_name", axis_name)
+    for name, x in (("q", q), ("k", k)):
+        check_length(name, x.shape[1], layout, ring_size)
     if batch_axes is None and head_axes is None:
         batch_axes, head_axes = _axes_of(q, mesh, axis_name)
-    batch, tokens = q.shape[:2]
-    for name, axes, amount in (("batch_axes", batch_axes, batch), ("head_axes", head_axes, k.shape[2])):
+    for name, axes, amount in (("batch_axes", batch_axes, q.shape[0]), ("head_axes", head_axes, k.shape[2])):
         if amount % (devices := arguments.mesh_size(mesh, name, axes)):
             kind = "contexts of the batch" if name == "batch_axes" else "key heads"
             raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
-    integers = {
-        name: None if x is None else arguments.integers(name, x, batch, tokens, x)
-        for name, x in (("segment_ids", segment_ids), ("positions", positions), ("global_prefix", global_prefix))
-    }
+    known = Tokens(
+        positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
+    ).checked(*q.shape[:2], k.shape[1])
+    q, scale = arguments.traced_scale(q, scale)
     shard = partial(
         ring_attention_shard,
         axis_name=axis_name,
@@ -166,20 +189,21 @@ def ring_attention(
         implementation=implementation,
         return_residual=return_residual,
     )
-    heads = PartitionSpec(batch_axes, axis_name, head_axes)
+    heads, of_tokens = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
+    specs = Tokens(*(of_tokens for _ in range(5)), *(PartitionSpec(batch_axes) for _ in range(2)))
     return jax.shard_map(
-        lambda q, k, v, integers: shard(q, k, v, **integers),
+        lambda q, k, v, known: shard(q, k, v, **known._asdict()),
         mesh=mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(batch_axes, axis_name)),
+        in_specs=(heads, heads, heads, specs),
         out_specs=(heads, heads) if return_residual else heads,
-    )(q, k, v, integers)
+    )(q, k, v, known)
 
 
 @_overloaded
 def ring_attention_shard(
     q: Float[Array, "batch local_tokens heads head_dim"],
-    k: Float[Array, "batch local_tokens kv_heads head_dim"],
-    v: Float[Array, "batch local_tokens kv_heads head_dim"],
+    k: Float[Array, "batch local_keys kv_heads head_dim"],
+    v: Float[Array, "batch local_keys kv_heads head_dim"],
     *,
     axis_name: AxisName = "seq",
     layout: str = "zigzag",
@@ -189,8 +213,12 @@ def ring_attention_shard(
     local_window_size: int | tuple[int, int] | None = None,
     global_prefix: Int[Array, "*batch local_tokens"] | None = None,
     segment_ids: Int[Array, "*batch local_tokens"] | None = None,
+    key_segment_ids: Int[Array, "*batch local_keys"] | None = None,
     positions: Int[Array, "*batch local_tokens"] | None = None,
-    scale: float | None = None,
+    key_positions: Int[Array, "*batch local_keys"] | None = None,
+    query_seq_lengths: Int[Array, " batch"] | None = None,
+    key_value_seq_lengths: Int[Array, " batch"] | None = None,
+    scale: float | Float[Array, ""] | None = None,
     logits_soft_cap: float | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
@@ -198,8 +226,9 @@ def ring_attention_shard(
     """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
     Args:
-      q, k, v, segment_ids, positions, global_prefix: this device's tokens, in layout order.
-      axis_name, layout: as for `ring_attention`.
+      q, k, v, segment_ids, key_segment_ids, positions, key_positions, global_prefix: this device's tokens, in layout
+        order.
+      axis_name, layout, query_seq_lengths, key_value_seq_lengths: as for `ring_attention`.
       strategy: "ring": keys and values travel, memory is constant in the ring size; "ulysses": all-to-all from tokens
         to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device; "auto":
         the result of `choose_strategy`.
@@ -217,15 +246,19 @@ def ring_attention_shard(
     arguments.check_arrays(q, k, v)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
+    q, scale = arguments.traced_scale(q, scale)
     options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
     options = kernels.with_kernel(options, implementation, q, device_of(q))
     size = lax.axis_size(axis_name)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
     q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
-    batch, tokens, heads, _ = q.shape
-    check_length("q", tokens * size, layout, size)
-    default = shard_positions(layout, size, tokens, lax.axis_index(axis_name))
-    queries = varying_like(q, arguments.query_side(batch, default, positions, segment_ids, global_prefix))
+    (batch, tokens, heads, _), local_keys = q.shape, k.shape[1]
+    known = Tokens(
+        positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
+    ).checked(batch, tokens, local_keys)
+    index = lax.axis_index(axis_name)
+    places = (shard_positions(layout, size, length, index) for length in (tokens, local_keys))
+    queries, keys = varying_like(q, known.sides(batch, *places, (local_keys - tokens) * size))
     if strategy == "auto":
         kind = device_of(q).device_kind
         strategy = choose_strategy(
@@ -233,16 +266,16 @@ def ring_attention_shard(
         ).strategy
     ring_axis, ulysses_axis = _split_axes(strategy, axis_name)
     if ulysses_axis is not None:
-        q, k, v, queries = scatter_heads(q, k, v, queries, ulysses_axis, lax.axis_size(ulysses_axis))
+        q, k, v, queries, keys = scatter_heads(q, k, v, queries, keys, ulysses_axis, lax.axis_size(ulysses_axis))
     exchange: Exchange = LOCAL
     if strategy == "all_gather":
         exchange = AllGather(axis_name)
     elif ring_axis is not None and lax.axis_size(ring_axis) > 1:
         if bidirectional and k.shape[2] % 2:
             raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
-        is_plain = positions is None and global_prefix is None
+        is_plain = (positions, key_positions, global_prefix) == (None, None, None) and tokens == local_keys
         exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_plain, bidirectional=bidirectional)
-    o, lse = attend(q, k, v, queries, queries._replace(prefix=None), options, exchange)
+    o, lse = attend(q, k, v, queries, keys, options, exchange)
     if ulysses_axis is not None:
         o, lse = gather_heads(o, lse, ulysses_axis)
     return (o, lse) if return_residual else o

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
-from ringrl.attention.mask import Options, Rule, Side
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Side
 
 WIDEST = 2**31 - 1  # largest window, since positions are int32
 
@@ -29,8 +30,8 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
     if k.shape != v.shape:
         raise ValueError(f"v: expected k's shape {k.shape}, got {v.shape}")
-    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
-        raise ValueError(f"k: expected batch, tokens and head_dim of q {q.shape}, got {k.shape}")
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"k: expected batch and head_dim of q {q.shape}, got {k.shape}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k: {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
 
@@ -61,11 +62,10 @@ def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
     return math.prod(mesh.shape[axis] for axis in axis_names(axes))
 
 
-def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: jax.Array) -> Int32[Array, "b s"]:
+def integers(name: str, x: jax.Array, batch: int, tokens: int) -> Int32[Array, "b s"]:
     """Return positions or segment ids as (B, S) int32."""
-    if x is not None:
-        _check_range(name, x if isinstance(x, jax.Array) else np.asarray(x))
-    x = default if x is None else jnp.asarray(x)
+    _check_range(name, x if isinstance(x, jax.Array) else np.asarray(x))
+    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integers, got {x.dtype}")
     if x.shape not in ((tokens,), (batch, tokens)):
@@ -73,21 +73,66 @@ def integers(name: str, x: jax.Array | None, batch: int, tokens: int, default: j
     return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
 
 
-def query_side(
-    batch: int,
-    default_positions: Int32[Array, " tokens"],
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
-    global_prefix: jax.Array | None,
-) -> Side:
-    """Return the integers of the queries. The keys have the same integers, without the prefix."""
-    tokens = len(default_positions)
-    zeros = jnp.zeros(tokens, jnp.int32)
-    return Side(
-        integers("positions", positions, batch, tokens, default_positions),
-        integers("segment_ids", segment_ids, batch, tokens, zeros),
-        None if global_prefix is None else integers("global_prefix", global_prefix, batch, tokens, zeros),
-    )
+class Tokens(NamedTuple):
+    """What the mask knows about the queries and keys of a call. Each may be None. See `attention`."""
+
+    positions: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    key_segment_ids: jax.Array | None = None
+    global_prefix: jax.Array | None = None
+    query_seq_lengths: jax.Array | None = None
+    key_value_seq_lengths: jax.Array | None = None
+
+    def checked(self, batch: int, queries: int, keys: int) -> "Tokens":
+        """Return the same integers as int32 (B, S), (B, T) or (B,)."""
+        if self.key_segment_ids is not None and self.segment_ids is None:
+            raise ValueError("segment_ids: missing; key_segment_ids needs the segments of the queries, too")
+        if self.segment_ids is not None and self.key_segment_ids is None and queries != keys:
+            raise ValueError(f"key_segment_ids: missing; the {keys} keys are not the {queries} queries")
+        found = {}
+        for name, x in self._asdict().items():
+            tokens = keys if name.startswith("key") else queries
+            if x is not None and name.endswith("lengths"):
+                if jnp.shape(x) not in ((), (batch,)):
+                    raise ValueError(f"{name}: expected one number or one for each of {batch} contexts, got {x}")
+                found[name] = integers(name, jnp.asarray(x)[..., None], batch, 1)[:, 0]
+            else:
+                found[name] = None if x is None else integers(name, x, batch, tokens)
+        return Tokens(**found)
+
+    def sides(self, batch: int, queries: Int32[Array, " q"], keys: Int32[Array, " k"], ahead: int) -> tuple[Side, Side]:
+        """Return the integers of the queries and of the keys.
+
+        Args:
+          batch: number of contexts.
+          queries, keys: the place of each token in its sequence.
+          ahead: keys of the whole sequence less queries. By default, the queries have the last positions.
+        """
+        positions = _or_default(self.positions, queries + ahead, batch)
+        given = self.positions if self.key_positions is None and ahead == 0 else self.key_positions
+        key_positions = _or_default(given, keys, batch)
+        segments = _or_default(self.segment_ids, jnp.zeros_like(queries), batch)
+        given = self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
+        key_segments = _or_default(given, jnp.zeros_like(keys), batch)
+        if self.query_seq_lengths is not None:
+            segments = jnp.where(queries < self.query_seq_lengths[:, None], segments, PADDING_QUERY)
+        if self.key_value_seq_lengths is not None:
+            key_segments = jnp.where(keys < self.key_value_seq_lengths[:, None], key_segments, PADDING_KEY)
+        return Side(positions, segments, self.global_prefix), Side(key_positions, key_segments)
+
+
+def _or_default(x: jax.Array | None, default: jax.Array, batch: int) -> jax.Array:
+    return jnp.broadcast_to(default, (batch, len(default))) if x is None else x
+
+
+def traced_scale(q: jax.Array, scale: float | jax.Array | None) -> tuple[jax.Array, float | None]:
+    """Return the queries and the scale. A scale that is an array multiplies the queries, so that it has a gradient."""
+    if scale is not None and jnp.ndim(scale):
+        raise ValueError(f"scale: expected one number, got shape {jnp.shape(scale)}")
+    if not isinstance(scale, jax.Array):
+        return q, scale
+    return (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype), 1.0
 
 
 def _check_range(name: str, x: Array) -> None:

@@ -82,7 +82,7 @@ def decode_attention(
     options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=True)
     if global_prefix is not None:
         batch, new = q.shape[:2]
-        global_prefix = arguments.integers("global_prefix", global_prefix, batch, new, jnp.zeros(new, jnp.int32))
+        global_prefix = arguments.integers("global_prefix", global_prefix, batch, new)
     cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))
     if prefix is not None:
         prefix = prefix._replace(length=jnp.asarray(prefix.length, jnp.int32))

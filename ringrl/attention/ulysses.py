@@ -15,8 +15,8 @@ _TOKENS, _HEADS = 1, 2
 
 
 def scatter_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, side: Side, axis_name: AxisName, size: int
-) -> tuple[jax.Array, jax.Array, jax.Array, Side]:
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, axis_name: AxisName, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, Side, Side]:
     """Exchange some tokens of all heads for all tokens of some heads: (B, S/n, H, D) -> (B, S, H/n, D).
 
     Raise ValueError if the heads cannot be divided over `size` devices.
@@ -30,7 +30,10 @@ def scatter_heads(
         k, v = (jnp.repeat(x, size // kv_heads, axis=_HEADS) for x in (k, v))
     q = lax.all_to_all(q, axis_name, _HEADS, _TOKENS, tiled=True)
     k, v = lax.all_to_all(jnp.stack([k, v]), axis_name, _HEADS + 1, _TOKENS + 1, tiled=True)
-    return q, k, v, Side(*lax.all_gather(side.stacked(), axis_name, axis=_TOKENS + 1, tiled=True))
+    queries, keys = (
+        Side(*lax.all_gather(side.stacked(), axis_name, axis=_TOKENS + 1, tiled=True)) for side in (queries, keys)
+    )
+    return q, k, v, queries, keys
 
 
 def gather_heads(o: jax.Array, lse: jax.Array, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:

@@ -93,7 +93,7 @@ def _head_tiles(options: Options, blocks: XlaBlocks, queries: Side, keys: Side) 
     queries = jax.tree.map(lambda x: _tiles(x, -1, blocks.queries), queries)
     keys = jax.tree.map(lambda x: _tiles(x, -1, blocks.keys), keys)
     some, every = classify_pairs(options.rule, queries, keys)
-    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=1, stable=True).astype(jnp.int32)
+    order = jnp.argsort(2 - some.astype(jnp.int32) - every.astype(jnp.int32), axis=1, stable=True).astype(jnp.int32)
     return HeadTiles(queries, keys, order, every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32))
 
 
