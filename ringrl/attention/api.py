@@ -174,7 +174,7 @@ def ring_attention(
             raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
     known = Tokens(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
-    ).checked(*q.shape[:2], k.shape[1])
+    ).checked(q.shape[0], q.shape[1], k.shape[1])
     q, scale = arguments.traced_scale(q, scale)
     shard = partial(
         ring_attention_shard,
@@ -190,13 +190,13 @@ def ring_attention(
         return_residual=return_residual,
     )
     heads, of_tokens = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
-    specs = Tokens(*(of_tokens for _ in range(5)), *(PartitionSpec(batch_axes) for _ in range(2)))
+    specs = {name: PartitionSpec(batch_axes) if name.endswith("lengths") else of_tokens for name in Tokens._fields}
     return jax.shard_map(
-        lambda q, k, v, known: shard(q, k, v, **known._asdict()),
+        lambda q, k, v, known: shard(q, k, v, **known),
         mesh=mesh,
         in_specs=(heads, heads, heads, specs),
         out_specs=(heads, heads) if return_residual else heads,
-    )(q, k, v, known)
+    )(q, k, v, known._asdict())
 
 
 @_overloaded
@@ -257,8 +257,8 @@ def ring_attention_shard(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
     ).checked(batch, tokens, local_keys)
     index = lax.axis_index(axis_name)
-    places = (shard_positions(layout, size, length, index) for length in (tokens, local_keys))
-    queries, keys = varying_like(q, known.sides(batch, *places, (local_keys - tokens) * size))
+    of_queries, of_keys = (shard_positions(layout, size, length, index) for length in (tokens, local_keys))
+    queries, keys = varying_like(q, known.sides(batch, of_queries, of_keys, (local_keys - tokens) * size))
     if strategy == "auto":
         kind = device_of(q).device_kind
         strategy = choose_strategy(

@@ -90,7 +90,7 @@ class Tokens(NamedTuple):
             raise ValueError("segment_ids: missing; key_segment_ids needs the segments of the queries, too")
         if self.segment_ids is not None and self.key_segment_ids is None and queries != keys:
             raise ValueError(f"key_segment_ids: missing; the {keys} keys are not the {queries} queries")
-        found = {}
+        found = dict[str, jax.Array | None]()
         for name, x in self._asdict().items():
             tokens = keys if name.startswith("key") else queries
             if x is not None and name.endswith("lengths"):

@@ -133,6 +133,7 @@ class Attention(nnx.Module):
         prefix: Prefix | None,
         starts: jax.Array,
         window: EpisodeWindow,
+        *,
         only: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attend from new tokens to the prefix, the cache and themselves. Return the output and the longer cache.
