@@ -351,7 +351,8 @@ class Transformer(nnx.Module):
             block = nnx.merge(graph, jax.tree.map(lambda stacked, index=index: stacked[index], parameters))
             before = None if prefix is None else prefix.prefix(index)
             last = only if index == self.layers - 1 else None
-            x, keys, values = block.decode(x, keys, values, cache.length, before, starts, self.windows[index], only=last)
+            mask = before, starts, self.windows[index]
+            x, keys, values = block.decode(x, keys, values, cache.length, *mask, only=last)
             all_keys.append(keys)
             all_values.append(values)
         x = self.norm(x.astype(jnp.float32))
