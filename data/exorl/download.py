@@ -72,7 +72,7 @@ class _Interrupted(Exception):
     """A failure after which another try may succeed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Transfer:
     """A download of a zip archive from `url` (http or https) to `path`."""
 
@@ -84,6 +84,8 @@ class Transfer:
     notice: Callable[[str], None] = lambda event: None  # called with one line about each other event
 
     def __post_init__(self) -> None:
+        self._part = hidden_name(self.path)
+        self._state = self._part.with_name(f"{self._part.name}.json")
         if not re.fullmatch(r"https?://[^/:?#\s][!-~]*", self.url):
             raise UserError(f"{self.url}: is not a usable address: --url takes http://... or https://...")
         if not 0 < self.timeout <= LONGEST_TIMEOUT:
@@ -116,14 +118,6 @@ class Transfer:
             finally:
                 if not self._received():
                     self._discard()
-
-    @property
-    def _part(self) -> Path:
-        return hidden_name(self.path)
-
-    @property
-    def _state(self) -> Path:
-        return self._part.with_name(f"{self._part.name}.json")
 
     def _received(self) -> int:
         return self._part.stat().st_size if self._part.exists() else 0

@@ -33,7 +33,7 @@ from ringrl.data.store.format import (
 )
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
-from ringrl.files import raise_unreadable
+from ringrl.files import explain_read_errors
 
 
 class EpisodeStore:
@@ -71,19 +71,13 @@ class EpisodeStore:
             )
         if not self.path.is_file():
             raise UserError(f"{path}: no such file, import an archive first (ringrl data import)")
-        try:
-            self._open()
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
-            raise_unreadable(path, error)
-            if "truncated file" in str(error):
-                raise UserError(f"{path}: is cut short: copy the file again, or import the archive again") from error
-            if zipfile.is_zipfile(self.path):
-                raise UserError(f"{path}: is an archive, not a store: import it (ringrl data import)") from error
-            raise UserError(
-                f"{path}: not an episode store, or damaged or cut short: import the archive again"
-            ) from error
+        with explain_read_errors(f"{path}:", "give an episode store (.h5), or import the archive again"):
+            try:
+                self._open()
+            except OSError as error:
+                if zipfile.is_zipfile(self.path):
+                    raise UserError("is an archive, not a store: import it (ringrl data import)") from error
+                raise
 
     def _open(self) -> None:
         # Without HDF5's file lock: a finished store never changes, and network file systems often reject locks.

@@ -156,7 +156,7 @@ def test_stopped_between_the_last_byte_and_the_name(archive, destination, whole)
     import_archive(archive, destination, "cartpole", workers=1)
     destination.rename(hidden_name(destination))
     stop_after(archive, destination, 7)
-    with pytest.raises(UserError, match="not an episode store"):
+    with pytest.raises(UserError, match="cannot be read"):
         EpisodeStore(hidden_name(destination))
     import_archive(archive, destination, "cartpole", workers=1)
     assert destination.read_bytes() == whole
@@ -234,7 +234,7 @@ def test_killed_process(tmp_path, long_archive, destination, workers):
     assert process.wait() == -signal.SIGKILL
     assert names(destination.parent) == sorted([*REMAINS, ".a.h5.lock"])
     assert finished_episodes(hidden_name(destination)) < 150
-    with pytest.raises(UserError, match="not an episode store"):
+    with pytest.raises(UserError, match="cannot be read"):
         EpisodeStore(hidden_name(destination))
 
     expected = import_archive(long_archive, tmp_path / "whole.h5", "cartpole", workers=1)

@@ -169,7 +169,7 @@ def test_impossible_facts_are_rejected(change: dict, store: EpisodeStore) -> Non
         StoredDomain.from_json(text)
     with h5py.File(store.path, "r+") as file:
         file.attrs["facts"] = np.bytes_(text.encode())
-    with pytest.raises(UserError, match="not an episode store, or damaged"):
+    with pytest.raises(UserError, match="cannot be read"):
         EpisodeStore(store.path)
 
 
@@ -187,7 +187,7 @@ def test_facts_of_any_kind_are_read_or_rejected(values: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "lab/leg-v3"}, "not an episode store, or damaged"),
+        ({"name": "lab/leg-v3"}, "cannot be read"),
         ({"observation_size": 5}, "expected float32 .16, 5."),
         ({"action_low": [0.0], "action_high": [1.0]}, "expected float32 .16, 1."),
         ({"physics_size": 2}, "lacks steps/physics"),
