@@ -1,5 +1,6 @@
 """The public functions: attention on one device, over a mesh axis, and as Flax's `attention_fn`."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Protocol, cast, overload
@@ -31,11 +32,29 @@ class AttentionFunction(Protocol):
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array: ...
 
 
-def _overloaded(function: Callable[..., Any]) -> AttentionFunction:
-    return cast(AttentionFunction, function)
+def _public(function: Callable[..., Any]) -> AttentionFunction:
+    """Add what the functions below share: inputs without a batch or without tokens, and errors for other keywords."""
+
+    @functools.wraps(function)
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> Any:
+        for name in sorted({"mask", "bias", "dropout_rate"} & {*options}):
+            raise _unsupported(name)
+        if q.ndim == k.ndim == v.ndim == 3:
+            return jax.tree.map(lambda x: x[0], call(q[None], k[None], v[None], **options))
+        if q.ndim == k.ndim == v.ndim == 4 and 0 in (*q.shape[:2], k.shape[1]):
+            arguments.check_arrays(q, k, v)
+            o, lse = jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+            return (o, lse) if options.get("return_residual") else o
+        return function(q, k, v, **options)
+
+    return cast(AttentionFunction, call)
 
 
-@_overloaded
+def _unsupported(name: str) -> ValueError:
+    return ValueError(f"{name}: not supported; pass is_causal, local_window_size, global_prefix or segment_ids instead")
+
+
+@_public
 def attention(
     q: Float[Array, "batch tokens heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
@@ -63,6 +82,7 @@ def attention(
         query at position 4      x x x x x .
         query at position 5      x x x x x x
 
+    One context may come without the batch axis. Without tokens, the result is empty, and without keys it is 0.
     Output and log-sum-exp carry the checkpoint name "ring_attention". A remat policy such as
     jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
 
@@ -110,7 +130,7 @@ def attention(
     return (o, lse) if return_residual else o
 
 
-@_overloaded
+@_public
 def ring_attention(
     q: Float[Array, "batch tokens heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
@@ -199,7 +219,7 @@ def ring_attention(
     )(q, k, v, known._asdict())
 
 
-@_overloaded
+@_public
 def ring_attention_shard(
     q: Float[Array, "batch local_tokens heads head_dim"],
     k: Float[Array, "batch local_keys kv_heads head_dim"],
@@ -328,9 +348,7 @@ def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array
     ) -> jax.Array:
         for name, value_given in (("mask", mask), ("bias", bias), ("module", module)):
             if value_given is not None:
-                raise ValueError(
-                    f"{name}: not supported; pass is_causal, local_window_size or segment_ids to the attention function"
-                )
+                raise _unsupported(name)
         if dropout_rate > 0 and not deterministic:
             raise ValueError(f"dropout_rate: attention dropout is not supported, got {dropout_rate}; use 0")
         return attend(query, key, value, **({"is_causal": True} if is_causal else {}))

@@ -23,8 +23,8 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
-        if 0 in x.shape:
-            raise ValueError(f"{name}: expected no empty axis, got shape {x.shape}")
+        if 0 in x.shape[2:]:
+            raise ValueError(f"{name}: expected heads and features, got shape {x.shape}")
         check_dtype(name, x)
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")

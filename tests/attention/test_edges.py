@@ -182,7 +182,9 @@ def test_invalid_arguments_are_named(draw):
     wrong = [
         ("q", {"q": q[0]}),
         ("q", {"q": q.astype(jnp.int32)}),
-        ("q", {"q": q[:, :0]}),
+        ("q", {"q": q[..., :0]}),
+        ("mask", {"mask": None}),
+        ("bias", {"bias": jnp.zeros(())}),
         ("k", {"k": k.astype(jnp.bfloat16)}),
         ("k", {"k": k[:1], "v": v[:1]}),
         ("k", {"k": k[..., :4], "v": v[..., :4]}),

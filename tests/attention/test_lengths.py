@@ -143,6 +143,30 @@ def test_strict_promotion(draw):
                 jax.jit(jax.grad(lambda q, k, v, attend=attend: attend(q, k, v, **keywords).sum()))(q, k, v)
 
 
+@pytest.mark.parametrize("ring", [1, 2])
+def test_one_context_without_the_batch_axis(ring, draw):
+    given = arrays(draw, FEW, MANY)
+    attend = partial(ring_attention, mesh=Mesh(np.array(jax.devices()[:ring]), ("seq",)), layout="contiguous")
+    keywords = {"segment_ids": SEGMENTS[FEW][1], "key_segment_ids": SEGMENTS[MANY][1], "return_residual": True}
+    whole = jax.jit(partial(attention, **keywords))(*(given[name][1:] for name in "qkv"))
+    one = jax.jit(partial(attend, **keywords))(*(given[name][1] for name in "qkv"))
+    for x, y in zip(one, whole, strict=True):
+        np.testing.assert_allclose(x, y[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(2, 0, 4), (2, 4, 0), (0, 4, 4)])
+def test_without_tokens(batch, queries, keys, ring):
+    attend = partial(ring_attention, mesh=Mesh(np.array(jax.devices()[:ring]), ("seq",)), return_residual=True)
+    q, k = jnp.ones((batch, queries, 4, 8), jnp.bfloat16), jnp.ones((batch, keys, 2, 8), jnp.bfloat16)
+    for one in (attend, partial(attention, return_residual=True)):
+        (o, lse), backward = jax.vjp(one, q, k, k)
+        assert (o.shape, o.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])
+        assert not o.any()
+        assert np.isneginf(lse).all()
+        assert not any(x.any() for x in backward((o, lse)))
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
