@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from statistics import mean, median
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Speed(NamedTuple):
         """Return the speed of the cores in these tasks. Accelerators are not used: the cells need their memory."""
         size = 1024
         x = np.ones((size, size), np.float32)
-        seconds = _median_seconds(lambda: x @ x, 5)
+        seconds = _least_seconds(lambda: x @ x, 5)
         return cls(2 * size**3 / seconds, {task: _seconds_per_step(task) for task in tasks})
 
 
@@ -61,16 +61,17 @@ def _seconds_per_step(task: str, streams: int = 8) -> float:
     with closing(make_vec(task, streams, 0)) as environments:
         environments.reset()
         actions: Any = np.random.default_rng(0).uniform(-1, 1, environments.action_space.shape).astype(np.float32)
-        return _median_seconds(lambda: environments.step(actions), 20) / streams
+        return _least_seconds(lambda: environments.step(actions), 20) / streams
 
 
-def _median_seconds(action: Callable[[], object], times: int) -> float:
+def _least_seconds(action: Callable[[], object], times: int) -> float:
+    """Return the shortest of several times, since other programs may be busy."""
     seconds = []
-    for _ in range(times + 2):
+    for _ in range(times):
         began = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - began)
-    return median(seconds[2:])
+    return min(seconds)
 
 
 def estimates(cells: Sequence[Cell], workers: int, *, is_here: bool = True) -> dict[str, CellCost]:
@@ -116,8 +117,11 @@ def _rough_seconds(cell: Cell, one: CellCost, speed: Speed, workers: int) -> flo
     segment, tokens = cell.config.context.segment_steps, TOKEN_SETS[model.token_set].size
     per_token = 8 * model.layers * model.width * model.kv_heads / model.heads  # bytes of keys and values
     per_step = per_token * tokens if model.family.has_context and segment is None else 0.0
-    # A policy of segments computes the whole live segment at every step.
-    again = forward_flops(model, segment * tokens) * seconds_per_flop if model.family.has_context and segment else 0.0
+    again = 0.0  # a policy of segments computes the whole live segment at every step, in the last layer one token
+    if model.family.has_context and segment:
+        again = (
+            forward_flops(model, segment * tokens) * seconds_per_flop * (model.layers - 1 + 1 / segment) / model.layers
+        )
     acting = 0.0
     for protocol in _rollouts(cell):
         for episodes in (protocol.episodes, *([1] if protocol.control else [])):
