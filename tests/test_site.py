@@ -92,7 +92,7 @@ def ask(page: Path, folder: Path, function: str, scheme: int = LIGHT) -> Any:
 
 def test_the_home_page_has_a_picture_three_ways_in_and_a_search_that_works_from_files(site, tmp_path):
     ways, widths, found = ask(site / "index.html", tmp_path, HOME)
-    assert ways == ["quickstart.html", "data.html", "own_model.html"]
+    assert ways == ["quickstart.html", "own_data.html", "own_model.html"]
     assert min(widths) > 100
     assert any("glossary.html" in link for link in found)
     for link in found:

@@ -293,7 +293,7 @@ def ring_attention_shard(
     elif ring_axis is not None and lax.axis_size(ring_axis) > 1:
         if bidirectional and k.shape[2] % 2:
             raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
-        is_plain = (positions, key_positions, global_prefix) == (None, None, None) and tokens == local_keys
+        is_plain = tokens == local_keys and all(x is None for x in (positions, key_positions, global_prefix))
         exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_plain, bidirectional=bidirectional)
     o, lse = attend(q, k, v, queries, keys, options, exchange)
     if ulysses_axis is not None:

@@ -104,14 +104,14 @@ MUTATIONS = {
     "what_was_seen_before_is_forgotten": Mutation("ring.py", "options, start)", "options)"),
     "wrong_device_s_positions": Mutation(
         "api.py",
-        "tokens, lax.axis_index(axis_name))",
-        "tokens, (lax.axis_index(axis_name) + 1) % size)",
+        "index = lax.axis_index(axis_name)",
+        "index = (lax.axis_index(axis_name) + 1) % size",
     ),
     "cotangent_of_the_log_sum_exp_dropped": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1)"),
     "cotangent_of_the_log_sum_exp_with_the_wrong_sign": Mutation("attend.py", ".sum(-1) - dlse", ".sum(-1) + dlse"),
     "positions_and_segments_swapped": Mutation("ring.py", "inputs.keys.stacked()", "inputs.keys.stacked()[::-1]"),
     "prefix_does_not_reach_other_devices": Mutation(
-        "api.py", "positions is None and global_prefix is None", "positions is None"
+        "api.py", "(positions, key_positions, global_prefix)", "(positions, key_positions)"
     ),
     "prefix_is_not_gathered": Mutation("ulysses.py", "all_gather(side.stacked(),", "all_gather(side.stacked()[:2],"),
     "prefix_includes_its_end": Mutation(
