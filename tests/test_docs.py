@@ -56,7 +56,7 @@ ALONE = ("docs/adding_a_task.md", "docs/own_data.md", "docs/own_model.md")
 REFERENCE = tuple(f"docs/reference/{name}.md" for name in ("attention", "envs", "data", "training", "evaluation"))
 # Flags of commands, so that they take seconds.
 SMALLER = {
-    "data collect": ["--episodes", "4", "--workers", "1"],
+    "data collect": ["--episodes", "8", "--workers", "1"],
     "data import": ["--workers", "1"],
     "ablate": ["--workers", "1"],
     "train": ["--optimiser.steps", "2", "--optimiser.batch-size", "1"],
