@@ -346,6 +346,8 @@ def _map_panel(draw: Drawing, title: str, rows: pd.DataFrame, by: list[str]) -> 
     seeds = [f"{seed}: {number(value)}" for seed, value in zip(rows["seed"], rows["value"], strict=True)]
     data = rows.assign(seeds=seeds).groupby(by, as_index=False).agg({"value": "mean", "seeds": ", ".join})
     data.columns = pd.Index(["x", "y", "value", "seeds"])  # names with a dot are paths in Vega
+    for axis in "xy":  # [20], a value for all layers
+        data[axis] = data[axis].str.strip("[]").replace({"": "none", "None": "none"})
     strength = 0.1 + 0.5 * (data["value"] - data["value"].min()) / (np.ptp(data["value"]) or 1.0)
     data = data.assign(strength=strength, shown=[number(value) for value in data["value"]])
     orders = [sorted(set(data[axis]), key=lambda value: (len(value), value)) for axis in "xy"]  # 2 before 16

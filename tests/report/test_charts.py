@@ -238,19 +238,19 @@ def grid(make_rollouts, lengths, windows=("[]", "[20]"), actions=("on", "off"), 
 def test_two_settings_that_vary_make_a_map(make_rollouts):
     (panel,) = charts(grid(make_rollouts, [2]))["return_by_settings"].panels
     assert tiles(panel) == {
-        ("[]", "on"): (21.5, "0: 21.0, 1: 22.0"), ("[]", "off"): (121.5, "0: 121, 1: 122"),
-        ("[20]", "on"): (221.5, "0: 221, 1: 222"), ("[20]", "off"): (321.5, "0: 321, 1: 322"),
+        ("none", "on"): (21.5, "0: 21.0, 1: 22.0"), ("none", "off"): (121.5, "0: 121, 1: 122"),
+        ("20", "on"): (221.5, "0: 221, 1: 222"), ("20", "off"): (321.5, "0: 321, 1: 322"),
     }  # fmt: skip
     x, y = (panel.spec["layer"][0]["encoding"][axis] for axis in "xy")
-    assert [x["title"], y["title"], x["sort"]] == ["model.episode_window", "model.past_actions", ["[]", "[20]"]]
+    assert [x["title"], y["title"], x["sort"]] == ["model.episode_window", "model.past_actions", ["20", "none"]]
 
 
 def test_the_context_length_is_a_setting_of_a_map(make_rollouts):
     (panel,) = charts(grid(make_rollouts, [1, 4], actions=["on"]))["return_by_settings"].panels
-    assert set(tiles(panel)) == {(length, window) for window in ("[]", "[20]") for length in "14"}
+    assert set(tiles(panel)) == {(length, window) for window in ("none", "20") for length in "14"}
     both = charts(grid(make_rollouts, [1, 4]))["return_by_settings"].panels
     assert [panel.title for panel in both] == [f"cartpole_swingup, contexts of {length}" for length in (1, 4)]
-    assert tiles(both[1])["[20]", "off"][0] == 341.5
+    assert tiles(both[1])["20", "off"][0] == 341.5
 
 
 def test_other_numbers_of_settings_make_no_map(make_rollouts, make_ablation):
