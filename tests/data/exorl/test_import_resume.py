@@ -156,7 +156,7 @@ def test_stopped_between_the_last_byte_and_the_name(archive, destination, whole)
     import_archive(archive, destination, "cartpole", workers=1)
     destination.rename(hidden_name(destination))
     stop_after(archive, destination, 7)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not an episode store"):
         EpisodeStore(hidden_name(destination))
     import_archive(archive, destination, "cartpole", workers=1)
     assert destination.read_bytes() == whole
