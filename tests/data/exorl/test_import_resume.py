@@ -234,7 +234,7 @@ def test_killed_process(tmp_path, long_archive, destination, workers):
     assert process.wait() == -signal.SIGKILL
     assert names(destination.parent) == sorted([*REMAINS, ".a.h5.lock"])
     assert finished_episodes(hidden_name(destination)) < 150
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not an episode store"):
         EpisodeStore(hidden_name(destination))
 
     expected = import_archive(long_archive, tmp_path / "whole.h5", "cartpole", workers=1)
