@@ -36,8 +36,13 @@ def xla_blocks(heads: int, queries: int, keys: int) -> XlaBlocks:
 
 
 def _even(length: int, most: int) -> int:
-    """Return the size, a multiple of 8, of the fewest equal tiles of at most about `most` that hold `length`."""
-    return -(-length // (-(-length // most) * 8)) * 8
+    """Return the size of the fewest equal tiles of at most about `most` that hold `length`.
+
+    Sizes are multiples of 8, large ones of 64, whose rows fill the vectors of any CPU.
+    """
+    size = -(-length // -(-length // most))
+    unit = 8 if size < 248 else 64
+    return -(-size // unit) * unit
 
 
 SHARED_MEMORY = 220 * 1024  # bytes for tiles on Hopper, of the 227 KiB per program
