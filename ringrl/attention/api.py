@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments, kernels
-from ringrl.attention.arguments import Axes, Tokens, axis_names
+from ringrl.attention.arguments import Axes, MaskArguments, axis_names
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
 from ringrl.attention.layout import check_length, shard_positions
 from ringrl.attention.merge import AxisName, varying_like
@@ -37,8 +37,9 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
 
     @functools.wraps(function)
     def call(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> Any:
-        for name in sorted({"mask", "bias", "dropout_rate"} & {*options}):
-            raise _unsupported(name)
+        for name in ("mask", "bias"):
+            if name in options:
+                raise _unsupported(name)
         if q.ndim == k.ndim == v.ndim == 3:
             return jax.tree.map(lambda x: x[0], call(q[None], k[None], v[None], **options))
         if q.ndim == k.ndim == v.ndim == 4 and 0 in (*q.shape[:2], k.shape[1]):
@@ -97,10 +98,11 @@ def attention(
         the query then sees all earlier documents and a window of its own. A window (-1, 0) shows only the prefix.
       segment_ids, key_segment_ids: (B, S) or (S,), and (B, T) or (T,) integers >= 0; a query sees keys of its own
         segment only. If S = T, keys have the segments of the queries by default.
-      positions, key_positions: likewise, less than 2**31 apart; by default T - S ... T-1 and 0 ... T-1. If S = T, keys
-        have the positions of the queries by default. Only the mask uses them; rotary embeddings are up to the caller.
-      query_seq_lengths, key_value_seq_lengths: (B,) tokens of each context; the others are padding, which sees nothing
-        and is not seen. Default positions do not depend on them.
+      positions, key_positions: integers of the same shapes, less than 2**31 apart; by default T - S ... T-1 and
+        0 ... T-1. If S = T, keys have the positions of the queries by default. Only the mask uses them; rotary
+        embeddings are up to the caller.
+      query_seq_lengths, key_value_seq_lengths: (B,) or () number of tokens in each context. Later ones are padding,
+        which sees nothing and is not seen. Default positions do not depend on these lengths.
       scale: factor on the logits, 1/sqrt(D) by default. An array () may be traced and has a gradient; q is multiplied
         by it and rounded to its dtype.
       logits_soft_cap: logits become cap * tanh(logits / cap).
@@ -118,7 +120,7 @@ def attention(
     arguments.check_arrays(q, k, v)
     arguments.check_not_sharded("q", q)
     (batch, tokens), keys = q.shape[:2], k.shape[1]
-    known = Tokens(
+    known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
     ).checked(batch, tokens, keys)
     places = jnp.arange(tokens, dtype=jnp.int32), jnp.arange(keys, dtype=jnp.int32)
@@ -192,7 +194,7 @@ def ring_attention(
         if amount % (devices := arguments.mesh_size(mesh, name, axes)):
             kind = "contexts of the batch" if name == "batch_axes" else "key heads"
             raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
-    known = Tokens(
+    known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
     ).checked(q.shape[0], q.shape[1], k.shape[1])
     q, scale = arguments.traced_scale(q, scale)
@@ -210,7 +212,9 @@ def ring_attention(
         return_residual=return_residual,
     )
     heads, of_tokens = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
-    specs = {name: PartitionSpec(batch_axes) if name.endswith("lengths") else of_tokens for name in Tokens._fields}
+    specs = {
+        name: PartitionSpec(batch_axes) if name.endswith("lengths") else of_tokens for name in MaskArguments._fields
+    }
     return jax.shard_map(
         lambda q, k, v, known: shard(q, k, v, **known),
         mesh=mesh,
@@ -273,7 +277,7 @@ def ring_attention_shard(
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
     q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
     (batch, tokens, heads, _), local_keys = q.shape, k.shape[1]
-    known = Tokens(
+    known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
     ).checked(batch, tokens, local_keys)
     index = lax.axis_index(axis_name)

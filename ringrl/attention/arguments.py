@@ -73,8 +73,8 @@ def integers(name: str, x: jax.Array, batch: int, tokens: int) -> Int32[Array, "
     return jnp.broadcast_to(x.astype(jnp.int32), (batch, tokens))
 
 
-class Tokens(NamedTuple):
-    """What the mask knows about the queries and keys of a call. Each may be None. See `attention`."""
+class MaskArguments(NamedTuple):
+    """The integers of a call that the mask depends on. Each may be None. See `attention`."""
 
     positions: jax.Array | None = None
     key_positions: jax.Array | None = None
@@ -84,8 +84,8 @@ class Tokens(NamedTuple):
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
 
-    def checked(self, batch: int, queries: int, keys: int) -> "Tokens":
-        """Return the same integers as int32 (B, S), (B, T) or (B,)."""
+    def checked(self, batch: int, queries: int, keys: int) -> "MaskArguments":
+        """Return them as int32 (B, S), (B, T) or (B,). ValueError if they do not fit."""
         if self.key_segment_ids is not None and self.segment_ids is None:
             raise ValueError("segment_ids: missing; key_segment_ids needs the segments of the queries, too")
         if self.segment_ids is not None and self.key_segment_ids is None and queries != keys:
@@ -95,11 +95,11 @@ class Tokens(NamedTuple):
             tokens = keys if name.startswith("key") else queries
             if x is not None and name.endswith("lengths"):
                 if jnp.shape(x) not in ((), (batch,)):
-                    raise ValueError(f"{name}: expected one number or one for each of {batch} contexts, got {x}")
+                    raise ValueError(f"{name}: expected shape () or ({batch},), got {jnp.shape(x)}")
                 found[name] = integers(name, jnp.asarray(x)[..., None], batch, 1)[:, 0]
             else:
                 found[name] = None if x is None else integers(name, x, batch, tokens)
-        return Tokens(**found)
+        return MaskArguments(**found)
 
     def sides(self, batch: int, queries: Int32[Array, " q"], keys: Int32[Array, " k"], ahead: int) -> tuple[Side, Side]:
         """Return the integers of the queries and of the keys.

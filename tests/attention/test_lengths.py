@@ -173,7 +173,7 @@ def test_without_tokens(batch, queries, keys, ring):
         ({"segment_ids": np.zeros(FEW, int)}, "key_segment_ids: missing; the 48 keys are not the 16 queries"),
         ({"key_segment_ids": np.zeros(MANY, int)}, "segment_ids: missing"),
         ({"key_positions": np.zeros(FEW, int)}, r"key_positions: expected shape \(48,\) or \(2, 48\), got \(16,\)"),
-        ({"query_seq_lengths": np.zeros(3, int)}, r"query_seq_lengths: expected one number or one for each of 2"),
+        ({"query_seq_lengths": np.zeros(3, int)}, r"query_seq_lengths: expected shape \(\) or \(2,\), got \(3,\)"),
         ({"key_value_seq_lengths": np.zeros(2)}, "key_value_seq_lengths: expected integers"),
         ({"scale": np.float32([1, 2])}, r"scale: expected one number, got shape \(2,\)"),
     ],

@@ -1,53 +1,29 @@
 """Rollouts in real environments: returns, inputs of the policy, and the cache against the full forward pass."""
 
-from collections.abc import Sequence
-
-import gymnasium
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from ringrl.config import ModelConfig
 from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.envs import DOMAINS, make_vec
+from ringrl.envs import make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, CompiledPolicy, PolicyActor, RandomActor
 from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch, Group, rollout
-from ringrl.model import Policy, make_policy
-
-TASK, JACO = "jaco_reach_top_left", DOMAINS["jaco"]
-LENGTH = JACO.episode_length
-NORMALISATION = Normalisation(np.linspace(-0.5, 0.5, 42), np.linspace(0.5, 2, 42), LENGTH)
-SEED = 11
-
-
-class RecordingActor:
-    """Forwards everything to another actor and keeps it."""
-
-    def __init__(self, actor: Actor) -> None:
-        self.actor, self.steps, self.actions, self.started = actor, [], [], []
-
-    def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
-        self.started.append((num_environments, num_steps))
-        self.prompt = prompt
-        self.actor.start(num_environments, num_steps, prompt)
-
-    def act(self, current: Context) -> np.ndarray:
-        for name in ("action", "reward", "completion"):
-            assert (getattr(current, name) == 0).all(), "unknown values are zero"
-        self.actions.append(self.actor.act(current))
-        return self.actions[-1]
-
-    def observe(self, finished: Context) -> None:
-        self.steps.append(finished)
-        self.actor.observe(finished)
-
-    @property
-    def context(self) -> Context:
-        """Return everything that was observed as one context."""
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *self.steps)
+from tests.evaluation.rollouts import (
+    JACO,
+    LENGTH,
+    NORMALISATION,
+    SEED,
+    SHORT,
+    TASK,
+    RecordingActor,
+    assert_same,
+    play,
+    seeds,
+    tiny,
+)
 
 
 class Scripted:
@@ -62,16 +38,6 @@ class Scripted:
         return self.left.pop(0)
 
     def observe(self, finished: Context) -> None: ...
-
-
-def tiny(**settings: object) -> Policy:
-    config = {"layers": 1, "width": 16, "heads": 2, "token_set": "at5", "timestep_embedding": True} | settings
-    return make_policy(ModelConfig.model_validate(config), JACO.observation_size, JACO.action_size, seed=0)
-
-
-def seeds(streams: int, episodes: int = 1, first: int = SEED) -> np.ndarray:
-    """Return one seed per episode, stream by stream."""
-    return first + np.arange(streams * episodes).reshape(streams, episodes)
 
 
 def run(actor: Actor, environments: int = 2, episodes: int = 1, first: int = SEED, **options) -> np.ndarray:
@@ -209,26 +175,6 @@ def test_the_trajectory_index_is_clipped():
     recorder = RecordingActor(RandomActor(JACO.action_size, seed=0))
     run(recorder, environments=1, episodes=3, trajectories=2)
     assert recorder.context.trajectory[0, ::LENGTH].tolist() == [0, 1, 1]
-
-
-SHORT = Normalisation(NORMALISATION.mean, NORMALISATION.std, 4)
-
-
-def play(vectors: Sequence[gymnasium.vector.VectorEnv], episodes: int = 3, **options):
-    """Return returns and episodes of short environments, and the context that the actors observed."""
-    played: list[EpisodeBatch] = []
-    firsts = np.cumsum([0, *(vector.num_envs for vector in vectors)])
-    recorders = [RecordingActor(RandomActor(9, seed=int(first))) for first in firsts[:-1]]
-    groups = [Group(recorder, vector) for recorder, vector in zip(recorders, vectors, strict=True)]
-    options = {"target_return": 2.0, "seeds": seeds(firsts[-1], episodes), "on_episode": played.append} | options
-    returns = rollout(groups, SHORT, **options)
-    observed = [recorder.context for recorder in recorders if recorder.steps]
-    is_even = len({context.reward.shape[1] for context in observed}) == 1
-    return returns, played, jax.tree.map(lambda *x: np.concatenate(x), *observed) if is_even else None
-
-
-def assert_same(one: object, other: object) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize("broken", [(np.nan, 0.5), (0.0, np.nan), (np.inf, 0.5), (0.0, -np.inf)])
@@ -388,101 +334,3 @@ def test_episodes_of_another_length_raise(length):
     normalisation = Normalisation(NORMALISATION.mean, NORMALISATION.std, length)
     with pytest.raises(UserError, match=r"episodes (end|do not end) after"):
         rollout([Group(RandomActor(9, 0), vector)], normalisation, seeds=seeds(1), target_return=1.0)
-
-
-class Ragged(gymnasium.Env):
-    """Episodes of 1 to 6 steps, by their seed: odd ones terminate, even ones are truncated."""
-
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (42,), np.float32)
-    action_space = gymnasium.spaces.Box(-1, 1, (9,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps, self.length = 0, int(self.np_random.integers(1, 7))
-        self.place = self.np_random.normal(size=42).astype(np.float32)
-        return self.place, {}
-
-    def step(self, action):
-        self.steps += 1
-        self.place = np.roll(self.place, 1) + np.float32(action.sum())
-        ends = self.steps >= self.length
-        return self.place, float(np.cos(self.place[0]) ** 2), ends and self.length % 2 == 1, ends, {}
-
-
-def ragged(number: int) -> gymnasium.vector.VectorEnv:
-    if "Ragged-v0" not in gymnasium.registry:
-        gymnasium.register("Ragged-v0", lambda: Ragged(), max_episode_steps=6, disable_env_checker=True)
-    return make_vec("gymnasium:Ragged-v0", number)
-
-
-def alone(seeds: np.ndarray, actor_seed: int) -> tuple[list[float], list[int], np.ndarray]:
-    """Return returns, lengths and all steps (observation, action, timestep, start) of one stream, by a plain loop."""
-    environment, random = Ragged(), np.random.default_rng(actor_seed)
-    returns, lengths, rows, first = [], [], [], 0
-    for seed in seeds.tolist():
-        observation, _ = environment.reset(seed=seed)
-        rewards: list[float] = []
-        while True:
-            action = random.uniform(-1, 1, 9).astype(np.float32)
-            rows.append(np.concatenate([SHORT.observation(observation), action, [len(rewards), first]]))
-            observation, reward, terminated, truncated, _ = environment.step(action)
-            rewards.append(reward)
-            if terminated or truncated:
-                break
-        returns.append(float(np.add.accumulate(rewards)[-1]))
-        lengths.append(len(rewards))
-        first += len(rewards)
-    return returns, lengths, np.stack(rows)
-
-
-@pytest.mark.parametrize("sizes", [(4,), (1, 3)])
-def test_streams_whose_episodes_end_early_equal_plain_loops(sizes):
-    """No stream waits for another, and none changes another one."""
-    returns, played, observed = play([ragged(size) for size in sizes], episodes=5, most_steps=6)
-    for stream, own in enumerate(seeds(4, 5)):
-        expected, lengths, rows = alone(own, stream)
-        np.testing.assert_array_equal(returns[stream], expected)
-        assert [int(episode.length[stream]) for episode in played] == lengths
-        assert [bool(episode.terminated[stream]) for episode in played] == [length % 2 == 1 for length in lengths]
-        assert [int(episode.steps[stream]) for episode in played] == lengths
-        if len(sizes) > 1:
-            continue  # the groups' contexts have different lengths
-        context = jax.tree.map(lambda x, stream=stream, rows=rows: x[stream, : len(rows)], observed)
-        parts = (context.observation, context.action, context.timestep[:, None], context.start[:, None])
-        np.testing.assert_array_equal(np.concatenate(parts, axis=1), rows)
-        np.testing.assert_array_equal(context.position, np.arange(len(rows)))
-        np.testing.assert_array_equal(context.trajectory, np.repeat(np.arange(5), lengths))
-    assert len({tuple(episode.length) for episode in played}) > 1
-
-
-def test_memory_does_not_grow_with_the_limit_of_steps(monkeypatch):
-    whole, episodes, _ = play([ragged(3)], episodes=4, most_steps=6)
-    monkeypatch.setattr("ringrl.evaluation.rollout.FIRST_ROWS", 2)
-    returns, again, _ = play([ragged(3)], episodes=4, most_steps=10**15)
-    np.testing.assert_array_equal(returns, whole)
-    for one, other in zip(again, episodes, strict=True):
-        assert_same([getattr(one, name) for name in ARRAYS], [getattr(other, name) for name in ARRAYS])
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_episodes_of_different_lengths_are_replayed(count):
-    whole, episodes, _ = play([ragged(3)], episodes=4, most_steps=6)
-    returns, again, _ = play([ragged(3)], episodes=4, most_steps=6, recorded=episodes[:count])
-    np.testing.assert_array_equal(returns, whole)
-    assert again[:count] == episodes[:count]
-    for one, other in zip(again, episodes, strict=True):
-        assert_same([getattr(one, name) for name in ARRAYS], [getattr(other, name) for name in ARRAYS])
-
-
-@pytest.mark.parametrize(
-    "settings", [{"token_set": "at5"}, {"token_set": "fused1", "episode_window": (2,), "heads": 4, "kv_heads": 2}]
-)
-def test_actions_in_episodes_of_different_lengths_equal_the_full_forward_pass(settings):
-    policy = tiny(trajectory_embedding=True, **settings)
-    recorder = RecordingActor(PolicyActor(CompiledPolicy(policy)))
-    rollout([Group(recorder, ragged(3))], SHORT, seeds=seeds(3, 4), target_return=2.0, most_steps=6)
-    expected = np.asarray(policy.actions(recorder.context))
-    for stream, own in enumerate(seeds(3, 4)):
-        steps = sum(alone(own, 0)[1])
-        found = recorder.context.action[stream, :steps]
-        np.testing.assert_allclose(found, expected[stream, :steps], rtol=1e-5, atol=1e-5)
