@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ringrl.attention import attention, kernels, ring_attention
+from ringrl.attention.kernels.tuning import xla_blocks
 from ringrl.attention.mask import Options, Rule
 
 
@@ -114,3 +115,15 @@ def test_too_long_sequences_on_a_tpu_fall_back_to_xla(strategy, caplog):
         )
         with pytest.raises(ValueError, match="exceed the 131072 pairs"):
             gradients("mosaic_tpu")
+
+
+@pytest.mark.parametrize("length", [1, 7, 136, 544, 1000, 1999, 4000, 16_000])
+@pytest.mark.parametrize("heads", [1, 8])
+def test_tiles_on_a_cpu_divide_the_sequence_evenly(length, heads, monkeypatch):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    blocks = xla_blocks(heads, length, length)
+    for size in blocks[:2]:
+        tiles = -(-length // size)
+        assert size <= 512
+        assert tiles * size - length < tiles * (8 if size < 256 else 64), "no tile is mostly padding"
+        assert tiles >= 4 or length <= 512

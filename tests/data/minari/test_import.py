@@ -110,6 +110,14 @@ def test_any_dataset_becomes_a_store(tmp_path: Path) -> None:
     assert "Minari (lab/arm-v3)" in reported
 
 
+def test_parts_of_observations_are_sorted_by_key(tmp_path: Path) -> None:
+    """As `ForeignEnv` flattens them, whatever the order in the metadata."""
+    buffers = made(observation_space=Dict(z=Box(-9, 9, (2,)), a=Box(-9, 9, (3,))))
+    rows = import_minari("lab/arm-v3", tmp_path / "arm.h5").episode(0)["observation"]
+    given = buffers[0].observations
+    np.testing.assert_array_equal(rows, np.concatenate([given["a"], given["z"]], axis=1))
+
+
 def test_a_foreign_store_survives_export_and_import(tmp_path: Path) -> None:
     made()
     store = import_minari("lab/arm-v3", tmp_path / "arm.h5")
