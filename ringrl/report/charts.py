@@ -9,38 +9,29 @@ import pandas as pd
 from altair.utils.schemapi import debug_mode
 
 from ringrl.evaluation.formatting import number
-from ringrl.evaluation.scores import score_or_none
-from ringrl.evaluation.statistics import performance_profile
 from ringrl.report.drawing import HELD_OUT, TRAINING, Chart, Drawing, Panel, styles
 from ringrl.report.results import CELL, LENGTH_SETTINGS, RUN
 from ringrl.report.tables import (
-    BOOTSTRAP_SEED,
-    RESAMPLES,
-    contenders,
     episode_returns,
     intervals,
     last_episodes,
     levels,
-    normalised,
     normalised_scores,
     prompt_returns,
     recorded_runs,
     run_scores,
-    scores_of,
-    strata,
 )
 
 _POINTS_TO_MARK = 16  # a longer curve has a band instead of bars
 _CURVES = 4  # context lengths of one method in the chart of episodes
 _LOG_RATIO = 4  # an axis is logarithmic if its largest value is this many times the smallest
 _SAME_COST = 1.05  # ratio of costs above which a panel is drawn
-_THRESHOLDS = 61
 ZOOMED = "(zoomed: the axis does not start at zero)"
 _MEASURES = {
     "tokens": ("tokens", "Tokens: processed in training, with repetitions."),
-    "FLOPs": ("floating-point operations", "FLOPs: multiplications and additions of the transformer blocks, forward "
+    "flops": ("floating-point operations", "FLOPs: multiplications and additions of the transformer blocks, forward "
               "and backward. Other models are not counted."),
-    "time": ("", "Time: of training, with compilation and waiting for data."),
+    "seconds": ("", "Time: of training, with compilation and waiting for data."),
 }  # fmt: skip
 _UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))  # from these seconds on
 
@@ -60,7 +51,7 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
             _context_chart(draw, results, table), _episode_chart(draw, results, table),
             _prompt_chart(draw, results, table), _last_chart(draw, results), _cost_chart(draw, results, table),
             _map_chart(draw, results, table),
-            _profile_chart(draw, results, table), _loss_chart(draw, losses), _held_out_chart(draw, held_out),
+            _loss_chart(draw, losses), _held_out_chart(draw, held_out),
         ]  # fmt: skip
     # With one length, the chart of episodes shows more than curves of one point.
     is_flat = table.groupby(["task", "method", "curve"])["length"].nunique().max() == 1
@@ -91,11 +82,6 @@ def _amount_axis(title: str, amounts: pd.Series) -> alt.X:
         scale = alt.Scale(type="log", domain=[low / 1.3, high * 1.3], nice=False)
         return alt.X("x:Q", title=f"{title} (logarithmic)", scale=scale, axis=axis)
     return alt.X("x:Q", title=title, scale=alt.Scale(domain=[0, 1.1 * high or 1], nice=False), axis=axis)
-
-
-def _score_axis(title: str, scores: pd.Series) -> alt.X:
-    scale = alt.Scale(domain=[scores.min(), scores.max()], nice=False)
-    return alt.X("x:Q", title=f"{title} {ZOOMED}", scale=scale, axis=alt.Axis(tickCount=6))
 
 
 def _episode_axis(episodes: pd.Series) -> alt.X:
@@ -138,10 +124,10 @@ def _context_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
 
 
 def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
-    """Return against training cost; a selector chooses tokens, FLOPs or time."""
+    """Return against training cost: a panel per task for tokens, FLOPs and time."""
     panels, captions = [], []
     policies = table[table["length"].notna() | (table["kind"] == "reference")].drop(columns="curve")
-    for option, column in (("tokens", "tokens"), ("FLOPs", "flops"), ("time", "seconds")):
+    for column, (axis, explained) in _MEASURES.items():
         runs = results.groupby(RUN, as_index=False)[column].first().dropna()
         means = runs.groupby(CELL, as_index=False).agg(x=(column, "mean"), known=("seed", "nunique"))
         rows = policies.merge(means, on=CELL)
@@ -150,11 +136,11 @@ def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Ch
         for _, cells in rows.groupby("task"):
             has_costs = cells["x"].max() > _SAME_COST * cells["x"].min()
             if has_costs and (cells["kind"] == "context").any():
-                unit, (axis, explained) = 1.0, _MEASURES[option]
-                if option == "time":
+                unit = 1.0
+                if column == "seconds":
                     unit, axis = next((size, name) for least, size, name in _UNITS if cells["x"].max() >= least)
                 cells = cells.assign(x=cells["x"] / unit)
-                panels += draw.curves(cells, partial(_amount_axis, axis), option=option)
+                panels += draw.curves(cells, partial(_amount_axis, axis))
                 captions.append(explained)
     caption = (
         "The mean return against the training cost of each policy (mean over seeds). Numbers next to points, "
@@ -231,45 +217,6 @@ def _last_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
     )
     panels = draw.curves(rows, partial(_length_axis, "n, trajectories per context"))
     return draw.chart("last_episodes", "Last episodes from equal starts", caption, panels)
-
-
-def _profile_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
-    """Performance profiles: the fraction of training runs above each return."""
-    known, runs, panels = contenders(table), run_scores(results), []
-    tasks = sorted({task for side in known for task in side["cells"]})
-    groups = [(task, [task], "return per episode") for task in tasks]
-    if len(tasks) > 1 and all(score_or_none(task, 0.0) is not None for task in tasks):
-        groups.insert(0, ("All tasks, normalised score", tasks, "normalised score"))
-    y = alt.Y("value:Q", title="fraction of runs above", scale=alt.Scale(domain=[0, 1]))
-    for title, of, unit in groups if any(side["kind"] == "context" for side in known) else []:
-        sides = [side for side in known if all(task in side["cells"] for task in of)]
-        if not sides:
-            continue
-        parts, drawn = [], [strata([scores_of(runs, side["cells"][task]) for task in of]) for side in sides]
-        if unit == "normalised score":
-            drawn = [(list(map(normalised, of, scores)), together) for scores, together in drawn]
-        every = np.concatenate([part for scores, _ in drawn for part in scores])
-        margin = 0.04 * (np.ptp(every) or 1.0)
-        thresholds = np.linspace(every.min() - margin, every.max() + margin, _THRESHOLDS)
-        for side, (scores, together) in zip(sides, drawn, strict=True):
-            generator = np.random.default_rng(BOOTSTRAP_SEED)
-            found = performance_profile(scores, thresholds, generator=generator, together=together, resamples=RESAMPLES)
-            longest = side["longest"]
-            part = pd.DataFrame({"x": thresholds, "iqm": found.fractions}).round(4)
-            parts.append(part.assign(
-                task=title, method=side["method"], curve=side["name"], strength=1.0 if longest else 0.4,
-                low=found.low if longest else np.nan, high=found.high if longest else np.nan, interval=None,
-                seeds=found.runs, shown=[number(x) for x in thresholds],
-                fraction=[f"{value:.2f}" for value in found.fractions],
-            ))  # fmt: skip
-        axis = partial(_score_axis, unit)
-        panels += draw.curves(pd.concat(parts, ignore_index=True), axis, y=y, band=True, points=False, step=True)
-    caption = (
-        "The fraction of training runs that return more than the value on the axis. A method whose line is above "
-        "another line everywhere is better by every measure. Strong lines are the longest context, faint lines the "
-        "shortest. Bands are pointwise 95 % intervals (stratified bootstrap over seeds)."
-    )
-    return draw.chart("performance_profiles", "Performance profiles", caption, panels)
 
 
 def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:

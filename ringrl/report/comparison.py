@@ -6,64 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import altair as alt
-import numpy as np
 import pandas as pd
 import rich.table
 from rich import box
 from rich.console import Group
 from rich.markup import escape
 
-from ringrl.config_files import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, number
 from ringrl.report.conclusion import claimed, judge, measured, starts_of_cells, with_shortcomings
-from ringrl.report.drawing import Chart, Drawing
-from ringrl.report.page import (
-    DIFFERENCE_COLUMNS,
-    Column,
-    count,
-    render,
-    save_report,
-    share,
-    table_files,
-    with_notes,
-)
-from ringrl.report.provenance import facts, run_folder
-from ringrl.report.results import CELL, UNKNOWN_RUN, read_results
-from ringrl.report.tables import (
-    contrast,
-    describe,
-    ends,
-    returns_table,
-    run_scores,
-    scores_of,
-    summarise,
-    tasks_like_random,
-)
-from ringrl.training.run_folder import flat
+from ringrl.report.page import DIFFERENCE_COLUMNS, SEEDS, Column, render, save_report, table_files, with_notes
+from ringrl.report.provenance import facts
+from ringrl.report.results import CELL, UNKNOWN_RUN, read_results, usual_settings
+from ringrl.report.tables import contrast, describe, returns_table, run_scores, scores_of, tasks_like_random
 
 COMPARISON = "comparison.html"  # next to the page of a report in the same folder
-CHANGE, WINS = f"B {MINUS} A", "P(B > A)"
-_SAME_FOR_ALL = ("run", "seed", "data", "context.trajectories")  # settings that name a cell or a place
+CHANGE = f"B {MINUS} A"
 _RECORDED = ("target_policy", "target_return", "data_fingerprint", "device", "steps_trained", "token_set", "train_task",
              "prompt_trajectories", "prompt_control", "cache_dtype")  # fmt: skip
-_MANY = 4  # values of one setting that are listed
-
-
-def _ends(name: str) -> tuple[str, str]:
-    return f"{name}, low", f"{name}, high"
-
-
-_WINS = Column(WINS, "", "probability that a run of B beats a run of A (a tie counts half); absent for one seed", share,
-               _ends(WINS))  # fmt: skip
+_MANY = 4  # names in a list of many
 _COLUMNS = [
-    Column("Task"), Column("Method"),
-    Column("A", hint="interquartile mean over training seeds, 95 % interval", ends=_ends("A")),
-    Column("B", hint="as A", ends=_ends("B")),
-    DIFFERENCE_COLUMNS[0]._replace(heading=CHANGE), *DIFFERENCE_COLUMNS[1:],
-    _WINS,
-    Column("Seeds of A", form=count), Column("Seeds of B", form=count),
+    Column("task", "Task"), Column("method", "Method"), Column("before", "A", "interquartile mean over training seeds"),
+    Column("after", "B", "as A"), DIFFERENCE_COLUMNS[0]._replace(heading=CHANGE), *DIFFERENCE_COLUMNS[1:], SEEDS,
 ]  # fmt: skip
 _SETTING_COLUMNS = [Column("Setting"), Column("A"), Column("B")]
 
@@ -94,18 +58,16 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
     tables = [table.query("kind != 'data' and family != 'random'") for table in whole]  # nothing was trained
     matched = _match(*tables)
     if not matched:
-        raise UserError(
-            f"{_names(a)} and {_names(b)} have no task, method and context length in common; "
-            f"A has {_cells(tables[0])}, B has {_cells(tables[1])}; give results that match"
-        )
+        raise UserError(f"{_listed(a)} and {_listed(b)} have no task, method and context length in common")
     runs, starts = [run_scores(side) for side in results], [starts_of_cells(side) for side in results]
     rows = []
     for one, other in matched:
         cells = tables[0].loc[one], tables[1].loc[other]
+        ours, theirs = (scores_of(side, cell) for side, cell in zip(runs, cells, strict=True))
+        theirs = theirs.rename(index=lambda run: f"B {run}" if run.startswith(UNKNOWN_RUN) else run)  # no runs of A
+        named = {"task": cells[0]["task"], "method": describe(cells[0])}
         same_starts = starts[0][tuple(cells[0][CELL])] == starts[1][tuple(cells[1][CELL])]
-        scores = [scores_of(side, cell) for side, cell in zip(runs, cells, strict=True)]
-        named = {"Task": cells[0]["task"], "Method": describe(cells[0])}
-        rows.append(named | _pair(*scores) | {"same_starts": same_starts})
+        rows.append(named | measured(contrast(theirs, ours)) | {"same_starts": same_starts})
     only_a, only_b = [
         [f"{cell['task']}: {describe(cell)}" for index, cell in table.iterrows() if index not in taken]
         for table, taken in zip(tables, zip(*matched, strict=True), strict=True)
@@ -116,19 +78,17 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
 
 
 def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, Group]:
-    """Write the page of a comparison, its figure and its tables; return the page's path and a table for the terminal.
+    """Write the page of a comparison and its tables; return the page's path and a table for the terminal.
 
     Raises:
         UserError: as `compare`, or the folder cannot be written.
     """
     found = compare(a, b)
-    chart = _chart(found.pairs)
     page = render(
         "compare.html",
         headline=headline(found),
         cautions=cautions(found.pairs),
-        names=(_names(a), _names(b)),
-        chart=chart,
+        names=(_listed(a), _listed(b)),
         columns=_COLUMNS,
         found=found,
         setting_columns=_SETTING_COLUMNS,
@@ -137,12 +97,12 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
     )
     files = table_files("comparison", found.pairs, _COLUMNS) | table_files("settings", found.settings, _SETTING_COLUMNS)
     shown = Group(with_notes(_to_rich(found.pairs), *found.results), headline(found))
-    return save_report(page, [chart], files, destination, COMPARISON), shown
+    return save_report(page, [], files, destination, COMPARISON), shown
 
 
 def headline(found: Comparison) -> str:
     """Return the conclusion in one sentence."""
-    pairs, claims = found.pairs.rename(columns={"Task": "task"}), []
+    pairs, claims = found.pairs, []
     for verdict, claim in (("higher", "more"), ("lower", "less")):
         if number_of := claimed(pairs, verdict, found.like_random):
             claims.append(f"{claim} in {number_of}")
@@ -154,7 +114,7 @@ def headline(found: Comparison) -> str:
 
 def cautions(pairs: pd.DataFrame) -> list[str]:
     """Return sentences about different starts."""
-    unlike = [f"{row['Method']} on {row['Task']}" for _, row in pairs[~pairs["same_starts"]].iterrows()]
+    unlike = [f"{row['method']} on {row['task']}" for _, row in pairs[~pairs["same_starts"]].iterrows()]
     if not unlike:
         return []
     return [
@@ -178,19 +138,8 @@ def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:
     return sorted(matched)
 
 
-def _pair(a: pd.Series, b: pd.Series) -> dict[str, Any]:
-    b = b.rename(index=lambda run: f"B {run}" if run.startswith(UNKNOWN_RUN) else run)  # never the runs of A
-    found = contrast(b, a)
-    row: dict[str, Any] = {}
-    for name, one in {"A": summarise(a), "B": summarise(b), WINS: found.wins}.items():
-        row |= {name: one.value, **dict(zip(_ends(name), ends(one), strict=True))}
-    if not found.wins.interval:  # with one run each, this would be chance
-        row[WINS] = np.nan
-    return row | {"Seeds of A": len(a), "Seeds of B": len(b), **measured(found)}
-
-
 def _settings(results: pd.DataFrame) -> dict[str, set[str]]:
-    """Return the values of each setting, from the records and from the configurations of the run folders found."""
+    """Return the values of each recorded setting."""
     found: dict[str, set[str]] = defaultdict(set)
     policies = results[results["kind"] != "data"]
     trained = policies[policies["family"] != "random"]
@@ -199,12 +148,9 @@ def _settings(results: pd.DataFrame) -> dict[str, set[str]]:
     for versions in results["versions"].unique():
         for library, version in json.loads(versions).items():
             found[f"version of {library}"].add(version)
-    next_to_results = sorted({Path(source).parent for source in results.attrs["sources"]})
-    runs = policies[policies["checkpoint"].notna()].drop_duplicates(["task", "method", "checkpoint"])
-    for folder in {run_folder(row, next_to_results) for _, row in runs.iterrows()} - {None}:
-        for name, value in flat(read_yaml(Path(str(folder)) / "config.yaml")).items():
-            if name not in _SAME_FOR_ALL:
-                found[name].add(_shown(value))
+    for settings in trained["settings"].unique():
+        for name, value in (usual_settings() | json.loads(settings)).items():
+            found[name].add(value)
     streams = policies[policies["memory"]].groupby([*CELL, "seed"])["stream"].nunique()
     found["streams per training seed"] = {str(count) for count in streams}
     return {name: values for name, values in found.items() if values}
@@ -222,58 +168,19 @@ def _shown(value: object) -> str:
     return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MANY]) + (f" and {len(names) - _MANY} more" if len(names) > _MANY else "")
-
-
-def _cells(table: pd.DataFrame) -> str:
-    """Return what a set of results contains, as text."""
-    shown = [f"{row['task']}, {describe(row)}" for _, row in table.iterrows()]
-    return " and ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-
-
-def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(map(str, paths))
+def _listed(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:_MANY])) + (f" and {len(names) - _MANY} more" if len(names) > _MANY else "")
 
 
 def _to_rich(pairs: pd.DataFrame) -> rich.table.Table:
     shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=0)
     shown.add_column("Method")
-    for name in ("A", "B", f"{CHANGE}\n[95 %]", WINS):
+    for name in ("A", "B", f"{CHANGE}\n[95 %]"):
         shown.add_column(escape(name), justify="right", no_wrap=True)
-    for task, rows in pairs.groupby("Task", sort=False):
+    for task, rows in pairs.groupby("task", sort=False):
         shown.add_section()
         shown.add_row(f"[bold]{escape(printable(str(task)))}")
         for _, row in rows.iterrows():
-            change, wins = _COLUMNS[4].line(row), _WINS.text(row)
-            shown.add_row(escape(printable(row["Method"])), number(row["A"]), number(row["B"]), escape(change), wins)
+            change = escape(DIFFERENCE_COLUMNS[0].line(row))
+            shown.add_row(escape(printable(row["method"])), number(row["before"]), number(row["after"]), change)
     return shown
-
-
-def _chart(pairs: pd.DataFrame) -> Chart:
-    """Return the chart of the differences on each task, with their intervals."""
-    draw, panels = Drawing({}, pd.Series(), {}), []
-    for task, rows in pairs.groupby("Task", sort=False):
-        data = pd.DataFrame({
-            "method": rows["Method"], "value": rows["change"], "low": rows["low"], "high": rows["high"],
-            "shown": [_COLUMNS[4].line(row) for _, row in rows.iterrows()],
-            "shade": np.where(rows["verdict"] != "not resolved", "var(--ink)", "var(--muted)"),
-        })  # fmt: skip
-        y = alt.Y("method:N", title=None, sort=None, axis=alt.Axis(labelLimit=220, grid=True, offset=8))
-        base = draw.base(data).encode(y=y, color=alt.Color("shade:N", scale=None))
-        x = alt.X("value:Q", title="difference of the return per episode", scale=alt.Scale(zero=True))
-        tooltip = [alt.Tooltip("method:N"), alt.Tooltip("shown:N", title=CHANGE)]
-        zero = (
-            draw.base(data).mark_rule(color="var(--muted)", strokeDash=[3, 3]).encode(x=alt.XDatum(0, title=x["title"]))
-        )
-        bars = base.mark_rule(strokeWidth=6, opacity=0.3).encode(x=alt.X("low:Q", title=x["title"]), x2="high:Q")
-        points = base.mark_point(filled=True, size=60).encode(x=x, tooltip=tooltip)
-        layers = [zero, bars.transform_filter("isValid(datum.low)"), points]
-        description = "; ".join(f"{row['Method']}: {_COLUMNS[4].line(row)}" for _, row in rows.iterrows())
-        panels.append(draw.panel(str(task), layers, description, height=40 + 32 * len(rows)))
-    caption = (
-        "The difference of the interquartile means over training seeds, B less A, with its 95 % interval (bootstrap "
-        "over the seeds of both). If A and B share training runs, only the shared runs are compared, run by run. Grey "
-        "differences are not resolved. A point without a bar has one seed on a side, so it has no interval."
-    )
-    return Chart("difference", "B less A", caption, panels, [])

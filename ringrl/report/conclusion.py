@@ -16,7 +16,6 @@ from ringrl.report.tables import (
     context_label,
     contrast,
     describe,
-    ends,
     ends_of_curve,
     levels,
     prompt_returns,
@@ -42,8 +41,7 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     control instead of the shortest. The longest prompt is compared with the shortest, from the same starts, and with
     the controls of its length: changed prompts, and policies made of the prompt alone.
 
-    The largest difference comes first. Columns: task, method, subject, compared, before, after, and the columns of
-    `measured` and `judge`.
+    The largest difference comes first. Columns: task, method, subject, compared, and those of `measured` and `judge`.
     """
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])
@@ -54,20 +52,30 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     rows += [_compare_methods(runs, cell, other) for cell, other in _rivals(table)]
     key = ["task", "method", "train_trajectories", "test_trajectories"]
     rows += [_compare_prompts(group) for _, group in prompts.groupby(key)]
-    return judge(pd.DataFrame(rows, columns=["task", "method", "subject", "compared", "before", "after", *_MEASURED]))
+    return judge(pd.DataFrame(rows, columns=_COLUMNS))
 
 
-_MEASURED = ["change", "low", "high", "detectable", "p", "seeds", "paired"]
+_COLUMNS = ["task", "method", "subject", "compared", "before", "after", "change", "low", "high", "detectable", "p",
+            "wins", "wins_low", "wins_high", "seeds", "paired"]  # fmt: skip
 
 
 def measured(found: Contrast) -> dict[str, Any]:
-    """Return a difference: change, low, high, detectable (NaN: one seed), p, seeds (of the smaller side) and paired."""
-    (low, high), test = ends(found.change), found.test
+    """Return a difference, from "before" to "paired" as in the columns of `verdicts`. NaN: a side has one seed.
+
+    Columns: before and after (interquartile means), change, low, high, detectable, p, wins (the probability that a run
+    after beats a run before), wins_low, wins_high, seeds (of the smaller side) and paired.
+    """
+    test, change, wins = found.test, found.change, found.wins
+    row = {
+        "before": found.levels[1], "after": found.levels[0], "change": change.value, "low": change.low,
+        "high": change.high, "seeds": change.runs, "paired": found.paired, "detectable": np.nan, "p": np.nan,
+        "wins": np.nan, "wins_low": wins.low, "wins_high": wins.high,
+    }  # fmt: skip
+    if test is None:
+        return row
     # The test is of means, so it is no evidence where the interquartile means have the opposite order.
-    p = np.nan if test is None else test.p_value if test.difference * found.change.value > 0 else 1.0
-    detectable = test.detectable if test else np.nan
-    values = (found.change.value, low, high, detectable, p, found.change.runs, found.paired)
-    return dict(zip(_MEASURED, values, strict=True))
+    p_value = test.p_value if test.difference * change.value > 0 else 1.0
+    return row | {"detectable": test.detectable, "p": p_value, "wins": wins.value}
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
@@ -134,7 +142,7 @@ def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None) -
     row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
     if found is None:
         return row | {"after": cell["iqm"], "seeds": 0, "paired": False}
-    return row | {"before": found.levels[1], "after": found.levels[0], **measured(found)}
+    return row | measured(found)
 
 
 def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:

@@ -70,7 +70,6 @@ class Panel(NamedTuple):
 
     title: str
     spec: dict[str, Any]  # Vega-Lite, with CSS variables as colours
-    option: str = ""  # value of the chart's selector at which the panel is shown
     height: int = HEIGHT  # pixels
 
 
@@ -83,11 +82,6 @@ class Chart(NamedTuple):
     panels: list[Panel]
     methods: list[str]  # in the legend
     dashed: str = ""  # what dashed lines show; empty if there are none
-
-    @property
-    def options(self) -> list[str]:
-        """Values of the selector; empty if there is none."""
-        return [option for option in dict.fromkeys(panel.option for panel in self.panels) if option]
 
 
 def styles(table: pd.DataFrame) -> dict[str, Style]:
@@ -130,15 +124,12 @@ def page_spec(panel: Panel) -> dict[str, Any]:
 
 def chart_files(chart: Chart) -> dict[str, bytes]:
     """Return the chart for a paper, with a legend, as SVG (light and dark), PDF and PNG: file name -> content."""
-    files = {}
-    for option in chart.options or [""]:
-        name = f"{chart.name}_{option.lower()}" if option else chart.name
-        panels = [panel for panel in chart.panels if panel.option == option]
-        svg = vl_convert.vegalite_to_svg(_file_spec(panels, chart.methods))
-        files[f"{name}.svg"] = svg.replace(">", f">{_DARK}", 1).encode()
-        files[f"{name}.pdf"] = vl_convert.svg_to_pdf(svg)
-        files[f"{name}.png"] = vl_convert.svg_to_png(svg, scale=2)
-    return files
+    svg = vl_convert.vegalite_to_svg(_file_spec(chart.panels, chart.methods))
+    return {
+        f"{chart.name}.svg": svg.replace(">", f">{_DARK}", 1).encode(),
+        f"{chart.name}.pdf": vl_convert.svg_to_pdf(svg),
+        f"{chart.name}.png": vl_convert.svg_to_png(svg, scale=2),
+    }
 
 
 def _file_spec(panels: Sequence[Panel], methods: Sequence[str]) -> dict[str, Any]:
@@ -201,9 +192,7 @@ class Drawing(NamedTuple):
         self.frames[name] = data
         return alt.Chart(alt.NamedData(name=name))
 
-    def panel(
-        self, title: str, layers: Sequence[alt.Chart], description: str, option: str = "", height: int = HEIGHT
-    ) -> Panel:
+    def panel(self, title: str, layers: Sequence[alt.Chart], description: str, height: int = HEIGHT) -> Panel:
         """Return layers made with `base` as one panel. Its parameter `isolated` is the method chosen in the legend."""
         specs = [layer.to_dict(validate=False) for layer in layers]
         for spec in specs:
@@ -212,7 +201,7 @@ class Drawing(NamedTuple):
         rows = {name: json.loads(self.frames[name].to_json(orient="records", double_precision=6)) for name in names}
         params = [{"name": "isolated", "value": ""}]
         spec = {"description": description, "layer": specs, "datasets": rows, "params": params}
-        return Panel(title, spec, option, height)
+        return Panel(title, spec, height)
 
     def curves(
         self,
@@ -221,7 +210,6 @@ class Drawing(NamedTuple):
         *,
         y: alt.Y | None = None,
         runs: pd.DataFrame | None = None,
-        option: str = "",
         **marks: Any,
     ) -> list[Panel]:
         """Return a panel per task: a line per method, memory and curve, and a horizontal line per row without x.
@@ -232,7 +220,6 @@ class Drawing(NamedTuple):
             axis: returns the x axis for a column of values.
             y: axis of the column "value". Default: the return per episode.
             runs: training runs, drawn as small dots: columns task, method, x, value and seed.
-            option: value of the chart's selector.
             marks: arguments of `lines`.
         """
         panels, y = [], y or alt.Y("value:Q", title="return per episode", scale=alt.Scale(zero=True))
@@ -247,7 +234,7 @@ class Drawing(NamedTuple):
             layers = [*self.rules(data[data["x"].isna()], y), *self.lines(points, x, y, **marks)]
             if runs is not None and (runs["task"] == task).any():
                 layers.append(self.dots(runs[runs["task"] == task], x, y))
-            panels.append(self.panel(str(task), layers, f"{task}: {y['title']} against {x['title']}.", option))
+            panels.append(self.panel(str(task), layers, f"{task}: {y['title']} against {x['title']}."))
         return panels
 
     def rows(self, data: pd.DataFrame) -> pd.DataFrame:
@@ -272,7 +259,7 @@ class Drawing(NamedTuple):
         return alt.Color("method:N", title=None, scale=alt.Scale(domain=list(self.styles), range=shades))
 
     def lines(
-        self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, band: bool = False, points: bool = True, step: bool = False
+        self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, band: bool = False, points: bool = True
     ) -> list[alt.Chart]:
         """Return lines per method, memory and curve, bars or a band for intervals, points with tooltips, and labels.
 
@@ -281,11 +268,9 @@ class Drawing(NamedTuple):
             x, y: axes of the columns x and value.
             band: draw intervals as a band.
             points: draw the points; False leaves only their tooltips.
-            step: draw lines as steps.
         """
-        how: dict[str, Any] = {"interpolate": "step-after"} if step else {}
         base = self.base(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
-        line = base.mark_line(strokeWidth=2, strokeJoin="round", **how).encode(y=y, opacity=_opacity("strength"))
+        line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(y=y, opacity=_opacity("strength"))
         if data["memory"].nunique() > 1:
             dashed = next(name for name in _DASHED if (data["memory"] == name).any())
             dashes = alt.Scale(domain=[_DASHED[dashed], dashed], range=[[1, 0], [4, 3]])
@@ -297,7 +282,7 @@ class Drawing(NamedTuple):
             marks = marks.encode(shape=alt.Shape("method:N", title=None, scale=shapes), opacity=_opacity("strength"))
         layers = [line, marks]
         if "low" in data and data["low"].notna().any():
-            ends = base.mark_area(**how) if band else base.mark_rule(strokeWidth=6)
+            ends = base.mark_area() if band else base.mark_rule(strokeWidth=6)
             low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
             ends = ends.encode(y=low, y2="high:Q", opacity=_opacity(0.15 if band else 0.3))
             layers.insert(0, ends.transform_filter("isValid(datum.low)"))
@@ -327,7 +312,7 @@ class Drawing(NamedTuple):
 _TOOLTIPS = {
     "method": "method", "shown": "return", "loss": "loss", "interval": "95 % interval", "seeds": "training seeds",
     "seed": "seed", "trajectories": "trajectories", "episode": "episode", "memory": "memory", "starts": "starts",
-    "step": "step", "fraction": "fraction of runs", "command": "command",
+    "step": "step", "command": "command",
 }  # fmt: skip
 _DRAWN = ("x", "value", "low", "high", "curve", "strength", "label", *_TOOLTIPS)
 

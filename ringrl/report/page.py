@@ -30,7 +30,6 @@ from ringrl.report.tables import (
     QUANTILES,
     RETURNS,
     data_table,
-    improvement_table,
     returns_table,
     tasks_like_random,
     training_table,
@@ -107,16 +106,13 @@ DIFFERENCE_COLUMNS = [
            "alone, with 80 % power at 5 %, two-sided", number),
     Column("p_holm", "p, corrected", "two-sided t-test of the means over training seeds, corrected for all comparisons "
            "of the table (Holm)", p_value),
+    Column("wins", "P(higher)", "probability that a training run of the second beats a run of the first; a tie counts "
+           "half", share, ("wins_low", "wins_high")),
 ]  # fmt: skip
+SEEDS = Column("seeds", "Seeds", "training seeds of the smaller side", count)
 COMPARISON_COLUMNS = [
     Column("task", "Task"), Column("method", "Method"), Column("compared", "Compared"), Column("before", "Before"),
-    Column("after", "After"), *DIFFERENCE_COLUMNS,
-    Column("seeds", "Seeds", "training seeds of the smaller side", count),
-]  # fmt: skip
-IMPROVEMENT_COLUMNS = [
-    Column("first", "Method"), Column("second", "Over"), Column("tasks", "Tasks", form=count),
-    Column("probability", "Probability", "that a training run of the first beats a run of the second on the same task",
-           share, ("low", "high")),
+    Column("after", "After"), *DIFFERENCE_COLUMNS, SEEDS,
 ]  # fmt: skip
 CORRELATION_COLUMNS = [
     Column("task", "Task"), Column("runs", "Runs", form=count),
@@ -159,13 +155,10 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     """
     read = read_results(results)
     table, runs = returns_table(read), provenance.training_runs(read)
-    losses = provenance.training_losses(runs)
-    held_out = loss_points(read, table, runs)
-    correlations = loss_correlations(held_out)
-    charts = all_charts(read, table, losses, held_out)
-    verdicts, improvement = conclusion.verdicts(read, table), improvement_table(read, table)
-    data, like_random = data_table(read, table), tasks_like_random(read, table)
-    training, videos = training_table(read, runs), provenance.videos(read)
+    losses, held_out = provenance.training_losses(runs), loss_points(read, table, runs)
+    correlations, training = loss_correlations(held_out), training_table(read, runs)
+    charts, videos = all_charts(read, table, losses, held_out), provenance.videos(read)
+    verdicts, like_random = conclusion.verdicts(read, table), tasks_like_random(read, table)
     warnings = [
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
         conclusion.overfitting_warning(losses),
@@ -174,40 +167,33 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     facts.insert(5, ("Starts", conclusion.starts_facts(read, table)))
     shown = table.assign(train_trajectories=table["train_trajectories"].replace(0, pd.NA))
     columns = _used(RETURN_COLUMNS, shown)
+    sheets = {
+        "comparisons": (verdicts, COMPARISON_COLUMNS),
+        "held_out_loss": (correlations, CORRELATION_COLUMNS),
+        "training": (training, _used(TRAINING_COLUMNS, training)),
+        "data": (data_table(read, table), DATA_COLUMNS),
+    }
     page = render(
         "report.html",
         headline=conclusion.headline(verdicts, like_random),
         against_rivals=conclusion.against_rivals(verdicts, like_random),
-        verdicts=verdicts,
-        comparison_columns=COMPARISON_COLUMNS,
         warnings=[sentence for sentence in warnings if sentence],
         tasks=sorted(table["task"].unique()),
         date=read["created"].max(),
         charts=charts,
         table=shown,
         columns=columns,
-        improvement=improvement,
-        improvement_columns=IMPROVEMENT_COLUMNS,
-        correlations=correlations,
-        correlation_columns=CORRELATION_COLUMNS,
+        sheets=sheets,
         loss_sentence=loss_sentence(correlations),
-        training=training,
-        training_columns=_used(TRAINING_COLUMNS, training),
-        data=data,
-        data_columns=DATA_COLUMNS,
         videos=videos,
         facts=facts,
         styles=styles(table),
     )
     files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
-    files |= table_files("comparisons", verdicts, COMPARISON_COLUMNS) if len(verdicts) else {}
-    files |= table_files("improvement", improvement, IMPROVEMENT_COLUMNS) if len(improvement) else {}
-    files |= table_files("held_out_loss", correlations, CORRELATION_COLUMNS) if len(correlations) else {}
-    files |= table_files("data", data, DATA_COLUMNS) if len(data) else {}
-    files |= table_files("training", training, TRAINING_COLUMNS) if len(training) else {}
-    return save_report(
-        page, charts, files | {target: path for one in videos for _, path, target in one["videos"]}, destination
-    )
+    for name, (sheet, of) in sheets.items():
+        files |= table_files(name, sheet, of) if len(sheet) else {}
+    copied = {target: path for one in videos for _, path, target in one["videos"]}
+    return save_report(page, charts, files | copied, destination)
 
 
 def terminal_table(results: Path | Sequence[Path]) -> Group:

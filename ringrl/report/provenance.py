@@ -15,10 +15,11 @@ from ringrl.config_files import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import number
 from ringrl.evaluation.records import PROTOCOL, VIDEOS, recipe
+from ringrl.evaluation.statistics import BOOTSTRAP_SEED, RESAMPLES
 from ringrl.evaluation.target import NO_TARGET
 from ringrl.files import without_crc
 from ringrl.report.results import CELL
-from ringrl.report.tables import BOOTSTRAP_SEED, RESAMPLES, describe
+from ringrl.report.tables import describe
 
 POINTS = 50  # of a learning curve
 MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl

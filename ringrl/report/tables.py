@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,6 @@ from ringrl.evaluation.statistics import (
 )
 from ringrl.report.results import CELL, CONTEXT_KINDS, RUN, usual_settings
 
-BOOTSTRAP_SEED, RESAMPLES = 0, 2000
 QUANTILES = {"Least": 0.0, "5 %": 0.05, "25 %": 0.25, "Median": 0.5, "75 %": 0.75, "95 %": 0.95, "Best": 1.0}
 METRICS = ["mean", "first", "last", "best"]
 RETURNS = [
@@ -38,19 +38,7 @@ class Contrast(NamedTuple):
     wins: Estimate  # probability that a run of the first beats a run of the second
     levels: tuple[float, float]  # interquartile means of these runs
     paired: bool  # whether the two have the same training runs or seeds
-    test: MeanTest | None = None  # of the means; None for several tasks and for one seed
-
-
-def summarise(*scores: Sequence[float] | np.ndarray | pd.Series, together: Sequence[int] | None = None) -> Estimate:
-    """Return the interquartile mean of training runs of each task (runs,) and its 95 % interval; see `strata`."""
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    strata = [np.asarray(runs, np.float64) for runs in scores]
-    return estimate(strata, generator=generator, together=together, resamples=RESAMPLES)
-
-
-def ends(found: Estimate) -> tuple[float, float]:
-    """Return the ends of the interval; NaN if there is none."""
-    return (found.interval.low, found.interval.high) if found.interval else (np.nan, np.nan)
+    test: MeanTest | None  # of the means; None for one seed
 
 
 def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
@@ -72,38 +60,25 @@ def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
     return [runs.to_numpy(np.float64) for runs in kept], labels
 
 
-def contrast_tasks(ours: Sequence[pd.Series], theirs: Sequence[pd.Series]) -> Contrast:
-    """Return the difference of the interquartile means and the probability that the first is better.
+def contrast(ours: pd.Series, theirs: pd.Series) -> Contrast:
+    """Return the difference of two cells of one task; if both have the same seeds, seed by seed.
 
-    The bootstrap draws runs that are on both sides together, and all other runs independently.
+    Runs of one seed are a pair, because a seed selects the training data and the held-out episodes. If the cells share
+    training runs, only the shared runs count, and they are pairs, too.
 
     Args:
-        ours, theirs: per task, scores indexed by training run.
-    """
-    runs, labels = strata([*ours, *theirs])
-    count = len(ours)
-    sides = runs[:count], runs[count:]
-    change, wins = (
-        statistic(
-            *sides, generator=np.random.default_rng(BOOTSTRAP_SEED), together=labels[:count],
-            baseline_together=labels[count:], resamples=RESAMPLES,
-        )
-        for statistic in (difference, probability_of_improvement)
-    )  # fmt: skip
-    levels = [float(interquartile_mean(np.concatenate(side))) for side in sides]
-    return Contrast(change, wins, (levels[0], levels[1]), bool(set(labels[:count]) & set(labels[count:])))
-
-
-def contrast(ours: pd.Series, theirs: pd.Series) -> Contrast:
-    """Return the contrast of two cells of one task with its test; if both have the same seeds, seed by seed.
-
-    Runs of one seed are a pair, because a seed selects the training data and the held-out episodes.
+        ours, theirs: scores indexed by training run.
     """
     by_seed = [runs.rename(index=lambda run: run.rpartition("#")[2]) for runs in (ours, theirs)]
     if set(by_seed[0].index) == set(by_seed[1].index):
         ours, theirs = by_seed
-    found, (sides, _) = contrast_tasks([ours], [theirs]), strata([ours, theirs])
-    return found._replace(test=mean_test(sides[0], sides[1], paired=found.paired))
+    shared = ours.index[ours.index.isin(theirs.index)]
+    paired = len(shared) > 0
+    sides = [(runs.loc[shared] if paired else runs).to_numpy(np.float64) for runs in (ours, theirs)]
+    return Contrast(
+        difference(*sides, paired=paired), probability_of_improvement(*sides, paired=paired),
+        (middle(sides[0]), middle(sides[1])), paired, mean_test(*sides, paired=paired),
+    )  # fmt: skip
 
 
 def run_scores(results: pd.DataFrame, counted: str = "counts") -> pd.DataFrame:
@@ -195,13 +170,12 @@ def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series) -> dict[
     # Without context the episodes of a stream are independent, and the first episode remembers none: its own control.
     is_own = cell["kind"] == "reference" or cell["test_trajectories"] == 1
     control = {metric: scores_of(runs, cell, metric, memory=is_own) for metric in METRICS}
-    found = summarise(scores["mean"])
-    low, high = ends(found)
+    found = estimate([scores["mean"]])
     return {name: cell[name] for name in [*CELL, "kind", "variant", "family"]} | {
         "mean": scores["mean"].mean(),
         "iqm": found.value,
-        "low": low,
-        "high": high,
+        "low": found.low,
+        "high": found.high,
         "control": middle(control["mean"]),
         "last_control": middle(control["last"]),
         "best_control": middle(control["best"]),
@@ -262,28 +236,6 @@ def tasks_like_random(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     return sorted({*policies["task"]} - {*clear})
 
 
-def improvement_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Return how often one method beats another, one row per pair: the longest context of each method against its
-    shortest, against every other method, and against every method without context.
-
-    Only cells with two or more training seeds take part. Columns: first, second, tasks, probability, low, high.
-    """
-    runs, sides = run_scores(results), contenders(table)
-    longest = [side for side in sides if side["longest"] and side["kind"] == "context"]
-    shortest = {side["method"]: side for side in sides if not side["longest"]}
-    pairs = [(one, shortest[one["method"]]) for one in longest if one["method"] in shortest]
-    pairs += [(one, other) for index, one in enumerate(longest) for other in longest[index + 1 :]]
-    pairs += [(one, other) for one in longest for other in sides if other["kind"] == "reference"]
-    rows = []
-    for ours, theirs in pairs:
-        tasks = [task for task in ours["cells"] if task in theirs["cells"]]
-        if tasks:
-            one, other = ([scores_of(runs, side["cells"][task]) for task in tasks] for side in (ours, theirs))
-            wins = contrast_tasks(one, other).wins
-            rows.append((ours["name"], theirs["name"], len(tasks), wins.value, *ends(wins)))
-    return pd.DataFrame(rows, columns=["first", "second", "tasks", "probability", "low", "high"])
-
-
 def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Return normalised scores over all tasks, at the context lengths that every task has one curve through.
 
@@ -296,39 +248,12 @@ def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
         points = points.iloc[:0]
     for (method, length), cells in points.groupby(["method", "length"]):
         if len(cells) == len(tasks) and set(cells["task"]) == set(tasks):
-            scores, together = strata([scores_of(runs, cell) for _, cell in cells.iterrows()])
-            found = summarise(*map(normalised, cells["task"], scores), together=together)
-            rows.append((method, length, found.value, *ends(found), found.runs))
+            scores, together = strata(
+                [scores_of(runs, cell).map(partial(score_or_none, cell["task"])) for _, cell in cells.iterrows()]
+            )
+            found = estimate(scores, together=together)
+            rows.append((method, length, found.value, found.low, found.high, found.runs))
     return pd.DataFrame(rows, columns=["method", "length", "iqm", "low", "high", "seeds"])
-
-
-def normalised(task: str, scores: np.ndarray) -> np.ndarray:
-    """Return the normalised scores of returns on a task."""
-    return np.array([score_or_none(task, score) for score in scores], np.float64)
-
-
-def contenders(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return each method at its longest and its shortest context, and each method without context.
-
-    Keys: name, method, kind, longest, and cells (task -> row of the table) with two or more training seeds.
-    """
-    found: list[dict[str, Any]] = []
-    for method, rows in table[table["length"].notna()].groupby("method"):
-        pairs = {task: ends_of_curve(group) for task, group in rows.groupby("task")}
-        for longest in (True, False):
-            cells = {task: pair[longest] for task, pair in pairs.items()}
-            if longest or any(pair[0].name != pair[1].name for pair in pairs.values()):
-                labels = {context_label(cell) for cell in cells.values()}
-                label = labels.pop() if len(labels) == 1 else f"the {'longest' if longest else 'shortest'} context"
-                name = f"{method}, {label}"
-                found.append({"name": name, "method": method, "kind": "context", "longest": longest, "cells": cells})
-    references = pd.concat([levels(table, task) for task in table["task"].unique()])
-    for method, rows in references.groupby("method"):
-        cells = {row["task"]: row for _, row in rows.iterrows()}
-        found.append({"name": method, "method": method, "kind": "reference", "longest": True, "cells": cells})
-    for side in found:
-        side["cells"] = {task: cell for task, cell in side["cells"].items() if cell["seeds"] > 1}
-    return [side for side in found if side["cells"]]
 
 
 def ends_of_curve(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
@@ -344,8 +269,8 @@ def intervals(scores: pd.DataFrame, by: Sequence[str], value: str = "value") -> 
     """Return the interquartile mean of the column `value` in each group of training runs: iqm, low, high and seeds."""
     rows = []
     for key, values in scores.groupby(list(by))[value]:
-        found = summarise(values)
-        rows.append((*key, found.value, *ends(found), found.runs))
+        found = estimate([values])
+        rows.append((*key, found.value, found.low, found.high, found.runs))
     return pd.DataFrame(rows, columns=[*by, "iqm", "low", "high", "seeds"])
 
 

@@ -19,7 +19,7 @@ from ringrl.report.page import Column, _spec, save_report, table_files, to_rich
 from ringrl.report.results import tabulate
 from ringrl.report.tables import returns_table
 
-CHARTS = ("return_by_context", "return_by_episode", "last_episodes", "performance_profiles")
+CHARTS = ("return_by_context", "return_by_episode", "last_episodes")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_it_writes_a_page_tables_and_figures(report):
         xml.etree.ElementTree.parse(report.parent / "figures" / f"{name}.svg")
         assert (report.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert (report.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    tables = {f"{name}.{kind}" for name in ("returns", "improvement", "comparisons", "data") for kind in ("csv", "tex")}
+    tables = {f"{name}.{kind}" for name in ("returns", "comparisons", "data") for kind in ("csv", "tex")}
     assert {path.name for path in (report.parent / "tables").iterdir()} == tables
     text = report.read_text()
     for part in ("A longer context helps.", "618", "data_best", "869", "3f9a7c0be51d", "jax 0.10.2", "plan.yaml"):

@@ -18,7 +18,6 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-// Charts are drawn when they are first shown: a hidden one has no width.
 const views = [];
 let isolated = "";
 const draw = async (figure) => {
@@ -28,8 +27,7 @@ const draw = async (figure) => {
   views.push(view);
   if (isolated) view.signal("isolated", isolated).run();
 };
-const drawAll = Promise.all([...document.querySelectorAll("figure:not([hidden])")].filter((f) => f.querySelector(".chart")).map(draw));
-drawAll.then(() => { document.body.dataset.drawn = views.length; });
+Promise.all([...document.querySelectorAll("figure:has(.chart)")].map(draw)).then(() => { document.body.dataset.drawn = views.length; });
 
 // A click on a method in a legend fades all other methods in all charts; a second click shows all again.
 const keys = [...document.querySelectorAll("button.key")];
@@ -37,12 +35,4 @@ for (const button of keys) button.addEventListener("click", () => {
   isolated = isolated === button.dataset.method ? "" : button.dataset.method;
   for (const key of keys) key.ariaPressed = String(key.dataset.method === isolated);
   for (const view of views) view.signal("isolated", isolated).run();
-});
-
-// The selector of a chart shows the panels of one option.
-for (const select of document.querySelectorAll("select.option")) select.addEventListener("change", () => {
-  for (const part of select.closest("section").querySelectorAll("[data-option]")) {
-    part.hidden = part.dataset.option !== select.value;
-    if (!part.hidden && part.querySelector("script") && !part.querySelector("svg")) draw(part);
-  }
 });
