@@ -221,8 +221,7 @@ def _roll_out_part(
 ) -> list[EvaluationRecord]:
     """Roll out the streams or the control. Each episode of the control is a rollout of its own."""
     seeds, n = evaluation.seeds, evaluation.protocol.episodes
-    steps = evaluation.normalisation.episode_length if evaluation.most_steps is None else None
-    recorded = [] if journal is None else journal.episodes(part, steps, len(seeds))[:n]
+    recorded = [] if journal is None else journal.episodes(part)[:n]
     done: list[EpisodeBatch] = []
 
     def keep(episode: EpisodeBatch) -> None:

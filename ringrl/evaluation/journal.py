@@ -18,10 +18,6 @@ from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch
 from ringrl.files import explain_write_errors, lock, remove, write_whole
 
 GONE = ".removed"  # suffix of a journal that is being deleted
-_TYPES = {
-    "observation": np.float32, "action": np.float32, "reward": np.float64, "physics": np.float64, "length": np.int64,
-    "terminated": np.bool_,
-}  # fmt: skip
 
 
 class EpisodeJournal:
@@ -42,13 +38,10 @@ class EpisodeJournal:
             self._lock.enter_context(lock(folder, "is running the same evaluation", file=folder / "lock"))
             self._claim(json.loads(json.dumps(dict(decides))))
 
-    def episodes(self, part: str, steps: int | None, streams: int) -> list[EpisodeBatch]:
-        """Return the episodes of a part up to the first one that is missing, unreadable or of another shape.
-
-        `steps` is the length of every episode. None: they may differ.
-        """
+    def episodes(self, part: str) -> list[EpisodeBatch]:
+        """Return the episodes of a part up to the first one that is missing or unreadable."""
         found: list[EpisodeBatch] = []
-        while (episode := self.episode(part, len(found))) is not None and _has_shape(episode, steps, streams):
+        while (episode := self.episode(part, len(found))) is not None:
             found.append(episode)
         return found
 
@@ -112,16 +105,3 @@ def sweep(folder: Path) -> None:
             remove(gone)
     with suppress(OSError):  # missing, or not empty
         folder.rmdir()
-
-
-def _has_shape(episode: EpisodeBatch, steps: int | None, streams: int) -> bool:
-    """Return whether each array has its dtype and its number of dimensions, steps and streams."""
-    if steps is None:
-        steps = len(episode.reward) if episode.reward.ndim else 0
-    rows = {"observation": steps + 1, "action": steps, "reward": steps, "physics": steps + 1}
-    for name in ARRAYS:
-        array, dimensions = getattr(episode, name), {"reward": 2, "length": 1, "terminated": 1}.get(name, 3)
-        expected = (rows[name], streams) if name in rows else (streams,)
-        if (array.dtype, array.ndim, array.shape[:2]) != (_TYPES[name], dimensions, expected):
-            return False
-    return bool((episode.length <= steps).all() and (episode.length >= 0).all())

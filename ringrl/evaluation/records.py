@@ -13,8 +13,7 @@ import os
 import platform
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -280,10 +279,10 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Results:
         UserError: a path does not exist, or a whole line is not a record of this protocol. The message names the line.
     """
     notes: list[str] = []
-    sources = find_results(paths, notes)
+    sources = find_results(paths)
     records: list[EvaluationRecord] = []
     origin: dict[str, Path] = {}  # text of a record -> first file
-    copies: Counter[tuple[Path, Path]] = Counter()
+    copies = 0
     for path in sources:
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -297,17 +296,15 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Results:
                 continue
             if (text := _whole(line)) is None or (record := _parse(text, line, f"{path}, line {number}")) is None:
                 damaged.append(str(number))
-            elif (first := origin.setdefault(text, path)) != path:
-                copies[path, first] += 1
+            elif origin.setdefault(text, path) != path:
+                copies += 1
             else:
                 records.append(record)
         if damaged:
             more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
             notes.append(f"{path}, line {', '.join(damaged[:10])}{more}: damaged or cut short, left out")
     if copies:
-        (path, first), number = next(iter(copies.items()))
-        more = f", and {copies.total() - number} in other files" if len(copies) > 1 else ""
-        notes.append(f"{number} results of {path} are also in {first}{more}: counted once")
+        notes.append(f"{copies} results are also in another file: counted once")
     return Results(tuple(records), tuple(sources), tuple(notes))
 
 
@@ -321,57 +318,40 @@ def remove_damaged_lines(path: Path) -> None:
             write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
-def find_results(paths: str | Path | Sequence[str | Path], notes: list[str] | None = None) -> list[Path]:
+def find_results(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return each results file once: files as given, and *.jsonl and *.jsonl.gz in folders and below.
 
     Training's metrics.jsonl is left out.
 
-    Links are followed. Hidden files and folders (".name") are left out. A sentence about each file or folder that
-    cannot be read, and about linked folders that were found before, is added to `notes`.
+    Links are followed. Hidden files and folders (".name") are left out.
 
     Raises:
-        UserError: a path does not exist, or is neither a file nor a folder.
+        UserError: a path does not exist, is neither a file nor a folder, or a folder cannot be read.
     """
     found: dict[Path, Path] = {}
-    notes = [] if notes is None else notes
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if not path.is_dir() and not path.is_file():
             what = "is not a regular file" if path.exists() else "no such file or folder"
             raise UserError(f"{path}: {what}; give results files (.jsonl) or folders that contain them")
-        for file in sorted(_results_below(path, notes)) if path.is_dir() else [path]:
-            if (first := found.setdefault(file.resolve(), file)) != file:
-                notes.append(f"{file} is also {first}: counted once")
+        for file in sorted(_results_below(path)) if path.is_dir() else [path]:
+            found.setdefault(file.resolve(), file)
     return list(found.values())
 
 
-def _results_below(folder: Path, notes: list[str]) -> list[Path]:
-    found: list[Path] = []
-    seen: dict[str, str] = {}  # real path of a folder -> path under which it was found
+def _results_below(folder: Path) -> Iterator[Path]:
+    seen: set[str] = set()
 
-    def skip(error: OSError) -> None:
-        notes.append(f"{error.filename}: cannot be read ({error.strerror}), left out")
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); give files or other folders")
 
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=skip):
-        if (first := seen.setdefault(os.path.realpath(place), place)) != place:
-            folders.clear()
-            notes.append(f"{place} is a link to {first}: counted once")
-            continue
-        # Links come last, so that a folder inside is found under its own name.
-        folders[:] = sorted(
-            (name for name in folders if not name.startswith(".")),
-            key=lambda name: (Path(place, name).is_symlink(), name),
-        )
-        for file in (Path(place, name) for name in files):
-            if (
-                file.name.endswith((".jsonl", ".jsonl.gz"))
-                and file.name != "metrics.jsonl"
-                and not file.name.startswith(".")
-            ):
-                if file.is_file():
-                    found.append(file)
-                else:
-                    notes.append(f"{file}: is a link to nothing, or no regular file, left out")
-    return found
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        seen.add(real)
+        for name in files:
+            is_result = name.endswith((".jsonl", ".jsonl.gz")) and name != "metrics.jsonl"
+            if is_result and not name.startswith(".") and Path(place, name).is_file():
+                yield Path(place, name)
 
 
 def _whole(line: bytes) -> str | None:

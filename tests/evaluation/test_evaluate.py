@@ -344,7 +344,7 @@ def test_an_interrupted_evaluation_resumes_with_identical_results(
 def test_recorded_episodes_are_read_from_the_journal(evaluation: Evaluation, tmp_path: Path) -> None:
     with EpisodeJournal(tmp_path, evaluation.decides) as journal:
         roll_out(evaluation, journal=journal)
-        first = journal.episodes("context", LENGTH, STREAMS)[0]
+        first = journal.episodes("context")[0]
         first.reward[:] = 1.0
         journal.add("context", 0, first)
         assert roll_out(evaluation, journal=journal)[0].returns[0] == LENGTH
