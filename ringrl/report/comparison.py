@@ -58,7 +58,9 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
     tables = [table.query("kind != 'data' and family != 'random'") for table in whole]  # nothing was trained
     matched = _match(*tables)
     if not matched:
-        raise UserError(f"{_listed(a)} and {_listed(b)} have no task, method and context length in common")
+        raise UserError(
+            f"{_listed(a)} and {_listed(b)} have no task, method and context length in common; give results that match"
+        )
     runs, starts = [run_scores(side) for side in results], [starts_of_cells(side) for side in results]
     rows = []
     for one, other in matched:

@@ -15,7 +15,6 @@ from ringrl.report.tables import (
     Contrast,
     context_label,
     contrast,
-    describe,
     ends_of_curve,
     levels,
     prompt_returns,
@@ -214,54 +213,23 @@ def starts_of_cells(results: pd.DataFrame) -> pd.Series:
     return rows.groupby(RUN)["start"].agg(frozenset).groupby(CELL).agg(frozenset)
 
 
-def starts_facts(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
-    """Return a line per task: the number of starts, and for each policy if they differ between policies."""
-    return [
-        f"{task}: {_listed(found)}{', the same for all' if _alike(found) else ''}"
-        for task, found in _starts_groups(results, table).items()
-    ]
-
-
 def starts_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
-    """Return a warning if compared policies were rolled out from different starts; None if not."""
-    unlike = [
-        f"on {task} {_listed(found)}" for task, found in _starts_groups(results, table).items() if not _alike(found)
-    ]
+    """Return a warning if compared policies were rolled out from different starts; None if not.
+
+    Prompted rollouts are left out, since their chart has equal starts.
+    """
+    starts, unlike = starts_of_cells(results), []
+    for task, cells in table[table["length"].notna() | (table["kind"] == "reference")].groupby("task"):
+        sets = frozenset().union(*(starts[tuple(cell[CELL])] for _, cell in cells.iterrows()))
+        if len(sets) > 1:
+            counts = sorted({len(one) for one in sets})
+            unlike.append(f"{task} ({' or '.join(map(str, counts))} starts)")
     if not unlike:
         return None
     return (
-        f"Not all policies were rolled out from the same starts: {'; '.join(unlike)}. Some starts are harder than "
-        "others, so the starts may explain a part of the differences."
+        f"Not all policies and training seeds were rolled out from the same starts: {', '.join(unlike)}. Some starts "
+        "are harder than others, so the starts may explain a part of the differences."
     )
-
-
-Starts = frozenset[frozenset[str]]  # of each training seed
-
-
-def _starts_groups(results: pd.DataFrame, table: pd.DataFrame) -> dict[str, dict[Starts, list[pd.Series]]]:
-    """Return task -> starts -> policies. Prompted rollouts are left out, since their chart has equal starts."""
-    found: dict[str, dict[Starts, list[pd.Series]]] = defaultdict(lambda: defaultdict(list))
-    starts = starts_of_cells(results)
-    for _, cell in table[table["length"].notna() | (table["kind"] == "reference")].iterrows():
-        found[cell["task"]][starts[tuple(cell[CELL])]].append(cell)
-    return {task: dict(sorted(of.items(), key=lambda group: sorted(map(len, group[0])))) for task, of in found.items()}
-
-
-def _alike(groups: dict[Starts, list[pd.Series]]) -> bool:
-    return len(frozenset().union(*groups)) <= 1
-
-
-def _listed(groups: dict[Starts, list[pd.Series]]) -> str:
-    parts = []
-    for starts, cells in groups.items():
-        counts = sorted({len(one) for one in starts})
-        part = f"{' or '.join(map(str, counts))} start{'s' if counts[-1] > 1 else ''}"
-        part += ", which differ by training seed," if len(starts) > 1 else ""
-        if not _alike(groups):
-            more = f" and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
-            part += f" for {', '.join(describe(cell) for cell in cells[:_NAMED])}{more}"
-        parts.append(part)
-    return ", ".join(parts)
 
 
 def overfitting_warning(losses: pd.DataFrame) -> str | None:

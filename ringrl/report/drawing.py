@@ -1,10 +1,7 @@
 """How charts are drawn: Altair specifications, shown on the page and written as SVG, PDF and PNG."""
 
 import json
-import math
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -52,7 +49,6 @@ MEMORY, RESET = "with memory", "memory reset before each episode"
 TRAINING, HELD_OUT = "training", "held-out episodes"
 _DASHED = {RESET: MEMORY, HELD_OUT: TRAINING}  # what a dashed line shows -> what its solid line shows
 FONT = "Inter, system-ui, Liberation Sans, Arial, sans-serif"
-DISTINCT = 100.0  # distance of two colours that are easy to tell apart, in RGB from 0 to 255
 WIDTH, HEIGHT = 380, 250  # of a panel in a file, pixels
 _SHAPES, _DASHES = ("circle", "square", "triangle-up", "diamond"), ((2, 3), (6, 3), (1, 4), (6, 3, 1, 3))
 
@@ -87,28 +83,20 @@ class Chart(NamedTuple):
 def styles(table: pd.DataFrame) -> dict[str, Style]:
     """Return how each method is drawn, the same in all charts; where colours repeat, shapes and dashes differ.
 
-    A method of METHODS has one colour in all reports. A variant has the shared colour that its name hashes to, or the
-    next one if another method has this colour or one like it.
+    A method of METHODS has one colour in all reports. The variants of a report share the other colours in order.
     """
-    policies, found = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method"), {}
-    uses: Counter[str] = Counter()
+    policies = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method")
+    found: dict[str, Style] = {}
+    variants = 0
     for method, kind in zip(policies["method"], policies["kind"], strict=True):
-        first = zlib.crc32(method.encode()) % len(_SHARED)
-        shared = _SHARED[first:] + _SHARED[:first]
-        colour = _OWN.get(method) or min(shared, key=lambda name: (uses[name], -_distance(name, uses)))
-        again = uses[colour] % len(_SHAPES)
-        uses[colour] += 1
-        found[method] = Style(colour, _SHAPES[again], _DASHES[again] if kind == "reference" else ())
+        again, index = (0, 0) if method in _OWN else divmod(variants, len(_SHARED))
+        variants += method not in _OWN
+        dash = _DASHES[again % len(_DASHES)] if kind == "reference" else ()
+        found[method] = Style(_OWN.get(method, _SHARED[index]), _SHAPES[again % len(_SHAPES)], dash)
     return found | {
         "Dataset, all episodes": Style("muted", "circle", (7, 3)),
         "Dataset, best episode": Style("ink", "circle", (1, 0)),
     }
-
-
-def _distance(name: str, others: Iterable[str]) -> float:
-    """Return the distance of a colour to the nearest of others, at most DISTINCT."""
-    rgb = {each: bytes.fromhex(PALETTE[each][0][1:]) for each in (name, *others)}
-    return min([DISTINCT, *(math.dist(rgb[name], rgb[other]) for other in others)])
 
 
 _DARK = "".join(f'[{key}="{light}"]{{{key}:{dark}}}' for light, dark in PALETTE.values() for key in ("fill", "stroke"))

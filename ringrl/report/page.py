@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -18,9 +17,9 @@ from rich.console import Group
 from rich.markup import escape
 from rich.text import Text
 
-from ringrl.errors import UserError, printable
+from ringrl.errors import printable
 from ringrl.evaluation.formatting import ABSENT, MINUS, decimal, number, p_value
-from ringrl.files import lock, remove
+from ringrl.files import explain_write_errors, write_whole
 from ringrl.report import conclusion, provenance
 from ringrl.report.charts import all_charts
 from ringrl.report.drawing import PALETTE, Chart, chart_files, page_spec, styles
@@ -142,8 +141,8 @@ DATA_COLUMNS = [
 def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     """Write the page into the folder `destination`, with figures/, tables/ and videos/; return the page's path.
 
-    All files are written to a temporary folder and then renamed, the page last, so a failed report leaves the old one.
-    Other files in the folder are not touched.
+    Each file is replaced as a whole, the page last, so a failed report leaves the old page. Other files in the folder
+    are not touched.
 
     Args:
         results: results files, or folders that are searched for *.jsonl and *.jsonl.gz.
@@ -163,8 +162,6 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
         conclusion.overfitting_warning(losses),
     ]  # fmt: skip
-    facts = provenance.facts(read)
-    facts.insert(5, ("Starts", conclusion.starts_facts(read, table)))
     shown = table.assign(train_trajectories=table["train_trajectories"].replace(0, pd.NA))
     columns = _used(RETURN_COLUMNS, shown)
     sheets = {
@@ -186,7 +183,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         sheets=sheets,
         loss_sentence=loss_sentence(correlations),
         videos=videos,
-        facts=facts,
+        facts=provenance.facts(read),
         styles=styles(table),
     )
     files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
@@ -266,33 +263,15 @@ def render(template: str, **values: Any) -> str:
 def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path, name: str = PAGE) -> Path:
     """Write the figures and the other files of a report, the page (`name`) last; return the page's path.
 
-    All files are written before the first one is renamed to its place.
-
     Raises:
         UserError: the folder cannot be written, or a file cannot be copied.
     """
     figures = {f"{FIGURES}/{name}": content for chart in charts for name, content in chart_files(chart).items()}
-    files = {**files, **figures, name: page.encode()}
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        folder = destination / ".report.tmp"
-        with lock(destination, "is writing this report", file=destination / ".report.lock"):
-            try:
-                remove(folder)  # left by a killed process
-                for file, content in files.items():
-                    path = folder / file
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    if isinstance(content, bytes):
-                        path.write_bytes(content)
-                    else:
-                        shutil.copyfile(content, path)
-                for file in files:
-                    (destination / file).parent.mkdir(exist_ok=True)
-                    (folder / file).replace(destination / file)
-            finally:
-                remove(folder)
-    except OSError as error:
-        raise UserError(f"{destination}: cannot write the report ({error.strerror}); give another folder") from error
+    with explain_write_errors(destination):
+        for file, content in {**files, **figures, name: page.encode()}.items():
+            path = destination / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content if isinstance(content, bytes) else content.read_bytes(), alone=False)
     return destination / name
 
 

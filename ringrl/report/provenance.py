@@ -23,6 +23,7 @@ from ringrl.report.tables import describe
 
 POINTS = 50  # of a learning curve
 MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl
+_LOGGED = ["step", "loss", "validation_loss", "tokens_per_second", MEMORY]
 VIDEO_LABELS = ("first", "median", "best")
 _RUN = ["task", "method", "train_trajectories", "seed"]
 
@@ -90,24 +91,18 @@ def training_runs(results: pd.DataFrame) -> pd.DataFrame:
         folder = run_folder(row, next_to_results)
         if folder is None or folder.resolve() in rows:
             continue
-        entries = list(_entries(folder / "metrics.jsonl"))
-        if entries:
-            losses, held_out = (
-                np.array([entry.get(name, np.nan) for entry in entries], np.float64)
-                for name in ("loss", "validation_loss")
-            )
-            speeds, memory = (
-                [entry[name] for entry in entries if np.isfinite(entry.get(name, np.nan))]
-                for name in ("tokens_per_second", MEMORY)
-            )
+        log = pd.DataFrame(_entries(folder / "metrics.jsonl"), columns=_LOGGED, dtype=np.float64)
+        log = log.replace([np.inf, -np.inf], np.nan)
+        if len(log):
             rows[folder.resolve()] = {
-                **row[_RUN], "folder": folder,
-                "steps": np.array([entry["step"] for entry in entries], np.float64),
-                "losses": np.where(np.isfinite(losses), losses, np.nan),
-                "held_out": np.where(np.isfinite(held_out), held_out, np.nan),
-                "tokens_per_second": float(np.median(speeds)) if speeds else np.nan,
-                "peak_memory": float(np.max(memory)) if memory else np.nan,
-            }  # fmt: skip
+                **row[_RUN],
+                "folder": folder,
+                "steps": log["step"].to_numpy(),
+                "losses": log["loss"].to_numpy(),
+                "held_out": log["validation_loss"].to_numpy(),
+                "tokens_per_second": log["tokens_per_second"].median(),
+                "peak_memory": log[MEMORY].max(),
+            }
     return pd.DataFrame(
         list(rows.values()),
         columns=[*_RUN, "folder", "steps", "losses", "held_out", "tokens_per_second", "peak_memory"],
@@ -157,8 +152,7 @@ def _fits(config: dict[str, Any], row: pd.Series) -> bool:
     with suppress(pydantic.ValidationError):
         if settings != {"settings": "unknown"} and settings != recipe(TrainConfig.model_validate(config)):
             return False
-    given = config.get("context")
-    context = given if isinstance(given, dict) else {}
+    context = config.get("context") or {}
     length = context.get("trajectories")
     train_task = row["train_task"] if isinstance(row["train_task"], str) else row["task"]
     if train_task not in (config.get("task"), *(context.get("other_tasks") or ())):

@@ -1,8 +1,6 @@
 """What charts show."""
 
-import itertools
 import json
-import math
 import re
 
 import altair as alt
@@ -13,7 +11,7 @@ import scipy.stats  # type: ignore[import-untyped]
 
 from ringrl.report.charts import _episode_axis, all_charts
 from ringrl.report.conclusion import overfitting_warning
-from ringrl.report.drawing import DISTINCT, PALETTE, _legible, chart_files, styles
+from ringrl.report.drawing import PALETTE, _legible, chart_files, styles
 from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.page import write_report
 from ringrl.report.provenance import training_losses, training_runs
@@ -58,14 +56,6 @@ def test_a_method_has_one_colour_whatever_else_is_drawn(make_rollouts):
     assert together == {method: style for found in alone for method, style in found.items()} | together
     assert {name: found[name] for found in alone for name in found} == together
     assert len({style.colour for style in together.values()}) == 8
-
-
-def test_variants_are_easy_to_tell_apart(make_rollouts):
-    """Even if their names hash to similar colours."""
-    for number in range(30):
-        found = styles_of(make_rollouts, variants=tuple(f"{name}{number}" for name in "abc"))
-        rgb = [bytes.fromhex(PALETTE[style.colour][0][1:]) for style in found.values() if style.colour != "muted"]
-        assert min(math.dist(one, other) for one, other in itertools.combinations(rgb, 2)) >= 0.7 * DISTINCT
 
 
 @pytest.mark.parametrize(("length", "ticks"), [(2, [1, 2]), (30, [1, 4, 7, 10, 13, 16, 19, 22, 25, 28])])
