@@ -15,10 +15,10 @@ from ringrl.attention import arguments, kernels
 from ringrl.attention.arguments import Axes, MaskArguments, axis_names
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
 from ringrl.attention.layout import check_length, shard_positions
-from ringrl.attention.merge import AxisName, varying_like
+from ringrl.attention.merge import AxisName, varying_like, with_sinks
 from ringrl.attention.ring import make_ring
 from ringrl.attention.strategy import STRATEGIES, choose_strategy, device_of
-from ringrl.attention.ulysses import gather_heads, scatter_heads
+from ringrl.attention.ulysses import gather_heads, heads_of_device, scatter_heads
 
 
 class AttentionFunction(Protocol):
@@ -32,21 +32,40 @@ class AttentionFunction(Protocol):
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array: ...
 
 
-def _public(function: Callable[..., Any]) -> AttentionFunction:
-    """Add what the functions below share: inputs without a batch or without tokens, and errors for other keywords."""
+def _public(function: Callable[..., tuple[jax.Array, jax.Array]]) -> AttentionFunction:
+    """Add what the functions below share, so that they return output and log-sum-exp of the common case.
+
+    That is: inputs without a batch or without tokens, values of another width, sinks, and errors for other keywords.
+    """
 
     @functools.wraps(function)
-    def call(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> Any:
+    def call(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        sinks: jax.Array | None = None,
+        return_residual: bool = False,
+        **options: Any,
+    ) -> Any:
         for name in ("mask", "bias"):
             if name in options:
                 raise _unsupported(name)
         if q.ndim == k.ndim == v.ndim == 3:
-            return jax.tree.map(lambda x: x[0], call(q[None], k[None], v[None], **options))
-        if q.ndim == k.ndim == v.ndim == 4 and 0 in (*q.shape[:2], k.shape[1]):
-            arguments.check_arrays(q, k, v)
-            o, lse = jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-            return (o, lse) if options.get("return_residual") else o
-        return function(q, k, v, **options)
+            found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
+            return jax.tree.map(lambda x: x[0], found)
+        arguments.check_arrays(q, k, v)
+        arguments.check_per_head("sinks", sinks, q.shape[2])
+        if 0 in (*q.shape[:2], k.shape[1]):
+            o, lse = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        else:
+            if options.get("scale") is None:
+                options["scale"] = q.shape[-1] ** -0.5
+            o, lse = function(*arguments.of_one_width(q, k, v), **options)
+            o = o[..., : v.shape[3]]
+        if sinks is not None:
+            o, lse = with_sinks(o, lse, sinks)
+        return (o, lse) if return_residual else o
 
     return cast(AttentionFunction, call)
 
@@ -59,7 +78,7 @@ def _unsupported(name: str) -> ValueError:
 def attention(
     q: Float[Array, "batch tokens heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads value_dim"],
     *,
     is_causal: bool = True,
     local_window_size: int | tuple[int, int] | None = None,
@@ -71,10 +90,12 @@ def attention(
     query_seq_lengths: Int[Array, " batch"] | None = None,
     key_value_seq_lengths: Int[Array, " batch"] | None = None,
     scale: float | Float[Array, ""] | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: float | Float[Array, ""] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    alibi_slopes: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
+) -> Float[Array, "batch tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S + T) memory.
 
     Queries may be fewer than keys. By default, they have the last positions:
@@ -90,7 +111,8 @@ def attention(
     Args:
       q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, also under the mask.
         Gradients lose precision for logits above 1e4, where the log-sum-exp is accurate to 1e-3 only.
-      k, v: keys and values (B, T, Hkv, D) in q's dtype; Hkv divides H (grouped-query attention).
+      k, v: keys (B, T, Hkv, D) and values (B, T, Hkv, Dv) in q's dtype; Hkv divides H (grouped-query attention). If
+        D and Dv differ, the narrower arrays are padded with zeros.
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
       global_prefix: (B, S) or (S,) positions, one for each query. The window does not hide keys before this position,
@@ -105,19 +127,24 @@ def attention(
         which sees nothing and is not seen. Default positions do not depend on these lengths.
       scale: factor on the logits, 1/sqrt(D) by default. An array () may be traced and has a gradient; q is multiplied
         by it and rounded to its dtype.
-      logits_soft_cap: logits become cap * tanh(logits / cap).
+      logits_soft_cap: logits become cap * tanh(logits / cap). An array () may be traced and has a gradient.
+      sinks: (H,) one more logit for each head, in the denominator only. It is neither scaled nor capped, and the
+        log-sum-exp includes it. A query without visible keys still gives 0.
+      alibi_slopes: (H,) logits fall by slope * |position of the query - position of the key| (ALiBi, 2108.12409),
+        after the soft cap.
       implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
         head_dim 64 or 128) and "xla" (tiled attention in plain XLA) elsewhere. A fallback on an accelerator is logged.
-        A kernel selected by name raises ValueError for unsupported inputs.
+        A kernel selected by name raises ValueError for unsupported inputs. "autodiff" leaves differentiation to JAX:
+        it is slower, but has forward-mode derivatives (jax.jvp). None selects it for slopes and a traced soft cap.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.
 
     Returns:
-      (B, S, H, D) in q's dtype. A query without visible keys gives 0 (log-sum-exp -inf) with finite gradients.
+      (B, S, H, Dv) in q's dtype. A query without visible keys gives 0 (log-sum-exp -inf) with finite gradients.
 
     Raises:
       ValueError: an invalid argument, named in the message.
     """
-    arguments.check_arrays(q, k, v)
+    del sinks, return_residual  # see _public
     arguments.check_not_sharded("q", q)
     (batch, tokens), keys = q.shape[:2], k.shape[1]
     known = MaskArguments(
@@ -127,16 +154,16 @@ def attention(
     sides = known.sides(batch, *places, keys - tokens)
     q, scale = arguments.traced_scale(q, scale)
     options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
-    options = kernels.with_kernel(options, implementation, q, device_of(q))
-    o, lse = attend(q, k, v, *sides, options, LOCAL)
-    return (o, lse) if return_residual else o
+    terms = arguments.terms(q.shape[2], alibi_slopes, logits_soft_cap)
+    options = kernels.with_kernel(options, implementation, q, device_of(q), terms)
+    return attend(q, k, v, *sides, options, LOCAL, terms)
 
 
 @_public
 def ring_attention(
     q: Float[Array, "batch tokens heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads value_dim"],
     *,
     mesh: Mesh | AbstractMesh,
     axis_name: AxisName = "seq",
@@ -155,10 +182,12 @@ def ring_attention(
     query_seq_lengths: Int[Array, " batch"] | None = None,
     key_value_seq_lengths: Int[Array, " batch"] | None = None,
     scale: float | Float[Array, ""] | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: float | Float[Array, ""] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    alibi_slopes: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-) -> Float[Array, "batch tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
+) -> Float[Array, "batch tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute `attention`, exact to rounding, of global arrays whose sequence axis is sharded over a mesh axis.
 
     All arrays with an axis of tokens are in layout order (`to_layout`, once per batch, not per layer). The
@@ -175,7 +204,8 @@ def ring_attention(
         concrete array on this mesh, they are taken from q's sharding.
       strategy, bidirectional: as for `ring_attention_shard`.
       is_causal, local_window_size, global_prefix, segment_ids, key_segment_ids, scale: as for `attention`.
-      query_seq_lengths, key_value_seq_lengths, logits_soft_cap, implementation, return_residual: as for `attention`.
+      query_seq_lengths, key_value_seq_lengths, logits_soft_cap, sinks, alibi_slopes: as for `attention`.
+      implementation, return_residual: as for `attention`.
       positions, key_positions: as for `attention`; by default `layout_positions`, for queries plus T - S.
 
     Returns:
@@ -184,7 +214,7 @@ def ring_attention(
     Raises:
       ValueError: an invalid argument, named in the message, before tracing.
     """
-    arguments.check_arrays(q, k, v)
+    del sinks, return_residual  # see _public
     ring_size = arguments.mesh_size(mesh, "axis_name", axis_name)
     for name, x in (("q", q), ("k", k)):
         check_length(name, x.shape[1], layout, ring_size)
@@ -207,27 +237,32 @@ def ring_attention(
         is_causal=is_causal,
         local_window_size=local_window_size,
         scale=scale,
-        logits_soft_cap=logits_soft_cap,
         implementation=implementation,
-        return_residual=return_residual,
+        return_residual=True,
     )
     heads, of_tokens = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
     specs = {
         name: PartitionSpec(batch_axes) if name.endswith("lengths") else of_tokens for name in MaskArguments._fields
     }
+    arrays = known._asdict() | {"alibi_slopes": alibi_slopes}
+    specs["alibi_slopes"] = PartitionSpec(head_axes)
+    if isinstance(logits_soft_cap, jax.Array):
+        arrays["logits_soft_cap"], specs["logits_soft_cap"] = logits_soft_cap, PartitionSpec()
+    else:
+        shard = partial(shard, logits_soft_cap=logits_soft_cap)
     return jax.shard_map(
-        lambda q, k, v, known: shard(q, k, v, **known),
+        lambda q, k, v, arrays: shard(q, k, v, **arrays),
         mesh=mesh,
         in_specs=(heads, heads, heads, specs),
-        out_specs=(heads, heads) if return_residual else heads,
-    )(q, k, v, known._asdict())
+        out_specs=(heads, heads),
+    )(q, k, v, arrays)
 
 
 @_public
 def ring_attention_shard(
     q: Float[Array, "batch local_tokens heads head_dim"],
     k: Float[Array, "batch local_keys kv_heads head_dim"],
-    v: Float[Array, "batch local_keys kv_heads head_dim"],
+    v: Float[Array, "batch local_keys kv_heads value_dim"],
     *,
     axis_name: AxisName = "seq",
     layout: str = "zigzag",
@@ -243,10 +278,12 @@ def ring_attention_shard(
     query_seq_lengths: Int[Array, " batch"] | None = None,
     key_value_seq_lengths: Int[Array, " batch"] | None = None,
     scale: float | Float[Array, ""] | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: float | Float[Array, ""] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    alibi_slopes: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-) -> Float[Array, "batch local_tokens heads head_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
+) -> Float[Array, "batch local_tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
     """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
     Args:
@@ -260,6 +297,7 @@ def ring_attention_shard(
         Used by "ring" and "ulysses_ring". A window that needs few hops takes the shorter way for all heads.
       is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
         contiguous chunks, default positions and no global prefix, a window reduces the number of hops.
+      sinks, alibi_slopes: (local heads,), as for `attention`.
 
     Returns:
       As `attention`, for this device's queries.
@@ -267,15 +305,17 @@ def ring_attention_shard(
     Raises:
       ValueError: an invalid argument, named in the message.
     """
-    arguments.check_arrays(q, k, v)
+    del sinks, return_residual  # see _public
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
     q, scale = arguments.traced_scale(q, scale)
     options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
-    options = kernels.with_kernel(options, implementation, q, device_of(q))
+    terms = arguments.terms(q.shape[2], alibi_slopes, logits_soft_cap)
+    options = kernels.with_kernel(options, implementation, q, device_of(q), terms)
     size = lax.axis_size(axis_name)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.
     q, (k, v) = varying_like(k, q), varying_like(q, (k, v))
+    terms = varying_like(q, terms)  # else JAX sums their gradients over devices in every visible tile: a deadlock
     (batch, tokens, heads, _), local_keys = q.shape, k.shape[1]
     known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
@@ -291,6 +331,8 @@ def ring_attention_shard(
     ring_axis, ulysses_axis = _split_axes(strategy, axis_name)
     if ulysses_axis is not None:
         q, k, v, queries, keys = scatter_heads(q, k, v, queries, keys, ulysses_axis, lax.axis_size(ulysses_axis))
+        if terms.slopes is not None:
+            terms = terms._replace(slopes=heads_of_device(terms.slopes, ulysses_axis))
     exchange: Exchange = LOCAL
     if strategy == "all_gather":
         exchange = AllGather(axis_name)
@@ -299,10 +341,8 @@ def ring_attention_shard(
             raise ValueError(f"bidirectional: expected an even number of key heads on each device, got {k.shape[2]}")
         is_plain = tokens == local_keys and all(x is None for x in (positions, key_positions, global_prefix))
         exchange = make_ring(ring_axis, q.shape[1], layout, options.rule, is_plain, bidirectional=bidirectional)
-    o, lse = attend(q, k, v, queries, keys, options, exchange)
-    if ulysses_axis is not None:
-        o, lse = gather_heads(o, lse, ulysses_axis)
-    return (o, lse) if return_residual else o
+    o, lse = attend(q, k, v, queries, keys, options, exchange, terms)
+    return (o, lse) if ulysses_axis is None else gather_heads(o, lse, ulysses_axis)
 
 
 def _split_axes(strategy: str, axis_name: AxisName) -> tuple[AxisName | None, AxisName | None]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int32
 
+from ringrl.attention.contract import Terms
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Side
 
 WIDEST = 2**31 - 1  # largest window, since positions are int32
@@ -28,8 +29,8 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         check_dtype(name, x)
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected k's shape {k.shape}, got {v.shape}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v: expected batch, tokens and heads of k {k.shape}, got {v.shape}")
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"k: expected batch and head_dim of q {q.shape}, got {k.shape}")
     if q.shape[2] % k.shape[2]:
@@ -40,6 +41,20 @@ def check_dtype(name: str, x: jax.Array) -> None:
     """Check that attention supports the dtype."""
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+
+
+def check_per_head(name: str, x: jax.Array | None, heads: int) -> None:
+    """Check an optional array (H,) of real numbers."""
+    if x is not None and (jnp.shape(x) != (heads,) or not jnp.issubdtype(jnp.result_type(x), jnp.floating)):
+        raise ValueError(f"{name}: expected {heads} real numbers, one for each head of q, got {jnp.shape(x)}")
+
+
+def of_one_width(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+    """Return queries, keys and values of the same last axis, the narrower ones padded with zeros."""
+    width = max(q.shape[-1], v.shape[-1])
+    if width == min(q.shape[-1], v.shape[-1]):
+        return q, k, v
+    return tuple(jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),)) for x in (q, k, v))
 
 
 def check_not_sharded(name: str, x: jax.Array) -> None:
@@ -135,6 +150,13 @@ def traced_scale(q: jax.Array, scale: float | jax.Array | None) -> tuple[jax.Arr
     return (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype), 1.0
 
 
+def terms(heads: int, slopes: jax.Array | None, cap: float | jax.Array | None) -> Terms:
+    """Return the parts of a call that only the kernel "autodiff" computes."""
+    check_per_head("alibi_slopes", slopes, heads)
+    slopes = None if slopes is None else jnp.asarray(slopes, jnp.float32)
+    return Terms(slopes, cap if isinstance(cap, jax.Array) else None)
+
+
 def _check_range(name: str, x: Array) -> None:
     """Check that integers fit in 32 bits. Traced arrays and arrays on other hosts cannot be checked."""
     unknown = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable)
@@ -150,11 +172,15 @@ def options(
     window: int | tuple[int, int] | None,
     prefix: jax.Array | None,
     scale: float | None,
-    cap: float | None,
+    cap: float | jax.Array | None,
     *,
     is_causal: bool,
 ) -> Options:
     """Return the static options of a call from its arguments. `prefix` is only compared with None."""
+    if cap is not None and jnp.ndim(cap):
+        raise ValueError(f"logits_soft_cap: expected one number, got shape {jnp.shape(cap)}")
+    if isinstance(cap, jax.Array):
+        cap = None  # see `terms`
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -2,6 +2,9 @@
 
 JAX never differentiates through a merge of partial results, a send or a kernel. The forward pass keeps the global
 output and log-sum-exp, and the backward pass computes every part of the gradient from them.
+
+The exception is the kernel "autodiff", made of operations that JAX differentiates itself. It also gives the derivatives
+of both passes, so that the gradient of any kernel has derivatives of any order.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.attention import kernels
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, by_head, by_token
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, Terms, by_head, by_token
 from ringrl.attention.mask import Options, Side
 from ringrl.attention.merge import AxisName
 
@@ -62,12 +65,82 @@ class AllGather:
         return inputs._replace(kv=gather(inputs.kv), keys=Side(*gather(inputs.keys.stacked())))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side, options: Options, exchange: Exchange
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Side,
+    keys: Side,
+    options: Options,
+    exchange: Exchange,
+    terms: Terms,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output (B, S, H, D) in q's dtype and the log-sum-exp (B, S, H) float32, both differentiable."""
+    if options.implementation == "autodiff":
+        return _named(*_plain(q, k, v, (queries, keys), options, exchange, terms))
+    return _attend(q, k, v, queries, keys, options, exchange)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
     return _forward(q, k, v, queries, keys, options, exchange)[0]
+
+
+def _forward(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
+    o, lse = _named(*_forward_pass(q, k, v, queries, keys, options, exchange))
+    return (o, lse), (q, k, v, queries, keys, o, lse)
+
+
+def _backward(options, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
+    q, k, v, queries, keys, o, lse = residuals
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
+    return *_backward_pass(q, k, v, *cotangents, queries, keys, o, lse, options, exchange), *none
+
+
+_attend.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _forward_pass(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
+    return _results(q, exchange.forward(_inputs(q, k, v, queries, keys), options))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(9, 10))
+def _backward_pass(q, k, v, do, dlse, queries, keys, o, lse, options, exchange):  # type: ignore[no-untyped-def]
+    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows without
+    # visible keys have p = 0 everywhere; the cotangent of their constant lse = -inf must not become nan.
+    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
+    known = Cotangents(*(by_head(x, k.shape[2]) for x in (do, lse, delta)))
+    dq, dkv = exchange.backward(_inputs(q, k, v, queries, keys), options, known)
+    found = ((dq, q), (dkv[:, 0], k), (dkv[:, 1], v))
+    return tuple(by_token(x, *like.shape[:2]).astype(like.dtype) for x, like in found)
+
+
+@_forward_pass.defjvp
+def _derivative_of_forward_pass(options, exchange, primals, tangents):  # type: ignore[no-untyped-def]
+    plain = partial(_plain, sides=primals[3:], options=options, exchange=exchange)
+    return _forward_pass(*primals, options, exchange), jax.jvp(plain, primals[:3], tangents[:3])[1]
+
+
+@_backward_pass.defjvp
+def _derivative_of_backward_pass(options, exchange, primals, tangents):  # type: ignore[no-untyped-def]
+    # Output and log-sum-exp (the last two primals) depend on q, k and v, whose tangents cover them.
+    plain = partial(_plain, sides=primals[5:7], options=options, exchange=exchange)
+
+    def gradients(q, k, v, *cotangents):  # type: ignore[no-untyped-def]
+        return jax.vjp(plain, q, k, v)[1](cotangents)
+
+    return _backward_pass(*primals, options, exchange), jax.jvp(gradients, primals[:5], tangents[:5])[1]
+
+
+def _plain(q, k, v, sides, options, exchange, terms=None):  # type: ignore[no-untyped-def]
+    """Return output and log-sum-exp by operations that JAX differentiates, in float32 also between devices."""
+    slopes, cap = terms or (None, None)
+    if slopes is not None:
+        slopes = by_head(jnp.broadcast_to(slopes, q.shape[:3]), k.shape[2])
+    inputs = _inputs(*(x.astype(jnp.float32) for x in (q, k, v)), *sides)._replace(slopes=slopes, soft_cap=cap)
+    return _results(q, exchange.forward(inputs, dataclasses.replace(options, implementation="autodiff")))
 
 
 def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side) -> Inputs:
@@ -75,26 +148,10 @@ def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side)
     return Inputs(by_head(q, kv_heads), jnp.stack([by_head(x, kv_heads) for x in (k, v)], axis=1), queries, keys)
 
 
-def _forward(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
-    part = exchange.forward(_inputs(q, k, v, queries, keys), options)
+def _results(q: jax.Array, part: Partial) -> tuple[jax.Array, jax.Array]:
     o, lse = (by_token(x, *q.shape[:2]) for x in part)
-    # The names are given here, so that a remat policy saves the residuals themselves.
-    o, lse = checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
-    return (o, lse), (q, k, v, queries, keys, o, lse)
+    return o.astype(q.dtype), lse
 
 
-def _backward(options, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
-    q, k, v, queries, keys, o, lse = residuals
-    do, dlse = cotangents
-    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows without
-    # visible keys have p = 0 everywhere; the cotangent of their constant lse = -inf must not become nan.
-    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
-    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
-    known = Cotangents(*(by_head(x, k.shape[2]) for x in (do, lse, delta)))
-    dq, dkv = exchange.backward(_inputs(q, k, v, queries, keys), options, known)
-    dq, dk, dv = (by_token(x, *like.shape[:2]) for x, like in ((dq, q), (dkv[:, 0], k), (dkv[:, 1], v)))
-    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none
-
-
-attend.defvjp(_forward, _backward)
+def _named(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return checkpoint_name(o, "ring_attention"), checkpoint_name(lse, "ring_attention")

@@ -18,12 +18,18 @@ LOG2_E = 1.4426950408889634  # kernels take powers of two
 
 
 class Inputs(NamedTuple):
-    """Queries, keys and values, with the positions and segment ids (batch, tokens) of both sides."""
+    """Queries, keys and values, with the positions and segment ids (batch, tokens) of both sides.
+
+    Only the kernel "autodiff" reads the last two: a slope for each row, and a soft cap that replaces the one of the
+    options.
+    """
 
     q: Float[Array, "heads rows head_dim"]
     kv: Float[Array, "heads 2 keys head_dim"]
     queries: Side
     keys: Side
+    slopes: Float32[Array, "heads rows"] | None = None
+    soft_cap: Float32[Array, ""] | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -34,6 +40,13 @@ class Inputs(NamedTuple):
     def groups(self) -> int:
         """Number of query heads that share a key head."""
         return self.q.shape[1] // self.queries.positions.shape[1]
+
+
+class Terms(NamedTuple):
+    """Arrays of a call that only the kernel "autodiff" reads: ALiBi slopes, and a soft cap that has a gradient."""
+
+    slopes: Float32[Array, " heads"] | None = None
+    soft_cap: Float[Array, ""] | None = None
 
 
 class Partial(NamedTuple):

@@ -46,3 +46,14 @@ def merge_over(part: Partial, axis_name: AxisName) -> Partial:
     return Partial(
         o / jnp.where(total == 0, 1.0, total)[..., None], jnp.where(total == 0, -jnp.inf, maximum + jnp.log(total))
     )
+
+
+def with_sinks(
+    o: Float[Array, "batch tokens heads head_dim"],
+    lse: Float[Array, "batch tokens heads"],
+    sinks: Float[Array, " heads"],
+) -> tuple[jax.Array, jax.Array]:
+    """Return output and log-sum-exp with one more logit for each head, whose value is 0."""
+    sinks = jnp.asarray(sinks, jnp.float32)
+    share = jax.nn.sigmoid(lse - sinks)[..., None]
+    return (o.astype(jnp.float32) * share).astype(o.dtype), jnp.logaddexp(lse, sinks)

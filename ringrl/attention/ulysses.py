@@ -42,3 +42,9 @@ def gather_heads(o: jax.Array, lse: jax.Array, axis_name: AxisName) -> tuple[jax
         lax.all_to_all(o, axis_name, _TOKENS, _HEADS, tiled=True),
         lax.all_to_all(lse, axis_name, _TOKENS, _HEADS, tiled=True),
     )
+
+
+def heads_of_device(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Return the elements (H/n,) of an array (H,) for the heads that `scatter_heads` gives this device."""
+    amount = x.shape[0] // lax.axis_size(axis_name)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * amount, amount)

@@ -16,19 +16,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
-from ringrl.attention.kernels import xla
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, Terms
+from ringrl.attention.kernels import autodiff, xla
 from ringrl.attention.mask import Options
 from ringrl.attention.strategy import DeviceKind
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
+IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu", "autodiff")
 
 
 class Kernel(NamedTuple):
     """The functions of a kernel, see above."""
 
     forward: Callable[..., Partial]
-    backward: Callable[..., Gradients]
+    backward: Callable[..., Gradients] | None
     unsupported: Callable[[jnp.dtype, int, Options], str | None]
     too_many: Callable[[Inputs, Options], str | None] = lambda *_: None
 
@@ -44,6 +44,8 @@ def kernel_named(name: str) -> Kernel:
         from ringrl.attention.kernels import hopper, mosaic_gpu
 
         return Kernel(mosaic_gpu.forward, mosaic_gpu.backward, hopper.unsupported)
+    if name == "autodiff":
+        return Kernel(autodiff.forward, None, lambda *_: None)
     return Kernel(xla.forward, xla.backward, lambda *_: None)
 
 
@@ -75,7 +77,9 @@ def native_to(device: DeviceKind) -> str:
     return "xla"
 
 
-def with_kernel(options: Options, implementation: str | None, q: jax.Array, device: DeviceKind) -> Options:
+def with_kernel(
+    options: Options, implementation: str | None, q: jax.Array, device: DeviceKind, terms: Terms
+) -> Options:
     """Return `options` with the named kernel, or with the best kernel for the device and queries `q` (..., head_dim).
 
     An unknown kernel, or a named kernel that does not support the call, raises ValueError. Without a name, calls that
@@ -84,10 +88,17 @@ def with_kernel(options: Options, implementation: str | None, q: jax.Array, devi
     native = native_to(device)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation: {implementation!r} is unknown; use one of {(None, *IMPLEMENTATIONS)}")
-    if implementation is not None and implementation not in (native, "xla"):
+    if implementation is not None and implementation not in (native, "xla", "autodiff"):
         raise ValueError(f"implementation: {implementation!r} does not run on {device.device_kind}; use {native!r}")
     chosen = implementation or native
     reason = kernel_named(chosen).unsupported(q.dtype, q.shape[-1], options)
+    if chosen != "autodiff" and any(x is not None for x in terms):
+        if implementation is not None:
+            raise ValueError(
+                f"implementation: {implementation!r} takes neither alibi_slopes nor a traced logits_soft_cap; use None "
+                'or "autodiff"'
+            )
+        chosen, reason = "autodiff", None
     if reason is not None and implementation is not None:
         raise ValueError(f"implementation: {reason}; use 'xla'")
     if reason is None and implementation is None and chosen == "xla" and device.platform != "cpu":

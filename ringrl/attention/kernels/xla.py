@@ -164,7 +164,7 @@ def _forward_head(options: Options, blocks: XlaBlocks, head: jax.Array, inputs: 
     """Return `seen`, updated with these keys for the queries at one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
-    tiles = _head_tiles(options, blocks, *jax.tree.map(lambda x: _at(x, head), inputs[2:]))
+    tiles = _head_tiles(options, blocks, *jax.tree.map(lambda x: _at(x, head), (inputs.queries, inputs.keys)))
 
     def query_tile(i: jax.Array, seen: Partial) -> Partial:
         place, row = TileSlice(head, i, blocks.queries), TileSlice(head, i, blocks.queries, axis=-1)
@@ -189,7 +189,7 @@ def _backward_head(
     """Return `sums` plus the gradients of one index of the first axis."""
     scaling = Scaling.of(options, inputs.q.dtype)
     k_transposed = _keys_transposed(inputs, head, blocks.keys)
-    tiles = _head_tiles(options, blocks, *jax.tree.map(lambda x: _at(x, head), inputs[2:]))
+    tiles = _head_tiles(options, blocks, *jax.tree.map(lambda x: _at(x, head), (inputs.queries, inputs.keys)))
 
     def query_tile(i: jax.Array, sums: Gradients) -> Gradients:
         place, row = TileSlice(head, i, blocks.queries), TileSlice(head, i, blocks.queries, axis=-1)

@@ -1,0 +1,89 @@
+"""Attention that JAX itself differentiates: forward mode, any order, slopes and a learned soft cap.
+
+The mask and the skipped tiles are those of the other kernels, but every loop has a fixed length, and the backward pass
+computes each tile of queries again. Memory stays O(S + T); the gradient is slower. The second derivatives of all
+kernels come from here (attend.py).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ringrl.attention.contract import Inputs, Partial, precision_of
+from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, classify, pad_side, visible
+from ringrl.attention.merge import nothing_seen
+
+_BLOCK = 256
+
+
+def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
+    """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys."""
+    rows, groups = inputs.q.shape[1], inputs.groups
+    block_q = min(options.block_q or _BLOCK, -(-rows // 8) * 8)
+    block_k = min(options.block_k or _BLOCK, -(-inputs.kv.shape[2] // 8) * 8)
+    queries, keys = jax.tree.map(
+        lambda x: jnp.repeat(x, inputs.kv_heads, axis=0),
+        (jax.tree.map(lambda x: jnp.tile(x, (1, groups)), inputs.queries), inputs.keys),
+    )
+    queries, keys = (
+        pad_side(side, -(-side.positions.shape[1] // block) * block, padding)
+        for side, block, padding in ((queries, block_q, PADDING_QUERY), (keys, block_k, PADDING_KEY))
+    )
+    of_keys = _tiles(inputs.kv, block_k, 2), _all_tiles(keys, block_k)
+
+    @jax.checkpoint
+    def query_tile(tile):  # type: ignore[no-untyped-def]
+        q, slopes, seen, queries = tile
+
+        def visit(carry, of_keys):  # type: ignore[no-untyped-def]
+            kv, keys = of_keys
+            is_visible = classify(options.rule, queries, keys).any_visible
+            fold = partial(_fold, options, inputs.soft_cap, q, slopes, queries, keys, kv)
+            return lax.cond(is_visible, fold, lambda carry: carry, carry), None
+
+        # The previous result enters like one key, with its log-sum-exp as the logit.
+        shift, is_empty = lax.stop_gradient(seen.lse), jnp.isneginf(seen.lse)
+        total = jnp.where(is_empty, 0.0, jnp.exp(jnp.where(is_empty, 0.0, seen.lse - shift)))
+        (weighted, total, shift), _ = lax.scan(visit, (seen.o * total[..., None], total, shift), of_keys)
+        is_empty = total == 0
+        total = jnp.where(is_empty, 1.0, total)
+        return Partial(weighted / total[..., None], jnp.where(is_empty, -jnp.inf, shift + jnp.log(total)))
+
+    of_rows = inputs.q, inputs.slopes, nothing_seen(inputs.q) if start is None else start
+    found: Partial = lax.map(query_tile, (*_all_tiles(of_rows, block_q), _all_tiles(queries, block_q)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :rows], found)
+
+
+def _fold(options, soft_cap, q, slopes, queries, keys, kv, carry):  # type: ignore[no-untyped-def]
+    """Fold one tile of keys into (sum of weighted values, sum of weights, shift): weights are exp(logit - shift).
+
+    The shift cancels in the results, so that it needs no derivative.
+    """
+    weighted, total, shift = carry
+    product = partial(jnp.matmul, precision=precision_of(q))
+    s = product(q, jnp.swapaxes(kv[:, 0], 1, 2)) * options.scale
+    cap = options.logits_soft_cap if soft_cap is None else soft_cap
+    if cap is not None:
+        s = cap * jnp.tanh(s / cap)
+    if slopes is not None:
+        distance = jnp.abs(queries.positions[..., :, None] - keys.positions[..., None, :])
+        s -= slopes[..., None] * distance.astype(jnp.float32)
+    s = jnp.where(visible(options.rule, queries, keys), s, -jnp.inf)
+    highest = lax.stop_gradient(jnp.maximum(shift, s.max(-1)))
+    base = jnp.where(jnp.isneginf(highest), 0.0, highest)  # rows without a visible key so far
+    p, before = jnp.exp(s - base[..., None]), jnp.exp(shift - base)
+    return weighted * before[..., None] + product(p, kv[:, 1]), total * before + p.sum(-1), highest
+
+
+def _all_tiles(tree, block: int):  # type: ignore[no-untyped-def]
+    return jax.tree.map(lambda x: _tiles(x, block, 1), tree)
+
+
+def _tiles(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """Reshape (..., S, ...) -> (tiles, ..., block, ...), padded with zeros."""
+    amount = [(0, 0)] * x.ndim
+    amount[axis] = (0, -x.shape[axis] % block)
+    x = jnp.pad(x, amount)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
