@@ -8,22 +8,22 @@ Contexts with the same first tokens share a prefix. The prefix is stored once, a
 logits of all contexts that share it.
 """
 
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
-from ringrl.attention.contract import Partial, by_head, by_token, precision_of
+from ringrl.attention.contract import Partial, Terms, by_head, by_token, precision_of
 from ringrl.attention.mask import Options, Side, visible
-from ringrl.attention.merge import AxisName, merge, merge_over
+from ringrl.attention.merge import AxisName, merge, merge_over, with_sinks
 
 
 class Prefix(NamedTuple):
@@ -33,44 +33,47 @@ class Prefix(NamedTuple):
     """
 
     k: Float[Array, "prefixes capacity kv_heads head_dim"]
-    v: Float[Array, "prefixes capacity kv_heads head_dim"]
+    v: Float[Array, "prefixes capacity kv_heads value_dim"]
     length: Int[Array, ""] | int  # tokens; slots beyond are ignored but must be finite
 
 
 def decode_attention(
     q: Float[Array, "batch new_tokens heads head_dim"],
     k_cache: Float[Array, "batch capacity kv_heads head_dim"],
-    v_cache: Float[Array, "batch capacity kv_heads head_dim"],
+    v_cache: Float[Array, "batch capacity kv_heads value_dim"],
     *,
-    length: Int[Array, ""] | int,
+    length: Int[Array, " *batch"] | int,
     prefix: Prefix | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     global_prefix: Int[Array, "*batch new_tokens"] | None = None,
     position_of: Callable[[jax.Array], jax.Array] = lambda token: token,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    logits_soft_cap: float | Float[Array, ""] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    alibi_slopes: Float[Array, " heads"] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     axis_name: AxisName = "seq",
     batch_axes: Axes = None,
     head_axes: Axes = None,
-) -> Float[Array, "batch new_tokens heads head_dim"]:
+    return_residual: bool = False,
+) -> Float[Array, "batch new_tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch new_tokens heads"]]:
     """Compute causal attention of the newest tokens, whose keys and values are already in the cache.
 
     Args:
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
-      k_cache, v_cache: (B, C, Hkv, D), filled up to `length` (`append_to_cache`). Slots beyond are ignored but must be
-        finite. q is rounded to their dtype.
-      length: tokens in the cache, including the new ones.
+      k_cache, v_cache: (B, C, Hkv, D) and (B, C, Hkv, Dv), filled up to `length` (`append_to_cache`). Slots beyond are
+        ignored but must be finite. q is rounded to their dtype.
+      length: tokens in the cache, including the new ones: () or, for contexts of different lengths, (B,).
       prefix: tokens before the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
-      local_window_size, scale, logits_soft_cap: as for `attention`.
+      local_window_size, scale, logits_soft_cap, sinks, alibi_slopes, return_residual: as for `attention`.
       global_prefix: (B, N) or (N,), as for `attention`.
       position_of: increasing function from a token's index, counted from the first token of the prefix, to its position
-        in the mask. `local_window_size` and `global_prefix` are in units of these positions.
+        in the mask. `local_window_size`, `global_prefix` and `alibi_slopes` are in units of these positions.
       mesh: the devices of a sharded cache, whose capacity axis is striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
 
     Returns:
-      (B, N, H, D) in q's dtype, equal on all devices of `axis_name`.
+      (B, N, H, Dv) in q's dtype, equal on all devices of `axis_name`.
 
     Raises:
       ValueError: invalid shapes, heads or dtypes; a concrete `length` outside N ... C, or a prefix length outside
@@ -78,37 +81,75 @@ def decode_attention(
     """
     _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
-        _check_prefix(prefix, k_cache)
+        _check_prefix(prefix, k_cache, v_cache)
+    arguments.check_per_head("sinks", sinks, q.shape[2])
+    scaled, scale = arguments.traced_scale(q, scale)
     options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=True)
-    if global_prefix is not None:
-        batch, new = q.shape[:2]
-        global_prefix = arguments.integers("global_prefix", global_prefix, batch, new)
-    cache = Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32))
-    if prefix is not None:
-        prefix = prefix._replace(length=jnp.asarray(prefix.length, jnp.int32))
+    given = _Given(
+        scaled,
+        Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32)),
+        None if prefix is None else prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)),
+        None if global_prefix is None else arguments.integers("global_prefix", global_prefix, *q.shape[:2]),
+        arguments.terms(q.shape[2], alibi_slopes, logits_soft_cap),
+    )
     if mesh is None:
-        return _over_caches(q, cache, prefix, global_prefix, 0, 1, options, position_of).o.astype(q.dtype)
-    size, parts = _check_shards(mesh, axis_name, k_cache.shape[1]), arguments.mesh_size(mesh, "batch_axes", batch_axes)
-    if prefix is not None:
-        _check_shards(mesh, axis_name, prefix.k.shape[1])
-        _check_parts(prefix.k.shape[0], parts)
+        o, lse = _over_caches(given, _Static(options, position_of), 0)
+    else:
+        o, lse = _over_shards(given, _Static(options, position_of), mesh, axis_name, batch_axes, head_axes)
+    if sinks is not None:
+        o, lse = with_sinks(o, lse, sinks)
+    return (o.astype(q.dtype), lse) if return_residual else o.astype(q.dtype)
 
-    def shard(q: jax.Array, cache: Prefix, prefix: Prefix | None, global_prefix: jax.Array | None) -> jax.Array:
-        if prefix is not None and parts > 1:
-            prefix = _of_part(prefix, lax.axis_index(batch_axes), parts)
-        index = lax.axis_index(axis_name)
-        part = _over_caches(q, cache, prefix, global_prefix, index, size, options, position_of)
-        return merge_over(part, axis_name).o.astype(q.dtype)
+
+class _Given(NamedTuple):
+    """The arrays of a call."""
+
+    q: jax.Array
+    cache: Prefix
+    prefix: Prefix | None
+    global_prefix: jax.Array | None
+    terms: Terms
+
+
+class _Static(NamedTuple):
+    """The other arguments of a call."""
+
+    options: Options
+    position_of: Callable[[jax.Array], jax.Array]
+    size: int = 1  # devices that share the caches
+
+
+def _over_shards(
+    given: _Given,
+    static: _Static,
+    mesh: Mesh | AbstractMesh,
+    axis_name: AxisName,
+    batch_axes: Axes,
+    head_axes: Axes,
+) -> Partial:
+    """Attend to caches that are striped over `axis_name`."""
+    static = static._replace(size=_check_shards(mesh, axis_name, given.cache.k.shape[1]))
+    parts = arguments.mesh_size(mesh, "batch_axes", batch_axes)
+    if given.prefix is not None:
+        _check_shards(mesh, axis_name, given.prefix.k.shape[1])
+        _check_parts(given.prefix.k.shape[0], parts)
+
+    def shard(given: _Given) -> Partial:
+        if given.prefix is not None and parts > 1:
+            given = given._replace(prefix=_of_part(given.prefix, lax.axis_index(batch_axes), parts))
+        return merge_over(_over_caches(given, static, lax.axis_index(axis_name)), axis_name)
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
     own, shared = (PartitionSpec(axes, axis_name, head_axes) for axes in (batch_axes, None))
-    in_specs = (
-        replicated,
-        Prefix(own, own, PartitionSpec()),  # type: ignore[arg-type]
-        None if prefix is None else Prefix(shared, shared, PartitionSpec()),  # type: ignore[arg-type]
-        None if global_prefix is None else PartitionSpec(batch_axes),
+    of_length = PartitionSpec(*[batch_axes] * given.cache.length.ndim)  # type: ignore[union-attr]
+    specs = _Given(
+        replicated,  # type: ignore[arg-type]
+        Prefix(own, own, of_length),  # type: ignore[arg-type]
+        None if given.prefix is None else Prefix(shared, shared, PartitionSpec()),  # type: ignore[arg-type]
+        None if given.global_prefix is None else PartitionSpec(batch_axes),  # type: ignore[arg-type]
+        Terms(PartitionSpec(head_axes), PartitionSpec()),  # type: ignore[arg-type]
     )
-    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=replicated)(q, cache, prefix, global_prefix)
+    return jax.shard_map(shard, mesh=mesh, in_specs=(specs,), out_specs=Partial(replicated, replicated))(given)  # type: ignore
 
 
 def _check_parts(prefixes: int, parts: int) -> None:
@@ -129,8 +170,8 @@ def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
 
 
 def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array | int) -> None:
-    if k_cache.shape != v_cache.shape:
-        raise ValueError(f"v_cache: expected k_cache's shape {k_cache.shape}, got {v_cache.shape}")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"v_cache: expected batch, capacity and heads of k_cache {k_cache.shape}, got {v_cache.shape}")
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         arguments.check_dtype(name, x)
     batch, new, heads, head_dim = q.shape
@@ -141,38 +182,35 @@ def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: 
         raise ValueError(f"k_cache: {kv_heads} heads do not divide the {heads} heads of q")
     if new > capacity:
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
-    _check_count("length", length, new, capacity)
+    _check_counts("length", length, batch, new, capacity)
 
 
-def _check_count(name: str, count: jax.Array | int, least: int, most: int) -> None:
-    """Check a number of tokens. Traced numbers cannot be checked."""
-    if not isinstance(count, jax.core.Tracer) and not least <= (known := operator.index(count)) <= most:
-        raise ValueError(f"{name}: expected {least} ... {most} tokens in the cache, got {known}")
+def _check_counts(name: str, counts: jax.Array | int, batch: int | None, least: int, most: int) -> None:
+    """Check a number of tokens, or one for each context of a batch. Traced numbers cannot be checked."""
+    shapes = ((),) if batch is None else ((), (batch,))
+    if jnp.shape(counts) not in shapes or not jnp.issubdtype(jnp.result_type(counts), jnp.integer):
+        raise ValueError(f"{name}: expected integers of shape {' or '.join(map(str, shapes))}, got {counts}")
+    if not isinstance(counts, jax.core.Tracer):
+        known = np.asarray(counts)
+        if known.size and not least <= known.min() <= known.max() <= most:
+            raise ValueError(f"{name}: expected {least} ... {most} tokens in the cache, got {known}")
 
 
-def _over_caches(
-    q: jax.Array,
-    cache: Prefix,
-    prefix: Prefix | None,
-    global_prefix: jax.Array | None,
-    index: jax.Array | int,
-    size: int,
-    options: Options,
-    position_of: Callable[[jax.Array], jax.Array],
-) -> Partial:
-    """Attend to the slots of device `index` of `size`, in the contexts' own cache and in their prefix, if any."""
+def _over_caches(given: _Given, static: _Static, index: jax.Array | int) -> Partial:
+    """Attend to the slots of device `index`, in the contexts' own cache and in their prefix, if any."""
+    q, cache, prefix, global_prefix, terms = given
     begin = jnp.zeros((), jnp.int32) if prefix is None else jnp.asarray(prefix.length)
     batch, new, heads, head_dim = q.shape
-    token = begin + cache.length - new + jnp.arange(new, dtype=jnp.int32)
-    # One row for all contexts. Only the global prefix may differ.
-    queries = Side(position_of(token)[None], jnp.zeros((1, new), jnp.int32), global_prefix)
-    part = _over_cache(q, cache, queries, begin, index, size, options, position_of)
+    # One row for all contexts, unless their lengths differ.
+    token = begin + jnp.reshape(cache.length, (-1, 1)) - new + jnp.arange(new, dtype=jnp.int32)
+    queries = Side(static.position_of(token), jnp.zeros_like(token), global_prefix)
+    part = _over_cache(q, cache, queries, begin, index, static, terms)
     if prefix is None:
         return part
     number = prefix.k.shape[0]
     together = q.reshape(number, -1, heads, head_dim)
     queries = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, new)).reshape(number, -1), queries)
-    shared = _over_cache(together, prefix, queries, jnp.int32(0), index, size, options, position_of)
+    shared = _over_cache(together, prefix, queries, jnp.int32(0), index, static, terms)
     return merge(part, Partial(*(x.reshape(y.shape) for x, y in zip(shared, part, strict=True))))
 
 
@@ -182,27 +220,32 @@ def _over_cache(
     queries: Side,
     begin: jax.Array,
     index: jax.Array | int,
-    size: int,
-    options: Options,
-    position_of: Callable[[jax.Array], jax.Array],
+    static: _Static,
+    terms: Terms,
 ) -> Partial:
-    """Attend to the slots of device `index` of `size`: o (B, N, H, D) and lse (B, N, H).
+    """Attend to the slots of device `index`: o (B, N, H, Dv) and lse (B, N, H).
 
     `begin` is the index of the cache's first token.
     """
     batch, new, heads, head_dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
+    options, groups = static.options, heads // kv_heads
     # The queries of a key head are the rows of one matrix. With other orders XLA rearranges the cache at every step.
     q = by_head(q, kv_heads).reshape(batch, kv_heads, -1, head_dim)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (cache.k, cache.v))
     product = partial(jnp.einsum, precision=precision_of(k), preferred_element_type=jnp.float32)
     s = product("bhmd,bhkd->bhmk", q.astype(k.dtype), k) * options.scale
-    if options.logits_soft_cap is not None:
-        s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
-    token = jnp.arange(capacity, dtype=jnp.int32) * size + index
-    is_empty = (token >= cache.length).astype(jnp.int32)  # empty slots are a segment that no query sees
-    keys = Side(position_of(begin + token)[None], is_empty[None])
-    seen = jnp.tile(visible(options.rule, queries, keys), (1, heads // kv_heads, 1))[:, None]
+    cap = options.logits_soft_cap if terms.soft_cap is None else terms.soft_cap
+    if cap is not None:
+        s = cap * jnp.tanh(s / cap)
+    token = jnp.arange(capacity, dtype=jnp.int32) * static.size + index
+    is_empty = token >= jnp.reshape(cache.length, (-1, 1))  # empty slots are a segment that no query sees
+    keys = Side(static.position_of(begin + token)[None], is_empty.astype(jnp.int32))
+    if terms.slopes is not None:
+        slopes = jnp.repeat(terms.slopes.reshape(kv_heads, groups), new, axis=1)
+        distance = jnp.abs(queries.positions[:, :, None] - keys.positions[:, None, :])
+        s -= slopes[:, :, None] * jnp.tile(distance, (1, groups, 1))[:, None].astype(jnp.float32)
+    seen = jnp.tile(visible(options.rule, queries, keys), (1, groups, 1))[:, None]
     s = jnp.where(seen, s, -jnp.inf)
     maximum = s.max(-1, keepdims=True)
     p = jnp.exp(s - jnp.where(jnp.isneginf(maximum), 0.0, maximum))  # a device may have no token yet
@@ -215,7 +258,7 @@ def _over_cache(
 def append_to_cache(
     cache: Float[Array, "batch capacity kv_heads head_dim"],
     new: Float[Array, "batch new_tokens kv_heads head_dim"],
-    length: Int[Array, ""] | int,
+    length: Int[Array, " *batch"] | int,
     *,
     mesh: Mesh | AbstractMesh | None = None,
     axis_name: AxisName = "seq",
@@ -234,8 +277,7 @@ def append_to_cache(
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     if (new.shape[0], *new.shape[2:]) != (cache.shape[0], *cache.shape[2:]):
         raise ValueError(f"new: expected batch, heads and head_dim of the cache {cache.shape}, got {new.shape}")
-    if not isinstance(length, jax.core.Tracer) and not 0 <= operator.index(length) <= cache.shape[1] - new.shape[1]:
-        raise ValueError(f"length: {length} and {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
+    _check_counts("length", length, len(cache), 0, cache.shape[1] - new.shape[1])
     new = new.astype(cache.dtype)
     length = jnp.asarray(length, jnp.int32)
     if mesh is None:
@@ -247,9 +289,8 @@ def append_to_cache(
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
     sharded = PartitionSpec(batch_axes, axis_name, head_axes)
-    return jax.shard_map(shard, mesh=mesh, in_specs=(sharded, replicated, PartitionSpec()), out_specs=sharded)(
-        cache, new, length
-    )
+    in_specs = (sharded, replicated, PartitionSpec(*[batch_axes] * length.ndim))
+    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=sharded)(cache, new, length)
 
 
 def _write(cache: jax.Array, new: jax.Array, length: jax.Array, index: jax.Array | int, size: int) -> jax.Array:
@@ -261,6 +302,8 @@ def _write(cache: jax.Array, new: jax.Array, length: jax.Array, index: jax.Array
     tokens, capacity = new.shape[1], cache.shape[1]
     if not tokens:
         return cache
+    if length.ndim:
+        return jax.vmap(lambda *one: _write(one[0][None], one[1][None], one[2], index, size)[0])(cache, new, length)
     width = min((tokens - 1) // size + 2, capacity)
     first = jnp.minimum(length // size, capacity - width)
     offset = (first + jnp.arange(width, dtype=jnp.int32)) * size + index - length
@@ -307,14 +350,14 @@ def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int)
     return size
 
 
-def _check_prefix(prefix: Prefix, cache: jax.Array) -> None:
-    batch, _, *rest = cache.shape
-    number = prefix.k.shape[0]
-    if prefix.k.shape != prefix.v.shape or list(prefix.k.shape[2:]) != rest or not number or batch % number:
-        raise ValueError(
-            f"prefix: expected (P, tokens, {', '.join(map(str, rest))}) with P dividing {batch}, "
-            f"got {prefix.k.shape} and {prefix.v.shape}"
-        )
-    for name, x in (("prefix.k", prefix.k), ("prefix.v", prefix.v)):
+def _check_prefix(prefix: Prefix, *caches: jax.Array) -> None:
+    number, batch = prefix.k.shape[0], len(caches[0])
+    for name, x, cache in zip(("prefix.k", "prefix.v"), prefix, caches, strict=False):
+        expected = (*prefix.k.shape[:2], *cache.shape[2:])
+        if x.shape != expected or not number or batch % number:
+            raise ValueError(
+                f"prefix: expected (P, tokens, {', '.join(map(str, cache.shape[2:]))}) with P dividing {batch}, "
+                f"got {x.shape} as {name}"
+            )
         arguments.check_dtype(name, x)
-    _check_count("prefix.length", prefix.length, 0, prefix.k.shape[1])
+    _check_counts("prefix.length", prefix.length, None, 0, prefix.k.shape[1])

@@ -103,7 +103,7 @@ def _unchanged(x: Array) -> jax.Array:
     """Return x as a JAX array. JAX would wrap 64-bit integers silently, so values beyond 32 bits raise ValueError."""
     held = jnp.asarray(x)
     is_narrower = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.integer) and held.dtype != x.dtype
-    if is_narrower and (np.asarray(held) != x).any():
+    if is_narrower and (x.astype(held.dtype) != x).any():
         raise ValueError(f"x: expected 32-bit integers, got {x.min()} ... {x.max()}")
     return held
 

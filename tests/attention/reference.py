@@ -17,7 +17,9 @@ def reference_attention(
     *,
     rule: Rule,
     scale: float,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: float | jax.Array | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    alibi_slopes: Float[Array, " heads"] | None = None,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]]:
     """Return output and log-sum-exp in the dtype of the inputs. JAX differentiates the function."""
     groups = q.shape[2] // k.shape[2]
@@ -25,7 +27,14 @@ def reference_attention(
     s = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision_of(q)) * scale
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    if alibi_slopes is not None:
+        distance = jnp.abs(queries.positions[:, :, None] - keys.positions[:, None, :])
+        s = s - alibi_slopes[:, None, None] * distance[:, None]
     mask = visible(rule, queries, keys)[:, None]
+    if sinks is not None:  # one more key that every query sees, with the value 0
+        s = jnp.concatenate([s, jnp.broadcast_to(sinks[:, None, None], (*s.shape[:3], 1))], axis=-1)
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=True)
+        v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     sees_some = mask.any(-1, keepdims=True)
     s = jnp.where(mask, s, jnp.where(sees_some, -jnp.inf, 0.0))  # keep the softmax of empty rows finite
     lse = jax.nn.logsumexp(s, axis=-1)

@@ -181,6 +181,8 @@ def test_invalid_arguments_are_named(draw):
         ("length", (q[:, :3], k, v), TOKENS + 1),
         ("length", (q[:, :3], k, v), np.int64(TOKENS + 1)),
         ("length", (q[:, :3], k, v), jnp.int32(2)),
+        ("length", (q[:, :3], k, v), np.array([3] * (len(q) - 1) + [2])),
+        ("length", (q[:, :3], k, v), np.full(len(q) + 1, 3)),
         ("k_cache", (q, k.astype(np.int8), v), TOKENS),
         ("v_cache", (q, k, v.astype(jnp.float8_e4m3fn)), TOKENS),
     ]
@@ -209,6 +211,36 @@ def test_invalid_arguments_are_named(draw):
 @pytest.fixture(scope="module")
 def mesh(eight_devices: None) -> Mesh:
     return Mesh(np.array(jax.devices()[:4]).reshape(1, 4), ("data", "seq"))
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_contexts_of_different_lengths(shards, mesh, draw):
+    """Each context continues at its own length, also with sinks, slopes, wide values and a shared prefix."""
+    q, k, v = alike(draw(2, TOKENS, 4, 2, 8), 3)
+    v = np.concatenate([v, v[..., ::-2]], axis=-1)
+    options = {
+        "sinks": jnp.array([0.5, -1, 2, 0]),
+        "alibi_slopes": jnp.array([0.5, 0.1, 0, -0.2]),
+        "local_window_size": 6,
+    }
+    options |= {"logits_soft_cap": jnp.float32(2), "return_residual": True}
+    whole = jax.jit(partial(attention, **options))(q, k, v)
+    where = {"mesh": mesh, "batch_axes": "data"} if shards > 1 else {}
+    order = partial(to_layout, layout="striped", ring_size=shards)
+    before = Prefix(order(filled(k[:1], 3, 1e30)), order(filled(v[:1], 3, -1e30)), 3)
+    lengths, new = np.array([1, 5]), 2
+    rows = 3 + lengths[:, None] + np.arange(new)
+    take = jax.vmap(lambda x, row: x[row])
+
+    def cached(x: np.ndarray) -> jax.Array:
+        held = np.stack([filled(x[i : i + 1, 3:], length, 7e8)[0] for i, length in enumerate(lengths)])
+        cache = order(held)
+        return jax.jit(partial(append_to_cache, **where))(cache, take(x, rows), lengths)
+
+    decode = jax.jit(partial(decode_attention, **options, **where))
+    got = decode(take(q, rows), cached(k), cached(v), length=lengths + new, prefix=before)
+    for x, y in zip(got, whole, strict=True):
+        np.testing.assert_allclose(x, take(y, rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -297,7 +329,7 @@ def test_invalid_cache_arguments_are_named():
     with pytest.raises(ValueError, match=r"^new: "):
         append_to_cache(cache, jnp.zeros((2, 1, 1, 4)), 0)
     for length in (6, np.int64(6), jnp.int32(6), -1):
-        with pytest.raises(ValueError, match=rf"^length: {length} and 3 new tokens do not fit a cache of 8"):
+        with pytest.raises(ValueError, match=rf"^length: expected 0 ... 5 tokens in the cache, got {length}"):
             append_to_cache(cache, jnp.zeros((2, 3, 2, 4)), length)
     with pytest.raises(ValueError, match=r"^capacity: "):
         grow_cache(cache, 7)
