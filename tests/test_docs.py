@@ -440,3 +440,14 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     code += "\nassert chart.to_dict()['encoding'].keys() == {'x', 'y'} and 0 < returns[0] < 1000\n"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run([("python", code)])
+
+
+def test_the_notebook_of_the_ring_runs(tmp_path: Path) -> None:
+    """It compares the losses of the plain transformer and of the ring itself."""
+    cells = json.loads((ROOT / "docs/notebooks/ring.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells), "outputs are not stored"
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "steps=20" in code
+    (tmp_path / "ring.py").write_text(code.replace("steps=20", "steps=2"))
+    done = subprocess.run([sys.executable, tmp_path / "ring.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -1,9 +1,9 @@
-"""The public functions: attention on one device, over a mesh axis, and as Flax's `attention_fn`."""
+"""The public functions: attention on one device and over a mesh axis."""
 
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol, cast, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments, kernels
-from ringrl.attention.arguments import Axes, MaskArguments, axis_names
+from ringrl.attention.arguments import AttentionFunction, Axes, MaskArguments, axis_names, typed
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
 from ringrl.attention.layout import check_length, shard_positions
 from ringrl.attention.merge import AxisName, varying_like, with_sinks
@@ -21,18 +21,7 @@ from ringrl.attention.strategy import STRATEGIES, choose_strategy, device_of
 from ringrl.attention.ulysses import gather_heads, heads_of_device, scatter_heads
 
 
-class AttentionFunction(Protocol):
-    """Type of the functions below: with `return_residual=True` they also return the log-sum-exp."""
-
-    @overload
-    def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[True], **options: Any
-    ) -> tuple[jax.Array, jax.Array]: ...
-    @overload
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array: ...
-
-
-def _public(function: Callable[..., tuple[jax.Array, jax.Array]]) -> AttentionFunction:
+def _public(function: Callable[..., Any]) -> AttentionFunction:
     """Add what the functions below share, so that they return output and log-sum-exp of the common case.
 
     That is: inputs without a batch or without tokens, values of another width, sinks, and errors for other keywords.
@@ -50,7 +39,7 @@ def _public(function: Callable[..., tuple[jax.Array, jax.Array]]) -> AttentionFu
     ) -> Any:
         for name in ("mask", "bias"):
             if name in options:
-                raise _unsupported(name)
+                raise unsupported(name)
         if q.ndim == k.ndim == v.ndim == 3:
             found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
             return jax.tree.map(lambda x: x[0], found)
@@ -67,10 +56,11 @@ def _public(function: Callable[..., tuple[jax.Array, jax.Array]]) -> AttentionFu
             o, lse = with_sinks(o, lse, sinks)
         return (o, lse) if return_residual else o
 
-    return cast(AttentionFunction, call)
+    return typed(call)
 
 
-def _unsupported(name: str) -> ValueError:
+def unsupported(name: str) -> ValueError:
+    """Return the error for an argument of other libraries."""
     return ValueError(f"{name}: not supported; pass is_causal, local_window_size, global_prefix or segment_ids instead")
 
 
@@ -365,36 +355,3 @@ def _axes_of(x: jax.Array, mesh: Mesh | AbstractMesh, axis_name: AxisName) -> tu
         return None, None
     spec = (*sharding.spec, None, None, None, None)
     return tuple(None if set(axis_names(axes)) & set(axis_names(axis_name)) else axes for axes in (spec[0], spec[2]))
-
-
-def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Wrap `attend` as the `attention_fn` of flax.nnx.MultiHeadAttention.
-
-        attend = functools.partial(ring_attention, mesh=mesh, is_causal=True)
-        nnx.MultiHeadAttention(..., attention_fn=as_attention_fn(attend))
-
-    The options of `attend` (is_causal, segment_ids, ...) define the mask. An S x S mask, a bias or dropout raises
-    ValueError. Flax passes is_causal=False by default, so only is_causal=True overrides the option of `attend`.
-    """
-
-    def attention_fn(
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        *,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        is_causal: bool = False,
-        module: object = None,
-        **_: object,  # dropout_rng, broadcast_dropout, dtype and precision have no effect
-    ) -> jax.Array:
-        for name, value_given in (("mask", mask), ("bias", bias), ("module", module)):
-            if value_given is not None:
-                raise _unsupported(name)
-        if dropout_rate > 0 and not deterministic:
-            raise ValueError(f"dropout_rate: attention dropout is not supported, got {dropout_rate}; use 0")
-        return attend(query, key, value, **({"is_causal": True} if is_causal else {}))
-
-    return attention_fn

@@ -2,8 +2,8 @@
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,22 @@ from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Sid
 WIDEST = 2**31 - 1  # largest window, since positions are int32
 
 Axes = str | Sequence[str] | None
+
+
+class AttentionFunction(Protocol):
+    """Type of the public functions: with `return_residual=True` they also return the log-sum-exp."""
+
+    @overload
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, return_residual: Literal[True], **options: Any
+    ) -> tuple[jax.Array, jax.Array]: ...
+    @overload
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array: ...
+
+
+def typed(function: Callable[..., Any]) -> AttentionFunction:
+    """Return the function, with the type of its result depending on `return_residual`."""
+    return cast(AttentionFunction, function)
 
 
 def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:

@@ -37,6 +37,7 @@ class Prefix(NamedTuple):
     length: Int[Array, ""] | int  # tokens; slots beyond are ignored but must be finite
 
 
+@arguments.typed
 def decode_attention(
     q: Float[Array, "batch new_tokens heads head_dim"],
     k_cache: Float[Array, "batch capacity kv_heads head_dim"],
@@ -352,7 +353,7 @@ def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int)
 
 def _check_prefix(prefix: Prefix, *caches: jax.Array) -> None:
     number, batch = prefix.k.shape[0], len(caches[0])
-    for name, x, cache in zip(("prefix.k", "prefix.v"), prefix, caches, strict=False):
+    for name, x, cache in zip(("prefix.k", "prefix.v"), (prefix.k, prefix.v), caches, strict=True):
         expected = (*prefix.k.shape[:2], *cache.shape[2:])
         if x.shape != expected or not number or batch % number:
             raise ValueError(

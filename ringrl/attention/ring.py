@@ -136,9 +136,7 @@ def _in_order_of_mesh(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
 def _kernel_inputs(leg: Leg, inputs: Inputs, blocks: list[KeyBlock]) -> list[Inputs]:
     """Return the inputs of the kernel for each share of the heads: its queries with the current block."""
     shares = zip(_split_heads(leg, (inputs.q, inputs.slopes), inputs.kv_heads), blocks, strict=True)
-    return [
-        inputs._replace(q=q, slopes=slopes, kv=block.kv, keys=Side(*block.side)) for (q, slopes), block in shares
-    ]
+    return [inputs._replace(q=q, slopes=slopes, kv=block.kv, keys=Side(*block.side)) for (q, slopes), block in shares]
 
 
 def _split_heads(leg: Leg, tree: Tree, kv_heads: int) -> list[Tree]:

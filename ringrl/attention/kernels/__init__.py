@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
     """The functions of a kernel, see above."""
 
     forward: Callable[..., Partial]
-    backward: Callable[..., Gradients] | None
+    backward: Callable[..., Gradients]
     unsupported: Callable[[jnp.dtype, int, Options], str | None]
     too_many: Callable[[Inputs, Options], str | None] = lambda *_: None
 
@@ -45,7 +45,7 @@ def kernel_named(name: str) -> Kernel:
 
         return Kernel(mosaic_gpu.forward, mosaic_gpu.backward, hopper.unsupported)
     if name == "autodiff":
-        return Kernel(autodiff.forward, None, lambda *_: None)
+        return Kernel(autodiff.forward, xla.backward, lambda *_: None)  # JAX differentiates the forward pass instead
     return Kernel(xla.forward, xla.backward, lambda *_: None)
 
 
