@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.attention import kernels
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, Terms, by_head, by_token
+from ringrl.attention.contract import NO_TERMS, Cotangents, Gradients, Inputs, Partial, Terms, by_head, by_token
 from ringrl.attention.mask import Options, Side
 from ringrl.attention.merge import AxisName
 
@@ -73,74 +73,16 @@ def attend(
     keys: Side,
     options: Options,
     exchange: Exchange,
-    terms: Terms,
+    terms: Terms = NO_TERMS,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output (B, S, H, D) in q's dtype and the log-sum-exp (B, S, H) float32, both differentiable."""
-    if options.implementation == "autodiff":
-        return _named(*_plain(q, k, v, (queries, keys), options, exchange, terms))
-    return _attend(q, k, v, queries, keys, options, exchange)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
-    return _forward(q, k, v, queries, keys, options, exchange)[0]
-
-
-def _forward(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
-    o, lse = _named(*_forward_pass(q, k, v, queries, keys, options, exchange))
-    return (o, lse), (q, k, v, queries, keys, o, lse)
-
-
-def _backward(options, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
-    q, k, v, queries, keys, o, lse = residuals
-    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
-    return *_backward_pass(q, k, v, *cotangents, queries, keys, o, lse, options, exchange), *none
-
-
-_attend.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def _forward_pass(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
-    return _results(q, exchange.forward(_inputs(q, k, v, queries, keys), options))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(9, 10))
-def _backward_pass(q, k, v, do, dlse, queries, keys, o, lse, options, exchange):  # type: ignore[no-untyped-def]
-    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows without
-    # visible keys have p = 0 everywhere; the cotangent of their constant lse = -inf must not become nan.
-    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
-    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
-    known = Cotangents(*(by_head(x, k.shape[2]) for x in (do, lse, delta)))
-    dq, dkv = exchange.backward(_inputs(q, k, v, queries, keys), options, known)
-    found = ((dq, q), (dkv[:, 0], k), (dkv[:, 1], v))
-    return tuple(by_token(x, *like.shape[:2]).astype(like.dtype) for x, like in found)
-
-
-@_forward_pass.defjvp
-def _derivative_of_forward_pass(options, exchange, primals, tangents):  # type: ignore[no-untyped-def]
-    plain = partial(_plain, sides=primals[3:], options=options, exchange=exchange)
-    return _forward_pass(*primals, options, exchange), jax.jvp(plain, primals[:3], tangents[:3])[1]
-
-
-@_backward_pass.defjvp
-def _derivative_of_backward_pass(options, exchange, primals, tangents):  # type: ignore[no-untyped-def]
-    # Output and log-sum-exp (the last two primals) depend on q, k and v, whose tangents cover them.
-    plain = partial(_plain, sides=primals[5:7], options=options, exchange=exchange)
-
-    def gradients(q, k, v, *cotangents):  # type: ignore[no-untyped-def]
-        return jax.vjp(plain, q, k, v)[1](cotangents)
-
-    return _backward_pass(*primals, options, exchange), jax.jvp(gradients, primals[:5], tangents[:5])[1]
-
-
-def _plain(q, k, v, sides, options, exchange, terms=None):  # type: ignore[no-untyped-def]
-    """Return output and log-sum-exp by operations that JAX differentiates, in float32 also between devices."""
-    slopes, cap = terms or (None, None)
+    if options.implementation != "autodiff":
+        return _attend(q, k, v, queries, keys, options, exchange)
+    slopes = terms.slopes
     if slopes is not None:
         slopes = by_head(jnp.broadcast_to(slopes, q.shape[:3]), k.shape[2])
-    inputs = _inputs(*(x.astype(jnp.float32) for x in (q, k, v)), *sides)._replace(slopes=slopes, soft_cap=cap)
-    return _results(q, exchange.forward(inputs, dataclasses.replace(options, implementation="autodiff")))
+    inputs = _inputs(q, k, v, queries, keys)._replace(slopes=slopes, soft_cap=terms.soft_cap)
+    return _results(q, _plain(inputs, options, exchange))
 
 
 def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side) -> Inputs:
@@ -149,9 +91,76 @@ def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side)
 
 
 def _results(q: jax.Array, part: Partial) -> tuple[jax.Array, jax.Array]:
+    """Return the results by token. They are named here, so that a remat policy saves the residuals themselves."""
     o, lse = (by_token(x, *q.shape[:2]) for x in part)
-    return o.astype(q.dtype), lse
+    return checkpoint_name(o.astype(q.dtype), "ring_attention"), checkpoint_name(lse, "ring_attention")
 
 
-def _named(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return checkpoint_name(o, "ring_attention"), checkpoint_name(lse, "ring_attention")
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
+    return _forward(q, k, v, queries, keys, options, exchange)[0]
+
+
+def _forward(q, k, v, queries, keys, options, exchange):  # type: ignore[no-untyped-def]
+    o, lse = _results(q, _forward_pass(_inputs(q, k, v, queries, keys), options, exchange))
+    return (o, lse), (q, k, v, queries, keys, o, lse)
+
+
+def _backward(options, exchange, residuals, cotangents):  # type: ignore[no-untyped-def]
+    q, k, v, queries, keys, *results = residuals
+    of_results, results = (Partial(*(by_head(x, k.shape[2]) for x in pair)) for pair in (cotangents, results))
+    dq, dkv = _backward_pass(_inputs(q, k, v, queries, keys), of_results, results, options, exchange)
+    found = ((dq, q), (dkv[:, 0], k), (dkv[:, 1], v))
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys))
+    return *(by_token(x, *like.shape[:2]).astype(like.dtype) for x, like in found), *none
+
+
+_attend.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _forward_pass(inputs: Inputs, options: Options, exchange: Exchange) -> Partial:
+    return exchange.forward(inputs, options)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _backward_pass(
+    inputs: Inputs, cotangents: Partial, results: Partial, options: Options, exchange: Exchange
+) -> Gradients:
+    (do, dlse), (o, lse) = cotangents, results
+    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows without
+    # visible keys have p = 0 everywhere; the cotangent of their constant lse = -inf must not become nan.
+    dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
+    return exchange.backward(inputs, options, Cotangents(do, lse, delta))
+
+
+@_forward_pass.defjvp
+def _derivative_of_forward_pass(options, exchange, primals, tangents):  # type: ignore[no-untyped-def]
+    (inputs,), (moved,) = primals, tangents
+
+    def plain(q: jax.Array, kv: jax.Array) -> Partial:
+        return _plain(inputs._replace(q=q, kv=kv), options, exchange)
+
+    tangent = jax.jvp(plain, (inputs.q, inputs.kv), (moved.q, moved.kv))[1]
+    return _forward_pass(inputs, options, exchange), tangent
+
+
+@_backward_pass.defjvp
+def _derivative_of_backward_pass(options, exchange, primals, tangents):  # type: ignore[no-untyped-def]
+    # The results depend on q and kv alone, whose tangents cover them.
+    (inputs, cotangents, _), (moved, moved_cotangents, _) = primals, tangents
+
+    def gradients(q: jax.Array, kv: jax.Array, do: jax.Array, dlse: jax.Array) -> Gradients:
+        q, kv, do = (x.astype(jnp.float32) for x in (q, kv, do))
+        plain = lambda q, kv: _plain(inputs._replace(q=q, kv=kv), options, exchange)  # noqa: E731
+        return Gradients(*jax.vjp(plain, q, kv)[1](Partial(do, dlse)))
+
+    at, along = (inputs.q, inputs.kv, *cotangents), (moved.q, moved.kv, *moved_cotangents)
+    return _backward_pass(*primals, options, exchange), jax.jvp(gradients, at, along)[1]
+
+
+def _plain(inputs: Inputs, options: Options, exchange: Exchange) -> Partial:
+    """Attend by operations that JAX differentiates, in float32 also between devices."""
+    q, kv = (x.astype(jnp.float32) for x in (inputs.q, inputs.kv))
+    return exchange.forward(inputs._replace(q=q, kv=kv), dataclasses.replace(options, implementation="autodiff"))

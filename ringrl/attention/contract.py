@@ -49,6 +49,9 @@ class Terms(NamedTuple):
     soft_cap: Float[Array, ""] | None = None
 
 
+NO_TERMS = Terms()
+
+
 class Partial(NamedTuple):
     """Attention over some of the keys: normalised output and log-sum-exp, float32; 0 and -inf without visible keys."""
 

@@ -189,7 +189,7 @@ def test_invalid_arguments_are_named(draw):
         ("k", {"k": k[:1], "v": v[:1]}),
         ("k", {"k": k[..., :4], "v": v[..., :4]}),
         ("k", {"q": q[:, :, :3]}),
-        ("v", {"v": v[..., :4]}),
+        ("v", {"v": v[:, :4]}),
         ("v", {"v": v[..., 0]}),
         ("positions", {"positions": jnp.zeros(6)}),
         ("positions", {"positions": jnp.zeros(5, int)}),
