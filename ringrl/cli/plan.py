@@ -34,7 +34,7 @@ def plan(
     *,
     model: str,
     machine: str,
-    tokens: str,
+    tokens: str | None = None,
     mesh: MeshConfig = MeshConfig(),
     contexts: int | None = None,
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] | None = None,
@@ -50,7 +50,8 @@ def plan(
         model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration file (.yaml).
         machine: tpu-v4-512 (v3, v4 and v5p count cores), tpu-v5e-256 (v5e and v6e count chips), 8xa100 (80 GB; any
             number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or custom.
-        tokens: tokens of a context, for example 32768, 512k or 8M (k is 1024, M is 1024 x 1024).
+        tokens: tokens of a context, for example 32768, 512k or 8M (k is 1024, M is 1024 x 1024). Default: those of the
+            configuration and its dataset.
         mesh: devices along each axis. Default: the fastest mesh that fits, by estimate.
         contexts: contexts per step. Default: the configuration's.
         attention: kind of attention. Default: the configuration's.
@@ -65,7 +66,7 @@ def plan(
 
     from ringrl.planning.machines import custom_machine, find_machine, measure_host
     from ringrl.planning.plan import as_json, describe, make_plan
-    from ringrl.planning.workload import find_model, read_tokens
+    from ringrl.planning.workload import context_tokens, find_model, read_tokens
 
     jax.config.update("jax_platforms", "cpu")  # planning must not occupy an accelerator
     values = find_model(model).model_dump()
@@ -86,7 +87,7 @@ def plan(
         raise UserError(f"--custom: used only with --machine custom, but --machine is {machine}; remove one of them")
     else:
         where = find_machine(machine)
-    length = read_tokens(tokens)
+    length = context_tokens(model, config) if tokens is None else read_tokens(tokens)
     chosen = None if mesh.devices == 1 else mesh.model_copy(update={"layout": config.mesh.layout})
     with Console(stderr=True).status("planning") as status:
         if where.device.platform == "cpu":

@@ -19,6 +19,7 @@ from ringrl.errors import UserError
 from ringrl.model import make_policy
 from ringrl.model.parallel import MESH_AXES
 from ringrl.model.tokens import TOKEN_SETS
+from ringrl.training.budget import longest_episode
 from ringrl.training.mesh import check_divides
 
 OBSERVATION, ACTION = 24, 6  # sizes of the walker; other domains change the memory by less than 0.1 %
@@ -148,6 +149,14 @@ def find_model(name: str) -> TrainConfig:
     if not config.model.family.has_context:
         raise UserError(f"--model {name}: {config.model.kind} has no context; plan a transformer")
     return config
+
+
+def context_tokens(name: str, config: TrainConfig) -> int:
+    """Return the tokens of a context of `find_model(name)`. UserError if it is a shape, without a task."""
+    if config.task == _UNUSED["task"]:
+        raise UserError(f"--tokens: missing; {name} has no dataset that tells the length of a context, such as 512k")
+    timesteps = config.context.steps(longest_episode(config))
+    return timesteps * TOKEN_SETS[config.model.token_set].size
 
 
 def read_tokens(text: str) -> int:

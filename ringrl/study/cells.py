@@ -28,7 +28,7 @@ import pydantic
 from ringrl.config import TrainConfig
 from ringrl.config_files import merged, nested, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
-from ringrl.envs import domain_of, is_foreign
+from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation import (
     Evaluation,
@@ -45,6 +45,7 @@ from ringrl.files import explain_write_errors, with_crc, without_crc, write_asid
 from ringrl.methods import METHODS
 from ringrl.study.plan import AblationPlan, PromptPlan
 from ringrl.training import train
+from ringrl.training.budget import longest_episode
 from ringrl.training.checkpoints import EarlyStopping, with_checksum, without_checksum
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
@@ -371,13 +372,6 @@ def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
         timesteps = config.optimiser.steps * plan.trajectories_per_batch * length
         optimiser = {"steps": max(1, timesteps // config.optimiser.batch_size)}
     return TrainConfig.model_validate(merged(settings, {"optimiser": optimiser}))
-
-
-def longest_episode(config: TrainConfig) -> int:
-    """Return the steps of the longest episode of a run's data. ExoRL's episodes are as long as their domain's."""
-    if is_foreign(config.task):
-        return int(EpisodeStore(config.data).lengths.max())
-    return domain_of(config.task).episode_length
 
 
 def _prompts(plan: PromptPlan, tasks: Sequence[str], episodes: int, trajectories: int) -> list[Protocol]:

@@ -21,8 +21,8 @@ from ringrl.evaluation.formatting import ABSENT, duration
 from ringrl.evaluation.protocol import Protocol
 from ringrl.files import json_digest
 from ringrl.model.tokens import TOKEN_SETS
-from ringrl.study.cells import Cell, longest_episode
-from ringrl.training.budget import forward_flops, step_cost
+from ringrl.study.cells import Cell
+from ringrl.training.budget import forward_flops, longest_episode, step_cost
 from ringrl.training.checkpoints import EarlyStopping, saved_steps
 
 _SHARE_OF_PEAK = 1 / 3  # speed of small models on a CPU, as a share of a matrix product's

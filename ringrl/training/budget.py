@@ -7,6 +7,8 @@ from typing import ClassVar, NamedTuple
 from pydantic import Field
 
 from ringrl.config import ModelConfig, Section, TrainConfig
+from ringrl.data import EpisodeStore
+from ringrl.envs import domain_of, is_foreign
 from ringrl.model.tokens import TOKEN_SETS
 from ringrl.training.checkpoints import EarlyStopping, RunInfo
 
@@ -42,6 +44,13 @@ class StepCost(NamedTuple):
     timesteps: int  # of data, with padding
     tokens: int
     flops: float | None  # see `Budget`
+
+
+def longest_episode(config: TrainConfig) -> int:
+    """Return the steps of the longest episode of a run's data. ExoRL's episodes are as long as their domain's."""
+    if is_foreign(config.task):
+        return int(EpisodeStore(config.data).lengths.max())
+    return domain_of(config.task).episode_length
 
 
 def step_cost(config: TrainConfig, episode_length: int) -> StepCost:

@@ -4,7 +4,7 @@ import pytest
 from ringrl.errors import UserError
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.planning.ahead_of_time import abstract_step, bytes_per_device
-from ringrl.planning.workload import find_model, format_tokens, read_tokens
+from ringrl.planning.workload import context_tokens, find_model, format_tokens, read_tokens
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 
@@ -74,6 +74,16 @@ def test_find_model(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("model: {width: 256, heads: 4}")
     assert find_model(str(path)).model.width == find_model(str(tmp_path)).model.width == 256
+
+
+def test_tokens_of_a_context_follow_from_the_task(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("{task: jaco_reach_top_left, context: {trajectories: 3}, model: {token_set: dt3}}")
+    assert context_tokens("x", find_model(str(path))) == 3 * 250 * 3
+    path.write_text("{task: walker_walk, context: {trajectories: 5, segment_steps: 32}, model: {token_set: fused1}}")
+    assert context_tokens("x", find_model(str(path))) == 5 * 32
+    with pytest.raises(UserError, match="--tokens: missing; 7b has no dataset"):
+        context_tokens("7b", find_model("7b"))
 
 
 @pytest.mark.parametrize(
