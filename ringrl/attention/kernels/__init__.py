@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, Terms
+from ringrl.attention.contract import NO_TERMS, Cotangents, Gradients, Inputs, Partial, Terms
 from ringrl.attention.kernels import autodiff, xla
 from ringrl.attention.mask import Options
 from ringrl.attention.strategy import DeviceKind
@@ -78,7 +78,7 @@ def native_to(device: DeviceKind) -> str:
 
 
 def with_kernel(
-    options: Options, implementation: str | None, q: jax.Array, device: DeviceKind, terms: Terms
+    options: Options, implementation: str | None, q: jax.Array, device: DeviceKind, terms: Terms = NO_TERMS
 ) -> Options:
     """Return `options` with the named kernel, or with the best kernel for the device and queries `q` (..., head_dim).
 
