@@ -4,8 +4,6 @@ The tokens of a timestep enter the cache in one call. A full cache doubles, so t
 contexts stay cheap.
 """
 
-from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
 from jaxtyping import Float32
 from scipy.spatial import KDTree  # type: ignore[import-untyped]
 
@@ -119,30 +116,18 @@ class PolicyActor:
         self._previous: Context | None = None
         self._prefix = None if prompt is None else self._compiled.prefill(prompt)
         self._memory = self._compiled.reset(num_environments, min(SMALLEST_CACHE, self._most_tokens))
-        self._prepared = 0  # the capacity whose successor is compiled, or being compiled
 
     def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
         """Append the tokens of this step to the cache and return the action."""
         self._tokens += self._compiled.policy.tokens_per_step
-        self._grow_if_full(current)
+        if isinstance(self._memory, KVCache) and self._tokens > self._memory.capacity:
+            self._memory = self._compiled.grow(self._memory, min(2 * self._memory.capacity, self._most_tokens))
         action, self._memory = self._compiled.act(self._previous, current, self._prefix, self._memory)
         return action
 
     def observe(self, finished: Context) -> None:
         """Keep the step. Its tokens enter the cache together with the tokens of the next step."""
         self._previous = finished
-
-    def _grow_if_full(self, current: Context) -> None:
-        """Double a full cache. After its second step, compile for the next capacity."""
-        if not isinstance(self._memory, KVCache):
-            return
-        if self._tokens > self._memory.capacity:
-            self._memory = self._compiled.grow(self._memory, min(2 * self._memory.capacity, self._most_tokens))
-        capacity = self._memory.capacity
-        if self._previous is not None and self._prepared < capacity < self._most_tokens:
-            following = min(2 * capacity, self._most_tokens)
-            self._compiled.compile_next(current, self._prefix, self._memory, following)
-            self._prepared = capacity
 
 
 class SegmentActor:
@@ -177,8 +162,7 @@ class SegmentActor:
 class CompiledPolicy:
     """The compiled programs of a policy, shared by all its actors.
 
-    Each number of environments and each cache capacity has its own program. The next program is compiled in the
-    background while the current one runs.
+    Each number of environments and each cache capacity has its own program.
 
     Args:
       policy: its parameters are used as they are now.
@@ -202,13 +186,11 @@ class CompiledPolicy:
             return action
 
         self.act_after = partial(jax.jit(act_after), self._params)
-        self._programs: dict[tuple[Hashable, ...], Future[Callable[..., Any]]] = {}
         self._prefilled: tuple[Context, Any] | None = None
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="ringrl-compile")
 
     def __len__(self) -> int:
-        """Return the number of programs that are compiled or being compiled."""
-        return len(self._programs)
+        """Return the number of compiled programs."""
+        return int(self._act._cache_size())  # type: ignore[attr-defined]
 
     def prefill(self, prompt: Context) -> Any:
         """Return the memory of a prompt. The memory of the latest prompt is kept for the next rollout."""
@@ -227,31 +209,5 @@ class CompiledPolicy:
 
     def act(self, previous: Context | None, current: Context, prefix: Any, memory: Any) -> tuple[jax.Array, Any]:
         """Return the action and the new memory. `memory` is donated."""
-        program = self._program(previous, current, prefix, memory)
-        if previous is None:
-            self._program(current, current, prefix, memory)  # the second step needs this program
-        result: tuple[jax.Array, Any] = program.result()(self._params, previous, current, prefix, memory)
+        result: tuple[jax.Array, Any] = self._act(self._params, previous, current, prefix, memory)
         return result
-
-    def compile_next(self, current: Context, prefix: Any, memory: KVCache, capacity: int) -> None:
-        """Start to compile the program for a larger capacity."""
-        grown = jax.eval_shape(partial(self._grow, capacity=capacity), memory)
-        place = lambda x, now: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=now.sharding)  # noqa: E731
-        self._program(current, current, prefix, jax.tree.map(place, grown, memory))
-
-    def _program(
-        self, previous: Context | None, current: Context, prefix: Any, memory: Any
-    ) -> Future[Callable[..., Any]]:
-        """Return the program for arguments of these shapes, being compiled if it is new."""
-        shapes = jax.tree.leaves(jax.tree.map(jnp.shape, (prefix, memory)))
-        key = previous is None, prefix is None, current.observation.shape, *shapes
-        if key not in self._programs:
-            like = jax.tree.map(_abstract, (self._params, previous, current, prefix, memory))
-            self._programs[key] = self._compiler.submit(lambda: self._act.lower(*like).compile())
-        return self._programs[key]
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of an array and, on a mesh, its sharding."""
-    sharding = getattr(x, "sharding", None)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)
