@@ -82,7 +82,7 @@ def evaluate(
     from ringrl.envs import domain_of, is_foreign
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
     from ringrl.evaluation.policy import load_policy
-    from ringrl.evaluation.progress import ProgressTable, final_table
+    from ringrl.evaluation.progress import ProgressLines, final_table
     from ringrl.evaluation.prompt import open_dataset
     from ringrl.evaluation.protocol import compile_policy, prompt_only_evaluation
     from ringrl.evaluation.video import VideoOptions, check_video
@@ -147,7 +147,7 @@ def evaluate(
         )
     options = VideoOptions(side_by_side, video_format, video_speed) if video else False
     console = Console()
-    with ProgressTable(evaluations, console) as progress:
+    with ProgressLines(console) as progress:
         summaries = evaluate_all(evaluations, again=again, video=options, progress=progress)
     console.print(final_table(summaries, data_means))
     for path in dict.fromkeys(evaluation.results for evaluation in evaluations):

@@ -1,8 +1,7 @@
 """Evaluation: rollouts by one protocol for all methods, records of their results, and statistics."""
 
 from ringrl.evaluation.evaluate import evaluate_all, evaluate_policy, evaluate_random
-from ringrl.evaluation.player import Player
-from ringrl.evaluation.policy import TrainedPolicy, load_policy
+from ringrl.evaluation.policy import Player, TrainedPolicy, load_policy
 from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.prompt import imitation_error
 from ringrl.evaluation.protocol import Evaluation, Protocol, policy_evaluation, random_evaluation

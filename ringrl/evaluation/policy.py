@@ -1,4 +1,4 @@
-"""A trained policy, loaded from the folder of its run."""
+"""A trained policy, loaded from the folder of its run, and a player that acts with it in your own loop."""
 
 import dataclasses
 import hashlib
@@ -9,11 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Float32
+from numpy.typing import ArrayLike
 
 from ringrl.config import MeshConfig
+from ringrl.context import Context
+from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
-from ringrl.evaluation.player import Player
+from ringrl.evaluation.protocol import Protocol, compile_policy, make_actor, target_and_prompt
+from ringrl.evaluation.rollout import ContextBuilder
 from ringrl.model import ActorCritic, Policy, make_agent
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.checkpoints import (
@@ -26,6 +32,8 @@ from ringrl.training.checkpoints import (
 )
 from ringrl.training.distributed import check_platform
 from ringrl.training.mesh import make_ring
+
+_ENDLESS = 2**30  # steps for which a memory may grow
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -46,7 +54,7 @@ class TrainedPolicy:
             return self.policy.with_goal(self.info.goal(task))
         return self.policy
 
-    def player(self, **settings: Any) -> Player:
+    def player(self, **settings: Any) -> "Player":
         """Return a `Player`, which acts step by step in your own loop. It takes the settings `target`, `prompt`, ..."""
         return Player(self, **settings)
 
@@ -54,6 +62,130 @@ class TrainedPolicy:
         """Return one line: method, context length, task, step and size."""
         size = sum(x.size for x in jax.tree.leaves(nnx.state(self.policy, nnx.Param)))
         return f"TrainedPolicy({self.info.title}, step {self.step}, {size:,} parameters)"
+
+
+class Player:
+    """Acts in environments with the policy's spaces and remembers what it has seen.
+
+    Observations and rewards are in the environment's units. Actions are in [-1, 1], as the environments of
+    `ringrl.envs.make` take them, with a number for each choice if actions are discrete. The player keeps return-to-go,
+    completion and positions itself. The episodes of a batch may end at different steps. The memory grows until `clear`.
+
+        player = load_policy("runs/at").player()
+        observation, _ = environment.reset()
+        while True:
+            observation, reward, terminated, truncated, _ = environment.step(player.act(observation))
+            player.observe(reward, terminated, truncated)
+            if terminated or truncated:
+                observation, _ = environment.reset()
+
+    Args:
+        trained: the policy.
+        target: return to aim for: "best", a number, "0.9x" (of the best) or "q0.75" (a quantile of the data's returns).
+        prompt: number of dataset trajectories that the policy sees before its first episode, or a context (1, T, ...).
+        prompt_seed: seed with which they are drawn.
+        batch: number of environments.
+        task: None: the task of the run.
+        data: path of the run's dataset if it was moved. It is read for a prompt, a quantile, or another task's target.
+
+    Raises:
+        UserError: as `ringrl.evaluation.policy_evaluation` for its target and prompt; fewer than one environment.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedPolicy,
+        *,
+        target: str | float = "best",
+        prompt: int | Context | None = None,
+        prompt_seed: int = 0,
+        batch: int = 1,
+        task: str | None = None,
+        data: Path | None = None,
+    ) -> None:
+        info, config = trained.info, trained.info.config
+        task = config.task if task is None else task
+        count = prompt if isinstance(prompt, int) else 0
+        protocol = Protocol(batch, target=str(target), prompt_trajectories=count, prompt_seed=prompt_seed)
+        goal, _, drawn, _ = target_and_prompt(trained, protocol, task, data)
+        shown = prompt if isinstance(prompt, Context) else drawn
+        self._builder = ContextBuilder(info.normalisation, goal, config.context.trajectories, shown)
+        self._actor = make_actor(compile_policy(trained, protocol, task), config)
+        self._batch, self._observation_size, self._action_size = batch, info.observation_size, info.action_size
+        self._length = info.normalisation.episode_length if info.domain in DOMAINS else None  # None: may differ
+        self._is_segmented = config.model.family.has_context and config.context.segment_steps is not None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything but the prompt, and start an episode."""
+        self._actor.start(self._batch, _ENDLESS, self._builder.prompt)
+        self._previous = self._builder.first_outcome(self._batch, self._action_size)
+        self._episode, self._first, self._timestep = (np.zeros(self._batch, np.int64) for _ in range(3))
+        self._earned = np.zeros(self._batch)
+        self._pending: tuple[Context, np.ndarray] | None = None  # the last step, whose reward is unknown
+
+    def act(self, observation: ArrayLike) -> Float32[np.ndarray, "*batch action"]:
+        """Return the action for an observation (batch, observation), or (observation,) for a batch of one.
+
+        Raises:
+            UserError: another shape, the last action's reward is unknown, or the episode is longer than the data's.
+        """
+        given = np.asarray(observation, np.float32)
+        shape = self._batch, self._observation_size
+        if given.shape != shape and (self._batch > 1 or given.shape != shape[1:]):
+            raise UserError(f"observation: has shape {given.shape}, expected {shape}")
+        if self._pending is not None:
+            raise UserError("act: the reward of the last action is unknown; call observe(reward) first")
+        length = self._length
+        if length is not None and (self._timestep >= length).any():
+            raise UserError(
+                f"act: episodes of the training data have {length} steps; call reset_episode(), or pass truncated=True "
+                "to observe"
+            )
+        step = self._builder.step(
+            self._episode, self._timestep, given.reshape(shape), self._earned, self._previous, first=self._first
+        )
+        action = np.array(self._actor.act(step), np.float32)
+        self._pending = step, action
+        return action.reshape((*given.shape[:-1], self._action_size))
+
+    def observe(self, reward: ArrayLike, terminated: ArrayLike = False, truncated: ArrayLike = False) -> None:
+        """Remember the reward of the last action. An end, by termination or truncation, starts the next episode.
+
+        Raises:
+            UserError: no action waits for its reward, a reward is not finite, or some episodes of a policy of segments
+                end before others.
+        """
+        if self._pending is None:
+            raise UserError("observe: there is no action without a reward; call act(observation) first")
+        rewards = np.broadcast_to(np.asarray(reward, np.float64), self._batch)
+        if not np.isfinite(rewards).all():
+            raise UserError(f"reward: {rewards.tolist()} is not finite")
+        ends = np.array(np.broadcast_to(np.logical_or(terminated, truncated), self._batch))
+        if self._is_segmented and ends.any() != ends.all():
+            raise UserError("observe: a policy of segments ends all episodes of a batch together; use one player each")
+        step, action = self._pending
+        self._earned = self._earned + rewards
+        is_last = ends if self._length is None else ends | (self._timestep + 1 == self._length)
+        self._previous = self._builder.outcome(action, rewards, self._earned, is_last)
+        self._actor.observe(step._replace(**self._previous._asdict()))
+        self._timestep, self._pending = self._timestep + 1, None
+        self._start_next(ends)
+
+    def reset_episode(self) -> None:
+        """Start the next episode, and keep the memory of all earlier ones. Does nothing before a first step.
+
+        Raises:
+            UserError: the last action's reward is unknown.
+        """
+        if self._pending is not None:
+            raise UserError("reset_episode: the reward of the last action is unknown; call observe(reward) or clear()")
+        self._start_next(self._timestep > 0)
+
+    def _start_next(self, ends: np.ndarray) -> None:
+        """Start the next episode where the last one has ended."""
+        self._episode, self._first = self._episode + ends, self._first + np.where(ends, self._timestep, 0)
+        self._timestep, self._earned = (np.where(ends, 0, x) for x in (self._timestep, self._earned))
 
 
 def load_policy(

@@ -1,16 +1,14 @@
-"""Progress of evaluations in the terminal: a table that is redrawn, or plain lines if the output is no terminal."""
+"""Progress of evaluations in the terminal, and the table of their results."""
 
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from rich import box
 from rich.console import Console, Group
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -43,82 +41,53 @@ class EvaluationProgress:
         """Called with a line for the user."""
 
 
-@dataclass
-class _Row:
-    """The state of one evaluation."""
+class ProgressLines(EvaluationProgress):
+    """Prints a line per episode, as a context manager.
 
-    evaluation: Evaluation
-    state: str = "waiting"
-    returns: dict[Part, list[float | None]] = field(default_factory=dict)  # mean return of each finished episode
-    failed: int = 0
-    finished_steps: int = 0  # environment steps of finished episodes
-    simulated: int = 0  # environment steps that were simulated
-    current_steps: int = 0  # environment steps of the current episode
-    began: float = 0.0
+    Between these lines, a terminal shows the number of steps, and a log has a line every now and then.
+    """
 
-    @property
-    def rate(self) -> float:
-        """Return the environment steps per second."""
-        return self.simulated / max(time.perf_counter() - self.began, 1e-9)
-
-    @property
-    def left(self) -> str:
-        """Return the time left as h:mm:ss."""
-        steps = self.evaluation.steps - self.finished_steps - self.current_steps
-        return duration(steps / self.rate if self.simulated else None)
-
-
-class ProgressTable(EvaluationProgress):
-    """Shows the progress of evaluations, as a context manager."""
-
-    def __init__(self, evaluations: Sequence[Evaluation], console: Console) -> None:
-        self._rows = [_Row(evaluation) for evaluation in evaluations]
-        self._console = console
-        self._pace = Pace()
-        self._live = Live(get_renderable=self.table, console=console, refresh_per_second=4, transient=True)
+    def __init__(self, console: Console) -> None:
+        self._console, self._pace = console, Pace()
+        self._status = console.status(self)
+        self._evaluation: Evaluation | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live.start()
+            self._status.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._console.is_terminal:
-            self._live.transient = kind is None  # the table of an interrupted evaluation remains visible
-            self._live.stop()
+        self._status.stop()
         if kind is KeyboardInterrupt:
             self.on_message("interrupted; the same command resumes after the last finished episode")
 
+    def __rich__(self) -> str:
+        """Return the line that a terminal shows."""
+        return escape(self._state()) if self._evaluation else ""
+
     def on_begin(self, evaluation: Evaluation) -> None:
-        self._row = next(row for row in self._rows if row.evaluation is evaluation)
-        self._row.began, self._row.state = time.perf_counter(), "running"
+        self._evaluation, self._began = evaluation, time.perf_counter()
+        # Steps of finished episodes, steps of the current episode, and steps that were simulated now.
+        self._finished_steps = self._current_steps = self._simulated = 0
 
     def on_step(self, streams: int) -> None:
-        self._row.simulated += streams
-        self._row.current_steps += streams
+        self._simulated += streams
+        self._current_steps += streams
         if not self._console.is_terminal and self._pace.is_due():
-            row = self._row
-            steps = f"{row.finished_steps + row.current_steps:,} of {row.evaluation.steps:,} steps"
-            self.on_message(f"{_name(row.evaluation)}: {steps}, {row.rate:.0f} steps/s, {row.left} left")
+            self.on_message(self._state())
 
     def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
-        row = self._row
+        assert self._evaluation is not None
         finished, mean = int(np.isfinite(episode.returns).sum()), finite_mean(episode.returns.tolist())
-        row.returns.setdefault(part, []).append(mean)
-        row.failed += len(episode.returns) - finished
-        pace = f"{row.rate:.0f} steps/s, {row.left} left" if row.current_steps else "from the journal"
-        row.finished_steps, row.current_steps = row.finished_steps + episode.reward.size, 0
-        if not self._console.is_terminal:
-            place = f"episode {index + 1} of {row.evaluation.protocol.episodes}"
-            place += "" if part == "context" else " of the control"
-            result = "every stream failed" if mean is None else f"mean return {mean:.1f} of {finished} streams"
-            self.on_message(f"{_name(row.evaluation)}: {place}: {result}, {pace}")
+        speed = self._speed() if self._current_steps else "from the journal"
+        self._finished_steps, self._current_steps = self._finished_steps + episode.reward.size, 0
+        place = f"episode {index + 1} of {self._evaluation.protocol.episodes}"
+        place += "" if part == "context" else " of the control"
+        result = "every stream failed" if mean is None else f"mean return {mean:.1f} of {finished} streams"
+        self.on_message(f"{_name(self._evaluation)}: {place}: {result}, {speed}")
 
     def on_finish(self, evaluation: Evaluation, summary: EvaluationSummary, *, rolled_out: bool) -> None:
-        row = self._row
-        row.state = "done" if rolled_out else "was done"
-        row.failed = summary.failed + summary.failed_without_context
-        row.returns = {"context": list(summary.returns), "control": list(summary.returns_without_context)}
         if not rolled_out:
             self.on_message(f"{_name(evaluation)}: {evaluation.results} contains this evaluation; --again repeats it")
 
@@ -126,25 +95,17 @@ class ProgressTable(EvaluationProgress):
         self._pace.restart()
         self._console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
-    def table(self) -> Table:
-        """Return the table of the current state."""
-        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("Task", "Method", "Mean return of episode 1, 2, ..."):
-            shown.add_column(name)
-        for name in ("Ended", "Failed", "Steps/s", "Left"):
-            shown.add_column(name, justify="right", no_wrap=True)
-        for row in self._rows:
-            template, running = row.evaluation.template, row.state == "running"
-            shown.add_row(
-                escape(template.task),
-                escape(title_of(template.method, template.train_trajectories)),
-                " ".join(number(value) for value in row.returns.get("context", [])) or row.state,
-                f"{sum(map(len, row.returns.values()))}/{template.test_trajectories * len(row.evaluation.parts)}",
-                str(row.failed) if row.failed else ABSENT,
-                f"{row.rate:.0f}" if running and row.simulated else ABSENT,
-                row.left if running else row.state,
-            )
-        return shown
+    def _state(self) -> str:
+        assert self._evaluation is not None
+        steps = f"{self._finished_steps + self._current_steps:,} of {self._evaluation.steps:,} steps"
+        return f"{_name(self._evaluation)}: {steps}, {self._speed()}"
+
+    def _speed(self) -> str:
+        """Return the environment steps per second and the time left."""
+        assert self._evaluation is not None
+        rate = self._simulated / max(time.perf_counter() - self._began, 1e-9)
+        left = self._evaluation.steps - self._finished_steps - self._current_steps
+        return f"{rate:.0f} steps/s, {duration(left / rate if rate else None)} left"
 
 
 def final_table(summaries: Sequence[EvaluationSummary], data_means: Mapping[str, float] | None = None) -> Group:

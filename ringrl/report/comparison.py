@@ -36,8 +36,7 @@ class Comparison(NamedTuple):
     """The matched cells of two sets of results, and their differences."""
 
     pairs: pd.DataFrame  # columns of _COLUMNS and `conclusion.judge`, "same_starts"; one row per cell in both sets
-    only_a: list[str]  # cells without a counterpart
-    only_b: list[str]
+    unmatched: list[str]  # a line per cell without a counterpart
     settings: pd.DataFrame  # Setting, A, B; where the two differ
     results: tuple[pd.DataFrame, pd.DataFrame]
     like_random: list[str]  # tasks in which no policy clearly beats the random policy
@@ -70,13 +69,15 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
         named = {"task": cells[0]["task"], "method": describe(cells[0])}
         same_starts = starts[0][tuple(cells[0][CELL])] == starts[1][tuple(cells[1][CELL])]
         rows.append(named | measured(contrast(theirs, ours)) | {"same_starts": same_starts})
-    only_a, only_b = [
-        [f"{cell['task']}: {describe(cell)}" for index, cell in table.iterrows() if index not in taken]
-        for table, taken in zip(tables, zip(*matched, strict=True), strict=True)
+    unmatched = [
+        f"Only in {name}: {cell['task']}, {describe(cell)}."
+        for name, table, taken in zip("AB", tables, zip(*matched, strict=True), strict=True)
+        for index, cell in table.iterrows()
+        if index not in taken
     ]
     like_random = set.intersection(*(set(tasks_like_random(*side)) for side in zip(results, whole, strict=True)))
     settings = _differences(*map(_settings, results))
-    return Comparison(judge(pd.DataFrame(rows)), only_a, only_b, settings, results, sorted(like_random))
+    return Comparison(judge(pd.DataFrame(rows)), unmatched, settings, results, sorted(like_random))
 
 
 def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) -> tuple[Path, Group]:
@@ -86,18 +87,18 @@ def write_comparison(a: Sequence[Path], b: Sequence[Path], destination: Path) ->
         UserError: as `compare`, or the folder cannot be written.
     """
     found = compare(a, b)
+    sheets = {"comparison": (found.pairs, _COLUMNS), "settings": (found.settings, _SETTING_COLUMNS)}
     page = render(
         "compare.html",
         headline=headline(found),
-        cautions=cautions(found.pairs),
+        caution=starts_caution(found.pairs),
         names=(_listed(a), _listed(b)),
-        columns=_COLUMNS,
-        found=found,
-        setting_columns=_SETTING_COLUMNS,
+        sheets=sheets,
+        unmatched=found.unmatched,
         facts=[facts(side) for side in found.results],
         date=max(side["created"].max() for side in found.results),
     )
-    files = table_files("comparison", found.pairs, _COLUMNS) | table_files("settings", found.settings, _SETTING_COLUMNS)
+    files = {path: content for name, sheet in sheets.items() for path, content in table_files(name, *sheet).items()}
     shown = Group(with_notes(_to_rich(found.pairs), *found.results), headline(found))
     return save_report(page, [], files, destination, COMPARISON), shown
 
@@ -114,15 +115,15 @@ def headline(found: Comparison) -> str:
     return with_shortcomings(answer, "which is better", pairs, found.like_random)
 
 
-def cautions(pairs: pd.DataFrame) -> list[str]:
-    """Return sentences about different starts."""
+def starts_caution(pairs: pd.DataFrame) -> str | None:
+    """Return a sentence about different starts; None if all are equal."""
     unlike = [f"{row['method']} on {row['task']}" for _, row in pairs[~pairs["same_starts"]].iterrows()]
     if not unlike:
-        return []
-    return [
+        return None
+    return (
         f"A and B were not rolled out from the same starts: {_listed(unlike)}. Some starts are harder than "
         "others, so the starts may explain a part of the differences."
-    ]
+    )
 
 
 def _match(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, Any]]:

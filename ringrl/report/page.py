@@ -26,9 +26,7 @@ from ringrl.report.drawing import PALETTE, Chart, chart_files, page_spec, styles
 from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.results import read_results
 from ringrl.report.tables import (
-    QUANTILES,
     RETURNS,
-    data_table,
     returns_table,
     tasks_like_random,
     training_table,
@@ -130,12 +128,6 @@ TRAINING_COLUMNS = [
     Column("tokens_per_second", "Tokens per second", "median over the steps of a run, IQM over seeds", amount),
     Column("peak_memory", "Memory (bytes)", "peak per device in a training step", amount),
 ]  # fmt: skip
-DATA_COLUMNS = [
-    Column("task", "Task"), Column("episodes", "Episodes", form=count),
-    *map(Column, QUANTILES), Column("mean", "Mean"),
-    Column("best_method", "Best policy", "by interquartile mean"), Column("best_return", "Its return"),
-    Column("share_below", "Above", "share of the dataset's episodes that return less than the policy", share),
-]  # fmt: skip
 
 
 def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
@@ -168,7 +160,6 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         "comparisons": (verdicts, COMPARISON_COLUMNS),
         "held_out_loss": (correlations, CORRELATION_COLUMNS),
         "training": (training, _used(TRAINING_COLUMNS, training)),
-        "data": (data_table(read, table), DATA_COLUMNS),
     }
     page = render(
         "report.html",
@@ -187,8 +178,8 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         styles=styles(table),
     )
     files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
-    for name, (sheet, of) in sheets.items():
-        files |= table_files(name, sheet, of) if len(sheet) else {}
+    for name, sheet in sheets.items():
+        files |= table_files(name, *sheet) if len(sheet[0]) else {}
     copied = {target: path for one in videos for _, path, target in one["videos"]}
     return save_report(page, charts, files | copied, destination)
 

@@ -22,7 +22,6 @@ from ringrl.evaluation.statistics import (
 )
 from ringrl.report.results import CELL, CONTEXT_KINDS, RUN, usual_settings
 
-QUANTILES = {"Least": 0.0, "5 %": 0.05, "25 %": 0.25, "Median": 0.5, "75 %": 0.75, "95 %": 0.95, "Best": 1.0}
 METRICS = ["mean", "first", "last", "best"]
 RETURNS = [
     *CELL, "mean", "iqm", "low", "high", "control", "first", "last", "last_control", "best", "best_control", "score",
@@ -340,23 +339,6 @@ def training_table(results: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     )
     table = means.join(logs, how="outer").astype("float64").dropna(how="all").reset_index()
     return table.assign(train_trajectories=table["train_trajectories"].replace(0, np.nan))
-
-
-def data_table(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the distribution of each dataset's returns, and the share of its episodes below the best policy."""
-    rows = []
-    for task, group in results[results["kind"] == "data"].groupby("task"):
-        returns = group["return"].dropna().to_numpy()
-        policies = table[(table["task"] == task) & (table["kind"] != "data")]
-        best = policies.loc[policies["iqm"].idxmax()] if len(policies) else None
-        rows.append({
-            "task": task, "episodes": len(returns),
-            **{name: np.quantile(returns, level) for name, level in QUANTILES.items()},
-            "mean": float(returns.mean()), "best_method": None if best is None else describe(best),
-            "best_return": None if best is None else float(best["iqm"]),
-            "share_below": None if best is None else float((returns < best["iqm"]).mean()),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def context_label(cell: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from ringrl.envs import make, make_vec
 from ringrl.errors import UserError
-from ringrl.evaluation import Protocol, evaluate_policy, load_policy, player
+from ringrl.evaluation import Protocol, evaluate_policy, load_policy
 
 RUNS = {
     "at": {},
@@ -39,7 +39,7 @@ def test_a_player_equals_a_rollout(kind: str, make_run: Callable[..., Path], mon
     episodes = 1 if kind == "segments" else 2
     prompt = None if kind == "bc" else 2
     protocol = Protocol(2, episodes, target="7", prompt_trajectories=prompt or 0, prompt_seed=3)
-    monkeypatch.setattr(player, "_ENDLESS", 250 * episodes)  # a memory of the same shape rounds alike
+    monkeypatch.setattr("ringrl.evaluation.policy._ENDLESS", 250 * episodes)  # a memory of the same shape rounds alike
     expected = np.array([record.returns for record in evaluate_policy(policy, protocol)])
     one = policy.player(target=7, prompt=prompt, prompt_seed=3, batch=2)
     seeds = (protocol.seed + np.arange(2 * episodes).reshape(2, episodes)).T.tolist()
@@ -53,7 +53,7 @@ def test_one_environment_without_a_batch_axis(at_run: Path, monkeypatch: pytest.
     policy = load_policy(str(at_run))
     environment = make("jaco_reach_top_left")
     (record,) = evaluate_policy(policy, Protocol(1, 2))
-    monkeypatch.setattr(player, "_ENDLESS", 500)
+    monkeypatch.setattr("ringrl.evaluation.policy._ENDLESS", 500)
     found = play(policy.player(), environment, [1_000_000, 1_000_001])
     np.testing.assert_allclose(found, record.returns, rtol=1e-6)
     assert re.fullmatch(r"TrainedPolicy\(at, n=3, jaco_reach_top_left, step 2, \d\d,\d{3} parameters\)", repr(policy))

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from ringrl.evaluation import Evaluation, EvaluationRecord, Protocol, random_evaluation
-from ringrl.evaluation.progress import ProgressTable, final_table
+from ringrl.evaluation.progress import ProgressLines, final_table
 from ringrl.evaluation.rollout import EpisodeBatch
 from ringrl.evaluation.scores import summarise
 
@@ -44,7 +44,7 @@ def test_without_a_terminal_a_long_episode_prints_lines(
 ) -> None:
     text, clock = io.StringIO(), iter(range(0, 100_000, 10))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
-    with ProgressTable(evaluations, Console(file=text, width=100)) as progress:
+    with ProgressLines(Console(file=text, width=100)) as progress:
         progress.on_begin(evaluations[0])
         for _ in range(20):
             progress.on_step(2)
@@ -53,31 +53,20 @@ def test_without_a_terminal_a_long_episode_prints_lines(
     assert "of 1,500 steps" in lines[0]
 
 
-def test_the_table_fills_in_as_episodes_end(evaluations: list[Evaluation]) -> None:
-    text = io.StringIO()
-    progress = ProgressTable(evaluations, Console(file=text, width=100, force_terminal=True))
-    with progress:
-        assert shown(progress.table()).count("waiting") >= 2
+def test_a_terminal_shows_the_steps(evaluations: list[Evaluation]) -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with ProgressLines(console) as progress:
         progress.on_begin(evaluations[0])
-        for _ in range(250):
-            progress.on_step(2)
-        progress.on_episode("context", 0, episode(100.0, 300.0))
-        first = shown(progress.table())
-        assert "200" in first
-        assert "1/3" in first
-        progress.on_episode("context", 1, episode(50.0, np.nan))
-        second = shown(progress.table())
-        assert "200 50.0" in second
-        assert "2/3" in second
-        (line,) = [row for row in second.splitlines() if TASKS[0] in row]
-        assert line.split()[-3] == "1", "failed episodes are counted"
-        assert line.split()[-1].startswith("0:00:")
-    assert "episode 1 of 3" not in text.getvalue()
+        progress.on_step(2)
+        assert "jaco_reach_top_left, Random policy: 2 of 1,500 steps, " in shown(progress)
+        progress.on_episode("context", 0, episode(100.0, np.nan))
+        assert "500 of 1,500 steps" in shown(progress)
+    assert "episode 1 of 3: mean return 100.0 of 1 streams" in console.file.getvalue()
 
 
 def test_plain_lines_without_a_terminal(evaluations: list[Evaluation]) -> None:
     text = io.StringIO()
-    with ProgressTable(evaluations, Console(file=text, width=100)) as progress:
+    with ProgressLines(Console(file=text, width=100)) as progress:
         progress.on_begin(evaluations[0])
         progress.on_step(2)
         progress.on_episode("context", 0, episode(100.0, 300.0))
@@ -95,7 +84,7 @@ def test_an_interruption_prints_how_to_resume(evaluations: list[Evaluation]) -> 
     text = io.StringIO()
 
     def watched() -> None:
-        with ProgressTable(evaluations, Console(file=text, width=100)) as progress:
+        with ProgressLines(Console(file=text, width=100)) as progress:
             progress.on_begin(evaluations[0])
             raise KeyboardInterrupt
 

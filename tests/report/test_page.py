@@ -47,7 +47,7 @@ def test_it_writes_a_page_tables_and_figures(report):
         xml.etree.ElementTree.parse(report.parent / "figures" / f"{name}.svg")
         assert (report.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert (report.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    tables = {f"{name}.{kind}" for name in ("returns", "comparisons", "data") for kind in ("csv", "tex")}
+    tables = {f"{name}.{kind}" for name in ("returns", "comparisons") for kind in ("csv", "tex")}
     assert {path.name for path in (report.parent / "tables").iterdir()} == tables
     text = report.read_text()
     for part in ("A longer context helps.", "618", "data_best", "869", "3f9a7c0be51d", "jax 0.10.2", "plan.yaml"):
@@ -193,7 +193,7 @@ def test_references_alone_make_a_page(write_results, make_ablation, tmp_path):
     text = write_report([write_results(records)], tmp_path / "report").read_text()
     assert "No rollouts show whether context helps." in text
     assert "Random policy" in text
-    assert re.findall(r'<section id="(.*?)">', text) == ["returns", "data", "measured"], "no empty section"
+    assert re.findall(r'<section id="(.*?)">', text) == ["returns", "measured"], "no empty section"
 
 
 def test_failed_episodes_are_counted_not_averaged(make_rollouts, write_results, tmp_path):
