@@ -17,6 +17,7 @@ from ringrl.evaluation import load_policy
 from ringrl.training import read_info, train
 from ringrl.training.checkpoints import saved_steps
 from ringrl.training.run_folder import run_lock
+from tests import template
 from tests.damage import cut
 
 
@@ -116,7 +117,7 @@ def test_one_process_trains_in_a_folder(finished: TrainConfig, tmp_path: Path) -
     train(finished, resume=True, quiet=True)
     code = "import os, sys; from pathlib import Path; from ringrl.training.run_folder import run_lock; "
     code += "held = run_lock(Path(sys.argv[1])); held.__enter__(); os._exit(9)"
-    subprocess.run([sys.executable, "-c", code, finished.run], check=False)
+    template.run([sys.executable, "-c", code, finished.run])
     assert (finished.run / ".lock").exists()
     train(finished, resume=True, quiet=True)
     assert not (finished.run / ".lock").exists(), "the lock of a process that is gone is taken over"
