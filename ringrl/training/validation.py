@@ -1,7 +1,7 @@
 """The loss on held-out episodes, on the same batches at every measurement."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -32,11 +32,8 @@ class Validation:
         self, config: TrainConfig, graph: Any, sources: Sequence[BatchSource], episode_length: int, parallel: Parallel
     ) -> None:
         self._config, self._sources = config, sources
-        has_contexts = config.model.family.source == "contexts"
-        sums = partial(_loss_sums, config.context.trajectories, episode_length) if has_contexts else _error_sums
-        self._sums = jax.jit(
-            lambda params, batch: sums(nnx.merge(graph, params), batch), out_shardings=parallel.sharding()
-        )
+        places = config.context.trajectories if config.model.family.source == "contexts" else None
+        self._sums = _compiled(graph, places, episode_length, parallel)
 
     def __call__(self, params: Any) -> dict[str, Any]:
         """Return the losses, by name as in metrics.jsonl. On a mesh, every process must call this.
@@ -62,6 +59,15 @@ class Validation:
         for number in range(BATCHES * self._config.optimiser.accumulation):
             total = total + np.asarray(self._sums(params, source.batch(FIRST_BATCH + number)), np.float64)
         return total
+
+
+@lru_cache(maxsize=8)
+def _compiled(
+    graph: Any, places: int | None, episode_length: int, parallel: Parallel
+) -> Callable[[Any, Context | Transitions], jax.Array]:
+    """Return the sums of a batch as a jitted function of parameters, one for all runs of equal policies."""
+    sums: Callable[..., jax.Array] = _error_sums if places is None else partial(_loss_sums, places, episode_length)
+    return jax.jit(lambda params, batch: sums(nnx.merge(graph, params), batch), out_shardings=parallel.sharding())
 
 
 def _mean(sums: np.ndarray) -> float:

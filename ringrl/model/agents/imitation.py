@@ -5,6 +5,7 @@ transformer for the others) and in the contexts that the sampler draws (`ringrl.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from ringrl.attention import layout_positions, pad_to_layout, to_layout
-from ringrl.config import ModelConfig, TrainConfig
+from ringrl.config import ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Context
 from ringrl.model.agents.agent import Agent, TrainState, accept
 from ringrl.model.cache import KVCache
@@ -161,9 +162,16 @@ def make_agent(make_policy: Callable[[], ImitationPolicy], config: TrainConfig, 
     optimiser = make_optimiser(config.optimiser)
     return Agent(
         init=lambda: sharded_initial_state(make_policy, optimiser, parallel),
-        update=make_train_step(graph, optimiser, config.optimiser.accumulation),
+        update=_train_step(graph, config.optimiser),
         graph=graph,
     )
+
+
+@lru_cache(maxsize=8)  # runs of equal policies in one process are traced and compiled once
+def _train_step(
+    graph: Any, config: OptimiserConfig
+) -> Callable[[TrainState, Context], tuple[TrainState, dict[str, jax.Array]]]:
+    return make_train_step(graph, make_optimiser(config), config.accumulation)
 
 
 def make_train_step(

@@ -6,7 +6,7 @@ goal of a transition may be relabelled in hindsight (1707.01495, see `ringrl.dat
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -225,5 +225,13 @@ class TD3:
 def make_agent(make_policy: Callable[[], ActorCritic], config: TrainConfig) -> Agent:
     """Return the agent that trains on one device with batches of transitions."""
     graph, _ = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
-    td3 = TD3(graph, config.optimiser, config.actor_critic, config.seed)
-    return Agent(lambda: td3.init(make_policy()), jax.jit(td3.update, donate_argnums=0), graph)
+    td3, update = _compiled(graph, config.optimiser, config.actor_critic, config.seed)
+    return Agent(lambda: td3.init(make_policy()), update, graph)
+
+
+@lru_cache(maxsize=8)  # runs of equal policies in one process are traced and compiled once
+def _compiled(
+    graph: Any, optimiser: OptimiserConfig, settings: ActorCriticConfig, seed: int
+) -> tuple[TD3, Callable[[TrainState, Transitions], tuple[TrainState, dict[str, jax.Array]]]]:
+    td3 = TD3(graph, optimiser, settings, seed)
+    return td3, jax.jit(td3.update, donate_argnums=0)
