@@ -59,12 +59,14 @@ hypothesis.settings.load_profile("patient")
 
 # Files with long tests start first, so that no process runs them alone at the end.
 LONGEST = (
-    "training/test_distributed.py", "test_docs.py", "study/test_ablate.py", "training/test_validation.py",
-    "attention/test_ring.py", "training/test_mesh.py", "evaluation/test_actors.py", "evaluation/test_evaluate.py",
-    "model/test_policy.py", "model/test_cache.py", "test_cli.py", "training/test_checkpoints.py",
-    "training/test_resume.py", "evaluation/test_player.py", "study/test_cluster.py", "training/test_slurm.py",
-    "planning/test_search.py", "collect/test_learner.py", "attention/test_mosaic_tpu.py",
-    "attention/test_mosaic_gpu.py",
+    "training/test_distributed.py", "study/test_ablate.py", "attention/test_ring.py", "test_docs.py",
+    "training/test_validation.py", "training/test_mesh.py", "evaluation/test_evaluate.py",
+    "training/test_checkpoints.py", "evaluation/test_actors.py", "model/test_cache.py", "model/test_policy.py",
+    "test_cli.py", "collect/test_learner.py", "attention/test_mosaic_tpu.py", "attention/test_decode.py",
+    "training/test_stopping.py", "evaluation/test_player.py", "attention/test_memory.py",
+    "attention/test_mosaic_gpu.py", "attention/test_attention.py", "data/exorl/test_import_resume.py",
+    "training/test_resume.py", "collect/test_collection.py", "data/exorl/test_importer.py", "study/test_cluster.py",
+    "attention/test_processes.py", "training/test_slurm.py",
 )  # fmt: skip
 
 

@@ -26,7 +26,14 @@ from ringrl.errors import UserError
 from ringrl.evaluation import load_policy
 from ringrl.model import TrainState
 from ringrl.training import read_info, train
-from ringrl.training.checkpoints import Checkpoints, RunInfo, array_checksums, with_checksum, without_checksum
+from ringrl.training.checkpoints import (
+    Checkpoints,
+    EarlyStopping,
+    RunInfo,
+    array_checksums,
+    with_checksum,
+    without_checksum,
+)
 from tests.damage import CHECKPOINT, ITERATOR, arrays, write_zeros
 
 
@@ -161,10 +168,15 @@ def test_damaged_metrics_of_any_checkpoint_stop_nothing(finished: TrainConfig, c
     folder = finished.run / "checkpoints"
     (folder / "12" / "metrics" / "metadata").unlink()
     (folder / "12" / "metrics" / file).write_text(content)
+    # What training reads of the metrics: when it resumes, and when it deletes old checkpoints.
+    assert EarlyStopping.saved(finished.run, 12) == EarlyStopping()
+    Checkpoints(finished.run, keep=2).close()
+    assert Checkpoints(finished.run).steps() == [12, 14]
     assert load_policy(finished.run).step == 14
-    shutil.rmtree(folder / "14")
-    train(finished, resume=True, quiet=True)
-    assert load_policy(finished.run).step == 14
+    if content == "[]":
+        shutil.rmtree(folder / "14")
+        train(finished, resume=True, quiet=True)
+        assert load_policy(finished.run).step == 14
 
 
 def test_arrays_that_are_read_back_changed_stop_the_run(tiny: TrainConfig, monkeypatch) -> None:

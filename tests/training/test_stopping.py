@@ -20,7 +20,7 @@ from ringrl.training import read_info, train
 from tests import template
 
 
-# One tuple of signals (ringrl.signals.STOPPING) serves training and all other commands. Each signal reaches one of them.
+# One tuple of signals (ringrl.signals.STOPPING) serves training and all other commands. Each signal reaches one.
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path, name: str) -> None:
     """A real process, stopped while it trains."""
