@@ -1,6 +1,7 @@
 import errno
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 import zipfile
@@ -16,7 +17,6 @@ from ringrl.data.relabel import relabel_all
 from ringrl.data.store.summary import describe
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
-from tests import template
 
 SHARED_ARCHIVES = {
     "cartpole/ddpg": "cartpole_swingup",
@@ -296,7 +296,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
         print(peaks[-1] - peaks[9])
     """
-    run = template.run(
+    run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(child), folder, tmp_path / "a.h5"],
         check=True,
         capture_output=True,
