@@ -102,7 +102,8 @@ def scaling_rows(found: dict[str, Any]) -> list[str]:
 
 def rows(compiled: dict[str, Any]) -> list[str]:
     """Return the table in Markdown."""
-    lines = ["| machine | model | " + " | ".join(KINDS) + " | ring, compiled |", "|---" * (len(KINDS) + 3) + "|"]
+    heads = ["machine", "model", *KINDS, "ring, remat full", "ring, compiled"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for machine, paper in PAPER.items():
         for model in MODELS:
             cells = []
@@ -110,6 +111,8 @@ def rows(compiled: dict[str, Any]) -> list[str]:
                 tokens = longest_context(workload_of(model, machine, kind), find_machine(machine))
                 theirs = f" ({format_tokens(paper[column] * 1024)})" if paper and model == "7b" else ""
                 cells.append((format_tokens(tokens) if tokens else "none") + theirs)
+            full = workload_of(model, machine, "ring").with_settings("model", remat="full")
+            cells.append(format_tokens(longest_context(full, find_machine(machine))))
             found = compiled.get(f"{model}@{machine}")
             last = f"{format_tokens(found['tokens'])}: {found['gib']:.1f} GiB" if found and found["fits"] else "-"
             lines.append(f"| {machine} | {model} | " + " | ".join(cells) + f" | {last} |")

@@ -149,9 +149,10 @@ class ModelConfig(Section):
     blockwise: the feed-forward layer in blocks, too. ring: keys circulate between devices instead of being gathered."""
     block_tokens: int = Field(4096, ge=1)
     """Tokens per device in a block of the feed-forward layer (blockwise and ring only). Smaller blocks save memory."""
-    remat: Literal["none", "layers"] = "none"
+    remat: Literal["none", "layers", "full"] = "none"
     """Rematerialisation in the backward pass. layers: recompute each layer except its attention. Memory then holds
-    little more than each layer's input, for about a quarter more matrix work."""
+    each layer's input and attention output, for about a quarter more matrix work. full: recompute the attention, too.
+    Memory then holds each layer's input alone, for one more ring."""
     timestep_embedding: bool = False
     """Add a learned embedding of the timestep within the episode."""
     trajectory_embedding: bool = False

@@ -38,7 +38,7 @@ def plan(
     mesh: MeshConfig = MeshConfig(),
     contexts: int | None = None,
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] | None = None,
-    remat: Literal["none", "layers"] | None = None,
+    remat: Literal["none", "layers", "full"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",
     custom: Custom | None = None,

@@ -19,7 +19,7 @@ from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
 from ringrl.model.tokens import TOKEN_SETS
 
 ROTARY_BLOCK = 1024  # tokens
-SAVED = "ring_attention"  # checkpoint_name of the attention outputs: remat keeps them and never repeats the ring
+SAVED = "ring_attention"  # checkpoint_name of the attention outputs: remat "layers" keeps them, and repeats no ring
 
 
 def rotate(
@@ -284,8 +284,8 @@ class Transformer(nnx.Module):
             x, keys_and_values = nnx.merge(graph, parameters)(x, place, window)
             return x, keep(keys_and_values)
 
-        if self.remat == "layers":
-            policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(SAVED) if self.remat == "layers" else None
             layer = jax.checkpoint(layer, policy=policy, static_argnums=0)
         x, kept = self.parallel.constrain(x.astype(self.dtype), batch, "time", None), []
         for window, part in self._equal_windows(parameters):

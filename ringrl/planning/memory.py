@@ -6,6 +6,7 @@ Per device, with P parameters on N = fsdp x seq x tensor devices, L layers of wi
     optimiser       8 P / N                       AdamW's two moments
     gradients       4 P / N                       and 2 P / N for XLA's bfloat16 copy of all layers
     activations     L b s (2 h itemsize + 4 H)    with remat: a layer's input, attention's output and sum
+                    L b s h itemsize              with remat "full": a layer's input
     scratch         one layer's backward pass: b s (a h + k h_kv) and its gathered parameters, or its feed-forward
                     layer, whichever is larger; for vanilla also b H s^2 logits
 
@@ -79,7 +80,8 @@ def memory_of(workload: Workload, platform: str) -> Memory:
     bytes_each, tensor = workload.itemsize, workload.config.mesh.tensor
     local = workload.local_contexts * workload.local_tokens
     heads = model.heads / tensor
-    kept_by_layer = 2 * model.width * bytes_each + 4 * heads
+    of_attention = model.width * bytes_each + 4 * heads
+    kept_by_layer = model.width * bytes_each + (0 if model.remat == "full" else of_attention)
     if model.remat == "none":
         hidden = 0 if workload.is_in_blocks else KEPT_HIDDEN * model.feed_forward / tensor
         kept_by_layer += (KEPT_WIDTH + hidden) * model.width * bytes_each
@@ -89,7 +91,7 @@ def memory_of(workload: Workload, platform: str) -> Memory:
         optimiser=8 * count.device,
         batch=contexts * workload.local_tokens / workload.tokens_per_step * 45 * 4,
         gradients=(4 + (2 if bytes_each == 2 else 0)) * count.device * summed,
-        activations=model.layers * local * kept_by_layer,
+        activations=local * (model.layers * kept_by_layer + (of_attention if model.remat == "full" else 0)),
         scratch=_scratch(workload, platform, 4 if platform == "cpu" else bytes_each),  # CPUs compute in float32
     )
 
@@ -106,7 +108,7 @@ def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     attention = contexts * (tokens * working.width * model.width + seen * working.key_value * key_width) * bytes_each
     attention += contexts * working.logits * model.heads / mesh.tensor * tokens * workload.tokens * bytes_each
     blocks = math.ceil(tokens / model.block_tokens) if workload.is_in_blocks else 1
-    at_once = math.ceil(tokens / blocks) if model.remat == "layers" or blocks > 1 else 0  # else counted as activations
+    at_once = math.ceil(tokens / blocks) if model.remat != "none" or blocks > 1 else 0  # else counted as activations
     units = model.feed_forward * model.width / mesh.tensor
     shared = (1 + model.kv_heads / model.heads) / 2  # half of the other buffers are keys and values
     feed_forward = (

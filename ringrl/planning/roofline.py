@@ -70,17 +70,20 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
     if kernel_of(model, device) == "xla":
         backward_kernels = _BACKWARD_PRODUCTS_OF_XLA * one_product
     if model.attention == "vanilla":  # computes hidden logits too, and recomputes them with remat
-        times = 2 if model.remat == "layers" else 1
+        times = 1 if model.remat == "none" else 2
         forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product
     elif config.mesh.layout == "contiguous":  # all devices wait for the one with the end of the context
         uneven = 2 - 1 / config.mesh.seq
         forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
     hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
+    again = 2 if model.remat == "full" else 1  # the backward pass repeats attention
+    if model.attention != "vanilla":
+        forward_kernels *= again
     time = StepTime(
         matrices=matrices,
         attention=forward_kernels + backward_kernels,
         memory=_traffic(workload) / (device.bandwidth * attained.memory),
-        ring=_exposed_hops(workload, machine, attained, *hidden_by),
+        ring=_exposed_hops(workload, machine, attained, *hidden_by, forward_passes=again),
         parameters=max(0.0, _gathering(workload, machine, attained) - matrices),
         sums=_sums(workload, machine, attained),
         model_flops=step_flops(model, workload.tokens, contexts) or 0.0,
@@ -98,7 +101,7 @@ def _again(workload: Workload, forward: float) -> float:
     model = workload.model
     local = _local(workload) / workload.config.mesh.tensor
     one_of_two = 2 * local * model.layers * model.feed_forward * model.width**2
-    if model.remat == "layers":
+    if model.remat != "none":
         return forward - one_of_two
     return one_of_two if workload.is_in_blocks else 0.0
 
@@ -118,7 +121,13 @@ def _traffic(workload: Workload) -> float:
 
 
 def _exposed_hops(
-    workload: Workload, machine: Machine, attained: Attained, forward_kernels: float, backward_kernels: float
+    workload: Workload,
+    machine: Machine,
+    attained: Attained,
+    forward_kernels: float,
+    backward_kernels: float,
+    *,
+    forward_passes: int,
 ) -> float:
     """Return the exposed seconds of sending keys and values, and in the backward pass their float32 gradients."""
     model, mesh = workload.model, workload.config.mesh
@@ -129,8 +138,8 @@ def _exposed_hops(
     hops = (mesh.seq - 1) / (rate * attained.links)
     sends = hops * numbers * workload.itemsize, hops * numbers * (workload.itemsize + 4)
     if model.attention == "ring":
-        return max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
-    return sum(sends)  # gathered at once, before the kernel
+        return forward_passes * max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
+    return forward_passes * sends[0] + sends[1]  # gathered at once, before the kernel
 
 
 def _gathering(workload: Workload, machine: Machine, attained: Attained) -> float:

@@ -84,6 +84,8 @@ def _changes(workload: Workload) -> Iterator[tuple[str, str, dict[str, Any]]]:
     model, mesh, optimiser = workload.model, workload.config.mesh, workload.config.optimiser
     if model.remat == "none":
         yield "--remat layers", "model", {"remat": "layers"}
+    if model.remat != "full":
+        yield "--remat full", "model", {"remat": "full"}
     if model.attention in ("vanilla", "memory_efficient"):
         kind = "blockwise" if mesh.seq == 1 else "ring"
         yield f"--attention {kind}", "model", {"attention": kind}

@@ -14,6 +14,7 @@ CASES = {
     "ring": (4096, {"fsdp": 2, "seq": 4}, 2, {"token_set": "ring4", "heads": 2}),
     "vanilla": (1024, {"fsdp": 8}, 8, {"attention": "vanilla"}),
     "blockwise": (2048, {"fsdp": 8}, 8, {"attention": "blockwise", "block_tokens": 512}),
+    "full remat": (16384, {"seq": 8}, 1, {"remat": "full", "layers": 4}),
     "without remat": (4096, {"seq": 8}, 1, {"remat": "none", "layers": 4, "block_tokens": 256}),
 }
 
@@ -75,7 +76,7 @@ def test_order_of_attention_kinds_by_longest_context():
 @hypothesis.given(
     devices=st.sampled_from([2, 8, 64]),
     kind=st.sampled_from(["vanilla", "memory_efficient", "blockwise", "ring"]),
-    remat=st.sampled_from(["none", "layers"]),
+    remat=st.sampled_from(["none", "layers", "full"]),
     block=st.sampled_from([512, 4096]),
 )
 def test_longest_context_fits_and_the_next_does_not(devices, kind, remat, block):
