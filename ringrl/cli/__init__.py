@@ -32,6 +32,7 @@ COMMANDS = {  # module of this package and function
     "report": "report:report",
     "plan": "plan:plan",
     "demo": "study:demo",
+    "doctor": "doctor:doctor",
 }
 
 # JAX's defaults, for environment variables that would otherwise change its results or make it fail.

@@ -5,29 +5,15 @@ import json as json_module
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
 from rich.console import Console
 
 from ringrl.cli.flags import grouped
-from ringrl.config import MeshConfig, Section, TrainConfig
+from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, write_whole
+from ringrl.planning.rates import Rates
 
-
-@grouped
-class Custom(Section):
-    """A machine described by numbers (--machine custom)."""
-
-    devices: int = Field(8, ge=1, le=2**16)
-    """Number of devices."""
-    memory: float = Field(gt=0)
-    """Memory per device that a program may use, in GiB."""
-    tflops: float = Field(gt=0)
-    """bfloat16 speed of a device, in 10^12 operations per second."""
-    bandwidth: float = Field(gt=0)
-    """Memory bandwidth of a device, in 10^9 bytes per second."""
-    link: float = Field(gt=0)
-    """Bandwidth to a neighbouring device, one way, in 10^9 bytes per second."""
+grouped(Rates)
 
 
 def plan(
@@ -41,7 +27,7 @@ def plan(
     remat: Literal["none", "layers", "full"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",
-    custom: Custom | None = None,
+    custom: Rates | None = None,
     json: Path | None = None,
 ) -> None:
     """Estimate the memory and time of a training step on a given machine.
@@ -49,7 +35,8 @@ def plan(
     Args:
         model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration file (.yaml).
         machine: tpu-v4-512 (v3, v4 and v5p count cores), tpu-v5e-256 (v5e and v6e count chips), 8xa100 (80 GB; any
-            number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or custom.
+            number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), a file of
+            `ringrl doctor --save`, or custom.
         tokens: tokens of a context, for example 32768, 512k or 8M (k is 1024, M is 1024 x 1024). Default: those of the
             configuration and its dataset.
         mesh: devices along each axis. Default: the fastest mesh that fits, by estimate.
@@ -82,7 +69,7 @@ def plan(
             raise UserError(
                 "--machine custom: give --custom.memory, --custom.tflops, --custom.bandwidth and --custom.link"
             )
-        where = custom_machine(custom.devices, custom.memory, custom.tflops, custom.bandwidth, custom.link)
+        where = custom_machine(custom)
     elif custom is not None:
         raise UserError(f"--custom: used only with --machine custom, but --machine is {machine}; remove one of them")
     else:

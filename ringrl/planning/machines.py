@@ -7,12 +7,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringrl.attention import attention
@@ -20,7 +22,9 @@ from ringrl.attention.kernels import kernel_named, native_to
 from ringrl.attention.mask import Options, Rule
 from ringrl.attention.strategy import LINKS
 from ringrl.config import ModelConfig
+from ringrl.config_files import one_line, read_yaml
 from ringrl.errors import UserError
+from ringrl.planning.rates import Rates
 
 GIB = 2.0**30
 MOST_DEVICES, MOST_HOST_DEVICES = 2**16, 64
@@ -107,7 +111,8 @@ SLICES: Mapping[str, Mapping[int, str]] = MappingProxyType(
 
 
 def find_machine(name: str) -> Machine:
-    """Return the machine of a name: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, or cpu-8 (host devices).
+    """Return the machine of a name: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, cpu-8 (host devices), or
+    of a file of `ringrl doctor --save`.
 
     Raise UserError for an unknown machine.
     """
@@ -121,19 +126,27 @@ def find_machine(name: str) -> Machine:
             return Machine(lower, DEVICES[generation], cores * chips, f"{generation}:{topology}")
     if (found := re.fullmatch(r"(\d+)x([\w-]+)", lower)) and found[2] in _NETWORK and 0 < int(found[1]) <= MOST_DEVICES:
         return Machine(lower, DEVICES[found[2]], int(found[1]), None, _NETWORK[found[2]], _GPUS_PER_HOST)
+    if lower.endswith((".yaml", ".yml")):
+        try:
+            return custom_machine(Rates.model_validate(read_yaml(Path(name))), name)
+        except pydantic.ValidationError as error:
+            raise UserError(f"{name}: {one_line(error)}") from error
     if (found := re.fullmatch(r"cpu-(\d+)", lower)) and 0 < int(found[1]) <= MOST_HOST_DEVICES:
         return Machine(lower, Device("cpu", "cpu", 200e9, 16 * GIB, 20e9, 10e9), int(found[1]))
     sizes = "; ".join(f"tpu-{generation}-{'|'.join(map(str, slices))}" for generation, slices in SLICES.items())
     raise UserError(
         f"--machine {name}: unknown; choose {sizes}; a number of GPUs x {'|'.join(_NETWORK)}, such as 8xa100; cpu-8 "
-        f"(up to {MOST_HOST_DEVICES}); or custom"
+        f"(up to {MOST_HOST_DEVICES}); a file of ringrl doctor --save; or custom"
     )
 
 
-def custom_machine(devices: int, memory_gib: float, tera_flops: float, bandwidth: float, link: float) -> Machine:
-    """Return a custom machine. Per device: GiB, 10^12 bfloat16 operations per second, 10^9 bytes per second."""
-    device = Device("custom", "gpu", tera_flops * 1e12, memory_gib * GIB, bandwidth * 1e9, link * 1e9)
-    return Machine("custom", device, devices)
+def custom_machine(rates: Rates, name: str = "custom") -> Machine:
+    """Return the machine of a user's or measured numbers."""
+    tera, giga = 1e12, 1e9
+    memory, flops = rates.memory * GIB, rates.tflops * tera
+    device = Device("custom", "gpu", flops, memory, rates.bandwidth * giga, rates.link * giga)
+    measured = None if rates.attention is None else Attained(1.0, rates.attention * tera / flops, 1.0, 1.0)
+    return Machine(name, device, rates.devices, measured=measured)
 
 
 def gib(number: float) -> str:

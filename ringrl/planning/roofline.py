@@ -47,7 +47,7 @@ class StepTime:
 def attained_by(workload: Workload, machine: Machine) -> Attained:
     """Return the assumed or measured shares of the machine's rates."""
     device, model = machine.device, workload.model
-    if device.platform == "cpu":
+    if machine.measured or device.platform == "cpu":
         return machine.measured or OF_HOST
     matrices, attention = FLOAT32[device.platform] if model.dtype == "float32" else (1.0, 1.0)
     attention *= ATTAINED.attention

@@ -6,6 +6,7 @@ import pytest
 from ringrl.attention.strategy import link_of
 from ringrl.errors import UserError
 from ringrl.planning.machines import GIB, SLICES, custom_machine, find_machine, gib
+from ringrl.planning.rates import Rates
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_unknown_machines_raise_with_all_names(name):
 
 
 def test_custom_machine():
-    machine = custom_machine(4, 24, 100, 900, 32)
+    machine = custom_machine(Rates(devices=4, memory=24, tflops=100, bandwidth=900, link=32))
     assert (machine.devices, machine.device.memory, machine.device.flops) == (4, 24 * GIB, 1e14)
     assert (machine.device.bandwidth, machine.device.link, machine.topology) == (9e11, 3.2e10, None)
 

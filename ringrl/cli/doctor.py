@@ -1,0 +1,324 @@
+"""ringrl doctor: whether this machine computes the right numbers, and how fast."""
+
+import json as json_module
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+MAIN = ("jax", "flax", "optax", "numpy", "mujoco", "dm_control", "gymnasium")  # packages that are shown
+TOKENS, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 64  # of the checked cases
+LIMITS = {"float32": 1e-4, "bfloat16": 0.03}  # errors relative to the largest number of an array
+
+
+class Finding(NamedTuple):
+    """One line of the page."""
+
+    name: str
+    text: str
+    is_fine: bool = True
+
+
+def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
+    """Check in a minute or two that this machine computes the right numbers, and measure how fast.
+
+    Attention and its gradients are compared with their definition in float64, a ring over all local devices with one
+    device, and the loss of training steps with the CPU's. The exit code is 1 if something is wrong.
+
+    Args:
+        json: also write all lines to this file.
+        save: write the measured speed to this file, for `ringrl plan --machine FILE`.
+    """
+    from ringrl.config_files import to_yaml
+    from ringrl.files import explain_write_errors, write_whole
+
+    console, found, rates = Console(highlight=False), list[Finding](), dict[str, float]()
+    sections: dict[str, Callable[[], Iterator[Finding]]] = {
+        "This machine": _machine,
+        "Attention against its definition": _attention,
+        "A ring over all local devices": _ring,
+        "Training steps": _training,
+        "Speed": lambda: _speed(rates),
+    }
+    for title, section in sections.items():
+        console.print(f"\n[bold]{title}[/bold]")
+        for finding in _findings(title, section):
+            found.append(finding)
+            mark = "" if finding.is_fine else "[red]wrong[/red]  "
+            console.print(f"  {finding.name:<24}{mark}{finding.text}", soft_wrap=True)
+    for path, text in ((json, json_module.dumps([one._asdict() for one in found], indent=1)), (save, to_yaml(rates))):
+        if path is not None:
+            with explain_write_errors(path):
+                write_whole(path, text, alone=False)
+    wrong = [one for one in found if not one.is_fine]
+    print(f"\n{len(wrong)} of {len(found)} lines are wrong" if wrong else "\nall is well")
+    for one in wrong:
+        print(f"ringrl doctor: {one.name}: {one.text}", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+
+
+def _findings(title: str, section: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield the lines of a section. An error becomes a line, so that the other sections still run."""
+    try:
+        yield from section()
+    except Exception as error:  # a driver or compiler may raise anything
+        yield Finding(title, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", is_fine=False)
+
+
+def _machine() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    yield Finding("Python", sys.version.split()[0])
+    needed = {one.name: one for one in map(Requirement, metadata.requires("ringrl") or []) if one.marker is None}
+    for name, requirement in needed.items():
+        version = metadata.version(name)
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield Finding(name, f"{version}, but {requirement.specifier} is needed", is_fine=False)
+        elif name in MAIN:
+            yield Finding(name, version)
+    import jax
+
+    devices = jax.local_devices()
+    known = (devices[0].memory_stats() or {}).get("bytes_limit")
+    each = f", {known / 2**30:.1f} GiB each" if known else ""
+    yield Finding("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){each}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Finding("host", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory")
+    yield Finding("open files", f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}")
+    yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free in this folder")
+    yield Finding("pictures", _pictures())
+
+
+def _pictures() -> str:
+    """Return whether OpenGL renders. Only videos need it."""
+    from contextlib import closing
+
+    from ringrl.envs import make
+
+    try:
+        with closing(make("walker_walk", render_mode="rgb_array")) as environment:
+            environment.reset(seed=0)
+            shape = environment.render().shape
+    except Exception as error:  # a graphics driver may raise anything
+        return f"not available, videos will not work: {' '.join(str(error).split())[:200]}"
+    return f"OpenGL renders {shape[1]} x {shape[0]} pixels"
+
+
+def _masks() -> dict[str, dict[str, Any]]:
+    import numpy as np
+
+    place = np.arange(TOKENS)
+    return {
+        "causal": {},
+        "full": {"is_causal": False},
+        "window": {"is_causal": False, "local_window_size": (40, 7)},
+        "window and prefix": {"local_window_size": (5, 0), "global_prefix": place // 100 * 100},
+        "segments": {"segment_ids": place // 90},
+        "positions": {"positions": (place * 7) % TOKENS},
+        "soft cap": {"logits_soft_cap": 2.0},
+    }
+
+
+def _attention() -> Iterator[Finding]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ringrl.attention import attention
+    from ringrl.attention.definition import definition
+    from ringrl.attention.kernels import native_to
+    from ringrl.attention.mask import Rule
+
+    random = np.random.default_rng(0)
+    drawn = {name: random.normal(size=shape) for name, shape in _shapes(TOKENS).items()}
+    device = jax.local_devices()[0]
+    yield Finding("kernel", native_to(device))
+    for dtype, limit in LIMITS.items():
+        arrays = {name: jnp.asarray(x, "float32" if name == "dlse" else dtype) for name, x in drawn.items()}
+        errors = dict[str, float]()
+        for mask, options in _masks().items():
+            run = jax.jit(lambda given, options=options: _with_gradients(attention, given, options))
+            zeros = np.zeros((1, TOKENS), int)
+            positions = np.broadcast_to(options.get("positions", np.arange(TOKENS)), zeros.shape)
+            segments = np.broadcast_to(options.get("segment_ids", zeros), zeros.shape)
+            prefix = [options["global_prefix"][None]] if "global_prefix" in options else []
+            rule = Rule(options.get("is_causal", True), options.get("local_window_size"))
+            expected = definition(
+                {name: np.asarray(x, np.float64) for name, x in arrays.items()}, (positions, segments, *prefix),
+                (positions, segments), rule, logits_soft_cap=options.get("logits_soft_cap"),
+            )  # fmt: skip
+            for name, x in run(arrays).items():
+                error = np.abs(np.asarray(x, np.float64) - expected[name]).max() / np.abs(expected[name]).max()
+                errors[name] = max(errors.get(name, 0.0), float(error))
+                if not error <= limit:  # also nan
+                    yield Finding(
+                        f"{dtype}, {mask}", f"{name} differs by {error:.1e} of its largest number", is_fine=False
+                    )
+        shown = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
+        yield Finding(dtype, f"{len(_masks())} masks; largest relative errors: {shown}")
+
+
+def _shapes(tokens: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of q, k, v and of the cotangents."""
+    queries, keys = (1, tokens, HEADS, HEAD_DIM), (1, tokens, KV_HEADS, HEAD_DIM)
+    return {"q": queries, "k": keys, "v": keys, "do": queries, "dlse": queries[:3]}
+
+
+def _with_gradients(attend: Callable[..., Any], given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return output, log-sum-exp and gradients."""
+    import jax
+
+    found, backward = jax.vjp(lambda *qkv: attend(*qkv, return_residual=True, **options), *(given[n] for n in "qkv"))
+    of_inputs = backward((given["do"].astype(found[0].dtype), given["dlse"]))
+    return dict(zip(("o", "lse", "dq", "dk", "dv"), (*found, *of_inputs), strict=True))
+
+
+def _ring() -> Iterator[Finding]:
+    from functools import partial
+
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from ringrl.attention import attention, from_layout, ring_attention, to_layout
+
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        yield Finding("ring", "not checked: there is one device")
+        return
+    random, tokens = np.random.default_rng(0), 128 * len(devices)
+    given = {name: random.normal(size=shape).astype(np.float32) for name, shape in _shapes(tokens).items()}
+    mesh = Mesh(np.array(devices), ("seq",))
+    expected = jax.jit(lambda given: _with_gradients(attention, given, {}))(given)
+    for layout in ("zigzag", "contiguous", "striped"):
+        attend = partial(ring_attention, mesh=mesh, layout=layout)
+
+        def run(given: dict[str, Any], layout: str = layout, attend: Callable[..., Any] = attend) -> Any:
+            given = {name: to_layout(x, layout, len(devices)) for name, x in given.items()}
+            found = _with_gradients(attend, given, {})
+            return {name: from_layout(x, layout, len(devices)) for name, x in found.items()}
+
+        found = jax.device_get(jax.jit(run)(given))
+        error = max(
+            float(np.abs(found[name] - x).max() / np.abs(x).max()) for name, x in jax.device_get(expected).items()
+        )
+        yield Finding(layout, f"{len(devices)} devices equal one up to {error:.0e}", error <= LIMITS["float32"])
+
+
+def _training() -> Iterator[Finding]:
+    import jax
+
+    losses = {jax.local_devices()[0].platform: _losses()}
+    if "cpu" not in losses:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            losses["cpu"] = _losses()
+    for platform, values in losses.items():
+        is_same = all(abs(a - b) <= 0.01 * abs(b) for a, b in zip(values, losses["cpu"], strict=True))
+        text = "losses " + ", ".join(f"{value:.5f}" for value in values)
+        yield Finding(platform, text if is_same else f"{text}; the CPU gives others", is_same)
+
+
+def _losses(steps: int = 3) -> list[float]:
+    """Train a small model on random episodes and return the loss of each step."""
+    import numpy as np
+
+    from ringrl.config import TrainConfig
+    from ringrl.data import write_episodes
+    from ringrl.training import train
+
+    random = np.random.default_rng(0)
+    episodes = [
+        {
+            "observation": random.normal(size=(33, 24)).astype(np.float32),
+            "action": random.uniform(-1, 1, (32, 6)).astype(np.float32),
+            "reward": random.uniform(size=32),
+        }
+        for _ in range(8)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "random.h5"
+        store = write_episodes(data, episodes)
+        values = {
+            "data": data, "task": store.tasks[0], "run": Path(folder) / "run", "log": [], "log_every": 1,
+            "context": {"trajectories": 4}, "model": {"width": 128, "heads": 2, "kv_heads": 1, "layers": 2},
+            "optimiser": {"steps": steps, "batch_size": 2, "warmup_steps": 0},
+        }  # fmt: skip
+        run = train(TrainConfig.model_validate(values), quiet=True)
+        return [json_module.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _speed(rates: dict[str, float]) -> Iterator[Finding]:
+    """Measure, and fill `rates` for a plan (ringrl/planning/rates.py)."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from ringrl.attention import attention
+    from ringrl.planning.machines import DEVICES
+    from ringrl.planning.roofline import ATTAINED
+    from ringrl.study.cost import Speed
+
+    devices, giga, tera = jax.local_devices(), 1e9, 1e12
+    is_cpu = devices[0].platform == "cpu"
+    dtype, size, tokens = ("float32", 1024, 2048) if is_cpu else ("bfloat16", 8192, 16384)
+    sheet = next((one for one in DEVICES.values() if devices[0].device_kind.startswith(one.device_kind)), None)
+
+    def beside(rate: str, attained: float, unit: float) -> str:
+        """Return what a plan assumes."""
+        if is_cpu:
+            return ""  # a plan for host devices measures them
+        if sheet is None:
+            return "; a plan knows no data sheet of this device: use --save"
+        peak = getattr(sheet, rate)
+        return f"; a plan assumes {attained * peak / unit:.3g}, {attained:.0%} of the data sheet's {peak / unit:.3g}"
+
+    x = jnp.ones((size, size), dtype)
+    rates["tflops"] = 2 * size**3 / _seconds(jax.jit(jnp.matmul), x, x) / tera
+    yield Finding("matrix product", f"{rates['tflops']:.3g} TFLOP/s, {dtype}{beside('flops', ATTAINED.matrices, tera)}")
+    q, k = (jax.random.normal(jax.random.key(0), (1, tokens, heads, HEAD_DIM), dtype) for heads in (8, 2))
+    gradient = jax.jit(jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
+    rates["attention"] = 7 * tokens**2 * 8 * HEAD_DIM / _seconds(gradient, q, k, k) / tera
+    text = f"{rates['attention']:.3g} TFLOP/s with gradients, causal, {tokens} tokens"
+    yield Finding("attention", text + beside("flops", ATTAINED.attention, tera))
+    numbers = jnp.zeros(2**22 if is_cpu else 2**28)
+    rates["bandwidth"] = 8 * numbers.size / _seconds(jax.jit(lambda x: x + 1), numbers) / giga
+    text = f"{rates['bandwidth']:.3g} GB/s"
+    yield Finding("device memory", text + beside("bandwidth", ATTAINED.memory, giga))
+    rates["link"] = rates["bandwidth"] / 2
+    if len(devices) > 1:
+        mesh, part = Mesh(np.array(devices), ("seq",)), PartitionSpec("seq")
+        sent = jax.device_put(jnp.zeros((len(devices), 2**20 if is_cpu else 2**26)), NamedSharding(mesh, part))
+        around = [(index, (index + 1) % len(devices)) for index in range(len(devices))]
+        hop = jax.jit(
+            jax.shard_map(lambda x: jax.lax.ppermute(x, "seq", around), mesh=mesh, in_specs=part, out_specs=part)
+        )
+        rates["link"] = 4 * sent.shape[1] / _seconds(hop, sent) / giga
+        yield Finding("between devices", f"{rates['link']:.3g} GB/s{beside('link', ATTAINED.links, giga)}")
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    rates |= {"memory": (limit or host) / 2**30, "devices": len(devices)}
+    per_step = Speed.measure(["walker_walk"]).simulation["walker_walk"]
+    yield Finding("simulation", f"{1 / per_step:,.0f} steps of walker_walk per second")
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Return the median time of five calls after the first."""
+    import jax
+
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,143 @@
+"""ringrl doctor passes on this machine, and notices kernels that are wrong."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ringrl.attention import kernels
+from ringrl.attention.contract import Gradients, Partial
+from ringrl.cli import doctor as module
+from ringrl.cli import main
+from ringrl.cli.doctor import Finding, doctor
+from ringrl.planning.machines import find_machine
+
+forward, backward = kernels.forward, kernels.backward
+
+
+def without_segments(inputs, options, *more, run: Callable = forward):  # type: ignore[no-untyped-def]
+    keys = inputs.keys._replace(segment_ids=jnp.zeros_like(inputs.keys.segment_ids))
+    queries = inputs.queries._replace(segment_ids=jnp.zeros_like(inputs.queries.segment_ids))
+    return run(inputs._replace(keys=keys, queries=queries), options, *more)
+
+
+def rounded(inputs, options, *more) -> Partial:  # type: ignore[no-untyped-def]
+    o, lse = forward(inputs, options, *more)
+    return Partial(o.astype(jnp.bfloat16).astype(jnp.float32), lse)
+
+
+def shifted(inputs, options, *more) -> Partial:  # type: ignore[no-untyped-def]
+    o, lse = forward(inputs, options, *more)
+    return Partial(o, lse + 0.01)
+
+
+def keys_and_values_swapped(inputs, options, *more) -> Gradients:  # type: ignore[no-untyped-def]
+    dq, dkv = backward(inputs, options, *more)
+    return Gradients(dq, dkv[:, ::-1])
+
+
+def unscaled(inputs, options, *more) -> Gradients:  # type: ignore[no-untyped-def]
+    dq, dkv = backward(inputs, options, *more)
+    return Gradients(dq / options.scale, dkv)
+
+
+def without_delta(inputs, options, cotangents, *more) -> Gradients:  # type: ignore[no-untyped-def]
+    return backward(inputs, options, cotangents._replace(delta=jnp.zeros_like(cotangents.delta)), *more)
+
+
+MUTATIONS = {
+    "output rounded to 16 bits": ("forward", rounded, "o"),
+    "wrong log-sum-exp": ("forward", shifted, "lse"),
+    "segments ignored": ("forward", without_segments, "o"),
+    "segments ignored in the gradient": ("backward", partial(without_segments, run=backward), "dk"),
+    "gradients of keys and values swapped": ("backward", keys_and_values_swapped, "dk"),
+    "gradient of the queries without its scale": ("backward", unscaled, "dq"),
+    "gradient without delta": ("backward", without_delta, "dq"),
+}
+
+
+@pytest.fixture
+def one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check one mask in float32, to save time."""
+    masks = module._masks()
+    monkeypatch.setattr(module, "_masks", lambda: {"segments": masks["segments"]})
+    monkeypatch.setattr(module, "LIMITS", {"float32": module.LIMITS["float32"]})
+
+
+@pytest.mark.usefixtures("one_mask")
+def test_attention_is_fine():
+    kernel, line = module._attention()
+    assert kernel.text == "xla"
+    assert line.is_fine
+    assert line.text.startswith("1 masks; largest relative errors: ")
+
+
+@pytest.mark.usefixtures("one_mask")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_kernel_is_noticed(name, monkeypatch):
+    which, wrong, array = MUTATIONS[name]
+    monkeypatch.setattr(
+        "ringrl.attention.attend.LOCAL", type("Broken", (), {"forward": forward, "backward": backward})()
+    )
+    monkeypatch.setattr(f"ringrl.attention.api.LOCAL.{which}", wrong)
+    wrong_lines = [line for line in module._attention() if not line.is_fine]
+    assert any(line.name == "float32, segments" and line.text.startswith(f"{array} differs") for line in wrong_lines)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_ring_and_training_are_fine():
+    lines = list(module._ring())
+    assert [line.name for line in lines] == ["zigzag", "contiguous", "striped"]
+    assert all(line.is_fine and line.text.startswith(f"{len(jax.devices())} devices") for line in lines)
+    (line,) = module._training()
+    assert line.name == "cpu"
+    assert line.is_fine
+
+
+def test_a_loss_that_differs_from_the_cpu_is_noticed(monkeypatch):
+    losses = iter(([0.5, 0.4], [0.5, 0.5]))
+    monkeypatch.setattr(module, "_losses", lambda: next(losses))
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [jax.devices("cpu")[0] if backend else FakeDevice()])
+    assert [line.is_fine for line in module._training()] == [False, True]
+
+
+class FakeDevice:
+    platform = "tpu"
+
+
+def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
+    def broken() -> Iterator[Finding]:
+        yield Finding("kernel", "xla")
+        raise RuntimeError("the driver\nis gone")
+
+    def speed(rates: dict[str, float]) -> Iterator[Finding]:
+        rates |= {"tflops": 2.0, "attention": 1.5, "bandwidth": 30.0, "link": 10.0, "memory": 16.0, "devices": 4}
+        yield Finding("matrix product", "2 TFLOP/s")
+
+    for name, section in {
+        "_machine": lambda: iter(()),
+        "_attention": broken,
+        "_ring": broken,
+        "_training": broken,
+    }.items():
+        monkeypatch.setattr(module, name, section)
+    monkeypatch.setattr(module, "_speed", speed)
+    with pytest.raises(SystemExit) as stopped:
+        doctor(json=tmp_path / "found.json", save=tmp_path / "machine.yaml")
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    assert "3 of 7 lines are wrong" in shown.out
+    assert shown.err.count("RuntimeError: the driver is gone\n") == 3
+    assert sum(not line["is_fine"] for line in json.loads((tmp_path / "found.json").read_text())) == 3
+    machine = find_machine(str(tmp_path / "machine.yaml"))
+    assert (machine.devices, machine.device.flops, machine.measured.attention) == (4, 2e12, 0.75)
+    arguments = ["plan", "--model", "tiny", "--machine", str(tmp_path / "machine.yaml"), "--tokens", "4096"]
+    main([*arguments, "--method", "formula"])
+    assert "machine.yaml: 4 x custom, 16.00 GiB each" in capsys.readouterr().out
+    (tmp_path / "machine.yaml").write_text("tflops: 1\n# end\n")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "machine.yaml: memory" in capsys.readouterr().err
