@@ -231,9 +231,11 @@ def check_ringrl(words: list[str], parse: Callable[[list[str]], dict[str, Any]])
         for task in set(given.get("tasks", ())) - {"all-of-domain"}:
             domain_of(task)
     elif name == "plan":
-        find_model(given["model"])
-        find_machine(given["machine"])
-        read_tokens(given["tokens"])
+        if not given["model"].startswith("runs/"):
+            find_model(given["model"])
+        if not given["machine"].endswith(".yaml"):
+            find_machine(given["machine"])
+        read_tokens(given.get("tokens") or "8M")
     elif name == "ablate":
         read_plan(given["plan"])
     elif name == "data download":
