@@ -1,9 +1,9 @@
-"""Time of masks that hide most of the keys, beside the share of tiles that they leave visible, on a CPU.
+"""Time of masks that hide most of the keys, and the share of tiles that they leave visible, on a CPU.
 
     python benchmarks/attention_masks.py [--tokens 16384] [--rounds 5] [--json FILE]
 
-B1 H4 D64 float32, forward and backward pass on one device. Hidden tiles are skipped, so that a mask should cost what
-its visible tiles cost. The last column is the time for each visible tile, relative to that of the causal mask in the
+B1 H4 D64 float32, forward and backward pass on one device. Hidden tiles are skipped, so that the time should be
+proportional to the visible tiles. The last column is the time for each visible tile, relative to the causal mask in the
 same round. All masks run in turn, and numbers are medians over the rounds.
 """
 
@@ -52,7 +52,7 @@ def visible_shares(tokens: int, mask: dict) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure all masks and print a table."""
     import jax
     import jax.numpy as jnp
 

@@ -1,6 +1,7 @@
 """The public functions: attention on one device and over a mesh axis."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,10 +23,9 @@ from ringrl.attention.ulysses import gather_heads, heads_of_device, scatter_head
 
 
 def _public(function: Callable[..., Any]) -> AttentionFunction:
-    """Add what the functions below share, so that they return output and log-sum-exp of the common case.
+    """Add to a function: inputs without batch axis or tokens, values of another width, sinks, errors for keywords."""
 
-    That is: inputs without a batch or without tokens, values of another width, sinks, and errors for other keywords.
-    """
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(
@@ -39,18 +39,21 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
     ) -> Any:
         for name in ("mask", "bias"):
             if name in options:
-                raise unsupported(name)
+                raise unsupported_error(name)
         if q.ndim == k.ndim == v.ndim == 3:
             found = call(q[None], k[None], v[None], sinks=sinks, return_residual=return_residual, **options)
             return jax.tree.map(lambda x: x[0], found)
         arguments.check_arrays(q, k, v)
-        arguments.check_per_head("sinks", sinks, q.shape[2])
+        signature.bind(q, k, v, **options)
+        sinks = arguments.per_head("sinks", sinks, q.shape[2])
+        if (slopes := options.get("alibi_slopes")) is not None:
+            options["alibi_slopes"] = arguments.per_head("alibi_slopes", slopes, q.shape[2])
         if 0 in (*q.shape[:2], k.shape[1]):
             o, lse = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
         else:
             if options.get("scale") is None:
                 options["scale"] = q.shape[-1] ** -0.5
-            o, lse = function(*arguments.of_one_width(q, k, v), **options)
+            o, lse = function(*arguments.pad_to_same_width(q, k, v), **options)
             o = o[..., : v.shape[3]]
         if sinks is not None:
             o, lse = with_sinks(o, lse, sinks)
@@ -59,9 +62,12 @@ def _public(function: Callable[..., Any]) -> AttentionFunction:
     return typed(call)
 
 
-def unsupported(name: str) -> ValueError:
+def unsupported_error(name: str) -> ValueError:
     """Return the error for an argument of other libraries."""
-    return ValueError(f"{name}: not supported; pass is_causal, local_window_size, global_prefix or segment_ids instead")
+    return ValueError(
+        f"{name}: not supported; pass is_causal, local_window_size, global_prefix or segment_ids instead. "
+        "In layers of Flax, wrap the function with as_attention_fn and use decode=False"
+    )
 
 
 @_public
@@ -94,7 +100,7 @@ def attention(
         query at position 4      x x x x x .
         query at position 5      x x x x x x
 
-    One context may come without the batch axis. Without tokens, the result is empty, and without keys it is 0.
+    One context may come without the batch axis. Without queries, the result is empty; without keys, it is 0.
     Output and log-sum-exp carry the checkpoint name "ring_attention". A remat policy such as
     jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
 
@@ -106,26 +112,27 @@ def attention(
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
       global_prefix: (B, S) or (S,) positions, one for each query. The window does not hide keys before this position,
-        but the causal mask and the segments do. For documents in a row, pass the start of each query's own document:
-        the query then sees all earlier documents and a window of its own. A window (-1, 0) shows only the prefix.
+        but the causal mask and the segments do. For consecutive documents, pass the start of each query's own
+        document: the query then sees all earlier documents and a window of its own document. A window (-1, 0) shows
+        only the prefix.
       segment_ids, key_segment_ids: (B, S) or (S,), and (B, T) or (T,) integers >= 0; a query sees keys of its own
         segment only. If S = T, keys have the segments of the queries by default.
       positions, key_positions: integers of the same shapes, less than 2**31 apart; by default T - S ... T-1 and
         0 ... T-1. If S = T, keys have the positions of the queries by default. Only the mask uses them; rotary
         embeddings are up to the caller.
-      query_seq_lengths, key_value_seq_lengths: (B,) or () number of tokens in each context. Later ones are padding,
-        which sees nothing and is not seen. Default positions do not depend on these lengths.
+      query_seq_lengths, key_value_seq_lengths: (B,) or () number of tokens in each context. Later queries see nothing,
+        and later keys are hidden. Default positions do not depend on these lengths.
       scale: factor on the logits, 1/sqrt(D) by default. An array () may be traced and has a gradient; q is multiplied
-        by it and rounded to its dtype.
+        by it and rounded to q's dtype.
       logits_soft_cap: logits become cap * tanh(logits / cap). An array () may be traced and has a gradient.
-      sinks: (H,) one more logit for each head, in the denominator only. It is neither scaled nor capped, and the
-        log-sum-exp includes it. A query without visible keys still gives 0.
+      sinks: (H,) one extra logit for each head, in the denominator only. It is neither scaled nor capped, and the
+        log-sum-exp includes it. A query without visible keys gives 0, and the sink as log-sum-exp.
       alibi_slopes: (H,) logits fall by slope * |position of the query - position of the key| (ALiBi, 2108.12409),
         after the soft cap.
       implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
         head_dim 64 or 128) and "xla" (tiled attention in plain XLA) elsewhere. A fallback on an accelerator is logged.
         A kernel selected by name raises ValueError for unsupported inputs. "autodiff" leaves differentiation to JAX:
-        it is slower, but has forward-mode derivatives (jax.jvp). None selects it for slopes and a traced soft cap.
+        it is slower, but has forward-mode derivatives (jax.jvp). None selects it for alibi_slopes and a traced cap.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.
 
     Returns:
@@ -196,13 +203,13 @@ def ring_attention(
       is_causal, local_window_size, global_prefix, segment_ids, key_segment_ids, scale: as for `attention`.
       query_seq_lengths, key_value_seq_lengths, logits_soft_cap, sinks, alibi_slopes: as for `attention`.
       implementation, return_residual: as for `attention`.
-      positions, key_positions: as for `attention`; by default `layout_positions`, for queries plus T - S.
+      positions, key_positions: as for `attention`; by default `layout_positions`, shifted by T - S for queries.
 
     Returns:
       As `attention`, sharded like q.
 
     Raises:
-      ValueError: an invalid argument, named in the message, before tracing.
+      ValueError: an invalid argument, named in the message.
     """
     del sinks, return_residual  # see _public
     ring_size = arguments.mesh_size(mesh, "axis_name", axis_name)
@@ -210,10 +217,7 @@ def ring_attention(
         check_length(name, x.shape[1], layout, ring_size)
     if batch_axes is None and head_axes is None:
         batch_axes, head_axes = _axes_of(q, mesh, axis_name)
-    for name, axes, amount in (("batch_axes", batch_axes, q.shape[0]), ("head_axes", head_axes, k.shape[2])):
-        if amount % (devices := arguments.mesh_size(mesh, name, axes)):
-            kind = "contexts of the batch" if name == "batch_axes" else "key heads"
-            raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
+    arguments.check_axes(mesh, axis_name, batch_axes, head_axes, q.shape[0], k.shape[2])
     known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
     ).checked(q.shape[0], q.shape[1], k.shape[1])
@@ -230,9 +234,9 @@ def ring_attention(
         implementation=implementation,
         return_residual=True,
     )
-    heads, of_tokens = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
+    qkv_spec, token_spec = PartitionSpec(batch_axes, axis_name, head_axes), PartitionSpec(batch_axes, axis_name)
     specs = {
-        name: PartitionSpec(batch_axes) if name.endswith("lengths") else of_tokens for name in MaskArguments._fields
+        name: PartitionSpec(batch_axes) if name.endswith("lengths") else token_spec for name in MaskArguments._fields
     }
     arrays = known._asdict() | {"alibi_slopes": alibi_slopes}
     specs["alibi_slopes"] = PartitionSpec(head_axes)
@@ -243,8 +247,8 @@ def ring_attention(
     return jax.shard_map(
         lambda q, k, v, arrays: shard(q, k, v, **arrays),
         mesh=mesh,
-        in_specs=(heads, heads, heads, specs),
-        out_specs=(heads, heads),
+        in_specs=(qkv_spec, qkv_spec, qkv_spec, specs),
+        out_specs=(qkv_spec, qkv_spec),
     )(q, k, v, arrays)
 
 
@@ -279,12 +283,13 @@ def ring_attention_shard(
     Args:
       q, k, v, segment_ids, key_segment_ids, positions, key_positions, global_prefix: this device's tokens, in layout
         order.
-      axis_name, layout, query_seq_lengths, key_value_seq_lengths: as for `ring_attention`.
+      axis_name, layout: as for `ring_attention`.
+      query_seq_lengths, key_value_seq_lengths: as for `ring_attention`, of the whole sequence.
       strategy: "ring": keys and values travel, memory is constant in the ring size; "ulysses": all-to-all from tokens
         to heads; "ulysses_ring": both, over a pair of axes; "all_gather": keys and values to every device; "auto":
         the result of `choose_strategy`.
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
-        Used by "ring" and "ulysses_ring". A window that needs few hops takes the shorter way for all heads.
+        Used by "ring" and "ulysses_ring". A window that needs few hops sends all heads in the shorter direction.
       is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
         contiguous chunks, default positions and no global prefix, a window reduces the number of hops.
       sinks, alibi_slopes: (local heads,), as for `attention`.
@@ -309,7 +314,7 @@ def ring_attention_shard(
     (batch, tokens, heads, _), local_keys = q.shape, k.shape[1]
     known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
-    ).checked(batch, tokens, local_keys)
+    ).checked(batch, tokens, local_keys, size)
     index = lax.axis_index(axis_name)
     of_queries, of_keys = (shard_positions(layout, size, length, index) for length in (tokens, local_keys))
     queries, keys = varying_like(q, known.sides(batch, of_queries, of_keys, (local_keys - tokens) * size))

@@ -1,4 +1,4 @@
-"""Checks of user arguments before tracing. Each ValueError names the argument, the value and the expectation."""
+"""Checks of user arguments. Each ValueError names the argument, the value and the expectation."""
 
 import math
 import operator
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float32, Int32
 
 from ringrl.attention.contract import Terms
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Side
@@ -59,13 +59,17 @@ def check_dtype(name: str, x: jax.Array) -> None:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
 
 
-def check_per_head(name: str, x: jax.Array | None, heads: int) -> None:
-    """Check an optional array (H,) of real numbers."""
-    if x is not None and (jnp.shape(x) != (heads,) or not jnp.issubdtype(jnp.result_type(x), jnp.floating)):
-        raise ValueError(f"{name}: expected {heads} real numbers, one for each head of q, got {jnp.shape(x)}")
+def per_head(name: str, x: jax.Array | None, heads: int) -> Float32[Array, " heads"] | None:
+    """Return an optional array (H,) of real numbers."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if x.shape != (heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected {heads} real numbers, one for each head of q, got {x.dtype} {x.shape}")
+    return x.astype(jnp.float32)
 
 
-def of_one_width(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+def pad_to_same_width(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
     """Return queries, keys and values of the same last axis, the narrower ones padded with zeros."""
     width = max(q.shape[-1], v.shape[-1])
     if width == min(q.shape[-1], v.shape[-1]):
@@ -93,6 +97,22 @@ def mesh_size(mesh: Mesh | AbstractMesh, name: str, axes: Axes) -> int:
     return math.prod(mesh.shape[axis] for axis in axis_names(axes))
 
 
+def check_axes(
+    mesh: Mesh | AbstractMesh, axis_name: Axes, batch_axes: Axes, head_axes: Axes, batch: int, kv_heads: int
+) -> None:
+    """Check that the axes are different, and that contexts and key heads divide over them."""
+    used = [*axis_names(axis_name)]
+    for name, axes, amount, kind in (
+        ("batch_axes", batch_axes, batch, "contexts of the batch"),
+        ("head_axes", head_axes, kv_heads, "key heads"),
+    ):
+        if amount % (devices := mesh_size(mesh, name, axes)):
+            raise ValueError(f"{name}: {amount} {kind} do not divide evenly over the {devices} devices of {axes!r}")
+        if both := [axis for axis in axis_names(axes) if axis in used]:
+            raise ValueError(f"{name}: the mesh axis {both[0]!r} has another use already")
+        used += axis_names(axes)
+
+
 def integers(name: str, x: jax.Array, batch: int, tokens: int) -> Int32[Array, "b s"]:
     """Return positions or segment ids as (B, S) int32."""
     _check_range(name, x if isinstance(x, jax.Array) else np.asarray(x))
@@ -115,8 +135,11 @@ class MaskArguments(NamedTuple):
     query_seq_lengths: jax.Array | None = None
     key_value_seq_lengths: jax.Array | None = None
 
-    def checked(self, batch: int, queries: int, keys: int) -> "MaskArguments":
-        """Return them as int32 (B, S), (B, T) or (B,). ValueError if they do not fit."""
+    def checked(self, batch: int, queries: int, keys: int, devices: int = 1) -> "MaskArguments":
+        """Return them as int32 (B, S), (B, T) or (B,). ValueError if a shape, dtype or number is wrong.
+
+        S and T are the tokens on one of `devices`. Lengths count the tokens of all.
+        """
         if self.key_segment_ids is not None and self.segment_ids is None:
             raise ValueError("segment_ids: missing; key_segment_ids needs the segments of the queries, too")
         if self.segment_ids is not None and self.key_segment_ids is None and queries != keys:
@@ -125,11 +148,12 @@ class MaskArguments(NamedTuple):
         for name, x in self._asdict().items():
             tokens = keys if name.startswith("key") else queries
             if x is not None and name.endswith("lengths"):
-                if jnp.shape(x) not in ((), (batch,)):
-                    raise ValueError(f"{name}: expected shape () or ({batch},), got {jnp.shape(x)}")
-                found[name] = integers(name, jnp.asarray(x)[..., None], batch, 1)[:, 0]
+                check_counts(name, x, batch, 0, tokens * devices)
+                found[name] = jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
             else:
                 found[name] = None if x is None else integers(name, x, batch, tokens)
+                if name.endswith("segment_ids") and _has_any(x, PADDING_QUERY, PADDING_KEY):
+                    raise ValueError(f"{name}: {PADDING_QUERY} and {PADDING_KEY} are reserved; use other ids")
         return MaskArguments(**found)
 
     def sides(self, batch: int, queries: Int32[Array, " q"], keys: Int32[Array, " k"], ahead: int) -> tuple[Side, Side]:
@@ -137,8 +161,8 @@ class MaskArguments(NamedTuple):
 
         Args:
           batch: number of contexts.
-          queries, keys: the place of each token in its sequence.
-          ahead: keys of the whole sequence less queries. By default, the queries have the last positions.
+          queries, keys: the index of each token in its sequence.
+          ahead: T - S of the whole sequence. By default, the queries have the last positions.
         """
         positions = _or_default(self.positions, queries + ahead, batch)
         given = self.positions if self.key_positions is None and ahead == 0 else self.key_positions
@@ -168,9 +192,25 @@ def traced_scale(q: jax.Array, scale: float | jax.Array | None) -> tuple[jax.Arr
 
 def terms(heads: int, slopes: jax.Array | None, cap: float | jax.Array | None) -> Terms:
     """Return the parts of a call that only the kernel "autodiff" computes."""
-    check_per_head("alibi_slopes", slopes, heads)
-    slopes = None if slopes is None else jnp.asarray(slopes, jnp.float32)
-    return Terms(slopes, cap if isinstance(cap, jax.Array) else None)
+    return Terms(per_head("alibi_slopes", slopes, heads), cap if isinstance(cap, jax.Array) else None)
+
+
+def check_counts(name: str, counts: Any, batch: int | None, least: int, most: int, advice: str = "") -> None:
+    """Check a number of tokens, or one for each context of a batch. Traced numbers cannot be checked."""
+    counts = counts if isinstance(counts, jax.Array) else np.asarray(counts)
+    shapes = ((),) if batch is None else ((), (batch,))
+    if counts.shape not in shapes or not jnp.issubdtype(counts.dtype, jnp.integer):
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: expected integers of shape {expected}, got {counts.dtype} {counts.shape}")
+    if counts.size and not isinstance(counts, jax.core.Tracer):
+        known = np.asarray(counts)
+        if not least <= known.min() <= known.max() <= most:
+            raise ValueError(f"{name}: expected {least} ... {most} tokens, got {known}{advice}")
+
+
+def _has_any(x: jax.Array, *values: int) -> bool:
+    """Whether a concrete array has one of the values."""
+    return not isinstance(x, jax.core.Tracer) and bool(np.isin(np.asarray(x), values).any())
 
 
 def _check_range(name: str, x: Array) -> None:
@@ -192,13 +232,13 @@ def options(
     *,
     is_causal: bool,
 ) -> Options:
-    """Return the static options of a call from its arguments. `prefix` is only compared with None."""
+    """Return the static options of a call from its arguments. It only matters whether `prefix` is None."""
     if cap is not None and jnp.ndim(cap):
         raise ValueError(f"logits_soft_cap: expected one number, got shape {jnp.shape(cap)}")
+    if cap is not None and not isinstance(cap, jax.core.Tracer) and not 0 < np.asarray(cap) < math.inf:
+        raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     if isinstance(cap, jax.Array):
         cap = None  # see `terms`
-    if cap is not None and not 0 < cap < math.inf:
-        raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if prefix is not None and window is None:
         raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")

@@ -1,10 +1,10 @@
 """Attention with its own gradient: the only custom_vjp of the library.
 
-JAX never differentiates through a merge of partial results, a send or a kernel. The forward pass keeps the global
-output and log-sum-exp, and the backward pass computes every part of the gradient from them.
+JAX does not differentiate through merges of partial results, sends or kernels. The forward pass keeps the global output
+and log-sum-exp, and the backward pass computes every part of the gradient from them.
 
-The exception is the kernel "autodiff", made of operations that JAX differentiates itself. It also gives the derivatives
-of both passes, so that the gradient of any kernel has derivatives of any order.
+The exception is the kernel "autodiff", whose operations JAX can differentiate. It also gives the derivatives of both
+passes, so that the gradient of any kernel has derivatives of any order.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from ringrl.attention.merge import AxisName
 
 
 class Exchange(Protocol):
-    """How queries meet the keys of all devices, as hashable static data."""
+    """The way queries and the keys of all devices come together, as hashable static data."""
 
     def forward(self, inputs: Inputs, options: Options) -> Partial:
         """Return attention of this device's queries over the keys of all devices."""
@@ -82,7 +82,7 @@ def attend(
     if slopes is not None:
         slopes = by_head(jnp.broadcast_to(slopes, q.shape[:3]), k.shape[2])
     inputs = _inputs(q, k, v, queries, keys)._replace(slopes=slopes, soft_cap=terms.soft_cap)
-    return _results(q, _plain(inputs, options, exchange))
+    return _results(q, _attend_autodiff(inputs, options, exchange))
 
 
 def _inputs(q: jax.Array, k: jax.Array, v: jax.Array, queries: Side, keys: Side) -> Inputs:
@@ -128,7 +128,7 @@ def _backward_pass(
     inputs: Inputs, cotangents: Partial, results: Partial, options: Options, exchange: Exchange
 ) -> Gradients:
     (do, dlse), (o, lse) = cotangents, results
-    # d lse / d logits = p, so the cotangent of the log-sum-exp joins delta with the opposite sign. Rows without
+    # d lse / d logits = p, so the cotangent of the log-sum-exp is subtracted from delta. Rows without
     # visible keys have p = 0 everywhere; the cotangent of their constant lse = -inf must not become nan.
     dlse = jnp.where(jnp.isneginf(lse), 0.0, dlse)
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse
@@ -140,7 +140,7 @@ def _derivative_of_forward_pass(options, exchange, primals, tangents):  # type: 
     (inputs,), (moved,) = primals, tangents
 
     def plain(q: jax.Array, kv: jax.Array) -> Partial:
-        return _plain(inputs._replace(q=q, kv=kv), options, exchange)
+        return _attend_autodiff(inputs._replace(q=q, kv=kv), options, exchange)
 
     tangent = jax.jvp(plain, (inputs.q, inputs.kv), (moved.q, moved.kv))[1]
     return _forward_pass(inputs, options, exchange), tangent
@@ -148,19 +148,19 @@ def _derivative_of_forward_pass(options, exchange, primals, tangents):  # type: 
 
 @_backward_pass.defjvp
 def _derivative_of_backward_pass(options, exchange, primals, tangents):  # type: ignore[no-untyped-def]
-    # The results depend on q and kv alone, whose tangents cover them.
+    # The results depend on q and kv alone, so their tangents are included already.
     (inputs, cotangents, _), (moved, moved_cotangents, _) = primals, tangents
 
     def gradients(q: jax.Array, kv: jax.Array, do: jax.Array, dlse: jax.Array) -> Gradients:
         q, kv, do = (x.astype(jnp.float32) for x in (q, kv, do))
-        plain = lambda q, kv: _plain(inputs._replace(q=q, kv=kv), options, exchange)  # noqa: E731
+        plain = lambda q, kv: _attend_autodiff(inputs._replace(q=q, kv=kv), options, exchange)  # noqa: E731
         return Gradients(*jax.vjp(plain, q, kv)[1](Partial(do, dlse)))
 
     at, along = (inputs.q, inputs.kv, *cotangents), (moved.q, moved.kv, *moved_cotangents)
     return _backward_pass(*primals, options, exchange), jax.jvp(gradients, at, along)[1]
 
 
-def _plain(inputs: Inputs, options: Options, exchange: Exchange) -> Partial:
+def _attend_autodiff(inputs: Inputs, options: Options, exchange: Exchange) -> Partial:
     """Attend by operations that JAX differentiates, in float32 also between devices."""
     q, kv = (x.astype(jnp.float32) for x in (inputs.q, inputs.kv))
     return exchange.forward(inputs._replace(q=q, kv=kv), dataclasses.replace(options, implementation="autodiff"))

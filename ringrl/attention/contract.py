@@ -1,4 +1,4 @@
-"""Arguments and results of plans (attend.py) and kernels: arrays by key head.
+"""Arguments and results of kernels: arrays by key head.
 
 The first axis is batch * kv_heads. `rows` are the queries of all query heads that share a key head, one group after the
 other: groups * queries rows. Keys and values are one array, in the order that kernels read and that the ring sends, so
@@ -20,8 +20,7 @@ LOG2_E = 1.4426950408889634  # kernels take powers of two
 class Inputs(NamedTuple):
     """Queries, keys and values, with the positions and segment ids (batch, tokens) of both sides.
 
-    Only the kernel "autodiff" reads the last two: a slope for each row, and a soft cap that replaces the one of the
-    options.
+    Only the kernel "autodiff" reads `slopes`, one for each row, and `soft_cap`, which replaces the one of the options.
     """
 
     q: Float[Array, "heads rows head_dim"]
@@ -79,7 +78,7 @@ class Gradients(NamedTuple):
 
 
 def precision_of(x: jax.Array) -> lax.Precision:
-    """Return the precision of matrix products. Float32 is exact, where GPUs default to TF32 and TPUs to bfloat16."""
+    """Return the precision of matrix products: full for float32, where GPUs default to TF32 and TPUs to bfloat16."""
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments
@@ -62,14 +61,14 @@ def decode_attention(
 
     Args:
       q: queries (B, N, H, D) of tokens length - N ... length - 1.
-      k_cache, v_cache: (B, C, Hkv, D) and (B, C, Hkv, Dv), filled up to `length` (`append_to_cache`). Slots beyond are
+      k_cache, v_cache: (B, C, Hkv, D) and (B, C, Hkv, Dv), filled up to `length` (`append_to_cache`). Later slots are
         ignored but must be finite. q is rounded to their dtype.
       length: tokens in the cache, including the new ones: () or, for contexts of different lengths, (B,).
       prefix: tokens before the cache; P prefixes, P dividing B, each shared by B / P consecutive contexts.
       local_window_size, scale, logits_soft_cap, sinks, alibi_slopes, return_residual: as for `attention`.
       global_prefix: (B, N) or (N,), as for `attention`.
-      position_of: increasing function from a token's index, counted from the first token of the prefix, to its position
-        in the mask. `local_window_size`, `global_prefix` and `alibi_slopes` are in units of these positions.
+      position_of: maps a token's index to its position in the mask; increasing, by default the identity. Index 0 is the
+        prefix's first token. `local_window_size`, `global_prefix` and `alibi_slopes` are in units of these positions.
       mesh: the devices of a sharded cache, whose capacity axis is striped over `axis_name`; None for one device.
       axis_name, batch_axes, head_axes: mesh axes of the cache's capacity, batch and heads.
 
@@ -83,7 +82,8 @@ def decode_attention(
     _check_caches(q, k_cache, v_cache, length)
     if prefix is not None:
         _check_prefix(prefix, k_cache, v_cache)
-    arguments.check_per_head("sinks", sinks, q.shape[2])
+        prefix = prefix if prefix.k.shape[1] else None
+    sinks = arguments.per_head("sinks", sinks, q.shape[2])
     scaled, scale = arguments.traced_scale(q, scale)
     options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=True)
     given = _Given(
@@ -94,6 +94,7 @@ def decode_attention(
         arguments.terms(q.shape[2], alibi_slopes, logits_soft_cap),
     )
     if mesh is None:
+        _check_whole("k_cache", k_cache)
         o, lse = _over_caches(given, _Static(options, position_of), 0)
     else:
         o, lse = _over_shards(given, _Static(options, position_of), mesh, axis_name, batch_axes, head_axes)
@@ -113,7 +114,7 @@ class _Given(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """The other arguments of a call."""
+    """The static arguments of a call."""
 
     options: Options
     position_of: Callable[[jax.Array], jax.Array]
@@ -130,6 +131,7 @@ def _over_shards(
 ) -> Partial:
     """Attend to caches that are striped over `axis_name`."""
     static = static._replace(size=_check_shards(mesh, axis_name, given.cache.k.shape[1]))
+    arguments.check_axes(mesh, axis_name, batch_axes, head_axes, given.q.shape[0], given.cache.k.shape[2])
     parts = arguments.mesh_size(mesh, "batch_axes", batch_axes)
     if given.prefix is not None:
         _check_shards(mesh, axis_name, given.prefix.k.shape[1])
@@ -171,10 +173,14 @@ def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
 
 
 def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array | int) -> None:
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.ndim != 4 or not x.shape[1]:
+            raise ValueError(
+                f"{name}: expected 4 axes (batch, tokens, heads, head_dim) with tokens, got shape {x.shape}"
+            )
+        arguments.check_dtype(name, x)
     if k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(f"v_cache: expected batch, capacity and heads of k_cache {k_cache.shape}, got {v_cache.shape}")
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        arguments.check_dtype(name, x)
     batch, new, heads, head_dim = q.shape
     if (batch, head_dim) != (k_cache.shape[0], k_cache.shape[3]):
         raise ValueError(f"k_cache: expected batch and head_dim of q {q.shape}, got {k_cache.shape}")
@@ -183,18 +189,7 @@ def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: 
         raise ValueError(f"k_cache: {kv_heads} heads do not divide the {heads} heads of q")
     if new > capacity:
         raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
-    _check_counts("length", length, batch, new, capacity)
-
-
-def _check_counts(name: str, counts: jax.Array | int, batch: int | None, least: int, most: int) -> None:
-    """Check a number of tokens, or one for each context of a batch. Traced numbers cannot be checked."""
-    shapes = ((),) if batch is None else ((), (batch,))
-    if jnp.shape(counts) not in shapes or not jnp.issubdtype(jnp.result_type(counts), jnp.integer):
-        raise ValueError(f"{name}: expected integers of shape {' or '.join(map(str, shapes))}, got {counts}")
-    if not isinstance(counts, jax.core.Tracer):
-        known = np.asarray(counts)
-        if known.size and not least <= known.min() <= known.max() <= most:
-            raise ValueError(f"{name}: expected {least} ... {most} tokens in the cache, got {known}")
+    arguments.check_counts("length", length, batch, new, capacity)
 
 
 def _over_caches(given: _Given, static: _Static, index: jax.Array | int) -> Partial:
@@ -202,7 +197,7 @@ def _over_caches(given: _Given, static: _Static, index: jax.Array | int) -> Part
     q, cache, prefix, global_prefix, terms = given
     begin = jnp.zeros((), jnp.int32) if prefix is None else jnp.asarray(prefix.length)
     batch, new, heads, head_dim = q.shape
-    # One row for all contexts, unless their lengths differ.
+    # (1, N), or (B, N) if the lengths of the contexts differ.
     token = begin + jnp.reshape(cache.length, (-1, 1)) - new + jnp.arange(new, dtype=jnp.int32)
     queries = Side(static.position_of(token), jnp.zeros_like(token), global_prefix)
     part = _over_cache(q, cache, queries, begin, index, static, terms)
@@ -278,12 +273,14 @@ def append_to_cache(
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     if (new.shape[0], *new.shape[2:]) != (cache.shape[0], *cache.shape[2:]):
         raise ValueError(f"new: expected batch, heads and head_dim of the cache {cache.shape}, got {new.shape}")
-    _check_counts("length", length, len(cache), 0, cache.shape[1] - new.shape[1])
+    arguments.check_counts("length", length, len(cache), 0, cache.shape[1] - new.shape[1], "; grow_cache makes room")
     new = new.astype(cache.dtype)
     length = jnp.asarray(length, jnp.int32)
     if mesh is None:
+        _check_whole("cache", cache)
         return _write(cache, new, length, 0, 1)
-    size = _check_shards(mesh, axis_name, cache.shape[1])
+    size = _check_shards(mesh, axis_name, cache.shape[1], "cache")
+    arguments.check_axes(mesh, axis_name, batch_axes, head_axes, cache.shape[0], cache.shape[2])
 
     def shard(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
         return _write(cache, new, length, lax.axis_index(axis_name), size)
@@ -333,7 +330,7 @@ def grow_cache(
     """
     if capacity < cache.shape[1]:
         raise ValueError(f"capacity: expected at least the cache's {cache.shape[1]} tokens, got {capacity}")
-    size = 1 if mesh is None else _check_shards(mesh, axis_name, capacity)
+    size = 1 if mesh is None else _check_shards(mesh, axis_name, capacity, "capacity")
 
     def widen(cache: jax.Array) -> jax.Array:
         return jnp.pad(cache, ((0, 0), (0, capacity // size - cache.shape[1]), (0, 0), (0, 0)))
@@ -344,11 +341,18 @@ def grow_cache(
     return jax.shard_map(widen, mesh=mesh, in_specs=sharded, out_specs=sharded)(cache)
 
 
-def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int) -> int:
+def _check_shards(mesh: Mesh | AbstractMesh, axis_name: AxisName, capacity: int, name: str = "k_cache") -> int:
     size = arguments.mesh_size(mesh, "axis_name", axis_name)
     if capacity % size:
-        raise ValueError(f"k_cache: a capacity of {capacity} does not divide among the {size} devices of {axis_name!r}")
+        raise ValueError(f"{name}: a capacity of {capacity} does not divide among the {size} devices of {axis_name!r}")
     return size
+
+
+def _check_whole(name: str, cache: jax.Array) -> None:
+    """Check that a cache is not striped over devices, since `mesh` is missing. Traced caches cannot be checked."""
+    sharding = None if isinstance(cache, jax.core.Tracer) else getattr(cache, "sharding", None)
+    if isinstance(sharding, NamedSharding) and (*sharding.spec, None, None)[1] is not None:
+        raise ValueError(f"{name}: its tokens are sharded over {sharding.spec[1]!r}; pass mesh, too")
 
 
 def _check_prefix(prefix: Prefix, *caches: jax.Array) -> None:
@@ -361,4 +365,4 @@ def _check_prefix(prefix: Prefix, *caches: jax.Array) -> None:
                 f"got {x.shape} as {name}"
             )
         arguments.check_dtype(name, x)
-    _check_counts("prefix.length", prefix.length, None, 0, prefix.k.shape[1])
+    arguments.check_counts("prefix.length", prefix.length, None, 0, prefix.k.shape[1])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from ringrl.attention.api import unsupported
+from ringrl.attention.api import unsupported_error
 
 
 def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -13,8 +13,9 @@ def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array
         attend = functools.partial(ring_attention, mesh=mesh, is_causal=True)
         nnx.MultiHeadAttention(..., attention_fn=as_attention_fn(attend))
 
-    The options of `attend` (is_causal, segment_ids, ...) define the mask. An S x S mask, a bias or dropout raises
-    ValueError. Flax passes is_causal=False by default, so only is_causal=True overrides the option of `attend`.
+    The options of `attend` (is_causal, segment_ids, ...) define the mask. Any mask array, a bias or dropout raises
+    ValueError; so does decode=True of a layer, which makes a mask. Flax passes is_causal=False by default, so False is
+    ignored: set is_causal on `attend`.
     """
 
     def attention_fn(
@@ -32,7 +33,7 @@ def as_attention_fn(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array
     ) -> jax.Array:
         for name, value_given in (("mask", mask), ("bias", bias), ("module", module)):
             if value_given is not None:
-                raise unsupported(name)
+                raise unsupported_error(name)
         if dropout_rate > 0 and not deterministic:
             raise ValueError(f"dropout_rate: attention dropout is not supported, got {dropout_rate}; use 0")
         return attend(query, key, value, **({"is_causal": True} if is_causal else {}))

@@ -25,7 +25,7 @@ def varying_like(reference: jax.Array, tree: Tree) -> Tree:
 
 
 def nothing_seen(q: Float[Array, "*heads rows head_dim"]) -> Partial:
-    """Return the result of queries over no keys: 0 and -inf."""
+    """Return the result without keys: 0 and -inf."""
     return varying_like(q, Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)))
 
 
@@ -39,7 +39,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 def merge_over(part: Partial, axis_name: AxisName) -> Partial:
     """Return the result over the keys of all devices of a mesh axis, inside shard_map: one pmax, one psum."""
-    maximum = jax.lax.pmax(part.lse, axis_name)
+    maximum = jax.lax.pmax(jax.lax.stop_gradient(part.lse), axis_name)  # it cancels in the result
     weight = jnp.exp(part.lse - jnp.where(jnp.isneginf(maximum), 0.0, maximum))
     summed = jax.lax.psum(jnp.concatenate([part.o * weight[..., None], weight[..., None]], axis=-1), axis_name)
     o, total = summed[..., :-1], summed[..., -1]
@@ -53,7 +53,8 @@ def with_sinks(
     lse: Float[Array, "batch tokens heads"],
     sinks: Float[Array, " heads"],
 ) -> tuple[jax.Array, jax.Array]:
-    """Return output and log-sum-exp with one more logit for each head, whose value is 0."""
-    sinks = jnp.asarray(sinks, jnp.float32)
-    share = jax.nn.sigmoid(lse - sinks)[..., None]
-    return (o.astype(jnp.float32) * share).astype(o.dtype), jnp.logaddexp(lse, sinks)
+    """Return output and log-sum-exp with one extra logit for each head, whose value vector is 0."""
+    is_empty = jnp.isneginf(lse)  # a sink of -inf is none
+    share = jnp.where(is_empty, 0.0, jax.nn.sigmoid(jnp.where(is_empty, 0.0, lse) - sinks))[..., None]
+    total = jnp.where(is_empty, sinks, jnp.logaddexp(jnp.where(is_empty, 0.0, lse), sinks))
+    return (o.astype(jnp.float32) * share).astype(o.dtype), total

@@ -184,10 +184,13 @@ def test_invalid_arguments_are_named(draw):
         ("length", (q[:, :3], k, v), np.array([3] * (len(q) - 1) + [2])),
         ("length", (q[:, :3], k, v), np.full(len(q) + 1, 3)),
         ("k_cache", (q, k.astype(np.int8), v), TOKENS),
+        ("q", (q[0], k, v), TOKENS),
+        ("q", (q[:, :0], k, v), TOKENS),
+        ("v_cache", (q, k, v[0]), TOKENS),
         ("v_cache", (q, k, v.astype(jnp.float8_e4m3fn)), TOKENS),
     ]
     for count in (-1, TOKENS + 1, np.int64(TOKENS + 1)):
-        with pytest.raises(ValueError, match=f"^prefix.length: expected 0 ... {TOKENS} tokens in the cache, got"):
+        with pytest.raises(ValueError, match=f"^prefix.length: expected 0 ... {TOKENS} tokens, got"):
             decode_attention(q, k, v, length=TOKENS, prefix=Prefix(k, v, count))
     with pytest.raises(ValueError, match=r"^prefix.k: expected float32"):
         decode_attention(q, k, v, length=TOKENS, prefix=Prefix(k.astype(np.int8), v, 1))
@@ -329,9 +332,47 @@ def test_invalid_cache_arguments_are_named():
     with pytest.raises(ValueError, match=r"^new: "):
         append_to_cache(cache, jnp.zeros((2, 1, 1, 4)), 0)
     for length in (6, np.int64(6), jnp.int32(6), -1):
-        with pytest.raises(ValueError, match=rf"^length: expected 0 ... 5 tokens in the cache, got {length}"):
+        with pytest.raises(ValueError, match=rf"^length: expected 0 ... 5 tokens, got {length}; grow_cache makes room"):
             append_to_cache(cache, jnp.zeros((2, 3, 2, 4)), length)
     with pytest.raises(ValueError, match=r"^capacity: "):
         grow_cache(cache, 7)
     with pytest.raises(ValueError, match=r"^axis_name: "):
         grow_cache(cache, 16, mesh=Mesh(np.array(jax.devices()[:1]), ("data",)))
+
+
+def test_gradient_of_a_sharded_cache(mesh, draw):
+    """The gradient passes the merge over the devices."""
+    q, k, v = (draw(2, CAPACITY, 4, 2, 8)[name] for name in "qkv")
+    order = partial(to_layout, layout="striped", ring_size=4)
+
+    def loss(q, k, v, order=lambda x: x, **where):  # type: ignore[no-untyped-def]
+        return jnp.sin(decode_attention(q, order(k), order(v), length=CAPACITY - 3, **where)).sum()
+
+    gradients = (
+        jax.jit(jax.grad(one, (0, 1, 2)))(q[:, :2], k, v) for one in (loss, partial(loss, order=order, mesh=mesh))
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *gradients)
+
+
+def test_an_empty_prefix_is_none(draw):
+    q, k, v = (draw(2, TOKENS, 4, 2, 8)[name] for name in "qkv")
+    attend = partial(decode_attention, q[:, -1:], k, v, length=TOKENS)
+    np.testing.assert_array_equal(attend(prefix=Prefix(k[:1, :0], v[:1, :0], 0)), attend())
+
+
+def test_axes_of_a_sharded_cache(mesh, draw):
+    q, k, v = (draw(3, 16, 4, 2, 8)[name] for name in "qkv")
+    striped = jax.device_put(k, NamedSharding(mesh, PartitionSpec(None, "seq")))
+    for message, call in {
+        "k_cache: its tokens are sharded over 'seq'; pass mesh": lambda: decode_attention(
+            q[:, :1], striped, v, length=9
+        ),
+        "cache: its tokens are sharded over 'seq'": lambda: append_to_cache(striped, k[:, :1], 9),
+        "batch_axes: the mesh axis 'seq' has another use": lambda: decode_attention(
+            q[[0, 0, 0, 0], :1], k[[0] * 4], v[[0] * 4], length=9, mesh=mesh, batch_axes="seq"
+        ),
+        "head_axes: the mesh has no axis 'x'": lambda: append_to_cache(k, k[:, :1], 9, mesh=mesh, head_axes="x"),
+        "capacity: a capacity of 18 does not divide": lambda: grow_cache(k, 18, mesh=mesh),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()

@@ -136,6 +136,12 @@ def test_a_query_that_sees_nothing_and_a_sink():
         *of_tokens, of_sinks = backward((jnp.ones_like(o), jnp.ones_like(lse)))
         assert not any(x.any() for x in of_tokens)
         np.testing.assert_allclose(of_sinks, BATCH * TOKENS)
+    absent = sinks.at[1].set(-jnp.inf)  # no sink on this head
+    (o, lse), backward = jax.vjp(lambda sinks: attend(q, k, v, sinks=sinks), absent)
+    assert not o.any()
+    np.testing.assert_array_equal(lse, np.broadcast_to(absent, lse.shape))
+    assert np.isfinite(backward((jnp.ones_like(o), jnp.zeros_like(lse)))[0]).all()
+    np.testing.assert_array_equal(attention(q, k, v, sinks=absent)[:, :, 1], attention(q, k, v)[:, :, 1])
     o, lse = attention(q, k[:, :0], v[:, :0], sinks=sinks, return_residual=True)
     assert o.shape == (*q.shape[:3], 12)
     np.testing.assert_array_equal(lse, np.broadcast_to(sinks, lse.shape))
@@ -158,7 +164,9 @@ def test_vmap_around_and_inside_a_mesh(inside):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"sinks": np.zeros(3)}, r"sinks: expected 4 real numbers, one for each head of q, got \(3,\)"),
+        ({"sinks": np.zeros(3)}, r"sinks: expected 4 real numbers, one for each head of q, got float32 \(3,\)"),
+        ({"sinks": np.arange(4)}, "sinks: expected 4 real numbers, one for each head of q, got int32"),
+        ({"logits_soft_cap": jnp.float32(-1)}, "logits_soft_cap: expected a finite number > 0, got -1.0"),
         ({"alibi_slopes": np.zeros(4, int)}, "alibi_slopes: expected 4 real numbers"),
         ({"alibi_slopes": np.zeros(4), "implementation": "xla"}, "implementation: 'xla' takes neither alibi_slopes"),
         ({"logits_soft_cap": jnp.ones(2)}, r"logits_soft_cap: expected one number, got shape \(2,\)"),

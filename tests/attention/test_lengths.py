@@ -173,8 +173,17 @@ def test_without_tokens(batch, queries, keys, ring):
         ({"segment_ids": np.zeros(FEW, int)}, "key_segment_ids: missing; the 48 keys are not the 16 queries"),
         ({"key_segment_ids": np.zeros(MANY, int)}, "segment_ids: missing"),
         ({"key_positions": np.zeros(FEW, int)}, r"key_positions: expected shape \(48,\) or \(2, 48\), got \(16,\)"),
-        ({"query_seq_lengths": np.zeros(3, int)}, r"query_seq_lengths: expected shape \(\) or \(2,\), got \(3,\)"),
+        (
+            {"query_seq_lengths": np.zeros(3, int)},
+            r"query_seq_lengths: expected integers of shape \(\) or \(2,\), got int64 \(3,\)",
+        ),
         ({"key_value_seq_lengths": np.zeros(2)}, "key_value_seq_lengths: expected integers"),
+        ({"key_value_seq_lengths": np.array([2**32 + 1, 3])}, r"key_value_seq_lengths: expected 0 ... 48 tokens, got"),
+        ({"query_seq_lengths": -1}, "query_seq_lengths: expected 0 ... 16 tokens, got -1"),
+        (
+            {"segment_ids": np.zeros(FEW, int), "key_segment_ids": np.full(MANY, 1 - 2**31)},
+            "key_segment_ids: .* reserved",
+        ),
         ({"scale": np.float32([1, 2])}, r"scale: expected one number, got shape \(2,\)"),
     ],
 )
@@ -182,3 +191,12 @@ def test_bad_arguments(keywords, message, draw):
     given = arrays(draw, FEW, MANY)
     with pytest.raises(ValueError, match=message):
         attention(*(given[name] for name in "qkv"), **keywords)
+
+
+@pytest.mark.parametrize("attend", [attention, ring_attention])
+def test_keywords_are_checked_without_tokens(attend):
+    q = jnp.ones((2, 0, 4, 8))
+    with pytest.raises(TypeError, match=r"nonsense|mesh"):
+        attend(q, q, q, nonsense=1)
+    with pytest.raises(ValueError, match="alibi_slopes: expected 4"):
+        attend(q, q, q, alibi_slopes=np.zeros(77), **({} if attend is attention else {"mesh": None}))

@@ -1,8 +1,8 @@
 """Attention that JAX itself differentiates: forward mode, any order, slopes and a learned soft cap.
 
-The mask and the skipped tiles are those of the other kernels, but every loop has a fixed length, and the backward pass
-computes each tile of queries again. Memory stays O(S + T); the gradient is slower. The second derivatives of all
-kernels come from here (attend.py).
+Masks and skipped tiles are those of the other kernels, but every loop has a fixed length, and the backward pass
+recomputes each tile of queries. Memory stays O(S + T); the gradient is slower. The second derivatives of all kernels
+come from here (attend.py).
 """
 
 from functools import partial
@@ -43,7 +43,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> P
             fold = partial(_fold, options, inputs.soft_cap, q, slopes, queries, keys, kv)
             return lax.cond(is_visible, fold, lambda carry: carry, carry), None
 
-        # The previous result enters like one key, with its log-sum-exp as the logit.
+        # The previous result is treated as one key whose logit is its log-sum-exp.
         shift, is_empty = lax.stop_gradient(seen.lse), jnp.isneginf(seen.lse)
         total = jnp.where(is_empty, 0.0, jnp.exp(jnp.where(is_empty, 0.0, seen.lse - shift)))
         (weighted, total, shift), _ = lax.scan(visit, (seen.o * total[..., None], total, shift), of_keys)
