@@ -79,7 +79,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     main([*name.split(), "--help"])
     text = capsys.readouterr().out
     assert f"ringrl {name}" in text
-    assert "[default:" in text or "[required]" in text
+    assert "[default:" in text or "[required]" in text or name == "doctor", "doctor only has files to write"
 
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(preset("demo").parent.glob("shape_*.yaml"))] + ["small"])

@@ -196,27 +196,31 @@ def terms(heads: int, slopes: jax.Array | None, cap: float | jax.Array | None) -
 
 
 def check_counts(name: str, counts: Any, batch: int | None, least: int, most: int, advice: str = "") -> None:
-    """Check a number of tokens, or one for each context of a batch. Traced numbers cannot be checked."""
+    """Check a number of tokens, or one for each context of a batch."""
     counts = counts if isinstance(counts, jax.Array) else np.asarray(counts)
     shapes = ((),) if batch is None else ((), (batch,))
     if counts.shape not in shapes or not jnp.issubdtype(counts.dtype, jnp.integer):
         expected = " or ".join(map(str, shapes))
         raise ValueError(f"{name}: expected integers of shape {expected}, got {counts.dtype} {counts.shape}")
-    if counts.size and not isinstance(counts, jax.core.Tracer):
+    if counts.size and _is_known(counts):
         known = np.asarray(counts)
         if not least <= known.min() <= known.max() <= most:
             raise ValueError(f"{name}: expected {least} ... {most} tokens, got {known}{advice}")
 
 
+def _is_known(x: Any) -> bool:
+    """Whether the values can be checked: not those of traced arrays, and of arrays that are on other hosts, too."""
+    return not isinstance(x, jax.core.Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
+
+
 def _has_any(x: jax.Array, *values: int) -> bool:
     """Whether a concrete array has one of the values."""
-    return not isinstance(x, jax.core.Tracer) and bool(np.isin(np.asarray(x), values).any())
+    return _is_known(x) and bool(np.isin(np.asarray(x), values).any())
 
 
 def _check_range(name: str, x: Array) -> None:
-    """Check that integers fit in 32 bits. Traced arrays and arrays on other hosts cannot be checked."""
-    unknown = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable)
-    if unknown or np.can_cast(x.dtype, np.int32):
+    """Check that integers fit in 32 bits."""
+    if not _is_known(x) or np.can_cast(x.dtype, np.int32):
         return
     known = np.asarray(x)
     if np.issubdtype(known.dtype, np.integer) and known.size and (known.min() < -(2**31) or known.max() >= 2**31):
@@ -235,7 +239,7 @@ def options(
     """Return the static options of a call from its arguments. It only matters whether `prefix` is None."""
     if cap is not None and jnp.ndim(cap):
         raise ValueError(f"logits_soft_cap: expected one number, got shape {jnp.shape(cap)}")
-    if cap is not None and not isinstance(cap, jax.core.Tracer) and not 0 < np.asarray(cap) < math.inf:
+    if cap is not None and _is_known(cap) and not 0 < np.asarray(cap) < math.inf:
         raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
     if isinstance(cap, jax.Array):
         cap = None  # see `terms`
