@@ -26,7 +26,6 @@ from ringrl.evaluation import policy
 from ringrl.model import Agent
 from ringrl.model.parallel import Parallel
 from ringrl.training import loop
-from tests import template
 
 # All processes of a session share one compilation cache: the first process creates the folder, the others inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -50,8 +49,6 @@ sys.dont_write_bytecode = False
 gc.set_threshold(100_000, 50, 100)
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)
-
-template.fork_workers()
 
 # Slow examples are no failures: the machine may be busy.
 hypothesis.settings.register_profile("patient", deadline=None)

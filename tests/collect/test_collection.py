@@ -14,7 +14,6 @@ from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import Archive
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
-from tests import template
 
 TASK = "cartpole_swingup"
 
@@ -281,7 +280,7 @@ def _is_running(process: str) -> bool:
 def test_a_kill_ends_all_processes_and_keeps_the_finished_episodes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_ENDLESS)
-    with template.Popen([sys.executable, script, tmp_path / "new"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, script, tmp_path / "new"], stdout=subprocess.PIPE, text=True) as process:
         workers = process.stdout.readline().split()
         process.send_signal(signal.SIGKILL)
     assert len(workers) == 2

@@ -26,7 +26,6 @@ from ringrl.study.cells import attempt, cells, references
 from ringrl.study.plan import read_plan
 from ringrl.study.runner import RunOptions, ablate, estimate
 from ringrl.training.run_folder import dataset_fingerprint
-from tests import template
 
 QUICK = RunOptions(workers=2)
 COMMAND = Path(sys.executable).with_name("ringrl")
@@ -232,13 +231,13 @@ def test_killed_processes_are_resumed(write_plan, jaco_store: EpisodeStore) -> N
     plan = write_plan(jaco_store.path, trajectories=[1], seeds=[0, 1], baselines=[], settings=settings)
     runs = read_plan(plan).output / "jaco_reach_top_left"
     command = [str(COMMAND), "ablate", str(plan)]
-    process = template.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     is_begun = lambda seed: len(list((runs / f"at_1_seed{seed}" / "checkpoints").glob("[0-9]*"))) > 1  # noqa: E731
     wait_for(lambda: is_begun(0))
     busy = rf"{read_plan(plan).output}: another process is running this ablation \(process {process.pid} on .*; wait"
     with pytest.raises(UserError, match=busy):
         ablate(read_plan(plan), Console(file=io.StringIO()))
-    (worker,) = filter(template.is_worker, children(process.pid))
+    (worker,) = [child for child in children(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: is_begun(1))
     workers = children(process.pid)
@@ -281,7 +280,9 @@ def test_a_dry_run_prints_the_cost(write_plan, jaco_store: EpisodeStore, capsys:
 def test_a_dry_run_leaves_accelerators_alone(write_plan, jaco_store: EpisodeStore) -> None:
     """Worker processes need their memory. An unknown platform fails as soon as JAX looks for devices."""
     command = [str(COMMAND), "ablate", str(write_plan(jaco_store.path)), "--dry-run"]
-    done = template.run(command, env=os.environ | {"JAX_PLATFORMS": "none"}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "none"}, capture_output=True, text=True, check=True
+    )
     assert "very roughly" in done.stdout
 
 

@@ -23,7 +23,6 @@ from ringrl.errors import UserError
 from ringrl.training import train
 from ringrl.training.distributed import is_wanted
 from ringrl.training.supervisor import _started
-from tests import template
 
 HEARTBEAT = 8  # seconds
 MINUTE = 60.0
@@ -57,7 +56,7 @@ class Hosts:
             where += [f"--distributed.process={index}", f"--distributed.heartbeat-timeout={HEARTBEAT}"]
             more = (where if count > 1 else []) + own.get("one", []) * (index == 1)
             self.started.append(
-                template.Popen(
+                subprocess.Popen(
                     [*command, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
                 )
             )
@@ -71,8 +70,8 @@ class Hosts:
         """Return the pid of the child in which a process trains."""
         pid = self.started[index].pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        (trainer,) = filter(template.is_worker, map(int, children))
-        return trainer
+        (trainer,) = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        return int(trainer)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
 from ringrl.evaluation import load_policy
 from ringrl.training import train
-from tests import template
 
 EXACT = ("step", "loss", "gradient_norm", "learning_rate")  # tokens_per_second is the clock's
 
@@ -31,7 +30,7 @@ def start(config: TrainConfig, *flags: str) -> subprocess.Popen[bytes]:
     file = config.run.with_suffix(".yaml")
     file.write_text(to_yaml(config))
     command = [str(Path(sys.executable).with_name("ringrl")), "train", "--config", str(file), *flags]
-    return template.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def kill_when(condition, config: TrainConfig, *flags: str) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from functools import partial
@@ -14,7 +15,6 @@ from ringrl.errors import UserError
 from ringrl.evaluation import load_policy
 from ringrl.training import train
 from ringrl.training.slurm import submit
-from tests import template
 
 needs_submitit = pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None, reason="needs submitit: pip install 'ringrl[slurm]'"
@@ -76,7 +76,7 @@ def test_a_job_of_two_processes_trains(tiny: TrainConfig, environment: dict[str,
     """One process for each of two GPUs; cores play the GPUs."""
     values = json.loads(tiny.model_dump_json())
     values["mesh"]["data"] = 2
-    template.run([sys.executable, "-c", PROGRAM, json.dumps(values)], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(values)], env=environment, check=True, timeout=120)
     logs, deadline = tiny.run.with_name("run.slurm"), time.monotonic() + 240
     while len(list(logs.glob("*_result.pkl"))) < 2:
         assert time.monotonic() < deadline, [file.read_text() for file in logs.glob("*.err")]

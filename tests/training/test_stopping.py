@@ -17,7 +17,6 @@ from ringrl.config_files import to_yaml
 from ringrl.errors import UserError
 from ringrl.evaluation import load_policy
 from ringrl.training import read_info, train
-from tests import template
 
 
 # One tuple of signals (ringrl.signals.STOPPING) serves training and all other commands. Each signal reaches one.
@@ -47,7 +46,8 @@ def test_a_signal_saves_and_exits_with_zero(tiny: TrainConfig, tmp_path: Path, n
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from ringrl.cli import main; main()", *arguments]
-    return template.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["env", "--default-signal=HUP", *command]  # nohup, under which the tests may run, ignores it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR2"])

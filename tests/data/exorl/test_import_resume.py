@@ -16,7 +16,6 @@ from ringrl.data.exorl import save_episode
 from ringrl.data.store.format import dataset_name
 from ringrl.data.store.writer import hidden_name
 from ringrl.errors import UserError
-from tests import template
 from tests.data.conftest import finished_episodes
 
 EPISODES = 12
@@ -208,7 +207,7 @@ IMPORT = """
 def start(tmp_path: Path, archive: Path, destination: Path, workers: int) -> subprocess.Popen:
     (script := tmp_path / "script.py").write_text(textwrap.dedent(IMPORT))
     arguments = [sys.executable, script, archive, destination, "--workers", str(workers)]
-    return template.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_episodes(destination: Path, number: int, process: subprocess.Popen) -> None:
@@ -277,7 +276,7 @@ DISK_FULL = """
 
 def test_full_disk(archive, destination, whole):
     arguments = [sys.executable, "-c", textwrap.dedent(DISK_FULL), archive, destination]
-    run = template.run(arguments, capture_output=True, text=True, check=True)
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert "a.h5: the disk, a quota or a limit on file size is full" in run.stdout
     assert run.stdout.endswith("finished episodes are kept: run the same command again to resume\n")
     assert names(destination.parent) == REMAINS

@@ -17,7 +17,6 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.data.store import EpisodeStore
 from ringrl.errors import UserError
-from tests import template
 
 TASK = "cartpole_swingup"
 LENGTHS = [6, 1, 9, 4, 9, 2, 9, 5]
@@ -111,7 +110,7 @@ def results(request, mixed: EpisodeStore, tmp_path_factory, environment: dict[st
     files = [folder / f"{index}.npz" for index in range(number)]
     port = str(free_port())
     started = [
-        template.Popen(
+        subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(mixed.path), port, str(number), str(index), str(file)],
             env=environment,
             stdout=subprocess.PIPE,
