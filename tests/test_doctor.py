@@ -98,10 +98,11 @@ def test_ring_and_training_are_fine():
 
 
 def test_a_loss_that_differs_from_the_cpu_is_noticed(monkeypatch):
-    losses = iter(([0.5, 0.4], [0.5, 0.5]))
-    monkeypatch.setattr(module, "_losses", lambda: next(losses))
-    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [jax.devices("cpu")[0] if backend else FakeDevice()])
-    assert [line.is_fine for line in module._training()] == [False, True]
+    right = module._losses_on_cpu()
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [FakeDevice()])
+    for first, is_fine in ((right[0], True), (right[0] * 1.02, False)):
+        monkeypatch.setattr(module, "_losses", lambda first=first: [first, *right[1:]])
+        assert [line.is_fine for line in module._training()] == [is_fine, True]
 
 
 class FakeDevice:
@@ -141,3 +142,8 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "machine.yaml: memory" in capsys.readouterr().err
+    monkeypatch.setattr(module, "_speed", lambda rates: broken())
+    with pytest.raises(SystemExit):
+        doctor(save=tmp_path / "other.yaml")
+    assert "other.yaml: not written, because the speed was not measured" in capsys.readouterr().err
+    assert not (tmp_path / "other.yaml").exists()

@@ -152,7 +152,8 @@ class MaskArguments(NamedTuple):
                 found[name] = jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
             else:
                 found[name] = None if x is None else integers(name, x, batch, tokens)
-                if name.endswith("segment_ids") and _has_any(x, PADDING_QUERY, PADDING_KEY):
+                is_array = isinstance(x, jax.Array)  # not read, which would wait for the device
+                if name.endswith("segment_ids") and not is_array and np.isin(x, (PADDING_QUERY, PADDING_KEY)).any():
                     raise ValueError(f"{name}: {PADDING_QUERY} and {PADDING_KEY} are reserved; use other ids")
         return MaskArguments(**found)
 
@@ -211,11 +212,6 @@ def check_counts(name: str, counts: Any, batch: int | None, least: int, most: in
 def _is_known(x: Any) -> bool:
     """Whether the values can be checked: not those of traced arrays, and of arrays that are on other hosts, too."""
     return not isinstance(x, jax.core.Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
-
-
-def _has_any(x: jax.Array, *values: int) -> bool:
-    """Whether a concrete array has one of the values."""
-    return _is_known(x) and bool(np.isin(np.asarray(x), values).any())
 
 
 def _check_range(name: str, x: Array) -> None:

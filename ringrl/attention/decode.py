@@ -273,7 +273,9 @@ def append_to_cache(
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")
     if (new.shape[0], *new.shape[2:]) != (cache.shape[0], *cache.shape[2:]):
         raise ValueError(f"new: expected batch, heads and head_dim of the cache {cache.shape}, got {new.shape}")
-    arguments.check_counts("length", length, len(cache), 0, cache.shape[1] - new.shape[1], "; grow_cache makes room")
+    arguments.check_counts(
+        "length", length, len(cache), 0, cache.shape[1] - new.shape[1], "; enlarge the cache by grow_cache"
+    )
     new = new.astype(cache.dtype)
     length = jnp.asarray(length, jnp.int32)
     if mesh is None:

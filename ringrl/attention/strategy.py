@@ -24,7 +24,8 @@ def device_of(x: jax.Array) -> DeviceKind:
         return around
     if not isinstance(x, jax.core.Tracer) and isinstance(x, jax.Array):
         return next(iter(x.devices()))
-    return jax.local_devices()[0]
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # a platform's name, a device or None
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
 
 
 @dataclasses.dataclass(frozen=True)

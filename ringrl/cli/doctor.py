@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,12 +56,16 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
             found.append(finding)
             mark = "" if finding.is_fine else "[red]wrong[/red]  "
             console.print(f"  {finding.name:<24}{mark}{finding.text}", soft_wrap=True)
-    for path, text in ((json, json_module.dumps([one._asdict() for one in found], indent=1)), (save, to_yaml(rates))):
+    is_measured = "devices" in rates  # set last
+    lines = json_module.dumps([one._asdict() for one in found], indent=1)
+    for path, text in ((json, lines), (save if is_measured else None, to_yaml(rates))):
         if path is not None:
             with explain_write_errors(path):
                 write_whole(path, text, alone=False)
     wrong = [one for one in found if not one.is_fine]
     print(f"\n{len(wrong)} of {len(found)} lines are wrong" if wrong else "\nall is well")
+    if save is not None and not is_measured:
+        print(f"ringrl doctor: {save}: not written, because the speed was not measured", file=sys.stderr)
     for one in wrong:
         print(f"ringrl doctor: {one.name}: {one.text}", file=sys.stderr)
     if wrong:
@@ -92,8 +97,7 @@ def _machine() -> Iterator[Finding]:
     known = (devices[0].memory_stats() or {}).get("bytes_limit")
     each = f", {known / 2**30:.1f} GiB each" if known else ""
     yield Finding("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){each}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield Finding("host", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory")
+    yield Finding("host", f"{len(os.sched_getaffinity(0))} cores, {_host_memory() / 2**30:.0f} GiB of memory")
     yield Finding("open files", f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}")
     yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free in this folder")
     yield Finding("pictures", _pictures())
@@ -220,8 +224,7 @@ def _training() -> Iterator[Finding]:
 
     losses = {jax.local_devices()[0].platform: _losses()}
     if "cpu" not in losses:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            losses["cpu"] = _losses()
+        losses["cpu"] = _losses_on_cpu()
     for platform, values in losses.items():
         is_same = all(abs(a - b) <= 0.01 * abs(b) for a, b in zip(values, losses["cpu"], strict=True))
         text = "losses " + ", ".join(f"{value:.5f}" for value in values)
@@ -229,7 +232,7 @@ def _training() -> Iterator[Finding]:
 
 
 def _losses(steps: int = 3) -> list[float]:
-    """Train a small model on random episodes and return the loss of each step."""
+    """Train a small model on random episodes. Return the loss of each step."""
     import numpy as np
 
     from ringrl.config import TrainConfig
@@ -255,6 +258,23 @@ def _losses(steps: int = 3) -> list[float]:
         }  # fmt: skip
         run = train(TrainConfig.model_validate(values), quiet=True)
         return [json_module.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _losses_on_cpu() -> list[float]:
+    """Return `_losses` of a process without the accelerator."""
+    program = f"import json; from {__name__} import _losses; print(json.dumps(_losses()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"training on the CPU ended with {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    losses: list[float] = json_module.loads(done.stdout.splitlines()[-1])
+    return losses
+
+
+def _host_memory() -> float:
+    """Return the bytes of this host's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _speed(rates: dict[str, float]) -> Iterator[Finding]:
@@ -306,8 +326,7 @@ def _speed(rates: dict[str, float]) -> Iterator[Finding]:
         rates["link"] = 4 * sent.shape[1] / _seconds(hop, sent) / giga
         yield Finding("between devices", f"{rates['link']:.3g} GB/s{beside('link', ATTAINED.links, giga)}")
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-    rates |= {"memory": (limit or host) / 2**30, "devices": len(devices)}
+    rates |= {"memory": (limit or _host_memory() / len(devices)) / 2**30, "devices": len(devices)}
     per_step = Speed.measure(["walker_walk"]).simulation["walker_walk"]
     yield Finding("simulation", f"{1 / per_step:,.0f} steps of walker_walk per second")
 

@@ -332,7 +332,9 @@ def test_invalid_cache_arguments_are_named():
     with pytest.raises(ValueError, match=r"^new: "):
         append_to_cache(cache, jnp.zeros((2, 1, 1, 4)), 0)
     for length in (6, np.int64(6), jnp.int32(6), -1):
-        with pytest.raises(ValueError, match=rf"^length: expected 0 ... 5 tokens, got {length}; grow_cache makes room"):
+        with pytest.raises(
+            ValueError, match=rf"^length: expected 0 ... 5 tokens, got {length}; enlarge the cache by grow_cache"
+        ):
             append_to_cache(cache, jnp.zeros((2, 3, 2, 4)), length)
     with pytest.raises(ValueError, match=r"^capacity: "):
         grow_cache(cache, 7)

@@ -1,5 +1,7 @@
 """The choice of strategy with its reason, and errors of ring_attention."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from ringrl.attention import choose_strategy, ring_attention
-from ringrl.attention.strategy import LINKS, hiding_length, link_of
+from ringrl.attention.strategy import LINKS, device_of, hiding_length, link_of
 
 
 @pytest.mark.parametrize("kind", LINKS)
@@ -53,6 +55,23 @@ def test_choices_and_reasons(arguments, kind, strategy, reason):
     choice = choose_strategy(*arguments, device_kind=kind)
     assert choice.strategy == strategy
     assert reason in choice.reason
+
+
+def test_the_default_device_is_respected(monkeypatch):
+    """Traced arrays have no device: under jax.default_device a GPU's process may compute on the CPU."""
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [cpu if backend == "cpu" else DeviceOf("gpu")])
+    kinds = []
+    trace = lambda x: kinds.append(device_of(x).platform) or x  # noqa: E731
+    jax.make_jaxpr(trace)(1.0)
+    for default in (cpu, "cpu"):
+        with jax.default_device(default):
+            jax.make_jaxpr(trace)(1.0)
+    assert kinds == ["gpu", "cpu", "cpu"]
+
+
+class DeviceOf(NamedTuple):
+    platform: str
 
 
 def test_device_kinds_match_by_prefix():

@@ -12,26 +12,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringrl.attention.contract import Inputs, Partial, precision_of
-from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, classify, pad_side, visible
+from ringrl.attention.kernels import xla
+from ringrl.attention.mask import Options, classify, visible
 from ringrl.attention.merge import nothing_seen
-
-_BLOCK = 256
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
     """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys."""
-    rows, groups = inputs.q.shape[1], inputs.groups
-    block_q = min(options.block_q or _BLOCK, -(-rows // 8) * 8)
-    block_k = min(options.block_k or _BLOCK, -(-inputs.kv.shape[2] // 8) * 8)
-    queries, keys = jax.tree.map(
-        lambda x: jnp.repeat(x, inputs.kv_heads, axis=0),
-        (jax.tree.map(lambda x: jnp.tile(x, (1, groups)), inputs.queries), inputs.keys),
+    blocks, rows = xla.blocks_of(options, inputs), inputs.q.shape[1]
+    whole = xla.prepared(inputs, blocks)
+    of_keys = (
+        xla.into_tiles(whole.kv, 2, blocks.keys),
+        jax.tree.map(lambda x: xla.into_tiles(x, 1, blocks.keys), whole.keys),
     )
-    queries, keys = (
-        pad_side(side, -(-side.positions.shape[1] // block) * block, padding)
-        for side, block, padding in ((queries, block_q, PADDING_QUERY), (keys, block_k, PADDING_KEY))
-    )
-    of_keys = _tiles(inputs.kv, block_k, 2), _all_tiles(keys, block_k)
 
     @jax.checkpoint
     def query_tile(tile):  # type: ignore[no-untyped-def]
@@ -51,8 +44,10 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> P
         total = jnp.where(is_empty, 1.0, total)
         return Partial(weighted / total[..., None], jnp.where(is_empty, -jnp.inf, shift + jnp.log(total)))
 
-    of_rows = inputs.q, inputs.slopes, nothing_seen(inputs.q) if start is None else start
-    found: Partial = lax.map(query_tile, (*_all_tiles(of_rows, block_q), _all_tiles(queries, block_q)))
+    seen = nothing_seen(inputs.q) if start is None else start
+    of_rows = jax.tree.map(lambda x: xla.pad_axis(x, 1, blocks.queries), (inputs.q, inputs.slopes, seen))
+    tiles = jax.tree.map(lambda x: xla.into_tiles(x, 1, blocks.queries), (*of_rows, whole.queries))
+    found: Partial = lax.map(query_tile, tiles)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :rows], found)
 
 
@@ -75,15 +70,3 @@ def _fold(options, soft_cap, q, slopes, queries, keys, kv, carry):  # type: igno
     base = jnp.where(jnp.isneginf(highest), 0.0, highest)  # rows without a visible key so far
     p, before = jnp.exp(s - base[..., None]), jnp.exp(shift - base)
     return weighted * before[..., None] + product(p, kv[:, 1]), total * before + p.sum(-1), highest
-
-
-def _all_tiles(tree, block: int):  # type: ignore[no-untyped-def]
-    return jax.tree.map(lambda x: _tiles(x, block, 1), tree)
-
-
-def _tiles(x: jax.Array, block: int, axis: int) -> jax.Array:
-    """Reshape (..., S, ...) -> (tiles, ..., block, ...), padded with zeros."""
-    amount = [(0, 0)] * x.ndim
-    amount[axis] = (0, -x.shape[axis] % block)
-    x = jnp.pad(x, amount)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)

@@ -90,8 +90,8 @@ class HeadTiles(NamedTuple):
 
 def _head_tiles(options: Options, blocks: XlaBlocks, queries: Side, keys: Side) -> HeadTiles:
     """List the visits from minima and maxima of positions and segments."""
-    queries = jax.tree.map(lambda x: _tiles(x, -1, blocks.queries), queries)
-    keys = jax.tree.map(lambda x: _tiles(x, -1, blocks.keys), keys)
+    queries = jax.tree.map(lambda x: into_tiles(x, -1, blocks.queries), queries)
+    keys = jax.tree.map(lambda x: into_tiles(x, -1, blocks.keys), keys)
     some, every = classify_pairs(options.rule, queries, keys)
     order = jnp.argsort(2 - some.astype(jnp.int32) - every.astype(jnp.int32), axis=1, stable=True).astype(jnp.int32)
     return HeadTiles(queries, keys, order, every.sum(1, dtype=jnp.int32), some.sum(1, dtype=jnp.int32))
@@ -118,7 +118,7 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
-def _tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
+def into_tiles(x: jax.Array, axis: int, block: int) -> jax.Array:
     """Reshape (..., S, ...) -> (tiles, ..., block, ...)."""
     axis %= x.ndim
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
@@ -157,7 +157,7 @@ class TileSlice(NamedTuple):
 
 def _keys_transposed(inputs: Inputs, head: jax.Array, block: int) -> jax.Array:
     """Return the transposed keys (tiles, ..., D, block)."""
-    return _transpose(_tiles(_at(inputs.kv, head)[..., 0, :, :], -2, block))
+    return _transpose(into_tiles(_at(inputs.kv, head)[..., 0, :, :], -2, block))
 
 
 def _forward_head(options: Options, blocks: XlaBlocks, head: jax.Array, inputs: Inputs, seen: Partial) -> Partial:
@@ -233,7 +233,7 @@ def _each_head(run: Callable, heads: int, arguments: tuple, results: Tree) -> Tr
     return jax.tree.map(lambda x, like: x.reshape(like.shape), grouped, results)
 
 
-def _blocks(options: Options, inputs: Inputs) -> XlaBlocks:
+def blocks_of(options: Options, inputs: Inputs) -> XlaBlocks:
     """Return tile sizes no longer than the (8-aligned) sequence, so that short sequences need little padding."""
     rows, keys = inputs.q.shape[1], inputs.kv.shape[2]
     blocks = xla_blocks(len(inputs.q), rows // inputs.groups, keys)
@@ -244,27 +244,27 @@ def _blocks(options: Options, inputs: Inputs) -> XlaBlocks:
     )
 
 
-def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
+def pad_axis(x: jax.Array, axis: int, block: int) -> jax.Array:
     """Pad to whole blocks with zeros."""
     amount = [(0, 0)] * x.ndim
     amount[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, amount)
 
 
-def _prepared(inputs: Inputs, blocks: XlaBlocks) -> Inputs:
+def prepared(inputs: Inputs, blocks: XlaBlocks) -> Inputs:
     """Pad to whole tiles (a copy only if lengths do not divide) and repeat the sides for the rows of each head."""
     of_rows = jax.tree.map(lambda x: jnp.tile(x, (1, inputs.groups)), inputs.queries)
     queries, keys = jax.tree.map(lambda x: jnp.repeat(x, inputs.kv_heads, axis=0), (of_rows, inputs.keys))
-    q, kv = _pad(inputs.q, 1, blocks.queries), _pad(inputs.kv, 2, blocks.keys)
+    q, kv = pad_axis(inputs.q, 1, blocks.queries), pad_axis(inputs.kv, 2, blocks.keys)
     return Inputs(q, kv, pad_side(queries, q.shape[1], PADDING_QUERY), pad_side(keys, kv.shape[2], PADDING_KEY))
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
     """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys."""
-    blocks, rows = _blocks(options, inputs), inputs.q.shape[1]
+    blocks, rows = blocks_of(options, inputs), inputs.q.shape[1]
     seen = nothing_seen(inputs.q) if start is None else start
-    seen = Partial(*(_pad(x, 1, blocks.queries) for x in seen))
-    seen = _each_head(partial(_forward_head, options, blocks), blocks.heads, (_prepared(inputs, blocks),), seen)
+    seen = Partial(*(pad_axis(x, 1, blocks.queries) for x in seen))
+    seen = _each_head(partial(_forward_head, options, blocks), blocks.heads, (prepared(inputs, blocks),), seen)
     return Partial(*(x[:, :rows] for x in seen))
 
 
@@ -275,13 +275,13 @@ def backward(
     dq: Float32[Array, "heads rows head_dim"] | None = None,
 ) -> Gradients:
     """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given."""
-    blocks, (_, rows, _), length = _blocks(options, inputs), inputs.q.shape, inputs.kv.shape[2]
+    blocks, (_, rows, _), length = blocks_of(options, inputs), inputs.q.shape, inputs.kv.shape[2]
     # Rows without visible keys are masked everywhere and need any finite value.
     cotangents = cotangents._replace(lse=jnp.where(jnp.isneginf(cotangents.lse), 0.0, cotangents.lse))
-    cotangents = Cotangents(*(_pad(x, 1, blocks.queries) for x in cotangents))
-    prepared = _prepared(inputs, blocks)
-    sums = varying_like(inputs.q, Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (prepared.q, prepared.kv))))
+    cotangents = Cotangents(*(pad_axis(x, 1, blocks.queries) for x in cotangents))
+    whole = prepared(inputs, blocks)
+    sums = varying_like(inputs.q, Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (whole.q, whole.kv))))
     if dq is not None:
-        sums = sums._replace(dq=_pad(dq, 1, blocks.queries))
-    sums = _each_head(partial(_backward_head, options, blocks), blocks.heads, (prepared, cotangents), sums)
+        sums = sums._replace(dq=pad_axis(dq, 1, blocks.queries))
+    sums = _each_head(partial(_backward_head, options, blocks), blocks.heads, (whole, cotangents), sums)
     return Gradients(sums.dq[:, :rows], sums.dkv[:, :, :length])
