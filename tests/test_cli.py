@@ -73,6 +73,15 @@ def test_help_does_not_import_the_commands() -> None:
     assert not {"ringrl.config", "ringrl.cli.train", "jax", "numpy"} & set(modules), "half a second on a slow machine"
 
 
+def test_missing_flags_have_their_own_names(capsys: pytest.CaptureFixture[str]) -> None:
+    line = rejected(["train", "--model.remat", "half"], capsys)
+    assert line.startswith(
+        "ringrl: --data: is required; --task: is required; --run: is required; --model.remat: expected"
+    )
+    line = rejected(["plan", "--model", "7b", "--machine", "custom", "--custom.memory", "3"], capsys)
+    assert line.startswith("ringrl: --custom.tflops: is required; --custom.bandwidth: is required")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([*name.split(), "--help"])

@@ -13,6 +13,7 @@ from ringrl.attention.contract import Gradients, Partial
 from ringrl.cli import doctor as module
 from ringrl.cli import main
 from ringrl.cli.doctor import Finding, doctor
+from ringrl.errors import UserError
 from ringrl.planning.machines import find_machine
 
 forward, backward = kernels.forward, kernels.backward
@@ -142,6 +143,9 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "machine.yaml: memory" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"nowhere/found.json: cannot be written"):
+        doctor(json=tmp_path / "nowhere" / "found.json")
+    assert not capsys.readouterr().out, "before any work"
     monkeypatch.setattr(module, "_speed", lambda rates: broken())
     with pytest.raises(SystemExit):
         doctor(save=tmp_path / "other.yaml")

@@ -42,6 +42,9 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
     from ringrl.config_files import to_yaml
     from ringrl.files import explain_write_errors, write_whole
 
+    for written in filter(None, (json, save)):  # before two minutes of work
+        with explain_write_errors(written), tempfile.TemporaryFile(dir=written.absolute().parent):
+            pass
     console, found, rates = Console(highlight=False), list[Finding](), dict[str, float]()
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "This machine": _machine,

@@ -31,7 +31,9 @@ def usage_line(error: cyclopts.CycloptsError) -> str:
     """Return what is wrong and where, for an error of the parser."""
     argument, cause = error.argument, error.__cause__
     if isinstance(cause, pydantic.ValidationError) and argument:
-        section = argument.name.strip("-*")
+        # A missing setting is reported for another flag of its section.
+        parts = argument.name.strip("-*").split(".")
+        section = ".".join(parts[: len(parts) - len(argument.keys)])
         named = [(".".join(filter(None, (section, name))).replace("_", "-"), text) for name, text in problems(cause)]
         # Without the place of a value in a list, "--model.episode-window.0".
         return "; ".join(f"--{re.sub(r'[.][0-9]+$', '', flag)}: {text}" if flag else text for flag, text in named)

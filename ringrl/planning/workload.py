@@ -154,7 +154,7 @@ def find_model(name: str) -> TrainConfig:
 def context_tokens(name: str, config: TrainConfig) -> int:
     """Return the tokens of a context of `find_model(name)`. UserError if it is a shape, without a task."""
     if config.task == _UNUSED["task"]:
-        raise UserError(f"--tokens: missing; {name} has no dataset that tells the length of a context, such as 512k")
+        raise UserError(f"--tokens: is required, since {name} has no dataset; give a context's length, such as 512k")
     timesteps = config.context.steps(longest_episode(config))
     return timesteps * TOKEN_SETS[config.model.token_set].size
 

@@ -82,7 +82,7 @@ def test_tokens_of_a_context_follow_from_the_task(tmp_path):
     assert context_tokens("x", find_model(str(path))) == 3 * 250 * 3
     path.write_text("{task: walker_walk, context: {trajectories: 5, segment_steps: 32}, model: {token_set: fused1}}")
     assert context_tokens("x", find_model(str(path))) == 5 * 32
-    with pytest.raises(UserError, match="--tokens: missing; 7b has no dataset"):
+    with pytest.raises(UserError, match="--tokens: is required, since 7b has no dataset"):
         context_tokens("7b", find_model("7b"))
 
 
