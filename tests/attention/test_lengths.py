@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from ringrl.attention import attention, from_layout, ring_attention, to_layout
+from ringrl.attention import attention, from_layout, ring_attention, ring_attention_shard, to_layout
 from ringrl.attention.mask import Rule
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
@@ -200,3 +200,13 @@ def test_keywords_are_checked_without_tokens(attend):
         attend(q, q, q, nonsense=1)
     with pytest.raises(ValueError, match="alibi_slopes: expected 4"):
         attend(q, q, q, alibi_slopes=np.zeros(77), **({} if attend is attention else {"mesh": None}))
+
+
+def test_lengths_inside_shard_map_count_the_tokens_of_all_devices(draw):
+    given = arrays(draw, FEW, FEW)
+    q, k, v = (jnp.asarray(given[name]) for name in "qkv")
+    lengths = {"query_seq_lengths": np.array([11, 16]), "key_value_seq_lengths": np.array([13, 9])}
+    mesh, spec = Mesh(np.array(jax.devices()[:4]), ("seq",)), PartitionSpec(None, "seq")
+    attend = partial(ring_attention_shard, layout="contiguous", **lengths)
+    got = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))(q, k, v)
+    np.testing.assert_allclose(got, attention(q, k, v, **lengths), rtol=1e-5, atol=1e-6)

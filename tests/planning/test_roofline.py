@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from ringrl.planning.ahead_of_time import abstract_step
-from ringrl.planning.machines import find_machine
+from ringrl.planning.machines import Attained, custom_machine, find_machine
+from ringrl.planning.rates import Rates
 from ringrl.planning.roofline import ATTAINED, WITHOUT_KERNEL, attained_by, estimate
 from ringrl.planning.workload import Workload, find_model
 from ringrl.training.budget import forward_flops, step_flops
@@ -113,6 +114,24 @@ def test_attained_shares_depend_on_kernel_and_dtype(machine, model, matrices, at
     model = model | ({"kv_heads": model["heads"]} if "heads" in model else {})
     found = attained_by(seven_billion(2**14, {"seq": 8}, **model), find_machine(machine))
     assert (found.matrices, found.attention) == pytest.approx((matrices, attention))
+
+
+@pytest.mark.parametrize("kind", ["ring", "memory_efficient"])
+def test_full_remat_repeats_attention_and_its_transfers(kind):
+    """Two products of nine forward, and the hops of the forward pass, run once more."""
+    short, machine = seven_billion(2**11, {"seq": 8}, attention=kind), find_machine("8xh200")
+    layers, full = (estimate(short.with_settings("model", remat=remat), machine) for remat in ("layers", "full"))
+    assert full.attention == pytest.approx(layers.attention * 11 / 9)
+    assert layers.ring > 0
+    forward = 2 / (2 + 6)  # bytes per number: bfloat16 forward, bfloat16 and float32 gradients backward
+    if kind == "memory_efficient":
+        assert full.ring == pytest.approx(layers.ring * (1 + forward))
+    assert layers.ring < full.ring < layers.ring * 1.5
+
+
+def test_measured_rates_are_used_as_they_are():
+    rates = Rates(devices=8, memory=80, tflops=300, bandwidth=2000, link=200, attention=120)
+    assert attained_by(seven_billion(2**14, {"seq": 8}), custom_machine(rates)) == Attained(1.0, 0.4, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["ring", "memory_efficient"])
