@@ -14,10 +14,9 @@ from ringrl.evaluation.protocol import FIRST_SEED, Protocol
 from ringrl.evaluation.records import append_records, data_records
 from ringrl.methods import method_of
 from ringrl.study.cells import Cell, attempt, cells, references, write
-from ringrl.study.cost import Speed, cost, cost_table, estimates
+from ringrl.study.cost import cost
 from ringrl.study.plan import AblationPlan, read_plan
-from ringrl.training.budget import forward_flops
-from ringrl.training.checkpoints import EarlyStopping, with_checksum
+from ringrl.training.checkpoints import with_checksum
 
 BASELINES = ("bc", "bc-10%", "bc-25%", "bc-50%", "dt", "td3", "td3+bc")
 
@@ -386,85 +385,6 @@ def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pyt
         finished.write_text(damaged)
         assert not cell.is_finished
         assert cell.seconds is None
-
-
-def test_finished_training_costs_nothing(write_plan) -> None:
-    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings={"optimiser": {"steps": 30}}))
-    whole = cost(cell)
-    assert (whole.steps, whole.tokens) == (30, 30 * 2 * 250 * 4)
-    assert whole.simulated == 2 * 2 * 250 * 2, "streams, episodes, steps, and the control"
-    for name in ("10", "20", "25.orbax-checkpoint-tmp"):
-        (cell.folder / "checkpoints" / name).mkdir(parents=True)
-    rest = cost(cell)
-    assert (rest.steps, rest.simulated) == (10, whole.simulated)
-
-
-def test_only_the_time_of_whole_attempts_is_known(write_plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[]))
-    monkeypatch.setattr(Cell, "run", lambda self, command: None)
-    assert attempt(cell, None) is None
-    assert cell.seconds is not None
-    assert attempt(cell, None) is None
-    assert cell.seconds is None, "the seconds of the first attempt are missing"
-
-
-def test_converged_training_costs_nothing(write_plan, monkeypatch) -> None:
-    stopping = {"validation_fraction": 0.5, "validate_every": 2, "checkpoint_every": 2, "stop_after": 2}
-    settings = {"optimiser": {"steps": 30}, **stopping}
-    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[], settings=settings))
-    (cell.folder / "checkpoints" / "10").mkdir(parents=True)
-    assert cost(cell).steps == 20
-    saved = {(cell.folder, 10): EarlyStopping(1.0, cell.config.patience)}
-    monkeypatch.setattr(EarlyStopping, "saved", lambda run, step: saved[run, step])
-    assert (cost(cell).steps, cost(cell).tokens) == (0, 0)
-
-
-def test_the_time_of_a_kind_is_known_from_its_finished_cells(write_plan) -> None:
-    found = cells(plan_of(write_plan, trajectories=[2], seeds=[0, 1, 2], settings={"optimiser": {"steps": 30}}))
-    by_name = {cell.folder.name: cell for cell in found}
-    rough = estimates(found, 1)
-    assert rough.keys() == {cell.name for cell in found}
-    assert all(1 < one.seconds < 100 for one in rough.values())
-    away = estimates(found, 1, is_here=False)
-    assert {one.seconds for one in away.values()} == {None}
-    for name, seconds in (("at_2_seed0", 40.0), ("at_2_seed1", 60.0)):
-        finish(by_name[name], seconds)
-    (by_name["at_2_seed2"].folder / "checkpoints" / "15").mkdir(parents=True)
-    more = cells(plan_of(write_plan, trajectories=[2], episodes=8, settings={"optimiser": {"steps": 30}}))
-    assert {one.seconds for one in estimates(more, 1, is_here=False).values()} == {None}, "these have more to do"
-    now = {name.rpartition("/")[2]: one.seconds for name, one in estimates(found, 1).items()}
-    assert now.keys() == {"at_2_seed2", "bc_seed0", "bc_seed1", "bc_seed2"}
-    assert now["at_2_seed2"] == 25, "half of the steps are done"
-    (by_name["at_2_seed2"].folder / "checkpoints" / "30").mkdir()
-    away = estimates(found, 1, is_here=False)
-    assert away["jaco_reach_top_left/at_2_seed2"].seconds == pytest.approx(5), "a tenth for the evaluation"
-    assert away["jaco_reach_top_left/bc_seed0"].seconds is None
-    waiting = [cell for cell in found if not cell.is_finished]
-    assert cost_table(waiting, away, 2, 2).caption is None, "the time of bc is not known"
-    finish(by_name["bc_seed0"], 7200.0)
-    waiting.remove(by_name["bc_seed0"])
-    caption = cost_table(waiting, estimates(found, 2), 3, 2).caption
-    assert caption == "very roughly 2:00:02 with 2 at a time; 3 other cells are finished"
-    longer = plan_of(write_plan, trajectories=[2], episodes=8, seeds=[3], settings={"optimiser": {"steps": 30}})
-    more = estimates([*found, *cells(longer)], 1, is_here=False)
-    assert more["jaco_reach_top_left/at_2_seed3"].seconds is None, "twice as many episodes take longer"
-
-
-def test_a_rough_time_counts_the_cells_at_once_and_the_live_segment_of_every_step(write_plan, monkeypatch) -> None:
-    flops = 1e6  # per second: slow, and nothing else takes time
-    monkeypatch.setattr(Speed, "measure", lambda tasks: Speed(flops, dict.fromkeys(tasks, 0.0)))
-    settings = {"model": {"layers": 2, "width": 16, "token_set": "ring4"}, "context": {"segment_steps": 20}}
-    changes = {"trajectories": [2], "baselines": [], "seeds": [0, 1], "settings": settings}
-
-    def rough(episodes: int, workers: int) -> float:
-        found = cells(plan_of(write_plan, **changes, episodes=episodes))
-        return estimates(found, workers)[found[0].name].seconds
-
-    cell = cells(plan_of(write_plan, **changes))[0]
-    # Of the 20 steps the first layer computes all, the last layer one.
-    again = 3 * forward_flops(cell.config.model, 20 * 4) / flops * (1 + 1 / 20) / 2
-    assert rough(8, 1) - rough(4, 1) == pytest.approx(4 * 250 * again)
-    assert rough(4, 2) - rough(4, 1) == pytest.approx(3 * cost(cell).flops / flops + 4 * 250 * again)
 
 
 def test_the_reference_belongs_to_one_dataset(write_plan) -> None:
