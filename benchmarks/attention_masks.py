@@ -25,7 +25,8 @@ def masks(tokens: int) -> dict[str, dict]:
     place = jnp.arange(tokens)
     found |= {f"{n} segments": {"segment_ids": place * n // tokens} for n in (2, 8, 32)}
     start = place * 8 // tokens * (tokens // 8)
-    return found | {"window 20, 8 documents": {"local_window_size": (20, 0), "global_prefix": start}}
+    found["window 20, 8 documents"] = {"local_window_size": (20, 0), "global_prefix": start}
+    return found | {"causal, autodiff": {"implementation": "autodiff"}}
 
 
 def visible_shares(tokens: int, mask: dict) -> tuple[float, float]:
