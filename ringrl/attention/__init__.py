@@ -4,7 +4,7 @@ from ringrl.attention.api import attention, ring_attention, ring_attention_shard
 from ringrl.attention.decode import Prefix, append_to_cache, decode_attention, grow_cache
 from ringrl.attention.flax import as_attention_fn
 from ringrl.attention.layout import LAYOUTS, from_layout, layout_positions, pad_to_layout, shard_positions, to_layout
-from ringrl.attention.strategy import choose_strategy
+from ringrl.attention.strategy import choose_strategy, ring_order
 
 __all__ = [
     "LAYOUTS",
@@ -20,6 +20,7 @@ __all__ = [
     "pad_to_layout",
     "ring_attention",
     "ring_attention_shard",
+    "ring_order",
     "shard_positions",
     "to_layout",
 ]

@@ -1,7 +1,8 @@
-"""The device of a computation, link speeds, and the choice between ring, Ulysses and all-gather."""
+"""The device of a computation, the order of a ring, link speeds, and choosing ring, Ulysses or all-gather."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -26,6 +27,44 @@ def device_of(x: jax.Array) -> DeviceKind:
         return next(iter(x.devices()))
     default = jax.config.jax_default_device  # type: ignore[attr-defined]  # a platform's name, a device or None
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+
+
+def ring_order(devices: Sequence[Any], ring_size: int | None = None) -> list[Any]:
+    """Return the devices in an order in which each `ring_size` of them, by default all, form a ring of neighbours.
+
+    On a grid of TPU chips (v5e, v6e) a ring is a closed walk through a rectangle of chips. XLA overlaps a transfer on
+    v5e slices of 32 chips and more with a kernel only if each chip sends to a neighbour. Other devices, and rings
+    without such a walk (odd, or one row), keep their order.
+    """
+    ring_size = ring_size or len(devices)
+    chips = {tuple(device.coords[:2]): device for device in devices if hasattr(device, "coords")}
+    columns, rows = (sorted({at[axis] for at in chips}) for axis in (0, 1))
+    if len(chips) != len(devices) or len(chips) != len(columns) * len(rows):  # several cores or layers, or holes
+        return list(devices)
+    divisors = [a for a in range(2, ring_size // 2 + 1) if ring_size % a == 0]
+    sides = [a for a in divisors if len(columns) % a == 0 and len(rows) % (ring_size // a) == 0]
+    if ring_size % 2 or not sides:
+        return list(devices)
+    a = min(sides, key=lambda side: abs(side - ring_size // side))
+    b = ring_size // a
+    corners = [(i, j) for i in range(0, len(columns), a) for j in range(0, len(rows), b)]
+    return [chips[columns[i + di], rows[j + dj]] for i, j in corners for di, dj in _closed_walk(a, b)]
+
+
+def _closed_walk(a: int, b: int) -> list[tuple[int, int]]:
+    """Return a closed walk through the neighbours of an a x b grid: up and down the columns, back along one row.
+
+    a = 4, b = 3:   (0,2)-(1,2) (2,2)-(3,2)
+                      |     |     |     |
+                    (0,1) (1,1)-(2,1) (3,1)
+                      |                 |
+                    (0,0)-(1,0)-(2,0)-(3,0)
+    """
+    if a % 2:
+        return [(i, j) for j, i in _closed_walk(b, a)]
+    up = list(range(1, b))
+    columns = [(i, j) for i in range(a) for j in (up if i % 2 == 0 else reversed(up))]
+    return [(0, 0), *columns, *((i, 0) for i in range(a - 1, 0, -1))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
+from ringrl.attention import ring_order
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
@@ -33,10 +35,11 @@ def make_parallel(config: TrainConfig) -> Parallel:
 
 
 def parallel_over(mesh: MeshConfig, devices: Sequence[Any]) -> Parallel:
-    """Return a mesh of the first of these devices."""
-    sizes = tuple(getattr(mesh, axis) for axis in MESH_AXES)
-    made = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices[: mesh.devices])
-    return Parallel(made, mesh.layout)
+    """Return a mesh of the first of these devices, whose rings lead from neighbour to neighbour."""
+    sizes, types = tuple(getattr(mesh, axis) for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
+    made = jax.make_mesh(sizes, MESH_AXES, types, devices=devices[: mesh.devices])
+    ordered = ring_order(list(made.devices.flat), mesh.seq)
+    return Parallel(Mesh(np.reshape(np.array(ordered), sizes), MESH_AXES, axis_types=types), mesh.layout)
 
 
 def make_ring(config: TrainConfig, mesh: MeshConfig) -> Parallel:

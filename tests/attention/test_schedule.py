@@ -5,6 +5,7 @@ Needs libtpu in jax's version (`pip install "jax[tpu]"`); skipped without it.
 
 import importlib.util
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringrl.attention import ring_attention
+from ringrl.attention import ring_attention, ring_order
 from ringrl.attention.kernels import xla
 from ringrl.attention.kernels.tuning import XlaBlocks
 
@@ -55,13 +56,15 @@ def loops_that_send(text: str, implementation: str) -> list[list[str]]:
     return [steps for steps in (steps_of(x, implementation) for x in inner) if "send" in steps]
 
 
-def compile_for(topology: str, implementation: str = "mosaic_tpu", window: int | None = None) -> Program:
+def compile_for(
+    topology: str, implementation: str = "mosaic_tpu", window: int | None = None, order: Callable = ring_order
+) -> Program:
     """Compile forward and backward pass of a causal zigzag bfloat16 ring over all chips of a topology.
 
     With a window, queries also see a global prefix.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices), ("seq",))
+    mesh = Mesh(np.array(order(devices)), ("seq",))
     shape = 1, LOCAL_TOKENS * len(devices), HEADS, HEAD_DIM
     sharding = NamedSharding(mesh, PartitionSpec(None, "seq"))
     q, ends = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding), None
@@ -89,10 +92,13 @@ def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch, optimised: None) -> None:
 @pytest.mark.parametrize(("implementation", "window"), [("xla", None), ("mosaic_tpu", None), ("mosaic_tpu", 20)])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_kernels_run_during_sends(topology, implementation, window):
+    check_hidden(compile_for(topology, implementation, window), implementation)
+
+
+def check_hidden(program: Program, implementation: str = "mosaic_tpu") -> None:
     """In both loops all sends start before the last kernel (backward may have two), some before the first kernel, and
     all receives follow the last kernel. Nothing is gathered.
     """
-    program = compile_for(topology, implementation, window)
     forward, backward = sorted(program.loops, key=len)
     for steps, arrays in ((forward, 1), (backward, 2)):
         kernels = [i for i, step in enumerate(steps) if step == "kernel"]
@@ -109,3 +115,8 @@ def test_scratch_memory_does_not_grow_from_8_to_64_chips():
     small, large = compile_for("v4:2x2x2"), compile_for("v4:4x4x4")
     assert large.loops == small.loops
     assert large.scratch <= 1.01 * small.scratch
+
+
+def test_rings_of_64_chips_of_v5e_hide_their_hops_in_ring_order_alone():
+    check_hidden(compile_for("v5e:8x8"))
+    assert " collective-permute(" in compile_for("v5e:8x8", order=list).text  # synchronous

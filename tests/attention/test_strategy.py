@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from ringrl.attention import choose_strategy, ring_attention
+from ringrl.attention import choose_strategy, ring_attention, ring_order
 from ringrl.attention.strategy import LINKS, device_of, hiding_length, link_of
 
 
@@ -116,3 +116,42 @@ def test_invalid_arguments_are_named(keywords, message):
     call()
     with pytest.raises(ValueError, match=f"^{message}"):
         call(**keywords)
+
+
+class Chip(NamedTuple):
+    coords: tuple[int, int, int]
+    core: int = 0
+
+
+def chips(columns, rows, layers=1, first=0):
+    return [Chip((first + x, y, z)) for z in range(layers) for y in range(rows) for x in range(columns)]
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(2, 4), (4, 4), (4, 8), (8, 8), (16, 16), (2, 3)])
+@pytest.mark.parametrize("first", [0, 4])
+def test_each_ring_of_a_grid_leads_from_neighbour_to_neighbour(columns, rows, first):
+    devices = chips(columns, rows, first=first)
+    for ring_size in {4, 6, 8, 16, 32, 64, len(devices)}:
+        if len(devices) % ring_size or (ring_size == 6 and len(devices) != 6):
+            continue
+        order = ring_order(devices, ring_size)
+        assert sorted(order) == sorted(devices)
+        for ring in np.reshape([chip.coords for chip in order], (-1, ring_size, 3)):
+            hops = np.abs(ring - np.roll(ring, -1, axis=0)).sum(1)
+            assert (hops == 1).all(), (ring_size, ring)
+
+
+@pytest.mark.parametrize(
+    ("devices", "ring_size"),
+    [
+        (chips(3, 3), 9),  # no closed walk
+        (chips(1, 8), 8),
+        (chips(4, 4)[:-2], 14),  # holes
+        (chips(2, 2, layers=2), 8),
+        ([Chip((0, 0, 0), 0), Chip((0, 0, 0), 1)], 2),
+        (chips(4, 4), 1),
+    ],
+)
+def test_other_devices_keep_their_order(devices, ring_size):
+    assert ring_order(devices, ring_size) == devices
+    assert ring_order(jax.devices()) == jax.devices()
