@@ -111,9 +111,7 @@ def test_presets_are_found_by_name_unless_a_file_has_the_name(
     assert parse([*command, "small"])[1].arguments["settings"].seed == 7
     assert read_plan("study_example") == read_plan(preset("study_example"))
     for line in (rejected([*command, "tinny"], capsys), rejected(["ablate", "tinny"], capsys)):
-        assert line.startswith(
-            "ringrl: no preset 'tinny' and no such file; presets: cartpole_swingup, collected_data, "
-        )
+        assert line.startswith("ringrl: no preset 'tinny' and no such file; presets: demo, ")
         assert "tiny" in line.split("presets:")[1]
     for missing in ("tiny.yaml", "configs/tiny"):
         assert f"{missing}: cannot be read" in rejected([*command, missing], capsys)
