@@ -45,6 +45,7 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
     for written in filter(None, (json, save)):  # before two minutes of work
         with explain_write_errors(written), tempfile.TemporaryFile(dir=written.absolute().parent):
             pass
+    os.environ["RINGRL_KERNEL_CHECK"] = "off"  # the doctor checks kernels itself, without a fallback to plain XLA
     console, found, rates = Console(highlight=False), list[Finding](), dict[str, float]()
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "This machine": _machine,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ringrl.attention.contract import NO_TERMS, Cotangents, Gradients, Inputs, Partial, Terms
-from ringrl.attention.kernels import autodiff, xla
+from ringrl.attention.kernels import autodiff, check, xla
 from ringrl.attention.mask import Options
 from ringrl.attention.strategy import DeviceKind
 
@@ -83,7 +83,8 @@ def with_kernel(
     """Return `options` with the named kernel, or with the best kernel for the device and queries `q` (..., head_dim).
 
     An unknown kernel, or a named kernel that does not support the call, raises ValueError. Without a name, calls that
-    the device's kernel does not support use "xla". The fallback is logged once, as is an accelerator without a kernel.
+    the device's kernel does not support use "xla", as do all calls if the kernel fails its check (check.py). Fallbacks
+    are logged once, as is an accelerator without a kernel.
     """
     native = native_to(device)
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -101,6 +102,9 @@ def with_kernel(
         chosen, reason = "autodiff", None
     if reason is not None and implementation is not None:
         raise ValueError(f"implementation: {reason}; use 'xla'")
+    if reason is None and implementation is None and chosen in ("mosaic_tpu", "mosaic_gpu"):
+        options = dataclasses.replace(options, implementation=chosen)
+        reason = check.failure(kernel_named(chosen), options, q.dtype, q.shape[-1], device)
     if reason is None and implementation is None and chosen == "xla" and device.platform != "cpu":
         reason = f"there is no kernel for {device.device_kind}"
     if reason is not None:
