@@ -407,28 +407,3 @@ class DistributedConfig(Section):
         if self.process >= self.processes:
             raise ValueError(f"process {self.process} is out of range: {self.processes} processes count from 0")
         return self
-
-
-class SlurmConfig(Section):
-    """Resources of a SLURM job, which runs one process per GPU."""
-
-    partition: str | None = None
-    """Partition; by default the cluster's."""
-    account: str | None = None
-    """Account to charge."""
-    constraint: str | None = None
-    """Required features of the nodes."""
-    nodes: int = Field(1, ge=1)
-    """Number of nodes."""
-    gpus_per_node: int = Field(0, ge=0)
-    """GPUs per node, with one process each. 0: one process per node, on its cores."""
-    cpus_per_task: int = Field(8, ge=1)
-    """Cores per process."""
-    memory: int = Field(64, ge=1)
-    """Memory per node, in GB."""
-    minutes: int = Field(1440, ge=2)
-    """Time limit in minutes. The job is then stopped, queued again and resumed."""
-    restarts: int = Field(10, ge=0)
-    """How many times the job is queued again after its time limit."""
-    setup: tuple[str, ...] = ()
-    """Shell lines that run first, for example "module load cuda"."""

@@ -29,7 +29,7 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
 def handled(handler: Handler, signals: tuple[int, ...] = STOPPING) -> Iterator[None]:
     """Call `handler` for these signals inside the block, if the main thread runs it.
 
-    A SIGHUP that is ignored stays ignored (nohup). Handlers of other libraries are kept (submitit's for SIGUSR2).
+    A SIGHUP that is ignored stays ignored (nohup). Handlers of other libraries are kept.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():  # other threads may not set handlers

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: small real datasets, fake SLURM commands, devices."""
+"""Fixtures for all tests: small real datasets, devices."""
 
 import dataclasses
 import functools
@@ -62,8 +62,8 @@ LONGEST = (
     "test_cli.py", "collect/test_learner.py", "attention/test_mosaic_tpu.py", "attention/test_decode.py",
     "training/test_stopping.py", "evaluation/test_player.py", "attention/test_memory.py",
     "attention/test_mosaic_gpu.py", "attention/test_attention.py", "data/exorl/test_import_resume.py",
-    "training/test_resume.py", "collect/test_collection.py", "data/exorl/test_importer.py", "study/test_cluster.py",
-    "attention/test_processes.py", "training/test_slurm.py",
+    "training/test_resume.py", "collect/test_collection.py", "data/exorl/test_importer.py",
+    "attention/test_processes.py",
 )  # fmt: skip
 
 
@@ -153,24 +153,6 @@ def jaco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jaco_store(jaco_folder: Path) -> EpisodeStore:
     """The episodes of `jaco_folder` as a store."""
     return import_archive(jaco_folder, jaco_folder.with_suffix(".h5"), "jaco")
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of fake commands: sbatch stores and counts scripts and returns job 7, sacct reports the first two tasks
-    as running, srun fails."""
-    commands = tmp_path / "commands"
-    commands.mkdir()
-    states = "JobID|State|NodeList\\n7_0|RUNNING|a\\n7_1|RUNNING|a"
-    for name, text in (
-        ("sbatch", f'cp "$1" {commands}/job.sh; echo x >> {commands}/count; echo "Submitted batch job 7"'),
-        ("srun", "exit 1"),
-        ("sacct", f'printf "{states}\\n"'),
-    ):
-        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
-        (commands / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    return commands
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.test_cli import rejected
 
@@ -20,7 +19,6 @@ from tests.test_cli import rejected
             'Invalid value "foo" for --method. Choose from: "bc", "bc-10%", "bc-25%", "bc-50%", "dt", "at", "ad", '
             '"td3", "td3+bc".',
         ),
-        ("--launcher foo", 'Invalid value "foo" for --launcher. Choose from: "none", "slurm".'),
         ("--log wandb foo", "--log: expected 'tensorboard' or 'wandb', got 'foo'"),
         ("--optimiser.steps", 'Command "train" parameter --optimiser.steps requires an argument.'),
         ("--optimiser.steps --resume", 'Command "train" parameter --optimiser.steps requires an argument.'),
@@ -43,7 +41,6 @@ from tests.test_cli import rejected
         ("--optimiser.learning-rate inf", "--optimiser.learning-rate: expected a finite number, got 'inf'"),
         ("--optimiser.batch-size 0", "--optimiser.batch-size: expected greater than or equal to 1, got '0'"),
         ("--actor-critic.hindsight.radius 0", "--actor-critic.hindsight.radius: expected greater than 0, got '0'"),
-        ("--slurm.nodes 0", "--slurm.nodes: expected greater than or equal to 1, got '0'"),
         ("--seed -1", "--seed: expected greater than or equal to 0, got '-1'"),
         ("--model.episode-window 20 -1", "--model.episode-window: expected greater than or equal to 0, got '-1'"),
         (
@@ -79,15 +76,3 @@ def test_a_wrong_flag_of_any_command_is_one_line(
     arguments: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in rejected(arguments.split(), capsys)
-
-
-def test_flags_without_effect_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump({"data": "x", "task": "jaco_reach_top_left", "output": str(tmp_path / "runs")}))
-    train = ["train", "--data", "x", "--task", "jaco_reach_top_left", "--run", str(tmp_path / "run")]
-    for command in (train, ["ablate", str(plan)], ["ablate", str(plan), "--dry-run"]):
-        line = rejected([*command, "--slurm.gpus-per-node", "1", "--slurm.restarts=3"], capsys)
-        assert "--slurm.gpus-per-node, --slurm.restarts: used only with --launcher slurm" in line
-    line = rejected([*train, "--launcher", "slurm", "--distributed.enabled", "on"], capsys)
-    assert "--distributed.enabled: not used with --launcher slurm" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]

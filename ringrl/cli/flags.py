@@ -11,7 +11,7 @@ from pathlib import Path
 import cyclopts
 import pydantic
 
-from ringrl.config import Section, SlurmConfig, TrainConfig
+from ringrl.config import Section, TrainConfig
 from ringrl.config_files import problems
 from ringrl.errors import UserError, brief
 
@@ -68,13 +68,6 @@ def environment_task(text: str) -> str:
     return foreign_task(text)
 
 
-def given_flags(group: str, section: Section) -> str:
-    """Return the flags of a section that differ from their defaults, joined by commas; empty if none does."""
-    default = type(section)()
-    names = [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]
-    return ", ".join(f"--{group}.{name.replace('_', '-')}" for name in names)
-
-
 def reject_flags(command: Callable[..., None], values: Mapping[str, object], why: str, *, used: set[str]) -> None:
     """Raise UserError listing the given flags that have no effect.
 
@@ -88,9 +81,3 @@ def reject_flags(command: Callable[..., None], values: Mapping[str, object], why
     given = [each.name for each in parameters if each.name not in used and values[each.name] != each.default]
     if given:
         raise UserError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: {why}")
-
-
-def check_launcher(launcher: str, slurm: SlurmConfig) -> None:
-    """Raise UserError for SLURM flags without --launcher slurm: the work would run on this machine."""
-    if launcher != "slurm" and (flags := given_flags("slurm", slurm)):
-        raise UserError(f"{flags}: used only with --launcher slurm; add that flag, or remove this one")

@@ -1,12 +1,10 @@
 """ringrl ablate and demo: many runs, and the report that compares them."""
 
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
-from ringrl.cli.flags import check_launcher, command_line
-from ringrl.config import SlurmConfig
+from ringrl.cli.flags import command_line
 
 
 def ablate(
@@ -17,8 +15,6 @@ def ablate(
     dry_run: bool = False,
     workers: int = 1,
     retry: bool = False,
-    launcher: Literal["none", "slurm"] = "none",
-    slurm: SlurmConfig = SlurmConfig(),
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
@@ -30,18 +26,15 @@ def ablate(
         folder: folder of the plan's datasets and of its output, for example to run the same plan on other datasets of
             the same names. Default: the working directory.
         dry_run: print the cost and stop.
-        workers: cells at a time, each in a process with its share of the cores (with --launcher: jobs at a time).
+        workers: cells at a time, each in a process with its share of the cores.
         retry: run failed cells again. Interrupted cells resume without this flag.
-        launcher: slurm runs every cell as a job instead of on this machine.
-        slurm: resources of each job; a cell is one process.
     """
     from ringrl.study.plan import read_plan
     from ringrl.study.runner import RunOptions, estimate
     from ringrl.study.runner import ablate as run_plan
 
-    check_launcher(launcher, slurm)
     chosen = read_plan(plan).inside(folder)
-    options = RunOptions(workers, retry, slurm if launcher == "slurm" else None)
+    options = RunOptions(workers, retry)
     if dry_run:
         estimate(chosen, Console(), options)
         return

@@ -4,14 +4,14 @@ import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import cyclopts
 import pydantic
 from cyclopts.config import Dict
 
-from ringrl.cli.flags import check_launcher, command_line, given_flags
-from ringrl.config import DistributedConfig, SlurmConfig, TrainConfig
+from ringrl.cli.flags import command_line
+from ringrl.config import DistributedConfig, TrainConfig
 from ringrl.config_files import merged, one_line, read_yaml
 from ringrl.configs import settings_file
 from ringrl.errors import UserError
@@ -28,8 +28,6 @@ def train(
     resume_or_start: bool = False,
     profile: bool = False,
     distributed: DistributedConfig = DistributedConfig(),
-    launcher: Literal["none", "slurm"] = "none",
-    slurm: SlurmConfig = SlurmConfig(),
 ) -> None:
     """Train a policy.
 
@@ -42,27 +40,17 @@ def train(
         resume_or_start: resume the run in --run if there is one, else start it. For jobs that a scheduler restarts.
         profile: write a JAX trace of steps 4 to 6 to RUN/profile/.
         distributed: several processes that train one run together.
-        launcher: slurm submits the run to SLURM and returns, instead of training here.
-        slurm: resources of the SLURM job.
     """
     from ringrl.training import read_info
     from ringrl.training import train as train_run
     from ringrl.training.checkpoints import EarlyStopping
     from ringrl.training.distributed import is_wanted
-    from ringrl.training.slurm import submit
     from ringrl.training.supervisor import run_supervised
 
-    check_launcher(launcher, slurm)
-    if launcher == "slurm" and (flags := given_flags("distributed", distributed)):
-        raise UserError(f"{flags}: not used with --launcher slurm, whose processes find each other; remove it")
     if method is not None:
         check_method(settings, method)
     run, work = settings.run, partial(train_run, settings, profile=profile)
     is_resumed = resume is not None or resume_or_start
-    if launcher == "slurm":
-        job, logs = submit(work, run, slurm, is_resumed)
-        print(f"job {job}; output: {logs}")
-        return
     if not is_wanted(distributed):
         work(resume=is_resumed)
     elif run_supervised(partial(work, resume=is_resumed), distributed) != 0:

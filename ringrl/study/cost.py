@@ -74,13 +74,12 @@ def _least_seconds(action: Callable[[], object], times: int) -> float:
     return min(seconds)
 
 
-def estimates(cells: Sequence[Cell], workers: int, *, is_here: bool = True) -> dict[str, CellCost]:
+def estimates(cells: Sequence[Cell], workers: int) -> dict[str, CellCost]:
     """Return the remaining cost of every unfinished cell, by name.
 
     Args:
         cells: all cells of a plan. Finished cells give the time of their kind.
-        workers: cells that run at the same time on this machine.
-        is_here: whether the cells run on this machine. If not, only kinds with a finished cell have a time.
+        workers: cells that run at the same time.
     """
     known, waiting = defaultdict[str, list[float]](list), list[Cell]()
     for cell in cells:
@@ -89,7 +88,7 @@ def estimates(cells: Sequence[Cell], workers: int, *, is_here: bool = True) -> d
         elif (seconds := cell.seconds) is not None:
             known[_kind(cell)].append(seconds)
     unknown = {task for cell in waiting if _kind(cell) not in known for task in cell.tasks}
-    speed = Speed.measure(unknown) if unknown and is_here else None
+    speed = Speed.measure(unknown) if unknown else None
     found = {}
     for cell in waiting:
         one, seconds = cost(cell), None

@@ -1,4 +1,4 @@
-"""The runner of an ablation: trains and evaluates all cells of a plan, in processes of this machine or as cluster jobs.
+"""The runner of an ablation: trains and evaluates all cells of a plan, in processes of this machine.
 
 Finished cells are skipped and interrupted ones are resumed, so the same command can be repeated at any time.
 """
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from ringrl.config import SlurmConfig
 from ringrl.cores import available_cores
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.held_out import held_out
@@ -29,7 +28,6 @@ from ringrl.files import explain_write_errors, lock
 from ringrl.processes import end_with_parent
 from ringrl.signals import STOPPING, ignore
 from ringrl.study.cells import EVALUATION, LOG, Cell, Reference, Work, attempt_logged, cells, references
-from ringrl.study.cluster import run_on_cluster
 from ringrl.study.cost import cost_table, estimates
 from ringrl.study.plan import AblationPlan
 from ringrl.study.progress import AblationProgress
@@ -46,10 +44,6 @@ class RunOptions(NamedTuple):
     """Cells that run at once."""
     retry: bool = False
     """Run failed cells again."""
-    slurm: SlurmConfig | None = None
-    """Run the cells as SLURM jobs; None: in processes of this machine."""
-    cluster: str = "slurm"
-    """Cluster of submitit: "local" runs its jobs on this machine."""
 
 
 class TaskError(str):
@@ -75,7 +69,7 @@ def ablate(
         todo = [one for one in work if not one.is_finished and (options.retry or one.failure is None)]
         for one in todo:
             one.forget_failure()
-        costs = estimates(everything, options.workers, is_here=options.slurm is None)
+        costs = estimates(everything, options.workers)
         waiting = [cell for cell in todo if isinstance(cell, Cell)]
         if waiting:
             console.print(cost_table(waiting, costs, len(everything) - len(costs), options.workers))
@@ -98,7 +92,7 @@ def estimate(plan: AblationPlan, console: Console, options: RunOptions = RunOpti
     everything, reference_work = _check(plan, options)
     for one in (*reference_work, *everything):
         one.check()
-    costs = estimates(everything, options.workers, is_here=options.slurm is None)
+    costs = estimates(everything, options.workers)
     waiting = [cell for cell in everything if cell.name in costs]
     if waiting:
         console.print(cost_table(waiting, costs, len(everything) - len(waiting), options.workers))
@@ -127,9 +121,8 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
             episodes_for_contexts(stores[config.task], config.task, config.context, config.seed, excluded=excluded)
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from error
-    if options.slurm is None:
-        for task in {cell.config.task for cell in everything if cell.about["videos"]}:
-            write_videos(task, {})  # none, but this fails if videos cannot be made
+    for task in {cell.config.task for cell in everything if cell.about["videos"]}:
+        write_videos(task, {})  # none, but this fails if videos cannot be made
     return everything, references(plan, fingerprints)
 
 
@@ -141,10 +134,6 @@ def _outcomes(
     on_start: Callable[[str], None],
 ) -> Iterator[tuple[Work, str | None]]:
     """Yield each cell when it ends, and why it failed if it did."""
-    if options.slurm is not None:
-        folder = plan.output / "slurm"
-        yield from run_on_cluster(todo, folder, options.slurm, options.workers, command, on_start, options.cluster)
-        return
     tasks = [partial(attempt_logged, work, command) for work in todo]
     for index, why in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: on_start(todo[index].name)):
         yield todo[index], todo[index].note_failure(why) if isinstance(why, TaskError) else why
