@@ -64,8 +64,7 @@ def test_a_wrong_flag_is_one_line(
     [
         ("train", "parameter --data requires an argument. (see ringrl train --help)"),
         ("data download", "parameter DOMAIN requires an argument. (see ringrl data download --help)"),
-        ("report --compare a", "parameter --compare requires 2 positional arguments. Only got 1."),
-        ("report --compare a b --compare a c", "--compare specified multiple times"),
+        ("report a --output", "parameter --output requires an argument"),
         ("evaluate --tasks a --task b", "--task specified multiple times"),
         ("evaluate --control --no-control", "--no-control specified multiple times"),
         ("data import x.zip --workers two", 'Invalid value for --workers: unable to convert "two" into int.'),

@@ -40,7 +40,9 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     control instead of the shortest. The longest prompt is compared with the shortest, from the same starts, and with
     the controls of its length: changed prompts, and policies made of the prompt alone.
 
-    The largest difference comes first. Columns: task, method, subject, compared, and those of `measured` and `judge`.
+    The largest difference comes first. Columns: task, method, subject, compared, before and after (interquartile
+    means), change, low, high, detectable, p, wins (the probability that a run after beats a run before), wins_low,
+    wins_high, seeds (of the smaller side), paired, and those of `judge`. NaN: a side has one seed.
     """
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])
@@ -56,25 +58,6 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 _COLUMNS = ["task", "method", "subject", "compared", "before", "after", "change", "low", "high", "detectable", "p",
             "wins", "wins_low", "wins_high", "seeds", "paired"]  # fmt: skip
-
-
-def measured(found: Contrast) -> dict[str, Any]:
-    """Return a difference, from "before" to "paired" as in the columns of `verdicts`. NaN: a side has one seed.
-
-    Columns: before and after (interquartile means), change, low, high, detectable, p, wins (the probability that a run
-    after beats a run before), wins_low, wins_high, seeds (of the smaller side) and paired.
-    """
-    test, change, wins = found.test, found.change, found.wins
-    row = {
-        "before": found.levels[1], "after": found.levels[0], "change": change.value, "low": change.low,
-        "high": change.high, "seeds": change.runs, "paired": found.paired, "detectable": np.nan, "p": np.nan,
-        "wins": np.nan, "wins_low": wins.low, "wins_high": wins.high,
-    }  # fmt: skip
-    if test is None:
-        return row
-    # The test is of means, so it is no evidence where the interquartile means have the opposite order.
-    p_value = test.p_value if test.difference * change.value > 0 else 1.0
-    return row | {"detectable": test.detectable, "p": p_value, "wins": wins.value}
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
@@ -141,7 +124,17 @@ def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None) -
     row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
     if found is None:
         return row | {"after": cell["iqm"], "seeds": 0, "paired": False}
-    return row | measured(found)
+    test, change, wins = found.test, found.change, found.wins
+    row |= {
+        "before": found.levels[1], "after": found.levels[0], "change": change.value, "low": change.low,
+        "high": change.high, "seeds": change.runs, "paired": found.paired,
+    }  # fmt: skip
+    if test is None:
+        return row
+    # The test is of means, so it is no evidence where the interquartile means have the opposite order.
+    p_value = test.p_value if test.difference * change.value > 0 else 1.0
+    row |= {"detectable": test.detectable, "p": p_value}
+    return row | {"wins": wins.value, "wins_low": wins.low, "wins_high": wins.high}
 
 
 def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:
@@ -156,13 +149,14 @@ def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:
     subject = subjects[0] if len(subjects) == 1 else "Context"
     question, claims = f"whether {subject[0].lower()}{subject[1:]} helps", []
     for verdict, claim in (("higher", "helps"), ("lower", "hurts")):
-        if rows := claimed(compared, verdict, like_random):
+        # On tasks where no policy clearly beats the random policy, a difference means nothing.
+        if rows := int(((compared["verdict"] == verdict) & ~compared["task"].isin(like_random)).sum()):
             every = "both" if rows == 2 else f"all {rows}"
             part = f" in {every if rows == len(compared) else f'{rows} of {len(compared)}'}"
             claims.append(claim + part if len(compared) > 1 else claim)
     plural = " comparisons" if len(compared) > 1 else ""
     answer = f"{subject} {' and '.join(claims)}{plural}." if claims else f"It is not resolved {question}."
-    return with_shortcomings(answer, question, compared, like_random)
+    return _shortcomings(question, compared, like_random, answer)
 
 
 def against_rivals(found: pd.DataFrame, like_random: Sequence[str]) -> str:
@@ -176,12 +170,7 @@ def against_rivals(found: pd.DataFrame, like_random: Sequence[str]) -> str:
     return f"{who} policy with context clearly returns more than every method that it is compared with on {where}."
 
 
-def claimed(compared: pd.DataFrame, verdict: str, like_random: Sequence[str]) -> int:
-    """Return the number of comparisons with a verdict, on tasks where some policy clearly beats the random policy."""
-    return int(((compared["verdict"] == verdict) & ~compared["task"].isin(like_random)).sum())
-
-
-def with_shortcomings(answer: str, question: str, compared: pd.DataFrame, like_random: Sequence[str]) -> str:
+def _shortcomings(question: str, compared: pd.DataFrame, like_random: Sequence[str], answer: str) -> str:
     """Return a headline that first says where seeds are too few or no policy beats the random policy."""
     few = compared["seeds"] < ENOUGH_SEEDS
     like = compared["task"].isin(like_random) & ~few
@@ -207,20 +196,16 @@ def _between(shortest: pd.Series, longest: pd.Series) -> str:
     return f"{context_label(shortest)} to {context_label(longest)}"
 
 
-def starts_of_cells(results: pd.DataFrame) -> pd.Series:
-    """Return, for each cell, the distinct sets of starts of its training seeds."""
-    rows = results[results["memory"] & (results["kind"] != "data")]
-    return rows.groupby(RUN)["start"].agg(frozenset).groupby(CELL).agg(frozenset)
-
-
 def starts_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
     """Return a warning if compared policies were rolled out from different starts; None if not.
 
     Prompted rollouts are left out, since their chart has equal starts.
     """
-    starts, unlike = starts_of_cells(results), []
-    for task, cells in table[table["length"].notna() | (table["kind"] == "reference")].groupby("task"):
-        sets = frozenset().union(*(starts[tuple(cell[CELL])] for _, cell in cells.iterrows()))
+    rows, unlike = results[results["memory"]], []
+    cells = table.loc[table["length"].notna() | (table["kind"] == "reference"), CELL]
+    starts = rows.merge(cells, on=CELL).groupby(RUN)["start"].agg(frozenset)
+    for task, of_runs in starts.groupby("task"):
+        sets = set(of_runs)
         if len(sets) > 1:
             counts = sorted({len(one) for one in sets})
             unlike.append(f"{task} ({' or '.join(map(str, counts))} starts)")

@@ -95,7 +95,9 @@ RETURN_COLUMNS = [
     Column("episodes", "Episodes", "over all seeds", count),
     Column("failed", "Failed", "episodes without a return, with or without memory; no mean includes them", count),
 ]  # fmt: skip
-DIFFERENCE_COLUMNS = [
+COMPARISON_COLUMNS = [
+    Column("task", "Task"), Column("method", "Method"), Column("compared", "Compared"), Column("before", "Before"),
+    Column("after", "After"),
     Column("change", "Difference", "of the interquartile means, 95 % interval", partial(number, sign=True),
            ("low", "high")),
     Column("verdict", "Verdict", "higher or lower: four seeds a side, corrected p below 0.05, interval without zero"),
@@ -105,11 +107,7 @@ DIFFERENCE_COLUMNS = [
            "of the table (Holm)", p_value),
     Column("wins", "P(higher)", "probability that a training run of the second beats a run of the first; a tie counts "
            "half", share, ("wins_low", "wins_high")),
-]  # fmt: skip
-SEEDS = Column("seeds", "Seeds", "training seeds of the smaller side", count)
-COMPARISON_COLUMNS = [
-    Column("task", "Task"), Column("method", "Method"), Column("compared", "Compared"), Column("before", "Before"),
-    Column("after", "After"), *DIFFERENCE_COLUMNS, SEEDS,
+    Column("seeds", "Seeds", "training seeds of the smaller side", count),
 ]  # fmt: skip
 CORRELATION_COLUMNS = [
     Column("task", "Task"), Column("runs", "Runs", form=count),
@@ -161,8 +159,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         "held_out_loss": (correlations, CORRELATION_COLUMNS),
         "training": (training, _used(TRAINING_COLUMNS, training)),
     }
-    page = render(
-        "report.html",
+    page = _render(
         headline=conclusion.headline(verdicts, like_random),
         against_rivals=conclusion.against_rivals(verdicts, like_random),
         warnings=[sentence for sentence in warnings if sentence],
@@ -191,13 +188,8 @@ def terminal_table(results: Path | Sequence[Path]) -> Group:
         UserError: there are no results, or they cannot be read.
     """
     read = read_results(results)
-    return with_notes(to_rich(returns_table(read)), read)
-
-
-def with_notes(table: rich.table.Table, *results: pd.DataFrame) -> Group:
-    """Return a table for the terminal, and a line for each reason why `read_results` left something out."""
-    lines = [printable(line) for one in results for line in one.attrs["left_out"]]
-    return Group(table, *(Text(line, no_wrap=True, overflow="ignore") for line in lines))
+    lines = [Text(printable(line), no_wrap=True, overflow="ignore") for line in read.attrs["left_out"]]
+    return Group(to_rich(returns_table(read)), *lines)
 
 
 def to_rich(table: pd.DataFrame) -> rich.table.Table:
@@ -240,30 +232,30 @@ def table_files(name: str, table: pd.DataFrame, columns: Sequence[Column]) -> di
     return files
 
 
-def render(template: str, **values: Any) -> str:
-    """Return a page made from its template."""
+def _render(**values: Any) -> str:
+    """Return the page made from its template."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ringrl.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"spec": _spec, "contents": _contents}
     shared = {"palette": PALETTE, "figures": FIGURES, "tables": TABLES, "vega": _vega()}
-    return environment.get_template(template).render(shared | values)
+    return environment.get_template("report.html").render(shared | values)
 
 
-def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path, name: str = PAGE) -> Path:
-    """Write the figures and the other files of a report, the page (`name`) last; return the page's path.
+def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path) -> Path:
+    """Write the figures and the other files of a report, the page last; return the page's path.
 
     Raises:
         UserError: the folder cannot be written, or a file cannot be copied.
     """
     figures = {f"{FIGURES}/{name}": content for chart in charts for name, content in chart_files(chart).items()}
     with explain_write_errors(destination):
-        for file, content in {**files, **figures, name: page.encode()}.items():
+        for file, content in {**files, **figures, PAGE: page.encode()}.items():
             path = destination / file
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content if isinstance(content, bytes) else content.read_bytes(), alone=False)
-    return destination / name
+    return destination / PAGE
 
 
 @cache

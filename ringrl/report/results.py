@@ -15,8 +15,6 @@ from ringrl.methods import title_of
 
 CELL = ["task", "method", "train_trajectories", "prompt_trajectories", "test_trajectories"]
 """Columns that name one point of a chart: a method on a task at one context length."""
-UNKNOWN_RUN = "unknown run"
-"""Beginning of `run` for results without the hash of a checkpoint; these are never paired with other results."""
 RUN = [*CELL, "seed"]
 """Columns that name one training run of a cell."""
 
@@ -124,7 +122,7 @@ class _Variant(NamedTuple):
 
 
 def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, Any]:
-    unknown = f"{UNKNOWN_RUN} {json.dumps([*variant, record.task, *_lengths(record)])}"
+    unknown = f"unknown run {json.dumps([*variant, record.task, *_lengths(record)])}"
     budget, starts = record.budget, [f"{seed}:{index}" for seed, index in record.starts]
     has_name = record.evaluation and Path(evaluation_name(record)).name == evaluation_name(record)
     return {column: _shown(column, getattr(record, column)) for column in _COPIED} | {
