@@ -10,11 +10,10 @@ from altair.utils.schemapi import debug_mode
 
 from ringrl.evaluation.formatting import number
 from ringrl.report.drawing import HELD_OUT, TRAINING, Chart, Drawing, Panel, styles
-from ringrl.report.results import CELL, LENGTH_SETTINGS, RUN
+from ringrl.report.results import CELL, LENGTH_SETTINGS
 from ringrl.report.tables import (
     episode_returns,
     intervals,
-    last_episodes,
     levels,
     normalised_scores,
     prompt_returns,
@@ -24,16 +23,7 @@ from ringrl.report.tables import (
 
 _POINTS_TO_MARK = 16  # a longer curve has a band instead of bars
 _CURVES = 4  # context lengths of one method in the chart of episodes
-_LOG_RATIO = 4  # an axis is logarithmic if its largest value is this many times the smallest
-_SAME_COST = 1.05  # ratio of costs above which a panel is drawn
 ZOOMED = "(zoomed: the axis does not start at zero)"
-_MEASURES = {
-    "tokens": ("tokens", "Tokens: processed in training, with repetitions."),
-    "flops": ("floating-point operations", "FLOPs: multiplications and additions of the transformer blocks, forward "
-              "and backward. Other models are not counted."),
-    "seconds": ("", "Time: of training, with compilation and waiting for data."),
-}  # fmt: skip
-_UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))  # from these seconds on
 
 
 def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame, held_out: pd.DataFrame) -> list[Chart]:
@@ -49,9 +39,8 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
     with debug_mode(False):  # validating hundreds of marks would take most of the time
         charts = [
             _context_chart(draw, results, table), _episode_chart(draw, results, table),
-            _prompt_chart(draw, results, table), _last_chart(draw, results), _cost_chart(draw, results, table),
-            _map_chart(draw, results, table),
-            _loss_chart(draw, losses), _held_out_chart(draw, held_out),
+            _prompt_chart(draw, results, table), _map_chart(draw, results, table), _loss_chart(draw, losses),
+            _held_out_chart(draw, held_out),
         ]  # fmt: skip
     # With one length, the chart of episodes shows more than curves of one point.
     is_flat = table.groupby(["task", "method", "curve"])["length"].nunique().max() == 1
@@ -72,16 +61,6 @@ def _length_axis(title: str, lengths: pd.Series) -> alt.X:
         scale = alt.Scale(type="symlog", constant=1, domain=[0, values[-1] * 1.25], nice=False)
     title = title if len(values) == 1 else f"{title} (logarithmic)"
     return alt.X("x:Q", title=title, scale=scale, axis=alt.Axis(values=values, format="d", labelOverlap=True))
-
-
-def _amount_axis(title: str, amounts: pd.Series) -> alt.X:
-    """Return an axis with SI prefixes, logarithmic if the amounts span a large ratio."""
-    low, high = amounts.min(), amounts.max()
-    axis = alt.Axis(format="~s", tickCount=4, labelOverlap=True)
-    if low > 0 and high / low >= _LOG_RATIO:
-        scale = alt.Scale(type="log", domain=[low / 1.3, high * 1.3], nice=False)
-        return alt.X("x:Q", title=f"{title} (logarithmic)", scale=scale, axis=axis)
-    return alt.X("x:Q", title=title, scale=alt.Scale(domain=[0, 1.1 * high or 1], nice=False), axis=axis)
 
 
 def _episode_axis(episodes: pd.Series) -> alt.X:
@@ -121,32 +100,6 @@ def _context_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
     if (table["kind"] != "context").any():
         caption += " Horizontal lines need no context."
     return draw.chart("return_by_context", "Return against context length", caption, panels)
-
-
-def _cost_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
-    """Return against training cost: a panel per task for tokens, FLOPs and time."""
-    panels, captions = [], []
-    policies = table[table["length"].notna() | (table["kind"] == "reference")].drop(columns="curve")
-    for column, (axis, explained) in _MEASURES.items():
-        runs = results.groupby(RUN, as_index=False)[column].first().dropna()
-        means = runs.groupby(CELL, as_index=False).agg(x=(column, "mean"), known=("seed", "nunique"))
-        rows = policies.merge(means, on=CELL)
-        rows = rows[(rows["known"] == rows["seeds"]) & (rows["x"] > 0)]
-        rows = rows.assign(label=[f"{length:.0f}" if length else None for length in rows["train_trajectories"]])
-        for _, cells in rows.groupby("task"):
-            has_costs = cells["x"].max() > _SAME_COST * cells["x"].min()
-            if has_costs and (cells["kind"] == "context").any():
-                unit = 1.0
-                if column == "seconds":
-                    unit, axis = next((size, name) for least, size, name in _UNITS if cells["x"].max() >= least)
-                cells = cells.assign(x=cells["x"] / unit)
-                panels += draw.curves(cells, partial(_amount_axis, axis))
-                captions.append(explained)
-    caption = (
-        "The mean return against the training cost of each policy (mean over seeds). Numbers next to points, "
-        f"where they fit, are trajectories per context. {' '.join(dict.fromkeys(captions))}"
-    )
-    return draw.chart("return_by_cost", "Return against training cost", caption, panels)
 
 
 def _episode_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Chart:
@@ -201,22 +154,6 @@ def _prompt_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> 
     axis = partial(_length_axis, "dataset trajectories before the episode")
     panels = draw.curves(rows, axis, runs=runs)
     return draw.chart("return_by_prompt", "Return against prompt length", caption, panels)
-
-
-def _last_chart(draw: Drawing, results: pd.DataFrame) -> Chart:
-    """Return of last episodes from equal starts."""
-    rows = last_episodes(results)
-    memory = rows["memory"].astype(bool)
-    rows = rows.assign(
-        x=rows["test_trajectories"].where(rows["kind"] == "context").astype("float64"),
-        memory=memory, low=rows["low"].where(memory), high=rows["high"].where(memory),
-    )  # fmt: skip
-    caption = (
-        "Last episodes of contexts of n trajectories, from the starts of the last episodes of the longest contexts. "
-        "Methods without context play single episodes from these starts. Every point of a task has the same starts."
-    )
-    panels = draw.curves(rows, partial(_length_axis, "n, trajectories per context"))
-    return draw.chart("last_episodes", "Last episodes from equal starts", caption, panels)
 
 
 def _loss_chart(draw: Drawing, losses: pd.DataFrame) -> Chart:

@@ -299,7 +299,7 @@ class Drawing(NamedTuple):
 
 _TOOLTIPS = {
     "method": "method", "shown": "return", "loss": "loss", "interval": "95 % interval", "seeds": "training seeds",
-    "seed": "seed", "trajectories": "trajectories", "episode": "episode", "memory": "memory", "starts": "starts",
+    "seed": "seed", "trajectories": "trajectories", "episode": "episode", "memory": "memory",
     "step": "step", "command": "command",
 }  # fmt: skip
 _DRAWN = ("x", "value", "low", "high", "curve", "strength", "label", *_TOOLTIPS)

@@ -295,31 +295,6 @@ def prompt_returns(results: pd.DataFrame) -> pd.DataFrame:
     return starts.groupby([*RUN, "run"], as_index=False).agg(value=("return", "mean"))
 
 
-def last_episodes(results: pd.DataFrame) -> pd.DataFrame:
-    """Return the return of last episodes from equal starts, one row per method, context length and memory.
-
-    The starts of a task are those in which the contexts of the longest length end, for every method and seed. Contexts
-    of other lengths take part with their last episodes, methods without context with single episodes. A training seed
-    without a return from each of these starts is left out. As everywhere, an episode that failed with or without memory
-    counts in neither, and a control of other seeds or starts than its rollout does not count.
-    """
-    rows = results[results["counts"] & (results["kind"] != "data") & (results["prompt_trajectories"] == 0)]
-    length = rows["train_trajectories"].where(rows["kind"] == "context", 1)
-    last = rows[(length == rows["test_trajectories"]) & (rows["episode"] == rows["test_trajectories"])]
-    by = [*CELL, "memory", "kind", "starts"]
-    found = [pd.DataFrame(columns=[*by, "iqm", "low", "high", "seeds"])]
-    for _, group in last.groupby("task"):
-        context = group[(group["kind"] == "context") & group["memory"]]
-        longest = context[context["test_trajectories"] == context["test_trajectories"].max()]
-        sets = [set(starts) for _, starts in longest.groupby(RUN)["start"]]
-        starts = set.intersection(*sets) if sets else set()
-        if starts and longest["test_trajectories"].max() > 1:
-            runs = group[group["start"].isin(starts)].groupby([*RUN, "memory", "kind"], as_index=False)
-            means = runs.agg(value=("return", "mean"), starts=("start", "nunique"))
-            found.append(intervals(means[means["starts"] == len(starts)], by))
-    return pd.concat([part for part in found if len(part)] or found, ignore_index=True)
-
-
 def training_table(results: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the training cost, throughput and memory of each method and length, from `provenance.training_runs`.
 

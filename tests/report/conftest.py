@@ -107,11 +107,6 @@ def make_study() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def make_budget() -> Callable[..., Budget]:
-    return budget
-
-
-@pytest.fixture(scope="session")
 def make_rollouts() -> Callable[..., list[EvaluationRecord]]:
     return rollouts
 

@@ -67,7 +67,7 @@ def test_every_chart_is_drawn(page, tmp_path):
         [...s.querySelectorAll('figure svg')].map(g => g.querySelectorAll('path, text').length)])"""
     charts = ask(page, tmp_path, question)
     assert [name for name, _ in charts] == [
-        "return_by_context", "return_by_episode", "last_episodes", "return_by_cost", "learning_curves"
+        "return_by_context", "return_by_episode", "learning_curves"
     ]  # fmt: skip
     assert all(counts and min(counts) > 10 for _, counts in charts)
 

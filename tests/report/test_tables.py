@@ -9,7 +9,6 @@ from ringrl.report.results import read_results, tabulate
 from ringrl.report.tables import (
     contrast,
     intervals,
-    last_episodes,
     levels,
     normalised_scores,
     prompt_returns,
@@ -67,7 +66,6 @@ def test_one_seed_has_no_interval_anywhere(make_ablation):
     results = tabulate(make_ablation(seeds=1))
     table = returns_table(results)
     assert table[["low", "high"]].isna().all(axis=None)
-    assert last_episodes(results)[["low", "high"]].isna().all(axis=None)
 
 
 def test_a_task_without_constants_has_no_score(make_rollouts):
@@ -156,40 +154,6 @@ def seeded(records, starts):
         record.model_copy(update={"environment_seed": seeds[0], "start_seeds": tuple(seeds), "returns": tuple(returns)})
         for record, (seeds, returns) in zip(records, starts, strict=True)
     ]
-
-
-def test_last_episodes_are_compared_from_equal_starts(make_rollouts):
-    """The return of an episode is its start: only the starts in which the longest contexts end count for all."""
-    records = []
-    for seed in range(2):
-        for length, streams in ((1, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]])):
-            pairs = [([*starts], [100.0 * length + start for start in starts]) for starts in streams]
-            made = [r for _ in range(-(-len(pairs) // 2)) for r in make_rollouts(length, seed, 0)]
-            records += seeded(made, pairs)
-        records += seeded(make_rollouts(2, seed, 0, context=False), [([0, 1], [10.0, 11.0]), ([2, 3], [12.0, 13.0])])
-    single = [r for _ in range(2) for r in make_rollouts(1, 0, 0, method="bc", train_trajectories=None)]
-    records += seeded(single, [([start], [50.0 + start]) for start in range(4)])
-    found = last_episodes(tabulate(records))
-    values = {(row["kind"], row["test_trajectories"], row["memory"]): row["iqm"] for _, row in found.iterrows()}
-    assert values == {
-        ("context", 1, True): 102.0, ("context", 2, True): 202.0, ("context", 2, False): 12.0,
-        ("reference", 1, True): 52.0,
-    }  # fmt: skip
-    assert set(found["starts"]) == {2}
-    lacking = [record for record in records if record.start_seeds != (3,) or record.method != "bc"]
-    assert set(last_episodes(tabulate(lacking))["kind"]) == {"context"}, "no start may be missing"
-
-
-def test_last_episodes_of_a_control_have_the_seeds_of_the_rollout(make_rollouts):
-    """Memory changes nothing, but seeds differ: a control of one seed, or of a seed that failed, would look worse."""
-    with_memory = [r for seed in range(3) for r in make_rollouts(2, seed, 300.0 * seed)]
-    control = [record.model_copy(update={"context": False}) for record in with_memory]
-    found = last_episodes(tabulate([*with_memory, *control[:2]]))
-    assert (found["memory"].tolist(), found["seeds"].tolist()) == ([True], [3])
-    control[-1] = control[-1].model_copy(update={"returns": (602.0, None)})
-    found = last_episodes(tabulate([*with_memory, *control])).set_index("memory")
-    assert found.loc[True, "iqm"] == found.loc[False, "iqm"]
-    assert found["seeds"].tolist() == [3, 3]
 
 
 def test_a_start_counts_once_however_many_prompts_it_follows(make_rollouts):
