@@ -12,7 +12,7 @@ def report(results: tuple[Path, ...] = (), /, *, output: Path = Path("report")) 
 
     Args:
         results: results files (.jsonl or .jsonl.gz), or folders that contain them.
-        output: folder of the page, figures/, tables/ and videos/.
+        output: folder of the page, figures/ and tables/.
     """
     if not results:
         raise UserError("no results are given; name files or folders, for example: ringrl report runs")

@@ -1,4 +1,4 @@
-"""The page of a report: a self-contained HTML file, with its figures, tables and videos next to it."""
+"""The page of a report: a self-contained HTML file, with its figures and tables next to it."""
 
 import json
 import re
@@ -35,8 +35,6 @@ from ringrl.report.tables import (
 PAGE = "index.html"
 FIGURES, TABLES = "figures", "tables"  # folders next to the page
 _LATEX = {MINUS: "$-$", ABSENT: "--", "\N{NO-BREAK SPACE}": "~"}
-
-Files = Mapping[str, bytes | Path]  # path in the report -> content, or the file to copy
 
 
 class Column(NamedTuple):
@@ -129,7 +127,7 @@ TRAINING_COLUMNS = [
 
 
 def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
-    """Write the page into the folder `destination`, with figures/, tables/ and videos/; return the page's path.
+    """Write the page into the folder `destination`, with figures/ and tables/; return the page's path.
 
     Each file is replaced as a whole, the page last, so a failed report leaves the old page. Other files in the folder
     are not touched.
@@ -146,7 +144,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
     table, runs = returns_table(read), provenance.training_runs(read)
     losses, held_out = provenance.training_losses(runs), loss_points(read, table, runs)
     correlations, training = loss_correlations(held_out), training_table(read, runs)
-    charts, videos = all_charts(read, table, losses, held_out), provenance.videos(read)
+    charts = all_charts(read, table, losses, held_out)
     verdicts, like_random = conclusion.verdicts(read, table), tasks_like_random(read, table)
     warnings = [
         conclusion.starts_warning(read, table), conclusion.settings_warning(read, table),
@@ -170,15 +168,13 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
         columns=columns,
         sheets=sheets,
         loss_sentence=loss_sentence(correlations),
-        videos=videos,
         facts=provenance.facts(read),
         styles=styles(table),
     )
     files = table_files("returns", shown[RETURNS], [Column("task", "Task"), *columns])
     for name, sheet in sheets.items():
         files |= table_files(name, *sheet) if len(sheet[0]) else {}
-    copied = {target: path for one in videos for _, path, target in one["videos"]}
-    return save_report(page, charts, files | copied, destination)
+    return save_report(page, charts, files, destination)
 
 
 def terminal_table(results: Path | Sequence[Path]) -> Group:
@@ -217,9 +213,9 @@ def to_rich(table: pd.DataFrame) -> rich.table.Table:
     return shown
 
 
-def table_files(name: str, table: pd.DataFrame, columns: Sequence[Column]) -> dict[str, bytes | Path]:
+def table_files(name: str, table: pd.DataFrame, columns: Sequence[Column]) -> dict[str, bytes]:
     """Return a table as CSV at full precision, and its displayed columns as LaTeX (booktabs): path -> content."""
-    files: dict[str, bytes | Path] = {f"{TABLES}/{name}.csv": table.to_csv(index=False, lineterminator="\n").encode()}
+    files = {f"{TABLES}/{name}.csv": table.to_csv(index=False, lineterminator="\n").encode()}
     if columns:
         shown = pd.DataFrame([[column.line(row) for column in columns] for _, row in table.iterrows()],
                              columns=[column.heading or column.name for column in columns])  # fmt: skip
@@ -243,18 +239,18 @@ def _render(**values: Any) -> str:
     return environment.get_template("report.html").render(shared | values)
 
 
-def save_report(page: str, charts: Sequence[Chart], files: Files, destination: Path) -> Path:
+def save_report(page: str, charts: Sequence[Chart], files: Mapping[str, bytes], destination: Path) -> Path:
     """Write the figures and the other files of a report, the page last; return the page's path.
 
     Raises:
-        UserError: the folder cannot be written, or a file cannot be copied.
+        UserError: the folder cannot be written.
     """
     figures = {f"{FIGURES}/{name}": content for chart in charts for name, content in chart_files(chart).items()}
     with explain_write_errors(destination):
         for file, content in {**files, **figures, PAGE: page.encode()}.items():
             path = destination / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content if isinstance(content, bytes) else content.read_bytes(), alone=False)
+            write_whole(path, content, alone=False)
     return destination / PAGE
 
 

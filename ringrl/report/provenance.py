@@ -1,4 +1,4 @@
-"""Origin of the results: commands, versions, run folders with their training logs, and videos."""
+"""Origin of the results: commands, versions, and run folders with their training logs."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,17 +14,14 @@ from ringrl.config import TrainConfig
 from ringrl.config_files import read_yaml
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import number
-from ringrl.evaluation.records import PROTOCOL, VIDEOS, recipe
+from ringrl.evaluation.records import PROTOCOL, recipe
 from ringrl.evaluation.statistics import BOOTSTRAP_SEED, RESAMPLES
 from ringrl.evaluation.target import NO_TARGET
 from ringrl.files import without_crc
-from ringrl.report.results import CELL
-from ringrl.report.tables import describe
 
 POINTS = 50  # of a learning curve
 MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl
 _LOGGED = ["step", "loss", "validation_loss", "tokens_per_second", MEMORY]
-VIDEO_LABELS = ("first", "median", "best")
 _RUN = ["task", "method", "train_trajectories", "seed"]
 
 Fact = tuple[str, list[str]]  # a heading and its lines
@@ -169,26 +166,3 @@ def _entries(path: Path) -> Iterator[dict[str, float]]:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int | float):
             yield {name: value for name, value in entry.items() if isinstance(value, int | float)}
-
-
-def videos(results: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the videos that `ringrl evaluate --video` made: for each cell, of the lowest training seed with videos.
-
-    Keys: task, method, seed, videos: list of (label, source file, target relative to the page).
-    """
-    folders = [Path(source).with_suffix(VIDEOS) for source in results.attrs["sources"]]
-    found = []
-    named = results[results["videos"].notna() & results["evaluation"].notna()]
-    for _, cell in named.drop_duplicates([*CELL, "seed", "videos"]).sort_values([*CELL, "seed"]).groupby(CELL):
-        for _, row in cell.iterrows():
-            folder = next((place / row["videos"] for place in folders if (place / row["videos"]).is_dir()), None)
-            files = [] if folder is None else [(label, folder / f"{label}.mp4") for label in VIDEO_LABELS]
-            whole = [
-                (label, file, f"videos/{row['videos']}.{label}.mp4")
-                for label, file in files
-                if file.is_file() and file.stat().st_size  # an empty file is unfinished
-            ]
-            if whole:
-                found.append({"task": row["task"], "method": describe(row), "seed": row["seed"], "videos": whole})
-                break
-    return found

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ringrl.errors import UserError, printable
 from ringrl.evaluation.formatting import all_digits
-from ringrl.evaluation.records import DATA, PROMPT_ONLY, EvaluationRecord, default_recipe, evaluation_name, read_records
+from ringrl.evaluation.records import DATA, PROMPT_ONLY, EvaluationRecord, default_recipe, read_records
 from ringrl.methods import title_of
 
 CELL = ["task", "method", "train_trajectories", "prompt_trajectories", "test_trajectories"]
@@ -124,7 +124,6 @@ class _Variant(NamedTuple):
 def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, Any]:
     unknown = f"unknown run {json.dumps([*variant, record.task, *_lengths(record)])}"
     budget, starts = record.budget, [f"{seed}:{index}" for seed, index in record.starts]
-    has_name = record.evaluation and Path(evaluation_name(record)).name == evaluation_name(record)
     return {column: _shown(column, getattr(record, column)) for column in _COPIED} | {
         "method": name,
         "kind": variant.kind,
@@ -140,7 +139,6 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
         "start_seeds": list(record.start_seeds or (record.environment_seed,)),
         "settings": json.dumps(_settings(record)),
         "versions": json.dumps(record.versions),
-        "videos": evaluation_name(record) if has_name else None,  # a name that leads out of the folder is ignored
         **{column: getattr(budget, column, None) for column in _BUDGET},
     }
 

@@ -322,11 +322,3 @@ def context_label(cell: Any) -> str:
     if train == test:
         return f"{test} trajector{'y' if test == 1 else 'ies'}"
     return f"trained on {train}, rolled out for {test}"
-
-
-def describe(cell: Any) -> str:
-    """Return the method, the context length and the prompt of a cell in words."""
-    if not cell["train_trajectories"] or np.isnan(cell["train_trajectories"]):
-        return str(cell["method"])
-    prompt = f", prompt of {cell['prompt_trajectories']:.0f}" if cell["prompt_trajectories"] else ""
-    return f"{cell['method']}, {context_label(cell)}{prompt}"

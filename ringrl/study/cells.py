@@ -30,14 +30,7 @@ from ringrl.config_files import merged, nested, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation import (
-    Evaluation,
-    EvaluationProgress,
-    Protocol,
-    evaluate_all,
-    policy_evaluation,
-    random_evaluation,
-)
+from ringrl.evaluation import EvaluationProgress, Protocol, evaluate_all, policy_evaluation, random_evaluation
 from ringrl.evaluation.policy import load_policy
 from ringrl.evaluation.protocol import FIRST_SEED, compile_policy, prompt_only_evaluation
 from ringrl.evaluation.records import append_records, data_records, folder_name, library_versions, read_records
@@ -70,9 +63,7 @@ class Work:
         """Whether all results exist, undamaged."""
         try:
             did = json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["did"]
-            did.pop("seconds", None)  # of cells that older versions finished
-            if did.get("videos"):
-                did["videos"] = self.about.get("videos")  # videos that the plan no longer asks for do no harm
+            did.pop("videos", None)  # of cells that older versions finished
             results = read_records(self.folder / EVALUATION)
             return bool(did == self.about and results.records and not results.notes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
@@ -101,7 +92,7 @@ class Work:
     def check(self) -> None:
         """Raise UserError if the folder belongs to other work.
 
-        More episodes, prompts, test tasks or videos, or the best checkpoint after the last one, are the same work.
+        More episodes, prompts or test tasks, or the best checkpoint after the last one, are the same work.
         """
         path = self.folder / CELL
         if not path.exists():
@@ -113,7 +104,7 @@ class Work:
         except ValueError as error:
             raise UserError(f"{path}: was edited or damaged ({error}); remove it if the plan is unchanged") from error
         about = {"checkpoint": "last", **self.about}
-        extensible = {"test_trajectories", "test_tasks", "prompts", "prompt_baselines", "videos"}
+        extensible = {"test_trajectories", "test_tasks", "prompts", "prompt_baselines"}
         for name in sorted(about.keys() & known.keys() - extensible):
             was, now = known[name], about[name]
             is_more = name == "episodes" and isinstance(was, int) and now > was
@@ -181,12 +172,7 @@ class Cell(Work):
             for one in evaluations
             if one.protocol == protocol
         ]
-        evaluate_all([one for one in evaluations if not self._is_filmed(one)], progress=_Log())
-        for one in filter(self._is_filmed, evaluations):  # best.mp4 is the last video; without it, all are repeated
-            evaluate_all([one], again=not (one.videos / "best.mp4").is_file(), video=True, progress=_Log())
-
-    def _is_filmed(self, evaluation: Evaluation) -> bool:
-        return bool(self.about["videos"]) and not evaluation.protocol.prompt_trajectories
+        evaluate_all(evaluations, progress=_Log())
 
 
 class _Log(EvaluationProgress):
@@ -336,7 +322,6 @@ def _cell(
         "test_trajectories": list(tests),
         "episodes": plan.episodes,
         "control": plan.control,
-        "videos": plan.videos and seed == min(plan.seeds),
         "data": fingerprint,
     }
     about |= {"variant": variant} if variant else {}

@@ -39,7 +39,7 @@ class CellCost(NamedTuple):
     tokens: int  # seen by the model in training
     flops: float  # of the transformer blocks in training; 0 for other models
     simulated: int  # environment steps of the evaluation
-    seconds: float | None = None  # training and evaluation; None: unknown
+    seconds: float = 0.0  # training and evaluation
 
 
 class Speed(NamedTuple):
@@ -88,14 +88,14 @@ def estimates(cells: Sequence[Cell], workers: int) -> dict[str, CellCost]:
         elif (seconds := cell.seconds) is not None:
             known[_kind(cell)].append(seconds)
     unknown = {task for cell in waiting if _kind(cell) not in known for task in cell.tasks}
-    speed = Speed.measure(unknown) if unknown else None
+    speed = Speed.measure(unknown)
     found = {}
     for cell in waiting:
-        one, seconds = cost(cell), None
+        one = cost(cell)
         if kind := known.get(_kind(cell)):
             # Training takes most of the time, and the evaluation at least a tenth.
             seconds = mean(kind) * max(0.1, one.steps / cell.config.optimiser.steps)
-        elif speed is not None:
+        else:
             seconds = _rough_seconds(cell, one, speed, min(workers, len(waiting)))
         found[cell.name] = one._replace(seconds=seconds)
     return found
@@ -166,19 +166,12 @@ def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: i
         for kind, group in groups.items():
             shown.add_row(kind, str(len(group)), *_numbers(group[0]))
     shown.add_section()
-    whole = _total([costs[cell.name] for cell in cells])
+    whole = CellCost(*map(sum, zip(*(costs[cell.name] for cell in cells), strict=True)))
     shown.add_row("total", str(len(cells)), *_numbers(whole))
-    if whole.seconds is not None:
-        at_once = min(workers, len(cells))
-        shown.caption = f"very roughly {duration(whole.seconds / at_once)} with {at_once} at a time"
-        shown.caption += ", without videos" if any(cell.about["videos"] for cell in cells) else ""
-        shown.caption += f"; {finished} other cells are finished" if finished else ""
+    at_once = min(workers, len(cells))
+    shown.caption = f"very roughly {duration(whole.seconds / at_once)} with {at_once} at a time"
+    shown.caption += f"; {finished} other cells are finished" if finished else ""
     return shown
-
-
-def _total(costs: Iterable[CellCost]) -> CellCost:
-    steps, tokens, flops, simulated, seconds = zip(*costs, strict=True)
-    return CellCost(sum(steps), sum(tokens), sum(flops), sum(simulated), None if None in seconds else sum(seconds))
 
 
 def _numbers(found: CellCost) -> list[str]:

@@ -87,9 +87,6 @@ class AblationPlan(Section):
     td3+bc use the last in any case, since their held-out loss measures imitation, not what they maximise."""
     control: bool = True
     """Also roll out every context without memory between its episodes (the matched best-of-n control)."""
-    videos: bool = False
-    """Also record the first, the median and the best episode of each cell of the lowest seed. This needs OpenGL, and
-    half a minute per video without a GPU."""
     parts: tuple[dict[str, Any], ...] = ()
     """More cells in the same output. Each part takes all keys of the plan except those that it overrides (settings are
     merged); `tasks` selects some of the datasets."""

@@ -20,18 +20,18 @@ class AblationProgress(Progress):
     The time left is the sum of the estimates, scaled by the real seconds of the finished cells.
 
     Args:
-      estimates: name -> seconds of each cell to be run; None if unknown.
+      estimates: name -> seconds of each cell to be run.
       workers: cells that run at once.
     """
 
-    def __init__(self, estimates: Mapping[str, float | None], workers: int, console: Console) -> None:
+    def __init__(self, estimates: Mapping[str, float], workers: int, console: Console) -> None:
         columns = TextColumn("[bold]cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
         super().__init__(
             *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True
         )
         self._left, self._workers = dict(estimates), workers
         self._running: dict[str, float] = {}
-        self._finished = self._failed = self._timed = 0
+        self._finished = self._failed = 0
         self._estimated = self._taken = 0.0  # seconds of the finished cells that take time
         self._bar = self.add_task("", total=len(estimates))
         self._guard, self._stopped = threading.Lock(), threading.Event()
@@ -60,10 +60,8 @@ class AblationProgress(Progress):
             estimate = self._left.pop(name)
         if failure is None:
             self._finished += 1
-            if estimate != 0.0:
-                self._timed += 1
-                self._taken += seconds
-                self._estimated += seconds if estimate is None else estimate
+            if estimate:
+                self._taken, self._estimated = self._taken + seconds, self._estimated + estimate
         else:
             self._failed += 1
         self._show()
@@ -72,22 +70,18 @@ class AblationProgress(Progress):
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     @property
-    def seconds_left(self) -> float | None:
-        """Estimated seconds left: a cell without an estimate takes the mean of finished ones. None before the first."""
-        if not self._timed and None in self._left.values():
-            return None
-        mean = self._taken / max(1, self._timed)
+    def seconds_left(self) -> float:
+        """Estimated seconds left."""
         factor = self._taken / self._estimated if self._estimated else 1.0
-        whole = sum(mean if estimate is None else factor * estimate for estimate in self._left.values())
-        now = time.perf_counter()
+        whole, now = factor * sum(self._left.values()), time.perf_counter()
         begun = sum(now - since for since in self._running.values())
         return max(0.0, whole - begun) / max(1, min(self._workers, len(self._left)))
 
     def _state(self) -> str:
-        running, left = len(self._running), self.seconds_left
+        running = len(self._running)
         waiting = len(self._left) - running
         counts = f"{self._finished} finished, {running} running, {self._failed} failed, {waiting} waiting"
-        return counts if left is None else f"{counts}, {duration(left)} left"
+        return f"{counts}, {duration(self.seconds_left)} left"
 
     def _line(self) -> str:
         names = ", ".join(list(self._running)[:_SHOWN]) + (" ..." if len(self._running) > _SHOWN else "")

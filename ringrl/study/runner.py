@@ -23,7 +23,6 @@ from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.sampler import episodes_for_contexts
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
-from ringrl.evaluation.video import write_videos
 from ringrl.files import explain_write_errors, lock
 from ringrl.processes import end_with_parent
 from ringrl.signals import STOPPING, ignore
@@ -121,8 +120,6 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
             episodes_for_contexts(stores[config.task], config.task, config.context, config.seed, excluded=excluded)
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from error
-    for task in {cell.config.task for cell in everything if cell.about["videos"]}:
-        write_videos(task, {})  # none, but this fails if videos cannot be made
     return everything, references(plan, fingerprints)
 
 

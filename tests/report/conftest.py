@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import imageio.v3
 import numpy as np
 import pytest
 import yaml
@@ -68,10 +67,8 @@ def run_folder(run: Path, task: str, length: int, seed: int, layers: int) -> Non
     (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"step": 101, "lo')
 
 
-def study(
-    root: Path, seeds: int = 2, tasks=(TASK,), layers: int = 1, level: float = 400.0, video: bytes | None = None
-) -> Path:
-    """Run folders of two context lengths, with budgets, a control, and videos where one is given."""
+def study(root: Path, seeds: int = 2, tasks=(TASK,), layers: int = 1) -> Path:
+    """Run folders of two context lengths, with budgets and a control."""
     for task in tasks:
         for seed, length in ((seed, length) for seed in range(seeds) for length in (1, 2)):
             run = root / f"{task}_at_{length}_seed{seed}"
@@ -81,24 +78,11 @@ def study(
                 "data_fingerprint": (task.encode().hex() * 9)[:64],
                 "evaluation": f"{tasks.index(task)}{seed}{length}".ljust(64, "e"),
             }  # fmt: skip
-            records = rollouts(length, seed, level + 100.0 * length + seed, gain=10.0, **fields)
+            records = rollouts(length, seed, 400.0 + 100.0 * length + seed, gain=10.0, **fields)
             if length > 1:
-                records += rollouts(length, seed, level - 10 + seed, context=False, **fields)
+                records += rollouts(length, seed, 390.0 + seed, context=False, **fields)
             append_records(run / "evaluation.jsonl", records)
-            folder = run / "evaluation.videos" / f"{task}.{fields['evaluation'][:12]}"
-            for label in ("first", "median", "best") if video else ():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{label}.mp4").write_bytes(video)
     return root
-
-
-@pytest.fixture(scope="session")
-def film(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A real video: a second of grey, getting lighter."""
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
-    frames = np.repeat(np.arange(0, 250, 10, dtype=np.uint8), 64 * 48 * 3).reshape(25, 48, 64, 3)
-    imageio.v3.imwrite(path, frames, fps=25, codec="libx264")
-    return path.read_bytes()
 
 
 @pytest.fixture(scope="session")

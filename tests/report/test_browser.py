@@ -29,9 +29,9 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this mac
 
 
 @pytest.fixture(scope="module")
-def page(make_study, make_ablation, film, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(make_study, make_ablation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    make_study(folder / "runs", video=film)
+    make_study(folder / "runs")
     append_records(folder / "runs" / "more.jsonl", make_ablation(task="walker_walk"))
     append_records(folder / "runs" / "long.jsonl", make_ablation(task=LONG_NAME))
     return write_report([folder / "runs"], folder / "report")
@@ -134,14 +134,6 @@ def test_a_click_sorts_and_isolates(page, tmp_path):
     assert {float(value) for value in isolated} == {0.06}
     assert pressed == "true"
     assert reachable
-
-
-def test_videos_load_from_files(page, tmp_path):
-    question = """async w => {
-        const videos = [...w.document.querySelectorAll('video')];
-        await Promise.all(videos.map(v => v.readyState || new Promise(resolve => { v.onloadedmetadata = resolve; })));
-        return videos.map(v => [v.duration, v.videoWidth, v.error]); }"""
-    assert ask(page, tmp_path, question) == [[1, 64, None]] * 6
 
 
 def test_it_prints(page, tmp_path):

@@ -1,4 +1,4 @@
-"""Run folders, training logs, facts and videos."""
+"""Run folders, training logs and facts."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from ringrl.config import TrainConfig
 from ringrl.config_files import to_yaml
 from ringrl.evaluation.records import append_records, configuration_hash, recipe
 from ringrl.files import with_crc, without_crc
-from ringrl.report.provenance import MEMORY, POINTS, facts, training_losses, training_runs, videos
+from ringrl.report.provenance import MEMORY, POINTS, facts, training_losses, training_runs
 from ringrl.report.results import read_results
 
 
@@ -131,29 +131,3 @@ def test_facts_by_hand(make_study, tmp_path):
     assert found["Versions"] == ["jax 0.10.2"]
     assert found["Commands"] == ["ringrl ablate plan.yaml"]
     assert found["Left out"] == [f"{root}/broken.jsonl, line 1: damaged or cut short, left out"]
-
-
-def test_videos_of_each_cell_are_of_the_lowest_seed(make_study, tmp_path):
-    found = videos(read_results([make_study(tmp_path / "runs", video=b"film")]))
-    assert [(reel["method"], reel["seed"]) for reel in found] == [
-        ("Agentic Transformer, 1 trajectory", 0), ("Agentic Transformer, 2 trajectories", 0),
-    ]  # fmt: skip
-    assert [label for label, _, _ in found[0]["videos"]] == ["first", "median", "best"]
-    assert found[0]["videos"][0][2] == "videos/cartpole_swingup.001eeeeeeeee.first.mp4"
-
-
-def test_an_empty_file_is_no_video(make_study, tmp_path):
-    root = make_study(tmp_path / "runs", video=b"film")
-    for file in root.glob("*_at_1_seed0/*.videos/*/*.mp4"):
-        file.write_bytes(b"")
-    assert [reel["seed"] for reel in videos(read_results([root]))] == [1, 0]
-
-
-def test_a_name_does_not_lead_out_of_the_folder(make_rollouts, tmp_path):
-    task = "../../outside"
-    append_records(tmp_path / "in" / "results.jsonl", make_rollouts(1, 0, 1.0, task=task, evaluation="f" * 64))
-    outside = tmp_path / "in" / "results.videos" / f"{task}.{'f' * 12}"
-    (tmp_path / "in" / "results.videos").mkdir()
-    outside.resolve().mkdir()
-    (outside / "best.mp4").write_bytes(b"film")
-    assert videos(read_results([tmp_path / "in"])) == []

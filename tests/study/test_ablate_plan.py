@@ -289,12 +289,6 @@ def test_parts_override_keys_of_the_plan_and_merge_settings(write_plan) -> None:
         cells(plan_of(write_plan, **changes, parts=[part | {"budget": "tokens", "trajectories": [1]}]))
 
 
-def test_videos_are_of_the_lowest_seed(write_plan) -> None:
-    plan = plan_of(write_plan, seeds=[4, 2], baselines=["bc"], videos=True)
-    filmed = {cell.folder.name for cell in cells(plan) if cell.about["videos"]}
-    assert filmed == {"bc_seed2", "at_1_seed2", "at_2_seed2"}
-
-
 def finish(work, seconds: float = 1.0) -> None:
     """Leave the files of a finished cell."""
     write(work.folder / "cell.yaml", to_yaml(with_checksum(work.about)))
@@ -315,11 +309,10 @@ def test_finished_cells_are_recognised(write_plan) -> None:
     assert cell.is_finished
     cell.check()
     finished = cell.folder / "finished.json"
-    finished.write_text(json.dumps({"did": cell.about | {"seconds": None}}))
+    finished.write_text(json.dumps({"did": cell.about | {"videos": False}}))
     assert cell.is_finished, "by an older version"
-    filmed = make(videos=True)
     prompted = make(prompts={"trajectories": [0, 1], "draws": 2})
-    for more in (make(trajectories=[2, 4]), make(episodes=8), make(test_trajectories=[1, 2]), filmed, prompted):
+    for more in (make(trajectories=[2, 4]), make(episodes=8), make(test_trajectories=[1, 2]), prompted):
         assert more.is_finished == (more.about == cell.about)
         more.check()
     for other, words in (
@@ -334,9 +327,6 @@ def test_finished_cells_are_recognised(write_plan) -> None:
     for damaged in ("", whole.replace("1.0", "2.0")):
         (cell.folder / "evaluation.jsonl").write_text(damaged)
         assert not cell.is_finished
-    finish(filmed)
-    assert filmed.is_finished
-    assert cell.is_finished, "with videos that are not wanted"
 
 
 def test_tasks_and_baselines_can_be_added_to_a_finished_cell(write_plan) -> None:

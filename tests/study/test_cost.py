@@ -46,29 +46,22 @@ def test_the_time_of_a_kind_is_known_from_its_finished_cells(write_plan) -> None
     rough = estimates(found, 1)
     assert rough.keys() == {cell.name for cell in found}
     assert all(1 < one.seconds < 100 for one in rough.values())
-    away = estimates(found, 1, is_here=False)
-    assert {one.seconds for one in away.values()} == {None}
     for name, seconds in (("at_2_seed0", 40.0), ("at_2_seed1", 60.0)):
         finish(by_name[name], seconds)
     (by_name["at_2_seed2"].folder / "checkpoints" / "15").mkdir(parents=True)
     more = cells(plan_of(write_plan, trajectories=[2], episodes=8, settings={"optimiser": {"steps": 30}}))
-    assert {one.seconds for one in estimates(more, 1, is_here=False).values()} == {None}, "these have more to do"
+    assert not {50.0, 25.0} & {one.seconds for one in estimates(more, 1).values()}, "these have more to do"
     now = {name.rpartition("/")[2]: one.seconds for name, one in estimates(found, 1).items()}
     assert now.keys() == {"at_2_seed2", "bc_seed0", "bc_seed1", "bc_seed2"}
     assert now["at_2_seed2"] == 25, "half of the steps are done"
     (by_name["at_2_seed2"].folder / "checkpoints" / "30").mkdir()
-    away = estimates(found, 1, is_here=False)
-    assert away["jaco_reach_top_left/at_2_seed2"].seconds == pytest.approx(5), "a tenth for the evaluation"
-    assert away["jaco_reach_top_left/bc_seed0"].seconds is None
+    now = estimates(found, 1)
+    assert now["jaco_reach_top_left/at_2_seed2"].seconds == pytest.approx(5), "a tenth for the evaluation"
     waiting = [cell for cell in found if not cell.is_finished]
-    assert cost_table(waiting, away, 2, 2).caption is None, "the time of bc is not known"
     finish(by_name["bc_seed0"], 7200.0)
     waiting.remove(by_name["bc_seed0"])
     caption = cost_table(waiting, estimates(found, 2), 3, 2).caption
     assert caption == "very roughly 2:00:02 with 2 at a time; 3 other cells are finished"
-    longer = plan_of(write_plan, trajectories=[2], episodes=8, seeds=[3], settings={"optimiser": {"steps": 30}})
-    more = estimates([*found, *cells(longer)], 1, is_here=False)
-    assert more["jaco_reach_top_left/at_2_seed3"].seconds is None, "twice as many episodes take longer"
 
 
 def test_a_rough_time_counts_the_cells_at_once_and_the_live_segment_of_every_step(write_plan, monkeypatch) -> None:
