@@ -1,7 +1,6 @@
 """The sentences of a report: its conclusion, cautions and warnings, all computed from the tables."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,8 +25,6 @@ RIVAL = "Another method"
 """Subject of the comparisons between methods."""
 ENOUGH_SEEDS = 4
 """Least number of training seeds a side for a verdict of higher or lower."""
-_KINDS = ("steps", "timesteps", "tokens", "flops", "seconds")
-_ALIKE = 1.25  # ratio up to which budgets count as equal: steps are whole, and seconds vary
 _NAMED = 4  # names in a list of many
 _RISE = 0.05  # least rise of a held-out loss that counts, as a fraction of the fall of the training loss
 
@@ -242,13 +239,12 @@ def overfitting_warning(losses: pd.DataFrame) -> str | None:
 
 
 def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
-    """Return a warning if not only the context length but also settings or budgets differ along a curve; else None."""
-    keys = pd.MultiIndex.from_frame(table.loc[table["length"].notna(), CELL])
-    rows = results[results["memory"] & pd.MultiIndex.from_frame(results[CELL]).isin(keys)]
+    """Return a warning if not only the context length but also settings differ along a curve; None if not."""
+    rows = results[results["memory"]].merge(table.loc[table["length"].notna(), CELL], on=CELL)
     unlike = [
-        f"{method} on {task}: {'; '.join(found)}"
+        f"{method} on {task}: {', '.join(found)}"
         for (task, method), group in rows.groupby(["task", "method"])
-        if (found := _unlike_settings(group) + _unlike_budgets(group))
+        if (found := _unlike_settings(group))
     ]
     if not unlike:
         return None
@@ -259,32 +255,8 @@ def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
 
 
 def _unlike_settings(rows: pd.DataFrame) -> list[str]:
-    """Return the settings that are not equal at all lengths, with their values."""
-    of_length = {
-        length: settings_of_any_length(json.loads(group["settings"].iloc[-1]))
-        for length, group in rows.groupby("train_trajectories")
-    }
-    usual, found = usual_settings(), []
-    for name in sorted({name for settings in of_length.values() for name in settings}):
-        values: dict[str, list[str]] = defaultdict(list)
-        for length, settings in of_length.items():
-            values[settings.get(name, usual.get(name, ""))].append(str(length))
-        if len(values) > 1:
-            found.append(f"{name} " + ", ".join(f"{value} with {' and '.join(at)}" for value, at in values.items()))
-    return found
-
-
-def _unlike_budgets(rows: pd.DataFrame) -> list[str]:
-    """Return the steps of each length if the lengths share no budget (steps, data, tokens, FLOPs or time)."""
-    runs = rows[rows["steps"].notna()].groupby(RUN, as_index=False)[["converged", *_KINDS]].first()
-    if runs["converged"].all() or any(_is_shared(runs[kind].to_numpy(np.float64)) for kind in _KINDS):
-        return []
-    parts = [
-        f"{' or '.join(f'{steps:,.0f}' for steps in sorted(group.unique()))} steps with {length}"
-        for length, group in runs.groupby("train_trajectories")["steps"]
-    ]
-    return [f"training of {', '.join(parts)}"]
-
-
-def _is_shared(amounts: Sequence[float] | np.ndarray) -> bool:
-    return not np.isnan(amounts).any() and max(amounts) <= _ALIKE * min(amounts)
+    """Return the names of the settings that are not equal at all lengths."""
+    usual = usual_settings()
+    last = rows.groupby("train_trajectories")["settings"].last()
+    known = [usual | dict(settings_of_any_length(json.loads(settings))) for settings in last]
+    return [name for name in sorted(set().union(*known)) if len({one.get(name) for one in known}) > 1]

@@ -15,7 +15,6 @@ from ringrl.report.conclusion import (
 )
 from ringrl.report.results import tabulate
 from ringrl.report.tables import prompt_returns, returns_table, tasks_like_random
-from ringrl.training.budget import Budget
 
 
 class Summary:
@@ -377,31 +376,8 @@ def test_settings_that_differ_along_a_curve_are_reported(make_rollouts):
         for record in make_rollouts(length, 0, 100.0 * length, settings=settings)
     ]
     warning = str(Summary(records).warnings[1])
-    assert "Agentic Transformer on cartpole_swingup: optimiser.learning_rate 0.1 with 1, 0.001 with 2 and 4" in warning
+    assert "Agentic Transformer on cartpole_swingup: optimiser.learning_rate. " in warning
     assert "optimiser.steps" not in warning, "these follow from the length"
-
-
-@pytest.mark.parametrize(
-    ("alike", "expected"),
-    [
-        ({}, "training of 100 steps with 1, 100,000 steps with 2"),
-        ({"timesteps": 7}, None),
-        ({"tokens": 7}, None),
-        ({"flops": 7.0}, None),
-        ({"seconds": 7.0}, None),
-        ({"steps": 100}, None),
-    ],
-)
-def test_lengths_that_share_no_budget_are_reported(alike, expected, make_rollouts):
-    few = {"steps": 100, "batch_size": 1, "timesteps": 100, "tokens": 100, "flops": 1e6, "seconds": 1.0}
-    many = {"steps": 100_000, "batch_size": 1, "timesteps": 200_000, "tokens": 200_000, "flops": 1e9, "seconds": 900.0}
-    records = [
-        record
-        for length, budget in ((1, few), (2, many))
-        for record in make_rollouts(length, 0, 1.0, budget=Budget(**{**budget, **alike}))
-    ]
-    warning = Summary(records).warnings[1]
-    assert warning is None if expected is None else expected in str(warning)
 
 
 def test_equal_settings_are_not_reported(make_rollouts, make_ablation):
