@@ -9,7 +9,7 @@ import pandas as pd
 from altair.utils.schemapi import debug_mode
 
 from ringrl.evaluation.formatting import number
-from ringrl.report.drawing import HELD_OUT, TRAINING, Chart, Drawing, Panel, styles
+from ringrl.report.drawing import HELD_OUT, STRENGTH, TRAINING, Chart, Drawing, Panel, styles
 from ringrl.report.results import CELL, LENGTH_SETTINGS
 from ringrl.report.tables import (
     episode_returns,
@@ -242,6 +242,6 @@ def _map_panel(draw: Drawing, title: str, rows: pd.DataFrame, by: list[str]) -> 
     named = {"x": by[0], "y": by[1], "shown": "mean return", "seeds": "seeds"}
     tooltip = [alt.Tooltip(f"{name}:N", title=text) for name, text in named.items()]
     base = draw.base(data).encode(x=x, y=y, tooltip=tooltip)
-    tiles = base.mark_rect(color="var(--muted)").encode(opacity=alt.Opacity("strength:Q", scale=None, legend=None))
+    tiles = base.mark_rect(color="var(--muted)").encode(opacity=STRENGTH)
     layers = [tiles, base.mark_text(color="var(--ink)", fontSize=13).encode(text="shown:N")]
     return draw.panel(title, layers, f"{title}: return by {by[0]} and {by[1]}.", height=60 + 50 * len(orders[1]))

@@ -50,6 +50,7 @@ TRAINING, HELD_OUT = "training", "held-out episodes"
 _DASHED = {RESET: MEMORY, HELD_OUT: TRAINING}  # what a dashed line shows -> what its solid line shows
 FONT = "Inter, system-ui, Liberation Sans, Arial, sans-serif"
 WIDTH, HEIGHT = 380, 250  # of a panel in a file, pixels
+STRENGTH = alt.Opacity("strength:Q", scale=None, legend=None)  # a column
 _SHAPES, _DASHES = ("circle", "square", "triangle-up", "diamond"), ((2, 3), (6, 3), (1, 4), (6, 3, 1, 3))
 
 
@@ -131,7 +132,7 @@ def _file_spec(panels: Sequence[Panel], methods: Sequence[str]) -> dict[str, Any
     spec = {
         "$schema": alt.SCHEMA_URL, "concat": views, "columns": 2 if len(views) == 4 else min(3, len(views)),
         "datasets": {name: rows for panel in panels for name, rows in panel.spec["datasets"].items()},
-        "params": panels[0].spec["params"], "config": _config(), "background": "var(--paper)", "spacing": 30,
+        "config": _config(), "background": "var(--paper)", "spacing": 30,
     }  # fmt: skip
     if max(map(len, methods), default=0) > 50:
         spec["config"]["legend"] |= {"columns": 1, "labelLimit": 2 * WIDTH}
@@ -181,15 +182,13 @@ class Drawing(NamedTuple):
         return alt.Chart(alt.NamedData(name=name))
 
     def panel(self, title: str, layers: Sequence[alt.Chart], description: str, height: int = HEIGHT) -> Panel:
-        """Return layers made with `base` as one panel. Its parameter `isolated` is the method chosen in the legend."""
+        """Return layers made with `base` as one panel."""
         specs = [layer.to_dict(validate=False) for layer in layers]
         for spec in specs:
             del spec["$schema"], spec["config"]
         names = sorted({spec["data"]["name"] for spec in specs})
         rows = {name: json.loads(self.frames[name].to_json(orient="records", double_precision=6)) for name in names}
-        params = [{"name": "isolated", "value": ""}]
-        spec = {"description": description, "layer": specs, "datasets": rows, "params": params}
-        return Panel(title, spec, height)
+        return Panel(title, {"description": description, "layer": specs, "datasets": rows}, height)
 
     def curves(
         self,
@@ -258,7 +257,7 @@ class Drawing(NamedTuple):
             points: draw the points; False leaves only their tooltips.
         """
         base = self.base(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
-        line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(y=y, opacity=_opacity("strength"))
+        line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(y=y, opacity=STRENGTH)
         if data["memory"].nunique() > 1:
             dashed = next(name for name in _DASHED if (data["memory"] == name).any())
             dashes = alt.Scale(domain=[_DASHED[dashed], dashed], range=[[1, 0], [4, 3]])
@@ -267,15 +266,15 @@ class Drawing(NamedTuple):
         marks = marks.encode(y=y, tooltip=_tooltips(data))
         if points:
             shapes = alt.Scale(domain=list(self.styles), range=[style.shape for style in self.styles.values()])
-            marks = marks.encode(shape=alt.Shape("method:N", title=None, scale=shapes), opacity=_opacity("strength"))
+            marks = marks.encode(shape=alt.Shape("method:N", title=None, scale=shapes), opacity=STRENGTH)
         layers = [line, marks]
         if "low" in data and data["low"].notna().any():
             ends = base.mark_area() if band else base.mark_rule(strokeWidth=6)
             low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
-            ends = ends.encode(y=low, y2="high:Q", opacity=_opacity(0.15 if band else 0.3))
+            ends = ends.encode(y=low, y2="high:Q", opacity=alt.value(0.15 if band else 0.3))
             layers.insert(0, ends.transform_filter("isValid(datum.low)"))
         if "label" in data:
-            text = base.mark_text(align="right", dx=-4, dy=-9).encode(y=y, text="label:N", opacity=_opacity(1.0))
+            text = base.mark_text(align="right", dx=-4, dy=-9).encode(y=y, text="label:N", opacity=alt.value(1.0))
             layers.append(text.transform_filter("isValid(datum.label)"))
         return layers
 
@@ -284,7 +283,7 @@ class Drawing(NamedTuple):
         data = runs[[name for name in ("method", "x", "value", "seed", "loss", "trajectories") if name in runs]]
         data = data.assign(shown=[number(value) for value in runs["value"]])
         mark = self.base(data).mark_point(filled=True, size=size)
-        return mark.encode(x=x, y=y, color=self.colour(), opacity=_opacity(0.6), tooltip=_tooltips(data))
+        return mark.encode(x=x, y=y, color=self.colour(), opacity=alt.value(0.6), tooltip=_tooltips(data))
 
     def rules(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
         """Return a horizontal line per row, within a wider, invisible line that has the tooltips."""
@@ -292,7 +291,7 @@ class Drawing(NamedTuple):
         for dash, rows in data.groupby(data["method"].map(lambda name: self.styles[name].dash)):
             rows = rows.dropna(axis=1, how="all")
             base = self.base(rows).encode(y=y, color=self.colour())
-            layers.append(base.mark_rule(strokeWidth=1.5, strokeDash=list(dash)).encode(opacity=_opacity(0.9)))
+            layers.append(base.mark_rule(strokeWidth=1.5, strokeDash=list(dash)).encode(opacity=alt.value(0.9)))
             layers.append(base.mark_rule(strokeWidth=9, opacity=0).encode(tooltip=_tooltips(rows)))
         return layers
 
@@ -322,13 +321,6 @@ def _legible(points: pd.DataFrame, scale: alt.Scale) -> pd.Series:
         if all(abs(x[index] - x[other]) > width or abs(y[index] - y[other]) > 0.07 for other in kept):
             kept.append(index)
     return points["label"].where(points.index.isin(kept))
-
-
-def _opacity(strength: float | str) -> alt.OpacityValue:
-    """Return a constant or a column as opacity. Methods other than the isolated one are faint."""
-    column = {"field": strength, "type": "quantitative", "scale": None, "legend": None}
-    value = {"value": strength} if isinstance(strength, float) else column
-    return alt.OpacityValue(0.06, condition={"test": "isolated == '' || datum.method == isolated", **value})
 
 
 def _lengths(train: float, prompt: float, test: float) -> str | None:

@@ -203,8 +203,8 @@ def test_failed_episodes_are_counted_not_averaged(make_rollouts, write_results, 
     assert table[["episodes", "failed", "seeds"]].iloc[0].tolist() == [5, 7, 1]
     assert table[["mean", "first", "last"]].iloc[0].tolist() == [101.0, 101.0, 100.0]
     text = write_report([write_results([whole, cut, nothing])], tmp_path / "report").read_text()
-    assert ">Failed</button>" in text
-    assert '<td data-value="7">7</td>' in text
+    assert ">Failed</th>" in text
+    assert "<td>7</td>" in text
     assert "1 streams without a return" in text
     never = [record.model_copy(update={"returns": (5.0, None)}) for record in make_rollouts(2, 0, 0)]
     shown = io.StringIO()
@@ -226,7 +226,6 @@ def test_specifications_hold_what_a_tooltip_shows(full):
     point = next(row for row in rows if row.get("trajectories") == "2" and row.get("interval"))
     assert point["method"] == "Agentic Transformer"
     assert (point["seeds"], point["command"]) == (2, "ringrl ablate plan.yaml")
-    assert all(spec["params"] == [{"name": "isolated", "value": ""}] for spec in specs)
 
 
 def test_the_terminal_table_fits_80_columns(make_ablation):
