@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,22 +43,25 @@ def train(
     from ringrl.training import read_info
     from ringrl.training import train as train_run
     from ringrl.training.checkpoints import EarlyStopping
-    from ringrl.training.distributed import is_wanted
-    from ringrl.training.supervisor import run_supervised
+    from ringrl.training.distributed import is_first, is_wanted, run_to_the_end
 
     if method is not None:
         check_method(settings, method)
-    run, work = settings.run, partial(train_run, settings, profile=profile)
-    is_resumed = resume is not None or resume_or_start
-    if not is_wanted(distributed):
-        work(resume=is_resumed)
-    elif run_supervised(partial(work, resume=is_resumed), distributed) != 0:
-        return  # process 0 reports
-    step, steps = read_info(run)[0], settings.optimiser.steps
-    if step < steps and not EarlyStopping.saved(run, step).has_converged(settings):  # a signal stopped it
-        print(f"{run}: step {step} of {steps}; next: {command_line()}{'' if is_resumed else ' --resume'}")
-    else:
-        print(f"{run}; next: ringrl evaluate --checkpoint {shlex.quote(str(run))}")
+    run, is_resumed = settings.run, resume is not None or resume_or_start
+
+    def work() -> None:
+        train_run(settings, resume=is_resumed, profile=profile)
+        step, steps = read_info(run)[0], settings.optimiser.steps
+        if not is_first():
+            return
+        if step < steps and not EarlyStopping.saved(run, step).has_converged(settings):  # a signal stopped it
+            print(f"{run}: step {step} of {steps}; next: {command_line()}{'' if is_resumed else ' --resume'}")
+        else:
+            print(f"{run}; next: ringrl evaluate --checkpoint {shlex.quote(str(run))}")
+
+    if is_wanted(distributed):
+        run_to_the_end(work, distributed)
+    work()
 
 
 def add_settings(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:

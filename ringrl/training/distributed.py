@@ -1,7 +1,7 @@
 """Several processes as one run: connecting, agreeing on the settings, and ending together.
 
 A process that fails stores a message in JAX's coordination service, which runs in process 0. All other processes read
-the message and end with the same exit code. The service also detects processes that vanish; see `supervisor`.
+the message and end with the same exit code. The service also detects processes that vanish, and ends the others.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 
 from ringrl.config import DistributedConfig
 from ringrl.errors import UserError, brief, user_message
-from ringrl.signals import Stopped, handled
+from ringrl.signals import STOPPING, Stopped, handled
 
 WAIT_MS = 600_000  # longest wait for a slow process; a lost one is detected earlier
 LINGER = 2.0  # seconds that process 0, which runs the service, waits until the others have read the last message
 STOP = "ringrl/stop"
-FAILED, USER_ERROR, LOST, INTERRUPTED = 1, 2, 75, 130  # exit codes; 75 is EX_TEMPFAIL of sysexits.h
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
 
 
 def is_wanted(config: DistributedConfig) -> bool:
@@ -52,14 +52,15 @@ def join(config: DistributedConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     is_given = config.coordinator is not None
     try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.processes,
-            config.process,
-            cluster_detection_method="deactivate" if is_given else None,
-            initialization_timeout=config.start_timeout,
-            heartbeat_timeout_seconds=config.heartbeat_timeout,
-        )
+        with handled(signal.SIG_DFL, (signal.SIGINT,)):  # JAX blocks Python while processes connect
+            jax.distributed.initialize(
+                config.coordinator,
+                config.processes,
+                config.process,
+                cluster_detection_method="deactivate" if is_given else None,
+                initialization_timeout=config.start_timeout,
+                heartbeat_timeout_seconds=config.heartbeat_timeout,
+            )
     except Exception as error:  # each kind of cluster raises its own exception
         flag = f"coordinator {config.coordinator}" if is_given else f"enabled {config.enabled}"
         raise UserError(
@@ -69,10 +70,12 @@ def join(config: DistributedConfig) -> None:
 
 
 def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoReturn:
-    """Do this process's work and exit: with 0 when all processes are done, else with the code of the first failure.
+    """Join the others, do this process's work and exit: with 0 when all are done, else with the code of a failure.
 
-    A failure of this process is printed as one line and reported to the others.
+    A failure of this process is printed as one line and reported to the others. If a process is lost, JAX ends the
+    others with SIGABRT and messages of its own. Raise UserError as `join` does.
     """
+    join(config)
     threading.Thread(target=_end_with_the_others, daemon=True).start()
     try:
         work()
@@ -82,8 +85,6 @@ def run_to_the_end(work: Callable[[], object], config: DistributedConfig) -> NoR
     except Exception as error:
         if message := user_message(error):
             _end(f"stopped: {message}", USER_ERROR, message)
-        if _is_from_the_runtime(error):  # usually the first sign of a lost process, which the service names soon
-            time.sleep(config.heartbeat_timeout + 5)
         traceback.print_exc()
         _end(f"failed ({brief(error)})", FAILED)
     _exit(0)
@@ -175,8 +176,10 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turn a signal to stop (from `kill`, a closing terminal or a scheduler) into a StopRequest inside the block."""
     stop = StopRequest()
-    if jax.process_count() > 1:  # JAX handles SIGTERM itself, and the supervisor sends no other
-        yield stop
+    if jax.process_count() > 1:  # JAX handles SIGTERM itself
+        others = tuple(number for number in STOPPING if number != signal.SIGTERM)
+        with handled(lambda number, frame: os.kill(os.getpid(), signal.SIGTERM), others):
+            yield stop
         return
 
     def set_stop(number: int, frame: FrameType | None) -> None:
@@ -220,14 +223,6 @@ def _exit(code: int, last_line: str = "") -> NoReturn:
     if last_line:
         print_line(last_line)
     os._exit(code)
-
-
-def _is_from_the_runtime(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _client() -> Any:
