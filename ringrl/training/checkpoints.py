@@ -4,10 +4,8 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,7 +29,7 @@ CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
 PARTS = ("info/metadata", "iterator/metadata", "state/_METADATA", "state/manifest.ocdbt")
 DELETED = ".deleted-"
 CheckpointKind = Literal["last", "best"]
-PATTERN = re.compile(r"[][*?\\]")
+PATTERN = re.compile(r"[[\\]")  # a path with one of these: orbax would lose the arrays
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -125,13 +123,17 @@ class Checkpoints:
 
     The newest `keep` checkpoints (all, if None) and the best (see `best_step`) are kept. Reading changes no file, so a
     run may be read-only.
+
+    Raises:
+        UserError: the path of the run has a character that orbax does not write.
     """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
-        self.folder = run / "checkpoints"
-        self._keep, self._is_verified = keep, False
+        self.folder, self._keep = run / "checkpoints", keep
+        if found := PATTERN.search(str(run.absolute())):
+            raise UserError(f"{run}: checkpoints cannot be stored in a path with {found[0]}; give a folder without it")
+        self._newest: Path | None = None  # checkpoint that this process has written
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._alias = ExitStack()
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, newest last."""
@@ -156,9 +158,9 @@ class Checkpoints:
     ) -> None:
         """Write the states of training and of the batch iterator, and the recent losses, in the background.
 
-        The first checkpoint is read back. Raise UserError if it or an earlier one could not be written.
+        Raise UserError if an earlier checkpoint could not be written.
         """
-        step, checksums = int(state.step), array_checksums(state)
+        checksums = array_checksums(state)
         is_known = validation_loss is not None and np.isfinite(validation_loss)
         values = {
             "info": info.to_json() | {ARRAY_CHECKSUMS: checksums},
@@ -171,55 +173,22 @@ class Checkpoints:
         self.wait()
         with self._naming_failures():
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._newest = self.folder / str(int(state.step))
             state_item = ocp.args.StandardSave(state._asdict())
-            self._orbax.save(self._root / str(step), args=ocp.args.Composite(state=state_item, **items))
-        if not self._is_verified:
-            self.wait()
-            self._verify(step, state, checksums)
-            self._is_verified = True
-
-    def _verify(self, step: int, state: TrainState, checksums: list[int]) -> None:
-        """Raise UserError if the checkpoint that was just written cannot be read.
-
-        Several processes compare no arrays: a second copy of the state might not fit on their devices. Only the first,
-        which renamed the checkpoint, reads it: network file systems may show it late to the others.
-        """
-        if jax.process_index() != 0:
-            return
-        try:
-            for item in ("info", "iterator", "metrics"):
-                _read_json(self.folder / str(step), item)
-            if jax.process_count() == 1:
-                like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), state._asdict())
-                found = TrainState(**self._read(step, like))
-                if [_checksum(array) for array in jax.tree.leaves(found)] != checksums:
-                    raise ValueError("its arrays differ from the saved ones")
-            elif not (self.folder / str(step) / "state" / "manifest.ocdbt").exists():
-                raise ValueError("its arrays are missing")
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"{self.folder / str(step)}: was written, but cannot be read back ({brief(error)}); "
-                "give a --run on another file system"
-            ) from error
+            self._orbax.save(self._newest.absolute(), args=ocp.args.Composite(state=state_item, **items))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of a checkpoint, with the shapes and shardings of `like`."""
         path, abstract = self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         checksums = _read_json(path, "info").get(ARRAY_CHECKSUMS)
         try:
-            state = TrainState(**self._read(step, abstract))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = TrainState(**self._orbax.restore(path.absolute(), args=args)["state"])
         except Exception as error:  # orbax raises bare Exceptions for unreadable arrays
             raise _unreadable(path, error) from error
         if checksums != array_checksums(state):
             raise _unreadable(path, ValueError("its arrays differ from the saved ones"))
         return state
-
-    def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        arrays: dict[str, Any] = self._orbax.restore(self._root / str(step), args=args)["state"]
-        return arrays
 
     def restore_iterator(self, step: int) -> dict[str, Any]:
         """Return the state of the batch iterator in a checkpoint."""
@@ -229,6 +198,9 @@ class Checkpoints:
         """Wait until everything is written, then delete old checkpoints. Raise UserError if either fails."""
         with self._naming_failures():
             self._orbax.wait_until_finished()
+            if self._newest and jax.process_index() == 0:  # network file systems may show it late to the others
+                for missing in (part for part in PARTS if not (self._newest / part).exists()):
+                    raise OSError(f"{self._newest / missing} is missing")
             self._prune()
 
     def close(self) -> None:
@@ -238,17 +210,6 @@ class Checkpoints:
         finally:
             with self._naming_failures():  # a failed write may be reported here again
                 self._orbax.close()
-            self._alias.close()
-
-    @cached_property
-    def _root(self) -> Path:
-        """The absolute path of the folder for orbax, which would read [ ] * ? and \\ as a pattern."""
-        folder = self.folder.absolute()
-        if not PATTERN.search(str(folder)):
-            return folder
-        link = Path(self._alias.enter_context(TemporaryDirectory(prefix="ringrl-"))) / "checkpoints"
-        link.symlink_to(folder)
-        return link
 
     def _prune(self) -> None:
         """Delete checkpoints that are not kept, and leftovers of killed processes.
@@ -362,12 +323,6 @@ def _sums(arrays: list[jax.Array]) -> list[UInt32[jax.Array, ""]]:
     words = [jnp.dtype(f"uint{min(8 * array.dtype.itemsize, 32)}") for array in arrays]
     bits = map(jax.lax.bitcast_convert_type, arrays, words)
     return [array.astype(jnp.uint32).sum(dtype=jnp.uint32) for array in bits]
-
-
-def _checksum(array: np.ndarray[Any, Any]) -> int:
-    """Return the same checksum of an array in host memory."""
-    array = np.ascontiguousarray(array)
-    return int(array.reshape(-1).view(f"uint{min(8 * array.dtype.itemsize, 32)}").sum(dtype=np.uint32))
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:

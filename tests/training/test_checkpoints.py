@@ -8,10 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -179,14 +177,6 @@ def test_damaged_metrics_of_any_checkpoint_stop_nothing(finished: TrainConfig, c
         assert load_policy(finished.run).step == 14
 
 
-def test_arrays_that_are_read_back_changed_stop_the_run(tiny: TrainConfig, monkeypatch) -> None:
-    read = Checkpoints._read
-    changed = lambda self, *args: jax.tree.map(lambda x: x + 1, read(self, *args))  # noqa: E731
-    monkeypatch.setattr(Checkpoints, "_read", changed)
-    with pytest.raises(UserError, match=r"4: was written, but cannot be read back \(its arrays differ"):
-        train(tiny, quiet=True)
-
-
 def test_a_full_disk_that_shows_at_the_end_is_one_line(tiny: TrainConfig, monkeypatch) -> None:
     """Orbax may raise the error of a background write again when it is closed."""
 
@@ -198,7 +188,7 @@ def test_a_full_disk_that_shows_at_the_end_is_one_line(tiny: TrainConfig, monkey
         train(tiny, quiet=True)
 
 
-def test_a_checkpoint_that_cannot_be_read_back_stops_the_run(tiny: TrainConfig, monkeypatch) -> None:
+def test_a_checkpoint_of_which_a_part_is_missing_stops_the_run(tiny: TrainConfig, monkeypatch) -> None:
     """Such a run used to end with exit code 0."""
     wait = ocp.AsyncCheckpointer.wait_until_finished
 
@@ -208,27 +198,14 @@ def test_a_checkpoint_that_cannot_be_read_back_stops_the_run(tiny: TrainConfig, 
             manifest.unlink()
 
     monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", lose_the_arrays)
-    with pytest.raises(UserError, match=r"checkpoints/4: was written, but cannot be read back"):
+    with pytest.raises(UserError, match=r"cannot be written .*checkpoints/4/state/manifest.ocdbt is missing"):
         train(tiny, quiet=True)
 
 
-def test_memory_that_runs_out_while_a_checkpoint_is_read_back_is_named(tiny: TrainConfig, monkeypatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(ocp.AsyncCheckpointer, "restore", fail)
-    with pytest.raises(MemoryError):
-        train(tiny, quiet=True)
-
-
-def test_only_the_first_of_several_processes_reads_a_new_checkpoint_back(tmp_path: Path, monkeypatch) -> None:
-    """A network file system may show a renamed folder late to the others."""
-    checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    for index in (1, 0):
-        monkeypatch.setattr("jax.process_index", lambda index=index: index)
-        with pytest.raises(UserError, match="cannot be read back") if index == 0 else nullcontext():
-            checkpoints._verify(4, None, [])
+@pytest.mark.parametrize("name", ["[2026] thesis", "back\\slash"])
+def test_a_path_that_orbax_reads_as_a_pattern_is_an_error(tiny: TrainConfig, name: str) -> None:
+    with pytest.raises(UserError, match=r"cannot be stored in a path with [[\\]"):
+        train(tiny.model_copy(update={"run": tiny.run.with_name(name)}), quiet=True)
 
 
 def test_a_checkpoint_that_training_replaces_while_it_is_read_gives_the_newest(finished, monkeypatch) -> None:

@@ -136,17 +136,6 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_name(tiny: TrainConfi
     assert TrainConfig.model_validate(read_yaml(tiny.run / "config.yaml")) == wider
 
 
-@pytest.mark.parametrize("name", ["[2026] thesis", "back\\slash", "what?*"])
-def test_a_path_may_hold_the_characters_of_a_pattern(tiny: TrainConfig, tmp_path: Path, name: str) -> None:
-    config = tiny.model_copy(update={"run": tmp_path / name / "run"})
-    train(config, quiet=True)
-    expected = load_policy(config.run).parameter_hash
-    as_preempted(config.run)
-    train(config, resume=True, quiet=True)
-    moved = config.run.rename(tmp_path / "moved")
-    assert load_policy(moved).parameter_hash == expected
-
-
 def test_a_dollar_in_the_paths_of_a_run_is_not_expanded(tiny: TrainConfig, tmp_path: Path, monkeypatch, capsys) -> None:
     """Also if nothing is there any more, so that the path cannot be recognised."""
     monkeypatch.setenv("X", "elsewhere")
