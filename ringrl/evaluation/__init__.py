@@ -3,15 +3,14 @@
 from ringrl.evaluation.evaluate import evaluate_all, evaluate_policy, evaluate_random
 from ringrl.evaluation.policy import Player, TrainedPolicy, load_policy
 from ringrl.evaluation.progress import EvaluationProgress
-from ringrl.evaluation.prompt import imitation_error
 from ringrl.evaluation.protocol import Evaluation, Protocol, policy_evaluation, random_evaluation
 from ringrl.evaluation.records import EvaluationRecord, read_records
 from ringrl.evaluation.video import VideoOptions
 
 __all__ = [
     "Evaluation", "EvaluationProgress", "EvaluationRecord", "Player", "Protocol", "TrainedPolicy", "VideoOptions",
-    "evaluate_all", "evaluate_policy", "evaluate_random", "imitation_error", "load_policy", "policy_evaluation",
-    "random_evaluation", "read_records",
+    "evaluate_all", "evaluate_policy", "evaluate_random", "load_policy", "policy_evaluation", "random_evaluation",
+    "read_records",
 ]  # fmt: skip
 
 

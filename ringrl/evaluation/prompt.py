@@ -1,11 +1,9 @@
-"""Prompts: trajectories of the dataset in a policy's context before its first episode. Also the imitation error."""
+"""Prompts: trajectories of the dataset in a policy's context before its first episode."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Float
 
 from ringrl.context import Context
 from ringrl.data import EpisodeStore
@@ -14,9 +12,6 @@ from ringrl.data.sampling.sampler import ContextPlan, ContextSampler
 from ringrl.errors import UserError
 from ringrl.training.checkpoints import RunInfo
 from ringrl.training.run_folder import dataset_fingerprint
-
-if TYPE_CHECKING:
-    from ringrl.evaluation.policy import TrainedPolicy
 
 FIRST_DRAW = 2**64  # the sampler's step for the first draw; no training reaches this step
 
@@ -107,37 +102,3 @@ def _shuffled(plan: ContextPlan, generator: np.random.Generator) -> ContextPlan:
     columns = ("episodes", "targets", "completes", "first_timesteps")
     moved = {name: getattr(plan, name)[:, order] for name in columns}
     return plan._replace(**moved, starts=np.concatenate([[[0]], np.cumsum(lengths, axis=1)], axis=1))
-
-
-def imitation_error(
-    trained: "TrainedPolicy", data: Path | None = None, *, batches: int = 16
-) -> Float[np.ndarray, "contexts trajectories steps"]:
-    """Return the squared error of the policy's actions on contexts drawn as in training, averaged over components.
-
-    If the error falls within the first steps of an episode, the episode itself identifies the behaviour to imitate, and
-    earlier trajectories add little.
-
-    Args:
-      trained: the policy.
-      data: current path of its dataset. None: the path in the run's configuration.
-      batches: number of batches of the run's batch size.
-
-    Raises:
-      UserError: the method has no context, the dataset is missing or another one, or its episodes differ in length.
-    """
-    config, run = trained.info.config, trained.run
-    if not config.model.family.has_context:
-        raise UserError(f"{run}: {config.model.kind} has no context; give the run of a transformer")
-    store = open_dataset(trained.info, run, data)
-    if len(np.unique(store.lengths)) > 1 and config.context.segment_steps is None:
-        raise UserError(f"{store.path}: episodes differ in length, so their steps cannot be averaged")
-    size = config.optimiser.batch_size
-    excluded = held_out(store, config)
-    source = config.task, config.context, trained.info.normalisation
-    sampler = ContextSampler(store, *source, size, config.seed, excluded=excluded)
-    actions, found = jax.jit(trained.policy.actions), []
-    for number in range(batches):
-        batch = sampler.batch(FIRST_DRAW + number)
-        error = np.square(np.asarray(actions(batch)) - batch.action).mean(-1)
-        found.append(error.reshape(size, config.context.trajectories, -1))
-    return np.concatenate(found)
