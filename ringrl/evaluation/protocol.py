@@ -367,9 +367,6 @@ def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -
     libraries = _SIMULATING | _COMPUTING
     if template.method in ("random", "copy"):  # no policy is computed
         libraries, decides["device"] = _SIMULATING, None
-    is_one = template.train_trajectories == 1 and (template.settings or {}).get("context.target") != "none"
-    if template.method.startswith("at") and is_one:  # the old name, so that evaluations under it are not repeated
-        decides["method"] = f"dt{template.method.removeprefix('at')}"
     libraries = libraries | ({"gymnasium"} if is_foreign(template.task) else set())
     decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
     decides |= {"environments": protocol.environments, "control": protocol.control}

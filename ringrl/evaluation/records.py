@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -376,22 +375,13 @@ def _parse(text: str, line: bytes, where: str) -> EvaluationRecord | None:
             "or leave the file out"
         )
     try:
-        return _with_own_name(EvaluationRecord.model_validate_json(text))
+        return EvaluationRecord.model_validate_json(text)
     except pydantic.ValidationError as error:
         if len(text) == len(line.decode()):
             return None
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "record"
         raise UserError(f"{where}: {field}: {first['msg']}; remove the line or evaluate again") from error
-
-
-def _with_own_name(record: EvaluationRecord) -> EvaluationRecord:
-    """Return the record with the current name of its method. Old files call an "at" of one trajectory "dt"."""
-    unknown = {"context.target": "own" if record.token_set == "dt3" else "best"}
-    target = (unknown if record.settings is None else record.settings).get("context.target", "best")
-    if re.fullmatch(r"dt(-\d+tasks)?", record.method) and target != "own":
-        return record.model_copy(update={"method": f"at{record.method.removeprefix('dt')}"})
-    return record
 
 
 def _remove_half_line(file: io.FileIO) -> int:

@@ -44,8 +44,7 @@ def read_results(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
       evaluated last.
     - A variant of an ablation plan is a separate method, whose name includes the variant's name.
     - Other runs of one method whose settings differ are different methods. Settings that follow from the context length
-      (steps, batch size) do not separate runs. A Decision Transformer is the one-trajectory point of an Agentic
-      Transformer if all other settings are equal.
+      (steps, batch size) do not separate runs.
     - A control (memory reset before each episode) counts only if it covers the same seeds and starts as its rollout. An
       episode that failed in either of the two counts in neither.
 
@@ -89,7 +88,8 @@ def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
     """
     newest, displaced = _newest(records)
     _check_datasets(newest)
-    variants = _variants(newest)
+    separating = _separating_settings(newest)
+    variants = [_variant(record, separating[_family(record)]) for record in newest]
     shown = {variant for record, variant in zip(newest, variants, strict=True) if record.context and record.finished}
     names = {variant: _name(variant, {*shown, variant}) for variant in set(variants)}
     taken = Counter(names.values())
@@ -246,23 +246,6 @@ def _fixed(record: EvaluationRecord) -> frozenset[tuple[str, str]]:
     return frozenset(settings_of_any_length(_settings(record)).items())
 
 
-def _variants(records: Sequence[EvaluationRecord]) -> list[_Variant]:
-    """Return the variant of each record. A Decision Transformer gets the variant of its Agentic Transformer."""
-    separating = _separating_settings(records)
-    own = [_variant(record, separating[_family(record)]) for record in records]
-    agentic = {
-        (record.task, variant, _fixed(record))
-        for record, variant in zip(records, own, strict=True)
-        if record.method.startswith("at")
-    }
-    found = []
-    for record, variant in zip(records, own, strict=True):
-        joined = variant._replace(method=_agentic(record.method))
-        is_point = record.train_trajectories == 1 and (record.task, joined, _fixed(record)) in agentic
-        found.append(joined if is_point else variant)
-    return found
-
-
 def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
     known = {**usual_settings(), **_settings(record)} if separating else {}
     settings = tuple((name, known.get(name, "")) for name in sorted(separating))
@@ -299,12 +282,7 @@ def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[s
 
 
 def _family(record: EvaluationRecord) -> tuple[str, ...]:
-    return record.task, _agentic(record.method), record.variant or ""
-
-
-def _agentic(method: str) -> str:
-    """Return the method that a Decision Transformer is a point of: "at" for "dt", "at-2tasks" for "dt-2tasks"."""
-    return f"at{method.removeprefix('dt')}" if method == "dt" or method.startswith("dt-") else method
+    return record.task, record.method, record.variant or ""
 
 
 def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:

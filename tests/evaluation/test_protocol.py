@@ -431,14 +431,6 @@ def test_at_and_dt_of_equal_parameters_seeds_and_starts_are_different_evaluation
     assert (at.is_finished(records[:2]), at.is_finished(records[2:])) == (True, False)
 
 
-def test_finished_evaluations_of_one_trajectory_remain_finished(trained: TrainedPolicy) -> None:
-    """Their hashes were made when an Agentic Transformer of one trajectory was called dt."""
-    for changes, name in (({"trajectories": 1}, "dt"), ({"trajectories": 2}, "at"), ({"target": "none"}, "at")):
-        config = with_config(trained, context={"trajectories": 1, "target": "best"} | changes)
-        found = policy_evaluation(config, Protocol(2, target="10"))
-        assert (found.template.method, found.decides["method"]) == ("at", name)
-
-
 def test_random_actions_do_not_depend_on_other_streams() -> None:
     two = evaluate_random(TASK, Protocol(environments=2, episodes=2, seed=70))
     (alone,) = evaluate_random(TASK, Protocol(environments=1, episodes=2, seed=72))

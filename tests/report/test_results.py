@@ -8,7 +8,7 @@ import pytest
 
 from ringrl.config import TrainConfig
 from ringrl.errors import UserError
-from ringrl.evaluation.records import read_records, recipe
+from ringrl.evaluation.records import recipe
 from ringrl.methods import method_of
 from ringrl.report import read_results
 from ringrl.report.results import tabulate
@@ -245,29 +245,6 @@ def test_methods_of_one_name_stay_apart(make_rollouts):
     assert found == {f"{title}at5": [101], f"{title}dt3": [101], f"{title}dt3 (variant dt3)": [901]}
 
 
-def test_a_decision_transformer_is_the_first_point_of_the_agentic_one(make_rollouts):
-    agentic = [record for length in (2, 4) for record in make_rollouts(length, 0, 1)]
-    same = make_rollouts(1, 0, 1, method="dt")
-    table = returns_table(tabulate([*agentic, *same]))
-    assert (table["length"].tolist(), set(table["curve"])) == ([1, 2, 4], {""})
-    other = make_rollouts(1, 0, 1, method="dt", token_set="dt3")
-    assert set(returns_table(tabulate([*agentic, *other]))["family"]) == {"at", "dt"}
-    assert set(returns_table(tabulate(same))["family"]) == {"dt"}
-
-
-def test_old_files_call_an_agentic_transformer_of_one_trajectory_by_its_name(make_rollouts, write_results):
-    """Recorded as dt, by commands that named it so; dt with its own return as the target remains dt."""
-    old = make_rollouts(1, 0, 1.0, method="dt", settings={})
-    own = make_rollouts(1, 0, 1.0, method="dt", token_set="dt3", settings={"context.target": "own"})
-    tasks = make_rollouts(1, 0, 1.0, method="dt-2tasks", settings={})
-    unknown = make_rollouts(1, 3, 1.0, method="dt", token_set="dt3")
-    read = read_results(write_results([*old, *own, *tasks, *unknown]))
-    assert set(read["family"]) == {"at", "dt", "at-2tasks"}
-    assert set(read.loc[read["token_set"] == "dt3", "family"]) == {"dt"}
-    new = [record.model_copy(update={"method": "at"}) for record in old]
-    assert left_out(read_records(write_results([*old, *new], "both.jsonl")).records) != "", "one measurement, twice"
-
-
 def test_given_targets_are_separate_methods(make_rollouts):
     records = [
         record
@@ -351,19 +328,6 @@ def test_settings_that_follow_from_the_length_split_no_curve(make_rollouts):
     assert list(by_method(records)) == ["Agentic Transformer"]
 
 
-def test_a_decision_transformer_of_other_settings_is_a_method_of_its_own(make_rollouts):
-    """As --method dt makes it: with the same tokens and an embedding of the timestep, next to a length of 1."""
-    own = {"context.target": "own", "model.timestep_embedding": "True"}
-    agentic = [r for n in (2, 4) for r in make_rollouts(n, 0, 100.0 * n, token_set="dt3", settings={})]
-    first = make_rollouts(1, 0, 100.0, method="dt", token_set="dt3", settings={"optimiser.batch_size": "8"})
-    alone = make_rollouts(1, 0, 7.0, method="dt", token_set="dt3", settings=own)
-    assert left_out([*agentic, *first, *alone]) == ""
-    assert by_method([*agentic, *first, *alone]) == {
-        "Agentic Transformer": [101, 201, 401], "Decision Transformer": [8],
-    }  # fmt: skip
-    assert by_method([*agentic, *alone]) == {"Agentic Transformer": [201, 401], "Decision Transformer": [8]}
-
-
 @pytest.mark.parametrize(("trajectories", "target"), [(4, "best"), (1, "none")])
 def test_at_and_dt_with_equal_seeds_and_starts_are_two_runs(make_rollouts, trajectories, target):
     """Both are evaluated on one episode. The hashes of their checkpoints are unknown."""
@@ -382,12 +346,8 @@ def test_at_and_dt_with_equal_seeds_and_starts_are_two_runs(make_rollouts, traje
 
 def test_several_tasks_in_turn_have_a_curve_of_their_own(make_rollouts):
     settings = {"context.other_tasks": "('cartpole_balance',)"}
-    one = [r for n in (1, 2) for r in make_rollouts(n, 0, 100.0 * n, method="dt" if n == 1 else "at", settings={})]
-    both = [
-        r
-        for n in (1, 2)
-        for r in make_rollouts(n, 0, 10.0 * n, method="dt-2tasks" if n == 1 else "at-2tasks", settings=settings)
-    ]
+    one = [r for n in (1, 2) for r in make_rollouts(n, 0, 100.0 * n, settings={})]
+    both = [r for n in (1, 2) for r in make_rollouts(n, 0, 10.0 * n, method="at-2tasks", settings=settings)]
     assert by_method([*one, *both]) == {
         "Agentic Transformer": [101, 201], "Agentic Transformer, 2 tasks in turn": [11, 21],
     }  # fmt: skip
