@@ -39,7 +39,6 @@ def evaluate(
     side_by_side: bool = False,
     video_format: Literal["mp4", "gif", "apng"] = "mp4",
     video_speed: int = 1,
-    cache_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig = MeshConfig(),
 ) -> None:
     """Roll policies out. Write a results file with one line per stream of episodes, and a summary.
@@ -75,16 +74,16 @@ def evaluate(
             of median return, next to the --control.
         video_format: format of the videos. gif and apng have 10 to 13 frames per second.
         video_speed: speed of the videos as a multiple of the simulated time.
-        cache_dtype: dtype of cached keys and values; by default the dtype that the policy computes in.
         mesh: devices over which the cache of each context is sharded (seq only).
     """
     given = locals()
     from ringrl.envs import domain_of, is_foreign
     from ringrl.evaluation import Evaluation, Protocol, evaluate_all, policy_evaluation, random_evaluation
+    from ringrl.evaluation.actors import CompiledPolicy
     from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressLines, final_table
     from ringrl.evaluation.prompt import open_dataset
-    from ringrl.evaluation.protocol import compile_policy, prompt_only_evaluation
+    from ringrl.evaluation.protocol import prompt_only_evaluation
     from ringrl.evaluation.video import VideoOptions, check_video
 
     if video:
@@ -105,8 +104,8 @@ def evaluate(
     if side_by_side and not (control and episodes > 1):
         raise UserError("--side-by-side: compares episodes with the control; give --control and --episodes 2 or more")
     protocol = Protocol(
-        environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, cache_dtype,
-        prompt_task, prompt_rewards, prompt_order,
+        environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, prompt_task, prompt_rewards,
+        prompt_order,
     )  # fmt: skip
     evaluations: list[Evaluation] = []
     data_means: dict[str, float] = {}
@@ -114,7 +113,7 @@ def evaluate(
     for run in checkpoint:
         trained = load_policy(run, step, mesh, checkpoint_kind)
         own = trained.info.config.task
-        compiled = compile_policy(trained, protocol, own)
+        compiled = CompiledPolicy(trained.towards(own), trained.parallel)
         named: list[str] = []
         for name in tasks or (own,):
             named += domain_of(own).tasks if name == ALL_OF_DOMAIN else [name]

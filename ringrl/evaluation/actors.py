@@ -166,14 +166,13 @@ class CompiledPolicy:
 
     Args:
       policy: its parameters are used as they are now.
-      cache_dtype: dtype of cached keys and values. None: the dtype that the policy computes in.
       parallel: the mesh that the policy was made for.
     """
 
-    def __init__(self, policy: Policy, cache_dtype: jnp.dtype | None = None, parallel: Parallel = ONE_DEVICE) -> None:
+    def __init__(self, policy: Policy, parallel: Parallel = ONE_DEVICE) -> None:
         graph, self._params = nnx.split(policy)
-        self.policy, self._dtype = policy, cache_dtype
-        self._prefill = jax.jit(lambda params, prompt: nnx.merge(graph, params).prefill(prompt, cache_dtype))
+        self.policy = policy
+        self._prefill = jax.jit(lambda params, prompt: nnx.merge(graph, params).prefill(prompt))
         self._grow = jax.jit(partial(grow, parallel=parallel), static_argnames="capacity")
 
         def act(params: Any, previous: Context | None, current: Context, prefix: Any, memory: Any) -> Any:
@@ -182,7 +181,7 @@ class CompiledPolicy:
         self._act = jax.jit(act, donate_argnums=4)
 
         def act_after(params: Any, prefix: Any, segment: Context, step: jax.Array) -> jax.Array:
-            action: jax.Array = nnx.merge(graph, params).action_after(prefix, segment, step, cache_dtype)
+            action: jax.Array = nnx.merge(graph, params).action_after(prefix, segment, step)
             return action
 
         self.act_after = partial(jax.jit(act_after), self._params)
@@ -200,7 +199,7 @@ class CompiledPolicy:
 
     def reset(self, num_environments: int, capacity: int) -> Any:
         """Return an empty memory."""
-        return self.policy.reset(num_environments, capacity, self._dtype)
+        return self.policy.reset(num_environments, capacity)
 
     def grow(self, memory: KVCache, capacity: int) -> KVCache:
         """Return the same memory with a larger capacity."""

@@ -18,7 +18,8 @@ from ringrl.config import MeshConfig
 from ringrl.context import Context
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
-from ringrl.evaluation.protocol import Protocol, compile_policy, make_actor, target_and_prompt
+from ringrl.evaluation.actors import CompiledPolicy
+from ringrl.evaluation.protocol import Protocol, make_actor, target_and_prompt
 from ringrl.evaluation.rollout import ContextBuilder
 from ringrl.model import ActorCritic, Policy, make_agent
 from ringrl.model.parallel import ONE_DEVICE, Parallel
@@ -110,7 +111,7 @@ class Player:
         goal, _, drawn, _ = target_and_prompt(trained, protocol, task, data)
         shown = prompt if isinstance(prompt, Context) else drawn
         self._builder = ContextBuilder(info.normalisation, goal, config.context.trajectories, shown)
-        self._actor = make_actor(compile_policy(trained, protocol, task), config)
+        self._actor = make_actor(CompiledPolicy(trained.towards(task), trained.parallel), config)
         self._batch, self._observation_size, self._action_size = batch, info.observation_size, info.action_size
         self._length = info.normalisation.episode_length if info.domain in DOMAINS else None  # None: may differ
         self._is_segmented = config.model.family.has_context and config.context.segment_steps is not None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64
 
@@ -75,7 +74,6 @@ class Protocol:
         prompt_task: as a control, draws the prompt from another task of the dataset, with its rewards.
         prompt_rewards: "zero", as a control, shows a prompt whose rewards are all zero.
         prompt_order: "shuffled", as a control, puts the prompt's trajectories in random order.
-        cache_dtype: dtype of cached keys and values. None: the dtype that the policy computes in.
 
     Raises:
         UserError: a number is too small, or a seed exceeds 2**32 - 1, or the target cannot be parsed.
@@ -88,7 +86,6 @@ class Protocol:
     control: bool = False
     prompt_trajectories: int = 0
     prompt_seed: int = 0
-    cache_dtype: str | None = None
     prompt_task: str | None = None
     prompt_rewards: Literal["kept", "zero"] = "kept"
     prompt_order: Literal["kept", "shuffled"] = "kept"
@@ -193,12 +190,12 @@ def policy_evaluation(
         quantile, and for another task than the run's unless the target is a number.
       command: command line, for the records.
       results: None: evaluation.jsonl in the run's folder.
-      compiled: programs of the same policy, shared between tasks. None: compiled for this evaluation.
+      compiled: programs of the same policy, which the tasks of a domain share unless the policy depends on the goal.
       variant: name of the run's settings in an ablation plan, for the records.
 
     Raises:
-      UserError: the task belongs to another domain than the checkpoint, or has other spaces; a prompt or
-        cache dtype is given for a method without a context; the dataset is missing or is another one.
+      UserError: the task belongs to another domain than the checkpoint, or has other spaces; a prompt is given for a
+        method without a context; the dataset is missing or is another one.
     """
     run, info, config = trained.run, trained.info, trained.info.config
     task = config.task if task is None else task
@@ -229,12 +226,11 @@ def policy_evaluation(
         settings=recipe(config),
         budget=budget(info, trained.steps_taken, run),
         cache_devices=trained.parallel.ring_size,
-        cache_dtype=protocol.cache_dtype if has_context and protocol.cache_dtype != config.model.dtype else None,
         **prompt_fields,
         **_common_fields(protocol, command),
     )
     if compiled is None or compiled.policy is not trained.towards(task):
-        compiled = compile_policy(trained, protocol, task)
+        compiled = CompiledPolicy(trained.towards(task), trained.parallel)
     policy = compiled
     return _evaluation(
         template,
@@ -264,12 +260,6 @@ def _check_environment(run: Path, info: RunInfo, task: str) -> None:
         )
     if info.actions is not None and info.actions != (domain.action_low, domain.action_high, domain.is_discrete):
         raise UserError(f"{task}: its actions have other bounds than those of the data of {run}")
-
-
-def compile_policy(trained: "TrainedPolicy", protocol: Protocol, task: str) -> CompiledPolicy:
-    """Return the programs of a policy. The tasks of its domain share them, unless the policy depends on the goal."""
-    dtype = None if protocol.cache_dtype is None else jnp.dtype(protocol.cache_dtype)
-    return CompiledPolicy(trained.towards(task), dtype, trained.parallel)
 
 
 def make_actor(compiled: CompiledPolicy, config: TrainConfig) -> Actor:
@@ -322,9 +312,8 @@ def target_and_prompt(
     run, info, config = trained.run, trained.info, trained.info.config
     rule = TargetPolicy.parse(protocol.target)
     count, has_context = protocol.prompt_trajectories, config.model.family.has_context
-    for flag, value in (("--prompt-trajectories", count), ("--cache-dtype", protocol.cache_dtype)):
-        if value and not has_context:
-            raise UserError(f"{flag}: {run} has no context ({method_of(config)}); leave it out")
+    if count and not has_context:
+        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(config)}); leave it out")
     has_target = has_context and config.context.target != NO_TARGET
     needs_dataset = count or (has_target and rule.needs_dataset(info, task))
     store = open_dataset(info, run, data) if needs_dataset else None

@@ -27,7 +27,7 @@ LENGTH_SETTINGS = ("optimiser.steps", "optimiser.batch_size")
 
 _COPIED = (
     "task", "prompt_trajectories", "prompt_control", "test_trajectories", "seed", "environment_seed", "prompt_seed",
-    "token_set", "device", "target_policy", "target_return", "train_task", "cache_dtype", "steps_trained", "checkpoint",
+    "token_set", "device", "target_policy", "target_return", "train_task", "steps_trained", "checkpoint",
     "checkpoint_hash", "configuration_hash", "data_fingerprint", "command", "created", "evaluation",
 )  # fmt: skip
 _BUDGET = ("steps", "converged", "timesteps", "tokens", "flops", "seconds", "devices")
@@ -115,7 +115,6 @@ class _Variant(NamedTuple):
     token_set: str = ""
     target: str = ""
     train_task: str = ""  # if it is not the task itself
-    cache: str = ""  # dtype of the key-value cache, if it is not the policy's
     prompt: str = ""  # how the prompt was changed as a control
     settings: tuple[tuple[str, str], ...] = ()  # settings that differ between runs of one task, method and length
     name: str = ""  # in an ablation plan
@@ -198,7 +197,7 @@ def _identity(record: EvaluationRecord) -> tuple[object, ...]:
         record.context,
         record.environment_seed,
     )
-    return (*_training(record), record.task, record.prompt_trajectories, record.cache_dtype, target, *stream)
+    return (*_training(record), record.task, record.prompt_trajectories, target, *stream)
 
 
 def _check_datasets(records: Iterable[EvaluationRecord]) -> None:
@@ -259,8 +258,8 @@ def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
         target = f"given {all_digits(record.target_return)}"
     kind = "prompt control" if record.prompt_control or record.method in PROMPT_ONLY else "context"
     return _Variant(
-        record.method, kind, record.token_set or "", target, train_task, record.cache_dtype or "",
-        record.prompt_control or "", settings, name,
+        record.method, kind, record.token_set or "", target, train_task, record.prompt_control or "",
+        settings, name,
     )  # fmt: skip
 
 
@@ -295,8 +294,6 @@ def _name(variant: _Variant, all_variants: Collection[_Variant]) -> str:
         parts.append(variant.token_set or "no token set")
     if len({other.target for other in others}) > 1:
         parts.append(f"target {variant.target or 'unknown'}")
-    if variant.cache:
-        parts.append(f"cache in {variant.cache}")
     if variant.prompt:
         parts.append(f"prompt {variant.prompt}")
     if variant.train_task:

@@ -31,8 +31,9 @@ from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.evaluation import EvaluationProgress, Protocol, evaluate_all, policy_evaluation, random_evaluation
+from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.policy import load_policy
-from ringrl.evaluation.protocol import FIRST_SEED, compile_policy, prompt_only_evaluation
+from ringrl.evaluation.protocol import FIRST_SEED, prompt_only_evaluation
 from ringrl.evaluation.records import append_records, data_records, folder_name, library_versions, read_records
 from ringrl.files import explain_write_errors, with_crc, without_crc, write_aside, write_whole
 from ringrl.methods import METHODS
@@ -158,7 +159,7 @@ class Cell(Work):
         has_converged = EarlyStopping.saved(self.folder, steps).has_converged(self.config)
         if steps < self.config.optimiser.steps and not has_converged:
             raise UserError(f"{self.folder}: training was stopped after step {steps}; --retry resumes it")
-        compiled = compile_policy(trained, Protocol(), self.config.task)
+        compiled = CompiledPolicy(trained.towards(self.config.task), trained.parallel)
         own: dict[str, Any] = {"command": command, "compiled": compiled, "variant": self.variant}
         evaluations = [
             policy_evaluation(trained, protocol, task=task, **own)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -142,14 +141,6 @@ def test_a_prompt_is_shared_by_all_environments(token_set, windows, small_cache)
     np.testing.assert_array_equal(replayed(actor, live, prompt), found)
 
 
-def test_a_bfloat16_cache():
-    made, context = policy(token_set="ring4"), contexts(2, 8)
-    actor = PolicyActor(CompiledPolicy(made, jnp.dtype(jnp.bfloat16)))
-    found = replayed(actor, context)
-    assert actor._memory.keys[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(found, full_pass(made)(context), atol=0.03)
-
-
 def test_behaviour_cloning_ignores_a_prompt():
     made, context = policy(kind="behaviour_cloning"), contexts(2, 4)
     found = replayed(PolicyActor(CompiledPolicy(made)), context, contexts(1, 3))
@@ -190,6 +181,3 @@ def test_a_policy_of_segments_sees_the_prompt_and_the_last_steps(token_set):
         both = both._replace(position=np.tile(np.arange(both.reward.shape[1], dtype=np.int32), (2, 1)))
         np.testing.assert_allclose(found[:, t], expected(both)[:, -1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(replayed(actor, live, prompt), found)
-    rounded = replayed(SegmentActor(CompiledPolicy(made, jnp.bfloat16), length), live)
-    exact = replayed(SegmentActor(compiled, length), live)
-    assert 0 < np.abs(rounded - exact).max() < 0.1

@@ -26,7 +26,7 @@ from ringrl.evaluation import (
 from ringrl.evaluation import protocol as protocol_module
 from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.evaluate import roll_out
-from ringrl.evaluation.protocol import compile_policy, prompt_only_evaluation
+from ringrl.evaluation.protocol import prompt_only_evaluation
 from ringrl.evaluation.records import library_versions
 from ringrl.evaluation.scores import summarise
 from ringrl.model.parallel import MESH_AXES, Parallel
@@ -84,18 +84,11 @@ def test_records_state_the_training_cost(trained: TrainedPolicy, at_run: Path) -
 
 
 def test_tasks_of_a_policy_share_its_programs(trained: TrainedPolicy, at_run: Path) -> None:
-    compiled = compile_policy(trained, Protocol(), TASK)
+    compiled = CompiledPolicy(trained.policy)
     evaluations = [policy_evaluation(trained, Protocol(), task=task, compiled=compiled) for task in (TASK, OTHER)]
     for evaluation in evaluations:
         roll_out(evaluation)
         assert len(compiled) == 2, "one for the first step, one for the others"
-
-
-def test_a_bfloat16_cache_is_recorded_and_rounds(trained: TrainedPolicy, at_run: Path) -> None:
-    exact, rounded = (policy_evaluation(trained, Protocol(1, cache_dtype=dtype)) for dtype in (None, "bfloat16"))
-    assert (exact.template.cache_dtype, rounded.template.cache_dtype) == (None, "bfloat16")
-    assert exact.template.evaluation != rounded.template.evaluation
-    assert roll_out(exact)[0].returns != roll_out(rounded)[0].returns
 
 
 def test_contexts_divided_over_eight_devices(
@@ -389,7 +382,6 @@ def test_the_hash_of_an_evaluation_depends_on_everything_that_decides_it(
     monkeypatch.setattr(Parallel, "ring_size", 2)
     assert hash_of() != base
     monkeypatch.undo()
-    assert hash_of(cache_dtype=trained.info.config.model.dtype) == base, "the dtype of the policy"
     monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"optax": "other"})
     assert hash_of() == base, "optax does not change a result"
     monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"mujoco": "other"})

@@ -158,7 +158,6 @@ def test_a_run_of_two_prompts_or_lengths_has_one_checkpoint(make_rollouts):
     for asked in (
         {"prompt_trajectories": 1, "prompt_seed": 0},
         {"target_policy": "given"},
-        {"cache_dtype": "bfloat16"},
     ):
         records = [*make_rollouts(2, 0, 800, checkpoint_hash="a", **asked), *make_rollouts(2, 0, 300, **new)]
         assert scores(records) == [[301]], asked
@@ -167,15 +166,13 @@ def test_a_run_of_two_prompts_or_lengths_has_one_checkpoint(make_rollouts):
     assert table["task"].tolist() == ["cartpole_swingup"]
 
 
-def test_rollouts_in_another_task_and_of_another_cache_are_separate_methods(make_rollouts):
+def test_rollouts_in_another_task_are_a_separate_method(make_rollouts):
     records = [
         *make_rollouts(2, 0, 1),
         *make_rollouts(2, 0, 3, train_task="cartpole_balance"),
-        *make_rollouts(2, 0, 5, cache_dtype="bfloat16"),
     ]
     assert by_method(records) == {
         "Agentic Transformer": [2],
-        "Agentic Transformer, cache in bfloat16": [6],
         "Agentic Transformer, trained on cartpole_balance": [4],
     }
     assert left_out(records) == ""
