@@ -284,8 +284,7 @@ def _cells(plan: AblationPlan, fingerprints: Mapping[str, str]) -> Iterator[Cell
                 cell = partial(_cell, plan, fingerprints.get(task), task, seed, variant)
                 yield from (cell(baseline, 1) for baseline in plan.baselines)
                 for method in plan.methods:
-                    for tokens in plan.token_sets or (None,):
-                        yield from (cell(method, count, tokens) for count in plan.trajectories)
+                    yield from (cell(method, count) for count in plan.trajectories)
 
 
 def _cell(
@@ -296,17 +295,14 @@ def _cell(
     variant: str | None,
     method: str,
     trajectories: int,
-    tokens: str | None = None,
 ) -> Cell:
     is_rolled_out = method in plan.methods  # other methods act in single episodes
     length = str(trajectories) if is_rolled_out else None
     slug = re.sub(r"[^\w.+=-]+", "-", variant) if variant else None
-    name = "_".join(part for part in (method.replace("%", ""), length, tokens, slug) if part)
+    name = "_".join(part for part in (method.replace("%", ""), length, slug) if part)
     folder = plan.output / folder_name(task) / f"{name}_seed{seed}"
     own: dict[str, Any] = {"data": plan.datasets[task], "task": task, "run": folder, "seed": seed}
     own["context"] = {"trajectories": trajectories}
-    if tokens is not None:
-        own["model"] = {"token_set": tokens}
     settings = plan.settings
     for above in (plan.task_settings.get(task), METHODS[method].settings, plan.variants.get(variant or "")):
         settings = merged(settings, above or {})
@@ -340,8 +336,8 @@ def _cell(
     )
     if plan.prompts and prompts:
         about["prompts"] = plan.prompts.model_dump(mode="json", exclude={"baselines"})
-        is_first = method == plan.methods[0] and tokens == (plan.token_sets or (None,))[0]
-        if plan.prompts.baselines and is_first and trajectories == max(plan.trajectories):  # others have fewer prompts
+        is_longest = method == plan.methods[0] and trajectories == max(plan.trajectories)  # others have fewer prompts
+        if plan.prompts.baselines and is_longest:
             about["prompt_baselines"] = list(plan.prompts.baselines)
         protocols += [protocol for protocol in prompts if protocol not in protocols]
     return Cell(folder, about, config, tuple(protocols), variant)

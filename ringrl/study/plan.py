@@ -34,7 +34,7 @@ class PromptPlan(Section):
 
 
 class AblationPlan(Section):
-    """Tasks x methods x context lengths x token sets x variants x seeds, and baselines.
+    """Tasks x methods x context lengths x variants x seeds, and baselines.
 
     If all tasks share one dataset, `data: walker.h5` with `task: walker_walk` or `tasks: [walker_walk, walker_run]`
     replaces `datasets`.
@@ -52,8 +52,6 @@ class AblationPlan(Section):
     """Episodes per context in evaluation. Every cell is evaluated with each number. Default: as in training."""
     test_tasks: tuple[str, ...] = ()
     """More tasks to evaluate in. Every cell is also evaluated in those of its own domain."""
-    token_sets: tuple[Literal["at5", "ring4", "dt3", "fused1"], ...] = ()
-    """Tokens per timestep, for the methods with a context. Default: the token set of the settings."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0, 1, 2), min_length=1)
     """Training seeds, below 2**32: JAX ignores higher bits."""
     baselines: tuple[Literal["bc", "bc-10%", "bc-25%", "bc-50%", "dt", "td3", "td3+bc"], ...] = ("bc",)
@@ -125,7 +123,7 @@ class AblationPlan(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        for name in ("methods", "trajectories", "test_trajectories", "test_tasks", "token_sets", "seeds", "baselines"):
+        for name in ("methods", "trajectories", "test_trajectories", "test_tasks", "seeds", "baselines"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: contains a value twice")

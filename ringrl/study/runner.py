@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,70 +156,44 @@ def run_all(
       compiled: folder of compiled programs, which all processes share.
       on_start: called with the index of a task that starts.
     """
-    waiting = list(range(len(tasks)))
     workers = min(workers, len(tasks))
-    crew = [_Worker(number, workers, compiled) for number in range(workers)]
+    spawn = multiprocessing.get_context("spawn")  # not forked: JAX's threads may hold locks at that moment
+
+    def process(number: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, spawn, initializer=_prepare, initargs=(number, workers, compiled))
+
+    pools = {number: process(number) for number in range(workers)}  # of one process each
+    waiting, running = list(range(len(tasks))), dict[Future[Any], tuple[int, int]]()
     try:
-        while waiting or any(worker.index is not None for worker in crew):
-            for number, worker in enumerate(crew):
-                if worker.index is None and waiting:
-                    if not worker.process.is_alive():
-                        crew[number] = worker = _Worker(number, workers, compiled)
-                    index = waiting.pop(0)
-                    on_start(index)
-                    worker.start(index, tasks[index])
-            busy = [worker for worker in crew if worker.index is not None]
-            ready = wait([worker.pipe for worker in busy])
-            yield from [worker.end() for worker in busy if worker.pipe in ready]
+        while waiting or running:
+            for number in sorted(pools.keys() - {number for number, _ in running.values()})[: len(waiting)]:
+                index = waiting.pop(0)
+                on_start(index)
+                running[pools[number].submit(tasks[index])] = number, index
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number, index = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    pools[number] = process(number)
+                    result = TaskError("its process died (often because memory is short)")
+                except Exception as error:
+                    result = TaskError(" ".join(f"{type(error).__name__}: {error}".split()))
+                yield index, result
     finally:
-        for worker in crew:
-            worker.process.kill()
-            worker.process.join()
+        for child in multiprocessing.active_children():
+            child.kill()
+        for pool in pools.values():
+            pool.shutdown(cancel_futures=True)
 
 
-class _Worker:
-    """A process that runs one task after another."""
-
-    def __init__(self, number: int, workers: int, compiled: Path) -> None:
-        cores: set[int] = set()
-        if hasattr(os, "sched_getaffinity") and 1 < workers <= available_cores():
-            cores = set(sorted(os.sched_getaffinity(0))[number::workers])
-        context = multiprocessing.get_context("spawn")  # not forked: JAX's threads may hold locks at that moment
-        self.pipe, inside = context.Pipe()
-        self.process = context.Process(target=_serve, args=(inside, cores, workers, compiled), daemon=True)
-        self.process.start()
-        inside.close()
-        self.index: int | None = None
-
-    def start(self, index: int, task: Callable[[], Any]) -> None:
-        self.index = index
-        with suppress(OSError):  # `end` reports a dead process
-            self.pipe.send(task)
-
-    def end(self) -> tuple[int, Any]:
-        index, self.index = self.index, None
-        assert index is not None
-        try:
-            return index, self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-        return index, TaskError(f"its process ended with code {self.process.exitcode} (-9: often out of memory)")
-
-
-def _serve(pipe: Connection, cores: set[int], workers: int, compiled: Path) -> None:
+def _prepare(number: int, workers: int, compiled: Path) -> None:
+    """Prepare a worker process, the `number`-th of several."""
     ignore((signal.SIGINT, *STOPPING))  # they reach the main process, which ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if cores:
-        os.sched_setaffinity(0, cores)
+    if hasattr(os, "sched_getaffinity") and 1 < workers <= available_cores():
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[number::workers])
     if workers > 1:  # they share the memory of the accelerators
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / workers:.3f}")
     jax.config.update("jax_compilation_cache_dir", str(compiled.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    with suppress(EOFError):
-        while True:
-            task = pipe.recv()
-            try:
-                result = task()
-            except Exception as error:
-                result = TaskError(" ".join(f"{type(error).__name__}: {error}".split()))
-            pipe.send(result)

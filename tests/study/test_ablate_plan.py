@@ -75,18 +75,19 @@ def test_the_budget_steps_keeps_the_batch_size(write_plan) -> None:
     assert {o.batch_size for name, o in optimisers.items() if name.startswith("at")} == {3}
 
 
-def test_tasks_token_sets_and_test_lengths_are_crossed(write_plan) -> None:
+def test_tasks_variants_and_test_lengths_are_crossed(write_plan) -> None:
     changes = {"data": None, "task": None, "datasets": {"walker_walk": "w.h5", "cartpole_swingup": "c.h5"}}
     plan = plan_of(
-        write_plan, **changes, token_sets=["fused1", "dt3"], test_trajectories=[1, 4], episodes=8, baselines=["bc"],
-        task_settings={"cartpole_swingup": {"optimiser": {"steps": 9}}},
+        write_plan, **changes, test_trajectories=[1, 4], episodes=8, baselines=["bc"], variants_only=True,
+        sweep={"model.token_set": ["fused1", "dt3"]}, task_settings={"cartpole_swingup": {"optimiser": {"steps": 9}}},
     )  # fmt: skip
     found = {cell.name: cell for cell in cells(plan)}
-    names = ["bc_seed0", "at_1_fused1_seed0", "at_2_fused1_seed0", "at_1_dt3_seed0", "at_2_dt3_seed0"]
+    names = [f"{name}_token-set-{tokens}_seed0" for tokens in ("fused1", "dt3") for name in ("bc", "at_1", "at_2")]
     assert list(found) == [f"{task}/{name}" for task in ("walker_walk", "cartpole_swingup") for name in names]
-    assert found["walker_walk/at_2_dt3_seed0"].config.model.token_set == "dt3"
-    assert [p.episodes for p in found["walker_walk/at_2_dt3_seed0"].protocols] == [1, 4]
-    assert [p.episodes for p in found["walker_walk/bc_seed0"].protocols] == [1]
+    longest = found["walker_walk/at_2_token-set-dt3_seed0"]
+    assert longest.config.model.token_set == "dt3"
+    assert [p.episodes for p in longest.protocols] == [1, 4]
+    assert [p.episodes for p in found["walker_walk/bc_token-set-dt3_seed0"].protocols] == [1]
     assert {p.environments * p.episodes for cell in found.values() for p in cell.protocols} == {8}
     for name, cell in found.items():
         assert str(cell.config.data) == ("w.h5" if name.startswith("walker") else "c.h5")
@@ -127,21 +128,21 @@ def test_prompts_shorter_than_the_context_divide_the_starts(write_plan) -> None:
 
 def test_prompts_are_copied_once(write_plan) -> None:
     prompts = {"trajectories": [0, 1, 2], "draws": 2, "controls": ["shuffled"]}
-    changes = {"trajectories": [2, 4], "trajectories_per_batch": 4, "token_sets": ["ring4", "fused1"], "episodes": 4}
+    changes = {"trajectories": [2, 4], "trajectories_per_batch": 4, "episodes": 4}
 
     def make(**more) -> dict[str, Cell]:
         return {c.folder.name: c for c in cells(plan_of(write_plan, **changes, prompts=prompts | more))}
 
     plain, found = make(), make(baselines=["copy"])
-    longest = found["at_4_ring4_seed0"]
+    longest = found["at_4_seed0"]
     prompted = [p for p in longest.protocols if p.prompt_trajectories and p.prompt_order == "kept"]
     assert longest.prompt_only == tuple(("copy", p) for p in prompted)
     assert [p.prompt_trajectories for p in prompted] == [1, 1, 2, 2]
-    assert longest.about == plain["at_4_ring4_seed0"].about | {"prompt_baselines": ["copy"]}
-    simulated = cost(plain["at_4_ring4_seed0"]).simulated
+    assert longest.about == plain["at_4_seed0"].about | {"prompt_baselines": ["copy"]}
+    simulated = cost(plain["at_4_seed0"]).simulated
     assert cost(longest).simulated == simulated + 8 * 250
-    assert cost(make(baselines=["copy", "clone"])["at_4_ring4_seed0"]).simulated == simulated + 16 * 250
-    for name in plain.keys() - {"at_4_ring4_seed0"}:
+    assert cost(make(baselines=["copy", "clone"])["at_4_seed0"]).simulated == simulated + 16 * 250
+    for name in plain.keys() - {"at_4_seed0"}:
         assert found[name].about == plain[name].about, "finished cells of older plans remain finished"
         assert not found[name].prompt_only
 
