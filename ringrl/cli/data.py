@@ -100,7 +100,7 @@ def import_(
         name = archive.resolve().stem if format == "hdf5" else archive.resolve().name
         output = output or Path(f"{name}.h5")
         task = environment_task(environment) if environment else None
-        with _bars(output) as (bar, _):
+        with _bars() as (bar, _):
             options: dict[str, Any] = {"environment": task, "overwrite": overwrite, "progress": bar("importing")}
             if format == "minari":
                 store = import_minari(str(archive), output, download=download, **options)
@@ -125,7 +125,7 @@ def import_(
         output = named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
     chosen = Subset(subset, max_episodes, max_transitions, seed)
     try:
-        with _bars(output) as (bar, _):
+        with _bars() as (bar, _):
             store = import_archive(
                 archive, output, domain, overwrite=overwrite, workers=workers, relabelling=relabel, subset=chosen,
                 on_damaged=on_damaged, tasks=tasks, progress=bar("importing"),
@@ -156,10 +156,9 @@ def export(
     """
     from ringrl.data import EpisodeStore
     from ringrl.data.minari import export_minari
-    from ringrl.data.minari.reader import datasets_folder
 
     opened = EpisodeStore(store)
-    with _bars(datasets_folder() / name if output is None else output / name) as (bar, _):
+    with _bars() as (bar, _):
         folder = export_minari(opened, name, task=task, folder=output, progress=bar("exporting"))
     root = f"MINARI_DATASETS_PATH={output} " if output else ""
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
@@ -177,7 +176,7 @@ def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False,
     from ringrl.data.store.merge import merge_stores
     from ringrl.data.store.summary import describe
 
-    with _bars(output) as (bar, _):
+    with _bars() as (bar, _):
         store = merge_stores(
             stores, output, overwrite=overwrite, drop_duplicates=drop_duplicates, progress=bar("merging")
         )
@@ -235,7 +234,7 @@ def collect(
     from ringrl.envs import domain_of
 
     episodes = preset_episodes(preset, task) if episodes is None else episodes
-    with _bars(output) as (bar, _):
+    with _bars() as (bar, _):
         collect_episodes(
             task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=bar("collecting")
         )
@@ -245,16 +244,15 @@ def collect(
 
 
 @contextlib.contextmanager
-def _bars(output: Path | None = None) -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
+def _bars() -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
     """Yield a function that adds a progress bar and a function that prints a line above the bars, both on stderr.
 
-    Without a terminal, a bar is a line from time to time. If the block leaves an existing `output` unchanged,
-    a line says so.
+    Without a terminal, a bar is a line from time to time.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    before, pace = _state(output), Pace()
+    pace = Pace()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn()
     # Without a terminal, bars would leave an empty line.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -271,13 +269,3 @@ def _bars(output: Path | None = None) -> Iterator[tuple[Callable[..., Report], C
             return report
 
         yield add, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if output and before and before == _state(output):
-        print(f"{output}: is the result of this command already, nothing was written", file=sys.stderr)
-
-
-def _state(path: Path | None) -> tuple[int, int] | None:
-    try:
-        state = (path or Path()).stat()
-    except OSError:
-        return None
-    return state.st_ino, state.st_mtime_ns

@@ -47,7 +47,7 @@ def test_the_command_keeps_its_result_and_rejects_another_store(
     before, remains = (tmp_path / "c.h5").read_bytes(), tmp_path / ".c.h5.lock"
     remains.touch()  # left by a kill after the rename
     main(command)
-    assert "is the result of this command already" in capsys.readouterr().err
+    assert "5 x 5 to 7 steps" in capsys.readouterr().out
     assert (tmp_path / "c.h5").read_bytes() == before
     assert not remains.exists()
     with pytest.raises(SystemExit) as stopped:
