@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import pydantic_core
@@ -14,9 +13,6 @@ from ringrl.envs import d4rl_returns, domain_of, is_foreign
 from ringrl.errors import UserError
 from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
 from ringrl.files import explain_write_errors, write_whole
-
-Metric = Literal["first", "last", "mean", "best"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def normalised_score(task: str, returns: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
@@ -49,20 +45,6 @@ def random_return(task: str) -> float | None:
         return None
 
 
-def stream_scores(returns: Float[np.ndarray, "streams episodes"], metric: Metric) -> Float[np.ndarray, " streams"]:
-    """Return the first, last, mean or best return of each stream ("best" is the AT paper's best-of-n).
-
-    Failed episodes (NaN) are left out. A stream that failed has no last episode. Without episodes the score is NaN.
-    """
-    scores = np.full(len(returns), np.nan)
-    for index, row in enumerate(np.asarray(returns, np.float64)):
-        finite = row[np.isfinite(row)]
-        if len(finite) and (metric != "last" or len(finite) == len(row)):
-            values = {"first": finite[0], "last": finite[-1], "mean": finite.mean(), "best": finite.max()}
-            scores[index] = values[metric]
-    return scores
-
-
 @dataclass(frozen=True)
 class EvaluationSummary:
     """The results of one evaluation. None: no stream finished the episode."""
@@ -88,9 +70,6 @@ class EvaluationSummary:
     scores_without_context: dict[str, float | None]
     failed: int  # number of episodes without a return
     failed_without_context: int
-    streams_left_out: int  # streams without any return, including the control
-    steps_simulated: int
-    wall_seconds: float
 
 
 _SHARED_FIELDS = (
@@ -131,9 +110,6 @@ def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:
         scores_without_context={name: score_or_none(task, value) for name, value in without.items()},
         failed=sum(record.failed for record in parts[0]),
         failed_without_context=sum(record.failed for record in parts[1]),
-        streams_left_out=sum(not record.finished for record in records),
-        steps_simulated=sum(record.steps_simulated or 0 for record in records),
-        wall_seconds=sum(max((r.wall_seconds or 0.0 for r in part), default=0.0) for part in parts),
     )
 
 
@@ -154,10 +130,18 @@ def _matched(
 
 
 def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:
+    """Return the means over streams of the first, last, mean and best return ("best" is the AT paper's best-of-n).
+
+    Failed episodes are left out. A stream that failed has no last episode.
+    """
     if not records:
         return {}
     returns = np.array([record.returns for record in records], np.float64)
-    return {metric: finite_mean(stream_scores(returns, metric).tolist()) for metric in METRICS}
+    returns = returns[np.isfinite(returns[:, 0])]
+    scores = {
+        "first": returns[:, 0], "last": returns[:, -1], "mean": np.nanmean(returns, 1), "best": np.nanmax(returns, 1),
+    }  # fmt: skip
+    return {name: finite_mean(of_streams.tolist()) for name, of_streams in scores.items()}
 
 
 def _by_episode(records: Sequence[EvaluationRecord]) -> tuple[float | None, ...]:

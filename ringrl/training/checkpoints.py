@@ -29,7 +29,7 @@ CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
 PARTS = ("info/metadata", "iterator/metadata", "state/_METADATA", "state/manifest.ocdbt")
 DELETED = ".deleted-"
 CheckpointKind = Literal["last", "best"]
-PATTERN = re.compile(r"[[\\]")  # a path with one of these: orbax would lose the arrays
+PATTERN = re.compile(r"[\[\\]")  # a path with one of these: orbax would lose the arrays
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

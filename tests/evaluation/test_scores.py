@@ -1,4 +1,4 @@
-"""Normalised scores, scores of streams, and summaries."""
+"""Normalised scores and summaries."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,7 @@ import pytest
 from ringrl.envs import TASKS, domain_of, make
 from ringrl.errors import UserError
 from ringrl.evaluation.records import EvaluationRecord
-from ringrl.evaluation.scores import normalised_score, score_or_none, stream_scores, summarise, write_summary
-
-nan = np.nan
+from ringrl.evaluation.scores import normalised_score, score_or_none, summarise, write_summary
 
 
 def test_the_random_return_scores_0_and_the_bound_100():
@@ -61,21 +59,10 @@ def test_without_a_return_or_constants_there_is_no_score() -> None:
     assert score_or_none("a_task_of_ones_own", 3.0) is None
 
 
-RETURNS = np.array([[1, 5, 3], [4, 2, nan], [7, nan, nan], [nan, nan, nan]])
-
-
-@pytest.mark.parametrize(
-    ("metric", "expected"),
-    [("first", [1, 4, 7, nan]), ("last", [3, nan, nan, nan]), ("mean", [3, 3, 7, nan]), ("best", [5, 4, 7, nan])],
-)
-def test_failed_episodes_are_left_out(metric, expected):
-    np.testing.assert_array_equal(stream_scores(RETURNS, metric), expected)
-
-
 def record(returns, stream: int = 0, **changes) -> EvaluationRecord:
     values = {
         "task": "walker_walk", "method": "at", "environment_seed": stream, "returns": returns,
-        "test_trajectories": len(returns), "evaluation": "a", "steps_simulated": 10, "wall_seconds": 2.0,
+        "test_trajectories": len(returns), "evaluation": "a",
     }  # fmt: skip
     return EvaluationRecord.model_validate(values | changes)
 
@@ -84,8 +71,8 @@ RECORDS = [
     record((100.0, 300.0), 0),
     record((200.0, None), 1),
     record((None, None), 2),
-    record((50.0, 70.0), 0, context=False, wall_seconds=3.0),
-    record((90.0, 10.0), 1, context=False, wall_seconds=3.0),
+    record((50.0, 70.0), 0, context=False),
+    record((90.0, 10.0), 1, context=False),
 ]
 
 
@@ -95,9 +82,11 @@ def test_the_summary_of_one_evaluation():
     assert found.metrics == {"first": 150, "last": 300, "mean": 200, "best": 250}
     assert found.returns_without_context == (70, 40)
     assert found.metrics_without_context == {"first": 70, "last": 40, "mean": 55, "best": 80}
+    assert summarise([record((1.0, 5.0, 3.0), 0), record((4.0, 2.0, None), 1)])[0].metrics == {
+        "first": 2.5, "last": 3, "mean": 3, "best": 4.5
+    }  # fmt: skip
     assert found.scores["best"] == pytest.approx(float(normalised_score("walker_walk", 250.0)))
     assert (found.streams, found.episodes, found.failed, found.failed_without_context) == (3, 2, 3, 0)
-    assert (found.streams_left_out, found.steps_simulated, found.wall_seconds) == (1, 50, 5.0)
 
 
 def test_an_episode_that_failed_with_or_without_memory_is_left_out_of_both():
