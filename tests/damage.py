@@ -130,26 +130,6 @@ IMPORT: dict[str, Damage] = {
 }
 
 
-def _flip_reward(journal: Path) -> None:
-    path = journal / "context_00000.npz"
-    content = path.read_bytes()
-    flip(path, (content.index(b"reward.npy") + 400) / (len(content) - 1))
-
-
-# Damage to the journal of an evaluation with two episodes in its context: to episodes, and to its description.
-JOURNAL_EPISODES: dict[str, Damage] = {
-    "an episode cut short": lambda journal: cut(journal / "context_00001.npz"),
-    "a flipped bit": lambda journal: flip(journal / "context_00000.npz"),
-    "a flipped bit of a reward": _flip_reward,
-    "an episode gone": lambda journal: (journal / "context_00000.npz").unlink(),
-    "all gone": lambda journal: shutil.rmtree(journal.parent),
-}
-JOURNAL_ABOUT: dict[str, Damage] = {
-    "about.json cut short": lambda journal: cut(journal / "about.json"),
-    "a flipped bit of about.json": lambda journal: flip(journal / "about.json"),
-}
-
-
 def _halve_last_line(path: Path) -> None:
     rewrite(path, lambda lines: [*lines[:-1], lines[-1][:100]])
 

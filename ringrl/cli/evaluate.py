@@ -43,7 +43,7 @@ def evaluate(
 ) -> None:
     """Roll policies out. Write a results file with one line per stream of episodes, and a summary.
 
-    After an interruption the same command resumes. Finished evaluations are not repeated.
+    Finished evaluations are not repeated.
 
     Args:
         checkpoint: folders of runs made by `ringrl train`. Without one, uniform random actions are taken in --tasks.

@@ -1,4 +1,4 @@
-"""Evaluations: finished ones are not repeated, and interrupted ones resume after the last finished episode."""
+"""Evaluations: rollouts, results files and videos. Finished evaluations are not repeated."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,12 +10,10 @@ import numpy as np
 
 from ringrl.envs import make_vec
 from ringrl.errors import UserError
-from ringrl.evaluation.journal import EpisodeJournal, sweep
 from ringrl.evaluation.policy import TrainedPolicy
 from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.protocol import Evaluation, Part, Protocol, policy_evaluation, random_evaluation
 from ringrl.evaluation.records import (
-    JOURNAL,
     EvaluationRecord,
     append_records,
     check_writable,
@@ -25,6 +23,9 @@ from ringrl.evaluation.records import (
 from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from ringrl.evaluation.scores import EvaluationSummary, summarise, write_summary
 from ringrl.evaluation.video import EpisodeStates, VideoError, VideoOptions, check_video, choose, write_videos
+
+_Episodes = dict[tuple[Part, int], EpisodeBatch]  # by part and index
+_MEMORIES: tuple[tuple[Part, str], ...] = (("context", "with memory"), ("control", "memory cleared"))
 
 
 def evaluate_policy(
@@ -67,33 +68,31 @@ def evaluate_all(
         progress: callbacks.
 
     Raises:
-        UserError: a results file cannot be read or written, or another process runs the same evaluation,
-            or a package is missing that writes videos.
+        UserError: a results file cannot be read or written, or a package is missing that writes videos.
     """
     options = VideoOptions() if video is True else video or None
     if options:
         check_video()
     progress = progress or EvaluationProgress()
     paths = dict.fromkeys(evaluation.results for evaluation in evaluations)
-    known = {path: _open_results(path, evaluations, progress) for path in paths}
+    known = {path: _open_results(path, progress) for path in paths}
     return [_evaluate(one, known[one.results], again, options, progress) for one in evaluations]
 
 
 def roll_out(
     evaluation: Evaluation,
     *,
-    journal: EpisodeJournal | None = None,
     progress: EvaluationProgress | None = None,
     groups: int | None = None,
+    kept: _Episodes | None = None,
 ) -> list[EvaluationRecord]:
     """Roll out an evaluation and return one record per stream, then one per control stream.
 
     Args:
       evaluation: the streams and their policy.
-      journal: finished episodes are read from it, new ones are added. On a CPU the result is bit-identical to that of
-        an evaluation that was never interrupted.
       progress: callbacks.
       groups: groups of environments that take turns. None: two with an accelerator, one without.
+      kept: is filled with all episodes.
     """
     progress = progress or EvaluationProgress()
     if groups is None:
@@ -104,25 +103,18 @@ def roll_out(
         for part in np.array_split(np.arange(len(seeds)), groups)
     ]
     try:
-        found = [_roll_out_part(evaluation, part, made, journal, progress) for part in evaluation.parts]
+        found = [_roll_out_part(evaluation, part, made, kept, progress) for part in evaluation.parts]
         return [record for records in found for record in records]
     finally:
         for group in made:
             group.environments.close()
 
 
-def _open_results(
-    path: Path, evaluations: Sequence[Evaluation], progress: EvaluationProgress
-) -> list[EvaluationRecord]:
+def _open_results(path: Path, progress: EvaluationProgress) -> list[EvaluationRecord]:
     """Check that a results file can be written, and return its records."""
     if path.suffix != ".jsonl":
         raise UserError(f"--output: {path} is not a results file; give a name that ends in .jsonl")
     check_writable(path)
-    folder = path.with_suffix(JOURNAL)
-    sweep(folder)
-    others = set(folder.iterdir() if folder.is_dir() else ()) - {evaluation.journal for evaluation in evaluations}
-    for other in sorted(journal for journal in others if journal.is_dir()):
-        progress.on_message(f"{other}: interrupted evaluation with other settings; left unchanged")
     if not path.exists():
         return []
     known = read_records(path)
@@ -143,11 +135,6 @@ def _evaluate(
     """Roll out an evaluation unless it is finished; updates `known`, the records of its results file."""
     progress.on_begin(evaluation)
     finished = evaluation.is_finished(known)
-    if finished and evaluation.journal.exists():
-        with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
-            # A complete journal was left by a kill after the results had been written.
-            if not again or journal.episode(evaluation.parts[-1], evaluation.protocol.episodes - 1):
-                journal.remove()
     if again or not finished:
         _roll_out_and_append(evaluation, video, progress)
     elif video:
@@ -162,13 +149,11 @@ def _evaluate(
 
 
 def _roll_out_and_append(evaluation: Evaluation, video: VideoOptions | None, progress: EvaluationProgress) -> None:
-    with EpisodeJournal(evaluation.journal, evaluation.decides) as journal:
-        records = roll_out(evaluation, journal=journal, progress=progress)
-        append_records(evaluation.results, records)
-        show = _side_by_side if video and video.side_by_side else _episodes_to_show
-        shown = show(records, journal) if video else {}
-        journal.remove()
-    if video:
+    episodes = _Episodes() if video else None
+    records = roll_out(evaluation, progress=progress, kept=episodes)
+    append_records(evaluation.results, records)
+    if video and episodes is not None:
+        shown = (_side_by_side if video.side_by_side else _episodes_to_show)(records, episodes)
         try:
             videos = {evaluation.videos / f"{label}.{video.format}": one for label, one in shown.items()}
             written = write_videos(evaluation.template.task, videos, speed=video.speed, **video.size)
@@ -180,28 +165,27 @@ def _roll_out_and_append(evaluation: Evaluation, video: VideoOptions | None, pro
 _Shown = dict[str, EpisodeStates | Sequence[Sequence[EpisodeStates]]]  # by label
 
 
-def _episodes_to_show(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> _Shown:
-    """Read the first, median and best episode without the control."""
-    found: _Shown = {}
-    returns = _returns(records)
-    for label, (stream, index) in choose(returns).items():
-        episode = journal.episode("context", index)
-        if episode is not None:
-            found[label] = EpisodeStates(label, episode.physics[:, stream], episode.reward[:, stream])
-    return found
+def _states(label: str, episode: EpisodeBatch, stream: int) -> EpisodeStates:
+    return EpisodeStates(label, episode.physics[:, stream], episode.reward[:, stream])
 
 
-def _side_by_side(records: Sequence[EvaluationRecord], journal: EpisodeJournal) -> _Shown:
-    """Read the first, the middle and the last episode of the context of median mean return, next to the control."""
+def _episodes_to_show(records: Sequence[EvaluationRecord], episodes: _Episodes) -> _Shown:
+    """Return the first, median and best episode without the control."""
+    chosen = choose(_returns(records)).items()
+    return {label: _states(label, episodes["context", index], stream) for label, (stream, index) in chosen}
+
+
+def _side_by_side(records: Sequence[EvaluationRecord], episodes: _Episodes) -> _Shown:
+    """Return the first, the middle and the last episode of the context of median mean return, next to the control."""
     returns, clips = _returns(records), []
     n = returns.shape[1]
     stream, _ = choose(returns.mean(axis=1, keepdims=True)).get("median", (0, 0))
     for index in sorted({0, n // 2, n - 1}):
         clips.append(
             [
-                EpisodeStates(f"{memory}, episode {index + 1} of {n}", one.physics[:, stream], one.reward[:, stream])
-                for part, memory in (("context", "with memory"), ("control", "memory cleared"))
-                if (one := journal.episode(part, index)) is not None
+                _states(f"{memory}, episode {index + 1} of {n}", episodes[part, index], stream)
+                for part, memory in _MEMORIES
+                if (part, index) in episodes
             ]
         )
     return {"side_by_side": clips}
@@ -216,19 +200,18 @@ def _roll_out_part(
     evaluation: Evaluation,
     part: Part,
     groups: Sequence[Group],
-    journal: EpisodeJournal | None,
+    kept: _Episodes | None,
     progress: EvaluationProgress,
 ) -> list[EvaluationRecord]:
     """Roll out the streams or the control. Each episode of the control is a rollout of its own."""
     seeds, n = evaluation.seeds, evaluation.protocol.episodes
-    recorded = [] if journal is None else journal.episodes(part)[:n]
     done: list[EpisodeBatch] = []
 
     def keep(episode: EpisodeBatch) -> None:
-        if journal is not None and len(done) >= len(recorded):
-            journal.add(part, len(done), episode)
         progress.on_episode(part, len(done), episode)
-        done.append(episode)
+        if kept is not None:
+            kept[part, len(done)] = episode
+        done.append(episode.without_states())
 
     run = partial(
         rollout,
@@ -242,10 +225,10 @@ def _roll_out_part(
         on_episode=keep,
     )
     if part == "context":
-        run(seeds=seeds, recorded=recorded)
+        run(seeds=seeds)
     else:
         for index in range(n):
-            run(seeds=seeds[:, index : index + 1], recorded=recorded[index : index + 1])
+            run(seeds=seeds[:, index : index + 1])
     return _records(evaluation, part, done)
 
 

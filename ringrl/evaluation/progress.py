@@ -32,7 +32,7 @@ class EvaluationProgress:
         """Called after every simulated step, with the number of environments that were stepped."""
 
     def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
-        """Called when an episode has ended or was read from the journal."""
+        """Called when an episode has ended."""
 
     def on_finish(self, evaluation: Evaluation, summary: EvaluationSummary, *, rolled_out: bool) -> None:
         """Called when the results are written; `rolled_out` is False if they were written by an earlier command."""
@@ -60,7 +60,7 @@ class ProgressLines(EvaluationProgress):
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._status.stop()
         if kind is KeyboardInterrupt:
-            self.on_message("interrupted; the same command resumes after the last finished episode")
+            self.on_message("interrupted; the same command keeps finished evaluations")
 
     def __rich__(self) -> str:
         """Return the line that a terminal shows."""
@@ -80,12 +80,11 @@ class ProgressLines(EvaluationProgress):
     def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
         assert self._evaluation is not None
         finished, mean = int(np.isfinite(episode.returns).sum()), finite_mean(episode.returns.tolist())
-        speed = self._speed() if self._current_steps else "from the journal"
         self._finished_steps, self._current_steps = self._finished_steps + episode.reward.size, 0
         place = f"episode {index + 1} of {self._evaluation.protocol.episodes}"
         place += "" if part == "context" else " of the control"
         result = "every stream failed" if mean is None else f"mean return {mean:.1f} of {finished} streams"
-        self.on_message(f"{_name(self._evaluation)}: {place}: {result}, {speed}")
+        self.on_message(f"{_name(self._evaluation)}: {place}: {result}, {self._speed()}")
 
     def on_finish(self, evaluation: Evaluation, summary: EvaluationSummary, *, rolled_out: bool) -> None:
         if not rolled_out:

@@ -28,7 +28,6 @@ from ringrl.evaluation.actors import (
 )
 from ringrl.evaluation.prompt import draw_prompt, open_dataset
 from ringrl.evaluation.records import (
-    JOURNAL,
     VIDEOS,
     EvaluationRecord,
     configuration_hash,
@@ -148,11 +147,6 @@ class Evaluation:
     def steps(self) -> int:
         """Return the number of environment steps (at most, if episodes end early), including the control."""
         return self.seeds.size * (self.most_steps or self.normalisation.episode_length) * len(self.parts)
-
-    @property
-    def journal(self) -> Path:
-        """Return the folder of finished episodes, which exists until all episodes are finished."""
-        return self.results.with_suffix(JOURNAL) / evaluation_name(self.template)
 
     @property
     def videos(self) -> Path:

@@ -31,7 +31,7 @@ from ringrl.training.run_folder import flat
 
 # Raised whenever the meaning of a number changes. Numbers of two protocols are never compared.
 PROTOCOL: Literal[1] = 1
-JOURNAL, VIDEOS = ".journal", ".videos"  # suffixes of folders next to a results file, with one folder per evaluation
+VIDEOS = ".videos"  # suffix of a folder next to a results file, with one folder per evaluation
 DATA = "data"  # method of the dataset's own episodes
 PROMPT_ONLY = ("copy", "clone")  # methods that are made of a prompt alone
 

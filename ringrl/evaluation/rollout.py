@@ -49,8 +49,10 @@ class EpisodeBatch:
         """Return the number of steps before each stream failed, or all steps."""
         return (np.isfinite(self.reward) & (np.arange(len(self.reward))[:, None] < self.length)).sum(axis=0)
 
-
-ARRAYS = ("observation", "action", "reward", "physics", "length", "terminated")
+    def without_states(self) -> "EpisodeBatch":
+        """Return the same episodes without observations, actions and physics, which take most of the memory."""
+        large = ("observation", "action", "physics")
+        return dataclasses.replace(self, **{name: getattr(self, name)[:0].copy() for name in large})
 
 
 class Group(NamedTuple):
@@ -69,7 +71,6 @@ def rollout(
     trajectories: int | None = None,
     prompt: Context | None = None,
     most_steps: int | None = None,
-    recorded: Sequence[EpisodeBatch] = (),
     on_step: Callable[[int], None] = lambda streams: None,
     on_episode: Callable[[EpisodeBatch], None] = lambda episode: None,
 ) -> Float64[np.ndarray, "streams episodes"]:
@@ -91,49 +92,37 @@ def rollout(
       trajectories: trajectories per training context. Trajectory indices of the episodes are clipped below this number.
       prompt: context (1, T, ...) in the memory of all environments before the first step.
       most_steps: the environments' limit, if episodes end early. None: every episode is as long as the data's.
-      recorded: first episodes of an interrupted rollout. They are replayed to the actor and not simulated again.
       on_step: called with the number of environments after every simulated step of a group.
-      on_episode: called with each episode when all streams have finished it, recorded episodes included.
+      on_episode: called with each episode when all streams have finished it.
 
     Raises:
       UserError: the episodes have another length than the data's.
     """
     builder = ContextBuilder(normalisation, target_return, trajectories, prompt)
-    episodes = _Episodes(seeds, recorded, most_steps or normalisation.episode_length, on_episode)
+    episodes = _Episodes(seeds, most_steps or normalisation.episode_length, on_episode)
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
     players = [
         _Player(group, builder, slice(*part), episodes, most_steps is None, on_step)
         for group, part in zip(groups, pairwise(ends), strict=True)
     ]
-    if len(recorded) < seeds.shape[1]:
-        for _ in zip_longest(*(player.play() for player in players)):
-            pass  # resumes the players in turn
-    else:  # no actor needs its memory
-        for episode in recorded[: seeds.shape[1]]:
-            on_episode(episode)
-    return np.stack([*(episode.returns for episode in recorded), *episodes.returns][: seeds.shape[1]], axis=1)
+    for _ in zip_longest(*(player.play() for player in players)):
+        pass  # resumes the players in turn
+    return np.stack(episodes.returns, axis=1)
 
 
 class _Episodes:
-    """The episodes of all streams: recorded ones, and those that are being played. Reports each when it is finished."""
+    """The episodes of all streams that are being played. Reports each when all streams have finished it."""
 
-    def __init__(
-        self,
-        seeds: Seeds,
-        recorded: Sequence[EpisodeBatch],
-        most_steps: int,
-        on_episode: Callable[[EpisodeBatch], None],
-    ) -> None:
-        self.seeds, self.recorded, self.most_steps = seeds, recorded, most_steps
-        self.returns: list[np.ndarray] = []  # of each episode that was played
+    def __init__(self, seeds: Seeds, most_steps: int, on_episode: Callable[[EpisodeBatch], None]) -> None:
+        self.seeds, self.most_steps = seeds, most_steps
+        self.returns: list[np.ndarray] = []  # of each episode
         self._on_episode, self._began = on_episode, time.perf_counter()
         self._played: dict[int, dict[str, np.ndarray]] = {}
         self._index = np.zeros(len(seeds), np.int64)  # of the current episode of each stream
-        self._reported = 0
 
     def keep(self, streams: np.ndarray, index: np.ndarray, row: np.ndarray, **values: np.ndarray) -> None:
         """Keep rows of arrays of episodes that are being played: stream, index of the episode and row, one of each."""
-        for number in set(index.tolist()) - set(range(len(self.recorded))):
+        for number in set(index.tolist()):
             chosen = index == number
             for name, value in values.items():
                 array = self._array(number, name, value, int(row[chosen].max()) + 1)
@@ -142,26 +131,21 @@ class _Episodes:
     def end(self, streams: np.ndarray, length: np.ndarray, terminated: np.ndarray) -> None:
         """Note that the current episodes of some streams have ended, and report those that all have finished."""
         for stream, steps, is_terminated in zip(streams, length, terminated, strict=True):
-            if (number := int(self._index[stream])) >= len(self.recorded):
-                played = self._played[number]
-                played.setdefault("length", np.zeros(len(self.seeds), np.int64))[stream] = steps
-                played.setdefault("terminated", np.zeros(len(self.seeds), bool))[stream] = is_terminated
+            played = self._played[int(self._index[stream])]
+            played.setdefault("length", np.zeros(len(self.seeds), np.int64))[stream] = steps
+            played.setdefault("terminated", np.zeros(len(self.seeds), bool))[stream] = is_terminated
         self._index[streams] += 1
-        while self._reported < self._index.min():
+        while len(self.returns) < self._index.min():
             self._report()
 
     def _report(self) -> None:
-        number, now = self._reported, time.perf_counter()
-        if number < len(self.recorded):
-            episode = self.recorded[number]
-        else:
-            arrays = self._played.pop(number)
-            longest = int(arrays["length"].max())
-            for name in ("observation", "action", "reward", "physics"):
-                arrays[name] = arrays[name][: longest + (name in ("observation", "physics"))]
-            episode = EpisodeBatch(**arrays, seconds=now - self._began)
-            self.returns.append(episode.returns)
-        self._reported, self._began = number + 1, now
+        now, arrays = time.perf_counter(), self._played.pop(len(self.returns))
+        longest = int(arrays["length"].max())
+        for name in ("observation", "action", "reward", "physics"):
+            arrays[name] = arrays[name][: longest + (name in ("observation", "physics"))]
+        episode = EpisodeBatch(**arrays, seconds=now - self._began)
+        self.returns.append(episode.returns)
+        self._began = now
         self._on_episode(episode)
 
     def _array(self, number: int, name: str, like: np.ndarray, rows: int) -> np.ndarray:
@@ -205,13 +189,9 @@ class _Player:
             step = builder.step(np.minimum(index, total - 1), timestep, observation, earned, previous, first=first)
             pending = self._actor.act(step)
             yield
-            replayed = playing & (index < len(self._episodes.recorded))
-            if (simulated := playing & ~replayed).any():
-                found = self._simulate(np.asarray(pending), timestep, simulated)
-            else:  # only as many rows as there are environments: recorded steps replace them
-                none = np.zeros(self._size, bool)
-                found = np.array(previous.action[:, 0]), np.zeros(self._size), observation, physics, none, none.copy()
-            action, reward, observation, physics, terminated, ended = self._replay(found, replayed, index, timestep)
+            action, reward, observation, physics, terminated, ended = self._simulate(
+                np.asarray(pending), timestep, playing
+            )
             rows = np.flatnonzero(playing)
             where = self._streams[rows], index[rows]
             self._episodes.keep(*where, timestep[rows], action=action[rows], reward=reward[rows])
@@ -255,21 +235,7 @@ class _Player:
         )
         return observation, physics
 
-    def _replay(
-        self, found: tuple[np.ndarray, ...], replayed: np.ndarray, index: np.ndarray, timestep: np.ndarray
-    ) -> tuple[np.ndarray, ...]:
-        """Return the result of `_simulate` with recorded steps where environments replay an episode."""
-        action, reward, observation, physics, terminated, ended = found
-        for row in np.flatnonzero(replayed):
-            episode, stream, t = self._episodes.recorded[index[row]], self._streams[row], timestep[row]
-            action[row], reward[row] = episode.action[t, stream], episode.reward[t, stream]
-            observation[row], physics[row] = episode.observation[t + 1, stream], episode.physics[t + 1, stream]
-            ended[row] = t + 1 == episode.length[stream]
-            terminated[row] = ended[row] and episode.terminated[stream]
-            self._failed[row] = np.isnan(reward[row])
-        return found
-
-    def _simulate(self, action: np.ndarray, timestep: np.ndarray, simulated: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _simulate(self, action: np.ndarray, timestep: np.ndarray, playing: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return action, reward, next observation, physics, and whether the episodes terminated and ended.
 
         The values of streams that have failed are NaN.
@@ -277,16 +243,16 @@ class _Player:
         action = np.where(self._failed[:, None], np.float32(0), action)
         observation, reward, terminated, truncated, info = self._environments.step(action)
         ended = terminated | truncated
-        if self._is_fixed and (ended != (timestep == self._episodes.most_steps - 1))[simulated].any():
+        if self._is_fixed and (ended != (timestep == self._episodes.most_steps - 1))[playing].any():
             ends = "end" if ended.any() else "do not end"
             raise UserError(
-                f"environment: episodes {ends} after {timestep[simulated].max() + 1} steps, episodes of the data end "
+                f"environment: episodes {ends} after {timestep[playing].max() + 1} steps, episodes of the data end "
                 f"after {self._episodes.most_steps}; train on data of whole episodes"
             )
         action = np.where(self._failed[:, None], np.float32(np.nan), action)
-        self._failed = self._failed | (simulated & ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward)))
+        self._failed = self._failed | (playing & ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward)))
         observation, physics = self._with_failures(observation, info)
-        self._on_step(int(simulated.sum()))
+        self._on_step(int(playing.sum()))
         return action, np.where(self._failed, np.nan, reward), observation, physics, terminated, ended
 
     def _with_failures(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

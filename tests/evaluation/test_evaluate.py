@@ -1,7 +1,6 @@
-"""Running evaluations: results files, interruptions, videos, and groups of environments."""
+"""Running evaluations: results files, interruptions, videos and groups of environments."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from ringrl.evaluation import (
 )
 from ringrl.evaluation import evaluate as evaluate_module
 from ringrl.evaluation.evaluate import roll_out
-from ringrl.evaluation.journal import EpisodeJournal
 from ringrl.evaluation.protocol import Part
 from ringrl.evaluation.rollout import EpisodeBatch
 from ringrl.evaluation.scores import EvaluationSummary
@@ -65,24 +63,21 @@ def returns_in(results: Path) -> list[tuple]:
     return [record.returns for record in read_records(results).records]
 
 
-def test_finished_evaluations_are_kept_and_interrupted_ones_resume(tmp_path: Path) -> None:
+def test_finished_evaluations_are_kept_and_interrupted_ones_start_again(tmp_path: Path) -> None:
     whole, results = tmp_path / "whole" / "evaluation.jsonl", tmp_path / "evaluation.jsonl"
     evaluate_all(evaluations_in(whole))
     with pytest.raises(KeyboardInterrupt):
         evaluate_all(evaluations_in(results), progress=Listener(after=3))
     assert len(read_records(results).records) == 1, "the first task is finished"
     assert len(json.loads(results.with_suffix(".json").read_text())["evaluations"]) == 1
-    (journal,) = results.with_suffix(".journal").iterdir()
-    assert journal.name.startswith(TASKS[1])
 
     listener = Listener()
     summaries = evaluate_all(evaluations_in(results), progress=listener)
     assert listener.heard == [f"begin {TASKS[0]}", False, f"begin {TASKS[1]}", 0, 1, True]
-    assert listener.steps == 250
+    assert listener.steps == EPISODES * 250
     assert returns_in(results) == returns_in(whole)
     assert [summary.task for summary in summaries] == list(TASKS)
     assert [summary.returns for summary in summaries] == returns_in(whole)
-    assert not results.with_suffix(".journal").exists()
     assert [path.name for path in sorted(tmp_path.glob("evaluation*"))] == ["evaluation.json", "evaluation.jsonl"]
 
 
@@ -143,35 +138,6 @@ def test_a_damaged_line_is_reported_and_measured_again(tmp_path: Path) -> None:
     assert not any("damaged" in text for text in listener.messages)
 
 
-def test_a_journal_of_finished_results_is_removed_and_not_read(tmp_path: Path) -> None:
-    results = tmp_path / "evaluation.jsonl"
-    (evaluation, _) = evaluations_in(results)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_all([evaluation], progress=Listener(after=EPISODES))
-    left = tmp_path / "left"
-    shutil.copytree(evaluation.journal, left)
-    evaluate_all([evaluation])
-    shutil.copytree(left, evaluation.journal)
-    listener = Listener()
-    evaluate_all([evaluation], again=True, progress=listener)
-    assert listener.steps == 500, "it is rolled out, not read from the journal"
-    shutil.copytree(left, evaluation.journal)
-    evaluate_all([evaluation], progress=listener)
-    assert listener.steps == 500
-    assert not evaluation.journal.exists()
-
-
-def test_a_journal_with_other_settings_is_reported_and_unchanged(tmp_path: Path) -> None:
-    results = tmp_path / "evaluation.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_all(evaluations_in(results), progress=Listener(after=1))
-    (journal,) = results.with_suffix(".journal").iterdir()
-    listener = Listener()
-    evaluate_all(evaluations_in(results, seed=3)[:1], progress=listener)
-    assert any(str(journal) in message and "left unchanged" in message for message in listener.messages)
-    assert (journal / "context_00000.npz").exists()
-
-
 @pytest.mark.parametrize("place", ["folder.jsonl", "file/evaluation.jsonl"])
 def test_unwritable_results_raise_before_any_rollout(tmp_path: Path, place: str) -> None:
     (tmp_path / "folder.jsonl").mkdir()
@@ -183,13 +149,11 @@ def test_unwritable_results_raise_before_any_rollout(tmp_path: Path, place: str)
 
 
 def test_videos(tmp_path: Path) -> None:
-    """Next to the results, after an interruption too. Finished evaluations are not rolled out for videos."""
+    """Next to the results. Finished evaluations are not rolled out for videos."""
     results = tmp_path / "evaluation.jsonl"
     protocol, fast = Protocol(environments=2, episodes=EPISODES), VideoOptions(speed=50)
     evaluation = random_evaluation("cartpole_swingup", protocol, results=results)
-    listener = Listener(after=1)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_all([evaluation], progress=listener)
+    listener = Listener()
     evaluate_all([evaluation], video=fast, progress=listener)
     (message,) = listener.messages
     if message.startswith("no video"):
@@ -267,20 +231,14 @@ STREAMS, LENGTH = 2, 250
 
 
 class Counter(EvaluationProgress):
-    """Counts steps and episodes, and interrupts after a number of episodes."""
+    """Keeps the first steps of each episode."""
 
-    def __init__(self, after: int | None = None) -> None:
-        self.after, self.steps, self.ended, self.starts, self.begun = after, 0, [], [], []
-
-    def on_step(self, streams: int) -> None:
-        self.steps += streams
+    def __init__(self) -> None:
+        self.starts, self.begun = [], []
 
     def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
-        self.ended.append((part, index))
         self.starts.append(episode.observation[0])
         self.begun.append(episode.observation[:10])
-        if len(self.ended) == self.after:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -322,32 +280,6 @@ def test_starts_depend_on_the_total_of_episodes_only() -> None:
         begun = np.stack(counter.starts, axis=1).reshape(4, -1)  # stream by stream
         named = [seed for record in records for seed in record.start_seeds]
         assert {seed: start.tobytes() for seed, start in zip(named, begun, strict=True)} == expected
-
-
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_an_interrupted_evaluation_resumes_with_identical_results(
-    after: int, evaluation: Evaluation, whole: list[EvaluationRecord], tmp_path: Path
-) -> None:
-    """Interrupted in the streams, between the streams and the control, and in the control."""
-    with EpisodeJournal(tmp_path, evaluation.decides) as journal, pytest.raises(KeyboardInterrupt):
-        roll_out(evaluation, journal=journal, progress=Counter(after))
-    counter = Counter()
-    with EpisodeJournal(tmp_path, evaluation.decides) as journal:
-        records = roll_out(evaluation, journal=journal, progress=counter)
-    assert results_of(records) == results_of(whole)
-    assert counter.steps == (2 * EPISODES - after) * STREAMS * LENGTH, "recorded episodes are not simulated again"
-    np.testing.assert_array_equal(counter.starts[:EPISODES], counter.starts[EPISODES:], "the control's starts")
-    assert (counter.starts[0] != counter.starts[1]).any()
-    assert counter.ended == [("context", 0), ("context", 1), ("control", 0), ("control", 1)]
-
-
-def test_recorded_episodes_are_read_from_the_journal(evaluation: Evaluation, tmp_path: Path) -> None:
-    with EpisodeJournal(tmp_path, evaluation.decides) as journal:
-        roll_out(evaluation, journal=journal)
-        first = journal.episodes("context")[0]
-        first.reward[:] = 1.0
-        journal.add("context", 0, first)
-        assert roll_out(evaluation, journal=journal)[0].returns[0] == LENGTH
 
 
 def test_two_groups_give_the_episodes_of_one(evaluation: Evaluation) -> None:

@@ -12,14 +12,11 @@ from ringrl.data import EpisodeStore, write_episodes
 from ringrl.errors import UserError
 from ringrl.evaluation import (
     Protocol,
-    evaluate_all,
     evaluate_policy,
     load_policy,
     policy_evaluation,
     random_evaluation,
-    read_records,
 )
-from ringrl.evaluation.progress import EvaluationProgress
 from ringrl.evaluation.records import folder_name
 from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.study.cells import cells
@@ -82,25 +79,6 @@ def test_records_have_the_length_and_the_end_of_each_episode(run):
 @pytest.mark.parametrize(("task", "decides"), [(POLE, True), ("walker_walk", False)])
 def test_the_version_of_gymnasium_decides_results_in_its_environments(task, decides):
     assert ("gymnasium" in random_evaluation(task, Protocol()).decides["versions"]) == decides
-
-
-def test_an_interrupted_evaluation_resumes(run, tmp_path):
-    class Interrupt(EvaluationProgress):
-        def on_episode(self, part, index, episode):
-            if index == 1:
-                raise KeyboardInterrupt
-
-    def evaluation(name: str):
-        return policy_evaluation(load_policy(run), Protocol(environments=3, episodes=3), results=tmp_path / name)
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_all([evaluation("a.jsonl")], progress=Interrupt())
-    assert list((tmp_path / "a.journal").glob("*/*.npz"))
-    evaluate_all([evaluation("a.jsonl")])
-    evaluate_all([evaluation("b.jsonl")])
-    one, other = ([(r.returns, r.lengths, r.terminated) for r in read_records(tmp_path / name).records]
-                  for name in ("a.jsonl", "b.jsonl"))  # fmt: skip
-    assert one == other
 
 
 def test_a_player_acts_in_the_environment(run):

@@ -10,8 +10,9 @@ from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.envs import make_vec
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import SMALLEST_CACHE, Actor, CompiledPolicy, PolicyActor, RandomActor
-from ringrl.evaluation.rollout import ARRAYS, EpisodeBatch, Group, rollout
+from ringrl.evaluation.rollout import EpisodeBatch, Group, rollout
 from tests.evaluation.rollouts import (
+    ARRAYS,
     JACO,
     LENGTH,
     NORMALISATION,
@@ -248,30 +249,6 @@ def test_groups_request_actions_before_they_wait(drift):
     rollout(groups, SHORT, seeds=seeds(2), target_return=1.0)
     assert order[:8] == ["ask a", "ask b", "await a", "ask a", "await b", "ask b", "await a", "ask a"]
     assert order[-2:] == ["await a", "await b"]
-
-
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("sizes", [(3,), (1, 2)])
-def test_recorded_episodes_are_replayed_and_not_simulated(count, sizes, drift):
-    breaks = [None, {"breaks": (np.nan, 0.0), "episode": 1}, None]
-    whole, episodes, expected = play([drift(*breaks)])
-    steps: list[int] = []
-    cuts = np.split(np.array(breaks, object), np.cumsum(sizes)[:-1])
-    returns, again, observed = play([drift(*cut) for cut in cuts], recorded=episodes[:count], on_step=steps.append)
-    np.testing.assert_array_equal(returns, whole)
-    assert_same(observed, expected)
-    assert sum(steps) == (3 - count) * 4 * 3
-    assert again[:count] == episodes[:count]
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(again[-1], name), getattr(episodes[-1], name))
-
-
-def test_a_completely_recorded_rollout_simulates_nothing(drift):
-    whole, episodes, _ = play([drift(None, None)])
-    returns, again, observed = play([drift(None, None)], recorded=episodes)
-    np.testing.assert_array_equal(returns, whole)
-    assert again == episodes
-    assert observed is None
 
 
 def test_without_a_target_return_to_go_is_zero(drift):

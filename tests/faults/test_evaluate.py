@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
@@ -43,38 +43,18 @@ def expected(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def has(folder: Path, episode: str) -> Callable[[], object]:
-    return lambda: any((folder / "results.journal").glob(f"*/{episode}.npz"))
-
-
-@pytest.mark.parametrize(
-    ("episode", "number"),
-    [("context_00000", KILL), ("control_00000", KILL), ("context_00001", CTRL_C), ("context_00001", TERM)],
-)
-def test_signal(trained: Path, expected: Path, tmp_path: Path, episode: str, number) -> None:
+@pytest.mark.parametrize("number", [KILL, CTRL_C, TERM])
+def test_signal(trained: Path, expected: Path, tmp_path: Path, number) -> None:
+    end = time.monotonic() + 20  # it imports, compiles and plays
     command = evaluate_command(trained, tmp_path)
-    stop(command, has(tmp_path, episode), number).expect(128 + number)
+    stop(command, lambda: time.monotonic() > end, number).expect(128 + number)
     assert_completes(command, tmp_path, expected)
 
 
 def test_full_disk(trained: Path, expected: Path, disk: Disk) -> None:
     command = evaluate_command(trained, disk.folder)
     disk.fill_before(command).expect(2, "free some space|give another")
-    for episode in ("context_00000", "control_00001"):
-        disk.fill_during(command, has(disk.folder, episode)).expect(2, "free some space|give another")
     assert_completes(command, disk.folder, expected)
-
-
-@pytest.mark.parametrize("kind", damage.JOURNAL_EPISODES | damage.JOURNAL_ABOUT)
-def test_damaged_journal(trained: Path, expected: Path, tmp_path: Path, kind: str) -> None:
-    command = evaluate_command(trained, tmp_path)
-    stop(command, has(tmp_path, "context_00001"))
-    (journal,) = (tmp_path / "results.journal").iterdir()
-    (damage.JOURNAL_EPISODES | damage.JOURNAL_ABOUT)[kind](journal)
-    if kind in damage.JOURNAL_ABOUT:
-        run(command).expect(2, "damaged; remove it")
-        shutil.rmtree(tmp_path / "results.journal")
-    assert_completes(command, tmp_path, expected)
 
 
 @pytest.mark.parametrize("kind", damage.RESULTS)
