@@ -14,12 +14,11 @@ def ablate(
     folder: Path = Path(),
     dry_run: bool = False,
     workers: int = 1,
-    retry: bool = False,
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
     The cost and a rough time are printed first. Every finished cell makes the time more exact. The same command resumes
-    an interrupted ablation and repeats nothing.
+    an interrupted ablation, runs failed cells again, and repeats nothing else.
 
     Args:
         plan: YAML file, or the name of a preset, for example study_example.
@@ -27,18 +26,16 @@ def ablate(
             the same names. Default: the working directory.
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores.
-        retry: run failed cells again. Interrupted cells resume without this flag.
     """
     from ringrl.study.plan import read_plan
-    from ringrl.study.runner import RunOptions, estimate
     from ringrl.study.runner import ablate as run_plan
+    from ringrl.study.runner import estimate
 
     chosen = read_plan(plan).inside(folder)
-    options = RunOptions(workers, retry)
     if dry_run:
-        estimate(chosen, Console(), options)
+        estimate(chosen, Console(), workers)
         return
-    run_plan(chosen, Console(stderr=True), command_line(), options)
+    run_plan(chosen, Console(stderr=True), command_line(), workers)
     print(f"{chosen.output}; next: ringrl report {chosen.output}")
 
 

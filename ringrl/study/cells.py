@@ -5,7 +5,6 @@ cell.yaml         description of the cell: its rollouts, budget and data
 evaluation.jsonl  results
 log.txt           output
 finished.json     written last
-failed.txt        why the last attempt failed, in one line
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ from ringrl.training.checkpoints import EarlyStopping, with_checksum, without_ch
 from ringrl.training.run_folder import check_configuration, dataset_fingerprint, flat
 
 EVALUATION = "evaluation.jsonl"
-FINISHED, FAILED, LOG, CELL = "finished.json", "failed.txt", "log.txt", "cell.yaml"
+FINISHED, LOG, CELL = "finished.json", "log.txt", "cell.yaml"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,14 +77,6 @@ class Work:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    @property
-    def failure(self) -> str | None:
-        """The reason why the last attempt failed, or None."""
-        try:
-            return (self.folder / FAILED).read_text("utf-8").strip()
-        except OSError:
-            return None
-
     def run(self, command: str | None) -> None:
         """Write the results. Interrupted work resumes."""
         raise NotImplementedError
@@ -111,17 +102,6 @@ class Work:
             is_more = name == "episodes" and isinstance(was, int) and now > was
             if was != now and not is_more:
                 raise UserError(f"{path}: {name} was {was}, but is {now} in the plan; give another output")
-
-    def note_failure(self, why: str) -> str:
-        """Write failed.txt, and return the reason as one line."""
-        line = " ".join(why.split())
-        with suppress(UserError):  # a full disk, for example
-            write(self.folder / FAILED, line + "\n")
-        return line
-
-    def forget_failure(self) -> None:
-        """Remove failed.txt."""
-        (self.folder / FAILED).unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +138,7 @@ class Cell(Work):
         steps = trained.steps_taken
         has_converged = EarlyStopping.saved(self.folder, steps).has_converged(self.config)
         if steps < self.config.optimiser.steps and not has_converged:
-            raise UserError(f"{self.folder}: training was stopped after step {steps}; --retry resumes it")
+            raise UserError(f"{self.folder}: training was stopped after step {steps}; the same command resumes it")
         compiled = CompiledPolicy(trained.towards(self.config.task), trained.parallel)
         own: dict[str, Any] = {"command": command, "compiled": compiled, "variant": self.variant}
         evaluations = [
@@ -404,8 +384,7 @@ def attempt(work: Work, command: str | None) -> str | None:
         with suppress(OSError):  # the log may be on a full disk
             traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return work.note_failure(f"{kind}{error}")
-    work.forget_failure()
+        return " ".join(f"{kind}{error}".split())
     return None
 
 

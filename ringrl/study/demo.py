@@ -14,7 +14,7 @@ from ringrl.data.store.merge import merge_stores
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.study.plan import AblationPlan
-from ringrl.study.runner import RunOptions, ablate
+from ringrl.study.runner import ablate
 
 EPISODES = 100  # of each task
 KEPT = 60  # the last ones, in which the scripted controller has found the goal
@@ -43,5 +43,5 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
             parts.append(collected / f"{task}.h5")
             import_archive(collected / task, parts[-1], domain_of(task).name, subset=subset, workers=1)
         merge_stores(parts, store)
-    ablate(plan, console, command, RunOptions(workers=min(2, available_cores())))
+    ablate(plan, console, command, workers=min(2, available_cores()))
     return plan.output

@@ -7,13 +7,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -37,73 +34,57 @@ from ringrl.training.run_folder import dataset_fingerprint
 COMPILED = ".compiled"  # compiled programs, which all seeds share
 
 
-class RunOptions(NamedTuple):
-    """How a plan is carried out."""
+def ablate(plan: AblationPlan, console: Console, command: str | None = None, workers: int = 1) -> list[Path]:
+    """Train and evaluate every cell that is not finished, `workers` at once, and return the results files.
 
-    workers: int = 1
-    """Cells that run at once."""
-    retry: bool = False
-    """Run failed cells again."""
-
-
-class TaskError(str):
-    """The reason why a task failed or its process died, in place of a result."""
-
-
-def ablate(
-    plan: AblationPlan, console: Console, command: str | None = None, options: RunOptions = RunOptions()
-) -> list[Path]:
-    """Train and evaluate every cell that is not finished, and return the results files.
-
-    An interrupted cell resumes from its last checkpoint or episode. A cell that fails stops no other. Random actions
+    An interrupted cell resumes from its last checkpoint or evaluation. A cell that fails stops no other. Random actions
     and the episodes of the dataset are recorded next to the cells.
 
     Raise UserError for settings that no run accepts, data that does not fit a task, a folder of another plan, or (after
     all other cells) cells that failed.
     """
-    everything, reference_work = _check(plan, options)
-    with _locked(plan.output):
+    everything, reference_work = _check(plan, workers)
+    output = plan.output
+    with explain_write_errors(output), lock(output, "is running this ablation", file=output / ".lock"):
         work: list[Work] = [*reference_work, *everything]
         for one in work:
             one.check()
-        todo = [one for one in work if not one.is_finished and (options.retry or one.failure is None)]
-        for one in todo:
-            one.forget_failure()
-        costs = estimates(everything, options.workers)
+        todo = [one for one in work if not one.is_finished]
+        costs = estimates(everything, workers)
         waiting = [cell for cell in todo if isinstance(cell, Cell)]
         if waiting:
-            console.print(cost_table(waiting, costs, len(everything) - len(costs), options.workers))
+            console.print(cost_table(waiting, costs, len(everything) - len(costs), workers))
         expected = {one.name: costs[one.name].seconds if isinstance(one, Cell) else 0.0 for one in todo}
-        failed = {one: why for one in work if (why := one.failure) is not None}
-        with AblationProgress(expected, options.workers, console) as progress:
-            for one, why in _outcomes(plan, todo, options, command, progress.begin):
+        failed = dict[Work, str]()
+        with AblationProgress(expected, workers, console) as progress:
+            for one, why in _run_all(todo, command, workers, output / COMPILED, progress):
                 progress.end(one.name, why)
                 if why is not None:
                     failed[one] = why
     for one, why in failed.items():
         console.print(f"{one.name} failed: {why} ({one.folder / LOG})", soft_wrap=True, markup=False, highlight=False)
     if failed:
-        raise UserError(f"{len(failed)} of {len(work)} failed; --retry runs them again, all others are finished")
+        raise UserError(f"{len(failed)} of {len(work)} failed; the same command runs them again, others are finished")
     return [one.folder / EVALUATION for one in work]
 
 
-def estimate(plan: AblationPlan, console: Console, options: RunOptions = RunOptions()) -> None:
+def estimate(plan: AblationPlan, console: Console, workers: int = 1) -> None:
     """Print the remaining cost of a plan without running it, within seconds. Raise UserError as `ablate` does."""
-    everything, reference_work = _check(plan, options)
+    everything, reference_work = _check(plan, workers)
     for one in (*reference_work, *everything):
         one.check()
-    costs = estimates(everything, options.workers)
+    costs = estimates(everything, workers)
     waiting = [cell for cell in everything if cell.name in costs]
     if waiting:
-        console.print(cost_table(waiting, costs, len(everything) - len(waiting), options.workers))
+        console.print(cost_table(waiting, costs, len(everything) - len(waiting), workers))
     else:
         console.print(f"all {len(everything)} cells are finished")
 
 
-def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Reference]]:
+def _check(plan: AblationPlan, workers: int) -> tuple[list[Cell], list[Reference]]:
     """Return the plan's cells and references. Write nothing. Raise UserError if one of them cannot be run."""
-    if options.workers < 1:
-        raise UserError(f"--workers: {options.workers} is too small; give at least 1")
+    if workers < 1:
+        raise UserError(f"--workers: {workers} is too small; give at least 1")
     cells(plan)
     stores, fingerprints = {}, {}
     for task, data in plan.datasets.items():
@@ -124,62 +105,35 @@ def _check(plan: AblationPlan, options: RunOptions) -> tuple[list[Cell], list[Re
     return everything, references(plan, fingerprints)
 
 
-def _outcomes(
-    plan: AblationPlan,
-    todo: Sequence[Work],
-    options: RunOptions,
-    command: str | None,
-    on_start: Callable[[str], None],
+def _run_all(
+    todo: Sequence[Work], command: str | None, workers: int, compiled: Path, progress: AblationProgress
 ) -> Iterator[tuple[Work, str | None]]:
-    """Yield each cell when it ends, and why it failed if it did."""
-    tasks = [partial(attempt_logged, work, command) for work in todo]
-    for index, why in run_all(tasks, options.workers, plan.output / COMPILED, lambda index: on_start(todo[index].name)):
-        yield todo[index], todo[index].note_failure(why) if isinstance(why, TaskError) else why
+    """Run cells in order in worker processes. Yield each when it ends, and why it failed if it did.
 
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Create the output folder and lock it. Raise UserError if another ablation is running in it."""
-    with explain_write_errors(output), lock(output, "is running this ablation", file=output / ".lock"):
-        yield
-
-
-def run_all(
-    tasks: Sequence[Callable[[], Any]], workers: int, compiled: Path, on_start: Callable[[int], None]
-) -> Iterator[tuple[int, Any]]:
-    """Start tasks in order in worker processes. Yield the index and the result (or `TaskError`) of each when it ends.
-
-    A process that dies fails its own task only. All processes end with the main process, and divide the cores among
-    them. Tasks and results can be pickled.
-
-    Args:
-      compiled: folder of compiled programs, which all processes share.
-      on_start: called with the index of a task that starts.
+    A process that dies fails its own cell only. All processes end with the main process, divide the cores among them,
+    and share the folder of compiled programs.
     """
-    workers = min(workers, len(tasks))
+    workers, waiting = min(workers, len(todo)), list(todo)
     spawn = multiprocessing.get_context("spawn")  # not forked: JAX's threads may hold locks at that moment
 
     def process(number: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, spawn, initializer=_prepare, initargs=(number, workers, compiled))
 
     pools = {number: process(number) for number in range(workers)}  # of one process each
-    waiting, running = list(range(len(tasks))), dict[Future[Any], tuple[int, int]]()
+    running = dict[Future[str | None], tuple[int, Work]]()
     try:
         while waiting or running:
             for number in sorted(pools.keys() - {number for number, _ in running.values()})[: len(waiting)]:
-                index = waiting.pop(0)
-                on_start(index)
-                running[pools[number].submit(tasks[index])] = number, index
+                one = waiting.pop(0)
+                progress.begin(one.name)
+                running[pools[number].submit(attempt_logged, one, command)] = number, one
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, index = running.pop(future)
+                number, one = running.pop(future)
                 try:
-                    result = future.result()
+                    why = future.result()
                 except BrokenProcessPool:
-                    pools[number] = process(number)
-                    result = TaskError("its process died (often because memory is short)")
-                except Exception as error:
-                    result = TaskError(" ".join(f"{type(error).__name__}: {error}".split()))
-                yield index, result
+                    pools[number], why = process(number), "its process died (often because memory is short)"
+                yield one, why
     finally:
         for child in multiprocessing.active_children():
             child.kill()

@@ -1,4 +1,4 @@
-"""`ringrl ablate`: stopped, starved and damaged. `--retry` must give the cells of an undisturbed study."""
+"""`ringrl ablate`: stopped, starved and damaged. The same command must give the cells of an undisturbed study."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def in_cell(folder: Path, name: str) -> Callable[[], object]:
 
 def assert_completes(command: list[str], folder: Path, expected: Path) -> None:
     """Run the command again. Check the records of all cells, and the runs."""
-    run([*command, "--retry"]).expect(0)
+    run(command).expect(0)
     for name in ("random", "data", FIRST, SECOND):
         found, wanted = cell(folder, name), cell(expected, name)
         assert records(found / "evaluation.jsonl", SAME) == records(wanted / "evaluation.jsonl", SAME)
@@ -76,13 +76,13 @@ FAULTS: dict[str, Callable[[Command], object]] = {
 def test_lost_worker(material: Path, expected: Path, tmp_path: Path, fault: str) -> None:
     command = ablate_command(material, tmp_path)
     ended = during(command, in_cell(tmp_path, FIRST), FAULTS[fault])
-    assert (ended.code, "--retry" in ended.line) == (2, True), ended.error
+    assert (ended.code, "runs them again" in ended.line) == (2, True), ended.error
     assert_completes(command, tmp_path, expected)
 
 
 def test_full_disk(material: Path, expected: Path, disk: Disk) -> None:
     command = ablate_command(material, disk.folder)
-    for ended in (disk.fill_before(command), disk.fill_during([*command, "--retry"], in_cell(disk.folder, FIRST))):
+    for ended in (disk.fill_before(command), disk.fill_during(command, in_cell(disk.folder, FIRST))):
         assert (ended.code, "space" in ended.error, "Traceback" in ended.error) == (2, True, False), ended.error
     assert_completes(command, disk.folder, expected)
 
@@ -93,6 +93,6 @@ def test_damaged_cell(material: Path, expected: Path, tmp_path: Path, kind: str)
     damage.CELL[kind](cell(tmp_path, FIRST))
     command = ablate_command(material, tmp_path)
     if kind == "cell.yaml empty":
-        run([*command, "--retry"]).expect(2, "cell.yaml: .*; remove it")
+        run(command).expect(2, "cell.yaml: .*; remove it")
         (cell(tmp_path, FIRST) / "cell.yaml").unlink()
     assert_completes(command, tmp_path, expected)

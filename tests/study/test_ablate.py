@@ -24,31 +24,30 @@ from ringrl.report.results import read_results
 from ringrl.report.tables import returns_table, training_table
 from ringrl.study.cells import attempt, cells, references
 from ringrl.study.plan import read_plan
-from ringrl.study.runner import RunOptions, ablate, estimate
+from ringrl.study.runner import ablate, estimate
 from ringrl.training.run_folder import dataset_fingerprint
 
-QUICK = RunOptions(workers=2)
 COMMAND = Path(sys.executable).with_name("ringrl")
 
 
-def output_of(plan: Path, options: RunOptions) -> tuple[str, str | None]:
+def output_of(plan: Path, workers: int = 2) -> tuple[str, str | None]:
     """Run an ablation; returns its output and its error."""
     console = Console(record=True, width=200, file=io.StringIO())
     error = None
     try:
-        ablate(read_plan(plan), console, "ringrl ablate plan.yaml", options)
+        ablate(read_plan(plan), console, "ringrl ablate plan.yaml", workers)
     except UserError as end:
         error = str(end)
     return console.export_text(), error
 
 
-def test_a_failed_cell_stops_no_other_and_is_retried_on_request(write_plan, jaco_store: EpisodeStore) -> None:
+def test_a_failed_cell_stops_no_other_and_runs_again(write_plan, jaco_store: EpisodeStore) -> None:
     plan = write_plan(jaco_store.path, baselines=[])
     runs = read_plan(plan).output / "jaco_reach_top_left"
     blocked = runs / "at_1_seed0"
     blocked.mkdir(parents=True)
     (blocked / "checkpoints").write_text("in the way")
-    output, error = output_of(plan, QUICK)
+    output, error = output_of(plan)
     assert error is not None
     assert error.startswith("1 of 4 failed")
     (line,) = [line for line in output.splitlines() if "at_1_seed0 failed: " in line]
@@ -61,14 +60,9 @@ def test_a_failed_cell_stops_no_other_and_is_retried_on_request(write_plan, jaco
 
     before = {name: path.read_bytes() for name, path in results.items() if path.exists()}
     (blocked / "checkpoints").unlink()
-    again, error = output_of(plan, QUICK)
-    assert "finished in" not in again
-    assert error is not None
-    assert error.startswith("1 of 4 failed")
-    output, error = output_of(plan, QUICK._replace(retry=True))
+    output, error = output_of(plan)
     assert error is None
     assert output.count("finished in") == 1
-    assert not (blocked / "failed.txt").exists()
     assert {name: results[name].read_bytes() for name in before} == before
     _results_are_whole([results[name] for name in results], jaco_store)
 
@@ -121,7 +115,7 @@ def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_r
         ({"settings": wider}, "model.width was 16, is 32"),
         ({"episodes": 2}, "episodes was"),
     ):
-        output, error = output_of(write_plan(jaco_store.path, **more | changes), QUICK)
+        output, error = output_of(write_plan(jaco_store.path, **more | changes))
         assert error is not None
         assert words in error
         assert "finished in" not in output
@@ -248,7 +242,7 @@ def test_killed_processes_are_resumed(write_plan, jaco_store: EpisodeStore) -> N
     first_steps = [log.read_text().splitlines()[0] for log in logs]
     assert all(len(log.read_text().splitlines()) < 120 for log in logs)
 
-    output, error = output_of(plan, QUICK._replace(workers=1, retry=True))
+    output, error = output_of(plan, workers=1)
     assert (output.count("finished in"), error) == (2, None)
     assert not lock.exists()
     for log, first in zip(logs, first_steps, strict=True):
