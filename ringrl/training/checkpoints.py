@@ -139,14 +139,6 @@ class Checkpoints:
         """Return the steps of all complete checkpoints, newest last."""
         return saved_steps(self.folder.parent)
 
-    def set_aside(self, step: int) -> Path:
-        """Move a checkpoint out of the folder and return its new path."""
-        aside = self.folder.parent / f"damaged_checkpoint_{step}"
-        if jax.process_index() == 0:
-            remove(aside)
-            (self.folder / str(step)).rename(aside)
-        return aside
-
     def save(
         self,
         state: TrainState,

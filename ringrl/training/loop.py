@@ -25,7 +25,7 @@ from ringrl.model import TrainState, make_agent
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
 from ringrl.training.budget import step_cost
-from ringrl.training.checkpoints import Checkpoints, DamagedCheckpointError, EarlyStopping, RunInfo, read_info
+from ringrl.training.checkpoints import Checkpoints, EarlyStopping, RunInfo, read_info
 from ringrl.training.distributed import stop_on_signal
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
@@ -126,7 +126,7 @@ def _run_steps(
     """Take the remaining steps. `sources`: the batches of training, then those of `held_out_sources`."""
     config, console, (source, *held_out_batches) = info.config, progress.console, sources
     agent = make_agent(partial(info.make_policy, parallel), config, parallel)
-    state, iterator = _newest(info, agent.init(), checkpoints, console)
+    state, iterator = _newest(info, agent.init(), checkpoints)
     start = int(state.step)
     early_stopping = EarlyStopping.saved(config.run, start)
     end = start if early_stopping.has_converged(config) else config.optimiser.steps
@@ -175,35 +175,16 @@ def _run_steps(
                 return
 
 
-def _newest(
-    info: RunInfo, like: TrainState, checkpoints: Checkpoints, console: Console
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """Return the training state and the iterator state of the newest readable checkpoint, or the initial state.
-
-    Newer damaged checkpoints are moved aside and reported. If no checkpoint can be read, or if several processes would
-    have to agree on one, the error of the newest checkpoint is raised and no file changes.
-    """
-    damaged: dict[int, DamagedCheckpointError] = {}
-    if checkpoints.steps():
-        jax.tree.map(lambda x: x.delete(), like)  # free the memory for the restored state
-    for step in reversed(checkpoints.steps()):
-        try:
-            saved = read_info(info.config.run, step)[1]
-            if saved.data_fingerprint != info.data_fingerprint:
-                raise UserError(
-                    f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
-                    f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]}); "
-                    "give that dataset with --data, or start a new --run"
-                )
-            found = checkpoints.restore(step, like), checkpoints.restore_iterator(step)
-        except DamagedCheckpointError as error:
-            damaged[step] = error
-            if jax.process_count() > 1:
-                break
-            continue
-        for number, reason in damaged.items():
-            console.print(f"{reason}; moved to {checkpoints.set_aside(number)}", soft_wrap=True)
-        return found
-    if damaged:
-        raise next(iter(damaged.values()))
-    return like, None
+def _newest(info: RunInfo, like: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
+    """Return the training state and the iterator state of the newest checkpoint, or the initial state."""
+    if not (steps := checkpoints.steps()):
+        return like, None
+    saved = read_info(info.config.run, steps[-1])[1]
+    if saved.data_fingerprint != info.data_fingerprint:
+        raise UserError(
+            f"{info.config.data}: is not the dataset that {info.config.run} was trained on "
+            f"(fingerprint {info.data_fingerprint[:12]}, expected {saved.data_fingerprint[:12]}); "
+            "give that dataset with --data, or start a new --run"
+        )
+    jax.tree.map(lambda x: x.delete(), like)  # free the memory for the restored state
+    return checkpoints.restore(steps[-1], like), checkpoints.restore_iterator(steps[-1])

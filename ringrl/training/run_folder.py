@@ -12,7 +12,7 @@ from ringrl.config_files import one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.files import lock, write_whole
-from ringrl.training.checkpoints import DamagedCheckpointError, read_info, saved_steps
+from ringrl.training.checkpoints import read_info, saved_steps
 
 MAY_CHANGE = ("data", "run", "keep_checkpoints", "log")  # when a run is resumed; the mesh may change too
 
@@ -54,19 +54,18 @@ def claim_folder(config: TrainConfig, resume: bool) -> None:
 
 
 def saved_configuration(run: Path) -> TrainConfig:
-    """Return the settings of a run: those of its newest readable checkpoint, else of config.yaml.
+    """Return the settings of a run: those of its newest checkpoint, or of config.yaml if it has none.
 
-    Raise UserError if neither can be read.
+    Raise UserError if they cannot be read.
     """
-    for step in reversed(saved_steps(run)):
-        with suppress(DamagedCheckpointError):  # training reports it
-            return read_info(run, step)[1].config
+    if saved_steps(run):
+        return read_info(run)[1].config
     saved = run / "config.yaml"
     try:
         return TrainConfig.from_saved(read_yaml(saved))
     except ValueError as error:
         why = one_line(error) if isinstance(error, pydantic.ValidationError) else error
-        raise UserError(f"{saved}: no checkpoint can be read, nor this file ({why}); start a new --run") from error
+        raise UserError(f"{saved}: cannot be read ({why}), and there is no checkpoint; start a new --run") from error
 
 
 def check_configuration(config: TrainConfig) -> None:
