@@ -11,7 +11,6 @@ from ringrl.evaluation.statistics import LEVEL, holm
 from ringrl.methods import METHODS
 from ringrl.report.results import CELL, RUN, settings_of_any_length, usual_settings
 from ringrl.report.tables import (
-    Contrast,
     context_label,
     contrast,
     ends_of_curve,
@@ -117,21 +116,9 @@ def _compare_prompts(runs: pd.DataFrame) -> dict[str, Any]:
     return _row(cell, "A longer prompt", compared, contrast(*sides))
 
 
-def _row(cell: pd.Series, subject: str, compared: str, found: Contrast | None) -> dict[str, Any]:
+def _row(cell: pd.Series, subject: str, compared: str, found: dict[str, Any] | None) -> dict[str, Any]:
     row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
-    if found is None:
-        return row | {"after": cell["iqm"], "seeds": 0, "paired": False}
-    test, change, wins = found.test, found.change, found.wins
-    row |= {
-        "before": found.levels[1], "after": found.levels[0], "change": change.value, "low": change.low,
-        "high": change.high, "seeds": change.runs, "paired": found.paired,
-    }  # fmt: skip
-    if test is None:
-        return row
-    # The test is of means, so it is no evidence where the interquartile means have the opposite order.
-    p_value = test.p_value if test.difference * change.value > 0 else 1.0
-    row |= {"detectable": test.detectable, "p": p_value}
-    return row | {"wins": wins.value, "wins_low": wins.low, "wins_high": wins.high}
+    return row | ({"after": cell["iqm"], "seeds": 0, "paired": False} if found is None else found)
 
 
 def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:

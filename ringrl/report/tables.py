@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,6 @@ import pandas as pd
 from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.evaluation.statistics import (
     LEVEL,
-    Estimate,
-    MeanTest,
     difference,
     estimate,
     holm,
@@ -28,16 +26,6 @@ RETURNS = [
     "seeds", "episodes", "failed",
 ]  # fmt: skip
 """Columns of the table of returns."""
-
-
-class Contrast(NamedTuple):
-    """The difference between two cells; if they share training runs, over the shared runs only."""
-
-    change: Estimate  # of the interquartile mean, the first less the second
-    wins: Estimate  # probability that a run of the first beats a run of the second
-    levels: tuple[float, float]  # interquartile means of these runs
-    paired: bool  # whether the two have the same training runs or seeds
-    test: MeanTest | None  # of the means; None for one seed
 
 
 def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
@@ -59,8 +47,10 @@ def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
     return [runs.to_numpy(np.float64) for runs in kept], labels
 
 
-def contrast(ours: pd.Series, theirs: pd.Series) -> Contrast:
+def contrast(ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
     """Return the difference of two cells of one task; if both have the same seeds, seed by seed.
+
+    The result has the columns from "before" (theirs) to "paired" of `conclusion.verdicts`.
 
     Runs of one seed are a pair, because a seed selects the training data and the held-out episodes. If the cells share
     training runs, only the shared runs count, and they are pairs, too.
@@ -74,10 +64,18 @@ def contrast(ours: pd.Series, theirs: pd.Series) -> Contrast:
     shared = ours.index[ours.index.isin(theirs.index)]
     paired = len(shared) > 0
     sides = [(runs.loc[shared] if paired else runs).to_numpy(np.float64) for runs in (ours, theirs)]
-    return Contrast(
-        difference(*sides, paired=paired), probability_of_improvement(*sides, paired=paired),
-        (middle(sides[0]), middle(sides[1])), paired, mean_test(*sides, paired=paired),
-    )  # fmt: skip
+    change, test = difference(*sides, paired=paired), mean_test(*sides, paired=paired)
+    row = {
+        "before": middle(sides[1]), "after": middle(sides[0]), "change": change.value, "low": change.low,
+        "high": change.high, "seeds": change.runs, "paired": paired,
+    }  # fmt: skip
+    if test is None:
+        return row
+    wins = probability_of_improvement(*sides, paired=paired)
+    # The test is of means, so it is no evidence where the interquartile means have the opposite order.
+    p_value = test.p_value if test.difference * change.value > 0 else 1.0
+    row |= {"detectable": test.detectable, "p": p_value}
+    return row | {"wins": wins.value, "wins_low": wins.low, "wins_high": wins.high}
 
 
 def run_scores(results: pd.DataFrame, counted: str = "counts") -> pd.DataFrame:

@@ -86,11 +86,11 @@ def test_the_same_runs_are_compared_run_by_run(make_rollouts, same):
     ]  # fmt: skip
     shorter, longer = cell_scores(records).values()
     found = contrast(longer, shorter)
-    assert (found.paired, found.change.value, found.change.runs) == (same, pytest.approx(10), 5)
-    assert (found.change.low <= 0 <= found.change.high) is not same
+    assert (found["paired"], found["change"], found["seeds"]) == (same, pytest.approx(10), 5)
+    assert (found["low"] <= 0 <= found["high"]) is not same
     # Of 25 pairs of runs the longer wins 15; drawn together, it never wins less than half.
-    assert found.wins.value == pytest.approx(15 / 25)
-    assert (found.wins.low > 0.5) is same
+    assert found["wins"] == pytest.approx(15 / 25)
+    assert (found["wins_low"] > 0.5) is same
 
 
 def test_runs_of_unknown_checkpoints_are_never_the_same(make_rollouts):
