@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -51,14 +52,12 @@ _DASHED = {RESET: MEMORY, HELD_OUT: TRAINING}  # what a dashed line shows -> wha
 FONT = "Inter, system-ui, Liberation Sans, Arial, sans-serif"
 WIDTH, HEIGHT = 380, 250  # of a panel in a file, pixels
 STRENGTH = alt.Opacity("strength:Q", scale=None, legend=None)  # a column
-_SHAPES, _DASHES = ("circle", "square", "triangle-up", "diamond"), ((2, 3), (6, 3), (1, 4), (6, 3, 1, 3))
 
 
 class Style(NamedTuple):
     """How a method is drawn."""
 
     colour: str  # name in PALETTE
-    shape: str  # of points
     dash: tuple[int, ...]  # of horizontal lines; empty for methods with curves
 
 
@@ -82,22 +81,17 @@ class Chart(NamedTuple):
 
 
 def styles(table: pd.DataFrame) -> dict[str, Style]:
-    """Return how each method is drawn, the same in all charts; where colours repeat, shapes and dashes differ.
+    """Return how each method is drawn, the same in all charts.
 
-    A method of METHODS has one colour in all reports. The variants of a report share the other colours in order.
+    A method of METHODS has one colour in all reports. The variants of a report take the other colours in turn.
     """
     policies = table[table["kind"] != "data"].sort_values(["kind", "method"]).drop_duplicates("method")
-    found: dict[str, Style] = {}
-    variants = 0
-    for method, kind in zip(policies["method"], policies["kind"], strict=True):
-        again, index = (0, 0) if method in _OWN else divmod(variants, len(_SHARED))
-        variants += method not in _OWN
-        dash = _DASHES[again % len(_DASHES)] if kind == "reference" else ()
-        found[method] = Style(_OWN.get(method, _SHARED[index]), _SHAPES[again % len(_SHAPES)], dash)
-    return found | {
-        "Dataset, all episodes": Style("muted", "circle", (7, 3)),
-        "Dataset, best episode": Style("ink", "circle", (1, 0)),
+    shared = cycle(_SHARED)
+    found = {
+        method: Style(_OWN.get(method) or next(shared), (2, 3) if kind == "reference" else ())
+        for method, kind in zip(policies["method"], policies["kind"], strict=True)
     }
+    return found | {"Dataset, all episodes": Style("muted", (7, 3)), "Dataset, best episode": Style("ink", (1, 0))}
 
 
 _DARK = "".join(f'[{key}="{light}"]{{{key}:{dark}}}' for light, dark in PALETTE.values() for key in ("fill", "stroke"))
@@ -126,8 +120,8 @@ def _file_spec(panels: Sequence[Panel], methods: Sequence[str]) -> dict[str, Any
     for panel in panels:
         layers = [layer for layer in panel.spec["layer"] if layer["mark"].get("opacity") != 0]  # these carry tooltips
         for layer in layers:
-            for channel in {"color", "shape"} & layer["encoding"].keys():
-                layer["encoding"][channel]["legend"] = {"values": list(methods)}
+            if "color" in layer["encoding"]:
+                layer["encoding"]["color"]["legend"] = {"values": list(methods)}
         views.append({"layer": layers, "title": panel.title, "width": WIDTH, "height": panel.height})
     spec = {
         "$schema": alt.SCHEMA_URL, "concat": views, "columns": 2 if len(views) == 4 else min(3, len(views)),
@@ -265,8 +259,7 @@ class Drawing(NamedTuple):
         marks = base.mark_point(filled=True, size=50, opacity=alt.Undefined if points else 0)
         marks = marks.encode(y=y, tooltip=_tooltips(data))
         if points:
-            shapes = alt.Scale(domain=list(self.styles), range=[style.shape for style in self.styles.values()])
-            marks = marks.encode(shape=alt.Shape("method:N", title=None, scale=shapes), opacity=STRENGTH)
+            marks = marks.encode(opacity=STRENGTH)
         layers = [line, marks]
         if "low" in data and data["low"].notna().any():
             ends = base.mark_area() if band else base.mark_rule(strokeWidth=6)

@@ -3,14 +3,14 @@
 import numpy as np
 import pandas as pd
 
-from ringrl.evaluation.statistics import Estimate, rank_correlation
+from ringrl.evaluation.statistics import rank_correlation
 from ringrl.report.results import usual_settings
 from ringrl.report.tables import recorded_runs
 
-ENOUGH_RUNS, ENOUGH_SETTINGS = 5, 3
-"""Least numbers of runs and of settings for a correlation."""
+ENOUGH_RUNS = 5
+"""Least number of runs for a correlation."""
 _KEY = ["task", "method", "train_trajectories", "seed"]
-_COLUMNS = ["task", "runs", "correlation", "low", "high", "settings", "between"]
+_COLUMNS = ["task", "runs", "correlation", "low", "high"]
 
 
 def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -39,21 +39,14 @@ def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) 
 def loss_correlations(points: pd.DataFrame) -> pd.DataFrame:
     """Return Spearman's correlation of held-out loss and return, one row per task with enough runs.
 
-    Columns: task, runs, correlation, low and high (bootstrap over runs), settings (methods and context lengths) and
-    between (correlation of the means of the settings, which leaves out differences between seeds).
+    Columns: task, runs, correlation, low and high (bootstrap over runs).
     """
     rows = []
     for task, group in points.groupby("task"):
         if len(group) >= ENOUGH_RUNS:
-            found = _correlation(group)
-            means = group.groupby(["method", "train_trajectories"])[["loss", "value"]].mean()
-            between = _correlation(means).value if len(means) >= ENOUGH_SETTINGS else np.nan
-            rows.append((task, found.runs, found.value, found.low, found.high, len(means), between))
+            found = rank_correlation(*group[["loss", "value"]].to_numpy().T)
+            rows.append((task, found.runs, found.value, found.low, found.high))
     return pd.DataFrame(rows, columns=_COLUMNS)
-
-
-def _correlation(points: pd.DataFrame) -> Estimate:
-    return rank_correlation(*points[["loss", "value"]].to_numpy().T)
 
 
 def loss_sentence(correlations: pd.DataFrame) -> str:

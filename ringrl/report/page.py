@@ -111,8 +111,6 @@ CORRELATION_COLUMNS = [
     Column("task", "Task"), Column("runs", "Runs", form=count),
     Column("correlation", "Correlation", "Spearman's rank correlation of held-out loss and return, 95 % interval "
            "(bootstrap over runs); negative if a lower loss goes with a higher return", share, ("low", "high")),
-    Column("settings", "Settings", "methods and context lengths", count),
-    Column("between", "Between settings", "correlation of the means of the settings; absent below three", share),
 ]  # fmt: skip
 TRAINING_COLUMNS = [
     Column("task", "Task"), Column("method", "Method"), Column("train_trajectories", "Trained on", form=count),

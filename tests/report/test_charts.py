@@ -4,7 +4,6 @@ import json
 import re
 
 import altair as alt
-import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats  # type: ignore[import-untyped]
@@ -42,11 +41,10 @@ def styles_of(make_rollouts, *names: str, variants: tuple[str, ...] = ()) -> dic
 
 
 def test_every_method_has_its_own_style(make_rollouts):
-    """With more variants than colours, shapes and dashes differ."""
-    found = styles_of(make_rollouts, "bc", "td3", "random", variants=tuple(f"v{index}" for index in range(12)))
-    assert len(set(found.values())) == 17
+    found = styles_of(make_rollouts, "bc", "td3", "random", variants=tuple(f"v{index}" for index in range(8)))
+    assert len(set(found.values())) == 13
     assert len({style.colour for name, style in found.items() if name.startswith("Agentic")}) == 8
-    assert [bool(style.dash) for style in found.values()] == [False] * 12 + [True] * 5
+    assert [bool(style.dash) for style in found.values()] == [False] * 8 + [True] * 5
 
 
 def test_a_method_has_one_colour_whatever_else_is_drawn(make_rollouts):
@@ -154,10 +152,9 @@ def test_held_out_loss_against_return(make_study, tmp_path):
     swingup = found[found["task"] == "cartpole_swingup"].sort_values(["train_trajectories", "seed"])
     assert swingup["loss"].tolist() == pytest.approx([1.01, 1.02, 0.51, 0.52, 0.53]), "the last loss of each run"
     (row,) = loss_correlations(found).to_dict("records")
-    assert (row["task"], row["runs"], row["settings"]) == ("cartpole_swingup", 5, 2), "four runs are too few"
+    assert (row["task"], row["runs"]) == ("cartpole_swingup", 5), "four runs are too few"
     expected = scipy.stats.spearmanr(swingup["loss"], swingup["value"]).statistic
     assert (row["correlation"], row["low"] <= expected <= row["high"]) == (pytest.approx(expected), True)
-    assert np.isnan(row["between"]), "two settings are too few"
     assert found["value"].max() == 608.0  # 400 + 100 n + seed, 1 for the streams and 5 for the gain of 10
     early = results.assign(steps_trained=50)
     until = loss_points(early, returns_table(early), training_runs(results)).query("task == 'cartpole_swingup'")
@@ -181,7 +178,6 @@ def test_correlations_by_hand():
     ]
     found = pd.DataFrame(rows, columns=["task", "method", "train_trajectories", "seed", "loss", "value"])
     (row,) = loss_correlations(found).to_dict("records")
-    assert (row["settings"], row["between"]) == (4, -1.0)
     assert -1 < row["correlation"] < -0.5
     assert row["high"] < 0
     assert loss_sentence(loss_correlations(found)) == "Held-out loss predicts return on 1 of 1 task."
