@@ -25,7 +25,6 @@ def train(
     method: MethodName | None = None,
     resume: str | None = None,
     resume_or_start: bool = False,
-    profile: bool = False,
     distributed: DistributedConfig = DistributedConfig(),
 ) -> None:
     """Train a policy.
@@ -37,7 +36,6 @@ def train(
         resume: folder of a run. Continues the run from its newest checkpoint, with its own settings, on the same or on
             other devices. Without a value: the folder of --run, or the folder of a run's own config.yaml in --config.
         resume_or_start: resume the run in --run if there is one, else start it. For jobs that a scheduler restarts.
-        profile: write a JAX trace of steps 4 to 6 to RUN/profile/.
         distributed: several processes that train one run together.
     """
     from ringrl.training import read_info
@@ -50,7 +48,7 @@ def train(
     run, is_resumed = settings.run, resume is not None or resume_or_start
 
     def work() -> None:
-        train_run(settings, resume=is_resumed, profile=profile)
+        train_run(settings, resume=is_resumed)
         step, steps = read_info(run)[0], settings.optimiser.steps
         if not is_first():
             return

@@ -28,7 +28,7 @@ from ringrl.training.budget import step_cost
 from ringrl.training.checkpoints import Checkpoints, EarlyStopping, RunInfo, read_info
 from ringrl.training.distributed import stop_on_signal
 from ringrl.training.mesh import make_parallel
-from ringrl.training.metrics import MetricsRecorder, StepProfiler, check_loggers, open_log, progress_bar, step_memory
+from ringrl.training.metrics import MetricsRecorder, check_loggers, open_log, progress_bar, step_memory
 from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat, run_lock
 from ringrl.training.sources import held_out_sources, make_source
 from ringrl.training.validation import Validation
@@ -38,7 +38,6 @@ def train(
     config: TrainConfig,
     *,
     resume: bool = False,
-    profile: bool = False,
     console: Console | None = None,
     quiet: bool = False,
 ) -> Path:
@@ -50,7 +49,6 @@ def train(
 
     Args:
       resume: continue from the newest checkpoint of `config.run`.
-      profile: write a JAX trace of a few steps to the folder profile/ of the run.
       console: by default on standard error.
       quiet: show no progress bar, and no message if a resumed run has no checkpoint.
 
@@ -97,8 +95,7 @@ def train(
             console = console or Console(stderr=True, quiet=not distributed.is_first())
             if resume and not checkpoints.steps() and not quiet:
                 console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
-            profiler = StepProfiler(config.run / "profile" if profile else None)
-            _run_steps(info, sources, parallel, checkpoints, progress_bar(console, quiet or console.quiet), profiler)
+            _run_steps(info, sources, parallel, checkpoints, progress_bar(console, quiet or console.quiet))
         finally:
             checkpoints.close()
     return config.run
@@ -121,7 +118,6 @@ def _run_steps(
     parallel: Parallel,
     checkpoints: Checkpoints,
     progress: Progress,
-    profiler: StepProfiler,
 ) -> None:
     """Take the remaining steps. `sources`: the batches of training, then those of `held_out_sources`."""
     config, console, (source, *held_out_batches) = info.config, progress.console, sources
@@ -137,7 +133,7 @@ def _run_steps(
         what = "has finished" if start >= end else f"resumes at step {start} of {config.optimiser.steps}"
         console.print(f"{config.run}: {what}", soft_wrap=True)
     progress.disable |= start >= end  # else a finished run prints an empty line in a log
-    with closing(batches), closing(profiler), open_log(config, start) as log, progress, stop_on_signal() as stop:
+    with closing(batches), open_log(config, start) as log, progress, stop_on_signal() as stop:
         if log is not None and log.missing:
             what = f"metrics of {log.missing} of {start} steps are missing or damaged; the run continues without them"
             console.print(f"{config.run / 'metrics.jsonl'}: {what}", soft_wrap=True)
@@ -145,7 +141,6 @@ def _run_steps(
         recorder = MetricsRecorder(config, step_cost(config, length), log, progress)
         validate = Validation(config, agent.graph, held_out_batches, length, parallel)
         for step, batch in enumerate(batches, start + 1):
-            profiler.before(step - start, state)
             state, metrics = agent.update(state, batch)
             if step == start + 1:  # the step has just been compiled
                 recorder.memory = step_memory(agent.update, state, batch)

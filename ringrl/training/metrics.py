@@ -1,6 +1,5 @@
-"""Metrics of a run: metrics.jsonl (one line per step), TensorBoard, Weights & Biases, the progress bar, and traces."""
+"""Metrics of a run: metrics.jsonl (one line per step), TensorBoard, Weights & Biases, and the progress bar."""
 
-import dataclasses
 import json
 import os
 import secrets
@@ -28,8 +27,6 @@ from ringrl.files import with_crc, without_crc, write_whole
 from ringrl.model.optimiser import learning_rate
 from ringrl.pace import Pace
 from ringrl.training.budget import StepCost
-
-FIRST_TRACED, LAST_TRACED = 4, 6  # steps since the start or resumption; earlier ones compile and warm up
 
 
 class TensorBoardWriter:
@@ -296,26 +293,3 @@ def peak_memory(compiled: Any, platform: str) -> int | None:
     if platform == "cpu":  # its peak omits temporary buffers; a TPU's temp_size counts some that do not coexist
         return int(found.argument_size_in_bytes + found.temp_size_in_bytes)
     return int(found.peak_memory_in_bytes + found.generated_code_size_in_bytes)
-
-
-@dataclasses.dataclass
-class StepProfiler:
-    """A JAX trace of steps FIRST_TRACED to LAST_TRACED, written to a folder; no trace if it is None."""
-
-    folder: Path | None
-    is_tracing: bool = False
-
-    def before(self, step: int, state: Any) -> None:
-        """Call before each step, counted from 1 since the start or resumption, with the state so far."""
-        if self.folder is not None and step in (FIRST_TRACED, LAST_TRACED + 1):
-            jax.block_until_ready(state)
-            self.close()
-            if step == FIRST_TRACED:
-                jax.profiler.start_trace(self.folder)
-                self.is_tracing = True
-
-    def close(self) -> None:
-        """Write the trace."""
-        if self.is_tracing:
-            jax.profiler.stop_trace()
-            self.is_tracing = False

@@ -78,9 +78,3 @@ def test_a_run_that_diverges_stops_with_a_checkpoint_of_the_last_good_parameters
     assert sum(skipped) == 4
     assert load_policy(config.run).step == len(entries)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(nnx.state(load_policy(config.run).policy, nnx.Param)))
-
-
-def test_a_trace_is_written(tiny: TrainConfig) -> None:
-    train(tiny, profile=True, quiet=True)
-    traces = [path for path in (tiny.run / "profile").rglob("*") if path.is_file()]
-    assert any(path.name.endswith(".xplane.pb") and path.stat().st_size > 1000 for path in traces)
