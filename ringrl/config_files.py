@@ -39,9 +39,6 @@ def one_line(error: pydantic.ValidationError) -> str:
     return "; ".join(f"{name}: {message}" if name else message for name, message in problems(error))
 
 
-_WHOLE, _END = "# every setting, up to the last line", "# end"
-
-
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and words (1e6 is a number; 010, 1:30 and yes are not 8, 90 and true), and no dates.
 
@@ -84,10 +81,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, AttributeError, LookupError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    if text.startswith(_WHOLE) and not text.rstrip().endswith(_END):
-        raise UserError(
-            f"{path}: is cut short (its last line, {_END}, is missing); restore it, or remove its first line"
-        )
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {'is empty' if values is None else 'is not a mapping'}; give settings by name")
     return dict(values)
@@ -117,6 +110,6 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def to_yaml(settings: Section | Mapping[str, Any]) -> str:
-    """Return settings as YAML, in their own order. The last line shows that the text is whole."""
+    """Return settings as YAML, in their own order."""
     values = settings.model_dump(mode="json") if isinstance(settings, Section) else dict(settings)
-    return f"{_WHOLE}\n{yaml.dump(values, Dumper=_Dumper, sort_keys=False)}{_END}\n"
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False))

@@ -17,7 +17,6 @@ from ringrl.evaluation import load_policy
 from ringrl.training import read_info, train
 from ringrl.training.checkpoints import saved_steps
 from ringrl.training.run_folder import run_lock
-from tests.damage import cut
 
 
 def as_preempted(run: Path) -> None:
@@ -96,14 +95,6 @@ def test_an_edited_configuration_is_compared_with_the_checkpoint(finished: Train
         assert f"{setting} was {was}, is {now}" in line
         assert "damaged" not in line
     assert saved_steps(finished.run) == saved_steps(finished.run)
-
-
-def test_a_configuration_that_is_cut_short_is_rejected(finished: TrainConfig, tmp_path: Path, capsys) -> None:
-    saved = finished.run / "config.yaml"
-    cut(saved, 0.9)
-    assert "is cut short" in rejected(["train", "--config", str(saved), "--run", str(tmp_path / "new")], capsys)
-    with pytest.raises(UserError, match="is cut short"):
-        read_yaml(saved)
 
 
 def test_one_process_trains_in_a_folder(finished: TrainConfig, tmp_path: Path) -> None:
