@@ -41,10 +41,10 @@ class Actor(Protocol):
         """
 
     def observe(self, finished: Context) -> None:
-        """Remember the same timestep with its action, reward and completion."""
+        """Remember the same timestep with its action, reward and completion. Does nothing by default."""
 
 
-class RandomActor:
+class RandomActor(Actor):
     """Uniform random actions. Stream i uses the seed `seed + i * stride`, whatever the number of streams."""
 
     def __init__(self, action_size: int, seed: int, stride: int = 1) -> None:
@@ -56,11 +56,8 @@ class RandomActor:
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         return np.stack([random.uniform(-1, 1, self._action_size) for random in self._randoms]).astype(np.float32)
 
-    def observe(self, finished: Context) -> None:
-        """Do nothing."""
 
-
-class CopyActor:
+class CopyActor(Actor):
     """Copies the action of the prompt's step with the nearest normalised observation (Euclidean distance)."""
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
@@ -70,11 +67,8 @@ class CopyActor:
     def act(self, current: Context) -> Float32[np.ndarray, "environments action"]:
         return self._actions[self._observations.query(current.observation[:, 0])[1]]
 
-    def observe(self, finished: Context) -> None:
-        """Do nothing."""
 
-
-class CloneActor:
+class CloneActor(Actor):
     """Behaviour cloning of the prompt alone: CLONE_STEPS steps of Adam with batches of 256 timesteps."""
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
@@ -98,9 +92,6 @@ class CloneActor:
 
     def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
         return self._actions(current)[:, 0]
-
-    def observe(self, finished: Context) -> None:
-        """Do nothing."""
 
 
 class PolicyActor:
