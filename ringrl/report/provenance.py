@@ -20,6 +20,7 @@ from ringrl.evaluation.target import NO_TARGET
 from ringrl.files import without_crc
 
 POINTS = 50  # of a learning curve
+_FEW = 4  # numbers that are listed
 MEMORY = "peak_memory_bytes"  # its name in metrics.jsonl
 _LOGGED = ["step", "loss", "validation_loss", "tokens_per_second", MEMORY]
 _RUN = ["task", "method", "train_trajectories", "seed"]
@@ -65,14 +66,10 @@ def _distinct(values: Iterable[Any]) -> list[str]:
 
 
 def _ranges(values: Iterable[int]) -> str:
-    """Return distinct integers as text, consecutive ones as "0 to 7"."""
-    runs: list[list[int]] = []
-    for value in sorted({int(value) for value in values}):
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+    """Return distinct integers as text: a few of them, or the ends and the number of many."""
+    found = sorted({int(value) for value in values})
+    few = ", ".join(map(str, found))
+    return few if len(found) <= _FEW else f"{found[0]} to {found[-1]} ({len(found)} different)"
 
 
 def training_runs(results: pd.DataFrame) -> pd.DataFrame:

@@ -127,7 +127,7 @@ def test_facts_by_hand(make_study, tmp_path):
     (root / "broken.jsonl").write_text('{"protocol": 1, "ta')
     found = dict(facts(read_results([root])))
     assert found["Target return"] == ["cartpole_swingup: 869 (data_best)"]
-    assert found["Training seeds"] == ["0 to 1"]
+    assert found["Training seeds"] == ["0, 1"]
     assert found["Versions"] == ["jax 0.10.2"]
     assert found["Commands"] == ["ringrl ablate plan.yaml"]
     assert found["Left out"] == [f"{root}/broken.jsonl, line 1: damaged or cut short, left out"]
