@@ -84,19 +84,20 @@ def _context_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
     runs = runs.rename(columns={"length": "x", "mean": "value"})
     for task, rows in table.groupby("task"):
         rows = rows[rows["length"].notna() | (rows["kind"] == "data") | rows.index.isin(levels(table, str(task)).index)]
-        ends = rows.sort_values("length").drop_duplicates(["method", "curve"], keep="last").index
-        label = rows["curve"].where(rows.index.isin(ends) & (rows["curve"] != ""))
-        rows = rows.assign(x=rows["length"], memory=True, strength=1.0, label=label)
+        has_curves = (rows["curve"].fillna("") != "").any()  # of each training length
+        rank = rows.groupby("method")["train_trajectories"].rank(method="dense", pct=True).fillna(1.0)
+        rows = rows.assign(x=rows["length"], memory=True, strength=0.2 + 0.8 * rank if has_curves else 1.0)
         control = rows[rows["x"].notna() & rows["control"].notna() & (rows["test_trajectories"] > 1)]
-        absent = {"low": np.nan, "high": np.nan, "label": None}
-        control = control.assign(iqm=control["control"], memory=False, strength=0.8, **absent)
-        unit = "trajectories" if label.isna().all() else "episodes"
+        control = control.assign(iqm=control["control"], memory=False, strength=0.8, low=np.nan, high=np.nan)
+        unit = "episodes" if has_curves else "trajectories"
         axis = partial(_length_axis, f"{unit} per context")
         panels += draw.curves(pd.concat([rows, control]), axis, runs=runs)
     caption = (
         "Each point is the interquartile mean over training seeds of the mean return of all episodes. Bars are 95 % "
         f"intervals (stratified bootstrap over seeds), small dots are single seeds.{_one_seed(points)}"
     )
+    if (points["curve"] != "").any():
+        caption += " The longer the training context, the stronger the line."
     if (table["kind"] != "context").any():
         caption += " Horizontal lines need no context."
     return draw.chart("return_by_context", "Return against context length", caption, panels)

@@ -196,8 +196,8 @@ class Drawing(NamedTuple):
         """Return a panel per task: a line per method, memory and curve, and a horizontal line per row without x.
 
         Args:
-            rows: columns task, method, x and iqm, and optionally low, high, memory, curve, strength (opacity), label
-                and the columns of tooltips.
+            rows: columns task, method, x and iqm, and optionally low, high, memory, curve, strength (opacity) and the
+                columns of tooltips.
             axis: returns the x axis for a column of values.
             y: axis of the column "value". Default: the return per episode.
             runs: training runs, drawn as small dots: columns task, method, x, value and seed.
@@ -210,8 +210,6 @@ class Drawing(NamedTuple):
             data = self.rows(group)
             points = data[data["x"].notna()]
             x = axis(points["x"])
-            if "label" in points:
-                points = points.assign(label=_legible(points, x["scale"]))
             layers = [*self.rules(data[data["x"].isna()], y), *self.lines(points, x, y, **marks)]
             if runs is not None and (runs["task"] == task).any():
                 layers.append(self.dots(runs[runs["task"] == task], x, y))
@@ -242,7 +240,7 @@ class Drawing(NamedTuple):
     def lines(
         self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, band: bool = False, points: bool = True
     ) -> list[alt.Chart]:
-        """Return lines per method, memory and curve, bars or a band for intervals, points with tooltips, and labels.
+        """Return lines per method, memory and curve, bars or a band for intervals, and points with tooltips.
 
         Args:
             data: rows as `rows` returns them.
@@ -266,9 +264,6 @@ class Drawing(NamedTuple):
             low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
             ends = ends.encode(y=low, y2="high:Q", opacity=alt.value(0.15 if band else 0.3))
             layers.insert(0, ends.transform_filter("isValid(datum.low)"))
-        if "label" in data:
-            text = base.mark_text(align="right", dx=-4, dy=-9).encode(y=y, text="label:N", opacity=alt.value(1.0))
-            layers.append(text.transform_filter("isValid(datum.label)"))
         return layers
 
     def dots(self, runs: pd.DataFrame, x: alt.X, y: alt.Y, size: int = 10) -> alt.Chart:
@@ -294,7 +289,7 @@ _TOOLTIPS = {
     "seed": "seed", "trajectories": "trajectories", "episode": "episode", "memory": "memory",
     "step": "step", "command": "command",
 }  # fmt: skip
-_DRAWN = ("x", "value", "low", "high", "curve", "strength", "label", *_TOOLTIPS)
+_DRAWN = ("x", "value", "low", "high", "curve", "strength", *_TOOLTIPS)
 
 
 def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
@@ -302,18 +297,6 @@ def _tooltips(data: pd.DataFrame) -> list[alt.Tooltip]:
     if "memory" in shown and (data["memory"].nunique() == 1 or (data["memory"] == HELD_OUT).any()):
         shown.remove("memory")
     return [alt.Tooltip(f"{name}:N", title=_TOOLTIPS[name]) for name in shown]
-
-
-def _legible(points: pd.DataFrame, scale: alt.Scale) -> pd.Series:
-    """Return the labels that do not overlap on a panel of 300 pixels; of overlapping labels, that of the last row."""
-    place = {"log": np.log, "symlog": np.log1p}.get(str(scale.to_dict().get("type")), np.asarray)
-    x = pd.Series(place(points["x"]), points.index) / np.ptp(place(scale["domain"]))
-    y, kept = points["value"] / (points["value"].max() or 1.0), list[Any]()
-    for index, label in points["label"].dropna()[::-1].items():
-        width = 0.01 + 0.022 * max(map(len, [label, *points["label"][kept]]))
-        if all(abs(x[index] - x[other]) > width or abs(y[index] - y[other]) > 0.07 for other in kept):
-            kept.append(index)
-    return points["label"].where(points.index.isin(kept))
 
 
 def _lengths(train: float, prompt: float, test: float) -> str | None:

@@ -3,14 +3,13 @@
 import json
 import re
 
-import altair as alt
 import pandas as pd
 import pytest
 import scipy.stats  # type: ignore[import-untyped]
 
 from ringrl.report.charts import _episode_axis, all_charts
 from ringrl.report.conclusion import overfitting_warning
-from ringrl.report.drawing import PALETTE, _legible, chart_files, styles
+from ringrl.report.drawing import PALETTE, chart_files, styles
 from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.page import write_report
 from ringrl.report.provenance import training_losses, training_runs
@@ -316,16 +315,6 @@ def test_axes_start_at_zero_or_say_that_they_do_not(make_ablation, make_rollouts
                         one["title"] == "episode in the context" or len(one.get("axis", {}).get("values", [])) == 1
                     )
                     assert starts_at_zero or is_marked or is_counted, (chart.name, one)
-
-
-def test_labels_do_not_overlap():
-    data = {"x": [1.0, 1.05, 2.0, 8.0], "value": [700.0, 710.0, 700.0, 705.0], "label": ["1", "2", "4", "8"]}
-    scale = alt.Scale(type="log", domain=[1, 8])
-    assert _legible(pd.DataFrame(data), scale).dropna().tolist() == ["2", "4", "8"], "1 and 2 are in one place"
-    apart = pd.DataFrame(data | {"value": [100.0, 710.0, 700.0, 705.0]})
-    assert _legible(apart, scale).dropna().tolist() == ["1", "2", "4", "8"]
-    words = pd.DataFrame(data | {"label": ["trained on 2", None, "trained on 4", "trained on 8"]})
-    assert _legible(words, alt.Scale(domain=[0, 8])).dropna().tolist() == ["trained on 4", "trained on 8"]
 
 
 def test_charts_that_show_nothing_are_left_out(make_ablation):
