@@ -35,7 +35,7 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
         losses: training and held-out losses, as `provenance.training_losses` returns them.
         held_out: held-out losses and returns, as `held_out.loss_points` returns them.
     """
-    draw = Drawing(styles(table), results.groupby(CELL)["command"].agg(_commands).rename("command"), {})
+    draw = Drawing(styles(table), {})
     with debug_mode(False):  # validating hundreds of marks would take most of the time
         charts = [
             _context_chart(draw, results, table), _episode_chart(draw, results, table),
@@ -45,11 +45,6 @@ def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame,
     # With one length, the chart of episodes shows more than curves of one point.
     is_flat = table.groupby(["task", "method", "curve"])["length"].nunique().max() == 1
     return [chart for chart in charts[int(is_flat and bool(charts[1].panels)) :] if chart.panels]
-
-
-def _commands(commands: pd.Series) -> str | None:
-    found = sorted(set(commands.dropna()))
-    return None if not found else found[0] if len(found) == 1 else f"{found[0]} (and {len(found) - 1} more)"
 
 
 def _length_axis(title: str, lengths: pd.Series) -> alt.X:

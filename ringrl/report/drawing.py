@@ -159,7 +159,6 @@ class Drawing(NamedTuple):
     """Data, colours and axes that the panels of a report share."""
 
     styles: Mapping[str, Style]
-    commands: pd.Series  # by CELL
     frames: dict[str, pd.DataFrame]  # data of all panels, by name
 
     def chart(self, name: str, title: str, caption: str, panels: list[Panel]) -> Chart:
@@ -219,7 +218,6 @@ class Drawing(NamedTuple):
     def rows(self, data: pd.DataFrame) -> pd.DataFrame:
         """Return the columns that a chart reads. Missing columns get default values."""
         if set(CELL) <= set(data.columns):
-            data = data.merge(self.commands, left_on=CELL, right_index=True, how="left")
             data = data.assign(trajectories=[_lengths(*lengths) for lengths in data[CELL[2:]].to_numpy()])
         defaults = {"low": np.nan, "high": np.nan, "curve": "", "strength": 1.0, "memory": True}
         data = data.assign(value=data["iqm"], **{name: value for name, value in defaults.items() if name not in data})
@@ -287,7 +285,7 @@ class Drawing(NamedTuple):
 _TOOLTIPS = {
     "method": "method", "shown": "return", "loss": "loss", "interval": "95 % interval", "seeds": "training seeds",
     "seed": "seed", "trajectories": "trajectories", "episode": "episode", "memory": "memory",
-    "step": "step", "command": "command",
+    "step": "step",
 }  # fmt: skip
 _DRAWN = ("x", "value", "low", "high", "curve", "strength", *_TOOLTIPS)
 

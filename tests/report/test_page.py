@@ -225,7 +225,7 @@ def test_specifications_hold_what_a_tooltip_shows(full):
     rows = [row for spec in specs for name in spec["datasets"] for row in spec["datasets"][name]]
     point = next(row for row in rows if row.get("trajectories") == "2" and row.get("interval"))
     assert point["method"] == "Agentic Transformer"
-    assert (point["seeds"], point["command"]) == (2, "ringrl ablate plan.yaml")
+    assert point["seeds"] == 2
 
 
 def test_the_terminal_table_fits_80_columns(make_ablation):
