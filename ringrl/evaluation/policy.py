@@ -26,7 +26,6 @@ from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.checkpoints import (
     CheckpointKind,
     Checkpoints,
-    DamagedCheckpointError,
     RunInfo,
     best_step,
     read_info,
@@ -210,12 +209,7 @@ def load_policy(
     parallel = ONE_DEVICE if mesh is None else make_ring(info.config, mesh)
     agent = make_agent(partial(info.make_policy, parallel), info.config, parallel)
     with closing(Checkpoints(run)) as checkpoints:
-        try:
-            state = checkpoints.restore(step, agent.init())
-        except DamagedCheckpointError:
-            if given is None and step not in checkpoints.steps():  # training has replaced it by a newer one
-                return load_policy(run, mesh=mesh, kind=kind)
-            raise
+        state = checkpoints.restore(step, agent.init())
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state.params):
         digest.update(jax.tree_util.keystr(path).encode() + jnp.asarray(array).tobytes())

@@ -114,10 +114,6 @@ class EarlyStopping(NamedTuple):
         return cls(*(_saved_metrics(run / "checkpoints" / str(step)) or {}).get("early_stopping", ()))
 
 
-class DamagedCheckpointError(UserError):
-    """A checkpoint that cannot be read, now or later."""
-
-
 class Checkpoints:
     """The checkpoints of one run. Each is written under a temporary name and then renamed, so none is incomplete.
 
@@ -294,8 +290,8 @@ def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None and not is_missing):
         return UserError(f"{checkpoint}: cannot be read now and is not changed ({brief(error)}); try again later")
     if not checkpoint.exists():
-        return DamagedCheckpointError(f"{checkpoint}: was removed while it was read, by training perhaps; try again")
-    return DamagedCheckpointError(f"{checkpoint}: is damaged ({brief(error)}); remove it to use an older one")
+        return UserError(f"{checkpoint}: was removed while it was read, by training perhaps; try again")
+    return UserError(f"{checkpoint}: is damaged ({brief(error)}); remove it to use an older one")
 
 
 # Orbax detects most damage, but not a changed value. These checksums do.

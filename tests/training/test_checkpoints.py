@@ -207,20 +207,16 @@ def test_a_path_that_orbax_reads_as_a_pattern_is_an_error(tiny: TrainConfig, nam
         train(tiny.model_copy(update={"run": tiny.run.with_name(name)}), quiet=True)
 
 
-def test_a_checkpoint_that_training_replaces_while_it_is_read_gives_the_newest(finished, monkeypatch) -> None:
+def test_a_checkpoint_that_training_removes_while_it_is_read_is_named(finished, monkeypatch) -> None:
     restore, path = Checkpoints.restore, finished.run / "checkpoints" / "14"
 
     def prune_first(self: Checkpoints, step: int, like: TrainState) -> TrainState:
-        if step == 14:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
         return restore(self, step, like)
 
     monkeypatch.setattr(Checkpoints, "restore", prune_first)
-    copy = shutil.copytree(path, finished.run / "copy")
-    assert load_policy(finished.run).step == 12
-    shutil.move(copy, path)
-    with pytest.raises(UserError, match=r"14: was removed while it was read"):
-        load_policy(finished.run, 14)
+    with pytest.raises(UserError, match=r"14: was removed while it was read, .*try again"):
+        load_policy(finished.run)
 
 
 def test_a_dollar_in_a_saved_path_is_not_expanded(finished: TrainConfig) -> None:
