@@ -5,7 +5,7 @@ contexts stay cheap.
 """
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ SMALLEST_CACHE = 512  # tokens
 CLONE_STEPS = 1000
 
 
-class Actor(Protocol):
+class Actor:
     """Chooses actions in a batch of environments and may remember earlier steps."""
 
     def start(self, num_environments: int, num_steps: int, prompt: Context | None = None) -> None:
@@ -33,12 +33,14 @@ class Actor(Protocol):
 
         At most `num_steps` steps follow. The first one has position T.
         """
+        raise NotImplementedError
 
     def act(self, current: Context) -> Float32[Array, "environments action"]:
         """Return the action at a new timestep (B, 1, ...), whose action, reward and completion are zero.
 
         The result may be a jax.Array that is still being computed.
         """
+        raise NotImplementedError
 
     def observe(self, finished: Context) -> None:
         """Remember the same timestep with its action, reward and completion. Does nothing by default."""
@@ -94,7 +96,7 @@ class CloneActor(Actor):
         return self._actions(current)[:, 0]
 
 
-class PolicyActor:
+class PolicyActor(Actor):
     """A trained policy with its own key-value cache."""
 
     def __init__(self, compiled: "CompiledPolicy") -> None:
@@ -121,7 +123,7 @@ class PolicyActor:
         self._previous = finished
 
 
-class SegmentActor:
+class SegmentActor(Actor):
     """A policy trained on segments. It sees the prompt and the last steps of the live episode, as one more segment."""
 
     def __init__(self, compiled: "CompiledPolicy", segment_steps: int) -> None:

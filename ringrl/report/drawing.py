@@ -120,10 +120,10 @@ def _file_spec(panels: Sequence[Panel], methods: Sequence[str]) -> dict[str, Any
     for panel in panels:
         layers = [layer for layer in panel.spec["layer"] if layer["mark"].get("opacity") != 0]  # these carry tooltips
         for layer in layers:
-            if "color" in layer["encoding"]:
-                layer["encoding"]["color"]["legend"] = {"values": list(methods)}
+            if colour := layer["encoding"].get("color"):
+                colour["legend"] = {"values": list(methods)}
         views.append({"layer": layers, "title": panel.title, "width": WIDTH, "height": panel.height})
-    spec = {
+    spec: dict[str, Any] = {
         "$schema": alt.SCHEMA_URL, "concat": views, "columns": 2 if len(views) == 4 else min(3, len(views)),
         "datasets": {name: rows for panel in panels for name, rows in panel.spec["datasets"].items()},
         "config": _config(), "background": "var(--paper)", "spacing": 30,
