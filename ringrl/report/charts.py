@@ -21,7 +21,6 @@ from ringrl.report.tables import (
     run_scores,
 )
 
-_POINTS_TO_MARK = 16  # a longer curve has a band instead of bars
 _CURVES = 4  # context lengths of one method in the chart of episodes
 ZOOMED = "(zoomed: the axis does not start at zero)"
 
@@ -112,7 +111,7 @@ def _episode_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
         low=rows["low"].where(longest & rows["memory"]), high=rows["high"].where(longest & rows["memory"]),
     )[(rows["rank"] < shown) & (rows["memory"] | longest)]  # fmt: skip
     rows = pd.concat([rows, *_without_context(table, rows["task"].unique())])
-    panels = draw.curves(rows, _episode_axis, band=len(rows) > 0 and rows["x"].max() > _POINTS_TO_MARK)
+    panels = draw.curves(rows, _episode_axis)
     caption = (
         "The same policy plays n episodes in a row and keeps them in its context. The dashed line is the same policy "
         "from the same starts with its memory reset before each episode. Episodes at different places have different "

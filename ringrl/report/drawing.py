@@ -190,7 +190,7 @@ class Drawing(NamedTuple):
         *,
         y: alt.Y | None = None,
         runs: pd.DataFrame | None = None,
-        **marks: Any,
+        points: bool = True,
     ) -> list[Panel]:
         """Return a panel per task: a line per method, memory and curve, and a horizontal line per row without x.
 
@@ -200,16 +200,16 @@ class Drawing(NamedTuple):
             axis: returns the x axis for a column of values.
             y: axis of the column "value". Default: the return per episode.
             runs: training runs, drawn as small dots: columns task, method, x, value and seed.
-            marks: arguments of `lines`.
+            points: argument of `lines`.
         """
         panels, y = [], y or alt.Y("value:Q", title="return per episode", scale=alt.Scale(zero=True))
         for task, group in rows.groupby("task", sort=False):
             if group["x"].isna().all():
                 continue
             data = self.rows(group)
-            points = data[data["x"].notna()]
-            x = axis(points["x"])
-            layers = [*self.rules(data[data["x"].isna()], y), *self.lines(points, x, y, **marks)]
+            curves = data[data["x"].notna()]
+            x = axis(curves["x"])
+            layers = [*self.rules(data[data["x"].isna()], y), *self.lines(curves, x, y, points=points)]
             if runs is not None and (runs["task"] == task).any():
                 layers.append(self.dots(runs[runs["task"] == task], x, y))
             panels.append(self.panel(str(task), layers, f"{task}: {y['title']} against {x['title']}."))
@@ -235,15 +235,12 @@ class Drawing(NamedTuple):
         shades = [f"var(--{style.colour})" for style in self.styles.values()]
         return alt.Color("method:N", title=None, scale=alt.Scale(domain=list(self.styles), range=shades))
 
-    def lines(
-        self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, band: bool = False, points: bool = True
-    ) -> list[alt.Chart]:
-        """Return lines per method, memory and curve, bars or a band for intervals, and points with tooltips.
+    def lines(self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, points: bool = True) -> list[alt.Chart]:
+        """Return lines per method, memory and curve, bars for intervals, and points with tooltips.
 
         Args:
             data: rows as `rows` returns them.
             x, y: axes of the columns x and value.
-            band: draw intervals as a band.
             points: draw the points; False leaves only their tooltips.
         """
         base = self.base(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
@@ -258,9 +255,8 @@ class Drawing(NamedTuple):
             marks = marks.encode(opacity=STRENGTH)
         layers = [line, marks]
         if "low" in data and data["low"].notna().any():
-            ends = base.mark_area() if band else base.mark_rule(strokeWidth=6)
             low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
-            ends = ends.encode(y=low, y2="high:Q", opacity=alt.value(0.15 if band else 0.3))
+            ends = base.mark_rule(strokeWidth=6).encode(y=low, y2="high:Q", opacity=alt.value(0.3))
             layers.insert(0, ends.transform_filter("isValid(datum.low)"))
         return layers
 
