@@ -4,11 +4,9 @@ import json as json_module
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -336,12 +334,9 @@ def _speed(rates: dict[str, float]) -> Iterator[Finding]:
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Return the median time of five calls after the first."""
+    """Return the shortest time of several calls."""
     import jax
 
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    from ringrl.study.cost import least_seconds
+
+    return least_seconds(lambda: jax.block_until_ready(function(*arguments)), 6)

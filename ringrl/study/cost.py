@@ -53,7 +53,7 @@ class Speed(NamedTuple):
         """Return the speed of the cores in these tasks. Accelerators are not used: the cells need their memory."""
         size = 1024
         x = np.ones((size, size), np.float32)
-        seconds = _least_seconds(lambda: x @ x, 5)
+        seconds = least_seconds(lambda: x @ x, 5)
         return cls(2 * size**3 / seconds, {task: _seconds_per_step(task) for task in tasks})
 
 
@@ -61,10 +61,10 @@ def _seconds_per_step(task: str, streams: int = 8) -> float:
     with closing(make_vec(task, streams, 0)) as environments:
         environments.reset()
         actions: Any = np.random.default_rng(0).uniform(-1, 1, environments.action_space.shape).astype(np.float32)
-        return _least_seconds(lambda: environments.step(actions), 20) / streams
+        return least_seconds(lambda: environments.step(actions), 20) / streams
 
 
-def _least_seconds(action: Callable[[], object], times: int) -> float:
+def least_seconds(action: Callable[[], object], times: int) -> float:
     """Return the shortest of several times, since other programs may be busy."""
     seconds = []
     for _ in range(times):
