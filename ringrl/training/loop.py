@@ -19,7 +19,7 @@ from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import eligible_by_task
 from ringrl.envs import Domain, ForeignDomain
-from ringrl.errors import UserError
+from ringrl.errors import UserError, require
 from ringrl.files import explain_write_errors
 from ringrl.model import TrainState, make_agent
 from ringrl.model.parallel import Parallel
@@ -28,7 +28,7 @@ from ringrl.training.budget import step_cost
 from ringrl.training.checkpoints import Checkpoints, EarlyStopping, RunInfo, read_info
 from ringrl.training.distributed import stop_on_signal
 from ringrl.training.mesh import make_parallel
-from ringrl.training.metrics import MetricsRecorder, check_loggers, open_log, progress_bar, step_memory
+from ringrl.training.metrics import MetricsRecorder, open_log, progress_bar, step_memory
 from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat, run_lock
 from ringrl.training.sources import held_out_sources, make_source
 from ringrl.training.validation import Validation
@@ -61,7 +61,8 @@ def train(
             f"train: {config!r} is not a TrainConfig; make one: ringrl.config.TrainConfig(data=..., task=...)"
         )
     settings = flat(config.model_dump(mode="json", exclude={"data"}))  # the path may differ between hosts
-    check_loggers(config)
+    if "wandb" in config.log:
+        require("--log wandb", "wandb", "wandb")
     distributed.check_connected()
     distributed.agree("settings", settings | {"resume": resume, "version of jax": version("jax")})
     store, context = EpisodeStore(config.data), config.context

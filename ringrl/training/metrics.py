@@ -22,7 +22,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from ringrl.attention.strategy import link_of
 from ringrl.config import TrainConfig
-from ringrl.errors import UserError, require
+from ringrl.errors import UserError
 from ringrl.files import with_crc, without_crc, write_whole
 from ringrl.model.optimiser import learning_rate
 from ringrl.pace import Pace
@@ -91,12 +91,6 @@ class WandbWriter:
     def close(self) -> None:
         """Flush, and upload unless offline."""
         self._run.finish()
-
-
-def check_loggers(config: TrainConfig) -> None:
-    """Raise UserError if a configured logger is not installed."""
-    if "wandb" in config.log:
-        require("--log wandb", "wandb", "wandb")
 
 
 class MetricsLog(ExitStack):
