@@ -7,10 +7,8 @@ Then any part of it can be read.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -185,21 +183,64 @@ class ContextSampler:
         return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given times, in this order. Times beyond a context are padding.
+        """Return the given contexts of a plan at the given times, in ascending order. Later times are padding.
 
         Only these steps' observations and actions are read, and the actions before them. Returns-to-go also need the
         earlier rewards of each episode. Every number is the same in whatever rectangle it is read.
 
-        Raises ValueError for a time below 0.
+        Raises ValueError for times that do not ascend, or one below 0.
         """
-        if len(times) and times.min() < 0:
-            raise ValueError(f"times: expected no time below 0, got {times.min()}")
+        if len(times) and (times[0] < 0 or (np.diff(times) < 1).any()):
+            raise ValueError(f"times: expected ascending times, none below 0, got {times}")
         part = ContextPlan(*(column[rows] for column in plan))
-        reader = _Reader(self.store, self.normalisation, part, times, self.config)
-        pieces, threads = list(_pieces(part, times)), available_cores()
+        out = _blank(len(part.episodes), len(times), self.store.observation_size, self.store.action_size)
+        out.position[:] = times
+        bounds, threads = np.searchsorted(times, part.starts), available_cores()
+        found = np.argwhere(np.diff(bounds, axis=1)).tolist()
+
+        def fill_in(chosen: list[list[int]]) -> None:
+            for context, trajectory in chosen:
+                places = slice(*bounds[context, trajectory : trajectory + 2].tolist())
+                self._fill_in(out, part, context, trajectory, places)
+
         with ThreadPoolExecutor(threads) as pool:  # NumPy lets other threads run while it copies and computes
-            list(pool.map(reader.read, (pieces[i::threads] for i in range(threads))))
-        return reader.out
+            list(pool.map(fill_in, (found[i::threads] for i in range(threads))))
+        return out
+
+    def _fill_in(self, out: Context, plan: ContextPlan, context: int, trajectory: int, places: slice) -> None:
+        """Write the steps of a trajectory to their places on the time axis."""
+        config, normalisation, arrays = self.config, self.normalisation, self.store.arrays
+        rewards, first, last = self._recorded(plan, context, trajectory)
+        start, begin = plan.starts[context, trajectory].item(), plan.first_timesteps[context, trajectory].item()
+        at, timestep = (context, places), out.position[context, places] - (start - begin)
+        # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
+        state, outcome = _rows(first + timestep), _rows(first + timestep + 1)
+        normalisation.observation(arrays["observation"][state], out=np.asarray(out.observation)[at])
+        out.action[at], out.previous.action[at] = arrays["action"][outcome], arrays["action"][state]
+        out.reward[at], out.previous.reward[at] = (normalisation.reward(rewards[rows]) for rows in (outcome, state))
+        out.timestep[at], out.trajectory[at], out.start[at], out.weight[at] = timestep, trajectory, start, 1
+        out.weight[at][timestep < begin + config.first_steps] = config.first_steps_weight
+        if timestep[-1] == last - first - 1:
+            out.completion[context, places.stop - 1] = plan.completes[context, trajectory]
+        if not math.isnan(target := plan.targets[context, trajectory]):
+            earned = np.zeros(timestep[-1] + 1)  # before each step
+            np.cumsum(rewards[first + 1 : first + len(earned)], out=earned[1:])
+            out.return_to_go[at] = normalisation.return_to_go(target - earned[timestep])
+        if timestep[0] == begin:
+            # The outcome before: the previous trajectory's last. Segments do not follow each other in time.
+            previous, place = out.previous, (context, places.start)
+            previous.action[place], previous.reward[place] = 0, 0
+            if trajectory and config.segment_steps is None:
+                rewards, _, last = self._recorded(plan, context, trajectory - 1)
+                previous.action[place] = arrays["action"][last]
+                previous.reward[place] = normalisation.reward(rewards[last])
+                previous.completion[place] = plan.completes[context, trajectory - 1]
+
+    def _recorded(self, plan: ContextPlan, context: int, trajectory: int) -> tuple[np.ndarray, int, int]:
+        """Return the store's rewards for a trajectory's task, and the first and last row of its episode."""
+        task = plan.tasks[context] if plan.tasks.ndim == 1 else plan.tasks[context, trajectory]
+        first, past = self.store.offsets[plan.episodes[context, trajectory] :][:2].tolist()
+        return self.store.arrays[reward_key(task)], first, past - 1
 
     @cached_property
     def _returns(self) -> dict[str, Float64[np.ndarray, " episodes"]]:
@@ -239,121 +280,10 @@ class ContextSampler:
         return task, chosen, np.where(random.random(count) < self.config.segment_start_share, 0, anywhere)
 
 
-class _Piece(NamedTuple):
-    """Evenly spaced steps of one trajectory, and their place in the batch."""
-
-    context: int
-    trajectory: int
-    place: int  # index of the first step on the time axis that is read
-    length: int
-    timestep: int  # of the first step, within the episode
-    stride: int  # timesteps between two steps
-
-
-def _pieces(plan: ContextPlan, times: np.ndarray) -> Iterator[_Piece]:
-    for place, first, stride, count in _runs(times):
-        # The run's j-th step is at first + j * stride; trajectory k has those from cuts[k] up to cuts[k + 1].
-        cuts = np.clip(-((first - plan.starts) // stride), 0, count)
-        context, trajectory = np.nonzero(np.diff(cuts, axis=1))
-        begin, end = cuts[context, trajectory], cuts[context, trajectory + 1]
-        timestep = first + begin * stride - plan.starts[context, trajectory]
-        timestep += plan.first_timesteps[context, trajectory]
-        strides = np.full_like(begin, stride)
-        columns = np.stack([context, trajectory, place + begin, end - begin, timestep, strides], axis=1)
-        yield from (_Piece(*values) for values in columns.tolist())
-
-
-def _runs(times: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Split times into evenly spaced runs (place, first time, stride, count). Every ring layout gives few of them."""
-    if len(times) == 0:
-        return
-    steps = np.diff(times)
-    stride = max(1, int(np.partition(steps, len(steps) // 2)[len(steps) // 2])) if len(steps) else 1
-    breaks = np.flatnonzero(steps != stride) + 1
-    for place, end in pairwise([0, *breaks.tolist(), len(times)]):
-        yield place, int(times[place]), stride, end - place
-
-
-class _Reader:
-    """Writes pieces of trajectories, which do not overlap, to the arrays of a batch."""
-
-    def __init__(
-        self,
-        store: EpisodeStore,
-        normalisation: Normalisation,
-        plan: ContextPlan,
-        times: np.ndarray,
-        config: ContextConfig,
-    ) -> None:
-        self._observation, self._action = store.arrays["observation"], store.arrays["action"]
-        tasks = plan.tasks if plan.tasks.ndim == 2 else plan.tasks[:, None]
-        tasks = np.broadcast_to(tasks, plan.episodes.shape)
-        self._rewards = [[store.arrays[reward_key(task)] for task in row] for row in tasks.tolist()]
-        self._normalisation = normalisation
-        self._first_rows = store.offsets[:-1][plan.episodes].tolist()
-        self._last_rows = (store.offsets[1:][plan.episodes] - 1).tolist()
-        self._targets, self._completes, self._starts = (x.tolist() for x in (plan.targets, plan.completes, plan.starts))
-        self._first_timesteps, self._config = plan.first_timesteps.tolist(), config
-        self.out = _blank(len(plan.episodes), len(times), store.observation_size, store.action_size)
-        self.out.position[:] = times
-
-    def read(self, pieces: Iterable[_Piece]) -> None:
-        """Copy the given pieces."""
-        for piece in pieces:
-            self._copy_steps(piece)
-            self._fill_in_returns(piece)
-            if piece.timestep == self._first_timesteps[piece.context][piece.trajectory]:
-                self._look_back(piece)
-
-    def _copy_steps(self, piece: _Piece) -> None:
-        at = piece.context, slice(piece.place, piece.place + piece.length)
-        row = self._first_rows[piece.context][piece.trajectory] + piece.timestep
-        span = (piece.length - 1) * piece.stride + 1
-        # A row of the store holds a state and the outcome of the step before: a step's own outcome is one row later.
-        state, outcome = slice(row, row + span, piece.stride), slice(row + 1, row + 1 + span, piece.stride)
-        out = self.out
-        self._normalisation.observation(self._observation[state], out=np.asarray(out.observation)[at])
-        out.action[at] = self._action[outcome]
-        reward = self._rewards[piece.context][piece.trajectory]
-        out.reward[at] = self._normalisation.reward(reward[outcome])
-        out.previous.action[at] = self._action[state]
-        out.previous.reward[at] = self._normalisation.reward(reward[state])
-        out.timestep[at] = np.arange(piece.timestep, piece.timestep + span, piece.stride)
-        out.trajectory[at], out.start[at] = piece.trajectory, self._starts[piece.context][piece.trajectory]
-        out.weight[at] = 1
-        past = self._first_timesteps[piece.context][piece.trajectory] + self._config.first_steps
-        out.weight[at][: max(0, -((piece.timestep - past) // piece.stride))] = self._config.first_steps_weight
-
-    def _fill_in_returns(self, piece: _Piece) -> None:
-        if math.isnan(self._targets[piece.context][piece.trajectory]):
-            return
-        at = piece.context, slice(piece.place, piece.place + piece.length)
-        first, last = (rows[piece.context][piece.trajectory] for rows in (self._first_rows, self._last_rows))
-        end = piece.timestep + (piece.length - 1) * piece.stride + 1
-        earned = np.zeros(end)  # before each step
-        np.cumsum(self._rewards[piece.context][piece.trajectory][first + 1 : first + end], out=earned[1:])
-        left = self._targets[piece.context][piece.trajectory] - earned[piece.timestep :: piece.stride]
-        self.out.return_to_go[at] = self._normalisation.return_to_go(left)
-        place, rest = divmod(last - 1 - first - piece.timestep, piece.stride)
-        if rest == 0 and place < piece.length:  # the piece has the trajectory's last step
-            completes = self._completes[piece.context][piece.trajectory]
-            self.out.completion[piece.context, piece.place + place] = completes
-
-    def _look_back(self, piece: _Piece) -> None:
-        """Set the outcome before a trajectory's first step: the previous trajectory's last outcome, or zeros.
-
-        Segments do not follow each other in time, so every segment begins with zeros.
-        """
-        context, place, previous = piece.context, piece.place, self.out.previous
-        if piece.trajectory == 0 or self._config.segment_steps is not None:
-            previous.action[context, place], previous.reward[context, place] = 0, 0
-            return
-        last = self._last_rows[context][piece.trajectory - 1]
-        previous.action[context, place] = self._action[last : last + 1][0]
-        previous.reward[context, place] = self._normalisation.reward(
-            self._rewards[context][piece.trajectory - 1][last : last + 1]
-        )[0]
-        previous.completion[context, place] = self._completes[context][piece.trajectory - 1]
+def _rows(index: Int[np.ndarray, " steps"]) -> slice | Int[np.ndarray, " steps"]:
+    """Return ascending rows, as a slice if they are consecutive, which is copied several times as fast."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first == len(index) - 1 else index
 
 
 def _blank(batch: int, time: int, observation_size: int, action_size: int) -> Context:

@@ -56,8 +56,7 @@ class Recorded:
     def __init__(self, key):
         self.key, self.shape = key, arrays[key].shape
     def __getitem__(self, part):
-        assert isinstance(part, slice)
-        rows.setdefault(self.key, []).extend(range(len(arrays[self.key]))[part])
+        rows.setdefault(self.key, []).extend(np.atleast_1d(np.arange(len(arrays[self.key]))[part]).tolist())
         return arrays[self.key][part]
 
 store.arrays = {{key: Recorded(key) for key in arrays}}
