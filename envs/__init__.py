@@ -3,7 +3,7 @@
 `import ringrl.envs` imports neither dm_control's physics nor MuJoCo nor OpenGL; the first environment does.
 """
 
-from ringrl.envs.domain import Camera, Domain, ForeignDomain, GoalSpace
+from ringrl.envs.domain import Camera, Domain, ForeignDomain
 from ringrl.envs.environment import ExoRLEnv, make
 from ringrl.envs.foreign import (
     Actions,
@@ -22,7 +22,7 @@ from ringrl.envs.vector import ExoRLVectorEnv, ForeignVectorEnv, make_vec
 
 __all__ = [
     "DOMAINS", "TASKS", "Actions", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain", "ForeignEnv",
-    "ForeignVectorEnv", "GoalSpace", "Simulation", "actions_of", "check_foreign", "d4rl_returns", "domain_named",
+    "ForeignVectorEnv", "Simulation", "actions_of", "check_foreign", "d4rl_returns", "domain_named",
     "domain_of", "foreign_domain", "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec",
     "register_gymnasium",
 ]  # fmt: skip

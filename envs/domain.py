@@ -3,9 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-from jaxtyping import Float
-
 
 @dataclass(frozen=True)
 class Camera:
@@ -27,21 +24,6 @@ class Camera:
 
 
 @dataclass(frozen=True)
-class GoalSpace:
-    """The goal positions of a domain's tasks, for hindsight relabelling (1707.01495).
-
-    Attributes:
-        goals: full task name -> goal position (3,), metres.
-        observation: slice of the observation with the position that must reach the goal, metres.
-        reward: `(positions (*batch, 3), goals (*batch, 3)) -> rewards (*batch)`, the tasks' own reward.
-    """
-
-    goals: Mapping[str, tuple[float, float, float]]
-    observation: slice
-    reward: Callable[[Float[np.ndarray, "*batch 3"], Float[np.ndarray, "*batch 3"]], Float[np.ndarray, "*batch"]]
-
-
-@dataclass(frozen=True)
 class Domain:
     """The facts about one ExoRL domain.
 
@@ -60,7 +42,6 @@ class Domain:
         camera: the camera of videos.
         observation: quantity -> width, in the order of the observation.
         rewards: full task name -> the reward of a step in one or two sentences.
-        goals: the goal positions; None if the tasks' rewards depend on more than a position.
     """
 
     name: str
@@ -76,7 +57,6 @@ class Domain:
     camera: Camera | None = field(default=None, kw_only=True)
     observation: Mapping[str, int] = field(default_factory=dict, kw_only=True, hash=False)
     rewards: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
-    goals: GoalSpace | None = field(default=None, kw_only=True, hash=False)
 
     @property
     def reference_return(self) -> float:

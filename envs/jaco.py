@@ -8,25 +8,14 @@ from typing import Any
 
 import numpy as np
 from dm_control.utils.rewards import tolerance
-from jaxtyping import Float
 
-from ringrl.envs.domain import Camera, Domain, GoalSpace
+from ringrl.envs.domain import Camera, Domain
 from ringrl.envs.simulation import Actions, Observations, Rewards, Sensors, Simulation, State
 
 _TARGET_RADIUS = 0.05  # metres
 _START_LOWER, _START_UPPER = (-0.2, -0.2, 0.02), (0.2, 0.2, 0.4)  # bounds of the hand's start, metres
 _ARM, _HAND = slice(0, 6), slice(6, 9)  # joints
 _TORQUES = slice(0, 18)  # the arm's six three-axis torque sensors
-_PINCH = slice(30, 33)  # in the observation: position of the pinch site
-
-
-def reach_reward(
-    position: Float[np.ndarray, "*batch 3"], goal: Float[np.ndarray, "*batch 3"]
-) -> Float[np.ndarray, "*batch"]:
-    """Return 1 within 5 cm of the goal, falling to 0.1 at 10 cm; positions in metres."""
-    distance = np.linalg.norm(position - goal, axis=-1)
-    return tolerance(distance, bounds=(0, _TARGET_RADIUS), margin=_TARGET_RADIUS)
-
 
 _GOALS = {
     "jaco_reach_top_left": (-0.09, 0.09, 0.001),
@@ -51,7 +40,6 @@ JACO = Domain(
         task: f"1 if the point between the fingers is within 5 cm of the goal ({goal[0]}, {goal[1]}) m. 0.1 at 10 cm."
         for task, goal in _GOALS.items()
     },
-    goals=GoalSpace(_GOALS, observation=_PINCH, reward=reach_reward),
 )  # fmt: skip
 
 
@@ -103,5 +91,6 @@ class JacoSimulation(Simulation):
 
     @staticmethod
     def reward(task: str, sensors: Sensors, action: Actions) -> Rewards:
-        """Return the reward for reaching the task's goal; see `reach_reward`."""
-        return reach_reward(sensors, np.array(_GOALS[task]))
+        """Return 1 within 5 cm of the task's goal, falling to 0.1 at 10 cm."""
+        distance = np.linalg.norm(sensors - np.array(_GOALS[task]), axis=-1)
+        return tolerance(distance, bounds=(0, _TARGET_RADIUS), margin=_TARGET_RADIUS)

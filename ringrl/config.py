@@ -197,27 +197,6 @@ class ModelConfig(Section):
         return self
 
 
-class HindsightConfig(Section):
-    """Hindsight relabelling (1707.01495) of transitions with other goals. For tasks that reach a place."""
-
-    later: float = Field(0.0, ge=0, le=1)
-    """Share of transitions whose goal is a place that the same episode reaches later."""
-    steps_ahead: float = Field(10.0, ge=1, le=1e6)
-    """Mean distance to the later place, in steps (geometric distribution, cut at the episode's end)."""
-    nearby: float = Field(0.0, ge=0, le=1)
-    """Share of transitions whose goal is any place in the data within `radius` of the task's goal."""
-    radius: float = Field(0.25, gt=0)
-    """Radius of `nearby`, in metres."""
-    distance_cost: float = Field(0.0, ge=0)
-    """Reward subtracted per metre from the goal, up to one metre, in training only. Gives a slope to a flat reward."""
-
-    @pydantic.model_validator(mode="after")
-    def _check_shares(self) -> Self:
-        if self.later + self.nearby > 1:
-            raise ValueError(f"later, nearby: the shares {self.later} and {self.nearby} add up to more than 1")
-        return self
-
-
 class ActorCriticConfig(Section):
     """TD3+BC (2106.06860): a policy that maximises a learned value and stays near the data. For kind td3_bc only."""
 
@@ -236,8 +215,6 @@ class ActorCriticConfig(Section):
     """Standard deviation of the noise on target actions; actions are in [-1, 1]."""
     target_noise_clip: float = Field(0.5, ge=0)
     """Largest magnitude of the target noise."""
-    hindsight: HindsightConfig = HindsightConfig()
-    """Hindsight goals."""
 
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that divide a batch

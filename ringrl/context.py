@@ -43,7 +43,7 @@ class Context(NamedTuple):
 
 
 class Transitions(NamedTuple):
-    """A batch of n-step transitions, each with its own goal.
+    """A batch of n-step transitions.
 
     Observations are normalised and actions are in [-1, 1]. The n-step target is `reward` plus `discount` times the
     value of `following`.
@@ -54,4 +54,3 @@ class Transitions(NamedTuple):
     reward: Float32[Array, " batch"]  # discounted sum over n steps
     discount: Float32[Array, " batch"]  # discount^n, a smaller power at the end of an episode, 0 after termination
     following: Float32[Array, "batch observation"]  # observation n steps later
-    goal: Float32[Array, "batch goal"]  # metres; no columns if the task has no goal position

@@ -43,14 +43,12 @@ class Family:
         has_context: the model sees a context of trajectories as tokens; otherwise it sees one observation at a time.
         source: batches that training draws, contexts of trajectories or single transitions.
         splits_batches: a batch may be computed in parts, by accumulation or on several devices.
-        has_goal: the policy is conditioned on the task's goal position, where the task has one.
     """
 
     ignored: tuple[str, ...]
     has_context: bool = False
     source: Literal["contexts", "transitions"] = "contexts"
     splits_batches: bool = True
-    has_goal: bool = False
 
     def uses(self, setting: str) -> bool:
         """Return whether a setting such as "model.heads" has an effect on training."""
@@ -137,7 +135,6 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
             ignored=(*_TRANSFORMER_ONLY, *_CONTEXTS_ONLY, "model.action_head", "model.action_choice", "stop_after"),
             source="transitions",
             splits_batches=False,
-            has_goal=True,
         ),
     }
 )
@@ -146,13 +143,12 @@ FAMILIES: Mapping[Kind, Family] = MappingProxyType(
 def method_of(config: TrainConfig) -> str:
     """Return the method's name for a run's settings, as it appears in results.
 
-    Names that METHODS lacks: "bc-30%" (and other fractions of the episodes), "td3+her" and "td3+bc+her" (hindsight
-    goals), and names with a suffix such as "-4tasks" for runs on several tasks.
+    Names that METHODS lacks: "bc-30%" (and other fractions of the episodes), and names with a suffix such as "-4tasks"
+    for runs on several tasks.
     """
-    context, actor_critic = config.context, config.actor_critic
+    context = config.context
     if config.model.kind == "td3_bc":
-        name = "td3+bc" if actor_critic.behaviour_cloning else "td3"
-        name += "+her" if actor_critic.hindsight.later or actor_critic.hindsight.nearby else ""
+        name = "td3+bc" if config.actor_critic.behaviour_cloning else "td3"
     elif config.model.kind == "behaviour_cloning":
         percent = round(100 * context.best_fraction)
         name = "bc" if percent == 100 else f"bc-{percent}%"
@@ -165,18 +161,17 @@ def method_of(config: TrainConfig) -> str:
 
 def title_of(name: str, trajectories: int | None = None) -> str:
     """Return the full name of a method of results, such as "Agentic Transformer, 1 trajectory"."""
-    method, _, rest = name.removesuffix("+her").partition("-")
+    method, _, rest = name.partition("-")
     title = METHODS[method].title if method in METHODS else name
     if rest.endswith("tasks"):
         title += f", {rest.removesuffix('tasks')} tasks in turn" if method in METHODS else ""
     elif rest:
         title = f"{title}, best {rest}" if method == "bc" else name
-    title += " with hindsight goals" if name.endswith("+her") and method in METHODS else ""
     return f"{title}, {trajectories} trajector{'y' if trajectories == 1 else 'ies'}" if trajectories else title
 
 
 def check_method(config: TrainConfig, name: MethodName) -> None:
-    """Raise UserError if the settings amount to another method. Fractions of episodes and hindsight are allowed."""
+    """Raise UserError if the settings amount to another method. Fractions of episodes are allowed."""
     found = method_of(config)
     if name in ("at", "dt") and config.context.sampling == "history_window":
         raise UserError(
@@ -191,4 +186,4 @@ def check_method(config: TrainConfig, name: MethodName) -> None:
 
 
 def _family(name: str) -> str:
-    return re.sub(r"-\d+(%|tasks)$|\+her$", "", name)
+    return re.sub(r"-\d+(%|tasks)$", "", name)

@@ -69,10 +69,7 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"context": {"first_steps": 0}}, "greater than or equal to 1"),
         ({"context": {"first_steps_weight": 0}}, "greater than 0"),
         ({"optimiser": {"stepz": 3}}, "there is no setting stepz; did you mean steps\\?"),
-        (
-            {"actor_critic": {"hindsight": {"xyz": 3}}},
-            "no setting xyz; choose from later, steps_ahead, nearby",
-        ),
+        ({"actor_critic": {"xyz": 3}}, "no setting xyz; choose from discount, n_step"),
         ({"seed": 2**32}, "less than 4294967296"),  # its key would equal that of seed 0
     ],
 )
@@ -109,8 +106,8 @@ def test_settings_are_merged() -> None:
 def test_a_section_that_is_no_mapping_is_reported(value: object) -> None:
     with pytest.raises(UserError, match=r"^model: expected settings by name"):
         merged({"model": value}, {"model": {"layers": 3}})
-    with pytest.raises(UserError, match=r"^actor_critic\.hindsight: expected settings by name"):
-        merged({"actor_critic": {"hindsight": value}}, {"actor_critic": {"hindsight": {"later": 0.5}}})
+    with pytest.raises(UserError, match=r"^parts\.model: expected settings by name"):
+        merged({"parts": {"model": value}}, {"parts": {"model": {"layers": 3}}})
 
 
 def test_duplicate_keys_are_errors(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from tests.test_cli import rejected
         ),
         ("--optimiser.learning-rate inf", "--optimiser.learning-rate: expected a finite number, got 'inf'"),
         ("--optimiser.batch-size 0", "--optimiser.batch-size: expected greater than or equal to 1, got '0'"),
-        ("--actor-critic.hindsight.radius 0", "--actor-critic.hindsight.radius: expected greater than 0, got '0'"),
+        ("--actor-critic.target-rate 0", "--actor-critic.target-rate: expected greater than 0, got '0'"),
         ("--seed -1", "--seed: expected greater than or equal to 0, got '-1'"),
         ("--model.episode-window 20 -1", "--model.episode-window: expected greater than or equal to 0, got '-1'"),
         (

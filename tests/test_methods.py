@@ -79,8 +79,6 @@ def test_token_sets_of_the_agentic_transformer_are_free(token_set: str) -> None:
     ("name", "changes", "called"),
     [
         ("bc", {"context": {"best_fraction": 0.5}}, "bc-50%"),
-        ("td3", {"actor_critic": {"hindsight": {"later": 0.5}}}, "td3+her"),
-        ("td3+bc", {"actor_critic": {"hindsight": {"nearby": 0.5}}}, "td3+bc+her"),
         ("ad", {"context": {"trajectories": 1}}, "ad"),
         ("at", {"context": {"target": "none"}}, "at"),
         ("at", {"context": {"trajectories": 1}}, "at"),  # the shortest context of an ablation
@@ -167,7 +165,6 @@ def test_random_actions_are_evaluated() -> None:
         ("at-4tasks", 2, "Agentic Transformer, 4 tasks in turn, 2 trajectories"),
         ("bc-30%", None, "Behaviour cloning, best 30%"),
         ("bc-10%", None, METHODS["bc-10%"].title),
-        ("td3+bc+her", None, "TD3+BC with hindsight goals"),
         ("my-own", None, "my-own"),
         ("my-2tasks", None, "my-2tasks"),
     ],

@@ -59,7 +59,7 @@ class Learner:
     def _act(self, state: TrainState, observation: Float[Array, "batch observation"]) -> Float[Array, "batch action"]:
         """Return the actions of the learned actor, without noise."""
         policy = nnx.merge(self._graph, state.params)
-        return jnp.tanh(policy.actor(policy.inputs(observation, jnp.zeros((len(observation), 0)))))
+        return jnp.tanh(policy.actor(policy.inputs(observation)))
 
     def _updates(self, state: TrainState, batches: Transitions) -> TrainState:
         """Make an update per batch (number, batch, ...)."""

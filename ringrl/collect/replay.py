@@ -49,5 +49,4 @@ class Replay:
             reward=reward,
             discount=discounts,
             following=self.observation[episode, row + taken],
-            goal=np.zeros((*shape, 0), np.float32),
         )

@@ -21,7 +21,7 @@ from ringrl.errors import UserError
 from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.protocol import Protocol, make_actor, target_and_prompt
 from ringrl.evaluation.rollout import ContextBuilder
-from ringrl.model import ActorCritic, Policy, make_agent
+from ringrl.model import Policy, make_agent
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.training.checkpoints import (
     CheckpointKind,
@@ -47,12 +47,6 @@ class TrainedPolicy:
     parameter_hash: str  # sha256 of the parameters
     steps_taken: int  # optimiser steps that training took, with those after the best checkpoint
     parallel: Parallel = ONE_DEVICE  # divides its contexts
-
-    def towards(self, task: str) -> Policy:
-        """Return the policy for another task of its domain, with the goal of that task if the policy has a goal."""
-        if isinstance(self.policy, ActorCritic):
-            return self.policy.with_goal(self.info.goal(task))
-        return self.policy
 
     def player(self, **settings: Any) -> "Player":
         """Return a `Player`, which acts step by step in your own loop. It takes the settings `target`, `prompt`, ..."""

@@ -223,8 +223,8 @@ def policy_evaluation(
         **prompt_fields,
         **_common_fields(protocol, command),
     )
-    if compiled is None or compiled.policy is not trained.towards(task):
-        compiled = CompiledPolicy(trained.towards(task), trained.parallel)
+    if compiled is None or compiled.policy is not trained.policy:
+        compiled = CompiledPolicy(trained.policy, trained.parallel)
     policy = compiled
     return _evaluation(
         template,

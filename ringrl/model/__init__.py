@@ -2,7 +2,7 @@
 
 from ringrl.model.agents import Agent, TrainState, make_agent, make_policy
 from ringrl.model.agents.imitation import AgenticTransformer, BehaviourCloning
-from ringrl.model.agents.td3 import ActorCritic, Goal
+from ringrl.model.agents.td3 import ActorCritic
 from ringrl.model.cache import KVCache, grow
 from ringrl.model.policy import Policy
 from ringrl.model.tokens import TOKEN_SETS
@@ -13,7 +13,6 @@ __all__ = [
     "Agent",
     "AgenticTransformer",
     "BehaviourCloning",
-    "Goal",
     "KVCache",
     "Policy",
     "TrainState",

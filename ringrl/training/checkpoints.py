@@ -18,11 +18,10 @@ from jaxtyping import UInt32
 from ringrl.config import TrainConfig
 from ringrl.config_files import one_line
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.envs import DOMAINS
 from ringrl.errors import UserError, brief, is_out_of_memory
 from ringrl.files import json_digest, remove
 from ringrl.methods import method_of
-from ringrl.model import Goal, Policy, TrainState, make_policy
+from ringrl.model import Policy, TrainState, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 
 CHECKSUM, ARRAY_CHECKSUMS = "seal", "arrays"  # names in a checkpoint's JSON
@@ -77,20 +76,7 @@ class RunInfo:
     def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:
         """Return the run's policy with its initial parameters."""
         config = self.config
-        goal = self.goal(config.task) if config.model.family.has_goal else None  # goals need MuJoCo; others do not
-        return make_policy(config.model, self.observation_size, self.action_size, config.seed, goal, parallel)
-
-    def goal(self, task: str) -> Goal | None:
-        """Return the goal of a task of the run's domain for normalised observations, or None if it has none."""
-        space, normalisation = DOMAINS[self.domain].goals if self.domain in DOMAINS else None, self.normalisation
-        if space is None:
-            return None
-        return Goal(
-            place=space.goals[task],
-            columns=tuple(range(self.observation_size)[space.observation]),
-            mean=tuple(normalisation.mean[space.observation].tolist()),
-            std=tuple(normalisation.std[space.observation].tolist()),
-        )
+        return make_policy(config.model, self.observation_size, self.action_size, config.seed, parallel)
 
 
 class EarlyStopping(NamedTuple):

@@ -1,6 +1,6 @@
 """The batches of a run, for training and from held-out episodes."""
 
-from ringrl.config import HindsightConfig, TrainConfig
+from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.batches import BatchSource, ShardedSampler
 from ringrl.data.sampling.held_out import WrongPromptSampler, all_but
@@ -34,7 +34,7 @@ def held_out_sources(
 ) -> tuple[BatchSource, ...]:
     """Return the sampler of held-out batches, and one with prompts of a wrong task if the run has several tasks.
 
-    Batches are as large as one part of a training batch (see `optimiser.accumulation`), without hindsight goals.
+    Batches are as large as one part of a training batch (see `optimiser.accumulation`).
     """
     if len(held_out) == 0:
         return ()
@@ -44,7 +44,6 @@ def held_out_sources(
     changes = {
         "context": context.model_copy(update={"max_transitions": None, **fixed}),
         "optimiser": optimiser.model_copy(update={"batch_size": size, "accumulation": 1}),
-        "actor_critic": config.actor_critic.model_copy(update={"hindsight": HindsightConfig()}),
     }
     has_wrong_prompts = context.trajectories > 1 and context.other_tasks
     return tuple(

@@ -144,7 +144,6 @@ def test_a_learner_learns_from_the_reward():
         reward=random.random(shape).astype(np.float32),
         discount=np.full(shape, 0.99, np.float32),
         following=random.normal(size=(*shape, 5)).astype(np.float32),
-        goal=np.zeros((*shape, 0), np.float32),
     )
     learner = Learner(DOMAINS["cartpole"], 0, width=WIDTH)
     one, other = (

@@ -1,10 +1,10 @@
-"""Domains and tasks by name, their sizes, random returns, cameras and goals."""
+"""Domains and tasks by name, their sizes, random returns and cameras."""
 
 import numpy as np
 import pytest
 from dm_control import manipulation, suite
 
-from ringrl.envs import DOMAINS, TASKS, domain_named, domain_of, load_simulation
+from ringrl.envs import DOMAINS, TASKS, domain_named, domain_of
 from ringrl.errors import UserError
 
 
@@ -88,30 +88,3 @@ def test_unknown_task_lists_the_near_ones(wrong, near):
 def test_unknown_domain_lists_the_near_ones():
     with pytest.raises(UserError, match="unknown domain 'wlaker'; did you mean walker"):
         domain_named("wlaker")
-
-
-def test_only_jaco_has_goal_positions():
-    assert [name for name, domain in DOMAINS.items() if domain.goals] == ["jaco"]
-
-
-def test_every_task_has_a_goal_and_its_reward():
-    space = DOMAINS["jaco"].goals
-    assert tuple(space.goals) == DOMAINS["jaco"].tasks
-    random = np.random.default_rng(0)
-    positions = random.normal(0, 0.1, (200, 3))
-    simulation = load_simulation("jaco_reach_top_left")
-    for task, goal in space.goals.items():
-        np.testing.assert_array_equal(
-            space.reward(positions, np.array(goal)), simulation.reward(task, positions, np.zeros((200, 9)))
-        )
-    goals = random.normal(0, 0.1, (200, 3))
-    rewards = [float(space.reward(position, goal)) for position, goal in zip(positions, goals, strict=True)]
-    np.testing.assert_allclose(space.reward(positions, goals), rewards)
-    assert space.reward(positions, positions + np.array([0, 0.1, 0])) == pytest.approx(0.1)
-
-
-def test_the_observation_contains_the_position():
-    simulation = load_simulation("jaco_reach_top_left")
-    simulation.reset(np.random.RandomState(0))
-    found = simulation.observation()[DOMAINS["jaco"].goals.observation]
-    np.testing.assert_array_equal(found, simulation.sensors().astype(np.float32))

@@ -115,7 +115,6 @@ def test_custom_machine(capsys):
         ("--model 7b --machine 8xa100 --tokens 8M --mesh.fsdp 8", "mesh.fsdp"),
         ("--model 7b --machine 8xa100 --tokens 8M --method compiler", "cannot compile"),
         ("--model 7b --machine custom --tokens 8M", "--custom.memory"),
-        ("--model jaco_reach --machine 8xa100 --tokens 8M", "has no context"),
         ("--model 7b --machine 8xa100 --tokens 8k --json /nowhere/plan.json", "/nowhere/plan.json: cannot be written"),
         ("--model 7b --machine 8xa100 --tokens 8k --contexts 0", "batch_size"),
         ("--model 7b --machine 8xa100 --tokens 8k --custom.memory 40", "custom.tflops"),

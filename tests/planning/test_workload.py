@@ -90,7 +90,6 @@ def test_tokens_of_a_context_follow_from_the_task(tmp_path):
     ("name", "message"),
     [
         ("7c", "no preset .*shape_7b"),
-        ("jaco_reach", "td3_bc has no context"),
         ("demo", "there is no setting"),  # an ablation plan
         ("none.yaml", "cannot be read"),
     ],
@@ -104,4 +103,7 @@ def test_invalid_setting_names_the_file(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("model: {width: no}")
     with pytest.raises(UserError, match=r"config.yaml: model.width"):
+        find_model(str(path))
+    path.write_text("model: {kind: td3_bc}")
+    with pytest.raises(UserError, match="td3_bc has no context"):
         find_model(str(path))

@@ -27,9 +27,6 @@ def entries(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-HINDSIGHT = {"later": 0.3, "nearby": 0.3, "radius": 0.4, "distance_cost": 1.0}
-
-
 def exact(run: Path) -> list[dict[str, float]]:
     """Return the metrics without timings."""
     return [
@@ -199,8 +196,8 @@ def test_data_that_does_not_fit_is_rejected_before_any_file_is_written(tiny: Tra
 
 @pytest.fixture
 def td3(tiny: TrainConfig) -> TrainConfig:
-    """`tiny` as TD3+BC with hindsight goals."""
-    values = tiny.model_dump() | {"actor_critic": {"n_step": 2, "hindsight": HINDSIGHT}}
+    """`tiny` as TD3+BC."""
+    values = tiny.model_dump() | {"actor_critic": {"n_step": 2}}
     values["model"] |= {"kind": "td3_bc"}
     values["optimiser"] |= {"batch_size": 16}
     return TrainConfig.model_validate(values)
@@ -214,18 +211,3 @@ def test_a_resumed_td3_run_is_bit_identical(td3: TrainConfig) -> None:
     train(td3, resume=True, quiet=True)
     assert exact(td3.run) == expected
     assert load_policy(td3.run).parameter_hash == policy.parameter_hash
-    assert policy.policy.goal.place == (-0.09, 0.09, 0.001)
-    other = policy.towards("jaco_reach_bottom_right")
-    assert (other.goal.place, policy.policy.goal.place) == ((0.09, -0.09, 0.001), (-0.09, 0.09, 0.001))
-
-
-def test_hindsight_needs_a_domain_with_goals(td3: TrainConfig, tmp_path: Path) -> None:
-    collect("cartpole_swingup", tmp_path / "collected", episodes=2, seed=0)
-    store = import_archive(tmp_path / "collected", tmp_path / "cartpole.h5", "cartpole")
-    config = td3.model_copy(update={"data": store.path, "task": "cartpole_swingup"})
-    with pytest.raises(UserError, match=r"actor_critic\.hindsight: cartpole_swingup has no goal position"):
-        train(config, quiet=True)
-    assert not config.run.exists()
-    plain = config.model_copy(update={"actor_critic": type(config.actor_critic)()})
-    train(plain, quiet=True)
-    assert load_policy(plain.run).step == 14

@@ -8,7 +8,6 @@ from flax import nnx
 from ringrl.config import ModelConfig, TrainConfig
 from ringrl.model.agents import imitation, td3
 from ringrl.model.agents.agent import Agent, TrainState
-from ringrl.model.agents.td3 import Goal
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.model.policy import Policy
 
@@ -20,16 +19,12 @@ def make_policy(
     observation_size: int,
     action_size: int,
     seed: int,
-    goal: Goal | None = None,
     parallel: Parallel = ONE_DEVICE,
 ) -> Policy:
-    """Return the configured policy with parameters drawn from the seed.
-
-    Only families with `has_goal` use the goal position of the task. `parallel` shards a policy with a context.
-    """
+    """Return the configured policy with parameters drawn from the seed. `parallel` shards a policy with a context."""
     rngs = nnx.Rngs(params=seed)
     if config.kind == "td3_bc":
-        return td3.ActorCritic(config, observation_size, action_size, rngs, goal)
+        return td3.ActorCritic(config, observation_size, action_size, rngs)
     if config.kind == "behaviour_cloning":
         return imitation.BehaviourCloning(config, observation_size, action_size, rngs)
     return imitation.AgenticTransformer(config, observation_size, action_size, rngs, parallel)

@@ -1,11 +1,9 @@
 """TD3 (Fujimoto et al., 1802.09477) and TD3+BC (Fujimoto & Gu, 2106.06860).
 
-`ringrl train` uses this agent on a fixed dataset, `ringrl data collect` as a learner that collects its own data. The
-goal of a transition may be relabelled in hindsight (1707.01495, see `ringrl.data.transitions`), so the networks see it.
+`ringrl train` uses this agent on a fixed dataset, `ringrl data collect` as a learner that collects its own data.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -22,7 +20,6 @@ from ringrl.model.agents.agent import Agent, TrainState, accept
 from ringrl.model.optimiser import make_optimiser
 from ringrl.model.policy import Policy
 
-COARSE, FINE = 5.0, 20.0  # per metre: goal offsets are of order one at 20 cm, and again at 5 cm
 LEARNED = ("actor", "critics")  # each has its own optimiser and its targets
 
 
@@ -67,20 +64,6 @@ class MLP(nnx.Module):
         return self.last(x).astype(jnp.float32)
 
 
-@dataclass(frozen=True)
-class Goal:
-    """Goal position of a task, and the location of the moving position in a normalised observation."""
-
-    place: tuple[float, ...]  # goal position, metres
-    columns: tuple[int, ...]  # columns of the observation with the moving position
-    mean: tuple[float, ...]  # of these columns in the data, metres
-    std: tuple[float, ...]
-
-    def position(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
-        """Return the current position, metres."""
-        return observation[..., jnp.array(self.columns)] * jnp.array(self.std) + jnp.array(self.mean)
-
-
 class ActorCritic(Policy):
     """Actor, two critics and their target networks. The policy acts by the target actor."""
 
@@ -90,41 +73,33 @@ class ActorCritic(Policy):
         observation_size: int,
         action_size: int,
         rngs: nnx.Rngs,
-        goal: Goal | None = None,
         style: NetworkStyle = REBRAC,
     ) -> None:
-        self.goal, self.largest_input = goal, style.largest_input
-        inputs = observation_size + (3 * len(goal.place) if goal else 0)
-        hidden = [config.width] * config.layers
-        self.actor = MLP([inputs, *hidden, action_size], style, rngs, config.dtype)
-        self.critics = nnx.List([MLP([inputs + action_size, *hidden, 1], style, rngs, config.dtype) for _ in range(2)])
+        self.largest_input, hidden = style.largest_input, [config.width] * config.layers
+        self.actor = MLP([observation_size, *hidden, action_size], style, rngs, config.dtype)
+        inputs = observation_size + action_size
+        self.critics = nnx.List([MLP([inputs, *hidden, 1], style, rngs, config.dtype) for _ in range(2)])
         self.target_actor = nnx.clone(self.actor)
         self.target_critics = nnx.clone(self.critics)
 
-    def inputs(
-        self, observation: Float[Array, "*batch observation"], goal: Float[Array, "*batch goal"]
-    ) -> Float32[Array, "*batch inputs"]:
-        """Return the network inputs of a state: the observation, the goal, and the coarse and fine offset to it."""
-        x = jnp.clip(observation, -self.largest_input, self.largest_input)
-        if self.goal is None:
-            return x
-        offset = self.goal.position(observation) - goal
-        return jnp.concatenate([x, COARSE * goal, COARSE * offset, jnp.tanh(FINE * offset)], -1)
+    def inputs(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch observation"]:
+        """Return the network inputs of a state: the observation, clipped."""
+        return jnp.clip(jnp.asarray(observation), -self.largest_input, self.largest_input)
 
     def target_value(self, batch: Transitions, noise: Float32[Array, "batch action"]) -> Float32[Array, " batch"]:
         """Return the regression target: rewards plus the lower target critic at the target actor's noisy action."""
-        x = self.inputs(jnp.asarray(batch.following), jnp.asarray(batch.goal))
+        x = self.inputs(batch.following)
         action = jnp.clip(jnp.tanh(self.target_actor(x)) + noise, -1, 1)
         return jnp.asarray(batch.reward) + batch.discount * _values(self.target_critics, x, action).min(0)
 
     def critic_loss(self, batch: Transitions, target: Float32[Array, " batch"]) -> Float32[Array, ""]:
         """Return the mean squared error of both critics, summed over the two."""
-        x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+        x = self.inputs(batch.observation)
         return jnp.square(_values(self.critics, x, jnp.asarray(batch.action)) - target).sum(0).mean()
 
     def actor_loss(self, batch: Transitions, behaviour_cloning: float) -> Float32[Array, ""]:
         """Return minus the first critic's value, scaled to magnitude one, plus the squared distance to the data."""
-        x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+        x = self.inputs(batch.observation)
         action = jnp.tanh(self.actor(x))
         value = _values(self.critics[:1], x, action)[0]
         scale = jax.lax.stop_gradient(jnp.abs(value).mean()) + 1e-3
@@ -132,21 +107,12 @@ class ActorCritic(Policy):
 
     def imitation_error(self, batch: Transitions) -> Float32[Array, ""]:
         """Return the mean squared error of the actor's actions, over batch and components."""
-        x = self.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+        x = self.inputs(batch.observation)
         return jnp.square(jnp.tanh(self.actor(x)) - batch.action).mean()
 
     def actions(self, context: Context) -> Float32[Array, "batch time action"]:
-        """Return the action at every step for the task's goal."""
-        observation = jnp.asarray(context.observation)
-        place = self.goal.place if self.goal else ()
-        goal = jnp.broadcast_to(jnp.array(place, jnp.float32), (*observation.shape[:-1], len(place)))
-        return jnp.tanh(self.target_actor(self.inputs(observation, goal)))
-
-    def with_goal(self, goal: Goal | None) -> "ActorCritic":
-        """Return the policy for another goal of its domain."""
-        policy: ActorCritic = nnx.clone(self)
-        policy.goal = goal
-        return policy
+        """Return the action at every step."""
+        return jnp.tanh(self.target_actor(self.inputs(context.observation)))
 
 
 def _values(

@@ -165,9 +165,8 @@ def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> N
         "model": {"layers": 1, "width": 16, "token_set": "fused1"},
         "optimiser": {"steps": 3, "batch_size": 2, "warmup_steps": 1},
     }
-    actor_critic = {"hindsight": {"later": 0, "nearby": 0, "distance_cost": 0}}
     for kind in ("transformer", "td3_bc"):
-        config = tiny | {"run": tmp_path / kind, "model": tiny["model"] | {"kind": kind}, "actor_critic": actor_critic}
+        config = tiny | {"run": tmp_path / kind, "model": tiny["model"] | {"kind": kind}}
         run = train(TrainConfig.model_validate(config), quiet=True)
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert all(np.isfinite(value) for line in metrics for value in line.values() if isinstance(value, float))

@@ -121,9 +121,7 @@ def test_exorl_rewards_are_not_scaled(jaco_store: EpisodeStore) -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_discount_is_zero_after_termination(store: EpisodeStore, n: int) -> None:
-    config = ActorCriticConfig.model_validate(
-        {"n_step": n, "discount": 0.9, "hindsight": {"later": 0, "nearby": 0, "distance_cost": 0}}
-    )
+    config = ActorCriticConfig(n_step=n, discount=0.9)
     scale = Normalisation(np.zeros(4), np.ones(4), 6, reward_scale=50.0, return_scale=300.0)
     batch = TransitionSampler(store, TASK, config, scale, 300, 0).batch(0)
     ends = {store.episode(i)["observation"][-1].tobytes(): i for i in range(3)}

@@ -43,7 +43,7 @@ def batch_for(state: TrainState, contexts: ContextSampler, step: int) -> Any:
     if "critics" in state.params:
         config = config_of("td3_bc").actor_critic
         made = TransitionSampler(contexts.store, TASK, config, contexts.normalisation, STREAMS, 0)
-        return made.batch(step)._replace(goal=np.empty((STREAMS, 0), np.float32))
+        return made.batch(step)
     return jax.tree.map(lambda x: x[:, :STEPS], contexts.batch(step))
 
 

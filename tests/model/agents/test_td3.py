@@ -11,17 +11,16 @@ from flax import nnx
 
 from ringrl.config import ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Context, Transitions
-from ringrl.model import ActorCritic, Goal, TrainState, make_policy
+from ringrl.model import ActorCritic, TrainState, make_policy
 from ringrl.model.agents.td3 import EXORL, LEARNED, MLP, REBRAC, TD3, NetworkStyle
 
 OBSERVATION, ACTION, BATCH = 3, 2, 6
-GOAL = Goal(place=(0.1, -0.2), columns=(2, 0), mean=(0.3, -0.1), std=(0.5, 2.0))
 
 
-def make(goal: Goal | None = GOAL, seed: int = 1) -> ActorCritic:
+def make(seed: int = 1) -> ActorCritic:
     """Return a small actor-critic with large last layers and targets that differ from the learned networks."""
     config = ModelConfig(kind="td3_bc", layers=2, width=16)
-    policy = make_policy(config, OBSERVATION, ACTION, seed, goal)
+    policy = make_policy(config, OBSERVATION, ACTION, seed)
     random = np.random.default_rng(seed)
     graph, params = nnx.split(policy)
     params = jax.tree.map(lambda x: x + 0.3 * random.normal(size=x.shape).astype(np.float32), params)
@@ -35,7 +34,7 @@ def batch() -> Transitions:
     discount = np.linspace(0.5, 0.99, BATCH, dtype=np.float32)
     following = 4 * normal(BATCH, OBSERVATION)  # beyond the clip at times
     action = np.tanh(normal(BATCH, ACTION))
-    return Transitions(normal(BATCH, OBSERVATION), action, normal(BATCH), discount, following, normal(BATCH, 2))
+    return Transitions(normal(BATCH, OBSERVATION), action, normal(BATCH), discount, following)
 
 
 def network(mlp: nnx.Module, x: np.ndarray, style: NetworkStyle = REBRAC) -> np.ndarray:
@@ -49,12 +48,9 @@ def network(mlp: nnx.Module, x: np.ndarray, style: NetworkStyle = REBRAC) -> np.
     return x @ np.asarray(mlp.last.kernel[...], np.float64) + np.asarray(mlp.last.bias[...], np.float64)
 
 
-def inputs(observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
+def inputs(observation: np.ndarray) -> np.ndarray:
     """Return the network inputs in float64."""
-    observation, goal = np.asarray(observation, np.float64), np.asarray(goal, np.float64)
-    position = np.stack([0.5 * observation[:, 2] + 0.3, 2.0 * observation[:, 0] - 0.1], -1)
-    offset = position - goal
-    return np.concatenate([np.clip(observation, -5, 5), 5 * goal, 5 * offset, np.tanh(20 * offset)], -1)
+    return np.clip(np.asarray(observation, np.float64), -5, 5)
 
 
 @pytest.mark.parametrize("style", [REBRAC, EXORL])
@@ -65,18 +61,15 @@ def test_networks_by_hand(style: NetworkStyle) -> None:
     assert np.abs(mlp(x)).max() < 0.3, "the last layer starts near zero"
 
 
-def test_inputs_hold_the_observation_the_goal_and_the_offset(batch: Transitions) -> None:
-    found = make().inputs(jnp.asarray(batch.following), jnp.asarray(batch.goal))
-    np.testing.assert_allclose(found, inputs(batch.following, batch.goal), rtol=1e-4, atol=1e-4)
+def test_inputs_are_clipped_observations(batch: Transitions) -> None:
+    np.testing.assert_array_equal(make().inputs(batch.following), inputs(batch.following))
     assert np.abs(batch.following).max() > 5, "there is something to clip"
-    without = make(goal=None).inputs(jnp.asarray(batch.observation), jnp.zeros((BATCH, 0)))
-    np.testing.assert_array_equal(without, batch.observation)
 
 
 def test_target_by_hand(batch: Transitions) -> None:
     policy = make()
     noise = np.random.default_rng(1).normal(size=(BATCH, ACTION)).astype(np.float32)
-    x = inputs(batch.following, batch.goal)
+    x = inputs(batch.following)
     free = np.tanh(network(policy.target_actor, x)) + noise
     assert (np.abs(free) > 1).any(), "there is something to clip"
     together = np.concatenate([x, np.clip(free, -1, 1)], -1)
@@ -88,7 +81,7 @@ def test_target_by_hand(batch: Transitions) -> None:
 
 def test_losses_by_hand(batch: Transitions) -> None:
     policy = make()
-    x = inputs(batch.observation, batch.goal)
+    x = inputs(batch.observation)
     target = np.linspace(-1, 1, BATCH, dtype=np.float32)
     values = [network(critic, np.concatenate([x, batch.action], -1))[:, 0] for critic in policy.critics]
     expected = sum(np.square(value - target).mean() for value in values)
@@ -112,13 +105,13 @@ def test_actor_gradient_stops_at_the_value_scale(batch: Transitions) -> None:
 
 
 def _first_values(policy: ActorCritic, batch: Transitions) -> jax.Array:
-    x = policy.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+    x = policy.inputs(batch.observation)
     return policy.critics[0](jnp.concatenate([x, jnp.tanh(policy.actor(x))], -1))[:, 0]
 
 
-def test_actions_use_the_target_actor_and_the_task_goal(context: Callable[..., Context]) -> None:
+def test_actions_use_the_target_actor(context: Callable[..., Context]) -> None:
     policy, steps = make(), context(time=3)
-    x = inputs(steps.observation[:, -1], np.tile(GOAL.place, (2, 1)))
+    x = inputs(steps.observation[:, -1])
     expected = np.tanh(network(policy.target_actor, x))
     current = jax.tree.map(lambda a: a[:, -1:], steps)
     found, memory = policy.act(None, current, policy.reset(2, 10))
@@ -128,15 +121,9 @@ def test_actions_use_the_target_actor_and_the_task_goal(context: Callable[..., C
     assert np.abs(np.tanh(network(policy.actor, x)) - expected).max() > 0.01, "the two actors differ here"
 
 
-def test_actions_without_a_goal(context: Callable[..., Context]) -> None:
-    policy, steps = make(goal=None), context(time=3)
-    expected = np.tanh(network(policy.target_actor, steps.observation[:, -1]))
-    np.testing.assert_allclose(policy.actions(steps)[:, -1], expected, rtol=1e-4, atol=1e-4)
-
-
 def test_untrained_actions_are_near_zero_and_targets_equal_networks(batch: Transitions) -> None:
-    policy = make_policy(ModelConfig(kind="td3_bc", layers=2, width=64), OBSERVATION, ACTION, 0, GOAL)
-    x = policy.inputs(jnp.asarray(batch.observation), jnp.asarray(batch.goal))
+    policy = make_policy(ModelConfig(kind="td3_bc", layers=2, width=64), OBSERVATION, ACTION, 0)
+    x = policy.inputs(batch.observation)
     assert np.abs(policy.actor(x)).max() < 0.3
     np.testing.assert_array_equal(policy.actor(x), policy.target_actor(x))
     first, second = (critic(jnp.concatenate([x, batch.action], -1)) for critic in policy.critics)
@@ -167,7 +154,7 @@ def make_batch(seed: int, size: int = 128) -> Transitions:
     observation, following = random.normal(size=(2, size, 3)).astype(np.float32)
     action = random.uniform(-1, 1, (size, 1)).astype(np.float32)
     reward = 1 - np.square(action[:, 0] - best_action(observation))
-    return Transitions(observation, action, reward, np.full(size, 0.5, np.float32), following, np.empty((size, 0)))
+    return Transitions(observation, action, reward, np.full(size, 0.5, np.float32), following)
 
 
 def start(config: TrainConfig, step: int = 0) -> tuple[TD3, TrainState]:
