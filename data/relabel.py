@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from ringrl.data.store.format import Relabelling
 from ringrl.envs import Domain, domain_named, domain_of
 from ringrl.errors import UserError
 
@@ -40,21 +39,18 @@ def relabel(
     Raises:
         UserError: unknown task, widths that are not the domain's, unequal lengths, or rows that are not finite.
     """
-    return relabel_all(domain_of(task).name, physics, action, tasks=(task,))[task]
+    return relabel_all(domain_of(task).name, physics, action, (task,))[task]
 
 
 def relabel_all(
     domain: str,
     physics: Float64[np.ndarray, "time physics"],
     action: Float32[np.ndarray, "time action"],
-    relabelling: Relabelling = "control_aware",
     tasks: Sequence[str] | None = None,
 ) -> dict[str, Float32[np.ndarray, " time"]]:
     """Return the rewards of a recorded episode for several tasks of its domain, in one pass over the states.
 
     Arguments, rows and errors are as in `relabel`. The keys are full task names, by default all tasks of the domain.
-    `relabelling` "exorl_compat" computes rewards with zero control, as ExoRL's own code does. These rewards are too
-    high in the dense cartpole tasks and the maze, and equal in other tasks.
     """
     facts = domain_named(domain)
     _check(facts, physics, action)
@@ -66,8 +62,6 @@ def relabel_all(
         refresh()
         rows.append(read())
     sensors = np.array(rows)
-    if relabelling == "exorl_compat":
-        action = np.zeros_like(action)
     rewards = {task: simulation.reward(task, sensors, action).astype(np.float32) for task in tasks or facts.tasks}
     for reward in rewards.values():
         reward[0] = 0

@@ -145,14 +145,10 @@ def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.C
 
 def test_import_of_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(tmp_path / "jaco.h5")]
-    some = ["--subset", "random", "--max-transitions", "1000", "--seed", "3", "--relabel", "exorl_compat"]
-    main([*command, *some, "--on-damaged", "skip", "--workers", "1"])
-    text = capsys.readouterr().out
-    assert "4 of 8 episodes, at random (seed 3)" in text
-    assert "exorl_compat" in text
+    main([*command, "--subset", "spread", "--max-episodes", "4", "--workers", "1"])
+    assert "4 of 8 episodes, at equal distances" in capsys.readouterr().out
     assert "--max-episodes: 0 is too small" in rejected([*command, "--overwrite", "--max-episodes", "0"], capsys)
     assert "--subset" in rejected([*command, "--overwrite", "--subset", "middle"], capsys)
-    assert "--seed: only with --subset random" in rejected([*command, "--overwrite", "--seed", "1"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -7,79 +7,40 @@ unfinished file has the digest of each finished episode. The same command resume
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from ringrl.cores import available_cores
-from ringrl.data.exorl.archive import Archive
-from ringrl.data.exorl.worker import Imported, ImportPlan, episode_importers
-from ringrl.data.store.format import FORMAT_VERSION, NAMED_SKIPPED, Layout, Provenance, Relabelling
+from ringrl.data.exorl.archive import Archive, Member
+from ringrl.data.relabel import relabel_all
+from ringrl.data.store.format import FORMAT_VERSION, Episode, Layout, Provenance, reward_key
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import (
+    Record,
     UnfinishedStore,
     create_file,
     finish,
     finished_store,
-    hidden_files,
     hidden_name,
     refuse_taken,
     reserve_space,
 )
 from ringrl.envs import Domain, domain_named, make
-from ringrl.errors import UserError
+from ringrl.errors import UnreadableError, UserError
 from ringrl.files import explain_write_errors, linked, lock, raise_unreadable
 from ringrl.pace import Progress, no_progress
+from ringrl.processes import worker_processes
 
-OnDamaged = Literal["stop", "skip"]
+Subset = Literal["first", "last", "spread"]
+"""The episodes to import if there is a limit: the first ones, the last ones, or episodes at equal distances."""
 
 EPISODES_PER_WORKER = 50  # fewer are not worth the start of a process
-
-
-@dataclass(frozen=True)
-class Subset:
-    """A rule that selects episodes of an archive. UserError for a limit below 1 or a negative seed."""
-
-    rule: Literal["first", "last", "random", "spread"] = "first"  # random: without replacement; spread: equal distances
-    max_episodes: int | None = None  # None: no limit
-    max_transitions: int | None = None  # limit on the sum of steps
-    seed: int = 0  # of the random draw
-
-    def __post_init__(self) -> None:
-        for flag, number in (("--max-episodes", self.max_episodes), ("--max-transitions", self.max_transitions)):
-            if number is not None and number < 1:
-                raise UserError(f"{flag}: {number} is too small; give at least 1")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}, it must not be negative")
-
-    def choose(self, episodes: int, length: int) -> Int64[np.ndarray, " chosen"]:
-        """Return the chosen indices among `episodes` episodes of `length` steps, ascending. UserError if none fits."""
-        number = min(episodes, self.max_episodes or episodes)
-        if self.max_transitions is not None:
-            number = min(number, self.max_transitions // length)
-        if number == 0:
-            raise UserError(f"--max-transitions is {self.max_transitions}, less than one episode of {length} steps")
-        if self.rule == "first":
-            return np.arange(number)
-        if self.rule == "last":
-            return np.arange(episodes - number, episodes)
-        if self.rule == "random":
-            return np.sort(np.random.default_rng(self.seed).choice(episodes, number, replace=False))
-        return np.round(np.linspace(0, episodes - 1, number)).astype(np.int64)
-
-    def describe(self, chosen: int, episodes: int) -> str:
-        """Return the rule and its result: "10 of 240 episodes, at random (seed 3)"."""
-        if chosen == episodes:
-            return f"all {episodes:,} episodes"
-        how = {"first": "the first ones", "last": "the last ones", "spread": "at equal distances"}
-        return f"{chosen:,} of {episodes:,} episodes, {how.get(self.rule, f'at random (seed {self.seed})')}"
-
-
-ALL = Subset()
+SAME_REWARD = 1e-5  # the same task recorded in float32 by another MuJoCo differs by about 3e-8
 
 
 def import_archive(
@@ -90,9 +51,8 @@ def import_archive(
     overwrite: bool = False,
     progress: Progress = no_progress,
     workers: int | None = None,
-    relabelling: Relabelling = "control_aware",
-    subset: Subset = ALL,
-    on_damaged: OnDamaged = "stop",
+    subset: Subset = "first",
+    max_episodes: int | None = None,
     tasks: Sequence[str] | None = None,
 ) -> EpisodeStore:
     """Import a zip archive or folder in ExoRL's layout into a new episode store and open it.
@@ -109,51 +69,79 @@ def import_archive(
         progress: called with (finished episodes, total).
         workers: number of processes; the result does not depend on it. None: one per available core. With more than
             one, a script must call this under `if __name__ == "__main__":`, because the processes import the script.
-        relabelling: see `ringrl.data.store.format.Relabelling`.
-        subset: the episodes to import.
-        on_damaged: "stop" at the first file that is not a whole episode of `domain`, or "skip" such files and record
-            their number and the first reasons.
+        subset: the episodes to take if there are more than `max_episodes`.
+        max_episodes: limit on the number of episodes. None: all.
         tasks: full names of the tasks to compute rewards for. None: all tasks of the domain.
 
     Raises:
         UserError: bad input, another existing destination, a full disk, a worker process that died.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers: {workers} is too small; give at least 1")
+    for flag, number in (("--workers", workers), ("--max-episodes", max_episodes)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag}: {number} is too small; give at least 1")
     destination = linked(Path(destination))
     facts = domain_named(domain)
     tasks = tuple(dict.fromkeys(tasks or facts.tasks))
     if unknown := [task for task in tasks if not facts.has_task(task)]:
         raise UserError(f"--tasks: {unknown[0]} is not a task of {domain}; choose from {', '.join(facts.tasks)}")
-    plan = _plan(Path(source), destination, facts, tasks, relabelling, subset, on_damaged)
-    if not overwrite and (store := _finished_before(plan, on_damaged)):
+    plan = _plan(Path(source), destination, facts, tasks, subset, max_episodes)
+    if not overwrite and (store := _finished_before(plan)):
         return store
     refuse_taken(destination, overwrite=overwrite)
-    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan):
-        _finish(plan, _import_episodes(plan, workers, on_damaged, progress))
+    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as partial:
+        imported = _import_episodes(plan, workers, progress)
+        with UnfinishedStore(partial, plan.layout, plan.identity) as unfinished:
+            task = _recorded_task(unfinished, imported)
+        finish(partial, destination, plan.layout, [episode.record for episode in imported], task, plan.provenance)
     return EpisodeStore(destination)
 
 
+def chosen_episodes(subset: Subset, limit: int | None, episodes: int) -> tuple[Int64[np.ndarray, " chosen"], str]:
+    """Return ascending indices among `episodes` episodes, and a description: "10 of 240 episodes, the first ones"."""
+    if limit is None or limit >= episodes:
+        return np.arange(episodes), f"all {episodes:,} episodes"
+    chosen, how = {
+        "first": (np.arange(limit), "the first ones"),
+        "last": (np.arange(episodes - limit, episodes), "the last ones"),
+        "spread": (np.round(np.linspace(0, episodes - 1, limit)).astype(np.int64), "at equal distances"),
+    }[subset]
+    return chosen, f"{limit:,} of {episodes:,} episodes, {how}"
+
+
+class Imported(NamedTuple):
+    """An episode that has been written."""
+
+    record: Record
+    matches: tuple[str, ...]  # tasks whose rewards equal the recorded rewards
+    has_reward: bool  # whether any recorded reward is not zero
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """Everything that determines the content of the store."""
+
+    source: Path
+    destination: Path
+    members: tuple[Member, ...]
+    layout: Layout
+    provenance: Provenance
+    changed: int  # time of the last change of an episode of a folder, in ns
+    identity: str  # an import with the same identity resumes an interrupted import
+
+
 def _plan(
-    source: Path,
-    destination: Path,
-    domain: Domain,
-    tasks: tuple[str, ...],
-    relabelling: Relabelling,
-    subset: Subset,
-    on_damaged: OnDamaged,
+    source: Path, destination: Path, domain: Domain, tasks: tuple[str, ...], subset: Subset, max_episodes: int | None
 ) -> ImportPlan:
     with Archive(source, domain) as archive:
-        chosen = subset.choose(len(archive.members), domain.episode_length)
+        chosen, description = chosen_episodes(subset, max_episodes, len(archive.members))
         members = tuple(archive.members[index] for index in chosen)
-        for member in members if on_damaged == "stop" else ():
+        for member in members:
             archive.check_length(member)
         provenance = Provenance(
             source="/".join(source.resolve().parts[-2:]),
             source_bytes=archive.size(),
             source_sha256=archive.listing_sha256(),
-            relabelling=relabelling,
-            subset=subset.describe(len(chosen), len(archive.members)),
+            subset=description,
         )
         stamps = archive.stamps()
         facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), members, stamps, tasks]
@@ -163,35 +151,34 @@ def _plan(
         members=members,
         layout=Layout(domain, tasks, [domain.episode_length] * len(members)),
         provenance=provenance,
-        relabelling=relabelling,
         changed=max(stamp for _, _, stamp in stamps) if source.is_dir() else 0,
         identity=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
     )
 
 
-def _finished_before(plan: ImportPlan, on_damaged: OnDamaged) -> EpisodeStore | None:
+def _finished_before(plan: ImportPlan) -> EpisodeStore | None:
     """Return the existing store if it is the result of this plan."""
     store = finished_store(plan.destination, plan.provenance)
     if store is None or (store.domain, store.tasks) != (plan.layout.domain.name, plan.layout.tasks):
         return None
-    is_older = store.path.stat().st_mtime_ns < plan.changed
-    return None if is_older or (store.provenance.num_skipped and on_damaged == "stop") else store
+    return None if store.path.stat().st_mtime_ns < plan.changed else store
 
 
 @contextmanager
-def _resumable(plan: ImportPlan) -> Iterator[None]:
-    """Create the hidden file, or reuse the file of an interrupted import of the same plan.
+def _resumable(plan: ImportPlan) -> Iterator[Path]:
+    """Create the hidden file, or reuse the file of an interrupted import of the same plan, and yield its path.
 
     If the block fails, the file is deleted unless it has a finished episode.
     """
+    partial = hidden_name(plan.destination)
     if not _has_episodes(plan):
-        create_file(hidden_name(plan.destination), plan.layout, plan.identity)
+        create_file(partial, plan.layout, plan.identity)
     try:
         with explain_write_errors(plan.destination):
-            yield
+            yield partial
     except BaseException as error:
         if not _has_episodes(plan):
-            _discard(plan.destination)
+            partial.unlink(missing_ok=True)
         elif isinstance(error, UserError):
             raise UserError(f"{error}; finished episodes are kept: run the same command again to resume") from error
         raise
@@ -208,66 +195,84 @@ def _has_episodes(plan: ImportPlan) -> bool:
         return False
 
 
-def _discard(destination: Path) -> None:
-    for path in hidden_files(destination):
-        path.unlink(missing_ok=True)
+class EpisodeImporter:
+    """Reads, validates, relabels and hashes episodes, and writes them to the unfinished store."""
+
+    def __init__(self, plan: ImportPlan) -> None:
+        self._plan = plan
+        self._archive = Archive(plan.source, plan.layout.domain)
+        self._store = UnfinishedStore(hidden_name(plan.destination), plan.layout, plan.identity)
+
+    def __call__(self, index: int) -> Imported | str:
+        """Import one episode, unless an interrupted import has written it.
+
+        Returns a line with the reason if the episode is damaged. Raises UserError if it cannot be written.
+        """
+        layout = self._plan.layout
+        with explain_write_errors(self._plan.destination):
+            record = self._store.finished(index)
+            if record:
+                episode: Episode = self._store.read(index)
+            else:
+                try:
+                    recorded = self._archive.read(self._plan.members[index])
+                except UnreadableError:
+                    raise
+                except UserError as error:
+                    return str(error)
+                rewards = relabel_all(layout.domain.name, recorded["physics"], recorded["action"], layout.tasks)
+                episode = recorded | {reward_key(task): reward for task, reward in rewards.items()}
+                record = self._store.write(index, episode)
+        errors = {task: np.abs(episode[reward_key(task)] - episode["reward"][:, 0]).max() for task in layout.tasks}
+        matches = tuple(task for task, error in errors.items() if error <= SAME_REWARD)
+        return Imported(record, matches, bool(episode["reward"].any()))
+
+    def close(self) -> None:
+        self._archive.close()
+        self._store.close()
 
 
-def _import_episodes(
-    plan: ImportPlan, workers: int | None, on_damaged: OnDamaged, progress: Progress
-) -> list[Imported | str]:
-    """Write every episode to the hidden file. Damaged episodes yield a line with the reason."""
-    total, outcomes, is_reserved = len(plan.members), list[Imported | str](), False
+@contextmanager
+def episode_importers(plan: ImportPlan, workers: int) -> Iterator[Iterator[Imported | str]]:
+    """Yield an iterator over the results of `EpisodeImporter`, in order. With one worker, no process is started.
+
+    Raises UserError if a process died, or the store cannot be written.
+    """
+    indices = range(len(plan.members))
+    if workers == 1:
+        with closing(EpisodeImporter(plan)) as importer:
+            yield map(importer, indices)
+    else:
+        with worker_processes(workers, _start_worker, (plan,), "import") as pool:
+            yield pool.map(_import_episode, indices)
+
+
+_importer: EpisodeImporter  # of a worker process
+
+
+def _start_worker(plan: ImportPlan) -> None:
+    global _importer
+    _importer = EpisodeImporter(plan)
+
+
+def _import_episode(index: int) -> Imported | str:
+    return _importer(index)
+
+
+def _import_episodes(plan: ImportPlan, workers: int | None, progress: Progress) -> list[Imported]:
+    """Write every episode to the hidden file. UserError for a damaged one, which deletes the file."""
+    total, imported, partial = len(plan.members), list[Imported](), hidden_name(plan.destination)
     number = min(workers, total) if workers else min(available_cores(), -(-total // EPISODES_PER_WORKER))
     with episode_importers(plan, number) as results:
         for outcome in results:
-            if isinstance(outcome, Imported):
-                if not is_reserved:  # not earlier: an archive of false names would reserve any amount
-                    reserve_space(hidden_name(plan.destination), plan.destination)
-                    is_reserved = True
-            elif on_damaged == "stop":
-                _discard(plan.destination)
-                raise UserError(f"{outcome} (or leave such episodes out: --on-damaged skip)")
-            outcomes.append(outcome)
-            progress(len(outcomes), total)
-    return outcomes
-
-
-def _finish(plan: ImportPlan, outcomes: Sequence[Imported | str]) -> None:
-    """Leave out the damaged episodes, and make the hidden file a store."""
-    kept = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Imported)]
-    imported = [outcome for outcome in outcomes if isinstance(outcome, Imported)]
-    damaged = [outcome for outcome in outcomes if isinstance(outcome, str)]
-    if not kept:
-        _discard(plan.destination)
-        raise UserError(f"{damaged[0]} (all {len(damaged)} episodes of this import are damaged)")
-    partial, layout = hidden_name(plan.destination), plan.layout
-    if len(kept) < len(outcomes):
-        partial, layout = _without_gaps(plan, kept)
-    with UnfinishedStore(partial, layout, plan.identity) as store:
-        task = _recorded_task(store, imported)
-    provenance = replace(
-        plan.provenance,
-        num_skipped=len(damaged),
-        skipped=tuple(reason.removeprefix(f"{plan.source}: ") for reason in damaged[:NAMED_SKIPPED]),
-    )
-    finish(partial, plan.destination, layout, [episode.record for episode in imported], task, provenance)
-    _discard(plan.destination)
-
-
-def _without_gaps(plan: ImportPlan, kept: Sequence[int]) -> tuple[Path, Layout]:
-    """Copy the kept episodes to a second hidden file. The first one stays until the store is whole."""
-    shorter = Layout(plan.layout.domain, plan.layout.tasks, plan.layout.lengths[kept])
-    partial, target = hidden_files(plan.destination)
-    create_file(target, shorter, plan.identity)
-    reserve_space(target, plan.destination)
-    with (
-        UnfinishedStore(partial, plan.layout, plan.identity) as old,
-        UnfinishedStore(target, shorter, plan.identity) as new,
-    ):
-        for place, index in enumerate(kept):
-            new.write(place, old.read(index))
-    return target, shorter
+            if isinstance(outcome, str):
+                partial.unlink()
+                raise UserError(outcome)
+            if not imported:  # not earlier: an archive of false names would reserve any amount
+                reserve_space(partial, plan.destination)
+            imported.append(outcome)
+            progress(len(imported), total)
+    return imported
 
 
 def _recorded_task(store: UnfinishedStore, imported: Sequence[Imported]) -> str | None:

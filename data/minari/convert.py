@@ -148,7 +148,7 @@ def _exported_episode(episodes: MinariEpisodes, index: int, domain: Domain, rela
             episode[key] = episodes.info(index, INFOS[key], spec.width, spec.dtype.type)
     if relabelling == "recorded":
         return episode | {reward_key(domain.tasks[0]): episode["reward"][:, 0]}
-    rewards = relabel_all(domain.name, episode["physics"], episode["action"], relabelling)
+    rewards = relabel_all(domain.name, episode["physics"], episode["action"])
     return episode | {reward_key(task): reward for task, reward in rewards.items()}
 
 

@@ -38,13 +38,9 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 LONGEST_TEXT = 2**16  # characters of an attribute
 ROUNDED = 1e-5  # rounding may move an action out of [-1, 1] by this much
 
-Relabelling = Literal["control_aware", "exorl_compat"]
-"""How rewards are computed: with the action that led to the state, or with zero control, as ExoRL's code does."""
+Rewards = Literal["control_aware", "recorded"]
+"""Origin of a store's rewards: computed with the action that led to each state, or recorded (other sources)."""
 
-Rewards = Relabelling | Literal["recorded"]
-"""Origin of a store's rewards. Episodes from other sources keep the recorded rewards."""
-
-NAMED_SKIPPED = 5  # number of skipped episodes that the provenance names
 LARGEST_ROW = 2**20  # numbers in an observation, an action or a physics state
 UNKNOWN = 0  # placeholder for facts that only a simulation has
 
@@ -163,8 +159,6 @@ class Provenance:
     source_sha256: str = ""  # over the archive's list of episodes: path, size and, in a zip file, CRC of each
     relabelling: Rewards = "control_aware"
     subset: str = "all episodes"  # "10 of 240 episodes, the first ones"
-    num_skipped: int = 0  # damaged episodes that were left out
-    skipped: tuple[str, ...] = ()  # the reasons of the first NAMED_SKIPPED episodes
     created: str = dataclasses.field(default_factory=lambda: _today())  # day of the import (UTC), "2026-11-21"
     created_by: str = dataclasses.field(default_factory=lambda: software_versions())  # "ringrl 0.1.0, mujoco 3.17.0"
 
@@ -175,10 +169,10 @@ class Provenance:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read the output of `to_json`. ValueError or TypeError for anything else."""
-        if {*json.loads(text)} != {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError("incomplete provenance")
+        if missing := {field.name for field in dataclasses.fields(cls)} - {*json.loads(text)}:
+            raise ValueError(f"a provenance without {', '.join(missing)}")
         provenance = pydantic.TypeAdapter(cls).validate_json(text, strict=True)
-        if min(provenance.num_skipped, provenance.source_bytes) < 0:
+        if provenance.source_bytes < 0:
             raise ValueError("a negative number in the provenance")
         return provenance
 

@@ -15,7 +15,6 @@ BARS = " ▁▂▃▄▅▆▇█"
 BINS = 24
 RELABELLED = {
     "control_aware": "with the action that led to each state",
-    "exorl_compat": "with a control of zero, as ExoRL's own code does (exorl_compat)",
     "recorded": "no, the rewards are the recorded ones, of any size",
 }
 
@@ -67,15 +66,12 @@ def describe(store: EpisodeStore) -> str:
         **(_foreign_facts(store.facts, store.num_episodes) if isinstance(store.facts, StoredDomain) else {}),
         "source": made.source + (size if made.source_sha256 else ""),
         "subset": made.subset,
-        "skipped": f"{made.num_skipped:,} damaged" if made.num_skipped else "none",
         "recorded for": store.recorded_task or "no single task of this domain (all rewards are relabelled)",
         "relabelled": RELABELLED[made.relabelling],
         "imported": f"{made.created} by {made.created_by}",
         "fingerprint": f"sha256 {store.fingerprint}",
     }
     lines = [f"{name:<13} {fact}" for name, fact in facts.items()]
-    after = list(facts).index("skipped") + 1
-    lines[after:after] = [f"{'':<13} {reason}" for reason in made.skipped]
     return "\n".join([*map(printable, lines), "", *_returns_table(summarise(store)["returns"])])
 
 

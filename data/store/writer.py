@@ -54,12 +54,6 @@ def hidden_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def hidden_files(path: Path) -> tuple[Path, Path]:
-    """Return the paths of the unfinished store at `path` and of its copy without damaged episodes."""
-    partial = hidden_name(path)
-    return partial, partial.with_name(f"{partial.name}.compact")
-
-
 def refuse_taken(path: Path, *, overwrite: bool) -> None:
     """Raise UserError if no store may be written at `path`."""
     if path.is_dir():
@@ -69,7 +63,7 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
 
 
 def finished_store(path: Path, provenance: Provenance) -> EpisodeStore | None:
-    """Return the store at `path` if it has this origin, on any day and with any skipped episodes, None otherwise.
+    """Return the store at `path` if it has this origin, on any day, None otherwise.
 
     What a kill left next to the store is deleted.
     """
@@ -77,13 +71,10 @@ def finished_store(path: Path, provenance: Provenance) -> EpisodeStore | None:
         store = EpisodeStore(path)
     except UserError:
         return None
-    made = store.provenance
-    expected = dataclasses.replace(provenance, created=made.created, num_skipped=made.num_skipped, skipped=made.skipped)
-    if made != expected:
+    if store.provenance != dataclasses.replace(provenance, created=store.provenance.created):
         return None
     with contextlib.suppress(OSError, UserError), lock(path, "is writing it"):
-        for left in hidden_files(path):
-            remove(left)
+        remove(hidden_name(path))
     return store
 
 

@@ -51,12 +51,8 @@ def import_(
     output: Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
-    relabel: Literal["control_aware", "exorl_compat"] = "control_aware",
-    subset: Literal["first", "last", "random", "spread"] = "first",
+    subset: Literal["first", "last", "spread"] = "first",
     max_episodes: int | None = None,
-    max_transitions: int | None = None,
-    seed: int = 0,
-    on_damaged: Literal["stop", "skip"] = "stop",
     tasks: tuple[str, ...] = (),
     download: bool = False,
 ) -> None:
@@ -77,13 +73,8 @@ def import_(
         output: store to write. Default: the archive's name with suffix .h5 (other formats: in the working directory).
         overwrite: replace an existing store.
         workers: processes. Default: one per available core. The result does not depend on the number.
-        relabel: control_aware computes the reward of a state with the action that led to it. exorl_compat uses zero
-            control, as ExoRL's own code does (too high in dense cartpole and the maze).
-        subset: which episodes to take if --max-episodes or --max-transitions exclude some.
+        subset: which episodes to take if there are more than --max-episodes (spread: at equal distances).
         max_episodes: maximum number of episodes.
-        max_transitions: maximum number of steps.
-        seed: seed of the random subset.
-        on_damaged: stop at the first damaged episode, or skip damaged episodes and list them in `ringrl data info`.
         tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
             possible, for example "point_mass_maze_reach(-0.1,0.25)" (metres).
         download: let Minari download a dataset that is not on this machine.
@@ -114,21 +105,17 @@ def import_(
         raise UserError(f"--domain: give the domain of {archive} (walker, cheetah, cartpole, ...)")
     if download:
         raise UserError("--download: only with --format minari; for ExoRL archives run ringrl data download")
-    if seed and subset != "random":
-        raise UserError("--seed: only with --subset random; remove it")
     from ringrl.data import import_archive
-    from ringrl.data.exorl.importer import Subset
 
     if output is None:
         # A folder's name may contain dots.
         named = archive if archive.name not in ("", "..") else archive.resolve()
         output = named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
-    chosen = Subset(subset, max_episodes, max_transitions, seed)
     try:
         with _bars() as (bar, _):
             store = import_archive(
-                archive, output, domain, overwrite=overwrite, workers=workers, relabelling=relabel, subset=chosen,
-                on_damaged=on_damaged, tasks=tasks, progress=bar("importing"),
+                archive, output, domain, overwrite=overwrite, workers=workers, subset=subset, max_episodes=max_episodes,
+                tasks=tasks, progress=bar("importing"),
             )  # fmt: skip
     except KeyboardInterrupt:
         print("ringrl: run the same command again to resume the import", file=sys.stderr)
@@ -164,22 +151,19 @@ def export(
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
 
 
-def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False, drop_duplicates: bool = False) -> None:
+def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False) -> None:
     """Merge stores of one domain into one. Episodes keep the given order.
 
     Args:
         stores: RingRL stores (.h5), at least two.
         output: store to write.
         overwrite: replace an existing store.
-        drop_duplicates: leave out episodes that an earlier store has. Collections with equal seeds begin alike.
     """
     from ringrl.data.store.merge import merge_stores
     from ringrl.data.store.summary import describe
 
     with _bars() as (bar, _):
-        store = merge_stores(
-            stores, output, overwrite=overwrite, drop_duplicates=drop_duplicates, progress=bar("merging")
-        )
+        store = merge_stores(stores, output, overwrite=overwrite, progress=bar("merging"))
     print(f"{output}\n{describe(store)}")
 
 

@@ -9,7 +9,6 @@ from ringrl.config_files import read_yaml
 from ringrl.configs import preset
 from ringrl.cores import available_cores
 from ringrl.data import import_archive
-from ringrl.data.exorl.importer import Subset
 from ringrl.data.store.merge import merge_stores
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
@@ -39,9 +38,9 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
         for seed, task in enumerate((own, *settings["settings"]["context"]["other_tasks"])):
             console.print(f"[bold]collecting {EPISODES} episodes of {task}")
             collect(task, collected / task, episodes=EPISODES, seed=seed)
-            subset = Subset("last", max_episodes=KEPT)
             parts.append(collected / f"{task}.h5")
-            import_archive(collected / task, parts[-1], domain_of(task).name, subset=subset, workers=1)
+            domain = domain_of(task).name
+            import_archive(collected / task, parts[-1], domain, workers=1, subset="last", max_episodes=KEPT)
         merge_stores(parts, store)
     ablate(plan, console, command, workers=min(2, available_cores()))
     return plan.output

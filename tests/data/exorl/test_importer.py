@@ -12,9 +12,7 @@ import pytest
 
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import save_episode
-from ringrl.data.exorl.importer import Subset
 from ringrl.data.relabel import relabel_all
-from ringrl.data.store.summary import describe
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 
@@ -123,7 +121,7 @@ def test_failed_overwriting_keeps_the_old_store(tmp_path, cartpole_zip):
     path = tmp_path / "a.h5"
     import_archive(cartpole_zip, path, "cartpole")
     with pytest.raises(UserError, match="already exists"):
-        import_archive(cartpole_zip, path, "cartpole", relabelling="exorl_compat")
+        import_archive(cartpole_zip, path, "cartpole", max_episodes=1)
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -136,17 +134,16 @@ def test_failed_overwriting_keeps_the_old_store(tmp_path, cartpole_zip):
 
 @pytest.mark.parametrize("kind", ["cartpole_zip", "cartpole_folder"])
 def test_a_finished_import_is_kept(tmp_path, request, kind):
-    """A kill after the rename may leave a copy and the lock."""
+    """A kill after the rename may leave the lock."""
     source, path = tmp_path / "copy", tmp_path / "stores" / "a.h5"
     original = request.getfixturevalue(kind)
     (shutil.copytree if original.is_dir() else shutil.copy)(original, source)
     before = import_archive(source, path, "cartpole").path.read_bytes()
-    for remains in (".a.h5.partial.compact", ".a.h5.lock"):
-        (path.parent / remains).touch()
-    import_archive(source, path, "cartpole", on_damaged="skip", progress=lambda *_: pytest.fail("imported again"))
+    (path.parent / ".a.h5.lock").touch()
+    import_archive(source, path, "cartpole", progress=lambda *_: pytest.fail("imported again"))
     assert path.read_bytes() == before
     assert names(path.parent) == ["a.h5"]
-    others = [{"subset": Subset("last", 1)}, {"relabelling": "exorl_compat"}]
+    others = [{"subset": "last", "max_episodes": 1}, {"tasks": ["cartpole_swingup"]}]
     if kind == "cartpole_folder":
         next(source.glob("buffer/*")).touch()
         others.append({})
@@ -163,70 +160,8 @@ def test_wrong_and_unknown_domain(tmp_path, cartpole_zip):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def damaged_folder(tmp_path, cartpole_episodes) -> Path:
-    """Eight episodes. 2 is cut short, 3 has a NaN, 5 has no physics, and 7 has half the steps by its name."""
-    folder = tmp_path / "archive" / "buffer"
-    folder.mkdir(parents=True)
-    originals = list(cartpole_episodes.values())
-    for number in range(8):
-        episode = dict(originals[number % 3])
-        if number == 3:
-            episode["action"] = np.where(np.arange(1001)[:, None] == 17, np.float32(np.nan), episode["action"])
-        if number == 5:
-            del episode["physics"]
-        if number == 7:
-            episode = {key: array[:501] for key, array in episode.items()}
-        path = save_episode(folder, number, episode)
-        if number == 2:
-            path.write_bytes(path.read_bytes()[:3_000])
-    return folder
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_damaged_episodes_can_be_skipped(tmp_path, damaged_folder, cartpole_episodes, workers):
-    store = import_archive(damaged_folder, tmp_path / "a.h5", "cartpole", on_damaged="skip", workers=workers)
-    store.verify()
-    originals = list(cartpole_episodes.values())
-    whole = [0, 1, 4, 6]
-    assert store.num_episodes == len(whole)
-    for i, number in enumerate(whole):
-        for key, array in originals[number % 3].items():
-            np.testing.assert_array_equal(store.episode(i)[key], array)
-    made = store.provenance
-    assert made.num_skipped == len(made.skipped) == 4
-    for number, reason in [(2, "cut short"), (3, "not finite in row 17"), (5, "lacks physics"), (7, "has 500 steps")]:
-        (message,) = [line for line in made.skipped if f"episode_{number:06d}_" in line]
-        assert reason in message
-        assert str(damaged_folder) not in message
-    assert made.subset == "all 8 episodes"
-    text = describe(store)
-    assert "4 damaged" in text
-    assert "not finite in row 17" in text
-
-    for number in (2, 3, 5):
-        (damaged_folder / f"episode_{number:06d}_1000.npz").unlink()
-    (damaged_folder / "episode_000007_500.npz").unlink()
-    clean = import_archive(damaged_folder, tmp_path / "clean.h5", "cartpole")
-    assert clean.fingerprint == store.fingerprint
-    assert describe(clean).count("none") == 1
-
-
-def test_an_archive_of_damaged_episodes_is_rejected(tmp_path, cartpole_folder, damaged_folder):
-    for path in sorted(damaged_folder.iterdir())[:7]:
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"episode_000000_1000\.npz cannot be read.*all 8 episodes of this import"):
-        import_archive(damaged_folder, tmp_path / "stores" / "a.h5", "cartpole", on_damaged="skip")
-    with pytest.raises(
-        UserError, match=r"observation of shape \(1001, 5\), expected \(1001, 24\): is it the right --domain"
-    ):
-        import_archive(cartpole_folder, tmp_path / "stores" / "a.h5", "walker", on_damaged="skip")
-    assert names(tmp_path / "stores") == []
-
-
 def test_a_subset_has_the_chosen_episodes_and_its_description(tmp_path, cartpole_zip, cartpole_episodes):
-    limits = Subset("last", max_transitions=2_500)
-    store = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", subset=limits)
+    store = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", subset="last", max_episodes=2)
     assert store.provenance.subset == "2 of 3 episodes, the last ones"
     for i, number in enumerate([1_000_000, 1_000_002]):
         np.testing.assert_array_equal(store.episode(i)["physics"], cartpole_episodes[number]["physics"])
@@ -240,19 +175,6 @@ def test_skills_are_ignored(tmp_path, cartpole_folder, cartpole_episodes):
         save_episode(tmp_path, number, episode | {"skill": skill, "z": skill[:, :10]})
     with_skills = import_archive(tmp_path, tmp_path / "a.h5", "cartpole")
     assert with_skills.fingerprint == import_archive(cartpole_folder, tmp_path / "b.h5", "cartpole").fingerprint
-
-
-def test_the_originals_relabelling_is_another_dataset_of_the_same_content(tmp_path, cartpole_zip):
-    ours = import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole")
-    theirs = import_archive(cartpole_zip, tmp_path / "b.h5", "cartpole", relabelling="exorl_compat")
-    assert theirs.fingerprint == ours.fingerprint
-    assert (ours.provenance.relabelling, theirs.provenance.relabelling) == ("control_aware", "exorl_compat")
-    assert theirs.recorded_task == ours.recorded_task == "cartpole_swingup"
-    assert "exorl_compat" in describe(theirs)
-    assert "exorl_compat" not in describe(ours)
-    dense, sparse = "cartpole_swingup", "cartpole_swingup_sparse"
-    assert (theirs.returns(dense) > ours.returns(dense)).all()
-    np.testing.assert_array_equal(theirs.returns(sparse), ours.returns(sparse))
 
 
 def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
@@ -277,9 +199,10 @@ def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
     assert len({made.source_sha256, of_folder.source_sha256, other.source_sha256}) == 3
 
 
-def test_number_of_workers_is_at_least_one(tmp_path, cartpole_zip):
-    with pytest.raises(UserError, match="--workers: 0 is too small"):
-        import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", workers=0)
+def test_numbers_are_at_least_one(tmp_path, cartpole_zip):
+    for name in ("workers", "max_episodes"):
+        with pytest.raises(UserError, match="0 is too small"):
+            import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", **{name: 0})
 
 
 def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
@@ -306,23 +229,22 @@ def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
     assert int(run.stdout) < stored / 4
 
 
-def test_an_episode_that_the_system_cannot_open_is_not_skipped(tmp_path, cartpole_folder, monkeypatch):
+def test_an_episode_that_the_system_cannot_open(tmp_path, cartpole_folder, monkeypatch):
     def fail(path):
         raise OSError(errno.EMFILE, "no more")
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(UserError, match=r"Too many open files\): close other files or raise the limit"):
-        import_archive(cartpole_folder, tmp_path / "a.h5", "cartpole", on_damaged="skip", workers=1)
+        import_archive(cartpole_folder, tmp_path / "a.h5", "cartpole", workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("on_damaged", ["stop", "skip"])
-def test_no_space_is_reserved_before_an_episode_is_whole(tmp_path, on_damaged, monkeypatch):
+def test_no_space_is_reserved_before_an_episode_is_whole(tmp_path, monkeypatch):
     """60,000 false names would reserve 4.8 GB."""
     monkeypatch.setattr("ringrl.data.exorl.importer.reserve_space", lambda *_: pytest.fail("reserved"))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for number in range(60):
             archive.writestr(f"buffer/episode_{number}_1000.npz", b"x")
-    with pytest.raises(UserError, match=r"episode_0_1000\.npz cannot be read.*(--on-damaged skip|all 60 episodes)"):
-        import_archive(tmp_path / "a.zip", tmp_path / "a.h5", "cartpole", on_damaged=on_damaged)
+    with pytest.raises(UserError, match=r"episode_0_1000\.npz cannot be read"):
+        import_archive(tmp_path / "a.zip", tmp_path / "a.h5", "cartpole")
     assert names(tmp_path) == ["a.zip"]

@@ -80,7 +80,7 @@ def wrong_provenance(path, random):
             del values[key]
         else:
             values[key] = [None, 3.5, [3], {"a": 1}, "exorl", -1][random.integers(6)]
-            if key in ("source", "source_sha256", "subset", "created", "created_by", "num_skipped", "source_bytes"):
+            if key in ("source", "source_sha256", "subset", "created", "created_by", "source_bytes"):
                 values[key] = None
         file.attrs["provenance"] = json.dumps(values)
 
