@@ -35,9 +35,9 @@ def download(
     """
     from ringrl.data.exorl.download import download_archive
 
-    with _bars() as (bar, notice):
+    with _bars() as bar:
         progress = bar(f"{domain}/{algorithm}.zip", "MB", 1e6)
-        path = download_archive(domain, algorithm, output, url=url, timeout=timeout, progress=progress, notice=notice)
+        path = download_archive(domain, algorithm, output, url=url, timeout=timeout, progress=progress)
     print(f"{path}; next: ringrl data import {path} --domain {domain}")
 
 
@@ -91,7 +91,7 @@ def import_(
         name = archive.resolve().stem if format == "hdf5" else archive.resolve().name
         output = output or Path(f"{name}.h5")
         task = environment_task(environment) if environment else None
-        with _bars() as (bar, _):
+        with _bars() as bar:
             options: dict[str, Any] = {"environment": task, "overwrite": overwrite, "progress": bar("importing")}
             if format == "minari":
                 store = import_minari(str(archive), output, download=download, **options)
@@ -112,7 +112,7 @@ def import_(
         named = archive if archive.name not in ("", "..") else archive.resolve()
         output = named.with_suffix(".h5") if named.suffix == ".zip" else named.parent / f"{named.name}.h5"
     try:
-        with _bars() as (bar, _):
+        with _bars() as bar:
             store = import_archive(
                 archive, output, domain, overwrite=overwrite, workers=workers, subset=subset, max_episodes=max_episodes,
                 tasks=tasks, progress=bar("importing"),
@@ -145,7 +145,7 @@ def export(
     from ringrl.data.minari import export_minari
 
     opened = EpisodeStore(store)
-    with _bars() as (bar, _):
+    with _bars() as bar:
         folder = export_minari(opened, name, task=task, folder=output, progress=bar("exporting"))
     root = f"MINARI_DATASETS_PATH={output} " if output else ""
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
@@ -162,7 +162,7 @@ def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False)
     from ringrl.data.store.merge import merge_stores
     from ringrl.data.store.summary import describe
 
-    with _bars() as (bar, _):
+    with _bars() as bar:
         store = merge_stores(stores, output, overwrite=overwrite, progress=bar("merging"))
     print(f"{output}\n{describe(store)}")
 
@@ -218,7 +218,7 @@ def collect(
     from ringrl.envs import domain_of
 
     episodes = preset_episodes(preset, task) if episodes is None else episodes
-    with _bars() as (bar, _):
+    with _bars() as bar:
         collect_episodes(
             task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=bar("collecting")
         )
@@ -228,8 +228,8 @@ def collect(
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
-    """Yield a function that adds a progress bar and a function that prints a line above the bars, both on stderr.
+def _bars() -> Iterator[Callable[..., Report]]:
+    """Yield a function that adds a progress bar on stderr.
 
     Without a terminal, a bar is a line from time to time.
     """
@@ -252,4 +252,4 @@ def _bars() -> Iterator[tuple[Callable[..., Report], Callable[[str], None]]]:
 
             return report
 
-        yield add, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+        yield add
