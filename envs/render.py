@@ -1,14 +1,15 @@
 """Rendering of states as images, and of episodes as videos in another process: `python -m ringrl.envs.render`.
 
-A graphics driver may crash, which must not affect the process that evaluates. Episodes are read as an .npz file from
-standard input. If rendering fails, one line on standard output gives the reason.
+A graphics driver may crash, which must not affect the process that evaluates. That process starts this one and writes
+pickled episodes to its standard input: for each video a list of clips, each a list of (label, physics, rewards). If
+rendering fails, one line on standard output gives the reason.
 """
 
 import atexit
 import contextlib
 import importlib
-import io
 import os
+import pickle
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -150,19 +151,6 @@ def _font(size: float) -> Any:
     return ImageFont.load_default(size)
 
 
-def _unpacked(content: bytes, videos: int) -> list[list[list[Any]]]:
-    """Return label, physics and rewards of the episodes of each clip of each video."""
-    found: list[list[list[Any]]] = [[] for _ in range(videos)]
-    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-        for key in dict.fromkeys(name.rpartition(" ")[0] for name in archive.files):  # in the order of writing
-            video, clip, _ = map(int, key.split())
-            if clip == len(found[video]):
-                found[video].append([])
-            label, physics, rewards = (archive[f"{key} {name}"] for name in ("label", "physics", "rewards"))
-            found[video][clip].append((str(label), physics, rewards))
-    return found
-
-
 def _clips(renderer: EpisodeRenderer, clips: Iterable[list[Any]], stride: int, pause: int) -> Iterator[_Frame]:
     """Yield clips one after another, with the episodes of a clip next to each other and a pause after each clip."""
     for clip in clips:
@@ -199,7 +187,7 @@ def main(arguments: list[str]) -> None:
     task, width, height, speed, *paths = arguments
     step = domain_of(task).control_timestep
     with contextlib.closing(EpisodeRenderer(task, int(width), int(height))) as renderer:
-        for path, clips in zip(map(Path, paths), _unpacked(sys.stdin.buffer.read(), len(paths)), strict=True):
+        for path, clips in zip(map(Path, paths), pickle.load(sys.stdin.buffer), strict=True):
             # The largest stride with the least rate, at this speed.
             stride = max(1, int(int(speed) / (_LEAST_RATES[path.suffix] * step) + 1e-9))
             rate = int(speed) / (stride * step)

@@ -4,8 +4,8 @@ This module imports neither MuJoCo nor OpenGL. `ringrl.envs.render` renders in a
 graphics driver must not end the evaluation.
 """
 
-import io
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def write_videos(
         for path in videos:
             path.parent.mkdir(parents=True, exist_ok=True)
         clips = [[[one]] if isinstance(one, EpisodeStates) else one for one in videos.values()]
-        packed = _packed(clips)
+        packed = pickle.dumps([[[_finite(episode) for episode in clip] for clip in video] for video in clips])
         result = subprocess.run(command, input=packed, capture_output=True, env=environment, check=False)
         if result.returncode:
             raise VideoError(f"no video: {_reason(result)}")
@@ -123,19 +123,6 @@ def write_videos(
             with suppress(OSError):
                 hidden.unlink()
     return list(videos)
-
-
-def _packed(videos: Sequence[Sequence[Sequence[EpisodeStates]]]) -> bytes:
-    """Pack the episodes of each clip of each video as an .npz file, with names like "0 2 1 physics"."""
-    arrays: dict[str, np.ndarray] = {}
-    for index, video in enumerate(videos):
-        for place, clip in enumerate(video):
-            for panel, episode in enumerate(clip):
-                for name, value in zip(EpisodeStates._fields, _finite(episode), strict=True):
-                    arrays[f"{index} {place} {panel} {name}"] = np.asarray(value)
-    file = io.BytesIO()
-    np.savez(file, **arrays)  # type: ignore[arg-type]
-    return file.getvalue()
 
 
 def _finite(episode: EpisodeStates) -> tuple[str, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig, TrainConfig
+from ringrl.context import Array as AnyArray
 from ringrl.context import Context, Transitions
 from ringrl.model.agents.agent import Agent, TrainState, accept
 from ringrl.model.optimiser import make_optimiser
@@ -82,7 +83,7 @@ class ActorCritic(Policy):
         self.target_actor = nnx.clone(self.actor)
         self.target_critics = nnx.clone(self.critics)
 
-    def inputs(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch observation"]:
+    def inputs(self, observation: Float[AnyArray, "*batch observation"]) -> Float[Array, "*batch observation"]:
         """Return the network inputs of a state: the observation, clipped."""
         return jnp.clip(jnp.asarray(observation), -self.largest_input, self.largest_input)
 
