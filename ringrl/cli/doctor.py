@@ -280,7 +280,7 @@ def _host_memory() -> float:
 
 
 def _speed(rates: dict[str, float]) -> Iterator[Finding]:
-    """Measure, and fill `rates` for a plan (ringrl/planning/rates.py)."""
+    """Measure, and fill `rates` for a plan (`ringrl.planning.machines.Rates`)."""
     import jax
     import jax.numpy as jnp
     import numpy as np

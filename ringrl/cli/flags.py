@@ -15,16 +15,10 @@ from ringrl.config import Section, TrainConfig
 from ringrl.config_files import problems
 from ringrl.errors import UserError, brief
 
-
-def grouped(section: type[Section]) -> type[Section]:
-    """Let --help show the flags of a section under the first sentence of its docstring."""
-    title = str(section.__doc__).partition(". ")[0].removesuffix(".")
-    return cyclopts.Parameter(group=cyclopts.Group.create_ordered(title))(section)
-
-
 for _section in Section.__subclasses__():
-    if _section is not TrainConfig:
-        grouped(_section)
+    if _section is not TrainConfig:  # --help shows the flags of a section under the first sentence of its docstring
+        _title = str(_section.__doc__).partition(". ")[0].removesuffix(".")
+        cyclopts.Parameter(group=cyclopts.Group.create_ordered(_title))(_section)
 
 
 def usage_line(error: cyclopts.CycloptsError) -> str:

@@ -7,13 +7,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from ringrl.cli.flags import grouped
 from ringrl.config import MeshConfig, TrainConfig
-from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, write_whole
-from ringrl.planning.rates import Rates
-
-grouped(Rates)
 
 
 def plan(
@@ -27,7 +22,6 @@ def plan(
     remat: Literal["none", "layers", "full"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",
-    custom: Rates | None = None,
     json: Path | None = None,
 ) -> None:
     """Estimate the memory and time of a training step on a given machine.
@@ -35,8 +29,8 @@ def plan(
     Args:
         model: 3b, 7b, 13b, 30b or 350m; a preset; a run's folder; or a configuration file (.yaml).
         machine: tpu-v4-512 (v3, v4 and v5p count cores), tpu-v5e-256 (v5e and v6e count chips), 8xa100 (80 GB; any
-            number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), a file of
-            `ringrl doctor --save`, or custom.
+            number), 8xa100-40, 8xh100, 8xh200, cpu-8 (host devices of this machine, measured), or a file
+            with the machine's numbers, which `ringrl doctor --save` writes.
         tokens: tokens of a context, for example 32768, 512k or 8M (k is 1024, M is 1024 x 1024). Default: those of the
             configuration and its dataset.
         mesh: devices along each axis. Default: the fastest mesh that fits, by estimate.
@@ -46,12 +40,11 @@ def plan(
         block_tokens: tokens that a feed-forward layer processes at a time. Default: the configuration's.
         method: compiler compiles ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in
             minutes. formula uses the closed form only, in a second. best uses the compiler where possible.
-        custom: numbers of the machine for --machine custom.
         json: also write all results to this file, as JSON.
     """
     import jax
 
-    from ringrl.planning.machines import custom_machine, find_machine, measure_host
+    from ringrl.planning.machines import find_machine, measure_host
     from ringrl.planning.plan import as_json, describe, make_plan
     from ringrl.planning.workload import context_tokens, find_model, read_tokens
 
@@ -64,16 +57,7 @@ def plan(
     if contexts is not None:
         values["optimiser"] |= {"batch_size": contexts}
     config = TrainConfig.model_validate(values)
-    if machine == "custom":
-        if custom is None:
-            raise UserError(
-                "--machine custom: give --custom.memory, --custom.tflops, --custom.bandwidth and --custom.link"
-            )
-        where = custom_machine(custom)
-    elif custom is not None:
-        raise UserError(f"--custom: used only with --machine custom, but --machine is {machine}; remove one of them")
-    else:
-        where = find_machine(machine)
+    where = find_machine(machine)
     length = context_tokens(model, config) if tokens is None else read_tokens(tokens)
     chosen = None if mesh.devices == 1 else mesh.model_copy(update={"layout": config.mesh.layout})
     with Console(stderr=True).status("planning") as status:

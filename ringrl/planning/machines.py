@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pydantic import Field
 
 from ringrl.attention import attention
 from ringrl.attention.kernels import kernel_named, native_to
 from ringrl.attention.mask import Options, Rule
 from ringrl.attention.strategy import LINKS
-from ringrl.config import ModelConfig
+from ringrl.config import ModelConfig, Section
 from ringrl.config_files import one_line, read_yaml
 from ringrl.errors import UserError
-from ringrl.planning.rates import Rates
 
 GIB = 2.0**30
 MOST_DEVICES, MOST_HOST_DEVICES = 2**16, 64
@@ -41,6 +41,23 @@ class Device:
     memory: float  # bytes available to a program
     bandwidth: float  # bytes per second from and to the memory
     link: float  # bytes per second to a neighbour, one way
+
+
+class Rates(Section):
+    """A machine in a file, written by a user or by `ringrl doctor --save`."""
+
+    devices: int = Field(8, ge=1, le=MOST_DEVICES)
+    """Number of devices."""
+    memory: float = Field(gt=0)
+    """Memory per device that a program may use, in GiB."""
+    tflops: float = Field(gt=0)
+    """bfloat16 speed of a device, in 10^12 operations per second."""
+    bandwidth: float = Field(gt=0)
+    """Memory bandwidth of a device, in 10^9 bytes per second."""
+    link: float = Field(gt=0)
+    """Bandwidth to a neighbouring device, one way, in 10^9 bytes per second."""
+    attention: float | None = Field(None, gt=0)
+    """Measured speed of attention, in 10^12 operations per second. The other numbers are then measured, too."""
 
 
 class Attained(NamedTuple):
@@ -112,7 +129,7 @@ SLICES: Mapping[str, Mapping[int, str]] = MappingProxyType(
 
 def find_machine(name: str) -> Machine:
     """Return the machine of a name: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, cpu-8 (host devices), or
-    of a file of `ringrl doctor --save`.
+    of a file with `Rates`.
 
     Raise UserError for an unknown machine.
     """
@@ -136,11 +153,11 @@ def find_machine(name: str) -> Machine:
     sizes = "; ".join(f"tpu-{generation}-{'|'.join(map(str, slices))}" for generation, slices in SLICES.items())
     raise UserError(
         f"--machine {name}: unknown; choose {sizes}; a number of GPUs x {'|'.join(_NETWORK)}, such as 8xa100; cpu-8 "
-        f"(up to {MOST_HOST_DEVICES}); a file of ringrl doctor --save; or custom"
+        f"(up to {MOST_HOST_DEVICES}); or a file of ringrl doctor --save"
     )
 
 
-def custom_machine(rates: Rates, name: str = "custom") -> Machine:
+def custom_machine(rates: Rates, name: str) -> Machine:
     """Return the machine of a user's or measured numbers."""
     tera, giga = 1e12, 1e9
     memory, flops = rates.memory * GIB, rates.tflops * tera

@@ -5,8 +5,7 @@ import pytest
 
 from ringrl.attention.strategy import link_of
 from ringrl.errors import UserError
-from ringrl.planning.machines import GIB, SLICES, custom_machine, find_machine, gib
-from ringrl.planning.rates import Rates
+from ringrl.planning.machines import GIB, SLICES, find_machine, gib
 
 
 @pytest.mark.parametrize(
@@ -62,12 +61,14 @@ def test_collective_over_hosts_uses_all_network_cards():
 
 @pytest.mark.parametrize("name", ["tpu-v4-500", "8xb200", "0xa100", "99999999xa100", "cpu-0", "tpu", "", "8x"])
 def test_unknown_machines_raise_with_all_names(name):
-    with pytest.raises(UserError, match=r"tpu-v3-8|32|128.*8xa100; cpu-8.*or custom"):
+    with pytest.raises(UserError, match=r"tpu-v3-8|32|128.*8xa100; cpu-8.*or a file of"):
         find_machine(name)
 
 
-def test_custom_machine():
-    machine = custom_machine(Rates(devices=4, memory=24, tflops=100, bandwidth=900, link=32))
+def test_a_machine_in_a_file(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("{devices: 4, memory: 24, tflops: 100, bandwidth: 900, link: 32}")
+    machine = find_machine(str(path))
     assert (machine.devices, machine.device.memory, machine.device.flops) == (4, 24 * GIB, 1e14)
     assert (machine.device.bandwidth, machine.device.link, machine.topology) == (9e11, 3.2e10, None)
 

@@ -10,8 +10,6 @@ from ringrl.planning.machines import GIB, find_machine
 from ringrl.planning.plan import describe, make_plan
 from ringrl.planning.workload import find_model
 
-CUSTOM = "--custom.memory 24 --custom.tflops 80 --custom.bandwidth 900 --custom.link 32"
-
 
 def plan(*arguments):
     main(["plan", *arguments])
@@ -98,9 +96,11 @@ def test_too_many_host_devices(capsys):
     assert "start it with JAX_PLATFORMS=cpu XLA_FLAGS" in capsys.readouterr().out
 
 
-def test_custom_machine(capsys):
-    plan("--model", "350m", "--machine", "custom", "--tokens", "64k", "--custom.devices", "4", *CUSTOM.split())
-    assert "custom: 4 x custom, 24.00 GiB each; mesh seq 4" in capsys.readouterr().out
+def test_a_machine_in_a_file(capsys, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("{devices: 4, memory: 24, tflops: 80, bandwidth: 900, link: 32}")
+    plan("--model", "350m", "--machine", str(path), "--tokens", "64k")
+    assert "own.yaml: 4 x custom, 24.00 GiB each; mesh seq 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,9 @@ def test_custom_machine(capsys):
         ("--model 7b --machine 8xa100 --tokens 8M --mesh.seq 4", "is 4, expected the 8 devices of 8xa100"),
         ("--model 7b --machine 8xa100 --tokens 8M --mesh.fsdp 8", "mesh.fsdp"),
         ("--model 7b --machine 8xa100 --tokens 8M --method compiler", "cannot compile"),
-        ("--model 7b --machine custom --tokens 8M", "--custom.memory"),
+        ("--model 7b --machine own.yaml --tokens 8M", "own.yaml: cannot be read"),
         ("--model 7b --machine 8xa100 --tokens 8k --json /nowhere/plan.json", "/nowhere/plan.json: cannot be written"),
         ("--model 7b --machine 8xa100 --tokens 8k --contexts 0", "batch_size"),
-        ("--model 7b --machine 8xa100 --tokens 8k --custom.memory 40", "custom.tflops"),
-        (f"--model 7b --machine 8xa100 --tokens 8k {CUSTOM}", "--machine is 8xa100"),
-        (f"--model 7b --machine custom --tokens 8k {CUSTOM} --custom.devices 0", "custom.devices: expected"),
         ("--model 7b --machine 8xa100", "--tokens"),
     ],
 )

@@ -4,8 +4,7 @@ import jax
 import pytest
 
 from ringrl.planning.ahead_of_time import abstract_step
-from ringrl.planning.machines import Attained, custom_machine, find_machine
-from ringrl.planning.rates import Rates
+from ringrl.planning.machines import Attained, Rates, custom_machine, find_machine
 from ringrl.planning.roofline import ATTAINED, WITHOUT_KERNEL, attained_by, estimate
 from ringrl.planning.workload import Workload, find_model
 from ringrl.training.budget import forward_flops, step_flops
@@ -131,7 +130,7 @@ def test_full_remat_repeats_attention_and_its_transfers(kind):
 
 def test_measured_rates_are_used_as_they_are():
     rates = Rates(devices=8, memory=80, tflops=300, bandwidth=2000, link=200, attention=120)
-    assert attained_by(seven_billion(2**14, {"seq": 8}), custom_machine(rates)) == Attained(1.0, 0.4, 1.0, 1.0)
+    assert attained_by(seven_billion(2**14, {"seq": 8}), custom_machine(rates, "own")) == Attained(1.0, 0.4, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["ring", "memory_efficient"])
