@@ -105,7 +105,7 @@ def test_presets_are_found_by_name_unless_a_file_has_the_name(
     assert parse([*command, "tiny"])[1].arguments["settings"] == TrainConfig.model_validate(expected)
     (tmp_path / "small").write_text("seed: 7")
     assert parse([*command, "small"])[1].arguments["settings"].seed == 7
-    assert read_plan("study_example") == read_plan(preset("study_example"))
+    assert read_plan("results") == read_plan(preset("results"))
     for line in (rejected([*command, "tinny"], capsys), rejected(["ablate", "tinny"], capsys)):
         assert line.startswith("ringrl: no preset 'tinny' and no such file; presets: demo, ")
         assert "tiny" in line.split("presets:")[1]

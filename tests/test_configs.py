@@ -16,7 +16,7 @@ from ringrl.study.cells import cells
 from ringrl.study.plan import read_plan
 
 REQUIRED = {"data": "unused", "task": "unused", "run": "unused"}
-PLANS = {"demo", "results", "study_example"}
+PLANS = {"demo", "results"}
 BILLIONS = {
     "small": 0.009,
     "paper_350m": 0.302,

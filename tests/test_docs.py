@@ -119,7 +119,7 @@ YOURS = {
     "runs/walk/config.yaml": "run.yaml",
     "runs/reach/config.yaml": "run.yaml",
     "/shared/walk.yaml": "run.yaml",
-    "plan.yaml": "configs/study_example.yaml",
+    "plan.yaml": "configs/results.yaml",
     "cheetah_trot": "cheetah_run",  # which docs/adding_a_task.md adds
 }
 ANY_RUN = ["--data", "walker.h5", "--task", "walker_walk", "--run", "runs/walk"]  # for "..." after `ringrl train`

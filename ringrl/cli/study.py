@@ -21,7 +21,7 @@ def ablate(
     an interrupted ablation, runs failed cells again, and repeats nothing else.
 
     Args:
-        plan: YAML file, or the name of a preset, for example study_example.
+        plan: YAML file, or the name of a preset, for example results.
         folder: folder of the plan's datasets and of its output, for example to run the same plan on other datasets of
             the same names. Default: the working directory.
         dry_run: print the cost and stop.

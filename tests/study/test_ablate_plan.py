@@ -408,9 +408,3 @@ def test_the_demos_cells() -> None:
     assert (context.trajectories, context.segment_steps, context.best_fraction, context.target) == (8, 32, 0.4, "none")
     prompts = {(p.prompt_trajectories, p.prompt_task) for p in found[0].protocols}
     assert prompts == {(0, None), *((length, task) for length in (1, 7) for task in (None, *tasks))}
-
-
-def test_the_example_has_the_cells_of_its_first_line() -> None:
-    plan = read_plan(preset("study_example"))
-    assert len(plan.datasets) == 2
-    assert len(cells(plan)) == 2 * 3 * (4 + 1)
