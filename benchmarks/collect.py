@@ -1,6 +1,6 @@
 """Returns and cost of the methods of `ringrl data collect`, for the table in docs/collect.md.
 
-    python benchmarks/collect.py [--methods scripted td3] [--preset small | --episodes 60] [--json FILE] [task ...]
+    python benchmarks/collect.py [--methods scripted td3] [--episodes 60] [--json FILE] [task ...]
 
 Collects every task with every method and prints the returns of the episodes, the minutes, and the processor minutes
 (which are more reliable on a shared machine).
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from common import one_line_errors, positive
 
-from ringrl.collect import PRESETS, collect, preset_episodes
+from ringrl.collect import collect
 from ringrl.data.exorl import Archive
 from ringrl.envs import domain_of
 
@@ -65,9 +65,8 @@ def measure_all(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     measured = []
     for task in options.tasks:
-        episodes = preset_episodes(options.preset, task) if options.episodes is None else options.episodes
         for method in options.methods:
-            row = measure(task, method, episodes, options.seed)
+            row = measure(task, method, options.episodes, options.seed)
             measured.append(row)
             returns = np.array(row["returns"])
             last = returns[-max(1, len(returns) // 10) :].mean()
@@ -86,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=TASKS, help="full task names")
     parser.add_argument("--methods", nargs="+", default=["scripted", "td3"], help="scripted, td3")
-    parser.add_argument("--preset", default="small", choices=PRESETS, help="number of transitions")
-    parser.add_argument("--episodes", type=positive, help="number of episodes, instead of the preset's")
+    parser.add_argument("--episodes", type=positive, help="number of episodes; default: of 200,000 transitions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write every return to this file")
     options = parser.parse_args(arguments)

@@ -192,7 +192,6 @@ def collect(
     *,
     output: Path,
     method: Literal["scripted", "td3"] = "scripted",
-    preset: Literal["tiny", "small", "exorl_like"] = "small",
     episodes: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -206,25 +205,21 @@ def collect(
         task: for example jaco_reach_top_left, or "point_mass_maze_reach(-0.1,0.25)" for a goal in metres.
         output: folder to create. Episodes are written to OUTPUT/buffer/.
         method: scripted searches the parameters of a scripted controller, td3 learns a policy.
-        preset: transitions. tiny: 10,000 (seconds; td3 up to a minute). small: 200,000 (scripted 1 to 4 minutes, td3 10
-            to 20). exorl_like: 10,000,000 as in ExoRL's archives (scripted an hour; td3 more than half a day on one
-            core and up to 4 GB of memory).
-        episodes: number of episodes, instead of the preset's.
+        episodes: number of episodes. Default: those of 200,000 transitions (200, in jaco 800; scripted 1 to 4 minutes,
+            td3 10 to 20). ExoRL's archives have 10,000,000 transitions.
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only). Default: one per available core.
     """
     from ringrl.collect import collect as collect_episodes
-    from ringrl.collect import preset_episodes
     from ringrl.envs import domain_of
 
-    episodes = preset_episodes(preset, task) if episodes is None else episodes
     with _bars() as bar:
         collect_episodes(
             task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=bar("collecting")
         )
     domain = domain_of(task)
     tasks = "" if task in domain.tasks else f' --tasks "{task}"'
-    print(f"{output}: {episodes} episodes of {task}; next: ringrl data import {output} --domain {domain.name}{tasks}")
+    print(f"{output}: episodes of {task}; next: ringrl data import {output} --domain {domain.name}{tasks}")
 
 
 @contextlib.contextmanager

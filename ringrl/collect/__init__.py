@@ -4,6 +4,6 @@ A dataset is the history of a learner, from poor episodes to good ones: a cross-
 scripted controller, or TD3.
 """
 
-from ringrl.collect.collection import PRESETS, collect, preset_episodes
+from ringrl.collect.collection import collect
 
-__all__ = ["PRESETS", "collect", "preset_episodes"]
+__all__ = ["collect"]

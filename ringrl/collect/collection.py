@@ -2,10 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 from ringrl import __version__
 from ringrl.collect.scripted import search
@@ -16,25 +15,16 @@ from ringrl.files import explain_write_errors, linked, lock, sync
 from ringrl.pace import Progress, no_progress
 
 METHODS = ("scripted", "td3")
-
-PRESETS: Mapping[str, int] = MappingProxyType({"tiny": 10_000, "small": 200_000, "exorl_like": 10_000_000})
-"""Number of transitions to collect. ExoRL's archives have ten million each."""
+TRANSITIONS = 200_000  # by default
 
 _DESCRIPTION = "collection.json"
-
-
-def preset_episodes(preset: str, task: str) -> int:
-    """Return the number of a task's episodes in a preset. Raise UserError for an unknown preset or task."""
-    if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}; presets are {', '.join(PRESETS)}")
-    return PRESETS[preset] // domain_of(task).episode_length
 
 
 def collect(
     task: str,
     destination: Path,
     *,
-    episodes: int,
+    episodes: int | None = None,
     seed: int,
     method: str = "scripted",
     workers: int | None = None,
@@ -53,7 +43,7 @@ def collect(
     Args:
         task: full task name, "walker_walk".
         destination: folder to create. An empty folder may exist.
-        episodes: number of episodes, at least 1.
+        episodes: number of episodes, at least 1. None: those of 200,000 transitions.
         seed: seed of initial states, noise, search and learner, at least 0.
         workers: number of processes that record scripted episodes, by default one per available core. With more than
             one, a script must call this under `if __name__ == "__main__":`, because the processes import it.
@@ -65,7 +55,7 @@ def collect(
     """
     if is_foreign(task):
         raise UserError(f"{task}: only tasks of RingRL are collected; record others with Minari's DataCollector")
-    domain_of(task)
+    episodes = TRANSITIONS // domain_of(task).episode_length if episodes is None else episodes
     if method not in METHODS:
         raise UserError(f"no method {method!r}; methods are {', '.join(METHODS)}")
     if method != "scripted" and task not in domain_of(task).tasks:

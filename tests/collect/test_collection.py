@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ringrl.collect import collect, preset_episodes
+from ringrl.collect import collect
 from ringrl.data import EpisodeStore, import_archive
 from ringrl.data.exorl import Archive
 from ringrl.envs import DOMAINS
@@ -203,25 +203,6 @@ def _interrupted(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("preset", "task", "episodes"),
-    [
-        ("tiny", TASK, 10),
-        ("small", TASK, 200),
-        ("exorl_like", TASK, 10_000),
-        ("tiny", "jaco_reach_top_left", 40),
-        ("exorl_like", "jaco_reach_top_left", 40_000),
-    ],
-)
-def test_presets_count_transitions(preset, task, episodes):
-    assert preset_episodes(preset, task) == episodes
-
-
-def test_an_unknown_preset_lists_the_presets():
-    with pytest.raises(UserError, match="no preset 'huge'; presets are tiny, small, exorl_like"):
-        preset_episodes("huge", TASK)
-
-
 def test_a_full_disk_leaves_no_files(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -261,7 +242,7 @@ def test_two_collections_do_not_share_a_destination(tmp_path):
 _ENDLESS = """
 import multiprocessing, sys
 from pathlib import Path
-from ringrl.collect import collect, preset_episodes
+from ringrl.collect import collect
 if __name__ == "__main__":
     tell = lambda done, total: print(*(p.pid for p in multiprocessing.active_children()), flush=True)
     collect("cartpole_swingup", Path(sys.argv[1]), episodes=100_000, seed=0, workers=2, progress=tell)
