@@ -38,7 +38,7 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def measure(task: str, method: str, episodes: int, seed: int) -> dict[str, object]:
+def measure(task: str, method: str, episodes: int | None, seed: int) -> dict[str, object]:
     """Return the returns and the cost of one collection, which is deleted."""
     domain = domain_of(task)
     column = domain.recorded_tasks(task).index(task)
@@ -48,7 +48,7 @@ def measure(task: str, method: str, episodes: int, seed: int) -> dict[str, objec
         minutes = (time.perf_counter() - began) / 60
         processor_minutes = (processor_seconds() - used) / 60
         with Archive(collected, domain) as archive:
-            returns = [float(episode["reward"][:, column].sum(dtype=np.float64)) for episode in archive]
+            returns = [float(episode["reward"][:, column].sum(dtype=np.float64)) for episode in map(archive.read, archive.members)]
     return {
         "task": task,
         "method": method,
