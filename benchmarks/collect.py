@@ -48,7 +48,8 @@ def measure(task: str, method: str, episodes: int | None, seed: int) -> dict[str
         minutes = (time.perf_counter() - began) / 60
         processor_minutes = (processor_seconds() - used) / 60
         with Archive(collected, domain) as archive:
-            returns = [float(episode["reward"][:, column].sum(dtype=np.float64)) for episode in map(archive.read, archive.members)]
+            read = map(archive.read, archive.members)
+            returns = [float(episode["reward"][:, column].sum(dtype=np.float64)) for episode in read]
     return {
         "task": task,
         "method": method,

@@ -33,7 +33,6 @@ from ringrl.errors import UserError
 
 FORMAT = "ringrl episode store"
 FORMAT_VERSION = 2
-RETURN_LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 DIGEST_BYTES = hashlib.sha256().digest_size
 LONGEST_TEXT = 2**16  # characters of an attribute
 ROUNDED = 1e-5  # rounding may move an action out of [-1, 1] by this much

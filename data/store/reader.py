@@ -14,14 +14,13 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from jaxtyping import Float32, Float64, Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
 from ringrl.data.hdf5 import plain_dataset
 from ringrl.data.store.format import (
     FORMAT,
     FORMAT_VERSION,
     LONGEST_TEXT,
-    RETURN_LEVELS,
     Layout,
     Provenance,
     StoredDomain,
@@ -135,10 +134,6 @@ class EpisodeStore:
                 f"{self.path}: a store of {self.domain} has no rewards for {task}: choose {', '.join(self.tasks)}"
             )
         return self._small[f"returns/{task}"]
-
-    def return_quantiles(self, task: str) -> Float64[np.ndarray, " level"]:
-        """Return the quantiles of the episode returns of a task at `ringrl.data.store.format.RETURN_LEVELS`."""
-        return np.quantile(self.returns(task).astype(np.float64), RETURN_LEVELS)
 
     def episode(self, index: int) -> dict[str, np.ndarray]:
         """Return an episode as read-only views of T+1 rows, row t being (s_t, a_{t-1}, r_{t-1}) and row 0 the reset.

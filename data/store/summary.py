@@ -1,60 +1,26 @@
-"""The summary of a store: its content and origin, in one screen of plain text or as JSON."""
-
-import dataclasses
-import json
-from typing import Any
+"""The summary of a store: its content and origin, in one screen of plain text."""
 
 import numpy as np
 
-from ringrl.data.store.format import RETURN_LEVELS, StoredDomain
+from ringrl.data.store.format import StoredDomain
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.envs import is_foreign
 from ringrl.errors import printable
 
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 24
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the quantiles
 RELABELLED = {
     "control_aware": "with the action that led to each state",
     "recorded": "no, the rewards are the recorded ones, of any size",
 }
 
 
-def summarise(store: EpisodeStore) -> dict[str, Any]:
-    """Return the facts about a store in JSON's types. Reads the attributes and returns only, never the steps.
-
-    "returns" has one entry per task: the quantiles at RETURN_LEVELS, the mean, and the numbers of episodes in BINS
-    equal bins from the lowest return to the highest. "foreign" is None for ExoRL's domains.
-    """
-    returns = {task: store.returns(task).astype(np.float64) for task in store.tasks}
-    return {
-        "path": str(store.path),
-        "file_bytes": store.path.stat().st_size,
-        "domain": store.domain,
-        "observation_size": store.observation_size,
-        "action_size": store.action_size,
-        "physics_size": store.facts.physics_size,
-        "num_episodes": store.num_episodes,
-        "shortest": int(store.lengths.min()),  # steps
-        "longest": int(store.lengths.max()),
-        "num_steps": store.num_steps,
-        "provenance": dataclasses.asdict(store.provenance),
-        "recorded_task": store.recorded_task,
-        "fingerprint": store.fingerprint,
-        "returns": [
-            {
-                "task": task,
-                "quantiles": store.return_quantiles(task).tolist(),
-                "mean": float(values.mean()),
-                "counts": np.histogram(values, bins=BINS)[0].tolist(),  # equal returns fill one bin
-            }
-            for task, values in returns.items()
-        ],
-        "foreign": dataclasses.asdict(store.facts) if isinstance(store.facts, StoredDomain) else None,
-    }
-
-
 def describe(store: EpisodeStore) -> str:
-    """Return the summary as plain text of at most 120 columns: one fact per line and one line of returns per task."""
+    """Return the summary as plain text of at most 120 columns: one fact per line and one line of returns per task.
+
+    Reads the attributes and returns only, never the steps.
+    """
     shortest, longest, made = int(store.lengths.min()), int(store.lengths.max()), store.provenance
     length = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
     size = f" ({made.source_bytes:,} bytes, list of episodes sha256 {made.source_sha256[:16]})"
@@ -72,12 +38,7 @@ def describe(store: EpisodeStore) -> str:
         "fingerprint": f"sha256 {store.fingerprint}",
     }
     lines = [f"{name:<13} {fact}" for name, fact in facts.items()]
-    return "\n".join([*map(printable, lines), "", *_returns_table(summarise(store)["returns"])])
-
-
-def to_json(store: EpisodeStore) -> str:
-    """Return the summary as JSON, with the levels of the quantiles and the whole sha256 of the list of episodes."""
-    return json.dumps(summarise(store) | {"quantile_levels": RETURN_LEVELS}, indent=1)
+    return "\n".join([*map(printable, lines), "", *_returns_table(store)])
 
 
 def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
@@ -96,14 +57,15 @@ def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
     }
 
 
-def _returns_table(summaries: list[dict[str, Any]]) -> list[str]:
+def _returns_table(store: EpisodeStore) -> list[str]:
     names = ["min", "5 %", "25 %", "median", "75 %", "95 %", "max", "mean"]
-    width = max(len(summary["task"]) for summary in summaries)
+    width = max(map(len, store.tasks))
     lines = [f"{'return of':<{width}}" + "".join(f"{name:>8}" for name in names) + "  episodes from min to max"]
-    for summary in summaries:
-        numbers = "".join(f" {value:7.1f}" for value in (*summary["quantiles"], summary["mean"]))
-        fullest = max(summary["counts"])
+    for task in store.tasks:
+        returns = store.returns(task).astype(np.float64)
+        numbers = "".join(f" {value:7.1f}" for value in (*np.quantile(returns, LEVELS), returns.mean()))
+        counts = np.histogram(returns, bins=BINS)[0].tolist()  # equal returns fill one bin
         # A bin with an episode is never blank.
-        bars = "".join(BARS[-(-count * (len(BARS) - 1) // fullest)] for count in summary["counts"])
-        lines.append(f"{summary['task']:<{width}}{numbers}  {bars}")
+        bars = "".join(BARS[-(-count * (len(BARS) - 1) // max(counts))] for count in counts)
+        lines.append(f"{task:<{width}}{numbers}  {bars}")
     return lines

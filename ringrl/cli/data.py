@@ -167,22 +167,21 @@ def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False)
     print(f"{output}\n{describe(store)}")
 
 
-def info(store: Path, /, *, json: bool = False, verify: bool = False) -> None:
+def info(store: Path, /, *, verify: bool = False) -> None:
     """Print a dataset's episodes, lengths, returns per task and origin.
 
     Args:
         store: RingRL store (.h5).
-        json: print JSON.
         verify: read the whole store first and compare it with its checksums.
     """
     from ringrl.data import EpisodeStore
-    from ringrl.data.store.summary import describe, to_json
+    from ringrl.data.store.summary import describe
 
     opened = EpisodeStore(store)
     if verify:
         opened.verify()
-    print(to_json(opened) if json else describe(opened))
-    if verify and not json:
+    print(describe(opened))
+    if verify:
         print("verified: all checksums match")
 
 

@@ -132,9 +132,7 @@ def facts(store: EpisodeStore) -> dict:
     """Return all content of a store."""
     return {
         "arrays": {key: array.tobytes() for key, array in store.arrays.items()},
-        "returns": {
-            task: (store.returns(task).tobytes(), store.return_quantiles(task).tobytes()) for task in store.tasks
-        },
+        "returns": {task: store.returns(task).tobytes() for task in store.tasks},
         "offsets": store.offsets.tolist(),
         "facts": (store.domain, store.tasks, store.recorded_task, store.fingerprint, store.provenance),
     }

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import recorded_arrays, reward_key
-from ringrl.data.store.summary import describe, summarise, to_json
+from ringrl.data.store.summary import describe
 from ringrl.data.store.writer import create_store
 from ringrl.envs import DOMAINS
 
@@ -31,20 +30,6 @@ def store(tmp_path) -> EpisodeStore:
     return store_with_returns(tmp_path / "jaco.h5", [0.0, 0.0, 0.0, 2.0, 10.0])
 
 
-def test_summary_holds_the_facts(store):
-    summary = summarise(store)
-    sizes = {"num_episodes": 5, "shortest": 10, "longest": 10, "num_steps": 50}
-    widths = {"observation_size": 42, "action_size": 9, "physics_size": 18}
-    task = {"domain": "jaco", "recorded_task": "jaco_reach_top_left", "foreign": None}
-    assert (sizes | widths | task).items() <= summary.items()
-    assert summary["file_bytes"] == store.path.stat().st_size
-    first = summary["returns"][0]
-    assert first["task"] == "jaco_reach_top_left"
-    assert first["counts"] == [3, *[0] * 3, 1, *[0] * 18, 1]
-    np.testing.assert_allclose(first["quantiles"], [0, 0, 0, 0, 2, 8.4, 10], rtol=1e-6)
-    np.testing.assert_allclose(first["mean"], 2.4, rtol=1e-6)
-
-
 def test_text_has_one_line_per_fact_and_task(store):
     lines = describe(store).splitlines()
     assert max(map(len, lines)) <= 120 or len(str(store.path)) > 90
@@ -54,17 +39,6 @@ def test_text_has_one_line_per_fact_and_task(store):
     (row,) = [line for line in lines if line.startswith("jaco_reach_bottom_left")]
     assert row.split()[1:9] == ["0.0", "0.0", "0.0", "0.0", "2.0", "8.4", "10.0", "2.4"]
     assert row.endswith(f"  █   ▃{' ' * 18}▃")
-
-
-def test_json_holds_the_same_facts(store):
-    summary = json.loads(to_json(store))
-    assert summary["num_episodes"] == 5
-    assert summary["provenance"]["source"] == "jaco/rnd.zip"
-    assert summary["returns"][0]["task"] == "jaco_reach_top_left"
-    assert sum(summary["returns"][0]["counts"]) == 5
-    assert dict(zip(summary["quantile_levels"], summary["returns"][0]["quantiles"], strict=True))[
-        0.95
-    ] == pytest.approx(8.4)
 
 
 def test_equal_returns_are_one_bar(tmp_path):
