@@ -1,4 +1,4 @@
-"""Import of an ExoRL archive into an episode store in one pass: read, validate, relabel for every task, write.
+"""Import of ExoRL archives into an episode store in one pass: read, validate, relabel for every task, write.
 
 Episodes are independent and their offsets in the file are fixed, so several processes can import in parallel. The
 unfinished file has the digest of each finished episode. The same command resumes an interrupted import.
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from ringrl.cores import available_cores
-from ringrl.data.exorl.archive import Archive, Member
+from ringrl.data.exorl.archive import Archive, Member, shown
 from ringrl.data.relabel import relabel_all
 from ringrl.data.store.format import FORMAT_VERSION, Episode, Layout, Provenance, reward_key
 from ringrl.data.store.reader import EpisodeStore
@@ -44,7 +44,7 @@ SAME_REWARD = 1e-5  # the same task recorded in float32 by another MuJoCo differ
 
 
 def import_archive(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     destination: str | Path,
     domain: str,
     *,
@@ -55,26 +55,27 @@ def import_archive(
     max_episodes: int | None = None,
     tasks: Sequence[str] | None = None,
 ) -> EpisodeStore:
-    """Import a zip archive or folder in ExoRL's layout into a new episode store and open it.
+    """Import a zip archive or folder in ExoRL's layout, or several in this order, into a new episode store and open it.
 
     An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file next to `destination`. The same call resumes
     it and writes the same bytes. With `overwrite`, the old store stays until the new one is whole. Without, an existing
     store is opened if the same call would write it.
 
     Args:
-        source: zip file or folder with buffer/episode_{number}_{steps}.npz.
+        source: zip file or folder with buffer/episode_{number}_{steps}.npz, or several.
         destination: the store to write. A link stays, and the file that it leads to is written.
         domain: name of the domain, "walker".
         overwrite: replace an existing store.
         progress: called with (finished episodes, total).
         workers: number of processes; the result does not depend on it. None: one per available core. With more than
             one, a script must call this under `if __name__ == "__main__":`, because the processes import the script.
-        subset: the episodes to take if there are more than `max_episodes`.
-        max_episodes: limit on the number of episodes. None: all.
+        subset: the episodes to take from an archive with more than `max_episodes`.
+        max_episodes: limit on the number of episodes of each archive. None: all.
         tasks: full names of the tasks to compute rewards for. None: all tasks of the domain.
 
     Raises:
-        UserError: bad input, another existing destination, a full disk, a worker process that died.
+        UserError: bad input, an episode that is in two archives, another existing destination, a full disk, a worker
+            process that died.
     """
     for flag, number in (("--workers", workers), ("--max-episodes", max_episodes)):
         if number is not None and number < 1:
@@ -84,7 +85,10 @@ def import_archive(
     tasks = tuple(dict.fromkeys(tasks or facts.tasks))
     if unknown := [task for task in tasks if not facts.has_task(task)]:
         raise UserError(f"--tasks: {unknown[0]} is not a task of {domain}; choose from {', '.join(facts.tasks)}")
-    plan = _plan(Path(source), destination, facts, tasks, subset, max_episodes)
+    sources = tuple(map(Path, [source] if isinstance(source, str | Path) else source))
+    if len({path.resolve() for path in sources}) < len(sources):
+        raise UserError(f"{', '.join(map(str, sources))}: one archive is named twice; name it once")
+    plan = _plan(sources, destination, facts, tasks, subset, max_episodes)
     if not overwrite and (store := _finished_before(plan)):
         return store
     refuse_taken(destination, overwrite=overwrite)
@@ -120,38 +124,50 @@ class Imported(NamedTuple):
 class ImportPlan:
     """Everything that determines the content of the store."""
 
-    source: Path
     destination: Path
-    members: tuple[Member, ...]
+    members: tuple[tuple[Path, Member], ...]  # archives and their episodes
     layout: Layout
     provenance: Provenance
-    changed: int  # time of the last change of an episode of a folder, in ns
+    changed: int  # time of the last change of an episode of a folder, in ns; 0 for zip files
     identity: str  # an import with the same identity resumes an interrupted import
 
 
 def _plan(
-    source: Path, destination: Path, domain: Domain, tasks: tuple[str, ...], subset: Subset, max_episodes: int | None
+    sources: Sequence[Path],
+    destination: Path,
+    domain: Domain,
+    tasks: tuple[str, ...],
+    subset: Subset,
+    max_episodes: int | None,
 ) -> ImportPlan:
-    with Archive(source, domain) as archive:
-        chosen, description = chosen_episodes(subset, max_episodes, len(archive.members))
-        members = tuple(archive.members[index] for index in chosen)
-        for member in members:
-            archive.check_length(member)
+    members, stamps, origins, changed = list[tuple[Path, Member]](), list[Any](), list[Provenance](), 0
+    for source in sources:
+        with Archive(source, domain) as archive:
+            chosen, description = chosen_episodes(subset, max_episodes, len(archive.members))
+            for index in chosen:
+                archive.check_length(archive.members[index])
+                members.append((source, archive.members[index]))
+            name = "/".join(source.resolve().parts[-2:])
+            origins.append(Provenance(name, archive.size(), archive.listing_sha256(), subset=description))
+            stamps.append(archive.stamps())
+            changed = max(changed, *(stamp for _, _, stamp in stamps[-1])) if source.is_dir() else changed
+    provenance = origins[0]
+    if len(origins) > 1:
+        listings = "".join(one.source_sha256 for one in origins)
         provenance = Provenance(
-            source="/".join(source.resolve().parts[-2:]),
-            source_bytes=archive.size(),
-            source_sha256=archive.listing_sha256(),
-            subset=description,
+            source=" + ".join(one.source for one in origins),
+            source_bytes=sum(one.source_bytes for one in origins),
+            source_sha256=hashlib.sha256(listings.encode()).hexdigest(),
+            subset="; ".join(dict.fromkeys(one.subset for one in origins)),
         )
-        stamps = archive.stamps()
-        facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), members, stamps, tasks]
+    episodes = [member for _, member in members]
+    facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), episodes, stamps, tasks]
     return ImportPlan(
-        source=source,
         destination=destination,
-        members=members,
+        members=tuple(members),
         layout=Layout(domain, tasks, [domain.episode_length] * len(members)),
         provenance=provenance,
-        changed=max(stamp for _, _, stamp in stamps) if source.is_dir() else 0,
+        changed=changed,
         identity=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
     )
 
@@ -200,7 +216,7 @@ class EpisodeImporter:
 
     def __init__(self, plan: ImportPlan) -> None:
         self._plan = plan
-        self._archive = Archive(plan.source, plan.layout.domain)
+        self._archives = {source: Archive(source, plan.layout.domain) for source in dict(plan.members)}
         self._store = UnfinishedStore(hidden_name(plan.destination), plan.layout, plan.identity)
 
     def __call__(self, index: int) -> Imported | str:
@@ -214,8 +230,9 @@ class EpisodeImporter:
             if record:
                 episode: Episode = self._store.read(index)
             else:
+                source, member = self._plan.members[index]
                 try:
-                    recorded = self._archive.read(self._plan.members[index])
+                    recorded = self._archives[source].read(member)
                 except UnreadableError:
                     raise
                 except UserError as error:
@@ -228,7 +245,8 @@ class EpisodeImporter:
         return Imported(record, matches, bool(episode["reward"].any()))
 
     def close(self) -> None:
-        self._archive.close()
+        for archive in self._archives.values():
+            archive.close()
         self._store.close()
 
 
@@ -260,11 +278,16 @@ def _import_episode(index: int) -> Imported | str:
 
 
 def _import_episodes(plan: ImportPlan, workers: int | None, progress: Progress) -> list[Imported]:
-    """Write every episode to the hidden file. UserError for a damaged one, which deletes the file."""
+    """Write every episode to the hidden file. UserError for a damaged or repeated one, which deletes the file."""
     total, imported, partial = len(plan.members), list[Imported](), hidden_name(plan.destination)
+    seen = dict[bytes, Path]()  # archives of the recorded content; collections with equal seeds begin alike
     number = min(workers, total) if workers else min(available_cores(), -(-total // EPISODES_PER_WORKER))
     with episode_importers(plan, number) as results:
-        for outcome in results:
+        for (source, member), outcome in zip(plan.members, results, strict=True):
+            if not isinstance(outcome, str) and seen.setdefault(outcome.record.recorded, source) != source:
+                other = seen[outcome.record.recorded]
+                outcome = f"{source}: {shown(member.path)} is also in {other}: leave it out (--subset), or collect with"
+                outcome += " another --seed"
             if isinstance(outcome, str):
                 partial.unlink()
                 raise UserError(outcome)

@@ -1,8 +1,7 @@
-"""The episode store: reading, writing, merging and describing one file of episodes."""
+"""The episode store: reading, writing and describing one file of episodes."""
 
 from ringrl.data.store.format import Provenance, StoredDomain
-from ringrl.data.store.merge import merge_stores
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store
 
-__all__ = ["EpisodeStore", "Provenance", "StoredDomain", "create_store", "merge_stores"]
+__all__ = ["EpisodeStore", "Provenance", "StoredDomain", "create_store"]

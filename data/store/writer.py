@@ -259,10 +259,7 @@ def finish(
     if isinstance(layout.domain, StoredDomain):
         attributes["facts"] = layout.domain.to_json()
     if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
-        raise UserError(
-            f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: merge the original stores "
-            "with one command, not stores that were merged before"
-        )
+        raise UserError(f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: import fewer archives")
     sync(partial)
     with h5py.File(partial, "r+", libver=("v110", "v110"), locking=False) as file:
         for name, array in arrays.items():

@@ -23,7 +23,6 @@ COMMANDS = {  # module of this package and function
     "data download": "data:download",
     "data import": "data:import_",
     "data info": "data:info",
-    "data merge": "data:merge",
     "data collect": "data:collect",
     "data export": "data:export",
     "train": "train:train",
@@ -119,7 +118,7 @@ def build_app(arguments: list[str]) -> cyclopts.App:
     app = cyclopts.App(
         "ringrl", help=ringrl.__doc__, version=ringrl.__version__, default_parameter=rules, config=_complete
     )
-    data = cyclopts.App("data", help="Download, import, describe, merge, collect and export datasets.", sort_key=0)
+    data = cyclopts.App("data", help="Download, import, describe, collect and export datasets.", sort_key=0)
     app.command(data)
     for order, (name, place) in enumerate(COMMANDS.items(), start=1):
         module, _, function = place.partition(":")

@@ -1,4 +1,4 @@
-"""ringrl data: download, import, describe, merge, collect and export datasets."""
+"""ringrl data: download, import, describe, collect and export datasets."""
 
 import contextlib
 import sys
@@ -42,7 +42,7 @@ def download(
 
 
 def import_(
-    archive: Path,
+    archives: tuple[Path, ...],
     /,
     *,
     domain: str | None = None,
@@ -56,25 +56,26 @@ def import_(
     tasks: tuple[str, ...] = (),
     download: bool = False,
 ) -> None:
-    """Import an ExoRL archive, a Minari dataset or your own episodes into an episode store.
+    """Import ExoRL archives, a Minari dataset or your own episodes into an episode store.
 
-    An archive (zip or folder) is relabelled for all tasks of its domain. The same command resumes an interrupted
-    import. Other formats keep their recorded rewards (unless `ringrl data export` wrote them) and accept only the flags
-    --environment, --output, --overwrite and --download.
+    Archives (zip files or folders) are relabelled for all tasks of their domain. The same command resumes an
+    interrupted import. Other formats keep their recorded rewards (unless `ringrl data export` wrote them) and accept
+    only the flags --environment, --output, --overwrite and --download.
 
     Args:
-        archive: zip file or folder with buffer/episode_{index}_{length}.npz; a Minari dataset's name or folder; a
-            folder of npz files; or a flat HDF5 file.
+        archives: zip files or folders with buffer/episode_{index}_{length}.npz, of one domain; or one Minari dataset's
+            name or folder, folder of npz files, or flat HDF5 file.
         domain: walker, cheetah, cartpole, jaco, quadruped or point_mass_maze. Required for an ExoRL archive.
-        format: format of ARCHIVE. npz: a file per episode with observation, action, reward and, if known, terminated.
+        format: format of ARCHIVES. npz: a file per episode with observation, action, reward and, if known, terminated.
             hdf5: all steps in observations, actions, rewards, terminals and timeouts, as in D4RL.
         environment: Gymnasium environment of the data, for example Hopper-v5. Default: the one that a Minari dataset
             names.
-        output: store to write. Default: the archive's name with suffix .h5 (other formats: in the working directory).
+        output: store to write. Default: the name of the only archive with suffix .h5 (other formats: in the working
+            directory).
         overwrite: replace an existing store.
         workers: processes. Default: one per available core. The result does not depend on the number.
-        subset: which episodes to take if there are more than --max-episodes (spread: at equal distances).
-        max_episodes: maximum number of episodes.
+        subset: which episodes to take if an archive has more than --max-episodes (spread: at equal distances).
+        max_episodes: maximum number of episodes of each archive.
         tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
             possible, for example "point_mass_maze_reach(-0.1,0.25)" (metres).
         download: let Minari download a dataset that is not on this machine.
@@ -82,8 +83,11 @@ def import_(
     given = locals()
     from ringrl.data.store.summary import describe
 
+    if len(archives) != 1 and (output is None or not archives or format != "exorl"):
+        raise UserError("give one archive, or several ExoRL archives and the --output of their episodes")
+    archive = archives[0]
     if format != "exorl":
-        used = {"archive", "format", "environment", "output", "overwrite", *(["download"] * (format == "minari"))}
+        used = {"archives", "format", "environment", "output", "overwrite", *(["download"] * (format == "minari"))}
         reject_flags(import_, given, f"has no effect with --format {format}; remove it", used=used)
         from ringrl.data.foreign import import_episodes
         from ringrl.data.minari import import_minari
@@ -114,8 +118,8 @@ def import_(
     try:
         with _bars() as bar:
             store = import_archive(
-                archive, output, domain, overwrite=overwrite, workers=workers, subset=subset, max_episodes=max_episodes,
-                tasks=tasks, progress=bar("importing"),
+                archives, output, domain, overwrite=overwrite, workers=workers, subset=subset,
+                max_episodes=max_episodes, tasks=tasks, progress=bar("importing"),
             )  # fmt: skip
     except KeyboardInterrupt:
         print("ringrl: run the same command again to resume the import", file=sys.stderr)
@@ -149,22 +153,6 @@ def export(
         folder = export_minari(opened, name, task=task, folder=output, progress=bar("exporting"))
     root = f"MINARI_DATASETS_PATH={output} " if output else ""
     print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
-
-
-def merge(stores: tuple[Path, ...], /, *, output: Path, overwrite: bool = False) -> None:
-    """Merge stores of one domain into one. Episodes keep the given order.
-
-    Args:
-        stores: RingRL stores (.h5), at least two.
-        output: store to write.
-        overwrite: replace an existing store.
-    """
-    from ringrl.data.store.merge import merge_stores
-    from ringrl.data.store.summary import describe
-
-    with _bars() as bar:
-        store = merge_stores(stores, output, overwrite=overwrite, progress=bar("merging"))
-    print(f"{output}\n{describe(store)}")
 
 
 def info(store: Path, /, *, verify: bool = False) -> None:

@@ -9,7 +9,6 @@ from ringrl.config_files import read_yaml
 from ringrl.configs import preset
 from ringrl.cores import available_cores
 from ringrl.data import import_archive
-from ringrl.data.store.merge import merge_stores
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.study.plan import AblationPlan
@@ -34,13 +33,11 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
     plan = AblationPlan.model_validate(settings | {"data": store, "output": output / "runs"})
     (own,) = plan.datasets
     if not store.exists():
-        parts = []
-        for seed, task in enumerate((own, *settings["settings"]["context"]["other_tasks"])):
+        tasks = own, *settings["settings"]["context"]["other_tasks"]
+        for seed, task in enumerate(tasks):
             console.print(f"[bold]collecting {EPISODES} episodes of {task}")
             collect(task, collected / task, episodes=EPISODES, seed=seed)
-            parts.append(collected / f"{task}.h5")
-            domain = domain_of(task).name
-            import_archive(collected / task, parts[-1], domain, workers=1, subset="last", max_episodes=KEPT)
-        merge_stores(parts, store)
+        folders, domain = [collected / task for task in tasks], domain_of(own).name
+        import_archive(folders, store, domain, workers=1, subset="last", max_episodes=KEPT)
     ablate(plan, console, command, workers=min(2, available_cores()))
     return plan.output

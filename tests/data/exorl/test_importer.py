@@ -169,6 +169,43 @@ def test_a_subset_has_the_chosen_episodes_and_its_description(tmp_path, cartpole
     assert whole.fingerprint != store.fingerprint
 
 
+@pytest.fixture
+def other_folder(tmp_path, cartpole_episodes) -> Path:
+    """A folder of two further episodes."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for number, episode in enumerate(list(cartpole_episodes.values())[:2]):
+        save_episode(folder, number, episode | {"physics": episode["physics"] + 0.1})
+    return folder
+
+
+def test_several_archives_become_one_store_in_order(tmp_path, cartpole_zip, other_folder):
+    sources = [other_folder, cartpole_zip]
+    parts = [import_archive(source, tmp_path / f"{i}.h5", "cartpole") for i, source in enumerate(sources)]
+    for workers in (1, 2):
+        store = import_archive(sources, tmp_path / f"both{workers}.h5", "cartpole", workers=workers)
+        store.verify()
+        originals = [part.episode(index) for part in parts for index in range(len(part))]
+        assert len(store) == len(originals) == 5
+        for index, original in enumerate(originals):
+            for key, values in store.episode(index).items():
+                np.testing.assert_array_equal(values, original[key], err_msg=key)
+    assert store.provenance.source == " + ".join(part.provenance.source for part in parts)
+    assert store.provenance.subset == "all 2 episodes; all 3 episodes"
+    last = import_archive(sources, tmp_path / "last.h5", "cartpole", subset="last", max_episodes=1)
+    np.testing.assert_array_equal(last.recorded_digests, store.recorded_digests[[1, 4]])
+
+
+def test_an_episode_in_two_archives_is_named(tmp_path, cartpole_zip, cartpole_folder, other_folder):
+    """Otherwise a context of distinct trajectories could contain an episode twice."""
+    with pytest.raises(UserError, match=r"_999999_1000\.npz is also in .*cartpole\.zip: leave it out") as found:
+        import_archive([cartpole_zip, other_folder, cartpole_folder], tmp_path / "a.h5", "cartpole")
+    assert str(found.value).startswith(str(cartpole_folder))
+    assert names(tmp_path) == ["other"]
+    with pytest.raises(UserError, match="one archive is named twice"):
+        import_archive([other_folder, tmp_path / "." / "other"], tmp_path / "a.h5", "cartpole")
+
+
 def test_skills_are_ignored(tmp_path, cartpole_folder, cartpole_episodes):
     for number, episode in cartpole_episodes.items():
         skill = np.tile(np.linspace(0, 1, 16, dtype=np.float32), (1001, 1))
