@@ -1,14 +1,11 @@
 """ringrl plan: memory and time of a training step on hardware that this machine lacks."""
 
 import contextlib
-import json as json_module
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
 from ringrl.config import MeshConfig, TrainConfig
-from ringrl.files import explain_write_errors, write_whole
 
 
 def plan(
@@ -22,7 +19,6 @@ def plan(
     remat: Literal["none", "layers", "full"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",
-    json: Path | None = None,
 ) -> None:
     """Estimate the memory and time of a training step on a given machine.
 
@@ -40,12 +36,11 @@ def plan(
         block_tokens: tokens that a feed-forward layer processes at a time. Default: the configuration's.
         method: compiler compiles ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in
             minutes. formula uses the closed form only, in a second. best uses the compiler where possible.
-        json: also write all results to this file, as JSON.
     """
     import jax
 
     from ringrl.planning.machines import find_machine, measure_host
-    from ringrl.planning.plan import as_json, describe, make_plan
+    from ringrl.planning.plan import describe, make_plan
     from ringrl.planning.workload import context_tokens, find_model, read_tokens
 
     jax.config.update("jax_platforms", "cpu")  # planning must not occupy an accelerator
@@ -67,6 +62,3 @@ def plan(
             where = measure_host(where, config.model)
         made = make_plan(config, where, length, mesh=chosen, method=method, notice=lambda line: status.update(line))
     print(describe(made))
-    if json is not None:
-        with explain_write_errors(json):
-            write_whole(json, json_module.dumps(as_json(made), indent=1), alone=False)

@@ -1,12 +1,10 @@
-"""A plan: memory and time of one optimiser step on a machine and the longest context, as text and as JSON."""
+"""A plan: memory and time of one optimiser step on a machine, the longest context, and their text."""
 
 import dataclasses
 import math
-import resource
-import time
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from ringrl.config import MeshConfig, TrainConfig
 from ringrl.errors import UserError
@@ -29,8 +27,6 @@ class Plan:
     compiled: Compiled | None
     why_not_compiled: str | None
     time: StepTime
-    seconds: float  # planning time
-    peak_memory: float  # peak bytes of this process
 
     @property
     def total(self) -> float:
@@ -76,7 +72,6 @@ def make_plan(
 
     Raise UserError if the mesh or the tokens do not divide, or if the method is "compiler" and the machine has none.
     """
-    began = time.perf_counter()
     reason = "--method formula" if method == "formula" else why_not(machine)
     devices = devices_of(machine) if reason is None or method == "compiler" else None
     workload, compiled = _on_mesh(Workload(config, tokens), machine, mesh), None
@@ -87,7 +82,6 @@ def make_plan(
     return Plan(
         workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
         estimate(workload, machine, hops_hide=hops_hide),
-        time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
     )  # fmt: skip
 
 
@@ -126,7 +120,6 @@ def describe(plan: Plan) -> str:
         "",
         *_verdict(plan),
         *_time(plan),
-        f"planned in {plan.seconds:.0f} s with {gib(plan.peak_memory)} on this machine",
     ]
     return "\n".join(lines)
 
@@ -197,33 +190,3 @@ def _rates(plan: Plan) -> str:
         f"assumed: {attained.matrices:.0%} of the bfloat16 peak in matrix products, {attained.attention:.0%} in "
         f"attention{by}, {attained.memory:.0%} of the memory and {attained.links:.0%} of the link rate; not timed"
     )
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Return all numbers of the plan in bytes, seconds and tokens."""
-
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    compiled = None
-    if plan.compiled is not None:
-        compiled = plan.compiled._asdict() | {"total": number(plan.compiled.total)}
-    return {
-        "machine": dataclasses.asdict(plan.machine),
-        "model": plan.workload.model.model_dump(mode="json"),
-        "mesh": plan.workload.config.mesh.model_dump(mode="json"),
-        "contexts": plan.workload.config.optimiser.batch_size,
-        "tokens": plan.workload.tokens,
-        "method": "formula" if compiled is None else "compiler",
-        "why_not_compiled": plan.why_not_compiled,
-        "formula_bytes": dataclasses.asdict(plan.formula) | {"total": plan.formula.total},
-        "compiled": compiled,
-        "total_bytes": plan.total,
-        "fits": plan.fits,
-        "longest_tokens": plan.longest,
-        "advice": [dataclasses.asdict(each) for each in plan.advice],
-        "step": dataclasses.asdict(plan.time) | {"seconds": plan.time.total},
-        "assumed": attained_by(plan.workload, plan.machine)._asdict(),
-        "planning_seconds": plan.seconds,
-        "planning_peak_bytes": plan.peak_memory,
-    }
