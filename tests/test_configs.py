@@ -20,10 +20,6 @@ PLANS = {"demo", "results"}
 BILLIONS = {
     "small": 0.009,
     "paper_350m": 0.302,
-    "shape_3b": 2.94,
-    "shape_7b": 6.44,
-    "shape_13b": 12.6,
-    "shape_30b": 31.9,
 }
 
 

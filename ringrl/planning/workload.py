@@ -24,7 +24,9 @@ from ringrl.training.mesh import check_divides
 
 OBSERVATION, ACTION = 24, 6  # sizes of the walker; other domains change the memory by less than 0.1 %
 MOST_TOKENS = 2**31 - 1  # per context, since positions are 32-bit
-SHAPES = {"350m": "paper_350m", "3b": "shape_3b", "7b": "shape_7b", "13b": "shape_13b", "30b": "shape_30b"}  # presets
+# Layers and width for planning, as in LLaMA (2302.13971), with plain feed-forward layers and heads of 128 features.
+# The other settings are those of the preset paper_350m.
+SHAPES = {"3b": (26, 3072), "7b": (32, 4096), "13b": (40, 5120), "30b": (60, 6656)}
 _UNUSED = {"data": "unused", "task": "unused", "run": "unused"}
 
 
@@ -133,17 +135,21 @@ def _count(model: ModelConfig) -> int:
 
 
 def find_model(name: str) -> TrainConfig:
-    """Return the configuration of a shape ("7b"), a preset ("paper_350m") or a run (runs/walk, or its config.yaml).
+    """Return the configuration of a shape ("7b"), a preset ("small") or a run (runs/walk, or its config.yaml).
 
     Raise UserError for other names, and for a model without context.
     """
-    path = Path(name)
+    path, shape = Path(name), SHAPES.get(name.lower())
     if (path / "config.yaml").is_file():
         path /= "config.yaml"
     if path.suffix not in (".yaml", ".yml"):
-        path = preset(SHAPES.get(name.lower(), name))
+        path = preset("paper_350m" if shape or name.lower() == "350m" else name)
+    values = read_yaml(path)
+    if shape:
+        layers, width = shape
+        values["model"] |= {"layers": layers, "width": width, "heads": width // 128, "kv_heads": width // 128}
     try:
-        config = TrainConfig.model_validate(_UNUSED | read_yaml(path))
+        config = TrainConfig.model_validate(_UNUSED | values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     if not config.model.family.has_context:

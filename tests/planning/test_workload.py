@@ -4,7 +4,7 @@ import pytest
 from ringrl.errors import UserError
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.planning.ahead_of_time import abstract_step, bytes_per_device
-from ringrl.planning.workload import context_tokens, find_model, format_tokens, read_tokens
+from ringrl.planning.workload import Workload, context_tokens, find_model, format_tokens, read_tokens
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 
@@ -71,6 +71,10 @@ def test_mesh_that_does_not_divide_raises(make):
 def test_find_model(tmp_path):
     assert find_model("7B").model.width == 4096
     assert find_model("350m") == find_model("paper_350m")
+    for name, billions in (("3b", 2.95), ("7b", 6.44), ("13b", 12.6), ("30b", 31.9)):
+        workload = Workload(find_model(name), 2**14)
+        assert workload.parameters.total / 1e9 == pytest.approx(billions, rel=0.01)
+        assert workload.model.width // workload.model.heads == 128
     path = tmp_path / "config.yaml"
     path.write_text("model: {width: 256, heads: 4}")
     assert find_model(str(path)).model.width == find_model(str(tmp_path)).model.width == 256
@@ -89,7 +93,7 @@ def test_tokens_of_a_context_follow_from_the_task(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("7c", "no preset .*shape_7b"),
+        ("7c", "no preset .*paper_350m"),
         ("demo", "there is no setting"),  # an ablation plan
         ("none.yaml", "cannot be read"),
     ],
