@@ -17,7 +17,7 @@ from ringrl.model.agents.td3 import EXORL, LEARNED, MLP, REBRAC, TD3, NetworkSty
 OBSERVATION, ACTION, BATCH = 3, 2, 6
 
 
-def make(seed: int = 1) -> ActorCritic:
+def make(seed: int = 3) -> ActorCritic:
     """Return a small actor-critic with large last layers and targets that differ from the learned networks."""
     config = ModelConfig(kind="td3_bc", layers=2, width=16)
     policy = make_policy(config, OBSERVATION, ACTION, seed)
