@@ -113,7 +113,7 @@ def evaluate(
     for run in checkpoint:
         trained = load_policy(run, step, mesh, checkpoint_kind)
         own = trained.info.config.task
-        compiled = CompiledPolicy(trained.towards(own), trained.parallel)
+        compiled = CompiledPolicy(trained.policy, trained.parallel)
         named: list[str] = []
         for name in tasks or (own,):
             named += domain_of(own).tasks if name == ALL_OF_DOMAIN else [name]

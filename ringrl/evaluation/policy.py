@@ -104,7 +104,7 @@ class Player:
         goal, _, drawn, _ = target_and_prompt(trained, protocol, task, data)
         shown = prompt if isinstance(prompt, Context) else drawn
         self._builder = ContextBuilder(info.normalisation, goal, config.context.trajectories, shown)
-        self._actor = make_actor(CompiledPolicy(trained.towards(task), trained.parallel), config)
+        self._actor = make_actor(CompiledPolicy(trained.policy, trained.parallel), config)
         self._batch, self._observation_size, self._action_size = batch, info.observation_size, info.action_size
         self._length = info.normalisation.episode_length if info.domain in DOMAINS else None  # None: may differ
         self._is_segmented = config.model.family.has_context and config.context.segment_steps is not None

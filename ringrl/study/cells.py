@@ -139,7 +139,7 @@ class Cell(Work):
         has_converged = EarlyStopping.saved(self.folder, steps).has_converged(self.config)
         if steps < self.config.optimiser.steps and not has_converged:
             raise UserError(f"{self.folder}: training was stopped after step {steps}; the same command resumes it")
-        compiled = CompiledPolicy(trained.towards(self.config.task), trained.parallel)
+        compiled = CompiledPolicy(trained.policy, trained.parallel)
         own: dict[str, Any] = {"command": command, "compiled": compiled, "variant": self.variant}
         evaluations = [
             policy_evaluation(trained, protocol, task=task, **own)
