@@ -14,6 +14,7 @@ def ablate(
     folder: Path = Path(),
     dry_run: bool = False,
     workers: int = 1,
+    share: str = "0/1",
 ) -> None:
     """Train and evaluate all cells of a plan: tasks x methods x context lengths x seeds, and baselines.
 
@@ -26,16 +27,21 @@ def ablate(
             the same names. Default: the working directory.
         dry_run: print the cost and stop.
         workers: cells at a time, each in a process with its share of the cores.
+        share: I/N runs every N-th cell from the I-th, counted from 0, so that N commands divide a plan.
     """
+    from ringrl.errors import UserError
     from ringrl.study.plan import read_plan
     from ringrl.study.runner import ablate as run_plan
     from ringrl.study.runner import estimate
 
+    index, _, number = share.partition("/")
+    if not (index.isdecimal() and number.isdecimal() and int(index) < int(number)):
+        raise UserError(f"--share: {share!r} is not I/N with I from 0 to N - 1, for example 0/4")
     chosen = read_plan(plan).inside(folder)
     if dry_run:
         estimate(chosen, Console(), workers)
         return
-    run_plan(chosen, Console(stderr=True), command_line(), workers)
+    run_plan(chosen, Console(stderr=True), command_line(), workers, (int(index), int(number)))
     print(f"{chosen.output}; next: ringrl report {chosen.output}")
 
 

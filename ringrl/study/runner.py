@@ -34,8 +34,12 @@ from ringrl.training.run_folder import dataset_fingerprint
 COMPILED = ".compiled"  # compiled programs, which all seeds share
 
 
-def ablate(plan: AblationPlan, console: Console, command: str | None = None, workers: int = 1) -> list[Path]:
+def ablate(
+    plan: AblationPlan, console: Console, command: str | None = None, workers: int = 1, share: tuple[int, int] = (0, 1)
+) -> list[Path]:
     """Train and evaluate every cell that is not finished, `workers` at once, and return the results files.
+
+    `share` (index, number) runs every `number`-th cell from the `index`-th, for several machines with one file system.
 
     An interrupted cell resumes from its last checkpoint or evaluation. A cell that fails stops no other. Random actions
     and the episodes of the dataset are recorded next to the cells.
@@ -44,9 +48,11 @@ def ablate(plan: AblationPlan, console: Console, command: str | None = None, wor
     all other cells) cells that failed.
     """
     everything, reference_work = _check(plan, workers)
-    output = plan.output
-    with explain_write_errors(output), lock(output, "is running this ablation", file=output / ".lock"):
-        work: list[Work] = [*reference_work, *everything]
+    output, (index, number) = plan.output, share
+    lock_file = output / (".lock" if number == 1 else f".lock-{index}-of-{number}")
+    with explain_write_errors(output), lock(output, "is running this ablation", file=lock_file):
+        everything = everything[index::number]
+        work: list[Work] = [*(reference_work if index == 0 else ()), *everything]
         for one in work:
             one.check()
         todo = [one for one in work if not one.is_finished]

@@ -18,10 +18,12 @@ from ringrl.data import EpisodeStore
 from ringrl.errors import UserError
 from ringrl.evaluation.protocol import FIRST_SEED
 from ringrl.evaluation.records import read_records
+from ringrl.files import lock
 from ringrl.report.conclusion import starts_warning
 from ringrl.report.provenance import training_runs
 from ringrl.report.results import read_results
 from ringrl.report.tables import returns_table, training_table
+from ringrl.study import runner
 from ringrl.study.cells import attempt, cells, references
 from ringrl.study.plan import read_plan
 from ringrl.study.runner import ablate, estimate
@@ -292,3 +294,27 @@ def test_a_length_that_the_data_cannot_fill_is_rejected_at_once(write_plan, jaco
 def rows_of(text: str) -> dict[str, list[str]]:
     """Words of the lines of a table, by the first word."""
     return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+
+
+def test_shares_divide_a_plan(write_plan, jaco_store: EpisodeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = read_plan(write_plan(jaco_store.path, baselines=["bc"]))
+    run = list[str]()
+    monkeypatch.setattr(runner, "_run_all", lambda todo, *_: run.extend(one.name for one in todo) or ())
+    for index in range(3):
+        ablate(plan, Console(file=io.StringIO()), share=(index, 3))
+    shares, run = list(run), []
+    ablate(plan, Console(file=io.StringIO()))
+    assert len(run) == len(set(run))
+    assert sorted(shares) == sorted(run)
+    with lock(plan.output, "is running this ablation", file=plan.output / ".lock-1-of-3"):
+        ablate(plan, Console(file=io.StringIO()), share=(0, 3))
+        with pytest.raises(UserError, match="another process is running this ablation"):
+            ablate(plan, Console(file=io.StringIO()), share=(1, 3))
+
+
+@pytest.mark.parametrize("share", ["4/4", "1", "-1/4", "a/b", "0/0"])
+def test_a_wrong_share_is_one_line(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["ablate", "study_example", f"--share={share}"])
+    assert end.value.code == 2
+    assert f"--share: '{share}' is not I/N with I from 0 to N - 1, for example 0/4" in capsys.readouterr().err
