@@ -1,6 +1,6 @@
-"""Correctness and speed of attention on one Hopper GPU, in less than eight minutes.
+"""Correctness and speed of attention on one NVIDIA GPU, in less than eight minutes.
 
-    python benchmarks/attention_gpu.py [--seconds 450] [--runs 5] [--json FILE]
+    python benchmarks/attention_gpu.py [--kernel mosaic_gpu|cudnn] [--seconds 450] [--runs 5] [--json FILE]
 
 First, all values and gradients are compared with float64 on the host. Second, the overhead of a ring: eight calls over
 an eighth of the keys each, against one call. Third, rates in TFLOP/s of useful operations: 4 B H S^2 D forward, half of
@@ -21,7 +21,7 @@ import numpy as np
 from common import make_parser, positive, save_json
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial, by_token
-from ringrl.attention.kernels import mosaic_gpu, xla
+from ringrl.attention.kernels import Kernel, kernel_named, native_to, xla
 from ringrl.attention.mask import Options, Rule, Side, visible
 
 FEATURES, TOKENS = 2_048, 32_768
@@ -90,13 +90,13 @@ def part_of_keys(inputs: Inputs, part: slice) -> Inputs:
     return inputs._replace(kv=inputs.kv[:, :, part], keys=Side(*(x[:, part] for x in inputs.keys)))
 
 
-def largest_errors(problem: Problem) -> dict[str, float]:
+def largest_errors(kernel: Kernel, problem: Problem) -> dict[str, float]:
     """Return the error of each result relative to its largest value; infinity if non-finite values differ."""
     inputs, do, options = problem
     dlse = np.random.default_rng(1).normal(size=inputs.q.shape[:-1])
     expected = definition(problem, dlse)
     poison(problem)
-    forward, backward = (jax.jit(f, static_argnums=1) for f in (mosaic_gpu.forward, mosaic_gpu.backward))
+    forward, backward = (jax.jit(f, static_argnums=1) for f in (kernel.forward, kernel.backward))
     half = inputs.kv.shape[2] // 2
     first, second = (part_of_keys(inputs, part) for part in (slice(half), slice(half, None)))
     o, lse = forward(inputs, options)
@@ -138,6 +138,12 @@ def checks() -> Iterator[tuple[str, str, Problem]]:
             dtype = ("bfloat16", "float16")[(number + head_dim // 64) % 2]
             shape = (2, 2, 2, len(queries), head_dim)
             yield f"{name} D{head_dim} {dtype}", dtype, random_problem(shape, len(keys), dtype, sides, rule)
+    # A hop of a zigzag ring: each device has an early and a late chunk.
+    queries, keys = (
+        np.concatenate([np.arange(2_048) + start for start in pair]) for pair in ((2**11, 2**14), (0, 2**15))
+    )
+    hop = random_problem((1, 1, 2, 4_096, 128), 4_096, "bfloat16", (side(queries), side(keys)), Rule())
+    yield "zigzag hop D128 bfloat16", "bfloat16", hop
     # Long enough for several cells of work per multiprocessor.
     yield "long D128 bfloat16", "bfloat16", sequence(4_096, 128, is_causal=True, batch=1, heads=8)
 
@@ -181,11 +187,11 @@ def function_passes(attend: Callable, problem: Problem) -> tuple[Callable, Calla
     return lambda: forward(q, k, v), lambda: backward(pullback, do)
 
 
-def passes(name: str, problem: Problem) -> tuple[Callable, Callable]:
+def passes(kernel: Kernel, name: str, problem: Problem) -> tuple[Callable, Callable]:
     """Return (forward, backward) of one of NAMES. ImportError if tokamax is not installed."""
     is_causal = problem.options.rule.is_causal
     if name == "ours":
-        return kernel_passes(mosaic_gpu.forward, mosaic_gpu.backward, problem)
+        return kernel_passes(kernel.forward, kernel.backward, problem)
     if name == "xla":
         return kernel_passes(xla.forward, xla.backward, problem)
     if name == "tokamax":
@@ -196,13 +202,13 @@ def passes(name: str, problem: Problem) -> tuple[Callable, Callable]:
     return function_passes(cudnn, problem)
 
 
-def rates(name: str, problem: Problem, runs: int) -> dict[str, float | str]:
+def rates(kernel: Kernel, name: str, problem: Problem, runs: int) -> dict[str, float | str]:
     """Return TFLOP/s forward and backward, or the error of a peer."""
     inputs = problem.inputs
     operations = 4.0 * inputs.q.size * inputs.kv.shape[2]  # 4 B H S^2 D
     operations /= 2 if problem.options.rule.is_causal else 1
     try:
-        forward, backward = passes(name, problem)
+        forward, backward = passes(kernel, name, problem)
         return {
             "forward": operations / seconds_per_call(forward, runs) / 1e12,
             "backward": 2.5 * operations / seconds_per_call(backward, runs) / 1e12,
@@ -222,10 +228,10 @@ def sequence(
     return random_problem(shape, tokens, "bfloat16", places, Rule(is_causal))
 
 
-def ring_overhead(head_dim: int, runs: int) -> dict[str, float]:
+def ring_overhead(kernel: Kernel, head_dim: int, runs: int) -> dict[str, float]:
     """Return milliseconds of one call over all keys, and of eight consecutive calls over an eighth each."""
     problem = sequence(TOKENS, head_dim, is_causal=True)
-    whole = jax.jit(mosaic_gpu.forward, static_argnums=1)
+    whole = jax.jit(kernel.forward, static_argnums=1)
     blocks = [
         jax.block_until_ready(part_of_keys(problem.inputs, slice(i * TOKENS // RING, (i + 1) * TOKENS // RING)))
         for i in range(RING)
@@ -235,7 +241,7 @@ def ring_overhead(head_dim: int, runs: int) -> dict[str, float]:
     def hops(blocks: list[Inputs], options: Options) -> Partial | None:
         total: Partial | None = None
         for block in blocks:
-            total = mosaic_gpu.forward(block, options, total)
+            total = kernel.forward(block, options, total)
         return total
 
     calls = (lambda: whole(problem.inputs, problem.options)), (lambda: hops(blocks, problem.options))
@@ -243,21 +249,21 @@ def ring_overhead(head_dim: int, runs: int) -> dict[str, float]:
     return {"whole_ms": seconds[0] * 1e3, "hops_ms": seconds[1] * 1e3, "overhead": seconds[1] / seconds[0] - 1}
 
 
-def check_all(out_of_time: Callable[[float], bool]) -> dict[str, dict[str, float]]:
+def check_all(kernel: Kernel, out_of_time: Callable[[float], bool]) -> dict[str, dict[str, float]]:
     """Print and return all errors. SystemExit if one exceeds the tolerance."""
     results = {}
     for name, dtype, problem in checks():
         if out_of_time(0.3):
             print(f"{name:<28}skipped: out of time")
             continue
-        errors = results[name] = largest_errors(problem)
+        errors = results[name] = largest_errors(kernel, problem)
         print(f"{name:<28}" + "  ".join(f"{what} {error:.1e}" for what, error in errors.items()), flush=True)
         if not max(errors.values()) <= TOLERANCE[dtype]:
             raise SystemExit(f"{name}: wrong")
     return results
 
 
-def time_all(out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, Any]]:
+def time_all(kernel: Kernel, out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, Any]]:
     """Print and return the table of rates."""
     rows = []
     print(f"\n{'TFLOP/s':<10}{'tokens':>8}{'D':>5}{'':>8}{'forward':>10}{'backward':>10}")
@@ -269,7 +275,7 @@ def time_all(out_of_time: Callable[[float], bool], runs: int) -> list[dict[str, 
         if out_of_time(0.9):
             print(f"{label}   skipped: out of time")
             continue
-        found = rates(name, sequence(tokens, head_dim, is_causal), runs)
+        found = rates(kernel, name, sequence(tokens, head_dim, is_causal), runs)
         rows.append({"name": name, "tokens": tokens, "head_dim": head_dim, "mask": mask} | found)
         numbers = "".join(f"{found[x]:>10.0f}" for x in ("forward", "backward") if x in found)
         print(label + (numbers or f"   {found['failed']}"), flush=True)
@@ -281,26 +287,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=450, help="time limit; the rest is skipped")
     parser.add_argument("--runs", type=positive, default=5)
+    native = native_to(jax.devices()[0])
+    parser.add_argument("--kernel", choices=("mosaic_gpu", "cudnn"), default=native, help="default: the GPU's own")
     options = parser.parse_args(arguments)
-    if jax.default_backend() != "gpu":
-        parser.error(f"needs a Hopper GPU, JAX finds {jax.devices()[0].device_kind}; on CPUs: attention_cpu.py")
+    if native not in ("mosaic_gpu", "cudnn"):
+        kind = jax.devices()[0].device_kind
+        parser.error(f"needs an NVIDIA GPU since Ampere, JAX finds {kind}; on CPUs: attention_cpu.py")
+    kernel = kernel_named(options.kernel)
     start = time.perf_counter()
 
     def out_of_time(share: float) -> bool:
         return time.perf_counter() - start > share * options.seconds
 
     device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}")
-    results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "errors": check_all(out_of_time)}
-    results["ring"] = {}
+    print(f"{device.device_kind}, jax {jax.__version__}, kernel {options.kernel}")
+    results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "kernel": options.kernel}
+    results |= {"errors": check_all(kernel, out_of_time), "ring": {}}
     for head_dim in (64, 128):
-        found = results["ring"][head_dim] = ring_overhead(head_dim, options.runs)
+        found = results["ring"][head_dim] = ring_overhead(kernel, head_dim, options.runs)
         print(
             f"ring of {RING}, {TOKENS} tokens, D{head_dim}: {found['hops_ms']:.2f} ms in {RING} calls, "
             f"{found['whole_ms']:.2f} ms in one ({found['overhead']:+.1%})",
             flush=True,
         )
-    results["rates"] = time_all(out_of_time, options.runs)
+    results["rates"] = time_all(kernel, out_of_time, options.runs)
     results["seconds"] = time.perf_counter() - start
     print(f"{results['seconds']:.0f} s")
     save_json(results, options.json)

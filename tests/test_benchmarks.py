@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("data", ["relabel", "--exorl", "nothere"], "--exorl: nothere is no folder"),
         ("evaluation", ["walker_wlak"], "evaluation.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("plan_reality", ["--machine", "cpu"], "plan_reality.py: "),
-        ("attention_gpu", [], "needs a Hopper GPU, JAX finds cpu"),
+        ("attention_gpu", [], "needs an NVIDIA GPU since Ampere, JAX finds cpu"),
         ("train_gpu", [], "needs a GPU, JAX finds cpu"),
     ],
 )

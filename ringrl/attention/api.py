@@ -130,7 +130,8 @@ def attention(
       alibi_slopes: (H,) logits fall by slope * |position of the query - position of the key| (ALiBi, 2108.12409),
         after the soft cap.
       implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
-        head_dim 64 or 128) and "xla" (tiled attention in plain XLA) elsewhere. A fallback on an accelerator is logged.
+        head_dim 64 or 128), "cudnn" on other NVIDIA GPUs since Ampere (bfloat16 or float16, head_dim up to 128) and
+        "xla" (tiled attention in plain XLA) elsewhere. A fallback on an accelerator is logged.
         A kernel selected by name raises ValueError for unsupported inputs. "autodiff" leaves differentiation to JAX:
         it is slower, but has forward-mode derivatives (jax.jvp). None selects it for alibi_slopes and a traced cap.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.

@@ -20,8 +20,8 @@ WITHOUT_KERNEL = 0.15  # attention in plain XLA: tiles of logits pass through me
 # TPUs and TF32 on GPUs. Attention is exact: six products instead of one on TPUs, no tensor cores on GPUs.
 FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 1 / 15)})
 OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # for the nominal host device; `ringrl plan` measures this machine
-# Matrix products per pair of tiles: 2 forward; backward 3 for dq and 4 for dk and dv, or 5 in one loop (XLA kernel).
-_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_OF_XLA = 2, 7, 5
+# Matrix products per pair of tiles: 2 forward; backward 3 for dq and 4 for dk and dv, or 5 in one loop.
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_IN_ONE_LOOP = 2, 7, 5
 _ACTIVATION_TRAFFIC = 40  # reads and writes per token and feature of a layer, both passes
 
 
@@ -67,8 +67,8 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
     matrices = (3 * (forward - pairs) + _again(workload, forward - pairs)) / (device.flops * attained.matrices)
     one_product = pairs / _FORWARD_PRODUCTS / (device.flops * attained.attention)
     forward_kernels, backward_kernels = _FORWARD_PRODUCTS * one_product, _BACKWARD_PRODUCTS * one_product
-    if kernel_of(model, device) == "xla":
-        backward_kernels = _BACKWARD_PRODUCTS_OF_XLA * one_product
+    if kernel_of(model, device) in ("xla", "cudnn"):
+        backward_kernels = _BACKWARD_PRODUCTS_IN_ONE_LOOP * one_product
     if model.attention == "vanilla":  # computes hidden logits too, and recomputes them with remat
         times = 1 if model.remat == "none" else 2
         forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product

@@ -24,6 +24,16 @@ class Device(NamedTuple):
 
 CPU, TPU = Device("cpu", "cpu"), Device("tpu", "TPU v5 lite")
 H200, A100 = Device("gpu", "NVIDIA H200"), Device("gpu", "NVIDIA A100-SXM4-80GB")
+T4 = Device("gpu", "Tesla T4")
+SINCE_AMPERE = (
+    "A10G", "A2", "A40", "A800-SXM4-80GB", "L4", "L40S", "B200", "GB200", "GB10", "GeForce RTX 3090",
+    "GeForce RTX 4060 Ti", "GeForce RTX 5090 D", "RTX A6000", "RTX A500 Laptop GPU", "RTX 2000 Ada Generation",
+    "RTX PRO 6000 Blackwell Workstation Edition",
+)  # fmt: skip
+OTHERS = (
+    "NVIDIA GeForce RTX 2080 Ti", "Quadro RTX 6000", "NVIDIA TITAN RTX", "Tesla V100-SXM2-16GB", "Tesla P40", "NVIDIA T1000",
+    "AMD Instinct MI300X", "NVIDIA GeForce GTX 1080",
+)  # fmt: skip
 OPTIONS = Options(Rule(), 0.1)
 
 
@@ -44,8 +54,9 @@ def nothing_said_yet() -> None:
         (H200, "mosaic_gpu"),
         (Device("cuda", "NVIDIA H100 80GB HBM3"), "mosaic_gpu"),
         (Device("gpu", "NVIDIA GH200 480GB"), "mosaic_gpu"),
-        (A100, "xla"),
-        (Device("gpu", "NVIDIA GeForce RTX 2000"), "xla"),
+        (A100, "cudnn"),
+        *((Device("cuda", f"NVIDIA {kind}"), "cudnn") for kind in SINCE_AMPERE),
+        *((Device("gpu", kind), "xla") for kind in OTHERS),
     ],
 )
 def test_kernel_of_a_device(device, kernel):
@@ -60,7 +71,9 @@ def test_kernel_of_a_device(device, kernel):
         (H200, queries(head_dim=80), "head_dim of 64 or 128, not 80"),
         (TPU, queries("float16"), "float16"),
         (TPU, queries(head_dim=512), "head_dim 512"),
-        (A100, queries(), "no kernel for NVIDIA A100"),
+        (A100, queries("float32"), "cuDNN supports bfloat16 and float16, not float32"),
+        (A100, queries(head_dim=256), "head_dim that is a multiple of 8 up to 128, not 256"),
+        (T4, queries(), "no kernel for Tesla T4"),
     ],
 )
 def test_fallback_is_logged_once_and_a_named_kernel_raises(device, q, reason, caplog):
@@ -69,9 +82,15 @@ def test_fallback_is_logged_once_and_a_named_kernel_raises(device, q, reason, ca
             assert kernels.with_kernel(OPTIONS, None, q, device).implementation == "xla"
     assert len(caplog.records) == 1
     assert reason in caplog.text
-    if device is not A100:
+    if device is not T4:
         with pytest.raises(ValueError, match=f"^implementation: .*{reason}"):
             kernels.with_kernel(OPTIONS, kernels.native_to(device), q, device)
+
+
+def test_hopper_takes_cudnn_by_name():
+    assert kernels.with_kernel(OPTIONS, "cudnn", queries(), H200).implementation == "cudnn"
+    with pytest.raises(ValueError, match="does not run on NVIDIA A100-SXM4-80GB; use 'cudnn'"):
+        kernels.with_kernel(OPTIONS, "mosaic_gpu", queries(), A100)
 
 
 def test_cpu_logs_nothing(caplog):
@@ -79,7 +98,7 @@ def test_cpu_logs_nothing(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", ["mosaic_tpu", "mosaic_gpu"])
+@pytest.mark.parametrize("name", ["mosaic_tpu", "mosaic_gpu", "cudnn"])
 def test_kernel_of_another_device_raises(name):
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=f"^implementation: '{name}' does not run on cpu; use 'xla'"):

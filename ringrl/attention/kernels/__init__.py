@@ -21,7 +21,12 @@ from ringrl.attention.kernels import autodiff, check, xla
 from ringrl.attention.mask import Options
 from ringrl.attention.strategy import DeviceKind
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu", "autodiff")
+IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu", "cudnn", "autodiff")
+
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+OTHERS_SINCE_AMPERE = re.compile(
+    r"\b(A[1-9]\d{0,2}[GX]?|L(2|4|20|40S?)|G?B(10|100|200|300)|(?<!Quadro )RTX (A|PRO |(?!20[678]0))\d{3,4})\b"
+)
 
 
 class Kernel(NamedTuple):
@@ -44,6 +49,10 @@ def kernel_named(name: str) -> Kernel:
         from ringrl.attention.kernels import hopper, mosaic_gpu
 
         return Kernel(mosaic_gpu.forward, mosaic_gpu.backward, hopper.unsupported)
+    if name == "cudnn":
+        from ringrl.attention.kernels import cudnn
+
+        return Kernel(cudnn.forward, cudnn.backward, cudnn.unsupported)
     if name == "autodiff":
         return Kernel(autodiff.forward, xla.backward, lambda *_: None)  # JAX differentiates the forward pass instead
     return Kernel(xla.forward, xla.backward, lambda *_: None)
@@ -72,8 +81,11 @@ def native_to(device: DeviceKind) -> str:
     """Return the implementation for a device, "xla" by default."""
     if device.platform == "tpu":
         return "mosaic_tpu"
-    if device.platform in ("gpu", "cuda") and re.search(r"\bG?H(20|100|200|800)\b", device.device_kind):
-        return "mosaic_gpu"
+    if device.platform in ("gpu", "cuda"):
+        if HOPPER.search(device.device_kind):
+            return "mosaic_gpu"
+        if OTHERS_SINCE_AMPERE.search(device.device_kind):
+            return "cudnn"
     return "xla"
 
 
@@ -89,7 +101,8 @@ def with_kernel(
     native = native_to(device)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation: {implementation!r} is unknown; use one of {(None, *IMPLEMENTATIONS)}")
-    if implementation is not None and implementation not in (native, "xla", "autodiff"):
+    others = ("cudnn",) if native == "mosaic_gpu" else ()
+    if implementation is not None and implementation not in (native, "xla", "autodiff", *others):
         raise ValueError(f"implementation: {implementation!r} does not run on {device.device_kind}; use {native!r}")
     chosen = implementation or native
     reason = kernel_named(chosen).unsupported(q.dtype, q.shape[-1], options)
@@ -102,7 +115,7 @@ def with_kernel(
         chosen, reason = "autodiff", None
     if reason is not None and implementation is not None:
         raise ValueError(f"implementation: {reason}; use 'xla'")
-    if reason is None and implementation is None and chosen in ("mosaic_tpu", "mosaic_gpu"):
+    if reason is None and implementation is None and chosen in ("mosaic_tpu", "mosaic_gpu", "cudnn"):
         options = dataclasses.replace(options, implementation=chosen)
         reason = check.failure(kernel_named(chosen), options, q.dtype, q.shape[-1], device)
     if reason is None and implementation is None and chosen == "xla" and device.platform != "cpu":

@@ -84,8 +84,13 @@ def _differences(kernel: Any, options: Options, dtype: str, head_dim: int, devic
     """Return the names of the results that differ, with their errors relative to the largest number."""
     found = dict[str, float]()
     with jax.default_device(device), np.errstate(invalid="ignore"):
-        for has_prefix in (False, True) if options.rule.window else (False,):
-            inputs, earlier, of_results = _case(dtype, head_dim, has_prefix=has_prefix)
+        kinds = ("packed", "prefix") if options.rule.window else ("packed",)
+        if options.implementation == "cudnn":
+            kinds += ("causal", "full")
+        for kind in kinds:
+            inputs, earlier, of_results = _case(dtype, head_dim, kind)
+            if kind in ("causal", "full"):  # the blocks that are not left to plain XLA, under any rule
+                options = dataclasses.replace(options, rule=Rule())
             right, cotangents = jax.jit(partial(_expected, options))(inputs, earlier, of_results)
             given = jax.jit(partial(_results, kernel, options))(inputs, earlier, cotangents)
             for name, *both in zip(("o", "lse", "dq", "dk", "dv"), given, right, strict=True):
@@ -98,11 +103,12 @@ def _differences(kernel: Any, options: Options, dtype: str, head_dim: int, devic
     return [f"{name} (by {error:.1e})" for name, error in found.items()]
 
 
-def _case(dtype: str, head_dim: int, *, has_prefix: bool) -> tuple[Inputs, Partial, Partial]:
+def _case(dtype: str, head_dim: int, kind: str) -> tuple[Inputs, Partial, Partial]:
     """Return inputs, results over earlier keys, and cotangents of the results.
 
     One context is a single segment, whose last queries see nothing. The other one ends with a segment of seven tokens,
-    in which each key counts. A prefix reaches far beyond the window.
+    in which each key counts. A prefix reaches far beyond the window. "causal" and "full" have no segments, and "full"
+    has later queries.
     """
     random = np.random.default_rng(0)
     heads, rows = BATCH * KV_HEADS, GROUPS * TOKENS
@@ -113,8 +119,10 @@ def _case(dtype: str, head_dim: int, *, has_prefix: bool) -> tuple[Inputs, Parti
     place = jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32), (BATCH, TOKENS))
     of_keys = jnp.stack([0 * place[0], (place[0] + 7) // (TOKENS // 3)])
     of_queries = jnp.where((place >= TOKENS - 5) & (of_keys == 0), -1, of_keys)
-    prefix = place // (TOKENS // 4) * (TOKENS // 4) if has_prefix else None
-    sides = Side(place, of_queries, prefix), Side(place, of_keys)
+    prefix = place // (TOKENS // 4) * (TOKENS // 4) if kind == "prefix" else None
+    if kind in ("causal", "full"):
+        of_keys = of_queries = 0 * place
+    sides = Side(place + TOKENS * (kind == "full"), of_queries, prefix), Side(place, of_keys)
     inputs = Inputs(normal(rows, head_dim, dtype=dtype), normal(2, TOKENS, head_dim, dtype=dtype), *sides)
     earlier, of_results = (Partial(normal(rows, head_dim), normal(rows)) for _ in range(2))
     return inputs, earlier._replace(lse=earlier.lse + 5), of_results._replace(o=of_results.o.astype(dtype))
