@@ -31,8 +31,8 @@ SINCE_AMPERE = (
     "RTX PRO 6000 Blackwell Workstation Edition",
 )  # fmt: skip
 OTHERS = (
-    "NVIDIA GeForce RTX 2080 Ti", "Quadro RTX 6000", "NVIDIA TITAN RTX", "Tesla V100-SXM2-16GB", "Tesla P40", "NVIDIA T1000",
-    "AMD Instinct MI300X", "NVIDIA GeForce GTX 1080",
+    "NVIDIA GeForce RTX 2080 Ti", "Quadro RTX 6000", "NVIDIA TITAN RTX", "Tesla V100-SXM2-16GB", "Tesla P40",
+    "NVIDIA T1000", "AMD Instinct MI300X", "NVIDIA GeForce GTX 1080",
 )  # fmt: skip
 OPTIONS = Options(Rule(), 0.1)
 

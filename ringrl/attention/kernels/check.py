@@ -84,15 +84,13 @@ def _differences(kernel: Any, options: Options, dtype: str, head_dim: int, devic
     """Return the names of the results that differ, with their errors relative to the largest number."""
     found = dict[str, float]()
     with jax.default_device(device), np.errstate(invalid="ignore"):
-        kinds = ("packed", "prefix") if options.rule.window else ("packed",)
-        if options.implementation == "cudnn":
-            kinds += ("causal", "full")
-        for kind in kinds:
+        kinds = ["packed", *["prefix"] * bool(options.rule.window)]
+        for kind in kinds + ["causal", "full"] * (options.implementation == "cudnn"):
             inputs, earlier, of_results = _case(dtype, head_dim, kind)
             if kind in ("causal", "full"):  # the blocks that are not left to plain XLA, under any rule
                 options = dataclasses.replace(options, rule=Rule())
-            right, cotangents = jax.jit(partial(_expected, options))(inputs, earlier, of_results)
-            given = jax.jit(partial(_results, kernel, options))(inputs, earlier, cotangents)
+            right, cotangents = _expected(options, inputs, earlier, of_results)
+            given = _results(kernel, options, inputs, earlier, cotangents)
             for name, *both in zip(("o", "lse", "dq", "dk", "dv"), given, right, strict=True):
                 x, expected = map(np.asarray, both)
                 error = np.where(x == expected, 0, np.abs(x - expected)).max()  # equal infinities
@@ -128,6 +126,7 @@ def _case(dtype: str, head_dim: int, kind: str) -> tuple[Inputs, Partial, Partia
     return inputs, earlier._replace(lse=earlier.lse + 5), of_results._replace(o=of_results.o.astype(dtype))
 
 
+@partial(jax.jit, static_argnums=0)
 def _expected(options: Options, inputs: Inputs, earlier: Partial, of_results: Partial) -> tuple[Results, Cotangents]:
     """Return the results of plain XLA, and the inputs of the backward pass."""
     alone = xla.forward(inputs, options)
@@ -136,6 +135,7 @@ def _expected(options: Options, inputs: Inputs, earlier: Partial, of_results: Pa
     return _listed(alone, merge(alone, earlier), xla.backward(inputs, options, cotangents, earlier.o)), cotangents
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _results(kernel: Any, options: Options, inputs: Inputs, earlier: Partial, cotangents: Cotangents) -> Results:
     """Return the results of a kernel."""
     alone, after = kernel.forward(inputs, options, None), kernel.forward(inputs, options, earlier)
