@@ -147,6 +147,12 @@ class ModelConfig(Section):
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] = "ring"
     """How attention is computed; the result is the same. vanilla: all logits at once. memory_efficient: in tiles.
     blockwise: the feed-forward layer in blocks, too. ring: keys circulate between devices instead of being gathered."""
+    strategy: Literal["ring", "ulysses", "all_gather", "auto"] = "ring"
+    """How attention ring reaches the keys of other devices; without effect if mesh.seq is 1. ring: keys circulate.
+    ulysses: devices exchange tokens for heads (2309.14509). all_gather: every device holds all keys. auto: by length,
+    heads and link speed. `ringrl plan` prints which."""
+    bidirectional: bool = False
+    """Send half of the key heads around the ring in the opposite direction. Without effect if mesh.seq is 1."""
     block_tokens: int = Field(4096, ge=1)
     """Tokens per device in a block of the feed-forward layer (blockwise and ring only). Smaller blocks save memory."""
     remat: Literal["none", "layers", "full"] = "none"
@@ -190,6 +196,11 @@ class ModelConfig(Section):
         if self.action_head != "bins" and self.family.uses("model.action_choice"):
             self._check_unused("action_choice", f"with action_head {self.action_head}; use bins")
         has_heads = self.family.has_context
+        if has_heads and self.attention != "ring":
+            self._check_unused("strategy", f"with attention {self.attention}; use ring")
+            self._check_unused("bidirectional", f"with attention {self.attention}; use ring")
+        if has_heads and self.strategy in ("ulysses", "all_gather"):
+            self._check_unused("bidirectional", f"with strategy {self.strategy}; use ring or auto")
         if has_heads and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ValueError(f"heads: width {self.width} over {self.heads} heads must give an even integer per head")
         if has_heads and self.heads % self.kv_heads:

@@ -119,7 +119,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 _TRANSFORMER_ONLY = (
     "model.heads", "model.kv_heads", "model.feed_forward", "model.timestep_embedding", "model.trajectory_embedding",
-    "model.rotary_base", "model.episode_window", "model.past_actions", "model.past_rewards",
+    "model.rotary_base", "model.episode_window", "model.past_actions", "model.past_rewards", "model.strategy",
+    "model.bidirectional",
 )  # fmt: skip
 _CONTEXTS_ONLY = (
     "context.trajectories", "context.order", "context.target", "context.sampling", "context.other_tasks",

@@ -60,6 +60,11 @@ def test_training_presets_are_valid(name: str) -> None:
         ({"context": {"segment_start_share": 0.2}}, "segment_start_share: has no effect without segments"),
         ({"context": {"first_steps": 5}}, "first_steps: has no effect with first_steps_weight 1"),
         ({"model": {"past_rewards": "off", "token_set": "dt3"}}, "past_rewards: has no effect with token_set dt3"),
+        ({"model": {"strategy": "auto", "attention": "blockwise"}}, "strategy: has no effect with attention blockwise"),
+        (
+            {"model": {"strategy": "ulysses", "bidirectional": True}},
+            "bidirectional: has no effect with strategy ulysses",
+        ),
         ({"model": {"action_choice": "mean"}}, "action_choice: has no effect with action_head mse; use bins"),
         ({"validate_every": 5}, "validate_every: has no effect without held-out episodes; set validation_fraction"),
         ({"context": {"first_steps": 0}}, "greater than or equal to 1"),

@@ -16,6 +16,7 @@ def plan(
     mesh: MeshConfig = MeshConfig(),
     contexts: int | None = None,
     attention: Literal["vanilla", "memory_efficient", "blockwise", "ring"] | None = None,
+    strategy: Literal["ring", "ulysses", "all_gather", "auto"] | None = None,
     remat: Literal["none", "layers", "full"] | None = None,
     block_tokens: int | None = None,
     method: Literal["best", "compiler", "formula"] = "best",
@@ -32,6 +33,7 @@ def plan(
         mesh: devices along each axis. Default: the fastest mesh that fits, by estimate.
         contexts: contexts per step. Default: the configuration's.
         attention: kind of attention. Default: the configuration's.
+        strategy: how ring attention reaches the keys of other devices. Default: the configuration's.
         remat: what the backward pass recomputes. Default: the configuration's.
         block_tokens: tokens that a feed-forward layer processes at a time. Default: the configuration's.
         method: compiler compiles ahead of time for TPUs (needs libtpu: pip install "jax[tpu]") and host devices, in
@@ -45,7 +47,7 @@ def plan(
 
     jax.config.update("jax_platforms", "cpu")  # planning must not occupy an accelerator
     values = find_model(model).model_dump()
-    changes = {"attention": attention, "remat": remat, "block_tokens": block_tokens}
+    changes = {"attention": attention, "strategy": strategy, "remat": remat, "block_tokens": block_tokens}
     values["model"] |= {name: value for name, value in changes.items() if value is not None}
     if mesh.layout != MeshConfig().layout:  # a chosen mesh uses the layout too
         values["mesh"] |= {"layout": mesh.layout}

@@ -39,7 +39,8 @@ _LIBRARIES = ("ringrl", "jax", "jaxlib", "flax", "optax", "numpy", "dm_control",
 # Settings without an effect on the learned parameters, and settings in another field of a record.
 _NOT_IN_RECIPE = (
     "data", "task", "run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "log", "validate_every",
-    "model.token_set", "model.attention", "model.block_tokens", "model.remat", "optimiser.accumulation",
+    "model.token_set", "model.attention", "model.strategy", "model.bidirectional", "model.block_tokens", "model.remat",
+    "optimiser.accumulation",
 )  # fmt: skip
 
 

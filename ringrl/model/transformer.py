@@ -81,6 +81,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, parallel: Parallel = ONE_DEVICE) -> None:
         self.kv_heads, self.head_dim = config.kv_heads, config.width // config.heads
         self.kind, self.parallel, self.rotary_base = config.attention, parallel, config.rotary_base
+        self.strategy = config.strategy if config.attention == "ring" else "all_gather"
+        self.bidirectional = config.bidirectional
         linear = partial(nnx.LinearGeneral, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
         width, heads = config.width, (config.heads, self.head_dim)
         self.query = linear(width, heads, kernel_init=split("embed", "heads", None))
@@ -115,7 +117,8 @@ class Attention(nnx.Module):
             mesh=mesh,
             axis_name=SEQUENCE_AXIS,
             layout=layout,
-            strategy="ring" if self.kind == "ring" else "all_gather",
+            strategy=self.strategy,
+            bidirectional=self.bidirectional,
             batch_axes=SPLIT["batch"],
             head_axes=SPLIT["heads"],
             is_causal=True,

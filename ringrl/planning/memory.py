@@ -98,10 +98,14 @@ def memory_of(workload: Workload, platform: str) -> Memory:
 
 def _scratch(workload: Workload, platform: str, bytes_each: int) -> float:
     model, mesh = workload.model, workload.config.mesh
-    working = WORKING["cpu" if platform == "cpu" else "tpu", model.attention]
+    strategy = workload.strategy.strategy
+    kind = "blockwise" if model.attention == "ring" and strategy != "ring" else model.attention
+    working = WORKING["cpu" if platform == "cpu" else "tpu", kind]
     contexts, tokens = workload.local_contexts, workload.local_tokens
     key_width = model.width * model.kv_heads / model.heads
-    seen = tokens if model.attention == "ring" else workload.tokens  # keys on a device
+    seen: float = workload.tokens if strategy == "all_gather" else tokens  # keys on a device
+    if strategy == "ulysses":  # the keys of all tokens, of a share of the heads, but of at least one head
+        seen *= max(1.0, mesh.seq * mesh.tensor / model.kv_heads)
     head_dim = model.width // model.heads
     # A TPU stores the features of a head in registers of 128.
     key_width *= (math.ceil(head_dim / 128) * 128 / head_dim if platform == "tpu" else 1.0) / mesh.tensor
@@ -123,9 +127,10 @@ def listed_tiles_fit(workload: Workload, machine: Machine) -> bool:
     model, contexts = workload.model, workload.local_contexts
     if kernel_of(model, machine.device) != "mosaic_tpu":
         return True
-    keys = workload.local_tokens if model.attention == "ring" else workload.tokens
+    strategy, local, whole = workload.strategy.strategy, workload.local_tokens, workload.tokens
+    queries, keys = {"ring": (local, local), "all_gather": (local, whole), "ulysses": (whole, whole)}[strategy]
     tile = tpu_blocks(model.width // model.heads, jnp.dtype(model.dtype), machine.device.device_kind)
-    query_tiles, key_tiles = math.ceil(workload.local_tokens / tile.rows), math.ceil(keys / tile.keys)
+    query_tiles, key_tiles = math.ceil(queries / tile.rows), math.ceil(keys / tile.keys)
     return contexts * query_tiles * key_tiles <= MAX_PAIRS and max(query_tiles, key_tiles) <= 2**TILE_BITS
 
 

@@ -74,7 +74,7 @@ def make_plan(
     """
     reason = "--method formula" if method == "formula" else why_not(machine)
     devices = devices_of(machine) if reason is None or method == "compiler" else None
-    workload, compiled = _on_mesh(Workload(config, tokens), machine, mesh), None
+    workload, compiled = _on_mesh(Workload(config, tokens, machine.device.device_kind), machine, mesh), None
     if devices:
         notice(f"compiling {tokens} tokens on {workload.mesh_in_words}")
         compiled = compile_step(workload, machine, devices)
@@ -114,6 +114,7 @@ def describe(plan: Plan) -> str:
         f"{model.remat}, {model.dtype}; {config.optimiser.batch_size} context(s) of {plan.workload.tokens} tokens",
         f"{machine.name}: {machine.devices} x {device.device_kind}, {gib(device.memory)} each{share}; mesh "
         f"{plan.workload.mesh_in_words}",
+        *([f"strategy {', '.join(plan.workload.strategy)}"] if config.mesh.seq > 1 else []),
         method,
         "",
         *_memory(plan),
@@ -159,11 +160,13 @@ def _verdict(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     time, tokens = plan.time, plan.workload.tokens * plan.workload.config.optimiser.batch_size
+    strategy = plan.workload.strategy.strategy
+    synchronous = " (synchronous)" if plan.compiled and plan.compiled.waits_for_hops else ""
     parts = {
         "matrices": time.matrices,
         "attention": time.attention,
         "memory (overlaps)": time.memory,
-        "exposed ring (synchronous)" if plan.compiled and plan.compiled.waits_for_hops else "exposed ring": time.ring,
+        f"exposed {strategy}{synchronous}": time.ring,
         "exposed parameters": time.parameters,
         "all-reduce": time.sums,
     }

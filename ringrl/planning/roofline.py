@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ringrl.attention.strategy import link_of
 from ringrl.planning.machines import Attained, Machine, kernel_of
 from ringrl.planning.workload import Workload
 from ringrl.training.budget import forward_flops, step_flops
@@ -72,7 +73,8 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
     if model.attention == "vanilla":  # computes hidden logits too, and recomputes them with remat
         times = 1 if model.remat == "none" else 2
         forward_kernels, backward_kernels = 2 * 2 * times * one_product, 2 * 4 * one_product
-    elif config.mesh.layout == "contiguous":  # all devices wait for the one with the end of the context
+    elif config.mesh.layout == "contiguous" and workload.strategy.strategy != "ulysses":
+        # All devices wait for the one with the end of the context.
         uneven = 2 - 1 / config.mesh.seq
         forward_kernels, backward_kernels = uneven * forward_kernels, uneven * backward_kernels
     hidden_by = (forward_kernels, backward_kernels) if hops_hide else (0.0, 0.0)
@@ -130,16 +132,30 @@ def _exposed_hops(
     forward_passes: int,
 ) -> float:
     """Return the exposed seconds of sending keys and values, and in the backward pass their float32 gradients."""
-    model, mesh = workload.model, workload.config.mesh
+    model, mesh, strategy = workload.model, workload.config.mesh, workload.strategy.strategy
     if mesh.seq == 1:
         return 0.0
+    if strategy == "ulysses":
+        return _all_to_alls(workload, machine) / attained.links
     numbers = 2 * _local(workload) * model.layers * model.width * model.kv_heads / model.heads / mesh.tensor
-    rate = machine.hop(mesh.seq) if model.attention == "ring" else machine.collective(mesh.seq)
+    rate = machine.hop(mesh.seq) if strategy == "ring" else machine.collective(mesh.seq)
+    if model.bidirectional and strategy == "ring" and machine.device.platform == "tpu":
+        rate *= 2  # a torus has a link for each direction, a switch shares one
     hops = (mesh.seq - 1) / (rate * attained.links)
     sends = hops * numbers * workload.itemsize, hops * numbers * (workload.itemsize + 4)
-    if model.attention == "ring":
+    if strategy == "ring":
         return forward_passes * max(0.0, sends[0] - forward_kernels) + max(0.0, sends[1] - backward_kernels)
     return forward_passes * sends[0] + sends[1]  # gathered at once, before the kernel
+
+
+def _all_to_alls(workload: Workload, machine: Machine) -> float:
+    """Return the seconds of exchanging q, k, v and the output in both passes, and again in a recomputed layer."""
+    model, mesh, link = workload.model, workload.config.mesh, link_of(machine.device.device_kind)
+    vectors = 2 * model.heads / mesh.tensor + 2 * max(model.kv_heads / mesh.tensor, mesh.seq)
+    numbers = _local(workload) * model.layers * vectors * model.width / model.heads * (mesh.seq - 1) / mesh.seq
+    passes = 2 if model.remat == "none" else 3
+    rate = machine.collective(mesh.seq) * (link.all_to_all if link else 1.0)
+    return passes * numbers * workload.itemsize / rate
 
 
 def _gathering(workload: Workload, machine: Machine, attained: Attained) -> float:

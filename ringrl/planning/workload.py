@@ -12,6 +12,7 @@ import pydantic
 from flax import nnx
 
 from ringrl.attention.layout import length_multiple
+from ringrl.attention.strategy import Choice, choose_strategy
 from ringrl.config import ModelConfig, TrainConfig
 from ringrl.config_files import one_line, read_yaml
 from ringrl.configs import preset
@@ -36,6 +37,7 @@ class Workload:
 
     config: TrainConfig
     tokens: int
+    device_kind: str = ""  # of the machine, for strategy "auto"; unknown: ring
 
     @property
     def model(self) -> ModelConfig:
@@ -57,6 +59,19 @@ class Workload:
     def is_in_blocks(self) -> bool:
         """Whether the feed-forward layer processes a device's tokens in several blocks."""
         return self.model.attention in ("blockwise", "ring") and self.local_tokens > self.model.block_tokens
+
+    @property
+    def strategy(self) -> Choice:
+        """How attention reaches the keys of other devices, and why."""
+        model, mesh = self.model, self.config.mesh
+        if model.attention != "ring":
+            return Choice("all_gather", f"from {model.attention} attention")
+        heads, kv_heads = model.heads // mesh.tensor, model.kv_heads // mesh.tensor
+        sizes = self.local_tokens, mesh.seq, heads, kv_heads
+        auto = choose_strategy(*sizes, device_kind=self.device_kind, itemsize=self.itemsize)
+        if model.strategy == "auto" or mesh.seq == 1:
+            return Choice(auto.strategy, f"chosen by auto: {auto.reason}")
+        return Choice(model.strategy, f"from the configuration; auto chooses {auto.strategy}: {auto.reason}")
 
     @property
     def tokens_per_step(self) -> int:

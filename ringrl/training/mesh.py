@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ringrl.attention import ring_order
-from ringrl.config import MeshConfig, TrainConfig
+from ringrl.config import MeshConfig, ModelConfig, TrainConfig
 from ringrl.errors import UserError
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
@@ -72,3 +72,20 @@ def check_divides(config: TrainConfig) -> None:
     for name, size, amount, what in needs:
         if (model.family.has_context or "data" in name) and amount % size:
             raise UserError(f"{name}: {amount} {what} do not divide among {size} devices")
+    if model.family.has_context and mesh.seq > 1:
+        _check_strategy(mesh, model)
+
+
+def _check_strategy(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Raise UserError if the heads on each device do not suit the transfers along "seq"."""
+    heads, key_heads = model.heads // mesh.tensor, model.kv_heads // mesh.tensor
+    each = "" if mesh.tensor == 1 else f" on each device (mesh.tensor {mesh.tensor})"
+    if model.strategy == "ulysses" and (heads % mesh.seq or (key_heads % mesh.seq and mesh.seq % key_heads)):
+        raise UserError(
+            f"mesh.seq: with model.strategy ulysses, {mesh.seq} must divide the {heads} query heads{each}, and be a "
+            f"multiple or a divisor of the {key_heads} key heads; use another mesh.seq, or model.strategy ring"
+        )
+    if model.bidirectional and key_heads % 2:
+        raise UserError(
+            f"model.bidirectional: the {key_heads} key heads{each} cannot be halved; leave it out, or use even numbers"
+        )

@@ -14,7 +14,8 @@ from ringrl.errors import UserError
 from ringrl.files import lock, write_whole
 from ringrl.training.checkpoints import read_info, saved_steps
 
-MAY_CHANGE = ("data", "run", "keep_checkpoints", "log")  # when a run is resumed; the mesh may change too
+# When a run is resumed. The mesh may change, too, and with it the transfers.
+MAY_CHANGE = ("data", "run", "keep_checkpoints", "log", "model.strategy", "model.bidirectional")
 
 
 def holds_run(run: Path) -> bool:

@@ -15,6 +15,7 @@ CASES = {
     "vanilla": (1024, {"fsdp": 8}, 8, {"attention": "vanilla"}),
     "blockwise": (2048, {"fsdp": 8}, 8, {"attention": "blockwise", "block_tokens": 512}),
     "full remat": (16384, {"seq": 8}, 1, {"remat": "full", "layers": 4}),
+    "ulysses": (4096, {"seq": 8}, 1, {"strategy": "ulysses", "heads": 8, "kv_heads": 4}),
     "without remat": (4096, {"seq": 8}, 1, {"remat": "none", "layers": 4, "block_tokens": 256}),
 }
 
@@ -114,6 +115,21 @@ def test_tile_index_limits_the_context():
 def test_unsupported_heads_have_no_tile_limit():
     wide = shape("350m", 8 * 2**19, seq=8).with_settings("model", heads=2, kv_heads=2)
     assert listed_tiles_fit(wide, find_machine("tpu-v5p-16"))
+
+
+def test_strategies_hold_different_keys():
+    """Gathered keys grow with the context. Ulysses holds as many as the ring, in tiles of the whole context."""
+    long, machine = shape("7b", 2**20, seq=8), find_machine("tpu-v5p-16")
+    ring, ulysses, gathered, blockwise = (
+        long.with_settings("model", **model)
+        for model in ({}, {"strategy": "ulysses"}, {"strategy": "all_gather"}, {"attention": "blockwise"})
+    )
+    assert memory_of(gathered, "tpu") == memory_of(blockwise, "tpu")
+    assert memory_of(ulysses, "tpu").total < memory_of(ring, "tpu").total < memory_of(gathered, "tpu").total
+    few, fewer = (memory_of(ulysses.with_settings("model", kv_heads=heads), "tpu").scratch for heads in (8, 1))
+    assert few == pytest.approx(fewer, rel=0.01), "a key head on every device"
+    assert listed_tiles_fit(ring, machine)
+    assert not listed_tiles_fit(ulysses, machine)
 
 
 def test_positions_limit_the_context():

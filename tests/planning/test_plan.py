@@ -106,6 +106,26 @@ def test_a_machine_in_a_file(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "strategy", "words"),
+    [
+        ("--tokens 8k", "ring", "from the configuration; auto chooses ulysses: 1024 tokens per device do not hide"),
+        (
+            "--tokens 8k --strategy auto",
+            "ulysses",
+            "chosen by auto: 1024 tokens per device do not hide a hop (NVIDIA H200: ",
+        ),
+        ("--tokens 1M --strategy auto", "ring", "chosen by auto: 131072 tokens per device hide a hop (NVIDIA H200: "),
+        ("--tokens 8k --attention blockwise", "all_gather", "from blockwise attention"),
+    ],
+)
+def test_strategy_with_its_reason(flags, strategy, words, capsys):
+    plan("--model", "7b", "--machine", "8xh200", "--mesh.seq", "8", *flags.split())
+    text = capsys.readouterr().out
+    assert f"\nstrategy {strategy}, {words}" in text
+    assert f"exposed {strategy} " in text
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--model 7c --machine 8xa100 --tokens 8M", "no preset '7c'"),

@@ -144,6 +144,31 @@ def test_contiguous_layout_waits_for_the_last_device(kind):
     assert contiguous.attention == pytest.approx(zigzag.attention * 2 * 7.5 / 8)  # 7.5 blocks instead of 8 halves
 
 
+def test_all_to_alls_are_exposed():
+    """Ulysses exchanges q, k, v and the output in three passes, at a quarter of the link rate on a torus."""
+    for machine, share in ((find_machine("tpu-v4-16"), 0.25), (find_machine("8xh200"), 1.0)):
+        time = estimate(seven_billion(2**17, {"seq": 8, "layout": "contiguous"}, strategy="ulysses"), machine)
+        numbers = 4 * 32 * 2**14 * 4096 * 7 / 8
+        assert time.ring == pytest.approx(3 * numbers * 2 / (machine.device.link * share * ATTAINED.links))
+        assert time.attention == estimate(seven_billion(2**17, {"seq": 8}), machine).attention, "balanced in any layout"
+        few = estimate(seven_billion(2**17, {"seq": 8}, strategy="ulysses", kv_heads=1), machine)
+        assert few.ring == pytest.approx(time.ring * (2 * 32 + 2 * 8) / (4 * 32)), "a key head on every device"
+        gathered, blockwise = (
+            estimate(seven_billion(2**17, {"seq": 8}, **model), machine)
+            for model in ({"strategy": "all_gather"}, {"attention": "blockwise"})
+        )
+        assert gathered == blockwise
+
+
+@pytest.mark.parametrize(("name", "gain"), [("tpu-v5e-256", 2), ("256xh200", 1)])
+def test_two_directions_use_both_links_of_a_torus(name, gain):
+    one, two = (
+        estimate(seven_billion(2**16, {"seq": 256}, bidirectional=both), find_machine(name), hops_hide=False)
+        for both in (False, True)
+    )
+    assert one.ring == pytest.approx(gain * two.ring)
+
+
 def test_all_reduces_over_tensor_and_data_only():
     machine = find_machine("8xa100")
     assert estimate(seven_billion(2**14, {"seq": 8}), machine).sums == 0

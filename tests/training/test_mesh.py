@@ -21,6 +21,7 @@ from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.errors import UserError
 from ringrl.model import make_agent, make_policy
 from ringrl.model.parallel import ONE_DEVICE, Parallel
+from ringrl.model.transformer import Transformer
 from ringrl.training import train
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder
@@ -68,7 +69,7 @@ def expected(sampler: ContextSampler, params: dict) -> tuple[np.ndarray, dict]:
     return loss_and_gradients(plain, ONE_DEVICE, params, sampler.batch(0))
 
 
-# (mesh, settings of the model, layout). Zigzag and the ring occur with every axis, the others once, with seq.
+# (mesh, settings of the model, layout). Zigzag and the ring occur with every axis, the others with seq.
 CASES = [
     *((mesh, {}, "zigzag") for mesh in ALONE + THREE[:1] + FOUR[:3]),
     (THREE[1], {"remat": "layers"}, "zigzag"),
@@ -77,6 +78,11 @@ CASES = [
     (FOUR[3], {"attention": "blockwise"}, "zigzag"),
     (FOUR[3], {"remat": "full"}, "contiguous"),
     (FOUR[3], {}, "striped"),
+    (ALONE[1], {"strategy": "ulysses"}, "striped"),
+    (THREE[2], {"strategy": "ulysses", "remat": "layers"}, "zigzag"),
+    (FOUR[3], {"strategy": "all_gather"}, "zigzag"),
+    (ALONE[1], {"strategy": "auto"}, "zigzag"),
+    (FOUR[3], {"bidirectional": True}, "zigzag"),
 ]
 
 
@@ -86,6 +92,31 @@ def test_loss_and_gradients_equal_vanilla_attention_on_one_device(mesh, changes,
     batch = ShardedSampler(sampler, parallel.mesh, layout).batch(0)
     found = loss_and_gradients(MODEL.model_copy(update=changes), parallel, params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "expected"),
+    [
+        ({}, 64, {"collective_permute": 1}),
+        ({"bidirectional": True}, 64, {"collective_permute": 2}),
+        ({"strategy": "ulysses"}, 64, {"all_to_all": 1, "collective_permute": 0}),
+        ({"strategy": "all_gather"}, 64, {"all_to_all": 0, "collective_permute": 0, "all_gather": 1}),
+        ({"strategy": "auto"}, 64, {"all_to_all": 1, "collective_permute": 0}),
+        ({"strategy": "auto"}, 4096, {"all_to_all": 0, "collective_permute": 1}),
+        ({"attention": "blockwise"}, 64, {"all_to_all": 0, "collective_permute": 0, "all_gather": 1}),
+    ],
+    ids=str,
+)
+def test_the_strategy_selects_the_transfers(changes, tokens, expected):
+    """Count the kinds of transfers of one layer (for permutes: their directions) before compilation."""
+    parallel = make_parallel(settings((1, 1, 1, 8)))
+    made = Transformer(MODEL.model_copy(update=changes), nnx.Rngs(params=0), parallel)
+    text = jax.jit(made.__call__).lower(jax.ShapeDtypeStruct((1, tokens, 32), "float32")).as_text()
+    for kind, number in expected.items():
+        found = set(
+            re.findall(rf"stablehlo.{kind}\"?\(.*?(?:source_target_pairs = dense<(.*?)>|$)", text, re.MULTILINE)
+        )
+        assert len(found) == number, kind
 
 
 def test_parameters_and_optimiser_state_are_sharded(params):
@@ -102,6 +133,10 @@ def test_parameters_and_optimiser_state_are_sharded(params):
         assert query.addressable_shards[0].data.shape == (2, 8, 4, 4), "heads over tensor"
 
 
+def heads(query: int, key: int, **others: object) -> dict:
+    return {"model": MODEL.model_dump() | {"width": 48, "heads": query, "kv_heads": key} | others}
+
+
 @pytest.mark.parametrize(
     ("mesh", "others", "words"),
     [
@@ -109,6 +144,13 @@ def test_parameters_and_optimiser_state_are_sharded(params):
         ((3, 1, 1, 1), {}, "mesh.data x mesh.fsdp: 8 contexts"),
         ((1, 1, 3, 1), {}, "mesh.tensor: 8 query heads"),
         ((1, 1, 1, 6), {}, "mesh.fsdp x mesh.seq: 32 features"),
+        ((1, 1, 2, 4), heads(4, 4, strategy="ulysses"), "ulysses, 4 must divide the 2 query heads on each device"),
+        (
+            (1, 1, 1, 4),
+            heads(12, 6, strategy="ulysses"),
+            "multiple or a divisor of the 6 key heads; use another mesh.seq",
+        ),
+        ((1, 1, 2, 4), heads(8, 2, bidirectional=True), "model.bidirectional: the 1 key heads on each device"),
         ((2, 1, 1, 1), {"model": {"kind": "td3_bc"}}, "td3_bc trains on one device"),
         ((8, 1, 1, 1), {"optimiser": {"batch_size": 8, "accumulation": 2}}, "mesh.data x mesh.fsdp: 4 contexts"),
     ],
