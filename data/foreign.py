@@ -38,23 +38,20 @@ class Steps(NamedTuple):
     is_terminated: bool
 
 
-def stored_domain(
-    name: str, where: object, actions: Actions, observation_size: int, lengths: Sequence[int], num_terminated: int
-) -> StoredDomain:
-    """Return the facts about a dataset. UserError, which names `where`, if it cannot be a store."""
+def stored_domain(name: str, where: object, actions: Actions, lengths: Sequence[int], **others: Any) -> StoredDomain:
+    """Return the facts about a dataset (others: see `ForeignFacts`). UserError, naming `where`, if they contradict."""
     try:
         facts = ForeignFacts(
             name=name,
-            observation_size=observation_size,
             physics_size=0,
             action_low=actions.low,
             action_high=actions.high,
             is_discrete=actions.is_discrete,
             episode_length=max(lengths),
-            num_terminated=num_terminated,
+            **others,
         )
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: cannot be a store ({one_line(error)}): rename the dataset") from error
+        raise UserError(f"{where}: cannot be a store ({one_line(error)})") from error
     return StoredDomain.of(facts)
 
 
@@ -120,6 +117,7 @@ def write_episodes(
     episodes: Iterable[Mapping[str, Any]],
     *,
     environment: str | None = None,
+    reference_returns: tuple[float, float] | None = None,
     source: str = "arrays",
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -133,6 +131,7 @@ def write_episodes(
             Choices are integers (T,).
         environment: the Gymnasium environment of the episodes, "gymnasium:Hopper-v5", whose bounds scale the actions.
             None: actions are in [-1, 1], and the store has the file's name.
+        reference_returns: mean returns of random actions and of an expert, for normalised scores.
         source: the origin of the episodes, for the store's description and for errors.
         overwrite: replace an existing store.
         progress: called with (finished episodes, total).
@@ -145,7 +144,7 @@ def write_episodes(
     steps = [_steps(episode, f"{source}, episode {index}") for index, episode in enumerate(episodes)]
     if not steps:
         raise UserError(f"{source}: has no episodes")
-    domain = _domain(environment, path, steps, source)
+    domain = _domain(environment, path, steps, source, reference_returns)
     lengths, made = [len(one.reward) for one in steps], Provenance(source, relabelling="recorded")
     return write_steps(path, domain, steps, lengths, made, source, overwrite=overwrite, progress=progress)
 
@@ -156,14 +155,13 @@ def import_episodes(
     format: Literal["npz", "hdf5"],
     *,
     environment: str | None = None,
-    overwrite: bool = False,
-    progress: Progress = no_progress,
+    **options: Any,
 ) -> EpisodeStore:
     """Import a folder of npz files, one per episode, or a flat HDF5 file of all steps, into a new store and open it.
 
     Arrays are observation, action and reward, and terminated if known (or their plurals, or terminals). Without a
     further observation, the last one is repeated. A flat file also has timeouts; without them, episodes end after the
-    environment's limit of steps.
+    environment's limit of steps. Options are those of `write_episodes`.
 
     Raises:
         UserError: no environment of that name, other spaces, no or damaged episodes, a taken destination, a full disk.
@@ -171,9 +169,7 @@ def import_episodes(
     limit = foreign_domain(environment).episode_length if environment else None
     with explain_read_errors(f"{path}:", f"check that it is {format}"):
         episodes = [_npz(file) for file in _numbered(path)] if format == "npz" else _flat(path, limit)
-    return write_episodes(
-        destination, episodes, environment=environment, source=path.name, overwrite=overwrite, progress=progress
-    )
+    return write_episodes(destination, episodes, environment=environment, source=path.name, **options)
 
 
 def checked_steps(observation: np.ndarray, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray) -> Steps:
@@ -223,7 +219,13 @@ def _steps(episode: Mapping[str, Any], where: str) -> Steps:
         raise UserError(f"{where}: {error}") from error
 
 
-def _domain(environment: str | None, path: Path, steps: Sequence[Steps], source: str) -> StoredDomain:
+def _domain(
+    environment: str | None,
+    path: Path,
+    steps: Sequence[Steps],
+    source: str,
+    reference_returns: tuple[float, float] | None,
+) -> StoredDomain:
     """Return the facts about the episodes, with the action space of the environment, or [-1, 1]."""
     sizes = {(one.observation.shape[1], one.action.shape[1]) for one in steps}
     if len(sizes) > 1:
@@ -247,8 +249,15 @@ def _domain(environment: str | None, path: Path, steps: Sequence[Steps], source:
                 f"{source}: observations and actions have {observation_size} and {action_size} numbers, those of "
                 f"{environment} have {made.observation_size} and {columns}: name the environment of the data"
             )
-    lengths, terminated = [len(one.reward) for one in steps], sum(one.is_terminated for one in steps)
-    return stored_domain(name, source, actions, observation_size, lengths, terminated)
+    return stored_domain(
+        name,
+        source,
+        actions,
+        [len(one.reward) for one in steps],
+        observation_size=observation_size,
+        num_terminated=sum(one.is_terminated for one in steps),
+        reference_returns=reference_returns,
+    )
 
 
 def _numbered(folder: Path) -> list[Path]:

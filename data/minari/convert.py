@@ -18,6 +18,7 @@ from ringrl.data.foreign import stored_domain, with_reset, write_steps
 from ringrl.data.minari.reader import (
     EXPORTED,
     INFOS,
+    REFERENCES,
     SCALED,
     MinariEpisodes,
     check_id,
@@ -51,6 +52,7 @@ def import_minari(
     destination: str | Path,
     *,
     environment: str | None = None,
+    reference_returns: tuple[float, float] | None = None,
     overwrite: bool = False,
     download: bool = False,
     progress: Progress = no_progress,
@@ -66,6 +68,7 @@ def import_minari(
         dataset: name of a dataset, or its folder.
         destination: the store to write.
         environment: "gymnasium:Hopper-v5". None: the one that the dataset names.
+        reference_returns: mean returns of random actions and of an expert, for normalised scores. None: the dataset's.
         overwrite: replace an existing store.
         download: let Minari download a missing dataset.
         progress: called with (finished episodes, total).
@@ -79,7 +82,7 @@ def import_minari(
     with MinariEpisodes(locate(dataset, download=download)) as episodes:
         if EXPORTED in episodes.metadata:
             return _import_exported(episodes, Path(destination), overwrite=overwrite, progress=progress)
-        domain = _domain(episodes, environment)
+        domain = _domain(episodes, environment, reference_returns)
         source = f"Minari ({episodes.metadata['dataset_id']})"
         return write_steps(
             Path(destination),
@@ -93,7 +96,9 @@ def import_minari(
         )
 
 
-def _domain(episodes: MinariEpisodes, environment: str | None) -> StoredDomain:
+def _domain(
+    episodes: MinariEpisodes, environment: str | None, reference_returns: tuple[float, float] | None
+) -> StoredDomain:
     """Return the facts about a dataset from another source."""
     actions = actions_of(episodes.action, episodes.folder)
     observation_size = sum(math.prod(shape) for _, shape in episodes.observation)
@@ -103,7 +108,15 @@ def _domain(episodes: MinariEpisodes, environment: str | None) -> StoredDomain:
     ):  # fmt: skip
         raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
     name = environment or episodes.environment() or episodes.metadata["dataset_id"]
-    return stored_domain(name, episodes.folder, actions, observation_size, episodes.lengths, episodes.num_terminated)
+    return stored_domain(
+        name,
+        episodes.folder,
+        actions,
+        episodes.lengths,
+        observation_size=observation_size,
+        num_terminated=episodes.num_terminated,
+        reference_returns=reference_returns or episodes.reference_returns(),
+    )
 
 
 def _import_exported(
@@ -261,6 +274,8 @@ def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
             "facts": json.loads(foreign.to_json()) if foreign else None,
         },
     }
+    if foreign and foreign.reference_returns:
+        metadata |= zip(REFERENCES, foreign.reference_returns, strict=True)
     if foreign is None:
         metadata["requirements"] = [f"ringrl>={__version__}"]  # contains the environment
     return metadata

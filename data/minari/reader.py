@@ -30,6 +30,7 @@ EPISODES = "main_data.hdf5"
 INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # of an export
 SCALED = "scaled_action"  # infos of an export from another source: actions as RingRL stores them
 EXPORTED = "ringrl"  # key of the metadata that contains the origin of an export
+REFERENCES = ("ref_min_score", "ref_max_score")  # keys of the metadata
 LARGEST_METADATA = 2**24  # bytes
 
 
@@ -147,6 +148,12 @@ class MinariEpisodes:
             texts = [node.value for node in ast.walk(ast.parse(repr(arguments))) if isinstance(node, ast.Constant)]
             # A dataset must not choose the files or modules that an environment reads.
             return None if any({*"/\\:"} & {*str(text)} for text in texts) else task
+
+    def reference_returns(self) -> tuple[float, float] | None:
+        """Return the mean returns of random actions and of an expert. None if the metadata lacks them."""
+        with self._reading("its reference returns"):
+            low, high = (self.metadata.get(name) for name in REFERENCES)
+            return None if low is None or high is None else (float(low), float(high))
 
     def info(self, index: int, name: str, width: int, dtype: type) -> np.ndarray:
         """Return an array of an episode's infos, (T+1, width) of this dtype."""

@@ -201,16 +201,21 @@ class ForeignFacts(pydantic.BaseModel, frozen=True, strict=True, extra="forbid")
     is_discrete: bool = False
     episode_length: Annotated[int, Field(ge=1)]  # of the longest episode
     num_terminated: Annotated[int, Field(ge=0)]
+    reference_returns: tuple[float, float] | None = None
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         if is_foreign(self.name):
             check_foreign(self.name)
         elif not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_/-]{0,199}", self.name) or self.name in DOMAINS:
-            raise ValueError(f"{self.name!r} cannot name a dataset from another source")
+            raise ValueError(f"{self.name!r} cannot name a dataset from another source; rename it")
         for low, high in zip(self.action_low, self.action_high, strict=True):
             if not ((low < high or self.is_discrete) and math.isfinite(high - low)):
                 raise ValueError(f"actions from {low} to {high}")
+        if self.reference_returns and not 0 < self.reference_returns[1] - self.reference_returns[0] < math.inf:
+            raise ValueError(
+                "reference returns {:g} and {:g}; give the lower one first".format(*self.reference_returns)
+            )
         return self
 
 
@@ -222,6 +227,7 @@ class StoredDomain(ForeignDomain):
     """
 
     num_terminated: int = dataclasses.field(kw_only=True)  # episodes; the others were truncated
+    reference_returns: tuple[float, float] | None = None  # mean returns of random actions and of an expert, if known
 
     @classmethod
     def of(cls, facts: ForeignFacts) -> Self:

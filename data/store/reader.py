@@ -53,6 +53,7 @@ class EpisodeStore:
     source: str  # origin of the episodes: "walker/rnd.zip"
     fingerprint: str  # sha256 of the recorded content: equal for equal episodes, however they were packed
     recorded_task: str | None  # the task whose reward was recorded, if known
+    reference_returns: tuple[float, float] | None  # of random actions and of an expert, if the dataset names them
     num_episodes: int
     num_steps: int  # transitions in all episodes
     observation_size: int
@@ -90,6 +91,7 @@ class EpisodeStore:
             else:
                 self.facts = domain_named(self.domain)
             self.observation_size, self.action_size = self.facts.observation_size, self.facts.action_size
+            self.reference_returns = getattr(self.facts, "reference_returns", None)  # of a StoredDomain
             tasks = json.loads(_read_text(file, "tasks"))
             if not isinstance(tasks, list) or not all(map(self.facts.has_task, tasks)) or len({*tasks}) < len(tasks):
                 raise UserError(f"the tasks {tasks} differ from the tasks of {self.domain}: import the archive again")

@@ -54,6 +54,9 @@ def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
         "actions": actions,
         "ends": f"{domain.num_terminated:,} terminated (discount 0 there), {episodes - domain.num_terminated:,} "
         "truncated; returns are undiscounted sums",
+        "scores": "0 at a return of {:g}, 100 at {:g}".format(*domain.reference_returns)
+        if domain.reference_returns
+        else "D4RL's, if it has the environment",
     }
 
 

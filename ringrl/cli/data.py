@@ -48,6 +48,7 @@ def import_(
     domain: str | None = None,
     format: Literal["exorl", "minari", "npz", "hdf5"] = "exorl",
     environment: str | None = None,
+    reference_returns: tuple[float, float] | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -60,7 +61,7 @@ def import_(
 
     Archives (zip files or folders) are relabelled for all tasks of their domain. The same command resumes an
     interrupted import. Other formats keep their recorded rewards (unless `ringrl data export` wrote them) and accept
-    only the flags --environment, --output, --overwrite and --download.
+    only the flags --environment, --reference-returns, --output, --overwrite and --download.
 
     Args:
         archives: zip files or folders with buffer/episode_{index}_{length}.npz, of one domain; or one Minari dataset's
@@ -70,6 +71,8 @@ def import_(
             hdf5: all steps in observations, actions, rewards, terminals and timeouts, as in D4RL.
         environment: Gymnasium environment of the data, for example Hopper-v5. Default: the one that a Minari dataset
             names.
+        reference_returns: mean returns of random actions and of an expert, which score 0 and 100. Default: those that a
+            Minari dataset names, or else D4RL's.
         output: store to write. Default: the name of the only archive with suffix .h5 (other formats: in the working
             directory).
         overwrite: replace an existing store.
@@ -87,7 +90,8 @@ def import_(
         raise UserError("give one archive, or several ExoRL archives and the --output of their episodes")
     archive = archives[0]
     if format != "exorl":
-        used = {"archives", "format", "environment", "output", "overwrite", *(["download"] * (format == "minari"))}
+        used = {"archives", "format", "environment", "reference_returns", "output", "overwrite"}
+        used |= {"download"} if format == "minari" else set()
         reject_flags(import_, given, f"has no effect with --format {format}; remove it", used=used)
         from ringrl.data.foreign import import_episodes
         from ringrl.data.minari import import_minari
@@ -96,15 +100,17 @@ def import_(
         output = output or Path(f"{name}.h5")
         task = environment_task(environment) if environment else None
         with _bars() as bar:
-            options: dict[str, Any] = {"environment": task, "overwrite": overwrite, "progress": bar("importing")}
+            options: dict[str, Any] = {"environment": task, "reference_returns": reference_returns}
+            options |= {"overwrite": overwrite, "progress": bar("importing")}
             if format == "minari":
                 store = import_minari(str(archive), output, download=download, **options)
             else:
                 store = import_episodes(archive, output, format, **options)
         print(f"{output}\n{describe(store)}")
         return
-    if environment:
-        raise UserError("--environment: ExoRL archives have a --domain instead; leave it out, or give another --format")
+    if environment or reference_returns:
+        flag = "--environment" if environment else "--reference-returns"
+        raise UserError(f"{flag}: ExoRL archives have a --domain instead; leave it out, or give another --format")
     if domain is None:
         raise UserError(f"--domain: give the domain of {archive} (walker, cheetah, cartpole, ...)")
     if download:

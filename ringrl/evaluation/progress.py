@@ -147,10 +147,13 @@ def _task_table(task: str, summaries: Sequence[EvaluationSummary], data_mean: fl
             _with_score(summary.metrics_without_context, summary.scores_without_context, "mean"),
             str(failed) if failed else ABSENT,
         )
-    known = None if any(summary.method == "random" for summary in summaries) else random_return(task)
+    recorded = next((summary.reference_returns for summary in summaries if summary.reference_returns), None)
+    known = None if any(summary.method == "random" for summary in summaries) else random_return(task, recorded)
     for name, value in ((title_of("random"), known), ("Dataset, all episodes", data_mean)):
         if value is not None:
-            shown.add_row(name, "", "", _with_score({"mean": value}, {"mean": score_or_none(task, value)}, "mean"))
+            shown.add_row(
+                name, "", "", _with_score({"mean": value}, {"mean": score_or_none(task, value, recorded)}, "mean")
+            )
     return shown
 
 

@@ -30,6 +30,7 @@ from ringrl.evaluation.prompt import draw_prompt, open_dataset
 from ringrl.evaluation.records import (
     VIDEOS,
     EvaluationRecord,
+    ReferenceReturns,
     configuration_hash,
     evaluation_name,
     library_versions,
@@ -209,6 +210,7 @@ def policy_evaluation(
         token_set=config.model.token_set if has_context else None,
         train_trajectories=config.context.trajectories if has_context else None,
         train_task=None if task in config.tasks else config.task,
+        reference_returns=info.reference_returns if task == config.task or not is_foreign(config.task) else None,
         seed=config.seed,
         target_return=target_return,
         target_policy=target_policy,
@@ -263,7 +265,12 @@ def make_actor(compiled: CompiledPolicy, config: TrainConfig) -> Actor:
 
 
 def random_evaluation(
-    task: str, protocol: Protocol, *, command: str | None = None, results: Path = Path("random.jsonl")
+    task: str,
+    protocol: Protocol,
+    *,
+    command: str | None = None,
+    results: Path = Path("random.jsonl"),
+    reference_returns: ReferenceReturns = None,
 ) -> Evaluation:
     """Return the evaluation of uniform random actions, which have no target, no prompt and no control."""
     domain = domain_of(task)
@@ -271,7 +278,13 @@ def random_evaluation(
     protocol = replace(protocol, control=False, target="best", **own)
     size, n = domain.observation_size, protocol.episodes
     return _evaluation(
-        EvaluationRecord(task=task, method="random", target_policy=NO_TARGET, **_common_fields(protocol, command)),
+        EvaluationRecord(
+            task=task,
+            method="random",
+            target_policy=NO_TARGET,
+            reference_returns=reference_returns,
+            **_common_fields(protocol, command),
+        ),
         protocol,
         results=results,
         normalisation=Normalisation(np.zeros(size), np.ones(size), domain.episode_length),
@@ -345,7 +358,10 @@ def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
 
 def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -> Evaluation:
     """Return an evaluation, with the hash of everything that decides the result in its template."""
-    names = {"checkpoint", "command", "created", "returns", "lengths", "terminated", "budget", "variant"}
+    names = {
+        "checkpoint", "command", "created", "returns", "lengths", "terminated", "budget", "variant",
+        "reference_returns",
+    }  # fmt: skip
     decides = template.model_dump(mode="json", exclude=names)
     libraries = _SIMULATING | _COMPUTING
     if template.method in ("random", "copy"):  # no policy is computed

@@ -35,6 +35,9 @@ VIDEOS = ".videos"  # suffix of a folder next to a results file, with one folder
 DATA = "data"  # method of the dataset's own episodes
 PROMPT_ONLY = ("copy", "clone")  # methods that are made of a prompt alone
 
+ReferenceReturns = tuple[FiniteFloat, FiniteFloat] | None
+"""Mean returns of random actions and of an expert, which score 0 and 100, if the dataset names them."""
+
 _LIBRARIES = ("ringrl", "jax", "jaxlib", "flax", "optax", "numpy", "dm_control", "mujoco", "gymnasium")
 # Settings without an effect on the learned parameters, and settings in another field of a record.
 _NOT_IN_RECIPE = (
@@ -102,6 +105,8 @@ class EvaluationRecord(pydantic.BaseModel):
     """Hash of the checkpoint's parameters."""
     data_fingerprint: str | None = None
     """SHA-256 of the training dataset."""
+    reference_returns: ReferenceReturns = None
+    """Returns that score 0 and 100, if the dataset names them. None: constants of the task."""
     settings: dict[str, str] | None = None
     """Settings of the run that differ from the defaults and have an effect on training (see `recipe`)."""
     budget: Budget | None = None
@@ -226,11 +231,9 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def data_records(
-    task: str, returns: Float[np.ndarray, " episodes"], *, data_fingerprint: str, versions: dict[str, str]
-) -> list[EvaluationRecord]:
-    """Return the dataset's own episodes as records of the method "data", one per episode."""
-    common: dict[str, Any] = {"data_fingerprint": data_fingerprint, "versions": versions, "created": datetime.now(UTC)}
+def data_records(task: str, returns: Float[np.ndarray, " episodes"], **fields: Any) -> list[EvaluationRecord]:
+    """Return the dataset's own episodes as records of the method "data", one per episode, with the given fields."""
+    common = fields | {"created": datetime.now(UTC)}
     return [
         EvaluationRecord(task=task, method=DATA, environment_seed=index, returns=(float(value),), **common)
         for index, value in enumerate(returns)

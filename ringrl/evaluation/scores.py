@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +12,50 @@ from jaxtyping import Float
 
 from ringrl.envs import d4rl_returns, domain_of, is_foreign
 from ringrl.errors import UserError
-from ringrl.evaluation.records import PROTOCOL, EvaluationRecord
+from ringrl.evaluation.records import PROTOCOL, EvaluationRecord, ReferenceReturns
 from ringrl.files import explain_write_errors, write_whole
 
 
-def normalised_score(task: str, returns: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
+def normalised_score(
+    task: str, returns: Float[np.ndarray, "..."] | float, recorded: ReferenceReturns = None
+) -> Float[np.ndarray, "..."]:
     """Return 100 * (G - G_random) / (G_reference - G_random) elementwise; see `ringrl.envs` for the constants.
+
+    Args:
+        task: full task name.
+        returns: G.
+        recorded: G_random and G_reference of the dataset, instead of the constants.
 
     Raises:
         UserError: the task is unknown, or its random return has not been measured.
     """
-    random = random_return(task)
-    reference = d4rl_returns(task)[1] if is_foreign(task) else domain_of(task).reference_return
+    random, reference = recorded or _constants(task)
     if random is None or reference is None:
         raise UserError(f"{task}: has no random return; measure it with benchmarks/random_returns.py")
     return 100 * (np.asarray(returns) - random) / (reference - random)
 
 
-def score_or_none(task: str, value: float | None) -> float | None:
+def score_or_none(task: str, value: float | None, recorded: ReferenceReturns = None) -> float | None:
     """Return the normalised score of one return; None without a return or without constants for the task."""
     try:
-        return None if value is None else float(normalised_score(task, value))
+        return None if value is None else float(normalised_score(task, value, recorded))
     except UserError:
         return None
 
 
-def random_return(task: str) -> float | None:
-    """Return the mean return of random actions in a task, a constant of the domain; None if it is unknown."""
+def random_return(task: str, recorded: ReferenceReturns = None) -> float | None:
+    """Return the mean return of random actions in a task, of the dataset or the domain; None if it is unknown."""
     try:
-        # A name in a results file must not start an environment.
-        return d4rl_returns(task)[0] if is_foreign(task) else domain_of(task).random_returns.get(task)
+        return (recorded or _constants(task))[0]
     except UserError:
         return None
+
+
+def _constants(task: str) -> tuple[float | None, float | None]:
+    if is_foreign(task):  # a name in a results file must not start an environment
+        return d4rl_returns(task)
+    domain = domain_of(task)
+    return domain.random_returns.get(task), domain.reference_return
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,12 @@ class EvaluationSummary:
     scores_without_context: dict[str, float | None]
     failed: int  # number of episodes without a return
     failed_without_context: int
+    reference_returns: ReferenceReturns  # scores 0 and 100; None: constants of the task
 
 
 _SHARED_FIELDS = (
     "evaluation", "task", "method", "train_trajectories", "checkpoint", "steps_trained", "seed", "target_policy",
-    "target_return", "prompt_trajectories", "prompt_control",
+    "target_return", "prompt_trajectories", "prompt_control", "reference_returns",
 )  # fmt: skip
 
 
@@ -97,7 +111,8 @@ def write_summary(path: Path, records: Iterable[EvaluationRecord]) -> None:
 def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:
     parts = [[record for record in records if record.context is context] for context in (True, False)]
     streams, control = _matched(*parts)
-    task, metrics, without = records[0].task, _metrics(streams), _metrics(control)
+    metrics, without = _metrics(streams), _metrics(control)
+    score = partial(score_or_none, records[0].task, recorded=records[0].reference_returns)
     return EvaluationSummary(
         **{name: getattr(records[0], name) for name in _SHARED_FIELDS},
         streams=len(streams),
@@ -106,8 +121,8 @@ def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:
         returns_without_context=_by_episode(control),
         metrics=metrics,
         metrics_without_context=without,
-        scores={name: score_or_none(task, value) for name, value in metrics.items()},
-        scores_without_context={name: score_or_none(task, value) for name, value in without.items()},
+        scores={name: score(value) for name, value in metrics.items()},
+        scores_without_context={name: score(value) for name, value in without.items()},
         failed=sum(record.failed for record in parts[0]),
         failed_without_context=sum(record.failed for record in parts[1]),
     )

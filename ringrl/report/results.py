@@ -29,6 +29,7 @@ _COPIED = (
     "task", "prompt_trajectories", "prompt_control", "test_trajectories", "seed", "environment_seed", "prompt_seed",
     "token_set", "device", "target_policy", "target_return", "train_task", "steps_trained", "checkpoint",
     "checkpoint_hash", "configuration_hash", "data_fingerprint", "command", "created", "evaluation",
+    "reference_returns",
 )  # fmt: skip
 _BUDGET = ("steps", "converged", "timesteps", "tokens", "flops", "seconds", "devices")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ringrl.evaluation.records import ReferenceReturns
 from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.evaluation.statistics import (
     LEVEL,
@@ -142,14 +143,18 @@ def returns_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     runs = run_scores(results)
     failed = results[results["return"].isna()].groupby(CELL).size()
-    rows = [_return_row(runs, group.iloc[0], failed) for _, group in runs[runs["memory"]].groupby(CELL)]
+    recorded = _reference_returns(results)
+    rows = [
+        _return_row(runs, group.iloc[0], failed, recorded[str(key[0])])
+        for key, group in runs[runs["memory"]].groupby(CELL)
+    ]
     for task, group in results[results["kind"] == "data"].groupby("task"):
         returns = group["return"].dropna()
         for name, value, episodes in (
             ("Dataset, all episodes", returns.mean(), len(returns)), ("Dataset, best episode", returns.max(), 1),
         ):  # fmt: skip
             named = {"task": task, "method": name, "kind": "data", "variant": name, "family": "data"}
-            score = score_or_none(str(task), value)
+            score = score_or_none(str(task), value, recorded[task])
             rows.append(named | {"mean": value, "iqm": value, "score": score, "episodes": episodes, "failed": 0})
     table = pd.DataFrame(rows, columns=[*RETURNS, "kind", "variant", "family"])
     counts = [*CELL[2:], "seeds", "episodes", "failed"]
@@ -162,7 +167,15 @@ def returns_table(results: pd.DataFrame) -> pd.DataFrame:
     return _place_on_curves(table.drop(columns="order"))
 
 
-def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series) -> dict[str, Any]:
+def _reference_returns(results: pd.DataFrame) -> dict[str, ReferenceReturns]:
+    """Return the returns that score 0 and 100, by task; None if the dataset does not name them."""
+    return {
+        str(task): next((returns for returns in group if isinstance(returns, tuple)), None)
+        for task, group in results.groupby("task")["reference_returns"]
+    }
+
+
+def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series, recorded: ReferenceReturns) -> dict[str, Any]:
     scores = {metric: scores_of(runs, cell, metric) for metric in METRICS}
     # Without context the episodes of a stream are independent, and the first episode remembers none: its own control.
     is_own = cell["kind"] == "reference" or cell["test_trajectories"] == 1
@@ -177,7 +190,7 @@ def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series) -> dict[
         "last_control": middle(control["last"]),
         "best_control": middle(control["best"]),
         **{metric: middle(scores[metric]) for metric in ("first", "last", "best")},
-        "score": score_or_none(cell["task"], found.value),
+        "score": score_or_none(cell["task"], found.value, recorded),
         "seeds": found.runs,
         "episodes": scores_of(runs, cell, "episodes").sum(),
         "failed": failed.get(tuple(cell[CELL]), 0),
@@ -223,7 +236,8 @@ def tasks_like_random(results: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     """
     runs, measured = run_scores(results), table[table["family"] == "random"].dropna(subset="iqm").groupby("task")["iqm"]
     policies = table[table["kind"].isin(["context", "reference"]) & (table["family"] != "random")]
-    known = {task: random_return(task) for task in policies["task"]} | measured.first().to_dict()
+    recorded = _reference_returns(results)
+    known = {task: random_return(task, recorded[task]) for task in policies["task"]} | measured.first().to_dict()
     policies, p_values = policies[policies["task"].map(known).notna()], []
     for _, cell in policies.iterrows():
         scores = scores_of(runs, cell).to_numpy(np.float64)
@@ -241,12 +255,16 @@ def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
     runs, rows, points = run_scores(results), [], table[table["length"].notna()]
     points = points[points.groupby(["task", "method"])["curve"].transform("nunique") == 1]
     tasks = table.loc[table["length"].notna(), "task"].unique()
-    if len(tasks) < 2 or any(score_or_none(task, 0.0) is None for task in tasks):
+    recorded = _reference_returns(results)
+    if len(tasks) < 2 or any(score_or_none(task, 0.0, recorded[task]) is None for task in tasks):
         points = points.iloc[:0]
     for (method, length), cells in points.groupby(["method", "length"]):
         if len(cells) == len(tasks) and set(cells["task"]) == set(tasks):
             scores, together = strata(
-                [scores_of(runs, cell).map(partial(score_or_none, cell["task"])) for _, cell in cells.iterrows()]
+                [
+                    scores_of(runs, cell).map(partial(score_or_none, task, recorded=recorded[task]))
+                    for task, (_, cell) in zip(cells["task"], cells.iterrows(), strict=True)
+                ]
             )
             found = estimate(scores, together=together)
             rows.append((method, length, found.value, found.low, found.high, found.runs))

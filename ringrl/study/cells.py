@@ -171,13 +171,14 @@ class Reference(Work):
 
     def run(self, command: str | None) -> None:
         """Write the results."""
-        results, task = self.folder / EVALUATION, self.about["task"]
+        results, task, store = self.folder / EVALUATION, self.about["task"], EpisodeStore(self.data)
+        own: dict[str, Any] = {"reference_returns": store.reference_returns}
         if self.about["kind"] == "random":
-            evaluate_all([random_evaluation(task, Protocol(self.about["episodes"]), command=command, results=results)])
+            protocol = Protocol(self.about["episodes"])
+            evaluate_all([random_evaluation(task, protocol, command=command, results=results, **own)])
             return
-        store = EpisodeStore(self.data)
-        fingerprint, versions = dataset_fingerprint(store), library_versions()
-        records = data_records(task, store.returns(task), data_fingerprint=fingerprint, versions=versions)
+        own |= {"data_fingerprint": dataset_fingerprint(store), "versions": library_versions()}
+        records = data_records(task, store.returns(task), **own)
         with write_aside(results) as unfinished:
             append_records(unfinished, records)
 

@@ -45,6 +45,7 @@ class RunInfo:
     versions: dict[str, str]
     transitions: int  # steps of all episodes that may be drawn
     actions: tuple[tuple[float, ...], tuple[float, ...], bool] | None = None  # bounds, is discrete; None in ExoRL
+    reference_returns: tuple[float, float] | None = None  # scores 0 and 100, if the dataset names them
 
     @property
     def title(self) -> str:
@@ -71,6 +72,8 @@ class RunInfo:
         own = {"config": config, "normalisation": Normalisation.from_json(values["normalisation"])}
         if actions := values.get("actions"):
             own["actions"] = (tuple(actions[0]), tuple(actions[1]), actions[2])
+        if returns := values.get("reference_returns"):
+            own["reference_returns"] = tuple(returns)
         return cls(**values | own)
 
     def make_policy(self, parallel: Parallel = ONE_DEVICE) -> Policy:

@@ -88,6 +88,7 @@ def train(
         versions={name: version(name) for name in ("ringrl", "jax", "flax", "optax", "mujoco", "dm_control")},
         transitions=int(store.lengths[episodes].sum()),
         actions=None if facts is None else (facts.action_low, facts.action_high, facts.is_discrete),
+        reference_returns=store.reference_returns,
     )
     with explain_write_errors(config.run), run_lock(config.run) if distributed.is_first() else nullcontext():
         distributed.first_then_others(partial(claim_folder, config, resume), config.run / "config.yaml")

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 
+from ringrl.cli import main
 from ringrl.config import TrainConfig
+from ringrl.data import EpisodeStore
 from ringrl.data.minari import export_minari, import_minari
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.store.summary import describe
 from ringrl.errors import UserError
 from ringrl.evaluation import Protocol, evaluate_policy, load_policy
+from ringrl.evaluation.records import data_records
+from ringrl.evaluation.scores import summarise
+from ringrl.report.results import tabulate
+from ringrl.report.tables import returns_table
 from ringrl.training import train
 
 minari = pytest.importorskip("minari", reason="Minari is not installed (pip install 'ringrl[minari]')")
@@ -39,7 +45,7 @@ def pendulum() -> str:
         environment.reset(seed=number)
         for _ in range(length):
             environment.step(environment.action_space.sample())
-    environment.create_dataset("pendulum/random-v0")
+    environment.create_dataset("pendulum/random-v0", ref_min_score=-400.0, ref_max_score=-50.0)
     environment.close()
     return "pendulum/random-v0"
 
@@ -172,8 +178,34 @@ def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> N
         assert all(np.isfinite(value) for line in metrics for value in line.values() if isinstance(value, float))
     records = evaluate_policy(load_policy(tmp_path / "transformer"), Protocol(environments=2, episodes=2))
     assert [record.lengths for record in records] == [(30, 30)] * 2
+    (summary,), mean = summarise(records), float(np.mean([record.returns for record in records]))
+    assert summary.scores["mean"] == pytest.approx(100 * (mean + 400) / 350)
+    table = returns_table(tabulate(records + data_records(PENDULUM, store.returns(PENDULUM))))
+    best = table.set_index("method").loc["Dataset, best episode"]
+    assert best["score"] == pytest.approx(100 * (float(store.returns(PENDULUM).max()) + 400) / 350)
     with pytest.raises(UserError, match="and cannot act in task walker_walk"):
         evaluate_policy(load_policy(tmp_path / "transformer"), Protocol(), task="walker_walk")
+
+
+def test_reference_returns_are_the_datasets_or_given(pendulum: str, root: Path, tmp_path: Path, capsys) -> None:
+    store = import_minari(pendulum, tmp_path / "pendulum.h5")
+    assert store.reference_returns == (-400, -50)
+    assert "0 at a return of -400, 100 at -50" in describe(store)
+    export_minari(store, "again-v0")
+    exported = minari.load_dataset("again-v0").storage.metadata
+    assert [exported[name] for name in ("ref_min_score", "ref_max_score")] == [-400, -50]
+    assert import_minari("again-v0", tmp_path / "again.h5").reference_returns == (-400, -50)
+    command = ["data", "import", pendulum, "--format", "minari", "--output", str(tmp_path / "a.h5")]
+    main([*command, "--reference-returns", "-500", "-1"])
+    assert EpisodeStore(tmp_path / "a.h5").reference_returns == (-500, -1)
+    for high, message in ((-401, "reference returns -400 and -401; give the lower one first"), ("a", "cannot be read")):
+        change_metadata(ref_max_score=high)(root / pendulum / "data")
+        with pytest.raises(UserError, match=message) as error:
+            import_minari(pendulum, tmp_path / "b.h5")
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit):
+        main(["data", "import", str(tmp_path), "--domain", "walker", "--reference-returns", "0", "1"])
+    assert "--reference-returns: ExoRL archives have a --domain" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
