@@ -6,9 +6,9 @@ An exported store is restored exactly. Other datasets become stores of a `Stored
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -25,6 +25,7 @@ from ringrl.data.minari.reader import (
     datasets_folder,
     locate,
     minari_module,
+    read_spaces,
 )
 from ringrl.data.relabel import relabel_all
 from ringrl.data.store import EpisodeStore
@@ -41,7 +42,7 @@ from ringrl.data.store.format import (
 from ringrl.data.store.writer import create_store
 from ringrl.envs import Domain, actions_of, domain_named, foreign_domain, foreign_spec, is_foreign
 from ringrl.errors import UserError, brief
-from ringrl.files import explain_write_errors, lock, reserve, write_aside
+from ringrl.files import explain_read_errors, explain_write_errors, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
 
 SPARE = 1.5  # HDF5's chunks are larger than an episode
@@ -114,6 +115,10 @@ def _domain(
         actions,
         episodes.lengths,
         observation_size=observation_size,
+        observation={
+            name.removeprefix("observations/"): math.prod(shape) for name, shape in episodes.observation if "/" in name
+        },
+        minari={name: text for name, text in episodes.texts().items() if not (environment and name == "env_spec")},
         num_terminated=episodes.num_terminated,
         reference_returns=reference_returns or episodes.reference_returns(),
     )
@@ -224,37 +229,79 @@ def export_minari(
 
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Progress) -> None:
     data.mkdir()
+    spaces = _spaces(store)
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
         data.absolute(),  # Minari fails for a relative path
-        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32),
-        action_space=_action_space(store.facts),
-        env_spec=foreign_spec(task) if is_foreign(task) else gymnasium.registry.get(f"ringrl/{task}-v0"),
+        observation_space=spaces.observation,
+        action_space=spaces.action,
+        env_spec=None if spaces.environment else _specification(task),
         data_format="hdf5",
     )
-    storage.update_metadata(_metadata(store, name, task))
+    storage.update_metadata(_metadata(store, name, task) | spaces.environment)
     try:
-        storage.update_episodes(_episodes(store, task, progress))
+        storage.update_episodes(_episodes(store, task, spaces, progress))
     except RuntimeError as error:  # HDF5 also raises these when it cannot write
         raise OSError(str(error)) from error
 
 
-def _action_space(domain: Domain) -> gymnasium.Space:
-    """Return the action space of an exported dataset: that of the environment."""
-    if not isinstance(domain, StoredDomain):
-        return gymnasium.spaces.Box(-1.0, 1.0, (domain.action_size,), np.float32)
-    if domain.is_discrete:
-        return gymnasium.spaces.Discrete(domain.action_size, start=int(domain.action_low[0]))
-    return gymnasium.spaces.Box(np.array(domain.action_low, np.float32), np.array(domain.action_high, np.float32))
+class _Spaces(NamedTuple):
+    """The spaces of an exported dataset, the widths of an observation's arrays, and its environment's specification."""
+
+    observation: gymnasium.Space
+    action: gymnasium.spaces.Box | gymnasium.spaces.Discrete
+    widths: Sequence[int]
+    environment: Mapping[str, str]  # under its name in the metadata; empty if the imported dataset had none
 
 
-def _actions(domain: Domain, scaled: np.ndarray) -> np.ndarray:
+def _spaces(store: EpisodeStore) -> _Spaces:
+    """Return the spaces of the dataset that was imported, or flat ones. UserError if they do not fit the store."""
+    domain = store.facts
+    texts = domain.minari if isinstance(domain, StoredDomain) else {}
+    if "observation_space" in texts:
+        with explain_read_errors(f"{store.path}: its spaces", "import the dataset again"):
+            arrays, action = read_spaces(texts)
+            widths = [math.prod(shape) for _, shape in arrays]
+            if (sum(widths), *actions_of(action, "")) != (
+                domain.observation_size, domain.action_low, domain.action_high, domain.is_discrete
+            ):  # fmt: skip
+                raise UserError("differ from its arrays: import the dataset again")
+            observation = minari_module("minari.serialization").deserialize_space(texts["observation_space"])
+            return _Spaces(observation, action, widths, {key: texts[key] for key in ("env_spec",) if key in texts})
+    bounds = -1.0, 1.0
+    if isinstance(domain, StoredDomain):
+        bounds = np.array(domain.action_low, np.float32), np.array(domain.action_high, np.float32)
+    action = gymnasium.spaces.Box(*bounds, (domain.action_size,), np.float32)
+    if isinstance(domain, StoredDomain) and domain.is_discrete:
+        action = gymnasium.spaces.Discrete(domain.action_size, start=int(domain.action_low[0]))
+    observation = gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32)
+    return _Spaces(observation, action, [store.observation_size], {})
+
+
+def _specification(task: str) -> gymnasium.envs.registration.EnvSpec | None:
+    """Return the specification of a task's environment."""
+    return foreign_spec(task) if is_foreign(task) else gymnasium.registry.get(f"ringrl/{task}-v0")
+
+
+def _actions(domain: Domain, space: gymnasium.Space, scaled: np.ndarray) -> np.ndarray:
     """Return actions of a store as the environment takes them."""
     if not isinstance(domain, StoredDomain):
         return scaled
     low, high = np.array(domain.action_low), np.array(domain.action_high)
     if domain.is_discrete:
         return scaled.argmax(1) + int(low[0])
-    return np.clip((high + low) / 2 + scaled * ((high - low) / 2), low, high).astype(np.float32)
+    taken = np.clip((high + low) / 2 + scaled * ((high - low) / 2), low, high)
+    whole = taken if space.dtype.kind == "f" else np.rint(taken)
+    return whole.reshape(-1, *space.shape).astype(space.dtype)
+
+
+def _parts(space: gymnasium.Space, arrays: Iterator[np.ndarray]) -> Any:
+    """Return observations (T+1, ...) in the form of their space, given the columns of each array in order."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        return {key: _parts(space[key], arrays) for key in sorted(space.spaces)}
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return tuple(_parts(part, arrays) for part in space.spaces)
+    columns = next(arrays)
+    return columns.reshape(len(columns), *space.shape).astype(space.dtype, copy=False)
 
 
 def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
@@ -281,10 +328,10 @@ def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
     return metadata
 
 
-def _episodes(store: EpisodeStore, task: str, progress: Progress) -> Iterator[Any]:
-    """Yield Minari's episode buffers, views of the store."""
+def _episodes(store: EpisodeStore, task: str, spaces: _Spaces, progress: Progress) -> Iterator[Any]:
+    """Yield Minari's episode buffers."""
     buffer = minari_module("minari.data_collector.episode_buffer").EpisodeBuffer
-    others = [other for other in store.tasks if other != task]
+    others, ends = [other for other in store.tasks if other != task], np.cumsum(spaces.widths)[:-1]
     for index in range(store.num_episodes):
         rows = store.episode(index)
         if rows["action"][0].any():
@@ -297,8 +344,8 @@ def _episodes(store: EpisodeStore, task: str, progress: Progress) -> Iterator[An
         if others:
             infos["rewards"] = {other: rows[reward_key(other)] for other in others}
         yield buffer(
-            observations=rows["observation"],
-            actions=_actions(store.facts, rows["action"][1:]),
+            observations=_parts(spaces.observation, iter(np.split(rows["observation"], ends, axis=1))),
+            actions=_actions(store.facts, spaces.action, rows["action"][1:]),
             rewards=rows[reward_key(task)][1:],
             terminations=is_last & is_terminated,
             truncations=is_last & (not is_terminated),

@@ -8,7 +8,7 @@ import ast
 import importlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ import numpy as np
 
 from ringrl.data.foreign import Steps, checked_steps, finite
 from ringrl.data.hdf5 import plain_dataset, read_plain
-from ringrl.data.store.format import LARGEST_ROW
+from ringrl.data.store.format import LARGEST_ROW, LONGEST_TEXT
 from ringrl.envs import foreign_task
 from ringrl.errors import UserError, brief
 from ringrl.files import explain_read_errors
@@ -30,6 +30,7 @@ EPISODES = "main_data.hdf5"
 INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # of an export
 SCALED = "scaled_action"  # infos of an export from another source: actions as RingRL stores them
 EXPORTED = "ringrl"  # key of the metadata that contains the origin of an export
+REPEATED = ("observation_space", "action_space", "env_spec")
 REFERENCES = ("ref_min_score", "ref_max_score")  # keys of the metadata
 LARGEST_METADATA = 2**24  # bytes
 
@@ -155,6 +156,11 @@ class MinariEpisodes:
             low, high = (self.metadata.get(name) for name in REFERENCES)
             return None if low is None or high is None else (float(low), float(high))
 
+    def texts(self) -> dict[str, str]:
+        """Return the metadata that an export repeats. Nothing if a store cannot hold so much text."""
+        found = {name: self.metadata[name] for name in REPEATED if isinstance(self.metadata.get(name), str)}
+        return found if sum(map(len, found.values())) <= LONGEST_TEXT // 2 else {}
+
     def info(self, index: int, name: str, width: int, dtype: type) -> np.ndarray:
         """Return an array of an episode's infos, (T+1, width) of this dtype."""
         with self._reading(f"episode {index}"):
@@ -188,17 +194,25 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], Arrays, gymnasium.spaces
         content = file.read(LARGEST_METADATA + 1)
     if len(content) > LARGEST_METADATA:
         raise UserError(f"is larger than {LARGEST_METADATA:,} bytes")
-    raw = json.loads(content)
+    raw: dict[str, Any] = json.loads(content)
     if raw["data_format"] != "hdf5":
         raise UserError(f"has the data format {str(raw['data_format'])[:20]!r}, only hdf5 can be read")
     episodes = raw["total_episodes"]
     if not isinstance(raw["dataset_id"], str) or type(episodes) is not int or episodes < 1:
         raise UserError("names no dataset with episodes")
+    return raw, *read_spaces(raw)
+
+
+def read_spaces(texts: Mapping[str, Any]) -> tuple[Arrays, gymnasium.spaces.Box | gymnasium.spaces.Discrete]:
+    """Return the arrays of an observation and the action space, given Minari's texts of both.
+
+    UserError, which does not name the dataset, for spaces that no store can hold. Damage raises other errors, too.
+    """
     # If the metadata lacks the spaces, Minari runs the environment that the dataset names.
     for name in ("observation_space", "action_space"):
-        if not isinstance(raw.get(name), str):
+        if not isinstance(texts.get(name), str):
             raise UserError(f"lacks the {name}")
-    observation, action = json.loads(raw["observation_space"]), json.loads(raw["action_space"])
+    observation, action = json.loads(texts["observation_space"]), json.loads(texts["action_space"])
     arrays = tuple(_arrays(observation, "observations"))
     if not 1 <= sum(math.prod(shape) for _, shape in arrays) <= LARGEST_ROW:
         raise UserError("has no observations, or too large ones")
@@ -210,7 +224,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], Arrays, gymnasium.spaces
         tuple(_arrays(action, "actions"))
     else:
         raise UserError(f"has {str(action['type'])[:20]} actions: only a Box of numbers and Discrete are supported")
-    return raw, arrays, minari_module("minari.serialization").deserialize_space(action)
+    return arrays, minari_module("minari.serialization").deserialize_space(action)
 
 
 def _arrays(space: dict[str, Any], name: str) -> Iterator[tuple[str, tuple[int, ...]]]:

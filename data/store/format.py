@@ -202,6 +202,8 @@ class ForeignFacts(pydantic.BaseModel, frozen=True, strict=True, extra="forbid")
     episode_length: Annotated[int, Field(ge=1)]  # of the longest episode
     num_terminated: Annotated[int, Field(ge=0)]
     reference_returns: tuple[float, float] | None = None
+    observation: dict[str, int] = {}
+    minari: dict[str, str] = {}
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -228,6 +230,8 @@ class StoredDomain(ForeignDomain):
 
     num_terminated: int = dataclasses.field(kw_only=True)  # episodes; the others were truncated
     reference_returns: tuple[float, float] | None = None  # mean returns of random actions and of an expert, if known
+    # Texts of Minari's metadata, which an export repeats: observation_space, action_space and env_spec.
+    minari: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, facts: ForeignFacts) -> Self:

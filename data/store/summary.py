@@ -49,7 +49,9 @@ def _foreign_facts(domain: StoredDomain, episodes: int) -> dict[str, str]:
         actions = f"one of {domain.action_size} choices"
     elif bounds == ["[-1, 1]"]:
         actions = "as recorded, in [-1, 1]"
+    parts = ", ".join(f"{name} {width}" for name, width in domain.observation.items())
     return {
+        **({"observation": parts} if parts else {}),
         "environment": domain.name if is_foreign(domain.name) else "unknown: name one to evaluate in (--environment)",
         "actions": actions,
         "ends": f"{domain.num_terminated:,} terminated (discount 0 there), {episodes - domain.num_terminated:,} "

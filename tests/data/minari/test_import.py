@@ -1,5 +1,6 @@
 """Imports of Minari datasets that the Minari library wrote."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import gymnasium
 import h5py
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 
 from ringrl.cli import main
 from ringrl.config import TrainConfig
@@ -54,6 +55,7 @@ SPACE = Dict(
     {"joints": Dict({"z": Box(-9, 9, (2, 3)), "a": Box(-9, 9, (2,), np.float64)}), "goal": Box(0, 99, (1,), np.int64)}
 )
 LENGTHS = (5, 3, 8)
+WIDE = json.dumps({"type": "Box", "dtype": "float32", "shape": [2**20], "low": 0.0, "high": 1.0})
 PENDULUM = "gymnasium:Pendulum-v1(max_episode_steps=30)"
 
 
@@ -137,6 +139,99 @@ def test_a_foreign_store_survives_export_and_import(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back.returns("lab_arm-v3"), store.returns("lab_arm-v3"))
     back.verify()
     assert back.facts == store.facts
+
+
+class Arm(gymnasium.Env):
+    """Observations in named parts of several types, actions of two rows, and episodes that terminate."""
+
+    observation_space = Dict(
+        joints=Tuple((Box(-9, 9, (2, 2), np.float64), Box(0, 1, (), np.float16))), goal=Box(0, 99, (3,), np.int64)
+    )
+    action_space = Box(np.array([[-1.0], [-2.0]]), np.array([[1.0], [2.0]]), dtype=np.float32)
+
+    def __init__(self, speed: float = 1.0, render_mode: None = None) -> None:
+        self.speed = speed
+
+    def _observation(self) -> dict:
+        joints = self.np_random.normal(size=(2, 2)).astype(np.float32).astype(np.float64)
+        return {"joints": (joints, np.float16(0.3)), "goal": self.np_random.integers(99, size=3)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(2, 9))
+        return self._observation(), {}
+
+    def step(self, action):
+        self.left -= 1
+        return self._observation(), 0.5 * self.left * self.speed, self.left == 0, False, {}
+
+
+def test_a_dataset_of_parts_is_exported_equal(tmp_path: Path) -> None:
+    gymnasium.register("Arm-v0", f"{__name__}:Arm", max_episode_steps=6)
+    environment = minari.DataCollector(gymnasium.make("Arm-v0", speed=2.0))
+    environment.action_space.seed(0)
+    for seed in range(4):
+        environment.reset(seed=seed)
+        ended = False
+        while not ended:
+            _, _, terminated, truncated, _ = environment.step(environment.action_space.sample())
+            ended = terminated or truncated
+    original = environment.create_dataset("lab/parts-v0", ref_min_score=0.0, ref_max_score=9.0)
+    store = import_minari("lab/parts-v0", tmp_path / "parts.h5")
+    assert store.domain == "gymnasium:Arm-v0(speed=2.0)"
+    assert store.facts.observation == {"goal": 3, "joints/_index_0": 4, "joints/_index_1": 1}
+    assert "goal 3, joints/_index_0 4, joints/_index_1 1" in describe(store)
+    export_minari(store, "lab/again-v0")
+    import_minari("lab/again-v0", tmp_path / "again.h5")
+    export_minari(EpisodeStore(tmp_path / "again.h5"), "lab/thrice-v0")
+    for name in ("lab/again-v0", "lab/thrice-v0"):
+        copy = minari.load_dataset(name)
+        assert copy.observation_space == original.observation_space
+        assert copy.action_space == original.action_space
+        assert copy.env_spec == original.env_spec
+        assert copy.recover_environment().unwrapped.speed == 2
+        for key in ("env_spec", "ref_min_score", "ref_max_score"):
+            assert raw(copy)[key] == raw(original)[key]
+        for one, other in zip(original, copy, strict=True):
+            for key in ("actions", "rewards", "terminations", "truncations"):
+                np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
+            pairs = zip(leaves(one.observations), leaves(other.observations), strict=True)
+            for (path, array), (other_path, again) in pairs:
+                assert path == other_path
+                np.testing.assert_array_equal(array, again, strict=True)
+    del gymnasium.registry["Arm-v0"]
+    export_minari(store, "lab/far-v0")
+    assert raw(minari.load_dataset("lab/far-v0"))["env_spec"] == raw(original)["env_spec"], "although not installed"
+
+
+def raw(dataset: object) -> dict:
+    return dataset.storage.read_raw_metadata(dataset.storage.data_path)
+
+
+def leaves(observations: object, path: str = "") -> list:
+    if isinstance(observations, dict):
+        return [leaf for key in sorted(observations) for leaf in leaves(observations[key], f"{path}/{key}")]
+    if isinstance(observations, tuple):
+        return [leaf for index, part in enumerate(observations) for leaf in leaves(part, f"{path}/{index}")]
+    return [(path, observations)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"observation_space": "{"}, "its spaces cannot be read"),
+        ({"observation_space": json.dumps({"type": "Box"}) }, "its spaces cannot be read"),
+        ({"observation_space": WIDE}, "its spaces differ from its arrays: import the dataset again"),
+        ({"action_space": json.dumps({"type": "Discrete", "n": 2, "start": 0})}, "its spaces differ from its arrays"),
+    ],
+)  # fmt: skip
+def test_a_store_with_other_spaces_is_not_exported(texts: dict, message: str, tmp_path: Path) -> None:
+    made()
+    store = import_minari("lab/arm-v3", tmp_path / "arm.h5")
+    store.facts = dataclasses.replace(store.facts, minari=store.facts.minari | texts)
+    with pytest.raises(UserError, match=message) as error:
+        export_minari(store, "again-v0")
+    assert "\n" not in str(error.value)
 
 
 def test_the_environment_of_a_dataset_has_its_own_arguments_but_no_files(
@@ -273,7 +368,6 @@ def wide(file: h5py.File) -> None:
     file.create_dataset("episode_1/observations", (4, 2**18), "f4", chunks=(1, 1024), compression="gzip")
 
 
-WIDE = json.dumps({"type": "Box", "dtype": "float32", "shape": [2**20], "low": 0.0, "high": 1.0})
 ENDLESS = json.dumps({"type": "Box", "dtype": "float32", "shape": [10**12], "low": 0.0, "high": 1.0})
 SECRET = h5py.ExternalLink("secret.h5", "numbers")
 
