@@ -18,11 +18,11 @@ from ringrl.envs.foreign import (
 )
 from ringrl.envs.registry import DOMAINS, TASKS, domain_named, domain_of, load_simulation, register_gymnasium
 from ringrl.envs.simulation import Simulation, check_mujoco
-from ringrl.envs.vector import ExoRLVectorEnv, ForeignVectorEnv, make_vec
+from ringrl.envs.vector import STEP_TIMEOUT, ExoRLVectorEnv, ForeignVectorEnv, make_vec
 
 __all__ = [
-    "DOMAINS", "TASKS", "Actions", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain", "ForeignEnv",
-    "ForeignVectorEnv", "Simulation", "actions_of", "check_foreign", "d4rl_returns", "domain_named",
+    "DOMAINS", "STEP_TIMEOUT", "TASKS", "Actions", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain",
+    "ForeignEnv", "ForeignVectorEnv", "Simulation", "actions_of", "check_foreign", "d4rl_returns", "domain_named",
     "domain_of", "foreign_domain", "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec",
     "register_gymnasium",
 ]  # fmt: skip

@@ -4,10 +4,14 @@ MuJoCo's own thread pool, mujoco.rollout, does not return the solver's warm star
 from the single environment's within an episode.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from functools import partial
 from numbers import Integral
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import gymnasium
@@ -21,8 +25,9 @@ from ringrl.envs.environment import observation_and_action_space, random_stream
 from ringrl.envs.foreign import ForeignEnv, is_foreign
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.envs.simulation import StackedData
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief
 
+STEP_TIMEOUT = 300.0  # seconds that a step or a reset of another package's environment may take
 _Observations = Float32[np.ndarray, "environments observation"]
 _Flags = Bool[np.ndarray, " environments"]
 
@@ -184,14 +189,18 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """A Gymnasium environment in `num_envs` copies, stepped by threads. Copy i equals `ForeignEnv` with the same seed.
 
     No environment is reset automatically: after the end of its episode, an environment stays at its last observation
-    until its next reset. An environment that raises an exception is truncated, with NaN as observation and reward. The
-    others are unaffected.
+    until its next reset. An environment that raises an exception is truncated, with NaN as observation and reward. So
+    is one that does not answer in time, which is not used again. The others are unaffected.
+
+    Attributes:
+        failures: a line for each environment that failed: which one, in which step, and why.
 
     Args:
         task: "gymnasium:Hopper-v5".
         num_envs: number of environments.
         seed: environment i has the seed `seed + i`, or entry i of a sequence. None: from the operating system.
-        threads: threads that step, the caller's included. None: one per core that this process may use.
+        threads: threads that step. None: one per core that this process may use.
+        timeout: seconds that a reset or a step may take.
 
     Raises:
         UserError: as `ForeignEnv`, fewer than one environment or thread, or another number of seeds.
@@ -200,20 +209,25 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
 
     def __init__(
-        self, task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
+        self,
+        task: str,
+        num_envs: int,
+        seed: int | Sequence[int | None] | None = None,
+        threads: int | None = None,
+        timeout: float = STEP_TIMEOUT,
     ) -> None:
         threads = _checked_threads(task, num_envs, threads)
-        self.task, self.num_envs = task, num_envs
-        self._environments = [ForeignEnv(task, number) for number in _seeds(task, seed, num_envs)]
-        self.domain = self._environments[0].domain
-        self.single_observation_space = self._environments[0].observation_space
-        self.single_action_space = self._environments[0].action_space
+        self.task, self.num_envs, self.failures = task, num_envs, list[str]()
+        first, *others = (ForeignEnv(task, number) for number in _seeds(task, seed, num_envs))
+        self._environments: list[ForeignEnv | None] = [first, *others]  # None: does not answer
+        self.domain = first.domain
+        self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._observations = np.zeros((num_envs, self.domain.observation_size), np.float32)
         self._playing = np.zeros(num_envs, bool)
-        self._helpers = min(threads, num_envs) - 1  # the caller's thread works too
-        self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix="ringrl-foreign") if self._helpers else None
+        self._steps, self._starts = np.zeros(num_envs, np.int64), [None] * num_envs  # of the current episodes
+        self._crew = _Crew(min(threads, num_envs), timeout)
 
     def __repr__(self) -> str:
         sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
@@ -226,50 +240,103 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         mask = (options or {}).get("reset_mask")
         chosen = np.ones(self.num_envs, bool) if mask is None else np.asarray(mask, bool)
         seeds = _seeds(self.task, seed, self.num_envs)
-
-        def start(index: int) -> None:
-            self._observations[index], _ = self._environments[index].reset(seed=seeds[index])
-
-        failed = self._each(np.flatnonzero(chosen), start)
-        self._playing = (self._playing | chosen) & ~failed
+        for index in np.flatnonzero(chosen):
+            self._steps[index], self._starts[index] = 0, seeds[index]
+        found = self._each(chosen, lambda index, environment: environment.reset(seed=seeds[index]))
+        self._playing &= ~chosen
+        for index, (observation, _) in found.items():
+            self._observations[index], self._playing[index] = observation, True
         return self._observations.copy(), {}
 
     def step(
         self, actions: Float[np.ndarray, "environments action"]
     ) -> tuple[_Observations, Float64[np.ndarray, " environments"], _Flags, _Flags, dict[str, Any]]:
         """Apply an action in each environment whose episode has not ended. Others are truncated, with reward NaN."""
-        rewards, terminated, truncated = np.full(self.num_envs, np.nan), np.zeros(self.num_envs, bool), ~self._playing
-
-        def advance(index: int) -> None:
-            found = self._environments[index].step(actions[index])
-            self._observations[index], rewards[index], terminated[index], truncated[index], _ = found
-
-        failed = self._each(np.flatnonzero(self._playing), advance)
-        rewards[failed], truncated[failed] = np.nan, True
-        self._playing = self._playing & ~(terminated | truncated | failed)
+        rewards, terminated = np.full(self.num_envs, np.nan), np.zeros(self.num_envs, bool)
+        truncated = np.ones(self.num_envs, bool)
+        self._steps += self._playing
+        found = self._each(self._playing, lambda index, environment: environment.step(actions[index]))
+        for index, values in found.items():
+            self._observations[index], rewards[index], terminated[index], truncated[index], _ = values
+        self._playing = ~(terminated | truncated)
         return self._observations.copy(), rewards, terminated, truncated, {}
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads and close the environments."""
-        if self._pool is not None:
-            self._pool.shutdown()
-        for environment in self._environments:
+        self._crew.end()
+        for environment in filter(None, self._environments):
             environment.close()
 
-    def _each(self, indices: np.ndarray, work: Callable[[int], None]) -> _Flags:
-        """Do some work for each environment, and return which environments raised an exception."""
-        failed = np.zeros(self.num_envs, bool)
+    def _each(self, chosen: _Flags, work: Callable[[int, ForeignEnv], Any]) -> dict[int, Any]:
+        """Do some work for the chosen environments. Return the results of those that did not fail."""
+        made = {index: one for index, one in enumerate(self._environments) if chosen[index] and one is not None}
+        found = self._crew.each({index: partial(work, index, one) for index, one in made.items()})
+        self._observations[[index for index in np.flatnonzero(chosen) if index not in made]] = np.nan
+        for index, error in [(index, value) for index, value in found.items() if isinstance(value, BaseException)]:
+            if isinstance(error, UserError):
+                raise error
+            if isinstance(error, TimeoutError):
+                self._environments[index] = None  # a thread is still using it
+            reason = " ".join(f"{type(error).__name__}: {brief(error)}".split())
+            seed = "" if self._starts[index] is None else f" (seed {self._starts[index]})"
+            where = f"environment {index}{seed} failed in step {self._steps[index]}"
+            self.failures.append(f"{self.task}: {where} ({reason}); its episodes are left out from here on")
+            self._observations[index] = np.nan
+            del found[index]
+        return found
 
-        def attempt(index: int) -> None:
+
+class _Crew:
+    """Threads that work on environments. The process can end although one of them hangs.
+
+    Args:
+        size: number of threads. A thread that hangs is replaced.
+        timeout: seconds that each piece of work may take.
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self._size, self._timeout = size, timeout
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        for _ in range(size):
+            self._begin()
+
+    def each(self, pieces: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
+        """Return the result or the exception of each piece of work, TimeoutError if it has none in time."""
+        pending, began, found, idle = iter(pieces.items()), dict[int, float](), dict[int, Any](), SimpleQueue[None]()
+
+        def run() -> None:
+            for index, piece in pending:  # shared by the threads: next() on it is atomic
+                began[index] = time.monotonic()
+                try:
+                    found.setdefault(index, piece())
+                except BaseException as error:  # an environment may raise anything
+                    found.setdefault(index, error)
+            idle.put(None)
+
+        for _ in range(min(self._size, len(pieces))):
+            self._work.put(run)
+        while len(found) < len(pieces):
             try:
-                work(index)
-            except UserError:
-                raise
-            except Exception:  # an environment may raise anything
-                failed[index], self._observations[index] = True, np.nan
+                idle.get(timeout=min(self._timeout, 1.0))
+            except Empty:
+                late = time.monotonic() - self._timeout
+                for index in [index for index, start in list(began.items()) if start < late and index not in found]:
+                    found.setdefault(index, TimeoutError(f"no answer in {self._timeout:g} s"))
+                    self._begin()
+                    self._work.put(run)
+        return dict(found)
 
-        _share(self._pool, self._helpers, indices, attempt)
-        return failed
+    def end(self) -> None:
+        """End the threads that do not hang."""
+        for _ in range(self._size):
+            self._work.put(None)
+
+    def _begin(self) -> None:
+        threading.Thread(target=self._serve, daemon=True, name="ringrl-foreign").start()
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
 
 
 def _checked_threads(task: str, num_envs: int, threads: int | None) -> int:
@@ -312,8 +379,13 @@ def _share(pool: ThreadPoolExecutor | None, helpers: int, indices: np.ndarray, w
 
 
 def make_vec(
-    task: str, num_envs: int, seed: int | Sequence[int | None] | None = None, threads: int | None = None
+    task: str,
+    num_envs: int,
+    seed: int | Sequence[int | None] | None = None,
+    threads: int | None = None,
+    timeout: float = STEP_TIMEOUT,
 ) -> ExoRLVectorEnv | ForeignVectorEnv:
-    """Make environments that step in lockstep; see `ExoRLVectorEnv` and `ForeignVectorEnv`."""
-    kind = ForeignVectorEnv if is_foreign(task) else ExoRLVectorEnv
-    return kind(task, num_envs, seed, threads)
+    """Make environments that step in lockstep; see `ExoRLVectorEnv` and `ForeignVectorEnv` (which has a timeout)."""
+    if is_foreign(task):
+        return ForeignVectorEnv(task, num_envs, seed, threads, timeout)
+    return ExoRLVectorEnv(task, num_envs, seed, threads)

@@ -39,6 +39,7 @@ def evaluate(
     side_by_side: bool = False,
     video_format: Literal["mp4", "gif", "apng"] = "mp4",
     video_speed: int = 1,
+    step_timeout: float = 300.0,
     mesh: MeshConfig = MeshConfig(),
 ) -> None:
     """Roll policies out. Write a results file with one line per stream of episodes, and a summary.
@@ -74,6 +75,7 @@ def evaluate(
             of median return, next to the --control.
         video_format: format of the videos. gif and apng have 10 to 13 frames per second.
         video_speed: speed of the videos as a multiple of the simulated time.
+        step_timeout: seconds that a reset or a step of an --environment may take before its stream is left out.
         mesh: devices over which the cache of each context is sharded (seq only).
     """
     given = locals()
@@ -105,7 +107,7 @@ def evaluate(
         raise UserError("--side-by-side: compares episodes with the control; give --control and --episodes 2 or more")
     protocol = Protocol(
         environments, episodes, seed, target, control, prompt_trajectories, prompt_seed, prompt_task, prompt_rewards,
-        prompt_order,
+        prompt_order, step_timeout,
     )  # fmt: skip
     evaluations: list[Evaluation] = []
     data_means: dict[str, float] = {}
@@ -130,7 +132,8 @@ def evaluate(
         evaluations = [prompt_only_evaluation(evaluation, policy) for evaluation in evaluations]
     if not checkpoint:
         why = "has no effect on random actions; leave it out, or give a --checkpoint"
-        used = {"checkpoint", "tasks", "environment", "episodes", "environments", "seed", "output", "again", "video"}
+        used = {"checkpoint", "tasks", "environment", "episodes", "environments", "seed", "output", "again", "video",
+                "step_timeout"}  # fmt: skip
         reject_flags(evaluate, given, why, used=used)
         if ALL_OF_DOMAIN in tasks:
             raise UserError("--tasks: all-of-domain needs a --checkpoint, which has a domain; name the tasks instead")
@@ -151,3 +154,9 @@ def evaluate(
     console.print(final_table(summaries, data_means))
     for path in dict.fromkeys(evaluation.results for evaluation in evaluations):
         print(path)
+    failed = [one.task for one in summaries if is_foreign(one.task) and one.failed + one.failed_without_context]
+    if failed:
+        raise UserError(
+            f"{failed[0]}: the environment failed, so some episodes have no return; all others are kept; correct it, "
+            "and repeat with --again"
+        )

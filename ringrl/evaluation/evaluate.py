@@ -97,9 +97,9 @@ def roll_out(
     progress = progress or EvaluationProgress()
     if groups is None:
         groups = 1 if jax.default_backend() == "cpu" else min(2, evaluation.protocol.environments)
-    task, seeds = evaluation.template.task, evaluation.seeds
+    task, seeds, timeout = evaluation.template.task, evaluation.seeds, evaluation.protocol.step_timeout
     made = [
-        Group(evaluation.make_actor(int(part[0])), make_vec(task, len(part), seeds[part, 0].tolist()))
+        Group(evaluation.make_actor(int(part[0])), make_vec(task, len(part), seeds[part, 0].tolist(), timeout=timeout))
         for part in np.array_split(np.arange(len(seeds)), groups)
     ]
     try:
@@ -107,6 +107,8 @@ def roll_out(
         return [record for records in found for record in records]
     finally:
         for group in made:
+            for line in getattr(group.environments, "failures", ()):
+                progress.on_message(line)
             group.environments.close()
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from ringrl.config import TrainConfig
 from ringrl.context import Context
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.envs import DOMAINS, ForeignDomain, domain_of, is_foreign
+from ringrl.envs import DOMAINS, STEP_TIMEOUT, ForeignDomain, domain_of, is_foreign
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import (
     Actor,
@@ -74,6 +74,7 @@ class Protocol:
         prompt_task: as a control, draws the prompt from another task of the dataset, with its rewards.
         prompt_rewards: "zero", as a control, shows a prompt whose rewards are all zero.
         prompt_order: "shuffled", as a control, puts the prompt's trajectories in random order.
+        step_timeout: seconds that a step of another package's environment may take before its stream is left out.
 
     Raises:
         UserError: a number is too small, or a seed exceeds 2**32 - 1, or the target cannot be parsed.
@@ -89,6 +90,7 @@ class Protocol:
     prompt_task: str | None = None
     prompt_rewards: Literal["kept", "zero"] = "kept"
     prompt_order: Literal["kept", "shuffled"] = "kept"
+    step_timeout: float = STEP_TIMEOUT
 
     def __post_init__(self) -> None:
         least = {"environments": 1, "episodes": 1, "seed": 0, "prompt_trajectories": 0, "prompt_seed": 0}
@@ -96,6 +98,8 @@ class Protocol:
             if getattr(self, name) < minimum:
                 flag = name.replace("_", "-")
                 raise UserError(f"{name}: {getattr(self, name)} is too small; give at least {minimum} (--{flag})")
+        if not self.step_timeout > 0:
+            raise UserError(f"--step-timeout: {self.step_timeout:g} is too small; give a number of seconds above 0")
         last = self.seed + self.environments * self.episodes - 1
         if last >= SEEDS:
             raise UserError(

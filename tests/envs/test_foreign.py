@@ -1,6 +1,8 @@
 """Environments of other packages equal Gymnasium's own, and copies do not depend on each other."""
 
+import re
 import sys
+import time
 
 import gymnasium
 import numpy as np
@@ -41,6 +43,10 @@ class Parts(gymnasium.Env):
         self.steps += 1
         if self.fails == "step" and self.steps == 2:
             raise RuntimeError("broken")
+        if self.fails == "hang" and self.steps == 2:
+            time.sleep(30)
+        if self.fails == "exit" and self.steps == 2:
+            sys.exit(3)
         return self._observation(), float(action), self.steps == self.last, False, {}
 
 
@@ -137,10 +143,12 @@ def test_copies_equal_single_environments_to_their_ends(threads):
     vector.close()
 
 
-@pytest.mark.parametrize("fails", ["step", "reset"])
-def test_an_exception_ends_only_its_own_episode(fails):
-    vector = make_vec("gymnasium:Parts-v0", 3, [0, 1, 2])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("fails", ["step", "reset", "exit", "hang"])
+def test_a_failure_ends_only_its_own_episode(fails, threads):
+    vector = make_vec("gymnasium:Parts-v0", 3, [0, 1, 2], threads, timeout=0.3)
     vector._environments[1]._environment.unwrapped.fails = fails
+    began = time.monotonic()
     observations, _ = vector.reset()
     assert np.isnan(observations[1]).all() == (fails == "reset")
     for _ in range(2):
@@ -148,7 +156,17 @@ def test_an_exception_ends_only_its_own_episode(fails):
     assert np.isnan(observations[1]).all()
     assert np.isnan(rewards).tolist() == [False, True, False]
     assert truncated.tolist() == [False, True, False]
+    reasons = {"hang": "TimeoutError: no answer in 0.3 s", "exit": "SystemExit: 3"}
+    reason = f"step {0 if fails == 'reset' else 2} .{reasons.get(fails, 'RuntimeError: broken')}"
+    (line,) = vector.failures
+    assert re.match(rf"gymnasium:Parts-v0: environment 1 failed in {reason}", line)
+    vector._environments[1 - (fails == "hang")]._environment.unwrapped.fails = "never"
+    observations, _ = vector.reset(seed=[5, 6, 7])
+    observations, rewards, _, truncated, _ = vector.step(np.zeros((3, 3)))
+    assert np.isnan(rewards).tolist() == [False, fails == "hang", False], "what hangs is not used again"
+    assert len(vector.failures) == 1
     vector.close()
+    assert time.monotonic() - began < 15, "nothing waits for what hangs"
 
 
 def test_arguments_are_a_part_of_the_name():

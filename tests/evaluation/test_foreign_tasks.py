@@ -1,5 +1,8 @@
 """Policies trained on episodes of other packages' environments act in them: discrete actions, early ends, errors."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium
@@ -178,3 +181,59 @@ def test_the_categorical_loss_is_the_cross_entropy():
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(7), choice]
     np.testing.assert_allclose(head.loss(features, np.eye(3, dtype=np.float32)[choice]), expected, rtol=1e-5)
     np.testing.assert_array_equal(head.action(features), np.eye(3)[logits.argmax(1)])
+
+
+def test_an_environment_that_hangs_or_crashes_costs_its_own_streams(tmp_path):
+    (tmp_path / "myenv.py").write_text(
+        "import time\n"
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "class Sick(CartPoleEnv):\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        self.seed = seed\n"
+        "        return super().reset(seed=seed)\n"
+        "    def step(self, action):\n"
+        "        if self.seed == 3: time.sleep(3600)\n"
+        "        if self.seed == 5: raise RuntimeError('a cable\\nis loose')\n"
+        "        return super().step(action)\n"
+        "gymnasium.register('Sick-v0', 'myenv:Sick', max_episode_steps=20)\n"
+    )
+    command = [
+        str(Path(sys.executable).with_name("ringrl")),
+        "evaluate",
+        "--environment",
+        "myenv:Sick-v0",
+        "--seed",
+        "0",
+    ]
+    command += [
+        "--environments",
+        "4",
+        "--episodes",
+        "2",
+        "--step-timeout",
+        "1",
+    ]  # stream i has the seeds 2 i and 2 i + 1
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    *_, last = done.stderr.splitlines()
+    assert last.startswith(
+        "ringrl: gymnasium:Sick-v0: the environment failed, so some episodes have no return; all others are"
+    )
+    told = " ".join((done.stdout + done.stderr).split())
+    for line in (
+        "environment 1 (seed 3) failed in step 1 (TimeoutError: no answer in 1 s); its episodes are left out",
+        "environment 2 (seed 5) failed in step 1 (RuntimeError: a cable is loose); its episodes are left out",
+    ):
+        assert line in told
+    returns = [record.returns for record in read_records(tmp_path / "random.jsonl").records]
+    assert [[value is None for value in row] for row in returns] == [
+        [False] * 2,
+        [False, True],
+        [False, True],
+        [False] * 2,
+    ]
