@@ -14,6 +14,7 @@ from ringrl.envs.foreign import (
     foreign_domain,
     foreign_spec,
     foreign_task,
+    import_environments,
     is_foreign,
 )
 from ringrl.envs.registry import DOMAINS, TASKS, domain_named, domain_of, load_simulation, register_gymnasium
@@ -22,9 +23,9 @@ from ringrl.envs.vector import STEP_TIMEOUT, ExoRLVectorEnv, ForeignVectorEnv, m
 
 __all__ = [
     "DOMAINS", "STEP_TIMEOUT", "TASKS", "Actions", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain",
-    "ForeignEnv", "ForeignVectorEnv", "Simulation", "actions_of", "check_foreign", "d4rl_returns", "domain_named",
-    "domain_of", "foreign_domain", "foreign_spec", "foreign_task", "is_foreign", "load_simulation", "make", "make_vec",
-    "register_gymnasium",
+    "ForeignEnv", "ForeignVectorEnv", "Simulation", "actions_of", "check_foreign", "d4rl_returns",
+    "domain_named", "domain_of", "foreign_domain", "foreign_spec", "foreign_task", "import_environments",
+    "is_foreign", "load_simulation", "make", "make_vec", "register_gymnasium",
 ]  # fmt: skip
 
 

@@ -7,10 +7,13 @@ named, so that a dataset can start only environments of installed packages.
 import ast
 import copy
 import functools
+import importlib
 import math
 import re
+import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,6 +60,21 @@ def foreign_task(identifier: str, arguments: Mapping[str, Any] | None = None) ->
 def check_foreign(task: str) -> None:
     """Raise UserError unless a name is that of a Gymnasium environment, installed or not."""
     _parse(task)
+
+
+def import_environments(module: str) -> None:
+    """Import a module of the user that registers environments, from the working folder, too.
+
+    Raises:
+        UserError: the module cannot be imported.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a module may raise anything
+        raise UserError(f"{module} cannot be imported ({brief(error) or type(error).__name__})") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
 
 
 def foreign_spec(task: str) -> gymnasium.envs.registration.EnvSpec | None:
@@ -215,7 +233,8 @@ def _made(task: str, identifier: str, arguments: dict[str, Any], render_mode: st
     except gymnasium.error.UnregisteredEnv as error:
         raise UserError(
             f"{task}: no installed package has this environment ({brief(error)}); install the package, name the module "
-            "that registers it (--environment MODULE:NAME), or choose another environment with the same spaces"
+            "that registers it (--environment MODULE:NAME, or environment_modules in a plan), or choose another "
+            "environment with the same spaces"
         ) from error
     except Exception as error:  # anything that an environment raises
         raise UserError(f"{task}: cannot be made ({brief(error) or type(error).__name__})") from error

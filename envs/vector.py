@@ -240,8 +240,8 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         mask = (options or {}).get("reset_mask")
         chosen = np.ones(self.num_envs, bool) if mask is None else np.asarray(mask, bool)
         seeds = _seeds(self.task, seed, self.num_envs)
-        for index in np.flatnonzero(chosen):
-            self._steps[index], self._starts[index] = 0, seeds[index]
+        self._steps[chosen] = 0
+        self._starts = [new if is_new else old for new, old, is_new in zip(seeds, self._starts, chosen, strict=True)]
         found = self._each(chosen, lambda index, environment: environment.reset(seed=seeds[index]))
         self._playing &= ~chosen
         for index, (observation, _) in found.items():

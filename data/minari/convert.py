@@ -6,7 +6,7 @@ An exported store is restored exactly. Other datasets become stores of a `Stored
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,31 +250,35 @@ class _Spaces(NamedTuple):
     observation: gymnasium.Space
     action: gymnasium.spaces.Box | gymnasium.spaces.Discrete
     widths: Sequence[int]
-    environment: Mapping[str, str]  # under its name in the metadata; empty if the imported dataset had none
+    environment: dict[str, str]  # under its name in the metadata; empty if the imported dataset had none
 
 
 def _spaces(store: EpisodeStore) -> _Spaces:
     """Return the spaces of the dataset that was imported, or flat ones. UserError if they do not fit the store."""
     domain = store.facts
-    texts = domain.minari if isinstance(domain, StoredDomain) else {}
-    if "observation_space" in texts:
-        with explain_read_errors(f"{store.path}: its spaces", "import the dataset again"):
-            arrays, action = read_spaces(texts)
-            widths = [math.prod(shape) for _, shape in arrays]
-            if (sum(widths), *actions_of(action, "")) != (
-                domain.observation_size, domain.action_low, domain.action_high, domain.is_discrete
-            ):  # fmt: skip
-                raise UserError("differ from its arrays: import the dataset again")
-            observation = minari_module("minari.serialization").deserialize_space(texts["observation_space"])
-            return _Spaces(observation, action, widths, {key: texts[key] for key in ("env_spec",) if key in texts})
-    bounds = -1.0, 1.0
-    if isinstance(domain, StoredDomain):
-        bounds = np.array(domain.action_low, np.float32), np.array(domain.action_high, np.float32)
-    action = gymnasium.spaces.Box(*bounds, (domain.action_size,), np.float32)
-    if isinstance(domain, StoredDomain) and domain.is_discrete:
-        action = gymnasium.spaces.Discrete(domain.action_size, start=int(domain.action_low[0]))
-    observation = gymnasium.spaces.Box(-np.inf, np.inf, (store.observation_size,), np.float32)
-    return _Spaces(observation, action, [store.observation_size], {})
+    observation = gymnasium.spaces.Box(-np.inf, np.inf, (domain.observation_size,), np.float32)
+    widths = [domain.observation_size]
+    if not isinstance(domain, StoredDomain):
+        return _Spaces(observation, gymnasium.spaces.Box(-1.0, 1.0, (domain.action_size,), np.float32), widths, {})
+    if "observation_space" in domain.minari:
+        return _imported_spaces(store.path, domain)
+    if domain.is_discrete:
+        choices = gymnasium.spaces.Discrete(domain.action_size, start=int(domain.action_low[0]))
+        return _Spaces(observation, choices, widths, {})
+    low, high = (np.array(bound, np.float32) for bound in (domain.action_low, domain.action_high))
+    return _Spaces(observation, gymnasium.spaces.Box(low, high), widths, {})
+
+
+def _imported_spaces(path: Path, domain: StoredDomain) -> _Spaces:
+    with explain_read_errors(f"{path}: its spaces", "import the dataset again"):
+        arrays, action = read_spaces(domain.minari)
+        widths = [math.prod(shape) for _, shape in arrays]
+        if (sum(widths), *actions_of(action, "")) != (
+            domain.observation_size, domain.action_low, domain.action_high, domain.is_discrete
+        ):  # fmt: skip
+            raise UserError("differ from its arrays: import the dataset again")
+        observation = minari_module("minari.serialization").deserialize_space(domain.minari["observation_space"])
+        return _Spaces(observation, action, widths, {k: v for k, v in domain.minari.items() if k == "env_spec"})
 
 
 def _specification(task: str) -> gymnasium.envs.registration.EnvSpec | None:
@@ -282,7 +286,7 @@ def _specification(task: str) -> gymnasium.envs.registration.EnvSpec | None:
     return foreign_spec(task) if is_foreign(task) else gymnasium.registry.get(f"ringrl/{task}-v0")
 
 
-def _actions(domain: Domain, space: gymnasium.Space, scaled: np.ndarray) -> np.ndarray:
+def _actions(domain: Domain, space: Any, scaled: np.ndarray) -> np.ndarray:
     """Return actions of a store as the environment takes them."""
     if not isinstance(domain, StoredDomain):
         return scaled
@@ -294,7 +298,7 @@ def _actions(domain: Domain, space: gymnasium.Space, scaled: np.ndarray) -> np.n
     return whole.reshape(-1, *space.shape).astype(space.dtype)
 
 
-def _parts(space: gymnasium.Space, arrays: Iterator[np.ndarray]) -> Any:
+def _parts(space: Any, arrays: Iterator[np.ndarray]) -> Any:
     """Return observations (T+1, ...) in the form of their space, given the columns of each array in order."""
     if isinstance(space, gymnasium.spaces.Dict):
         return {key: _parts(space[key], arrays) for key in sorted(space.spaces)}

@@ -1,19 +1,17 @@
 """Checks of a command's flags, and one line for every usage error."""
 
-import importlib
 import inspect
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import cyclopts
 import pydantic
 
 from ringrl.config import Section, TrainConfig
 from ringrl.config_files import problems
-from ringrl.errors import UserError, brief
+from ringrl.errors import UserError
 
 for _section in Section.__subclasses__():
     if _section is not TrainConfig:  # --help shows the flags of a section under the first sentence of its docstring
@@ -47,18 +45,15 @@ def environment_task(text: str) -> str:
     Raises:
         UserError: the module cannot be imported, or the name is not that of an environment.
     """
-    from ringrl.envs import foreign_task
+    from ringrl.envs import foreign_task, import_environments
 
     text = text.removeprefix("gymnasium:")
     if named := re.fullmatch(r"([\w.]+):(.+)", text):
         module, text = named.groups()
-        sys.path.insert(0, str(Path.cwd()))
         try:
-            importlib.import_module(module)
-        except Exception as error:  # a module may raise anything
-            raise UserError(f"--environment: {module} cannot be imported ({brief(error)})") from error
-        finally:
-            sys.path.pop(0)
+            import_environments(module)
+        except UserError as error:
+            raise UserError(f"--environment: {error}") from error
     return foreign_task(text)
 
 

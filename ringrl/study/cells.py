@@ -27,7 +27,7 @@ import pydantic
 from ringrl.config import TrainConfig
 from ringrl.config_files import merged, nested, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
-from ringrl.envs import domain_of
+from ringrl.envs import domain_of, import_environments
 from ringrl.errors import UserError
 from ringrl.evaluation import EvaluationProgress, Protocol, evaluate_all, policy_evaluation, random_evaluation
 from ringrl.evaluation.actors import CompiledPolicy
@@ -52,6 +52,7 @@ class Work:
 
     folder: Path
     about: Mapping[str, Any]  # written to cell.yaml and finished.json, to recognise the same work later
+    modules: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)  # of environments
 
     @property
     def name(self) -> str:
@@ -200,7 +201,8 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
         }
         for kind, about in kinds.items():
             folder = plan.output / folder_name(task) / kind
-            found.append(Reference(folder, {"kind": kind, "task": task, **about}, plan.datasets[source]))
+            about = {"kind": kind, "task": task, **about}
+            found.append(Reference(folder, about, plan.datasets[source], modules=plan.environment_modules))
     return found
 
 
@@ -321,7 +323,7 @@ def _cell(
         if plan.prompts.baselines and is_longest:
             about["prompt_baselines"] = list(plan.prompts.baselines)
         protocols += [protocol for protocol in prompts if protocol not in protocols]
-    return Cell(folder, about, config, tuple(protocols), variant)
+    return Cell(folder, about, config, tuple(protocols), variant, modules=plan.environment_modules)
 
 
 def _with_budget(plan: AblationPlan, settings: dict[str, Any]) -> TrainConfig:
@@ -378,6 +380,8 @@ def attempt(work: Work, command: str | None) -> str | None:
     try:
         is_resumed = (work.folder / CELL).exists()  # then the whole time is not known
         write(work.folder / CELL, to_yaml(with_checksum(work.about)))
+        for module in work.modules:
+            import_environments(module)
         work.run(command)
         finished = {"did": work.about, "seconds": None if is_resumed else time.perf_counter() - began}
         write(work.folder / FINISHED, with_crc(json.dumps(finished)) + "\n")

@@ -12,7 +12,7 @@ from pydantic import Field
 from ringrl.config import FilePath, Section
 from ringrl.config_files import merged, nested, one_line, read_yaml
 from ringrl.configs import settings_file
-from ringrl.envs import domain_of
+from ringrl.envs import domain_of, import_environments
 from ringrl.errors import UserError
 
 Budget = Literal["tokens", "steps"]
@@ -85,6 +85,8 @@ class AblationPlan(Section):
     td3+bc use the last in any case, since their held-out loss measures imitation, not what they maximise."""
     control: bool = True
     """Also roll out every context without memory between its episodes (the matched best-of-n control)."""
+    environment_modules: tuple[str, ...] = ()
+    """Python modules that register the environments of the tasks, for example myenv for a file myenv.py."""
     parts: tuple[dict[str, Any], ...] = ()
     """More cells in the same output. Each part takes all keys of the plan except those that it overrides (settings are
     merged); `tasks` selects some of the datasets."""
@@ -150,6 +152,8 @@ class AblationPlan(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_tasks_and_parts(self) -> Self:
+        for module in self.environment_modules:
+            import_environments(module)
         for task in (*self.datasets, *self.test_tasks):
             domain_of(task)
         for task in self.task_settings:

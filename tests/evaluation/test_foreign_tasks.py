@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ringrl.cli.flags import environment_task
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore, write_episodes
 from ringrl.errors import UserError
@@ -24,7 +25,7 @@ from ringrl.evaluation.records import folder_name
 from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.study.cells import cells
 from ringrl.study.plan import AblationPlan
-from ringrl.study.runner import estimate
+from ringrl.study.runner import ablate, estimate
 from ringrl.training import train
 
 POLE = "gymnasium:CartPole-v1(max_episode_steps=40)"
@@ -237,3 +238,29 @@ def test_an_environment_that_hangs_or_crashes_costs_its_own_streams(tmp_path):
         [False, True],
         [False] * 2,
     ]
+
+
+def test_a_study_imports_the_module_of_its_environment_in_every_process(tmp_path, monkeypatch):
+    (tmp_path / "polesenv.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Poles-v0', 'gymnasium.envs.classic_control:CartPoleEnv', max_episode_steps=20)\n"
+    )
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    task = environment_task("polesenv:Poles-v0")
+    write_episodes("poles.h5", record("CartPole-v1", 3), environment=task)
+    values = {
+        "data": "poles.h5", "task": task, "output": "study", "methods": [], "baselines": ["bc"], "seeds": [0],
+        "episodes": 2, "environment_modules": ["polesenv"],
+        "settings": {"model": {"action_head": "categorical"}, "optimiser": {"steps": 2}},
+    }  # fmt: skip
+    for name, message in (
+        ("broken", "broken cannot be imported .division by zero"),
+        ("nope", "No module named 'nope'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AblationPlan.model_validate(values | {"environment_modules": [name]})
+    found = ablate(AblationPlan.model_validate(values), Console(quiet=True))
+    records = [record for path in found for record in read_records(path).records]
+    assert {(record.method, record.task) for record in records} >= {("bc", task), ("random", task), ("data", task)}
+    del gymnasium.registry["Poles-v0"]
