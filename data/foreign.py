@@ -60,13 +60,12 @@ def _as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
 
     UserError, which names `where`, for an action outside the bounds, or a return too large for float32.
     """
-    low, high = (np.array(bound) for bound in (domain.action_low, domain.action_high))
     if domain.is_discrete:
-        choice = steps.action[:, 0] - low[0]
-        outside = (choice != np.round(choice)) | (choice < 0) | (choice >= len(low))
-        action = (choice[:, None] == np.arange(len(low))).astype(np.float64)
+        choice = steps.action[:, 0] - domain.action_low[0]
+        outside = (choice != np.round(choice)) | (choice < 0) | (choice >= domain.action_size)
+        action = (choice[:, None] == np.arange(domain.action_size)).astype(np.float64)
     else:
-        action = (steps.action - (high + low) / 2) / ((high - low) / 2)
+        action = domain.scaled(steps.action)
         outside = np.abs(action).max(axis=1) > 1 + ROUNDED
     if outside.any():
         raise UserError(

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from jaxtyping import Float, Float64
+
 
 @dataclass(frozen=True)
 class Camera:
@@ -87,3 +90,13 @@ class ForeignDomain(Domain):
     action_low: tuple[float, ...] = field(kw_only=True)
     action_high: tuple[float, ...] = field(kw_only=True)
     is_discrete: bool = field(default=False, kw_only=True)
+
+    def taken(self, action: Float[np.ndarray, "*batch action"]) -> Float64[np.ndarray, "*batch action"]:
+        """Return actions in [-1, 1] as the environment takes them."""
+        low, high = np.array(self.action_low), np.array(self.action_high)
+        return (high + low) / 2 + action * ((high - low) / 2)
+
+    def scaled(self, action: Float[np.ndarray, "*batch action"]) -> Float64[np.ndarray, "*batch action"]:
+        """Return actions as the environment takes them, scaled to [-1, 1]."""
+        low, high = np.array(self.action_low), np.array(self.action_high)
+        return (action - (high + low) / 2) / ((high - low) / 2)

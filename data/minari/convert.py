@@ -290,10 +290,9 @@ def _actions(domain: Domain, space: Any, scaled: np.ndarray) -> np.ndarray:
     """Return actions of a store as the environment takes them."""
     if not isinstance(domain, StoredDomain):
         return scaled
-    low, high = np.array(domain.action_low), np.array(domain.action_high)
     if domain.is_discrete:
-        return scaled.argmax(1) + int(low[0])
-    taken = np.clip((high + low) / 2 + scaled * ((high - low) / 2), low, high)
+        return scaled.argmax(1) + int(domain.action_low[0])
+    taken = np.clip(domain.taken(scaled), domain.action_low, domain.action_high)
     whole = taken if space.dtype.kind == "f" else np.rint(taken)
     return whole.reshape(-1, *space.shape).astype(space.dtype)
 

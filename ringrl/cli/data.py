@@ -189,13 +189,14 @@ def collect(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Collect episodes of a task on this machine, in ExoRL's format.
+    """Collect episodes of a task on this machine, in ExoRL's format (of a Gymnasium environment: npz files, with td3).
 
     The folder appears when all episodes are recorded. Until then, finished episodes are in the hidden folder
     .NAME.partial next to it, which can be imported. The same command resumes an interrupted collection.
 
     Args:
-        task: for example jaco_reach_top_left, or "point_mass_maze_reach(-0.1,0.25)" for a goal in metres.
+        task: for example jaco_reach_top_left, "point_mass_maze_reach(-0.1,0.25)" for a goal in metres, or
+            gymnasium:HalfCheetah-v5.
         output: folder to create. Episodes are written to OUTPUT/buffer/.
         method: scripted searches the parameters of a scripted controller, td3 learns a policy.
         episodes: number of episodes. Default: those of 200,000 transitions (200, in jaco 800; scripted 1 to 4 minutes,
@@ -204,15 +205,19 @@ def collect(
         workers: processes (scripted only). Default: one per available core.
     """
     from ringrl.collect import collect as collect_episodes
-    from ringrl.envs import domain_of
+    from ringrl.envs import domain_of, is_foreign
 
     with _bars() as bar:
         collect_episodes(
             task, output, episodes=episodes, seed=seed, method=method, workers=workers, progress=bar("collecting")
         )
     domain = domain_of(task)
-    tasks = "" if task in domain.tasks else f' --tasks "{task}"'
-    print(f"{output}: episodes of {task}; next: ringrl data import {output} --domain {domain.name}{tasks}")
+    import_it = f"ringrl data import {output} --domain {domain.name}"
+    if is_foreign(task):
+        import_it = f'ringrl data import {output}/buffer --format npz --environment "{task}" --output {output}.h5'
+    elif task not in domain.tasks:
+        import_it += f' --tasks "{task}"'
+    print(f"{output}: episodes of {task}; next: {import_it}")
 
 
 @contextlib.contextmanager

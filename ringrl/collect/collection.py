@@ -9,7 +9,7 @@ from pathlib import Path
 from ringrl import __version__
 from ringrl.collect.scripted import search
 from ringrl.cores import available_cores
-from ringrl.envs import domain_of, is_foreign
+from ringrl.envs import ForeignDomain, domain_of
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, sync
 from ringrl.pace import Progress, no_progress
@@ -32,6 +32,8 @@ def collect(
 ) -> Path:
     """Record a dataset in the ExoRL format, `destination/buffer/episode_{number}_{steps}.npz`. Return `destination`.
 
+    Episodes of a Gymnasium environment have the format of `ringrl data import --format npz` instead, and may end early.
+
     The episodes, in order of their numbers, are the history of a learner. "scripted" searches the parameters of the
     domain's scripted controller. "td3" learns a policy from scratch. The same arguments give the same arrays on the
     same machine, for any number of workers.
@@ -53,12 +55,17 @@ def collect(
         UserError: unknown task or method, a number out of range, an existing destination or one that cannot be written,
             or a worker process that died.
     """
-    if is_foreign(task):
-        raise UserError(f"{task}: only tasks of RingRL are collected; record others with Minari's DataCollector")
-    episodes = TRANSITIONS // domain_of(task).episode_length if episodes is None else episodes
+    domain = domain_of(task)
+    if isinstance(domain, ForeignDomain) and method != "td3":
+        raise UserError(f"{task}: has no script; give --method td3, or record it with Minari's DataCollector")
+    if isinstance(domain, ForeignDomain) and domain.is_discrete:
+        raise UserError(
+            f"{task}: its actions are choices, which td3 cannot learn; record it with Minari's DataCollector"
+        )
+    episodes = TRANSITIONS // domain.episode_length if episodes is None else episodes
     if method not in METHODS:
         raise UserError(f"no method {method!r}; methods are {', '.join(METHODS)}")
-    if method != "scripted" and task not in domain_of(task).tasks:
+    if method != "scripted" and task not in domain.tasks:
         raise UserError(f"{task}: method {method} does not record this task: use scripted, or collect another task")
     for name, number, least in (("episodes", episodes, 1), ("seed", seed, 0), ("workers", workers, 1)):
         if number is not None and number < least:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,12 +12,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ringrl.collect.foreign import ForeignRecording, saved_episode
 from ringrl.collect.record import EpisodeRecording, coloured_noise, start_seed
 from ringrl.collect.replay import Replay
 from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig
 from ringrl.context import Transitions
-from ringrl.data.exorl import Archive, save_episode
-from ringrl.envs import Domain, domain_of, load_simulation
+from ringrl.data.exorl import Archive
+from ringrl.envs import Domain, ForeignDomain, ForeignEnv, domain_of, is_foreign, load_simulation
 from ringrl.errors import UserError
 from ringrl.files import raise_unreadable, write_whole
 from ringrl.model import ActorCritic, TrainState
@@ -24,7 +26,7 @@ from ringrl.model.agents.td3 import EXORL, TD3
 from ringrl.pace import Progress
 
 _ENVIRONMENTS = 4  # parallel episodes, which share one call of the actor
-_STRIDE = 25  # steps between rounds of updates; divides the episode length of every domain
+_STRIDE = 25  # steps between rounds of updates; divides the episode length of every ExoRL domain
 _TRANSITIONS_PER_UPDATE = 2
 _BATCH = 256
 _WARM_UP = 2000  # transitions before the first update
@@ -83,16 +85,21 @@ def learn(
     domain = domain_of(task)
     learner = Learner(domain, seed, width=width)
     replay = Replay(domain, episodes, domain.recorded_tasks(task).index(task))
-    simulations = [load_simulation(task) for _ in range(min(_ENVIRONMENTS, episodes))]
+    made = [
+        ForeignEnv(task) if is_foreign(task) else load_simulation(task) for _ in range(min(_ENVIRONMENTS, episodes))
+    ]
     done, state = _saved(folder, learner.init())
     _recall(folder, domain, replay, done)
     while done < episodes:
-        starts = [start_seed(seed, number) for number in range(done, min(done + len(simulations), episodes))]
-        recordings = [EpisodeRecording(*each) for each in zip(simulations, starts, strict=False)]
+        starts = [start_seed(seed, number) for number in range(done, min(done + len(made), episodes))]
+        recordings = [
+            ForeignRecording(one, start) if isinstance(one, ForeignEnv) else EpisodeRecording(one, start)
+            for one, start in zip(made, starts, strict=False)
+        ]
         noise = np.interp(done / episodes, (0, _NOISE_DECAY), _NOISE)
         state = _run(recordings, learner, state, replay, done, float(noise), (seed, 3, done))
         for recording in recordings:
-            save_episode(folder / "buffer", done, recording.episode())
+            recording.save(folder / "buffer", done)
             done += 1
             progress(done, episodes)
         _save(folder, done, state)
@@ -100,8 +107,8 @@ def learn(
 
 
 def _run(
-    recordings: list[EpisodeRecording], learner: Learner, state: TrainState, replay: Replay, first: int,
-    noise: float, seed: tuple[int, ...],
+    recordings: Sequence[EpisodeRecording | ForeignRecording], learner: Learner, state: TrainState, replay: Replay,
+    first: int, noise: float, seed: tuple[int, ...],
 ) -> TrainState:  # fmt: skip
     """Record parallel episodes from start to end, with updates in between, and return the learner after them."""
     random = np.random.default_rng(seed)
@@ -109,7 +116,9 @@ def _run(
     # Pink noise explores better than white or red noise (Eberhard et al. 2023, "Pink noise is all you need").
     noises = noise * np.stack([coloured_noise(random, steps, size, exponent=1.0) for _ in recordings], axis=1)
     for block in range(0, steps, _STRIDE):
-        for step in range(block, block + _STRIDE):
+        if not (playing := sum(not recording.has_ended for recording in recordings)):
+            break
+        for step in range(block, min(block + _STRIDE, steps)):
             observation = np.stack([recording.observation for recording in recordings])
             actions = np.asarray(learner.act(state, observation)) + noises[step]
             for recording, action in zip(recordings, actions, strict=True):
@@ -118,7 +127,7 @@ def _run(
             recording.score()
             replay.put(number, recording.episode(), recording.steps)
         if replay.transitions > _WARM_UP:
-            shape = (len(recordings) * _STRIDE // _TRANSITIONS_PER_UPDATE, _BATCH)
+            shape = (playing * _STRIDE // _TRANSITIONS_PER_UPDATE, _BATCH)
             batches = replay.sample(random, shape, learner.settings.n_step, learner.settings.discount)
             state = learner.update(state, batches)
     return state
@@ -127,6 +136,10 @@ def _run(
 def _recall(folder: Path, domain: Domain, replay: Replay, done: int) -> None:
     """Fill the replay memory with the episodes of the saved learner."""
     if done == 0:
+        return
+    if isinstance(domain, ForeignDomain):
+        for number in range(done):
+            replay.put(number, *saved_episode(folder / "buffer", number, domain))
         return
     with Archive(folder, domain) as archive:
         members = archive.members[:done]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
 from ringrl.collect.controllers import ParameterVector, Recipe
+from ringrl.data.exorl import save_episode
 
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
@@ -54,6 +56,11 @@ class EpisodeRecording:
         self._read()
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.steps == self._simulation.domain.episode_length
+
+    @property
     def observation(self) -> Float32[np.ndarray, " observation"]:
         """Observation of the current state."""
         return self._observation[self.steps]
@@ -88,6 +95,10 @@ class EpisodeRecording:
             "discount": np.ones((len(self._reward), 1), np.float32),
             "physics": self._physics,
         }
+
+    def save(self, folder: Path, number: int) -> None:
+        """Write the episode as a file of an ExoRL archive."""
+        save_episode(folder, number, self.episode())
 
     def _read(self) -> None:
         self._observation[self.steps] = self._simulation.observation()

@@ -11,12 +11,14 @@ from ringrl.envs import Domain
 class Replay:
     """Episodes in ExoRL's rows, by number. An episode may be incomplete.
 
-    Episodes never terminate, so every state may be followed by a value. `column`: the learned task among the rewards.
+    Every state may be followed by a value, except the last one of an episode that terminated (its discount is 0).
+    `column`: the learned task among the rewards.
     """
 
     def __init__(self, domain: Domain, episodes: int, column: int) -> None:
         self._column = column
         self._steps = np.zeros(episodes, np.int64)  # recorded in each episode
+        self._terminated = np.zeros(episodes, bool)
         rows = (episodes, domain.episode_length + 1)
         self.observation = np.zeros((*rows, domain.observation_size), np.float32)
         self.action = np.zeros((*rows, domain.action_size), np.float32)  # row t led to state t, row 0 is unused
@@ -29,9 +31,13 @@ class Replay:
 
     def put(self, number: int, episode: Episode, steps: int) -> None:
         """Store an episode with `steps` recorded steps, which may be fewer than it has rows."""
-        self.observation[number], self.action[number] = episode["observation"], episode["action"]
-        self.reward[number] = episode["reward"][:, self._column]
-        self._steps[number] = steps
+        rows = slice(steps + 1)
+        self.observation[number, rows], self.action[number, rows] = (
+            episode["observation"][rows],
+            episode["action"][rows],
+        )
+        self.reward[number, rows] = episode["reward"][rows, self._column]
+        self._steps[number], self._terminated[number] = steps, episode["discount"][steps, 0] == 0
 
     def sample(self, random: np.random.Generator, shape: tuple[int, ...], n_step: int, discount: float) -> Transitions:
         """Return uniform n-step transitions, arrays (*shape, ...) float32. n shrinks at the last row of an episode."""
@@ -47,6 +53,6 @@ class Replay:
             observation=self.observation[episode, row],
             action=self.action[episode, row + 1],
             reward=reward,
-            discount=discounts,
+            discount=np.where(self._terminated[episode] & (row + taken == steps), np.float32(0), discounts),
             following=self.observation[episode, row + taken],
         )

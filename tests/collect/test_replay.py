@@ -21,7 +21,9 @@ def _replay(steps: list[int]) -> tuple[Replay, list[dict[str, np.ndarray]]]:
         observation[:, 0], observation[:, 1] = number, np.arange(LENGTH + 1)
         action = random.uniform(-1, 1, (LENGTH + 1, 1)).astype(np.float32)
         reward = random.random((LENGTH + 1, 2)).astype(np.float32)
-        recorded.append({"observation": observation, "action": action, "reward": reward})
+        discount = np.ones((LENGTH + 1, 1), np.float32)
+        discount[steps[number]] = number % 2  # every other episode terminates
+        recorded.append({"observation": observation, "action": action, "reward": reward, "discount": discount})
         replay.put(number, recorded[-1], steps[number])
     return replay, recorded
 
@@ -53,7 +55,8 @@ def test_samples_are_n_step_transitions_of_the_filled_part(whole, growing, grown
         np.testing.assert_array_equal(batch.action[at], episode["action"][row + 1])
         rewards = [discount**k * float(episode["reward"][row + 1 + k, 1]) for k in range(last - row)]
         assert float(batch.reward[at]) == pytest.approx(sum(rewards), rel=1e-5)
-        assert float(batch.discount[at]) == pytest.approx(discount ** (last - row), rel=1e-5)
+        is_followed = last < filled or number % 2
+        assert float(batch.discount[at]) == pytest.approx(discount ** (last - row) * is_followed, rel=1e-5)
 
 
 def test_every_transition_is_drawn_equally_often():

@@ -231,8 +231,10 @@ def test_scores_of_known_environments_are_d4rls():
 def test_what_needs_a_simulation_of_ringrl_says_so(tmp_path):
     with pytest.raises(UserError, match="record it with Minari's DataCollector"):
         load_simulation(HOPPER)
-    with pytest.raises(UserError, match="record others with Minari's DataCollector"):
-        collect(HOPPER, tmp_path / "hops", episodes=1, seed=0, method="td3")
+    with pytest.raises(UserError, match="has no script; give --method td3, or record it with Minari's DataCollector"):
+        collect(HOPPER, tmp_path / "hops", episodes=1, seed=0)
+    with pytest.raises(UserError, match="its actions are choices, which td3 cannot learn"):
+        collect(POLE, tmp_path / "poles", episodes=1, seed=0, method="td3")
     with pytest.raises(UserError, match="unknown domain"):
         domain_named(HOPPER)
     assert not list(tmp_path.iterdir())
