@@ -21,7 +21,7 @@ from ringrl.evaluation import (
     policy_evaluation,
     random_evaluation,
 )
-from ringrl.evaluation.records import folder_name
+from ringrl.evaluation.records import folder_name, read_records
 from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.study.cells import cells
 from ringrl.study.plan import AblationPlan
