@@ -12,25 +12,23 @@ from ringrl.errors import UserError
 from ringrl.evaluation import Protocol, evaluate_policy, load_policy
 
 RUNS = {
-    "at": {},
     "at with a window": {"model": {"layers": 1, "width": 16, "token_set": "dt3", "episode_window": 3}},
     "segments": {"context": {"trajectories": 3, "segment_steps": 8}},
     "bc": {"model": {"kind": "behaviour_cloning", "layers": 1, "width": 16}, "context": {"trajectories": 1}},
 }
 
 
-def play(player, environment, seeds: list[list[int]]) -> list[np.ndarray]:
-    """Return the returns of episodes, one array over the environments each."""
-    returns = []
+def play(player, environment, seeds: list[list[int]], steps: int = 250) -> np.ndarray:
+    """Return the rewards (episodes, steps, environments) of episodes or their first steps."""
+    rewards = []
     for seed in seeds:
         observation, _ = environment.reset(seed=seed)
-        earned, ended = 0.0, False
-        while not ended:
+        for _ in range(steps):
             observation, reward, terminated, truncated, _ = environment.step(player.act(observation))
             player.observe(reward, terminated, truncated)
-            earned, ended = earned + reward, bool(np.all(truncated))
-        returns.append(earned)
-    return returns
+            rewards.append(reward)
+        assert np.all(truncated) == (steps == 250)
+    return np.array(rewards).reshape(len(seeds), steps, -1)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -44,9 +42,11 @@ def test_a_player_equals_a_rollout(kind: str, make_run: Callable[..., Path], mon
     one = policy.player(target=7, prompt=prompt, prompt_seed=3, batch=2)
     seeds = (protocol.seed + np.arange(2 * episodes).reshape(2, episodes)).T.tolist()
     environment = make_vec("jaco_reach_top_left", 2)
-    for count in (episodes, 1):  # nothing is left after `clear`
-        one.clear()
-        np.testing.assert_array_equal(np.stack(play(one, environment, seeds[:count]), axis=1), expected[:, :count])
+    rewards = play(one, environment, seeds)
+    np.testing.assert_array_equal(rewards.cumsum(axis=1)[:, -1].T, expected)
+    one.clear()
+    again = play(one, environment, seeds[:1], steps=60)
+    np.testing.assert_array_equal(again, rewards[:1, :60], err_msg="something is left after `clear`")
 
 
 def test_one_environment_without_a_batch_axis(at_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_one_environment_without_a_batch_axis(at_run: Path, monkeypatch: pytest.
     (record,) = evaluate_policy(policy, Protocol(1, 2))
     monkeypatch.setattr("ringrl.evaluation.policy._ENDLESS", 500)
     found = play(policy.player(), environment, [1_000_000, 1_000_001])
-    np.testing.assert_allclose(found, record.returns, rtol=1e-6)
+    np.testing.assert_allclose(found.sum((1, 2)), record.returns, rtol=1e-6)
     assert re.fullmatch(r"TrainedPolicy\(at, n=3, jaco_reach_top_left, step 2, \d\d,\d{3} parameters\)", repr(policy))
     found = f"RunInfo(at, n=3, jaco_reach_top_left, 2,000 transitions, best return {policy.info.best_return:.4g})"
     assert repr(policy.info) == found
