@@ -1,8 +1,8 @@
 """Rendering of states as images, and of episodes as videos in another process: `python -m ringrl.envs.render`.
 
-A graphics driver may crash, which must not affect the process that evaluates. That process starts this one and writes
-pickled episodes to its standard input: for each video a list of clips, each a list of (label, physics, rewards). If
-rendering fails, one line on standard output gives the reason.
+A graphics driver may crash, which must not affect the process that evaluates. That process writes pickled
+episodes to the standard input of this process: for each video a list of clips, each a list of (label, physics,
+rewards). If rendering fails, one line on standard output gives the reason.
 """
 
 import atexit

@@ -189,8 +189,8 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """A Gymnasium environment in `num_envs` copies, stepped by threads. Copy i equals `ForeignEnv` with the same seed.
 
     No environment is reset automatically: after the end of its episode, an environment stays at its last observation
-    until its next reset. An environment that raises an exception is truncated, with NaN as observation and reward. So
-    is one that does not answer in time, which is not used again. The others are unaffected.
+    until its next reset. An environment that raises an exception or does not answer in time is truncated, with NaN as
+    observation and reward. An environment that did not answer is not used again. The others are unaffected.
 
     Attributes:
         failures: a line for each environment that failed: which one, in which step, and why.
@@ -301,7 +301,7 @@ class _Crew:
             self._begin()
 
     def each(self, pieces: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
-        """Return the result or the exception of each piece of work, TimeoutError if it has none in time."""
+        """Return the result or the exception of each piece of work, TimeoutError if it takes too long."""
         pending, began, found, idle = iter(pieces.items()), dict[int, float](), dict[int, Any](), SimpleQueue[None]()
 
         def run() -> None:

@@ -43,8 +43,8 @@ def download_archive(
 ) -> Path:
     """Download `{url}/{domain}/{algorithm}.zip` to `{folder}/{domain}/{algorithm}.zip` and return that path.
 
-    The archive appears whole or not at all. An existing one is kept. Received bytes are kept for the next call, unless
-    they are wrong.
+    The archive appears when it is complete. An existing archive is kept. If a call fails, the next call continues after
+    the received bytes, unless these are wrong.
 
     Args:
         domain: name of the domain, "walker".
@@ -146,7 +146,7 @@ def _receive(address: str, path: Path, record: Path, timeout: float, progress: P
         )
         if response.status in (206, 416) and not is_rest:
             remove(partial)
-            raise _Interrupted("the server has another file by now")
+            raise _Interrupted("the file on the server has changed")
         if not is_rest:
             received, size = 0, _announced(response, address)
             remove(partial)

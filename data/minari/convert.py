@@ -254,7 +254,7 @@ class _Spaces(NamedTuple):
 
 
 def _spaces(store: EpisodeStore) -> _Spaces:
-    """Return the spaces of the dataset that was imported, or flat ones. UserError if they do not fit the store."""
+    """Return the spaces of the imported dataset, or flat spaces. UserError if they do not fit the store."""
     domain = store.facts
     observation = gymnasium.spaces.Box(-np.inf, np.inf, (domain.observation_size,), np.float32)
     widths = [domain.observation_size]

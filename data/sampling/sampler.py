@@ -227,7 +227,7 @@ class ContextSampler:
             np.cumsum(rewards[first + 1 : first + len(earned)], out=earned[1:])
             out.return_to_go[at] = normalisation.return_to_go(target - earned[timestep])
         if timestep[0] == begin:
-            # The outcome before: the previous trajectory's last. Segments do not follow each other in time.
+            # The first step follows the previous trajectory's last outcome. Segments do not follow each other in time.
             previous, place = out.previous, (context, places.start)
             previous.action[place], previous.reward[place] = 0, 0
             if trajectory and config.segment_steps is None:

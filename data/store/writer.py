@@ -65,7 +65,7 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
 def finished_store(path: Path, provenance: Provenance) -> EpisodeStore | None:
     """Return the store at `path` if it has this origin, on any day, None otherwise.
 
-    What a kill left next to the store is deleted.
+    The unfinished file of a killed import next to the store is deleted.
     """
     try:
         store = EpisodeStore(path)

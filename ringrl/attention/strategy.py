@@ -30,10 +30,10 @@ def device_of(x: jax.Array) -> DeviceKind:
 
 
 def ring_order(devices: Sequence[Any], ring_size: int | None = None) -> list[Any]:
-    """Return the devices in an order in which each `ring_size` of them, by default all, form a ring of neighbours.
+    """Return the devices in an order in which every `ring_size` of them (default: all) form a ring of neighbours.
 
-    On a grid of TPU chips (v5e, v6e) a ring is a closed walk through a rectangle of chips. XLA overlaps a transfer on
-    v5e slices of 32 chips and more with a kernel only if each chip sends to a neighbour. Other devices, and rings
+    On a grid of TPU chips (v5e, v6e) a ring is a closed walk through a rectangle of chips. On v5e slices of 32 chips
+    and more, XLA overlaps a transfer with a kernel only if each chip sends to a neighbour. Other devices, and rings
     without such a walk (odd, or one row), keep their order.
     """
     ring_size = ring_size or len(devices)

@@ -73,8 +73,8 @@ def import_(
             names.
         reference_returns: mean returns of random actions and of an expert, which score 0 and 100. Default: those that a
             Minari dataset names, or else D4RL's.
-        output: store to write. Default: the name of the only archive with suffix .h5 (other formats: in the working
-            directory).
+        output: store to write. Default: the archive's name with suffix .h5 (other formats: in the working directory).
+            Required for several archives.
         overwrite: replace an existing store.
         workers: processes. Default: one per available core. The result does not depend on the number.
         subset: which episodes to take if an archive has more than --max-episodes (spread: at equal distances).
@@ -189,7 +189,9 @@ def collect(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Collect episodes of a task on this machine, in ExoRL's format (of a Gymnasium environment: npz files, with td3).
+    """Collect episodes of a task on this machine, in ExoRL's format.
+
+    Gymnasium environments need --method td3, and their episodes are npz files for `ringrl data import --format npz`.
 
     The folder appears when all episodes are recorded. Until then, finished episodes are in the hidden folder
     .NAME.partial next to it, which can be imported. The same command resumes an interrupted collection.
@@ -199,8 +201,8 @@ def collect(
             gymnasium:HalfCheetah-v5.
         output: folder to create. Episodes are written to OUTPUT/buffer/.
         method: scripted searches the parameters of a scripted controller, td3 learns a policy.
-        episodes: number of episodes. Default: those of 200,000 transitions (200, in jaco 800; scripted 1 to 4 minutes,
-            td3 10 to 20). ExoRL's archives have 10,000,000 transitions.
+        episodes: number of episodes. Default: 200,000 transitions, which are 200 episodes (800 in jaco) and take 1 to 4
+            minutes (scripted) or 10 to 20 (td3). ExoRL's archives have 10,000,000 transitions.
         seed: the same seed gives the same episodes on the same machine, for any number of workers.
         workers: processes (scripted only). Default: one per available core.
     """

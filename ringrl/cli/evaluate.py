@@ -75,7 +75,7 @@ def evaluate(
             of median return, next to the --control.
         video_format: format of the videos. gif and apng have 10 to 13 frames per second.
         video_speed: speed of the videos as a multiple of the simulated time.
-        step_timeout: seconds that a reset or a step of an --environment may take before its stream is left out.
+        step_timeout: seconds that a reset or a step of a Gymnasium environment may take before its stream ends.
         mesh: devices over which the cache of each context is sharded (seq only).
     """
     given = locals()
@@ -157,6 +157,6 @@ def evaluate(
     failed = [one.task for one in summaries if is_foreign(one.task) and one.failed + one.failed_without_context]
     if failed:
         raise UserError(
-            f"{failed[0]}: the environment failed, so some episodes have no return; all others are kept; correct it, "
-            "and repeat with --again"
+            f"{failed[0]}: the environment failed, so some episodes have no return; all others are kept; correct "
+            "the environment, and repeat with --again"
         )

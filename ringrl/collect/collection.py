@@ -32,7 +32,7 @@ def collect(
 ) -> Path:
     """Record a dataset in the ExoRL format, `destination/buffer/episode_{number}_{steps}.npz`. Return `destination`.
 
-    Episodes of a Gymnasium environment have the format of `ringrl data import --format npz` instead, and may end early.
+    Episodes of a Gymnasium environment may end early. Their files are for `ringrl data import --format npz`.
 
     The episodes, in order of their numbers, are the history of a learner. "scripted" searches the parameters of the
     domain's scripted controller. "td3" learns a policy from scratch. The same arguments give the same arrays on the
@@ -45,7 +45,7 @@ def collect(
     Args:
         task: full task name, "walker_walk".
         destination: folder to create. An empty folder may exist.
-        episodes: number of episodes, at least 1. None: those of 200,000 transitions.
+        episodes: number of episodes, at least 1. None: 200,000 transitions.
         seed: seed of initial states, noise, search and learner, at least 0.
         workers: number of processes that record scripted episodes, by default one per available core. With more than
             one, a script must call this under `if __name__ == "__main__":`, because the processes import it.

@@ -45,7 +45,7 @@ class ForeignRecording:
             self._rows[name][self.steps] = value
 
     def score(self) -> None:
-        """Do nothing: steps have their rewards."""
+        """Do nothing: `step` has recorded the rewards."""
 
     def episode(self) -> Episode:
         """Return arrays as `EpisodeRecording.episode`, without physics. Rows after the last step are zero."""

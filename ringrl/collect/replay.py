@@ -11,8 +11,12 @@ from ringrl.envs import Domain
 class Replay:
     """Episodes in ExoRL's rows, by number. An episode may be incomplete.
 
-    Every state may be followed by a value, except the last one of an episode that terminated (its discount is 0).
-    `column`: the learned task among the rewards.
+    An n-step target may add the value of any state, except the last state of a terminated episode (its discount is 0).
+
+    Args:
+        domain: sizes of the arrays.
+        episodes: number of episodes.
+        column: the learned task among the rewards.
     """
 
     def __init__(self, domain: Domain, episodes: int, column: int) -> None:

@@ -74,7 +74,7 @@ class Protocol:
         prompt_task: as a control, draws the prompt from another task of the dataset, with its rewards.
         prompt_rewards: "zero", as a control, shows a prompt whose rewards are all zero.
         prompt_order: "shuffled", as a control, puts the prompt's trajectories in random order.
-        step_timeout: seconds that a step of another package's environment may take before its stream is left out.
+        step_timeout: seconds that a reset or a step of another package's environment may take before its stream ends.
 
     Raises:
         UserError: a number is too small, or a seed exceeds 2**32 - 1, or the target cannot be parsed.
@@ -189,7 +189,7 @@ def policy_evaluation(
         quantile, and for another task than the run's unless the target is a number.
       command: command line, for the records.
       results: None: evaluation.jsonl in the run's folder.
-      compiled: programs of the same policy, which the tasks of a domain share unless the policy depends on the goal.
+      compiled: programs of the same policy, which all tasks share. None: new programs.
       variant: name of the run's settings in an ablation plan, for the records.
 
     Raises:

@@ -120,7 +120,7 @@ class EvaluationRecord(pydantic.BaseModel):
     cache_devices: PositiveInt = 1
     """Number of devices over which each context was sharded."""
     cache_dtype: str | None = None
-    """Not used any more: dtype of cached keys and values, where it was not the policy's."""
+    """Always None in new records. Older versions wrote the dtype of the cache if it was not the policy's."""
     steps_simulated: NonNegativeInt | None = None
     """Environment steps of this stream before it failed, or all steps."""
     wall_seconds: NonNegativeFloat | None = None

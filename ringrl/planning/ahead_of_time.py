@@ -64,7 +64,7 @@ def why_not(machine: Machine) -> str | None:
         flag = f"JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={machine.devices}"
         return None if have >= machine.devices else f"this process has {have} host devices; start it with {flag}"
     if machine.topology is None:
-        return f"there is no ahead-of-time compiler for {machine.name} (GPUs and custom machines use the formula)"
+        return f"there is no ahead-of-time compiler for {machine.name} (GPUs and machines of a file use the formula)"
     if machine.topology.startswith("v3:"):
         return "the TPU compiler no longer compiles bfloat16 kernels for v3"
     if importlib.util.find_spec("libtpu") is None:

@@ -128,8 +128,9 @@ SLICES: Mapping[str, Mapping[int, str]] = MappingProxyType(
 
 
 def find_machine(name: str) -> Machine:
-    """Return the machine of a name: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, cpu-8 (host devices), or
-    of a file with `Rates`.
+    """Return the machine of a name or of a YAML file with `Rates`.
+
+    Names: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, cpu-8 (host devices).
 
     Raise UserError for an unknown machine.
     """

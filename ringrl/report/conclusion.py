@@ -38,7 +38,7 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
     The largest difference comes first. Columns: task, method, subject, compared, before and after (interquartile
     means), change, low, high, detectable, p, wins (the probability that a run after beats a run before), wins_low,
-    wins_high, seeds (of the smaller side), paired, and those of `judge`. NaN: a side has one seed.
+    wins_high, seeds (of the smaller side), paired, and the columns that `judge` adds. NaN: a side has one seed.
     """
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])

@@ -78,7 +78,7 @@ def estimates(cells: Sequence[Cell], workers: int) -> dict[str, CellCost]:
     """Return the remaining cost of every unfinished cell, by name.
 
     Args:
-        cells: all cells of a plan. Finished cells give the time of their kind.
+        cells: all cells of a plan. The time of finished cells estimates the cells that differ only in the seed.
         workers: cells that run at the same time.
     """
     known, waiting = defaultdict[str, list[float]](list), list[Cell]()

@@ -41,8 +41,8 @@ def ablate(
 
     `share` (index, number) runs every `number`-th cell from the `index`-th, for several machines with one file system.
 
-    An interrupted cell resumes from its last checkpoint or evaluation. A cell that fails stops no other. Random actions
-    and the episodes of the dataset are recorded next to the cells.
+    An interrupted cell resumes from its last checkpoint or after its last finished evaluation. A cell that fails stops
+    no other. Random actions and the episodes of the dataset are recorded next to the cells.
 
     Raise UserError for settings that no run accepts, data that does not fit a task, a folder of another plan, or (after
     all other cells) cells that failed.

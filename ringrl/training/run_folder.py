@@ -14,7 +14,7 @@ from ringrl.errors import UserError
 from ringrl.files import lock, write_whole
 from ringrl.training.checkpoints import read_info, saved_steps
 
-# When a run is resumed. The mesh may change, too, and with it the transfers.
+# Settings that may change when a run is resumed. The mesh may change, too, and the transfers depend on the mesh.
 MAY_CHANGE = ("data", "run", "keep_checkpoints", "log", "model.strategy", "model.bidirectional")
 
 

@@ -156,7 +156,6 @@ def test_a_study_has_the_datas_lengths_and_checks_actions_first(pole, tmp_path):
     for plan, message in (
         (values, "td3.bc_seed0: .* which td3_bc cannot learn"),
         (values | {"baselines": []}, "at_1_seed0: model.action_head: .* are choices; use categorical"),
-        (values | {"baselines": [], "videos": True, "settings": {"model": MODEL}}, "is drawn by its own package"),
     ):
         with pytest.raises(UserError, match=message):
             estimate(AblationPlan.model_validate(plan), Console(quiet=True))

@@ -315,6 +315,6 @@ def test_shares_divide_a_plan(write_plan, jaco_store: EpisodeStore, monkeypatch:
 @pytest.mark.parametrize("share", ["4/4", "1", "-1/4", "a/b", "0/0"])
 def test_a_wrong_share_is_one_line(share: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["ablate", "study_example", f"--share={share}"])
+        main(["ablate", "results", f"--share={share}"])
     assert end.value.code == 2
     assert f"--share: '{share}' is not I/N with I from 0 to N - 1, for example 0/4" in capsys.readouterr().err

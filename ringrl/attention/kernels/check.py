@@ -1,7 +1,7 @@
 """The check of a kernel before its first use: a small case against plain XLA, forward and every gradient.
 
-A Pallas kernel may meet a compiler or a device on which it never ran. The case has several tiles of every kernel's
-default size, so that hidden, full and partial pairs of tiles occur.
+A kernel may run with a compiler or on a device with which it was never tested. The case has several tiles of every
+kernel's default size, so that hidden, full and partial pairs of tiles occur.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from ringrl.attention.strategy import DeviceKind
 # The repository has no public address yet.
 REPORT = "please report it on the issue page of RingRL, with the output of ringrl doctor"
 BATCH, KV_HEADS, GROUPS, TOKENS = 2, 2, 2, 1200
-WINDOW, CAP = (5, 2), 2.0  # stand for any window and any soft cap
+WINDOW, CAP = (5, 2), 2.0  # checked instead of the call's own window and soft cap
 LIMITS = {"float32": 1e-4}  # errors relative to the largest number of an array, as for `ringrl doctor`
 LIMIT, LIMIT_OF_LSE = 0.03, 1e-3  # in 16 bits; the log-sum-exp is float32 there, too
 Results = tuple[jax.Array, ...]

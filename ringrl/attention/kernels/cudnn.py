@@ -35,7 +35,7 @@ Tree = TypeVar("Tree")
 
 
 class Cudnn(NamedTuple):
-    """What JAX keeps private: two primitives and their constants."""
+    """Two private primitives of JAX and their constants."""
 
     forward: Any
     backward: Any
@@ -175,7 +175,7 @@ def _output_for(cotangents: Cotangents) -> tuple[jax.Array, jax.Array]:
 
 
 def _for_heads(attend: Visit, queries: Queries, keys: Keys, sums: Sums) -> Sums:
-    """Return the sums of all heads. Few heads at a time need little memory, and long ones fill a GPU."""
+    """Return the sums of all heads. Few heads at a time need little memory, and long contexts still fill a GPU."""
     heads, groups, tokens, _ = queries.q.shape
     loops = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or heads // n * groups * tokens >= ROWS))
 
