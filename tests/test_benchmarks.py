@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("collect", ["walker_wlak"], "collect.py: unknown task 'walker_wlak'; did you mean walker_walk"),
         ("data", ["relabel", "--exorl", "nothere"], "--exorl: nothere is no folder"),
         ("evaluation", ["walker_wlak"], "evaluation.py: unknown task 'walker_wlak'; did you mean walker_walk"),
+        ("peers", ["nothere.h5", "--peer-python", "python"], "peers.py: nothere.h5: no such file"),
         ("plan_reality", ["--machine", "cpu"], "plan_reality.py: "),
         ("attention_gpu", [], "needs an NVIDIA GPU since Ampere, JAX finds cpu"),
         ("train_gpu", [], "needs a GPU, JAX finds cpu"),
