@@ -1,11 +1,14 @@
 """The definition of attention and of its gradients, in NumPy and float64, with O(S^2) memory: for checks."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from ringrl.attention.mask import Rule, Side, visible
+
+einsum = partial(np.einsum, optimize=True)  # with matrix products: four times as fast
 
 
 def definition(
@@ -28,7 +31,7 @@ def definition(
     q, k, v, do, dlse = (np.asarray(arrays[name], np.float64) for name in ("q", "k", "v", "do", "dlse"))
     groups, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
     of_heads = [np.repeat(x, groups, axis=2) for x in (k, v)]
-    products = np.einsum("bqhd,bkhd->bhqk", q, of_heads[0]) * scale
+    products = einsum("bqhd,bkhd->bhqk", q, of_heads[0]) * scale
     s, slope = products, scale
     if logits_soft_cap is not None:
         t = np.tanh(products / logits_soft_cap)
@@ -41,9 +44,9 @@ def definition(
     with np.errstate(divide="ignore"):
         lse = np.swapaxes((maximum + np.log(total))[..., 0], 1, 2)  # -inf for queries that see nothing
     p = weights / np.where(total == 0, 1, total)
-    dp = np.einsum("bqhd,bkhd->bhqk", do, of_heads[1])
+    dp = einsum("bqhd,bkhd->bhqk", do, of_heads[1])
     ds = p * (dp - (p * dp).sum(-1, keepdims=True) + np.swapaxes(dlse, 1, 2)[..., None]) * slope
-    dk, dv = np.einsum("bhqk,bqhd->bkhd", ds, q), np.einsum("bhqk,bqhd->bkhd", p, do)
+    dk, dv = einsum("bhqk,bqhd->bkhd", ds, q), einsum("bhqk,bqhd->bkhd", p, do)
     dk, dv = (x.reshape(*k.shape[:3], groups, -1).sum(3) for x in (dk, dv))
-    o, dq = (np.einsum("bhqk,bkhd->bqhd", x, y) for x, y in ((p, of_heads[1]), (ds, of_heads[0])))
+    o, dq = (einsum("bhqk,bkhd->bqhd", x, y) for x, y in ((p, of_heads[1]), (ds, of_heads[0])))
     return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
