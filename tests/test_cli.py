@@ -145,7 +145,7 @@ def test_import_of_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert "4 of 8 episodes, at equal distances" in capsys.readouterr().out
     assert "--max-episodes: 0 is too small" in rejected([*command, "--overwrite", "--max-episodes", "0"], capsys)
     assert "--output of their episodes" in rejected(["data", "import", "a", "b", "--domain", "jaco"], capsys)
-    assert "give one archive" in rejected(["data", "import", "--domain", "jaco"], capsys)
+    assert "ARCHIVES requires an argument" in rejected(["data", "import", "--domain", "jaco"], capsys)
     assert "--subset" in rejected([*command, "--overwrite", "--subset", "middle"], capsys)
 
 

@@ -90,7 +90,7 @@ def test_an_interruption_prints_how_to_resume(evaluations: list[Evaluation]) -> 
 
     with pytest.raises(KeyboardInterrupt):
         watched()
-    assert "the same command resumes" in text.getvalue()
+    assert "the same command keeps finished evaluations" in text.getvalue()
 
 
 def test_the_final_table_fits_80_columns(evaluations: list[Evaluation]) -> None:

@@ -135,10 +135,14 @@ def test_a_deletion_that_a_kill_interrupts_leaves_no_half_checkpoint(finished: T
         next(path.rglob("*metadata")).unlink()
         raise KeyboardInterrupt
 
+    def save_and_delete() -> None:
+        checkpoints.save(state, info, {}, 9.0)
+        checkpoints.wait()
+
     with monkeypatch.context() as patch:
         patch.setattr("ringrl.training.checkpoints.remove", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(state, info, {}, 9.0)
+            save_and_delete()
     assert all(read_info(finished.run, step) for step in checkpoints.steps())
     assert any(path.name.startswith(".deleted-") for path in checkpoints.folder.iterdir())
     Checkpoints(finished.run, keep=1).close()
