@@ -16,7 +16,7 @@ test: .venv/ready  ## all tests except the slow ones
 
 faults: .venv/ready  ## kill, starve and damage every command: about an hour; full disks need root or user namespaces
 	$$(unshare --user --map-root-user --mount true 2>/dev/null && echo unshare --user --map-root-user --mount) \
-		$(RUN)python -m pytest -m slow tests/faults
+		$(RUN)python -m pytest -m slow tests/faults tests/training/test_distributed.py
 
 lint: .venv/ready  ## style and types
 	$(RUN)ruff check .

@@ -80,7 +80,7 @@ SHORTER = {
         "steps: 2000": "steps: 2",
         "[0, 1, 2, 3, 4]": "[0]",
         "[1, 4]": "[2]",
-        "[bc, bc-10%, td3+bc]": "[bc]",
+        "[bc, bc-10%, td3+bc]": "[]",
         "settings: {": "episodes: 2\nsettings: {model: {layers: 1, width: 16}, ",
     },
     "docs/quickstart.md": {
@@ -343,13 +343,19 @@ def shorter(block: Block) -> str:
     return text
 
 
+def is_repeated(page: str, words: list[str]) -> bool:
+    """Return whether an earlier page runs the same evaluation or report, on which no later step depends."""
+    earlier = EXECUTED[: EXECUTED.index(page)] if page in EXECUTED else ()
+    return words[1] in ("evaluate", "report") and any((before, words) in COMMANDS for before in earlier)
+
+
 def steps(block: Block) -> Iterator[tuple[str, Any]]:
     """Yield the steps of a block to run, made small."""
     if block.language == "python":
         yield "python", shorter(block)
     for program, *rest in commands(block):
         name = next((name for name in cli.COMMANDS if rest[: len(name.split())] == name.split()), "")
-        if name in NOT_RUN or program in NOT_RUN:
+        if name in NOT_RUN or program in NOT_RUN or is_repeated(block.page, [program, *rest]):
             continue
         if program == "ringrl":
             small = (TINY_METHOD if "--method" in rest else TINY_TRANSFORMER) if name == "train" else []

@@ -89,10 +89,11 @@ def test_a_wrong_kernel_is_noticed(name, monkeypatch):
 
 
 @pytest.mark.usefixtures("eight_devices")
-def test_ring_and_training_are_fine():
+def test_ring_and_training_are_fine(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: jax.devices()[:4])  # half of the hops
     lines = list(module._ring())
     assert [line.name for line in lines] == ["zigzag", "contiguous", "striped"]
-    assert all(line.is_fine and line.text.startswith(f"{len(jax.devices())} devices") for line in lines)
+    assert all(line.is_fine and line.text.startswith("4 devices") for line in lines)
     (line,) = module._training()
     assert line.name == "cpu"
     assert line.is_fine
@@ -100,6 +101,7 @@ def test_ring_and_training_are_fine():
 
 def test_a_loss_that_differs_from_the_cpu_is_noticed(monkeypatch):
     right = module._losses_on_cpu()
+    monkeypatch.setattr(module, "_losses_on_cpu", lambda: right)
     monkeypatch.setattr(jax, "local_devices", lambda backend=None: [FakeDevice()])
     for first, is_fine in ((right[0], True), (right[0] * 1.02, False)):
         monkeypatch.setattr(module, "_losses", lambda first=first: [first, *right[1:]])

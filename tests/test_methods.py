@@ -138,7 +138,8 @@ def trained(jaco_store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-@pytest.mark.parametrize("name", TRAINED)
+# The others differ from bc-10% in a number.
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("bc-25%", "bc-50%")])
 def test_every_method_trains_and_evaluates(name: str, trained: Callable[[str], Path]) -> None:
     run = trained(name)
     policy = load_policy(run)

@@ -91,11 +91,12 @@ def assert_close(got: jax.Array, expected: np.ndarray, tolerance: float, what: s
     assert error <= tolerance * np.abs(expected[seen]).max(), f"{what}: error {error}"
 
 
-# Every mask and every number of heads with and without a cap. Most masks are tried with every number of heads.
+# Every mask with and without a cap, and with two of the numbers of heads: they act apart.
 CASES = [
     (mask, heads, (None, 1.5)[(i + j) % 2])
     for i, mask in enumerate(MASKS)
     for j, heads in enumerate(("GQA", "GQA") if mask in EXTRA else HEADS)
+    if mask in EXTRA or j in ((0, 1), (1, 2), (0, 1))[i % 3]
 ]
 
 

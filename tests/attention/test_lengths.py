@@ -33,13 +33,10 @@ MASKS = {
 }  # fmt: skip
 RINGS = [(8, "contiguous", "ring", "narrow")]  # the window must not skip hops
 RINGS += [
-    (ring, layout, strategy, mask)
-    for number, mask in enumerate(MASKS)
-    for ring, layout, strategy in (
-        ((4, "zigzag", "ring"), (8, "contiguous", "ring"), (2, "striped", "ulysses"))[number % 3],
-        ((2, "striped", "ring"), (4, "contiguous", "all_gather"), (4, "zigzag", "ring"))[number % 3],
-    )
+    (*((2, "striped"), (8, "contiguous"), (4, "zigzag"))[number % 3], "ring", mask) for number, mask in enumerate(MASKS)
 ]
+RINGS += [(2, "striped", "ulysses", mask) for mask in ("window", "lengths")]
+RINGS += [(4, "contiguous", "all_gather", mask) for mask in ("prefix", "positions")]
 
 
 def arrays(draw, queries: int, keys: int) -> dict[str, np.ndarray]:

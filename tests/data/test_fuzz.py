@@ -1,4 +1,4 @@
-"""Five hundred damaged and hostile files: each is rejected in one line, counted as skipped, or read completely."""
+"""Damaged and hostile files: each is rejected in one line, counted as skipped, or read completely."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).parent / "fuzz" / "run.py"
-SEEDS = 10  # of each of 25 kinds
+SEEDS = 5  # of each of 25 kinds
 NEVER_THE_SAME = {
     "archives": {
         "noise", "wrong_keys", "wrong_shapes", "wrong_dtypes", "pickles", "structured_dtypes", "wrong_values", "bombs",

@@ -1,6 +1,7 @@
 """The report as files: complete, self-contained, and never half-replaced."""
 
 import csv
+import importlib
 import io
 import json
 import re
@@ -123,30 +124,32 @@ def test_the_page_is_well_formed(full):
     assert len(checker.ids) == len(set(checker.ids))
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("</script><script>alert(1)</script> & $x_1$", "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x_1$"),
-        ("\"' onclick='alert(1)' x=\"", "&#34;&#39; onclick=&#39;alert(1)&#39; x=&#34;"),
-        ("<img src=x onerror=alert(1)>-->", "&lt;img src=x onerror=alert(1)&gt;--&gt;"),
-        ("a\x00b\x1b[2Jc\x85\uffff", "a\\x00b\\x1b[2Jc\\x85\\uffff"),
-        ("{x} {{ 7 * 7 }} {% raw %} %s", "{x} {{ 7 * 7 }} {% raw %} %s"),
-        ("x" * 300, "x" * 300),
-    ],
-)
-def test_names_are_text_not_markup(name, shown, write_results, make_rollouts, tmp_path):
-    fields = dict.fromkeys(("task", "method", "variant", "command", "checkpoint", "target_policy", "device"), name)
+NAMES = {
+    "</script><script>alert(1)</script> & $x_1$": "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x_1$",
+    "\"' onclick='alert(1)' x=\"": "&#34;&#39; onclick=&#39;alert(1)&#39; x=&#34;",
+    "<img src=x onerror=alert(1)>-->": "&lt;img src=x onerror=alert(1)&gt;--&gt;",
+    "a\x00b\x1b[2Jc\x85\uffff": "a\\x00b\\x1b[2Jc\\x85\\uffff",
+    "{x} {{ 7 * 7 }} {% raw %} %s": "{x} {{ 7 * 7 }} {% raw %} %s",
+    "x" * 300: "x" * 300,
+}
+
+
+def test_names_are_text_not_markup(write_results, make_rollouts, tmp_path):
+    of = lambda name: dict.fromkeys(  # noqa: E731
+        ("task", "method", "variant", "command", "checkpoint", "target_policy", "device"), name
+    )
     records = [
         record
+        for name in NAMES
         for n, seed in ((1, 0), (2, 0), (1, 1), (2, 1))
-        for record in make_rollouts(n, seed, 100, **fields, settings={name: name}, versions={name: name})
+        for record in make_rollouts(n, seed, 100, **of(name), settings={name: name}, versions={name: name})
     ]
     page = write_report([write_results(records)], tmp_path / "report")
     text = page.read_text()
     checker = _Checker()
     checker.feed(text)
     assert checker.open == []
-    assert shown in text
+    assert [shown for shown in NAMES.values() if shown not in text] == []
     assert checker.scripts == [{"type": "application/json"}] * (len(checker.scripts) - 2) + [{"type": "module"}] * 2
     assert not {attribute for attribute in checker.attributes if attribute.startswith("on")} | checker.tags & {"img"}
     assert not re.search(
@@ -155,7 +158,7 @@ def test_names_are_text_not_markup(name, shown, write_results, make_rollouts, tm
     for figure in (tmp_path / "report" / "figures").glob("*.svg"):
         xml.etree.ElementTree.parse(figure)
     latex = (tmp_path / "report" / "tables" / "returns.tex").read_text()
-    assert ("$x" in name) == (r"\& \$x\_1\$" in latex)
+    assert r"\& \$x\_1\$" in latex
 
 
 def test_a_failed_report_leaves_the_old_one(report, tmp_path):
@@ -288,11 +291,19 @@ def test_a_table_as_csv_and_latex_by_hand():
 
 
 @pytest.mark.parametrize("module", ["pandas", "altair", "vl_convert", "jinja2"])
-def test_a_missing_package_is_named_before_any_work(module, tmp_path):
-    code = f"import sys; sys.modules[{module!r}] = None; from ringrl.cli import main; main(sys.argv[1:])"
+def test_a_missing_package_is_named(module, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("ringrl.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"^report: needs {module}; install it with: pip install 'ringrl\[report\]'$"):
+        importlib.import_module("ringrl.report")
+
+
+def test_a_missing_package_is_named_before_any_work(tmp_path):
+    code = "import sys; sys.modules['altair'] = None; from ringrl.cli import main; main(sys.argv[1:])"
     for command in (["report", str(tmp_path)], ["demo", "--output", str(tmp_path / "demo")]):
         done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
-        line = f"ringrl: report: needs {module}; install it with: pip install 'ringrl[report]'"
+        line = "ringrl: report: needs altair; install it with: pip install 'ringrl[report]'"
         assert (done.returncode, done.stderr.splitlines()) == (2, [line])
     assert list(tmp_path.iterdir()) == []
 

@@ -219,7 +219,7 @@ def test_killed_processes_are_resumed(write_plan, jaco_store: EpisodeStore) -> N
     """A worker is killed in the middle of a cell, then the main process in the middle of the next."""
     settings = {
         "model": {"layers": 1, "width": 16, "token_set": "fused1"}, "optimiser": {"steps": 120},
-        "checkpoint_every": 10, "log_every": 5,
+        "checkpoint_every": 20, "log_every": 5,
     }  # fmt: skip
     plan = write_plan(jaco_store.path, trajectories=[1], seeds=[0, 1], baselines=[], settings=settings)
     runs = read_plan(plan).output / "jaco_reach_top_left"
