@@ -306,6 +306,7 @@ def test_shares_divide_a_plan(write_plan, jaco_store: EpisodeStore, monkeypatch:
     ablate(plan, Console(file=io.StringIO()))
     assert len(run) == len(set(run))
     assert sorted(shares) == sorted(run)
+    assert {cell.name for cell in cells(plan)} < set(run)
     with lock(plan.output, "is running this ablation", file=plan.output / ".lock-1-of-3"):
         ablate(plan, Console(file=io.StringIO()), share=(0, 3))
         with pytest.raises(UserError, match="another process is running this ablation"):
