@@ -168,11 +168,12 @@ def losses(run: Path) -> list[float]:
 def test_a_run_resumes_on_eight_then_four_devices_then_one(
     jaco_store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def config(run: str, mesh: dict) -> TrainConfig:
+    def config(run: str, mesh: dict, strategy: str = "ring") -> TrainConfig:
         return TrainConfig.model_validate(
             {
                 "data": jaco_store.path, "task": "jaco_reach_top_left", "run": tmp_path / run,
-                "checkpoint_every": 2, "model": MODEL.model_dump(), "context": {"trajectories": 1}, "mesh": mesh,
+                "checkpoint_every": 2, "model": MODEL.model_dump() | {"strategy": strategy}, "mesh": mesh,
+                "context": {"trajectories": 1},
                 "optimiser": {"batch_size": 2, "steps": 6, "warmup_steps": 0},
             }
         )  # fmt: skip
@@ -186,7 +187,8 @@ def test_a_run_resumes_on_eight_then_four_devices_then_one(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsRecorder, "add", add_and_stop)
-    for resume, mesh in ((False, {"seq": 4, "fsdp": 2}), (True, {"seq": 2, "tensor": 2}), (True, {})):
-        train(config("moved", mesh), resume=resume, quiet=True)
+    stages = (False, {"seq": 4, "fsdp": 2}, "ulysses"), (True, {"seq": 2, "tensor": 2}, "ring"), (True, {}, "auto")
+    for resume, mesh, strategy in stages:
+        train(config("moved", mesh, strategy), resume=resume, quiet=True)
     assert len(losses(tmp_path / "one")) == 6
     np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "one"), rtol=2e-4)
