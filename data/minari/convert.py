@@ -1,9 +1,5 @@
-"""Import of a Minari dataset into an episode store, and export of a store as a Minari dataset.
+"""Import of a Minari dataset into an episode store, and export of a store as a Minari dataset."""
 
-An exported store is restored exactly. Other datasets become stores of a `StoredDomain`.
-"""
-
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,12 +10,9 @@ import gymnasium
 import numpy as np
 
 from ringrl import __version__
-from ringrl.data.foreign import stored_domain, with_reset, write_steps
+from ringrl.data.foreign import stored_domain, write_steps
 from ringrl.data.minari.reader import (
-    EXPORTED,
-    INFOS,
     REFERENCES,
-    SCALED,
     MinariEpisodes,
     check_id,
     datasets_folder,
@@ -27,25 +20,15 @@ from ringrl.data.minari.reader import (
     minari_module,
     read_spaces,
 )
-from ringrl.data.relabel import relabel_all
 from ringrl.data.store import EpisodeStore
-from ringrl.data.store.format import (
-    Episode,
-    Provenance,
-    Rewards,
-    StoredDomain,
-    episode_bytes,
-    recorded_arrays,
-    reward_key,
-    software_versions,
-)
-from ringrl.data.store.writer import create_store
-from ringrl.envs import Domain, actions_of, domain_named, foreign_domain, foreign_spec, is_foreign
-from ringrl.errors import UserError, brief
+from ringrl.data.store.format import Provenance, StoredDomain, episode_bytes, reward_key
+from ringrl.envs import Domain, actions_of, foreign_domain, foreign_spec, is_foreign
+from ringrl.errors import UserError
 from ringrl.files import explain_read_errors, explain_write_errors, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
 
 SPARE = 1.5  # HDF5's chunks are larger than an episode
+INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # array -> name
 
 
 def import_minari(
@@ -55,15 +38,13 @@ def import_minari(
     environment: str | None = None,
     reference_returns: tuple[float, float] | None = None,
     overwrite: bool = False,
-    download: bool = False,
     progress: Progress = no_progress,
 ) -> EpisodeStore:
     """Import a Minari dataset into a new episode store and open it.
 
-    An export of `export_minari` is restored with every recorded number bit-equal, and its rewards are computed again.
-    Any other dataset becomes a store of its environment, or of a domain with the dataset's name if the environment is
-    unknown (see `StoredDomain`): observations flattened to float32, actions scaled to [-1, 1] or one of several
-    choices, recorded rewards under a task of the same name, and discount 0 where an episode terminated.
+    It becomes a store of its environment, or of a domain with the dataset's name if the environment is unknown (see
+    `StoredDomain`): observations flattened to float32, actions scaled to [-1, 1] or one of several choices, recorded
+    rewards under a task of the same name, and discount 0 where an episode terminated.
 
     Args:
         dataset: name of a dataset, or its folder.
@@ -71,7 +52,6 @@ def import_minari(
         environment: "gymnasium:Hopper-v5". None: the one that the dataset names.
         reference_returns: mean returns of random actions and of an expert, for normalised scores. None: the dataset's.
         overwrite: replace an existing store.
-        download: let Minari download a missing dataset.
         progress: called with (finished episodes, total).
 
     Raises:
@@ -80,9 +60,7 @@ def import_minari(
             disk.
     """
     minari_module()
-    with MinariEpisodes(locate(dataset, download=download)) as episodes:
-        if EXPORTED in episodes.metadata:
-            return _import_exported(episodes, Path(destination), overwrite=overwrite, progress=progress)
+    with MinariEpisodes(locate(dataset)) as episodes:
         domain = _domain(episodes, environment, reference_returns)
         source = f"Minari ({episodes.metadata['dataset_id']})"
         return write_steps(
@@ -124,61 +102,16 @@ def _domain(
     )
 
 
-def _import_exported(
-    episodes: MinariEpisodes, destination: Path, *, overwrite: bool, progress: Progress
-) -> EpisodeStore:
-    """Write the store that `export_minari` exported."""
-    try:
-        origin = episodes.metadata[EXPORTED]
-        recorded_task, fingerprint, facts = origin["recorded_task"], origin["fingerprint"], origin["facts"]
-        domain = StoredDomain.from_json(json.dumps(facts)) if facts else domain_named(origin["domain"])
-        made = Provenance.from_json(json.dumps(origin["provenance"]))
-        if recorded_task not in (*domain.tasks, None):
-            raise ValueError(f"recorded for {recorded_task}")
-        if (made.relabelling == "recorded") != isinstance(domain, StoredDomain):
-            raise ValueError(f"relabelling {made.relabelling}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{episodes.folder}: its metadata under {EXPORTED!r} is damaged ({brief(error)}): export it again"
-        ) from error
-    source = dataclasses.replace(made, source=f"{made.source} by way of Minari", created_by=software_versions())
-    lengths = episodes.lengths
-    with create_store(destination, domain, domain.tasks, lengths, source=source, overwrite=overwrite) as writer:
-        writer.recorded_task = recorded_task
-        for index in range(len(lengths)):
-            writer.append(_exported_episode(episodes, index, domain, made.relabelling))
-            progress(index + 1, len(lengths))
-        if writer.fingerprint() != fingerprint:
-            raise UserError(f"{episodes.folder}: its episodes are not the exported ones: export it again")
-    return EpisodeStore(destination)
-
-
-def _exported_episode(episodes: MinariEpisodes, index: int, domain: Domain, relabelling: Rewards) -> Episode:
-    """Return the arrays of an episode that `export_minari` exported."""
-    steps = episodes.read(index)
-    episode = {"observation": steps.observation}
-    if isinstance(domain, StoredDomain):
-        episode["action"] = episodes.info(index, SCALED, domain.action_size, np.float32)
-    else:
-        episode["action"] = with_reset(steps.action.astype(np.float32))
-    for key, spec in recorded_arrays(domain).items():
-        if key not in episode:
-            episode[key] = episodes.info(index, INFOS[key], spec.width, spec.dtype.type)
-    if relabelling == "recorded":
-        return episode | {reward_key(domain.tasks[0]): episode["reward"][:, 0]}
-    rewards = relabel_all(domain.name, episode["physics"], episode["action"])
-    return episode | {reward_key(task): reward for task, reward in rewards.items()}
-
-
 def export_minari(
     store: EpisodeStore,
     name: str,
     *,
     task: str | None = None,
-    folder: Path | None = None,
     progress: Progress = no_progress,
 ) -> Path:
     """Write a store as the Minari dataset `name` with the rewards of one task, and return the dataset's folder.
+
+    The variable MINARI_DATASETS_PATH names another parent folder than Minari's own.
 
     An episode has T+1 observations, T actions and rewards, and truncations that are True at the last step (for
     terminated episodes: terminations). Its infos hold the other arrays, T+1 rows each: physics, the rewards of the
@@ -190,7 +123,6 @@ def export_minari(
         store: the store to export.
         name: Minari's name of the dataset, "exorl/walker-rnd-v0".
         task: the task whose rewards become the dataset's; None for the recorded task.
-        folder: parent folder of all datasets, as in MINARI_DATASETS_PATH; None for Minari's own.
         progress: called with (finished episodes, total).
 
     Raises:
@@ -203,7 +135,7 @@ def export_minari(
             f"{store.path}: was recorded for no single task, choose one (--task {' or '.join(store.tasks)})"
         )
     store.returns(task)  # raises UserError if the store has no such task
-    root = datasets_folder() if folder is None else folder
+    root = datasets_folder()
     target = root / name
     if target.exists():
         raise UserError(f"{target}: already exists, choose another --name or delete it (minari delete {name})")
@@ -314,15 +246,7 @@ def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
         "dataset_id": name,
         "minari_version": minari_module().__version__,
         "description": f"{described} (rewards: {made.relabelling}). Exported by ringrl {__version__}.",
-        EXPORTED: {
-            "ringrl_version": __version__,
-            "fingerprint": store.fingerprint,
-            "domain": store.domain,
-            "task": task,
-            "recorded_task": store.recorded_task,
-            "provenance": json.loads(made.to_json()),
-            "facts": json.loads(foreign.to_json()) if foreign else None,
-        },
+        "ringrl": {"fingerprint": store.fingerprint, "task": task, "provenance": json.loads(made.to_json())},
     }
     if foreign and foreign.reference_returns:
         metadata |= zip(REFERENCES, foreign.reference_returns, strict=True)
@@ -342,8 +266,6 @@ def _episodes(store: EpisodeStore, task: str, spaces: _Spaces, progress: Progres
         steps = len(rows["action"]) - 1
         is_last, is_terminated = np.arange(steps) == steps - 1, bool(rows["discount"][-1, 0] == 0)
         infos: dict[str, Any] = {name: rows[key] for key, name in INFOS.items() if key in rows}
-        if isinstance(store.facts, StoredDomain):
-            infos[SCALED] = rows["action"]
         if others:
             infos["rewards"] = {other: rows[reward_key(other)] for other in others}
         yield buffer(

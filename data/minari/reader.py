@@ -18,18 +18,15 @@ import gymnasium
 import h5py
 import numpy as np
 
-from ringrl.data.foreign import Steps, checked_steps, finite
+from ringrl.data.foreign import Steps, checked_steps
 from ringrl.data.hdf5 import plain_dataset, read_plain
 from ringrl.data.store.format import LARGEST_ROW, LONGEST_TEXT
 from ringrl.envs import foreign_task
-from ringrl.errors import UserError, brief
+from ringrl.errors import UserError
 from ringrl.files import explain_read_errors
 
 METADATA = "metadata.json"
 EPISODES = "main_data.hdf5"
-INFOS = {"reward": "recorded_reward", "discount": "recorded_discount", "physics": "physics"}  # of an export
-SCALED = "scaled_action"  # infos of an export from another source: actions as RingRL stores them
-EXPORTED = "ringrl"  # key of the metadata that contains the origin of an export
 REPEATED = ("observation_space", "action_space", "env_spec")
 REFERENCES = ("ref_min_score", "ref_max_score")  # keys of the metadata
 LARGEST_METADATA = 2**24  # bytes
@@ -59,11 +56,8 @@ def datasets_folder() -> Path:
     return Path(minari_module("minari.storage").get_dataset_path())
 
 
-def locate(dataset: str, *, download: bool) -> Path:
-    """Return the folder with the data of a dataset, given the dataset's folder or name.
-
-    Raises UserError if the dataset is not found or cannot be downloaded.
-    """
+def locate(dataset: str) -> Path:
+    """Return the folder with the data of a dataset, given its folder or name. UserError if it is not found."""
     for folder in (Path(dataset), Path(dataset) / "data"):
         if (folder / METADATA).is_file():
             return folder
@@ -73,18 +67,10 @@ def locate(dataset: str, *, download: bool) -> Path:
         raise UserError(f"{dataset}: is a file: give a Minari dataset's name, or the folder with its {METADATA}")
     check_id(dataset)
     folder = datasets_folder() / dataset / "data"
-    if not folder.is_dir() and download:
-        try:
-            minari_module().download_dataset(dataset)
-        except ImportError as error:
-            raise UserError(f"{dataset}: Minari cannot download ({error}): pip install 'ringrl[minari]'") from error
-        except Exception as error:  # anything that the network, its libraries or the server raise
-            reason = brief(error) or type(error).__name__
-            raise UserError(f"{dataset}: Minari could not download it ({reason}): try again later") from error
     if not (folder / METADATA).is_file():
         raise UserError(
             f"{dataset}: neither a folder nor a dataset in {datasets_folder()}: check the name (minari list local), or "
-            "let Minari fetch it (--download)"
+            f"fetch it (minari download {dataset})"
         )
     return folder
 
@@ -160,12 +146,6 @@ class MinariEpisodes:
         """Return the metadata that an export repeats. Nothing if a store cannot hold so much text."""
         found = {name: self.metadata[name] for name in REPEATED if isinstance(self.metadata.get(name), str)}
         return found if sum(map(len, found.values())) <= LONGEST_TEXT // 2 else {}
-
-    def info(self, index: int, name: str, width: int, dtype: type) -> np.ndarray:
-        """Return an array of an episode's infos, (T+1, width) of this dtype."""
-        with self._reading(f"episode {index}"):
-            array = self._array(index, f"infos/{name}", (self.lengths[index] + 1, width))
-            return finite(name, array, dtype)
 
     def __enter__(self) -> Self:
         return self

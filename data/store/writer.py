@@ -168,11 +168,6 @@ class UnfinishedStore:
         """Write the next episode, with the arrays of `EpisodeStore.episode` and the announced length."""
         self.records.append(self.write(len(self.records), episode))
 
-    def fingerprint(self) -> str:
-        """Return the store's fingerprint after all episodes were appended."""
-        recorded = _stacked([record.recorded for record in self.records])
-        return content_fingerprint(self.layout.domain.name, self.layout.lengths, recorded)
-
     def write(self, index: int, episode: Episode) -> Record:
         """Write the rows of an episode. Raises OSError, and ValueError for rows of another shape or dtype."""
         rows = int(self.layout.lengths[index]) + 1

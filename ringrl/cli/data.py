@@ -55,13 +55,12 @@ def import_(
     subset: Literal["first", "last", "spread"] = "first",
     max_episodes: int | None = None,
     tasks: tuple[str, ...] = (),
-    download: bool = False,
 ) -> None:
     """Import ExoRL archives, a Minari dataset or your own episodes into an episode store.
 
     Archives (zip files or folders) are relabelled for all tasks of their domain. The same command resumes an
-    interrupted import. Other formats keep their recorded rewards (unless `ringrl data export` wrote them) and accept
-    only the flags --environment, --reference-returns, --output, --overwrite and --download.
+    interrupted import. Other formats keep their recorded rewards and accept only the flags --environment,
+    --reference-returns, --output and --overwrite.
 
     Args:
         archives: zip files or folders with buffer/episode_{index}_{length}.npz, of one domain; or one Minari dataset's
@@ -81,17 +80,15 @@ def import_(
         max_episodes: maximum number of episodes of each archive.
         tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
             possible, for example "point_mass_maze_reach(-0.1,0.25)" (metres).
-        download: let Minari download a dataset that is not on this machine.
     """
     given = locals()
     from ringrl.data.store.summary import describe
 
-    if len(archives) != 1 and (output is None or not archives or format != "exorl"):
+    if len(archives) > 1 and (output is None or format != "exorl"):
         raise UserError("give one archive, or several ExoRL archives and the --output of their episodes")
     archive = archives[0]
     if format != "exorl":
         used = {"archives", "format", "environment", "reference_returns", "output", "overwrite"}
-        used |= {"download"} if format == "minari" else set()
         reject_flags(import_, given, f"has no effect with --format {format}; remove it", used=used)
         from ringrl.data.foreign import import_episodes
         from ringrl.data.minari import import_minari
@@ -103,7 +100,7 @@ def import_(
             options: dict[str, Any] = {"environment": task, "reference_returns": reference_returns}
             options |= {"overwrite": overwrite, "progress": bar("importing")}
             if format == "minari":
-                store = import_minari(str(archive), output, download=download, **options)
+                store = import_minari(str(archive), output, **options)
             else:
                 store = import_episodes(archive, output, format, **options)
         print(f"{output}\n{describe(store)}")
@@ -113,8 +110,6 @@ def import_(
         raise UserError(f"{flag}: ExoRL archives have a --domain instead; leave it out, or give another --format")
     if domain is None:
         raise UserError(f"--domain: give the domain of {archive} (walker, cheetah, cartpole, ...)")
-    if download:
-        raise UserError("--download: only with --format minari; for ExoRL archives run ringrl data download")
     from ringrl.data import import_archive
 
     if output is None:
@@ -133,32 +128,21 @@ def import_(
     print(f"{output}\n{describe(store)}")
 
 
-def export(
-    store: Path,
-    /,
-    *,
-    name: str,
-    task: str | None = None,
-    format: Literal["minari"] = "minari",
-    output: Path | None = None,
-) -> None:
-    """Export a store as a Minari dataset with the rewards of one task.
+def export(store: Path, /, *, name: str, task: str | None = None) -> None:
+    """Export a store as a Minari dataset with the rewards of one task, into the folder MINARI_DATASETS_PATH.
 
     Args:
         store: RingRL store (.h5).
         name: name of the Minari dataset, for example exorl/walker-rnd-v0.
         task: task whose rewards are exported. Default: the recorded task.
-        format: format to write.
-        output: folder of datasets to write into. Default: Minari's own (MINARI_DATASETS_PATH).
     """
     from ringrl.data import EpisodeStore
     from ringrl.data.minari import export_minari
 
     opened = EpisodeStore(store)
     with _bars() as bar:
-        folder = export_minari(opened, name, task=task, folder=output, progress=bar("exporting"))
-    root = f"MINARI_DATASETS_PATH={output} " if output else ""
-    print(f"{folder}; next: {root}python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
+        folder = export_minari(opened, name, task=task, progress=bar("exporting"))
+    print(f"{folder}; next: python -c \"import minari; print(minari.load_dataset('{name}')[0])\"")
 
 
 def info(store: Path, /, *, verify: bool = False) -> None:
