@@ -389,8 +389,6 @@ SECRET = h5py.ExternalLink("secret.h5", "numbers")
         (change_metadata(observation_space="{}"), "metadata.json cannot be read"),
         (change_metadata(observation_space=ENDLESS), "has observations of shape .1000000000000"),
         (change_metadata(observation_space=WIDE.replace("float32", "object")), "observations that are not numbers"),
-        (change_metadata(ringrl=3), "under 'ringrl' is damaged"),
-        (change_metadata(ringrl={"domain": "walker"}), "under 'ringrl' is damaged"),
         (change_file(bomb), "claims 80,000,000,000,000 bytes|expected .10000000000000"),
         (replaced("episode_1/rewards", lambda file: SECRET), "has a link in place of episode_1/rewards"),
         (replaced("episode_1", lambda file: h5py.SoftLink("/episode_0")), "a link in place of episode_1"),
