@@ -169,7 +169,6 @@ def load_npz(content: bytes) -> dict[str, np.ndarray]:
 
 def importing(runs: int, folder: Path, number: int) -> dict[str, Numbers]:
     """Measure the import of walker episodes, and loading and relabelling with the original's code."""
-    from ringrl.cores import available_cores
     from ringrl.data import import_archive
 
     archive, original = walker_archive(folder, number), original_loop("walker_walk")
@@ -186,12 +185,10 @@ def importing(runs: int, folder: Path, number: int) -> dict[str, Numbers]:
                 for name in npz.namelist():
                     npz.read(name)
 
-    def ours(workers: int) -> None:
-        import_archive(archive, folder / "walker.h5", "walker", overwrite=True, workers=workers)
+    def ours() -> None:
+        import_archive(archive, folder / "walker.h5", "walker", overwrite=True)
 
-    cores = available_cores()
-    cases: dict[str, Callable[[], object]] = {"one": lambda: ours(1), "original": original_import, "inflate": inflate}
-    seconds = in_turn(runs, **cases, **({"cores": lambda: ours(cores)} if cores > 1 else {}))
+    seconds = in_turn(runs, one=ours, original=original_import, inflate=inflate)
     per_episode = {
         name: [1e3 * value / (PEER_EPISODES if name in ("original", "inflate") else number) for value in values]
         for name, values in seconds.items()
@@ -203,8 +200,6 @@ def importing(runs: int, folder: Path, number: int) -> dict[str, Numbers]:
         "times faster per core": ratio(per_episode["original"], per_episode["one"]),
         "inflating alone, ms per episode": statistics.median(per_episode["inflate"]),
     }
-    if cores > 1:
-        result[f"{cores} processes, ms per episode"] = statistics.median(per_episode["cores"])
     return {"walker": result}
 
 
@@ -213,7 +208,7 @@ def reading(runs: int, folder: Path) -> dict[str, Numbers]:
     from ringrl.data import import_archive
 
     archive = walker_archive(folder, 100)
-    store = import_archive(archive, folder / "read.h5", "walker", workers=1)
+    store = import_archive(archive, folder / "read.h5", "walker")
     store.verify()  # warms the page cache
     with zipfile.ZipFile(archive) as opened:
         for index, name in enumerate(opened.namelist()):

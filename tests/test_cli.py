@@ -141,7 +141,7 @@ def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.C
 
 def test_import_of_a_subset(jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(tmp_path / "jaco.h5")]
-    main([*command, "--subset", "spread", "--max-episodes", "4", "--workers", "1"])
+    main([*command, "--subset", "spread", "--max-episodes", "4"])
     assert "4 of 8 episodes, at equal distances" in capsys.readouterr().out
     assert "--max-episodes: 0 is too small" in rejected([*command, "--overwrite", "--max-episodes", "0"], capsys)
     assert "--output of their episodes" in rejected(["data", "import", "a", "b", "--domain", "jaco"], capsys)
@@ -323,8 +323,9 @@ def test_errors_of_files_name_the_file(
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump({"data": str(missing), "task": "jaco_reach_top_left", "output": str(missing)}))
     assert str(missing) in rejected(["ablate", str(plan), "--dry-run"], capsys)
-    for command in (["ablate", str(plan)], ["data", "import", str(run), "--domain", "jaco"]):
-        assert rejected([*command, "--workers=0"], capsys) == "ringrl: --workers: 0 is too small; give at least 1"
+    assert (
+        rejected(["ablate", str(plan), "--workers=0"], capsys) == "ringrl: --workers: 0 is too small; give at least 1"
+    )
     plan.write_text(plan.read_text() + "settings: {model: 3}\n")
     assert "model: expected settings by name" in rejected(["ablate", str(plan), "--dry-run"], capsys)
     data = ["--data", str(jaco_store.path), "--run", str(missing)]
@@ -371,7 +372,7 @@ def test_out_of_memory_is_one_line_and_no_damage(
         raise MemoryError
 
     store = tmp_path / "jaco.h5"
-    command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(store), "--workers", "1"]
+    command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(store)]
     with monkeypatch.context() as patch:
         patch.setattr("numpy.lib.format.read_array_header_1_0", fail)
         line = rejected(command, capsys)
@@ -397,7 +398,7 @@ def test_only_errors_of_tensorstore_threads_are_hidden(monkeypatch: pytest.Monke
 def test_without_a_terminal_data_commands_print_lines(
     jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--workers", "1", "--output"]
+    command = ["data", "import", str(jaco_folder), "--domain", "jaco", "--output"]
     main([*command, str(tmp_path / "a.h5")])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("ringrl.pace.SECONDS", 0)
@@ -413,8 +414,8 @@ def test_terminal_escapes_in_errors_are_printed_as_text(tmp_path: Path, capsys: 
     assert r"\x1b[31m.h5: no such file" in line
 
 
-def test_workers_start_next_to_a_module_of_pythons_name(jaco_folder: Path, tmp_path: Path) -> None:
+def test_workers_start_next_to_a_module_of_pythons_name(tmp_path: Path) -> None:
     (tmp_path / "signal.py").write_text("")
-    command = [RINGRL, "data", "import", str(jaco_folder), "--domain", "jaco", "--output", "a.h5", "--workers", "2"]
+    command = [RINGRL, "data", "collect", "jaco_reach_top_left", "--episodes", "2", "--workers", "2", "--output", "a"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -57,7 +57,6 @@ REFERENCE = tuple(f"docs/reference/{name}.md" for name in ("attention", "envs", 
 # Flags of commands, so that they take seconds.
 SMALLER = {
     "data collect": ["--episodes", "8", "--workers", "1"],
-    "data import": ["--workers", "1"],
     "ablate": ["--workers", "1"],
     "train": ["--optimiser.steps", "2", "--optimiser.batch-size", "1"],
     "evaluate": ["--environments", "1", "--episodes", "1"],

@@ -1,13 +1,12 @@
 """Import of ExoRL archives into an episode store in one pass: read, validate, relabel for every task, write.
 
-Episodes are independent and their offsets in the file are fixed, so several processes can import in parallel. The
-unfinished file has the digest of each finished episode. The same command resumes an interrupted import.
+The unfinished file has the digest of each finished episode. The same command resumes an interrupted import.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from ringrl.cores import available_cores
 from ringrl.data.exorl.archive import Archive, Member, shown
 from ringrl.data.relabel import relabel_all
 from ringrl.data.store.format import FORMAT_VERSION, Episode, Layout, Provenance, reward_key
@@ -34,12 +32,10 @@ from ringrl.envs import Domain, domain_named, make
 from ringrl.errors import UnreadableError, UserError
 from ringrl.files import explain_write_errors, linked, lock, raise_unreadable
 from ringrl.pace import Progress, no_progress
-from ringrl.processes import worker_processes
 
 Subset = Literal["first", "last", "spread"]
 """The episodes to import if there is a limit: the first ones, the last ones, or episodes at equal distances."""
 
-EPISODES_PER_WORKER = 50  # fewer are not worth the start of a process
 SAME_REWARD = 1e-5  # the same task recorded in float32 by another MuJoCo differs by about 3e-8
 
 
@@ -50,7 +46,6 @@ def import_archive(
     *,
     overwrite: bool = False,
     progress: Progress = no_progress,
-    workers: int | None = None,
     subset: Subset = "first",
     max_episodes: int | None = None,
     tasks: Sequence[str] | None = None,
@@ -67,19 +62,15 @@ def import_archive(
         domain: name of the domain, "walker".
         overwrite: replace an existing store.
         progress: called with (finished episodes, total).
-        workers: number of processes; the result does not depend on it. None: one per available core. With more than
-            one, a script must call this under `if __name__ == "__main__":`, because the processes import the script.
         subset: the episodes to take from an archive with more than `max_episodes`.
         max_episodes: limit on the number of episodes of each archive. None: all.
         tasks: full names of the tasks to compute rewards for. None: all tasks of the domain.
 
     Raises:
-        UserError: bad input, an episode that is in two archives, another existing destination, a full disk, a worker
-            process that died.
+        UserError: bad input, an episode that is in two archives, another existing destination, a full disk.
     """
-    for flag, number in (("--workers", workers), ("--max-episodes", max_episodes)):
-        if number is not None and number < 1:
-            raise UserError(f"{flag}: {number} is too small; give at least 1")
+    if max_episodes is not None and max_episodes < 1:
+        raise UserError(f"--max-episodes: {max_episodes} is too small; give at least 1")
     destination = linked(Path(destination))
     facts = domain_named(domain)
     tasks = tuple(dict.fromkeys(tasks or facts.tasks))
@@ -93,8 +84,8 @@ def import_archive(
         return store
     refuse_taken(destination, overwrite=overwrite)
     with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as partial:
-        imported = _import_episodes(plan, workers, progress)
         with UnfinishedStore(partial, plan.layout, plan.identity) as unfinished:
+            imported = _import_episodes(plan, unfinished, progress)
             task = _recorded_task(unfinished, imported)
         finish(partial, destination, plan.layout, [episode.record for episode in imported], task, plan.provenance)
     return EpisodeStore(destination)
@@ -211,90 +202,42 @@ def _has_episodes(plan: ImportPlan) -> bool:
         return False
 
 
-class EpisodeImporter:
-    """Reads, validates, relabels and hashes episodes, and writes them to the unfinished store."""
+def _import_episodes(plan: ImportPlan, store: UnfinishedStore, progress: Progress) -> list[Imported]:
+    """Write every episode that an interrupted import has not written.
 
-    def __init__(self, plan: ImportPlan) -> None:
-        self._plan = plan
-        self._archives = {source: Archive(source, plan.layout.domain) for source in dict(plan.members)}
-        self._store = UnfinishedStore(hidden_name(plan.destination), plan.layout, plan.identity)
-
-    def __call__(self, index: int) -> Imported | str:
-        """Import one episode, unless an interrupted import has written it.
-
-        Returns a line with the reason if the episode is damaged. Raises UserError if it cannot be written.
-        """
-        layout = self._plan.layout
-        with explain_write_errors(self._plan.destination):
-            record = self._store.finished(index)
+    UserError for a damaged episode, or one that is in two archives, which deletes the file.
+    """
+    layout, partial, imported = plan.layout, hidden_name(plan.destination), list[Imported]()
+    seen = dict[bytes, Path]()  # archives of the recorded content; collections with equal seeds begin alike
+    with ExitStack() as opened:
+        archives = {source: opened.enter_context(Archive(source, layout.domain)) for source in dict(plan.members)}
+        for index, (source, member) in enumerate(plan.members):
+            record = store.finished(index)
             if record:
-                episode: Episode = self._store.read(index)
+                episode: Episode = store.read(index)
             else:
-                source, member = self._plan.members[index]
                 try:
-                    recorded = self._archives[source].read(member)
+                    recorded = archives[source].read(member)
                 except UnreadableError:
                     raise
-                except UserError as error:
-                    return str(error)
+                except UserError:
+                    partial.unlink()
+                    raise
                 rewards = relabel_all(layout.domain.name, recorded["physics"], recorded["action"], layout.tasks)
                 episode = recorded | {reward_key(task): reward for task, reward in rewards.items()}
-                record = self._store.write(index, episode)
-        errors = {task: np.abs(episode[reward_key(task)] - episode["reward"][:, 0]).max() for task in layout.tasks}
-        matches = tuple(task for task, error in errors.items() if error <= SAME_REWARD)
-        return Imported(record, matches, bool(episode["reward"].any()))
-
-    def close(self) -> None:
-        for archive in self._archives.values():
-            archive.close()
-        self._store.close()
-
-
-@contextmanager
-def episode_importers(plan: ImportPlan, workers: int) -> Iterator[Iterator[Imported | str]]:
-    """Yield an iterator over the results of `EpisodeImporter`, in order. With one worker, no process is started.
-
-    Raises UserError if a process died, or the store cannot be written.
-    """
-    indices = range(len(plan.members))
-    if workers == 1:
-        with closing(EpisodeImporter(plan)) as importer:
-            yield map(importer, indices)
-    else:
-        with worker_processes(workers, _start_worker, (plan,), "import") as pool:
-            yield pool.map(_import_episode, indices)
-
-
-_importer: EpisodeImporter  # of a worker process
-
-
-def _start_worker(plan: ImportPlan) -> None:
-    global _importer
-    _importer = EpisodeImporter(plan)
-
-
-def _import_episode(index: int) -> Imported | str:
-    return _importer(index)
-
-
-def _import_episodes(plan: ImportPlan, workers: int | None, progress: Progress) -> list[Imported]:
-    """Write every episode to the hidden file. UserError for a damaged or repeated one, which deletes the file."""
-    total, imported, partial = len(plan.members), list[Imported](), hidden_name(plan.destination)
-    seen = dict[bytes, Path]()  # archives of the recorded content; collections with equal seeds begin alike
-    number = min(workers, total) if workers else min(available_cores(), -(-total // EPISODES_PER_WORKER))
-    with episode_importers(plan, number) as results:
-        for (source, member), outcome in zip(plan.members, results, strict=True):
-            if not isinstance(outcome, str) and seen.setdefault(outcome.record.recorded, source) != source:
-                other = seen[outcome.record.recorded]
-                outcome = f"{source}: {shown(member.path)} is also in {other}: leave it out (--subset), or collect with"
-                outcome += " another --seed"
-            if isinstance(outcome, str):
+                record = store.write(index, episode)
+            if (other := seen.setdefault(record.recorded, source)) != source:
                 partial.unlink()
-                raise UserError(outcome)
+                raise UserError(
+                    f"{source}: {shown(member.path)} is also in {other}: leave it out (--subset), or collect with "
+                    "another --seed"
+                )
             if not imported:  # not earlier: an archive of false names would reserve any amount
                 reserve_space(partial, plan.destination)
-            imported.append(outcome)
-            progress(len(imported), total)
+            errors = {task: np.abs(episode[reward_key(task)] - episode["reward"][:, 0]).max() for task in layout.tasks}
+            matches = tuple(task for task, error in errors.items() if error <= SAME_REWARD)
+            imported.append(Imported(record, matches, bool(episode["reward"].any())))
+            progress(len(imported), len(plan.members))
     return imported
 
 

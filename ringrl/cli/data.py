@@ -51,7 +51,6 @@ def import_(
     reference_returns: tuple[float, float] | None = None,
     output: Path | None = None,
     overwrite: bool = False,
-    workers: int | None = None,
     subset: Literal["first", "last", "spread"] = "first",
     max_episodes: int | None = None,
     tasks: tuple[str, ...] = (),
@@ -75,7 +74,6 @@ def import_(
         output: store to write. Default: the archive's name with suffix .h5 (other formats: in the working directory).
             Required for several archives.
         overwrite: replace an existing store.
-        workers: processes. Default: one per available core. The result does not depend on the number.
         subset: which episodes to take if an archive has more than --max-episodes (spread: at equal distances).
         max_episodes: maximum number of episodes of each archive.
         tasks: tasks to compute rewards for. Default: all tasks of the domain. In the maze, any goal in a room is
@@ -119,8 +117,8 @@ def import_(
     try:
         with _bars() as bar:
             store = import_archive(
-                archives, output, domain, overwrite=overwrite, workers=workers, subset=subset,
-                max_episodes=max_episodes, tasks=tasks, progress=bar("importing"),
+                archives, output, domain, overwrite=overwrite, subset=subset, max_episodes=max_episodes, tasks=tasks,
+                progress=bar("importing"),
             )  # fmt: skip
     except KeyboardInterrupt:
         print("ringrl: run the same command again to resume the import", file=sys.stderr)

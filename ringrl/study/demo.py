@@ -38,6 +38,6 @@ def run_demo(output: Path, console: Console, command: str | None = None) -> Path
             console.print(f"[bold]collecting {EPISODES} episodes of {task}")
             collect(task, collected / task, episodes=EPISODES, seed=seed)
         folders, domain = [collected / task for task in tasks], domain_of(own).name
-        import_archive(folders, store, domain, workers=1, subset="last", max_episodes=KEPT)
+        import_archive(folders, store, domain, subset="last", max_episodes=KEPT)
     ablate(plan, console, command, workers=min(2, available_cores()))
     return plan.output

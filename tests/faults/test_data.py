@@ -3,7 +3,6 @@
 Servers that cut, stall and send wrong answers are tested in tests/data.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def test_download_with_a_damaged_part(site: Site, tmp_path: Path, kind: str) -> 
 
 
 class Import:
-    """An import of 120 episodes by two workers into a folder of its own."""
+    """An import of 120 episodes into a folder of its own."""
 
     def __init__(self, material: Path, folder: Path) -> None:
         self.archive, self.stores = folder / "archive" / DOMAIN, folder / "stores"
@@ -85,7 +84,7 @@ class Import:
         self.store, self.part = self.stores / "jaco.h5", self.stores / ".jaco.h5.partial"
         self.episode = self.archive / "episode_000060_250.npz"
         paths = [str(self.archive), f"--domain={DOMAIN}", f"--output={self.store}"]
-        self.command = ["data", "import", *paths, "--workers=2"]
+        self.command = ["data", "import", *paths]
 
     def after(self, episodes: int) -> Callable[[], bool]:
         return lambda: self.part.exists() and finished_episodes(self.part) >= episodes
@@ -113,13 +112,6 @@ def job(material: Path, tmp_path: Path) -> Import:
 )
 def test_import_signal(job: Import, expected: Import, episodes: int, number) -> None:
     stop(job.command, job.after(episodes), number).expect(128 + number)
-    job.assert_completes(expected)
-
-
-def test_import_with_a_lost_worker(job: Import, expected: Import) -> None:
-    during(job.command, job.after(30), lambda command: os.kill(command.worker(), KILL)).expect(2, "again")
-    starve = lambda command: command.starve(2**25, command.worker())  # noqa: E731
-    during(job.command, lambda: True, starve).expect(2, "memory")
     job.assert_completes(expected)
 
 

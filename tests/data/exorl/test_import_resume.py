@@ -52,7 +52,7 @@ def archive(tmp_path, cartpole_episodes) -> Path:
 @pytest.fixture
 def whole(tmp_path, archive) -> bytes:
     """The bytes of the store that an uninterrupted import writes."""
-    return import_archive(archive, tmp_path / "whole.h5", "cartpole", workers=1).path.read_bytes()
+    return import_archive(archive, tmp_path / "whole.h5", "cartpole").path.read_bytes()
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def stop_after(archive: Path, destination: Path, episodes: int, **options) -> No
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_archive(archive, destination, "cartpole", workers=1, progress=stop, **options)
+        import_archive(archive, destination, "cartpole", progress=stop, **options)
     assert names(destination.parent) == REMAINS
 
 
@@ -82,10 +82,10 @@ def garble(path: Path) -> None:
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
-def test_several_workers_write_the_same_bytes(archive, destination, whole):
+def test_the_same_episodes_give_the_same_bytes(archive, destination, whole):
     calls = []
     progress = lambda *call: calls.append(call)  # noqa: E731
-    import_archive(archive, destination, "cartpole", workers=3, progress=progress)
+    import_archive(archive, destination, "cartpole", progress=progress)
     assert destination.read_bytes() == whole
     assert calls == [(done, EPISODES) for done in range(1, EPISODES + 1)]
     assert names(destination.parent) == ["a.h5"]
@@ -95,7 +95,7 @@ def test_finished_episodes_are_not_read_again(archive, destination, whole):
     stop_after(archive, destination, 7)
     for number in range(7):
         garble(archive / f"episode_{number:06d}_1000.npz")
-    import_archive(archive, destination, "cartpole", workers=1)
+    import_archive(archive, destination, "cartpole")
     assert destination.read_bytes() == whole
     assert names(destination.parent) == ["a.h5"]
 
@@ -111,14 +111,14 @@ def test_rows_that_did_not_reach_the_disk_are_imported_again(archive, destinatio
 def test_another_import_starts_anew(tmp_path, archive, destination, cartpole_episodes):
     for name, options in (("b", {"max_episodes": 9}), ("c", {"tasks": ["cartpole_swingup"]})):
         stop_after(archive, destination, 7)
-        other = import_archive(archive, destination, "cartpole", workers=1, **options)
-        expected = import_archive(archive, tmp_path / f"{name}.h5", "cartpole", workers=1, **options)
+        other = import_archive(archive, destination, "cartpole", **options)
+        expected = import_archive(archive, tmp_path / f"{name}.h5", "cartpole", **options)
         assert other.path.read_bytes() == expected.path.read_bytes()
         destination.unlink()
 
     stop_after(archive, destination, 7)
     save_episode(archive, 0, cartpole_episodes[1_000_000])  # changes content and time
-    other = import_archive(archive, destination, "cartpole", workers=1)
+    other = import_archive(archive, destination, "cartpole")
     other.verify()
     assert (other.episode(0)["physics"] == cartpole_episodes[1_000_000]["physics"]).all()
 
@@ -128,17 +128,17 @@ def test_a_file_changed_meanwhile_is_read_again(archive, destination):
     changed = archive / "episode_000002_1000.npz"
     changed.write_bytes(bytes(changed.stat().st_size))
     with pytest.raises(UserError, match=r"episode_000002_1000\.npz cannot be read"):
-        import_archive(archive, destination, "cartpole", workers=1)
+        import_archive(archive, destination, "cartpole")
 
 
-def test_workers_of_a_killed_import_cannot_spoil_another(archive, destination):
+def test_the_process_of_a_stopped_import_cannot_spoil_another(archive, destination):
     stop_after(archive, destination, 7)
     orphan = os.open(hidden_name(destination), os.O_RDWR)
 
     def write_late(done: int, total: int) -> None:
         os.pwrite(orphan, bytes(100_000), 10_000)
 
-    options = {"workers": 1, "tasks": ["cartpole_swingup"]}
+    options = {"tasks": ["cartpole_swingup"]}
     import_archive(archive, destination, "cartpole", progress=write_late, **options).verify()
     os.close(orphan)
 
@@ -148,17 +148,17 @@ def test_damaged_unfinished_store(archive, destination, whole, damage):
     stop_after(archive, destination, 7)
     with hidden_name(destination).open("r+b") as file:
         file.write(damage + bytes(200))
-    import_archive(archive, destination, "cartpole", workers=1)
+    import_archive(archive, destination, "cartpole")
     assert destination.read_bytes() == whole
 
 
 def test_stopped_between_the_last_byte_and_the_name(archive, destination, whole):
-    import_archive(archive, destination, "cartpole", workers=1)
+    import_archive(archive, destination, "cartpole")
     destination.rename(hidden_name(destination))
     stop_after(archive, destination, 7)
     with pytest.raises(UserError, match="not an episode store"):
         EpisodeStore(hidden_name(destination))
-    import_archive(archive, destination, "cartpole", workers=1)
+    import_archive(archive, destination, "cartpole")
     assert destination.read_bytes() == whole
 
 
@@ -166,9 +166,9 @@ def test_two_imports_of_one_store(archive, destination, whole):
     def second(done: int, total: int) -> None:
         if done == 3:
             with pytest.raises(UserError, match="another process is writing it"):
-                import_archive(archive, destination, "cartpole", workers=1)
+                import_archive(archive, destination, "cartpole")
 
-    import_archive(archive, destination, "cartpole", workers=1, progress=second)
+    import_archive(archive, destination, "cartpole", progress=second)
     assert destination.read_bytes() == whole
 
 
@@ -184,9 +184,9 @@ IMPORT = """
 """
 
 
-def start(tmp_path: Path, archive: Path, destination: Path, workers: int) -> subprocess.Popen:
+def start(tmp_path: Path, archive: Path, destination: Path) -> subprocess.Popen:
     (script := tmp_path / "script.py").write_text(textwrap.dedent(IMPORT))
-    arguments = [sys.executable, script, archive, destination, "--workers", str(workers)]
+    arguments = [sys.executable, script, archive, destination]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -207,8 +207,8 @@ def long_archive(archive) -> Path:
 
 
 def test_killed_process(tmp_path, long_archive, destination, capsys):
-    """More kills, also of several workers: tests/faults/test_data.py."""
-    process = start(tmp_path, long_archive, destination, 1)
+    """More kills: tests/faults/test_data.py."""
+    process = start(tmp_path, long_archive, destination)
     wait_for_episodes(destination, 20, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -217,15 +217,15 @@ def test_killed_process(tmp_path, long_archive, destination, capsys):
     with pytest.raises(UserError, match="not an episode store"):
         EpisodeStore(hidden_name(destination))
 
-    expected = import_archive(long_archive, tmp_path / "whole.h5", "cartpole", workers=1)
-    main(["data", "import", str(long_archive), "--domain=cartpole", f"--output={destination}", "--workers=2"])
+    expected = import_archive(long_archive, tmp_path / "whole.h5", "cartpole")
+    main(["data", "import", str(long_archive), "--domain=cartpole", f"--output={destination}"])
     assert "100 x 1000 steps" in capsys.readouterr().out
     assert destination.read_bytes() == expected.path.read_bytes()
     assert names(destination.parent) == ["a.h5"]
 
 
 def test_interrupted_command(tmp_path, long_archive, destination):
-    process = start(tmp_path, long_archive, destination, 2)
+    process = start(tmp_path, long_archive, destination)
     wait_for_episodes(destination, 20, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -246,7 +246,7 @@ DISK_FULL = """
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
     try:
-        import_archive(sys.argv[1], sys.argv[2], "cartpole", workers=1, progress=fill)
+        import_archive(sys.argv[1], sys.argv[2], "cartpole", progress=fill)
     except UserError as error:
         print(error)
 """
@@ -258,5 +258,5 @@ def test_full_disk(archive, destination, whole):
     assert "a.h5: the disk, a quota or a limit on file size is full" in run.stdout
     assert run.stdout.endswith("finished episodes are kept: run the same command again to resume\n")
     assert names(destination.parent) == REMAINS
-    import_archive(archive, destination, "cartpole", workers=1)
+    import_archive(archive, destination, "cartpole")
     assert destination.read_bytes() == whole

@@ -182,14 +182,13 @@ def other_folder(tmp_path, cartpole_episodes) -> Path:
 def test_several_archives_become_one_store_in_order(tmp_path, cartpole_zip, other_folder):
     sources = [other_folder, cartpole_zip]
     parts = [import_archive(source, tmp_path / f"{i}.h5", "cartpole") for i, source in enumerate(sources)]
-    for workers in (1, 2):
-        store = import_archive(sources, tmp_path / f"both{workers}.h5", "cartpole", workers=workers)
-        store.verify()
-        originals = [part.episode(index) for part in parts for index in range(len(part))]
-        assert len(store) == len(originals) == 5
-        for index, original in enumerate(originals):
-            for key, values in store.episode(index).items():
-                np.testing.assert_array_equal(values, original[key], err_msg=key)
+    store = import_archive(sources, tmp_path / "both.h5", "cartpole")
+    store.verify()
+    originals = [part.episode(index) for part in parts for index in range(len(part))]
+    assert len(store) == len(originals) == 5
+    for index, original in enumerate(originals):
+        for key, values in store.episode(index).items():
+            np.testing.assert_array_equal(values, original[key], err_msg=key)
     assert store.provenance.source == " + ".join(part.provenance.source for part in parts)
     assert store.provenance.subset == "all 2 episodes; all 3 episodes"
     last = import_archive(sources, tmp_path / "last.h5", "cartpole", subset="last", max_episodes=1)
@@ -236,10 +235,9 @@ def test_provenance(tmp_path, cartpole_zip, cartpole_folder, monkeypatch):
     assert len({made.source_sha256, of_folder.source_sha256, other.source_sha256}) == 3
 
 
-def test_numbers_are_at_least_one(tmp_path, cartpole_zip):
-    for name in ("workers", "max_episodes"):
-        with pytest.raises(UserError, match="0 is too small"):
-            import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", **{name: 0})
+def test_at_least_one_episode_is_imported(tmp_path, cartpole_zip):
+    with pytest.raises(UserError, match="--max-episodes: 0 is too small"):
+        import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", max_episodes=0)
 
 
 def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
@@ -252,7 +250,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
         import resource, sys
         from ringrl.data import import_archive
         peaks = []
-        import_archive(sys.argv[1], sys.argv[2], "cartpole", workers=1, progress=lambda done, total:
+        import_archive(sys.argv[1], sys.argv[2], "cartpole", progress=lambda done, total:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
         print(peaks[-1] - peaks[9])
     """
@@ -272,7 +270,7 @@ def test_an_episode_that_the_system_cannot_open(tmp_path, cartpole_folder, monke
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(UserError, match=r"Too many open files\): close other files or raise the limit"):
-        import_archive(cartpole_folder, tmp_path / "a.h5", "cartpole", workers=1)
+        import_archive(cartpole_folder, tmp_path / "a.h5", "cartpole")
     assert list(tmp_path.iterdir()) == []
 
 

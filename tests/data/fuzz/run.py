@@ -69,7 +69,7 @@ def try_archives(seeds: int, folder: Path) -> Iterator[tuple]:
     for kind, seed, random, place in cases(archives.KINDS, seeds, folder):
         source = kind(place, good, random)
         try:
-            store = import_archive(source, place / "out" / "a.h5", "cartpole", workers=1)
+            store = import_archive(source, place / "out" / "a.h5", "cartpole")
             store.verify()
             outcome, message = judge_import(store, list(good.values())), ""
         except UserError as error:
