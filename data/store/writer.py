@@ -1,8 +1,8 @@
 """Writers of an episode store.
 
-h5py creates the file with all datasets and closes it. The lengths of all episodes are known, so the offset of every row
-is known, and several processes can write rows in any order. The file has a hidden name until it is whole. Rows are
-written with `os.pwrite`: a full disk then raises an error, whereas a write through a memory map would end with SIGBUS.
+h5py creates the file with all datasets and closes it. The lengths of all episodes are known, and so is the offset of
+every row. The file has a hidden name until it is whole. Rows are written with `os.pwrite`: a full disk then raises an
+error, whereas a write through a memory map would end with SIGBUS, and a kill leaves a file that h5py can open.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ def reserve_space(partial: Path, path: Path) -> None:
 
 
 class UnfinishedStore:
-    """The rows of a file made by `create_file`. Several processes may open the file. Use it as a context manager.
+    """The rows of a file made by `create_file`. Use it as a context manager.
 
     Raises OSError or KeyError if the file is not an unfinished store of this layout.
     """
