@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -27,14 +26,12 @@ from ringrl.errors import UserError, brief
 
 PREFIX = "gymnasium:"
 # Mean returns of random actions and of an expert, for normalised scores as in D4RL (2004.07219, `d4rl.infos`).
-_D4RL: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3),
-        "Ant": (-325.6, 3879.7), "AdroitHandPen": (96.262799, 3076.833102),
-        "AdroitHandHammer": (-274.856578, 12794.134825), "AdroitHandDoor": (-56.512833, 2880.569309),
-        "AdroitHandRelocate": (-6.425911, 4233.877798),
-    }
-)  # fmt: skip
+_D4RL: Mapping[str, tuple[float, float]] = {
+    "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7), "AdroitHandPen": (96.262799, 3076.833102),
+    "AdroitHandHammer": (-274.856578, 12794.134825), "AdroitHandDoor": (-56.512833, 2880.569309),
+    "AdroitHandRelocate": (-6.425911, 4233.877798),
+}  # fmt: skip
 _NAME = re.compile(r"gymnasium:((?:[\w-]+/)?[\w.-]+)(?:\((.*)\))?")
 _REFUSED = {"render_mode", "vectorization_mode", "disable_env_checker"}
 

@@ -5,7 +5,6 @@ A new domain is a file like `walker.py` and an entry of `_SIMULATIONS`.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 
 import gymnasium
 
@@ -25,7 +24,7 @@ _SIMULATIONS: tuple[type[Simulation], ...] = (
     PointMassMazeSimulation,
 )  # fmt: skip
 
-DOMAINS: Mapping[str, Domain] = MappingProxyType({one.domain.name: one.domain for one in _SIMULATIONS})
+DOMAINS: Mapping[str, Domain] = {one.domain.name: one.domain for one in _SIMULATIONS}
 TASKS: tuple[str, ...] = tuple(task for domain in DOMAINS.values() for task in domain.tasks)
 
 

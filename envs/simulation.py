@@ -32,12 +32,6 @@ State: TypeAlias = "mujoco.MjData | StackedData"
 """One MuJoCo state, or several states stacked over a leading axis. Arrays read from it have the same leading axis."""
 
 
-def is_compatible(version: str) -> bool:
-    """Return whether this MuJoCo version is at least 3.17 and below 4."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return numbers is not None and (3, 17) <= (int(numbers[1]), int(numbers[2])) < (4, 0)
-
-
 def check_mujoco() -> None:
     """Raise UserError if the installed MuJoCo is not >=3.17,<4. Does not import MuJoCo.
 
@@ -48,7 +42,8 @@ def check_mujoco() -> None:
         version = metadata.version("mujoco")
     except metadata.PackageNotFoundError:
         raise UserError(f"MuJoCo is not installed, and the environments need it; {fix}") from None
-    if not is_compatible(version):
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not (3, 17) <= (int(numbers[1]), int(numbers[2])) < (4, 0):
         raise UserError(f"MuJoCo {version} is installed, but the environments need >=3.17,<4; {fix}")
 
 

@@ -11,7 +11,6 @@ embeddings, action head, norms) are small and replicated. XLA inserts the transf
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,16 +21,14 @@ from ringrl.config import BATCH_AXES, SEQUENCE_AXIS
 
 MESH_AXES = (*BATCH_AXES, "tensor", SEQUENCE_AXIS)
 
-SPLIT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "batch": BATCH_AXES,
-        "time": (SEQUENCE_AXIS,),
-        "heads": ("tensor",),
-        "hidden": ("tensor",),
-        "embed": ("fsdp", SEQUENCE_AXIS),
-        "layers": (),
-    }
-)
+SPLIT: Mapping[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "time": (SEQUENCE_AXIS,),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "embed": ("fsdp", SEQUENCE_AXIS),
+    "layers": (),
+}
 
 
 @dataclasses.dataclass(frozen=True)

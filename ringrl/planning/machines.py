@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -103,28 +102,26 @@ def _device(kind: str, gib: float, bandwidth: float) -> Device:
 
 
 # Memory of a TPU is the compiler's limit for a program (v3: by the data sheet), of a GPU what the driver reports.
-DEVICES: Mapping[str, Device] = MappingProxyType(
-    {
-        "v3": Device("TPU v3", "tpu", 61.5e12, 16 * GIB, 450e9, 70e9),  # attention kernels do not compile for v3
-        "v4": _device("TPU v4", 30.75, 1228),
-        "v5e": _device("TPU v5 lite", 15.75, 819),
-        "v5p": _device("TPU v5", 95.74, 2765),
-        "v6e": _device("TPU v6 lite", 31.25, 1640),
-        "a100-40": _device("NVIDIA A100", 40, 1555),
-        "a100": _device("NVIDIA A100", 80, 2039),
-        "h100": _device("NVIDIA H100", 79.6, 3350),
-        "h200": _device("NVIDIA H200", 140.4, 4800),
-    }
-)
-_NETWORK = MappingProxyType({"a100-40": 25e9, "a100": 25e9, "h100": 50e9, "h200": 50e9})  # a network card per GPU
+DEVICES: Mapping[str, Device] = {
+    "v3": Device("TPU v3", "tpu", 61.5e12, 16 * GIB, 450e9, 70e9),  # attention kernels do not compile for v3
+    "v4": _device("TPU v4", 30.75, 1228),
+    "v5e": _device("TPU v5 lite", 15.75, 819),
+    "v5p": _device("TPU v5", 95.74, 2765),
+    "v6e": _device("TPU v6 lite", 31.25, 1640),
+    "a100-40": _device("NVIDIA A100", 40, 1555),
+    "a100": _device("NVIDIA A100", 80, 2039),
+    "h100": _device("NVIDIA H100", 79.6, 3350),
+    "h200": _device("NVIDIA H200", 140.4, 4800),
+}
+_NETWORK = {"a100-40": 25e9, "a100": 25e9, "h100": 50e9, "h200": 50e9}  # a network card per GPU
 _GPUS_PER_HOST = 8
 # Slices by the number in their name: cores (two per chip) for v3, v4 and v5p, chips for v5e and v6e.
 _CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"}
 _SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _V3 = {8: "2x2", 32: "4x4", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32"}
-SLICES: Mapping[str, Mapping[int, str]] = MappingProxyType(
-    {"v3": _V3, "v4": _CUBES, "v5p": _CUBES, "v5e": _SQUARES, "v6e": _SQUARES}
-)
+SLICES: Mapping[str, Mapping[int, str]] = {
+    "v3": _V3, "v4": _CUBES, "v5p": _CUBES, "v5e": _SQUARES, "v6e": _SQUARES
+}  # fmt: skip
 
 
 def find_machine(name: str) -> Machine:

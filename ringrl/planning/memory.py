@@ -19,7 +19,6 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -56,18 +55,16 @@ class Working(NamedTuple):
     logits: float = 0.0  # per pair of tokens and head
 
 
-WORKING: Mapping[tuple[str, str], Working] = MappingProxyType(
-    {
-        ("tpu", "ring"): Working(7.5, 16, 2.5),
-        ("tpu", "blockwise"): Working(7.5, 4.75, 2.5),
-        ("tpu", "memory_efficient"): Working(7.5, 4.75, 2.5),
-        ("tpu", "vanilla"): Working(7.5, 4.75, 2.5, 3),
-        ("cpu", "ring"): Working(12, 20, 7),
-        ("cpu", "blockwise"): Working(12, 9.5, 7),
-        ("cpu", "memory_efficient"): Working(12, 9.5, 7),
-        ("cpu", "vanilla"): Working(12, 4, 7, 3.84),
-    }
-)
+WORKING: Mapping[tuple[str, str], Working] = {
+    ("tpu", "ring"): Working(7.5, 16, 2.5),
+    ("tpu", "blockwise"): Working(7.5, 4.75, 2.5),
+    ("tpu", "memory_efficient"): Working(7.5, 4.75, 2.5),
+    ("tpu", "vanilla"): Working(7.5, 4.75, 2.5, 3),
+    ("cpu", "ring"): Working(12, 20, 7),
+    ("cpu", "blockwise"): Working(12, 9.5, 7),
+    ("cpu", "memory_efficient"): Working(12, 9.5, 7),
+    ("cpu", "vanilla"): Working(12, 4, 7, 3.84),
+}
 # Additional numbers that remat "none" keeps per layer: per feature of the width, and per unit of a feed-forward layer
 # that is not computed in blocks.
 KEPT_WIDTH, KEPT_HIDDEN = 7.1, 6.8

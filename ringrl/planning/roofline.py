@@ -7,7 +7,6 @@ all-reduces over "tensor" and all-reduces of gradients over "data" are exposed.
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from ringrl.attention.strategy import link_of
 from ringrl.planning.machines import Attained, Machine, kernel_of
@@ -19,7 +18,7 @@ ATTAINED = Attained(matrices=0.7, attention=0.5, memory=0.8, links=0.8)
 WITHOUT_KERNEL = 0.15  # attention in plain XLA: tiles of logits pass through memory, about 32 operations per byte
 # Float32 rates as a share of bfloat16, for matrix products and attention. Matrix products are rounded to bfloat16 on
 # TPUs and TF32 on GPUs. Attention is exact: six products instead of one on TPUs, no tensor cores on GPUs.
-FLOAT32: Mapping[str, tuple[float, float]] = MappingProxyType({"tpu": (1.0, 1 / 6), "gpu": (0.5, 1 / 15)})
+FLOAT32: Mapping[str, tuple[float, float]] = {"tpu": (1.0, 1 / 6), "gpu": (0.5, 1 / 15)}
 OF_HOST = Attained(1.0, 0.75, 1.0, 1.0)  # for the nominal host device; `ringrl plan` measures this machine
 # Matrix products per pair of tiles: 2 forward; backward 3 for dq and 4 for dk and dv, or 5 in one loop.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_IN_ONE_LOOP = 2, 7, 5

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from ringrl.envs import load_simulation
-from ringrl.envs.simulation import StackedData, is_compatible
+from ringrl.envs.simulation import StackedData, check_mujoco
+from ringrl.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -18,8 +20,10 @@ from ringrl.envs.simulation import StackedData, is_compatible
         ("3.16.9", False), ("2.3.7", False), ("4.0.0", False), ("4.0.0rc1", False), ("10.0.0", False), ("", False),
     ],
 )  # fmt: skip
-def test_compatible_versions(version, compatible):
-    assert is_compatible(version) == compatible
+def test_compatible_versions(version, compatible, monkeypatch):
+    monkeypatch.setattr("ringrl.envs.simulation.metadata.version", lambda name: version)
+    with nullcontext() if compatible else pytest.raises(UserError, match=r"the environments need >=3\.17,<4"):
+        check_mujoco()
 
 
 @pytest.mark.parametrize("version", ["4.0.0", "3.9.0"])
