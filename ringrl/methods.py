@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ringrl.errors import UserError
@@ -88,30 +89,32 @@ def _best_cloning(percent: int) -> Method:
     return _cloning(f"Behaviour cloning, best {percent}%", sampling="uniform", best_fraction=percent / 100)
 
 
-def _transformer(title: str, *, model: Mapping[str, Any] | None = None, **context: Any) -> Method:
-    return Method(title, {"model": {"kind": "transformer", **(model or {})}, "context": context})
+def _transformer(title: str, *, model: Mapping[str, Any] = MappingProxyType({}), **context: Any) -> Method:
+    return Method(title, {"model": {"kind": "transformer", **model}, "context": context})
 
 
-METHODS: Mapping[str, Method] = {
-    "random": Method("Random policy", None),
-    "copy": Method("Nearest step of the prompt", None),
-    "clone": Method("Cloning of the prompt", None),
-    "bc": _cloning("Behaviour cloning"),
-    **{f"bc-{percent}%": _best_cloning(percent) for percent in (10, 25, 50)},
-    "dt": _transformer(
-        "Decision Transformer",
-        trajectories=1,
-        target="own",
-        history_stride=1,
-        model={"token_set": "dt3", "timestep_embedding": True, "past_rewards": "on"},
-    ),
-    "at": _transformer("Agentic Transformer", order="ascending", target="best", history_stride=1),
-    "ad": _transformer(  # best_fraction would leave gaps in the history
-        "Algorithm Distillation", order="history", sampling="history_window", target="none", best_fraction=1.0
-    ),
-    "td3": Method("TD3", _TD3 | {"actor_critic": {"behaviour_cloning": 0.0}}),
-    "td3+bc": Method("TD3+BC", _TD3 | {"actor_critic": {"behaviour_cloning": 0.4}}),
-}
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "random": Method("Random policy", None),
+        "copy": Method("Nearest step of the prompt", None),
+        "clone": Method("Cloning of the prompt", None),
+        "bc": _cloning("Behaviour cloning"),
+        **{f"bc-{percent}%": _best_cloning(percent) for percent in (10, 25, 50)},
+        "dt": _transformer(
+            "Decision Transformer",
+            trajectories=1,
+            target="own",
+            history_stride=1,
+            model={"token_set": "dt3", "timestep_embedding": True, "past_rewards": "on"},
+        ),
+        "at": _transformer("Agentic Transformer", order="ascending", target="best", history_stride=1),
+        "ad": _transformer(  # best_fraction would leave gaps in the history
+            "Algorithm Distillation", order="history", sampling="history_window", target="none", best_fraction=1.0
+        ),
+        "td3": Method("TD3", _TD3 | {"actor_critic": {"behaviour_cloning": 0.0}}),
+        "td3+bc": Method("TD3+BC", _TD3 | {"actor_critic": {"behaviour_cloning": 0.4}}),
+    }
+)
 
 
 _TRANSFORMER_ONLY = (
@@ -125,15 +128,17 @@ _CONTEXTS_ONLY = (
     "context.first_steps_weight",
 )  # fmt: skip
 
-FAMILIES: Mapping[Kind, Family] = {
-    "transformer": Family(ignored=("actor_critic.",), has_context=True),
-    "behaviour_cloning": Family(ignored=("actor_critic.", *_TRANSFORMER_ONLY)),
-    "td3_bc": Family(
-        ignored=(*_TRANSFORMER_ONLY, *_CONTEXTS_ONLY, "model.action_head", "model.action_choice", "stop_after"),
-        source="transitions",
-        splits_batches=False,
-    ),
-}
+FAMILIES: Mapping[Kind, Family] = MappingProxyType(
+    {
+        "transformer": Family(ignored=("actor_critic.",), has_context=True),
+        "behaviour_cloning": Family(ignored=("actor_critic.", *_TRANSFORMER_ONLY)),
+        "td3_bc": Family(
+            ignored=(*_TRANSFORMER_ONLY, *_CONTEXTS_ONLY, "model.action_head", "model.action_choice", "stop_after"),
+            source="transitions",
+            splits_batches=False,
+        ),
+    }
+)
 
 
 def method_of(config: TrainConfig) -> str:
