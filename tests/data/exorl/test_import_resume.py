@@ -233,7 +233,7 @@ def test_interrupted_command(tmp_path, long_archive, destination):
     assert "Traceback" not in errors
     assert "run the same command again" in errors
     assert names(destination.parent) == REMAINS
-    import_archive(long_archive, destination, "cartpole", workers=1).verify()
+    import_archive(long_archive, destination, "cartpole").verify()
 
 
 DISK_FULL = """
