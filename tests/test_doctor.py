@@ -1,6 +1,7 @@
 """ringrl doctor passes on this machine, and notices kernels that are wrong."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -153,3 +154,17 @@ def test_one_line_per_failure_and_exit_code_1(monkeypatch, tmp_path, capsys):
         doctor(save=tmp_path / "other.yaml")
     assert "other.yaml: not written, because the speed was not measured" in capsys.readouterr().err
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_a_driver_that_hangs_is_one_line(monkeypatch, tmp_path, capsys):
+    plugin = tmp_path / "jax_plugins" / "stuck.py"  # JAX loads each module of this package before it looks for devices
+    plugin.parent.mkdir()
+    plugin.write_text("import time\ndef initialize(): time.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(module, "PATIENCE", 5)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("ringrl: JAX did not find its devices within 5 s: the driver hangs, or another")
+    assert not shown.out

@@ -17,6 +17,7 @@ from rich.console import Console
 MAIN = ("jax", "flax", "optax", "numpy", "mujoco", "dm_control", "gymnasium")  # packages that are shown
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 64  # of the checked cases
 LIMITS = {"float32": 1e-4, "bfloat16": 0.03}  # errors relative to the largest number of an array
+PATIENCE = 120  # seconds until the driver of an accelerator counts as hanging
 
 
 class Finding(NamedTuple):
@@ -36,6 +37,9 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
     Args:
         json: also write all lines to this file.
         save: write the measured speed to this file, for `ringrl plan --machine FILE`.
+
+    Raises:
+        UserError: a file that cannot be written, or devices that do not answer.
     """
     from ringrl.config_files import to_yaml
     from ringrl.files import explain_write_errors, write_whole
@@ -43,6 +47,7 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
     for written in filter(None, (json, save)):  # before two minutes of work
         with explain_write_errors(written), tempfile.TemporaryFile(dir=written.absolute().parent):
             pass
+    _await_devices()
     os.environ["RINGRL_KERNEL_CHECK"] = "off"  # the doctor checks kernels itself, without a fallback to plain XLA
     console, found, rates = Console(highlight=False), list[Finding](), dict[str, float]()
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
@@ -72,6 +77,19 @@ def doctor(*, json: Path | None = None, save: Path | None = None) -> None:
         print(f"ringrl doctor: {one.name}: {one.text}", file=sys.stderr)
     if wrong:
         sys.exit(1)
+
+
+def _await_devices() -> None:
+    """Start the devices in a process of their own: if a driver hangs, it can be killed."""
+    from ringrl.errors import UserError
+
+    try:
+        subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"JAX did not find its devices within {PATIENCE} s: the driver hangs, or another process holds the devices; "
+            "see whether nvidia-smi or tpu-info answers, end other processes, or set JAX_PLATFORMS=cpu"
+        ) from None
 
 
 def _findings(title: str, section: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
