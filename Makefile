@@ -4,7 +4,7 @@ RUN := .venv/bin/
 # Pinned versions, without the bytecode of modules that are never imported (190 MB).
 INSTALL := $(RUN)pip install --quiet --disable-pip-version-check --no-build-isolation --no-compile -c requirements.lock
 
-.PHONY: install demo test faults lint docs docs-serve lock clean
+.PHONY: install demo test test-slow lint docs docs-serve lock clean
 
 install: .venv/installed  ## create .venv, with what reports need
 
@@ -14,9 +14,10 @@ demo: .venv/installed  ## collect, train, evaluate, ablate and report in about f
 test: .venv/ready  ## all tests except the slow ones
 	$(RUN)python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-faults: .venv/ready  ## kill, starve and damage every command: about an hour; full disks need root or user namespaces
+# Full disks need root or user namespaces.
+test-slow: .venv/ready  ## everything marked slow: the other cases of the matrices, kills, full disks, damaged files; 90 minutes
 	$$(unshare --user --map-root-user --mount true 2>/dev/null && echo unshare --user --map-root-user --mount) \
-		$(RUN)python -m pytest -m slow tests/faults tests/training/test_distributed.py
+		$(RUN)python -m pytest -m slow tests
 
 lint: .venv/ready  ## style and types
 	$(RUN)ruff check .

@@ -56,14 +56,13 @@ hypothesis.settings.load_profile("patient")
 
 # Files with long tests start first, so that no process runs them alone at the end.
 LONGEST = (
-    "training/test_distributed.py", "study/test_ablate.py", "attention/test_ring.py", "test_docs.py",
-    "training/test_validation.py", "training/test_mesh.py", "evaluation/test_evaluate.py",
-    "training/test_checkpoints.py", "evaluation/test_actors.py", "model/test_cache.py", "model/test_policy.py",
-    "test_cli.py", "collect/test_learner.py", "attention/test_mosaic_tpu.py", "attention/test_decode.py",
-    "training/test_stopping.py", "evaluation/test_player.py", "attention/test_memory.py",
-    "attention/test_mosaic_gpu.py", "attention/test_attention.py", "data/exorl/test_import_resume.py",
-    "training/test_resume.py", "collect/test_collection.py", "data/exorl/test_importer.py",
-    "attention/test_processes.py",
+    "study/test_ablate.py", "attention/test_ring.py", "training/test_validation.py", "training/test_mesh.py",
+    "test_docs.py", "training/test_distributed.py", "evaluation/test_evaluate.py", "attention/test_derivatives.py",
+    "collect/test_learner.py", "training/test_loop.py", "model/test_policy.py", "attention/test_attention.py",
+    "training/test_run_folder.py", "collect/test_collection.py", "attention/test_decode.py",
+    "attention/test_mosaic_gpu.py", "data/exorl/test_import_resume.py", "model/test_cache.py",
+    "evaluation/test_actors.py", "training/test_resume.py", "attention/test_lengths.py", "evaluation/test_player.py",
+    "attention/test_cudnn.py", "evaluation/test_video.py", "attention/test_mosaic_tpu.py",
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def test_wrong_arguments_are_rejected(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eight_devices")
 def test_a_worker_trains_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -113,6 +113,7 @@ def test_presets_are_found_by_name_unless_a_file_has_the_name(
         assert f"{missing}: cannot be read" in rejected([*command, missing], capsys)
 
 
+@pytest.mark.slow
 def test_from_folder_to_page(jaco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, folder, page = tmp_path / "jaco.h5", tmp_path / "run", tmp_path / "report"
     main(["data", "import", str(jaco_folder), "--domain", "jaco", "--output", str(store)])
@@ -171,7 +172,7 @@ def test_an_error_of_the_system_is_one_line(tmp_path: Path, capsys: pytest.Captu
         assert f"{long}: File name too long" in rejected(command, capsys)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("nonsense", marks=pytest.mark.slow)])
 def test_a_missing_device_is_one_line(platform: str, run: Path, jaco_store: EpisodeStore, tmp_path: Path) -> None:
     if platform == "cuda":
         command = ["train", "--data", str(jaco_store.path), "--task", "jaco_reach_top_left", "--run", f"{tmp_path}/run"]
@@ -192,6 +193,7 @@ def test_characters_that_the_output_lacks_are_replaced(jaco_store: EpisodeStore)
     assert b"jaco_reach_top_left" in done.stdout
 
 
+@pytest.mark.slow
 def test_controls_start_from_the_initial_states_of_the_streams(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     two = ["--environments", "2", "--episodes", "2", "--control"]
@@ -202,6 +204,7 @@ def test_controls_start_from_the_initial_states_of_the_streams(run: Path, tmp_pa
     assert [first for first, _ in streams] == pytest.approx([first for first, _ in controls], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_of_every_task_of_a_domain(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "all.jsonl"
     command = ["evaluate", "--checkpoint", str(run), "--tasks", "all-of-domain", "--environments", "1"]
@@ -222,6 +225,7 @@ def test_evaluation_of_every_task_of_a_domain(run: Path, tmp_path: Path, capsys:
     assert output.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_evaluation_of_several_checkpoints(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other)
@@ -414,6 +418,7 @@ def test_terminal_escapes_in_errors_are_printed_as_text(tmp_path: Path, capsys: 
     assert r"\x1b[31m.h5: no such file" in line
 
 
+@pytest.mark.slow
 def test_workers_start_next_to_a_module_of_pythons_name(tmp_path: Path) -> None:
     (tmp_path / "signal.py").write_text("")
     command = [RINGRL, "data", "collect", "jaco_reach_top_left", "--episodes", "2", "--workers", "2", "--output", "a"]

@@ -1,7 +1,8 @@
 """Commands and code of README and docs/ work.
 
 The notebook, Python and diffs run. The real command line parses every command, with its presets, tasks and machines.
-The pages of EXECUTED run as a whole on small data. PARSED gives the reason why the other pages do not.
+The pages of EXECUTED run as a whole on small data, those of SLOW among the slow tests. PARSED gives the reason why the
+other pages do not.
 """
 
 import inspect
@@ -50,6 +51,7 @@ EXECUTED = (
     "docs/own_model.md",
     "docs/quickstart.md",
 )
+SLOW = ("docs/adding_a_task.md", "docs/exorl.md", "docs/own_data.md", "docs/own_model.md", "docs/quickstart.md")
 # Pages that change the code, the number of devices or the datasets' folder run in processes of their own.
 ALONE = ("docs/adding_a_task.md", "docs/own_data.md", "docs/own_model.md")
 # Pages whose Python runs as one program, in this order.
@@ -67,9 +69,14 @@ TINY_TRANSFORMER = [
     "--model.heads=1", "--model.kv-heads=1",
 ]  # fmt: skip
 TINY_METHOD = ["--model.layers=1", "--model.width=16"]
+SMALL = {
+    "context": {"trajectories": 2}, "optimiser": {"steps": 2, "batch_size": 1},
+    "model": {"layers": 1, "width": 16, "heads": 1, "kv_heads": 1, "token_set": "fused1"},
+}  # fmt: skip
 SHORTER = {
     "README.md": {
-        "train(config)": "train(config.model_copy(update={'optimiser': type(config.optimiser)(steps=2)}))",
+        "from ringrl.training import train": f"from ringrl.training import train\nSMALL = {SMALL}",
+        "train(config)": "train(TrainConfig.model_validate(config.model_dump() | SMALL))",
         "Protocol()": "Protocol(environments=1)",
         "4096": "256",
     },
@@ -373,7 +380,9 @@ def walker_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.make_archive(str(folder / "rnd"), "zip", folder / "rnd"))
 
 
-@pytest.mark.parametrize("page", EXECUTED)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in EXECUTED]
+)
 def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SOURCES:
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -393,6 +402,7 @@ def test_whole_pages_run(page: str, tmp_path: Path, walker_archive: Path, monkey
         run(program)
 
 
+@pytest.mark.slow
 def test_examples_of_the_reference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run([step for page in REFERENCE for block in blocks(page) for step in steps(block)])
@@ -437,6 +447,7 @@ def run_alone(program: list[tuple[str, Any]], tmp_path: Path) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = json.loads((ROOT / "docs/notebooks/act.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells), "outputs are not stored"
@@ -449,6 +460,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     run([("python", code)])
 
 
+@pytest.mark.slow
 def test_the_notebook_of_the_ring_runs(tmp_path: Path) -> None:
     """It compares the losses of the plain transformer and of the ring itself."""
     cells = json.loads((ROOT / "docs/notebooks/ring.ipynb").read_text())["cells"]

@@ -138,8 +138,8 @@ def trained(jaco_store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-# The others differ from bc-10% in a number.
-@pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("bc-25%", "bc-50%")])
+@pytest.mark.slow  # of each kind of model: tests of training and evaluation
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_method_trains_and_evaluates(name: str, trained: Callable[[str], Path]) -> None:
     run = trained(name)
     policy = load_policy(run)

@@ -19,6 +19,7 @@ from ringrl.attention import (
 )
 
 TOKENS, CAPACITY = 11, 16
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def filled(x: np.ndarray, length: int, beyond: float) -> np.ndarray:
@@ -52,8 +53,7 @@ def test_slots_beyond_the_length_have_no_effect(draw):
     np.testing.assert_array_equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("shared", [1, 6], ids=lambda tokens: f"prefix-{tokens}")
+@pytest.mark.parametrize(("shared", "window"), [(1, None), (6, 4), slow(1, 4), slow(6, None)])
 def test_prefix_equals_its_tokens_in_every_cache(shared, window, draw):
     """All contexts start with the same tokens, stored once or in each cache."""
     q, k, v = alike(draw(3, TOKENS, 4, 2, 8), shared)
@@ -69,6 +69,7 @@ def test_prefix_equals_its_tokens_in_every_cache(shared, window, draw):
             np.testing.assert_allclose(got, whole[:, tokens], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_prefix_belongs_to_a_part_of_the_batch(draw):
     q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
     for x in (q, k, v):
@@ -78,7 +79,7 @@ def test_each_prefix_belongs_to_a_part_of_the_batch(draw):
     np.testing.assert_allclose(got, attention(q, k, v)[:, 9:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("prefixes", "parts"), [(1, 2), (2, 2), (4, 2), (2, 4), (8, 4)])
+@pytest.mark.parametrize(("prefixes", "parts"), [slow(1, 2), slow(2, 2), slow(4, 2), (2, 4), (8, 4)])
 def test_prefixes_with_a_sharded_batch(prefixes, parts, eight_devices, draw):
     q, k, v = (draw(8, TOKENS, 4, 2, 8)[name] for name in "qkv")
     before = Prefix(k[:prefixes, :6], v[:prefixes, :6], 6)
@@ -101,8 +102,7 @@ ENDS = np.stack([np.repeat([-7, -2], [5, 6]), np.arange(-7, 4), np.repeat([-7, 3
 MASKED = {"position_of": positions_with_gaps, "logits_soft_cap": 2.0}
 
 
-@pytest.mark.parametrize("window", [(-1, 0), (4, 0)])
-@pytest.mark.parametrize("shared", [0, 6], ids=lambda tokens: f"prefix-{tokens}")
+@pytest.mark.parametrize(("shared", "window"), [(0, (-1, 0)), (6, (4, 0)), slow(0, (4, 0)), slow(6, (-1, 0))])
 def test_global_prefix_and_positions(shared, window, draw):
     """Two shared prefixes or none. Empty slots stay hidden when positions are negative."""
     q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
@@ -121,7 +121,7 @@ def test_global_prefix_and_positions(shared, window, draw):
             np.testing.assert_allclose(got, whole[:, tokens], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("ends", [ENDS, ENDS[1]], ids=["each_context", "all_contexts"])
+@pytest.mark.parametrize("ends", [ENDS, slow(ENDS[1])], ids=["each_context", "all_contexts"])
 def test_global_prefix_with_sharded_caches(ends, eight_devices, draw):
     q, k, v = (draw(4, TOKENS, 4, 2, 8)[name] for name in "qkv")
     before = Prefix(k[:2, :6], v[:2, :6], 6)
@@ -217,7 +217,7 @@ def mesh(eight_devices: None) -> Mesh:
     return Mesh(np.array(jax.devices()[:4]).reshape(1, 4), ("data", "seq"))
 
 
-@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("shards", [slow(1), 4])
 def test_contexts_of_different_lengths(shards, mesh, draw):
     """Each context continues at its own length, also with sinks, slopes, wide values and a shared prefix."""
     q, k, v = alike(draw(2, TOKENS, 4, 2, 8), 3)
@@ -247,7 +247,7 @@ def test_contexts_of_different_lengths(shards, mesh, draw):
         np.testing.assert_allclose(x, take(y, rows), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [slow(None), 3])
 def test_sharded_cache_fills_and_grows(window, mesh, draw):
     """Tokens arrive 1, 2, 3, ... at a time, and a full cache doubles; results equal attention over the whole."""
     arrays = draw(2, 26, 4, 2, 8)

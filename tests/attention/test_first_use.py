@@ -136,7 +136,13 @@ MUTATIONS = {  # kernel, the names that differ, dtype, options of the call
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("scale, window", "last key dropped, soft cap") else name
+        for name in MUTATIONS
+    ],
+)
 def test_a_wrong_kernel_falls_back_with_one_warning(name, native, caplog):
     kernel, names, dtype, options = MUTATIONS[name]
     native(kernel)
@@ -150,7 +156,7 @@ def test_a_wrong_kernel_falls_back_with_one_warning(name, native, caplog):
     assert line.endswith(f"; {check.REPORT}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("options", [CAUSAL, FULL, WINDOW, CAPPED], ids=["causal", "full", "window", "capped"])
 def test_a_right_kernel_is_used(dtype, options, native, caplog, cache):
     native(RIGHT)
@@ -166,8 +172,16 @@ def wrong_when_used(inputs, options, start=None):  # type: ignore[no-untyped-def
     return part if inputs.queries.positions.shape[1] == check.TOKENS else Partial(0 * part.o + 7, part.lse)
 
 
-@pytest.mark.parametrize("kernel", [RIGHT._replace(forward=wrong_when_used), MUTATIONS["dq doubled"][0]])
-@pytest.mark.parametrize("around", ["nothing", "shard_map", "vmap", "ring", "set_mesh"])
+AROUND = ("nothing", "shard_map", "vmap", "ring", "set_mesh")
+WRONG = MUTATIONS["dq doubled"][0]  # found wrong around nothing, it is found wrong around all
+
+
+@pytest.mark.parametrize(
+    ("around", "kernel"),
+    [(around, RIGHT._replace(forward=wrong_when_used)) for around in AROUND]
+    + [("nothing", WRONG)]
+    + [pytest.param(around, WRONG, marks=pytest.mark.slow) for around in AROUND[1:]],
+)
 def test_the_check_runs_inside_transformations(around, kernel, native):
     native(kernel)
     q = jnp.asarray(np.random.default_rng(0).normal(size=(8, 32, 2, 8)), "float32")
@@ -246,7 +260,7 @@ def test_no_check(why, native, monkeypatch, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(False, (1, 1))])
+@pytest.mark.parametrize("rule", [Rule(), pytest.param(Rule(False, (1, 1)), marks=pytest.mark.slow)])
 def test_the_tpu_kernel_passes_in_the_interpreter(rule):
     interpreted = (partial(run, interpret=True) for run in (mosaic_tpu.forward, mosaic_tpu.backward))
     options = dataclasses.replace(CAUSAL, rule=rule)

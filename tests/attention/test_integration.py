@@ -20,6 +20,7 @@ def layer(attention_fn=None, **options) -> nnx.MultiHeadAttention:
     )
 
 
+@pytest.mark.slow
 def test_equals_flax_with_a_causal_mask():
     x = jax.random.normal(jax.random.key(1), (2, 12, 8))
     mask = nnx.make_causal_mask(jnp.ones((2, 12)))
@@ -58,6 +59,7 @@ def test_equals_linen(dtype):
         ours.apply(parameters, x, mask=linen.make_causal_mask(jnp.ones((2, 12))))
 
 
+@pytest.mark.slow
 def test_cross_attention():
     x, memory = (jax.random.normal(jax.random.key(n), (2, n, 8)) for n in (5, 12))
     ours, flax = layer(as_attention_fn(partial(attention, is_causal=False))), layer()

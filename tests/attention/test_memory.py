@@ -35,7 +35,7 @@ def scratch_bytes(ring: int, strategy: str, window: int | None = None) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("window", [None, pytest.param(20, marks=pytest.mark.slow)])
 def test_scratch_memory_is_constant_in_the_ring_size(window):
     two, eight = (scratch_bytes(ring, "ring", window) for ring in (2, 8))
     assert two > 2 * LOCAL_TOKENS * 2 * 64 * 4, "at least keys and values of one block"

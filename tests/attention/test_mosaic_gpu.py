@@ -44,7 +44,6 @@ def places(queries: int, keys: int, kinds: tuple[str, ...]) -> tuple[np.ndarray,
         "in_order": (np.arange(tokens), np.zeros(tokens)),
         "packed": (np.arange(tokens), np.repeat([3, 1, 2], [tokens // 3, 1, tokens - tokens // 3 - 1])),
         "shuffled": (random.permutation(tokens), np.zeros(tokens)),
-        "zigzag": (np.roll(np.arange(tokens), tokens // 4), np.zeros(tokens)),
     }
     positions, segments = (np.stack([of_kind[kind][i] for kind in kinds]) for i in range(2))
     return positions[:, -queries:], segments[:, -queries:], positions[:, :keys], segments[:, :keys]
@@ -116,17 +115,17 @@ def with_blind_queries(where: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
 
 CASES = {
     # Two query heads per key head; lengths that no tile divides, S != K.
-    "causal": (with_blind_queries(places(100, 150, ("packed", "shuffled", "zigzag"))), "bfloat16", Rule()),
+    "causal": (with_blind_queries(places(100, 150, ("shuffled",))), "bfloat16", Rule()),
     "window": (places(140, 70, ("in_order",)), "float16", Rule(is_causal=False, window=(40, 20))),
     "prefix": (
-        (*places(140, 140, ("in_order", "packed")), np.stack([np.repeat([0, 30, 110], [30, 80, 30])] * 2)),
+        (*places(140, 140, ("packed",)), np.repeat([0, 30, 110], [30, 80, 30])[None]),
         "bfloat16",
         Rule(window=(9, 0)),
     ),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["causal", pytest.param("window", marks=pytest.mark.slow), "prefix"])
 def test_values_and_each_gradient(name, draw, oracle):
     """Includes queries without visible keys and keys without visible queries; unwritten memory would be NaN."""
     where, dtype, rule = CASES[name]
@@ -142,9 +141,9 @@ def test_values_and_each_gradient(name, draw, oracle):
 
 def test_forward_continues_from_start(draw, oracle):
     """Two halves of the keys in turn; the first queries do not see the second half."""
-    case = Case(draw, oracle, places(130, 130, ("in_order",)), "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
+    case = Case(draw, oracle, places(100, 100, ("in_order",)), "bfloat16", 64, Options(Rule(), 0.3, None, 64, 64))
     later = case.forward(keys=slice(64, None))
-    assert np.isneginf(np.asarray(later.lse).reshape(2, 130)[:, :64]).all()
+    assert np.isneginf(np.asarray(later.lse).reshape(2, 100)[:, :64]).all()
     case.check(**dict(zip(("o", "lse"), case.forward(later, keys=slice(64)), strict=True)))
 
 

@@ -88,9 +88,14 @@ CASES = [
     for j in range(2)
     if j == 0 or mask in ("causal", "segments", "shuffled", "prefix")
 ]
+QUICK_CASES = [("causal", "MQA"), ("shuffled", "MHA"), ("prefix", "GQA")]
 
 
-@pytest.mark.parametrize(("mask", "heads", "cap", "dtype"), CASES)
+# A window on both sides: the next test.
+@pytest.mark.parametrize(
+    ("mask", "heads", "cap", "dtype"),
+    [case if case[:2] in QUICK_CASES else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_values_and_gradients_equal_the_definition(mask, heads, cap, dtype, draw, oracle):
     """Three tiles of queries (the last one short), two of keys, and a cotangent of the log-sum-exp."""
     rule, queries, keys = MASKS[mask]
@@ -197,6 +202,7 @@ def test_no_races(draw):
     assert max(found.values()) <= 1e-6, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", ["shard_map", "vmap"])
 def test_transformed(mapped, draw):
     """vmap, jit and shard_map give the same values up to rounding."""

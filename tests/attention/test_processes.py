@@ -1,4 +1,4 @@
-"""A ring of two processes with two devices each equals the definition."""
+"""A ring of two processes with two devices each equals the definition. Training: training/test_distributed.py."""
 
 import socket
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ringrl.attention import to_layout
 from ringrl.attention.mask import Rule
@@ -88,6 +89,7 @@ def run_processes(number: int, folder: Path, environment: dict[str, str]) -> dic
     return {name: joined(name) for name in ("packed", "o", "dq", "dk", "dv")}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_the_definition(tmp_path, environment, oracle):
     random, arrays = np.random.default_rng(0), {"dlse": np.zeros((1, 32, 4), np.float32)}
     for name, heads in (("q", 4), ("k", 2), ("v", 2), ("do", 4)):

@@ -1,7 +1,7 @@
 """Ring attention over eight host devices against the definition in float64: values and each gradient.
 
-Every two of ring size, layout, mask, number of heads and soft cap are combined. mutations.py repeats `RUNS` on mutated
-copies.
+Every two of ring size, layout, mask, number of heads and soft cap are combined; `QUICK_CASES` have each value once.
+mutations.py repeats `RUNS` on mutated copies.
 """
 
 import itertools
@@ -53,6 +53,8 @@ CASES = [
     for a, ring in enumerate((8, 4, 2, 1))
     for c, mask in enumerate(MASKS)
 ]
+QUICK_CASES = [(8, "packed"), (8, "full"), (4, "causal"), (4, "prefix"), (2, "causal"), (1, "window")]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def mesh_of(**axes: int) -> Mesh:
@@ -102,7 +104,10 @@ def check(draw, oracle, mesh, ring, layout, heads="GQA", function=ring_attention
         assert error <= 1e-5, f"{name}: error {error}"
 
 
-@pytest.mark.parametrize(("ring", "layout", "mask", "heads", "cap"), CASES)
+@pytest.mark.parametrize(
+    ("ring", "layout", "mask", "heads", "cap"),
+    [case if (case[0], case[2]) in QUICK_CASES else slow(*case) for case in CASES],
+)
 def test_values_and_gradients_equal_the_definition(ring, layout, mask, heads, cap, draw, oracle):
     check(draw, oracle, mesh_of(seq=ring), ring, layout, heads, logits_soft_cap=cap, **MASKS[mask])
 
@@ -112,15 +117,18 @@ def test_cases_cover_all_pairs():
         pairs = {(case[one], case[other]) for case in CASES}
         values, options = ({case[i] for case in CASES} for i in (one, other))
         assert len(pairs) == len(values) * len(options)
+    for index in range(5):
+        assert {case[index] for case in CASES} == {case[index] for case in CASES if (case[0], case[2]) in QUICK_CASES}
 
 
+@pytest.mark.slow
 def test_custom_positions(draw, oracle):
-    """With shuffled positions a window must not skip hops of a contiguous layout. The next test has other layouts."""
+    """With shuffled positions a window must not skip hops of a contiguous layout (see also the number of hops)."""
     keywords = {"positions": SHUFFLED, "is_causal": False, "local_window_size": (9, 5)}
     check(draw, oracle, mesh_of(seq=4), 4, "contiguous", **keywords)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [slow("contiguous"), slow("striped"), "zigzag"])
 def test_arbitrary_prefixes(layout, draw, oracle):
     """Prefixes that end before and after the query, and a window that shows nothing."""
     prefix = np.random.default_rng(2).integers(1, TOKENS, (BATCH, TOKENS))
@@ -130,7 +138,7 @@ def test_arbitrary_prefixes(layout, draw, oracle):
 
 @pytest.mark.parametrize(
     ("layout", "mask"),
-    [("zigzag", "causal"), ("contiguous", "window"), ("striped", "packed"), ("contiguous", "prefix")],
+    [("zigzag", "causal"), slow("contiguous", "window"), slow("striped", "packed"), slow("contiguous", "prefix")],
 )
 def test_bidirectional(layout, mask, draw, oracle):
     check(draw, oracle, mesh_of(seq=8), 8, layout, setup={"bidirectional": True}, **MASKS[mask])
@@ -144,7 +152,8 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+# Meshes of several axes: the next test, and training/test_mesh.py.
+@pytest.mark.parametrize("name", [slow(name) for name in MESHES])
 def test_meshes(name, draw, oracle):
     axes, ring, setup = MESHES[name]
     check(draw, oracle, mesh_of(**axes), ring, "zigzag", setup=setup, **MASKS["packed"])
@@ -165,11 +174,14 @@ STRATEGIES = {
 }
 
 
-# The mask "prefix" has segments, too.
-STRATEGY_CASES = [(name, mask) for name in STRATEGIES for mask in ("window", "prefix") if name != "auto"]
+# The mask "prefix" has segments, too. More heads than devices: RUNS. Auto chooses one of the others.
+STRATEGY_CASES = [("ulysses_shared_key_heads", "window"), ("ulysses_ring", "prefix"), ("all_gather", "prefix")]
+OTHER_CASES = [(name, mask) for name in STRATEGIES for mask in ("window", "prefix")]
 
 
-@pytest.mark.parametrize(("name", "mask"), [*STRATEGY_CASES, ("auto", "window")])  # auto chooses one of the others
+@pytest.mark.parametrize(
+    ("name", "mask"), [*STRATEGY_CASES, *(slow(*case) for case in OTHER_CASES if case not in STRATEGY_CASES)]
+)
 def test_strategies(name, mask, draw, oracle):
     axes, layout, setup = STRATEGIES[name]
     ring = int(np.prod(list(axes.values())))
@@ -181,12 +193,13 @@ def test_batch_and_heads_keep_their_sharding(draw, oracle):
     arrays = draw(BATCH, TOKENS, 4, 2, HEAD_DIM)
     spec = PartitionSpec("data", "seq", "tensor")
     q, k, v = (jax.device_put(to_layout(arrays[name], "zigzag", 2), NamedSharding(mesh, spec)) for name in "qkv")
-    o = ring_attention(q, k, v, mesh=mesh)
+    o = ring_attention(q, k, v, mesh=mesh)  # reads the shardings
     assert o.sharding.is_equivalent_to(q.sharding, o.ndim)
     expected = expect(oracle, arrays)["o"]
     np.testing.assert_allclose(from_layout(o, "zigzag", 2), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_sharded_over_the_sequence_axis_is_moved(draw, quick):
     mesh, arrays = mesh_of(seq=8), draw(8, 16, 2, 2, 8)
     where = NamedSharding(mesh, PartitionSpec("seq"))
@@ -258,6 +271,7 @@ def test_queries_without_visible_keys(draw, oracle):
     assert max(errors(got, expected).values()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_other_segments_have_no_effect(draw):
     arrays = draw(BATCH, TOKENS, 4, 2, HEAD_DIM)
     segments = np.tile(np.arange(TOKENS) % 2, (BATCH, 1))
@@ -338,6 +352,7 @@ def assert_same(got, expected) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, expected)
 
 
+@pytest.mark.slow
 def test_vmap(qkv):
     """One context per call, mapped over the batch."""
     value, expected = gradients(loss, *qkv)
@@ -354,8 +369,9 @@ def test_remat_that_saves_the_name_does_not_repeat_the_ring(qkv):
     assert replayed == plain + 2 * 3
 
 
+@pytest.mark.slow
 def test_scan_over_layers_with_remat(qkv):
-    """Three layers in a scan equal three unrolled layers."""
+    """Three layers in a scan equal three unrolled layers. Transformers with remat: training/test_mesh.py."""
     weights = np.linspace(0.5, 1.5, 3, dtype=np.float32)
 
     def layer(x, weight, k, v):
@@ -373,6 +389,7 @@ def test_scan_over_layers_with_remat(qkv):
     assert_same(gradients(scanned, *qkv), gradients(unrolled, *qkv))
 
 
+@pytest.mark.slow
 def test_shard_inside_a_user_shard_map(draw, oracle):
     """With check_vma (the default) and other operations inside the shard_map."""
 

@@ -51,6 +51,7 @@ def test_vmap_of_grad(qkv, expected, quick):
     assert_same((mapped,), (quick(attention)(*qkv, segment_ids=segments),))
 
 
+@pytest.mark.slow
 def test_grad_of_vmap_over_queries_only(qkv, quick):
     q, k, v = qkv
     many = np.stack([q, q[:, ::-1], -q])
@@ -88,7 +89,7 @@ def test_remat_that_saves_the_name_computes_attention_once(qkv):
 @pytest.mark.parametrize(
     ("integers", "options"),
     [
-        ("segment_ids", {}),
+        pytest.param("segment_ids", {}, marks=pytest.mark.slow),
         ("segment_ids", {"is_causal": False, "local_window_size": 300, "logits_soft_cap": 5.0}),
         ("global_prefix", {"local_window_size": 20}),
     ],

@@ -144,7 +144,7 @@ def whole(tmp_path_factory) -> Path:
     return collect(TASK, tmp_path_factory.mktemp("whole") / "new", episodes=22, seed=0, workers=1)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupted_collection_continues_to_the_same_episodes(whole, tmp_path, workers):
     def interrupt(done: int, total: int) -> None:
         if done == 13:  # in the second generation
@@ -226,6 +226,7 @@ def test_a_destination_below_a_file_is_an_error(tmp_path):
         collect(TASK, tmp_path / "file" / "new", episodes=1, seed=0, workers=1)
 
 
+@pytest.mark.slow
 def test_a_dead_worker_keeps_the_finished_episodes(tmp_path):
     def kill_the_workers(done: int, total: int) -> None:
         for process in multiprocessing.active_children():

@@ -90,6 +90,7 @@ def test_episodes_are_those_of_the_environment(episodes, tmp_path):
         assert terminated == (episode["discount"][-1, 0] == 0)
 
 
+@pytest.mark.slow
 def test_an_interrupted_collection_resumes_with_the_same_episodes(episodes, tmp_path):
     def interrupt(done: int, total: int) -> None:
         if done == 34:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from dm_control import suite
@@ -6,7 +8,10 @@ from ringrl.collect.controllers import recipe_of
 from ringrl.collect.record import coloured_noise, record_episode, start_seed
 from ringrl.collect.scripted import CrossEntropySearch, _return
 from ringrl.data import relabel
-from ringrl.envs import TASKS, domain_of, load_simulation, make
+from ringrl.envs import DOMAINS, TASKS, domain_of, load_simulation, make
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+FIRST = {domain.tasks[0] for domain in DOMAINS.values()}
 
 
 def _record(task: str) -> dict[str, np.ndarray]:
@@ -14,7 +19,8 @@ def _record(task: str) -> dict[str, np.ndarray]:
     return record_episode(load_simulation(task), recipe, recipe.mean, seed=3, index=0, noise_limit=0.2)
 
 
-@pytest.mark.parametrize("task", TASKS)
+# The tasks of a domain differ in rewards: data/test_relabel.py.
+@pytest.mark.parametrize("task", [task if task in FIRST else slow(task) for task in TASKS])
 def test_replayed_actions_give_the_recorded_episode(task):
     episode = _record(task)
     env = make(task, start_seed(3, 0))
@@ -57,7 +63,7 @@ def test_an_episode_does_not_depend_on_earlier_episodes():
         np.testing.assert_array_equal(second[key], array)
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("jaco")])
+@pytest.mark.parametrize("task", [task if task in FIRST else slow(task) for task in TASKS if task.startswith("jaco")])
 def test_the_arm_reaches_the_preferred_target(task):
     recipe, simulation = recipe_of(task), load_simulation(task)
     returns = []
@@ -90,8 +96,8 @@ def test_the_mass_takes_the_way_to_a_goal_of_its_own(place):
 
 @pytest.mark.parametrize(
     ("task", "least"),
-    [("cartpole_swingup", 800), ("cartpole_swingup_sparse", 600), ("cartpole_balance", 950),
-     ("cartpole_balance_sparse", 950)],
+    [("cartpole_swingup", 800), slow("cartpole_swingup_sparse", 600), ("cartpole_balance", 950),
+     slow("cartpole_balance_sparse", 950)],
 )  # fmt: skip
 def test_good_gains_solve_cartpole_and_noise_lowers_the_return(task, least):
     recipe, simulation = recipe_of(task), load_simulation(task)

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from ringrl.envs import TASKS, domain_of, register_gymnasium
+from ringrl.envs import DOMAINS, TASKS, domain_of, register_gymnasium
+
+FIRST = {domain.tasks[0] for domain in DOMAINS.values()}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [task if task in FIRST else pytest.param(task, marks=pytest.mark.slow) for task in TASKS]
+)
 def test_every_task_passes_gymnasiums_checker(task):
     environment = gymnasium.make(f"ringrl/{task}-v0")
     with warnings.catch_warnings(record=True) as caught:

@@ -63,7 +63,10 @@ def test_a_frame_shows_the_state_and_rendering_changes_nothing(opengl):
     np.testing.assert_array_equal(rendered.render(), last)  # after others have rendered, and one was closed
 
 
-@pytest.mark.parametrize("made", [make, lambda task, **mode: gymnasium.make(f"ringrl/{task}-v0", **mode)])
+@pytest.mark.parametrize(
+    "made",
+    [pytest.param(make, marks=pytest.mark.slow), lambda task, **mode: gymnasium.make(f"ringrl/{task}-v0", **mode)],
+)
 def test_gymnasium_records_a_video_at_the_speed_of_the_simulation(made, tmp_path, moviepy, opengl):
     environment = made("jaco_reach_top_left", render_mode="rgb_array")
     folder, second = str(tmp_path / "v"), lambda episode: episode == 1

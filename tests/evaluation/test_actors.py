@@ -1,6 +1,7 @@
 """Actors: few compiled programs, growing caches, and prompts."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from ringrl.model import Policy, make_policy
 from ringrl.model.parallel import MESH_AXES, ONE_DEVICE, Parallel
 
 OBSERVATION, ACTION = 3, 2
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def policy(**settings: Any) -> Policy:
@@ -73,8 +75,9 @@ def test_the_nearest_step_of_the_prompt_is_copied() -> None:
     np.testing.assert_array_equal(replayed(CopyActor(), live, prompt), expected)
 
 
-def test_the_prompt_is_cloned() -> None:
+def test_the_prompt_is_cloned(monkeypatch) -> None:
     """Actions of the prompt that depend on the observation are learned, and other observations are interpolated."""
+    monkeypatch.setattr(actors, "CLONE_STEPS", 400)
     prompt, live = contexts(1, 350), contexts(5, 3)
     rule = lambda x: np.tanh(x[..., :1] - 0.5 * x[..., 1:2]).repeat(prompt.action.shape[-1], -1)  # noqa: E731
     prompt.action[:] = rule(prompt.observation)
@@ -93,7 +96,7 @@ def small_cache(monkeypatch) -> None:
     monkeypatch.setattr(actors, "SMALLEST_CACHE", 10)
 
 
-@pytest.mark.parametrize("windows", [[], [3, 1], [0, None]])
+@pytest.mark.parametrize("windows", [slow([]), [3, 1], slow([0, None])])
 def test_actions_on_either_side_of_every_capacity(windows, small_cache):
     made, whole = policy(episode_window=windows), contexts(2, 17)
     compiled, expected = CompiledPolicy(made), full_pass(made)(whole)
@@ -124,7 +127,7 @@ def test_capacities_that_are_not_reached_are_not_compiled(small_cache):
     assert len(compiled) == 3, "first step, 10 tokens, and 20 tokens"
 
 
-@pytest.mark.parametrize(("token_set", "windows"), [("at5", []), ("fused1", []), ("ring4", [3, 1])])
+@pytest.mark.parametrize(("token_set", "windows"), [slow("at5", []), slow("fused1", []), ("ring4", [3, 1])])
 def test_a_prompt_is_shared_by_all_environments(token_set, windows, small_cache):
     """Three contexts share six steps, the prompt, whose cache has one row; five steps follow."""
     made, whole = policy(token_set=token_set, episode_window=windows), contexts(3, 11)
@@ -147,6 +150,7 @@ def test_behaviour_cloning_ignores_a_prompt():
     np.testing.assert_allclose(found, made.actions(context), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_growing_over_a_mesh(small_cache, eight_devices):
     """Three devices; capacities are rounded up: 12, 21, 42, ... tokens."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]).reshape(1, 1, 1, 3), MESH_AXES)
@@ -164,7 +168,7 @@ def test_growing_over_a_mesh(small_cache, eight_devices):
     np.testing.assert_allclose(found, full_pass(one)(context)[:, 6:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("token_set", ["ring4", "fused1"])
+@pytest.mark.parametrize("token_set", [slow("ring4"), "fused1"])
 def test_a_policy_of_segments_sees_the_prompt_and_the_last_steps(token_set):
     """Every action equals the one of a whole context that ends with the segment."""
     made, whole, length = policy(token_set=token_set, layers=2), contexts(2, 12), 3

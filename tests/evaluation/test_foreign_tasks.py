@@ -239,6 +239,7 @@ def test_an_environment_that_hangs_or_crashes_costs_its_own_streams(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_study_imports_the_module_of_its_environment_in_every_process(tmp_path, monkeypatch):
     (tmp_path / "polesenv.py").write_text(
         "import gymnasium\n"

@@ -31,7 +31,9 @@ def play(player, environment, seeds: list[list[int]], steps: int = 250) -> np.nd
     return np.array(rewards).reshape(len(seeds), steps, -1)
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind", ["at with a window", *(pytest.param(name, marks=pytest.mark.slow) for name in ("segments", "bc"))]
+)
 def test_a_player_equals_a_rollout(kind: str, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(make_run(**RUNS[kind]))
     episodes = 1 if kind == "segments" else 2

@@ -79,6 +79,7 @@ def test_records_state_the_training_cost(trained: TrainedPolicy, at_run: Path) -
     assert (elsewhere.budget.seconds, elsewhere.evaluation) == (None, template.evaluation)
 
 
+@pytest.mark.slow
 def test_tasks_of_a_policy_share_its_programs(trained: TrainedPolicy, at_run: Path) -> None:
     compiled = CompiledPolicy(trained.policy)
     evaluations = [policy_evaluation(trained, Protocol(), task=task, compiled=compiled) for task in (TASK, OTHER)]
@@ -87,9 +88,8 @@ def test_tasks_of_a_policy_share_its_programs(trained: TrainedPolicy, at_run: Pa
         assert len(compiled) == 2, "one for the first step, one for the others"
 
 
-def test_contexts_divided_over_eight_devices(
-    trained: TrainedPolicy, at_run: Path, make_run: Callable[..., Path], eight_devices: None
-) -> None:
+@pytest.mark.slow
+def test_contexts_divided_over_eight_devices(trained: TrainedPolicy, at_run: Path, eight_devices: None) -> None:
     """The same actions to rounding, on given states: in a simulation, contacts amplify rounding."""
     divided = load_policy(at_run, mesh=MeshConfig(seq=8))
     assert divided.parameter_hash == trained.parameter_hash
@@ -106,6 +106,9 @@ def test_contexts_divided_over_eight_devices(
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         for actor in actors:
             actor.observe(step)
+
+
+def test_meshes_that_do_not_act_are_errors(at_run: Path, make_run: Callable[..., Path], eight_devices: None) -> None:
     with pytest.raises(UserError, match=r"^mesh: only mesh.seq divides a policy that acts"):
         load_policy(at_run, mesh=MeshConfig(seq=2, data=2))
     cloned = make_run(model={"kind": "behaviour_cloning", "layers": 1, "width": 16})
@@ -179,6 +182,7 @@ def test_a_prompt_is_drawn_as_training_contexts_are(
     assert len({policy_evaluation(trained, protocol).template.prompt_episodes for protocol in drawn}) > 2
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_training_contexts_is_computed_once(
     at_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,11 @@ def test_memory_does_not_grow_with_the_limit_of_steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"token_set": "at5"}, {"token_set": "fused1", "episode_window": (2,), "heads": 4, "kv_heads": 2}]
+    "settings",
+    [
+        pytest.param({"token_set": "at5"}, marks=pytest.mark.slow),
+        {"token_set": "fused1", "episode_window": (2,), "heads": 4, "kv_heads": 2},
+    ],
 )
 def test_actions_in_episodes_of_different_lengths_equal_the_full_forward_pass(settings):
     policy = tiny(trajectory_embedding=True, **settings)

@@ -110,7 +110,10 @@ def test_the_inputs_of_the_policy(two_random_episodes, plain_loop):
         np.testing.assert_array_equal(before[:, 1:], x[:, :-1], err_msg=name)
 
 
-@pytest.mark.parametrize("settings", [{"token_set": "at5"}, {"token_set": "fused1", "trajectory_embedding": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({"token_set": "at5"}, marks=pytest.mark.slow), {"token_set": "fused1", "trajectory_embedding": True}],
+)
 def test_actions_equal_the_full_forward_pass_at_every_position(settings):
     """Several episodes in one context, across every growth of the cache."""
     policy = tiny(**settings)
@@ -139,7 +142,7 @@ def replayed(actor: Actor, context: Context) -> np.ndarray:
     return np.stack(actions, axis=1)
 
 
-@pytest.mark.parametrize("rows", [[2, 0, 1], [1]], ids=["permuted", "alone"])
+@pytest.mark.parametrize("rows", [[2, 0, 1], pytest.param([1], marks=pytest.mark.slow)], ids=["permuted", "alone"])
 def test_actions_do_not_depend_on_the_position_in_the_batch(rows, two_random_episodes):
     """On given states: in a simulation, contacts amplify rounding."""
     _, recorder, _ = two_random_episodes
@@ -279,7 +282,7 @@ def test_positions_continue_after_a_prompt(two_random_episodes, drift):
     assert (recorder.context.trajectory == 1).all()
 
 
-@pytest.mark.parametrize("token_set", ["at5", "fused1"])
+@pytest.mark.parametrize("token_set", ["at5", pytest.param("fused1", marks=pytest.mark.slow)])
 def test_actions_after_a_prompt_equal_the_full_forward_pass(token_set, two_random_episodes, drift):
     policy = tiny(token_set=token_set, trajectory_embedding=True)
     prompt = jax.tree.map(lambda x: x[:, LENGTH - 150 :], prompt_of(two_random_episodes[1].context))

@@ -91,7 +91,7 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A small tmpfs. Needs root, as in the mount namespace of `make faults`."""
+    """A small tmpfs. Needs root, as in the mount namespace of `make test-slow`."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if (
@@ -100,6 +100,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
             ["mount", "-t", "tmpfs", "-o", f"size={64 * 2**20}", "tmpfs", folder], check=False, capture_output=True
         ).returncode
     ):
-        pytest.skip("no file system may be mounted here; run: make faults")
+        pytest.skip("no file system may be mounted here; run: make test-slow")
     yield Disk(folder)
     subprocess.run(["umount", "--lazy", folder], check=True)

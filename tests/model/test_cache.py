@@ -1,5 +1,7 @@
 """Cached decoding equals the full forward pass at every step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ VARIANTS = [
     ("at5", "gaussian", True, True, "MQA"),
     ("fused1", "mse", True, False, "MHA"),
 ]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 SETTINGS = ("token_set", "head", "timestep", "trajectory", "heads")
 
 
@@ -51,7 +54,7 @@ def rolled_out(policy, context: Context, capacity: int, jit=lambda f: f, memory=
     return np.stack(actions, 1), capacities
 
 
-@pytest.mark.parametrize(SETTINGS, VARIANTS)
+@pytest.mark.parametrize(SETTINGS, [*VARIANTS[:3], *(slow(*one) for one in VARIANTS[3:])])
 def test_cached_equals_full_forward_pass(token_set, head, timestep, trajectory, heads, policy, context, actions, quick):
     count, kv_heads = HEADS[heads]
     made = policy(
@@ -126,7 +129,7 @@ def alike(context: Context) -> Context:
     return context
 
 
-@pytest.mark.parametrize(SETTINGS, VARIANTS[:4])
+@pytest.mark.parametrize(SETTINGS, [slow(*one) if number != 1 else one for number, one in enumerate(VARIANTS[:4])])
 def test_prefilled_prompt_equals_full_forward_pass(
     token_set, head, timestep, trajectory, heads, policy, context, actions, quick
 ):
@@ -168,7 +171,7 @@ def test_cache_kept_in_bfloat16_under_float32_computation(policy, context, actio
 
 @pytest.mark.parametrize(
     ("token_set", "layout", "capacity"),
-    [("at5", "zigzag", 16), ("fused1", "contiguous", 8), ("dt3", "striped", 8)],
+    [("at5", "zigzag", 16), slow("fused1", "contiguous", 8), slow("dt3", "striped", 8)],
 )
 def test_sharded_cache_equals_one_device(token_set, layout, capacity, policy, context, actions, quick, eight_devices):
     """Each of eight devices holds an eighth of prompt and cache."""

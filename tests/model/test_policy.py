@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from ringrl.model import TOKEN_SETS, make_policy
 from ringrl.model.heads import BINS, LOG_STD_RANGE, BinsHead, GaussianHead, MSEHead, make_head
 
 STEPS = 6
+slow = partial(pytest.param, marks=pytest.mark.slow)
+# Tokens of one kind before the state, and all tokens as one.
+SETS = [name if name in ("at5", "fused1") else slow(name) for name in TOKEN_SETS]
 KNOWN_LATER = ("action", "reward", "completion")  # the action of step t must not depend on these values of step t
 
 
@@ -30,7 +35,10 @@ def test_action_dependencies(token_set, policy, context, changed, quick):
             assert ((difference[first:] > 0) == (name in shown)).all(), f"{name} of step {t}"
 
 
-@pytest.mark.parametrize(("first", "token_set"), list(enumerate(TOKEN_SETS)))
+@pytest.mark.parametrize(
+    ("first", "token_set"),
+    [one if one[1] in ("at5", "fused1") else slow(*one) for one in enumerate(TOKEN_SETS)],
+)
 def test_episode_window(first, token_set, policy, context, changed, quick):
     """An action depends on the window of its own trajectory, once more for each layer, and on all earlier ones.
 
@@ -56,7 +64,7 @@ def test_episode_window(first, token_set, policy, context, changed, quick):
             np.testing.assert_array_equal(difference > 0, is_earlier | is_near, err_msg=f"{windows}, step {u}")
 
 
-@pytest.mark.parametrize("token_set", TOKEN_SETS)
+@pytest.mark.parametrize("token_set", SETS)
 def test_hidden_inputs(token_set, policy, context, changed, quick):
     whole = context(STEPS)
     for setting, name in (("past_actions", "action"), ("past_rewards", "reward")):
@@ -73,7 +81,7 @@ def test_hidden_inputs(token_set, policy, context, changed, quick):
 KINDS_AND_HEADS = [("transformer", "mse"), ("behaviour_cloning", "gaussian"), ("transformer", "bins")]
 
 
-@pytest.mark.parametrize(("kind", "head"), KINDS_AND_HEADS)
+@pytest.mark.parametrize(("kind", "head"), [*KINDS_AND_HEADS[:2], slow(*KINDS_AND_HEADS[2])])
 def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, quick):
     """The last trajectories differ in length: the loss is a mean over steps, not over contexts."""
     whole = context(STEPS, length=4)
@@ -89,8 +97,15 @@ def test_loss_on_all_and_on_the_last_trajectory(kind, head, policy, context, qui
         assert found.shape == ()
 
 
-@pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
-@pytest.mark.parametrize("loss_on", ["all", "last"])
+@pytest.mark.parametrize(
+    ("kind", "loss_on"),
+    [
+        ("transformer", "all"),
+        ("behaviour_cloning", "last"),
+        slow("transformer", "last"),
+        slow("behaviour_cloning", "all"),
+    ],
+)
 def test_padding_changes_neither_loss_nor_actions(kind, loss_on, policy, context, quick):
     """The second context is two steps shorter. Values of padding do not matter."""
     made = policy(kind=kind, loss_on=loss_on, layers=1)
@@ -114,7 +129,7 @@ def test_padding_changes_neither_loss_nor_actions(kind, loss_on, policy, context
     np.testing.assert_array_equal(other_found[1, :4], found[1, :4])
 
 
-@pytest.mark.parametrize("token_set", TOKEN_SETS)
+@pytest.mark.parametrize("token_set", ["at5", *(slow(name) for name in TOKEN_SETS if name != "at5")])
 def test_permuted_steps_give_the_same_loss_and_actions(token_set, policy, context, quick):
     """Positions define the time order of permuted steps."""
     whole = context(8, length=3)

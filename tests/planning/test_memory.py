@@ -25,7 +25,10 @@ TOLERANCE = 0.1 if jax.__version_info__ < (0, 11) else 0.13
 
 
 @pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("ring", "vanilla") else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_formula_is_close_to_the_compiler(make, name):
     tokens, mesh, contexts, model = CASES[name]
     workload = make(tokens, mesh, contexts, **model)

@@ -46,6 +46,7 @@ def test_plan_that_does_not_fit_gives_the_excess_and_advice(capsys, made):
 
 
 @pytest.mark.usefixtures("eight_devices")
+@pytest.mark.slow
 def test_plan_from_the_compiler(capsys, tmp_path, made):
     """The configuration of a run on host devices; the search skips meshes that do not divide."""
     config = tmp_path / "config.yaml"

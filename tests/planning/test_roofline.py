@@ -33,6 +33,7 @@ def test_mfu_of_matrices_with_recomputation():
     assert estimate(in_blocks, machine).mfu == pytest.approx(ATTAINED.matrices * 3 / (3 + 8 / 24), rel=0.01)
 
 
+@pytest.mark.slow
 def test_recomputation_equals_the_compiled_program(make):
     """One layer, with negligible attention over 64 tokens."""
 

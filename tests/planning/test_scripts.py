@@ -37,6 +37,7 @@ def test_table_of_contexts_equals_the_page(load):
         assert any(line.startswith(row.rsplit("|", 2)[0]) for line in lines), row
 
 
+@pytest.mark.slow
 def test_plan_reality_runs(load, monkeypatch, make):
     script, machine = load("plan_reality"), find_machine("cpu-1")
     monkeypatch.setattr(script, "measure_host", lambda machine, model: machine)

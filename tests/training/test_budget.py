@@ -88,7 +88,9 @@ def test_segments_cost_their_own_steps(tiny: TrainConfig) -> None:
     assert cost.tokens == step_cost(tiny, 20).tokens
 
 
-@pytest.mark.parametrize(("kind", "row"), [("behaviour_cloning", 2 * 250), ("td3_bc", 1)])
+@pytest.mark.parametrize(
+    ("kind", "row"), [("behaviour_cloning", 2 * 250), pytest.param("td3_bc", 1, marks=pytest.mark.slow)]
+)
 def test_budget_of_models_without_a_context(tiny: TrainConfig, kind: str, row: int) -> None:
     values = merged(tiny.model_dump(), {"model": {"kind": kind}, "optimiser": {"steps": 3}})
     run = train(TrainConfig.model_validate(values), quiet=True)

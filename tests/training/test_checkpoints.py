@@ -258,6 +258,7 @@ def test_a_checkpoint_of_another_version_is_not_called_damaged(finished: TrainCo
         load_policy(finished.run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_the_run_resumes(tiny: TrainConfig) -> None:
     """A limit on the file size plays the disk: writes beyond it fail as on a full disk."""
     model = tiny.model.model_copy(update={"width": 128})  # a checkpoint larger than the limit

@@ -40,25 +40,25 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
     return import_archive(folder, folder.with_suffix(".h5"), "jaco", workers=1)
 
 
-@pytest.mark.parametrize("kind", ["transformer", "behaviour_cloning"])
+@pytest.mark.parametrize("kind", ["transformer", pytest.param("behaviour_cloning", marks=pytest.mark.slow)])
 def test_loss_falls_and_all_files_are_written(tiny: TrainConfig, kind: str, collected: EpisodeStore) -> None:
     model = tiny.model.model_copy(update={"kind": kind, "width": 32})
-    optimiser = tiny.optimiser.model_copy(update={"steps": 60, "learning_rate": 3e-3})
-    changes = {"data": collected.path, "model": model, "optimiser": optimiser, "checkpoint_every": 25}
+    optimiser = tiny.optimiser.model_copy(update={"steps": 30, "learning_rate": 5e-3})
+    changes = {"data": collected.path, "model": model, "optimiser": optimiser, "checkpoint_every": 12}
     config = tiny.model_copy(update=changes)
     assert train(config, quiet=True) == config.run
     found = [entry["loss"] for entry in entries(config.run)]
-    assert len(found) == 60
+    assert len(found) == 30
     assert sum(found[-5:]) / 5 < 0.7 * found[0]
     assert TrainConfig.model_validate(read_yaml(config.run / "config.yaml")) == config
     kept = {p.name for p in (config.run / "checkpoints").iterdir()}
-    assert kept in ({"50", "60"}, {"25", "50", "60"}), "the newest two and the best"
+    assert kept in ({"24", "30"}, {"12", "24", "30"}), "the newest two and the best"
     assert list((config.run / "tensorboard").iterdir())
     trained = load_policy(config.run)
-    assert trained.step == 60
+    assert trained.step == 30
     assert trained.info.data_fingerprint == collected.fingerprint
     assert trained.info.best_return == collected.returns(config.task).max()
-    assert load_policy(config.run, 50).parameter_hash != trained.parameter_hash
+    assert load_policy(config.run, 24).parameter_hash != trained.parameter_hash
 
 
 def test_checkpoints_and_metrics_equal_a_plain_loop(tiny: TrainConfig, jaco_store: EpisodeStore) -> None:
@@ -83,13 +83,16 @@ def test_checkpoints_and_metrics_equal_a_plain_loop(tiny: TrainConfig, jaco_stor
             np.testing.assert_array_equal(a, b)
     checkpoints.close()
     assert number == 4
-    loaded, untrained = (jax.jit(p.actions)(sampler.batch(9)) for p in (load_policy(config.run).policy, untrained))
-    trained = nnx.merge(nnx.split(policy, nnx.Param)[0], state.params)
-    np.testing.assert_array_equal(loaded, jax.jit(trained.actions)(sampler.batch(9)))
-    assert np.abs(loaded - untrained).max() > 1e-3
+    loaded = nnx.to_pure_dict(nnx.state(load_policy(config.run).policy, nnx.Param))
+    trained = nnx.to_pure_dict(state.params) if isinstance(state.params, nnx.State) else state.params
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(like.params), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["transformer", "td3_bc"])
+@pytest.mark.parametrize(
+    "kind",
+    ["behaviour_cloning", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transformer", "td3_bc"))],
+)
 def test_a_run_on_part_of_the_data_uses_no_other_episodes(
     tiny: TrainConfig, jaco_store: EpisodeStore, kind: str
 ) -> None:

@@ -69,20 +69,22 @@ def expected(sampler: ContextSampler, params: dict) -> tuple[np.ndarray, dict]:
     return loss_and_gradients(plain, ONE_DEVICE, params, sampler.batch(0))
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 # (mesh, settings of the model, layout). Zigzag and the ring occur with every axis, the others with seq.
 CASES = [
-    *((mesh, {}, "zigzag") for mesh in ALONE + THREE[:1]),
+    *(slow(mesh, {}, "zigzag") for mesh in ALONE),
+    (THREE[0], {}, "zigzag"),
     (THREE[1], {"remat": "layers"}, "zigzag"),
-    (THREE[2], {"attention": "memory_efficient"}, "zigzag"),
+    slow(THREE[2], {"attention": "memory_efficient"}, "zigzag"),
     (THREE[3], {"attention": "vanilla"}, "zigzag"),
-    (FOUR, {"attention": "blockwise"}, "zigzag"),
+    slow(FOUR, {"attention": "blockwise"}, "zigzag"),
     (FOUR, {"remat": "full"}, "contiguous"),
-    (FOUR, {}, "striped"),
+    slow(FOUR, {}, "striped"),
     (ALONE[1], {"strategy": "ulysses"}, "striped"),
-    (THREE[2], {"strategy": "ulysses", "remat": "layers"}, "zigzag"),
+    slow(THREE[2], {"strategy": "ulysses", "remat": "layers"}, "zigzag"),
     (FOUR, {"strategy": "all_gather"}, "zigzag"),
-    (ALONE[1], {"strategy": "auto"}, "zigzag"),
-    (FOUR, {"bidirectional": True}, "zigzag"),
+    slow(ALONE[1], {"strategy": "auto"}, "zigzag"),
+    slow(FOUR, {"bidirectional": True}, "zigzag"),
 ]
 
 
@@ -165,7 +167,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_resumes_on_eight_then_four_devices_then_one(
+def test_a_run_resumes_on_eight_devices_then_one(
     jaco_store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def config(run: str, mesh: dict, strategy: str = "ring") -> TrainConfig:
@@ -174,7 +176,7 @@ def test_a_run_resumes_on_eight_then_four_devices_then_one(
                 "data": jaco_store.path, "task": "jaco_reach_top_left", "run": tmp_path / run,
                 "checkpoint_every": 2, "model": MODEL.model_dump() | {"strategy": strategy}, "mesh": mesh,
                 "context": {"trajectories": 1},
-                "optimiser": {"batch_size": 2, "steps": 6, "warmup_steps": 0},
+                "optimiser": {"batch_size": 2, "steps": 4, "warmup_steps": 0},
             }
         )  # fmt: skip
 
@@ -183,12 +185,11 @@ def test_a_run_resumes_on_eight_then_four_devices_then_one(
 
     def add_and_stop(recorder: MetricsRecorder, step: int, metrics: dict) -> None:
         add(recorder, step, metrics)
-        if step in (2, 4):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsRecorder, "add", add_and_stop)
-    stages = (False, {"seq": 4, "fsdp": 2}, "ulysses"), (True, {"seq": 2, "tensor": 2}, "ring"), (True, {}, "auto")
-    for resume, mesh, strategy in stages:
-        train(config("moved", mesh, strategy), resume=resume, quiet=True)
-    assert len(losses(tmp_path / "one")) == 6
+    train(config("moved", {"seq": 2, "fsdp": 2, "tensor": 2}, "ulysses"), quiet=True)
+    train(config("moved", {}, "auto"), resume=True, quiet=True)
+    assert len(losses(tmp_path / "one")) == 4
     np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "one"), rtol=2e-4)

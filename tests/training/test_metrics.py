@@ -129,6 +129,7 @@ FULL = """
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_raises_oserror(tmp_path):
     """In the middle or at once. Nothing blocks, and nothing else is printed."""
     child = [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path)]

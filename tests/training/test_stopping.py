@@ -61,7 +61,11 @@ def test_a_signal_stops_any_command_in_order(tmp_path: Path) -> None:
     assert message.splitlines()[-1] == "ringrl: stopped; finished work is kept"
 
 
-@pytest.mark.parametrize("rate", [1e30, 1e300], ids=["infinite loss", "infinite parameters after a finite loss"])
+@pytest.mark.parametrize(
+    "rate",
+    [1e30, pytest.param(1e300, marks=pytest.mark.slow)],
+    ids=["infinite loss", "infinite parameters after a finite loss"],
+)
 def test_a_run_that_diverges_stops_with_a_checkpoint_of_the_last_good_parameters(
     tiny: TrainConfig, rate: float
 ) -> None:

@@ -303,8 +303,10 @@ def test_too_few_episodes_stop_before_training(tiny: TrainConfig, changes: dict,
 
 
 @pytest.mark.usefixtures("eight_devices")
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "seq": 4}, {"fsdp": 2, "tensor": 2, "seq": 2}], ids=str)
 def test_a_mesh_gives_the_losses_of_one_device(tiny: TrainConfig, jaco_store: EpisodeStore, mesh: dict) -> None:
+    """Two processes on a mesh: test_distributed.py."""
     model = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "token_set": "fused1"}
     config = with_held_out(tiny, model=model, context={"other_tasks": [OTHER]}, optimiser={"batch_size": 4})
     one, many = (measure(with_held_out(config, mesh=sizes), jaco_store)[0] for sizes in ({}, mesh))

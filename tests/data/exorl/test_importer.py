@@ -240,6 +240,7 @@ def test_at_least_one_episode_is_imported(tmp_path, cartpole_zip):
         import_archive(cartpole_zip, tmp_path / "a.h5", "cartpole", max_episodes=0)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_archive(tmp_path, cartpole_episodes):
     """The peak of resident memory does not grow with the number of episodes."""
     (folder := tmp_path / "buffer").mkdir()

@@ -101,7 +101,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one process", "two processes"]
+)
 def results(
     request, mixed: EpisodeStore, tmp_path_factory, environment: dict[str, str], eight_devices: None
 ) -> list[dict[str, np.ndarray]]:

@@ -86,7 +86,7 @@ def test_state_is_donated_and_non_finite_steps_change_only_counts(batch):
     )
 
 
-@pytest.mark.parametrize(("loss_on", "parts"), [("all", 2), ("last", 4)])
+@pytest.mark.parametrize(("loss_on", "parts"), [pytest.param("all", 2, marks=pytest.mark.slow), ("last", 4)])
 def test_accumulated_gradient_equals_that_of_the_whole_batch(loss_on, parts):
     """Contexts differ in length, so the mean of the parts' means would be wrong."""
     random = np.random.default_rng(0)

@@ -200,7 +200,9 @@ def test_actor_and_targets_move_every_second_step_and_critics_always(step: Calla
     assert int(state.step) == 4
 
 
-@pytest.mark.parametrize("number", [6, 7], ids=["with the actor's update", "without"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(6, marks=pytest.mark.slow), 7], ids=["with the actor's update", "without"]
+)
 def test_critics_descend_towards_a_constant_target(step: Callable, number: int) -> None:
     """Gradient and optimiser update of the critics by hand. The noise depends on seed and step."""
     td3, state = start(NOISY, number)
@@ -249,6 +251,7 @@ def test_actor_schedule_ends_with_its_last_update() -> None:
     assert moved["actor"][-1] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_td3_finds_the_best_action_and_cloning_stays_near_the_data() -> None:
     """Expected value: .57 for the data's action, then .96 per step (1 without target noise), discounted by a half."""
     found, batch = {}, make_batch(999)
