@@ -87,7 +87,7 @@ def _await_devices() -> None:
         subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"JAX did not find its devices within {PATIENCE} s: the driver hangs, or another process holds the devices; "
+            f"JAX did not find its devices within {PATIENCE} s: the driver hangs, or another process holds them; "
             "see whether nvidia-smi or tpu-info answers, end other processes, or set JAX_PLATFORMS=cpu"
         ) from None
 
