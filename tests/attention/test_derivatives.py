@@ -140,7 +140,7 @@ def test_a_query_that_sees_nothing_and_a_sink():
     q, k, v = (jnp.asarray(ARRAYS[name], "float32") for name in "qkv")
     sinks = jnp.asarray(ARRAYS["sinks"], "float32")
     options = {"positions": np.full(TOKENS, -1), "key_positions": np.arange(TOKENS), "return_residual": True}
-    attend = jax.jit(partial(attention, **options), compiler_options=QUICK)
+    attend = jax.jit(partial(attention, **options))
     for slopes in (None, jnp.asarray(ARRAYS["alibi_slopes"], "float32")):
         (o, lse), backward = jax.vjp(
             lambda *x, slopes=slopes: attend(*x[:3], sinks=x[3], alibi_slopes=slopes), q, k, v, sinks

@@ -77,7 +77,7 @@ def test_the_nearest_step_of_the_prompt_is_copied() -> None:
 
 def test_the_prompt_is_cloned(monkeypatch) -> None:
     """Actions of the prompt that depend on the observation are learned, and other observations are interpolated."""
-    monkeypatch.setattr(actors, "CLONE_STEPS", 400)
+    monkeypatch.setattr(actors, "CLONE_STEPS", 700)
     prompt, live = contexts(1, 350), contexts(5, 3)
     rule = lambda x: np.tanh(x[..., :1] - 0.5 * x[..., 1:2]).repeat(prompt.action.shape[-1], -1)  # noqa: E731
     prompt.action[:] = rule(prompt.observation)

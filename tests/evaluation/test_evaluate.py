@@ -288,8 +288,12 @@ def test_starts_depend_on_the_total_of_episodes_only() -> None:
         assert {seed: start.tobytes() for seed, start in zip(named, begun, strict=True)} == expected
 
 
+@pytest.mark.slow
 def test_two_groups_give_the_episodes_of_one(evaluation: Evaluation, whole: tuple) -> None:
-    """Only the first steps are compared: products of one row round differently, and contacts amplify the difference."""
+    """Only the first steps are compared: products of one row round differently, and contacts amplify the difference.
+
+    Groups of a simulation without contacts: test_rollout.py.
+    """
     (alone, expected), counter = whole, Counter()
     in_groups = roll_out(evaluation, progress=counter, groups=2)
     for one, other in zip(in_groups, alone, strict=True):

@@ -224,6 +224,7 @@ def test_killed_process(tmp_path, long_archive, destination, capsys):
     assert names(destination.parent) == ["a.h5"]
 
 
+@pytest.mark.slow
 def test_interrupted_command(tmp_path, long_archive, destination):
     process = start(tmp_path, long_archive, destination)
     wait_for_episodes(destination, 20, process)
