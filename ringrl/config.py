@@ -108,15 +108,12 @@ class ContextConfig(Section):
         return self
 
 
-def _none(value: Any) -> Any:
-    return None if value == "none" else value
-
-
 def _as_tuple(value: Any) -> Any:
     return () if value is None else value if isinstance(value, list | tuple) else (value,)
 
 
-Window = Annotated[Annotated[int, Field(ge=0)] | None, pydantic.BeforeValidator(_none)]
+_from_text = pydantic.BeforeValidator(lambda value: None if value == "none" else value)
+Window = Annotated[Annotated[int, Field(ge=0)] | None, _from_text]
 
 
 class ModelConfig(Section):
@@ -195,15 +192,16 @@ class ModelConfig(Section):
             self._check_unused("past_rewards", "with token_set dt3, which has no rewards; leave it on")
         if self.action_head != "bins" and self.family.uses("model.action_choice"):
             self._check_unused("action_choice", f"with action_head {self.action_head}; use bins")
-        has_heads = self.family.has_context
-        if has_heads and self.attention != "ring":
+        if not self.family.has_context:
+            return self
+        if self.attention != "ring":
             self._check_unused("strategy", f"with attention {self.attention}; use ring")
             self._check_unused("bidirectional", f"with attention {self.attention}; use ring")
-        if has_heads and self.strategy in ("ulysses", "all_gather"):
+        if self.strategy in ("ulysses", "all_gather"):
             self._check_unused("bidirectional", f"with strategy {self.strategy}; use ring or auto")
-        if has_heads and (self.width % self.heads or (self.width // self.heads) % 2):
+        if self.width % (2 * self.heads):
             raise ValueError(f"heads: width {self.width} over {self.heads} heads must give an even integer per head")
-        if has_heads and self.heads % self.kv_heads:
+        if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} must divide the {self.heads} query heads")
         return self
 
@@ -308,8 +306,6 @@ class TrainConfig(Section):
     """Steps between writes of metrics.jsonl, which has one line per step."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Additional loggers. wandb writes offline to the run's folder, unless WANDB_MODE is set."""
-    ignored_observations: tuple[int, ...] = ()
-    """Components of the observation, counted from 0, that the model does not see."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     """Fraction of the episodes to hold out of training, with returns like those of the others. The held-out
     loss is reported and selects the best checkpoint."""
@@ -343,6 +339,8 @@ class TrainConfig(Section):
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> Self:
         """Return the settings that a run saved. A `~` or `$` in their paths is not expanded again."""
+        if not values.get("ignored_observations"):  # a setting of older versions
+            values = {name: value for name, value in values.items() if name != "ignored_observations"}
         paths = {name: Path(path) for name in ("data", "run") if isinstance(path := values.get(name), str)}
         return cls.model_validate({**values, **paths})
 
@@ -384,10 +382,9 @@ class DistributedConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_address(self) -> Self:
-        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
-        if any(given) and not all(given):
-            raise ValueError("coordinator, processes, process: give all three, or none")
         if self.coordinator is None or self.processes is None or self.process is None:
+            if (self.coordinator, self.processes, self.process) != (None, None, None):
+                raise ValueError("coordinator, processes, process: give all three, or none")
             return self
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:

@@ -40,19 +40,21 @@ class Family:
 
     Attributes:
         ignored: settings ("model.heads") and sections ("actor_critic.") that have no effect.
+        used: settings of these sections that have an effect.
         has_context: the model sees a context of trajectories as tokens; otherwise it sees one observation at a time.
         source: batches that training draws, contexts of trajectories or single transitions.
         splits_batches: a batch may be computed in parts, by accumulation or on several devices.
     """
 
     ignored: tuple[str, ...]
+    used: tuple[str, ...] = ()
     has_context: bool = False
     source: Literal["contexts", "transitions"] = "contexts"
     splits_batches: bool = True
 
     def uses(self, setting: str) -> bool:
         """Return whether a setting such as "model.heads" has an effect on training."""
-        return not any(setting == name or (name[-1] == "." and setting.startswith(name)) for name in self.ignored)
+        return setting in self.used or not {setting, f"{setting.partition('.')[0]}."} & {*self.ignored}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,28 +87,24 @@ def _cloning(title: str, **context: Any) -> Method:
     return Method(title, {"model": model, "context": _ALONE | context, "optimiser": {"batch_size": 16}})
 
 
-def _best_cloning(percent: int) -> Method:
-    return _cloning(f"Behaviour cloning, best {percent}%", sampling="uniform", best_fraction=percent / 100)
-
-
-def _transformer(title: str, *, model: Mapping[str, Any] = MappingProxyType({}), **context: Any) -> Method:
+def _transformer(title: str, model: Mapping[str, Any] = MappingProxyType({}), **context: Any) -> Method:
     return Method(title, {"model": {"kind": "transformer", **model}, "context": context})
 
 
+_DT3 = {"token_set": "dt3", "timestep_embedding": True, "past_rewards": "on"}
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "random": Method("Random policy", None),
         "copy": Method("Nearest step of the prompt", None),
         "clone": Method("Cloning of the prompt", None),
         "bc": _cloning("Behaviour cloning"),
-        **{f"bc-{percent}%": _best_cloning(percent) for percent in (10, 25, 50)},
-        "dt": _transformer(
-            "Decision Transformer",
-            trajectories=1,
-            target="own",
-            history_stride=1,
-            model={"token_set": "dt3", "timestep_embedding": True, "past_rewards": "on"},
-        ),
+        **{
+            f"bc-{percent}%": _cloning(
+                f"Behaviour cloning, best {percent}%", sampling="uniform", best_fraction=percent / 100
+            )
+            for percent in (10, 25, 50)
+        },
+        "dt": _transformer("Decision Transformer", _DT3, trajectories=1, target="own", history_stride=1),
         "at": _transformer("Agentic Transformer", order="ascending", target="best", history_stride=1),
         "ad": _transformer(  # best_fraction would leave gaps in the history
             "Algorithm Distillation", order="history", sampling="history_window", target="none", best_fraction=1.0
@@ -122,18 +120,14 @@ _TRANSFORMER_ONLY = (
     "model.rotary_base", "model.episode_window", "model.past_actions", "model.past_rewards", "model.strategy",
     "model.bidirectional",
 )  # fmt: skip
-_CONTEXTS_ONLY = (
-    "context.trajectories", "context.order", "context.target", "context.sampling", "context.other_tasks",
-    "context.history_stride", "context.segment_steps", "context.segment_start_share", "context.first_steps",
-    "context.first_steps_weight",
-)  # fmt: skip
 
 FAMILIES: Mapping[Kind, Family] = MappingProxyType(
     {
         "transformer": Family(ignored=("actor_critic.",), has_context=True),
         "behaviour_cloning": Family(ignored=("actor_critic.", *_TRANSFORMER_ONLY)),
         "td3_bc": Family(
-            ignored=(*_TRANSFORMER_ONLY, *_CONTEXTS_ONLY, "model.action_head", "model.action_choice", "stop_after"),
+            ignored=(*_TRANSFORMER_ONLY, "context.", "model.action_head", "model.action_choice", "stop_after"),
+            used=("context.max_transitions", "context.best_fraction"),
             source="transitions",
             splits_batches=False,
         ),

@@ -10,7 +10,6 @@ from jaxtyping import Float, Float32, Float64
 
 from ringrl.data.store.format import StoredDomain, reward_key
 from ringrl.data.store.reader import EpisodeStore
-from ringrl.errors import UserError
 
 SMALLEST_STD = 1e-3  # constant components stay near zero instead of being amplified
 
@@ -22,7 +21,6 @@ class Normalisation:
     mean: Float64[np.ndarray, " observation"]
     std: Float64[np.ndarray, " observation"]  # at least SMALLEST_STD
     episode_length: int  # steps of the longest episode
-    ignored: tuple[int, ...] = ()  # observation components that are zero once normalised
     reward_scale: float = 1.0  # divisor of rewards; 1 in ExoRL, where rewards are in [0, 1]
     return_scale: float | None = None  # divisor of returns; None for the episode length, as in ExoRL
 
@@ -30,7 +28,6 @@ class Normalisation:
     def of(
         cls,
         store: EpisodeStore,
-        ignored: Sequence[int] = (),
         episodes: Iterable[int] | None = None,
         held_out: Sequence[int] | np.ndarray = (),
     ) -> Self:
@@ -38,15 +35,7 @@ class Normalisation:
 
         The episode length is that of the store's longest episode. Outside ExoRL's domains, rewards and returns are
         divided by the largest absolute values of the episodes that are not held out.
-
-        Raises UserError for an ignored component that the observations do not have.
         """
-        for column in ignored:
-            if not 0 <= column < store.observation_size:
-                raise UserError(
-                    f"ignored_observations: {column} is none of the {store.observation_size} numbers of an observation "
-                    f"of {store.domain}; give 0 to {store.observation_size - 1}"
-                )
         length = int(store.lengths.max())
         count, total, squares = 0, np.zeros(store.observation_size), np.zeros(store.observation_size)
         ones, double = np.ones(length + 1), np.empty((length + 1, store.observation_size))
@@ -60,13 +49,11 @@ class Normalisation:
             squares += ones[:n] @ np.square(double[:n], out=double[:n])
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return cls(mean, np.maximum(std, SMALLEST_STD), length, tuple(ignored), *_scales(store, held_out))
+        return cls(mean, np.maximum(std, SMALLEST_STD), length, *_scales(store, held_out))
 
     @cached_property
     def _shift_and_scale(self) -> tuple[Float32[np.ndarray, " observation"], Float32[np.ndarray, " observation"]]:
-        scale = 1 / self.std
-        scale[list(self.ignored)] = 0
-        return self.mean.astype(np.float32), scale.astype(np.float32)
+        return self.mean.astype(np.float32), (1 / self.std).astype(np.float32)
 
     def observation(
         self, x: Float[np.ndarray, "*batch observation"], out: np.ndarray | None = None
@@ -92,7 +79,8 @@ class Normalisation:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Read the output of `to_json`."""
         arrays = {"mean": np.asarray(values["mean"]), "std": np.asarray(values["std"])}
-        return cls(**values | arrays | {"ignored": tuple(values["ignored"])})
+        known = {name: value for name, value in values.items() if name != "ignored"}  # of older versions, empty
+        return cls(**known | arrays)
 
 
 def _scales(store: EpisodeStore, held_out: Sequence[int] | np.ndarray) -> tuple[float, float | None]:

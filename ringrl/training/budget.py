@@ -88,19 +88,19 @@ def step_flops(config: ModelConfig, tokens: int, contexts: int, trajectories: in
     return 3 * contexts * forward_flops(config, tokens, trajectories) if config.family.has_context else None
 
 
-def budget(info: RunInfo, step: int, run: Path | None = None) -> Budget:
-    """Return the budget of a run's checkpoint at `step`. The seconds need the run's folder, for its metrics.jsonl."""
+def budget(info: RunInfo, step: int, run: Path) -> Budget:
+    """Return the budget of a run's checkpoint at `step`. The seconds are those of metrics.jsonl in the run's folder."""
     config = info.config
     cost = step_cost(config, info.normalisation.episode_length)
     return Budget(
         steps=step,
-        converged=run is not None and EarlyStopping.saved(run, step).has_converged(config),
+        converged=EarlyStopping.saved(run, step).has_converged(config),
         batch_size=config.optimiser.batch_size,
         timesteps=step * cost.timesteps,
         transitions=info.transitions,
         tokens=step * cost.tokens,
         flops=None if cost.flops is None else step * cost.flops,
-        seconds=None if run is None else _seconds(run / "metrics.jsonl", step),
+        seconds=_seconds(run / "metrics.jsonl", step),
         devices=config.mesh.devices,
     )
 

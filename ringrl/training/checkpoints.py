@@ -60,10 +60,8 @@ class RunInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return vars(self) | {
-            "config": self.config.model_dump(mode="json"),
-            "normalisation": self.normalisation.to_json(),
-        }
+        parts = {"config": self.config.model_dump(mode="json"), "normalisation": self.normalisation.to_json()}
+        return vars(self) | parts
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunInfo":
@@ -107,10 +105,7 @@ class Checkpoints:
     """The checkpoints of one run. Each is written under a temporary name and then renamed, so none is incomplete.
 
     The newest `keep` checkpoints (all, if None) and the best (see `best_step`) are kept. Reading changes no file, so a
-    run may be read-only.
-
-    Raises:
-        UserError: the path of the run has a character that orbax does not write.
+    run may be read-only. Raise UserError for a path with a character that orbax does not write.
     """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
@@ -119,10 +114,6 @@ class Checkpoints:
             raise UserError(f"{run}: checkpoints cannot be stored in a path with {found[0]}; give a folder without it")
         self._newest: Path | None = None  # checkpoint that this process has written
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-
-    def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints, newest last."""
-        return saved_steps(self.folder.parent)
 
     def save(
         self,
@@ -137,15 +128,13 @@ class Checkpoints:
 
         Raise UserError if an earlier checkpoint could not be written.
         """
-        checksums = array_checksums(state)
-        is_known = validation_loss is not None and np.isfinite(validation_loss)
-        values = {
-            "info": info.to_json() | {ARRAY_CHECKSUMS: checksums},
-            "iterator": iterator,
-            "metrics": {"loss": loss}
-            | ({"validation_loss": validation_loss} if is_known else {})
-            | ({"early_stopping": early_stopping} if info.config.patience else {}),
-        }
+        metrics: dict[str, Any] = {"loss": loss}
+        if validation_loss is not None and np.isfinite(validation_loss):
+            metrics["validation_loss"] = validation_loss
+        if info.config.patience:
+            metrics["early_stopping"] = early_stopping
+        about = info.to_json() | {ARRAY_CHECKSUMS: array_checksums(state)}
+        values = {"info": about, "iterator": iterator, "metrics": metrics}
         items: dict[str, Any] = {name: ocp.args.JsonSave(with_checksum(value)) for name, value in values.items()}
         self.wait()
         with self._naming_failures():
@@ -195,7 +184,7 @@ class Checkpoints:
         """
         if self._keep is None or jax.process_index() != 0 or not self.folder.is_dir():
             return
-        steps = self.steps()
+        steps = saved_steps(self.folder.parent)
         known = {step: metrics for step in steps if (metrics := _saved_metrics(self.folder / str(step)))}
         # Checkpoints without a loss are kept, to diagnose a failed run.
         failed = {step for step, metrics in known.items() if metrics["loss"] is None}

@@ -151,11 +151,8 @@ def agree(name: str, settings: Mapping[str, object]) -> None:
     if index == 0:
         _client().key_value_set(f"ringrl/{name}", json.dumps(own))
     first = json.loads(_client().blocking_key_value_get(f"ringrl/{name}", WAIT_MS))
-    differing = [
-        f"{name} is {own.get(name)}, but {first.get(name)} in process 0"
-        for name in sorted({*own, *first})
-        if own.get(name) != first.get(name)
-    ]
+    names = (name for name in sorted({*own, *first}) if own.get(name) != first.get(name))
+    differing = [f"{name} is {own.get(name)}, but {first.get(name)} in process 0" for name in names]
     if differing:
         raise UserError(f"process {index} of {count}: {'; '.join(differing)}; start all with the same command")
     wait_for_all(f"agreed on {name}")

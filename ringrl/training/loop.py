@@ -14,10 +14,11 @@ from rich.progress import Progress
 
 from ringrl.config import TrainConfig
 from ringrl.data import EpisodeStore
-from ringrl.data.sampling.batches import BatchSource, iterate_batches
-from ringrl.data.sampling.held_out import held_out
+from ringrl.data.sampling.batches import BatchSource, ShardedSampler, iterate_batches
+from ringrl.data.sampling.held_out import WrongPromptSampler, all_but, held_out
 from ringrl.data.sampling.normalisation import Normalisation
-from ringrl.data.sampling.sampler import eligible_by_task
+from ringrl.data.sampling.sampler import ContextSampler, Episodes, eligible_by_task
+from ringrl.data.transitions import TransitionSampler
 from ringrl.envs import Domain, ForeignDomain
 from ringrl.errors import UserError, require
 from ringrl.files import explain_write_errors
@@ -25,12 +26,11 @@ from ringrl.model import TrainState, make_agent
 from ringrl.model.parallel import Parallel
 from ringrl.training import distributed
 from ringrl.training.budget import step_cost
-from ringrl.training.checkpoints import Checkpoints, EarlyStopping, RunInfo, read_info
+from ringrl.training.checkpoints import Checkpoints, EarlyStopping, RunInfo, read_info, saved_steps
 from ringrl.training.distributed import stop_on_signal
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder, open_log, progress_bar, step_memory
 from ringrl.training.run_folder import claim_folder, dataset_fingerprint, flat, run_lock
-from ringrl.training.sources import held_out_sources, make_source
 from ringrl.training.validation import Validation
 
 
@@ -73,7 +73,7 @@ def train(
     excluded = held_out(store, config)
     eligible = eligible_by_task(store, config.task, context, config.seed, excluded)
     episodes = np.unique(np.concatenate(list(eligible.values())))
-    normalisation = Normalisation.of(store, config.ignored_observations, episodes, excluded)
+    normalisation = Normalisation.of(store, episodes, excluded)
     parallel = make_parallel(config)
     sources = [make_source(store, config, normalisation, parallel, excluded)]
     sources += held_out_sources(store, config, normalisation, parallel, excluded)
@@ -95,7 +95,7 @@ def train(
         checkpoints = Checkpoints(config.run, config.keep_checkpoints)
         try:
             console = console or Console(stderr=True, quiet=not distributed.is_first())
-            if resume and not checkpoints.steps() and not quiet:
+            if resume and not saved_steps(config.run) and not quiet:
                 console.print(f"{config.run}: no checkpoint yet; training starts at step 0", soft_wrap=True)
             _run_steps(info, sources, parallel, checkpoints, progress_bar(console, quiet or console.quiet))
         finally:
@@ -112,6 +112,48 @@ def check_actions(config: TrainConfig, facts: Domain) -> None:
     if is_discrete != has_choices:
         kind, heads = ("choices", "categorical") if is_discrete else ("numbers", "mse, gaussian or bins")
         raise UserError(f"model.action_head: the actions of {config.data} are {kind}; use {heads}")
+
+
+def make_source(
+    store: EpisodeStore,
+    config: TrainConfig,
+    normalisation: Normalisation,
+    parallel: Parallel,
+    excluded: Episodes,
+    kind: type[ContextSampler] = ContextSampler,
+) -> BatchSource:
+    """Return the sampler of the batches that the configured family of models needs."""
+    size, seed, context = config.optimiser.batch_size, config.seed, config.context
+    if config.model.family.source == "transitions":
+        return TransitionSampler(
+            store, config.task, config.actor_critic, normalisation, size, seed,
+            best_fraction=context.best_fraction, max_transitions=context.max_transitions, excluded=excluded,
+        )  # fmt: skip
+    sampler = kind(store, config.task, context, normalisation, size, seed, excluded=excluded)
+    return sampler if parallel.mesh is None else ShardedSampler(sampler, parallel.mesh, parallel.layout)
+
+
+def held_out_sources(
+    store: EpisodeStore, config: TrainConfig, normalisation: Normalisation, parallel: Parallel, held_out: Episodes
+) -> tuple[BatchSource, ...]:
+    """Return the sampler of held-out batches, and one with prompts of a wrong task if the run has several tasks.
+
+    Batches are as large as one part of a training batch (see `optimiser.accumulation`).
+    """
+    if len(held_out) == 0:
+        return ()
+    context, optimiser = config.context, config.optimiser
+    fixed = {"sampling": "uniform"} if context.sampling == "fixed" else {}
+    size = optimiser.batch_size // optimiser.accumulation
+    changes = {
+        "context": context.model_copy(update={"max_transitions": None, **fixed}),
+        "optimiser": optimiser.model_copy(update={"batch_size": size, "accumulation": 1}),
+    }
+    has_wrong_prompts = context.trajectories > 1 and context.other_tasks
+    return tuple(
+        make_source(store, config.model_copy(update=changes), normalisation, parallel, all_but(store, held_out), kind)
+        for kind in (ContextSampler, *([WrongPromptSampler] if has_wrong_prompts else []))
+    )
 
 
 def _run_steps(
@@ -174,7 +216,7 @@ def _run_steps(
 
 def _newest(info: RunInfo, like: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
     """Return the training state and the iterator state of the newest checkpoint, or the initial state."""
-    if not (steps := checkpoints.steps()):
+    if not (steps := saved_steps(info.config.run)):
         return like, None
     saved = read_info(info.config.run, steps[-1])[1]
     if saved.data_fingerprint != info.data_fingerprint:

@@ -22,7 +22,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from ringrl.attention.strategy import link_of
 from ringrl.config import TrainConfig
-from ringrl.errors import UserError
+from ringrl.errors import UserError, brief
 from ringrl.files import with_crc, without_crc, write_whole
 from ringrl.model.optimiser import learning_rate
 from ringrl.pace import Pace
@@ -81,8 +81,7 @@ class WandbWriter:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
-            message = " ".join(str(error).split())
-            raise UserError(f"--log wandb: {message}; WANDB_MODE=offline needs no account") from error
+            raise UserError(f"--log wandb: {brief(error)}; WANDB_MODE=offline needs no account") from error
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write the numbers of a step."""
@@ -130,19 +129,17 @@ class MetricsLog(ExitStack):
 
 def _finite(value: Any) -> Any:
     """Return a number, or a list of numbers, with None for NaN and infinity, which JSON lacks."""
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return value if np.isfinite(value) else None
+    return [_finite(one) for one in value] if isinstance(value, list) else value if np.isfinite(value) else None
 
 
 def open_log(config: TrainConfig, step: int) -> AbstractContextManager[MetricsLog | None]:
     """Open the log of a run, resumed after `step`. It is None in all processes but the first, which writes for all."""
     if jax.process_index() != 0:
         return nullcontext()
-    writers = [
+    writers = (
         TensorBoardWriter(config.run, step) if name == "tensorboard" else WandbWriter(config) for name in config.log
-    ]
-    return MetricsLog(config.run, step, writers)
+    )
+    return MetricsLog(config.run, step, list(writers))
 
 
 class _ProgressBar(Progress):
@@ -272,10 +269,7 @@ def peak_flops(devices: int) -> float | None:
 
 
 def step_memory(step: Any, *arguments: Any) -> int | None:
-    """Return the peak memory of a step in bytes per device, as the compiler counts it; None if it does not.
-
-    `step` is jitted and was called with arguments of these shapes before, so nothing is compiled or read.
-    """
+    """Return the `peak_memory` of a jitted step that was called with such arguments. Nothing is compiled or read."""
     return peak_memory(step.lower(*arguments).compile(), jax.devices()[0].platform)
 
 

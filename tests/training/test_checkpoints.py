@@ -27,6 +27,7 @@ from ringrl.training.checkpoints import (
     EarlyStopping,
     RunInfo,
     array_checksums,
+    saved_steps,
     with_checksum,
     without_checksum,
 )
@@ -126,7 +127,7 @@ def test_the_newest_checkpoints_and_that_of_lowest_loss_are_kept(finished, tmp_p
         checkpoints.save(state, info, {}, loss)
         if step % sitting == 0:
             checkpoints.close()
-    assert Checkpoints(tmp_path).steps() == [2, 3, 5, 6], "one without a loss is kept too, to diagnose a failed run"
+    assert saved_steps(tmp_path) == [2, 3, 5, 6], "one without a loss is kept too, to diagnose a failed run"
 
 
 def test_a_deletion_that_a_kill_interrupts_leaves_no_half_checkpoint(finished: TrainConfig, monkeypatch) -> None:
@@ -145,7 +146,7 @@ def test_a_deletion_that_a_kill_interrupts_leaves_no_half_checkpoint(finished: T
         patch.setattr("ringrl.training.checkpoints.remove", killed)
         with pytest.raises(KeyboardInterrupt):
             save_and_delete()
-    assert all(read_info(finished.run, step) for step in checkpoints.steps())
+    assert all(read_info(finished.run, step) for step in saved_steps(finished.run))
     assert any(path.name.startswith(".deleted-") for path in checkpoints.folder.iterdir())
     Checkpoints(finished.run, keep=1).close()
     assert all(path.name.isdecimal() for path in checkpoints.folder.iterdir())
@@ -174,7 +175,7 @@ def test_damaged_metrics_of_any_checkpoint_stop_nothing(finished: TrainConfig, c
     # What training reads of the metrics: when it resumes, and when it deletes old checkpoints.
     assert EarlyStopping.saved(finished.run, 12) == EarlyStopping()
     Checkpoints(finished.run, keep=2).close()
-    assert Checkpoints(finished.run).steps() == [12, 14]
+    assert saved_steps(finished.run) == [12, 14]
     assert load_policy(finished.run).step == 14
     if content == "[]":
         shutil.rmtree(folder / "14")

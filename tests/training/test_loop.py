@@ -71,7 +71,7 @@ def test_checkpoints_and_metrics_equal_a_plain_loop(tiny: TrainConfig, jaco_stor
     )
     policy, untrained = (make_policy(tiny.model, 42, 9, tiny.seed) for _ in range(2))
     optimiser = make_optimiser(short)
-    state, like = initial_state(policy, optimiser), initial_state(untrained, optimiser)
+    state, like = initial_state(lambda: policy, optimiser), initial_state(lambda: untrained, optimiser)
     step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)
     checkpoints = Checkpoints(config.run)
     for number, entry in enumerate(entries(config.run), 1):

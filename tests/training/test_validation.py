@@ -27,10 +27,10 @@ from ringrl.model import make_agent, make_policy
 from ringrl.model.agents.imitation import ImitationPolicy
 from ringrl.model.parallel import ONE_DEVICE
 from ringrl.training import read_info, train
-from ringrl.training.checkpoints import Checkpoints, EarlyStopping, best_step
+from ringrl.training.checkpoints import EarlyStopping, best_step, saved_steps
+from ringrl.training.loop import held_out_sources
 from ringrl.training.mesh import make_parallel
 from ringrl.training.metrics import MetricsRecorder
-from ringrl.training.sources import held_out_sources
 from ringrl.training.validation import BATCHES, FIRST_BATCH, PARTS, Validation
 from tests.training.conftest import SETTINGS
 
@@ -187,7 +187,7 @@ def test_a_resumed_run_is_bit_identical(shared, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(MetricsRecorder, "add", add_and_stop)
         train(whole, quiet=True)
-    assert Checkpoints(whole.run).steps() == [4, 6]
+    assert saved_steps(whole.run) == [4, 6]
     train(whole, resume=True, quiet=True)
     shutil.rmtree(whole.run / "checkpoints" / "14")  # as if the run was killed after step 12
     train(whole, resume=True, quiet=True)
@@ -214,7 +214,7 @@ def test_the_best_checkpoint_has_the_lowest_held_out_loss(shared) -> None:
     best = min(found, key=found.__getitem__)
     assert best < 22, "or it is one of the newest two"
     assert best_step(run) == best
-    assert Checkpoints(run).steps() == [best, 22, 24]
+    assert saved_steps(run) == [best, 22, 24]
     assert load_policy(run, kind="best").step == best
     assert load_policy(run).step == 24
 
@@ -282,7 +282,7 @@ def test_without_held_out_episodes_the_best_has_the_lowest_training_loss(finishe
     saved = {step: json.loads((folder / str(step) / "metrics" / "metadata").read_text()) for step in (12, 14)}
     assert all("validation_loss" not in metrics for metrics in saved.values())
     assert load_policy(finished.run, kind="best").step == best_step(finished.run)
-    for step in Checkpoints(finished.run).steps():
+    for step in saved_steps(finished.run):
         (folder / str(step) / "metrics" / "metadata").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint has a finite loss"):
         load_policy(finished.run, kind="best")
