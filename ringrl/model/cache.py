@@ -17,14 +17,16 @@ from ringrl.attention import Prefix, append_to_cache, decode_attention, grow_cac
 from ringrl.model.parallel import ONE_DEVICE, Parallel
 
 AXES = (None, "time", None, None)
+Stored = Float[Array, "kv_heads*batch capacity 1 head_dim"]
+Length = Int32[Array, ""]
 
 
 class KVCache(NamedTuple):
     """Rotated keys and values of each layer, and the number of tokens stored."""
 
-    keys: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
-    values: tuple[Float[Array, "kv_heads*batch capacity 1 head_dim"], ...]
-    length: Int32[Array, ""]
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
+    length: Length
 
     @property
     def capacity(self) -> int:
@@ -36,9 +38,7 @@ class KVCache(NamedTuple):
         return Prefix(self.keys[layer], self.values[layer], self.length)
 
 
-def empty_cache(
-    layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype, parallel: Parallel = ONE_DEVICE
-) -> KVCache:
+def empty_cache(layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype, parallel: Parallel) -> KVCache:
     """Return an empty cache of `shape` (batch, capacity, kv_heads, head_dim) per layer (see `round_up`)."""
     batch, capacity, kv_heads, head_dim = shape
     whole = (kv_heads * batch, round_up(capacity, parallel), 1, head_dim)
@@ -54,20 +54,17 @@ def grow(cache: KVCache, capacity: int, parallel: Parallel = ONE_DEVICE) -> KVCa
 
 
 def append(
-    cache: Float[Array, "kv_heads*batch capacity 1 head_dim"],
-    new: Float[Array, "batch new_tokens kv_heads head_dim"],
-    length: Int32[Array, ""],
-    parallel: Parallel,
-) -> Float[Array, "kv_heads*batch capacity 1 head_dim"]:
+    cache: Stored, new: Float[Array, "batch new_tokens kv_heads head_dim"], length: Length, parallel: Parallel
+) -> Stored:
     """Write new keys (or values) of a layer after its first `length` tokens."""
     return append_to_cache(cache, _heads_first(new, new.shape[2]), length, mesh=parallel.mesh)
 
 
 def attend(
     q: Float[Array, "batch new_tokens heads head_dim"],
-    keys: Float[Array, "kv_heads*batch capacity 1 head_dim"],
-    values: Float[Array, "kv_heads*batch capacity 1 head_dim"],
-    length: Int32[Array, ""],
+    keys: Stored,
+    values: Stored,
+    length: Length,
     prefix: Prefix | None,
     parallel: Parallel,
     **mask: Any,
@@ -85,11 +82,9 @@ def attend(
     return jnp.moveaxis(o.reshape(kv_heads, batch, new, -1, head_dim), 0, 2).reshape(batch, new, heads, head_dim)
 
 
-def as_prefix(
-    x: Float[Array, "1 tokens kv_heads head_dim"], dtype: jnp.dtype, parallel: Parallel
-) -> Float[Array, "kv_heads capacity 1 head_dim"]:
+def as_prefix(x: Float[Array, "1 tokens kv_heads head_dim"], parallel: Parallel) -> Stored:
     """Return keys or values of one context, given in time order, in the layout of a cache."""
-    x = _heads_first(x.astype(dtype), x.shape[2])
+    x = _heads_first(x, x.shape[2])
     x = jnp.pad(x, ((0, 0), (0, round_up(x.shape[1], parallel) - x.shape[1]), (0, 0), (0, 0)))
     return parallel.constrain(to_layout(x, "striped", parallel.ring_size), *AXES)
 

@@ -1,5 +1,6 @@
 """Optimiser of all agents: AdamW with clipped gradients, and a schedule of the learning rate with linear warm-up."""
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def learning_rate(config: OptimiserConfig) -> optax.Schedule:
     )
 
 
+@lru_cache(maxsize=8)  # `make_train_step` then compiles equal runs once
 def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
     """Return clipping by global norm, then AdamW with weight decay on matrices only (not on biases and norm scales)."""
 

@@ -18,13 +18,14 @@ from ringrl.model.cache import KVCache, append, as_prefix, attend, empty_cache
 from ringrl.model.parallel import ONE_DEVICE, SPLIT, Parallel, split
 from ringrl.model.tokens import TOKEN_SETS
 
+Tokens = Float[Array, "batch tokens width"]
+Heads = Float[Array, "batch tokens heads head_dim"]
+
 ROTARY_BLOCK = 1024  # tokens
 SAVED = "ring_attention"  # checkpoint_name of the attention outputs: remat "layers" keeps them, and repeats no ring
 
 
-def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], positions: Int32[Array, "*batch tokens"], base: float = 10_000.0
-) -> Float[Array, "batch tokens heads head_dim"]:
+def rotate(x: Heads, positions: Int32[Array, "*batch tokens"], base: float = 10_000.0) -> Heads:
     """Apply rotary position embedding (RoFormer, 2104.09864): pair (i, i + D/2) turns by position * base^(-2i/D).
 
     Positions may be millions. Whole turns per 1,024 tokens are removed in float64 first, because the plain float32
@@ -90,17 +91,13 @@ class Attention(nnx.Module):
         self.key_value = linear(width, key_value, kernel_init=split("embed", None, "heads", None))
         self.out = linear(heads, width, axis=(-2, -1), kernel_init=split("heads", None, "embed"))
 
-    def _project(
-        self, x: jax.Array, positions: jax.Array, time: str | None = "time"
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: Tokens, positions: jax.Array, time: str | None = "time") -> tuple[Heads, Heads, Heads]:
         keys, values = jnp.moveaxis(self.key_value(x), 2, 0)
         q, k = (rotate(y, positions, self.rotary_base) for y in (self.query(x), keys))
         q, k, v = (self.parallel.constrain(y, "batch", time, "heads", None) for y in (q, k, values))
         return q, k, v
 
-    def __call__(
-        self, x: jax.Array, place: Place, window: EpisodeWindow
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: Tokens, place: Place, window: EpisodeWindow) -> tuple[Tokens, tuple[Heads, Heads]]:
         """Return the output (B, S, W), and the keys and values."""
         q, k, v = self._project(x, place.positions)
         return self.out(self._attend(q, k, v, place, window)), (k, v)
@@ -198,9 +195,7 @@ class TransformerBlock(nnx.Module):
         self.is_blockwise = config.attention in ("blockwise", "ring")
         self.block_tokens, self.parallel = config.block_tokens, parallel
 
-    def __call__(
-        self, x: jax.Array, place: Place, window: EpisodeWindow
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: Tokens, place: Place, window: EpisodeWindow) -> tuple[Tokens, tuple[Heads, Heads]]:
         """Return the output, and the keys and values of the attention."""
         y, keys_and_values = self.attention(self.attention_norm(x), place, window)
         x = self.parallel.constrain(x + y, "batch", "time", None)
@@ -220,22 +215,11 @@ class TransformerBlock(nnx.Module):
         return self._feed_forward(x + y), keys, values
 
 
-def _in_blocks(
-    function: Callable[[jax.Array], jax.Array],
-    x: Float[Array, "batch tokens features"],
-    block: int,
-    parallel: Parallel,
-) -> Float[Array, "batch tokens _"]:
+def _in_blocks(function: Callable[[jax.Array], jax.Array], x: Tokens, block: int, parallel: Parallel) -> Tokens:
     """Apply a token-wise function blockwise (Blockwise Parallel Transformer, 2305.19370).
 
     Intermediate arrays (for a feed-forward layer, four times the width) exist for one block only. The backward pass
-    recomputes them block by block. Each device processes its own tokens.
-
-    Args:
-      function: maps (B, n, c, features) to (B, n, c, anything), each token by itself.
-      x: sequence, sharded by "batch" and "time".
-      block: largest number of tokens per device in a block.
-      parallel: mesh.
+    recomputes them block by block. Each device processes its own tokens, at most `block` at a time.
     """
     batch, tokens, features = x.shape
     devices = parallel.ring_size
@@ -270,9 +254,7 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.parallel = parallel
 
-    def __call__(
-        self, x: Float[Array, "batch tokens width"], place: Place | None = None
-    ) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: Tokens, place: Place | None = None) -> Tokens:
         """Return the features of all tokens (B, S, W) float32. Without `place`: one trajectory in order."""
         if place is None:
             place = Place(jnp.arange(x.shape[1], dtype=jnp.int32), jnp.zeros(x.shape[1], jnp.int32))
@@ -305,39 +287,31 @@ class Transformer(nnx.Module):
             layers = np.array(list(run))
             yield window, jax.tree.map(lambda x, layers=layers: x[layers[0] : layers[-1] + 1], parameters)
 
-    def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
-        """Return an empty cache for `batch` contexts of `capacity` tokens. dtype: by default the computation's."""
-        shape = (batch, capacity, *self.cache_shape)
-        return empty_cache(self.layers, shape, self.dtype if dtype is None else dtype, self.parallel)
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """Return an empty cache for `batch` contexts of `capacity` tokens."""
+        return empty_cache(self.layers, (batch, capacity, *self.cache_shape), self.dtype, self.parallel)
 
-    def prefill(
-        self,
-        x: Float[Array, "1 tokens width"],
-        place: Place,
-        length: int,
-        dtype: jnp.dtype | None = None,
-    ) -> KVCache:
+    def prefill(self, x: Float[Array, "1 tokens width"], place: Place, length: int) -> KVCache:
         """Return the cache of one whole context, to be used as the shared prefix of a batch of contexts.
 
         Args:
           x, place: as for `__call__`; on a mesh in the order of its layout, which permutes whole timesteps.
           length: number of tokens without the padding at the end.
-          dtype: dtype of the cache, by default the computation's.
         """
-        kept, in_time = self.dtype if dtype is None else dtype, jnp.argsort(place.positions.reshape(-1))
-        keep = lambda held: [as_prefix(y[:, in_time], kept, self.parallel) for y in held]  # noqa: E731
+        in_time = jnp.argsort(place.positions.reshape(-1))
+        keep = lambda held: [as_prefix(y[:, in_time], self.parallel) for y in held]  # noqa: E731
         _, held = self._scan(x, place, None, keep)
         keys, values = (tuple(y[index] for index in range(self.layers)) for y in held)
         return KVCache(keys, values, self.parallel.constrain(jnp.asarray(length, jnp.int32)))
 
     def decode(
         self,
-        x: Float[Array, "batch new_tokens width"],
+        x: Tokens,
         cache: KVCache,
         prefix: KVCache | None = None,
         starts: Int32[Array, "*batch new_tokens"] | None = None,
         only: jax.Array | None = None,
-    ) -> tuple[Float[Array, "batch new_tokens width"], KVCache]:
+    ) -> tuple[Tokens, KVCache]:
         """Return the features of the newest tokens only, and the longer cache. `prefix` precedes the cached tokens.
 
         Args:
@@ -349,14 +323,13 @@ class Transformer(nnx.Module):
         x, new = x.astype(self.dtype), x.shape[1]
         starts = jnp.zeros(new, jnp.int32) if starts is None else starts
         graph, parameters = nnx.split(self.blocks)
-        all_keys, all_values = [], []
+        held = []
         for index, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             block = nnx.merge(graph, jax.tree.map(lambda stacked, index=index: stacked[index], parameters))
             before = None if prefix is None else prefix.prefix(index)
             last = only if index == self.layers - 1 else None
             mask = before, starts, self.windows[index]
-            x, keys, values = block.decode(x, keys, values, cache.length, *mask, only=last)
-            all_keys.append(keys)
-            all_values.append(values)
-        x = self.norm(x.astype(jnp.float32))
-        return x, KVCache(tuple(all_keys), tuple(all_values), cache.length + new)
+            x, *longer = block.decode(x, keys, values, cache.length, *mask, only=last)
+            held.append(longer)
+        all_keys, all_values = zip(*held, strict=True)
+        return self.norm(x.astype(jnp.float32)), KVCache(all_keys, all_values, cache.length + new)

@@ -7,19 +7,14 @@ from flax import nnx
 
 from ringrl.config import ModelConfig, TrainConfig
 from ringrl.model.agents import imitation, td3
-from ringrl.model.agents.agent import Agent, TrainState
+from ringrl.model.agents.agent import Agent, Policy, TrainState
 from ringrl.model.parallel import ONE_DEVICE, Parallel
-from ringrl.model.policy import Policy
 
-__all__ = ["Agent", "TrainState", "make_agent", "make_policy"]
+__all__ = ["Agent", "Policy", "TrainState", "make_agent", "make_policy"]
 
 
 def make_policy(
-    config: ModelConfig,
-    observation_size: int,
-    action_size: int,
-    seed: int,
-    parallel: Parallel = ONE_DEVICE,
+    config: ModelConfig, observation_size: int, action_size: int, seed: int, parallel: Parallel = ONE_DEVICE
 ) -> Policy:
     """Return the configured policy with parameters drawn from the seed. `parallel` shards a policy with a context."""
     rngs = nnx.Rngs(params=seed)

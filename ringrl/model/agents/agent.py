@@ -1,4 +1,4 @@
-"""Interface of agents.
+"""Interfaces of policies and agents.
 
 state = agent.init()
 state, metrics = agent.update(state, batch)                     # batch: contexts or transitions
@@ -9,15 +9,54 @@ action, memory = policy.act(previous, current, memory)          # at every times
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
+from jaxtyping import Array, Float32
 
-from ringrl.model.policy import Policy
+from ringrl.context import Context
 
-Tree = TypeVar("Tree")
+
+class Policy(nnx.Module):
+    """A policy. The default methods implement a policy without memory, which acts on the current observation.
+
+    A policy with memory overrides `tokens_per_step`, `reset`, `prefill` and `act`.
+    """
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per timestep in the memory."""
+        return 1
+
+    def actions(self, context: Context) -> Float32[Array, "batch time action"]:
+        """Return the action at every step, given the context up to that step."""
+        raise NotImplementedError
+
+    def reset(self, batch: int, capacity: int) -> Any:
+        """Return an empty memory for `batch` contexts of `capacity` tokens."""
+        return None
+
+    def prefill(self, context: Context) -> Any:
+        """Return the memory of one context (1, T, ...) in time order, the shared prefix of a batch of contexts."""
+        return None
+
+    def act(
+        self, previous: Context | None, current: Context, memory: Any, prefix: Any = None
+    ) -> tuple[Float32[Array, "batch action"], Any]:
+        """Return the action of the next step and the new memory.
+
+        `actions` returns the same action for the prefix and all steps so far.
+
+        Args:
+          previous: finished previous step, or None if the memory is empty (a prefix needs no previous step).
+          current: step to act in. Its action, reward and completion are not used.
+          memory: result of `reset` or of the previous call.
+          prefix: result of `prefill`.
+        """
+        return self.actions(current)[:, -1], memory
 
 
 class TrainState(NamedTuple):
@@ -28,19 +67,23 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps taken
 
 
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+"""A jitted optimiser step on a batch (contexts or transitions, see `Family.source`) that donates the state. Metrics are
+scalars, among them loss, gradient_norm and skipped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Agent:
     """A trainable method. Agents are stateless: everything that is learned is in `TrainState`.
 
     Attributes:
         init: returns the state before the first step, the same at every call.
-        update: jitted optimiser step on a batch (contexts or transitions, see `Family.source`) that donates the state.
-            Metrics are scalars, among them loss, gradient_norm and skipped.
+        update: takes an optimiser step.
         graph: structure of the policy, without parameters.
     """
 
     init: Callable[[], TrainState]
-    update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    update: TrainStep
     graph: Any
 
     def policy(self, params: Any) -> Policy:
@@ -49,8 +92,19 @@ class Agent:
         return policy
 
 
-def accept(is_finite: jax.Array, new: Tree, old: Tree) -> Tree:
-    """Return the new values if they are finite, else the old ones. Integer counts always advance."""
-    choose = lambda x, y: jnp.where(is_finite, x, y) if jnp.issubdtype(x.dtype, jnp.inexact) else x  # noqa: E731
-    kept: Tree = jax.tree.map(choose, new, old)
-    return kept
+def finish(
+    state: TrainState, params: Any, optimiser: Any, loss: jax.Array, gradients: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Return the state after a step, and the metrics loss, gradient_norm (before clipping) and skipped (0 or 1).
+
+    If loss, gradients or new parameters are not finite, the step is skipped: only integer counts change.
+    """
+    norm = optax.tree.norm(gradients)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    params, optimiser = jax.tree.map(choose, (params, optimiser), (state.params, state.optimiser))
+    metrics = {"loss": loss, "gradient_norm": norm, "skipped": 1 - is_finite}
+    return TrainState(params, optimiser, state.step + 1), metrics

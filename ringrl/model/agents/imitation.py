@@ -16,14 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from ringrl.attention import layout_positions, pad_to_layout, to_layout
-from ringrl.config import ModelConfig, OptimiserConfig, TrainConfig
+from ringrl.config import ModelConfig, TrainConfig
 from ringrl.context import Context
-from ringrl.model.agents.agent import Agent, TrainState, accept
+from ringrl.model.agents.agent import Agent, Policy, TrainState, TrainStep, finish
 from ringrl.model.cache import KVCache
 from ringrl.model.heads import Head, make_head
 from ringrl.model.optimiser import make_optimiser
-from ringrl.model.parallel import Parallel
-from ringrl.model.policy import Policy
+from ringrl.model.parallel import ONE_DEVICE, Parallel
 from ringrl.model.tokens import TokenEmbedding
 from ringrl.model.transformer import Place, Transformer
 
@@ -99,11 +98,11 @@ class AgenticTransformer(ImitationPolicy):
         starts = jnp.repeat(size * jnp.asarray(context.start), size, axis=1)
         return Place(positions.reshape(starts.shape), starts)
 
-    def reset(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> KVCache:
-        """Return an empty cache for `batch` contexts of `capacity` tokens. dtype: by default the computation's."""
-        return self.transformer.empty_cache(batch, capacity, dtype)
+    def reset(self, batch: int, capacity: int) -> KVCache:
+        """Return an empty cache for `batch` contexts of `capacity` tokens."""
+        return self.transformer.empty_cache(batch, capacity)
 
-    def prefill(self, context: Context, dtype: jnp.dtype | None = None) -> KVCache:
+    def prefill(self, context: Context) -> KVCache:
         """Return the cache of one context (1, T, ...) in time order, the shared prefix of a batch of contexts."""
         steps, parallel = context.position.shape[1], self.transformer.parallel
         layout, devices = parallel.layout, parallel.ring_size
@@ -111,7 +110,7 @@ class AgenticTransformer(ImitationPolicy):
         position = layout_positions(layout, context.position.shape[1], devices)
         context = context._replace(position=position[None])  # the padding needs positions too
         tokens, place = self.embedding(context), self._place(context)
-        return self.transformer.prefill(tokens, place, steps * self.tokens_per_step, dtype)
+        return self.transformer.prefill(tokens, place, steps * self.tokens_per_step)
 
     def act(
         self, previous: Context | None, current: Context, memory: KVCache, prefix: KVCache | None = None
@@ -124,13 +123,11 @@ class AgenticTransformer(ImitationPolicy):
         x, memory = self.transformer.decode(tokens, memory, prefix, self.tokens_per_step * starts)
         return self.head.action(x[:, -1]), memory
 
-    def action_after(
-        self, prefix: KVCache | None, segment: Context, step: jax.Array, dtype: jnp.dtype | None = None
-    ) -> Float32[Array, "batch action"]:
+    def action_after(self, prefix: KVCache | None, segment: Context, step: jax.Array) -> Float32[Array, "batch action"]:
         """Return the action at one step of a segment (B, T, ...) that follows a prefix. Later steps are not seen."""
         token_set = self.embedding.token_set
         tokens = self.embedding(segment)
-        memory = self.transformer.empty_cache(len(tokens), tokens.shape[1], dtype)
+        memory = self.transformer.empty_cache(len(tokens), tokens.shape[1])
         starts = token_set.size * jnp.repeat(jnp.asarray(segment.start)[0], token_set.size)
         only = token_set.size * step + len(token_set.before) - 1
         x, _ = self.transformer.decode(tokens, memory, prefix, starts, only)
@@ -160,27 +157,15 @@ def make_agent(make_policy: Callable[[], ImitationPolicy], config: TrainConfig, 
     """Return the agent that minimises the imitation loss."""
     graph, _ = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
     optimiser = make_optimiser(config.optimiser)
-    return Agent(
-        init=lambda: sharded_initial_state(make_policy, optimiser, parallel),
-        update=_train_step(graph, config.optimiser),
-        graph=graph,
-    )
+    update = make_train_step(graph, optimiser, config.optimiser.accumulation)
+    return Agent(lambda: initial_state(make_policy, optimiser, parallel), update, graph)
 
 
 @lru_cache(maxsize=8)  # runs of equal policies in one process are traced and compiled once
-def _train_step(
-    graph: Any, config: OptimiserConfig
-) -> Callable[[TrainState, Context], tuple[TrainState, dict[str, jax.Array]]]:
-    return make_train_step(graph, make_optimiser(config), config.accumulation)
+def make_train_step(graph: Any, optimiser: optax.GradientTransformation, accumulation: int = 1) -> TrainStep:
+    """Return a jitted step that donates the state, with the metrics of `finish`.
 
-
-def make_train_step(
-    graph: Any, optimiser: optax.GradientTransformation, accumulation: int = 1
-) -> Callable[[TrainState, Context], tuple[TrainState, dict[str, jax.Array]]]:
-    """Return a jitted step that donates the state. Metrics: loss, gradient_norm (before clipping) and skipped (0 or 1).
-
-    The gradient of the whole batch is computed in `accumulation` parts, one after the other. If the loss or the
-    gradient is not finite, the step is skipped: only step counts change.
+    The gradient of the whole batch is computed in `accumulation` parts, one after the other.
     """
 
     def loss_of(params: Any, part: Context, weight: jax.Array) -> jax.Array:
@@ -199,11 +184,7 @@ def make_train_step(
             start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (loss, gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulation))
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
-        params, norm = optax.apply_updates(state.params, updates), optax.tree.norm(gradients)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
-        params, optimiser_state = accept(is_finite, (params, optimiser_state), (state.params, state.optimiser))
-        metrics = {"loss": loss, "gradient_norm": norm, "skipped": 1 - is_finite}
-        return TrainState(params, optimiser_state, state.step + 1), metrics
+        return finish(state, optax.apply_updates(state.params, updates), optimiser_state, loss, gradients)
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -211,12 +192,6 @@ def make_train_step(
 def _parts(batch: Context, number: int) -> Context:
     """Reshape (B, ...) to (number, B / number, ...). Every device keeps its own contexts."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0), batch)
-
-
-def initial_state(policy: nnx.Module, optimiser: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step."""
-    params = nnx.to_pure_dict(nnx.state(policy, nnx.Param))
-    return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
 
 def abstract_state(
@@ -237,11 +212,16 @@ def abstract_state(
     return TrainState(jax.tree.map(place, params, shardings), moments, place(state.step))
 
 
-def sharded_initial_state(
-    make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel
+def initial_state(
+    make_policy: Callable[[], nnx.Module], optimiser: optax.GradientTransformation, parallel: Parallel = ONE_DEVICE
 ) -> TrainState:
-    """Return `initial_state`, with every array created in shards on the devices of the mesh."""
+    """Return the state before the first step. On a mesh, every array is created in shards."""
+
+    def made() -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(make_policy(), nnx.Param))
+        return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
+
     if parallel.mesh is None:
-        return initial_state(make_policy(), optimiser)
+        return made()
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(make_policy, optimiser, parallel))
-    return jax.jit(lambda: initial_state(make_policy(), optimiser), out_shardings=shardings)()
+    return jax.jit(made, out_shardings=shardings)()

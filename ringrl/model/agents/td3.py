@@ -17,9 +17,8 @@ from jaxtyping import Array, Float, Float32
 from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig, TrainConfig
 from ringrl.context import Array as AnyArray
 from ringrl.context import Context, Transitions
-from ringrl.model.agents.agent import Agent, TrainState, accept
+from ringrl.model.agents.agent import Agent, Policy, TrainState, TrainStep, finish
 from ringrl.model.optimiser import make_optimiser
-from ringrl.model.policy import Policy
 
 LEARNED = ("actor", "critics")  # each has its own optimiser and its targets
 
@@ -69,12 +68,7 @@ class ActorCritic(Policy):
     """Actor, two critics and their target networks. The policy acts by the target actor."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        observation_size: int,
-        action_size: int,
-        rngs: nnx.Rngs,
-        style: NetworkStyle = REBRAC,
+        self, config: ModelConfig, observation_size: int, action_size: int, rngs: nnx.Rngs, style: NetworkStyle = REBRAC
     ) -> None:
         self.largest_input, hidden = style.largest_input, [config.width] * config.layers
         self.actor = MLP([observation_size, *hidden, action_size], style, rngs, config.dtype)
@@ -148,8 +142,7 @@ class TD3:
     def update(self, state: TrainState, batch: Transitions) -> tuple[TrainState, dict[str, jax.Array]]:
         """Update the critics and, at every `actor_delay`-th step, the actor and the target networks.
 
-        Metrics: loss and gradient_norm (before clipping) of the critics, value (mean regression target), and skipped (0
-        or 1). If loss, gradient or parameters are not finite, the step is skipped: only step counts change.
+        Metrics: those of `finish` for the critics, and value (mean regression target).
         """
         settings, params = self.settings, state.params
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
@@ -167,11 +160,8 @@ class TD3:
             lambda: self._update_actor(params, optimiser, batch),
             lambda: (params, optimiser),
         )
-        norm = optax.tree.norm(gradients)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
-        params, optimiser = accept(is_finite, (params, optimiser), (state.params, state.optimiser))
-        metrics = {"loss": loss, "gradient_norm": norm, "value": target.mean(), "skipped": 1 - is_finite}
-        return TrainState(params, optimiser, state.step + 1), metrics
+        state, metrics = finish(state, params, optimiser, loss, gradients)
+        return state, metrics | {"value": target.mean()}
 
     def _update_actor(self, params: Any, optimiser: Any, batch: Transitions) -> tuple[Any, Any]:
         def loss_of(actor: Any) -> jax.Array:
@@ -197,8 +187,6 @@ def make_agent(make_policy: Callable[[], ActorCritic], config: TrainConfig) -> A
 
 
 @lru_cache(maxsize=8)  # runs of equal policies in one process are traced and compiled once
-def _compiled(
-    graph: Any, optimiser: OptimiserConfig, settings: ActorCriticConfig, seed: int
-) -> tuple[TD3, Callable[[TrainState, Transitions], tuple[TrainState, dict[str, jax.Array]]]]:
+def _compiled(graph: Any, optimiser: OptimiserConfig, settings: ActorCriticConfig, seed: int) -> tuple[TD3, TrainStep]:
     td3 = TD3(graph, optimiser, settings, seed)
     return td3, jax.jit(td3.update, donate_argnums=0)

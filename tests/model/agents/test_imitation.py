@@ -39,7 +39,7 @@ def test_a_step_by_hand(batch):
     )
     policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
     optimiser = make_optimiser(config)
-    state = initial_state(policy, optimiser)
+    state = initial_state(lambda: policy, optimiser)
     before = jax.tree.map(np.array, state.params)
     graph, _ = nnx.split(policy, nnx.Param)
     loss, gradients = jax.jit(jax.value_and_grad(lambda p: nnx.merge(graph, p).loss(batch)))(state.params)
@@ -67,7 +67,7 @@ def test_state_is_donated_and_non_finite_steps_change_only_counts(batch):
     policy = make_policy(ModelConfig(layers=1, width=8, heads=1), 3, 2, seed=0)
     optimiser = make_optimiser(OptimiserConfig(warmup_steps=0))
     step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser)
-    first = initial_state(policy, optimiser)
+    first = initial_state(lambda: policy, optimiser)
     state, metrics = step(first, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params)), "memory for two states would be needed"
     assert int(metrics["skipped"]) == 0
@@ -102,6 +102,6 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch(loss_on, parts):
     for accumulation in (1, parts):
         policy = make_policy(ModelConfig(layers=1, width=8, heads=1, loss_on=loss_on), 3, 2, seed=0)
         step = make_train_step(nnx.split(policy, nnx.Param)[0], optimiser, accumulation)
-        state, metrics = step(initial_state(policy, optimiser), batch)
+        state, metrics = step(initial_state(lambda policy=policy: policy, optimiser), batch)
         found.append(jax.device_get((state.params, metrics)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)
