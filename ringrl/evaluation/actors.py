@@ -4,6 +4,7 @@ The tokens of a timestep enter the cache in one call. A full cache doubles, so t
 contexts stay cheap.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -108,14 +109,14 @@ class PolicyActor(Actor):
         self._tokens = 0
         self._previous: Context | None = None
         self._prefix = None if prompt is None else self._compiled.prefill(prompt)
-        self._memory = self._compiled.reset(num_environments, min(SMALLEST_CACHE, self._most_tokens))
+        self._memory = self._compiled.policy.reset(num_environments, min(SMALLEST_CACHE, self._most_tokens))
 
     def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
         """Append the tokens of this step to the cache and return the action."""
         self._tokens += self._compiled.policy.tokens_per_step
         if isinstance(self._memory, KVCache) and self._tokens > self._memory.capacity:
-            self._memory = self._compiled.grow(self._memory, min(2 * self._memory.capacity, self._most_tokens))
-        action, self._memory = self._compiled.act(self._previous, current, self._prefix, self._memory)
+            self._memory = self._compiled.grow(self._memory, capacity=min(2 * self._memory.capacity, self._most_tokens))
+        action, self._memory = self._compiled.act(self._previous, current, self._memory, self._prefix)
         return action
 
     def observe(self, finished: Context) -> None:
@@ -145,7 +146,8 @@ class SegmentActor(Actor):
             x[:, 0] = 0  # as in training segments
         segment = segment._replace(previous=first)
         pad = lambda x: np.pad(x, [(0, 0), (0, self._length - len(steps)), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
-        return self._compiled.act_after(self._prefix, jax.tree.map(pad, segment), len(steps) - 1)
+        action: jax.Array = self._compiled.act_after(self._prefix, jax.tree.map(pad, segment), len(steps) - 1)
+        return action
 
     def observe(self, finished: Context) -> None:
         """Keep the step, and forget the first one if the next segment would be too long."""
@@ -163,43 +165,20 @@ class CompiledPolicy:
     """
 
     def __init__(self, policy: Policy, parallel: Parallel = ONE_DEVICE) -> None:
-        graph, self._params = nnx.split(policy)
+        graph, params = nnx.split(policy)
+
+        def compiled(method: str, **options: Any) -> Callable[..., Any]:
+            run = jax.jit(lambda params, *arguments: getattr(nnx.merge(graph, params), method)(*arguments), **options)
+            return partial(run, params)
+
         self.policy = policy
-        self._prefill = jax.jit(lambda params, prompt: nnx.merge(graph, params).prefill(prompt))
-        self._grow = jax.jit(partial(grow, parallel=parallel), static_argnames="capacity")
-
-        def act(params: Any, previous: Context | None, current: Context, prefix: Any, memory: Any) -> Any:
-            return nnx.merge(graph, params).act(previous, current, memory, prefix)
-
-        self._act = jax.jit(act, donate_argnums=4)
-
-        def act_after(params: Any, prefix: Any, segment: Context, step: jax.Array) -> jax.Array:
-            action: jax.Array = nnx.merge(graph, params).action_after(prefix, segment, step)
-            return action
-
-        self.act_after = partial(jax.jit(act_after), self._params)
+        self.act, self.act_after = compiled("act", donate_argnums=3), compiled("action_after")  # act donates the memory
+        self.grow = jax.jit(partial(grow, parallel=parallel), static_argnames="capacity")
+        self._prefill = compiled("prefill")
         self._prefilled: tuple[Context, Any] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of compiled programs."""
-        return int(self._act._cache_size())  # type: ignore[attr-defined]
 
     def prefill(self, prompt: Context) -> Any:
         """Return the memory of a prompt. The memory of the latest prompt is kept for the next rollout."""
         if self._prefilled is None or self._prefilled[0] is not prompt:
-            self._prefilled = prompt, self._prefill(self._params, prompt)
+            self._prefilled = prompt, self._prefill(prompt)
         return self._prefilled[1]
-
-    def reset(self, num_environments: int, capacity: int) -> Any:
-        """Return an empty memory."""
-        return self.policy.reset(num_environments, capacity)
-
-    def grow(self, memory: KVCache, capacity: int) -> KVCache:
-        """Return the same memory with a larger capacity."""
-        grown: KVCache = self._grow(memory, capacity=capacity)
-        return grown
-
-    def act(self, previous: Context | None, current: Context, prefix: Any, memory: Any) -> tuple[jax.Array, Any]:
-        """Return the action and the new memory. `memory` is donated."""
-        result: tuple[jax.Array, Any] = self._act(self._params, previous, current, prefix, memory)
-        return result

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -179,18 +178,15 @@ def _episodes_to_show(records: Sequence[EvaluationRecord], episodes: _Episodes) 
 
 def _side_by_side(records: Sequence[EvaluationRecord], episodes: _Episodes) -> _Shown:
     """Return the first, the middle and the last episode of the context of median mean return, next to the control."""
-    returns, clips = _returns(records), []
+    returns = _returns(records)
     n = returns.shape[1]
     stream, _ = choose(returns.mean(axis=1, keepdims=True)).get("median", (0, 0))
-    for index in sorted({0, n // 2, n - 1}):
-        clips.append(
-            [
-                _states(f"{memory}, episode {index + 1} of {n}", episodes[part, index], stream)
-                for part, memory in _MEMORIES
-                if (part, index) in episodes
-            ]
-        )
-    return {"side_by_side": clips}
+
+    def clip(index: int) -> list[EpisodeStates]:
+        shown = [(memory, found) for part, memory in _MEMORIES if (found := episodes.get((part, index)))]
+        return [_states(f"{memory}, episode {index + 1} of {n}", found, stream) for memory, found in shown]
+
+    return {"side_by_side": [clip(index) for index in sorted({0, n // 2, n - 1})]}
 
 
 def _returns(records: Sequence[EvaluationRecord]) -> np.ndarray:
@@ -199,11 +195,7 @@ def _returns(records: Sequence[EvaluationRecord]) -> np.ndarray:
 
 
 def _roll_out_part(
-    evaluation: Evaluation,
-    part: Part,
-    groups: Sequence[Group],
-    kept: _Episodes | None,
-    progress: EvaluationProgress,
+    evaluation: Evaluation, part: Part, groups: Sequence[Group], kept: _Episodes | None, progress: EvaluationProgress
 ) -> list[EvaluationRecord]:
     """Roll out the streams or the control. Each episode of the control is a rollout of its own."""
     seeds, n = evaluation.seeds, evaluation.protocol.episodes
@@ -215,22 +207,18 @@ def _roll_out_part(
             kept[part, len(done)] = episode
         done.append(episode.without_states())
 
-    run = partial(
-        rollout,
-        groups,
-        evaluation.normalisation,
-        target_return=evaluation.template.target_return,
-        trajectories=evaluation.trajectories,
-        prompt=evaluation.prompt,
-        most_steps=evaluation.most_steps,
-        on_step=progress.on_step,
-        on_episode=keep,
-    )
-    if part == "context":
-        run(seeds=seeds)
-    else:
-        for index in range(n):
-            run(seeds=seeds[:, index : index + 1])
+    for own in [seeds] if part == "context" else np.split(seeds, n, axis=1):
+        rollout(
+            groups,
+            evaluation.normalisation,
+            seeds=own,
+            target_return=evaluation.template.target_return,
+            trajectories=evaluation.trajectories,
+            prompt=evaluation.prompt,
+            most_steps=evaluation.most_steps,
+            on_step=progress.on_step,
+            on_episode=keep,
+        )
     return _records(evaluation, part, done)
 
 

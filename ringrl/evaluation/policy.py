@@ -19,17 +19,12 @@ from ringrl.context import Context
 from ringrl.envs import DOMAINS
 from ringrl.errors import UserError
 from ringrl.evaluation.actors import CompiledPolicy
-from ringrl.evaluation.protocol import Protocol, make_actor, target_and_prompt
-from ringrl.evaluation.rollout import ContextBuilder
+from ringrl.evaluation.protocol import Protocol, make_actor
+from ringrl.evaluation.rollout import LiveContext
+from ringrl.evaluation.target import target_and_prompt
 from ringrl.model import Policy, make_agent
 from ringrl.model.parallel import ONE_DEVICE, Parallel
-from ringrl.training.checkpoints import (
-    CheckpointKind,
-    Checkpoints,
-    RunInfo,
-    best_step,
-    read_info,
-)
+from ringrl.training.checkpoints import CheckpointKind, Checkpoints, RunInfo, best_step, read_info
 from ringrl.training.distributed import check_platform
 from ringrl.training.mesh import make_ring
 
@@ -103,26 +98,24 @@ class Player:
         protocol = Protocol(batch, target=str(target), prompt_trajectories=count, prompt_seed=prompt_seed)
         goal, _, drawn, _ = target_and_prompt(trained, protocol, task, data)
         shown = prompt if isinstance(prompt, Context) else drawn
-        self._builder = ContextBuilder(info.normalisation, goal, config.context.trajectories, shown)
+        sizes, trajectories = (batch, info.action_size), config.context.trajectories
+        self._new_context = partial(LiveContext, *sizes, info.normalisation, goal, trajectories, shown)
         self._actor = make_actor(CompiledPolicy(trained.policy, trained.parallel), config)
-        self._batch, self._observation_size, self._action_size = batch, info.observation_size, info.action_size
+        self._batch, self._observation_size = batch, info.observation_size
         self._length = info.normalisation.episode_length if info.domain in DOMAINS else None  # None: may differ
         self._is_segmented = config.model.family.has_context and config.context.segment_steps is not None
         self.clear()
 
     def clear(self) -> None:
         """Forget everything but the prompt, and start an episode."""
-        self._actor.start(self._batch, _ENDLESS, self._builder.prompt)
-        self._previous = self._builder.first_outcome(self._batch, self._action_size)
-        self._episode, self._first, self._timestep = (np.zeros(self._batch, np.int64) for _ in range(3))
-        self._earned = np.zeros(self._batch)
-        self._pending: tuple[Context, np.ndarray] | None = None  # the last step, whose reward is unknown
+        self._live = self._new_context()
+        self._actor.start(self._batch, _ENDLESS, self._live.prompt)
+        self._pending: np.ndarray | None = None  # the last action, whose reward is unknown
 
     def act(self, observation: ArrayLike) -> Float32[np.ndarray, "*batch action"]:
         """Return the action for an observation (batch, observation), or (observation,) for a batch of one.
 
-        Raises:
-            UserError: another shape, the last action's reward is unknown, or the episode is longer than the data's.
+        Raise UserError for another shape, an unknown reward of the last action, or a longer episode than the data's.
         """
         given = np.asarray(observation, np.float32)
         shape = self._batch, self._observation_size
@@ -131,17 +124,13 @@ class Player:
         if self._pending is not None:
             raise UserError("act: the reward of the last action is unknown; call observe(reward) first")
         length = self._length
-        if length is not None and (self._timestep >= length).any():
+        if length is not None and (self._live.timestep >= length).any():
             raise UserError(
                 f"act: episodes of the training data have {length} steps; call reset_episode(), or pass truncated=True "
                 "to observe"
             )
-        step = self._builder.step(
-            self._episode, self._timestep, given.reshape(shape), self._earned, self._previous, first=self._first
-        )
-        action = np.array(self._actor.act(step), np.float32)
-        self._pending = step, action
-        return action.reshape((*given.shape[:-1], self._action_size))
+        self._pending = np.array(self._actor.act(self._live.step(given.reshape(shape))), np.float32)
+        return self._pending.reshape((*given.shape[:-1], -1))
 
     def observe(self, reward: ArrayLike, terminated: ArrayLike = False, truncated: ArrayLike = False) -> None:
         """Remember the reward of the last action. An end, by termination or truncation, starts the next episode.
@@ -158,28 +147,19 @@ class Player:
         ends = np.array(np.broadcast_to(np.logical_or(terminated, truncated), self._batch))
         if self._is_segmented and ends.any() != ends.all():
             raise UserError("observe: a policy of segments ends all episodes of a batch together; use one player each")
-        step, action = self._pending
-        self._earned = self._earned + rewards
-        is_last = ends if self._length is None else ends | (self._timestep + 1 == self._length)
-        self._previous = self._builder.outcome(action, rewards, self._earned, is_last)
-        self._actor.observe(step._replace(**self._previous._asdict()))
-        self._timestep, self._pending = self._timestep + 1, None
-        self._start_next(ends)
+        is_last = ends if self._length is None else ends | (self._live.timestep + 1 == self._length)
+        self._actor.observe(self._live.observe(self._pending, rewards, is_last))
+        self._live.begin_next(ends)
+        self._pending = None
 
     def reset_episode(self) -> None:
         """Start the next episode, and keep the memory of all earlier ones. Does nothing before a first step.
 
-        Raises:
-            UserError: the last action's reward is unknown.
+        Raise UserError if the last action's reward is unknown.
         """
         if self._pending is not None:
             raise UserError("reset_episode: the reward of the last action is unknown; call observe(reward) or clear()")
-        self._start_next(self._timestep > 0)
-
-    def _start_next(self, ends: np.ndarray) -> None:
-        """Start the next episode where the last one has ended."""
-        self._episode, self._first = self._episode + ends, self._first + np.where(ends, self._timestep, 0)
-        self._timestep, self._earned = (np.where(ends, 0, x) for x in (self._timestep, self._earned))
+        self._live.begin_next(self._live.timestep > 0)
 
 
 def load_policy(

@@ -1,10 +1,7 @@
-"""The evaluation protocol (initial states, prompt, control) and the evaluations made from it.
+"""The evaluation protocol (initial states, prompt, control) and the evaluations made from it."""
 
-`ringrl.evaluation.target` chooses the target return.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +23,6 @@ from ringrl.evaluation.actors import (
     RandomActor,
     SegmentActor,
 )
-from ringrl.evaluation.prompt import draw_prompt, open_dataset
 from ringrl.evaluation.records import (
     VIDEOS,
     EvaluationRecord,
@@ -36,7 +32,7 @@ from ringrl.evaluation.records import (
     library_versions,
     recipe,
 )
-from ringrl.evaluation.target import NO_TARGET, TargetPolicy, trained_returns
+from ringrl.evaluation.target import NO_TARGET, TargetPolicy, target_and_prompt
 from ringrl.files import json_digest
 from ringrl.methods import method_of
 from ringrl.training.budget import budget
@@ -113,10 +109,10 @@ class Protocol:
     @property
     def prompt_control(self) -> str | None:
         """The change to the prompt, in words. None: no change."""
-        changes = [f"of {self.prompt_task}" if self.prompt_task else ""]
-        changes += ["zero rewards" if self.prompt_rewards == "zero" else ""]
-        changes += ["shuffled" if self.prompt_order == "shuffled" else ""]
-        return ", ".join(filter(None, changes)) or None
+        changes = [f"of {self.prompt_task}"] * (self.prompt_task is not None)
+        changes += ["zero rewards"] * (self.prompt_rewards == "zero")
+        changes += ["shuffled"] * (self.prompt_order == "shuffled")
+        return ", ".join(changes) or None
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,6 @@ class Evaluation:
     """The settings of one evaluation, made by `policy_evaluation` or `random_evaluation`."""
 
     template: EvaluationRecord  # record of a stream, without the returns
-    decides: Mapping[str, Any]  # everything that decides the result, as plain values; `template.evaluation` is its hash
     results: Path  # results file (.jsonl) to which the records are appended
     protocol: Protocol
     normalisation: Normalisation  # statistics of the policy's training data
@@ -229,13 +224,11 @@ def policy_evaluation(
         **prompt_fields,
         **_common_fields(protocol, command),
     )
-    if compiled is None or compiled.policy is not trained.policy:
-        compiled = CompiledPolicy(trained.policy, trained.parallel)
-    policy = compiled
-    return _evaluation(
-        template,
+    policy = compiled or CompiledPolicy(trained.policy, trained.parallel)
+    return Evaluation(
+        _with_hash(template, protocol),
+        results or run / "evaluation.jsonl",
         protocol,
-        results=run / "evaluation.jsonl" if results is None else results,
         normalisation=info.normalisation,
         make_actor=lambda first: make_actor(policy, config),
         trajectories=config.context.trajectories,
@@ -252,11 +245,11 @@ def _check_environment(run: Path, info: RunInfo, task: str) -> None:
         return
     if not isinstance(domain, ForeignDomain) or info.domain in DOMAINS:
         raise UserError(f"{run}: was trained on {info.domain} and cannot act in task {task}")
-    own = info.observation_size, info.action_size
-    if own != (domain.observation_size, domain.action_size):
-        found = f"{domain.observation_size} and {domain.action_size}"
+    own, found = ((one.observation_size, one.action_size) for one in (info, domain))
+    if own != found:
         raise UserError(
-            f"{task}: observations and actions have {found} numbers, those of {run} have {own[0]} and {own[1]}"
+            f"{task}: observations and actions have {found[0]} and {found[1]} numbers, those of {run} have "
+            f"{own[0]} and {own[1]}"
         )
     if info.actions is not None and info.actions != (domain.action_low, domain.action_high, domain.is_discrete):
         raise UserError(f"{task}: its actions have other bounds than those of the data of {run}")
@@ -278,19 +271,14 @@ def random_evaluation(
 ) -> Evaluation:
     """Return the evaluation of uniform random actions, which have no target, no prompt and no control."""
     domain = domain_of(task)
-    own: dict[str, Any] = {field.name: field.default for field in fields(Protocol) if field.name.startswith("prompt")}
-    protocol = replace(protocol, control=False, target="best", **own)
     size, n = domain.observation_size, protocol.episodes
-    return _evaluation(
-        EvaluationRecord(
-            task=task,
-            method="random",
-            target_policy=NO_TARGET,
-            reference_returns=reference_returns,
-            **_common_fields(protocol, command),
-        ),
+    protocol = Protocol(protocol.environments, n, protocol.seed, step_timeout=protocol.step_timeout)
+    own: dict[str, Any] = {"target_policy": NO_TARGET, "reference_returns": reference_returns}
+    template = EvaluationRecord(task=task, method="random", **own, **_common_fields(protocol, command))
+    return Evaluation(
+        _with_hash(template, protocol),
+        results,
         protocol,
-        results=results,
         normalisation=Normalisation(np.zeros(size), np.ones(size), domain.episode_length),
         make_actor=lambda first: RandomActor(domain.action_size, protocol.seed + first * n, n),
     )
@@ -304,64 +292,21 @@ def prompt_only_evaluation(evaluation: Evaluation, method: Literal["copy", "clon
     if evaluation.prompt is None:
         raise UserError(f"--policy {method}: there is no prompt; give --prompt-trajectories, too")
     trained = ("token_set", "train_trajectories", "target_return", "steps_trained", "checkpoint", "checkpoint_hash",
-               "budget", "cache_dtype")  # fmt: skip
+               "budget")  # fmt: skip
     own = {"method": method, "target_policy": NO_TARGET, "settings": {}, "cache_devices": 1}
-    return _evaluation(
-        evaluation.template.model_copy(update=dict.fromkeys(trained) | own),
-        evaluation.protocol,
-        results=evaluation.results,
-        normalisation=evaluation.normalisation,
-        make_actor=lambda first: CopyActor() if method == "copy" else CloneActor(),
-        prompt=evaluation.prompt,
-    )
-
-
-def target_and_prompt(
-    trained: "TrainedPolicy", protocol: Protocol, task: str, data: Path | None
-) -> tuple[float | None, str, Context | None, dict[str, Any]]:
-    """Return the target return, the name of its rule, the prompt and its fields. Opens the dataset only if needed."""
-    run, info, config = trained.run, trained.info, trained.info.config
-    rule = TargetPolicy.parse(protocol.target)
-    count, has_context = protocol.prompt_trajectories, config.model.family.has_context
-    if count and not has_context:
-        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(config)}); leave it out")
-    has_target = has_context and config.context.target != NO_TARGET
-    needs_dataset = count or (has_target and rule.needs_dataset(info, task))
-    store = open_dataset(info, run, data) if needs_dataset else None
-    target = rule.choose(trained_returns(info, task, store)) if has_target else None
-    name = rule.name if has_target else NO_TARGET
-    if not count or store is None:
-        return target, name, None, {}
-    if protocol.prompt_task == task:
-        raise UserError(f"--prompt-task {task}: is the task itself; name another task, or leave it out")
-    if protocol.prompt_order == "shuffled" and (count == 1 or config.context.order == "random"):
-        raise UserError("--prompt-order shuffled: has no effect on one trajectory or on a random order; leave it out")
-    prompt, drawn = draw_prompt(
-        info,
-        store,
-        protocol.prompt_task or task,
-        count,
-        protocol.prompt_seed,
-        target,
-        has_rewards=protocol.prompt_rewards == "kept",
-        is_shuffled=protocol.prompt_order == "shuffled",
-    )
-    return target, name, prompt, drawn | {"prompt_control": protocol.prompt_control}
+    template = evaluation.template.model_copy(update=dict.fromkeys(trained) | own)
+    actor = CopyActor if method == "copy" else CloneActor
+    return replace(evaluation, template=_with_hash(template, evaluation.protocol), make_actor=lambda first: actor())
 
 
 def _common_fields(protocol: Protocol, command: str | None) -> dict[str, Any]:
-    return {
-        "test_trajectories": protocol.episodes,
-        "returns": (None,) * protocol.episodes,
-        "environment_seed": protocol.seed,
-        "device": jax.devices()[0].device_kind,
-        "versions": library_versions(),
-        "command": command,
-    }
+    n, device = protocol.episodes, jax.devices()[0].device_kind
+    own = {"test_trajectories": n, "returns": (None,) * n, "environment_seed": protocol.seed}
+    return own | {"device": device, "versions": library_versions(), "command": command}
 
 
-def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -> Evaluation:
-    """Return an evaluation, with the hash of everything that decides the result in its template."""
+def _with_hash(template: EvaluationRecord, protocol: Protocol) -> EvaluationRecord:
+    """Return the template with the hash of everything that decides the result of its evaluation."""
     names = {
         "checkpoint", "command", "created", "returns", "lengths", "terminated", "budget", "variant",
         "reference_returns",
@@ -373,5 +318,4 @@ def _evaluation(template: EvaluationRecord, protocol: Protocol, **others: Any) -
     libraries = libraries | ({"gymnasium"} if is_foreign(template.task) else set())
     decides["versions"] = {name: version for name, version in template.versions.items() if name in libraries}
     decides |= {"environments": protocol.environments, "control": protocol.control}
-    template = template.model_copy(update={"evaluation": json_digest(decides)})
-    return Evaluation(template=template, decides=decides, protocol=protocol, **others)
+    return template.model_copy(update={"evaluation": json_digest(decides)})

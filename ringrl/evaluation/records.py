@@ -7,7 +7,6 @@ import errno
 import gzip
 import importlib.metadata
 import io
-import itertools
 import json
 import os
 import platform
@@ -139,7 +138,7 @@ class EvaluationRecord(pydantic.BaseModel):
         for name in ("start_seeds", "lengths", "terminated"):
             if len(getattr(self, name)) not in (0, self.test_trajectories):
                 raise ValueError(f"{len(getattr(self, name))} {name} for test_trajectories={self.test_trajectories}")
-        if any(value is not None for value in self.returns[len(self.finished) :]):
+        if None in self.returns[: len(self.finished)]:
             raise ValueError("a return after an episode that failed")
         return self
 
@@ -148,16 +147,15 @@ class EvaluationRecord(pydantic.BaseModel):
         length = f"n={self.train_trajectories}, " if self.train_trajectories else ""
         memory = "" if self.context else ", without memory"
         mean = f"mean return {np.mean(self.finished):.4g}" if self.finished else "no return"
-        episodes = f"{len(self.finished)} of {len(self.returns)}" if self.failed else len(self.returns)
         about = f"{self.method}, {length}{self.task}, seed {self.seed}{memory}"
-        return f"EvaluationRecord({about}, {mean} in {episodes} episode{'s' * (len(self.returns) != 1)})"
+        return f"EvaluationRecord({about}, {mean} in {len(self.finished)} of {len(self.returns)} episodes)"
 
     __str__ = __repr__
 
     @property
     def finished(self) -> tuple[float, ...]:
         """Return the returns up to the first failed episode."""
-        return tuple(value for value in itertools.takewhile(lambda x: x is not None, self.returns) if value is not None)
+        return tuple(value for value in self.returns if value is not None)
 
     @property
     def starts(self) -> tuple[tuple[int, int], ...]:
@@ -222,13 +220,7 @@ def evaluation_name(record: EvaluationRecord) -> str:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed libraries that may change a result."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def data_records(task: str, returns: Float[np.ndarray, " episodes"], **fields: Any) -> list[EvaluationRecord]:
@@ -284,7 +276,7 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Results:
     notes: list[str] = []
     sources = find_results(paths)
     records: list[EvaluationRecord] = []
-    origin: dict[str, Path] = {}  # text of a record -> first file
+    origin: dict[bytes, Path] = {}  # line -> first file
     copies = 0
     for path in sources:
         try:
@@ -297,9 +289,9 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Results:
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
                 continue
-            if (text := _whole(line)) is None or (record := _parse(text, line, f"{path}, line {number}")) is None:
+            if (record := _parse(line, f"{path}, line {number}")) is None:
                 damaged.append(str(number))
-            elif origin.setdefault(text, path) != path:
+            elif origin.setdefault(line, path) != path:
                 copies += 1
             else:
                 records.append(record)
@@ -316,7 +308,7 @@ def remove_damaged_lines(path: Path) -> None:
     path = path.resolve()
     with explain_write_errors(path), lock(path, "is appending results", wait=True):
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-        kept = [line for line in lines if (text := _whole(line)) is not None and _parse(text, line, str(path))]
+        kept = [line for line in lines if _parse(line, str(path))]
         if len(kept) < len(lines):
             write_whole(path, b"".join(line + b"\n" for line in kept))
 
@@ -367,8 +359,10 @@ def _whole(line: bytes) -> str | None:
     return text
 
 
-def _parse(text: str, line: bytes, where: str) -> EvaluationRecord | None:
-    """Return the record of a line; None for invalid values without a checksum, which damage may have changed."""
+def _parse(line: bytes, where: str) -> EvaluationRecord | None:
+    """Return the record of a line; None if it is damaged. Invalid values without a checksum may be damaged."""
+    if (text := _whole(line)) is None:
+        return None
     values = json.loads(text)
     protocol = values.get("protocol") if isinstance(values, dict) else None
     if protocol is None:

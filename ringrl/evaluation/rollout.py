@@ -31,8 +31,6 @@ class EpisodeBatch:
     The arrays are as long as the longest of the episodes. After the end of a shorter one, rewards are 0.
     """
 
-    observation: Float32[np.ndarray, "time_plus_1 streams observation"]  # action t is chosen in row t
-    action: Float32[np.ndarray, "time streams action"]
     reward: Float64[np.ndarray, "time streams"]
     physics: Float64[np.ndarray, "time_plus_1 streams physics"]  # no columns if the environment reports no physics
     length: Int64[np.ndarray, " streams"]  # steps of each episode
@@ -50,9 +48,8 @@ class EpisodeBatch:
         return (np.isfinite(self.reward) & (np.arange(len(self.reward))[:, None] < self.length)).sum(axis=0)
 
     def without_states(self) -> "EpisodeBatch":
-        """Return the same episodes without observations, actions and physics, which take most of the memory."""
-        large = ("observation", "action", "physics")
-        return dataclasses.replace(self, **{name: getattr(self, name)[:0].copy() for name in large})
+        """Return the same episodes without physics, which takes most of the memory."""
+        return dataclasses.replace(self, physics=self.physics[:0].copy())
 
 
 class Group(NamedTuple):
@@ -98,13 +95,13 @@ def rollout(
     Raises:
       UserError: the episodes have another length than the data's.
     """
-    builder = ContextBuilder(normalisation, target_return, trajectories, prompt)
     episodes = _Episodes(seeds, most_steps or normalisation.episode_length, on_episode)
     ends = np.cumsum([0, *(group.environments.num_envs for group in groups)]).tolist()
-    players = [
-        _Player(group, builder, slice(*part), episodes, most_steps is None, on_step)
-        for group, part in zip(groups, pairwise(ends), strict=True)
-    ]
+    players = []
+    for group, part in zip(groups, pairwise(ends), strict=True):
+        (action_size,) = group.environments.single_action_space.shape or (0,)
+        live = LiveContext(group.environments.num_envs, action_size, normalisation, target_return, trajectories, prompt)
+        players.append(_Player(group, live, np.arange(*part), episodes, most_steps is None, on_step))
     for _ in zip_longest(*(player.play() for player in players)):
         pass  # resumes the players in turn
     return np.stack(episodes.returns, axis=1)
@@ -120,13 +117,12 @@ class _Episodes:
         self._played: dict[int, dict[str, np.ndarray]] = {}
         self._index = np.zeros(len(seeds), np.int64)  # of the current episode of each stream
 
-    def keep(self, streams: np.ndarray, index: np.ndarray, row: np.ndarray, **values: np.ndarray) -> None:
-        """Keep rows of arrays of episodes that are being played: stream, index of the episode and row, one of each."""
+    def keep(self, streams: np.ndarray, index: np.ndarray, row: np.ndarray, name: str, values: np.ndarray) -> None:
+        """Keep a row of an array of episodes that are being played for each stream, index of the episode and row."""
         for number in set(index.tolist()):
             chosen = index == number
-            for name, value in values.items():
-                array = self._array(number, name, value, int(row[chosen].max()) + 1)
-                array[row[chosen], streams[chosen]] = value[chosen]
+            array = self._array(number, name, values, int(row[chosen].max()) + 1)
+            array[row[chosen], streams[chosen]] = values[chosen]
 
     def end(self, streams: np.ndarray, length: np.ndarray, terminated: np.ndarray) -> None:
         """Note that the current episodes of some streams have ended, and report those that all have finished."""
@@ -141,8 +137,7 @@ class _Episodes:
     def _report(self) -> None:
         now, arrays = time.perf_counter(), self._played.pop(len(self.returns))
         longest = int(arrays["length"].max())
-        for name in ("observation", "action", "reward", "physics"):
-            arrays[name] = arrays[name][: longest + (name in ("observation", "physics"))]
+        arrays |= {"reward": arrays["reward"][:longest], "physics": arrays["physics"][: longest + 1]}
         episode = EpisodeBatch(**arrays, seconds=now - self._began)
         self.returns.append(episode.returns)
         self._began = now
@@ -164,168 +159,140 @@ class _Player:
     def __init__(
         self,
         group: Group,
-        builder: "ContextBuilder",
-        streams: slice,
+        live: "LiveContext",
+        streams: np.ndarray,
         episodes: _Episodes,
         is_fixed: bool,
         on_step: Callable[[int], None],
     ) -> None:
         self._actor, self._environments = group
-        self._builder, self._episodes, self._on_step = builder, episodes, on_step
-        self._size, self._streams = self._environments.num_envs, np.arange(streams.start, streams.stop)
+        self._live, self._episodes, self._on_step = live, episodes, on_step
+        self._size, self._streams = len(streams), streams
         self._failed = np.zeros(self._size, bool)
         self._is_fixed = is_fixed  # whether all episodes are as long as the data's
 
     def play(self) -> Iterator[None]:
         """Play all episodes. Yields after each action is requested and before its value is needed."""
-        builder, total = self._builder, self._episodes.seeds.shape[1]
-        self._actor.start(self._size, total * self._episodes.most_steps, builder.prompt)
-        (action_size,) = self._environments.single_action_space.shape or (0,)
-        previous = builder.first_outcome(self._size, action_size)
-        index, timestep, first = (np.zeros(self._size, np.int64) for _ in range(3))
-        earned, playing = np.zeros(self._size), np.ones(self._size, bool)
-        observation, physics = self._reset(playing, index)
+        live, total = self._live, self._episodes.seeds.shape[1]
+        self._actor.start(self._size, total * self._episodes.most_steps, live.prompt)
+        playing = np.ones(self._size, bool)
+        observation = self._reset(playing)
         while playing.any():
-            step = builder.step(np.minimum(index, total - 1), timestep, observation, earned, previous, first=first)
-            pending = self._actor.act(step)
+            pending = self._actor.act(live.step(observation))
             yield
-            action, reward, observation, physics, terminated, ended = self._simulate(
-                np.asarray(pending), timestep, playing
-            )
-            rows = np.flatnonzero(playing)
-            where = self._streams[rows], index[rows]
-            self._episodes.keep(*where, timestep[rows], action=action[rows], reward=reward[rows])
-            self._episodes.keep(*where, timestep[rows] + 1, observation=observation[rows], physics=physics[rows])
-            action, reward = (np.nan_to_num(x, nan=0.0) for x in (action, reward))
-            earned = earned + reward
-            previous = builder.outcome(action, reward, earned, ended)
-            self._actor.observe(step._replace(**previous._asdict()))
-            timestep = timestep + playing
+            action, reward, observation, terminated, ended = self._simulate(np.asarray(pending), playing)
+            self._actor.observe(live.observe(action, reward, ended))
             ended &= playing
             if ended.any():
-                self._episodes.end(self._streams[ended], timestep[ended], terminated[ended])
-                index[ended] += 1
-                playing = index < total
-                starts = ended & playing
-                first[starts] += timestep[starts]
-                timestep[starts], earned[starts] = 0, 0.0
-                if starts.any():
-                    fresh = self._reset(starts, index)
-                    observation, physics = (
-                        np.where(starts[:, None], new, old)
-                        for new, old in zip(fresh, (observation, physics), strict=True)
-                    )
+                self._episodes.end(self._streams[ended], live.timestep[ended], terminated[ended])
+                live.begin_next(ended)
+                playing = live.episode < total
+                if (starts := ended & playing).any():
+                    observation = np.where(starts[:, None], self._reset(starts), observation)
 
-    def _reset(self, chosen: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Start the next episode of the chosen environments. Returns observations (B, O) and physics (B, P)."""
+    def _reset(self, chosen: np.ndarray) -> np.ndarray:
+        """Start the next episode of the chosen environments (B,) bool. Returns observations (B, O)."""
         seeds: list[int | None] = [None] * self._size
         for row in np.flatnonzero(chosen):
-            seeds[row] = int(self._episodes.seeds[self._streams[row], index[row]])
+            seeds[row] = int(self._episodes.seeds[self._streams[row], self._live.episode[row]])
         options = None if chosen.all() else {"reset_mask": chosen}
         observation, info = self._environments.reset(seed=seeds, options=options)  # type: ignore[arg-type]
-        self._failed = self._failed | (chosen & ~np.isfinite(observation).all(axis=1))
-        observation, physics = self._with_failures(observation, info)
-        rows = np.flatnonzero(chosen)
-        self._episodes.keep(
-            self._streams[rows],
-            index[rows],
-            np.zeros_like(rows),
-            observation=observation[rows],
-            physics=physics[rows],
-        )
-        return observation, physics
+        return self._keep_state(chosen, 0, observation, info)
 
-    def _simulate(self, action: np.ndarray, timestep: np.ndarray, playing: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return action, reward, next observation, physics, and whether the episodes terminated and ended.
+    def _simulate(self, action: np.ndarray, playing: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return action, reward, next observation, and whether the episodes terminated and ended.
 
-        The values of streams that have failed are NaN.
+        Streams that have failed have zero actions and rewards, and finished streams zero rewards.
         """
         action = np.where(self._failed[:, None], np.float32(0), action)
         observation, reward, terminated, truncated, info = self._environments.step(action)
-        ended = terminated | truncated
+        ended, timestep = terminated | truncated, self._live.timestep
         if self._is_fixed and (ended != (timestep == self._episodes.most_steps - 1))[playing].any():
             ends = "end" if ended.any() else "do not end"
             raise UserError(
                 f"environment: episodes {ends} after {timestep[playing].max() + 1} steps, episodes of the data end "
                 f"after {self._episodes.most_steps}; train on data of whole episodes"
             )
-        action = np.where(self._failed[:, None], np.float32(np.nan), action)
-        self._failed = self._failed | (playing & ~(np.isfinite(observation).all(axis=1) & np.isfinite(reward)))
-        observation, physics = self._with_failures(observation, info)
+        self._failed = self._failed | (playing & ~np.isfinite(reward))
+        observation = self._keep_state(playing, 1, observation, info)
+        self._keep(playing, 0, "reward", np.where(self._failed, np.nan, reward))
         self._on_step(int(playing.sum()))
-        return action, np.where(self._failed, np.nan, reward), observation, physics, terminated, ended
+        return action, np.where(playing & ~self._failed, reward, 0.0), observation, terminated, ended
 
-    def _with_failures(self, observation: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return observation and physics, NaN in streams that have failed."""
-        physics = info.get("physics", np.zeros((self._size, 0)))
+    def _keep_state(self, chosen: np.ndarray, later: int, observation: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+        """Keep the physics of the chosen environments. Returns the observations, NaN in streams that have failed."""
+        self._failed = self._failed | (chosen & ~np.isfinite(observation).all(axis=1))
         failed = self._failed[:, None]
-        return np.where(failed, np.float32(np.nan), observation), np.where(failed, np.nan, physics)
+        self._keep(chosen, later, "physics", np.where(failed, np.nan, info.get("physics", np.zeros((self._size, 0)))))
+        return np.where(failed, np.float32(np.nan), observation)
+
+    def _keep(self, chosen: np.ndarray, later: int, name: str, values: np.ndarray) -> None:
+        """Keep values (B, ...) of the chosen environments at `later` steps after the current one."""
+        rows = np.flatnonzero(chosen)
+        place = self._streams[rows], self._live.episode[rows], self._live.timestep[rows] + later
+        self._episodes.keep(*place, name, values[rows])
 
 
-@dataclasses.dataclass(frozen=True)
-class ContextBuilder:
-    """Builds the policy's input at each step of a rollout, in the units and positions of its training contexts."""
+class LiveContext:
+    """The live episodes of a batch of streams, as the policy sees them: in the units and positions of its training.
 
-    normalisation: Normalisation  # statistics of the policy's training data
-    target_return: float | None  # at the start of every episode. None: return-to-go and completion are always zero
-    trajectories: int | None = None  # trajectory indices are clipped below this number
-    prompt: Context | None = None  # (1, T, ...) before the first step. Positions continue after its last step
+    Args:
+      streams, action_size: number of streams and of numbers in an action.
+      normalisation, target_return, trajectories, prompt: as for `rollout`.
+    """
 
-    def first_outcome(self, streams: int, action_size: int) -> Outcome:
-        """Return the outcome before the first step: the last one of the prompt, or zeros."""
-        if self.prompt is None:
-            zeros = np.zeros((streams, 1), np.float32)
-            return Outcome(np.zeros((streams, 1, action_size), np.float32), zeros, zeros)
-        last = Outcome(*(np.asarray(getattr(self.prompt, name))[:, -1:] for name in Outcome._fields))
-        return Outcome(*(np.repeat(x, streams, axis=0) for x in last))
-
-    def step(
+    def __init__(
         self,
-        episode: np.ndarray,
-        timestep: np.ndarray,
-        observation: np.ndarray,
-        earned: np.ndarray,
-        previous: Outcome,
-        *,
-        first: np.ndarray,
-    ) -> Context:
-        """Return one timestep (B, 1, ...) whose action, reward and completion are still zero.
+        streams: int,
+        action_size: int,
+        normalisation: Normalisation,
+        target_return: float | None,
+        trajectories: int | None,
+        prompt: Context | None,
+    ) -> None:
+        self.prompt = prompt
+        self.episode, self.timestep, self._first = (np.zeros(streams, np.int64) for _ in range(3))
+        self._earned = np.zeros(streams)  # rewards of the current episodes
+        self._normalisation, self._target, self._trajectories = normalisation, target_return, trajectories
+        self._steps = self._shown = 0  # steps and trajectories of the prompt
+        zeros = np.zeros((streams, 1), np.float32)
+        self._previous = Outcome(np.zeros((streams, 1, action_size), np.float32), zeros, zeros)
+        if prompt is not None:
+            self._steps, self._shown = (int(x[0, -1]) + 1 for x in (prompt.position, prompt.trajectory))
+            last = (np.asarray(getattr(prompt, name))[:, -1:] for name in Outcome._fields)
+            self._previous = Outcome(*(np.repeat(x, streams, axis=0) for x in last))
 
-        Args:
-          episode: (B,) index of the live episode.
-          timestep: (B,) within the episode.
-          observation: (B, observation); NaN becomes zero.
-          earned: (B,) rewards of this episode so far.
-          previous: outcome of the step before.
-          first: (B,) steps of all earlier live episodes.
-        """
-        steps, trajectories = 0, 0
-        if self.prompt is not None:
-            steps, trajectories = (int(x[0, -1]) + 1 for x in (self.prompt.position, self.prompt.trajectory))
-        start = steps + first
-        index = trajectories + episode
-        index = index if self.trajectories is None else np.minimum(index, self.trajectories - 1)
-        left = np.zeros_like(earned) if self.target_return is None else self.target_return - earned
-        unknown = jax.tree.map(np.zeros_like, previous)
-        return Context(
-            observation=np.nan_to_num(self.normalisation.observation(observation), nan=0.0)[:, None],
-            return_to_go=self.normalisation.return_to_go(left)[:, None],
-            timestep=timestep[:, None].astype(np.int32),
+    def step(self, observation: Float32[np.ndarray, "streams observation"]) -> Context:
+        """Return one timestep (B, 1, ...) whose action, reward and completion are still zero. NaN becomes zero."""
+        start = self._steps + self._first
+        index = self._shown + self.episode
+        index = index if self._trajectories is None else np.minimum(index, self._trajectories - 1)
+        left = np.zeros_like(self._earned) if self._target is None else self._target - self._earned
+        self._now = Context(
+            observation=np.nan_to_num(self._normalisation.observation(observation), nan=0.0)[:, None],
+            return_to_go=self._normalisation.return_to_go(left)[:, None],
+            timestep=self.timestep[:, None].astype(np.int32),
             trajectory=index[:, None].astype(np.int32),
-            position=(start + timestep)[:, None].astype(np.int32),
+            position=(start + self.timestep)[:, None].astype(np.int32),
             start=start[:, None].astype(np.int32),
             weight=np.ones((len(observation), 1), np.float32),
-            previous=previous,
-            **unknown._asdict(),
+            previous=self._previous,
+            **jax.tree.map(np.zeros_like, self._previous)._asdict(),
         )
+        return self._now
 
-    def outcome(self, action: np.ndarray, reward: np.ndarray, earned: np.ndarray, is_last: np.ndarray) -> Outcome:
-        """Return the outcome of a step: action (B, action), reward (B,), rewards of the episode up to it (B,).
+    def observe(self, action: np.ndarray, reward: np.ndarray, is_last: np.ndarray) -> Context:
+        """Return the timestep of `step` with its action (B, action), reward (B,) and completion.
 
         `is_last` (B,) marks the last step of an episode.
         """
-        reached = np.zeros(len(earned), bool)
-        if self.target_return is not None:
-            reached = is_last & (earned >= self.target_return)
-        scaled = self.normalisation.reward(reward[:, None].astype(np.float32))
-        return Outcome(action[:, None], scaled, reached[:, None].astype(np.float32))
+        self._earned, self.timestep = self._earned + reward, self.timestep + 1
+        reached = np.zeros(len(reward), bool) if self._target is None else is_last & (self._earned >= self._target)
+        scaled = self._normalisation.reward(reward[:, None].astype(np.float32))
+        self._previous = Outcome(action[:, None], scaled, reached[:, None].astype(np.float32))
+        return self._now._replace(**self._previous._asdict())
+
+    def begin_next(self, ended: np.ndarray) -> None:
+        """Begin the next episode of the streams (B,) whose episode has ended."""
+        self.episode, self._first = self.episode + ended, self._first + np.where(ended, self.timestep, 0)
+        self.timestep, self._earned = (np.where(ended, 0, x) for x in (self.timestep, self._earned))

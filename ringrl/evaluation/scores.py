@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -86,12 +86,6 @@ class EvaluationSummary:
     reference_returns: ReferenceReturns  # scores 0 and 100; None: constants of the task
 
 
-_SHARED_FIELDS = (
-    "evaluation", "task", "method", "train_trajectories", "checkpoint", "steps_trained", "seed", "target_policy",
-    "target_return", "prompt_trajectories", "prompt_control", "reference_returns",
-)  # fmt: skip
-
-
 def summarise(records: Iterable[EvaluationRecord]) -> list[EvaluationSummary]:
     """Return one summary per evaluation, in the order of their first records. The newest record of a stream counts."""
     groups: dict[str, dict[tuple[bool, int], EvaluationRecord]] = defaultdict(dict)
@@ -113,8 +107,9 @@ def _summary(records: Sequence[EvaluationRecord]) -> EvaluationSummary:
     streams, control = _matched(*parts)
     metrics, without = _metrics(streams), _metrics(control)
     score = partial(score_or_none, records[0].task, recorded=records[0].reference_returns)
+    names = {field.name for field in fields(EvaluationSummary)} & set(EvaluationRecord.model_fields) - {"returns"}
     return EvaluationSummary(
-        **{name: getattr(records[0], name) for name in _SHARED_FIELDS},
+        **{name: getattr(records[0], name) for name in names},
         streams=len(streams),
         episodes=records[0].test_trajectories,
         returns=_by_episode(streams),
@@ -153,10 +148,8 @@ def _metrics(records: Sequence[EvaluationRecord]) -> dict[str, float | None]:
         return {}
     returns = np.array([record.returns for record in records], np.float64)
     returns = returns[np.isfinite(returns[:, 0])]
-    scores = {
-        "first": returns[:, 0], "last": returns[:, -1], "mean": np.nanmean(returns, 1), "best": np.nanmax(returns, 1),
-    }  # fmt: skip
-    return {name: finite_mean(of_streams.tolist()) for name, of_streams in scores.items()}
+    of_streams = returns[:, 0], returns[:, -1], np.nanmean(returns, 1), np.nanmax(returns, 1)
+    return dict(zip(("first", "last", "mean", "best"), map(finite_mean, of_streams), strict=True))
 
 
 def _by_episode(records: Sequence[EvaluationRecord]) -> tuple[float | None, ...]:
@@ -165,5 +158,6 @@ def _by_episode(records: Sequence[EvaluationRecord]) -> tuple[float | None, ...]
 
 def finite_mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the finite values; None if there are none."""
-    found = [value for value in values if value is not None and np.isfinite(value)]
-    return float(np.mean(found)) if found else None
+    found = np.array([*values], np.float64)
+    found = found[np.isfinite(found)]
+    return float(found.mean()) if len(found) else None

@@ -1,19 +1,32 @@
-"""Target return of an evaluation: the return-to-go at the start of every episode, chosen by `--target`."""
+"""What a policy is conditioned on: the target return, chosen by `--target`, and the prompt.
+
+The target return is the return-to-go at the start of every episode. A prompt is trajectories of the dataset in the
+policy's context before its first episode.
+"""
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from jaxtyping import Float
 
+from ringrl.context import Context
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.held_out import held_out
-from ringrl.data.sampling.sampler import eligible_episodes
+from ringrl.data.sampling.sampler import ContextPlan, ContextSampler, eligible_episodes
 from ringrl.errors import UserError
 from ringrl.evaluation.formatting import all_digits
+from ringrl.methods import method_of
 from ringrl.training.checkpoints import RunInfo
+from ringrl.training.run_folder import dataset_fingerprint
 
+if TYPE_CHECKING:
+    from ringrl.evaluation.policy import TrainedPolicy
+    from ringrl.evaluation.protocol import Protocol
+
+FIRST_DRAW = 2**64  # the sampler's step for the first draw; no training reaches this step
 NO_TARGET = "none"  # name of the rule in records of methods without a target return
 
 
@@ -77,3 +90,104 @@ def trained_returns(info: RunInfo, task: str, store: EpisodeStore | None) -> Flo
     selection = context.max_transitions, context.best_fraction, held_out(store, config)
     chosen = eligible_episodes(store, task, config.seed, *selection)
     return store.returns(task)[chosen]
+
+
+def target_and_prompt(
+    trained: "TrainedPolicy", protocol: "Protocol", task: str, data: Path | None
+) -> tuple[float | None, str, Context | None, dict[str, Any]]:
+    """Return the target return, the name of its rule, the prompt and its fields. Opens the dataset only if needed."""
+    run, info, config = trained.run, trained.info, trained.info.config
+    rule = TargetPolicy.parse(protocol.target)
+    count, has_context = protocol.prompt_trajectories, config.model.family.has_context
+    if count and not has_context:
+        raise UserError(f"--prompt-trajectories: {run} has no context ({method_of(config)}); leave it out")
+    has_target = has_context and config.context.target != NO_TARGET
+    needs_dataset = count or (has_target and rule.needs_dataset(info, task))
+    store = open_dataset(info, run, data) if needs_dataset else None
+    target = rule.choose(trained_returns(info, task, store)) if has_target else None
+    name = rule.name if has_target else NO_TARGET
+    if not count or store is None:
+        return target, name, None, {}
+    if protocol.prompt_task == task:
+        raise UserError(f"--prompt-task {task}: is the task itself; name another task, or leave it out")
+    if protocol.prompt_order == "shuffled" and (count == 1 or config.context.order == "random"):
+        raise UserError("--prompt-order shuffled: has no effect on one trajectory or on a random order; leave it out")
+    return target, name, *draw_prompt(info, store, protocol.prompt_task or task, protocol, target)
+
+
+def open_dataset(info: RunInfo, run: Path, data: Path | None) -> EpisodeStore:
+    """Open the dataset that a run was trained on, at `data` or else at the path in the run's configuration.
+
+    Raise UserError if the dataset cannot be read, or is another one.
+    """
+    path = info.config.data if data is None else data
+    if data is None and not path.is_file():
+        raise UserError(f"{path}: the dataset of {run} is missing; give its path with --data")
+    store = EpisodeStore(path)
+    found = dataset_fingerprint(store)
+    if found != info.data_fingerprint:
+        raise UserError(
+            f"{path}: is not the dataset that {run} was trained on (fingerprint {found[:12]}, expected "
+            f"{info.data_fingerprint[:12]}); give the right one with --data"
+        )
+    return store
+
+
+def draw_prompt(
+    info: RunInfo, store: EpisodeStore, task: str, protocol: "Protocol", target_return: float | None
+) -> tuple[Context, dict[str, Any]]:
+    """Draw a prompt, selected and ordered as in training. A run trained on segments has prompts of segments.
+
+    Returns the prompt as a context (1, T, ...) in the order of time, and the fields of an `EvaluationRecord` that
+    describe it. Trajectory indices are clipped below the number of trajectories in a training context.
+
+    If the target of every trajectory in a training context is the best return, the target in the prompt is
+    `target_return`, as in the live episodes that follow. Otherwise each trajectory's target is its own return.
+
+    With `prompt_rewards` zero, every return-to-go is the target of the live episodes, and no trajectory completes.
+
+    Raise UserError if the dataset has fewer trajectories.
+    """
+    config, trajectories, seed = info.config, protocol.prompt_trajectories, protocol.prompt_seed
+    drawn = config.context.model_copy(update={"trajectories": trajectories, "other_tasks": ()})
+    if drawn.sampling == "fixed":  # the same trajectories at every step
+        drawn = drawn.model_copy(update={"sampling": "uniform"})
+    excluded = held_out(store, config)
+    try:
+        sampler = ContextSampler(store, task, drawn, info.normalisation, 1, config.seed, excluded=excluded)
+    except UserError as error:
+        raise UserError(f"--prompt-trajectories: {error}") from error
+    plan = sampler.plan(FIRST_DRAW + seed)
+    if protocol.prompt_order == "shuffled":
+        plan = _shuffled(plan, np.random.default_rng([seed, trajectories]))
+    (episodes,) = plan.episodes
+    returns = store.returns(task)[episodes].astype(np.float64)
+    if config.context.target == "best" and target_return is not None:
+        targets = np.full_like(plan.targets, target_return)
+        plan = plan._replace(targets=targets, completes=returns[None] >= targets)
+    steps = int(plan.starts[0, -1])
+    context = sampler.read(plan, slice(None), np.arange(steps))
+    if protocol.prompt_rewards == "zero":
+        none = np.zeros_like(context.reward)
+        context = context._replace(
+            reward=none,
+            completion=none,
+            return_to_go=info.normalisation.return_to_go(none + (target_return or 0.0)),
+            previous=context.previous._replace(reward=none, completion=none),
+        )
+    context = context._replace(trajectory=np.minimum(context.trajectory, config.context.trajectories - 1))
+    fields: dict[str, Any] = {"prompt_episodes": tuple(episodes.tolist()), "prompt_returns": tuple(returns.tolist())}
+    fields |= {"prompt_trajectories": trajectories, "prompt_seed": seed, "prompt_control": protocol.prompt_control}
+    return context, fields
+
+
+def _shuffled(plan: ContextPlan, generator: np.random.Generator) -> ContextPlan:
+    """Return the plan of one context with its trajectories in another order."""
+    count = plan.episodes.shape[1]
+    order = np.arange(count)
+    while (order == np.arange(count)).all():
+        order = generator.permutation(count)
+    lengths = np.diff(plan.starts, axis=1)[:, order]
+    columns = ("episodes", "targets", "completes", "first_timesteps")
+    moved = {name: getattr(plan, name)[:, order] for name in columns}
+    return plan._replace(**moved, starts=np.concatenate([[[0]], np.cumsum(lengths, axis=1)], axis=1))

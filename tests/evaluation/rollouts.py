@@ -18,7 +18,7 @@ TASK, JACO = "jaco_reach_top_left", DOMAINS["jaco"]
 LENGTH = JACO.episode_length
 NORMALISATION = Normalisation(np.linspace(-0.5, 0.5, 42), np.linspace(0.5, 2, 42), LENGTH)
 SEED = 11
-ARRAYS = ("observation", "action", "reward", "physics", "length", "terminated")  # of an episode
+ARRAYS = ("reward", "physics", "length", "terminated")  # of an episode
 SHORT = Normalisation(NORMALISATION.mean, NORMALISATION.std, 4)
 
 

@@ -240,8 +240,8 @@ class Counter(EvaluationProgress):
         self.starts, self.begun = [], []
 
     def on_episode(self, part: Part, index: int, episode: EpisodeBatch) -> None:
-        self.starts.append(episode.observation[0])
-        self.begun.append(episode.observation[:10])
+        self.starts.append(episode.physics[0])
+        self.begun.append(episode.physics[:10])
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_records_of_streams_and_control(evaluation: Evaluation, whole: tuple) ->
 def test_starts_depend_on_the_total_of_episodes_only() -> None:
     """Streams of one, two and four episodes, with and without groups, start like a plain reset with the seed."""
     environment = make("jaco_reach_top_left", seed=0)
-    expected = {seed: environment.reset(seed=seed)[0].tobytes() for seed in range(70, 74)}
+    expected = {seed: environment.reset(seed=seed)[1]["physics"].tobytes() for seed in range(70, 74)}
     for episodes in (1, 2, 4):
         evaluation = random_evaluation("jaco_reach_top_left", Protocol(4 // episodes, episodes, seed=70))
         counter = Counter()

@@ -21,11 +21,11 @@ from ringrl.evaluation import (
     policy_evaluation,
     random_evaluation,
 )
-from ringrl.evaluation.records import folder_name, read_records
+from ringrl.evaluation.records import folder_name, library_versions, read_records
 from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.study.cells import cells
 from ringrl.study.plan import AblationPlan
-from ringrl.study.runner import ablate, estimate
+from ringrl.study.runner import ablate
 from ringrl.training import train
 
 POLE = "gymnasium:CartPole-v1(max_episode_steps=40)"
@@ -81,8 +81,11 @@ def test_records_have_the_length_and_the_end_of_each_episode(run):
 
 
 @pytest.mark.parametrize(("task", "decides"), [(POLE, True), ("walker_walk", False)])
-def test_the_version_of_gymnasium_decides_results_in_its_environments(task, decides):
-    assert ("gymnasium" in random_evaluation(task, Protocol()).decides["versions"]) == decides
+def test_the_version_of_gymnasium_decides_results_in_its_environments(task, decides, monkeypatch):
+    before = random_evaluation(task, Protocol()).template.evaluation
+    versions = library_versions() | {"gymnasium": "0"}
+    monkeypatch.setattr("ringrl.evaluation.protocol.library_versions", lambda: versions)
+    assert (random_evaluation(task, Protocol()).template.evaluation != before) == decides
 
 
 def test_a_player_acts_in_the_environment(run):
@@ -158,7 +161,7 @@ def test_a_study_has_the_datas_lengths_and_checks_actions_first(pole, tmp_path):
         (values | {"baselines": []}, "at_1_seed0: model.action_head: .* are choices; use categorical"),
     ):
         with pytest.raises(UserError, match=message):
-            estimate(AblationPlan.model_validate(plan), Console(quiet=True))
+            ablate(AblationPlan.model_validate(plan), Console(quiet=True), dry_run=True)
     long = f"gymnasium:Maze-v0(maze_map={[[1] * 99]})"
     assert len(folder_name(long)) <= 100
     assert folder_name(long) != folder_name(long.replace("99", "98").replace("1]]", "0]]"))

@@ -20,7 +20,7 @@ def episode(*returns: float) -> EpisodeBatch:
     reward = np.tile(np.array(returns) / steps, (steps, 1))
     nothing = np.zeros((steps + 1, streams, 0))
     ends = np.full(streams, steps), np.zeros(streams, bool)
-    return EpisodeBatch(nothing.astype(np.float32), nothing[1:].astype(np.float32), reward, nothing, *ends, 1.0)
+    return EpisodeBatch(reward, nothing, *ends, 1.0)
 
 
 @pytest.fixture

@@ -37,13 +37,13 @@ def make_record(**changes) -> EvaluationRecord:
 
 def test_a_record_is_shown_in_one_line():
     about = "EvaluationRecord(at, n=2, walker_walk, seed 1"
-    assert repr(make_record()) == str(make_record()) == f"{about}, mean return 1.875 in 2 episodes)"
+    assert repr(make_record()) == str(make_record()) == f"{about}, mean return 1.875 in 2 of 2 episodes)"
     assert (
         repr(make_record(returns=(4, None), context=False))
         == f"{about}, without memory, mean return 4 in 1 of 2 episodes)"
     )
     failed = make_record(method="bc", train_trajectories=None, returns=(None,), test_trajectories=1)
-    assert repr(failed) == "EvaluationRecord(bc, walker_walk, seed 1, no return in 0 of 1 episode)"
+    assert repr(failed) == "EvaluationRecord(bc, walker_walk, seed 1, no return in 0 of 1 episodes)"
 
 
 def test_round_trip(tmp_path):
