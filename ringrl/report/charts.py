@@ -28,14 +28,11 @@ ZOOMED = "(zoomed: the axis does not start at zero)"
 def all_charts(results: pd.DataFrame, table: pd.DataFrame, losses: pd.DataFrame, held_out: pd.DataFrame) -> list[Chart]:
     """Return the charts that the results are sufficient for, in the order of the page.
 
-    Args:
-        results: the table of `read_results`.
-        table: the table of `returns_table`.
-        losses: training and held-out losses, as `provenance.training_losses` returns them.
-        held_out: held-out losses and returns, as `held_out.loss_points` returns them.
+    Takes the tables of `read_results`, `returns_table`, `provenance.training_losses` and `loss_points`.
     """
-    draw = Drawing(styles(table), {})
-    with debug_mode(False):  # validating hundreds of marks would take most of the time
+    draw = Drawing(styles(table))
+    # Validating hundreds of marks would take most of the time.
+    with debug_mode(False), alt.data_transformers.disable_max_rows():
         charts = [
             _context_chart(draw, results, table), _episode_chart(draw, results, table),
             _prompt_chart(draw, results, table), _map_chart(draw, results, table), _loss_chart(draw, losses),
@@ -83,8 +80,7 @@ def _context_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) ->
         rows = rows.assign(x=rows["length"], memory=True, strength=0.2 + 0.8 * rank if has_curves else 1.0)
         control = rows[rows["x"].notna() & rows["control"].notna() & (rows["test_trajectories"] > 1)]
         control = control.assign(iqm=control["control"], memory=False, strength=0.8, low=np.nan, high=np.nan)
-        unit = "episodes" if has_curves else "trajectories"
-        axis = partial(_length_axis, f"{unit} per context")
+        axis = partial(_length_axis, f"{'episodes' if has_curves else 'trajectories'} per context")
         panels += draw.curves(pd.concat([rows, control]), axis, runs=runs)
     caption = (
         "Each point is the interquartile mean over training seeds of the mean return of all episodes. Bars are 95 % "
@@ -146,8 +142,7 @@ def _prompt_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> 
         f"{_one_seed(rows)}"
     )
     rows = pd.concat([rows, *_without_context(table, rows["task"].unique())])
-    axis = partial(_length_axis, "dataset trajectories before the episode")
-    panels = draw.curves(rows, axis, runs=runs)
+    panels = draw.curves(rows, partial(_length_axis, "dataset trajectories before the episode"), runs=runs)
     return draw.chart("return_by_prompt", "Return against prompt length", caption, panels)
 
 
@@ -204,7 +199,7 @@ def _map_chart(draw: Drawing, results: pd.DataFrame, table: pd.DataFrame) -> Cha
     """
     panels, length = [], "context.trajectories"
     for (task, _), runs in recorded_runs(results, table).groupby(["task", "family"]):
-        known = pd.DataFrame(runs["settings"].tolist()).drop(columns=[*LENGTH_SETTINGS, "settings"]).fillna("")
+        known = pd.DataFrame(runs["settings"].tolist()).drop(columns=[*LENGTH_SETTINGS]).fillna("")
         known = known.assign(**{length: runs["train_trajectories"].astype(str).tolist()})
         varied = [name for name in known if known[name].nunique() > 1]
         by = [name for name in varied if len(varied) != 3 or name != length]
@@ -236,7 +231,7 @@ def _map_panel(draw: Drawing, title: str, rows: pd.DataFrame, by: list[str]) -> 
     )
     named = {"x": by[0], "y": by[1], "shown": "mean return", "seeds": "seeds"}
     tooltip = [alt.Tooltip(f"{name}:N", title=text) for name, text in named.items()]
-    base = draw.base(data).encode(x=x, y=y, tooltip=tooltip)
+    base = alt.Chart(data).encode(x=x, y=y, tooltip=tooltip)
     tiles = base.mark_rect(color="var(--muted)").encode(opacity=STRENGTH)
     layers = [tiles, base.mark_text(color="var(--ink)", fontSize=13).encode(text="shown:N")]
     return draw.panel(title, layers, f"{title}: return by {by[0]} and {by[1]}.", height=60 + 50 * len(orders[1]))

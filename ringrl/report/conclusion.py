@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ringrl.evaluation.records import default_recipe
 from ringrl.evaluation.statistics import LEVEL, holm
 from ringrl.methods import METHODS
-from ringrl.report.results import CELL, RUN, settings_of_any_length, usual_settings
+from ringrl.report.results import CELL, RUN, settings_of_any_length
 from ringrl.report.tables import (
     context_label,
     contrast,
@@ -18,7 +19,7 @@ from ringrl.report.tables import (
     prompt_returns,
     run_scores,
     scores_of,
-)  # fmt: skip
+)
 
 RIVAL = "Another method"
 """Subject of the comparisons between methods."""
@@ -42,10 +43,8 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """
     runs, paired = run_scores(results), run_scores(results, "paired")
     prompts = prompt_returns(results[results["kind"] == "context"])
-    rows = [
-        _compare(runs, paired, group)
-        for _, group in table[table["length"].notna()].groupby(["task", "method"])
-    ]  # fmt: skip
+    curves = table[table["length"].notna()].groupby(["task", "method"])
+    rows = [_compare(runs, paired, group) for _, group in curves]
     rows += [_compare_methods(runs, cell, other) for cell, other in _rivals(table)]
     key = ["task", "method", "train_trajectories", "test_trajectories"]
     rows += [_compare_prompts(group) for _, group in prompts.groupby(key)]
@@ -170,9 +169,8 @@ def _shortcomings(question: str, compared: pd.DataFrame, like_random: Sequence[s
 
 
 def _between(shortest: pd.Series, longest: pd.Series) -> str:
-    train, test = (
-        [int(cell[name]) for cell in (shortest, longest)] for name in ("train_trajectories", "test_trajectories")
-    )
+    lengths = "train_trajectories", "test_trajectories"
+    train, test = ([int(cell[name]) for cell in (shortest, longest)] for name in lengths)
     if test[0] == test[1]:
         return f"trained on {train[0]} to {train[1]}, rolled out for {test[1]}"
     if train[0] == train[1]:
@@ -189,9 +187,8 @@ def starts_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
     cells = table.loc[table["length"].notna() | (table["kind"] == "reference"), CELL]
     starts = rows.merge(cells, on=CELL).groupby(RUN)["start"].agg(frozenset)
     for task, of_runs in starts.groupby("task"):
-        sets = set(of_runs)
-        if len(sets) > 1:
-            counts = sorted({len(one) for one in sets})
+        if of_runs.nunique() > 1:
+            counts = sorted(set(of_runs.map(len)))
             unlike.append(f"{task} ({' or '.join(map(str, counts))} starts)")
     if not unlike:
         return None
@@ -228,11 +225,8 @@ def overfitting_warning(losses: pd.DataFrame) -> str | None:
 def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
     """Return a warning if not only the context length but also settings differ along a curve; None if not."""
     rows = results[results["memory"]].merge(table.loc[table["length"].notna(), CELL], on=CELL)
-    unlike = [
-        f"{method} on {task}: {', '.join(found)}"
-        for (task, method), group in rows.groupby(["task", "method"])
-        if (found := _unlike_settings(group))
-    ]
+    groups = [(*key, _unlike_settings(group)) for key, group in rows.groupby(["task", "method"])]
+    unlike = [f"{method} on {task}: {', '.join(found)}" for task, method, found in groups if found]
     if not unlike:
         return None
     return (
@@ -243,7 +237,7 @@ def settings_warning(results: pd.DataFrame, table: pd.DataFrame) -> str | None:
 
 def _unlike_settings(rows: pd.DataFrame) -> list[str]:
     """Return the names of the settings that are not equal at all lengths."""
-    usual = usual_settings()
+    usual = default_recipe()
     last = rows.groupby("train_trajectories")["settings"].last()
     known = [usual | dict(settings_of_any_length(json.loads(settings))) for settings in last]
     return [name for name in sorted(set().union(*known)) if len({one.get(name) for one in known}) > 1]

@@ -15,31 +15,17 @@ from ringrl.evaluation.formatting import ABSENT, number
 from ringrl.methods import METHODS
 from ringrl.report.results import CELL
 
+_SERIES = (
+    ("#2458c5", "#7ea8ff"), ("#c2541b", "#f39a63"), ("#19806a", "#50c8ab"), ("#8447b3", "#c79bea"),
+    ("#b0335b", "#f28cac"), ("#7a6914", "#d9c45c"), ("#0f7ea3", "#62c5e8"), ("#8a5a3c", "#d3a583"),
+    ("#4d7d1f", "#a3d16b"), ("#5b5f97", "#abafe6"), ("#c026a3", "#f27fdc"), ("#b3261e", "#ff8a80"),
+    ("#00838f", "#4dd0e1"), ("#a16207", "#f2b84b"), ("#3f6212", "#bef264"), ("#4338ca", "#a5a0ff"),
+    ("#be5a8a", "#ffb3d1"), ("#57534e", "#c9c2bb"),
+)  # fmt: skip
 PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "paper": ("#fdfdfc", "#14161a"),
-        "ink": ("#1c2128", "#e6e8eb"),
-        "muted": ("#646b76", "#9aa2ad"),
-        "line": ("#e3e5e8", "#2a2f37"),
-        "series-1": ("#2458c5", "#7ea8ff"),
-        "series-2": ("#c2541b", "#f39a63"),
-        "series-3": ("#19806a", "#50c8ab"),
-        "series-4": ("#8447b3", "#c79bea"),
-        "series-5": ("#b0335b", "#f28cac"),
-        "series-6": ("#7a6914", "#d9c45c"),
-        "series-7": ("#0f7ea3", "#62c5e8"),
-        "series-8": ("#8a5a3c", "#d3a583"),
-        "series-9": ("#4d7d1f", "#a3d16b"),
-        "series-10": ("#5b5f97", "#abafe6"),
-        "series-11": ("#c026a3", "#f27fdc"),
-        "series-12": ("#b3261e", "#ff8a80"),
-        "series-13": ("#00838f", "#4dd0e1"),
-        "series-14": ("#a16207", "#f2b84b"),
-        "series-15": ("#3f6212", "#bef264"),
-        "series-16": ("#4338ca", "#a5a0ff"),
-        "series-17": ("#be5a8a", "#ffb3d1"),
-        "series-18": ("#57534e", "#c9c2bb"),
-    }
+    {"paper": ("#fdfdfc", "#14161a"), "ink": ("#1c2128", "#e6e8eb"), "muted": ("#646b76", "#9aa2ad")}
+    | {"line": ("#e3e5e8", "#2a2f37")}
+    | {f"series-{index}": colours for index, colours in enumerate(_SERIES, start=1)}
 )
 """Colours by name: light, dark. The page uses CSS variables of these names, files the light colours (SVG: both)."""
 # The methods that have the colours series-1, series-2, ...
@@ -156,10 +142,9 @@ def _config() -> dict[str, Any]:
 
 
 class Drawing(NamedTuple):
-    """Data, colours and axes that the panels of a report share."""
+    """Colours and axes that the panels of a report share."""
 
     styles: Mapping[str, Style]
-    frames: dict[str, pd.DataFrame]  # data of all panels, by name
 
     def chart(self, name: str, title: str, caption: str, panels: list[Panel]) -> Chart:
         """Return a chart. Its legend names the methods that it shows, in the order of the colours."""
@@ -168,20 +153,13 @@ class Drawing(NamedTuple):
         dashed = next((row["memory"] for row in rows if row.get("memory") in _DASHED), "")
         return Chart(name, title, caption, panels, [method for method in self.styles if method in used], dashed)
 
-    def base(self, data: pd.DataFrame) -> alt.Chart:
-        """Return a chart of these rows without a mark. `panel` adds the rows to the specification."""
-        name = next((name for name, frame in self.frames.items() if frame is data), f"rows{len(self.frames)}")
-        self.frames[name] = data
-        return alt.Chart(alt.NamedData(name=name))
-
     def panel(self, title: str, layers: Sequence[alt.Chart], description: str, height: int = HEIGHT) -> Panel:
-        """Return layers made with `base` as one panel."""
-        specs = [layer.to_dict(validate=False) for layer in layers]
+        """Return layers as one panel."""
+        specs, datasets = [layer.to_dict(validate=False) for layer in layers], dict[str, Any]()
         for spec in specs:
             del spec["$schema"], spec["config"]
-        names = sorted({spec["data"]["name"] for spec in specs})
-        rows = {name: json.loads(self.frames[name].to_json(orient="records", double_precision=6)) for name in names}
-        return Panel(title, {"description": description, "layer": specs, "datasets": rows}, height)
+            datasets |= spec.pop("datasets")
+        return Panel(title, {"description": description, "layer": specs, "datasets": datasets}, height)
 
     def curves(
         self,
@@ -238,21 +216,16 @@ class Drawing(NamedTuple):
     def lines(self, data: pd.DataFrame, x: alt.X, y: alt.Y, *, points: bool = True) -> list[alt.Chart]:
         """Return lines per method, memory and curve, bars for intervals, and points with tooltips.
 
-        Args:
-            data: rows as `rows` returns them.
-            x, y: axes of the columns x and value.
-            points: draw the points; False leaves only their tooltips.
+        `data` is a result of `rows`. Without `points`, only their tooltips remain.
         """
-        base = self.base(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
+        base = alt.Chart(data).encode(x=x, color=self.colour(), detail=["curve:N", "memory:N"])
         line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(y=y, opacity=STRENGTH)
         if data["memory"].nunique() > 1:
             dashed = next(name for name in _DASHED if (data["memory"] == name).any())
             dashes = alt.Scale(domain=[_DASHED[dashed], dashed], range=[[1, 0], [4, 3]])
             line = line.encode(strokeDash=alt.StrokeDash("memory:N", title=None, scale=dashes))
         marks = base.mark_point(filled=True, size=50, opacity=alt.Undefined if points else 0)
-        marks = marks.encode(y=y, tooltip=_tooltips(data))
-        if points:
-            marks = marks.encode(opacity=STRENGTH)
+        marks = marks.encode(y=y, tooltip=_tooltips(data), opacity=STRENGTH if points else alt.Undefined)
         layers = [line, marks]
         if "low" in data and data["low"].notna().any():
             low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
@@ -264,7 +237,7 @@ class Drawing(NamedTuple):
         """Return a small dot per training seed."""
         data = runs[[name for name in ("method", "x", "value", "seed", "loss", "trajectories") if name in runs]]
         data = data.assign(shown=[number(value) for value in runs["value"]])
-        mark = self.base(data).mark_point(filled=True, size=size)
+        mark = alt.Chart(data).mark_point(filled=True, size=size)
         return mark.encode(x=x, y=y, color=self.colour(), opacity=alt.value(0.6), tooltip=_tooltips(data))
 
     def rules(self, data: pd.DataFrame, y: alt.Y) -> list[alt.Chart]:
@@ -272,7 +245,7 @@ class Drawing(NamedTuple):
         layers = []
         for dash, rows in data.groupby(data["method"].map(lambda name: self.styles[name].dash)):
             rows = rows.dropna(axis=1, how="all")
-            base = self.base(rows).encode(y=y, color=self.colour())
+            base = alt.Chart(rows).encode(y=y, color=self.colour())
             layers.append(base.mark_rule(strokeWidth=1.5, strokeDash=list(dash)).encode(opacity=alt.value(0.9)))
             layers.append(base.mark_rule(strokeWidth=9, opacity=0).encode(tooltip=_tooltips(rows)))
         return layers

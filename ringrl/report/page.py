@@ -23,10 +23,12 @@ from ringrl.files import explain_write_errors, write_whole
 from ringrl.report import conclusion, provenance
 from ringrl.report.charts import all_charts
 from ringrl.report.drawing import PALETTE, Chart, chart_files, page_spec, styles
-from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.results import read_results
 from ringrl.report.tables import (
     RETURNS,
+    loss_correlations,
+    loss_points,
+    loss_sentence,
     returns_table,
     tasks_like_random,
     training_table,
@@ -41,7 +43,7 @@ class Column(NamedTuple):
     """A column of a displayed table: its name in the DataFrame, heading, hint and number format."""
 
     name: str
-    heading: str = ""  # empty: the name
+    heading: str
     hint: str = ""
     form: Callable[[Any], str] = decimal
     ends: tuple[str, str] | None = None  # columns of an interval
@@ -178,8 +180,7 @@ def write_report(results: Path | Sequence[Path], destination: Path) -> Path:
 def terminal_table(results: Path | Sequence[Path]) -> Group:
     """Return the table of returns for a terminal of 80 columns, and lines that say what was left out.
 
-    Raises:
-        UserError: there are no results, or they cannot be read.
+    Raise UserError if there are no results, or they cannot be read.
     """
     read = read_results(results)
     lines = [Text(printable(line), no_wrap=True, overflow="ignore") for line in read.attrs["left_out"]]
@@ -213,17 +214,15 @@ def to_rich(table: pd.DataFrame) -> rich.table.Table:
 
 def table_files(name: str, table: pd.DataFrame, columns: Sequence[Column]) -> dict[str, bytes]:
     """Return a table as CSV at full precision, and its displayed columns as LaTeX (booktabs): path -> content."""
-    files = {f"{TABLES}/{name}.csv": table.to_csv(index=False, lineterminator="\n").encode()}
-    if columns:
-        shown = pd.DataFrame([[column.line(row) for column in columns] for _, row in table.iterrows()],
-                             columns=[column.heading or column.name for column in columns])  # fmt: skip
-        is_text = [pd.api.types.is_string_dtype(table[column.name]) for column in columns]
-        alignment = "".join("l" if text else "r" for text in is_text)
-        latex = shown.to_latex(index=False, escape=True, column_format=alignment)
-        for sign, written in _LATEX.items():
-            latex = latex.replace(sign, written)
-        files[f"{TABLES}/{name}.tex"] = f"% needs \\usepackage{{booktabs}}\n{latex}".encode()
-    return files
+    lines = [[column.line(row) for column in columns] for _, row in table.iterrows()]
+    shown = pd.DataFrame(lines, columns=[column.heading for column in columns])
+    is_text = [pd.api.types.is_string_dtype(table[column.name]) for column in columns]
+    alignment = "".join("l" if text else "r" for text in is_text)
+    latex = shown.to_latex(index=False, escape=True, column_format=alignment)
+    for sign, written in _LATEX.items():
+        latex = latex.replace(sign, written)
+    files = {"csv": table.to_csv(index=False, lineterminator="\n"), "tex": f"% needs \\usepackage{{booktabs}}\n{latex}"}
+    return {f"{TABLES}/{name}.{suffix}": text.encode() for suffix, text in files.items()}
 
 
 def _render(**values: Any) -> str:
@@ -238,11 +237,7 @@ def _render(**values: Any) -> str:
 
 
 def save_report(page: str, charts: Sequence[Chart], files: Mapping[str, bytes], destination: Path) -> Path:
-    """Write the figures and the other files of a report, the page last; return the page's path.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write the figures and the other files of a report, the page last. Return its path. UserError if this fails."""
     figures = {f"{FIGURES}/{name}": content for chart in charts for name, content in chart_files(chart).items()}
     with explain_write_errors(destination):
         for file, content in {**files, **figures, PAGE: page.encode()}.items():

@@ -79,7 +79,7 @@ def training_runs(results: pd.DataFrame) -> pd.DataFrame:
     finite or absent), tokens_per_second (median over steps) and peak_memory (bytes per device), NaN if there is none.
     """
     next_to_results = sorted({Path(source).parent for source in results.attrs["sources"]})
-    rows: dict[Path, dict[str, Any]] = {}
+    rows: dict[Path, list[Any]] = {}
     with_run = results[results["checkpoint"].notna() & (results["kind"] != "data")]
     for _, row in with_run.drop_duplicates(["task", "method", "checkpoint", "configuration_hash"]).iterrows():
         folder = run_folder(row, next_to_results)
@@ -88,19 +88,11 @@ def training_runs(results: pd.DataFrame) -> pd.DataFrame:
         log = pd.DataFrame(_entries(folder / "metrics.jsonl"), columns=_LOGGED, dtype=np.float64)
         log = log.replace([np.inf, -np.inf], np.nan)
         if len(log):
-            rows[folder.resolve()] = {
-                **row[_RUN],
-                "folder": folder,
-                "steps": log["step"].to_numpy(),
-                "losses": log["loss"].to_numpy(),
-                "held_out": log["validation_loss"].to_numpy(),
-                "tokens_per_second": log["tokens_per_second"].median(),
-                "peak_memory": log[MEMORY].max(),
-            }
-    return pd.DataFrame(
-        list(rows.values()),
-        columns=[*_RUN, "folder", "steps", "losses", "held_out", "tokens_per_second", "peak_memory"],
-    )
+            arrays = [log[name].to_numpy() for name in ("step", "loss", "validation_loss")]
+            summaries = log["tokens_per_second"].median(), log[MEMORY].max()
+            rows[folder.resolve()] = [*row[_RUN], folder, *arrays, *summaries]
+    own = ["folder", "steps", "losses", "held_out", "tokens_per_second", "peak_memory"]
+    return pd.DataFrame(list(rows.values()), columns=[*_RUN, *own])
 
 
 def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
@@ -115,10 +107,8 @@ def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
         for held_out, losses in enumerate([run["losses"], run["held_out"]]):
             finite = np.flatnonzero(np.isfinite(losses))
             stretches = [part for part in np.array_split(finite, min(points, len(finite)) or 1) if len(part)]
-            part = pd.DataFrame({
-                "step": [run["steps"][part].mean() for part in stretches],
-                "loss": [losses[part].mean() for part in stretches],
-            })  # fmt: skip
+            means = [(run["steps"][part].mean(), losses[part].mean()) for part in stretches]
+            part = pd.DataFrame(means, columns=["step", "loss"])
             parts.append(part.assign(**run[_RUN], run=index, held_out=bool(held_out), not_finite=not_finite))
     columns = [*_RUN, "run", "held_out", "step", "loss", "not_finite"]
     found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
@@ -144,7 +134,7 @@ def _fits(config: dict[str, Any], row: pd.Series) -> bool:
     """Whether a configuration may belong to a run. If this version rejects it, its settings are not compared."""
     settings = json.loads(row["settings"])
     with suppress(pydantic.ValidationError):
-        if settings != {"settings": "unknown"} and settings != recipe(TrainConfig.model_validate(config)):
+        if settings != recipe(TrainConfig.from_saved(config)):
             return False
     context = config.get("context") or {}
     length = context.get("trajectories")

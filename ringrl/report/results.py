@@ -94,8 +94,9 @@ def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
     shown = {variant for record, variant in zip(newest, variants, strict=True) if record.context and record.finished}
     names = {variant: _name(variant, {*shown, variant}) for variant in set(variants)}
     taken = Counter(names.values())
-    names |= {variant: f"{name} (variant {variant.name})"  # "at" with the token set dt3, and a variant named dt3
-              for variant, name in names.items() if variant.name and taken[name] > 1}  # fmt: skip
+    for variant, name in names.items():  # "at" with the token set dt3, and a variant named dt3
+        if variant.name and taken[name] > 1:
+            names[variant] = f"{name} (variant {variant.name})"
     rows = [
         _row(record, variant, names[variant])
         for record, variant in zip(newest, variants, strict=True)
@@ -122,7 +123,8 @@ class _Variant(NamedTuple):
 
 
 def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, Any]:
-    unknown = f"unknown run {json.dumps([*variant, record.task, *_lengths(record)])}"
+    lengths = record.train_trajectories, record.prompt_trajectories, record.test_trajectories
+    unknown = f"unknown run {json.dumps([*variant, record.task, *lengths])}"
     budget, starts = record.budget, [f"{seed}:{index}" for seed, index in record.starts]
     return {column: _shown(column, getattr(record, column)) for column in _COPIED} | {
         "method": name,
@@ -137,7 +139,7 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
         "episode": list(range(1, 1 + record.test_trajectories)),
         "start": starts,
         "start_seeds": list(record.start_seeds or (record.environment_seed,)),
-        "settings": json.dumps(_settings(record)),
+        "settings": json.dumps(record.settings or {}),
         "versions": json.dumps(record.versions),
         **{column: getattr(budget, column, None) for column in _BUDGET},
     }
@@ -146,10 +148,6 @@ def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, An
 def _shown(column: str, value: Any) -> Any:
     """Return a value with printable text: control characters crash the process that draws the charts."""
     return printable(value) if isinstance(value, str) and column != "checkpoint" else value  # a path is not shown
-
-
-def _lengths(record: EvaluationRecord) -> tuple[int | None, ...]:
-    return record.train_trajectories, record.prompt_trajectories, record.test_trajectories
 
 
 def _mark_pairs(results: pd.DataFrame) -> pd.DataFrame:
@@ -184,31 +182,26 @@ def _training(record: EvaluationRecord) -> tuple[object, ...]:
     """Return the properties that identify a training run."""
     return (
         record.train_task or record.task, record.method, record.token_set, record.train_trajectories, record.seed,
-        record.data_fingerprint, record.variant, frozenset(_settings(record).items()),
+        record.data_fingerprint, record.variant, frozenset((record.settings or {}).items()),
     )  # fmt: skip
 
 
 def _identity(record: EvaluationRecord) -> tuple[object, ...]:
     """Return the properties that identify a stream of episodes."""
     target = () if record.train_trajectories is None else (record.target_policy, record.target_return)
-    stream = (
-        record.test_trajectories,
-        record.prompt_seed,
-        record.prompt_control,
-        record.context,
-        record.environment_seed,
-    )
-    return (*_training(record), record.task, record.prompt_trajectories, target, *stream)
+    prompt = record.prompt_trajectories, record.prompt_seed, record.prompt_control
+    stream = record.test_trajectories, record.context, record.environment_seed
+    return (*_training(record), record.task, target, *prompt, *stream)
 
 
 def _check_datasets(records: Iterable[EvaluationRecord]) -> None:
     fingerprints: dict[str, set[str]] = defaultdict(set)
     for record in records:
         if record.data_fingerprint:
-            fingerprints[record.task].add(record.data_fingerprint)
+            fingerprints[record.task].add(record.data_fingerprint[:12])
     for task, found in sorted(fingerprints.items()):
         if len(found) > 1:
-            names = " and ".join(sorted(fingerprint[:12] for fingerprint in found))
+            names = " and ".join(sorted(found))
             raise UserError(f"{task}: the results come from different datasets ({names}); make one report for each")
 
 
@@ -230,24 +223,8 @@ def settings_of_any_length(settings: Settings) -> Settings:
     return {name: value for name, value in settings.items() if name not in LENGTH_SETTINGS}
 
 
-def usual_settings() -> dict[str, str]:
-    """Return the value of each setting that a record does not name."""
-    return {**default_recipe(), "settings": "known"}
-
-
-def _settings(record: EvaluationRecord) -> Settings:
-    """Return the settings of the run that are not defaults. Old records have none."""
-    if record.settings is None:
-        return {} if record.method in ("random", DATA) else {"settings": "unknown"}
-    return record.settings
-
-
-def _fixed(record: EvaluationRecord) -> frozenset[tuple[str, str]]:
-    return frozenset(settings_of_any_length(_settings(record)).items())
-
-
 def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
-    known = {**usual_settings(), **_settings(record)} if separating else {}
+    known = default_recipe() | (record.settings or {}) if separating else {}
     settings = tuple((name, known.get(name, "")) for name in sorted(separating))
     train_task, name = record.train_task or "", record.variant or ""
     if record.method == DATA:
@@ -258,10 +235,8 @@ def _variant(record: EvaluationRecord, separating: Collection[str]) -> _Variant:
     if record.target_return is not None and target in ("", "given"):
         target = f"given {all_digits(record.target_return)}"
     kind = "prompt control" if record.prompt_control or record.method in PROMPT_ONLY else "context"
-    return _Variant(
-        record.method, kind, record.token_set or "", target, train_task, record.prompt_control or "",
-        settings, name,
-    )  # fmt: skip
+    own = record.token_set or "", target, train_task, record.prompt_control or ""
+    return _Variant(record.method, kind, *own, settings, name)
 
 
 def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[str, ...], set[str]]:
@@ -272,8 +247,9 @@ def _separating_settings(records: Sequence[EvaluationRecord]) -> Mapping[tuple[s
     groups: dict[tuple[object, ...], list[Settings]] = defaultdict(list)
     for record in records:
         place = _family(record), record.token_set, record.train_trajectories, record.train_task
-        groups[place].append(dict(_fixed(record)))
-        groups[(*place, _fixed(record))].append(_settings(record))
+        fixed = settings_of_any_length(record.settings or {})
+        groups[place].append(fixed)
+        groups[(*place, frozenset(fixed.items()))].append(record.settings or {})
     found: dict[Any, set[str]] = defaultdict(set)
     for (family, *_), settings in groups.items():
         names = {name for one in settings for name in one}

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ringrl.evaluation.records import ReferenceReturns
+from ringrl.evaluation.records import ReferenceReturns, default_recipe
 from ringrl.evaluation.scores import random_return, score_or_none
 from ringrl.evaluation.statistics import (
     LEVEL,
@@ -18,10 +19,14 @@ from ringrl.evaluation.statistics import (
     interquartile_mean,
     mean_test,
     probability_of_improvement,
+    rank_correlation,
 )
-from ringrl.report.results import CELL, CONTEXT_KINDS, RUN, usual_settings
+from ringrl.report.results import CELL, CONTEXT_KINDS, RUN
 
 METRICS = ["mean", "first", "last", "best"]
+ENOUGH_RUNS = 5
+"""Least number of runs for a correlation of held-out loss and return."""
+_RUN_KEY = ["task", "method", "train_trajectories", "seed"]
 RETURNS = [
     *CELL, "mean", "iqm", "low", "high", "control", "first", "last", "last_control", "best", "best_control", "score",
     "seeds", "episodes", "failed",
@@ -30,12 +35,9 @@ RETURNS = [
 
 
 def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
-    """Return the scores of each task and a label per task: tasks of one label have the same training runs.
+    """Return the scores (runs,) of each task and a label per task: tasks of one label have the same training runs.
 
     Where training runs were measured in several tasks, only the runs measured in each of these tasks count there.
-
-    Args:
-        scores: per task, scores indexed by training run.
     """
     shared: dict[int, pd.Index] = {}
     labels = []
@@ -49,15 +51,11 @@ def strata(scores: Sequence[pd.Series]) -> tuple[list[np.ndarray], list[int]]:
 
 
 def contrast(ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
-    """Return the difference of two cells of one task; if both have the same seeds, seed by seed.
+    """Return the difference of two cells of one task, given their scores indexed by training run.
 
-    The result has the columns from "before" (theirs) to "paired" of `conclusion.verdicts`.
-
-    Runs of one seed are a pair, because a seed selects the training data and the held-out episodes. If the cells share
+    The result has the columns from "before" (theirs) to "paired" of `conclusion.verdicts`. Cells with the same seeds
+    are compared seed by seed, because a seed selects the training data and the held-out episodes. If the cells share
     training runs, only the shared runs count, and they are pairs, too.
-
-    Args:
-        ours, theirs: scores indexed by training run.
     """
     by_seed = [runs.rename(index=lambda run: run.rpartition("#")[2]) for runs in (ours, theirs)]
     if set(by_seed[0].index) == set(by_seed[1].index):
@@ -82,11 +80,8 @@ def contrast(ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
 def run_scores(results: pd.DataFrame, counted: str = "counts") -> pd.DataFrame:
     """Return the scores of each training run: mean, first, last and best return, averaged over its streams.
 
-    The last episode of a stream that failed is missing; no earlier episode takes its place.
-
-    Args:
-        results: the table of `read_results`.
-        counted: the column that selects episodes: "counts", or "paired" for episodes with and without memory.
+    The last episode of a stream that failed is missing. No earlier episode takes its place. The column `counted`
+    selects episodes: "counts", or "paired" for episodes with and without memory.
     """
     rows = results[results[counted] & (results["kind"] != "data")]
     rows = rows.assign(
@@ -105,13 +100,9 @@ def run_scores(results: pd.DataFrame, counted: str = "counts") -> pd.DataFrame:
 
 
 def scores_of(runs: pd.DataFrame, cell: Any, metric: str = "mean", *, memory: bool = True) -> pd.Series:
-    """Return the scores of one cell indexed by training run, ascending by seed; runs without the metric are absent.
+    """Return a metric of one cell, or of its control, from the table of `run_scores`.
 
-    Args:
-        runs: the table of `run_scores`.
-        cell: a row or mapping with the columns of CELL.
-        metric: "mean", "first", "last" or "best".
-        memory: False for the control.
+    The scores are indexed by training run, ascending by seed. Runs without the metric are absent.
     """
     key = (*(cell[name] for name in CELL), memory)
     return runs.loc[key:key].set_index("run")[metric].dropna()  # a slice also of one row or none
@@ -126,8 +117,8 @@ def recorded_runs(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     recorded = results.groupby(RUN)[["steps_trained", "settings"]].first().reset_index()
     scores = run_scores(results).query("memory").reset_index(drop=True)
     found = scores.merge(cells, on=CELL).merge(recorded, on=RUN).sort_values("test_trajectories")
-    found["settings"] = [usual_settings() | json.loads(settings) for settings in found["settings"]]
-    return found.drop_duplicates(["task", "method", "train_trajectories", "seed"], keep="last")
+    found["settings"] = [default_recipe() | json.loads(settings) for settings in found["settings"]]
+    return found.drop_duplicates(_RUN_KEY, keep="last")
 
 
 def middle(scores: pd.Series | np.ndarray) -> float:
@@ -187,8 +178,7 @@ def _return_row(runs: pd.DataFrame, cell: pd.Series, failed: pd.Series, recorded
         "low": found.low,
         "high": found.high,
         "control": middle(control["mean"]),
-        "last_control": middle(control["last"]),
-        "best_control": middle(control["best"]),
+        **{f"{metric}_control": middle(control[metric]) for metric in ("last", "best")},
         **{metric: middle(scores[metric]) for metric in ("first", "last", "best")},
         "score": score_or_none(cell["task"], found.value, recorded),
         "seeds": found.runs,
@@ -258,16 +248,14 @@ def normalised_scores(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFram
     recorded = _reference_returns(results)
     if len(tasks) < 2 or any(score_or_none(task, 0.0, recorded[task]) is None for task in tasks):
         points = points.iloc[:0]
-    for (method, length), cells in points.groupby(["method", "length"]):
+    for key, cells in points.groupby(["method", "length"]):
         if len(cells) == len(tasks) and set(cells["task"]) == set(tasks):
-            scores, together = strata(
-                [
-                    scores_of(runs, cell).map(partial(score_or_none, task, recorded=recorded[task]))
-                    for task, (_, cell) in zip(cells["task"], cells.iterrows(), strict=True)
-                ]
-            )
-            found = estimate(scores, together=together)
-            rows.append((method, length, found.value, found.low, found.high, found.runs))
+            own = [
+                (cell, partial(score_or_none, cell["task"], recorded=recorded[cell["task"]]))
+                for _, cell in cells.iterrows()
+            ]
+            scores, together = strata([scores_of(runs, cell).map(score) for cell, score in own])
+            rows.append((*key, *astuple(estimate(scores, together=together))))
     return pd.DataFrame(rows, columns=["method", "length", "iqm", "low", "high", "seeds"])
 
 
@@ -282,10 +270,8 @@ def ends_of_curve(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
 
 def intervals(scores: pd.DataFrame, by: Sequence[str], value: str = "value") -> pd.DataFrame:
     """Return the interquartile mean of the column `value` in each group of training runs: iqm, low, high and seeds."""
-    rows = []
-    for key, values in scores.groupby(list(by))[value]:
-        found = estimate([values])
-        rows.append((*key, found.value, found.low, found.high, found.runs))
+    groups = scores.groupby(list(by))[value]
+    rows = [(*key, *astuple(estimate([values]))) for key, values in groups]
     return pd.DataFrame(rows, columns=[*by, "iqm", "low", "high", "seeds"])
 
 
@@ -338,3 +324,40 @@ def context_label(cell: Any) -> str:
     if train == test:
         return f"{test} trajector{'y' if test == 1 else 'ies'}"
     return f"trained on {train}, rolled out for {test}"
+
+
+def loss_points(results: pd.DataFrame, table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the held-out loss and the return of each training run of `provenance.training_runs` that has both.
+
+    The loss is the last one up to the evaluated step, on the scale of the run's action head. Columns: task (with the
+    action head if it is not the default), method, train_trajectories, seed, loss and value (return per episode).
+    """
+    known = recorded_runs(results, table).merge(runs[[*_RUN_KEY, "steps", "held_out"]], on=_RUN_KEY)
+    usual, found = default_recipe()["model.action_head"], []
+    for _, run in known.iterrows():
+        until = np.inf if pd.isna(run["steps_trained"]) else run["steps_trained"]
+        losses = run["held_out"][np.isfinite(run["held_out"]) & (run["steps"] <= until)]
+        head = run["settings"]["model.action_head"]
+        task = run["task"] if head == usual else f"{run['task']}, {head} head"
+        if len(losses):
+            found.append((task, *run[_RUN_KEY[1:]], losses[-1], run["mean"]))
+    return pd.DataFrame(found, columns=[*_RUN_KEY, "loss", "value"])
+
+
+def loss_correlations(points: pd.DataFrame) -> pd.DataFrame:
+    """Return Spearman's correlation of held-out loss and return, one row per task with enough runs.
+
+    Columns: task, runs, correlation, low and high (bootstrap over runs).
+    """
+    rows = []
+    for task, group in points.groupby("task"):
+        if len(group) >= ENOUGH_RUNS:
+            found = rank_correlation(*group[["loss", "value"]].to_numpy().T)
+            rows.append((task, found.runs, found.value, found.low, found.high))
+    return pd.DataFrame(rows, columns=["task", "runs", "correlation", "low", "high"])
+
+
+def loss_sentence(correlations: pd.DataFrame) -> str:
+    """Return on how many tasks a lower held-out loss goes with a higher return."""
+    clear, total = int((correlations["high"] < 0).sum()), len(correlations)
+    return f"Held-out loss predicts return on {clear} of {total} task{'s' if total > 1 else ''}."

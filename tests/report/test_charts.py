@@ -10,11 +10,10 @@ import scipy.stats  # type: ignore[import-untyped]
 from ringrl.report.charts import _episode_axis, all_charts
 from ringrl.report.conclusion import overfitting_warning
 from ringrl.report.drawing import PALETTE, chart_files, styles
-from ringrl.report.held_out import loss_correlations, loss_points, loss_sentence
 from ringrl.report.page import write_report
 from ringrl.report.provenance import training_losses, training_runs
 from ringrl.report.results import read_results, tabulate
-from ringrl.report.tables import returns_table
+from ringrl.report.tables import loss_correlations, loss_points, loss_sentence, returns_table
 
 
 def charts(records) -> dict:
