@@ -20,12 +20,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float, Float32, Float64
 
-from ringrl.cores import available_cores
 from ringrl.envs.environment import observation_and_action_space, random_stream
 from ringrl.envs.foreign import ForeignEnv, is_foreign
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.envs.simulation import StackedData
 from ringrl.errors import UserError, brief
+from ringrl.processes import available_cores
 
 STEP_TIMEOUT = 300.0  # seconds that a step or a reset of another package's environment may take
 _Observations = Float32[np.ndarray, "environments observation"]

@@ -52,10 +52,7 @@ def linked(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes, *, alone: bool = True) -> None:
-    """Write a file whole, or leave the old file unchanged. See `write_aside` for `alone` and errors.
-
-    Text is written as UTF-8.
-    """
+    """Write a file whole, text as UTF-8, or leave the old file unchanged. See `write_aside` for `alone` and errors."""
     with write_aside(path, alone=alone) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 

@@ -14,11 +14,7 @@ def no_progress(finished: int, total: int) -> None:
 
 
 class Pace:
-    """Tells when the next line is due.
-
-    Args:
-        at_once: the first line is due now, not after `SECONDS`.
-    """
+    """The time of the next line: `SECONDS` after the last one. With `at_once`, the first line is due now."""
 
     def __init__(self, *, at_once: bool = False) -> None:
         self._next = time.perf_counter() + (0 if at_once else SECONDS)

@@ -1,4 +1,4 @@
-"""Worker processes that start without inherited state and end with the process that started them."""
+"""Worker processes that start without inherited state and end with the process that started them, and their number."""
 
 import multiprocessing
 import os
@@ -12,7 +12,12 @@ from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 from ringrl.errors import UserError, brief, user_message
-from ringrl.signals import STOPPING, ignore
+from ringrl.signals import STOPPING
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -56,8 +61,7 @@ def worker_processes(
 
 
 def _start(reports: "SimpleQueue[str]", start: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    ignore((signal.SIGINT, *STOPPING))  # they end the main process, which ends the workers
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    follow_parent()
     try:
         start(*arguments)
     except Exception as error:
@@ -65,8 +69,14 @@ def _start(reports: "SimpleQueue[str]", start: Callable[..., object], arguments:
         os._exit(1)
 
 
-def end_with_parent() -> None:
-    """Wait until the parent process ends, then exit. Run this in a thread: a killed parent then leaves no workers."""
+def follow_parent() -> None:
+    """Let this worker process ignore signals to stop, which the parent receives, too, and end when the parent ends."""
+    for number in (signal.SIGINT, *STOPPING):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -43,12 +43,6 @@ def handled(handler: Handler, signals: tuple[int, ...] = STOPPING) -> Iterator[N
             signal.signal(number, old)
 
 
-def ignore(signals: tuple[int, ...] = STOPPING) -> None:
-    """Ignore these signals in this process: a worker ends with the process that started it."""
-    for number in signals:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _may_replace(number: int, handler: object) -> bool:
     if handler is signal.SIG_IGN:
         return number != signal.SIGHUP

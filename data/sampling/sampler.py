@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float64, Int, Int64
 
 from ringrl.config import ContextConfig
 from ringrl.context import Context, Outcome
-from ringrl.cores import available_cores
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.store.format import reward_key
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.errors import UserError
+from ringrl.processes import available_cores
 
 Episodes = Int[np.ndarray, " episodes"]
 

@@ -28,7 +28,7 @@ COMMANDS = {  # module of this package and function
     "train": "train:train",
     "evaluate": "evaluate:evaluate",
     "ablate": "study:ablate",
-    "report": "report:report",
+    "report": "study:report",
     "plan": "plan:plan",
     "demo": "study:demo",
     "doctor": "doctor:doctor",
@@ -84,8 +84,9 @@ def _run(arguments: list[str]) -> None:
 def parse(arguments: list[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Return the function of a command and its arguments; raise UserError for a usage error."""
     arguments = [*arguments[:-1], "--help"] if arguments[-1:] == ["help"] and len(arguments) < 3 else arguments
-    if arguments[:1] == ["train"]:
-        arguments = [_with_value(*pair) for pair in zip(arguments, [*arguments[1:], "--"], strict=True)]
+    if arguments[:1] == ["train"]:  # --resume without a value gets an empty one, which the parser needs
+        pairs = zip(arguments, [*arguments[1:], "--"], strict=True)
+        arguments = ["--resume=" if one == "--resume" and after[:2] == "--" else one for one, after in pairs]
     try:
         command, bound, _ = build_app(arguments).parse_args(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
@@ -101,11 +102,6 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_expanded, value))
     return expanded(value) if isinstance(value, Path) else value
-
-
-def _with_value(token: str, after: str) -> str:
-    """Return the token; --resume without a value gets an empty one, which the parser needs."""
-    return "--resume=" if token == "--resume" and after.startswith("--") else token
 
 
 def build_app(arguments: list[str]) -> cyclopts.App:
@@ -142,7 +138,7 @@ def _check_size(_: object, value: object) -> None:
 
 
 def _complete(app: cyclopts.App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:
-    """Add the settings of --config and --method to the flags of `ringrl train`; called by the parser."""
+    """Add the settings of --config and --method to the flags of `ringrl train`. Called by the parser."""
     if commands == ("train",):
         from ringrl.cli.train import add_settings
 

@@ -93,10 +93,10 @@ def import_(
 
         name = archive.resolve().stem if format == "hdf5" else archive.resolve().name
         output = output or Path(f"{name}.h5")
-        task = environment_task(environment) if environment else None
+        options: dict[str, Any] = {"environment": environment_task(environment) if environment else None}
+        options |= {"reference_returns": reference_returns, "overwrite": overwrite}
         with _bars() as bar:
-            options: dict[str, Any] = {"environment": task, "reference_returns": reference_returns}
-            options |= {"overwrite": overwrite, "progress": bar("importing")}
+            options["progress"] = bar("importing")
             if format == "minari":
                 store = import_minari(str(archive), output, **options)
             else:

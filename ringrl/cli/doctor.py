@@ -163,31 +163,26 @@ def _attention() -> Iterator[Finding]:
     from ringrl.attention.kernels import native_to
     from ringrl.attention.mask import Rule
 
-    random = np.random.default_rng(0)
+    random, place = np.random.default_rng(0), np.arange(TOKENS)
     drawn = {name: random.normal(size=shape) for name, shape in _shapes(TOKENS).items()}
-    device = jax.local_devices()[0]
-    yield Finding("kernel", native_to(device))
+    yield Finding("kernel", native_to(jax.local_devices()[0]))
     for dtype, limit in LIMITS.items():
         arrays = {name: jnp.asarray(x, "float32" if name == "dlse" else dtype) for name, x in drawn.items()}
         errors = dict[str, float]()
         for mask, options in _masks().items():
             run = jax.jit(lambda given, options=options: _with_gradients(attention, given, options))
-            zeros = np.zeros((1, TOKENS), int)
-            positions = np.broadcast_to(options.get("positions", np.arange(TOKENS)), zeros.shape)
-            segments = np.broadcast_to(options.get("segment_ids", zeros), zeros.shape)
+            side = options.get("positions", place)[None], options.get("segment_ids", 0 * place)[None]
             prefix = [options["global_prefix"][None]] if "global_prefix" in options else []
             rule = Rule(options.get("is_causal", True), options.get("local_window_size"))
-            expected = definition(
-                {name: np.asarray(x, np.float64) for name, x in arrays.items()}, (positions, segments, *prefix),
-                (positions, segments), rule, logits_soft_cap=options.get("logits_soft_cap"),
-            )  # fmt: skip
+            exact = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
+            cap = options.get("logits_soft_cap")
+            expected = definition(exact, (*side, *prefix), side, rule, logits_soft_cap=cap)
             for name, x in run(arrays).items():
                 error = np.abs(np.asarray(x, np.float64) - expected[name]).max() / np.abs(expected[name]).max()
                 errors[name] = max(errors.get(name, 0.0), float(error))
                 if not error <= limit:  # also nan
-                    yield Finding(
-                        f"{dtype}, {mask}", f"{name} differs by {error:.1e} of its largest number", is_fine=False
-                    )
+                    text = f"{name} differs by {error:.1e} of its largest number"
+                    yield Finding(f"{dtype}, {mask}", text, is_fine=False)
         shown = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
         yield Finding(dtype, f"{len(_masks())} masks; largest relative errors: {shown}")
 

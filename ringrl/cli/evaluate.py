@@ -84,8 +84,8 @@ def evaluate(
     from ringrl.evaluation.actors import CompiledPolicy
     from ringrl.evaluation.policy import load_policy
     from ringrl.evaluation.progress import ProgressLines, final_table
-    from ringrl.evaluation.prompt import open_dataset
     from ringrl.evaluation.protocol import prompt_only_evaluation
+    from ringrl.evaluation.target import open_dataset
     from ringrl.evaluation.video import VideoOptions, check_video
 
     if video:

@@ -40,10 +40,8 @@ def command_line() -> str:
 def environment_task(text: str) -> str:
     """Return the task of a Gymnasium environment that a user names: "Hopper-v5", or "module:Name-v0".
 
-    A module is imported first, from the working folder, too, so that it can register the environment.
-
-    Raises:
-        UserError: the module cannot be imported, or the name is not that of an environment.
+    A module is imported first, from the working folder, too, so that it can register the environment. Raise UserError
+    if the module cannot be imported, or if the name is not that of an environment.
     """
     from ringrl.envs import foreign_task, import_environments
 
@@ -58,13 +56,9 @@ def environment_task(text: str) -> str:
 
 
 def reject_flags(command: Callable[..., None], values: Mapping[str, object], why: str, *, used: set[str]) -> None:
-    """Raise UserError listing the given flags that have no effect.
+    """Raise UserError, which ends with `why`, for flags of a command that have no effect.
 
-    Args:
-        command: the function of the command.
-        values: the values of its parameters. A flag with its default value counts as not given.
-        why: the text after the flags in the message.
-        used: names of the parameters that have an effect.
+    Parameters in `used` have an effect. A flag with its default value counts as not given.
     """
     parameters = inspect.signature(command).parameters.values()
     given = [each.name for each in parameters if each.name not in used and values[each.name] != each.default]

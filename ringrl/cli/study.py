@@ -1,10 +1,11 @@
-"""ringrl ablate and demo: many runs, and the report that compares them."""
+"""ringrl ablate, report and demo: many runs, and the page that compares them."""
 
 from pathlib import Path
 
 from rich.console import Console
 
 from ringrl.cli.flags import command_line
+from ringrl.errors import UserError
 
 
 def ablate(
@@ -29,20 +30,32 @@ def ablate(
         workers: cells at a time, each in a process with its share of the cores.
         share: I/N runs every N-th cell from the I-th, counted from 0, so that N commands divide a plan.
     """
-    from ringrl.errors import UserError
     from ringrl.study.plan import read_plan
     from ringrl.study.runner import ablate as run_plan
-    from ringrl.study.runner import estimate
 
     index, _, number = share.partition("/")
     if not (index.isdecimal() and number.isdecimal() and int(index) < int(number)):
         raise UserError(f"--share: {share!r} is not I/N with I from 0 to N - 1, for example 0/4")
     chosen = read_plan(plan).inside(folder)
-    if dry_run:
-        estimate(chosen, Console(), workers)
-        return
-    run_plan(chosen, Console(stderr=True), command_line(), workers, (int(index), int(number)))
-    print(f"{chosen.output}; next: ringrl report {chosen.output}")
+    run_plan(chosen, Console(stderr=not dry_run), command_line(), workers, (int(index), int(number)), dry_run)
+    if not dry_run:
+        print(f"{chosen.output}; next: ringrl report {chosen.output}")
+
+
+def report(results: tuple[Path, ...] = (), /, *, output: Path = Path("report")) -> None:
+    """Make a page from results: return against context length with intervals, charts and tables for a paper.
+
+    Args:
+        results: results files (.jsonl or .jsonl.gz), or folders that contain them.
+        output: folder of the page, figures/ and tables/.
+    """
+    if not results:
+        raise UserError("no results are given; name files or folders, for example: ringrl report runs")
+    from ringrl.report import terminal_table, write_report
+
+    page = write_report(results, output)
+    Console().print(terminal_table(results))
+    print(page)
 
 
 def demo(*, output: Path = Path("demo")) -> None:

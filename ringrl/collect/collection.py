@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ringrl import __version__
 from ringrl.collect.scripted import search
-from ringrl.cores import available_cores
 from ringrl.envs import ForeignDomain, domain_of
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, linked, lock, sync
 from ringrl.pace import Progress, no_progress
+from ringrl.processes import available_cores
 
 METHODS = ("scripted", "td3")
 TRANSITIONS = 200_000  # by default

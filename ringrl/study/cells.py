@@ -23,15 +23,17 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
+from rich.console import Console
 
 from ringrl.config import TrainConfig
 from ringrl.config_files import merged, nested, one_line, read_yaml, to_yaml
 from ringrl.data import EpisodeStore
 from ringrl.envs import domain_of, import_environments
 from ringrl.errors import UserError
-from ringrl.evaluation import EvaluationProgress, Protocol, evaluate_all, policy_evaluation, random_evaluation
+from ringrl.evaluation import Protocol, evaluate_all, policy_evaluation, random_evaluation
 from ringrl.evaluation.actors import CompiledPolicy
 from ringrl.evaluation.policy import load_policy
+from ringrl.evaluation.progress import ProgressLines
 from ringrl.evaluation.protocol import FIRST_SEED, prompt_only_evaluation
 from ringrl.evaluation.records import append_records, data_records, folder_name, library_versions, read_records
 from ringrl.files import explain_write_errors, with_crc, without_crc, write_aside, write_whole
@@ -63,20 +65,23 @@ class Work:
     def is_finished(self) -> bool:
         """Whether all results exist, undamaged."""
         try:
-            did = json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["did"]
-            did.pop("videos", None)  # of cells that older versions finished
             results = read_records(self.folder / EVALUATION)
-            return bool(did == self.about and results.records and not results.notes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        except UserError:
             return False
+        return self._finished.get("did") == self.about and bool(results.records) and not results.notes
 
     @property
     def seconds(self) -> float | None:
         """Seconds that the finished work took; None if it is unfinished or was resumed, or the file is damaged."""
+        return self._finished.get("seconds")
+
+    @property
+    def _finished(self) -> dict[str, Any]:
+        """The content of finished.json; empty if it is missing or damaged."""
         try:
-            return float(json.loads(without_crc((self.folder / FINISHED).read_text().strip()))["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return dict(json.loads(without_crc((self.folder / FINISHED).read_text().strip())))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def run(self, command: str | None) -> None:
         """Write the results. Interrupted work resumes."""
@@ -154,14 +159,7 @@ class Cell(Work):
             for one in evaluations
             if one.protocol == protocol
         ]
-        evaluate_all(evaluations, progress=_Log())
-
-
-class _Log(EvaluationProgress):
-    """Prints messages to the cell's log."""
-
-    def on_message(self, text: str) -> None:
-        print(text, flush=True)
+        evaluate_all(evaluations, progress=ProgressLines(Console()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,13 +193,9 @@ def references(plan: AblationPlan, fingerprints: Mapping[str, str] = MappingProx
     found = []
     for task, source in sources.items():
         episodes = max(part.episodes for part in plan.whole if source in part.datasets)
-        kinds: dict[str, dict[str, Any]] = {
-            "random": {"episodes": episodes},
-            "data": {"data": fingerprints.get(source)},
-        }
-        for kind, about in kinds.items():
-            folder = plan.output / folder_name(task) / kind
-            about = {"kind": kind, "task": task, **about}
+        own: dict[str, dict[str, Any]] = {"random": {"episodes": episodes}, "data": {"data": fingerprints.get(source)}}
+        for kind in own:
+            folder, about = plan.output / folder_name(task) / kind, {"kind": kind, "task": task, **own[kind]}
             found.append(Reference(folder, about, plan.datasets[source], modules=plan.environment_modules))
     return found
 
@@ -297,13 +291,8 @@ def _cell(
         ) from error
     remembers = is_rolled_out and config.context.segment_steps is None
     tests = (plan.test_trajectories or (trajectories,)) if remembers else (1,)
-    about: dict[str, Any] = {
-        "task": task,
-        "test_trajectories": list(tests),
-        "episodes": plan.episodes,
-        "control": plan.control,
-        "data": fingerprint,
-    }
+    about: dict[str, Any] = {"task": task, "test_trajectories": list(tests)}
+    about |= {"episodes": plan.episodes, "control": plan.control, "data": fingerprint}
     about |= {"variant": variant} if variant else {}
     own_domain = [name for name in plan.test_tasks if domain_of(name) is domain_of(task)]
     about |= {"test_tasks": own_domain} if own_domain else {}
@@ -314,14 +303,12 @@ def _cell(
                 f"{task}, {name}: checkpoint: best needs held-out episodes; set validation_fraction in the settings"
             )
     protocols = [Protocol(plan.episodes // n, n, control=plan.control and n > 1) for n in tests]
-    prompts = (
-        _prompts(plan.prompts, config.tasks, plan.episodes, trajectories) if plan.prompts and is_rolled_out else []
-    )
-    if plan.prompts and prompts:
-        about["prompts"] = plan.prompts.model_dump(mode="json", exclude={"baselines"})
+    shown = plan.prompts if is_rolled_out else None
+    if shown and (prompts := _prompts(shown, config.tasks, plan.episodes, trajectories)):
+        about["prompts"] = shown.model_dump(mode="json", exclude={"baselines"})
         is_longest = method == plan.methods[0] and trajectories == max(plan.trajectories)  # others have fewer prompts
-        if plan.prompts.baselines and is_longest:
-            about["prompt_baselines"] = list(plan.prompts.baselines)
+        if shown.baselines and is_longest:
+            about["prompt_baselines"] = list(shown.baselines)
         protocols += [protocol for protocol in prompts if protocol not in protocols]
     return Cell(folder, about, config, tuple(protocols), variant, modules=plan.environment_modules)
 

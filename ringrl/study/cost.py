@@ -114,13 +114,11 @@ def _rough_seconds(cell: Cell, one: CellCost, speed: Speed, workers: int) -> flo
     training = max(one.flops * seconds_per_flop, one.steps * _LEAST_STEP)
     model, length = cell.config.model, domain_of(cell.config.task).episode_length
     segment, tokens = cell.config.context.segment_steps, TOKEN_SETS[model.token_set].size
-    per_token = 8 * model.layers * model.width * model.kv_heads / model.heads  # bytes of keys and values
-    per_step = per_token * tokens if model.family.has_context and segment is None else 0.0
-    again = 0.0  # a policy of segments computes the whole live segment at every step, in the last layer one token
-    if model.family.has_context and segment:
-        again = (
-            forward_flops(model, segment * tokens) * seconds_per_flop * (model.layers - 1 + 1 / segment) / model.layers
-        )
+    per_step = again = 0.0  # bytes of keys and values, and seconds of repeated work
+    if model.family.has_context and segment:  # the whole live segment is computed again at every step
+        again = forward_flops(model, segment * tokens) * seconds_per_flop
+    elif model.family.has_context:
+        per_step = 8 * tokens * model.layers * model.width * model.kv_heads / model.heads
     acting = 0.0
     for protocol in _rollouts(cell):
         for episodes in (protocol.episodes, *([1] if protocol.control else [])):
@@ -143,12 +141,7 @@ def cost(cell: Cell) -> CellCost:
     one = step_cost(config, longest_episode(config))
     steps = 0 if has_converged else max(0, config.optimiser.steps - done)
     episodes = sum(p.environments * p.episodes * (2 if p.control else 1) for p in _rollouts(cell))
-    return CellCost(
-        steps=steps,
-        tokens=steps * one.tokens,
-        flops=steps * (one.flops or 0.0),
-        simulated=length * episodes * len(cell.tasks),
-    )
+    return CellCost(steps, steps * one.tokens, steps * (one.flops or 0.0), length * episodes * len(cell.tasks))
 
 
 def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: int, workers: int) -> Table:
@@ -175,13 +168,8 @@ def cost_table(cells: Sequence[Cell], costs: Mapping[str, CellCost], finished: i
 
 
 def _numbers(found: CellCost) -> list[str]:
-    return [
-        _short(found.steps),
-        _short(found.tokens),
-        f"{found.flops / 1e12:,.3g}" if found.flops else ABSENT,
-        _short(found.simulated),
-        duration(found.seconds),
-    ]
+    flops = f"{found.flops / 1e12:,.3g}" if found.flops else ABSENT
+    return [_short(found.steps), _short(found.tokens), flops, _short(found.simulated), duration(found.seconds)]
 
 
 def _short(number: int) -> str:

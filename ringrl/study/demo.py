@@ -7,10 +7,10 @@ from rich.console import Console
 from ringrl.collect import collect
 from ringrl.config_files import read_yaml
 from ringrl.configs import preset
-from ringrl.cores import available_cores
 from ringrl.data import import_archive
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
+from ringrl.processes import available_cores
 from ringrl.study.plan import AblationPlan
 from ringrl.study.runner import ablate
 

@@ -124,7 +124,7 @@ class AblationPlan(Section):
         return rest | {"datasets": dict.fromkeys(tasks, given["data"])}
 
     @pydantic.model_validator(mode="after")
-    def _check_lengths(self) -> Self:
+    def _check_numbers(self) -> Self:
         for name in ("methods", "trajectories", "test_trajectories", "test_tasks", "seeds", "baselines"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -136,10 +136,6 @@ class AblationPlan(Section):
         for count in self.trajectories if self.methods else ():
             if self.budget == "tokens" and self.trajectories_per_batch % count:
                 raise ValueError(f"{count} does not divide the {self.trajectories_per_batch} trajectories_per_batch")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _check_episodes(self) -> Self:
         lengths = (self.test_trajectories or self.trajectories) if self.methods else ()
         draws = self.prompts.draws if self.prompts and self.methods else 1
         shared = math.lcm(draws, *lengths)

@@ -1,6 +1,5 @@
 """Progress of an ablation in the terminal: a moving line, or plain lines elsewhere."""
 
-import threading
 import time
 from collections.abc import Mapping
 
@@ -8,7 +7,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ringrl import pace
 from ringrl.evaluation.formatting import duration
 
 _SHOWN = 3  # names of running cells
@@ -34,40 +32,26 @@ class AblationProgress(Progress):
         self._finished = self._failed = 0
         self._estimated = self._taken = 0.0  # seconds of the finished cells that take time
         self._bar = self.add_task("", total=len(estimates))
-        self._guard, self._stopped = threading.Lock(), threading.Event()
-
-    def start(self) -> None:
-        """Show the progress. Without a terminal, a thread prints a line every now and then."""
-        super().start()
-        if not self.console.is_terminal:
-            threading.Thread(target=self._say, daemon=True).start()
-
-    def stop(self) -> None:
-        """End the progress."""
-        self._stopped.set()
-        super().stop()
 
     def begin(self, name: str) -> None:
         """Show that a cell starts."""
-        with self._guard:
-            self._running[name] = time.perf_counter()
+        self._running[name] = time.perf_counter()
         self._show()
 
     def end(self, name: str, failure: str | None) -> None:
         """Show and print that a cell ends, with the reason if it failed."""
-        with self._guard:
-            seconds = time.perf_counter() - self._running.pop(name)
-            estimate = self._left.pop(name)
-        if failure is None:
-            self._finished += 1
-            if estimate:
-                self._taken, self._estimated = self._taken + seconds, self._estimated + estimate
-        else:
-            self._failed += 1
+        seconds, estimate = time.perf_counter() - self._running.pop(name), self._left.pop(name)
+        self._finished, self._failed = self._finished + (failure is None), self._failed + (failure is not None)
+        if failure is None and estimate:
+            self._taken, self._estimated = self._taken + seconds, self._estimated + estimate
         self._show()
         end = f"finished in {duration(seconds)}" if failure is None else f"failed: {failure}"
-        line = f"{name}: {end}" if self.console.is_terminal else f"{name}: {end}; {self._state()}"
-        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._print(f"{name}: {end}" if self.console.is_terminal else f"{name}: {end}; {self._state()}")
+
+    def still_running(self) -> None:
+        """Print a line that the work continues, unless a terminal shows it."""
+        if not self.console.is_terminal:
+            self._print(self._line())
 
     @property
     def seconds_left(self) -> float:
@@ -87,11 +71,8 @@ class AblationProgress(Progress):
         names = ", ".join(list(self._running)[:_SHOWN]) + (" ..." if len(self._running) > _SHOWN else "")
         return f"{self._state()}: {names}" if names else self._state()
 
-    def _say(self) -> None:
-        while not self._stopped.wait(pace.SECONDS):
-            with self._guard:
-                line = self._line()
-            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+    def _print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _show(self) -> None:
         self.update(self._bar, completed=self._finished + self._failed, description=escape(self._line()))

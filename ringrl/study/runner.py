@@ -5,25 +5,23 @@ Finished cells are skipped and interrupted ones are resumed, so the same command
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from ringrl.cores import available_cores
+from ringrl import pace
 from ringrl.data import EpisodeStore
 from ringrl.data.sampling.held_out import held_out
 from ringrl.data.sampling.sampler import episodes_for_contexts
 from ringrl.envs import domain_of
 from ringrl.errors import UserError
 from ringrl.files import explain_write_errors, lock
-from ringrl.processes import end_with_parent
-from ringrl.signals import STOPPING, ignore
+from ringrl.processes import available_cores, follow_parent
 from ringrl.study.cells import EVALUATION, LOG, Cell, Reference, Work, attempt_logged, cells, references
 from ringrl.study.cost import cost_table, estimates
 from ringrl.study.plan import AblationPlan
@@ -35,32 +33,43 @@ COMPILED = ".compiled"  # compiled programs, which all seeds share
 
 
 def ablate(
-    plan: AblationPlan, console: Console, command: str | None = None, workers: int = 1, share: tuple[int, int] = (0, 1)
+    plan: AblationPlan,
+    console: Console,
+    command: str | None = None,
+    workers: int = 1,
+    share: tuple[int, int] = (0, 1),
+    dry_run: bool = False,
 ) -> list[Path]:
     """Train and evaluate every cell that is not finished, `workers` at once, and return the results files.
 
-    `share` (index, number) runs every `number`-th cell from the `index`-th, for several machines with one file system.
-
     An interrupted cell resumes from its last checkpoint or after its last finished evaluation. A cell that fails stops
     no other. Random actions and the episodes of the dataset are recorded next to the cells.
+
+    Args:
+      share: (index, number) runs every `number`-th cell from the `index`-th, for several machines with one file system.
+      dry_run: only print the remaining cost, within seconds, and write nothing.
 
     Raise UserError for settings that no run accepts, data that does not fit a task, a folder of another plan, or (after
     all other cells) cells that failed.
     """
     everything, reference_work = _check(plan, workers)
     output, (index, number) = plan.output, share
+    everything = everything[index::number]
+    work: list[Work] = [*(reference_work if index == 0 else ()), *everything]
     lock_file = output / (".lock" if number == 1 else f".lock-{index}-of-{number}")
-    with explain_write_errors(output), lock(output, "is running this ablation", file=lock_file):
-        everything = everything[index::number]
-        work: list[Work] = [*(reference_work if index == 0 else ()), *everything]
+    held = nullcontext() if dry_run else lock(output, "is running this ablation", file=lock_file)
+    with explain_write_errors(output), held:
         for one in work:
             one.check()
-        todo = [one for one in work if not one.is_finished]
         costs = estimates(everything, workers)
-        waiting = [cell for cell in todo if isinstance(cell, Cell)]
-        if waiting:
+        if waiting := [cell for cell in everything if cell.name in costs]:
             console.print(cost_table(waiting, costs, len(everything) - len(costs), workers))
-        expected = {one.name: costs[one.name].seconds if isinstance(one, Cell) else 0.0 for one in todo}
+        elif dry_run:
+            console.print(f"all {len(everything)} cells are finished")
+        if dry_run:
+            return []
+        todo = [one for one in work if not one.is_finished]
+        expected = {one.name: costs[one.name].seconds if one.name in costs else 0.0 for one in todo}
         failed = dict[Work, str]()
         with AblationProgress(expected, workers, console) as progress:
             for one, why in _run_all(todo, command, workers, output / COMPILED, progress):
@@ -72,19 +81,6 @@ def ablate(
     if failed:
         raise UserError(f"{len(failed)} of {len(work)} failed; the same command runs them again, others are finished")
     return [one.folder / EVALUATION for one in work]
-
-
-def estimate(plan: AblationPlan, console: Console, workers: int = 1) -> None:
-    """Print the remaining cost of a plan without running it, within seconds. Raise UserError as `ablate` does."""
-    everything, reference_work = _check(plan, workers)
-    for one in (*reference_work, *everything):
-        one.check()
-    costs = estimates(everything, workers)
-    waiting = [cell for cell in everything if cell.name in costs]
-    if waiting:
-        console.print(cost_table(waiting, costs, len(everything) - len(waiting), workers))
-    else:
-        console.print(f"all {len(everything)} cells are finished")
 
 
 def _check(plan: AblationPlan, workers: int) -> tuple[list[Cell], list[Reference]]:
@@ -133,7 +129,10 @@ def _run_all(
                 one = waiting.pop(0)
                 progress.begin(one.name)
                 running[pools[number].submit(attempt_logged, one, command)] = number, one
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            done = wait(running, pace.SECONDS, FIRST_COMPLETED).done
+            if not done:
+                progress.still_running()
+            for future in done:
                 number, one = running.pop(future)
                 try:
                     why = future.result()
@@ -149,8 +148,7 @@ def _run_all(
 
 def _prepare(number: int, workers: int, compiled: Path) -> None:
     """Prepare a worker process, the `number`-th of several."""
-    ignore((signal.SIGINT, *STOPPING))  # they reach the main process, which ends the workers
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    follow_parent()
     if hasattr(os, "sched_getaffinity") and 1 < workers <= available_cores():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[number::workers])
     if workers > 1:  # they share the memory of the accelerators

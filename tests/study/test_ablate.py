@@ -28,7 +28,7 @@ from ringrl.report.tables import returns_table, training_table
 from ringrl.study import runner
 from ringrl.study.cells import attempt, cells, references
 from ringrl.study.plan import read_plan
-from ringrl.study.runner import ablate, estimate
+from ringrl.study.runner import ablate
 from ringrl.training.run_folder import dataset_fingerprint
 
 COMMAND = Path(sys.executable).with_name("ringrl")
@@ -338,7 +338,7 @@ def test_a_length_that_the_data_cannot_fill_is_rejected_at_once(write_plan, jaco
     with pytest.raises(
         UserError, match=rf"^jaco_reach_top_left/at_{count}_seed0: context\.trajectories: {count} are more than"
     ):
-        estimate(read_plan(plan), Console(file=io.StringIO()))
+        ablate(read_plan(plan), Console(file=io.StringIO()), dry_run=True)
     assert not read_plan(plan).output.exists()
 
 

@@ -309,9 +309,6 @@ def test_finished_cells_are_recognised(write_plan) -> None:
     finish(cell)
     assert cell.is_finished
     cell.check()
-    finished = cell.folder / "finished.json"
-    finished.write_text(json.dumps({"did": cell.about | {"videos": False}}))
-    assert cell.is_finished, "by an older version"
     prompted = make(prompts={"trajectories": [0, 1], "draws": 2})
     for more in (make(trajectories=[2, 4]), make(episodes=8), make(test_trajectories=[1, 2]), prompted):
         assert more.is_finished == (more.about == cell.about)

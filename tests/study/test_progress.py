@@ -1,7 +1,6 @@
 """Progress of an ablation without a terminal."""
 
 import io
-import time
 
 import pytest
 from rich.console import Console
@@ -9,15 +8,11 @@ from rich.console import Console
 from ringrl.study.progress import AblationProgress
 
 
-def test_a_line_is_printed_while_a_cell_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ringrl.pace.SECONDS", 0.01)
+def test_a_line_is_printed_while_a_cell_runs() -> None:
     text = io.StringIO()
     with AblationProgress({"walker_walk/bc_seed0": 30.0}, 1, Console(file=text)) as progress:
         progress.begin("walker_walk/bc_seed0")
-        end = time.monotonic() + 10
-        while "1 running" not in text.getvalue():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        progress.still_running()
     assert "0 finished, 1 running, 0 failed, 0 waiting, 0:00:30 left: walker_walk/bc_seed0" in text.getvalue()
 
 
