@@ -108,7 +108,7 @@ def training_losses(runs: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
             finite = np.flatnonzero(np.isfinite(losses))
             stretches = [part for part in np.array_split(finite, min(points, len(finite)) or 1) if len(part)]
             means = [(run["steps"][part].mean(), losses[part].mean()) for part in stretches]
-            part = pd.DataFrame(means, columns=["step", "loss"])
+            part = pd.DataFrame(means, columns=["step", "loss"], dtype=np.float64)
             parts.append(part.assign(**run[_RUN], run=index, held_out=bool(held_out), not_finite=not_finite))
     columns = [*_RUN, "run", "held_out", "step", "loss", "not_finite"]
     found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)

@@ -396,9 +396,15 @@ def test_only_policies_that_are_computed_depend_on_their_libraries(
         alone = {method: prompt_only_evaluation(prompted, method) for method in ("copy", "clone")}
         return {"at": prompted, "random": random_evaluation(TASK, Protocol(2)), **alone}
 
+    def hashed(one: Evaluation, **changes) -> str | None:
+        template = one.template.model_copy(update={"evaluation": None, **changes})
+        return protocol_module._with_hash(template, one.protocol).evaluation
+
     before = evaluations()
-    assert {name for name, one in before.items() if one.decides["device"]} == {"at", "clone"}
-    assert all({"lengths", "terminated"}.isdisjoint(one.decides) for one in before.values()), "results decide nothing"
+    of_device = {name for name, one in before.items() if hashed(one, device="other") != hashed(one)}
+    assert of_device == {"at", "clone"}
+    results = {"lengths": (5,), "terminated": (True,)}
+    assert all(hashed(one, **results) == hashed(one) for one in before.values()), "results decide nothing"
     monkeypatch.setattr(protocol_module, "library_versions", lambda: library_versions() | {"jax": "other"})
     after = evaluations()
     changed = {name for name in before if before[name].template.evaluation != after[name].template.evaluation}
