@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,11 +192,15 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._environment.render()
 
     def close(self) -> None:
-        """Close the environment."""
-        self._environment.close()
+        """Close the environment. Its exceptions are ignored: no result depends on them."""
+        with suppress(Exception):
+            self._environment.close()
 
     def _flat(self, observation: Any) -> Float32[np.ndarray, " observation"]:
-        return np.asarray(spaces.flatten(self._space, observation), np.float32)
+        flat = np.asarray(spaces.flatten(self._space, observation), np.float32)
+        if flat.shape != self.observation_space.shape:  # NumPy would repeat a single number
+            raise ValueError(f"the observation has {flat.size} numbers, its space has {self.domain.observation_size}")
+        return flat
 
 
 def _parse(task: str) -> tuple[str, dict[str, Any]]:

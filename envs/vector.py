@@ -28,6 +28,7 @@ from ringrl.errors import UserError, brief
 from ringrl.processes import available_cores
 
 STEP_TIMEOUT = 300.0  # seconds that a step or a reset of another package's environment may take
+CLOSE_TIMEOUT = 10.0  # seconds that its closing may take
 _Observations = Float32[np.ndarray, "environments observation"]
 _Flags = Bool[np.ndarray, " environments"]
 
@@ -227,6 +228,7 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._observations = np.zeros((num_envs, self.domain.observation_size), np.float32)
         self._playing = np.zeros(num_envs, bool)
         self._steps, self._starts = np.zeros(num_envs, np.int64), [None] * num_envs  # of the current episodes
+        self._timeout = timeout
         self._crew = _Crew(min(threads, num_envs), timeout)
 
     def __repr__(self) -> str:
@@ -262,10 +264,11 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._observations.copy(), rewards, terminated, truncated, {}
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End the threads and close the environments."""
+        """End the threads and close the environments, in new threads: the others may hang."""
         self._crew.end()
-        for environment in filter(None, self._environments):
-            environment.close()
+        closing = _Crew(self.num_envs, min(self._timeout, CLOSE_TIMEOUT))
+        closing.each({index: one.close for index, one in enumerate(self._environments) if one is not None})
+        closing.end()
 
     def _each(self, chosen: _Flags, work: Callable[[int, ForeignEnv], Any]) -> dict[int, Any]:
         """Do some work for the chosen environments. Return the results of those that did not fail."""

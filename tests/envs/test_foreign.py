@@ -28,7 +28,15 @@ class Parts(gymnasium.Env):
     def __init__(self, fails: str = "never", render_mode: None = None) -> None:
         self.fails = fails
 
+    def close(self):
+        if self.fails == "close":
+            raise RuntimeError("broken")
+        if self.fails == "hang at close":
+            time.sleep(30)
+
     def _observation(self) -> dict:
+        if self.fails == "one number":
+            return {"b": np.zeros((0, 2), np.float32), "a": (np.zeros(1, np.float32), np.zeros(0, np.float32))}
         return {"b": np.full((2, 2), self.steps / 10, np.float32), "a": (np.zeros(1, np.float32), np.float32(0.5))}
 
     def reset(self, *, seed=None, options=None):
@@ -144,20 +152,24 @@ def test_copies_equal_single_environments_to_their_ends(threads):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("fails", ["step", "reset", "exit", "hang"])
+@pytest.mark.parametrize("fails", ["step", "reset", "exit", "hang", "one number"])
 def test_a_failure_ends_only_its_own_episode(fails, threads):
     vector = make_vec("gymnasium:Parts-v0", 3, [0, 1, 2], threads, timeout=0.3)
     vector._environments[1]._environment.unwrapped.fails = fails
     began = time.monotonic()
     observations, _ = vector.reset()
-    assert np.isnan(observations[1]).all() == (fails == "reset")
+    at_once = fails in ("reset", "one number")
+    assert np.isnan(observations[1]).all() == at_once
     for _ in range(2):
         observations, rewards, _, truncated, _ = vector.step(np.zeros((3, 3)))
     assert np.isnan(observations[1]).all()
     assert np.isnan(rewards).tolist() == [False, True, False]
     assert truncated.tolist() == [False, True, False]
-    reasons = {"hang": "TimeoutError: no answer in 0.3 s", "exit": "SystemExit: 3"}
-    reason = f"step {0 if fails == 'reset' else 2} .{reasons.get(fails, 'RuntimeError: broken')}"
+    reasons = {
+        "hang": "TimeoutError: no answer in 0.3 s", "exit": "SystemExit: 3",
+        "one number": "ValueError: the observation has 1 numbers, its space has 6",
+    }  # fmt: skip
+    reason = f"step {0 if at_once else 2} .{reasons.get(fails, 'RuntimeError: broken')}"
     (line,) = vector.failures
     assert re.match(rf"gymnasium:Parts-v0: environment 1 failed in {reason}", line)
     vector._environments[1 - (fails == "hang")]._environment.unwrapped.fails = "never"
@@ -165,6 +177,16 @@ def test_a_failure_ends_only_its_own_episode(fails, threads):
     observations, rewards, _, truncated, _ = vector.step(np.zeros((3, 3)))
     assert np.isnan(rewards).tolist() == [False, fails == "hang", False], "what hangs is not used again"
     assert len(vector.failures) == 1
+    vector.close()
+    assert time.monotonic() - began < 15, "nothing waits for what hangs"
+
+
+@pytest.mark.parametrize("fails", ["close", "hang at close"])
+def test_an_environment_that_does_not_close_costs_nothing(fails):
+    vector = make_vec("gymnasium:Parts-v0", 3, [0, 1, 2], threads=1, timeout=0.3)
+    for environment in vector._environments[1:]:
+        environment._environment.unwrapped.fails = fails
+    began = time.monotonic()
     vector.close()
     assert time.monotonic() - began < 15, "nothing waits for what hangs"
 
