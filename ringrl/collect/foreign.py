@@ -18,7 +18,7 @@ class ForeignRecording:
     """An episode that is being recorded, from the seed `start`. Until it ends, nothing else may use the environment.
 
     Raises:
-        UserError: the environment raised an exception. The message names the step.
+        UserError: the environment raised an exception, or gave a number that is not finite. The message names the step.
     """
 
     def __init__(self, environment: ForeignEnv, start: int) -> None:
@@ -68,8 +68,11 @@ class ForeignRecording:
 
     def _call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
         try:
-            return getattr(self._environment, name)(*arguments, **keywords)
-        except Exception as error:  # an environment may raise anything
+            observation, *others = getattr(self._environment, name)(*arguments, **keywords)
+            if not np.isfinite(np.append(observation, others[0] if name == "step" else 0.0)).all():
+                raise ValueError("its observation or reward is not finite")
+            return observation, *others
+        except (Exception, SystemExit) as error:  # an environment may raise anything
             where = f"{self._environment.task}: {name} {self.steps} of the episode from seed {self._start}"
             raise UserError(
                 f"{where} failed ({type(error).__name__}: {brief(error)}); correct the environment"

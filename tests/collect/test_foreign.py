@@ -22,7 +22,7 @@ class Falls(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-9, 9, (2,), np.float32)
     action_space = gymnasium.spaces.Box(-3, 3, (1,), np.float32)
 
-    def __init__(self, render_mode: None = None, breaks: bool = False) -> None:
+    def __init__(self, render_mode: None = None, breaks: str = "") -> None:
         self.breaks = breaks
 
     def reset(self, *, seed=None, options=None):
@@ -32,10 +32,13 @@ class Falls(gymnasium.Env):
 
     def step(self, action):
         assert self.action_space.contains(action)
-        if self.breaks:
+        if self.breaks == "cable":
             raise RuntimeError("a cable is loose")
+        if self.breaks == "exit":
+            raise SystemExit(0)
         self.state = self.state + np.array([0.1 * action[0], 0.0], np.float32)
-        return self.state, -float(abs(self.state[0])), bool(abs(self.state[0]) > 2), False, {}
+        reward = float("nan") if self.breaks == "reward" else -float(abs(self.state[0]))
+        return self.state, reward, bool(abs(self.state[0]) > 2), False, {}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,9 +115,16 @@ def test_an_interrupted_collection_resumes_with_the_same_episodes(episodes, tmp_
             np.testing.assert_array_equal(array, other[name], strict=True)
 
 
-def test_an_environment_that_fails_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("breaks", "reason"),
+    [
+        ("cable", "RuntimeError: a cable is loose"),
+        ("exit", "SystemExit: 0"),
+        ("reward", "ValueError: its observation or reward is not finite"),
+    ],
+)
+def test_an_environment_that_fails_is_named(breaks, reason, tmp_path):
     (tmp_path / "buffer").mkdir()
-    with pytest.raises(UserError, match=r"step 0 of the episode from seed \d+ failed .RuntimeError: a cable is loose"):
-        learn(
-            "gymnasium:Falls-v0(breaks=True)", tmp_path, episodes=1, seed=0, progress=lambda done, total: None, width=8
-        )
+    task = f"gymnasium:Falls-v0(breaks={breaks!r})"
+    with pytest.raises(UserError, match=rf"step 0 of the episode from seed \d+ failed .{reason}"):
+        learn(task, tmp_path, episodes=1, seed=0, progress=lambda done, total: None, width=8)
