@@ -125,7 +125,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["causal", pytest.param("window", marks=pytest.mark.slow), "prefix"])
+@pytest.mark.parametrize(
+    "name", ["causal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("window", "prefix"))]
+)
 def test_values_and_each_gradient(name, draw, oracle):
     """Includes queries without visible keys and keys without visible queries; unwritten memory would be NaN."""
     where, dtype, rule = CASES[name]

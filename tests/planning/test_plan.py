@@ -93,6 +93,7 @@ def test_gpu_plan_gives_the_memory_fraction(capsys):
 
 
 @pytest.mark.usefixtures("eight_devices")
+@pytest.mark.slow
 def test_too_many_host_devices(capsys):
     assert len(jax.devices()) < 64  # the number is fixed now
     plan("--model", "tiny", "--machine", "cpu-64", "--tokens", "1024", "--contexts", "1")

@@ -269,7 +269,7 @@ def test_prompts_of_shorter_contexts_are_faint_and_single_seeds_have_no_dots(mak
     assert sorted(zip(dots["x"], dots["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-@pytest.mark.parametrize("name", ["return_by_episode", "return_by_prompt"])
+@pytest.mark.parametrize("name", [pytest.param("return_by_episode", marks=pytest.mark.slow), "return_by_prompt"])
 def test_context_is_shown_beside_methods_without_context(make_ablation, make_rollouts, name):
     prompted = [
         record

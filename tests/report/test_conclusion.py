@@ -137,8 +137,7 @@ def test_a_difference_beyond_the_noise_has_a_direction(make_rollouts):
     assert Summary(noisy(make_rollouts, -60, 6)).headline == "A longer context hurts."
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3])
-@pytest.mark.parametrize("step", [-100, 100])
+@pytest.mark.parametrize(("seeds", "step"), [(1, 100), (2, -100), (3, 100)])
 def test_fewer_than_four_seeds_never_have_a_direction(seeds, step, make_ablation):
     found = Summary(make_ablation(seeds=seeds, step=step))
     assert found.headline == "Fewer than 4 training seeds a side cannot show whether a longer context helps."
@@ -290,7 +289,11 @@ def test_rollouts_that_all_have_the_same_prompt_are_compared_by_context(make_rol
     ("changed", "name"),
     [
         ({"train_trajectories": 4, "prompt_control": "zero rewards"}, "Agentic Transformer, prompt zero rewards"),
-        ({"method": "copy", "train_trajectories": None, "settings": {}}, "Nearest step of the prompt"),
+        pytest.param(
+            {"method": "copy", "train_trajectories": None, "settings": {}},
+            "Nearest step of the prompt",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_prompts_are_compared_run_by_run(make_rollouts, changed, name):

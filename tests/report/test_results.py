@@ -106,7 +106,7 @@ def test_failed_episodes_are_counted_and_in_no_mean(make_rollouts):
     assert scores(records, memory=False, counted="paired") == [[91]], "the two episodes that have a return in both"
 
 
-@pytest.mark.parametrize("cut", ["rollout", "control"])
+@pytest.mark.parametrize("cut", [pytest.param("rollout", marks=pytest.mark.slow), "control"])
 def test_an_episode_that_failed_on_one_side_counts_on_neither(cut, make_rollouts):
     """Memory changes nothing; the first start is an easy one, and one stream fails after it."""
     both = [record for context in (True, False) for record in make_rollouts(3, 0, 0, context=context)]

@@ -98,27 +98,27 @@ def finish_all(plan: Path, store: EpisodeStore) -> list[str]:
 def test_more_episodes_and_lengths_are_rolled_out_later_and_other_settings_are_rejected(
     write_plan, jaco_store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = {"trajectories": [1], "baselines": [], "episodes": 1}
+    one = {"trajectories": [1], "baselines": [], "episodes": 2}
     plan = write_plan(jaco_store.path, **one)
     assert finish_all(plan, jaco_store) == ["random", "data", "at_1_seed0"]
     run = read_plan(plan).output / "jaco_reach_top_left" / "at_1_seed0"
     metrics = (run / "metrics.jsonl").read_bytes()
     assert all(json.loads(line)["peak_memory_bytes"] > 0 for line in metrics.splitlines())
-    more = one | {"test_trajectories": [1, 2], "episodes": 2}
+    more = one | {"test_trajectories": [1, 2], "episodes": 4}
     assert finish_all(write_plan(jaco_store.path, **more), jaco_store) == ["random", "at_1_seed0"]
     assert (run / "metrics.jsonl").read_bytes() == metrics
     results = read_results(run.parent)
     table = returns_table(results)
     policies = table[table["kind"] != "data"]
     found = {(row["family"], row["test_trajectories"], row["episodes"]) for _, row in policies.iterrows()}
-    assert found == {("random", 1, 2), ("at", 1, 2), ("at", 2, 2)}
+    assert found == {("random", 1, 4), ("at", 1, 4), ("at", 2, 4)}
     assert results.groupby(["family", "test_trajectories"])["matched"].any()["at", 2]
     assert starts_warning(results, table) is None
     settings = read_plan(write_plan(jaco_store.path)).settings
     wider = settings | {"model": settings["model"] | {"width": 32}}
     for changes, words in (
         ({"settings": wider}, "model.width was 16, is 32"),
-        ({"episodes": 1}, "episodes was"),
+        ({"episodes": 2}, "episodes was"),
     ):
         output, error = output_of(write_plan(jaco_store.path, **more | changes))
         assert error is not None
