@@ -10,7 +10,7 @@ import pandas as pd
 from ringrl.evaluation.records import default_recipe
 from ringrl.evaluation.statistics import LEVEL, holm
 from ringrl.methods import METHODS
-from ringrl.report.results import CELL, RUN, settings_of_any_length
+from ringrl.report.results import CELL, RUN, is_control, settings_of_any_length
 from ringrl.report.tables import (
     context_label,
     contrast,
@@ -35,7 +35,7 @@ def verdicts(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     For each task and method, the longest context is compared with the shortest, with each trained method without
     context, and with the same length of the method whose variant it is. A method with one length is compared with its
     control instead of the shortest. The longest prompt is compared with the shortest, from the same starts, and with
-    the controls of its length: changed prompts, and policies made of the prompt alone.
+    the method's own controls of its length: changed prompts, and policies made of the prompt alone.
 
     The largest difference comes first. Columns: task, method, subject, compared, before and after (interquartile
     means), change, low, high, detectable, p, wins (the probability that a run after beats a run before), wins_low,
@@ -98,7 +98,8 @@ def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
         controls = table[(table["task"] == task) & (table["kind"] == "prompt control")]
         controls = controls[controls["train_trajectories"].isin([0, cell["train_trajectories"]])]  # 0: the prompt alone
         for _, other in controls[controls["prompt_trajectories"] == cell["prompt_trajectories"]].iterrows():
-            yield cell, other
+            if is_control(other["variant"], cell["variant"]):
+                yield cell, other
 
 
 def _compare_methods(runs: pd.DataFrame, cell: pd.Series, other: pd.Series) -> dict[str, Any]:

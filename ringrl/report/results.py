@@ -122,6 +122,14 @@ class _Variant(NamedTuple):
     name: str = ""  # in an ablation plan
 
 
+def is_control(control: str, variant: str) -> bool:
+    """Return whether a prompt control belongs to a variant, given the column "variant" of both."""
+    changed, own = (_Variant(*json.loads(text)) for text in (control, variant))
+    if changed.method in PROMPT_ONLY:
+        return (changed.name, changed.train_task) == (own.name, own.train_task)
+    return changed._replace(kind=own.kind, prompt=own.prompt) == own
+
+
 def _row(record: EvaluationRecord, variant: _Variant, name: str) -> dict[str, Any]:
     lengths = record.train_trajectories, record.prompt_trajectories, record.test_trajectories
     unknown = f"unknown run {json.dumps([*variant, record.task, *lengths])}"

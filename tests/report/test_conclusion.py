@@ -329,6 +329,28 @@ def test_prompts_are_compared_run_by_run(make_rollouts, changed, name):
     assert returns_table(results).set_index("kind").loc["prompt control", "length"].isna().all()
 
 
+def test_controls_of_prompts_are_compared_with_their_own_variant(make_rollouts):
+    def prompted(count, level, variant, **changes):
+        changes = {"train_trajectories": 4, "variant": variant} | changes
+        return [r for seed in range(4) for r in make_rollouts(1, seed, level, prompt_trajectories=count, **changes)]
+
+    records = [
+        record
+        for variant in ("good", "bad")
+        for count, level, changes in (
+            (1, 100.0, {}), (3, 200.0 + 50 * (variant == "good"), {}), (3, 120.0, {"prompt_control": "shuffled"}),
+            (3, 90.0, {"method": "copy", "train_trajectories": None, "settings": {}}),
+        )
+        for record in prompted(count, level, variant, **changes)
+    ]  # fmt: skip
+    rivals = Summary(records).rivals
+    assert sorted(zip(rivals["method"], rivals["compared"].str.partition(" to trained")[0], strict=True)) == [
+        (f"Agentic Transformer, {name}", other)
+        for name in ("bad", "good")
+        for other in (f"Agentic Transformer, {name}, prompt shuffled", f"Nearest step of the prompt, {name}")
+    ]
+
+
 def streams(make_rollouts, length: int, count: int, seed: int = 0, **changes):
     """One run's streams; stream i of n episodes has the start seeds i n to i n + n - 1."""
     pairs = [make_rollouts(length, seed, 100.0 + index, **changes) for index in range(-(-count // 2))]
