@@ -1,8 +1,11 @@
 """Checkpoints: all state that resuming or evaluating a run needs, as arrays and JSON with checksums (no pickles)."""
 
 import dataclasses
+import functools
 import json
+import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,6 +150,7 @@ class Checkpoints:
         """Return the state of a checkpoint, with the shapes and shardings of `like`."""
         path, abstract = self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         checksums = _read_json(path, "info").get(ARRAY_CHECKSUMS)
+        _hide_late_errors()
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = TrainState(**self._orbax.restore(path.absolute(), args=args)["state"])
@@ -205,6 +209,14 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder}: a checkpoint cannot be written ({cause}); free some space, then use --resume"
             ) from None
+
+
+@functools.cache  # once
+def _hide_late_errors() -> None:
+    """Hide the errors of arrays that Orbax still reads after another array has failed: nobody can catch them."""
+    show, late = sys.unraisablehook, ("loop is closed", "while reading array", "Error reading")
+    sys.unraisablehook = lambda args: None if any(text in str(args.exc_value) for text in late) else show(args)
+    logging.getLogger("asyncio").addFilter(lambda record: not any(text in record.getMessage() for text in late))
 
 
 def _saved_metrics(checkpoint: Path) -> dict[str, Any] | None:
