@@ -37,7 +37,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
     """Episodes of controllers, not noise: there is something to learn."""
     folder = tmp_path_factory.mktemp("collected") / "jaco"
     collect("jaco_reach_top_left", folder, episodes=8, seed=0, workers=1)
-    return import_archive(folder, folder.with_suffix(".h5"), "jaco", workers=1)
+    return import_archive(folder, folder.with_suffix(".h5"), "jaco")
 
 
 @pytest.mark.parametrize("kind", ["transformer", pytest.param("behaviour_cloning", marks=pytest.mark.slow)])
