@@ -32,8 +32,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def expanded(path: str | Path) -> Path:
     """Return a path with `~` and `$NAME` replaced, as a shell would. An existing path stays as it is.
 
-    Raises:
-      UserError: a variable is not set, or a home folder is not known.
+    Raise UserError if a variable is not set, or if a home folder is not known.
     """
     if Path(path).exists():
         return Path(path)
@@ -69,8 +68,7 @@ def write_aside(path: Path, *, alone: bool = True) -> Iterator[Path]:
       alone: no other process writes the same file at the same time. A kill then leaves one hidden file, which the next
         write replaces. Otherwise each process uses its own hidden name.
 
-    Raises:
-      OSError: the file system rejects a write.
+    Raise OSError if the file system rejects a write.
     """
     path = linked(path)
     temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")

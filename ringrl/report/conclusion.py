@@ -72,13 +72,12 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
 def _compare(runs: pd.DataFrame, paired: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Any]:
     shortest, longest = ends_of_curve(cells)
     if shortest.name != longest.name:
-        found = contrast(scores_of(runs, longest), scores_of(runs, shortest))
-        return _row(longest, "A longer context", _between(shortest, longest), found)
+        sides = scores_of(runs, longest), scores_of(runs, shortest)
+        return _row(longest, "A longer context", _between(shortest, longest), *sides)
     kept, reset = (scores_of(paired, longest, memory=memory) for memory in (True, False))
     if longest["test_trajectories"] > 1 and len(kept):
-        compared = f"memory reset to kept, {context_label(longest)}"
-        return _row(longest, "Memory across episodes", compared, contrast(kept, reset))
-    return _row(longest, "Context", context_label(longest), None)
+        return _row(longest, "Memory across episodes", f"memory reset to kept, {context_label(longest)}", kept, reset)
+    return _row(longest, "Context", context_label(longest))
 
 
 def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
@@ -103,9 +102,9 @@ def _rivals(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
 
 
 def _compare_methods(runs: pd.DataFrame, cell: pd.Series, other: pd.Series) -> dict[str, Any]:
-    found = contrast(scores_of(runs, cell), scores_of(runs, other))
     prompt = f" after a prompt of {cell['prompt_trajectories']:.0f}" if cell["prompt_trajectories"] else ""
-    return _row(cell, RIVAL, f"{other['method']} to {context_label(cell)}{prompt}", found)
+    compared = f"{other['method']} to {context_label(cell)}{prompt}"
+    return _row(cell, RIVAL, compared, scores_of(runs, cell), scores_of(runs, other))
 
 
 def _compare_prompts(runs: pd.DataFrame) -> dict[str, Any]:
@@ -113,12 +112,12 @@ def _compare_prompts(runs: pd.DataFrame) -> dict[str, Any]:
     sides = [runs[runs["prompt_trajectories"] == length].set_index("run")["value"] for length in (many, few)]
     cell = runs.iloc[0]
     compared = f"prompt of {few} to {many}, trained on {cell['train_trajectories']}"
-    return _row(cell, "A longer prompt", compared, contrast(*sides))
+    return _row(cell, "A longer prompt", compared, *sides)
 
 
-def _row(cell: pd.Series, subject: str, compared: str, found: dict[str, Any] | None) -> dict[str, Any]:
+def _row(cell: pd.Series, subject: str, compared: str, *sides: pd.Series) -> dict[str, Any]:
     row = {"task": cell["task"], "method": cell["method"], "subject": subject, "compared": compared}
-    return row | ({"after": cell["iqm"], "seeds": 0, "paired": False} if found is None else found)
+    return row | (contrast(*sides) if sides else {"after": cell["iqm"], "seeds": 0, "paired": False})
 
 
 def headline(found: pd.DataFrame, like_random: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -22,11 +21,10 @@ _SERIES = (
     ("#00838f", "#4dd0e1"), ("#a16207", "#f2b84b"), ("#3f6212", "#bef264"), ("#4338ca", "#a5a0ff"),
     ("#be5a8a", "#ffb3d1"), ("#57534e", "#c9c2bb"),
 )  # fmt: skip
-PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"paper": ("#fdfdfc", "#14161a"), "ink": ("#1c2128", "#e6e8eb"), "muted": ("#646b76", "#9aa2ad")}
-    | {"line": ("#e3e5e8", "#2a2f37")}
-    | {f"series-{index}": colours for index, colours in enumerate(_SERIES, start=1)}
-)
+PALETTE: Mapping[str, tuple[str, str]] = {
+    "paper": ("#fdfdfc", "#14161a"), "ink": ("#1c2128", "#e6e8eb"), "muted": ("#646b76", "#9aa2ad"),
+    "line": ("#e3e5e8", "#2a2f37"), **{f"series-{index}": pair for index, pair in enumerate(_SERIES, start=1)},
+}  # fmt: skip
 """Colours by name: light, dark. The page uses CSS variables of these names, files the light colours (SVG: both)."""
 # The methods that have the colours series-1, series-2, ...
 _OWNERS = ["at", "bc", "td3+bc", "bc-10%", "dt", "random", "td3", "bc-50%", "ad", "bc-25%"]

@@ -82,11 +82,7 @@ def read_results(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
 
 
 def tabulate(records: Sequence[EvaluationRecord]) -> pd.DataFrame:
-    """Return records as the table that `read_results` describes.
-
-    Raises:
-        UserError: one task has results from several datasets.
-    """
+    """Return records as the table that `read_results` describes. UserError if one task has several datasets."""
     newest, displaced = _newest(records)
     _check_datasets(newest)
     separating = _separating_settings(newest)

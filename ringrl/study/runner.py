@@ -97,11 +97,11 @@ def _check(plan: AblationPlan, workers: int) -> tuple[list[Cell], list[Reference
         fingerprints[task] = dataset_fingerprint(store)
     everything = cells(plan, fingerprints)
     for cell in everything:
-        config = cell.config
+        config, store = cell.config, stores[cell.config.task]
         try:
-            check_actions(config, stores[config.task].facts)
-            excluded = held_out(stores[config.task], config)
-            episodes_for_contexts(stores[config.task], config.task, config.context, config.seed, excluded=excluded)
+            check_actions(config, store.facts)
+            excluded = held_out(store, config)
+            episodes_for_contexts(store, config.task, config.context, config.seed, excluded=excluded)
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from error
     return everything, references(plan, fingerprints)
