@@ -31,7 +31,7 @@ def mixed(tmp_path_factory, random_episode, write_store) -> EpisodeStore:
 @pytest.fixture(scope="module")
 def made(mixed: EpisodeStore) -> ContextSampler:
     config = ContextConfig(trajectories=3, order="random")
-    return ContextSampler(mixed, TASK, config, Normalisation.of(mixed, [2]), 4, 0)
+    return ContextSampler(mixed, TASK, config, Normalisation.of(mixed), 4, 0)
 
 
 @pytest.fixture(scope="module")

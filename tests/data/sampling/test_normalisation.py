@@ -26,13 +26,12 @@ def test_only_the_given_episodes_are_measured(store, episodes) -> None:
 
 
 def test_normalised_observations_can_be_written_in_place(store, episodes) -> None:
-    found, rows = Normalisation.of(store, [1]), episodes[0]["observation"]
+    found, rows = Normalisation.of(store), episodes[0]["observation"]
     out = np.full((2, *rows.shape), 7, np.float32)
     assert np.shares_memory(found.observation(rows[::2], out=out[1, : len(rows[::2])]), out)
     np.testing.assert_array_equal(out[1, : len(rows[::2])], found.observation(rows)[::2])
     assert (out[0] == 7).all()
     expected = (rows - found.mean) / found.std
-    expected[:, 1] = 0
     np.testing.assert_allclose(found.observation(rows), expected, rtol=1e-5, atol=1e-6)
 
 
