@@ -208,13 +208,19 @@ def _import_episodes(plan: ImportPlan, store: UnfinishedStore, progress: Progres
     UserError for a damaged episode, or one that is in two archives, which deletes the file.
     """
     layout, partial, imported = plan.layout, hidden_name(plan.destination), list[Imported]()
+    domain, given = layout.domain, layout.tasks
+    # Another task of the domain may have the same rewards, whether it is imported or not.
+    others = () if domain.records_all_tasks else tuple(task for task in domain.tasks if task not in given)
     seen = dict[bytes, Path]()  # archives of the recorded content; collections with equal seeds begin alike
     with ExitStack() as opened:
-        archives = {source: opened.enter_context(Archive(source, layout.domain)) for source in dict(plan.members)}
+        archives = {source: opened.enter_context(Archive(source, domain)) for source in dict(plan.members)}
         for index, (source, member) in enumerate(plan.members):
             record = store.finished(index)
             if record:
                 episode: Episode = store.read(index)
+                rewards = {task: episode[reward_key(task)] for task in given}
+                if others:
+                    rewards |= relabel_all(domain.name, episode["physics"], episode["action"], others)
             else:
                 try:
                     recorded = archives[source].read(member)
@@ -223,8 +229,8 @@ def _import_episodes(plan: ImportPlan, store: UnfinishedStore, progress: Progres
                 except UserError:
                     partial.unlink()
                     raise
-                rewards = relabel_all(layout.domain.name, recorded["physics"], recorded["action"], layout.tasks)
-                episode = recorded | {reward_key(task): reward for task, reward in rewards.items()}
+                rewards = relabel_all(domain.name, recorded["physics"], recorded["action"], (*given, *others))
+                episode = recorded | {reward_key(task): rewards[task] for task in given}
                 record = store.write(index, episode)
             if (other := seen.setdefault(record.recorded, source)) != source:
                 partial.unlink()
@@ -234,7 +240,7 @@ def _import_episodes(plan: ImportPlan, store: UnfinishedStore, progress: Progres
                 )
             if not imported:  # not earlier: an archive of false names would reserve any amount
                 reserve_space(partial, plan.destination)
-            errors = {task: np.abs(episode[reward_key(task)] - episode["reward"][:, 0]).max() for task in layout.tasks}
+            errors = {task: np.abs(reward - episode["reward"][:, 0]).max() for task, reward in rewards.items()}
             matches = tuple(task for task, error in errors.items() if error <= SAME_REWARD)
             imported.append(Imported(record, matches, bool(episode["reward"].any())))
             progress(len(imported), len(plan.members))
@@ -242,15 +248,24 @@ def _import_episodes(plan: ImportPlan, store: UnfinishedStore, progress: Progres
 
 
 def _recorded_task(store: UnfinishedStore, imported: Sequence[Imported]) -> str | None:
-    """Return the task whose rewards were recorded. None: no task or several fit, or rewards of all were recorded."""
+    """Return the task whose rewards were recorded.
+
+    None: no task or several fit, the task is not imported, or rewards of all tasks were recorded.
+    """
     domain = store.layout.domain
     if domain.records_all_tasks or not any(episode.has_reward for episode in imported):
         return None
     candidates = [task for task in domain.tasks if all(task in episode.matches for episode in imported)]
-    if len(candidates) < 2:
-        return candidates[0] if candidates else None
+    if not candidates:
+        return None
+    nearest = candidates[0] if len(candidates) == 1 else _nearest_start(candidates, store, len(imported))
+    return nearest if nearest in store.layout.tasks else None
+
+
+def _nearest_start(candidates: Sequence[str], store: UnfinishedStore, episodes: int) -> str | None:
+    """Return the task whose starts are clearly nearest to those of the episodes; None if none is."""
     # Cartpole's balance and swingup have the same reward and differ only in the start. The nearer start decides.
-    start = np.mean([store.read(index)["physics"][0] for index in range(len(imported))], axis=0)
+    start = np.mean([store.read(index)["physics"][0] for index in range(episodes)], axis=0)
     distances = {}
     for task in candidates:
         env = make(task, seed=0)

@@ -107,6 +107,19 @@ def test_recorded_task_is_none_when_the_data_cannot_tell(tmp_path, cartpole_epis
     assert import_archive(tmp_path, tmp_path / "a.h5", "cartpole").recorded_task is None
 
 
+def test_a_task_with_the_same_rewards_is_not_taken_for_the_recorded_one(tmp_path, cartpole_folder):
+    """Balancing and swinging up have one reward. These episodes start as those of swinging up."""
+
+    def recorded(*tasks: str) -> str | None:
+        store = import_archive(cartpole_folder, tmp_path / "a.h5", "cartpole", tasks=tasks, overwrite=True)
+        assert store.tasks == tasks
+        return store.recorded_task
+
+    assert recorded("cartpole_balance") is None
+    assert recorded("cartpole_balance", "cartpole_swingup") == "cartpole_swingup"
+    assert recorded("cartpole_swingup") == "cartpole_swingup"
+
+
 def test_one_damaged_episode_ends_the_import_and_leaves_nothing(tmp_path, cartpole_folder):
     shutil.copytree(cartpole_folder, tmp_path / "archive")
     damaged = tmp_path / "archive" / "buffer" / "episode_1000002_1000.npz"
