@@ -117,7 +117,10 @@ class MinariEpisodes:
             )
 
     def environment(self) -> str | None:
-        """Return the name of the environment that the metadata names, None without one, or with wrappers or paths."""
+        """Return the name of the environment that the metadata names.
+
+        None without one, or with wrappers, paths, or arguments that no name can contain (infinity).
+        """
         with self._reading("its environment"):
             given = self.metadata.get("env_spec")
             spec = json.loads(given) if isinstance(given, str) else given
@@ -131,7 +134,10 @@ class MinariEpisodes:
             if installed is not None and limit is not None and limit != installed.max_episode_steps:
                 arguments["max_episode_steps"] = limit
             arguments.pop("render_mode", None)
-            task = foreign_task(spec["id"], arguments)
+            try:
+                task = foreign_task(spec["id"], arguments)
+            except UserError:
+                return None
             texts = [node.value for node in ast.walk(ast.parse(repr(arguments))) if isinstance(node, ast.Constant)]
             # A dataset must not choose the files or modules that an environment reads.
             return None if any({*"/\\:"} & {*str(text)} for text in texts) else task

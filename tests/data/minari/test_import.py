@@ -247,9 +247,10 @@ def test_the_environment_of_a_dataset_has_its_own_arguments_but_no_files(
     assert import_minari(pendulum, tmp_path / "moon.h5").domain == "gymnasium:Moon-v0"
     del gymnasium.registry["Moon-v0"]
     assert import_minari(pendulum, tmp_path / "far.h5").domain == "gymnasium:Moon-v0(g=1.6)"
-    spec = json.loads(spec) | {"kwargs": {"xml_file": ["/a.xml"]}}
-    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
-    assert import_minari(pendulum, tmp_path / "pendulum.h5").domain == pendulum
+    for number, kwargs in enumerate([{"xml_file": ["/a.xml"]}, {"healthy_z_range": [0.7, float("inf")]}]):
+        other = json.loads(spec) | {"kwargs": kwargs}
+        path.write_text(json.dumps(metadata | {"env_spec": json.dumps(other)}))
+        assert import_minari(pendulum, tmp_path / f"{number}.h5").domain == pendulum
 
 
 @pytest.mark.slow
