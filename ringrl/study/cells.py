@@ -68,7 +68,9 @@ class Work:
             results = read_records(self.folder / EVALUATION)
         except UserError:
             return False
-        return self._finished.get("did") == self.about and bool(results.records) and not results.notes
+        finished = self._finished
+        has_all = len(results.records) >= finished.get("results", 1)
+        return finished.get("did") == self.about and has_all and not results.notes
 
     @property
     def seconds(self) -> float | None:
@@ -370,7 +372,11 @@ def attempt(work: Work, command: str | None) -> str | None:
         for module in work.modules:
             import_environments(module)
         work.run(command)
-        finished = {"did": work.about, "seconds": None if is_resumed else time.perf_counter() - began}
+        finished = {
+            "did": work.about,
+            "seconds": None if is_resumed else time.perf_counter() - began,
+            "results": len(read_records(work.folder / EVALUATION).records),
+        }
         write(work.folder / FINISHED, with_crc(json.dumps(finished)) + "\n")
     except Exception as error:  # the other cells continue
         with suppress(OSError):  # the log may be on a full disk

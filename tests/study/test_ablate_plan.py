@@ -347,6 +347,9 @@ def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pyt
     plan = write_plan(Path("x.h5"), trajectories=[2], baselines=[], **variants)
     plan.write_text(plan.read_text().replace("NAME", "'08'"))  # a number to other readers of YAML
     (cell,) = cells(read_plan(plan))
+    results = cell.folder / "evaluation.jsonl"
+    write(results, "")
+    append_records(results, data_records("x", np.ones(2), data_fingerprint="", versions={}))
     assert attempt(cell, None) is None
     cell.check()
     path = cell.folder / "cell.yaml"
@@ -360,9 +363,11 @@ def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pyt
         with pytest.raises(UserError, match=rf"^{re.escape(f'{path}: {words}')}.*") as error:
             cell.check()
         assert "; remove it if" in str(error.value)
-    write(cell.folder / "evaluation.jsonl", "")
-    append_records(cell.folder / "evaluation.jsonl", data_records("x", np.ones(1), data_fingerprint="", versions={}))
     assert cell.is_finished
+    lines = results.read_text()
+    results.write_text(lines.partition("\n")[0] + "\n")
+    assert not cell.is_finished, "a whole line is gone"
+    results.write_text(lines)
     finished = cell.folder / "finished.json"
     assert cell.seconds is not None
     whole = finished.read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ringrl.study.cells import Cell, attempt, cells
+from ringrl.study.cells import Cell, attempt, cells, write
 from ringrl.study.cost import Speed, cost, cost_table, estimates
 from ringrl.training.budget import forward_flops
 from ringrl.training.checkpoints import EarlyStopping
@@ -22,7 +22,7 @@ def test_finished_training_costs_nothing(write_plan) -> None:
 
 def test_only_the_time_of_whole_attempts_is_known(write_plan, monkeypatch: pytest.MonkeyPatch) -> None:
     (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[]))
-    monkeypatch.setattr(Cell, "run", lambda self, command: None)
+    monkeypatch.setattr(Cell, "run", lambda self, command: write(self.folder / "evaluation.jsonl", ""))
     assert attempt(cell, None) is None
     assert cell.seconds is not None
     assert attempt(cell, None) is None
