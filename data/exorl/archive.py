@@ -39,10 +39,9 @@ class Member(NamedTuple):
 
 
 class Archive:
-    """The episodes of a zip file or folder in ExoRL's layout, in the order of their numbers.
+    """The episodes of a zip file or folder in ExoRL's layout, sorted by number. Use it as a context manager.
 
-    `members` lists them and `read(member)` returns one validated episode. Opening reads the list of names only. Use it
-    as a context manager. Raises UserError, naming archive and member, for files that are not episodes of `domain`.
+    Raises UserError, naming archive and member, for files that are not episodes of `domain`.
     """
 
     def __init__(self, source: Path, domain: Domain) -> None:
@@ -50,23 +49,21 @@ class Archive:
         self.domain = domain
         self._columns = recorded_arrays(domain)
         self._limit = SIZE_ALLOWANCE * episode_bytes(domain, domain.episode_length, relabelled=False) + 2**20
-        self._zip: zipfile.ZipFile | None = None
-        if self.source.is_dir():
-            buffer = self.source / "buffer"
-            self._folder = buffer if buffer.is_dir() else self.source
-            try:
-                paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
-            except OSError as error:
-                raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
-        else:
-            self._zip = open_zip(self.source)
-            paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        buffer = self.source / "buffer"
+        self._folder = buffer if buffer.is_dir() else self.source
+        self._zip = None if self.source.is_dir() else open_zip(self.source)
         try:
+            if self._zip is None:
+                paths = [path.name for path in self._folder.iterdir() if not path.is_dir()]
+            else:
+                paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
             self.members = _episodes_among(paths, self.source)
             if self._zip is not None:
                 _refuse_lost_names(self._zip, {member.path for member in self.members}, self.source)
                 if sum(self._zip.getinfo(member.path).compress_size for member in self.members) > self.size():
                     raise UserError(f"{self.source}: its episodes overlap: it is damaged or a zip bomb, remove it")
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from error
         except UserError:
             self.close()
             raise

@@ -1,8 +1,7 @@
 """Download of the public ExoRL archives. An interrupted download resumes.
 
-Received bytes are appended to a hidden `.{name}.partial` in the same folder. `.{name}.partial.json` records the version
-of the file on the server. The next request asks for the rest if the version is the same (If-Range), and for the whole
-file otherwise.
+Received bytes are appended to a hidden `.{name}.partial`. `.{name}.partial.json` records the version of the file on the
+server. The next request asks for the rest if the version is the same (If-Range), and for the whole file otherwise.
 """
 
 import errno
@@ -43,8 +42,7 @@ def download_archive(
 ) -> Path:
     """Download `{url}/{domain}/{algorithm}.zip` to `{folder}/{domain}/{algorithm}.zip` and return that path.
 
-    The archive appears when it is complete. An existing archive is kept. If a call fails, the next call continues after
-    the received bytes, unless these are wrong.
+    The archive appears when it is complete. An existing archive is kept. The next call after a failure resumes.
 
     Args:
         domain: name of the domain, "walker".
@@ -55,9 +53,8 @@ def download_archive(
         progress: called with (received bytes, total).
 
     Raises:
-        UserError: unknown names, another file in place of the archive, the server does not have the file, contradicts
-            itself or cannot be reached, another process fetches the same file, the disk is full, or the file is not a
-            whole zip archive.
+        UserError: unknown names, no connection, no such file on the server or one that is no zip archive, a full disk,
+            or another process that fetches the same file.
     """
     if algorithm not in ALGORITHMS:
         raise UserError(f"unknown algorithm {algorithm!r}; algorithms: {', '.join(ALGORITHMS)}")

@@ -5,32 +5,23 @@ The unfinished file has the digest of each finished episode. The same command re
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from ringrl.data.exorl.archive import Archive, Member, shown
 from ringrl.data.relabel import relabel_all
-from ringrl.data.store.format import FORMAT_VERSION, Episode, Layout, Provenance, reward_key
+from ringrl.data.store.format import FORMAT_VERSION, Episode, Provenance, reward_key
 from ringrl.data.store.reader import EpisodeStore
-from ringrl.data.store.writer import (
-    Record,
-    UnfinishedStore,
-    create_file,
-    finish,
-    finished_store,
-    hidden_name,
-    refuse_taken,
-    reserve_space,
-)
+from ringrl.data.store.writer import UnfinishedStore, create_store, hidden_name
 from ringrl.envs import Domain, domain_named, make
 from ringrl.errors import UnreadableError, UserError
-from ringrl.files import explain_write_errors, linked, lock, raise_unreadable
+from ringrl.files import linked, lock, remove
 from ringrl.pace import Progress, no_progress
 
 Subset = Literal["first", "last", "spread"]
@@ -53,14 +44,13 @@ def import_archive(
     """Import a zip archive or folder in ExoRL's layout, or several in this order, into a new episode store and open it.
 
     An interrupted import (killed, Ctrl-C, disk full) leaves a hidden file next to `destination`. The same call resumes
-    it and writes the same bytes. With `overwrite`, the old store stays until the new one is whole. Without, an existing
-    store is opened if the same call would write it.
+    it and writes the same bytes. A store that the same call would write again is only opened.
 
     Args:
         source: zip file or folder with buffer/episode_{number}_{steps}.npz, or several.
         destination: the store to write. A link stays, and the file that it leads to is written.
         domain: name of the domain, "walker".
-        overwrite: replace an existing store.
+        overwrite: replace an existing store, which stays until the new one is whole.
         progress: called with (finished episodes, total).
         subset: the episodes to take from an archive with more than `max_episodes`.
         max_episodes: limit on the number of episodes of each archive. None: all.
@@ -79,15 +69,14 @@ def import_archive(
     sources = tuple(map(Path, [source] if isinstance(source, str | Path) else source))
     if len({path.resolve() for path in sources}) < len(sources):
         raise UserError(f"{', '.join(map(str, sources))}: one archive is named twice; name it once")
-    plan = _plan(sources, destination, facts, tasks, subset, max_episodes)
-    if not overwrite and (store := _finished_before(plan)):
+    plan = _plan(sources, facts, tasks, subset, max_episodes)
+    if not overwrite and (store := _finished_before(destination, plan)):
         return store
-    refuse_taken(destination, overwrite=overwrite)
-    with explain_write_errors(destination), lock(destination, "is writing it"), _resumable(plan) as partial:
-        with UnfinishedStore(partial, plan.layout, plan.identity) as unfinished:
-            imported = _import_episodes(plan, unfinished, progress)
-            task = _recorded_task(unfinished, imported)
-        finish(partial, destination, plan.layout, [episode.record for episode in imported], task, plan.provenance)
+    lengths = [facts.episode_length] * len(plan.members)
+    with create_store(
+        destination, facts, tasks, lengths, source=plan.provenance, overwrite=overwrite, identity=plan.identity
+    ) as writer:
+        writer.recorded_task = _import_episodes(plan, writer, progress)
     return EpisodeStore(destination)
 
 
@@ -103,33 +92,19 @@ def chosen_episodes(subset: Subset, limit: int | None, episodes: int) -> tuple[I
     return chosen, f"{limit:,} of {episodes:,} episodes, {how}"
 
 
-class Imported(NamedTuple):
-    """An episode that has been written."""
-
-    record: Record
-    matches: tuple[str, ...]  # tasks whose rewards equal the recorded rewards
-    has_reward: bool  # whether any recorded reward is not zero
-
-
-@dataclass(frozen=True)
-class ImportPlan:
+class ImportPlan(NamedTuple):
     """Everything that determines the content of the store."""
 
-    destination: Path
-    members: tuple[tuple[Path, Member], ...]  # archives and their episodes
-    layout: Layout
+    members: list[tuple[Path, Member]]  # archives and their episodes
+    domain: Domain
+    tasks: tuple[str, ...]
     provenance: Provenance
     changed: int  # time of the last change of an episode of a folder, in ns; 0 for zip files
     identity: str  # an import with the same identity resumes an interrupted import
 
 
 def _plan(
-    sources: Sequence[Path],
-    destination: Path,
-    domain: Domain,
-    tasks: tuple[str, ...],
-    subset: Subset,
-    max_episodes: int | None,
+    sources: Sequence[Path], domain: Domain, tasks: tuple[str, ...], subset: Subset, max_episodes: int | None
 ) -> ImportPlan:
     members, stamps, origins, changed = list[tuple[Path, Member]](), list[Any](), list[Provenance](), 0
     for source in sources:
@@ -153,123 +128,84 @@ def _plan(
         )
     episodes = [member for _, member in members]
     facts = [FORMAT_VERSION, domain.name, asdict(replace(provenance, created="")), episodes, stamps, tasks]
-    return ImportPlan(
-        destination=destination,
-        members=tuple(members),
-        layout=Layout(domain, tasks, [domain.episode_length] * len(members)),
-        provenance=provenance,
-        changed=changed,
-        identity=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
-    )
+    identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return ImportPlan(members, domain, tasks, provenance, changed, identity)
 
 
-def _finished_before(plan: ImportPlan) -> EpisodeStore | None:
-    """Return the existing store if it is the result of this plan."""
-    store = finished_store(plan.destination, plan.provenance)
-    if store is None or (store.domain, store.tasks) != (plan.layout.domain.name, plan.layout.tasks):
+def _finished_before(destination: Path, plan: ImportPlan) -> EpisodeStore | None:
+    """Return the existing store if this plan wrote it, on any day. The file of a killed import is deleted."""
+    try:
+        store = EpisodeStore(destination)
+    except UserError:
         return None
-    return None if store.path.stat().st_mtime_ns < plan.changed else store
+    provenance = replace(plan.provenance, created=store.provenance.created)
+    if (store.provenance, store.domain, store.tasks) != (provenance, plan.domain.name, plan.tasks):
+        return None
+    if destination.stat().st_mtime_ns < plan.changed:
+        return None
+    with suppress(OSError, UserError), lock(destination, "is writing it"):
+        remove(hidden_name(destination))
+    return store
 
 
-@contextmanager
-def _resumable(plan: ImportPlan) -> Iterator[Path]:
-    """Create the hidden file, or reuse the file of an interrupted import of the same plan, and yield its path.
+def _import_episodes(plan: ImportPlan, writer: UnfinishedStore, progress: Progress) -> str | None:
+    """Write every episode that an interrupted import has not written. Return the task whose rewards were recorded.
 
-    If the block fails, the file is deleted unless it has a finished episode.
+    None: no task or several fit, the task is not imported, or rewards of all tasks were recorded. UserError for a
+    damaged episode, or one that is in two archives. The finished episodes are then dropped.
     """
-    partial = hidden_name(plan.destination)
-    if not _has_episodes(plan):
-        create_file(partial, plan.layout, plan.identity)
-    try:
-        with explain_write_errors(plan.destination):
-            yield partial
-    except BaseException as error:
-        if not _has_episodes(plan):
-            partial.unlink(missing_ok=True)
-        elif isinstance(error, UserError):
-            raise UserError(f"{error}; finished episodes are kept: run the same command again to resume") from error
-        raise
-
-
-def _has_episodes(plan: ImportPlan) -> bool:
-    """Return whether the hidden file is of this plan and has a finished episode."""
-    partial = hidden_name(plan.destination)
-    try:
-        with UnfinishedStore(partial, plan.layout, plan.identity) as store:
-            return any(map(store.finished, range(len(plan.members))))
-    except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
-        raise_unreadable(partial, error)
-        return False
-
-
-def _import_episodes(plan: ImportPlan, store: UnfinishedStore, progress: Progress) -> list[Imported]:
-    """Write every episode that an interrupted import has not written.
-
-    UserError for a damaged episode, or one that is in two archives, which deletes the file.
-    """
-    layout, partial, imported = plan.layout, hidden_name(plan.destination), list[Imported]()
-    domain, given = layout.domain, layout.tasks
+    domain, given = plan.domain, plan.tasks
     # Another task of the domain may have the same rewards, whether it is imported or not.
     others = () if domain.records_all_tasks else tuple(task for task in domain.tasks if task not in given)
+    candidates = [task for task in domain.tasks if task in (*given, *others)]  # with the recorded rewards
+    starts, has_reward, finished = list[np.ndarray](), False, len(writer.records)
     seen = dict[bytes, Path]()  # archives of the recorded content; collections with equal seeds begin alike
     with ExitStack() as opened:
         archives = {source: opened.enter_context(Archive(source, domain)) for source in dict(plan.members)}
         for index, (source, member) in enumerate(plan.members):
-            record = store.finished(index)
-            if record:
-                episode: Episode = store.read(index)
+            if index < finished:
+                episode: Episode = writer.read(index)
                 rewards = {task: episode[reward_key(task)] for task in given}
                 if others:
                     rewards |= relabel_all(domain.name, episode["physics"], episode["action"], others)
             else:
                 try:
                     recorded = archives[source].read(member)
-                except UnreadableError:
-                    raise
-                except UserError:
-                    partial.unlink()
+                except UserError as error:
+                    if not isinstance(error, UnreadableError):
+                        writer.records.clear()
                     raise
                 rewards = relabel_all(domain.name, recorded["physics"], recorded["action"], (*given, *others))
                 episode = recorded | {reward_key(task): rewards[task] for task in given}
-                record = store.write(index, episode)
-            if (other := seen.setdefault(record.recorded, source)) != source:
-                partial.unlink()
+                writer.append(episode)
+            if (other := seen.setdefault(writer.records[index].recorded, source)) != source:
+                writer.records.clear()
                 raise UserError(
                     f"{source}: {shown(member.path)} is also in {other}: leave it out (--subset), or collect with "
                     "another --seed"
                 )
-            if not imported:  # not earlier: an archive of false names would reserve any amount
-                reserve_space(partial, plan.destination)
-            errors = {task: np.abs(reward - episode["reward"][:, 0]).max() for task, reward in rewards.items()}
-            matches = tuple(task for task, error in errors.items() if error <= SAME_REWARD)
-            imported.append(Imported(record, matches, bool(episode["reward"].any())))
-            progress(len(imported), len(plan.members))
-    return imported
+            reward = episode["reward"][:, 0]
+            candidates = [task for task in candidates if np.abs(rewards[task] - reward).max() <= SAME_REWARD]
+            has_reward |= bool(episode["reward"].any())
+            starts.append(episode["physics"][0].copy())
+            progress(index + 1, len(plan.members))
+    if domain.records_all_tasks or not has_reward:
+        return None
+    nearest = _nearest_start(candidates, np.mean(starts, axis=0))
+    return nearest if nearest in given else None
 
 
-def _recorded_task(store: UnfinishedStore, imported: Sequence[Imported]) -> str | None:
-    """Return the task whose rewards were recorded.
+def _nearest_start(tasks: Sequence[str], start: Float64[np.ndarray, " physics"]) -> str | None:
+    """Return the only task, or the task whose mean start is by far the nearest. None: no task or several fit.
 
-    None: no task or several fit, the task is not imported, or rewards of all tasks were recorded.
+    Cartpole's balance and swingup have the same reward and differ only in the start.
     """
-    domain = store.layout.domain
-    if domain.records_all_tasks or not any(episode.has_reward for episode in imported):
-        return None
-    candidates = [task for task in domain.tasks if all(task in episode.matches for episode in imported)]
-    if not candidates:
-        return None
-    nearest = candidates[0] if len(candidates) == 1 else _nearest_start(candidates, store, len(imported))
-    return nearest if nearest in store.layout.tasks else None
-
-
-def _nearest_start(candidates: Sequence[str], store: UnfinishedStore, episodes: int) -> str | None:
-    """Return the task whose starts are clearly nearest to those of the episodes; None if none is."""
-    # Cartpole's balance and swingup have the same reward and differ only in the start. The nearer start decides.
-    start = np.mean([store.read(index)["physics"][0] for index in range(episodes)], axis=0)
+    if len(tasks) < 2:
+        return tasks[0] if tasks else None
     distances = {}
-    for task in candidates:
+    for task in tasks:
         env = make(task, seed=0)
         own = np.stack([env.reset()[1]["physics"] for _ in range(8)])
         distances[task] = float(np.linalg.norm(own.mean(axis=0) - start))
-    nearest, second = sorted(candidates, key=distances.__getitem__)[:2]
+    nearest, second = sorted(tasks, key=distances.__getitem__)[:2]
     return nearest if distances[nearest] < 0.5 * distances[second] else None

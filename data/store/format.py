@@ -18,7 +18,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -53,6 +53,11 @@ class ArraySpec(NamedTuple):
     width: int
     dtype: np.dtype
 
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row."""
+        return self.width * self.dtype.itemsize
+
 
 def recorded_arrays(domain: Domain) -> dict[str, ArraySpec]:
     """Return the recorded arrays of a domain's episodes, in the order in which they are stored and hashed."""
@@ -86,15 +91,20 @@ def dataset_name(key: str) -> str:
 
 def episode_bytes(domain: Domain, length: int, *, relabelled: bool) -> int:
     """Return the size of one uncompressed episode of `length` steps, with or without a reward for every task."""
-    per_row = sum(spec.width * spec.dtype.itemsize for spec in recorded_arrays(domain).values())
+    per_row = sum(spec.row_bytes for spec in recorded_arrays(domain).values())
     return (length + 1) * (per_row + (4 * len(domain.tasks) if relabelled else 0))
 
 
-class Layout:
-    """The arrays of one store.
+class Record(NamedTuple):
+    """The digests of an episode, and its return for every task of the store."""
 
-    Raises ValueError for no episodes, or an episode without steps.
-    """
+    recorded: bytes
+    relabelled: bytes
+    returns: tuple[float, ...]
+
+
+class Layout:
+    """The arrays of one store. Raises ValueError for no episodes, or an episode without steps."""
 
     domain: Domain
     tasks: tuple[str, ...]  # tasks with stored rewards
@@ -114,10 +124,6 @@ class Layout:
         """Return the shape of `rows` rows of an array. The reward of a task has no second axis."""
         return (rows,) if reward_task(key) else (rows, self.arrays[key].width)
 
-    def row_bytes(self, key: str) -> int:
-        """Return the size of one row of an array."""
-        return self.arrays[key].width * self.arrays[key].dtype.itemsize
-
     def per_episode(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Return the shape and dtype of every dataset that has an entry per episode, by its name."""
         episodes = len(self.lengths)
@@ -128,19 +134,19 @@ class Layout:
             **{f"returns/{task}": ((episodes,), np.dtype("<f4")) for task in self.tasks},
         }
 
-
-def episode_digest(episode: Episode, keys: Iterable[str]) -> bytes:
-    """Return the sha256 over the bytes of an episode's arrays, in the order of `keys`."""
-    digest = hashlib.sha256()
-    for key in keys:
-        digest.update(np.ascontiguousarray(episode[key]).data)
-    return digest.digest()
+    def record(self, episode: Episode) -> Record:
+        """Return the sha256 over the bytes of an episode's recorded and relabelled arrays, and its returns."""
+        recorded, relabelled = hashlib.sha256(), hashlib.sha256()
+        for key in self.arrays:
+            (relabelled if reward_task(key) else recorded).update(np.ascontiguousarray(episode[key]).data)
+        returns = (float(episode[reward_key(task)].sum(dtype=np.float64)) for task in self.tasks)
+        return Record(recorded.digest(), relabelled.digest(), tuple(returns))
 
 
 def content_fingerprint(
     domain: str, lengths: Int64[np.ndarray, " episode"], digests: UInt8[np.ndarray, "episode 32"]
 ) -> str:
-    """Return the fingerprint of recorded content: sha256 over the domain, the lengths and every episode's digest.
+    """Return the sha256 over the domain, the lengths and the digests of the recorded arrays.
 
     Relabelled rewards are left out, because their last digits depend on the machine.
     """
@@ -154,12 +160,12 @@ class Provenance:
     """The origin of the episodes of a store and how they were processed."""
 
     source: str  # the end of the archive's path, "walker/rnd.zip"
-    source_bytes: int = 0  # size of the zip file, or of all episode files of a folder
+    source_bytes: pydantic.NonNegativeInt = 0  # size of the zip file, or of all episode files of a folder
     source_sha256: str = ""  # over the archive's list of episodes: path, size and, in a zip file, CRC of each
     relabelling: Rewards = "control_aware"
     subset: str = "all episodes"  # "10 of 240 episodes, the first ones"
     created: str = dataclasses.field(default_factory=lambda: _today())  # day of the import (UTC), "2026-11-21"
-    created_by: str = dataclasses.field(default_factory=lambda: software_versions())  # "ringrl 0.1.0, mujoco 3.17.0"
+    created_by: str = dataclasses.field(default_factory=lambda: f"ringrl {__version__}, mujoco {version('mujoco')}")
 
     def to_json(self) -> str:
         """Return one line of ASCII."""
@@ -170,15 +176,7 @@ class Provenance:
         """Read the output of `to_json`. ValueError or TypeError for anything else."""
         if missing := {field.name for field in dataclasses.fields(cls)} - {*json.loads(text)}:
             raise ValueError(f"a provenance without {', '.join(missing)}")
-        provenance = pydantic.TypeAdapter(cls).validate_json(text, strict=True)
-        if provenance.source_bytes < 0:
-            raise ValueError("a negative number in the provenance")
-        return provenance
-
-
-def software_versions() -> str:
-    """Return the versions of the software that determines the content of a store."""
-    return f"ringrl {__version__}, mujoco {version('mujoco')}"
+        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
 
 
 def _today() -> str:
@@ -223,9 +221,9 @@ class ForeignFacts(pydantic.BaseModel, frozen=True, strict=True, extra="forbid")
 
 @dataclasses.dataclass(frozen=True)
 class StoredDomain(ForeignDomain):
-    """The facts about a dataset from another source. The only task has the recorded rewards.
+    """The facts about a dataset from another source, named after its environment if known.
 
-    The name is that of its environment, "gymnasium:Hopper-v5", or the dataset's if the environment is unknown.
+    The only task has the recorded rewards.
     """
 
     num_terminated: int = dataclasses.field(kw_only=True)  # episodes; the others were truncated

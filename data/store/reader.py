@@ -1,7 +1,7 @@
 """The episode store: one HDF5 file per dataset, read through one memory map.
 
-HDF5 returns the offset of each array in the file (`ringrl.data.store.format` lists the arrays). The array itself is a
-view of the mapped file, so that an episode costs a few slices and no copy. `ringrl.data.store.writer` writes the files.
+HDF5 returns the offset of each array in the file (format.py lists the arrays). The array itself is a view of the mapped
+file, so that an episode costs a few slices and no copy.
 """
 
 import hashlib
@@ -26,9 +26,6 @@ from ringrl.data.store.format import (
     StoredDomain,
     content_fingerprint,
     dataset_name,
-    episode_digest,
-    reward_key,
-    reward_task,
 )
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
@@ -38,9 +35,8 @@ from ringrl.files import explain_read_errors
 class EpisodeStore:
     """A memory-mapped dataset of episodes, relabelled for every task of its domain.
 
-    Opening reads the attributes and the returns and maps the file. `episode(i)` returns views of the map, so memory
-    does not grow with the size of the dataset. Threads and processes may share one file, because a finished store never
-    changes. An unpickled store opens the file again.
+    `episode(i)` returns views of the map, so memory does not grow with the dataset. Threads and processes may share one
+    file, because a finished store never changes. An unpickled store opens the file again.
 
     Raises UserError, naming the file, if the file is not a whole store of a known format and domain.
     """
@@ -109,17 +105,13 @@ class EpisodeStore:
 
     def _map(self, mapped: "_MappedArrays") -> None:
         """Map all arrays. Arrays with one entry per episode or task are compared with their checksums."""
-        self.offsets = mapped.small("episodes/offset", (mapped.length("episodes/offset"),), np.dtype("<i8"))
+        self.offsets = mapped.small("episodes/offset", None, np.dtype("<i8"))
         if len(self.offsets) < 2 or self.offsets[0] != 0 or (np.diff(self.offsets) < 2).any():
             raise ValueError("no list of episodes")
         self.lengths = np.diff(self.offsets) - 1
         self.num_episodes, self.num_steps = len(self.lengths), int(self.lengths.sum())
-        layout = Layout(self.facts, self.tasks, self.lengths)
-        self._small = {
-            name: mapped.small(name, shape, dtype)
-            for name, (shape, dtype) in layout.per_episode().items()
-            if name != "episodes/offset"
-        }
+        self._layout = layout = Layout(self.facts, self.tasks, self.lengths)
+        self._small = {name: mapped.small(name, *expected) for name, expected in layout.per_episode().items()}
         self.recorded_digests = self._small["episodes/recorded_sha256"]
         if content_fingerprint(self.domain, self.lengths, self.recorded_digests) != self.fingerprint:
             raise UserError("the fingerprint does not match the content: import the archive again")
@@ -157,13 +149,12 @@ class EpisodeStore:
                     raise UserError(f"{self.path}: episode {index} is damaged ({fault}): import the archive again")
 
     def _fault(self, index: int) -> str | None:
-        rows = self.episode(index)
-        for kind in ("recorded", "relabelled"):
-            keys = [key for key in rows if bool(reward_task(key)) == (kind == "relabelled")]
-            if episode_digest(rows, keys) != self._small[f"episodes/{kind}_sha256"][index].tobytes():
+        record = self._layout.record(self.episode(index))
+        for kind, digest in (("recorded", record.recorded), ("relabelled", record.relabelled)):
+            if digest != self._small[f"episodes/{kind}_sha256"][index].tobytes():
                 return f"the sha256 of its {kind} arrays differs"
-        for task in self.tasks:
-            if np.float32(rows[reward_key(task)].sum(dtype=np.float64)) != self.returns(task)[index]:
+        for task, total in zip(self.tasks, record.returns, strict=True):
+            if np.float32(total) != self.returns(task)[index]:
                 return f"its return of {task} is not the sum of its rewards"
         return None
 
@@ -205,19 +196,21 @@ def _read_text(node: h5py.Group | h5py.Dataset, name: str) -> str:
 class _MappedArrays:
     """The arrays of an open HDF5 file as read-only views of its memory map, which outlive the file object.
 
-    The file may be hostile. HDF5 itself therefore reads no array, and an array must be contiguous in this file.
-
-    Raises UserError for datasets that are missing, linked, chunked, compressed, virtual or external. Damaged files
-    raise other errors of h5py and numpy, too.
+    The file may be hostile. HDF5 itself therefore reads no array, and UserError is raised unless an array is contiguous
+    in this file. Damaged files raise other errors of h5py and numpy, too.
     """
 
     def __init__(self, file: h5py.File, path: Path) -> None:
         self._file = file
         self._mapped = np.memmap(path, dtype=np.uint8, mode="r")
 
-    def view(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Return an array without reading it. UserError for another shape or dtype."""
-        dataset = self._dataset(name)
+    def view(self, name: str, shape: tuple[int, ...] | None, dtype: np.dtype) -> np.ndarray:
+        """Return an array without reading it. UserError for another shape (None: any) or dtype."""
+        try:
+            dataset = plain_dataset(self._file, name)
+        except UserError as error:
+            raise UserError(f"{error}, it is damaged: import the archive again") from error
+        shape = dataset.shape if shape is None else shape
         if dataset.dtype != dtype or dataset.shape != shape:
             raise UserError(
                 f"{name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}: the store is damaged or made "
@@ -231,19 +224,9 @@ class _MappedArrays:
         # A plain array: slices of a memmap cost more.
         return np.ndarray(shape, dtype, buffer=self._mapped, offset=offset)
 
-    def small(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def small(self, name: str, shape: tuple[int, ...] | None, dtype: np.dtype) -> np.ndarray:
         """Return a small array after comparing it with its checksum."""
         array = self.view(name, shape, dtype)
         if hashlib.sha256(array.data).hexdigest() != _read_text(self._file[name], "sha256"):
             raise UserError(f"{name} is damaged (its sha256 differs): import the archive again")
         return array
-
-    def length(self, name: str) -> int:
-        """Return the number of rows of an array."""
-        return int(self._dataset(name).shape[0])
-
-    def _dataset(self, name: str) -> h5py.Dataset:
-        try:
-            return plain_dataset(self._file, name)
-        except UserError as error:
-            raise UserError(f"{error}, it is damaged: import the archive again") from error

@@ -6,13 +6,11 @@ error, whereas a write through a memory map would end with SIGBUS, and a kill le
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
 
 import h5py
 import numpy as np
@@ -25,57 +23,22 @@ from ringrl.data.store.format import (
     Episode,
     Layout,
     Provenance,
+    Record,
     StoredDomain,
     content_fingerprint,
     dataset_name,
-    episode_digest,
-    reward_key,
-    reward_task,
 )
-from ringrl.data.store.reader import EpisodeStore
 from ringrl.envs import Domain, domain_named
 from ringrl.errors import UserError
-from ringrl.files import explain_write_errors, linked, lock, remove, reserve, sync
+from ringrl.files import explain_write_errors, linked, lock, raise_unreadable, reserve, sync
 
 ATTRIBUTES = 2**19  # bytes that the attributes need at most
 DIGESTS = ("episodes/recorded_sha256", "episodes/relabelled_sha256")
 
 
-class Record(NamedTuple):
-    """The digests of an episode, and its return for every task of the store."""
-
-    recorded: bytes
-    relabelled: bytes
-    returns: tuple[float, ...]
-
-
 def hidden_name(path: Path) -> Path:
     """Return the hidden path of the unfinished store at `path`."""
     return path.with_name(f".{path.name}.partial")
-
-
-def refuse_taken(path: Path, *, overwrite: bool) -> None:
-    """Raise UserError if no store may be written at `path`."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, name the store's file")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: already exists, choose another name or overwrite it (--overwrite)")
-
-
-def finished_store(path: Path, provenance: Provenance) -> EpisodeStore | None:
-    """Return the store at `path` if it has this origin, on any day, None otherwise.
-
-    The unfinished file of a killed import next to the store is deleted.
-    """
-    try:
-        store = EpisodeStore(path)
-    except UserError:
-        return None
-    if store.provenance != dataclasses.replace(provenance, created=store.provenance.created):
-        return None
-    with contextlib.suppress(OSError, UserError), lock(path, "is writing it"):
-        remove(hidden_name(path))
-    return store
 
 
 @contextlib.contextmanager
@@ -87,6 +50,7 @@ def create_store(
     *,
     source: str | Provenance,
     overwrite: bool = False,
+    identity: str = "",
 ) -> Iterator["UnfinishedStore"]:
     """Create a store for episodes of the given lengths (steps). The file appears at `path` when the block succeeds.
 
@@ -99,33 +63,37 @@ def create_store(
         lengths: steps of each episode.
         source: the origin of the episodes, as a name or in full.
         overwrite: replace an existing store.
+        identity: determines the content. A block that fails leaves its finished episodes, and the next store of this
+            identity begins with them, unless the block has cleared the records.
 
     Raises:
         UserError: the path exists, another process writes it, or the disk or a quota is full.
     """
     path = linked(Path(path))
     layout = Layout(domain_named(domain) if isinstance(domain, str) else domain, tasks, lengths)
-    refuse_taken(path, overwrite=overwrite)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, name the store's file")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: already exists, choose another name or overwrite it (--overwrite)")
     partial = hidden_name(path)
     with explain_write_errors(path), lock(path, "is writing it"):
+        writer = _interrupted(partial, layout, identity) if identity else None
         try:
-            create_file(partial, layout)
-            reserve_space(partial, path)
-            with UnfinishedStore(partial, layout) as writer:
+            writer = writer or UnfinishedStore(create_file(partial, layout, identity), layout)
+            with explain_write_errors(path, writer.size), contextlib.closing(writer):
                 yield writer
-            provenance = Provenance(source) if isinstance(source, str) else source
-            finish(partial, path, layout, writer.records, writer.recorded_task, provenance)
-        except BaseException:
-            partial.unlink(missing_ok=True)
+                writer.finish(path, Provenance(source) if isinstance(source, str) else source)
+        except BaseException as error:
+            if not identity or writer is None or not writer.records:
+                partial.unlink(missing_ok=True)
+            elif isinstance(error, UserError):
+                raise UserError(f"{error}; finished episodes are kept: run the same command again to resume") from error
             raise
 
 
-def create_file(partial: Path, layout: Layout, identity: str = "") -> None:
-    """Create the HDF5 file of a store with space for all arrays, and replace any older file. Raises OSError.
-
-    An `UnfinishedStore` must have the same `identity`, which determines the content.
-    """
-    partial.unlink(missing_ok=True)  # not emptied: workers of a killed import may still write to the old file
+def create_file(partial: Path, layout: Layout, identity: str = "") -> Path:
+    """Create the HDF5 file of a store with space for all arrays in place of any older file. Return its path."""
+    partial.unlink(missing_ok=True)  # not emptied: another process may still write to the old file
     # This version of HDF5's format has checksums of its metadata, which reveal damage.
     with h5py.File(partial, "x", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=64) as file:
         rows = int(layout.starts[-1])
@@ -137,39 +105,44 @@ def create_file(partial: Path, layout: Layout, identity: str = "") -> None:
             settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
             file.create_dataset(name, shape=shape, dtype=dtype, dcpl=settings)
         file.attrs["identity"] = np.bytes_(identity)
+    return partial
 
 
-def reserve_space(partial: Path, path: Path) -> None:
-    """Reserve the disk space of the finished store at `path`. UserError if the disk is full."""
-    size = partial.stat().st_size + ATTRIBUTES
-    with explain_write_errors(path, size):
-        reserve(partial, size)
+def _interrupted(partial: Path, layout: Layout, identity: str) -> "UnfinishedStore | None":
+    """Return the unfinished store of this identity, None if there is none with a finished episode."""
+    try:
+        store = UnfinishedStore(partial, layout)
+        if store.identity == identity and store.find_finished():
+            return store
+        store.close()
+    except Exception as error:  # HDF5 raises nearly anything when the bytes are damaged
+        raise_unreadable(partial, error)
+    return None
 
 
 class UnfinishedStore:
-    """The rows of a file made by `create_file`. Use it as a context manager.
-
-    Raises OSError or KeyError if the file is not an unfinished store of this layout.
-    """
+    """The rows of a file made by `create_file`. OSError or KeyError if it is no unfinished store of this layout."""
 
     recorded_task: str | None = None
 
-    def __init__(self, partial: Path, layout: Layout, identity: str = "") -> None:
-        self.layout = layout
-        self.records: list[Record] = []  # of the appended episodes
+    def __init__(self, partial: Path, layout: Layout) -> None:
+        self.path, self.layout = partial, layout
+        self.records: list[Record] = []  # of the first episodes, which are finished
         with h5py.File(partial, "r", locking=False) as file:
-            if file.attrs["identity"].decode() != identity:
-                raise OSError(f"{partial} has other episodes")
+            self.identity = file.attrs["identity"].decode()
             self._offsets = {key: file[dataset_name(key)].id.get_offset() for key in layout.arrays}
             self._digests = [file[name].id.get_offset() for name in DIGESTS]
+        self.size = partial.stat().st_size + ATTRIBUTES
         self._descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
 
     def append(self, episode: Episode) -> None:
-        """Write the next episode, with the arrays of `EpisodeStore.episode` and the announced length."""
-        self.records.append(self.write(len(self.records), episode))
+        """Write the rows of the next episode, with the arrays of `EpisodeStore.episode` and the announced length.
 
-    def write(self, index: int, episode: Episode) -> Record:
-        """Write the rows of an episode. Raises OSError, and ValueError for rows of another shape or dtype."""
+        Raises OSError, and ValueError for rows of another shape or dtype.
+        """
+        index = len(self.records)
+        if index == 0:  # not earlier: an archive of false names would reserve any amount
+            reserve(self.path, self.size)
         rows = int(self.layout.lengths[index]) + 1
         for key, spec in self.layout.arrays.items():
             array, shape = np.ascontiguousarray(episode[key]), self.layout.shape(key, rows)
@@ -179,96 +152,77 @@ class UnfinishedStore:
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
-        record = record_of(self.layout, episode)
+        record = self.layout.record(episode)
         for digest, start in zip(record[:2], self._digests, strict=True):
             os.pwrite(self._descriptor, digest, start + index * DIGEST_BYTES)
-        return record
+        self.records.append(record)
 
-    def finished(self, index: int) -> Record | None:
-        """Return the record of an episode whose rows have the digests in the file, None for any other."""
-        digests = [os.pread(self._descriptor, DIGEST_BYTES, start + index * DIGEST_BYTES) for start in self._digests]
-        if not any(digests[0]):  # not written
-            return None
-        record = record_of(self.layout, self.read(index))
-        return record if [*record[:2]] == digests else None
+    def find_finished(self) -> list[Record]:
+        """Set `records` to those of the first episodes whose rows have the digests in the file, and return them."""
+        for index in range(len(self.layout.lengths)):
+            places = [start + index * DIGEST_BYTES for start in self._digests]
+            written = [os.pread(self._descriptor, DIGEST_BYTES, place) for place in places]
+            record = self.layout.record(self.read(index)) if any(written[0]) else None
+            if record is None or [*record[:2]] != written:
+                break
+            self.records.append(record)
+        return self.records
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Return the rows of an episode. Rows that were not written are zeros or rows of an older file."""
         rows = int(self.layout.lengths[index]) + 1
         episode = {}
         for key, spec in self.layout.arrays.items():
-            content = os.pread(self._descriptor, rows * self.layout.row_bytes(key), self._offset(key, index))
+            content = os.pread(self._descriptor, rows * spec.row_bytes, self._offset(key, index))
             episode[key] = np.frombuffer(content, spec.dtype).reshape(self.layout.shape(key, rows))
         return episode
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._descriptor)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def finish(self, path: Path, provenance: Provenance) -> None:
+        """Write returns, checksums and attributes, and rename the file to `path`. Raises OSError and UserError."""
+        layout, records = self.layout, self.records
+        if len(records) != len(layout.lengths):
+            raise ValueError(f"{len(records)} of {len(layout.lengths)} announced episodes were written")
+        recorded = _stacked([record.recorded for record in records])
+        digests = recorded, _stacked([record.relabelled for record in records])
+        arrays = {"episodes/offset": layout.starts} | dict(zip(DIGESTS, digests, strict=True))
+        for column, task in enumerate(layout.tasks):
+            arrays[f"returns/{task}"] = np.array([record.returns[column] for record in records], np.float32)
+        attributes = {
+            "created_by": provenance.created_by,
+            "domain": layout.domain.name,
+            "tasks": json.dumps(layout.tasks),
+            "recorded_task": self.recorded_task or "none",
+            "provenance": provenance.to_json(),
+            "fingerprint": content_fingerprint(layout.domain.name, layout.lengths, recorded),
+        }
+        if isinstance(layout.domain, StoredDomain):
+            attributes["facts"] = layout.domain.to_json()
+        if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
+            raise UserError(
+                f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: import fewer archives"
+            )
+        sync(self.path)
+        with h5py.File(self.path, "r+", libver=("v110", "v110"), locking=False) as file:
+            for name, array in arrays.items():
+                file[name][...] = array
+                file[name].attrs["sha256"] = np.bytes_(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
+            file.attrs["format_version"] = FORMAT_VERSION
+            del file.attrs["identity"]
+            for name, text in attributes.items():
+                # HDF5 protects only strings of fixed length by checksums.
+                file.attrs[name] = np.bytes_(text.encode())
+            file.attrs["format"] = np.bytes_(FORMAT.encode())
+        sync(self.path)
+        self.path.replace(path)
+        sync(path.parent)
 
     def _offset(self, key: str, episode: int) -> int:
         """Return the offset in the file of the first row of an episode, in bytes."""
-        return int(self._offsets[key]) + int(self.layout.starts[episode]) * self.layout.row_bytes(key)
-
-
-def record_of(layout: Layout, episode: Episode) -> Record:
-    """Return the digests and returns of an episode with the arrays of a layout."""
-    return Record(
-        recorded=episode_digest(episode, [key for key in layout.arrays if not reward_task(key)]),
-        relabelled=episode_digest(episode, map(reward_key, layout.tasks)),
-        returns=tuple(float(episode[reward_key(task)].sum(dtype=np.float64)) for task in layout.tasks),
-    )
-
-
-def finish(
-    partial: Path,
-    path: Path,
-    layout: Layout,
-    records: Sequence[Record],
-    recorded_task: str | None,
-    provenance: Provenance,
-) -> None:
-    """Write returns, checksums and attributes of an unfinished store and rename it to `path`.
-
-    Raises OSError and UserError.
-    """
-    if len(records) != len(layout.lengths):
-        raise ValueError(f"{len(records)} of {len(layout.lengths)} announced episodes were written")
-    recorded = _stacked([record.recorded for record in records])
-    digests = recorded, _stacked([record.relabelled for record in records])
-    arrays = {"episodes/offset": layout.starts} | dict(zip(DIGESTS, digests, strict=True))
-    for column, task in enumerate(layout.tasks):
-        arrays[f"returns/{task}"] = np.array([record.returns[column] for record in records], np.float32)
-    attributes = {
-        "created_by": provenance.created_by,
-        "domain": layout.domain.name,
-        "tasks": json.dumps(layout.tasks),
-        "recorded_task": recorded_task or "none",
-        "provenance": provenance.to_json(),
-        "fingerprint": content_fingerprint(layout.domain.name, layout.lengths, recorded),
-    }
-    if isinstance(layout.domain, StoredDomain):
-        attributes["facts"] = layout.domain.to_json()
-    if too_long := [name for name, text in attributes.items() if len(text) > LONGEST_TEXT]:
-        raise UserError(f"{path}: its {too_long[0]} is longer than {LONGEST_TEXT:,} characters: import fewer archives")
-    sync(partial)
-    with h5py.File(partial, "r+", libver=("v110", "v110"), locking=False) as file:
-        for name, array in arrays.items():
-            file[name][...] = array
-            file[name].attrs["sha256"] = np.bytes_(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
-        file.attrs["format_version"] = FORMAT_VERSION
-        del file.attrs["identity"]
-        for name, text in attributes.items():
-            # HDF5 protects only strings of fixed length by checksums.
-            file.attrs[name] = np.bytes_(text.encode())
-        file.attrs["format"] = np.bytes_(FORMAT.encode())
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+        return int(self._offsets[key]) + int(self.layout.starts[episode]) * self.layout.arrays[key].row_bytes
 
 
 def _stacked(digests: Sequence[bytes]) -> np.ndarray:

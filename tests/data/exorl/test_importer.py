@@ -290,7 +290,7 @@ def test_an_episode_that_the_system_cannot_open(tmp_path, cartpole_folder, monke
 
 def test_no_space_is_reserved_before_an_episode_is_whole(tmp_path, monkeypatch):
     """60,000 false names would reserve 4.8 GB."""
-    monkeypatch.setattr("ringrl.data.exorl.importer.reserve_space", lambda *_: pytest.fail("reserved"))
+    monkeypatch.setattr("ringrl.data.store.writer.reserve", lambda *_: pytest.fail("reserved"))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for number in range(60):
             archive.writestr(f"buffer/episode_{number}_1000.npz", b"x")
