@@ -16,7 +16,7 @@ from ringrl.data.hdf5 import MOST_COMPRESSED, SMALL, read_plain
 from ringrl.data.store.format import ROUNDED, Episode, ForeignFacts, Provenance, StoredDomain, reward_key
 from ringrl.data.store.reader import EpisodeStore
 from ringrl.data.store.writer import create_store
-from ringrl.envs import Actions, foreign_domain
+from ringrl.envs import Actions, ForeignDomain, foreign_domain
 from ringrl.errors import UserError
 from ringrl.files import explain_read_errors
 from ringrl.pace import Progress, no_progress
@@ -41,25 +41,14 @@ class Steps(NamedTuple):
 def stored_domain(name: str, where: object, actions: Actions, lengths: Sequence[int], **others: Any) -> StoredDomain:
     """Return the facts about a dataset (others: see `ForeignFacts`). UserError, naming `where`, if they contradict."""
     try:
-        facts = ForeignFacts(
-            name=name,
-            physics_size=0,
-            action_low=actions.low,
-            action_high=actions.high,
-            is_discrete=actions.is_discrete,
-            episode_length=max(lengths),
-            **others,
-        )
+        facts = ForeignFacts(name=name, physics_size=0, episode_length=max(lengths), **actions._asdict(), **others)
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: cannot be a store ({one_line(error)})") from error
     return StoredDomain.of(facts)
 
 
-def _as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
-    """Return the arrays of an episode in a store: row t is (s_t, a_{t-1}, r_{t-1}), actions in [-1, 1] or choices.
-
-    UserError, which names `where`, for an action outside the bounds, or a return too large for float32.
-    """
+def _as_episode(domain: ForeignDomain, steps: Steps, where: str) -> Episode:
+    """Return the arrays of an episode in a store. UserError for a wrong action, or a return too large for float32."""
     if domain.is_discrete:
         choice = steps.action[:, 0] - domain.action_low[0]
         outside = (choice != np.round(choice)) | (choice < 0) | (choice >= domain.action_size)
@@ -74,6 +63,7 @@ def _as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
         )
     discount = np.ones((len(steps.observation), 1), np.float32)
     discount[-1] = not steps.is_terminated
+    with_reset = lambda rows: np.concatenate([np.zeros_like(rows[:1]), rows])  # noqa: E731
     reward = with_reset(steps.reward)
     if abs(reward.sum(dtype=np.float64)) > np.finfo(np.float32).max:
         raise UserError(f"{where}: the return is too large for float32")
@@ -84,11 +74,6 @@ def _as_episode(domain: StoredDomain, steps: Steps, where: str) -> Episode:
         "discount": discount,
         reward_key(domain.tasks[0]): reward,
     }
-
-
-def with_reset(steps: np.ndarray) -> np.ndarray:
-    """Prepend a row of zeros for the reset."""
-    return np.concatenate([np.zeros_like(steps[:1]), steps])
 
 
 def write_steps(
@@ -149,12 +134,7 @@ def write_episodes(
 
 
 def import_episodes(
-    path: Path,
-    destination: Path,
-    format: Literal["npz", "hdf5"],
-    *,
-    environment: str | None = None,
-    **options: Any,
+    path: Path, destination: Path, format: Literal["npz", "hdf5"], *, environment: str | None = None, **options: Any
 ) -> EpisodeStore:
     """Import a folder of npz files, one per episode, or a flat HDF5 file of all steps, into a new store and open it.
 
@@ -167,8 +147,16 @@ def import_episodes(
     """
     limit = foreign_domain(environment).episode_length if environment else None
     with explain_read_errors(f"{path}:", f"check that it is {format}"):
-        episodes = [_npz(file) for file in _numbered(path)] if format == "npz" else _flat(path, limit)
+        episodes = [] if format == "npz" else _flat(path, limit)
+        for file in _numbered(path) if format == "npz" else ():
+            with explain_read_errors(file.name, "remove it or record it again"):
+                episodes.append(_npz(file))
     return write_episodes(destination, episodes, environment=environment, source=path.name, **options)
+
+
+def load_episode(path: Path, domain: ForeignDomain) -> Episode:
+    """Return the episode of an npz file, in the arrays of a store. A damaged file raises any error."""
+    return _as_episode(domain, _steps(_npz(path), path.name), path.name)
 
 
 def checked_steps(observation: np.ndarray, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray) -> Steps:
@@ -241,7 +229,7 @@ def _domain(
         name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem) or "episodes"
     else:
         made, name = foreign_domain(environment), environment
-        actions = Actions(made.action_low, made.action_high, made.is_discrete)
+        actions = made.actions
         columns = 1 if made.is_discrete else made.action_size
         if (observation_size, action_size) != (made.observation_size, columns):
             raise UserError(
@@ -272,13 +260,12 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _npz(path: Path) -> dict[str, Any]:
     """Read an npz file, without pickles and not larger than it may be."""
-    with explain_read_errors(path.name, "remove it or record it again"):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > SMALL + MOST_COMPRESSED * path.stat().st_size:
-            raise UserError(f"claims {size:,} bytes, far more than it stores")
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name in sum(_NAMES.values(), ())}
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > SMALL + MOST_COMPRESSED * path.stat().st_size:
+        raise UserError(f"claims {size:,} bytes, far more than it stores")
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if name in sum(_NAMES.values(), ())}
 
 
 def _flat(path: Path, limit: int | None) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Batches of n-step transitions for TD3. A batch is a pure function of (seed, step)."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float32, Int
 
 from ringrl.config import ActorCriticConfig
 from ringrl.context import Transitions
@@ -14,13 +15,35 @@ from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import reward_key
 
 
-def n_step_return(
-    rewards: Float[np.ndarray, "*batch n"], taken: Int[np.ndarray, "*batch"], discount: float
-) -> tuple[Float32[np.ndarray, "*batch"], Float32[np.ndarray, "*batch"]]:
-    """Return the discounted sum of the first `taken` of n rewards, and the discount of the value after them."""
-    steps = np.arange(rewards.shape[-1])
-    total = np.where(steps < taken[..., None], rewards * discount**steps, 0).sum(-1)
-    return total.astype(np.float32), (discount**taken).astype(np.float32)
+def n_step_transitions(
+    arrays: Mapping[str, np.ndarray],
+    reward: Float32[np.ndarray, " rows"],
+    row: Int[np.ndarray, "*batch"],
+    end: Int[np.ndarray, "*batch"],
+    config: ActorCriticConfig,
+    normalisation: Normalisation,
+) -> Transitions:
+    """Return transitions of `config.n_step` steps, or fewer at the end of an episode, arrays (*batch, ...) float32.
+
+    Args:
+        arrays: observation, action and discount over all rows of all episodes, as in a store.
+        reward: the reward of each row.
+        row, end: the row of each transition's first state, and the last row of its episode.
+    """
+    last = np.minimum(row + config.n_step, end)
+    steps = np.arange(config.n_step)
+    arrivals = np.minimum(row[..., None] + 1 + steps, end[..., None])  # row t + 1 holds the action taken in state t
+    is_taken = steps < (last - row)[..., None]
+    rewards = np.where(is_taken, normalisation.reward(reward[arrivals]) * config.discount**steps, 0)
+    # No value follows a termination. ExoRL episodes never terminate.
+    discount = config.discount ** (last - row) * (arrays["discount"][last, 0] != 0)
+    return Transitions(
+        observation=normalisation.observation(arrays["observation"][row]),
+        action=arrays["action"][row + 1],
+        reward=rewards.sum(-1).astype(np.float32),
+        discount=discount.astype(np.float32),
+        following=normalisation.observation(arrays["observation"][last]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +65,13 @@ class TransitionSampler:
 
     def batch(self, step: int) -> Transitions:
         """Return the transitions of an optimiser step."""
-        random = np.random.default_rng([self.seed, step])
-        row, end = self._draw(random)
-        last = np.minimum(row + self.config.n_step, end)
-        arrivals = row[:, None] + 1 + np.arange(self.config.n_step)  # row t + 1 holds the action taken in state t
-        rewards = self.store.arrays[reward_key(self.task)][np.minimum(arrivals, end[:, None])]
-        taken = last - row
-        reward, discount = n_step_return(self.normalisation.reward(rewards), taken, self.config.discount)
-        observation, action = self.store.arrays["observation"], self.store.arrays["action"]
-        return Transitions(
-            observation=self.normalisation.observation(observation[row]),
-            action=action[row + 1],
-            reward=reward,
-            # No value follows a termination. ExoRL episodes never terminate.
-            discount=discount * (self.store.arrays["discount"][last, 0] != 0),
-            following=self.normalisation.observation(observation[last]),
-        )
-
-    def _draw(self, random: np.random.Generator) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
-        """Return random rows with an action, and the last rows of their episodes."""
         episodes, steps = self._episodes, self._steps_before
-        index = random.integers(steps[-1], size=self.batch_size)
+        index = np.random.default_rng([self.seed, step]).integers(steps[-1], size=self.batch_size)
         number = np.searchsorted(steps, index, side="right") - 1
-        first, past = self.store.offsets[episodes[number]], self.store.offsets[episodes[number] + 1]
-        return first + index - steps[number], past - 1
+        row = self.store.offsets[episodes[number]] + index - steps[number]
+        end = self.store.offsets[episodes[number] + 1] - 1
+        arrays, reward = self.store.arrays, self.store.arrays[reward_key(self.task)]
+        return n_step_transitions(arrays, reward, row, end, self.config, self.normalisation)
 
     @cached_property
     def _episodes(self) -> Int[np.ndarray, " episodes"]:

@@ -1,8 +1,4 @@
-"""Collection of datasets in the ExoRL format on this machine.
-
-A dataset is the history of a learner, from poor episodes to good ones: a cross-entropy search over the parameters of a
-scripted controller, or TD3.
-"""
+"""Collection of datasets in the ExoRL format on this machine: the histories of learners, from poor episodes to good."""
 
 from ringrl.collect.collection import collect
 

@@ -32,21 +32,19 @@ def collect(
 ) -> Path:
     """Record a dataset in the ExoRL format, `destination/buffer/episode_{number}_{steps}.npz`. Return `destination`.
 
-    Episodes of a Gymnasium environment may end early. Their files are for `ringrl data import --format npz`.
-
-    The episodes, in order of their numbers, are the history of a learner. "scripted" searches the parameters of the
-    domain's scripted controller. "td3" learns a policy from scratch. The same arguments give the same arrays on the
-    same machine, for any number of workers.
+    The episodes, in order of their numbers, are the history of a learner. The same arguments give the same arrays on
+    the same machine, for any number of workers. Files of a Gymnasium environment, whose episodes may end early, are for
+    `ringrl data import --format npz`.
 
     The folder appears when the collection is complete. Until then, finished episodes are in the hidden folder
-    `.{name}.partial` next to it. The same call after an interruption resumes there and gives the same arrays. After the
-    end the same call changes nothing.
+    `.{name}.partial` next to it, and the same call resumes there. After the end the same call changes nothing.
 
     Args:
         task: full task name, "walker_walk".
         destination: folder to create. An empty folder may exist.
         episodes: number of episodes, at least 1. None: 200,000 transitions.
         seed: seed of initial states, noise, search and learner, at least 0.
+        method: "scripted" searches the parameters of a scripted controller, "td3" learns a policy from scratch.
         workers: number of processes that record scripted episodes, by default one per available core. With more than
             one, a script must call this under `if __name__ == "__main__":`, because the processes import it.
         progress: called with (recorded episodes, total).
@@ -91,10 +89,8 @@ def collect(
 def _new_folder(destination: Path, description: str, episodes: int) -> Iterator[Path | None]:
     """Yield a hidden folder next to `destination`, which gets that name when the block succeeds.
 
-    Yields None if `destination` is the finished collection of this description.
-    If the block fails, the hidden folder stays for the next call (see `collect`), or is deleted if it has no episodes.
-    Raise UserError if `destination` exists and is not an empty folder, another process collects into it, the hidden
-    folder belongs to another collection, or the disk rejects a write.
+    Yield None if `destination` is the finished collection of this description. If the block fails, the hidden folder
+    stays for the next call, or is deleted if it has no episodes. UserError as for `collect`.
     """
     destination = linked(destination.absolute())
     partial = destination.with_name(f".{destination.name}.partial")

@@ -16,24 +16,20 @@ from ringrl.envs import domain_of
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
 
-ParameterVector = Float64[np.ndarray, " parameters"]
-"""Parameters of a controller, see `Recipe`."""
-
+ParameterVector = Float64[np.ndarray, " parameters"]  # of a controller, see `Recipe`
+# Returns the action at a step of an episode, which may exceed [-1, 1]. It may read the state of the simulation.
 Controller = Callable[[int], Float64[np.ndarray, " action"]]
-"""Returns the action at a step of an episode, which may exceed [-1, 1]. It may read the state of the simulation."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A family of controllers with a parameter vector, and the start of the search over this vector.
-
-    `noise` is the largest share of noise in an action, at the start and at the end of the collection. The share of each
-    episode is uniform below this limit.
-    """
+    """A family of controllers with a parameter vector, and the start of the search over this vector."""
 
     controller: Callable[[Simulation, ParameterVector], Controller]  # called after a reset of the simulation
     mean: ParameterVector
     deviation: ParameterVector  # standard deviation
+    # Limits of the share of noise in an action, at the start and at the end of the collection. An episode's share is
+    # uniform below the limit.
     noise: tuple[float, float]
 
 

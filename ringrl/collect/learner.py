@@ -12,15 +12,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ringrl.collect.foreign import ForeignRecording, saved_episode
-from ringrl.collect.record import EpisodeRecording, coloured_noise, start_seed
-from ringrl.collect.replay import Replay
+from ringrl.collect.record import EpisodeRecording, ForeignRecording, Recording, coloured_noise, start_seed
 from ringrl.config import ActorCriticConfig, ModelConfig, OptimiserConfig
 from ringrl.context import Transitions
 from ringrl.data.exorl import Archive
+from ringrl.data.foreign import load_episode
+from ringrl.data.sampling.normalisation import Normalisation
+from ringrl.data.store.format import Episode
+from ringrl.data.transitions import n_step_transitions
 from ringrl.envs import Domain, ForeignDomain, ForeignEnv, domain_of, is_foreign, load_simulation
 from ringrl.errors import UserError
-from ringrl.files import raise_unreadable, write_whole
+from ringrl.files import explain_read_errors, raise_unreadable, write_whole
 from ringrl.model import ActorCritic, TrainState
 from ringrl.model.agents.td3 import EXORL, TD3
 from ringrl.pace import Progress
@@ -68,15 +70,46 @@ class Learner:
         return jax.lax.scan(lambda state, batch: (self._td3.update(state, batch)[0], None), state, batches)[0]
 
 
-def learn(
-    task: str,
-    folder: Path,
-    *,
-    episodes: int,
-    seed: int,
-    progress: Progress,
-    width: int = 256,
-) -> None:
+class Replay:
+    """The replay memory: episodes by number, in ExoRL's rows, with the learned task's `column` of the rewards.
+
+    An episode may be incomplete.
+    """
+
+    def __init__(self, domain: Domain, episodes: int, column: int) -> None:
+        self.domain, self._column, self._length = domain, column, domain.episode_length + 1
+        self._steps = np.zeros(episodes, np.int64)  # recorded in each episode
+        widths = {"observation": domain.observation_size, "action": domain.action_size, "discount": 1}
+        rows = episodes * self._length
+        self._arrays = {name: np.zeros((rows, width), np.float32) for name, width in widths.items()}
+        self._reward = np.zeros(rows, np.float32)  # of the learned task
+        size = domain.observation_size
+        self._normalisation = Normalisation(np.zeros(size), np.ones(size), domain.episode_length)  # changes nothing
+
+    @property
+    def transitions(self) -> int:
+        """Number of transitions to sample from."""
+        return int(self._steps.sum())
+
+    def put(self, number: int, episode: Episode, steps: int) -> None:
+        """Store an episode with `steps` recorded steps, which may be fewer than it has rows."""
+        first, count = number * self._length, steps + 1
+        for name, array in self._arrays.items():
+            array[first : first + count] = episode[name][:count]
+        self._reward[first : first + count] = episode["reward"][:count, self._column]
+        self._steps[number] = steps
+
+    def sample(self, random: np.random.Generator, shape: tuple[int, ...], config: ActorCriticConfig) -> Transitions:
+        """Return uniform n-step transitions, arrays (*shape, ...) float32. n shrinks at the last row of an episode."""
+        ends = np.cumsum(self._steps)
+        index = random.integers(ends[-1], size=shape)
+        episode = np.searchsorted(ends, index, side="right")
+        end = episode * self._length + self._steps[episode]
+        row = end + index - ends[episode]
+        return n_step_transitions(self._arrays, self._reward, row, end, config, self._normalisation)
+
+
+def learn(task: str, folder: Path, *, episodes: int, seed: int, progress: Progress, width: int = 256) -> None:
     """Record the history of a learner into `folder`/buffer.
 
     The learner is saved after every few episodes. A call after a kill continues bit-identically. Raise UserError if the
@@ -107,12 +140,12 @@ def learn(
 
 
 def _run(
-    recordings: Sequence[EpisodeRecording | ForeignRecording], learner: Learner, state: TrainState, replay: Replay,
-    first: int, noise: float, seed: tuple[int, ...],
+    recordings: Sequence[Recording], learner: Learner, state: TrainState, replay: Replay, first: int, noise: float,
+    seed: tuple[int, ...],
 ) -> TrainState:  # fmt: skip
     """Record parallel episodes from start to end, with updates in between, and return the learner after them."""
     random = np.random.default_rng(seed)
-    steps, size = replay.action.shape[1] - 1, replay.action.shape[2]
+    steps, size = replay.domain.episode_length, replay.domain.action_size
     # Pink noise explores better than white or red noise (Eberhard et al. 2023, "Pink noise is all you need").
     noises = noise * np.stack([coloured_noise(random, steps, size, exponent=1.0) for _ in recordings], axis=1)
     for block in range(0, steps, _STRIDE):
@@ -124,12 +157,10 @@ def _run(
             for recording, action in zip(recordings, actions, strict=True):
                 recording.step(action)
         for number, recording in enumerate(recordings, start=first):
-            recording.score()
-            replay.put(number, recording.episode(), recording.steps)
+            replay.put(number, recording.rows, recording.steps)
         if replay.transitions > _WARM_UP:
             shape = (playing * _STRIDE // _TRANSITIONS_PER_UPDATE, _BATCH)
-            batches = replay.sample(random, shape, learner.settings.n_step, learner.settings.discount)
-            state = learner.update(state, batches)
+            state = learner.update(state, replay.sample(random, shape, learner.settings))
     return state
 
 
@@ -139,7 +170,10 @@ def _recall(folder: Path, domain: Domain, replay: Replay, done: int) -> None:
         return
     if isinstance(domain, ForeignDomain):
         for number in range(done):
-            replay.put(number, *saved_episode(folder / "buffer", number, domain))
+            with explain_read_errors(f"{folder}: episode {number}", "remove the folder and start again"):
+                (path,) = folder.glob(f"buffer/episode_{number:06d}_*.npz")
+                episode = load_episode(path, domain)
+            replay.put(number, episode, len(episode["reward"]) - 1)
         return
     with Archive(folder, domain) as archive:
         members = archive.members[:done]

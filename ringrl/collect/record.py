@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
 from ringrl.collect.controllers import ParameterVector, Recipe
 from ringrl.data.exorl import save_episode
+from ringrl.data.store.format import recorded_arrays
+from ringrl.envs import Domain, ForeignEnv
+from ringrl.errors import UserError, brief
 
 if TYPE_CHECKING:
     from ringrl.envs.simulation import Simulation
@@ -25,8 +29,7 @@ def coloured_noise(
 ) -> Float64[np.ndarray, "steps size"]:
     """Return Gaussian noise with power spectrum 1/frequency^exponent, zero mean and unit variance in expectation.
 
-    Exponent 0 is white, 1 pink and 2 red noise. Columns are independent. The noise is drawn in the frequency domain
-    (Timmer and König 1995, "On generating power law noise").
+    Columns are independent. The noise is drawn in the frequency domain (Timmer and König 1995).
     """
     frequencies = np.fft.rfftfreq(steps)
     scale = np.zeros(len(frequencies))
@@ -37,81 +40,124 @@ def coloured_noise(
     return np.fft.irfft(spectrum, n=steps, axis=0) / deviation
 
 
-class EpisodeRecording:
-    """An episode that is being recorded, from the seed `start`. Until it ends, nothing else may use the simulation."""
+class Recording(ABC):
+    """An episode that is being recorded. Until it ends, nothing else may use the environment."""
 
-    def __init__(self, simulation: Simulation, start: int) -> None:
-        domain = simulation.domain
-        rows = domain.episode_length + 1
-        self.steps = 0  # taken so far
-        self._simulation = simulation
-        self._tasks = domain.recorded_tasks(simulation.task)
-        self._sensors: list[np.ndarray] = []
-        self._scored = 0
-        self._observation = np.empty((rows, domain.observation_size), np.float32)
-        self._physics = np.empty((rows, domain.physics_size), np.float64)
-        self._action = np.zeros((rows, domain.action_size), np.float32)
-        self._reward = np.zeros((rows, len(self._tasks)), np.float32)
-        simulation.reset(np.random.RandomState(start))
-        self._read()
+    def __init__(self, domain: Domain) -> None:
+        self.steps, self.has_ended = 0, False
+        arrays, length = recorded_arrays(domain).items(), domain.episode_length + 1
+        self._rows = {name: np.zeros((length, spec.width), spec.dtype) for name, spec in arrays}
+        self._rows["discount"][:] = 1
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the last step has been taken."""
-        return self.steps == self._simulation.domain.episode_length
+    def rows(self) -> dict[str, np.ndarray]:
+        """ExoRL's arrays of T+1 rows. Row t holds state s_t with the action and the reward that led to it.
+
+        Row 0 has zero action and reward. Rows after the last step are unused.
+        """
+        return self._rows
 
     @property
     def observation(self) -> Float32[np.ndarray, " observation"]:
         """Observation of the current state."""
-        return self._observation[self.steps]
+        return self._rows["observation"][self.steps]
 
     def step(self, action: Float[np.ndarray, " action"]) -> None:
-        """Take a step and record it. The action is clipped to [-1, 1]."""
+        """Take a step and record it. The action is clipped to [-1, 1]. Nothing happens after the end."""
+        if not self.has_ended:
+            self._step(np.clip(action, -1, 1).astype(np.float32))
+
+    @abstractmethod
+    def _step(self, action: Float32[np.ndarray, " action"]) -> None: ...
+
+    @abstractmethod
+    def save(self, folder: Path, number: int) -> None:
+        """Write the episode to a file."""
+
+    def _put(self, **values: Any) -> None:
+        """Set the current row."""
+        for name, value in values.items():
+            self._rows[name][self.steps] = value
+
+
+class EpisodeRecording(Recording):
+    """A recording of a simulation from the seed `start`, in the file of an ExoRL archive."""
+
+    def __init__(self, simulation: Simulation, start: int) -> None:
+        super().__init__(simulation.domain)
+        self._simulation = simulation
+        self._sensors: list[np.ndarray] = []  # of the steps without reward
+        simulation.reset(np.random.RandomState(start))
+        self._put(observation=simulation.observation(), physics=simulation.physics_state())
+
+    @property
+    def rows(self) -> dict[str, np.ndarray]:
+        """As in every recording. Rewards are computed here, for all steps since the last access at once."""
+        if self._sensors:
+            simulation, rows = self._simulation, slice(self.steps + 1 - len(self._sensors), self.steps + 1)
+            for column, task in enumerate(simulation.domain.recorded_tasks(simulation.task)):
+                reward = simulation.reward(task, np.stack(self._sensors), self._rows["action"][rows])
+                self._rows["reward"][rows, column] = reward
+            self._sensors.clear()
+        return self._rows
+
+    def _step(self, action: Float32[np.ndarray, " action"]) -> None:
+        simulation = self._simulation
+        simulation.step(action)
         self.steps += 1
-        self._action[self.steps] = np.clip(action, -1, 1)
-        self._simulation.step(self._action[self.steps])
-        self._sensors.append(self._simulation.sensors())
-        self._read()
-
-    def score(self) -> None:
-        """Compute the rewards of all steps since the last call."""
-        rows = slice(self._scored + 1, self.steps + 1)
-        sensors = np.stack(self._sensors[self._scored :])
-        for column, task in enumerate(self._tasks):
-            self._reward[rows, column] = self._simulation.reward(task, sensors, self._action[rows])
-        self._scored = self.steps
-
-    def episode(self) -> dict[str, np.ndarray]:
-        """Return ExoRL's arrays of T+1 rows. They are complete after the last step and `score`.
-
-        observation (T+1, O), action (T+1, A), reward (T+1, recorded tasks) and discount (T+1, 1) are float32, and
-        physics (T+1, P) is float64. Row t holds state s_t with the action and the reward that led to it. Row 0 has
-        zero action and reward.
-        """
-        return {
-            "observation": self._observation,
-            "action": self._action,
-            "reward": self._reward,
-            "discount": np.ones((len(self._reward), 1), np.float32),
-            "physics": self._physics,
-        }
+        self.has_ended = self.steps == simulation.domain.episode_length
+        self._sensors.append(simulation.sensors())
+        self._put(action=action, observation=simulation.observation(), physics=simulation.physics_state())
 
     def save(self, folder: Path, number: int) -> None:
-        """Write the episode as a file of an ExoRL archive."""
-        save_episode(folder, number, self.episode())
+        save_episode(folder, number, self.rows)
 
-    def _read(self) -> None:
-        self._observation[self.steps] = self._simulation.observation()
-        self._physics[self.steps] = self._simulation.physics_state()
+
+class ForeignRecording(Recording):
+    """A recording of an environment of another package from the seed `start`, in a file for `--format npz`.
+
+    The file has T + 1 observations, T actions as the environment takes them and T rewards. If the environment raises an
+    exception or gives a number that is not finite, a UserError names the step.
+    """
+
+    def __init__(self, environment: ForeignEnv, start: int) -> None:
+        super().__init__(environment.domain)
+        self._environment, self._start = environment, start
+        self._put(observation=self._call("reset", seed=start)[0])
+
+    def _step(self, action: Float32[np.ndarray, " action"]) -> None:
+        observation, reward, terminated, truncated, _ = self._call("step", action)
+        self.steps, self.has_ended = self.steps + 1, terminated or truncated
+        self._put(observation=observation, action=action, reward=reward, discount=not terminated)
+
+    def save(self, folder: Path, number: int) -> None:
+        steps, rows = slice(1, self.steps + 1), self.rows
+        save_episode(folder, number, {
+            "observation": rows["observation"][: self.steps + 1],
+            "action": self._environment.domain.taken(rows["action"][steps]),
+            "reward": rows["reward"][steps, 0],
+            "terminated": rows["discount"][steps, 0] == 0,
+        })  # fmt: skip
+
+    def _call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            observation, *others = getattr(self._environment, name)(*arguments, **keywords)
+            if not np.isfinite(np.append(observation, others[0] if name == "step" else 0.0)).all():
+                raise ValueError("its observation or reward is not finite")
+            return observation, *others
+        except (Exception, SystemExit) as error:  # an environment may raise anything
+            where = f"{self._environment.task}: {name} {self.steps} of the episode from seed {self._start}"
+            raise UserError(
+                f"{where} failed ({type(error).__name__}: {brief(error)}); correct the environment"
+            ) from error
 
 
 def record_episode(
     simulation: Simulation, recipe: Recipe, parameters: ParameterVector, *, seed: int, index: int, noise_limit: float
 ) -> dict[str, np.ndarray]:
-    """Run episode `index` of the collection `seed` and return its arrays, see `EpisodeRecording.episode`.
+    """Return `Recording.rows` of episode `index` of the collection `seed`, the same ones in any process.
 
-    The same arguments give the same episode in any process. `noise_limit` is the largest share of noise in the actions,
-    in [0, 1].
+    `noise_limit` is the largest share of noise in the actions, in [0, 1].
     """
     domain = simulation.domain
     random = np.random.default_rng((seed, 0, index))
@@ -121,5 +167,4 @@ def record_episode(
     controller = recipe.controller(simulation, parameters)
     for step in range(domain.episode_length):
         recording.step((1 - share) * np.clip(controller(step), -1, 1) + noise[step])
-    recording.score()
-    return recording.episode()
+    return recording.rows

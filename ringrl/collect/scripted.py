@@ -31,10 +31,7 @@ _SMALLEST_SHARE = 0.1  # of the initial standard deviation, so that the search k
 
 
 class CrossEntropySearch:
-    """A normal distribution over parameters that moves towards high returns.
-
-    Rubinstein 1999, "The cross-entropy method for combinatorial and continuous optimization", with smoothed updates.
-    """
+    """A normal distribution over parameters that moves towards high returns, by smoothed updates (Rubinstein 1999)."""
 
     def __init__(self, mean: ParameterVector, deviation: ParameterVector) -> None:
         self.mean, self.deviation = mean, deviation
@@ -60,10 +57,7 @@ class CrossEntropySearch:
 
 
 def search(task: str, folder: Path, *, episodes: int, seed: int, workers: int, progress: Progress) -> None:
-    """Record all episodes of a search into `folder`/buffer. Episodes in the folder are not recorded again.
-
-    Raise UserError if an episode in the folder is damaged, or a worker process died.
-    """
+    """Record all episodes of a search into `folder`/buffer, except those that it has. UserError if one is damaged."""
     recipe, finished = recipe_of(task), _finished_returns(task, folder)
     distribution = CrossEntropySearch(recipe.mean, recipe.deviation)
     generation_size = max(_SMALLEST_GENERATION, len(recipe.mean), episodes // _GENERATIONS)
