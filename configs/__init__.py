@@ -6,11 +6,7 @@ from ringrl.errors import UserError
 
 
 def settings_file(given: str | Path) -> Path:
-    """Return the path of a settings file. A name without suffix, such as "tiny", is a preset if no such file exists.
-
-    Raises:
-        UserError: no preset has this name.
-    """
+    """Return the path of a settings file, or of a preset such as "tiny". UserError for an unknown preset."""
     path = Path(given)
     is_name = len(path.parts) == 1 and not path.suffix and (path.is_dir() or not path.exists())
     return preset(path.name) if is_name else path

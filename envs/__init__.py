@@ -3,10 +3,9 @@
 `import ringrl.envs` imports neither dm_control's physics nor MuJoCo nor OpenGL; the first environment does.
 """
 
-from ringrl.envs.domain import Camera, Domain, ForeignDomain
+from ringrl.envs.domain import Actions, Camera, Domain, ForeignDomain
 from ringrl.envs.environment import ExoRLEnv, make
 from ringrl.envs.foreign import (
-    Actions,
     ForeignEnv,
     actions_of,
     check_foreign,
@@ -16,6 +15,7 @@ from ringrl.envs.foreign import (
     foreign_task,
     import_environments,
     is_foreign,
+    native_actions,
 )
 from ringrl.envs.registry import DOMAINS, TASKS, domain_named, domain_of, load_simulation, register_gymnasium
 from ringrl.envs.simulation import Simulation, check_mujoco
@@ -25,7 +25,7 @@ __all__ = [
     "DOMAINS", "STEP_TIMEOUT", "TASKS", "Actions", "Camera", "Domain", "ExoRLEnv", "ExoRLVectorEnv", "ForeignDomain",
     "ForeignEnv", "ForeignVectorEnv", "Simulation", "actions_of", "check_foreign", "d4rl_returns",
     "domain_named", "domain_of", "foreign_domain", "foreign_spec", "foreign_task", "import_environments",
-    "is_foreign", "load_simulation", "make", "make_vec", "register_gymnasium",
+    "is_foreign", "load_simulation", "make", "make_vec", "native_actions", "register_gymnasium",
 ]  # fmt: skip
 
 

@@ -4,10 +4,8 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
 from jaxtyping import Float, Float32, UInt8
 
-from ringrl.envs.domain import Domain
 from ringrl.envs.foreign import ForeignEnv, is_foreign
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.errors import UserError
@@ -21,10 +19,6 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     Episodes are truncated after `domain.episode_length` steps and never terminate. `info["physics"]` is the float64
     physics state (positions, velocities, activations), as ExoRL records it. `reset` without a seed continues the
     stream of starts. With `render_mode="rgb_array"`, `render` returns images.
-
-    Attributes:
-        task: full task name, "walker_walk".
-        domain: the facts about the task's domain.
 
     Raises:
         UserError: unknown task, another render mode, or a seed outside 0 .. 2**32 - 1.
@@ -42,7 +36,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._random = random_stream(seed)
         self._simulation = load_simulation(task)
         self._steps: int | None = None
-        self.observation_space, self.action_space = observation_and_action_space(self.domain)
+        self.observation_space, self.action_space = self.domain.spaces()
 
     def __repr__(self) -> str:
         sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
@@ -51,11 +45,7 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Observation, dict[str, Any]]:
-        """Start an episode. A seed begins a new stream of starts.
-
-        Raises:
-            UserError: a seed outside 0 .. 2**32 - 1.
-        """
+        """Start an episode. A seed begins a new stream of starts. UserError for a seed outside 0 .. 2**32 - 1."""
         if seed is not None:
             self._random = random_stream(seed)
         super().reset(seed=seed)
@@ -86,12 +76,9 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._simulation.observation(), reward, False, truncated, {"physics": self._simulation.physics_state()}
 
     def render(self) -> UInt8[np.ndarray, "height width 3"]:
-        """Return an image of the current state (360, 480, 3). The simulation does not change.
+        """Return an image of the current state (360, 480, 3). UserError without a render mode or OpenGL.
 
         The environment variable MUJOCO_GL selects the OpenGL library, by default EGL on Linux.
-
-        Raises:
-            UserError: the environment was made without a render mode, or no OpenGL library works.
         """
         if self.render_mode is None:
             raise UserError(f"{self.task}: cannot render; make the environment with render_mode='rgb_array'")
@@ -100,18 +87,8 @@ class ExoRLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return shared_renderer(self.task).scene(self._simulation.physics_state())
 
 
-def observation_and_action_space(domain: Domain) -> tuple[Box, Box]:
-    """Return the spaces of one environment."""
-    observations = Box(-np.inf, np.inf, (domain.observation_size,), np.float32)
-    return observations, Box(-1.0, 1.0, (domain.action_size,), np.float32)
-
-
 def random_stream(seed: int | None) -> np.random.RandomState:
-    """Return the generator from which dm_control draws the starts.
-
-    Raises:
-        UserError: a seed outside 0 .. 2**32 - 1.
-    """
+    """Return the generator from which dm_control draws the starts. UserError for a seed outside 0 .. 2**32 - 1."""
     try:
         return np.random.RandomState(seed)
     except (TypeError, ValueError):

@@ -15,14 +15,14 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from jaxtyping import Float, Float32
 
-from ringrl.envs.domain import ForeignDomain
+from ringrl.envs.domain import Actions, ForeignDomain
 from ringrl.errors import UserError, brief
 
 PREFIX = "gymnasium:"
@@ -45,8 +45,7 @@ def is_foreign(task: str) -> bool:
 def foreign_task(identifier: str, arguments: Mapping[str, Any] | None = None) -> str:
     """Return the name of the task in a Gymnasium environment, given its id (or its name) and arguments.
 
-    Raises:
-        UserError: an id with a module, or an argument that is not a plain value.
+    UserError for an id with a module, or an argument that is not a plain value.
     """
     identifier = identifier.removeprefix(PREFIX)
     written = ",".join(f"{key}={value!r}" for key, value in sorted((arguments or {}).items()))
@@ -61,11 +60,7 @@ def check_foreign(task: str) -> None:
 
 
 def import_environments(module: str) -> None:
-    """Import a module of the user that registers environments, from the working folder, too.
-
-    Raises:
-        UserError: the module cannot be imported.
-    """
+    """Import a user's module that registers environments, from the working folder, too. UserError if this fails."""
     sys.path.insert(0, str(Path.cwd()))
     try:
         importlib.import_module(module)
@@ -92,14 +87,6 @@ def d4rl_returns(task: str) -> tuple[float, float] | tuple[None, None]:
     return (None, None) if arguments else _D4RL.get(re.sub(r"-v\d+$", "", identifier), (None, None))
 
 
-class Actions(NamedTuple):
-    """The actions of an environment: lowest and highest, or first and last choice for each of the choices."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    is_discrete: bool = False
-
-
 def actions_of(space: gymnasium.Space, where: object) -> Actions:
     """Return the bounds of an action space. UserError, which names `where`, unless it is a bounded Box or Discrete."""
     if isinstance(space, spaces.Discrete):
@@ -115,11 +102,7 @@ def actions_of(space: gymnasium.Space, where: object) -> Actions:
 
 @functools.cache
 def foreign_domain(task: str) -> ForeignDomain:
-    """Return the domain of a Gymnasium environment, which has one task. Makes the environment once.
-
-    Raises:
-        UserError: as `ForeignEnv`.
-    """
+    """Return the domain of a Gymnasium environment, which is made once. UserError as for `ForeignEnv`."""
     environment = ForeignEnv(task)
     environment.close()
     return environment.domain
@@ -130,10 +113,6 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     Observations of a Dict (sorted by key) or Tuple of Boxes are concatenated, as `gymnasium.spaces.flatten` does.
     Actions of a Box are scaled to its bounds. Of a discrete space, the largest of the action's numbers chooses.
-
-    Attributes:
-        task: "gymnasium:Hopper-v5".
-        domain: sizes, bounds and the step limit.
 
     Raises:
         UserError: no such environment is installed, it has no step limit, or its spaces are not supported.
@@ -149,10 +128,7 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.domain = _domain(task, self._environment, limit)
         self._space = _by_key(self._environment.observation_space)
         self.render_mode, self.metadata = render_mode, self._environment.metadata
-        self.observation_space = spaces.Box(-np.inf, np.inf, (self.domain.observation_size,), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (self.domain.action_size,), np.float32)
-        self._center = (np.array(self.domain.action_high) + self.domain.action_low) / 2
-        self._radius = (np.array(self.domain.action_high) - self.domain.action_low) / 2
+        self.observation_space, self.action_space = self.domain.spaces()
 
     def __repr__(self) -> str:
         sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
@@ -169,21 +145,11 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def step(
         self, action: Float[np.ndarray, " action"]
     ) -> tuple[Float32[np.ndarray, " observation"], float, bool, bool, dict[str, Any]]:
-        """Apply an action, clipped to [-1, 1].
-
-        Raises:
-            UserError: the action has another shape than the action space, or is not finite.
-        """
+        """Apply an action, clipped to [-1, 1]. UserError for another shape, or an action that is not finite."""
         action = np.asarray(action)
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
             raise UserError(f"{self.task}: the action {action} must be {self.action_space.shape} finite numbers")
-        inner = self._environment.action_space
-        if isinstance(inner, spaces.Box):
-            scaled = self._center + np.clip(action, -1.0, 1.0).astype(np.float64) * self._radius
-            scaled = scaled if inner.dtype.kind == "f" else np.rint(scaled)
-            taken: Any = np.clip(scaled.reshape(inner.shape), inner.low, inner.high).astype(inner.dtype)
-        else:
-            taken = int(self.domain.action_low[0]) + int(action.argmax())
+        taken = native_actions(self.domain, self._environment.action_space, action)
         observation, reward, terminated, truncated, info = self._environment.step(taken)
         return self._flat(observation), float(reward), bool(terminated), bool(truncated), info
 
@@ -201,6 +167,18 @@ class ForeignEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if flat.shape != self.observation_space.shape:  # NumPy would repeat a single number
             raise ValueError(f"the observation has {flat.size} numbers, its space has {self.domain.observation_size}")
         return flat
+
+
+def native_actions(
+    domain: ForeignDomain, space: gymnasium.Space, actions: Float[np.ndarray, "*batch action"]
+) -> np.ndarray:
+    """Return actions, clipped to [-1, 1], as an environment takes them: choices (*batch), or (*batch, ...) of a Box."""
+    if not isinstance(space, spaces.Box):
+        choices: np.ndarray = int(domain.action_low[0]) + actions.argmax(-1)
+        return choices
+    taken = domain.taken(np.clip(actions, -1.0, 1.0).astype(np.float64))
+    taken = (taken if space.dtype.kind == "f" else np.rint(taken)).reshape(*actions.shape[:-1], *space.shape)
+    return np.clip(taken, space.low, space.high).astype(space.dtype)
 
 
 def _parse(task: str) -> tuple[str, dict[str, Any]]:
@@ -248,13 +226,11 @@ def _domain(task: str, environment: gymnasium.Env, limit: int) -> ForeignDomain:
         name=task,
         tasks=(task,),
         observation_size=_flat_size(task, environment.observation_space),
-        action_size=len(actions.low),
+        action_size=len(actions.action_low),
         physics_size=0,
         episode_length=limit,
         control_timestep=float(getattr(environment.unwrapped, "dt", 0.0) or 0.0),
-        action_low=actions.low,
-        action_high=actions.high,
-        is_discrete=actions.is_discrete,
+        **actions._asdict(),
     )
 
 

@@ -29,22 +29,14 @@ TASKS: tuple[str, ...] = tuple(task for domain in DOMAINS.values() for task in d
 
 
 def domain_named(name: str) -> Domain:
-    """Return the ExoRL domain of this name.
-
-    Raises:
-        UserError: there is none; the message lists similar names.
-    """
+    """Return the ExoRL domain of this name. UserError for an unknown name, which lists similar names."""
     if name not in DOMAINS:
         raise UserError(f"unknown domain {name!r}; {_suggestion(name, DOMAINS)}")
     return DOMAINS[name]
 
 
 def domain_of(task: str) -> Domain:
-    """Return the domain of a task such as "walker_walk" or "gymnasium:Hopper-v5".
-
-    Raises:
-        UserError: no domain has the task; the message lists similar names.
-    """
+    """Return the domain of a task such as "walker_walk" or "gymnasium:Hopper-v5". UserError for an unknown task."""
     if is_foreign(task):
         return foreign_domain(task)
     for domain in DOMAINS.values():
@@ -54,11 +46,7 @@ def domain_of(task: str) -> Domain:
 
 
 def load_simulation(task: str) -> Simulation:
-    """Compile the model of a task, in about 0.1 s. The first call imports MuJoCo and dm_control.
-
-    Raises:
-        UserError: unknown task, or a task of another package.
-    """
+    """Compile the model of an ExoRL task, in about 0.1 s. The first call imports MuJoCo. UserError for other tasks."""
     if is_foreign(task):
         raise UserError(f"{task}: is simulated by another package; record it with Minari's DataCollector")
     domain = domain_of(task)

@@ -1,8 +1,8 @@
 """Rendering of states as images, and of episodes as videos in another process: `python -m ringrl.envs.render`.
 
-A graphics driver may crash, which must not affect the process that evaluates. That process writes pickled
-episodes to the standard input of this process: for each video a list of clips, each a list of (label, physics,
-rewards). If rendering fails, one line on standard output gives the reason.
+A crash of a graphics driver must not affect the process that evaluates. That process writes pickled episodes to the
+standard input: for each video a list of clips, each a list of (label, physics, rewards). If rendering fails, one line
+on standard output gives the reason.
 """
 
 import atexit
@@ -39,11 +39,7 @@ _Frame = UInt8[np.ndarray, "height width 3"]
 
 
 class EpisodeRenderer:
-    """A renderer of the states of one task, with its own simulation.
-
-    Raises:
-        UserError: the OpenGL backend in the environment variable MUJOCO_GL cannot be used.
-    """
+    """A renderer of the states of one task, with its own simulation. UserError if OpenGL cannot be used."""
 
     def __init__(self, task: str, width: int = WIDTH, height: int = HEIGHT) -> None:
         self._task, self._domain = task, domain_of(task)
@@ -118,7 +114,7 @@ class EpisodeRenderer:
 def shared_renderer(task: str) -> EpisodeRenderer:
     """Return the renderer of a task that all environments of this process share until it ends.
 
-    Separate renderers could not be closed safely: MuJoCo frees the objects of the current OpenGL context.
+    Separate renderers could not be closed: MuJoCo frees the objects of the current OpenGL context.
     """
     renderer = EpisodeRenderer(task)
     atexit.register(renderer.close)  # before EGL's own exit, after which closing fails

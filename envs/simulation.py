@@ -1,7 +1,4 @@
-"""One MuJoCo model and its state: what all domains share.
-
-Importing this module does not import MuJoCo; the first simulation does.
-"""
+"""One MuJoCo model and its state: what all domains share. The first simulation imports MuJoCo."""
 
 from __future__ import annotations
 
@@ -33,10 +30,7 @@ State: TypeAlias = "mujoco.MjData | StackedData"
 
 
 def check_mujoco() -> None:
-    """Raise UserError if the installed MuJoCo is not >=3.17,<4. Does not import MuJoCo.
-
-    A plain `pip install dm_control` installs MuJoCo 4, with which dm_control 1.0 fails when it loads a model.
-    """
+    """Raise UserError unless MuJoCo >=3.17,<4 is installed: with MuJoCo 4, dm_control 1.0 cannot load models."""
     fix = "run: pip install 'mujoco>=3.17,<4'"
     try:
         version = metadata.version("mujoco")
@@ -74,11 +68,7 @@ def mujoco_gl(library: str) -> Iterator[None]:
 
 
 def _import_mujoco() -> Any:
-    """Import MuJoCo and dm_control without letting them choose an OpenGL library, and return the mujoco module.
-
-    Simulation needs no OpenGL. Without a display the choice costs time and prints warnings, and a library in MUJOCO_GL
-    that is not installed raises.
-    """
+    """Import dm_control and return the module mujoco, without OpenGL, whose choice costs time, warns or raises."""
     with mujoco_gl("disabled"):
         mujoco = importlib.import_module("mujoco")
         importlib.import_module("dm_control.mujoco")
@@ -88,21 +78,12 @@ def _import_mujoco() -> Any:
 class Simulation(ABC):
     """One MuJoCo model and its state, with the results of dm_control and without its overhead.
 
-    A simulation belongs to one thread. A subclass defines a domain, see docs/adding_a_domain.md. Import dm_control
-    inside `build` and `start`, so that importing the file is fast.
-
-    Attributes:
-        task: full task name.
-        domain: the facts about the task's domain.
-        refresh_calls: MuJoCo functions that compute what `read_sensors` reads from the physics state, and no more.
-        mujoco: the module mujoco.
-        physics: dm_control's physics, which starts episodes.
-        model: the MuJoCo model.
-        data: the MuJoCo state.
+    A simulation belongs to one thread. A subclass defines a domain (docs/adding_a_domain.md) and imports dm_control in
+    `build` and `start`, so that importing the file is fast.
     """
 
     domain: ClassVar[Domain]
-    refresh_calls: ClassVar[tuple[str, ...]]
+    refresh_calls: ClassVar[tuple[str, ...]]  # MuJoCo functions that compute what `read_sensors` reads from the physics
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -149,11 +130,7 @@ class Simulation(ABC):
             self.start(random)
 
     def step(self, action: Float[np.ndarray, " action"]) -> None:
-        """Hold an action in [-1, 1] for one control timestep.
-
-        Raises:
-            dm_control.rl.control.PhysicsError: the simulation became unstable.
-        """
+        """Hold an action in [-1, 1] for one control timestep. dm_control's PhysicsError if this is unstable."""
         self.advance(self.data, self.controls(action))
         if self._warnings.any():
             from dm_control.rl.control import PhysicsError

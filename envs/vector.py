@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float, Float32, Float64
 
-from ringrl.envs.environment import observation_and_action_space, random_stream
+from ringrl.envs.environment import random_stream
 from ringrl.envs.foreign import ForeignEnv, is_foreign
 from ringrl.envs.registry import domain_of, load_simulation
 from ringrl.envs.simulation import StackedData
@@ -74,7 +74,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._unstable: _Flags = np.zeros(num_envs, bool)
         self._helpers = min(threads, num_envs) - 1  # the caller's thread works too
         self._connect()
-        self.single_observation_space, self.single_action_space = observation_and_action_space(self.domain)
+        self.single_observation_space, self.single_action_space = self.domain.spaces()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -192,9 +192,7 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     No environment is reset automatically: after the end of its episode, an environment stays at its last observation
     until its next reset. An environment that raises an exception or does not answer in time is truncated, with NaN as
     observation and reward. An environment that did not answer is not used again. The others are unaffected.
-
-    Attributes:
-        failures: a line for each environment that failed: which one, in which step, and why.
+    `failures` has a line for each environment that failed: which one, in which step, and why.
 
     Args:
         task: "gymnasium:Hopper-v5".
@@ -228,8 +226,7 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._observations = np.zeros((num_envs, self.domain.observation_size), np.float32)
         self._playing = np.zeros(num_envs, bool)
         self._steps, self._starts = np.zeros(num_envs, np.int64), [None] * num_envs  # of the current episodes
-        self._timeout = timeout
-        self._crew = _Crew(min(threads, num_envs), timeout)
+        self._threads, self._timeout = threads, timeout
 
     def __repr__(self) -> str:
         sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
@@ -264,16 +261,15 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._observations.copy(), rewards, terminated, truncated, {}
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End the threads and close the environments, in new threads: the others may hang."""
-        self._crew.end()
-        closing = _Crew(self.num_envs, min(self._timeout, CLOSE_TIMEOUT))
-        closing.each({index: one.close for index, one in enumerate(self._environments) if one is not None})
-        closing.end()
+        """Close the environments, in new threads: they may hang."""
+        closing = {index: one.close for index, one in enumerate(self._environments) if one is not None}
+        _each_in_time(closing, self.num_envs, min(self._timeout, CLOSE_TIMEOUT))
 
     def _each(self, chosen: _Flags, work: Callable[[int, ForeignEnv], Any]) -> dict[int, Any]:
         """Do some work for the chosen environments. Return the results of those that did not fail."""
         made = {index: one for index, one in enumerate(self._environments) if chosen[index] and one is not None}
-        found = self._crew.each({index: partial(work, index, one) for index, one in made.items()})
+        pieces = {index: partial(work, index, one) for index, one in made.items()}
+        found = _each_in_time(pieces, self._threads, self._timeout)
         self._observations[[index for index in np.flatnonzero(chosen) if index not in made]] = np.nan
         for index, error in [(index, value) for index, value in found.items() if isinstance(value, BaseException)]:
             if isinstance(error, UserError):
@@ -289,57 +285,36 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return found
 
 
-class _Crew:
-    """Threads that work on environments. The process can end although one of them hangs.
+def _each_in_time(pieces: Mapping[int, Callable[[], Any]], size: int, timeout: float) -> dict[int, Any]:
+    """Return the result or the exception of each piece of work, TimeoutError if it takes more than `timeout` seconds.
 
-    Args:
-        size: number of threads. A thread that hangs is replaced.
-        timeout: seconds that each piece of work may take.
+    `size` threads work. A thread that hangs is replaced, and does not keep the process from ending.
     """
+    pending, began, found, idle = iter(pieces.items()), dict[int, float](), dict[int, Any](), SimpleQueue[None]()
 
-    def __init__(self, size: int, timeout: float) -> None:
-        self._size, self._timeout = size, timeout
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        for _ in range(size):
-            self._begin()
-
-    def each(self, pieces: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
-        """Return the result or the exception of each piece of work, TimeoutError if it takes too long."""
-        pending, began, found, idle = iter(pieces.items()), dict[int, float](), dict[int, Any](), SimpleQueue[None]()
-
-        def run() -> None:
-            for index, piece in pending:  # shared by the threads: next() on it is atomic
-                began[index] = time.monotonic()
-                try:
-                    found.setdefault(index, piece())
-                except BaseException as error:  # an environment may raise anything
-                    found.setdefault(index, error)
-            idle.put(None)
-
-        for _ in range(min(self._size, len(pieces))):
-            self._work.put(run)
-        while len(found) < len(pieces):
+    def run() -> None:
+        for index, piece in pending:  # shared by the threads: next() on it is atomic
+            began[index] = time.monotonic()
             try:
-                idle.get(timeout=min(self._timeout, 1.0))
-            except Empty:
-                late = time.monotonic() - self._timeout
-                for index in [index for index, start in list(began.items()) if start < late and index not in found]:
-                    found.setdefault(index, TimeoutError(f"no answer in {self._timeout:g} s"))
-                    self._begin()
-                    self._work.put(run)
-        return dict(found)
+                found.setdefault(index, piece())
+            except BaseException as error:  # an environment may raise anything
+                found.setdefault(index, error)
+        idle.put(None)
 
-    def end(self) -> None:
-        """End the threads that do not hang."""
-        for _ in range(self._size):
-            self._work.put(None)
+    def begin() -> None:
+        threading.Thread(target=run, daemon=True, name="ringrl-foreign").start()
 
-    def _begin(self) -> None:
-        threading.Thread(target=self._serve, daemon=True, name="ringrl-foreign").start()
-
-    def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
+    for _ in range(min(size, len(pieces))):
+        begin()
+    while len(found) < len(pieces):
+        try:
+            idle.get(timeout=min(timeout, 1.0))
+        except Empty:
+            late = time.monotonic() - timeout
+            for index in [index for index, start in list(began.items()) if start < late and index not in found]:
+                found.setdefault(index, TimeoutError(f"no answer in {timeout:g} s"))
+                begin()
+    return dict(found)
 
 
 def _checked_threads(task: str, num_envs: int, threads: int | None) -> int:

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -13,6 +14,7 @@ from ringrl import __version__
 from ringrl.data.foreign import stored_domain, write_steps
 from ringrl.data.minari.reader import (
     REFERENCES,
+    ActionSpace,
     MinariEpisodes,
     check_id,
     datasets_folder,
@@ -22,7 +24,7 @@ from ringrl.data.minari.reader import (
 )
 from ringrl.data.store import EpisodeStore
 from ringrl.data.store.format import Provenance, StoredDomain, episode_bytes, reward_key
-from ringrl.envs import Domain, actions_of, foreign_domain, foreign_spec, is_foreign
+from ringrl.envs import actions_of, foreign_domain, foreign_spec, is_foreign, native_actions
 from ringrl.errors import UserError
 from ringrl.files import explain_read_errors, explain_write_errors, lock, reserve, write_aside
 from ringrl.pace import Progress, no_progress
@@ -40,11 +42,10 @@ def import_minari(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> EpisodeStore:
-    """Import a Minari dataset into a new episode store and open it.
+    """Import a Minari dataset into a new episode store of its environment (see `StoredDomain`) and open it.
 
-    It becomes a store of its environment, or of a domain with the dataset's name if the environment is unknown (see
-    `StoredDomain`): observations flattened to float32, actions scaled to [-1, 1] or one of several choices, recorded
-    rewards under a task of the same name, and discount 0 where an episode terminated.
+    Observations are flattened to float32, actions scaled to [-1, 1] or one of several choices. The only task has the
+    recorded rewards, and the discount is 0 where an episode terminated.
 
     Args:
         dataset: name of a dataset, or its folder.
@@ -82,9 +83,7 @@ def _domain(
     actions = actions_of(episodes.action, episodes.folder)
     observation_size = sum(math.prod(shape) for _, shape in episodes.observation)
     made = foreign_domain(environment) if environment else None
-    if made and (observation_size, *actions) != (
-        made.observation_size, made.action_low, made.action_high, made.is_discrete
-    ):  # fmt: skip
+    if made and (observation_size, actions) != (made.observation_size, made.actions):
         raise UserError(f"{episodes.folder}: has other observations or actions than {environment}")
     name = environment or episodes.environment() or episodes.metadata["dataset_id"]
     return stored_domain(
@@ -102,22 +101,12 @@ def _domain(
     )
 
 
-def export_minari(
-    store: EpisodeStore,
-    name: str,
-    *,
-    task: str | None = None,
-    progress: Progress = no_progress,
-) -> Path:
+def export_minari(store: EpisodeStore, name: str, *, task: str | None = None, progress: Progress = no_progress) -> Path:
     """Write a store as the Minari dataset `name` with the rewards of one task, and return the dataset's folder.
 
-    The variable MINARI_DATASETS_PATH names another parent folder than Minari's own.
-
-    An episode has T+1 observations, T actions and rewards, and truncations that are True at the last step (for
-    terminated episodes: terminations). Its infos hold the other arrays, T+1 rows each: physics, the rewards of the
-    other tasks, and reward and discount as recorded. The metadata holds the store's provenance.
-
-    An interrupted export leaves no dataset, and the next one of that name removes its files.
+    The variable MINARI_DATASETS_PATH names another parent folder than Minari's own. Infos hold T+1 rows of physics, of
+    the rewards of the other tasks, and of reward and discount as recorded. The metadata holds the store's provenance.
+    An interrupted export leaves no dataset.
 
     Args:
         store: the store to export.
@@ -161,82 +150,52 @@ def export_minari(
 
 def _write(store: EpisodeStore, name: str, task: str, data: Path, progress: Progress) -> None:
     data.mkdir()
-    spaces = _spaces(store)
+    observation, action = _spaces(store)
+    imported = store.facts.minari if isinstance(store.facts, StoredDomain) else {}
+    known = {name: text for name, text in imported.items() if name == "env_spec"}
+    made = foreign_spec(task) if is_foreign(task) else gymnasium.registry.get(f"ringrl/{task}-v0")
     storage = minari_module("minari.dataset.minari_storage").MinariStorage.new(
         data.absolute(),  # Minari fails for a relative path
-        observation_space=spaces.observation,
-        action_space=spaces.action,
-        env_spec=None if spaces.environment else _specification(task),
+        observation_space=observation,
+        action_space=action,
+        env_spec=None if known else made,
         data_format="hdf5",
     )
-    storage.update_metadata(_metadata(store, name, task) | spaces.environment)
+    storage.update_metadata(_metadata(store, name, task) | known)
     try:
-        storage.update_episodes(_episodes(store, task, spaces, progress))
+        storage.update_episodes(_episodes(store, task, observation, action, progress))
     except RuntimeError as error:  # HDF5 also raises these when it cannot write
         raise OSError(str(error)) from error
 
 
-class _Spaces(NamedTuple):
-    """The spaces of an exported dataset, the widths of an observation's arrays, and its environment's specification."""
-
-    observation: gymnasium.Space
-    action: gymnasium.spaces.Box | gymnasium.spaces.Discrete
-    widths: Sequence[int]
-    environment: dict[str, str]  # under its name in the metadata; empty if the imported dataset had none
-
-
-def _spaces(store: EpisodeStore) -> _Spaces:
+def _spaces(store: EpisodeStore) -> tuple[gymnasium.Space, ActionSpace]:
     """Return the spaces of the imported dataset, or flat spaces. UserError if they do not fit the store."""
-    domain = store.facts
-    observation = gymnasium.spaces.Box(-np.inf, np.inf, (domain.observation_size,), np.float32)
-    widths = [domain.observation_size]
+    domain, spaces = store.facts, gymnasium.spaces
     if not isinstance(domain, StoredDomain):
-        return _Spaces(observation, gymnasium.spaces.Box(-1.0, 1.0, (domain.action_size,), np.float32), widths, {})
-    if "observation_space" in domain.minari:
-        return _imported_spaces(store.path, domain)
-    if domain.is_discrete:
-        choices = gymnasium.spaces.Discrete(domain.action_size, start=int(domain.action_low[0]))
-        return _Spaces(observation, choices, widths, {})
-    low, high = (np.array(bound, np.float32) for bound in (domain.action_low, domain.action_high))
-    return _Spaces(observation, gymnasium.spaces.Box(low, high), widths, {})
-
-
-def _imported_spaces(path: Path, domain: StoredDomain) -> _Spaces:
-    with explain_read_errors(f"{path}: its spaces", "import the dataset again"):
+        return domain.spaces()
+    if "observation_space" not in domain.minari:
+        flat, _ = domain.spaces()
+        if domain.is_discrete:
+            return flat, spaces.Discrete(domain.action_size, start=int(domain.action_low[0]))
+        low, high = (np.array(bound, np.float32) for bound in domain.actions[:2])
+        return flat, spaces.Box(low, high)
+    with explain_read_errors(f"{store.path}: its spaces", "import the dataset again"):
         arrays, action = read_spaces(domain.minari)
-        widths = [math.prod(shape) for _, shape in arrays]
-        if (sum(widths), *actions_of(action, "")) != (
-            domain.observation_size, domain.action_low, domain.action_high, domain.is_discrete
-        ):  # fmt: skip
+        size = sum(math.prod(shape) for _, shape in arrays)
+        if (size, actions_of(action, "")) != (domain.observation_size, domain.actions):
             raise UserError("differ from its arrays: import the dataset again")
-        observation = minari_module("minari.serialization").deserialize_space(domain.minari["observation_space"])
-        return _Spaces(observation, action, widths, {k: v for k, v in domain.minari.items() if k == "env_spec"})
+        text = domain.minari["observation_space"]
+        return minari_module("minari.serialization").deserialize_space(text), action
 
 
-def _specification(task: str) -> gymnasium.envs.registration.EnvSpec | None:
-    """Return the specification of a task's environment."""
-    return foreign_spec(task) if is_foreign(task) else gymnasium.registry.get(f"ringrl/{task}-v0")
-
-
-def _actions(domain: Domain, space: Any, scaled: np.ndarray) -> np.ndarray:
-    """Return actions of a store as the environment takes them."""
-    if not isinstance(domain, StoredDomain):
-        return scaled
-    if domain.is_discrete:
-        return scaled.argmax(1) + int(domain.action_low[0])
-    taken = np.clip(domain.taken(scaled), domain.action_low, domain.action_high)
-    whole = taken if space.dtype.kind == "f" else np.rint(taken)
-    return whole.reshape(-1, *space.shape).astype(space.dtype)
-
-
-def _parts(space: Any, arrays: Iterator[np.ndarray]) -> Any:
-    """Return observations (T+1, ...) in the form of their space, given the columns of each array in order."""
+def _parts(space: Any, columns: Iterator[np.ndarray]) -> Any:
+    """Return observations (T+1, ...) in the form of their space, given the columns (T+1,) of flat observations."""
     if isinstance(space, gymnasium.spaces.Dict):
-        return {key: _parts(space[key], arrays) for key in sorted(space.spaces)}
+        return {key: _parts(space[key], columns) for key in sorted(space.spaces)}
     if isinstance(space, gymnasium.spaces.Tuple):
-        return tuple(_parts(part, arrays) for part in space.spaces)
-    columns = next(arrays)
-    return columns.reshape(len(columns), *space.shape).astype(space.dtype, copy=False)
+        return tuple(_parts(part, columns) for part in space.spaces)
+    rows = np.stack(list(islice(columns, math.prod(space.shape))), axis=1)
+    return rows.reshape(-1, *space.shape).astype(space.dtype, copy=False)
 
 
 def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
@@ -255,22 +214,24 @@ def _metadata(store: EpisodeStore, name: str, task: str) -> dict[str, Any]:
     return metadata
 
 
-def _episodes(store: EpisodeStore, task: str, spaces: _Spaces, progress: Progress) -> Iterator[Any]:
+def _episodes(
+    store: EpisodeStore, task: str, observation: gymnasium.Space, action: ActionSpace, progress: Progress
+) -> Iterator[Any]:
     """Yield Minari's episode buffers."""
     buffer = minari_module("minari.data_collector.episode_buffer").EpisodeBuffer
-    others, ends = [other for other in store.tasks if other != task], np.cumsum(spaces.widths)[:-1]
+    domain, others = store.facts, [other for other in store.tasks if other != task]
     for index in range(store.num_episodes):
         rows = store.episode(index)
         if rows["action"][0].any():
             raise UserError(f"{store.path}: episode {index} has an action in its reset row, which Minari cannot store")
-        steps = len(rows["action"]) - 1
+        actions, steps = rows["action"][1:], len(rows["action"]) - 1
         is_last, is_terminated = np.arange(steps) == steps - 1, bool(rows["discount"][-1, 0] == 0)
         infos: dict[str, Any] = {name: rows[key] for key, name in INFOS.items() if key in rows}
         if others:
             infos["rewards"] = {other: rows[reward_key(other)] for other in others}
         yield buffer(
-            observations=_parts(spaces.observation, iter(np.split(rows["observation"], ends, axis=1))),
-            actions=_actions(store.facts, spaces.action, rows["action"][1:]),
+            observations=_parts(observation, iter(rows["observation"].T)),
+            actions=native_actions(domain, action, actions) if isinstance(domain, StoredDomain) else actions,
             rewards=rows[reward_key(task)][1:],
             terminations=is_last & is_terminated,
             truncations=is_last & (not is_terminated),

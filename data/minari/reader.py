@@ -75,6 +75,7 @@ def locate(dataset: str) -> Path:
     return folder
 
 
+ActionSpace = gymnasium.spaces.Box | gymnasium.spaces.Discrete
 Arrays = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of the arrays of an observation: "observations/joints" (3,), in their order."""
 
@@ -82,8 +83,7 @@ Arrays = tuple[tuple[str, tuple[int, ...]], ...]
 class MinariEpisodes:
     """The episodes of a dataset, read one at a time. Use it as a context manager.
 
-    Opening reads the metadata, and the length and end of each episode. Raises UserError, naming dataset and episode,
-    for spaces that no store can hold and for damage.
+    Raises UserError, naming dataset and episode, for spaces that no store can hold and for damage.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -174,7 +174,7 @@ class MinariEpisodes:
         return explain_read_errors(f"{self.folder}: {what}", "make or download the dataset again")
 
 
-def _read_metadata(path: Path) -> tuple[dict[str, Any], Arrays, gymnasium.spaces.Box | gymnasium.spaces.Discrete]:
+def _read_metadata(path: Path) -> tuple[dict[str, Any], Arrays, ActionSpace]:
     """Return all metadata, the arrays of an observation, and the action space."""
     with path.open("rb") as file:
         content = file.read(LARGEST_METADATA + 1)
@@ -189,7 +189,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], Arrays, gymnasium.spaces
     return raw, *read_spaces(raw)
 
 
-def read_spaces(texts: Mapping[str, Any]) -> tuple[Arrays, gymnasium.spaces.Box | gymnasium.spaces.Discrete]:
+def read_spaces(texts: Mapping[str, Any]) -> tuple[Arrays, ActionSpace]:
     """Return the arrays of an observation and the action space, given Minari's texts of both.
 
     UserError, which does not name the dataset, for spaces that no store can hold. Damage raises other errors, too.
@@ -214,10 +214,7 @@ def read_spaces(texts: Mapping[str, Any]) -> tuple[Arrays, gymnasium.spaces.Box 
 
 
 def _arrays(space: dict[str, Any], name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the names and shapes of the arrays of a serialised space, in the order in which Gymnasium flattens them.
-
-    Raises UserError unless a store can contain the values.
-    """
+    """Yield names and shapes of the arrays of a serialised space in Gymnasium's order. UserError for unusable ones."""
     kind = space["type"]
     if kind in ("Dict", "Tuple"):
         parts = space["subspaces"]

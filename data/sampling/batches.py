@@ -20,7 +20,6 @@ from ringrl.attention.layout import length_multiple
 from ringrl.config import BATCH_AXES, SEQUENCE_AXIS
 from ringrl.context import Context
 from ringrl.data.sampling.sampler import ContextSampler
-from ringrl.errors import UserError
 
 READ_AHEAD = 2  # batches that are prepared in advance
 
@@ -33,11 +32,7 @@ class BatchSource(Protocol):
 
 
 def iterate_batches(source: BatchSource, steps: int) -> grain.DatasetIterator:
-    """Return an iterator over the batches of steps 0 ... steps - 1. Close it after use.
-
-    `get_state` and `set_state` return and take the next step as plain JSON. The batches that follow are the same for
-    any number of hosts.
-    """
+    """Return an iterator over the batches of steps 0 ... steps - 1, whose state is plain JSON. Close it after use."""
     dataset = grain.MapDataset.range(steps).map(source.batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)))
 
@@ -47,21 +42,11 @@ class ShardedSampler:
     """A sampler's batches as global arrays: (batch, time, ...) sharded over (data and fsdp, seq).
 
     The time axis is in layout order and padded to a multiple that divides. Axes that the mesh lacks count as size one.
-
-    Raises UserError for a batch size that does not divide among the devices of the batch axes.
     """
 
     sampler: ContextSampler
     mesh: Mesh
     layout: str = "zigzag"
-
-    def __post_init__(self) -> None:
-        shares = math.prod(self.mesh.shape.get(axis, 1) for axis in BATCH_AXES)
-        if self.sampler.batch_size % shares:
-            raise UserError(
-                f"optimiser.batch_size: {self.sampler.batch_size} contexts do not divide among {shares} groups of "
-                f"devices; give a multiple of {shares}"
-            )
 
     @cached_property
     def times(self) -> Int[np.ndarray, " time"]:
@@ -90,8 +75,7 @@ class ShardedSampler:
             shape = (*size, *arrays[0].shape[2:])
             return jax.make_array_from_callback(shape, self.sharding, lambda index: held[_begin(index)])
 
-        spread_out: Context = jax.tree.map(spread, *parts)
-        return spread_out
+        return jax.tree.map(spread, *parts)
 
 
 def _begin(index: tuple[slice, ...] | None) -> tuple[int, int]:

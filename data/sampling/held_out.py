@@ -16,10 +16,8 @@ HELD_OUT = 2  # the random stream of `held_out_episodes` under a seed
 def held_out_episodes(store: EpisodeStore, tasks: Sequence[str], seed: int, fraction: float) -> Episodes:
     """Return a fraction of a store's episodes, whose returns are like those of all, in the order of collection.
 
-    The tasks share the held-out episodes, because every episode has rewards for all tasks. Episodes are sorted so that
-    neighbours have similar returns: halved at the median return of the first task, each half at its median return of
-    the second, and so on in turn. With one task, this is the order of return. The seed draws one episode from each
-    block of equal size.
+    Episodes are sorted so that neighbours have similar returns in all tasks (see `_ordered`; with one task, by return).
+    The seed draws one episode from each block of equal size.
     """
     count = round(fraction * store.num_episodes)
     if count == 0:
@@ -30,7 +28,7 @@ def held_out_episodes(store: EpisodeStore, tasks: Sequence[str], seed: int, frac
 
 
 def _ordered(returns: Sequence[np.ndarray], episodes: Episodes) -> Episodes:
-    """Sort episodes by the returns of the first task, then each half by those of the second, and so on."""
+    """Halve the episodes at the median return of the first task, each half at that of the second, and so on in turn."""
     if len(episodes) < 2:
         return episodes
     episodes = episodes[np.argsort(returns[0][episodes], kind="stable")]
@@ -39,12 +37,10 @@ def _ordered(returns: Sequence[np.ndarray], episodes: Episodes) -> Episodes:
 
 
 def held_out(store: EpisodeStore, config: TrainConfig) -> Episodes:
-    """Return the episodes that a run never trains on.
+    """Return the episodes that a run never trains on. UserError if fewer are held out, or left, than a context needs.
 
     `context.best_fraction` applies to these and to the other episodes separately, `context.max_transitions` to the
     others only. Runs that differ only in these settings hold out the same episodes.
-
-    Raises UserError if fewer are held out, or left, than one context needs.
     """
     if config.validation_fraction == 0:
         return NONE
@@ -70,9 +66,8 @@ def all_but(store: EpisodeStore, episodes: Episodes) -> Episodes:
 
 
 class WrongPromptSampler(ContextSampler):
-    """A `ContextSampler` whose trajectories, except the last, belong to another task.
+    """A `ContextSampler` whose trajectories, except the last, belong to the next of the run's tasks, with its rewards.
 
-    The earlier trajectories are drawn and ordered for the next of the run's tasks, and have its rewards and returns.
     They never include the episode of the last trajectory, which would reveal its actions.
     """
 

@@ -33,8 +33,8 @@ class Normalisation:
     ) -> Self:
         """Measure all or the given episodes of a store in one pass, with one episode in memory at a time.
 
-        The episode length is that of the store's longest episode. Outside ExoRL's domains, rewards and returns are
-        divided by the largest absolute values of the episodes that are not held out.
+        Outside ExoRL's domains, rewards and returns are divided by the largest absolute values of the episodes that are
+        not held out.
         """
         length = int(store.lengths.max())
         count, total, squares = 0, np.zeros(store.observation_size), np.zeros(store.observation_size)

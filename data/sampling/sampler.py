@@ -32,9 +32,8 @@ NONE: Episodes = np.empty(0, np.int64)
 def subset(store: EpisodeStore, seed: int, max_transitions: int | None, excluded: Episodes = NONE) -> Episodes:
     """Return whole episodes of at most `max_transitions` steps together (None: all), in the order of collection.
 
-    Episodes are taken in seed-shuffled order, without `excluded`. A smaller cap gives a subset of a larger one.
-
-    Raises UserError for fewer transitions than the longest episode has.
+    Episodes are taken in seed-shuffled order, so a smaller cap gives a subset of a larger one. UserError for a cap
+    below the longest episode.
     """
     if max_transitions is None:
         return np.setdiff1d(np.arange(store.num_episodes), excluded)
@@ -60,7 +59,7 @@ def eligible_episodes(
 ) -> Episodes:
     """Return the best fraction of `subset` by the returns of a task, in the order of collection.
 
-    Raises UserError for `max_transitions` below one episode, or a task that the store has no rewards for.
+    UserError for `max_transitions` below one episode, or a task without rewards.
     """
     episodes = subset(store, seed, max_transitions, excluded)
     returns = store.returns(task)[episodes]
@@ -71,10 +70,7 @@ def eligible_episodes(
 def eligible_by_task(
     store: EpisodeStore, task: str, config: ContextConfig, seed: int, excluded: Episodes = NONE
 ) -> dict[str, Episodes]:
-    """Return the `eligible_episodes` of each task of a run: those with the highest returns in that task.
-
-    Raises UserError for a task that the store has no rewards for, or `max_transitions` below one episode.
-    """
+    """Return the `eligible_episodes` of each task of a run, with the same errors."""
     for name in (task, *config.other_tasks):
         if name not in store.tasks:
             raise UserError(
@@ -87,10 +83,7 @@ def eligible_by_task(
 def episodes_for_contexts(
     store: EpisodeStore, task: str, config: ContextConfig, seed: int, excluded: Episodes = NONE
 ) -> dict[str, Episodes]:
-    """Return the episodes that the contexts of each task are drawn from, in the order of collection.
-
-    Raises UserError as `eligible_by_task` does, or if one context needs more or longer episodes than a task has.
-    """
+    """Return `eligible_by_task`. UserError if one context needs more or longer episodes than a task has."""
     found = eligible_by_task(store, task, config, seed, excluded)
     for episodes in found.values():
         count, least = len(episodes), config.segment_steps or 1
@@ -183,12 +176,9 @@ class ContextSampler:
         return ContextPlan(np.array(tasks), episodes, targets, returns >= targets, starts, np.stack(first))
 
     def read(self, plan: ContextPlan, rows: slice, times: Int[np.ndarray, " time"]) -> Context:
-        """Return the given contexts of a plan at the given times, in ascending order. Later times are padding.
+        """Return the given contexts of a plan at the given ascending times. Times after the last step are padding.
 
-        Only these steps' observations and actions are read, and the actions before them. Returns-to-go also need the
-        earlier rewards of each episode. Every number is the same in whatever rectangle it is read.
-
-        Raises ValueError for times that do not ascend, or one below 0.
+        Every number is the same in whatever rectangle it is read. ValueError for times that do not ascend from 0.
         """
         if len(times) and (times[0] < 0 or (np.diff(times) < 1).any()):
             raise ValueError(f"times: expected ascending times, none below 0, got {times}")

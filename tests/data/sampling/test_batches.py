@@ -16,7 +16,6 @@ from ringrl.data.sampling.batches import ShardedSampler
 from ringrl.data.sampling.normalisation import Normalisation
 from ringrl.data.sampling.sampler import ContextSampler
 from ringrl.data.store import EpisodeStore
-from ringrl.errors import UserError
 
 TASK = "cartpole_swingup"
 LENGTHS = [6, 1, 9, 4, 9, 2, 9, 5]
@@ -202,9 +201,3 @@ def test_one_device_has_the_plain_batch(made):
     for a, b in zip(jax.tree.leaves(sharded.batch(5)), jax.tree.leaves(made.batch(5)), strict=True):
         assert isinstance(a, jax.Array)
         np.testing.assert_array_equal(a, b, strict=True)
-
-
-def test_a_batch_that_does_not_divide_is_rejected(made):
-    mesh = jax.sharding.AbstractMesh((3, 2), ("data", "seq"))
-    with pytest.raises(UserError, match=r"optimiser\.batch_size: 8 contexts do not divide among 3 .* multiple of 3"):
-        ShardedSampler(made, mesh)
