@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Float32, Int
 from ringrl.attention import arguments, kernels
 from ringrl.attention.arguments import AttentionFunction, Axes, MaskArguments, axis_names, typed
 from ringrl.attention.attend import LOCAL, AllGather, Exchange, attend
+from ringrl.attention.contract import AxisName, varying_like, with_sinks
 from ringrl.attention.layout import check_length, shard_positions
-from ringrl.attention.merge import AxisName, varying_like, with_sinks
 from ringrl.attention.ring import make_ring
 from ringrl.attention.strategy import STRATEGIES, choose_strategy, device_of
 from ringrl.attention.ulysses import gather_heads, heads_of_device, scatter_heads
@@ -94,15 +94,9 @@ def attention(
 ) -> Float[Array, "batch tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute softmax(scale * q k^T) v over the visible keys of each query, in O(S + T) memory.
 
-    Queries may be fewer than keys. By default, they have the last positions:
-
-        positions of the keys    0 1 2 3 4 5      causal, S = 2 queries and T = 6 keys
-        query at position 4      x x x x x .
-        query at position 5      x x x x x x
-
-    One context may come without the batch axis. Without queries, the result is empty; without keys, it is 0.
-    Output and log-sum-exp carry the checkpoint name "ring_attention". A remat policy such as
-    jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
+    Queries may be fewer than keys. By default, they have the last positions. One context may come without the batch
+    axis. Without queries, the result is empty; without keys, it is 0. Output and log-sum-exp carry the checkpoint name
+    "ring_attention": jax.checkpoint_policies.save_only_these_names("ring_attention") avoids computing attention twice.
 
     Args:
       q: queries (B, S, H, D); float32, bfloat16 or float16. All values must be finite, also under the mask.
@@ -112,9 +106,8 @@ def attention(
       is_causal: a query sees keys at its own and earlier positions only.
       local_window_size: a query at position p sees keys in [p - left, p + right]; an int means both sides.
       global_prefix: (B, S) or (S,) positions, one for each query. The window does not hide keys before this position,
-        but the causal mask and the segments do. For consecutive documents, pass the start of each query's own
-        document: the query then sees all earlier documents and a window of its own document. A window (-1, 0) shows
-        only the prefix.
+        but the causal mask and the segments do. With the start of each query's own document, the query sees all earlier
+        documents and a window of its own. A window (-1, 0) shows only the prefix.
       segment_ids, key_segment_ids: (B, S) or (S,), and (B, T) or (T,) integers >= 0; a query sees keys of its own
         segment only. If S = T, keys have the segments of the queries by default.
       positions, key_positions: integers of the same shapes, less than 2**31 apart; by default T - S ... T-1 and
@@ -129,11 +122,10 @@ def attention(
         log-sum-exp includes it. A query without visible keys gives 0, and the sink as log-sum-exp.
       alibi_slopes: (H,) logits fall by slope * |position of the query - position of the key| (ALiBi, 2108.12409),
         after the soft cap.
-      implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs (bfloat16 or float16,
-        head_dim 64 or 128), "cudnn" on other NVIDIA GPUs since Ampere (bfloat16 or float16, head_dim up to 128) and
-        "xla" (tiled attention in plain XLA) elsewhere. A fallback on an accelerator is logged.
-        A kernel selected by name raises ValueError for unsupported inputs. "autodiff" leaves differentiation to JAX:
-        it is slower, but has forward-mode derivatives (jax.jvp). None selects it for alibi_slopes and a traced cap.
+      implementation: the kernel. None selects "mosaic_tpu" on TPUs, "mosaic_gpu" on Hopper GPUs, "cudnn" on other
+        NVIDIA GPUs since Ampere, and "xla" (tiled attention in plain XLA) elsewhere and for unsupported inputs, which
+        is logged. A kernel selected by name raises ValueError for them. "autodiff" leaves differentiation to JAX: it is
+        slower, but has forward-mode derivatives (jax.jvp). None selects it for alibi_slopes and a traced cap.
       return_residual: also return the log-sum-exp (B, S, H) float32, differentiable.
 
     Returns:
@@ -150,9 +142,9 @@ def attention(
     ).checked(batch, tokens, keys)
     places = jnp.arange(tokens, dtype=jnp.int32), jnp.arange(keys, dtype=jnp.int32)
     sides = known.sides(batch, *places, keys - tokens)
-    q, scale = arguments.traced_scale(q, scale)
-    options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
-    terms = arguments.terms(q.shape[2], alibi_slopes, logits_soft_cap)
+    q, options, terms = arguments.settings(
+        q, local_window_size, global_prefix, scale, logits_soft_cap, alibi_slopes, is_causal=is_causal
+    )
     options = kernels.with_kernel(options, implementation, q, device_of(q), terms)
     return attend(q, k, v, *sides, options, LOCAL, terms)
 
@@ -188,9 +180,8 @@ def ring_attention(
 ) -> Float[Array, "batch tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch tokens heads"]]:
     """Compute `attention`, exact to rounding, of global arrays whose sequence axis is sharded over a mesh axis.
 
-    All arrays with an axis of tokens are in layout order (`to_layout`, once per batch, not per layer). The
-    function works under jit, grad, vmap, remat and scan. Output and log-sum-exp carry the checkpoint name
-    "ring_attention".
+    All arrays with an axis of tokens are in layout order (`to_layout`, once per batch, not per layer). The function
+    works under jit, grad, vmap, remat and scan. Arguments that are not listed are those of `attention`.
 
     Args:
       q, k, v: as for `attention`; the lengths of queries and keys divide into the layout's chunks.
@@ -201,9 +192,6 @@ def ring_attention(
       batch_axes, head_axes: mesh axes over which batch and heads are sharded, if any. If both are None and q is a
         concrete array on this mesh, they are taken from q's sharding.
       strategy, bidirectional: as for `ring_attention_shard`.
-      is_causal, local_window_size, global_prefix, segment_ids, key_segment_ids, scale: as for `attention`.
-      query_seq_lengths, key_value_seq_lengths, logits_soft_cap, sinks, alibi_slopes: as for `attention`.
-      implementation, return_residual: as for `attention`.
       positions, key_positions: as for `attention`; by default `layout_positions`, shifted by T - S for queries.
 
     Returns:
@@ -222,7 +210,6 @@ def ring_attention(
     known = MaskArguments(
         positions, key_positions, segment_ids, key_segment_ids, global_prefix, query_seq_lengths, key_value_seq_lengths
     ).checked(q.shape[0], q.shape[1], k.shape[1])
-    q, scale = arguments.traced_scale(q, scale)
     shard = partial(
         ring_attention_shard,
         axis_name=axis_name,
@@ -231,7 +218,6 @@ def ring_attention(
         bidirectional=bidirectional,
         is_causal=is_causal,
         local_window_size=local_window_size,
-        scale=scale,
         implementation=implementation,
         return_residual=True,
     )
@@ -241,10 +227,11 @@ def ring_attention(
     }
     arrays = known._asdict() | {"alibi_slopes": alibi_slopes}
     specs["alibi_slopes"] = PartitionSpec(head_axes)
-    if isinstance(logits_soft_cap, jax.Array):
-        arrays["logits_soft_cap"], specs["logits_soft_cap"] = logits_soft_cap, PartitionSpec()
-    else:
-        shard = partial(shard, logits_soft_cap=logits_soft_cap)
+    for name, number in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
+        if isinstance(number, jax.Array):
+            arrays[name], specs[name] = number, PartitionSpec()
+        else:
+            shard = partial(shard, **{name: number})
     return jax.shard_map(
         lambda q, k, v, arrays: shard(q, k, v, **arrays),
         mesh=mesh,
@@ -281,6 +268,9 @@ def ring_attention_shard(
 ) -> Float[Array, "batch local_tokens heads value_dim"] | tuple[jax.Array, Float32[Array, "batch local_tokens heads"]]:
     """Compute `ring_attention` inside an existing shard_map, where every array is this device's shard.
 
+    With contiguous chunks, default positions and no global prefix, a window reduces the number of hops. Arguments that
+    are not listed are those of `attention`.
+
     Args:
       q, k, v, segment_ids, key_segment_ids, positions, key_positions, global_prefix: this device's tokens, in layout
         order.
@@ -291,8 +281,6 @@ def ring_attention_shard(
         the result of `choose_strategy`.
       bidirectional: half of the key heads travel in the opposite direction, which uses both directions of the links.
         Used by "ring" and "ulysses_ring". A window that needs few hops sends all heads in the shorter direction.
-      is_causal, local_window_size, scale, logits_soft_cap, implementation, return_residual: as for `attention`. With
-        contiguous chunks, default positions and no global prefix, a window reduces the number of hops.
       sinks, alibi_slopes: (local heads,), as for `attention`.
 
     Returns:
@@ -304,9 +292,9 @@ def ring_attention_shard(
     del sinks, return_residual  # see _public
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r} is unknown; use one of {STRATEGIES}")
-    q, scale = arguments.traced_scale(q, scale)
-    options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=is_causal)
-    terms = arguments.terms(q.shape[2], alibi_slopes, logits_soft_cap)
+    q, options, terms = arguments.settings(
+        q, local_window_size, global_prefix, scale, logits_soft_cap, alibi_slopes, is_causal=is_causal
+    )
     options = kernels.with_kernel(options, implementation, q, device_of(q), terms)
     size = lax.axis_size(axis_name)
     # Keys may be replicated over devices with different query heads; JAX then sums the keys' gradients.

@@ -35,22 +35,25 @@ def typed(function: Callable[..., Any]) -> AttentionFunction:
     return cast(AttentionFunction, function)
 
 
-def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Check shapes and dtypes of queries, keys and values."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def check_arrays(
+    q: jax.Array, k: jax.Array, v: jax.Array, names: tuple[str, str] = ("k", "v"), *, of_cache: bool = False
+) -> None:
+    """Check shapes and dtypes of queries, keys and values. A cache may have another dtype than the queries."""
+    key_name, value_name = names
+    for name, x in (("q", q), (key_name, k), (value_name, v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes (batch, tokens, heads, head_dim), got shape {x.shape}")
         if 0 in x.shape[2:]:
             raise ValueError(f"{name}: expected heads and features, got shape {x.shape}")
         check_dtype(name, x)
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and not of_cache:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"v: expected batch, tokens and heads of k {k.shape}, got {v.shape}")
+        raise ValueError(f"{value_name}: expected batch, tokens and heads of {key_name} {k.shape}, got {v.shape}")
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
-        raise ValueError(f"k: expected batch and head_dim of q {q.shape}, got {k.shape}")
+        raise ValueError(f"{key_name}: expected batch and head_dim of q {q.shape}, got {k.shape}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"k: {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
+        raise ValueError(f"{key_name}: {k.shape[2]} heads do not divide the {q.shape[2]} heads of q")
 
 
 def check_dtype(name: str, x: jax.Array) -> None:
@@ -182,20 +185,6 @@ def _or_default(x: jax.Array | None, default: jax.Array, batch: int) -> jax.Arra
     return jnp.broadcast_to(default, (batch, len(default))) if x is None else x
 
 
-def traced_scale(q: jax.Array, scale: float | jax.Array | None) -> tuple[jax.Array, float | None]:
-    """Return the queries and the scale. A scale that is an array multiplies the queries, so that it has a gradient."""
-    if scale is not None and jnp.ndim(scale):
-        raise ValueError(f"scale: expected one number, got shape {jnp.shape(scale)}")
-    if not isinstance(scale, jax.Array):
-        return q, scale
-    return (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype), 1.0
-
-
-def terms(heads: int, slopes: jax.Array | None, cap: float | jax.Array | None) -> Terms:
-    """Return the parts of a call that only the kernel "autodiff" computes."""
-    return Terms(per_head("alibi_slopes", slopes, heads), cap if isinstance(cap, jax.Array) else None)
-
-
 def check_counts(name: str, counts: Any, batch: int | None, least: int, most: int, advice: str = "") -> None:
     """Check a number of tokens, or one for each context of a batch."""
     counts = counts if isinstance(counts, jax.Array) else np.asarray(counts)
@@ -223,27 +212,33 @@ def _check_range(name: str, x: Array) -> None:
         raise ValueError(f"{name}: expected 32-bit integers, got {known.min()} ... {known.max()}")
 
 
-def options(
+def settings(
     q: jax.Array,
     window: int | tuple[int, int] | None,
     prefix: jax.Array | None,
-    scale: float | None,
+    scale: float | jax.Array | None,
     cap: float | jax.Array | None,
+    slopes: jax.Array | None,
     *,
     is_causal: bool,
-) -> Options:
-    """Return the static options of a call from its arguments. It only matters whether `prefix` is None."""
-    if cap is not None and jnp.ndim(cap):
-        raise ValueError(f"logits_soft_cap: expected one number, got shape {jnp.shape(cap)}")
+) -> tuple[jax.Array, Options, Terms]:
+    """Return the queries, the static options of a call, and its arrays that only the kernel "autodiff" computes.
+
+    A scale that is an array multiplies the queries, so that it has a gradient. Only whether `prefix` is None matters.
+    """
+    for name, number in (("scale", scale), ("logits_soft_cap", cap)):
+        if number is not None and jnp.ndim(number):
+            raise ValueError(f"{name}: expected one number, got shape {jnp.shape(number)}")
     if cap is not None and _is_known(cap) and not 0 < np.asarray(cap) < math.inf:
         raise ValueError(f"logits_soft_cap: expected a finite number > 0, got {cap}")
-    if isinstance(cap, jax.Array):
-        cap = None  # see `terms`
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if prefix is not None and window is None:
         raise ValueError("global_prefix: has no effect without a window; give local_window_size, too")
+    terms = Terms(per_head("alibi_slopes", slopes, q.shape[2]), cap if isinstance(cap, jax.Array) else None)
+    if isinstance(scale, jax.Array):
+        q, scale = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype), 1.0
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rule = Rule(is_causal, _window(window, 0 if prefix is None else -1))
-    return Options(rule, scale, None if cap is None else float(cap))
+    return q, Options(rule, scale, None if cap is None or isinstance(cap, jax.Array) else float(cap)), terms
 
 
 def _window(size: int | tuple[int, int] | None, least: int) -> tuple[int, int] | None:

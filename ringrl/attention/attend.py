@@ -18,9 +18,18 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ringrl.attention import kernels
-from ringrl.attention.contract import NO_TERMS, Cotangents, Gradients, Inputs, Partial, Terms, by_head, by_token
+from ringrl.attention.contract import (
+    NO_TERMS,
+    AxisName,
+    Cotangents,
+    Gradients,
+    Inputs,
+    Partial,
+    Terms,
+    by_head,
+    by_token,
+)
 from ringrl.attention.mask import Options, Side
-from ringrl.attention.merge import AxisName
 
 
 class Exchange(Protocol):
@@ -33,14 +42,7 @@ class Exchange(Protocol):
         """Return gradients of this device's queries, and of its keys and values over the queries of all devices."""
 
 
-class Local:
-    """No exchange: all keys are on this device."""
-
-    forward = staticmethod(kernels.forward)
-    backward = staticmethod(kernels.backward)
-
-
-LOCAL = Local()
+LOCAL: Exchange = kernels  # no exchange: all keys are on this device
 
 
 @dataclasses.dataclass(frozen=True)

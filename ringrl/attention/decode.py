@@ -20,9 +20,18 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ringrl.attention import arguments
 from ringrl.attention.arguments import Axes
-from ringrl.attention.contract import Partial, Terms, by_head, by_token, precision_of
+from ringrl.attention.contract import (
+    AxisName,
+    Partial,
+    Terms,
+    by_head,
+    by_token,
+    merge,
+    merge_over,
+    precision_of,
+    with_sinks,
+)
 from ringrl.attention.mask import Options, Side, visible
-from ringrl.attention.merge import AxisName, merge, merge_over, with_sinks
 
 
 class Prefix(NamedTuple):
@@ -84,20 +93,22 @@ def decode_attention(
         _check_prefix(prefix, k_cache, v_cache)
         prefix = prefix if prefix.k.shape[1] else None
     sinks = arguments.per_head("sinks", sinks, q.shape[2])
-    scaled, scale = arguments.traced_scale(q, scale)
-    options = arguments.options(q, local_window_size, global_prefix, scale, logits_soft_cap, is_causal=True)
+    scaled, options, terms = arguments.settings(
+        q, local_window_size, global_prefix, scale, logits_soft_cap, alibi_slopes, is_causal=True
+    )
     given = _Given(
         scaled,
         Prefix(k_cache, v_cache, jnp.asarray(length, jnp.int32)),
         None if prefix is None else prefix._replace(length=jnp.asarray(prefix.length, jnp.int32)),
         None if global_prefix is None else arguments.integers("global_prefix", global_prefix, *q.shape[:2]),
-        arguments.terms(q.shape[2], alibi_slopes, logits_soft_cap),
+        terms,
     )
+    attend = partial(_over_caches, options, position_of)
     if mesh is None:
         _check_whole("k_cache", k_cache)
-        o, lse = _over_caches(given, _Static(options, position_of), 0)
+        o, lse = attend(given, 0, 1)
     else:
-        o, lse = _over_shards(given, _Static(options, position_of), mesh, axis_name, batch_axes, head_axes)
+        o, lse = _over_shards(attend, given, mesh, axis_name, batch_axes, head_axes)
     if sinks is not None:
         o, lse = with_sinks(o, lse, sinks)
     return (o.astype(q.dtype), lse) if return_residual else o.astype(q.dtype)
@@ -113,34 +124,30 @@ class _Given(NamedTuple):
     terms: Terms
 
 
-class _Static(NamedTuple):
-    """The static arguments of a call."""
-
-    options: Options
-    position_of: Callable[[jax.Array], jax.Array]
-    size: int = 1  # devices that share the caches
-
-
 def _over_shards(
+    attend: Callable[..., Partial],
     given: _Given,
-    static: _Static,
     mesh: Mesh | AbstractMesh,
     axis_name: AxisName,
     batch_axes: Axes,
     head_axes: Axes,
 ) -> Partial:
     """Attend to caches that are striped over `axis_name`."""
-    static = static._replace(size=_check_shards(mesh, axis_name, given.cache.k.shape[1]))
+    size = _check_shards(mesh, axis_name, given.cache.k.shape[1])
     arguments.check_axes(mesh, axis_name, batch_axes, head_axes, given.q.shape[0], given.cache.k.shape[2])
     parts = arguments.mesh_size(mesh, "batch_axes", batch_axes)
     if given.prefix is not None:
         _check_shards(mesh, axis_name, given.prefix.k.shape[1])
-        _check_parts(given.prefix.k.shape[0], parts)
+        if (prefixes := given.prefix.k.shape[0]) % parts and parts % prefixes:
+            raise ValueError(
+                f"prefix: expected a number of prefixes that divides the {parts} shards of the batch (batch_axes), or "
+                f"a multiple of {parts}, got {prefixes}"
+            )
 
     def shard(given: _Given) -> Partial:
         if given.prefix is not None and parts > 1:
             given = given._replace(prefix=_of_part(given.prefix, lax.axis_index(batch_axes), parts))
-        return merge_over(_over_caches(given, static, lax.axis_index(axis_name)), axis_name)
+        return merge_over(attend(given, lax.axis_index(axis_name), size), axis_name)
 
     replicated = PartitionSpec(batch_axes, None, head_axes)
     own, shared = (PartitionSpec(axes, axis_name, head_axes) for axes in (batch_axes, None))
@@ -155,14 +162,6 @@ def _over_shards(
     return jax.shard_map(shard, mesh=mesh, in_specs=(specs,), out_specs=Partial(replicated, replicated))(given)  # type: ignore
 
 
-def _check_parts(prefixes: int, parts: int) -> None:
-    if prefixes % parts and parts % prefixes:
-        raise ValueError(
-            f"prefix: expected a number of prefixes that divides the {parts} shards of the batch (batch_axes), or a "
-            f"multiple of {parts}, got {prefixes}"
-        )
-
-
 def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
     """Return the prefixes of the contexts in part `index` of the batch."""
     number = prefix.k.shape[0]
@@ -173,59 +172,45 @@ def _of_part(prefix: Prefix, index: jax.Array, parts: int) -> Prefix:
 
 
 def _check_caches(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, length: jax.Array | int) -> None:
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.ndim != 4 or not x.shape[1]:
-            raise ValueError(
-                f"{name}: expected 4 axes (batch, tokens, heads, head_dim) with tokens, got shape {x.shape}"
-            )
-        arguments.check_dtype(name, x)
-    if k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(f"v_cache: expected batch, capacity and heads of k_cache {k_cache.shape}, got {v_cache.shape}")
-    batch, new, heads, head_dim = q.shape
-    if (batch, head_dim) != (k_cache.shape[0], k_cache.shape[3]):
-        raise ValueError(f"k_cache: expected batch and head_dim of q {q.shape}, got {k_cache.shape}")
-    capacity, kv_heads = k_cache.shape[1:3]
-    if heads % kv_heads:
-        raise ValueError(f"k_cache: {kv_heads} heads do not divide the {heads} heads of q")
-    if new > capacity:
-        raise ValueError(f"q: {new} new tokens do not fit a cache of {capacity}")
+    arguments.check_arrays(q, k_cache, v_cache, ("k_cache", "v_cache"), of_cache=True)
+    (batch, new), capacity = q.shape[:2], k_cache.shape[1]
+    if not 0 < new <= capacity:
+        raise ValueError(f"q: expected 1 ... {capacity} new tokens for this cache, got {new}")
     arguments.check_counts("length", length, batch, new, capacity)
 
 
-def _over_caches(given: _Given, static: _Static, index: jax.Array | int) -> Partial:
-    """Attend to the slots of device `index`, in the contexts' own cache and in their prefix, if any."""
+def _over_caches(
+    options: Options, position_of: Callable[[jax.Array], jax.Array], given: _Given, index: jax.Array | int, size: int
+) -> Partial:
+    """Attend to the slots of device `index` of `size`, in the contexts' own cache and in their prefix, if any."""
     q, cache, prefix, global_prefix, terms = given
     begin = jnp.zeros((), jnp.int32) if prefix is None else jnp.asarray(prefix.length)
     batch, new, heads, head_dim = q.shape
     # (1, N), or (B, N) if the lengths of the contexts differ.
     token = begin + jnp.reshape(cache.length, (-1, 1)) - new + jnp.arange(new, dtype=jnp.int32)
-    queries = Side(static.position_of(token), jnp.zeros_like(token), global_prefix)
-    part = _over_cache(q, cache, queries, begin, index, static, terms)
+    queries = Side(position_of(token), jnp.zeros_like(token), global_prefix)
+
+    def attend(q: jax.Array, cache: Prefix, queries: Side, begin: jax.Array) -> Partial:
+        slot = jnp.arange(cache.k.shape[1], dtype=jnp.int32) * size + index
+        is_empty = slot >= jnp.reshape(cache.length, (-1, 1))  # empty slots are a segment that no query sees
+        keys = Side(position_of(begin + slot)[None], is_empty.astype(jnp.int32))
+        return _over_cache(q, cache, queries, keys, options, terms)
+
+    part = attend(q, cache, queries, begin)
     if prefix is None:
         return part
     number = prefix.k.shape[0]
     together = q.reshape(number, -1, heads, head_dim)
     queries = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, new)).reshape(number, -1), queries)
-    shared = _over_cache(together, prefix, queries, jnp.int32(0), index, static, terms)
+    shared = attend(together, prefix, queries, jnp.int32(0))
     return merge(part, Partial(*(x.reshape(y.shape) for x, y in zip(shared, part, strict=True))))
 
 
-def _over_cache(
-    q: jax.Array,
-    cache: Prefix,
-    queries: Side,
-    begin: jax.Array,
-    index: jax.Array | int,
-    static: _Static,
-    terms: Terms,
-) -> Partial:
-    """Attend to the slots of device `index`: o (B, N, H, Dv) and lse (B, N, H).
-
-    `begin` is the index of the cache's first token.
-    """
+def _over_cache(q: jax.Array, cache: Prefix, queries: Side, keys: Side, options: Options, terms: Terms) -> Partial:
+    """Attend to the slots of a device: o (B, N, H, Dv) and lse (B, N, H)."""
     batch, new, heads, head_dim = q.shape
-    capacity, kv_heads = cache.k.shape[1:3]
-    options, groups = static.options, heads // kv_heads
+    kv_heads = cache.k.shape[2]
+    groups = heads // kv_heads
     # The queries of a key head are the rows of one matrix. With other orders XLA rearranges the cache at every step.
     q = by_head(q, kv_heads).reshape(batch, kv_heads, -1, head_dim)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (cache.k, cache.v))
@@ -234,9 +219,6 @@ def _over_cache(
     cap = options.logits_soft_cap if terms.soft_cap is None else terms.soft_cap
     if cap is not None:
         s = cap * jnp.tanh(s / cap)
-    token = jnp.arange(capacity, dtype=jnp.int32) * static.size + index
-    is_empty = token >= jnp.reshape(cache.length, (-1, 1))  # empty slots are a segment that no query sees
-    keys = Side(static.position_of(begin + token)[None], is_empty.astype(jnp.int32))
     if terms.slopes is not None:
         slopes = jnp.repeat(terms.slopes.reshape(kv_heads, groups), new, axis=1)
         distance = jnp.abs(queries.positions[:, :, None] - keys.positions[:, None, :])
@@ -296,8 +278,7 @@ def append_to_cache(
 def _write(cache: jax.Array, new: jax.Array, length: jax.Array, index: jax.Array | int, size: int) -> jax.Array:
     """Return the cache of device `index` of `size` with its share of the new tokens.
 
-    Several slots are read, changed and written together. Writing a single slot makes XLA copy the whole cache eight
-    times on CPUs, in a program that attends to the cache afterwards.
+    Several slots are written together. On CPUs, XLA copies the whole cache eight times if a single slot is written.
     """
     tokens, capacity = new.shape[1], cache.shape[1]
     if not tokens:
@@ -327,8 +308,7 @@ def grow_cache(
 ) -> Float[Array, "batch new_capacity kv_heads head_dim"]:
     """Return the cache with a larger capacity. Doubling the capacity keeps the number of compiled programs small.
 
-    Raises:
-      ValueError: a capacity that is smaller, or that the number of devices does not divide.
+    ValueError for a capacity that is smaller, or that the number of devices does not divide.
     """
     if capacity < cache.shape[1]:
         raise ValueError(f"capacity: expected at least the cache's {cache.shape[1]} tokens, got {capacity}")

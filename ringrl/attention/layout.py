@@ -25,19 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from ringrl.attention.contract import pad_axis
+
 LAYOUTS = ("contiguous", "striped", "zigzag")
-
-
-def _check(layout: str, ring_size: int) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: {layout!r} is unknown; use one of {LAYOUTS}")
-    if ring_size < 1:
-        raise ValueError(f"ring_size: expected at least 1, got {ring_size}")
 
 
 def length_multiple(layout: str, ring_size: int) -> int:
     """Return the number that must divide the length of a sequence."""
-    _check(layout, ring_size)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout!r} is unknown; use one of {LAYOUTS}")
+    if ring_size < 1:
+        raise ValueError(f"ring_size: expected at least 1, got {ring_size}")
     return 2 * ring_size if layout == "zigzag" and ring_size > 1 else ring_size
 
 
@@ -81,10 +79,8 @@ def layout_positions(layout: str, length: int, ring_size: int) -> Int32[Array, "
     return jnp.concatenate(shards)
 
 
-def _permute(x: jax.Array, layout: str, ring_size: int, axis: int, *, back: bool) -> jax.Array:
-    _check(layout, ring_size)
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis: {axis} is not an axis of an array of shape {x.shape}")
+def _permute(x: Array, layout: str, ring_size: int, axis: int, *, back: bool) -> jax.Array:
+    x = _checked(x, axis)
     axis %= x.ndim
     length = x.shape[axis]
     check_length("x", length, layout, ring_size)
@@ -99,9 +95,11 @@ def _permute(x: jax.Array, layout: str, ring_size: int, axis: int, *, back: bool
     return jnp.take(chunks, np.argsort(order) if back else order, axis=axis).reshape(x.shape)
 
 
-def _unchanged(x: Array) -> jax.Array:
+def _checked(x: Array, axis: int) -> jax.Array:
     """Return x as a JAX array. JAX would wrap 64-bit integers silently, so values beyond 32 bits raise ValueError."""
     held = jnp.asarray(x)
+    if not -held.ndim <= axis < held.ndim:
+        raise ValueError(f"axis: {axis} is not an axis of an array of shape {held.shape}")
     is_narrower = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.integer) and held.dtype != x.dtype
     if is_narrower and (x.astype(held.dtype) != x).any():
         raise ValueError(f"x: expected 32-bit integers, got {x.min()} ... {x.max()}")
@@ -123,12 +121,12 @@ def to_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
     Raises:
       ValueError: an unknown layout, a length that does not divide, or integers beyond 32 bits.
     """
-    return _permute(_unchanged(x), layout, ring_size, axis, back=False)
+    return _permute(x, layout, ring_size, axis, back=False)
 
 
 def from_layout(x: Array, layout: str, ring_size: int, axis: int = 1) -> Array:
     """Invert `to_layout`: permute a sequence axis back into the order of the sequence."""
-    return _permute(_unchanged(x), layout, ring_size, axis, back=True)
+    return _permute(x, layout, ring_size, axis, back=True)
 
 
 def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value: int | float = 0) -> Array:
@@ -140,13 +138,9 @@ def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value
     Raises:
       ValueError: an unknown layout, an axis out of range, or a value that x's integer dtype cannot represent.
     """
-    x = _unchanged(x)
+    x = _checked(x, axis)
     if jnp.issubdtype(x.dtype, jnp.integer) and not (
         value == int(value) and jnp.iinfo(x.dtype).min <= value <= jnp.iinfo(x.dtype).max
     ):
         raise ValueError(f"value: {value} is not a value of x's dtype {x.dtype}")
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis: {axis} is not an axis of an array of shape {x.shape}")
-    amount = [(0, 0)] * x.ndim
-    amount[axis] = (0, -x.shape[axis] % length_multiple(layout, ring_size))
-    return jnp.pad(x, amount, constant_values=value)
+    return pad_axis(x, axis, length_multiple(layout, ring_size), value)

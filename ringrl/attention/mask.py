@@ -32,20 +32,15 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static options of one attention call, as every kernel takes them.
-
-    `scale` multiplies the logits before the optional soft cap. The kernel chooses its tile sizes if `block_q` and
-    `block_k` are None. `implementation` names the kernel (kernels/__init__.py); `is_explicit`
-    (named by the caller) forbids a fallback.
-    """
+    """Static options of one attention call, as every kernel takes them."""
 
     rule: Rule
-    scale: float
+    scale: float  # multiplies the logits before the optional soft cap
     logits_soft_cap: float | None = None
-    block_q: int | None = None
+    block_q: int | None = None  # tile sizes; None: the kernel's own
     block_k: int | None = None
-    implementation: str = "xla"
-    is_explicit: bool = True
+    implementation: str = "xla"  # the name of the kernel
+    is_explicit: bool = True  # named by the caller, which forbids a fallback
 
 
 class Side(NamedTuple):

@@ -23,19 +23,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from ringrl.attention import kernels
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.contract import AxisName, Cotangents, Gradients, Inputs, Partial, Tree, nothing_seen, varying_like
 from ringrl.attention.mask import Options, Rule, Side
-from ringrl.attention.merge import AxisName, Tree, nothing_seen, varying_like
 
 
 @dataclasses.dataclass(frozen=True)
 class Leg:
-    """Hops in fixed directions. Each of `shifts` gets an equal share of the heads: +1 sends to the next device, -1 to
-    the previous one.
-    """
+    """Hops in fixed directions, each for an equal share of the heads."""
 
     hops: int
-    shifts: tuple[int, ...] = (1,)
+    shifts: tuple[int, ...] = (1,)  # +1 sends to the next device, -1 to the previous one
 
 
 class KeyBlock(NamedTuple):

@@ -1,6 +1,5 @@
 """The device of a computation, the order of a ring, link speeds, and choosing ring, Ulysses or all-gather."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -67,8 +66,7 @@ def _closed_walk(a: int, b: int) -> list[tuple[int, int]]:
     return [(0, 0), *columns, *((i, 0) for i in range(a - 1, 0, -1))]
 
 
-@dataclasses.dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """Compute and link rates of a kind of device."""
 
     flops: float  # dense bfloat16 floating point operations per second

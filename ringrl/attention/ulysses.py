@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ringrl.attention.contract import AxisName
 from ringrl.attention.mask import Side
-from ringrl.attention.merge import AxisName
 
 _TOKENS, _HEADS = 1, 2
 

@@ -15,10 +15,9 @@ import pytest
 from jax.sharding import AbstractDevice, Mesh, PartitionSpec
 
 from ringrl.attention import attention, kernels, ring_attention
-from ringrl.attention.contract import Gradients, Partial
+from ringrl.attention.contract import Gradients, Partial, merge
 from ringrl.attention.kernels import Kernel, check, mosaic_tpu
 from ringrl.attention.mask import Options, Rule, visible
-from ringrl.attention.merge import merge
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 

@@ -172,15 +172,7 @@ def test_unsupported_arguments_are_named():
         ("float32", unsupported(jnp.float32, 64, options)),
         ("head_dim", unsupported(jnp.float16, 80, options)),
         ("scale", unsupported(jnp.float16, 64, Options(Rule(), -1.0))),
-        ("block_q", unsupported(jnp.float16, 64, Options(Rule(), 1.0, None, 100))),
-        ("block_k", unsupported(jnp.float16, 64, Options(Rule(), 1.0, None, None, 8))),
     ]
     for name, reason in rejected:
         assert reason is not None
         assert name in reason
-    q, side = jnp.zeros((1, 8, 64)), Side(*jnp.zeros((2, 1, 8), jnp.int32))
-    inputs = Inputs(q, jnp.stack([q, q], axis=1), side, side)
-    with pytest.raises(ValueError, match="float32"):
-        mosaic_gpu.forward(inputs, options)
-    with pytest.raises(ValueError, match="float32"):
-        mosaic_gpu.backward(inputs, options, Cotangents(q, q[..., 0], q[..., 0]))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ringrl.attention.contract import Cotangents, Inputs, Partial, by_head
 from ringrl.attention.kernels import mosaic_tpu
-from ringrl.attention.kernels.mosaic_tpu_tiles import TilePair, pack_pairs, tiling_of
+from ringrl.attention.kernels.mosaic_tpu_tiles import TilePair, pack_pairs, tiling_of, unsupported
 from ringrl.attention.mask import Options, Rule, Side
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
@@ -225,20 +225,18 @@ def test_transformed(mapped, draw):
 
 
 def test_unsupported_arguments_are_named():
-    def call(dtype=jnp.float32, head_dim=128, batch=1, tokens=128, **blocks):
-        where = Side(*[jax.ShapeDtypeStruct((batch, tokens), jnp.int32)] * 2)
-        q, kv = (jax.ShapeDtypeStruct((batch, *shape), dtype) for shape in ((tokens, head_dim), (2, tokens, head_dim)))
-        options = Options(Rule(), SCALE, None, **blocks)
-        jax.eval_shape(lambda inputs: mosaic_tpu.forward(inputs, options), Inputs(q, kv, where, where))
+    options = Options(Rule(), SCALE)
+    assert unsupported(jnp.bfloat16, 256, options) is None
+    for dtype, head_dim, message in (
+        (jnp.float16, 128, "q: float16"),
+        (jnp.float32, 512, "q: head_dim 512"),
+        (jnp.float32, 20, "q: head_dim 20"),
+    ):
+        assert message in unsupported(dtype, head_dim, options)
 
-    wrong = [
-        ("q: float16", {"dtype": jnp.float16}),
-        ("q: head_dim 512", {"head_dim": 512}),
-        ("q: head_dim 20", {"head_dim": 20}),
-        ("block_q: 64", {"block_q": 64}),
-        ("block_k: 200", {"block_k": 200}),
-        ("exceed the", {"tokens": 2**20, "block_q": 128, "block_k": 128}),
-    ]
-    for message, changes in wrong:
-        with pytest.raises(ValueError, match=message):
-            call(**changes)
+
+def test_too_many_tiles_are_named():
+    where = Side(*[jax.ShapeDtypeStruct((1, 2**20), jnp.int32)] * 2)
+    inputs = Inputs(*(jax.ShapeDtypeStruct((1, *n, 2**20, 128), jnp.float32) for n in ((), (2,))), where, where)
+    with pytest.raises(ValueError, match="exceed the"):
+        jax.eval_shape(lambda inputs: mosaic_tpu.forward(inputs, Options(Rule(), SCALE, None, 128, 128)), inputs)

@@ -94,9 +94,8 @@ def with_kernel(
 ) -> Options:
     """Return `options` with the named kernel, or with the best kernel for the device and queries `q` (..., head_dim).
 
-    An unknown kernel, or a named kernel that does not support the call, raises ValueError. Without a name, calls that
-    the device's kernel does not support use "xla", as do all calls if the kernel fails its check (check.py). Fallbacks
-    are logged once, as is an accelerator without a kernel.
+    A named kernel that is unknown or does not support the call raises ValueError. Without a name, such calls use "xla",
+    as do all calls if the kernel fails its check (check.py). Fallbacks are logged once.
     """
     native = native_to(device)
     if implementation not in (None, *IMPLEMENTATIONS):

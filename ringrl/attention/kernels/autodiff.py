@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringrl.attention.contract import Inputs, Partial, precision_of
+from ringrl.attention.contract import Inputs, Partial, nothing_seen, pad_axis, precision_of
 from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Options, classify, visible
-from ringrl.attention.merge import nothing_seen
 
 
 def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> Partial:
@@ -45,7 +44,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> P
         return Partial(weighted / total[..., None], jnp.where(is_empty, -jnp.inf, shift + jnp.log(total)))
 
     seen = nothing_seen(inputs.q) if start is None else start
-    of_rows = jax.tree.map(lambda x: xla.pad_axis(x, 1, blocks.queries), (inputs.q, inputs.slopes, seen))
+    of_rows = jax.tree.map(lambda x: pad_axis(x, 1, blocks.queries), (inputs.q, inputs.slopes, seen))
     tiles = jax.tree.map(lambda x: xla.into_tiles(x, 1, blocks.queries), (*of_rows, whole.queries))
     found: Partial = lax.map(query_tile, tiles)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :rows], found)

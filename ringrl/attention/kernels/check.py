@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, merge
 from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Options, Rule, Side
-from ringrl.attention.merge import merge
 from ringrl.attention.strategy import DeviceKind
 
 # The repository has no public address yet.
@@ -39,12 +38,9 @@ Results = tuple[jax.Array, ...]
 def failure(kernel: Any, options: Options, dtype: jnp.dtype, head_dim: int, device: DeviceKind) -> str | None:
     """Return one sentence if the kernel of `options` differs from plain XLA or does not compile, or None.
 
-    A process checks a kernel once for each device kind, dtype, head_dim and kind of mask. Verdicts on numbers are
-    stored in the user's cache folder. Nothing is checked with RINGRL_KERNEL_CHECK=off, or if this process has no such
-    device (it then compiles for another machine).
-
-    The check is local: it runs on the first local device of this kind, with fixed inputs. The processes of one program
-    therefore agree if their devices and versions are equal.
+    A process checks a kernel once for each device kind, dtype, head_dim and kind of mask, on its first local device of
+    this kind and with fixed inputs, so that the processes of one program agree. Verdicts on numbers are stored in the
+    user's cache folder. Nothing is checked with RINGRL_KERNEL_CHECK=off, or if this process has no such device.
     """
     if os.environ.get("RINGRL_KERNEL_CHECK") == "off":
         return None
@@ -104,9 +100,8 @@ def _differences(kernel: Any, options: Options, dtype: str, head_dim: int, devic
 def _case(dtype: str, head_dim: int, kind: str) -> tuple[Inputs, Partial, Partial]:
     """Return inputs, results over earlier keys, and cotangents of the results.
 
-    One context is a single segment, whose last queries see nothing. The other one ends with a segment of seven tokens,
-    in which each key counts. A prefix reaches far beyond the window. "causal" and "full" have no segments, and "full"
-    has later queries.
+    In one context the last queries see nothing. The other one ends with a segment of seven tokens, in which each key
+    counts. A prefix reaches far beyond the window. "causal" and "full" have no segments, and "full" has later queries.
     """
     random = np.random.default_rng(0)
     heads, rows = BATCH * KV_HEADS, GROUPS * TOKENS

@@ -21,10 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.contract import Cotangents, Gradients, Inputs, Partial, merge, nothing_seen, varying_like
 from ringrl.attention.kernels import xla
 from ringrl.attention.mask import Options, Rule, Side, classify
-from ringrl.attention.merge import merge, nothing_seen, varying_like
 
 PARTS = (2, 8)  # of the shorter side of a block, and of a part: halves are the chunks of a zigzag ring
 LEAST = 256  # tokens of a part: a smaller one costs more for its start than for its products
@@ -117,10 +116,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> P
 
 
 def backward(
-    inputs: Inputs,
-    options: Options,
-    cotangents: Cotangents,
-    dq: Float32[Array, "heads rows head_dim"] | None = None,
+    inputs: Inputs, options: Options, cotangents: Cotangents, dq: Float32[Array, "heads rows head_dim"] | None = None
 ) -> Gradients:
     """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given."""
 

@@ -20,8 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from ringrl.attention.contract import LOG2_E, Inputs
-from ringrl.attention.kernels.tuning import forward_blocks, key_gradient_blocks, query_gradient_blocks
+from ringrl.attention.contract import LOG2_E, pad_axis
 from ringrl.attention.mask import Options, Rule, Side, classify_pairs, may_see
 
 CONSUMERS = 2
@@ -37,26 +36,7 @@ def unsupported(dtype: jnp.dtype, head_dim: int, options: Options) -> str | None
         return f"the Hopper kernel supports a head_dim of 64 or 128, not {head_dim}"
     if not (options.scale > 0 and math.isfinite(options.scale)):
         return f"the Hopper kernel supports a positive scale, not {options.scale}"
-    for name, block in (("block_q", options.block_q), ("block_k", options.block_k)):
-        if block is not None and block % 64:
-            return f"the Hopper kernel supports a {name} that is a multiple of 64, not {block}"
-    for blocks_of in (forward_blocks, query_gradient_blocks, key_gradient_blocks):
-        blocks = blocks_of(head_dim, options)
-        if blocks.stages < 2:
-            return f"tiles of {blocks.own} by {blocks.visited} exceed the shared memory of the Hopper kernel"
     return None
-
-
-def require_supported(inputs: Inputs, options: Options) -> None:
-    """Raise ValueError for unsupported arguments, which would fail late or give wrong results."""
-    reason = unsupported(inputs.q.dtype, inputs.q.shape[-1], options)
-    if reason is not None:
-        raise ValueError(reason)
-
-
-def by_query_head(x: jax.Array, inputs: Inputs) -> jax.Array:
-    """Reshape (N, groups * S, ...), the rows of `inputs`, to (N * groups, S, ...)."""
-    return x.reshape(-1, inputs.queries.positions.shape[1], *x.shape[2:])
 
 
 class Visits(NamedTuple):
@@ -69,9 +49,7 @@ class Visits(NamedTuple):
 
 def tile_array(x: jax.Array, size: int, multiple: int = 1) -> jax.Array:
     """Reshape (heads, S, ...) -> (heads, tiles, size, ...), padded with zeros to a multiple of whole tiles."""
-    amount = [(0, 0)] * x.ndim
-    amount[1] = (0, -x.shape[1] % (size * multiple))
-    return jnp.pad(x, amount).reshape(x.shape[0], -1, size, *x.shape[2:])
+    return pad_axis(x, 1, size * multiple).reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 def untile(x: jax.Array, length: int, shape: tuple[int, ...]) -> jax.Array:

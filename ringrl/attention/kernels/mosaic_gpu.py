@@ -8,9 +8,7 @@ Forward:
                        |      ^ tensor cores of one consumer work while the other takes exponentials
 
 The two consumers alternate on the tensor cores (`turn`), so that products of one hide the softmax of the other.
-Bounds for a cell of 2 x 64 queries that visits 128 keys with head_dim D: 4 * 128 * 128 * D operations (8.4 million at
-D = 128; 1.6 microseconds of a multiprocessor's share of 690 TFLOP/s), and 2 * 128 * D * 2 bytes (64 KiB at D = 128;
-41 GB/s per multiprocessor, 5.4 TB/s in total, most of it from the L2 cache).
+A cell of 2 x 64 queries that visits V keys with head_dim D takes 4 * 128 * V * D operations and reads 4 * V * D bytes.
 
 Backward, one kernel for dq and one for dk and dv:
 
@@ -21,10 +19,7 @@ Backward, one kernel for dq and one for dk and dv:
                                      ^ both products are issued at once; P is computed while dP is running
 
 Each kernel accumulates its sums in registers. Without atomic additions, gradients are the same in every run. The cost
-is that S and dP are computed twice: seven products of 2 * 128 * V * D operations for a cell of 2 x 64 rows and V
-visited rows, instead of five. dq takes 6 * 128 * V * D operations (6.3 million at V = 64, D = 128; 1.2 microseconds at
-a multiprocessor's share of 690 TFLOP/s), dk and dv take 8 * 128 * V * D. A visit reads 2 * V * D * 2 bytes (32 KiB;
-27 GB/s per multiprocessor in dq).
+is that S and dP are computed twice: seven products instead of five, three for dq and four for dk and dv.
 """
 
 from collections.abc import Callable
@@ -38,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32
 
-from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial
+from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial, varying_like
 from ringrl.attention.kernels.hopper import (
     CONSUMERS,
     Buffer,
@@ -49,19 +44,16 @@ from ringrl.attention.kernels.hopper import (
     WorkCell,
     WorkDivision,
     across,
-    by_query_head,
     by_warpgroup,
     logits,
     produce,
-    require_supported,
     tile_array,
     tile_mask,
     untile,
     visits,
 )
-from ringrl.attention.kernels.tuning import forward_blocks, key_gradient_blocks, query_gradient_blocks
+from ringrl.attention.kernels.tuning import hopper_blocks
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, tile_side
-from ringrl.attention.merge import varying_like
 
 
 class _Operands(NamedTuple):
@@ -87,7 +79,8 @@ def _cut(
     )
 
     def cut(x: jax.Array) -> jax.Array:
-        return tile_array(by_query_head(x, inputs), query_tile, per_query_cell)
+        x = x.reshape(-1, inputs.queries.positions.shape[1], *x.shape[2:])  # (N * groups, S, ...)
+        return tile_array(x, query_tile, per_query_cell)
 
     kv = tile_array(inputs.kv.reshape(-1, *inputs.kv.shape[2:]), key_tile, per_key_cell)
     return _Operands(cut(inputs.q), jax.tree.map(cut, by_query), kv, query_tiles, key_tiles), queries, keys
@@ -100,6 +93,28 @@ class _Scratch(NamedTuple):
     k: Buffer
     v: Buffer
     turn: Ref
+
+
+class _Program(NamedTuple):
+    """A running kernel: its settings and its references."""
+
+    work: WorkDivision
+    options: Options
+    unit: Warpgroup
+    operands: _Operands
+    visits: Visits
+    outputs: tuple[Ref, ...]
+    scratch: Any
+
+    def fold(self, cell: WorkCell, visit: Callable[[bool, jax.Array, Any], Any], carry: Any) -> Any:
+        """Fold carry = visit(is_full, i, carry) over the visits of a cell, full tiles first."""
+        carry = lax.fori_loop(0, cell.full, partial(visit, True), carry)
+        return lax.fori_loop(cell.full, cell.total, partial(visit, False), carry)
+
+    def visited_side(self, side: Side, cell: WorkCell, i: jax.Array) -> Side:
+        """Load the integers of the tile of visit i."""
+        tile, _ = self.work.visited(self.visits, cell, i)
+        return self.unit.side(side, cell.batch, tile, 0)
 
 
 class _State(NamedTuple):
@@ -134,16 +149,9 @@ def _fold(options: Options, state: _State, products: jax.Array, mask: jax.Array 
     return _State(o, maximum, state.total * alpha + p.sum(1)), p
 
 
-def _consume(
-    work: WorkDivision,
-    options: Options,
-    unit: Warpgroup,
-    operands: _Operands,
-    visits: Visits,
-    outputs: tuple[Ref, Ref],
-    scratch: _Scratch,
-) -> None:
+def _consume(program: _Program) -> None:
     """Run a consumer warpgroup on its tile of the queries of every cell."""
+    work, options, unit, operands, visits, outputs, scratch = program
     me = lax.axis_index("warpgroup")
     q = scratch.q.arrays[0].at[me]
 
@@ -151,35 +159,33 @@ def _consume(
         plgpu.barrier_arrive(scratch.turn)
         plgpu.barrier_wait(scratch.turn)
 
-    def visit(
-        cell: WorkCell, queries: Side | None, fills: jax.Array, i: jax.Array, carry: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
-        slot = scratch.k.slot(fills + i)
-        plgpu.barrier_wait(scratch.k.ready.at[slot])
-        products = unit.product(q, scratch.k.arrays[0].at[slot], meanwhile=turn)
-        plgpu.barrier_arrive(scratch.k.free.at[slot])
-        mask = None
-        if queries is not None:
-            tile, _ = work.visited(visits, cell, i)
-            mask = tile_mask(options.rule, queries, unit.side(operands.keys, cell.batch, tile, 0), products.shape)
-        state, p = _fold(options, _State(*carry), products, mask)
-        # The softmax ends before the turn passes to the other consumer.
-        state, p = lax.optimization_barrier((state, p.astype(scratch.v.arrays[0].dtype)))
-        plgpu.barrier_arrive(scratch.turn)
-        plgpu.barrier_wait(scratch.v.ready.at[slot])
-        plgpu.barrier_wait(scratch.turn)
-        o = unit.accumulate(state.o, p, scratch.v.arrays[0].at[slot])
-        plgpu.barrier_arrive(scratch.v.free.at[slot])
-        return _State(o, state.maximum, state.total)
-
     def cell(cell: WorkCell, fills: jax.Array) -> jax.Array:
         tile = CONSUMERS * cell.number + me
         queries = unit.side(operands.queries, cell.batch, tile, 1)
+
+        def visit(is_full: bool, i: jax.Array, state: _State) -> _State:
+            slot = scratch.k.slot(fills + i)
+            plgpu.barrier_wait(scratch.k.ready.at[slot])
+            products = unit.product(q, scratch.k.arrays[0].at[slot], meanwhile=turn)
+            plgpu.barrier_arrive(scratch.k.free.at[slot])
+            mask = None
+            if not is_full:
+                keys = program.visited_side(operands.keys, cell, i)
+                mask = tile_mask(options.rule, queries, keys, products.shape)
+            state, p = _fold(options, state, products, mask)
+            # The softmax ends before the turn passes to the other consumer.
+            state, p = lax.optimization_barrier((state, p.astype(scratch.v.arrays[0].dtype)))
+            plgpu.barrier_arrive(scratch.turn)
+            plgpu.barrier_wait(scratch.v.ready.at[slot])
+            plgpu.barrier_wait(scratch.turn)
+            o = unit.accumulate(state.o, p, scratch.v.arrays[0].at[slot])
+            plgpu.barrier_arrive(scratch.v.free.at[slot])
+            return state._replace(o=o)
+
         state = _begin(unit, operands.by_query, cell.head, tile, q.shape)
         plgpu.barrier_wait(scratch.q.ready.at[me])
         pl.when(me == 1)(turn)  # offsets the consumers by half a visit
-        state = lax.fori_loop(0, cell.full, partial(visit, cell, None, fills), state)
-        state = lax.fori_loop(cell.full, cell.total, partial(visit, cell, queries, fills), state)
+        state = program.fold(cell, visit, state)
         plgpu.barrier_arrive(scratch.q.free.at[me])
         # The offset ends with the cell: the next tiles arrive only after both consumers release these queries.
         pl.when(me == 0)(turn)
@@ -213,12 +219,10 @@ def _finish(state: _State, outputs: tuple[Ref, Ref], head: jax.Array, tile: jax.
 def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: Any = None) -> Partial:
     """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys.
 
-    `interpret` takes the parameters of JAX's GPU interpret mode. ValueError for unsupported arguments
-    (`hopper.unsupported`).
+    `interpret` takes the parameters of JAX's GPU interpret mode.
     """
-    require_supported(inputs, options)
     q, tokens, head_dim = inputs.q, inputs.queries.positions.shape[1], inputs.q.shape[-1]
-    own, visited, stages = forward_blocks(head_dim, options)
+    own, visited, stages = hopper_blocks("forward", head_dim, options)
     operands, queries, keys = _cut(inputs, start, own, visited, own_queries=True)
     plan = visits(options.rule, queries, keys, own_queries=True)
     work, unit = WorkDivision(inputs.kv_heads * inputs.groups), Warpgroup(interpret is not None)
@@ -227,8 +231,8 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, i
     scratch = _Scratch(Buffer.of(CONSUMERS, 1, q_tile), slots, slots, plgpu.Barrier(num_arrivals=CONSUMERS))
 
     def body(operands: _Operands, visits: Visits, outputs: tuple[Ref, Ref], scratch: _Scratch) -> None:
-        consume = partial(_consume, work, options, unit, operands, visits, outputs, scratch)
-        by_warpgroup(partial(_produce, work, inputs.groups, operands, visits, scratch), consume)
+        program = _Program(work, options, unit, operands, visits, outputs, scratch)
+        by_warpgroup(partial(_produce, work, inputs.groups, operands, visits, scratch), partial(_consume, program))
 
     outputs = [jax.ShapeDtypeStruct(operands.q.shape[: 4 - i], jnp.float32) for i in range(2)]
     o, lse = work.launch(body, operands, plan, outputs, scratch, interpret)
@@ -260,16 +264,9 @@ def _logit_gradients(
     return (ds if slope is None else ds * slope).astype(dtype)
 
 
-def _consume_queries(
-    work: WorkDivision,
-    options: Options,
-    unit: Warpgroup,
-    operands: _Operands,
-    visits: Visits,
-    outputs: tuple[Ref, ...],
-    scratch: _BackwardScratch,
-) -> None:
+def _consume_queries(program: _Program) -> None:
     """Run a consumer of the dq kernel on its tile of queries, over the visited keys."""
+    work, options, unit, operands, visits, outputs, scratch = program
     me = lax.axis_index("warpgroup")
     q, do = (x.at[me] for x in scratch.owned.arrays)
 
@@ -284,7 +281,7 @@ def _consume_queries(
             k, v = (x.at[slot] for x in scratch.visited.arrays)
             mask = None
             if not is_full:
-                keys = unit.side(operands.keys, cell.batch, work.visited(visits, cell, i)[0], 0)
+                keys = program.visited_side(operands.keys, cell, i)
                 mask = tile_mask(options.rule, queries, keys, (q.shape[0], k.shape[0]))
             plgpu.barrier_wait(scratch.visited.ready.at[slot])
             (p, slope), dp = unit.two_products(q, k, do, v, partial(_weights, options, lse, mask, 0))
@@ -292,9 +289,7 @@ def _consume_queries(
             plgpu.barrier_arrive(scratch.visited.free.at[slot])
             return dq
 
-        dq = unit.full(q.shape, 0.0, plgpu.Layout.WGMMA)
-        dq = lax.fori_loop(0, cell.full, partial(visit, True), dq)
-        dq = lax.fori_loop(cell.full, cell.total, partial(visit, False), dq)
+        dq = program.fold(cell, visit, unit.full(q.shape, 0.0, plgpu.Layout.WGMMA))
         plgpu.barrier_arrive(scratch.owned.free.at[me])
         outputs[0][cell.head, tile] = dq * options.scale
         return fills + cell.total
@@ -302,16 +297,9 @@ def _consume_queries(
     work.for_each_cell(visits, cell, jnp.int32(0))
 
 
-def _consume_keys(
-    work: WorkDivision,
-    options: Options,
-    unit: Warpgroup,
-    operands: _Operands,
-    visits: Visits,
-    outputs: tuple[Ref, ...],
-    scratch: _BackwardScratch,
-) -> None:
+def _consume_keys(program: _Program) -> None:
     """Run a consumer of the dk, dv kernel on its tile of keys, over the visited queries; tiles are transposed."""
+    work, options, unit, operands, visits, outputs, scratch = program
     me = lax.axis_index("warpgroup")
     k, v = (x.at[me] for x in scratch.owned.arrays)
 
@@ -326,7 +314,7 @@ def _consume_keys(
             q, do, lse, delta = (x.at[slot] for x in scratch.visited.arrays)
             mask = None
             if not is_full:
-                queries = unit.side(operands.queries, cell.batch, work.visited(visits, cell, i)[0], 0)
+                queries = program.visited_side(operands.queries, cell, i)
                 mask = tile_mask(options.rule, queries, keys, (k.shape[0], q.shape[0]), query_axis=1)
             plgpu.barrier_wait(scratch.visited.ready.at[slot])
             weights = partial(_weights, options, unit.vector(lse, 0), mask, 1)
@@ -337,8 +325,7 @@ def _consume_keys(
             return dk, dv
 
         zero = unit.full(k.shape, 0.0, plgpu.Layout.WGMMA)
-        gradients = lax.fori_loop(0, cell.full, partial(visit, True), (zero, zero))
-        dk, dv = lax.fori_loop(cell.full, cell.total, partial(visit, False), gradients)
+        dk, dv = program.fold(cell, visit, (zero, zero))
         plgpu.barrier_arrive(scratch.owned.free.at[me])
         outputs[0][2 * cell.head, tile] = dk * options.scale
         outputs[0][2 * cell.head + 1, tile] = dv
@@ -348,11 +335,9 @@ def _consume_keys(
 
 
 def _gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpret: Any, *, of_keys: bool) -> jax.Array:
-    """Return dq from a kernel that owns queries and visits keys, or dk and dv from a kernel that owns keys and visits
-    the queries of all heads that share them.
-    """
+    """Return dq from a kernel that owns queries and visits keys, or dk and dv from one that owns keys."""
     q, groups = inputs.q, inputs.groups
-    own, visited, stages = (key_gradient_blocks if of_keys else query_gradient_blocks)(q.shape[-1], options)
+    own, visited, stages = hopper_blocks("dkv" if of_keys else "dq", q.shape[-1], options)
     blocks = (visited, own) if of_keys else (own, visited)
     operands, queries, keys = _cut(inputs, cotangents, *blocks, own_queries=not of_keys)
     plan = visits(options.rule, queries, keys, own_queries=not of_keys)
@@ -383,10 +368,8 @@ def _gradients(inputs: Inputs, cotangents: Cotangents, options: Options, interpr
                 Feed(scratch.visited, lambda head, tile, _: keys_of(lax.div(head, jnp.int32(groups)), tile)),
             )
         consume, unit = _consume_keys if of_keys else _consume_queries, Warpgroup(interpret is not None)
-        by_warpgroup(
-            partial(produce, work, visits, *feeds),
-            partial(consume, work, options, unit, operands, visits, outputs, scratch),
-        )
+        program = _Program(work, options, unit, operands, visits, outputs, scratch)
+        by_warpgroup(partial(produce, work, visits, *feeds), partial(consume, program))
 
     like, length = (inputs.kv, inputs.kv.shape[2]) if of_keys else (q, inputs.queries.positions.shape[1])
     outputs = [jax.ShapeDtypeStruct((operands.kv if of_keys else operands.q).shape, jnp.float32)]
@@ -404,10 +387,8 @@ def backward(
 ) -> Gradients:
     """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given.
 
-    `do` is rounded to q's dtype. `interpret` takes the parameters of JAX's GPU interpret mode. ValueError for
-    unsupported arguments (`hopper.unsupported`).
+    `do` is rounded to q's dtype. `interpret` as for `forward`.
     """
-    require_supported(inputs, options)
     do, lse, delta = cotangents
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse) * LOG2_E  # masked rows need any finite value
     cotangents = Cotangents(do.astype(inputs.q.dtype), lse, delta)

@@ -23,26 +23,12 @@ Forward:
 
 `rows` counts the queries of all heads that share the key head. Each key is loaded once for all of them.
 
-Backward, one kernel for dq and one for dk and dv:
+Backward, one kernel for dq (pairs in order of query tiles) and one for dk and dv (in order of key tiles, for all shares
+of the heads). Each pair of tiles adds to sums in scratch, float32:
 
-    for each context, key head, share of the heads               dq: pairs in order of query tiles
-      for each pair (query tile, key tile) of the list           dk, dv: in order of key tiles, and for all shares
-
-        k (block_k, D)  q (rows, D)        v (block_k, D)  do (rows, D)       lse, delta (1, rows)
-              |             |                    |             |                  |
-              +--> k q^T <--+                    +--> v do^T <-+                  |
-                     |                                  |                         |
-              p = exp2(logits - lse)                    |                         |
-                     |                                  |                         |
-                     +--------> ds = p * (v do^T - delta) <-----------------------+
-                     |                   |
-                     |                   +--> k^T ds  --> dq^T (D, rows)          in scratch, float32
-                     |                   +--> ds q    --> dk (block_k, D)         in scratch, float32
-                     +--------------------->  p do    --> dv (block_k, D)         in scratch, float32
-
-    operations per tile     6 * rows * block_k * D for dq, 8 * rows * block_k * D for dk and dv
-    bytes per tile          2 * block_k * D * itemsize for dq: k and v
-                            2 * rows * D * itemsize for dk and dv: q and do
+    p = exp2(logits - lse)                      (block_k, rows)
+    ds = p * (v do^T - delta)                   (block_k, rows)
+    dq^T += k^T ds,  dk += ds q,  dv += p do    6 * rows * block_k * D operations for dq, 8 for dk and dv
 
 Every output tile is accumulated in one place and in the order of the list, so gradients are bit-identical in every run.
 Two products are computed twice; in return only whole tiles are written.
@@ -114,7 +100,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 def forward(inputs: Inputs, options: Options, start: Partial | None = None, *, interpret: Interpret = False) -> Partial:
     """Return normalised output and log-sum-exp over these keys, continued from `start`; 0 and -inf without keys.
 
-    ValueError for unsupported arguments (`unsupported`) and for more tiles than the list holds (`too_many`).
+    ValueError for more tiles than the list holds (`too_many`).
     """
     q = inputs.q
     tiling = tiling_of(inputs, options)
@@ -253,7 +239,7 @@ def _gradients(
         ),
         out_shape=shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary" if of_keys else "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary" if of_keys else "parallel", "arbitrary")
         ),
         cost_estimate=cost(tiling, 4 if of_keys else 3, options, *arrays[:-2], shape),
         interpret=interpret,

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from ringrl.attention.contract import LOG2_E, Inputs, precision_of
+from ringrl.attention.contract import LOG2_E, Inputs, pad_axis, precision_of
 from ringrl.attention.kernels.tuning import tpu_blocks
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Rule, Side, classify_pairs, may_see, tile_side
 from ringrl.attention.strategy import device_of
@@ -42,10 +42,6 @@ def unsupported(dtype: jnp.dtype, head_dim: int, options: Options) -> str | None
         return f"q: {jnp.dtype(dtype).name} is not supported on TPUs: use bfloat16 or float32"
     if head_dim % 8 or head_dim > 256:
         return f"q: head_dim {head_dim} is not a multiple of 8 up to 256"
-    for name in ("block_q", "block_k"):
-        block = getattr(options, name)
-        if block is not None and (block <= 0 or block % LANES):
-            return f"{name}: {block} is not a multiple of {LANES}, the width of a TPU's registers"
     return None
 
 
@@ -84,7 +80,7 @@ class Tiling:
     def cut_queries(self, x: Float[Array, "heads rows head_dim"]) -> jax.Array:
         """Reshape to (batch, kv_heads, shares, groups, padded queries, head_dim)."""
         x = x.reshape(self.batch, self.kv_heads, self.shares, self.groups, self.queries, -1)
-        return _pad(x, 4, self.query_tiles * self.block_q)
+        return pad_axis(x, 4, self.block_q)
 
     def join_queries(self, x: jax.Array) -> jax.Array:
         """Invert `cut_queries`."""
@@ -93,7 +89,7 @@ class Tiling:
     def cut_rows(self, x: Float32[Array, "heads rows"], fill: float = 0.0) -> jax.Array:
         """Reshape to (batch, kv_heads, shares, query_tiles, 1, rows)."""
         x = x.reshape(self.batch, self.kv_heads, self.shares, self.groups, self.queries)
-        x = _pad(x, 4, self.query_tiles * self.block_q, fill)
+        x = pad_axis(x, 4, self.block_q, fill)
         x = x.reshape(*x.shape[:4], self.query_tiles, self.block_q)
         return jnp.moveaxis(x, 3, 4).reshape(*x.shape[:3], self.query_tiles, 1, self.rows)
 
@@ -105,26 +101,15 @@ class Tiling:
 
     def cut_keys(self, kv: Float[Array, "heads 2 keys head_dim"]) -> jax.Array:
         """Reshape to (batch, kv_heads, 2, padded keys, head_dim)."""
-        return _pad(kv, 2, self.key_tiles * self.block_k).reshape(self.batch, self.kv_heads, 2, -1, self.head_dim)
+        return pad_axis(kv, 2, self.block_k).reshape(self.batch, self.kv_heads, 2, -1, self.head_dim)
 
     def join_keys(self, kv: jax.Array) -> jax.Array:
         """Invert `cut_keys`."""
         return kv[:, :, :, : self.keys].reshape(self.batch * self.kv_heads, 2, self.keys, self.head_dim)
 
 
-def _pad(x: jax.Array, axis: int, size: int, fill: float = 0.0) -> jax.Array:
-    amount = [(0, 0)] * x.ndim
-    amount[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, amount, constant_values=fill)
-
-
 def tiling_of(inputs: Inputs, options: Options) -> Tiling:
-    """Return tiles of the sizes in the options or the table, with the most heads per tile that fit.
-
-    ValueError for unsupported arguments and for too many tiles.
-    """
-    if (reason := unsupported(inputs.q.dtype, inputs.q.shape[-1], options)) is not None:
-        raise ValueError(reason)
+    """Return tiles with the most heads that fit. ValueError for too many tiles."""
     tiling = _tiling(inputs, options)
     if tiling is None:
         raise ValueError(str(too_many(inputs, options)))
@@ -188,10 +173,9 @@ class TilePair(NamedTuple):
 def pack_pairs(
     some: Bool[Array, "batch outer inner"], every: Bool[Array, "batch outer inner"]
 ) -> tuple[Int32[Array, " batch_pairs"], Int32[Array, ""]]:
-    """Return the lists of all contexts, one after the other, and the length of the longest list.
+    """Return the lists of all contexts, one after the other and padded, and the length of the longest list.
 
-    An outer tile without visible tiles has one entry, which writes its initial value. Shorter lists are padded with
-    entries without effect.
+    An outer tile without visible tiles has one entry, which writes its initial value.
     """
     contexts, outer, inner = some.shape
     length = outer * inner

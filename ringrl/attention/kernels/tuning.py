@@ -1,6 +1,6 @@
 """Tile sizes of the kernels."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ def xla_blocks(heads: int, queries: int, keys: int) -> XlaBlocks:
     """Return tile sizes for key heads (over the whole batch) and lengths on the platform of this process.
 
     Several host devices share the cores of a CPU: small tiles and one head at a time stay in the cache. A single device
-    uses all cores, and only larger products are spread over them. Tiles on a CPU divide the sequence evenly, and
-    sequences below 2,000 tokens into at least four: padding and hidden halves of tiles would cost more than products.
+    spreads larger products over all cores. Tiles on a CPU divide the sequence evenly, short ones into at least four:
+    padding and hidden halves of tiles would cost more than products.
     """
     if jax.default_backend() != "cpu":
         return XlaBlocks(512, 512, heads)
@@ -60,23 +60,15 @@ class HopperBlocks(NamedTuple):
     stages: int  # tiles of the visited side in shared memory: one in use, the others arriving
 
 
-def forward_blocks(head_dim: int, options: Options) -> HopperBlocks:
-    """Return the tiles of the forward kernel, which owns queries and visits keys and values."""
-    return _hopper_blocks(head_dim, 1, options.block_q or 64, options.block_k or 128)
+def hopper_blocks(kernel: Literal["forward", "dq", "dkv"], head_dim: int, options: Options) -> HopperBlocks:
+    """Return the tiles of a Hopper kernel. The kernel of dk and dv ("dkv") owns keys; the others own queries.
 
-
-def query_gradient_blocks(head_dim: int, options: Options) -> HopperBlocks:
-    """Return the tiles of the dq kernel, which owns queries and output gradients and visits keys and values."""
-    return _hopper_blocks(head_dim, 2, options.block_q or 64, options.block_k or (64 if head_dim > 64 else 128))
-
-
-def key_gradient_blocks(head_dim: int, options: Options) -> HopperBlocks:
-    """Return the tiles of the dk, dv kernel, which owns keys and values and visits queries and output gradients."""
-    return _hopper_blocks(head_dim, 2, options.block_k or 64, options.block_q or 64)
-
-
-def _hopper_blocks(head_dim: int, owned_arrays: int, own: int, visited: int) -> HopperBlocks:
-    """Use all stages that fit: 2 bytes per number, owned arrays of two consumers, two visited arrays per stage."""
+    All stages that fit are used: 2 bytes per number, owned arrays of two consumers, two visited arrays per stage.
+    """
+    owned_arrays, visited = 1 if kernel == "forward" else 2, 128 if kernel == "forward" or head_dim <= 64 else 64
+    own, visited = options.block_q or 64, options.block_k or visited
+    if kernel == "dkv":
+        own, visited = options.block_k or 64, options.block_q or 64
     left = SHARED_MEMORY - 2 * owned_arrays * own * head_dim * 2
     return HopperBlocks(own, visited, min(MOST_STAGES, left // (2 * visited * head_dim * 2)))
 

@@ -9,7 +9,6 @@ products are always (rows, contracted) x (contracted, columns). Transposes are c
 would transpose tiles in every visit, and a CPU multiplies a transposed left operand at half speed.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -19,16 +18,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from ringrl.attention.contract import LOG2_E, Cotangents, Gradients, Inputs, Partial, precision_of
+from ringrl.attention.contract import (
+    LOG2_E,
+    Cotangents,
+    Gradients,
+    Inputs,
+    Partial,
+    nothing_seen,
+    pad_axis,
+    precision_of,
+    varying_like,
+)
 from ringrl.attention.kernels.tuning import XlaBlocks, xla_blocks
 from ringrl.attention.mask import PADDING_KEY, PADDING_QUERY, Options, Side, classify_pairs, pad_side, visible
-from ringrl.attention.merge import nothing_seen, varying_like
 
 Tree = TypeVar("Tree")
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaling:
+class Scaling(NamedTuple):
     """Where the scale is applied: in float32 once to tiles of vectors, in 16 bits to every tile of logits.
 
     `queries` multiplies q and `logits` multiplies q k^T, in units of log 2 (or of the soft cap). `cotangents`
@@ -244,13 +251,6 @@ def blocks_of(options: Options, inputs: Inputs) -> XlaBlocks:
     )
 
 
-def pad_axis(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """Pad to whole blocks with zeros."""
-    amount = [(0, 0)] * x.ndim
-    amount[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, amount)
-
-
 def prepared(inputs: Inputs, blocks: XlaBlocks) -> Inputs:
     """Pad to whole tiles (a copy only if lengths do not divide) and repeat the sides for the rows of each head."""
     of_rows = jax.tree.map(lambda x: jnp.tile(x, (1, inputs.groups)), inputs.queries)
@@ -269,10 +269,7 @@ def forward(inputs: Inputs, options: Options, start: Partial | None = None) -> P
 
 
 def backward(
-    inputs: Inputs,
-    options: Options,
-    cotangents: Cotangents,
-    dq: Float32[Array, "heads rows head_dim"] | None = None,
+    inputs: Inputs, options: Options, cotangents: Cotangents, dq: Float32[Array, "heads rows head_dim"] | None = None
 ) -> Gradients:
     """Return the gradients of these keys, and of the queries through these keys, added to `dq` if given."""
     blocks, (_, rows, _), length = blocks_of(options, inputs), inputs.q.shape, inputs.kv.shape[2]
