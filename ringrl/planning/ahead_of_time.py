@@ -38,9 +38,9 @@ _ALONE = {
 
 
 class Step(NamedTuple):
-    """A training step before compilation: the jitted function with its abstract arguments."""
+    """A jitted training step (state, batch -> state, metrics) with its abstract arguments."""
 
-    function: Any  # jitted: state, batch -> state, metrics
+    function: Any
     state: TrainState  # jax.ShapeDtypeStructs with shardings
     batch: Context
 

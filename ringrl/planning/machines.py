@@ -125,11 +125,9 @@ SLICES: Mapping[str, Mapping[int, str]] = {
 
 
 def find_machine(name: str) -> Machine:
-    """Return the machine of a name or of a YAML file with `Rates`.
+    """Return the machine of a YAML file with `Rates`, or of a name. UserError for an unknown machine.
 
     Names: tpu-v4-512, 8xa100 (80 GB), 8xa100-40 (40 GB), 32xh200, cpu-8 (host devices).
-
-    Raise UserError for an unknown machine.
     """
     lower = name.lower()
     if found := re.fullmatch(r"tpu-(v\w+)-(\d+)", lower):
@@ -186,10 +184,9 @@ ROUNDS = 3
 
 
 def measure_host(machine: Machine, model: ModelConfig) -> Machine:
-    """Return a machine of host devices with this host's rates (measured in about two seconds) and memory.
+    """Return a machine of host devices with this host's memory, and its rates measured in about two seconds.
 
-    A matrix product of the feed-forward layer, attention with gradients, and a copy run on all host devices at once, as
-    in a step. A single device would use the cores worse.
+    As in a step, each measurement runs on all host devices at once. A single device would use the cores worse.
     """
     matrices, attended, moved = (rate / machine.devices for rate in _rates(model))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.devices

@@ -16,7 +16,6 @@ and 2 b H s^2 for vanilla. a and k cover XLA's other buffers and are calibrated 
 """
 
 import bisect
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -29,8 +28,7 @@ from ringrl.planning.machines import Machine, kernel_of
 from ringrl.planning.workload import MOST_TOKENS, Workload
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes per device."""
 
     parameters: float
@@ -43,7 +41,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Total bytes."""
-        return sum(dataclasses.astuple(self))
+        return sum(self)
 
 
 class Working(NamedTuple):

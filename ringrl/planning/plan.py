@@ -23,10 +23,19 @@ class Plan:
 
     workload: Workload
     machine: Machine
-    formula: Memory
     compiled: Compiled | None
     why_not_compiled: str | None
-    time: StepTime
+
+    @cached_property
+    def formula(self) -> Memory:
+        """Bytes per device from the formula."""
+        return memory_of(self.workload, self.machine.device.platform)
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Estimated time of a step. Transfers that the compiler made synchronous are not hidden."""
+        hops_hide = self.compiled is None or not self.compiled.waits_for_hops
+        return estimate(self.workload, self.machine, hops_hide=hops_hide)
 
     @property
     def total(self) -> float:
@@ -78,11 +87,7 @@ def make_plan(
     if devices:
         notice(f"compiling {tokens} tokens on {workload.mesh_in_words}")
         compiled = compile_step(workload, machine, devices)
-    hops_hide = compiled is None or not compiled.waits_for_hops
-    return Plan(
-        workload, machine, memory_of(workload, machine.device.platform), compiled, reason,
-        estimate(workload, machine, hops_hide=hops_hide),
-    )  # fmt: skip
+    return Plan(workload, machine, compiled, reason)
 
 
 def _on_mesh(workload: Workload, machine: Machine, mesh: MeshConfig | None) -> Workload:

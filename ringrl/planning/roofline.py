@@ -5,8 +5,8 @@ hides behind the kernel of one block, and the all-gather of a layer's parameters
 all-reduces over "tensor" and all-reduces of gradients over "data" are exposed.
 """
 
-import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ringrl.attention.strategy import link_of
 from ringrl.planning.machines import Attained, Machine, kernel_of
@@ -25,8 +25,7 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS, _BACKWARD_PRODUCTS_IN_ONE_LOOP = 2, 7, 5
 _ACTIVATION_TRAFFIC = 40  # reads and writes per token and feature of a layer, both passes
 
 
-@dataclasses.dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Seconds of one optimiser step by part, and operations over all devices."""
 
     matrices: float
@@ -90,14 +89,13 @@ def estimate(workload: Workload, machine: Machine, *, hops_hide: bool = True) ->
         model_flops=step_flops(model, workload.tokens, contexts) or 0.0,
         mfu=0.0,
     )
-    return dataclasses.replace(time, mfu=time.model_flops / (time.total * devices * device.flops))
+    return time._replace(mfu=time.model_flops / (time.total * devices * device.flops))
 
 
 def _again(workload: Workload, forward: float) -> float:
     """Return the operations in matrix products (`forward` per forward pass) that the backward pass recomputes.
 
-    With remat these are all but the last matrix product of a layer. Without remat it is the first matrix product of a
-    feed-forward layer that is computed in blocks.
+    With remat: all but the last product of a layer. Without: the first product of a feed-forward layer in blocks.
     """
     model = workload.model
     local = _local(workload) / workload.config.mesh.tensor

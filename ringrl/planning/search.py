@@ -1,9 +1,8 @@
 """Search by the formula for the best mesh, and for changes that make a workload fit."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ringrl.errors import UserError
 from ringrl.planning.machines import MOST_DEVICES, Machine
@@ -46,8 +45,7 @@ def best_meshes(workload: Workload, machine: Machine) -> list[Workload]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """A change and the resulting bytes per device."""
 
     change: str
@@ -58,8 +56,7 @@ class Advice:
 def advise(workload: Workload, machine: Machine, total: float) -> list[Advice]:
     """Return changes that save memory, sufficient changes first.
 
-    `total`: bytes per device of the plan, from the compiler if known. All results of the formula are shifted by the
-    formula's error for the plan.
+    All results of the formula are shifted by its error for the plan, which takes `total` bytes per device.
     """
     platform = machine.device.platform
     extra = total - memory_of(workload, platform).total

@@ -5,7 +5,7 @@ import math
 import re
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import pydantic
@@ -97,8 +97,16 @@ class Workload:
 
     @cached_property
     def parameters(self) -> "Parameters":
-        """The number of parameters."""
-        return Parameters.of(self)
+        """The numbers of parameters. Those outside the layers are not divided among devices."""
+        model, mesh = self.model, self.config.mesh
+        width, hidden = model.width, model.feed_forward * model.width
+        key_value = 2 * width * width * model.kv_heads // model.heads
+        matrices = 2 * width * width + key_value + 2 * width * hidden
+        total = _count(model)
+        whole = total - model.layers * (matrices + hidden + width)
+        embed = mesh.fsdp * mesh.seq
+        split = model.layers * (matrices / (embed * mesh.tensor) + hidden / mesh.tensor + width / embed)
+        return Parameters(total, matrices, whole + split)
 
     def with_tokens(self, tokens: int) -> "Workload":
         """Return the workload with contexts of another length."""
@@ -120,26 +128,12 @@ class Workload:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters: of the model, of the matrices of one layer, and per device of the mesh."""
+class Parameters(NamedTuple):
+    """Numbers of parameters."""
 
     total: int
-    layer: int
-    device: float
-
-    @classmethod
-    def of(cls, workload: Workload) -> "Parameters":
-        """Count the parameters of the model. Those outside the layers are not divided among devices."""
-        model, mesh = workload.model, workload.config.mesh
-        width, hidden = model.width, model.feed_forward * model.width
-        key_value = 2 * width * width * model.kv_heads // model.heads
-        matrices = 2 * width * width + key_value + 2 * width * hidden
-        total = _count(model)
-        whole = total - model.layers * (matrices + hidden + width)
-        embed = mesh.fsdp * mesh.seq
-        split = model.layers * (matrices / (embed * mesh.tensor) + hidden / mesh.tensor + width / embed)
-        return cls(total, matrices, whole + split)
+    layer: int  # of the matrices of one layer
+    device: float  # per device of the mesh
 
 
 @cache
