@@ -132,6 +132,8 @@ class ForeignRecording(Recording):
 
     def save(self, folder: Path, number: int) -> None:
         steps, rows = slice(1, self.steps + 1), self.rows
+        for old in folder.glob(f"episode_{number:06d}_*.npz"):  # of another length, from before an interruption
+            old.unlink()
         save_episode(folder, number, {
             "observation": rows["observation"][: self.steps + 1],
             "action": self._environment.domain.taken(rows["action"][steps]),

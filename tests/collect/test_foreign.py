@@ -128,3 +128,11 @@ def test_an_environment_that_fails_is_named(breaks, reason, tmp_path):
     task = f"gymnasium:Falls-v0(breaks={breaks!r})"
     with pytest.raises(UserError, match=rf"step 0 of the episode from seed \d+ failed .{reason}"):
         learn(task, tmp_path, episodes=1, seed=0, progress=lambda done, total: None, width=8)
+
+
+def test_an_episode_of_another_length_from_before_an_interruption_is_replaced(tmp_path):
+    """An environment with randomness of its own repeats the episodes after the last save with other lengths."""
+    (tmp_path / "buffer").mkdir()
+    (tmp_path / "buffer" / "episode_000000_31.npz").write_bytes(b"")
+    learn(TASK, tmp_path, episodes=1, seed=0, progress=lambda done, total: None, width=8)
+    assert len([*(tmp_path / "buffer").iterdir()]) == 1
