@@ -64,7 +64,7 @@ def import_environments(module: str) -> None:
     sys.path.insert(0, str(Path.cwd()))
     try:
         importlib.import_module(module)
-    except Exception as error:  # a module may raise anything
+    except (Exception, SystemExit) as error:  # a module may raise anything
         raise UserError(f"{module} cannot be imported ({brief(error) or type(error).__name__})") from error
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -216,7 +216,7 @@ def _made(task: str, identifier: str, arguments: dict[str, Any], render_mode: st
             "that registers it (--environment MODULE:NAME, or environment_modules in a plan), or choose another "
             "environment with the same spaces"
         ) from error
-    except Exception as error:  # anything that an environment raises
+    except (Exception, SystemExit) as error:  # anything that an environment raises
         raise UserError(f"{task}: cannot be made ({brief(error) or type(error).__name__})") from error
 
 

@@ -378,7 +378,7 @@ def attempt(work: Work, command: str | None) -> str | None:
             "results": len(read_records(work.folder / EVALUATION).records),
         }
         write(work.folder / FINISHED, with_crc(json.dumps(finished)) + "\n")
-    except Exception as error:  # the other cells continue
+    except (Exception, SystemExit) as error:  # the other cells continue
         with suppress(OSError):  # the log may be on a full disk
             traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

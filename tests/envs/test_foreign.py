@@ -27,6 +27,8 @@ class Parts(gymnasium.Env):
 
     def __init__(self, fails: str = "never", render_mode: None = None) -> None:
         self.fails = fails
+        if fails == "start":
+            sys.exit(0)
 
     def close(self):
         if self.fails == "close":
@@ -222,6 +224,7 @@ def test_arguments_are_a_part_of_the_name():
         ("Images-v0", "observes images"),
         ("Unbounded-v0", "its actions have no bounds"),
         ("Many-v0", "its actions are a MultiBinary"),
+        ("Parts-v0(fails='start')", "cannot be made .0."),
     ],
 )
 def test_what_cannot_be_an_environment_is_refused_in_one_line(name, message):
@@ -268,11 +271,12 @@ def test_a_user_may_name_the_module_that_registers_an_environment(tmp_path, monk
         "gymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=5)\n"
     )
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     assert environment_task("myenv:Mine-v0") == environment_task("gymnasium:myenv:Mine-v0") == "gymnasium:Mine-v0"
     assert domain_of("gymnasium:Mine-v0").episode_length == 5
-    for name, message in (("broken", "division by zero"), ("absent", "No module named 'absent'")):
+    for name, message in (("broken", "division by zero"), ("ends", "0"), ("absent", "No module named 'absent'")):
         with pytest.raises(UserError, match=f"--environment: {name} cannot be imported .*{message}"):
             environment_task(f"{name}:Mine-v0")
     assert sys.path == before

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -375,6 +376,12 @@ def test_a_changed_description_of_a_cell_is_noticed(write_plan, monkeypatch: pyt
         finished.write_text(damaged)
         assert not cell.is_finished
         assert cell.seconds is None
+
+
+def test_a_cell_whose_environment_ends_python_has_failed(write_plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cell, "run", lambda self, command: sys.exit(0))
+    (cell,) = cells(plan_of(write_plan, trajectories=[2], baselines=[]))
+    assert attempt(cell, None) == "SystemExit: 0"
 
 
 def test_the_reference_belongs_to_one_dataset(write_plan) -> None:
