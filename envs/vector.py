@@ -102,10 +102,7 @@ class ExoRLVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Start an episode in every environment, or in those where `options["reset_mask"]` (num_envs,) is true.
 
         A seed begins new streams of starts, as in the constructor. An entry None continues the environment's stream.
-
-        Raises:
-            UserError: as the constructor, or a mask that is not one bool per environment.
-            gymnasium.error.ClosedEnvironmentError: after `close`.
+        UserError as in the constructor, or for a mask that is not one bool per environment.
         """
         self._check_open()
         mask = (options or {}).get("reset_mask")

@@ -56,9 +56,8 @@ def import_minari(
         progress: called with (finished episodes, total).
 
     Raises:
-        UserError: Minari or the dataset is missing; observations other than Boxes of numbers or a Dict or Tuple of
-            them; actions other than Box or Discrete, or without bounds; damage; another existing destination; a full
-            disk.
+        UserError: Minari or the dataset is missing; observations other than Boxes of numbers, or a Dict or Tuple of
+            them; actions other than a bounded Box or Discrete; damage; an existing destination; a full disk.
     """
     minari_module()
     with MinariEpisodes(locate(dataset)) as episodes:

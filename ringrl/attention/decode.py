@@ -246,10 +246,7 @@ def append_to_cache(
     """Write new tokens after the first `length` tokens of a cache, in place if the caller's jit donates the cache.
 
     Arguments as for `decode_attention`, but `length` excludes the new tokens. `grow_cache` raises the capacity.
-
-    Raises:
-      ValueError: invalid shapes, or more tokens than capacity if `length` is concrete. With a traced `length`, writing
-        beyond the capacity is undefined.
+    ValueError for invalid shapes, or more tokens than capacity. With a traced `length`, writing beyond is undefined.
     """
     if new.shape[1] > cache.shape[1]:
         raise ValueError(f"new: {new.shape[1]} new tokens do not fit a cache of {cache.shape[1]}")

@@ -69,10 +69,8 @@ def shard_positions(
 def layout_positions(layout: str, length: int, ring_size: int) -> Int32[Array, " length"]:
     """Return the position of each token of a whole sequence in layout order: to_layout(arange(length)).
 
-    Rotary and learned position embeddings of arrays in layout order take these positions.
-
-    Raises:
-      ValueError: an unknown layout, or a length that does not divide.
+    Rotary and learned position embeddings of arrays in layout order take these positions. ValueError for an unknown
+    layout, or a length that does not divide.
     """
     check_length("length", length, layout, ring_size)
     shards = [shard_positions(layout, ring_size, length // ring_size, index) for index in range(ring_size)]
@@ -135,8 +133,7 @@ def pad_to_layout(x: Array, layout: str, ring_size: int, axis: int = 1, *, value
     A causal mask hides the padding from earlier tokens. Without a causal mask, give the padding its own segment id:
     pad_to_layout(segment_ids, ..., value=some_unused_id).
 
-    Raises:
-      ValueError: an unknown layout, an axis out of range, or a value that x's integer dtype cannot represent.
+    ValueError for an unknown layout, an axis out of range, or a value that x's integer dtype cannot represent.
     """
     x = _checked(x, axis)
     if jnp.issubdtype(x.dtype, jnp.integer) and not (
