@@ -137,7 +137,7 @@ class SegmentActor(Actor):
 
     def act(self, current: Context) -> Float32[jax.Array, "environments action"]:
         """Return the action at the last step of the segment. Padding at its end is not seen."""
-        if int(current.timestep[0, 0]) == 0:
+        if not current.timestep.any():  # a stream that has finished begins at 0 again, while others play
             self._steps = []
         steps = [*self._steps, current]
         segment = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *steps)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ringrl.envs import make_vec
-from ringrl.evaluation.actors import CompiledPolicy, PolicyActor
+from ringrl.evaluation.actors import CompiledPolicy, PolicyActor, SegmentActor
 from ringrl.evaluation.rollout import Group, rollout
 from tests.evaluation.rollouts import ARRAYS, SHORT, RecordingActor, assert_same, play, seeds, tiny
 
@@ -74,6 +74,22 @@ def test_streams_whose_episodes_end_early_equal_plain_loops(sizes):
         np.testing.assert_array_equal(context.position, np.arange(len(rows)))
         np.testing.assert_array_equal(context.trajectory, np.repeat(np.arange(5), lengths))
     assert len({tuple(episode.length) for episode in played}) > 1
+
+
+def test_a_segment_has_the_last_steps_also_after_the_first_stream_has_ended():
+    class Compiled:
+        def act_after(self, prefix, segment, index):
+            shown.append(segment.timestep[:, : index + 1])
+            return np.zeros((4, 9), np.float32)
+
+    shown = list[np.ndarray]()
+    longest_last = sorted(range(20), key=lambda seed: len(alone(np.array([seed]), 0)[2]))[::6]
+    rollout([Group(SegmentActor(Compiled(), 3), ragged(4))], SHORT, seeds=np.array(longest_last)[:, None],
+            target_return=None, most_steps=6)  # fmt: skip
+    assert len(shown) == 6
+    assert shown[-1][0, -1] < 5, "the first stream has ended earlier"
+    for step, segment in enumerate(shown):
+        assert segment[3].tolist() == [*range(max(0, step - 2), step + 1)]
 
 
 def test_memory_does_not_grow_with_the_limit_of_steps(monkeypatch):
