@@ -67,7 +67,7 @@ def test_a_wrong_flag_is_one_line(
         ("report a --output", "parameter --output requires an argument"),
         ("evaluate --tasks a --task b", "--task specified multiple times"),
         ("evaluate --control --no-control", "--no-control specified multiple times"),
-        ("data import x.zip --workers two", 'Invalid value for --workers: unable to convert "two" into int.'),
+        ("data import x.zip --max-episodes two", 'Invalid value for --max-episodes: unable to convert "two" into int.'),
         (f"evaluate --environments {2**63}", f"for --environments. expected less than 2^63, got {2**63}"),
     ],
 )
