@@ -223,7 +223,7 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._observations = np.zeros((num_envs, self.domain.observation_size), np.float32)
         self._playing = np.zeros(num_envs, bool)
         self._steps, self._starts = np.zeros(num_envs, np.int64), [None] * num_envs  # of the current episodes
-        self._threads, self._timeout = threads, timeout
+        self._crew, self._timeout = _Crew(min(threads, num_envs), timeout), timeout
 
     def __repr__(self) -> str:
         sizes = f"observation {self.observation_space.shape}, action {self.action_space.shape}"
@@ -258,15 +258,17 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._observations.copy(), rewards, terminated, truncated, {}
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Close the environments, in new threads: they may hang."""
+        """End the threads and close the environments, in other threads: closing may hang."""
+        self._crew.end()
         closing = {index: one.close for index, one in enumerate(self._environments) if one is not None}
-        _each_in_time(closing, self.num_envs, min(self._timeout, CLOSE_TIMEOUT))
+        crew = _Crew(len(closing), min(self._timeout, CLOSE_TIMEOUT))
+        crew.each(closing)
+        crew.end()
 
     def _each(self, chosen: _Flags, work: Callable[[int, ForeignEnv], Any]) -> dict[int, Any]:
         """Do some work for the chosen environments. Return the results of those that did not fail."""
         made = {index: one for index, one in enumerate(self._environments) if chosen[index] and one is not None}
-        pieces = {index: partial(work, index, one) for index, one in made.items()}
-        found = _each_in_time(pieces, self._threads, self._timeout)
+        found = self._crew.each({index: partial(work, index, one) for index, one in made.items()})
         self._observations[[index for index in np.flatnonzero(chosen) if index not in made]] = np.nan
         for index, error in [(index, value) for index, value in found.items() if isinstance(value, BaseException)]:
             if isinstance(error, UserError):
@@ -282,36 +284,59 @@ class ForeignVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return found
 
 
-def _each_in_time(pieces: Mapping[int, Callable[[], Any]], size: int, timeout: float) -> dict[int, Any]:
-    """Return the result or the exception of each piece of work, TimeoutError if it takes more than `timeout` seconds.
+class _Crew:
+    """Threads that work on environments. New threads in every step would double the time of HalfCheetah's steps.
 
-    `size` threads work. A thread that hangs is replaced, and does not keep the process from ending.
+    The process can end although a thread hangs.
+
+    Args:
+        size: number of threads. A thread that hangs is replaced.
+        timeout: seconds that each piece of work may take.
     """
-    pending, began, found, idle = iter(pieces.items()), dict[int, float](), dict[int, Any](), SimpleQueue[None]()
 
-    def run() -> None:
-        for index, piece in pending:  # shared by the threads: next() on it is atomic
-            began[index] = time.monotonic()
+    def __init__(self, size: int, timeout: float) -> None:
+        self._size, self._timeout = size, timeout
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        for _ in range(size):
+            self._begin()
+
+    def each(self, pieces: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
+        """Return the result or the exception of each piece of work, TimeoutError if it takes too long."""
+        pending, began, found, idle = iter(pieces.items()), dict[int, float](), dict[int, Any](), SimpleQueue[None]()
+
+        def run() -> None:
+            for index, piece in pending:  # shared by the threads: next() on it is atomic
+                began[index] = time.monotonic()
+                try:
+                    found.setdefault(index, piece())
+                except BaseException as error:  # an environment may raise anything
+                    found.setdefault(index, error)
+            idle.put(None)
+
+        for _ in range(min(self._size, len(pieces))):
+            self._work.put(run)
+        while len(found) < len(pieces):
             try:
-                found.setdefault(index, piece())
-            except BaseException as error:  # an environment may raise anything
-                found.setdefault(index, error)
-        idle.put(None)
+                idle.get(timeout=min(self._timeout, 1.0))
+            except Empty:
+                late = time.monotonic() - self._timeout
+                for index in [index for index, start in list(began.items()) if start < late and index not in found]:
+                    found.setdefault(index, TimeoutError(f"no answer in {self._timeout:g} s"))
+                    self._begin()
+                    self._work.put(run)
+        return dict(found)
 
-    def begin() -> None:
-        threading.Thread(target=run, daemon=True, name="ringrl-foreign").start()
+    def end(self) -> None:
+        """End the threads that do not hang."""
+        for _ in range(self._size):
+            self._work.put(None)
 
-    for _ in range(min(size, len(pieces))):
-        begin()
-    while len(found) < len(pieces):
-        try:
-            idle.get(timeout=min(timeout, 1.0))
-        except Empty:
-            late = time.monotonic() - timeout
-            for index in [index for index, start in list(began.items()) if start < late and index not in found]:
-                found.setdefault(index, TimeoutError(f"no answer in {timeout:g} s"))
-                begin()
-    return dict(found)
+    def _begin(self) -> None:
+        threading.Thread(target=self._serve, daemon=True, name="ringrl-foreign").start()
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
 
 
 def _checked_threads(task: str, num_envs: int, threads: int | None) -> int:

@@ -112,8 +112,8 @@ def _as_tuple(value: Any) -> Any:
     return () if value is None else value if isinstance(value, list | tuple) else (value,)
 
 
-_from_text = pydantic.BeforeValidator(lambda value: None if value == "none" else value)
-Window = Annotated[Annotated[int, Field(ge=0)] | None, _from_text]
+_none_from_text = pydantic.BeforeValidator(lambda value: None if value == "none" else value)
+Window = Annotated[Annotated[int, Field(ge=0)] | None, _none_from_text]
 
 
 class ModelConfig(Section):

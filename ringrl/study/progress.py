@@ -41,9 +41,12 @@ class AblationProgress(Progress):
     def end(self, name: str, failure: str | None) -> None:
         """Show and print that a cell ends, with the reason if it failed."""
         seconds, estimate = time.perf_counter() - self._running.pop(name), self._left.pop(name)
-        self._finished, self._failed = self._finished + (failure is None), self._failed + (failure is not None)
-        if failure is None and estimate:
-            self._taken, self._estimated = self._taken + seconds, self._estimated + estimate
+        if failure is not None:
+            self._failed += 1
+        else:
+            self._finished += 1
+            if estimate:
+                self._taken, self._estimated = self._taken + seconds, self._estimated + estimate
         self._show()
         end = f"finished in {duration(seconds)}" if failure is None else f"failed: {failure}"
         self._print(f"{name}: {end}" if self.console.is_terminal else f"{name}: {end}; {self._state()}")

@@ -129,7 +129,9 @@ class MetricsLog(ExitStack):
 
 def _finite(value: Any) -> Any:
     """Return a number, or a list of numbers, with None for NaN and infinity, which JSON lacks."""
-    return [_finite(one) for one in value] if isinstance(value, list) else value if np.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return value if np.isfinite(value) else None
 
 
 def open_log(config: TrainConfig, step: int) -> AbstractContextManager[MetricsLog | None]:
