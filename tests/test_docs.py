@@ -1,6 +1,6 @@
 """Commands and code of README and docs/ work.
 
-The notebook, Python and diffs run. The real command line parses every command, with its presets, tasks and machines.
+Python and diffs run. The real command line parses every command, with its presets, tasks and machines.
 The pages of EXECUTED run as a whole on small data, those of SLOW among the slow tests. PARSED gives the reason why the
 other pages do not.
 """
@@ -445,28 +445,3 @@ def run_alone(program: list[tuple[str, Any]], tmp_path: Path) -> None:
         [sys.executable, "driver.py"], env=os.environ | own, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
-@pytest.mark.slow
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = json.loads((ROOT / "docs/notebooks/act.ipynb").read_text())["cells"]
-    assert not any(cell.get("outputs") for cell in cells), "outputs are not stored"
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    for long, short in {"episodes=20": "episodes=2", '"steps": 60': '"steps": 2', "range(3)": "range(1)"}.items():
-        assert long in code
-        code = code.replace(long, short)
-    code += "\nassert chart.to_dict()['encoding'].keys() == {'x', 'y'} and 0 < returns[0] < 1000\n"
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run([("python", code)])
-
-
-@pytest.mark.slow
-def test_the_notebook_of_the_ring_runs(tmp_path: Path) -> None:
-    """It compares the losses of the plain transformer and of the ring itself."""
-    cells = json.loads((ROOT / "docs/notebooks/ring.ipynb").read_text())["cells"]
-    assert not any(cell.get("outputs") for cell in cells), "outputs are not stored"
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert "steps=20" in code
-    (tmp_path / "ring.py").write_text(code.replace("steps=20", "steps=2"))
-    done = subprocess.run([sys.executable, tmp_path / "ring.py"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
