@@ -279,7 +279,7 @@ def test_a_foreign_dataset_can_be_trained_on(pendulum: str, tmp_path: Path) -> N
     best = table.set_index("method").loc["Dataset, best episode"]
     assert best["score"] == pytest.approx(100 * (float(store.returns(PENDULUM).max()) + 400) / 350)
     with pytest.raises(UserError, match="and cannot act in task walker_walk"):
-        evaluate_policy(load_policy(tmp_path / "transformer"), Protocol(), task="walker_walk")
+        evaluate_policy(load_policy(run), Protocol(), task="walker_walk")
 
 
 def test_reference_returns_are_the_datasets_or_given(pendulum: str, root: Path, tmp_path: Path, capsys) -> None:
