@@ -75,8 +75,8 @@ SMALL = {
 }  # fmt: skip
 SHORTER = {
     "README.md": {
-        "from ringrl.training import train": f"from ringrl.training import train\nSMALL = {SMALL}",
-        "train(config)": "train(TrainConfig.model_validate(config.model_dump() | SMALL))",
+        "import ringrl\n": f"import ringrl\nSMALL = {SMALL}\n",
+        "ringrl.train(config)": "ringrl.train(ringrl.config.TrainConfig.model_validate(config.model_dump() | SMALL))",
         "Protocol()": "Protocol(environments=1)",
         "4096": "256",
     },
